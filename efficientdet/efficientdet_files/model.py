@@ -1,0 +1,202 @@
+"""The effdet model of the hyperparameters, and its weights."""
+
+from __future__ import annotations
+
+import logging
+import urllib.error
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from effdet import create_model_from_config, get_efficientdet_config
+from effdet.bench import DetBenchTrain
+from efficientdet_files.hyperparameters import EfficientDetHyperparameters
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+from shared.checkpoints import find_checkpoint, load_state, load_weights, read_checkpoint, without_ddp
+from shared.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
+
+# effdet's COCO heads have a row for each id from 1 to 90, ten of which COCO does not use
+COCO_ROWS = 90
+COCO_CATEGORIES = [
+    {"id": category_id, "name": name}
+    for category_id, name in enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
+    if name not in ("__background__", "N/A")
+]
+
+
+def model_config(hparams: EfficientDetHyperparameters, num_classes: int) -> Any:
+    """effdet's config of the model.
+
+    Raises:
+        UserError: a key of `model_config` is not effdet's, the backbone is not timm's, the size does not fit.
+    """
+    config = get_efficientdet_config(hparams.model)
+    if hparams.backbone is not None:
+        if not timm.is_model(hparams.backbone.split(".")[0]):
+            raise UserError(
+                f"hyperparameters.backbone: {hparams.backbone!r} is not a model of timm; "
+                f"{nearest(hparams.backbone, timm.list_models())}"
+            )
+        config.backbone_name = hparams.backbone
+        config.backbone_args = {}
+    for key, value in hparams.model_config.items():
+        if key not in config:
+            raise UserError(f"hyperparameters.model_config: unknown key {key!r}; {nearest(key, map(str, config))}")
+        config[key] = value
+    config.num_levels = config.max_level - config.min_level + 1
+    config.num_classes = num_classes
+    if hparams.input_size is not None:
+        size = hparams.input_size
+        config.image_size = (size, size) if isinstance(size, int) else tuple(size)
+    stride = 2**config.max_level
+    for side in config.image_size:
+        if side % stride:
+            raise UserError(f"hyperparameters.input_size: {side} does not divide by {stride}, the coarsest stride")
+    for name in ("label_smoothing", "legacy_focal", "soft_nms"):
+        if getattr(hparams, name) is not None:
+            config[name] = getattr(hparams, name)
+    # effdet takes the best 5,000 of all scores, and small inputs have fewer
+    anchors = sum((config.image_size[0] >> level) * (config.image_size[1] >> level) for level in _levels(config))
+    scores = anchors * config.num_scales * len(config.aspect_ratios) * num_classes
+    config.max_detection_points = min(config.max_detection_points, scores)
+    return config
+
+
+def _levels(config: Any) -> range:
+    return range(config.min_level, config.max_level + 1)
+
+
+def build_model(hparams: EfficientDetHyperparameters, categories: list[dict]) -> DetBenchTrain:
+    """effdet's training bench: images and targets to losses. `bench.model` is the detector.
+
+    Raises:
+        UserError: the config is wrong, or the pretrained weights cannot be had or are of another model.
+    """
+    config = model_config(hparams, len(categories))
+    try:
+        bench = create_model_from_config(
+            config,
+            bench_task="train",
+            bench_labeler=hparams.labeler == "device",
+            pretrained_backbone=hparams.pretrained == "backbone",
+        )
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
+        what = f" with the weights of {config.backbone_name}" if hparams.pretrained == "backbone" else ""
+        raise UserError(f"hyperparameters.model: {hparams.model} cannot be built{what}: {error}") from error
+    if hparams.pretrained not in ("none", "backbone"):
+        load_pretrained(bench, hparams, config, categories)
+    return bench
+
+
+def load_pretrained(
+    bench: DetBenchTrain, hparams: EfficientDetHyperparameters, config: Any, categories: list[dict]
+) -> None:
+    """Start from `hparams.pretrained`: "effdet", a file, a URL or a checkpoint of ours.
+
+    Raises:
+        UserError: it cannot be had, holds code, or is of another model.
+    """
+    source = config.url if hparams.pretrained == "effdet" else hparams.pretrained
+    if not source:
+        names = "; choose a tf_… variant" if not hparams.model.startswith("tf_") else ""
+        raise UserError(f"hyperparameters.pretrained: effdet has no weights for {hparams.model}{names}")
+    weights, known = read_weights(source, bench)
+    weights = adapt_head(weights, bench.model.state_dict(), known, categories, source)
+    load_weights(bench.model, weights, f"hyperparameters.pretrained: {source}")
+
+
+def read_weights(source: str, bench: DetBenchTrain) -> tuple[dict[str, torch.Tensor], list[dict] | None]:
+    """The detector's state dict, and the categories that its head was trained on, None where it does not say."""
+    if "://" in source:
+        try:
+            state = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
+        except (OSError, urllib.error.URLError, RuntimeError) as error:
+            raise UserError(f"hyperparameters.pretrained: {source} cannot be had: {error}") from error
+    elif Path(source).is_file():
+        if source.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            state = load_file(source)
+        else:
+            state = load_state(Path(source))
+    else:
+        try:
+            checkpoint = read_checkpoint(find_checkpoint(source))
+        except UserError as error:
+            raise UserError(
+                f"hyperparameters.pretrained: {error}. It is one of none, backbone, effdet, a file, a URL or a checkpoint"
+            ) from error
+        return _without_bench(checkpoint.weights), checkpoint.categories
+    # timm's checkpoints: the averaged weights first
+    for key in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+            break
+    return _without_bench(without_ddp(state)), None
+
+
+def _without_bench(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    inner = {name.removeprefix("model."): w for name, w in weights.items() if name.startswith("model.")}
+    return inner or dict(weights)
+
+
+def adapt_head(
+    weights: Mapping[str, torch.Tensor],
+    initial: Mapping[str, torch.Tensor],
+    known: list[dict] | None,
+    categories: list[dict],
+    source: str,
+) -> dict[str, torch.Tensor]:
+    """The weights with a class head for `categories`: the rows of those that are in `known` too, by name or,
+    for a category without a name of its own, by COCO id. The rest keep their initial values.
+
+    Args:
+        initial: the state dict of the model that the weights are for.
+        known: the categories of the weights' rows; None where they do not say: COCO's, where there are 90 rows.
+    """
+    adapted = dict(weights)
+    heads = [name for name in initial if name.startswith("class_net.predict.") and name in weights]
+    sizes = [name for name in heads if name.endswith("bias")]
+    if not sizes:
+        return adapted
+    anchors = len(initial[sizes[0]]) // len(categories)
+    rows = len(weights[sizes[0]]) // anchors
+    if known is None and rows == COCO_ROWS:
+        row_of = {category["name"].lower(): category["id"] - 1 for category in COCO_CATEGORIES}
+        row_of_id = {category["id"]: category["id"] - 1 for category in COCO_CATEGORIES}
+    elif known is not None:
+        row_of = {category["name"].lower(): row for row, category in enumerate(known)}
+        row_of_id = {category["id"]: row for row, category in enumerate(known)}
+    elif rows == len(categories):
+        return adapted  # no names to go by: the same number of classes is taken for the same classes
+    else:
+        row_of, row_of_id = {}, {}
+
+    pairs = []
+    for label, category in enumerate(categories):
+        name = category["name"].lower()
+        row = row_of_id.get(category["id"]) if name in ("", str(category["id"])) else row_of.get(name)
+        if row is not None:
+            pairs.append((label, row))
+    labels, source_rows = [label for label, _ in pairs], [row for _, row in pairs]
+    for name in heads:
+        # depthwise weights have no rows for classes; predictions are laid out anchor by anchor, class by class
+        if len(initial[name]) == anchors * len(categories) and len(weights[name]) == anchors * rows:
+            head = initial[name].clone().unflatten(0, (anchors, len(categories)))
+            head[:, labels] = weights[name].unflatten(0, (anchors, rows))[:, source_rows].to(head.dtype)
+            adapted[name] = head.flatten(0, 1)
+    new = [category["name"] for label, category in enumerate(categories) if label not in labels]
+    logger.info(
+        "pretrained: of %d categories, %d take their row of the head in %s, %d start anew%s",
+        len(categories),
+        len(pairs),
+        source,
+        len(new),
+        f" ({', '.join(new[:5])}{', …' if len(new) > 5 else ''})" if new else "",
+    )
+    return adapted

@@ -1,0 +1,197 @@
+"""EfficientDet as a Determined trial: `python3 model_def.py --help`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from effdet.bench import DetBenchPredict
+from effdet.data.random_erasing import RandomErasing
+from efficientdet_files.data import EfficientDetCollate, EfficientDetTransform, input_config, normalize
+from efficientdet_files.hyperparameters import EfficientDetHyperparameters
+from efficientdet_files.model import COCO_CATEGORIES, build_model, model_config
+from timm.layers import convert_sync_batchnorm
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import nn
+
+from shared.detections import Detections
+from shared.errors import UserError, nearest
+from shared.launch import main
+from shared.loading import Batch
+from shared.trial import DetectionTrial
+
+_SCHEDULES = ("cosine", "multistep", "plateau", "poly", "step", "tanh")
+
+
+class EfficientDetTrial(DetectionTrial):
+    """EfficientDet, over the packages effdet and timm."""
+
+    hyperparameters_class = EfficientDetHyperparameters
+    path_hyperparameters = ("pretrained",)
+    without_pretrained = {"pretrained": "none"}  # noqa: RUF012
+    pretrained_categories = COCO_CATEGORIES
+
+    def build_model(self) -> nn.Module:
+        bench = build_model(self.hparams, self.categories)
+        self.model_config = bench.config
+        self.inputs = input_config(self.hparams, self.model_config)
+        device = self.context.device
+        self.mean = torch.tensor(self.inputs["mean"], device=device).mul(255).view(1, 3, 1, 1)
+        self.std = torch.tensor(self.inputs["std"], device=device).mul(255).view(1, 3, 1, 1)
+        self.random_erasing = None
+        if self.hparams.random_erasing > 0:
+            self.random_erasing = RandomErasing(
+                self.hparams.random_erasing,
+                mode=self.hparams.random_erasing_mode,
+                max_count=self.hparams.random_erasing_count,
+                device=device,
+            )
+        if self.hparams.channels_last:
+            bench = bench.to(memory_format=torch.channels_last)
+        if self.hparams.sync_bn and self.slots > 1:
+            if device.type != "cuda":
+                raise UserError("hyperparameters.sync_bn: PyTorch synchronises batch norm on GPUs only; set it to false")
+            bench = convert_sync_batchnorm(bench)
+        if self.hparams.torch_compile:
+            bench.compile()
+        self.predictors: dict[nn.Module, DetBenchPredict] = {}
+        return bench
+
+    def build_scaler(self) -> Any:
+        if self.hparams.amp != "fp16":
+            return None
+        if self.context.device.type != "cuda":
+            raise UserError("hyperparameters.amp: fp16 needs a GPU; use bf16 or leave it out")
+        return self.context.wrap_scaler(torch.amp.GradScaler("cuda"))
+
+    def build_ema(self, model: nn.Module) -> ModelEmaV3 | None:
+        if self.hparams.model_ema_decay is None:
+            return None
+        return ModelEmaV3(model, decay=self.hparams.model_ema_decay)
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        hparams = self.hparams
+        if hparams.opt not in list_optimizers():
+            raise UserError(
+                f"hyperparameters.opt: {hparams.opt!r} is not an optimizer of timm; "
+                f"{nearest(hparams.opt, list_optimizers())}"
+            )
+        eps = {} if hparams.opt_eps is None else {"eps": hparams.opt_eps}
+        return create_optimizer_v2(
+            model,
+            opt=hparams.opt,
+            lr=hparams.scaled_lr,
+            weight_decay=hparams.weight_decay,
+            momentum=hparams.momentum,
+            **eps,
+        )
+
+    def prepare_schedule(self) -> None:
+        hparams = self.hparams
+        if hparams.sched not in _SCHEDULES:
+            raise UserError(
+                f"hyperparameters.sched: {hparams.sched!r} is not a scheduler of timm; "
+                f"{nearest(hparams.sched, _SCHEDULES)}"
+            )
+        epochs = self.total_batches / self.batches_per_epoch - hparams.cooldown_epochs
+        if epochs <= 0:
+            raise UserError(
+                f"hyperparameters.cooldown_epochs: {hparams.cooldown_epochs} are not less than the training's "
+                f"{self.total_batches / self.batches_per_epoch:.1f} epochs"
+            )
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            sched=hparams.sched,
+            num_epochs=epochs,
+            decay_epochs=hparams.decay_epochs,
+            cooldown_epochs=hparams.cooldown_epochs,
+            patience_epochs=hparams.patience_epochs,
+            decay_rate=hparams.decay_rate,
+            min_lr=hparams.min_lr,
+            warmup_lr=hparams.warmup_lr,
+            warmup_epochs=hparams.warmup_epochs,
+            noise=hparams.lr_noise,
+            noise_pct=hparams.lr_noise_pct,
+            noise_std=hparams.lr_noise_std,
+            noise_seed=self.seed,
+            cycle_mul=hparams.lr_cycle_mul,
+            cycle_limit=hparams.lr_cycle_limit,
+            step_on_epochs=not hparams.sched_on_updates,
+            updates_per_epoch=self.batches_per_epoch,
+        )
+
+    def before_batch(self, number: int) -> None:
+        epoch, batch_in_epoch = divmod(number, self.batches_per_epoch)
+        if self.hparams.sched_on_updates:
+            self.scheduler.step_update(number)
+        elif batch_in_epoch == 0 or number == self.first_batch:
+            self.scheduler.step(epoch, self.last_validation.get(self.searcher_metric.name))
+
+    def autocast(self) -> torch.autocast:
+        dtype = self.hparams.amp_dtype
+        return torch.autocast(self.context.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def clip_gradients(self) -> Callable[[Any], None] | None:
+        hparams = self.hparams
+        if hparams.clip_grad is None:
+            return None
+
+        def clip(parameters: Any) -> None:
+            if hparams.clip_mode == "agc":  # upstream leaves the last layers of the heads unclipped
+                parameters = [p for name, p in self.plain_model.named_parameters() if "predict" not in name]
+            dispatch_clip_grad(parameters, value=hparams.clip_grad, mode=hparams.clip_mode)
+
+        return clip
+
+    def train_transform(self) -> EfficientDetTransform:
+        return EfficientDetTransform(self.hparams, self.inputs, training=True)
+
+    def val_transform(self) -> EfficientDetTransform:
+        return EfficientDetTransform(self.hparams, self.inputs, training=False)
+
+    def collate(self, training: bool) -> EfficientDetCollate:
+        return EfficientDetCollate(self.hparams, self.model_config, training)
+
+    def evaluated_images(self, count: int) -> range:
+        return range(0, count, max(self.hparams.val_skip, 1))
+
+    def prepare(self, batch: Batch, training: bool) -> Batch:
+        images = normalize(batch.images, self.mean, self.std)
+        if training and self.random_erasing is not None:
+            images = self.random_erasing(images, batch.targets)
+        if self.hparams.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return Batch(images, batch.targets, batch.image_ids)
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        return model(batch.images, batch.targets)
+
+    def detect(self, model: nn.Module, batch: Batch) -> list[Detections]:
+        if model not in self.predictors:
+            self.predictors[model] = DetBenchPredict(model.model).to(self.context.device).eval()
+        rows = self.predictors[model](batch.images, batch.targets).float().cpu().numpy()
+        return [
+            Detections(
+                image_id=image_id,
+                boxes=found[found[:, 4] > 0, :4],  # effdet fills up to 100 with zeros
+                scores=found[found[:, 4] > 0, 4],
+                labels=found[found[:, 4] > 0, 5].astype(int) - 1,
+            )
+            for image_id, found in zip(batch.image_ids, rows, strict=True)
+        ]
+
+    def check_pretrained(self) -> None:
+        if self.hparams.pretrained in ("none", "backbone"):
+            raise UserError(
+                f"hyperparameters.pretrained is {self.hparams.pretrained!r}, which detects nothing; "
+                "give --checkpoint, or --set hyperparameters.pretrained=effdet"
+            )
+
+
+__all__ = ["EfficientDetTrial", "model_config"]
+
+if __name__ == "__main__":
+    main(EfficientDetTrial)

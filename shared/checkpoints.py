@@ -1,0 +1,134 @@
+"""Checkpoints read back, without executing pickled code: our own, and a cluster's by its UUID."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import tempfile
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shared.errors import UserError
+
+CATEGORIES_FILE = "categories.json"
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint of a `DetectionTrial`.
+
+    Attributes:
+        weights: the model's state dict; the averaged one where the run had one.
+        training_weights: the state dict of the model that was trained.
+        config: the experiment config; hparams: its hyperparameters, as the run had them.
+        categories: COCO categories; the position is the label.
+        batches: trained so far.
+    """
+
+    path: Path
+    weights: dict[str, torch.Tensor]
+    training_weights: dict[str, torch.Tensor]
+    config: dict[str, Any]
+    hparams: dict[str, Any]
+    categories: list[dict]
+    batches: int
+
+
+def find_checkpoint(name: str) -> Path:
+    """The folder of a checkpoint: a path, or the UUID of one on the cluster that DET_MASTER names.
+
+    Raises:
+        UserError: there is no such folder, or the master has no such checkpoint.
+    """
+    if (Path(name) / "state_dict.pth").is_file():
+        return Path(name).absolute()
+    try:
+        uuid.UUID(name)
+    except ValueError:
+        raise UserError(
+            f"{name} is not a checkpoint: give the folder that holds state_dict.pth, or the UUID of a checkpoint on "
+            "the cluster that DET_MASTER names"
+        ) from None
+    if not os.environ.get("DET_MASTER"):
+        raise UserError(f"checkpoint {name} looks like a UUID on a cluster; set DET_MASTER to its address")
+    from determined.experimental import client
+
+    folder = Path(tempfile.gettempdir()) / f"checkpoint-{name}"
+    try:
+        return Path(client.get_checkpoint(name).download(str(folder)))
+    except Exception as error:  # the SDK has no base class for what the network and the master answer
+        raise UserError(f"checkpoint {name} cannot be had from {os.environ['DET_MASTER']}: {error}") from error
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint's weights and what it says of itself.
+
+    Raises:
+        UserError: it is not a checkpoint of this project, is cut off, or holds code.
+    """
+    state = load_state(path / "state_dict.pth")
+    try:
+        load_data = json.loads((path / "load_data.json").read_text())
+        metadata = json.loads((path / "metadata.json").read_text())
+        training_weights = without_ddp(state["models_state_dict"][0])
+        averaged = state["callbacks"]["training"]["ema"]
+        return Checkpoint(
+            path=path,
+            weights=training_weights if averaged is None else averaged,
+            training_weights=training_weights,
+            config=load_data["experiment_config"],
+            hparams=load_data["hparams"],
+            categories=json.loads((path / CATEGORIES_FILE).read_text()),
+            batches=int(metadata["steps_completed"]),
+        )
+    except (OSError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{path} is not a checkpoint of this project, or is not whole: {error!r}") from error
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What `torch.save` wrote, tensors and plain values only.
+
+    Raises:
+        UserError: the file is cut off or would execute code.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path} cannot be read as weights ({reason}); it is cut off, or holds more than tensors") from (
+            error
+        )
+
+
+def without_ddp(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict without the prefix that DistributedDataParallel gives its keys."""
+    return {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: object) -> None:
+    """Load all of a state dict.
+
+    Raises:
+        UserError: the weights are of another model; says which parameters differ.
+    """
+    own = model.state_dict()
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+    if missing or unknown or shapes:
+        parts = [
+            f"{len(names)} {what} (the first is {sorted(names)[0]})"
+            for names, what in ((missing, "missing"), (unknown, "unknown"), (shapes, "of another shape"))
+            if names
+        ]
+        raise UserError(
+            f"{source} holds the weights of another model, of {len(own)} parameters and buffers: {', '.join(parts)}. "
+            "Use the config that it was trained with"
+        )
+    model.load_state_dict(weights)

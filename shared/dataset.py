@@ -1,0 +1,104 @@
+"""A torch data set of annotations, images and a detector's transform."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from shared.annotations import CocoAnnotations, ImageRecord
+from shared.errors import UserError
+from shared.seeding import seed_all
+from shared.storage import ImageStorage
+
+logger = logging.getLogger(__name__)
+
+Transform = Callable[[Image.Image, ImageRecord], Any]
+
+
+class SampleKey(NamedTuple):
+    """Which image, and in which epoch: what the sample's random numbers follow from."""
+
+    epoch: int
+    index: int
+
+
+class CocoDetection(torch.utils.data.Dataset):
+    """`dataset[SampleKey(epoch, index)]` is `transform(image, record)`; `dataset[index]` is that of epoch 0.
+
+    The transform may draw from Python's, NumPy's and PyTorch's global generators: they are seeded from
+    (seed, epoch, index) before it runs.
+
+    Args:
+        transform: takes an RGB image and its `ImageRecord`.
+        training: leave boxes without area out of the records.
+    """
+
+    def __init__(
+        self, annotations: CocoAnnotations, images: ImageStorage, transform: Transform, seed: int, training: bool
+    ):
+        self.annotations = annotations
+        self.images = images
+        self.transform = transform
+        self.seed = seed
+        self.training = training
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def __getitem__(self, key: SampleKey | int) -> Any:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        record = self.annotations[index]
+        image = read_image(self.images, record.file_name, f"image id {record.image_id}")
+        if image.size != (record.width, record.height):
+            raise UserError(
+                f"{record.file_name} (image id {record.image_id}) has {image.width}×{image.height} pixels, and the "
+                f"annotation file says {record.width}×{record.height}; correct the file or the image"
+            )
+        if self.training:
+            record = _with_area_only(record)
+        seed_all(self.seed, epoch, index)
+        return self.transform(image, record)
+
+
+def read_image(images: ImageStorage, file_name: str, name: str = "") -> Image.Image:
+    """The image in RGB.
+
+    Raises:
+        UserError: it cannot be read or decoded.
+    """
+    try:
+        return Image.open(io.BytesIO(images.read(file_name))).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{file_name} ({name or images}) cannot be read as an image: {error}") from error
+
+
+def check_images(annotations: CocoAnnotations, images: ImageStorage, where: str) -> None:
+    """Raises UserError where image files are missing."""
+    missing = images.missing(annotations.file_name(i) for i in range(len(annotations)))
+    if missing:
+        raise UserError(
+            f"{where}: {len(missing)} of the {len(annotations)} images that the annotation file names are not "
+            f"there, the first is {missing[0]}"
+        )
+
+
+def _with_area_only(record: ImageRecord) -> ImageRecord:
+    keep = (record.boxes[:, 2:] > record.boxes[:, :2]).all(axis=1)
+    if keep.all():
+        return record
+    return ImageRecord(
+        image_id=record.image_id,
+        file_name=record.file_name,
+        height=record.height,
+        width=record.width,
+        boxes=record.boxes[keep],
+        labels=record.labels[keep],
+        areas=record.areas[keep],
+        iscrowd=record.iscrowd[keep],
+        raw_segmentations=[raw for raw, kept in zip(record.raw_segmentations, keep, strict=True) if kept],
+    )

@@ -1,0 +1,98 @@
+"""What Determined 0.38.1 does not do by itself, made good in one place.
+
+Each class is a callback of the trial and says what goes wrong without it. The README's section "On a
+cluster" tells users; tests/test_determined_fixes.py fails where one is taken away.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import determined as det
+import numpy as np
+import torch
+from determined.experimental import client
+from determined.pytorch import PyTorchCallback, PyTorchTrialContext
+
+from shared.experiment import SearcherMetric
+
+logger = logging.getLogger(__name__)
+
+
+class PlainRandomState(PyTorchCallback):
+    """A checkpoint that torch ≥ 2.6 can read back.
+
+    Determined saves NumPy's random state as an array, and `torch.load` with its default `weights_only=True`
+    refuses to unpickle one: every restart, and every pause and activation, ends in UnpicklingError. Here the
+    state is saved as a tensor and numbers.
+    """
+
+    def on_checkpoint_save_start(self, checkpoint: dict[str, Any]) -> None:
+        algorithm, keys, position, has_gauss, gauss = checkpoint["rng_state"]["np_rng_state"]
+        keys = torch.from_numpy(keys.astype(np.int64))
+        checkpoint["rng_state"]["np_rng_state"] = [algorithm, keys, int(position), int(has_gauss), float(gauss)]
+
+    def on_checkpoint_load_start(self, checkpoint: dict[str, Any]) -> None:
+        algorithm, keys, position, has_gauss, gauss = checkpoint["rng_state"]["np_rng_state"]
+        keys = torch.as_tensor(keys).numpy().astype(np.uint32)
+        checkpoint["rng_state"]["np_rng_state"] = (algorithm, keys, position, has_gauss, gauss)
+
+
+class SearcherStop(PyTorchCallback):
+    """Ends a trial that the searcher has stopped, at its next report.
+
+    `adaptive_asha` marks the trial as stopping in the master, and nothing tells the trial: without this all
+    trials of a search train to the end. The chief asks, and all slots stop together.
+    """
+
+    def __init__(self, context: PyTorchTrialContext):
+        self.context = context
+        self.trial_id = context.get_trial_id()
+
+    def on_training_workload_end(self, avg_metrics: dict[str, Any], batch_metrics: list) -> None:
+        self.stop_if_asked()
+
+    def on_validation_end(self, metrics: dict[str, Any]) -> None:
+        self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        stopping = None
+        if self.context.distributed.rank == 0:
+            stopping = trial_is_stopping(self.trial_id)
+        if self.context.distributed.broadcast(stopping) and not self.context.get_stop_requested():
+            self.context.set_stop_requested(True)
+
+
+def trial_is_stopping(trial_id: int) -> bool:
+    """Whether the master has decided that the trial shall end."""
+    try:
+        state = client.get_trial(trial_id).state
+    except Exception as error:  # whatever the network does, it must not end the training
+        logger.warning("the master could not be asked whether trial %d shall stop: %s", trial_id, error)
+        return False
+    return state is not None and state.name.startswith("STOPPING")
+
+
+class FiniteSearcherMetric(PyTorchCallback):
+    """Keeps an undefined searcher metric from ending the whole search.
+
+    One NaN or infinity as the searcher's metric puts an adaptive search, with all its trials, into ERROR. The
+    master gets the metric's worst value instead. Must be the last callback that sees the metrics.
+    """
+
+    def __init__(self, metric: SearcherMetric):
+        self.metric = metric
+
+    def on_validation_end(self, metrics: dict[str, Any]) -> None:
+        value = metrics.get(self.metric.name)
+        if value is not None and not math.isfinite(float(value)):
+            logger.warning("%s is %s; the searcher is told %s", self.metric.name, value, self.metric.worst)
+            metrics[self.metric.name] = self.metric.worst
+
+
+def on_cluster() -> bool:
+    """Whether this process is a task of a Determined trial."""
+    info = det.get_cluster_info()
+    return info is not None and info.task_type == "TRIAL"

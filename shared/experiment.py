@@ -1,0 +1,315 @@
+"""The experiment config: one YAML file for the cluster and for here. Errors name the key."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from shared import synthetic
+from shared.annotations import CocoAnnotations, check_same_categories
+from shared.dataset import check_images
+from shared.errors import UserError, nearest
+from shared.storage import BACKENDS, ImageStorage, open_images
+
+T = TypeVar("T")
+
+# what Determined 0.38 accepts at the top of an experiment config
+_TOP_KEYS = (
+    "bind_mounts checkpoint_policy checkpoint_storage data debug description entrypoint environment hyperparameters "
+    "integrations labels log_policies max_restarts min_checkpoint_period min_validation_period name optimizations "
+    "pbs perform_initial_validation preemption_timeout profiling project records_per_epoch reproducibility resources "
+    "retention_policy scheduling_unit searcher security slurm tensorboard_storage workspace"
+).split()
+_UNITS = ("batches", "epochs", "records")
+
+
+@dataclass
+class Split:
+    """One split of the data: a COCO annotation file and the folder of its images."""
+
+    annotations: str
+    images: str
+
+
+@dataclass
+class DataConfig:
+    """The `data` section."""
+
+    train: Split | None = None
+    val: Split | None = None
+    backend: str = "disk"
+    bucket: str | None = None
+    cache_dir: str | None = None
+    workers: int = 4
+
+
+@dataclass
+class SplitData:
+    """What a split's `DataConfig` opens to."""
+
+    annotations: CocoAnnotations
+    images: ImageStorage
+
+
+@dataclass(frozen=True)
+class Length:
+    """A length of training: so many batches (of all slots together), epochs or records."""
+
+    unit: str
+    count: int
+
+    def batches(self, batches_per_epoch: int, global_batch_size: int) -> int:
+        """The same length in batches."""
+        if self.unit == "epochs":
+            return self.count * batches_per_epoch
+        if self.unit == "records":
+            return max(self.count // global_batch_size, 1)
+        return self.count
+
+
+@dataclass
+class Schedule:
+    """How long to train, and how often to report, validate and save; None where the config says nothing."""
+
+    max_length: Length
+    validation_period: Length | None
+    checkpoint_period: Length | None
+    reporting_batches: int
+    checkpoint_policy: str
+    initial_validation: bool
+    profiling: bool
+
+
+@dataclass
+class SearcherMetric:
+    name: str
+    smaller_is_better: bool
+
+    @property
+    def worst(self) -> float:
+        """What stands for a metric that is undefined: finite, and no better than any value of it.
+
+        COCO's numbers are in [0, 1]; anything else may be as bad as a double can say."""
+        if not self.smaller_is_better and self.name.startswith(("bbox_", "segm_")):
+            return 0.0
+        return 1e30 if self.smaller_is_better else -1e30
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The experiment config of a YAML file, with `key=value` overrides (dotted keys) over it.
+
+    Raises:
+        UserError: the file is missing or not YAML, or a key at the top is not one of Determined's.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        config = OmegaConf.load(path)
+        if not OmegaConf.is_dict(config):
+            raise UserError(f"{path} is not an experiment config: it holds no keys")
+        for override in overrides:
+            if "=" not in override:
+                raise UserError(f"--set {override}: write it as key=value, for example hyperparameters.lr=0.01")
+            config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
+        config = OmegaConf.to_container(config, resolve=True)
+    except UserError:
+        raise
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # yaml's own errors, whichever library OmegaConf reads with
+        if "yaml" in type(error).__module__:
+            raise UserError(f"{path} is not YAML: {error}") from error
+        raise
+    refuse_unknown_keys(config, _TOP_KEYS, path)
+    return config
+
+
+def refuse_unknown_keys(section: dict[str, Any], valid: Iterable[str], where: str) -> None:
+    """Raises UserError that names the first key of `section` that is not in `valid`, and the nearest valid one."""
+    valid = list(valid)
+    for key in section:
+        if key not in valid:
+            raise UserError(f"{where}: unknown key {key!r}; {nearest(str(key), valid)}")
+
+
+def fixed_hyperparameters(config: dict[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of a config that leaves nothing to a searcher.
+
+    Raises:
+        UserError: some are ranges; the message names the keys to set.
+    """
+    fixed, searched = {}, []
+    for name, value in (config.get("hyperparameters") or {}).items():
+        if isinstance(value, dict) and value.get("type") == "const":
+            value = value["val"]
+        elif isinstance(value, dict) and value.get("type") in ("int", "double", "log", "categorical"):
+            searched.append(name)
+        fixed[name] = value
+    if searched:
+        choices = " ".join(f"--set hyperparameters.{name}=…" for name in searched)
+        raise UserError(
+            f"this config is for a search on a cluster; to train here, choose a value for each searched key: {choices}"
+        )
+    return fixed
+
+
+def parse_section(section: dict[str, Any] | None, into: type[T], where: str) -> T:
+    """The dataclass `into` from a config section.
+
+    Raises:
+        UserError: an unknown key, a missing one or a value of the wrong type; `where` and the key are named.
+    """
+    section = dict(section or {})
+    refuse_unknown_keys(section, [field.name for field in dataclasses.fields(into)], where)
+    for field in dataclasses.fields(into):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in section:
+            raise UserError(f"{where}.{field.name} is missing")
+    try:
+        return msgspec.convert(section, into)
+    except (msgspec.ValidationError, UserError) as error:
+        message = str(error)
+        key = ""
+        if " - at `$" in message:
+            message, _, at = message.partition(" - at `$")
+            key = at.rstrip("`")
+        raise UserError(f"{where}{key}: {message}") from error
+
+
+def parse_data(config: dict[str, Any]) -> DataConfig:
+    """The `data` section.
+
+    Raises:
+        UserError: a key is unknown, missing or of the wrong type.
+    """
+    section = dict(config.get("data") or {})
+    refuse_unknown_keys(section, [field.name for field in dataclasses.fields(DataConfig)], "data")
+    for split in ("train", "val"):
+        if section.get(split) is not None:
+            if not isinstance(section[split], dict):
+                raise UserError(f"data.{split} needs the keys `annotations` and `images`")
+            section[split] = parse_section(section[split], Split, f"data.{split}")
+    data = parse_section({k: v for k, v in section.items() if k not in ("train", "val")}, DataConfig, "data")
+    data.train, data.val = section.get("train"), section.get("val")
+    if data.backend not in BACKENDS:
+        raise UserError(f"data.backend: {data.backend!r} is not available; {nearest(data.backend, BACKENDS)}")
+    if data.workers < 0:
+        raise UserError(f"data.workers is {data.workers}, and must be 0 or more")
+    return data
+
+
+def open_split(data: DataConfig, split: str) -> SplitData:
+    """Annotations and images of "train" or "val", checked.
+
+    Raises:
+        UserError: a path is missing, the annotations are not COCO or contradict themselves, image files are missing.
+    """
+    if data.backend == "fake":
+        return SplitData(
+            CocoAnnotations.from_dict(synthetic.fake_split(split)), open_images("fake", images=None, split=split)
+        )
+    paths: Split | None = getattr(data, split)
+    if paths is None:
+        raise UserError(f"data.{split} is missing; it needs the keys `annotations` and `images`")
+    try:
+        annotations = CocoAnnotations.open(paths.annotations, cache_dir=data.cache_dir)
+    except UserError as error:
+        raise UserError(f"data.{split}.annotations: {error}") from error
+    images = open_images(data.backend, paths.images, split)
+    check_images(annotations, images, f"data.{split}.images ({paths.images})")
+    return SplitData(annotations, images)
+
+
+def open_train_and_val(data: DataConfig) -> tuple[SplitData, SplitData]:
+    """Both splits, with the same categories.
+
+    Raises:
+        UserError: as `open_split`; the categories differ; there is nothing to train on.
+    """
+    train, val = open_split(data, "train"), open_split(data, "val")
+    check_same_categories(train.annotations, val.annotations)
+    if not (~train.annotations.without_area & ~train.annotations.columns["iscrowd"]).any():
+        raise UserError(f"data.train.annotations: {train.annotations.path} has no box to train on")
+    return train, val
+
+
+def parse_schedule(config: dict[str, Any]) -> Schedule:
+    """How long to train and how often to validate, by Determined's own keys.
+
+    Raises:
+        UserError: no length is given, or one is not understood.
+    """
+    searcher = config.get("searcher") or {}
+    if searcher.get("max_length") is not None:
+        max_length = _length(searcher["max_length"], "searcher.max_length")
+    elif searcher.get("max_time") is not None:
+        max_length = _length({searcher.get("time_metric"): searcher["max_time"]}, "searcher.time_metric and max_time")
+    else:
+        raise UserError("searcher.max_length is missing; give it as {batches: 1000} or {epochs: 10}")
+    periods = {
+        key: _length(config[key], key) if config.get(key) not in (None, 0, {}) else None
+        for key in ("min_validation_period", "min_checkpoint_period")
+    }
+    policy = config.get("checkpoint_policy") or "best"
+    if policy not in ("best", "all", "none"):
+        raise UserError(f"checkpoint_policy: {policy!r} is not one of best, all, none")
+    reporting = config.get("scheduling_unit") or 100
+    if type(reporting) is not int or reporting < 1:
+        raise UserError(f"scheduling_unit: {reporting!r} is not a number of batches")
+    return Schedule(
+        max_length=max_length,
+        validation_period=periods["min_validation_period"],
+        checkpoint_period=periods["min_checkpoint_period"],
+        reporting_batches=reporting,
+        checkpoint_policy=policy,
+        initial_validation=bool(config.get("perform_initial_validation")),
+        profiling=bool((config.get("profiling") or {}).get("enabled")),
+    )
+
+
+def parse_searcher_metric(config: dict[str, Any]) -> SearcherMetric:
+    """The metric that decides which checkpoint is the best."""
+    searcher = config.get("searcher") or {}
+    metric = searcher.get("metric", "bbox_mAP")
+    return SearcherMetric(metric, bool(searcher.get("smaller_is_better", True)))
+
+
+def parse_seed(config: dict[str, Any]) -> int:
+    """`reproducibility.experiment_seed`, 0 where it is not given."""
+    return int((config.get("reproducibility") or {}).get("experiment_seed") or 0)
+
+
+def per_slot_batch_size(global_batch_size: Any, slots: int) -> int:
+    """Images a batch on each slot.
+
+    Raises:
+        UserError: the global batch does not divide by the slots.
+    """
+    if type(global_batch_size) is not int or global_batch_size < 1:
+        raise UserError(f"hyperparameters.global_batch_size: {global_batch_size!r} is not a number of images")
+    if global_batch_size % slots:
+        lower, upper = (global_batch_size // slots) * slots, math.ceil(global_batch_size / slots) * slots
+        raise UserError(
+            f"hyperparameters.global_batch_size: {global_batch_size} images do not divide by {slots} slots; "
+            f"use {f'{lower} or ' if lower else ''}{upper}"
+        )
+    return global_batch_size // slots
+
+
+def _length(value: Any, key: str) -> Length:
+    if type(value) is int:
+        value = {"batches": value}
+    if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in _UNITS:
+        raise UserError(f"{key}: {value!r} is not a length; give it as {{batches: 1000}} or {{epochs: 10}}")
+    unit, count = next(iter(value.items()))
+    if type(count) is not int or count < 1:
+        raise UserError(f"{key}.{unit}: {count!r} is not a positive whole number")
+    return Length(unit, count)

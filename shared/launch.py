@@ -1,0 +1,452 @@
+"""train · evaluate · predict: on a cluster, under torchrun or alone, from the same `model_def.py`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import determined as det
+import torch
+import yaml
+from determined import pytorch
+from determined.core import DistributedContext
+from PIL import Image
+from tabulate import tabulate
+
+from shared import visualization
+from shared.annotations import CocoAnnotations
+from shared.checkpoints import Checkpoint, find_checkpoint, load_weights, read_checkpoint
+from shared.dataset import read_image
+from shared.detections import Detections, to_coco_results
+from shared.determined_fixes import on_cluster
+from shared.errors import UserError
+from shared.evaluation import SUMMARY_METRICS
+from shared.experiment import (
+    Length,
+    SplitData,
+    fixed_hyperparameters,
+    load_config,
+    open_split,
+    parse_data,
+    parse_schedule,
+)
+from shared.local_run import LocalRun, RunFolder
+from shared.storage import DiskImages
+from shared.training_metrics import DivergedError
+from shared.trial import DetectionTrial
+
+logger = logging.getLogger(__name__)
+
+_PICTURES = 4  # samples in predictions.png
+
+
+def main(trial_class: type[DetectionTrial]) -> None:
+    """The entrypoint of every `model_def.py`."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    if on_cluster():
+        train_on_cluster(trial_class)
+        return
+    logging.getLogger("determined").setLevel(logging.ERROR)
+    arguments = _parser().parse_args()
+    try:
+        arguments.run(trial_class, arguments)
+    except (UserError, DivergedError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Train, evaluate or predict without a cluster.")
+    commands = parser.add_subparsers(required=True, metavar="train | evaluate | predict")
+
+    def add(name: str, run: Any, about: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=about, description=about)
+        command.add_argument("config", help="the experiment config, const.yaml for example")
+        command.add_argument(
+            "--set",
+            dest="overrides",
+            metavar="KEY=VALUE",
+            action="append",
+            default=[],
+            help="any key of the config, hyperparameters.lr=0.01 for example; may be repeated",
+        )
+        command.set_defaults(run=run)
+        return command
+
+    train = add("train", train_here, "Train, as a cluster would.")
+    train.add_argument("--output-dir", type=Path, help="where everything of the run goes; default runs/<time>")
+    train.add_argument("--resume", metavar="CHECKPOINT", help="`last` of --output-dir, or the path of a checkpoint")
+
+    evaluate = add("evaluate", evaluate_here, "COCO metrics on data.val.")
+    evaluate.add_argument("--output", type=Path, metavar="DIR", help="write metrics.json and results.json there")
+
+    predict = add("predict", predict_here, "Detect on a folder of images, and draw.")
+    predict.add_argument("--images", type=Path, required=True, metavar="DIR", help="the images")
+    predict.add_argument("--output", type=Path, required=True, metavar="DIR", help="pictures and results.json go here")
+    predict.add_argument("--format", choices=("png", "pdf"), default="png", help="of the pictures")
+    predict.add_argument("--min-score", type=float, default=0.3, help="the lowest score that is drawn")
+    for command in (evaluate, predict):
+        command.add_argument(
+            "--checkpoint",
+            help="a checkpoint's path or, with DET_MASTER set, its UUID; default: the config's pretrained weights",
+        )
+    return parser
+
+
+# --- train ------------------------------------------------------------------------------------------
+
+
+def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
+    """Train as the trial that this task is; the config comes from the master."""
+    info = det.get_cluster_info()
+    config = info.trial._config  # the only way to optimizations.aggregation_frequency before `init`
+    with pytorch.init(hparams=info.trial.hparams, aggregation_frequency=_aggregation_frequency(config)) as context:
+        try:
+            trial = trial_class(context)
+            schedule, batch_size = trial.schedule, trial.global_batch_size
+
+            def unit(length: Length | None) -> pytorch.TrainUnit | None:
+                if length is None:
+                    return None
+                if length.unit == "epochs":
+                    return pytorch.Epoch(length.count)
+                return pytorch.Batch(length.batches(trial.batches_per_epoch, batch_size))
+
+            pytorch.Trainer(trial, context).fit(
+                max_length=unit(schedule.max_length),
+                validation_period=unit(schedule.validation_period),
+                checkpoint_period=unit(schedule.checkpoint_period),
+                reporting_period=pytorch.Batch(schedule.reporting_batches),
+                checkpoint_policy=schedule.checkpoint_policy,
+                step_zero_validation=schedule.initial_validation,
+                latest_checkpoint=info.latest_checkpoint,
+                profiling_enabled=schedule.profiling,
+            )
+        except (UserError, DivergedError) as error:
+            # ends this trial alone, without restarts that could only fail again
+            raise det.InvalidHP(str(error)) from error
+
+
+def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
+    """Train off the cluster, under torchrun or alone."""
+    config = load_config(arguments.config, arguments.overrides)
+    config["hyperparameters"] = fixed_hyperparameters(config)
+    _make_paths_absolute(config, trial_class)
+    with _local_distributed() as distributed:
+        folder = RunFolder(_output_dir(arguments.output_dir, distributed))
+        checkpoint = _checkpoint_to_resume(arguments.resume, folder)
+        if distributed.rank == 0:
+            folder.prepare(Path(sys.modules[trial_class.__module__].__file__).parent)
+        distributed.broadcast(None)  # the folder is there
+        os.chdir(folder.code)  # what Determined copies into each checkpoint
+        os.environ["XDG_DATA_HOME"] = str(folder.saving)  # where it stores them
+        with _local_context(config, distributed) as context:
+            trial = trial_class(context, first_batch=checkpoint.batches if checkpoint else 0)
+            if checkpoint:
+                load_weights(trial.plain_model, checkpoint.training_weights, checkpoint.path)
+            if distributed.rank == 0:
+                folder.config.write_text(yaml.safe_dump(config, sort_keys=False))
+            trial.local_callbacks["local_run"] = LocalRun(trial, folder)
+            _fit_here(trial, context, checkpoint)
+            if distributed.rank == 0:
+                metrics = {**trial.last_validation, **trial.category_ap}
+                picture = folder.path / "predictions.png"
+                draw_samples(trial, picture)
+                print(metrics_table(metrics, trial.iou_types))
+                print(f"checkpoints: {folder.checkpoints / 'best'} and {folder.checkpoints / 'last'}")
+                print(f"predictions beside the ground truth: {picture}")
+
+
+@dataclass
+class _Steps(Container):
+    """The multiples of `period`, and the end, in Determined's count: off the cluster it starts from 0 after a
+    resume too, `first_batch` behind ours."""
+
+    period: int
+    first_batch: int
+    end: int
+
+    def __contains__(self, step: object) -> bool:
+        return (step + self.first_batch) % self.period == 0 or step + self.first_batch == self.end
+
+
+def _fit_here(trial: DetectionTrial, context: pytorch.PyTorchTrialContext, checkpoint: Checkpoint | None) -> None:
+    schedule, end = trial.schedule, trial.total_batches
+    if trial.first_batch >= end:
+        raise UserError(
+            f"--resume: {checkpoint.path} has been trained for {trial.first_batch} batches, and searcher.max_length is "
+            f"{end}; give a greater one to go on"
+        )
+
+    def steps(length: Length | None) -> pytorch.Batch:
+        period = end if length is None else length.batches(trial.batches_per_epoch, trial.global_batch_size)
+        return pytorch.Batch(_Steps(period, trial.first_batch, end))
+
+    pytorch.Trainer(trial, context).fit(
+        max_length=pytorch.Batch(end),
+        validation_period=steps(schedule.validation_period),
+        checkpoint_period=steps(schedule.checkpoint_period),
+        reporting_period=steps(Length("batches", schedule.reporting_batches)),
+        # `best` needs a master; here every validated state is saved, and the best and the last are kept
+        checkpoint_policy="none" if schedule.checkpoint_policy == "none" else "all",
+        step_zero_validation=schedule.initial_validation,
+        latest_checkpoint=str(checkpoint.path) if checkpoint else None,
+    )
+
+
+def _checkpoint_to_resume(resume: str | None, folder: RunFolder) -> Checkpoint | None:
+    if resume is None:
+        folder.refuse_other_run()
+        return None
+    if resume != "last":
+        return read_checkpoint(find_checkpoint(resume))
+    folder.restore_interrupted_rename()
+    last = folder.checkpoints / "last"
+    if not last.exists():
+        raise UserError(f"--resume last: {folder.path} has no checkpoint yet; leave --resume out and start anew")
+    return read_checkpoint(last)
+
+
+def _output_dir(given: Path | None, distributed: DistributedContext) -> Path:
+    return distributed.broadcast(given or Path("runs") / time.strftime("%Y%m%d-%H%M%S")).absolute()
+
+
+def _make_paths_absolute(config: dict[str, Any], trial_class: type[DetectionTrial]) -> None:
+    def absolute(section: Any, key: str) -> None:
+        value = section.get(key) if isinstance(section, dict) else None
+        if isinstance(value, str) and "://" not in value and Path(value).exists():
+            section[key] = str(Path(value).absolute())
+
+    data = config.get("data") or {}
+    for split in ("train", "val"):
+        absolute(data.get(split), "annotations")
+        absolute(data.get(split), "images")
+    if isinstance(data.get("cache_dir"), str):
+        data["cache_dir"] = str(Path(data["cache_dir"]).absolute())
+    for name in trial_class.path_hyperparameters:
+        absolute(config["hyperparameters"], name)
+
+
+# --- evaluate, predict ------------------------------------------------------------------------------
+
+
+def evaluate_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
+    """COCO metrics of a checkpoint, or of the pretrained weights, on data.val."""
+    config, checkpoint = _config_to_detect_with(trial_class, arguments)
+    data = open_split(parse_data(config), "val")
+    with _detecting_trial(trial_class, config, checkpoint, data.annotations.categories) as trial:
+        names = [category["name"] for category in trial.categories]
+        if names != data.annotations.category_names:
+            raise UserError(
+                f"data.val.annotations: its categories {data.annotations.category_names} are not those that the "
+                f"checkpoint was trained on, {names}"
+            )
+        evaluator = trial.build_evaluator(data.annotations)
+        results = []
+        for detections in _detect_all(trial, data):
+            evaluator.update([detections])
+            results += to_coco_results(detections, data.annotations.category_ids)
+        gathered = trial.context.distributed.gather((evaluator.per_slot_reduce(), results))
+        if trial.rank == 0:
+            metrics = evaluator.cross_slot_reduce([slot for slot, _ in gathered])
+            print(metrics_table(metrics, trial.iou_types))
+            if arguments.output:
+                arguments.output.mkdir(parents=True, exist_ok=True)
+                plain = {name: None if value != value else value for name, value in metrics.items()}
+                (arguments.output / "metrics.json").write_text(json.dumps(plain, indent=1))
+                _write_results(arguments.output, gathered)
+
+
+def predict_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
+    """Detections on a folder of images: a picture for each and one results.json."""
+    config, checkpoint = _config_to_detect_with(trial_class, arguments)
+    categories = checkpoint.categories if checkpoint else _categories_of_pretrained(trial_class, config)
+    data = _folder_as_data(arguments.images, categories, config)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with _detecting_trial(trial_class, config, checkpoint, categories) as trial:
+        file_names = {int(image_id): data.annotations.file_name(i) for i, image_id in enumerate(data.annotations.image_ids)}
+        results = []
+        for detections in _detect_all(trial, data):
+            file_name = file_names[detections.image_id]
+            image = read_image(data.images, file_name)
+            figure = visualization.figure_of(
+                image, detections, data.annotations.category_names, arguments.min_score
+            )
+            picture = arguments.output / f"{file_name}.{arguments.format}"
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            visualization.save(figure, picture)
+            results += [
+                {**result, "file_name": file_name}
+                for result in to_coco_results(detections, data.annotations.category_ids)
+            ]
+        gathered = trial.context.distributed.gather((None, results))
+        if trial.rank == 0:
+            count = _write_results(arguments.output, gathered)
+            print(f"{count} detections on {len(file_names)} images: pictures and results.json in {arguments.output}")
+
+
+def _config_to_detect_with(
+    trial_class: type[DetectionTrial], arguments: argparse.Namespace
+) -> tuple[dict[str, Any], Checkpoint | None]:
+    """The config; its hyperparameters are the checkpoint's, with --set over them."""
+    config = load_config(arguments.config, arguments.overrides)
+    checkpoint = None
+    if arguments.checkpoint:
+        checkpoint = read_checkpoint(find_checkpoint(arguments.checkpoint))
+        overridden = [o.split("=")[0].split(".")[1] for o in arguments.overrides if o.startswith("hyperparameters.")]
+        config["hyperparameters"] = {
+            **checkpoint.hparams,
+            **{name: config["hyperparameters"][name] for name in overridden},
+            **trial_class.without_pretrained,
+        }
+    else:
+        config["hyperparameters"] = fixed_hyperparameters(config)
+    slots = int(os.environ.get("WORLD_SIZE", 1))
+    batch_size = config["hyperparameters"].get("global_batch_size")
+    if type(batch_size) is int:
+        config["hyperparameters"]["global_batch_size"] = -(-batch_size // slots) * slots  # any number of processes
+    _make_paths_absolute(config, trial_class)
+    parse_schedule(config)
+    return config, checkpoint
+
+
+@contextlib.contextmanager
+def _detecting_trial(
+    trial_class: type[DetectionTrial], config: dict, checkpoint: Checkpoint | None, categories: list[dict]
+) -> Iterator[DetectionTrial]:
+    with _local_distributed() as distributed, _local_context(config, distributed) as context:
+        trial = trial_class(context, categories=checkpoint.categories if checkpoint else categories)
+        if checkpoint:
+            load_weights(trial.evaluation_model, checkpoint.weights, checkpoint.path)
+        else:
+            trial.check_pretrained()
+        yield trial
+
+
+def _detect_all(trial: DetectionTrial, data: SplitData) -> Iterator[Detections]:
+    for batch in trial.evaluation_loader(data):
+        yield from trial.detect_on_host_batch(batch)
+
+
+def _categories_of_pretrained(trial_class: type[DetectionTrial], config: dict[str, Any]) -> list[dict]:
+    """The data set's categories where its annotation file is there, else those that the weights know."""
+    data = parse_data(config)
+    if data.backend == "fake" or (data.val and Path(data.val.annotations).exists()):
+        return open_split(data, "val").annotations.categories
+    return trial_class.pretrained_categories
+
+
+def _folder_as_data(folder: Path, categories: list[dict], config: dict[str, Any]) -> SplitData:
+    """The images below `folder` as a data set without annotations: ids from data.val where the file names
+    are there, else the position in sorted order."""
+    if not folder.is_dir():
+        raise UserError(f"--images: {folder} is not a folder")
+    known = _known_image_ids(config)
+    images = []
+    suffixes = Image.registered_extensions()
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix.lower() in suffixes]
+    for file in files:
+        name = str(file.relative_to(folder))
+        try:
+            with Image.open(file) as image:
+                width, height = image.size
+        except OSError as error:
+            logger.warning("%s is left out: %s", file, error)
+            continue
+        images.append({"id": known.get(name, len(images)), "file_name": name, "height": height, "width": width})
+    if not images:
+        raise UserError(f"--images: {folder} holds no image that can be read")
+    if not all(image["file_name"] in known for image in images):
+        images = [{**image, "id": position} for position, image in enumerate(images)]
+    coco = {"images": images, "annotations": [], "categories": categories}
+    return SplitData(CocoAnnotations.from_dict(coco), DiskImages(folder.absolute()))
+
+
+def _known_image_ids(config: dict[str, Any]) -> dict[str, int]:
+    data = parse_data(config)
+    if data.backend == "fake" or data.val is None or not Path(data.val.annotations).exists():
+        return {}
+    annotations = CocoAnnotations.open(data.val.annotations, cache_dir=data.cache_dir)
+    return {annotations.file_name(i): int(image_id) for i, image_id in enumerate(annotations.image_ids)}
+
+
+def _write_results(folder: Path, gathered: list[tuple[Any, list[dict]]]) -> int:
+    by_image = sorted((result for _, results in gathered for result in results), key=lambda r: r["image_id"])
+    (folder / "results.json").write_text(json.dumps(by_image))
+    return len(by_image)
+
+
+# --- what both print and draw -----------------------------------------------------------------------
+
+
+def metrics_table(metrics: dict[str, float], iou_types: tuple[str, ...]) -> str:
+    """COCO's numbers, and the AP of each category, as text."""
+    rows = [[name, *(metrics[f"{iou_type}_{name}"] for iou_type in iou_types)] for name in SUMMARY_METRICS]
+    names = [name.removeprefix(f"{iou_types[0]}_") for name in metrics if name.startswith(f"{iou_types[0]}_AP/")]
+    rows += [[name, *(metrics.get(f"{iou_type}_{name}", float("nan")) for iou_type in iou_types)] for name in names]
+    return tabulate(rows, headers=["", *iou_types], floatfmt=".4f", missingval="-")
+
+
+def draw_samples(trial: DetectionTrial, path: Path) -> None:
+    """Detections beside the ground truth, on the first validation images."""
+    annotations, images = trial.val_data.annotations, trial.val_data.images
+    detections = {}
+    for batch in trial.build_validation_data_loader():
+        for detection in trial.detect_on_host_batch(batch):
+            detections[detection.image_id] = detection
+        if len(detections) >= _PICTURES:
+            break
+    samples = []
+    for index in range(len(annotations)):
+        record = annotations[index]
+        if record.image_id in detections and len(samples) < _PICTURES:
+            image = read_image(images, record.file_name)
+            samples.append((image, record, detections[record.image_id]))
+    visualization.save(visualization.side_by_side(samples, annotations.category_names), path)
+
+
+# --- processes --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _local_distributed() -> Iterator[DistributedContext]:
+    """The processes that torchrun started, or this one alone."""
+    if "RANK" not in os.environ:
+        yield DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
+        return
+    os.environ["USE_TORCH_DISTRIBUTED"] = "True"  # what determined.launch.torch_distributed sets
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    distributed = DistributedContext.from_torch_distributed()
+    try:
+        yield distributed
+    finally:
+        distributed.close()
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _local_context(
+    config: dict[str, Any], distributed: DistributedContext
+) -> Iterator[pytorch.PyTorchTrialContext]:
+    with pytorch.init(
+        hparams=config["hyperparameters"],
+        exp_conf=config,
+        distributed=distributed,
+        aggregation_frequency=_aggregation_frequency(config),
+        enable_tensorboard_logging=False,  # written by LocalRun
+    ) as context:
+        yield context
+
+
+def _aggregation_frequency(config: dict[str, Any]) -> int:
+    return (config.get("optimizations") or {}).get("aggregation_frequency") or 1

@@ -1,0 +1,97 @@
+"""Loss and speed since the last report, added up on the device: one synchronisation a report, none a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from determined.pytorch import MetricReducer
+
+
+class DivergedError(ArithmeticError):
+    """The loss is not finite; training on would only spoil the weights."""
+
+
+@dataclass
+class _SlotReport:
+    sums: dict[str, float]
+    batches: int
+    images: int
+    seconds: float
+    waiting: float
+    first_bad: tuple[int, list[int]] | None
+
+
+class TrainingMetrics(MetricReducer):
+    """Means of the losses, images/s over all slots, and the first batch whose loss was not finite."""
+
+    def __init__(self) -> None:
+        self.slots: list[_SlotReport] = []
+        self.waiting = 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        self._sums: torch.Tensor | None = None
+        self._names: list[str] = []
+        self._first_bad: torch.Tensor | None = None
+        self._image_ids: list[list[int]] = []
+        self._first_batch = 0
+        self._started = time.perf_counter()
+        self.waiting = 0.0
+
+    def update(self, losses: Mapping[str, torch.Tensor], batch_number: int, image_ids: list[int]) -> None:
+        """Add one batch. Nothing is read from the device."""
+        names = list(losses)
+        values = torch.stack([losses[name].detach().float() for name in names])
+        position = len(self._image_ids)
+        if self._sums is None:
+            self._names, self._first_batch = names, batch_number
+            self._sums = torch.zeros_like(values)
+            self._first_bad = torch.full((), -1, dtype=torch.int64, device=values.device)
+        is_first_bad = (self._first_bad < 0) & ~values.isfinite().all()
+        self._first_bad += is_first_bad * (position + 1)
+        self._sums += values
+        self._image_ids.append(image_ids)
+
+    def per_slot_reduce(self) -> _SlotReport:
+        sums, first_bad = {}, None
+        if self._sums is not None:
+            *values, position = torch.cat([self._sums.double(), self._first_bad.double()[None]]).tolist()
+            sums = dict(zip(self._names, values, strict=True))
+            if position >= 0:
+                first_bad = (self._first_batch + int(position), self._image_ids[int(position)])
+        return _SlotReport(
+            sums=sums,
+            batches=len(self._image_ids),
+            images=sum(map(len, self._image_ids)),
+            seconds=time.perf_counter() - self._started,
+            waiting=self.waiting,
+            first_bad=first_bad,
+        )
+
+    def cross_slot_reduce(self, per_slot_metrics: Sequence[_SlotReport]) -> dict[str, Any]:
+        self.slots = list(per_slot_metrics)
+        batches = sum(slot.batches for slot in self.slots)
+        if not batches:
+            return {}
+        seconds = max(slot.seconds for slot in self.slots)
+        metrics = {
+            name: sum(slot.sums.get(name, 0.0) for slot in self.slots) / batches for name in self.slots[0].sums
+        }
+        metrics["images_per_second"] = sum(slot.images for slot in self.slots) / seconds
+        metrics["data_wait"] = max(slot.waiting for slot in self.slots) / seconds
+        return metrics
+
+    def raise_if_diverged(self) -> None:
+        """Raises DivergedError, on every slot alike, where a batch since the last report had no finite loss."""
+        bad = [slot.first_bad for slot in self.slots if slot.first_bad is not None]
+        if bad:
+            number, image_ids = min(bad)
+            raise DivergedError(
+                f"the loss is not finite since batch {number + 1} (image ids {', '.join(map(str, image_ids))}). "
+                "The last checkpoint is from before. Lower hyperparameters.lr, clip the gradients, or use bf16 in "
+                "place of fp16; if it is always this batch, look at its annotations"
+            )
