@@ -253,8 +253,9 @@ def _parse(path: Path) -> tuple[dict[str, np.ndarray], list[dict]]:
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise UserError(f"{path} is empty")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _to_columns(_decode(data, path), path)
+        # not closed here: the undecoded segmentations point into it
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return _to_columns(_decode(data, path), path)
 
 
 def _decode(data: bytes | mmap.mmap, source: object) -> _CocoFile:

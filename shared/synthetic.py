@@ -42,9 +42,13 @@ def draw_sample(seed: int, index: int, size: int = SIZE) -> tuple[Image.Image, l
         annotations.append(_draw_crowd(canvas, draws, size))
     for _ in range(draws.randrange(1, 6)):
         category = draws.choice(CATEGORIES)["id"]
-        polygon = _shape(draws, category, size, scale=draws.uniform(0.12, 0.45))
-        canvas.polygon(polygon, fill=_color(draws, background))
-        annotations.append(_annotation(category, polygon))
+        for _ in range(10):  # a shape that hides another would be a box that nothing shows
+            polygon = _shape(draws, category, size, scale=draws.uniform(0.12, 0.45))
+            annotation = _annotation(category, polygon)
+            if not any(_overlap(annotation["bbox"], other["bbox"]) > 0.2 for other in annotations):
+                canvas.polygon(polygon, fill=_color(draws, background))
+                annotations.append(annotation)
+                break
     return image, annotations
 
 
@@ -73,6 +77,13 @@ def write(out: Path, train: int = 400, val: int = 100, size: int = SIZE, seed: i
         for index in range(count):
             draw_sample(split_seed, index, size)[0].save(folder / f"{index:06d}.png", compress_level=1)
         (out / "annotations" / f"{split}.json").write_text(json.dumps(coco_split(split_seed, count, size)))
+
+
+def _overlap(a: list[float], b: list[float]) -> float:
+    """The part of the smaller box that both share; x y width height."""
+    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    return max(width, 0) * max(height, 0) / min(a[2] * a[3], b[2] * b[3])
 
 
 def _color(draws: random.Random, background: tuple[int, ...]) -> tuple[int, ...]:

@@ -73,10 +73,9 @@ def _draw(
     captions: Sequence[str],
     masks: Sequence[np.ndarray] | None,
 ) -> None:
-    axes.imshow(image)
+    # COCO's coordinates: pixel 0 reaches from 0 to 1
+    axes.imshow(image, extent=(0, image.width, image.height, 0))
     axes.set_axis_off()
-    axes.set_xlim(-0.5, image.width - 0.5)
-    axes.set_ylim(image.height - 0.5, -0.5)
     for i, ((x1, y1, x2, y2), label, caption) in enumerate(zip(boxes.tolist(), labels.tolist(), captions, strict=True)):
         color = _COLORS[label % len(_COLORS)]
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.5))
@@ -91,4 +90,4 @@ def _draw(
             clip_on=True,
         )
         if masks is not None:
-            axes.contourf(masks[i], levels=[0.5, 1], colors=[color], alpha=0.4)
+            axes.contourf(masks[i], levels=[0.5, 1], colors=[color], alpha=0.4, extent=(0, image.width, 0, image.height))

@@ -1,0 +1,51 @@
+# demo · test · bench: each sets up all that it needs, in .venv (VENV=… for another place).
+
+VENV ?= .venv
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+PY = $(abspath $(VENV))/bin/python
+READY = $(VENV)/.ready-$(notdir $(CONSTRAINTS))
+
+.PHONY: demo test test-oldest lint bench links
+
+# What pip calls the distribution is not upgraded: torch and torchvision must be of one release.
+$(READY): setup.cfg $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip 'setuptools<81' wheel
+	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) '.[efficientdet,test]'
+	touch $@
+
+# Writes a synthetic data set, trains a small EfficientDet on it and draws what it finds.
+demo: $(READY)
+	$(PY) -m shared.synthetic demo/data
+	rm -rf demo/run
+	cd efficientdet && $(PY) model_def.py train demo.yaml --output-dir ../demo/run
+
+test: lint
+	$(PY) -m pytest
+
+# The same tests in the versions of Determined's default task image, on Python 3.10 where there is one.
+test-oldest:
+	$(MAKE) pytest VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt \
+		PYTHON="$$(python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))"
+
+.PHONY: pytest
+pytest: $(READY)
+	$(PY) -m pytest
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(abspath $(VENV))/bin/shellcheck efficientdet/startup-hook.sh .ci/run
+
+bench: $(READY)
+	$(PY) benchmarks/evaluation.py
+	$(PY) benchmarks/annotations.py
+	$(PY) benchmarks/training_step.py
+
+# Determined uploads a detector's folder and follows no link to a folder: shared/ is in it as a link a file.
+links:
+	for detector in efficientdet; do \
+		mkdir -p $$detector/shared && find $$detector/shared -type l -delete && \
+		for file in shared/*.py; do ln -s "../../$$file" "$$detector/shared/$${file##*/}"; done; \
+	done

@@ -1,0 +1,119 @@
+"""Paths to the code, data for tests, and how the tests start a run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+# as in a submitted folder: `model_def` and `efficientdet_files` beside `shared`
+sys.path[:0] = [str(ROOT), str(ROOT / "efficientdet")]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+EXPERIMENT_SCHEMA = ROOT.parent / "shared" / "expconf"
+
+
+@pytest.fixture(scope="session")
+def coco_tiny() -> Path:
+    """Real COCO images and annotations; not part of the project."""
+    folder = SHARED_DATA / "coco_tiny"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not here: the real COCO images for tests are no part of the project")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """A synthetic data set: 24 training and 10 validation images."""
+    from shared import synthetic
+
+    folder = tmp_path_factory.mktemp("shapes")
+    synthetic.write(folder, train=24, val=10)
+    return folder
+
+
+@pytest.fixture
+def run_config(shapes, tmp_path):
+    """Writes the config of a tiny EfficientDet on the shapes, with changes, and returns its path."""
+
+    def write(name: str = "config.yaml", **changes: object) -> Path:
+        config = tiny_config(shapes)
+        for dotted, value in changes.items():
+            *sections, key = dotted.split("__")
+            section = config
+            for part in sections:
+                section = section.setdefault(part, {})
+            if value is None:
+                section.pop(key, None)
+            else:
+                section[key] = value
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    return write
+
+
+def tiny_config(shapes: Path) -> dict:
+    """A run of 12 batches, validated and saved every 4, that takes seconds."""
+    return {
+        "name": "test",
+        "data": {
+            "train": {"annotations": str(shapes / "annotations/train.json"), "images": str(shapes / "train")},
+            "val": {"annotations": str(shapes / "annotations/val.json"), "images": str(shapes / "val")},
+            "workers": 2,
+        },
+        "hyperparameters": {
+            "global_batch_size": 4,
+            "model": "efficientdet_d0",
+            "backbone": "mobilenetv3_small_050",
+            "model_config": {"fpn_channels": 16, "fpn_cell_repeats": 1, "box_class_repeats": 1},
+            "pretrained": "none",
+            "input_size": 128,
+            "opt": "adamw",
+            "lr": 0.002,
+            "sched_on_updates": True,
+            "warmup_epochs": 0,
+            "cooldown_epochs": 0,
+            "model_ema_decay": 0.9,
+        },
+        "searcher": {
+            "name": "single",
+            "metric": "bbox_mAP",
+            "smaller_is_better": False,
+            "max_length": {"batches": 12},
+        },
+        "min_validation_period": {"batches": 4},
+        "scheduling_unit": 2,
+        "reproducibility": {"experiment_seed": 3},
+        "entrypoint": "python3 model_def.py",
+    }
+
+
+def run_model_def(
+    *arguments: object, processes: int = 1, cwd: Path | None = None, env: dict | None = None, check: bool = True
+) -> subprocess.CompletedProcess:
+    """`model_def.py ARGUMENTS` as a user runs it, under torchrun where there are several processes."""
+    program = [sys.executable]
+    if processes > 1:
+        program += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [*program, "model_def.py", *map(str, arguments)],
+        cwd=cwd or ROOT / "efficientdet",
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def reports(run: Path, split: str | None = None) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if split in (None, line["split"])]

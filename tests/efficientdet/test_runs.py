@@ -1,0 +1,387 @@
+"""Runs off the cluster, started as a user starts them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, reports, run_model_def
+from PIL import Image
+
+from shared.checkpoints import load_state, read_checkpoint
+
+SUMMARY = ("bbox_mAP", "bbox_mAP_50", "bbox_AR_100")
+
+
+@pytest.fixture(scope="module")
+def trained(shapes, tmp_path_factory):
+    """A run of 12 batches; its folder and config."""
+    import yaml
+    from conftest import tiny_config
+
+    folder = tmp_path_factory.mktemp("trained")
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(tiny_config(shapes)))
+    done = run_model_def("train", config, "--output-dir", folder / "run")
+    return folder / "run", config, done
+
+
+def final_state(run):
+    state = load_state(run / "checkpoints/last/state_dict.pth")
+    return {
+        "model": state["models_state_dict"][0],
+        "ema": state["callbacks"]["training"]["ema"],
+        "optimizer": state["optimizers_state_dict"][0]["state"],
+    }
+
+
+def assert_same_bits(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_bits(a[key], b[key])
+    else:
+        assert a == b
+
+
+def test_a_run_leaves_its_reports_checkpoints_config_and_picture(trained):
+    run, _, done = trained
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["best", "last"]
+    assert [r["batches"] for r in reports(run, "train")] == [2, 4, 6, 8, 10, 12]
+    assert [r["batches"] for r in reports(run, "val")] == [4, 8, 12]
+    metrics = reports(run, "val")[-1]["metrics"]
+    assert "bbox_AP/circle" in metrics
+    assert metrics["bbox_mAP_l"] is None  # no large shapes: nan is null in JSON
+    assert {"loss", "lr", "images_per_second", "data_wait"} <= reports(run, "train")[0]["metrics"].keys()
+    assert Image.open(run / "predictions.png").size[0] == 800
+    assert list((run / "tensorboard").iterdir())
+    assert "AP/circle" in done.stdout
+    assert "predictions.png" in done.stdout
+    assert "images/s" in done.stderr  # the progress bar
+    assert (run / "config.yaml").is_file()
+
+
+def test_a_checkpoint_is_its_tensors_and_little_more(trained):
+    run, _, _ = trained
+    folder = run / "checkpoints/last"
+    state = load_state(folder / "state_dict.pth")
+
+    def size(value):
+        if isinstance(value, torch.Tensor):
+            return value.numel() * value.element_size()
+        if isinstance(value, dict):
+            return sum(map(size, value.values()))
+        return sum(map(size, value)) if isinstance(value, (list, tuple)) else 0
+
+    on_disk = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    assert on_disk < size(state) + 2**20
+
+
+def test_where_a_run_is_started_from_does_not_swell_its_checkpoints(shapes, run_config, tmp_path):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "photo.bin").write_bytes(os.urandom(3 * 2**20))
+    program = [sys.executable, ROOT / "efficientdet/model_def.py", "train", run_config(searcher__max_length=2)]
+    subprocess.run([*program, "--output-dir", "run"], cwd=full, check=True, capture_output=True)
+    code = full / "run/checkpoints/last/code"
+    assert (code / "model_def.py").is_file()
+    assert (code / "shared/trial.py").is_file()
+    assert sum(file.stat().st_size for file in code.rglob("*")) < 2**20
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(trained):
+    run, config, _ = trained
+    done = run_model_def("train", config, "--output-dir", run, check=False)
+    assert done.returncode == 1
+    assert "holds a run already; add `--resume last`" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def kill_between_checkpoints(config, run, processes=1):
+    """Starts a run and kills all of its processes after the checkpoint of batch 4."""
+    program = [sys.executable]
+    if processes > 1:
+        program += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    process = subprocess.Popen(
+        [*program, "model_def.py", "train", str(config), "--output-dir", str(run)],
+        cwd=ROOT / "efficientdet",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    started = time.time()
+    while not ((run / "checkpoints/last").exists() and reports(run)[-1]["batches"] >= 6):
+        assert process.poll() is None
+        assert time.time() - started < 120
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert reports(run)[-1]["batches"] < 12
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_resumes_to_the_same_bits(run_config, trained, tmp_path, processes):
+    config = run_config(searcher__max_length={"batches": 12})
+    if processes == 1:
+        whole = trained[0]
+    else:
+        whole = tmp_path / "whole"
+        run_model_def("train", config, "--output-dir", whole, processes=processes)
+    killed = tmp_path / "killed"
+    kill_between_checkpoints(config, killed, processes)
+    run_model_def("train", config, "--output-dir", killed, "--resume", "last", processes=processes)
+
+    assert_same_bits(final_state(killed), final_state(whole))
+    ours, expected = reports(killed), reports(whole)
+    assert [(r["batches"], r["split"]) for r in ours] == [(r["batches"], r["split"]) for r in expected]
+    for a, b in zip(ours, expected, strict=True):
+        timings = {"images_per_second", "data_wait"}
+        assert {k: v for k, v in a["metrics"].items() if k not in timings} == {
+            k: v for k, v in b["metrics"].items() if k not in timings
+        }
+
+
+def test_a_finished_run_goes_on_with_a_greater_length(trained, run_config, tmp_path):
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    longer = run_config(searcher__max_length={"batches": 16})
+    run_model_def("train", longer, "--output-dir", run, "--resume", "last")
+    assert [r["batches"] for r in reports(run, "val")] == [4, 8, 12, 16]
+    done = run_model_def("train", longer, "--output-dir", run, "--resume", "last", check=False)
+    assert "has been trained for 16 batches" in done.stderr
+
+
+def test_the_learning_rate_and_epochs_go_on_after_a_resume_by_epochs(run_config, tmp_path):
+    changes = dict(
+        hyperparameters__sched_on_updates=False,
+        searcher__max_length={"epochs": 3},
+        min_validation_period={"epochs": 1},
+        hyperparameters__lr_noise=[0.1, 0.9],
+    )
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_model_def("train", run_config("whole.yaml", **changes), "--output-dir", whole)
+    shutil.copytree(whole / "checkpoints/best", tmp_path / "best")
+    first = read_checkpoint(tmp_path / "best").batches
+    run_model_def("train", run_config("whole.yaml", **changes), "--output-dir", parts, "--resume", tmp_path / "best")
+    expected = {r["batches"]: r["metrics"]["lr"] for r in reports(whole, "train")}
+    assert len(set(expected.values())) > 1
+    for report in reports(parts, "train"):
+        assert report["batches"] > first
+        assert report["metrics"]["lr"] == expected[report["batches"]]
+
+
+def test_two_processes_keep_the_same_weights_and_draw_different_numbers(run_config, tmp_path):
+    probe = tmp_path / "probe.py"
+    probe.write_text(
+        "import sys; sys.path.insert(0, '.')\n"
+        "import random, torch, model_def\n"
+        "from shared.launch import main\n"
+        "class Probe(model_def.EfficientDetTrial):\n"
+        "    def losses(self, model, batch):\n"
+        "        print('DRAW', self.rank, random.random(), torch.rand(1).item(), flush=True)\n"
+        "        return super().losses(model, batch)\n"
+        "    def detect(self, model, batch):\n"
+        "        total = sum(v.double().sum().item() for m in (self.plain_model, self.ema.module)\n"
+        "                    for v in m.state_dict().values())\n"
+        "        print('WEIGHTS', self.batches_trained, repr(total), flush=True)\n"
+        "        return super().detect(model, batch)\n"
+        "main(Probe)\n"
+    )
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", probe]
+    run = tmp_path / "run"
+    lines = []
+    for length, resume in ((4, []), (8, ["--resume", "last"])):
+        config = run_config(searcher__max_length={"batches": length})
+        done = subprocess.run(
+            [*program, "train", config, "--output-dir", run, *resume],
+            cwd=ROOT / "efficientdet",
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        lines += done.stdout.splitlines()
+    draws = [line.split()[2:] for line in lines if line.startswith("DRAW")]
+    assert len(draws) == 16
+    assert len({d[0] for d in draws}) == len({d[1] for d in draws}) == 16
+    weights = [line.split()[1:] for line in lines if line.startswith("WEIGHTS")]
+    assert len(weights) >= 4
+    assert len({tuple(w) for w in weights}) == 2  # one sum a validation, whichever process
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_evaluate_gives_the_run_s_numbers_with_any_number_of_processes(trained, tmp_path, processes):
+    run, config, _ = trained
+    done = run_model_def(
+        "evaluate", config, "--checkpoint", run / "checkpoints/last", "--output", tmp_path, processes=processes
+    )
+    assert "AP/circle" in done.stdout
+    assert json.loads((tmp_path / "metrics.json").read_text()) == reports(run, "val")[-1]["metrics"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {r["image_id"] for r in results} == set(range(1, 11))
+
+
+@pytest.mark.parametrize("picture_format", ["png", "pdf"])
+def test_predict_draws_each_image_and_writes_coco_results(trained, shapes, tmp_path, picture_format):
+    run, config, _ = trained
+    images = tmp_path / "images"
+    (images / "sub").mkdir(parents=True)
+    Image.open(shapes / "val/000000.png").save(images / "b.jpg")
+    Image.open(shapes / "val/000001.png").resize((60, 90)).save(images / "sub/a.PNG")
+    (images / "notes.txt").write_text("no image")
+    (images / "broken.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    done = run_model_def(
+        *("predict", config, "--checkpoint", run / "checkpoints/best", "--images", images, "--output", out),
+        *("--format", picture_format, "--min-score", "0.0", "--set", "data.val=null", "--set", "data.train=null"),
+    )
+    assert "broken.png is left out" in done.stderr
+    assert (out / f"b.jpg.{picture_format}").is_file()
+    assert (out / f"sub/a.PNG.{picture_format}").is_file()
+    results = json.loads((out / "results.json").read_text())
+    assert {(r["image_id"], r["file_name"]) for r in results} == {(0, "b.jpg"), (1, "sub/a.PNG")}
+    assert {r["category_id"] for r in results} <= {1, 2, 3}
+    small = [r for r in results if r["image_id"] == 1]
+    boxes = np.array([r["bbox"] for r in small])
+    assert (boxes[:, 0] + boxes[:, 2] <= 60.1).all()
+    assert (boxes[:, 1] + boxes[:, 3] <= 90.1).all()
+
+
+def test_predict_takes_image_ids_from_the_data_set(trained, shapes, tmp_path):
+    run, config, _ = trained
+    out = tmp_path / "out"
+    run_model_def(
+        "predict", config, "--checkpoint", run / "checkpoints/best", "--images", shapes / "val", "--output", out
+    )
+    results = json.loads((out / "results.json").read_text())
+    assert {r["image_id"] for r in results} == set(range(1, 11))
+
+
+WRONG = {
+    "hyperparameters: unknown key 'learning_rate'; did you mean": ["hyperparameters.learning_rate=1"],
+    "data.val.annotations: /x/val.json does not exist": ["data.val.annotations=/x/val.json"],
+    "data.train.images: /x is not a folder": ["data.train.images=/x"],
+    "hyperparameters.model: 'efficientdet_d77' is not a model of effdet; did you mean": [
+        "hyperparameters.model=efficientdet_d77"
+    ],
+    "hyperparameters.backbone: 'resnet81' is not a model of timm; did you mean": ["hyperparameters.backbone=resnet81"],
+    "hyperparameters.opt: 'adamm' is not an optimizer": ["hyperparameters.opt=adamm"],
+    "hyperparameters.sched: 'cosin' is not a scheduler": ["hyperparameters.sched=cosin"],
+    "hyperparameters.input_size: 100 does not divide by 128": ["hyperparameters.input_size=100"],
+    "hyperparameters.model_config: unknown key 'fpn_chanels'; did you mean 'fpn_channels'": [
+        "hyperparameters.model_config.fpn_chanels=8"
+    ],
+    "hyperparameters.pretrained: nowhere.pth is not a checkpoint": ["hyperparameters.pretrained=nowhere.pth"],
+    "hyperparameters.amp: fp16 needs a GPU": ["hyperparameters.amp=fp16"],
+    "searcher.metric: 'bbox_map' is not reported": ["searcher.metric=bbox_map"],
+    "--set x: write it as key=value": ["x"],
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_key_or_path_is_one_line_before_training(run_config, tmp_path, message):
+    if torch.cuda.is_available() and "fp16" in message:
+        pytest.skip("there is a GPU")
+    overrides = [part for override in WRONG[message] for part in ("--set", override)]
+    done = run_model_def("train", run_config(), "--output-dir", tmp_path / "run", *overrides, check=False)
+    assert done.returncode == 1
+    assert f"error: {message}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "batch/s" not in done.stderr or "searcher.metric" in message
+
+
+def test_categories_that_differ_and_nothing_to_train_on_are_refused(run_config, shapes, tmp_path):
+    coco = json.loads((shapes / "annotations/train.json").read_text())
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**coco, "categories": coco["categories"][:2] + [{"id": 3, "name": "star"}]}))
+    empty = tmp_path / "empty.json"
+    empty.write_text(json.dumps({**coco, "annotations": []}))
+    for path, message in ((other, "different categories: id 3 is 'star'"), (empty, "has no box to train on")):
+        config = run_config(data__train__annotations=str(path))
+        done = run_model_def("train", config, "--output-dir", tmp_path / "run", check=False)
+        assert message in done.stderr
+        assert done.returncode == 1
+
+
+def test_two_processes_need_a_batch_that_divides(run_config, tmp_path):
+    config = run_config(hyperparameters__global_batch_size=3)
+    done = run_model_def("train", config, "--output-dir", tmp_path / "run", processes=2, check=False)
+    assert "3 images do not divide by 2 slots; use 2 or 4" in done.stderr
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_stays(trained, run_config, tmp_path):
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    before = (run / "checkpoints/last/state_dict.pth").read_bytes()
+    other = run_config(
+        hyperparameters__model_config={"fpn_channels": 24, "fpn_cell_repeats": 1}, searcher__max_length=20
+    )
+    done = run_model_def("train", other, "--output-dir", run, "--resume", "last", check=False)
+    assert "holds the weights of another model" in done.stderr
+    assert (run / "checkpoints/last/state_dict.pth").read_bytes() == before
+
+
+def test_a_cut_off_checkpoint_is_refused(trained, run_config, tmp_path):
+    run, config, _ = trained
+    cut = shutil.copytree(run / "checkpoints/last", tmp_path / "cut")
+    data = (cut / "state_dict.pth").read_bytes()
+    (cut / "state_dict.pth").write_bytes(data[: len(data) // 2])
+    done = run_model_def("evaluate", config, "--checkpoint", cut, check=False)
+    assert "cannot be read as weights" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(run_config, tmp_path):
+    probe = tmp_path / "probe.py"
+    probe.write_text(
+        "import sys; sys.path.insert(0, '.')\n"
+        "import model_def\n"
+        "from shared.launch import main\n"
+        "class Probe(model_def.EfficientDetTrial):\n"
+        "    def losses(self, model, batch):\n"
+        "        losses = super().losses(model, batch)\n"
+        "        if self.batches_trained == 6:\n"
+        "            print('BAD', *batch.image_ids, flush=True)\n"
+        "            losses = {name: value * float('nan') for name, value in losses.items()}\n"
+        "        return losses\n"
+        "main(Probe)\n"
+    )
+    run = tmp_path / "run"
+    config = run_config(scheduling_unit=4)
+    done = subprocess.run(
+        [sys.executable, probe, "train", config, "--output-dir", run],
+        cwd=ROOT / "efficientdet",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    ids = next(line for line in done.stdout.splitlines() if line.startswith("BAD")).split()[1:]
+    assert f"the loss is not finite since batch 7 (image ids {', '.join(ids)})" in done.stderr
+    checkpoint = read_checkpoint(run / "checkpoints/last")
+    assert checkpoint.batches == 4
+    assert all(weights.isfinite().all() for weights in checkpoint.weights.values())
+
+
+def test_a_search_off_the_cluster_names_the_keys_to_set():
+    done = run_model_def("train", "adaptive.yaml", check=False)
+    assert "--set hyperparameters.lr=" in done.stderr
+    assert done.returncode == 1
+
+
+def test_without_a_checkpoint_untrained_weights_are_not_evaluated(run_config):
+    done = run_model_def("evaluate", run_config(), check=False)
+    assert "hyperparameters.pretrained is 'none', which detects nothing" in done.stderr
+
+
+def test_a_uuid_needs_a_master(run_config):
+    env = {"DET_MASTER": ""}
+    uuid = "12345678-1234-1234-1234-123456789abc"
+    done = run_model_def("evaluate", run_config(), "--checkpoint", uuid, check=False, env=env)
+    assert "set DET_MASTER" in done.stderr

@@ -1,0 +1,107 @@
+"""The experiment config: what it says, and errors that name the key."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from shared.errors import UserError
+from shared.experiment import (
+    Length,
+    SearcherMetric,
+    fixed_hyperparameters,
+    load_config,
+    parse_data,
+    parse_schedule,
+    parse_section,
+    per_slot_batch_size,
+)
+
+
+@dataclass
+class Hparams:
+    lr: float = 0.1
+    opt: str = "sgd"
+    size: int | None = None
+
+
+def config(tmp_path, text, *overrides):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return load_config(path, overrides)
+
+
+def test_overrides_win(tmp_path):
+    loaded = config(tmp_path, "hyperparameters: {lr: 1, opt: sgd}", "hyperparameters.lr=0.5", "data.workers=0")
+    assert loaded == {"hyperparameters": {"lr": 0.5, "opt": "sgd"}, "data": {"workers": 0}}
+
+
+def test_an_unknown_key_names_the_nearest():
+    with pytest.raises(UserError, match=r"hyperparameters: unknown key 'optt'; did you mean 'opt'\?"):
+        parse_section({"optt": "sgd"}, Hparams, "hyperparameters")
+
+
+def test_an_unknown_key_at_the_top_names_the_nearest(tmp_path):
+    with pytest.raises(UserError, match="unknown key 'hyperparameter'; did you mean 'hyperparameters'"):
+        config(tmp_path, "hyperparameter: {}")
+
+
+def test_a_wrong_type_names_the_key():
+    with pytest.raises(UserError, match=r"hyperparameters\.lr: Expected `float`, got `str`"):
+        parse_section({"lr": "fast"}, Hparams, "hyperparameters")
+
+
+def test_a_searched_key_off_the_cluster_is_named():
+    searched = {"hyperparameters": {"lr": {"type": "log", "minval": -4, "maxval": -1}, "opt": "sgd"}}
+    with pytest.raises(UserError, match=r"--set hyperparameters\.lr="):
+        fixed_hyperparameters(searched)
+
+
+def test_a_const_is_its_value():
+    assert fixed_hyperparameters({"hyperparameters": {"lr": {"type": "const", "val": 2}}}) == {"lr": 2}
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.yaml does not exist"):
+        load_config(str(tmp_path / "none.yaml"))
+    with pytest.raises(UserError, match=r"c\.yaml is not YAML"):
+        config(tmp_path, "a: [")
+
+
+def test_data_keys_are_checked():
+    with pytest.raises(UserError, match=r"data\.train: unknown key 'annotation'; did you mean 'annotations'"):
+        parse_data({"data": {"train": {"annotation": "x", "images": "y"}}})
+    with pytest.raises(UserError, match=r"data\.train\.images is missing"):
+        parse_data({"data": {"train": {"annotations": "x"}}})
+    with pytest.raises(UserError, match=r"data\.backend: 'dsk' .* did you mean 'disk'"):
+        parse_data({"data": {"backend": "dsk"}})
+
+
+def test_lengths():
+    schedule = parse_schedule(
+        {"searcher": {"max_length": {"epochs": 3}}, "min_validation_period": {"records": 100}, "scheduling_unit": 7}
+    )
+    assert schedule.max_length == Length("epochs", 3)
+    assert schedule.max_length.batches(batches_per_epoch=5, global_batch_size=8) == 15
+    assert schedule.validation_period.batches(5, 8) == 12
+    assert schedule.reporting_batches == 7
+
+
+def test_a_search_s_length_is_its_max_time():
+    assert parse_schedule({"searcher": {"time_metric": "batches", "max_time": 50}}).max_length == Length("batches", 50)
+
+
+@pytest.mark.parametrize("length", [{"batch": 3}, {"batches": 0}, {"batches": "many"}, "long"])
+def test_a_length_that_is_none_is_refused(length):
+    with pytest.raises(UserError, match=r"searcher\.max_length"):
+        parse_schedule({"searcher": {"max_length": length}})
+
+
+def test_a_batch_that_does_not_divide_by_the_slots_is_refused():
+    assert per_slot_batch_size(12, 4) == 3
+    with pytest.raises(UserError, match="10 images do not divide by 4 slots; use 8 or 12"):
+        per_slot_batch_size(10, 4)
+
+
+def test_the_worst_value_of_a_metric_is_finite():
+    assert SearcherMetric("bbox_mAP", smaller_is_better=False).worst == 0
+    assert SearcherMetric("loss", smaller_is_better=True).worst == 1e30

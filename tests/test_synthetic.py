@@ -1,0 +1,43 @@
+"""The synthetic data set."""
+
+import subprocess
+import sys
+
+import numpy as np
+from conftest import ROOT
+from pycocotools import mask as coco_mask
+
+from shared import synthetic
+from shared.annotations import CocoAnnotations
+
+
+def test_it_is_the_same_for_the_same_seed_and_another_for_another():
+    first, again, other = (synthetic.coco_split(seed, 10) for seed in (1, 1, 2))
+    assert first == again
+    assert first["annotations"] != other["annotations"]
+    image, _ = synthetic.draw_sample(1, 4)
+    np.testing.assert_array_equal(image, synthetic.draw_sample(1, 4)[0])
+
+
+def test_it_has_three_categories_crowds_and_masks_that_fit_their_boxes():
+    annotations = CocoAnnotations.from_dict(synthetic.coco_split(1, 32))
+    assert annotations.category_names == ["rectangle", "circle", "triangle"]
+    assert sum(record.iscrowd.sum() for record in annotations) == 4
+    for record in annotations:
+        assert (record.boxes >= 0).all()
+        assert (record.boxes <= 128).all()
+        for box, segmentation in zip(record.boxes, record.segmentations, strict=True):
+            if isinstance(segmentation, list):
+                segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, record.height, record.width))
+            x, y, width, height = coco_mask.toBbox(segmentation)
+            np.testing.assert_allclose(box, [x, y, x + width, y + height], atol=1.5)
+
+
+def test_the_command_writes_a_coco_data_set(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "shared.synthetic", tmp_path, "--train", "3", "--val", "2"], check=True, cwd=ROOT
+    )
+    for split, count in (("train", 3), ("val", 2)):
+        annotations = CocoAnnotations.open(tmp_path / f"annotations/{split}.json")
+        assert len(annotations) == count
+        assert all((tmp_path / split / record.file_name).is_file() for record in annotations)

@@ -1,0 +1,46 @@
+"""Pictures of detections."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from shared import synthetic
+from shared.annotations import CocoAnnotations
+from shared.detections import Detections
+from shared.visualization import figure_of, save, side_by_side
+
+
+@pytest.fixture
+def detections():
+    mask = np.zeros((60, 80), np.uint8, order="F")
+    mask[30:50, 40:70] = 1
+    return Detections(1, [[40, 30, 70, 50], [0, 0, 9, 9]], [0.9, 0.1], [0, 1], masks=[coco_mask.encode(mask)] * 2)
+
+
+def test_a_png_has_the_image_s_size_and_shows_only_sure_detections(detections, tmp_path):
+    image = Image.new("RGB", (80, 60), "white")
+    save(figure_of(image, detections, ["cat", "dog"], min_score=0.3), tmp_path / "p.png")
+    drawn = np.asarray(Image.open(tmp_path / "p.png").convert("RGB"))
+    assert drawn.shape == (60, 80, 3)
+    assert (drawn[35:48, 45:65] != 255).any(axis=2).mean() > 0.9  # the mask
+    assert (drawn[:9, :9] == 255).all()  # score 0.1
+    assert (drawn[55:, :] == 255).all()
+
+
+def test_pdf_by_the_name_s_ending(detections, tmp_path):
+    save(figure_of(Image.new("RGB", (80, 60)), detections, ["cat", "dog"], 0.3), tmp_path / "p.pdf")
+    assert (tmp_path / "p.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_truth_and_detections_stand_side_by_side(tmp_path):
+    annotations = CocoAnnotations.from_dict(synthetic.coco_split(1, 8))
+    image, _ = synthetic.draw_sample(1, 7)
+    record = annotations[7]
+    found = Detections(record.image_id, record.boxes, np.ones(len(record.boxes)), record.labels)
+    figure = side_by_side([(image, record, found)], annotations.category_names)
+    left, right = figure.axes
+    captions = [[text.get_text() for text in axes.texts] for axes in (left, right)]
+    assert any("(crowd)" in caption for caption in captions[0])
+    assert all(caption.endswith("1.00") for caption in captions[1])
+    save(figure, tmp_path / "p.png")
