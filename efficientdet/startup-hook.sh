@@ -28,6 +28,7 @@ print("torch_needs=(" + " ".join(f"'{need}'" for need in torch_needs) + ")")
 print("plain_needs=(" + " ".join(f"'{need}'" for module, need in plain.items() if not have(module)) + ")")
 EOF
 )"
+torch_needs=() plain_needs=()
 eval "$efficientdet_missing"
 if [ "${#torch_needs[@]}" -gt 0 ]; then
     python3 -m pip install --quiet --no-deps "${torch_needs[@]}"

@@ -121,7 +121,7 @@ class CocoEvaluator(MetricReducer):
         return metrics
 
     def _evaluate(self, iou_type: str, rows: np.ndarray, masks: list[dict] | None) -> dict[str, float]:
-        truth = self._open_truth()
+        truth = self.open_truth()
         found = truth.load_res(rows, segmentation=masks) if masks is not None else truth.load_res(rows)
         evaluation = hotcoco.COCOeval(truth, found, iou_type)
         params = evaluation.params
@@ -141,7 +141,8 @@ class CocoEvaluator(MetricReducer):
                 metrics[f"{iou_type}_AP/{name}"] = average_precision
         return metrics
 
-    def _open_truth(self) -> hotcoco.COCO:
+    def open_truth(self) -> hotcoco.COCO:
+        """The ground truth as hotcoco has it, made at the first evaluation."""
         if self._truth is None:
             self._truth = to_hotcoco(self.annotations, masks="segm" in self.iou_types)
         return self._truth

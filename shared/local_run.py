@@ -120,9 +120,8 @@ class LocalRun(PyTorchCallback):
 
     def on_training_workload_end(self, avg_metrics: dict[str, Any], batch_metrics: list) -> None:
         metrics = {name: float(value) for name, value in avg_metrics.items() if name not in ("batches", "epochs")}
-        if not self.chief or not metrics:
+        if not self.chief:
             return
-        metrics["lr"] = self.trial.optimizer.param_groups[0]["lr"]
         self._report("train", metrics)
         self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['images_per_second']:.1f} images/s")
 

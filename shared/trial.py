@@ -237,7 +237,8 @@ class DetectionTrial(PyTorchTrial):
         self.training_metrics.waiting = self.training_loader.waiting
         self.batches_trained = number + 1
         self.on_batch_end()
-        return {}
+        # a number of the host: of each tensor in here Determined makes a synchronisation a step
+        return {"lr": self.optimizer.param_groups[0]["lr"]}
 
     def _clip(self) -> Callable[[Any], None] | None:
         clip = self.clip_gradients()

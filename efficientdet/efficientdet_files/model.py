@@ -185,18 +185,20 @@ def adapt_head(
             pairs.append((label, row))
     labels, source_rows = [label for label, _ in pairs], [row for _, row in pairs]
     for name in heads:
-        # depthwise weights have no rows for classes; predictions are laid out anchor by anchor, class by class
-        if len(initial[name]) == anchors * len(categories) and len(weights[name]) == anchors * rows:
-            head = initial[name].clone().unflatten(0, (anchors, len(categories)))
-            head[:, labels] = weights[name].unflatten(0, (anchors, rows))[:, source_rows].to(head.dtype)
+        # depthwise weights have no rows for classes, and another model's are left for `load_weights` to refuse
+        old, new = weights[name], initial[name]
+        if len(new) == anchors * len(categories) and len(old) == anchors * rows and new.shape[1:] == old.shape[1:]:
+            # laid out anchor by anchor, class by class
+            head = new.clone().unflatten(0, (anchors, len(categories)))
+            head[:, labels] = old.unflatten(0, (anchors, rows))[:, source_rows].to(head.dtype)
             adapted[name] = head.flatten(0, 1)
-    new = [category["name"] for label, category in enumerate(categories) if label not in labels]
+    anew = [category["name"] for label, category in enumerate(categories) if label not in labels]
     logger.info(
         "pretrained: of %d categories, %d take their row of the head in %s, %d start anew%s",
         len(categories),
         len(pairs),
         source,
-        len(new),
-        f" ({', '.join(new[:5])}{', …' if len(new) > 5 else ''})" if new else "",
+        len(anew),
+        f" ({', '.join(anew[:5])}{', …' if len(anew) > 5 else ''})" if anew else "",
     )
     return adapted

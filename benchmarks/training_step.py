@@ -1,0 +1,275 @@
+"""EfficientDet's training step, in a Determined trial as users run it, against another loop over the same model.
+
+Without `--upstream`: a plain PyTorch loop with the same loader, optimizer, clipping, schedule and EMA. With `--upstream
+DIR`, a checkout of github.com/rwightman/efficientdet-pytorch: the `train_epoch` of its train.py, on its own loader.
+Blocks of batches of the two sides alternate in one process; reported is the ratio of each pair of blocks.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import itertools
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+import types
+import warnings
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "efficientdet")]
+
+from determined import pytorch
+from model_def import EfficientDetTrial
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+
+from shared import synthetic
+from shared.dataset import CocoDetection
+from shared.loading import PrefetchLoader
+from shared.samplers import TrainingBatchSampler
+
+SMALL = {
+    "model": "efficientdet_d0",
+    "backbone": "mobilenetv3_small_050",
+    "model_config": {"fpn_channels": 64, "fpn_cell_repeats": 2},
+    "input_size": 256,
+}
+FULL = {"model": "tf_efficientdet_d0", "amp": "fp16"}
+
+
+def data_folder(source: Path | None, images: int, folder: Path) -> dict[str, Path]:
+    """A COCO folder with `images` images: those of `source`'s train2017 again and again, else synthetic ones."""
+    (folder / "annotations").mkdir(parents=True)
+    if source is None:
+        synthetic.write(folder, train=images, val=4, size=512)
+        for split in ("train", "val"):
+            (folder / split).rename(folder / f"{split}2017")
+            (folder / f"annotations/{split}.json").rename(folder / f"annotations/instances_{split}2017.json")
+    else:
+        for split, count in (("train", images), ("val", 8)):
+            coco = json.loads((source / f"annotations/instances_{split}2017.json").read_text())
+            own = {image["id"]: [] for image in coco["images"]}
+            for annotation in coco["annotations"]:
+                own[annotation["image_id"]].append(annotation)
+            repeated: dict[str, list] = {"info": {}, "images": [], "annotations": [], "categories": coco["categories"]}
+            for i in range(count):
+                image = coco["images"][i % len(coco["images"])]
+                repeated["images"].append({**image, "id": i + 1})
+                for annotation in own[image["id"]]:
+                    number = len(repeated["annotations"]) + 1
+                    repeated["annotations"].append({**annotation, "id": number, "image_id": i + 1})
+            (folder / f"annotations/instances_{split}2017.json").write_text(json.dumps(repeated))
+            (folder / f"{split}2017").symlink_to((source / f"{split}2017").absolute())
+    return {split: folder / f"annotations/instances_{split}2017.json" for split in ("train", "val")}
+
+
+def experiment(arguments, folder: Path, annotations: dict[str, Path], batches: int) -> dict:
+    return {
+        "data": {
+            **{s: {"annotations": str(p), "images": str(folder / f"{s}2017")} for s, p in annotations.items()},
+            "cache_dir": str(folder / "cache"),
+            "workers": arguments.workers,
+        },
+        "hyperparameters": {
+            "global_batch_size": arguments.batch_size,
+            "pretrained": "none",
+            "lr": 0.001,
+            "model_ema_decay": 0.9998,
+            "warmup_epochs": 0,
+            "cooldown_epochs": 0,
+            **(FULL if arguments.full else SMALL),
+        },
+        "searcher": {"max_length": {"batches": batches}, "metric": "bbox_mAP", "smaller_is_better": False},
+        "scheduling_unit": 100,
+        "checkpoint_policy": "none",
+    }
+
+
+def plain_loop(trial: EfficientDetTrial):
+    """A loop without any framework, over a copy of the trial's model. Returns a function that trains `count` batches."""
+    model = trial.build_model().to(trial.context.device).train()
+    hparams, device = trial.hparams, trial.context.device
+    optimizer = create_optimizer_v2(
+        model, opt=hparams.opt, lr=hparams.lr, weight_decay=hparams.weight_decay, momentum=hparams.momentum
+    )
+    scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=10, warmup_epochs=0, cooldown_epochs=0)
+    ema = ModelEmaV3(model, decay=hparams.model_ema_decay)
+    scaler = torch.amp.GradScaler("cuda", enabled=hparams.amp == "fp16")
+    dataset = CocoDetection(trial.train_data.annotations, trial.train_data.images, trial.train_transform(), 0, True)
+    sampler = TrainingBatchSampler(len(dataset), trial.per_slot_batch_size, seed=0)
+    loader = trial._loader(dataset, sampler, training=True)
+    batches = iter(PrefetchLoader(loader, device, lambda batch, number: trial.prepare(batch, training=True)))
+    steps = itertools.count(1)
+
+    def train(count: int) -> None:
+        for batch in itertools.islice(batches, count):
+            with trial.autocast():
+                loss = model(batch.images, batch.targets)["loss"]
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            dispatch_clip_grad(model.parameters(), value=hparams.clip_grad, mode=hparams.clip_mode)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            ema.update(model)
+            scheduler.step_update(next(steps))
+
+    return train
+
+
+class _Limited:
+    """`count` batches of an endless loader, with the length that upstream's loop asks for."""
+
+    def __init__(self, batches, count: int):
+        self.batches, self.count = batches, count
+
+    def __iter__(self):
+        return itertools.islice(self.batches, self.count)
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def upstream_loop(trial: EfficientDetTrial, checkout: Path, root: Path):
+    """Upstream's train.py: its parser, loader and `train_epoch`, with the options that our trial has."""
+    spec = importlib.util.spec_from_file_location("upstream_train", checkout / "train.py")
+    train_py = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train_py)
+    hparams, device = trial.hparams, trial.context.device
+    args = train_py.parser.parse_args(
+        [str(root), "--model", hparams.model, "-b", str(trial.per_slot_batch_size), "-j", str(trial.data.workers)]
+        + ["--pin-mem", "--opt", hparams.opt, "--lr", str(hparams.lr), "--log-interval", "1000000"]
+    )
+    args.prefetcher, args.distributed, args.local_rank, args.rank, args.world_size = True, False, 0, 0, 1
+    args.device = str(device)
+    model = train_py.create_model(
+        args.model, bench_task="train", num_classes=90, pretrained_backbone=False, bench_labeler=False
+    )
+    model = model.to(device)
+    config = model.config
+    optimizer = train_py.create_optimizer(args, model)
+    scaler = train_py.utils.NativeScaler() if hparams.amp == "fp16" else None
+    autocast = trial.autocast if hparams.amp else contextlib.nullcontext
+    ema = train_py.utils.ModelEmaV2(model, decay=hparams.model_ema_decay)
+    scheduler, _ = train_py.create_scheduler(args, optimizer)
+    with contextlib.redirect_stdout(io.StringIO()):
+        loader, _, _ = train_py.create_datasets_and_loaders(args, config)
+
+    def endless():
+        while True:
+            yield from loader
+
+    batches = endless()
+
+    def train(count: int) -> None:
+        train_py.train_epoch(
+            0,
+            model,
+            _Limited(batches, count),
+            optimizer,
+            args,
+            lr_scheduler=scheduler,
+            amp_autocast=autocast,
+            loss_scaler=scaler,
+            model_ema=ema,
+        )
+
+    return train
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full", action="store_true", help="EfficientDet-D0 at 512 pixels with fp16, for a GPU")
+    parser.add_argument("--upstream", type=Path, help="a checkout of upstream; with --full")
+    parser.add_argument("--coco", type=Path, help="a COCO folder (annotations/, train2017/, val2017/) to read from")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--blocks", type=int, default=15)
+    parser.add_argument("--block", type=int, default=10, help="batches a block")
+    parser.add_argument("--images", type=int, default=200)
+    arguments = parser.parse_args()
+    logging.getLogger("determined").setLevel(logging.ERROR)
+    torch.backends.cudnn.benchmark = True  # as upstream's train.py
+    # the first block of each side is warm-up, and the last is watched for synchronisations
+    batches = arguments.block * (arguments.blocks + 2)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "coco"
+        annotations = data_folder(arguments.coco, arguments.images, folder)
+        config = experiment(arguments, folder, annotations, batches)
+        with pytorch.init(hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False) as context:
+            trial = EfficientDetTrial(context)
+            other = upstream_loop(trial, arguments.upstream, folder) if arguments.upstream else plain_loop(trial)
+            print(json.dumps(measure(trial, context, other, arguments), indent=1))
+
+
+class _Measured(Exception):
+    """The blocks are done; what `fit` does at the end is not measured."""
+
+
+def measure(trial: EfficientDetTrial, context, other, arguments) -> dict:
+    cuda = context.device.type == "cuda"
+    synchronize = torch.cuda.synchronize if cuda else lambda: None
+    ours, theirs, waits = [], [], []
+    syncs: list[str] = []
+    state = types.SimpleNamespace(count=0, started=time.perf_counter(), waiting=0.0)
+
+    def note_sync(message, category, filename, lineno, file=None, line=None):
+        stack = [frame for frame in traceback.extract_stack() if "warnings" not in frame.filename][:-1]
+        site = next((f for f in reversed(stack) if "site-packages/torch/" not in f.filename), stack[-1])
+        syncs.append(f"{Path(site.filename).name}:{site.lineno} {site.line}")
+
+    def at_block_end() -> None:
+        state.count += 1
+        if state.count % arguments.block:
+            return
+        synchronize()
+        ours.append(time.perf_counter() - state.started)
+        waits.append(trial.training_loader.waiting - state.waiting)
+        if len(ours) == arguments.blocks + 2:
+            raise _Measured
+        started = time.perf_counter()
+        other(arguments.block)
+        synchronize()
+        theirs.append(time.perf_counter() - started)
+        if len(ours) == arguments.blocks + 1 and cuda:
+            warnings.showwarning = note_sync
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+        state.waiting = trial.training_loader.waiting
+        state.started = time.perf_counter()
+
+    trial.on_batch_end = at_block_end
+    with contextlib.suppress(_Measured):
+        pytorch.Trainer(trial, context).fit(
+            max_length=pytorch.Batch(10**9), checkpoint_policy="none", reporting_period=pytorch.Batch(10**8)
+        )
+    if cuda:
+        torch.cuda.set_sync_debug_mode("default")
+    pairs = [a / b for a, b in zip(ours[1:-1], theirs[1:], strict=False)]
+    images = arguments.block * trial.per_slot_batch_size
+    sites = {site: syncs.count(site) for site in sorted(set(syncs))}
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "against": "upstream's train.py" if arguments.upstream else "a plain loop",
+        "blocks": len(pairs),
+        "ratio_median": round(statistics.median(pairs), 4),
+        "ratio_min_max": [round(min(pairs), 4), round(max(pairs), 4)],
+        "ours_ms_a_step": round(1000 * statistics.median(ours[1:-1]) / arguments.block, 2),
+        "theirs_ms_a_step": round(1000 * statistics.median(theirs[1:]) / arguments.block, 2),
+        "ours_images_per_second": round(images / statistics.median(ours[1:-1]), 1),
+        "share_waiting_for_data": round(sum(waits[1:-1]) / sum(ours[1:-1]), 4),
+        **({"synchronisations_in_a_block": sites} if cuda else {}),
+    }
+
+
+if __name__ == "__main__":
+    main()

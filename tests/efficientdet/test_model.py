@@ -1,0 +1,262 @@
+"""EfficientDet: the model, its weights, and that it trains as upstream does."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, reports, run_model_def, tiny_config
+from determined import pytorch
+from effdet.config.model_config import efficientdet_model_param_dict
+from efficientdet_files.hyperparameters import EfficientDetHyperparameters
+from efficientdet_files.model import COCO_CATEGORIES, build_model, model_config
+from model_def import EfficientDetTrial
+from timm.scheduler import create_scheduler_v2
+
+from shared.errors import UserError
+
+TINY = dict(
+    model="efficientdet_d0",
+    backbone="mobilenetv3_small_050",
+    model_config={"fpn_channels": 16, "fpn_cell_repeats": 1, "box_class_repeats": 1},
+    pretrained="none",
+    input_size=128,
+)
+COCO_90 = [{"id": i + 1, "name": f"row {i}"} for i in range(90)]
+
+
+def tiny(**changes):
+    return EfficientDetHyperparameters(**{**TINY, **changes})
+
+
+@pytest.fixture
+def trial(shapes):
+    def build(**hparams):
+        config = tiny_config(shapes)
+        config["hyperparameters"] = {**config["hyperparameters"], **hparams}
+        config["data"]["workers"] = 0
+        with pytorch.init(hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False) as c:
+            return EfficientDetTrial(c)
+
+    return build
+
+
+def class_scores(bench, labels):
+    torch.manual_seed(0)
+    features = [torch.rand(1, 16, 128 >> level, 128 >> level) for level in range(3, 8)]
+    bench.eval()
+    with torch.no_grad():
+        outputs = bench.model.class_net(features)
+    return [output.unflatten(1, (9, -1))[:, :, labels] for output in outputs]
+
+
+def test_coco_has_80_categories_with_ids_up_to_90():
+    assert len(COCO_CATEGORIES) == 80
+    assert COCO_CATEGORIES[0] == {"id": 1, "name": "person"}
+    assert COCO_CATEGORIES[-1] == {"id": 90, "name": "toothbrush"}
+
+
+def test_coco_s_head_of_90_rows_gives_its_rows_by_name_or_id(tmp_path, caplog):
+    caplog.set_level("INFO")
+    source = build_model(tiny(), COCO_90)
+    torch.save(source.model.state_dict(), tmp_path / "coco.pth")
+    categories = [{"id": 4, "name": "Dog"}, {"id": 44, "name": "44"}, {"id": 1, "name": "cell"}]
+    hparams = tiny(pretrained=str(tmp_path / "coco.pth"))
+    model = build_model(hparams, categories)
+    # dog is COCO's 18, bottle 44; a cell is no person though it has person's id
+    ours, theirs = class_scores(model, [0, 1]), class_scores(source, [17, 43])
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    assert "of 3 categories, 2 take their row of the head" in caplog.text
+    assert "1 start anew (cell)" in caplog.text
+
+
+def test_all_80_coco_categories_keep_their_rows(tmp_path):
+    source = build_model(tiny(), COCO_90)
+    torch.save({"state_dict": source.model.state_dict()}, tmp_path / "coco.pth")
+    model = build_model(tiny(pretrained=str(tmp_path / "coco.pth")), COCO_CATEGORIES)
+    rows = [category["id"] - 1 for category in COCO_CATEGORIES]
+    for a, b in zip(class_scores(model, list(range(80))), class_scores(source, rows), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_checkpoint_of_ours_is_a_start_by_its_category_names(shapes, run_config, tmp_path, caplog):
+    run_model_def("train", run_config(searcher__max_length=2), "--output-dir", tmp_path / "run")
+    checkpoint = tmp_path / "run/checkpoints/last"
+    categories = [{"id": 1, "name": "triangle"}, {"id": 2, "name": "star"}]
+    caplog.set_level("INFO")
+    model = build_model(tiny(pretrained=str(checkpoint)), categories)
+    from shared.checkpoints import read_checkpoint
+
+    averaged = read_checkpoint(checkpoint).weights
+    bias = "model.class_net.predict.conv_pw.bias"
+    assert torch.equal(model.state_dict()[bias].view(9, 2)[:, 0], averaged[bias].view(9, 3)[:, 2])
+    assert "1 start anew (star)" in caplog.text
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickled_code_in_weights_is_refused_and_not_run(tmp_path):
+    (tmp_path / "bad.pth").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
+    torch.save({"state_dict": Malicious(tmp_path / "ran")}, tmp_path / "bad2.pth")
+    for name in ("bad.pth", "bad2.pth"):
+        with pytest.raises(UserError, match="cannot be read as weights"):
+            build_model(tiny(pretrained=str(tmp_path / name)), COCO_90)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    torch.save(build_model(tiny(), COCO_90).model.state_dict(), tmp_path / "w.pth")
+    other = tiny(pretrained=str(tmp_path / "w.pth"), model_config={"fpn_channels": 24, "fpn_cell_repeats": 1})
+    with pytest.raises(UserError, match="holds the weights of another model"):
+        build_model(other, COCO_90)
+
+
+def test_small_inputs_offer_fewer_than_5000_scores():
+    assert model_config(tiny(), 1).max_detection_points == (16**2 + 8**2 + 4**2 + 2**2 + 1) * 9
+
+
+@pytest.mark.parametrize("on_updates", [True, False])
+def test_the_learning_rate_is_timm_s(trial, on_updates):
+    options = dict(warmup_epochs=1, warmup_lr=1e-5, cooldown_epochs=0, min_lr=1e-4)
+    built = trial(sched_on_updates=on_updates, lr_noise=[0.3, 0.9], lr=0.01, **options)
+    built.before_batch(0)
+    reference, _ = create_scheduler_v2(
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01),
+        sched="cosine",
+        num_epochs=built.total_batches / built.batches_per_epoch,
+        noise=[0.3, 0.9],
+        noise_pct=0.67,
+        noise_std=1.0,
+        noise_seed=3,
+        step_on_epochs=not on_updates,
+        updates_per_epoch=built.batches_per_epoch,
+        **options,
+    )
+    for number in range(12):
+        built.before_batch(number)
+        if on_updates:
+            reference.step_update(number)
+        else:
+            reference.step(number // built.batches_per_epoch)
+        assert built.optimizer.param_groups[0]["lr"] == reference.optimizer.param_groups[0]["lr"]
+
+
+def test_the_learning_rate_scales_with_the_global_batch(trial):
+    assert tiny(lr=0.1, lr_base_batch_size=16, global_batch_size=8).scaled_lr == pytest.approx(0.05)
+    assert trial(lr=0.1, lr_base_batch_size=16).scheduler.base_values[0] == pytest.approx(0.025)
+
+
+def test_the_labeler_in_the_loader_and_on_the_device_give_the_same_loss(trial):
+    losses = []
+    for labeler in ("loader", "device"):
+        built = trial(labeler=labeler)
+        batch = next(iter(built.build_training_data_loader()))
+        losses.append(built.losses(built.model, batch))
+    for name in ("loss", "class_loss", "box_loss"):
+        torch.testing.assert_close(losses[0][name], losses[1][name])
+
+
+def test_every_option_trains_together(run_config, tmp_path):
+    config = run_config(
+        searcher__max_length=4,
+        hyperparameters__amp="bf16",
+        hyperparameters__labeler="device",
+        hyperparameters__random_erasing=0.9,
+        hyperparameters__random_erasing_count=2,
+        hyperparameters__soft_nms=True,
+        hyperparameters__val_skip=3,
+        hyperparameters__channels_last=True,
+        hyperparameters__label_smoothing=0.1,
+        hyperparameters__legacy_focal=False,
+        hyperparameters__clip_mode="agc",
+        hyperparameters__clip_grad=0.02,
+        hyperparameters__fill_color=12,
+        hyperparameters__interpolation="bicubic",
+        hyperparameters__train_interpolation="bilinear",
+        hyperparameters__sched="plateau",
+        hyperparameters__sched_on_updates=False,
+        hyperparameters__input_size=[128, 256],
+        optimizations={"aggregation_frequency": 2},
+    )
+    run_model_def("train", config, "--output-dir", tmp_path / "run")
+    assert reports(tmp_path / "run", "train")[-1]["metrics"]["loss"] > 0
+
+
+def test_val_skip_evaluates_every_nth_image_only(trial):
+    built = trial(val_skip=3)
+    assert built.evaluator.image_ids.tolist() == [1, 4, 7, 10]
+    loader = built.build_validation_data_loader()
+    assert [i for batch in loader for i in batch.image_ids] == [1, 4, 7, 10]
+
+
+def test_a_step_of_two_processes_is_plain_ddp_over_upstream_s_model(run_config, tmp_path):
+    probe = tmp_path / "probe.py"
+    probe.write_text(
+        """
+import copy, sys
+sys.path.insert(0, ".")
+import torch
+from timm.optim import create_optimizer_v2
+from timm.utils import dispatch_clip_grad
+from torch.nn.parallel import DistributedDataParallel
+import model_def
+from shared.launch import main
+
+class Probe(model_def.EfficientDetTrial):
+    def losses(self, model, batch):
+        if self.batches_trained == 0:
+            # effdet's own bench, wrapped by nothing but DDP, on this process's half
+            self.reference = DistributedDataParallel(copy.deepcopy(self.plain_model))
+            optimizer = create_optimizer_v2(
+                self.reference.module, opt="adamw", lr=self.optimizer.param_groups[0]["lr"],
+                weight_decay=self.hparams.weight_decay)
+            self.reference(batch.images, batch.targets)["loss"].backward()
+            dispatch_clip_grad(self.reference.parameters(), value=10.0)
+            optimizer.step()
+        return super().losses(model, batch)
+
+    def train_batch(self, batch, epoch_idx, batch_idx):
+        result = super().train_batch(batch, epoch_idx, batch_idx)
+        if self.batches_trained == 1:
+            ours, theirs = self.plain_model.state_dict(), self.reference.module.state_dict()
+            worst = max((ours[k].double() - theirs[k].double()).abs().max().item() for k in ours)
+            print("WORST", worst, flush=True)
+        return result
+
+main(Probe)
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", probe]
+        + ["train", run_config(searcher__max_length=2), "--output-dir", tmp_path / "run"],
+        cwd=ROOT / "efficientdet",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    worst = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("WORST")]
+    assert len(worst) == 2
+    assert max(worst) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(efficientdet_model_param_dict))
+def test_every_model_of_effdet_builds(name):
+    model = build_model(EfficientDetHyperparameters(model=name, pretrained="none"), COCO_90[:3])
+    assert sum(p.numel() for p in model.parameters()) > 1e6
+
+
+@pytest.mark.slow
+def test_torch_compile_trains(run_config, tmp_path):
+    config = run_config(searcher__max_length=2, hyperparameters__torch_compile=True)
+    run_model_def("train", config, "--output-dir", tmp_path / "run")

@@ -1,0 +1,109 @@
+"""What Determined does not do by itself. tests/cluster shows the same on a real master."""
+
+import math
+import pickle
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from shared import determined_fixes
+from shared.determined_fixes import FiniteSearcherMetric, PlainRandomState, SearcherStop
+from shared.experiment import SearcherMetric
+
+
+def determined_s_checkpoint():
+    """The random state as Determined 0.38.1 saves it."""
+    state = {
+        "cpu_rng_state": torch.random.get_rng_state(),
+        "np_rng_state": np.random.get_state(),
+        "random_rng_state": random.getstate(),
+    }
+    return {"rng_state": state}
+
+
+def test_without_the_fix_a_checkpoint_cannot_be_read_back(tmp_path):
+    torch.save(determined_s_checkpoint(), tmp_path / "state.pth")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "state.pth", weights_only=True)
+
+
+def test_the_random_state_is_read_back_and_goes_on_the_same(tmp_path):
+    np.random.seed(5)
+    np.random.standard_normal()  # leaves a second number waiting
+    checkpoint = determined_s_checkpoint()
+    PlainRandomState().on_checkpoint_save_start(checkpoint)
+    torch.save(checkpoint, tmp_path / "state.pth")
+    expected = np.random.standard_normal(5)
+
+    loaded = torch.load(tmp_path / "state.pth", weights_only=True)
+    PlainRandomState().on_checkpoint_load_start(loaded)
+    np.random.set_state(loaded["rng_state"]["np_rng_state"])
+    np.testing.assert_array_equal(np.random.standard_normal(5), expected)
+
+
+def test_a_checkpoint_from_before_the_fix_is_taken_too():
+    checkpoint = determined_s_checkpoint()
+    expected = checkpoint["rng_state"]["np_rng_state"][1].copy()
+    PlainRandomState().on_checkpoint_load_start(checkpoint)
+    np.testing.assert_array_equal(checkpoint["rng_state"]["np_rng_state"][1], expected)
+
+
+class FakeContext:
+    """One slot of several: the chief's word is `broadcasts`."""
+
+    def __init__(self, rank=0, chief_says=None):
+        self.requested = []
+        broadcast = (lambda value: value) if rank == 0 else (lambda value: chief_says)
+        self.distributed = SimpleNamespace(rank=rank, broadcast=broadcast)
+
+    def get_trial_id(self):
+        return 7
+
+    def get_stop_requested(self):
+        return bool(self.requested)
+
+    def set_stop_requested(self, stop):
+        self.requested.append(stop)
+
+
+@pytest.mark.parametrize(("state", "stops"), [("STOPPING_COMPLETED", True), ("ACTIVE", False)])
+def test_a_trial_that_the_searcher_stopped_ends_at_its_next_report(monkeypatch, state, stops):
+    trial = SimpleNamespace(state=SimpleNamespace(name=state))
+    monkeypatch.setattr(determined_fixes.client, "get_trial", lambda trial_id: trial)
+    context = FakeContext()
+    SearcherStop(context).on_training_workload_end({}, [])
+    assert context.requested == ([True] if stops else [])
+
+
+def test_all_slots_stop_with_the_chief():
+    context = FakeContext(rank=1, chief_says=True)
+    SearcherStop(context).on_validation_end({})
+    assert context.requested == [True]
+
+
+def test_a_master_that_does_not_answer_ends_nothing(monkeypatch, caplog):
+    def unreachable(trial_id):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(determined_fixes.client, "get_trial", unreachable)
+    context = FakeContext()
+    SearcherStop(context).on_training_workload_end({}, [])
+    assert context.requested == []
+    assert "no route" in caplog.text
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float64("nan")])
+def test_an_undefined_searcher_metric_is_reported_as_its_worst_value(value):
+    metrics = {"bbox_mAP": value, "bbox_mAP_l": math.nan}
+    FiniteSearcherMetric(SearcherMetric("bbox_mAP", smaller_is_better=False)).on_validation_end(metrics)
+    assert metrics["bbox_mAP"] == 0.0
+    assert math.isnan(metrics["bbox_mAP_l"])  # the others may be undefined
+
+
+def test_a_defined_metric_is_left_alone():
+    metrics = {"bbox_mAP": 0.25}
+    FiniteSearcherMetric(SearcherMetric("bbox_mAP", smaller_is_better=False)).on_validation_end(metrics)
+    assert metrics == {"bbox_mAP": 0.25}
