@@ -27,11 +27,11 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "efficientdet")]
 
 from determined import pytorch
-from model_def import EfficientDetTrial
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 
+from model_def import EfficientDetTrial
 from shared import synthetic
 from shared.dataset import CocoDetection
 from shared.loading import PrefetchLoader
@@ -95,7 +95,7 @@ def experiment(arguments, folder: Path, annotations: dict[str, Path], batches: i
 
 
 def plain_loop(trial: EfficientDetTrial):
-    """A loop without any framework, over a copy of the trial's model. Returns a function that trains `count` batches."""
+    """A loop without any framework, over a model like the trial's. Returns a function that trains `count` batches."""
     model = trial.build_model().to(trial.context.device).train()
     hparams, device = trial.hparams, trial.context.device
     optimizer = create_optimizer_v2(
@@ -145,10 +145,11 @@ def upstream_loop(trial: EfficientDetTrial, checkout: Path, root: Path):
     train_py = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(train_py)
     hparams, device = trial.hparams, trial.context.device
-    args = train_py.parser.parse_args(
-        [str(root), "--model", hparams.model, "-b", str(trial.per_slot_batch_size), "-j", str(trial.data.workers)]
-        + ["--pin-mem", "--opt", hparams.opt, "--lr", str(hparams.lr), "--log-interval", "1000000"]
+    options = (
+        f"--model {hparams.model} -b {trial.per_slot_batch_size} -j {trial.data.workers} --pin-mem "
+        f"--opt {hparams.opt} --lr {hparams.lr} --log-interval 1000000"
     )
+    args = train_py.parser.parse_args([str(root), *options.split()])
     args.prefetcher, args.distributed, args.local_rank, args.rank, args.world_size = True, False, 0, 0, 1
     args.device = str(device)
     model = train_py.create_model(
@@ -205,7 +206,9 @@ def main() -> None:
         folder = Path(scratch) / "coco"
         annotations = data_folder(arguments.coco, arguments.images, folder)
         config = experiment(arguments, folder, annotations, batches)
-        with pytorch.init(hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False) as context:
+        with pytorch.init(
+            hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False
+        ) as context:
             trial = EfficientDetTrial(context)
             other = upstream_loop(trial, arguments.upstream, folder) if arguments.upstream else plain_loop(trial)
             print(json.dumps(measure(trial, context, other, arguments), indent=1))

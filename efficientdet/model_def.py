@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from effdet.bench import DetBenchPredict
 from effdet.data.random_erasing import RandomErasing
-from efficientdet_files.data import EfficientDetCollate, EfficientDetTransform, input_config, normalize
-from efficientdet_files.hyperparameters import EfficientDetHyperparameters
-from efficientdet_files.model import COCO_CATEGORIES, build_model, model_config
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import nn
 
+from efficientdet_files.data import EfficientDetCollate, EfficientDetTransform, input_config, normalize
+from efficientdet_files.hyperparameters import EfficientDetHyperparameters
+from efficientdet_files.model import COCO_CATEGORIES, build_model, model_config
 from shared.detections import Detections
 from shared.errors import UserError, nearest
 from shared.launch import main
@@ -53,7 +53,9 @@ class EfficientDetTrial(DetectionTrial):
             bench = bench.to(memory_format=torch.channels_last)
         if self.hparams.sync_bn and self.slots > 1:
             if device.type != "cuda":
-                raise UserError("hyperparameters.sync_bn: PyTorch synchronises batch norm on GPUs only; set it to false")
+                raise UserError(
+                    "hyperparameters.sync_bn: PyTorch synchronises batch norm on GPUs only; set it to false"
+                )
             bench = convert_sync_batchnorm(bench)
         if self.hparams.torch_compile:
             bench.compile()

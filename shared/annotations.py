@@ -363,9 +363,7 @@ def _refuse_duplicates(ids: np.ndarray, what: str, source: object) -> None:
         raise UserError(f"{source}: {len(twice)} {what} ids occur more than once, the first is {ordered[twice[0]]}")
 
 
-def _rows_of(
-    wanted: np.ndarray, ids: np.ndarray, annotation_ids: np.ndarray, what: str, source: object
-) -> np.ndarray:
+def _rows_of(wanted: np.ndarray, ids: np.ndarray, annotation_ids: np.ndarray, what: str, source: object) -> np.ndarray:
     """The row in `ids` of each of `wanted`."""
     by_id = np.argsort(ids)
     position = np.minimum(np.searchsorted(ids, wanted, sorter=by_id), len(ids) - 1)

@@ -102,9 +102,9 @@ def load_state(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} cannot be read as weights ({reason}); it is cut off, or holds more than tensors") from (
-            error
-        )
+        raise UserError(
+            f"{path} cannot be read as weights ({reason}); it is cut off, or holds more than tensors"
+        ) from (error)
 
 
 def without_ddp(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

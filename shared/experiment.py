@@ -22,12 +22,40 @@ from shared.storage import BACKENDS, ImageStorage, open_images
 T = TypeVar("T")
 
 # what Determined 0.38 accepts at the top of an experiment config
-_TOP_KEYS = (
-    "bind_mounts checkpoint_policy checkpoint_storage data debug description entrypoint environment hyperparameters "
-    "integrations labels log_policies max_restarts min_checkpoint_period min_validation_period name optimizations "
-    "pbs perform_initial_validation preemption_timeout profiling project records_per_epoch reproducibility resources "
-    "retention_policy scheduling_unit searcher security slurm tensorboard_storage workspace"
-).split()
+_TOP_KEYS = [
+    "bind_mounts",
+    "checkpoint_policy",
+    "checkpoint_storage",
+    "data",
+    "debug",
+    "description",
+    "entrypoint",
+    "environment",
+    "hyperparameters",
+    "integrations",
+    "labels",
+    "log_policies",
+    "max_restarts",
+    "min_checkpoint_period",
+    "min_validation_period",
+    "name",
+    "optimizations",
+    "pbs",
+    "perform_initial_validation",
+    "preemption_timeout",
+    "profiling",
+    "project",
+    "records_per_epoch",
+    "reproducibility",
+    "resources",
+    "retention_policy",
+    "scheduling_unit",
+    "searcher",
+    "security",
+    "slurm",
+    "tensorboard_storage",
+    "workspace",
+]
 _UNITS = ("batches", "epochs", "records")
 
 

@@ -133,8 +133,11 @@ def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
                 profiling_enabled=schedule.profiling,
             )
         except (UserError, DivergedError) as error:
-            # ends this trial alone, without restarts that could only fail again
-            raise det.InvalidHP(str(error)) from error
+            if config["searcher"]["name"] != "single":
+                # ends this trial alone, and the search goes on
+                raise det.InvalidHP(str(error)) from error
+            # Determined would call an experiment of one invalid trial completed
+            sys.exit(f"error: {error}")
 
 
 def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
@@ -274,14 +277,14 @@ def predict_here(trial_class: type[DetectionTrial], arguments: argparse.Namespac
     data = _folder_as_data(arguments.images, categories, config)
     arguments.output.mkdir(parents=True, exist_ok=True)
     with _detecting_trial(trial_class, config, checkpoint, categories) as trial:
-        file_names = {int(image_id): data.annotations.file_name(i) for i, image_id in enumerate(data.annotations.image_ids)}
+        file_names = {
+            int(image_id): data.annotations.file_name(i) for i, image_id in enumerate(data.annotations.image_ids)
+        }
         results = []
         for detections in _detect_all(trial, data):
             file_name = file_names[detections.image_id]
             image = read_image(data.images, file_name)
-            figure = visualization.figure_of(
-                image, detections, data.annotations.category_names, arguments.min_score
-            )
+            figure = visualization.figure_of(image, detections, data.annotations.category_names, arguments.min_score)
             picture = arguments.output / f"{file_name}.{arguments.format}"
             picture.parent.mkdir(parents=True, exist_ok=True)
             visualization.save(figure, picture)
@@ -435,9 +438,7 @@ def _local_distributed() -> Iterator[DistributedContext]:
 
 
 @contextlib.contextmanager
-def _local_context(
-    config: dict[str, Any], distributed: DistributedContext
-) -> Iterator[pytorch.PyTorchTrialContext]:
+def _local_context(config: dict[str, Any], distributed: DistributedContext) -> Iterator[pytorch.PyTorchTrialContext]:
     with pytorch.init(
         hparams=config["hyperparameters"],
         exp_conf=config,

@@ -78,7 +78,7 @@ class PrefetchLoader:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(stream)
             # its memory belongs to the side stream: not to be used again before the step is done with it
-            _map_tensors(batch, lambda tensor: (tensor.record_stream(current), tensor)[1])
+            _record_stream(batch, current)
             yield batch
             fetched = self._wait_for_next(batches)
 
@@ -87,6 +87,14 @@ class PrefetchLoader:
         fetched = next(batches, None)
         self.waiting += time.perf_counter() - started
         return fetched
+
+
+def _record_stream(batch: Batch, stream: torch.cuda.Stream) -> None:
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.record_stream(stream)
+        return tensor
+
+    _map_tensors(batch, record)
 
 
 def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:

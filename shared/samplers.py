@@ -24,7 +24,13 @@ class TrainingBatchSampler(Sampler):
     """
 
     def __init__(
-        self, dataset_size: int, per_slot_batch_size: int, seed: int, rank: int = 0, slots: int = 1, first_batch: int = 0
+        self,
+        dataset_size: int,
+        per_slot_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        slots: int = 1,
+        first_batch: int = 0,
     ):
         self.dataset_size = dataset_size
         self.per_slot_batch_size = per_slot_batch_size

@@ -78,9 +78,7 @@ class TrainingMetrics(MetricReducer):
         if not batches:
             return {}
         seconds = max(slot.seconds for slot in self.slots)
-        metrics = {
-            name: sum(slot.sums.get(name, 0.0) for slot in self.slots) / batches for name in self.slots[0].sums
-        }
+        metrics = {name: sum(slot.sums.get(name, 0.0) for slot in self.slots) / batches for name in self.slots[0].sums}
         metrics["images_per_second"] = sum(slot.images for slot in self.slots) / seconds
         metrics["data_wait"] = max(slot.waiting for slot in self.slots) / seconds
         return metrics

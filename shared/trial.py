@@ -18,9 +18,8 @@ from shared.checkpoints import CATEGORIES_FILE
 from shared.dataset import CocoDetection, Transform
 from shared.detections import Detections
 from shared.determined_fixes import FiniteSearcherMetric, PlainRandomState, SearcherStop, on_cluster
-from shared.evaluation import SUMMARY_METRICS, CocoEvaluator
+from shared.evaluation import CocoEvaluator
 from shared.experiment import (
-    open_split,
     open_train_and_val,
     parse_data,
     parse_schedule,
@@ -35,8 +34,6 @@ from shared.seeding import seed_all
 from shared.training_metrics import DivergedError, TrainingMetrics
 
 logger = logging.getLogger(__name__)
-
-
 
 
 class DetectionTrial(PyTorchTrial):
@@ -195,9 +192,7 @@ class DetectionTrial(PyTorchTrial):
 
     def _training_batches(self) -> TrainingBatchSampler:
         count = len(self.train_data.annotations)
-        return TrainingBatchSampler(
-            count, self.per_slot_batch_size, self.seed, self.rank, self.slots, self.first_batch
-        )
+        return TrainingBatchSampler(count, self.per_slot_batch_size, self.seed, self.rank, self.slots, self.first_batch)
 
     def _loader(self, dataset: CocoDetection, batches: Any, training: bool) -> DataLoader:
         return DataLoader(

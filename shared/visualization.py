@@ -47,7 +47,9 @@ def figure_of(image: Image.Image, detections: Detections, category_names: Sequen
 
 
 def side_by_side(
-    samples: Sequence[tuple[Image.Image, ImageRecord, Detections]], category_names: Sequence[str], min_score: float = 0.3
+    samples: Sequence[tuple[Image.Image, ImageRecord, Detections]],
+    category_names: Sequence[str],
+    min_score: float = 0.3,
 ) -> Figure:
     """A row a sample: the ground truth on the left, the detections on the right."""
     figure = Figure(figsize=(8, 4 * len(samples)), dpi=100, layout="tight")
@@ -90,4 +92,6 @@ def _draw(
             clip_on=True,
         )
         if masks is not None:
-            axes.contourf(masks[i], levels=[0.5, 1], colors=[color], alpha=0.4, extent=(0, image.width, 0, image.height))
+            axes.contourf(
+                masks[i], levels=[0.5, 1], colors=[color], alpha=0.4, extent=(0, image.width, 0, image.height)
+            )

@@ -154,6 +154,9 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_categories_that_differ_are_named(coco):
-    other = {**coco, "categories": [{**c, "name": c["name"].upper()} if c["id"] == 2 else c for c in coco["categories"]]}
+    other = {
+        **coco,
+        "categories": [{**c, "name": c["name"].upper()} if c["id"] == 2 else c for c in coco["categories"]],
+    }
     with pytest.raises(UserError, match="id 2 is 'circle' in the first and 'CIRCLE' in the second"):
         check_same_categories(CocoAnnotations.from_dict(coco), CocoAnnotations.from_dict(other))

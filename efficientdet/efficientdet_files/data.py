@@ -10,9 +10,9 @@ from effdet.anchors import AnchorLabeler, Anchors
 from effdet.data import resolve_input_config
 from effdet.data.loader import DetectionFastCollate
 from effdet.data.transforms import Compose, ImageToNumpy, RandomFlip, RandomResizePad, ResizePad, resolve_fill_color
-from efficientdet_files.hyperparameters import EfficientDetHyperparameters
 from PIL import Image
 
+from efficientdet_files.hyperparameters import EfficientDetHyperparameters
 from shared.annotations import ImageRecord
 from shared.loading import Batch
 

@@ -12,9 +12,9 @@ import timm
 import torch
 from effdet import create_model_from_config, get_efficientdet_config
 from effdet.bench import DetBenchTrain
-from efficientdet_files.hyperparameters import EfficientDetHyperparameters
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
+from efficientdet_files.hyperparameters import EfficientDetHyperparameters
 from shared.checkpoints import find_checkpoint, load_state, load_weights, read_checkpoint, without_ddp
 from shared.errors import UserError, nearest
 
@@ -129,7 +129,7 @@ def read_weights(source: str, bench: DetBenchTrain) -> tuple[dict[str, torch.Ten
             checkpoint = read_checkpoint(find_checkpoint(source))
         except UserError as error:
             raise UserError(
-                f"hyperparameters.pretrained: {error}. It is one of none, backbone, effdet, a file, a URL or a checkpoint"
+                f"hyperparameters.pretrained: {error}. Give none, backbone, effdet, a file, a URL or a checkpoint"
             ) from error
         return _without_bench(checkpoint.weights), checkpoint.categories
     # timm's checkpoints: the averaged weights first

@@ -10,20 +10,20 @@ import torch
 from conftest import ROOT, reports, run_model_def, tiny_config
 from determined import pytorch
 from effdet.config.model_config import efficientdet_model_param_dict
+from timm.scheduler import create_scheduler_v2
+
 from efficientdet_files.hyperparameters import EfficientDetHyperparameters
 from efficientdet_files.model import COCO_CATEGORIES, build_model, model_config
 from model_def import EfficientDetTrial
-from timm.scheduler import create_scheduler_v2
-
 from shared.errors import UserError
 
-TINY = dict(
-    model="efficientdet_d0",
-    backbone="mobilenetv3_small_050",
-    model_config={"fpn_channels": 16, "fpn_cell_repeats": 1, "box_class_repeats": 1},
-    pretrained="none",
-    input_size=128,
-)
+TINY = {
+    "model": "efficientdet_d0",
+    "backbone": "mobilenetv3_small_050",
+    "model_config": {"fpn_channels": 16, "fpn_cell_repeats": 1, "box_class_repeats": 1},
+    "pretrained": "none",
+    "input_size": 128,
+}
 COCO_90 = [{"id": i + 1, "name": f"row {i}"} for i in range(90)]
 
 
@@ -126,7 +126,7 @@ def test_small_inputs_offer_fewer_than_5000_scores():
 
 @pytest.mark.parametrize("on_updates", [True, False])
 def test_the_learning_rate_is_timm_s(trial, on_updates):
-    options = dict(warmup_epochs=1, warmup_lr=1e-5, cooldown_epochs=0, min_lr=1e-4)
+    options = {"warmup_epochs": 1, "warmup_lr": 1e-5, "cooldown_epochs": 0, "min_lr": 1e-4}
     built = trial(sched_on_updates=on_updates, lr_noise=[0.3, 0.9], lr=0.01, **options)
     built.before_batch(0)
     reference, _ = create_scheduler_v2(
@@ -236,8 +236,19 @@ main(Probe)
 """
     )
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", probe]
-        + ["train", run_config(searcher__max_length=2), "--output-dir", tmp_path / "run"],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            probe,
+            "train",
+            run_config(searcher__max_length=2),
+            "--output-dir",
+            tmp_path / "run",
+        ],
         cwd=ROOT / "efficientdet",
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -160,12 +160,12 @@ def test_a_finished_run_goes_on_with_a_greater_length(trained, run_config, tmp_p
 
 
 def test_the_learning_rate_and_epochs_go_on_after_a_resume_by_epochs(run_config, tmp_path):
-    changes = dict(
-        hyperparameters__sched_on_updates=False,
-        searcher__max_length={"epochs": 3},
-        min_validation_period={"epochs": 1},
-        hyperparameters__lr_noise=[0.1, 0.9],
-    )
+    changes = {
+        "hyperparameters__sched_on_updates": False,
+        "searcher__max_length": {"epochs": 3},
+        "min_validation_period": {"epochs": 1},
+        "hyperparameters__lr_noise": [0.1, 0.9],
+    }
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_model_def("train", run_config("whole.yaml", **changes), "--output-dir", whole)
     shutil.copytree(whole / "checkpoints/best", tmp_path / "best")
@@ -301,7 +301,7 @@ def test_a_wrong_key_or_path_is_one_line_before_training(run_config, tmp_path, m
 def test_categories_that_differ_and_nothing_to_train_on_are_refused(run_config, shapes, tmp_path):
     coco = json.loads((shapes / "annotations/train.json").read_text())
     other = tmp_path / "other.json"
-    other.write_text(json.dumps({**coco, "categories": coco["categories"][:2] + [{"id": 3, "name": "star"}]}))
+    other.write_text(json.dumps({**coco, "categories": [*coco["categories"][:2], {"id": 3, "name": "star"}]}))
     empty = tmp_path / "empty.json"
     empty.write_text(json.dumps({**coco, "annotations": []}))
     for path, message in ((other, "different categories: id 3 is 'star'"), (empty, "has no box to train on")):

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from conftest import EXPERIMENT_SCHEMA, ROOT, reports, run_model_def
 from determined.common.context import read_v1_context
-from efficientdet_files.hyperparameters import EfficientDetHyperparameters
 
+from efficientdet_files.hyperparameters import EfficientDetHyperparameters
 from shared.experiment import Length, parse_data, parse_schedule, parse_section
 
 FOLDER = ROOT / "efficientdet"
@@ -83,7 +83,9 @@ def draw(space, rng):
     if space["type"] == "categorical":
         return rng.choice(space["vals"])
     value = rng.uniform(space["minval"], space["maxval"])
-    return {"log": lambda: space["base"] ** value, "double": lambda: value, "int": lambda: round(value)}[space["type"]]()
+    return {"log": lambda: space["base"] ** value, "double": lambda: value, "int": lambda: round(value)}[
+        space["type"]
+    ]()
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -91,7 +93,13 @@ def test_points_of_the_search_train(tmp_path, seed):
     config = yaml.safe_load((FOLDER / "adaptive.yaml").read_text())
     rng = random.Random(seed)
     drawn = {name: draw(space, rng) for name, space in config["hyperparameters"].items()}
-    small = dict(backbone="mobilenetv3_small_050", input_size=128, pretrained="none", amp="bf16", global_batch_size=4)
+    small = {
+        "backbone": "mobilenetv3_small_050",
+        "input_size": 128,
+        "pretrained": "none",
+        "amp": "bf16",
+        "global_batch_size": 4,
+    }
     config["hyperparameters"] = {**drawn, **small, "model_config": {"fpn_channels": 16, "fpn_cell_repeats": 1}}
     config["data"] = {"backend": "fake", "workers": 0}
     config["searcher"]["max_time"] = 2
