@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from effdet.bench import DetBenchPredict
@@ -16,7 +16,7 @@ from torch import nn
 
 from efficientdet_files.data import EfficientDetCollate, EfficientDetTransform, input_config, normalize
 from efficientdet_files.hyperparameters import EfficientDetHyperparameters
-from efficientdet_files.model import COCO_CATEGORIES, build_model, model_config
+from efficientdet_files.model import COCO_CATEGORIES, build_model
 from shared.detections import Detections
 from shared.errors import UserError, nearest
 from shared.launch import main
@@ -31,10 +31,11 @@ class EfficientDetTrial(DetectionTrial):
 
     hyperparameters_class = EfficientDetHyperparameters
     path_hyperparameters = ("pretrained",)
-    without_pretrained = {"pretrained": "none"}  # noqa: RUF012
-    pretrained_categories = COCO_CATEGORIES
+    without_pretrained: ClassVar = {"pretrained": "none"}
+    pretrained_categories: ClassVar = COCO_CATEGORIES
 
     def build_model(self) -> nn.Module:
+        torch.backends.cudnn.benchmark = True  # as upstream: all inputs have one size
         bench = build_model(self.hparams, self.categories)
         self.model_config = bench.config
         self.inputs = input_config(self.hparams, self.model_config)
@@ -192,8 +193,6 @@ class EfficientDetTrial(DetectionTrial):
                 "give --checkpoint, or --set hyperparameters.pretrained=effdet"
             )
 
-
-__all__ = ["EfficientDetTrial", "model_config"]
 
 if __name__ == "__main__":
     main(EfficientDetTrial)

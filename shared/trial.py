@@ -7,7 +7,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from determined.pytorch import PyTorchCallback, PyTorchTrial, PyTorchTrialContext
@@ -57,6 +57,12 @@ class DetectionTrial(PyTorchTrial):
 
     hyperparameters_class: type
     iou_types: tuple[str, ...] = ("bbox",)
+    path_hyperparameters: tuple[str, ...] = ()
+    """Hyperparameters that may be paths, relative to where the run is started."""
+    without_pretrained: ClassVar[dict[str, Any]] = {}
+    """The hyperparameters of a model whose weights a checkpoint will give."""
+    pretrained_categories: ClassVar[list[dict]] = []
+    """COCO categories that the pretrained weights detect, where no annotation file says more."""
 
     def __init__(
         self, context: PyTorchTrialContext, categories: list[dict] | None = None, first_batch: int | None = None
@@ -133,6 +139,10 @@ class DetectionTrial(PyTorchTrial):
     @abstractmethod
     def detect(self, model: nn.Module, batch: Batch) -> list[Detections]:
         """The detections of each image of a prepared batch."""
+
+    @abstractmethod
+    def check_pretrained(self) -> None:
+        """Raises UserError where the config's weights detect nothing, and no checkpoint is given."""
 
     def prepare(self, batch: Batch, training: bool) -> Batch:
         """Work on a batch on the device, before `losses` and `detect`."""

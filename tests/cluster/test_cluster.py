@@ -181,19 +181,20 @@ def test_a_search_stops_trials_early_and_outlives_one_that_diverges(tmp_path):
         "name": "adaptive_asha",
         "metric": "bbox_mAP",
         "smaller_is_better": False,
-        "max_trials": 6,
+        "mode": "aggressive",
+        "max_trials": 8,
         "time_metric": "batches",
-        "max_time": 160,
+        "max_time": 80,
         "max_rungs": 2,
         "divisor": 4,
         "max_concurrent_trials": 2,
     }
-    config["min_validation_period"] = {"batches": 20}
+    config["min_validation_period"] = {"batches": 10}
     (context / "search.yaml").write_text(yaml.safe_dump(config))
     experiment = submit("search.yaml", cwd=context)
     assert wait(experiment, 900) == "COMPLETED"
     trials = experiment.get_trials()
-    assert len(trials) == 6
+    assert len(trials) >= 4
     lengths, diverged = [], 0
     for trial in trials:
         metrics = validations(trial)
@@ -204,5 +205,5 @@ def test_a_search_stops_trials_early_and_outlives_one_that_diverges(tmp_path):
         elif metrics:
             lengths.append(max(metrics))
     assert diverged
-    assert max(lengths) == 160
-    assert min(lengths) < 160  # stopped by the searcher, at its next report
+    assert max(lengths) == 80
+    assert min(lengths) < 80  # stopped by the searcher, at its next report
