@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,8 @@ def main(trial_class: type[DetectionTrial]) -> None:
     try:
         arguments.run(trial_class, arguments)
     except (UserError, DivergedError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        rank = int(os.environ.get("RANK", 0))
+        sys.exit(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -147,10 +146,10 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
     _make_paths_absolute(config, trial_class)
     with _local_distributed() as distributed:
         folder = RunFolder(_output_dir(arguments.output_dir, distributed))
-        checkpoint = _checkpoint_to_resume(arguments.resume, folder)
-        if distributed.rank == 0:
-            folder.prepare(Path(sys.modules[trial_class.__module__].__file__).parent)
-        distributed.broadcast(None)  # the folder is there
+        path = _on_chief(distributed, lambda: _checkpoint_to_resume(arguments.resume, folder))
+        checkpoint = read_checkpoint(path) if path else None
+        source = Path(sys.modules[trial_class.__module__].__file__).parent
+        _on_chief(distributed, lambda: folder.prepare(source))
         os.chdir(folder.code)  # what Determined copies into each checkpoint
         os.environ["XDG_DATA_HOME"] = str(folder.saving)  # where it stores them
         with _local_context(config, distributed) as context:
@@ -207,17 +206,17 @@ def _fit_here(trial: DetectionTrial, context: pytorch.PyTorchTrialContext, check
     )
 
 
-def _checkpoint_to_resume(resume: str | None, folder: RunFolder) -> Checkpoint | None:
+def _checkpoint_to_resume(resume: str | None, folder: RunFolder) -> Path | None:
     if resume is None:
         folder.refuse_other_run()
         return None
     if resume != "last":
-        return read_checkpoint(find_checkpoint(resume))
+        return find_checkpoint(resume)
     folder.restore_interrupted_rename()
     last = folder.checkpoints / "last"
     if not last.exists():
         raise UserError(f"--resume last: {folder.path} has no checkpoint yet; leave --resume out and start anew")
-    return read_checkpoint(last)
+    return last
 
 
 def _output_dir(given: Path | None, distributed: DistributedContext) -> Path:
@@ -435,6 +434,21 @@ def _local_distributed() -> Iterator[DistributedContext]:
     finally:
         distributed.close()
         torch.distributed.destroy_process_group()
+
+
+def _on_chief(distributed: DistributedContext, function: Callable[[], Any]) -> Any:
+    """What the chief's call returns, or the UserError that it raises, on every process: what one of them does
+    to the run's folder, the others must not see half-done."""
+    result, error = None, None
+    if distributed.rank == 0:
+        try:
+            result = function()
+        except UserError as raised:
+            error = str(raised)
+    result, error = distributed.broadcast((result, error))
+    if error is not None:
+        raise UserError(error)
+    return result
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import ROOT, reports, run_model_def
@@ -116,14 +117,15 @@ def kill_between_checkpoints(config, run, processes=1):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
     started = time.time()
     while not ((run / "checkpoints/last").exists() and reports(run)[-1]["batches"] >= 6):
         assert process.poll() is None
         assert time.time() - started < 120
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    # torchrun's processes have sessions of their own
+    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+        victim.send_signal(signal.SIGKILL)
     process.wait()
     assert reports(run)[-1]["batches"] < 12
 
