@@ -203,7 +203,9 @@ def parse_section(section: dict[str, Any] | None, into: type[T], where: str) -> 
             raise UserError(f"{where}.{field.name} is missing")
     try:
         return msgspec.convert(section, into)
-    except (msgspec.ValidationError, UserError) as error:
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, UserError):  # the dataclass's own check, which names its key
+            raise error.__cause__ from None
         message = str(error)
         key = ""
         if " - at `$" in message:
@@ -303,11 +305,17 @@ def parse_schedule(config: dict[str, Any]) -> Schedule:
     )
 
 
-def parse_searcher_metric(config: dict[str, Any]) -> SearcherMetric:
-    """The metric that decides which checkpoint is the best."""
+def parse_searcher_metric(config: dict[str, Any], reported: Iterable[str]) -> SearcherMetric:
+    """The metric that decides which checkpoint is the best.
+
+    Raises:
+        UserError: it is not one of those that a validation reports.
+    """
     searcher = config.get("searcher") or {}
-    metric = searcher.get("metric", "bbox_mAP")
-    return SearcherMetric(metric, bool(searcher.get("smaller_is_better", True)))
+    metric, reported = searcher.get("metric") or "bbox_mAP", list(reported)
+    if metric not in reported:
+        raise UserError(f"searcher.metric: {metric!r} is not reported; {nearest(metric, reported)}")
+    return SearcherMetric(metric, bool(searcher.get("smaller_is_better", "metric" in searcher)))
 
 
 def parse_seed(config: dict[str, Any]) -> int:

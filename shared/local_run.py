@@ -36,7 +36,8 @@ class RunFolder:
         self.saving = self.checkpoints / ".saving"
 
     def holds_a_run(self) -> bool:
-        return self.metrics.exists() or self.checkpoints.exists()
+        # a folder that was made before the config was found wrong holds none
+        return self.metrics.exists() or any((self.checkpoints / name).exists() for name in ("best", "last"))
 
     def prepare(self, source: Path) -> None:
         """Makes the folders, clears what a killed run left half-written, and copies the code in `source`."""
@@ -129,8 +130,6 @@ class LocalRun(PyTorchCallback):
         trial = self.trial
         metrics = {name: float(value) for name, value in {**metrics, **trial.category_ap}.items()}
         wanted = trial.searcher_metric
-        if wanted.name not in metrics:
-            raise UserError(f"searcher.metric: {wanted.name!r} is not reported; there are {', '.join(metrics)}")
         value = metrics[wanted.name]
         value = wanted.worst if math.isnan(value) else value
         if self.best is None or (value < self.best if wanted.smaller_is_better else value > self.best):

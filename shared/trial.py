@@ -18,7 +18,7 @@ from shared.checkpoints import CATEGORIES_FILE
 from shared.dataset import CocoDetection, Transform
 from shared.detections import Detections
 from shared.determined_fixes import FiniteSearcherMetric, PlainRandomState, SearcherStop, on_cluster
-from shared.evaluation import CocoEvaluator
+from shared.evaluation import SUMMARY_METRICS, CocoEvaluator
 from shared.experiment import (
     open_train_and_val,
     parse_data,
@@ -72,7 +72,8 @@ class DetectionTrial(PyTorchTrial):
         self.rank, self.slots = context.distributed.rank, context.distributed.size
         self.data = parse_data(self.config)
         self.schedule = parse_schedule(self.config)
-        self.searcher_metric = parse_searcher_metric(self.config)
+        reported = [f"{iou_type}_{name}" for iou_type in self.iou_types for name in SUMMARY_METRICS]
+        self.searcher_metric = parse_searcher_metric(self.config, reported)
         self.hparams = parse_section(context.get_hparams(), self.hyperparameters_class, "hyperparameters")
         self.global_batch_size = self.hparams.global_batch_size
         self.per_slot_batch_size = per_slot_batch_size(self.global_batch_size, self.slots)

@@ -113,6 +113,24 @@ def run_model_def(
     return done
 
 
+@pytest.fixture
+def refused(monkeypatch):
+    """Calls `model_def.py ARGUMENTS` in this process, and returns the line that it ends with."""
+    from model_def import EfficientDetTrial
+    from shared.launch import main
+
+    def call(*arguments: object) -> str:
+        with monkeypatch.context() as patch:
+            patch.chdir(ROOT / "efficientdet")
+            patch.setenv("XDG_DATA_HOME", "")
+            patch.setattr(sys, "argv", ["model_def.py", *map(str, arguments)])
+            with pytest.raises(SystemExit) as ended:
+                main(EfficientDetTrial)
+        return ended.value.code
+
+    return call
+
+
 def reports(run: Path, split: str | None = None) -> list[dict]:
     """The lines of a run's metrics.jsonl."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

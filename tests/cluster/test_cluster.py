@@ -3,6 +3,7 @@
 Takes about ten minutes on two slots. The task that is to be killed kills itself, once.
 """
 
+import json
 import math
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, run_model_def
 
 pytestmark = [
     pytest.mark.cluster,
@@ -111,6 +112,13 @@ def test_one_slot_completes_with_validations_and_checkpoints(whole):
     assert saved == {20, 40, 60, 80}
     assert not any("AP/" in name for name in validations(whole)[80])
     assert all(math.isfinite(metrics["bbox_mAP"]) for metrics in validations(whole).values())
+
+
+def test_a_checkpoint_s_uuid_is_evaluated_off_the_cluster(whole, tmp_path):
+    (last,) = [c for c in whole.list_checkpoints() if c.metadata["steps_completed"] == 80]
+    run_model_def("evaluate", "const_fake.yaml", "--checkpoint", last.uuid, "--output", tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["bbox_mAP"] == validations(whole)[80]["bbox_mAP"]
 
 
 def test_two_slots_complete():

@@ -98,12 +98,9 @@ def test_where_a_run_is_started_from_does_not_swell_its_checkpoints(shapes, run_
     assert sum(file.stat().st_size for file in code.rglob("*")) < 2**20
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten(trained):
+def test_a_folder_that_holds_a_run_is_not_overwritten(refused, trained):
     run, config, _ = trained
-    done = run_model_def("train", config, "--output-dir", run, check=False)
-    assert done.returncode == 1
-    assert "holds a run already; add `--resume last`" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "holds a run already; add `--resume last`" in refused("train", config, "--output-dir", run)
 
 
 def kill_between_checkpoints(config, run, processes=1):
@@ -152,13 +149,13 @@ def test_a_killed_run_resumes_to_the_same_bits(run_config, trained, tmp_path, pr
         }
 
 
-def test_a_finished_run_goes_on_with_a_greater_length(trained, run_config, tmp_path):
+def test_a_finished_run_goes_on_with_a_greater_length(refused, trained, run_config, tmp_path):
     run = shutil.copytree(trained[0], tmp_path / "run")
     longer = run_config(searcher__max_length={"batches": 16})
     run_model_def("train", longer, "--output-dir", run, "--resume", "last")
     assert [r["batches"] for r in reports(run, "val")] == [4, 8, 12, 16]
-    done = run_model_def("train", longer, "--output-dir", run, "--resume", "last", check=False)
-    assert "has been trained for 16 batches" in done.stderr
+    line = refused("train", longer, "--output-dir", run, "--resume", "last")
+    assert "has been trained for 16 batches" in line
 
 
 def test_the_learning_rate_and_epochs_go_on_after_a_resume_by_epochs(run_config, tmp_path):
@@ -283,24 +280,27 @@ WRONG = {
     ],
     "hyperparameters.pretrained: nowhere.pth is not a checkpoint": ["hyperparameters.pretrained=nowhere.pth"],
     "hyperparameters.amp: fp16 needs a GPU": ["hyperparameters.amp=fp16"],
-    "searcher.metric: 'bbox_map' is not reported": ["searcher.metric=bbox_map"],
     "--set x: write it as key=value": ["x"],
 }
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_a_wrong_key_or_path_is_one_line_before_training(run_config, tmp_path, message):
+def test_a_wrong_key_or_path_is_one_line_before_training(refused, run_config, tmp_path, message):
     if torch.cuda.is_available() and "fp16" in message:
         pytest.skip("there is a GPU")
     overrides = [part for override in WRONG[message] for part in ("--set", override)]
-    done = run_model_def("train", run_config(), "--output-dir", tmp_path / "run", *overrides, check=False)
-    assert done.returncode == 1
-    assert f"error: {message}" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "batch/s" not in done.stderr or "searcher.metric" in message
+    line = refused("train", run_config(), "--output-dir", tmp_path / "run", *overrides)
+    assert line.startswith(f"error: {message}")
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_categories_that_differ_and_nothing_to_train_on_are_refused(run_config, shapes, tmp_path):
+def test_a_searcher_metric_that_is_not_reported_is_refused(refused, run_config, tmp_path):
+    line = refused("train", run_config(), "--output-dir", tmp_path / "run", "--set", "searcher.metric=bbox_map")
+    assert "searcher.metric: 'bbox_map' is not reported; did you mean 'bbox_mAP'?" in line
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_categories_that_differ_and_nothing_to_train_on_are_refused(refused, run_config, shapes, tmp_path):
     coco = json.loads((shapes / "annotations/train.json").read_text())
     other = tmp_path / "other.json"
     other.write_text(json.dumps({**coco, "categories": [*coco["categories"][:2], {"id": 3, "name": "star"}]}))
@@ -308,9 +308,7 @@ def test_categories_that_differ_and_nothing_to_train_on_are_refused(run_config, 
     empty.write_text(json.dumps({**coco, "annotations": []}))
     for path, message in ((other, "different categories: id 3 is 'star'"), (empty, "has no box to train on")):
         config = run_config(data__train__annotations=str(path))
-        done = run_model_def("train", config, "--output-dir", tmp_path / "run", check=False)
-        assert message in done.stderr
-        assert done.returncode == 1
+        assert message in refused("train", config, "--output-dir", tmp_path / "run")
 
 
 def test_two_processes_need_a_batch_that_divides(run_config, tmp_path):
@@ -319,25 +317,23 @@ def test_two_processes_need_a_batch_that_divides(run_config, tmp_path):
     assert "3 images do not divide by 2 slots; use 2 or 4" in done.stderr
 
 
-def test_a_checkpoint_of_another_model_is_refused_and_stays(trained, run_config, tmp_path):
+def test_a_checkpoint_of_another_model_is_refused_and_stays(refused, trained, run_config, tmp_path):
     run = shutil.copytree(trained[0], tmp_path / "run")
     before = (run / "checkpoints/last/state_dict.pth").read_bytes()
     other = run_config(
         hyperparameters__model_config={"fpn_channels": 24, "fpn_cell_repeats": 1}, searcher__max_length=20
     )
-    done = run_model_def("train", other, "--output-dir", run, "--resume", "last", check=False)
-    assert "holds the weights of another model" in done.stderr
+    line = refused("train", other, "--output-dir", run, "--resume", "last")
+    assert "holds the weights of another model" in line
     assert (run / "checkpoints/last/state_dict.pth").read_bytes() == before
 
 
-def test_a_cut_off_checkpoint_is_refused(trained, run_config, tmp_path):
+def test_a_cut_off_checkpoint_is_refused(refused, trained, tmp_path):
     run, config, _ = trained
     cut = shutil.copytree(run / "checkpoints/last", tmp_path / "cut")
     data = (cut / "state_dict.pth").read_bytes()
     (cut / "state_dict.pth").write_bytes(data[: len(data) // 2])
-    done = run_model_def("evaluate", config, "--checkpoint", cut, check=False)
-    assert "cannot be read as weights" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "cannot be read as weights" in refused("evaluate", config, "--checkpoint", cut)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(run_config, tmp_path):
@@ -371,19 +367,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(r
     assert all(weights.isfinite().all() for weights in checkpoint.weights.values())
 
 
-def test_a_search_off_the_cluster_names_the_keys_to_set():
-    done = run_model_def("train", "adaptive.yaml", check=False)
-    assert "--set hyperparameters.lr=" in done.stderr
-    assert done.returncode == 1
+def test_a_search_off_the_cluster_names_the_keys_to_set(refused):
+    assert "--set hyperparameters.lr=" in refused("train", "adaptive.yaml")
 
 
-def test_without_a_checkpoint_untrained_weights_are_not_evaluated(run_config):
-    done = run_model_def("evaluate", run_config(), check=False)
-    assert "hyperparameters.pretrained is 'none', which detects nothing" in done.stderr
+def test_without_a_checkpoint_untrained_weights_are_not_evaluated(refused, run_config):
+    line = refused("evaluate", run_config())
+    assert "hyperparameters.pretrained is 'none', which detects nothing" in line
 
 
-def test_a_uuid_needs_a_master(run_config):
-    env = {"DET_MASTER": ""}
+def test_a_uuid_needs_a_master(refused, run_config, monkeypatch):
+    monkeypatch.setenv("DET_MASTER", "")
     uuid = "12345678-1234-1234-1234-123456789abc"
-    done = run_model_def("evaluate", run_config(), "--checkpoint", uuid, check=False, env=env)
-    assert "set DET_MASTER" in done.stderr
+    assert "set DET_MASTER" in refused("evaluate", run_config(), "--checkpoint", uuid)
