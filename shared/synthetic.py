@@ -28,22 +28,22 @@ SIZE = 128
 def draw_sample(seed: int, index: int, size: int = SIZE) -> tuple[Image.Image, list[dict]]:
     """One picture of size × size pixels and its annotations in COCO's format, without ids.
 
-    Every eighth picture has a crowd: a heap of small shapes with one RLE mask and `iscrowd` 1.
+    Every sixteenth picture has a crowd: a heap of small shapes with one RLE mask and `iscrowd` 1.
     """
     draws = random.Random(f"{seed}/{index}")
-    background = tuple(draws.randrange(60, 200) for _ in range(3))
-    pixels = np.full((size, size, 3), background, dtype=np.int16)
-    pixels += np.random.default_rng([seed, index]).integers(-20, 21, pixels.shape, dtype=np.int16)
-    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    background = tuple(draws.randrange(100, 156) for _ in range(3))
+    # coarse, so that it looks the same when an augmentation has resized the picture
+    texture = np.random.default_rng([seed, index]).integers(-40, 41, (size // 8, size // 8, 3)) + background
+    image = Image.fromarray(texture.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
     canvas = ImageDraw.Draw(image)
 
     annotations = []
-    if index % 8 == 7:
+    if index % 16 == 7:
         annotations.append(_draw_crowd(canvas, draws, size))
-    for _ in range(draws.randrange(1, 6)):
+    for _ in range(draws.randrange(1, 5)):
         category = draws.choice(CATEGORIES)["id"]
         for _ in range(10):  # a shape that hides another would be a box that nothing shows
-            polygon = _shape(draws, category, size, scale=draws.uniform(0.12, 0.45))
+            polygon = _shape(draws, category, size, scale=draws.uniform(0.2, 0.5))
             annotation = _annotation(category, polygon)
             if not any(_overlap(annotation["bbox"], other["bbox"]) > 0.2 for other in annotations):
                 canvas.polygon(polygon, fill=_color(draws, background))
@@ -89,7 +89,7 @@ def _overlap(a: list[float], b: list[float]) -> float:
 def _color(draws: random.Random, background: tuple[int, ...]) -> tuple[int, ...]:
     while True:
         color = tuple(draws.randrange(256) for _ in range(3))
-        if max(abs(a - b) for a, b in zip(color, background, strict=True)) > 60:
+        if max(abs(a - b) for a, b in zip(color, background, strict=True)) > 70:
             return color
 
 
