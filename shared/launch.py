@@ -133,7 +133,8 @@ def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
             )
         except (UserError, DivergedError) as error:
             if config["searcher"]["name"] != "single":
-                # ends this trial alone, and the search goes on
+                # ends this trial alone, and the search goes on; Determined does not log why
+                logger.error("%s", error)
                 raise det.InvalidHP(str(error)) from error
             # Determined would call an experiment of one invalid trial completed
             sys.exit(f"error: {error}")
