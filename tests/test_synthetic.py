@@ -30,7 +30,8 @@ def test_it_has_three_categories_crowds_and_masks_that_fit_their_boxes():
             if isinstance(segmentation, list):
                 segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, record.height, record.width))
             x, y, width, height = coco_mask.toBbox(segmentation)
-            np.testing.assert_allclose(box, [x, y, x + width, y + height], atol=1.5)
+            # a triangle's tip is thinner than a pixel: the mask begins a little lower
+            np.testing.assert_allclose(box, [x, y, x + width, y + height], atol=2.5)
 
 
 def test_the_command_writes_a_coco_data_set(tmp_path):
