@@ -76,8 +76,9 @@ def memory_with_workers(opener, reader, queue) -> None:
         for _ in workers:
             ready.acquire()
         total = pss([os.getpid(), *(worker.pid for worker in workers)])
-        for worker in workers:
+        for _ in workers:  # all of them first: it is not said which worker takes which release
             done.release()
+        for worker in workers:
             worker.join()
         return total
 
