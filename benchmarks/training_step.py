@@ -105,7 +105,7 @@ def plain_loop(trial: EfficientDetTrial):
     ema = ModelEmaV3(model, decay=hparams.model_ema_decay)
     scaler = torch.amp.GradScaler("cuda", enabled=hparams.amp == "fp16")
     dataset = CocoDetection(trial.train_data.annotations, trial.train_data.images, trial.train_transform(), 0, True)
-    sampler = TrainingBatchSampler(len(dataset), trial.per_slot_batch_size, seed=0)
+    sampler = TrainingBatchSampler(trial.training_groups(), trial.per_slot_batch_size, seed=0)
     loader = trial._loader(dataset, sampler, training=True)
     batches = iter(PrefetchLoader(loader, device, lambda batch, number: trial.prepare(batch, training=True)))
     steps = itertools.count(1)

@@ -15,6 +15,7 @@ import mmap
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from shared.errors import UserError
+from shared.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -211,6 +212,29 @@ class CocoAnnotations:
     def image_ids(self) -> np.ndarray:
         """(images,) int64."""
         return self.columns["image_ids"]
+
+    def select_categories(self, names: Sequence[str]) -> CocoAnnotations:
+        """The same images with the annotations of these categories only; held in memory.
+
+        Raises:
+            UserError: a name is not a category's; says which, and the nearest.
+        """
+        for name in names:
+            if name not in self.category_names:
+                raise UserError(f"{name!r} is no category of {self.path}; {nearest(name, self.category_names)}")
+        categories = [category for category in self.categories if category["name"] in names]
+        labels = [self.category_names.index(category["name"]) for category in categories]
+        columns, kept = dict(self.columns), np.isin(self.columns["labels"], labels)
+        image_rows = np.repeat(np.arange(len(self)), np.diff(columns["offsets"]))[kept]
+        columns["offsets"] = _offsets(np.bincount(image_rows, minlength=len(self)))
+        starts, ends = columns["segmentation_offsets"][:-1][kept], columns["segmentation_offsets"][1:][kept]
+        pieces = [columns["segmentations"][start:end] for start, end in zip(starts, ends, strict=True)]
+        columns["segmentations"] = np.concatenate([np.empty(0, np.uint8), *pieces])
+        columns["segmentation_offsets"] = _offsets(ends - starts)
+        for name in ("annotation_ids", "boxes", "areas", "iscrowd"):
+            columns[name] = columns[name][kept]
+        columns["labels"] = np.searchsorted(labels, columns["labels"][kept]).astype(np.int32)
+        return CocoAnnotations(columns, categories, self.path, None)
 
     @property
     def without_area(self) -> np.ndarray:

@@ -17,7 +17,12 @@ from shared.storage import ImageStorage
 
 logger = logging.getLogger(__name__)
 
-Transform = Callable[[Image.Image, ImageRecord], Any]
+Transform = Callable[[Any, ImageRecord], Any]
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """The image in RGB."""
+    return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 class SampleKey(NamedTuple):
@@ -34,45 +39,63 @@ class CocoDetection(torch.utils.data.Dataset):
     (seed, epoch, index) before it runs.
 
     Args:
-        transform: takes an RGB image and its `ImageRecord`.
+        transform: takes an image, as `decode` gives it, and its `ImageRecord`.
         training: leave boxes without area out of the records.
+        decode: from an image file's bytes to a PIL image, or an array (height, width, …).
     """
 
     def __init__(
-        self, annotations: CocoAnnotations, images: ImageStorage, transform: Transform, seed: int, training: bool
+        self,
+        annotations: CocoAnnotations,
+        images: ImageStorage,
+        transform: Transform,
+        seed: int,
+        training: bool,
+        decode: Callable[[bytes], Any] = decode_rgb,
     ):
         self.annotations = annotations
         self.images = images
         self.transform = transform
         self.seed = seed
         self.training = training
+        self.decode = decode
 
     def __len__(self) -> int:
         return len(self.annotations)
 
     def __getitem__(self, key: SampleKey | int) -> Any:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        record = self.annotations[index]
-        image = read_image(self.images, record.file_name, f"image id {record.image_id}")
-        if image.size != (record.width, record.height):
-            raise UserError(
-                f"{record.file_name} (image id {record.image_id}) has {image.width}×{image.height} pixels, and the "
-                f"annotation file says {record.width}×{record.height}; correct the file or the image"
-            )
-        if self.training:
-            record = _with_area_only(record)
+        image, record = self.load(index)
         seed_all(self.seed, epoch, index)
         return self.transform(image, record)
 
+    def load(self, index: int) -> tuple[Any, ImageRecord]:
+        """The decoded image and its record.
 
-def read_image(images: ImageStorage, file_name: str, name: str = "") -> Image.Image:
-    """The image in RGB.
+        Raises:
+            UserError: the image cannot be read, or has another size than the annotation file says.
+        """
+        record = self.annotations[index]
+        image = read_image(self.images, record.file_name, f"image id {record.image_id}", self.decode)
+        width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+        if (width, height) != (record.width, record.height):
+            raise UserError(
+                f"{record.file_name} (image id {record.image_id}) has {width}×{height} pixels, and the "
+                f"annotation file says {record.width}×{record.height}; correct the file or the image"
+            )
+        return image, _with_area_only(record) if self.training else record
+
+
+def read_image(
+    images: ImageStorage, file_name: str, name: str = "", decode: Callable[[bytes], Any] = decode_rgb
+) -> Any:
+    """The decoded image, by default a PIL image in RGB.
 
     Raises:
         UserError: it cannot be read or decoded.
     """
     try:
-        return Image.open(io.BytesIO(images.read(file_name))).convert("RGB")
+        return decode(images.read(file_name))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{file_name} ({name or images}) cannot be read as an image: {error}") from error
 

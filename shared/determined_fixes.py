@@ -6,6 +6,7 @@ cluster" tells users; tests/test_determined_fixes.py fails where one is taken aw
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from typing import Any
@@ -15,10 +16,23 @@ import numpy as np
 import torch
 from determined.experimental import client
 from determined.pytorch import PyTorchCallback, PyTorchTrialContext
+from torch import nn
 
 from shared.experiment import SearcherMetric
 
 logger = logging.getLogger(__name__)
+
+
+def wrap_model(context: PyTorchTrialContext, model: nn.Module, find_unused_parameters: bool) -> nn.Module:
+    """`context.wrap_model`, with DDP's `find_unused_parameters`.
+
+    Determined passes no option on to DDP, and a model that leaves parameters unused in some steps then ends in
+    "Expected to have finished reduction in the prior iteration".
+    """
+    if find_unused_parameters:
+        ddp = context._PyTorchDistributedDataParallel  # no public name reaches DDP's arguments
+        context._PyTorchDistributedDataParallel = functools.partial(ddp, find_unused_parameters=True)
+    return context.wrap_model(model)
 
 
 class PlainRandomState(PyTorchCallback):

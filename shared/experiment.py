@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,6 +85,10 @@ class SplitData:
 
     annotations: CocoAnnotations
     images: ImageStorage
+
+    @property
+    def categories(self) -> list[dict]:
+        return self.annotations.categories
 
 
 @dataclass(frozen=True)
@@ -174,19 +178,25 @@ def fixed_hyperparameters(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: some are ranges; the message names the keys to set.
     """
-    fixed, searched = {}, []
-    for name, value in (config.get("hyperparameters") or {}).items():
-        if isinstance(value, dict) and value.get("type") == "const":
-            value = value["val"]
-        elif isinstance(value, dict) and value.get("type") in ("int", "double", "log", "categorical"):
+    searched: list[str] = []
+
+    def fixed(value: Any, name: str) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if value.get("type") == "const":
+            return value["val"]
+        if value.get("type") in ("int", "double", "log", "categorical"):
             searched.append(name)
-        fixed[name] = value
+            return value
+        return {key: fixed(item, f"{name}.{key}") for key, item in value.items()}
+
+    hyperparameters = {name: fixed(value, name) for name, value in (config.get("hyperparameters") or {}).items()}
     if searched:
         choices = " ".join(f"--set hyperparameters.{name}=…" for name in searched)
         raise UserError(
             f"this config is for a search on a cluster; to train here, choose a value for each searched key: {choices}"
         )
-    return fixed
+    return hyperparameters
 
 
 def parse_section(section: dict[str, Any] | None, into: type[T], where: str) -> T:
@@ -214,20 +224,20 @@ def parse_section(section: dict[str, Any] | None, into: type[T], where: str) -> 
         raise UserError(f"{where}{key}: {message}") from error
 
 
-def parse_data(config: dict[str, Any]) -> DataConfig:
-    """The `data` section.
+def parse_data(config: dict[str, Any], into: type[DataConfig] = DataConfig) -> DataConfig:
+    """The `data` section; `into` is DataConfig, or a detector's own with more keys.
 
     Raises:
         UserError: a key is unknown, missing or of the wrong type.
     """
     section = dict(config.get("data") or {})
-    refuse_unknown_keys(section, [field.name for field in dataclasses.fields(DataConfig)], "data")
+    refuse_unknown_keys(section, [field.name for field in dataclasses.fields(into)], "data")
     for split in ("train", "val"):
         if section.get(split) is not None:
             if not isinstance(section[split], dict):
                 raise UserError(f"data.{split} needs the keys `annotations` and `images`")
             section[split] = parse_section(section[split], Split, f"data.{split}")
-    data = parse_section({k: v for k, v in section.items() if k not in ("train", "val")}, DataConfig, "data")
+    data = parse_section({k: v for k, v in section.items() if k not in ("train", "val")}, into, "data")
     data.train, data.val = section.get("train"), section.get("val")
     if data.backend not in BACKENDS:
         raise UserError(f"data.backend: {data.backend!r} is not available; {nearest(data.backend, BACKENDS)}")
@@ -271,21 +281,26 @@ def open_train_and_val(data: DataConfig) -> tuple[SplitData, SplitData]:
     return train, val
 
 
-def parse_schedule(config: dict[str, Any]) -> Schedule:
+def parse_schedule(config: dict[str, Any], defaults: Mapping[str, Length] | None = None) -> Schedule:
     """How long to train and how often to validate, by Determined's own keys.
+
+    Args:
+        defaults: of the keys `searcher.max_length`, `min_validation_period` and `min_checkpoint_period`.
 
     Raises:
         UserError: no length is given, or one is not understood.
     """
-    searcher = config.get("searcher") or {}
+    searcher, defaults = config.get("searcher") or {}, defaults or {}
     if searcher.get("max_length") is not None:
         max_length = _length(searcher["max_length"], "searcher.max_length")
     elif searcher.get("max_time") is not None:
         max_length = _length({searcher.get("time_metric"): searcher["max_time"]}, "searcher.time_metric and max_time")
+    elif "searcher.max_length" in defaults:
+        max_length = defaults["searcher.max_length"]
     else:
         raise UserError("searcher.max_length is missing; give it as {batches: 1000} or {epochs: 10}")
     periods = {
-        key: _length(config[key], key) if config.get(key) not in (None, 0, {}) else None
+        key: _length(config[key], key) if config.get(key) not in (None, 0, {}) else defaults.get(key)
         for key in ("min_validation_period", "min_checkpoint_period")
     }
     policy = config.get("checkpoint_policy") or "best"
@@ -305,15 +320,18 @@ def parse_schedule(config: dict[str, Any]) -> Schedule:
     )
 
 
-def parse_searcher_metric(config: dict[str, Any], reported: Iterable[str]) -> SearcherMetric:
+def parse_searcher_metric(config: dict[str, Any], reported: Iterable[str] | None) -> SearcherMetric:
     """The metric that decides which checkpoint is the best.
+
+    Args:
+        reported: the names that a validation reports; None where they are not known before.
 
     Raises:
         UserError: it is not one of those that a validation reports.
     """
     searcher = config.get("searcher") or {}
-    metric, reported = searcher.get("metric") or "bbox_mAP", list(reported)
-    if metric not in reported:
+    metric = searcher.get("metric") or "bbox_mAP"
+    if reported is not None and metric not in (reported := list(reported)):
         raise UserError(f"searcher.metric: {metric!r} is not reported; {nearest(metric, reported)}")
     return SearcherMetric(metric, bool(searcher.get("smaller_is_better", "metric" in searcher)))
 

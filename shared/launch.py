@@ -30,15 +30,7 @@ from shared.detections import Detections, to_coco_results
 from shared.determined_fixes import on_cluster
 from shared.errors import UserError
 from shared.evaluation import SUMMARY_METRICS
-from shared.experiment import (
-    Length,
-    SplitData,
-    fixed_hyperparameters,
-    load_config,
-    open_split,
-    parse_data,
-    parse_schedule,
-)
+from shared.experiment import DataConfig, Length, SplitData, fixed_hyperparameters, load_config
 from shared.local_run import LocalRun, RunFolder
 from shared.storage import DiskImages
 from shared.training_metrics import DivergedError
@@ -47,6 +39,7 @@ from shared.trial import DetectionTrial
 logger = logging.getLogger(__name__)
 
 _PICTURES = 4  # samples in predictions.png
+_SECONDS_FOR_CHIEF = 3
 
 
 def main(trial_class: type[DetectionTrial]) -> None:
@@ -159,15 +152,16 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
                 load_weights(trial.plain_model, checkpoint.training_weights, checkpoint.path)
             if distributed.rank == 0:
                 folder.config.write_text(yaml.safe_dump(config, sort_keys=False))
+                trial.save_own_config(folder.path)
             trial.local_callbacks["local_run"] = LocalRun(trial, folder)
             _fit_here(trial, context, checkpoint)
             if distributed.rank == 0:
-                metrics = {**trial.last_validation, **trial.category_ap}
-                picture = folder.path / "predictions.png"
-                draw_samples(trial, picture)
-                print(metrics_table(metrics, trial.iou_types))
+                print(metrics_table({**trial.last_validation, **trial.category_ap}, trial.iou_types))
                 print(f"checkpoints: {folder.checkpoints / 'best'} and {folder.checkpoints / 'last'}")
-                print(f"predictions beside the ground truth: {picture}")
+                if isinstance(trial.val_data, SplitData):
+                    picture = folder.path / "predictions.png"
+                    draw_samples(trial, picture)
+                    print(f"predictions beside the ground truth: {picture}")
 
 
 @dataclass
@@ -244,21 +238,23 @@ def _make_paths_absolute(config: dict[str, Any], trial_class: type[DetectionTria
 
 
 def evaluate_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
-    """COCO metrics of a checkpoint, or of the pretrained weights, on data.val."""
+    """The metrics of a checkpoint, or of the pretrained weights, on data.val."""
     config, checkpoint = _config_to_detect_with(trial_class, arguments)
-    data = open_split(parse_data(config), "val")
-    with _detecting_trial(trial_class, config, checkpoint, data.annotations.categories) as trial:
-        names = [category["name"] for category in trial.categories]
-        if names != data.annotations.category_names:
+    with _detecting_trial(trial_class, config, checkpoint) as trial:
+        data = trial.open_val()
+        names, in_data = ([category["name"] for category in of.categories] for of in (trial, data))
+        if names != in_data:
             raise UserError(
-                f"data.val.annotations: its categories {data.annotations.category_names} are not those that the "
-                f"checkpoint was trained on, {names}"
+                f"data.val.annotations: its categories {in_data} are not those that the checkpoint was trained on, "
+                f"{names}"
             )
-        evaluator = trial.build_evaluator(data.annotations)
+        evaluator = trial.build_evaluator(data)
+        category_ids = [category["id"] for category in data.categories]
         results = []
-        for detections in _detect_all(trial, data):
-            evaluator.update([detections])
-            results += to_coco_results(detections, data.annotations.category_ids)
+        for found in _detect_all(trial, data):
+            evaluator.update([found])
+            if isinstance(found, Detections):
+                results += to_coco_results(found, category_ids)
         gathered = trial.context.distributed.gather((evaluator.per_slot_reduce(), results))
         if trial.rank == 0:
             metrics = evaluator.cross_slot_reduce([slot for slot, _ in gathered])
@@ -273,10 +269,10 @@ def evaluate_here(trial_class: type[DetectionTrial], arguments: argparse.Namespa
 def predict_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
     """Detections on a folder of images: a picture for each and one results.json."""
     config, checkpoint = _config_to_detect_with(trial_class, arguments)
-    categories = checkpoint.categories if checkpoint else _categories_of_pretrained(trial_class, config)
-    data = _folder_as_data(arguments.images, categories, config)
+    files = _image_files(arguments.images)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    with _detecting_trial(trial_class, config, checkpoint, categories) as trial:
+    with _detecting_trial(trial_class, config, checkpoint) as trial:
+        data = _folder_as_data(arguments.images, files, trial)
         file_names = {
             int(image_id): data.annotations.file_name(i) for i, image_id in enumerate(data.annotations.image_ids)
         }
@@ -309,8 +305,8 @@ def _config_to_detect_with(
         overridden = [o.split("=")[0].split(".")[1] for o in arguments.overrides if o.startswith("hyperparameters.")]
         config["hyperparameters"] = {
             **checkpoint.hparams,
+            **trial_class.hyperparameters_of_checkpoint(checkpoint.path),
             **{name: config["hyperparameters"][name] for name in overridden},
-            **trial_class.without_pretrained,
         }
     else:
         config["hyperparameters"] = fixed_hyperparameters(config)
@@ -319,16 +315,15 @@ def _config_to_detect_with(
     if type(batch_size) is int:
         config["hyperparameters"]["global_batch_size"] = -(-batch_size // slots) * slots  # any number of processes
     _make_paths_absolute(config, trial_class)
-    parse_schedule(config)
     return config, checkpoint
 
 
 @contextlib.contextmanager
 def _detecting_trial(
-    trial_class: type[DetectionTrial], config: dict, checkpoint: Checkpoint | None, categories: list[dict]
+    trial_class: type[DetectionTrial], config: dict, checkpoint: Checkpoint | None
 ) -> Iterator[DetectionTrial]:
     with _local_distributed() as distributed, _local_context(config, distributed) as context:
-        trial = trial_class(context, categories=checkpoint.categories if checkpoint else categories)
+        trial = trial_class(context, for_training=False, categories=checkpoint.categories if checkpoint else None)
         if checkpoint:
             load_weights(trial.evaluation_model, checkpoint.weights, checkpoint.path)
         else:
@@ -336,28 +331,23 @@ def _detecting_trial(
         yield trial
 
 
-def _detect_all(trial: DetectionTrial, data: SplitData) -> Iterator[Detections]:
+def _detect_all(trial: DetectionTrial, data: SplitData) -> Iterator[Any]:
     for batch in trial.evaluation_loader(data):
         yield from trial.detect_on_host_batch(batch)
 
 
-def _categories_of_pretrained(trial_class: type[DetectionTrial], config: dict[str, Any]) -> list[dict]:
-    """The data set's categories where its annotation file is there, else those that the weights know."""
-    data = parse_data(config)
-    if data.backend == "fake" or (data.val and Path(data.val.annotations).exists()):
-        return open_split(data, "val").annotations.categories
-    return trial_class.pretrained_categories
-
-
-def _folder_as_data(folder: Path, categories: list[dict], config: dict[str, Any]) -> SplitData:
-    """The images below `folder` as a data set without annotations: ids from data.val where the file names
-    are there, else the position in sorted order."""
+def _image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"--images: {folder} is not a folder")
-    known = _known_image_ids(config)
-    images = []
     suffixes = Image.registered_extensions()
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix.lower() in suffixes]
+    return [file for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix.lower() in suffixes]
+
+
+def _folder_as_data(folder: Path, files: list[Path], trial: DetectionTrial) -> SplitData:
+    """The image files below `folder` as a data set without annotations: ids from data.val where the file names
+    are there, else the position in sorted order."""
+    known = _known_image_ids(trial.data)
+    images = []
     for file in files:
         name = str(file.relative_to(folder))
         try:
@@ -371,15 +361,17 @@ def _folder_as_data(folder: Path, categories: list[dict], config: dict[str, Any]
         raise UserError(f"--images: {folder} holds no image that can be read")
     if not all(image["file_name"] in known for image in images):
         images = [{**image, "id": position} for position, image in enumerate(images)]
-    coco = {"images": images, "annotations": [], "categories": categories}
+    coco = {"images": images, "annotations": [], "categories": trial.categories}
     return SplitData(CocoAnnotations.from_dict(coco), DiskImages(folder.absolute()))
 
 
-def _known_image_ids(config: dict[str, Any]) -> dict[str, int]:
-    data = parse_data(config)
-    if data.backend == "fake" or data.val is None or not Path(data.val.annotations).exists():
+def _known_image_ids(data: DataConfig) -> dict[str, int]:
+    if data.backend == "fake" or data.val is None or not Path(data.val.annotations).is_file():
         return {}
-    annotations = CocoAnnotations.open(data.val.annotations, cache_dir=data.cache_dir)
+    try:
+        annotations = CocoAnnotations.open(data.val.annotations, cache_dir=data.cache_dir)
+    except UserError:  # a data set in another format: its files have no COCO ids
+        return {}
     return {annotations.file_name(i): int(image_id) for i, image_id in enumerate(annotations.image_ids)}
 
 
@@ -393,7 +385,9 @@ def _write_results(folder: Path, gathered: list[tuple[Any, list[dict]]]) -> int:
 
 
 def metrics_table(metrics: dict[str, float], iou_types: tuple[str, ...]) -> str:
-    """COCO's numbers, and the AP of each category, as text."""
+    """COCO's numbers, and the AP of each category, as text; other metrics a line each."""
+    if f"{iou_types[0]}_mAP_50" not in metrics:
+        return tabulate(list(metrics.items()), floatfmt=".4f")
     rows = [[name, *(metrics[f"{iou_type}_{name}"] for iou_type in iou_types)] for name in SUMMARY_METRICS]
     names = [name.removeprefix(f"{iou_types[0]}_") for name in metrics if name.startswith(f"{iou_types[0]}_AP/")]
     rows += [[name, *(metrics.get(f"{iou_type}_{name}", float("nan")) for iou_type in iou_types)] for name in names]
@@ -432,6 +426,12 @@ def _local_distributed() -> Iterator[DistributedContext]:
     distributed = DistributedContext.from_torch_distributed()
     try:
         yield distributed
+    except (UserError, DivergedError):
+        if distributed.rank > 0:
+            # the chief mostly has the same error, and may still be in a collective with this process: leaving it
+            # alone there would put a lost connection in the place of the message
+            time.sleep(_SECONDS_FOR_CHIEF)
+        raise
     finally:
         distributed.close()
         torch.distributed.destroy_process_group()

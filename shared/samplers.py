@@ -13,11 +13,12 @@ from shared.dataset import SampleKey
 class TrainingBatchSampler(Sampler):
     """Batches of shuffled images without end; `len` is the batches of an epoch.
 
-    Every image comes once an epoch; the last global batch is filled up from the epoch's beginning, so that
-    all batches have the same size.
+    Every image comes once an epoch, in a batch of images of its own group only; the last global batch of a group
+    is filled up from the group's beginning, so that all batches have the same size. The global batches are the
+    same for any number of slots.
 
     Args:
-        dataset_size: number of images.
+        groups: (images,) which images may be in one batch: those of one `aspect_ratio_groups`, or all alike.
         per_slot_batch_size: images a batch on this slot.
         rank, slots: which part of each global batch is this slot's.
         first_batch: batches already trained, to go on after.
@@ -25,31 +26,49 @@ class TrainingBatchSampler(Sampler):
 
     def __init__(
         self,
-        dataset_size: int,
+        groups: np.ndarray,
         per_slot_batch_size: int,
         seed: int,
         rank: int = 0,
         slots: int = 1,
         first_batch: int = 0,
     ):
-        self.dataset_size = dataset_size
+        self.groups = groups
         self.per_slot_batch_size = per_slot_batch_size
         self.seed = seed
         self.rank = rank
         self.slots = slots
         self.first_batch = first_batch
+        _, sizes = np.unique(groups, return_counts=True)
+        self.length = int((-(-sizes // (per_slot_batch_size * slots))).sum())
 
     def __len__(self) -> int:
-        return -(-self.dataset_size // (self.per_slot_batch_size * self.slots))
+        return self.length
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch, first = divmod(self.first_batch, len(self))
         while True:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.dataset_size)
-            batches = np.resize(order, (len(self), self.slots, self.per_slot_batch_size))
-            for batch in batches[first:, self.rank].tolist():
+            for batch in self._epoch(epoch)[first:, self.rank].tolist():
                 yield [SampleKey(epoch, index) for index in batch]
             epoch, first = epoch + 1, 0
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        """(batches, slots, per_slot_batch_size) indices."""
+        generator = np.random.default_rng([self.seed, epoch])
+        order = generator.permutation(len(self.groups))
+        batch_size = self.slots * self.per_slot_batch_size
+        batches = []
+        for group in np.unique(self.groups):
+            members = order[self.groups[order] == group]
+            batches.append(np.resize(members, (-(-len(members) // batch_size), batch_size)))
+        batches = generator.permutation(np.concatenate(batches)) if len(batches) > 1 else batches[0]
+        return batches.reshape(len(self), self.slots, self.per_slot_batch_size)
+
+
+def aspect_ratio_groups(widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+    """(images,) 1 for images that are wider than high, 0 for the others: a batch of one group needs little
+    padding."""
+    return (np.asarray(widths) > np.asarray(heights)).astype(np.uint8)
 
 
 class EvaluationBatchSampler(Sampler):

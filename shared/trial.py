@@ -9,17 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from determined.pytorch import PyTorchCallback, PyTorchTrial, PyTorchTrialContext
+from determined.pytorch import MetricReducer, PyTorchCallback, PyTorchTrial, PyTorchTrialContext
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from shared.checkpoints import CATEGORIES_FILE
 from shared.dataset import CocoDetection, Transform
 from shared.detections import Detections
-from shared.determined_fixes import FiniteSearcherMetric, PlainRandomState, SearcherStop, on_cluster
+from shared.determined_fixes import FiniteSearcherMetric, PlainRandomState, SearcherStop, on_cluster, wrap_model
 from shared.evaluation import SUMMARY_METRICS, CocoEvaluator
 from shared.experiment import (
+    DataConfig,
+    Length,
+    SplitData,
+    open_split,
     open_train_and_val,
     parse_data,
     parse_schedule,
@@ -40,9 +45,10 @@ class DetectionTrial(PyTorchTrial):
     """A detector's trial: subclasses say what is theirs, in the methods below that are abstract.
 
     Args:
-        categories: COCO categories of an evaluation or prediction, which opens no training data; from the
-            training data where None.
         first_batch: batches already trained; Determined's count where None.
+        for_training: False for an evaluation or prediction, which opens no training data.
+        categories: without training, the COCO categories of the checkpoint; those of the validation data, or of the
+            pretrained weights, where None.
 
     Attributes:
         hparams: the subclass's `hyperparameters_class`, filled from the config.
@@ -56,7 +62,10 @@ class DetectionTrial(PyTorchTrial):
     """
 
     hyperparameters_class: type
+    data_class: type[DataConfig] = DataConfig
     iou_types: tuple[str, ...] = ("bbox",)
+    find_unused_parameters: bool = False
+    """Whether a step may leave parameters without a gradient, which DDP has to look for then."""
     path_hyperparameters: tuple[str, ...] = ()
     """Hyperparameters that may be paths, relative to where the run is started."""
     without_pretrained: ClassVar[dict[str, Any]] = {}
@@ -65,40 +74,42 @@ class DetectionTrial(PyTorchTrial):
     """COCO categories that the pretrained weights detect, where no annotation file says more."""
 
     def __init__(
-        self, context: PyTorchTrialContext, categories: list[dict] | None = None, first_batch: int | None = None
+        self,
+        context: PyTorchTrialContext,
+        first_batch: int | None = None,
+        for_training: bool = True,
+        categories: list[dict] | None = None,
     ):
         self.context = context
         self.config = context.get_experiment_config()
         self.rank, self.slots = context.distributed.rank, context.distributed.size
-        self.data = parse_data(self.config)
-        self.schedule = parse_schedule(self.config)
-        reported = [f"{iou_type}_{name}" for iou_type in self.iou_types for name in SUMMARY_METRICS]
-        self.searcher_metric = parse_searcher_metric(self.config, reported)
+        self.for_training = for_training
         self.hparams = parse_section(context.get_hparams(), self.hyperparameters_class, "hyperparameters")
+        self.data = parse_data(self.config, self.data_class)
+        self.read_own_config()
+        self.schedule = parse_schedule(self.config, self.default_lengths())
+        self.searcher_metric = parse_searcher_metric(self.config, self.reported_metrics())
         self.global_batch_size = self.hparams.global_batch_size
         self.per_slot_batch_size = per_slot_batch_size(self.global_batch_size, self.slots)
         self.seed = context.get_trial_seed() if on_cluster() else parse_seed(self.config)
         self.first_batch = context.get_initial_batch() if first_batch is None else first_batch
         self.aggregation_frequency = (self.config.get("optimizations") or {}).get("aggregation_frequency") or 1
         self.batches_trained = self.first_batch
-        self.for_training = categories is None
 
         if self.for_training:
-            self.train_data, self.val_data = open_train_and_val(self.data)
-            self.categories = self.train_data.annotations.categories
+            self.train_data, self.val_data = self.open_train_and_val()
+            self.categories = self.train_data.categories
             self.batches_per_epoch = len(self._training_batches())
             self.total_batches = self.schedule.max_length.batches(self.batches_per_epoch, self.global_batch_size)
-            if self.rank == 0 and (count := int(self.train_data.annotations.without_area.sum())):
-                logger.warning("data.train: %d boxes without area are left out of the training targets", count)
         else:
-            self.categories = categories
+            self.categories = categories if categories is not None else self._known_categories()
 
         context.experimental.disable_dataset_reproducibility_checks()  # our sampler goes on where it was
         context.experimental.disable_auto_to_device()  # PrefetchLoader copies, and does not wait for it
 
         seed_all(self.seed)  # the same initial weights on every slot
         self.scaler = self.build_scaler()
-        self.model = context.wrap_model(self.build_model())
+        self.model = wrap_model(context, self.build_model(), self.find_unused_parameters)
         self.plain_model = self.model.module if self.slots > 1 else self.model
         self.ema = self.build_ema(self.plain_model)
         self.training_metrics = context.wrap_reducer(TrainingMetrics(), for_validation=False)
@@ -109,7 +120,7 @@ class DetectionTrial(PyTorchTrial):
         if self.for_training:
             self.optimizer = context.wrap_optimizer(self.build_optimizer(self.plain_model))
             self.prepare_schedule()
-            self.evaluator = context.wrap_reducer(self.build_evaluator(self.val_data.annotations), for_training=False)
+            self.evaluator = context.wrap_reducer(self.build_evaluator(self.val_data), for_training=False)
 
     # --- what a detector says of itself ---------------------------------------------------------------
 
@@ -145,6 +156,33 @@ class DetectionTrial(PyTorchTrial):
     def check_pretrained(self) -> None:
         """Raises UserError where the config's weights detect nothing, and no checkpoint is given."""
 
+    @classmethod
+    def hyperparameters_of_checkpoint(cls, checkpoint: Path) -> dict[str, Any]:
+        """What takes the place of a checkpoint's hyperparameters, to detect with it."""
+        return cls.without_pretrained
+
+    def read_own_config(self) -> None:
+        """Reads the detector's own configuration, which `hparams` names; `data` and `config` are there too."""
+
+    def default_lengths(self) -> dict[str, Length]:
+        """What the detector's own configuration says of `searcher.max_length`, `min_validation_period` and
+        `min_checkpoint_period`; the experiment config wins."""
+        return {}
+
+    def reported_metrics(self) -> list[str] | None:
+        """The names that a validation reports, one of which the searcher goes by; None where they are not known."""
+        return [f"{iou_type}_{name}" for iou_type in self.iou_types for name in SUMMARY_METRICS]
+
+    def save_own_config(self, folder: Path) -> None:
+        """Writes the detector's own configuration, resolved, into the run's or a checkpoint's folder."""
+
+    def own_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold of the detector beside weights and buffers: plain values and tensors."""
+        return {}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Takes back what `own_state` gave."""
+
     def prepare(self, batch: Batch, training: bool) -> Batch:
         """Work on a batch on the device, before `losses` and `detect`."""
         return batch
@@ -173,10 +211,37 @@ class DetectionTrial(PyTorchTrial):
 
     # --- data ----------------------------------------------------------------------------------------
 
-    def build_training_data_loader(self) -> PrefetchLoader:
+    def open_train_and_val(self) -> tuple[SplitData, SplitData]:
+        """The data to train and to validate on, checked."""
+        train, val = open_train_and_val(self.data)
+        if self.rank == 0 and (count := int(train.annotations.without_area.sum())):
+            logger.warning("data.train: %d boxes without area are left out of the training targets", count)
+        return train, val
+
+    def open_val(self) -> SplitData:
+        """The data to validate on, checked."""
+        return open_split(self.data, "val")
+
+    def training_groups(self) -> np.ndarray:
+        """(samples,) the group of each training sample: a batch is of one group."""
+        return np.zeros(len(self.train_data.annotations), dtype=np.uint8)
+
+    def training_dataset(self) -> Dataset:
+        """The training samples, by `SampleKey`."""
         transform = self.train_transform()
-        dataset = CocoDetection(self.train_data.annotations, self.train_data.images, transform, self.seed, True)
-        loader = self._loader(dataset, self._training_batches(), training=True)
+        return CocoDetection(self.train_data.annotations, self.train_data.images, transform, self.seed, True)
+
+    def evaluation_dataset(self, data: SplitData) -> Dataset:
+        """The samples to detect on, by index."""
+        return CocoDetection(data.annotations, data.images, self.val_transform(), self.seed, False)
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Images a batch that a slot detects on."""
+        return self.per_slot_batch_size
+
+    def build_training_data_loader(self) -> PrefetchLoader:
+        loader = self._loader(self.training_dataset(), self._training_batches(), training=True)
         self.training_loader = PrefetchLoader(
             loader, self.context.device, self._prepare_training_batch, self.first_batch
         )
@@ -185,27 +250,35 @@ class DetectionTrial(PyTorchTrial):
     def build_validation_data_loader(self) -> DataLoader:
         return self.evaluation_loader(self.val_data)
 
-    def evaluation_loader(self, data: Any) -> DataLoader:
+    def evaluation_loader(self, data: SplitData) -> DataLoader:
         """This slot's share of the images to evaluate on, as batches on the host."""
-        dataset = CocoDetection(data.annotations, data.images, self.val_transform(), self.seed, False)
+        dataset = self.evaluation_dataset(data)
         indices = self.evaluated_images(len(dataset))
-        sampler = EvaluationBatchSampler(indices, self.per_slot_batch_size, self.rank, self.slots)
+        sampler = EvaluationBatchSampler(indices, self.evaluation_batch_size, self.rank, self.slots)
         return self._loader(dataset, sampler, training=False)
 
     def evaluated_images(self, count: int) -> range:
         """Which of the validation images count: all, where the detector says nothing else."""
         return range(count)
 
-    def build_evaluator(self, annotations: Any) -> CocoEvaluator:
-        """The evaluator over the images of `evaluated_images`."""
-        image_ids = annotations.image_ids[list(self.evaluated_images(len(annotations)))]
-        return CocoEvaluator(annotations, self.iou_types, image_ids, compute_here=self.rank == 0)
+    def build_evaluator(self, data: SplitData) -> MetricReducer:
+        """The evaluator over the images of `evaluated_images`: `update` takes what `detect` returns."""
+        image_ids = data.annotations.image_ids[list(self.evaluated_images(len(data.annotations)))]
+        return CocoEvaluator(data.annotations, self.iou_types, image_ids, compute_here=self.rank == 0)
+
+    def _known_categories(self) -> list[dict]:
+        """The data set's categories where its annotation file is there, else those that the weights know."""
+        if self.data.backend == "fake" or (self.data.val and Path(self.data.val.annotations).exists()):
+            return self.open_val().categories
+        return self.pretrained_categories
 
     def _training_batches(self) -> TrainingBatchSampler:
-        count = len(self.train_data.annotations)
-        return TrainingBatchSampler(count, self.per_slot_batch_size, self.seed, self.rank, self.slots, self.first_batch)
+        groups = self.training_groups()
+        return TrainingBatchSampler(
+            groups, self.per_slot_batch_size, self.seed, self.rank, self.slots, self.first_batch
+        )
 
-    def _loader(self, dataset: CocoDetection, batches: Any, training: bool) -> DataLoader:
+    def _loader(self, dataset: Dataset, batches: Any, training: bool) -> DataLoader:
         return DataLoader(
             dataset,
             batch_sampler=batches,
@@ -308,12 +381,14 @@ class _TrainingState(PyTorchCallback):
         return {
             "ema": None if ema is None else ema.module.state_dict(),
             "last_validation": {name: float(value) for name, value in self.trial.last_validation.items()},
+            "own": self.trial.own_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.trial.ema is not None and state["ema"] is not None:
             self.trial.ema.module.load_state_dict(state["ema"])
         self.trial.last_validation = dict(state["last_validation"])
+        self.trial.load_own_state(state["own"])
 
     def on_training_workload_end(self, avg_metrics: dict[str, Any], batch_metrics: list) -> None:
         # every report, validation and save comes after this
@@ -340,3 +415,4 @@ class _TrainingState(PyTorchCallback):
 
     def on_checkpoint_write_end(self, checkpoint_dir: str) -> None:
         (Path(checkpoint_dir) / CATEGORIES_FILE).write_text(json.dumps(self.trial.categories))
+        self.trial.save_own_config(Path(checkpoint_dir))

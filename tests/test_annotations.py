@@ -160,3 +160,18 @@ def test_categories_that_differ_are_named(coco):
     }
     with pytest.raises(UserError, match="id 2 is 'circle' in the first and 'CIRCLE' in the second"):
         check_same_categories(CocoAnnotations.from_dict(coco), CocoAnnotations.from_dict(other))
+
+
+def test_some_of_the_categories_keep_all_images_and_their_own_annotations(shapes):
+    everything = CocoAnnotations.open(shapes / "annotations/train.json")
+    names = [category["name"] for category in everything.categories]
+    some = everything.select_categories([names[2], names[0]])
+    assert some.categories == [everything.categories[0], everything.categories[2]]  # in the order of ids
+    assert len(some) == len(everything)
+    for a, b in zip(everything, some, strict=True):
+        kept = a.labels != 1
+        np.testing.assert_array_equal(b.boxes, a.boxes[kept])
+        np.testing.assert_array_equal(b.labels, a.labels[kept] // 2)
+        assert b.segmentations == [piece for piece, keep in zip(a.segmentations, kept, strict=True) if keep]
+    with pytest.raises(UserError, match="'circel' is no category of .*; did you mean 'circle'"):
+        everything.select_categories(["circel"])
