@@ -33,7 +33,6 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 
 from model_def import EfficientDetTrial
 from shared import synthetic
-from shared.dataset import CocoDetection
 from shared.loading import PrefetchLoader
 from shared.samplers import TrainingBatchSampler
 
@@ -104,7 +103,7 @@ def plain_loop(trial: EfficientDetTrial):
     scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=10, warmup_epochs=0, cooldown_epochs=0)
     ema = ModelEmaV3(model, decay=hparams.model_ema_decay)
     scaler = torch.amp.GradScaler("cuda", enabled=hparams.amp == "fp16")
-    dataset = CocoDetection(trial.train_data.annotations, trial.train_data.images, trial.train_transform(), 0, True)
+    dataset = trial.training_dataset()
     sampler = TrainingBatchSampler(trial.training_groups(), trial.per_slot_batch_size, seed=0)
     loader = trial._loader(dataset, sampler, training=True)
     batches = iter(PrefetchLoader(loader, device, lambda batch, number: trial.prepare(batch, training=True)))

@@ -16,9 +16,12 @@ from torch import nn
 
 from efficientdet_files.data import EfficientDetCollate, EfficientDetTransform, input_config, normalize
 from efficientdet_files.hyperparameters import EfficientDetHyperparameters
-from efficientdet_files.model import COCO_CATEGORIES, build_model
+from efficientdet_files.model import build_model
+from shared.coco_categories import COCO_CATEGORIES
+from shared.dataset import CocoDetection
 from shared.detections import Detections
 from shared.errors import UserError, nearest
+from shared.experiment import SplitData
 from shared.launch import main
 from shared.loading import Batch
 from shared.trial import DetectionTrial
@@ -149,11 +152,13 @@ class EfficientDetTrial(DetectionTrial):
 
         return clip
 
-    def train_transform(self) -> EfficientDetTransform:
-        return EfficientDetTransform(self.hparams, self.inputs, training=True)
+    def training_dataset(self) -> CocoDetection:
+        transform = EfficientDetTransform(self.hparams, self.inputs, training=True)
+        return CocoDetection(self.train_data.annotations, self.train_data.images, transform, self.seed, True)
 
-    def val_transform(self) -> EfficientDetTransform:
-        return EfficientDetTransform(self.hparams, self.inputs, training=False)
+    def evaluation_dataset(self, data: SplitData) -> CocoDetection:
+        transform = EfficientDetTransform(self.hparams, self.inputs, training=False)
+        return CocoDetection(data.annotations, data.images, transform, self.seed, False)
 
     def collate(self, training: bool) -> EfficientDetCollate:
         return EfficientDetCollate(self.hparams, self.model_config, training)

@@ -66,6 +66,7 @@ class ImageRecord:
         labels: (N,) int64, 0 to K-1 in the order of category ids.
         areas: (N,) float32, pixels².
         iscrowd: (N,) bool.
+        file_boxes: (N, 4) float64, x y width height, as in the file.
     """
 
     image_id: int
@@ -76,6 +77,7 @@ class ImageRecord:
     labels: np.ndarray
     areas: np.ndarray
     iscrowd: np.ndarray
+    file_boxes: np.ndarray
     raw_segmentations: list[bytes]
 
     @cached_property
@@ -191,6 +193,7 @@ class CocoAnnotations:
             labels=columns["labels"][start:end].astype(np.int64),
             areas=columns["areas"][start:end].astype(np.float32),
             iscrowd=columns["iscrowd"][start:end].copy(),
+            file_boxes=boxes,
             raw_segmentations=_LazyBytes(raw, raw_offsets),
         )
 

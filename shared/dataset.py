@@ -123,5 +123,6 @@ def _with_area_only(record: ImageRecord) -> ImageRecord:
         labels=record.labels[keep],
         areas=record.areas[keep],
         iscrowd=record.iscrowd[keep],
+        file_boxes=record.file_boxes[keep],
         raw_segmentations=[raw for raw, kept in zip(record.raw_segmentations, keep, strict=True) if kept],
     )

@@ -246,8 +246,11 @@ def parse_data(config: dict[str, Any], into: type[DataConfig] = DataConfig) -> D
     return data
 
 
-def open_split(data: DataConfig, split: str) -> SplitData:
+def open_split(data: DataConfig, split: str, images: ImageStorage | None = None) -> SplitData:
     """Annotations and images of "train" or "val", checked.
+
+    Args:
+        images: where the images are, in place of the folder in `data`.
 
     Raises:
         UserError: a path is missing, the annotations are not COCO or contradict themselves, image files are missing.
@@ -263,7 +266,7 @@ def open_split(data: DataConfig, split: str) -> SplitData:
         annotations = CocoAnnotations.open(paths.annotations, cache_dir=data.cache_dir)
     except UserError as error:
         raise UserError(f"data.{split}.annotations: {error}") from error
-    images = open_images(data.backend, paths.images, split)
+    images = images or open_images(data.backend, paths.images, split)
     check_images(annotations, images, f"data.{split}.images ({paths.images})")
     return SplitData(annotations, images)
 
@@ -276,9 +279,14 @@ def open_train_and_val(data: DataConfig) -> tuple[SplitData, SplitData]:
     """
     train, val = open_split(data, "train"), open_split(data, "val")
     check_same_categories(train.annotations, val.annotations)
-    if not (~train.annotations.without_area & ~train.annotations.columns["iscrowd"]).any():
-        raise UserError(f"data.train.annotations: {train.annotations.path} has no box to train on")
+    check_trainable(train.annotations)
     return train, val
+
+
+def check_trainable(annotations: CocoAnnotations) -> None:
+    """Raises UserError where there is nothing to train on."""
+    if not (~annotations.without_area & ~annotations.columns["iscrowd"]).any():
+        raise UserError(f"data.train.annotations: {annotations.path} has no box to train on")
 
 
 def parse_schedule(config: dict[str, Any], defaults: Mapping[str, Length] | None = None) -> Schedule:

@@ -16,7 +16,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from shared.checkpoints import CATEGORIES_FILE
-from shared.dataset import CocoDetection, Transform
 from shared.detections import Detections
 from shared.determined_fixes import FiniteSearcherMetric, PlainRandomState, SearcherStop, on_cluster, wrap_model
 from shared.evaluation import SUMMARY_METRICS, CocoEvaluator
@@ -133,14 +132,6 @@ class DetectionTrial(PyTorchTrial):
         """The optimizer of `model`'s parameters."""
 
     @abstractmethod
-    def train_transform(self) -> Transform:
-        """From image and record to a training sample."""
-
-    @abstractmethod
-    def val_transform(self) -> Transform:
-        """From image and record to a sample to detect on."""
-
-    @abstractmethod
     def collate(self, training: bool) -> Callable[[list], Batch]:
         """From samples to a batch on the host."""
 
@@ -201,6 +192,9 @@ class DetectionTrial(PyTorchTrial):
     def before_batch(self, number: int) -> None:
         """Sets the learning rate of batch `number`, from 0."""
 
+    def after_batch(self, number: int) -> None:
+        """After the optimizer's step of batch `number`."""
+
     def clip_gradients(self) -> Callable[[Any], None] | None:
         """Clips the gradients of the parameters it is given, in place; None to leave them."""
         return None
@@ -226,14 +220,13 @@ class DetectionTrial(PyTorchTrial):
         """(samples,) the group of each training sample: a batch is of one group."""
         return np.zeros(len(self.train_data.annotations), dtype=np.uint8)
 
+    @abstractmethod
     def training_dataset(self) -> Dataset:
         """The training samples, by `SampleKey`."""
-        transform = self.train_transform()
-        return CocoDetection(self.train_data.annotations, self.train_data.images, transform, self.seed, True)
 
+    @abstractmethod
     def evaluation_dataset(self, data: SplitData) -> Dataset:
         """The samples to detect on, by index."""
-        return CocoDetection(data.annotations, data.images, self.val_transform(), self.seed, False)
 
     @property
     def evaluation_batch_size(self) -> int:
@@ -315,6 +308,7 @@ class DetectionTrial(PyTorchTrial):
         self.training_metrics.update(losses, number, batch.image_ids)
         self.training_metrics.waiting = self.training_loader.waiting
         self.batches_trained = number + 1
+        self.after_batch(number)
         self.on_batch_end()
         # a number of the host: of each tensor in here Determined makes a synchronisation a step
         return {"lr": self.optimizer.param_groups[0]["lr"]}

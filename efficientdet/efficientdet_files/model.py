@@ -11,22 +11,18 @@ from typing import Any
 import timm
 import torch
 from effdet import create_model_from_config, get_efficientdet_config
+from effdet.anchors import get_feat_sizes
 from effdet.bench import DetBenchTrain
-from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from efficientdet_files.hyperparameters import EfficientDetHyperparameters
 from shared.checkpoints import find_checkpoint, load_state, load_weights, read_checkpoint, without_ddp
+from shared.coco_categories import COCO_CATEGORIES
 from shared.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
 # effdet's COCO heads have a row for each id from 1 to 90, ten of which COCO does not use
 COCO_ROWS = 90
-COCO_CATEGORIES = [
-    {"id": category_id, "name": name}
-    for category_id, name in enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
-    if name not in ("__background__", "N/A")
-]
 
 
 def model_config(hparams: EfficientDetHyperparameters, num_classes: int) -> Any:
@@ -55,20 +51,17 @@ def model_config(hparams: EfficientDetHyperparameters, num_classes: int) -> Any:
         config.image_size = (size, size) if isinstance(size, int) else tuple(size)
     stride = 2**config.max_level
     for side in config.image_size:
-        if side % stride:
-            raise UserError(f"hyperparameters.input_size: {side} does not divide by {stride}, the coarsest stride")
+        if side < stride:
+            raise UserError(f"hyperparameters.input_size: {side} is less than {stride}, the coarsest stride")
     for name in ("label_smoothing", "legacy_focal", "soft_nms"):
         if getattr(hparams, name) is not None:
             config[name] = getattr(hparams, name)
     # effdet takes the best 5,000 of all scores, and small inputs have fewer
-    anchors = sum((config.image_size[0] >> level) * (config.image_size[1] >> level) for level in _levels(config))
+    sizes = get_feat_sizes(config.image_size, config.max_level)[config.min_level :]
+    anchors = sum(height * width for height, width in sizes)
     scores = anchors * config.num_scales * len(config.aspect_ratios) * num_classes
     config.max_detection_points = min(config.max_detection_points, scores)
     return config
-
-
-def _levels(config: Any) -> range:
-    return range(config.min_level, config.max_level + 1)
 
 
 def build_model(hparams: EfficientDetHyperparameters, categories: list[dict]) -> DetBenchTrain:

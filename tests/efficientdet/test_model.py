@@ -13,8 +13,9 @@ from effdet.config.model_config import efficientdet_model_param_dict
 from timm.scheduler import create_scheduler_v2
 
 from efficientdet_files.hyperparameters import EfficientDetHyperparameters
-from efficientdet_files.model import COCO_CATEGORIES, build_model, model_config
+from efficientdet_files.model import build_model, model_config
 from model_def import EfficientDetTrial
+from shared.coco_categories import COCO_CATEGORIES
 from shared.errors import UserError
 
 TINY = {

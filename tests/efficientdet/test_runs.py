@@ -274,7 +274,7 @@ WRONG = {
     "hyperparameters.backbone: 'resnet81' is not a model of timm; did you mean": ["hyperparameters.backbone=resnet81"],
     "hyperparameters.opt: 'adamm' is not an optimizer": ["hyperparameters.opt=adamm"],
     "hyperparameters.sched: 'cosin' is not a scheduler": ["hyperparameters.sched=cosin"],
-    "hyperparameters.input_size: 100 does not divide by 128": ["hyperparameters.input_size=100"],
+    "hyperparameters.input_size: 100 is less than 128": ["hyperparameters.input_size=100"],
     "hyperparameters.model_config: unknown key 'fpn_chanels'; did you mean 'fpn_channels'": [
         "hyperparameters.model_config.fpn_chanels=8"
     ],

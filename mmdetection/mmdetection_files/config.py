@@ -1,0 +1,424 @@
+"""MMDetection's config: found, merged, overridden and checked; and who decides what in it."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import mmcv.cnn.bricks.registry
+import mmcv.runner.builder
+import mmcv.runner.hooks.hook
+import mmcv.runner.optimizer.builder
+import mmdet
+import mmdet.core.anchor.builder
+import mmdet.core.bbox.builder
+import mmdet.core.bbox.iou_calculators.builder
+import mmdet.core.bbox.match_costs.builder
+import mmdet.datasets.builder
+import mmdet.models.builder
+import mmdet.models.utils.builder
+import torch
+from mmcv import Config, ConfigDict
+from mmcv.runner import Fp16OptimizerHook
+from mmcv.runner.hooks import HOOKS
+from mmcv.utils import Registry, import_modules_from_strings
+from mmcv.utils.config import DELETE_KEY
+from mmdet.utils import compat_cfg
+
+from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
+from shared.errors import UserError, nearest
+from shared.experiment import Length
+
+RESOLVED_CONFIG = "mmdet_config.py"
+_WITH_REGISTRIES = (
+    mmcv.cnn.bricks.registry,
+    mmcv.runner.builder,
+    mmcv.runner.hooks.hook,
+    mmcv.runner.optimizer.builder,
+    mmdet.core.anchor.builder,
+    mmdet.core.bbox.builder,
+    mmdet.core.bbox.iou_calculators.builder,
+    mmdet.core.bbox.match_costs.builder,
+    mmdet.datasets.builder,
+    mmdet.models.builder,
+    mmdet.models.utils.builder,
+)
+_SIZES = ("img_scale", "scale", "size", "crop_size", "input_size")
+
+
+# --- found and merged -------------------------------------------------------------------------------
+
+
+def shipped_configs() -> Path:
+    """The folder of the configs that come with mmdet."""
+    package = Path(mmdet.__file__).parent
+    return next(folder for folder in (package / ".mim/configs", package.parent / "configs") if folder.is_dir())
+
+
+def find_config(name: str, submitted: Path, key: str) -> Path:
+    """The path of a config: in the folder submitted, else among mmdet's own.
+
+    Raises:
+        UserError: it is in neither; says where it was looked for, and near names.
+    """
+    places = [submitted, shipped_configs()]
+    for place in places:
+        if (place / name).is_file():
+            return (place / name).absolute()
+    known = {str(path.relative_to(places[1])) for path in places[1].rglob("*.py")}
+    by_file_name = sorted(other for other in known if Path(other).name == Path(name).name)
+    near = f"did you mean {by_file_name[0]!r}?" if by_file_name else _nearest_of(name, known)
+    raise UserError(f"hyperparameters.{key}: {name} is neither in {places[0]} nor in {places[1]}; {near}")
+
+
+def _nearest_of(name: str, known: set[str]) -> str:
+    end = nearest(name, known)
+    return end if end.startswith("did") else f"they are listed in {shipped_configs()}"
+
+
+def load_mmdet_config(hparams: MMDetectionHyperparameters, submitted: Path) -> Config:
+    """`config_file`, with `merge_config` over it and `override_mmdet_config` last.
+
+    Raises:
+        UserError: a file is not found or not a config; a key merged in is unknown to what it is merged into.
+    """
+    path = find_config(hparams.config_file, submitted, "config_file")
+    config = read_resolved(path) if path.name == RESOLVED_CONFIG else _read(path, "config_file")
+    if hparams.merge_config is not None:
+        merged = find_config(hparams.merge_config, submitted, "merge_config")
+        known_variables = _variables(merged)
+        _merge(config, dict(_read(merged, "merge_config")._cfg_dict), "merge_config", known_variables)
+    if hparams.override_mmdet_config:
+        _merge(config, _expand(hparams.override_mmdet_config), "override_mmdet_config", set())
+    _import_custom_modules(config)
+    if "model" not in config or "data" not in config:
+        raise UserError(
+            f"hyperparameters.config_file: {path} has no `model` and `data`; it is a part of configs, not a whole one"
+        )
+    try:
+        return compat_cfg(config)
+    except (AssertionError, AttributeError, KeyError) as error:
+        raise UserError(f"hyperparameters.config_file: {path}: {error}") from error
+
+
+def _read(path: Path, key: str) -> Config:
+    try:
+        return Config.fromfile(path)
+    except Exception as error:  # a Python config may raise anything
+        raise UserError(f"hyperparameters.{key}: {path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _import_custom_modules(config: Config) -> None:
+    if not config.get("custom_imports"):
+        return
+    try:
+        import_modules_from_strings(**config.custom_imports)
+    except (ImportError, TypeError) as error:
+        raise UserError(
+            f"custom_imports: {error}; the modules must be importable from the folder that is submitted"
+        ) from error
+
+
+def write_resolved(config: Config, folder: Path) -> None:
+    """The resolved config as a file that MMDetection reads too, of literals only."""
+    plain = config._cfg_dict.to_dict()
+    lines = [f"{name} = {value!r}\n" for name, value in plain.items()]
+    (folder / RESOLVED_CONFIG).write_text("".join(lines))
+
+
+def read_resolved(path: Path) -> Config:
+    """What `write_resolved` wrote, without executing it.
+
+    Raises:
+        UserError: it holds more than literals.
+    """
+    try:
+        statements = ast.parse(path.read_text()).body
+        return Config({statement.targets[0].id: ast.literal_eval(statement.value) for statement in statements})
+    except (SyntaxError, ValueError, AttributeError, OSError) as error:
+        raise UserError(f"{path} is not a resolved config of this project: {error}") from error
+
+
+def _expand(dotted: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1} as {"a": {"b": 1}}, at every level."""
+    expanded: dict[str, Any] = {}
+    for name, value in dotted.items():
+        *sections, last = str(name).split(".")
+        section = expanded
+        for part in sections:
+            section = section.setdefault(part, {})
+        if isinstance(value, Mapping):
+            value = {**section[last], **_expand(value)} if isinstance(section.get(last), dict) else _expand(value)
+        section[last] = value
+    return expanded
+
+
+def _merge(config: Config, new: dict[str, Any], key: str, variables: set[str]) -> None:
+    new = {name: value for name, value in new.items() if name not in variables}
+    _check_keys(new, config._cfg_dict, "", f"hyperparameters.{key}")
+    new = _as_mmdet_takes_it(new, config._cfg_dict)
+    try:
+        config.merge_from_dict(new)
+    except (KeyError, TypeError, IndexError) as error:
+        raise UserError(f"hyperparameters.{key}: {error}") from error
+
+
+def _as_mmdet_takes_it(new: Any, old: Any, name: str = "") -> Any:
+    """Values that MMDetection takes: YAML has no tuples, which it asks for where there was one and for sizes of images;
+    and a section may take the place of None."""
+    if isinstance(new, dict):
+        section = {key: _as_mmdet_takes_it(value, _item(old, key), key) for key, value in new.items()}
+        for key, value in section.items():
+            if isinstance(value, dict) and isinstance(old, dict) and key in old and old[key] is None:
+                section[key] = {**value, DELETE_KEY: True}
+        return section
+    if not isinstance(new, list):
+        return new
+    if new and all(isinstance(item, (int, float)) for item in new):
+        return tuple(new) if isinstance(old, tuple) or name in _SIZES else new
+    return [_as_mmdet_takes_it(item, None, name) for item in new]
+
+
+def _item(section: Any, key: str) -> Any:
+    if isinstance(section, dict):
+        return section.get(key)
+    if isinstance(section, list) and key.isdigit() and int(key) < len(section):
+        return section[int(key)]
+    return None
+
+
+# --- keys that exist --------------------------------------------------------------------------------
+
+
+def _check_keys(new: Mapping[str, Any], old: Any, path: str, where: str) -> None:
+    """Raises UserError for the first key that neither is in `old` nor can be: MMDetection itself takes it silently
+    and trains something else."""
+    for key, value in new.items():
+        if key == DELETE_KEY:
+            continue
+        here = f"{path}.{key}" if path else str(key)
+        if isinstance(old, (list, tuple)):
+            if not str(key).isdigit() or int(key) >= len(old):
+                raise UserError(f"{where}: {path} is a list of {len(old)}; {key!r} is no position in it")
+        elif key not in old:
+            # a type that is merged in brings its own arguments
+            valid = _possible_keys({**old, **({"type": new["type"]} if "type" in new else {})}, path)
+            if valid is not None and key not in valid:
+                raise UserError(f"{where}: unknown key {here!r}; {nearest(str(key), {*map(str, old), *valid})}")
+        below = _item(old, str(key))
+        if isinstance(value, Mapping):
+            merges = isinstance(below, (dict, list)) and not value.get(DELETE_KEY)
+            _check_keys(value, below if merges else {}, here, where)
+
+
+def _possible_keys(section: Mapping[str, Any], path: str) -> set[str] | None:
+    """The keys that a section of the config may have; None where any may be."""
+    name = next((part for part in reversed(path.split(".")) if not part.isdigit()), "")
+    if name == "custom_keys":  # names of parameters
+        return None
+    used = _keys_in_shipped_configs().get(name, set())
+    taken_by = _taken_by(section, name)
+    if any(callable_ is None for callable_ in taken_by):
+        return None
+    arguments = set().union(*(_arguments(callable_) for callable_ in taken_by))
+    return used | arguments | {"type"} if used or arguments else None
+
+
+def _taken_by(section: Mapping[str, Any], name: str) -> list[Callable | None]:
+    """What is called with the section as its arguments; [None] where that is not known."""
+    implied = {
+        "lr_config": lambda: HOOKS.get(_policy_hook(section.get("policy", ""), "LrUpdaterHook")),
+        "momentum_config": lambda: HOOKS.get(_policy_hook(section.get("policy", ""), "MomentumUpdaterHook")),
+        "optimizer_config": lambda: HOOKS.get("OptimizerHook"),
+        "checkpoint_config": lambda: HOOKS.get("CheckpointHook"),
+        "evaluation": lambda: mmdet.core.EvalHook,
+        "fp16": lambda: Fp16OptimizerHook,
+        "loss_scale": lambda: torch.amp.GradScaler,
+        "grad_clip": lambda: torch.nn.utils.clip_grad_norm_,
+        "paramwise_cfg": lambda: _paramwise,
+    }
+    if "type" in section:
+        return list(_registered(section["type"])) or [None]
+    return [implied[name]()] if name in implied else []
+
+
+def _paramwise(
+    custom_keys: Any,
+    bias_lr_mult: Any,
+    bias_decay_mult: Any,
+    norm_decay_mult: Any,
+    dwconv_decay_mult: Any,
+    dcn_offset_lr_mult: Any,
+    bypass_duplicate: Any,
+) -> None:
+    """The arguments of mmcv's DefaultOptimizerConstructor, which it documents and takes as a dict."""
+
+
+def _policy_hook(policy: str, suffix: str) -> str:
+    return (policy.title() if policy == policy.lower() else policy) + suffix
+
+
+def _registered(kind: Any) -> Iterator[Callable]:
+    """The classes that go by a name, in any of the registries of mmcv and mmdet."""
+    for registry in _registries():
+        if isinstance(kind, str) and (module := registry.module_dict.get(kind)) is not None:
+            yield module
+
+
+@functools.cache
+def _registries() -> list[Registry]:
+    return [thing for module in _WITH_REGISTRIES for thing in vars(module).values() if isinstance(thing, Registry)]
+
+
+def _arguments(taken_by: Callable) -> set[str]:
+    """The names of its arguments; through **kwargs those of the base classes too."""
+    functions = [base.__init__ for base in taken_by.__mro__] if inspect.isclass(taken_by) else [taken_by]
+    names: set[str] = set()
+    for function in functions:
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):  # built in
+            continue
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return names - {"self"}
+
+
+@functools.cache
+def _keys_in_shipped_configs() -> dict[str, set[str]]:
+    """For each section's name the keys that mmdet's own configs give it; "" for the top."""
+    keys: dict[str, set[str]] = {"": {"custom_imports", "fp16", "classes"}}
+
+    def walk(node: ast.AST, section: str) -> None:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+            for keyword in node.keywords:
+                if keyword.arg is not None:
+                    keys.setdefault(section, set()).add(keyword.arg)
+                    walk(keyword.value, keyword.arg)
+        elif isinstance(node, (ast.List, ast.Tuple)):
+            for item in node.elts:
+                walk(item, section)
+
+    for path in shipped_configs().rglob("*.py"):
+        for statement in ast.parse(path.read_text()).body:
+            if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+                name = statement.targets[0].id
+                keys[""].add(name)
+                walk(statement.value, name)
+    return keys
+
+
+def _variables(path: Path) -> set[str]:
+    """The names that a Python config assigns to use them below: no keys of the config."""
+    if path.suffix != ".py":
+        return set()
+    tree = ast.parse(path.read_text())
+    top = {s.targets[0].id for s in tree.body if isinstance(s, ast.Assign) and isinstance(s.targets[0], ast.Name)}
+    read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    return {name for name in top & read if name not in _keys_in_shipped_configs()[""]}
+
+
+# --- who decides ------------------------------------------------------------------------------------
+
+
+def default_lengths(config: Config) -> dict[str, Length]:
+    """The config's own lengths, by the experiment config's keys for them."""
+    by_epoch = runner_type(config) != "IterBasedRunner"
+    unit = "epochs" if by_epoch else "batches"
+    runner = config.get("runner") or {}
+    count = runner.get("max_epochs" if by_epoch else "max_iters") or config.get("total_epochs")
+    lengths = {"searcher.max_length": count}
+    for key, section in (("min_validation_period", "evaluation"), ("min_checkpoint_period", "checkpoint_config")):
+        lengths[key] = (config.get(section) or {}).get("interval")
+    return {key: Length(unit, count) for key, count in lengths.items() if isinstance(count, int) and count > 0}
+
+
+def runner_type(config: Config) -> str:
+    return (config.get("runner") or {}).get("type", "EpochBasedRunner")
+
+
+def scale_lr(config: Config, global_batch_size: int) -> None:
+    """`auto_scale_lr`: the learning rate by the linear scaling rule, of the global batch over the config's."""
+    auto = config.get("auto_scale_lr") or {}
+    if auto.get("enable") and auto.get("base_batch_size"):
+        config.optimizer.lr *= global_batch_size / auto["base_batch_size"]
+        auto["enable"] = False  # the resolved config has the rate that follows
+
+
+def leaves(dataset: Any) -> list[ConfigDict]:
+    """The data sets within a config's wrappers (RepeatDataset, ConcatDataset, …)."""
+    if isinstance(dataset, (list, tuple)):
+        return [leaf for part in dataset for leaf in leaves(part)]
+    if "datasets" in dataset:
+        return leaves(dataset["datasets"])
+    return leaves(dataset["dataset"]) if "dataset" in dataset else [dataset]
+
+
+def set_paths(config: Config, data: MMDetectionData, submitted: Path) -> None:
+    """Makes one of the experiment config's `data` and the config's own paths: `data` wins where it says something, and
+    the config's relative paths are relative to the folder that is submitted.
+
+    Raises:
+        UserError: `data` gives one data set, and the config has several.
+    """
+    for split in ("train", "val"):
+        section, given = config.data[split], getattr(data, split)
+        found = leaves(section)
+        if given is not None:
+            if len(found) != 1:
+                raise UserError(
+                    f"data.{split} gives one data set, and the MMDetection config has {len(found)}: leave data.{split} "
+                    f"out and give their paths in the config"
+                )
+            found[0].update(ann_file=given.annotations, img_prefix=given.images)
+            found[0].pop("data_root", None)
+        for leaf in found:
+            root = submitted / (leaf.pop("data_root", None) or "")
+            for key in ("ann_file", "img_prefix", "seg_prefix", "proposal_file"):
+                if leaf.get(key):
+                    leaf[key] = _below(root, leaf[key])
+
+
+def _below(root: Path, path: Any) -> Any:
+    if isinstance(path, (list, tuple)):
+        return [_below(root, part) for part in path]
+    return path if "://" in path else str(root / path)
+
+
+def set_num_classes(config: Config, num_classes: int) -> None:
+    """Gives the heads that classify objects as many classes as the data has; semantic heads keep theirs.
+
+    Raises:
+        UserError: the model counts things and stuff apart, and does not come to as many.
+    """
+    heads = list(_heads(config.model))
+    of_objects = {head.get("num_classes") for name, head in heads if name == "bbox_head"}
+    for name, head in heads:
+        if name in _OBJECT_HEADS and "num_classes" in head and head["num_classes"] in of_objects:
+            head["num_classes"] = num_classes
+        if "num_things_classes" in head:
+            counted = head["num_things_classes"] + head.get("num_stuff_classes", 0)
+            if counted != num_classes:
+                raise UserError(
+                    f"hyperparameters.config_file: model.{name} is for {head['num_things_classes']} things and "
+                    f"{head.get('num_stuff_classes', 0)} stuff classes, and the data has {num_classes} categories; set "
+                    f"them, and the loss's class_weight, with override_mmdet_config"
+                )
+
+
+def _heads(section: Any, name: str = "model") -> Iterator[tuple[str, ConfigDict]]:
+    """Each section of the model that is called a head, with its name."""
+    if isinstance(section, (list, tuple)):
+        for part in section:
+            yield from _heads(part, name)
+    elif isinstance(section, dict):
+        if name.endswith("_head"):
+            yield name, section
+        for key, value in section.items():
+            yield from _heads(value, key)
+
+
+_OBJECT_HEADS = ("bbox_head", "mask_head", "point_head", "mask_iou_head", "segm_head")

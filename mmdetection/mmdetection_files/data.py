@@ -1,0 +1,344 @@
+"""MMDetection's pipelines and data set wrappers over the shared loader, and its own data sets where a config asks
+for one."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import mmcv
+import numpy as np
+import torch
+from mmcv import ConfigDict
+from mmcv.fileio import FileClient
+from mmcv.parallel import DataContainer
+from mmcv.parallel import collate as mmcv_collate
+from mmdet.datasets import CocoDataset, CustomDataset, build_dataset, replace_ImageToTensor
+from mmdet.datasets.builder import DATASETS
+from mmdet.datasets.pipelines import Compose
+
+from mmdetection_files.config import leaves
+from mmdetection_files.hyperparameters import MMDetectionData
+from shared.annotations import CocoAnnotations, ImageRecord
+from shared.dataset import CocoDetection, SampleKey
+from shared.errors import UserError
+from shared.loading import Batch
+from shared.samplers import aspect_ratio_groups
+from shared.seeding import seed_all
+from shared.storage import ImageStorage
+
+cv2.setNumThreads(0)  # each loader worker has a core to itself, as in mmdet's setup_multi_processes
+
+_MIN_SIDE = 32  # pixels; CocoDataset leaves smaller images out of the training
+
+
+class MmcvImages:
+    """Images through one of mmcv's own file clients (petrel, lmdb, …)."""
+
+    def __init__(self, file_client_args: dict[str, Any], prefix: str):
+        self.file_client_args = file_client_args
+        self.prefix = prefix
+        self._client: FileClient | None = None
+
+    def read(self, file_name: str) -> bytes:
+        if self._client is None:  # a client of each process
+            self._client = FileClient(**self.file_client_args)
+        return bytes(self._client.get(self._client.join_path(self.prefix, file_name) if self.prefix else file_name))
+
+    def missing(self, file_names: Any) -> list[str]:
+        return []  # most of these clients cannot be asked
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_client": None}
+
+
+@dataclass
+class OwnData:
+    """One of MMDetection's own data sets, which evaluates itself."""
+
+    dataset: Any
+
+    @property
+    def categories(self) -> list[dict]:
+        return [{"id": label + 1, "name": name} for label, name in enumerate(self.dataset.CLASSES or ())]
+
+
+def is_plain_coco(leaf: Any) -> bool:
+    """Whether a data set's config is one that the shared loader reads."""
+    if not isinstance(leaf, dict) or leaf["type"] != "CocoDataset" or leaf.get("proposal_file"):
+        return False
+    pipeline = leaf.get("pipeline") or [{"type": ""}]
+    return isinstance(leaf["ann_file"], str) and pipeline[0]["type"] == "LoadImageFromFile"
+
+
+def selected_classes(leaf: dict[str, Any]) -> tuple[str, ...] | None:
+    """The config's `classes`, which may be a file of names; None for all."""
+    classes = leaf.get("classes")
+    return None if classes is None else tuple(CustomDataset.get_classes(classes))
+
+
+def test_pipeline(section: dict[str, Any]) -> list[Any]:
+    """The pipeline of a test data set, for batches of any size, as `inference_detector` has it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it replaces
+        return replace_ImageToTensor(section["pipeline"])
+
+
+def decoder(load: dict[str, Any]) -> Callable[[bytes], np.ndarray]:
+    """What a pipeline's LoadImageFromFile makes of a file's bytes: (height, width, 3), BGR where it says nothing
+    else."""
+    return functools.partial(
+        _decode, load.get("color_type", "color"), load.get("channel_order", "bgr"), load.get("to_float32", False)
+    )
+
+
+def _decode(color_type: str, channel_order: str, to_float32: bool, data: bytes) -> np.ndarray:
+    try:
+        image = mmcv.imfrombytes(data, flag=color_type, channel_order=channel_order)
+    except cv2.error as error:
+        raise ValueError(str(error)) from error
+    if image is None:
+        raise ValueError("OpenCV cannot decode it")
+    return image.astype(np.float32) if to_float32 else image
+
+
+class PipelineTransform:
+    """A record and its decoded image through a pipeline without its LoadImageFromFile.
+
+    Returns what the pipeline returns, None where it finds the image to be of no use.
+    """
+
+    def __init__(self, pipeline: Sequence[Any], leaf: ConfigDict, images: ImageStorage, annotated: bool):
+        try:
+            self.pipeline = Compose(list(pipeline[1:]))
+        except Exception as error:  # the builder raises what the transforms' constructors raise
+            raise UserError(f"a pipeline of the MMDetection config cannot be built: {error}") from error
+        self.folder = str(getattr(images, "folder", ""))
+        self.seg_prefix, self.seg_suffix = leaf.get("seg_prefix"), leaf.get("seg_suffix", ".png")
+        self.annotated = annotated
+
+    def __call__(self, image: np.ndarray, record: ImageRecord, annotations: dict[str, Any] | None = None) -> Any:
+        results = {
+            "img_info": {
+                "id": record.image_id,
+                "filename": record.file_name,
+                "file_name": record.file_name,
+                "height": record.height,
+                "width": record.width,
+            },
+            "img_prefix": self.folder,
+            "seg_prefix": self.seg_prefix,
+            "proposal_file": None,
+            "bbox_fields": [],
+            "mask_fields": [],
+            "seg_fields": [],
+            # as LoadImageFromFile leaves them
+            "filename": str(Path(self.folder) / record.file_name),
+            "ori_filename": record.file_name,
+            "img": image,
+            "img_shape": image.shape,
+            "ori_shape": image.shape,
+            "img_fields": ["img"],
+        }
+        if self.annotated:
+            results["ann_info"] = annotation_info(record, self.seg_suffix)
+        return self.pipeline(results)
+
+
+def annotation_info(record: ImageRecord, seg_suffix: str = ".png") -> dict[str, Any]:
+    """What CocoDataset makes of an image's annotations: crowds apart, and nothing under a pixel wide or high, without
+    area or outside of the image."""
+    boxes = record.file_boxes
+    inside_width = np.minimum(boxes[:, 0] + boxes[:, 2], record.width) - np.maximum(boxes[:, 0], 0)
+    inside_height = np.minimum(boxes[:, 1] + boxes[:, 3], record.height) - np.maximum(boxes[:, 1], 0)
+    usable = (inside_width > 0) & (inside_height > 0) & (record.areas > 0) & (boxes[:, 2:] >= 1).all(axis=1)
+    objects, crowds = usable & ~record.iscrowd, usable & record.iscrowd
+    return {
+        "bboxes": record.boxes[objects],
+        "labels": record.labels[objects],
+        "bboxes_ignore": record.boxes[crowds],
+        "masks": _LazyMasks(record, np.flatnonzero(objects)),
+        "seg_map": record.file_name.rsplit(".", 1)[0] + seg_suffix,
+    }
+
+
+class _LazyMasks(Sequence):
+    """The objects' segmentations, decoded only where a pipeline loads masks."""
+
+    def __init__(self, record: ImageRecord, positions: np.ndarray):
+        self.record, self.positions = record, positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.record.segmentations[self.positions[index]]
+
+
+class CocoSamples:
+    """The shared loader under the protocol that MMDetection's data set wrappers ask for.
+
+    Attributes:
+        flag: (samples,) the aspect ratio group of each.
+    """
+
+    def __init__(self, annotations: CocoAnnotations, images: ImageStorage, leaf: ConfigDict):
+        pipeline = leaf["pipeline"]
+        transform = PipelineTransform(pipeline, leaf, images, annotated=True)
+        self.images = CocoDetection(annotations, images, transform, 0, False, decoder(pipeline[0]))
+        self.transform = transform
+        self.CLASSES = tuple(annotations.category_names)
+        self.PALETTE = CocoDataset.PALETTE
+        columns = annotations.columns
+        used = np.minimum(columns["widths"], columns["heights"]) >= _MIN_SIDE
+        if leaf.get("filter_empty_gt", True):
+            used &= np.diff(columns["offsets"]) > 0
+        self.indices = np.flatnonzero(used)
+        if not len(self.indices):
+            raise UserError(f"data.train: no image of {annotations.path} has annotations and {_MIN_SIDE} pixels a side")
+        self.flag = aspect_ratio_groups(columns["widths"][self.indices], columns["heights"][self.indices])
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        while True:
+            sample = self.transform(*self.images.load(int(self.indices[index])))
+            if sample is not None:
+                return sample
+            # as CustomDataset: another image of the same aspect
+            index = int(np.random.choice(np.flatnonzero(self.flag == self.flag[index])))
+
+    def image_id(self, index: int) -> int:
+        return int(self.images.annotations.image_ids[self.indices[index]])
+
+    def get_ann_info(self, index: int) -> dict[str, Any]:
+        return annotation_info(self.images.annotations[int(self.indices[index])])
+
+    def get_cat_ids(self, index: int) -> list[int]:
+        return self.images.annotations[int(self.indices[index])].labels.tolist()
+
+
+def build_samples(dataset: Any, build_leaf: Callable[[ConfigDict], Any]) -> Any:
+    """A config's data set with MMDetection's wrappers around what `build_leaf` makes of each innermost one."""
+    if isinstance(dataset, (list, tuple)):
+        return DATASETS.get("ConcatDataset")([build_samples(part, build_leaf) for part in dataset])
+    wrapper = DATASETS.get(dataset["type"])
+    arguments = {key: value for key, value in dataset.items() if key not in ("type", "dataset", "datasets")}
+    if "datasets" in dataset:
+        return wrapper([build_samples(part, build_leaf) for part in dataset["datasets"]], **arguments)
+    if "dataset" in dataset:
+        return wrapper(build_samples(dataset["dataset"], build_leaf), **arguments)
+    return build_leaf(dataset)
+
+
+def build_own_dataset(section: Any, data: MMDetectionData, training: bool) -> Any:
+    """MMDetection's own data set, read with mmcv's file client of `data`.
+
+    Raises:
+        UserError: it cannot be built, or has no names for its classes.
+    """
+    section = deepcopy(section)
+    for leaf in leaves(section):
+        leaf.pop("samples_per_gpu", None)
+        if data.file_client is not None:
+            leaf["file_client_args"] = data.file_client
+            for step in leaf["pipeline"]:
+                if step["type"].startswith("Load"):
+                    step["file_client_args"] = data.file_client
+    split = "train" if training else "val"
+    try:
+        dataset = build_dataset(section, None if training else {"test_mode": True})
+    except Exception as error:  # each reads files of its own format
+        paths = ", ".join(str(leaf.get("ann_file")) for leaf in leaves(section))
+        raise UserError(
+            f"data.{split}: the config's {section['type']} cannot be built from {paths}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not dataset.CLASSES:
+        raise UserError(f"data.{split}: the config's {section['type']} has no class names; give it `classes`")
+    return dataset
+
+
+def image_id_of(dataset: Any, index: int) -> int:
+    """COCO's id of a training sample's image; of data sets that have none, the position."""
+    if isinstance(dataset, CocoSamples):
+        return dataset.image_id(index)
+    if hasattr(dataset, "cumulative_sizes"):  # ConcatDataset
+        part = int(np.searchsorted(dataset.cumulative_sizes, index, side="right"))
+        return image_id_of(dataset.datasets[part], index - (dataset.cumulative_sizes[part - 1] if part else 0))
+    if hasattr(dataset, "repeat_indices"):  # ClassBalancedDataset
+        return image_id_of(dataset.dataset, dataset.repeat_indices[index])
+    if hasattr(dataset, "dataset"):  # RepeatDataset, MultiImageMixDataset
+        return image_id_of(dataset.dataset, index % len(dataset.dataset))
+    return index
+
+
+class TrainingSamples(torch.utils.data.Dataset):
+    """MMDetection's training samples by `SampleKey`, with the random numbers of (seed, epoch, index).
+
+    Args:
+        mode_switch: from which epoch on to skip which transforms of a MultiImageMixDataset (YOLOXModeSwitchHook).
+    """
+
+    def __init__(self, dataset: Any, seed: int, mode_switch: tuple[int, Sequence[str]] | None = None):
+        self.dataset = dataset
+        self.seed = seed
+        self.mode_switch = mode_switch
+        self.mixes = hasattr(dataset, "update_skip_type_keys")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: SampleKey) -> tuple[Any, int]:
+        epoch, index = key
+        if self.mode_switch is not None and epoch >= self.mode_switch[0] and self.mixes:
+            self.dataset.update_skip_type_keys(self.mode_switch[1])
+        seed_all(self.seed, epoch, index)
+        return self.dataset[index], image_id_of(self.dataset, index)
+
+
+class OwnEvaluationSamples(torch.utils.data.Dataset):
+    """The images of one of MMDetection's own data sets, to detect on."""
+
+    def __init__(self, dataset: CustomDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.dataset[index], index
+
+
+class EvaluationTransform:
+    """The test pipeline, on record and image."""
+
+    def __init__(self, pipeline: Sequence[Any], leaf: ConfigDict, images: ImageStorage):
+        self.transform = PipelineTransform(pipeline, leaf, images, annotated=False)
+
+    def __call__(self, image: np.ndarray, record: ImageRecord) -> tuple[Any, int]:
+        return self.transform(image, record), record.image_id
+
+
+def collate(samples: list[tuple[Any, int]]) -> Batch:
+    """mmcv's batch. `images` is (B, 3, H, W), padded, or a list of such where the test pipeline augments; `targets`
+    the other inputs of the detector's forward, without mmcv's containers."""
+    inputs = _unwrap(mmcv_collate([sample for sample, _ in samples], samples_per_gpu=len(samples)))
+    return Batch(inputs.pop("img"), inputs, [image_id for _, image_id in samples])
+
+
+def _unwrap(value: Any) -> Any:
+    if isinstance(value, DataContainer):
+        return value.data[0]
+    if isinstance(value, dict):
+        return {key: _unwrap(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_unwrap(item) for item in value]
+    return value

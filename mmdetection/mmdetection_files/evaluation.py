@@ -1,0 +1,114 @@
+"""From a detector's results to `Detections`, and mmdet's own `evaluate` for the data sets that have one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Number
+from typing import Any
+
+import numpy as np
+from determined.pytorch import MetricReducer
+from mmcv import Config
+from mmdet.core import encode_mask_results
+from mmdet.datasets import CustomDataset
+from pycocotools import mask as coco_mask
+
+from shared.detections import Detections
+
+
+def to_detections(result: Any, image_id: int) -> Detections:
+    """mmdet's result of one image: an (n, 5) array of x1 y1 x2 y2 score for each class, with masks a tuple of that and
+    the masks of each class; panoptic models have both under "ins_results"."""
+    if isinstance(result, dict):
+        result = result["ins_results"]
+    boxes, masks = result if isinstance(result, tuple) else (result, None)
+    if isinstance(masks, tuple):  # Mask Scoring R-CNN: masks, and scores of their own
+        masks = masks[0]
+    rows = np.concatenate(boxes) if len(boxes) else np.zeros((0, 5), dtype=np.float32)
+    return Detections(
+        image_id=image_id,
+        boxes=rows[:, :4],
+        scores=rows[:, 4],
+        labels=np.repeat(np.arange(len(boxes)), [len(of_class) for of_class in boxes]),
+        masks=None if masks is None else encode_masks([mask for of_class in masks for mask in of_class]),
+    )
+
+
+def encode_masks(masks: Sequence[np.ndarray]) -> list[dict]:
+    """COCO's RLE of (height, width) bool masks, all of an image in one call."""
+    if not len(masks):
+        return []
+    stacked = np.empty((*masks[0].shape, len(masks)), dtype=np.uint8, order="F")
+    for i, mask in enumerate(masks):
+        stacked[:, :, i] = mask
+    return coco_mask.encode(stacked)
+
+
+@dataclass
+class OwnResult:
+    """What mmdet's own data set evaluates: the detector's result for the image at a position in it."""
+
+    index: int
+    result: Any
+
+
+def to_own_result(result: Any, index: int) -> OwnResult:
+    """The result with its masks encoded, as mmdet's test loop hands it to `evaluate`."""
+    if isinstance(result, tuple):
+        boxes, masks = result
+        result = boxes, encode_mask_results(masks)
+    elif isinstance(result, dict) and "ins_results" in result:
+        boxes, masks = result["ins_results"]
+        result = {**result, "ins_results": (boxes, encode_mask_results(masks))}
+    return OwnResult(index, result)
+
+
+# EvalHook's own arguments, which tools/test.py takes out too; the rest is `evaluate`'s
+_OF_THE_HOOK = (
+    "interval",
+    "by_epoch",
+    "start",
+    "save_best",
+    "rule",
+    "tmpdir",
+    "gpu_collect",
+    "dynamic_intervals",
+    "broadcast_bn_buffer",
+)
+
+
+def own_arguments(config: Config) -> dict[str, Any]:
+    """What the config's `evaluation` section gives to `evaluate`."""
+    return {key: value for key, value in (config.get("evaluation") or {}).items() if key not in _OF_THE_HOOK}
+
+
+class OwnEvaluator(MetricReducer):
+    """Collects the results of all slots for `evaluate` of one of mmdet's data sets, each image once.
+
+    Args:
+        arguments: of `evaluate`, from the config's `evaluation` section.
+        compute_here: whether this slot computes; the others return {}.
+    """
+
+    def __init__(self, dataset: CustomDataset, arguments: dict[str, Any], compute_here: bool):
+        self.dataset = dataset
+        self.arguments = arguments
+        self.compute_here = compute_here
+        self._results: dict[int, Any] = {}
+
+    def reset(self) -> None:
+        self._results = {}
+
+    def update(self, results: Iterable[OwnResult]) -> None:
+        self._results.update({result.index: result.result for result in results})
+
+    def per_slot_reduce(self) -> dict[int, Any]:
+        return self._results
+
+    def cross_slot_reduce(self, per_slot_metrics: Sequence[dict[int, Any]]) -> dict[str, float]:
+        if not self.compute_here:
+            return {}
+        merged = {index: result for slot in per_slot_metrics for index, result in slot.items()}
+        metrics = self.dataset.evaluate([merged[index] for index in range(len(self.dataset))], **self.arguments)
+        return {name: float(value) for name, value in metrics.items() if isinstance(value, Number)}

@@ -1,0 +1,156 @@
+"""mmcv's hooks, which set the learning rate and whatever else a config asks for, called as its runners call them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from mmcv import Config
+from mmcv.runner import BaseRunner
+from mmcv.runner.hooks import HOOKS, LoggerHook
+from torch import nn
+
+from mmdetection_files.config import runner_type
+from shared.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+EMA_HOOKS = ("EMAHook", "ExpMomentumEMAHook", "LinearMomentumEMAHook")
+# what these do is done in another place: divergence by shared/training_metrics.py, equal buffers by DDP, and the
+# number of classes follows the data
+_DONE_ELSEWHERE = ("CheckInvalidLossHook", "NumClassCheckHook", "SyncNormHook", "YOLOXModeSwitchHook", *EMA_HOOKS)
+_UNABLE = {
+    "RFSearchHook": "it replaces the model's layers while it trains, which neither the optimizer nor a checkpoint "
+    "can follow",
+}
+
+
+class StepRunner(BaseRunner):
+    """An mmcv runner whose loop is ours: `begin` and `end` call the hooks around one training batch.
+
+    Args:
+        batches_per_epoch, total_batches: of all slots together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        batches_per_epoch: int,
+        total_batches: int,
+    ):
+        super().__init__(model, optimizer=optimizer, logger=logger, meta={})
+        self._max_iters = total_batches
+        self._max_epochs = math.ceil(total_batches / batches_per_epoch)
+        self.batches_per_epoch = batches_per_epoch
+        self.data_loader = range(batches_per_epoch)  # the hooks ask for its length
+        self.by_epoch = runner_type(config) != "IterBasedRunner"
+        self.begun = False
+        try:
+            self._register(config)
+        except (KeyError, TypeError, ValueError, AssertionError, AttributeError) as error:
+            raise UserError(f"lr_config or a hook of the config: {type(error).__name__}: {error}") from error
+
+    def _register(self, config: Config) -> None:
+        lr_config, momentum_config = deepcopy(config.get("lr_config")), deepcopy(config.get("momentum_config"))
+        if not self.by_epoch and lr_config is not None:
+            lr_config.setdefault("by_epoch", False)  # as IterBasedRunner
+        self.register_lr_hook(lr_config)
+        self.register_momentum_hook(momentum_config)
+        for hook in deepcopy(config.get("custom_hooks") or []):
+            name = hook["type"]
+            if name in _UNABLE:
+                raise UserError(f"custom_hooks: {name} cannot work here: {_UNABLE[name]}")
+            kind = HOOKS.get(name)
+            if name not in _DONE_ELSEWHERE and not (kind is not None and issubclass(kind, LoggerHook)):
+                self.register_hook_from_cfg(hook)
+
+    def begin(self, number: int) -> None:
+        """Before training batch `number`, counted from 0 over the whole training."""
+        self._epoch, self._inner_iter = divmod(number, self.batches_per_epoch)
+        self._iter = number
+        self.mode = "train"
+        if not self.begun:
+            self.call_hook("before_run")
+            if not self.by_epoch:
+                self.call_hook("before_epoch")
+        if self.by_epoch and (self._inner_iter == 0 or not self.begun):
+            self.call_hook("before_train_epoch")
+        self.begun = True
+        self.call_hook("before_train_iter")
+
+    def end(self) -> None:
+        """After the batch."""
+        self.call_hook("after_train_iter")
+        if self.by_epoch and self._inner_iter + 1 == self.batches_per_epoch:
+            self.call_hook("after_train_epoch")
+
+    def train(self) -> None:
+        raise NotImplementedError("the trial has the loop")
+
+    val = run = save_checkpoint = train
+
+
+def hook_config(config: Config, names: Sequence[str]) -> dict[str, Any] | None:
+    """The first of the config's custom hooks that goes by one of the names."""
+    return next((hook for hook in config.get("custom_hooks") or [] if hook["type"] in names), None)
+
+
+def mode_switch(config: Config, total_epochs: int) -> tuple[int, Sequence[str]] | None:
+    """From which epoch on YOLOXModeSwitchHook skips which transforms and adds the L1 loss; None without that hook, or
+    where the training is shorter than its last epochs, as upstream."""
+    hook = hook_config(config, ("YOLOXModeSwitchHook",))
+    if hook is None:
+        return None
+    epoch = total_epochs - hook.get("num_last_epochs", 15) - 1
+    skipped = hook.get("skip_type_keys", ("Mosaic", "RandomAffine", "MixUp"))
+    return (epoch, tuple(skipped)) if epoch >= 0 else None
+
+
+class MomentumEma:
+    """The averaged weights of mmcv's and mmdet's EMA hooks, by the hook's own momentum.
+
+    Attributes:
+        module: the averaged model.
+    """
+
+    def __init__(self, model: nn.Module, hook: dict[str, Any], first_batch: int):
+        arguments = {key: value for key, value in hook.items() if key not in ("type", "priority", "resume_from")}
+        self.hook = HOOKS.get(hook["type"])(**arguments)
+        self.is_mmcv = hook["type"] == "EMAHook"
+        self.module = deepcopy(model).eval()
+        for parameter in self.module.parameters():
+            parameter.requires_grad_(False)
+        self.batch = first_batch
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        number, self.batch = self.batch, self.batch + 1
+        momentum = self._momentum(number)
+        if momentum is None:
+            return
+        averaged = dict(self.module.named_parameters())
+        averages_buffers = not self.is_mmcv and not self.hook.skip_buffers
+        for name, value in model.state_dict().items():
+            own = averaged.get(name)
+            if own is None:
+                own = self.module.get_buffer(name)
+                if not averages_buffers or not own.dtype.is_floating_point:
+                    own.copy_(value)
+                    continue
+            own.mul_(1 - momentum).add_(value, alpha=momentum)
+
+    def _momentum(self, number: int) -> float | None:
+        """What the hook's after_train_iter would take for this batch; None where it leaves the average."""
+        if self.is_mmcv:
+            if number % self.hook.interval != 0:
+                return None
+            return min(self.hook.momentum, (1 + number) / (self.hook.warm_up + number))
+        if (number + 1) % self.hook.interval != 0:
+            return None
+        return self.hook.momentum_fun(number) if self.hook.momentum_fun else self.hook.momentum

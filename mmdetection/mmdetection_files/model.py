@@ -1,0 +1,209 @@
+"""The detector of the config, and its weights."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+import urllib.error
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from mmcv import Config, ConfigDict
+from mmdet.models import build_detector
+from torch import nn
+
+from mmdetection_files.config import shipped_configs
+from shared.checkpoints import find_checkpoint, load_state, read_checkpoint, without_ddp
+from shared.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
+
+for _library in ("mmcv", "mmdet"):  # a line for each layer that is initialised
+    logging.getLogger(_library).setLevel(logging.WARNING)
+
+
+def build_model(config: Config, initialize: bool) -> nn.Module:
+    """mmdet's detector.
+
+    Args:
+        initialize: with the config's initial weights, pretrained backbones among them; else as PyTorch makes it,
+            for weights that are loaded next.
+
+    Raises:
+        UserError: the config does not make a detector, or the backbone's weights cannot be had.
+    """
+    try:
+        model = build_detector(config.model, train_cfg=config.get("train_cfg"), test_cfg=config.get("test_cfg"))
+    except Exception as error:  # the builders raise what the modules' constructors raise
+        raise UserError(
+            f"hyperparameters.config_file: the model cannot be built: {type(error).__name__}: {error}"
+        ) from error
+    if initialize:
+        try:
+            model.init_weights()
+        except (OSError, RuntimeError, urllib.error.URLError) as error:
+            raise UserError(
+                f"model.backbone.init_cfg: the backbone's pretrained weights cannot be had ({error}). Without a way to "
+                "the internet give a file, override_mmdet_config: {model.backbone.init_cfg.checkpoint: PATH}, or start "
+                "from nothing, {model.backbone.init_cfg: null}"
+            ) from error
+    return model
+
+
+def without_pretrained_backbone(config: Config) -> None:
+    """Takes out of the config what would be downloaded only to be overwritten by the weights loaded next."""
+
+    def visit(section: Any) -> None:
+        if isinstance(section, (list, tuple)):
+            for part in section:
+                visit(part)
+        elif isinstance(section, ConfigDict):
+            if (section.get("init_cfg") or {}) and _is_pretrained(section.init_cfg):
+                section.init_cfg = None
+            if "pretrained" in section and "type" in section:
+                section.pretrained = None
+            for value in section.values():
+                visit(value)
+
+    visit(config.model)
+
+
+def _is_pretrained(init_cfg: Any) -> bool:
+    return isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained"
+
+
+class _StaticGradScaler(torch.amp.GradScaler):
+    """A scale that stays, which mmcv's hook sets anew after each step."""
+
+    def update(self, new_scale: float | None = None) -> None:
+        super().update(self._init_scale if new_scale is None else new_scale)
+
+
+def build_scaler(fp16: dict[str, Any]) -> torch.amp.GradScaler:
+    """The GradScaler of the config's `fp16`, as mmcv's Fp16OptimizerHook makes it."""
+    loss_scale = fp16.get("loss_scale", 512.0)
+    if loss_scale == "dynamic":
+        return torch.amp.GradScaler("cuda")
+    if isinstance(loss_scale, dict):
+        return torch.amp.GradScaler("cuda", **loss_scale)
+    return _StaticGradScaler("cuda", init_scale=float(loss_scale))
+
+
+# what these modules keep in plain attributes while they train
+_PYTHON_STATE = {
+    "YOLOX": ("_input_size", "_progress_in_iter"),
+    "DynamicRoIHead": (
+        "iou_history",
+        "beta_history",
+        "bbox_assigner.pos_iou_thr",
+        "bbox_assigner.neg_iou_thr",
+        "bbox_assigner.min_pos_iou",
+        "bbox_head.loss_bbox.beta",
+    ),
+}
+
+
+def python_state(model: nn.Module) -> dict[str, Any]:
+    """What a resumed run needs of the model beside its weights and buffers, as plain numbers."""
+    return {
+        f"{name}:{path}": _plain(operator.attrgetter(path)(module))
+        for name, module in model.named_modules()
+        for path in _PYTHON_STATE.get(type(module).__name__, ())
+    }
+
+
+def restore_python_state(model: nn.Module, state: dict[str, Any]) -> None:
+    """Takes back what `python_state` gave."""
+    for key, value in state.items():
+        name, path = key.split(":")
+        *owners, attribute = path.split(".")
+        owner = model.get_submodule(name)
+        for part in owners:
+            owner = getattr(owner, part)
+        setattr(owner, attribute, value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(item) for item in value)
+    return value.item() if hasattr(value, "item") else value
+
+
+@functools.cache
+def published_checkpoints() -> dict[str, str]:
+    """The URL of the weights that MMDetection publishes for each of its configs, by the config's path."""
+    folder = shipped_configs()
+    published = {}
+    for metafile in sorted(folder.glob("*/metafile.yml")):
+        content = yaml.safe_load(metafile.read_text())
+        for model in content.get("Models", []) if isinstance(content, dict) else content:
+            if model.get("Weights"):
+                published[model["Config"].removeprefix("configs/")] = model["Weights"]
+    return published
+
+
+def load_pretrained(model: nn.Module, source: str | bool, config_file: str) -> None:
+    """Start from `use_pretrained`: what MMDetection publishes for the config (True), a path, a URL or a checkpoint of
+    ours. Weights of another shape (a head for other classes) keep their initial values, said in one line.
+
+    Raises:
+        UserError: it cannot be had, holds code, or is of another model.
+    """
+    key = "hyperparameters.use_pretrained"
+    if source is True:
+        published = published_checkpoints()
+        name = str(Path(config_file)).removeprefix(str(shipped_configs()) + "/")
+        if name not in published:
+            raise UserError(
+                f"{key}: MMDetection publishes no weights for {name}; {_near_published(name)}; or give a path or a URL"
+            )
+        source = published[name]
+    weights = _read_weights(source, key)
+    own = model.state_dict()
+    fitting = {name: w for name, w in weights.items() if name in own and own[name].shape == w.shape}
+    if not fitting:
+        raise UserError(
+            f"{key}: none of the {len(weights)} weights in {source} is one of this model's {len(own)}; "
+            "use the config that it was trained with"
+        )
+    other_shape = [name for name in weights if name in own and name not in fitting]
+    absent = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
+    model.load_state_dict(fitting, strict=False)
+    logger.info(
+        "pretrained: %d of the model's %d weights from %s%s%s",
+        len(fitting),
+        len(own),
+        source,
+        _count(other_shape, "of another shape start anew"),
+        _count(absent, "are not in it and start anew"),
+    )
+
+
+def _near_published(name: str) -> str:
+    end = nearest(name, published_checkpoints())
+    return f"{end} (which has some)" if end.startswith("did") else "they are listed in its metafiles"
+
+
+def _count(names: list[str], what: str) -> str:
+    return f"; {len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
+
+
+def _read_weights(source: str, key: str) -> Mapping[str, torch.Tensor]:
+    if "://" in source:
+        try:
+            state = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
+        except (OSError, urllib.error.URLError, RuntimeError) as error:
+            raise UserError(f"{key}: {source} cannot be had: {error}") from error
+    elif Path(source).is_file():
+        state = load_state(Path(source))
+    else:
+        try:
+            return read_checkpoint(find_checkpoint(source)).weights
+        except UserError as error:
+            raise UserError(f"{key}: {error}. Give true, a file, a URL or a checkpoint") from error
+    state = state.get("state_dict", state)
+    return without_ddp(state)

@@ -1,0 +1,312 @@
+"""MMDetection's detectors as a Determined trial: `python3 model_def.py --help`."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from mmcv.runner import build_optimizer, wrap_fp16_model
+from tabulate import tabulate
+from torch import nn
+from torch.utils.data import Dataset
+
+from mmdetection_files.config import (
+    RESOLVED_CONFIG,
+    default_lengths,
+    load_mmdet_config,
+    scale_lr,
+    set_num_classes,
+    set_paths,
+    write_resolved,
+)
+from mmdetection_files.data import (
+    CocoSamples,
+    EvaluationTransform,
+    MmcvImages,
+    OwnData,
+    OwnEvaluationSamples,
+    TrainingSamples,
+    build_own_dataset,
+    build_samples,
+    collate,
+    decoder,
+    is_plain_coco,
+    selected_classes,
+    test_pipeline,
+)
+from mmdetection_files.evaluation import OwnEvaluator, OwnResult, own_arguments, to_detections, to_own_result
+from mmdetection_files.hooks import EMA_HOOKS, MomentumEma, StepRunner, hook_config, mode_switch
+from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
+from mmdetection_files.model import (
+    build_model,
+    build_scaler,
+    load_pretrained,
+    python_state,
+    restore_python_state,
+    without_pretrained_backbone,
+)
+from shared.annotations import check_same_categories
+from shared.coco_categories import COCO_CATEGORIES
+from shared.dataset import CocoDetection
+from shared.detections import Detections
+from shared.errors import UserError
+from shared.evaluation import CocoEvaluator
+from shared.experiment import Split, SplitData, check_trainable, open_split
+from shared.launch import main
+from shared.loading import Batch
+from shared.trial import DetectionTrial
+
+logger = logging.getLogger(__name__)
+
+
+class MMDetectionTrial(DetectionTrial):
+    """MMDetection 2.28, over the packages mmdet and mmcv-full.
+
+    Attributes:
+        mmdet_config: the resolved config.
+        evaluates_coco: whether validation is by the shared evaluator; else by `evaluate` of the config's data set.
+    """
+
+    hyperparameters_class = MMDetectionHyperparameters
+    data_class = MMDetectionData
+    path_hyperparameters = ("config_file", "merge_config", "use_pretrained")
+    pretrained_categories: ClassVar = COCO_CATEGORIES
+
+    # --- the config -----------------------------------------------------------------------------------
+
+    @classmethod
+    def hyperparameters_of_checkpoint(cls, checkpoint: Path) -> dict[str, Any]:
+        config_file = str(checkpoint / RESOLVED_CONFIG)
+        return {
+            "config_file": config_file,
+            "merge_config": None,
+            "override_mmdet_config": {},
+            "use_pretrained": False,
+        }
+
+    def read_own_config(self) -> None:
+        submitted = Path(__file__).parent
+        self.mmdet_config = load_mmdet_config(self.hparams, submitted)
+        set_paths(self.mmdet_config, self.data, submitted)
+        scale_lr(self.mmdet_config, self.hparams.global_batch_size)
+        self.find_unused_parameters = self.mmdet_config.get("find_unused_parameters", False)
+        evaluation, val = self.mmdet_config.get("evaluation") or {}, self.mmdet_config.data.val
+        metrics = evaluation.get("metric", "bbox")
+        metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+        scores_masks_apart = "mask_iou_head" in (self.mmdet_config.model.get("roi_head") or {})
+        self.evaluates_coco = self.data.backend == "fake" or (
+            is_plain_coco(val) and set(metrics) <= {"bbox", "segm"} and not scores_masks_apart
+        )
+        self.iou_types = tuple(m for m in ("bbox", "segm") if m in metrics) or ("bbox",)
+
+    def default_lengths(self) -> dict[str, Any]:
+        return default_lengths(self.mmdet_config)
+
+    def reported_metrics(self) -> list[str] | None:
+        return super().reported_metrics() if self.evaluates_coco else None
+
+    def save_own_config(self, folder: Path) -> None:
+        write_resolved(self.mmdet_config, folder)
+
+    # --- data -----------------------------------------------------------------------------------------
+
+    def open_train_and_val(self) -> tuple[Any, Any]:
+        opened: list[SplitData | OwnData] = []
+
+        def build_leaf(leaf: Any) -> Any:
+            if is_plain_coco(leaf) or self.data.backend == "fake":
+                opened.append(self._open_coco(leaf, "train"))
+                return CocoSamples(opened[-1].annotations, opened[-1].images, leaf)
+            dataset = build_own_dataset(leaf, self.data, training=True)
+            opened.append(OwnData(dataset))
+            return dataset
+
+        self.train_samples = build_samples(self.mmdet_config.data.train, build_leaf)
+        val = self.open_val()
+        coco = [data.annotations for data in (*opened, val) if isinstance(data, SplitData)]
+        for other in coco[1:]:
+            check_same_categories(coco[0], other)
+        if isinstance(opened[0], SplitData):
+            check_trainable(opened[0].annotations)
+        return opened[0], val
+
+    def open_val(self) -> Any:
+        section = self.mmdet_config.data.val
+        if self.evaluates_coco:
+            return self._open_coco(section, "val")
+        return OwnData(build_own_dataset(section, self.data, training=False))
+
+    def _open_coco(self, leaf: Any, split: str) -> SplitData:
+        data, images = self.data, None
+        if data.backend != "fake":
+            data = replace(data, **{split: Split(leaf["ann_file"], leaf.get("img_prefix") or "")})
+            if data.file_client is not None:
+                images = MmcvImages(data.file_client, leaf.get("img_prefix") or "")
+        opened = open_split(data, split, images)
+        if (classes := selected_classes(leaf)) and data.backend != "fake":
+            try:
+                return SplitData(opened.annotations.select_categories(classes), opened.images)
+            except UserError as error:
+                raise UserError(f"data.{split}.classes of the MMDetection config: {error}") from error
+        return opened
+
+    def training_groups(self) -> np.ndarray:
+        return np.asarray(getattr(self.train_samples, "flag", np.zeros(len(self.train_samples), dtype=np.uint8)))
+
+    def training_dataset(self) -> Dataset:
+        return TrainingSamples(self.train_samples, self.seed, self.mode_switch)
+
+    def evaluation_dataset(self, data: SplitData | OwnData) -> Dataset:
+        self.detects_for_own_dataset = isinstance(data, OwnData)
+        if isinstance(data, OwnData):
+            return OwnEvaluationSamples(data.dataset)
+        pipeline = test_pipeline(self.mmdet_config.data.val)
+        transform = EvaluationTransform(pipeline, self.mmdet_config.data.val, data.images)
+        return CocoDetection(data.annotations, data.images, transform, self.seed, False, decoder(pipeline[0]))
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        # as upstream: one image, which padding for its neighbours in a batch would change
+        return self.mmdet_config.data.get("val_dataloader", {}).get("samples_per_gpu", 1)
+
+    def build_evaluator(self, data: SplitData | OwnData) -> CocoEvaluator | OwnEvaluator:
+        if isinstance(data, SplitData):
+            return super().build_evaluator(data)
+        return OwnEvaluator(data.dataset, own_arguments(self.mmdet_config), compute_here=self.rank == 0)
+
+    def collate(self, training: bool) -> Callable[[list], Batch]:
+        return collate
+
+    # --- model and optimizer --------------------------------------------------------------------------
+
+    def build_model(self) -> nn.Module:
+        set_num_classes(self.mmdet_config, len(self.categories))
+        config = deepcopy(self.mmdet_config)
+        starts_anew = self.for_training and self.first_batch == 0
+        if self.hparams.use_pretrained or not starts_anew:
+            without_pretrained_backbone(config)
+        model = build_model(config, initialize=starts_anew or not self.for_training)
+        if self.hparams.use_pretrained and self.first_batch == 0:
+            load_pretrained(model, self.hparams.use_pretrained, self.hparams.config_file)
+        if config.get("fp16"):
+            wrap_fp16_model(model)
+        model.CLASSES = tuple(category["name"] for category in self.categories)
+        if self.for_training:
+            self.total_epochs = math.ceil(self.total_batches / self.batches_per_epoch)
+            self.mode_switch = mode_switch(self.mmdet_config, self.total_epochs)
+        return model
+
+    def check_pretrained(self) -> None:
+        if not self.hparams.use_pretrained:
+            raise UserError(
+                "hyperparameters.use_pretrained is false, and an untrained model detects nothing; give --checkpoint, "
+                "or --set hyperparameters.use_pretrained=true"
+            )
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        try:
+            return build_optimizer(model, self.mmdet_config.optimizer)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"optimizer of the MMDetection config: {type(error).__name__}: {error}") from error
+
+    def build_scaler(self) -> Any:
+        if not self.mmdet_config.get("fp16") or not self.for_training:
+            return None
+        if self.context.device.type != "cuda":
+            raise UserError(
+                "fp16 of the MMDetection config needs a GPU; take it out: override_mmdet_config: {fp16: null}"
+            )
+        return self.context.wrap_scaler(build_scaler(self.mmdet_config.fp16))
+
+    def build_ema(self, model: nn.Module) -> MomentumEma | None:
+        hook = hook_config(self.mmdet_config, EMA_HOOKS)
+        if hook is None:
+            return None
+        return MomentumEma(model, hook, self.first_batch // self.aggregation_frequency)
+
+    def clip_gradients(self) -> Callable[[Any], None] | None:
+        optimizer_config = self.mmdet_config.get("optimizer_config") or {}
+        if optimizer_config.get("type", "OptimizerHook") not in ("OptimizerHook", "Fp16OptimizerHook"):
+            raise UserError(
+                f"optimizer_config.type: {optimizer_config['type']} is a loop of its own; to add up gradients use "
+                "`optimizations: {aggregation_frequency: N}` of the experiment config"
+            )
+        if not optimizer_config.get("grad_clip"):
+            return None
+        arguments = dict(optimizer_config["grad_clip"])
+
+        def clip(parameters: Any) -> None:
+            # as mmcv's OptimizerHook
+            with_gradient = [p for p in parameters if p.requires_grad and p.grad is not None]
+            if with_gradient:
+                nn.utils.clip_grad_norm_(with_gradient, **arguments)
+
+        return clip
+
+    def prepare_schedule(self) -> None:
+        self.clip = self.clip_gradients()
+        self.runner = StepRunner(
+            self.plain_model, self.optimizer, self.mmdet_config, self.batches_per_epoch, self.total_batches
+        )
+        if self.rank == 0:
+            logger.info("\n%s", self._summary())
+
+    def before_batch(self, number: int) -> None:
+        self.runner.begin(number)
+        if self.mode_switch is not None and self.runner.epoch >= self.mode_switch[0]:
+            self.plain_model.bbox_head.use_l1 = True
+
+    def after_batch(self, number: int) -> None:
+        self.runner.end()
+
+    def own_state(self) -> dict[str, Any]:
+        return python_state(self.plain_model)
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        restore_python_state(self.plain_model, state)
+
+    def _summary(self) -> str:
+        config = self.mmdet_config
+        lr_config = dict(config.get("lr_config") or {})
+        train = config.data.train
+        rows = [
+            ("config", self.hparams.config_file),
+            ("model", f"{config.model.type}, {len(self.categories)} categories"),
+            ("weights", self.hparams.use_pretrained or "the config's initial ones"),
+            ("training data", f"{train['type']}, {len(self.train_samples)} samples"),
+            ("validation", ", ".join(self.iou_types) if self.evaluates_coco else f"{config.data.val.type}.evaluate"),
+            ("global batch", f"{self.global_batch_size} on {self.slots} slots"),
+            ("length", f"{self.total_batches} batches, {self.batches_per_epoch} an epoch"),
+            ("optimizer", f"{config.optimizer.type}, lr {config.optimizer.lr:g}"),
+            ("schedule", ", ".join(f"{key} {value}" for key, value in lr_config.items()) or "constant"),
+            ("gradient clipping", (config.get("optimizer_config") or {}).get("grad_clip") or "none"),
+            ("precision", "fp16" if config.get("fp16") else "float32"),
+        ]
+        return tabulate(rows, tablefmt="plain")
+
+    # --- the step -------------------------------------------------------------------------------------
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        outputs = model(img=batch.images, return_loss=True, **batch.targets)
+        means = {
+            name: value.mean() if isinstance(value, torch.Tensor) else sum(part.mean() for part in value)
+            for name, value in outputs.items()
+        }
+        # as BaseDetector._parse_losses, which synchronises with the device once a loss
+        return {**means, "loss": sum(value for name, value in means.items() if "loss" in name)}
+
+    def detect(self, model: nn.Module, batch: Batch) -> list[Detections | OwnResult]:
+        results = model(img=batch.images, return_loss=False, rescale=True, **batch.targets)
+        convert = to_own_result if self.detects_for_own_dataset else to_detections
+        return [convert(result, image_id) for result, image_id in zip(results, batch.image_ids, strict=True)]
+
+
+if __name__ == "__main__":
+    main(MMDetectionTrial)
