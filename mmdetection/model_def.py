@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from mmcv.runner import build_optimizer, wrap_fp16_model
 from tabulate import tabulate
 from torch import nn
 from torch.utils.data import Dataset
@@ -46,6 +45,7 @@ from mmdetection_files.hooks import EMA_HOOKS, MomentumEma, StepRunner, hook_con
 from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
 from mmdetection_files.model import (
     build_model,
+    build_optimizer,
     build_scaler,
     load_pretrained,
     python_state,
@@ -195,8 +195,6 @@ class MMDetectionTrial(DetectionTrial):
         model = build_model(config, initialize=starts_anew or not self.for_training)
         if self.hparams.use_pretrained and self.first_batch == 0:
             load_pretrained(model, self.hparams.use_pretrained, self.hparams.config_file)
-        if config.get("fp16"):
-            wrap_fp16_model(model)
         model.CLASSES = tuple(category["name"] for category in self.categories)
         if self.for_training:
             self.total_epochs = math.ceil(self.total_batches / self.batches_per_epoch)
@@ -211,10 +209,7 @@ class MMDetectionTrial(DetectionTrial):
             )
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        try:
-            return build_optimizer(model, self.mmdet_config.optimizer)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"optimizer of the MMDetection config: {type(error).__name__}: {error}") from error
+        return build_optimizer(model, self.mmdet_config)
 
     def build_scaler(self) -> Any:
         if not self.mmdet_config.get("fp16") or not self.for_training:

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import mmcv.runner
 import torch
 import yaml
 from mmcv import Config, ConfigDict
+from mmcv.runner import wrap_fp16_model
 from mmdet.models import build_detector
 from torch import nn
 
@@ -51,7 +53,21 @@ def build_model(config: Config, initialize: bool) -> nn.Module:
                 "the internet give a file, override_mmdet_config: {model.backbone.init_cfg.checkpoint: PATH}, or start "
                 "from nothing, {model.backbone.init_cfg: null}"
             ) from error
+    if config.get("fp16"):
+        wrap_fp16_model(model)
     return model
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """The config's optimizer, by mmcv's constructors.
+
+    Raises:
+        UserError: it has no such optimizer or argument.
+    """
+    try:
+        return mmcv.runner.build_optimizer(model, config.optimizer)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"optimizer of the MMDetection config: {type(error).__name__}: {error}") from error
 
 
 def without_pretrained_backbone(config: Config) -> None:
