@@ -122,7 +122,11 @@ class CocoEvaluator(MetricReducer):
 
     def _evaluate(self, iou_type: str, rows: np.ndarray, masks: list[dict] | None) -> dict[str, float]:
         truth = self.open_truth()
-        found = truth.load_res(rows, segmentation=masks) if masks is not None else truth.load_res(rows)
+        found = truth.load_res(rows)
+        if iou_type == "segm" and masks:
+            found = truth.load_res(rows, segmentation=masks)
+            # small, medium and large are the masks' areas, as MMDetection and Detectron2 have it, not the boxes'
+            found.update_anns(ids=np.arange(1, len(rows) + 1), area=hotcoco.mask.area(masks))
         evaluation = hotcoco.COCOeval(truth, found, iou_type)
         params = evaluation.params
         params.img_ids = self.image_ids.tolist()

@@ -1,5 +1,6 @@
 """Paths to the code, data for tests, and how the tests start a run."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -10,10 +11,23 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-# as in a submitted folder: `model_def` and `efficientdet_files` beside `shared`
-sys.path[:0] = [str(ROOT), str(ROOT / "efficientdet")]
+# as in a submitted folder: `model_def` and `<name>_files` beside `shared`; of the model_defs this finds EfficientDet's
+sys.path[:0] = [str(ROOT), str(ROOT / "efficientdet"), str(ROOT / "mmdetection")]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 EXPERIMENT_SCHEMA = ROOT.parent / "shared" / "expconf"
+
+
+# why a detector's tests are not collected, by its folder
+WITHOUT_LIBRARY: dict[str, str] = {}
+try:
+    import mmdet  # noqa: F401
+except Exception as error:  # a broken build shows in many ways
+    WITHOUT_LIBRARY["mmdetection"] = f"mmdet or the compiled mmcv-full cannot be imported: {error}"
+collect_ignore = list(WITHOUT_LIBRARY)
+
+
+def pytest_report_header() -> list[str]:
+    return [f"tests/{folder} is skipped: {reason}" for folder, reason in WITHOUT_LIBRARY.items()]
 
 
 @pytest.fixture(scope="session")
@@ -111,6 +125,25 @@ def run_model_def(
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Trains in this process and returns the run's folder, `name` in the test's own."""
+
+    def call(trial_class: type, config: dict, name: str = "run", resume: str | None = None) -> Path:
+        from shared.launch import train_here
+
+        path, folder = tmp_path / f"{name}.yaml", tmp_path / name
+        path.write_text(yaml.safe_dump(config))
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            patch.setenv("XDG_DATA_HOME", "")
+            arguments = argparse.Namespace(config=str(path), overrides=[], output_dir=folder, resume=resume)
+            train_here(trial_class, arguments)
+        return folder
+
+    return call
 
 
 @pytest.fixture

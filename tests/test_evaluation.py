@@ -53,8 +53,9 @@ def pycocotools_metrics(coco: dict, annotations, detections, iou_type):
         truth.dataset = {"info": {}, **json.loads(json.dumps(coco))}
         truth.createIndex()
         results = [r for d in detections for r in to_coco_results(d, annotations.category_ids)]
-        if iou_type == "bbox":
-            results = [{k: v for k, v in r.items() if k != "segmentation"} for r in results]
+        # a result's area is its box's where it has one: MMDetection and Detectron2 take the box from a mask's too
+        left_out = {"bbox": "segmentation", "segm": "bbox"}[iou_type]
+        results = [{k: v for k, v in r.items() if k != left_out} for r in results]
         found = truth.loadRes(results) if results else COCO()
         if not results:
             found.dataset = {**truth.dataset, "annotations": []}

@@ -47,7 +47,7 @@ _WITH_REGISTRIES = (
     mmdet.models.builder,
     mmdet.models.utils.builder,
 )
-_SIZES = ("img_scale", "scale", "size", "crop_size", "input_size")
+_SIZES = ("img_scale", "scale", "size", "crop_size", "input_size", "target_ratio", "ratio_range")
 
 
 # --- found and merged -------------------------------------------------------------------------------
@@ -168,8 +168,8 @@ def _merge(config: Config, new: dict[str, Any], key: str, variables: set[str]) -
 
 
 def _as_mmdet_takes_it(new: Any, old: Any, name: str = "") -> Any:
-    """Values that MMDetection takes: YAML has no tuples, which it asks for where there was one and for sizes of images;
-    and a section may take the place of None."""
+    """Values that MMDetection takes: YAML has no tuples, which it asks for where there was one and for sizes and
+    ratios; and a section may take the place of None."""
     if isinstance(new, dict):
         section = {key: _as_mmdet_takes_it(value, _item(old, key), key) for key, value in new.items()}
         for key, value in section.items():

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from determined.pytorch import MetricReducer
+from hotcoco.mask import encode
 from mmcv import Config
 from mmdet.core import encode_mask_results
 from mmdet.datasets import CustomDataset
-from pycocotools import mask as coco_mask
 
 from shared.detections import Detections
 
@@ -31,18 +31,8 @@ def to_detections(result: Any, image_id: int) -> Detections:
         boxes=rows[:, :4],
         scores=rows[:, 4],
         labels=np.repeat(np.arange(len(boxes)), [len(of_class) for of_class in boxes]),
-        masks=None if masks is None else encode_masks([mask for of_class in masks for mask in of_class]),
+        masks=None if masks is None else [encode(np.asarray(mask)) for of_class in masks for mask in of_class],
     )
-
-
-def encode_masks(masks: Sequence[np.ndarray]) -> list[dict]:
-    """COCO's RLE of (height, width) bool masks, all of an image in one call."""
-    if not len(masks):
-        return []
-    stacked = np.empty((*masks[0].shape, len(masks)), dtype=np.uint8, order="F")
-    for i, mask in enumerate(masks):
-        stacked[:, :, i] = mask
-    return coco_mask.encode(stacked)
 
 
 @dataclass

@@ -1,0 +1,294 @@
+"""The same losses, gradients, weights, learning rates, detections and metrics as MMDetection's own code gives."""
+
+import copy
+import logging
+
+import mmcv
+import mmdet.datasets.coco
+import numpy as np
+import pytest
+import torch
+from determined import pytorch
+from mmcv import Config
+from mmcv.parallel import MMDataParallel
+from mmcv.parallel import collate as mmcv_collate
+from mmcv.runner import EpochBasedRunner, IterBasedRunner, build_optimizer
+from mmcv.runner.hooks import Hook
+from mmdet.apis import inference_detector, init_detector
+from mmdet.datasets import build_dataset
+from mmdet.models import build_detector
+from pycocotools import mask as coco_mask
+from tiny_models import TINY, load_model_def, mmdet_config
+
+from mmdetection_files.config import write_resolved
+from mmdetection_files.evaluation import to_detections
+from mmdetection_files.hooks import StepRunner
+from shared.annotations import CocoAnnotations
+from shared.checkpoints import read_checkpoint
+from shared.evaluation import evaluate
+from shared.seeding import seed_all
+
+BATCHES = 3
+
+
+class UpstreamData(torch.utils.data.Dataset):
+    """mmdet's own data set, with the random numbers that ours draws."""
+
+    def __init__(self, config, seed):
+        self.dataset, self.seed = build_dataset(config), seed
+        self.CLASSES = self.dataset.CLASSES
+
+    def __getitem__(self, key):
+        seed_all(self.seed, key.epoch, key.index)
+        return self.dataset[key.index]
+
+
+def gradients(loss, model):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return [None if g is None else g.clone() for g in found]
+
+
+class Recorder(Hook):
+    """Notes the losses, gradients and learning rates of MMDetection's own runner."""
+
+    def __init__(self, records, seed):
+        self.records, self.seed = records, seed
+
+    def before_train_iter(self, runner):
+        seed_all(self.seed, 0, runner.iter, 1)  # the random samplers' numbers, as in ours
+
+    def after_train_iter(self, runner):
+        self.records.append(
+            {
+                "losses": dict(runner.outputs["log_vars"]),
+                "gradients": gradients(runner.outputs["loss"], runner.model.module),
+                "lr": runner.optimizer.param_groups[0]["lr"],
+            }
+        )
+
+
+@pytest.mark.parametrize("config_file", TINY)
+def test_losses_gradients_and_weights_are_those_of_mmdetection_s_runner(shapes, train, config_file):
+    ours, start = [], {}
+
+    class Recording(load_model_def().MMDetectionTrial):
+        def losses(self, model, batch):
+            if not start:
+                start.update(trial=self, weights=copy.deepcopy(self.plain_model.state_dict()))
+            losses = super().losses(model, batch)
+            ours.append(
+                {
+                    "losses": {name: value.item() for name, value in losses.items()},
+                    "gradients": gradients(losses["loss"], self.plain_model),
+                    "lr": self.optimizer.param_groups[0]["lr"],
+                }
+            )
+            return losses
+
+    clip = {"optimizer_config.grad_clip": {"max_norm": 5, "norm_type": 2}, "lr_config.warmup_iters": 5}
+    config = mmdet_config(shapes, config_file, **clip)
+    config["searcher"]["max_length"] = {"batches": BATCHES}
+    config["data"]["workers"] = 0
+    train(Recording, config)
+
+    trial = start["trial"]
+    resolved, theirs = trial.mmdet_config, []
+    resolved.data.train.classes = [category["name"] for category in trial.categories]
+    data = UpstreamData(resolved.data.train, trial.seed)
+    batches = [batch for batch, _ in zip(trial._training_batches(), range(BATCHES), strict=False)]
+    loader = torch.utils.data.DataLoader(
+        data, batch_sampler=batches, collate_fn=lambda samples: mmcv_collate(samples, samples_per_gpu=4)
+    )
+    model = build_detector(resolved.model)
+    model.load_state_dict(start["weights"])
+    runner = EpochBasedRunner(
+        MMDataParallel(model),
+        optimizer=build_optimizer(model, resolved.optimizer),
+        logger=logging.getLogger("upstream"),
+        max_epochs=1,
+    )
+    runner.register_training_hooks(copy.deepcopy(resolved.lr_config), copy.deepcopy(resolved.optimizer_config))
+    runner.register_hook(Recorder(theirs, trial.seed), priority="HIGHEST")
+    runner.run([loader], [("train", 1)])
+
+    assert len(ours) == len(theirs) == BATCHES
+    for own, other in zip(ours, theirs, strict=True):
+        assert own["lr"] == other["lr"]
+        assert own["losses"] == pytest.approx(other["losses"], abs=1e-6)
+        for a, b in zip(own["gradients"], other["gradients"], strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    for name, value in trial.plain_model.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=1e-6)
+
+
+POLICIES = {
+    "step": {"policy": "step", "warmup": "linear", "warmup_iters": 70, "warmup_ratio": 0.001, "step": [3, 8]},
+    "cosine": {"policy": "CosineAnnealing", "min_lr_ratio": 0.01, "warmup": "exp", "warmup_iters": 120},
+    "poly": {"policy": "poly", "power": 0.9, "min_lr": 1e-4, "by_epoch": False},
+    "one cycle": {"policy": "OneCycle", "max_lr": 0.1, "total_steps": 700, "by_epoch": False},
+    "yolox": {
+        "policy": "YOLOX",
+        "warmup": "exp",
+        "by_epoch": False,
+        "warmup_by_epoch": True,
+        "warmup_ratio": 1,
+        "warmup_iters": 2,
+        "num_last_epochs": 3,
+        "min_lr_ratio": 0.05,
+    },
+    "cyclic": {"policy": "cyclic", "target_ratio": (10, 0.1), "cyclic_times": 2, "step_ratio_up": 0.4},
+}
+
+
+class Bare(torch.nn.Module):
+    """As little as a runner takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)])
+
+    def train_step(self, data, optimizer):
+        return {"loss": sum(p.sum() for p in self.parameters()), "log_vars": {}, "num_samples": 1}
+
+    def optimizer(self):
+        a, b = ({"params": layer.parameters(), "lr": lr} for layer, lr in zip(self.layers, (0.02, 0.004), strict=True))
+        return torch.optim.SGD([a, b], lr=0.02, momentum=0.9)
+
+
+class Rates(Hook):
+    def __init__(self):
+        self.seen = []
+
+    def after_train_iter(self, runner):
+        self.seen.append([group["lr"] for group in runner.optimizer.param_groups])
+
+
+@pytest.mark.parametrize("runner", ["EpochBasedRunner", "IterBasedRunner"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_learning_rate_is_that_of_mmcv_s_hooks_also_after_a_resume(policy, runner, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # mmcv's runners wait two seconds an epoch
+    per_epoch, epochs = 47, 14  # 658 batches
+    if policy == "yolox" and runner == "IterBasedRunner":
+        pytest.skip("YOLOX's policy asks for epochs, which IterBasedRunner has none of")
+    kind, length = (
+        (EpochBasedRunner, {"max_epochs": epochs})
+        if runner == "EpochBasedRunner"
+        else (IterBasedRunner, {"max_iters": per_epoch * epochs})
+    )
+    model = Bare()
+    upstream = kind(model, optimizer=model.optimizer(), logger=logging.getLogger("upstream"), **length)
+    upstream.register_training_hooks(copy.deepcopy(POLICIES[policy]), {"grad_clip": None})
+    rates = Rates()
+    upstream.register_hook(rates)
+    loader = torch.utils.data.DataLoader(range(per_epoch))
+    upstream.run([loader], [("train", 1)])
+
+    config = Config({"lr_config": POLICIES[policy], "runner": {"type": runner, **length}})
+    for first in (0, 100, 3 * per_epoch):
+        ours = Bare()
+        optimizer = ours.optimizer()
+        if first:  # a checkpoint's optimizer has the first rates, and those of the last batch
+            for group, rate in zip(optimizer.param_groups, rates.seen[first - 1], strict=True):
+                group["initial_lr"] = group["lr"]
+                group["lr"] = rate
+        steps = StepRunner(ours, optimizer, config, per_epoch, per_epoch * epochs)
+        for number in range(first, per_epoch * epochs):
+            steps.begin(number)
+            assert [group["lr"] for group in optimizer.param_groups] == rates.seen[number]
+            steps.end()
+
+
+def test_detections_are_those_of_inference_detector(shapes, train, tmp_path):
+    overrides = {"model.test_cfg.rcnn.score_thr": 0.01}
+    config = mmdet_config(shapes, **overrides)
+    trial_class = load_model_def().MMDetectionTrial
+    run = train(trial_class, config)
+    with pytorch.init(hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False) as context:
+        trial = trial_class(context, for_training=False)
+    checkpoint = read_checkpoint(run / "checkpoints/last")
+    trial.plain_model.load_state_dict(checkpoint.weights)
+    torch.save({"state_dict": checkpoint.weights, "meta": {"CLASSES": ("a", "b", "c")}}, tmp_path / "upstream.pth")
+    write_resolved(trial.mmdet_config, tmp_path)
+    upstream = init_detector(str(tmp_path / "mmdet_config.py"), str(tmp_path / "upstream.pth"), device="cpu")
+
+    data, compared = trial.open_val(), 0
+    names = {int(i): data.annotations.file_name(n) for n, i in enumerate(data.annotations.image_ids)}
+    for batch in trial.evaluation_loader(data):
+        for found in trial.detect_on_host_batch(batch):
+            boxes, masks = inference_detector(upstream, str(shapes / "val" / names[found.image_id]))
+            expected = np.concatenate(boxes)
+            np.testing.assert_allclose(np.column_stack([found.boxes, found.scores]), expected, atol=1e-5)
+            np.testing.assert_array_equal(found.labels, np.repeat(range(len(boxes)), [len(b) for b in boxes]))
+            stacked = [mask for of_class in masks for mask in of_class]
+            for own, other in zip(found.masks, stacked, strict=True):
+                np.testing.assert_array_equal(coco_mask.decode(own), other)
+            compared += len(found)
+    assert compared > 50
+
+
+def noisy_results(annotations, rng):
+    """Results as a detector gives them: jittered truth and some nonsense, with masks."""
+    results = []
+    for record in annotations:
+        per_class = [np.zeros((0, 5), np.float32) for _ in annotations.categories]
+        masks = [[] for _ in annotations.categories]
+        for i, label in enumerate(record.labels.tolist()):
+            segmentation = record.segmentations[i]
+            if record.iscrowd[i] or rng.random() < 0.2:
+                continue
+            rles = coco_mask.frPyObjects(segmentation, record.height, record.width)
+            mask = coco_mask.decode(coco_mask.merge(rles)).astype(bool)
+            mask = np.roll(mask, rng.integers(-4, 5, size=2), axis=(0, 1))
+            box = record.boxes[i] + rng.normal(0, 4, size=4)
+            if rng.random() < 0.1:
+                label = int(rng.integers(len(per_class)))
+            row = np.array([[*box, rng.random()]], dtype=np.float32)
+            per_class[label] = np.concatenate([per_class[label], row])
+            masks[label].append(mask)
+        results.append((per_class, masks))
+    return results
+
+
+def test_metrics_are_those_of_the_data_set_s_own_evaluate(coco_tiny, monkeypatch):
+    path = coco_tiny / "annotations/instances_val2017.json"
+    path = path if path.exists() else next(coco_tiny.rglob("*val*.json"))
+    annotations = CocoAnnotations.open(path)
+    results = noisy_results(annotations, np.random.default_rng(0))
+    ours = evaluate(
+        annotations,
+        [to_detections(result, int(i)) for result, i in zip(results, annotations.image_ids, strict=True)],
+        iou_types=("bbox", "segm"),
+    )
+    dataset = build_dataset(
+        {"type": "CocoDataset", "ann_file": str(path), "pipeline": [], "test_mode": True},
+        {"classes": annotations.category_names},
+    )
+    encoded = [
+        (boxes, [[coco_mask.encode(np.asfortranarray(m.astype(np.uint8))) for m in of_class] for of_class in masks])
+        for boxes, masks in results
+    ]
+    # its dictionary is rounded to three digits: the whole numbers are in its evaluator
+    evaluators = []
+
+    class Kept(mmdet.datasets.coco.COCOeval):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            evaluators.append(self)
+
+    monkeypatch.setattr(mmdet.datasets.coco, "COCOeval", Kept)
+    dataset.evaluate(encoded, metric=["bbox", "segm"])
+    for iou_type, evaluator in zip(("bbox", "segm"), evaluators, strict=True):
+        for position, metric in enumerate(("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")):
+            assert ours[f"{iou_type}_{metric}"] == pytest.approx(evaluator.stats[position], abs=1e-6)
+    assert ours["segm_mAP"] > 0.1
+
+
+def test_the_image_is_decoded_as_by_mmdetection(coco_tiny):
+    from mmdetection_files.data import decoder
+
+    path = next(coco_tiny.rglob("*.jpg"))
+    expected = mmcv.imread(str(path))
+    np.testing.assert_array_equal(decoder({"type": "LoadImageFromFile"})(path.read_bytes()), expected)

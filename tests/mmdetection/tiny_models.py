@@ -1,0 +1,90 @@
+"""MMDetection's configs made small: what its tests train."""
+
+import importlib.util
+import sys
+
+from conftest import ROOT
+
+FOLDER = ROOT / "mmdetection"
+
+
+def load_model_def():
+    """mmdetection/model_def.py under a name of its own: each detector has a model_def."""
+    name = "mmdetection_model_def"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, FOLDER / "model_def.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+SMALL_BACKBONE = {
+    "model.backbone.depth": 18,
+    "model.backbone.base_channels": 16,
+    "model.backbone.frozen_stages": -1,
+    "model.backbone.norm_eval": False,
+    "model.backbone.init_cfg": None,
+    "model.neck.in_channels": [16, 32, 64, 128],
+    "model.neck.out_channels": 32,
+    "data.train.pipeline.2.img_scale": [128, 128],
+    "data.val.pipeline.1.img_scale": [128, 128],
+    "data.test.pipeline.1.img_scale": [128, 128],
+}
+DENSE_HEAD = {
+    "model.bbox_head.in_channels": 32,
+    "model.bbox_head.feat_channels": 32,
+    "model.bbox_head.stacked_convs": 1,
+}
+ROI_HEAD = {
+    "model.rpn_head.in_channels": 32,
+    "model.rpn_head.feat_channels": 32,
+    "model.roi_head.bbox_roi_extractor.out_channels": 32,
+    "model.roi_head.bbox_head.in_channels": 32,
+    "model.roi_head.bbox_head.fc_out_channels": 64,
+    "model.train_cfg.rpn_proposal.max_per_img": 100,
+    "model.train_cfg.rcnn.sampler.num": 64,
+}
+MASK_HEAD = {
+    "model.roi_head.mask_roi_extractor.out_channels": 32,
+    "model.roi_head.mask_head.in_channels": 32,
+    "model.roi_head.mask_head.conv_out_channels": 32,
+    "model.roi_head.mask_head.num_convs": 1,
+}
+TINY = {
+    "mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py": {**SMALL_BACKBONE, **ROI_HEAD, **MASK_HEAD},
+    "faster_rcnn/faster_rcnn_r50_fpn_1x_coco.py": {**SMALL_BACKBONE, **ROI_HEAD},
+    "retinanet/retinanet_r50_fpn_1x_coco.py": {**SMALL_BACKBONE, **DENSE_HEAD},
+    "gfl/gfl_r50_fpn_1x_coco.py": {
+        **SMALL_BACKBONE,
+        **DENSE_HEAD,
+        "model.bbox_head.norm_cfg": {"type": "GN", "num_groups": 8, "requires_grad": True},
+    },
+}
+
+
+def mmdet_config(shapes, config_file="mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py", **overrides) -> dict:
+    """An experiment config of a tiny model on the shapes: 12 batches, validated and saved every 4."""
+    return {
+        "name": "test",
+        "data": {
+            "train": {"annotations": str(shapes / "annotations/train.json"), "images": str(shapes / "train")},
+            "val": {"annotations": str(shapes / "annotations/val.json"), "images": str(shapes / "val")},
+            "workers": 2,
+        },
+        "hyperparameters": {
+            "global_batch_size": 4,
+            "config_file": config_file,
+            "override_mmdet_config": {**TINY.get(config_file, {}), **overrides},
+        },
+        "searcher": {
+            "name": "single",
+            "metric": "bbox_mAP",
+            "smaller_is_better": False,
+            "max_length": {"batches": 12},
+        },
+        "min_validation_period": {"batches": 4},
+        "min_checkpoint_period": {"batches": 4},
+        "scheduling_unit": 2,
+        "reproducibility": {"experiment_seed": 3},
+        "entrypoint": "python3 model_def.py",
+    }
