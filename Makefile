@@ -5,6 +5,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 PY = $(abspath $(VENV))/bin/python
 READY = $(VENV)/.ready-$(notdir $(CONSTRAINTS))
+ALL_READY = $(READY)-all
 
 .PHONY: demo test test-oldest lint bench links
 
@@ -15,13 +16,19 @@ $(READY): setup.cfg $(CONSTRAINTS)
 	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) '.[efficientdet,test]'
 	touch $@
 
+# mmcv-full is compiled against that torch, for some minutes; pip keeps the wheel.
+$(ALL_READY): $(READY)
+	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) ninja opencv-python-headless
+	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation '.[mmdetection]'
+	touch $@
+
 # Writes a synthetic data set, trains a small EfficientDet on it and draws what it finds.
 demo: $(READY)
 	$(PY) -m shared.synthetic demo/data
 	rm -rf demo/run
 	cd efficientdet && $(PY) model_def.py train demo.yaml --output-dir ../demo/run
 
-test: lint
+test: lint $(ALL_READY)
 	$(PY) -m pytest
 
 # The same tests in the versions of Determined's default task image, on Python 3.10 where there is one.
@@ -30,15 +37,15 @@ test-oldest:
 		PYTHON="$$(python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))"
 
 .PHONY: pytest
-pytest: $(READY)
+pytest: $(ALL_READY)
 	$(PY) -m pytest
 
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(abspath $(VENV))/bin/shellcheck efficientdet/startup-hook.sh .ci/run
+	$(abspath $(VENV))/bin/shellcheck */startup-hook.sh .ci/run
 
-bench: $(READY)
+bench: $(ALL_READY)
 	$(PY) benchmarks/evaluation.py
 	$(PY) benchmarks/annotations.py
 	$(PY) benchmarks/training_step.py

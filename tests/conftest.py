@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_models import efficientdet_config
 
 ROOT = Path(__file__).parent.parent
 # as in a submitted folder: `model_def` and `<name>_files` beside `shared`; of the model_defs this finds EfficientDet's
@@ -24,6 +25,14 @@ try:
 except Exception as error:  # a broken build shows in many ways
     WITHOUT_LIBRARY["mmdetection"] = f"mmdet or the compiled mmcv-full cannot be imported: {error}"
 collect_ignore = list(WITHOUT_LIBRARY)
+
+
+@pytest.fixture(params=["efficientdet", "mmdetection"])
+def detector(request) -> str:
+    """Each detector whose library is here."""
+    if request.param in WITHOUT_LIBRARY:
+        pytest.skip(WITHOUT_LIBRARY[request.param])
+    return request.param
 
 
 def pytest_report_header() -> list[str]:
@@ -54,7 +63,7 @@ def run_config(shapes, tmp_path):
     """Writes the config of a tiny EfficientDet on the shapes, with changes, and returns its path."""
 
     def write(name: str = "config.yaml", **changes: object) -> Path:
-        config = tiny_config(shapes)
+        config = efficientdet_config(shapes)
         for dotted, value in changes.items():
             *sections, key = dotted.split("__")
             section = config
@@ -71,44 +80,12 @@ def run_config(shapes, tmp_path):
     return write
 
 
-def tiny_config(shapes: Path) -> dict:
-    """A run of 12 batches, validated and saved every 4, that takes seconds."""
-    return {
-        "name": "test",
-        "data": {
-            "train": {"annotations": str(shapes / "annotations/train.json"), "images": str(shapes / "train")},
-            "val": {"annotations": str(shapes / "annotations/val.json"), "images": str(shapes / "val")},
-            "workers": 2,
-        },
-        "hyperparameters": {
-            "global_batch_size": 4,
-            "model": "efficientdet_d0",
-            "backbone": "mobilenetv3_small_050",
-            "model_config": {"fpn_channels": 16, "fpn_cell_repeats": 1, "box_class_repeats": 1},
-            "pretrained": "none",
-            "input_size": 128,
-            "opt": "adamw",
-            "lr": 0.002,
-            "sched_on_updates": True,
-            "warmup_epochs": 0,
-            "cooldown_epochs": 0,
-            "model_ema_decay": 0.9,
-        },
-        "searcher": {
-            "name": "single",
-            "metric": "bbox_mAP",
-            "smaller_is_better": False,
-            "max_length": {"batches": 12},
-        },
-        "min_validation_period": {"batches": 4},
-        "scheduling_unit": 2,
-        "reproducibility": {"experiment_seed": 3},
-        "entrypoint": "python3 model_def.py",
-    }
-
-
 def run_model_def(
-    *arguments: object, processes: int = 1, cwd: Path | None = None, env: dict | None = None, check: bool = True
+    *arguments: object,
+    processes: int = 1,
+    cwd: Path = ROOT / "efficientdet",
+    env: dict | None = None,
+    check: bool = True,
 ) -> subprocess.CompletedProcess:
     """`model_def.py ARGUMENTS` as a user runs it, under torchrun where there are several processes."""
     program = [sys.executable]
@@ -116,7 +93,7 @@ def run_model_def(
         program += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
         [*program, "model_def.py", *map(str, arguments)],
-        cwd=cwd or ROOT / "efficientdet",
+        cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         capture_output=True,
         text=True,

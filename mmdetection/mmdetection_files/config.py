@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ from mmcv.runner import Fp16OptimizerHook
 from mmcv.runner.hooks import HOOKS
 from mmcv.utils import Registry, import_modules_from_strings
 from mmcv.utils.config import DELETE_KEY
+from mmdet.datasets.builder import DATASETS
 from mmdet.utils import compat_cfg
 
 from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
@@ -119,7 +121,8 @@ def _import_custom_modules(config: Config) -> None:
         import_modules_from_strings(**config.custom_imports)
     except (ImportError, TypeError) as error:
         raise UserError(
-            f"custom_imports: {error}; the modules must be importable from the folder that is submitted"
+            f"custom_imports: {error.__context__ or error}; the modules must be importable from the folder that is "
+            "submitted"
         ) from error
 
 
@@ -144,16 +147,15 @@ def read_resolved(path: Path) -> Config:
 
 
 def _expand(dotted: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a.b": 1} as {"a": {"b": 1}}, at every level."""
+    """{"a.b": 1} as {"a": {"b": 1}}; as MMDetection's --cfg-options, not below the first level."""
     expanded: dict[str, Any] = {}
     for name, value in dotted.items():
         *sections, last = str(name).split(".")
         section = expanded
         for part in sections:
             section = section.setdefault(part, {})
-        if isinstance(value, Mapping):
-            value = {**section[last], **_expand(value)} if isinstance(section.get(last), dict) else _expand(value)
-        section[last] = value
+        both = isinstance(value, Mapping) and isinstance(section.get(last), dict)
+        section[last] = {**section[last], **value} if both else copy.deepcopy(value)
     return expanded
 
 
@@ -230,20 +232,24 @@ def _possible_keys(section: Mapping[str, Any], path: str) -> set[str] | None:
 
 def _taken_by(section: Mapping[str, Any], name: str) -> list[Callable | None]:
     """What is called with the section as its arguments; [None] where that is not known."""
-    implied = {
-        "lr_config": lambda: HOOKS.get(_policy_hook(section.get("policy", ""), "LrUpdaterHook")),
-        "momentum_config": lambda: HOOKS.get(_policy_hook(section.get("policy", ""), "MomentumUpdaterHook")),
-        "optimizer_config": lambda: HOOKS.get("OptimizerHook"),
-        "checkpoint_config": lambda: HOOKS.get("CheckpointHook"),
-        "evaluation": lambda: mmdet.core.EvalHook,
-        "fp16": lambda: Fp16OptimizerHook,
-        "loss_scale": lambda: torch.amp.GradScaler,
-        "grad_clip": lambda: torch.nn.utils.clip_grad_norm_,
-        "paramwise_cfg": lambda: _paramwise,
-    }
     if "type" in section:
         return list(_registered(section["type"])) or [None]
-    return [implied[name]()] if name in implied else []
+    if name == "lr_config":
+        return [HOOKS.get(_policy_hook(section.get("policy", ""), "LrUpdaterHook"))]
+    if name == "momentum_config":
+        return [HOOKS.get(_policy_hook(section.get("policy", ""), "MomentumUpdaterHook"))]
+    if name == "evaluation":
+        evaluates = [data.evaluate for data in DATASETS.module_dict.values() if hasattr(data, "evaluate")]
+        return [mmdet.core.EvalHook, *evaluates]
+    implied = {
+        "optimizer_config": HOOKS.get("OptimizerHook"),
+        "checkpoint_config": HOOKS.get("CheckpointHook"),
+        "fp16": Fp16OptimizerHook,
+        "loss_scale": torch.amp.GradScaler,
+        "grad_clip": torch.nn.utils.clip_grad_norm_,
+        "paramwise_cfg": _paramwise,
+    }
+    return [implied[name]] if name in implied else []
 
 
 def _paramwise(
@@ -290,7 +296,13 @@ def _arguments(taken_by: Callable) -> set[str]:
 @functools.cache
 def _keys_in_shipped_configs() -> dict[str, set[str]]:
     """For each section's name the keys that mmdet's own configs give it; "" for the top."""
-    keys: dict[str, set[str]] = {"": {"custom_imports", "fp16", "classes"}}
+    loader = {"samples_per_gpu", "workers_per_gpu", "persistent_workers", "pin_memory"}
+    loaders = {f"{split}_dataloader" for split in ("train", "val", "test")}
+    keys: dict[str, set[str]] = {  # those that MMDetection documents, and its configs do not happen to use
+        "": {"custom_imports", "fp16", "classes"},
+        "data": loaders | loader,
+        **{name: set(loader) for name in (*loaders, "val", "test")},
+    }
 
     def walk(node: ast.AST, section: str) -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
@@ -332,7 +344,7 @@ def default_lengths(config: Config) -> dict[str, Length]:
     count = runner.get("max_epochs" if by_epoch else "max_iters") or config.get("total_epochs")
     lengths = {"searcher.max_length": count}
     for key, section in (("min_validation_period", "evaluation"), ("min_checkpoint_period", "checkpoint_config")):
-        lengths[key] = (config.get(section) or {}).get("interval")
+        lengths[key] = (config.get(section) or {}).get("interval", 1)
     return {key: Length(unit, count) for key, count in lengths.items() if isinstance(count, int) and count > 0}
 
 

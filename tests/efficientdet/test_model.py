@@ -7,10 +7,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, reports, run_model_def, tiny_config
+from conftest import ROOT, reports, run_model_def
 from determined import pytorch
 from effdet.config.model_config import efficientdet_model_param_dict
 from timm.scheduler import create_scheduler_v2
+from tiny_models import efficientdet_config
 
 from efficientdet_files.hyperparameters import EfficientDetHyperparameters
 from efficientdet_files.model import build_model, model_config
@@ -35,7 +36,7 @@ def tiny(**changes):
 @pytest.fixture
 def trial(shapes):
     def build(**hparams):
-        config = tiny_config(shapes)
+        config = efficientdet_config(shapes)
         config["hyperparameters"] = {**config["hyperparameters"], **hparams}
         config["data"]["workers"] = 0
         with pytorch.init(hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False) as c:

@@ -3,19 +3,18 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
-import psutil
 import pytest
 import torch
+import yaml
 from conftest import ROOT, reports, run_model_def
 from PIL import Image
+from tiny_models import efficientdet_config
 
-from shared.checkpoints import load_state, read_checkpoint
+from shared.checkpoints import read_checkpoint
 
 SUMMARY = ("bbox_mAP", "bbox_mAP_50", "bbox_AR_100")
 
@@ -23,34 +22,11 @@ SUMMARY = ("bbox_mAP", "bbox_mAP_50", "bbox_AR_100")
 @pytest.fixture(scope="module")
 def trained(shapes, tmp_path_factory):
     """A run of 12 batches; its folder and config."""
-    import yaml
-    from conftest import tiny_config
-
     folder = tmp_path_factory.mktemp("trained")
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(tiny_config(shapes)))
+    config.write_text(yaml.safe_dump(efficientdet_config(shapes)))
     done = run_model_def("train", config, "--output-dir", folder / "run")
     return folder / "run", config, done
-
-
-def final_state(run):
-    state = load_state(run / "checkpoints/last/state_dict.pth")
-    return {
-        "model": state["models_state_dict"][0],
-        "ema": state["callbacks"]["training"]["ema"],
-        "optimizer": state["optimizers_state_dict"][0]["state"],
-    }
-
-
-def assert_same_bits(a, b):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same_bits(a[key], b[key])
-    else:
-        assert a == b
 
 
 def test_a_run_leaves_its_reports_checkpoints_config_and_picture(trained):
@@ -70,22 +46,6 @@ def test_a_run_leaves_its_reports_checkpoints_config_and_picture(trained):
     assert (run / "config.yaml").is_file()
 
 
-def test_a_checkpoint_is_its_tensors_and_little_more(trained):
-    run, _, _ = trained
-    folder = run / "checkpoints/last"
-    state = load_state(folder / "state_dict.pth")
-
-    def size(value):
-        if isinstance(value, torch.Tensor):
-            return value.numel() * value.element_size()
-        if isinstance(value, dict):
-            return sum(map(size, value.values()))
-        return sum(map(size, value)) if isinstance(value, (list, tuple)) else 0
-
-    on_disk = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    assert on_disk < size(state) + 2**20
-
-
 def test_where_a_run_is_started_from_does_not_swell_its_checkpoints(shapes, run_config, tmp_path):
     full = tmp_path / "full"
     full.mkdir()
@@ -101,52 +61,6 @@ def test_where_a_run_is_started_from_does_not_swell_its_checkpoints(shapes, run_
 def test_a_folder_that_holds_a_run_is_not_overwritten(refused, trained):
     run, config, _ = trained
     assert "holds a run already; add `--resume last`" in refused("train", config, "--output-dir", run)
-
-
-def kill_between_checkpoints(config, run, processes=1):
-    """Starts a run and kills all of its processes after the checkpoint of batch 4."""
-    program = [sys.executable]
-    if processes > 1:
-        program += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    process = subprocess.Popen(
-        [*program, "model_def.py", "train", str(config), "--output-dir", str(run)],
-        cwd=ROOT / "efficientdet",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    started = time.time()
-    while not ((run / "checkpoints/last").exists() and reports(run)[-1]["batches"] >= 6):
-        assert process.poll() is None
-        assert time.time() - started < 120
-        time.sleep(0.01)
-    # torchrun's processes have sessions of their own
-    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
-        victim.send_signal(signal.SIGKILL)
-    process.wait()
-    assert reports(run)[-1]["batches"] < 12
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_run_resumes_to_the_same_bits(run_config, trained, tmp_path, processes):
-    config = run_config(searcher__max_length={"batches": 12})
-    if processes == 1:
-        whole = trained[0]
-    else:
-        whole = tmp_path / "whole"
-        run_model_def("train", config, "--output-dir", whole, processes=processes)
-    killed = tmp_path / "killed"
-    kill_between_checkpoints(config, killed, processes)
-    run_model_def("train", config, "--output-dir", killed, "--resume", "last", processes=processes)
-
-    assert_same_bits(final_state(killed), final_state(whole))
-    ours, expected = reports(killed), reports(whole)
-    assert [(r["batches"], r["split"]) for r in ours] == [(r["batches"], r["split"]) for r in expected]
-    for a, b in zip(ours, expected, strict=True):
-        timings = {"images_per_second", "data_wait"}
-        assert {k: v for k, v in a["metrics"].items() if k not in timings} == {
-            k: v for k, v in b["metrics"].items() if k not in timings
-        }
 
 
 def test_a_finished_run_goes_on_with_a_greater_length(refused, trained, run_config, tmp_path):
@@ -356,6 +270,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(r
     done = subprocess.run(
         [sys.executable, probe, "train", config, "--output-dir", run],
         cwd=ROOT / "efficientdet",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

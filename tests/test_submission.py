@@ -15,24 +15,60 @@ import pytest
 import yaml
 from conftest import EXPERIMENT_SCHEMA, ROOT, reports, run_model_def
 from determined.common.context import read_v1_context
+from tiny_models import CONFIGS, trial_classes
 
-from efficientdet_files.hyperparameters import EfficientDetHyperparameters
 from shared.experiment import Length, parse_data, parse_schedule, parse_section
 
-FOLDER = ROOT / "efficientdet"
+
+@pytest.fixture(scope="module")
+def experiment_schema():
+    """A validator of Determined's experiment configs."""
+    if not EXPERIMENT_SCHEMA.is_dir():
+        pytest.skip(f"{EXPERIMENT_SCHEMA} is not here: the schema is no part of the project")
+    import jsonschema
+    from referencing import Registry, Resource
+
+    schemas = [json.loads(path.read_text()) for path in EXPERIMENT_SCHEMA.glob("*.json")]
+    registry = Registry().with_resources([(schema["$id"], Resource.from_contents(schema)) for schema in schemas])
+    (root,) = (schema for schema in schemas if schema["$id"].endswith("/v0/experiment.json"))
+    return jsonschema.Draft7Validator(root, registry=registry)
+
+
 FILES = ["const.yaml", "distributed.yaml", "adaptive.yaml", "const_fake.yaml"]
+OTHERS = {
+    "efficientdet": ["bccd.yaml", "demo.yaml"],
+    "mmdetection": ["bccd.yaml", "maskrcnn.yaml", "fasterrcnn.yaml", "retinanet.yaml", "gfl.yaml"],
+}
+DETECTORS = list(OTHERS)
+# what makes any point of a search small
+SMALL = {
+    "efficientdet": {
+        "backbone": "mobilenetv3_small_050",
+        "model_config": {"fpn_channels": 16, "fpn_cell_repeats": 1},
+        "input_size": 128,
+        "pretrained": "none",
+        "amp": "bf16",
+        "global_batch_size": 4,
+    },
+    "mmdetection": {"use_pretrained": False, "global_batch_size": 4},
+}
 
 
-def test_the_folder_holds_a_link_to_each_file_of_shared():
-    links = {path.name: path for path in (FOLDER / "shared").iterdir() if path.suffix == ".py"}
+def load_yaml(path):
+    return yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_the_folder_holds_a_link_to_each_file_of_shared(detector):
+    links = {path.name: path for path in (ROOT / detector / "shared").iterdir() if path.suffix == ".py"}
     files = {path.name for path in (ROOT / "shared").glob("*.py")}
     assert links.keys() == files, "run `make links`"
     assert all(path.resolve() == ROOT / "shared" / name for name, path in links.items())
 
 
-def test_the_uploaded_context_trains_by_itself(tmp_path):
+def test_the_uploaded_context_trains_by_itself(detector, tmp_path):
     context, size = tmp_path / "context", 0
-    for item in read_v1_context(FOLDER):
+    for item in read_v1_context(ROOT / detector):
         path = context / item.path
         if item.path.endswith("/") or item.type == ord("5"):
             path.mkdir(parents=True, exist_ok=True)
@@ -52,34 +88,28 @@ def test_the_uploaded_context_trains_by_itself(tmp_path):
     assert reports(tmp_path / "run", "val")
 
 
-@pytest.mark.parametrize("name", [*FILES, "bccd.yaml", "demo.yaml"])
-def test_the_files_are_valid_by_determined_s_schema(name):
-    if not EXPERIMENT_SCHEMA.is_dir():
-        pytest.skip(f"{EXPERIMENT_SCHEMA} is not here: the schema is no part of the project")
-    import jsonschema
-    from referencing import Registry, Resource
-
-    schemas = [json.loads(path.read_text()) for path in EXPERIMENT_SCHEMA.glob("*.json")]
-    registry = Registry().with_resources([(schema["$id"], Resource.from_contents(schema)) for schema in schemas])
-    (root,) = (schema for schema in schemas if schema["$id"].endswith("/v0/experiment.json"))
-    jsonschema.Draft7Validator(root, registry=registry).validate(yaml.safe_load((FOLDER / name).read_text()))
+@pytest.mark.parametrize(("detector", "name"), [(d, name) for d in DETECTORS for name in FILES + OTHERS[d]])
+def test_the_files_are_valid_by_determined_s_schema(detector, name, experiment_schema):
+    experiment_schema.validate(load_yaml(ROOT / detector / name))
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_files_hold_only_what_the_trial_knows(name):
-    config = yaml.safe_load((FOLDER / name).read_text())
-    schedule = parse_schedule(config)
-    parse_data(config)
-    if config["searcher"]["name"] == "single":
-        parse_section(config["hyperparameters"], EfficientDetHyperparameters, "hyperparameters")
+def test_the_files_hold_only_what_the_trial_knows(detector, name):
+    config = load_yaml(ROOT / detector / name)
+    trial_class = trial_classes()[detector]
+    parse_data(config, trial_class.data_class)
+    searcher = config["searcher"]
+    if searcher["name"] == "single":
+        parse_section(config["hyperparameters"], trial_class.hyperparameters_class, "hyperparameters")
     else:
-        searcher = config["searcher"]
-        assert schedule.max_length == Length(searcher["time_metric"], searcher["max_time"])
+        assert parse_schedule(config).max_length == Length(searcher["time_metric"], searcher["max_time"])
 
 
 def draw(space, rng):
-    if not isinstance(space, dict) or "type" not in space:
+    if not isinstance(space, dict):
         return space
+    if "type" not in space:
+        return {name: draw(value, rng) for name, value in space.items()}
     if space["type"] == "categorical":
         return rng.choice(space["vals"])
     value = rng.uniform(space["minval"], space["maxval"])
@@ -89,24 +119,38 @@ def draw(space, rng):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_points_of_the_search_train(tmp_path, seed):
-    config = yaml.safe_load((FOLDER / "adaptive.yaml").read_text())
-    rng = random.Random(seed)
-    drawn = {name: draw(space, rng) for name, space in config["hyperparameters"].items()}
-    small = {
-        "backbone": "mobilenetv3_small_050",
-        "input_size": 128,
-        "pretrained": "none",
-        "amp": "bf16",
-        "global_batch_size": 4,
-    }
-    config["hyperparameters"] = {**drawn, **small, "model_config": {"fpn_channels": 16, "fpn_cell_repeats": 1}}
+def test_points_of_the_search_train(detector, shapes, train, seed):
+    config = load_yaml(ROOT / detector / "adaptive.yaml")
+    drawn = {**draw(config["hyperparameters"], random.Random(seed)), **SMALL[detector]}
+    if detector == "mmdetection":
+        tiny = CONFIGS[detector](shapes, drawn["config_file"])["hyperparameters"]["override_mmdet_config"]
+        drawn["override_mmdet_config"] = {**tiny, **drawn["override_mmdet_config"]}
+    config["hyperparameters"] = drawn
     config["data"] = {"backend": "fake", "workers": 0}
     config["searcher"]["max_time"] = 2
-    path = tmp_path / "point.yaml"
-    path.write_text(yaml.safe_dump(config))
-    run_model_def("train", path, "--output-dir", tmp_path / "run")
-    assert reports(tmp_path / "run", "train")[-1]["batches"] == 2
+    run = train(trial_classes()[detector], config)
+    assert reports(run, "train")[-1]["batches"] == 2
+
+
+def test_hydra_s_job_is_the_experiment_of_the_yaml_file(experiment_schema):
+    hydra = pytest.importorskip("hydra")
+    from omegaconf import OmegaConf
+
+    configs = ROOT / "mmdetection/hydra/configs"
+
+    def job(*overrides):
+        with hydra.initialize_config_dir(str(configs), version_base="1.3"):
+            return OmegaConf.to_container(hydra.compose("config", list(overrides)), resolve=True)
+
+    assert job() == load_yaml(ROOT / "mmdetection/const.yaml")
+    names = sorted(path.stem for path in (configs / "experiment").iterdir())
+    assert names == sorted(path.stem for path in (ROOT / "mmdetection").glob("*.yaml") if path.stem != "bccd")
+    for name in names:
+        assert job(f"experiment={name}") == load_yaml(ROOT / f"mmdetection/{name}.yaml")
+    search = job("searcher=adaptive", "hyperparameters.global_batch_size={type: categorical, vals: [8, 16]}")
+    experiment_schema.validate(search)
+    assert search["searcher"]["name"] == "adaptive_asha"
+    assert search["hyperparameters"]["global_batch_size"] == {"type": "categorical", "vals": [8, 16]}
 
 
 # --- startup-hook.sh --------------------------------------------------------------------------------
@@ -147,10 +191,10 @@ def container(tmp_path):
     return home, site, tmp_path / "pip.log"
 
 
-def source_hook(home, **env):
-    script = f"set -ex; . {FOLDER / 'startup-hook.sh'}; . {FOLDER / 'startup-hook.sh'}; echo AFTER"
+def source_hook(home, detector="efficientdet", **env):
     return subprocess.run(
-        ["bash", "-c", script],
+        ["bash", "-c", "set -ex; . ./startup-hook.sh; . ./startup-hook.sh; echo AFTER"],
+        cwd=ROOT / detector,
         env={"PATH": f"{home / 'bin'}:/usr/bin:/bin", "HOME": str(home), **env},
         capture_output=True,
         text=True,
@@ -186,6 +230,20 @@ def test_the_hook_takes_the_torchvision_of_an_image_s_own_torch(container):
     assert "torchvision==0.18.*" in installs(log)[0]
 
 
+def test_mmdetection_s_hook_builds_mmcv_only_where_it_does_not_import(container):
+    home, site, log = container
+    (site / "mmcv").mkdir()
+    (site / "mmcv/__init__.py").write_text("")
+    for content in ("raise ImportError('undefined symbol')", ""):
+        (site / "mmcv/ops.py").write_text(content)
+        log.write_text("")
+        done = source_hook(home, "mmdetection")
+        assert done.returncode == 0, done.stderr
+        built = [need for need in installs(log) if "mmcv-full==1.7.2" in need]
+        assert all("--no-build-isolation" in need and "--no-deps" in need for need in built)
+        assert len(built) == (2 if content else 0)  # sourced twice, and the pip of this test builds nothing
+
+
 @pytest.mark.slow
 def test_the_hook_makes_a_fresh_environment_ready(tmp_path):
     home = tmp_path / "venv"
@@ -199,13 +257,14 @@ def test_the_hook_makes_a_fresh_environment_ready(tmp_path):
     assert done.returncode == 0, done.stderr
     check = "import torch, model_def; print(torch.__version__)"
     printed = subprocess.run(
-        [home / "bin/python", "-c", check], cwd=FOLDER, check=True, capture_output=True, text=True
+        [home / "bin/python", "-c", check], cwd=ROOT / "efficientdet", check=True, capture_output=True, text=True
     ).stdout
     assert printed.split("+")[0].strip() == version("torch").split("+")[0]
 
 
-def test_the_hook_passes_shellcheck():
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_the_hook_passes_shellcheck(detector):
     shellcheck = shutil.which("shellcheck") or str(Path(sys.executable).parent / "shellcheck")
     if not Path(shellcheck).exists():
         pytest.skip("shellcheck is not installed")
-    subprocess.run([shellcheck, FOLDER / "startup-hook.sh"], check=True)
+    subprocess.run([shellcheck, ROOT / detector / "startup-hook.sh"], check=True)

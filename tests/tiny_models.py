@@ -1,18 +1,18 @@
-"""MMDetection's configs made small: what its tests train."""
+"""The detectors made small: what the tests train."""
 
+import contextlib
 import importlib.util
 import sys
+from pathlib import Path
 
-from conftest import ROOT
-
-FOLDER = ROOT / "mmdetection"
+MMDETECTION = Path(__file__).parent.parent / "mmdetection"
 
 
 def load_model_def():
     """mmdetection/model_def.py under a name of its own: each detector has a model_def."""
     name = "mmdetection_model_def"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, FOLDER / "model_def.py")
+        spec = importlib.util.spec_from_file_location(name, MMDETECTION / "model_def.py")
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
@@ -62,8 +62,55 @@ TINY = {
 }
 
 
-def mmdet_config(shapes, config_file="mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py", **overrides) -> dict:
-    """An experiment config of a tiny model on the shapes: 12 batches, validated and saved every 4."""
+def efficientdet_config(shapes: Path) -> dict:
+    """A run of 12 batches, validated and saved every 4, that takes seconds."""
+    return _experiment(
+        shapes,
+        {
+            "global_batch_size": 4,
+            "model": "efficientdet_d0",
+            "backbone": "mobilenetv3_small_050",
+            "model_config": {"fpn_channels": 16, "fpn_cell_repeats": 1, "box_class_repeats": 1},
+            "pretrained": "none",
+            "input_size": 128,
+            "opt": "adamw",
+            "lr": 0.002,
+            "sched_on_updates": True,
+            "warmup_epochs": 0,
+            "cooldown_epochs": 0,
+            "model_ema_decay": 0.9,
+        },
+    )
+
+
+def mmdet_config(
+    shapes: Path, config_file: str = "mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py", **overrides: object
+) -> dict:
+    """The same of one of MMDetection's configs."""
+    return _experiment(
+        shapes,
+        {
+            "global_batch_size": 4,
+            "config_file": config_file,
+            "override_mmdet_config": {**TINY.get(config_file, {}), **overrides},
+        },
+    )
+
+
+def trial_classes() -> dict[str, type]:
+    """Each detector's trial; MMDetection's only where its library is here."""
+    from model_def import EfficientDetTrial
+
+    trials = {"efficientdet": EfficientDetTrial}
+    with contextlib.suppress(ImportError, SystemExit):
+        trials["mmdetection"] = load_model_def().MMDetectionTrial
+    return trials
+
+
+CONFIGS = {"efficientdet": efficientdet_config, "mmdetection": mmdet_config}
+
+
+def _experiment(shapes: Path, hyperparameters: dict) -> dict:
     return {
         "name": "test",
         "data": {
@@ -71,11 +118,7 @@ def mmdet_config(shapes, config_file="mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py", *
             "val": {"annotations": str(shapes / "annotations/val.json"), "images": str(shapes / "val")},
             "workers": 2,
         },
-        "hyperparameters": {
-            "global_batch_size": 4,
-            "config_file": config_file,
-            "override_mmdet_config": {**TINY.get(config_file, {}), **overrides},
-        },
+        "hyperparameters": hyperparameters,
         "searcher": {
             "name": "single",
             "metric": "bbox_mAP",
@@ -83,7 +126,6 @@ def mmdet_config(shapes, config_file="mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py", *
             "max_length": {"batches": 12},
         },
         "min_validation_period": {"batches": 4},
-        "min_checkpoint_period": {"batches": 4},
         "scheduling_unit": 2,
         "reproducibility": {"experiment_seed": 3},
         "entrypoint": "python3 model_def.py",

@@ -1,0 +1,230 @@
+"""Which config is trained: found, merged, overridden, checked, saved; and who decides what in it."""
+
+import shutil
+
+import pytest
+import yaml
+from mmcv import Config
+from tiny_models import MMDETECTION
+
+from mmdetection_files.config import (
+    default_lengths,
+    find_config,
+    load_mmdet_config,
+    read_resolved,
+    set_num_classes,
+    set_paths,
+    shipped_configs,
+    write_resolved,
+)
+from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
+from mmdetection_files.model import load_pretrained, published_checkpoints
+from shared.errors import UserError
+from shared.experiment import Length, Split, parse_data
+
+MASK_RCNN = "mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py"
+
+
+def resolve(submitted=MMDETECTION, config_file=MASK_RCNN, **hparams):
+    return load_mmdet_config(MMDetectionHyperparameters(config_file=config_file, **hparams), submitted)
+
+
+def test_a_config_of_the_folder_comes_before_one_of_mmdetection_s(tmp_path):
+    assert find_config(MASK_RCNN, tmp_path, "config_file") == (shipped_configs() / MASK_RCNN).absolute()
+    own = tmp_path / MASK_RCNN
+    own.parent.mkdir()
+    shutil.copy(shipped_configs() / "retinanet/retinanet_r18_fpn_1x_coco.py", own)
+    assert find_config(MASK_RCNN, tmp_path, "config_file") == own
+
+
+def test_a_config_that_is_not_found_says_where_it_was_looked_for_and_what_is_near(tmp_path):
+    with pytest.raises(UserError) as raised:
+        resolve(tmp_path, "mask_rcnn_r50_fpn_1x_coco.py")
+    message = str(raised.value)
+    assert message.startswith("hyperparameters.config_file: mask_rcnn_r50_fpn_1x_coco.py is neither in")
+    assert str(tmp_path) in message
+    assert str(shipped_configs()) in message
+    assert f"did you mean '{MASK_RCNN}'?" in message
+
+
+def test_an_override_wins_over_the_merged_file_and_that_over_the_config(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "depth = 18\n"
+        "model = dict(backbone=dict(depth=depth), neck=dict(out_channels=64))\n"
+        "optimizer = dict(_delete_=True, type='AdamW', lr=0.001)\n"
+    )
+    config = resolve(
+        tmp_path,
+        merge_config="mine.py",
+        override_mmdet_config={"model.neck.out_channels": 32, "optimizer": {"weight_decay": 0.1}},
+    )
+    assert config.model.backbone.depth == 18
+    assert config.model.backbone.num_stages == 4
+    assert config.model.neck.out_channels == 32
+    assert dict(config.optimizer) == {"type": "AdamW", "lr": 0.001, "weight_decay": 0.1}
+
+
+def test_delete_lists_and_none_in_overrides():
+    config = resolve(
+        override_mmdet_config={
+            "model.neck": {"_delete_": True, "type": "PAFPN", "in_channels": [1, 2], "out_channels": 3, "num_outs": 2},
+            "data.train.pipeline.2.img_scale": [320, 240],
+            "data.test.pipeline.1.transforms.3.size_divisor": 64,
+            "optimizer_config.grad_clip": {"max_norm": 35},
+            "model.backbone.init_cfg": None,
+            "lr_config.step": [3, 4],
+        }
+    )
+    assert config.model.neck.type == "PAFPN"
+    assert "num_outs" in config.model.neck
+    assert config.data.train.pipeline[2].img_scale == (320, 240)  # MMDetection asks for a tuple
+    assert config.data.test.pipeline[1].transforms[3].size_divisor == 64
+    assert config.optimizer_config.grad_clip == {"max_norm": 35}
+    assert config.model.backbone.init_cfg is None
+    assert config.lr_config.step == [3, 4]
+
+
+WRONG = {
+    "unknown key 'optimzer'; did you mean 'optimizer'?": {"optimzer.lr": 1},
+    "unknown key 'optimizer.lrr'; did you mean 'lr'?": {"optimizer.lrr": 1},
+    "unknown key 'model.backbone.dept'; did you mean 'depth'?": {"model.backbone.dept": 18},
+    "unknown key 'model.test_cfg.rcnn.score_thrr'; did you mean 'score_thr'?": {"model.test_cfg.rcnn.score_thrr": 0.1},
+    "unknown key 'lr_config.warmup_iter'; did you mean 'warmup_iters'?": {"lr_config.warmup_iter": 1},
+    "unknown key 'optimizer_config.grad_clip.max_nrm'; did you mean 'max_norm'?": {
+        "optimizer_config.grad_clip": {"max_nrm": 1}
+    },
+    "unknown key 'optimizer.paramwise_cfg.norm_decay'": {"optimizer.paramwise_cfg.norm_decay": 0},
+    "unknown key 'fp16.loss_scal'; did you mean 'loss_scale'?": {"fp16.loss_scal": 512.0},
+    "unknown key 'runner.max_epoch'; did you mean 'max_epochs'?": {"runner.max_epoch": 3},
+    "data.train.pipeline is a list of 8; '20' is no position in it": {"data.train.pipeline.20.type": "x"},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_key_is_an_error_that_names_it_and_what_is_near(message, tmp_path):
+    with pytest.raises(UserError) as raised:
+        resolve(override_mmdet_config=WRONG[message])
+    assert str(raised.value).startswith("hyperparameters.override_mmdet_config: " + message)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(_nested(WRONG[message])))
+    if "position" not in message:
+        with pytest.raises(UserError, match=r"hyperparameters.merge_config: unknown key"):
+            resolve(tmp_path, merge_config="mine.yaml")
+
+
+def _nested(dotted):
+    ((name, value),) = dotted.items()
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value
+
+
+RIGHT = [
+    {"optimizer.paramwise_cfg": {"custom_keys": {"backbone.layer1": {"lr_mult": 0.1}}, "norm_decay_mult": 0.0}},
+    {"optimizer.type": "AdamW", "optimizer.betas": [0.9, 0.99]},
+    {"fp16": {"loss_scale": {"init_scale": 512}}},
+    {"auto_scale_lr": {"enable": True, "base_batch_size": 16}},
+    {"lr_config": {"_delete_": True, "policy": "CosineAnnealing", "min_lr_ratio": 0.1}},
+    {"lr_config.warmup": "exp", "lr_config.warmup_by_epoch": True},
+    {"data.train.classes": ["person"], "data.val_dataloader.samples_per_gpu": 4},
+    {"custom_hooks": [{"type": "ExpMomentumEMAHook", "momentum": 0.01}]},
+    {"model.backbone.dcn": {"type": "DCNv2", "deform_groups": 1}, "model.backbone.with_cp": True},
+    {"evaluation.classwise": True, "find_unused_parameters": True},
+]
+
+
+@pytest.mark.parametrize("overrides", RIGHT, ids=lambda overrides: next(iter(overrides)))
+def test_what_mmdetection_takes_is_taken(overrides):
+    resolve(override_mmdet_config=overrides)
+
+
+def test_the_resolved_config_is_read_back_and_executes_nothing(tmp_path):
+    config = resolve(override_mmdet_config={"data.train.pipeline.2.img_scale": [320, 240]})
+    write_resolved(config, tmp_path)
+    assert read_resolved(tmp_path / "mmdet_config.py")._cfg_dict == config._cfg_dict
+    assert Config.fromfile(tmp_path / "mmdet_config.py").model == config.model  # MMDetection reads it too
+    ran = tmp_path / "ran"
+    (tmp_path / "mmdet_config.py").write_text(f"model = open({str(ran)!r}, 'w')\n")
+    with pytest.raises(UserError, match="is not a resolved config"):
+        resolve(config_file=str(tmp_path / "mmdet_config.py"))
+    assert not ran.exists()
+
+
+def test_custom_modules_of_the_folder_are_imported_and_missing_ones_named(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_necks.py").write_text(
+        "from mmdet.models import NECKS\nfrom mmdet.models.necks import FPN\n"
+        "@NECKS.register_module(force=True)\nclass MyNeck(FPN):\n    pass\n"
+    )
+    imports = {"custom_imports": {"imports": ["my_necks"], "allow_failed_imports": False}}
+    config = resolve(override_mmdet_config={**imports, "model.neck.type": "MyNeck"})
+    assert config.model.neck.type == "MyNeck"
+    imports["custom_imports"]["imports"] = ["my_neks"]
+    with pytest.raises(UserError, match=r"custom_imports: .*my_neks"):
+        resolve(override_mmdet_config=imports)
+
+
+def test_the_config_s_lengths_are_the_defaults():
+    assert default_lengths(resolve()) == {
+        "searcher.max_length": Length("epochs", 12),
+        "min_validation_period": Length("epochs", 1),
+        "min_checkpoint_period": Length("epochs", 1),
+    }
+    by_iterations = {"runner": {"_delete_": True, "type": "IterBasedRunner", "max_iters": 90000}}
+    lengths = default_lengths(resolve(override_mmdet_config={**by_iterations, "evaluation.interval": 5000}))
+    assert lengths["searcher.max_length"] == Length("batches", 90000)
+    assert lengths["min_validation_period"] == Length("batches", 5000)
+
+
+def test_data_wins_over_the_config_s_paths_and_those_are_relative_to_the_folder(tmp_path):
+    config = resolve()
+    data = MMDetectionData(train=Split("/x/train.json", "/x/images"))
+    set_paths(config, data, tmp_path)
+    assert config.data.train.ann_file == "/x/train.json"
+    assert config.data.train.img_prefix == "/x/images"
+    assert config.data.val.ann_file == f"{tmp_path}/data/coco/annotations/instances_val2017.json"
+    config = resolve(override_mmdet_config={"data.train": {"_delete_": True, "type": "ConcatDataset", "datasets": []}})
+    with pytest.raises(UserError, match=r"data\.train gives one data set, and the MMDetection config has 0"):
+        set_paths(config, data, tmp_path)
+
+
+def test_the_heads_get_the_data_s_number_of_classes():
+    for config_file in (
+        MASK_RCNN,
+        "cascade_rcnn/cascade_mask_rcnn_r50_fpn_1x_coco.py",
+        "detr/detr_r50_8x2_150e_coco.py",
+    ):
+        config = resolve(config_file=config_file)
+        set_num_classes(config, 3)
+        found = repr(config._cfg_dict).split("'num_classes': ")[1:]
+        assert found
+        assert all(line.startswith("3") for line in found)
+    config = resolve(config_file="htc/htc_r50_fpn_1x_coco.py")
+    set_num_classes(config, 3)
+    assert config.model.roi_head.semantic_head.num_classes == 183
+    assert config.model.roi_head.bbox_head[2].num_classes == 3
+    panoptic = resolve(config_file="mask2former/mask2former_r50_lsj_8x2_50e_coco.py")
+    with pytest.raises(UserError, match="is for 80 things and 0 stuff classes, and the data has 3 categories"):
+        set_num_classes(panoptic, 3)
+
+
+def test_file_client_args_are_an_alias_for_the_backend():
+    data = parse_data({"data": {"file_client_args": {"backend": "fake"}}}, MMDetectionData)
+    assert data.backend == "fake"
+    assert data.file_client is None
+    assert parse_data({"data": {}}, MMDetectionData).backend == "disk"
+    with pytest.raises(
+        UserError, match=r"data.file_client_args.backend: 'petrell' is not available; did you mean 'petrel'"
+    ):
+        parse_data({"data": {"file_client_args": {"backend": "petrell"}}}, MMDetectionData)
+    with pytest.raises(UserError, match="'petrel' cannot be used"):  # without its library and credentials
+        parse_data({"data": {"file_client_args": {"backend": "petrel"}}}, MMDetectionData)
+    with pytest.raises(UserError, match="the backend 'disk' has no option 'bukket'"):
+        parse_data({"data": {"file_client_args": {"backend": "disk", "bukket": "x"}}}, MMDetectionData)
+
+
+def test_mmdetection_s_published_weights_are_known_by_config():
+    published = published_checkpoints()
+    assert len(published) > 300
+    assert published[MASK_RCNN].endswith("mask_rcnn_r50_fpn_1x_coco_20200205-d4b0c5d6.pth")
+    with pytest.raises(UserError, match=r"publishes no weights for yolox/yolox_m.*; did you mean"):
+        load_pretrained(None, True, "yolox/yolox_m_8x8_300e_coco.py")
