@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from shared.checkpoints import CATEGORIES_FILE
 from shared.detections import Detections
 from shared.determined_fixes import FiniteSearcherMetric, PlainRandomState, SearcherStop, on_cluster, wrap_model
+from shared.errors import UserError
 from shared.evaluation import SUMMARY_METRICS, CocoEvaluator
 from shared.experiment import (
     DataConfig,
@@ -395,6 +396,11 @@ class _TrainingState(PyTorchCallback):
     def on_validation_end(self, metrics: dict[str, Any]) -> None:
         # one chart a category would bury the WebUI's metrics: the master gets the summary
         trial = self.trial
+        if trial.searcher_metric.name not in metrics:
+            raise UserError(
+                f"searcher.metric: {trial.searcher_metric.name!r} is not among the metrics that a validation gives: "
+                f"{', '.join(map(repr, sorted(metrics)))}"
+            )
         trial.category_ap = {name: metrics.pop(name) for name in list(metrics) if "_AP/" in name}
         trial.last_validation = {name: float(value) for name, value in metrics.items()}
         if on_cluster() and trial.rank == 0:

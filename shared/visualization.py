@@ -29,13 +29,24 @@ def draw_detections(
     _draw(axes, image, detections.boxes[keep], detections.labels[keep], captions, masks)
 
 
-def draw_truth(axes: Axes, image: Image.Image, record: ImageRecord, category_names: Sequence[str]) -> None:
-    """The image with its annotated boxes; a crowd's says so."""
+def draw_truth(
+    axes: Axes, image: Image.Image, record: ImageRecord, category_names: Sequence[str], with_masks: bool = False
+) -> None:
+    """The image with its annotated boxes (and masks); a crowd's says so."""
     captions = [
         category_names[label] + (" (crowd)" if crowd else "")
         for label, crowd in zip(record.labels, record.iscrowd, strict=True)
     ]
-    _draw(axes, image, record.boxes, record.labels, captions, None)
+    masks = [_decode(piece, record) for piece in record.segmentations] if with_masks else None
+    _draw(axes, image, record.boxes, record.labels, captions, masks)
+
+
+def _decode(segmentation: list | dict | None, record: ImageRecord) -> np.ndarray:
+    """COCO's polygons or RLE as (height, width) of 0 and 1."""
+    if not segmentation:
+        return np.zeros((record.height, record.width), dtype=np.uint8)
+    rles = coco_mask.frPyObjects(segmentation, record.height, record.width)
+    return coco_mask.decode(coco_mask.merge(rles) if isinstance(rles, list) else rles)
 
 
 def figure_of(image: Image.Image, detections: Detections, category_names: Sequence[str], min_score: float) -> Figure:
@@ -55,7 +66,7 @@ def side_by_side(
     figure = Figure(figsize=(8, 4 * len(samples)), dpi=100, layout="tight")
     grid = figure.subplots(len(samples), 2, squeeze=False)
     for (left, right), (image, record, detections) in zip(grid, samples, strict=True):
-        draw_truth(left, image, record, category_names)
+        draw_truth(left, image, record, category_names, with_masks=detections.masks is not None)
         draw_detections(right, image, detections, category_names, min_score)
         left.set_title(f"ground truth, image {record.image_id}", fontsize=9)
         right.set_title(f"detections of score ≥ {min_score:g}", fontsize=9)

@@ -44,3 +44,14 @@ def test_truth_and_detections_stand_side_by_side(tmp_path):
     assert any("(crowd)" in caption for caption in captions[0])
     assert all(caption.endswith("1.00") for caption in captions[1])
     save(figure, tmp_path / "p.png")
+
+
+def test_the_truth_has_its_masks_where_the_detections_have_some():
+    annotations = CocoAnnotations.from_dict(synthetic.coco_split(1, 8))
+    image, _ = synthetic.draw_sample(1, 7)
+    record = annotations[7]  # polygons and a crowd's RLE
+    masks = [coco_mask.encode(np.asfortranarray(np.ones((128, 128), np.uint8)))] * len(record.boxes)
+    found = Detections(record.image_id, record.boxes, np.ones(len(record.boxes)), record.labels, masks)
+    for detections, drawn in ((found, len(record.boxes)), (Detections(8, [], [], []), 0)):
+        left, _ = side_by_side([(image, record, detections)], annotations.category_names).axes
+        assert len(left.collections) == drawn

@@ -31,12 +31,19 @@ data = dict(
     test=dict(pipeline=test_pipeline),
 )
 model = dict(
-    backbone=dict(frozen_stages=-1, norm_eval=False, init_cfg=None),
-    neck=dict(out_channels=64),
-    bbox_head=dict(in_channels=64, feat_channels=64, stacked_convs=2),
+    # half as wide as the published ResNet-18: a quarter of its time
+    backbone=dict(base_channels=32, frozen_stages=-1, norm_eval=False, init_cfg=None),
+    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
+    bbox_head=dict(
+        in_channels=64,
+        feat_channels=64,
+        stacked_convs=2,
+        anchor_generator=dict(octave_base_scale=2),  # anchors from 16 pixels of the input: a platelet has 20
+    ),
 )
-optimizer = dict(_delete_=True, type="AdamW", lr=1e-3, weight_decay=0.01)
+optimizer = dict(_delete_=True, type="AdamW", lr=1.5e-3, weight_decay=0.01)
 optimizer_config = dict(grad_clip=dict(max_norm=10, norm_type=2))
 lr_config = dict(
     _delete_=True, policy="CosineAnnealing", by_epoch=False, min_lr_ratio=0.01, warmup="linear", warmup_iters=50
 )
+custom_hooks = [dict(type="ExpMomentumEMAHook", momentum=0.01, total_iter=200, priority=49)]

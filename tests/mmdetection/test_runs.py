@@ -1,0 +1,403 @@
+"""Runs of MMDetection's detectors: data sets of its own, wrappers, classes, hooks, several processes, prediction."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import SHARED_DATA, reports, run_model_def
+from mmcv.runner import BaseRunner
+from mmcv.runner.hooks import HOOKS
+from PIL import Image
+from pycocotools import mask as coco_mask
+from tiny_models import MMDETECTION, load_model_def, mmdet_config
+
+from mmdetection_files.hooks import MomentumEma
+from mmdetection_files.model import python_state, restore_python_state
+from shared.dataset import SampleKey
+from shared.errors import UserError
+
+RETINANET = "retinanet/retinanet_r50_fpn_1x_coco.py"
+FASTER_RCNN = "faster_rcnn/faster_rcnn_r50_fpn_1x_coco.py"
+
+
+def in_process(config: dict, batches: int = 2, workers: int = 0) -> dict:
+    config["searcher"]["max_length"] = {"batches": batches}
+    config["min_validation_period"] = {"batches": batches}
+    config["data"]["workers"] = workers
+    return config
+
+
+@pytest.fixture
+def trial_class():
+    return load_model_def().MMDetectionTrial
+
+
+def test_a_step_of_two_processes_is_plain_ddp_over_mmdetection_s_model(shapes, tmp_path):
+    probe, config = tmp_path / "probe.py", tmp_path / "config.yaml"
+    probe.write_text(
+        """
+import copy, os, sys
+sys.path.insert(0, ".")
+import torch
+from torch.nn.parallel import DistributedDataParallel
+import model_def
+from mmdetection_files.model import build_optimizer
+from shared.launch import main
+from shared.seeding import seed_all
+
+class Probe(model_def.MMDetectionTrial):
+    def losses(self, model, batch):
+        if self.batches_trained == 0:
+            # mmdet's own model and step, wrapped by nothing but DDP, on this process's half
+            self.reference = DistributedDataParallel(copy.deepcopy(self.plain_model))
+            optimizer = build_optimizer(self.reference.module, self.mmdet_config)
+            for group, own in zip(optimizer.param_groups, self.optimizer.param_groups):
+                group["lr"] = own["lr"]
+            outputs = self.reference(img=batch.images, **copy.deepcopy(batch.targets))
+            self.plain_model._parse_losses(outputs)[0].backward()
+            optimizer.step()
+            seed_all(self.seed, self.rank, 0, 1)  # the samplers draw the same again
+        return super().losses(model, batch)
+
+    def after_batch(self, number):
+        super().after_batch(number)
+        if number == 0:
+            ours, theirs = self.plain_model.state_dict(), self.reference.module.state_dict()
+            worst = max((ours[k].double() - theirs[k].double()).abs().max().item() for k in ours)
+            os.write(1, f"WORST {worst}\\n".encode())
+
+main(Probe)
+"""
+    )
+    config.write_text(yaml.safe_dump(in_process(mmdet_config(shapes))))
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", probe]
+    done = subprocess.run(
+        [*program, "train", config, "--output-dir", tmp_path / "run"],
+        cwd=MMDETECTION,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    worst = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("WORST")]
+    assert len(worst) == 2
+    assert max(worst) < 1e-5
+
+
+def test_a_run_is_evaluated_and_predicts_masks_by_the_config_in_its_checkpoint(shapes, train, trial_class, tmp_path):
+    config = in_process(mmdet_config(shapes, **{"model.test_cfg.rcnn.score_thr": 0.01}), batches=4)
+    config["searcher"]["metric"] = "segm_mAP"
+    run = train(trial_class, config)
+    last = run / "checkpoints/last"
+    assert (run / "mmdet_config.py").read_text() == (last / "mmdet_config.py").read_text()
+    # the file it came from may be gone
+    config["hyperparameters"] = {"config_file": "gone.py"}
+    path = tmp_path / "later.yaml"
+    path.write_text(yaml.safe_dump(config))
+    arguments = ("evaluate", path, "--checkpoint", last, "--output", tmp_path / "evaluated")
+    run_model_def(*arguments, processes=2, cwd=MMDETECTION)
+    metrics = json.loads((tmp_path / "evaluated/metrics.json").read_text())
+    assert metrics == reports(run, "val")[-1]["metrics"]
+    assert "segm_AP/circle" in metrics
+
+    out = tmp_path / "out"
+    predict = ("predict", path, "--checkpoint", last, "--images", shapes / "val", "--output", out, "--min-score", 0)
+    run_model_def(*predict, cwd=MMDETECTION)
+    results = json.loads((out / "results.json").read_text())
+    assert len(results) > 10
+    assert all(coco_mask.decode(r["segmentation"]).shape == (128, 128) for r in results)
+    assert Image.open(out / "000000.png.png").size == (128, 128)
+
+
+def test_pascal_voc_data_is_mmdetection_s_own_and_evaluated_by_itself(train, trial_class, tmp_path):
+    bccd = SHARED_DATA / "bccd"
+    if not bccd.is_dir():
+        pytest.skip(f"{bccd} is not here: real data is no part of the project")
+    # VOC2007's layout, by links
+    voc = tmp_path / "VOC2007"
+    (voc / "ImageSets/Main").mkdir(parents=True)
+    (voc / "JPEGImages").symlink_to(bccd / "images")
+    (voc / "Annotations").symlink_to(bccd / "annotations_voc")
+    names = sorted(path.stem for path in (bccd / "annotations_voc").glob("*.xml"))
+    (voc / "ImageSets/Main/some.txt").write_text("\n".join(names[:12]))
+    config = in_process(mmdet_config(tmp_path, FASTER_RCNN), batches=2)
+    split = {"annotations": str(voc / "ImageSets/Main/some.txt"), "images": str(voc)}
+    config["data"].update(train=split, val=split)
+    config["searcher"]["metric"] = "mAP"
+    overrides = config["hyperparameters"]["override_mmdet_config"]
+    overrides.update(
+        {
+            "data.train.type": "VOCDataset",
+            "data.val.type": "VOCDataset",
+            "data.train.classes": ["RBC", "WBC", "Platelets"],
+            "data.val.classes": ["RBC", "WBC", "Platelets"],
+            "evaluation.metric": "mAP",
+        }
+    )
+    run = train(trial_class, config)
+    metrics = reports(run, "val")[-1]["metrics"]
+    assert {"mAP", "AP50"} <= metrics.keys()
+    config["searcher"]["metric"] = "bbox_mAP"
+    with pytest.raises(UserError, match=r"searcher.metric: 'bbox_mAP' is not among the metrics .*'mAP'"):
+        train(trial_class, config, "wrong")
+
+
+WRAPPERS = {
+    "repeat": {"type": "RepeatDataset", "times": 3, "dataset": "COCO"},
+    "balanced": {"type": "ClassBalancedDataset", "oversample_thr": 0.9, "dataset": "COCO"},
+    "concat": {"type": "ConcatDataset", "datasets": ["COCO", "COCO"]},
+    "repeat of balanced": {
+        "type": "RepeatDataset",
+        "times": 2,
+        "dataset": {"type": "ClassBalancedDataset", "oversample_thr": 0.9, "dataset": "COCO"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapped_coco_data_set_is_read_by_the_shared_loader(shapes, train, trial_class, name):
+    kept = {}
+
+    class Kept(trial_class):
+        def losses(self, model, batch):
+            kept.setdefault("trial", self)
+            kept.setdefault("ids", []).extend(batch.image_ids)
+            return super().losses(model, batch)
+
+    config = in_process(mmdet_config(shapes, RETINANET), batches=3)
+    paths = config["data"].pop("train")
+    pipeline = [
+        {"type": "LoadImageFromFile"},
+        {"type": "LoadAnnotations", "with_bbox": True},
+        {"type": "Resize", "img_scale": [128, 128], "keep_ratio": True},
+        {"type": "RandomFlip", "flip_ratio": 0.5},
+        {"type": "Normalize", "mean": [0.0, 0.0, 0.0], "std": [255.0, 255.0, 255.0]},
+        {"type": "Pad", "size_divisor": 32},
+        {"type": "DefaultFormatBundle"},
+        {"type": "Collect", "keys": ["img", "gt_bboxes", "gt_labels"]},
+    ]
+    leaf = {"type": "CocoDataset", "ann_file": paths["annotations"], "img_prefix": paths["images"]}
+
+    def fill(section):
+        if section == "COCO":
+            return {**leaf, "pipeline": pipeline}
+        if isinstance(section, list):
+            return [fill(part) for part in section]
+        return {k: fill(v) if k.startswith("dataset") else v for k, v in section.items()}
+
+    overrides = config["hyperparameters"]["override_mmdet_config"]
+    del overrides["data.train.pipeline.2.img_scale"]
+    overrides["data.train"] = {"_delete_": True, **fill(WRAPPERS[name])}
+    train(Kept, config)
+    trial = kept["trial"]
+    images = int((np.diff(trial.train_data.annotations.columns["offsets"]) > 0).sum())
+    assert len(trial.train_samples) >= (images if name == "balanced" else 2 * images)
+    assert set(kept["ids"]) <= set(trial.train_data.annotations.image_ids.tolist())
+
+
+def test_mosaic_and_mixup_train_and_end_with_yolox_s_last_epochs(shapes, train, trial_class):
+    sizes = []
+
+    class Kept(trial_class):
+        def losses(self, model, batch):
+            sizes.append((self.runner.epoch, self.plain_model.bbox_head.use_l1))
+            self.seen = self.training_loader.loader.dataset
+            return super().losses(model, batch)
+
+    config = in_process(mmdet_config(shapes, "yolox/yolox_tiny_8x8_300e_coco.py"), batches=18)
+    config["hyperparameters"]["override_mmdet_config"] = {
+        "model.backbone.widen_factor": 0.125,
+        "model.neck.in_channels": [32, 64, 128],
+        "model.neck.out_channels": 32,
+        "model.bbox_head.in_channels": 32,
+        "model.bbox_head.feat_channels": 32,
+        "model.input_size": [64, 64],
+        "model.random_size_range": [2, 4],
+        "model.random_size_interval": 2,
+        "data.train.pipeline.0.img_scale": [64, 64],
+        "data.train.pipeline.2.img_scale": [64, 64],
+        "data.train.pipeline.5.img_scale": [64, 64],
+        "data.val.pipeline.1.img_scale": [64, 64],
+        "custom_hooks.0.num_last_epochs": 1,
+        "lr_config.num_last_epochs": 1,
+        "lr_config.warmup_iters": 1,
+    }
+    run = train(Kept, config)
+    assert [l1 for epoch, l1 in sizes] == [epoch >= 1 for epoch, _ in sizes]
+    assert {epoch for epoch, _ in sizes} == {0, 1, 2}
+    state = torch.load(run / "checkpoints/last/state_dict.pth", weights_only=True)["callbacks"]["training"]
+    assert state["ema"] is not None
+    assert state["own"][":_progress_in_iter"] == 18
+
+
+def test_yolox_s_random_size_is_in_the_checkpoint():
+    class YOLOX(torch.nn.Module):
+        _input_size, _progress_in_iter = (320, 320), np.int64(7)
+
+    saved, model = python_state(YOLOX()), YOLOX()
+    model._input_size = None
+    restore_python_state(model, saved)
+    assert model._input_size == (320, 320)
+    assert type(model._progress_in_iter) is int
+
+
+def test_mosaic_stops_at_the_same_epoch_in_each_worker(shapes):
+    from mmdetection_files.data import TrainingSamples
+
+    class Mixed:
+        skipped = None
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return {"skipped": self.skipped}
+
+        def update_skip_type_keys(self, keys):
+            self.skipped = keys
+
+    samples = TrainingSamples(Mixed(), 0, mode_switch=(2, ("Mosaic",)))
+    skipped = [samples[SampleKey(epoch, 0)][0]["skipped"] for epoch in range(4)]
+    assert skipped == [None, None, ("Mosaic",), ("Mosaic",)]
+
+
+def test_classes_of_a_subset_train_and_evaluate_on_it_alone(shapes, train, trial_class):
+    config = in_process(mmdet_config(shapes, RETINANET))
+    overrides = config["hyperparameters"]["override_mmdet_config"]
+    overrides.update({"data.train.classes": ["circle"], "data.val.classes": ["circle"]})
+    run = train(trial_class, config)
+    metrics = reports(run, "val")[-1]["metrics"]
+    assert [name for name in metrics if "_AP/" in name] == ["bbox_AP/circle"]
+    assert json.loads((run / "checkpoints/last/categories.json").read_text())[0]["name"] == "circle"
+    overrides["data.val.classes"] = ["cirkel"]
+    with pytest.raises(UserError, match=r"data.val.classes .*'cirkel' is no category .*did you mean 'circle'"):
+        train(trial_class, config, "wrong")
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        {"type": "ExpMomentumEMAHook", "momentum": 0.1, "total_iter": 20},
+        {"type": "ExpMomentumEMAHook", "momentum": 0.1, "total_iter": 20, "skip_buffers": True, "interval": 3},
+        {"type": "LinearMomentumEMAHook", "momentum": 0.2, "warm_up": 5},
+    ],
+)
+def test_the_averaged_weights_are_those_of_mmdetection_s_hook(hook):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    upstream_model = copy.deepcopy(model)
+
+    class Runner(BaseRunner):
+        train = val = run = save_checkpoint = None
+
+        def __init__(self):
+            self.model, self._iter = upstream_model, 0
+
+    runner, upstream = Runner(), HOOKS.build({"resume_from": None, **hook})
+    upstream.before_run(runner)
+    ours = MomentumEma(model, hook, first_batch=0)
+    for number in range(7):
+        with torch.no_grad():
+            for parameter, other in zip(model.parameters(), upstream_model.parameters(), strict=True):
+                parameter.add_(torch.randn_like(parameter))
+                other.copy_(parameter)
+            model[1].running_mean.add_(1.0)
+            upstream_model[1].running_mean.copy_(model[1].running_mean)
+        runner._iter = number
+        upstream.after_train_iter(runner)
+        ours.update(model)
+    averaged = ours.module.state_dict()
+    buffers = dict(upstream_model.named_buffers())
+    for name, buffer in upstream.param_ema_buffer.items():
+        if averaged[name].dtype.is_floating_point:
+            torch.testing.assert_close(averaged[name], buffers[buffer])
+
+
+def test_hooks_that_cannot_work_and_loops_of_their_own_are_refused(shapes, train, trial_class):
+    config = in_process(mmdet_config(shapes, RETINANET))
+    overrides = config["hyperparameters"]["override_mmdet_config"]
+    overrides["custom_hooks"] = [{"type": "RFSearchHook", "mode": "search"}]
+    with pytest.raises(UserError, match="RFSearchHook cannot work here: it replaces the model's layers"):
+        train(trial_class, config, "a")
+    del overrides["custom_hooks"]
+    overrides["optimizer_config"] = {"type": "GradientCumulativeOptimizerHook", "cumulative_iters": 2}
+    with pytest.raises(UserError, match="aggregation_frequency"):
+        train(trial_class, config, "b")
+
+
+WRONG = {
+    "hyperparameters.config_file: nowhere.py is neither in": {"config_file": "nowhere.py"},
+    "hyperparameters.config_file is missing": {"config_file": None},
+    "hyperparameters: unknown key 'overide_mmdet_config'; did you mean": {"overide_mmdet_config": {}},
+    "hyperparameters.config_file: the model cannot be built: KeyError": {
+        "override_mmdet_config": {"model.neck": {"_delete_": True, "type": "NoSuchNeck"}}
+    },
+    "hyperparameters.use_pretrained: nowhere.pth is not a checkpoint": {"use_pretrained": "nowhere.pth"},
+    "optimizer of the MMDetection config": {"override_mmdet_config": {"optimizer.type": "Adamm"}},
+    "fp16 of the MMDetection config needs a GPU": {"override_mmdet_config": {"fp16": {"loss_scale": 512.0}}},
+    "a pipeline of the MMDetection config cannot be built": {
+        "override_mmdet_config": {"data.train.pipeline.3.type": "RandomFlp"}
+    },
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_hyperparameter_is_an_error_before_training(message, shapes, train, trial_class, tmp_path):
+    if torch.cuda.is_available() and "fp16" in message:
+        pytest.skip("there is a GPU")
+    config = in_process(mmdet_config(shapes, RETINANET))
+    changes = dict(WRONG[message])
+    overrides = changes.pop("override_mmdet_config", {})
+    config["hyperparameters"]["override_mmdet_config"].update(overrides)
+    config["hyperparameters"].update(changes)
+    config["hyperparameters"] = {k: v for k, v in config["hyperparameters"].items() if v is not None}
+    with pytest.raises(UserError) as raised:
+        train(trial_class, config)
+    assert str(raised.value).startswith(message)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_broken_mmcv_says_how_to_build_it(tmp_path):
+    broken = tmp_path / "mmcv"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("")
+    (broken / "ops.py").write_text("raise ImportError('_ext.so: undefined symbol: _ZN2at')")
+    done = subprocess.run(
+        [sys.executable, "model_def.py", "train", "const_fake.yaml"],
+        cwd=MMDETECTION,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "undefined symbol" in done.stderr
+    assert "--no-build-isolation --force-reinstall --no-deps mmcv-full==1.7.2" in done.stderr
+
+
+def test_pretrained_weights_of_another_head_start_anew_in_one_line(shapes, train, trial_class, tmp_path, caplog):
+    config = in_process(mmdet_config(shapes, RETINANET))
+    run = train(trial_class, config)
+    weights = torch.load(run / "checkpoints/last/state_dict.pth", weights_only=True)["models_state_dict"][0]
+    weights["bbox_head.retina_cls.weight"] = torch.zeros(720, 32, 3, 3)
+    weights["bbox_head.retina_cls.bias"] = torch.zeros(720)
+    torch.save({"state_dict": weights, "meta": {"CLASSES": ("a",)}}, tmp_path / "published.pth")
+    config["hyperparameters"]["use_pretrained"] = str(tmp_path / "published.pth")
+    caplog.set_level("INFO")
+    started = {}
+
+    class Kept(trial_class):
+        def losses(self, model, batch):
+            started.setdefault("weights", copy.deepcopy(self.plain_model.state_dict()))
+            return super().losses(model, batch)
+
+    train(Kept, config, "fine")
+    (line,) = [r.message for r in caplog.records if r.message.startswith("pretrained:")]
+    assert "2 of another shape start anew (bbox_head.retina_cls.weight, bbox_head.retina_cls.bias)" in line
+    torch.testing.assert_close(started["weights"]["backbone.conv1.weight"], weights["backbone.conv1.weight"])
