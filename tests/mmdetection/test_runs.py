@@ -331,6 +331,20 @@ def test_hooks_that_cannot_work_and_loops_of_their_own_are_refused(shapes, train
         train(trial_class, config, "b")
 
 
+def test_masks_cannot_be_trained_on_boxes_alone(shapes, train, trial_class, tmp_path):
+    coco = json.loads((shapes / "annotations/train.json").read_text())
+    del coco["annotations"][3]["segmentation"]
+    coco["annotations"][4]["segmentation"] = []
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(coco))
+    config = in_process(mmdet_config(shapes))
+    config["data"]["train"]["annotations"] = str(path)
+    identifier = coco["annotations"][3]["id"]
+    message = rf"2 annotations of .*boxes.json have no segmentation, the first has id {identifier}"
+    with pytest.raises(UserError, match=message):
+        train(trial_class, config)
+
+
 WRONG = {
     "hyperparameters.config_file: nowhere.py is neither in": {"config_file": "nowhere.py"},
     "hyperparameters.config_file is missing": {"config_file": None},
