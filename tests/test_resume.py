@@ -1,6 +1,5 @@
 """A killed run taken up again, and what a checkpoint holds, of each detector."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -58,7 +57,6 @@ def kill_between_checkpoints(detector, config, run, processes):
     process = subprocess.Popen(
         [*program, "model_def.py", "train", str(config), "--output-dir", str(run)],
         cwd=ROOT / detector,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -252,7 +252,6 @@ main(Probe)
             tmp_path / "run",
         ],
         cwd=ROOT / "efficientdet",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

@@ -116,7 +116,6 @@ def test_two_processes_keep_the_same_weights_and_draw_different_numbers(run_conf
         done = subprocess.run(
             [*program, "train", config, "--output-dir", run, *resume],
             cwd=ROOT / "efficientdet",
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
         )
@@ -270,7 +269,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(r
     done = subprocess.run(
         [sys.executable, probe, "train", config, "--output-dir", run],
         cwd=ROOT / "efficientdet",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

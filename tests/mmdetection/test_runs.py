@@ -80,7 +80,6 @@ main(Probe)
     done = subprocess.run(
         [*program, "train", config, "--output-dir", tmp_path / "run"],
         cwd=MMDETECTION,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
@@ -210,7 +209,7 @@ def test_mosaic_and_mixup_train_and_end_with_yolox_s_last_epochs(shapes, train, 
             self.seen = self.training_loader.loader.dataset
             return super().losses(model, batch)
 
-    config = in_process(mmdet_config(shapes, "yolox/yolox_tiny_8x8_300e_coco.py"), batches=18)
+    config = in_process(mmdet_config(shapes, "yolox/yolox_s_8x8_300e_coco.py"), batches=18)
     config["hyperparameters"]["override_mmdet_config"] = {
         "model.backbone.widen_factor": 0.125,
         "model.neck.in_channels": [32, 64, 128],
