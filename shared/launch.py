@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Container, Iterator
@@ -423,7 +424,21 @@ def _local_distributed() -> Iterator[DistributedContext]:
         return
     os.environ["USE_TORCH_DISTRIBUTED"] = "True"  # what determined.launch.torch_distributed sets
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    distributed = DistributedContext.from_torch_distributed()
+    # `from_torch_distributed` has two fixed ports: a second run on the machine, or a trial, would not start
+    ports = [_free_ports(2)]
+    torch.distributed.broadcast_object_list(ports, src=0)
+    (pub_port, pull_port) = ports[0]
+    distributed = DistributedContext(
+        rank=int(os.environ["RANK"]),
+        size=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        local_size=int(os.environ["LOCAL_WORLD_SIZE"]),
+        cross_rank=int(os.environ["GROUP_RANK"]),
+        cross_size=int(os.environ["GROUP_WORLD_SIZE"]),
+        chief_ip=os.environ["MASTER_ADDR"],
+        pub_port=pub_port,
+        pull_port=pull_port,
+    )
     try:
         yield distributed
     except (UserError, DivergedError):
@@ -435,6 +450,14 @@ def _local_distributed() -> Iterator[DistributedContext]:
     finally:
         distributed.close()
         torch.distributed.destroy_process_group()
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 def _on_chief(distributed: DistributedContext, function: Callable[[], Any]) -> Any:

@@ -45,6 +45,8 @@ def _decode(segmentation: list | dict | None, record: ImageRecord) -> np.ndarray
     """COCO's polygons or RLE as (height, width) of 0 and 1."""
     if not segmentation:
         return np.zeros((record.height, record.width), dtype=np.uint8)
+    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], str):  # compressed already
+        return coco_mask.decode(segmentation)
     rles = coco_mask.frPyObjects(segmentation, record.height, record.width)
     return coco_mask.decode(coco_mask.merge(rles) if isinstance(rles, list) else rles)
 

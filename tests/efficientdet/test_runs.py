@@ -1,8 +1,10 @@
 """Runs off the cluster, started as a user starts them."""
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, reports, run_model_def
+from determined.constants import INTER_TRAIN_PROCESS_COMM_PORT_1
 from PIL import Image
 from tiny_models import efficientdet_config
 
@@ -224,9 +227,13 @@ def test_categories_that_differ_and_nothing_to_train_on_are_refused(refused, run
         assert message in refused("train", config, "--output-dir", tmp_path / "run")
 
 
-def test_two_processes_need_a_batch_that_divides(run_config, tmp_path):
+def test_two_processes_need_a_batch_that_divides_and_no_port_of_another_run(run_config, tmp_path):
     config = run_config(hyperparameters__global_batch_size=3)
-    done = run_model_def("train", config, "--output-dir", tmp_path / "run", processes=2, check=False)
+    with socket.socket() as another_run:
+        with contextlib.suppress(OSError):  # it is another run's indeed
+            another_run.bind(("", INTER_TRAIN_PROCESS_COMM_PORT_1))
+            another_run.listen()
+        done = run_model_def("train", config, "--output-dir", tmp_path / "run", processes=2, check=False)
     assert "3 images do not divide by 2 slots; use 2 or 4" in done.stderr
 
 
