@@ -88,7 +88,8 @@ def pictures(tmp_path_factory):
 
 
 def made_small(section, path=""):
-    """Overrides that give every size in a config's pipelines `SIZE` pixels, and no weights to download."""
+    """Overrides that give every size in a config's pipelines `SIZE` pixels, few proposals and no weights to
+    download."""
     if isinstance(section, (list, tuple)):
         return {k: v for i, part in enumerate(section) for k, v in made_small(part, f"{path}.{i}").items()}
     if not isinstance(section, dict):
@@ -100,6 +101,8 @@ def made_small(section, path=""):
             key == "pretrained" and isinstance(value, str)
         ):
             overrides[here] = None
+        elif key == "max_per_img" and ("rpn" in path):
+            overrides[here] = 30  # proposals: most of the time goes into what is made of them
         elif path.startswith("data.") and key in ("img_scale", "scale", "size", "crop_size", "image_size"):
             many = isinstance(value, list) and isinstance(value[0], (list, tuple))
             overrides[here] = [[SIZE, SIZE]] * len(value) if many else [SIZE, SIZE]
