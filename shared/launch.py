@@ -387,7 +387,7 @@ def _write_results(folder: Path, gathered: list[tuple[Any, list[dict]]]) -> int:
 
 def metrics_table(metrics: dict[str, float], iou_types: tuple[str, ...]) -> str:
     """COCO's numbers, and the AP of each category, as text; other metrics a line each."""
-    if f"{iou_types[0]}_mAP_50" not in metrics:
+    if not all(f"{iou_types[0]}_{name}" in metrics for name in SUMMARY_METRICS):
         return tabulate(list(metrics.items()), floatfmt=".4f")
     rows = [[name, *(metrics[f"{iou_type}_{name}"] for iou_type in iou_types)] for name in SUMMARY_METRICS]
     names = [name.removeprefix(f"{iou_types[0]}_") for name in metrics if name.startswith(f"{iou_types[0]}_AP/")]

@@ -407,7 +407,9 @@ def set_num_classes(config: Config, num_classes: int) -> None:
         UserError: the model counts things and stuff apart, and does not come to as many.
     """
     heads = list(_heads(config.model))
-    of_objects = {head.get("num_classes") for name, head in heads if name == "bbox_head"}
+    # SOLO and the like have no head for boxes
+    classifies = "bbox_head" if any(name == "bbox_head" for name, _ in heads) else "mask_head"
+    of_objects = {head.get("num_classes") for name, head in heads if name == classifies}
     for name, head in heads:
         if name in _OBJECT_HEADS and "num_classes" in head and head["num_classes"] in of_objects:
             head["num_classes"] = num_classes

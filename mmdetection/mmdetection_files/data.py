@@ -261,6 +261,9 @@ def build_own_dataset(section: Any, data: MMDetectionData, training: bool) -> An
     section = deepcopy(section)
     for leaf in leaves(section):
         leaf.pop("samples_per_gpu", None)
+        if leaf["type"] == "CocoDataset" and not leaf.get("classes") and isinstance(leaf["ann_file"], str):
+            # CocoDataset itself looks for COCO's names, whatever the file has
+            leaf["classes"] = CocoAnnotations.open(leaf["ann_file"], cache_dir=data.cache_dir).category_names
         if data.file_client is not None:
             leaf["file_client_args"] = data.file_client
             for step in leaf["pipeline"]:

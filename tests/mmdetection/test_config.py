@@ -198,6 +198,9 @@ def test_the_heads_get_the_data_s_number_of_classes():
         found = repr(config._cfg_dict).split("'num_classes': ")[1:]
         assert found
         assert all(line.startswith("3") for line in found)
+    config = resolve(config_file="solov2/solov2_r50_fpn_1x_coco.py")
+    set_num_classes(config, 3)
+    assert config.model.mask_head.num_classes == 3
     config = resolve(config_file="htc/htc_r50_fpn_1x_coco.py")
     set_num_classes(config, 3)
     assert config.model.roi_head.semantic_head.num_classes == 183
