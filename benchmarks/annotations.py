@@ -20,38 +20,11 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from shared import synthetic
+from coco_files import make_file
+
 from shared.annotations import CocoAnnotations
 
-IMAGES, ANNOTATIONS = 118_287, 1_070_000
 WORKERS = 4
-
-
-def make_file(source: Path | None, path: Path) -> tuple[int, int]:
-    """Writes the repeated file in pieces; returns how many images and annotations it has."""
-    coco = json.loads(source.read_text()) if source else synthetic.coco_split(0, 400)
-    images = coco["images"]
-    by_image = {image["id"]: [] for image in images}
-    for annotation in coco["annotations"]:
-        by_image[annotation["image_id"]].append(annotation)
-    per_image = ANNOTATIONS / IMAGES
-    written = 0
-    with path.open("w") as file:
-        file.write('{"images": [')
-        for i in range(IMAGES):
-            image = {**images[i % len(images)], "id": i + 1, "file_name": f"{i:012d}.jpg"}
-            file.write((", " if i else "") + json.dumps(image))
-        file.write('], "annotations": [')
-        pool = [annotation for annotations in by_image.values() for annotation in annotations]
-        for i in range(IMAGES):
-            own = by_image[images[i % len(images)]["id"]]
-            while written < round((i + 1) * per_image):
-                number = written - round(i * per_image)
-                annotation = own[number] if number < len(own) else pool[written % len(pool)]
-                file.write((", " if written else "") + json.dumps({**annotation, "id": written + 1, "image_id": i + 1}))
-                written += 1
-        file.write('], "categories": ' + json.dumps(coco["categories"]) + "}")
-    return IMAGES, written
 
 
 def pss(processes) -> float:

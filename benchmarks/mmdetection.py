@@ -27,13 +27,13 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "mmdetection")]
 
-from annotations import in_new_process, make_file
+from annotations import in_new_process
+from coco_files import data_folder, make_file
 from determined import pytorch
 from mmcv.parallel import MMDataParallel
 from mmcv.runner import EpochBasedRunner, build_optimizer
 from mmdet.core import encode_mask_results
 from mmdet.datasets import build_dataloader, build_dataset
-from training_step import data_folder
 
 from mmdetection_files.data import CocoSamples
 from mmdetection_files.evaluation import to_detections

@@ -26,13 +26,13 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "efficientdet")]
 
+from coco_files import data_folder
 from determined import pytorch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 
 from model_def import EfficientDetTrial
-from shared import synthetic
 from shared.loading import PrefetchLoader
 from shared.samplers import TrainingBatchSampler
 
@@ -43,32 +43,6 @@ SMALL = {
     "input_size": 256,
 }
 FULL = {"model": "tf_efficientdet_d0", "amp": "fp16"}
-
-
-def data_folder(source: Path | None, images: int, folder: Path) -> dict[str, Path]:
-    """A COCO folder with `images` images: those of `source`'s train2017 again and again, else synthetic ones."""
-    (folder / "annotations").mkdir(parents=True)
-    if source is None:
-        synthetic.write(folder, train=images, val=4, size=512)
-        for split in ("train", "val"):
-            (folder / split).rename(folder / f"{split}2017")
-            (folder / f"annotations/{split}.json").rename(folder / f"annotations/instances_{split}2017.json")
-    else:
-        for split, count in (("train", images), ("val", 8)):
-            coco = json.loads((source / f"annotations/instances_{split}2017.json").read_text())
-            own = {image["id"]: [] for image in coco["images"]}
-            for annotation in coco["annotations"]:
-                own[annotation["image_id"]].append(annotation)
-            repeated: dict[str, list] = {"info": {}, "images": [], "annotations": [], "categories": coco["categories"]}
-            for i in range(count):
-                image = coco["images"][i % len(coco["images"])]
-                repeated["images"].append({**image, "id": i + 1})
-                for annotation in own[image["id"]]:
-                    number = len(repeated["annotations"]) + 1
-                    repeated["annotations"].append({**annotation, "id": number, "image_id": i + 1})
-            (folder / f"annotations/instances_{split}2017.json").write_text(json.dumps(repeated))
-            (folder / f"{split}2017").symlink_to((source / f"{split}2017").absolute())
-    return {split: folder / f"annotations/instances_{split}2017.json" for split in ("train", "val")}
 
 
 def experiment(arguments, folder: Path, annotations: dict[str, Path], batches: int) -> dict:
