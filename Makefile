@@ -48,7 +48,8 @@ lint: $(READY)
 bench: $(ALL_READY)
 	$(PY) benchmarks/evaluation.py
 	$(PY) benchmarks/annotations.py
-	$(PY) benchmarks/training_step.py
+	OMP_NUM_THREADS=1 $(PY) benchmarks/training_step.py
+	for what in step memory evaluation; do OMP_NUM_THREADS=1 $(PY) benchmarks/mmdetection.py $$what || exit 1; done
 
 # Determined uploads a detector's folder and follows no link to a folder: shared/ is in it as a link a file.
 links:
