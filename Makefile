@@ -16,10 +16,11 @@ $(READY): setup.cfg $(CONSTRAINTS)
 	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) '.[efficientdet,test]'
 	touch $@
 
-# mmcv-full is compiled against that torch, for some minutes; pip keeps the wheel.
+# mmcv-full is compiled against that torch, for some minutes (with ninja, found on the PATH); pip keeps the wheel.
 $(ALL_READY): $(READY)
 	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) ninja opencv-python-headless
-	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation '.[mmdetection]'
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install --quiet --constraint $(CONSTRAINTS) \
+		--no-build-isolation '.[mmdetection]'
 	touch $@
 
 # Writes a synthetic data set, trains a small EfficientDet on it and draws what it finds.
