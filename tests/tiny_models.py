@@ -13,8 +13,9 @@ def load_model_def():
     name = "mmdetection_model_def"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, MMDETECTION / "model_def.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
     return sys.modules[name]
 
 
