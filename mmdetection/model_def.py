@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -198,9 +197,6 @@ class MMDetectionTrial(DetectionTrial):
         if self.hparams.use_pretrained and self.first_batch == 0:
             load_pretrained(model, self.hparams.use_pretrained, self.hparams.config_file)
         model.CLASSES = tuple(category["name"] for category in self.categories)
-        if self.for_training:
-            self.total_epochs = math.ceil(self.total_batches / self.batches_per_epoch)
-            self.mode_switch = mode_switch(self.mmdet_config, self.total_epochs)
         return model
 
     def check_pretrained(self) -> None:
@@ -248,10 +244,11 @@ class MMDetectionTrial(DetectionTrial):
         return clip
 
     def prepare_schedule(self) -> None:
-        self.clip = self.clip_gradients()
+        self.clip_gradients()  # what it refuses, before training starts
         self.runner = StepRunner(
             self.plain_model, self.optimizer, self.mmdet_config, self.batches_per_epoch, self.total_batches
         )
+        self.mode_switch = mode_switch(self.mmdet_config, self.runner.max_epochs)
         if self.rank == 0:
             logger.info("\n%s", self._summary())
 

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import tempfile
+import urllib.error
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -105,6 +106,34 @@ def load_state(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} cannot be read as weights ({reason}); it is cut off, or holds more than tensors"
         ) from (error)
+
+
+def read_weights(source: str, key: str, choices: str) -> tuple[Mapping[str, Any], Checkpoint | None]:
+    """What a file, a URL or a checkpoint of ours holds: a state dict, or what a library wrote around one; and the
+    checkpoint where it is one.
+
+    Args:
+        key: the hyperparameter that names the source; choices: what else it may be. Both for the error.
+
+    Raises:
+        UserError: it cannot be had, is cut off, or holds code.
+    """
+    if "://" in source:
+        try:
+            return torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True), None
+        except (OSError, urllib.error.URLError, RuntimeError) as error:
+            raise UserError(f"{key}: {source} cannot be had: {error}") from error
+    if Path(source).is_file():
+        if source.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(source), None
+        return load_state(Path(source)), None
+    try:
+        checkpoint = read_checkpoint(find_checkpoint(source))
+    except UserError as error:
+        raise UserError(f"{key}: {error}. Give {choices}, a file, a URL or a checkpoint") from error
+    return checkpoint.weights, checkpoint
 
 
 def without_ddp(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

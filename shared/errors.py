@@ -10,10 +10,10 @@ class UserError(ValueError):
     """Bad input. The message says what is wrong, where (file, key, image id) and what to do."""
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the nearest valid one, else all of them."""
+def nearest(name: str, valid: Iterable[str], otherwise: str | None = None) -> str:
+    """The end of an error message about an unknown name: the nearest valid one, else `otherwise`, else all of them."""
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
-    return f"valid ones: {', '.join(valid)}"
+    return otherwise or f"valid ones: {', '.join(valid)}"

@@ -89,13 +89,15 @@ def run_model_def(
     cwd: Path = ROOT / "efficientdet",
     env: dict | None = None,
     check: bool = True,
+    script: str | Path = "model_def.py",
 ) -> subprocess.CompletedProcess:
-    """`model_def.py ARGUMENTS` as a user runs it, under torchrun where there are several processes."""
+    """`model_def.py ARGUMENTS`, or a script in its place, as a user runs it: under torchrun where there are several
+    processes."""
     program = [sys.executable]
     if processes > 1:
         program += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
-        [*program, "model_def.py", *map(str, arguments)],
+        [*program, script, *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, **(env or {})},
         capture_output=True,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import urllib.error
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -15,7 +13,7 @@ from effdet.anchors import get_feat_sizes
 from effdet.bench import DetBenchTrain
 
 from efficientdet_files.hyperparameters import EfficientDetHyperparameters
-from shared.checkpoints import find_checkpoint, load_state, load_weights, read_checkpoint, without_ddp
+from shared.checkpoints import load_weights, read_weights, without_ddp
 from shared.coco_categories import COCO_CATEGORIES
 from shared.errors import UserError, nearest
 
@@ -98,33 +96,16 @@ def load_pretrained(
     if not source:
         names = "; choose a tf_… variant" if not hparams.model.startswith("tf_") else ""
         raise UserError(f"hyperparameters.pretrained: effdet has no weights for {hparams.model}{names}")
-    weights, known = read_weights(source, bench)
+    weights, known = read_detector_weights(source)
     weights = adapt_head(weights, bench.model.state_dict(), known, categories, source)
     load_weights(bench.model, weights, f"hyperparameters.pretrained: {source}")
 
 
-def read_weights(source: str, bench: DetBenchTrain) -> tuple[dict[str, torch.Tensor], list[dict] | None]:
+def read_detector_weights(source: str) -> tuple[dict[str, torch.Tensor], list[dict] | None]:
     """The detector's state dict, and the categories that its head was trained on, None where it does not say."""
-    if "://" in source:
-        try:
-            state = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
-        except (OSError, urllib.error.URLError, RuntimeError) as error:
-            raise UserError(f"hyperparameters.pretrained: {source} cannot be had: {error}") from error
-    elif Path(source).is_file():
-        if source.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            state = load_file(source)
-        else:
-            state = load_state(Path(source))
-    else:
-        try:
-            checkpoint = read_checkpoint(find_checkpoint(source))
-        except UserError as error:
-            raise UserError(
-                f"hyperparameters.pretrained: {error}. Give none, backbone, effdet, a file, a URL or a checkpoint"
-            ) from error
-        return _without_bench(checkpoint.weights), checkpoint.categories
+    state, checkpoint = read_weights(source, "hyperparameters.pretrained", "none, backbone, effdet")
+    if checkpoint is not None:
+        return _without_bench(state), checkpoint.categories
     # timm's checkpoints: the averaged weights first
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(state.get(key), Mapping):

@@ -73,13 +73,9 @@ def find_config(name: str, submitted: Path, key: str) -> Path:
             return (place / name).absolute()
     known = {str(path.relative_to(places[1])) for path in places[1].rglob("*.py")}
     by_file_name = sorted(other for other in known if Path(other).name == Path(name).name)
-    near = f"did you mean {by_file_name[0]!r}?" if by_file_name else _nearest_of(name, known)
+    listed = f"they are listed in {places[1]}"
+    near = f"did you mean {by_file_name[0]!r}?" if by_file_name else nearest(name, known, otherwise=listed)
     raise UserError(f"hyperparameters.{key}: {name} is neither in {places[0]} nor in {places[1]}; {near}")
-
-
-def _nearest_of(name: str, known: set[str]) -> str:
-    end = nearest(name, known)
-    return end if end.startswith("did") else f"they are listed in {shipped_configs()}"
 
 
 def load_mmdet_config(hparams: MMDetectionHyperparameters, submitted: Path) -> Config:

@@ -123,7 +123,7 @@ class PipelineTransform:
         self.seg_prefix, self.seg_suffix = leaf.get("seg_prefix"), leaf.get("seg_suffix", ".png")
         self.annotated = annotated
 
-    def __call__(self, image: np.ndarray, record: ImageRecord, annotations: dict[str, Any] | None = None) -> Any:
+    def __call__(self, image: np.ndarray, record: ImageRecord) -> Any:
         results = {
             "img_info": {
                 "id": record.image_id,

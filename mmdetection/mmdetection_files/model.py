@@ -6,7 +6,6 @@ import functools
 import logging
 import operator
 import urllib.error
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from mmdet.models import build_detector
 from torch import nn
 
 from mmdetection_files.config import shipped_configs
-from shared.checkpoints import find_checkpoint, load_state, read_checkpoint, without_ddp
+from shared.checkpoints import read_weights, without_ddp
 from shared.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -174,11 +173,11 @@ def load_pretrained(model: nn.Module, source: str | bool, config_file: str) -> N
         published = published_checkpoints()
         name = str(Path(config_file)).removeprefix(str(shipped_configs()) + "/")
         if name not in published:
-            raise UserError(
-                f"{key}: MMDetection publishes no weights for {name}; {_near_published(name)}; or give a path or a URL"
-            )
+            near = nearest(name, published, otherwise="they are listed in its metafiles")
+            raise UserError(f"{key}: MMDetection publishes no weights for {name}; {near}; or give a path or a URL")
         source = published[name]
-    weights = _read_weights(source, key)
+    state, _ = read_weights(source, key, "true")
+    weights = without_ddp(state.get("state_dict", state))
     own = model.state_dict()
     fitting = {name: w for name, w in weights.items() if name in own and own[name].shape == w.shape}
     if not fitting:
@@ -199,27 +198,5 @@ def load_pretrained(model: nn.Module, source: str | bool, config_file: str) -> N
     )
 
 
-def _near_published(name: str) -> str:
-    end = nearest(name, published_checkpoints())
-    return f"{end} (which has some)" if end.startswith("did") else "they are listed in its metafiles"
-
-
 def _count(names: list[str], what: str) -> str:
     return f"; {len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
-
-
-def _read_weights(source: str, key: str) -> Mapping[str, torch.Tensor]:
-    if "://" in source:
-        try:
-            state = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
-        except (OSError, urllib.error.URLError, RuntimeError) as error:
-            raise UserError(f"{key}: {source} cannot be had: {error}") from error
-    elif Path(source).is_file():
-        state = load_state(Path(source))
-    else:
-        try:
-            return read_checkpoint(find_checkpoint(source)).weights
-        except UserError as error:
-            raise UserError(f"{key}: {error}. Give true, a file, a URL or a checkpoint") from error
-    state = state.get("state_dict", state)
-    return without_ddp(state)

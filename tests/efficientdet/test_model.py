@@ -2,12 +2,10 @@
 
 import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, reports, run_model_def
+from conftest import reports, run_model_def
 from determined import pytorch
 from effdet.config.model_config import efficientdet_model_param_dict
 from timm.scheduler import create_scheduler_v2
@@ -237,25 +235,8 @@ class Probe(model_def.EfficientDetTrial):
 main(Probe)
 """
     )
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            probe,
-            "train",
-            run_config(searcher__max_length=2),
-            "--output-dir",
-            tmp_path / "run",
-        ],
-        cwd=ROOT / "efficientdet",
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    config = run_config(searcher__max_length=2)
+    done = run_model_def("train", config, "--output-dir", tmp_path / "run", processes=2, script=probe)
     worst = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("WORST")]
     assert len(worst) == 2
     assert max(worst) < 1e-5

@@ -111,18 +111,11 @@ def test_two_processes_keep_the_same_weights_and_draw_different_numbers(run_conf
         "        return super().detect(model, batch)\n"
         "main(Probe)\n"
     )
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", probe]
     run = tmp_path / "run"
     lines = []
     for length, resume in ((4, []), (8, ["--resume", "last"])):
         config = run_config(searcher__max_length={"batches": length})
-        done = subprocess.run(
-            [*program, "train", config, "--output-dir", run, *resume],
-            cwd=ROOT / "efficientdet",
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
+        done = run_model_def("train", config, "--output-dir", run, *resume, processes=2, script=probe)
         lines += done.stdout.splitlines()
     draws = [line.split()[2:] for line in lines if line.startswith("DRAW")]
     assert len(draws) == 16
@@ -273,12 +266,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(r
     )
     run = tmp_path / "run"
     config = run_config(scheduling_unit=4)
-    done = subprocess.run(
-        [sys.executable, probe, "train", config, "--output-dir", run],
-        cwd=ROOT / "efficientdet",
-        capture_output=True,
-        text=True,
-    )
+    done = run_model_def("train", config, "--output-dir", run, check=False, script=probe)
     assert done.returncode == 1
     ids = next(line for line in done.stdout.splitlines() if line.startswith("BAD")).split()[1:]
     assert f"the loss is not finite since batch 7 (image ids {', '.join(ids)})" in done.stderr

@@ -76,14 +76,7 @@ main(Probe)
 """
     )
     config.write_text(yaml.safe_dump(in_process(mmdet_config(shapes))))
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", probe]
-    done = subprocess.run(
-        [*program, "train", config, "--output-dir", tmp_path / "run"],
-        cwd=MMDETECTION,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_model_def("train", config, "--output-dir", tmp_path / "run", processes=2, cwd=MMDETECTION, script=probe)
     worst = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("WORST")]
     assert len(worst) == 2
     assert max(worst) < 1e-5
