@@ -277,6 +277,8 @@ class DetectionTrial(PyTorchTrial):
             dataset,
             batch_sampler=batches,
             num_workers=self.data.workers,
+            # each validation would fork again, from a process that has threads by then: slow, and it can hang
+            persistent_workers=self.data.workers > 0,
             collate_fn=self.collate(training),
             pin_memory=self.context.device.type == "cuda",
         )
