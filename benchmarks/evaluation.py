@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from shared.annotations import CocoAnnotations
 from shared.detections import Detections
-from shared.evaluation import SUMMARY_METRICS, CocoEvaluator
+from shared.evaluation import CocoEvaluator, summary_metrics
 
 CATEGORIES = 80
 
@@ -91,7 +91,7 @@ def theirs(truth: COCO, detections: list[Detections]) -> dict[str, float]:
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    metrics = {f"bbox_{name}": value for name, value in zip(SUMMARY_METRICS, evaluation.stats, strict=True)}
+    metrics = {f"bbox_{name}": value for name, value in zip(summary_metrics("bbox"), evaluation.stats, strict=True)}
     for label in range(CATEGORIES):
         precision = evaluation.eval["precision"][:, :, label, 0, 2]
         metrics[f"bbox_AP/category {label + 1}"] = precision[precision > -1].mean()

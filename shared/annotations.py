@@ -28,7 +28,7 @@ from shared.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 class _Image(msgspec.Struct, gc=False):
@@ -46,6 +46,7 @@ class _Annotation(msgspec.Struct, gc=False):
     area: float | None = None
     iscrowd: int | bool | None = 0
     segmentation: msgspec.Raw = msgspec.Raw(b"")
+    keypoints: msgspec.Raw = msgspec.Raw(b"")
 
 
 class _CocoFile(msgspec.Struct, gc=False):
@@ -67,6 +68,8 @@ class ImageRecord:
         areas: (N,) float32, pixels².
         iscrowd: (N,) bool.
         file_boxes: (N, 4) float64, x y width height, as in the file.
+        keypoints: (N, K, 3) float64, x y visibility (0 not labelled, 1 hidden, 2 visible), as in the file, zeros
+            where an annotation has none; None where no annotation of the file has any.
     """
 
     image_id: int
@@ -78,7 +81,8 @@ class ImageRecord:
     areas: np.ndarray
     iscrowd: np.ndarray
     file_boxes: np.ndarray
-    raw_segmentations: list[bytes]
+    raw_segmentations: Sequence[bytes]
+    keypoints: np.ndarray | None = None
 
     @cached_property
     def segmentations(self) -> list[list | dict | None]:
@@ -195,6 +199,7 @@ class CocoAnnotations:
             iscrowd=columns["iscrowd"][start:end].copy(),
             file_boxes=boxes,
             raw_segmentations=_LazyBytes(raw, raw_offsets),
+            keypoints=columns["keypoints"][start:end] if "keypoints" in columns else None,
         )
 
     def file_name(self, index: int) -> str:
@@ -234,8 +239,9 @@ class CocoAnnotations:
         pieces = [columns["segmentations"][start:end] for start, end in zip(starts, ends, strict=True)]
         columns["segmentations"] = np.concatenate([np.empty(0, np.uint8), *pieces])
         columns["segmentation_offsets"] = _offsets(ends - starts)
-        for name in ("annotation_ids", "boxes", "areas", "iscrowd"):
-            columns[name] = columns[name][kept]
+        for name in ("annotation_ids", "boxes", "areas", "iscrowd", "keypoints"):
+            if name in columns:
+                columns[name] = columns[name][kept]
         columns["labels"] = np.searchsorted(labels, columns["labels"][kept]).astype(np.int32)
         return CocoAnnotations(columns, categories, self.path, None)
 
@@ -344,8 +350,7 @@ def _to_columns(coco: _CocoFile, source: object) -> tuple[dict[str, np.ndarray],
     areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
 
     order = np.argsort(image_rows, kind="stable")
-    raw = [annotations[i].segmentation for i in order.tolist()]
-    raw = [b"" if (piece := bytes(r)) == b"null" else piece for r in raw]
+    raw = [_present(annotations[i].segmentation) for i in order.tolist()]
     names = [image.file_name.encode() for image in images]
     columns = {
         "image_ids": image_ids,
@@ -362,7 +367,36 @@ def _to_columns(coco: _CocoFile, source: object) -> tuple[dict[str, np.ndarray],
         "segmentations": np.frombuffer(b"".join(raw), np.uint8),
         "segmentation_offsets": _offsets(column(map(len, raw), np.int64, len(raw))),
     }
+    if any(_present(a.keypoints) for a in annotations):
+        columns["keypoints"] = _keypoints([annotations[i] for i in order.tolist()], source)
     return columns, categories
+
+
+def _present(raw: msgspec.Raw) -> bytes:
+    return b"" if (piece := bytes(raw)) == b"null" else piece
+
+
+def _keypoints(annotations: list[_Annotation], source: object) -> np.ndarray:
+    """(annotations, K, 3) float64, K of the category that has the most."""
+    rows = []
+    for annotation in annotations:
+        raw = _present(annotation.keypoints)
+        try:
+            row = np.array(msgspec.json.decode(raw, type=list[float]) if raw else [])
+        except msgspec.ValidationError as error:
+            raise UserError(
+                f"{source}: annotation {annotation.id} has keypoints that are no numbers: {error}"
+            ) from error
+        if len(row) % 3:
+            raise UserError(
+                f"{source}: annotation {annotation.id} has {len(row)} numbers in `keypoints`; COCO has x, y and "
+                "visibility of each point"
+            )
+        rows.append(row)
+    keypoints = np.zeros((len(rows), max(map(len, rows))))
+    for at, row in enumerate(rows):
+        keypoints[at, : len(row)] = row
+    return keypoints.reshape(len(rows), -1, 3)
 
 
 def _checked_categories(categories: list[dict], source: object) -> list[dict]:

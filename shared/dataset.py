@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
 from collections.abc import Callable
@@ -114,15 +115,13 @@ def _with_area_only(record: ImageRecord) -> ImageRecord:
     keep = (record.boxes[:, 2:] > record.boxes[:, :2]).all(axis=1)
     if keep.all():
         return record
-    return ImageRecord(
-        image_id=record.image_id,
-        file_name=record.file_name,
-        height=record.height,
-        width=record.width,
+    return dataclasses.replace(
+        record,
         boxes=record.boxes[keep],
         labels=record.labels[keep],
         areas=record.areas[keep],
         iscrowd=record.iscrowd[keep],
         file_boxes=record.file_boxes[keep],
         raw_segmentations=[raw for raw, kept in zip(record.raw_segmentations, keep, strict=True) if kept],
+        keypoints=None if record.keypoints is None else record.keypoints[keep],
     )

@@ -17,6 +17,7 @@ class Detections:
         scores: (M,) float32, higher is surer.
         labels: (M,) int64, 0 to K-1 in the order of category ids.
         masks: M of COCO's RLE dicts ({"size": [height, width], "counts": …}), or None.
+        keypoints: (M, K, 3) float32, x y score as COCO has them (whole numbers are the pixels' centres), or None.
     """
 
     image_id: int
@@ -24,6 +25,7 @@ class Detections:
     scores: np.ndarray
     labels: np.ndarray
     masks: list[dict] | None = None
+    keypoints: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.boxes = np.asarray(self.boxes, dtype=np.float32).reshape(-1, 4)
@@ -36,6 +38,10 @@ class Detections:
             )
         if self.masks is not None and len(self.masks) != count:
             raise ValueError(f"image {self.image_id}: {count} boxes, but {len(self.masks)} masks")
+        if self.keypoints is not None:
+            self.keypoints = np.asarray(self.keypoints, dtype=np.float32)
+            if self.keypoints.ndim != 3 or len(self.keypoints) != count or self.keypoints.shape[2] != 3:
+                raise ValueError(f"image {self.image_id}: {count} boxes, but keypoints {self.keypoints.shape}")
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -54,5 +60,7 @@ def to_coco_results(detections: Detections, category_ids: list[int]) -> list[dic
             counts = detections.masks[i]["counts"]
             counts = counts.decode() if isinstance(counts, bytes) else counts
             result["segmentation"] = {"size": list(detections.masks[i]["size"]), "counts": counts}
+        if detections.keypoints is not None:
+            result["keypoints"] = detections.keypoints[i].astype(np.float64).ravel().tolist()
         results.append(result)
     return results

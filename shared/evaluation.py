@@ -12,6 +12,7 @@ from determined.pytorch import MetricReducer
 
 from shared.annotations import CocoAnnotations
 from shared.detections import Detections
+from shared.errors import UserError
 
 # name, recall instead of precision, IoU index (all where None), area index, index in max_dets (1, 10, 100):
 # the twelve lines of pycocotools' summary
@@ -29,7 +30,30 @@ _SUMMARY = (
     ("AR_m", True, None, 2, 2),
     ("AR_l", True, None, 3, 2),
 )
-SUMMARY_METRICS = tuple(name for name, *_ in _SUMMARY)
+# of keypoints the ten lines: there are no small ones, and at most 20 detections an image
+_KEYPOINT_SUMMARY = (
+    ("mAP", False, None, 0, 0),
+    ("mAP_50", False, 0, 0, 0),
+    ("mAP_75", False, 5, 0, 0),
+    ("mAP_m", False, None, 1, 0),
+    ("mAP_l", False, None, 2, 0),
+    ("AR", True, None, 0, 0),
+    ("AR_iou50", True, 0, 0, 0),
+    ("AR_iou75", True, 5, 0, 0),
+    ("AR_m", True, None, 1, 0),
+    ("AR_l", True, None, 2, 0),
+)
+_COCO_KEYPOINTS = 17
+IOU_TYPES = ("bbox", "segm", "keypoints")
+
+
+def summary_metrics(iou_type: str) -> tuple[str, ...]:
+    """The names of COCO's summary without the IoU type: "mAP", "mAP_50", …"""
+    return tuple(name for name, *_ in _summary_of(iou_type))
+
+
+def _summary_of(iou_type: str) -> tuple:
+    return _KEYPOINT_SUMMARY if iou_type == "keypoints" else _SUMMARY
 
 
 def evaluate(
@@ -37,11 +61,15 @@ def evaluate(
     detections: Iterable[Detections],
     iou_types: Sequence[str] = ("bbox",),
     image_ids: Iterable[int] | None = None,
+    keypoint_sigmas: Sequence[float] | None = None,
 ) -> dict[str, float]:
-    """COCO's twelve numbers and the AP of each category, by each of `iou_types` ("bbox", "segm").
+    """COCO's twelve numbers and the AP of each category, by each of `iou_types` ("bbox", "segm", "keypoints"); of
+    keypoints COCO has ten.
 
     Args:
         image_ids: the images to evaluate on; all of the file where None.
+        keypoint_sigmas: how far each of the K keypoints may lie off, as a share of the object's size; those of COCO's
+            17 of a person where None.
 
     Returns:
         {"bbox_mAP": …, "bbox_mAP_50": …, …, "bbox_AP/<category name>": …, "segm_mAP": …}, fractions in
@@ -49,7 +77,7 @@ def evaluate(
     """
     if not isinstance(annotations, CocoAnnotations):
         annotations = CocoAnnotations.open(annotations)
-    evaluator = CocoEvaluator(annotations, iou_types, image_ids)
+    evaluator = CocoEvaluator(annotations, iou_types, image_ids, keypoint_sigmas=keypoint_sigmas)
     evaluator.update(detections)
     return evaluator.compute()
 
@@ -67,10 +95,14 @@ class CocoEvaluator(MetricReducer):
         iou_types: Sequence[str] = ("bbox",),
         image_ids: Iterable[int] | None = None,
         compute_here: bool = True,
+        keypoint_sigmas: Sequence[float] | None = None,
     ):
         for iou_type in iou_types:
-            if iou_type not in ("bbox", "segm"):
-                raise ValueError(f"iou_types: {iou_type!r} is not one of 'bbox', 'segm'")
+            if iou_type not in IOU_TYPES:
+                raise ValueError(f"iou_types: {iou_type!r} is not one of {', '.join(map(repr, IOU_TYPES))}")
+        if "keypoints" in iou_types:
+            _check_keypoints(annotations, keypoint_sigmas)
+        self.keypoint_sigmas = keypoint_sigmas
         self.annotations = annotations
         self.iou_types = tuple(iou_types)
         self.image_ids = np.unique(annotations.image_ids if image_ids is None else list(image_ids))
@@ -83,22 +115,25 @@ class CocoEvaluator(MetricReducer):
 
     def update(self, detections: Iterable[Detections]) -> None:
         for detection in detections:
-            if "segm" in self.iou_types and detection.masks is None:
-                raise ValueError(f"image {detection.image_id}: 'segm' needs the detections' masks, and there are none")
+            for iou_type, needed in (("segm", detection.masks), ("keypoints", detection.keypoints)):
+                if iou_type in self.iou_types and needed is None:
+                    raise ValueError(
+                        f"image {detection.image_id}: {iou_type!r} needs them of the detections, and there are none"
+                    )
             self._detections[detection.image_id] = detection
 
     def compute(self) -> dict[str, float]:
         """The metrics of what this process has collected."""
         return self.cross_slot_reduce([self.per_slot_reduce()])
 
-    def per_slot_reduce(self) -> tuple[np.ndarray, np.ndarray, list[dict] | None]:
+    def per_slot_reduce(self) -> tuple[np.ndarray, np.ndarray, list[dict] | None, np.ndarray | None]:
         """What this slot has seen: (images,) ids, (M, 7) rows of COCO's array format (image id, x, y, width,
-        height, score, category id) in float64, and M RLE masks where there are any."""
+        height, score, category id) in float64, M RLE masks and (M, 3K) keypoints where they are evaluated."""
         image_ids = sorted(self._detections.keys() & set(self.image_ids.tolist()))
         collected = [self._detections[image_id] for image_id in image_ids]
         counts = [len(detection) for detection in collected]
         rows = np.empty((sum(counts), 7), dtype=np.float64)
-        masks = None
+        masks, keypoints = None, None
         if collected:
             boxes = np.concatenate([detection.boxes for detection in collected]).astype(np.float64)
             rows[:, 0] = np.repeat(image_ids, counts)
@@ -109,20 +144,28 @@ class CocoEvaluator(MetricReducer):
             rows[:, 6] = np.asarray(self.annotations.category_ids)[labels]
             if "segm" in self.iou_types:
                 masks = [mask for detection in collected for mask in detection.masks]
-        return np.array(image_ids, dtype=np.int64), rows, masks
+            if "keypoints" in self.iou_types:
+                keypoints = np.concatenate(
+                    [d.keypoints.reshape(len(d), -1) for d in collected if len(d)] or [rows[:, :0]]
+                )
+        return np.array(image_ids, dtype=np.int64), rows, masks, keypoints
 
     def cross_slot_reduce(self, per_slot_metrics: Sequence[tuple]) -> dict[str, float]:
         if not self.compute_here:
             return {}
-        rows, masks = _merge(per_slot_metrics)
+        rows, masks, keypoints = _merge(per_slot_metrics)
         metrics: dict[str, float] = {}
         for iou_type in self.iou_types:
-            metrics.update(self._evaluate(iou_type, rows, masks))
+            metrics.update(self._evaluate(iou_type, rows, masks, keypoints))
         return metrics
 
-    def _evaluate(self, iou_type: str, rows: np.ndarray, masks: list[dict] | None) -> dict[str, float]:
+    def _evaluate(
+        self, iou_type: str, rows: np.ndarray, masks: list[dict] | None, keypoints: np.ndarray | None
+    ) -> dict[str, float]:
         truth = self.open_truth()
         found = truth.load_res(rows)
+        if iou_type == "keypoints" and len(rows):
+            found = truth.load_res(_keypoint_results(rows, keypoints))
         if iou_type == "segm" and masks:
             found = truth.load_res(rows, segmentation=masks)
             # small, medium and large are the masks' areas, as MMDetection and Detectron2 have it, not the boxes'
@@ -130,17 +173,19 @@ class CocoEvaluator(MetricReducer):
         evaluation = hotcoco.COCOeval(truth, found, iou_type)
         params = evaluation.params
         params.img_ids = self.image_ids.tolist()
+        if iou_type == "keypoints" and self.keypoint_sigmas:
+            params.kpt_oks_sigmas = list(self.keypoint_sigmas)
         evaluation.params = params
         evaluation.evaluate()
         evaluation.accumulate()
         precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
 
         metrics = {}
-        for name, is_recall, iou, area, max_dets in _SUMMARY:
+        for name, is_recall, iou, area, max_dets in _summary_of(iou_type):
             values = (recall if is_recall else precision)[..., area, max_dets]
             metrics[f"{iou_type}_{name}"] = _mean(values if iou is None else values[iou])
         for label, name in enumerate(self.annotations.category_names):
-            average_precision = _mean(precision[:, :, label, 0, 2])
+            average_precision = _mean(precision[:, :, label, 0, -1])
             if not math.isnan(average_precision):
                 metrics[f"{iou_type}_AP/{name}"] = average_precision
         return metrics
@@ -148,24 +193,58 @@ class CocoEvaluator(MetricReducer):
     def open_truth(self) -> hotcoco.COCO:
         """The ground truth as hotcoco has it, made at the first evaluation."""
         if self._truth is None:
-            self._truth = to_hotcoco(self.annotations, masks="segm" in self.iou_types)
+            with_keypoints = "keypoints" in self.iou_types
+            self._truth = to_hotcoco(self.annotations, masks="segm" in self.iou_types, keypoints=with_keypoints)
         return self._truth
 
 
-def to_hotcoco(annotations: CocoAnnotations, masks: bool = True) -> hotcoco.COCO:
+def _check_keypoints(annotations: CocoAnnotations, sigmas: Sequence[float] | None) -> None:
+    if "keypoints" not in annotations.columns:
+        raise UserError(f"{annotations.path} has no keypoints to evaluate on")
+    count = annotations.columns["keypoints"].shape[1]
+    if count != (len(sigmas) if sigmas else _COCO_KEYPOINTS):
+        raise UserError(
+            f"{annotations.path} has {count} keypoints an object, and there are "
+            f"{len(sigmas) if sigmas else _COCO_KEYPOINTS} sigmas to evaluate them with; give one for each"
+        )
+
+
+def _keypoint_results(rows: np.ndarray, keypoints: np.ndarray) -> list[dict]:
+    return [
+        {
+            "image_id": int(row[0]),
+            "category_id": int(row[6]),
+            "bbox": row[1:5].tolist(),
+            "score": row[5],
+            "keypoints": points,
+        }
+        for row, points in zip(rows, keypoints.astype(np.float64).tolist(), strict=True)
+    ]
+
+
+def to_hotcoco(annotations: CocoAnnotations, masks: bool = True, keypoints: bool = False) -> hotcoco.COCO:
     """The annotations as hotcoco's data set, in the file's own float64."""
     columns = annotations.columns
     counts = np.diff(columns["offsets"])
     segmentation = None
     if masks:
         segmentation = [piece or [] for record in annotations for piece in record.segmentations]
+    images = [
+        {"id": image_id, "height": height, "width": width, "file_name": ""}
+        for image_id, height, width in zip(
+            columns["image_ids"].tolist(), columns["heights"].tolist(), columns["widths"].tolist(), strict=True
+        )
+    ]
+    if keypoints:  # which hotcoco takes a dict an annotation only
+        return hotcoco.COCO(
+            {
+                "images": images,
+                "categories": annotations.categories,
+                "annotations": _annotation_dicts(annotations, segmentation),
+            }
+        )
     return hotcoco.COCO.from_arrays(
-        images=[
-            {"id": image_id, "height": height, "width": width, "file_name": ""}
-            for image_id, height, width in zip(
-                columns["image_ids"].tolist(), columns["heights"].tolist(), columns["widths"].tolist(), strict=True
-            )
-        ],
+        images=images,
         categories=annotations.categories,
         image_ids=np.repeat(columns["image_ids"], counts),
         category_ids=np.asarray(annotations.category_ids)[columns["labels"]],
@@ -177,19 +256,44 @@ def to_hotcoco(annotations: CocoAnnotations, masks: bool = True) -> hotcoco.COCO
     )
 
 
-def _merge(per_slot: Sequence[tuple]) -> tuple[np.ndarray, list[dict] | None]:
+def _annotation_dicts(annotations: CocoAnnotations, segmentation: list | None) -> list[dict]:
+    columns = annotations.columns
+    rows = []
+    for i, image_id in enumerate(np.repeat(columns["image_ids"], np.diff(columns["offsets"])).tolist()):
+        points = columns["keypoints"][i]
+        row = {
+            "id": int(columns["annotation_ids"][i]),
+            "image_id": image_id,
+            "category_id": annotations.category_ids[columns["labels"][i]],
+            "bbox": columns["boxes"][i].tolist(),
+            "area": float(columns["areas"][i]),
+            "iscrowd": int(columns["iscrowd"][i]),
+            "keypoints": points.ravel().tolist(),
+            "num_keypoints": int((points[:, 2] > 0).sum()),
+        }
+        rows.append(row if segmentation is None else {**row, "segmentation": segmentation[i]})
+    return rows
+
+
+def _merge(per_slot: Sequence[tuple]) -> tuple[np.ndarray, list[dict] | None, np.ndarray | None]:
     """All slots' rows, each image once and in the order of image ids: the same for any number of slots."""
     seen: set[int] = set()
-    rows, masks = [], []
-    for image_ids, slot_rows, slot_masks in per_slot:
+    rows, masks, keypoints = [], [], []
+    for image_ids, slot_rows, slot_masks, slot_keypoints in per_slot:
         keep = ~np.isin(slot_rows[:, 0], list(seen & set(image_ids.tolist())))
         seen.update(image_ids.tolist())
         rows.append(slot_rows[keep])
         if slot_masks is not None:
             masks += [mask for mask, kept in zip(slot_masks, keep.tolist(), strict=True) if kept]
+        if slot_keypoints is not None and keep.any():
+            keypoints.append(slot_keypoints[keep])
     merged = np.concatenate(rows)
     order = np.argsort(merged[:, 0], kind="stable")
-    return merged[order], [masks[i] for i in order.tolist()] if masks else None
+    return (
+        merged[order],
+        [masks[i] for i in order.tolist()] if masks else None,
+        np.concatenate(keypoints)[order] if keypoints else None,
+    )
 
 
 def _mean(values: np.ndarray) -> float:

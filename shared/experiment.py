@@ -130,7 +130,7 @@ class SearcherMetric:
         """What stands for a metric that is undefined: finite, and no better than any value of it.
 
         COCO's numbers are in [0, 1]; anything else may be as bad as a double can say."""
-        if not self.smaller_is_better and self.name.startswith(("bbox_", "segm_")):
+        if not self.smaller_is_better and self.name.startswith(("bbox_", "segm_", "keypoints_")):
             return 0.0
         return 1e30 if self.smaller_is_better else -1e30
 

@@ -30,7 +30,7 @@ from shared.dataset import read_image
 from shared.detections import Detections, to_coco_results
 from shared.determined_fixes import on_cluster
 from shared.errors import UserError
-from shared.evaluation import SUMMARY_METRICS
+from shared.evaluation import summary_metrics
 from shared.experiment import DataConfig, Length, SplitData, fixed_hyperparameters, load_config
 from shared.local_run import LocalRun, RunFolder
 from shared.storage import DiskImages
@@ -387,11 +387,11 @@ def _write_results(folder: Path, gathered: list[tuple[Any, list[dict]]]) -> int:
 
 def metrics_table(metrics: dict[str, float], iou_types: tuple[str, ...]) -> str:
     """COCO's numbers, and the AP of each category, as text; other metrics a line each."""
-    if not all(f"{iou_types[0]}_{name}" in metrics for name in SUMMARY_METRICS):
+    if not all(f"{iou_types[0]}_{name}" in metrics for name in summary_metrics(iou_types[0])):
         return tabulate(list(metrics.items()), floatfmt=".4f")
-    rows = [[name, *(metrics[f"{iou_type}_{name}"] for iou_type in iou_types)] for name in SUMMARY_METRICS]
-    names = [name.removeprefix(f"{iou_types[0]}_") for name in metrics if name.startswith(f"{iou_types[0]}_AP/")]
-    rows += [[name, *(metrics.get(f"{iou_type}_{name}", float("nan")) for iou_type in iou_types)] for name in names]
+    names = list(dict.fromkeys(name for iou_type in iou_types for name in summary_metrics(iou_type)))
+    names += [name.removeprefix(f"{iou_types[0]}_") for name in metrics if name.startswith(f"{iou_types[0]}_AP/")]
+    rows = [[name, *(metrics.get(f"{iou_type}_{name}") for iou_type in iou_types)] for name in names]
     return tabulate(rows, headers=["", *iou_types], floatfmt=".4f", missingval="-")
 
 

@@ -19,7 +19,7 @@ from shared.checkpoints import CATEGORIES_FILE
 from shared.detections import Detections
 from shared.determined_fixes import FiniteSearcherMetric, PlainRandomState, SearcherStop, on_cluster, wrap_model
 from shared.errors import UserError
-from shared.evaluation import SUMMARY_METRICS, CocoEvaluator
+from shared.evaluation import CocoEvaluator, summary_metrics
 from shared.experiment import (
     DataConfig,
     Length,
@@ -163,7 +163,7 @@ class DetectionTrial(PyTorchTrial):
 
     def reported_metrics(self) -> list[str] | None:
         """The names that a validation reports, one of which the searcher goes by; None where they are not known."""
-        return [f"{iou_type}_{name}" for iou_type in self.iou_types for name in SUMMARY_METRICS]
+        return [f"{iou_type}_{name}" for iou_type in self.iou_types for name in summary_metrics(iou_type)]
 
     def save_own_config(self, folder: Path) -> None:
         """Writes the detector's own configuration, resolved, into the run's or a checkpoint's folder."""

@@ -93,6 +93,23 @@ def test_processes_that_open_at_once_agree(coco, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [".a.json.columns", "a.json"]
 
 
+def test_keypoints_are_the_file_s_and_go_with_their_annotations(coco, tmp_path):
+    del coco["annotations"][1:]
+    coco["annotations"] += [
+        {**coco["annotations"][0], "id": 901, "keypoints": [1.5, 2, 2, 0, 0, 0]},
+        {**coco["annotations"][0], "id": 902, "keypoints": [3, 4.25, 1]},
+    ]
+    annotations = CocoAnnotations.from_dict(coco)
+    (record,) = [record for record in annotations if len(record.boxes)]
+    assert record.keypoints.tolist() == [[[0, 0, 0]] * 2, [[1.5, 2, 2], [0, 0, 0]], [[3, 4.25, 1], [0, 0, 0]]]
+    name = annotations.category_names[record.labels[0]]
+    assert annotations.select_categories([name]).columns["keypoints"].shape == (3, 2, 3)
+
+    coco["annotations"][-1]["keypoints"] = [3, 4]
+    with pytest.raises(UserError, match="annotation 902 has 2 numbers in `keypoints`"):
+        CocoAnnotations.from_dict(coco)
+
+
 def test_area_and_iscrowd_may_be_missing(coco):
     for annotation in coco["annotations"]:
         del annotation["area"], annotation["iscrowd"], annotation["segmentation"]

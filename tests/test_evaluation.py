@@ -11,11 +11,13 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from tiny_models import with_keypoints
 
 from shared import synthetic
 from shared.annotations import CocoAnnotations
 from shared.detections import Detections, to_coco_results
-from shared.evaluation import SUMMARY_METRICS, CocoEvaluator, evaluate
+from shared.errors import UserError
+from shared.evaluation import CocoEvaluator, evaluate, summary_metrics
 
 
 def box_masks(boxes, height, width):
@@ -47,26 +49,41 @@ def noisy(annotations, seed=0, copies=2, jitter=0.1, tied=False, masks=True):
     return detections
 
 
-def pycocotools_metrics(coco: dict, annotations, detections, iou_type):
+def noisy_keypoints(annotations, seed=0):
+    """`noisy` detections, with the truth's keypoints beside their places."""
+    rng = np.random.default_rng(seed)
+    detections = []
+    for record, detection in zip(annotations, noisy(annotations, masks=False), strict=True):
+        points = np.repeat(record.keypoints, 2, axis=0).copy()
+        points[..., :2] += rng.normal(size=points[..., :2].shape) * 4
+        detections.append(replace(detection, keypoints=points))
+    return detections
+
+
+def pycocotools_metrics(coco: dict, annotations, detections, iou_type, sigmas=None):
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = {"info": {}, **json.loads(json.dumps(coco))}
         truth.createIndex()
         results = [r for d in detections for r in to_coco_results(d, annotations.category_ids)]
         # a result's area is its box's where it has one: MMDetection and Detectron2 take the box from a mask's too
-        left_out = {"bbox": "segmentation", "segm": "bbox"}[iou_type]
+        left_out = {"bbox": "segmentation", "segm": "bbox", "keypoints": "segmentation"}[iou_type]
         results = [{k: v for k, v in r.items() if k != left_out} for r in results]
         found = truth.loadRes(results) if results else COCO()
         if not results:
             found.dataset = {**truth.dataset, "annotations": []}
             found.createIndex()
         evaluation = COCOeval(truth, found, iou_type)
+        if sigmas is not None:
+            evaluation.params.kpt_oks_sigmas = np.array(sigmas)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    expected = {f"{iou_type}_{name}": value for name, value in zip(SUMMARY_METRICS, evaluation.stats, strict=True)}
+    expected = {
+        f"{iou_type}_{name}": value for name, value in zip(summary_metrics(iou_type), evaluation.stats, strict=True)
+    }
     for label, category in enumerate(annotations.categories):
-        precision = evaluation.eval["precision"][:, :, label, 0, 2]
+        precision = evaluation.eval["precision"][:, :, label, 0, -1]
         precision = precision[precision > -1]
         if precision.size:
             expected[f"{iou_type}_AP/{category['name']}"] = precision.mean()
@@ -103,6 +120,30 @@ def test_crowds():
 def test_ties_in_score():
     coco = shapes_with()
     assert_like_pycocotools(coco, noisy(CocoAnnotations.from_dict(coco), tied=True, copies=3))
+
+
+def test_keypoints():
+    coco = with_keypoints(shapes_with())
+    detections = noisy_keypoints(CocoAnnotations.from_dict(coco))
+    assert_like_pycocotools(coco, detections, ("bbox", "keypoints"))
+    assert 0.1 < evaluate(CocoAnnotations.from_dict(coco), detections, ("keypoints",))["keypoints_mAP"] < 0.9
+    assert_like_pycocotools(coco, [], ("keypoints",))
+
+
+def test_keypoints_that_are_not_cocos_have_sigmas_of_their_own():
+    coco = with_keypoints(shapes_with())
+    for annotation in coco["annotations"]:
+        annotation["keypoints"] = annotation["keypoints"][:9]
+    annotations = CocoAnnotations.from_dict(coco)
+    with pytest.raises(UserError, match="3 keypoints an object, and there are 17 sigmas"):
+        evaluate(annotations, [], ("keypoints",))
+    detections = noisy_keypoints(annotations)
+    sigmas = [0.05, 0.1, 0.02]
+    for annotation in coco["annotations"]:
+        annotation["num_keypoints"] = sum(v > 0 for v in annotation["keypoints"][2::3])
+    ours = evaluate(annotations, detections, ("keypoints",), keypoint_sigmas=sigmas)
+    for name, value in pycocotools_metrics(coco, annotations, detections, "keypoints", sigmas).items():
+        assert ours[name] == pytest.approx(value, abs=1e-6, nan_ok=True), name
 
 
 def test_more_than_100_detections_an_image():
