@@ -54,7 +54,7 @@ bench: $(ALL_READY)
 
 # Determined uploads a detector's folder and follows no link to a folder: shared/ is in it as a link a file.
 links:
-	for detector in efficientdet mmdetection; do \
+	for detector in efficientdet mmdetection detectron2; do \
 		mkdir -p $$detector/shared && find $$detector/shared -type l -delete && \
 		for file in shared/*.py; do ln -s "../../$$file" "$$detector/shared/$${file##*/}"; done; \
 	done

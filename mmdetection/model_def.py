@@ -43,12 +43,11 @@ from mmdetection_files.evaluation import OwnEvaluator, OwnResult, own_arguments,
 from mmdetection_files.hooks import EMA_HOOKS, MomentumEma, StepRunner, hook_config, mode_switch
 from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
 from mmdetection_files.model import (
+    PYTHON_STATE,
     build_model,
     build_optimizer,
     build_scaler,
     load_pretrained,
-    python_state,
-    restore_python_state,
     without_pretrained_backbone,
 )
 from shared.annotations import check_same_categories
@@ -60,6 +59,7 @@ from shared.evaluation import CocoEvaluator
 from shared.experiment import Split, SplitData, check_trainable, open_split
 from shared.launch import main
 from shared.loading import Batch
+from shared.python_state import python_state, restore_python_state
 from shared.trial import DetectionTrial
 
 logger = logging.getLogger(__name__)
@@ -261,7 +261,7 @@ class MMDetectionTrial(DetectionTrial):
         self.runner.end()
 
     def own_state(self) -> dict[str, Any]:
-        return python_state(self.plain_model)
+        return python_state(self.plain_model, PYTHON_STATE)
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         restore_python_state(self.plain_model, state)

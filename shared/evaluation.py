@@ -115,10 +115,10 @@ class CocoEvaluator(MetricReducer):
 
     def update(self, detections: Iterable[Detections]) -> None:
         for detection in detections:
-            for iou_type, needed in (("segm", detection.masks), ("keypoints", detection.keypoints)):
-                if iou_type in self.iou_types and needed is None:
+            for iou_type, needed in (("segm", "masks"), ("keypoints", "keypoints")):
+                if iou_type in self.iou_types and getattr(detection, needed) is None:
                     raise ValueError(
-                        f"image {detection.image_id}: {iou_type!r} needs them of the detections, and there are none"
+                        f"image {detection.image_id}: {iou_type!r} needs the detections' {needed}, and there are none"
                     )
             self._detections[detection.image_id] = detection
 

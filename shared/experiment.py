@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -172,6 +173,22 @@ def refuse_unknown_keys(section: dict[str, Any], valid: Iterable[str], where: st
             raise UserError(f"{where}: unknown key {key!r}; {nearest(str(key), valid)}")
 
 
+def find_library_config(name: str, submitted: Path, shipped: Path, key: str) -> Path:
+    """The path of a detector library's config: in the folder submitted, else among those that the library ships.
+
+    Raises:
+        UserError: it is in neither; says where it was looked for, and near names.
+    """
+    for place in (submitted, shipped):
+        if (place / name).is_file():
+            return (place / name).absolute()
+    known = {str(path.relative_to(shipped)) for path in shipped.rglob("*") if path.suffix in (".py", ".yaml")}
+    by_file_name = sorted(other for other in known if Path(other).name == Path(name).name)
+    listed = f"they are listed in {shipped}"
+    near = f"did you mean {by_file_name[0]!r}?" if by_file_name else nearest(name, known, otherwise=listed)
+    raise UserError(f"hyperparameters.{key}: {name} is neither in {submitted} nor in {shipped}; {near}")
+
+
 def fixed_hyperparameters(config: dict[str, Any]) -> dict[str, Any]:
     """The hyperparameters of a config that leaves nothing to a searcher.
 
@@ -287,6 +304,19 @@ def check_trainable(annotations: CocoAnnotations) -> None:
     """Raises UserError where there is nothing to train on."""
     if not (~annotations.without_area & ~annotations.columns["iscrowd"]).any():
         raise UserError(f"data.train.annotations: {annotations.path} has no box to train on")
+
+
+def check_masks(annotations: CocoAnnotations) -> None:
+    """Raises UserError where annotations to train masks on have none."""
+    columns = annotations.columns
+    # nothing, or an empty list
+    without = (np.diff(columns["segmentation_offsets"]) <= len(b"[]")) & ~columns["iscrowd"] & ~annotations.without_area
+    if without.any():
+        raise UserError(
+            f"data.train.annotations: {int(without.sum())} annotations of {annotations.path} have no segmentation, the "
+            f"first has id {columns['annotation_ids'][without.argmax()]}, and hyperparameters.config_file trains "
+            "masks; choose a config of boxes alone, or add the masks"
+        )
 
 
 def parse_schedule(config: dict[str, Any], defaults: Mapping[str, Length] | None = None) -> Schedule:

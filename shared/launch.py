@@ -222,7 +222,7 @@ def _output_dir(given: Path | None, distributed: DistributedContext) -> Path:
 def _make_paths_absolute(config: dict[str, Any], trial_class: type[DetectionTrial]) -> None:
     def absolute(section: Any, key: str) -> None:
         value = section.get(key) if isinstance(section, dict) else None
-        if isinstance(value, str) and "://" not in value and Path(value).exists():
+        if isinstance(value, str) and value and "://" not in value and Path(value).exists():
             section[key] = str(Path(value).absolute())
 
     data = config.get("data") or {}

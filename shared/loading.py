@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
@@ -29,12 +30,12 @@ class Batch:
         return len(self.image_ids)
 
     def pin_memory(self) -> Batch:  # DataLoader asks for this name
-        return _map_tensors(self, lambda tensor: tensor.pin_memory())
+        return map_tensors(self, lambda tensor: tensor.pin_memory())
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on `device`; from pinned memory without waiting for the copy."""
-    return _map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 class PrefetchLoader:
@@ -94,16 +95,19 @@ def _record_stream(batch: Batch, stream: torch.cuda.Stream) -> None:
         tensor.record_stream(stream)
         return tensor
 
-    _map_tensors(batch, record)
+    map_tensors(batch, record)
 
 
-def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+@functools.singledispatch
+def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same structure (dicts, lists, tuples, dataclasses) with `function` of each tensor; a detector registers the
+    structures of its library."""
     if isinstance(value, torch.Tensor):
         return function(value)
     if isinstance(value, dict):
-        return {key: _map_tensors(item, function) for key, item in value.items()}
+        return {key: map_tensors(item, function) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_map_tensors(item, function) for item in value)
+        return type(value)(map_tensors(item, function) for item in value)
     if is_dataclass(value):
-        return type(value)(**{f.name: _map_tensors(getattr(value, f.name), function) for f in fields(value)})
+        return type(value)(**{f.name: map_tensors(getattr(value, f.name), function) for f in fields(value)})
     return value

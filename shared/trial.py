@@ -102,7 +102,7 @@ class DetectionTrial(PyTorchTrial):
             self.batches_per_epoch = len(self._training_batches())
             self.total_batches = self.schedule.max_length.batches(self.batches_per_epoch, self.global_batch_size)
         else:
-            self.categories = categories if categories is not None else self._known_categories()
+            self.categories = categories if categories is not None else self.known_categories()
 
         context.experimental.disable_dataset_reproducibility_checks()  # our sampler goes on where it was
         context.experimental.disable_auto_to_device()  # PrefetchLoader copies, and does not wait for it
@@ -217,6 +217,12 @@ class DetectionTrial(PyTorchTrial):
         """The data to validate on, checked."""
         return open_split(self.data, "val")
 
+    def known_categories(self) -> list[dict]:
+        """The data set's categories where its annotation file is there, else those that the weights know."""
+        if self.data.backend == "fake" or (self.data.val and Path(self.data.val.annotations).exists()):
+            return self.open_val().categories
+        return self.pretrained_categories
+
     def training_groups(self) -> np.ndarray:
         """(samples,) the group of each training sample: a batch is of one group."""
         return np.zeros(len(self.train_data.annotations), dtype=np.uint8)
@@ -259,12 +265,6 @@ class DetectionTrial(PyTorchTrial):
         """The evaluator over the images of `evaluated_images`: `update` takes what `detect` returns."""
         image_ids = data.annotations.image_ids[list(self.evaluated_images(len(data.annotations)))]
         return CocoEvaluator(data.annotations, self.iou_types, image_ids, compute_here=self.rank == 0)
-
-    def _known_categories(self) -> list[dict]:
-        """The data set's categories where its annotation file is there, else those that the weights know."""
-        if self.data.backend == "fake" or (self.data.val and Path(self.data.val.annotations).exists()):
-            return self.open_val().categories
-        return self.pretrained_categories
 
     def _training_batches(self) -> TrainingBatchSampler:
         groups = self.training_groups()

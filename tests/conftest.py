@@ -16,7 +16,7 @@ from tiny_models import efficientdet_config
 
 ROOT = Path(__file__).parent.parent
 # as in a submitted folder: `model_def` and `<name>_files` beside `shared`; of the model_defs this finds EfficientDet's
-sys.path[:0] = [str(ROOT), str(ROOT / "efficientdet"), str(ROOT / "mmdetection")]
+sys.path[:0] = [str(ROOT), str(ROOT / "efficientdet"), str(ROOT / "mmdetection"), str(ROOT / "detectron2")]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 EXPERIMENT_SCHEMA = ROOT.parent / "shared" / "expconf"
 
@@ -27,10 +27,14 @@ try:
     import mmdet  # noqa: F401
 except Exception as error:  # a broken build shows in many ways
     WITHOUT_LIBRARY["mmdetection"] = f"mmdet or the compiled mmcv-full cannot be imported: {error}"
+try:
+    import detectron2.config  # noqa: F401 without the library, `detectron2` is the folder
+except Exception as error:
+    WITHOUT_LIBRARY["detectron2"] = f"the library Detectron2 cannot be imported: {error}"
 collect_ignore = list(WITHOUT_LIBRARY)
 
 
-@pytest.fixture(params=["efficientdet", "mmdetection"])
+@pytest.fixture(params=["efficientdet", "mmdetection", "detectron2"])
 def detector(request) -> str:
     """Each detector whose library is here."""
     if request.param in WITHOUT_LIBRARY:

@@ -55,7 +55,7 @@ def noisy_keypoints(annotations, seed=0):
     detections = []
     for record, detection in zip(annotations, noisy(annotations, masks=False), strict=True):
         points = np.repeat(record.keypoints, 2, axis=0).copy()
-        points[..., :2] += rng.normal(size=points[..., :2].shape) * 4
+        points[..., :2] += rng.normal(size=points[..., :2].shape) * 2
         detections.append(replace(detection, keypoints=points))
     return detections
 

@@ -6,14 +6,15 @@ import math
 import sys
 from pathlib import Path
 
-MMDETECTION = Path(__file__).parent.parent / "mmdetection"
+ROOT = Path(__file__).parent.parent
+MMDETECTION, DETECTRON2 = ROOT / "mmdetection", ROOT / "detectron2"
 
 
-def load_model_def():
-    """mmdetection/model_def.py under a name of its own: each detector has a model_def."""
-    name = "mmdetection_model_def"
+def load_model_def(detector: str = "mmdetection"):
+    """A detector's model_def.py under a name of its own: each has one."""
+    name = f"{detector}_model_def"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, MMDETECTION / "model_def.py")
+        spec = importlib.util.spec_from_file_location(name, ROOT / detector / "model_def.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         sys.modules[name] = module
@@ -100,6 +101,35 @@ def with_keypoints(coco: dict) -> dict:
     return {**coco, "annotations": annotations, "categories": categories}
 
 
+SMALL_YAML = {
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.RESNETS.NORM": "BN",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+    "MODEL.FPN.OUT_CHANNELS": 16,
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 100,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 100,
+    "MODEL.RETINANET.NUM_CONVS": 1,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 32,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": 16,
+    "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": [16],
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 16,
+    "MODEL.SEM_SEG_HEAD.NORM": "",
+    "INPUT.MIN_SIZE_TRAIN": [128],
+    "INPUT.MIN_SIZE_TEST": 128,
+    "SOLVER.WARMUP_ITERS": 2,
+}
+SMALL_LAZY = {
+    "dataloader.train.mapper.augmentations": [
+        {"_target_": "detectron2.data.transforms.RandomFlip", "horizontal": True}
+    ],
+    "dataloader.test.mapper.augmentations": [],
+}
+
+
 def efficientdet_config(shapes: Path) -> dict:
     """A run of 12 batches, validated and saved every 4, that takes seconds."""
     return _experiment(
@@ -135,17 +165,34 @@ def mmdet_config(
     )
 
 
+def detectron2_config(
+    shapes: Path, config_file: str = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", **overrides: object
+) -> dict:
+    """The same of one of Detectron2's configs."""
+    return _experiment(
+        shapes,
+        {
+            "global_batch_size": 4,
+            "config_file": config_file,
+            "weights": "",
+            "config_overrides": {**(SMALL_LAZY if config_file.endswith(".py") else SMALL_YAML), **overrides},
+        },
+    )
+
+
 def trial_classes() -> dict[str, type]:
-    """Each detector's trial; MMDetection's only where its library is here."""
+    """Each detector's trial; those alone whose library is here."""
     from model_def import EfficientDetTrial
 
     trials = {"efficientdet": EfficientDetTrial}
     with contextlib.suppress(ImportError, SystemExit):
         trials["mmdetection"] = load_model_def().MMDetectionTrial
+    with contextlib.suppress(ImportError, SystemExit):
+        trials["detectron2"] = load_model_def("detectron2").Detectron2Trial
     return trials
 
 
-CONFIGS = {"efficientdet": efficientdet_config, "mmdetection": mmdet_config}
+CONFIGS = {"efficientdet": efficientdet_config, "mmdetection": mmdet_config, "detectron2": detectron2_config}
 
 
 def _experiment(shapes: Path, hyperparameters: dict) -> dict:

@@ -33,7 +33,7 @@ from mmdet.utils import compat_cfg
 
 from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
 from shared.errors import UserError, nearest
-from shared.experiment import Length
+from shared.experiment import Length, find_library_config
 
 RESOLVED_CONFIG = "mmdet_config.py"
 _WITH_REGISTRIES = (
@@ -61,33 +61,16 @@ def shipped_configs() -> Path:
     return next(folder for folder in (package / ".mim/configs", package.parent / "configs") if folder.is_dir())
 
 
-def find_config(name: str, submitted: Path, key: str) -> Path:
-    """The path of a config: in the folder submitted, else among mmdet's own.
-
-    Raises:
-        UserError: it is in neither; says where it was looked for, and near names.
-    """
-    places = [submitted, shipped_configs()]
-    for place in places:
-        if (place / name).is_file():
-            return (place / name).absolute()
-    known = {str(path.relative_to(places[1])) for path in places[1].rglob("*.py")}
-    by_file_name = sorted(other for other in known if Path(other).name == Path(name).name)
-    listed = f"they are listed in {places[1]}"
-    near = f"did you mean {by_file_name[0]!r}?" if by_file_name else nearest(name, known, otherwise=listed)
-    raise UserError(f"hyperparameters.{key}: {name} is neither in {places[0]} nor in {places[1]}; {near}")
-
-
 def load_mmdet_config(hparams: MMDetectionHyperparameters, submitted: Path) -> Config:
     """`config_file`, with `merge_config` over it and `override_mmdet_config` last.
 
     Raises:
         UserError: a file is not found or not a config; a key merged in is unknown to what it is merged into.
     """
-    path = find_config(hparams.config_file, submitted, "config_file")
+    path = find_library_config(hparams.config_file, submitted, shipped_configs(), "config_file")
     config = read_resolved(path) if path.name == RESOLVED_CONFIG else _read(path, "config_file")
     if hparams.merge_config is not None:
-        merged = find_config(hparams.merge_config, submitted, "merge_config")
+        merged = find_library_config(hparams.merge_config, submitted, shipped_configs(), "merge_config")
         known_variables = _variables(merged)
         _merge(config, dict(_read(merged, "merge_config")._cfg_dict), "merge_config", known_variables)
     if hparams.override_mmdet_config:

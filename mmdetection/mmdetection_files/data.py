@@ -28,6 +28,7 @@ from mmdetection_files.hyperparameters import MMDetectionData
 from shared.annotations import CocoAnnotations, ImageRecord
 from shared.dataset import CocoDetection, SampleKey
 from shared.errors import UserError
+from shared.experiment import check_masks
 from shared.loading import Batch
 from shared.samplers import aspect_ratio_groups
 from shared.seeding import seed_all
@@ -197,7 +198,7 @@ class CocoSamples:
         self.PALETTE = CocoDataset.PALETTE
         columns = annotations.columns
         if any(step["type"] == "LoadAnnotations" and step.get("with_mask") for step in pipeline):
-            _check_masks(annotations)
+            check_masks(annotations)
         used = np.minimum(columns["widths"], columns["heights"]) >= _MIN_SIDE
         if leaf.get("filter_empty_gt", True):
             used &= np.diff(columns["offsets"]) > 0
@@ -225,18 +226,6 @@ class CocoSamples:
 
     def get_cat_ids(self, index: int) -> list[int]:
         return self.images.annotations[int(self.indices[index])].labels.tolist()
-
-
-def _check_masks(annotations: CocoAnnotations) -> None:
-    columns = annotations.columns
-    # nothing, or an empty list
-    without = (np.diff(columns["segmentation_offsets"]) <= len(b"[]")) & ~columns["iscrowd"] & ~annotations.without_area
-    if without.any():
-        raise UserError(
-            f"data.train.annotations: {int(without.sum())} annotations of {annotations.path} have no segmentation, the "
-            f"first has id {columns['annotation_ids'][without.argmax()]}, and the MMDetection config trains masks; "
-            "choose a config of boxes alone, or add the masks"
-        )
 
 
 def build_samples(dataset: Any, build_leaf: Callable[[ConfigDict], Any]) -> Any:

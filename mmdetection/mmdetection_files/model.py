@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import operator
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,7 @@ def build_scaler(fp16: dict[str, Any]) -> torch.amp.GradScaler:
 
 
 # what these modules keep in plain attributes while they train
-_PYTHON_STATE = {
+PYTHON_STATE = {
     "YOLOX": ("_input_size", "_progress_in_iter"),
     "DynamicRoIHead": (
         "iou_history",
@@ -120,32 +119,6 @@ _PYTHON_STATE = {
         "bbox_head.loss_bbox.beta",
     ),
 }
-
-
-def python_state(model: nn.Module) -> dict[str, Any]:
-    """What a resumed run needs of the model beside its weights and buffers, as plain numbers."""
-    return {
-        f"{name}:{path}": _plain(operator.attrgetter(path)(module))
-        for name, module in model.named_modules()
-        for path in _PYTHON_STATE.get(type(module).__name__, ())
-    }
-
-
-def restore_python_state(model: nn.Module, state: dict[str, Any]) -> None:
-    """Takes back what `python_state` gave."""
-    for key, value in state.items():
-        name, path = key.split(":")
-        *owners, attribute = path.split(".")
-        owner = model.get_submodule(name)
-        for part in owners:
-            owner = getattr(owner, part)
-        setattr(owner, attribute, value)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item) for item in value)
-    return value.item() if hasattr(value, "item") else value
 
 
 @functools.cache

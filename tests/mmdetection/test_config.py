@@ -9,7 +9,6 @@ from tiny_models import MMDETECTION
 
 from mmdetection_files.config import (
     default_lengths,
-    find_config,
     load_mmdet_config,
     read_resolved,
     set_num_classes,
@@ -20,7 +19,7 @@ from mmdetection_files.config import (
 from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
 from mmdetection_files.model import load_pretrained, published_checkpoints
 from shared.errors import UserError
-from shared.experiment import Length, Split, parse_data
+from shared.experiment import Length, Split, find_library_config, parse_data
 
 MASK_RCNN = "mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py"
 
@@ -30,11 +29,14 @@ def resolve(submitted=MMDETECTION, config_file=MASK_RCNN, **hparams):
 
 
 def test_a_config_of_the_folder_comes_before_one_of_mmdetection_s(tmp_path):
-    assert find_config(MASK_RCNN, tmp_path, "config_file") == (shipped_configs() / MASK_RCNN).absolute()
+    assert (
+        find_library_config(MASK_RCNN, tmp_path, shipped_configs(), "config_file")
+        == (shipped_configs() / MASK_RCNN).absolute()
+    )
     own = tmp_path / MASK_RCNN
     own.parent.mkdir()
     shutil.copy(shipped_configs() / "retinanet/retinanet_r18_fpn_1x_coco.py", own)
-    assert find_config(MASK_RCNN, tmp_path, "config_file") == own
+    assert find_library_config(MASK_RCNN, tmp_path, shipped_configs(), "config_file") == own
 
 
 def test_a_config_that_is_not_found_says_where_it_was_looked_for_and_what_is_near(tmp_path):

@@ -18,9 +18,10 @@ from pycocotools import mask as coco_mask
 from tiny_models import MMDETECTION, load_model_def, mmdet_config
 
 from mmdetection_files.hooks import MomentumEma
-from mmdetection_files.model import python_state, restore_python_state
+from mmdetection_files.model import PYTHON_STATE
 from shared.dataset import SampleKey
 from shared.errors import UserError
+from shared.python_state import python_state, restore_python_state
 
 RETINANET = "retinanet/retinanet_r50_fpn_1x_coco.py"
 FASTER_RCNN = "faster_rcnn/faster_rcnn_r50_fpn_1x_coco.py"
@@ -232,7 +233,7 @@ def test_yolox_s_random_size_is_in_the_checkpoint():
     class YOLOX(torch.nn.Module):
         _input_size, _progress_in_iter = (320, 320), np.int64(7)
 
-    saved, model = python_state(YOLOX()), YOLOX()
+    saved, model = python_state(YOLOX(), PYTHON_STATE), YOLOX()
     model._input_size = None
     restore_python_state(model, saved)
     assert model._input_size == (320, 320)

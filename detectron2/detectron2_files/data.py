@@ -1,0 +1,398 @@
+"""From records to Detectron2's inputs, and data sets that are registered by name."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.common import DatasetFromList
+from detectron2.data.datasets import register_coco_instances
+from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.data.samplers import RepeatFactorTrainingSampler
+from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, Keypoints, RotatedBoxes
+from detectron2.utils.file_io import PathHandler, PathManager
+from PIL import ExifTags, Image
+from torch.utils.data import Dataset
+
+from detectron2_files.config import TrainingSet
+from shared.annotations import CocoAnnotations, ImageRecord
+from shared.dataset import CocoDetection, SampleKey
+from shared.errors import UserError, nearest
+from shared.experiment import SplitData, check_masks
+from shared.loading import Batch, map_tensors
+from shared.seeding import seed_all
+
+logging.getLogger("detectron2.data").setLevel(logging.WARNING)  # tables of a data set's classes
+
+TRAIN_NAME, VAL_NAME = "data.train", "data.val"
+_PREFIX = "image-bytes://"
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+# --- images -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class EncodedImage:
+    """An image file's bytes, which the mapper decodes; and its (height, width) as it will be, EXIF's turn made."""
+
+    data: bytes
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, data: bytes) -> EncodedImage:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            sideways = image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+        return cls(data, (width, height) if sideways else (height, width))
+
+
+class _ImageBytes(PathHandler):
+    """Hands the bytes that the shared storage has read to whatever mapper reads `image-bytes://…`."""
+
+    data = b""
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [_PREFIX]
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **_: Any) -> io.BytesIO:
+        return io.BytesIO(self.data)
+
+
+_image_bytes = _ImageBytes()
+PathManager.register_handler(_image_bytes, allow_override=True)
+
+
+class MapperTransform:
+    """A record and its encoded image through a Detectron2 mapper: the model's input, "file_name" as in the file."""
+
+    def __init__(self, mapper: Callable[[dict], dict | None], annotated: bool):
+        self.mapper = mapper
+        self.annotated = annotated
+
+    def __call__(self, image: EncodedImage, record: ImageRecord) -> dict[str, Any]:
+        dataset_dict = to_dataset_dict(record, self.annotated)
+        dataset_dict["file_name"] = f"{_PREFIX}{record.file_name}"
+        _image_bytes.data = image.data
+        return {**_mapped(self.mapper, dataset_dict, record.file_name), "file_name": record.file_name}
+
+
+def _mapped(mapper: Callable[[dict], dict | None], dataset_dict: dict[str, Any], file_name: str) -> dict[str, Any]:
+    where = f"{file_name} (image id {dataset_dict.get('image_id')})"
+    try:
+        mapped = mapper(dataset_dict)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{where} cannot be read as an image: {error}") from error
+    except SizeMismatchError as error:
+        raise UserError(f"{where}: {error}") from error
+    if mapped is None:
+        raise UserError(f"{where}: the mapper gives None for it; leave such images out of the data set")
+    return mapped
+
+
+def to_dataset_dict(record: ImageRecord, annotated: bool = True) -> dict[str, Any]:
+    """A record in Detectron2's data set format, as `load_coco_json` makes it: keypoints on the pixels' centres, masks
+    without polygons that have no area, and no annotation that has no other."""
+    dataset_dict: dict[str, Any] = {
+        "file_name": record.file_name,
+        "image_id": record.image_id,
+        "height": record.height,
+        "width": record.width,
+    }
+    if not annotated:
+        return dataset_dict
+    annotations = []
+    for i, segmentation in enumerate(record.segmentations):
+        annotation: dict[str, Any] = {
+            "bbox": record.file_boxes[i].tolist(),
+            "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": int(record.labels[i]),
+            "iscrowd": int(record.iscrowd[i]),
+        }
+        if isinstance(segmentation, list) and segmentation:
+            segmentation = [polygon for polygon in segmentation if len(polygon) % 2 == 0 and len(polygon) >= 6]
+            if not segmentation:
+                continue
+        if segmentation:
+            annotation["segmentation"] = _compressed(segmentation, record)
+        if record.keypoints is not None:
+            points = record.keypoints[i].copy()
+            points[:, :2] += 0.5
+            annotation["keypoints"] = points.ravel().tolist()
+        annotations.append(annotation)
+    return {**dataset_dict, "annotations": annotations}
+
+
+def _compressed(segmentation: list | dict, record: ImageRecord) -> list | dict:
+    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
+        from pycocotools import mask as coco_mask
+
+        return coco_mask.frPyObjects(segmentation, record.height, record.width)
+    return segmentation
+
+
+# --- samples ----------------------------------------------------------------------------------------
+
+
+class CocoSamples(Dataset):
+    """The training samples of COCO data, by `SampleKey`: those of the images that the config trains on.
+
+    Attributes:
+        indices: (samples,) the image of each.
+    """
+
+    def __init__(self, data: SplitData, mapper: Any, train_set: TrainingSet, seed: int):
+        transform = MapperTransform(mapper, annotated=True)
+        self.images = CocoDetection(
+            data.annotations, data.images, transform, seed, training=False, decode=EncodedImage.of
+        )
+        self.indices = training_images(data.annotations, train_set, seed)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        return self.images[SampleKey(key.epoch, int(self.indices[key.index]))]
+
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """(samples,) widths, (samples,) heights."""
+        columns = self.images.annotations.columns
+        return columns["widths"][self.indices], columns["heights"][self.indices]
+
+
+class RegisteredSamples(Dataset):
+    """Samples of a data set's dicts: by `SampleKey` to train on, by index to evaluate on."""
+
+    def __init__(self, dicts: Sequence[dict], mapper: Any, seed: int, indices: np.ndarray | None = None):
+        self.dicts = DatasetFromList(list(dicts), copy=False)
+        self.mapper = mapper
+        self.seed = seed
+        self.indices = np.arange(len(dicts)) if indices is None else indices
+        self._sizes = np.array([(d.get("width", 1), d.get("height", 1)) for d in dicts]).reshape(-1, 2)[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: SampleKey | int) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        dataset_dict = self.dicts[int(self.indices[index])]
+        seed_all(self.seed, epoch, index)
+        return _mapped(self.mapper, dataset_dict, dataset_dict["file_name"])
+
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """(samples,) widths, (samples,) heights."""
+        return self._sizes[:, 0], self._sizes[:, 1]
+
+
+def training_images(annotations: CocoAnnotations, train_set: TrainingSet, seed: int) -> np.ndarray:
+    """(samples,) the indices of the images to train on, as the config filters and repeats them.
+
+    Raises:
+        UserError: none is left.
+    """
+    columns = annotations.columns
+    image_of = np.repeat(np.arange(len(annotations)), np.diff(columns["offsets"]))
+    kept = np.ones(len(annotations), dtype=bool)
+    if train_set.filter_empty:
+        kept &= np.bincount(image_of[~columns["iscrowd"]], minlength=len(annotations)) > 0
+    if train_set.min_keypoints:
+        visible = (columns["keypoints"][..., 2] > 0).sum(axis=1)
+        kept &= np.bincount(image_of, weights=visible, minlength=len(annotations)) >= train_set.min_keypoints
+    indices = np.flatnonzero(kept)
+    if not len(indices):
+        raise UserError(
+            f"data.train.annotations: no image of {annotations.path} has what the config trains on (an annotation that "
+            "is no crowd, and visible keypoints for a model of keypoints)"
+        )
+
+    def dicts() -> list[dict]:
+        labels, offsets = columns["labels"], columns["offsets"]
+        return [
+            {"annotations": [{"category_id": int(label)} for label in labels[offsets[i] : offsets[i + 1]]]}
+            for i in indices
+        ]
+
+    return indices[_repeats(len(indices), dicts, train_set, seed)]
+
+
+def _repeats(count: int, dicts: Callable[[], list[dict]], train_set: TrainingSet, seed: int) -> np.ndarray:
+    """The positions to train on, by the config's sampler. What a RepeatFactorTrainingSampler draws anew in each epoch,
+    whether a factor's fraction counts, is drawn once here."""
+    generator = np.random.default_rng([seed, 0])
+    if train_set.repeat_threshold is not None:
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dicts(), train_set.repeat_threshold
+        ).numpy()
+        whole = factors.astype(int)
+        return np.repeat(np.arange(count), whole + (generator.random(count) < factors - whole))
+    if train_set.subset_ratio is not None:
+        return np.sort(generator.choice(count, max(int(count * train_set.subset_ratio), 1), replace=False))
+    return np.arange(count)
+
+
+def check_for_training(annotations: CocoAnnotations, iou_types: Sequence[str], polygon_masks: bool) -> None:
+    """Raises UserError where the annotations lack what the config trains on."""
+    if "segm" in iou_types:
+        check_masks(annotations)
+    if "keypoints" in iou_types and "keypoints" not in annotations.columns:
+        raise UserError(f"data.train.annotations: {annotations.path} has no keypoints, and the config trains them")
+    if polygon_masks:
+        columns = annotations.columns
+        starts = columns["segmentation_offsets"][:-1]
+        masks = (np.diff(columns["segmentation_offsets"]) > 0) & ~columns["iscrowd"]
+        is_rle = np.zeros(len(starts), dtype=bool)
+        is_rle[masks] = columns["segmentations"][starts[masks]] == ord("{")
+        if is_rle.any():
+            raise UserError(
+                f"data.train.annotations: {int(is_rle.sum())} masks of {annotations.path} are RLE, the first of "
+                f"annotation {columns['annotation_ids'][is_rle.argmax()]}; say config_overrides: {{INPUT.MASK_FORMAT: "
+                "bitmask}"
+            )
+
+
+# --- data sets by name ------------------------------------------------------------------------------
+
+
+@dataclass
+class RegisteredData:
+    """Data sets of Detectron2's catalog, with their dicts; evaluated by Detectron2's own evaluators."""
+
+    names: tuple[str, ...]
+    dicts: list[dict]
+    semantic: bool
+
+    @property
+    def categories(self) -> list[dict]:
+        return categories_of(self.names[0], self.semantic)
+
+    @property
+    def class_counts(self) -> dict[str, int]:
+        """How many "things" and "stuff" there are."""
+        metadata = MetadataCatalog.get(self.names[0])
+        return {kind: len(metadata.get(f"{kind.removesuffix('s')}_classes") or ()) for kind in ("things", "stuff")}
+
+
+def categories_of(name: str, semantic: bool) -> list[dict]:
+    """The things of a registered data set, or its stuff, as COCO categories: the position is the label."""
+    metadata = MetadataCatalog.get(name)
+    kind = "stuff" if semantic else "thing"
+    ids = {label: i for i, label in (metadata.get(f"{kind}_dataset_id_to_contiguous_id") or {}).items()}
+    names = metadata.get(f"{kind}_classes") or ()
+    points = list(metadata.get("keypoint_names") or ())
+    rules = [(a, b) for a, b, *_ in metadata.get("keypoint_connection_rules") or ()]
+    skeleton = [[points.index(a) + 1, points.index(b) + 1] for a, b in rules if a in points and b in points]
+    keypoints = {"keypoints": points, "skeleton": skeleton} if points else {}
+    return [{"id": ids.get(label, label + 1), "name": name, **keypoints} for label, name in enumerate(names)]
+
+
+def open_registered(names: tuple[str, ...], semantic: bool, train_set: TrainingSet | None = None) -> RegisteredData:
+    """Data sets by name; `train_set` for training, which leaves images out.
+
+    Raises:
+        UserError: a name is not registered, or the data is not where it is registered.
+    """
+    for name in names:
+        if name not in DatasetCatalog:
+            known = DatasetCatalog.list()
+            raise UserError(
+                f"the data set {name!r} is not registered; {nearest(name, known)}; registered are {', '.join(known)}. "
+                "Yours is registered by a Python file in hyperparameters.custom_imports; or give data.train and data.val"
+            )
+    try:
+        dicts = get_detection_dataset_dicts(
+            list(names),
+            filter_empty=train_set is not None and train_set.filter_empty,
+            min_keypoints=train_set.min_keypoints if train_set else 0,
+            proposal_files=list(train_set.proposal_files) if train_set and train_set.proposal_files else None,
+            check_consistency=True,
+        )
+    except Exception as error:  # each data set's loader reads files of its own format
+        raise UserError(
+            f"the data set {', '.join(names)} cannot be read: {type(error).__name__}: {error}. Detectron2's own lie below "
+            "the folder that DETECTRON2_DATASETS names; or give data.train and data.val"
+        ) from error
+    return RegisteredData(names, dicts, semantic)
+
+
+def registered_samples(data: RegisteredData, mapper: Any, train_set: TrainingSet, seed: int) -> RegisteredSamples:
+    """The training samples of registered data, as the config's sampler repeats them."""
+    indices = _repeats(len(data.dicts), lambda: data.dicts, train_set, seed)
+    return RegisteredSamples(data.dicts, mapper, seed, indices)
+
+
+def as_coco_paths(name: str) -> tuple[str, str] | None:
+    """The annotation file and the images' folder of a registered data set that is plain COCO; else None."""
+    if name not in DatasetCatalog or MetadataCatalog.get(name).get("evaluator_type") != "coco":
+        return None
+    metadata = MetadataCatalog.get(name)
+    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+    return (json_file, image_root) if json_file and image_root else None
+
+
+def describe(name: str, annotations: CocoAnnotations) -> None:
+    """Registers the metadata of COCO data that the shared loader reads: what mappers ask for."""
+    if name in MetadataCatalog.list():
+        MetadataCatalog.remove(name)
+    metadata = MetadataCatalog.get(name)
+    metadata.thing_classes = annotations.category_names
+    metadata.thing_dataset_id_to_contiguous_id = {id_: label for label, id_ in enumerate(annotations.category_ids)}
+    metadata.evaluator_type = "coco"
+    points = next((c["keypoints"] for c in annotations.categories if c.get("keypoints")), None)
+    if points:
+        metadata.keypoint_names = points
+        metadata.keypoint_flip_map = _flipped(points)
+
+
+def register_json(name: str, annotations: str, images: str) -> None:
+    """Registers COCO files for Detectron2's own loader and evaluators."""
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+    if name in MetadataCatalog.list():
+        MetadataCatalog.remove(name)
+    if not Path(annotations).is_file():
+        raise UserError(f"{name}.annotations: {annotations} does not exist")
+    register_coco_instances(name, {}, annotations, images)
+
+
+def _flipped(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Left and right of the same point, by their names."""
+    return [
+        (name, other)
+        for name in names
+        if "left" in name.lower() and (other := name.replace("left", "right").replace("Left", "Right")) in names
+    ]
+
+
+# --- batches ----------------------------------------------------------------------------------------
+
+
+def collate(samples: list[dict[str, Any]]) -> Batch:
+    """`images` are B of (3, h, w), `targets` the rest of each input."""
+    images = [sample.pop("image") for sample in samples]
+    return Batch(images, samples, [sample["image_id"] for sample in samples])
+
+
+def inputs_of(batch: Batch) -> list[dict[str, Any]]:
+    """What Detectron2's models take."""
+    return [{**target, "image": image} for image, target in zip(batch.images, batch.targets, strict=True)]
+
+
+@map_tensors.register
+def _(value: Instances, function: Callable) -> Instances:
+    return Instances(
+        value.image_size, **{name: map_tensors(field, function) for name, field in value.get_fields().items()}
+    )
+
+
+@map_tensors.register(Boxes)
+@map_tensors.register(RotatedBoxes)
+@map_tensors.register(BitMasks)
+@map_tensors.register(Keypoints)
+def _(value: Any, function: Callable) -> Any:
+    return type(value)(function(value.tensor))

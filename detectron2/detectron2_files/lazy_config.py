@@ -1,0 +1,227 @@
+"""Detectron2's Python configs, which are LazyConfigs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.solver import LRMultiplier
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+
+from detectron2_files.config import TrainingSet
+from shared.errors import UserError, nearest
+
+
+class LazyConfigFile:
+    """A LazyConfig, `cfg`, with the sections of Detectron2's own: model, optimizer, lr_multiplier, dataloader, train."""
+
+    resolved_name = "detectron2_lazy.yaml"
+    rotated = False
+
+    def __init__(self, path: Path, overrides: Mapping[str, Any]):
+        self.path = path
+        try:
+            self.cfg = LazyConfig.load(str(path))
+        except Exception as error:  # a Python config may raise anything
+            raise UserError(f"hyperparameters.config_file: {path}: {type(error).__name__}: {error}") from error
+        missing = {"model", "optimizer", "lr_multiplier", "dataloader", "train"} - set(self.cfg)
+        if missing:
+            raise UserError(
+                f"hyperparameters.config_file: {path} has no {', '.join(sorted(missing))}; it is a part of configs, not "
+                "a whole one"
+            )
+        for key, value in overrides.items():
+            _check_key(self.cfg, key)
+            OmegaConf.update(self.cfg, key, value, merge=True, force_add=True)
+
+    @property
+    def weights(self) -> str:
+        return self.cfg.train.get("init_checkpoint", "")
+
+    @property
+    def batch_size(self) -> int:
+        return self.cfg.dataloader.train.total_batch_size
+
+    @property
+    def max_iter(self) -> int:
+        return self.cfg.train.max_iter
+
+    @property
+    def eval_period(self) -> int:
+        return self.cfg.train.get("eval_period", 0)
+
+    @property
+    def checkpoint_period(self) -> int:
+        return self.cfg.train.get("checkpointer", {}).get("period", 0)
+
+    @property
+    def learning_rate(self) -> float:
+        return self.cfg.optimizer.lr
+
+    @property
+    def schedule_name(self) -> str:
+        scheduler = self.cfg.lr_multiplier
+        return _name(scheduler.get("scheduler", scheduler)["_target_"])
+
+    @property
+    def mixed_precision(self) -> bool:
+        return bool(self.cfg.train.get("amp", {}).get("enabled"))
+
+    @property
+    def train_set(self) -> TrainingSet:
+        loader = self.cfg.dataloader.train
+        dataset, sampler = loader.dataset, loader.get("sampler") or {}
+        kind = _name(sampler.get("_target_", ""))
+        if kind not in ("", "TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"):
+            raise UserError(f"dataloader.train.sampler: {kind} is not known here; leave it out")
+        factors = sampler.get("repeat_factors") or {}
+        return TrainingSet(
+            names=_names(dataset.names),
+            filter_empty=dataset.get("filter_empty", True),
+            min_keypoints=dataset.get("min_keypoints", 0),
+            proposal_files=_names(dataset.get("proposal_files") or ()),
+            group_by_aspect_ratio=loader.get("aspect_ratio_grouping", True),
+            repeat_threshold=factors.get("repeat_thresh") if kind == "RepeatFactorTrainingSampler" else None,
+            subset_ratio=sampler.get("subset_ratio") if kind == "RandomSubsetTrainingSampler" else None,
+        )
+
+    @property
+    def val_names(self) -> tuple[str, ...]:
+        return _names(self.cfg.dataloader.test.dataset.names)
+
+    @property
+    def iou_types(self) -> tuple[str, ...]:
+        heads = self.cfg.model.get("roi_heads") or {}
+        on = {"segm": heads.get("mask_head"), "keypoints": heads.get("keypoint_head")}
+        return ("bbox", *(name for name, head in on.items() if head))
+
+    @property
+    def keypoint_sigmas(self) -> tuple[float, ...]:
+        evaluator = self.cfg.dataloader.get("evaluator") or {}
+        return tuple(evaluator.get("kpt_oks_sigmas") or ()) if isinstance(evaluator, DictConfig) else ()
+
+    @property
+    def polygon_masks(self) -> bool:
+        mapper = self.cfg.dataloader.train.mapper
+        return bool(mapper.get("use_instance_mask")) and mapper.get("instance_mask_format", "polygon") == "polygon"
+
+    @property
+    def detects_instances(self) -> bool:
+        return _name(self.cfg.model["_target_"]) not in ("SemanticSegmentor", "ProposalNetwork", "PanopticFPN")
+
+    @property
+    def semantic(self) -> bool:
+        return _name(self.cfg.model["_target_"]) == "SemanticSegmentor"
+
+    def scale_schedule(self, global_batch_size: int) -> None:
+        # the multiplier is over the share of the training that is done: warm-up and steps follow max_iter
+        factor, train = global_batch_size / self.batch_size, self.cfg.train
+        self.cfg.dataloader.train.total_batch_size = global_batch_size
+        self.cfg.optimizer.lr *= factor
+        train.max_iter = round(train.max_iter / factor)
+        if self.eval_period:
+            train.eval_period = round(train.eval_period / factor)
+        if self.checkpoint_period:
+            train.checkpointer.period = round(train.checkpointer.period / factor)
+
+    def set_length(self, batches: int) -> None:
+        self.cfg.train.max_iter = batches
+
+    def class_counts(self) -> dict[str, int]:
+        return dict(_class_counts(self.cfg.model, "model"))
+
+    def set_class_count(self, key: str, count: int) -> None:
+        OmegaConf.update(self.cfg, key, count)
+
+    def use_datasets(self, train: tuple[str, ...], val: str) -> None:
+        self.cfg.dataloader.train.dataset.names = list(train)
+        self.cfg.dataloader.test.dataset.names = val
+
+    def mapper(self, training: bool) -> Any:
+        return _build(self.cfg.dataloader.train if training else self.cfg.dataloader.test, "mapper", "dataloader")
+
+    def build_model(self) -> nn.Module:
+        return _build(self.cfg, "model", "")
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        section = OmegaConf.create({"optimizer": copy.deepcopy(self.cfg.optimizer)}, flags={"allow_objects": True})
+        section.optimizer.params.model = model
+        return _build(section, "optimizer", "")
+
+    def lr_scheduler(self, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+        return LRMultiplier(optimizer, _build(self.cfg, "lr_multiplier", ""), self.max_iter)
+
+    def write(self, folder: Path) -> None:
+        LazyConfig.save(self.cfg, str(folder / self.resolved_name))
+
+
+def _name(target: Any) -> str:
+    return (target if isinstance(target, str) else target.__name__).rsplit(".", 1)[-1]
+
+
+def _names(names: Any) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _build(section: DictConfig, key: str, where: str) -> Any:
+    try:
+        return instantiate(section[key])
+    except Exception as error:  # whatever the constructors raise
+        place = f"{where}.{key}" if where else key
+        raise UserError(f"{place} of the Detectron2 config: {type(error).__name__}: {error}") from error
+
+
+def _class_counts(node: Any, prefix: str) -> Iterator[tuple[str, int]]:
+    if isinstance(node, ListConfig):
+        for i in range(len(node)):
+            yield from _class_counts(node[i], f"{prefix}[{i}]")
+    elif isinstance(node, DictConfig):
+        for key in node:
+            if OmegaConf.is_interpolation(node, key):  # follows the one that it names
+                continue
+            if key == "num_classes" and isinstance(node[key], int) and "backbone" not in prefix:
+                yield f"{prefix}.{key}", node[key]
+            else:
+                yield from _class_counts(node[key], f"{prefix}.{key}")
+
+
+def _check_key(cfg: DictConfig, key: str) -> None:
+    """Raises UserError for a key that is neither there nor an argument of what is built from its section:
+    LazyConfig itself takes it silently."""
+    *sections, last = str(key).split(".")
+    node: Any = cfg
+    for i, part in enumerate(sections):
+        below = node.get(part) if isinstance(node, DictConfig) else _item(node, part)
+        if below is None or not OmegaConf.is_config(below):
+            valid = [str(k) for k in node] if isinstance(node, DictConfig) else []
+            here = ".".join(sections[: i + 1])
+            raise UserError(f"hyperparameters.config_overrides: unknown key {here!r}; {nearest(part, valid)}")
+        node = below
+    if isinstance(node, ListConfig):
+        valid = set(map(str, range(len(node))))
+    else:
+        valid = {str(k) for k in node} | _arguments(node.get("_target_"))
+    if last not in valid and "*" not in valid:
+        raise UserError(f"hyperparameters.config_overrides: unknown key {key!r}; {nearest(last, valid)}")
+
+
+def _item(node: ListConfig, part: str) -> Any:
+    return node[int(part)] if part.isdigit() and int(part) < len(node) else None
+
+
+def _arguments(target: Any) -> set[str]:
+    """The names of its arguments, "*" where it takes any."""
+    if target is None:
+        return set()
+    try:
+        parameters = inspect.signature(locate(target) if isinstance(target, str) else target).parameters.values()
+    except (TypeError, ValueError):  # built in
+        return {"*"}
+    return {"*" if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) else p.name for p in parameters}

@@ -1,0 +1,44 @@
+"""The meta-architecture of the config, and its optimizer."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from detectron2_files.config import Detectron2Config
+from shared.errors import UserError
+
+logging.getLogger("detectron2").setLevel(logging.WARNING)
+
+# what these keep in plain attributes while they train
+PYTHON_STATE = {"RetinaNet": ("loss_normalizer",), "FCOS": ("loss_normalizer",)}
+
+
+def build_model(config: Detectron2Config) -> nn.Module:
+    """The meta-architecture on the host, with its initial weights.
+
+    Raises:
+        UserError: the config does not make one.
+    """
+    try:
+        return config.build_model()
+    except UserError:
+        raise
+    except Exception as error:  # the registries' constructors raise whatever they happen to
+        raise UserError(
+            f"hyperparameters.config_file: the model cannot be built: {type(error).__name__}: {error}"
+        ) from error
+
+
+def build_optimizer(config: Detectron2Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The config's optimizer.
+
+    Raises:
+        UserError: it cannot be built.
+    """
+    try:
+        return config.build_optimizer(model)
+    except (KeyError, TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"the config's optimizer cannot be built: {type(error).__name__}: {error}") from error

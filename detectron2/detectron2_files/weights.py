@@ -1,0 +1,178 @@
+"""Weights to start from: of the model zoo, a file, a URL or a checkpoint, without executing pickled code."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from fvcore.common.checkpoint import _IncompatibleKeys
+from torch import nn
+
+from detectron2_files.config import shipped_configs
+from shared.checkpoints import find_checkpoint, load_state, without_ddp
+from shared.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
+logging.getLogger("fvcore.common.checkpoint").setLevel(logging.ERROR)  # a line for each weight
+logging.getLogger("detectron2.checkpoint").setLevel(logging.ERROR)
+logging.getLogger("detectron2.checkpoint.c2_model_loading").setLevel(logging.ERROR)
+
+# the layers whose size follows from the data's categories or keypoints
+_OF_CLASSES = ("cls_score", "bbox_pred", "predictor", "score_lowres", "cls_logits", "ctrness")
+# what NumPy's arrays are pickled with
+_PLAIN = {
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+    ("collections", "OrderedDict"),
+}
+
+
+def zoo_weights(config: Path) -> str:
+    """The URL of the weights that the model zoo publishes for one of its configs.
+
+    Raises:
+        UserError: it publishes none.
+    """
+    from detectron2.model_zoo import get_checkpoint_url  # imports pkg_resources, which newer setuptools lack
+
+    zoo = shipped_configs()
+    name = str(config.relative_to(zoo)) if config.is_relative_to(zoo) else config.name
+    try:
+        return get_checkpoint_url(name)
+    except RuntimeError as error:
+        published = []
+        for other in zoo.rglob("*.*"):
+            try:
+                get_checkpoint_url(str(other.relative_to(zoo)))
+            except RuntimeError:
+                continue
+            published.append(str(other.relative_to(zoo)))
+        raise UserError(
+            f"hyperparameters.use_pretrained: the model zoo has no weights for {name}; "
+            f"{nearest(name, published, otherwise='its MODEL_ZOO.md lists those')}; or give hyperparameters.weights"
+        ) from error
+
+
+def load_weights_into(model: nn.Module, source: str, key: str) -> None:
+    """Start from `source`: a file (.pkl and .pyth of Detectron, .pth), a URL, a `detectron2://` name or a checkpoint of
+    ours. A head for other classes keeps its initial values, said in one line.
+
+    Raises:
+        UserError: it cannot be had, holds code, or is of another architecture.
+    """
+    path = source
+    if "://" not in source and not Path(source.split("?")[0]).is_file():
+        try:
+            path = str(find_checkpoint(source) / "state_dict.pth")
+        except UserError as error:
+            raise UserError(f"{key}: {error}. Give a file, a URL, a detectron2:// name or a checkpoint") from error
+    reader = _Reader(model)
+    try:
+        reader.load(path)
+    except UserError:
+        raise
+    except (OSError, urllib.error.URLError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"{key}: {source} cannot be had: {error}. Without a way to the internet give a file, "
+            "hyperparameters.weights: PATH, or start from nothing, weights: ''"
+        ) from error
+    _judge(model, reader.incompatible, reader.by_heuristics, source, key)
+
+
+class _Reader(DetectionCheckpointer):
+    """Detectron2's reader of all its formats, with safe unpickling."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model, save_to_disk=False)
+        self.incompatible = _IncompatibleKeys([], [], [])
+        self.by_heuristics = False
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith(".pkl"):
+            loaded = _unpickle_arrays(Path(filename))
+            if "model" not in loaded or "__author__" not in loaded:  # Caffe2 or Detectron 1
+                blobs = loaded.get("blobs", loaded)
+                blobs = {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")}
+                loaded = {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
+        elif filename.endswith(".pyth"):
+            state = load_state(Path(filename))["model_state"]
+            state = {name: weight for name, weight in state.items() if not name.endswith("num_batches_tracked")}
+            loaded = {"model": state, "__author__": "pycls", "matching_heuristics": True}
+        else:
+            loaded = super()._load_file(filename)
+        self.by_heuristics = bool(loaded.get("matching_heuristics"))
+        return loaded
+
+    def _torch_load(self, filename: str) -> dict[str, Any]:
+        state = load_state(Path(filename))
+        if "models_state_dict" in state:  # a checkpoint of ours
+            return {"model": without_ddp(state["models_state_dict"][0])}
+        return state
+
+    def _log_incompatible_keys(self, incompatible: _IncompatibleKeys) -> None:
+        self.incompatible = incompatible
+
+
+def _unpickle_arrays(path: Path) -> dict[str, Any]:
+    class ArraysOnly(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if (module, name) in _PLAIN:
+                return super().find_class(module, name)
+            raise UserError(
+                f"{path} holds more than arrays ({module}.{name}), which could execute code; it is not read"
+            )
+
+    try:
+        with path.open("rb") as file:
+            loaded = ArraysOnly(file, encoding="latin1").load()
+    except UserError:
+        raise
+    except Exception as error:  # pickle raises what the broken bytes happen to say
+        raise UserError(f"{path} is cut off, or not a pickle of weights: {error}") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} is not a pickle of weights: it holds a {type(loaded).__name__}")
+    return loaded
+
+
+def _judge(model: nn.Module, incompatible: _IncompatibleKeys, by_heuristics: bool, source: str, key: str) -> None:
+    """One line of what was loaded; an error where it is another model's."""
+    own = model.state_dict()
+    missing = [name for name in incompatible.missing_keys if not name.endswith("num_batches_tracked")]
+    other_classes = [name for name, *_ in incompatible.incorrect_shapes if _of_classes(name)]
+    wrong = [name for name, *_ in incompatible.incorrect_shapes if name not in other_classes]
+    if not by_heuristics:  # a whole detector: its backbone must be this one, layer by layer
+        wrong += [name for name in missing if name.startswith("backbone.") and name not in other_classes]
+        wrong += [name for name in incompatible.unexpected_keys if name.startswith("backbone.")]
+    loaded = len(own) - len(set(missing) | {name for name, *_ in incompatible.incorrect_shapes})
+    if wrong or not loaded:
+        shown = ", ".join(wrong[:5]) + (", …" if len(wrong) > 5 else "")
+        raise UserError(
+            f"{key}: {source} is of another architecture: "
+            + (f"{len(wrong)} parameters do not fit ({shown})" if loaded else "none of its parameters is this model's")
+            + "; use the config that it was trained with"
+        )
+    logger.info(
+        "weights: %d of the model's %d from %s%s%s",
+        loaded,
+        len(own),
+        source,
+        _count(other_classes, "are for other classes and start anew"),
+        _count([name for name in missing if name not in other_classes], "are not in it and start anew"),
+    )
+
+
+def _of_classes(name: str) -> bool:
+    return any(part in name for part in _OF_CLASSES)
+
+
+def _count(names: list[str], what: str) -> str:
+    return f"; {len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""

@@ -1,0 +1,175 @@
+"""Detectron2's YAML configs, which are yacs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetMapper
+from detectron2.engine import DefaultTrainer
+from detectron2.modeling import build_model
+from detectron2.solver import LRMultiplier, build_lr_scheduler, build_optimizer
+from torch import nn
+
+from detectron2_files.config import TrainingSet
+from detectron2_files.rotated import RotatedMapper
+from shared.errors import UserError, nearest
+
+_CLASS_COUNTS = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES", "MODEL.SEM_SEG_HEAD.NUM_CLASSES")
+
+
+class YamlConfig:
+    """A yacs config, `cfg`."""
+
+    resolved_name = "detectron2.yaml"
+
+    def __init__(self, path: Path, overrides: Mapping[str, Any]):
+        self.path = path
+        self.cfg = get_cfg()
+        try:
+            # the zoo's own say `!!python/object/apply:eval`; what lies in a checkpoint is plain
+            self.cfg.merge_from_file(str(path), allow_unsafe=path.name != self.resolved_name)
+        except Exception as error:  # yaml's and yacs' own
+            raise UserError(f"hyperparameters.config_file: {path}: {error}") from error
+        known = dict(_leaves(self.cfg))
+        for key, value in overrides.items():
+            if key not in known:
+                raise UserError(f"hyperparameters.config_overrides: unknown key {key!r}; {nearest(key, known)}")
+            if isinstance(known[key], float) and type(value) is int:
+                value = float(value)  # YAML's 1 for 1.0, which yacs refuses
+            try:
+                self.cfg.merge_from_list([key, value])
+            except (AssertionError, KeyError, ValueError) as error:
+                raise UserError(f"hyperparameters.config_overrides: {error}") from error
+        self.cfg.MODEL.DEVICE = "cpu"  # built on the host, and moved by the trial
+
+    @property
+    def weights(self) -> str:
+        return self.cfg.MODEL.WEIGHTS
+
+    @property
+    def batch_size(self) -> int:
+        return self.cfg.SOLVER.IMS_PER_BATCH
+
+    @property
+    def max_iter(self) -> int:
+        return self.cfg.SOLVER.MAX_ITER
+
+    @property
+    def eval_period(self) -> int:
+        return self.cfg.TEST.EVAL_PERIOD
+
+    @property
+    def checkpoint_period(self) -> int:
+        return self.cfg.SOLVER.CHECKPOINT_PERIOD
+
+    @property
+    def learning_rate(self) -> float:
+        return self.cfg.SOLVER.BASE_LR
+
+    @property
+    def schedule_name(self) -> str:
+        solver = self.cfg.SOLVER
+        return f"{solver.LR_SCHEDULER_NAME}, steps {list(solver.STEPS)}, warm-up {solver.WARMUP_ITERS}"
+
+    @property
+    def mixed_precision(self) -> bool:
+        return self.cfg.SOLVER.AMP.ENABLED
+
+    @property
+    def train_set(self) -> TrainingSet:
+        cfg = self.cfg
+        samples = cfg.DATALOADER.SAMPLER_TRAIN
+        return TrainingSet(
+            names=tuple(cfg.DATASETS.TRAIN),
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=tuple(cfg.DATASETS.PROPOSAL_FILES_TRAIN) if cfg.MODEL.LOAD_PROPOSALS else (),
+            group_by_aspect_ratio=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+            repeat_threshold=cfg.DATALOADER.REPEAT_THRESHOLD if samples == "RepeatFactorTrainingSampler" else None,
+            subset_ratio=cfg.DATALOADER.RANDOM_SUBSET_RATIO if samples == "RandomSubsetTrainingSampler" else None,
+        )
+
+    @property
+    def val_names(self) -> tuple[str, ...]:
+        return tuple(self.cfg.DATASETS.TEST)
+
+    @property
+    def iou_types(self) -> tuple[str, ...]:
+        model = self.cfg.MODEL
+        on = {"segm": model.MASK_ON, "keypoints": model.KEYPOINT_ON}
+        return ("bbox", *(name for name, is_on in on.items() if is_on))
+
+    @property
+    def keypoint_sigmas(self) -> tuple[float, ...]:
+        return tuple(self.cfg.TEST.KEYPOINT_OKS_SIGMAS)
+
+    @property
+    def polygon_masks(self) -> bool:
+        return self.cfg.MODEL.MASK_ON and self.cfg.INPUT.MASK_FORMAT == "polygon"
+
+    @property
+    def detects_instances(self) -> bool:
+        return self.cfg.MODEL.META_ARCHITECTURE not in ("SemanticSegmentor", "ProposalNetwork", "PanopticFPN")
+
+    @property
+    def semantic(self) -> bool:
+        return self.cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor"
+
+    @property
+    def rotated(self) -> bool:
+        return "Rotated" in self.cfg.MODEL.ANCHOR_GENERATOR.NAME
+
+    def scale_schedule(self, global_batch_size: int) -> None:
+        # upstream's rule, with an image in the place of a worker
+        self.cfg.SOLVER.REFERENCE_WORLD_SIZE = self.batch_size
+        self.cfg = DefaultTrainer.auto_scale_workers(self.cfg, global_batch_size)
+
+    def set_length(self, batches: int) -> None:
+        self.cfg.SOLVER.MAX_ITER = batches
+
+    def class_counts(self) -> dict[str, int]:
+        leaves = dict(_leaves(self.cfg))
+        return {key: leaves[key] for key in _CLASS_COUNTS if self._uses(key)}
+
+    def _uses(self, key: str) -> bool:
+        architecture = self.cfg.MODEL.META_ARCHITECTURE
+        used_by = {
+            "MODEL.RETINANET.NUM_CLASSES": ("RetinaNet",),
+            "MODEL.SEM_SEG_HEAD.NUM_CLASSES": ("SemanticSegmentor", "PanopticFPN"),
+        }
+        if key in used_by:
+            return architecture in used_by[key]
+        return architecture not in ("RetinaNet", "SemanticSegmentor", "ProposalNetwork")
+
+    def set_class_count(self, key: str, count: int) -> None:
+        self.cfg.merge_from_list([key, count])
+
+    def use_datasets(self, train: tuple[str, ...], val: str) -> None:
+        self.cfg.DATASETS.TRAIN, self.cfg.DATASETS.TEST = train, (val,)
+
+    def mapper(self, training: bool) -> Any:
+        return (RotatedMapper if self.rotated else DatasetMapper)(self.cfg, is_train=training)
+
+    def build_model(self) -> nn.Module:
+        return build_model(self.cfg)
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(self.cfg, model)
+
+    def lr_scheduler(self, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+        return build_lr_scheduler(self.cfg, optimizer)
+
+    def write(self, folder: Path) -> None:
+        (folder / self.resolved_name).write_text(self.cfg.dump())
+
+
+def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,305 @@
+"""Detectron2's detectors as a Determined trial: `python3 model_def.py --help`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.utils.events import EventStorage
+from tabulate import tabulate
+from torch import nn
+from torch.utils.data import Dataset
+
+from detectron2_files.config import config_of_checkpoint, flatten, load_config, set_class_counts
+from detectron2_files.data import (
+    TRAIN_NAME,
+    VAL_NAME,
+    CocoSamples,
+    EncodedImage,
+    MapperTransform,
+    RegisteredData,
+    RegisteredSamples,
+    as_coco_paths,
+    categories_of,
+    check_for_training,
+    collate,
+    describe,
+    inputs_of,
+    open_registered,
+    register_json,
+    registered_samples,
+)
+from detectron2_files.evaluation import OwnEvaluator, OwnResult, detect, own_evaluator
+from detectron2_files.hyperparameters import Detectron2Hyperparameters
+from detectron2_files.model import PYTHON_STATE, build_model, build_optimizer
+from detectron2_files.weights import load_weights_into, zoo_weights
+from shared.annotations import check_same_categories
+from shared.coco_categories import COCO_CATEGORIES
+from shared.dataset import CocoDetection
+from shared.detections import Detections
+from shared.errors import UserError
+from shared.evaluation import CocoEvaluator
+from shared.experiment import Length, Split, SplitData, check_trainable, open_split
+from shared.launch import main
+from shared.loading import Batch
+from shared.python_state import python_state, restore_python_state
+from shared.samplers import aspect_ratio_groups
+from shared.trial import DetectionTrial
+
+logger = logging.getLogger(__name__)
+
+
+class Detectron2Trial(DetectionTrial):
+    """Detectron2, over the package detectron2.
+
+    Attributes:
+        detectron2_config: the resolved config, of either kind.
+        evaluates_coco: whether validation is by the shared evaluator; else by one of Detectron2's own.
+    """
+
+    hyperparameters_class = Detectron2Hyperparameters
+    path_hyperparameters = ("config_file", "weights")
+    picture_format = "pdf"
+    without_pretrained: ClassVar = {"use_pretrained": False, "weights": ""}
+
+    # --- the config -----------------------------------------------------------------------------------
+
+    @classmethod
+    def hyperparameters_of_checkpoint(cls, checkpoint: Path) -> dict[str, Any]:
+        config_file = str(config_of_checkpoint(checkpoint))
+        return {**cls.without_pretrained, "config_file": config_file, "config_overrides": {}, "scale_schedule": False}
+
+    def read_own_config(self) -> None:
+        self.detectron2_config = config = load_config(self.hparams, Path(__file__).parent)
+        if self.hparams.scale_schedule:
+            config.scale_schedule(self.hparams.global_batch_size)
+        self.iou_types = config.iou_types
+        self.evaluates_coco = self._val_paths() is not None
+
+    def _val_paths(self) -> tuple[str, str] | None:
+        """The COCO files that the shared evaluator validates on; None where Detectron2's own does."""
+        config = self.detectron2_config
+        if config.rotated or not config.detects_instances:
+            return None
+        if self.data.backend == "fake":
+            return "", ""
+        if self.data.val is not None:
+            return self.data.val.annotations, self.data.val.images
+        if len(config.val_names) != 1:
+            raise UserError(
+                f"data.val is missing, and the config names {len(config.val_names)} data sets to validate on "
+                f"({', '.join(config.val_names) or 'none'}); give data.val, or override it with one"
+            )
+        return as_coco_paths(config.val_names[0])
+
+    def default_lengths(self) -> dict[str, Length]:
+        config = self.detectron2_config
+        lengths = {
+            "searcher.max_length": config.max_iter,
+            "min_validation_period": config.eval_period,
+            "min_checkpoint_period": config.checkpoint_period,
+        }
+        return {key: Length("batches", count) for key, count in lengths.items() if count}
+
+    def reported_metrics(self) -> list[str] | None:
+        return super().reported_metrics() if self.evaluates_coco else None
+
+    def save_own_config(self, folder: Path) -> None:
+        self.detectron2_config.write(folder)
+
+    # --- data -----------------------------------------------------------------------------------------
+
+    def open_train_and_val(self) -> tuple[SplitData | RegisteredData, SplitData | RegisteredData]:
+        config = self.detectron2_config
+        train, val = self._open_train(), self.open_val()
+        if isinstance(train, SplitData):
+            check_trainable(train.annotations)
+            check_for_training(train.annotations, config.iou_types, config.polygon_masks)
+            if isinstance(val, SplitData):
+                check_same_categories(train.annotations, val.annotations)
+            describe(TRAIN_NAME, train.annotations)
+            config.use_datasets((TRAIN_NAME,), VAL_NAME if isinstance(val, SplitData) else val.names[0])
+        else:
+            config.use_datasets(train.names, VAL_NAME if isinstance(val, SplitData) else val.names[0])
+        mapper = config.mapper(training=True)
+        if isinstance(train, SplitData):
+            self.train_samples: Dataset = CocoSamples(train, mapper, config.train_set, self.seed)
+        else:
+            self.train_samples = registered_samples(train, mapper, config.train_set, self.seed)
+        return train, val
+
+    def _open_train(self) -> SplitData | RegisteredData:
+        config, names = self.detectron2_config, self.detectron2_config.train_set.names
+        if self.evaluates_coco and (self.data.backend == "fake" or self.data.train is not None):
+            return open_split(self.data, "train")
+        if self.data.train is not None:
+            register_json(TRAIN_NAME, self.data.train.annotations, self.data.train.images)
+            return open_registered((TRAIN_NAME,), config.semantic, config.train_set)
+        paths = as_coco_paths(names[0]) if self.evaluates_coco and len(names) == 1 else None
+        if paths and not config.train_set.proposal_files:
+            return open_split(replace(self.data, train=Split(*paths)), "train")
+        if not names:
+            raise UserError("data.train is missing, and the config names no data set to train on; give data.train")
+        return open_registered(names, config.semantic, config.train_set)
+
+    def open_val(self) -> SplitData | RegisteredData:
+        if self.evaluates_coco:
+            paths = self._val_paths()
+            data = self.data if self.data.backend == "fake" else replace(self.data, val=Split(*paths))
+            opened = open_split(data, "val")
+            describe(VAL_NAME, opened.annotations)
+            return opened
+        names = self.detectron2_config.val_names
+        if self.data.val is not None:
+            register_json(VAL_NAME, self.data.val.annotations, self.data.val.images)
+            names = (VAL_NAME,)
+        return open_registered(names, self.detectron2_config.semantic)
+
+    def known_categories(self) -> list[dict]:
+        if self.data.backend == "fake" or (self.data.val and Path(self.data.val.annotations).exists()):
+            return self.open_val().categories
+        config = self.detectron2_config
+        names = [name for name in config.val_names if name in MetadataCatalog.list()]
+        return (names and categories_of(names[0], config.semantic)) or COCO_CATEGORIES
+
+    def training_groups(self) -> np.ndarray:
+        if not self.detectron2_config.train_set.group_by_aspect_ratio:
+            return np.zeros(len(self.train_samples), dtype=np.uint8)
+        return aspect_ratio_groups(*self.train_samples.sizes())
+
+    def training_dataset(self) -> Dataset:
+        return self.train_samples
+
+    def evaluation_dataset(self, data: SplitData | RegisteredData) -> Dataset:
+        self.detects_for_own_evaluator = isinstance(data, RegisteredData)
+        mapper = self.detectron2_config.mapper(training=False)
+        if isinstance(data, RegisteredData):
+            return RegisteredSamples(data.dicts, mapper, self.seed)
+        transform = MapperTransform(mapper, annotated=False)
+        return CocoDetection(data.annotations, data.images, transform, self.seed, False, EncodedImage.of)
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        return 1  # as upstream: one image, which padding for its neighbours in a batch would change
+
+    def build_evaluator(self, data: SplitData | RegisteredData) -> CocoEvaluator | OwnEvaluator:
+        if isinstance(data, RegisteredData):
+            evaluator = own_evaluator(data.names[0], self.detectron2_config.rotated)
+            return OwnEvaluator(evaluator, has_share=self.rank < len(data.dicts), compute_here=self.rank == 0)
+        sigmas = self.detectron2_config.keypoint_sigmas
+        return CocoEvaluator(
+            data.annotations, self.iou_types, compute_here=self.rank == 0, keypoint_sigmas=sigmas or None
+        )
+
+    def collate(self, training: bool) -> Callable[[list], Batch]:
+        return collate
+
+    # --- model and optimizer --------------------------------------------------------------------------
+
+    def build_model(self) -> nn.Module:
+        config = self.detectron2_config
+        counts = {"things": len(self.categories)}
+        if self.for_training and isinstance(self.train_data, RegisteredData):
+            counts = self.train_data.class_counts
+        set_class_counts(config, counts, list(flatten(self.hparams.config_overrides)))
+        model = build_model(config)
+        if self.first_batch == 0 and (source := self._weights()):
+            load_weights_into(model, *source)
+        return model
+
+    def _weights(self) -> tuple[str, str] | None:
+        """What to start from, and the key that says so; None for the initial weights."""
+        hparams, config = self.hparams, self.detectron2_config
+        if hparams.use_pretrained:
+            return zoo_weights(config.path), "hyperparameters.use_pretrained"
+        source = config.weights if hparams.weights is None else hparams.weights
+        if not source or (not self.for_training and _is_backbone(source)):
+            return None
+        return source, "hyperparameters.weights" if hparams.weights else "the config's weights"
+
+    def check_pretrained(self) -> None:
+        if self._weights() is None:
+            raise UserError(
+                "an untrained model detects nothing; give --checkpoint, --set hyperparameters.use_pretrained=true, or "
+                "--set hyperparameters.weights=…"
+            )
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(self.detectron2_config, model)
+
+    def build_scaler(self) -> Any:
+        if not self.detectron2_config.mixed_precision or not self.for_training:
+            return None
+        if self.context.device.type != "cuda":
+            raise UserError(
+                "the config's mixed precision needs a GPU; switch it off in config_overrides: {SOLVER.AMP.ENABLED: "
+                "false}, or {train.amp.enabled: false} in a Python config"
+            )
+        return self.context.wrap_scaler(torch.amp.GradScaler("cuda"))
+
+    def autocast(self) -> torch.autocast:
+        halves = self.scaler is not None and self.model.training
+        return torch.autocast(self.context.device.type, dtype=torch.float16 if halves else None, enabled=halves)
+
+    def prepare_schedule(self) -> None:
+        self.detectron2_config.set_length(self.total_batches)
+        self.lr_scheduler = self.detectron2_config.lr_scheduler(self.optimizer)
+        if self.rank == 0:
+            logger.info("\n%s", self._summary())
+
+    def before_batch(self, number: int) -> None:
+        self.lr_scheduler.last_epoch = number
+        for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_lr(), strict=True):
+            group["lr"] = lr
+
+    def own_state(self) -> dict[str, Any]:
+        return python_state(self.plain_model, PYTHON_STATE)
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        restore_python_state(self.plain_model, state)
+
+    def _summary(self) -> str:
+        config = self.detectron2_config
+        rows = [
+            ("config", self.hparams.config_file),
+            ("model", f"{type(self.plain_model).__name__}, {len(self.categories)} categories"),
+            ("weights", (self._weights() or ("initial",))[0] if self.first_batch == 0 else "the checkpoint's"),
+            ("training data", f"{', '.join(config.train_set.names)}, {len(self.train_samples)} samples"),
+            ("validation", ", ".join(self.iou_types) if self.evaluates_coco else "by Detectron2's own evaluator"),
+            ("global batch", f"{self.global_batch_size} on {self.slots} slots"),
+            ("length", f"{self.total_batches} batches, {self.batches_per_epoch} an epoch"),
+            ("learning rate", f"{config.learning_rate:g}, {config.schedule_name}"),
+            ("precision", "fp16" if self.scaler is not None else "float32"),
+        ]
+        return tabulate(rows, tablefmt="plain")
+
+    # --- the step -------------------------------------------------------------------------------------
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        # where the models put numbers that they watch: nobody reads them, and nothing is kept from step to step
+        with EventStorage(self.batches_trained):
+            losses = model(inputs_of(batch))
+        return {**losses, "loss": sum(losses.values())}
+
+    def detect(self, model: nn.Module, batch: Batch) -> list[Detections | OwnResult]:
+        inputs = inputs_of(batch)
+        if not self.detects_for_own_evaluator:
+            return list(detect(model, inputs))
+        return [
+            OwnResult(given["image_id"], {k: v for k, v in given.items() if k != "image"}, output)
+            for given, output in zip(inputs, model(inputs), strict=True)
+        ]
+
+
+def _is_backbone(source: str) -> bool:
+    return "ImageNetPretrained" in source
+
+
+if __name__ == "__main__":
+    main(Detectron2Trial)

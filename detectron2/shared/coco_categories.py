@@ -1,0 +1,1 @@
+../../shared/coco_categories.py

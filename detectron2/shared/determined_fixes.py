@@ -1,0 +1,1 @@
+../../shared/determined_fixes.py

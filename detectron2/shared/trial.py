@@ -1,0 +1,1 @@
+../../shared/trial.py

@@ -1,0 +1,1 @@
+../../shared/python_state.py
