@@ -29,7 +29,7 @@ _SHARED = (
     "tensorboard",
     "tqdm",
 )
-_MODULES = {"pillow": "PIL", "pyyaml": "yaml", "opencv-python-headless": "cv2"}
+_MODULES = {"pillow": "PIL", "pyyaml": "yaml", "opencv-python-headless": "cv2", "hydra-core": "hydra"}
 
 
 def install_missing(on_torch: list[str], plain: list[str]) -> None:

@@ -38,6 +38,7 @@ FILES = ["const.yaml", "distributed.yaml", "adaptive.yaml", "const_fake.yaml"]
 OTHERS = {
     "efficientdet": ["bccd.yaml", "demo.yaml"],
     "mmdetection": ["bccd.yaml", "maskrcnn.yaml", "fasterrcnn.yaml", "retinanet.yaml", "gfl.yaml"],
+    "detectron2": ["bccd.yaml", *(f"tutorial_{gpus}gpu.yaml" for gpus in (1, 2, 4, 8))],
 }
 DETECTORS = list(OTHERS)
 # what makes any point of a search small
@@ -51,6 +52,7 @@ SMALL = {
         "global_batch_size": 4,
     },
     "mmdetection": {"use_pretrained": False, "global_batch_size": 4},
+    "detectron2": {"use_pretrained": False, "weights": "", "global_batch_size": 4},
 }
 
 
@@ -122,9 +124,9 @@ def draw(space, rng):
 def test_points_of_the_search_train(detector, shapes, train, seed):
     config = load_yaml(ROOT / detector / "adaptive.yaml")
     drawn = {**draw(config["hyperparameters"], random.Random(seed)), **SMALL[detector]}
-    if detector == "mmdetection":
-        tiny = CONFIGS[detector](shapes, drawn["config_file"])["hyperparameters"]["override_mmdet_config"]
-        drawn["override_mmdet_config"] = {**tiny, **drawn["override_mmdet_config"]}
+    if overrides := {"mmdetection": "override_mmdet_config", "detectron2": "config_overrides"}.get(detector):
+        tiny = CONFIGS[detector](shapes, drawn["config_file"])["hyperparameters"][overrides]
+        drawn[overrides] = {**tiny, **drawn[overrides]}
     config["hyperparameters"] = drawn
     config["data"] = {"backend": "fake", "workers": 0}
     config["searcher"]["max_time"] = 2
@@ -230,16 +232,21 @@ def test_the_hook_takes_the_torchvision_of_an_image_s_own_torch(container):
     assert "torchvision==0.18.*" in installs(log)[0]
 
 
-def test_mmdetection_s_hook_builds_mmcv_only_where_it_does_not_import(container):
+@pytest.mark.parametrize(
+    ("detector", "module", "requirement"),
+    [("mmdetection", "mmcv/ops.py", "mmcv-full==1.7.2"), ("detectron2", "detectron2/_C.py", "detectron2@git+https")],
+)
+def test_the_hook_compiles_only_what_does_not_import(container, detector, module, requirement):
     home, site, log = container
-    (site / "mmcv").mkdir()
-    (site / "mmcv/__init__.py").write_text("")
+    module = site / module
+    module.parent.mkdir()
+    (module.parent / "__init__.py").write_text("")
     for content in ("raise ImportError('undefined symbol')", ""):
-        (site / "mmcv/ops.py").write_text(content)
+        module.write_text(content)
         log.write_text("")
-        done = source_hook(home, "mmdetection")
+        done = source_hook(home, detector)
         assert done.returncode == 0, done.stderr
-        built = [need for need in installs(log) if "mmcv-full==1.7.2" in need]
+        built = [need for need in installs(log) if any(part.startswith(requirement) for part in need)]
         assert all("--no-build-isolation" in need and "--no-deps" in need for need in built)
         assert len(built) == (2 if content else 0)  # sourced twice, and the pip of this test builds nothing
 

@@ -18,6 +18,7 @@ from mmdet.apis import inference_detector, init_detector
 from mmdet.datasets import build_dataset
 from mmdet.models import build_detector
 from pycocotools import mask as coco_mask
+from recording import assert_same_records, gradients, recording
 from tiny_models import TINY, load_model_def, mmdet_config
 
 from mmdetection_files.config import write_resolved
@@ -43,12 +44,6 @@ class UpstreamData(torch.utils.data.Dataset):
         return self.dataset[key.index]
 
 
-def gradients(loss, model):
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    return [None if g is None else g.clone() for g in found]
-
-
 class Recorder(Hook):
     """Notes the losses, gradients and learning rates of MMDetection's own runner."""
 
@@ -70,27 +65,12 @@ class Recorder(Hook):
 
 @pytest.mark.parametrize("config_file", TINY)
 def test_losses_gradients_and_weights_are_those_of_mmdetection_s_runner(shapes, train, config_file):
-    ours, start = [], {}
-
-    class Recording(load_model_def().MMDetectionTrial):
-        def losses(self, model, batch):
-            if not start:
-                start.update(trial=self, weights=copy.deepcopy(self.plain_model.state_dict()))
-            losses = super().losses(model, batch)
-            ours.append(
-                {
-                    "losses": {name: value.item() for name, value in losses.items()},
-                    "gradients": gradients(losses["loss"], self.plain_model),
-                    "lr": self.optimizer.param_groups[0]["lr"],
-                }
-            )
-            return losses
-
+    trial_class, ours, start = recording(load_model_def().MMDetectionTrial)
     clip = {"optimizer_config.grad_clip": {"max_norm": 5, "norm_type": 2}, "lr_config.warmup_iters": 5}
     config = mmdet_config(shapes, config_file, **clip)
     config["searcher"]["max_length"] = {"batches": BATCHES}
     config["data"]["workers"] = 0
-    train(Recording, config)
+    train(trial_class, config)
 
     trial = start["trial"]
     resolved, theirs = trial.mmdet_config, []
@@ -112,14 +92,7 @@ def test_losses_gradients_and_weights_are_those_of_mmdetection_s_runner(shapes, 
     runner.register_hook(Recorder(theirs, trial.seed), priority="HIGHEST")
     runner.run([loader], [("train", 1)])
 
-    assert len(ours) == len(theirs) == BATCHES
-    for own, other in zip(ours, theirs, strict=True):
-        assert own["lr"] == other["lr"]
-        assert own["losses"] == pytest.approx(other["losses"], abs=1e-6)
-        for a, b in zip(own["gradients"], other["gradients"], strict=True):
-            assert (a is None) == (b is None)
-            if a is not None:
-                torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    assert_same_records(ours, theirs)
     for name, value in trial.plain_model.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=1e-6)
 
