@@ -10,8 +10,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from detectron2.data import MetadataCatalog
-from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import nn
 from torch.utils.data import Dataset
@@ -37,7 +35,7 @@ from detectron2_files.data import (
 )
 from detectron2_files.evaluation import OwnEvaluator, OwnResult, detect, own_evaluator
 from detectron2_files.hyperparameters import Detectron2Hyperparameters
-from detectron2_files.model import PYTHON_STATE, build_model, build_optimizer
+from detectron2_files.model import PYTHON_STATE, build_model, build_optimizer, losses_of_step
 from detectron2_files.weights import load_weights_into, zoo_weights
 from shared.annotations import check_same_categories
 from shared.coco_categories import COCO_CATEGORIES
@@ -118,20 +116,16 @@ class Detectron2Trial(DetectionTrial):
     def open_train_and_val(self) -> tuple[SplitData | RegisteredData, SplitData | RegisteredData]:
         config = self.detectron2_config
         train, val = self._open_train(), self.open_val()
-        if isinstance(train, SplitData):
-            check_trainable(train.annotations)
-            check_for_training(train.annotations, config.iou_types, config.polygon_masks)
-            if isinstance(val, SplitData):
-                check_same_categories(train.annotations, val.annotations)
-            describe(TRAIN_NAME, train.annotations)
-            config.use_datasets((TRAIN_NAME,), VAL_NAME if isinstance(val, SplitData) else val.names[0])
-        else:
-            config.use_datasets(train.names, VAL_NAME if isinstance(val, SplitData) else val.names[0])
-        mapper = config.mapper(training=True)
-        if isinstance(train, SplitData):
-            self.train_samples: Dataset = CocoSamples(train, mapper, config.train_set, self.seed)
-        else:
-            self.train_samples = registered_samples(train, mapper, config.train_set, self.seed)
+        if isinstance(train, RegisteredData):
+            mapper = config.mapper(True, train.names)
+            self.train_samples: Dataset = registered_samples(train, mapper, config.train_set, self.seed)
+            return train, val
+        check_trainable(train.annotations)
+        check_for_training(train.annotations, config.iou_types, config.polygon_masks)
+        if isinstance(val, SplitData):
+            check_same_categories(train.annotations, val.annotations)
+        mapper = config.mapper(True, describe(train.categories))
+        self.train_samples = CocoSamples(train, mapper, config.train_set, self.seed)
         return train, val
 
     def _open_train(self) -> SplitData | RegisteredData:
@@ -152,9 +146,7 @@ class Detectron2Trial(DetectionTrial):
         if self.evaluates_coco:
             paths = self._val_paths()
             data = self.data if self.data.backend == "fake" else replace(self.data, val=Split(*paths))
-            opened = open_split(data, "val")
-            describe(VAL_NAME, opened.annotations)
-            return opened
+            return open_split(data, "val")
         names = self.detectron2_config.val_names
         if self.data.val is not None:
             register_json(VAL_NAME, self.data.val.annotations, self.data.val.images)
@@ -164,9 +156,8 @@ class Detectron2Trial(DetectionTrial):
     def known_categories(self) -> list[dict]:
         if self.data.backend == "fake" or (self.data.val and Path(self.data.val.annotations).exists()):
             return self.open_val().categories
-        config = self.detectron2_config
-        names = [name for name in config.val_names if name in MetadataCatalog.list()]
-        return (names and categories_of(names[0], config.semantic)) or COCO_CATEGORIES
+        names, semantic = self.detectron2_config.val_names, self.detectron2_config.semantic
+        return (names and categories_of(names[0], semantic)) or COCO_CATEGORIES
 
     def training_groups(self) -> np.ndarray:
         if not self.detectron2_config.train_set.group_by_aspect_ratio:
@@ -178,10 +169,10 @@ class Detectron2Trial(DetectionTrial):
 
     def evaluation_dataset(self, data: SplitData | RegisteredData) -> Dataset:
         self.detects_for_own_evaluator = isinstance(data, RegisteredData)
-        mapper = self.detectron2_config.mapper(training=False)
+        config = self.detectron2_config
         if isinstance(data, RegisteredData):
-            return RegisteredSamples(data.dicts, mapper, self.seed)
-        transform = MapperTransform(mapper, annotated=False)
+            return RegisteredSamples(data.dicts, config.mapper(False, data.names), self.seed)
+        transform = MapperTransform(config.mapper(False, describe(self.categories)), annotated=False)
         return CocoDetection(data.annotations, data.images, transform, self.seed, False, EncodedImage.of)
 
     @property
@@ -270,7 +261,7 @@ class Detectron2Trial(DetectionTrial):
             ("config", self.hparams.config_file),
             ("model", f"{type(self.plain_model).__name__}, {len(self.categories)} categories"),
             ("weights", (self._weights() or ("initial",))[0] if self.first_batch == 0 else "the checkpoint's"),
-            ("training data", f"{', '.join(config.train_set.names)}, {len(self.train_samples)} samples"),
+            ("training data", f"{self._training_data_name()}, {len(self.train_samples)} samples"),
             ("validation", ", ".join(self.iou_types) if self.evaluates_coco else "by Detectron2's own evaluator"),
             ("global batch", f"{self.global_batch_size} on {self.slots} slots"),
             ("length", f"{self.total_batches} batches, {self.batches_per_epoch} an epoch"),
@@ -279,12 +270,15 @@ class Detectron2Trial(DetectionTrial):
         ]
         return tabulate(rows, tablefmt="plain")
 
+    def _training_data_name(self) -> str:
+        if isinstance(self.train_data, RegisteredData):
+            return ", ".join(self.train_data.names)
+        return str(self.train_data.annotations.path or "fake")
+
     # --- the step -------------------------------------------------------------------------------------
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        # where the models put numbers that they watch: nobody reads them, and nothing is kept from step to step
-        with EventStorage(self.batches_trained):
-            losses = model(inputs_of(batch))
+        losses = losses_of_step(model, inputs_of(batch), self.batches_trained)
         return {**losses, "loss": sum(losses.values())}
 
     def detect(self, model: nn.Module, batch: Batch) -> list[Detections | OwnResult]:

@@ -86,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     predict = add("predict", predict_here, "Detect on a folder of images, and draw.")
     predict.add_argument("--images", type=Path, required=True, metavar="DIR", help="the images")
     predict.add_argument("--output", type=Path, required=True, metavar="DIR", help="pictures and results.json go here")
-    predict.add_argument("--format", choices=("png", "pdf"), default="png", help="of the pictures")
+    predict.add_argument(
+        "--format", choices=("png", "pdf"), help="of the pictures; the detector's own where it is not given"
+    )
     predict.add_argument("--min-score", type=float, default=0.3, help="the lowest score that is drawn")
     for command in (evaluate, predict):
         command.add_argument(
@@ -274,25 +276,26 @@ def predict_here(trial_class: type[DetectionTrial], arguments: argparse.Namespac
     arguments.output.mkdir(parents=True, exist_ok=True)
     with _detecting_trial(trial_class, config, checkpoint) as trial:
         data = _folder_as_data(arguments.images, files, trial)
-        file_names = {
-            int(image_id): data.annotations.file_name(i) for i, image_id in enumerate(data.annotations.image_ids)
-        }
-        results = []
-        for detections in _detect_all(trial, data):
-            file_name = file_names[detections.image_id]
+        annotations, suffix = data.annotations, arguments.format or trial.picture_format
+        index_of = {int(image_id): i for i, image_id in enumerate(annotations.image_ids)}
+        results, seconds = [], dict.fromkeys(("loading", "detecting", "drawing"), 0.0)
+        for detections in _detect_all(trial, data, seconds):
+            started = time.perf_counter()
+            file_name = annotations.file_name(index_of[detections.image_id])
             image = read_image(data.images, file_name)
-            figure = visualization.figure_of(image, detections, data.annotations.category_names, arguments.min_score)
-            picture = arguments.output / f"{file_name}.{arguments.format}"
+            figure = visualization.figure_of(image, detections, annotations.categories, arguments.min_score)
+            picture = arguments.output / f"{file_name}.{suffix}"
             picture.parent.mkdir(parents=True, exist_ok=True)
             visualization.save(figure, picture)
             results += [
-                {**result, "file_name": file_name}
-                for result in to_coco_results(detections, data.annotations.category_ids)
+                {**result, "file_name": file_name} for result in to_coco_results(detections, annotations.category_ids)
             ]
+            seconds["drawing"] += time.perf_counter() - started
         gathered = trial.context.distributed.gather((None, results))
         if trial.rank == 0:
             count = _write_results(arguments.output, gathered)
-            print(f"{count} detections on {len(file_names)} images: pictures and results.json in {arguments.output}")
+            print(f"{count} detections on {len(index_of)} images: pictures and results.json in {arguments.output}")
+            print("seconds: " + ", ".join(f"{stage} {spent:.2f}" for stage, spent in seconds.items()))
 
 
 def _config_to_detect_with(
@@ -332,9 +335,20 @@ def _detecting_trial(
         yield trial
 
 
-def _detect_all(trial: DetectionTrial, data: SplitData) -> Iterator[Any]:
-    for batch in trial.evaluation_loader(data):
-        yield from trial.detect_on_host_batch(batch)
+def _detect_all(trial: DetectionTrial, data: SplitData, seconds: dict[str, float] | None = None) -> Iterator[Any]:
+    """The detections of this process's share; `seconds` adds up its waiting for "loading" and for "detecting"."""
+    seconds = {"loading": 0.0, "detecting": 0.0} if seconds is None else seconds
+    batches = iter(trial.evaluation_loader(data))
+    while True:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        loaded = time.perf_counter()
+        seconds["loading"] += loaded - started
+        if batch is None:
+            return
+        detected = trial.detect_on_host_batch(batch)
+        seconds["detecting"] += time.perf_counter() - loaded
+        yield from detected
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -354,7 +368,7 @@ def _folder_as_data(folder: Path, files: list[Path], trial: DetectionTrial) -> S
         try:
             with Image.open(file) as image:
                 width, height = image.size
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             logger.warning("%s is left out: %s", file, error)
             continue
         images.append({"id": known.get(name, len(images)), "file_name": name, "height": height, "width": width})
@@ -410,7 +424,7 @@ def draw_samples(trial: DetectionTrial, path: Path) -> None:
         if record.image_id in detections and len(samples) < _PICTURES:
             image = read_image(images, record.file_name)
             samples.append((image, record, detections[record.image_id]))
-    visualization.save(visualization.side_by_side(samples, annotations.category_names), path)
+    visualization.save(visualization.side_by_side(samples, annotations.categories), path)
 
 
 # --- processes --------------------------------------------------------------------------------------

@@ -70,6 +70,8 @@ class DetectionTrial(PyTorchTrial):
     """Hyperparameters that may be paths, relative to where the run is started."""
     without_pretrained: ClassVar[dict[str, Any]] = {}
     """The hyperparameters of a model whose weights a checkpoint will give."""
+    picture_format: str = "png"
+    """What `predict` writes where nothing else is said: "png" or "pdf"."""
     pretrained_categories: ClassVar[list[dict]] = []
     """COCO categories that the pretrained weights detect, where no annotation file says more."""
 

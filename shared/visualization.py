@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,30 +15,48 @@ from pycocotools import mask as coco_mask
 from shared.annotations import ImageRecord
 from shared.detections import Detections
 
+_MOST_PIXELS = 4000  # on a side of a picture; larger images are drawn smaller
+_KEYPOINT_SCORE = 0.05
 # matplotlib's "tab10" without its grey: easy to tell apart on photographs
 _COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "cyan")
 
 
 def draw_detections(
-    axes: Axes, image: Image.Image, detections: Detections, category_names: Sequence[str], min_score: float = 0.3
+    axes: Axes, image: Image.Image, detections: Detections, categories: Sequence[dict], min_score: float = 0.3
 ) -> None:
-    """The image with the boxes (and masks) of at least `min_score`, each labelled with category and score."""
+    """The image with the boxes (masks, keypoints) of at least `min_score`, each labelled with category and score.
+
+    Args:
+        categories: COCO categories by label; "skeleton", pairs of keypoints from 1 on, says which are joined.
+    """
     keep = np.flatnonzero(detections.scores >= min_score)
-    masks = None if detections.masks is None else [coco_mask.decode(detections.masks[i]) for i in keep]
-    captions = [f"{category_names[detections.labels[i]]} {detections.scores[i]:.2f}" for i in keep]
-    _draw(axes, image, detections.boxes[keep], detections.labels[keep], captions, masks)
+    captions = [f"{categories[detections.labels[i]]['name']} {detections.scores[i]:.2f}" for i in keep]
+    mask = None if detections.masks is None else lambda i: coco_mask.decode(detections.masks[keep[i]])
+    _draw(axes, image, detections.boxes[keep], detections.labels[keep], captions, mask)
+    if detections.keypoints is not None:
+        for i in keep:
+            points = detections.keypoints[i]
+            _draw_keypoints(axes, points, points[:, 2] > _KEYPOINT_SCORE, detections.labels[i], categories)
 
 
 def draw_truth(
-    axes: Axes, image: Image.Image, record: ImageRecord, category_names: Sequence[str], with_masks: bool = False
+    axes: Axes,
+    image: Image.Image,
+    record: ImageRecord,
+    categories: Sequence[dict],
+    with_masks: bool = False,
+    with_keypoints: bool = False,
 ) -> None:
-    """The image with its annotated boxes (and masks); a crowd's says so."""
+    """The image with its annotated boxes (masks, keypoints); a crowd's says so."""
     captions = [
-        category_names[label] + (" (crowd)" if crowd else "")
+        categories[label]["name"] + (" (crowd)" if crowd else "")
         for label, crowd in zip(record.labels, record.iscrowd, strict=True)
     ]
-    masks = [_decode(piece, record) for piece in record.segmentations] if with_masks else None
-    _draw(axes, image, record.boxes, record.labels, captions, masks)
+    mask = (lambda i: _decode(record.segmentations[i], record)) if with_masks else None
+    _draw(axes, image, record.boxes, record.labels, captions, mask)
+    if with_keypoints and record.keypoints is not None:
+        for points, label in zip(record.keypoints, record.labels, strict=True):
+            _draw_keypoints(axes, points, points[:, 2] > 0, label, categories)
 
 
 def _decode(segmentation: list | dict | None, record: ImageRecord) -> np.ndarray:
@@ -51,25 +69,28 @@ def _decode(segmentation: list | dict | None, record: ImageRecord) -> np.ndarray
     return coco_mask.decode(coco_mask.merge(rles) if isinstance(rles, list) else rles)
 
 
-def figure_of(image: Image.Image, detections: Detections, category_names: Sequence[str], min_score: float) -> Figure:
-    """A figure of exactly the image's pixels at 100 dots an inch."""
-    figure = Figure(figsize=(image.width / 100, image.height / 100), dpi=100)
+def figure_of(image: Image.Image, detections: Detections, categories: Sequence[dict], min_score: float) -> Figure:
+    """A figure of exactly the image's pixels at 100 dots an inch; one of more than 4,000 pixels a side is made
+    smaller."""
+    scale = 100 * max(max(image.size) / _MOST_PIXELS, 1)
+    figure = Figure(figsize=(image.width / scale, image.height / scale), dpi=100)
     axes = figure.add_axes((0, 0, 1, 1))
-    draw_detections(axes, image, detections, category_names, min_score)
+    draw_detections(axes, image, detections, categories, min_score)
     return figure
 
 
 def side_by_side(
     samples: Sequence[tuple[Image.Image, ImageRecord, Detections]],
-    category_names: Sequence[str],
+    categories: Sequence[dict],
     min_score: float = 0.3,
 ) -> Figure:
     """A row a sample: the ground truth on the left, the detections on the right."""
     figure = Figure(figsize=(8, 4 * len(samples)), dpi=100, layout="tight")
     grid = figure.subplots(len(samples), 2, squeeze=False)
     for (left, right), (image, record, detections) in zip(grid, samples, strict=True):
-        draw_truth(left, image, record, category_names, with_masks=detections.masks is not None)
-        draw_detections(right, image, detections, category_names, min_score)
+        found = detections
+        draw_truth(left, image, record, categories, found.masks is not None, found.keypoints is not None)
+        draw_detections(right, image, found, categories, min_score)
         left.set_title(f"ground truth, image {record.image_id}", fontsize=9)
         right.set_title(f"detections of score ≥ {min_score:g}", fontsize=9)
     return figure
@@ -86,13 +107,15 @@ def _draw(
     boxes: np.ndarray,
     labels: np.ndarray,
     captions: Sequence[str],
-    masks: Sequence[np.ndarray] | None,
+    mask: Callable[[int], np.ndarray] | None,
 ) -> None:
     # COCO's coordinates: pixel 0 reaches from 0 to 1
-    axes.imshow(image, extent=(0, image.width, image.height, 0))
+    step = -(-max(image.size) // _MOST_PIXELS)
+    shown = image if step == 1 else image.reduce(step)
+    axes.imshow(shown, extent=(0, image.width, image.height, 0))
     axes.set_axis_off()
     for i, ((x1, y1, x2, y2), label, caption) in enumerate(zip(boxes.tolist(), labels.tolist(), captions, strict=True)):
-        color = _COLORS[label % len(_COLORS)]
+        color = _color(label)
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.5))
         axes.text(
             max(x1, 0),
@@ -104,7 +127,24 @@ def _draw(
             bbox={"facecolor": color, "edgecolor": "none", "pad": 1, "alpha": 0.8},
             clip_on=True,
         )
-        if masks is not None:
+        if mask is not None:
             axes.contourf(
-                masks[i], levels=[0.5, 1], colors=[color], alpha=0.4, extent=(0, image.width, 0, image.height)
+                mask(i)[::step, ::step],
+                levels=[0.5, 1],
+                colors=[color],
+                alpha=0.4,
+                extent=(0, image.width, 0, image.height),
             )
+
+
+def _draw_keypoints(axes: Axes, points: np.ndarray, shown: np.ndarray, label: int, categories: Sequence[dict]) -> None:
+    color = _color(label)
+    for pair in categories[label].get("skeleton") or ():
+        ends = [point - 1 for point in pair]
+        if max(ends) < len(points) and shown[ends].all():
+            axes.plot(points[ends, 0] + 0.5, points[ends, 1] + 0.5, color=color, linewidth=1.5)
+    axes.scatter(points[shown, 0] + 0.5, points[shown, 1] + 0.5, s=8, color="white", edgecolors=[color], zorder=3)
+
+
+def _color(label: int) -> str:
+    return _COLORS[label % len(_COLORS)]

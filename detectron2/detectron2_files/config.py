@@ -68,11 +68,9 @@ class Detectron2Config(Protocol):
     def set_class_count(self, key: str, count: int) -> None:
         """Sets one of `class_counts`."""
 
-    def use_datasets(self, train: tuple[str, ...], val: str) -> None:
-        """Names the data whose metadata the mappers ask for."""
-
-    def mapper(self, training: bool) -> Any:
-        """The config's mapper, from a data set's dict to the model's input."""
+    def mapper(self, training: bool, names: tuple[str, ...]) -> Any:
+        """The config's mapper, from a data set's dict to the model's input; `names` of the data whose metadata it asks
+        for."""
 
     def build_model(self) -> nn.Module:
         """The meta-architecture on the host, with its initial weights."""

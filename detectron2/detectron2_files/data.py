@@ -30,7 +30,7 @@ from shared.seeding import seed_all
 
 logging.getLogger("detectron2.data").setLevel(logging.WARNING)  # tables of a data set's classes
 
-TRAIN_NAME, VAL_NAME = "data.train", "data.val"
+TRAIN_NAME, VAL_NAME, COCO_NAME = "data.train", "data.val", "data"
 _PREFIX = "image-bytes://"
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
@@ -279,7 +279,10 @@ class RegisteredData:
 
 
 def categories_of(name: str, semantic: bool) -> list[dict]:
-    """The things of a registered data set, or its stuff, as COCO categories: the position is the label."""
+    """The things of a registered data set, or its stuff, as COCO categories: the position is the label. None where
+    its metadata names none."""
+    if name not in MetadataCatalog.list():
+        return []
     metadata = MetadataCatalog.get(name)
     kind = "stuff" if semantic else "thing"
     ids = {label: i for i, label in (metadata.get(f"{kind}_dataset_id_to_contiguous_id") or {}).items()}
@@ -302,7 +305,7 @@ def open_registered(names: tuple[str, ...], semantic: bool, train_set: TrainingS
             known = DatasetCatalog.list()
             raise UserError(
                 f"the data set {name!r} is not registered; {nearest(name, known)}; registered are {', '.join(known)}. "
-                "Yours is registered by a Python file in hyperparameters.custom_imports; or give data.train and data.val"
+                "A Python file in hyperparameters.custom_imports registers yours; or give data.train and data.val"
             )
     try:
         dicts = get_detection_dataset_dicts(
@@ -314,8 +317,8 @@ def open_registered(names: tuple[str, ...], semantic: bool, train_set: TrainingS
         )
     except Exception as error:  # each data set's loader reads files of its own format
         raise UserError(
-            f"the data set {', '.join(names)} cannot be read: {type(error).__name__}: {error}. Detectron2's own lie below "
-            "the folder that DETECTRON2_DATASETS names; or give data.train and data.val"
+            f"the data set {', '.join(names)} cannot be read: {type(error).__name__}: {error}. Detectron2's own lie "
+            "below the folder that DETECTRON2_DATASETS names; or give data.train and data.val"
         ) from error
     return RegisteredData(names, dicts, semantic)
 
@@ -335,18 +338,15 @@ def as_coco_paths(name: str) -> tuple[str, str] | None:
     return (json_file, image_root) if json_file and image_root else None
 
 
-def describe(name: str, annotations: CocoAnnotations) -> None:
-    """Registers the metadata of COCO data that the shared loader reads: what mappers ask for."""
-    if name in MetadataCatalog.list():
-        MetadataCatalog.remove(name)
-    metadata = MetadataCatalog.get(name)
-    metadata.thing_classes = annotations.category_names
-    metadata.thing_dataset_id_to_contiguous_id = {id_: label for label, id_ in enumerate(annotations.category_ids)}
-    metadata.evaluator_type = "coco"
-    points = next((c["keypoints"] for c in annotations.categories if c.get("keypoints")), None)
-    if points:
-        metadata.keypoint_names = points
-        metadata.keypoint_flip_map = _flipped(points)
+def describe(categories: Sequence[dict]) -> tuple[str, ...]:
+    """The name of metadata that says of COCO categories what mappers ask for: their keypoints."""
+    if COCO_NAME in MetadataCatalog.list():
+        MetadataCatalog.remove(COCO_NAME)
+    metadata = MetadataCatalog.get(COCO_NAME)
+    metadata.thing_classes = [category["name"] for category in categories]
+    metadata.keypoint_names = next((c["keypoints"] for c in categories if c.get("keypoints")), [])
+    metadata.keypoint_flip_map = _flipped(metadata.keypoint_names)
+    return (COCO_NAME,)
 
 
 def register_json(name: str, annotations: str, images: str) -> None:

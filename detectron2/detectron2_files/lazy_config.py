@@ -20,7 +20,7 @@ from shared.errors import UserError, nearest
 
 
 class LazyConfigFile:
-    """A LazyConfig, `cfg`, with the sections of Detectron2's own: model, optimizer, lr_multiplier, dataloader, train."""
+    """A LazyConfig, `cfg`, of Detectron2's sections: model, optimizer, lr_multiplier, dataloader, train."""
 
     resolved_name = "detectron2_lazy.yaml"
     rotated = False
@@ -34,8 +34,8 @@ class LazyConfigFile:
         missing = {"model", "optimizer", "lr_multiplier", "dataloader", "train"} - set(self.cfg)
         if missing:
             raise UserError(
-                f"hyperparameters.config_file: {path} has no {', '.join(sorted(missing))}; it is a part of configs, not "
-                "a whole one"
+                f"hyperparameters.config_file: {path} has no {', '.join(sorted(missing))}; it is a part of configs, "
+                "not a whole one"
             )
         for key, value in overrides.items():
             _check_key(self.cfg, key)
@@ -140,11 +140,7 @@ class LazyConfigFile:
     def set_class_count(self, key: str, count: int) -> None:
         OmegaConf.update(self.cfg, key, count)
 
-    def use_datasets(self, train: tuple[str, ...], val: str) -> None:
-        self.cfg.dataloader.train.dataset.names = list(train)
-        self.cfg.dataloader.test.dataset.names = val
-
-    def mapper(self, training: bool) -> Any:
+    def mapper(self, training: bool, names: tuple[str, ...]) -> Any:
         return _build(self.cfg.dataloader.train if training else self.cfg.dataloader.test, "mapper", "dataloader")
 
     def build_model(self) -> nn.Module:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from detectron2_files.config import Detectron2Config
@@ -42,3 +44,10 @@ def build_optimizer(config: Detectron2Config, model: nn.Module) -> torch.optim.O
         return config.build_optimizer(model)
     except (KeyError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"the config's optimizer cannot be built: {type(error).__name__}: {error}") from error
+
+
+def losses_of_step(model: nn.Module, inputs: list[dict[str, Any]], number: int) -> dict[str, torch.Tensor]:
+    """The model's losses in step `number`."""
+    # where the models put numbers that they watch: nobody reads them, and nothing is kept from step to step
+    with EventStorage(number):
+        return model(inputs)

@@ -148,11 +148,10 @@ class YamlConfig:
     def set_class_count(self, key: str, count: int) -> None:
         self.cfg.merge_from_list([key, count])
 
-    def use_datasets(self, train: tuple[str, ...], val: str) -> None:
-        self.cfg.DATASETS.TRAIN, self.cfg.DATASETS.TEST = train, (val,)
-
-    def mapper(self, training: bool) -> Any:
-        return (RotatedMapper if self.rotated else DatasetMapper)(self.cfg, is_train=training)
+    def mapper(self, training: bool, names: tuple[str, ...]) -> Any:
+        cfg = self.cfg.clone()
+        cfg.DATASETS.TRAIN = names
+        return (RotatedMapper if self.rotated else DatasetMapper)(cfg, is_train=training)
 
     def build_model(self) -> nn.Module:
         return build_model(self.cfg)

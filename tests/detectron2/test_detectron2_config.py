@@ -1,0 +1,138 @@
+"""Which config counts, what it says, and what is wrong with it."""
+
+import pytest
+import yaml
+from tiny_models import DETECTRON2, load_model_def
+
+from detectron2_files.config import config_of_checkpoint, load_config, shipped_configs
+from detectron2_files.hyperparameters import Detectron2Hyperparameters
+from shared.errors import UserError
+from shared.experiment import Length
+
+MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+LAZY_RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.py"
+
+
+def load(config_file=MASK_RCNN, submitted=DETECTRON2, **hyperparameters):
+    return load_config(Detectron2Hyperparameters(config_file, **hyperparameters), submitted)
+
+
+def test_a_config_of_the_folder_comes_before_one_of_the_zoo(tmp_path):
+    assert load(submitted=tmp_path).path == shipped_configs() / MASK_RCNN
+    own = tmp_path / MASK_RCNN
+    own.parent.mkdir()
+    own.write_text("VERSION: 2\nSOLVER: {MAX_ITER: 7}\n")
+    assert load(submitted=tmp_path).max_iter == 7
+
+
+def test_a_config_that_is_not_found_says_where_it_was_looked_for_and_what_is_near(tmp_path):
+    with pytest.raises(
+        UserError, match=r"mask_rcnn_R_50_FPN_1x.yaml is neither in .* nor in .*; did you mean"
+    ) as error:
+        load("mask_rcnn_R_50_FPN_1x.yaml", tmp_path)
+    assert repr(MASK_RCNN) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config_file", "overrides"),
+    [
+        (MASK_RCNN, {"SOLVER.BASE_LR": 1, "SOLVER": {"MAX_ITER": 9, "IMS_PER_BATCH": 8}}),
+        (LAZY_RETINANET, {"optimizer.lr": 1, "train": {"max_iter": 9}, "dataloader.train.total_batch_size": 8}),
+    ],
+)
+def test_overrides_are_dotted_or_nested_in_both_kinds_of_config(config_file, overrides, tmp_path):
+    config = load(config_file, config_overrides=overrides)
+    assert (config.learning_rate, config.max_iter, config.batch_size) == (1, 9, 8)
+
+    config.write(tmp_path)
+    again = load(str(config_of_checkpoint(tmp_path)))
+    assert type(again) is type(config)
+    assert (again.learning_rate, again.max_iter, again.batch_size) == (1, 9, 8)
+    assert again.class_counts() == config.class_counts()
+
+
+WRONG = {
+    r"unknown key 'SOLVER.BASE_LRR'; did you mean 'SOLVER.BASE_LR'": (MASK_RCNN, {"SOLVER.BASE_LRR": 1}),
+    r"unknown key 'train.max_itr'; did you mean 'max_iter'": (LAZY_RETINANET, {"train.max_itr": 1}),
+    r"unknown key 'model.backbon'; did you mean 'backbone'": (LAZY_RETINANET, {"model.backbon.out_channels": 1}),
+    r"unknown key 'model.head.conv_dim'; did you mean 'conv_dims'": (LAZY_RETINANET, {"model.head.conv_dim": 1}),
+    r"SOLVER.MAX_ITER": (MASK_RCNN, {"SOLVER.MAX_ITER": "long"}),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_override_is_an_error_that_names_it_and_what_is_near(message):
+    config_file, overrides = WRONG[message]
+    with pytest.raises(UserError, match=message):
+        load(config_file, config_overrides=overrides)
+
+
+def test_an_argument_that_a_python_config_does_not_mention_can_be_given():
+    config = load(LAZY_RETINANET, config_overrides={"model.test_score_thresh": 0.3})
+    assert config.build_model().test_score_thresh == 0.3
+
+
+def test_a_key_that_yacs_does_not_know_is_named_with_its_place(tmp_path):
+    (tmp_path / "mine.yaml").write_text("SOLVER: {BASE_LERNING_RATE: 1}\n")
+    with pytest.raises(UserError, match=r"mine.yaml: .*SOLVER.BASE_LERNING_RATE"):
+        load("mine.yaml", tmp_path)
+
+
+def test_part_of_a_python_config_is_not_a_whole_one():
+    with pytest.raises(UserError, match="has no dataloader, lr_multiplier, model, optimizer"):
+        load("common/train.py")
+
+
+def test_the_scaling_rule_goes_by_the_images_of_a_batch_in_both_kinds_of_config():
+    config = load()
+    config.scale_schedule(4)
+    solver = config.cfg.SOLVER
+    assert (solver.BASE_LR, solver.MAX_ITER, solver.STEPS) == (0.005, 360000, (240000, 320000))
+    assert (solver.WARMUP_ITERS, config.batch_size) == (4000, 4)
+
+    lazy = load(LAZY_RETINANET)
+    lazy.scale_schedule(32)
+    assert (lazy.learning_rate, lazy.max_iter, lazy.batch_size, lazy.eval_period) == (0.02, 45000, 32, 2500)
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4, 8])
+def test_the_tutorial_s_schedules_are_detectron_s_for_as_many_gpus(gpus):
+    # tutorial_{1,2,4,8}gpu_e2e_faster_rcnn_R-50-FPN.yaml of Detectron: learning rate, iterations and steps
+    published = {
+        1: (0.0025, 60000, (30000, 40000)),
+        2: (0.005, 30000, (15000, 20000)),
+        4: (0.01, 15000, (7500, 10000)),
+        8: (0.02, 7500, (3750, 5000)),
+    }
+    experiment = yaml.safe_load((DETECTRON2 / f"tutorial_{gpus}gpu.yaml").read_text())
+    hparams = Detectron2Hyperparameters(**experiment["hyperparameters"])
+    assert hparams.scale_schedule
+    assert experiment["resources"]["slots_per_trial"] == gpus
+    assert hparams.global_batch_size == 2 * gpus
+    config = load_config(hparams, DETECTRON2)
+    config.scale_schedule(hparams.global_batch_size)
+    solver = config.cfg.SOLVER
+    assert published[gpus] == (solver.BASE_LR, solver.MAX_ITER, solver.STEPS)
+    stated = (DETECTRON2 / f"tutorial_{gpus}gpu.yaml").read_text().replace("\n# ", " ")
+    lr, length, (first, second) = published[gpus]
+    assert f"{length:,} batches, learning rate {lr:g}, divided by 10 after {first:,} and {second:,}" in stated
+
+
+def test_the_default_is_detectron_s_comparison_without_augmentation():
+    for name in ("const.yaml", "distributed.yaml"):
+        experiment = yaml.safe_load((DETECTRON2 / name).read_text())
+        config = load(experiment["hyperparameters"]["config_file"])
+        assert (config.max_iter, config.batch_size) == (90000, 16)
+        assert experiment["hyperparameters"]["global_batch_size"] == 16
+        assert config.cfg.INPUT.MIN_SIZE_TRAIN == (800,)
+        assert config.iou_types == ("bbox", "segm")
+
+
+def test_the_config_s_lengths_are_the_defaults():
+    trial = object.__new__(load_model_def("detectron2").Detectron2Trial)
+    trial.detectron2_config = load(config_overrides={"TEST.EVAL_PERIOD": 500})
+    assert trial.default_lengths() == {
+        "searcher.max_length": Length("batches", 90000),
+        "min_validation_period": Length("batches", 500),
+        "min_checkpoint_period": Length("batches", 5000),
+    }

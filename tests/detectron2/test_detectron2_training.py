@@ -1,0 +1,270 @@
+"""Runs of Detectron2's detectors: two processes, evaluation and prediction, bad input."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, reports, run_model_def
+from PIL import Image
+from pycocotools import mask as coco_mask
+from tiny_models import DETECTRON2, detectron2_config, load_model_def, with_keypoints
+
+from shared.errors import UserError
+
+RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+KEYPOINT_RCNN = "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml"
+
+
+@pytest.fixture(scope="module")
+def trial_class():
+    return load_model_def("detectron2").Detectron2Trial
+
+
+def in_process(config, batches=2):
+    config["data"]["workers"] = 0
+    config["searcher"]["max_length"] = {"batches": batches}
+    return config
+
+
+def test_a_step_of_two_processes_is_plain_ddp_over_detectron2_s_model(shapes, tmp_path):
+    probe, config = tmp_path / "probe.py", tmp_path / "config.yaml"
+    probe.write_text(
+        f"""
+import copy, os, sys
+sys.path.insert(0, {str(DETECTRON2)!r})
+import model_def
+from detectron2.solver import build_optimizer
+from detectron2.utils.events import EventStorage
+from detectron2_files.data import inputs_of
+from shared.launch import main
+from shared.seeding import seed_all
+from torch.nn.parallel import DistributedDataParallel
+
+class Probe(model_def.Detectron2Trial):
+    def losses(self, model, batch):
+        if self.batches_trained == 0:
+            # plain_train_net's step, on this process's half
+            self.reference = DistributedDataParallel(copy.deepcopy(self.plain_model), broadcast_buffers=False)
+            optimizer = build_optimizer(self.detectron2_config.cfg, self.reference.module)
+            for group, own in zip(optimizer.param_groups, self.optimizer.param_groups):
+                group["lr"] = own["lr"]
+            with EventStorage(0):
+                sum(self.reference(copy.deepcopy(inputs_of(batch))).values()).backward()
+            optimizer.step()
+            seed_all(self.seed, self.rank, 0, 1)  # the samplers draw the same again
+        return super().losses(model, batch)
+
+    def after_batch(self, number):
+        super().after_batch(number)
+        if number == 0:
+            ours, theirs = self.plain_model.state_dict(), self.reference.module.state_dict()
+            worst = max((ours[k].double() - theirs[k].double()).abs().max().item() for k in ours)
+            os.write(1, f"WORST {{worst}}\\n".encode())
+
+main(Probe)
+"""
+    )
+    config.write_text(yaml.safe_dump(in_process(detectron2_config(shapes))))
+    done = run_model_def("train", config, "--output-dir", tmp_path / "run", processes=2, cwd=DETECTRON2, script=probe)
+    worst = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("WORST")]
+    assert len(worst) == 2
+    assert max(worst) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["yaml", "py"])
+def test_a_run_is_evaluated_and_predicts_by_the_config_in_its_checkpoint(shapes, train, trial_class, tmp_path, kind):
+    if kind == "yaml":
+        config = detectron2_config(shapes, **{"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.01})
+        config["searcher"]["metric"] = "segm_mAP"
+    else:
+        config = detectron2_config(shapes, "configs/small_retinanet.py")
+        config["hyperparameters"]["config_overrides"]["model.test_score_thresh"] = 0.001
+    run = train(trial_class, in_process(config, batches=4))
+    last = run / "checkpoints/last"
+    # the file it came from may be gone
+    config["hyperparameters"] = {"config_file": "gone.py"}
+    path = tmp_path / "later.yaml"
+    path.write_text(yaml.safe_dump(config))
+    arguments = ("evaluate", path, "--checkpoint", last, "--output", tmp_path / "evaluated")
+    run_model_def(*arguments, processes=2, cwd=DETECTRON2)
+    assert json.loads((tmp_path / "evaluated/metrics.json").read_text()) == reports(run, "val")[-1]["metrics"]
+
+    out = tmp_path / "out"
+    predict = ("predict", path, "--checkpoint", last, "--images", shapes / "val", "--output", out, "--min-score", 0.9)
+    done = run_model_def(*predict, cwd=DETECTRON2)
+    assert "seconds: loading" in done.stdout
+    results = json.loads((out / "results.json").read_text())
+    assert len(results) > 5
+    if kind == "yaml":
+        assert all(coco_mask.decode(r["segmentation"]).shape == (128, 128) for r in results)
+    assert (out / "000000.png.pdf").read_bytes().startswith(b"%PDF")
+    run_model_def(*predict, "--format", "png", cwd=DETECTRON2)
+    assert Image.open(out / "000000.png.png").size == (128, 128)
+
+
+def test_keypoints_train_are_evaluated_and_predicted(shapes, train, trial_class, tmp_path):
+    config = in_process(detectron2_config(shapes, KEYPOINT_RCNN))
+    for split in ("train", "val"):
+        coco = json.loads((shapes / f"annotations/{split}.json").read_text())
+        (tmp_path / f"{split}.json").write_text(json.dumps(with_keypoints(coco)))
+        config["data"][split]["annotations"] = str(tmp_path / f"{split}.json")
+    overrides = config["hyperparameters"]["config_overrides"]
+    overrides.update({"MODEL.ROI_HEADS.NUM_CLASSES": 3, "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.001})
+    config["searcher"]["metric"] = "keypoints_mAP"
+    run = train(trial_class, config)
+    metrics = reports(run, "val")[-1]["metrics"]
+    assert {"bbox_mAP", "keypoints_mAP", "keypoints_AR_m"} <= metrics.keys()
+
+    path, out = tmp_path / "c.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(config))
+    last = run / "checkpoints/last"
+    run_model_def("predict", path, "--checkpoint", last, "--images", shapes / "val", "--output", out, cwd=DETECTRON2)
+    results = json.loads((out / "results.json").read_text())
+    assert all(len(result["keypoints"]) == 51 for result in results)
+
+
+def test_a_large_image_is_detected_on_with_few_masks_in_memory_at_once(shapes, train, trial_class, monkeypatch):
+    import numpy as np
+    from determined import pytorch
+
+    from detectron2_files import evaluation
+    from detectron2_files.data import EncodedImage
+    from shared.launch import _folder_as_data
+
+    config = in_process(detectron2_config(shapes, **{"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.001}))
+    monkeypatch.chdir(shapes)
+    with pytorch.init(hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False) as context:
+        trial = trial_class(context, for_training=False)
+    folder = shapes / "large"
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (1500, 1000), "gray").save(folder / "one.TIF")
+    data = _folder_as_data(folder, [folder / "one.TIF"], trial)
+
+    def detected():
+        (batch,) = trial.evaluation_loader(data)
+        (found,) = trial.detect_on_host_batch(batch)
+        return found
+
+    at_once = detected()
+    pasted, real = [], evaluation.detector_postprocess
+    monkeypatch.setattr(evaluation, "_MASK_PIXELS", 3 * 1500 * 1000)
+    monkeypatch.setattr(evaluation, "detector_postprocess", lambda i, *a: pasted.append(len(i)) or real(i, *a))
+    few = detected()
+    assert len(at_once) > 3
+    assert max(pasted) == 3
+    assert sum(pasted) >= len(few)  # some are empty, and left out after
+    np.testing.assert_array_equal(few.boxes, at_once.boxes)
+    assert few.masks == at_once.masks
+    assert EncodedImage.of((folder / "one.TIF").read_bytes()).shape == (1000, 1500)
+
+
+def bad(shapes, **changes):
+    config = in_process(detectron2_config(shapes))
+    for dotted, value in changes.items():
+        *sections, key = dotted.split("__")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[key] = value
+    return config
+
+
+WRONG = {
+    r"hyperparameters: unknown key 'config'; did you mean 'config_file'": {"hyperparameters__config": "x"},
+    r"use_pretrained and weights both say": {"hyperparameters__use_pretrained": True},
+    r"data.val.annotations: .*nowhere.json does not exist": {"data__val__annotations": "/tmp/nowhere.json"},
+    r"MODEL.ROI_HEADS.NUM_CLASSES is 7, and the data has 3 categories": {
+        "hyperparameters__config_overrides": {"MODEL.ROI_HEADS.NUM_CLASSES": 7}
+    },
+    r"MODEL.ROI_HEADS.NUM_CLASSES is 80, and the data has 3 categories": {
+        "hyperparameters__config_overrides": {"MODEL.ROI_HEADS.NUM_CLASSES": 80}
+    },
+    r"data set 'coco_2017_trian' is not registered; did you mean 'coco_2017_train'\?; registered are .*lvis": {
+        "data__train": None,
+        "hyperparameters__config_overrides": {"DATASETS.TRAIN": ["coco_2017_trian"]},
+    },
+    r"data.train.annotations: .*datasets/coco/annotations/instances_train2017.json does not exist": {
+        "data__train": None
+    },
+    r"has no keypoints, and the config trains them": {
+        "hyperparameters__config_file": KEYPOINT_RCNN,
+        "hyperparameters__config_overrides": {"MODEL.ROI_HEADS.NUM_CLASSES": 3},
+    },
+    r"mixed precision needs a GPU; switch it off in config_overrides": {
+        "hyperparameters__config_overrides": {"SOLVER.AMP.ENABLED": True}
+    },
+    r"custom_imports: nothing_here.py cannot be imported": {"hyperparameters__custom_imports": ["nothing_here.py"]},
+    r"the config's weights: .*R-50.pkl cannot be had: .*weights: ''": {"hyperparameters__weights": None},
+    r"searcher.metric: 'bbox_map' is not reported; did you mean 'bbox_mAP'": {"searcher__metric": "bbox_map"},
+    r"global_batch_size: 0 is not a number of images": {"hyperparameters__global_batch_size": 0},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_bad_input_is_an_error_before_training(message, shapes, train, trial_class, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train(trial_class, bad(shapes, **copy.deepcopy(WRONG[message])))
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_masks_as_rle_ask_for_bitmasks_and_train_then(shapes, train, trial_class, tmp_path):
+    coco = json.loads((shapes / "annotations/train.json").read_text())
+    sizes = {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
+    for annotation in coco["annotations"]:
+        if not annotation["iscrowd"]:
+            rles = coco_mask.frPyObjects(annotation["segmentation"], *sizes[annotation["image_id"]])
+            rle = coco_mask.merge(rles)
+            annotation["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+    (tmp_path / "rle.json").write_text(json.dumps(coco))
+    config = bad(shapes, data__train__annotations=str(tmp_path / "rle.json"))
+    with pytest.raises(UserError, match=r"masks of .*rle.json are RLE, .*INPUT.MASK_FORMAT: bitmask"):
+        train(trial_class, config)
+    config["hyperparameters"]["config_overrides"]["INPUT.MASK_FORMAT"] = "bitmask"
+    assert reports(train(trial_class, config, "second"), "val")
+
+
+def test_masks_cannot_be_trained_on_boxes_alone(shapes, train, trial_class, tmp_path):
+    coco = json.loads((shapes / "annotations/train.json").read_text())
+    for annotation in coco["annotations"]:
+        annotation.pop("segmentation")
+    (tmp_path / "boxes.json").write_text(json.dumps(coco))
+    with pytest.raises(UserError, match=r"have no segmentation, the first has id \d+"):
+        train(trial_class, bad(shapes, data__train__annotations=str(tmp_path / "boxes.json")))
+
+
+def test_an_untrained_model_is_not_evaluated(shapes, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(detectron2_config(shapes)))
+    done = run_model_def("evaluate", path, cwd=DETECTRON2, check=False)
+    assert done.returncode == 1
+    assert "error: an untrained model detects nothing; give --checkpoint" in done.stderr
+
+
+IMPORTS = "import detectron2, detectron2.modeling; print(detectron2.__file__)"
+
+
+@pytest.mark.parametrize("folder", [".", "detectron2", "tests", "tests/detectron2"])
+@pytest.mark.parametrize("path", ["", str(ROOT)])
+def test_the_folder_s_name_never_hides_the_library(folder, path):
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS],
+        cwd=ROOT / folder,
+        env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "site-packages" in done.stdout or "dist-packages" in done.stdout
+
+
+def test_without_the_library_one_line_says_how_to_install_it(tmp_path):
+    (tmp_path / "detectron2").mkdir()
+    (tmp_path / "detectron2/__init__.py").write_text("raise ImportError('No module named detectron2')")
+    done = run_model_def("train", "const_fake.yaml", cwd=DETECTRON2, env={"PYTHONPATH": str(tmp_path)}, check=False)
+    assert done.returncode == 1
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: Detectron2 cannot be imported")
+    assert "git+https://github.com/facebookresearch/detectron2.git" in line

@@ -1,0 +1,114 @@
+"""Weights to start from: every format of Detectron's, and nothing that executes."""
+
+import logging
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import DETECTRON2, SMALL_YAML
+
+from detectron2_files.config import load_config, shipped_configs
+from detectron2_files.hyperparameters import Detectron2Hyperparameters
+from detectron2_files.weights import load_weights_into, zoo_weights
+from shared.errors import UserError
+
+RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+KEY = "hyperparameters.weights"
+
+
+def build(**overrides):
+    overrides = {**SMALL_YAML, **overrides}
+    return load_config(Detectron2Hyperparameters(RETINANET, config_overrides=overrides), DETECTRON2).build_model()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+def arrays(model):
+    return {name: weight.numpy() for name, weight in model.state_dict().items()}
+
+
+def assert_same_weights(a, b):
+    for name, weight in a.state_dict().items():
+        assert torch.equal(weight, b.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_zoo_pkl_is_read_without_executing_pickled_code(model, tmp_path, protocol):
+    content = {"model": arrays(model), "__author__": "Detectron2 Model Zoo"}
+    (tmp_path / "zoo.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+    other = build()
+    load_weights_into(other, str(tmp_path / "zoo.pkl"), KEY)
+    assert_same_weights(other, model)
+
+
+def test_a_backbone_of_imagenet_is_found_by_its_names_as_detectron2_does(model, tmp_path, caplog):
+    prefix = "backbone.bottom_up."
+    backbone = {n.removeprefix(prefix): w for n, w in arrays(model).items() if n.startswith(prefix)}
+    backbone["stem.fc.weight"] = np.zeros((1000, 4), np.float32)
+    content = {"model": backbone, "__author__": "torchvision", "matching_heuristics": True}
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(content))
+    other = build()
+    with caplog.at_level(logging.INFO):
+        load_weights_into(other, str(tmp_path / "R-50.pkl"), KEY)
+    for name, weight in other.backbone.bottom_up.state_dict().items():
+        assert torch.equal(weight, model.backbone.bottom_up.state_dict()[name])
+    assert any("are not in it and start anew" in message for message in caplog.messages)
+
+
+class Harmful:
+    def __reduce__(self):
+        import pathlib
+
+        return pathlib.Path.touch, (pathlib.Path("was_executed"),)
+
+
+def test_a_pkl_with_code_is_refused_and_does_not_run(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = {"model": {**arrays(model), "extra": Harmful()}, "__author__": "somebody"}
+    (tmp_path / "bad.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match=r"bad.pkl holds more than arrays"):
+        load_weights_into(build(), str(tmp_path / "bad.pkl"), KEY)
+    torch.save({"model": {"extra": Harmful()}}, tmp_path / "bad.pth")
+    with pytest.raises(UserError, match=r"bad.pth"):
+        load_weights_into(build(), str(tmp_path / "bad.pth"), KEY)
+    assert not (tmp_path / "was_executed").exists()
+
+
+def test_a_cut_off_file_is_named(model, tmp_path):
+    whole = pickle.dumps({"model": arrays(model), "__author__": "x"})
+    (tmp_path / "cut.pkl").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"cut.pkl is cut off"):
+        load_weights_into(build(), str(tmp_path / "cut.pkl"), KEY)
+    with pytest.raises(UserError, match=r"hyperparameters.weights: .*nowhere.pkl"):
+        load_weights_into(build(), str(tmp_path / "nowhere.pkl"), KEY)
+
+
+def test_a_head_for_other_classes_starts_anew_in_one_line(model, tmp_path, caplog):
+    torch.save({"model": model.state_dict()}, tmp_path / "coco.pth")
+    other = build(**{"MODEL.RETINANET.NUM_CLASSES": 5})
+    initial = other.head.cls_score.weight.clone()
+    with caplog.at_level(logging.INFO):
+        load_weights_into(other, str(tmp_path / "coco.pth"), KEY)
+    assert torch.equal(other.head.cls_score.weight, initial)
+    assert torch.equal(other.head.bbox_pred.weight, model.head.bbox_pred.weight)
+    (line,) = [message for message in caplog.messages if message.startswith("weights:")]
+    assert "2 are for other classes and start anew (head.cls_score.weight, head.cls_score.bias)" in line
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"MODEL.RESNETS.DEPTH": 101}, {"MODEL.RESNETS.RES2_OUT_CHANNELS": 32}, {"MODEL.FPN.OUT_CHANNELS": 24}]
+)
+def test_weights_of_another_architecture_are_an_error_that_says_how_many_do_not_fit(model, tmp_path, overrides):
+    torch.save({"model": model.state_dict()}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"of another architecture: \d+ parameters do not fit \(.*backbone\."):
+        load_weights_into(build(**overrides), str(tmp_path / "other.pth"), KEY)
+
+
+def test_the_zoo_s_weights_are_known_by_config():
+    assert zoo_weights(shipped_configs() / RETINANET).endswith("retinanet_R_50_FPN_1x/190397773/model_final_bfca0b.pkl")
+    with pytest.raises(UserError, match=r"the model zoo has no weights for COCO-Detection/fcos_R_50_FPN_1x.py; did"):
+        zoo_weights(shipped_configs() / "COCO-Detection/fcos_R_50_FPN_1x.py")
