@@ -25,6 +25,7 @@ from detectron2_files.data import (
     RegisteredSamples,
     as_coco_paths,
     categories_of,
+    check_for_rotated_evaluation,
     check_for_training,
     collate,
     describe,
@@ -151,7 +152,10 @@ class Detectron2Trial(DetectionTrial):
         if self.data.val is not None:
             register_json(VAL_NAME, self.data.val.annotations, self.data.val.images)
             names = (VAL_NAME,)
-        return open_registered(names, self.detectron2_config.semantic)
+        opened = open_registered(names, self.detectron2_config.semantic)
+        if self.detectron2_config.rotated:
+            check_for_rotated_evaluation(opened)
+        return opened
 
     def known_categories(self) -> list[dict]:
         if self.data.backend == "fake" or (self.data.val and Path(self.data.val.annotations).exists()):
@@ -181,7 +185,7 @@ class Detectron2Trial(DetectionTrial):
 
     def build_evaluator(self, data: SplitData | RegisteredData) -> CocoEvaluator | OwnEvaluator:
         if isinstance(data, RegisteredData):
-            evaluator = own_evaluator(data.names[0], self.detectron2_config.rotated)
+            evaluator = own_evaluator(data.names[0], self.iou_types, self.detectron2_config.rotated)
             return OwnEvaluator(evaluator, has_share=self.rank < len(data.dicts), compute_here=self.rank == 0)
         sigmas = self.detectron2_config.keypoint_sigmas
         return CocoEvaluator(
@@ -286,7 +290,7 @@ class Detectron2Trial(DetectionTrial):
         if not self.detects_for_own_evaluator:
             return list(detect(model, inputs))
         return [
-            OwnResult(given["image_id"], {k: v for k, v in given.items() if k != "image"}, output)
+            OwnResult({key: value for key, value in given.items() if key != "image"}, output)
             for given, output in zip(inputs, model(inputs), strict=True)
         ]
 

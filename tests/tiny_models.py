@@ -180,6 +180,15 @@ def detectron2_config(
     )
 
 
+def detectron2_config_by_name(config_file, train, val, metric, **overrides):
+    """The config of two batches on data sets that are registered."""
+    names = {"DATASETS.TRAIN": [train], "DATASETS.TEST": [val]}
+    config = detectron2_config(Path(), config_file, **names, **overrides)
+    config["data"] = {"workers": 0}
+    config["searcher"].update(metric=metric, max_length={"batches": 2})
+    return config
+
+
 def trial_classes() -> dict[str, type]:
     """Each detector's trial; those alone whose library is here."""
     from model_def import EfficientDetTrial

@@ -323,6 +323,16 @@ def open_registered(names: tuple[str, ...], semantic: bool, train_set: TrainingS
     return RegisteredData(names, dicts, semantic)
 
 
+def check_for_rotated_evaluation(data: RegisteredData) -> None:
+    """Raises UserError where there are crowds, which Detectron2's evaluator of rotated boxes cannot match."""
+    for dataset_dict in data.dicts:
+        if any(annotation.get("iscrowd") for annotation in dataset_dict["annotations"]):
+            raise UserError(
+                f"{', '.join(data.names)}: image id {dataset_dict['image_id']} has a crowd (iscrowd: 1), with which "
+                "Detectron2 cannot evaluate rotated boxes; leave such annotations out"
+            )
+
+
 def registered_samples(data: RegisteredData, mapper: Any, train_set: TrainingSet, seed: int) -> RegisteredSamples:
     """The training samples of registered data, as the config's sampler repeats them."""
     indices = _repeats(len(data.dicts), lambda: data.dicts, train_set, seed)
@@ -373,9 +383,9 @@ def _flipped(names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def collate(samples: list[dict[str, Any]]) -> Batch:
-    """`images` are B of (3, h, w), `targets` the rest of each input."""
+    """`images` are B of (3, h, w), `targets` the rest of each input; semantic data has file names for ids."""
     images = [sample.pop("image") for sample in samples]
-    return Batch(images, samples, [sample["image_id"] for sample in samples])
+    return Batch(images, samples, [sample.get("image_id", sample["file_name"]) for sample in samples])
 
 
 def inputs_of(batch: Batch) -> list[dict[str, Any]]:

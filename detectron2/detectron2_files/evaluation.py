@@ -126,7 +126,6 @@ def _corners(boxes: torch.Tensor) -> torch.Tensor:
 class OwnResult:
     """What one of Detectron2's evaluators takes: a model's input, without its image, and its output."""
 
-    image_id: Any
     given: dict[str, Any]
     output: dict[str, Any]
 
@@ -169,7 +168,7 @@ def flat_metrics(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]
     }
 
 
-def own_evaluator(name: str, rotated: bool) -> DatasetEvaluator:
+def own_evaluator(name: str, iou_types: tuple[str, ...], rotated: bool) -> DatasetEvaluator:
     """What Detectron2 evaluates a registered data set with, by its metadata.
 
     Raises:
@@ -189,11 +188,11 @@ def own_evaluator(name: str, rotated: bool) -> DatasetEvaluator:
             "coco_panoptic_seg": lambda: DatasetEvaluators(
                 [
                     SemSegEvaluator(name, distributed=True),
-                    COCOEvaluator(name, output_dir=output),
+                    COCOEvaluator(name, iou_types, output_dir=output),
                     COCOPanopticEvaluator(name),
                 ]
             ),
         }
-        return evaluators.get(kind, lambda: COCOEvaluator(name, output_dir=output))()
+        return evaluators.get(kind, lambda: COCOEvaluator(name, iou_types, output_dir=output))()
     except ImportError as error:
         raise UserError(f"the data set {name} is evaluated with a package that is not installed: {error}") from error

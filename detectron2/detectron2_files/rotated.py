@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
@@ -21,7 +22,7 @@ class RotatedMapper(DatasetMapper):
             if annotation.get("iscrowd", 0):
                 continue
             annotation = copy.deepcopy(annotation)
-            annotation["bbox"] = transforms.apply_rotated_box([annotation["bbox"]])[0]
+            annotation["bbox"] = transforms.apply_rotated_box(np.array([annotation["bbox"]], dtype=np.float64))[0]
             annotation["bbox_mode"] = BoxMode.XYWHA_ABS
             annotations.append(annotation)
         instances = utils.annotations_to_instances_rotated(annotations, shape)

@@ -1,0 +1,205 @@
+"""Data sets by name, of Detectron2 and of the user, evaluated by what Detectron2 evaluates them with."""
+
+import json
+import textwrap
+
+import pytest
+import yaml
+from conftest import SHARED_DATA, reports, run_model_def
+from panoptic_shapes import REGISTER_PANOPTIC, write_panoptic_shapes
+from PIL import Image
+from tiny_models import DETECTRON2, detectron2_config, detectron2_config_by_name, load_model_def
+
+from shared.errors import UserError
+
+FASTER_RCNN = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+PANOPTIC = "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml"
+SEMANTIC = "Misc/semantic_R_50_FPN_1x.yaml"
+
+
+@pytest.fixture(scope="module")
+def trial_class():
+    return load_model_def("detectron2").Detectron2Trial
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Writes the user's Python file beside the YAML, under a name of the test's own."""
+
+    def write(name, text):
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return [f"{name}.py"]
+
+    return write
+
+
+def test_pascal_voc_is_evaluated_as_pascal_voc(train, trial_class, tmp_path, module):
+    bccd = SHARED_DATA / "bccd"
+    if not bccd.is_dir():
+        pytest.skip(f"{bccd} is not here: real data is no part of the project")
+    voc = tmp_path / "VOC2007"
+    (voc / "ImageSets/Main").mkdir(parents=True)
+    (voc / "JPEGImages").symlink_to(bccd / "images")
+    (voc / "Annotations").symlink_to(bccd / "annotations_voc")
+    names = sorted(path.stem for path in (bccd / "annotations_voc").glob("*.xml"))
+    (voc / "ImageSets/Main/some.txt").write_text("\n".join(names[:12]))
+    imports = module(
+        "register_cells",
+        f"""
+        from detectron2.data import MetadataCatalog
+        from detectron2.data.datasets import register_pascal_voc
+        register_pascal_voc("cells", {str(voc)!r}, "some", 2007, ["RBC", "WBC", "Platelets"])
+        MetadataCatalog.get("cells").evaluator_type = "pascal_voc"
+        """,
+    )
+    config = detectron2_config_by_name(FASTER_RCNN, "cells", "cells", "bbox_AP50")
+    config["hyperparameters"]["custom_imports"] = imports
+    run = train(trial_class, config)
+    metrics = reports(run, "val")[-1]["metrics"]
+    assert {"bbox_AP", "bbox_AP50", "bbox_AP75"} <= metrics.keys()
+    assert "data set" not in (run / "config.yaml").read_text()
+
+    config["searcher"]["metric"] = "bbox_mAP"
+    with pytest.raises(UserError, match=r"searcher.metric: 'bbox_mAP' is not among the metrics .*'bbox_AP50'"):
+        train(trial_class, config, "second")
+
+
+def test_data_of_the_user_s_own_is_trained_on_by_the_name_it_is_registered_under(shapes, train, trial_class, module):
+    imports = module(
+        "register_mine",
+        f"""
+        import json
+        from detectron2.data import DatasetCatalog, MetadataCatalog
+        from detectron2.structures import BoxMode
+
+        def load():
+            coco = json.load(open({str(shapes / "annotations/train.json")!r}))
+            of_image = {{}}
+            for a in coco["annotations"]:
+                of_image.setdefault(a["image_id"], []).append(
+                    {{"bbox": a["bbox"], "bbox_mode": BoxMode.XYWH_ABS, "category_id": a["category_id"] - 1}}
+                )
+            return [
+                {{"file_name": {str(shapes / "train")!r} + "/" + i["file_name"], "image_id": i["id"],
+                  "height": i["height"], "width": i["width"], "annotations": of_image.get(i["id"], [])}}
+                for i in coco["images"]
+            ]
+
+        DatasetCatalog.register("mine", load)
+        MetadataCatalog.get("mine").thing_classes = ["rectangle", "circle", "triangle"]
+        """,
+    )
+    config = detectron2_config_by_name(FASTER_RCNN, "mine", "mine", "bbox_AP")
+    config["hyperparameters"]["custom_imports"] = imports
+    config["hyperparameters"]["config_overrides"]["DATALOADER.SAMPLER_TRAIN"] = "RepeatFactorTrainingSampler"
+    config["hyperparameters"]["config_overrides"]["DATALOADER.REPEAT_THRESHOLD"] = 0.9
+    run = train(trial_class, config)
+    metrics = reports(run, "val")[-1]["metrics"]
+    assert {"bbox_AP", "bbox_APl", "bbox_AP/circle"} <= metrics.keys() or {"bbox_AP"} <= metrics.keys()
+
+
+def test_coco_data_by_name_goes_through_the_shared_loader_and_evaluator(shapes, train, trial_class, module):
+    imports = module(
+        "register_coco",
+        f"""
+        from detectron2.data.datasets import register_coco_instances
+        for split in ("train", "val"):
+            folder = {str(shapes)!r}
+            register_coco_instances(f"shapes_{{split}}", {{}}, f"{{folder}}/annotations/{{split}}.json",
+                                    f"{{folder}}/{{split}}")
+        """,
+    )
+    config = detectron2_config_by_name(FASTER_RCNN, "shapes_train", "shapes_val", "bbox_mAP")
+    config["hyperparameters"]["custom_imports"] = imports
+    run = train(trial_class, config)
+    assert "bbox_AR_100" in reports(run, "val")[-1]["metrics"]
+    assert (run / "predictions.png").exists()
+
+
+@pytest.fixture(scope="module")
+def panoptic_shapes(tmp_path_factory):
+    return write_panoptic_shapes(tmp_path_factory.mktemp("panoptic"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_panoptic_segmentation_is_evaluated_the_same_on_any_number_of_slots(panoptic_shapes, tmp_path, processes):
+    pytest.importorskip("panopticapi")
+    (tmp_path / "register_panoptic.py").write_text(REGISTER_PANOPTIC.format(folder=str(panoptic_shapes)))
+    config = detectron2_config_by_name(PANOPTIC, "pan_train_separated", "pan_val_separated", "panoptic_seg_PQ")
+    config["hyperparameters"]["custom_imports"] = ["register_panoptic"]
+    path, run = tmp_path / "c.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(config))
+    environment = {"PYTHONPATH": str(tmp_path)}
+    train = ("train", path, "--output-dir", run)
+    run_model_def(*train, cwd=DETECTRON2, env=environment, processes=processes)
+    metrics = reports(run, "val")[-1]["metrics"]
+    assert {"panoptic_seg_PQ", "sem_seg_mIoU", "bbox_AP", "segm_AP"} <= metrics.keys()
+
+    # the other number of processes
+    evaluate = ("evaluate", path, "--checkpoint", run / "checkpoints/last", "--output", tmp_path / "again")
+    run_model_def(*evaluate, cwd=DETECTRON2, env=environment, processes=3 - processes)
+    assert json.loads((tmp_path / "again/metrics.json").read_text()) == metrics
+
+
+def test_semantic_segmentation_trains_and_is_drawn(panoptic_shapes, train, trial_class, module, tmp_path):
+    imports = module("register_semantic", REGISTER_PANOPTIC.format(folder=str(panoptic_shapes)))
+    names = ("pan_train_stuffonly", "pan_val_stuffonly")
+    from detectron2.data import MetadataCatalog
+
+    config = detectron2_config_by_name(SEMANTIC, *names, "sem_seg_mIoU")
+    config["hyperparameters"]["custom_imports"] = imports
+    run = train(trial_class, config)
+    assert 0 < reports(run, "val")[-1]["metrics"]["sem_seg_mIoU"] <= 100
+    assert MetadataCatalog.get(names[0]).stuff_classes == ["things", "background"]
+
+    path, out = tmp_path / "c.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(config))
+    images = panoptic_shapes / "val"
+    predict = ("predict", path, "--checkpoint", run / "checkpoints/last", "--images", images, "--output", out)
+    run_model_def(*predict, "--format", "png", cwd=DETECTRON2, env={"PYTHONPATH": str(tmp_path)})
+    results = json.loads((out / "results.json").read_text())
+    assert {result["category_id"] for result in results} <= {0, 4}
+    assert Image.open(out / "000000.jpg.png").size == (128, 128)
+
+
+def test_rotated_boxes_train_and_are_evaluated_as_such(shapes, train, trial_class, tmp_path):
+    config = detectron2_config(shapes, FASTER_RCNN)
+    config["searcher"].update(metric="bbox_AP", max_length={"batches": 2})
+    config["data"]["workers"] = 0
+    for split in ("train", "val"):
+        coco = json.loads((shapes / f"annotations/{split}.json").read_text())
+        for annotation in coco["annotations"]:
+            x, y, width, height = annotation["bbox"]
+            annotation["bbox"] = [x + width / 2, y + height / 2, width, height, 30.0]
+            del annotation["segmentation"]
+        crowds = [annotation for annotation in coco["annotations"] if annotation["iscrowd"]]
+        coco["annotations"] = [annotation for annotation in coco["annotations"] if not annotation["iscrowd"]]
+        (tmp_path / f"{split}.json").write_text(json.dumps(coco))
+        config["data"][split]["annotations"] = str(tmp_path / f"{split}.json")
+    coco["annotations"] += crowds
+    (tmp_path / "crowds.json").write_text(json.dumps(coco))
+    config["hyperparameters"]["config_overrides"].update(
+        {
+            "MODEL.ANCHOR_GENERATOR.NAME": "RotatedAnchorGenerator",
+            "MODEL.ANCHOR_GENERATOR.ANGLES": [[-60, -30, 0, 30, 60, 90]],
+            "MODEL.PROPOSAL_GENERATOR.NAME": "RRPN",
+            "MODEL.RPN.BBOX_REG_WEIGHTS": [1.0, 1.0, 1.0, 1.0, 1.0],
+            "MODEL.RPN.HEAD_NAME": "StandardRPNHead",
+            "MODEL.ROI_HEADS.NAME": "RROIHeads",
+            "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.001,
+            "MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIAlignRotated",
+            "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": [10.0, 10.0, 5.0, 5.0, 10.0],
+        }
+    )
+    with pytest.raises(UserError, match=r"data.val: image id \d+ has a crowd"):
+        with_crowds = {**config["data"]["val"], "annotations": str(tmp_path / "crowds.json")}
+        train(trial_class, {**config, "data": {**config["data"], "val": with_crowds}}, "refused")
+    run = train(trial_class, config)
+    assert {"bbox_AP", "bbox_AP50"} <= reports(run, "val")[-1]["metrics"].keys()
+
+    path, out = tmp_path / "c.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(config))
+    predict = ("predict", path, "--checkpoint", run / "checkpoints/last", "--images", shapes / "val", "--output", out)
+    run_model_def(*predict, cwd=DETECTRON2)
+    assert json.loads((out / "results.json").read_text())
