@@ -37,13 +37,13 @@ def _read_all(dataset, reader, ready, done) -> None:
     done.acquire()
 
 
-def memory_with_workers(opener, reader, queue) -> None:
+def memory_with_workers(opener, reader, queue, count) -> None:
     """Opens, forks the workers as a DataLoader does, lets each read everything, measures them all."""
 
     def measure(dataset, reader):
         context = multiprocessing.get_context("fork")
         ready, done = context.Semaphore(0), context.Semaphore(0)
-        workers = [context.Process(target=_read_all, args=(dataset, reader, ready, done)) for _ in range(WORKERS)]
+        workers = [context.Process(target=_read_all, args=(dataset, reader, ready, done)) for _ in range(count)]
         for worker in workers:
             worker.start()
         for _ in workers:
@@ -62,10 +62,10 @@ def memory_with_workers(opener, reader, queue) -> None:
     queue.put((opened, measure(dataset, reader) - without))
 
 
-def in_new_process(opener, reader):
+def in_new_process(opener, reader, workers=WORKERS):
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    process = context.Process(target=memory_with_workers, args=(opener, reader, queue))
+    process = context.Process(target=memory_with_workers, args=(opener, reader, queue, workers))
     process.start()
     result = queue.get()
     process.join()

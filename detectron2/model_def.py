@@ -44,7 +44,7 @@ from shared.dataset import CocoDetection
 from shared.detections import Detections
 from shared.errors import UserError
 from shared.evaluation import CocoEvaluator
-from shared.experiment import Length, Split, SplitData, check_trainable, open_split
+from shared.experiment import Length, Split, SplitData, check_evaluable, check_masks, check_trainable, open_split
 from shared.launch import main
 from shared.loading import Batch
 from shared.python_state import python_state, restore_python_state
@@ -125,6 +125,9 @@ class Detectron2Trial(DetectionTrial):
         check_for_training(train.annotations, config.iou_types, config.polygon_masks)
         if isinstance(val, SplitData):
             check_same_categories(train.annotations, val.annotations)
+            check_evaluable(val.annotations)
+            if "segm" in self.iou_types:
+                check_masks(val.annotations, "val")
         mapper = config.mapper(True, describe(train.categories))
         self.train_samples = CocoSamples(train, mapper, config.train_set, self.seed)
         return train, val

@@ -56,7 +56,7 @@ from shared.dataset import CocoDetection
 from shared.detections import Detections
 from shared.errors import UserError
 from shared.evaluation import CocoEvaluator
-from shared.experiment import Split, SplitData, check_trainable, open_split
+from shared.experiment import Split, SplitData, check_evaluable, check_masks, check_trainable, open_split
 from shared.launch import main
 from shared.loading import Batch
 from shared.python_state import python_state, restore_python_state
@@ -134,6 +134,10 @@ class MMDetectionTrial(DetectionTrial):
             check_same_categories(coco[0], other)
         if isinstance(opened[0], SplitData):
             check_trainable(opened[0].annotations)
+        if isinstance(val, SplitData):
+            check_evaluable(val.annotations)
+            if "segm" in self.iou_types:
+                check_masks(val.annotations, "val")
         return opened[0], val
 
     def open_val(self) -> Any:

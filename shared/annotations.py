@@ -273,10 +273,14 @@ def check_same_categories(train: CocoAnnotations, val: CocoAnnotations) -> None:
     for category_id in sorted(train_names.keys() | val_names.keys()):
         if train_names.get(category_id) != val_names.get(category_id):
             raise UserError(
-                f"{train.path} and {val.path} have different categories: id {category_id} is "
-                f"{train_names.get(category_id, 'missing')!r} in the first and "
-                f"{val_names.get(category_id, 'missing')!r} in the second; both need the same list"
+                f"data.train ({train.path}) and data.val ({val.path}) have different categories: id {category_id} is "
+                f"{_named(train_names.get(category_id))} in the first and {_named(val_names.get(category_id))} in the "
+                "second; both need the same list"
             )
+
+
+def _named(name: str | None) -> str:
+    return "absent" if name is None else repr(name)
 
 
 # --- from JSON to columns ---------------------------------------------------------------------------

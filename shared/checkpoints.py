@@ -48,14 +48,18 @@ def find_checkpoint(name: str) -> Path:
     Raises:
         UserError: there is no such folder, or the master has no such checkpoint.
     """
-    if (Path(name) / "state_dict.pth").is_file():
-        return Path(name).absolute()
+    path = Path(name).parent if Path(name).name == "state_dict.pth" else Path(name)
+    if (path / "state_dict.pth").is_file():
+        return path.absolute()
     try:
         uuid.UUID(name)
     except ValueError:
+        of_run = [str(path / "checkpoints" / which) for which in ("best", "last")]
+        of_run = [folder for folder in of_run if Path(folder).is_dir()]
         raise UserError(
-            f"{name} is not a checkpoint: give the folder that holds state_dict.pth, or the UUID of a checkpoint on "
-            "the cluster that DET_MASTER names"
+            f"{name} is not a checkpoint: give "
+            + (of_run[0] if of_run else "the folder that holds state_dict.pth")
+            + ", or the UUID of a checkpoint on the cluster that DET_MASTER names"
         ) from None
     if not os.environ.get("DET_MASTER"):
         raise UserError(f"checkpoint {name} looks like a UUID on a cluster; set DET_MASTER to its address")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from shared.annotations import CocoAnnotations, ImageRecord
 from shared.errors import UserError
@@ -22,8 +22,8 @@ Transform = Callable[[Any, ImageRecord], Any]
 
 
 def decode_rgb(data: bytes) -> Image.Image:
-    """The image in RGB."""
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    """The image in RGB, turned as its EXIF orientation says: MMDetection and Detectron2 turn theirs too."""
+    return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
 
 
 class SampleKey(NamedTuple):
@@ -68,7 +68,7 @@ class CocoDetection(torch.utils.data.Dataset):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         image, record = self.load(index)
         seed_all(self.seed, epoch, index)
-        return self.transform(image, record)
+        return transformed(self.transform, image, record)
 
     def load(self, index: int) -> tuple[Any, ImageRecord]:
         """The decoded image and its record.
@@ -87,6 +87,23 @@ class CocoDetection(torch.utils.data.Dataset):
         return image, _with_area_only(record) if self.training else record
 
 
+def transformed(transform: Transform, image: Any, record: ImageRecord) -> Any:
+    """`transform(image, record)`.
+
+    Raises:
+        UserError: it fails, on annotations that nothing can be made of for the most part; says of which image.
+    """
+    try:
+        return transform(image, record)
+    except UserError:
+        raise
+    except Exception as error:  # libraries fail in as many ways as annotations are wrong
+        raise UserError(
+            f"{record.file_name} (image id {record.image_id}) cannot be made a sample; look at its annotations "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
 def read_image(
     images: ImageStorage, file_name: str, name: str = "", decode: Callable[[bytes], Any] = decode_rgb
 ) -> Any:
@@ -96,7 +113,10 @@ def read_image(
         UserError: it cannot be read or decoded.
     """
     try:
-        return decode(images.read(file_name))
+        data = images.read(file_name)
+        if not data:
+            raise ValueError("the file is empty")
+        return decode(data)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{file_name} ({name or images}) cannot be read as an image: {error}") from error
 

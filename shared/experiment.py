@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from shared.annotations import CocoAnnotations, check_same_categories
 from shared.dataset import check_images
 from shared.errors import UserError, nearest
 from shared.storage import BACKENDS, ImageStorage, open_images
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -57,6 +60,7 @@ _TOP_KEYS = [
     "tensorboard_storage",
     "workspace",
 ]
+_LENGTHS = ("searcher.max_length", "min_validation_period", "min_checkpoint_period")
 _UNITS = ("batches", "epochs", "records")
 
 
@@ -144,6 +148,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist")
+    if Path(path).suffix not in (".yaml", ".yml", ".json"):
+        raise UserError(f"{path} is no experiment config, which is a YAML file; const.yaml for example")
     try:
         config = OmegaConf.load(path)
         if not OmegaConf.is_dict(config):
@@ -151,6 +157,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         for override in overrides:
             if "=" not in override:
                 raise UserError(f"--set {override}: write it as key=value, for example hyperparameters.lr=0.01")
+            for length in _LENGTHS:
+                if override.startswith(length):  # in another unit it takes the place of the old one
+                    OmegaConf.update(config, length, None, force_add=True)
             config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
         config = OmegaConf.to_container(config, resolve=True)
     except UserError:
@@ -182,8 +191,10 @@ def find_library_config(name: str, submitted: Path, shipped: Path, key: str) -> 
     for place in (submitted, shipped):
         if (place / name).is_file():
             return (place / name).absolute()
-    known = {str(path.relative_to(shipped)) for path in shipped.rglob("*") if path.suffix in (".py", ".yaml")}
-    by_file_name = sorted(other for other in known if Path(other).name == Path(name).name)
+    folders = (submitted / "configs", shipped)
+    files = [(path, folder) for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".yaml")]
+    known = {str(path.relative_to(submitted if folder != shipped else shipped)) for path, folder in files}
+    by_file_name = sorted(other for other in known if Path(other).stem == Path(name).stem)
     listed = f"they are listed in {shipped}"
     near = f"did you mean {by_file_name[0]!r}?" if by_file_name else nearest(name, known, otherwise=listed)
     raise UserError(f"hyperparameters.{key}: {name} is neither in {submitted} nor in {shipped}; {near}")
@@ -273,6 +284,8 @@ def open_split(data: DataConfig, split: str, images: ImageStorage | None = None)
         UserError: a path is missing, the annotations are not COCO or contradict themselves, image files are missing.
     """
     if data.backend == "fake":
+        if getattr(data, split) is not None:
+            logger.warning("data.%s is not read: data.backend is fake, which makes its data up; say disk", split)
         return SplitData(
             CocoAnnotations.from_dict(synthetic.fake_split(split)), open_images("fake", images=None, split=split)
         )
@@ -297,6 +310,7 @@ def open_train_and_val(data: DataConfig) -> tuple[SplitData, SplitData]:
     train, val = open_split(data, "train"), open_split(data, "val")
     check_same_categories(train.annotations, val.annotations)
     check_trainable(train.annotations)
+    check_evaluable(val.annotations)
     return train, val
 
 
@@ -306,15 +320,21 @@ def check_trainable(annotations: CocoAnnotations) -> None:
         raise UserError(f"data.train.annotations: {annotations.path} has no box to train on")
 
 
-def check_masks(annotations: CocoAnnotations) -> None:
-    """Raises UserError where annotations to train masks on have none."""
+def check_evaluable(annotations: CocoAnnotations) -> None:
+    """Raises UserError where there is nothing to validate on."""
+    if not (~annotations.columns["iscrowd"]).any():
+        raise UserError(f"data.val.annotations: {annotations.path} has no box to evaluate detections with")
+
+
+def check_masks(annotations: CocoAnnotations, split: str) -> None:
+    """Raises UserError where annotations to train masks on, or to evaluate them with, have none."""
     columns = annotations.columns
     # nothing, or an empty list
     without = (np.diff(columns["segmentation_offsets"]) <= len(b"[]")) & ~columns["iscrowd"] & ~annotations.without_area
     if without.any():
         raise UserError(
-            f"data.train.annotations: {int(without.sum())} annotations of {annotations.path} have no segmentation, the "
-            f"first has id {columns['annotation_ids'][without.argmax()]}, and hyperparameters.config_file trains "
+            f"data.{split}.annotations: {int(without.sum())} annotations of {annotations.path} have no segmentation, "
+            f"the first has id {columns['annotation_ids'][without.argmax()]}, and hyperparameters.config_file detects "
             "masks; choose a config of boxes alone, or add the masks"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ import torch
 import yaml
 from determined import pytorch
 from determined.core import DistributedContext
-from PIL import Image
+from PIL import Image, ImageOps
 from tabulate import tabulate
 
 from shared import visualization
@@ -31,7 +32,7 @@ from shared.detections import Detections, to_coco_results
 from shared.determined_fixes import on_cluster
 from shared.errors import UserError
 from shared.evaluation import summary_metrics
-from shared.experiment import DataConfig, Length, SplitData, fixed_hyperparameters, load_config
+from shared.experiment import DataConfig, Length, SplitData, fixed_hyperparameters, load_config, per_slot_batch_size
 from shared.local_run import LocalRun, RunFolder
 from shared.storage import DiskImages
 from shared.training_metrics import DivergedError
@@ -55,7 +56,15 @@ def main(trial_class: type[DetectionTrial]) -> None:
         arguments.run(trial_class, arguments)
     except (UserError, DivergedError) as error:
         rank = int(os.environ.get("RANK", 0))
-        sys.exit(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}")
+        sys.exit(f"error: {_message(error)}" if rank == 0 else f"error on rank {rank}: {_message(error)}")
+    except KeyboardInterrupt:
+        print("stopped; a run goes on from its last checkpoint with --output-dir DIR --resume last", file=sys.stderr)
+        sys.exit(130)
+
+
+def _message(error: Exception) -> str:
+    """The error's own words, also where it comes from a loader worker with that one's traceback."""
+    return str(error).rsplit("UserError: ", 1)[-1].strip()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--format", choices=("png", "pdf"), help="of the pictures; the detector's own where it is not given"
     )
-    predict.add_argument("--min-score", type=float, default=0.3, help="the lowest score that is drawn")
+    predict.add_argument("--min-score", type=float, default=0.3, help="the lowest score that is drawn; default 0.3")
     for command in (evaluate, predict):
         command.add_argument(
             "--checkpoint",
@@ -130,14 +139,16 @@ def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
         except (UserError, DivergedError) as error:
             if config["searcher"]["name"] != "single":
                 # ends this trial alone, and the search goes on; Determined does not log why
-                logger.error("%s", error)
-                raise det.InvalidHP(str(error)) from error
+                logger.error("%s", _message(error))
+                raise det.InvalidHP(_message(error)) from error
             # Determined would call an experiment of one invalid trial completed
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {_message(error)}")
 
 
 def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
     """Train off the cluster, under torchrun or alone."""
+    if arguments.resume == "last" and arguments.output_dir is None:
+        raise UserError("--resume last: say of which run, by --output-dir")
     config = load_config(arguments.config, arguments.overrides)
     config["hyperparameters"] = fixed_hyperparameters(config)
     _make_paths_absolute(config, trial_class)
@@ -154,13 +165,15 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
             if checkpoint:
                 load_weights(trial.plain_model, checkpoint.training_weights, checkpoint.path)
             if distributed.rank == 0:
+                if checkpoint:
+                    logger.info("going on after batch %d, from %s", checkpoint.batches, checkpoint.path)
                 folder.config.write_text(yaml.safe_dump(config, sort_keys=False))
                 trial.save_own_config(folder.path)
             trial.local_callbacks["local_run"] = LocalRun(trial, folder)
             _fit_here(trial, context, checkpoint)
             if distributed.rank == 0:
                 print(metrics_table({**trial.last_validation, **trial.category_ap}, trial.iou_types))
-                print(f"checkpoints: {folder.checkpoints / 'best'} and {folder.checkpoints / 'last'}")
+                print("checkpoints:", " and ".join(str(path) for path in sorted(folder.checkpoints.glob("[bl]*st"))))
                 if isinstance(trial.val_data, SplitData):
                     picture = folder.path / "predictions.png"
                     draw_samples(trial, picture)
@@ -245,6 +258,7 @@ def evaluate_here(trial_class: type[DetectionTrial], arguments: argparse.Namespa
     config, checkpoint = _config_to_detect_with(trial_class, arguments)
     with _detecting_trial(trial_class, config, checkpoint) as trial:
         data = trial.open_val()
+        _make_folder(arguments.output, "--output")
         names, in_data = ([category["name"] for category in of.categories] for of in (trial, data))
         if names != in_data:
             raise UserError(
@@ -263,7 +277,6 @@ def evaluate_here(trial_class: type[DetectionTrial], arguments: argparse.Namespa
             metrics = evaluator.cross_slot_reduce([slot for slot, _ in gathered])
             print(metrics_table(metrics, trial.iou_types))
             if arguments.output:
-                arguments.output.mkdir(parents=True, exist_ok=True)
                 plain = {name: None if value != value else value for name, value in metrics.items()}
                 (arguments.output / "metrics.json").write_text(json.dumps(plain, indent=1))
                 _write_results(arguments.output, gathered)
@@ -273,7 +286,7 @@ def predict_here(trial_class: type[DetectionTrial], arguments: argparse.Namespac
     """Detections on a folder of images: a picture for each and one results.json."""
     config, checkpoint = _config_to_detect_with(trial_class, arguments)
     files = _image_files(arguments.images)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    _make_folder(arguments.output, "--output")
     with _detecting_trial(trial_class, config, checkpoint) as trial:
         data = _folder_as_data(arguments.images, files, trial)
         annotations, suffix = data.annotations, arguments.format or trial.picture_format
@@ -293,9 +306,20 @@ def predict_here(trial_class: type[DetectionTrial], arguments: argparse.Namespac
             seconds["drawing"] += time.perf_counter() - started
         gathered = trial.context.distributed.gather((None, results))
         if trial.rank == 0:
-            count = _write_results(arguments.output, gathered)
-            print(f"{count} detections on {len(index_of)} images: pictures and results.json in {arguments.output}")
+            count, drawn = _write_results(arguments.output, gathered, arguments.min_score)
+            print(
+                f"{count} detections on {len(index_of)} images in {arguments.output / 'results.json'}; the {drawn} of "
+                f"at least {arguments.min_score:g} are drawn in the pictures beside it"
+            )
             print("seconds: " + ", ".join(f"{stage} {spent:.2f}" for stage, spent in seconds.items()))
+
+
+def _make_folder(path: Path | None, option: str) -> None:
+    try:
+        if path is not None:
+            path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option}: {path} cannot be made a folder: {error.strerror}") from error
 
 
 def _config_to_detect_with(
@@ -306,6 +330,11 @@ def _config_to_detect_with(
     checkpoint = None
     if arguments.checkpoint:
         checkpoint = read_checkpoint(find_checkpoint(arguments.checkpoint))
+        known = {field.name for field in dataclasses.fields(trial_class.hyperparameters_class)}
+        if other := checkpoint.hparams.keys() - known:
+            raise UserError(
+                f"{checkpoint.path} is another detector's: its hyperparameters have {', '.join(sorted(other))}"
+            )
         overridden = [o.split("=")[0].split(".")[1] for o in arguments.overrides if o.startswith("hyperparameters.")]
         config["hyperparameters"] = {
             **checkpoint.hparams,
@@ -367,7 +396,7 @@ def _folder_as_data(folder: Path, files: list[Path], trial: DetectionTrial) -> S
         name = str(file.relative_to(folder))
         try:
             with Image.open(file) as image:
-                width, height = image.size
+                width, height = ImageOps.exif_transpose(image).size if image.getexif() else image.size
         except (OSError, Image.DecompressionBombError) as error:
             logger.warning("%s is left out: %s", file, error)
             continue
@@ -390,10 +419,11 @@ def _known_image_ids(data: DataConfig) -> dict[str, int]:
     return {annotations.file_name(i): int(image_id) for i, image_id in enumerate(annotations.image_ids)}
 
 
-def _write_results(folder: Path, gathered: list[tuple[Any, list[dict]]]) -> int:
+def _write_results(folder: Path, gathered: list[tuple[Any, list[dict]]], min_score: float = 0.0) -> tuple[int, int]:
+    """Returns how many detections there are, and how many of at least `min_score`."""
     by_image = sorted((result for _, results in gathered for result in results), key=lambda r: r["image_id"])
     (folder / "results.json").write_text(json.dumps(by_image))
-    return len(by_image)
+    return len(by_image), sum(result["score"] >= min_score for result in by_image)
 
 
 # --- what both print and draw -----------------------------------------------------------------------
@@ -491,6 +521,7 @@ def _on_chief(distributed: DistributedContext, function: Callable[[], Any]) -> A
 
 @contextlib.contextmanager
 def _local_context(config: dict[str, Any], distributed: DistributedContext) -> Iterator[pytorch.PyTorchTrialContext]:
+    per_slot_batch_size(config["hyperparameters"].get("global_batch_size", 1), distributed.size)
     with pytorch.init(
         hparams=config["hyperparameters"],
         exp_conf=config,

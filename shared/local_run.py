@@ -44,7 +44,10 @@ class RunFolder:
         self.restore_interrupted_rename()
         for leftover in (self.saving, self.code):
             shutil.rmtree(leftover, ignore_errors=True)
-        (self.saving / "determined").mkdir(parents=True)
+        try:
+            (self.saving / "determined").mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"--output-dir: {self.path} cannot be made a folder: {error.strerror}") from error
         _copy_sources(source, self.code)
 
     def restore_interrupted_rename(self) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -18,7 +19,7 @@ from shared.detections import Detections
 _MOST_PIXELS = 4000  # on a side of a picture; larger images are drawn smaller
 _KEYPOINT_SCORE = 0.05
 # matplotlib's "tab10" without its grey: easy to tell apart on photographs
-_COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "cyan")
+_COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "teal")
 
 
 def draw_detections(
@@ -65,6 +66,10 @@ def _decode(segmentation: list | dict | None, record: ImageRecord) -> np.ndarray
         return np.zeros((record.height, record.width), dtype=np.uint8)
     if isinstance(segmentation, dict) and isinstance(segmentation["counts"], str):  # compressed already
         return coco_mask.decode(segmentation)
+    if isinstance(segmentation, list):  # a polygon has three points or more
+        segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
+        if not segmentation:
+            return np.zeros((record.height, record.width), dtype=np.uint8)
     rles = coco_mask.frPyObjects(segmentation, record.height, record.width)
     return coco_mask.decode(coco_mask.merge(rles) if isinstance(rles, list) else rles)
 
@@ -85,7 +90,7 @@ def side_by_side(
     min_score: float = 0.3,
 ) -> Figure:
     """A row a sample: the ground truth on the left, the detections on the right."""
-    figure = Figure(figsize=(8, 4 * len(samples)), dpi=100, layout="tight")
+    figure = Figure(figsize=(14, 6 * len(samples)), dpi=100, layout="tight")
     grid = figure.subplots(len(samples), 2, squeeze=False)
     for (left, right), (image, record, detections) in zip(grid, samples, strict=True):
         found = detections
@@ -114,27 +119,26 @@ def _draw(
     shown = image if step == 1 else image.reduce(step)
     axes.imshow(shown, extent=(0, image.width, image.height, 0))
     axes.set_axis_off()
-    for i, ((x1, y1, x2, y2), label, caption) in enumerate(zip(boxes.tolist(), labels.tolist(), captions, strict=True)):
+    if mask is not None and len(boxes):
+        overlay = np.zeros((*np.asarray(shown).shape[:2], 4))
+        for i, label in enumerate(labels.tolist()):
+            inside = mask(i)[::step, ::step][: len(overlay), : overlay.shape[1]] > 0
+            overlay[: len(inside), : inside.shape[1]][inside] = to_rgba(_color(label), alpha=0.45)
+        axes.imshow(overlay, extent=(0, image.width, image.height, 0), interpolation="nearest")
+    size = max(max(axes.get_window_extent().size) / 800, 1)  # of lines and letters
+    for (x1, y1, x2, y2), label, caption in zip(boxes.tolist(), labels.tolist(), captions, strict=True):
         color = _color(label)
-        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.5))
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.5 * size))
         axes.text(
             max(x1, 0),
             max(y1, 0),
             caption,
             color="white",
-            fontsize=7,
+            fontsize=7 * size,
             verticalalignment="bottom" if y1 > 12 else "top",
             bbox={"facecolor": color, "edgecolor": "none", "pad": 1, "alpha": 0.8},
             clip_on=True,
         )
-        if mask is not None:
-            axes.contourf(
-                mask(i)[::step, ::step],
-                levels=[0.5, 1],
-                colors=[color],
-                alpha=0.4,
-                extent=(0, image.width, 0, image.height),
-            )
 
 
 def _draw_keypoints(axes: Axes, points: np.ndarray, shown: np.ndarray, label: int, categories: Sequence[dict]) -> None:

@@ -239,7 +239,7 @@ def _repeats(count: int, dicts: Callable[[], list[dict]], train_set: TrainingSet
 def check_for_training(annotations: CocoAnnotations, iou_types: Sequence[str], polygon_masks: bool) -> None:
     """Raises UserError where the annotations lack what the config trains on."""
     if "segm" in iou_types:
-        check_masks(annotations)
+        check_masks(annotations, "train")
     if "keypoints" in iou_types and "keypoints" not in annotations.columns:
         raise UserError(f"data.train.annotations: {annotations.path} has no keypoints, and the config trains them")
     if polygon_masks:

@@ -71,10 +71,12 @@ def load_mmdet_config(hparams: MMDetectionHyperparameters, submitted: Path) -> C
     config = read_resolved(path) if path.name == RESOLVED_CONFIG else _read(path, "config_file")
     if hparams.merge_config is not None:
         merged = find_library_config(hparams.merge_config, submitted, shipped_configs(), "merge_config")
-        known_variables = _variables(merged)
-        _merge(config, dict(_read(merged, "merge_config")._cfg_dict), "merge_config", known_variables)
+        read = dict(_read(merged, "merge_config")._cfg_dict)
+        _merge(config, read, "merge_config", _variables(merged))
     if hparams.override_mmdet_config:
-        _merge(config, _expand(hparams.override_mmdet_config), "override_mmdet_config", set())
+        overrides = _expand(hparams.override_mmdet_config)
+        _refuse_variables(overrides, path)
+        _merge(config, overrides, "override_mmdet_config", set())
     _import_custom_modules(config)
     if "model" not in config or "data" not in config:
         raise UserError(
@@ -83,14 +85,28 @@ def load_mmdet_config(hparams: MMDetectionHyperparameters, submitted: Path) -> C
     try:
         return compat_cfg(config)
     except (AssertionError, AttributeError, KeyError) as error:
-        raise UserError(f"hyperparameters.config_file: {path}: {error}") from error
+        reason = str(error) or "runner.max_epochs and total_epochs, or what else is said twice, contradict each other"
+        raise UserError(f"hyperparameters.config_file: {path}: {reason}") from error
 
 
 def _read(path: Path, key: str) -> Config:
     try:
         return Config.fromfile(path)
     except Exception as error:  # a Python config may raise anything
-        raise UserError(f"hyperparameters.{key}: {path} cannot be read: {type(error).__name__}: {error}") from error
+        reason = str(error) or str(error.__context__)
+        raise UserError(f"hyperparameters.{key}: {path} cannot be read: {type(error).__name__}: {reason}") from error
+
+
+def _refuse_variables(overrides: Mapping[str, Any], path: Path) -> None:
+    """Raises UserError for a variable of MMDetection's Python files: what was made of it is there already, and an
+    override of it would change nothing."""
+    for name in ("classes", "data_root", "dataset_type", "img_norm_cfg", "train_pipeline", "test_pipeline"):
+        if name in overrides:
+            instead = {"classes": "data.train.classes and data.val.classes", "data_root": "data.train and data.val"}
+            raise UserError(
+                f"hyperparameters.override_mmdet_config: {name!r} is a variable of {path.name}, and overriding it "
+                f"changes nothing; override what it was for, {instead.get(name, 'data.train… and data.val…')}"
+            )
 
 
 def _import_custom_modules(config: Config) -> None:

@@ -26,7 +26,7 @@ from mmdet.datasets.pipelines import Compose
 from mmdetection_files.config import leaves
 from mmdetection_files.hyperparameters import MMDetectionData
 from shared.annotations import CocoAnnotations, ImageRecord
-from shared.dataset import CocoDetection, SampleKey
+from shared.dataset import CocoDetection, SampleKey, transformed
 from shared.errors import UserError
 from shared.experiment import check_masks
 from shared.loading import Batch
@@ -81,7 +81,10 @@ def is_plain_coco(leaf: Any) -> bool:
 def selected_classes(leaf: dict[str, Any]) -> tuple[str, ...] | None:
     """The config's `classes`, which may be a file of names; None for all."""
     classes = leaf.get("classes")
-    return None if classes is None else tuple(CustomDataset.get_classes(classes))
+    try:
+        return None if classes is None else tuple(CustomDataset.get_classes(classes))
+    except OSError as error:
+        raise UserError(f"classes: {classes!r} is no file of names; give a list for one class too") from error
 
 
 def test_pipeline(section: dict[str, Any]) -> list[Any]:
@@ -198,7 +201,7 @@ class CocoSamples:
         self.PALETTE = CocoDataset.PALETTE
         columns = annotations.columns
         if any(step["type"] == "LoadAnnotations" and step.get("with_mask") for step in pipeline):
-            check_masks(annotations)
+            check_masks(annotations, "train")
         used = np.minimum(columns["widths"], columns["heights"]) >= _MIN_SIDE
         if leaf.get("filter_empty_gt", True):
             used &= np.diff(columns["offsets"]) > 0
@@ -212,7 +215,7 @@ class CocoSamples:
 
     def __getitem__(self, index: int) -> Any:
         while True:
-            sample = self.transform(*self.images.load(int(self.indices[index])))
+            sample = transformed(self.transform, *self.images.load(int(self.indices[index])))
             if sample is not None:
                 return sample
             # as CustomDataset: another image of the same aspect

@@ -192,9 +192,10 @@ def test_rotated_boxes_train_and_are_evaluated_as_such(shapes, train, trial_clas
             "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": [10.0, 10.0, 5.0, 5.0, 10.0],
         }
     )
+    with_crowds = {**config["data"]["val"], "annotations": str(tmp_path / "crowds.json")}
+    with_crowds = {**config, "data": {**config["data"], "val": with_crowds}}
     with pytest.raises(UserError, match=r"data.val: image id \d+ has a crowd"):
-        with_crowds = {**config["data"]["val"], "annotations": str(tmp_path / "crowds.json")}
-        train(trial_class, {**config, "data": {**config["data"], "val": with_crowds}}, "refused")
+        train(trial_class, with_crowds, "refused")
     run = train(trial_class, config)
     assert {"bbox_AP", "bbox_AP50"} <= reports(run, "val")[-1]["metrics"].keys()
 

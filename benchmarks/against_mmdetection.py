@@ -15,7 +15,6 @@ import io
 import itertools
 import json
 import logging
-import statistics
 import sys
 import tempfile
 import time
@@ -30,6 +29,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "mmdetection")]
 from annotations import in_new_process
 from coco_files import data_folder, make_file
 from determined import pytorch
+from diamonds import AN_IMAGE, CATEGORIES, diamonds
+from interleaved import time_against
 from mmcv.parallel import MMDataParallel
 from mmcv.runner import EpochBasedRunner, build_optimizer
 from mmdet.core import encode_mask_results
@@ -56,10 +57,6 @@ FULL = {
     "config_file": "mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py",
     "override_mmdet_config": {"model.backbone.init_cfg": None, "optimizer.lr": 0.001},
 }
-
-
-class _Measured(Exception):
-    """Both sides have their blocks."""
 
 
 # --- step -------------------------------------------------------------------------------------------
@@ -115,45 +112,11 @@ def step(arguments: argparse.Namespace) -> dict:
         "scheduling_unit": 50,
         "checkpoint_policy": "none",
     }
-    cuda = torch.cuda.is_available()
     with pytorch.init(hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False) as context:
         trial = MMDetectionTrial(context)
         other = upstream_loop(trial, arguments.workers)
-        ours, theirs, steps = [], [], itertools.count(1)
-        started = time.perf_counter()
-
-        def at_batch_end() -> None:
-            nonlocal started
-            if next(steps) % arguments.block:
-                return
-            if cuda:
-                torch.cuda.synchronize()
-            ours.append(time.perf_counter() - started)
-            if len(theirs) > arguments.blocks:
-                raise _Measured
-            started = time.perf_counter()
-            other(arguments.block)
-            if cuda:
-                torch.cuda.synchronize()
-            theirs.append(time.perf_counter() - started)
-            started = time.perf_counter()
-
-        trial.on_batch_end = at_batch_end
-        with contextlib.suppress(_Measured):
-            pytorch.Trainer(trial, context).fit(
-                max_length=pytorch.Batch(10**6), checkpoint_policy="none", reporting_period=pytorch.Batch(50)
-            )
-    # the first block of each warms up; block i of theirs lies between i and i + 1 of ours
-    pairs = [(ours[i] + ours[i + 1]) / 2 / theirs[i] for i in range(1, len(theirs))]
-    return {
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "config": config["hyperparameters"]["config_file"],
-        "blocks": len(pairs),
-        "ratio_median": round(statistics.median(pairs), 4),
-        "ratio_min_max": [round(min(pairs), 4), round(max(pairs), 4)],
-        "ours_ms_a_step": round(1000 * statistics.median(ours[1:]) / arguments.block, 2),
-        "mmdetection_ms_a_step": round(1000 * statistics.median(theirs[1:]) / arguments.block, 2),
-    }
+        measured = time_against(trial, context, other, arguments.blocks, arguments.block, "mmdetection")
+    return {"config": config["hyperparameters"]["config_file"], **measured}
 
 
 # --- memory -----------------------------------------------------------------------------------------
@@ -197,42 +160,19 @@ def memory(arguments: argparse.Namespace) -> dict:
 
 
 def evaluation(arguments: argparse.Namespace) -> dict:
-    folder, rng = Path(tempfile.mkdtemp()), np.random.default_rng(0)
-    height, width, per_image, categories = 240, 320, 15, 20
-    coco = {"info": {}, "images": [], "annotations": [], "categories": []}
-    coco["categories"] = [{"id": i + 1, "name": f"category {i + 1}"} for i in range(categories)]
+    folder = Path(tempfile.mkdtemp())
+    coco, results = diamonds(arguments.images)
     plain, encoded = [], []
     encode_ours = encode_theirs = 0.0
-    rows, columns = np.ogrid[:height, :width]
-    for image in range(arguments.images):
-        coco["images"].append({"id": image + 1, "file_name": f"{image}.jpg", "height": height, "width": width})
-        boxes = [np.zeros((0, 5), np.float32) for _ in range(categories)]
-        masks = [[] for _ in range(categories)]
-        for _ in range(per_image):
-            label, radius = int(rng.integers(categories)), rng.uniform(6, 60)
-            x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
-            corners = [x - radius, y, x, y - radius, x + radius, y, x, y + radius]
-            box = [x - radius, y - radius, 2 * radius, 2 * radius]
-            coco["annotations"].append(
-                {
-                    "id": len(coco["annotations"]) + 1,
-                    "image_id": image + 1,
-                    "category_id": label + 1,
-                    "bbox": box,
-                    "area": 2 * radius**2,
-                    "iscrowd": 0,
-                    "segmentation": [corners],
-                }
-            )
-            x, y = x + rng.normal(0, 3), y + rng.normal(0, 3)
-            masks[label].append(abs(columns - x) + abs(rows - y) < radius)
-            row = [x - radius, y - radius, x + radius, y + radius, rng.uniform()]
-            boxes[label] = np.concatenate([boxes[label], np.array([row], np.float32)])
+    for image_id, boxes, scores, labels, masks in results:
+        rows = np.column_stack([boxes, scores]).astype(np.float32)
+        of_class = [rows[labels == label] for label in range(CATEGORIES)]
+        masks_of_class = [list(masks[labels == label]) for label in range(CATEGORIES)]
         started = time.perf_counter()
-        plain.append(to_detections((boxes, masks), image + 1))
+        plain.append(to_detections((of_class, masks_of_class), image_id))
         encode_ours += time.perf_counter() - started
         started = time.perf_counter()
-        encoded.append((boxes, encode_mask_results(masks)))
+        encoded.append((of_class, encode_mask_results(masks_of_class)))
         encode_theirs += time.perf_counter() - started
     path = folder / "truth.json"
     path.write_text(json.dumps(coco))
@@ -255,7 +195,7 @@ def evaluation(arguments: argparse.Namespace) -> dict:
             theirs.append(time.perf_counter() - started)
     return {
         "images": arguments.images,
-        "masks": arguments.images * per_image,
+        "masks": arguments.images * AN_IMAGE,
         "ours_seconds": round(min(ours), 2),
         "mmdetection_seconds": round(min(theirs), 2),
         "share": round(min(ours) / min(theirs), 4),

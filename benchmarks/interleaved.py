@@ -1,0 +1,65 @@
+"""Two training loops in one process, in blocks of steps that alternate: a ratio that a noisy machine does not bend."""
+
+import contextlib
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from determined import pytorch
+
+from shared.trial import DetectionTrial
+
+
+class _Measured(Exception):
+    """Both sides have their blocks."""
+
+
+def time_against(
+    trial: DetectionTrial,
+    context: pytorch.PyTorchTrialContext,
+    other: Callable[[int], None],
+    blocks: int,
+    block: int,
+    name: str,
+) -> dict:
+    """The trial's steps, as Determined trains them, against those of `other`, which trains as many as it is told.
+
+    The first block of each warms up.
+    """
+    cuda = torch.cuda.is_available()
+    ours, theirs, steps = [], [], itertools.count(1)
+    started = time.perf_counter()
+
+    def at_batch_end() -> None:
+        nonlocal started
+        if next(steps) % block:
+            return
+        if cuda:
+            torch.cuda.synchronize()
+        ours.append(time.perf_counter() - started)
+        if len(theirs) > blocks:
+            raise _Measured
+        started = time.perf_counter()
+        other(block)
+        if cuda:
+            torch.cuda.synchronize()
+        theirs.append(time.perf_counter() - started)
+        started = time.perf_counter()
+
+    trial.on_batch_end = at_batch_end
+    with contextlib.suppress(_Measured):
+        pytorch.Trainer(trial, context).fit(
+            max_length=pytorch.Batch(10**6), checkpoint_policy="none", reporting_period=pytorch.Batch(50)
+        )
+    # block i of theirs lies between i and i + 1 of ours
+    pairs = [(ours[i] + ours[i + 1]) / 2 / theirs[i] for i in range(1, len(theirs))]
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "blocks": len(pairs),
+        "ratio_median": round(statistics.median(pairs), 4),
+        "ratio_min_max": [round(min(pairs), 4), round(max(pairs), 4)],
+        "ours_ms_a_step": round(1000 * statistics.median(ours[1:]) / block, 2),
+        f"{name}_ms_a_step": round(1000 * statistics.median(theirs[1:]) / block, 2),
+    }
