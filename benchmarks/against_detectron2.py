@@ -153,8 +153,8 @@ def memory(arguments: argparse.Namespace) -> dict:
 
     measured = {"images": images, "annotations": annotations}
     for ranks in (1, 2):
-        ours_seconds, ours = in_new_process(open_ours, read_ours, workers=4 * ranks)
-        theirs_seconds, theirs = in_new_process(open_theirs, read_theirs, workers=4 * ranks)
+        ours_seconds, ours = in_new_process(open_ours, read_ours, ranks)
+        theirs_seconds, theirs = in_new_process(open_theirs, read_theirs, ranks)
         measured[f"{ranks} ranks"] = {
             "ours_open_seconds": round(ours_seconds, 3),
             "ours_added_gib": round(ours, 3),

@@ -37,18 +37,21 @@ def _read_all(dataset, reader, ready, done) -> None:
     done.acquire()
 
 
-def memory_with_workers(opener, reader, queue, count) -> None:
-    """Opens, forks the workers as a DataLoader does, lets each read everything, measures them all."""
+def memory_with_workers(opener, reader, queue, ranks) -> None:
+    """Opens, forks the workers as a DataLoader does, lets each read everything, measures them all, while the other
+    ranks have theirs."""
 
     def measure(dataset, reader):
         context = multiprocessing.get_context("fork")
         ready, done = context.Semaphore(0), context.Semaphore(0)
-        workers = [context.Process(target=_read_all, args=(dataset, reader, ready, done)) for _ in range(count)]
+        workers = [context.Process(target=_read_all, args=(dataset, reader, ready, done)) for _ in range(WORKERS)]
         for worker in workers:
             worker.start()
         for _ in workers:
             ready.acquire()
+        ranks.wait()
         total = pss([os.getpid(), *(worker.pid for worker in workers)])
+        ranks.wait()
         for _ in workers:  # all of them first: it is not said which worker takes which release
             done.release()
         for worker in workers:
@@ -62,14 +65,18 @@ def memory_with_workers(opener, reader, queue, count) -> None:
     queue.put((opened, measure(dataset, reader) - without))
 
 
-def in_new_process(opener, reader, workers=WORKERS):
+def in_new_process(opener, reader, ranks=1):
+    """Seconds to open, and GiB that all ranks together add, each a process with workers of its own."""
     context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    process = context.Process(target=memory_with_workers, args=(opener, reader, queue, workers))
-    process.start()
-    result = queue.get()
-    process.join()
-    return result
+    queue, together = context.Queue(), context.Barrier(ranks)
+    arguments = (opener, reader, queue, together)
+    processes = [context.Process(target=memory_with_workers, args=arguments) for _ in range(ranks)]
+    for process in processes:
+        process.start()
+    seconds, added = zip(*(queue.get() for _ in processes), strict=True)
+    for process in processes:
+        process.join()
+    return max(seconds), sum(added)
 
 
 def read_ours(annotations) -> None:
