@@ -33,8 +33,9 @@ demo: $(READY)
 	rm -rf demo/run
 	cd efficientdet && $(PY) model_def.py train demo.yaml --output-dir ../demo/run
 
+# two at a time: most of a test's time is the start of a process
 test: lint $(ALL_READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2
 
 # The same tests in the versions of Determined's default task image, on Python 3.10 where there is one.
 test-oldest:
@@ -43,7 +44,7 @@ test-oldest:
 
 .PHONY: pytest
 pytest: $(ALL_READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2
 
 lint: $(READY)
 	$(PY) -m ruff check .

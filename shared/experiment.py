@@ -194,7 +194,8 @@ def find_library_config(name: str, submitted: Path, shipped: Path, key: str) -> 
     folders = (submitted / "configs", shipped)
     files = [(path, folder) for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".yaml")]
     known = {str(path.relative_to(submitted if folder != shipped else shipped)) for path, folder in files}
-    by_file_name = sorted(other for other in known if Path(other).stem == Path(name).stem)
+    alike = [other for other in known if Path(other).stem == Path(name).stem]
+    by_file_name = sorted(alike, key=lambda other: (Path(other).suffix != Path(name).suffix, other))
     listed = f"they are listed in {shipped}"
     near = f"did you mean {by_file_name[0]!r}?" if by_file_name else nearest(name, known, otherwise=listed)
     raise UserError(f"hyperparameters.{key}: {name} is neither in {submitted} nor in {shipped}; {near}")

@@ -56,7 +56,11 @@ def test_the_truth_has_its_masks_where_the_detections_have_some():
     found = Detections(record.image_id, record.boxes, np.ones(len(record.boxes)), record.labels, masks)
     for detections, drawn in ((found, len(record.boxes)), (Detections(8, [], [], []), 0)):
         left, _ = side_by_side([(image, record, detections)], annotations.categories).axes
-        assert len(left.collections) == drawn
+        overlays = left.images[1:]
+        assert len(overlays) == (drawn > 0)
+        for overlay in overlays:
+            colors = {tuple(color) for color in overlay.get_array().reshape(-1, 4) if color[3]}
+            assert len(colors) == len(set(record.labels.tolist()))
 
 
 def test_keypoints_are_drawn_with_their_skeleton():

@@ -182,12 +182,13 @@ def test_rotated_boxes_train_and_are_evaluated_as_such(shapes, train, trial_clas
     config["hyperparameters"]["config_overrides"].update(
         {
             "MODEL.ANCHOR_GENERATOR.NAME": "RotatedAnchorGenerator",
-            "MODEL.ANCHOR_GENERATOR.ANGLES": [[-60, -30, 0, 30, 60, 90]],
+            "MODEL.ANCHOR_GENERATOR.ANGLES": [[0, 30]],
             "MODEL.PROPOSAL_GENERATOR.NAME": "RRPN",
             "MODEL.RPN.BBOX_REG_WEIGHTS": [1.0, 1.0, 1.0, 1.0, 1.0],
             "MODEL.RPN.HEAD_NAME": "StandardRPNHead",
             "MODEL.ROI_HEADS.NAME": "RROIHeads",
-            "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.001,
+            "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 50,
+            "MODEL.RPN.PRE_NMS_TOPK_TEST": 50,
             "MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIAlignRotated",
             "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": [10.0, 10.0, 5.0, 5.0, 10.0],
         }

@@ -41,7 +41,7 @@ def test_a_run_leaves_its_reports_checkpoints_config_and_picture(trained):
     assert "bbox_AP/circle" in metrics
     assert metrics["bbox_mAP_l"] is None  # no large shapes: nan is null in JSON
     assert {"loss", "lr", "images_per_second", "data_wait"} <= reports(run, "train")[0]["metrics"].keys()
-    assert Image.open(run / "predictions.png").size[0] == 800
+    assert Image.open(run / "predictions.png").size[0] == 1400
     assert list((run / "tensorboard").iterdir())
     assert "AP/circle" in done.stdout
     assert "predictions.png" in done.stdout
