@@ -149,7 +149,11 @@ class LazyConfigFile:
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         section = OmegaConf.create({"optimizer": copy.deepcopy(self.cfg.optimizer)}, flags={"allow_objects": True})
         section.optimizer.params.model = model
-        return _build(section, "optimizer", "")
+        optimizer = _build(section, "optimizer", "")
+        for group in (*optimizer.param_groups, optimizer.defaults):
+            # what a checkpoint holds of it must be plain, to be read without executing pickled code
+            group.update({key: tuple(value) for key, value in group.items() if isinstance(value, ListConfig)})
+        return optimizer
 
     def lr_scheduler(self, optimizer: torch.optim.Optimizer) -> LRMultiplier:
         return LRMultiplier(optimizer, _build(self.cfg, "lr_multiplier", ""), self.max_iter)

@@ -119,6 +119,7 @@ def test_coco_data_by_name_goes_through_the_shared_loader_and_evaluator(shapes, 
 
 @pytest.fixture(scope="module")
 def panoptic_shapes(tmp_path_factory):
+    pytest.importorskip("panopticapi")
     return write_panoptic_shapes(tmp_path_factory.mktemp("panoptic"))
 
 

@@ -77,7 +77,7 @@ main(Probe)
 @pytest.mark.parametrize("kind", ["yaml", "py"])
 def test_a_run_is_evaluated_and_predicts_by_the_config_in_its_checkpoint(shapes, train, trial_class, tmp_path, kind):
     if kind == "yaml":
-        config = detectron2_config(shapes, **{"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.01})
+        config = detectron2_config(shapes, **{"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0})
         config["searcher"]["metric"] = "segm_mAP"
     else:
         config = detectron2_config(shapes, "configs/small_retinanet.py")
