@@ -160,9 +160,8 @@ class Detectron2Trial(DetectionTrial):
             check_for_rotated_evaluation(opened)
         return opened
 
-    def known_categories(self) -> list[dict]:
-        if self.data.backend == "fake" or (self.data.val and Path(self.data.val.annotations).exists()):
-            return self.open_val().categories
+    @property
+    def pretrained_categories(self) -> list[dict]:
         names, semantic = self.detectron2_config.val_names, self.detectron2_config.semantic
         return (names and categories_of(names[0], semantic)) or COCO_CATEGORIES
 

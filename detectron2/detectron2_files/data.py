@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,6 @@ from shared.errors import UserError, nearest
 from shared.experiment import SplitData, check_masks
 from shared.loading import Batch, map_tensors
 from shared.seeding import seed_all
-
-logging.getLogger("detectron2.data").setLevel(logging.WARNING)  # tables of a data set's classes
 
 TRAIN_NAME, VAL_NAME, COCO_NAME = "data.train", "data.val", "data"
 _PREFIX = "image-bytes://"

@@ -12,7 +12,7 @@ from torch import nn
 from detectron2_files.config import Detectron2Config
 from shared.errors import UserError
 
-logging.getLogger("detectron2").setLevel(logging.WARNING)
+logging.getLogger("detectron2").setLevel(logging.WARNING)  # tables of a data set's classes, and the like
 
 # what these keep in plain attributes while they train
 PYTHON_STATE = {"RetinaNet": ("loss_normalizer",), "FCOS": ("loss_normalizer",)}

@@ -13,13 +13,12 @@ from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
 from detectron2_files.config import shipped_configs
-from shared.checkpoints import find_checkpoint, load_state, without_ddp
+from shared.checkpoints import count_names, find_checkpoint, load_state, without_ddp
 from shared.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 logging.getLogger("fvcore.common.checkpoint").setLevel(logging.ERROR)  # a line for each weight
 logging.getLogger("detectron2.checkpoint").setLevel(logging.ERROR)
-logging.getLogger("detectron2.checkpoint.c2_model_loading").setLevel(logging.ERROR)
 
 # the layers whose size follows from the data's categories or keypoints
 _OF_CLASSES = ("cls_score", "bbox_pred", "predictor", "score_lowres", "cls_logits", "ctrness")
@@ -165,14 +164,10 @@ def _judge(model: nn.Module, incompatible: _IncompatibleKeys, by_heuristics: boo
         loaded,
         len(own),
         source,
-        _count(other_classes, "are for other classes and start anew"),
-        _count([name for name in missing if name not in other_classes], "are not in it and start anew"),
+        count_names(other_classes, "are for other classes and start anew"),
+        count_names([name for name in missing if name not in other_classes], "are not in it and start anew"),
     )
 
 
 def _of_classes(name: str) -> bool:
     return any(part in name for part in _OF_CLASSES)
-
-
-def _count(names: list[str], what: str) -> str:
-    return f"; {len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""

@@ -17,7 +17,7 @@ from mmdet.models import build_detector
 from torch import nn
 
 from mmdetection_files.config import shipped_configs
-from shared.checkpoints import read_weights, without_ddp
+from shared.checkpoints import count_names, read_weights, without_ddp
 from shared.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -166,10 +166,6 @@ def load_pretrained(model: nn.Module, source: str | bool, config_file: str) -> N
         len(fitting),
         len(own),
         source,
-        _count(other_shape, "of another shape start anew"),
-        _count(absent, "are not in it and start anew"),
+        count_names(other_shape, "of another shape start anew"),
+        count_names(absent, "are not in it and start anew"),
     )
-
-
-def _count(names: list[str], what: str) -> str:
-    return f"; {len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
