@@ -443,7 +443,7 @@ def draw_samples(trial: DetectionTrial, path: Path) -> None:
     """Detections beside the ground truth, on the first validation images."""
     annotations, images = trial.val_data.annotations, trial.val_data.images
     detections = {}
-    for batch in trial.build_validation_data_loader():
+    for batch in trial.validation_loader:
         for detection in trial.detect_on_host_batch(batch):
             detections[detection.image_id] = detection
         if len(detections) >= _PICTURES:

@@ -33,6 +33,22 @@ class Batch:
         return map_tensors(self, lambda tensor: tensor.pin_memory())
 
 
+def start_workers(loader: DataLoader) -> None:
+    """Starts the workers of a loader with `persistent_workers`, which wait for their first batch.
+
+    A worker is forked. Where another thread of the process is just then taking Python's lock for the first time, as
+    Gloo's does to let go of a tensor after each `torch.distributed.broadcast`, the worker can hang (it waits in
+    CPython's PyOS_AfterFork_Child for a lock that nobody holds any more). So the workers start before the training.
+
+    Args:
+        loader: its `batch_sampler` is an `EvaluationBatchSampler`.
+    """
+    sampler = loader.batch_sampler
+    sampler.batches, batches = [], sampler.batches  # nothing is read ahead, which would be thrown away
+    iter(loader)
+    sampler.batches = batches
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on `device`; from pinned memory without waiting for the copy."""
     return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
@@ -63,7 +79,9 @@ class PrefetchLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = enumerate(self.loader, start=self.first_batch)
+        return self._prepared(enumerate(self.loader, start=self.first_batch))  # the workers start here
+
+    def _prepared(self, batches: Iterator[tuple[int, Batch]]) -> Iterator[Batch]:
         if self.device.type != "cuda":
             while (fetched := self._wait_for_next(batches)) is not None:
                 number, batch = fetched

@@ -33,7 +33,7 @@ from shared.experiment import (
     parse_seed,
     per_slot_batch_size,
 )
-from shared.loading import Batch, PrefetchLoader, to_device
+from shared.loading import Batch, PrefetchLoader, start_workers, to_device
 from shared.samplers import EvaluationBatchSampler, TrainingBatchSampler
 from shared.seeding import seed_all
 from shared.training_metrics import DivergedError, TrainingMetrics
@@ -250,7 +250,10 @@ class DetectionTrial(PyTorchTrial):
         return self.training_loader
 
     def build_validation_data_loader(self) -> DataLoader:
-        return self.evaluation_loader(self.val_data)
+        self.validation_loader = self.evaluation_loader(self.val_data)
+        if self.data.workers > 0:
+            start_workers(self.validation_loader)
+        return self.validation_loader
 
     def evaluation_loader(self, data: SplitData) -> DataLoader:
         """This slot's share of the images to evaluate on, as batches on the host."""
@@ -279,8 +282,7 @@ class DetectionTrial(PyTorchTrial):
             dataset,
             batch_sampler=batches,
             num_workers=self.data.workers,
-            # each validation would fork again, from a process that has threads by then: slow, and it can hang
-            persistent_workers=self.data.workers > 0,
+            persistent_workers=self.data.workers > 0,  # or each validation forks again: slow, and see start_workers
             collate_fn=self.collate(training),
             pin_memory=self.context.device.type == "cuda",
         )

@@ -1,16 +1,19 @@
 """Images and batches."""
 
+import multiprocessing
 import random
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from shared.annotations import CocoAnnotations
 from shared.dataset import CocoDetection, SampleKey, check_images
 from shared.errors import UserError
-from shared.loading import Batch, PrefetchLoader
+from shared.loading import Batch, PrefetchLoader, start_workers
+from shared.samplers import EvaluationBatchSampler
 from shared.storage import DiskImages, open_images
 
 
@@ -77,3 +80,15 @@ def test_batches_come_prepared_in_order_and_numbered():
     assert [batch.images[0].item() for batch in seen] == [10, 11, 12, 13]
     assert [batch.image_ids[-1] for batch in seen] == [5, 6, 7, 8]
     assert loader.waiting > 0
+
+
+def test_workers_that_were_started_ahead_give_every_batch_in_each_validation():
+    loader = DataLoader(
+        range(5), batch_sampler=EvaluationBatchSampler(range(5), 2), num_workers=2, persistent_workers=True
+    )
+    start_workers(loader)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for _ in range(2):
+        assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4]]
+    assert multiprocessing.active_children() == workers
