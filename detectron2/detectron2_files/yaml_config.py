@@ -160,7 +160,10 @@ class YamlConfig:
         return build_optimizer(self.cfg, model)
 
     def lr_scheduler(self, optimizer: torch.optim.Optimizer) -> LRMultiplier:
-        return build_lr_scheduler(self.cfg, optimizer)
+        cfg = self.cfg.clone()
+        # a step at the very end, which upstream takes for an error, changes nothing any more
+        cfg.SOLVER.STEPS = tuple(step for step in cfg.SOLVER.STEPS if step < cfg.SOLVER.MAX_ITER)
+        return build_lr_scheduler(cfg, optimizer)
 
     def write(self, folder: Path) -> None:
         (folder / self.resolved_name).write_text(self.cfg.dump())

@@ -1,6 +1,7 @@
 """Which config counts, what it says, and what is wrong with it."""
 
 import pytest
+import torch
 import yaml
 from tiny_models import DETECTRON2, load_model_def
 
@@ -93,6 +94,14 @@ def test_the_scaling_rule_goes_by_the_images_of_a_batch_in_both_kinds_of_config(
     lazy = load(LAZY_RETINANET)
     lazy.scale_schedule(32)
     assert (lazy.learning_rate, lazy.max_iter, lazy.batch_size, lazy.eval_period) == (0.02, 45000, 32, 2500)
+
+
+def test_a_length_that_ends_at_a_step_of_the_schedule_trains():
+    config = load(config_overrides={"SOLVER.STEPS": [30, 60], "SOLVER.MAX_ITER": 60, "SOLVER.WARMUP_ITERS": 0})
+    scheduler = config.lr_scheduler(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.02))
+    for _ in range(59):
+        scheduler.step()
+    assert scheduler.get_last_lr() == [pytest.approx(0.002)]
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8])
