@@ -19,7 +19,6 @@ from detectron2_files.data import (
     TRAIN_NAME,
     VAL_NAME,
     CocoSamples,
-    EncodedImage,
     MapperTransform,
     RegisteredData,
     RegisteredSamples,
@@ -129,7 +128,7 @@ class Detectron2Trial(DetectionTrial):
             if "segm" in self.iou_types:
                 check_masks(val.annotations, "val")
         mapper = config.mapper(True, describe(train.categories))
-        self.train_samples = CocoSamples(train, mapper, config.train_set, self.seed)
+        self.train_samples = CocoSamples(train, mapper, config.train_set, self.seed, self.bad_images)
         return train, val
 
     def _open_train(self) -> SplitData | RegisteredData:
@@ -179,7 +178,7 @@ class Detectron2Trial(DetectionTrial):
         if isinstance(data, RegisteredData):
             return RegisteredSamples(data.dicts, config.mapper(False, data.names), self.seed)
         transform = MapperTransform(config.mapper(False, describe(self.categories)), annotated=False)
-        return CocoDetection(data.annotations, data.images, transform, self.seed, False, EncodedImage.of)
+        return CocoDetection(data.annotations, data.images, transform, self.seed, False, self.bad_images, bytes)
 
     @property
     def evaluation_batch_size(self) -> int:

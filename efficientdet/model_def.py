@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -154,11 +155,12 @@ class EfficientDetTrial(DetectionTrial):
 
     def training_dataset(self) -> CocoDetection:
         transform = EfficientDetTransform(self.hparams, self.inputs, training=True)
-        return CocoDetection(self.train_data.annotations, self.train_data.images, transform, self.seed, True)
+        data = self.train_data
+        return CocoDetection(data.annotations, data.images, transform, self.seed, True, self.bad_images)
 
     def evaluation_dataset(self, data: SplitData) -> CocoDetection:
         transform = EfficientDetTransform(self.hparams, self.inputs, training=False)
-        return CocoDetection(data.annotations, data.images, transform, self.seed, False)
+        return CocoDetection(data.annotations, data.images, transform, self.seed, False, self.bad_images)
 
     def collate(self, training: bool) -> EfficientDetCollate:
         return EfficientDetCollate(self.hparams, self.model_config, training)
@@ -172,7 +174,7 @@ class EfficientDetTrial(DetectionTrial):
             images = self.random_erasing(images, batch.targets)
         if self.hparams.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        return Batch(images, batch.targets, batch.image_ids)
+        return replace(batch, images=images)
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         return model(batch.images, batch.targets)

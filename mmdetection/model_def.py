@@ -122,7 +122,7 @@ class MMDetectionTrial(DetectionTrial):
         def build_leaf(leaf: Any) -> Any:
             if is_plain_coco(leaf) or self.data.backend == "fake":
                 opened.append(self._open_coco(leaf, "train"))
-                return CocoSamples(opened[-1].annotations, opened[-1].images, leaf)
+                return CocoSamples(opened[-1].annotations, opened[-1].images, leaf, self.bad_images)
             dataset = build_own_dataset(leaf, self.data, training=True)
             opened.append(OwnData(dataset))
             return dataset
@@ -172,7 +172,8 @@ class MMDetectionTrial(DetectionTrial):
             return OwnEvaluationSamples(data.dataset)
         pipeline = test_pipeline(self.mmdet_config.data.val)
         transform = EvaluationTransform(pipeline, self.mmdet_config.data.val, data.images)
-        return CocoDetection(data.annotations, data.images, transform, self.seed, False, decoder(pipeline[0]))
+        decode = decoder(pipeline[0])
+        return CocoDetection(data.annotations, data.images, transform, self.seed, False, self.bad_images, decode)
 
     @property
     def evaluation_batch_size(self) -> int:

@@ -6,6 +6,7 @@ loader worker and rank of the machine, maps the same pages, so a file of COCO's 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -15,7 +16,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ import msgspec
 import numpy as np
 
 from shared.errors import UserError, nearest
+from shared.remote import StoreOptions, is_url, read_url, version_of
 
 logger = logging.getLogger(__name__)
 
@@ -100,39 +102,50 @@ class CocoAnnotations:
     order, the annotations of an image too.
 
     Attributes:
-        path: the file, or None for annotations made in memory.
+        path: the file or its URL, or None for annotations made in memory.
         categories: [{"id": 1, "name": "person", …}, …], as in the file, in the order of ids.
         columns: name to array; the annotations of image i are rows `offsets[i]` to `offsets[i + 1]`.
     """
 
-    def __init__(self, columns: dict[str, np.ndarray], categories: list[dict], path: Path | None, cache: Path | None):
+    def __init__(
+        self, columns: dict[str, np.ndarray], categories: list[dict], path: Path | str | None, cache: Path | None
+    ):
         self.columns = columns
         self.categories = categories
         self.path = path
         self._cache = cache
 
     @classmethod
-    def open(cls, path: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> CocoAnnotations:
+    def open(
+        cls,
+        path: str | os.PathLike,
+        cache_dir: str | os.PathLike | None = None,
+        options: StoreOptions = StoreOptions(),  # noqa: B008, it is frozen
+    ) -> CocoAnnotations:
         """Map the cache of `path`, made at the first open: in `cache_dir`, else beside the file, else in the
         user's cache directory. Where none of them can be written, the columns stay in memory.
+
+        Args:
+            path: the file, or its URL.
+            options: how to reach the store of a URL.
 
         Raises:
             UserError: the file is missing, is not JSON, not COCO, or contradicts itself.
         """
-        path = Path(path)
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise UserError(f"{path} does not exist or cannot be read ({error.strerror})") from error
-        if not path.is_file():
-            raise UserError(f"{path} is not a file; give the COCO JSON file itself")
-        signature = {"version": CACHE_VERSION, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+        if is_url(os.fspath(path)):
+            url = os.fspath(path)
+            path, signature = url, version_of(url, options)
+            read: Callable[[], bytes | mmap.mmap] = functools.partial(read_url, url, options)
+        else:
+            path = Path(path)
+            signature, read = _version_on_disk(path), functools.partial(_map_file, path)
+        signature = {"version": CACHE_VERSION, **signature}
 
         places = _cache_places(path, cache_dir)
         for place in places:
             if opened := cls._from_cache(place, path, signature):
                 return opened
-        columns, categories = _parse(path)
+        columns, categories = _to_columns(_decode(read(), path), path)
         for place in places:
             if _write_cache(place, columns, categories, signature):
                 return cls._from_cache(place, path, signature) or cls(columns, categories, path, None)
@@ -140,7 +153,7 @@ class CocoAnnotations:
             "%s: the annotation cache cannot be written in %s; set data.cache_dir to a folder with room. "
             "Going on with the annotations in memory.",
             path,
-            " or ".join(str(place.parent) for place in places),
+            " or ".join(str(place.parent) for place in places) or "a home directory, for there is none",
         )
         return cls(columns, categories, path, None)
 
@@ -155,7 +168,7 @@ class CocoAnnotations:
         return cls(columns, categories, None, None)
 
     @classmethod
-    def _from_cache(cls, cache: Path, path: Path | None, signature: dict | None) -> CocoAnnotations | None:
+    def _from_cache(cls, cache: Path, path: Path | str | None, signature: dict | None) -> CocoAnnotations | None:
         try:
             header = json.loads((cache / "header.json").read_bytes())
             if signature is not None and header["signature"] != signature:
@@ -286,13 +299,25 @@ def _named(name: str | None) -> str:
 # --- from JSON to columns ---------------------------------------------------------------------------
 
 
-def _parse(path: Path) -> tuple[dict[str, np.ndarray], list[dict]]:
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise UserError(f"{path} is empty")
-        # not closed here: the undecoded segmentations point into it
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return _to_columns(_decode(data, path), path)
+def _version_on_disk(path: Path) -> dict[str, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"{path} does not exist or cannot be read ({error.strerror})") from error
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; give the COCO JSON file itself")
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _map_file(path: Path) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            # not closed here: the undecoded segmentations point into it
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # nothing to map
+        raise UserError(f"{path} is empty") from error
 
 
 def _decode(data: bytes | mmap.mmap, source: object) -> _CocoFile:
@@ -446,13 +471,16 @@ def _rows_of(wanted: np.ndarray, ids: np.ndarray, annotation_ids: np.ndarray, wh
 # --- the cache --------------------------------------------------------------------------------------
 
 
-def _cache_places(path: Path, cache_dir: str | os.PathLike | None) -> list[Path]:
-    absolute = path.absolute()
-    name = f"{path.name}.{hashlib.sha256(os.fsencode(absolute)).hexdigest()[:12]}.columns"
+def _cache_places(path: Path | str, cache_dir: str | os.PathLike | None) -> list[Path]:
+    absolute = path if isinstance(path, str) else path.absolute()
+    file_name = os.path.basename(path)
+    name = f"{file_name}.{hashlib.sha256(os.fsencode(absolute)).hexdigest()[:12]}.columns"
     if cache_dir is not None:
         return [Path(cache_dir) / name]
     user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return [absolute.parent / f".{path.name}.columns", Path(user_cache) / "coco_annotations" / name]
+    beside = [] if isinstance(absolute, str) else [absolute.parent / f".{file_name}.columns"]
+    # without a home directory `~` stays as it is
+    return [*beside, *([] if user_cache.startswith("~") else [Path(user_cache) / "coco_annotations" / name])]
 
 
 def _write_cache(cache: Path, columns: dict[str, np.ndarray], categories: list[dict], signature: dict) -> bool:

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 # what shared/ imports beside torch and determined
 _SHARED = (
+    "fsspec",
     "hotcoco>=1.3",
     "matplotlib",
     "msgspec",
@@ -26,6 +27,7 @@ _SHARED = (
     "pycocotools",
     "pyyaml",
     "tabulate",
+    "tenacity",
     "tensorboard",
     "tqdm",
 )

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 from shared.annotations import CocoAnnotations, ImageRecord
 from shared.errors import UserError
+from shared.images import BadImageError, read_image
 from shared.seeding import seed_all
-from shared.storage import ImageStorage
+from shared.storage import ImageStorage, refuse_names_outside
 
 logger = logging.getLogger(__name__)
 
 Transform = Callable[[Any, ImageRecord], Any]
-
-
-def decode_rgb(data: bytes) -> Image.Image:
-    """The image in RGB, turned as its EXIF orientation says: MMDetection and Detectron2 turn theirs too."""
-    return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
 
 
 class SampleKey(NamedTuple):
@@ -31,6 +26,38 @@ class SampleKey(NamedTuple):
 
     epoch: int
     index: int
+
+
+class BadImages:
+    """What becomes of images that cannot be read: `data.on_bad_image`.
+
+    Attributes:
+        skip: leave them out; else the first one ends the run.
+        skipped: the ids of those left out since `take` was last called in this process, a loader worker for most.
+    """
+
+    def __init__(self, skip: bool = False):
+        self.skip = skip
+        self.skipped: list[int] = []
+        self._known: set[int] = set()
+
+    def leave_out(self, error: BadImageError, image_id: int) -> None:
+        """Notes the image.
+
+        Raises:
+            BadImageError: the given one, where bad images are errors.
+        """
+        if not self.skip:
+            raise error
+        self.skipped.append(image_id)
+        if image_id not in self._known:
+            self._known.add(image_id)
+            logger.warning("left out: %s", error)
+
+    def take(self) -> list[int]:
+        """The ids noted since the last time."""
+        taken, self.skipped = self.skipped, []
+        return taken
 
 
 class CocoDetection(torch.utils.data.Dataset):
@@ -42,7 +69,10 @@ class CocoDetection(torch.utils.data.Dataset):
     Args:
         transform: takes an image, as `decode` gives it, and its `ImageRecord`.
         training: leave boxes without area out of the records.
-        decode: from an image file's bytes to a PIL image, or an array (height, width, …).
+        bad_images: what becomes of images that cannot be read. The next one that is as wide or as high takes the
+            place of one that is left out, so that batches are as large, and the same in every run.
+        decode: from the bytes of an image of 8 bits to what `transform` takes; a PIL image in RGB where None.
+        in_use: the indices that may stand in for another; all where None.
     """
 
     def __init__(
@@ -52,39 +82,51 @@ class CocoDetection(torch.utils.data.Dataset):
         transform: Transform,
         seed: int,
         training: bool,
-        decode: Callable[[bytes], Any] = decode_rgb,
+        bad_images: BadImages | None = None,
+        decode: Callable[[bytes], Any] | None = None,
+        in_use: np.ndarray | None = None,
     ):
         self.annotations = annotations
         self.images = images
         self.transform = transform
         self.seed = seed
         self.training = training
+        self.bad_images = bad_images or BadImages()
         self.decode = decode
+        self.in_use = in_use
 
     def __len__(self) -> int:
         return len(self.annotations)
 
     def __getitem__(self, key: SampleKey | int) -> Any:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        image, record = self.load(index)
-        seed_all(self.seed, epoch, index)
-        return transformed(self.transform, image, record)
+        for candidate in self._candidates(index):
+            try:
+                image, record = self.load(candidate)
+                seed_all(self.seed, epoch, index)
+                return transformed(self.transform, image, record)
+            except BadImageError as error:
+                self.bad_images.leave_out(error, int(self.annotations.image_ids[candidate]))
+        raise UserError(f"{self.annotations.path}: none of the images that it names can be read, see the lines above")
 
     def load(self, index: int) -> tuple[Any, ImageRecord]:
         """The decoded image and its record.
 
         Raises:
-            UserError: the image cannot be read, or has another size than the annotation file says.
+            BadImageError: the image cannot be read, or has another size than the annotation file says.
         """
         record = self.annotations[index]
-        image = read_image(self.images, record.file_name, f"image id {record.image_id}", self.decode)
-        width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
-        if (width, height) != (record.width, record.height):
-            raise UserError(
-                f"{record.file_name} (image id {record.image_id}) has {width}×{height} pixels, and the "
-                f"annotation file says {record.width}×{record.height}; correct the file or the image"
-            )
+        size = (record.width, record.height)
+        image = read_image(self.images, record.file_name, size, f"image id {record.image_id}", self.decode)
         return image, _with_area_only(record) if self.training else record
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """The image, then those that may stand in for it."""
+        yield index
+        wide = self.annotations.columns["widths"] > self.annotations.columns["heights"]
+        in_use = np.arange(len(self)) if self.in_use is None else np.unique(self.in_use)
+        others = np.roll(in_use, -np.searchsorted(in_use, index, side="right"))
+        yield from others[(wide[others] == wide[index]) & (others != index)].tolist()
 
 
 def transformed(transform: Transform, image: Any, record: ImageRecord) -> Any:
@@ -104,31 +146,21 @@ def transformed(transform: Transform, image: Any, record: ImageRecord) -> Any:
         ) from error
 
 
-def read_image(
-    images: ImageStorage, file_name: str, name: str = "", decode: Callable[[bytes], Any] = decode_rgb
-) -> Any:
-    """The decoded image, by default a PIL image in RGB.
-
-    Raises:
-        UserError: it cannot be read or decoded.
-    """
-    try:
-        data = images.read(file_name)
-        if not data:
-            raise ValueError("the file is empty")
-        return decode(data)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file_name} ({name or images}) cannot be read as an image: {error}") from error
-
-
-def check_images(annotations: CocoAnnotations, images: ImageStorage, where: str) -> None:
-    """Raises UserError where image files are missing."""
-    missing = images.missing(annotations.file_name(i) for i in range(len(annotations)))
-    if missing:
-        raise UserError(
-            f"{where}: {len(missing)} of the {len(annotations)} images that the annotation file names are not "
-            f"there, the first is {missing[0]}"
-        )
+def check_images(annotations: CocoAnnotations, images: ImageStorage, where: str, skip: bool = False) -> None:
+    """Raises UserError where an image's name leads out of the folder, or its file is missing; with `skip`, only where
+    all are."""
+    names = [annotations.file_name(i) for i in range(len(annotations))]
+    refuse_names_outside(names, where)
+    missing = images.missing(names)
+    if not missing:
+        return
+    message = (
+        f"{where}: {len(missing)} of the {len(annotations)} images that the annotation file names are not there, the "
+        f"first is {missing[0]}"
+    )
+    if not skip or len(missing) == len(annotations):
+        raise UserError(message)
+    logger.warning("%s; they are left out", message)
 
 
 def _with_area_only(record: ImageRecord) -> ImageRecord:

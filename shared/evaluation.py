@@ -108,10 +108,15 @@ class CocoEvaluator(MetricReducer):
         self.image_ids = np.unique(annotations.image_ids if image_ids is None else list(image_ids))
         self.compute_here = compute_here
         self._truth: hotcoco.COCO | None = None
-        self._detections: dict[int, Detections] = {}
+        self.reset()
 
     def reset(self) -> None:
-        self._detections = {}
+        self._detections: dict[int, Detections] = {}
+        self._skipped: set[int] = set()
+
+    def skip(self, image_ids: Iterable[int]) -> None:
+        """Leaves images out of the evaluation: those that cannot be read."""
+        self._skipped.update(image_ids)
 
     def update(self, detections: Iterable[Detections]) -> None:
         for detection in detections:
@@ -126,9 +131,10 @@ class CocoEvaluator(MetricReducer):
         """The metrics of what this process has collected."""
         return self.cross_slot_reduce([self.per_slot_reduce()])
 
-    def per_slot_reduce(self) -> tuple[np.ndarray, np.ndarray, list[dict] | None, np.ndarray | None]:
+    def per_slot_reduce(self) -> tuple[np.ndarray, np.ndarray, list[dict] | None, np.ndarray | None, set[int]]:
         """What this slot has seen: (images,) ids, (M, 7) rows of COCO's array format (image id, x, y, width,
-        height, score, category id) in float64, M RLE masks and (M, 3K) keypoints where they are evaluated."""
+        height, score, category id) in float64, M RLE masks and (M, 3K) keypoints where they are evaluated, and the
+        ids left out."""
         image_ids = sorted(self._detections.keys() & set(self.image_ids.tolist()))
         collected = [self._detections[image_id] for image_id in image_ids]
         counts = [len(detection) for detection in collected]
@@ -148,19 +154,28 @@ class CocoEvaluator(MetricReducer):
                 keypoints = np.concatenate(
                     [d.keypoints.reshape(len(d), -1) for d in collected if len(d)] or [rows[:, :0]]
                 )
-        return np.array(image_ids, dtype=np.int64), rows, masks, keypoints
+        return np.array(image_ids, dtype=np.int64), rows, masks, keypoints, self._skipped
 
     def cross_slot_reduce(self, per_slot_metrics: Sequence[tuple]) -> dict[str, float]:
         if not self.compute_here:
             return {}
         rows, masks, keypoints = _merge(per_slot_metrics)
+        skipped = set().union(*(slot[-1] for slot in per_slot_metrics))
+        image_ids = [image_id for image_id in self.image_ids.tolist() if image_id not in skipped]
         metrics: dict[str, float] = {}
         for iou_type in self.iou_types:
-            metrics.update(self._evaluate(iou_type, rows, masks, keypoints))
+            metrics.update(self._evaluate(iou_type, image_ids, rows, masks, keypoints))
+        if skipped:
+            metrics["skipped_images"] = len(skipped)
         return metrics
 
     def _evaluate(
-        self, iou_type: str, rows: np.ndarray, masks: list[dict] | None, keypoints: np.ndarray | None
+        self,
+        iou_type: str,
+        image_ids: list[int],
+        rows: np.ndarray,
+        masks: list[dict] | None,
+        keypoints: np.ndarray | None,
     ) -> dict[str, float]:
         truth = self.open_truth()
         found = truth.load_res(rows)
@@ -172,7 +187,7 @@ class CocoEvaluator(MetricReducer):
             found.update_anns(ids=np.arange(1, len(rows) + 1), area=hotcoco.mask.area(masks))
         evaluation = hotcoco.COCOeval(truth, found, iou_type)
         params = evaluation.params
-        params.img_ids = self.image_ids.tolist()
+        params.img_ids = image_ids
         if iou_type == "keypoints" and self.keypoint_sigmas:
             params.kpt_oks_sigmas = list(self.keypoint_sigmas)
         evaluation.params = params
@@ -279,7 +294,7 @@ def _merge(per_slot: Sequence[tuple]) -> tuple[np.ndarray, list[dict] | None, np
     """All slots' rows, each image once and in the order of image ids: the same for any number of slots."""
     seen: set[int] = set()
     rows, masks, keypoints = [], [], []
-    for image_ids, slot_rows, slot_masks, slot_keypoints in per_slot:
+    for image_ids, slot_rows, slot_masks, slot_keypoints, _ in per_slot:
         keep = ~np.isin(slot_rows[:, 0], list(seen & set(image_ids.tolist())))
         seen.update(image_ids.tolist())
         rows.append(slot_rows[keep])

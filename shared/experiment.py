@@ -19,6 +19,7 @@ from shared import synthetic
 from shared.annotations import CocoAnnotations, check_same_categories
 from shared.dataset import check_images
 from shared.errors import UserError, nearest
+from shared.remote import StoreError, StoreOptions, is_url
 from shared.storage import BACKENDS, ImageStorage, open_images
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ _TOP_KEYS = [
 ]
 _LENGTHS = ("searcher.max_length", "min_validation_period", "min_checkpoint_period")
 _UNITS = ("batches", "epochs", "records")
+_BUCKETS = {"s3": "s3://", "gcs": "gs://"}
 
 
 @dataclass
@@ -74,14 +76,37 @@ class Split:
 
 @dataclass
 class DataConfig:
-    """The `data` section."""
+    """The `data` section; docs/data.md says what each key does."""
 
     train: Split | None = None
     val: Split | None = None
     backend: str = "disk"
     bucket: str | None = None
+    endpoint_url: str | None = None
+    anonymous: bool = False
+    store_timeout: float = 120.0
     cache_dir: str | None = None
+    cache_gb: float = 50.0
     workers: int = 4
+    on_bad_image: str = "error"
+
+    @property
+    def store_options(self) -> StoreOptions:
+        return StoreOptions(self.endpoint_url, self.anonymous, self.store_timeout)
+
+    @property
+    def has_val_annotations(self) -> bool:
+        """Whether the validation data's annotations are there to be read: a checkpoint does without them."""
+        if self.backend == "fake" or self.val is None:
+            return self.backend == "fake"
+        annotations = self.located(self.val.annotations)
+        return is_url(annotations) or Path(annotations).is_file()
+
+    def located(self, path: str) -> str:
+        """A path of the config as a URL, where it is one in `bucket`."""
+        if self.backend not in _BUCKETS or is_url(path) or path.startswith("/"):
+            return path
+        return f"{_BUCKETS[self.backend]}{self.bucket}/{path}"
 
 
 @dataclass
@@ -268,11 +293,24 @@ def parse_data(config: dict[str, Any], into: type[DataConfig] = DataConfig) -> D
             section[split] = parse_section(section[split], Split, f"data.{split}")
     data = parse_section({k: v for k, v in section.items() if k not in ("train", "val")}, into, "data")
     data.train, data.val = section.get("train"), section.get("val")
+    data.backend = {"gcp": "gcs"}.get(data.backend, data.backend)
     if data.backend not in BACKENDS:
         raise UserError(f"data.backend: {data.backend!r} is not available; {nearest(data.backend, BACKENDS)}")
+    if data.backend in _BUCKETS and data.bucket is None and not _all_urls(data):
+        raise UserError(f"data.bucket is missing, and data.backend is {data.backend}; or give URLs: s3://bucket/folder")
+    for key, value in (("store_timeout", data.store_timeout), ("cache_gb", data.cache_gb)):
+        if not value > 0:
+            raise UserError(f"data.{key} is {value}, and must be greater than 0")
+    if data.on_bad_image not in ("error", "skip"):
+        raise UserError(f"data.on_bad_image: {data.on_bad_image!r} is neither 'error' nor 'skip'")
     if data.workers < 0:
         raise UserError(f"data.workers is {data.workers}, and must be 0 or more")
     return data
+
+
+def _all_urls(data: DataConfig) -> bool:
+    splits = [split for split in (data.train, data.val) if split is not None]
+    return bool(splits) and all(is_url(path) for split in splits for path in (split.annotations, split.images))
 
 
 def open_split(data: DataConfig, split: str, images: ImageStorage | None = None) -> SplitData:
@@ -294,11 +332,17 @@ def open_split(data: DataConfig, split: str, images: ImageStorage | None = None)
     if paths is None:
         raise UserError(f"data.{split} is missing; it needs the keys `annotations` and `images`")
     try:
-        annotations = CocoAnnotations.open(paths.annotations, cache_dir=data.cache_dir)
+        annotations = CocoAnnotations.open(data.located(paths.annotations), data.cache_dir, data.store_options)
     except UserError as error:
         raise UserError(f"data.{split}.annotations: {error}") from error
-    images = images or open_images(data.backend, paths.images, split)
-    check_images(annotations, images, f"data.{split}.images ({paths.images})")
+    folder = data.located(paths.images)
+    images = images or open_images(
+        data.backend, folder, split, data.store_options, data.cache_dir, int(data.cache_gb * 2**30)
+    )
+    try:
+        check_images(annotations, images, f"data.{split}.images ({folder})", skip=data.on_bad_image == "skip")
+    except StoreError as error:
+        raise StoreError(f"data.{split}.images: {error}") from error
     return SplitData(annotations, images)
 
 

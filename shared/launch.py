@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import socket
 import sys
 import time
@@ -27,12 +28,13 @@ from tabulate import tabulate
 from shared import visualization
 from shared.annotations import CocoAnnotations
 from shared.checkpoints import Checkpoint, find_checkpoint, load_weights, read_checkpoint
-from shared.dataset import read_image
 from shared.detections import Detections, to_coco_results
 from shared.determined_fixes import on_cluster
 from shared.errors import UserError
 from shared.evaluation import summary_metrics
 from shared.experiment import DataConfig, Length, SplitData, fixed_hyperparameters, load_config, per_slot_batch_size
+from shared.images import read_image
+from shared.loading import Batch
 from shared.local_run import LocalRun, RunFolder
 from shared.storage import DiskImages
 from shared.training_metrics import DivergedError
@@ -64,7 +66,7 @@ def main(trial_class: type[DetectionTrial]) -> None:
 
 def _message(error: Exception) -> str:
     """The error's own words, also where it comes from a loader worker with that one's traceback."""
-    return str(error).rsplit("UserError: ", 1)[-1].strip()
+    return re.split(r"\n[\w.]+Error: ", str(error))[-1].strip()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -241,7 +243,7 @@ def _make_paths_absolute(config: dict[str, Any], trial_class: type[DetectionTria
             section[key] = str(Path(value).absolute())
 
     data = config.get("data") or {}
-    for split in ("train", "val"):
+    for split in ("train", "val") if data.get("backend", "disk") == "disk" else ():  # in a bucket, relative is to it
         absolute(data.get(split), "annotations")
         absolute(data.get(split), "images")
     if isinstance(data.get("cache_dir"), str):
@@ -267,11 +269,14 @@ def evaluate_here(trial_class: type[DetectionTrial], arguments: argparse.Namespa
             )
         evaluator = trial.build_evaluator(data)
         category_ids = [category["id"] for category in data.categories]
-        results = []
-        for found in _detect_all(trial, data):
-            evaluator.update([found])
-            if isinstance(found, Detections):
-                results += to_coco_results(found, category_ids)
+        results = {}
+        for batch, detected in _detect_all(trial, data):
+            evaluator.update(detected)
+            if batch.skipped:
+                evaluator.skip(batch.skipped)
+            for found in detected:
+                if isinstance(found, Detections):
+                    results[found.image_id] = to_coco_results(found, category_ids)
         gathered = trial.context.distributed.gather((evaluator.per_slot_reduce(), results))
         if trial.rank == 0:
             metrics = evaluator.cross_slot_reduce([slot for slot, _ in gathered])
@@ -291,8 +296,9 @@ def predict_here(trial_class: type[DetectionTrial], arguments: argparse.Namespac
         data = _folder_as_data(arguments.images, files, trial)
         annotations, suffix = data.annotations, arguments.format or trial.picture_format
         index_of = {int(image_id): i for i, image_id in enumerate(annotations.image_ids)}
-        results, seconds = [], dict.fromkeys(("loading", "detecting", "drawing"), 0.0)
-        for detections in _detect_all(trial, data, seconds):
+        trial.bad_images.skip = True  # as those of which not even the header can be read
+        results, seconds = {}, dict.fromkeys(("loading", "detecting", "drawing"), 0.0)
+        for detections in (one for _, detected in _detect_all(trial, data, seconds) for one in detected):
             started = time.perf_counter()
             file_name = annotations.file_name(index_of[detections.image_id])
             image = read_image(data.images, file_name)
@@ -300,15 +306,15 @@ def predict_here(trial_class: type[DetectionTrial], arguments: argparse.Namespac
             picture = arguments.output / f"{file_name}.{suffix}"
             picture.parent.mkdir(parents=True, exist_ok=True)
             visualization.save(figure, picture)
-            results += [
+            results[detections.image_id] = [
                 {**result, "file_name": file_name} for result in to_coco_results(detections, annotations.category_ids)
             ]
             seconds["drawing"] += time.perf_counter() - started
         gathered = trial.context.distributed.gather((None, results))
         if trial.rank == 0:
-            count, drawn = _write_results(arguments.output, gathered, arguments.min_score)
+            images, count, drawn = _write_results(arguments.output, gathered, arguments.min_score)
             print(
-                f"{count} detections on {len(index_of)} images in {arguments.output / 'results.json'}; the {drawn} of "
+                f"{count} detections on {images} images in {arguments.output / 'results.json'}; the {drawn} of "
                 f"at least {arguments.min_score:g} are drawn in the pictures beside it"
             )
             print("seconds: " + ", ".join(f"{stage} {spent:.2f}" for stage, spent in seconds.items()))
@@ -364,8 +370,11 @@ def _detecting_trial(
         yield trial
 
 
-def _detect_all(trial: DetectionTrial, data: SplitData, seconds: dict[str, float] | None = None) -> Iterator[Any]:
-    """The detections of this process's share; `seconds` adds up its waiting for "loading" and for "detecting"."""
+def _detect_all(
+    trial: DetectionTrial, data: SplitData, seconds: dict[str, float] | None = None
+) -> Iterator[tuple[Batch, list[Any]]]:
+    """The batches of this process's share and their detections; `seconds` adds up its waiting for "loading" and for
+    "detecting"."""
     seconds = {"loading": 0.0, "detecting": 0.0} if seconds is None else seconds
     batches = iter(trial.evaluation_loader(data))
     while True:
@@ -377,7 +386,7 @@ def _detect_all(trial: DetectionTrial, data: SplitData, seconds: dict[str, float
             return
         detected = trial.detect_on_host_batch(batch)
         seconds["detecting"] += time.perf_counter() - loaded
-        yield from detected
+        yield batch, detected
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -410,20 +419,23 @@ def _folder_as_data(folder: Path, files: list[Path], trial: DetectionTrial) -> S
 
 
 def _known_image_ids(data: DataConfig) -> dict[str, int]:
-    if data.backend == "fake" or data.val is None or not Path(data.val.annotations).is_file():
+    if data.backend == "fake" or not data.has_val_annotations:
         return {}
     try:
-        annotations = CocoAnnotations.open(data.val.annotations, cache_dir=data.cache_dir)
+        annotations = CocoAnnotations.open(data.located(data.val.annotations), data.cache_dir, data.store_options)
     except UserError:  # a data set in another format: its files have no COCO ids
         return {}
     return {annotations.file_name(i): int(image_id) for i, image_id in enumerate(annotations.image_ids)}
 
 
-def _write_results(folder: Path, gathered: list[tuple[Any, list[dict]]], min_score: float = 0.0) -> tuple[int, int]:
-    """Returns how many detections there are, and how many of at least `min_score`."""
-    by_image = sorted((result for _, results in gathered for result in results), key=lambda r: r["image_id"])
-    (folder / "results.json").write_text(json.dumps(by_image))
-    return len(by_image), sum(result["score"] >= min_score for result in by_image)
+def _write_results(
+    folder: Path, gathered: list[tuple[Any, dict[int, list[dict]]]], min_score: float = 0.0
+) -> tuple[int, int, int]:
+    """Returns how many images and detections there are, and how many detections of at least `min_score`."""
+    by_image = {image_id: found for _, results in gathered for image_id, found in results.items()}
+    results = [result for _, found in sorted(by_image.items()) for result in found]
+    (folder / "results.json").write_text(json.dumps(results))
+    return len(by_image), len(results), sum(result["score"] >= min_score for result in results)
 
 
 # --- what both print and draw -----------------------------------------------------------------------

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+
+from shared.dataset import BadImages
 
 
 @dataclass
@@ -20,17 +22,36 @@ class Batch:
         images: the detector's images, (B, 3, H, W) for most.
         targets: the detector's targets.
         image_ids: B of COCO's image ids, kept on the host.
+        skipped: the ids of images that others stand in for, because they cannot be read.
     """
 
     images: Any
     targets: Any
     image_ids: list[int]
+    skipped: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def pin_memory(self) -> Batch:  # DataLoader asks for this name
         return map_tensors(self, lambda tensor: tensor.pin_memory())
+
+
+class NotingSkipped:
+    """A collate function that notes in the batch which images were left out for it.
+
+    Args:
+        collate: the detector's.
+        bad_images: what the data set left out, in the same process.
+    """
+
+    def __init__(self, collate: Callable[[list], Batch], bad_images: BadImages):
+        self.collate, self.bad_images = collate, bad_images
+
+    def __call__(self, samples: list) -> Batch:
+        batch = self.collate(samples)
+        batch.skipped = self.bad_images.take()
+        return batch
 
 
 def start_workers(loader: DataLoader) -> None:

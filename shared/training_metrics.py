@@ -23,12 +23,18 @@ class _SlotReport:
     seconds: float
     waiting: float
     first_bad: tuple[int, list[int]] | None
+    skipped: int
 
 
 class TrainingMetrics(MetricReducer):
-    """Means of the losses, images/s over all slots, and the first batch whose loss was not finite."""
+    """Means of the losses, images/s over all slots, and the first batch whose loss was not finite.
 
-    def __init__(self) -> None:
+    Args:
+        counts_skipped: report how many images were left out too.
+    """
+
+    def __init__(self, counts_skipped: bool = False) -> None:
+        self.counts_skipped = counts_skipped
         self.slots: list[_SlotReport] = []
         self.waiting = 0.0
         self.reset()
@@ -39,11 +45,14 @@ class TrainingMetrics(MetricReducer):
         self._first_bad: torch.Tensor | None = None
         self._image_ids: list[list[int]] = []
         self._first_batch = 0
+        self._skipped = 0
         self._started = time.perf_counter()
         self.waiting = 0.0
 
-    def update(self, losses: Mapping[str, torch.Tensor], batch_number: int, image_ids: list[int]) -> None:
-        """Add one batch. Nothing is read from the device."""
+    def update(
+        self, losses: Mapping[str, torch.Tensor], batch_number: int, image_ids: list[int], skipped: int = 0
+    ) -> None:
+        """Add one batch, for which `skipped` images were left out. Nothing is read from the device."""
         names = list(losses)
         values = torch.stack([losses[name].detach().float() for name in names])
         position = len(self._image_ids)
@@ -55,6 +64,7 @@ class TrainingMetrics(MetricReducer):
         self._first_bad += is_first_bad * (position + 1)
         self._sums += values
         self._image_ids.append(image_ids)
+        self._skipped += skipped
 
     def per_slot_reduce(self) -> _SlotReport:
         sums, first_bad = {}, None
@@ -70,6 +80,7 @@ class TrainingMetrics(MetricReducer):
             seconds=time.perf_counter() - self._started,
             waiting=self.waiting,
             first_bad=first_bad,
+            skipped=self._skipped,
         )
 
     def cross_slot_reduce(self, per_slot_metrics: Sequence[_SlotReport]) -> dict[str, Any]:
@@ -81,15 +92,21 @@ class TrainingMetrics(MetricReducer):
         metrics = {name: sum(slot.sums.get(name, 0.0) for slot in self.slots) / batches for name in self.slots[0].sums}
         metrics["images_per_second"] = sum(slot.images for slot in self.slots) / seconds
         metrics["data_wait"] = max(slot.waiting for slot in self.slots) / seconds
+        if self.counts_skipped:
+            metrics["skipped_images"] = sum(slot.skipped for slot in self.slots)
         return metrics
 
     def raise_if_diverged(self) -> None:
         """Raises DivergedError, on every slot alike, where a batch since the last report had no finite loss."""
         bad = [slot.first_bad for slot in self.slots if slot.first_bad is not None]
         if bad:
-            number, image_ids = min(bad)
-            raise DivergedError(
-                f"the loss is not finite since batch {number + 1} (image ids {', '.join(map(str, image_ids))}). "
-                "The last checkpoint is from before. Lower hyperparameters.lr, clip the gradients, or use bf16 in "
-                "place of fp16; if it is always this batch, look at its annotations"
-            )
+            raise diverged(*min(bad))
+
+
+def diverged(batch_number: int, image_ids: Sequence[int]) -> DivergedError:
+    """The error of a batch, counted from 0, whose loss is not finite."""
+    return DivergedError(
+        f"the loss is not finite since batch {batch_number + 1} (image ids {', '.join(map(str, image_ids))}). "
+        "The last checkpoint is from before. Lower hyperparameters.lr, clip the gradients, or use bf16 in "
+        "place of fp16; if it is always this batch, look at its annotations"
+    )

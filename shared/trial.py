@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from shared.checkpoints import CATEGORIES_FILE
+from shared.dataset import BadImages
 from shared.detections import Detections
 from shared.determined_fixes import FiniteSearcherMetric, PlainRandomState, SearcherStop, on_cluster, wrap_model
 from shared.errors import UserError
@@ -33,10 +34,10 @@ from shared.experiment import (
     parse_seed,
     per_slot_batch_size,
 )
-from shared.loading import Batch, PrefetchLoader, start_workers, to_device
+from shared.loading import Batch, NotingSkipped, PrefetchLoader, start_workers, to_device
 from shared.samplers import EvaluationBatchSampler, TrainingBatchSampler
 from shared.seeding import seed_all
-from shared.training_metrics import DivergedError, TrainingMetrics
+from shared.training_metrics import DivergedError, TrainingMetrics, diverged
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class DetectionTrial(PyTorchTrial):
         self.aggregation_frequency = (self.config.get("optimizations") or {}).get("aggregation_frequency") or 1
         self.batches_trained = self.first_batch
 
+        self.bad_images = BadImages(skip=self.data.on_bad_image == "skip")
         if self.for_training:
             self.train_data, self.val_data = self.open_train_and_val()
             self.categories = self.train_data.categories
@@ -114,7 +116,9 @@ class DetectionTrial(PyTorchTrial):
         self.model = wrap_model(context, self.build_model(), self.find_unused_parameters)
         self.plain_model = self.model.module if self.slots > 1 else self.model
         self.ema = self.build_ema(self.plain_model)
-        self.training_metrics = context.wrap_reducer(TrainingMetrics(), for_validation=False)
+        self.training_metrics = context.wrap_reducer(
+            TrainingMetrics(counts_skipped=self.bad_images.skip), for_validation=False
+        )
         self.local_callbacks: dict[str, PyTorchCallback] = {}
         self.on_batch_end: Callable[[], None] = lambda: None
         self.category_ap: dict[str, float] = {}
@@ -221,7 +225,7 @@ class DetectionTrial(PyTorchTrial):
 
     def known_categories(self) -> list[dict]:
         """The data set's categories where its annotation file is there, else those that the weights know."""
-        if self.data.backend == "fake" or (self.data.val and Path(self.data.val.annotations).exists()):
+        if self.data.has_val_annotations:
             return self.open_val().categories
         return self.pretrained_categories
 
@@ -283,7 +287,7 @@ class DetectionTrial(PyTorchTrial):
             batch_sampler=batches,
             num_workers=self.data.workers,
             persistent_workers=self.data.workers > 0,  # or each validation forks again: slow, and see start_workers
-            collate_fn=self.collate(training),
+            collate_fn=NotingSkipped(self.collate(training), self.bad_images),
             pin_memory=self.context.device.type == "cuda",
         )
 
@@ -302,8 +306,11 @@ class DetectionTrial(PyTorchTrial):
         seed_all(self.seed, self.rank, number, 1)  # dropout and the like: no two slots alike, and a resume exact
         self.before_batch(number)
 
-        with self.autocast():
-            losses = self.losses(self.model, batch)
+        try:
+            with self.autocast():
+                losses = self.losses(self.model, batch)
+        except FloatingPointError as error:  # Detectron2 looks itself
+            raise diverged(number, batch.image_ids) from error
         loss = losses["loss"]
         self.context.backward(loss if self.scaler is None else self.scaler.scale(loss))
         self.context.step_optimizer(self.optimizer, clip_grads=self._clip(), scaler=self.scaler)
@@ -312,7 +319,7 @@ class DetectionTrial(PyTorchTrial):
                 self.scaler.update()
             if self.ema is not None:
                 self.ema.update(self.plain_model)
-        self.training_metrics.update(losses, number, batch.image_ids)
+        self.training_metrics.update(losses, number, batch.image_ids, len(batch.skipped))
         self.training_metrics.waiting = self.training_loader.waiting
         self.batches_trained = number + 1
         self.after_batch(number)
@@ -340,6 +347,8 @@ class DetectionTrial(PyTorchTrial):
 
     def evaluate_batch(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         self.evaluator.update(self.detect_on_host_batch(batch))
+        if batch.skipped:
+            self.evaluator.skip(batch.skipped)
         return {}
 
     @torch.no_grad()

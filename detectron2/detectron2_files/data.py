@@ -16,38 +16,24 @@ from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, Keypoints, RotatedBoxes
 from detectron2.utils.file_io import PathHandler, PathManager
-from PIL import ExifTags, Image
+from PIL import Image
 from torch.utils.data import Dataset
 
 from detectron2_files.config import TrainingSet
 from shared.annotations import CocoAnnotations, ImageRecord
-from shared.dataset import CocoDetection, SampleKey
+from shared.dataset import BadImages, CocoDetection, SampleKey
 from shared.errors import UserError, nearest
 from shared.experiment import SplitData, check_masks
+from shared.images import BadImageError
 from shared.loading import Batch, map_tensors
+from shared.remote import is_url
 from shared.seeding import seed_all
 
 TRAIN_NAME, VAL_NAME, COCO_NAME = "data.train", "data.val", "data"
 _PREFIX = "image-bytes://"
-_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 # --- images -----------------------------------------------------------------------------------------
-
-
-@dataclass
-class EncodedImage:
-    """An image file's bytes, which the mapper decodes; and its (height, width) as it will be, EXIF's turn made."""
-
-    data: bytes
-    shape: tuple[int, int]
-
-    @classmethod
-    def of(cls, data: bytes) -> EncodedImage:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            sideways = image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
-        return cls(data, (width, height) if sideways else (height, width))
 
 
 class _ImageBytes(PathHandler):
@@ -73,10 +59,10 @@ class MapperTransform:
         self.mapper = mapper
         self.annotated = annotated
 
-    def __call__(self, image: EncodedImage, record: ImageRecord) -> dict[str, Any]:
+    def __call__(self, image: bytes, record: ImageRecord) -> dict[str, Any]:
         dataset_dict = to_dataset_dict(record, self.annotated)
         dataset_dict["file_name"] = f"{_PREFIX}{record.file_name}"
-        _image_bytes.data = image.data
+        _image_bytes.data = image
         return {**_mapped(self.mapper, dataset_dict, record.file_name), "file_name": record.file_name}
 
 
@@ -85,9 +71,9 @@ def _mapped(mapper: Callable[[dict], dict | None], dataset_dict: dict[str, Any],
     try:
         mapped = mapper(dataset_dict)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where} cannot be read as an image: {error}") from error
+        raise BadImageError(f"{where} cannot be read as an image: {error}") from error
     except SizeMismatchError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise BadImageError(f"{where}: {error}") from error
     if mapped is None:
         raise UserError(f"{where}: the mapper gives None for it; leave such images out of the data set")
     return mapped
@@ -144,12 +130,14 @@ class CocoSamples(Dataset):
         indices: (samples,) the image of each.
     """
 
-    def __init__(self, data: SplitData, mapper: Any, train_set: TrainingSet, seed: int):
+    def __init__(
+        self, data: SplitData, mapper: Any, train_set: TrainingSet, seed: int, bad_images: BadImages | None = None
+    ):
         transform = MapperTransform(mapper, annotated=True)
-        self.images = CocoDetection(
-            data.annotations, data.images, transform, seed, training=False, decode=EncodedImage.of
-        )
         self.indices = training_images(data.annotations, train_set, seed)
+        self.images = CocoDetection(
+            data.annotations, data.images, transform, seed, False, bad_images, decode=bytes, in_use=self.indices
+        )
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -363,7 +351,10 @@ def register_json(name: str, annotations: str, images: str) -> None:
     if name in MetadataCatalog.list():
         MetadataCatalog.remove(name)
     if not Path(annotations).is_file():
-        raise UserError(f"{name}.annotations: {annotations} does not exist")
+        on_disk = (
+            "is not on disk, where Detectron2's own loader of this kind of data reads" if is_url(annotations) else ""
+        )
+        raise UserError(f"{name}.annotations: {annotations} {on_disk or 'does not exist'}")
     register_coco_instances(name, {}, annotations, images)
 
 

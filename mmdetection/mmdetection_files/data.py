@@ -26,10 +26,12 @@ from mmdet.datasets.pipelines import Compose
 from mmdetection_files.config import leaves
 from mmdetection_files.hyperparameters import MMDetectionData
 from shared.annotations import CocoAnnotations, ImageRecord
-from shared.dataset import CocoDetection, SampleKey, transformed
+from shared.dataset import BadImages, CocoDetection, SampleKey, transformed
 from shared.errors import UserError
 from shared.experiment import check_masks
+from shared.images import BadImageError
 from shared.loading import Batch
+from shared.remote import is_url
 from shared.samplers import aspect_ratio_groups
 from shared.seeding import seed_all
 from shared.storage import ImageStorage
@@ -192,10 +194,16 @@ class CocoSamples:
         flag: (samples,) the aspect ratio group of each.
     """
 
-    def __init__(self, annotations: CocoAnnotations, images: ImageStorage, leaf: ConfigDict):
+    def __init__(
+        self,
+        annotations: CocoAnnotations,
+        images: ImageStorage,
+        leaf: ConfigDict,
+        bad_images: BadImages | None = None,
+    ):
         pipeline = leaf["pipeline"]
         transform = PipelineTransform(pipeline, leaf, images, annotated=True)
-        self.images = CocoDetection(annotations, images, transform, 0, False, decoder(pipeline[0]))
+        self.images = CocoDetection(annotations, images, transform, 0, False, bad_images, decoder(pipeline[0]))
         self.transform = transform
         self.CLASSES = tuple(annotations.category_names)
         self.PALETTE = CocoDataset.PALETTE
@@ -214,12 +222,17 @@ class CocoSamples:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Any:
-        while True:
-            sample = transformed(self.transform, *self.images.load(int(self.indices[index])))
+        for _ in range(max(len(self), 1000)):
+            try:
+                sample = transformed(self.transform, *self.images.load(int(self.indices[index])))
+            except BadImageError as error:
+                self.images.bad_images.leave_out(error, self.image_id(index))
+                sample = None
             if sample is not None:
                 return sample
             # as CustomDataset: another image of the same aspect
             index = int(np.random.choice(np.flatnonzero(self.flag == self.flag[index])))
+        raise UserError(f"data.train: the pipeline makes a sample of no image of {self.images.annotations.path}")
 
     def image_id(self, index: int) -> int:
         return int(self.images.annotations.image_ids[self.indices[index]])
@@ -250,9 +263,11 @@ def build_own_dataset(section: Any, data: MMDetectionData, training: bool) -> An
     Raises:
         UserError: it cannot be built, or has no names for its classes.
     """
-    section = deepcopy(section)
+    section, split = deepcopy(section), "train" if training else "val"
     for leaf in leaves(section):
         leaf.pop("samples_per_gpu", None)
+        if is_url(data.located(str(leaf.get("ann_file")))):
+            raise UserError(f"data.{split}: the config's {leaf['type']} reads from disk, not {leaf['ann_file']}")
         if leaf["type"] == "CocoDataset" and not leaf.get("classes") and isinstance(leaf["ann_file"], str):
             # CocoDataset itself looks for COCO's names, whatever the file has
             leaf["classes"] = CocoAnnotations.open(leaf["ann_file"], cache_dir=data.cache_dir).category_names
@@ -261,7 +276,6 @@ def build_own_dataset(section: Any, data: MMDetectionData, training: bool) -> An
             for step in leaf["pipeline"]:
                 if step["type"].startswith("Load"):
                     step["file_client_args"] = data.file_client
-    split = "train" if training else "val"
     try:
         dataset = build_dataset(section, None if training else {"test_mode": True})
     except Exception as error:  # each reads files of its own format

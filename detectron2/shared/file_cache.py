@@ -1,0 +1,1 @@
+../../shared/file_cache.py

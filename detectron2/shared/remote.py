@@ -1,0 +1,1 @@
+../../shared/remote.py

@@ -1,0 +1,155 @@
+"""Stores on loopback that hold what is in a folder: S3, GCS and a web server, with faults on request."""
+
+import contextlib
+import http.client
+import http.server
+import logging
+import threading
+import time
+import urllib.parse
+import urllib.request
+from functools import partial
+from pathlib import Path
+
+BUCKET = "pictures"
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def _serving(handler):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextlib.contextmanager
+def http_store(folder: Path):
+    """The URL of a web server of the folder."""
+    with _serving(partial(_Quiet, directory=str(folder))) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def s3_store(folder: Path):
+    """The endpoint of an S3 whose bucket holds the folder's files."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        endpoint = f"http://{host}:{port}"
+        client = boto3.client(
+            "s3",
+            endpoint_url=endpoint,
+            region_name="us-east-1",
+            aws_access_key_id="test",
+            aws_secret_access_key="test",
+        )
+        client.create_bucket(Bucket=BUCKET)
+        for file in _files(folder):
+            client.upload_file(str(file), BUCKET, str(file.relative_to(folder)), {"ACL": "public-read"})
+        yield endpoint
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def gcs_store(folder: Path):
+    """The endpoint of a GCS emulator whose bucket holds the folder's files."""
+    from gcp_storage_emulator.server import create_server
+
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
+    server = create_server("127.0.0.1", 0, in_memory=True, default_bucket=BUCKET)
+    server.start()
+    try:
+        endpoint = f"http://127.0.0.1:{server._api._httpd.server_port}"
+        for file in _files(folder):
+            name = urllib.parse.quote(str(file.relative_to(folder)), safe="")
+            url = f"{endpoint}/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name={name}"
+            headers = {"Content-Type": "application/octet-stream"}
+            urllib.request.urlopen(urllib.request.Request(url, file.read_bytes(), headers)).close()
+        yield endpoint
+    finally:
+        server.stop()
+
+
+def _files(folder: Path):
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+class Faults:
+    """What a proxy does to the reads of images: `of(number)` is a kind of fault, or None, for each read.
+
+    Kinds: "error" answers 500, "reset" closes the connection, "late" answers after `late` seconds, "cut" sends half of
+    what it announced and "short" half as if it were all, "away" closes every connection.
+    """
+
+    def __init__(self, of, late=30.0):
+        self.of = of
+        self.late = late
+        self.reads = 0
+        self.made = []
+        self.lock = threading.Lock()
+
+    def next(self, path):
+        if not path.endswith((".png", ".jpg")):
+            return self.of(0) if self.of(0) == "away" else None
+        with self.lock:
+            self.reads += 1
+            kind = self.of(self.reads)
+            if kind:
+                self.made.append(kind)
+            return kind
+
+
+@contextlib.contextmanager
+def with_faults(endpoint: str, faults: Faults):
+    """The endpoint of a proxy before a store."""
+    host = endpoint.removeprefix("http://")
+
+    class Proxy(_Quiet):
+        def do_GET(self):
+            kind = faults.next(self.path.split("?")[0])
+            if kind in ("reset", "away"):
+                self.close_connection = True
+                self.connection.close()
+                return
+            if kind == "error":
+                self.send_error(500)
+                return
+            if kind == "late":
+                time.sleep(faults.late)
+            store = http.client.HTTPConnection(host, timeout=60)
+            store.request(self.command, self.path, headers=dict(self.headers))
+            answer = store.getresponse()
+            body = answer.read()
+            sent = body[: len(body) // 2] if kind in ("cut", "short") else body
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("content-length", "transfer-encoding", "connection", "server", "date"):
+                    self.send_header(name, value)
+            length = answer.getheader("Content-Length") if self.command == "HEAD" else len(body)
+            self.send_header("Content-Length", str(len(sent)) if kind == "short" else str(length or 0))
+            self.end_headers()
+            self.wfile.write(sent)
+            self.close_connection = kind == "cut"
+
+        do_HEAD = do_GET
+
+    with _serving(Proxy) as url:
+        yield url

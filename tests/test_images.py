@@ -1,0 +1,245 @@
+"""Images as users have them: odd ones in the right pixels, bad ones named or left out."""
+
+import io
+import json
+import shutil
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import reports
+from PIL import Image
+from tiny_models import CONFIGS, efficientdet_config, trial_classes
+
+from shared.checkpoints import load_state
+from shared.dataset import check_images
+from shared.errors import UserError
+from shared.experiment import open_split, parse_data
+from shared.images import BadImageError, read_image
+from shared.storage import DiskImages
+
+ORIENTATION = 274  # EXIF's tag
+
+
+def encoded(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def gradient(width=40, height=30):
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    return Image.fromarray(np.stack([x * 6, y * 8, (x + y) * 3], axis=-1).astype(np.uint8))
+
+
+def with_orientation(image, value):
+    exif = image.getexif()
+    exif[ORIENTATION] = value
+    return encoded(image, "PNG", exif=exif)
+
+
+def png_of_size(width, height):
+    """A PNG that says it is of that size, and is not."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    )
+
+
+def read(tmp_path, data, size=None, decode=None):
+    (tmp_path / "image").write_bytes(data)
+    return read_image(DiskImages(tmp_path), "image", size, "image id 7", decode)
+
+
+def opencv(data):
+    cv2 = pytest.importorskip("cv2")
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+
+
+@pytest.mark.parametrize("decode", [None, opencv], ids=["pillow", "opencv"])
+def test_odd_images_give_the_pixels_they_show(tmp_path, decode):
+    image = gradient()
+    expected = np.asarray(image)
+
+    def pixels(data):
+        return np.asarray(read(tmp_path, data, image.size, decode)).astype(int)
+
+    assert (pixels(encoded(image, "PNG")) == expected).all()
+    levels = np.arange(1200, dtype=np.uint16).reshape(30, 40) * 54
+    grey = pixels(encoded(Image.fromarray(levels), "PNG"))
+    assert (grey == (levels >> 8)[..., None]).all()
+    palette = image.quantize(64)
+    shown = np.asarray(palette.convert("RGB"))
+    assert (pixels(encoded(palette, "PNG", transparency=bytes(range(64)))) == shown).all()
+    assert abs(pixels(encoded(image.convert("CMYK"), "JPEG", quality=95)) - expected).max() < 30
+    frames = [image.quantize(64), Image.new("P", image.size)]
+    assert (pixels(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])) == shown).all()
+    assert (pixels(encoded(image.convert("RGBA"), "PNG")) == expected).all()
+
+
+def test_an_image_of_one_pixel_is_one(tmp_path):
+    assert read(tmp_path, encoded(Image.new("RGB", (1, 1), (9, 8, 7)), "PNG"), (1, 1)).getpixel((0, 0)) == (9, 8, 7)
+
+
+@pytest.mark.parametrize("decode", [None, opencv], ids=["pillow", "opencv"])
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_exif_turns_an_image_only_where_that_makes_its_size_the_annotations(tmp_path, decode, orientation):
+    image = gradient()
+    data = with_orientation(image, orientation)
+    assert (np.asarray(read(tmp_path, data, (40, 30), decode)) == np.asarray(image)).all()
+    turned = np.asarray(read(tmp_path, data, (30, 40), decode))
+    turn = {5: (0, 1), 6: (1, -1), 7: (1, 1), 8: (1, 1)}[orientation]
+    if orientation in (6, 8):
+        assert (turned == np.rot90(np.asarray(image), -1 if orientation == 6 else 1)).all(), turn
+    assert turned.shape == (40, 30, 3)
+
+
+BAD = {
+    "cut off": encoded(gradient(), "JPEG")[:600],
+    "cut off in the pixels": encoded(gradient(400, 300), "JPEG", quality=95)[:-2000],
+    "a cut off PNG": encoded(gradient(), "PNG")[:-30],
+    "zero bytes": b"",
+    "not an image": b"<html>404</html>" * 20,
+    "another size": encoded(gradient(20, 30), "PNG"),
+    "a bomb": png_of_size(40_000, 40_000),
+}
+SIZES = {"a bomb": (40_000, 40_000), "cut off in the pixels": (400, 300)}
+
+
+@pytest.mark.parametrize("decode", [None, opencv], ids=["pillow", "opencv"])
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_image_is_named(tmp_path, kind, decode):
+    with pytest.raises(BadImageError, match=r"image \(image id 7\)"):
+        read(tmp_path, BAD[kind], SIZES.get(kind, (40, 30)), decode)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../etc/passwd", "/etc/passwd", "s3://other-bucket/a.png", "a\0.png", "a/../../b.png", "", "\\\\host\\a"],
+)
+def test_names_that_lead_out_of_the_folder_are_refused(shapes, name):
+    coco = json.loads((shapes / "annotations/val.json").read_text())
+    coco["images"][3]["file_name"] = name
+    from shared.annotations import CocoAnnotations
+
+    with pytest.raises(UserError, match=r"data\.val\.images: the image file name .* leads out of the images' folder"):
+        check_images(CocoAnnotations.from_dict(coco), DiskImages(shapes / "val"), "data.val.images")
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_links_that_lead_out_of_the_folder_are_refused(shapes, tmp_path, what):
+    folder = tmp_path / "images"
+    if what == "file":
+        shutil.copytree(shapes / "val", folder)
+        (folder / "000003.png").unlink()
+        (folder / "000003.png").symlink_to("/etc/passwd")
+        names = [file.name for file in folder.iterdir()]
+    else:
+        folder.mkdir()
+        (folder / "sub").symlink_to(shapes / "val")
+        names = ["sub/000003.png"]
+    with pytest.raises(UserError, match=r"is a link out of .*images, to /"):
+        DiskImages(folder).missing(names)
+    inside = tmp_path / "inside"
+    shutil.copytree(shapes / "val", inside)
+    (inside / "linked.png").symlink_to(inside / "000003.png")
+    assert DiskImages(inside).missing(["linked.png"]) == []
+
+
+# --- in a training ----------------------------------------------------------------------------------
+
+
+def spoiled(shapes, folder):
+    """The shapes with two bad images to train on and one to validate on."""
+    shutil.copytree(shapes, folder)
+    (folder / "train/000004.png").write_bytes((folder / "train/000004.png").read_bytes()[:200])
+    (folder / "train/000009.png").write_bytes(b"")
+    (folder / "val/000002.png").write_bytes(b"no image")
+    return folder
+
+
+@pytest.fixture
+def trial_class(detector):
+    return trial_classes()[detector]
+
+
+def test_a_bad_image_ends_the_run_with_its_name_or_is_left_out(detector, trial_class, shapes, train, tmp_path, caplog):
+    config = CONFIGS[detector](spoiled(shapes, tmp_path / "data"))
+    config["searcher"]["max_length"] = {"batches": 8}
+    config["data"]["workers"] = 0
+    with pytest.raises(UserError, match=r"00000[49]\.png \(image id \d+\) cannot be read as an image"):
+        train(trial_class, config, "error")
+    config["data"]["on_bad_image"] = "skip"
+    run = train(trial_class, config, "skip")
+    counts = [report["metrics"]["skipped_images"] for report in reports(run, "train")]
+    assert sum(counts[:3]) == 2  # both in the first epoch, of six batches
+    assert [report["metrics"]["skipped_images"] for report in reports(run, "val")] == [1, 1]
+    left_out = [record.message for record in caplog.records if record.message.startswith("left out")]
+    assert len(left_out) == 3
+
+
+def test_what_is_left_out_is_the_same_in_a_resumed_run(shapes, train, tmp_path):
+    from model_def import EfficientDetTrial
+
+    config = efficientdet_config(spoiled(shapes, tmp_path / "data"))
+    config["data"] |= {"on_bad_image": "skip", "workers": 0}
+    config["searcher"]["max_length"] = {"batches": 12}
+    config["min_checkpoint_period"] = {"batches": 4}
+    whole = train(EfficientDetTrial, config, "whole")
+
+    class Crashing(EfficientDetTrial):
+        def after_batch(self, number):
+            super().after_batch(number)
+            if number == 6:
+                raise RuntimeError("crash")
+
+    with pytest.raises(RuntimeError, match="crash"):
+        train(Crashing, config, "parts")
+    parts = train(EfficientDetTrial, config, "parts", resume="last")
+    ours, expected = (load_state(r / "checkpoints/last/state_dict.pth")["models_state_dict"][0] for r in (parts, whole))
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_what_is_left_out_of_the_evaluation_counts_as_no_image(shapes, tmp_path):
+    from shared.detections import Detections
+    from shared.evaluation import CocoEvaluator
+
+    data = open_split(parse_data({"data": {"val": split(shapes)}}), "val")
+    bad = int(data.annotations.image_ids[2])
+    found = [
+        Detections(record.image_id, record.boxes, np.ones(len(record.boxes), np.float32), record.labels)
+        for record in data.annotations
+        if record.image_id != bad
+    ]
+    evaluator = CocoEvaluator(data.annotations)
+    evaluator.update(found)
+    assert evaluator.compute()["bbox_mAP"] < 0.99
+    evaluator.skip([bad])
+    metrics = evaluator.compute()
+    assert metrics["bbox_mAP"] == pytest.approx(1)
+    assert metrics["skipped_images"] == 1
+
+
+def split(shapes, name="val"):
+    return {"annotations": str(shapes / f"annotations/{name}.json"), "images": str(shapes / name)}
+
+
+def test_missing_images_may_be_left_out_unless_all_are(shapes, tmp_path, caplog):
+    folder = shutil.copytree(shapes / "val", tmp_path / "images")
+    (folder / "000003.png").unlink()
+    data = {"val": {**split(shapes), "images": str(folder)}, "on_bad_image": "skip"}
+    open_split(parse_data({"data": data}), "val")
+    assert "1 of the 10 images" in caplog.text
+    for file in folder.iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="10 of the 10 images"):
+        open_split(parse_data({"data": data}), "val")
+    with pytest.raises(UserError, match=r"data\.on_bad_image: 'ignore' is neither 'error' nor 'skip'"):
+        parse_data(yaml.safe_load("{data: {on_bad_image: ignore}}"))

@@ -1,0 +1,264 @@
+"""Data in buckets and behind a web server: what is read, what goes wrong, what is kept."""
+
+import contextlib
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from stores import BUCKET, Faults, gcs_store, http_store, s3_store, with_faults
+from tiny_models import efficientdet_config
+
+from shared.checkpoints import load_state
+from shared.dataset import CocoDetection, SampleKey
+from shared.errors import UserError
+from shared.experiment import open_split, parse_data
+from shared.file_cache import CachedImages
+from shared.remote import RemoteImages, StoreError, StoreOptions
+
+
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch, tmp_path):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user_cache"))
+
+
+@contextlib.contextmanager
+def serving(kind, folder):
+    """The `data` section for what is in `folder`, on that kind of store."""
+    packages = {"s3": ("s3fs", "moto", "boto3"), "gcs": ("gcsfs", "gcp_storage_emulator"), "http": ("aiohttp",)}[kind]
+    for package in packages:
+        pytest.importorskip(package)
+    with {"s3": s3_store, "gcs": gcs_store, "http": http_store}[kind](folder) as endpoint:
+        data = {"store_timeout": 20, "workers": 2}
+        if kind == "http":
+            data |= splits(f"{endpoint}/")
+        else:
+            data |= {
+                "backend": kind,
+                "bucket": BUCKET,
+                "endpoint_url": endpoint,
+                "anonymous": kind == "gcs",
+                **splits(""),
+            }
+        yield data
+
+
+def splits(place):
+    return {
+        split: {"annotations": f"{place}annotations/{split}.json", "images": f"{place}{split}"}
+        for split in ("train", "val")
+    }
+
+
+def opened(data, split="train"):
+    return open_split(parse_data({"data": data}), split)
+
+
+def as_sample(image, record):
+    return np.asarray(image), record.boxes, record.labels, record.image_id
+
+
+def samples(split_data):
+    data = CocoDetection(split_data.annotations, split_data.images, as_sample, seed=0, training=True)
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=4, sampler=[SampleKey(0, i) for i in range(len(data))], num_workers=2, collate_fn=list
+    )
+    return [sample for batch in loader for sample in batch]
+
+
+@pytest.mark.parametrize("kind", ["s3", "gcs", "http"])
+def test_a_store_gives_what_the_disk_gives(kind, shapes):
+    with serving(kind, shapes) as data:
+        remote = samples(opened(data))
+    on_disk = samples(opened(splits(f"{shapes}/")))
+    assert len(remote) == len(on_disk) == 24
+    for ours, expected in zip(remote, on_disk, strict=True):
+        for a, b in zip(ours, expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_annotations_on_disk_go_with_images_in_a_bucket_and_a_public_bucket_needs_no_credentials(
+    shapes, monkeypatch, tmp_path
+):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with serving("s3", shapes) as data:
+        mixed = {"annotations": str(shapes / "annotations/val.json"), "images": f"s3://{BUCKET}/val"}
+        public = {"val": mixed, "endpoint_url": data["endpoint_url"], "store_timeout": 4}
+        assert len(samples(opened({**public, "anonymous": True}, "val"))) == 10
+        with pytest.raises(StoreError, match=r"data\.val\.images: s3://.*credentials.*AWS_ACCESS_KEY_ID"):
+            opened(public, "val")
+
+
+@pytest.mark.parametrize("kind", ["s3", "gcs", "http"])
+def test_what_is_not_in_the_store_is_named_before_training(kind, shapes):
+    with serving(kind, shapes) as data:
+        place = data["train"]["images"].removesuffix("train")
+        wrong = {**data, "train": {**data["train"], "annotations": f"{place}annotations/nope.json"}}
+        with pytest.raises(UserError, match=r"data\.train\.annotations: \S+annotations/nope.json does not exist"):
+            opened(wrong)
+        wrong = {**data, "train": {**data["train"], "images": f"{place}nowhere"}}
+        with pytest.raises(UserError, match=r"data\.train\.images \(\S+nowhere\): \d+ of the 24 images"):
+            opened(wrong)
+
+
+def test_annotations_of_a_url_are_parsed_again_when_the_file_has_changed(shapes, tmp_path):
+    folder = shutil.copytree(shapes, tmp_path / "data")
+    with http_store(folder) as url:
+        data = {**splits(f"{url}/"), "cache_dir": str(tmp_path / "cache")}
+        assert len(opened(data).annotations) == 24
+        assert len(opened(data).annotations) == 24
+        shutil.copy(folder / "annotations/val.json", folder / "annotations/train.json")
+        shutil.copytree(folder / "val", folder / "train", dirs_exist_ok=True)
+        assert len(opened(data).annotations) == 10
+
+
+@pytest.mark.parametrize("kind", ["s3", "gcs", "http"])
+def test_reads_that_fail_are_made_again(kind, shapes):
+    # "short" cannot be told from a whole file by a web server's answer alone
+    kinds = {3: "error", 7: "reset", 11: "cut", 15: "late", 19: "short" if kind != "http" else "cut"}
+    faults = Faults(kinds.get, late=8)
+    with serving(kind, shapes) as data, contextlib.ExitStack() as stack:
+        endpoint = data.get("endpoint_url") or data["train"]["images"].removesuffix("/train")
+        proxy = stack.enter_context(with_faults(endpoint, faults))
+        data = {**data, "endpoint_url": proxy} if kind != "http" else splits(f"{proxy}/")
+        split_data = opened({**data, "store_timeout": 16})
+        faults.reads, faults.made = 0, []  # the check before training may read some
+        for name in sorted((shapes / "train").iterdir()):
+            assert split_data.images.read(name.name) == name.read_bytes()
+    assert faults.made == list(kinds.values())
+
+
+def test_training_through_faults_ends_with_the_same_weights(shapes, train):
+    from model_def import EfficientDetTrial
+
+    config = efficientdet_config(shapes)
+    config["searcher"]["max_length"] = {"batches": 8}
+    config["data"]["workers"] = 0
+    whole = train(EfficientDetTrial, config, "whole")
+    faults = Faults(lambda number: {4: "error", 9: "reset", 14: "cut", 23: "short"}.get(number % 24))
+    with serving("s3", shapes) as data, with_faults(data["endpoint_url"], faults) as proxy:
+        config["data"] = {**data, "endpoint_url": proxy, "workers": 0}
+        faulty = train(EfficientDetTrial, config, "faulty")
+    assert len(faults.made) > 4
+    ours, expected = (
+        load_state(run / "checkpoints/last/state_dict.pth")["models_state_dict"][0] for run in (faulty, whole)
+    )
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_a_store_that_stays_away_is_an_error_in_bounded_time_and_the_run_goes_on_from_its_checkpoint(shapes, train):
+    from model_def import EfficientDetTrial
+
+    config = efficientdet_config(shapes)
+    config["searcher"]["max_length"] = {"batches": 8}
+    config["data"]["workers"] = 0
+    config["min_checkpoint_period"] = config["min_validation_period"] = {"batches": 2}
+    whole = train(EfficientDetTrial, config, "whole")
+    away = False
+    faults = Faults(lambda number: "away" if away else None)
+    with serving("s3", shapes) as data, with_faults(data["endpoint_url"], faults) as proxy:
+        config["data"] = {**data, "endpoint_url": proxy, "store_timeout": 8, "workers": 0}
+
+        class Probe(EfficientDetTrial):
+            def after_batch(self, number):
+                nonlocal away
+                super().after_batch(number)
+                away = number >= 4
+
+        started = time.monotonic()
+        with pytest.raises(UserError, match=rf"s3://{BUCKET}/\S+ cannot be read, for 8 seconds"):
+            train(Probe, config, "away")
+        assert time.monotonic() - started < 60
+        away = False
+        run = train(EfficientDetTrial, config, "away", resume="last")
+    ours, expected = (load_state(r / "checkpoints/last/state_dict.pth")["models_state_dict"][0] for r in (run, whole))
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+# --- copies kept on disk ----------------------------------------------------------------------------
+
+
+class Counting(RemoteImages):
+    """Files of 1,000 bytes, which counts how often each is read."""
+
+    def __init__(self):
+        super().__init__("http://store", StoreOptions())
+        self.count = {}
+
+    def read(self, file_name):
+        self.count[file_name] = self.count.get(file_name, 0) + 1
+        return file_name.encode().ljust(1000, b".")
+
+
+def test_the_second_epoch_reads_from_disk(shapes, tmp_path):
+    faults = Faults(lambda number: None)
+    with http_store(shapes) as url, with_faults(url, faults) as proxy:
+        data = {**splits(f"{proxy}/"), "cache_dir": str(tmp_path / "cache"), "workers": 2}
+        first = samples(opened(data))
+        read = faults.reads
+        second = samples(opened(data))
+        assert faults.reads - read <= 24  # the check that images are there, and no image
+        assert faults.reads - read < read
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a[0], b[0])
+
+
+def test_the_oldest_copies_go_first_and_the_folder_keeps_to_its_limit(tmp_path):
+    store = Counting()
+    cached = CachedImages(store, tmp_path / "cache", limit=10_000)
+    for number in range(20):
+        cached.read(f"{number}.png")
+        time.sleep(0.002)
+        on_disk = [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.name != "total"]
+        assert sum(file.stat().st_size for file in on_disk) <= 10_000
+    assert len(on_disk) >= 8
+    cached.read("19.png")
+    cached.read("0.png")
+    assert store.count["19.png"] == 1
+    assert store.count["0.png"] == 2
+
+
+def test_a_copy_that_is_not_whole_does_not_count(tmp_path):
+    store = Counting()
+    cached = CachedImages(store, tmp_path / "cache", limit=10**6)
+    data = cached.read("a.png")
+    (copy,) = [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.name != "total"]
+    for damaged in (copy.read_bytes()[:500], b"", b"\0" * 1004):
+        copy.write_bytes(damaged)
+        assert cached.read("a.png") == data
+    assert store.count["a.png"] == 4
+
+
+def _read_all(cached, names, results):
+    results.put([len(cached.read(name)) for name in names])
+
+
+def test_processes_that_fill_the_folder_at_once_agree(tmp_path):
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    names = [f"{number}.png" for number in range(30)]
+    cached = CachedImages(Counting(), tmp_path / "cache", limit=20_000)
+    processes = [context.Process(target=_read_all, args=(cached, names, results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=60) for _ in processes] == [[1000] * 30] * 4
+    for process in processes:
+        process.join()
+    on_disk = [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.name != "total"]
+    assert sum(file.stat().st_size for file in on_disk) <= 20_000
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning_and_the_images_come_from_the_store(tmp_path, caplog):
+    (tmp_path / "file").write_text("no folder")
+    cached = CachedImages(Counting(), tmp_path / "file" / "cache", limit=10**6)
+    assert [len(cached.read(name)) for name in ("a.png", "b.png")] == [1000, 1000]
+    assert len([record for record in caplog.records if "cannot be written" in record.message]) == 1
