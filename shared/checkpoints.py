@@ -79,6 +79,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         UserError: it is not a checkpoint of this project, is cut off, or holds code.
     """
     state = load_state(path / "state_dict.pth")
+    for pickled in path.glob("*.pkl"):  # Determined's own, which it unpickles when a run goes on
+        _refuse_code(pickled)
     try:
         load_data = json.loads((path / "load_data.json").read_text())
         metadata = json.loads((path / "metadata.json").read_text())
@@ -110,6 +112,19 @@ def load_state(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} cannot be read as weights ({reason}); it is cut off, or holds more than tensors"
         ) from (error)
+
+
+class _PlainValues(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it calls {module}.{name}")
+
+
+def _refuse_code(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            _PlainValues(file).load()
+    except Exception as error:  # a pickle that is cut off or hostile fails in many ways
+        raise UserError(f"{path} cannot be read ({error}); it is cut off, or holds more than plain values") from error
 
 
 def read_weights(source: str, key: str, choices: str) -> tuple[Mapping[str, Any], Checkpoint | None]:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -35,7 +36,9 @@ from shared.evaluation import summary_metrics
 from shared.experiment import DataConfig, Length, SplitData, fixed_hyperparameters, load_config, per_slot_batch_size
 from shared.images import read_image
 from shared.loading import Batch
-from shared.local_run import LocalRun, RunFolder
+from shared.local_run import LocalRun, RunFolder, full_disk_as_error
+from shared.progress import Progress, log_above_the_bar, summary_of
+from shared.stopping import StopRequest
 from shared.storage import DiskImages
 from shared.training_metrics import DivergedError
 from shared.trial import DetectionTrial
@@ -120,6 +123,8 @@ def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
         try:
             trial = trial_class(context)
             schedule, batch_size = trial.schedule, trial.global_batch_size
+            if trial.rank == 0:
+                trial.local_callbacks["progress"] = _ProgressOfTask(trial)
 
             def unit(length: Length | None) -> pytorch.TrainUnit | None:
                 if length is None:
@@ -147,6 +152,17 @@ def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
             sys.exit(f"error: {_message(error)}")
 
 
+class _ProgressOfTask(pytorch.PyTorchCallback):
+    """Lines in the task's log."""
+
+    def __init__(self, trial: DetectionTrial):
+        self.progress = Progress(trial.first_batch, trial.total_batches)
+        trial.on_batch_end = self.progress.update
+
+    def on_training_workload_end(self, avg_metrics: dict[str, Any], batch_metrics: list) -> None:
+        self.progress.describe(summary_of(avg_metrics))
+
+
 def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
     """Train off the cluster, under torchrun or alone."""
     if arguments.resume == "last" and arguments.output_dir is None:
@@ -172,7 +188,15 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
                 folder.config.write_text(yaml.safe_dump(config, sort_keys=False))
                 trial.save_own_config(folder.path)
             trial.local_callbacks["local_run"] = LocalRun(trial, folder)
-            _fit_here(trial, context, checkpoint)
+            with (
+                log_above_the_bar(),
+                full_disk_as_error(folder),
+                StopRequest(trial.aggregation_frequency) as stop_request,
+            ):
+                trial.stop_request = stop_request
+                _fit_here(trial, context, checkpoint)
+            if stop_request.after is not None and trial.batches_trained < trial.total_batches:
+                _end_by_signal(stop_request, trial, folder)
             if distributed.rank == 0:
                 print(metrics_table({**trial.last_validation, **trial.category_ap}, trial.iou_types))
                 print("checkpoints:", " and ".join(str(path) for path in sorted(folder.checkpoints.glob("[bl]*st"))))
@@ -182,17 +206,37 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
                     print(f"predictions beside the ground truth: {picture}")
 
 
+def _end_by_signal(stop_request: StopRequest, trial: DetectionTrial, folder: RunFolder) -> None:
+    number = stop_request.signal or signal.SIGTERM  # another process was sent it
+    if trial.rank == 0:
+        print(
+            f"stopped by {number.name} after batch {trial.batches_trained}, which is saved; go on with --output-dir "
+            f"{folder.path} --resume last",
+            file=sys.stderr,
+        )
+    sys.exit(128 + number)
+
+
 @dataclass
 class _Steps(Container):
     """The multiples of `period`, and the end, in Determined's count: off the cluster it starts from 0 after a
-    resume too, `first_batch` behind ours."""
+    resume too, `first_batch` behind ours.
+
+    Args:
+        when_stopped: whether the batch after which a signal stops the run is one.
+    """
 
     period: int
-    first_batch: int
-    end: int
+    trial: DetectionTrial
+    when_stopped: bool
 
     def __contains__(self, step: object) -> bool:
-        return (step + self.first_batch) % self.period == 0 or step + self.first_batch == self.end
+        batches = step + self.trial.first_batch
+        if batches == self.trial.total_batches:
+            return True
+        if batches == self.trial.stop_request.after:
+            return self.when_stopped
+        return batches % self.period == 0
 
 
 def _fit_here(trial: DetectionTrial, context: pytorch.PyTorchTrialContext, checkpoint: Checkpoint | None) -> None:
@@ -203,15 +247,15 @@ def _fit_here(trial: DetectionTrial, context: pytorch.PyTorchTrialContext, check
             f"{end}; give a greater one to go on"
         )
 
-    def steps(length: Length | None) -> pytorch.Batch:
+    def steps(length: Length | None, when_stopped: bool) -> pytorch.Batch:
         period = end if length is None else length.batches(trial.batches_per_epoch, trial.global_batch_size)
-        return pytorch.Batch(_Steps(period, trial.first_batch, end))
+        return pytorch.Batch(_Steps(period, trial, when_stopped))
 
     pytorch.Trainer(trial, context).fit(
         max_length=pytorch.Batch(end),
-        validation_period=steps(schedule.validation_period),
-        checkpoint_period=steps(schedule.checkpoint_period),
-        reporting_period=steps(Length("batches", schedule.reporting_batches)),
+        validation_period=steps(schedule.validation_period, when_stopped=False),
+        checkpoint_period=steps(schedule.checkpoint_period, when_stopped=True),
+        reporting_period=steps(Length("batches", schedule.reporting_batches), when_stopped=True),
         # `best` needs a master; here every validated state is saved, and the best and the last are kept
         checkpoint_policy="none" if schedule.checkpoint_policy == "none" else "all",
         step_zero_validation=schedule.initial_validation,

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import math
 import os
 import shutil
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from determined.pytorch import PyTorchCallback
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from shared.errors import UserError
+from shared.progress import Progress, summary_of
 from shared.trial import DetectionTrial
 
 logger = logging.getLogger(__name__)
@@ -102,19 +104,17 @@ class LocalRun(PyTorchCallback):
         self.chief = trial.rank == 0
         self.best: float | None = None
         self.best_at = -1
-        self.loss = ""
         if self.chief:
             folder.forget_metrics_after(trial.first_batch)
             self.tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=trial.first_batch + 1)
-            self.bar = tqdm(
-                total=trial.total_batches,
-                initial=trial.first_batch,
-                unit="batch",
-                file=sys.stderr,
-                mininterval=0.5,
-                dynamic_ncols=True,
-            )
-            trial.on_batch_end = self.bar.update
+            self.progress = Progress(trial.first_batch, trial.total_batches)
+        trial.on_batch_end = self._on_batch_end
+
+    def _on_batch_end(self) -> None:
+        if self.chief:
+            self.progress.update()
+        if self.trial.stop_request.reached(self.trial.batches_trained):
+            self.trial.context.set_stop_requested(True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "best_at": self.best_at}
@@ -127,10 +127,13 @@ class LocalRun(PyTorchCallback):
         if not self.chief:
             return
         self._report("train", metrics)
-        self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['images_per_second']:.1f} images/s")
+        self.progress.describe(summary_of(metrics))
 
     def on_validation_end(self, metrics: dict[str, Any]) -> None:
         trial = self.trial
+        if trial.stop_request.after is not None:
+            trial.context.set_stop_requested(True)
+            return
         metrics = {name: float(value) for name, value in {**metrics, **trial.category_ap}.items()}
         wanted = trial.searcher_metric
         value = metrics[wanted.name]
@@ -139,10 +142,12 @@ class LocalRun(PyTorchCallback):
             self.best, self.best_at = value, trial.batches_trained
         if self.chief:
             self._report("val", metrics)
-            self.bar.write(
-                f"batch {trial.batches_trained}: {wanted.name} {metrics[wanted.name]:.4f}"
-                + (" (best so far)" if self.best_at == trial.batches_trained else ""),
-                file=sys.stderr,
+            logger.info(
+                "batch %d: %s %.4f%s",
+                trial.batches_trained,
+                wanted.name,
+                metrics[wanted.name],
+                " (best so far)" if self.best_at == trial.batches_trained else "",
             )
 
     def on_checkpoint_upload_end(self, uuid: str) -> None:
@@ -159,7 +164,7 @@ class LocalRun(PyTorchCallback):
 
     def on_trial_shutdown(self) -> None:
         if self.chief:
-            self.bar.close()
+            self.progress.close()
             self.tensorboard.close()
             shutil.rmtree(self.folder.saving, ignore_errors=True)
 
@@ -170,6 +175,26 @@ class LocalRun(PyTorchCallback):
             file.write(json.dumps({"batches": batches, "split": split, "metrics": plain}) + "\n")
         for name, value in metrics.items():
             self.tensorboard.add_scalar(f"{split}/{name}", value, batches)
+
+
+@contextlib.contextmanager
+def full_disk_as_error(folder: RunFolder) -> Iterator[None]:
+    """Raises UserError where a checkpoint or a report cannot be written."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        of_disk = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+        # shutil.copytree gathers what went wrong as text; torch.save says where in its own code
+        of_copy = isinstance(error, shutil.Error) and "[Errno" in str(error)
+        of_torch = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
+        if not (of_disk or of_copy or of_torch):
+            raise
+        free = shutil.disk_usage(folder.path).free / 2**20
+        reason = error.strerror if of_disk else "a checkpoint was not written to its end"
+        raise UserError(
+            f"{folder.path} cannot be written ({reason}; {free:,.0f} MiB are free there). The checkpoints that it "
+            "holds are whole: make room, and go on with --resume last"
+        ) from error
 
 
 def _link_or_copy(source: str, target: str) -> None:

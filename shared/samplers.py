@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -73,9 +74,21 @@ def aspect_ratio_groups(widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
 
 class EvaluationBatchSampler(Sampler):
     """This slot's share of `indices`, in order. A slot without a share gets the first image: the evaluator
-    counts it once, and no slot stands without a batch."""
+    counts it once, and no slot stands without a batch.
 
-    def __init__(self, indices: Sequence[int], batch_size: int, rank: int = 0, slots: int = 1):
+    Args:
+        stop: asked before each batch; the rest is left out where it says so.
+    """
+
+    def __init__(
+        self,
+        indices: Sequence[int],
+        batch_size: int,
+        rank: int = 0,
+        slots: int = 1,
+        stop: Callable[[], bool] = lambda: False,
+    ):
+        self.stop = stop
         own = list(indices[rank::slots]) or list(indices[:1])
         self.batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
 
@@ -83,4 +96,4 @@ class EvaluationBatchSampler(Sampler):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
+        return itertools.takewhile(lambda _: not self.stop(), self.batches)

@@ -37,6 +37,7 @@ from shared.experiment import (
 from shared.loading import Batch, NotingSkipped, PrefetchLoader, start_workers, to_device
 from shared.samplers import EvaluationBatchSampler, TrainingBatchSampler
 from shared.seeding import seed_all
+from shared.stopping import StopRequest, outlive_signals
 from shared.training_metrics import DivergedError, TrainingMetrics, diverged
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class DetectionTrial(PyTorchTrial):
         batches_per_epoch: of all slots together.
         batches_trained: so far, those before a resume too.
         local_callbacks, on_batch_end: what a run off the cluster adds, set before `fit`.
+        stop_request: of a run off the cluster, by a signal; None on one.
     """
 
     hyperparameters_class: type
@@ -121,6 +123,7 @@ class DetectionTrial(PyTorchTrial):
         )
         self.local_callbacks: dict[str, PyTorchCallback] = {}
         self.on_batch_end: Callable[[], None] = lambda: None
+        self.stop_request: StopRequest | None = None
         self.category_ap: dict[str, float] = {}
         self.last_validation: dict[str, float] = {}
         if self.for_training:
@@ -263,8 +266,11 @@ class DetectionTrial(PyTorchTrial):
         """This slot's share of the images to evaluate on, as batches on the host."""
         dataset = self.evaluation_dataset(data)
         indices = self.evaluated_images(len(dataset))
-        sampler = EvaluationBatchSampler(indices, self.evaluation_batch_size, self.rank, self.slots)
+        sampler = EvaluationBatchSampler(indices, self.evaluation_batch_size, self.rank, self.slots, self._stops_here)
         return self._loader(dataset, sampler, training=False)
+
+    def _stops_here(self) -> bool:
+        return self.stop_request is not None and self.stop_request.in_validation(self.batches_trained)
 
     def evaluated_images(self, count: int) -> range:
         """Which of the validation images count: all, where the detector says nothing else."""
@@ -289,6 +295,7 @@ class DetectionTrial(PyTorchTrial):
             persistent_workers=self.data.workers > 0,  # or each validation forks again: slow, and see start_workers
             collate_fn=NotingSkipped(self.collate(training), self.bad_images),
             pin_memory=self.context.device.type == "cuda",
+            worker_init_fn=outlive_signals,
         )
 
     def _prepare_training_batch(self, batch: Batch, number: int) -> Batch:
@@ -411,6 +418,10 @@ class _TrainingState(PyTorchCallback):
     def on_validation_end(self, metrics: dict[str, Any]) -> None:
         # one chart a category would bury the WebUI's metrics: the master gets the summary
         trial = self.trial
+        if trial.stop_request is not None:
+            trial.stop_request.look()
+            if trial.stop_request.after is not None:  # of some of the images only
+                return
         if trial.searcher_metric.name not in metrics:
             raise UserError(
                 f"searcher.metric: {trial.searcher_metric.name!r} is not among the metrics that a validation gives: "

@@ -1,0 +1,80 @@
+"""How far a training is: a bar on a terminal, a line now and then where there is none."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Progress:
+    """The bar or the lines of one training.
+
+    Args:
+        first, total: batches trained before, and at the end.
+    """
+
+    def __init__(self, first: int, total: int):
+        self.first, self.total = first, total
+        self.batches = first
+        self.text = ""
+        self.started = self.last_line = time.monotonic()
+        self.on_terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            initial=first,
+            total=total,
+            unit="batch",
+            file=sys.stderr,
+            mininterval=0.5,
+            dynamic_ncols=True,
+            disable=not self.on_terminal,
+        )
+
+    def update(self) -> None:
+        """One more batch is trained."""
+        self.batches += 1
+        self.bar.update()
+        now = time.monotonic()
+        if not self.on_terminal and now - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.last_line = now
+            done = self.batches - self.first
+            left = (now - self.started) / done * (self.total - self.batches)
+            logger.info(
+                "batch %d of %d%s, %s left", self.batches, self.total, self.text and f", {self.text}", _duration(left)
+            )
+
+    def describe(self, text: str) -> None:
+        """What the bar or the line says beside the batches."""
+        self.text = text
+        self.bar.set_postfix_str(text)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def summary_of(metrics: Mapping[str, float]) -> str:
+    """What a report of the training says in short."""
+    return f"loss {metrics['loss']:.3f}, {metrics['images_per_second']:.1f} images/s"
+
+
+def _duration(seconds: float) -> str:
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+
+
+@contextlib.contextmanager
+def log_above_the_bar() -> Iterator[None]:
+    """Log lines come above a bar on the terminal, not into it."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    with logging_redirect_tqdm():
+        yield
