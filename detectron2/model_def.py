@@ -43,7 +43,17 @@ from shared.dataset import CocoDetection
 from shared.detections import Detections
 from shared.errors import UserError
 from shared.evaluation import CocoEvaluator
-from shared.experiment import Length, Split, SplitData, check_evaluable, check_masks, check_trainable, open_split
+from shared.experiment import (
+    Length,
+    Split,
+    SplitData,
+    check_evaluable,
+    check_masks,
+    check_trainable,
+    open_split,
+    parse_section,
+)
+from shared.input_scale import InputScale
 from shared.launch import main
 from shared.loading import Batch
 from shared.python_state import python_state, restore_python_state
@@ -72,6 +82,11 @@ class Detectron2Trial(DetectionTrial):
     def hyperparameters_of_checkpoint(cls, checkpoint: Path) -> dict[str, Any]:
         config_file = str(config_of_checkpoint(checkpoint))
         return {**cls.without_pretrained, "config_file": config_file, "config_overrides": {}, "scale_schedule": False}
+
+    @classmethod
+    def input_scale(cls, config: dict[str, Any]) -> InputScale | None:
+        hparams = parse_section(config.get("hyperparameters"), cls.hyperparameters_class, "hyperparameters")
+        return load_config(hparams, Path(__file__).parent).input_scale
 
     def read_own_config(self) -> None:
         self.detectron2_config = config = load_config(self.hparams, Path(__file__).parent)

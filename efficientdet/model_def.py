@@ -17,12 +17,13 @@ from torch import nn
 
 from efficientdet_files.data import EfficientDetCollate, EfficientDetTransform, input_config, normalize
 from efficientdet_files.hyperparameters import EfficientDetHyperparameters
-from efficientdet_files.model import build_model
+from efficientdet_files.model import build_model, model_config
 from shared.coco_categories import COCO_CATEGORIES
 from shared.dataset import CocoDetection
 from shared.detections import Detections
 from shared.errors import UserError, nearest
-from shared.experiment import SplitData
+from shared.experiment import SplitData, parse_section
+from shared.input_scale import InputScale
 from shared.launch import main
 from shared.loading import Batch
 from shared.trial import DetectionTrial
@@ -37,6 +38,13 @@ class EfficientDetTrial(DetectionTrial):
     path_hyperparameters = ("pretrained",)
     without_pretrained: ClassVar = {"pretrained": "none"}
     pretrained_categories: ClassVar = COCO_CATEGORIES
+
+    @classmethod
+    def input_scale(cls, config: dict[str, Any]) -> InputScale:
+        hparams = parse_section(config.get("hyperparameters"), cls.hyperparameters_class, "hyperparameters")
+        model = model_config(hparams, num_classes=1)
+        height, width = input_config(hparams, model)["input_size"][-2:]
+        return InputScale(model.anchor_scale * 2**model.min_level, "anchor", min(height, width), max(height, width))
 
     def build_model(self) -> nn.Module:
         torch.backends.cudnn.benchmark = True  # as upstream: all inputs have one size

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from mmdetection_files.config import (
     RESOLVED_CONFIG,
     default_lengths,
+    input_scale,
     load_mmdet_config,
     scale_lr,
     set_num_classes,
@@ -56,7 +57,8 @@ from shared.dataset import CocoDetection
 from shared.detections import Detections
 from shared.errors import UserError
 from shared.evaluation import CocoEvaluator
-from shared.experiment import Split, SplitData, check_evaluable, check_masks, check_trainable, open_split
+from shared.experiment import Split, SplitData, check_evaluable, check_masks, check_trainable, open_split, parse_section
+from shared.input_scale import InputScale
 from shared.launch import main
 from shared.loading import Batch
 from shared.python_state import python_state, restore_python_state
@@ -89,6 +91,11 @@ class MMDetectionTrial(DetectionTrial):
             "override_mmdet_config": {},
             "use_pretrained": False,
         }
+
+    @classmethod
+    def input_scale(cls, config: dict[str, Any]) -> InputScale | None:
+        hparams = parse_section(config.get("hyperparameters"), cls.hyperparameters_class, "hyperparameters")
+        return input_scale(load_mmdet_config(hparams, Path(__file__).parent))
 
     def read_own_config(self) -> None:
         submitted = Path(__file__).parent

@@ -34,6 +34,7 @@ from shared.experiment import (
     parse_seed,
     per_slot_batch_size,
 )
+from shared.input_scale import InputScale
 from shared.loading import Batch, NotingSkipped, PrefetchLoader, start_workers, to_device
 from shared.samplers import EvaluationBatchSampler, TrainingBatchSampler
 from shared.seeding import seed_all
@@ -161,6 +162,11 @@ class DetectionTrial(PyTorchTrial):
     def hyperparameters_of_checkpoint(cls, checkpoint: Path) -> dict[str, Any]:
         """What takes the place of a checkpoint's hyperparameters, to detect with it."""
         return cls.without_pretrained
+
+    @classmethod
+    def input_scale(cls, config: dict[str, Any]) -> InputScale | None:
+        """How large objects will be for the model of an experiment config; None where that cannot be told."""
+        return None
 
     def read_own_config(self) -> None:
         """Reads the detector's own configuration, which `hparams` names; `data` and `config` are there too."""

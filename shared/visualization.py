@@ -101,6 +101,18 @@ def side_by_side(
     return figure
 
 
+def page_of_truth(samples: Sequence[tuple[Image.Image, ImageRecord]], categories: Sequence[dict]) -> Figure:
+    """Images with their annotated boxes, masks and keypoints, three a row."""
+    rows = -(-len(samples) // 3)
+    figure = Figure(figsize=(18, 5 * rows), dpi=100, layout="tight")
+    for axes in (grid := figure.subplots(rows, 3, squeeze=False)).flat:
+        axes.set_axis_off()
+    for axes, (image, record) in zip(grid.flat, samples, strict=False):
+        draw_truth(axes, image, record, categories, with_masks=True, with_keypoints=True)
+        axes.set_title(f"{record.file_name}, id {record.image_id}", fontsize=9)
+    return figure
+
+
 def save(figure: Figure, path: Path) -> None:
     """As PNG or PDF, by the path's ending."""
     figure.savefig(path)

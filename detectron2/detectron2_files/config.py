@@ -16,6 +16,7 @@ from torch import nn
 from detectron2_files.hyperparameters import Detectron2Hyperparameters
 from shared.errors import UserError
 from shared.experiment import find_library_config
+from shared.input_scale import InputScale
 
 # what a zoo config says of COCO's things, and of its stuff in panoptic segmentation
 COCO_CLASSES, COCO_STUFF_CLASSES = 80, 54
@@ -54,6 +55,7 @@ class Detectron2Config(Protocol):
     rotated: bool
     learning_rate: float
     schedule_name: str
+    input_scale: InputScale | None
 
     def scale_schedule(self, global_batch_size: int) -> None:
         """The linear scaling rule of "Accurate, Large Minibatch SGD" (https://arxiv.org/abs/1706.02677): learning rate,

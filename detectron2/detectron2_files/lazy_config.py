@@ -41,6 +41,8 @@ class LazyConfigFile:
             _check_key(self.cfg, key)
             OmegaConf.update(self.cfg, key, value, merge=True, force_add=True)
 
+    input_scale = None  # a mapper's augmentations and a model's anchors are arguments of any callable
+
     @property
     def weights(self) -> str:
         return self.cfg.train.get("init_checkpoint", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 from detectron2_files.config import TrainingSet
 from detectron2_files.rotated import RotatedMapper
 from shared.errors import UserError, nearest
+from shared.input_scale import InputScale
 
 _CLASS_COUNTS = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES", "MODEL.SEM_SEG_HEAD.NUM_CLASSES")
 
@@ -45,6 +47,11 @@ class YamlConfig:
             except (AssertionError, KeyError, ValueError) as error:
                 raise UserError(f"hyperparameters.config_overrides: {error}") from error
         self.cfg.MODEL.DEVICE = "cpu"  # built on the host, and moved by the trial
+
+    @property
+    def input_scale(self) -> InputScale:
+        inputs, sizes = self.cfg.INPUT, self.cfg.MODEL.ANCHOR_GENERATOR.SIZES
+        return InputScale(min(map(min, sizes)), "anchor", inputs.MIN_SIZE_TEST or math.inf, inputs.MAX_SIZE_TEST)
 
     @property
     def weights(self) -> str:

@@ -22,6 +22,7 @@ import mmdet.core.bbox.match_costs.builder
 import mmdet.datasets.builder
 import mmdet.models.builder
 import mmdet.models.utils.builder
+import numpy as np
 import torch
 from mmcv import Config, ConfigDict
 from mmcv.runner import Fp16OptimizerHook
@@ -34,6 +35,7 @@ from mmdet.utils import compat_cfg
 from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
 from shared.errors import UserError, nearest
 from shared.experiment import Length, find_library_config
+from shared.input_scale import InputScale
 
 RESOLVED_CONFIG = "mmdet_config.py"
 _WITH_REGISTRIES = (
@@ -362,6 +364,26 @@ def leaves(dataset: Any) -> list[ConfigDict]:
     if "datasets" in dataset:
         return leaves(dataset["datasets"])
     return leaves(dataset["dataset"]) if "dataset" in dataset else [dataset]
+
+
+def input_scale(config: Config) -> InputScale | None:
+    """The smallest stride of the heads, and the size that the test pipeline makes images; None where either is not
+    said."""
+
+    def strides(section: Any) -> Iterator[int]:
+        if isinstance(section, Mapping):
+            for key, value in section.items():
+                if key in ("strides", "featmap_strides") and isinstance(value, (list, tuple)):
+                    yield from np.ravel(value).tolist()
+                else:
+                    yield from strides(value)
+
+    found = [*strides({key: value for key, value in config.model.items() if key.endswith("head")})]
+    pipeline = leaves(config.data.val)[0].get("pipeline") or []
+    size = next((step["img_scale"] for step in pipeline if isinstance(step.get("img_scale"), tuple)), None)
+    if not found or size is None:
+        return None
+    return InputScale(min(found), "stride", min(size), max(size))
 
 
 def set_paths(config: Config, data: MMDetectionData, submitted: Path) -> None:
