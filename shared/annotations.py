@@ -32,6 +32,24 @@ logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 2
 
+_DTYPES = {
+    "image_ids": "<i8",
+    "heights": "<i4",
+    "widths": "<i4",
+    "file_names": "|u1",
+    "file_name_offsets": "<i8",
+    "offsets": "<i8",
+    "annotation_ids": "<i8",
+    "boxes": "<f8",
+    "labels": "<i4",
+    "areas": "<f8",
+    "iscrowd": "|b1",
+    "segmentations": "|u1",
+    "segmentation_offsets": "<i8",
+    "keypoints": "<f8",
+}
+_MOST_PADDING = 10  # keypoints of zeros for each that is in the file
+
 
 class _Image(msgspec.Struct, gc=False):
     id: int
@@ -177,8 +195,9 @@ class CocoAnnotations:
             columns = {name: np.asarray(np.load(cache / f"{name}.npy", mmap_mode="r")) for name in header["columns"]}
             if {name: len(column) for name, column in columns.items()} != header["columns"]:
                 return None
+            _check_columns(columns, _checked_categories(header["categories"], cache))
             return cls(columns, header["categories"], path, cache)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
             return None  # missing, cut off or not ours: made anew
 
     def __reduce__(self):
@@ -327,17 +346,21 @@ def _decode(data: bytes | mmap.mmap, source: object) -> _CocoFile:
         raise UserError(f"{source} is not a COCO detection file: {error}") from error
     except msgspec.DecodeError as error:
         raise UserError(_why_not_json(data, source, error)) from error
+    except RecursionError as error:
+        raise UserError(f"{source} is not a COCO detection file: lists in lists without end") from error
 
 
 def _why_not_json(data: bytes | mmap.mmap, source: object, error: Exception) -> str:
     # Python writes NaN and Infinity, which JSON has not: name the annotation instead of a byte
-    try:
-        coco = json.loads(bytes(data))
-        for annotation in coco["annotations"]:
+    at = max(data.find(word) for word in (b"NaN", b"Infinity"))
+    if at >= 0:
+        start, end = data.rfind(b"{", 0, at), data.find(b"}", at)
+        try:
+            annotation = json.loads(data[start : end + 1])
             if not all(math.isfinite(number) for number in annotation["bbox"]):
                 return f"{source}: annotation {annotation['id']} has a non-finite bbox {annotation['bbox']}; correct it"
-    except (ValueError, KeyError, TypeError):
-        pass  # not that: the parser's own words say where it is broken
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass  # not that: the parser's own words say where it is broken
     return f"{source} is not JSON, or is cut off: {error}"
 
 
@@ -422,6 +445,13 @@ def _keypoints(annotations: list[_Annotation], source: object) -> np.ndarray:
                 "visibility of each point"
             )
         rows.append(row)
+    longest = max(rows, key=len)
+    if len(longest) * len(rows) > _MOST_PADDING * (sum(map(len, rows)) + 2**20):
+        at = next(i for i, row in enumerate(rows) if row is longest)
+        raise UserError(
+            f"{source}: annotation {annotations[at].id} has {len(longest) // 3} keypoints, and others far fewer; all "
+            "of a category have the same number"
+        )
     keypoints = np.zeros((len(rows), max(map(len, rows))))
     for at, row in enumerate(rows):
         keypoints[at, : len(row)] = row
@@ -481,6 +511,30 @@ def _cache_places(path: Path | str, cache_dir: str | os.PathLike | None) -> list
     beside = [] if isinstance(absolute, str) else [absolute.parent / f".{file_name}.columns"]
     # without a home directory `~` stays as it is
     return [*beside, *([] if user_cache.startswith("~") else [Path(user_cache) / "coco_annotations" / name])]
+
+
+def _check_columns(columns: dict[str, np.ndarray], categories: list[dict]) -> None:
+    """Raises ValueError where the columns are not what `_to_columns` makes: reading them would fail later, or leave
+    their bounds."""
+    images, annotations = len(columns["image_ids"]), len(columns["annotation_ids"])
+    ends = {
+        "offsets": (images, annotations),
+        "file_name_offsets": (images, len(columns["file_names"])),
+        "segmentation_offsets": (annotations, len(columns["segmentations"])),
+    }
+    sound = columns.keys() | {"keypoints"} == _DTYPES.keys()
+    sound &= all(column.dtype == _DTYPES[name] for name, column in columns.items())
+    for name, (count, end) in ends.items():
+        offsets = columns[name]
+        sound &= offsets.shape == (count + 1,) and offsets[0] == 0 and offsets[-1] == end
+        sound &= bool((np.diff(offsets) >= 0).all())
+    of_images, of_annotations = ("heights", "widths"), ("boxes", "labels", "areas", "iscrowd", "keypoints")
+    sound &= all(len(columns[name]) == images for name in of_images)
+    sound &= all(len(columns[name]) == annotations for name in of_annotations if name in columns)
+    sound &= columns["boxes"].shape[1:] == (4,)
+    sound &= not annotations or 0 <= columns["labels"].min() <= columns["labels"].max() < len(categories)
+    if not sound:
+        raise ValueError("not an annotation cache")
 
 
 def _write_cache(cache: Path, columns: dict[str, np.ndarray], categories: list[dict], signature: dict) -> bool:
