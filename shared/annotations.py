@@ -109,8 +109,14 @@ class ImageRecord:
         """N of COCO's polygons (list of [x1, y1, x2, y2, …]) or RLE (dict), None where there is none.
 
         Decoded at the first access, in the file's float64: float32 changes masks.
+
+        Raises:
+            UserError: a number in one is greater than a float64 can be.
         """
-        return [msgspec.json.decode(raw) if raw else None for raw in self.raw_segmentations]
+        try:
+            return [msgspec.json.decode(raw) if raw else None for raw in self.raw_segmentations]
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise UserError(f"{self.file_name} (image id {self.image_id}) has a bad segmentation: {error}") from error
 
 
 class CocoAnnotations:
@@ -346,6 +352,8 @@ def _decode(data: bytes | mmap.mmap, source: object) -> _CocoFile:
         raise UserError(f"{source} is not a COCO detection file: {error}") from error
     except msgspec.DecodeError as error:
         raise UserError(_why_not_json(data, source, error)) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is not JSON: it is not in UTF-8 ({error})") from error
     except RecursionError as error:
         raise UserError(f"{source} is not a COCO detection file: lists in lists without end") from error
 

@@ -168,7 +168,10 @@ def _invalid_segmentations(annotations: CocoAnnotations) -> np.ndarray:
     image_of = np.repeat(np.arange(len(annotations)), np.diff(columns["offsets"]))
     decoder = msgspec.json.Decoder()
     for at in np.flatnonzero(np.diff(offsets) > len(b"[]")).tolist():
-        value = decoder.decode(columns["segmentations"][offsets[at] : offsets[at + 1]])
+        try:
+            value = decoder.decode(columns["segmentations"][offsets[at] : offsets[at + 1]])
+        except msgspec.DecodeError:
+            value = "unreadable"
         if isinstance(value, list):
             found[at] = not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in value)
         elif isinstance(value, dict):

@@ -7,8 +7,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import reports
 from stores import BUCKET, Faults, gcs_store, http_store, s3_store, with_faults
-from tiny_models import efficientdet_config
+from tiny_models import CONFIGS, efficientdet_config, trial_classes
 
 from shared.checkpoints import load_state
 from shared.dataset import CocoDetection, SampleKey
@@ -180,6 +181,18 @@ def test_a_store_that_stays_away_is_an_error_in_bounded_time_and_the_run_goes_on
         run = train(EfficientDetTrial, config, "away", resume="last")
     ours, expected = (load_state(r / "checkpoints/last/state_dict.pth")["models_state_dict"][0] for r in (run, whole))
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_each_detector_trains_from_a_bucket(detector, shapes, train):
+    config = CONFIGS[detector](shapes)
+    config["searcher"]["max_length"] = {"batches": 2}
+    with serving("s3", shapes) as data:
+        config["data"] = {**data, "workers": 0}
+        if detector == "mmdetection":  # as model-hub's users say it
+            del config["data"]["backend"], config["data"]["bucket"]
+            config["data"]["file_client_args"] = {"backend": "s3", "bucket_name": BUCKET}
+        run = train(trial_classes()[detector], config)
+    assert {report["split"] for report in reports(run)} == {"train", "val"}
 
 
 # --- copies kept on disk ----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import ast
 import copy
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperp
 from shared.errors import UserError, nearest
 from shared.experiment import Length, find_library_config
 from shared.input_scale import InputScale
+from shared.remote import is_url
 
 RESOLVED_CONFIG = "mmdet_config.py"
 _WITH_REGISTRIES = (
@@ -405,16 +407,18 @@ def set_paths(config: Config, data: MMDetectionData, submitted: Path) -> None:
             found[0].update(ann_file=given.annotations, img_prefix=given.images)
             found[0].pop("data_root", None)
         for leaf in found:
-            root = submitted / (leaf.pop("data_root", None) or "")
+            root = leaf.pop("data_root", None) or ""
             for key in ("ann_file", "img_prefix", "seg_prefix", "proposal_file"):
                 if leaf.get(key):
-                    leaf[key] = _below(root, leaf[key])
+                    leaf[key] = _below(root, leaf[key], data, submitted)
 
 
-def _below(root: Path, path: Any) -> Any:
+def _below(root: str, path: Any, data: MMDetectionData, submitted: Path) -> Any:
+    """The path below the data's root, in the bucket of `data` or in the folder that is submitted."""
     if isinstance(path, (list, tuple)):
-        return [_below(root, part) for part in path]
-    return path if "://" in path else str(root / path)
+        return [_below(root, part, data, submitted) for part in path]
+    located = path if is_url(path) else data.located(os.path.join(root, path))
+    return located if is_url(located) else str(submitted / located)
 
 
 def set_num_classes(config: Config, num_classes: int) -> None:
