@@ -148,6 +148,15 @@ def test_without_room_for_a_cache_the_annotations_are_read_with_one_warning(wher
     assert len([record for record in caplog.records if "cannot be written" in record.message]) == 1
 
 
+def traced(path):
+    """Whether it is a data set, and the most bytes in use at once."""
+    tracemalloc.start()
+    opened = open_and_use(path) is not None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return opened, peak
+
+
 @pytest.mark.slow
 def test_ten_thousand_mutations_of_a_real_file_crash_nothing_and_take_bounded_memory(coco_tiny, tmp_path):
     coco = json.loads((coco_tiny / "annotations/instances_val2017.json").read_text())
@@ -178,9 +187,8 @@ def test_ten_thousand_mutations_of_a_real_file_crash_nothing_and_take_bounded_me
                 data = data[:at] or bytearray(b" ")
             data = data or bytearray(b" ")
         path.write_bytes(data)
-        tracemalloc.start()
-        whole += open_and_use(path) is not None
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 4 * len(data) + 2**20
+        opened, peak = traced(path)
+        whole += opened
+        if peak >= 4 * len(data) + 2**20:  # the first use of something imports it
+            assert traced(path)[1] < 4 * len(data) + 2**20
     assert 500 < whole < 9_500
