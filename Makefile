@@ -54,6 +54,8 @@ lint: $(READY)
 bench: $(ALL_READY)
 	$(PY) benchmarks/evaluation.py
 	$(PY) benchmarks/annotations.py
+	$(PY) benchmarks/check.py
+	OMP_NUM_THREADS=1 $(PY) benchmarks/remote.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/training_step.py
 	for library in mmdetection detectron2; do for what in step memory evaluation; do \
 		OMP_NUM_THREADS=1 $(PY) benchmarks/against_$$library.py $$what || exit 1; \

@@ -41,11 +41,11 @@ def start(config, run, processes=1, resume=()):
     )
 
 
-def wait_for_batch(run, process, batch):
+def wait_for_batch(run, process, batch, limit=120):
     started = time.time()
     while not ((run / "metrics.jsonl").exists() and reports(run)[-1]["batches"] >= batch):
         assert process.poll() is None
-        assert time.time() - started < 120
+        assert time.time() - started < limit
         time.sleep(0.01)
 
 
@@ -181,3 +181,22 @@ def test_a_run_killed_at_random_moments_always_goes_on_from_a_whole_checkpoint(r
     path = run_config(searcher__max_length={"batches": trained + 2})
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "min_checkpoint_period": {"batches": 1}}))
     run_model_def("train", path, "--output-dir", run, "--resume", "last")
+
+
+@pytest.mark.slow
+def test_resident_memory_does_not_grow(run_config, tmp_path):
+    # the first reading is 200 batches after the first validation, when everything has run once; 5 more follow
+    periods = {"min_validation_period": {"batches": 400}, "min_checkpoint_period": {"batches": 400}}
+    config = run_config(searcher__max_length={"batches": 2600}, data__workers=4, **periods)
+    run = tmp_path / "run"
+    process = start(config, run)
+
+    def resident(batch):
+        wait_for_batch(run, process, batch, limit=1200)
+        processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        return sum(each.memory_full_info().pss for each in processes)
+
+    early = resident(600)
+    late = resident(2590)
+    process.communicate(timeout=300)
+    assert late < 1.05 * early

@@ -1,0 +1,91 @@
+"""Images from a web server that answers late, beside the disk: how many images/s reach a training step.
+
+`python3 benchmarks/remote.py`: steps of 8 images that take 100 ms, 4 loader workers, 20 ms added to each read; the
+limit is 80 % of the disk's.
+"""
+
+import argparse
+import functools
+import http.server
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+from coco_files import data_folder
+
+from shared.annotations import CocoAnnotations
+from shared.dataset import CocoDetection, SampleKey
+from shared.remote import StoreOptions
+from shared.storage import open_images
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--source", type=Path, help="a folder with COCO's train2017; synthetic images without")
+    parser.add_argument("--latency", type=float, default=0.02, help="seconds added to each read")
+    parser.add_argument("--step", type=float, default=0.1, help="seconds of a step")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data_folder(arguments.source, 400, folder / "coco")
+        ports = multiprocessing.Queue()
+        server = multiprocessing.Process(target=serve, args=(folder / "coco", arguments.latency, ports), daemon=True)
+        server.start()
+        places = {
+            "disk": str(folder / "coco/train2017"),
+            "web server": f"http://127.0.0.1:{ports.get()}/train2017",
+        }
+        annotations = CocoAnnotations.open(folder / "coco/annotations/instances_train2017.json")
+        speeds: dict[str, list[float]] = {place: [] for place in places}
+        for _ in range(arguments.repeats):
+            for place, images in places.items():
+                speeds[place].append(images_per_second(annotations, images, arguments.steps, arguments.step))
+        server.terminate()
+    for place, values in speeds.items():
+        print(f"{place}: {statistics.median(values):.1f} images/s ({min(values):.1f} to {max(values):.1f})")
+    shares = [late / disk for disk, late in zip(*speeds.values(), strict=True)]
+    print(f"the web server's share of the disk's: {statistics.median(shares):.3f} (limit 0.8)")
+
+
+def images_per_second(annotations: CocoAnnotations, images: str, steps: int, seconds: float) -> float:
+    """Of steps that do nothing but take their time; the first ones, in which the workers start, do not count."""
+    storage = open_images("disk", images, "train", StoreOptions())
+    storage.missing(annotations.file_name(i) for i in range(len(annotations)))
+    data = CocoDetection(annotations, storage, lambda image, record: np.asarray(image).mean(), seed=0, training=True)
+    keys = [SampleKey(0, i % len(data)) for i in range(8 * (steps + 10))]
+    loader = torch.utils.data.DataLoader(data, batch_size=8, sampler=keys, num_workers=4)
+    for number, _ in enumerate(loader):
+        if number == 10:
+            started = time.perf_counter()
+        time.sleep(seconds)
+    return 8 * (number - 9) / (time.perf_counter() - started)
+
+
+def serve(folder: Path, latency: float, ports: multiprocessing.Queue) -> None:
+    class Late(http.server.SimpleHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def do_GET(self) -> None:
+            time.sleep(latency)
+            super().do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Late, directory=str(folder)))
+    ports.put(server.server_port)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()
