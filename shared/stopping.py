@@ -35,6 +35,7 @@ class StopRequest:
             )
 
     def __enter__(self) -> StopRequest:
+        self._process = os.getpid()
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -43,6 +44,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # forked from it, by a library's pool for one, which ends its own so
+            signal.signal(number, self._previous[number])
+            os.kill(os.getpid(), number)
+            return
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)

@@ -1,5 +1,6 @@
 """Signals, a full disk and hostile checkpoints: what a run leaves, and that it goes on from there."""
 
+import multiprocessing
 import os
 import pickle
 import random
@@ -18,6 +19,7 @@ from tiny_models import efficientdet_config
 from shared import progress
 from shared.checkpoints import load_state, read_checkpoint
 from shared.errors import UserError
+from shared.stopping import StopRequest
 
 
 @pytest.fixture
@@ -200,3 +202,11 @@ def test_resident_memory_does_not_grow(run_config, tmp_path):
     late = resident(2590)
     process.communicate(timeout=300)
     assert late < 1.05 * early
+
+
+def test_processes_that_a_library_forks_meanwhile_end_as_ever():
+    with StopRequest() as stop_request, multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(abs, [-1, -2]) == [1, 2]
+        pool.terminate()
+        pool.join()
+    assert stop_request.signal is None
