@@ -79,7 +79,7 @@ def config(detector, shapes, tmp_path):
     return path
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_killed_run_resumes_to_the_same_bits(detector, config, tmp_path, processes):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_model_def("train", config, "--output-dir", whole, processes=processes, cwd=ROOT / detector)

@@ -51,7 +51,9 @@ def wait_for_batch(run, process, batch, limit=120):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("processes", "number"), [(1, signal.SIGINT), pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on_to_the_same_bits(
     run_config, tmp_path, processes, number
 ):

@@ -81,7 +81,7 @@ def test_what_detectron2_itself_finds_not_finite_names_the_batch(shapes, train, 
         train(trial_class, config)
 
 
-@pytest.mark.parametrize("kind", ["yaml", "py"])
+@pytest.mark.parametrize("kind", ["yaml", pytest.param("py", marks=pytest.mark.slow)])
 def test_a_run_is_evaluated_and_predicts_by_the_config_in_its_checkpoint(shapes, train, trial_class, tmp_path, kind):
     if kind == "yaml":
         config = detectron2_config(shapes, **{"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0})
