@@ -45,7 +45,7 @@ def test_a_run_leaves_its_reports_checkpoints_config_and_picture(trained):
     assert list((run / "tensorboard").iterdir())
     assert "AP/circle" in done.stdout
     assert "predictions.png" in done.stdout
-    assert "batch 12: bbox_mAP" in done.stderr  # the progress bar
+    assert "batch 12: bbox_mAP" in done.stderr
     assert (run / "config.yaml").is_file()
 
 
