@@ -91,7 +91,7 @@ def test_annotations_on_disk_go_with_images_in_a_bucket_and_a_public_bucket_need
     monkeypatch.setenv("HOME", str(tmp_path))
     with serving("s3", shapes) as data:
         mixed = {"annotations": str(shapes / "annotations/val.json"), "images": f"s3://{BUCKET}/val"}
-        public = {"val": mixed, "endpoint_url": data["endpoint_url"], "store_timeout": 4}
+        public = {"val": mixed, "endpoint_url": data["endpoint_url"], "store_timeout": 40}
         assert len(samples(opened({**public, "anonymous": True}, "val"))) == 10
         with pytest.raises(StoreError, match=r"data\.val\.images: s3://.*credentials.*AWS_ACCESS_KEY_ID"):
             opened(public, "val")
@@ -165,7 +165,7 @@ def test_a_store_that_stays_away_is_an_error_in_bounded_time_and_the_run_goes_on
     away = False
     faults = Faults(lambda number: "away" if away else None)
     with serving("s3", shapes) as data, with_faults(data["endpoint_url"], faults) as proxy:
-        config["data"] = {**data, "endpoint_url": proxy, "store_timeout": 8, "workers": 0}
+        config["data"] = {**data, "endpoint_url": proxy, "store_timeout": 12, "workers": 0}
 
         class Probe(EfficientDetTrial):
             def after_batch(self, number):
@@ -174,7 +174,7 @@ def test_a_store_that_stays_away_is_an_error_in_bounded_time_and_the_run_goes_on
                 away = number >= 4
 
         started = time.monotonic()
-        with pytest.raises(UserError, match=rf"s3://{BUCKET}/\S+ cannot be read, for 8 seconds"):
+        with pytest.raises(UserError, match=rf"s3://{BUCKET}/\S+ cannot be read, for 12 seconds"):
             train(Probe, config, "away")
         assert time.monotonic() - started < 60
         away = False
