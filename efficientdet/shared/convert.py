@@ -1,0 +1,1 @@
+../../shared/convert.py
