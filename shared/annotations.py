@@ -159,7 +159,8 @@ class CocoAnnotations:
         if is_url(os.fspath(path)):
             url = os.fspath(path)
             path, signature = url, version_of(url, options)
-            read: Callable[[], bytes | mmap.mmap] = functools.partial(read_url, url, options)
+            size = int(signature["size"]) if "size" in signature else None
+            read: Callable[[], bytes | mmap.mmap] = functools.partial(read_url, url, options, size)
         else:
             path = Path(path)
             signature, read = _version_on_disk(path), functools.partial(_map_file, path)
@@ -460,7 +461,7 @@ def _keypoints(annotations: list[_Annotation], source: object) -> np.ndarray:
             f"{source}: annotation {annotations[at].id} has {len(longest) // 3} keypoints, and others far fewer; all "
             "of a category have the same number"
         )
-    keypoints = np.zeros((len(rows), max(map(len, rows))))
+    keypoints = np.zeros((len(rows), len(longest)))
     for at, row in enumerate(rows):
         keypoints[at, : len(row)] = row
     return keypoints.reshape(len(rows), -1, 3)

@@ -111,10 +111,9 @@ def _describe(where: str, annotations: CocoAnnotations, scale: InputScale | None
     image_of = np.repeat(np.arange(len(annotations)), np.diff(columns["offsets"]))
     widths, heights = columns["widths"][image_of], columns["heights"][image_of]
 
-    def remark(found: np.ndarray, what: str) -> int:
+    def remark(found: np.ndarray, what: str) -> None:
         if found.any():
             report.remarks.append(f"{where}: {int(found.sum())} {what}, the first is annotation {ids[found.argmax()]}")
-        return int(found.sum())
 
     right, bottom = boxes[:, 0] + boxes[:, 2], boxes[:, 1] + boxes[:, 3]
     flat = annotations.without_area

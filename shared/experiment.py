@@ -20,7 +20,7 @@ from shared.annotations import CocoAnnotations, check_same_categories
 from shared.dataset import check_images
 from shared.errors import UserError, nearest
 from shared.remote import StoreError, StoreOptions, is_url
-from shared.storage import BACKENDS, ImageStorage, open_images
+from shared.storage import BACKEND_ALIASES, BACKENDS, ImageStorage, open_images
 
 logger = logging.getLogger(__name__)
 
@@ -293,7 +293,7 @@ def parse_data(config: dict[str, Any], into: type[DataConfig] = DataConfig) -> D
             section[split] = parse_section(section[split], Split, f"data.{split}")
     data = parse_section({k: v for k, v in section.items() if k not in ("train", "val")}, into, "data")
     data.train, data.val = section.get("train"), section.get("val")
-    data.backend = {"gcp": "gcs"}.get(data.backend, data.backend)
+    data.backend = BACKEND_ALIASES.get(data.backend, data.backend)
     if data.backend not in BACKENDS:
         raise UserError(f"data.backend: {data.backend!r} is not available; {nearest(data.backend, BACKENDS)}")
     if data.backend in _BUCKETS and data.bucket is None and not _all_urls(data):

@@ -30,6 +30,17 @@ _CREDENTIALS = {
 # what a file's listing says of its contents: S3, GCS, HTTP
 _VERSION_KEYS = ("size", "ETag", "LastModified", "generation", "md5Hash", "updated", "mtime", "Last-Modified")
 _SPOT_CHECKS = 16
+# what the same request meets again: of the file, of the rights, of the request itself (UserError is a ValueError)
+_DEFINITE = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    ImportError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
 
 
 class StoreError(UserError):
@@ -55,17 +66,16 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def read_url(url: str, options: StoreOptions) -> bytes:
-    """The whole file.
+def read_url(url: str, options: StoreOptions, size: int | None) -> bytes:
+    """The whole file, of `size` bytes where the store says so.
 
     Raises:
         StoreError: the store does not answer, refuses, or has no such file.
     """
-    size = version_of(url, options).get("size")
-    seconds = _attempt_seconds(options) + (int(size) / 2**20 if size else options.timeout)  # at a megabyte a second
+    seconds = _attempt_seconds(options) + (size / 2**20 if size else options.timeout)  # at a megabyte a second
 
     def read(files: AsyncFileSystem) -> bytes:
-        return _whole(sync(files.loop, files._cat_file, url, timeout=seconds), int(size) if size else None, url)
+        return _whole(sync(files.loop, files._cat_file, url, timeout=seconds), size, url)
 
     return _named(read, url, options)
 
@@ -131,7 +141,7 @@ class RemoteImages:
         """
         names = list(file_names)
         if _protocol(self.url) == "http":
-            return self._missing_among(names[:: max(len(names) // _SPOT_CHECKS, 1)])
+            return self._missing_of_some(names)
         sizes: dict[str, int] = {}
         try:
             for folder in sorted({name.rpartition("/")[0] for name in names}):
@@ -140,7 +150,7 @@ class RemoteImages:
             if not isinstance(error.__cause__, PermissionError):
                 raise
             logger.warning("%s cannot be listed: that all images are there is not checked", self.url)
-            return self._missing_among(names[:: max(len(names) // _SPOT_CHECKS, 1)])
+            return self._missing_of_some(names)
         known = sorted((name.encode(), sizes[name]) for name in set(names) & sizes.keys())
         self._names = np.array([name for name, _ in known], dtype=bytes)
         self._sizes = np.array([size for _, size in known], dtype=np.int64)
@@ -161,7 +171,7 @@ class RemoteImages:
             prefix + entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"
         }
 
-    def _missing_among(self, names: Sequence[str]) -> list[str]:
+    def _missing_of_some(self, names: Sequence[str]) -> list[str]:
         def there(name: str) -> bool:
             location = self.location(name)
             try:
@@ -174,7 +184,7 @@ class RemoteImages:
                 return False
             return True
 
-        return [name for name in names if not there(name)]
+        return [name for name in names[:: max(len(names) // _SPOT_CHECKS, 1)] if not there(name)]
 
     def size_of(self, file_name: str) -> int | None:
         """The bytes that the listing gives, where there was one."""
@@ -261,8 +271,7 @@ def _named(call: Callable[[AsyncFileSystem], T], url: str, options: StoreOptions
 
 def _may_pass(error: BaseException) -> bool:
     """Whether the same request may do better later."""
-    definite = (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-    if isinstance(error, (*definite, ImportError, NotImplementedError, TypeError, ValueError)):
+    if isinstance(error, _DEFINITE):
         return False
     if "Credentials" in type(error).__name__ or str(error).startswith("Forbidden"):
         return False

@@ -18,6 +18,7 @@ from shared.file_cache import CachedImages
 from shared.remote import RemoteImages, StoreOptions, is_url
 
 BACKENDS = ("disk", "s3", "gcs", "http", "fake")
+BACKEND_ALIASES = {"gcp": "gcs"}
 
 
 class ImageStorage(Protocol):

@@ -9,10 +9,7 @@ from mmcv.fileio import FileClient
 
 from shared.errors import UserError, nearest
 from shared.experiment import DataConfig
-from shared.storage import BACKENDS
-
-# what model-hub's users call the backends of shared/storage.py
-_ALIASES = {"gcp": "gcs"}
+from shared.storage import BACKEND_ALIASES, BACKENDS
 
 
 @dataclass
@@ -43,7 +40,7 @@ class MMDetectionData(DataConfig):
             return
         options = dict(self.file_client_args)
         name = options.pop("backend", "disk")
-        backend = _ALIASES.get(name, name)
+        backend = BACKEND_ALIASES.get(name, name)
         if backend in BACKENDS:
             self.backend = backend
             self.bucket = options.pop("bucket", options.pop("bucket_name", self.bucket))
