@@ -29,7 +29,7 @@ $(ALL_READY): $(READY)
 
 # Writes a synthetic data set, trains a small EfficientDet on it and draws what it finds.
 demo: $(READY)
-	$(PY) -m shared.synthetic demo/data
+	$(PY) -m shared synthetic demo/data
 	rm -rf demo/run
 	cd efficientdet && $(PY) model_def.py train demo.yaml --output-dir ../demo/run
 
@@ -64,6 +64,9 @@ bench: $(ALL_READY)
 # Determined uploads a detector's folder and follows no link to a folder: shared/ is in it as a link a file.
 links:
 	for detector in efficientdet mmdetection detectron2; do \
-		mkdir -p $$detector/shared && find $$detector/shared -type l -delete && \
-		for file in shared/*.py; do ln -s "../../$$file" "$$detector/shared/$${file##*/}"; done; \
+		rm -rf $$detector/shared && \
+		for file in $$(cd shared && find . -name '*.py' | sort); do \
+			link=$$detector/shared/$${file#./} && mkdir -p "$$(dirname $$link)" && \
+			ln -s --relative "shared/$${file#./}" "$$link" || exit 1; \
+		done; \
 	done

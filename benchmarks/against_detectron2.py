@@ -44,10 +44,10 @@ from detectron2_files.data import CocoSamples
 from detectron2_files.evaluation import to_detections
 from detectron2_files.hyperparameters import Detectron2Hyperparameters
 from model_def import Detectron2Trial
-from shared.annotations import CocoAnnotations
-from shared.evaluation import CocoEvaluator
+from shared.data.annotations import CocoAnnotations
+from shared.data.storage import DiskImages
+from shared.evaluation.evaluator import CocoEvaluator
 from shared.experiment import SplitData
-from shared.storage import DiskImages
 
 SMALL = {
     "config_file": "COCO-Detection/retinanet_R_50_FPN_1x.yaml",

@@ -40,9 +40,9 @@ from mmdetection_files.data import CocoSamples
 from mmdetection_files.evaluation import to_detections
 from mmdetection_files.model import build_model, without_pretrained_backbone
 from model_def import MMDetectionTrial
-from shared.annotations import CocoAnnotations
-from shared.evaluation import CocoEvaluator
-from shared.storage import DiskImages
+from shared.data.annotations import CocoAnnotations
+from shared.data.storage import DiskImages
+from shared.evaluation.evaluator import CocoEvaluator
 
 SMALL = {
     "config_file": "retinanet/retinanet_r18_fpn_1x_coco.py",

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from coco_files import make_file
 
-from shared.annotations import CocoAnnotations
+from shared.data.annotations import CocoAnnotations
 
 WORKERS = 4
 

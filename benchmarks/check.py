@@ -1,4 +1,4 @@
-"""`shared.check` on annotations of COCO's size, without images: `python3 benchmarks/check.py`; the limit is 15 s."""
+"""`python3 -m shared check` on annotations of COCO's size, without images; the limit is 15 s."""
 
 import argparse
 import json
@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from coco_files import make_file
 
-from shared import check, synthetic
+from shared import check
+from shared.data import synthetic
 from shared.experiment import DataConfig, SplitData
 
 

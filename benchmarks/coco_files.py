@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from shared import synthetic
+from shared.data import synthetic
 
 IMAGES, ANNOTATIONS = 118_287, 1_070_000  # COCO's
 

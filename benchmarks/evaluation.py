@@ -21,9 +21,9 @@ from pycocotools.cocoeval import COCOeval
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from shared.annotations import CocoAnnotations
-from shared.detections import Detections
-from shared.evaluation import CocoEvaluator, summary_metrics
+from shared.data.annotations import CocoAnnotations
+from shared.evaluation.detections import Detections
+from shared.evaluation.evaluator import CocoEvaluator, summary_metrics
 
 CATEGORIES = 80
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from determined import pytorch
 
-from shared.trial import DetectionTrial
+from shared.training.trial import DetectionTrial
 
 
 class _Measured(Exception):

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from coco_files import data_folder
 
-from shared.annotations import CocoAnnotations
-from shared.dataset import CocoDetection, SampleKey
-from shared.remote import StoreOptions
-from shared.storage import open_images
+from shared.data.annotations import CocoAnnotations
+from shared.data.dataset import CocoDetection, SampleKey
+from shared.data.remote import StoreOptions
+from shared.data.storage import open_images
 
 
 def main() -> None:

@@ -33,8 +33,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 
 from model_def import EfficientDetTrial
-from shared.loading import PrefetchLoader
-from shared.samplers import TrainingBatchSampler
+from shared.data.loading import PrefetchLoader
+from shared.data.samplers import TrainingBatchSampler
 
 SMALL = {
     "model": "efficientdet_d0",

@@ -37,12 +37,15 @@ from detectron2_files.evaluation import OwnEvaluator, OwnResult, detect, own_eva
 from detectron2_files.hyperparameters import Detectron2Hyperparameters
 from detectron2_files.model import PYTHON_STATE, build_model, build_optimizer, losses_of_step
 from detectron2_files.weights import load_weights_into, zoo_weights
-from shared.annotations import check_same_categories
-from shared.coco_categories import COCO_CATEGORIES
-from shared.dataset import CocoDetection
-from shared.detections import Detections
+from shared.data.annotations import check_same_categories
+from shared.data.coco_categories import COCO_CATEGORIES
+from shared.data.dataset import CocoDetection
+from shared.data.input_scale import InputScale
+from shared.data.loading import Batch
+from shared.data.samplers import aspect_ratio_groups
 from shared.errors import UserError
-from shared.evaluation import CocoEvaluator
+from shared.evaluation.detections import Detections
+from shared.evaluation.evaluator import CocoEvaluator
 from shared.experiment import (
     Length,
     Split,
@@ -53,12 +56,9 @@ from shared.experiment import (
     open_split,
     parse_section,
 )
-from shared.input_scale import InputScale
 from shared.launch import main
-from shared.loading import Batch
-from shared.python_state import python_state, restore_python_state
-from shared.samplers import aspect_ratio_groups
-from shared.trial import DetectionTrial
+from shared.training.python_state import python_state, restore_python_state
+from shared.training.trial import DetectionTrial
 
 logger = logging.getLogger(__name__)
 

@@ -18,15 +18,15 @@ from torch import nn
 from efficientdet_files.data import EfficientDetCollate, EfficientDetTransform, input_config, normalize
 from efficientdet_files.hyperparameters import EfficientDetHyperparameters
 from efficientdet_files.model import build_model, model_config
-from shared.coco_categories import COCO_CATEGORIES
-from shared.dataset import CocoDetection
-from shared.detections import Detections
+from shared.data.coco_categories import COCO_CATEGORIES
+from shared.data.dataset import CocoDetection
+from shared.data.input_scale import InputScale
+from shared.data.loading import Batch
 from shared.errors import UserError, nearest
+from shared.evaluation.detections import Detections
 from shared.experiment import SplitData, parse_section
-from shared.input_scale import InputScale
 from shared.launch import main
-from shared.loading import Batch
-from shared.trial import DetectionTrial
+from shared.training.trial import DetectionTrial
 
 _SCHEDULES = ("cosine", "multistep", "plateau", "poly", "step", "tanh")
 

@@ -51,18 +51,18 @@ from mmdetection_files.model import (
     load_pretrained,
     without_pretrained_backbone,
 )
-from shared.annotations import check_same_categories
-from shared.coco_categories import COCO_CATEGORIES
-from shared.dataset import CocoDetection
-from shared.detections import Detections
+from shared.data.annotations import check_same_categories
+from shared.data.coco_categories import COCO_CATEGORIES
+from shared.data.dataset import CocoDetection
+from shared.data.input_scale import InputScale
+from shared.data.loading import Batch
 from shared.errors import UserError
-from shared.evaluation import CocoEvaluator
+from shared.evaluation.detections import Detections
+from shared.evaluation.evaluator import CocoEvaluator
 from shared.experiment import Split, SplitData, check_evaluable, check_masks, check_trainable, open_split, parse_section
-from shared.input_scale import InputScale
 from shared.launch import main
-from shared.loading import Batch
-from shared.python_state import python_state, restore_python_state
-from shared.trial import DetectionTrial
+from shared.training.python_state import python_state, restore_python_state
+from shared.training.trial import DetectionTrial
 
 logger = logging.getLogger(__name__)
 

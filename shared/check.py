@@ -1,4 +1,4 @@
-"""`python3 -m shared.check CONFIG`: what a training would meet in its data, before it is paid for."""
+"""`python3 -m shared check CONFIG`: what a training would meet in its data, before it is paid for."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ import msgspec
 import numpy as np
 from tabulate import tabulate
 
-from shared import visualization
-from shared.annotations import CocoAnnotations, check_same_categories
+from shared.data.annotations import CocoAnnotations, check_same_categories
+from shared.data.images import BadImageError, read_image
+from shared.data.input_scale import InputScale
 from shared.errors import UserError
+from shared.evaluation import visualization
 from shared.experiment import (
     DataConfig,
     SplitData,
@@ -30,9 +32,7 @@ from shared.experiment import (
     open_split,
     parse_data,
 )
-from shared.images import BadImageError, read_image
-from shared.input_scale import InputScale
-from shared.trial import DetectionTrial
+from shared.training.trial import DetectionTrial
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +268,7 @@ def _trial_of(config_file: Path) -> type[DetectionTrial] | None:
 
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python3 -m shared.check", description="What a training would meet in the data of an experiment config."
+        prog="python3 -m shared check", description="What a training would meet in the data of an experiment config."
     )
     parser.add_argument("config", type=Path, help="the experiment config, const.yaml for example")
     parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[])
@@ -293,7 +293,3 @@ def main(arguments: Iterable[str] | None = None) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     sys.exit(1 if report.stops else 0)
-
-
-if __name__ == "__main__":
-    main()

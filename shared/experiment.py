@@ -15,12 +15,12 @@ import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from shared import synthetic
-from shared.annotations import CocoAnnotations, check_same_categories
-from shared.dataset import check_images
+from shared.data import synthetic
+from shared.data.annotations import CocoAnnotations, check_same_categories
+from shared.data.dataset import check_images
+from shared.data.remote import StoreError, StoreOptions, is_url
+from shared.data.storage import BACKEND_ALIASES, BACKENDS, ImageStorage, open_images
 from shared.errors import UserError, nearest
-from shared.remote import StoreError, StoreOptions, is_url
-from shared.storage import BACKEND_ALIASES, BACKENDS, ImageStorage, open_images
 
 logger = logging.getLogger(__name__)
 

@@ -26,22 +26,22 @@ from determined.core import DistributedContext
 from PIL import Image, ImageOps
 from tabulate import tabulate
 
-from shared import visualization
-from shared.annotations import CocoAnnotations
-from shared.checkpoints import Checkpoint, find_checkpoint, load_weights, read_checkpoint
-from shared.detections import Detections, to_coco_results
-from shared.determined_fixes import on_cluster
+from shared.data.annotations import CocoAnnotations
+from shared.data.images import read_image
+from shared.data.loading import Batch
+from shared.data.storage import DiskImages
 from shared.errors import UserError
-from shared.evaluation import summary_metrics
+from shared.evaluation import visualization
+from shared.evaluation.detections import Detections, to_coco_results
+from shared.evaluation.evaluator import summary_metrics
 from shared.experiment import DataConfig, Length, SplitData, fixed_hyperparameters, load_config, per_slot_batch_size
-from shared.images import read_image
-from shared.loading import Batch
-from shared.local_run import LocalRun, RunFolder, full_disk_as_error
-from shared.progress import Progress, log_above_the_bar, summary_of
-from shared.stopping import StopRequest
-from shared.storage import DiskImages
-from shared.training_metrics import DivergedError
-from shared.trial import DetectionTrial
+from shared.training.checkpoints import Checkpoint, find_checkpoint, load_weights, read_checkpoint
+from shared.training.determined_fixes import on_cluster
+from shared.training.local_run import LocalRun, RunFolder, full_disk_as_error
+from shared.training.progress import Progress, log_above_the_bar, summary_of
+from shared.training.stopping import StopRequest
+from shared.training.training_metrics import DivergedError
+from shared.training.trial import DetectionTrial
 
 logger = logging.getLogger(__name__)
 

@@ -58,7 +58,7 @@ def coco_tiny() -> Path:
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory) -> Path:
     """A synthetic data set: 24 training and 10 validation images."""
-    from shared import synthetic
+    from shared.data import synthetic
 
     folder = tmp_path_factory.mktemp("shapes")
     synthetic.write(folder, train=24, val=10)

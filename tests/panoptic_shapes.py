@@ -5,7 +5,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from shared import synthetic
+from shared.data import synthetic
 
 
 def write_panoptic_shapes(folder):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from shared import synthetic
-from shared.annotations import CocoAnnotations, check_same_categories
+from shared.data import synthetic
+from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.errors import UserError
 
 

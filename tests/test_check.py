@@ -1,4 +1,4 @@
-"""`python3 -m shared.check`: what it finds, and when it says that a training would stop."""
+"""`python3 -m shared check`: what it finds, and when it says that a training would stop."""
 
 import copy
 import json
@@ -135,7 +135,7 @@ def test_box_sizes_are_compared_with_the_detector_s_smallest_anchor_or_stride(de
     ]
     sets = [argument for override in ["data.backend=disk", *overrides] for argument in ("--set", override)]
     done = subprocess.run(
-        [sys.executable, "-m", "shared.check", path.name, "--images", "2", *sets],
+        [sys.executable, "-m", "shared", "check", path.name, "--images", "2", *sets],
         cwd=folder,
         capture_output=True,
         text=True,

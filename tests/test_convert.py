@@ -1,11 +1,11 @@
-"""`python3 -m shared.convert`: other formats as COCO files that a training takes."""
+"""`python3 -m shared convert`: other formats as COCO files that a training takes."""
 
 import hotcoco
 import numpy as np
 import pytest
 
-from shared.annotations import CocoAnnotations
-from shared.convert import convert, main
+from shared.data.annotations import CocoAnnotations
+from shared.data.convert import convert, main
 from shared.errors import UserError
 from shared.experiment import open_split, parse_data
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from shared import determined_fixes
-from shared.determined_fixes import FiniteSearcherMetric, PlainRandomState, SearcherStop
 from shared.experiment import SearcherMetric
+from shared.training import determined_fixes
+from shared.training.determined_fixes import FiniteSearcherMetric, PlainRandomState, SearcherStop
 
 
 def determined_s_checkpoint():

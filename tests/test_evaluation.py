@@ -13,11 +13,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tiny_models import with_keypoints
 
-from shared import synthetic
-from shared.annotations import CocoAnnotations
-from shared.detections import Detections, to_coco_results
+from shared.data import synthetic
+from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
-from shared.evaluation import CocoEvaluator, evaluate, summary_metrics
+from shared.evaluation.detections import Detections, to_coco_results
+from shared.evaluation.evaluator import CocoEvaluator, evaluate, summary_metrics
 
 
 def box_masks(boxes, height, width):

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shared import synthetic
-from shared.annotations import CocoAnnotations
+from shared.data import synthetic
+from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
 
 NUMBERS = st.one_of(st.integers(-(2**70), 2**70), st.floats(), st.booleans(), st.none(), st.text(max_size=4))
@@ -127,7 +127,7 @@ def test_a_cache_that_is_a_pickle_is_not_loaded(tmp_path):
 
 @pytest.mark.parametrize("where", ["read-only", "full", "no home"])
 def test_without_room_for_a_cache_the_annotations_are_read_with_one_warning(where, tmp_path, monkeypatch, caplog):
-    from shared import annotations
+    from shared.data import annotations
 
     path = tmp_path / "data" / "a.json"
     path.parent.mkdir()

@@ -14,12 +14,12 @@ from conftest import reports
 from PIL import Image
 from tiny_models import CONFIGS, efficientdet_config, trial_classes
 
-from shared.checkpoints import load_state
-from shared.dataset import check_images
+from shared.data.dataset import check_images
+from shared.data.images import BadImageError, read_image
+from shared.data.storage import DiskImages
 from shared.errors import UserError
 from shared.experiment import open_split, parse_data
-from shared.images import BadImageError, read_image
-from shared.storage import DiskImages
+from shared.training.checkpoints import load_state
 
 ORIENTATION = 274  # EXIF's tag
 
@@ -126,7 +126,7 @@ def test_a_bad_image_is_named(tmp_path, kind, decode):
 def test_names_that_lead_out_of_the_folder_are_refused(shapes, name):
     coco = json.loads((shapes / "annotations/val.json").read_text())
     coco["images"][3]["file_name"] = name
-    from shared.annotations import CocoAnnotations
+    from shared.data.annotations import CocoAnnotations
 
     with pytest.raises(UserError, match=r"data\.val\.images: the image file name .* leads out of the images' folder"):
         check_images(CocoAnnotations.from_dict(coco), DiskImages(shapes / "val"), "data.val.images")
@@ -207,8 +207,8 @@ def test_what_is_left_out_is_the_same_in_a_resumed_run(shapes, train, tmp_path):
 
 
 def test_what_is_left_out_of_the_evaluation_counts_as_no_image(shapes, tmp_path):
-    from shared.detections import Detections
-    from shared.evaluation import CocoEvaluator
+    from shared.evaluation.detections import Detections
+    from shared.evaluation.evaluator import CocoEvaluator
 
     data = open_split(parse_data({"data": {"val": split(shapes)}}), "val")
     bad = int(data.annotations.image_ids[2])

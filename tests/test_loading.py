@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from shared.annotations import CocoAnnotations
-from shared.dataset import CocoDetection, SampleKey, check_images
+from shared.data.annotations import CocoAnnotations
+from shared.data.dataset import CocoDetection, SampleKey, check_images
+from shared.data.loading import Batch, PrefetchLoader, start_workers
+from shared.data.samplers import EvaluationBatchSampler
+from shared.data.storage import DiskImages, open_images
 from shared.errors import UserError
-from shared.loading import Batch, PrefetchLoader, start_workers
-from shared.samplers import EvaluationBatchSampler
-from shared.storage import DiskImages, open_images
 
 
 def sample(image, record):

@@ -11,12 +11,12 @@ from conftest import reports
 from stores import BUCKET, Faults, gcs_store, http_store, s3_store, with_faults
 from tiny_models import CONFIGS, efficientdet_config, trial_classes
 
-from shared.checkpoints import load_state
-from shared.dataset import CocoDetection, SampleKey
+from shared.data.dataset import CocoDetection, SampleKey
+from shared.data.file_cache import CachedImages
+from shared.data.remote import RemoteImages, StoreError, StoreOptions
 from shared.errors import UserError
 from shared.experiment import open_split, parse_data
-from shared.file_cache import CachedImages
-from shared.remote import RemoteImages, StoreError, StoreOptions
+from shared.training.checkpoints import load_state
 
 
 @pytest.fixture(autouse=True)

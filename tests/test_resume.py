@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT, reports, run_model_def
 from tiny_models import CONFIGS
 
-from shared.checkpoints import load_state
+from shared.training.checkpoints import load_state
 
 
 def final_state(run):

@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from shared.samplers import EvaluationBatchSampler, TrainingBatchSampler, aspect_ratio_groups
+from shared.data.samplers import EvaluationBatchSampler, TrainingBatchSampler, aspect_ratio_groups
 
 
 def first_batches(count, **arguments):

@@ -16,10 +16,10 @@ from conftest import ROOT, reports, run_model_def
 from test_resume import assert_same_bits, final_state
 from tiny_models import efficientdet_config
 
-from shared import progress
-from shared.checkpoints import load_state, read_checkpoint
 from shared.errors import UserError
-from shared.stopping import StopRequest
+from shared.training import progress
+from shared.training.checkpoints import load_state, read_checkpoint
+from shared.training.stopping import StopRequest
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_a_run_killed_at_random_moments_always_goes_on_from_a_whole_checkpoint(r
             victim.send_signal(signal.SIGKILL)
         process.communicate()
         # as `--resume last` does first
-        from shared.local_run import RunFolder
+        from shared.training.local_run import RunFolder
 
         RunFolder(run).restore_interrupted_rename()
         last = read_checkpoint(run / "checkpoints/last").batches

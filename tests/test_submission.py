@@ -62,10 +62,18 @@ def load_yaml(path):
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_the_folder_holds_a_link_to_each_file_of_shared(detector):
-    links = {path.name: path for path in (ROOT / detector / "shared").iterdir() if path.suffix == ".py"}
-    files = {path.name for path in (ROOT / "shared").glob("*.py")}
+    folder = ROOT / detector / "shared"
+    links = {str(path.relative_to(folder)): path for path in folder.rglob("*.py")}
+    files = {str(path.relative_to(ROOT / "shared")) for path in (ROOT / "shared").rglob("*.py")}
     assert links.keys() == files, "run `make links`"
-    assert all(path.resolve() == ROOT / "shared" / name for name, path in links.items())
+    assert all(path.is_symlink() and path.resolve() == ROOT / "shared" / name for name, path in links.items())
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_the_context_holds_all_of_shared(detector):
+    uploaded = {item.path for item in read_v1_context(ROOT / detector)}
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "shared").rglob("*.py")}
+    assert files <= uploaded
 
 
 def test_the_uploaded_context_trains_by_itself(detector, tmp_path):

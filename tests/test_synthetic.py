@@ -7,8 +7,8 @@ import numpy as np
 from conftest import ROOT
 from pycocotools import mask as coco_mask
 
-from shared import synthetic
-from shared.annotations import CocoAnnotations
+from shared.data import synthetic
+from shared.data.annotations import CocoAnnotations
 
 
 def test_it_is_the_same_for_the_same_seed_and_another_for_another():
@@ -36,7 +36,7 @@ def test_it_has_three_categories_crowds_and_masks_that_fit_their_boxes():
 
 def test_the_command_writes_a_coco_data_set(tmp_path):
     subprocess.run(
-        [sys.executable, "-m", "shared.synthetic", tmp_path, "--train", "3", "--val", "2"], check=True, cwd=ROOT
+        [sys.executable, "-m", "shared", "synthetic", tmp_path, "--train", "3", "--val", "2"], check=True, cwd=ROOT
     )
     for split, count in (("train", 3), ("val", 2)):
         annotations = CocoAnnotations.open(tmp_path / f"annotations/{split}.json")

@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from shared import synthetic
-from shared.annotations import CocoAnnotations
-from shared.detections import Detections
-from shared.visualization import figure_of, save, side_by_side
+from shared.data import synthetic
+from shared.data.annotations import CocoAnnotations
+from shared.evaluation.detections import Detections
+from shared.evaluation.visualization import figure_of, save, side_by_side
 
 CATS_AND_DOGS = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
 

@@ -14,9 +14,9 @@ from detectron2.solver import LRMultiplier
 from torch import nn
 
 from detectron2_files.hyperparameters import Detectron2Hyperparameters
+from shared.data.input_scale import InputScale
 from shared.errors import UserError
 from shared.experiment import find_library_config
-from shared.input_scale import InputScale
 
 # what a zoo config says of COCO's things, and of its stuff in panoptic segmentation
 COCO_CLASSES, COCO_STUFF_CLASSES = 80, 54

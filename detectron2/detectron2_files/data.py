@@ -20,14 +20,14 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from detectron2_files.config import TrainingSet
-from shared.annotations import CocoAnnotations, ImageRecord
-from shared.dataset import BadImages, CocoDetection, SampleKey
+from shared.data.annotations import CocoAnnotations, ImageRecord
+from shared.data.dataset import BadImages, CocoDetection, SampleKey
+from shared.data.images import BadImageError
+from shared.data.loading import Batch, map_tensors
+from shared.data.remote import is_url
+from shared.data.seeding import seed_all
 from shared.errors import UserError, nearest
 from shared.experiment import SplitData, check_masks
-from shared.images import BadImageError
-from shared.loading import Batch, map_tensors
-from shared.remote import is_url
-from shared.seeding import seed_all
 
 TRAIN_NAME, VAL_NAME, COCO_NAME = "data.train", "data.val", "data"
 _PREFIX = "image-bytes://"

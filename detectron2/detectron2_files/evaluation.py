@@ -29,8 +29,8 @@ from hotcoco.mask import encode
 from pycocotools import mask as coco_mask
 from torch import nn
 
-from shared.detections import Detections
 from shared.errors import UserError
+from shared.evaluation.detections import Detections
 
 _MASK_PIXELS = 2**27  # of masks at the image's size that are held at once: 128 MiB of booleans
 

@@ -13,8 +13,8 @@ from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
 from detectron2_files.config import shipped_configs
-from shared.checkpoints import count_names, find_checkpoint, load_state, without_ddp
 from shared.errors import UserError, nearest
+from shared.training.checkpoints import count_names, find_checkpoint, load_state, without_ddp
 
 logger = logging.getLogger(__name__)
 logging.getLogger("fvcore.common.checkpoint").setLevel(logging.ERROR)  # a line for each weight

@@ -17,8 +17,8 @@ from torch import nn
 
 from detectron2_files.config import TrainingSet
 from detectron2_files.rotated import RotatedMapper
+from shared.data.input_scale import InputScale
 from shared.errors import UserError, nearest
-from shared.input_scale import InputScale
 
 _CLASS_COUNTS = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES", "MODEL.SEM_SEG_HEAD.NUM_CLASSES")
 

@@ -13,8 +13,8 @@ from effdet.data.transforms import Compose, ImageToNumpy, RandomFlip, RandomResi
 from PIL import Image
 
 from efficientdet_files.hyperparameters import EfficientDetHyperparameters
-from shared.annotations import ImageRecord
-from shared.loading import Batch
+from shared.data.annotations import ImageRecord
+from shared.data.loading import Batch
 
 
 def input_config(hparams: EfficientDetHyperparameters, config: Any) -> dict[str, Any]:

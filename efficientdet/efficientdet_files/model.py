@@ -13,9 +13,9 @@ from effdet.anchors import get_feat_sizes
 from effdet.bench import DetBenchTrain
 
 from efficientdet_files.hyperparameters import EfficientDetHyperparameters
-from shared.checkpoints import load_weights, read_weights, without_ddp
-from shared.coco_categories import COCO_CATEGORIES
+from shared.data.coco_categories import COCO_CATEGORIES
 from shared.errors import UserError, nearest
+from shared.training.checkpoints import load_weights, read_weights, without_ddp
 
 logger = logging.getLogger(__name__)
 

@@ -34,10 +34,10 @@ from mmdet.datasets.builder import DATASETS
 from mmdet.utils import compat_cfg
 
 from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
+from shared.data.input_scale import InputScale
+from shared.data.remote import is_url
 from shared.errors import UserError, nearest
 from shared.experiment import Length, find_library_config
-from shared.input_scale import InputScale
-from shared.remote import is_url
 
 RESOLVED_CONFIG = "mmdet_config.py"
 _WITH_REGISTRIES = (

@@ -25,16 +25,16 @@ from mmdet.datasets.pipelines import Compose
 
 from mmdetection_files.config import leaves
 from mmdetection_files.hyperparameters import MMDetectionData
-from shared.annotations import CocoAnnotations, ImageRecord
-from shared.dataset import BadImages, CocoDetection, SampleKey, transformed
+from shared.data.annotations import CocoAnnotations, ImageRecord
+from shared.data.dataset import BadImages, CocoDetection, SampleKey, transformed
+from shared.data.images import BadImageError
+from shared.data.loading import Batch
+from shared.data.remote import is_url
+from shared.data.samplers import aspect_ratio_groups
+from shared.data.seeding import seed_all
+from shared.data.storage import ImageStorage
 from shared.errors import UserError
 from shared.experiment import check_masks
-from shared.images import BadImageError
-from shared.loading import Batch
-from shared.remote import is_url
-from shared.samplers import aspect_ratio_groups
-from shared.seeding import seed_all
-from shared.storage import ImageStorage
 
 cv2.setNumThreads(0)  # each loader worker has a core to itself, as in mmdet's setup_multi_processes
 

@@ -14,7 +14,7 @@ from mmcv import Config
 from mmdet.core import encode_mask_results
 from mmdet.datasets import CustomDataset
 
-from shared.detections import Detections
+from shared.evaluation.detections import Detections
 
 
 def to_detections(result: Any, image_id: int) -> Detections:

@@ -20,8 +20,8 @@ from shared.errors import UserError
 logger = logging.getLogger(__name__)
 
 EMA_HOOKS = ("EMAHook", "ExpMomentumEMAHook", "LinearMomentumEMAHook")
-# what these do is done in another place: divergence by shared/training_metrics.py, equal buffers by DDP, and the
-# number of classes follows the data
+# what these do is done in another place: divergence by shared/training/training_metrics.py, equal buffers by DDP,
+# and the number of classes follows the data
 _DONE_ELSEWHERE = ("CheckInvalidLossHook", "NumClassCheckHook", "SyncNormHook", "YOLOXModeSwitchHook", *EMA_HOOKS)
 _UNABLE = {
     "RFSearchHook": "it replaces the model's layers while it trains, which neither the optimizer nor a checkpoint "

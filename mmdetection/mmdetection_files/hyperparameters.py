@@ -7,9 +7,9 @@ from typing import Any
 
 from mmcv.fileio import FileClient
 
+from shared.data.storage import BACKEND_ALIASES, BACKENDS
 from shared.errors import UserError, nearest
 from shared.experiment import DataConfig
-from shared.storage import BACKEND_ALIASES, BACKENDS
 
 
 @dataclass

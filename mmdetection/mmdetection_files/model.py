@@ -17,8 +17,8 @@ from mmdet.models import build_detector
 from torch import nn
 
 from mmdetection_files.config import shipped_configs
-from shared.checkpoints import count_names, read_weights, without_ddp
 from shared.errors import UserError, nearest
+from shared.training.checkpoints import count_names, read_weights, without_ddp
 
 logger = logging.getLogger(__name__)
 

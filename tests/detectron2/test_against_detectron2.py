@@ -26,11 +26,11 @@ from detectron2_files.config import load_config, shipped_configs
 from detectron2_files.data import inputs_of
 from detectron2_files.evaluation import to_detections
 from detectron2_files.hyperparameters import Detectron2Hyperparameters
-from shared.annotations import CocoAnnotations
-from shared.checkpoints import read_checkpoint
-from shared.dataset import SampleKey
-from shared.evaluation import evaluate
-from shared.seeding import seed_all
+from shared.data.annotations import CocoAnnotations
+from shared.data.dataset import SampleKey
+from shared.data.seeding import seed_all
+from shared.evaluation.evaluator import evaluate
+from shared.training.checkpoints import read_checkpoint
 
 BATCHES = 3
 MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"

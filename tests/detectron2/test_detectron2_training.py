@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from tiny_models import DETECTRON2, detectron2_config, load_model_def, with_keypoints
 
 from shared.errors import UserError
-from shared.training_metrics import DivergedError
+from shared.training.training_metrics import DivergedError
 
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 KEYPOINT_RCNN = "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml"
@@ -41,7 +41,7 @@ from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 from detectron2_files.data import inputs_of
 from shared.launch import main
-from shared.seeding import seed_all
+from shared.data.seeding import seed_all
 from torch.nn.parallel import DistributedDataParallel
 
 class Probe(model_def.Detectron2Trial):

@@ -14,7 +14,7 @@ from tiny_models import efficientdet_config
 from efficientdet_files.hyperparameters import EfficientDetHyperparameters
 from efficientdet_files.model import build_model, model_config
 from model_def import EfficientDetTrial
-from shared.coco_categories import COCO_CATEGORIES
+from shared.data.coco_categories import COCO_CATEGORIES
 from shared.errors import UserError
 
 TINY = {
@@ -88,7 +88,7 @@ def test_a_checkpoint_of_ours_is_a_start_by_its_category_names(shapes, run_confi
     categories = [{"id": 1, "name": "triangle"}, {"id": 2, "name": "star"}]
     caplog.set_level("INFO")
     model = build_model(tiny(pretrained=str(checkpoint)), categories)
-    from shared.checkpoints import read_checkpoint
+    from shared.training.checkpoints import read_checkpoint
 
     averaged = read_checkpoint(checkpoint).weights
     bias = "model.class_net.predict.conv_pw.bias"

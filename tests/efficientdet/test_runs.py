@@ -17,7 +17,7 @@ from determined.constants import INTER_TRAIN_PROCESS_COMM_PORT_1
 from PIL import Image
 from tiny_models import efficientdet_config
 
-from shared.checkpoints import read_checkpoint
+from shared.training.checkpoints import read_checkpoint
 
 SUMMARY = ("bbox_mAP", "bbox_mAP_50", "bbox_AR_100")
 
@@ -57,7 +57,7 @@ def test_where_a_run_is_started_from_does_not_swell_its_checkpoints(shapes, run_
     subprocess.run([*program, "--output-dir", "run"], cwd=full, check=True, capture_output=True)
     code = full / "run/checkpoints/last/code"
     assert (code / "model_def.py").is_file()
-    assert (code / "shared/trial.py").is_file()
+    assert (code / "shared/training/trial.py").is_file()
     assert sum(file.stat().st_size for file in code.rglob("*")) < 2**20
 
 

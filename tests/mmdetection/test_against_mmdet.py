@@ -24,10 +24,10 @@ from tiny_models import TINY, load_model_def, mmdet_config
 from mmdetection_files.config import write_resolved
 from mmdetection_files.evaluation import to_detections
 from mmdetection_files.hooks import StepRunner
-from shared.annotations import CocoAnnotations
-from shared.checkpoints import read_checkpoint
-from shared.evaluation import evaluate
-from shared.seeding import seed_all
+from shared.data.annotations import CocoAnnotations
+from shared.data.seeding import seed_all
+from shared.evaluation.evaluator import evaluate
+from shared.training.checkpoints import read_checkpoint
 
 BATCHES = 3
 

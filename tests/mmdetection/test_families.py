@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_models import load_model_def, mmdet_config
 
 from mmdetection_files.config import shipped_configs
-from shared import synthetic
+from shared.data import synthetic
 
 SIZE = 128
 FAMILIES = [

@@ -19,9 +19,9 @@ from tiny_models import MMDETECTION, load_model_def, mmdet_config
 
 from mmdetection_files.hooks import MomentumEma
 from mmdetection_files.model import PYTHON_STATE
-from shared.dataset import SampleKey
+from shared.data.dataset import SampleKey
 from shared.errors import UserError
-from shared.python_state import python_state, restore_python_state
+from shared.training.python_state import python_state, restore_python_state
 
 RETINANET = "retinanet/retinanet_r50_fpn_1x_coco.py"
 FASTER_RCNN = "faster_rcnn/faster_rcnn_r50_fpn_1x_coco.py"
@@ -50,7 +50,7 @@ from torch.nn.parallel import DistributedDataParallel
 import model_def
 from mmdetection_files.model import build_optimizer
 from shared.launch import main
-from shared.seeding import seed_all
+from shared.data.seeding import seed_all
 
 class Probe(model_def.MMDetectionTrial):
     def losses(self, model, batch):

@@ -1,1 +1,0 @@
-../../shared/determined_fixes.py

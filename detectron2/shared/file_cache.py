@@ -1,1 +1,0 @@
-../../shared/file_cache.py

@@ -1,0 +1,1 @@
+../../../shared/training/python_state.py

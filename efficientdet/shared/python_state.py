@@ -1,1 +1,0 @@
-../../shared/python_state.py

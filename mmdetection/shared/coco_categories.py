@@ -1,1 +1,0 @@
-../../shared/coco_categories.py

@@ -1,1 +1,0 @@
-../../shared/local_run.py

@@ -1,0 +1,29 @@
+"""`python3 -m shared COMMAND`: what needs no detector."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+# the command, the module whose `main(arguments)` it is, what it does
+_COMMANDS = {
+    "check": ("shared.check", "what a training would meet in the data of an experiment config"),
+    "convert": ("shared.data.convert", "Pascal VOC, YOLO and CVAT annotations as COCO's"),
+    "synthetic": ("shared.data.synthetic", "a small data set of shapes, in COCO's format"),
+}
+
+
+def main() -> None:
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        lines = "\n".join(f"  {command:10} {about}" for command, (_, about) in _COMMANDS.items())
+        print(f"usage: python3 -m shared COMMAND …\n\n{lines}\n\nCOMMAND --help says what it takes.")
+        return
+    if name not in _COMMANDS:
+        sys.exit(f"error: unknown command {name!r}; there are {', '.join(_COMMANDS)}")
+    module, _ = _COMMANDS[name]
+    importlib.import_module(module).main(arguments)
+
+
+if __name__ == "__main__":
+    main()

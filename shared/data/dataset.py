@@ -1,0 +1,179 @@
+"""A torch data set of annotations, images and a detector's transform."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from shared.data.annotations import CocoAnnotations, ImageRecord
+from shared.data.images import BadImageError, read_image
+from shared.data.seeding import seed_all
+from shared.data.storage import ImageStorage, refuse_names_outside
+from shared.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Transform = Callable[[Any, ImageRecord], Any]
+
+
+class SampleKey(NamedTuple):
+    """Which image, and in which epoch: what the sample's random numbers follow from."""
+
+    epoch: int
+    index: int
+
+
+class BadImages:
+    """What becomes of images that cannot be read: `data.on_bad_image`.
+
+    Attributes:
+        skip: leave them out; else the first one ends the run.
+        skipped: the ids of those left out since `take` was last called in this process, a loader worker for most.
+    """
+
+    def __init__(self, skip: bool = False):
+        self.skip = skip
+        self.skipped: list[int] = []
+        self._known: set[int] = set()
+
+    def leave_out(self, error: BadImageError, image_id: int) -> None:
+        """Notes the image.
+
+        Raises:
+            BadImageError: the given one, where bad images are errors.
+        """
+        if not self.skip:
+            raise error
+        self.skipped.append(image_id)
+        if image_id not in self._known:
+            self._known.add(image_id)
+            logger.warning("left out: %s", error)
+
+    def take(self) -> list[int]:
+        """The ids noted since the last time."""
+        taken, self.skipped = self.skipped, []
+        return taken
+
+
+class CocoDetection(torch.utils.data.Dataset):
+    """`dataset[SampleKey(epoch, index)]` is `transform(image, record)`; `dataset[index]` is that of epoch 0.
+
+    The transform may draw from Python's, NumPy's and PyTorch's global generators: they are seeded from
+    (seed, epoch, index) before it runs.
+
+    Args:
+        transform: takes an image, as `decode` gives it, and its `ImageRecord`.
+        training: leave boxes without area out of the records.
+        bad_images: what becomes of images that cannot be read. The next one that is as wide or as high takes the
+            place of one that is left out, so that batches are as large, and the same in every run.
+        decode: from the bytes of an image of 8 bits to what `transform` takes; a PIL image in RGB where None.
+        in_use: the indices that may stand in for another; all where None.
+    """
+
+    def __init__(
+        self,
+        annotations: CocoAnnotations,
+        images: ImageStorage,
+        transform: Transform,
+        seed: int,
+        training: bool,
+        bad_images: BadImages | None = None,
+        decode: Callable[[bytes], Any] | None = None,
+        in_use: np.ndarray | None = None,
+    ):
+        self.annotations = annotations
+        self.images = images
+        self.transform = transform
+        self.seed = seed
+        self.training = training
+        self.bad_images = bad_images or BadImages()
+        self.decode = decode
+        self.in_use = in_use
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def __getitem__(self, key: SampleKey | int) -> Any:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        for candidate in self._candidates(index):
+            try:
+                image, record = self.load(candidate)
+                seed_all(self.seed, epoch, index)
+                return transformed(self.transform, image, record)
+            except BadImageError as error:
+                self.bad_images.leave_out(error, int(self.annotations.image_ids[candidate]))
+        raise UserError(f"{self.annotations.path}: none of the images that it names can be read, see the lines above")
+
+    def load(self, index: int) -> tuple[Any, ImageRecord]:
+        """The decoded image and its record.
+
+        Raises:
+            BadImageError: the image cannot be read, or has another size than the annotation file says.
+        """
+        record = self.annotations[index]
+        size = (record.width, record.height)
+        image = read_image(self.images, record.file_name, size, f"image id {record.image_id}", self.decode)
+        return image, _with_area_only(record) if self.training else record
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """The image, then those that may stand in for it."""
+        yield index
+        wide = self.annotations.columns["widths"] > self.annotations.columns["heights"]
+        in_use = np.arange(len(self)) if self.in_use is None else np.unique(self.in_use)
+        others = np.roll(in_use, -np.searchsorted(in_use, index, side="right"))
+        yield from others[(wide[others] == wide[index]) & (others != index)].tolist()
+
+
+def transformed(transform: Transform, image: Any, record: ImageRecord) -> Any:
+    """`transform(image, record)`.
+
+    Raises:
+        UserError: it fails, on annotations that nothing can be made of for the most part; says of which image.
+    """
+    try:
+        return transform(image, record)
+    except UserError:
+        raise
+    except Exception as error:  # libraries fail in as many ways as annotations are wrong
+        raise UserError(
+            f"{record.file_name} (image id {record.image_id}) cannot be made a sample; look at its annotations "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def check_images(annotations: CocoAnnotations, images: ImageStorage, where: str, skip: bool = False) -> None:
+    """Raises UserError where an image's name leads out of the folder, or its file is missing; with `skip`, only where
+    all are."""
+    names = [annotations.file_name(i) for i in range(len(annotations))]
+    refuse_names_outside(names, where)
+    missing = images.missing(names)
+    if not missing:
+        return
+    message = (
+        f"{where}: {len(missing)} of the {len(annotations)} images that the annotation file names are not there, the "
+        f"first is {missing[0]}"
+    )
+    if not skip or len(missing) == len(annotations):
+        raise UserError(message)
+    logger.warning("%s; they are left out", message)
+
+
+def _with_area_only(record: ImageRecord) -> ImageRecord:
+    keep = (record.boxes[:, 2:] > record.boxes[:, :2]).all(axis=1)
+    if keep.all():
+        return record
+    return dataclasses.replace(
+        record,
+        boxes=record.boxes[keep],
+        labels=record.labels[keep],
+        areas=record.areas[keep],
+        iscrowd=record.iscrowd[keep],
+        file_boxes=record.file_boxes[keep],
+        raw_segmentations=[raw for raw, kept in zip(record.raw_segmentations, keep, strict=True) if kept],
+        keypoints=None if record.keypoints is None else record.keypoints[keep],
+    )

@@ -1,0 +1,116 @@
+"""From an image file's bytes to pixels, alike in all detectors: RGB, 8 bits, turned as the annotations are."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from shared.data.storage import ImageStorage
+from shared.errors import UserError
+
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+# the formats that OpenCV reads too, with what a whole file ends with; where there is no such end, or more follows,
+# the file has to be decoded to know whether it is whole
+_ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "BMP": None, "WEBP": None, "TIFF": None}
+_DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
+
+
+class BadImageError(UserError):
+    """An image file that is not there, cannot be decoded or contradicts the annotation file."""
+
+
+def read_image(
+    images: ImageStorage,
+    file_name: str,
+    size: tuple[int, int] | None = None,
+    name: str = "",
+    decode: Callable[[bytes], Any] | None = None,
+) -> Any:
+    """The decoded image, by default a PIL image in RGB.
+
+    Args:
+        size: (width, height) that the annotation file says; None to take the file's, turned as its EXIF says.
+        name: what the error calls the image beside its file name.
+        decode: from the bytes of an image of 8 bits to what is wanted.
+
+    Raises:
+        BadImageError: it cannot be read or decoded, or has another size.
+    """
+
+    def refuse(reason: object) -> NoReturn:
+        raise BadImageError(f"{file_name} ({name or images}) cannot be read as an image: {reason}")
+
+    try:
+        data = images.read(file_name)
+        if not data:
+            refuse("the file is empty")
+        plain = plain_bytes(data, size)
+        return decode_rgb(plain) if decode is None else decode(plain)
+    except UserError:
+        raise
+    except SizeMismatch as error:
+        raise BadImageError(
+            f"{file_name} ({name}) has {error.width}×{error.height} pixels, and the annotation file says "
+            f"{size[0]}×{size[1]}; correct the file or the image"
+        ) from error
+    except _DECODING_ERRORS as error:
+        refuse(error or type(error).__name__)
+
+
+class SizeMismatch(ValueError):
+    """An image of another size than was asked for."""
+
+    def __init__(self, width: int, height: int):
+        super().__init__(f"{width}×{height}")
+        self.width, self.height = width, height
+
+
+def plain_bytes(data: bytes, size: tuple[int, int] | None = None) -> bytes:
+    """The bytes as they are, where every library makes the same pixels of them; else a PNG that it does: of 16-bit
+    grey, of palettes and CMYK, of an animation's first frame, and where EXIF would turn the image away from `size`.
+
+    Args:
+        size: (width, height) in the annotation file. EXIF turns the image sideways only where that makes its size
+            this one; upside down, which the size does not tell, it turns as MMDetection and Detectron2 do.
+
+    Raises:
+        SizeMismatch: the image has another size, either way.
+        OSError, SyntaxError, PIL's DecompressionBombError and others: it cannot be decoded.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of palettes with transparency, and of images that are large
+        with Image.open(io.BytesIO(data)) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+            away = turned and size is not None and image.size == tuple(size) and image.width != image.height
+            width, height = image.size[::-1] if turned and not away else image.size
+            if size is not None and (width, height) != tuple(size):
+                raise SizeMismatch(width, height)
+            still = not getattr(image, "is_animated", False)
+            if image.format in _ENDINGS and image.mode in ("RGB", "L") and still and not away:
+                ending = _ENDINGS[image.format]
+                if ending is None or not data.endswith(ending):
+                    image.load()  # OpenCV makes grey of what is cut off
+                return data
+            pixels = np.asarray(_to_rgb(image) if away else ImageOps.exif_transpose(_to_rgb(image)))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """The image of `plain_bytes` in RGB, turned as its EXIF orientation says."""
+    return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # Pillow's own conversion of 16 bits makes white of most
+        levels = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+        grey = Image.fromarray(levels.astype(np.uint8))
+        grey.info.update(image.info)  # its orientation
+        return grey.convert("RGB")
+    return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")

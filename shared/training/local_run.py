@@ -1,0 +1,219 @@
+"""A run off the cluster: everything it leaves lies in one folder, and it can be taken up again."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from determined.pytorch import PyTorchCallback
+from torch.utils.tensorboard import SummaryWriter
+
+from shared.errors import UserError
+from shared.training.progress import Progress, summary_of
+from shared.training.trial import DetectionTrial
+
+logger = logging.getLogger(__name__)
+
+_SOURCES = (".py", ".yaml", ".yml", ".sh", ".md")
+
+
+class RunFolder:
+    """The layout of `--output-dir`: metrics.jsonl, config.yaml, checkpoints/best and last, tensorboard/, code/."""
+
+    def __init__(self, path: Path):
+        self.path = path.absolute()
+        self.metrics = self.path / "metrics.jsonl"
+        self.config = self.path / "config.yaml"
+        self.tensorboard = self.path / "tensorboard"
+        self.code = self.path / "code"
+        self.checkpoints = self.path / "checkpoints"
+        self.saving = self.checkpoints / ".saving"
+
+    def holds_a_run(self) -> bool:
+        # a folder that was made before the config was found wrong holds none
+        return self.metrics.exists() or any((self.checkpoints / name).exists() for name in ("best", "last"))
+
+    def prepare(self, source: Path) -> None:
+        """Makes the folders, clears what a killed run left half-written, and copies the code in `source`."""
+        self.restore_interrupted_rename()
+        for leftover in (self.saving, self.code):
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            (self.saving / "determined").mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"--output-dir: {self.path} cannot be made a folder: {error.strerror}") from error
+        _copy_sources(source, self.code)
+
+    def restore_interrupted_rename(self) -> None:
+        """A run killed between the two renames of `replace` has the checkpoint aside: put it back."""
+        for name in ("best", "last"):
+            aside = self.checkpoints / f".{name}.old"
+            if aside.exists() and not (self.checkpoints / name).exists():
+                aside.rename(self.checkpoints / name)
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def saved(self, storage_id: str) -> Path:
+        """Where Determined put a checkpoint: it stores under XDG_DATA_HOME, which the launcher sets."""
+        return self.saving / "determined" / storage_id
+
+    def replace(self, name: str, new: Path) -> None:
+        """Puts the checkpoint folder `new` in the place of `best` or `last`, by renaming."""
+        place, aside = self.checkpoints / name, self.checkpoints / f".{name}.old"
+        if place.exists():
+            place.rename(aside)
+        new.rename(place)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def forget_metrics_after(self, batches: int) -> None:
+        """Drops the reports of batches that a resumed run trains again, and a line that was cut off."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                if json.loads(line)["batches"] <= batches:
+                    kept.append(line + "\n")
+            except ValueError:
+                break
+        new = self.metrics.with_suffix(".new")
+        new.write_text("".join(kept))
+        new.replace(self.metrics)
+
+    def refuse_other_run(self) -> None:
+        if self.holds_a_run():
+            raise UserError(
+                f"--output-dir: {self.path} holds a run already; add `--resume last` to go on with it, or name "
+                "another folder"
+            )
+
+
+class LocalRun(PyTorchCallback):
+    """Writes the reports, shows the progress and keeps the last and the best checkpoint. Only the chief acts."""
+
+    def __init__(self, trial: DetectionTrial, folder: RunFolder):
+        self.trial = trial
+        self.folder = folder
+        self.chief = trial.rank == 0
+        self.best: float | None = None
+        self.best_at = -1
+        if self.chief:
+            folder.forget_metrics_after(trial.first_batch)
+            self.tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=trial.first_batch + 1)
+            self.progress = Progress(trial.first_batch, trial.total_batches)
+        trial.on_batch_end = self._on_batch_end
+
+    def _on_batch_end(self) -> None:
+        if self.chief:
+            self.progress.update()
+        if self.trial.stop_request.reached(self.trial.batches_trained):
+            self.trial.context.set_stop_requested(True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_at": self.best_at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.best_at = state["best"], state["best_at"]
+
+    def on_training_workload_end(self, avg_metrics: dict[str, Any], batch_metrics: list) -> None:
+        metrics = {name: float(value) for name, value in avg_metrics.items() if name not in ("batches", "epochs")}
+        if not self.chief:
+            return
+        self._report("train", metrics)
+        self.progress.describe(summary_of(metrics))
+
+    def on_validation_end(self, metrics: dict[str, Any]) -> None:
+        trial = self.trial
+        if trial.stop_request.after is not None:
+            trial.context.set_stop_requested(True)
+            return
+        metrics = {name: float(value) for name, value in {**metrics, **trial.category_ap}.items()}
+        wanted = trial.searcher_metric
+        value = metrics[wanted.name]
+        value = wanted.worst if math.isnan(value) else value
+        if self.best is None or (value < self.best if wanted.smaller_is_better else value > self.best):
+            self.best, self.best_at = value, trial.batches_trained
+        if self.chief:
+            self._report("val", metrics)
+            logger.info(
+                "batch %d: %s %.4f%s",
+                trial.batches_trained,
+                wanted.name,
+                metrics[wanted.name],
+                " (best so far)" if self.best_at == trial.batches_trained else "",
+            )
+
+    def on_checkpoint_upload_end(self, uuid: str) -> None:
+        if not self.chief:
+            return
+        saved = self.folder.saved(uuid)
+        if self.best_at == self.trial.batches_trained:
+            # before `last`: killed in between, the resumed run comes by here again
+            copy = self.folder.saving / "best"
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(saved, copy, copy_function=_link_or_copy)
+            self.folder.replace("best", copy)
+        self.folder.replace("last", saved)
+
+    def on_trial_shutdown(self) -> None:
+        if self.chief:
+            self.progress.close()
+            self.tensorboard.close()
+            shutil.rmtree(self.folder.saving, ignore_errors=True)
+
+    def _report(self, split: str, metrics: dict[str, float]) -> None:
+        batches = self.trial.batches_trained
+        plain = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        with self.folder.metrics.open("a") as file:
+            file.write(json.dumps({"batches": batches, "split": split, "metrics": plain}) + "\n")
+        for name, value in metrics.items():
+            self.tensorboard.add_scalar(f"{split}/{name}", value, batches)
+
+
+@contextlib.contextmanager
+def full_disk_as_error(folder: RunFolder) -> Iterator[None]:
+    """Raises UserError where a checkpoint or a report cannot be written."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        of_disk = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+        # shutil.copytree gathers what went wrong as text; torch.save says where in its own code
+        of_copy = isinstance(error, shutil.Error) and "[Errno" in str(error)
+        of_torch = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
+        if not (of_disk or of_copy or of_torch):
+            raise
+        free = shutil.disk_usage(folder.path).free / 2**20
+        reason = error.strerror if of_disk else "a checkpoint was not written to its end"
+        raise UserError(
+            f"{folder.path} cannot be written ({reason}; {free:,.0f} MiB are free there). The checkpoints that it "
+            "holds are whole: make room, and go on with --resume last"
+        ) from error
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)  # best and last are the same bytes: one copy on the disk
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _copy_sources(source: Path, target: Path) -> None:
+    """What the cluster would get: Determined copies the working directory into every checkpoint, so that a
+    run works in a folder that holds the code and nothing else."""
+    target.mkdir(parents=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in _SOURCES:
+            shutil.copy2(path, target / path.name)
+        elif path.is_dir() and any(path.glob("*.py")) and not path.name.startswith("."):
+            for file in sorted(path.rglob("*")):
+                if file.is_file() and file.suffix in _SOURCES:
+                    copy = target / file.relative_to(source)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(file, copy)
