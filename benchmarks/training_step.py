@@ -80,7 +80,7 @@ def plain_loop(trial: EfficientDetTrial):
     dataset = trial.training_dataset()
     sampler = TrainingBatchSampler(trial.training_groups(), trial.per_slot_batch_size, seed=0)
     loader = trial._loader(dataset, sampler, training=True)
-    batches = iter(PrefetchLoader(loader, device, lambda batch, number: trial.prepare(batch, training=True)))
+    batches = iter(PrefetchLoader(loader, device, lambda batch, number: trial.prepare(batch, number)))
     steps = itertools.count(1)
 
     def train(count: int) -> None:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from tabulate import tabulate
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -261,8 +260,6 @@ class Detectron2Trial(DetectionTrial):
     def prepare_schedule(self) -> None:
         self.detectron2_config.set_length(self.total_batches)
         self.lr_scheduler = self.detectron2_config.lr_scheduler(self.optimizer)
-        if self.rank == 0:
-            logger.info("\n%s", self._summary())
 
     def before_batch(self, number: int) -> None:
         self.lr_scheduler.last_epoch = number
@@ -275,20 +272,17 @@ class Detectron2Trial(DetectionTrial):
     def load_own_state(self, state: dict[str, Any]) -> None:
         restore_python_state(self.plain_model, state)
 
-    def _summary(self) -> str:
+    def summary(self) -> list[tuple[str, object]]:
         config = self.detectron2_config
-        rows = [
+        return [
             ("config", self.hparams.config_file),
             ("model", f"{type(self.plain_model).__name__}, {len(self.categories)} categories"),
             ("weights", (self._weights() or ("initial",))[0] if self.first_batch == 0 else "the checkpoint's"),
             ("training data", f"{self._training_data_name()}, {len(self.train_samples)} samples"),
             ("validation", ", ".join(self.iou_types) if self.evaluates_coco else "by Detectron2's own evaluator"),
-            ("global batch", f"{self.global_batch_size} on {self.slots} slots"),
-            ("length", f"{self.total_batches} batches, {self.batches_per_epoch} an epoch"),
             ("learning rate", f"{config.learning_rate:g}, {config.schedule_name}"),
             ("precision", "fp16" if self.scaler is not None else "float32"),
         ]
-        return tabulate(rows, tablefmt="plain")
 
     def _training_data_name(self) -> str:
         if isinstance(self.train_data, RegisteredData):

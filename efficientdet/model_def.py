@@ -124,6 +124,7 @@ class EfficientDetTrial(DetectionTrial):
             decay_epochs=hparams.decay_epochs,
             cooldown_epochs=hparams.cooldown_epochs,
             patience_epochs=hparams.patience_epochs,
+            plateau_mode="min" if self.searcher_metric.smaller_is_better else "max",
             decay_rate=hparams.decay_rate,
             min_lr=hparams.min_lr,
             warmup_lr=hparams.warmup_lr,
@@ -142,8 +143,23 @@ class EfficientDetTrial(DetectionTrial):
         epoch, batch_in_epoch = divmod(number, self.batches_per_epoch)
         if self.hparams.sched_on_updates:
             self.scheduler.step_update(number)
-        elif batch_in_epoch == 0 or number == self.first_batch:
+        elif batch_in_epoch == 0 or (number == self.first_batch and not self._has_plateaus):
             self.scheduler.step(epoch, self.last_validation.get(self.searcher_metric.name))
+
+    @property
+    def _has_plateaus(self) -> bool:
+        """Whether the schedule follows from what was measured, and not from the batch alone."""
+        return self.hparams.sched == "plateau"
+
+    def own_state(self) -> dict[str, Any]:
+        if not self._has_plateaus:
+            return {}
+        return {"plateaus": self.scheduler.lr_scheduler.state_dict(), "restore_lr": self.scheduler.restore_lr}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        if self._has_plateaus and state:
+            self.scheduler.lr_scheduler.load_state_dict(state["plateaus"])
+            self.scheduler.restore_lr = state["restore_lr"]
 
     def autocast(self) -> torch.autocast:
         dtype = self.hparams.amp_dtype
@@ -176,10 +192,12 @@ class EfficientDetTrial(DetectionTrial):
     def evaluated_images(self, count: int) -> range:
         return range(0, count, max(self.hparams.val_skip, 1))
 
-    def prepare(self, batch: Batch, training: bool) -> Batch:
+    def prepare(self, batch: Batch, number: int | None) -> Batch:
         images = normalize(batch.images, self.mean, self.std)
-        if training and self.random_erasing is not None:
-            images = self.random_erasing(images, batch.targets)
+        if number is not None and self.random_erasing is not None:
+            for i, image in enumerate(images):
+                self.seed_image(number, i)
+                self.random_erasing(image[None], None)  # in place
         if self.hparams.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return replace(batch, images=images)
@@ -199,6 +217,21 @@ class EfficientDetTrial(DetectionTrial):
                 labels=found[found[:, 4] > 0, 5].astype(int) - 1,
             )
             for image_id, found in zip(batch.image_ids, rows, strict=True)
+        ]
+
+    def summary(self) -> list[tuple[str, object]]:
+        hparams, backbone, data = self.hparams, self.model_config.backbone_name, self.train_data.annotations
+        return [
+            ("model", f"{hparams.model} over {backbone}, {len(self.categories)} categories"),
+            ("weights", f"pretrained: {hparams.pretrained}" if self.first_batch == 0 else "the checkpoint's"),
+            ("input", "×".join(map(str, reversed(self.model_config.image_size)))),
+            (
+                "training data",
+                f"{data.path or 'fake'}, {len(data)} images",
+            ),
+            ("optimizer", f"{hparams.opt}, lr {hparams.scaled_lr:g}"),
+            ("schedule", f"{hparams.sched}, {hparams.warmup_epochs:g} epochs of warm-up"),
+            ("precision", hparams.amp or "float32"),
         ]
 
     def check_pretrained(self) -> None:

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from tabulate import tabulate
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -261,8 +260,6 @@ class MMDetectionTrial(DetectionTrial):
             self.plain_model, self.optimizer, self.mmdet_config, self.batches_per_epoch, self.total_batches
         )
         self.mode_switch = mode_switch(self.mmdet_config, self.runner.max_epochs)
-        if self.rank == 0:
-            logger.info("\n%s", self._summary())
 
     def before_batch(self, number: int) -> None:
         self.runner.begin(number)
@@ -278,24 +275,21 @@ class MMDetectionTrial(DetectionTrial):
     def load_own_state(self, state: dict[str, Any]) -> None:
         restore_python_state(self.plain_model, state)
 
-    def _summary(self) -> str:
+    def summary(self) -> list[tuple[str, object]]:
         config = self.mmdet_config
         lr_config = dict(config.get("lr_config") or {})
         train = config.data.train
-        rows = [
+        return [
             ("config", self.hparams.config_file),
             ("model", f"{config.model.type}, {len(self.categories)} categories"),
             ("weights", self.hparams.use_pretrained or "the config's initial ones"),
             ("training data", f"{train['type']}, {len(self.train_samples)} samples"),
             ("validation", ", ".join(self.iou_types) if self.evaluates_coco else f"{config.data.val.type}.evaluate"),
-            ("global batch", f"{self.global_batch_size} on {self.slots} slots"),
-            ("length", f"{self.total_batches} batches, {self.batches_per_epoch} an epoch"),
             ("optimizer", f"{config.optimizer.type}, lr {config.optimizer.lr:g}"),
             ("schedule", ", ".join(f"{key} {value}" for key, value in lr_config.items()) or "constant"),
             ("gradient clipping", (config.get("optimizer_config") or {}).get("grad_clip") or "none"),
             ("precision", "fp16" if config.get("fp16") else "float32"),
         ]
-        return tabulate(rows, tablefmt="plain")
 
     # --- the step -------------------------------------------------------------------------------------
 

@@ -199,6 +199,25 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return config
 
 
+def make_paths_absolute(config: dict[str, Any], path_hyperparameters: Iterable[str]) -> None:
+    """Paths of the config that are relative to the working directory, made good for any: of the data, and of the
+    hyperparameters that may be one."""
+
+    def absolute(section: Any, key: str) -> None:
+        value = section.get(key) if isinstance(section, dict) else None
+        if isinstance(value, str) and value and "://" not in value and Path(value).exists():
+            section[key] = str(Path(value).absolute())
+
+    data = config.get("data") or {}
+    for split in ("train", "val") if data.get("backend", "disk") == "disk" else ():  # in a bucket, relative is to it
+        absolute(data.get(split), "annotations")
+        absolute(data.get(split), "images")
+    if isinstance(data.get("cache_dir"), str):
+        data["cache_dir"] = str(Path(data["cache_dir"]).absolute())
+    for name in path_hyperparameters:
+        absolute(config["hyperparameters"], name)
+
+
 def refuse_unknown_keys(section: dict[str, Any], valid: Iterable[str], where: str) -> None:
     """Raises UserError that names the first key of `section` that is not in `valid`, and the nearest valid one."""
     valid = list(valid)

@@ -118,7 +118,7 @@ def train(tmp_path, monkeypatch):
     """Trains in this process and returns the run's folder, `name` in the test's own."""
 
     def call(trial_class: type, config: dict, name: str = "run", resume: str | None = None) -> Path:
-        from shared.launch import train_here
+        from shared.here import train_here
 
         path, folder = tmp_path / f"{name}.yaml", tmp_path / name
         path.write_text(yaml.safe_dump(config))

@@ -11,7 +11,7 @@ import torch
 
 from shared.experiment import SearcherMetric
 from shared.training import determined_fixes
-from shared.training.determined_fixes import FiniteSearcherMetric, PlainRandomState, SearcherStop
+from shared.training.determined_fixes import FiniteSearcherMetric, PlainRandomState, trial_is_stopping
 
 
 def determined_s_checkpoint():
@@ -51,37 +51,11 @@ def test_a_checkpoint_from_before_the_fix_is_taken_too():
     np.testing.assert_array_equal(checkpoint["rng_state"]["np_rng_state"][1], expected)
 
 
-class FakeContext:
-    """One slot of several: the chief's word is `broadcasts`."""
-
-    def __init__(self, rank=0, chief_says=None):
-        self.requested = []
-        broadcast = (lambda value: value) if rank == 0 else (lambda value: chief_says)
-        self.distributed = SimpleNamespace(rank=rank, broadcast=broadcast)
-
-    def get_trial_id(self):
-        return 7
-
-    def get_stop_requested(self):
-        return bool(self.requested)
-
-    def set_stop_requested(self, stop):
-        self.requested.append(stop)
-
-
 @pytest.mark.parametrize(("state", "stops"), [("STOPPING_COMPLETED", True), ("ACTIVE", False)])
-def test_a_trial_that_the_searcher_stopped_ends_at_its_next_report(monkeypatch, state, stops):
+def test_the_master_is_asked_whether_the_searcher_has_stopped_the_trial(monkeypatch, state, stops):
     trial = SimpleNamespace(state=SimpleNamespace(name=state))
     monkeypatch.setattr(determined_fixes.client, "get_trial", lambda trial_id: trial)
-    context = FakeContext()
-    SearcherStop(context).on_training_workload_end({}, [])
-    assert context.requested == ([True] if stops else [])
-
-
-def test_all_slots_stop_with_the_chief():
-    context = FakeContext(rank=1, chief_says=True)
-    SearcherStop(context).on_validation_end({})
-    assert context.requested == [True]
+    assert trial_is_stopping(7) is stops
 
 
 def test_a_master_that_does_not_answer_ends_nothing(monkeypatch, caplog):
@@ -89,9 +63,7 @@ def test_a_master_that_does_not_answer_ends_nothing(monkeypatch, caplog):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(determined_fixes.client, "get_trial", unreachable)
-    context = FakeContext()
-    SearcherStop(context).on_training_workload_end({}, [])
-    assert context.requested == []
+    assert trial_is_stopping(7) is False
     assert "no route" in caplog.text
 
 

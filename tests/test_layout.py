@@ -6,7 +6,10 @@ from pathlib import Path
 from conftest import ROOT
 
 # each may import from those after it, and from its own room
-FLOORS = ("__main__", "launch", "check", "training", "evaluation", "experiment", "data", "errors")
+FLOORS = (
+    *("__main__", "launch", "on_cluster", "here", "detect", "check"),
+    *("training", "evaluation", "experiment", "data", "errors"),
+)
 BY_ITSELF = ("container",)  # runs before anything is installed
 LIBRARIES = ("effdet", "timm", "mmdet", "mmcv", "detectron2", "model_def")
 

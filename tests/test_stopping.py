@@ -13,13 +13,14 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT, reports, run_model_def
+from determined.core import DistributedContext
 from test_resume import assert_same_bits, final_state
 from tiny_models import efficientdet_config
 
 from shared.errors import UserError
 from shared.training import progress
 from shared.training.checkpoints import load_state, read_checkpoint
-from shared.training.stopping import StopRequest
+from shared.training.stopping import Stopping
 
 
 @pytest.fixture
@@ -51,53 +52,167 @@ def wait_for_batch(run, process, batch, limit=120):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(
-    ("processes", "number"), [(1, signal.SIGINT), pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow)]
-)
-def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on_to_the_same_bits(
-    run_config, tmp_path, processes, number
-):
-    length = {"searcher__max_length": {"batches": 40}, "min_validation_period": {"batches": 40}}
+def test_ctrl_c_to_the_whole_group_ends_the_run_after_the_batch(run_config, tmp_path):
+    length = {"searcher__max_length": {"batches": 4000}, "min_validation_period": {"batches": 4000}}
     config, run = run_config(**length), tmp_path / "run"
-    process = start(config, run, processes)
+    process = start(config, run)
     wait_for_batch(run, process, 6)
-    if processes == 1:
-        os.killpg(process.pid, number)  # the loaders' workers too, as Ctrl-C and a service manager do
-    else:
-        process.send_signal(number)  # torchrun passes it on
-    started = time.time()
-    _, errors = process.communicate(timeout=60)
-    assert time.time() - started < 20
-    assert processes > 1 or process.returncode == 128 + number
+    os.killpg(process.pid, signal.SIGINT)  # the loaders' workers too, as Ctrl-C and a service manager do
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT
     (line,) = [line for line in errors.splitlines() if line.startswith("stopped by")]
     batch = int(line.split("after batch ")[1].split(",")[0])
     assert f"--output-dir {run} --resume last" in line
-    assert read_checkpoint(run / "checkpoints/last").batches == batch < 40
-    if processes == 1:  # the same bits are shown with two
-        return
-    run_model_def("train", config, "--output-dir", run, "--resume", "last", processes=processes)
-    run_model_def("train", config, "--output-dir", tmp_path / "whole", processes=processes)
-    assert_same_bits(final_state(run), final_state(tmp_path / "whole"))
+    assert read_checkpoint(run / "checkpoints/last").batches == batch < 4000
 
 
-def test_a_signal_in_a_validation_cuts_it_short_and_reports_nothing_of_it(shapes, train, trial_class, tmp_path):
+def _send(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+
+# where a run of 12 batches, validated and saved every 4, is when the signal comes; and after which batch it stops
+PHASES = {
+    "in the first batch": ("losses", 0, 1),
+    "in a step": ("losses", 5, 6),
+    "between a step and its validation": ("synchronize_buffers", 8, 8),
+    "in a validation": ("detect", 8, 8),
+    "in a save": ("save_own_config", 8, 8),
+    "between the last step and its validation": ("synchronize_buffers", 12, 12),
+    "in the last validation": ("detect", 12, 12),
+}
+
+
+def signalled(trial_class, phase):
+    """The trial class, sent SIGTERM once in that phase."""
+    method, batches, _ = PHASES[phase]
+
+    def call(self, *arguments):
+        if self.batches_trained == batches and not self.sent and self.for_training:
+            type(self).sent = True
+            _send()
+        return getattr(trial_class, method)(self, *arguments)
+
+    return type(trial_class.__name__, (trial_class,), {method: call, "sent": False, "__module__": "model_def"})
+
+
+def without_times(lines):
+    return [
+        {**line, "metrics": {k: v for k, v in line["metrics"].items() if k not in ("images_per_second", "data_wait")}}
+        for line in lines
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(shapes, tmp_path_factory):
+    """A run that is never stopped; and its config."""
+    config = efficientdet_config(shapes)
+    config["data"]["workers"] = 0
+    config["scheduling_unit"] = 3  # some stops cut a report short
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    run_model_def("train", folder / "config.yaml", "--output-dir", folder / "run")
+    return config, folder / "run"
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_in_any_phase_leaves_a_checkpoint_from_which_the_run_goes_on_as_if_there_had_been_none(
+    whole, train, trial_class, tmp_path, phase
+):
+    config, unstopped = whole
+    with pytest.raises(SystemExit) as exit_status:
+        train(signalled(trial_class, phase), config)
+    assert exit_status.value.code == 128 + signal.SIGTERM
+    run = tmp_path / "run"
+    assert read_checkpoint(run / "checkpoints/last").batches == PHASES[phase][2]
+    train(trial_class, config, resume="last")
+    assert_same_bits(final_state(run), final_state(unstopped))
+    assert without_times(reports(run)) == without_times(reports(unstopped))
+    best = [read_checkpoint(each / "checkpoints/best").batches for each in (run, unstopped)]
+    assert best[0] == best[1]
+
+
+def test_a_signal_before_the_training_ends_the_process_and_leaves_the_folder_free(shapes, train, trial_class, tmp_path):
     config = efficientdet_config(shapes)
     config["data"]["workers"] = 0
 
     class Signalled(trial_class):
-        def detect(self, model, batch):
-            if self.batches_trained == 8:
-                self.detected = getattr(self, "detected", 0) + 1
-                os.kill(os.getpid(), signal.SIGTERM)
-            return super().detect(model, batch)
+        def build_training_data_loader(self):
+            _send()
+            return super().build_training_data_loader()
 
+    Signalled.__module__ = "model_def"
     with pytest.raises(SystemExit) as exit_status:
         train(Signalled, config)
     assert exit_status.value.code == 143
-    run = tmp_path / "run"
-    assert [report["batches"] for report in reports(run, "val")] == [4]
-    assert read_checkpoint(run / "checkpoints/last").batches == 8
-    train(trial_class, config, resume="last")
+    train(trial_class, config)
+    assert reports(tmp_path / "run")[-1]["batches"] == 12
+
+
+def test_a_signal_in_the_last_save_changes_nothing_any_more(whole, train, trial_class, tmp_path):
+    config, unstopped = whole
+
+    class Signalled(trial_class):
+        def save_own_config(self, folder):
+            if self.batches_trained == 12:
+                _send()
+            super().save_own_config(folder)
+
+    Signalled.__module__ = "model_def"
+    run = train(Signalled, config)
+    assert without_times(reports(run)) == without_times(reports(unstopped))
+
+
+# a model_def.py of which one rank is sent a signal in a phase
+ONE_RANK = """
+import os, sys
+sys.path[:0] = [os.getcwd(), os.environ["TESTS"]]
+import model_def
+from test_stopping import signalled
+from shared.launch import main
+rank = int(os.environ["RANK"])
+main(signalled(model_def.EfficientDetTrial, os.environ["PHASE"]) if rank == 1 else model_def.EfficientDetTrial)
+"""
+
+
+@pytest.mark.parametrize(
+    "phase",
+    [
+        "in a step",
+        *(pytest.param(phase, marks=pytest.mark.slow) for phase in PHASES if phase not in ("in a step", "in a save")),
+    ],
+)
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_batch(run_config, tmp_path, phase):
+    script = tmp_path / "signalled.py"
+    script.write_text(ONE_RANK)
+    config, run = run_config(scheduling_unit=3, data__workers=0), tmp_path / "run"
+    env = {"PHASE": phase, "TESTS": str(ROOT / "tests")}
+    arguments = ("train", config, "--output-dir", run)
+    done = run_model_def(*arguments, processes=2, env=env, check=False, script=script)
+    assert done.returncode != 0
+    assert f"--output-dir {run} --resume last" in done.stderr
+    run_model_def("train", config, "--output-dir", run, "--resume", "last", processes=2)
+    run_model_def("train", config, "--output-dir", tmp_path / "unstopped", processes=2)
+    assert_same_bits(final_state(run), final_state(tmp_path / "unstopped"))
+    assert without_times(reports(run)) == without_times(reports(tmp_path / "unstopped"))
+
+
+def test_two_runs_never_work_in_one_folder_at_once(shapes, train, trial_class, tmp_path):
+    config = efficientdet_config(shapes)
+    config["data"]["workers"] = 0
+    refusals = []
+
+    class Second(trial_class):
+        def after_batch(self, number):
+            super().after_batch(number)
+            if number == 5:
+                path = tmp_path / "second.yaml"
+                path.write_text(yaml.safe_dump(config))
+                done = run_model_def("train", path, "--output-dir", tmp_path / "run", "--resume", "last", check=False)
+                refusals.append((done.returncode, done.stderr.splitlines()[-1]))
+
+    Second.__module__ = "model_def"
+    run = train(Second, config)
+    assert refusals == [(1, f"error: --output-dir: a run is going on in {run}; wait for it, or name another")]
     assert reports(run)[-1]["batches"] == 12
 
 
@@ -207,8 +322,25 @@ def test_resident_memory_does_not_grow(run_config, tmp_path):
 
 
 def test_processes_that_a_library_forks_meanwhile_end_as_ever():
-    with StopRequest() as stop_request, multiprocessing.get_context("fork").Pool(2) as pool:
+    alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
+    with Stopping(alone) as stopping, multiprocessing.get_context("fork").Pool(2) as pool:
+        stopping.begin()
         assert pool.map(abs, [-1, -2]) == [1, 2]
         pool.terminate()
         pool.join()
-    assert stop_request.signal is None
+    assert stopping.signal is None
+
+
+def test_a_training_without_a_signal_or_a_searcher_s_word_is_never_stopped():
+    alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
+    stopping = Stopping(alone, asked_elsewhere=lambda: False)
+    assert not stopping.after_batch(10)
+    assert not stopping.at_boundary(10)
+    assert not stopping.validation_was_cut()
+
+
+def test_the_searcher_s_word_to_the_chief_stops_at_the_next_boundary():
+    alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
+    stopping = Stopping(alone, asked_elsewhere=lambda: True)
+    assert stopping.at_boundary(20)
+    assert stopping.after == 20

@@ -1,7 +1,7 @@
-"""What Determined 0.38.1 does not do by itself, made good in one place.
+"""What Determined 0.38.1 does not do by itself, made good; what its training loop lacks is in loop.py.
 
-Each class is a callback of the trial and says what goes wrong without it. The README's section "On a
-cluster" tells users; tests/test_determined_fixes.py fails where one is taken away.
+Each says what goes wrong without it. The README's section "On a cluster" tells users;
+tests/test_determined_fixes.py fails where one is taken away.
 """
 
 from __future__ import annotations
@@ -54,33 +54,12 @@ class PlainRandomState(PyTorchCallback):
         checkpoint["rng_state"]["np_rng_state"] = (algorithm, keys, position, has_gauss, gauss)
 
 
-class SearcherStop(PyTorchCallback):
-    """Ends a trial that the searcher has stopped, at its next report.
-
-    `adaptive_asha` marks the trial as stopping in the master, and nothing tells the trial: without this all
-    trials of a search train to the end. The chief asks, and all slots stop together.
-    """
-
-    def __init__(self, context: PyTorchTrialContext):
-        self.context = context
-        self.trial_id = context.get_trial_id()
-
-    def on_training_workload_end(self, avg_metrics: dict[str, Any], batch_metrics: list) -> None:
-        self.stop_if_asked()
-
-    def on_validation_end(self, metrics: dict[str, Any]) -> None:
-        self.stop_if_asked()
-
-    def stop_if_asked(self) -> None:
-        stopping = None
-        if self.context.distributed.rank == 0:
-            stopping = trial_is_stopping(self.trial_id)
-        if self.context.distributed.broadcast(stopping) and not self.context.get_stop_requested():
-            self.context.set_stop_requested(True)
-
-
 def trial_is_stopping(trial_id: int) -> bool:
-    """Whether the master has decided that the trial shall end."""
+    """Whether the searcher has decided that the trial shall end.
+
+    `adaptive_asha` marks a trial as stopping in the master, and nothing tells the trial: without asking, all trials of
+    a search train to the end.
+    """
     try:
         state = client.get_trial(trial_id).state
     except Exception as error:  # whatever the network does, it must not end the training

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import logging
 import math
@@ -11,13 +12,11 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from determined.pytorch import PyTorchCallback
-from torch.utils.tensorboard import SummaryWriter
 
 from shared.errors import UserError
-from shared.training.progress import Progress, summary_of
 from shared.training.trial import DetectionTrial
 
 logger = logging.getLogger(__name__)
@@ -36,6 +35,31 @@ class RunFolder:
         self.code = self.path / "code"
         self.checkpoints = self.path / "checkpoints"
         self.saving = self.checkpoints / ".saving"
+        self._lock = self.path / ".lock"
+        self._locked: IO | None = None
+
+    def take(self) -> None:
+        """Makes the folder this process's, until `free` or its end.
+
+        Raises:
+            UserError: a run is going on in it, or it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._locked = self._lock.open("a")
+            # this kind of lock is not the loader workers' too, which may outlive the process for some seconds
+            fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            if self._locked is None:
+                raise UserError(f"--output-dir: {self.path} cannot be written: {error.strerror}") from error
+            raise UserError(f"--output-dir: a run is going on in {self.path}; wait for it, or name another") from error
+        except OSError as error:
+            raise UserError(f"--output-dir: {self.path} cannot be made a folder: {error.strerror}") from error
+
+    def free(self) -> None:
+        """Lets others have the folder."""
+        if self._locked is not None:
+            self._locked.close()
 
     def holds_a_run(self) -> bool:
         # a folder that was made before the config was found wrong holds none
@@ -46,10 +70,7 @@ class RunFolder:
         self.restore_interrupted_rename()
         for leftover in (self.saving, self.code):
             shutil.rmtree(leftover, ignore_errors=True)
-        try:
-            (self.saving / "determined").mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"--output-dir: {self.path} cannot be made a folder: {error.strerror}") from error
+        (self.saving / "determined").mkdir(parents=True)
         _copy_sources(source, self.code)
 
     def restore_interrupted_rename(self) -> None:
@@ -96,7 +117,7 @@ class RunFolder:
 
 
 class LocalRun(PyTorchCallback):
-    """Writes the reports, shows the progress and keeps the last and the best checkpoint. Only the chief acts."""
+    """Writes the reports and keeps the last and the best checkpoint. Only the chief acts."""
 
     def __init__(self, trial: DetectionTrial, folder: RunFolder):
         self.trial = trial
@@ -106,15 +127,6 @@ class LocalRun(PyTorchCallback):
         self.best_at = -1
         if self.chief:
             folder.forget_metrics_after(trial.first_batch)
-            self.tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=trial.first_batch + 1)
-            self.progress = Progress(trial.first_batch, trial.total_batches)
-        trial.on_batch_end = self._on_batch_end
-
-    def _on_batch_end(self) -> None:
-        if self.chief:
-            self.progress.update()
-        if self.trial.stop_request.reached(self.trial.batches_trained):
-            self.trial.context.set_stop_requested(True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "best_at": self.best_at}
@@ -123,30 +135,22 @@ class LocalRun(PyTorchCallback):
         self.best, self.best_at = state["best"], state["best_at"]
 
     def on_training_workload_end(self, avg_metrics: dict[str, Any], batch_metrics: list) -> None:
-        metrics = {name: float(value) for name, value in avg_metrics.items() if name not in ("batches", "epochs")}
-        if not self.chief:
-            return
-        self._report("train", metrics)
-        self.progress.describe(summary_of(metrics))
+        if self.trial.report_is_whole():
+            self._report("train", self.trial.training_metrics.last)
 
     def on_validation_end(self, metrics: dict[str, Any]) -> None:
-        trial = self.trial
-        if trial.stop_request.after is not None:
-            trial.context.set_stop_requested(True)
-            return
-        metrics = {name: float(value) for name, value in {**metrics, **trial.category_ap}.items()}
-        wanted = trial.searcher_metric
-        value = metrics[wanted.name]
+        trial, wanted = self.trial, self.trial.searcher_metric
+        value = trial.last_validation[wanted.name]
         value = wanted.worst if math.isnan(value) else value
         if self.best is None or (value < self.best if wanted.smaller_is_better else value > self.best):
             self.best, self.best_at = value, trial.batches_trained
+        self._report("val", {**trial.last_validation, **trial.category_ap})
         if self.chief:
-            self._report("val", metrics)
             logger.info(
                 "batch %d: %s %.4f%s",
                 trial.batches_trained,
                 wanted.name,
-                metrics[wanted.name],
+                trial.last_validation[wanted.name],
                 " (best so far)" if self.best_at == trial.batches_trained else "",
             )
 
@@ -164,17 +168,14 @@ class LocalRun(PyTorchCallback):
 
     def on_trial_shutdown(self) -> None:
         if self.chief:
-            self.progress.close()
-            self.tensorboard.close()
             shutil.rmtree(self.folder.saving, ignore_errors=True)
 
     def _report(self, split: str, metrics: dict[str, float]) -> None:
-        batches = self.trial.batches_trained
+        if not self.chief:
+            return
         plain = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with self.folder.metrics.open("a") as file:
-            file.write(json.dumps({"batches": batches, "split": split, "metrics": plain}) + "\n")
-        for name, value in metrics.items():
-            self.tensorboard.add_scalar(f"{split}/{name}", value, batches)
+            file.write(json.dumps({"batches": self.trial.batches_trained, "split": split, "metrics": plain}) + "\n")
 
 
 @contextlib.contextmanager

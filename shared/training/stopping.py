@@ -1,84 +1,116 @@
-"""SIGTERM and Ctrl-C end a run off the cluster with a checkpoint, after the same batch on every process."""
+"""When a training ends before its length: after the same batch on every process, with a checkpoint.
+
+Asked for by a signal (off the cluster), by the searcher or by a pause (on one).
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-import torch
+from determined.core import DistributedContext
 
-_KEY = "stop_after"
+# batches between two meetings of several processes: a meeting costs some milliseconds
+_BETWEEN_MEETINGS = 10
 
 
-class StopRequest:
-    """Asked for by a signal to any of the processes; a second Ctrl-C ends the process at once.
+class Stopping:
+    """Answers two questions, with the same answer on every process: is this the batch to stop after, and was this
+    validation cut short?
+
+    The processes do not run in step: with NCCL one may have queued several steps more than another. So they agree only
+    where all of them come by: after certain batches, at each report, after each validation.
 
     Args:
-        aggregation_frequency: batches between two optimizer steps, at which the processes wait for each other.
+        aggregation_frequency: batches to an optimizer step; only whole steps are stopped after.
+        asked_elsewhere: the chief asks it at each report, validation and checkpoint: has somebody else (the searcher)
+            ended the training?
 
     Attributes:
         signal: the one that this process was sent; None without.
-        after: the batch after which all processes stop, as far as this one knows.
+        after: the batch after which all processes stop, once they have agreed.
     """
 
-    def __init__(self, aggregation_frequency: int = 1):
-        self.aggregation_frequency = aggregation_frequency
+    def __init__(
+        self,
+        distributed: DistributedContext,
+        aggregation_frequency: int = 1,
+        asked_elsewhere: Callable[[], bool] = lambda: False,
+    ):
+        self.distributed = distributed
+        self.asked_elsewhere = asked_elsewhere
         self.signal: signal.Signals | None = None
         self.after: int | None = None
-        self._store = None
-        if "RANK" in os.environ:
-            self._store = torch.distributed.TCPStore(
-                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
-            )
+        self._training = False
+        self._cut = False
+        self._handles_signals = False
+        windows = 1 if distributed.size == 1 else -(-_BETWEEN_MEETINGS // aggregation_frequency)
+        self._between_meetings = windows * aggregation_frequency
 
-    def __enter__(self) -> StopRequest:
+    # --- the questions -------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """From here on a signal is obeyed after a batch; before it ends the process at once, for nothing is lost."""
+        self._training = True
+
+    def after_batch(self, batch: int) -> bool:
+        """Whether to stop after `batch`, counted from 1, which this process has just trained."""
+        if self._handles_signals and batch % self._between_meetings == 0 and self._any(self.signal is not None):
+            self.after = batch
+        return self.after == batch
+
+    def at_boundary(self, batch: int) -> bool:
+        """The same after the report, validation or checkpoint that follows on `batch`."""
+        here = self.signal is not None
+        if self.distributed.rank == 0:
+            here = here or self.asked_elsewhere()
+        if self._any(here):
+            self.after = batch
+        return self.after is not None
+
+    def cuts_validation(self) -> bool:
+        """Whether this process leaves out the rest of its validation; asked before each batch of it but the first,
+        without which there is nothing to reduce."""
+        self._cut = self._cut or self.signal is not None
+        return self._cut
+
+    def validation_was_cut(self) -> bool:
+        """Whether any process has left out a part of the validation that just ended."""
+        cut, self._cut = self._any(self._cut), False
+        return cut
+
+    def _any(self, here: bool) -> bool:
+        return any(self.distributed.allgather(here))
+
+    # --- signals -------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Stopping:
+        """Handles SIGTERM and Ctrl-C; a second Ctrl-C ends the process at once."""
         self._process = os.getpid()
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._handles_signals = True
         return self
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._handles_signals = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # forked from it, by a library's pool for one, which ends its own so
             signal.signal(number, self._previous[number])
             os.kill(os.getpid(), number)
             return
-        if self.signal is not None and number == signal.SIGINT:
+        if number == signal.SIGINT and (self.signal is not None or not self._training):
             raise KeyboardInterrupt
+        if not self._training:
+            sys.exit(128 + number)
         self.signal = signal.Signals(number)
-
-    def reached(self, batch: int) -> bool:
-        """Whether to stop after `batch`, counted from 1, which this process has just trained."""
-        if self._store is None:
-            if self.signal is not None:
-                self.after = batch
-        elif self.signal is not None:
-            # no process is beyond the next step that all take together, and each looks here after it
-            next_step = (batch // self.aggregation_frequency + 1) * self.aggregation_frequency
-            self._agree_on(next_step)
-        else:
-            self.look()
-        return self.after is not None and batch >= self.after
-
-    def in_validation(self, batch: int) -> bool:
-        """Whether to cut the validation after `batch` short, because this process was sent a signal."""
-        if self.signal is not None:
-            self._agree_on(batch)
-        return self.signal is not None
-
-    def look(self) -> None:
-        """Learns whether another process has set the batch to stop after."""
-        if self.after is None and self._store is not None and self._store.check([_KEY]):
-            self.after = int(self._store.get(_KEY))
-
-    def _agree_on(self, batch: int) -> None:
-        if self.after is None:
-            self.after = batch if self._store is None else int(self._store.compare_set(_KEY, "", str(batch)))
 
 
 def outlive_signals(worker_id: int) -> None:

@@ -31,12 +31,19 @@ class TrainingMetrics(MetricReducer):
 
     Args:
         counts_skipped: report how many images were left out too.
+
+    Attributes:
+        lr: the learning rate of the last batch; set from outside, as `waiting`, the seconds spent waiting for data.
+        last: everything that the last report says, on every slot. What is returned to Determined, and so drawn as a
+            chart a name by the master, is the part of it that steers: the losses and the learning rate.
     """
 
     def __init__(self, counts_skipped: bool = False) -> None:
         self.counts_skipped = counts_skipped
-        self.slots: list[_SlotReport] = []
-        self.waiting = 0.0
+        self.lr = 0.0
+        self.last: dict[str, float] = {}
+        self._slots: list[_SlotReport] = []
+        self._begun: dict[str, Any] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -46,6 +53,7 @@ class TrainingMetrics(MetricReducer):
         self._image_ids: list[list[int]] = []
         self._first_batch = 0
         self._skipped = 0
+        self._before = 0
         self._started = time.perf_counter()
         self.waiting = 0.0
 
@@ -60,6 +68,7 @@ class TrainingMetrics(MetricReducer):
             self._names, self._first_batch = names, batch_number
             self._sums = torch.zeros_like(values)
             self._first_bad = torch.full((), -1, dtype=torch.int64, device=values.device)
+            self._take_up_begun()
         is_first_bad = (self._first_bad < 0) & ~values.isfinite().all()
         self._first_bad += is_first_bad * (position + 1)
         self._sums += values
@@ -75,7 +84,7 @@ class TrainingMetrics(MetricReducer):
                 first_bad = (self._first_batch + int(position), self._image_ids[int(position)])
         return _SlotReport(
             sums=sums,
-            batches=len(self._image_ids),
+            batches=self._before + len(self._image_ids),
             images=sum(map(len, self._image_ids)),
             seconds=time.perf_counter() - self._started,
             waiting=self.waiting,
@@ -84,23 +93,50 @@ class TrainingMetrics(MetricReducer):
         )
 
     def cross_slot_reduce(self, per_slot_metrics: Sequence[_SlotReport]) -> dict[str, Any]:
-        self.slots = list(per_slot_metrics)
-        batches = sum(slot.batches for slot in self.slots)
+        slots = self._slots = list(per_slot_metrics)
+        batches = sum(slot.batches for slot in slots)
         if not batches:
+            self.last = {}
             return {}
-        seconds = max(slot.seconds for slot in self.slots)
-        metrics = {name: sum(slot.sums.get(name, 0.0) for slot in self.slots) / batches for name in self.slots[0].sums}
-        metrics["images_per_second"] = sum(slot.images for slot in self.slots) / seconds
-        metrics["data_wait"] = max(slot.waiting for slot in self.slots) / seconds
+        seconds = max(slot.seconds for slot in slots)
+        metrics = {name: sum(slot.sums.get(name, 0.0) for slot in slots) / batches for name in slots[0].sums}
+        metrics["lr"] = self.lr
+        steering = {name: value for name, value in metrics.items() if "loss" in name or name == "lr"}
+        metrics["images_per_second"] = sum(slot.images for slot in slots) / seconds
+        metrics["data_wait"] = max(slot.waiting for slot in slots) / seconds
         if self.counts_skipped:
-            metrics["skipped_images"] = sum(slot.skipped for slot in self.slots)
-        return metrics
+            metrics["skipped_images"] = sum(slot.skipped for slot in slots)
+        self.last = metrics
+        return steering
 
     def raise_if_diverged(self) -> None:
         """Raises DivergedError, on every slot alike, where a batch since the last report had no finite loss."""
-        bad = [slot.first_bad for slot in self.slots if slot.first_bad is not None]
+        bad = [slot.first_bad for slot in self._slots if slot.first_bad is not None]
         if bad:
             raise diverged(*min(bad))
+
+    def begun(self) -> list[dict[str, Any]]:
+        """What each slot had added up at the last reduction: of a report that a stop cut short, to go on with."""
+        return [{"sums": slot.sums, "batches": slot.batches, "skipped": slot.skipped} for slot in self._slots]
+
+    def go_on_with(self, begun: Sequence[dict[str, Any]], rank: int, slots: int) -> None:
+        """Takes what `begun` gave into the next report, slot by slot; all of it on the first where the number of
+        slots is another now."""
+        if len(begun) == slots:
+            self._begun = begun[rank]
+        elif begun and rank == 0:
+            scale = slots / len(begun)
+            self._begun = {
+                "sums": {name: scale * sum(slot["sums"][name] for slot in begun) for name in begun[0]["sums"]},
+                "batches": scale * sum(slot["batches"] for slot in begun),
+                "skipped": sum(slot["skipped"] for slot in begun),
+            }
+
+    def _take_up_begun(self) -> None:
+        begun, self._begun = self._begun, None
+        if begun is not None and begun["sums"].keys() == set(self._names):
+            self._sums += torch.tensor([begun["sums"][name] for name in self._names], device=self._sums.device)
+            self._before, self._skipped = begun["batches"], begun["skipped"]
 
 
 def diverged(batch_number: int, image_ids: Sequence[int]) -> DivergedError:

@@ -91,7 +91,7 @@ def test_losses_gradients_and_weights_are_those_of_plain_train_net(persons, trai
     model.load_state_dict(start["weights"])
     optimizer = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)
-    keys = [batch for batch, _ in zip(trial._training_batches(), range(BATCHES), strict=False)]
+    keys = [batch for batch, _ in zip(trial.training_batches(), range(BATCHES), strict=False)]
     with EventStorage(0) as storage:
         for iteration, batch in enumerate(keys):
             data = [trial.train_samples[key] for key in batch]
@@ -292,7 +292,7 @@ def test_a_batch_goes_to_the_model_as_it_came_from_the_mapper(shapes, trial_clas
     with pytorch.init(hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False) as context:
         trial = trial_class(context)
         batch = next(iter(trial.build_training_data_loader()))
-    keys = next(iter(trial._training_batches()))
+    keys = next(iter(trial.training_batches()))
     for given, key in zip(inputs_of(batch), keys, strict=True):
         expected = trial.train_samples[key]
         assert given.keys() == expected.keys()

@@ -76,7 +76,7 @@ def test_losses_gradients_and_weights_are_those_of_mmdetection_s_runner(shapes, 
     resolved, theirs = trial.mmdet_config, []
     resolved.data.train.classes = [category["name"] for category in trial.categories]
     data = UpstreamData(resolved.data.train, trial.seed)
-    batches = [batch for batch, _ in zip(trial._training_batches(), range(BATCHES), strict=False)]
+    batches = [batch for batch, _ in zip(trial.training_batches(), range(BATCHES), strict=False)]
     loader = torch.utils.data.DataLoader(
         data, batch_sampler=batches, collate_fn=lambda samples: mmcv_collate(samples, samples_per_gpu=4)
     )

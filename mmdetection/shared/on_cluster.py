@@ -1,0 +1,1 @@
+../../shared/on_cluster.py

@@ -1,0 +1,213 @@
+"""Determined's training loop, with one count of batches: the same on a cluster, here, and after any resume."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from determined import core, pytorch
+from determined.core import DistributedContext
+
+from shared.errors import UserError
+from shared.experiment import Length, Schedule
+
+if TYPE_CHECKING:
+    from shared.training.trial import DetectionTrial
+
+
+@contextlib.contextmanager
+def trial_context(
+    config: dict[str, Any],
+    distributed: DistributedContext,
+    device: torch.device,
+    first_batch: int = 0,
+    trial_seed: int | None = None,
+) -> Iterator[pytorch.PyTorchTrialContext]:
+    """`pytorch.init`, with the device that torch can use, not the one that nvidia-smi names, and with batches that are
+    trained already also off the cluster.
+
+    Args:
+        config: the experiment config, its hyperparameters fixed.
+        first_batch: batches that are trained already.
+    """
+    with core.init(
+        distributed=distributed,
+        preempt_mode=core.PreemptMode.WorkersAskChief,
+        tensorboard_mode=core.TensorboardMode.MANUAL,
+    ) as core_context:
+        yield pytorch.PyTorchTrialContext(
+            core_context=core_context,
+            trial_seed=trial_seed,
+            hparams=config["hyperparameters"],
+            slots_per_trial=distributed.size,
+            num_gpus=distributed.local_size if device.type == "cuda" else 0,
+            exp_conf=config,
+            aggregation_frequency=aggregation_frequency(config),
+            steps_completed=first_batch,
+            managed_training=True,
+            debug_enabled=False,
+            enable_tensorboard_logging=False,  # shared.training.reports writes it
+        )
+
+
+def aggregation_frequency(config: dict[str, Any]) -> int:
+    """Batches to an optimizer step."""
+    return (config.get("optimizations") or {}).get("aggregation_frequency") or 1
+
+
+@dataclass(frozen=True)
+class Periods:
+    """After which batches something is due, counted from 1 over the whole training; None where only at the end."""
+
+    total: int
+    report: int
+    validation: int | None
+    checkpoint: int | None
+
+    def validates(self, batch: int) -> bool:
+        return batch == self.total or (self.validation is not None and batch % self.validation == 0)
+
+    def saves(self, batch: int) -> bool:
+        return batch == self.total or (self.checkpoint is not None and batch % self.checkpoint == 0)
+
+    def reports(self, batch: int) -> bool:
+        return batch % self.report == 0 or self.validates(batch) or self.saves(batch)
+
+
+def periods_of(schedule: Schedule, batches_per_epoch: int, global_batch_size: int, window: int) -> Periods:
+    """The schedule in batches.
+
+    Args:
+        window: batches to an optimizer step. Reports come at the next whole one.
+
+    Raises:
+        UserError: training, a validation or a checkpoint would end in the middle of an optimizer step.
+    """
+
+    def batches(length: Length | None, key: str) -> int | None:
+        if length is None:
+            return None
+        count = length.batches(batches_per_epoch, global_batch_size)
+        if count % window:
+            raise UserError(
+                f"{key}: {count} batches are not a multiple of optimizations.aggregation_frequency, {window}: that "
+                f"is in the middle of an optimizer step; give {{batches: {-(-count // window) * window}}}"
+            )
+        return count
+
+    return Periods(
+        total=batches(schedule.max_length, "searcher.max_length"),
+        report=-(-schedule.reporting_batches // window) * window,
+        validation=batches(schedule.validation_period, "min_validation_period"),
+        checkpoint=batches(schedule.checkpoint_period, "min_checkpoint_period"),
+    )
+
+
+def fit(trial: DetectionTrial, latest_checkpoint: str | None, checkpoint_policy: str) -> None:
+    """Trains to the trial's length, as `pytorch.Trainer.fit`.
+
+    Args:
+        checkpoint_policy: "best" (on a cluster alone), "all" or "none".
+
+    Raises:
+        UserError: the checkpoint is of a training that has come to its end.
+    """
+    schedule, periods, on_cluster = trial.schedule, trial.periods, trial.on_cluster
+    stopping = trial.stopping
+
+    def at(due: Callable[[int], bool]) -> pytorch.Batch:
+        return pytorch.Batch(_Batches(due))
+
+    _Loop(
+        trial_inst=trial,
+        context=trial.context,
+        max_length=pytorch.Batch(periods.total),
+        validation_period=at(periods.validates),
+        checkpoint_period=at(periods.saves),
+        reporting_period=at(lambda batch: periods.reports(batch) or stopping.after == batch),
+        checkpoint_policy=checkpoint_policy,
+        step_zero_validation=schedule.initial_validation,
+        latest_checkpoint=latest_checkpoint,
+        steps_completed=trial.first_batch,
+        local_training=not on_cluster,
+        searcher_metric_name=trial.searcher_metric.name,
+        smaller_is_better=trial.searcher_metric.smaller_is_better,
+        profiling_enabled=schedule.profiling and on_cluster,
+        global_batch_size=trial.global_batch_size,
+        test_mode=False,
+    ).run()
+
+
+@dataclass(frozen=True)
+class _Batches(Container):
+    """The batches at which something is due, as Determined asks for them."""
+
+    due: Callable[[int], bool]
+
+    def __contains__(self, batch: object) -> bool:
+        return self.due(batch)
+
+
+class _Loop(pytorch._PyTorchTrialController):
+    """What Determined's loop lacks (it has no public name, and no other place to put this):
+
+    - off the cluster it counts from 0 after a resume: here it takes up whatever checkpoint it is given;
+    - it trains on after a resume without the validation that a stop cut short;
+    - it hears of the searcher's decision at a later report only, and of a signal never;
+    - it uploads TensorBoard's files once a second at most, so that the last ones stay behind;
+    - it tells the master of its progress at its reports only.
+    """
+
+    def __init__(self, **arguments: Any):
+        super().__init__(**arguments)
+        self.callbacks = {"cut_validation": _CutValidation(self.trial), **self.callbacks}
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        super()._load_state({**state, "trial_id": self.trial_id} if self.local_training else state)
+
+    def _run(self) -> None:
+        super()._run()
+        if not self.local_training:
+            time.sleep(1.1)  # what comes within a second of the last upload is not sent
+            self._upload_tb_files()
+
+    def _train(self, length: pytorch.TrainUnit, train_boundaries: list) -> None:
+        self.trial.stopping.begin()
+        batches = self.state.batches_trained
+        if batches >= self.trial.periods.total and self._validation_is_current() and self.local_training:
+            raise UserError(
+                f"--resume: {self.latest_checkpoint} has been trained for {batches} batches, and searcher.max_length "
+                f"is {self.trial.periods.total}; give a greater one to go on"
+            )
+        if batches and self.trial.periods.validates(batches) and not self._validation_is_current():
+            self.state.last_ckpt = -1  # saved once more, with what the validation says
+            if batches < self.trial.periods.total:
+                self._validate()
+                self._stop_requested()
+        super()._train(length, train_boundaries)
+
+    def _stop_requested(self) -> None:
+        # called after each report, validation and checkpoint
+        if not self.local_training:
+            self._upload_tb_files()
+            if self.is_chief:
+                self._report_training_progress()
+        if self.trial.stopping.at_boundary(self.state.batches_trained):
+            raise pytorch._ShouldExit()
+        super()._stop_requested()
+
+
+class _CutValidation(pytorch.PyTorchCallback):
+    """A validation that a signal cut short is not reported; the run ends with a checkpoint that lacks it."""
+
+    def __init__(self, trial: DetectionTrial):
+        self.trial = trial
+
+    def on_validation_end(self, metrics: dict[str, Any]) -> None:
+        if self.trial.stopping.validation_was_cut():
+            self.trial.stopping.after = self.trial.batches_trained
+            raise pytorch._ShouldExit()

@@ -1,0 +1,162 @@
+"""The processes of a run, the device of each, and what one of them does for the others."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from determined.core import DistributedContext
+
+from shared.errors import UserError
+from shared.training.training_metrics import DivergedError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_SECONDS_FOR_CHIEF = 3
+
+
+def choose_device(local_rank: int, local_size: int, gpus_given: int = 0) -> torch.device:
+    """The device of this process: a GPU of its own where torch can use one, else the CPU; said in one line.
+
+    Args:
+        local_rank, local_size: which process of this machine it is, and of how many.
+        gpus_given: GPUs that a cluster has set aside for the processes of this machine.
+
+    Raises:
+        UserError: there are fewer GPUs than processes, or torch cannot use those that are set aside.
+    """
+    if not torch.cuda.is_available():
+        reason = _why_no_gpu()
+        if gpus_given:
+            raise UserError(f"the cluster gave this task {gpus_given} GPUs, and torch cannot use them: {reason}")
+        if local_rank == 0:
+            logger.info("device: the CPU (%s)", reason)
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_size > count:
+        raise UserError(
+            f"{local_size} processes on a machine where torch sees {count} GPUs: start one a GPU "
+            f"(--nproc-per-node {count}), or none on a GPU with CUDA_VISIBLE_DEVICES="
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)  # before the first collective, which would put every process on the first GPU
+    if local_rank == 0:
+        logger.info("device: %d of %d GPUs, %s", local_size, count, torch.cuda.get_device_name(device))
+    return device
+
+
+def _why_no_gpu() -> str:
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides the GPUs"
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is built without CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).split("\n")[0].split(". ")[0]
+    return "torch finds no GPU"
+
+
+@contextlib.contextmanager
+def local_processes() -> Iterator[tuple[DistributedContext, torch.device]]:
+    """The processes that torchrun started, or this one alone, and this one's device."""
+    if "RANK" not in os.environ:
+        device = choose_device(0, 1)
+        yield DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1), device
+        return
+    device = _join_group()
+    # `from_torch_distributed` has two fixed ports: a second run on the machine, or a trial, would not start
+    ports = [_free_ports(2)]
+    torch.distributed.broadcast_object_list(ports, src=0, device=device)
+    (pub_port, pull_port) = ports[0]
+    distributed = DistributedContext(
+        rank=int(os.environ["RANK"]),
+        size=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        local_size=int(os.environ["LOCAL_WORLD_SIZE"]),
+        cross_rank=int(os.environ["GROUP_RANK"]),
+        cross_size=int(os.environ["GROUP_WORLD_SIZE"]),
+        chief_ip=os.environ["MASTER_ADDR"],
+        pub_port=pub_port,
+        pull_port=pull_port,
+    )
+    with _closing(distributed):
+        yield distributed, device
+
+
+@contextlib.contextmanager
+def task_processes(gpus_given: int) -> Iterator[tuple[DistributedContext, torch.device]]:
+    """The processes of this task of a cluster, which Determined's launcher started, and this one's device."""
+    if "RANK" not in os.environ:
+        device = choose_device(0, 1, gpus_given)
+        yield DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1), device
+        return
+    device = _join_group(gpus_given)
+    distributed = DistributedContext.from_torch_distributed()
+    with _closing(distributed):
+        yield distributed, device
+
+
+def _join_group(gpus_given: int = 0) -> torch.device:
+    device = choose_device(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), gpus_given)
+    os.environ["USE_TORCH_DISTRIBUTED"] = "True"  # what determined.launch.torch_distributed sets
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+@contextlib.contextmanager
+def _closing(distributed: DistributedContext) -> Iterator[None]:
+    try:
+        yield
+    except (UserError, DivergedError):
+        if distributed.rank > 0:
+            # the chief mostly has the same error, and may still be in a collective with this process: leaving it
+            # alone there would put a lost connection in the place of the message
+            time.sleep(_SECONDS_FOR_CHIEF)
+        raise
+    finally:
+        distributed.close()
+        torch.distributed.destroy_process_group()
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def on_chief(distributed: DistributedContext, function: Callable[[], T]) -> T:
+    """What the chief's call returns, or the UserError that it raises, on every process: what one of them does
+    to the run's folder, the others must not see half-done."""
+    result, error = _attempt(function) if distributed.rank == 0 else (None, None)
+    result, error = distributed.broadcast((result, error))
+    if error is not None:
+        raise UserError(error)
+    return result
+
+
+def first_on_each_machine(distributed: DistributedContext, function: Callable[[], T]) -> T:
+    """`function` on one process of each machine and then on the others, which find what it left: a parsed annotation
+    file, a checked folder, a download. An error of the first ones is everybody's, and nobody tries again."""
+    is_first = distributed.local_rank == 0
+    result, error = _attempt(function) if is_first else (None, None)
+    if errors := [each for each in distributed.allgather(error) if each is not None]:
+        raise UserError(errors[0])
+    return result if is_first else function()
+
+
+def _attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
+    try:
+        return function(), None
+    except UserError as error:
+        return None, str(error)

@@ -1,0 +1,89 @@
+"""The part of a trial that says what a checkpoint holds beside weights and optimizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from determined.pytorch import PyTorchCallback
+
+from shared.training.checkpoints import CATEGORIES_FILE
+from shared.training.training_metrics import DivergedError
+
+if TYPE_CHECKING:
+    from shared.training.trial import DetectionTrial
+
+
+class TrialCheckpoint:
+    """What a detector keeps in a checkpoint, and how it takes one up."""
+
+    path_hyperparameters: tuple[str, ...] = ()
+    """Hyperparameters that may be paths, relative to where the run is started."""
+    without_pretrained: ClassVar[dict[str, Any]] = {}
+    """The hyperparameters of a model whose weights a checkpoint will give."""
+
+    @classmethod
+    def hyperparameters_of_checkpoint(cls, checkpoint: Path) -> dict[str, Any]:
+        """What takes the place of a checkpoint's hyperparameters, to detect with it."""
+        return cls.without_pretrained
+
+    def save_own_config(self, folder: Path) -> None:
+        """Writes the detector's own configuration, resolved, into the run's or a checkpoint's folder."""
+
+    def own_state(self) -> dict[str, Any]:
+        """What must outlive a restart beside weights and buffers, a schedule's state for one: plain values and
+        tensors."""
+        return {}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Takes back what `own_state` gave."""
+
+
+class CheckpointedState(PyTorchCallback):
+    """The averaged weights, the detector's own state and what a stop left begun; nothing that is not finite."""
+
+    def __init__(self, trial: DetectionTrial):
+        self.trial = trial
+        # an attention mask of -inf, say, is as it should be
+        self.never_finite = {name for name, tensor in self._tensors() if not tensor.isfinite().all()}
+
+    def state_dict(self) -> dict[str, Any]:
+        trial = self.trial
+        return {
+            "ema": None if trial.ema is None else trial.ema.module.state_dict(),
+            "last_validation": {name: float(value) for name, value in trial.last_validation.items()},
+            "own": trial.own_state(),
+            "begun_report": [] if trial.report_is_whole() else trial.training_metrics.begun(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        trial = self.trial
+        if trial.ema is not None and state["ema"] is not None:
+            trial.ema.module.load_state_dict(state["ema"])
+        trial.last_validation = dict(state["last_validation"])
+        trial.load_own_state(state["own"])
+        if begun := state.get("begun_report"):
+            trial.training_metrics.go_on_with(begun, trial.rank, trial.slots)
+
+    def on_checkpoint_save_start(self, checkpoint: dict[str, Any]) -> None:
+        checked = [tensor for name, tensor in self._tensors() if name not in self.never_finite]
+        # the largest of each: one number a tensor, and one synchronisation in all
+        if not torch.stack([tensor.abs().max().float() for tensor in checked]).isfinite().all():
+            raise DivergedError(
+                "the weights, their averages or the running statistics are not finite, and were not saved; the last "
+                "checkpoint is from before"
+            )
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What trains and what validates, with the statistics of its normalisation."""
+        for model in {id(model): model for model in (self.trial.plain_model, self.trial.evaluation_model)}.values():
+            for name, tensor in model.state_dict().items():
+                if tensor.is_floating_point() and tensor.numel():
+                    yield f"{id(model)} {name}", tensor
+
+    def on_checkpoint_write_end(self, checkpoint_dir: str) -> None:
+        (Path(checkpoint_dir) / CATEGORIES_FILE).write_text(json.dumps(self.trial.categories))
+        self.trial.save_own_config(Path(checkpoint_dir))

@@ -1,0 +1,158 @@
+"""The part of a trial that opens data and makes batches of it."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+from determined.pytorch import MetricReducer, PyTorchTrialContext
+from torch.utils.data import DataLoader, Dataset
+
+from shared.data.dataset import BadImages
+from shared.data.loading import Batch, NotingSkipped, PrefetchLoader, start_workers
+from shared.data.samplers import EvaluationBatchSampler, TrainingBatchSampler
+from shared.data.seeding import seed_all
+from shared.evaluation.evaluator import CocoEvaluator
+from shared.experiment import DataConfig, SplitData, open_split, open_train_and_val
+from shared.training.stopping import Stopping, outlive_signals
+
+logger = logging.getLogger(__name__)
+
+
+class TrialData:
+    """What a detector says of its data, and the loaders that come of it.
+
+    Attributes:
+        data: the `data` section of the config.
+        train_data, val_data: what it opens to; of a training only.
+        bad_images: what becomes of images that cannot be read.
+        training_loader: yields batches on the device; `.waiting` is the seconds spent waiting for data.
+    """
+
+    data_class: type[DataConfig] = DataConfig
+    pretrained_categories: ClassVar[list[dict]] = []
+    """COCO categories that the pretrained weights detect, where no annotation file says more."""
+
+    context: PyTorchTrialContext
+    data: DataConfig
+    bad_images: BadImages
+    stopping: Stopping
+    iou_types: tuple[str, ...]
+    rank: int
+    slots: int
+    seed: int
+    first_batch: int
+    per_slot_batch_size: int
+
+    # --- what a detector says of itself ---------------------------------------------------------------
+
+    @abstractmethod
+    def training_dataset(self) -> Dataset:
+        """The training samples, by `SampleKey`."""
+
+    @abstractmethod
+    def evaluation_dataset(self, data: SplitData) -> Dataset:
+        """The samples to detect on, by index."""
+
+    @abstractmethod
+    def collate(self, training: bool) -> Callable[[list], Batch]:
+        """From samples to a batch on the host."""
+
+    def prepare(self, batch: Batch, number: int | None) -> Batch:
+        """Work on a batch on the device, before `losses` and `detect`.
+
+        Args:
+            number: of the training batch, from 0; None to detect. What is drawn at random for an image follows from
+                `seed_image(number, i)`, so that it is the same on any number of slots.
+        """
+        return batch
+
+    def open_train_and_val(self) -> tuple[SplitData, SplitData]:
+        """The data to train and to validate on, checked."""
+        train, val = open_train_and_val(self.data)
+        if self.rank == 0 and (count := int(train.annotations.without_area.sum())):
+            logger.warning("data.train: %d boxes without area are left out of the training targets", count)
+        return train, val
+
+    def open_val(self) -> SplitData:
+        """The data to validate on, checked."""
+        return open_split(self.data, "val")
+
+    def known_categories(self) -> list[dict]:
+        """The data set's categories where its annotation file is there, else those that the weights know."""
+        if self.data.has_val_annotations:
+            return self.open_val().categories
+        return self.pretrained_categories
+
+    def training_groups(self) -> np.ndarray:
+        """(samples,) the group of each training sample: a batch is of one group."""
+        return np.zeros(len(self.train_data.annotations), dtype=np.uint8)
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Images a batch that a slot detects on."""
+        return self.per_slot_batch_size
+
+    def evaluated_images(self, count: int) -> range:
+        """Which of the validation images count: all, where the detector says nothing else."""
+        return range(count)
+
+    def build_evaluator(self, data: SplitData) -> MetricReducer:
+        """The evaluator over the images of `evaluated_images`: `update` takes what `detect` returns."""
+        image_ids = data.annotations.image_ids[list(self.evaluated_images(len(data.annotations)))]
+        return CocoEvaluator(data.annotations, self.iou_types, image_ids, compute_here=self.rank == 0)
+
+    # --- loaders --------------------------------------------------------------------------------------
+
+    def build_training_data_loader(self) -> PrefetchLoader:
+        loader = self._loader(self.training_dataset(), self.training_batches(), training=True)
+        self.training_loader = PrefetchLoader(
+            loader, self.context.device, self._prepare_training_batch, self.first_batch
+        )
+        return self.training_loader
+
+    def build_validation_data_loader(self) -> DataLoader:
+        self.validation_loader = self.evaluation_loader(self.val_data)
+        if self.data.workers > 0:
+            start_workers(self.validation_loader)
+        return self.validation_loader
+
+    def evaluation_loader(self, data: SplitData) -> DataLoader:
+        """This slot's share of the images to evaluate on, as batches on the host."""
+        dataset = self.evaluation_dataset(data)
+        indices = self.evaluated_images(len(dataset))
+        stop = self.stopping.cuts_validation
+        sampler = EvaluationBatchSampler(indices, self.evaluation_batch_size, self.rank, self.slots, stop)
+        return self._loader(dataset, sampler, training=False)
+
+    def training_batches(self) -> TrainingBatchSampler:
+        """This slot's batches, from `first_batch` on, without end."""
+        groups = self.training_groups()
+        return TrainingBatchSampler(
+            groups, self.per_slot_batch_size, self.seed, self.rank, self.slots, self.first_batch
+        )
+
+    def _loader(self, dataset: Dataset, batches: Any, training: bool) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=self.data.workers,
+            persistent_workers=self.data.workers > 0,  # or each validation forks again: slow, and see start_workers
+            collate_fn=NotingSkipped(self.collate(training), self.bad_images),
+            pin_memory=self.context.device.type == "cuda",
+            worker_init_fn=outlive_signals,
+        )
+
+    def _prepare_training_batch(self, batch: Batch, number: int) -> Batch:
+        seed_all(self.seed, self.rank, number, 0)
+        return self.prepare(batch, number)
+
+    def seed_image(self, number: int, position: int) -> None:
+        """Seeds what is drawn for the image at a position of this slot's part of training batch `number`."""
+        seed_all(self.seed, number, self.rank * self.per_slot_batch_size + position, 2)
+
+    def get_batch_length(self, batch: Batch) -> int:
+        return len(batch)

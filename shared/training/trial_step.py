@@ -1,0 +1,123 @@
+"""The part of a trial that trains: model, optimizer and the step."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from determined.pytorch import PyTorchTrialContext
+from torch import nn
+
+from shared.data.loading import Batch
+from shared.data.seeding import seed_all
+from shared.training.stopping import Stopping
+from shared.training.training_metrics import TrainingMetrics, diverged
+
+
+class TrialStep:
+    """What a detector says of its model and optimizer, and the step that comes of it.
+
+    Attributes:
+        model: the training model, on its device, in DDP where there are several slots; `plain_model` without it.
+        ema: `.module` is the averaged model and `.update(model)` averages; None without.
+        scaler: the GradScaler of fp16 training; None without.
+        batches_trained: so far, those before a resume too.
+        on_batch_end: called after each batch.
+    """
+
+    find_unused_parameters: bool = False
+    """Whether a step may leave parameters without a gradient, which DDP has to look for then."""
+
+    context: PyTorchTrialContext
+    model: nn.Module
+    plain_model: nn.Module
+    ema: Any
+    scaler: Any
+    optimizer: torch.optim.Optimizer
+    training_metrics: TrainingMetrics
+    stopping: Stopping
+    rank: int
+    seed: int
+    aggregation_frequency: int
+    batches_trained: int
+    on_batch_end: Callable[[], None]
+
+    # --- what a detector says of itself ---------------------------------------------------------------
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """The training model on the host, with its initial or pretrained weights."""
+
+    @abstractmethod
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of `model`'s parameters."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """Scalars on the device; "loss" is the one to minimise. `model` is the one that DDP wraps."""
+
+    def build_scaler(self) -> Any:
+        """A GradScaler, wrapped by the context, for fp16; None without."""
+        return None
+
+    def build_ema(self, model: nn.Module) -> Any:
+        """Averages the weights of `model`; None without."""
+        return None
+
+    def prepare_schedule(self) -> None:
+        """Builds the learning rate's schedule, once the optimizer is there."""
+
+    def before_batch(self, number: int) -> None:
+        """Sets the learning rate of batch `number`, from 0."""
+
+    def after_batch(self, number: int) -> None:
+        """After the optimizer's step of batch `number`."""
+
+    def clip_gradients(self) -> Callable[[Any], None] | None:
+        """Clips the gradients of the parameters it is given, in place; None to leave them."""
+        return None
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the forward pass."""
+        return torch.autocast(self.context.device.type, enabled=False)
+
+    # --- the step -------------------------------------------------------------------------------------
+
+    def train_batch(self, batch: Batch, epoch_idx: int, batch_idx: int) -> dict[str, Any]:
+        seed_all(self.seed, self.rank, batch_idx, 1)  # dropout and the like: no two slots alike, and a resume exact
+        self.before_batch(batch_idx)
+
+        try:
+            with self.autocast():
+                losses = self.losses(self.model, batch)
+        except FloatingPointError as error:  # Detectron2 looks itself
+            raise diverged(batch_idx, batch.image_ids) from error
+        loss = losses["loss"]
+        self.context.backward(loss if self.scaler is None else self.scaler.scale(loss))
+        self.context.step_optimizer(self.optimizer, clip_grads=self._clip(), scaler=self.scaler)
+        if (batch_idx + 1) % self.aggregation_frequency == 0:
+            if self.scaler is not None:
+                self.scaler.update()
+            if self.ema is not None:
+                self.ema.update(self.plain_model)
+        self.training_metrics.update(losses, batch_idx, batch.image_ids, len(batch.skipped))
+        self.training_metrics.waiting = self.training_loader.waiting
+        self.training_metrics.lr = float(self.optimizer.param_groups[0]["lr"])
+        self.batches_trained = batch_idx + 1
+        self.after_batch(batch_idx)
+        self.on_batch_end()
+        self.stopping.after_batch(self.batches_trained)
+        return {}  # of each tensor in here Determined makes a synchronisation a step
+
+    def _clip(self) -> Callable[[Any], None] | None:
+        clip = self.clip_gradients()
+        if clip is None or self.scaler is None:
+            return clip
+
+        def unscale_and_clip(parameters: Any) -> None:
+            self.scaler.unscale_(self.optimizer)
+            clip(parameters)
+
+        return unscale_and_clip

@@ -1,0 +1,115 @@
+"""The device of each process, and what one of them does for all. `torch.cuda` is a stand-in."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from shared.errors import UserError
+from shared.training import processes
+from shared.training.processes import choose_device, first_on_each_machine, local_processes
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine with two GPUs; what is asked of it, in order."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.append(("set_device", device)))
+    return asked
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_of_two_processes_has_a_device_of_its_own_before_the_first_collective(gpus, monkeypatch, rank):
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    for name, value in {**environment, "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("USE_TORCH_DISTRIBUTED", "")
+    collective = torch.distributed
+    monkeypatch.setattr(collective, "init_process_group", lambda backend: gpus.append(("init", backend)))
+    monkeypatch.setattr(collective, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(
+        collective, "broadcast_object_list", lambda objects, src, device: gpus.append(("broadcast", device))
+    )
+    context = SimpleNamespace(rank=rank, close=lambda: None)
+    monkeypatch.setattr(processes, "DistributedContext", lambda **arguments: context)
+    with local_processes() as (_, device):
+        assert device == torch.device("cuda", rank)
+    assert gpus == [("set_device", device), ("init", "nccl"), ("broadcast", device)]
+
+
+def test_more_processes_than_gpus_are_refused(gpus):
+    with pytest.raises(UserError, match="3 processes on a machine where torch sees 2 GPUs"):
+        choose_device(0, 3)
+
+
+def without_gpus(monkeypatch, error=None):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def init():
+        if error:
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+
+
+@pytest.mark.parametrize(
+    ("error", "environment", "reason"),
+    [
+        (RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Update"), None, "too old"),
+        (None, "", "CUDA_VISIBLE_DEVICES hides the GPUs"),
+        (None, None, "torch finds no GPU"),
+    ],
+)
+def test_one_line_says_that_it_trains_on_the_cpu_and_why(monkeypatch, caplog, error, environment, reason):
+    without_gpus(monkeypatch, error)
+    if environment is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", environment)
+    with caplog.at_level(logging.INFO):
+        assert choose_device(0, 1) == torch.device("cpu")
+    (line,) = caplog.messages
+    assert line.startswith("device: the CPU (")
+    assert reason in line
+
+
+def test_gpus_of_a_cluster_that_torch_cannot_use_are_an_error(monkeypatch):
+    without_gpus(monkeypatch, RuntimeError("The NVIDIA driver on your system is too old"))
+    with pytest.raises(UserError, match="gave this task 2 GPUs, and torch cannot use them: The NVIDIA driver"):
+        choose_device(0, 1, gpus_given=2)
+
+
+class Machine:
+    """The processes of one machine, one after the other; what they tell each other goes through `told`."""
+
+    def __init__(self, local_rank, told):
+        self.local_rank, self.told = local_rank, told
+
+    def allgather(self, error):
+        if self.local_rank == 0:
+            self.told.append(error)
+        return self.told
+
+
+def test_work_that_all_processes_share_is_done_on_the_first_and_found_by_the_others():
+    told, calls = [], []
+    for rank in (0, 1, 2):
+        assert first_on_each_machine(Machine(rank, told), lambda rank=rank: calls.append(rank) or rank) == rank
+    assert calls == [0, 1, 2]
+
+
+def test_an_error_on_the_first_process_is_the_error_of_all_and_nobody_tries_again():
+    told, calls = [], []
+
+    def refuse():
+        calls.append(1)
+        raise UserError("/x/train.json does not exist")
+
+    for rank in (0, 1, 2):
+        with pytest.raises(UserError, match="does not exist"):
+            first_on_each_machine(Machine(rank, told), refuse)
+    assert calls == [1]
