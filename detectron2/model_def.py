@@ -201,10 +201,10 @@ class Detectron2Trial(DetectionTrial):
     def build_evaluator(self, data: SplitData | RegisteredData) -> CocoEvaluator | OwnEvaluator:
         if isinstance(data, RegisteredData):
             evaluator = own_evaluator(data.names[0], self.iou_types, self.detectron2_config.rotated)
-            return OwnEvaluator(evaluator, has_share=self.rank < len(data.dicts), compute_here=self.rank == 0)
-        sigmas = self.detectron2_config.keypoint_sigmas
+            return OwnEvaluator(evaluator, self.rank < len(data.dicts), self.context.distributed.gather)
+        sigmas = self.detectron2_config.keypoint_sigmas or None
         return CocoEvaluator(
-            data.annotations, self.iou_types, compute_here=self.rank == 0, keypoint_sigmas=sigmas or None
+            data.annotations, self.iou_types, keypoint_sigmas=sigmas, gather=self.context.distributed.gather
         )
 
     def collate(self, training: bool) -> Callable[[list], Batch]:

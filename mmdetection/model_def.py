@@ -189,7 +189,7 @@ class MMDetectionTrial(DetectionTrial):
     def build_evaluator(self, data: SplitData | OwnData) -> CocoEvaluator | OwnEvaluator:
         if isinstance(data, SplitData):
             return super().build_evaluator(data)
-        return OwnEvaluator(data.dataset, own_arguments(self.mmdet_config), compute_here=self.rank == 0)
+        return OwnEvaluator(data.dataset, own_arguments(self.mmdet_config), self.context.distributed.gather)
 
     def collate(self, training: bool) -> Callable[[list], Batch]:
         return collate

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -201,20 +202,150 @@ def test_boxes_without_area_stay_in_the_evaluation():
     assert_like_pycocotools(coco, noisy(CocoAnnotations.from_dict(shapes_with(4))), ("bbox",))
 
 
+def on_slots(evaluators):
+    """What each slot's evaluator gives, with Determined's calls in its order; the chief's comes last to the gather."""
+    shares = [None] * len(evaluators)
+
+    def gather_of(rank):
+        def gather(share):
+            shares[rank] = pickle.loads(pickle.dumps(share))
+            return shares if rank == 0 else None
+
+        return gather
+
+    per_slot = [None] * len(evaluators)
+    for rank, evaluator in reversed(list(enumerate(evaluators))):
+        evaluator.gather = gather_of(rank)
+        per_slot[rank] = evaluator.per_slot_reduce()
+    per_slot = pickle.loads(pickle.dumps(per_slot))
+    return [evaluator.cross_slot_reduce(per_slot) for evaluator in evaluators], len(pickle.dumps(per_slot))
+
+
 @pytest.mark.parametrize("slots", [1, 2, 3])
-def test_any_number_of_slots_gives_the_same_bits_and_counts_each_image_once(slots):
-    annotations = CocoAnnotations.from_dict(shapes_with(16))
-    detections = noisy(annotations)
-    whole = evaluate(annotations, detections, ("bbox", "segm"))
-    per_slot = []
+@pytest.mark.parametrize("iou_types", [("bbox", "segm"), ("bbox", "keypoints")])
+def test_any_number_of_slots_gives_the_same_bits_and_counts_each_image_once(slots, iou_types):
+    annotations = CocoAnnotations.from_dict(with_keypoints(shapes_with(16)))
+    detections = noisy(annotations) if "segm" in iou_types else noisy_keypoints(annotations)
+    whole = evaluate(annotations, detections, iou_types)
+    evaluators = []
     for rank in range(slots):
-        evaluator = CocoEvaluator(annotations, ("bbox", "segm"), compute_here=rank == 0)
-        share = detections[rank::slots]
-        evaluator.update(share)
+        evaluator = CocoEvaluator(annotations, iou_types)
+        evaluator.update(detections[rank::slots])
         evaluator.update([detections[0]])  # as a slot that had to fill up a batch
-        per_slot.append(evaluator.per_slot_reduce())
-    chief = CocoEvaluator(annotations, ("bbox", "segm"))
-    assert chief.cross_slot_reduce(per_slot) == whole
+        evaluators.append(evaluator)
+    metrics, size = on_slots(evaluators)
+    assert repr(metrics) == repr([whole] * slots)  # nan is not nan
+    assert size < 4000  # what every slot gets
+
+
+def test_a_slot_without_detections_adds_none():
+    annotations = CocoAnnotations.from_dict(with_keypoints(shapes_with(4)))
+    for detections, iou_types in ((noisy(annotations), ("segm",)), (noisy_keypoints(annotations), ("keypoints",))):
+        full, empty = (CocoEvaluator(annotations, iou_types) for _ in range(2))
+        full.update(detections)
+        for evaluators in ([full, empty], [empty, full]):
+            assert repr(on_slots(evaluators)[0]) == repr([evaluate(annotations, detections, iou_types)] * 2)
+
+
+@pytest.mark.parametrize(("failing", "kind"), [(0, ValueError), (1, ValueError), (0, UserError)])
+def test_an_error_of_one_slot_is_raised_on_every_slot_after_the_reducers(failing, kind, monkeypatch):
+    annotations = CocoAnnotations.from_dict(shapes_with(4))
+    detections = noisy(annotations)
+    evaluators = [CocoEvaluator(annotations) for _ in range(2)]
+    for evaluator in evaluators:
+        evaluator.update(detections)
+
+    def fail():
+        raise kind("no such thing")
+
+    monkeypatch.setattr(evaluators[failing], "share" if failing else "open_truth", fail)
+    metrics, _ = on_slots(evaluators)
+    assert metrics == [{}, {}]
+    for evaluator in evaluators:
+        with pytest.raises(UserError if kind is UserError else RuntimeError, match="no such thing"):
+            evaluator.raise_if_failed()
+    monkeypatch.undo()
+    assert repr(on_slots(evaluators)[0]) == repr([evaluate(annotations, detections)] * 2)
+    for evaluator in evaluators:
+        evaluator.raise_if_failed()
+
+
+def test_labels_that_the_data_has_not_are_an_error():
+    annotations = CocoAnnotations.from_dict(shapes_with(2))
+    with pytest.raises(RuntimeError, match="labels 0 to 3, and the data has 3 categories"):
+        evaluate(annotations, [Detections(1, np.ones((2, 4)), [0.5, 0.5], [0, 3])])
+
+
+@pytest.mark.parametrize("first", [2**60, 2**63 - 17, -(2**60)])
+def test_ids_that_float64_cannot_hold(first):
+    coco, large = with_keypoints(shapes_with(16)), with_keypoints(shapes_with(16))
+    annotations = CocoAnnotations.from_dict(coco)
+    for image in large["images"]:
+        image["id"] += first
+    for annotation in large["annotations"]:
+        annotation["image_id"] += first
+        annotation["id"] = first + annotation["id"] % 2**53 if first < 0 else 2**63 - annotation["id"]
+        annotation["category_id"] += 2**60
+    large["categories"] = [{**category, "id": category["id"] + 2**60} for category in coco["categories"]]
+    for detections, iou_types in (
+        (noisy(annotations, tied=True), ("bbox", "segm")),
+        (noisy_keypoints(annotations), ("keypoints",)),
+    ):
+        expected = evaluate(annotations, detections, iou_types)
+        for name, value in pycocotools_metrics(coco, annotations, detections, iou_types[-1]).items():
+            assert expected[name] == pytest.approx(value, abs=1e-6, nan_ok=True), name
+        moved = [replace(detection, image_id=detection.image_id + first) for detection in detections]
+        ours = evaluate(CocoAnnotations.from_dict(large), moved, iou_types, [d.image_id for d in moved])
+        assert ours == pytest.approx(expected, nan_ok=True, abs=0)
+
+
+def test_images_in_another_order_than_their_ids():
+    coco = shapes_with(16)
+    coco["images"] = coco["images"][::-1]
+    assert_like_pycocotools(coco, noisy(CocoAnnotations.from_dict(coco), tied=True))
+
+
+def rle(height, width, counts=None):
+    full = coco_mask.encode(np.ones((height, width), np.uint8, order="F"))["counts"].decode()
+    return {"size": [height, width], "counts": full if counts is None else counts}
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        (rle(64, 256), r"size \[64, 256\], and the image's is \[128, 128\]"),
+        (rle(128, 128, "zzz~~~!"), "RLE that cannot be read"),
+        (rle(128, 128, [0, 5_000_000]), "RLE that cannot be read"),
+        (rle(128, 128, [-1, 5]), "RLE that cannot be read"),
+        ({"size": [128, 128]}, "neither polygons nor RLE"),
+        ({"size": None, "counts": [0, 128 * 128]}, "size None"),
+        ([1, 1, 5, 1, 5, 5], "not a list of polygons"),
+        ([[1, 1, None, 1, 5, 5]], "not a list of polygons"),
+        ([["1"] * 6], "not a list of polygons"),
+        ("mask", "neither polygons nor RLE"),
+        (7, "neither polygons nor RLE"),
+    ],
+)
+def test_a_segmentation_that_cannot_be_scored_is_refused_when_the_truth_is_opened(segmentation, message):
+    coco = shapes_with(4)
+    wrong = coco["annotations"][3]
+    wrong["segmentation"] = segmentation
+    annotations = CocoAnnotations.from_dict(coco)
+    where = f"annotation {wrong['id']}, on image {wrong['image_id']}, "
+    for iou_types in (("segm",), ("bbox", "segm")):
+        with pytest.raises(UserError, match=f"{where}.*{message}"):
+            CocoEvaluator(annotations, iou_types).open_truth()
+    CocoEvaluator(annotations, ("bbox",)).open_truth()
+
+
+@pytest.mark.parametrize("segmentation", [None, [], [[]], [[1, 1, 5, 5]], {}, rle(128, 128), rle(128, 128, [16384])])
+def test_an_object_without_a_mask_stays_in_the_evaluation(segmentation):
+    coco = shapes_with(4)
+    coco["annotations"][0]["segmentation"] = segmentation
+    annotations = CocoAnnotations.from_dict(coco)
+    metrics = evaluate(annotations, noisy(CocoAnnotations.from_dict(shapes_with(4))), ("segm",))
+    assert metrics.keys() == evaluate(annotations, [], ("segm",)).keys()
+    assert 0 < metrics["segm_mAP"] < 1
 
 
 def test_only_the_chosen_images_count():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,13 @@ from detectron2.evaluation import (
 )
 from detectron2.modeling import GeneralizedRCNN, detector_postprocess
 from detectron2.structures import Instances, RotatedBoxes
-from determined.pytorch import MetricReducer
 from hotcoco.mask import encode
 from pycocotools import mask as coco_mask
 from torch import nn
 
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
+from shared.evaluation.reducer import ChiefReducer, Gather
 
 _MASK_PIXELS = 2**27  # of masks at the image's size that are held at once: 128 MiB of booleans
 
@@ -130,18 +130,18 @@ class OwnResult:
     output: dict[str, Any]
 
 
-class OwnEvaluator(MetricReducer):
+class OwnEvaluator(ChiefReducer):
     """One of Detectron2's evaluators, which gathers over slots by itself: every slot computes with it.
 
     Args:
         has_share: whether this slot's images are its own; else it was given one that another slot has too.
-        compute_here: whether this slot returns the metrics; the others return {}.
+        gather: the way to the chief, see `ChiefReducer`.
     """
 
-    def __init__(self, evaluator: DatasetEvaluator, has_share: bool, compute_here: bool):
+    def __init__(self, evaluator: DatasetEvaluator, has_share: bool, gather: Gather):
+        super().__init__(gather)
         self.evaluator = evaluator
         self.has_share = has_share
-        self.compute_here = compute_here
         self.reset()
 
     def reset(self) -> None:
@@ -152,11 +152,11 @@ class OwnEvaluator(MetricReducer):
             for result in results:
                 self.evaluator.process([result.given], [result.output])
 
-    def per_slot_reduce(self) -> dict[str, float]:
+    def share(self) -> dict[str, float]:
         return flat_metrics(self.evaluator.evaluate() or {})
 
-    def cross_slot_reduce(self, per_slot_metrics: Sequence[dict[str, float]]) -> dict[str, float]:
-        return per_slot_metrics[0] if self.compute_here else {}
+    def metrics_of(self, shares: list[dict[str, float]]) -> dict[str, float]:
+        return shares[0]
 
 
 def flat_metrics(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Number
 from typing import Any
 
 import numpy as np
-from determined.pytorch import MetricReducer
 from hotcoco.mask import encode
 from mmcv import Config
 from mmdet.core import encode_mask_results
 from mmdet.datasets import CustomDataset
 
 from shared.evaluation.detections import Detections
+from shared.evaluation.reducer import ChiefReducer, Gather
 
 
 def to_detections(result: Any, image_id: int) -> Detections:
@@ -73,18 +73,18 @@ def own_arguments(config: Config) -> dict[str, Any]:
     return {key: value for key, value in (config.get("evaluation") or {}).items() if key not in _OF_THE_HOOK}
 
 
-class OwnEvaluator(MetricReducer):
+class OwnEvaluator(ChiefReducer):
     """Collects the results of all slots for `evaluate` of one of mmdet's data sets, each image once.
 
     Args:
         arguments: of `evaluate`, from the config's `evaluation` section.
-        compute_here: whether this slot computes; the others return {}.
+        gather: the way to the chief, see `ChiefReducer`.
     """
 
-    def __init__(self, dataset: CustomDataset, arguments: dict[str, Any], compute_here: bool):
+    def __init__(self, dataset: CustomDataset, arguments: dict[str, Any], gather: Gather):
+        super().__init__(gather)
         self.dataset = dataset
         self.arguments = arguments
-        self.compute_here = compute_here
         self._results: dict[int, Any] = {}
 
     def reset(self) -> None:
@@ -93,12 +93,10 @@ class OwnEvaluator(MetricReducer):
     def update(self, results: Iterable[OwnResult]) -> None:
         self._results.update({result.index: result.result for result in results})
 
-    def per_slot_reduce(self) -> dict[int, Any]:
+    def share(self) -> dict[int, Any]:
         return self._results
 
-    def cross_slot_reduce(self, per_slot_metrics: Sequence[dict[int, Any]]) -> dict[str, float]:
-        if not self.compute_here:
-            return {}
-        merged = {index: result for slot in per_slot_metrics for index, result in slot.items()}
+    def metrics_of(self, shares: list[dict[int, Any]]) -> dict[str, float]:
+        merged = {index: result for share in shares for index, result in share.items()}
         metrics = self.dataset.evaluate([merged[index] for index in range(len(self.dataset))], **self.arguments)
         return {name: float(value) for name, value in metrics.items() if isinstance(value, Number)}

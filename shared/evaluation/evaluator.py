@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import hotcoco
 import numpy as np
-from determined.pytorch import MetricReducer
 
-from shared.data.annotations import CocoAnnotations
+from shared.data.annotations import CocoAnnotations, ImageRecord
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
+from shared.evaluation.reducer import ChiefReducer, Gather, alone
 
 # name, recall instead of precision, IoU index (all where None), area index, index in max_dets (1, 10, 100):
 # the twelve lines of pycocotools' summary
@@ -82,11 +84,14 @@ def evaluate(
     return evaluator.compute()
 
 
-class CocoEvaluator(MetricReducer):
+class CocoEvaluator(ChiefReducer):
     """Collects `Detections`, on as many slots as there are, and computes the metrics once, on all of them.
 
-    An image that several slots have seen counts once. Only the slot with `compute_here` computes: the
-    others return {} from `cross_slot_reduce`.
+    An image that several slots have seen counts once.
+
+    Args:
+        image_ids, keypoint_sigmas: as of `evaluate`.
+        gather: the way to the chief, see `ChiefReducer`.
     """
 
     def __init__(
@@ -94,9 +99,10 @@ class CocoEvaluator(MetricReducer):
         annotations: CocoAnnotations,
         iou_types: Sequence[str] = ("bbox",),
         image_ids: Iterable[int] | None = None,
-        compute_here: bool = True,
         keypoint_sigmas: Sequence[float] | None = None,
+        gather: Gather = alone,
     ):
+        super().__init__(gather)
         for iou_type in iou_types:
             if iou_type not in IOU_TYPES:
                 raise ValueError(f"iou_types: {iou_type!r} is not one of {', '.join(map(repr, IOU_TYPES))}")
@@ -105,8 +111,9 @@ class CocoEvaluator(MetricReducer):
         self.keypoint_sigmas = keypoint_sigmas
         self.annotations = annotations
         self.iou_types = tuple(iou_types)
-        self.image_ids = np.unique(annotations.image_ids if image_ids is None else list(image_ids))
-        self.compute_here = compute_here
+        self._all_ids = np.sort(annotations.image_ids)
+        wanted = self._all_ids if image_ids is None else np.array([*image_ids], dtype=np.int64)
+        self.image_ids = np.intersect1d(wanted, self._all_ids)
         self._truth: hotcoco.COCO | None = None
         self.reset()
 
@@ -127,67 +134,54 @@ class CocoEvaluator(MetricReducer):
                     )
             self._detections[detection.image_id] = detection
 
-    def compute(self) -> dict[str, float]:
-        """The metrics of what this process has collected."""
-        return self.cross_slot_reduce([self.per_slot_reduce()])
+    def share(self) -> _Share:
+        """This slot's detections and skipped images, of those that are evaluated."""
+        evaluated = set(self.image_ids.tolist())
+        image_ids = sorted(self._detections.keys() & evaluated)
+        share = _Share.of(
+            self._positions(image_ids),
+            self._positions(sorted(self._skipped & evaluated)),
+            [self._detections[image_id] for image_id in image_ids],
+            masks="segm" in self.iou_types,
+            keypoints="keypoints" in self.iou_types,
+        )
+        categories = len(self.annotations.categories)
+        if len(share.labels) and not 0 <= share.labels.min() <= share.labels.max() < categories:
+            raise ValueError(
+                f"detections have the labels {share.labels.min()} to {share.labels.max()}, and the data has "
+                f"{categories} categories"
+            )
+        return share
 
-    def per_slot_reduce(self) -> tuple[np.ndarray, np.ndarray, list[dict] | None, np.ndarray | None, set[int]]:
-        """What this slot has seen: (images,) ids, (M, 7) rows of COCO's array format (image id, x, y, width,
-        height, score, category id) in float64, M RLE masks and (M, 3K) keypoints where they are evaluated, and the
-        ids left out."""
-        image_ids = sorted(self._detections.keys() & set(self.image_ids.tolist()))
-        collected = [self._detections[image_id] for image_id in image_ids]
-        counts = [len(detection) for detection in collected]
-        rows = np.empty((sum(counts), 7), dtype=np.float64)
-        masks, keypoints = None, None
-        if collected:
-            boxes = np.concatenate([detection.boxes for detection in collected]).astype(np.float64)
-            rows[:, 0] = np.repeat(image_ids, counts)
-            rows[:, 1:3] = boxes[:, :2]
-            rows[:, 3:5] = boxes[:, 2:] - boxes[:, :2]
-            rows[:, 5] = np.concatenate([detection.scores for detection in collected])
-            labels = np.concatenate([detection.labels for detection in collected])
-            rows[:, 6] = np.asarray(self.annotations.category_ids)[labels]
-            if "segm" in self.iou_types:
-                masks = [mask for detection in collected for mask in detection.masks]
-            if "keypoints" in self.iou_types:
-                keypoints = np.concatenate(
-                    [d.keypoints.reshape(len(d), -1) for d in collected if len(d)] or [rows[:, :0]]
-                )
-        return np.array(image_ids, dtype=np.int64), rows, masks, keypoints, self._skipped
-
-    def cross_slot_reduce(self, per_slot_metrics: Sequence[tuple]) -> dict[str, float]:
-        if not self.compute_here:
-            return {}
-        rows, masks, keypoints = _merge(per_slot_metrics)
-        skipped = set().union(*(slot[-1] for slot in per_slot_metrics))
-        image_ids = [image_id for image_id in self.image_ids.tolist() if image_id not in skipped]
+    def metrics_of(self, shares: list[_Share]) -> dict[str, float]:
+        found = _merge(shares)
+        images = np.setdiff1d(self._positions(self.image_ids), found.skipped).tolist()
         metrics: dict[str, float] = {}
         for iou_type in self.iou_types:
-            metrics.update(self._evaluate(iou_type, image_ids, rows, masks, keypoints))
-        if skipped:
-            metrics["skipped_images"] = len(skipped)
+            metrics.update(self._evaluate(iou_type, images, found))
+        if len(found.skipped):
+            metrics["skipped_images"] = len(found.skipped)
         return metrics
 
-    def _evaluate(
-        self,
-        iou_type: str,
-        image_ids: list[int],
-        rows: np.ndarray,
-        masks: list[dict] | None,
-        keypoints: np.ndarray | None,
-    ) -> dict[str, float]:
+    def _positions(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Images as hotcoco has them: the position among all of the file's ids, sorted. An id itself may be greater
+        than hotcoco's float64 rows can hold."""
+        return np.searchsorted(self._all_ids, np.asarray(image_ids, dtype=np.int64))
+
+    def _evaluate(self, iou_type: str, images: list[int], found: _Share) -> dict[str, float]:
         truth = self.open_truth()
-        found = truth.load_res(rows)
+        rows = found.rows()
+        results = truth.load_res(rows)
         if iou_type == "keypoints" and len(rows):
-            found = truth.load_res(_keypoint_results(rows, keypoints))
-        if iou_type == "segm" and masks:
-            found = truth.load_res(rows, segmentation=masks)
+            results = truth.load_res(_keypoint_results(rows, found.keypoints))
+        if iou_type == "segm" and len(rows):
+            masks = found.masks()
+            results = truth.load_res(rows, segmentation=masks)
             # small, medium and large are the masks' areas, as MMDetection and Detectron2 have it, not the boxes'
-            found.update_anns(ids=np.arange(1, len(rows) + 1), area=hotcoco.mask.area(masks))
-        evaluation = hotcoco.COCOeval(truth, found, iou_type)
+            results.update_anns(ids=np.arange(1, len(rows) + 1), area=hotcoco.mask.area(masks))
+        evaluation = hotcoco.COCOeval(truth, results, iou_type)
         params = evaluation.params
-        params.img_ids = image_ids
+        params.img_ids = images
         if iou_type == "keypoints" and self.keypoint_sigmas:
             params.kpt_oks_sigmas = list(self.keypoint_sigmas)
         evaluation.params = params
@@ -206,11 +200,90 @@ class CocoEvaluator(MetricReducer):
         return metrics
 
     def open_truth(self) -> hotcoco.COCO:
-        """The ground truth as hotcoco has it, made at the first evaluation."""
+        """The ground truth as `to_hotcoco` gives it, made at the first call. Called before a training, it refuses
+        there what the first validation could not score.
+
+        Raises:
+            UserError: see `to_hotcoco`.
+        """
         if self._truth is None:
             with_keypoints = "keypoints" in self.iou_types
             self._truth = to_hotcoco(self.annotations, masks="segm" in self.iou_types, keypoints=with_keypoints)
         return self._truth
+
+
+@dataclass
+class _Share:
+    """The detections of some images, in arrays: M of them, in the order of images.
+
+    Attributes:
+        images: (images,) int64 positions, see `CocoEvaluator`.
+        counts: (images,) int64, each image's detections.
+        skipped: (skipped,) int64 positions of images that cannot be read.
+        boxes: (M, 4) float32, x1 y1 x2 y2.
+        scores: (M,) float32.
+        labels: (M,) int32.
+        keypoints: (M, 3K) float32 where they are evaluated.
+        mask_sizes: (M, 2) int32, height and width; this and the next two where masks are evaluated.
+        mask_bytes: (bytes,) uint8, the masks' compressed RLE, one after the other.
+        mask_lengths: (M,) int32, bytes of each.
+    """
+
+    images: np.ndarray
+    counts: np.ndarray
+    skipped: np.ndarray
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    keypoints: np.ndarray | None = None
+    mask_sizes: np.ndarray | None = None
+    mask_bytes: np.ndarray | None = None
+    mask_lengths: np.ndarray | None = None
+
+    @classmethod
+    def of(
+        cls, images: np.ndarray, skipped: np.ndarray, detections: list[Detections], masks: bool, keypoints: bool
+    ) -> _Share:
+        """Of detections in the order of `images`."""
+        share = cls(
+            images=images,
+            counts=np.array([len(detection) for detection in detections], dtype=np.int64),
+            skipped=skipped,
+            boxes=np.concatenate([np.empty((0, 4), np.float32), *(d.boxes for d in detections)]),
+            scores=np.concatenate([np.empty(0, np.float32), *(d.scores for d in detections)]),
+            labels=np.concatenate([np.empty(0, np.int64), *(d.labels for d in detections)]).astype(np.int32),
+        )
+        if keypoints:
+            share.keypoints = np.concatenate(
+                [d.keypoints.reshape(len(d), -1) for d in detections if len(d)] or [np.empty((0, 0), np.float32)]
+            )
+        if masks:
+            rles = [mask for detection in detections for mask in detection.masks]
+            pieces = [c.encode() if isinstance(c := rle["counts"], str) else c for rle in rles]
+            share.mask_sizes = np.array([rle["size"] for rle in rles], dtype=np.int32).reshape(-1, 2)
+            share.mask_bytes = np.frombuffer(b"".join(pieces), np.uint8)
+            share.mask_lengths = np.array([len(piece) for piece in pieces], dtype=np.int32)
+        return share
+
+    def rows(self) -> np.ndarray:
+        """(M, 7) float64 of COCO's array format: image, x, y, width, height, score, category."""
+        rows = np.empty((len(self.boxes), 7), dtype=np.float64)
+        rows[:, 0] = np.repeat(self.images, self.counts)
+        rows[:, 1:5] = self.boxes
+        rows[:, 3:5] -= rows[:, 1:3]
+        rows[:, 5] = self.scores
+        rows[:, 6] = self.labels
+        return rows
+
+    def masks(self) -> list[dict]:
+        """M of COCO's RLE dicts."""
+        data, offsets = self.mask_bytes.tobytes(), _offsets(self.mask_lengths).tolist()
+        sizes, size_of = np.unique(self.mask_sizes, axis=0, return_inverse=True)
+        sizes = sizes.tolist()  # a few, that all masks share
+        return [
+            {"size": sizes[size], "counts": data[start:end]}
+            for size, start, end in zip(size_of.ravel().tolist(), offsets[:-1], offsets[1:], strict=True)
+        ]
 
 
 def _check_keypoints(annotations: CocoAnnotations, sigmas: Sequence[float] | None) -> None:
@@ -238,48 +311,84 @@ def _keypoint_results(rows: np.ndarray, keypoints: np.ndarray) -> list[dict]:
 
 
 def to_hotcoco(annotations: CocoAnnotations, masks: bool = True, keypoints: bool = False) -> hotcoco.COCO:
-    """The annotations as hotcoco's data set, in the file's own float64."""
+    """The annotations as hotcoco's data set, in the file's own float64.
+
+    Its images have the positions of their ids among all of the file's, sorted, its categories the labels, and its
+    annotations their rows in `annotations.columns` from 1 on: ids of a file may be negative, or greater than the
+    float64 of hotcoco's results can hold.
+
+    Raises:
+        UserError: a segmentation that is no polygon or RLE, an RLE of another size than its image.
+    """
     columns = annotations.columns
-    counts = np.diff(columns["offsets"])
-    segmentation = None
-    if masks:
-        segmentation = [piece or [] for record in annotations for piece in record.segmentations]
+    positions = np.empty(len(annotations), dtype=np.int64)
+    positions[np.argsort(annotations.image_ids)] = np.arange(len(annotations))
+    segmentation = _segmentations(annotations) if masks else None
     images = [
-        {"id": image_id, "height": height, "width": width, "file_name": ""}
-        for image_id, height, width in zip(
-            columns["image_ids"].tolist(), columns["heights"].tolist(), columns["widths"].tolist(), strict=True
+        {"id": position, "height": height, "width": width, "file_name": ""}
+        for position, height, width in zip(
+            positions.tolist(), columns["heights"].tolist(), columns["widths"].tolist(), strict=True
         )
     ]
-    if keypoints:  # which hotcoco takes a dict an annotation only
-        return hotcoco.COCO(
-            {
-                "images": images,
-                "categories": annotations.categories,
-                "annotations": _annotation_dicts(annotations, segmentation),
-            }
+    categories = [{**category, "id": label} for label, category in enumerate(annotations.categories)]
+    image_of = np.repeat(positions, np.diff(columns["offsets"]))
+    try:
+        if keypoints:  # which hotcoco takes a dict an annotation only
+            rows = _annotation_dicts(columns, image_of, segmentation)
+            return hotcoco.COCO({"images": images, "categories": categories, "annotations": rows})
+        return hotcoco.COCO.from_arrays(
+            images=images,
+            categories=categories,
+            image_ids=image_of,
+            category_ids=columns["labels"],
+            boxes=columns["boxes"],
+            area=columns["areas"],
+            iscrowd=columns["iscrowd"],
+            segmentation=segmentation,
         )
-    return hotcoco.COCO.from_arrays(
-        images=images,
-        categories=annotations.categories,
-        image_ids=np.repeat(columns["image_ids"], counts),
-        category_ids=np.asarray(annotations.category_ids)[columns["labels"]],
-        boxes=columns["boxes"],
-        ids=columns["annotation_ids"],
-        area=columns["areas"],
-        iscrowd=columns["iscrowd"],
-        segmentation=segmentation,
-    )
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{annotations.path or 'the annotations'} cannot be evaluated on: {error}") from error
 
 
-def _annotation_dicts(annotations: CocoAnnotations, segmentation: list | None) -> list[dict]:
-    columns = annotations.columns
+def _segmentations(annotations: CocoAnnotations) -> list[list | dict]:
+    """The segmentation of each annotation, [] where there is none, each one that hotcoco can score."""
+    segmentations = []
+    for record in annotations:
+        for piece in record.segmentations:
+            if wrong := _wrong_segmentation(piece, record) if piece else None:
+                annotation_id = annotations.columns["annotation_ids"][len(segmentations)]
+                raise UserError(
+                    f"{annotations.path or 'the annotations'}: the segmentation of annotation {annotation_id}, on "
+                    f"image {record.image_id}, {wrong}; correct it, or leave it out"
+                )
+            segmentations.append(piece or [])
+    return segmentations
+
+
+def _wrong_segmentation(segmentation: Any, record: ImageRecord) -> str | None:
+    if isinstance(segmentation, list):
+        if all(isinstance(polygon, list) and set(map(type, polygon)) <= {int, float} for polygon in segmentation):
+            return None
+        return "is not a list of polygons, each a list of numbers"
+    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
+        return "is neither polygons nor RLE with `size` and `counts`"
+    if segmentation["size"] != [record.height, record.width]:
+        return f"is RLE of the size {segmentation['size']}, and the image's is {[record.height, record.width]}"
+    try:
+        hotcoco.mask.area(segmentation)
+    except (TypeError, ValueError, OverflowError) as error:
+        return f"has RLE that cannot be read ({error})"
+    return None
+
+
+def _annotation_dicts(columns: dict[str, np.ndarray], image_of: np.ndarray, segmentation: list | None) -> list[dict]:
     rows = []
-    for i, image_id in enumerate(np.repeat(columns["image_ids"], np.diff(columns["offsets"])).tolist()):
+    for i, image in enumerate(image_of.tolist()):
         points = columns["keypoints"][i]
         row = {
-            "id": int(columns["annotation_ids"][i]),
-            "image_id": image_id,
-            "category_id": annotations.category_ids[columns["labels"][i]],
+            "id": i + 1,
+            "image_id": image,
+            "category_id": int(columns["labels"][i]),
             "bbox": columns["boxes"][i].tolist(),
             "area": float(columns["areas"][i]),
             "iscrowd": int(columns["iscrowd"][i]),
@@ -290,25 +399,40 @@ def _annotation_dicts(annotations: CocoAnnotations, segmentation: list | None) -
     return rows
 
 
-def _merge(per_slot: Sequence[tuple]) -> tuple[np.ndarray, list[dict] | None, np.ndarray | None]:
-    """All slots' rows, each image once and in the order of image ids: the same for any number of slots."""
-    seen: set[int] = set()
-    rows, masks, keypoints = [], [], []
-    for image_ids, slot_rows, slot_masks, slot_keypoints, _ in per_slot:
-        keep = ~np.isin(slot_rows[:, 0], list(seen & set(image_ids.tolist())))
-        seen.update(image_ids.tolist())
-        rows.append(slot_rows[keep])
-        if slot_masks is not None:
-            masks += [mask for mask, kept in zip(slot_masks, keep.tolist(), strict=True) if kept]
-        if slot_keypoints is not None and keep.any():
-            keypoints.append(slot_keypoints[keep])
-    merged = np.concatenate(rows)
-    order = np.argsort(merged[:, 0], kind="stable")
-    return (
-        merged[order],
-        [masks[i] for i in order.tolist()] if masks else None,
-        np.concatenate(keypoints)[order] if keypoints else None,
+def _merge(shares: list[_Share]) -> _Share:
+    """All slots' detections, each image once and in the order of positions: the same for any number of slots."""
+    images = np.concatenate([share.images for share in shares])
+    counts = np.concatenate([share.counts for share in shares])
+    kept_images, kept = np.unique(images, return_index=True)  # the first slot's, where several have an image
+    kept_counts, starts = counts[kept], _offsets(counts)[kept]
+    rows = np.repeat(starts - _offsets(kept_counts)[:-1], kept_counts) + np.arange(kept_counts.sum())
+
+    def rows_of(name: str) -> np.ndarray | None:
+        # those without detections do not know how many keypoints there are
+        parts = [part for share in shares if (part := getattr(share, name)) is not None and len(part)]
+        return np.concatenate(parts)[rows] if parts else getattr(shares[0], name)
+
+    merged = _Share(
+        images=kept_images,
+        counts=kept_counts,
+        skipped=np.unique(np.concatenate([share.skipped for share in shares])),
+        boxes=rows_of("boxes"),
+        scores=rows_of("scores"),
+        labels=rows_of("labels"),
+        keypoints=rows_of("keypoints"),
+        mask_sizes=rows_of("mask_sizes"),
+        mask_lengths=rows_of("mask_lengths"),
     )
+    if merged.mask_sizes is not None:
+        ends = _offsets(np.concatenate([share.mask_lengths for share in shares]))
+        data = np.concatenate([share.mask_bytes for share in shares])
+        pieces = zip(ends[starts].tolist(), ends[starts + kept_counts].tolist(), strict=True)
+        merged.mask_bytes = np.concatenate([data[:0], *(data[start:end] for start, end in pieces)])
+    return merged
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
 def _mean(values: np.ndarray) -> float:
