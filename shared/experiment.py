@@ -407,7 +407,8 @@ def parse_schedule(config: dict[str, Any], defaults: Mapping[str, Length] | None
     """How long to train and how often to validate, by Determined's own keys.
 
     Args:
-        defaults: of the keys `searcher.max_length`, `min_validation_period` and `min_checkpoint_period`.
+        defaults: of the keys `searcher.max_length`, `min_validation_period` and `min_checkpoint_period`; a period of 0
+            is one that is not given, as the master hands it over.
 
     Raises:
         UserError: no length is given, or one is not understood.
@@ -421,8 +422,9 @@ def parse_schedule(config: dict[str, Any], defaults: Mapping[str, Length] | None
         max_length = defaults["searcher.max_length"]
     else:
         raise UserError("searcher.max_length is missing; give it as {batches: 1000} or {epochs: 10}")
+    not_given = (None, 0, {}, *({unit: 0} for unit in _UNITS))
     periods = {
-        key: _length(config[key], key) if config.get(key) not in (None, 0, {}) else defaults.get(key)
+        key: defaults.get(key) if config.get(key) in not_given else _length(config[key], key)
         for key in ("min_validation_period", "min_checkpoint_period")
     }
     policy = config.get("checkpoint_policy") or "best"

@@ -86,6 +86,16 @@ def test_lengths():
     assert schedule.reporting_batches == 7
 
 
+def test_a_period_of_0_is_one_that_is_not_given():
+    # as the master fills it in
+    config = {"searcher": {"max_length": {"epochs": 3}}, "min_validation_period": {"batches": 0}}
+    assert parse_schedule(config).validation_period is None
+    own = {"min_validation_period": Length("epochs", 1)}
+    assert parse_schedule(config, own).validation_period == Length("epochs", 1)
+    with pytest.raises(UserError, match=r"min_checkpoint_period\.batches: -1 is not a positive whole number"):
+        parse_schedule({**config, "min_checkpoint_period": {"batches": -1}})
+
+
 def test_a_search_s_length_is_its_max_time():
     assert parse_schedule({"searcher": {"time_metric": "batches", "max_time": 50}}).max_length == Length("batches", 50)
 

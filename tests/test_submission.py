@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -13,34 +14,29 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import EXPERIMENT_SCHEMA, ROOT, reports, run_model_def
+from conftest import EXPERIMENT_SCHEMA, ROOT, WITHOUT_LIBRARY, reports, run_model_def
 from determined.common.context import read_v1_context
+from determined_master import DEFAULTS, LOG_POLICIES, SEARCHER_DEFAULTS, handed_over
 from tiny_models import CONFIGS, trial_classes
 
-from shared.experiment import Length, parse_data, parse_schedule, parse_section
+from shared.experiment import (
+    Length,
+    parse_data,
+    parse_schedule,
+    parse_searcher_metric,
+    parse_section,
+    per_slot_batch_size,
+)
 
-
-@pytest.fixture(scope="module")
-def experiment_schema():
-    """A validator of Determined's experiment configs."""
-    if not EXPERIMENT_SCHEMA.is_dir():
-        pytest.skip(f"{EXPERIMENT_SCHEMA} is not here: the schema is no part of the project")
-    import jsonschema
-    from referencing import Registry, Resource
-
-    schemas = [json.loads(path.read_text()) for path in EXPERIMENT_SCHEMA.glob("*.json")]
-    registry = Registry().with_resources([(schema["$id"], Resource.from_contents(schema)) for schema in schemas])
-    (root,) = (schema for schema in schemas if schema["$id"].endswith("/v0/experiment.json"))
-    return jsonschema.Draft7Validator(root, registry=registry)
-
-
-FILES = ["const.yaml", "distributed.yaml", "adaptive.yaml", "const_fake.yaml"]
-OTHERS = {
-    "efficientdet": ["bccd.yaml", "demo.yaml"],
-    "mmdetection": ["bccd.yaml", "maskrcnn.yaml", "fasterrcnn.yaml", "retinanet.yaml", "gfl.yaml"],
-    "detectron2": ["bccd.yaml", *(f"tutorial_{gpus}gpu.yaml" for gpus in (1, 2, 4, 8))],
+DETECTORS = ["efficientdet", "mmdetection", "detectron2"]
+SHIPPED = [path for detector in DETECTORS for path in sorted((ROOT / detector).glob("*.yaml"))]
+shipped = pytest.mark.parametrize("path", SHIPPED, ids=[f"{path.parent.name}/{path.name}" for path in SHIPPED])
+# bytes of the tensors of an image in a batch, at most: to train on and to validate on
+BYTES = {
+    "efficientdet": (1_965_000, 787_000),  # uint8 and the labelled anchors, 512 x 512
+    "mmdetection": (3 * 1344 * 800 * 4, 3 * 1344 * 800 * 4),  # float32
+    "detectron2": (3 * 1333 * 800, 3 * 1333 * 800),  # uint8
 }
-DETECTORS = list(OTHERS)
 # what makes any point of a search small
 SMALL = {
     "efficientdet": {
@@ -58,6 +54,24 @@ SMALL = {
 
 def load_yaml(path):
     return yaml.safe_load(path.read_text())
+
+
+def load_schema(name):
+    if not EXPERIMENT_SCHEMA.is_dir():
+        pytest.skip(f"{EXPERIMENT_SCHEMA} is not here: the schema is no part of the project")
+    return json.loads((EXPERIMENT_SCHEMA / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def experiment_schema():
+    """A validator of Determined's experiment configs."""
+    root = load_schema("experiment.json")
+    import jsonschema
+    from referencing import Registry, Resource
+
+    schemas = [json.loads(path.read_text()) for path in EXPERIMENT_SCHEMA.glob("*.json")]
+    registry = Registry().with_resources([(schema["$id"], Resource.from_contents(schema)) for schema in schemas])
+    return jsonschema.Draft7Validator(root, registry=registry)
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
@@ -98,21 +112,90 @@ def test_the_uploaded_context_trains_by_itself(detector, tmp_path):
     assert reports(tmp_path / "run", "val")
 
 
-@pytest.mark.parametrize(("detector", "name"), [(d, name) for d in DETECTORS for name in FILES + OTHERS[d]])
-def test_the_files_are_valid_by_determined_s_schema(detector, name, experiment_schema):
-    experiment_schema.validate(load_yaml(ROOT / detector / name))
+@shipped
+def test_a_file_is_valid_by_determined_s_schema(path, experiment_schema):
+    experiment_schema.validate(load_yaml(path))
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_the_files_hold_only_what_the_trial_knows(detector, name):
-    config = load_yaml(ROOT / detector / name)
-    trial_class = trial_classes()[detector]
-    parse_data(config, trial_class.data_class)
-    searcher = config["searcher"]
-    if searcher["name"] == "single":
-        parse_section(config["hyperparameters"], trial_class.hyperparameters_class, "hyperparameters")
-    else:
-        assert parse_schedule(config).max_length == Length(searcher["time_metric"], searcher["max_time"])
+def test_what_the_master_fills_in_is_what_its_schema_says():
+    def defaults(name):
+        found = {}
+        for key, of_key in load_schema(name)["properties"].items():
+            default, ref = of_key.get("default"), of_key.get("optionalRef", "").rpartition("/")[2]
+            if default == {} and ref and "properties" in load_schema(ref):
+                default = defaults(ref)
+            if default is not None:
+                found[key] = default
+        return found
+
+    def given(section):
+        return {key: given(of) if isinstance(of, dict) else of for key, of in section.items() if of is not None}
+
+    searcher = {"searcher": given(DEFAULTS["searcher"])}
+    assert {**defaults("experiment.json"), **searcher} == given(DEFAULTS)
+    for name, of_searcher in SEARCHER_DEFAULTS.items():
+        filled = {**searcher["searcher"], **given(of_searcher)}
+        assert defaults(f"searcher-{name.replace('_', '-')}.json") == filled
+
+
+@shipped
+def test_a_file_is_accepted_as_the_master_hands_it_over(path):
+    written = load_yaml(path)
+    trial_class = trial_classes().get(path.parent.name)
+    if trial_class is None:
+        pytest.skip(WITHOUT_LIBRARY[path.parent.name])
+    for seed in range(3 if written["searcher"]["name"] != "single" else 1):
+        trial = object.__new__(trial_class)  # what reads the config, without data and model
+        trial.config = handed_over(written)
+        hyperparameters = draw(written["hyperparameters"], random.Random(seed))
+        trial.hparams = parse_section(hyperparameters, trial_class.hyperparameters_class, "hyperparameters")
+        trial.data = parse_data(trial.config, trial_class.data_class)
+        trial.read_own_config()
+        schedule = parse_schedule(trial.config, trial.default_lengths())
+        metric = parse_searcher_metric(trial.config, trial.reported_metrics())
+
+        assert trial_class.input_scale({**trial.config, "hyperparameters": hyperparameters}) is not None
+        assert per_slot_batch_size(trial.hparams.global_batch_size, trial.config["resources"]["slots_per_trial"])
+        assert (metric.name, metric.smaller_is_better) == (written["searcher"]["metric"], False)
+        assert schedule.max_length.count > 0
+        for key, period in [
+            ("min_validation_period", schedule.validation_period),
+            ("min_checkpoint_period", schedule.checkpoint_period),
+        ]:
+            assert period is None or period.count > 0
+            assert key not in written or {period.unit: period.count} == written[key]
+        if written["searcher"]["name"] != "single":
+            assert schedule.max_length == Length(written["searcher"]["time_metric"], written["searcher"]["max_time"])
+
+
+@shipped
+def test_a_file_s_log_policy_tells_an_error_that_no_restart_mends(path):
+    # Go's RE2, in which a master searches each line of the log, and Python's `re` read this pattern alike
+    (policy,) = load_yaml(path)["log_policies"]
+    assert policy["action"] == "cancel_retries"
+    for line in ("not retried: error: data.train is missing\n", "shared.launch: not retried: error: no loss\n"):
+        assert re.search(policy["pattern"], line)
+    for line in (
+        "error: a worker was killed\n",
+        "RuntimeError: error: CUDA\n",
+        json.dumps(policy),
+        yaml.safe_dump(policy),
+    ):
+        assert not re.search(policy["pattern"], line)
+    assert not {policy["name"]} & {of_master["name"] for of_master in LOG_POLICIES}
+
+
+@shipped
+def test_the_batches_that_wait_fit_into_dev_shm(path):
+    config = load_yaml(path)
+    batch = config["hyperparameters"]["global_batch_size"]
+    batch = max(batch["vals"]) if isinstance(batch, dict) else batch
+    slots = config["resources"]["slots_per_trial"]
+    to_train, to_validate = BYTES[path.parent.name]
+    validated = batch if path.parent.name == "efficientdet" else slots  # the others detect on one image a slot
+    # two a worker wait in each loader; the slots of an agent share a container
+    waiting = 2 * config["data"]["workers"] * (batch * to_train + validated * to_validate)
+    assert waiting < 0.75 * config["resources"].get("shm_size", 4 * 2**30)
 
 
 def draw(space, rng):
@@ -143,7 +226,8 @@ def test_points_of_the_search_train(detector, shapes, train, seed):
 
 
 def test_hydra_s_job_is_the_experiment_of_the_yaml_file(experiment_schema):
-    hydra = pytest.importorskip("hydra")
+    pytest.importorskip("hydra.core")  # `hydra` alone is found as MMDetection's folder of that name
+    import hydra
     from omegaconf import OmegaConf
 
     configs = ROOT / "mmdetection/hydra/configs"
@@ -160,6 +244,7 @@ def test_hydra_s_job_is_the_experiment_of_the_yaml_file(experiment_schema):
     search = job("searcher=adaptive", "hyperparameters.global_batch_size={type: categorical, vals: [8, 16]}")
     experiment_schema.validate(search)
     assert search["searcher"]["name"] == "adaptive_asha"
+    assert parse_schedule(handed_over(search)).max_length == Length("batches", 30000)
     assert search["hyperparameters"]["global_batch_size"] == {"type": "categorical", "vals": [8, 16]}
 
 
