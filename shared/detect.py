@@ -60,9 +60,11 @@ def evaluate(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -
             for found in detected:
                 if isinstance(found, Detections):
                     results[found.image_id] = to_coco_results(found, category_ids)
-        gathered = trial.context.distributed.gather((evaluator.per_slot_reduce(), results))
+        distributed = trial.context.distributed
+        gathered = distributed.gather(results)
+        metrics = evaluator.cross_slot_reduce(distributed.allgather(evaluator.per_slot_reduce()))
+        evaluator.raise_if_failed()
         if trial.rank == 0:
-            metrics = evaluator.cross_slot_reduce([slot for slot, _ in gathered])
             print(metrics_table(metrics, trial.iou_types))
             if arguments.output:
                 plain = {name: None if value != value else value for name, value in metrics.items()}
@@ -93,7 +95,7 @@ def predict(trial_class: type[DetectionTrial], arguments: argparse.Namespace) ->
                 {**result, "file_name": file_name} for result in to_coco_results(detections, annotations.category_ids)
             ]
             seconds["drawing"] += time.perf_counter() - started
-        gathered = trial.context.distributed.gather((None, results))
+        gathered = trial.context.distributed.gather(results)
         if trial.rank == 0:
             images, count, drawn = _write_results(arguments.output, gathered, arguments.min_score)
             print(
@@ -211,11 +213,9 @@ def _known_image_ids(data: DataConfig) -> dict[str, int]:
     return {annotations.file_name(i): int(image_id) for i, image_id in enumerate(annotations.image_ids)}
 
 
-def _write_results(
-    folder: Path, gathered: list[tuple[Any, dict[int, list[dict]]]], min_score: float = 0.0
-) -> tuple[int, int, int]:
+def _write_results(folder: Path, gathered: list[dict[int, list[dict]]], min_score: float = 0.0) -> tuple[int, int, int]:
     """Returns how many images and detections there are, and how many detections of at least `min_score`."""
-    by_image = {image_id: found for _, results in gathered for image_id, found in results.items()}
+    by_image = {image_id: found for results in gathered for image_id, found in results.items()}
     results = [result for _, found in sorted(by_image.items()) for result in found]
     (folder / "results.json").write_text(json.dumps(results))
     return len(by_image), len(results), sum(result["score"] >= min_score for result in results)

@@ -77,7 +77,7 @@ class EvaluationBatchSampler(Sampler):
     counts it once, and no slot stands without a batch.
 
     Args:
-        stop: asked before each batch; the rest is left out where it says so.
+        stop: asked before each batch but the first; the rest is left out where it says so.
     """
 
     def __init__(
@@ -96,4 +96,5 @@ class EvaluationBatchSampler(Sampler):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return itertools.takewhile(lambda _: not self.stop(), self.batches)
+        yield self.batches[0]  # without which there is nothing to reduce
+        yield from itertools.takewhile(lambda _: not self.stop(), self.batches[1:])

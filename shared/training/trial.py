@@ -19,6 +19,7 @@ from tabulate import tabulate
 from shared.data.dataset import BadImages
 from shared.data.input_scale import InputScale
 from shared.data.seeding import seed_all
+from shared.evaluation.evaluator import CocoEvaluator
 from shared.experiment import (
     Length,
     parse_data,
@@ -36,7 +37,7 @@ from shared.training.determined_fixes import (
     wrap_model,
 )
 from shared.training.loop import aggregation_frequency, periods_of
-from shared.training.processes import first_on_each_machine
+from shared.training.processes import first_on_each_machine, on_chief
 from shared.training.reports import Reports
 from shared.training.stopping import Stopping
 from shared.training.training_metrics import TrainingMetrics
@@ -118,6 +119,8 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
             self.optimizer = context.wrap_optimizer(self.build_optimizer(self.plain_model))
             self.prepare_schedule()
             self.evaluator = context.wrap_reducer(self.build_evaluator(self.val_data), for_training=False)
+            if isinstance(self.evaluator, CocoEvaluator):  # what it cannot score is refused here
+                on_chief(distributed, lambda: self.evaluator.open_truth() and None)
             if self.rank == 0:
                 logger.info("\n%s", tabulate(self._summary(), tablefmt="plain"))
 

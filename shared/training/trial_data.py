@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
-from determined.pytorch import MetricReducer, PyTorchTrialContext
+from determined.pytorch import PyTorchTrialContext
 from torch.utils.data import DataLoader, Dataset
 
 from shared.data.dataset import BadImages
@@ -16,6 +16,7 @@ from shared.data.loading import Batch, NotingSkipped, PrefetchLoader, start_work
 from shared.data.samplers import EvaluationBatchSampler, TrainingBatchSampler
 from shared.data.seeding import seed_all
 from shared.evaluation.evaluator import CocoEvaluator
+from shared.evaluation.reducer import ChiefReducer
 from shared.experiment import DataConfig, SplitData, open_split, open_train_and_val
 from shared.training.stopping import Stopping, outlive_signals
 
@@ -100,10 +101,10 @@ class TrialData:
         """Which of the validation images count: all, where the detector says nothing else."""
         return range(count)
 
-    def build_evaluator(self, data: SplitData) -> MetricReducer:
+    def build_evaluator(self, data: SplitData) -> ChiefReducer:
         """The evaluator over the images of `evaluated_images`: `update` takes what `detect` returns."""
         image_ids = data.annotations.image_ids[list(self.evaluated_images(len(data.annotations)))]
-        return CocoEvaluator(data.annotations, self.iou_types, image_ids, compute_here=self.rank == 0)
+        return CocoEvaluator(data.annotations, self.iou_types, image_ids, gather=self.context.distributed.gather)
 
     # --- loaders --------------------------------------------------------------------------------------
 

@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from determined.pytorch import MetricReducer, PyTorchCallback, PyTorchTrialContext
+from determined.pytorch import PyTorchCallback, PyTorchTrialContext
 from torch import nn
 
 from shared.data.loading import Batch, to_device
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import summary_metrics
+from shared.evaluation.reducer import ChiefReducer
 
 if TYPE_CHECKING:
     from shared.training.trial import DetectionTrial
@@ -38,7 +39,7 @@ class TrialValidation:
     context: PyTorchTrialContext
     plain_model: nn.Module
     ema: Any
-    evaluator: MetricReducer
+    evaluator: ChiefReducer
     slots: int
 
     # --- what a detector says of itself ---------------------------------------------------------------
@@ -103,6 +104,7 @@ class ValidationResult(PyTorchCallback):
 
     def on_validation_end(self, metrics: dict[str, Any]) -> None:
         trial = self.trial
+        trial.evaluator.raise_if_failed()
         wanted = trial.searcher_metric.name
         if wanted not in metrics:
             raise UserError(
