@@ -96,5 +96,5 @@ class EvaluationBatchSampler(Sampler):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        yield self.batches[0]  # without which there is nothing to reduce
+        yield from self.batches[:1]  # without which there is nothing to reduce
         yield from itertools.takewhile(lambda _: not self.stop(), self.batches[1:])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shared.data.once import once
 from shared.errors import UserError
 
 CATEGORIES_FILE = "categories.json"
@@ -63,13 +64,37 @@ def find_checkpoint(name: str) -> Path:
         ) from None
     if not os.environ.get("DET_MASTER"):
         raise UserError(f"checkpoint {name} looks like a UUID on a cluster; set DET_MASTER to its address")
-    from determined.experimental import client
+    return _downloaded(name)
 
-    folder = Path(tempfile.gettempdir()) / f"checkpoint-{name}"
+
+def _downloaded(checkpoint: str) -> Path:
+    """The folder of a cluster's checkpoint in the user's cache, downloaded once. A download that is cut off is never
+    there, and nobody else can put weights in its place."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     try:
-        return Path(client.get_checkpoint(name).download(str(folder)))
-    except Exception as error:  # the SDK has no base class for what the network and the master answer
-        raise UserError(f"checkpoint {name} cannot be had from {os.environ['DET_MASTER']}: {error}") from error
+        folder = Path(tempfile.mkdtemp() if cache.startswith("~") else cache) / "detection_checkpoints"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise UserError(f"{folder} is another user's; set XDG_CACHE_HOME to a folder of yours")
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be made a folder ({error.strerror}); set XDG_CACHE_HOME") from error
+    place = folder / checkpoint
+
+    def find() -> Path | None:
+        return place if place.is_dir() else None
+
+    def make() -> Path:
+        from determined.experimental import client
+
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            try:
+                client.get_checkpoint(checkpoint).download(f"{aside}/{checkpoint}")
+            except Exception as error:  # the SDK has no base class for what the network and the master answer
+                master = os.environ["DET_MASTER"]
+                raise UserError(f"checkpoint {checkpoint} cannot be had from {master}: {error}") from error
+            return Path(aside, checkpoint).rename(place)
+
+    return once([folder / f"{checkpoint}.lock"], find, make)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from shared.training.trial import DetectionTrial
 
 
+SECONDS_BETWEEN_UPLOADS = 1.1  # of TensorBoard's files: what comes within a second of the last is not sent
+
+
 @contextlib.contextmanager
 def trial_context(
     config: dict[str, Any],
@@ -172,7 +175,7 @@ class _Loop(pytorch._PyTorchTrialController):
     def _run(self) -> None:
         super()._run()
         if not self.local_training:
-            time.sleep(1.1)  # what comes within a second of the last upload is not sent
+            time.sleep(SECONDS_BETWEEN_UPLOADS)
             self._upload_tb_files()
 
     def _train(self, length: pytorch.TrainUnit, train_boundaries: list) -> None:

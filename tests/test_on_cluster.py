@@ -1,0 +1,162 @@
+"""`model_def.py` as a task of a cluster, with the config as a master hands it over; tests/cluster has a real one."""
+
+import math
+import sys
+
+import pytest
+from cluster_task import become_a_task
+from conftest import reports
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_models import efficientdet_config
+
+from shared import launch
+from shared.training.checkpoints import load_state, read_checkpoint
+
+
+@pytest.fixture
+def trial_class():
+    from model_def import EfficientDetTrial
+
+    return EfficientDetTrial
+
+
+@pytest.fixture
+def config(shapes):
+    config = efficientdet_config(shapes)
+    config["data"]["workers"] = 0
+    config["checkpoint_policy"] = "all"
+    return config
+
+
+@pytest.fixture
+def run_task(monkeypatch, tmp_path, trial_class):
+    """Trains as a task, in this process; its master."""
+
+    def call(config, name="task", trial_class=trial_class, **of_the_task):
+        folder = tmp_path / name
+        master = become_a_task(monkeypatch, folder, config, **of_the_task)
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["model_def.py"])
+        try:
+            launch.main(trial_class)
+        except SystemExit as ended:
+            master.exit_status = ended.code
+        return master
+
+    return call
+
+
+def test_a_task_trains_validates_and_saves_with_the_defaults_that_a_master_fills_in(config, run_task, capsys):
+    del config["min_validation_period"]
+    master = run_task(config)
+    assert list(master.of("validation")) == [12]
+    assert read_checkpoint(master.checkpoints[-1]).batches == 12
+    assert "AP/rectangle" in capsys.readouterr().out  # the table that a run off the cluster ends with
+
+
+def test_the_master_gets_the_numbers_that_steer_and_none_that_is_undefined(config, run_task):
+    config["searcher"]["metric"] = "bbox_mAP_50"
+    master = run_task(config)
+    for metrics in master.of("validation").values():
+        assert {"bbox_mAP", "bbox_mAP_50", "bbox_mAP_75"} <= metrics.keys()
+        assert not any("_AR_" in name or "AP/" in name for name in metrics)
+        assert all(math.isfinite(value) for value in metrics.values())
+    for metrics in master.of("training").values():
+        assert metrics.keys() == {"loss", "class_loss", "box_loss", "lr", "batches", "epochs"}
+        assert isinstance(float(metrics["lr"]), float)
+
+
+def test_tensorboard_has_groups_pictures_and_the_last_validation_and_is_uploaded_after_it(config, run_task):
+    master = run_task(config)
+    events = EventAccumulator(str(master.tensorboard))
+    events.Reload()
+    scalars = events.Tags()["scalars"]
+    assert {"train/loss", "train/images_per_second", "val/bbox_mAP", "val/bbox_AR_100"} <= set(scalars)
+    assert "categories/bbox_AP/circle" in scalars
+    assert [event.step for event in events.Scalars("val/bbox_mAP")] == [4, 8, 12]
+    assert [event.step for event in events.Images("val/detections")] == [4, 8, 12]
+    assert master.uploads[-1] == len(master.reports)
+
+
+def test_progress_is_told_also_of_a_run_that_is_shorter_than_a_report(config, run_task):
+    config["scheduling_unit"] = 100
+    master = run_task(config)
+    assert master.progress[0] == pytest.approx(1 / 3)
+    assert master.progress[-1] == 1.0
+
+
+def test_a_trial_that_the_searcher_has_stopped_trains_no_batch_after_that_validation(config, run_task):
+    master = run_task(config, stops_at=8)
+    assert list(master.of("validation")) == [4, 8]
+    assert max(master.of("training")) == 8
+    assert read_checkpoint(master.checkpoints[-1]).batches == 8
+
+
+def test_a_restarted_task_goes_on_where_its_checkpoint_is(config, run_task):
+    whole = run_task(config, "whole")
+    first = run_task(config, "restarted")
+    saved = next(path for path in first.checkpoints if read_checkpoint(path).batches == 4)
+    again = run_task(config, "restarted", latest_checkpoint=saved.name, steps_completed=4)
+    assert list(again.of("validation")) == [8, 12]
+    expected = whole.of("validation")
+    assert again.of("validation") == {batches: expected[batches] for batches in (8, 12)}
+    states = [
+        load_state(master.checkpoints[-1] / "state_dict.pth")["models_state_dict"][0] for master in (again, whole)
+    ]
+    assert all((states[0][name] == weight).all() for name, weight in states[1].items())
+
+
+def errors(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+
+
+SEARCH = {"name": "adaptive_asha", "max_trials": 2, "time_metric": "batches", "max_time": 12}
+
+
+@pytest.mark.parametrize("searcher", [{}, SEARCH], ids=["single", "search"])
+def test_what_no_restart_mends_ends_in_one_line_at_error_that_the_log_policy_knows(config, run_task, caplog, searcher):
+    config["data"]["val"]["annotations"] = "/x/val.json"
+    config["searcher"].update(searcher)
+    master = run_task(config)
+    assert master.exit_status == 1  # and no early exit as an invalid hyperparameter, which a master calls completed
+    assert errors(caplog) == [
+        "not retried: error: data.val.annotations: /x/val.json does not exist or cannot be read "
+        "(No such file or directory)"
+    ]
+    assert caplog.records[-1].levelname == "ERROR"
+
+
+def test_a_batch_smaller_than_the_slots_ends_so_too(config, run_task, caplog):
+    config["hyperparameters"]["global_batch_size"] = 0
+    assert run_task(config).exit_status == 1
+    assert errors(caplog)[-1].startswith("not retried: error: hyperparameters.global_batch_size: 0")
+
+
+def test_a_training_that_diverges_ends_so_too_and_reports_nothing_more(config, run_task, trial_class, caplog):
+    class Diverging(trial_class):
+        def losses(self, model, batch):
+            losses = super().losses(model, batch)
+            return {**losses, "loss": losses["loss"] * (math.nan if self.batches_trained >= 5 else 1)}
+
+    Diverging.__module__ = "model_def"
+    master = run_task(config, trial_class=Diverging)
+    assert master.exit_status == 1
+    assert errors(caplog)[-1].startswith("not retried: error: the loss is not finite since batch 6")
+    assert list(master.of("validation")) == [4]
+
+
+def test_gpus_that_torch_cannot_use_are_said_and_not_trained_without(config, run_task, caplog):
+    master = run_task(config, gpu_uuids=("GPU-1", "GPU-2"))
+    assert master.exit_status == 1
+    assert "the cluster gave this task 2 GPUs, and torch cannot use them" in errors(caplog)[-1]
+
+
+def test_a_checkpoint_of_a_cluster_goes_on_off_it_with_the_same_count_of_batches(
+    config, run_task, train, trial_class, monkeypatch
+):
+    master = run_task(config)
+    saved = next(path for path in master.checkpoints if read_checkpoint(path).batches == 8)
+    monkeypatch.undo()  # off the cluster
+    run = train(trial_class, config, name="here", resume=str(saved))
+    assert [report["batches"] for report in reports(run)] == [10, 12, 12]
+    assert read_checkpoint(run / "checkpoints/last").batches == 12
