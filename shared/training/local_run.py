@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -181,10 +182,13 @@ class LocalRun(PyTorchCallback):
 @contextlib.contextmanager
 def full_disk_as_error(folder: RunFolder) -> Iterator[None]:
     """Raises UserError where a checkpoint or a report cannot be written."""
+    print_of_thread = threading.excepthook
+    # TensorBoard's thread: what it raises there is raised here too, at the next report
+    threading.excepthook = lambda ended: None if _is_of_disk(ended.exc_value) else print_of_thread(ended)
     try:
         yield
     except (OSError, RuntimeError) as error:
-        of_disk = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+        of_disk = _is_of_disk(error)
         # shutil.copytree gathers what went wrong as text; torch.save says where in its own code
         of_copy = isinstance(error, shutil.Error) and "[Errno" in str(error)
         of_torch = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
@@ -196,6 +200,12 @@ def full_disk_as_error(folder: RunFolder) -> Iterator[None]:
             f"{folder.path} cannot be written ({reason}; {free:,.0f} MiB are free there). The checkpoints that it "
             "holds are whole: make room, and go on with --resume last"
         ) from error
+    finally:
+        threading.excepthook = print_of_thread
+
+
+def _is_of_disk(error: BaseException | None) -> bool:
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -109,7 +109,8 @@ class TrialStep:
         self.after_batch(batch_idx)
         self.on_batch_end()
         self.stopping.after_batch(self.batches_trained)
-        return {}  # of each tensor in here Determined makes a synchronisation a step
+        # a number of the host: of each tensor in here Determined makes a synchronisation a step
+        return {"lr": self.training_metrics.lr}
 
     def _clip(self) -> Callable[[Any], None] | None:
         clip = self.clip_gradients()

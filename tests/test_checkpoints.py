@@ -1,0 +1,58 @@
+"""A cluster's checkpoints, by their UUID."""
+
+import stat
+import uuid
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from determined.experimental import client
+
+from shared.errors import UserError
+from shared.training.checkpoints import find_checkpoint
+
+UUID = str(uuid.UUID(int=7))
+
+
+@pytest.fixture
+def downloads(monkeypatch, tmp_path):
+    """A master with one checkpoint; the folders that it was downloaded to. The first download is cut off."""
+    folders = []
+
+    def download(folder):
+        folders.append(folder)
+        path = Path(folder)
+        path.mkdir()
+        (path / "state_dict.pth").write_bytes(b"half")
+        if len(folders) == 1:
+            raise ConnectionError("the connection was lost")
+        (path / "state_dict.pth").write_bytes(b"whole")
+        return folder
+
+    monkeypatch.setenv("DET_MASTER", "http://127.0.0.1:1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(client, "get_checkpoint", lambda uuid: SimpleNamespace(download=download))
+    return folders
+
+
+def test_a_download_that_was_cut_off_is_made_anew_and_a_whole_one_is_not(downloads):
+    with pytest.raises(UserError, match=f"checkpoint {UUID} cannot be had from .*the connection was lost"):
+        find_checkpoint(UUID)
+    place = find_checkpoint(UUID)
+    assert (place / "state_dict.pth").read_bytes() == b"whole"
+    assert find_checkpoint(UUID) == place
+    assert len(downloads) == 2
+
+
+def test_nobody_else_can_put_weights_in_the_place_of_a_download(downloads, tmp_path):
+    with pytest.raises(UserError):
+        find_checkpoint(UUID)
+    folder = find_checkpoint(UUID).parent
+    assert folder.is_relative_to(tmp_path / "cache")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_uuid_without_a_master_says_what_to_set(monkeypatch):
+    monkeypatch.delenv("DET_MASTER", raising=False)
+    with pytest.raises(UserError, match="set DET_MASTER"):
+        find_checkpoint(UUID)
