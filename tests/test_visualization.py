@@ -1,9 +1,15 @@
 """Pictures of detections."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
+from matplotlib import pyplot
 from PIL import Image
 from pycocotools import mask as coco_mask
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from shared.data import synthetic
 from shared.data.annotations import CocoAnnotations
@@ -28,6 +34,66 @@ def test_a_png_has_the_image_s_size_and_shows_only_sure_detections(detections, t
     assert (drawn[35:48, 45:65] != 255).any(axis=2).mean() > 0.9  # the mask
     assert (drawn[:9, :9] == 255).all()  # score 0.1
     assert (drawn[55:, :] == 255).all()
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 60), (1200, 900), (1001, 333)])
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_a_box_s_line_lies_on_the_edge_of_what_it_is_around(width, height, shift, tmp_path):
+    x1, y1, x2, y2 = box = np.array([width // 4, height // 3, width // 2, 3 * height // 4]) + shift
+    image = np.full((height, width, 3), 255, np.uint8)
+    image[int(y1) : int(y2), int(x1) : int(x2)] = 0
+    categories = [{"id": 1, "name": ""}]
+    drawn = {}
+    for name, boxes in (("without", np.zeros((0, 4))), ("with", [box])):
+        figure = figure_of(
+            Image.fromarray(image), Detections(1, boxes, [0.9] * len(boxes), [0] * len(boxes)), categories, 0
+        )
+        for text in figure.axes[0].texts:
+            text.set_visible(False)
+        save(figure, tmp_path / "p.png")
+        drawn[name] = np.asarray(Image.open(tmp_path / "p.png").convert("RGB")).astype(float)
+    np.testing.assert_array_equal(drawn["without"], image)  # pixel for pixel
+    covered = ((drawn["with"] - image) / (np.array([31, 119, 180]) - image))[..., 1]  # by the line, tab:blue
+    row, column = covered[int(y1 + y2) // 2], covered[:, int(x1 + x2) // 2]
+    for across, edges in ((row, (x1, x2)), (column, (y1, y2))):
+        middle = int(sum(edges)) // 2
+        for edge, start, part in ((edges[0], 0, across[:middle]), (edges[1], middle, across[middle:])):
+            centers = start + np.arange(len(part)) + 0.5
+            assert (centers * part).sum() / part.sum() == pytest.approx(edge, abs=0.05)
+
+
+def test_a_mask_covers_its_own_pixels(tmp_path):
+    mask = np.zeros((60, 80), np.uint8, order="F")
+    mask[20:40, 30:60] = 1
+    detections = Detections(1, [[0, 0, 0, 0]], [0.9], [0], masks=[coco_mask.encode(mask)])
+    figure = figure_of(Image.new("RGB", (80, 60), "white"), detections, [{"id": 1, "name": ""}], 0)
+    for artist in (*figure.axes[0].texts, *figure.axes[0].patches):
+        artist.set_visible(False)
+    save(figure, tmp_path / "p.png")
+    drawn = np.asarray(Image.open(tmp_path / "p.png").convert("RGB"))
+    np.testing.assert_array_equal((drawn != 255).any(axis=2), mask > 0)
+
+
+def test_tensorboard_takes_the_figures_and_none_stays_open(tmp_path):
+    annotations = CocoAnnotations.from_dict(synthetic.coco_split(1, 2))
+    samples = []
+    for i, record in enumerate(annotations):
+        found = Detections(record.image_id, record.boxes, np.ones(len(record.boxes)), record.labels)
+        samples.append((synthetic.draw_sample(1, i)[0], record, found))
+    figures = []
+    with SummaryWriter(tmp_path) as writer:
+        for step in range(3):
+            figure = side_by_side(samples, annotations.categories, dpi=70)
+            writer.add_figure("detections", figure, step)
+            figures.append(weakref.ref(figure))
+            del figure
+    gc.collect()
+    assert not pyplot.get_fignums()
+    assert not any(figure() for figure in figures)
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
+    assert [(image.step, image.width, image.height) for image in events.Images("detections")] == [
+        (step, 980, 840) for step in range(3)
+    ]
 
 
 def test_pdf_by_the_name_s_ending(detections, tmp_path):

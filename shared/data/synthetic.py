@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 CATEGORIES = [
@@ -29,28 +29,31 @@ SIZE = 128
 def draw_sample(seed: int, index: int, size: int = SIZE) -> tuple[Image.Image, list[dict]]:
     """One picture of size × size pixels and its annotations in COCO's format, without ids.
 
-    Every sixteenth picture has a crowd: a heap of small shapes with one RLE mask and `iscrowd` 1.
+    A shape has the pixels whose centres lie in its polygon; its box and its area are of those pixels. Every sixteenth
+    picture has a crowd: a heap of small shapes with one RLE mask and `iscrowd` 1.
     """
     draws = random.Random(f"{seed}/{index}")
     background = tuple(draws.randrange(100, 156) for _ in range(3))
     # coarse, so that it looks the same when an augmentation has resized the picture
     texture = np.random.default_rng([seed, index]).integers(-40, 41, (size // 8, size // 8, 3)) + background
-    image = Image.fromarray(texture.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-    canvas = ImageDraw.Draw(image)
+    pixels = np.array(Image.fromarray(texture.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC))
 
     annotations = []
     if index % 16 == 7:
-        annotations.append(_draw_crowd(canvas, draws, size))
+        annotations.append(_draw_crowd(pixels, draws, size))
     for _ in range(draws.randrange(1, 5)):
         category = draws.choice(CATEGORIES)["id"]
         for _ in range(10):  # a shape that hides another would be a box that nothing shows
             polygon = _shape(draws, category, size, scale=draws.uniform(0.2, 0.5))
-            annotation = _annotation(category, polygon)
+            inside = _inside(polygon, size)
+            if not inside.any():
+                continue
+            annotation = _annotation(category, inside, [[round(v, 2) for point in polygon for v in point]])
             if not any(_overlap(annotation["bbox"], other["bbox"]) > 0.2 for other in annotations):
-                canvas.polygon(polygon, fill=_color(draws, background))
+                pixels[inside] = _color(draws, background)
                 annotations.append(annotation)
                 break
-    return image, annotations
+    return Image.fromarray(pixels), annotations
 
 
 def coco_split(seed: int, count: int, size: int = SIZE) -> dict:
@@ -102,10 +105,10 @@ def _shape(
         height = width
     height = min(height, 0.9 * size)
     if around is None:
-        x, y = draws.uniform(0, size - 1 - width), draws.uniform(0, size - 1 - height)
+        x, y = draws.uniform(0, size - width), draws.uniform(0, size - height)
     else:
-        x = min(max(around[0], 0), size - 1 - width)
-        y = min(max(around[1], 0), size - 1 - height)
+        x = min(max(around[0], 0), size - width)
+        y = min(max(around[1], 0), size - height)
     if category == 1:
         return [(x, y), (x + width, y), (x + width, y + height), (x, y + height)]
     if category == 2:
@@ -114,35 +117,43 @@ def _shape(
     return [(x + width / 2, y), (x + width, y + height), (x, y + height)]
 
 
-def _annotation(category: int, polygon: list[tuple[float, float]]) -> dict:
-    xs, ys = [x for x, _ in polygon], [y for _, y in polygon]
-    shoelace = sum(x1 * y2 - x2 * y1 for (x1, y1), (x2, y2) in zip(polygon, polygon[1:] + polygon[:1], strict=True))
+def _inside(polygon: list[tuple[float, float]], size: int) -> np.ndarray:
+    """(size, size) bool: the pixels whose centres lie in a convex polygon, given clockwise."""
+    inside = np.zeros((size, size), dtype=bool)
+    left, top = (max(math.floor(min(values)), 0) for values in zip(*polygon, strict=True))
+    right, bottom = (math.ceil(max(values)) for values in zip(*polygon, strict=True))
+    window = inside[top:bottom, left:right]
+    window[:] = True
+    y, x = np.ogrid[top : top + window.shape[0], left : left + window.shape[1]]
+    for (x1, y1), (x2, y2) in zip(polygon, polygon[1:] + polygon[:1], strict=True):
+        window &= (x2 - x1) * (y + 0.5 - y1) >= (y2 - y1) * (x + 0.5 - x1)
+    return inside
+
+
+def _annotation(category: int, inside: np.ndarray, segmentation: list | dict, iscrowd: int = 0) -> dict:
+    """Of the pixels that are drawn: pixel i reaches from i to i + 1."""
+    columns, rows = (np.flatnonzero(inside.any(axis=axis)) for axis in (0, 1))
+    left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
     return {
         "category_id": category,
-        "bbox": [round(v, 2) for v in (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))],
-        "area": round(abs(shoelace) / 2, 2),
-        "iscrowd": 0,
-        "segmentation": [[round(v, 2) for point in polygon for v in point]],
+        "bbox": [float(v) for v in (left, top, right - left, bottom - top)],
+        "area": float(inside.sum()),
+        "iscrowd": iscrowd,
+        "segmentation": segmentation,
     }
 
 
-def _draw_crowd(canvas: ImageDraw.ImageDraw, draws: random.Random, size: int) -> dict:
+def _draw_crowd(pixels: np.ndarray, draws: random.Random, size: int) -> dict:
     category = draws.choice(CATEGORIES)["id"]
-    covered = Image.new("1", (size, size))
+    covered = np.zeros((size, size), dtype=bool)
     center_x, center_y = draws.uniform(0.1, 0.7) * size, draws.uniform(0.1, 0.7) * size
     for _ in range(12):
         around = (center_x + draws.uniform(0, 0.25) * size, center_y + draws.uniform(0, 0.25) * size)
-        polygon = _shape(draws, category, size, scale=0.07, around=around)
-        canvas.polygon(polygon, fill=tuple(draws.randrange(256) for _ in range(3)))
-        ImageDraw.Draw(covered).polygon(polygon, fill=1)
+        inside = _inside(_shape(draws, category, size, scale=0.07, around=around), size)
+        pixels[inside] = [draws.randrange(256) for _ in range(3)]
+        covered |= inside
     rle = coco_mask.encode(np.asfortranarray(covered, dtype=np.uint8))
-    return {
-        "category_id": category,
-        "bbox": coco_mask.toBbox(rle).tolist(),
-        "area": float(coco_mask.area(rle)),
-        "iscrowd": 1,
-        "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode()},
-    }
+    return _annotation(category, covered, {"size": list(rle["size"]), "counts": rle["counts"].decode()}, iscrowd=1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

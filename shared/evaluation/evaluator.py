@@ -171,14 +171,15 @@ class CocoEvaluator(ChiefReducer):
     def _evaluate(self, iou_type: str, images: list[int], found: _Share) -> dict[str, float]:
         truth = self.open_truth()
         rows = found.rows()
-        results = truth.load_res(rows)
         if iou_type == "keypoints" and len(rows):
             results = truth.load_res(_keypoint_results(rows, found.keypoints))
-        if iou_type == "segm" and len(rows):
+        elif iou_type == "segm" and len(rows):
             masks = found.masks()
             results = truth.load_res(rows, segmentation=masks)
             # small, medium and large are the masks' areas, as MMDetection and Detectron2 have it, not the boxes'
             results.update_anns(ids=np.arange(1, len(rows) + 1), area=hotcoco.mask.area(masks))
+        else:
+            results = truth.load_res(rows)
         evaluation = hotcoco.COCOeval(truth, results, iou_type)
         params = evaluation.params
         params.img_ids = images

@@ -88,9 +88,10 @@ def side_by_side(
     samples: Sequence[tuple[Image.Image, ImageRecord, Detections]],
     categories: Sequence[dict],
     min_score: float = 0.3,
+    dpi: float = 100,
 ) -> Figure:
-    """A row a sample: the ground truth on the left, the detections on the right."""
-    figure = Figure(figsize=(14, 6 * len(samples)), dpi=100, layout="tight")
+    """A row a sample, 14 by 6 inches: the ground truth on the left, the detections on the right."""
+    figure = Figure(figsize=(14, 6 * len(samples)), dpi=dpi, layout="tight")
     grid = figure.subplots(len(samples), 2, squeeze=False)
     for (left, right), (image, record, detections) in zip(grid, samples, strict=True):
         found = detections
@@ -129,18 +130,23 @@ def _draw(
     # COCO's coordinates: pixel 0 reaches from 0 to 1
     step = -(-max(image.size) // _MOST_PIXELS)
     shown = image if step == 1 else image.reduce(step)
-    axes.imshow(shown, extent=(0, image.width, image.height, 0))
+    extent = (0, shown.width * step, shown.height * step, 0)  # the last pixel may reach over the edge
+    axes.imshow(shown, extent=extent)
+    axes.set(xlim=(0, image.width), ylim=(image.height, 0))
     axes.set_axis_off()
     if mask is not None and len(boxes):
         overlay = np.zeros((*np.asarray(shown).shape[:2], 4))
         for i, label in enumerate(labels.tolist()):
-            inside = mask(i)[::step, ::step][: len(overlay), : overlay.shape[1]] > 0
+            inside = mask(i)[step // 2 :: step, step // 2 :: step][: len(overlay), : overlay.shape[1]] > 0
             overlay[: len(inside), : inside.shape[1]][inside] = to_rgba(_color(label), alpha=0.45)
-        axes.imshow(overlay, extent=(0, image.width, image.height, 0), interpolation="nearest")
+        axes.imshow(overlay, extent=extent, interpolation="nearest")
+        axes.set(xlim=(0, image.width), ylim=(image.height, 0))
     size = max(max(axes.get_window_extent().size) / 800, 1)  # of lines and letters
     for (x1, y1, x2, y2), label, caption in zip(boxes.tolist(), labels.tolist(), captions, strict=True):
         color = _color(label)
-        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.5 * size))
+        # snapped to the figure's pixels, a line of odd width would lie half a pixel off
+        style = {"fill": False, "edgecolor": color, "linewidth": 1.5 * size, "snap": False}
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **style))
         axes.text(
             max(x1, 0),
             max(y1, 0),
