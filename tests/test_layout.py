@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 # each may import from those after it, and from its own room
-FLOORS = ("__main__", "launch", "check", "training", "evaluation", "experiment", "data", "errors")
+FLOORS = ("__main__", "launch", "check", "training", "evaluation", "experiment", "data", "errors", "threads")
 BY_ITSELF = ("container",)  # runs before anything is installed
 LIBRARIES = ("effdet", "timm", "mmdet", "mmcv", "detectron2", "model_def")
 
@@ -44,6 +44,12 @@ def test_no_file_imports_a_detector_s_library():
     for path in files():
         libraries = [name for name in imports_of(path) if name.split(".")[0] in LIBRARIES]
         assert not libraries, f"{path} imports {libraries}"
+
+
+@pytest.mark.parametrize("model_def", ROOT.glob("*/model_def.py"), ids=lambda path: path.parent.name)
+def test_every_model_def_imports_threads_before_all_else(model_def):
+    first = next(name for name in imports_of(model_def) if not name.startswith("__future__."))
+    assert first == "shared.threads", f"{model_def}: OpenMP reads what shared.threads sets as torch is loaded"
 
 
 @pytest.mark.parametrize(
