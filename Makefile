@@ -57,6 +57,7 @@ bench: $(ALL_READY)
 	$(PY) benchmarks/check.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/remote.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/training_step.py
+	$(PY) benchmarks/busy.py
 	for library in mmdetection detectron2; do for what in step memory evaluation; do \
 		OMP_NUM_THREADS=1 $(PY) benchmarks/against_$$library.py $$what || exit 1; \
 	done; done

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shared.threads  # noqa: F401 before torch
+
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shared.threads  # noqa: F401 before torch
+
 import logging
 from collections.abc import Callable
 from copy import deepcopy

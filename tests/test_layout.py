@@ -1,14 +1,16 @@
-"""The rooms of `shared/`: imports go down only, and none leads to a detector's library."""
+"""Imports go one way: down the rooms of `shared/`, never round in a circle, and to no detector's library from there."""
 
 import ast
+import graphlib
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 # each may import from those after it, and from its own room
 FLOORS = (
     *("__main__", "launch", "on_cluster", "here", "detect", "check"),
-    *("training", "evaluation", "experiment", "data", "errors"),
+    *("training", "evaluation", "experiment", "data", "errors", "threads"),
 )
 BY_ITSELF = ("container",)  # runs before anything is installed
 LIBRARIES = ("effdet", "timm", "mmdet", "mmcv", "detectron2", "model_def")
@@ -45,3 +47,23 @@ def test_no_file_imports_a_detector_s_library():
     for path in files():
         libraries = [name for name in imports_of(path) if name.split(".")[0] in LIBRARIES]
         assert not libraries, f"{path} imports {libraries}"
+
+
+@pytest.mark.parametrize("model_def", ROOT.glob("*/model_def.py"), ids=lambda path: path.parent.name)
+def test_every_model_def_imports_threads_before_all_else(model_def):
+    first = next(name for name in imports_of(model_def) if not name.startswith("__future__."))
+    assert first == "shared.threads", f"{model_def}: OpenMP reads what shared.threads sets as torch is loaded"
+
+
+@pytest.mark.parametrize(
+    "package", ["shared", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("*/*_files"))]
+)
+def test_no_files_import_each_other_in_a_circle(package):
+    folder = ROOT / package
+    modules = {".".join(path.relative_to(folder.parent).with_suffix("").parts): path for path in folder.rglob("*.py")}
+    assert len(modules) > 1
+    graph = {
+        module: {other for name in imports_of(path) for other in (name, name.rpartition(".")[0]) if other in modules}
+        for module, path in modules.items()
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # a CycleError names the circle

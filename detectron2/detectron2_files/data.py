@@ -19,7 +19,7 @@ from detectron2.utils.file_io import PathHandler, PathManager
 from PIL import Image
 from torch.utils.data import Dataset
 
-from detectron2_files.config import TrainingSet
+from detectron2_files.config_protocol import TrainingSet
 from shared.data.annotations import CocoAnnotations, ImageRecord
 from shared.data.dataset import BadImages, CocoDetection, SampleKey
 from shared.data.images import BadImageError

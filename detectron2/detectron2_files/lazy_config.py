@@ -15,7 +15,7 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from detectron2_files.config import TrainingSet
+from detectron2_files.config_protocol import TrainingSet
 from shared.errors import UserError, nearest
 
 

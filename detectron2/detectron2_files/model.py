@@ -9,7 +9,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from detectron2_files.config import Detectron2Config
+from detectron2_files.config_protocol import Detectron2Config
 from shared.errors import UserError
 
 logging.getLogger("detectron2").setLevel(logging.WARNING)  # tables of a data set's classes, and the like

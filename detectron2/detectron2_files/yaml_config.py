@@ -15,7 +15,7 @@ from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier, build_lr_scheduler, build_optimizer
 from torch import nn
 
-from detectron2_files.config import TrainingSet
+from detectron2_files.config_protocol import TrainingSet
 from detectron2_files.rotated import RotatedMapper
 from shared.data.input_scale import InputScale
 from shared.errors import UserError, nearest

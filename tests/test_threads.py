@@ -1,0 +1,90 @@
+"""OpenMP's threads sleep while they wait, and are no more than the cores, unless the user says otherwise."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run_model_def
+
+from shared import threads
+
+
+@pytest.fixture
+def nothing_said(monkeypatch):
+    """As where the user says nothing of threads, and one process runs on the machine."""
+    for name in (*threads.WAITING, *threads.COUNTS, "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "VERBOSE")
+
+
+def spins(stderr: str) -> set[str]:
+    """How often a thread that waits looks before it sleeps, as GNU's OpenMP tells when it is loaded."""
+    return set(re.findall(r"GOMP_SPINCOUNT *= *'(\d+)'", stderr))
+
+
+def test_threads_of_every_model_def_sleep_while_they_wait(detector, nothing_said):
+    assert spins(run_model_def("--help", cwd=ROOT / detector).stderr) == {"0"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"), [("OMP_WAIT_POLICY", "ACTIVE", "30000000000"), ("GOMP_SPINCOUNT", "5000", "5000")]
+)
+def test_what_the_user_says_of_waiting_stays(name, value, expected, nothing_said):
+    command = [sys.executable, "-c", "import shared.threads; import torch"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, name: value}, capture_output=True, text=True)
+    assert spins(done.stderr) == {expected}, done.stderr
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 2), (64, 2)])
+def test_torch_has_no_more_threads_than_there_are_cores(cores, expected, nothing_said, two_threads, monkeypatch):
+    monkeypatch.setattr(threads, "available_cores", lambda: cores)
+    threads.use_available_cores()
+    assert torch.get_num_threads() == expected
+
+
+def test_the_user_s_number_of_threads_stays(nothing_said, two_threads, monkeypatch):
+    monkeypatch.setattr(threads, "available_cores", lambda: 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    threads.use_available_cores()
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("", {}, 16),
+        ("0::/\n", {"cpu.max": "max 100000"}, 16),
+        ("0::/\n", {"cpu.max": "400000 100000"}, 4),
+        ("0::/\n", {"cpu.max": "50000 100000"}, 1),  # half a core
+        ("0::/job/task\n", {"job/cpu.max": "300000 100000", "job/task/cpu.max": "800000 100000"}, 3),
+        ("0::/docker/of-the-host\n", {"cpu.max": "250000 100000"}, 2),
+        ("3:cpuset:/\n2:cpu,cpuacct:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 16),
+        ("1:cpu:/a\n0::/\n", {"cpu/a/cpu.cfs_quota_us": "500000", "cpu/a/cpu.cfs_period_us": "100000"}, 5),
+    ],
+)
+def test_available_are_the_cores_that_affinity_and_control_groups_give(
+    groups, files, expected, nothing_said, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    for name, text in (("proc/self/cgroup", groups), *((f"sys/fs/cgroup/{name}", files[name]) for name in files)):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert threads.available_cores(tmp_path) == expected
+
+
+def test_the_processes_of_a_machine_share_its_cores(nothing_said, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert threads.available_cores(tmp_path) == 5
