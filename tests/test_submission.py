@@ -248,6 +248,15 @@ def test_hydra_s_job_is_the_experiment_of_the_yaml_file(experiment_schema):
     assert search["hyperparameters"]["global_batch_size"] == {"type": "categorical", "vals": [8, 16]}
 
 
+@pytest.mark.slow
+def test_the_first_chart_of_a_newcomer_rises(detector, tmp_path):
+    run_model_def("train", "const_fake.yaml", "--output-dir", tmp_path / "run", cwd=ROOT / detector)
+    values = [report["metrics"]["bbox_mAP"] for report in reports(tmp_path / "run", "val")]
+    assert len(values) == 4
+    assert values == sorted(set(values))
+    assert values[-1] > 3 * values[0]
+
+
 # --- startup-hook.sh --------------------------------------------------------------------------------
 
 
