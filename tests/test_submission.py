@@ -154,7 +154,7 @@ def test_a_file_is_accepted_as_the_master_hands_it_over(path):
         schedule = parse_schedule(trial.config, trial.default_lengths())
         metric = parse_searcher_metric(trial.config, trial.reported_metrics())
 
-        assert trial_class.input_scale({**trial.config, "hyperparameters": hyperparameters}) is not None
+        trial_class.input_scale({**trial.config, "hyperparameters": hyperparameters})
         assert per_slot_batch_size(trial.hparams.global_batch_size, trial.config["resources"]["slots_per_trial"])
         assert (metric.name, metric.smaller_is_better) == (written["searcher"]["metric"], False)
         assert schedule.max_length.count > 0
