@@ -154,7 +154,7 @@ def test_a_file_is_accepted_as_the_master_hands_it_over(path):
         schedule = parse_schedule(trial.config, trial.default_lengths())
         metric = parse_searcher_metric(trial.config, trial.reported_metrics())
 
-        assert trial_class.input_scale({**trial.config, "hyperparameters": hyperparameters}) is not None
+        trial_class.input_scale({**trial.config, "hyperparameters": hyperparameters})
         assert per_slot_batch_size(trial.hparams.global_batch_size, trial.config["resources"]["slots_per_trial"])
         assert (metric.name, metric.smaller_is_better) == (written["searcher"]["metric"], False)
         assert schedule.max_length.count > 0
@@ -246,6 +246,15 @@ def test_hydra_s_job_is_the_experiment_of_the_yaml_file(experiment_schema):
     assert search["searcher"]["name"] == "adaptive_asha"
     assert parse_schedule(handed_over(search)).max_length == Length("batches", 30000)
     assert search["hyperparameters"]["global_batch_size"] == {"type": "categorical", "vals": [8, 16]}
+
+
+@pytest.mark.slow
+def test_the_first_chart_of_a_newcomer_rises(detector, tmp_path):
+    run_model_def("train", "const_fake.yaml", "--output-dir", tmp_path / "run", cwd=ROOT / detector)
+    values = [report["metrics"]["bbox_mAP"] for report in reports(tmp_path / "run", "val")]
+    assert len(values) == 4
+    assert values == sorted(set(values))
+    assert values[-1] > 3 * values[0]
 
 
 # --- startup-hook.sh --------------------------------------------------------------------------------

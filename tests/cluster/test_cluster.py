@@ -1,11 +1,14 @@
 """On a real Determined cluster, the one that DET_MASTER names: CPU slots do. Skipped where there is none.
 
-Takes about eight minutes a detector on two slots. The task that is to be killed kills itself, once.
+Takes about ten minutes a detector on two slots, and a minute or two for each shipped file, whose data are mounted from
+this machine. The task that is to be killed kills itself, once.
 """
 
+import functools
 import json
 import math
 import os
+import posixpath
 import re
 import shutil
 import subprocess
@@ -16,13 +19,31 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, run_model_def
+from determined.common.api import bindings
+from determined.experimental import client
+from determined_master import OF_THE_CLUSTER, handed_over
+
+from shared.data import synthetic
 
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(not os.environ.get("DET_MASTER"), reason="DET_MASTER names no Determined cluster"),
 ]
 TRIALS = {"efficientdet": "EfficientDetTrial", "mmdetection": "MMDetectionTrial", "detectron2": "Detectron2Trial"}
+SHIPPED = [path for detector in TRIALS for path in sorted((ROOT / detector).glob("*.yaml"))]
 LIMIT = 180  # seconds from its start in which const_fake.yaml must end
+SEARCH = {
+    "name": "adaptive_asha",
+    "metric": "bbox_mAP",
+    "smaller_is_better": False,
+    "mode": "aggressive",
+    "max_trials": 8,
+    "time_metric": "batches",
+    "max_time": 80,
+    "max_rungs": 2,
+    "divisor": 4,
+    "max_concurrent_trials": 2,
+}
 
 # a model_def.py that kills the processes of its container, but the first, after batch 50 of a fresh start
 KILLED = """
@@ -52,8 +73,6 @@ def det(*arguments: object, cwd: Path = ROOT) -> str:
 
 def submit(cwd: Path, config: str = "const_fake.yaml", *overrides: str):
     """`det experiment create CONFIG .`; the experiment, by the SDK."""
-    from determined.experimental import client
-
     options = [part for override in overrides for part in ("--config", override)]
     printed = det("experiment", "create", config, ".", *options, cwd=cwd)
     return client.get_experiment(int(re.search(r"Created experiment (\d+)", printed)[1]))
@@ -96,6 +115,21 @@ def assert_same_metrics(a: dict, b: dict) -> None:
             assert value == b[batches][name] or (math.isnan(float(value)) and math.isnan(float(b[batches][name])))
 
 
+def restarts(trial) -> int:
+    return bindings.get_GetTrial(client._get_singleton_session(), trialId=trial.id).trial.restarts
+
+
+def own_lines(trial) -> list[str]:
+    """The log's lines of the trial's processes: the master's have no container."""
+    return [line for line in trial.logs() if re.match(r"\[[^]]+\] [0-9a-f]{8} ", line)]
+
+
+def assert_ends_with_its_error(trial, message: str) -> None:
+    """The last line of the log, at level ERROR, says what was wrong."""
+    last = own_lines(trial)[-1]
+    assert re.search(rf"ERROR: .*\bnot retried: error: .*{re.escape(message)}", last), last
+
+
 @pytest.fixture(scope="module", params=list(TRIALS))
 def folder(request) -> Path:
     """What a user submits, of each detector."""
@@ -123,7 +157,9 @@ def test_one_slot_completes_with_validations_and_checkpoints(whole):
     saved = {c.metadata["steps_completed"] for c in whole.list_checkpoints()}
     assert saved == {20, 40, 60, 80}
     assert not any("AP/" in name for name in validations(whole)[80])
-    assert all(math.isfinite(metrics["bbox_mAP"]) for metrics in validations(whole).values())
+    values = [metrics["bbox_mAP"] for metrics in validations(whole).values()]
+    assert values == sorted(values)
+    assert values[-1] > 3 * values[0]
 
 
 def test_a_checkpoint_s_uuid_is_evaluated_off_the_cluster(whole, folder, tmp_path):
@@ -180,11 +216,134 @@ def test_continue_with_a_greater_length_goes_on_from_the_end(folder):
     assert sorted(set(reports)) == reports == list(range(10, 61, 10))
 
 
+# --- every file as it is shipped ----------------------------------------------------------------------
+
+
+@functools.cache
+def slots_of_an_agent() -> int:
+    return max(len(agent.slots) for agent in bindings.get_GetAgents(client._get_singleton_session()).agents)
+
+
+def write_tiny_coco(config: dict, root: Path) -> list[dict]:
+    """Writes 8 images below `root`, at the paths that the config names, and returns the mount that takes them there."""
+    splits = {split: config["data"][split] for split in ("train", "val")}
+    inside = {
+        (split, key): posixpath.normpath(posixpath.join("/run/determined/workdir", path))
+        for split, paths in splits.items()
+        for key, path in paths.items()
+    }
+    coco = synthetic.coco_split(seed=0, count=8)
+    for split, count in (("train", 8), ("val", 2)):
+        images = coco["images"][:count]
+        ids = {image["id"] for image in images}
+        annotations = [annotation for annotation in coco["annotations"] if annotation["image_id"] in ids]
+        file, folder = (root / inside[split, key].lstrip("/") for key in ("annotations", "images"))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({**coco, "images": images, "annotations": annotations}))
+        for index, image in enumerate(images):
+            synthetic.draw_sample(0, index)[0].save(folder / image["file_name"])
+    mounted = posixpath.commonpath(inside.values())
+    return [{"host_path": str(root / mounted.lstrip("/")), "container_path": mounted}]
+
+
+def made_short(config: dict, detector: str) -> dict:
+    """The config for one batch on CPU slots: one image a slot where the model is big, no weights to download, and
+    without what needs a GPU."""
+    hyperparameters, searcher = config["hyperparameters"], config["searcher"]
+    if searcher["name"] == "single":
+        searcher["max_length"] = {"batches": 1}
+    else:
+        searcher.update(max_trials=1, max_time=1, max_rungs=1)
+    if Path(config["data"].get("train", {}).get("annotations", "")).is_relative_to("/data/coco"):
+        slots = min(config["resources"]["slots_per_trial"], slots_of_an_agent())
+        config["resources"]["slots_per_trial"] = hyperparameters["global_batch_size"] = slots
+        hyperparameters.pop("use_pretrained", None)
+        if detector == "efficientdet":
+            # the cool-down is part of the length
+            hyperparameters.update(cooldown_epochs=0, pretrained="none", amp=None, sync_bn=False)
+        elif detector == "mmdetection":
+            hyperparameters.setdefault("override_mmdet_config", {})["model.backbone.init_cfg"] = None
+        else:
+            hyperparameters["weights"] = ""
+    return config
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[f"{path.parent.name}/{path.name}" for path in SHIPPED])
+def test_a_shipped_file_passes_its_first_validation(path, tmp_path):
+    context = shutil.copytree(path.parent, tmp_path / "context", ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    config = made_short(yaml.safe_load(path.read_text()), path.parent.name)
+    if "train" in config["data"]:
+        config["bind_mounts"] = write_tiny_coco(config, tmp_path / "mounted")
+    (context / "shipped.yaml").write_text(yaml.safe_dump(config))
+    experiment = submit(context, "shipped.yaml")
+    assert wait(experiment, 900) == "COMPLETED", own_lines(experiment.get_trials()[0])[-5:]
+    trial = the_trial(experiment)
+    assert restarts(trial) == 0
+    assert [metrics["bbox_mAP"] >= 0 for metrics in validations(trial).values()] == [True]
+    answered, expected = experiment.config, handed_over(config)
+    for key in OF_THE_CLUSTER:
+        section, _, name = key.rpartition(".")
+        for filled in (answered, expected):
+            (filled[section] if section else filled).pop(name)
+    assert answered == expected
+
+
+# --- what is wrong ------------------------------------------------------------------------------------
+
+
+def without_data(context: Path, **changes: object) -> dict:
+    """const_fake.yaml with a path that is wrong, in the context's wrong.yaml."""
+    config = yaml.safe_load((context / "const_fake.yaml").read_text())
+    nowhere = {"annotations": "/nowhere/train.json", "images": "/nowhere/train"}
+    config.update(data={"train": nowhere, "val": nowhere, "workers": 0}, **changes)
+    (context / "wrong.yaml").write_text(yaml.safe_dump(config))
+    return config
+
+
+def test_a_wrong_path_is_an_error_after_one_start(context):
+    without_data(context)
+    experiment = submit(context, "wrong.yaml")
+    assert wait(experiment) == "ERROR"
+    trial = the_trial(experiment)
+    assert restarts(trial) == 0
+    assert_ends_with_its_error(trial, "data.train.annotations: /nowhere/train.json does not exist")
+
+
+def test_a_wrong_path_without_the_policy_is_an_error_after_all_restarts(context):
+    without_data(context, log_policies=[], max_restarts=1)
+    experiment = submit(context, "wrong.yaml")
+    assert wait(experiment) == "ERROR"
+    trial = the_trial(experiment)
+    assert sum("not retried: error: " in line for line in own_lines(trial)) == 2
+    assert_ends_with_its_error(trial, "data.train.annotations: /nowhere/train.json does not exist")
+
+
+def test_a_search_whose_every_trial_is_wrong_is_an_error(context):
+    without_data(context, searcher={**SEARCH, "max_trials": 3})
+    experiment = submit(context, "wrong.yaml")
+    assert wait(experiment) == "ERROR"
+    for trial in experiment.get_trials():
+        assert trial.state.name == "ERROR"
+        assert restarts(trial) == 0
+
+
 def test_bad_input_is_an_error_that_names_the_key(folder):
-    experiment = submit(folder, "const_fake.yaml", "hyperparameters.global_batchsize=4", "max_restarts=0")
-    assert wait(experiment, 120) == "ERROR"
-    lines = "".join(the_trial(experiment).logs())
-    assert "error: hyperparameters: unknown key 'global_batchsize'; did you mean 'global_batch_size'?" in lines
+    experiment = submit(folder, "const_fake.yaml", "hyperparameters.global_batchsize=4")
+    assert wait(experiment) == "ERROR"
+    trial = the_trial(experiment)
+    assert restarts(trial) == 0
+    message = "hyperparameters: unknown key 'global_batchsize'; did you mean 'global_batch_size'?"
+    assert_ends_with_its_error(trial, message)
+
+
+def test_a_batch_smaller_than_the_slots_is_an_error_after_one_start(folder):
+    changes = ("hyperparameters.global_batch_size=1", "resources.slots_per_trial=2")
+    experiment = submit(folder, "const_fake.yaml", *changes)
+    assert wait(experiment) == "ERROR"
+    trial = the_trial(experiment)
+    assert restarts(trial) == 0
+    assert_ends_with_its_error(trial, "hyperparameters.global_batch_size")
 
 
 def test_a_search_stops_trials_early_and_outlives_one_that_diverges(folder, context):
@@ -197,32 +356,24 @@ def test_a_search_stops_trials_early_and_outlives_one_that_diverges(folder, cont
         config["hyperparameters"]["override_mmdet_config"] = {"optimizer.lr": rates, "lr_config.warmup": None}
     else:
         config["hyperparameters"]["config_overrides"]["SOLVER"] = {"BASE_LR": rates, "WARMUP_ITERS": 0}
-    config["searcher"] = {
-        "name": "adaptive_asha",
-        "metric": "bbox_mAP",
-        "smaller_is_better": False,
-        "mode": "aggressive",
-        "max_trials": 8,
-        "time_metric": "batches",
-        "max_time": 80,
-        "max_rungs": 2,
-        "divisor": 4,
-        "max_concurrent_trials": 2,
-    }
+    config["searcher"] = SEARCH
     config["min_validation_period"] = {"batches": 10}
     (context / "search.yaml").write_text(yaml.safe_dump(config))
     experiment = submit(context, "search.yaml")
     assert wait(experiment, 900) == "COMPLETED"
     trials = experiment.get_trials()
-    assert len(trials) >= 4
+    assert len(trials) == 8  # all are drawn, whatever diverges
     lengths, diverged = [], 0
     for trial in trials:
         metrics = validations(trial)
         assert all(math.isfinite(m["bbox_mAP"]) for m in metrics.values())
         if "1e+30" in json.dumps(trial.hparams):
             diverged += 1
-            assert any("the loss is not finite since batch" in line for line in trial.logs())
-        elif metrics:
+            assert trial.state.name == "ERROR"
+            assert restarts(trial) == 0
+            assert_ends_with_its_error(trial, "the loss is not finite since batch")
+        else:
+            assert trial.state.name == "COMPLETED"
             lengths.append(max(metrics))
     assert diverged
     assert max(lengths) == 80
