@@ -116,8 +116,7 @@ def test_a_batch_s_memory_is_kept_until_its_step_has_run(streams):
 def test_an_error_of_the_loader_comes_after_the_steps_before_it(streams):
     trained = []
     with pytest.raises(ValueError, match="batch 2 is broken"):
-        for batch in prefetching(streams, host_batches(4, broken_at=2)):
-            trained.append(batch.image_ids[0])
+        trained.extend(batch.image_ids[0] for batch in prefetching(streams, host_batches(4, broken_at=2)))
     assert trained == [0, 1]
     with pytest.raises(ValueError, match="batch 0 is broken"):
         next(iter(prefetching(streams, host_batches(4, broken_at=0))))
