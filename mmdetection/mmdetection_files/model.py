@@ -61,7 +61,7 @@ def check_compiled_for(device: torch.device) -> None:
     """Raises UserError where mmcv-full was compiled without what its operations need on `device`."""
     if device.type == "cuda" and get_compiling_cuda_version() == "not available":
         raise UserError(
-            "mmcv-full was compiled without CUDA, and the training is to run on a GPU. Compile it anew on a machine with "
+            "mmcv-full was compiled without CUDA, and there is a GPU to run on. Compile it anew on a machine with "
             "nvcc: FORCE_CUDA=1 python3 -m pip install --no-build-isolation --force-reinstall --no-deps "
             "--no-cache-dir mmcv-full==1.7.2; or hide the GPU, CUDA_VISIBLE_DEVICES="
         )

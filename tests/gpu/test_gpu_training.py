@@ -39,7 +39,6 @@ pytestmark = [
 MMDET_RETINANET, MMDET_MASK_RCNN = "retinanet/retinanet_r50_fpn_1x_coco.py", "mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py"
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
-MMDET_FP16 = {"fp16": {"loss_scale": "dynamic"}}
 
 
 def efficientdet(shapes, **hyperparameters):
@@ -48,21 +47,35 @@ def efficientdet(shapes, **hyperparameters):
     return config
 
 
+# untrained models' scores are low, and detections without a threshold tell more
+ALL_SCORES = {
+    MMDET_RETINANET: {"model.test_cfg.score_thr": 0.0},
+    MMDET_MASK_RCNN: {"model.test_cfg.rcnn.score_thr": 0.0},
+    RETINANET: {"MODEL.RETINANET.SCORE_THRESH_TEST": 0.0},
+    MASK_RCNN: {"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0},
+}
+
+
+def of_mmdetection(config_file, **overrides):
+    return "mmdetection", lambda shapes: mmdet_config(shapes, config_file, **ALL_SCORES[config_file], **overrides)
+
+
+def of_detectron2(config_file, **overrides):
+    return "detectron2", lambda shapes: detectron2_config(shapes, config_file, **ALL_SCORES[config_file], **overrides)
+
+
 # (the detector's folder, its config for the shapes)
 FLOAT32 = {
     "efficientdet": ("efficientdet", efficientdet),
-    "mmdetection retinanet": ("mmdetection", lambda shapes: mmdet_config(shapes, MMDET_RETINANET)),
-    "mmdetection mask r-cnn": ("mmdetection", lambda shapes: mmdet_config(shapes, MMDET_MASK_RCNN)),
-    "detectron2 retinanet": ("detectron2", lambda shapes: detectron2_config(shapes, RETINANET)),
-    "detectron2 mask r-cnn": ("detectron2", lambda shapes: detectron2_config(shapes, MASK_RCNN)),
+    "mmdetection retinanet": of_mmdetection(MMDET_RETINANET),
+    "mmdetection mask r-cnn": of_mmdetection(MMDET_MASK_RCNN),
+    "detectron2 retinanet": of_detectron2(RETINANET),
+    "detectron2 mask r-cnn": of_detectron2(MASK_RCNN),
 }
 FLOAT16 = {
     "efficientdet fp16": ("efficientdet", lambda shapes: efficientdet(shapes, amp="fp16")),
-    "mmdetection fp16": ("mmdetection", lambda shapes: mmdet_config(shapes, MMDET_MASK_RCNN, **MMDET_FP16)),
-    "detectron2 fp16": (
-        "detectron2",
-        lambda shapes: detectron2_config(shapes, MASK_RCNN, **{"SOLVER.AMP.ENABLED": True}),
-    ),
+    "mmdetection fp16": of_mmdetection(MMDET_MASK_RCNN, fp16={"loss_scale": "dynamic"}),
+    "detectron2 fp16": of_detectron2(MASK_RCNN, **{"SOLVER.AMP.ENABLED": True}),
 }
 ONE_EACH = ["efficientdet", "mmdetection mask r-cnn", "detectron2 mask r-cnn"]
 
@@ -330,6 +343,7 @@ def share_found_again(some, others):
     """The share of the 20 best detections of each image for which `others` has one of the same category and score in
     the same place."""
     found, count = 0, 0
+    assert some
     for image_id in {result["image_id"] for result in some}:
         best, rest = (
             sorted((r for r in results if r["image_id"] == image_id), key=lambda r: -r["score"])
