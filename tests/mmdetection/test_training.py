@@ -43,7 +43,7 @@ def trial_class():
 def test_an_mmcv_that_was_compiled_without_cuda_is_refused_on_a_gpu(monkeypatch):
     monkeypatch.setattr(mmdetection_model, "get_compiling_cuda_version", lambda: "not available")
     mmdetection_model.check_compiled_for(torch.device("cpu"))
-    with pytest.raises(UserError, match="compiled without CUDA.*FORCE_CUDA=1"):
+    with pytest.raises(UserError, match=r"compiled without CUDA.*FORCE_CUDA=1"):
         mmdetection_model.check_compiled_for(torch.device("cuda", 0))
     monkeypatch.setattr(mmdetection_model, "get_compiling_cuda_version", lambda: "12.8")
     mmdetection_model.check_compiled_for(torch.device("cuda", 0))
