@@ -7,7 +7,7 @@ PY = $(abspath $(VENV))/bin/python
 READY = $(VENV)/.ready-$(notdir $(CONSTRAINTS))
 ALL_READY = $(READY)-all
 
-.PHONY: demo test test-oldest lint bench links
+.PHONY: demo test test-oldest test-gpu lint bench links
 
 # What pip calls the distribution is not upgraded: torch and torchvision must be of one release.
 $(READY): setup.cfg $(CONSTRAINTS)
@@ -42,6 +42,10 @@ test-oldest:
 	$(MAKE) pytest VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt \
 		PYTHON="$$(python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))"
 
+# What only a GPU can show. With PY=python3 nothing is set up: for a machine that has all of it, and no network.
+test-gpu: $(if $(filter command,$(origin PY)),,$(ALL_READY))
+	$(PY) -m pytest -m gpu --durations=10 tests/gpu
+
 .PHONY: pytest
 pytest: $(ALL_READY)
 	$(PY) -m pytest -n 2
@@ -49,7 +53,7 @@ pytest: $(ALL_READY)
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(abspath $(VENV))/bin/shellcheck */startup-hook.sh .ci/run
+	$(abspath $(VENV))/bin/shellcheck */startup-hook.sh .ci/run benchmarks/gpu.sh
 
 bench: $(ALL_READY)
 	$(PY) benchmarks/evaluation.py

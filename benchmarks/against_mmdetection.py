@@ -31,7 +31,7 @@ from coco_files import data_folder, make_file
 from determined import pytorch
 from diamonds import AN_IMAGE, CATEGORIES, diamonds
 from interleaved import time_against
-from mmcv.parallel import MMDataParallel
+from mmcv.parallel import MMDataParallel, _functions
 from mmcv.runner import EpochBasedRunner, build_optimizer
 from mmdet.core import encode_mask_results
 from mmdet.datasets import build_dataloader, build_dataset
@@ -57,6 +57,11 @@ FULL = {
     "config_file": "mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py",
     "override_mmdet_config": {"model.backbone.init_cfg": None, "optimizer.lr": 0.001},
 }
+
+
+# mmcv names a GPU by its number, and torch asks for the device
+_get_stream = _functions._get_stream
+_functions._get_stream = lambda gpu: _get_stream(torch.device("cuda", gpu))
 
 
 # --- step -------------------------------------------------------------------------------------------

@@ -16,9 +16,8 @@ import statistics
 import sys
 import tempfile
 import time
-import traceback
 import types
-import warnings
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -28,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "efficientdet")]
 
 from coco_files import data_folder
 from determined import pytorch
+from synchronisations import site, watch_synchronisations
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad
@@ -195,15 +195,11 @@ def measure(trial: EfficientDetTrial, context, other, arguments) -> dict:
     cuda = context.device.type == "cuda"
     synchronize = torch.cuda.synchronize if cuda else lambda: None
     ours, theirs, waits = [], [], []
-    syncs: list[str] = []
+    watch, syncs = contextlib.ExitStack(), []
     state = types.SimpleNamespace(count=0, started=time.perf_counter(), waiting=0.0)
 
-    def note_sync(message, category, filename, lineno, file=None, line=None):
-        stack = [frame for frame in traceback.extract_stack() if "warnings" not in frame.filename][:-1]
-        site = next((f for f in reversed(stack) if "site-packages/torch/" not in f.filename), stack[-1])
-        syncs.append(f"{Path(site.filename).name}:{site.lineno} {site.line}")
-
     def at_block_end() -> None:
+        nonlocal syncs
         state.count += 1
         if state.count % arguments.block:
             return
@@ -217,22 +213,18 @@ def measure(trial: EfficientDetTrial, context, other, arguments) -> dict:
         synchronize()
         theirs.append(time.perf_counter() - started)
         if len(ours) == arguments.blocks + 1 and cuda:
-            warnings.showwarning = note_sync
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
+            syncs = watch.enter_context(watch_synchronisations())
         state.waiting = trial.training_loader.waiting
         state.started = time.perf_counter()
 
     trial.on_batch_end = at_block_end
-    with contextlib.suppress(_Measured):
+    with contextlib.suppress(_Measured), watch:
         pytorch.Trainer(trial, context).fit(
             max_length=pytorch.Batch(10**9), checkpoint_policy="none", reporting_period=pytorch.Batch(10**8)
         )
-    if cuda:
-        torch.cuda.set_sync_debug_mode("default")
     pairs = [a / b for a, b in zip(ours[1:-1], theirs[1:], strict=False)]
     images = arguments.block * trial.per_slot_batch_size
-    sites = {site: syncs.count(site) for site in sorted(set(syncs))}
+    sites = Counter(f"{Path(frame.filename).name}:{frame.lineno} {frame.line}" for frame in map(site, syncs))
     return {
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "against": "upstream's train.py" if arguments.upstream else "a plain loop",

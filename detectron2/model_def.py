@@ -256,7 +256,7 @@ class Detectron2Trial(DetectionTrial):
         return self.context.wrap_scaler(torch.amp.GradScaler("cuda"))
 
     def autocast(self) -> torch.autocast:
-        halves = self.scaler is not None and self.model.training
+        halves = self.scaler is not None and self.plain_model.training
         return torch.autocast(self.context.device.type, dtype=torch.float16 if halves else None, enabled=halves)
 
     def prepare_schedule(self) -> None:

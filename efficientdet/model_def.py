@@ -78,7 +78,7 @@ class EfficientDetTrial(DetectionTrial):
         return bench
 
     def build_scaler(self) -> Any:
-        if self.hparams.amp != "fp16":
+        if self.hparams.amp != "fp16" or not self.for_training:
             return None
         if self.context.device.type != "cuda":
             raise UserError("hyperparameters.amp: fp16 needs a GPU; use bf16 or leave it out")
@@ -164,8 +164,10 @@ class EfficientDetTrial(DetectionTrial):
             self.scheduler.restore_lr = state["restore_lr"]
 
     def autocast(self) -> torch.autocast:
-        dtype = self.hparams.amp_dtype
-        return torch.autocast(self.context.device.type, dtype=dtype, enabled=dtype is not None)
+        device, dtype = self.context.device.type, self.hparams.amp_dtype
+        if device != "cuda" and dtype == torch.float16:
+            dtype = None  # what was trained in half precision detects in single here
+        return torch.autocast(device, dtype=dtype, enabled=dtype is not None)
 
     def clip_gradients(self) -> Callable[[Any], None] | None:
         hparams = self.hparams

@@ -49,6 +49,7 @@ from mmdetection_files.model import (
     build_model,
     build_optimizer,
     build_scaler,
+    check_compiled_for,
     load_pretrained,
     without_pretrained_backbone,
 )
@@ -199,6 +200,7 @@ class MMDetectionTrial(DetectionTrial):
     # --- model and optimizer --------------------------------------------------------------------------
 
     def build_model(self) -> nn.Module:
+        check_compiled_for(self.context.device)
         set_num_classes(self.mmdet_config, len(self.categories))
         config = deepcopy(self.mmdet_config)
         starts_anew = self.for_training and self.first_batch == 0

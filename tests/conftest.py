@@ -42,6 +42,28 @@ def detector(request) -> str:
     return request.param
 
 
+def without_gpus(count: int = 1) -> str | None:
+    """Why a test that needs `count` GPUs cannot run here; None where it can."""
+    try:
+        import torch
+    except ImportError as error:
+        return f"needs a GPU, and torch, which cannot be imported: {error}"
+    if torch.version.cuda is None:
+        return f"needs a GPU: torch {torch.__version__} is built without CUDA"
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not found:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        hidden = "" if visible is None else f", CUDA_VISIBLE_DEVICES is {visible!r}"
+        return f"needs a GPU: torch {torch.__version__} finds none{hidden}; `nvidia-smi` says whether the driver does"
+    return f"needs {count} GPUs: torch finds {found}" if found < count else None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    marker = item.get_closest_marker("gpu")
+    if marker is not None and (reason := without_gpus(*marker.args)):
+        pytest.skip(reason)
+
+
 def pytest_report_header() -> list[str]:
     return [f"tests/{folder} is skipped: {reason}" for folder, reason in WITHOUT_LIBRARY.items()]
 

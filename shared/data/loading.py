@@ -78,10 +78,16 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 class PrefetchLoader:
     """Copies each batch to the device, and prepares it there, while the device still trains on the last one.
 
+    On a GPU batch N + 1 is taken from the loader, and its copy and preparation are enqueued on a stream of their own,
+    before batch N is yielded: a step that makes the host wait for the device, as a GradScaler's does, comes too late to
+    hold them up. The loader's workers keep more batches than that one ready, so that taking it seldom waits; where it
+    does, the training would have waited a step later. The results are the bits of a run without: what `prepare` draws
+    must follow from the batch's number. An error of batch N + 1 is raised once batch N has been trained.
+
     Args:
-        loader: yields `Batch` on the host.
+        loader: yields `Batch` on the host; in pinned memory, or the copies wait.
         prepare: the detector's work on a batch that is on the device (normalisation, say), given the
-            batch and its number, counted from `first_batch`.
+            batch and its number, counted from `first_batch`. Called by the thread that trains.
 
     Attributes:
         waiting: seconds spent waiting for the loader, since it was last set to 0.
@@ -100,33 +106,44 @@ class PrefetchLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._prepared(enumerate(self.loader, start=self.first_batch))  # the workers start here
+        batches = enumerate(self.loader, start=self.first_batch)  # the workers start here
+        return self._ahead(batches) if self.device.type == "cuda" else self._in_turn(batches)
 
-    def _prepared(self, batches: Iterator[tuple[int, Batch]]) -> Iterator[Batch]:
-        if self.device.type != "cuda":
-            while (fetched := self._wait_for_next(batches)) is not None:
-                number, batch = fetched
-                yield self.prepare(to_device(batch, self.device), number)
-            return
+    def _in_turn(self, batches: Iterator[tuple[int, Batch]]) -> Iterator[Batch]:
+        while (batch := self._next(batches)) is not None:
+            yield batch
 
+    def _ahead(self, batches: Iterator[tuple[int, Batch]]) -> Iterator[Batch]:
         stream = torch.cuda.Stream(self.device)
-        fetched = self._wait_for_next(batches)
-        while fetched is not None:
-            number, host_batch = fetched
-            with torch.cuda.stream(stream):
-                batch = self.prepare(to_device(host_batch, self.device), number)
+        stream.wait_stream(torch.cuda.current_stream(self.device))  # what `prepare` uses was made there
+
+        def enqueue_next() -> Batch | Exception | None:
+            try:
+                with torch.cuda.stream(stream):
+                    return self._next(batches)
+            except Exception as error:  # of the batch after the one that is trained next
+                return error
+
+        following = enqueue_next()
+        while following is not None:
+            if isinstance(following, Exception):
+                raise following
+            batch, following = following, None
             current = torch.cuda.current_stream(self.device)
-            current.wait_stream(stream)
+            current.wait_stream(stream)  # for this batch alone: the next one is not enqueued yet
             # its memory belongs to the side stream: not to be used again before the step is done with it
             _record_stream(batch, current)
+            following = enqueue_next()
             yield batch
-            fetched = self._wait_for_next(batches)
 
-    def _wait_for_next(self, batches: Iterator[tuple[int, Batch]]) -> tuple[int, Batch] | None:
+    def _next(self, batches: Iterator[tuple[int, Batch]]) -> Batch | None:
         started = time.perf_counter()
         fetched = next(batches, None)
         self.waiting += time.perf_counter() - started
-        return fetched
+        if fetched is None:
+            return None
+        number, batch = fetched
+        return self.prepare(to_device(batch, self.device), number)
 
 
 def _record_stream(batch: Batch, stream: torch.cuda.Stream) -> None:

@@ -141,6 +141,14 @@ def test_evaluate_gives_the_run_s_numbers_with_any_number_of_processes(trained, 
     assert {r["image_id"] for r in results} == set(range(1, 11))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it detects in half precision")
+def test_what_was_trained_in_half_precision_evaluates_without_a_gpu(trained, tmp_path):
+    run, config, _ = trained
+    checkpoint = ("--checkpoint", run / "checkpoints/last", "--set", "hyperparameters.amp=fp16")
+    run_model_def("evaluate", config, *checkpoint, "--output", tmp_path)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == reports(run, "val")[-1]["metrics"]
+
+
 @pytest.mark.parametrize("picture_format", ["png", "pdf"])
 def test_predict_draws_each_image_and_writes_coco_results(trained, shapes, tmp_path, picture_format):
     run, config, _ = trained

@@ -17,6 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tiny_models import MMDETECTION, load_model_def, mmdet_config
 
+from mmdetection_files import model as mmdetection_model
 from mmdetection_files.hooks import MomentumEma
 from mmdetection_files.model import PYTHON_STATE
 from shared.data.dataset import SampleKey
@@ -37,6 +38,15 @@ def in_process(config: dict, batches: int = 2, workers: int = 0) -> dict:
 @pytest.fixture
 def trial_class():
     return load_model_def().MMDetectionTrial
+
+
+def test_an_mmcv_that_was_compiled_without_cuda_is_refused_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(mmdetection_model, "get_compiling_cuda_version", lambda: "not available")
+    mmdetection_model.check_compiled_for(torch.device("cpu"))
+    with pytest.raises(UserError, match=r"compiled without CUDA.*FORCE_CUDA=1"):
+        mmdetection_model.check_compiled_for(torch.device("cuda", 0))
+    monkeypatch.setattr(mmdetection_model, "get_compiling_cuda_version", lambda: "12.8")
+    mmdetection_model.check_compiled_for(torch.device("cuda", 0))
 
 
 def test_a_step_of_two_processes_is_plain_ddp_over_mmdetection_s_model(shapes, tmp_path):

@@ -1,0 +1,441 @@
+"""Every detector on one GPU and, where there are two, on both: what only a GPU can show.
+
+Two equal runs tell whether a detector's kernels are deterministic. Where they are, a resumed run must end with their
+bits; where they are not (RoIAlign's backward adds up in any order), its losses must be theirs as nearly as the two
+agree with each other, and a warning says so.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import re
+import sys
+import warnings
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first product of matrices
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, WITHOUT_LIBRARY, reports, run_model_def
+from test_resume import assert_same_bits, final_state
+from tiny_models import detectron2_config, efficientdet_config, load_model_def, mmdet_config
+from torchvision.ops import box_iou
+
+from shared.data import loading
+from shared.data.loading import map_tensors
+from shared.training.checkpoints import load_state
+
+sys.path.append(str(ROOT / "benchmarks"))
+from synchronisations import site, watch_synchronisations
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation"),
+]
+
+MMDET_RETINANET, MMDET_MASK_RCNN = "retinanet/retinanet_r50_fpn_1x_coco.py", "mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py"
+RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+
+
+def efficientdet(shapes, **hyperparameters):
+    config = efficientdet_config(shapes)
+    config["hyperparameters"].update(hyperparameters)
+    return config
+
+
+# untrained models' scores are low, and detections without a threshold tell more
+ALL_SCORES = {
+    MMDET_RETINANET: {"model.test_cfg.score_thr": 0.0},
+    MMDET_MASK_RCNN: {"model.test_cfg.rcnn.score_thr": 0.0},
+    RETINANET: {"MODEL.RETINANET.SCORE_THRESH_TEST": 0.0},
+    MASK_RCNN: {"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0},
+}
+
+
+def of_mmdetection(config_file, **overrides):
+    return "mmdetection", lambda shapes: mmdet_config(shapes, config_file, **ALL_SCORES[config_file], **overrides)
+
+
+def of_detectron2(config_file, **overrides):
+    return "detectron2", lambda shapes: detectron2_config(shapes, config_file, **ALL_SCORES[config_file], **overrides)
+
+
+# (the detector's folder, its config for the shapes)
+FLOAT32 = {
+    "efficientdet": ("efficientdet", efficientdet),
+    "mmdetection retinanet": of_mmdetection(MMDET_RETINANET),
+    "mmdetection mask r-cnn": of_mmdetection(MMDET_MASK_RCNN),
+    "detectron2 retinanet": of_detectron2(RETINANET),
+    "detectron2 mask r-cnn": of_detectron2(MASK_RCNN),
+}
+FLOAT16 = {
+    "efficientdet fp16": ("efficientdet", lambda shapes: efficientdet(shapes, amp="fp16")),
+    "mmdetection fp16": of_mmdetection(MMDET_MASK_RCNN, fp16={"loss_scale": "dynamic"}),
+    "detectron2 fp16": of_detectron2(MASK_RCNN, **{"SOLVER.AMP.ENABLED": True}),
+}
+ONE_EACH = ["efficientdet", "mmdetection mask r-cnn", "detectron2 mask r-cnn"]
+
+
+@pytest.fixture
+def case(request):
+    """A detector's folder and config by the name in `FLOAT32` or `FLOAT16`; skipped where its library is not here."""
+    detector, config = {**FLOAT32, **FLOAT16}[request.param]
+    if detector in WITHOUT_LIBRARY:
+        pytest.skip(WITHOUT_LIBRARY[detector])
+    if detector == "mmdetection":
+        from mmcv.ops import get_compiling_cuda_version
+
+        if get_compiling_cuda_version() == "not available":
+            pytest.skip("mmcv-full was compiled without CUDA: compile it anew, with nvcc and FORCE_CUDA=1")
+    return detector, config
+
+
+@pytest.fixture
+def reproducible(monkeypatch):
+    """Kernels that are deterministic, where there are such, and without TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def empty_device():
+    """A test leaves nothing on the device."""
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+class Killed(Exception):
+    """Ends a run without a word to it."""
+
+
+def probe(detector, at_batch_end=lambda trial, batches: None, at_losses=lambda trial, batch, losses: None):
+    """The detector's trial, which calls `at_batch_end` after each batch and `at_losses` after each forward pass."""
+    if detector == "efficientdet":
+        from model_def import EfficientDetTrial as trial_class
+    elif detector == "mmdetection":
+        trial_class = load_model_def().MMDetectionTrial
+    else:
+        trial_class = load_model_def("detectron2").Detectron2Trial
+
+    class Probe(trial_class):
+        def build_model(self):
+            model = super().build_model()
+            torch.backends.cudnn.benchmark = False  # it chooses kernels by their time, and another run others
+            return model
+
+        def losses(self, model, batch):
+            losses = super().losses(model, batch)
+            at_losses(self, batch, losses)
+            return losses
+
+        def after_batch(self, number):
+            super().after_batch(number)
+            at_batch_end(self, number + 1)
+
+    Probe.__module__ = trial_class.__module__  # whose folder is the run's code
+    return Probe
+
+
+def losses_of(run):
+    """The training losses of each report, by batches."""
+    return {
+        report["batches"]: {k: v for k, v in report["metrics"].items() if "loss" in k}
+        for report in reports(run, "train")
+    }
+
+
+def same_bits(a, b):
+    try:
+        assert_same_bits(a, b)
+    except AssertionError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("case", [*FLOAT32, *FLOAT16], indirect=True)
+def test_a_killed_run_resumes_to_the_same_bits(case, shapes, train, request, reproducible):
+    detector, config = case[0], case[1](shapes)
+
+    def kill(trial, batches):
+        if batches == 7:  # the last checkpoint is of batch 4
+            raise Killed
+
+    def on_the_device(trial, batch, losses):
+        expected = torch.device("cuda", torch.cuda.current_device())
+        tensors = []
+        map_tensors(batch, lambda tensor: tensors.append(tensor) or tensor)
+        assert tensors
+        assert {tensor.device for tensor in (*tensors, *losses.values(), *trial.model.parameters())} == {expected}
+
+    trial_class = probe(detector, at_losses=on_the_device)
+    whole, again = (train(trial_class, config, name) for name in ("whole", "again"))
+    with pytest.raises(Killed):
+        train(probe(detector, kill), config, "killed")
+    resumed = train(trial_class, config, "killed", resume="last")
+
+    assert [(r["batches"], r["split"]) for r in reports(resumed)] == [
+        (r["batches"], r["split"]) for r in reports(whole)
+    ]
+    if same_bits(final_state(whole), final_state(again)):
+        assert_same_bits(final_state(resumed), final_state(whole))
+        return
+    warnings.warn(
+        f"{request.node.callspec.id}: two equal runs differ in their bits; the resumed one is compared by its losses",
+        stacklevel=1,
+    )
+    expected, other, ours = losses_of(whole), losses_of(again), losses_of(resumed)
+    for batches, losses in expected.items():
+        near = 0.01 if batches <= 6 else 0.05  # differences grow from step to step
+        for name, value in losses.items():
+            spread = abs(other[batches][name] - value)
+            assert ours[batches][name] == pytest.approx(value, rel=near, abs=10 * spread + 1e-4), (batches, name)
+
+
+@pytest.mark.parametrize("case", FLOAT16, indirect=True)
+def test_half_precision_scales_its_losses_and_takes_steps(case, shapes, train):
+    detector, config = case[0], case[1](shapes)
+    config["searcher"]["max_length"] = {"batches": 12}
+    before = {}
+
+    def note(trial, batch, losses):
+        assert trial.scaler.is_enabled()
+        if not before:
+            before.update({name: weight.clone() for name, weight in trial.plain_model.named_parameters()})
+
+    def look(trial, batches):
+        if batches == 12:
+            before["moved"] = sum(
+                not torch.equal(weight, before[name]) for name, weight in trial.plain_model.named_parameters()
+            )
+
+    run = train(probe(detector, look, note), config)
+    scale = load_state(run / "checkpoints/last/state_dict.pth")["scaler_state_dict"]["scale"]
+    assert 1 <= scale <= 2**16  # halved where gradients overflowed
+    assert before["moved"] > 0
+    for losses in losses_of(run).values():
+        assert all(np.isfinite(list(losses.values())))
+
+
+VARIANTS = {
+    "bf16": ({"amp": "bf16"}, 0.03),
+    "fp16": ({"amp": "fp16"}, 0.01),
+    "channels_last": ({"channels_last": True}, 0.001),
+    "torch_compile": ({"torch_compile": True}, 0.001),
+    "labels on the device": ({"labeler": "device"}, 0.001),
+    "bf16, channels_last": ({"amp": "bf16", "channels_last": True}, 0.03),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_efficientdet_option_changes_the_speed_and_not_the_loss(shapes, train, variant, reproducible):
+    options, near = VARIANTS[variant]
+    if "torch_compile" in options:
+        pytest.importorskip("triton", reason="torch.compile needs triton on a GPU")
+    seen = {}
+
+    def note(trial, batch, losses):
+        seen.setdefault("loss", losses["loss"].item())
+        seen["channels_last"] = batch.images.is_contiguous(memory_format=torch.channels_last)
+
+    def run(name, **hyperparameters):
+        seen.clear()
+        config = efficientdet(shapes, **hyperparameters)
+        config["searcher"]["max_length"] = config["min_validation_period"] = {"batches": 4}
+        losses = losses_of(train(probe("efficientdet", at_losses=note), config, name))
+        assert all(np.isfinite(list(values.values())).all() for values in losses.values())
+        return dict(seen)
+
+    plain, changed = run("plain"), run("changed", **options)
+    assert changed["loss"] == pytest.approx(plain["loss"], rel=near)
+    assert changed["channels_last"] == options.get("channels_last", False)
+
+
+@pytest.mark.parametrize("case", [*ONE_EACH, "efficientdet fp16"], indirect=True)
+def test_a_steady_step_waits_for_the_device_only_where_the_library_does(case, shapes, train):
+    detector, config = case[0], case[1](shapes)
+    config.update(scheduling_unit=12, min_validation_period={"batches": 12})
+    stacks = []
+
+    def look(trial, batches):
+        nonlocal stacks
+        if batches == 5:  # from here to batch 9 nothing is reported, validated or saved
+            stacks = watch.enter_context(watch_synchronisations())
+        if batches == 9:
+            watch.close()
+
+    with contextlib.ExitStack() as watch:
+        train(probe(detector, look), config)
+    if config["hyperparameters"].get("amp") == "fp16":  # a GradScaler reads whether a gradient overflowed
+        others = [stack for stack in stacks if not any("grad_scaler.py" in frame.filename for frame in stack)]
+        assert len(stacks) - len(others) <= 4
+        stacks = others
+    sites = [site(stack) for stack in stacks]
+    if detector != "efficientdet":  # mmdet and detectron2 wait many times in each step
+        sites = [frame for frame in sites if not re.search(r"-packages/(mm|detectron2|fvcore)", frame.filename)]
+    assert [f"{frame.filename}:{frame.lineno} {frame.line}" for frame in sites] == []
+
+
+@pytest.mark.parametrize("case", ONE_EACH, indirect=True)
+def test_memory_does_not_grow_from_step_to_step(case, shapes, train):
+    detector, config = case[0], case[1](shapes)
+    config["searcher"]["max_length"] = config["min_validation_period"] = {"batches": 200}
+    config["scheduling_unit"] = 50
+    allocated = {}
+
+    def look(trial, batches):
+        torch.cuda.synchronize()
+        allocated[batches] = torch.cuda.memory_allocated()
+
+    train(probe(detector, look), config)
+    # batches differ in size: the greatest of many steps, early and late
+    early, late = (max(allocated[i] for i in range(first, first + 50)) for first in (50, 150))
+    assert late <= early + 2**20
+
+
+@pytest.mark.parametrize("case", ONE_EACH, indirect=True)
+def test_a_batch_s_targets_arrive_as_they_left_the_host(case, shapes, train, monkeypatch):
+    detector, config = case[0], case[1](shapes)
+    config["searcher"]["max_length"] = config["min_validation_period"] = {"batches": 12}
+    to_device, sent, arrived = loading.to_device, {}, {}
+
+    def sums(targets):
+        found = []
+        map_tensors(targets, lambda tensor: found.append(tensor.double().sum()) or tensor)
+        return found
+
+    def note_on_host(batch, device):
+        sent[tuple(batch.image_ids)] = [float(value) for value in sums(batch.targets)]
+        return to_device(batch, device)
+
+    def note_on_device(trial, batch, losses):
+        arrived[tuple(batch.image_ids)] = sums(batch.targets)
+
+    monkeypatch.setattr(loading, "to_device", note_on_host)
+    train(probe(detector, at_losses=note_on_device), config)
+    assert len(arrived) > 6
+    for image_ids, values in arrived.items():
+        assert [float(value) for value in values] == pytest.approx(sent[image_ids], rel=1e-9, abs=1e-6)
+
+
+# --- processes of their own: evaluation, and two GPUs ---------------------------------------------------
+
+
+def evaluated(detector, path, checkpoint, output, processes=1, **env):
+    """The metrics and the detections of `model_def.py evaluate`, without TF32."""
+    run_model_def(
+        *("evaluate", path, "--checkpoint", checkpoint, "--output", output),
+        processes=processes,
+        cwd=ROOT / detector,
+        env={"NVIDIA_TF32_OVERRIDE": "0", **env},
+    )
+    return tuple(json.loads((output / name).read_text()) for name in ("metrics.json", "results.json"))
+
+
+def share_found_again(some, others):
+    """The share of the 20 best detections of each image for which `others` has one of the same category and score in
+    the same place."""
+    found, count = 0, 0
+    assert some
+    for image_id in {result["image_id"] for result in some}:
+        best, rest = (
+            sorted((r for r in results if r["image_id"] == image_id), key=lambda r: -r["score"])
+            for results in (some, others)
+        )
+        boxes, candidates = (torch.tensor([r["bbox"] for r in each]).reshape(-1, 4) for each in (best[:20], rest))
+        for each in (boxes, candidates):
+            each[:, 2:] += each[:, :2]
+        overlaps = box_iou(boxes, candidates)
+        for i, result in enumerate(best[:20]):
+            count += 1
+            found += any(
+                overlaps[i, k] > 0.9
+                and rest[k]["category_id"] == result["category_id"]
+                and abs(rest[k]["score"] - result["score"]) < 0.01
+                for k in range(len(rest))
+            )
+    return found / count
+
+
+def assert_same_evaluation(ours, expected):
+    (metrics, results), (expected_metrics, expected_results) = ours, expected
+    assert metrics.keys() == expected_metrics.keys()
+    for name, value in expected_metrics.items():
+        assert metrics[name] == (value if value is None else pytest.approx(value, abs=0.02)), name
+    assert share_found_again(results, expected_results) > 0.95
+    assert share_found_again(expected_results, results) > 0.95
+
+
+@pytest.mark.parametrize("case", FLOAT32, indirect=True)
+def test_a_gpu_evaluates_as_the_cpu_does(case, shapes, train, tmp_path):
+    detector, config = case[0], case[1](shapes)
+    config["searcher"]["max_length"] = config["min_validation_period"] = {"batches": 12}
+    checkpoint = train(probe(detector), config) / "checkpoints/last"
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    on_gpu = evaluated(detector, path, checkpoint, tmp_path / "gpu")
+    on_cpu = evaluated(detector, path, checkpoint, tmp_path / "cpu", CUDA_VISIBLE_DEVICES="")
+    assert_same_evaluation(on_gpu, on_cpu)
+
+
+SYNC_BN = {
+    "efficientdet": {"hyperparameters": {"sync_bn": True}},
+    "mmdetection mask r-cnn": {
+        "override_mmdet_config": {"model.backbone.norm_cfg": {"type": "SyncBN", "requires_grad": True}}
+    },
+    "detectron2 mask r-cnn": {"config_overrides": {"MODEL.RESNETS.NORM": "SyncBN"}},
+}
+PROBE = """
+import os, sys
+sys.path.insert(0, ".")
+import torch
+import model_def
+from shared.launch import main
+from shared.training.trial import DetectionTrial
+
+trial_class = next(
+    value for value in vars(model_def).values()
+    if isinstance(value, type) and issubclass(value, DetectionTrial) and value.__module__ == "model_def"
+)
+
+class Probe(trial_class):
+    def after_batch(self, number):
+        super().after_batch(number)
+        means = [b.double().sum() for n, b in self.plain_model.named_buffers() if n.endswith("running_mean")]
+        devices = {str(tensor.device) for tensor in self.plain_model.state_dict().values()}
+        line = ["RANK", os.environ["LOCAL_RANK"], torch.cuda.current_device(), *devices, float(sum(means))]
+        os.write(1, (" ".join(map(str, line)) + "\\n").encode())
+
+main(Probe)
+"""
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("case", ONE_EACH, indirect=True)
+def test_two_processes_train_on_a_gpu_each_with_common_statistics_and_evaluate_as_one(case, shapes, tmp_path, request):
+    detector, config = case[0], case[1](shapes)
+    for section, values in SYNC_BN[request.node.callspec.params["case"]].items():
+        target = config["hyperparameters"] if section == "hyperparameters" else config["hyperparameters"][section]
+        target.update(values)
+    config["searcher"]["max_length"] = config["min_validation_period"] = {"batches": 4}
+    path, script, run = tmp_path / "config.yaml", tmp_path / "probe.py", tmp_path / "run"
+    path.write_text(yaml.safe_dump(config))
+    script.write_text(PROBE)
+    done = run_model_def("train", path, "--output-dir", run, processes=2, cwd=ROOT / detector, script=script)
+    lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("RANK")]
+    assert len(lines) == 8
+    for rank, current, device, _ in lines:
+        assert current == rank
+        assert device == f"cuda:{rank}"
+    of_rank = [[float(line[3]) for line in lines if line[0] == rank] for rank in ("0", "1")]
+    assert of_rank[0] == pytest.approx(of_rank[1], rel=1e-4)  # else each has those of its own images
+    checkpoint = run / "checkpoints/last"
+    one = evaluated(detector, path, checkpoint, tmp_path / "one")
+    assert_same_evaluation(evaluated(detector, path, checkpoint, tmp_path / "two", processes=2), one)
