@@ -1,0 +1,44 @@
+"""Work that several processes of a machine need the result of, done by one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def once(locks: Sequence[Path], find: Callable[[], T | None], make: Callable[[], T]) -> T:
+    """What `find` finds, else what `make` makes, which other processes then find: ranks of a run, other runs, workers.
+
+    One process makes at a time. The lock goes with its process, whatever that dies of. Where none can be had (the
+    place cannot be written, or its file system has no locks), each process makes its own.
+
+    Args:
+        locks: files to lock, which are made with their folders, and stay: the first that can be locked is.
+        find: gives None where there is nothing yet; called again under the lock.
+        make: leaves its result where `find` looks.
+    """
+    if (found := find()) is not None:
+        return found
+    with contextlib.ExitStack() as stack:
+        for path in locks:
+            with contextlib.suppress(OSError):
+                stack.enter_context(_locked(path))
+                break
+        return made if (made := find()) is not None else make()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    # flock itself: where a network disk has no locks, versions of the library filelock wait for ever
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # a process that was forked meanwhile has the file open too
