@@ -36,7 +36,7 @@ def serving(kind, folder):
     for package in packages:
         pytest.importorskip(package)
     with {"s3": s3_store, "gcs": gcs_store, "http": http_store}[kind](folder) as endpoint:
-        data = {"store_timeout": 20, "workers": 2}
+        data = {"store_timeout": 60, "workers": 2}
         if kind == "http":
             data |= splits(f"{endpoint}/")
         else:
@@ -177,7 +177,7 @@ def test_a_store_that_stays_away_is_an_error_in_bounded_time_and_the_run_goes_on
         started = time.monotonic()
         with pytest.raises(UserError, match=rf"s3://{BUCKET}/\S+ cannot be read, for 12 seconds"):
             train(Probe, config, "away")
-        assert time.monotonic() - started < 60
+        assert time.monotonic() - started < 300
         away = False
         run = train(EfficientDetTrial, config, "away", resume="last")
     ours, expected = (load_state(r / "checkpoints/last/state_dict.pth")["models_state_dict"][0] for r in (run, whole))

@@ -61,13 +61,12 @@ def refuse_names_outside(annotations: CocoAnnotations, where: str) -> None:
     no_name = (lengths == 0) | (lengths > _LONGEST)
     suspicious = no_name.copy()
     # what each wrong name has one of: few right ones do
-    before = np.append(np.uint8(0), letters[:-1])
-    absolute = np.zeros(len(letters), bool)
-    absolute[offsets[:-1][~no_name]] = True
-    absolute &= np.isin(letters, [ord("/"), ord("\\")])
-    up_or_url = (before == ord(".")) & (letters == ord(".")) | (before == ord(":")) & (letters == ord("/"))
-    at = np.flatnonzero(absolute | up_or_url | (letters == 0))
-    suspicious[np.searchsorted(offsets, at, side="right") - 1] = True
+    first = letters[offsets[:-1][~no_name]]
+    suspicious[~no_name] = (first == ord("/")) | (first == ord("\\"))
+    before, here = letters[:-1], letters[1:]
+    up_or_url = (here == ord(".")) & (before == ord(".")) | (here == ord("/")) & (before == ord(":"))
+    for at in (np.flatnonzero(up_or_url), np.flatnonzero(letters == 0)):
+        suspicious[np.searchsorted(offsets, at, side="right") - 1] = True
     for i in np.flatnonzero(suspicious).tolist():
         name = annotations.file_name(i)
         outside = "\0" in name or is_url(name) or name.startswith(("/", "\\")) or ".." in name.split("/")
