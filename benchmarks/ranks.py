@@ -23,7 +23,7 @@ def together(work: Callable[[], object], ranks: int, interval: float = 0.05) -> 
         end.wait()
         del kept
 
-    processes = [context.Process(target=rank) for _ in range(ranks)]
+    processes = [context.Process(target=rank, daemon=True) for _ in range(ranks)]
     for process in processes:
         process.start()
     for _ in processes:

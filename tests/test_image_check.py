@@ -187,6 +187,24 @@ def test_a_bucket_is_listed_page_by_page_once_and_its_sizes_are_kept(shapes, buc
     assert pickle.loads(workers).size_of("000001.png") == second.images.size_of("000001.png")
 
 
+def test_gcs_is_listed_page_by_page(monkeypatch):
+    pytest.importorskip("gcsfs")
+    from gcsfs.core import GCSFileSystem
+
+    pages = {None: (["val/a.png", "val/", "val/b.png"], {"nextPageToken": "2nd"}), "2nd": (["val/c.png"], {})}
+
+    async def call(self, method, path, bucket, *, json_out, prefix, delimiter, pageToken=None, **_):
+        assert (method, path, bucket, prefix, delimiter) == ("GET", "b/{}/o", BUCKET, "val/", "/")
+        names, following = pages[pageToken]
+        return {"items": [{"name": name, "size": str(len(name))} for name in names], **following}
+
+    monkeypatch.setattr(GCSFileSystem, "_call", call)
+    images = RemoteImages(f"gs://{BUCKET}/val", StoreOptions(anonymous=True))
+    look = images.look(np.array([b"a.png", b"c.png", b"d.png"]))
+    assert (look.missing, look.first_missing) == (1, "d.png")
+    assert images.size_of("c.png") == len("val/c.png")
+
+
 def test_one_of_the_processes_lists_a_bucket(shapes, bucket, looks):
     data, _ = bucket
     assert in_processes(3, data) == [(shapes / "val/000003.png").stat().st_size] * 3
