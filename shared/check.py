@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import importlib
 import itertools
@@ -76,7 +77,7 @@ def check(data: DataConfig, scale: InputScale | None = None, images: int | None 
     report, opened = Report(), {}
     for split in ("train", "val"):
         try:
-            opened[split] = open_split(data, split)
+            opened[split] = open_split(dataclasses.replace(data, check_images=True), split)
         except UserError as error:
             report.stops.append(str(error))
     for rule, splits in (

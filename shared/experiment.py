@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from shared.data import synthetic
 from shared.data.annotations import CocoAnnotations, check_same_categories
-from shared.data.dataset import check_images
+from shared.data.image_check import check_images, refuse_names_outside
 from shared.data.remote import StoreError, StoreOptions, is_url
 from shared.data.storage import BACKEND_ALIASES, BACKENDS, ImageStorage, open_images
 from shared.errors import UserError, nearest
@@ -89,6 +89,7 @@ class DataConfig:
     cache_gb: float = 50.0
     workers: int = 4
     on_bad_image: str = "error"
+    check_images: bool = True
 
     @property
     def store_options(self) -> StoreOptions:
@@ -355,11 +356,14 @@ def open_split(data: DataConfig, split: str, images: ImageStorage | None = None)
     except UserError as error:
         raise UserError(f"data.{split}.annotations: {error}") from error
     folder = data.located(paths.images)
+    where = f"data.{split}.images ({folder})"
     images = images or open_images(
         data.backend, folder, split, data.store_options, data.cache_dir, int(data.cache_gb * 2**30)
     )
     try:
-        check_images(annotations, images, f"data.{split}.images ({folder})", skip=data.on_bad_image == "skip")
+        refuse_names_outside(annotations, where)
+        if data.check_images:
+            check_images(annotations, images, where, skip=data.on_bad_image == "skip")
     except StoreError as error:
         raise StoreError(f"data.{split}.images: {error}") from error
     return SplitData(annotations, images)

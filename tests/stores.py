@@ -89,7 +89,9 @@ def gcs_store(folder: Path):
 
 
 def _files(folder: Path):
-    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    """Its files, without the annotation caches beside them."""
+    hidden = set(folder.rglob(".*"))
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and hidden.isdisjoint((path, *path.parents))]
 
 
 class Faults:

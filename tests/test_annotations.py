@@ -4,12 +4,14 @@ import json
 import multiprocessing
 import os
 import pickle
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from shared.data import synthetic
+from shared.data import annotations, synthetic
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.errors import UserError
 
@@ -63,7 +65,7 @@ def test_a_changed_file_is_read_anew(coco, tmp_path):
 def test_a_cut_off_cache_is_made_anew(coco, tmp_path):
     path = write(tmp_path / "a.json", coco)
     CocoAnnotations.open(path)
-    boxes = next(tmp_path.glob(".a.json.columns/boxes.npy"))
+    (boxes,) = tmp_path.glob(".a.json.columns/*/boxes.npy")
     boxes.write_bytes(boxes.read_bytes()[:100])
     assert len(CocoAnnotations.open(path)[0].boxes) > 0
 
@@ -82,15 +84,76 @@ def test_workers_that_are_not_forked_map_the_cache(coco, tmp_path):
     np.testing.assert_array_equal(copy[3].boxes, opened[3].boxes)
 
 
-def _boxes_of(path):
-    return float(sum(record.boxes.sum() for record in CocoAnnotations.open(path)))
+def _open_and_hold(path, results, done):
+    """Says what is mapped, and later what is read from it."""
+    opened = CocoAnnotations.open(path)
+    with open("/proc/self/maps") as maps:
+        mapped = {line.split()[4] for line in maps if line.rstrip().endswith("boxes.npy")}  # inodes
+    results.put((mapped, str(opened.cache)))
+    done.wait(60)
+    results.put(float(sum(record.boxes.sum() for record in opened)))
 
 
-def test_processes_that_open_at_once_agree(coco, tmp_path):
-    path = write(tmp_path / "a.json", coco)
-    with multiprocessing.get_context("fork").Pool(8) as pool:
-        assert len(set(pool.map(_boxes_of, [path] * 8))) == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.json.columns", "a.json"]
+def test_of_processes_that_open_a_new_file_at_once_one_parses_and_all_map_the_same_pages(coco, tmp_path, monkeypatch):
+    path, parsed = write(tmp_path / "a.json", coco), tmp_path / "parsed"
+    decode = annotations._decode
+
+    def counting(data, source):
+        if source == path:
+            with parsed.open("a") as file:
+                file.write("x")
+            time.sleep(0.3)
+        return decode(data, source)
+
+    monkeypatch.setattr(annotations, "_decode", counting)
+    context = multiprocessing.get_context("fork")
+
+    def wave():
+        results, done = context.Queue(), context.Event()
+        processes = [context.Process(target=_open_and_hold, args=(path, results, done)) for _ in range(8)]
+        for process in processes:
+            process.start()
+        mapped = [results.get(timeout=60) for _ in processes]
+        assert all(one == mapped[0] for one in mapped)
+        assert len(mapped[0][0]) == 1
+        return processes, results, done, Path(mapped[0][1])
+
+    def finish(processes, results, done, _):
+        done.set()
+        sums = {results.get(timeout=60) for _ in processes}
+        for process in processes:
+            process.join()
+            assert process.exitcode == 0
+        return sums
+
+    def sum_of_boxes():
+        return float(sum(record.boxes.sum() for record in CocoAnnotations.from_dict(coco)))
+
+    first, sum_of_first = wave(), sum_of_boxes()
+    assert parsed.read_text() == "x"
+    parsed.write_text("")
+
+    # a second wave with a changed file: what the first one maps stays on disk, and is read there
+    del coco["annotations"][1:]
+    write(path, coco)
+    second, sum_of_second = wave(), sum_of_boxes()
+    assert parsed.read_text() == "x"
+    assert first[3].is_dir()
+    assert second[3] != first[3]
+    assert finish(*first) == {sum_of_first}
+    assert finish(*second) == {sum_of_second}
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.json.columns", "a.json", "parsed"]
+
+
+def test_of_the_caches_of_a_file_that_changes_the_last_two_stay(coco, tmp_path):
+    caches = []
+    for number in range(4):
+        coco["images"][0]["width"] = 1000 + number
+        caches.append(CocoAnnotations.open(write(tmp_path / "a.json", coco)).cache)
+        (caches[0].parent / f".killed{number}").mkdir()  # as a process leaves it that is killed while it writes
+        os.utime(tmp_path / "a.json", ns=(number, number))
+        caches.append(CocoAnnotations.open(tmp_path / "a.json").cache)
+    assert {p for p in caches[0].parent.iterdir() if p.name != "lock"} == {*caches[-2:]}
 
 
 def test_keypoints_are_the_file_s_and_go_with_their_annotations(coco, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import struct
 import zlib
@@ -14,7 +15,6 @@ from conftest import reports
 from PIL import Image
 from tiny_models import CONFIGS, efficientdet_config, trial_classes
 
-from shared.data.dataset import check_images
 from shared.data.images import BadImageError, read_image
 from shared.data.storage import DiskImages
 from shared.errors import UserError
@@ -121,15 +121,30 @@ def test_a_bad_image_is_named(tmp_path, kind, decode):
 
 @pytest.mark.parametrize(
     "name",
-    ["../../etc/passwd", "/etc/passwd", "s3://other-bucket/a.png", "a\0.png", "a/../../b.png", "", "\\\\host\\a"],
+    [
+        "../../etc/passwd",
+        "/etc/passwd",
+        "s3://other-bucket/a.png",
+        "a\0.png",
+        "a/../../b.png",
+        "",
+        "\\\\host\\a",
+        "..",
+        "a/..",
+        "a" * 5000,
+    ],
 )
-def test_names_that_lead_out_of_the_folder_are_refused(shapes, name):
+def test_names_that_lead_out_of_the_folder_are_refused(shapes, name, tmp_path):
     coco = json.loads((shapes / "annotations/val.json").read_text())
     coco["images"][3]["file_name"] = name
-    from shared.data.annotations import CocoAnnotations
-
-    with pytest.raises(UserError, match=r"data\.val\.images: the image file name .* leads out of the images' folder"):
-        check_images(CocoAnnotations.from_dict(coco), DiskImages(shapes / "val"), "data.val.images")
+    coco["images"][4]["file_name"] = "right..after/a:b.png"
+    (tmp_path / "val.json").write_text(json.dumps(coco))
+    val = {"annotations": str(tmp_path / "val.json"), "images": str(shapes / "val")}
+    for check in (True, False):
+        with pytest.raises(
+            UserError, match=r"data\.val\.images \(.*\): the image file name .* leads out of the images'"
+        ):
+            open_split(parse_data({"data": {"val": val, "check_images": check}}), "val")
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])
@@ -139,17 +154,17 @@ def test_links_that_lead_out_of_the_folder_are_refused(shapes, tmp_path, what):
         shutil.copytree(shapes / "val", folder)
         (folder / "000003.png").unlink()
         (folder / "000003.png").symlink_to("/etc/passwd")
-        names = [file.name for file in folder.iterdir()]
+        names = sorted(os.listdir(folder))
     else:
         folder.mkdir()
         (folder / "sub").symlink_to(shapes / "val")
         names = ["sub/000003.png"]
     with pytest.raises(UserError, match=r"is a link out of .*images, to /"):
-        DiskImages(folder).missing(names)
+        DiskImages(folder).look(np.array(names, dtype=bytes))
     inside = tmp_path / "inside"
     shutil.copytree(shapes / "val", inside)
     (inside / "linked.png").symlink_to(inside / "000003.png")
-    assert DiskImages(inside).missing(["linked.png"]) == []
+    assert DiskImages(inside).look(np.array([b"linked.png"])).missing == 0
 
 
 # --- in a training ----------------------------------------------------------------------------------

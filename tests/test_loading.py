@@ -10,7 +10,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from shared.data.annotations import CocoAnnotations
-from shared.data.dataset import CocoDetection, SampleKey, check_images
+from shared.data.dataset import BadImages, CocoDetection, SampleKey
+from shared.data.image_check import check_images
 from shared.data.loading import Batch, PrefetchLoader, start_workers
 from shared.data.samplers import EvaluationBatchSampler
 from shared.data.storage import DiskImages, open_images
@@ -67,6 +68,32 @@ def test_an_image_that_cannot_be_decoded_is_named(shapes, tmp_path):
     Image.new("RGB", (5, 5)).save(tmp_path / "000001.png")
     with pytest.raises(UserError, match=r"000001\.png \(image id 2\) has 5×5 pixels"):
         data[1]
+
+
+def test_the_stand_ins_of_a_bad_image_are_the_next_ones_of_its_shape_that_are_in_use():
+    rng = np.random.default_rng(0)
+    widths = rng.integers(5, 15, 60).tolist()
+    images = [{"id": i, "file_name": str(i), "width": width, "height": 10} for i, width in enumerate(widths)]
+    annotations = CocoAnnotations.from_dict(
+        {"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    )
+    read = []
+
+    class Nothing:
+        def read(self, file_name):
+            read.append(int(file_name))
+            return b""
+
+    wide = np.array(widths) > 10
+    for in_use in (None, rng.permutation(60)[:40], np.array([7, 7, 3])):
+        data = CocoDetection(annotations, Nothing(), sample, 0, True, BadImages(skip=True), in_use=in_use)
+        for index in (0, 7, 31, 59):
+            read.clear()
+            with pytest.raises(UserError, match="none of the images"):
+                data[index]
+            used = range(60) if in_use is None else set(in_use.tolist())
+            after = [*range(index + 1, 60), *range(index)]
+            assert read == [index, *(i for i in after if i in used and wide[i] == wide[index])]
 
 
 def test_batches_come_prepared_in_order_and_numbered():

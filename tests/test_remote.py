@@ -1,6 +1,7 @@
 """Data in buckets and behind a web server: what is read, what goes wrong, what is kept."""
 
 import contextlib
+import os
 import shutil
 import time
 
@@ -35,7 +36,7 @@ def serving(kind, folder):
     for package in packages:
         pytest.importorskip(package)
     with {"s3": s3_store, "gcs": gcs_store, "http": http_store}[kind](folder) as endpoint:
-        data = {"store_timeout": 20, "workers": 2}
+        data = {"store_timeout": 60, "workers": 2}
         if kind == "http":
             data |= splits(f"{endpoint}/")
         else:
@@ -92,9 +93,9 @@ def test_annotations_on_disk_go_with_images_in_a_bucket_and_a_public_bucket_need
     with serving("s3", shapes) as data:
         mixed = {"annotations": str(shapes / "annotations/val.json"), "images": f"s3://{BUCKET}/val"}
         public = {"val": mixed, "endpoint_url": data["endpoint_url"], "store_timeout": 40}
-        assert len(samples(opened({**public, "anonymous": True}, "val"))) == 10
         with pytest.raises(StoreError, match=r"data\.val\.images: s3://.*credentials.*AWS_ACCESS_KEY_ID"):
             opened(public, "val")
+        assert len(samples(opened({**public, "anonymous": True}, "val"))) == 10
 
 
 @pytest.mark.parametrize("kind", ["s3", "gcs", "http"])
@@ -176,7 +177,7 @@ def test_a_store_that_stays_away_is_an_error_in_bounded_time_and_the_run_goes_on
         started = time.monotonic()
         with pytest.raises(UserError, match=rf"s3://{BUCKET}/\S+ cannot be read, for 12 seconds"):
             train(Probe, config, "away")
-        assert time.monotonic() - started < 60
+        assert time.monotonic() - started < 300
         away = False
         run = train(EfficientDetTrial, config, "away", resume="last")
     ours, expected = (load_state(r / "checkpoints/last/state_dict.pth")["models_state_dict"][0] for r in (run, whole))
@@ -223,26 +224,46 @@ def test_the_second_epoch_reads_from_disk(shapes, tmp_path):
         np.testing.assert_array_equal(a[0], b[0])
 
 
-def test_the_oldest_copies_go_first_and_the_folder_keeps_to_its_limit(tmp_path):
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_a_full_folder_keeps_what_it_has_so_that_an_epoch_finds_as_much_as_there_is_room_for(share, tmp_path):
+    store, names = Counting(), [f"{number}.png" for number in range(100)]
+    rng = np.random.default_rng(0)
+    for epoch in range(3):
+        # 1,000 bytes and a checksum each; a run that is started again goes on with the same folder
+        cached = CachedImages(store, tmp_path / "cache", limit=int(share * len(names) * 1004))
+        for name in rng.permutation(names):
+            cached.read(str(name))
+        read = sum(store.count.values())
+        assert read == 100 + epoch * round(100 * (1 - share))
+    assert sum(file.stat().st_size for file in copies(tmp_path)) == share * 100 * 1004
+
+
+def test_a_smaller_limit_keeps_what_is_there_and_copies_that_were_deleted_are_counted_anew_after_a_day(tmp_path):
     store = Counting()
-    cached = CachedImages(store, tmp_path / "cache", limit=10_000)
-    for number in range(20):
-        cached.read(f"{number}.png")
-        time.sleep(0.002)
-        on_disk = [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.name != "total"]
-        assert sum(file.stat().st_size for file in on_disk) <= 10_000
-    assert len(on_disk) >= 8
-    cached.read("19.png")
-    cached.read("0.png")
-    assert store.count["19.png"] == 1
-    assert store.count["0.png"] == 2
+    for number in range(10):
+        CachedImages(store, tmp_path / "cache", limit=10_040).read(f"{number}.png")
+    small = CachedImages(store, tmp_path / "cache", limit=5_000)
+    for name in ("0.png", "a.png", "9.png"):
+        small.read(name)
+    assert len(copies(tmp_path)) == 10
+    assert sum(store.count.values()) == 11
+    for file in copies(tmp_path):
+        file.unlink()
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(tmp_path / "cache/total", (two_days_ago, two_days_ago))
+    small.read("b.png")
+    assert len(copies(tmp_path)) == 1
+
+
+def copies(folder):
+    return [file for file in (folder / "cache").rglob("*") if file.is_file() and file.name != "total"]
 
 
 def test_a_copy_that_is_not_whole_does_not_count(tmp_path):
     store = Counting()
     cached = CachedImages(store, tmp_path / "cache", limit=10**6)
     data = cached.read("a.png")
-    (copy,) = [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.name != "total"]
+    (copy,) = copies(tmp_path)
     for damaged in (copy.read_bytes()[:500], b"", b"\0" * 1004):
         copy.write_bytes(damaged)
         assert cached.read("a.png") == data
@@ -266,8 +287,7 @@ def test_processes_that_fill_the_folder_at_once_agree(tmp_path):
     assert [results.get(timeout=60) for _ in processes] == [[1000] * 30] * 4
     for process in processes:
         process.join()
-    on_disk = [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.name != "total"]
-    assert sum(file.stat().st_size for file in on_disk) <= 20_000
+    assert sum(file.stat().st_size for file in copies(tmp_path)) <= 20_000
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning_and_the_images_come_from_the_store(tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ class EfficientDetTransform:
     def __init__(self, hparams: EfficientDetHyperparameters, inputs: dict[str, Any], training: bool):
         size, fill_color = inputs["input_size"][-2:], inputs["fill_color"]
         self.training = training
+        pad = PadThin(size, hparams.scale_jitter[0] if training else 1.0, fill_color)
         if training:
             steps = [
                 RandomFlip(horizontal=True, vertical=hparams.vertical_flip, prob=0.5),
@@ -39,7 +41,7 @@ class EfficientDetTransform:
             ]
         else:
             steps = [ResizePad(size, inputs["interpolation"], fill_color)]
-        self.transform = Compose([*steps, ImageToNumpy()])
+        self.transform = Compose([pad, *steps, ImageToNumpy()])
 
     def __call__(self, image: Image.Image, record: ImageRecord) -> tuple[np.ndarray, dict[str, Any], int]:
         target: dict[str, Any] = {"img_size": (record.width, record.height)}
@@ -51,6 +53,28 @@ class EfficientDetTransform:
             target["cls"] = record.labels[keep] + 1
         image, target = self.transform(image, target)
         return image, target, record.image_id
+
+
+class PadThin:
+    """Pads a banner, below or to the right, until no side of it becomes 0 pixels where effdet resizes it, which fails.
+
+    Args:
+        size: (height, width) that the image is fitted into.
+        smallest: the least factor of the random scale.
+        fill_color: of the new pixels, RGB.
+    """
+
+    def __init__(self, size: tuple[int, int], smallest: float, fill_color: tuple[int, int, int]):
+        self.size, self.smallest, self.fill_color = size, smallest, fill_color
+
+    def __call__(self, image: Image.Image, target: dict[str, Any]) -> tuple[Image.Image, dict[str, Any]]:
+        scale = min(self.smallest * self.size[0] / image.height, self.smallest * self.size[1] / image.width)
+        if int(min(image.size) * scale) >= 1:
+            return image, target
+        least = math.floor(1 / scale) + 1
+        padded = Image.new("RGB", (max(image.width, least), max(image.height, least)), color=self.fill_color)
+        padded.paste(image)
+        return padded, target
 
 
 class EfficientDetCollate:

@@ -28,6 +28,7 @@ from mmdetection_files.hyperparameters import MMDetectionData
 from shared.data.annotations import CocoAnnotations, ImageRecord
 from shared.data.dataset import BadImages, CocoDetection, SampleKey, transformed
 from shared.data.images import BadImageError
+from shared.data.listing import Look
 from shared.data.loading import Batch
 from shared.data.remote import is_url
 from shared.data.samplers import aspect_ratio_groups
@@ -44,6 +45,8 @@ _MIN_SIDE = 32  # pixels; CocoDataset leaves smaller images out of the training
 class MmcvImages:
     """Images through one of mmcv's own file clients (petrel, lmdb, …)."""
 
+    place = None
+
     def __init__(self, file_client_args: dict[str, Any], prefix: str):
         self.file_client_args = file_client_args
         self.prefix = prefix
@@ -54,8 +57,8 @@ class MmcvImages:
             self._client = FileClient(**self.file_client_args)
         return bytes(self._client.get(self._client.join_path(self.prefix, file_name) if self.prefix else file_name))
 
-    def missing(self, file_names: Any) -> list[str]:
-        return []  # most of these clients cannot be asked
+    def look(self, names: np.ndarray) -> Look:
+        return Look()  # most of these clients cannot be asked
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_client": None}

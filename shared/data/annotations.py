@@ -1,6 +1,6 @@
 """A COCO annotation file as memory-mapped columns.
 
-The JSON is parsed once into a folder of plain NumPy arrays, the cache. Every later open, and every
+The JSON is parsed once, by one process, into a folder of plain NumPy arrays, the cache. Every later open, and every
 loader worker and rank of the machine, maps the same pages, so a file of COCO's size costs its memory once.
 """
 
@@ -25,12 +25,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from shared.data.once import once
 from shared.data.remote import StoreOptions, is_url, read_url, version_of
 from shared.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 _DTYPES = {
     "image_ids": "<i8",
@@ -129,6 +130,7 @@ class CocoAnnotations:
         path: the file or its URL, or None for annotations made in memory.
         categories: [{"id": 1, "name": "person", …}, …], as in the file, in the order of ids.
         columns: name to array; the annotations of image i are rows `offsets[i]` to `offsets[i + 1]`.
+        cache: the folder that the columns are mapped from, None where they are in memory.
     """
 
     def __init__(
@@ -137,7 +139,7 @@ class CocoAnnotations:
         self.columns = columns
         self.categories = categories
         self.path = path
-        self._cache = cache
+        self.cache = cache
 
     @classmethod
     def open(
@@ -146,8 +148,9 @@ class CocoAnnotations:
         cache_dir: str | os.PathLike | None = None,
         options: StoreOptions = StoreOptions(),  # noqa: B008, it is frozen
     ) -> CocoAnnotations:
-        """Map the cache of `path`, made at the first open: in `cache_dir`, else beside the file, else in the
-        user's cache directory. Where none of them can be written, the columns stay in memory.
+        """Map the cache of `path`, made at the first open by one of the processes that ask for it: in `cache_dir`,
+        else beside the file, else in the user's cache directory. Where none of them can be written, the columns stay
+        in memory.
 
         Args:
             path: the file, or its URL.
@@ -167,20 +170,27 @@ class CocoAnnotations:
         signature = {"version": CACHE_VERSION, **signature}
 
         places = _cache_places(path, cache_dir)
-        for place in places:
-            if opened := cls._from_cache(place, path, signature):
-                return opened
-        columns, categories = _to_columns(_decode(read(), path), path)
-        for place in places:
-            if _write_cache(place, columns, categories, signature):
-                return cls._from_cache(place, path, signature) or cls(columns, categories, path, None)
-        logger.warning(
-            "%s: the annotation cache cannot be written in %s; set data.cache_dir to a folder with room. "
-            "Going on with the annotations in memory.",
-            path,
-            " or ".join(str(place.parent) for place in places) or "a home directory, for there is none",
-        )
-        return cls(columns, categories, path, None)
+        version = hashlib.sha256(json.dumps(signature, sort_keys=True).encode()).hexdigest()[:12]
+        caches = [place / version for place in places]
+
+        def find() -> CocoAnnotations | None:
+            opened = (cls._from_cache(cache, path, signature) for cache in caches)
+            return next((annotations for annotations in opened if annotations), None)
+
+        def make() -> CocoAnnotations:
+            columns, categories = _to_columns(_decode(read(), path), path)
+            for cache in caches:
+                if _write_cache(cache, columns, categories, signature):
+                    return cls._from_cache(cache, path, signature) or cls(columns, categories, path, None)
+            logger.warning(
+                "%s: the annotation cache cannot be written in %s; set data.cache_dir to a folder with room. "
+                "Going on with the annotations in memory.",
+                path,
+                " or ".join(str(place.parent) for place in places) or "a home directory, for there is none",
+            )
+            return cls(columns, categories, path, None)
+
+        return once([place / "lock" for place in places], find, make)
 
     @classmethod
     def from_dict(cls, coco: dict) -> CocoAnnotations:
@@ -209,8 +219,8 @@ class CocoAnnotations:
 
     def __reduce__(self):
         # loader workers that are not forked map the cache again instead of receiving a copy
-        if self._cache is not None:
-            return CocoAnnotations._from_cache, (self._cache, self.path, None)
+        if self.cache is not None:
+            return CocoAnnotations._from_cache, (self.cache, self.path, None)
         return CocoAnnotations, (self.columns, self.categories, self.path, None)
 
     def __len__(self) -> int:
@@ -244,6 +254,15 @@ class CocoAnnotations:
     def file_name(self, index: int) -> str:
         start, end = self.columns["file_name_offsets"][index], self.columns["file_name_offsets"][index + 1]
         return self.columns["file_names"][start:end].tobytes().decode()
+
+    @property
+    def file_names(self) -> np.ndarray:
+        """(images,) bytes, the UTF-8 of all names."""
+        lengths = np.diff(self.columns["file_name_offsets"])
+        width = max(int(lengths.max()), 1)
+        letters = np.zeros((len(self), width), np.uint8)
+        letters[np.arange(width) < lengths[:, None]] = self.columns["file_names"]
+        return letters.view(f"S{width}").ravel()
 
     @property
     def category_ids(self) -> list[int]:
@@ -508,6 +527,13 @@ def _rows_of(wanted: np.ndarray, ids: np.ndarray, annotation_ids: np.ndarray, wh
 
 
 # --- the cache --------------------------------------------------------------------------------------
+#
+# <file>.columns/lock             held by the process that parses
+#                <version>/       one for each version of the file that was opened: its name follows from the file's
+#                                 size and time (a store's ETag …), so that no pointer can be behind
+#
+# A version is never changed, and not removed while it may be mapped: on NFS a mapped file that another machine removes
+# ends its reader in SIGBUS. Of the versions that a new one replaces, the latest stays, and the older ones go.
 
 
 def _cache_places(path: Path | str, cache_dir: str | os.PathLike | None) -> list[Path]:
@@ -551,23 +577,34 @@ def _write_cache(cache: Path, columns: dict[str, np.ndarray], categories: list[d
     aside = None
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=cache.parent, prefix=f"{cache.name}."))
+        aside = Path(tempfile.mkdtemp(dir=cache.parent, prefix="."))
         aside.chmod(0o755)
         for name, column in columns.items():
             np.save(aside / f"{name}.npy", column)
         lengths = {name: len(column) for name, column in columns.items()}
         header = {"signature": signature, "columns": lengths, "categories": categories}
         (aside / "header.json").write_text(json.dumps(header))
-        if cache.exists():
-            shutil.rmtree(cache, ignore_errors=True)
+        if cache.exists() and CocoAnnotations._from_cache(cache, None, signature) is None:  # cut off, or not ours
+            cache.rename(tempfile.mkdtemp(dir=cache.parent, prefix="damaged."))
         try:
             aside.rename(cache)
         except OSError:
-            # another process was faster: its cache is as good
+            # a process of another machine was faster: its cache is as good
             return CocoAnnotations._from_cache(cache, None, signature) is not None
+        _remove_older(cache)
         return True
     except OSError:
         return False
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_older(cache: Path) -> None:
+    """Removes all beside this version but the one before it."""
+    others = [path for path in cache.parent.iterdir() if path.is_dir() and path != cache]
+    versions = [path for path in others if (path / "header.json").is_file()]  # else one that was killed was writing it
+    before = max(versions, key=lambda path: (path / "header.json").stat().st_mtime_ns, default=None)
+    for path in others:
+        if path != before:
+            shutil.rmtree(path, ignore_errors=True)

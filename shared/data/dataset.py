@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from shared.data.annotations import CocoAnnotations, ImageRecord
 from shared.data.images import BadImageError, read_image
 from shared.data.seeding import seed_all
-from shared.data.storage import ImageStorage, refuse_names_outside
+from shared.data.storage import ImageStorage
 from shared.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -123,10 +125,19 @@ class CocoDetection(torch.utils.data.Dataset):
     def _candidates(self, index: int) -> Iterator[int]:
         """The image, then those that may stand in for it."""
         yield index
-        wide = self.annotations.columns["widths"] > self.annotations.columns["heights"]
+        columns = self.annotations.columns
+        alike = self._by_shape[int(columns["widths"][index] > columns["heights"][index])]
+        start = np.searchsorted(alike, index, side="right")
+        for other in itertools.chain(alike[start:], alike[:start]):
+            if other != index:
+                yield int(other)
+
+    @cached_property
+    def _by_shape(self) -> tuple[np.ndarray, np.ndarray]:
+        """The indices in use, in order: of images that are not wide, and of those that are."""
         in_use = np.arange(len(self)) if self.in_use is None else np.unique(self.in_use)
-        others = np.roll(in_use, -np.searchsorted(in_use, index, side="right"))
-        yield from others[(wide[others] == wide[index]) & (others != index)].tolist()
+        wide = (self.annotations.columns["widths"] > self.annotations.columns["heights"])[in_use]
+        return in_use[~wide], in_use[wide]
 
 
 def transformed(transform: Transform, image: Any, record: ImageRecord) -> Any:
@@ -144,23 +155,6 @@ def transformed(transform: Transform, image: Any, record: ImageRecord) -> Any:
             f"{record.file_name} (image id {record.image_id}) cannot be made a sample; look at its annotations "
             f"({type(error).__name__}: {error})"
         ) from error
-
-
-def check_images(annotations: CocoAnnotations, images: ImageStorage, where: str, skip: bool = False) -> None:
-    """Raises UserError where an image's name leads out of the folder, or its file is missing; with `skip`, only where
-    all are."""
-    names = [annotations.file_name(i) for i in range(len(annotations))]
-    refuse_names_outside(names, where)
-    missing = images.missing(names)
-    if not missing:
-        return
-    message = (
-        f"{where}: {len(missing)} of the {len(annotations)} images that the annotation file names are not there, the "
-        f"first is {missing[0]}"
-    )
-    if not skip or len(missing) == len(annotations):
-        raise UserError(message)
-    logger.warning("%s; they are left out", message)
 
 
 def _with_area_only(record: ImageRecord) -> ImageRecord:

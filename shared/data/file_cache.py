@@ -8,24 +8,30 @@ import hashlib
 import logging
 import os
 import tempfile
+import time
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from shared.data.listing import Look, Sizes
 from shared.data.remote import RemoteImages
 
 logger = logging.getLogger(__name__)
 
 _CHECKSUM_BYTES = 4
+_COUNT_IS_GOOD_FOR = 24 * 3600  # seconds that a full folder is not counted anew
 
 
 @dataclass
 class CachedImages:
     """Images that are read from `remote` once, and from the folder then.
 
-    A copy is its bytes and their CRC-32, written aside and renamed: half of one never counts, whoever was killed. The
-    oldest go first. Where the folder cannot be written, the images come from `remote`, with one warning.
+    A copy is its bytes and their CRC-32, written aside and renamed: half of one never counts, whoever was killed. When
+    the folder is full it stays as it is: an epoch reads each image once, in random order, so that the one just read is
+    the last that will be wanted again. Where the folder cannot be written, the images come from `remote`, with one
+    warning.
 
     Args:
         folder: made where it is not there.
@@ -39,8 +45,15 @@ class CachedImages:
     def __str__(self) -> str:
         return str(self.remote)
 
-    def missing(self, file_names: Iterable[str]) -> list[str]:
-        return self.remote.missing(file_names)
+    @property
+    def place(self) -> str | None:
+        return self.remote.place
+
+    def look(self, names: np.ndarray) -> Look:
+        return self.remote.look(names)
+
+    def take_sizes(self, sizes: Sizes) -> None:
+        self.remote.take_sizes(sizes)
 
     def read(self, file_name: str) -> bytes:
         """The bytes of the image file; the errors are those of `RemoteImages.read`."""
@@ -55,12 +68,10 @@ class CachedImages:
         return data
 
     def _keep(self, copy: Path, data: bytes) -> None:
-        if len(data) > self.limit:
-            return
         try:
             copy.parent.mkdir(parents=True, exist_ok=True)
-            self._reserve(len(data) + _CHECKSUM_BYTES)
-            _write(copy, data)
+            if self._reserve(len(data) + _CHECKSUM_BYTES):
+                _write(copy, data)
         except OSError as error:
             if not getattr(self, "_warned", False):
                 self._warned = True
@@ -71,33 +82,30 @@ class CachedImages:
                     self.remote,
                 )
 
-    def _reserve(self, size: int) -> None:
-        """Makes room for `size` bytes and counts them, before they are there: a process that is killed in between
-        leaves too much counted, which the next search for the oldest puts right."""
+    def _reserve(self, size: int) -> bool:
+        """Whether there is room for `size` bytes, which are counted before they are there. A process that is killed in
+        between leaves too much counted, and so does a user who deletes copies: a full folder is counted anew."""
         with (self.folder / "total").open("a+b") as total:
             fcntl.flock(total, fcntl.LOCK_EX)
             total.seek(0)
             text = total.read()
-            taken = int(text) if text.isdigit() else self._remove_oldest(0)
-            if taken + size > self.limit:
-                taken = self._remove_oldest(size)
+            taken = int(text) if text.isdigit() else None
+            stale = time.time() - os.fstat(total.fileno()).st_mtime > _COUNT_IS_GOOD_FOR
+            if taken is None or (taken + size > self.limit and stale):
+                taken = self._count()
+            elif taken + size > self.limit:
+                return False
+            fits = taken + size <= self.limit
             total.truncate(0)
-            total.write(str(taken + size).encode())
+            total.write(str(taken + size if fits else taken).encode())
+            return fits
 
-    def _remove_oldest(self, size: int) -> int:
-        """Makes room for `size` bytes, and a tenth of the limit so that not each file searches anew; the bytes left."""
-        files = []
+    def _count(self) -> int:
+        """Bytes of all copies."""
+        taken = 0
         for path in self.folder.glob("[0-9a-f][0-9a-f]/*"):
             with contextlib.suppress(FileNotFoundError):
-                status = path.stat()
-                files.append((status.st_mtime_ns, path, status.st_size))
-        taken = sum(size for _, _, size in files)
-        wanted = self.limit - size - (self.limit // 10 if size else 0)
-        for _, path, size_of_it in sorted(files):
-            if taken <= wanted:
-                break
-            path.unlink(missing_ok=True)
-            taken -= size_of_it
+                taken += path.stat().st_size
         return taken
 
 

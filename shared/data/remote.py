@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -14,6 +15,7 @@ import numpy as np
 import tenacity
 from fsspec.asyn import AsyncFileSystem, sync
 
+from shared.data.listing import Look, Sizes, as_names, folders_of, missing, rows_of
 from shared.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -104,15 +106,17 @@ class RemoteImages:
 
     url: str
     options: StoreOptions = StoreOptions()
-    # the files' sizes, by name: sorted arrays, which loader workers share
-    _names: np.ndarray = field(default_factory=lambda: np.empty(0, "S1"), repr=False)
-    _sizes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
+    _sizes: Sizes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.url = self.url.rstrip("/")
 
     def __str__(self) -> str:
         return self.url
+
+    @property
+    def place(self) -> str | None:
+        return None if _protocol(self.url) == "http" else f"{self.url} at {self.options.endpoint_url}"
 
     def location(self, file_name: str) -> str:
         """The image's own URL."""
@@ -133,45 +137,74 @@ class RemoteImages:
 
         return _with_retries(read, location, self.options)
 
-    def missing(self, file_names: Iterable[str]) -> list[str]:
-        """Those of the names that the store does not list; of a web server, which has no list, some are tried.
+    def look(self, names: np.ndarray) -> Look:
+        """Lists a bucket's folders, and takes the files' sizes from there; of a web server, which has no list, some
+        images are tried.
 
         Raises:
-            StoreError: as `read`.
+            StoreError: as `read`; `data.store_timeout` is for each page of the list.
         """
-        names = list(file_names)
         if _protocol(self.url) == "http":
-            return self._missing_of_some(names)
-        sizes: dict[str, int] = {}
+            return self._try_some(names)
         try:
-            for folder in sorted({name.rpartition("/")[0] for name in names}):
-                sizes.update(self._list(folder))
+            listed, sizes = self._list(names)
         except StoreError as error:
             if not isinstance(error.__cause__, PermissionError):
                 raise
             logger.warning("%s cannot be listed: that all images are there is not checked", self.url)
-            return self._missing_of_some(names)
-        known = sorted((name.encode(), sizes[name]) for name in set(names) & sizes.keys())
-        self._names = np.array([name for name, _ in known], dtype=bytes)
-        self._sizes = np.array([size for _, size in known], dtype=np.int64)
-        return [name for name in names if name not in sizes]
+            return self._try_some(names)
+        order = np.argsort(listed, kind="stable")
+        listed = listed[order]
+        rows = rows_of(names, listed)
+        kept = np.unique(rows[rows >= 0])
+        self._sizes = Sizes(listed[kept], sizes[order[kept]])
+        look = missing(names, rows)
+        look.sizes = self._sizes
+        return look
 
-    def _list(self, folder: str) -> dict[str, int]:
-        location = f"{self.url}/{folder}".rstrip("/")
+    def take_sizes(self, sizes: Sizes) -> None:
+        """Those that an earlier look found."""
+        self._sizes = sizes
 
-        def names(files: AsyncFileSystem) -> Sequence[dict]:
-            return sync(files.loop, files._ls, location, detail=True, timeout=self.options.timeout)
+    def _list(self, names: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """All names in the folders of `names` that are no longer than these, and their sizes."""
+        pieces, sizes = [np.empty(0, names.dtype)], [np.empty(0, np.int64)]
+        count = 0
+        for folder in folders_of(names):
+            for files in self._pages(folder):
+                pieces.append(as_names((name.encode() for name, _ in files), names.itemsize))
+                sizes.append(np.array([size for _, size in files], dtype=np.int64))
+                count += len(files)
+                if len(pieces) % 100 == 0:
+                    logger.info("%s: %s files listed", self.url, f"{count:,}")
+        return np.concatenate(pieces), np.concatenate(sizes)
 
-        try:
-            entries = _with_retries(names, location, self.options)
-        except FileNotFoundError:
-            return {}
-        prefix = f"{folder}/" if folder else ""
-        return {
-            prefix + entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"
-        }
+    def _pages(self, folder: str) -> Iterator[list[tuple[str, int]]]:
+        """Names below the URL, and sizes, of the files in a folder, a thousand at a time."""
+        location, below = f"{self.url}/{folder}".rstrip("/"), f"{folder}/" if folder else ""
+        token = None
+        while True:
+            try:
+                found, token = _with_retries(
+                    functools.partial(self._page, location=location, token=token), location, self.options
+                )
+            except FileNotFoundError:
+                return
+            yield [(below + name, size) for name, size in found]
+            if token is None:
+                return
 
-    def _missing_of_some(self, names: Sequence[str]) -> list[str]:
+    def _page(
+        self, files: AsyncFileSystem, location: str, token: str | None
+    ) -> tuple[list[tuple[str, int]], str | None]:
+        """A page of names and sizes, and the token of the next one."""
+        bucket, key, *_ = files.split_path(location)
+        prefix = f"{key}/" if key else ""
+        list_page = _list_s3 if _protocol(self.url) == "s3" else _list_gcs
+        found, following = list_page(files, bucket, prefix, token, _attempt_seconds(self.options))
+        return [(key[len(prefix) :], size) for key, size in found if key != prefix], following
+
+    def _try_some(self, names: np.ndarray) -> Look:
         def there(name: str) -> bool:
             location = self.location(name)
             try:
@@ -184,13 +217,33 @@ class RemoteImages:
                 return False
             return True
 
-        return [name for name in names[:: max(len(names) // _SPOT_CHECKS, 1)] if not there(name)]
+        tried = [name.decode() for name in names[:: max(len(names) // _SPOT_CHECKS, 1)].tolist()]
+        absent = [name for name in tried if not there(name)]
+        return Look(len(absent), absent[0] if absent else "", whole=False)
 
     def size_of(self, file_name: str) -> int | None:
         """The bytes that the listing gives, where there was one."""
-        name = file_name.encode()
-        at = int(np.searchsorted(self._names, name))
-        return int(self._sizes[at]) if at < len(self._names) and self._names[at] == name else None
+        return self._sizes[file_name] if self._sizes is not None else None
+
+
+def _list_s3(
+    files: AsyncFileSystem, bucket: str, prefix: str, token: str | None, timeout: float
+) -> tuple[list[tuple[str, int]], str | None]:
+    """The keys and sizes of a page, and the token of the next one."""
+    following = {"ContinuationToken": token} if token else {}
+    request = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/", **following}
+    page = sync(files.loop, files._call_s3, "list_objects_v2", timeout=timeout, **request)
+    return [(item["Key"], item["Size"]) for item in page.get("Contents", [])], page.get("NextContinuationToken")
+
+
+def _list_gcs(
+    files: AsyncFileSystem, bucket: str, prefix: str, token: str | None, timeout: float
+) -> tuple[list[tuple[str, int]], str | None]:
+    """As `_list_s3`."""
+    request = {"prefix": prefix, "delimiter": "/", "maxResults": 1000, "fields": "items(name,size),nextPageToken"}
+    request |= {"pageToken": token} if token else {}
+    page = sync(files.loop, files._call, "GET", "b/{}/o", bucket, json_out=True, timeout=timeout, **request)
+    return [(item["name"], int(item["size"])) for item in page.get("items", [])], page.get("nextPageToken")
 
 
 def _protocol(url: str) -> str:

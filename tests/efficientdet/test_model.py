@@ -1,19 +1,25 @@
 """EfficientDet: the model, its weights, and that it trains as upstream does."""
 
+import json
 import os
 import pickle
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import reports, run_model_def
 from determined import pytorch
 from effdet.config.model_config import efficientdet_model_param_dict
+from PIL import Image
 from timm.scheduler import create_scheduler_v2
 from tiny_models import efficientdet_config
 
+from efficientdet_files.data import EfficientDetTransform
 from efficientdet_files.hyperparameters import EfficientDetHyperparameters
 from efficientdet_files.model import build_model, model_config
 from model_def import EfficientDetTrial
+from shared.data.annotations import CocoAnnotations
 from shared.data.coco_categories import COCO_CATEGORIES
 from shared.errors import UserError
 
@@ -189,6 +195,51 @@ def test_every_option_trains_together(run_config, tmp_path):
     )
     run_model_def("train", config, "--output-dir", tmp_path / "run")
     assert reports(tmp_path / "run", "train")[-1]["metrics"]["loss"] > 0
+
+
+def test_a_banner_trains_and_validates_at_the_smallest_scale(shapes, run_config, tmp_path):
+    folder = shutil.copytree(shapes, tmp_path / "banners")
+    for split, width, height in (("train", 1200, 20), ("val", 9, 1300)):
+        path = folder / f"annotations/{split}.json"
+        coco = json.loads(path.read_text())
+        coco["images"][0] |= {"width": width, "height": height}
+        for annotation in coco["annotations"]:
+            if annotation["image_id"] == coco["images"][0]["id"]:
+                annotation["bbox"] = [1, 1, width - 4, height - 4]
+        path.write_text(json.dumps(coco))
+        Image.new("RGB", (width, height), (200, 30, 30)).save(folder / split / coco["images"][0]["file_name"])
+    config = run_config(
+        data__train={"annotations": str(folder / "annotations/train.json"), "images": str(folder / "train")},
+        data__val={"annotations": str(folder / "annotations/val.json"), "images": str(folder / "val")},
+        hyperparameters__scale_jitter=[0.1, 0.12],
+        searcher__max_length={"epochs": 1},
+    )
+    run_model_def("train", config, "--output-dir", tmp_path / "run")
+    assert {report["split"] for report in reports(tmp_path / "run")} == {"train", "val"}
+
+
+def test_a_banner_keeps_its_pixels_and_boxes():
+    hparams, inputs = tiny(scale_jitter=[0.1, 0.1]), {"input_size": (3, 128, 128), "fill_color": (0, 0, 0)}
+    record = CocoAnnotations.from_dict(
+        {
+            "images": [{"id": 1, "file_name": "a.png", "width": 2560, "height": 10}],
+            "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 2560, 10]}],
+            "categories": [{"id": 1, "name": "banner"}],
+        }
+    )[0]
+    inputs["interpolation"] = "bilinear"
+    image, target, _ = EfficientDetTransform(hparams, inputs, training=True)(
+        Image.new("RGB", (2560, 10), "red"), record
+    )
+    assert image[0, 0, :12].min() > 0
+    assert image[0, 1:].max() == image[0, :, 13:].max() == 0
+    np.testing.assert_allclose(target["bbox"], [[0, 0, 0.05, 12.8]], atol=0.9)
+    image, target, _ = EfficientDetTransform(hparams, inputs, training=False)(
+        Image.new("RGB", (2560, 10), "red"), record
+    )
+    assert image[0, 0].min() > 0
+    assert image[0, 1:].max() == 0
+    assert target["img_scale"] == 20
 
 
 def test_val_skip_evaluates_every_nth_image_only(trial):

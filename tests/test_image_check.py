@@ -1,0 +1,239 @@
+"""Whether the images are there: looked at once, remembered, and looked at again when something has changed."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+from stores import BUCKET, s3_store
+
+from shared.data import remote, storage
+from shared.data.listing import Sizes, folders_of, rows_of
+from shared.data.remote import RemoteImages, StoreOptions
+from shared.errors import UserError
+from shared.experiment import open_split, parse_data
+
+
+@pytest.fixture
+def data(shapes, tmp_path):
+    """A `data` section of the validation shapes, in a folder of the test's own."""
+    folder = shutil.copytree(shapes, tmp_path / "data", ignore=lambda *_: [".val.json.columns", ".train.json.columns"])
+    return {"val": {"annotations": str(folder / "annotations/val.json"), "images": str(folder / "val")}}
+
+
+@pytest.fixture
+def looks(monkeypatch, tmp_path):
+    """How often folders and buckets were listed, in whatever process."""
+    file = tmp_path / "looks"
+    file.touch()
+
+    def count(module, name):
+        real = getattr(module, name)
+
+        def counting(*arguments):
+            with file.open("a") as appended:
+                appended.write("x")
+            return real(*arguments)
+
+        monkeypatch.setattr(module, name, counting)
+
+    count(storage.DiskImages, "look")
+    count(remote.RemoteImages, "look")
+    return lambda: len(file.read_text())
+
+
+def opened(data, **changes):
+    return open_split(parse_data({"data": {**data, **changes}}), "val")
+
+
+def images_of(data):
+    return data["val"]["images"]
+
+
+def test_a_folder_that_was_looked_at_is_looked_at_again_only_when_it_has_changed(data, looks):
+    for _ in range(3):
+        opened(data)
+    assert looks() == 1
+    open(f"{images_of(data)}/another.png", "w").close()
+    opened(data)
+    opened(data)
+    assert looks() == 2
+    os.unlink(f"{images_of(data)}/000003.png")
+    for _ in range(2):  # what failed is not remembered
+        with pytest.raises(UserError, match=r"1 of the 10 images .* are not there, the first is 000003\.png"):
+            opened(data)
+    assert looks() == 4
+
+
+def test_a_changed_annotation_file_is_looked_at_with_its_own_names(data, looks):
+    opened(data)
+    path = data["val"]["annotations"]
+    with open(path) as file:
+        coco = json.load(file)
+    coco["images"][2]["file_name"] = "nowhere.png"
+    with open(path, "w") as file:
+        json.dump(coco, file)
+    with pytest.raises(UserError, match=r"1 of the 10 images .* the first is nowhere\.png"):
+        opened(data)
+    assert looks() == 2
+
+
+def test_subfolders_count_and_names_need_not_be_plain(data, looks, tmp_path):
+    folder = images_of(data)
+    for name in ("a/b/000001.png", "a/000002.png", "c/000004.png"):
+        os.makedirs(os.path.dirname(f"{folder}/{name}"), exist_ok=True)
+        os.rename(f"{folder}/{name[-10:]}", f"{folder}/{name}")
+    with open(data["val"]["annotations"]) as file:
+        coco = json.load(file)
+    for number, name in ((1, "a//b/./000001.png"), (2, "./a/000002.png"), (4, "c/000004.png")):
+        coco["images"][number]["file_name"] = name
+    with open(data["val"]["annotations"], "w") as file:
+        json.dump(coco, file)
+    opened(data)
+    opened(data)
+    assert looks() == 1
+    os.rename(f"{folder}/a/b", f"{folder}/a/d")
+    with pytest.raises(UserError, match=r"1 of the 10 images .* the first is a/b/000001\.png"):
+        opened(data)
+    os.rename(f"{folder}/a/d", f"{folder}/a/b")
+    opened(data)
+    shutil.rmtree(f"{folder}/c")
+    with pytest.raises(UserError, match=r"1 of the 10 images .* the first is c/000004\.png"):
+        opened(data)
+
+
+def test_missing_images_that_are_left_out_are_remembered_but_not_for_runs_that_need_them(data, looks, caplog):
+    os.unlink(f"{images_of(data)}/000003.png")
+    for _ in range(2):
+        opened(data, on_bad_image="skip")
+    assert looks() == 1
+    assert caplog.text.count("1 of the 10 images") == 2
+    with pytest.raises(UserError, match="1 of the 10 images"):
+        opened(data)
+
+
+def test_check_images_false_looks_for_none(data, looks):
+    os.unlink(f"{images_of(data)}/000003.png")
+    assert len(opened(data, check_images=False).annotations) == 10
+    assert looks() == 0
+
+
+def _open(data, results):
+    split = opened(data)
+    results.put(len(split.images.read(split.annotations.file_name(3))))
+
+
+def in_processes(count, data):
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=_open, args=(data, results)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    sizes = [results.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    return sizes
+
+
+def test_one_of_the_processes_of_a_machine_looks(data, looks):
+    size = os.path.getsize(f"{images_of(data)}/000003.png")
+    assert in_processes(4, data) == [size] * 4
+    assert looks() == 1
+
+
+# --- buckets ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(shapes, data, monkeypatch):
+    """The same with the images in an S3 that gives 3 names a page, and the pages that were asked for."""
+    for package in ("s3fs", "moto", "boto3"):
+        pytest.importorskip(package)
+    from s3fs import S3FileSystem
+
+    for name, value in (("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    call, pages = S3FileSystem._call_s3, []
+
+    async def short_pages(self, method, *arguments, **kwargs):
+        if method == "list_objects_v2":
+            pages.append(kwargs)
+            if len(pages) == 3:
+                raise ConnectionResetError("lost")
+            kwargs["MaxKeys"] = 3
+        return await call(self, method, *arguments, **kwargs)
+
+    monkeypatch.setattr(S3FileSystem, "_call_s3", short_pages)
+    with s3_store(shapes) as endpoint:
+        val = {"annotations": data["val"]["annotations"], "images": f"s3://{BUCKET}/val"}
+        yield {"val": val, "endpoint_url": endpoint, "store_timeout": 40}, pages
+
+
+def test_a_bucket_is_listed_page_by_page_once_and_its_sizes_are_kept(shapes, bucket, looks):
+    data, pages = bucket
+    first, second = opened(data), opened(data)
+    assert looks() == 1
+    assert len(pages) == 5  # of 10 names, and the page that failed once more
+    for name in sorted(os.listdir(shapes / "val")):
+        size = (shapes / "val" / name).stat().st_size
+        assert first.images.size_of(name) == second.images.size_of(name) == size
+    assert second.images.size_of("000001.pn") is second.images.size_of("000001.png.longer") is None
+    workers = pickle.dumps(second.images)
+    assert len(workers) < 1000  # they map the sizes
+    assert pickle.loads(workers).size_of("000001.png") == second.images.size_of("000001.png")
+
+
+def test_gcs_is_listed_page_by_page(monkeypatch):
+    pytest.importorskip("gcsfs")
+    from gcsfs.core import GCSFileSystem
+
+    pages = {None: (["val/a.png", "val/", "val/b.png"], {"nextPageToken": "2nd"}), "2nd": (["val/c.png"], {})}
+
+    async def call(self, method, path, bucket, *, json_out, prefix, delimiter, pageToken=None, **_):
+        assert (method, path, bucket, prefix, delimiter) == ("GET", "b/{}/o", BUCKET, "val/", "/")
+        names, following = pages[pageToken]
+        return {"items": [{"name": name, "size": str(len(name))} for name in names], **following}
+
+    monkeypatch.setattr(GCSFileSystem, "_call", call)
+    images = RemoteImages(f"gs://{BUCKET}/val", StoreOptions(anonymous=True))
+    look = images.look(np.array([b"a.png", b"c.png", b"d.png"]))
+    assert (look.missing, look.first_missing) == (1, "d.png")
+    assert images.size_of("c.png") == len("val/c.png")
+
+
+def test_one_of_the_processes_lists_a_bucket(shapes, bucket, looks):
+    data, _ = bucket
+    assert in_processes(3, data) == [(shapes / "val/000003.png").stat().st_size] * 3
+    assert looks() == 1
+
+
+def test_a_bucket_that_lacks_images_is_named_each_time(bucket, looks):
+    data, _ = bucket
+    data["val"]["images"] = f"s3://{BUCKET}/nowhere"
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"s3://\S+nowhere\): 10 of the 10 images .* the first is 000000\.png"):
+            opened(data)
+    assert looks() == 2
+
+
+def test_names_in_folders_are_found_among_those_listed():
+    names = np.array([b"a/b/1.png", b"2.png", b"a/3.png", b"a/b/4.png"])
+    assert folders_of(names) == ["", "a", "a/b"]
+    assert folders_of(np.array([b"1.png", b"2.png"])) == [""]
+    listed = np.sort(np.array([b"2.png", b"a/b/4.png", b"a/b/4", b""], dtype=names.dtype))
+    found = rows_of(names, listed)
+    assert (found >= 0).tolist() == [False, True, False, True]
+    assert listed[found[3]] == b"a/b/4.png"
+    assert rows_of(names, listed[:0]).tolist() == [-1] * 4
+
+
+def test_a_list_of_sizes_that_is_not_one_is_refused(tmp_path):
+    np.save(tmp_path / "names.npy", np.array([b"a"]))
+    np.save(tmp_path / "sizes.npy", np.array([1, 2]))
+    with pytest.raises(ValueError, match="not a list of sizes"):
+        Sizes.load(tmp_path)
+    assert RemoteImages("s3://bucket/a", StoreOptions()).size_of("a.png") is None
