@@ -16,6 +16,7 @@ from shared.detect import evaluate, predict
 from shared.errors import UserError
 from shared.here import train_here
 from shared.on_cluster import train_on_cluster
+from shared.threads import use_available_cores
 from shared.training.determined_fixes import on_cluster
 from shared.training.training_metrics import DivergedError
 from shared.training.trial import DetectionTrial
@@ -29,6 +30,7 @@ NOT_RETRIED = "not retried: error: "
 def main(trial_class: type[DetectionTrial]) -> None:
     """The entrypoint of every `model_def.py`."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    use_available_cores()
     try:
         if on_cluster():
             train_on_cluster(trial_class)
