@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from shared.threads import use_available_cores
+
 import argparse
 import json
 import logging
@@ -16,7 +18,6 @@ from shared.detect import evaluate, predict
 from shared.errors import UserError
 from shared.here import train_here
 from shared.on_cluster import train_on_cluster
-from shared.threads import use_available_cores
 from shared.training.determined_fixes import on_cluster
 from shared.training.training_metrics import DivergedError
 from shared.training.trial import DetectionTrial
