@@ -54,7 +54,8 @@ def _end_with(error: Exception) -> NoReturn:
     if on_cluster():
         line = f"{NOT_RETRIED}{message}"
     if torchrun_s := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # its report, which comes last, shows it then
-        Path(torchrun_s).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
+        failure = {"message": line, "extraInfo": {"timestamp": int(time.time())}}
+        Path(torchrun_s).write_text(json.dumps({"message": failure}))
     if not on_cluster():
         sys.exit(line)
     logger.error("%s", line)

@@ -44,8 +44,7 @@ class Reports(PyTorchCallback):
             return
         self._write("val", self.trial.last_validation)
         self._write("categories", self.trial.category_ap)
-        if figure := picture_of_validation(self.trial):
-            figure.set_dpi(_DOTS_AN_INCH)
+        if figure := picture_of_validation(self.trial, _DOTS_AN_INCH):
             self.trial.tensorboard.add_figure("val/detections", figure, self.trial.batches_trained)
 
     def on_trial_shutdown(self) -> None:
@@ -57,7 +56,7 @@ class Reports(PyTorchCallback):
             self.trial.tensorboard.add_scalar(f"{group}/{name}", value, self.trial.batches_trained)
 
 
-def picture_of_validation(trial: DetectionTrial) -> Figure | None:
+def picture_of_validation(trial: DetectionTrial, dpi: int = 100) -> Figure | None:
     """Detections of the last validation beside the truth, on the first images of it; None where there are none, or
     where the detector's library evaluates data of its own."""
     if not trial.pictured or not isinstance(trial.val_data, SplitData):
@@ -67,7 +66,7 @@ def picture_of_validation(trial: DetectionTrial) -> Figure | None:
     for found in trial.pictured:
         record = annotations[int(np.flatnonzero(annotations.image_ids == found.image_id)[0])]
         samples.append((read_image(images, record.file_name), record, found))
-    return visualization.side_by_side(samples, annotations.categories)
+    return visualization.side_by_side(samples, annotations.categories, dpi=dpi)
 
 
 def table_of(trial: DetectionTrial) -> str:

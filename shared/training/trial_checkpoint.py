@@ -79,7 +79,7 @@ class CheckpointedState(PyTorchCallback):
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What trains and what validates, with the statistics of its normalisation."""
-        for model in {id(model): model for model in (self.trial.plain_model, self.trial.evaluation_model)}.values():
+        for model in dict.fromkeys((self.trial.plain_model, self.trial.evaluation_model)):
             for name, tensor in model.state_dict().items():
                 if tensor.is_floating_point() and tensor.numel():
                     yield f"{id(model)} {name}", tensor

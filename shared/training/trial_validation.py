@@ -87,7 +87,7 @@ class TrialValidation:
         """Gives every slot the chief's running statistics, which the checkpoint holds: DDP aligns them only at
         the next training step, and the averaged model's never."""
         if self.slots > 1:
-            for model in (self.plain_model, self.evaluation_model):
+            for model in dict.fromkeys((self.plain_model, self.evaluation_model)):
                 for buffer in model.buffers():
                     torch.distributed.broadcast(buffer, src=0)
 
