@@ -25,7 +25,7 @@ from shared import threads
 from shared.data import synthetic
 
 LIBRARIES = {"mmdetection": "mmdet", "efficientdet": "effdet"}
-BY_ITSELF = {"GOMP_SPINCOUNT": "300000"}  # GNU's OpenMP's own: some milliseconds before a thread sleeps
+TORCH_S = {"GOMP_SPINCOUNT": "300000"}  # GNU's OpenMP's own: some milliseconds before a thread sleeps
 SECONDS = 600  # for a batch, where threads spin and much other work runs
 
 
@@ -97,11 +97,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--detector", choices=LIBRARIES, help="default: the first whose library is here")
     parser.add_argument("--data", type=Path, help="BCCD in COCO's format; default: shapes of the same size")
-    parser.add_argument("--workers", type=int, help="default: the config's")
+    parser.add_argument(
+        "--ours", metavar="NAME=VALUE", nargs="*", default=[], help="variables to try in the place of those that we set"
+    )
     parser.add_argument("--yes", type=int, nargs="*", default=[0, 2], help="how many run beside it; default 0 2")
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=5, help="of a turn, at least")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no process that stands still
     here = [name for name, library in LIBRARIES.items() if importlib.util.find_spec(library)]
     if not here:
         parser.error(f"none of the libraries {', '.join(LIBRARIES.values())} is here")
@@ -109,15 +112,13 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         scratch = Path(scratch)
-        splits = dict.fromkeys(("train", "val"), ("annotations", "images"))
-        data = arguments.data and arguments.data.absolute()
+        data, images = arguments.data and arguments.data.absolute(), {"train": "images", "val": "images"}
         if data is None:
-            data = scratch / "shapes"
+            data, images = scratch / "shapes", {"train": "train", "val": "val"}
             synthetic.write(data, train=200, val=4, size=320)
-            splits = {split: (".", split) for split in splits}
         changes = [
-            f"data.{split}={{annotations: {data / annotations / split}.json, images: {data / images}}}"
-            for split, (annotations, images) in splits.items()
+            f"data.{split}={{annotations: {data / 'annotations' / split}.json, images: {data / folder}}}"
+            for split, folder in images.items()
         ]
         changes += [
             f"data.cache_dir={scratch / 'cache'}",
@@ -125,11 +126,12 @@ def main() -> None:
             "searcher.max_length={batches: 1000000}",
         ]
         changes += [f"min_{what}_period={{batches: 1000000}}" for what in ("validation", "checkpoint")]
-        if arguments.workers is not None:
-            changes.append(f"data.workers={arguments.workers}")
         sides = {
             name: stack.enter_context(training(config, scratch / name, changes, environment))
-            for name, environment in (("ours", {}), ("by itself", BY_ITSELF))
+            for name, environment in (
+                ("ours", dict(each.split("=", 1) for each in arguments.ours)),
+                ("torch", TORCH_S),
+            )
         }
         for yes in arguments.yes:
             with busy(yes):
