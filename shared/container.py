@@ -58,7 +58,10 @@ def build(requirement: str, module: str) -> None:
     """Compiles a requirement against the image's torch, where its module does not import."""
     if subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True).returncode == 0:
         return
-    print(f"{module} does not import: building {requirement}, which takes minutes; an image with it starts at once")
+    print(
+        f"{module} does not import: building {requirement}, which takes minutes; an image with it starts at once",
+        flush=True,
+    )
     _pip("setuptools<81", "wheel", "ninja", "psutil")
     _pip("--no-build-isolation", "--no-deps", "--force-reinstall", requirement)
 

@@ -1,5 +1,6 @@
 """A killed run taken up again, and what a checkpoint holds, of each detector."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import yaml
 from conftest import ROOT, reports, run_model_def
 from tiny_models import CONFIGS
 
-from shared.training.checkpoints import load_state
+from shared.errors import UserError
+from shared.training.checkpoints import load_state, read_checkpoint
+from shared.training.training_metrics import DivergedError
 
 
 def final_state(run):
@@ -96,3 +99,94 @@ def test_a_killed_run_resumes_to_the_same_bits(detector, config, tmp_path, proce
         assert {k: v for k, v in a["metrics"].items() if k not in timings} == {
             k: v for k, v in b["metrics"].items() if k not in timings
         }
+
+
+@pytest.fixture
+def tiny(shapes):
+    config = CONFIGS["efficientdet"](shapes)
+    config["data"]["workers"] = 0
+    return config
+
+
+def trial():
+    from model_def import EfficientDetTrial
+
+    return EfficientDetTrial
+
+
+def test_a_stop_ends_after_a_whole_optimizer_step_and_the_resume_is_in_phase(tiny, train, tmp_path):
+    tiny["optimizations"] = {"aggregation_frequency": 2}
+
+    class Signalled(trial()):
+        def losses(self, model, batch):
+            if self.batches_trained == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().losses(model, batch)
+
+    Signalled.__module__ = "model_def"
+    whole = train(trial(), tiny, name="whole")
+    with pytest.raises(SystemExit):
+        train(Signalled, tiny)
+    assert read_checkpoint(tmp_path / "run/checkpoints/last").batches == 6
+    run = train(trial(), tiny, resume="last")
+    assert_same_bits(final_state(run), final_state(whole))
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("min_validation_period", {"min_validation_period": {"batches": 5}}),
+        ("min_checkpoint_period", {"min_checkpoint_period": {"batches": 3}}),
+        ("searcher.max_length", {"searcher": {"metric": "bbox_mAP", "max_length": {"batches": 9}}}),
+    ],
+)
+def test_a_period_that_ends_in_the_middle_of_an_optimizer_step_is_refused(tiny, train, key, changes):
+    tiny["optimizations"] = {"aggregation_frequency": 2}
+    tiny.update(changes)
+    with pytest.raises(UserError, match=f"{key}: . batches are not a multiple of optimizations.aggregation_frequency"):
+        train(trial(), tiny)
+
+
+def test_a_schedule_that_follows_the_validations_goes_on_after_a_resume(tiny, train):
+    tiny["hyperparameters"].update(sched="plateau", sched_on_updates=False, patience_epochs=0, decay_rate=0.5)
+    tiny["min_validation_period"] = {"epochs": 1}
+
+    def rates(run):
+        return [report["metrics"]["lr"] for report in reports(run, "train")]
+
+    tiny["searcher"]["max_length"] = {"epochs": 6}
+    whole = train(trial(), tiny, name="whole")
+    tiny["searcher"]["max_length"] = {"epochs": 3}
+    train(trial(), tiny)
+    tiny["searcher"]["max_length"] = {"epochs": 6}
+    run = train(trial(), tiny, resume="last")
+    assert len(set(rates(whole))) > 2
+    assert rates(run) == rates(whole)
+    assert_same_bits(final_state(run), final_state(whole))
+
+
+@pytest.mark.parametrize("which", ["averages", "statistics"])
+def test_averages_and_running_statistics_that_are_not_finite_are_not_saved(tiny, train, tmp_path, which):
+    class Poisoned(trial()):
+        def after_batch(self, number):
+            super().after_batch(number)
+            if number == 5:
+                if which == "averages":
+                    poisoned = next(self.ema.module.parameters())
+                else:
+                    poisoned = next(buffer for name, buffer in self.plain_model.named_buffers() if "var" in name)
+                poisoned.data.fill_(float("inf"))
+
+    Poisoned.__module__ = "model_def"
+    with pytest.raises(DivergedError, match="are not finite, and were not saved"):
+        train(Poisoned, tiny)
+    assert read_checkpoint(tmp_path / "run/checkpoints/last").batches == 4
+
+
+def test_a_run_that_was_trained_to_its_end_says_what_to_give_to_go_on(tiny, train):
+    tiny["searcher"]["max_length"] = {"batches": 4}
+    train(trial(), tiny)
+    with pytest.raises(
+        UserError, match=r"has been trained for 4 batches, and searcher.max_length is 4; give a greater"
+    ):
+        train(trial(), tiny, resume="last")
