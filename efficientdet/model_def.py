@@ -201,7 +201,8 @@ class EfficientDetTrial(DetectionTrial):
         if number is not None and self.random_erasing is not None:
             for i, image in enumerate(images):
                 self.seed_image(number, i)
-                self.random_erasing(image[None], None)  # in place
+                sizes = {name: batch.targets[name][i : i + 1] for name in ("img_scale", "img_size")}
+                self.random_erasing(image[None], sizes)  # in place
         if self.hparams.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return replace(batch, images=images)

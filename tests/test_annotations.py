@@ -88,7 +88,7 @@ def _open_and_hold(path, results, done):
     """Says what is mapped, and later what is read from it."""
     opened = CocoAnnotations.open(path)
     with open("/proc/self/maps") as maps:
-        mapped = {line.split()[4] for line in maps if line.rstrip().endswith("boxes.npy")}  # inodes
+        mapped = {line.split()[4] for line in maps if f"{path.parent}/" in line and "boxes.npy" in line}  # inodes
     results.put((mapped, str(opened.cache)))
     done.wait(60)
     results.put(float(sum(record.boxes.sum() for record in opened)))

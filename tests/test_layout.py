@@ -17,8 +17,15 @@ LIBRARIES = ("effdet", "timm", "mmdet", "mmcv", "detectron2", "model_def")
 
 
 def imports_of(path: Path) -> list[str]:
-    names = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    """What a file imports, also in its functions; not what only its types are written with."""
+    names, tree = [], ast.parse(path.read_text())
+    of_types = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    unseen = {id(node) for block in of_types for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        if id(node) in unseen:
+            continue
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

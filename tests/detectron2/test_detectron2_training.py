@@ -138,7 +138,7 @@ def test_a_large_image_is_detected_on_with_few_masks_in_memory_at_once(shapes, t
     from determined import pytorch
 
     from detectron2_files import evaluation
-    from shared.launch import _folder_as_data
+    from shared.detect import _folder_as_data
 
     config = in_process(detectron2_config(shapes, **{"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.001}))
     monkeypatch.chdir(shapes)

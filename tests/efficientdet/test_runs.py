@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -75,23 +76,30 @@ def test_a_finished_run_goes_on_with_a_greater_length(refused, trained, run_conf
     assert "has been trained for 16 batches" in line
 
 
-def test_the_learning_rate_and_epochs_go_on_after_a_resume_by_epochs(run_config, tmp_path):
-    changes = {
-        "hyperparameters__sched_on_updates": False,
-        "searcher__max_length": {"epochs": 3},
-        "min_validation_period": {"epochs": 1},
-        "hyperparameters__lr_noise": [0.1, 0.9],
-    }
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_model_def("train", run_config("whole.yaml", **changes), "--output-dir", whole)
-    shutil.copytree(whole / "checkpoints/best", tmp_path / "best")
-    first = read_checkpoint(tmp_path / "best").batches
-    run_model_def("train", run_config("whole.yaml", **changes), "--output-dir", parts, "--resume", tmp_path / "best")
-    expected = {r["batches"]: r["metrics"]["lr"] for r in reports(whole, "train")}
-    assert len(set(expected.values())) > 1
-    for report in reports(parts, "train"):
-        assert report["batches"] > first
-        assert report["metrics"]["lr"] == expected[report["batches"]]
+def test_the_learning_rate_and_epochs_go_on_after_a_resume_by_epochs(shapes, train):
+    from model_def import EfficientDetTrial
+
+    class Stopped(EfficientDetTrial):
+        def after_batch(self, number):
+            super().after_batch(number)
+            if number == 8:  # in the second of three epochs of 6 batches
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    Stopped.__module__ = "model_def"
+    config = efficientdet_config(shapes)
+    config["data"]["workers"] = 0
+    config["hyperparameters"].update(sched_on_updates=False, lr_noise=[0.1, 0.9])
+    config["searcher"]["max_length"] = {"epochs": 3}
+    config["min_validation_period"] = {"epochs": 1}
+
+    def rates(run):
+        return [(report["batches"], report["metrics"]["lr"]) for report in reports(run, "train")]
+
+    whole = rates(train(EfficientDetTrial, config, name="whole"))
+    assert len({rate for _, rate in whole}) > 1
+    with pytest.raises(SystemExit):
+        train(Stopped, config)
+    assert rates(train(EfficientDetTrial, config, resume="last")) == whole
 
 
 def test_two_processes_keep_the_same_weights_and_draw_different_numbers(run_config, tmp_path):
