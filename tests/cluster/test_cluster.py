@@ -153,8 +153,7 @@ def test_one_slot_completes_with_validations_and_checkpoints(whole):
     assert saved == {20, 40, 60, 80}
     assert not any("AP/" in name for name in validations(whole)[80])
     values = [metrics["bbox_mAP"] for metrics in validations(whole).values()]
-    assert values == sorted(values)
-    assert values[-1] > 3 * values[0]
+    assert values[-1] > 3 * values[0]  # the chart rises
 
 
 def test_a_checkpoint_s_uuid_is_evaluated_off_the_cluster(whole, folder, tmp_path):
