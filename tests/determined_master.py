@@ -1,5 +1,6 @@
 """What a Determined 0.38.1 master makes of an experiment config, before a trial reads it."""
 
+from copy import deepcopy
 from typing import Any
 
 # What the schema fills in where a config says nothing. tests/test_submission.py holds it against the schema's files,
@@ -96,7 +97,7 @@ OF_THE_CLUSTER += ("preemption_timeout", "resources.priority", "resources.resour
 def handed_over(config: dict[str, Any]) -> dict[str, Any]:
     """An experiment config as a trial gets it, with every default filled in; all but what is `OF_THE_CLUSTER`."""
     searcher = {**DEFAULTS["searcher"], **SEARCHER_DEFAULTS[config["searcher"]["name"]]}
-    filled = _filled(config, {**DEFAULTS, "searcher": searcher})
+    filled = _filled(deepcopy(config), deepcopy({**DEFAULTS, "searcher": searcher}))
     filled["hyperparameters"] = {name: _const(value) for name, value in filled["hyperparameters"].items()}
     names = {policy.get("name") for policy in filled["log_policies"]}
     filled["log_policies"] = filled["log_policies"] + [p for p in LOG_POLICIES if p["name"] not in names]
@@ -107,7 +108,7 @@ def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     filled = {**defaults, **{key: value for key, value in given.items() if value is not None}}
     for key, default in defaults.items():
         # a length is as it is given, in whatever unit
-        if isinstance(default, dict) and isinstance(given.get(key), dict) and default.keys() != {"batches"}:
+        if default and isinstance(default, dict) and isinstance(given.get(key), dict) and "batches" not in default:
             filled[key] = _filled(given[key], default)
     return filled
 
