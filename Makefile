@@ -59,6 +59,8 @@ bench: $(ALL_READY)
 	$(PY) benchmarks/evaluation.py
 	$(PY) benchmarks/annotations.py
 	$(PY) benchmarks/check.py
+	$(PY) benchmarks/start.py disk annotations
+	OMP_NUM_THREADS=1 $(PY) benchmarks/gather.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/remote.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/training_step.py
 	$(PY) benchmarks/busy.py

@@ -6,7 +6,7 @@ import os
 import pytest
 import yaml
 from conftest import ROOT, reports, run_model_def
-from tiny_models import mmdet_config
+from tiny_models import DENSE_HEAD, SMALL_BACKBONE, mmdet_config
 
 # a model_def.py that prints which images are in which batch, and what was drawn at random for them
 NOTING = """
@@ -31,8 +31,11 @@ def test_one_then_two_then_four_then_one_process_train_what_one_would(shapes, tm
     # no batch statistics, and losses that the library normalises over all processes
     config = mmdet_config(
         shapes,
-        "gfl/gfl_r50_fpn_1x_coco.py",
+        "fcos/fcos_r50_caffe_fpn_gn-head_1x_coco.py",
         **{
+            **SMALL_BACKBONE,
+            **DENSE_HEAD,
+            "model.bbox_head.norm_cfg": {"type": "GN", "num_groups": 8, "requires_grad": True},
             "model.backbone.norm_eval": True,
             "model.backbone.norm_cfg.requires_grad": False,
             "lr_config": {"_delete_": True, "policy": "fixed"},
