@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+import determined as det
+
 from shared.detect import evaluate, predict
 from shared.errors import UserError
 from shared.here import train_here
@@ -58,6 +60,8 @@ def _end_with(error: Exception) -> NoReturn:
         Path(torchrun_s).write_text(json.dumps({"message": failure}))
     if not on_cluster():
         sys.exit(line)
+    if NOT_RETRIED.split(":")[0] not in str(det.get_cluster_info().trial._config.get("log_policies")):
+        logger.info("Determined may start this trial again: its config lacks the `log_policies` of the shipped files")
     logger.error("%s", line)
     sys.exit(1)
 

@@ -124,6 +124,7 @@ def test_what_no_restart_mends_ends_in_one_line_at_error_that_the_log_policy_kno
         "(No such file or directory)"
     ]
     assert caplog.records[-1].levelname == "ERROR"
+    assert "its config lacks the `log_policies`" in caplog.messages[-2]
 
 
 def test_a_batch_smaller_than_the_slots_ends_so_too(config, run_task, caplog):
