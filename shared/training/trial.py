@@ -119,8 +119,7 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
             self.optimizer = context.wrap_optimizer(self.build_optimizer(self.plain_model))
             self.prepare_schedule()
             self.evaluator = context.wrap_reducer(self.build_evaluator(self.val_data), for_training=False)
-            if isinstance(self.evaluator, CocoEvaluator):  # what it cannot score is refused here
-                on_chief(distributed, lambda: self.evaluator.open_truth() and None)
+            on_chief(distributed, self._open_truth)
             if self.rank == 0:
                 logger.info("\n%s", tabulate(self._summary(), tablefmt="plain"))
 
@@ -165,6 +164,11 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
     def is_finished(self) -> bool:
         """Whether it has been trained to its length and validated there, not stopped before."""
         return self.batches_trained == self.validated_at == self.total_batches
+
+    def _open_truth(self) -> None:
+        """What a validation could not score is refused before the training."""
+        if isinstance(self.evaluator, CocoEvaluator):
+            self.evaluator.open_truth()
 
     def _searcher_has_stopped_it(self) -> bool:
         return self.on_cluster and trial_is_stopping(self.context.get_trial_id())
