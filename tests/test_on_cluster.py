@@ -117,6 +117,7 @@ SEARCH = {"name": "adaptive_asha", "max_trials": 2, "time_metric": "batches", "m
 def test_what_no_restart_mends_ends_in_one_line_at_error_that_the_log_policy_knows(config, run_task, caplog, searcher):
     config["data"]["val"]["annotations"] = "/x/val.json"
     config["searcher"].update(searcher)
+    caplog.set_level("INFO")
     master = run_task(config)
     assert master.exit_status == 1  # and no early exit as an invalid hyperparameter, which a master calls completed
     assert errors(caplog) == [
