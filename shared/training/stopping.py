@@ -94,15 +94,17 @@ class Stopping:
         self._process = os.getpid()
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         self._handles_signals = True
+        _handling.append(self)
         return self
 
     def __exit__(self, *_: Any) -> None:
+        _handling.remove(self)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._handles_signals = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # forked from it, by a library's pool for one, which ends its own so
+        if os.getpid() != self._process:  # sent as it was being forked
             signal.signal(number, self._previous[number])
             os.kill(os.getpid(), number)
             return
@@ -111,6 +113,18 @@ class Stopping:
         if not self._training:
             sys.exit(128 + number)
         self.signal = signal.Signals(number)
+
+
+_handling: list[Stopping] = []
+
+
+def _leave_signals_to_forks() -> None:
+    # a library's pool ends its processes by SIGTERM, which a handler of Python's may miss while it begins to wait
+    for stopping in list(_handling):
+        stopping.__exit__()
+
+
+os.register_at_fork(after_in_child=_leave_signals_to_forks)
 
 
 def outlive_signals(worker_id: int) -> None:
