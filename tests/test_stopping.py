@@ -337,7 +337,7 @@ def test_a_training_without_a_signal_or_a_searcher_s_word_is_never_stopped():
     stopping = Stopping(alone, asked_elsewhere=lambda: False)
     assert not stopping.after_batch(10)
     assert not stopping.at_boundary(10)
-    assert not stopping.validation_was_cut()
+    assert not stopping.validation_was_cut(10)
 
 
 def test_the_searcher_s_word_to_the_chief_stops_at_the_next_boundary():

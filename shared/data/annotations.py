@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from shared.data.once import once
+from shared.data.once import once, user_cache
 from shared.data.remote import StoreOptions, is_url, read_url, version_of
 from shared.errors import UserError, nearest
 
@@ -542,10 +542,9 @@ def _cache_places(path: Path | str, cache_dir: str | os.PathLike | None) -> list
     name = f"{file_name}.{hashlib.sha256(os.fsencode(absolute)).hexdigest()[:12]}.columns"
     if cache_dir is not None:
         return [Path(cache_dir) / name]
-    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    cache = user_cache()
     beside = [] if isinstance(absolute, str) else [absolute.parent / f".{file_name}.columns"]
-    # without a home directory `~` stays as it is
-    return [*beside, *([] if user_cache.startswith("~") else [Path(user_cache) / "coco_annotations" / name])]
+    return [*beside, *([] if cache is None else [cache / "coco_annotations" / name])]
 
 
 def _check_columns(columns: dict[str, np.ndarray], categories: list[dict]) -> None:

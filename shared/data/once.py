@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -33,6 +34,12 @@ def once(locks: Sequence[Path], find: Callable[[], T | None], make: Callable[[],
                 stack.enter_context(_locked(path))
                 break
         return made if (made := find()) is not None else make()
+
+
+def user_cache() -> Path | None:
+    """The user's cache directory; None where there is neither that nor a home."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return None if cache.startswith("~") else Path(cache)  # without a home directory `~` stays as it is
 
 
 @contextlib.contextmanager

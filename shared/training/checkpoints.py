@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared.data.once import once
+from shared.data.once import once, user_cache
 from shared.errors import UserError
 
 CATEGORIES_FILE = "categories.json"
@@ -70,9 +70,8 @@ def find_checkpoint(name: str) -> Path:
 def _downloaded(checkpoint: str) -> Path:
     """The folder of a cluster's checkpoint in the user's cache, downloaded once. A download that is cut off is never
     there, and nobody else can put weights in its place."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     try:
-        folder = Path(tempfile.mkdtemp() if cache.startswith("~") else cache) / "detection_checkpoints"
+        folder = (user_cache() or Path(tempfile.mkdtemp())) / "detection_checkpoints"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid != os.getuid():
             raise UserError(f"{folder} is another user's; set XDG_CACHE_HOME to a folder of yours")

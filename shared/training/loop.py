@@ -211,6 +211,5 @@ class _CutValidation(pytorch.PyTorchCallback):
         self.trial = trial
 
     def on_validation_end(self, metrics: dict[str, Any]) -> None:
-        if self.trial.stopping.validation_was_cut():
-            self.trial.stopping.after = self.trial.batches_trained
+        if self.trial.stopping.validation_was_cut(self.trial.batches_trained):
             raise pytorch._ShouldExit()

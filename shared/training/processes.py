@@ -69,8 +69,7 @@ def _why_no_gpu() -> str:
 def local_processes() -> Iterator[tuple[DistributedContext, torch.device]]:
     """The processes that torchrun started, or this one alone, and this one's device."""
     if "RANK" not in os.environ:
-        device = choose_device(0, 1)
-        yield DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1), device
+        yield _alone(), choose_device(0, 1)
         return
     device = _join_group()
     # `from_torch_distributed` has two fixed ports: a second run on the machine, or a trial, would not start
@@ -96,13 +95,16 @@ def local_processes() -> Iterator[tuple[DistributedContext, torch.device]]:
 def task_processes(gpus_given: int) -> Iterator[tuple[DistributedContext, torch.device]]:
     """The processes of this task of a cluster, which Determined's launcher started, and this one's device."""
     if "RANK" not in os.environ:
-        device = choose_device(0, 1, gpus_given)
-        yield DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1), device
+        yield _alone(), choose_device(0, 1, gpus_given)
         return
     device = _join_group(gpus_given)
     distributed = DistributedContext.from_torch_distributed()
     with _closing(distributed):
         yield distributed, device
+
+
+def _alone() -> DistributedContext:
+    return DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
 
 
 def _join_group(gpus_given: int = 0) -> torch.device:

@@ -79,9 +79,12 @@ class Stopping:
         self._cut = self._cut or self.signal is not None
         return self._cut
 
-    def validation_was_cut(self) -> bool:
-        """Whether any process has left out a part of the validation that just ended."""
+    def validation_was_cut(self, batch: int) -> bool:
+        """Whether any process has left out a part of the validation after `batch`, which just ended: then all stop
+        there."""
         cut, self._cut = self._any(self._cut), False
+        if cut:
+            self.after = batch
         return cut
 
     def _any(self, here: bool) -> bool:
