@@ -7,25 +7,35 @@ PY = $(abspath $(VENV))/bin/python
 READY = $(VENV)/.ready-$(notdir $(CONSTRAINTS))
 ALL_READY = $(READY)-all
 
-.PHONY: demo test test-oldest test-gpu lint bench links
+.PHONY: demo test test-oldest test-compiled test-gpu lint bench links
 
 # What pip calls the distribution is not upgraded: torch and torchvision must be of one release.
-$(READY): setup.cfg $(CONSTRAINTS)
+$(READY): setup.cfg shared/requirements.txt efficientdet/requirements.txt $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip 'setuptools<81' wheel
 	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) '.[efficientdet,test]'
 	touch $@
 
-# mmcv-full is compiled against that torch, for some minutes (with ninja, found on the PATH); pip keeps the wheel.
-# Detectron2 too, where GitHub can be reached: it is on no package index.
-$(ALL_READY): $(READY)
-	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) ninja opencv-python-headless
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install --quiet --constraint $(CONSTRAINTS) \
-		--no-build-isolation '.[mmdetection]'
-	PATH="$(abspath $(VENV))/bin:$$PATH" timeout 1800 $(PY) -m pip install --quiet --constraint $(CONSTRAINTS) \
-		--no-build-isolation '.[detectron2]' || \
-		echo "Detectron2 could not be fetched and compiled: its tests will be skipped"
+# As a container is made ready: MMDetection over mmcv without compiled operations, and Detectron2's Python, where GitHub
+# can be reached: it is on no package index.
+READY_FOR = $(PY) -m shared.container --constraint $(CONSTRAINTS)
+$(ALL_READY): $(READY) mmdetection/requirements.txt detectron2/requirements.txt
+	$(READY_FOR) mmdetection/requirements.txt
+	$(READY_FOR) detectron2/requirements.txt || echo "Detectron2 could not be fetched: its tests will be skipped"
 	touch $@
+
+# With the operations compiled, in a place of their own, for some minutes.
+COMPILED_READY = .venv-compiled/.ready-compiled
+$(COMPILED_READY): mmdetection/requirements.txt detectron2/requirements.txt
+	$(MAKE) .venv-compiled/.ready-$(notdir $(CONSTRAINTS)) VENV=.venv-compiled
+	$(MAKE) compiled VENV=.venv-compiled
+	touch $@
+
+.PHONY: compiled
+compiled:
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(READY_FOR) --compiled mmdetection/requirements.txt
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(READY_FOR) --compiled detectron2/requirements.txt || \
+		echo "Detectron2 could not be fetched and compiled: its tests will be skipped"
 
 # Writes a synthetic data set, trains a small EfficientDet on it and draws what it finds.
 demo: $(READY)
@@ -41,6 +51,10 @@ test: lint $(ALL_READY)
 test-oldest:
 	$(MAKE) pytest VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt \
 		PYTHON="$$(python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))"
+
+# The operations in PyTorch against those that are compiled.
+test-compiled: $(COMPILED_READY)
+	.venv-compiled/bin/python -m pytest -n 2 tests/*/test_operations.py
 
 # What only a GPU can show. With PY=python3 nothing is set up: for a machine that has all of it, and no network.
 test-gpu: $(if $(filter command,$(origin PY)),,$(ALL_READY))
@@ -72,7 +86,7 @@ bench: $(ALL_READY)
 links:
 	for detector in efficientdet mmdetection detectron2; do \
 		rm -rf $$detector/shared && \
-		for file in $$(cd shared && find . -name '*.py' | sort); do \
+		for file in $$(cd shared && find . -name '*.py' -o -name requirements.txt | sort); do \
 			link=$$detector/shared/$${file#./} && mkdir -p "$$(dirname $$link)" && \
 			ln -s --relative "shared/$${file#./}" "$$link" || exit 1; \
 		done; \

@@ -26,6 +26,9 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "mmdetection")]
 
+import mmdetection_files  # noqa: F401 before mmcv.ops, where mmcv is not compiled
+
+# isort: split
 from annotations import in_new_process
 from coco_files import data_folder, make_file
 from determined import pytorch

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 # Makes a Determined container ready. Determined *sources* this under `set -ex`, in every container and at each
 # restart: nothing here may exit, and what is there already must cost no time.
-python3 -m shared.container --on-torch effdet==0.4.1 timm==1.0.31 --plain huggingface_hub safetensors
+python3 -m shared.container

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from mmdetection_files import operations
 from mmdetection_files.config import (
     RESOLVED_CONFIG,
     default_lengths,
@@ -49,7 +50,6 @@ from mmdetection_files.model import (
     build_model,
     build_optimizer,
     build_scaler,
-    check_compiled_for,
     load_pretrained,
     without_pretrained_backbone,
 )
@@ -70,7 +70,7 @@ logger = logging.getLogger(__name__)
 
 
 class MMDetectionTrial(DetectionTrial):
-    """MMDetection 2.28, over the packages mmdet and mmcv-full.
+    """MMDetection 2.28, over the packages mmdet and mmcv.
 
     Attributes:
         mmdet_config: the resolved config.
@@ -200,7 +200,6 @@ class MMDetectionTrial(DetectionTrial):
     # --- model and optimizer --------------------------------------------------------------------------
 
     def build_model(self) -> nn.Module:
-        check_compiled_for(self.context.device)
         set_num_classes(self.mmdet_config, len(self.categories))
         config = deepcopy(self.mmdet_config)
         starts_anew = self.for_training and self.first_batch == 0
@@ -293,6 +292,7 @@ class MMDetectionTrial(DetectionTrial):
             ("schedule", ", ".join(f"{key} {value}" for key, value in lr_config.items()) or "constant"),
             ("gradient clipping", (config.get("optimizer_config") or {}).get("grad_clip") or "none"),
             ("precision", "fp16" if config.get("fp16") else "float32"),
+            ("operations", "compiled, mmcv-full's" if operations.are_compiled() else "PyTorch's and torchvision's"),
         ]
 
     # --- the step -------------------------------------------------------------------------------------

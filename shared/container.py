@@ -1,97 +1,156 @@
-"""`python3 -m shared.container`: installs what a container lacks, for the detectors' startup-hook.sh.
+"""`python3 -m shared.container`: installs what a detector needs and this Python lacks.
 
-Torch stays the image's. Its version may be one that pip takes for older than any requirement (2.3.0a0+…), so what
-depends on torch is installed without its dependencies, and theirs are named. Only the standard library is here
-already.
+In a detector's folder it reads `requirements.txt` there and `shared/requirements.txt`. startup-hook.sh, the images and
+the Makefile call it, and setup.cfg reads the same files. torch, torchvision and NumPy stay as they are: torch may be
+one that pip takes for older than it is (2.3.0a0+…), and what is compiled is compiled for it.
+
+Nothing is compiled unless asked for: mmcv is pure Python without `-full`, and Detectron2 is its Python tree alone; the
+operations are in PyTorch. With `--compiled`, or COMPILED_OPERATIONS=1 in the environment, both are compiled, which
+takes minutes; pip keeps what it built in PIP_CACHE_DIR.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import re
+import os
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 
-# what shared/ imports beside torch and determined
-_SHARED = (
-    "fsspec",
-    "hotcoco>=1.3",
-    "matplotlib",
-    "msgspec",
-    "numpy",
-    "omegaconf",
-    "pillow",
-    "pycocotools",
-    "pyyaml",
-    "tabulate",
-    "tenacity",
-    "tensorboard",
-    "tqdm",
-)
-_MODULES = {"pillow": "PIL", "pyyaml": "yaml", "opencv-python-headless": "cv2", "hydra-core": "hydra"}
+from packaging.requirements import Requirement
+
+_SHARED = Path(__file__).with_name("requirements.txt")
+# other packages that give the same modules
+_OTHER_NAMES = {
+    "mmcv": ("mmcv-full",),
+    "opencv-python-headless": ("opencv-python", "opencv-contrib-python-headless", "opencv-contrib-python", "opencv"),
+}
+_COMPILED = {"mmcv": ("mmcv-full", "mmcv._ext"), "detectron2": ("detectron2", "detectron2._C")}
+_WITHOUT_EXTENSIONS = """
+import runpy, setuptools
+setup = setuptools.setup
+setuptools.setup = lambda **given: setup(**{**given, "ext_modules": []})
+runpy.run_path("setup.py", run_name="__main__")
+"""
 
 
-def install_missing(on_torch: list[str], plain: list[str]) -> None:
-    """Installs those of the requirements whose modules are not there.
+def install_missing(files: Iterable[Path], constraints: Iterable[str] = (), compiled: bool = False) -> None:
+    """Installs those of the requirements that are not there.
 
     Args:
-        on_torch: requirements that depend on torch.
-        plain: requirements that do not, beside those of `shared/`.
+        files: requirements, one a line.
+        constraints: files of pip's, with the versions to take.
+        compiled: compiles the operations of mmcv and of Detectron2, where they are required and do not import.
+
+    Raises:
+        subprocess.CalledProcessError: pip or git failed; what it printed says why.
     """
-    missing = [need for need in on_torch if not _is_there(need)]
-    if importlib.util.find_spec("torchvision") is None:
-        # torch 2.N and torchvision 0.(N + 15) are one release
-        missing.append(f"torchvision==0.{int(version('torch').split('.')[1]) + 15}.*")
-    if missing:
-        _pip("--no-deps", *missing)
-    if missing := [need for need in (*_SHARED, *plain) if not _is_there(need)]:
-        with tempfile.NamedTemporaryFile("w", suffix=".txt") as keep:
-            keep.write(_numpy_of_the_image())
-            keep.flush()
-            _pip("--constraint", keep.name, *missing)
+    with tempfile.TemporaryDirectory() as folder:
+        if not _is_there(Requirement("torchvision")):
+            # torch 2.N and torchvision 0.(N + 15) are one release
+            _pip("--no-deps", f"torchvision==0.{int(version('torch').split('.')[1]) + 15}.*")
+        keep = Path(folder, "keep.txt")
+        keep.write_text("".join(_pinned("torch", "torchvision", "numpy")))
+        limits = [part for file in [str(keep), *constraints] for part in ("--constraint", file)]
+        needs = _read(files)
+        if compiled:
+            for need in needs:
+                _compile(need, limits)
+        missing = {need.name: need for need in needs if not _is_there(need)}
+        if missing.keys() & _COMPILED.keys():  # their setup.py knows no newer setuptools
+            _pip("setuptools<81", "wheel")
+        if need := missing.pop("mmcv", None):  # it would bring its own choice of OpenCV
+            _pip("--no-build-isolation", "--no-deps", str(need))
+        arguments = [str(need) for need in missing.values() if need.url is None]
+        arguments += [_python_tree(need, Path(folder)) for need in missing.values() if need.url is not None]
+        if arguments:
+            _pip(*limits, *arguments)
 
 
-def build(requirement: str, module: str) -> None:
-    """Compiles a requirement against the image's torch, where its module does not import."""
-    if subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True).returncode == 0:
+def _read(files: Iterable[Path]) -> list[Requirement]:
+    lines = [line.partition(" #")[0].strip() for file in files for line in file.read_text().splitlines()]
+    needs = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return [need for need in needs if need.marker is None or need.marker.evaluate()]
+
+
+def _is_there(need: Requirement) -> bool:
+    for name in (need.name, *_OTHER_NAMES.get(need.name, ())):
+        try:
+            if need.specifier.contains(version(name), prereleases=True):
+                return True
+        except PackageNotFoundError:
+            continue
+    return False
+
+
+def _pinned(*names: str) -> Iterable[str]:
+    for name in names:
+        try:
+            yield f"{name}=={version(name)}\n"
+        except PackageNotFoundError:
+            continue
+
+
+def _compile(need: Requirement, limits: list[str]) -> None:
+    if need.name not in _COMPILED:
         return
-    print(
-        f"{module} does not import: building {requirement}, which takes minutes; an image with it starts at once",
-        flush=True,
-    )
+    name, module = _COMPILED[need.name]
+    if subprocess.run([sys.executable, "-c", f"import torch, {module}"], capture_output=True).returncode == 0:
+        return
+    print(f"{module} does not import: compiling {name}, which takes minutes", flush=True)
     _pip("setuptools<81", "wheel", "ninja", "psutil")
-    _pip("--no-build-isolation", "--no-deps", "--force-reinstall", requirement)
+    requirement = str(need).replace(need.name, name, 1)
+    # built for one torch: a folder that several images share keeps their builds apart
+    cache = os.environ.get("PIP_CACHE_DIR")
+    kept = {"PIP_CACHE_DIR": str(Path(cache, f"torch-{version('torch')}"))} if cache else {}
+    _pip("--no-build-isolation", "--no-deps", "--force-reinstall", requirement, **kept)
+    _pip(*limits, *(requires(name) or []))
 
 
-def _is_there(requirement: str) -> bool:
-    name = re.split(r"[<>=]", requirement)[0]
-    return importlib.util.find_spec(_MODULES.get(name, name.replace("-", "_"))) is not None
+def _python_tree(need: Requirement, folder: Path) -> str:
+    """A wheel of Detectron2 without what its setup.py compiles: packages and configs, at the commit that is named."""
+    address, _, commit = need.url.removeprefix("git+").rpartition("@")
+    source = folder / need.name
+    subprocess.run(["git", "init", "--quiet", source], check=True)
+    for command in (["fetch", "--quiet", "--depth", "1", address, commit], ["checkout", "--quiet", "FETCH_HEAD"]):
+        subprocess.run(["git", "-C", source, *command], check=True)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _WITHOUT_EXTENSIONS, "--quiet", "bdist_wheel", "--dist-dir", folder],
+        cwd=source,
+        env={**os.environ, "D2_VERSION_SUFFIX": f"+python.{commit[:7]}"},
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    return str(next(folder.glob(f"{need.name}-*.whl")))
 
 
-def _numpy_of_the_image() -> str:
-    # the one that the image's torch was built for
-    try:
-        return f"numpy=={version('numpy')}\n"
-    except PackageNotFoundError:
-        return ""
-
-
-def _pip(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *arguments], check=True)
+def _pip(*arguments: str, **environment: str) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *arguments]
+    subprocess.run(command, env={**os.environ, **environment}, check=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Install what this container lacks.")
-    parser.add_argument("--on-torch", nargs="*", default=[], metavar="REQUIREMENT")
-    parser.add_argument("--plain", nargs="*", default=[], metavar="REQUIREMENT")
-    parser.add_argument("--build", nargs=2, metavar=("REQUIREMENT", "MODULE"))
+    parser = argparse.ArgumentParser(
+        prog="python3 -m shared.container", description="Installs what a detector needs and this Python lacks."
+    )
+    parser.add_argument("files", nargs="*", type=Path, default=[Path("requirements.txt")], metavar="REQUIREMENTS")
+    parser.add_argument(
+        "--constraint", action="append", default=[], metavar="FILE", help="versions to take, as for pip"
+    )
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        default=os.environ.get("COMPILED_OPERATIONS", "0") not in ("", "0"),
+        help="compile the operations of mmcv and Detectron2 (or COMPILED_OPERATIONS=1)",
+    )
     arguments = parser.parse_args()
-    install_missing(arguments.on_torch, arguments.plain)
-    if arguments.build:
-        build(*arguments.build)
+    try:
+        install_missing([_SHARED, *arguments.files], arguments.constraint, arguments.compiled)
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"error: `{' '.join(map(str, error.cmd))}` ended with status {error.returncode}: see above")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,10 @@ EXPERIMENT_SCHEMA = ROOT.parent / "shared" / "expconf"
 WITHOUT_LIBRARY: dict[str, str] = {}
 try:
     import mmdet  # noqa: F401
-except Exception as error:  # a broken build shows in many ways
-    WITHOUT_LIBRARY["mmdetection"] = f"mmdet or the compiled mmcv-full cannot be imported: {error}"
+
+    import mmdetection_files  # noqa: F401 before mmcv.ops, where mmcv is not compiled
+except Exception as error:  # what does not fit shows in many ways
+    WITHOUT_LIBRARY["mmdetection"] = f"mmdet cannot be imported: {error}"
 try:
     import detectron2.config  # noqa: F401 without the library, `detectron2` is the folder
 except Exception as error:

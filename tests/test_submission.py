@@ -262,35 +262,39 @@ def test_the_first_chart_of_a_newcomer_rises(detector, tmp_path):
 
 @pytest.fixture
 def container(tmp_path):
-    """A fresh virtual environment that sees torch and determined of this one, and a pip that notes what it is
-    asked for and installs those names from here."""
+    """A fresh virtual environment that takes torch and determined for installed, and a pip that notes what it is
+    asked for and takes that for installed."""
     home = tmp_path / "venv"
     venv.create(home, with_pip=False, symlinks=True)
     site = next((home / "lib").glob("python*")) / "site-packages"
     here = Path(sysconfig.get_path("purelib"))
-
-    def link(*names):
-        for name in names:
-            for found in [*here.glob(name), *here.glob(f"{name}-*.dist-info"), *here.glob(f"{name}.py")]:
-                if not (site / found.name).exists():
-                    (site / found.name).symlink_to(found)
-
-    link("torch", "determined")
+    for name in (
+        "packaging",
+        "setuptools",
+        "setuptools-*.dist-info",
+        "_distutils_hack",
+        "torch-*.dist-info",
+        "determined-*.dist-info",
+    ):
+        (found,) = here.glob(name)
+        (site / found.name).symlink_to(found)
+    (site / "torch.py").write_text("")
     pip = site / "pip"
     pip.mkdir()
     (pip / "__init__.py").write_text("")
     (pip / "__main__.py").write_text(
-        "import json, sys, pathlib\n"
+        "import json, pathlib, re, sys, zipfile\n"
         f"log = pathlib.Path({str(tmp_path / 'pip.log')!r})\n"
         "log.open('a').write(json.dumps(sys.argv[1:]) + '\\n')\n"
-        f"site, here = pathlib.Path({str(site)!r}), pathlib.Path({str(here)!r})\n"
-        "modules = {'pillow': 'PIL', 'pyyaml': 'yaml'}\n"
-        "if sys.argv[1] == 'install':\n"
-        "    for need in sys.argv[2:]:\n"
-        "        name = need.split('==')[0].split('>')[0]\n"
-        "        name = modules.get(name, name)\n"
-        "        if (here / name).is_dir() and not (site / name).exists():\n"
-        "            (site / name).symlink_to(here / name)\n"
+        f"site = pathlib.Path({str(site)!r})\n"
+        "for need in sys.argv[2:]:\n"
+        "    if need.endswith('.whl'):\n"
+        "        zipfile.ZipFile(need).extractall(site)\n"
+        "    elif found := re.fullmatch(r'([a-z][\\w-]*)(?:[=>]=([\\d.]+?)(?:\\.\\*)?)?', need):\n"
+        "        name, version = found[1].replace('-', '_'), found[2] or '1'\n"
+        "        info = site / f'{name}-{version}.dist-info'\n"
+        "        info.mkdir(exist_ok=True)\n"
+        "        (info / 'METADATA').write_text(f'Metadata-Version: 2.1\\nName: {found[1]}\\nVersion: {version}\\n')\n"
     )
     return home, site, tmp_path / "pip.log"
 
@@ -315,12 +319,11 @@ def test_the_hook_installs_what_is_missing_and_leaves_torch(container):
     done = source_hook(home)
     assert done.returncode == 0, done.stderr
     assert "AFTER" in done.stdout
-    on_torch, plain = installs(log)[:2]
-    assert "--no-deps" in on_torch
-    assert {"effdet==0.4.1", "timm==1.0.31"} <= set(on_torch)
-    assert {"hotcoco>=1.3", "omegaconf", "pycocotools"} <= set(plain)
-    assert not any(need.split("==")[0] == "torch" for need in on_torch + plain)
-    assert len(installs(log)) == 2  # the second time there is nothing to do
+    vision, rest = installs(log)  # the second time there is nothing to do
+    assert "--no-deps" in vision
+    assert {"effdet==0.4.1", "timm==1.0.31", "hotcoco>=1.3", "omegaconf", "pycocotools"} <= set(rest)
+    assert "--constraint" in rest
+    assert not {"torch", "torchvision", "determined"} & set(rest)
 
 
 def test_the_hook_takes_the_torchvision_of_an_image_s_own_torch(container):
@@ -334,23 +337,89 @@ def test_the_hook_takes_the_torchvision_of_an_image_s_own_torch(container):
     assert "torchvision==0.18.*" in installs(log)[0]
 
 
+def test_the_hook_installs_mmcv_without_compiling(container):
+    home, site, log = container
+    done = source_hook(home, "mmdetection")
+    assert done.returncode == 0, done.stderr
+    (alone,) = [need for need in installs(log) if "mmcv==1.7.2" in need]
+    assert {"--no-deps", "--no-build-isolation"} <= set(alone)  # its setup.py brings an OpenCV of its own choice
+    assert not any("mmcv-full" in need for needs in installs(log) for need in needs)
+    # nor where an image has the compiled one, and another OpenCV
+    for found in [*site.glob("mmcv-*"), *site.glob("opencv*")]:
+        shutil.rmtree(found)
+    for name in ("mmcv_full-1.7.2", "opencv-4.7.0"):
+        (site / f"{name}.dist-info").mkdir()
+        metadata = "Metadata-Version: 2.1\nName: {}\nVersion: {}\n".format(*name.split("-"))
+        (site / f"{name}.dist-info/METADATA").write_text(metadata)
+    log.write_text("")
+    assert source_hook(home, "mmdetection").returncode == 0
+    assert installs(log) == []
+
+
+def test_detectron2_is_its_python_of_one_commit(container, tmp_path):
+    """Its setup.py always compiles; here, what no compiler takes."""
+    home, site, _ = container
+    source = tmp_path / "source"
+    (source / "detectron2").mkdir(parents=True)
+    (source / "detectron2/__init__.py").write_text("")
+    (source / "broken.cpp").write_text("no C++")
+    (source / "setup.py").write_text(
+        "import os\nfrom setuptools import Extension, setup\n"
+        "setup(name='detectron2', version='0.6' + os.environ.get('D2_VERSION_SUFFIX', ''), packages=['detectron2'], "
+        "ext_modules=[Extension('detectron2._C', ['broken.cpp'])])"
+    )
+    git = ["git", "-C", str(source), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "one"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text(f"detectron2 @ git+file://{source}@{commit}\n")
+    done = subprocess.run(
+        [home / "bin/python", "-m", "shared.container", requirements], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (site / "detectron2/__init__.py").exists()
+    assert not list((site / "detectron2").glob("_C*"))
+    assert (site / f"detectron2-0.6+python.{commit[:7]}.dist-info/METADATA").exists()
+
+
 @pytest.mark.parametrize(
     ("detector", "module", "requirement"),
-    [("mmdetection", "mmcv/ops.py", "mmcv-full==1.7.2"), ("detectron2", "detectron2/_C.py", "detectron2@git+https")],
+    [("mmdetection", "mmcv/_ext.py", "mmcv-full==1.7.2"), ("detectron2", "detectron2/_C.py", "detectron2 @ git+https")],
 )
-def test_the_hook_compiles_only_what_does_not_import(container, detector, module, requirement):
+def test_the_hook_compiles_where_asked_to_what_does_not_import(container, detector, module, requirement):
     home, site, log = container
     module = site / module
     module.parent.mkdir()
     (module.parent / "__init__.py").write_text("")
+    name, version = ("mmcv_full", "1.7.2") if detector == "mmdetection" else ("detectron2", "0.6")
+    (site / f"{name}-{version}.dist-info").mkdir()
+    (site / f"{name}-{version}.dist-info/METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    )
     for content in ("raise ImportError('undefined symbol')", ""):
         module.write_text(content)
         log.write_text("")
-        done = source_hook(home, detector)
+        done = source_hook(home, detector, COMPILED_OPERATIONS="1")
         assert done.returncode == 0, done.stderr
         built = [need for need in installs(log) if any(part.startswith(requirement) for part in need)]
         assert all("--no-build-isolation" in need and "--no-deps" in need for need in built)
         assert len(built) == (2 if content else 0)  # sourced twice, and the pip of this test builds nothing
+
+
+def test_an_installation_that_fails_ends_with_what_was_run(container):
+    home, site, _ = container
+    (site / "pip/__main__.py").write_text("raise SystemExit('ERROR: no such host')")
+    done = source_hook(home)
+    assert done.returncode == 1
+    assert "ERROR: no such host" in done.stderr
+    assert "-m pip install" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_the_compiled_extra_is_of_the_version_that_is_required():
+    extra = re.search(r"mmcv-full==([\d.]+)", (ROOT / "setup.cfg").read_text())[1]
+    assert f"mmcv=={extra}\n" in (ROOT / "mmdetection/requirements.txt").read_text()
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ import mmcv.runner
 import torch
 import yaml
 from mmcv import Config, ConfigDict
-from mmcv.ops import get_compiling_cuda_version
 from mmcv.runner import wrap_fp16_model
 from mmdet.models import build_detector
 from torch import nn
@@ -55,16 +54,6 @@ def build_model(config: Config, initialize: bool) -> nn.Module:
     if config.get("fp16"):
         wrap_fp16_model(model)
     return model
-
-
-def check_compiled_for(device: torch.device) -> None:
-    """Raises UserError where mmcv-full was compiled without what its operations need on `device`."""
-    if device.type == "cuda" and get_compiling_cuda_version() == "not available":
-        raise UserError(
-            "mmcv-full was compiled without CUDA, and there is a GPU to run on. Compile it anew on a machine with "
-            "nvcc: FORCE_CUDA=1 python3 -m pip install --no-build-isolation --force-reinstall --no-deps "
-            "--no-cache-dir mmcv-full==1.7.2; or hide the GPU, CUDA_VISIBLE_DEVICES="
-        )
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

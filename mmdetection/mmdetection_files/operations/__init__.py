@@ -1,0 +1,89 @@
+"""What mmcv's compiled module `mmcv._ext` does, in PyTorch and torchvision, on any device.
+
+`mmcv` 1.7 without `-full` is pure Python and has all of `mmcv/ops/*.py`; only the module that they load by name is
+missing. `install` puts one in its place where no compiled one imports. Its functions have the names and the
+arguments of mmcv's (mmcv/ops/csrc/pytorch/pybind.cpp): most write their result into a tensor that the caller made.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+
+from mmdetection_files.operations import (
+    attention,
+    carafe,
+    deformable_convolution,
+    focal_loss,
+    masked_convolution,
+    overlaps,
+    region_pooling,
+    suppression,
+    sync_batch_norm,
+)
+
+_PARTS = (
+    attention,
+    carafe,
+    deformable_convolution,
+    focal_loss,
+    masked_convolution,
+    overlaps,
+    region_pooling,
+    suppression,
+    sync_batch_norm,
+)
+
+
+def install() -> str | None:
+    """Makes `mmcv.ops` importable; to be called before its first import.
+
+    Returns:
+        Why a compiled module that is there is not taken; None where there is none, or where it is in use.
+    """
+    try:
+        compiled = importlib.import_module("mmcv._ext")
+    except ModuleNotFoundError as error:
+        if error.name != "mmcv._ext":
+            raise
+        reason = None
+    except (ImportError, OSError) as error:  # for another torch
+        reason = str(error).strip().splitlines()[0]
+    else:
+        if compiled.get_compiling_cuda_version() != "not available" or not torch.cuda.is_available():
+            return None
+        reason = "they were compiled without CUDA, and there is a GPU to run on"
+    sys.modules["mmcv._ext"] = InPyTorch()
+    return reason
+
+
+def are_compiled() -> bool:
+    """Whether mmcv's operations are those of a compiled mmcv-full."""
+    return not isinstance(importlib.import_module("mmcv._ext"), InPyTorch)
+
+
+class InPyTorch(ModuleType):
+    """`mmcv._ext`; what is not there says so when it is called, as mmcv asks for every name when it is imported."""
+
+    def __init__(self) -> None:
+        super().__init__("mmcv._ext", __doc__)
+        for part in _PARTS:
+            for name in part.__all__:
+                setattr(self, name, getattr(part, name))
+
+    def __getattr__(self, name: str) -> Callable[..., NoReturn]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def missing(*arguments: Any, **named: Any) -> NoReturn:
+            raise NotImplementedError(
+                f"mmcv's operation {name} is not written in PyTorch here: compile mmcv-full 1.7.2, which has it "
+                "(mmdetection/README.md, Compiled operations)"
+            )
+
+        return missing

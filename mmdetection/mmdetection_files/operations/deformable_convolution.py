@@ -1,0 +1,195 @@
+"""Deformable convolution v1 and v2 (https://arxiv.org/abs/1703.06211, 1811.11168), by torchvision's operators.
+
+The offsets are (N, deformable groups x kernel height x kernel width x 2, H', W'), each y then x, the mask half as
+many channels: both libraries have the layout of the authors' code (mmcv/ops/deform_conv.py, modulated_deform_conv.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "deform_conv_backward_input",
+    "deform_conv_backward_parameters",
+    "deform_conv_forward",
+    "modulated_deform_conv_backward",
+    "modulated_deform_conv_forward",
+]
+
+
+def deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    im2col_step: int,
+) -> None:
+    """Writes the convolution of (N, C, H, W) into the (N, C', H', W') `output`."""
+    sizes = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
+    output.copy_(_forward(input, weight, offset, None, None, sizes))
+
+
+def deform_conv_backward_input(
+    input: Tensor,
+    offset: Tensor,
+    grad_output: Tensor,
+    grad_input: Tensor,
+    grad_offset: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    im2col_step: int,
+) -> None:
+    """Writes the derivatives by the input and the offsets; leaves that by the weight in the scratch `columns`."""
+    sizes = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
+    by_input, by_weight, by_offset, _, _ = _backward(grad_output, input, weight, offset, None, None, sizes)
+    grad_input.copy_(by_input)
+    grad_offset.copy_(by_offset)
+    # torchvision has one operator for all derivatives, mmcv calls for the weight's next, with the same scratch
+    columns.set_(by_weight)
+
+
+def deform_conv_backward_parameters(
+    input: Tensor,
+    offset: Tensor,
+    grad_output: Tensor,
+    grad_weight: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    scale: float,
+    im2col_step: int,
+) -> None:
+    """Adds the derivative by the weight."""
+    if columns.shape != grad_weight.shape:  # the input and the offsets need no derivative
+        sizes = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
+        columns = _backward(grad_output, input, grad_weight, offset, None, None, sizes)[1]
+    grad_weight.add_(columns, alpha=scale)
+
+
+def modulated_deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    deformable_group: int,
+    with_bias: bool,
+) -> None:
+    """Writes the convolution of (N, C, H, W) into the (N, C', H', W') `output`."""
+    sizes = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
+    output.copy_(_forward(input, weight, offset, mask, bias if with_bias else None, sizes))
+
+
+def modulated_deform_conv_backward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    columns: Tensor,
+    grad_input: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    grad_offset: Tensor,
+    grad_mask: Tensor,
+    grad_output: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    deformable_group: int,
+    with_bias: bool,
+) -> None:
+    """Writes the derivatives by all of them."""
+    sizes = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
+    derivatives = _backward(grad_output, input, weight, offset, mask, bias if with_bias else None, sizes)
+    for kept, derivative in zip(
+        (grad_input, grad_weight, grad_offset, grad_mask, grad_bias)[: 5 if with_bias else 4], derivatives, strict=False
+    ):
+        kept.copy_(derivative)
+
+
+def _forward(
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sizes: tuple[int, ...],
+) -> Tensor:
+    mask, bias, masked = _given(input, weight, mask, bias)
+    return torch.ops.torchvision.deform_conv2d(input, weight, offset, mask, bias, *sizes, masked)
+
+
+def _backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sizes: tuple[int, ...],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    mask, bias, masked = _given(input, weight, mask, bias)
+    return torch.ops.torchvision._deform_conv2d_backward(
+        grad_output.contiguous(), input, weight, offset, mask, bias, *sizes, masked
+    )
+
+
+def _given(input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, bool]:
+    # as torchvision.ops.deform_conv2d stands in for what is not given
+    return (
+        input.new_zeros(input.shape[0], 1) if mask is None else mask,
+        weight.new_zeros(weight.shape[0]) if bias is None else bias,
+        mask is not None,
+    )
