@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import mmcv.ops
+import mmcv.runner
 import numpy as np
 import pytest
 import torch
@@ -469,6 +470,15 @@ def test_an_operation_that_is_not_there_says_so_at_its_call(in_pytorch):
         NotImplementedError, match=r"mmcv's operation box_iou_rotated .* mmcv-full 1\.7\.2, which has it"
     ):
         mmcv.ops.box_iou_rotated(torch.rand(2, 5), torch.rand(3, 5))
+
+
+def test_mmcv_knows_that_it_has_operations():
+    """Else its optimizers take a deformable convolution's offsets for a plain one's weights."""
+    model = nn.Sequential(mmcv.ops.DeformConv2dPack(3, 3, 3))
+    settings = {"type": "SGD", "lr": 1.0, "paramwise_cfg": {"dcn_offset_lr_mult": 0.1}}
+    groups = mmcv.runner.build_optimizer(model, settings).param_groups
+    rates = {name: group["lr"] for (name, _), group in zip(model.named_parameters(), groups, strict=True)}
+    assert rates == {"0.weight": 1.0, "0.conv_offset.weight": 0.1, "0.conv_offset.bias": 0.1}
 
 
 BROKEN = """

@@ -7,9 +7,11 @@ arguments of mmcv's (mmcv/ops/csrc/pytorch/pybind.cpp): most write their result 
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -58,13 +60,22 @@ def install() -> str | None:
         if compiled.get_compiling_cuda_version() != "not available" or not torch.cuda.is_available():
             return None
         reason = "they were compiled without CUDA, and there is a GPU to run on"
-    sys.modules["mmcv._ext"] = InPyTorch()
+    # with a loader: mmcv asks for it to see whether it has operations (mmcv.utils.ext_loader.check_ops_exist)
+    sys.modules["mmcv._ext"] = importlib.util.module_from_spec(ModuleSpec("mmcv._ext", _Loader()))
     return reason
 
 
 def are_compiled() -> bool:
     """Whether mmcv's operations are those of a compiled mmcv-full."""
     return not isinstance(importlib.import_module("mmcv._ext"), InPyTorch)
+
+
+class _Loader(Loader):
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return InPyTorch()
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass  # it has all from the start
 
 
 class InPyTorch(ModuleType):
