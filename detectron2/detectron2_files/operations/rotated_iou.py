@@ -6,7 +6,6 @@ image, whose y grows downwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -44,20 +43,12 @@ def box_iou_rotated(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     Returns:
         (N, M) in [0, 1]; 0 where a box has no area. Of the boxes' type, float32 at least (upstream: float32 always).
     """
-    rows = list(iou_by_rows(boxes1, boxes2))
-    if len(rows) == 1:
-        return rows[0]
-    return torch.cat(rows) if rows else _as_computed(boxes1).new_zeros(len(boxes1), len(boxes2))
-
-
-def iou_by_rows(boxes1: Tensor, boxes2: Tensor) -> Iterator[Tensor]:
-    """`box_iou_rotated` some rows at a time, so that what is computed along the way is bounded."""
-    if not len(boxes1) or not len(boxes2):
-        return
     columns1, columns2 = _columns(boxes1), _columns(boxes2)
+    result = columns1.x.new_zeros(len(boxes1), len(boxes2))
     step = rows_at_once(len(boxes2))
-    for start in range(0, len(boxes1), step):
-        yield _iou(_Boxes(*(column[start : start + step] for column in columns1)), columns2)
+    for start in range(0, len(boxes1) if len(boxes2) else 0, step):
+        _fill(result[start : start + step], _Boxes(*(column[start : start + step] for column in columns1)), columns2)
+    return result
 
 
 def rows_at_once(columns: int) -> int:
@@ -65,24 +56,18 @@ def rows_at_once(columns: int) -> int:
     return max(_PAIRS // max(columns, 1), 1)
 
 
-def _iou(boxes1: _Boxes, boxes2: _Boxes) -> Tensor:
-    """(N, M). Most pairs of a picture are far apart: the intersections are computed of those only whose upright boxes
-    overlap."""
+def _fill(result: Tensor, boxes1: _Boxes, boxes2: _Boxes) -> None:
+    """Sets the (N, M) `result`, zeros before. Most pairs of a picture are far apart: the intersections are computed of
+    those only whose upright boxes overlap."""
     near = (boxes1.x[:, None] - boxes2.x).abs_() < boxes1.reach_x[:, None] + boxes2.reach_x
     near &= (boxes1.y[:, None] - boxes2.y).abs_() < boxes1.reach_y[:, None] + boxes2.reach_y
     near &= (boxes1.area >= _NO_AREA)[:, None] & (boxes2.area >= _NO_AREA)
-    result = boxes1.x.new_zeros(near.shape)
-    pairs = near.flatten().nonzero().squeeze(1)
-    ious = []
-    for some in pairs.split(_CLOSE_PAIRS):
-        first, second = some // near.shape[1], some % near.shape[1]
+    for pairs in near.flatten().nonzero().squeeze(1).split(_CLOSE_PAIRS):
+        first, second = pairs // near.shape[1], pairs % near.shape[1]
         one = _Boxes(*(column[first] for column in boxes1))
         other = _Boxes(*(column[second] for column in boxes2))
         common = _intersection(one, other)
-        ious.append(common / (one.area + other.area - common))
-    if ious:
-        result.view(-1)[pairs] = torch.cat(ious)
-    return result
+        result.view(-1)[pairs] = common / (one.area + other.area - common)
 
 
 def _intersection(one: _Boxes, other: _Boxes) -> Tensor:
@@ -126,14 +111,10 @@ def _intersection(one: _Boxes, other: _Boxes) -> Tensor:
 
 
 def _columns(boxes: Tensor) -> _Boxes:
-    x, y, width, height, _ = _as_computed(boxes).unbind(1)
+    x, y, width, height, _ = boxes.to(torch.promote_types(boxes.dtype, torch.float32)).unbind(1)
     angle = torch.deg2rad(boxes[:, 4].double())  # upstream too: float32 is short of digits for sine and cosine
     cos, sin = angle.cos().to(x), angle.sin().to(x)
     half_width, half_height = width.abs() / 2, height.abs() / 2
     reach_x = half_width * cos.abs() + half_height * sin.abs()
     reach_y = half_width * sin.abs() + half_height * cos.abs()
     return _Boxes(x, y, half_width, half_height, cos, sin, width * height, reach_x, reach_y)
-
-
-def _as_computed(boxes: Tensor) -> Tensor:
-    return boxes.to(torch.promote_types(boxes.dtype, torch.float32))

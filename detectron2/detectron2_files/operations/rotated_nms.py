@@ -7,6 +7,8 @@ from torch import Tensor
 
 from detectron2_files.operations.rotated_iou import box_iou_rotated, rows_at_once
 
+_ROWS = 512  # at once: fewer copies to the host for more pairs that are compared in vain
+
 
 def nms_rotated(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """What greedy suppression keeps; `torch.ops.detectron2.nms_rotated` (upstream's csrc/nms_rotated).
@@ -23,8 +25,8 @@ def nms_rotated(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     rest = scores.argsort(descending=True, stable=True)
     kept = [rest[:0]]
     while len(rest):
-        # the first rows against all that is left: of a picture's boxes these are all of them, at once
-        rows = min(rows_at_once(len(rest)), len(rest))
+        # the best ones against all that is left
+        rows = min(_ROWS, rows_at_once(len(rest)), len(rest))
         ious = box_iou_rotated(boxes[rest[:rows]], boxes[rest])
         overlaps = ious > iou_threshold if ious.is_cuda else ious >= iou_threshold
         stays = _greedy(overlaps[:, :rows].cpu()).to(rest.device)

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SAMPLES = 2**20  # that are held at once, unless a single region has more: some 200 MiB
+_SAMPLES = 2**20  # that are held at once, unless a single bin has more: some 300 MiB
 
 
 class _Weights(NamedTuple):
-    """The matrix of some regions: entries in order of their bins."""
+    """Some rows of the matrix: entries in order of their bins."""
 
     bins: slice  # among all bins
     bin: Tensor  # (E,) counted from bins.start
@@ -97,41 +98,44 @@ def _weighted_sums(rows: Tensor, index: Tensor, starts: Tensor, weight: Tensor) 
 def _weights(
     rois: Tensor, scale: float, pooled: tuple[int, int], size: tuple[int, int], sampling_ratio: int
 ) -> Iterator[_Weights]:
-    """The weights of all regions, some regions at a time.
+    """The matrix, some bins at a time.
 
     Raises:
         ValueError: a region's width or height is negative.
     """
     if bool((rois[:, 3:5] < 0).any()):
         raise ValueError("ROIAlignRotated: a region has a negative width or height")
-    bins_each = pooled[0] * pooled[1]
     if sampling_ratio > 0:
         grid = torch.full((len(rois), 2), sampling_ratio, device=rois.device)
-        samples = [sampling_ratio**2 * bins_each] * len(rois)
+        samples = np.full(len(rois), sampling_ratio**2)
     else:
-        sides = (rois[:, [4, 3]] * scale) / rois.new_tensor(pooled)
-        grid = sides.ceil().long()
-        samples = (grid.prod(1) * bins_each).tolist()  # to the host once, for the lengths of all that follows
-    start = 0
-    while start < len(rois):
-        stop, total = start + 1, samples[start]
-        while stop < len(rois) and total + samples[stop] <= _SAMPLES:
-            total += samples[stop]
-            stop += 1
-        weights = _weights_of(rois[start:stop], scale, pooled, size, grid[start:stop], total)
-        yield weights._replace(bins=slice(start * bins_each, stop * bins_each))
-        start = stop
+        grid = (rois[:, [4, 3]] * scale / rois.new_tensor(pooled)).ceil().long()
+        samples = grid.prod(1).cpu().numpy()  # to the host once, for the lengths of all that follows
+    ends = samples.repeat(pooled[0] * pooled[1]).cumsum()
+    start, before = 0, 0
+    while start < len(ends):
+        stop = max(int(ends.searchsorted(before + _SAMPLES, side="right")), start + 1)
+        yield _weights_of(rois, scale, pooled, size, grid, slice(start, stop), int(ends[stop - 1]) - before)
+        start, before = stop, int(ends[stop - 1])
 
 
 def _weights_of(
-    rois: Tensor, scale: float, pooled: tuple[int, int], size: tuple[int, int], grid: Tensor, samples: int
+    rois: Tensor,
+    scale: float,
+    pooled: tuple[int, int],
+    size: tuple[int, int],
+    grid: Tensor,
+    bins: slice,
+    samples: int,
 ) -> _Weights:
     device = rois.device
-    of_bin = grid.prod(1).repeat_interleave(pooled[0] * pooled[1])  # samples in each bin
+    all_bins = torch.arange(bins.start, bins.stop, device=device)
+    of_bin = grid.prod(1)[all_bins // (pooled[0] * pooled[1])]  # samples in each bin
     starts = of_bin.cumsum(0) - of_bin
-    bin_ = torch.arange(len(of_bin), device=device).repeat_interleave(of_bin, output_size=samples)
+    local = torch.arange(len(of_bin), device=device).repeat_interleave(of_bin, output_size=samples)
+    bin_ = all_bins[local]
     roi = bin_ // (pooled[0] * pooled[1])
-    number = torch.arange(samples, device=device) - starts[bin_]
+    number = torch.arange(samples, device=device) - starts[local]
     row, column = number // grid[roi, 1], number % grid[roi, 1]
 
     # in upstream's order of operations: a sample that lies on the features' edge falls on the same side of it
@@ -150,15 +154,13 @@ def _weights_of(
     x = down * sin + right * cos + centre_x[roi]
 
     inside = (y >= -1) & (y <= size[0]) & (x >= -1) & (x <= size[1])
-    weight = inside.to(rois) / of_bin[bin_]
+    weight = inside.to(rois) / of_bin[local]
     y_low, y_high, y_part = _neighbours(y, size[0])
     x_low, x_high, x_part = _neighbours(x, size[1])
     image = rois[:, 0].long()[roi] * size[0]
-    pixels = torch.stack([(image + row) * size[1] + column for row in (y_low, y_high) for column in (x_low, x_high)], 1)
+    pixels = torch.stack([(image + i) * size[1] + j for i in (y_low, y_high) for j in (x_low, x_high)], 1)
     parts = torch.stack([by * bx * weight for by in (1 - y_part, y_part) for bx in (1 - x_part, x_part)], 1)
-    return _Weights(
-        bins=slice(0), bin=bin_.repeat_interleave(4), pixel=pixels.flatten(), weight=parts.flatten(), starts=starts * 4
-    )
+    return _Weights(bins, local.repeat_interleave(4), pixels.flatten(), parts.flatten(), starts * 4)
 
 
 def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
