@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from detectron2_files import COMPILED
 from detectron2_files.config import config_of_checkpoint, flatten, load_config, set_class_counts
 from detectron2_files.data import (
     TRAIN_NAME,
@@ -284,6 +285,7 @@ class Detectron2Trial(DetectionTrial):
             ("validation", ", ".join(self.iou_types) if self.evaluates_coco else "by Detectron2's own evaluator"),
             ("learning rate", f"{config.learning_rate:g}, {config.schedule_name}"),
             ("precision", "fp16" if self.scaler is not None else "float32"),
+            ("operations", "compiled (detectron2._C)" if COMPILED else "PyTorch and torchvision"),
         ]
 
     def _training_data_name(self) -> str:

@@ -3,13 +3,15 @@
 import sys
 
 try:
+    from detectron2_files.operations import install
+
+    COMPILED = install()
     # not `import detectron2`: from the project's root that finds this folder where the library is missing
     import detectron2.config
     import detectron2.modeling  # noqa: F401
-except Exception as error:  # a broken build shows as ImportError, OSError, AttributeError, …
+except Exception as error:  # a broken install shows as ImportError, OSError, AttributeError, …
     sys.exit(
         f"error: Detectron2 cannot be imported ({type(error).__name__}: "
-        f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}). Install it, built for "
-        "the torch that is installed: python3 -m pip install 'setuptools<81' wheel && python3 -m pip install "
-        "--no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
+        f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}). This installs it, in the "
+        "detector's folder: python3 -m shared.container requirements.txt"
     )
