@@ -292,7 +292,7 @@ class MMDetectionTrial(DetectionTrial):
             ("schedule", ", ".join(f"{key} {value}" for key, value in lr_config.items()) or "constant"),
             ("gradient clipping", (config.get("optimizer_config") or {}).get("grad_clip") or "none"),
             ("precision", "fp16" if config.get("fp16") else "float32"),
-            ("operations", "compiled, mmcv-full's" if operations.are_compiled() else "PyTorch's and torchvision's"),
+            ("operations", "compiled (mmcv._ext)" if operations.are_compiled() else "PyTorch and torchvision"),
         ]
 
     # --- the step -------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """What is MMDetection's own: adapters over the mmdet and mmcv packages."""
 
-import logging
 import sys
 import warnings
 
@@ -9,8 +8,10 @@ try:
     from mmdetection_files import operations
 
     if reason := operations.install():
-        logging.getLogger(__name__).warning(
-            "the compiled operations of mmcv-full are there and not used: %s. Those in PyTorch are", reason
+        print(
+            f"warning: mmcv-full's compiled operations are not used ({reason}); PyTorch and torchvision do their work",
+            file=sys.stderr,
+            flush=True,
         )
     import mmcv.ops  # noqa: F401
     import mmdet.models  # noqa: F401

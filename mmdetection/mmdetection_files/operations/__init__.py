@@ -59,7 +59,7 @@ def install() -> str | None:
     else:
         if compiled.get_compiling_cuda_version() != "not available" or not torch.cuda.is_available():
             return None
-        reason = "they were compiled without CUDA, and there is a GPU to run on"
+        reason = "compiled without CUDA, and there is a GPU"
     # with a loader: mmcv asks for it to see whether it has operations (mmcv.utils.ext_loader.check_ops_exist)
     sys.modules["mmcv._ext"] = importlib.util.module_from_spec(ModuleSpec("mmcv._ext", _Loader()))
     return reason
