@@ -12,6 +12,7 @@ from mmcv import Config
 from PIL import Image
 from tiny_models import load_model_def, mmdet_config
 
+from mmdetection_files import operations
 from mmdetection_files.config import shipped_configs
 from shared.data import synthetic
 
@@ -27,6 +28,8 @@ FAMILIES = [
     "dynamic_rcnn/dynamic_rcnn_r50_fpn_1x_coco.py",
     "grid_rcnn/grid_rcnn_r50_fpn_gn-head_1x_coco.py",
     "ms_rcnn/ms_rcnn_r50_fpn_1x_coco.py",
+    "detectors/cascade_rcnn_r50_sac_1x_coco.py",
+    "pisa/pisa_faster_rcnn_r50_fpn_1x_coco.py",
     "pafpn/faster_rcnn_r50_pafpn_1x_coco.py",
     "point_rend/point_rend_r50_caffe_fpn_mstrain_1x_coco.py",
     "swin/mask_rcnn_swin-t-p4-w7_fpn_1x_coco.py",
@@ -39,6 +42,7 @@ FAMILIES = [
     "ssd/ssdlite_mobilenetv2_scratch_600e_coco.py",
     "yolo/yolov3_mobilenetv2_320_300e_coco.py",
     "yolof/yolof_r50_c5_8x8_1x_coco.py",
+    "dyhead/atss_r50_fpn_dyhead_1x_coco.py",
     "atss/atss_r50_fpn_1x_coco.py",
     "gfl/gfl_r50_fpn_1x_coco.py",
     "tood/tood_r50_fpn_1x_coco.py",
@@ -59,6 +63,14 @@ FAMILIES = [
     "solov2/solov2_r50_fpn_1x_coco.py",
     "yolact/yolact_r50_1x8_coco.py",
     "mask2former/mask2former_r50_lsj_8x2_50e_coco.py",
+]
+# whose operations mmcv-full has for GPUs only
+IN_PYTORCH = [
+    "guided_anchoring/ga_retinanet_r50_fpn_1x_coco.py",
+    "guided_anchoring/ga_faster_r50_fpn_1x_coco.py",
+    "carafe/mask_rcnn_r50_fpn_carafe_1x_coco.py",
+    "dcn/faster_rcnn_r50_fpn_dpool_1x_coco.py",
+    "dcnv2/faster_rcnn_r50_fpn_mdpool_1x_coco.py",
 ]
 PANOPTIC = [
     "panoptic_fpn/panoptic_fpn_r50_fpn_1x_coco.py",
@@ -127,6 +139,13 @@ def test_a_config_trains_and_validates(pictures, train, config_file):
     assert np.isfinite(reports(run, "train")[-1]["metrics"]["loss"])
     metrics = reports(run, "val")[-1]["metrics"]
     assert "bbox_mAP" in metrics or "segm_mAP" in metrics
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(operations.are_compiled(), reason="compiled mmcv-full has these operations for GPUs only")
+@pytest.mark.parametrize("config_file", IN_PYTORCH)
+def test_a_config_of_operations_for_gpus_trains_and_validates_on_a_cpu(pictures, train, config_file):
+    test_a_config_trains_and_validates(pictures, train, config_file)
 
 
 @pytest.mark.slow

@@ -281,6 +281,18 @@ def test_modulated_deformable_convolution_is_that_of_mmcv_full(against_compiled,
     )
 
 
+@compiled
+def test_offsets_of_another_size_are_read_as_mmcv_full_reads_them(against_compiled):
+    """DyHead gives those of a level of twice the size."""
+    image, offset, mask, weight = convolution(torch.float64, CONVOLUTIONS["plain"], modulated=True)
+    settings = {**CONVOLUTIONS["plain"], "stride": 2}
+    against_compiled(
+        lambda *given: mmcv.ops.modulated_deform_conv2d(*given, None, *settings.values()),
+        *(image, offset, mask, weight),
+        tolerance=1e-9,
+    )
+
+
 @pytest.mark.parametrize("modulated", [False, True])
 @pytest.mark.parametrize("settings", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 def test_deformable_convolution_has_the_derivatives_of_its_values(in_pytorch, modulated, settings):

@@ -121,6 +121,7 @@ def modulated_deform_conv_forward(
 ) -> None:
     """Writes the convolution of (N, C, H, W) into the (N, C', H', W') `output`."""
     sizes = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
+    offset, mask = _as_read(offset, output.shape), _as_read(mask, output.shape)
     output.copy_(_forward(input, weight, offset, mask, bias if with_bias else None, sizes))
 
 
@@ -152,11 +153,27 @@ def modulated_deform_conv_backward(
 ) -> None:
     """Writes the derivatives by all of them."""
     sizes = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
-    derivatives = _backward(grad_output, input, weight, offset, mask, bias if with_bias else None, sizes)
-    for kept, derivative in zip(
-        (grad_input, grad_weight, grad_offset, grad_mask, grad_bias)[: 5 if with_bias else 4], derivatives, strict=False
-    ):
-        kept.copy_(derivative)
+    read = (_as_read(offset, grad_output.shape), _as_read(mask, grad_output.shape))
+    by_input, by_weight, by_offset, by_mask, by_bias = _backward(
+        grad_output, input, weight, *read, bias if with_bias else None, sizes
+    )
+    grad_input.copy_(by_input)
+    grad_weight.copy_(by_weight)
+    _as_read(grad_offset, grad_output.shape).copy_(by_offset)
+    _as_read(grad_mask, grad_output.shape).copy_(by_mask)
+    if with_bias:
+        grad_bias.copy_(by_bias)
+
+
+def _as_read(given: Tensor, output: torch.Size) -> Tensor:
+    """Offsets or a mask that are larger than the output, as mmcv reads them: an image's numbers one after the other.
+
+    DyHead (mmdet/models/necks/dyhead.py) has such, of the level below, and was trained so.
+    """
+    if given.shape[2:] == output[2:]:
+        return given
+    shape = (given.shape[1], *output[2:])
+    return given.flatten(1)[:, : shape[0] * shape[1] * shape[2]].view(-1, *shape)
 
 
 def _forward(
