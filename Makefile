@@ -54,7 +54,7 @@ test-oldest:
 
 # The operations in PyTorch against those that are compiled.
 test-compiled: $(COMPILED_READY)
-	.venv-compiled/bin/python -m pytest -n 2 tests/*/test_operations.py
+	.venv-compiled/bin/python -m pytest -n 2 tests/*/test_*_operations.py
 
 # What only a GPU can show. With PY=python3 nothing is set up: for a machine that has all of it, and no network.
 test-gpu: $(if $(filter command,$(origin PY)),,$(ALL_READY))

@@ -32,7 +32,7 @@ from mmdetection_files.model import build_model, build_optimizer, without_pretra
 CONFIGS = {
     "Mask R-CNN": "mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py",
     "RetinaNet": "retinanet/retinanet_r50_fpn_1x_coco.py",
-    "Faster R-CNN, DCNv2": "dcn/faster_rcnn_r50_fpn_mdconv_c3-c5_1x_coco.py",
+    "Faster R-CNN, DCNv2": "dcnv2/faster_rcnn_r50_fpn_mdconv_c3-c5_1x_coco.py",
 }
 
 

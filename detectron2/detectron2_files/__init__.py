@@ -12,6 +12,6 @@ try:
 except Exception as error:  # a broken install shows as ImportError, OSError, AttributeError, …
     sys.exit(
         f"error: Detectron2 cannot be imported ({type(error).__name__}: "
-        f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}). This installs it, in the "
-        "detector's folder: python3 -m shared.container requirements.txt"
+        f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}). Install it, in the "
+        "folder detectron2: python3 -m shared.container"
     )

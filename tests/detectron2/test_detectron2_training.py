@@ -272,4 +272,4 @@ def test_without_the_library_one_line_says_how_to_install_it(tmp_path):
     assert done.returncode == 1
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("error: Detectron2 cannot be imported")
-    assert line.endswith("python3 -m shared.container requirements.txt")
+    assert line.endswith("in the folder detectron2: python3 -m shared.container")
