@@ -52,7 +52,7 @@ benchmarks() {
 import importlib.metadata, platform, torch
 
 print("python", platform.python_version(), "cuda", torch.version.cuda, "cudnn", torch.backends.cudnn.version())
-for name in ("torch", "torchvision", "numpy", "determined", "effdet", "timm", "mmcv-full", "mmdet", "detectron2"):
+for name in ("torch", "torchvision", "numpy", "determined", "effdet", "timm", "mmcv", "mmcv-full", "mmdet", "detectron2"):
     try:
         print(name, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
@@ -61,7 +61,7 @@ END
     if has EfficientDet effdet timm; then
         run 150 benchmarks/training_step.py --full --batch-size 16 --workers 6 --blocks 9
     fi
-    if has MMDetection mmcv.ops mmdet; then
+    if has MMDetection mmdet; then
         run 200 benchmarks/against_mmdetection.py step --full --workers 4
     fi
     if has Detectron2 detectron2.config; then

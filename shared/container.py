@@ -117,13 +117,16 @@ def _python_tree(need: Requirement, folder: Path) -> str:
     subprocess.run(["git", "init", "--quiet", source], check=True)
     for command in (["fetch", "--quiet", "--depth", "1", address, commit], ["checkout", "--quiet", "FETCH_HEAD"]):
         subprocess.run(["git", "-C", source, *command], check=True)
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _WITHOUT_EXTENSIONS, "--quiet", "bdist_wheel", "--dist-dir", folder],
+    built = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_EXTENSIONS, "bdist_wheel", "--dist-dir", folder],
         cwd=source,
         env={**os.environ, "D2_VERSION_SUFFIX": f"+python.{commit[:7]}"},
-        stdout=subprocess.DEVNULL,
-        check=True,
+        capture_output=True,
+        text=True,
     )
+    if built.returncode:
+        print(built.stderr, file=sys.stderr)
+        built.check_returncode()
     return str(next(folder.glob(f"{need.name}-*.whl")))
 
 
