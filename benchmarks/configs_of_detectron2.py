@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from configs import groups_of, parameters_of
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.data import DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
@@ -21,6 +22,7 @@ from detectron2.data.datasets.builtin_meta import COCO_PERSON_KEYPOINT_FLIP_MAP,
 from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier, build_lr_scheduler, build_optimizer
 from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from tiny_formats import PICTURES, coco, write_panoptic, write_pictures, write_semantic
 
@@ -126,9 +128,9 @@ def _data_of(cfg: Any, classes: int | None = None) -> TinyData:
     if isinstance(cfg, CfgNode):
         is_retinanet = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
         count = cfg.MODEL.RETINANET.NUM_CLASSES if is_retinanet else cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        names, keypoints = cfg.DATASETS.TRAIN, cfg.MODEL.KEYPOINT_ON
+        names, keypoints = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), cfg.MODEL.KEYPOINT_ON
     else:
-        names = cfg.dataloader.train.dataset.names
+        names = cfg.dataloader.train.dataset.get("names", ())
         names = [names] if isinstance(names, str) else names
         keypoints = "keypoint" in str(names)
         count = next(_class_counts(cfg.model), 80)
@@ -158,7 +160,8 @@ def data_upstream(state: SimpleNamespace) -> None:
             cfg.DATASETS.PROPOSAL_FILES_TRAIN = cfg.DATASETS.PROPOSAL_FILES_TEST = (str(state.data.proposals),)
     else:
         cfg.train.init_checkpoint = ""
-        cfg.dataloader.train.dataset.names = cfg.dataloader.test.dataset.names = state.data.name
+        for loader in (cfg.dataloader.train, cfg.dataloader.test):
+            loader.dataset.update({"names" if "names" in loader.dataset else "root": state.data.name})
         if "detector" in cfg.model:  # MMDetection's
             cfg.model.detector.pretrained = None
 
@@ -243,7 +246,7 @@ def written_upstream(state: SimpleNamespace) -> None:
         path.write_text(cfg.dump())
         read = get_cfg()
         read.merge_from_file(str(path))
-        if read.dump() != cfg.dump():  # YAML has no tuples within lists
+        if yaml.safe_load(read.dump()) != yaml.safe_load(cfg.dump()):
             raise ValueError("what is read back is another config")
         return
     LazyConfig.save(cfg, str(path))
@@ -251,10 +254,24 @@ def written_upstream(state: SimpleNamespace) -> None:
 
 
 def _check_lazy(cfg: DictConfig, read: DictConfig) -> None:
-    """Objects in a LazyConfig become their names when it is written: what both make must be equal."""
+    """What is called may have become its name; the model that both make must be the same."""
     one, other = (parameters_of(instantiate(copy.deepcopy(c.model))) for c in (cfg, read))
-    if one != other or LazyConfig.to_py(cfg) != LazyConfig.to_py(read):
+    if one != other or _by_name(OmegaConf.to_container(cfg)) != _by_name(OmegaConf.to_container(read)):
         raise ValueError("what is read back is another config")
+
+
+def _by_name(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _by_name(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_by_name(item) for item in value]
+    if callable(value):
+        name = f"{value.__module__}.{value.__qualname__}"
+    elif isinstance(value, str) and value.count(".") > 1 and "$" not in value and (found := locate(value)) is not None:
+        name = f"{found.__module__}.{found.__qualname__}" if callable(found) else value
+    else:
+        return value
+    return name.rsplit(".", 1)[-1] if "_cfg_loader" in name else name
 
 
 # --- ours -------------------------------------------------------------------------------------------
@@ -334,7 +351,7 @@ def written_ours(state: SimpleNamespace) -> None:
     saved = Detectron2Trial.hyperparameters_of_checkpoint(folder)
     read, cfg = load_config(Detectron2Hyperparameters(**saved), folder).cfg, state.trial.detectron2_config.cfg
     if isinstance(cfg, CfgNode):
-        if read.dump() != cfg.dump():  # YAML has no tuples within lists
+        if yaml.safe_load(read.dump()) != yaml.safe_load(cfg.dump()):
             raise ValueError("what is read back is another config")
     else:
         _check_lazy(cfg, read)

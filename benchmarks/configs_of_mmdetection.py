@@ -91,9 +91,7 @@ def _paths_for(kind: str, classes: tuple[str, ...] | None) -> dict[str, str]:
     }
     if kind == "CocoPanopticDataset":
         data_set = DATASETS.get(kind)
-        write_panoptic(
-            folder / "panoptic.json", folder / "panoptic", data_set.THING_CLASSES, data_set.STUFF_CLASSES
-        )
+        write_panoptic(folder / "panoptic.json", folder / "panoptic", data_set.THING_CLASSES, data_set.STUFF_CLASSES)
         ours = {"ann_file": str(folder / "panoptic.json"), "seg_prefix": str(folder / "panoptic")}
         return {**paths, **ours, "ins_ann_file": str(folder / "instances.json")}
     return paths
