@@ -229,6 +229,8 @@ def main() -> int:
             outcomes = sweep(configs, sides, stages)
     print(table(outcomes, stages))
     print(listed(outcomes))
+    for config, task in sides.OTHER_TASKS.items():
+        print(f"\nLeft out: {config}, which {task}.")
     return int(any(outcome.ours_fails_alone for outcome in outcomes))
 
 

@@ -50,6 +50,7 @@ NEEDS = {
     "written and read": "data paths",
     "model of 3 classes": "data paths",
 }
+OTHER_TASKS: dict[str, str] = {}
 FOLDER: Path
 
 

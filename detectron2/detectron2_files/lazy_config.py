@@ -198,7 +198,7 @@ class LazyConfigFile:
         inside = (self.path.relative_to(place) for place in self.places if self.path.is_relative_to(place))
         name = str(next(inside, self.path))
         for key, value in list(_values(self.cfg)):
-            if not _can_be_written(value):
+            if not (_can_be_written(value) or (key.endswith("_target_") and _has_a_name(value))):
                 OmegaConf.update(cfg, key, {_OF_CONFIG: self._origins.get(key, name)}, merge=False)
         LazyConfig.save(cfg, str(folder / self.resolved_name))
 
@@ -226,6 +226,14 @@ def _origins(cfg: DictConfig) -> Iterator[tuple[str, str]]:
     for key, value in _values(cfg):
         if key.endswith(f".{_OF_CONFIG}"):
             yield key.removesuffix(f".{_OF_CONFIG}"), value
+
+
+def _has_a_name(target: Any) -> bool:
+    """Whether what is called is found by the name that LazyConfig writes for it."""
+    try:
+        return locate(f"{target.__module__}.{target.__qualname__}") == target
+    except Exception:  # it imports, and modules raise anything
+        return False
 
 
 def _can_be_written(value: Any) -> bool:
