@@ -1,8 +1,10 @@
 """The stages of `configs.py` for MMDetection: by its own functions, as its tools/train.py calls them, and by ours."""
 
+import contextlib
 import copy
 import functools
 import logging
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from mmcv.runner.hooks import LrUpdaterHook
 from mmcv.runner.hooks.momentum_updater import MomentumUpdaterHook
 from mmdet.datasets import DATASETS, build_dataset
 from mmdet.models import build_detector
-from mmdet.utils import compat_cfg
+from mmdet.utils import compat_cfg, rfnext_init_model
 from tiny_formats import (
     write_coco,
     write_open_images,
@@ -57,6 +59,8 @@ FOLDER: Path
 def prepare(folder: Path) -> None:
     global FOLDER
     FOLDER = folder
+    (folder / "repository").mkdir()
+    (folder / "repository/configs").symlink_to(shipped_configs())
 
 
 def config_files() -> list[str]:
@@ -130,7 +134,9 @@ def load_upstream(state: SimpleNamespace) -> Any:
     state.cfg = Config.fromfile(str(shipped_configs() / state.config))
     # as tools/train.py, and train_detector and build_dataloader after it
     state.cfg = compat_cfg(state.cfg)
-    return state.cfg._cfg_dict.to_dict()
+    loaded = state.cfg._cfg_dict.to_dict()
+    loaded["data"].pop("imgs_per_gpu", None)  # samples_per_gpu says it too
+    return loaded
 
 
 def data_upstream(state: SimpleNamespace) -> None:
@@ -140,19 +146,35 @@ def data_upstream(state: SimpleNamespace) -> None:
 
 def _without_weights(section: Any) -> None:
     if isinstance(section, dict):
-        if isinstance(section.get("init_cfg"), dict) and section["init_cfg"].get("type") == "Pretrained":
+        init = section.get("init_cfg")
+        if isinstance(init, dict) and (init.get("type") == "Pretrained" or "checkpoint" in init):
             section["init_cfg"] = None
-        if section.get("pretrained"):
-            section["pretrained"] = None
+        for key in ("pretrained", "teacher_ckpt"):
+            if section.get(key):
+                section[key] = None
     for value in section.values() if isinstance(section, dict) else section:
         if isinstance(value, (dict, list, tuple)):
             _without_weights(value)
 
 
+@contextlib.contextmanager
+def _in_its_repository() -> Iterator[None]:
+    """The folder in which its tools are run, with the `configs` in it that some configs name."""
+    before = os.getcwd()
+    os.chdir(FOLDER / "repository")
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def model_upstream(state: SimpleNamespace) -> Any:
     _without_weights(state.cfg.model)
-    model = build_detector(state.cfg.model, train_cfg=state.cfg.get("train_cfg"), test_cfg=state.cfg.get("test_cfg"))
+    cfg = state.cfg
+    with _in_its_repository():
+        model = build_detector(cfg.model, train_cfg=cfg.get("train_cfg"), test_cfg=cfg.get("test_cfg"))
     model.init_weights()
+    rfnext_init_model(model, cfg=cfg)
     state.model = model
     return parameters_of(model)
 
@@ -289,6 +311,8 @@ def load_ours(state: SimpleNamespace) -> Any:
 def data_ours(state: SimpleNamespace) -> None:
     state.trial = _trial(state.config)
     without_pretrained_backbone(state.trial.mmdet_config)
+    if "teacher_ckpt" in state.trial.mmdet_config.model:
+        state.trial.mmdet_config.model.teacher_ckpt = None
 
 
 def _known_categories(trial: MMDetectionTrial) -> list[dict]:
@@ -350,6 +374,8 @@ def model_of_3_classes(state: SimpleNamespace) -> None:
     """As a user's own data asks for it: the number of classes follows."""
     trial = _trial(state.config)
     without_pretrained_backbone(trial.mmdet_config)
+    if "teacher_ckpt" in trial.mmdet_config.model:
+        trial.mmdet_config.model.teacher_ckpt = None
     trial.categories = [{"id": i + 1, "name": f"class {i}"} for i in range(3)]
     trial.build_model()
 

@@ -114,7 +114,7 @@ def write_open_images(folder: Path, classes: int, challenge: bool) -> dict[str, 
                 csv.writer(file).writerow([f"{index:06d}", "", f"/m/{a['category_id']}", 1, *box, 0, 0, 0, 0, 0])
     lines = []
     for index, of_image in enumerate(annotations):
-        lines += [f"# {index}", f"images/{index:06d}.jpg", "1", "1", str(len(of_image))]
+        lines += [f"images/{index:06d}.jpg", "1", str(len(of_image))]
         for a in of_image:
             x, y, width, height = (value / SIZE for value in a["bbox"])
             lines.append(f"{a['category_id']} {x} {y} {x + width} {y + height} 0")

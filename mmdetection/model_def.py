@@ -206,6 +206,8 @@ class MMDetectionTrial(DetectionTrial):
         starts_anew = self.for_training and self.first_batch == 0
         if self.hparams.use_pretrained or not starts_anew:
             without_pretrained_backbone(config)
+        if not self.for_training and config.model.get("teacher_ckpt"):
+            config.model.teacher_ckpt = None  # who has learnt needs no teacher
         if self.context.device.type != "cuda":
             config.fp16 = None  # a model that was trained in half precision detects in single here
         model = build_model(config, initialize=starts_anew or not self.for_training)

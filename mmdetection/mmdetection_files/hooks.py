@@ -63,6 +63,8 @@ class StepRunner(BaseRunner):
         self.register_lr_hook(lr_config)
         self.register_momentum_hook(momentum_config)
         for hook in deepcopy(config.get("custom_hooks") or []):
+            if "type" not in hook:
+                raise UserError(f"custom_hooks: {dict(hook)} has no `type`")
             name = hook["type"]
             if name in _UNABLE:
                 raise UserError(f"custom_hooks: {name} cannot work here: {_UNABLE[name]}")
@@ -98,7 +100,7 @@ class StepRunner(BaseRunner):
 
 def hook_config(config: Config, names: Sequence[str]) -> dict[str, Any] | None:
     """The first of the config's custom hooks that goes by one of the names."""
-    return next((hook for hook in config.get("custom_hooks") or [] if hook["type"] in names), None)
+    return next((hook for hook in config.get("custom_hooks") or [] if hook.get("type") in names), None)
 
 
 def mode_switch(config: Config, total_epochs: int) -> tuple[int, Sequence[str]] | None:

@@ -37,6 +37,8 @@ def build_model(config: Config, initialize: bool) -> nn.Module:
     Raises:
         UserError: the config does not make a detector, or the backbone's weights cannot be had.
     """
+    if isinstance(config.model.get("teacher_config"), str):
+        config.model.teacher_config = _teacher(config.model.teacher_config)
     try:
         model = build_detector(config.model, train_cfg=config.get("train_cfg"), test_cfg=config.get("test_cfg"))
     except Exception as error:  # the builders raise what the modules' constructors raise
@@ -55,6 +57,13 @@ def build_model(config: Config, initialize: bool) -> nn.Module:
     if config.get("fp16"):
         wrap_fp16_model(model)
     return model
+
+
+def _teacher(name: str) -> str:
+    """The config of a distilling detector's teacher: MMDetection's own say where it is from the root of its
+    repository."""
+    shipped = shipped_configs() / name.removeprefix("configs/")
+    return str(shipped) if shipped.is_file() and not Path(name).is_file() else name
 
 
 def check_compiled_for(device: torch.device) -> None:
@@ -87,7 +96,7 @@ def without_pretrained_backbone(config: Config) -> None:
             for part in section:
                 visit(part)
         elif isinstance(section, ConfigDict):
-            if (section.get("init_cfg") or {}) and _is_pretrained(section.init_cfg):
+            if _is_pretrained(section.get("init_cfg")):
                 section.init_cfg = None
             if "pretrained" in section and "type" in section:
                 section.pretrained = None
@@ -98,7 +107,10 @@ def without_pretrained_backbone(config: Config) -> None:
 
 
 def _is_pretrained(init_cfg: Any) -> bool:
-    return isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained"
+    if isinstance(init_cfg, (list, tuple)):
+        return any(map(_is_pretrained, init_cfg))
+    # PVT's has no type
+    return isinstance(init_cfg, dict) and bool(init_cfg.get("type") == "Pretrained" or init_cfg.get("checkpoint"))
 
 
 class _StaticGradScaler(torch.amp.GradScaler):
