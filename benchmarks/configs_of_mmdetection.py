@@ -34,7 +34,7 @@ from tiny_formats import (
 
 from mmdetection_files.config import load_mmdet_config, shipped_configs
 from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
-from mmdetection_files.model import without_pretrained_backbone
+from mmdetection_files.model import without_pretrained_backbone, without_teacher_weights
 from model_def import MMDetectionTrial
 from shared.data.dataset import BadImages, SampleKey
 from shared.data.seeding import seed_all
@@ -311,8 +311,7 @@ def load_ours(state: SimpleNamespace) -> Any:
 def data_ours(state: SimpleNamespace) -> None:
     state.trial = _trial(state.config)
     without_pretrained_backbone(state.trial.mmdet_config)
-    if "teacher_ckpt" in state.trial.mmdet_config.model:
-        state.trial.mmdet_config.model.teacher_ckpt = None
+    without_teacher_weights(state.trial.mmdet_config)
 
 
 def _known_categories(trial: MMDetectionTrial) -> list[dict]:
@@ -374,8 +373,7 @@ def model_of_3_classes(state: SimpleNamespace) -> None:
     """As a user's own data asks for it: the number of classes follows."""
     trial = _trial(state.config)
     without_pretrained_backbone(trial.mmdet_config)
-    if "teacher_ckpt" in trial.mmdet_config.model:
-        trial.mmdet_config.model.teacher_ckpt = None
+    without_teacher_weights(trial.mmdet_config)
     trial.categories = [{"id": i + 1, "name": f"class {i}"} for i in range(3)]
     trial.build_model()
 

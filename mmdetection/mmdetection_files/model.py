@@ -39,6 +39,8 @@ def build_model(config: Config, initialize: bool) -> nn.Module:
     """
     if isinstance(config.model.get("teacher_config"), str):
         config.model.teacher_config = _teacher(config.model.teacher_config)
+    if not torch.distributed.is_initialized():
+        _normalize_alone(config.model)
     try:
         model = build_detector(config.model, train_cfg=config.get("train_cfg"), test_cfg=config.get("test_cfg"))
     except Exception as error:  # the builders raise what the modules' constructors raise
@@ -57,6 +59,18 @@ def build_model(config: Config, initialize: bool) -> nn.Module:
     if config.get("fp16"):
         wrap_fp16_model(model)
     return model
+
+
+def _normalize_alone(section: Any) -> None:
+    """BN in the place of SyncBN, which trains on no CPU, and of mmcv's MMSyncBN, which is not even made without other
+    processes: of one, they are the same."""
+    if isinstance(section, dict) and section.get("type") in ("SyncBN", "MMSyncBN"):
+        section["type"] = "BN"
+        for of_processes in ("group", "stats_mode"):
+            section.pop(of_processes, None)
+    parts = section.values() if isinstance(section, dict) else section if isinstance(section, (list, tuple)) else ()
+    for part in parts:
+        _normalize_alone(part)
 
 
 def _teacher(name: str) -> str:
@@ -106,6 +120,12 @@ def without_pretrained_backbone(config: Config) -> None:
     visit(config.model)
 
 
+def without_teacher_weights(config: Config) -> None:
+    """Takes out what a distilling detector's teacher starts from: to detect, nobody asks it."""
+    if config.model.get("teacher_ckpt"):
+        config.model.teacher_ckpt = None
+
+
 def _is_pretrained(init_cfg: Any) -> bool:
     if isinstance(init_cfg, (list, tuple)):
         return any(map(_is_pretrained, init_cfg))
@@ -132,6 +152,7 @@ def build_scaler(fp16: dict[str, Any]) -> torch.amp.GradScaler:
 
 # what these modules keep in plain attributes while they train
 PYTHON_STATE = {
+    "Conv2dRFSearchOp": ("dilation_rates", "op_layer.dilation"),
     "YOLOX": ("_input_size", "_progress_in_iter"),
     "DynamicRoIHead": (
         "iou_history",
