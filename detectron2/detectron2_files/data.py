@@ -87,6 +87,10 @@ def _mapped(mapper: Callable[[dict], dict | None], dataset_dict: dict[str, Any],
         mapped = mapper(dataset_dict)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadImageError(f"{where} cannot be read as an image: {error}") from error
+    except ImportError as error:  # crops of polygons take shapely, which Detectron2 itself does without
+        raise UserError(
+            f"the config's mapper needs a package that is not installed: {error}; python3 -m pip install {error.name}"
+        ) from error
     except SizeMismatchError as error:
         raise BadImageError(f"{where}: {error}") from error
     if mapped is None:

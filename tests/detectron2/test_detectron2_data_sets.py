@@ -12,7 +12,8 @@ from panoptic_shapes import REGISTER_PANOPTIC, write_panoptic_shapes
 from PIL import Image
 from tiny_models import DETECTRON2, detectron2_config, detectron2_config_by_name, load_model_def
 
-from detectron2_files.data import read_proposals
+from detectron2_files.data import MapperTransform, read_proposals
+from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
 
 FASTER_RCNN = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
@@ -199,6 +200,15 @@ def test_proposals_made_before_are_trained_and_validated_with(shapes, train, tri
     for of_image in seen:  # the better one first
         assert of_image.objectness_logits.tolist() == [2.0, 0.5]
         assert of_image.proposal_boxes.tensor.shape == (2, 4)
+
+
+def test_a_package_that_augmentations_need_is_named(shapes):
+    def mapper(dataset_dict):
+        raise ModuleNotFoundError("No module named 'shapely'", name="shapely")
+
+    record = CocoAnnotations.open(shapes / "annotations/train.json")[0]
+    with pytest.raises(UserError, match=r"needs a package .*'shapely'; python3 -m pip install shapely"):
+        MapperTransform(mapper, annotated=True)(b"", record)
 
 
 def test_proposals_of_other_images_are_refused(tmp_path):
