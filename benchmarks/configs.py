@@ -16,6 +16,7 @@ import importlib
 import io
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
@@ -103,6 +104,8 @@ def _with_needs(stage: str, needs: Mapping[str, str]) -> Iterator[str]:
 
 def _one_line(error: BaseException) -> str:
     line = " ".join(str(error).split())
+    line = re.sub(r"/[^\s'\"]+/", "…/", line)  # folders, and what differs from run to run: one reason, one line
+    line = re.sub(r"_cfg_loader\w+", "_cfg_loader", line)
     return line if len(line) < 240 else line[:240] + "…"
 
 

@@ -298,7 +298,7 @@ def _trial(config: str, classes: tuple[str, ...] | None = None) -> MMDetectionTr
     trial.data = parse_data({"data": {**sections, "workers": 0}}, MMDetectionData)
     trial.context = SimpleNamespace(device=torch.device("cpu"))
     trial.bad_images, trial.seed, trial.for_training, trial.first_batch = BadImages(), 0, True, 0
-    trial.aggregation_frequency, trial.mode_switch = 1, None
+    trial.aggregation_frequency, trial.mode_switch, trial.plain_model = 1, None, torch.nn.Module()
     trial.read_own_config()
     return trial
 
@@ -381,21 +381,21 @@ def model_of_3_classes(state: SimpleNamespace) -> None:
 UPSTREAM = {
     "load": load_upstream,
     "data paths": data_upstream,
-    "written and read": written_upstream,
     "train sample": train_sample_upstream,
     "test sample": test_sample_upstream,
     "model": model_upstream,
     "optimizer": optimizer_upstream,
     "schedule": schedule_upstream,
+    "written and read": written_upstream,
 }
 OURS = {
     "load": load_ours,
     "data paths": data_ours,
-    "written and read": written_ours,
     "train sample": train_sample_ours,
     "test sample": test_sample_ours,
     "model": model_ours,
     "optimizer": optimizer_ours,
     "schedule": schedule_ours,
+    "written and read": written_ours,
     "model of 3 classes": model_of_3_classes,
 }
