@@ -32,6 +32,7 @@ from detectron2_files.data import (
     describe,
     inputs_of,
     open_registered,
+    read_proposals,
     register_json,
     registered_samples,
 )
@@ -156,7 +157,7 @@ class Detectron2Trial(DetectionTrial):
             register_json(TRAIN_NAME, self.data.train.annotations, self.data.train.images)
             return open_registered((TRAIN_NAME,), config.semantic, config.train_set)
         paths = as_coco_paths(names[0]) if self.evaluates_coco and len(names) == 1 else None
-        if paths and not config.train_set.proposal_files:
+        if paths:
             return open_split(replace(self.data, train=Split(*paths)), "train")
         if not names:
             raise UserError("data.train is missing, and the config names no data set to train on; give data.train")
@@ -171,8 +172,9 @@ class Detectron2Trial(DetectionTrial):
         if self.data.val is not None:
             register_json(VAL_NAME, self.data.val.annotations, self.data.val.images)
             names = (VAL_NAME,)
-        opened = open_registered(names, self.detectron2_config.semantic)
-        if self.detectron2_config.rotated:
+        config = self.detectron2_config
+        opened = open_registered(names, config.semantic, proposal_files=config.val_proposal_files)
+        if config.rotated:
             check_for_rotated_evaluation(opened)
         return opened
 
@@ -194,7 +196,8 @@ class Detectron2Trial(DetectionTrial):
         config = self.detectron2_config
         if isinstance(data, RegisteredData):
             return RegisteredSamples(data.dicts, config.mapper(False, data.names), self.seed)
-        transform = MapperTransform(config.mapper(False, describe(self.categories)), annotated=False)
+        proposals = read_proposals(config.val_proposal_files, data.annotations.image_ids)
+        transform = MapperTransform(config.mapper(False, describe(self.categories)), False, proposals)
         return CocoDetection(data.annotations, data.images, transform, self.seed, False, self.bad_images, bytes)
 
     @property

@@ -52,7 +52,9 @@ from mmdetection_files.model import (
     build_scaler,
     load_pretrained,
     without_pretrained_backbone,
+    without_teacher_weights,
 )
+from mmdetection_files.receptive_field import init_receptive_fields, is_searching, write_structure
 from shared.data.annotations import check_same_categories
 from shared.data.coco_categories import COCO_CATEGORIES
 from shared.data.dataset import CocoDetection
@@ -121,6 +123,7 @@ class MMDetectionTrial(DetectionTrial):
         return super().reported_metrics() if self.evaluates_coco else None
 
     def save_own_config(self, folder: Path) -> None:
+        write_structure(self.plain_model, self.mmdet_config, folder)
         write_resolved(self.mmdet_config, folder)
 
     # --- data -----------------------------------------------------------------------------------------
@@ -205,9 +208,12 @@ class MMDetectionTrial(DetectionTrial):
         starts_anew = self.for_training and self.first_batch == 0
         if self.hparams.use_pretrained or not starts_anew:
             without_pretrained_backbone(config)
+        if not self.for_training:
+            without_teacher_weights(config)
         if self.context.device.type != "cuda":
             config.fp16 = None  # a model that was trained in half precision detects in single here
         model = build_model(config, initialize=starts_anew or not self.for_training)
+        init_receptive_fields(model, self.mmdet_config)
         if self.hparams.use_pretrained and self.first_batch == 0:
             load_pretrained(model, self.hparams.use_pretrained, self.hparams.config_file)
         model.CLASSES = tuple(category["name"] for category in self.categories)
@@ -236,6 +242,11 @@ class MMDetectionTrial(DetectionTrial):
         hook = hook_config(self.mmdet_config, EMA_HOOKS)
         if hook is None:
             return None
+        if is_searching(self.mmdet_config):
+            raise UserError(
+                f"custom_hooks: {hook['type']} averages the weights of a model whose layers RFSearchHook changes; take "
+                "one of them out"
+            )
         return MomentumEma(model, hook, self.first_batch // self.aggregation_frequency)
 
     def clip_gradients(self) -> Callable[[Any], None] | None:

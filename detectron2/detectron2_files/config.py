@@ -33,8 +33,10 @@ def load_config(hparams: Detectron2Hyperparameters, submitted: Path) -> Detectro
     """
     _import_custom_modules(hparams.custom_imports)
     path = find_library_config(hparams.config_file, submitted, shipped_configs(), "config_file")
-    kind = LazyConfigFile if path.suffix == ".py" or path.name == LazyConfigFile.resolved_name else YamlConfig
-    return kind(path, flatten(hparams.config_overrides))
+    overrides = flatten(hparams.config_overrides)
+    if path.suffix == ".py" or path.name == LazyConfigFile.resolved_name:
+        return LazyConfigFile(path, overrides, (submitted.absolute(), shipped_configs().absolute()))
+    return YamlConfig(path, overrides)
 
 
 def config_of_checkpoint(checkpoint: Path) -> Path:
@@ -69,13 +71,20 @@ def set_class_counts(config: Detectron2Config, in_data: Mapping[str, int], overr
         in_data: how many "things" and "stuff" the data has, as far as it is known.
 
     Raises:
-        UserError: the config says another number, which is neither the data's nor the zoo's for COCO.
+        UserError: the config says another number, which is neither the data's nor the zoo's for COCO; or the data
+            has none of what the model tells apart.
     """
     for key, stated in config.class_counts().items():
         kind, of_zoo = ("stuff", COCO_STUFF_CLASSES) if "sem_seg" in key.lower() else ("things", COCO_CLASSES)
         count = in_data.get(kind, stated)
         if stated == count:
             continue
+        if count == 0:
+            raise UserError(
+                f"{key} is {stated}, and the data has no {kind}: semantic and panoptic configs train on data sets that "
+                f"are registered, with {kind.removesuffix('s')}_classes in their metadata; name them in "
+                "config_overrides, and leave out data.train and data.val"
+            )
         if stated != of_zoo or key in overridden:
             raise UserError(
                 f"{key} is {stated}, and the data has {count} categories; say config_overrides: {{{key}: {count}}}, or "

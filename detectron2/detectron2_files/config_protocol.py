@@ -38,6 +38,7 @@ class Detectron2Config(Protocol):
     mixed_precision: bool
     train_set: TrainingSet
     val_names: tuple[str, ...]
+    val_proposal_files: tuple[str, ...]
     iou_types: tuple[str, ...]
     keypoint_sigmas: tuple[float, ...]
     polygon_masks: bool

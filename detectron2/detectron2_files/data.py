@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import (
+    DatasetCatalog,
+    MetadataCatalog,
+    get_detection_dataset_dicts,
+    load_proposals_into_dataset,
+)
 from detectron2.data.common import DatasetFromList
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.detection_utils import SizeMismatchError
@@ -53,14 +58,24 @@ PathManager.register_handler(_image_bytes, allow_override=True)
 
 
 class MapperTransform:
-    """A record and its encoded image through a Detectron2 mapper: the model's input, "file_name" as in the file."""
+    """A record and its encoded image through a Detectron2 mapper: the model's input, "file_name" as in the file.
 
-    def __init__(self, mapper: Callable[[dict], dict | None], annotated: bool):
+    Args:
+        proposals: what `read_proposals` gives.
+    """
+
+    def __init__(
+        self,
+        mapper: Callable[[dict], dict | None],
+        annotated: bool,
+        proposals: Mapping[int, dict[str, Any]] | None = None,
+    ):
         self.mapper = mapper
         self.annotated = annotated
+        self.proposals = proposals or {}
 
     def __call__(self, image: bytes, record: ImageRecord) -> dict[str, Any]:
-        dataset_dict = to_dataset_dict(record, self.annotated)
+        dataset_dict = {**to_dataset_dict(record, self.annotated), **self.proposals.get(record.image_id, {})}
         dataset_dict["file_name"] = f"{_PREFIX}{record.file_name}"
         _image_bytes.data = image
         return {**_mapped(self.mapper, dataset_dict, record.file_name), "file_name": record.file_name}
@@ -72,6 +87,10 @@ def _mapped(mapper: Callable[[dict], dict | None], dataset_dict: dict[str, Any],
         mapped = mapper(dataset_dict)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadImageError(f"{where} cannot be read as an image: {error}") from error
+    except ImportError as error:  # crops of polygons take shapely, which Detectron2 itself does without
+        raise UserError(
+            f"the config's mapper needs a package that is not installed: {error}; python3 -m pip install {error.name}"
+        ) from error
     except SizeMismatchError as error:
         raise BadImageError(f"{where}: {error}") from error
     if mapped is None:
@@ -133,8 +152,10 @@ class CocoSamples(Dataset):
     def __init__(
         self, data: SplitData, mapper: Any, train_set: TrainingSet, seed: int, bad_images: BadImages | None = None
     ):
-        transform = MapperTransform(mapper, annotated=True)
         self.indices = training_images(data.annotations, train_set, seed)
+        image_ids = data.annotations.image_ids[np.unique(self.indices)]
+        proposals = read_proposals(train_set.proposal_files, image_ids)
+        transform = MapperTransform(mapper, True, proposals)
         self.images = CocoDetection(
             data.annotations, data.images, transform, seed, False, bad_images, decode=bytes, in_use=self.indices
         )
@@ -149,6 +170,27 @@ class CocoSamples(Dataset):
         """(samples,) widths, (samples,) heights."""
         columns = self.images.annotations.columns
         return columns["widths"][self.indices], columns["heights"][self.indices]
+
+
+def read_proposals(files: Sequence[str], image_ids: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """By image id, what a config that detects in proposals made before adds to a dataset dict; {} without files.
+
+    Raises:
+        UserError: there are several files, one cannot be read, or has nothing for an image.
+    """
+    if not files:
+        return {}
+    where = f"the config's proposals, {', '.join(files)}"
+    if len(files) > 1:
+        raise UserError(f"{where}: data.train and data.val are one data set each, and need one file")
+    dicts = [{"image_id": int(image_id)} for image_id in image_ids]
+    try:
+        load_proposals_into_dataset(dicts, files[0])
+    except KeyError as error:
+        raise UserError(f"{where}: there are none for image id {error}; make them of the data that is used") from error
+    except Exception as error:  # a pickle, which may be of anything, from a disk or a server
+        raise UserError(f"{where}: they cannot be had: {type(error).__name__}: {error}") from error
+    return {proposals.pop("image_id"): proposals for proposals in dicts}
 
 
 class RegisteredSamples(Dataset):
@@ -279,8 +321,13 @@ def categories_of(name: str, semantic: bool) -> list[dict]:
     return [{"id": ids.get(label, label + 1), "name": name, **keypoints} for label, name in enumerate(names)]
 
 
-def open_registered(names: tuple[str, ...], semantic: bool, train_set: TrainingSet | None = None) -> RegisteredData:
-    """Data sets by name; `train_set` for training, which leaves images out.
+def open_registered(
+    names: tuple[str, ...],
+    semantic: bool,
+    train_set: TrainingSet | None = None,
+    proposal_files: Sequence[str] = (),
+) -> RegisteredData:
+    """Data sets by name; `train_set` for training, which leaves images out and has proposals of its own.
 
     Raises:
         UserError: a name is not registered, or the data is not where it is registered.
@@ -297,7 +344,7 @@ def open_registered(names: tuple[str, ...], semantic: bool, train_set: TrainingS
             list(names),
             filter_empty=train_set is not None and train_set.filter_empty,
             min_keypoints=train_set.min_keypoints if train_set else 0,
-            proposal_files=list(train_set.proposal_files) if train_set and train_set.proposal_files else None,
+            proposal_files=list(train_set.proposal_files if train_set else proposal_files) or None,
             check_consistency=True,
         )
     except Exception as error:  # each data set's loader reads files of its own format

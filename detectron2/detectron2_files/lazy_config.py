@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from detectron2.config import LazyConfig, instantiate
 from detectron2.solver import LRMultiplier
 from detectron2.utils.registry import locate
@@ -20,13 +21,19 @@ from shared.errors import UserError, nearest
 
 
 class LazyConfigFile:
-    """A LazyConfig, `cfg`, of Detectron2's sections: model, optimizer, lr_multiplier, dataloader, train."""
+    """A LazyConfig, `cfg`, of Detectron2's sections: model, optimizer, lr_multiplier, dataloader, train.
+
+    Args:
+        places: the folders in which configs are found; where a written config says that a value is another config's,
+            that one is looked for there.
+    """
 
     resolved_name = "detectron2_lazy.yaml"
     rotated = False
 
-    def __init__(self, path: Path, overrides: Mapping[str, Any]):
+    def __init__(self, path: Path, overrides: Mapping[str, Any], places: Sequence[Path] = ()):
         self.path = path
+        self.places = places
         try:
             self.cfg = LazyConfig.load(str(path))
         except Exception as error:  # a Python config may raise anything
@@ -40,6 +47,22 @@ class LazyConfigFile:
         for key, value in overrides.items():
             _check_key(self.cfg, key)
             OmegaConf.update(self.cfg, key, value, merge=True, force_add=True)
+        self._origins = dict(_origins(self.cfg))
+        for key, name in self._origins.items():
+            OmegaConf.update(self.cfg, key, self._value_of(name, key), merge=False)
+
+    def _value_of(self, name: str, key: str) -> Any:
+        """The value that the config `name` has at a key."""
+        file = next((place / name for place in self.places if (place / name).is_file()), None)
+        if file is None:
+            raise UserError(
+                f"{self.path}: {key} is a function of {name}, and that config is in none of "
+                f"{', '.join(map(str, self.places))}; put it there"
+            )
+        value = OmegaConf.select(LazyConfig.load(str(file)), key)
+        if value is None:
+            raise UserError(f"{self.path}: {key} is a function of {file}, which has none there any more")
+        return value
 
     input_scale = None  # a mapper's augmentations and a model's anchors are arguments of any callable
 
@@ -79,13 +102,13 @@ class LazyConfigFile:
     @property
     def train_set(self) -> TrainingSet:
         loader = self.cfg.dataloader.train
-        dataset, sampler = loader.dataset, loader.get("sampler") or {}
+        dataset, sampler = loader.get("dataset") or {}, loader.get("sampler") or {}
         kind = _name(sampler.get("_target_", ""))
         if kind not in ("", "TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"):
             raise UserError(f"dataloader.train.sampler: {kind} is not known here; leave it out")
         factors = sampler.get("repeat_factors") or {}
         return TrainingSet(
-            names=_names(dataset.names),
+            names=_names(dataset.get("names") or ()),
             filter_empty=dataset.get("filter_empty", True),
             min_keypoints=dataset.get("min_keypoints", 0),
             proposal_files=_names(dataset.get("proposal_files") or ()),
@@ -96,7 +119,11 @@ class LazyConfigFile:
 
     @property
     def val_names(self) -> tuple[str, ...]:
-        return _names(self.cfg.dataloader.test.dataset.names)
+        return _names((self.cfg.dataloader.test.get("dataset") or {}).get("names") or ())
+
+    @property
+    def val_proposal_files(self) -> tuple[str, ...]:
+        return _names((self.cfg.dataloader.test.get("dataset") or {}).get("proposal_files") or ())
 
     @property
     def iou_types(self) -> tuple[str, ...]:
@@ -111,7 +138,7 @@ class LazyConfigFile:
 
     @property
     def polygon_masks(self) -> bool:
-        mapper = self.cfg.dataloader.train.mapper
+        mapper = self.cfg.dataloader.train.get("mapper") or {}
         return bool(mapper.get("use_instance_mask")) and mapper.get("instance_mask_format", "polygon") == "polygon"
 
     @property
@@ -143,7 +170,13 @@ class LazyConfigFile:
         OmegaConf.update(self.cfg, key, count)
 
     def mapper(self, training: bool, names: tuple[str, ...]) -> Any:
-        return _build(self.cfg.dataloader.train if training else self.cfg.dataloader.test, "mapper", "dataloader")
+        split = "train" if training else "test"
+        if "mapper" not in self.cfg.dataloader[split]:
+            raise UserError(
+                f"hyperparameters.config_file: {self.path} has no dataloader.{split}.mapper, with which every config "
+                "of a detector makes its inputs; is it one?"
+            )
+        return _build(self.cfg.dataloader[split], "mapper", f"dataloader.{split}")
 
     def build_model(self) -> nn.Module:
         return _build(self.cfg, "model", "")
@@ -161,7 +194,56 @@ class LazyConfigFile:
         return LRMultiplier(optimizer, _build(self.cfg, "lr_multiplier", ""), self.max_iter)
 
     def write(self, folder: Path) -> None:
-        LazyConfig.save(self.cfg, str(folder / self.resolved_name))
+        cfg = copy.deepcopy(self.cfg)
+        inside = (self.path.relative_to(place) for place in self.places if self.path.is_relative_to(place))
+        name = str(next(inside, self.path))
+        for key, value in list(_values(self.cfg)):
+            if not (_can_be_written(value) or (key.endswith("_target_") and _has_a_name(value))):
+                OmegaConf.update(cfg, key, {_OF_CONFIG: self._origins.get(key, name)}, merge=False)
+        LazyConfig.save(cfg, str(folder / self.resolved_name))
+
+
+# what stands in a written config for a value that YAML cannot hold, a lambda for one: the config that has it
+_OF_CONFIG = "_value_of_config_"
+
+
+def _values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a config, each with its dotted key."""
+    if isinstance(node, ListConfig):
+        keys = [(i, f"{prefix}[{i}]") for i in range(len(node))]
+    else:
+        keys = [(key, f"{prefix}.{key}" if prefix else str(key)) for key in node]
+    for key, dotted in keys:
+        if OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key):
+            continue
+        if isinstance(node[key], (DictConfig, ListConfig)):
+            yield from _values(node[key], dotted)
+        else:
+            yield dotted, node[key]
+
+
+def _origins(cfg: DictConfig) -> Iterator[tuple[str, str]]:
+    for key, value in _values(cfg):
+        if key.endswith(f".{_OF_CONFIG}"):
+            yield key.removesuffix(f".{_OF_CONFIG}"), value
+
+
+def _has_a_name(target: Any) -> bool:
+    """Whether what is called is found by the name that LazyConfig writes for it."""
+    try:
+        return locate(f"{target.__module__}.{target.__qualname__}") == target
+    except Exception:  # it imports, and modules raise anything
+        return False
+
+
+def _can_be_written(value: Any) -> bool:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return True
+    try:
+        yaml.unsafe_load(yaml.dump(value))
+    except Exception:  # what the class's own way of being pickled raises
+        return False
+    return True
 
 
 def _name(target: Any) -> str:

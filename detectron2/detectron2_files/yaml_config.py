@@ -105,6 +105,10 @@ class YamlConfig:
         return tuple(self.cfg.DATASETS.TEST)
 
     @property
+    def val_proposal_files(self) -> tuple[str, ...]:
+        return tuple(self.cfg.DATASETS.PROPOSAL_FILES_TEST) if self.cfg.MODEL.LOAD_PROPOSALS else ()
+
+    @property
     def iou_types(self) -> tuple[str, ...]:
         model = self.cfg.MODEL
         on = {"segm": model.MASK_ON, "keypoints": model.KEYPOINT_ON}

@@ -87,7 +87,9 @@ def load_mmdet_config(hparams: MMDetectionHyperparameters, submitted: Path) -> C
             f"hyperparameters.config_file: {path} has no `model` and `data`; it is a part of configs, not a whole one"
         )
     try:
-        return compat_cfg(config)
+        config = compat_cfg(config)
+        config.data.pop("imgs_per_gpu", None)  # samples_per_gpu says it now, and both would be one too many
+        return config
     except (AssertionError, AttributeError, KeyError) as error:
         reason = str(error) or "runner.max_epochs and total_epochs, or what else is said twice, contradict each other"
         raise UserError(f"hyperparameters.config_file: {path}: {reason}") from error
@@ -428,12 +430,7 @@ def set_num_classes(config: Config, num_classes: int) -> None:
         UserError: the model counts things and stuff apart, and does not come to as many.
     """
     heads = list(_heads(config.model))
-    # SOLO and the like have no head for boxes
-    classifies = "bbox_head" if any(name == "bbox_head" for name, _ in heads) else "mask_head"
-    of_objects = {head.get("num_classes") for name, head in heads if name == classifies}
     for name, head in heads:
-        if name in _OBJECT_HEADS and "num_classes" in head and head["num_classes"] in of_objects:
-            head["num_classes"] = num_classes
         if "num_things_classes" in head:
             counted = head["num_things_classes"] + head.get("num_stuff_classes", 0)
             if counted != num_classes:
@@ -442,6 +439,17 @@ def set_num_classes(config: Config, num_classes: int) -> None:
                     f"{head.get('num_stuff_classes', 0)} stuff classes, and the data has {num_classes} categories; set "
                     f"them, and the loss's class_weight, with override_mmdet_config"
                 )
+    if any(head.get("num_stuff_classes") for _, head in heads):
+        return  # its other heads are for the things alone
+    # SOLO and the like have no head for boxes
+    classifies = "bbox_head" if any(name == "bbox_head" for name, _ in heads) else "mask_head"
+    of_objects = {head.get("num_classes") for name, head in heads if name == classifies}
+    for name, head in heads:
+        if name in _OBJECT_HEADS and "num_classes" in head and head["num_classes"] in of_objects:
+            for part in head.values():  # losses that count by class
+                if isinstance(part, dict) and part.get("num_classes") == head["num_classes"]:
+                    part["num_classes"] = num_classes
+            head["num_classes"] = num_classes
 
 
 def _heads(section: Any, name: str = "model") -> Iterator[tuple[str, ConfigDict]]:

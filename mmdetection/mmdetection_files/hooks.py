@@ -15,6 +15,7 @@ from mmcv.runner.hooks import HOOKS, LoggerHook
 from torch import nn
 
 from mmdetection_files.config import runner_type
+from mmdetection_files.receptive_field import DilationSearch
 from shared.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -23,10 +24,6 @@ EMA_HOOKS = ("EMAHook", "ExpMomentumEMAHook", "LinearMomentumEMAHook")
 # what these do is done in another place: divergence by shared/training/training_metrics.py, equal buffers by DDP,
 # and the number of classes follows the data
 _DONE_ELSEWHERE = ("CheckInvalidLossHook", "NumClassCheckHook", "SyncNormHook", "YOLOXModeSwitchHook", *EMA_HOOKS)
-_UNABLE = {
-    "RFSearchHook": "it replaces the model's layers while it trains, which neither the optimizer nor a checkpoint "
-    "can follow",
-}
 
 
 class StepRunner(BaseRunner):
@@ -63,9 +60,13 @@ class StepRunner(BaseRunner):
         self.register_lr_hook(lr_config)
         self.register_momentum_hook(momentum_config)
         for hook in deepcopy(config.get("custom_hooks") or []):
+            if "type" not in hook:
+                raise UserError(f"custom_hooks: {dict(hook)} has no `type`")
             name = hook["type"]
-            if name in _UNABLE:
-                raise UserError(f"custom_hooks: {name} cannot work here: {_UNABLE[name]}")
+            if name == "RFSearchHook":
+                arguments = {key: value for key, value in hook.items() if key not in ("type", "priority")}
+                self.register_hook(DilationSearch(**arguments), hook.get("priority", "NORMAL"))
+                continue
             kind = HOOKS.get(name)
             if name not in _DONE_ELSEWHERE and not (kind is not None and issubclass(kind, LoggerHook)):
                 self.register_hook_from_cfg(hook)
@@ -76,6 +77,9 @@ class StepRunner(BaseRunner):
         self._iter = number
         self.mode = "train"
         if not self.begun:
+            for hook in self.hooks:
+                if isinstance(hook, DilationSearch):
+                    hook.go_on_after(self)
             self.call_hook("before_run")
             if not self.by_epoch:
                 self.call_hook("before_epoch")
@@ -98,7 +102,7 @@ class StepRunner(BaseRunner):
 
 def hook_config(config: Config, names: Sequence[str]) -> dict[str, Any] | None:
     """The first of the config's custom hooks that goes by one of the names."""
-    return next((hook for hook in config.get("custom_hooks") or [] if hook["type"] in names), None)
+    return next((hook for hook in config.get("custom_hooks") or [] if hook.get("type") in names), None)
 
 
 def mode_switch(config: Config, total_epochs: int) -> tuple[int, Sequence[str]] | None:

@@ -36,8 +36,12 @@ def build_model(config: Config, initialize: bool) -> nn.Module:
     Raises:
         UserError: the config does not make a detector, or the backbone's weights cannot be had.
     """
+    if isinstance(config.model.get("teacher_config"), str):
+        config.model.teacher_config = _teacher(config.model.teacher_config)
+    # a copy: the config that is kept in checkpoints is that of any number of processes
+    section = config.model if torch.distributed.is_initialized() else _normalized_alone(config.model)
     try:
-        model = build_detector(config.model, train_cfg=config.get("train_cfg"), test_cfg=config.get("test_cfg"))
+        model = build_detector(section, train_cfg=config.get("train_cfg"), test_cfg=config.get("test_cfg"))
     except Exception as error:  # the builders raise what the modules' constructors raise
         raise UserError(
             f"hyperparameters.config_file: the model cannot be built: {type(error).__name__}: {error}"
@@ -54,6 +58,36 @@ def build_model(config: Config, initialize: bool) -> nn.Module:
     if config.get("fp16"):
         wrap_fp16_model(model)
     return model
+
+
+class _OneProcess:
+    """In the place of a group of processes."""
+
+    def size(self) -> int:
+        return 1
+
+
+def _normalized_alone(section: Any) -> Any:
+    """A copy for one process: BN for SyncBN, which trains on no CPU, and mmcv's MMSyncBN, which is not made without a
+    group, with one."""
+    if isinstance(section, (list, tuple)):
+        return type(section)(_normalized_alone(part) for part in section)
+    if not isinstance(section, dict):
+        return section
+    copied = type(section)({key: _normalized_alone(part) for key, part in section.items()})
+    if copied.get("type") == "SyncBN":
+        copied["type"] = "BN"
+        copied.pop("group", None)
+    elif copied.get("type") == "MMSyncBN":
+        copied["group"] = _OneProcess()
+    return copied
+
+
+def _teacher(name: str) -> str:
+    """The config of a distilling detector's teacher: MMDetection's own say where it is from the root of its
+    repository."""
+    shipped = shipped_configs() / name.removeprefix("configs/")
+    return str(shipped) if shipped.is_file() and not Path(name).is_file() else name
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -76,7 +110,7 @@ def without_pretrained_backbone(config: Config) -> None:
             for part in section:
                 visit(part)
         elif isinstance(section, ConfigDict):
-            if (section.get("init_cfg") or {}) and _is_pretrained(section.init_cfg):
+            if _is_pretrained(section.get("init_cfg")):
                 section.init_cfg = None
             if "pretrained" in section and "type" in section:
                 section.pretrained = None
@@ -86,8 +120,17 @@ def without_pretrained_backbone(config: Config) -> None:
     visit(config.model)
 
 
+def without_teacher_weights(config: Config) -> None:
+    """Takes out what a distilling detector's teacher starts from: to detect, nobody asks it."""
+    if config.model.get("teacher_ckpt"):
+        config.model.teacher_ckpt = None
+
+
 def _is_pretrained(init_cfg: Any) -> bool:
-    return isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained"
+    if isinstance(init_cfg, (list, tuple)):
+        return any(map(_is_pretrained, init_cfg))
+    # PVT's has no type
+    return isinstance(init_cfg, dict) and bool(init_cfg.get("type") == "Pretrained" or init_cfg.get("checkpoint"))
 
 
 class _StaticGradScaler(torch.amp.GradScaler):
@@ -109,6 +152,7 @@ def build_scaler(fp16: dict[str, Any]) -> torch.amp.GradScaler:
 
 # what these modules keep in plain attributes while they train
 PYTHON_STATE = {
+    "Conv2dRFSearchOp": ("dilation_rates", "op_layer.dilation"),
     "YOLOX": ("_input_size", "_progress_in_iter"),
     "DynamicRoIHead": (
         "iou_history",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 from tiny_models import DETECTRON2, load_model_def
 
 from detectron2_files.config import config_of_checkpoint, load_config, shipped_configs
@@ -82,6 +83,41 @@ def test_a_key_that_yacs_does_not_know_is_named_with_its_place(tmp_path):
 def test_part_of_a_python_config_is_not_a_whole_one():
     with pytest.raises(UserError, match="has no dataloader, lr_multiplier, model, optimizer"):
         load("common/train.py")
+
+
+def test_a_function_that_a_python_config_defines_is_there_again_in_a_checkpoint(tmp_path):
+    key, config = "roi_heads.box_head.conv_norm", load("new_baselines/mask_rcnn_R_50_FPN_200ep_LSJ.py")
+    for folder in (tmp_path / "first", tmp_path / "second"):  # a run, and one that starts from its checkpoint
+        folder.mkdir()
+        config.write(folder)
+        config = load(str(config_of_checkpoint(folder)))
+        assert type(OmegaConf.select(config.cfg.model, key)(8)).__name__ == "NaiveSyncBatchNorm"
+        assert config.max_iter == 368750
+
+
+def test_a_checkpoint_whose_config_s_functions_are_gone_names_the_file_that_had_them(tmp_path):
+    own = tmp_path / "configs/own.py"
+    own.parent.mkdir()
+    zoo = "new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py"
+    own.write_text(
+        "from detectron2.config import LazyConfig\n"
+        f"_zoo = LazyConfig.load({str(shipped_configs() / zoo)!r})\n"
+        "model, optimizer, lr_multiplier = _zoo.model, _zoo.optimizer, _zoo.lr_multiplier\n"
+        "dataloader, train = _zoo.dataloader, _zoo.train\n"
+        "model.roi_heads.box_head.conv_norm = lambda channels: None\n"
+        "model.roi_heads.mask_head.conv_norm = ''\n"
+    )
+    load("configs/own.py", tmp_path).write(tmp_path)
+    assert load(str(config_of_checkpoint(tmp_path)), tmp_path).cfg.model.roi_heads.box_head.conv_norm(8) is None
+    own.unlink()
+    with pytest.raises(UserError, match=r"conv_norm is a function of configs/own.py, and that config is in none of"):
+        load(str(config_of_checkpoint(tmp_path)), tmp_path)
+
+
+def test_a_python_config_of_another_task_is_said_to_be_no_detector_s():
+    config = load("Misc/torchvision_imagenet_R_50.py")
+    with pytest.raises(UserError, match=r"has no dataloader.train.mapper.*is it one\?"):
+        config.mapper(True, ())
 
 
 def test_the_scaling_rule_goes_by_the_images_of_a_batch_in_both_kinds_of_config():

@@ -1,8 +1,10 @@
 """Data sets by name, of Detectron2 and of the user, evaluated by what Detectron2 evaluates them with."""
 
 import json
+import pickle
 import textwrap
 
+import numpy as np
 import pytest
 import yaml
 from conftest import SHARED_DATA, reports, run_model_def
@@ -10,6 +12,8 @@ from panoptic_shapes import REGISTER_PANOPTIC, write_panoptic_shapes
 from PIL import Image
 from tiny_models import DETECTRON2, detectron2_config, detectron2_config_by_name, load_model_def
 
+from detectron2_files.data import MapperTransform, read_proposals
+from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
 
 FASTER_RCNN = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
@@ -162,6 +166,60 @@ def test_semantic_segmentation_trains_and_is_drawn(panoptic_shapes, train, trial
     results = json.loads((out / "results.json").read_text())
     assert {result["category_id"] for result in results} <= {0, 4}
     assert Image.open(out / "000000.jpg.png").size == (128, 128)
+
+
+def test_semantic_segmentation_cannot_be_trained_on_boxes(shapes, train, trial_class):
+    config = detectron2_config(shapes, SEMANTIC)
+    with pytest.raises(UserError, match=r"SEM_SEG_HEAD.NUM_CLASSES is 54, and the data has no stuff: .*stuff_classes"):
+        train(trial_class, config)
+
+
+def test_proposals_made_before_are_trained_and_validated_with(shapes, train, trial_class, tmp_path):
+    proposals, seen = {}, []
+    for split in ("train", "val"):
+        images = json.loads((shapes / f"annotations/{split}.json").read_text())["images"]
+        boxes = [np.array([[8, 8, 40, 40], [0, 0, 128, 128]], np.float32)] * len(images)
+        proposals[split] = tmp_path / f"{split}.pkl"
+        logits = [np.array([0.5, 2.0], np.float32)] * len(images)
+        of_split = {"boxes": boxes, "objectness_logits": logits, "ids": [image["id"] for image in images]}
+        proposals[split].write_bytes(pickle.dumps(of_split))
+    config = detectron2_config(shapes, "COCO-Detection/fast_rcnn_R_50_FPN_1x.yaml")
+    overrides = config["hyperparameters"]["config_overrides"]
+    for kind, split in (("TRAIN", "train"), ("TEST", "val")):
+        overrides[f"DATASETS.PROPOSAL_FILES_{kind}"] = [str(proposals[split])]
+    config["searcher"]["max_length"], config["data"]["workers"] = {"batches": 2}, 0
+
+    class Watched(trial_class):
+        def losses(self, model, batch):
+            seen.extend(target["proposals"] for target in batch.targets)
+            return super().losses(model, batch)
+
+    run = train(Watched, config)
+    assert "bbox_mAP" in reports(run, "val")[-1]["metrics"]
+    assert len(seen) == 8
+    for of_image in seen:  # the better one first
+        assert of_image.objectness_logits.tolist() == [2.0, 0.5]
+        assert of_image.proposal_boxes.tensor.shape == (2, 4)
+
+
+def test_a_package_that_augmentations_need_is_named(shapes):
+    def mapper(dataset_dict):
+        raise ModuleNotFoundError("No module named 'shapely'", name="shapely")
+
+    record = CocoAnnotations.open(shapes / "annotations/train.json")[0]
+    with pytest.raises(UserError, match=r"needs a package .*'shapely'; python3 -m pip install shapely"):
+        MapperTransform(mapper, annotated=True)(b"", record)
+
+
+def test_proposals_of_other_images_are_refused(tmp_path):
+    boxes, logits = np.array([[8, 8, 40, 40]], np.float32), np.array([0.5], np.float32)
+    file = tmp_path / "proposals.pkl"
+    file.write_bytes(pickle.dumps({"boxes": [boxes], "objectness_logits": [logits], "ids": [1]}))
+    assert set(read_proposals([str(file)], [1])) == {1}
+    with pytest.raises(UserError, match=r"proposals.pkl: there are none for image id '2'; make them of the data"):
+        read_proposals([str(file)], [1, 2])
+    with pytest.raises(UserError, match=r"none.pkl: they cannot be had: FileNotFoundError"):
+        read_proposals([str(tmp_path / "none.pkl")], [1])
 
 
 def test_rotated_boxes_train_and_are_evaluated_as_such(shapes, train, trial_class, tmp_path):

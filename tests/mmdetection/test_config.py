@@ -1,8 +1,10 @@
 """Which config is trained: found, merged, overridden, checked, saved; and who decides what in it."""
 
 import shutil
+from copy import deepcopy
 
 import pytest
+import torch
 import yaml
 from mmcv import Config
 from tiny_models import MMDETECTION
@@ -17,7 +19,13 @@ from mmdetection_files.config import (
     write_resolved,
 )
 from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
-from mmdetection_files.model import load_pretrained, published_checkpoints
+from mmdetection_files.model import (
+    build_model,
+    load_pretrained,
+    published_checkpoints,
+    without_pretrained_backbone,
+    without_teacher_weights,
+)
 from shared.errors import UserError
 from shared.experiment import Length, Split, find_library_config, parse_data
 
@@ -210,6 +218,57 @@ def test_the_heads_get_the_data_s_number_of_classes():
     panoptic = resolve(config_file="mask2former/mask2former_r50_lsj_8x2_50e_coco.py")
     with pytest.raises(UserError, match="is for 80 things and 0 stuff classes, and the data has 3 categories"):
         set_num_classes(panoptic, 3)
+
+
+def test_a_panoptic_model_s_boxes_are_of_its_things_alone():
+    config = resolve(config_file="panoptic_fpn/panoptic_fpn_r50_fpn_1x_coco.py")
+    set_num_classes(config, 133)
+    assert config.model.roi_head.bbox_head.num_classes == config.model.roi_head.mask_head.num_classes == 80
+    assert config.model.semantic_head.num_things_classes == 80
+
+
+def test_a_loss_that_counts_by_class_gets_the_data_s_number_of_classes():
+    config = resolve(config_file="seesaw_loss/mask_rcnn_r50_fpn_random_seesaw_loss_mstrain_2x_lvis_v1.py")
+    assert config.model.roi_head.bbox_head.loss_cls.num_classes == 1203
+    set_num_classes(config, 3)
+    assert config.model.roi_head.bbox_head.loss_cls.num_classes == config.model.roi_head.bbox_head.num_classes == 3
+
+
+def test_a_config_of_mmdetection_1_s_keys_is_read_back(tmp_path):
+    config = resolve(config_file="deepfashion/mask_rcnn_r50_fpn_15e_deepfashion.py")
+    write_resolved(config, tmp_path)
+    again = resolve(config_file=str(tmp_path / "mmdet_config.py"))
+    assert again._cfg_dict == config._cfg_dict
+    assert again.data.train_dataloader.samples_per_gpu == 2
+
+
+@pytest.mark.parametrize(
+    "config_file", ["retinanet/retinanet_r50_fpn_1x_coco.py", "pvt/retinanet_pvtv2-b0_fpn_1x_coco.py"]
+)
+def test_a_backbone_s_weights_are_not_downloaded_where_others_are_loaded(config_file):
+    config = resolve(config_file=config_file)
+    assert config.model.backbone.init_cfg.checkpoint
+    without_pretrained_backbone(config)
+    assert config.model.backbone.init_cfg is None
+
+
+def test_a_teacher_is_found_among_mmdetection_s_configs_and_its_weights_are_for_training_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = resolve(config_file="ld/ld_r18_gflv1_r101_fpn_coco_1x.py")
+    assert config.model.teacher_config == "configs/gfl/gfl_r101_fpn_mstrain_2x_coco.py"
+    without_teacher_weights(config)
+    with torch.device("meta"):
+        model = build_model(config, initialize=False)
+    assert model.teacher_model.backbone.depth == 101
+
+
+def test_what_several_processes_normalize_together_one_process_builds_too():
+    config = resolve(config_file="strong_baselines/mask_rcnn_r50_fpn_syncbn-all_rpn-2conv_lsj_100e_coco.py")
+    without_pretrained_backbone(config)
+    with torch.device("meta"):
+        model = build_model(deepcopy(config), initialize=False)
+    assert type(model.backbone.bn1) is type(model.roi_head.bbox_head.shared_convs[0].bn) is torch.nn.BatchNorm2d
+    assert config.model.backbone.norm_cfg.type == "SyncBN"
 
 
 def test_file_client_args_are_an_alias_for_the_backend():

@@ -11,14 +11,18 @@ import pytest
 import torch
 import yaml
 from conftest import SHARED_DATA, reports, run_model_def
+from mmcv.cnn.rfsearch.operator import BaseConvRFSearchOp
 from mmcv.runner import BaseRunner
 from mmcv.runner.hooks import HOOKS
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tiny_models import MMDETECTION, load_model_def, mmdet_config
 
+from mmdetection_files import model as mmdetection_model
+from mmdetection_files.config import read_resolved
 from mmdetection_files.hooks import MomentumEma
 from mmdetection_files.model import PYTHON_STATE
+from mmdetection_files.receptive_field import init_receptive_fields
 from shared.data.dataset import SampleKey
 from shared.errors import UserError
 from shared.training.python_state import python_state, restore_python_state
@@ -312,16 +316,84 @@ def test_the_averaged_weights_are_those_of_mmdetection_s_hook(hook):
             torch.testing.assert_close(averaged[name], buffers[buffer])
 
 
-def test_hooks_that_cannot_work_and_loops_of_their_own_are_refused(shapes, train, trial_class):
+def test_a_loop_of_its_own_is_refused(shapes, train, trial_class):
     config = in_process(mmdet_config(shapes, RETINANET))
     overrides = config["hyperparameters"]["override_mmdet_config"]
-    overrides["custom_hooks"] = [{"type": "RFSearchHook", "mode": "search"}]
-    with pytest.raises(UserError, match="RFSearchHook cannot work here: it replaces the model's layers"):
-        train(trial_class, config, "a")
-    del overrides["custom_hooks"]
     overrides["optimizer_config"] = {"type": "GradientCumulativeOptimizerHook", "cumulative_iters": 2}
     with pytest.raises(UserError, match="aggregation_frequency"):
         train(trial_class, config, "b")
+
+
+def rf_search(**arguments):
+    search = dict(step=0, max_step=9, search_interval=2, exp_rate=0.5, init_alphas=0.01, mmin=1, mmax=24)
+    config = {"search": {**search, "num_branches": 2, "skip_layer": ["stem", "layer4"]}}
+    return [{"type": "RFSearchHook", "by_epoch": False, "config": config, **arguments}]
+
+
+def rates_of(model):
+    return {name: m.dilation_rates for name, m in model.named_modules() if isinstance(m, BaseConvRFSearchOp)}
+
+
+def test_a_search_of_receptive_fields_goes_on_after_a_resume_and_is_in_its_checkpoint(shapes, train, trial_class):
+    def trained(name, batches, resume=None):
+        config = in_process(mmdet_config(shapes, RETINANET), batches)
+        config["hyperparameters"]["override_mmdet_config"]["custom_hooks"] = rf_search()
+        trials = []
+
+        class Watched(trial_class):
+            def prepare_schedule(self):
+                trials.append(self)
+                super().prepare_schedule()
+
+            def losses(self, model, batch):
+                # as if the wider branches were the better ones
+                for module in self.plain_model.modules():
+                    if isinstance(module, BaseConvRFSearchOp):
+                        module.branch_weights.data.copy_(torch.tensor([0.01, 1.0]))
+                return super().losses(model, batch)
+
+        return train(Watched, config, name, resume), rates_of(trials[0].plain_model)
+
+    run, rates = trained("whole", 5)  # two steps, of two batches each
+    assert max(rate for of_one in rates.values() for rate, _ in of_one) > 2
+
+    stopped, _ = trained("stopped", 3)
+    assert trained("stopped", 5, resume="last") == (stopped, rates)
+
+    # as `evaluate` and `predict` build it
+    checkpoint = run / "checkpoints/last"
+    config = read_resolved(checkpoint / "mmdet_config.py")
+    model = mmdetection_model.build_model(config, initialize=False)
+    init_receptive_fields(model, config)
+    assert rates_of(model) == rates
+
+    # what was found, fixed in another run
+    fixed = rf_search(mode="fixed_single_branch", rfstructure_file=str(checkpoint / "rf_structure.json"))
+    config = read_resolved(checkpoint / "mmdet_config.py")
+    config.custom_hooks = fixed
+    model = mmdetection_model.build_model(config, initialize=False)
+    init_receptive_fields(model, config)
+    structure = json.loads((checkpoint / "rf_structure.json").read_text())["structure"]
+    for name, dilation in structure.items():
+        assert list(model.get_submodule(name.removeprefix("module.")).dilation) == dilation
+
+
+WRONG_SEARCHES = {
+    "rfstructure_file: none.json cannot be read: No such file": rf_search(rfstructure_file="none.json"),
+    "RFSearchHook cannot be made: KeyError: 'search'": [{"type": "RFSearchHook", "mode": "search"}],
+    "ExpMomentumEMAHook averages the weights of a model whose layers RFSearchHook changes": [
+        *rf_search(),
+        {"type": "ExpMomentumEMAHook"},
+    ],
+}
+
+
+@pytest.mark.parametrize("message", WRONG_SEARCHES)
+def test_a_search_of_receptive_fields_that_cannot_work_says_why(shapes, train, trial_class, message):
+    config = in_process(mmdet_config(shapes, RETINANET))
+    config["hyperparameters"]["override_mmdet_config"]["custom_hooks"] = WRONG_SEARCHES[message]
+    with pytest.raises(UserError, match=message):
+        train(trial_class, config)
 
 
 def test_masks_cannot_be_trained_on_boxes_alone(shapes, train, trial_class, tmp_path):
