@@ -3,6 +3,7 @@
 import shutil
 from copy import deepcopy
 
+import mmcv.ops
 import pytest
 import torch
 import yaml
@@ -265,10 +266,14 @@ def test_a_teacher_is_found_among_mmdetection_s_configs_and_its_weights_are_for_
 def test_what_several_processes_normalize_together_one_process_builds_too():
     config = resolve(config_file="strong_baselines/mask_rcnn_r50_fpn_syncbn-all_rpn-2conv_lsj_100e_coco.py")
     without_pretrained_backbone(config)
+    before = deepcopy(config.model)
     with torch.device("meta"):
-        model = build_model(deepcopy(config), initialize=False)
-    assert type(model.backbone.bn1) is type(model.roi_head.bbox_head.shared_convs[0].bn) is torch.nn.BatchNorm2d
-    assert config.model.backbone.norm_cfg.type == "SyncBN"
+        model = build_model(config, initialize=False)
+    assert type(model.backbone.bn1) is torch.nn.BatchNorm2d
+    # with the names of the weights that it has among several
+    head = model.roi_head.bbox_head.shared_convs[0].bn
+    assert (type(head), head.group_size) == (mmcv.ops.SyncBatchNorm, 1)
+    assert config.model == before  # what checkpoints say, for any number of processes
 
 
 def test_file_client_args_are_an_alias_for_the_backend():
