@@ -1,12 +1,72 @@
-"""What stands in for Detectron2's compiled part does on a GPU what it does on the CPU."""
+"""What stands in for compiled operations does on a GPU what it does on the CPU."""
+
+import sys
 
 import pytest
 import torch
+from conftest import WITHOUT_LIBRARY
 
 pytestmark = pytest.mark.gpu
-pytest.importorskip("detectron2.config")
 
 
+@pytest.mark.skipif("mmdetection" in WITHOUT_LIBRARY, reason=WITHOUT_LIBRARY.get("mmdetection", ""))
+def test_operations_of_mmcv_are_the_same_on_a_gpu(monkeypatch):
+    """And the same as those of mmcv-full, where it is compiled with CUDA."""
+    from mmcv import ops
+
+    from mmdetection_files import operations
+
+    torch.manual_seed(0)
+    corner = torch.rand(200, 2) * 60
+    boxes = torch.cat([corner, corner + torch.rand(200, 2) * 30 + 1], 1)
+    scores, few = torch.rand(200), torch.cat([torch.arange(12)[:, None] % 2, boxes[:12]], 1)
+    features = torch.rand(2, 8, 24, 25)
+    offset, mask, weight = torch.randn(2, 36, 24, 25), torch.rand(2, 18, 24, 25), torch.randn(4, 4, 3, 3)
+    target = torch.arange(200) % 9
+    calls = {
+        "nms": lambda b, s: ops.nms(b, s, 0.5)[1],
+        "roi_align": lambda x: ops.roi_align(x, few.to(x), (3, 2), 0.25, 0, "avg", True),
+        "roi_align, maximum": lambda x: ops.roi_align(x, few.to(x), (3, 2), 0.25, 2, "max", True),
+        "roi_pool": lambda x: ops.roi_pool(x, few.to(x), (3, 2), 0.25),
+        "deform_roi_pool": lambda x, o: ops.deform_roi_pool(x, few.to(x), o, (3, 2), 0.25, 2, 0.1),
+        "deform_conv2d": lambda x, o, w: ops.deform_conv2d(x, o, w, 1, 1, 1, 2, 2),
+        "modulated_deform_conv2d": lambda x, o, m, w: ops.modulated_deform_conv2d(x, o, m, w, None, 1, 1, 1, 2, 2),
+        "carafe": lambda x, m: ops.carafe(x, m, 3, 2, 2),
+        "sigmoid_focal_loss": lambda x: ops.sigmoid_focal_loss(x, target.to(x.device), 2.0, 0.25, None, "none"),
+        "softmax_focal_loss": lambda x: ops.softmax_focal_loss(x, target.to(x.device) % 8, 2.0, 0.25, None, "sum"),
+    }
+    given = {
+        "nms": (boxes, scores),
+        "deform_roi_pool": (features, torch.rand(12, 2, 3, 2)),
+        "deform_conv2d": (features, offset, weight),
+        "modulated_deform_conv2d": (features, offset, mask, weight),
+        "carafe": (features, torch.rand(2, 18, 48, 50)),
+        "sigmoid_focal_loss": (torch.randn(200, 8),),
+        "softmax_focal_loss": (torch.randn(200, 8),),
+    }
+
+    def run(name, device):
+        arguments = [value.to(device).requires_grad_() for value in given.get(name, (features,))]
+        output = calls[name](*arguments)
+        if not output.requires_grad:
+            return [output.cpu()]
+        torch.manual_seed(1)
+        output.backward(torch.rand(output.shape).to(device))
+        return [output.detach().cpu(), *(value.grad.cpu() for value in arguments)]
+
+    compiled = {name: run(name, "cuda") for name in calls} if operations.are_compiled() else {}
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mmcv.ops.") and hasattr(module, "ext_module"):
+            monkeypatch.setattr(module, "ext_module", operations.InPyTorch())
+    for name in calls:
+        found = run(name, "cuda")
+        for expected in (run(name, "cpu"), *([compiled[name]] if name in compiled else [])):
+            torch.testing.assert_close(
+                found, expected, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+@pytest.mark.skipif("detectron2" in WITHOUT_LIBRARY, reason=WITHOUT_LIBRARY.get("detectron2", ""))
 def test_operations_of_detectron2_are_the_same_on_a_gpu():
     from detectron2_files.operations.deform_conv import deform_conv, modulated_deform_conv
     from detectron2_files.operations.rotated_iou import box_iou_rotated
