@@ -6,6 +6,9 @@ many channels: both libraries have the layout of the authors' code (mmcv/ops/def
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,27 +21,17 @@ __all__ = [
 ]
 
 
+# mmcv's names of what torchvision's operators take in this order, of v1 and v2
+_SIZES = (
+    ("dH", "dW", "padH", "padW", "dilationH", "dilationW", "group", "deformable_group"),
+    ("stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "group", "deformable_group"),
+)
+
+
 def deform_conv_forward(
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    output: Tensor,
-    columns: Tensor,
-    ones: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
+    input: Tensor, weight: Tensor, offset: Tensor, output: Tensor, columns: Tensor, ones: Tensor, **sizes: int
 ) -> None:
     """Writes the convolution of (N, C, H, W) into the (N, C', H', W') `output`."""
-    sizes = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
     output.copy_(_forward(input, weight, offset, None, None, sizes))
 
 
@@ -50,20 +43,9 @@ def deform_conv_backward_input(
     grad_offset: Tensor,
     weight: Tensor,
     columns: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
+    **sizes: int,
 ) -> None:
     """Writes the derivatives by the input and the offsets; leaves that by the weight in the scratch `columns`."""
-    sizes = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
     by_input, by_weight, by_offset, _, _ = _backward(grad_output, input, weight, offset, None, None, sizes)
     grad_input.copy_(by_input)
     grad_offset.copy_(by_offset)
@@ -78,22 +60,11 @@ def deform_conv_backward_parameters(
     grad_weight: Tensor,
     columns: Tensor,
     ones: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
     scale: float,
-    im2col_step: int,
+    **sizes: int,
 ) -> None:
     """Adds the derivative by the weight."""
     if columns.shape != grad_weight.shape:  # the input and the offsets need no derivative
-        sizes = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
         columns = _backward(grad_output, input, grad_weight, offset, None, None, sizes)[1]
     grad_weight.add_(columns, alpha=scale)
 
@@ -107,20 +78,10 @@ def modulated_deform_conv_forward(
     mask: Tensor,
     output: Tensor,
     columns: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
     with_bias: bool,
+    **sizes: int,
 ) -> None:
     """Writes the convolution of (N, C, H, W) into the (N, C', H', W') `output`."""
-    sizes = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
     offset, mask = _as_read(offset, output.shape), _as_read(mask, output.shape)
     output.copy_(_forward(input, weight, offset, mask, bias if with_bias else None, sizes))
 
@@ -139,20 +100,10 @@ def modulated_deform_conv_backward(
     grad_offset: Tensor,
     grad_mask: Tensor,
     grad_output: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
     with_bias: bool,
+    **sizes: int,
 ) -> None:
     """Writes the derivatives by all of them."""
-    sizes = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
     read = (_as_read(offset, grad_output.shape), _as_read(mask, grad_output.shape))
     by_input, by_weight, by_offset, by_mask, by_bias = _backward(
         grad_output, input, weight, *read, bias if with_bias else None, sizes
@@ -182,10 +133,9 @@ def _forward(
     offset: Tensor,
     mask: Tensor | None,
     bias: Tensor | None,
-    sizes: tuple[int, ...],
+    sizes: Mapping[str, int],
 ) -> Tensor:
-    mask, bias, masked = _given(input, weight, mask, bias)
-    return torch.ops.torchvision.deform_conv2d(input, weight, offset, mask, bias, *sizes, masked)
+    return torch.ops.torchvision.deform_conv2d(input, weight, offset, *_given(input, weight, mask, bias, sizes))
 
 
 def _backward(
@@ -195,18 +145,20 @@ def _backward(
     offset: Tensor,
     mask: Tensor | None,
     bias: Tensor | None,
-    sizes: tuple[int, ...],
+    sizes: Mapping[str, int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    mask, bias, masked = _given(input, weight, mask, bias)
-    return torch.ops.torchvision._deform_conv2d_backward(
-        grad_output.contiguous(), input, weight, offset, mask, bias, *sizes, masked
-    )
+    given = _given(input, weight, mask, bias, sizes)
+    return torch.ops.torchvision._deform_conv2d_backward(grad_output.contiguous(), input, weight, offset, *given)
 
 
-def _given(input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, bool]:
-    # as torchvision.ops.deform_conv2d stands in for what is not given
+def _given(
+    input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, sizes: Mapping[str, int]
+) -> tuple[Any, ...]:
+    """The rest of what the operators take, with what torchvision.ops.deform_conv2d has for a mask or bias that is not
+    given."""
     return (
         input.new_zeros(input.shape[0], 1) if mask is None else mask,
         weight.new_zeros(weight.shape[0]) if bias is None else bias,
+        *(sizes[name] for name in _SIZES[mask is not None]),
         mask is not None,
     )
