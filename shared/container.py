@@ -20,7 +20,10 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-from packaging.requirements import Requirement
+try:
+    from packaging.requirements import Requirement
+except ModuleNotFoundError:  # in a container it comes with determined
+    sys.exit(f"error: {sys.executable} has no packages yet: {sys.executable} -m pip install packaging determined")
 
 _SHARED = Path(__file__).with_name("requirements.txt")
 # other packages that give the same modules
@@ -49,7 +52,7 @@ def install_missing(files: Iterable[Path], constraints: Iterable[str] = (), comp
         subprocess.CalledProcessError: pip or git failed; what it printed says why.
     """
     with tempfile.TemporaryDirectory() as folder:
-        if not _is_there(Requirement("torchvision")):
+        if _is_there(Requirement("torch")) and not _is_there(Requirement("torchvision")):
             # torch 2.N and torchvision 0.(N + 15) are one release
             _pip("--no-deps", f"torchvision==0.{int(version('torch').split('.')[1]) + 15}.*")
         keep = Path(folder, "keep.txt")
@@ -154,6 +157,8 @@ def main() -> None:
         install_missing([_SHARED, *arguments.files], arguments.constraint, arguments.compiled)
     except subprocess.CalledProcessError as error:
         sys.exit(f"error: `{' '.join(map(str, error.cmd))}` ended with status {error.returncode}: see above")
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error.filename} does not exist: requirements are read from files, and Detectron2 needs git")
 
 
 if __name__ == "__main__":
