@@ -299,6 +299,12 @@ def container(tmp_path):
     return home, site, tmp_path / "pip.log"
 
 
+def write_installed(site, name, version):
+    info = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
 def source_hook(home, detector="efficientdet", **env):
     return subprocess.run(
         ["bash", "-c", "set -ex; . ./startup-hook.sh; . ./startup-hook.sh; echo AFTER"],
@@ -330,9 +336,7 @@ def test_the_hook_takes_the_torchvision_of_an_image_s_own_torch(container):
     home, site, log = container
     for found in site.glob("torch-*.dist-info"):
         found.unlink()
-    info = site / "torch-2.3.0a0+nv24.3.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.3.0a0+nv24.3\n")
+    write_installed(site, "torch", "2.3.0a0+nv24.3")
     assert source_hook(home).returncode == 0
     assert "torchvision==0.18.*" in installs(log)[0]
 
@@ -347,10 +351,8 @@ def test_the_hook_installs_mmcv_without_compiling(container):
     # nor where an image has the compiled one, and another OpenCV
     for found in [*site.glob("mmcv-*"), *site.glob("opencv*")]:
         shutil.rmtree(found)
-    for name in ("mmcv_full-1.7.2", "opencv-4.7.0"):
-        (site / f"{name}.dist-info").mkdir()
-        metadata = "Metadata-Version: 2.1\nName: {}\nVersion: {}\n".format(*name.split("-"))
-        (site / f"{name}.dist-info/METADATA").write_text(metadata)
+    write_installed(site, "mmcv-full", "1.7.2")
+    write_installed(site, "opencv", "4.7.0")
     log.write_text("")
     assert source_hook(home, "mmdetection").returncode == 0
     assert installs(log) == []
@@ -392,11 +394,7 @@ def test_the_hook_compiles_where_asked_to_what_does_not_import(container, detect
     module = site / module
     module.parent.mkdir()
     (module.parent / "__init__.py").write_text("")
-    name, version = ("mmcv_full", "1.7.2") if detector == "mmdetection" else ("detectron2", "0.6")
-    (site / f"{name}-{version}.dist-info").mkdir()
-    (site / f"{name}-{version}.dist-info/METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-    )
+    write_installed(site, *(("mmcv-full", "1.7.2") if detector == "mmdetection" else ("detectron2", "0.6")))
     for content in ("raise ImportError('undefined symbol')", ""):
         module.write_text(content)
         log.write_text("")
@@ -405,6 +403,31 @@ def test_the_hook_compiles_where_asked_to_what_does_not_import(container, detect
         built = [need for need in installs(log) if any(part.startswith(requirement) for part in need)]
         assert all("--no-build-isolation" in need and "--no-deps" in need for need in built)
         assert len(built) == (2 if content else 0)  # sourced twice, and the pip of this test builds nothing
+
+
+@pytest.mark.parametrize(("detector", "requirement"), [("mmdetection", "mmcv-full==1.7.2"), ("detectron2", "shapely")])
+def test_an_image_is_made_ready_by_what_its_dockerfile_copies(container, tmp_path, detector, requirement):
+    home, site, log = container
+    if detector == "detectron2":  # compiled already: its own requirements are left
+        (site / "detectron2").mkdir()
+        for name in ("__init__.py", "_C.py"):
+            (site / "detectron2" / name).write_text("")
+        write_installed(site, "detectron2", "0.6")
+    dockerfile = (ROOT / detector / "docker/Dockerfile").read_text()
+    kept = (ROOT / ".dockerignore").read_text()
+    for line in re.findall(r"^COPY (.*)$", dockerfile, re.MULTILINE):
+        *sources, target = line.split()
+        for source in sources:
+            assert f"!{source}" in kept or f"!*/{Path(source).name}" in kept
+            (tmp_path / "image" / target).mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / source, tmp_path / "image" / target)
+    (command,) = re.findall(r"python3 (-m shared\.container.*)$", dockerfile, re.MULTILINE)
+    done = subprocess.run(
+        [home / "bin/python", *command.split()], cwd=tmp_path / "image", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    asked = {need for needs in installs(log) for need in needs}
+    assert {"hotcoco>=1.3", requirement} <= asked
 
 
 def test_an_installation_that_fails_ends_with_what_was_run(container):
