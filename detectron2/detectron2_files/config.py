@@ -31,11 +31,15 @@ def load_config(hparams: Detectron2Hyperparameters, submitted: Path) -> Detectro
     Raises:
         UserError: the file is not found or not a config, or a key does not exist.
     """
-    _import_custom_modules(hparams.custom_imports)
     path = find_library_config(hparams.config_file, submitted, shipped_configs(), "config_file")
+    modules = [name.removesuffix(".py") for name in hparams.custom_imports]
+    if path.name in (YamlConfig.resolved_name, LazyConfigFile.resolved_name):
+        _refuse_modules_of(path.parent, modules, submitted)
+    _import_custom_modules(hparams.custom_imports)
     overrides = flatten(hparams.config_overrides)
     if path.suffix == ".py" or path.name == LazyConfigFile.resolved_name:
-        return LazyConfigFile(path, overrides, (submitted.absolute(), shipped_configs().absolute()))
+        places = (submitted.resolve(), shipped_configs().resolve())
+        return LazyConfigFile(path, overrides, places, modules)
     return YamlConfig(path, overrides)
 
 
@@ -102,3 +106,10 @@ def _import_custom_modules(names: Sequence[str]) -> None:
                 f"hyperparameters.custom_imports: {name} cannot be imported: {type(error).__name__}: {error}; it must "
                 "lie in the folder that is submitted"
             ) from error
+
+
+def _refuse_modules_of(checkpoint: Path, names: Sequence[str], submitted: Path) -> None:
+    """Raises UserError for a Python file that a checkpoint has brought along and would have imported."""
+    for name in names:
+        if submitted.joinpath(*name.split(".")).resolve().is_relative_to(checkpoint.resolve()):
+            raise UserError(f"hyperparameters.custom_imports: {name} is of the checkpoint, and is not executed")

@@ -25,6 +25,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from detectron2_files.config_protocol import TrainingSet
+from detectron2_files.weights import unpickle_arrays
 from shared.data.annotations import CocoAnnotations, ImageRecord
 from shared.data.dataset import BadImages, CocoDetection, SampleKey
 from shared.data.images import BadImageError
@@ -185,12 +186,21 @@ def read_proposals(files: Sequence[str], image_ids: Sequence[int]) -> dict[int, 
         raise UserError(f"{where}: data.train and data.val are one data set each, and need one file")
     dicts = [{"image_id": int(image_id)} for image_id in image_ids]
     try:
+        _refuse_code(files)
         load_proposals_into_dataset(dicts, files[0])
+    except UserError:
+        raise
     except KeyError as error:
         raise UserError(f"{where}: there are none for image id {error}; make them of the data that is used") from error
     except Exception as error:  # a pickle, which may be of anything, from a disk or a server
         raise UserError(f"{where}: they cannot be had: {type(error).__name__}: {error}") from error
     return {proposals.pop("image_id"): proposals for proposals in dicts}
+
+
+def _refuse_code(proposal_files: Sequence[str]) -> None:
+    """The library unpickles proposals; a checkpoint's config may name the file."""
+    for file in proposal_files:
+        unpickle_arrays(Path(PathManager.get_local_path(file)))
 
 
 class RegisteredSamples(Dataset):
@@ -339,14 +349,18 @@ def open_registered(
                 f"the data set {name!r} is not registered; {nearest(name, known)}; registered are {', '.join(known)}. "
                 "A Python file in hyperparameters.custom_imports registers yours; or give data.train and data.val"
             )
+    files = list(train_set.proposal_files if train_set else proposal_files)
     try:
+        _refuse_code(files)
         dicts = get_detection_dataset_dicts(
             list(names),
             filter_empty=train_set is not None and train_set.filter_empty,
             min_keypoints=train_set.min_keypoints if train_set else 0,
-            proposal_files=list(train_set.proposal_files if train_set else proposal_files) or None,
+            proposal_files=files or None,
             check_consistency=True,
         )
+    except UserError:
+        raise
     except Exception as error:  # each data set's loader reads files of its own format
         raise UserError(
             f"the data set {', '.join(names)} cannot be read: {type(error).__name__}: {error}. Detectron2's own lie "

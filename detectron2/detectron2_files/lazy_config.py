@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from detectron2.config import LazyConfig, instantiate
 from detectron2.solver import LRMultiplier
 from detectron2.utils.registry import locate
@@ -17,6 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from detectron2_files.config_protocol import TrainingSet
+from detectron2_files.plain_config import OF_CONFIG, read_plain, write_plain
 from shared.errors import UserError, nearest
 
 
@@ -26,16 +26,22 @@ class LazyConfigFile:
     Args:
         places: the folders in which configs are found; where a written config says that a value is another config's,
             that one is looked for there.
+        modules: what a checkpoint's config may name beside the libraries' own.
     """
 
     resolved_name = "detectron2_lazy.yaml"
     rotated = False
 
-    def __init__(self, path: Path, overrides: Mapping[str, Any], places: Sequence[Path] = ()):
+    def __init__(
+        self, path: Path, overrides: Mapping[str, Any], places: Sequence[Path] = (), modules: Sequence[str] = ()
+    ):
         self.path = path
         self.places = places
         try:
-            self.cfg = LazyConfig.load(str(path))
+            written = path.name == self.resolved_name
+            self.cfg = read_plain(path, modules) if written else LazyConfig.load(str(path))
+        except UserError:
+            raise
         except Exception as error:  # a Python config may raise anything
             raise UserError(f"hyperparameters.config_file: {path}: {type(error).__name__}: {error}") from error
         missing = {"model", "optimizer", "lr_multiplier", "dataloader", "train"} - set(self.cfg)
@@ -47,17 +53,20 @@ class LazyConfigFile:
         for key, value in overrides.items():
             _check_key(self.cfg, key)
             OmegaConf.update(self.cfg, key, value, merge=True, force_add=True)
-        self._origins = dict(_origins(self.cfg))
+        self._origins = dict(_origins(self.cfg)) if written else {}
         for key, name in self._origins.items():
             OmegaConf.update(self.cfg, key, self._value_of(name, key), merge=False)
 
     def _value_of(self, name: str, key: str) -> Any:
         """The value that the config `name` has at a key."""
-        file = next((place / name for place in self.places if (place / name).is_file()), None)
+        files = ((place / name).resolve() for place in self.places if (place / name).resolve().is_relative_to(place))
+        # its Python is executed: a file that the checkpoint brought along is not the user's
+        brought = self.path.parent.resolve()
+        file = next((file for file in files if file.is_file() and not file.is_relative_to(brought)), None)
         if file is None:
             raise UserError(
                 f"{self.path}: {key} is a function of {name}, and that config is in none of "
-                f"{', '.join(map(str, self.places))}; put it there"
+                f"{', '.join(map(str, self.places))}; put it there, or give it: --set hyperparameters.config_file=…"
             )
         value = OmegaConf.select(LazyConfig.load(str(file)), key)
         if value is None:
@@ -194,17 +203,9 @@ class LazyConfigFile:
         return LRMultiplier(optimizer, _build(self.cfg, "lr_multiplier", ""), self.max_iter)
 
     def write(self, folder: Path) -> None:
-        cfg = copy.deepcopy(self.cfg)
         inside = (self.path.relative_to(place) for place in self.places if self.path.is_relative_to(place))
         name = str(next(inside, self.path))
-        for key, value in list(_values(self.cfg)):
-            if not (_can_be_written(value) or (key.endswith("_target_") and _has_a_name(value))):
-                OmegaConf.update(cfg, key, {_OF_CONFIG: self._origins.get(key, name)}, merge=False)
-        LazyConfig.save(cfg, str(folder / self.resolved_name))
-
-
-# what stands in a written config for a value that YAML cannot hold, a lambda for one: the config that has it
-_OF_CONFIG = "_value_of_config_"
+        write_plain(self.cfg, folder / self.resolved_name, lambda key: self._origins.get(key, name))
 
 
 def _values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -224,26 +225,8 @@ def _values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _origins(cfg: DictConfig) -> Iterator[tuple[str, str]]:
     for key, value in _values(cfg):
-        if key.endswith(f".{_OF_CONFIG}"):
-            yield key.removesuffix(f".{_OF_CONFIG}"), value
-
-
-def _has_a_name(target: Any) -> bool:
-    """Whether what is called is found by the name that LazyConfig writes for it."""
-    try:
-        return locate(f"{target.__module__}.{target.__qualname__}") == target
-    except Exception:  # it imports, and modules raise anything
-        return False
-
-
-def _can_be_written(value: Any) -> bool:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return True
-    try:
-        yaml.unsafe_load(yaml.dump(value))
-    except Exception:  # what the class's own way of being pickled raises
-        return False
-    return True
+        if key.endswith(f".{OF_CONFIG}"):
+            yield key.removesuffix(f".{OF_CONFIG}"), value
 
 
 def _name(target: Any) -> str:

@@ -32,6 +32,7 @@ _PLAIN = {
     ("numpy", "dtype"),
     ("_codecs", "encode"),
     ("collections", "OrderedDict"),
+    ("detectron2.structures.boxes", "BoxMode"),  # of proposals
 }
 
 
@@ -97,7 +98,7 @@ class _Reader(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pkl"):
-            loaded = _unpickle_arrays(Path(filename))
+            loaded = unpickle_arrays(Path(filename))
             if "model" not in loaded or "__author__" not in loaded:  # Caffe2 or Detectron 1
                 blobs = loaded.get("blobs", loaded)
                 blobs = {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")}
@@ -121,7 +122,9 @@ class _Reader(DetectionCheckpointer):
         self.incompatible = incompatible
 
 
-def _unpickle_arrays(path: Path) -> dict[str, Any]:
+def unpickle_arrays(path: Path) -> dict[str, Any]:
+    """A pickled dict of arrays and plain values; UserError for one that is cut off or would execute code."""
+
     class ArraysOnly(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) in _PLAIN:

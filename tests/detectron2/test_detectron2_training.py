@@ -81,16 +81,27 @@ def test_what_detectron2_itself_finds_not_finite_names_the_batch(shapes, train, 
         train(trial_class, config)
 
 
-@pytest.mark.parametrize("kind", ["yaml", pytest.param("py", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["yaml", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("py", "lsj"))])
 def test_a_run_is_evaluated_and_predicts_by_the_config_in_its_checkpoint(shapes, train, trial_class, tmp_path, kind):
     if kind == "yaml":
         config = detectron2_config(shapes, **{"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0})
         config["searcher"]["metric"] = "segm_mAP"
+    elif kind == "lsj":  # its norm is a function of the config's own file
+        overrides = {
+            "train.amp.enabled": False,
+            "model.backbone.square_pad": 0,
+            "model.proposal_generator.nms_thresh": 0.5,
+        }
+        overrides["model.roi_heads.box_predictor.test_score_thresh"] = 0.0
+        config = detectron2_config(shapes, "new_baselines/mask_rcnn_R_50_FPN_50ep_LSJ.py", **overrides)
     else:
         config = detectron2_config(shapes, "configs/small_retinanet.py")
         config["hyperparameters"]["config_overrides"]["model.test_score_thresh"] = 0.001
     run = train(trial_class, in_process(config, batches=4))
     last = run / "checkpoints/last"
+    if kind == "lsj":
+        resumed = in_process(copy.deepcopy(config), batches=5)
+        assert reports(train(trial_class, resumed, resume="last"), "val")[-1]["batches"] == 5
     # the file it came from may be gone
     config["hyperparameters"] = {"config_file": "gone.py"}
     path = tmp_path / "later.yaml"
