@@ -16,7 +16,14 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from detectron2_files import COMPILED
-from detectron2_files.config import config_of_checkpoint, flatten, load_config, set_class_counts
+from detectron2_files.config import (
+    COCO_CLASSES,
+    config_of_checkpoint,
+    flatten,
+    load_config,
+    set_class_counts,
+    stated_class_count,
+)
 from detectron2_files.data import (
     TRAIN_NAME,
     VAL_NAME,
@@ -39,7 +46,7 @@ from detectron2_files.data import (
 from detectron2_files.evaluation import OwnEvaluator, OwnResult, detect, own_evaluator
 from detectron2_files.hyperparameters import Detectron2Hyperparameters
 from detectron2_files.model import PYTHON_STATE, build_model, build_optimizer, losses_of_step
-from detectron2_files.weights import load_weights_into, zoo_weights
+from detectron2_files.weights import categories_of_checkpoint, load_weights_into, zoo_weights
 from shared.data.annotations import check_same_categories
 from shared.data.coco_categories import COCO_CATEGORIES
 from shared.data.dataset import CocoDetection
@@ -178,10 +185,27 @@ class Detectron2Trial(DetectionTrial):
             check_for_rotated_evaluation(opened)
         return opened
 
+    def known_categories(self) -> list[dict]:
+        """Those of the checkpoint that the weights are; else the data's or the config's metadata's, whichever has as
+        many as the model."""
+        config = self.detectron2_config
+        source = self._weights()
+        if source is not None and (of_checkpoint := categories_of_checkpoint(source[0])) is not None:
+            return of_checkpoint
+        named = (config.val_names and categories_of(config.val_names[0], config.semantic)) or COCO_CATEGORIES
+        stated = stated_class_count(config)
+        if self.data.has_val_annotations:
+            in_data = self.open_val().categories
+            free = stated is not None and stated[1] == COCO_CLASSES and stated[0] not in self._overridden
+            if stated is None or free or len(in_data) == stated[1]:
+                return in_data
+        if stated is None or len(named) == stated[1] or config.semantic:
+            return named
+        return [{"id": i + 1, "name": f"class {i + 1}"} for i in range(stated[1])]
+
     @property
-    def pretrained_categories(self) -> list[dict]:
-        names, semantic = self.detectron2_config.val_names, self.detectron2_config.semantic
-        return (names and categories_of(names[0], semantic)) or COCO_CATEGORIES
+    def _overridden(self) -> list[str]:
+        return list(flatten(self.hparams.config_overrides))
 
     def training_groups(self) -> np.ndarray:
         if not self.detectron2_config.train_set.group_by_aspect_ratio:
@@ -223,10 +247,10 @@ class Detectron2Trial(DetectionTrial):
         counts = {"things": len(self.categories)}
         if self.for_training and isinstance(self.train_data, RegisteredData):
             counts = self.train_data.class_counts
-        set_class_counts(config, counts, list(flatten(self.hparams.config_overrides)))
+        set_class_counts(config, counts, self._overridden)
         model = build_model(config)
         if self.first_batch == 0 and (source := self._weights()):
-            load_weights_into(model, *source)
+            load_weights_into(model, *source, None if self.for_training else config.class_counts())
         return model
 
     def _weights(self) -> tuple[str, str] | None:

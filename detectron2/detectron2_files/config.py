@@ -97,6 +97,12 @@ def set_class_counts(config: Detectron2Config, in_data: Mapping[str, int], overr
         config.set_class_count(key, count)
 
 
+def stated_class_count(config: Detectron2Config) -> tuple[str, int] | None:
+    """The key that says how many classes are detected, of things or of a semantic model's stuff, and its number; None
+    where the config says none."""
+    return next(((k, n) for k, n in config.class_counts().items() if ("sem_seg" in k.lower()) == config.semantic), None)
+
+
 def _import_custom_modules(names: Sequence[str]) -> None:
     for name in names:
         try:

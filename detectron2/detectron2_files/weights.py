@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import urllib.error
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import nn
 
 from detectron2_files.config import shipped_configs
 from shared.errors import UserError, nearest
-from shared.training.checkpoints import count_names, find_checkpoint, load_state, without_ddp
+from shared.training.checkpoints import CATEGORIES_FILE, count_names, find_checkpoint, load_state, without_ddp
 
 logger = logging.getLogger(__name__)
 logging.getLogger("fvcore.common.checkpoint").setLevel(logging.ERROR)  # a line for each weight
@@ -62,12 +64,15 @@ def zoo_weights(config: Path) -> str:
         ) from error
 
 
-def load_weights_into(model: nn.Module, source: str, key: str) -> None:
+def load_weights_into(model: nn.Module, source: str, key: str, class_counts: Mapping[str, int] | None = None) -> None:
     """Start from `source`: a file (.pkl and .pyth of Detectron, .pth), a URL, a `detectron2://` name or a checkpoint of
-    ours. A head for other classes keeps its initial values, said in one line.
+    ours. A head for other classes keeps its initial values, said in one line, where it is trained.
+
+    Args:
+        class_counts: where nothing is trained, what the config says of classes, by key: every parameter must fit then.
 
     Raises:
-        UserError: it cannot be had, holds code, or is of another architecture.
+        UserError: it cannot be had, holds code, or is of another architecture, or of other classes than are detected.
     """
     path = source
     if "://" not in source and not Path(source.split("?")[0]).is_file():
@@ -85,7 +90,41 @@ def load_weights_into(model: nn.Module, source: str, key: str) -> None:
             f"{key}: {source} cannot be had: {error}. Without a way to the internet give a file, "
             "hyperparameters.weights: PATH, or start from nothing, weights: ''"
         ) from error
+    if class_counts is not None:
+        _refuse_random_values(model, reader.incompatible, class_counts, source, key)
     _judge(model, reader.incompatible, reader.by_heuristics, source, key)
+
+
+def _refuse_random_values(
+    model: nn.Module, incompatible: _IncompatibleKeys, class_counts: Mapping[str, int], source: str, key: str
+) -> None:
+    """Raises UserError where a parameter would detect with what it was initialised with."""
+    advice = "use the config_file that they were trained with"
+    for name, theirs, own in incompatible.incorrect_shapes:
+        for class_key, count in class_counts.items():
+            if _of_classes(name):
+                counted = "sem_seg" in name or own[0] != count + 1  # else one more, for the background
+                classes = theirs[0] * count // own[0] if counted else theirs[0] - 1
+                advice += f", or with their number of classes, config_overrides: {{{class_key}: {classes}}}"
+                break
+        raise UserError(
+            f"{key}: {source} does not fit: {name} is {tuple(theirs)} in it and {tuple(own)} in the model, which "
+            f"would detect with random values there; {advice}"
+        )
+    parameters = {name for name, _ in model.named_parameters()}
+    if missing := [name for name in incompatible.missing_keys if name in parameters]:
+        raise UserError(
+            f"{key}: {source} lacks {len(missing)} of the model's {len(parameters)} parameters, the first is "
+            f"{missing[0]}, which would detect with random values; {advice}"
+        )
+
+
+def categories_of_checkpoint(source: str) -> list[dict] | None:
+    """The COCO categories of a checkpoint of ours; None for any other weights."""
+    if "://" in source or Path(source).is_file():
+        return None
+    path = find_checkpoint(source) / CATEGORIES_FILE
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 class _Reader(DetectionCheckpointer):

@@ -6,12 +6,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from tiny_models import DETECTRON2, SMALL_YAML
+from tiny_models import DETECTRON2, SMALL_YAML, load_model_def
 
 from detectron2_files.config import load_config, shipped_configs
 from detectron2_files.hyperparameters import Detectron2Hyperparameters
 from detectron2_files.weights import load_weights_into, zoo_weights
 from shared.errors import UserError
+from shared.experiment import parse_data
 
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 KEY = "hyperparameters.weights"
@@ -112,3 +113,42 @@ def test_the_zoo_s_weights_are_known_by_config():
     assert zoo_weights(shipped_configs() / RETINANET).endswith("retinanet_R_50_FPN_1x/190397773/model_final_bfca0b.pkl")
     with pytest.raises(UserError, match=r"the model zoo has no weights for COCO-Detection/fcos_R_50_FPN_1x.py; did"):
         zoo_weights(shipped_configs() / "COCO-Detection/fcos_R_50_FPN_1x.py")
+
+
+def test_a_head_of_other_classes_does_not_detect_at_random(model, tmp_path):
+    torch.save({"model": model.state_dict()}, tmp_path / "coco.pth")
+    other = build(**{"MODEL.RETINANET.NUM_CLASSES": 5})
+    with pytest.raises(
+        UserError,
+        match=r"head.cls_score.weight is \(720, .*\) in it and \(45, .*\) in the model.*MODEL.RETINANET.NUM_CLASSES: 80",
+    ):
+        load_weights_into(other, str(tmp_path / "coco.pth"), KEY, {"MODEL.RETINANET.NUM_CLASSES": 5})
+
+
+def test_a_backbone_alone_does_not_detect(model, tmp_path):
+    backbone = {name: weight for name, weight in model.state_dict().items() if name.startswith("backbone.")}
+    torch.save({"model": backbone}, tmp_path / "backbone.pth")
+    with pytest.raises(UserError, match=r"lacks \d+ of the model's \d+ parameters, the first is head"):
+        load_weights_into(build(), str(tmp_path / "backbone.pth"), KEY, {"MODEL.RETINANET.NUM_CLASSES": 80})
+
+
+@pytest.mark.parametrize(
+    ("config_file", "classes", "with_data", "names"),
+    [
+        (RETINANET, None, False, ["person", "bicycle"]),
+        (RETINANET, None, True, ["rectangle", "circle", "triangle"]),
+        (RETINANET, 80, True, ["person", "bicycle"]),  # published weights, said so, beside data of one's own
+        (RETINANET, 3, True, ["rectangle", "circle", "triangle"]),
+        (RETINANET, 4, True, ["class 1", "class 2", "class 3", "class 4"]),
+        ("PascalVOC-Detection/faster_rcnn_R_50_FPN.yaml", None, True, ["aeroplane", "bicycle"]),
+    ],
+)
+def test_categories_are_those_of_the_weights_not_of_other_data(shapes, config_file, classes, with_data, names):
+    trial = object.__new__(load_model_def("detectron2").Detectron2Trial)
+    overrides = {} if classes is None else {"MODEL.RETINANET.NUM_CLASSES": classes}
+    trial.hparams = Detectron2Hyperparameters(config_file, config_overrides=overrides, weights="")
+    trial.detectron2_config = load_config(trial.hparams, DETECTRON2)
+    trial.for_training, trial.evaluates_coco = False, True
+    section = {"annotations": str(shapes / "annotations/val.json"), "images": str(shapes / "val")}
+    trial.data = parse_data({"data": {"val": section} if with_data else {}})
+    assert [category["name"] for category in trial.known_categories()][: len(names)] == names
