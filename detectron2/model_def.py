@@ -45,14 +45,21 @@ from detectron2_files.data import (
 )
 from detectron2_files.evaluation import OwnEvaluator, OwnResult, detect, own_evaluator
 from detectron2_files.hyperparameters import Detectron2Hyperparameters
-from detectron2_files.model import PYTHON_STATE, build_model, build_optimizer, losses_of_step
+from detectron2_files.model import (
+    PYTHON_STATE,
+    apply_backend_options,
+    build_model,
+    build_optimizer,
+    losses_of_step,
+    measure_batch_statistics,
+)
 from detectron2_files.weights import categories_of_checkpoint, load_weights_into, zoo_weights
 from shared.data.annotations import check_same_categories
 from shared.data.coco_categories import COCO_CATEGORIES
 from shared.data.dataset import CocoDetection
 from shared.data.input_scale import InputScale
-from shared.data.loading import Batch
-from shared.data.samplers import aspect_ratio_groups
+from shared.data.loading import Batch, to_device
+from shared.data.samplers import TrainingBatchSampler, aspect_ratio_groups
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
@@ -84,6 +91,7 @@ class Detectron2Trial(DetectionTrial):
     hyperparameters_class = Detectron2Hyperparameters
     path_hyperparameters = ("config_file", "weights")
     picture_format = "pdf"
+    warned_of_masks = False
     without_pretrained: ClassVar = {"use_pretrained": False, "weights": ""}
 
     # --- the config -----------------------------------------------------------------------------------
@@ -102,6 +110,12 @@ class Detectron2Trial(DetectionTrial):
         self.detectron2_config = config = load_config(self.hparams, Path(__file__).parent)
         if self.hparams.scale_schedule:
             config.scale_schedule(self.hparams.global_batch_size)
+        if config.augments_tests and self.for_training:
+            logger.info(
+                "TEST.AUG: `evaluate` and `predict` detect in augmented images; validations in a training do not"
+            )
+        apply_backend_options(config, self.for_training)
+        self.find_unused_parameters = config.find_unused_parameters
         self.iou_types = config.iou_types
         self.evaluates_coco = self._val_paths() is not None
 
@@ -176,6 +190,11 @@ class Detectron2Trial(DetectionTrial):
             data = self.data if self.data.backend == "fake" else replace(self.data, val=Split(*paths))
             return open_split(data, "val")
         names = self.detectron2_config.val_names
+        if self.data.val is None and len(names) > 1:
+            raise UserError(
+                f"the config names {len(names)} data sets to validate on ({', '.join(names)}), which would be scored "
+                f"as if they were {names[0]}; override it with one"
+            )
         if self.data.val is not None:
             register_json(VAL_NAME, self.data.val.annotations, self.data.val.images)
             names = (VAL_NAME,)
@@ -320,6 +339,16 @@ class Detectron2Trial(DetectionTrial):
             return ", ".join(self.train_data.names)
         return str(self.train_data.annotations.path or "fake")
 
+    def synchronize_buffers(self) -> None:
+        if count := self.detectron2_config.precise_bn_batches:
+            batches = TrainingBatchSampler(
+                self.training_groups(), self.per_slot_batch_size, self.seed, self.rank, self.slots, self.batches_trained
+            )
+            loader = self._loader(self.training_dataset(), batches, training=True)
+            inputs = (inputs_of(to_device(batch, self.context.device)) for batch in loader)
+            measure_batch_statistics(self.plain_model, inputs, count)
+        super().synchronize_buffers()
+
     # --- the step -------------------------------------------------------------------------------------
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
@@ -328,12 +357,25 @@ class Detectron2Trial(DetectionTrial):
 
     def detect(self, model: nn.Module, batch: Batch) -> list[Detections | OwnResult]:
         inputs = inputs_of(batch)
+        if self.detectron2_config.augments_tests and not self.for_training:
+            model = self.detectron2_config.with_test_augmentation(model)
+            inputs = [{**given, "image": given["image"].cpu()} for given in inputs]
         if not self.detects_for_own_evaluator:
-            return list(detect(model, inputs))
+            detected = list(detect(model, inputs))
+            self._warn_of_unscored_masks(detected)
+            return detected
         return [
             OwnResult({key: value for key, value in given.items() if key != "image"}, output)
             for given, output in zip(inputs, model(inputs), strict=True)
         ]
+
+    def _warn_of_unscored_masks(self, detected: list[Detections]) -> None:
+        if self.evaluates_coco and "segm" not in self.iou_types and any(found.masks is not None for found in detected):
+            if not self.warned_of_masks and self.rank == 0:
+                logger.warning(
+                    "the model detects masks, and no `mask_head` of its config says so: the boxes alone are evaluated"
+                )
+            self.warned_of_masks = True
 
 
 def _is_backbone(source: str) -> bool:

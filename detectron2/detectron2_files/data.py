@@ -264,7 +264,7 @@ def _repeats(count: int, dicts: Callable[[], list[dict]], train_set: TrainingSet
     generator = np.random.default_rng([seed, 0])
     if train_set.repeat_threshold is not None:
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dicts(), train_set.repeat_threshold
+            dicts(), train_set.repeat_threshold, sqrt=train_set.repeat_sqrt
         ).numpy()
         whole = factors.astype(int)
         return np.repeat(np.arange(count), whole + (generator.random(count) < factors - whole))

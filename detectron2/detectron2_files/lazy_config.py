@@ -15,7 +15,7 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from detectron2_files.config_protocol import TrainingSet
+from detectron2_files.config_protocol import TrainingSet, check_sampler
 from detectron2_files.plain_config import OF_CONFIG, read_plain, write_plain
 from shared.errors import UserError, nearest
 
@@ -109,12 +109,31 @@ class LazyConfigFile:
         return bool(self.cfg.train.get("amp", {}).get("enabled"))
 
     @property
+    def cudnn_benchmark(self) -> bool:
+        return bool(self.cfg.train.get("cudnn_benchmark"))
+
+    @property
+    def float32_precision(self) -> str:
+        return self.cfg.train.get("float32_precision") or ""
+
+    @property
+    def find_unused_parameters(self) -> bool:
+        ddp = self.cfg.train.get("ddp") or {}
+        if ddp.get("fp16_compression"):
+            raise UserError("train.ddp.fp16_compression: gradients are exchanged in float32 here; set it to false")
+        return bool(ddp.get("find_unused_parameters"))
+
+    precise_bn_batches, augments_tests = 0, False  # keys of YAML configs
+
+    def with_test_augmentation(self, model: nn.Module) -> nn.Module:
+        return model
+
+    @property
     def train_set(self) -> TrainingSet:
         loader = self.cfg.dataloader.train
         dataset, sampler = loader.get("dataset") or {}, loader.get("sampler") or {}
-        kind = _name(sampler.get("_target_", ""))
-        if kind not in ("", "TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"):
-            raise UserError(f"dataloader.train.sampler: {kind} is not known here; leave it out")
+        kind = _name(sampler.get("_target_", "TrainingSampler"))
+        check_sampler(kind, "dataloader.train.sampler")
         factors = sampler.get("repeat_factors") or {}
         return TrainingSet(
             names=_names(dataset.get("names") or ()),
@@ -123,6 +142,7 @@ class LazyConfigFile:
             proposal_files=_names(dataset.get("proposal_files") or ()),
             group_by_aspect_ratio=loader.get("aspect_ratio_grouping", True),
             repeat_threshold=factors.get("repeat_thresh") if kind == "RepeatFactorTrainingSampler" else None,
+            repeat_sqrt=factors.get("sqrt", True),
             subset_ratio=sampler.get("subset_ratio") if kind == "RandomSubsetTrainingSampler" else None,
         )
 
@@ -136,9 +156,10 @@ class LazyConfigFile:
 
     @property
     def iou_types(self) -> tuple[str, ...]:
-        heads = self.cfg.model.get("roi_heads") or {}
-        on = {"segm": heads.get("mask_head"), "keypoints": heads.get("keypoint_head")}
-        return ("bbox", *(name for name, head in on.items() if head))
+        # at any place of the model: the heads of a model of one's own, or of MMDetection, need not be in roi_heads
+        heads = set(_heads(self.cfg.model))
+        types = {"segm": "mask_head", "keypoints": "keypoint_head"}
+        return ("bbox", *(iou_type for iou_type, head in types.items() if head in heads))
 
     @property
     def keypoint_sigmas(self) -> tuple[float, ...]:
@@ -221,6 +242,17 @@ def _values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _values(node[key], dotted)
         else:
             yield dotted, node[key]
+
+
+def _heads(node: Any) -> Iterator[str]:
+    """The keys of a model, at any depth, that something is built for."""
+    for key in node if isinstance(node, DictConfig) else range(len(node)):
+        if OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key) or node[key] is None:
+            continue
+        if isinstance(key, str):
+            yield key.removesuffix("s")
+        if isinstance(node[key], (DictConfig, ListConfig)):
+            yield from _heads(node[key])
 
 
 def _origins(cfg: DictConfig) -> Iterator[tuple[str, str]]:

@@ -11,11 +11,11 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetMapper
 from detectron2.engine import DefaultTrainer
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.solver import LRMultiplier, build_lr_scheduler, build_optimizer
 from torch import nn
 
-from detectron2_files.config_protocol import TrainingSet
+from detectron2_files.config_protocol import TrainingSet, check_sampler
 from detectron2_files.rotated import RotatedMapper
 from shared.data.input_scale import InputScale
 from shared.errors import UserError, nearest
@@ -87,9 +87,28 @@ class YamlConfig:
         return self.cfg.SOLVER.AMP.ENABLED
 
     @property
+    def cudnn_benchmark(self) -> bool:
+        return self.cfg.CUDNN_BENCHMARK
+
+    @property
+    def float32_precision(self) -> str:
+        return self.cfg.FLOAT32_PRECISION
+
+    find_unused_parameters = False  # upstream's trainer of these configs does not look for them either
+
+    @property
+    def precise_bn_batches(self) -> int:
+        return self.cfg.TEST.PRECISE_BN.NUM_ITER if self.cfg.TEST.PRECISE_BN.ENABLED else 0
+
+    @property
+    def augments_tests(self) -> bool:
+        return self.cfg.TEST.AUG.ENABLED
+
+    @property
     def train_set(self) -> TrainingSet:
         cfg = self.cfg
         samples = cfg.DATALOADER.SAMPLER_TRAIN
+        check_sampler(samples, "DATALOADER.SAMPLER_TRAIN")
         return TrainingSet(
             names=tuple(cfg.DATASETS.TRAIN),
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
@@ -97,6 +116,7 @@ class YamlConfig:
             proposal_files=tuple(cfg.DATASETS.PROPOSAL_FILES_TRAIN) if cfg.MODEL.LOAD_PROPOSALS else (),
             group_by_aspect_ratio=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
             repeat_threshold=cfg.DATALOADER.REPEAT_THRESHOLD if samples == "RepeatFactorTrainingSampler" else None,
+            repeat_sqrt=cfg.DATALOADER.REPEAT_SQRT,
             subset_ratio=cfg.DATALOADER.RANDOM_SUBSET_RATIO if samples == "RandomSubsetTrainingSampler" else None,
         )
 
@@ -166,6 +186,12 @@ class YamlConfig:
 
     def build_model(self) -> nn.Module:
         return build_model(self.cfg)
+
+    def with_test_augmentation(self, model: nn.Module) -> nn.Module:
+        try:
+            return GeneralizedRCNNWithTTA(self.cfg, model)
+        except AssertionError as error:
+            raise UserError(f"TEST.AUG.ENABLED: {error}; switch it off in config_overrides") from error
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(self.cfg, model)

@@ -7,7 +7,10 @@ from omegaconf import OmegaConf
 from tiny_models import DETECTRON2, load_model_def
 
 from detectron2_files.config import config_of_checkpoint, load_config, shipped_configs
+from detectron2_files.data import training_images
 from detectron2_files.hyperparameters import Detectron2Hyperparameters
+from detectron2_files.model import apply_backend_options
+from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
 from shared.experiment import Length
 
@@ -183,3 +186,43 @@ def test_the_config_s_lengths_are_the_defaults():
         "min_validation_period": Length("batches", 500),
         "min_checkpoint_period": Length("batches", 5000),
     }
+
+
+def test_the_backend_s_options_of_a_config_are_set(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    before = torch.get_float32_matmul_precision()
+    try:
+        apply_backend_options(load(config_overrides={"CUDNN_BENCHMARK": True, "FLOAT32_PRECISION": "high"}), True)
+        assert torch.backends.cudnn.benchmark
+        assert torch.get_float32_matmul_precision() == "high"
+        apply_backend_options(load(config_overrides={"CUDNN_BENCHMARK": True}), False)
+        assert not torch.backends.cudnn.benchmark
+        with pytest.raises(UserError, match=r"FLOAT32_PRECISION: .*fast"):
+            apply_backend_options(load(config_overrides={"FLOAT32_PRECISION": "fast"}), True)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_repeat_factors_are_square_roots_where_the_config_says_so(shapes):
+    annotations = CocoAnnotations.open(str(shapes / "annotations/train.json"))
+    common = {"DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler", "DATALOADER.REPEAT_THRESHOLD": 50.0}
+    counts = [
+        len(training_images(annotations, load(config_overrides={**common, "DATALOADER.REPEAT_SQRT": on}).train_set, 0))
+        for on in (True, False)
+    ]
+    assert counts[1] > 3 * counts[0]
+
+
+def test_ddp_s_options_of_a_python_config_are_honoured_or_refused():
+    on = load(LAZY_RETINANET, config_overrides={"train.ddp.find_unused_parameters": True})
+    assert on.find_unused_parameters
+    assert not load(LAZY_RETINANET).find_unused_parameters
+    with pytest.raises(UserError, match=r"train.ddp.fp16_compression"):
+        assert load(LAZY_RETINANET, config_overrides={"train.ddp.fp16_compression": True}).find_unused_parameters
+
+
+def test_masks_of_a_python_config_are_scored_wherever_their_head_is():
+    assert load("Misc/mmdet_mask_rcnn_R_50_FPN_1x.py").iou_types == ("bbox", "segm")
+    assert load("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.py").iou_types == ("bbox", "keypoints")
+    assert load(LAZY_RETINANET).iou_types == ("bbox",)

@@ -120,7 +120,7 @@ def test_a_head_of_other_classes_does_not_detect_at_random(model, tmp_path):
     other = build(**{"MODEL.RETINANET.NUM_CLASSES": 5})
     with pytest.raises(
         UserError,
-        match=r"head.cls_score.weight is \(720, .*\) in it and \(45, .*\) in the model.*MODEL.RETINANET.NUM_CLASSES: 80",
+        match=r"cls_score.weight is \(720, .*\) in it and \(45, .*\) in the model.*RETINANET.NUM_CLASSES: 80",
     ):
         load_weights_into(other, str(tmp_path / "coco.pth"), KEY, {"MODEL.RETINANET.NUM_CLASSES": 5})
 
