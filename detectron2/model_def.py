@@ -91,6 +91,7 @@ class Detectron2Trial(DetectionTrial):
     hyperparameters_class = Detectron2Hyperparameters
     path_hyperparameters = ("config_file", "weights")
     picture_format = "pdf"
+    for_training = True
     warned_of_masks = False
     without_pretrained: ClassVar = {"use_pretrained": False, "weights": ""}
 
@@ -108,6 +109,9 @@ class Detectron2Trial(DetectionTrial):
 
     def read_own_config(self) -> None:
         self.detectron2_config = config = load_config(self.hparams, Path(__file__).parent)
+        if self.hparams.global_batch_size is None:
+            slots = 1 if self.for_training else self.slots  # to detect, any number of them will do
+            self.hparams.global_batch_size = -(-config.batch_size // slots) * slots
         if self.hparams.scale_schedule:
             config.scale_schedule(self.hparams.global_batch_size)
         if config.augments_tests and self.for_training:

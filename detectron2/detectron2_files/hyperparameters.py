@@ -13,7 +13,7 @@ class Detectron2Hyperparameters:
     """The `hyperparameters` section."""
 
     config_file: str
-    global_batch_size: int = 16
+    global_batch_size: int | None = None
     config_overrides: dict[str, Any] = field(default_factory=dict)
     use_pretrained: bool = False
     weights: str | None = None

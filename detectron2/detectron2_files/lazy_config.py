@@ -81,6 +81,10 @@ class LazyConfigFile:
 
     @property
     def batch_size(self) -> int:
+        if "total_batch_size" not in self.cfg.dataloader.train:
+            raise UserError(
+                f"{self.path} has no dataloader.train.total_batch_size; give hyperparameters.global_batch_size"
+            )
         return self.cfg.dataloader.train.total_batch_size
 
     @property

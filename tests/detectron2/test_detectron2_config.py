@@ -12,7 +12,7 @@ from detectron2_files.hyperparameters import Detectron2Hyperparameters
 from detectron2_files.model import apply_backend_options
 from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
-from shared.experiment import Length
+from shared.experiment import Length, parse_data
 
 MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 LAZY_RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.py"
@@ -135,6 +135,26 @@ def test_the_scaling_rule_goes_by_the_images_of_a_batch_in_both_kinds_of_config(
     lazy = load(LAZY_RETINANET)
     lazy.scale_schedule(32)
     assert (lazy.learning_rate, lazy.max_iter, lazy.batch_size, lazy.eval_period) == (0.02, 45000, 32, 2500)
+
+
+@pytest.mark.parametrize(
+    ("config_file", "batch"),
+    [
+        ("LVISv1-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", 16),
+        ("Cityscapes/mask_rcnn_R_50_FPN.yaml", 8),
+        ("new_baselines/mask_rcnn_R_50_FPN_50ep_LSJ.py", 64),
+    ],
+)
+def test_the_batch_is_the_config_s_own_where_none_is_given(config_file, batch):
+    trial = object.__new__(load_model_def("detectron2").Detectron2Trial)
+    trial.hparams, trial.data = Detectron2Hyperparameters(config_file, weights=""), parse_data({"data": {}})
+    trial.for_training, trial.slots = True, 3
+    trial._val_paths = lambda: None
+    trial.read_own_config()
+    assert trial.hparams.global_batch_size == batch
+    trial.for_training, trial.hparams.global_batch_size = False, None
+    trial.read_own_config()
+    assert trial.hparams.global_batch_size % 3 == 0
 
 
 def test_a_length_that_ends_at_a_step_of_the_schedule_trains():
