@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.utils.data import Dataset
 
 from detectron2_files import COMPILED
@@ -37,6 +38,7 @@ from detectron2_files.data import (
     check_for_training,
     collate,
     describe,
+    folder_of,
     inputs_of,
     open_registered,
     read_proposals,
@@ -50,6 +52,7 @@ from detectron2_files.model import (
     apply_backend_options,
     build_model,
     build_optimizer,
+    group_processes_of_machine,
     losses_of_step,
     measure_batch_statistics,
 )
@@ -91,7 +94,7 @@ class Detectron2Trial(DetectionTrial):
     hyperparameters_class = Detectron2Hyperparameters
     path_hyperparameters = ("config_file", "weights")
     picture_format = "pdf"
-    for_training = True
+    for_training, slots = True, 1
     warned_of_masks = False
     without_pretrained: ClassVar = {"use_pretrained": False, "weights": ""}
 
@@ -120,6 +123,8 @@ class Detectron2Trial(DetectionTrial):
             )
         apply_backend_options(config, self.for_training)
         self.find_unused_parameters = config.find_unused_parameters
+        if self.slots > 1:
+            group_processes_of_machine(self.context.distributed.local_size)
         self.iou_types = config.iou_types
         self.evaluates_coco = self._val_paths() is not None
 
@@ -244,7 +249,8 @@ class Detectron2Trial(DetectionTrial):
         if isinstance(data, RegisteredData):
             return RegisteredSamples(data.dicts, config.mapper(False, data.names), self.seed)
         proposals = read_proposals(config.val_proposal_files, data.annotations.image_ids)
-        transform = MapperTransform(config.mapper(False, describe(self.categories)), False, proposals)
+        mapper = config.mapper(False, describe(self.categories))
+        transform = MapperTransform(mapper, False, proposals, folder_of(data))
         return CocoDetection(data.annotations, data.images, transform, self.seed, False, self.bad_images, bytes)
 
     @property
@@ -254,7 +260,10 @@ class Detectron2Trial(DetectionTrial):
     def build_evaluator(self, data: SplitData | RegisteredData) -> CocoEvaluator | OwnEvaluator:
         if isinstance(data, RegisteredData):
             evaluator = own_evaluator(data.names[0], self.iou_types, self.detectron2_config.rotated)
-            return OwnEvaluator(evaluator, self.rank < len(data.dicts), self.context.distributed.gather)
+            try:
+                return OwnEvaluator(evaluator, self.rank < len(data.dicts), self.context.distributed.gather)
+            except AssertionError as error:  # Cityscapes' on several machines
+                raise UserError(f"the data set {data.names[0]} cannot be evaluated here: {error}") from error
         sigmas = self.detectron2_config.keypoint_sigmas or None
         return CocoEvaluator(
             data.annotations, self.iou_types, keypoint_sigmas=sigmas, gather=self.context.distributed.gather
@@ -311,6 +320,8 @@ class Detectron2Trial(DetectionTrial):
         return torch.autocast(self.context.device.type, dtype=torch.float16 if halves else None, enabled=halves)
 
     def prepare_schedule(self) -> None:
+        if self.slots > 1 and self.detectron2_config.halves_gradients:
+            self.model.register_comm_hook(None, fp16_compress_hook)
         self.detectron2_config.set_length(self.total_batches)
         self.lr_scheduler = self.detectron2_config.lr_scheduler(self.optimizer)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import detectron2.config
@@ -35,12 +36,12 @@ def load_config(hparams: Detectron2Hyperparameters, submitted: Path) -> Detectro
     modules = [name.removesuffix(".py") for name in hparams.custom_imports]
     if path.name in (YamlConfig.resolved_name, LazyConfigFile.resolved_name):
         _refuse_modules_of(path.parent, modules, submitted)
-    _import_custom_modules(hparams.custom_imports)
+    imported = _import_custom_modules(hparams.custom_imports)
     overrides = flatten(hparams.config_overrides)
     if path.suffix == ".py" or path.name == LazyConfigFile.resolved_name:
         places = (submitted.resolve(), shipped_configs().resolve())
         return LazyConfigFile(path, overrides, places, modules)
-    return YamlConfig(path, overrides)
+    return YamlConfig(path, overrides, imported)
 
 
 def config_of_checkpoint(checkpoint: Path) -> Path:
@@ -79,7 +80,8 @@ def set_class_counts(config: Detectron2Config, in_data: Mapping[str, int], overr
             has none of what the model tells apart.
     """
     for key, stated in config.class_counts().items():
-        kind, of_zoo = ("stuff", COCO_STUFF_CLASSES) if "sem_seg" in key.lower() else ("things", COCO_CLASSES)
+        is_stuff = config.semantic or "sem_seg" in key.lower()
+        kind, of_zoo = ("stuff", COCO_STUFF_CLASSES) if is_stuff else ("things", COCO_CLASSES)
         count = in_data.get(kind, stated)
         if stated == count:
             continue
@@ -103,15 +105,17 @@ def stated_class_count(config: Detectron2Config) -> tuple[str, int] | None:
     return next(((k, n) for k, n in config.class_counts().items() if ("sem_seg" in k.lower()) == config.semantic), None)
 
 
-def _import_custom_modules(names: Sequence[str]) -> None:
+def _import_custom_modules(names: Sequence[str]) -> list[ModuleType]:
+    modules = []
     for name in names:
         try:
-            importlib.import_module(name.removesuffix(".py"))
+            modules.append(importlib.import_module(name.removesuffix(".py")))
         except Exception as error:  # the user's own module may raise anything
             raise UserError(
                 f"hyperparameters.custom_imports: {name} cannot be imported: {type(error).__name__}: {error}; it must "
-                "lie in the folder that is submitted"
+                "lie in the folder that is submitted, or be installed"
             ) from error
+    return modules
 
 
 def _refuse_modules_of(checkpoint: Path, names: Sequence[str], submitted: Path) -> None:

@@ -41,6 +41,7 @@ class Detectron2Config(Protocol):
     cudnn_benchmark: bool
     float32_precision: str
     find_unused_parameters: bool
+    halves_gradients: bool
     precise_bn_batches: int
     augments_tests: bool
     train_set: TrainingSet

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from detectron2_files.config_protocol import TrainingSet
+from detectron2_files.rotated import RotatedMapper
 from detectron2_files.weights import unpickle_arrays
 from shared.data.annotations import CocoAnnotations, ImageRecord
 from shared.data.dataset import BadImages, CocoDetection, SampleKey
@@ -32,6 +35,7 @@ from shared.data.images import BadImageError
 from shared.data.loading import Batch, map_tensors
 from shared.data.remote import is_url
 from shared.data.seeding import seed_all
+from shared.data.storage import DiskImages
 from shared.errors import UserError, nearest
 from shared.experiment import SplitData, check_masks
 
@@ -63,6 +67,7 @@ class MapperTransform:
 
     Args:
         proposals: what `read_proposals` gives.
+        folder: of the images, where they are on disk: a mapper of the user's may open them by itself.
     """
 
     def __init__(
@@ -70,16 +75,34 @@ class MapperTransform:
         mapper: Callable[[dict], dict | None],
         annotated: bool,
         proposals: Mapping[int, dict[str, Any]] | None = None,
+        folder: Path | None = None,
     ):
         self.mapper = mapper
+        self.folder = folder
+        of_library = getattr(mapper, "__module__", "").startswith("detectron2.")
+        self.opens_files = not of_library and not isinstance(mapper, RotatedMapper)
         self.annotated = annotated
         self.proposals = proposals or {}
 
     def __call__(self, image: bytes, record: ImageRecord) -> dict[str, Any]:
         dataset_dict = {**to_dataset_dict(record, self.annotated), **self.proposals.get(record.image_id, {})}
-        dataset_dict["file_name"] = f"{_PREFIX}{record.file_name}"
-        _image_bytes.data = image
-        return {**_mapped(self.mapper, dataset_dict, record.file_name), "file_name": record.file_name}
+        with self._place_of(image, record.file_name) as dataset_dict["file_name"]:
+            return {**_mapped(self.mapper, dataset_dict, record.file_name), "file_name": record.file_name}
+
+    @contextlib.contextmanager
+    def _place_of(self, image: bytes, file_name: str) -> Iterator[str]:
+        """Where the mapper finds the image: the library's read any path of its PathManager, one of the user's may
+        know of files only."""
+        if not self.opens_files:
+            _image_bytes.data = image
+            yield f"{_PREFIX}{file_name}"
+        elif self.folder is not None:
+            yield str(self.folder / file_name)
+        else:
+            with tempfile.NamedTemporaryFile(suffix=Path(file_name).suffix) as file:
+                file.write(image)
+                file.flush()
+                yield file.name
 
 
 def _mapped(mapper: Callable[[dict], dict | None], dataset_dict: dict[str, Any], file_name: str) -> dict[str, Any]:
@@ -156,7 +179,7 @@ class CocoSamples(Dataset):
         self.indices = training_images(data.annotations, train_set, seed)
         image_ids = data.annotations.image_ids[np.unique(self.indices)]
         proposals = read_proposals(train_set.proposal_files, image_ids)
-        transform = MapperTransform(mapper, True, proposals)
+        transform = MapperTransform(mapper, True, proposals, folder_of(data))
         self.images = CocoDetection(
             data.annotations, data.images, transform, seed, False, bad_images, decode=bytes, in_use=self.indices
         )
@@ -171,6 +194,11 @@ class CocoSamples(Dataset):
         """(samples,) widths, (samples,) heights."""
         columns = self.images.annotations.columns
         return columns["widths"][self.indices], columns["heights"][self.indices]
+
+
+def folder_of(data: SplitData) -> Path | None:
+    """The folder of images that are on disk."""
+    return data.images.folder if isinstance(data.images, DiskImages) else None
 
 
 def read_proposals(files: Sequence[str], image_ids: Sequence[int]) -> dict[int, dict[str, Any]]:

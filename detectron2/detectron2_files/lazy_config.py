@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import MetadataCatalog
+from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from detectron2.solver import LRMultiplier
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -122,10 +124,11 @@ class LazyConfigFile:
 
     @property
     def find_unused_parameters(self) -> bool:
-        ddp = self.cfg.train.get("ddp") or {}
-        if ddp.get("fp16_compression"):
-            raise UserError("train.ddp.fp16_compression: gradients are exchanged in float32 here; set it to false")
-        return bool(ddp.get("find_unused_parameters"))
+        return bool((self.cfg.train.get("ddp") or {}).get("find_unused_parameters"))
+
+    @property
+    def halves_gradients(self) -> bool:
+        return bool((self.cfg.train.get("ddp") or {}).get("fp16_compression"))
 
     precise_bn_batches, augments_tests = 0, False  # keys of YAML configs
 
@@ -210,7 +213,12 @@ class LazyConfigFile:
                 f"hyperparameters.config_file: {self.path} has no dataloader.{split}.mapper, with which every config "
                 "of a detector makes its inputs; is it one?"
             )
-        return _build(self.cfg.dataloader[split], "mapper", f"dataloader.{split}")
+        section = self.cfg.dataloader[split]
+        if training and section.mapper.get("keypoint_hflip_indices") is not None and _has_keypoints(names):
+            # the config has those of the data set that it names itself
+            section = copy.deepcopy(section)
+            section.mapper.keypoint_hflip_indices = [int(i) for i in create_keypoint_hflip_indices(list(names))]
+        return _build(section, "mapper", f"dataloader.{split}")
 
     def build_model(self) -> nn.Module:
         return _build(self.cfg, "model", "")
@@ -263,6 +271,10 @@ def _origins(cfg: DictConfig) -> Iterator[tuple[str, str]]:
     for key, value in _values(cfg):
         if key.endswith(f".{OF_CONFIG}"):
             yield key.removesuffix(f".{OF_CONFIG}"), value
+
+
+def _has_keypoints(names: tuple[str, ...]) -> bool:
+    return bool(names) and bool(MetadataCatalog.get(names[0]).get("keypoint_names"))
 
 
 def _name(target: Any) -> str:

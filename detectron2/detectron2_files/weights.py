@@ -175,7 +175,7 @@ def unpickle_arrays(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             loaded = ArraysOnly(file, encoding="latin1").load()
-    except UserError:
+    except (UserError, OSError):
         raise
     except Exception as error:  # pickle raises what the broken bytes happen to say
         raise UserError(f"{path} is cut off, or not a pickle of weights: {error}") from error

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.solver import LRMultiplier, build_lr_scheduler, build_optimizer
@@ -20,17 +23,35 @@ from detectron2_files.rotated import RotatedMapper
 from shared.data.input_scale import InputScale
 from shared.errors import UserError, nearest
 
-_CLASS_COUNTS = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES", "MODEL.SEM_SEG_HEAD.NUM_CLASSES")
+_CLASS_COUNTS = (
+    "MODEL.ROI_HEADS.NUM_CLASSES",
+    "MODEL.RETINANET.NUM_CLASSES",
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES",
+    "MODEL.POINT_HEAD.NUM_CLASSES",  # of the project PointRend
+    "MODEL.TENSOR_MASK.NUM_CLASSES",
+)
+_ADDS_KEYS = re.compile(r"add_(\w+_)?config")
+_OF_STUFF = ("SemanticSegmentor", "PanopticFPN")
+_WITHOUT_ROI_HEADS = ("RetinaNet", "SemanticSegmentor", "ProposalNetwork", "TensorMask")
 
 
 class YamlConfig:
-    """A yacs config, `cfg`."""
+    """A yacs config, `cfg`.
+
+    Args:
+        modules: those that `custom_imports` names. As the projects' scripts do, what they define as `add_…_config(cfg)`
+            adds its keys before the file is read, and `build_lr_scheduler(cfg, optimizer)` makes the schedule.
+    """
 
     resolved_name = "detectron2.yaml"
 
-    def __init__(self, path: Path, overrides: Mapping[str, Any]):
+    def __init__(self, path: Path, overrides: Mapping[str, Any], modules: Sequence[ModuleType] = ()):
         self.path = path
+        self.modules = modules
         self.cfg = get_cfg()
+        added = {f: None for module in modules for name, f in vars(module).items() if _ADDS_KEYS.fullmatch(name)}
+        for add_keys in added:
+            add_keys(self.cfg)
         try:
             # the zoo's own say `!!python/object/apply:eval`; what lies in a checkpoint is plain
             self.cfg.merge_from_file(str(path), allow_unsafe=path.name != self.resolved_name)
@@ -94,7 +115,7 @@ class YamlConfig:
     def float32_precision(self) -> str:
         return self.cfg.FLOAT32_PRECISION
 
-    find_unused_parameters = False  # upstream's trainer of these configs does not look for them either
+    find_unused_parameters, halves_gradients = False, False  # keys of Python configs
 
     @property
     def precise_bn_batches(self) -> int:
@@ -164,17 +185,20 @@ class YamlConfig:
 
     def class_counts(self) -> dict[str, int]:
         leaves = dict(_leaves(self.cfg))
-        return {key: leaves[key] for key in _CLASS_COUNTS if self._uses(key)}
+        return {key: leaves[key] for key in _CLASS_COUNTS if key in leaves and self._uses(key)}
 
     def _uses(self, key: str) -> bool:
-        architecture = self.cfg.MODEL.META_ARCHITECTURE
-        used_by = {
-            "MODEL.RETINANET.NUM_CLASSES": ("RetinaNet",),
-            "MODEL.SEM_SEG_HEAD.NUM_CLASSES": ("SemanticSegmentor", "PanopticFPN"),
-        }
-        if key in used_by:
-            return architecture in used_by[key]
-        return architecture not in ("RetinaNet", "SemanticSegmentor", "ProposalNetwork")
+        model = self.cfg.MODEL
+        architecture = model.META_ARCHITECTURE
+        if key == "MODEL.RETINANET.NUM_CLASSES":
+            return architecture == "RetinaNet"
+        if key == "MODEL.SEM_SEG_HEAD.NUM_CLASSES":
+            return architecture in _OF_STUFF
+        if key == "MODEL.TENSOR_MASK.NUM_CLASSES":
+            return architecture == "TensorMask"
+        if key == "MODEL.POINT_HEAD.NUM_CLASSES":
+            return "PointRend" in (model.SEM_SEG_HEAD if self.semantic else model.ROI_MASK_HEAD).NAME
+        return architecture not in _WITHOUT_ROI_HEADS
 
     def set_class_count(self, key: str, count: int) -> None:
         self.cfg.merge_from_list([key, count])
@@ -182,7 +206,11 @@ class YamlConfig:
     def mapper(self, training: bool, names: tuple[str, ...]) -> Any:
         cfg = self.cfg.clone()
         cfg.DATASETS.TRAIN = names
-        return (RotatedMapper if self.rotated else DatasetMapper)(cfg, is_train=training)
+        if self.rotated:
+            return RotatedMapper(cfg, is_train=training)
+        if training and self.semantic and "SINGLE_CATEGORY_MAX_AREA" in cfg.INPUT.CROP:  # of PointRend and DeepLab
+            return DatasetMapper(cfg, is_train=True, augmentations=_semantic_augmentations(cfg))
+        return DatasetMapper(cfg, is_train=training)
 
     def build_model(self) -> nn.Module:
         return build_model(self.cfg)
@@ -200,10 +228,34 @@ class YamlConfig:
         cfg = self.cfg.clone()
         # a step at the very end, which upstream takes for an error, changes nothing any more
         cfg.SOLVER.STEPS = tuple(step for step in cfg.SOLVER.STEPS if step < cfg.SOLVER.MAX_ITER)
-        return build_lr_scheduler(cfg, optimizer)
+        build = next(
+            (m.build_lr_scheduler for m in self.modules if hasattr(m, "build_lr_scheduler")), build_lr_scheduler
+        )
+        try:
+            return build(cfg, optimizer)
+        except ValueError as error:
+            raise UserError(
+                f"SOLVER.LR_SCHEDULER_NAME: {error}; a module in custom_imports may have its own"
+            ) from error
 
     def write(self, folder: Path) -> None:
         (folder / self.resolved_name).write_text(self.cfg.dump())
+
+
+def _semantic_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
+    """What the scripts of PointRend and DeepLab train semantic segmentation with."""
+    inputs = cfg.INPUT
+    augmentations = [T.ResizeShortestEdge(inputs.MIN_SIZE_TRAIN, inputs.MAX_SIZE_TRAIN, inputs.MIN_SIZE_TRAIN_SAMPLING)]
+    if crop := inputs.CROP if inputs.CROP.ENABLED else None:
+        ignored = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+        augmentations.append(
+            T.RandomCrop_CategoryAreaConstraint(crop.TYPE, crop.SIZE, crop.SINGLE_CATEGORY_MAX_AREA, ignored)
+        )
+    if inputs.get("COLOR_AUG_SSD"):
+        from detectron2.projects.point_rend import ColorAugSSDTransform
+
+        augmentations.append(ColorAugSSDTransform(img_format=inputs.FORMAT))
+    return [*augmentations, T.RandomFlip()]
 
 
 def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:

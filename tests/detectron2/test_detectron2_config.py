@@ -1,13 +1,15 @@
 """Which config counts, what it says, and what is wrong with it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
 from tiny_models import DETECTRON2, load_model_def
 
-from detectron2_files.config import config_of_checkpoint, load_config, shipped_configs
-from detectron2_files.data import training_images
+from detectron2_files.config import config_of_checkpoint, load_config, set_class_counts, shipped_configs
+from detectron2_files.data import describe, training_images
 from detectron2_files.hyperparameters import Detectron2Hyperparameters
 from detectron2_files.model import apply_backend_options
 from shared.data.annotations import CocoAnnotations
@@ -145,10 +147,12 @@ def test_the_scaling_rule_goes_by_the_images_of_a_batch_in_both_kinds_of_config(
         ("new_baselines/mask_rcnn_R_50_FPN_50ep_LSJ.py", 64),
     ],
 )
-def test_the_batch_is_the_config_s_own_where_none_is_given(config_file, batch):
+def test_the_batch_is_the_config_s_own_where_none_is_given(config_file, batch, monkeypatch):
+    monkeypatch.setattr(load_model_def("detectron2"), "group_processes_of_machine", lambda count: None)
     trial = object.__new__(load_model_def("detectron2").Detectron2Trial)
     trial.hparams, trial.data = Detectron2Hyperparameters(config_file, weights=""), parse_data({"data": {}})
     trial.for_training, trial.slots = True, 3
+    trial.context = SimpleNamespace(distributed=SimpleNamespace(local_size=3))
     trial._val_paths = lambda: None
     trial.read_own_config()
     assert trial.hparams.global_batch_size == batch
@@ -234,15 +238,71 @@ def test_repeat_factors_are_square_roots_where_the_config_says_so(shapes):
     assert counts[1] > 3 * counts[0]
 
 
-def test_ddp_s_options_of_a_python_config_are_honoured_or_refused():
-    on = load(LAZY_RETINANET, config_overrides={"train.ddp.find_unused_parameters": True})
-    assert on.find_unused_parameters
-    assert not load(LAZY_RETINANET).find_unused_parameters
-    with pytest.raises(UserError, match=r"train.ddp.fp16_compression"):
-        assert load(LAZY_RETINANET, config_overrides={"train.ddp.fp16_compression": True}).find_unused_parameters
+def test_ddp_s_options_of_a_python_config_are_taken():
+    on = load(
+        LAZY_RETINANET, config_overrides={"train.ddp": {"find_unused_parameters": True, "fp16_compression": True}}
+    )
+    assert (on.find_unused_parameters, on.halves_gradients) == (True, True)
+    off = load(LAZY_RETINANET)
+    assert (off.find_unused_parameters, off.halves_gradients) == (False, False)
 
 
 def test_masks_of_a_python_config_are_scored_wherever_their_head_is():
     assert load("Misc/mmdet_mask_rcnn_R_50_FPN_1x.py").iou_types == ("bbox", "segm")
     assert load("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.py").iou_types == ("bbox", "keypoints")
     assert load(LAZY_RETINANET).iou_types == ("bbox",)
+
+
+INSTALLED = "detectron2.projects."
+PROJECT = "_BASE_: {base}\nMODEL: {{ROI_HEADS: {{NUM_CLASSES: 80}}, WEIGHTS: '', {model}}}\n"
+
+
+def test_a_project_of_detectron2_s_is_had_by_custom_imports_with_its_class_counts(tmp_path):
+    base = shipped_configs() / "Base-RCNN-FPN.yaml"
+    head = "{NAME: PointRendMaskHead, POINT_HEAD_ON: true, POOLER_TYPE: '', OUTPUT_SIDE_RESOLUTION: 7}"
+    point = f"MASK_ON: true, ROI_MASK_HEAD: {head}"
+    (tmp_path / "point.yaml").write_text(PROJECT.format(base=base, model=point))
+    with pytest.raises(UserError, match=r"OUTPUT_SIDE_RESOLUTION|POINT_HEAD_ON"):
+        load("point.yaml", tmp_path)
+    config = load("point.yaml", tmp_path, custom_imports=[f"{INSTALLED}point_rend"])
+    set_class_counts(config, {"things": 3}, [])
+    assert config.class_counts() == {"MODEL.ROI_HEADS.NUM_CLASSES": 3, "MODEL.POINT_HEAD.NUM_CLASSES": 3}
+    predictor = config.build_model().roi_heads.mask_head.point_head.predictor
+    assert predictor.out_channels == 3
+
+
+def test_deeplab_has_its_own_schedule(tmp_path):
+    text = (
+        f"_BASE_: {shipped_configs() / 'Misc/semantic_R_50_FPN_1x.yaml'}\n"
+        "MODEL: {SEM_SEG_HEAD: {NAME: DeepLabV3PlusHead, NUM_CLASSES: 54, NORM: BN, COMMON_STRIDE: 4,\n"
+        "  IN_FEATURES: [p2, p5], PROJECT_FEATURES: [p2], PROJECT_CHANNELS: [48]}}\n"
+        "SOLVER: {LR_SCHEDULER_NAME: WarmupPolyLR, MAX_ITER: 100, WARMUP_ITERS: 0, BASE_LR: 0.01}\n"
+        "INPUT: {CROP: {ENABLED: true, SINGLE_CATEGORY_MAX_AREA: 0.75}}\n"
+    )
+    (tmp_path / "deeplab.yaml").write_text(text)
+    config = load("deeplab.yaml", tmp_path, custom_imports=[f"{INSTALLED}deeplab"])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+    scheduler = config.lr_scheduler(optimizer)
+    scheduler.last_epoch = 50
+    assert scheduler.get_lr() == [pytest.approx(0.01 * 0.5**0.9)]
+    crops = [type(augmentation).__name__ for augmentation in config.mapper(True, ()).augmentations.augs]
+    assert crops == ["ResizeShortestEdge", "RandomCrop_CategoryAreaConstraint", "RandomFlip"]
+    assert config.class_counts() == {"MODEL.SEM_SEG_HEAD.NUM_CLASSES": 54}
+
+
+def test_keys_of_a_module_of_the_user_s_are_there_before_the_file_is_read(tmp_path, monkeypatch):
+    (tmp_path / "tensor_mask_of_test.py").write_text(
+        "from detectron2.config import CfgNode\n"
+        "def add_tensormask_config(cfg):\n"
+        "    cfg.MODEL.TENSOR_MASK = CfgNode({'NUM_CLASSES': 80})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.yaml").write_text("MODEL: {META_ARCHITECTURE: TensorMask, TENSOR_MASK: {NUM_CLASSES: 80}}\n")
+    config = load("mine.yaml", tmp_path, custom_imports=["tensor_mask_of_test.py"])
+    assert config.class_counts() == {"MODEL.TENSOR_MASK.NUM_CLASSES": 80}
+
+
+def test_keypoints_of_a_python_config_flip_as_the_data_s_names_say():
+    config = load("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.py")
+    names = describe([{"name": "hand", "keypoints": ["tip", "left_side", "right_side"]}])
+    assert list(config.mapper(True, names).keypoint_hflip_indices) == [0, 2, 1]

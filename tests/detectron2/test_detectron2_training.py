@@ -76,6 +76,16 @@ main(Probe)
     assert max(worst) < 1e-5
 
 
+def test_a_python_config_s_options_of_ddp_train_in_two_processes(shapes, tmp_path):
+    config = in_process(detectron2_config(shapes, "configs/small_retinanet.py"))
+    overrides = config["hyperparameters"]["config_overrides"]
+    overrides["train.ddp"] = {"find_unused_parameters": True, "fp16_compression": True}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    run_model_def("train", path, "--output-dir", tmp_path / "run", processes=2, cwd=DETECTRON2)
+    assert reports(tmp_path / "run", "val")
+
+
 def test_what_detectron2_itself_finds_not_finite_names_the_batch(shapes, train, trial_class):
     config = in_process(detectron2_config(shapes, **{"SOLVER.BASE_LR": 1e30, "SOLVER.WARMUP_ITERS": 0}))
     with pytest.raises(DivergedError, match=r"the loss is not finite since batch \d \(image ids \d"):
