@@ -46,7 +46,7 @@ from detectron2_files.data import (
     registered_samples,
 )
 from detectron2_files.evaluation import OwnEvaluator, OwnResult, detect, own_evaluator
-from detectron2_files.hyperparameters import Detectron2Hyperparameters
+from detectron2_files.hyperparameters import PUBLISHED, Detectron2Hyperparameters
 from detectron2_files.model import (
     PYTHON_STATE,
     apply_backend_options,
@@ -56,7 +56,7 @@ from detectron2_files.model import (
     losses_of_step,
     measure_batch_statistics,
 )
-from detectron2_files.weights import categories_of_checkpoint, load_weights_into, zoo_weights
+from detectron2_files.weights import categories_of_checkpoint, find_weights, load_weights_into, zoo_weights
 from shared.data.annotations import check_same_categories
 from shared.data.coco_categories import COCO_CATEGORIES
 from shared.data.dataset import CocoDetection
@@ -288,18 +288,19 @@ class Detectron2Trial(DetectionTrial):
     def _weights(self) -> tuple[str, str] | None:
         """What to start from, and the key that says so; None for the initial weights."""
         hparams, config = self.hparams, self.detectron2_config
-        if hparams.use_pretrained:
-            return zoo_weights(config.path), "hyperparameters.use_pretrained"
+        if hparams.weights == PUBLISHED:
+            return zoo_weights(config.path), "hyperparameters.weights"
         source = config.weights if hparams.weights is None else hparams.weights
         if not source or (not self.for_training and _is_backbone(source)):
             return None
-        return source, "hyperparameters.weights" if hparams.weights else "the config's weights"
+        key = "hyperparameters.weights" if hparams.weights else "the config's weights"
+        return find_weights(source, key, (Path(__file__).parent.absolute(), config.path.parent)), key
 
     def check_pretrained(self) -> None:
         if self._weights() is None:
             raise UserError(
-                "an untrained model detects nothing; give --checkpoint, --set hyperparameters.use_pretrained=true, or "
-                "--set hyperparameters.weights=…"
+                "an untrained model detects nothing; give --checkpoint, --set hyperparameters.weights=published, or "
+                "other weights in its place"
             )
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:

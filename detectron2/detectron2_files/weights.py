@@ -6,7 +6,7 @@ import json
 import logging
 import pickle
 import urllib.error
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,41 @@ def zoo_weights(config: Path) -> str:
                 continue
             published.append(str(other.relative_to(zoo)))
         raise UserError(
-            f"hyperparameters.use_pretrained: the model zoo has no weights for {name}; "
-            f"{nearest(name, published, otherwise='its MODEL_ZOO.md lists those')}; or give hyperparameters.weights"
+            f"hyperparameters.weights: published: the model zoo has no weights for {name}; "
+            f"{nearest(name, published, otherwise='its MODEL_ZOO.md lists those')}; or give a file or a URL"
+        ) from error
+
+
+def find_weights(source: str, key: str, places: Sequence[Path]) -> str:
+    """A URL as it is, the path of a file or of a checkpoint's `state_dict.pth`.
+
+    Args:
+        places: folders that a relative path may be relative to, beside the one that the run was started in.
+
+    Raises:
+        UserError: there is none; says where it was looked for.
+    """
+    if "://" in source:
+        return source
+    path, *query = source.split("?")
+    for place in (Path(), *places):
+        for file in (place / path, place / path / "state_dict.pth"):
+            if file.is_file():
+                return "?".join([str(file), *query])
+    try:
+        return str(find_checkpoint(source) / "state_dict.pth")
+    except UserError as error:
+        looked = f"Looked in {', '.join(map(str, places))} (.detignore keeps .pth files out of what is submitted). "
+        raise UserError(
+            f"{key}: {error}. {'' if Path(path).is_absolute() else looked}Give a file, a URL, a detectron2:// name or "
+            "a checkpoint"
         ) from error
 
 
 def load_weights_into(model: nn.Module, source: str, key: str, class_counts: Mapping[str, int] | None = None) -> None:
-    """Start from `source`: a file (.pkl and .pyth of Detectron, .pth), a URL, a `detectron2://` name or a checkpoint of
-    ours. A head for other classes keeps its initial values, said in one line, where it is trained.
+    """Start from `source`, which `find_weights` gives: a file (.pkl and .pyth of Detectron, .pth), a URL, a
+    `detectron2://` name or a checkpoint of ours. A head for other classes keeps its initial values, said in one line,
+    where it is trained.
 
     Args:
         class_counts: where nothing is trained, what the config says of classes, by key: every parameter must fit then.
@@ -74,15 +101,9 @@ def load_weights_into(model: nn.Module, source: str, key: str, class_counts: Map
     Raises:
         UserError: it cannot be had, holds code, or is of another architecture, or of other classes than are detected.
     """
-    path = source
-    if "://" not in source and not Path(source.split("?")[0]).is_file():
-        try:
-            path = str(find_checkpoint(source) / "state_dict.pth")
-        except UserError as error:
-            raise UserError(f"{key}: {error}. Give a file, a URL, a detectron2:// name or a checkpoint") from error
     reader = _Reader(model)
     try:
-        reader.load(path)
+        reader.load(source)
     except UserError:
         raise
     except (OSError, urllib.error.URLError, ValueError, AssertionError) as error:
@@ -114,17 +135,15 @@ def _refuse_random_values(
     parameters = {name for name, _ in model.named_parameters()}
     if missing := [name for name in incompatible.missing_keys if name in parameters]:
         raise UserError(
-            f"{key}: {source} lacks {len(missing)} of the model's {len(parameters)} parameters, the first is "
-            f"{missing[0]}, which would detect with random values; {advice}"
+            f"{key}: {source} lacks, or has in another shape, {len(missing)} of the model's {len(parameters)} "
+            f"parameters, the first is {missing[0]}, which would detect with random values; {advice}"
         )
 
 
 def categories_of_checkpoint(source: str) -> list[dict] | None:
     """The COCO categories of a checkpoint of ours; None for any other weights."""
-    if "://" in source or Path(source).is_file():
-        return None
-    path = find_checkpoint(source) / CATEGORIES_FILE
-    return json.loads(path.read_text()) if path.is_file() else None
+    path = Path(source).parent / CATEGORIES_FILE
+    return json.loads(path.read_text()) if Path(source).name == "state_dict.pth" and path.is_file() else None
 
 
 class _Reader(DetectionCheckpointer):

@@ -231,7 +231,7 @@ def bad(shapes, **changes):
 
 WRONG = {
     r"hyperparameters: unknown key 'config'; did you mean 'config_file'": {"hyperparameters__config": "x"},
-    r"use_pretrained and weights both say": {"hyperparameters__use_pretrained": True},
+    r"use_pretrained: true is weights: published, and weights is ''": {"hyperparameters__use_pretrained": True},
     r"data.val.annotations: .*nowhere.json does not exist": {"data__val__annotations": "/tmp/nowhere.json"},
     r"MODEL.ROI_HEADS.NUM_CLASSES is 7, and the data has 3 categories": {
         "hyperparameters__config_overrides": {"MODEL.ROI_HEADS.NUM_CLASSES": 7}
