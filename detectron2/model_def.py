@@ -93,7 +93,6 @@ class Detectron2Trial(DetectionTrial):
 
     hyperparameters_class = Detectron2Hyperparameters
     path_hyperparameters = ("config_file", "weights")
-    picture_format = "pdf"
     for_training, slots = True, 1
     warned_of_masks = False
     without_pretrained: ClassVar = {"use_pretrained": False, "weights": ""}

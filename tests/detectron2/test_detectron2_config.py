@@ -1,5 +1,6 @@
 """Which config counts, what it says, and what is wrong with it."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -193,13 +194,32 @@ def test_the_tutorial_s_schedules_are_detectron_s_for_as_many_gpus(gpus):
 
 
 def test_the_default_is_detectron_s_comparison_without_augmentation():
-    for name in ("const.yaml", "distributed.yaml"):
-        experiment = yaml.safe_load((DETECTRON2 / name).read_text())
-        config = load(experiment["hyperparameters"]["config_file"])
+    lengths = {
+        "const.yaml": (2, 720000, 0.0025, (480000, 640000)),
+        "distributed.yaml": (16, 90000, 0.02, (60000, 80000)),
+    }
+    for name, (batch, length, lr, steps) in lengths.items():
+        hparams = Detectron2Hyperparameters(**yaml.safe_load((DETECTRON2 / name).read_text())["hyperparameters"])
+        assert hparams.global_batch_size == batch
+        config = load_config(hparams, DETECTRON2)
         assert (config.max_iter, config.batch_size) == (90000, 16)
-        assert experiment["hyperparameters"]["global_batch_size"] == 16
         assert config.cfg.INPUT.MIN_SIZE_TRAIN == (800,)
         assert config.iou_types == ("bbox", "segm")
+        if hparams.scale_schedule:
+            config.scale_schedule(batch)
+        assert (config.max_iter, config.learning_rate, config.cfg.SOLVER.STEPS) == (length, lr, steps)
+
+
+@pytest.mark.parametrize("path", sorted(DETECTRON2.glob("*.yaml")), ids=lambda path: path.name)
+def test_what_is_commented_in_a_shipped_file_is_valid_where_it_is_uncommented(path):
+    written = path.read_text()
+    head, tail = written.split("\nresources:", 1)
+    text = f"{head}\nresources:" + re.sub(r"(?m)^( *)# ", r"\1", tail)
+    before, after = yaml.safe_load(written), yaml.safe_load(text)
+    assert len(after.get("bind_mounts", [])) == (0 if path.name == "const_fake.yaml" else 2)
+    assert any("DETECTRON2_DATASETS=" in variable for variable in after["environment"]["environment_variables"])
+    if "/data/coco" in written:
+        assert {"host_path": "/data/coco", "container_path": "/data/coco", "read_only": True} in before["bind_mounts"]
 
 
 def test_the_config_s_lengths_are_the_defaults():

@@ -130,9 +130,9 @@ def test_a_run_is_evaluated_and_predicts_by_the_config_in_its_checkpoint(shapes,
     assert kind == "lsj" or len(results) > 5
     if kind == "yaml":
         assert all(coco_mask.decode(r["segmentation"]).shape == (128, 128) for r in results)
-    assert (out / "000000.png.pdf").read_bytes().startswith(b"%PDF")
-    run_model_def(*predict, "--format", "png", cwd=DETECTRON2)
     assert Image.open(out / "000000.png.png").size == (128, 128)
+    run_model_def(*predict, "--format", "pdf", cwd=DETECTRON2)
+    assert (out / "000000.png.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_test_time_augmentation_is_of_evaluation_and_prediction(shapes, train, trial_class, tmp_path):
