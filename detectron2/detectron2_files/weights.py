@@ -122,12 +122,12 @@ def _refuse_random_values(
     """Raises UserError where a parameter would detect with what it was initialised with."""
     advice = "use the config_file that they were trained with"
     for name, theirs, own in incompatible.incorrect_shapes:
-        for class_key, count in class_counts.items():
-            if _of_classes(name):
-                counted = "sem_seg" in name or own[0] != count + 1  # else one more, for the background
-                classes = theirs[0] * count // own[0] if counted else theirs[0] - 1
-                advice += f", or with their number of classes, config_overrides: {{{class_key}: {classes}}}"
-                break
+        of_kind = [k for k in class_counts if ("sem_seg" in name) == ("sem_seg" in k.lower()) and _of_classes(name)]
+        for class_key in of_kind[:1]:
+            count = class_counts[class_key]
+            background = "sem_seg" not in name and own[0] == count + 1
+            classes = theirs[0] - 1 if background else theirs[0] * count // own[0]
+            advice += f", or with their number of classes, config_overrides: {{{class_key}: {classes}}}"
         raise UserError(
             f"{key}: {source} does not fit: {name} is {tuple(theirs)} in it and {tuple(own)} in the model, which "
             f"would detect with random values there; {advice}"
