@@ -345,7 +345,7 @@ def written_ours(state: SimpleNamespace) -> None:
         _check_parameters(written.cfg, read.cfg)
     read.write(again)
     one, other = ((place / written.resolved_name).read_text() for place in (folder, again))
-    if yaml.unsafe_load(one) != yaml.unsafe_load(other):
+    if yaml.safe_load(one) != yaml.safe_load(other):
         raise ValueError("what is read back is another config")
 
 

@@ -13,10 +13,18 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.utils.data import Dataset
 
 from detectron2_files import COMPILED
-from detectron2_files.config import config_of_checkpoint, flatten, load_config, set_class_counts
+from detectron2_files.config import (
+    COCO_CLASSES,
+    config_of_checkpoint,
+    flatten,
+    load_config,
+    set_class_counts,
+    stated_class_count,
+)
 from detectron2_files.data import (
     TRAIN_NAME,
     VAL_NAME,
@@ -30,6 +38,7 @@ from detectron2_files.data import (
     check_for_training,
     collate,
     describe,
+    folder_of,
     inputs_of,
     open_registered,
     read_proposals,
@@ -37,15 +46,23 @@ from detectron2_files.data import (
     registered_samples,
 )
 from detectron2_files.evaluation import OwnEvaluator, OwnResult, detect, own_evaluator
-from detectron2_files.hyperparameters import Detectron2Hyperparameters
-from detectron2_files.model import PYTHON_STATE, build_model, build_optimizer, losses_of_step
-from detectron2_files.weights import load_weights_into, zoo_weights
+from detectron2_files.hyperparameters import PUBLISHED, Detectron2Hyperparameters
+from detectron2_files.model import (
+    PYTHON_STATE,
+    apply_backend_options,
+    build_model,
+    build_optimizer,
+    group_processes_of_machine,
+    losses_of_step,
+    measure_batch_statistics,
+)
+from detectron2_files.weights import categories_of_checkpoint, find_weights, load_weights_into, zoo_weights
 from shared.data.annotations import check_same_categories
 from shared.data.coco_categories import COCO_CATEGORIES
 from shared.data.dataset import CocoDetection
 from shared.data.input_scale import InputScale
-from shared.data.loading import Batch
-from shared.data.samplers import aspect_ratio_groups
+from shared.data.loading import Batch, to_device
+from shared.data.samplers import TrainingBatchSampler, aspect_ratio_groups
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
@@ -76,7 +93,8 @@ class Detectron2Trial(DetectionTrial):
 
     hyperparameters_class = Detectron2Hyperparameters
     path_hyperparameters = ("config_file", "weights")
-    picture_format = "pdf"
+    for_training, slots = True, 1
+    warned_of_masks = False
     without_pretrained: ClassVar = {"use_pretrained": False, "weights": ""}
 
     # --- the config -----------------------------------------------------------------------------------
@@ -93,8 +111,19 @@ class Detectron2Trial(DetectionTrial):
 
     def read_own_config(self) -> None:
         self.detectron2_config = config = load_config(self.hparams, Path(__file__).parent)
+        if self.hparams.global_batch_size is None:
+            slots = 1 if self.for_training else self.slots  # to detect, any number of them will do
+            self.hparams.global_batch_size = -(-config.batch_size // slots) * slots
         if self.hparams.scale_schedule:
             config.scale_schedule(self.hparams.global_batch_size)
+        if config.augments_tests and self.for_training:
+            logger.info(
+                "TEST.AUG: `evaluate` and `predict` detect in augmented images; validations in a training do not"
+            )
+        apply_backend_options(config, self.for_training)
+        self.find_unused_parameters = config.find_unused_parameters
+        if self.slots > 1:
+            group_processes_of_machine(self.context.distributed.local_size)
         self.iou_types = config.iou_types
         self.evaluates_coco = self._val_paths() is not None
 
@@ -169,6 +198,11 @@ class Detectron2Trial(DetectionTrial):
             data = self.data if self.data.backend == "fake" else replace(self.data, val=Split(*paths))
             return open_split(data, "val")
         names = self.detectron2_config.val_names
+        if self.data.val is None and len(names) > 1:
+            raise UserError(
+                f"the config names {len(names)} data sets to validate on ({', '.join(names)}), which would be scored "
+                f"as if they were {names[0]}; override it with one"
+            )
         if self.data.val is not None:
             register_json(VAL_NAME, self.data.val.annotations, self.data.val.images)
             names = (VAL_NAME,)
@@ -178,10 +212,27 @@ class Detectron2Trial(DetectionTrial):
             check_for_rotated_evaluation(opened)
         return opened
 
+    def known_categories(self) -> list[dict]:
+        """Those of the checkpoint that the weights are; else the data's or the config's metadata's, whichever has as
+        many as the model."""
+        config = self.detectron2_config
+        source = self._weights()
+        if source is not None and (of_checkpoint := categories_of_checkpoint(source[0])) is not None:
+            return of_checkpoint
+        named = (config.val_names and categories_of(config.val_names[0], config.semantic)) or COCO_CATEGORIES
+        stated = stated_class_count(config)
+        if self.data.has_val_annotations:
+            in_data = self.open_val().categories
+            free = stated is not None and stated[1] == COCO_CLASSES and stated[0] not in self._overridden
+            if stated is None or free or len(in_data) == stated[1]:
+                return in_data
+        if stated is None or len(named) == stated[1] or config.semantic:
+            return named
+        return [{"id": i + 1, "name": f"class {i + 1}"} for i in range(stated[1])]
+
     @property
-    def pretrained_categories(self) -> list[dict]:
-        names, semantic = self.detectron2_config.val_names, self.detectron2_config.semantic
-        return (names and categories_of(names[0], semantic)) or COCO_CATEGORIES
+    def _overridden(self) -> list[str]:
+        return list(flatten(self.hparams.config_overrides))
 
     def training_groups(self) -> np.ndarray:
         if not self.detectron2_config.train_set.group_by_aspect_ratio:
@@ -197,7 +248,8 @@ class Detectron2Trial(DetectionTrial):
         if isinstance(data, RegisteredData):
             return RegisteredSamples(data.dicts, config.mapper(False, data.names), self.seed)
         proposals = read_proposals(config.val_proposal_files, data.annotations.image_ids)
-        transform = MapperTransform(config.mapper(False, describe(self.categories)), False, proposals)
+        mapper = config.mapper(False, describe(self.categories))
+        transform = MapperTransform(mapper, False, proposals, folder_of(data))
         return CocoDetection(data.annotations, data.images, transform, self.seed, False, self.bad_images, bytes)
 
     @property
@@ -207,7 +259,10 @@ class Detectron2Trial(DetectionTrial):
     def build_evaluator(self, data: SplitData | RegisteredData) -> CocoEvaluator | OwnEvaluator:
         if isinstance(data, RegisteredData):
             evaluator = own_evaluator(data.names[0], self.iou_types, self.detectron2_config.rotated)
-            return OwnEvaluator(evaluator, self.rank < len(data.dicts), self.context.distributed.gather)
+            try:
+                return OwnEvaluator(evaluator, self.rank < len(data.dicts), self.context.distributed.gather)
+            except AssertionError as error:  # Cityscapes' on several machines
+                raise UserError(f"the data set {data.names[0]} cannot be evaluated here: {error}") from error
         sigmas = self.detectron2_config.keypoint_sigmas or None
         return CocoEvaluator(
             data.annotations, self.iou_types, keypoint_sigmas=sigmas, gather=self.context.distributed.gather
@@ -223,27 +278,28 @@ class Detectron2Trial(DetectionTrial):
         counts = {"things": len(self.categories)}
         if self.for_training and isinstance(self.train_data, RegisteredData):
             counts = self.train_data.class_counts
-        set_class_counts(config, counts, list(flatten(self.hparams.config_overrides)))
+        set_class_counts(config, counts, self._overridden)
         model = build_model(config)
         if self.first_batch == 0 and (source := self._weights()):
-            load_weights_into(model, *source)
+            load_weights_into(model, *source, None if self.for_training else config.class_counts())
         return model
 
     def _weights(self) -> tuple[str, str] | None:
         """What to start from, and the key that says so; None for the initial weights."""
         hparams, config = self.hparams, self.detectron2_config
-        if hparams.use_pretrained:
-            return zoo_weights(config.path), "hyperparameters.use_pretrained"
+        if hparams.weights == PUBLISHED:
+            return zoo_weights(config.path), "hyperparameters.weights"
         source = config.weights if hparams.weights is None else hparams.weights
         if not source or (not self.for_training and _is_backbone(source)):
             return None
-        return source, "hyperparameters.weights" if hparams.weights else "the config's weights"
+        key = "hyperparameters.weights" if hparams.weights else "the config's weights"
+        return find_weights(source, key, (Path(__file__).parent.absolute(), config.path.parent)), key
 
     def check_pretrained(self) -> None:
         if self._weights() is None:
             raise UserError(
-                "an untrained model detects nothing; give --checkpoint, --set hyperparameters.use_pretrained=true, or "
-                "--set hyperparameters.weights=…"
+                "an untrained model detects nothing; give --checkpoint, --set hyperparameters.weights=published, or "
+                "other weights in its place"
             )
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -264,6 +320,8 @@ class Detectron2Trial(DetectionTrial):
         return torch.autocast(self.context.device.type, dtype=torch.float16 if halves else None, enabled=halves)
 
     def prepare_schedule(self) -> None:
+        if self.slots > 1 and self.detectron2_config.halves_gradients:
+            self.model.register_comm_hook(None, fp16_compress_hook)
         self.detectron2_config.set_length(self.total_batches)
         self.lr_scheduler = self.detectron2_config.lr_scheduler(self.optimizer)
 
@@ -296,6 +354,16 @@ class Detectron2Trial(DetectionTrial):
             return ", ".join(self.train_data.names)
         return str(self.train_data.annotations.path or "fake")
 
+    def synchronize_buffers(self) -> None:
+        if count := self.detectron2_config.precise_bn_batches:
+            batches = TrainingBatchSampler(
+                self.training_groups(), self.per_slot_batch_size, self.seed, self.rank, self.slots, self.batches_trained
+            )
+            loader = self._loader(self.training_dataset(), batches, training=True)
+            inputs = (inputs_of(to_device(batch, self.context.device)) for batch in loader)
+            measure_batch_statistics(self.plain_model, inputs, count)
+        super().synchronize_buffers()
+
     # --- the step -------------------------------------------------------------------------------------
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
@@ -304,12 +372,25 @@ class Detectron2Trial(DetectionTrial):
 
     def detect(self, model: nn.Module, batch: Batch) -> list[Detections | OwnResult]:
         inputs = inputs_of(batch)
+        if self.detectron2_config.augments_tests and not self.for_training:
+            model = self.detectron2_config.with_test_augmentation(model)
+            inputs = [{**given, "image": given["image"].cpu()} for given in inputs]
         if not self.detects_for_own_evaluator:
-            return list(detect(model, inputs))
+            detected = list(detect(model, inputs))
+            self._warn_of_unscored_masks(detected)
+            return detected
         return [
             OwnResult({key: value for key, value in given.items() if key != "image"}, output)
             for given, output in zip(inputs, model(inputs), strict=True)
         ]
+
+    def _warn_of_unscored_masks(self, detected: list[Detections]) -> None:
+        if self.evaluates_coco and "segm" not in self.iou_types and any(found.masks is not None for found in detected):
+            if not self.warned_of_masks and self.rank == 0:
+                logger.warning(
+                    "the model detects masks, and no `mask_head` of its config says so: the boxes alone are evaluated"
+                )
+            self.warned_of_masks = True
 
 
 def _is_backbone(source: str) -> bool:

@@ -79,7 +79,7 @@ def predict(trial_class: type[DetectionTrial], arguments: argparse.Namespace) ->
     _make_folder(arguments.output, "--output")
     with _detecting_trial(trial_class, config, checkpoint) as trial:
         data = _folder_as_data(arguments.images, files, trial)
-        annotations, suffix = data.annotations, arguments.format or trial.picture_format
+        annotations, suffix = data.annotations, arguments.format
         index_of = {int(image_id): i for i, image_id in enumerate(annotations.image_ids)}
         trial.bad_images.skip = True  # as those of which not even the header can be read
         results, seconds = {}, dict.fromkeys(("loading", "detecting", "drawing"), 0.0)

@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, required=True, metavar="DIR", help="pictures and results.json go here"
     )
     predicting.add_argument(
-        "--format", choices=("png", "pdf"), help="of the pictures; the detector's own where it is not given"
+        "--format", choices=("png", "pdf"), default="png", help="of the pictures; default png, pdf keeps lines sharp"
     )
     predicting.add_argument("--min-score", type=float, default=0.3, help="the lowest score that is drawn; default 0.3")
     for command in (evaluating, predicting):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import detectron2.config
@@ -31,12 +32,16 @@ def load_config(hparams: Detectron2Hyperparameters, submitted: Path) -> Detectro
     Raises:
         UserError: the file is not found or not a config, or a key does not exist.
     """
-    _import_custom_modules(hparams.custom_imports)
     path = find_library_config(hparams.config_file, submitted, shipped_configs(), "config_file")
+    modules = [name.removesuffix(".py") for name in hparams.custom_imports]
+    if path.name in (YamlConfig.resolved_name, LazyConfigFile.resolved_name):
+        _refuse_modules_of(path.parent, modules, submitted)
+    imported = _import_custom_modules(hparams.custom_imports)
     overrides = flatten(hparams.config_overrides)
     if path.suffix == ".py" or path.name == LazyConfigFile.resolved_name:
-        return LazyConfigFile(path, overrides, (submitted.absolute(), shipped_configs().absolute()))
-    return YamlConfig(path, overrides)
+        places = (submitted.resolve(), shipped_configs().resolve())
+        return LazyConfigFile(path, overrides, places, modules)
+    return YamlConfig(path, overrides, imported)
 
 
 def config_of_checkpoint(checkpoint: Path) -> Path:
@@ -75,7 +80,8 @@ def set_class_counts(config: Detectron2Config, in_data: Mapping[str, int], overr
             has none of what the model tells apart.
     """
     for key, stated in config.class_counts().items():
-        kind, of_zoo = ("stuff", COCO_STUFF_CLASSES) if "sem_seg" in key.lower() else ("things", COCO_CLASSES)
+        is_stuff = config.semantic or "sem_seg" in key.lower()
+        kind, of_zoo = ("stuff", COCO_STUFF_CLASSES) if is_stuff else ("things", COCO_CLASSES)
         count = in_data.get(kind, stated)
         if stated == count:
             continue
@@ -93,12 +99,27 @@ def set_class_counts(config: Detectron2Config, in_data: Mapping[str, int], overr
         config.set_class_count(key, count)
 
 
-def _import_custom_modules(names: Sequence[str]) -> None:
+def stated_class_count(config: Detectron2Config) -> tuple[str, int] | None:
+    """The key that says how many classes are detected, of things or of a semantic model's stuff, and its number; None
+    where the config says none."""
+    return next(((k, n) for k, n in config.class_counts().items() if ("sem_seg" in k.lower()) == config.semantic), None)
+
+
+def _import_custom_modules(names: Sequence[str]) -> list[ModuleType]:
+    modules = []
     for name in names:
         try:
-            importlib.import_module(name.removesuffix(".py"))
+            modules.append(importlib.import_module(name.removesuffix(".py")))
         except Exception as error:  # the user's own module may raise anything
             raise UserError(
                 f"hyperparameters.custom_imports: {name} cannot be imported: {type(error).__name__}: {error}; it must "
-                "lie in the folder that is submitted"
+                "lie in the folder that is submitted, or be installed"
             ) from error
+    return modules
+
+
+def _refuse_modules_of(checkpoint: Path, names: Sequence[str], submitted: Path) -> None:
+    """Raises UserError for a Python file that a checkpoint has brought along and would have imported."""
+    for name in names:
+        if submitted.joinpath(*name.split(".")).resolve().is_relative_to(checkpoint.resolve()):
+            raise UserError(f"hyperparameters.custom_imports: {name} is of the checkpoint, and is not executed")

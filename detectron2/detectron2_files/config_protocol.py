@@ -11,6 +11,7 @@ from detectron2.solver import LRMultiplier
 from torch import nn
 
 from shared.data.input_scale import InputScale
+from shared.errors import UserError, nearest
 
 
 @dataclass
@@ -23,6 +24,7 @@ class TrainingSet:
     proposal_files: tuple[str, ...]
     group_by_aspect_ratio: bool
     repeat_threshold: float | None
+    repeat_sqrt: bool
     subset_ratio: float | None
 
 
@@ -36,6 +38,12 @@ class Detectron2Config(Protocol):
     eval_period: int
     checkpoint_period: int
     mixed_precision: bool
+    cudnn_benchmark: bool
+    float32_precision: str
+    find_unused_parameters: bool
+    halves_gradients: bool
+    precise_bn_batches: int
+    augments_tests: bool
     train_set: TrainingSet
     val_names: tuple[str, ...]
     val_proposal_files: tuple[str, ...]
@@ -69,6 +77,10 @@ class Detectron2Config(Protocol):
     def build_model(self) -> nn.Module:
         """The meta-architecture on the host, with its initial weights."""
 
+    def with_test_augmentation(self, model: nn.Module) -> nn.Module:
+        """The model that detects in an image's augmented versions, where `augments_tests`; its images are on the
+        host."""
+
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer, with the config's gradient clipping."""
 
@@ -77,3 +89,17 @@ class Detectron2Config(Protocol):
 
     def write(self, folder: Path) -> None:
         """Writes the resolved config, to be read by `config_of_checkpoint`."""
+
+
+SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
+
+
+def check_sampler(name: str, key: str) -> None:
+    """Raises UserError for a sampler that is not known, or cannot be had from a config."""
+    if name in ("WeightedTrainingSampler", "WeightedCategoryTrainingSampler"):
+        raise UserError(
+            f"{key}: {name} goes by DATASETS.TRAIN_REPEAT_FACTOR, a key that Detectron2's own configs do not have; use "
+            "RepeatFactorTrainingSampler, or name a data set several times in DATASETS.TRAIN"
+        )
+    if name not in SAMPLERS:
+        raise UserError(f"{key}: {name!r} is not known here; {nearest(name, SAMPLERS)}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,15 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from detectron2_files.config_protocol import TrainingSet
+from detectron2_files.rotated import RotatedMapper
+from detectron2_files.weights import unpickle_arrays
 from shared.data.annotations import CocoAnnotations, ImageRecord
 from shared.data.dataset import BadImages, CocoDetection, SampleKey
 from shared.data.images import BadImageError
 from shared.data.loading import Batch, map_tensors
 from shared.data.remote import is_url
 from shared.data.seeding import seed_all
+from shared.data.storage import DiskImages
 from shared.errors import UserError, nearest
 from shared.experiment import SplitData, check_masks
 
@@ -62,6 +67,7 @@ class MapperTransform:
 
     Args:
         proposals: what `read_proposals` gives.
+        folder: of the images, where they are on disk: a mapper of the user's may open them by itself.
     """
 
     def __init__(
@@ -69,16 +75,34 @@ class MapperTransform:
         mapper: Callable[[dict], dict | None],
         annotated: bool,
         proposals: Mapping[int, dict[str, Any]] | None = None,
+        folder: Path | None = None,
     ):
         self.mapper = mapper
+        self.folder = folder
+        of_library = getattr(mapper, "__module__", "").startswith("detectron2.")
+        self.opens_files = not of_library and not isinstance(mapper, RotatedMapper)
         self.annotated = annotated
         self.proposals = proposals or {}
 
     def __call__(self, image: bytes, record: ImageRecord) -> dict[str, Any]:
         dataset_dict = {**to_dataset_dict(record, self.annotated), **self.proposals.get(record.image_id, {})}
-        dataset_dict["file_name"] = f"{_PREFIX}{record.file_name}"
-        _image_bytes.data = image
-        return {**_mapped(self.mapper, dataset_dict, record.file_name), "file_name": record.file_name}
+        with self._place_of(image, record.file_name) as dataset_dict["file_name"]:
+            return {**_mapped(self.mapper, dataset_dict, record.file_name), "file_name": record.file_name}
+
+    @contextlib.contextmanager
+    def _place_of(self, image: bytes, file_name: str) -> Iterator[str]:
+        """Where the mapper finds the image: the library's read any path of its PathManager, one of the user's may
+        know of files only."""
+        if not self.opens_files:
+            _image_bytes.data = image
+            yield f"{_PREFIX}{file_name}"
+        elif self.folder is not None:
+            yield str(self.folder / file_name)
+        else:
+            with tempfile.NamedTemporaryFile(suffix=Path(file_name).suffix) as file:
+                file.write(image)
+                file.flush()
+                yield file.name
 
 
 def _mapped(mapper: Callable[[dict], dict | None], dataset_dict: dict[str, Any], file_name: str) -> dict[str, Any]:
@@ -155,7 +179,7 @@ class CocoSamples(Dataset):
         self.indices = training_images(data.annotations, train_set, seed)
         image_ids = data.annotations.image_ids[np.unique(self.indices)]
         proposals = read_proposals(train_set.proposal_files, image_ids)
-        transform = MapperTransform(mapper, True, proposals)
+        transform = MapperTransform(mapper, True, proposals, folder_of(data))
         self.images = CocoDetection(
             data.annotations, data.images, transform, seed, False, bad_images, decode=bytes, in_use=self.indices
         )
@@ -172,6 +196,11 @@ class CocoSamples(Dataset):
         return columns["widths"][self.indices], columns["heights"][self.indices]
 
 
+def folder_of(data: SplitData) -> Path | None:
+    """The folder of images that are on disk."""
+    return data.images.folder if isinstance(data.images, DiskImages) else None
+
+
 def read_proposals(files: Sequence[str], image_ids: Sequence[int]) -> dict[int, dict[str, Any]]:
     """By image id, what a config that detects in proposals made before adds to a dataset dict; {} without files.
 
@@ -185,12 +214,21 @@ def read_proposals(files: Sequence[str], image_ids: Sequence[int]) -> dict[int, 
         raise UserError(f"{where}: data.train and data.val are one data set each, and need one file")
     dicts = [{"image_id": int(image_id)} for image_id in image_ids]
     try:
+        _refuse_code(files)
         load_proposals_into_dataset(dicts, files[0])
+    except UserError:
+        raise
     except KeyError as error:
         raise UserError(f"{where}: there are none for image id {error}; make them of the data that is used") from error
     except Exception as error:  # a pickle, which may be of anything, from a disk or a server
         raise UserError(f"{where}: they cannot be had: {type(error).__name__}: {error}") from error
     return {proposals.pop("image_id"): proposals for proposals in dicts}
+
+
+def _refuse_code(proposal_files: Sequence[str]) -> None:
+    """The library unpickles proposals; a checkpoint's config may name the file."""
+    for file in proposal_files:
+        unpickle_arrays(Path(PathManager.get_local_path(file)))
 
 
 class RegisteredSamples(Dataset):
@@ -254,7 +292,7 @@ def _repeats(count: int, dicts: Callable[[], list[dict]], train_set: TrainingSet
     generator = np.random.default_rng([seed, 0])
     if train_set.repeat_threshold is not None:
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dicts(), train_set.repeat_threshold
+            dicts(), train_set.repeat_threshold, sqrt=train_set.repeat_sqrt
         ).numpy()
         whole = factors.astype(int)
         return np.repeat(np.arange(count), whole + (generator.random(count) < factors - whole))
@@ -339,14 +377,18 @@ def open_registered(
                 f"the data set {name!r} is not registered; {nearest(name, known)}; registered are {', '.join(known)}. "
                 "A Python file in hyperparameters.custom_imports registers yours; or give data.train and data.val"
             )
+    files = list(train_set.proposal_files if train_set else proposal_files)
     try:
+        _refuse_code(files)
         dicts = get_detection_dataset_dicts(
             list(names),
             filter_empty=train_set is not None and train_set.filter_empty,
             min_keypoints=train_set.min_keypoints if train_set else 0,
-            proposal_files=list(train_set.proposal_files if train_set else proposal_files) or None,
+            proposal_files=files or None,
             check_consistency=True,
         )
+    except UserError:
+        raise
     except Exception as error:  # each data set's loader reads files of its own format
         raise UserError(
             f"the data set {', '.join(names)} cannot be read: {type(error).__name__}: {error}. Detectron2's own lie "

@@ -160,9 +160,10 @@ class OwnEvaluator(ChiefReducer):
 
 
 def flat_metrics(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """{"bbox": {"AP": 41.0, "AP-cat": 50.0}} as {"bbox_AP": 41.0, "bbox_AP/cat": 50.0}."""
+    """{"bbox": {"AP": 41.0, "AP-cat": 50.0}} as {"bbox_AP": 0.41, "bbox_AP/cat": 0.5}: all of Detectron2's evaluators
+    give percent, and every metric here is a fraction."""
     return {
-        f"{task}_{name.replace('AP-', 'AP/')}": float(value)
+        f"{task}_{name.replace('AP-', 'AP/')}": float(value) / 100
         for task, metrics in results.items()
         for name, value in metrics.items()
     }

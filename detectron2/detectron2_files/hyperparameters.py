@@ -7,19 +7,27 @@ from typing import Any
 
 from shared.errors import UserError
 
+# `weights`: what the model zoo publishes for `config_file`
+PUBLISHED = "published"
+
 
 @dataclass
 class Detectron2Hyperparameters:
-    """The `hyperparameters` section."""
+    """The `hyperparameters` section; `use_pretrained: true` is another way to say `weights: published`."""
 
     config_file: str
-    global_batch_size: int = 16
+    global_batch_size: int | None = None
     config_overrides: dict[str, Any] = field(default_factory=dict)
-    use_pretrained: bool = False
     weights: str | None = None
+    use_pretrained: bool = False
     scale_schedule: bool = False
     custom_imports: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.use_pretrained and self.weights is not None:
-            raise UserError("hyperparameters: use_pretrained and weights both say what to start from; give one")
+        if self.use_pretrained and self.weights not in (None, PUBLISHED):
+            raise UserError(
+                f"hyperparameters: use_pretrained: true is weights: {PUBLISHED}, and weights is {self.weights!r}; give "
+                "one"
+            )
+        if self.use_pretrained:
+            self.weights = PUBLISHED

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import MetadataCatalog
+from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from detectron2.solver import LRMultiplier
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from detectron2_files.config_protocol import TrainingSet
+from detectron2_files.config_protocol import TrainingSet, check_sampler
+from detectron2_files.plain_config import OF_CONFIG, read_plain, write_plain
 from shared.errors import UserError, nearest
 
 
@@ -26,16 +28,22 @@ class LazyConfigFile:
     Args:
         places: the folders in which configs are found; where a written config says that a value is another config's,
             that one is looked for there.
+        modules: what a checkpoint's config may name beside the libraries' own.
     """
 
     resolved_name = "detectron2_lazy.yaml"
     rotated = False
 
-    def __init__(self, path: Path, overrides: Mapping[str, Any], places: Sequence[Path] = ()):
+    def __init__(
+        self, path: Path, overrides: Mapping[str, Any], places: Sequence[Path] = (), modules: Sequence[str] = ()
+    ):
         self.path = path
         self.places = places
         try:
-            self.cfg = LazyConfig.load(str(path))
+            written = path.name == self.resolved_name
+            self.cfg = read_plain(path, modules) if written else LazyConfig.load(str(path))
+        except UserError:
+            raise
         except Exception as error:  # a Python config may raise anything
             raise UserError(f"hyperparameters.config_file: {path}: {type(error).__name__}: {error}") from error
         missing = {"model", "optimizer", "lr_multiplier", "dataloader", "train"} - set(self.cfg)
@@ -47,17 +55,20 @@ class LazyConfigFile:
         for key, value in overrides.items():
             _check_key(self.cfg, key)
             OmegaConf.update(self.cfg, key, value, merge=True, force_add=True)
-        self._origins = dict(_origins(self.cfg))
+        self._origins = dict(_origins(self.cfg)) if written else {}
         for key, name in self._origins.items():
             OmegaConf.update(self.cfg, key, self._value_of(name, key), merge=False)
 
     def _value_of(self, name: str, key: str) -> Any:
         """The value that the config `name` has at a key."""
-        file = next((place / name for place in self.places if (place / name).is_file()), None)
+        files = ((place / name).resolve() for place in self.places if (place / name).resolve().is_relative_to(place))
+        # its Python is executed: a file that the checkpoint brought along is not the user's
+        brought = self.path.parent.resolve()
+        file = next((file for file in files if file.is_file() and not file.is_relative_to(brought)), None)
         if file is None:
             raise UserError(
                 f"{self.path}: {key} is a function of {name}, and that config is in none of "
-                f"{', '.join(map(str, self.places))}; put it there"
+                f"{', '.join(map(str, self.places))}; put it there, or give it: --set hyperparameters.config_file=…"
             )
         value = OmegaConf.select(LazyConfig.load(str(file)), key)
         if value is None:
@@ -72,6 +83,10 @@ class LazyConfigFile:
 
     @property
     def batch_size(self) -> int:
+        if "total_batch_size" not in self.cfg.dataloader.train:
+            raise UserError(
+                f"{self.path} has no dataloader.train.total_batch_size; give hyperparameters.global_batch_size"
+            )
         return self.cfg.dataloader.train.total_batch_size
 
     @property
@@ -100,12 +115,32 @@ class LazyConfigFile:
         return bool(self.cfg.train.get("amp", {}).get("enabled"))
 
     @property
+    def cudnn_benchmark(self) -> bool:
+        return bool(self.cfg.train.get("cudnn_benchmark"))
+
+    @property
+    def float32_precision(self) -> str:
+        return self.cfg.train.get("float32_precision") or ""
+
+    @property
+    def find_unused_parameters(self) -> bool:
+        return bool((self.cfg.train.get("ddp") or {}).get("find_unused_parameters"))
+
+    @property
+    def halves_gradients(self) -> bool:
+        return bool((self.cfg.train.get("ddp") or {}).get("fp16_compression"))
+
+    precise_bn_batches, augments_tests = 0, False  # keys of YAML configs
+
+    def with_test_augmentation(self, model: nn.Module) -> nn.Module:
+        return model
+
+    @property
     def train_set(self) -> TrainingSet:
         loader = self.cfg.dataloader.train
         dataset, sampler = loader.get("dataset") or {}, loader.get("sampler") or {}
-        kind = _name(sampler.get("_target_", ""))
-        if kind not in ("", "TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"):
-            raise UserError(f"dataloader.train.sampler: {kind} is not known here; leave it out")
+        kind = _name(sampler.get("_target_", "TrainingSampler"))
+        check_sampler(kind, "dataloader.train.sampler")
         factors = sampler.get("repeat_factors") or {}
         return TrainingSet(
             names=_names(dataset.get("names") or ()),
@@ -114,6 +149,7 @@ class LazyConfigFile:
             proposal_files=_names(dataset.get("proposal_files") or ()),
             group_by_aspect_ratio=loader.get("aspect_ratio_grouping", True),
             repeat_threshold=factors.get("repeat_thresh") if kind == "RepeatFactorTrainingSampler" else None,
+            repeat_sqrt=factors.get("sqrt", True),
             subset_ratio=sampler.get("subset_ratio") if kind == "RandomSubsetTrainingSampler" else None,
         )
 
@@ -127,9 +163,10 @@ class LazyConfigFile:
 
     @property
     def iou_types(self) -> tuple[str, ...]:
-        heads = self.cfg.model.get("roi_heads") or {}
-        on = {"segm": heads.get("mask_head"), "keypoints": heads.get("keypoint_head")}
-        return ("bbox", *(name for name, head in on.items() if head))
+        # at any place of the model: the heads of a model of one's own, or of MMDetection, need not be in roi_heads
+        heads = set(_heads(self.cfg.model))
+        types = {"segm": "mask_head", "keypoints": "keypoint_head"}
+        return ("bbox", *(iou_type for iou_type, head in types.items() if head in heads))
 
     @property
     def keypoint_sigmas(self) -> tuple[float, ...]:
@@ -176,7 +213,12 @@ class LazyConfigFile:
                 f"hyperparameters.config_file: {self.path} has no dataloader.{split}.mapper, with which every config "
                 "of a detector makes its inputs; is it one?"
             )
-        return _build(self.cfg.dataloader[split], "mapper", f"dataloader.{split}")
+        section = self.cfg.dataloader[split]
+        if training and section.mapper.get("keypoint_hflip_indices") is not None and _has_keypoints(names):
+            # the config has those of the data set that it names itself
+            section = copy.deepcopy(section)
+            section.mapper.keypoint_hflip_indices = [int(i) for i in create_keypoint_hflip_indices(list(names))]
+        return _build(section, "mapper", f"dataloader.{split}")
 
     def build_model(self) -> nn.Module:
         return _build(self.cfg, "model", "")
@@ -194,17 +236,9 @@ class LazyConfigFile:
         return LRMultiplier(optimizer, _build(self.cfg, "lr_multiplier", ""), self.max_iter)
 
     def write(self, folder: Path) -> None:
-        cfg = copy.deepcopy(self.cfg)
         inside = (self.path.relative_to(place) for place in self.places if self.path.is_relative_to(place))
         name = str(next(inside, self.path))
-        for key, value in list(_values(self.cfg)):
-            if not (_can_be_written(value) or (key.endswith("_target_") and _has_a_name(value))):
-                OmegaConf.update(cfg, key, {_OF_CONFIG: self._origins.get(key, name)}, merge=False)
-        LazyConfig.save(cfg, str(folder / self.resolved_name))
-
-
-# what stands in a written config for a value that YAML cannot hold, a lambda for one: the config that has it
-_OF_CONFIG = "_value_of_config_"
+        write_plain(self.cfg, folder / self.resolved_name, lambda key: self._origins.get(key, name))
 
 
 def _values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -222,28 +256,25 @@ def _values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield dotted, node[key]
 
 
+def _heads(node: Any) -> Iterator[str]:
+    """The keys of a model, at any depth, that something is built for."""
+    for key in node if isinstance(node, DictConfig) else range(len(node)):
+        if OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key) or node[key] is None:
+            continue
+        if isinstance(key, str):
+            yield key.removesuffix("s")
+        if isinstance(node[key], (DictConfig, ListConfig)):
+            yield from _heads(node[key])
+
+
 def _origins(cfg: DictConfig) -> Iterator[tuple[str, str]]:
     for key, value in _values(cfg):
-        if key.endswith(f".{_OF_CONFIG}"):
-            yield key.removesuffix(f".{_OF_CONFIG}"), value
+        if key.endswith(f".{OF_CONFIG}"):
+            yield key.removesuffix(f".{OF_CONFIG}"), value
 
 
-def _has_a_name(target: Any) -> bool:
-    """Whether what is called is found by the name that LazyConfig writes for it."""
-    try:
-        return locate(f"{target.__module__}.{target.__qualname__}") == target
-    except Exception:  # it imports, and modules raise anything
-        return False
-
-
-def _can_be_written(value: Any) -> bool:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return True
-    try:
-        yaml.unsafe_load(yaml.dump(value))
-    except Exception:  # what the class's own way of being pickled raises
-        return False
-    return True
+def _has_keypoints(names: tuple[str, ...]) -> bool:
+    return bool(names) and bool(MetadataCatalog.get(names[0]).get("keypoint_names"))
 
 
 def _name(target: Any) -> str:

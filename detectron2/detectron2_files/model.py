@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import nn
 
 from detectron2_files.config_protocol import Detectron2Config
@@ -16,6 +19,8 @@ logging.getLogger("detectron2").setLevel(logging.WARNING)  # tables of a data se
 
 # what these keep in plain attributes while they train
 PYTHON_STATE = {"RetinaNet": ("loss_normalizer",), "FCOS": ("loss_normalizer",)}
+
+_PRECISIONS = ("highest", "high", "medium")
 
 
 def build_model(config: Detectron2Config) -> nn.Module:
@@ -51,3 +56,38 @@ def losses_of_step(model: nn.Module, inputs: list[dict[str, Any]], number: int) 
     # where the models put numbers that they watch: nobody reads them, and nothing is kept from step to step
     with EventStorage(number):
         return model(inputs)
+
+
+def measure_batch_statistics(model: nn.Module, batches: Iterable[list[dict[str, Any]]], count: int) -> None:
+    """What Detectron2's trainer does before a validation for `TEST.PRECISE_BN`: running means and variances become
+    those of `count` batches by the weights as they are."""
+    model.train()
+    if get_bn_modules(model):
+        with EventStorage():
+            update_bn_stats(model, batches, count)
+
+
+def apply_backend_options(config: Detectron2Config, for_training: bool) -> None:
+    """`CUDNN_BENCHMARK` of a training and `FLOAT32_PRECISION`, which are of the whole process, as Detectron2 does.
+
+    Raises:
+        UserError: the precision is not one of PyTorch's.
+    """
+    torch.backends.cudnn.benchmark = for_training and config.cudnn_benchmark
+    if precision := config.float32_precision:
+        if precision not in _PRECISIONS:
+            raise UserError(f"FLOAT32_PRECISION: {precision!r} is not one of {', '.join(_PRECISIONS)}")
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = precision != "highest"
+
+
+def group_processes_of_machine(count: int) -> None:
+    """Tells Detectron2, whose own launcher would, which processes share a machine; its Cityscapes evaluators ask.
+
+    Args:
+        count: processes on each machine.
+    """
+    try:
+        comm.get_local_process_group()
+    except AssertionError:
+        comm.create_local_process_group(count)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import urllib.error
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import nn
 
 from detectron2_files.config import shipped_configs
 from shared.errors import UserError, nearest
-from shared.training.checkpoints import count_names, find_checkpoint, load_state, without_ddp
+from shared.training.checkpoints import CATEGORIES_FILE, count_names, find_checkpoint, load_state, without_ddp
 
 logger = logging.getLogger(__name__)
 logging.getLogger("fvcore.common.checkpoint").setLevel(logging.ERROR)  # a line for each weight
@@ -32,6 +34,7 @@ _PLAIN = {
     ("numpy", "dtype"),
     ("_codecs", "encode"),
     ("collections", "OrderedDict"),
+    ("detectron2.structures.boxes", "BoxMode"),  # of proposals
 }
 
 
@@ -56,27 +59,51 @@ def zoo_weights(config: Path) -> str:
                 continue
             published.append(str(other.relative_to(zoo)))
         raise UserError(
-            f"hyperparameters.use_pretrained: the model zoo has no weights for {name}; "
-            f"{nearest(name, published, otherwise='its MODEL_ZOO.md lists those')}; or give hyperparameters.weights"
+            f"hyperparameters.weights: published: the model zoo has no weights for {name}; "
+            f"{nearest(name, published, otherwise='its MODEL_ZOO.md lists those')}; or give a file or a URL"
         ) from error
 
 
-def load_weights_into(model: nn.Module, source: str, key: str) -> None:
-    """Start from `source`: a file (.pkl and .pyth of Detectron, .pth), a URL, a `detectron2://` name or a checkpoint of
-    ours. A head for other classes keeps its initial values, said in one line.
+def find_weights(source: str, key: str, places: Sequence[Path]) -> str:
+    """A URL as it is, the path of a file or of a checkpoint's `state_dict.pth`.
+
+    Args:
+        places: folders that a relative path may be relative to, beside the one that the run was started in.
 
     Raises:
-        UserError: it cannot be had, holds code, or is of another architecture.
+        UserError: there is none; says where it was looked for.
     """
-    path = source
-    if "://" not in source and not Path(source.split("?")[0]).is_file():
-        try:
-            path = str(find_checkpoint(source) / "state_dict.pth")
-        except UserError as error:
-            raise UserError(f"{key}: {error}. Give a file, a URL, a detectron2:// name or a checkpoint") from error
+    if "://" in source:
+        return source
+    path, *query = source.split("?")
+    for place in (Path(), *places):
+        for file in (place / path, place / path / "state_dict.pth"):
+            if file.is_file():
+                return "?".join([str(file), *query])
+    try:
+        return str(find_checkpoint(source) / "state_dict.pth")
+    except UserError as error:
+        looked = f"Looked in {', '.join(map(str, places))} (.detignore keeps .pth files out of what is submitted). "
+        raise UserError(
+            f"{key}: {error}. {'' if Path(path).is_absolute() else looked}Give a file, a URL, a detectron2:// name or "
+            "a checkpoint"
+        ) from error
+
+
+def load_weights_into(model: nn.Module, source: str, key: str, class_counts: Mapping[str, int] | None = None) -> None:
+    """Start from `source`, which `find_weights` gives: a file (.pkl and .pyth of Detectron, .pth), a URL, a
+    `detectron2://` name or a checkpoint of ours. A head for other classes keeps its initial values, said in one line,
+    where it is trained.
+
+    Args:
+        class_counts: where nothing is trained, what the config says of classes, by key: every parameter must fit then.
+
+    Raises:
+        UserError: it cannot be had, holds code, or is of another architecture, or of other classes than are detected.
+    """
     reader = _Reader(model)
     try:
-        reader.load(path)
+        reader.load(source)
     except UserError:
         raise
     except (OSError, urllib.error.URLError, ValueError, AssertionError) as error:
@@ -84,7 +111,39 @@ def load_weights_into(model: nn.Module, source: str, key: str) -> None:
             f"{key}: {source} cannot be had: {error}. Without a way to the internet give a file, "
             "hyperparameters.weights: PATH, or start from nothing, weights: ''"
         ) from error
+    if class_counts is not None:
+        _refuse_random_values(model, reader.incompatible, class_counts, source, key)
     _judge(model, reader.incompatible, reader.by_heuristics, source, key)
+
+
+def _refuse_random_values(
+    model: nn.Module, incompatible: _IncompatibleKeys, class_counts: Mapping[str, int], source: str, key: str
+) -> None:
+    """Raises UserError where a parameter would detect with what it was initialised with."""
+    advice = "use the config_file that they were trained with"
+    for name, theirs, own in incompatible.incorrect_shapes:
+        of_kind = [k for k in class_counts if ("sem_seg" in name) == ("sem_seg" in k.lower()) and _of_classes(name)]
+        for class_key in of_kind[:1]:
+            count = class_counts[class_key]
+            background = "sem_seg" not in name and own[0] == count + 1
+            classes = theirs[0] - 1 if background else theirs[0] * count // own[0]
+            advice += f", or with their number of classes, config_overrides: {{{class_key}: {classes}}}"
+        raise UserError(
+            f"{key}: {source} does not fit: {name} is {tuple(theirs)} in it and {tuple(own)} in the model, which "
+            f"would detect with random values there; {advice}"
+        )
+    parameters = {name for name, _ in model.named_parameters()}
+    if missing := [name for name in incompatible.missing_keys if name in parameters]:
+        raise UserError(
+            f"{key}: {source} lacks, or has in another shape, {len(missing)} of the model's {len(parameters)} "
+            f"parameters, the first is {missing[0]}, which would detect with random values; {advice}"
+        )
+
+
+def categories_of_checkpoint(source: str) -> list[dict] | None:
+    """The COCO categories of a checkpoint of ours; None for any other weights."""
+    path = Path(source).parent / CATEGORIES_FILE
+    return json.loads(path.read_text()) if Path(source).name == "state_dict.pth" and path.is_file() else None
 
 
 class _Reader(DetectionCheckpointer):
@@ -97,7 +156,7 @@ class _Reader(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pkl"):
-            loaded = _unpickle_arrays(Path(filename))
+            loaded = unpickle_arrays(Path(filename))
             if "model" not in loaded or "__author__" not in loaded:  # Caffe2 or Detectron 1
                 blobs = loaded.get("blobs", loaded)
                 blobs = {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")}
@@ -121,7 +180,9 @@ class _Reader(DetectionCheckpointer):
         self.incompatible = incompatible
 
 
-def _unpickle_arrays(path: Path) -> dict[str, Any]:
+def unpickle_arrays(path: Path) -> dict[str, Any]:
+    """A pickled dict of arrays and plain values; UserError for one that is cut off or would execute code."""
+
     class ArraysOnly(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) in _PLAIN:
@@ -133,7 +194,7 @@ def _unpickle_arrays(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             loaded = ArraysOnly(file, encoding="latin1").load()
-    except UserError:
+    except (UserError, OSError):
         raise
     except Exception as error:  # pickle raises what the broken bytes happen to say
         raise UserError(f"{path} is cut off, or not a pickle of weights: {error}") from error

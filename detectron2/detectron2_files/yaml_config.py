@@ -3,34 +3,55 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
 from detectron2.engine import DefaultTrainer
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.solver import LRMultiplier, build_lr_scheduler, build_optimizer
 from torch import nn
 
-from detectron2_files.config_protocol import TrainingSet
+from detectron2_files.config_protocol import TrainingSet, check_sampler
 from detectron2_files.rotated import RotatedMapper
 from shared.data.input_scale import InputScale
 from shared.errors import UserError, nearest
 
-_CLASS_COUNTS = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES", "MODEL.SEM_SEG_HEAD.NUM_CLASSES")
+_CLASS_COUNTS = (
+    "MODEL.ROI_HEADS.NUM_CLASSES",
+    "MODEL.RETINANET.NUM_CLASSES",
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES",
+    "MODEL.POINT_HEAD.NUM_CLASSES",  # of the project PointRend
+    "MODEL.TENSOR_MASK.NUM_CLASSES",
+)
+_ADDS_KEYS = re.compile(r"add_(\w+_)?config")
+_OF_STUFF = ("SemanticSegmentor", "PanopticFPN")
+_WITHOUT_ROI_HEADS = ("RetinaNet", "SemanticSegmentor", "ProposalNetwork", "TensorMask")
 
 
 class YamlConfig:
-    """A yacs config, `cfg`."""
+    """A yacs config, `cfg`.
+
+    Args:
+        modules: those that `custom_imports` names. As the projects' scripts do, what they define as `add_…_config(cfg)`
+            adds its keys before the file is read, and `build_lr_scheduler(cfg, optimizer)` makes the schedule.
+    """
 
     resolved_name = "detectron2.yaml"
 
-    def __init__(self, path: Path, overrides: Mapping[str, Any]):
+    def __init__(self, path: Path, overrides: Mapping[str, Any], modules: Sequence[ModuleType] = ()):
         self.path = path
+        self.modules = modules
         self.cfg = get_cfg()
+        added = {f: None for module in modules for name, f in vars(module).items() if _ADDS_KEYS.fullmatch(name)}
+        for add_keys in added:
+            add_keys(self.cfg)
         try:
             # the zoo's own say `!!python/object/apply:eval`; what lies in a checkpoint is plain
             self.cfg.merge_from_file(str(path), allow_unsafe=path.name != self.resolved_name)
@@ -87,9 +108,28 @@ class YamlConfig:
         return self.cfg.SOLVER.AMP.ENABLED
 
     @property
+    def cudnn_benchmark(self) -> bool:
+        return self.cfg.CUDNN_BENCHMARK
+
+    @property
+    def float32_precision(self) -> str:
+        return self.cfg.FLOAT32_PRECISION
+
+    find_unused_parameters, halves_gradients = False, False  # keys of Python configs
+
+    @property
+    def precise_bn_batches(self) -> int:
+        return self.cfg.TEST.PRECISE_BN.NUM_ITER if self.cfg.TEST.PRECISE_BN.ENABLED else 0
+
+    @property
+    def augments_tests(self) -> bool:
+        return self.cfg.TEST.AUG.ENABLED
+
+    @property
     def train_set(self) -> TrainingSet:
         cfg = self.cfg
         samples = cfg.DATALOADER.SAMPLER_TRAIN
+        check_sampler(samples, "DATALOADER.SAMPLER_TRAIN")
         return TrainingSet(
             names=tuple(cfg.DATASETS.TRAIN),
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
@@ -97,6 +137,7 @@ class YamlConfig:
             proposal_files=tuple(cfg.DATASETS.PROPOSAL_FILES_TRAIN) if cfg.MODEL.LOAD_PROPOSALS else (),
             group_by_aspect_ratio=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
             repeat_threshold=cfg.DATALOADER.REPEAT_THRESHOLD if samples == "RepeatFactorTrainingSampler" else None,
+            repeat_sqrt=cfg.DATALOADER.REPEAT_SQRT,
             subset_ratio=cfg.DATALOADER.RANDOM_SUBSET_RATIO if samples == "RandomSubsetTrainingSampler" else None,
         )
 
@@ -144,17 +185,20 @@ class YamlConfig:
 
     def class_counts(self) -> dict[str, int]:
         leaves = dict(_leaves(self.cfg))
-        return {key: leaves[key] for key in _CLASS_COUNTS if self._uses(key)}
+        return {key: leaves[key] for key in _CLASS_COUNTS if key in leaves and self._uses(key)}
 
     def _uses(self, key: str) -> bool:
-        architecture = self.cfg.MODEL.META_ARCHITECTURE
-        used_by = {
-            "MODEL.RETINANET.NUM_CLASSES": ("RetinaNet",),
-            "MODEL.SEM_SEG_HEAD.NUM_CLASSES": ("SemanticSegmentor", "PanopticFPN"),
-        }
-        if key in used_by:
-            return architecture in used_by[key]
-        return architecture not in ("RetinaNet", "SemanticSegmentor", "ProposalNetwork")
+        model = self.cfg.MODEL
+        architecture = model.META_ARCHITECTURE
+        if key == "MODEL.RETINANET.NUM_CLASSES":
+            return architecture == "RetinaNet"
+        if key == "MODEL.SEM_SEG_HEAD.NUM_CLASSES":
+            return architecture in _OF_STUFF
+        if key == "MODEL.TENSOR_MASK.NUM_CLASSES":
+            return architecture == "TensorMask"
+        if key == "MODEL.POINT_HEAD.NUM_CLASSES":
+            return "PointRend" in (model.SEM_SEG_HEAD if self.semantic else model.ROI_MASK_HEAD).NAME
+        return architecture not in _WITHOUT_ROI_HEADS
 
     def set_class_count(self, key: str, count: int) -> None:
         self.cfg.merge_from_list([key, count])
@@ -162,10 +206,20 @@ class YamlConfig:
     def mapper(self, training: bool, names: tuple[str, ...]) -> Any:
         cfg = self.cfg.clone()
         cfg.DATASETS.TRAIN = names
-        return (RotatedMapper if self.rotated else DatasetMapper)(cfg, is_train=training)
+        if self.rotated:
+            return RotatedMapper(cfg, is_train=training)
+        if training and self.semantic and "SINGLE_CATEGORY_MAX_AREA" in cfg.INPUT.CROP:  # of PointRend and DeepLab
+            return DatasetMapper(cfg, is_train=True, augmentations=_semantic_augmentations(cfg))
+        return DatasetMapper(cfg, is_train=training)
 
     def build_model(self) -> nn.Module:
         return build_model(self.cfg)
+
+    def with_test_augmentation(self, model: nn.Module) -> nn.Module:
+        try:
+            return GeneralizedRCNNWithTTA(self.cfg, model)
+        except AssertionError as error:
+            raise UserError(f"TEST.AUG.ENABLED: {error}; switch it off in config_overrides") from error
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(self.cfg, model)
@@ -174,10 +228,34 @@ class YamlConfig:
         cfg = self.cfg.clone()
         # a step at the very end, which upstream takes for an error, changes nothing any more
         cfg.SOLVER.STEPS = tuple(step for step in cfg.SOLVER.STEPS if step < cfg.SOLVER.MAX_ITER)
-        return build_lr_scheduler(cfg, optimizer)
+        build = next(
+            (m.build_lr_scheduler for m in self.modules if hasattr(m, "build_lr_scheduler")), build_lr_scheduler
+        )
+        try:
+            return build(cfg, optimizer)
+        except ValueError as error:
+            raise UserError(
+                f"SOLVER.LR_SCHEDULER_NAME: {error}; a module in custom_imports may have its own"
+            ) from error
 
     def write(self, folder: Path) -> None:
         (folder / self.resolved_name).write_text(self.cfg.dump())
+
+
+def _semantic_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
+    """What the scripts of PointRend and DeepLab train semantic segmentation with."""
+    inputs = cfg.INPUT
+    augmentations = [T.ResizeShortestEdge(inputs.MIN_SIZE_TRAIN, inputs.MAX_SIZE_TRAIN, inputs.MIN_SIZE_TRAIN_SAMPLING)]
+    if crop := inputs.CROP if inputs.CROP.ENABLED else None:
+        ignored = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+        augmentations.append(
+            T.RandomCrop_CategoryAreaConstraint(crop.TYPE, crop.SIZE, crop.SINGLE_CATEGORY_MAX_AREA, ignored)
+        )
+    if inputs.get("COLOR_AUG_SSD"):
+        from detectron2.projects.point_rend import ColorAugSSDTransform
+
+        augmentations.append(ColorAugSSDTransform(img_format=inputs.FORMAT))
+    return [*augmentations, T.RandomFlip()]
 
 
 def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -33,8 +33,6 @@ class TrialValidation:
     """
 
     iou_types: tuple[str, ...] = ("bbox",)
-    picture_format: str = "png"
-    """What `predict` writes where nothing else is said: "png" or "pdf"."""
 
     context: PyTorchTrialContext
     plain_model: nn.Module

@@ -1,15 +1,21 @@
 """Which config counts, what it says, and what is wrong with it."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
 from tiny_models import DETECTRON2, load_model_def
 
-from detectron2_files.config import config_of_checkpoint, load_config, shipped_configs
+from detectron2_files.config import config_of_checkpoint, load_config, set_class_counts, shipped_configs
+from detectron2_files.data import describe, training_images
 from detectron2_files.hyperparameters import Detectron2Hyperparameters
+from detectron2_files.model import apply_backend_options
+from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
-from shared.experiment import Length
+from shared.experiment import Length, parse_data
 
 MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 LAZY_RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.py"
@@ -107,11 +113,13 @@ def test_a_checkpoint_whose_config_s_functions_are_gone_names_the_file_that_had_
         "model.roi_heads.box_head.conv_norm = lambda channels: None\n"
         "model.roi_heads.mask_head.conv_norm = ''\n"
     )
-    load("configs/own.py", tmp_path).write(tmp_path)
-    assert load(str(config_of_checkpoint(tmp_path)), tmp_path).cfg.model.roi_heads.box_head.conv_norm(8) is None
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    load("configs/own.py", tmp_path).write(checkpoint)
+    assert load(str(config_of_checkpoint(checkpoint)), tmp_path).cfg.model.roi_heads.box_head.conv_norm(8) is None
     own.unlink()
     with pytest.raises(UserError, match=r"conv_norm is a function of configs/own.py, and that config is in none of"):
-        load(str(config_of_checkpoint(tmp_path)), tmp_path)
+        load(str(config_of_checkpoint(checkpoint)), tmp_path)
 
 
 def test_a_python_config_of_another_task_is_said_to_be_no_detector_s():
@@ -130,6 +138,28 @@ def test_the_scaling_rule_goes_by_the_images_of_a_batch_in_both_kinds_of_config(
     lazy = load(LAZY_RETINANET)
     lazy.scale_schedule(32)
     assert (lazy.learning_rate, lazy.max_iter, lazy.batch_size, lazy.eval_period) == (0.02, 45000, 32, 2500)
+
+
+@pytest.mark.parametrize(
+    ("config_file", "batch"),
+    [
+        ("LVISv1-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", 16),
+        ("Cityscapes/mask_rcnn_R_50_FPN.yaml", 8),
+        ("new_baselines/mask_rcnn_R_50_FPN_50ep_LSJ.py", 64),
+    ],
+)
+def test_the_batch_is_the_config_s_own_where_none_is_given(config_file, batch, monkeypatch):
+    monkeypatch.setattr(load_model_def("detectron2"), "group_processes_of_machine", lambda count: None)
+    trial = object.__new__(load_model_def("detectron2").Detectron2Trial)
+    trial.hparams, trial.data = Detectron2Hyperparameters(config_file, weights=""), parse_data({"data": {}})
+    trial.for_training, trial.slots = True, 3
+    trial.context = SimpleNamespace(distributed=SimpleNamespace(local_size=3))
+    trial._val_paths = lambda: None
+    trial.read_own_config()
+    assert trial.hparams.global_batch_size == batch
+    trial.for_training, trial.hparams.global_batch_size = False, None
+    trial.read_own_config()
+    assert trial.hparams.global_batch_size % 3 == 0
 
 
 def test_a_length_that_ends_at_a_step_of_the_schedule_trains():
@@ -164,13 +194,32 @@ def test_the_tutorial_s_schedules_are_detectron_s_for_as_many_gpus(gpus):
 
 
 def test_the_default_is_detectron_s_comparison_without_augmentation():
-    for name in ("const.yaml", "distributed.yaml"):
-        experiment = yaml.safe_load((DETECTRON2 / name).read_text())
-        config = load(experiment["hyperparameters"]["config_file"])
+    lengths = {
+        "const.yaml": (2, 720000, 0.0025, (480000, 640000)),
+        "distributed.yaml": (16, 90000, 0.02, (60000, 80000)),
+    }
+    for name, (batch, length, lr, steps) in lengths.items():
+        hparams = Detectron2Hyperparameters(**yaml.safe_load((DETECTRON2 / name).read_text())["hyperparameters"])
+        assert hparams.global_batch_size == batch
+        config = load_config(hparams, DETECTRON2)
         assert (config.max_iter, config.batch_size) == (90000, 16)
-        assert experiment["hyperparameters"]["global_batch_size"] == 16
         assert config.cfg.INPUT.MIN_SIZE_TRAIN == (800,)
         assert config.iou_types == ("bbox", "segm")
+        if hparams.scale_schedule:
+            config.scale_schedule(batch)
+        assert (config.max_iter, config.learning_rate, config.cfg.SOLVER.STEPS) == (length, lr, steps)
+
+
+@pytest.mark.parametrize("path", sorted(DETECTRON2.glob("*.yaml")), ids=lambda path: path.name)
+def test_what_is_commented_in_a_shipped_file_is_valid_where_it_is_uncommented(path):
+    written = path.read_text()
+    head, tail = written.split("\nresources:", 1)
+    text = f"{head}\nresources:" + re.sub(r"(?m)^( *)# ", r"\1", tail)
+    before, after = yaml.safe_load(written), yaml.safe_load(text)
+    assert len(after.get("bind_mounts", [])) == (0 if path.name == "const_fake.yaml" else 2)
+    assert any("DETECTRON2_DATASETS=" in variable for variable in after["environment"]["environment_variables"])
+    if "/data/coco" in written:
+        assert {"host_path": "/data/coco", "container_path": "/data/coco", "read_only": True} in before["bind_mounts"]
 
 
 def test_the_config_s_lengths_are_the_defaults():
@@ -181,3 +230,99 @@ def test_the_config_s_lengths_are_the_defaults():
         "min_validation_period": Length("batches", 500),
         "min_checkpoint_period": Length("batches", 5000),
     }
+
+
+def test_the_backend_s_options_of_a_config_are_set(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    before = torch.get_float32_matmul_precision()
+    try:
+        apply_backend_options(load(config_overrides={"CUDNN_BENCHMARK": True, "FLOAT32_PRECISION": "high"}), True)
+        assert torch.backends.cudnn.benchmark
+        assert torch.get_float32_matmul_precision() == "high"
+        apply_backend_options(load(config_overrides={"CUDNN_BENCHMARK": True}), False)
+        assert not torch.backends.cudnn.benchmark
+        with pytest.raises(UserError, match=r"FLOAT32_PRECISION: .*fast"):
+            apply_backend_options(load(config_overrides={"FLOAT32_PRECISION": "fast"}), True)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_repeat_factors_are_square_roots_where_the_config_says_so(shapes):
+    annotations = CocoAnnotations.open(str(shapes / "annotations/train.json"))
+    common = {"DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler", "DATALOADER.REPEAT_THRESHOLD": 50.0}
+    counts = [
+        len(training_images(annotations, load(config_overrides={**common, "DATALOADER.REPEAT_SQRT": on}).train_set, 0))
+        for on in (True, False)
+    ]
+    assert counts[1] > 3 * counts[0]
+
+
+def test_ddp_s_options_of_a_python_config_are_taken():
+    on = load(
+        LAZY_RETINANET, config_overrides={"train.ddp": {"find_unused_parameters": True, "fp16_compression": True}}
+    )
+    assert (on.find_unused_parameters, on.halves_gradients) == (True, True)
+    off = load(LAZY_RETINANET)
+    assert (off.find_unused_parameters, off.halves_gradients) == (False, False)
+
+
+def test_masks_of_a_python_config_are_scored_wherever_their_head_is():
+    assert load("Misc/mmdet_mask_rcnn_R_50_FPN_1x.py").iou_types == ("bbox", "segm")
+    assert load("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.py").iou_types == ("bbox", "keypoints")
+    assert load(LAZY_RETINANET).iou_types == ("bbox",)
+
+
+INSTALLED = "detectron2.projects."
+PROJECT = "_BASE_: {base}\nMODEL: {{ROI_HEADS: {{NUM_CLASSES: 80}}, WEIGHTS: '', {model}}}\n"
+
+
+def test_a_project_of_detectron2_s_is_had_by_custom_imports_with_its_class_counts(tmp_path):
+    base = shipped_configs() / "Base-RCNN-FPN.yaml"
+    head = "{NAME: PointRendMaskHead, POINT_HEAD_ON: true, POOLER_TYPE: '', OUTPUT_SIDE_RESOLUTION: 7}"
+    point = f"MASK_ON: true, ROI_MASK_HEAD: {head}"
+    (tmp_path / "point.yaml").write_text(PROJECT.format(base=base, model=point))
+    with pytest.raises(UserError, match=r"OUTPUT_SIDE_RESOLUTION|POINT_HEAD_ON"):
+        load("point.yaml", tmp_path)
+    config = load("point.yaml", tmp_path, custom_imports=[f"{INSTALLED}point_rend"])
+    set_class_counts(config, {"things": 3}, [])
+    assert config.class_counts() == {"MODEL.ROI_HEADS.NUM_CLASSES": 3, "MODEL.POINT_HEAD.NUM_CLASSES": 3}
+    predictor = config.build_model().roi_heads.mask_head.point_head.predictor
+    assert predictor.out_channels == 3
+
+
+def test_deeplab_has_its_own_schedule(tmp_path):
+    text = (
+        f"_BASE_: {shipped_configs() / 'Misc/semantic_R_50_FPN_1x.yaml'}\n"
+        "MODEL: {SEM_SEG_HEAD: {NAME: DeepLabV3PlusHead, NUM_CLASSES: 54, NORM: BN, COMMON_STRIDE: 4,\n"
+        "  IN_FEATURES: [p2, p5], PROJECT_FEATURES: [p2], PROJECT_CHANNELS: [48]}}\n"
+        "SOLVER: {LR_SCHEDULER_NAME: WarmupPolyLR, MAX_ITER: 100, WARMUP_ITERS: 0, BASE_LR: 0.01}\n"
+        "INPUT: {CROP: {ENABLED: true, SINGLE_CATEGORY_MAX_AREA: 0.75}}\n"
+    )
+    (tmp_path / "deeplab.yaml").write_text(text)
+    config = load("deeplab.yaml", tmp_path, custom_imports=[f"{INSTALLED}deeplab"])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+    scheduler = config.lr_scheduler(optimizer)
+    scheduler.last_epoch = 50
+    assert scheduler.get_lr() == [pytest.approx(0.01 * 0.5**0.9)]
+    crops = [type(augmentation).__name__ for augmentation in config.mapper(True, ()).augmentations.augs]
+    assert crops == ["ResizeShortestEdge", "RandomCrop_CategoryAreaConstraint", "RandomFlip"]
+    assert config.class_counts() == {"MODEL.SEM_SEG_HEAD.NUM_CLASSES": 54}
+
+
+def test_keys_of_a_module_of_the_user_s_are_there_before_the_file_is_read(tmp_path, monkeypatch):
+    (tmp_path / "tensor_mask_of_test.py").write_text(
+        "from detectron2.config import CfgNode\n"
+        "def add_tensormask_config(cfg):\n"
+        "    cfg.MODEL.TENSOR_MASK = CfgNode({'NUM_CLASSES': 80})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.yaml").write_text("MODEL: {META_ARCHITECTURE: TensorMask, TENSOR_MASK: {NUM_CLASSES: 80}}\n")
+    config = load("mine.yaml", tmp_path, custom_imports=["tensor_mask_of_test.py"])
+    assert config.class_counts() == {"MODEL.TENSOR_MASK.NUM_CLASSES": 80}
+
+
+def test_keypoints_of_a_python_config_flip_as_the_data_s_names_say():
+    config = load("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.py")
+    names = describe([{"name": "hand", "keypoints": ["tip", "left_side", "right_side"]}])
+    assert list(config.mapper(True, names).keypoint_hflip_indices) == [0, 2, 1]

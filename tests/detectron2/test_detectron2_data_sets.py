@@ -264,3 +264,47 @@ def test_rotated_boxes_train_and_are_evaluated_as_such(shapes, train, trial_clas
     predict = ("predict", path, "--checkpoint", run / "checkpoints/last", "--images", shapes / "val", "--output", out)
     run_model_def(*predict, cwd=DETECTRON2)
     assert json.loads((out / "results.json").read_text())
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_mapper_of_one_s_own_may_open_the_image_by_its_file_name(shapes, on_disk):
+    def mapper(dataset_dict):
+        with Image.open(dataset_dict["file_name"]) as image:
+            return {"image": np.asarray(image), "opened": dataset_dict["file_name"]}
+
+    record = CocoAnnotations.open(str(shapes / "annotations/val.json"))[0]
+    path = shapes / "val" / record.file_name
+    sample = MapperTransform(mapper, False, folder=shapes / "val" if on_disk else None)(path.read_bytes(), record)
+    assert sample["image"].shape == (record.height, record.width, 3)
+    assert sample["file_name"] == record.file_name
+    assert (sample["opened"] == str(path)) == on_disk
+
+
+def test_detectron2_knows_which_processes_share_a_machine(shapes, tmp_path):
+    probe, config = tmp_path / "probe.py", tmp_path / "config.yaml"
+    probe.write_text(
+        f"""
+import os, sys
+sys.path.insert(0, {str(DETECTRON2)!r})
+import model_def
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import CityscapesSemSegEvaluator
+from shared.launch import main
+
+class Probe(model_def.Detectron2Trial):
+    def read_own_config(self):
+        super().read_own_config()
+        MetadataCatalog.get("some")
+        evaluator = CityscapesSemSegEvaluator("some")
+        evaluator.reset()
+        os.write(1, f"FOLDER {{evaluator._temp_dir}}\\n".encode())
+        sys.exit()
+
+main(Probe)
+"""
+    )
+    config.write_text(yaml.safe_dump(detectron2_config(shapes)))
+    done = run_model_def("train", config, "--output-dir", tmp_path / "run", processes=2, cwd=DETECTRON2, script=probe)
+    folders = [line for line in done.stdout.splitlines() if line.startswith("FOLDER")]
+    assert len(folders) == 2
+    assert len(set(folders)) == 1

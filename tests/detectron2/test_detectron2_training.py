@@ -13,6 +13,7 @@ from pycocotools import mask as coco_mask
 from tiny_models import DETECTRON2, detectron2_config, load_model_def, with_keypoints
 
 from shared.errors import UserError
+from shared.training.checkpoints import read_checkpoint
 from shared.training.training_metrics import DivergedError
 
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
@@ -75,28 +76,50 @@ main(Probe)
     assert max(worst) < 1e-5
 
 
+def test_a_python_config_s_options_of_ddp_train_in_two_processes(shapes, tmp_path):
+    config = in_process(detectron2_config(shapes, "configs/small_retinanet.py"))
+    overrides = config["hyperparameters"]["config_overrides"]
+    overrides["train.ddp"] = {"find_unused_parameters": True, "fp16_compression": True}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    run_model_def("train", path, "--output-dir", tmp_path / "run", processes=2, cwd=DETECTRON2)
+    assert reports(tmp_path / "run", "val")
+
+
 def test_what_detectron2_itself_finds_not_finite_names_the_batch(shapes, train, trial_class):
     config = in_process(detectron2_config(shapes, **{"SOLVER.BASE_LR": 1e30, "SOLVER.WARMUP_ITERS": 0}))
     with pytest.raises(DivergedError, match=r"the loss is not finite since batch \d \(image ids \d"):
         train(trial_class, config)
 
 
-@pytest.mark.parametrize("kind", ["yaml", pytest.param("py", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["yaml", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("py", "lsj"))])
 def test_a_run_is_evaluated_and_predicts_by_the_config_in_its_checkpoint(shapes, train, trial_class, tmp_path, kind):
     if kind == "yaml":
         config = detectron2_config(shapes, **{"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0})
         config["searcher"]["metric"] = "segm_mAP"
+    elif kind == "lsj":  # its norm is a function of the config's own file
+        overrides = {
+            "train.amp.enabled": False,
+            "model.backbone.square_pad": 0,
+            "model.proposal_generator.nms_thresh": 0.5,
+        }
+        overrides["model.roi_heads.box_predictor.test_score_thresh"] = 0.0
+        config = detectron2_config(shapes, "new_baselines/mask_rcnn_R_50_FPN_50ep_LSJ.py", **overrides)
     else:
         config = detectron2_config(shapes, "configs/small_retinanet.py")
         config["hyperparameters"]["config_overrides"]["model.test_score_thresh"] = 0.001
     run = train(trial_class, in_process(config, batches=4))
     last = run / "checkpoints/last"
+    if kind == "lsj":
+        resumed = in_process(copy.deepcopy(config), batches=5)
+        assert reports(train(trial_class, resumed, resume="last"), "val")[-1]["batches"] == 5
     # the file it came from may be gone
     config["hyperparameters"] = {"config_file": "gone.py"}
     path = tmp_path / "later.yaml"
     path.write_text(yaml.safe_dump(config))
     arguments = ("evaluate", path, "--checkpoint", last, "--output", tmp_path / "evaluated")
-    run_model_def(*arguments, processes=2, cwd=DETECTRON2)
+    processes = 1 if kind == "lsj" else 2  # on CPUs torch has no SyncBatchNorm of several
+    run_model_def(*arguments, processes=processes, cwd=DETECTRON2)
     assert json.loads((tmp_path / "evaluated/metrics.json").read_text()) == reports(run, "val")[-1]["metrics"]
 
     out = tmp_path / "out"
@@ -104,12 +127,41 @@ def test_a_run_is_evaluated_and_predicts_by_the_config_in_its_checkpoint(shapes,
     done = run_model_def(*predict, cwd=DETECTRON2)
     assert "seconds: loading" in done.stdout
     results = json.loads((out / "results.json").read_text())
-    assert len(results) > 5
+    assert kind == "lsj" or len(results) > 5
     if kind == "yaml":
         assert all(coco_mask.decode(r["segmentation"]).shape == (128, 128) for r in results)
-    assert (out / "000000.png.pdf").read_bytes().startswith(b"%PDF")
-    run_model_def(*predict, "--format", "png", cwd=DETECTRON2)
     assert Image.open(out / "000000.png.png").size == (128, 128)
+    run_model_def(*predict, "--format", "pdf", cwd=DETECTRON2)
+    assert (out / "000000.png.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_test_time_augmentation_is_of_evaluation_and_prediction(shapes, train, trial_class, tmp_path):
+    config = in_process(detectron2_config(shapes, **{"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0}))
+    aug = {"TEST.AUG.MIN_SIZES": [96, 128], "TEST.AUG.MAX_SIZE": 256}
+    config["hyperparameters"]["config_overrides"].update(aug)
+    last = train(trial_class, config) / "checkpoints/last"
+    path, found = tmp_path / "c.yaml", {}
+    path.write_text(yaml.safe_dump(config))
+    for on in ("false", "true"):
+        command = ("predict", path, "--checkpoint", last, "--images", shapes / "val", "--output", tmp_path / on)
+        run_model_def(*command, "--set", f"hyperparameters.config_overrides.TEST.AUG.ENABLED={on}", cwd=DETECTRON2)
+        found[on] = json.loads((tmp_path / on / "results.json").read_text())
+    assert found["true"]
+    assert found["true"] != found["false"]
+
+
+def test_precise_batch_statistics_are_those_of_the_weights_at_a_validation(shapes, train, trial_class, tmp_path):
+    config = in_process(detectron2_config(shapes))
+    folders = {}
+    for on in (False, True):
+        config["hyperparameters"]["config_overrides"].update(
+            {"TEST.PRECISE_BN.ENABLED": on, "TEST.PRECISE_BN.NUM_ITER": 2}
+        )
+        folders[on] = train(trial_class, copy.deepcopy(config), f"precise_{on}") / "checkpoints/last"
+    plain, precise = (read_checkpoint(folders[on]).weights for on in (False, True))
+    differing = [name for name in plain if not plain[name].equal(precise[name])]
+    assert differing
+    assert all("running_" in name or "num_batches" in name for name in differing)
 
 
 def test_keypoints_train_are_evaluated_and_predicted(shapes, train, trial_class, tmp_path):
@@ -179,7 +231,7 @@ def bad(shapes, **changes):
 
 WRONG = {
     r"hyperparameters: unknown key 'config'; did you mean 'config_file'": {"hyperparameters__config": "x"},
-    r"use_pretrained and weights both say": {"hyperparameters__use_pretrained": True},
+    r"use_pretrained: true is weights: published, and weights is ''": {"hyperparameters__use_pretrained": True},
     r"data.val.annotations: .*nowhere.json does not exist": {"data__val__annotations": "/tmp/nowhere.json"},
     r"MODEL.ROI_HEADS.NUM_CLASSES is 7, and the data has 3 categories": {
         "hyperparameters__config_overrides": {"MODEL.ROI_HEADS.NUM_CLASSES": 7}
@@ -200,6 +252,21 @@ WRONG = {
     },
     r"mixed precision needs a GPU; switch it off in config_overrides": {
         "hyperparameters__config_overrides": {"SOLVER.AMP.ENABLED": True}
+    },
+    r"DATALOADER.SAMPLER_TRAIN: 'RepeatFactorTrainingSampeler' is not known here; did you mean 'RepeatFactorTra": {
+        "hyperparameters__config_overrides": {"DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampeler"}
+    },
+    r"DATALOADER.SAMPLER_TRAIN: WeightedTrainingSampler goes by DATASETS.TRAIN_REPEAT_FACTOR": {
+        "hyperparameters__config_overrides": {"DATALOADER.SAMPLER_TRAIN": "WeightedTrainingSampler"}
+    },
+    r"config names 2 data sets to validate on \(coco_2017_val, coco_2014_val\).* override it with one": {
+        "data__val": None,
+        "hyperparameters__config_overrides": {"DATASETS.TEST": ["coco_2017_val", "coco_2014_val"]},
+    },
+    r"config names 2 data sets to validate on .*voc_2007_test, voc_2012_val.* override it with one": {
+        "data__val": None,
+        "hyperparameters__config_file": "COCO-Detection/rpn_R_50_FPN_1x.yaml",
+        "hyperparameters__config_overrides": {"DATASETS.TEST": ["voc_2007_test", "voc_2012_val"]},
     },
     r"custom_imports: nothing_here.py cannot be imported": {"hyperparameters__custom_imports": ["nothing_here.py"]},
     r"the config's weights: .*R-50.pkl cannot be had: .*weights: ''": {"hyperparameters__weights": None},

@@ -2,16 +2,18 @@
 
 import logging
 import pickle
+import re
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import DETECTRON2, SMALL_YAML
+from tiny_models import DETECTRON2, SMALL_YAML, load_model_def
 
 from detectron2_files.config import load_config, shipped_configs
 from detectron2_files.hyperparameters import Detectron2Hyperparameters
-from detectron2_files.weights import load_weights_into, zoo_weights
+from detectron2_files.weights import find_weights, load_weights_into, zoo_weights
 from shared.errors import UserError
+from shared.experiment import parse_data
 
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 KEY = "hyperparameters.weights"
@@ -84,7 +86,28 @@ def test_a_cut_off_file_is_named(model, tmp_path):
     with pytest.raises(UserError, match=r"cut.pkl is cut off"):
         load_weights_into(build(), str(tmp_path / "cut.pkl"), KEY)
     with pytest.raises(UserError, match=r"hyperparameters.weights: .*nowhere.pkl"):
-        load_weights_into(build(), str(tmp_path / "nowhere.pkl"), KEY)
+        find_weights(str(tmp_path / "nowhere.pkl"), KEY, ())
+
+
+def test_a_relative_path_of_weights_is_found_beside_the_config_or_in_the_folder_submitted(tmp_path, monkeypatch):
+    (tmp_path / "start").mkdir()
+    monkeypatch.chdir(tmp_path / "start")
+    (tmp_path / "mine/run").mkdir(parents=True)
+    (tmp_path / "mine/a.pkl").write_bytes(b"")
+    (tmp_path / "mine/run/state_dict.pth").write_bytes(b"")
+    places = (tmp_path, tmp_path / "mine")
+    assert find_weights("mine/a.pkl", KEY, places) == find_weights("a.pkl", KEY, places) == str(tmp_path / "mine/a.pkl")
+    assert find_weights("a.pkl?matching_heuristics=True", KEY, places).endswith("a.pkl?matching_heuristics=True")
+    assert find_weights("mine/run", KEY, places) == str(tmp_path / "mine/run/state_dict.pth")
+    with pytest.raises(UserError, match=rf"weights: b.pth is not .* Looked in {tmp_path}, {tmp_path}/mine"):
+        find_weights("b.pth", KEY, places)
+
+
+def test_use_pretrained_is_another_way_to_say_published():
+    assert Detectron2Hyperparameters(RETINANET, use_pretrained=True).weights == "published"
+    assert Detectron2Hyperparameters(RETINANET, use_pretrained=True, weights="published").weights == "published"
+    with pytest.raises(UserError, match=r"use_pretrained: true is weights: published, and weights is 'x.pkl'"):
+        Detectron2Hyperparameters(RETINANET, use_pretrained=True, weights="x.pkl")
 
 
 def test_a_head_for_other_classes_starts_anew_in_one_line(model, tmp_path, caplog):
@@ -112,3 +135,104 @@ def test_the_zoo_s_weights_are_known_by_config():
     assert zoo_weights(shipped_configs() / RETINANET).endswith("retinanet_R_50_FPN_1x/190397773/model_final_bfca0b.pkl")
     with pytest.raises(UserError, match=r"the model zoo has no weights for COCO-Detection/fcos_R_50_FPN_1x.py; did"):
         zoo_weights(shipped_configs() / "COCO-Detection/fcos_R_50_FPN_1x.py")
+
+
+def test_a_head_of_other_classes_does_not_detect_at_random(model, tmp_path):
+    torch.save({"model": model.state_dict()}, tmp_path / "coco.pth")
+    other = build(**{"MODEL.RETINANET.NUM_CLASSES": 5})
+    with pytest.raises(
+        UserError,
+        match=r"cls_score.weight is \(720, .*\) in it and \(45, .*\) in the model.*RETINANET.NUM_CLASSES: 80",
+    ):
+        load_weights_into(other, str(tmp_path / "coco.pth"), KEY, {"MODEL.RETINANET.NUM_CLASSES": 5})
+
+
+def test_a_backbone_alone_does_not_detect(model, tmp_path):
+    backbone = {name: weight for name, weight in model.state_dict().items() if name.startswith("backbone.")}
+    torch.save({"model": backbone}, tmp_path / "backbone.pth")
+    with pytest.raises(
+        UserError, match=r"lacks, or has in another shape, \d+ of the model's \d+ parameters, the first is head"
+    ):
+        load_weights_into(build(), str(tmp_path / "backbone.pth"), KEY, {"MODEL.RETINANET.NUM_CLASSES": 80})
+
+
+@pytest.mark.parametrize(
+    ("config_file", "classes", "with_data", "names"),
+    [
+        (RETINANET, None, False, ["person", "bicycle"]),
+        (RETINANET, None, True, ["rectangle", "circle", "triangle"]),
+        (RETINANET, 80, True, ["person", "bicycle"]),  # published weights, said so, beside data of one's own
+        (RETINANET, 3, True, ["rectangle", "circle", "triangle"]),
+        (RETINANET, 4, True, ["class 1", "class 2", "class 3", "class 4"]),
+        ("PascalVOC-Detection/faster_rcnn_R_50_FPN.yaml", None, True, ["aeroplane", "bicycle"]),
+    ],
+)
+def test_categories_are_those_of_the_weights_not_of_other_data(shapes, config_file, classes, with_data, names):
+    trial = object.__new__(load_model_def("detectron2").Detectron2Trial)
+    overrides = {} if classes is None else {"MODEL.RETINANET.NUM_CLASSES": classes}
+    trial.hparams = Detectron2Hyperparameters(config_file, config_overrides=overrides, weights="")
+    trial.detectron2_config = load_config(trial.hparams, DETECTRON2)
+    trial.for_training, trial.evaluates_coco = False, True
+    section = {"annotations": str(shapes / "annotations/val.json"), "images": str(shapes / "val")}
+    trial.data = parse_data({"data": {"val": section} if with_data else {}})
+    assert [category["name"] for category in trial.known_categories()][: len(names)] == names
+
+
+DETECTRON_1 = "Detectron1-Comparisons/mask_rcnn_R_50_FPN_noaug_1x.yaml"
+# from Detectron2's names to Detectron's
+NAMES_OF_DETECTRON = [
+    (r"^backbone\.bottom_up\.stem\.conv1\.norm\.", "res_conv1_bn_"),
+    (r"^backbone\.bottom_up\.stem\.conv1\.", "conv1_"),
+    (r"^backbone\.bottom_up\.(res\d)\.(\d+)\.", r"\1_\2_"),
+    (r"shortcut\.", "branch1."),
+    (r"conv1\.(?=norm|weight)", "branch2a."),
+    (r"conv2\.(?=norm|weight)", "branch2b."),
+    (r"conv3\.(?=norm|weight)", "branch2c."),
+    (r"\.norm\.", "_bn_"),
+    (r"^backbone\.fpn_lateral5\.", "fpn_inner_res5_2_sum_"),
+    (r"^backbone\.fpn_lateral(\d)\.", r"fpn_inner_res\1_0_sum_lateral_"),
+    (r"^backbone\.fpn_output(\d)\.", r"fpn_res\1_0_sum_"),
+    (r"^proposal_generator\.rpn_head\.conv\.", "conv_rpn_fpn2_"),
+    (r"^proposal_generator\.rpn_head\.objectness_logits\.", "rpn_cls_logits_fpn2_"),
+    (r"^proposal_generator\.rpn_head\.anchor_deltas\.", "rpn_bbox_pred_fpn2_"),
+    (r"^roi_heads\.box_head\.fc1\.", "fc6_"),
+    (r"^roi_heads\.box_head\.fc2\.", "fc7_"),
+    (r"^roi_heads\.box_predictor\.", ""),
+    (r"^roi_heads\.mask_head\.mask_fcn(\d)\.", r"_[mask]_fcn\1_"),
+    (r"^roi_heads\.mask_head\.deconv\.", "conv5_mask_"),
+    (r"^roi_heads\.mask_head\.predictor\.", "mask_fcn_logits_"),
+    (r"\.", "_"),
+]
+
+
+def as_of_detectron(model):
+    """Its weights as Detectron would have saved them: the background is the first class, boxes have one too, and each
+    blob has its momentum."""
+    blobs = {}
+    for name, weight in arrays(model).items():
+        bn = ".norm." in name
+        if name.endswith(("running_mean", "running_var", "pixel_mean", "pixel_std")):
+            continue
+        for pattern, other in NAMES_OF_DETECTRON:
+            name = re.sub(pattern, other, name)
+        name = re.sub("weight$", "s" if bn else "w", re.sub("bias$", "b", name))
+        if name.startswith("cls_score"):
+            weight = np.concatenate([weight[-1:], weight[:-1]])
+        elif name.startswith(("bbox_pred", "mask_fcn_logits")):
+            weight = np.concatenate([np.zeros_like(weight[: 4 if name.startswith("bbox") else 1]), weight])
+        blobs[name] = weight
+        blobs[f"{name}_momentum"] = np.zeros_like(weight)
+    return {"blobs": blobs, "cfg": "MODEL: {TYPE: generalized_rcnn}"}
+
+
+def test_a_detectron_1_model_is_whole_in_the_zoo_s_config_for_it(tmp_path):
+    overrides = {**SMALL_YAML, "MODEL.RESNETS.NORM": "FrozenBN", "MODEL.PIXEL_MEAN": [102.9801, 115.9465, 122.7717]}
+    hparams = Detectron2Hyperparameters(DETECTRON_1, config_overrides=overrides)
+    config = load_config(hparams, DETECTRON2)
+    model, other = config.build_model(), config.build_model()
+    # Python 2 wrote them
+    (tmp_path / "model_final.pkl").write_bytes(pickle.dumps(as_of_detectron(model), protocol=2))
+    load_weights_into(other, str(tmp_path / "model_final.pkl"), KEY, config.class_counts())
+    read = other.state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.allclose(read[name], weight, rtol=0, atol=1e-4 if "running_var" in name else 0), name

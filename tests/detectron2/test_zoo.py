@@ -40,7 +40,7 @@ ZOO = {
     "Misc/mask_rcnn_R_50_FPN_3x_dconv_c3-c5.yaml": {},
     "Misc/mask_rcnn_R_50_FPN_3x_gn.yaml": GROUP_NORM,
     "Misc/scratch_mask_rcnn_R_50_FPN_3x_gn.yaml": GROUP_NORM,
-    "Misc/mask_rcnn_R_50_FPN_3x_syncbn.yaml": {"MODEL.RESNETS.NORM": "SyncBN"},
+    "Misc/mask_rcnn_R_50_FPN_3x_syncbn.yaml": {"MODEL.RESNETS.NORM": "SyncBN", "TEST.PRECISE_BN.NUM_ITER": 2},
     "PascalVOC-Detection/faster_rcnn_R_50_C4.yaml": CLASSES,
     "PascalVOC-Detection/faster_rcnn_R_50_FPN.yaml": CLASSES,
     "new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py": {"train.amp.enabled": False, "model.backbone.square_pad": 0},
