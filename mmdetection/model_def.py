@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from mmdetection_files.config import (
     RESOLVED_CONFIG,
     default_lengths,
     input_scale,
+    leaves,
     load_mmdet_config,
     scale_lr,
     set_num_classes,
@@ -36,6 +38,7 @@ from mmdetection_files.data import (
     TrainingSamples,
     build_own_dataset,
     build_samples,
+    classes_of,
     collate,
     decoder,
     is_plain_coco,
@@ -44,13 +47,16 @@ from mmdetection_files.data import (
 )
 from mmdetection_files.evaluation import OwnEvaluator, OwnResult, own_arguments, to_detections, to_own_result
 from mmdetection_files.hooks import EMA_HOOKS, MomentumEma, StepRunner, hook_config, mode_switch
-from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
+from mmdetection_files.hyperparameters import PUBLISHED, MMDetectionData, MMDetectionHyperparameters
 from mmdetection_files.model import (
     PYTHON_STATE,
+    StartWeights,
     build_model,
     build_optimizer,
     build_scaler,
-    load_pretrained,
+    categories_named,
+    load_start,
+    read_start,
     without_pretrained_backbone,
     without_teacher_weights,
 )
@@ -81,19 +87,21 @@ class MMDetectionTrial(DetectionTrial):
 
     hyperparameters_class = MMDetectionHyperparameters
     data_class = MMDetectionData
-    path_hyperparameters = ("config_file", "merge_config", "use_pretrained")
+    path_hyperparameters = ("config_file", "merge_config", "weights", "use_pretrained")
     pretrained_categories: ClassVar = COCO_CATEGORIES
 
     # --- the config -----------------------------------------------------------------------------------
 
     @classmethod
     def hyperparameters_of_checkpoint(cls, checkpoint: Path) -> dict[str, Any]:
-        config_file = str(checkpoint / RESOLVED_CONFIG)
         return {
-            "config_file": config_file,
+            "config_file": str(checkpoint / RESOLVED_CONFIG),
             "merge_config": None,
-            "override_mmdet_config": {},
-            "use_pretrained": False,
+            "config_overrides": {},
+            "override_mmdet_config": None,
+            "weights": None,
+            "use_pretrained": None,
+            "scale_schedule": None,
         }
 
     @classmethod
@@ -206,7 +214,7 @@ class MMDetectionTrial(DetectionTrial):
         set_num_classes(self.mmdet_config, len(self.categories))
         config = deepcopy(self.mmdet_config)
         starts_anew = self.for_training and self.first_batch == 0
-        if self.hparams.use_pretrained or not starts_anew:
+        if self.hparams.weights is not None or not starts_anew:
             without_pretrained_backbone(config)
         if not self.for_training:
             without_teacher_weights(config)
@@ -214,16 +222,39 @@ class MMDetectionTrial(DetectionTrial):
             config.fp16 = None  # a model that was trained in half precision detects in single here
         model = build_model(config, initialize=starts_anew or not self.for_training)
         init_receptive_fields(model, self.mmdet_config)
-        if self.hparams.use_pretrained and self.first_batch == 0:
-            load_pretrained(model, self.hparams.use_pretrained, self.hparams.config_file)
+        if self.hparams.weights and self.first_batch == 0:
+            load_start(model, self.start_weights, self.for_training)
+            del self.start_weights
         model.CLASSES = tuple(category["name"] for category in self.categories)
         return model
 
+    @cached_property
+    def start_weights(self) -> StartWeights:
+        return read_start(self.hparams.weights, self.hparams.weights_key, self.hparams.config_file)
+
+    def known_categories(self) -> list[dict]:
+        """Those that the weights say they detect; else those of the config's data set."""
+        known = self.start_weights.categories if self.hparams.weights else None
+        if known is None:
+            return self._categories_of_data()
+        if self.data.has_val_annotations and self.evaluates_coco:  # the same names, with the ids of the data
+            of_data = self.open_val().categories
+            if [category["name"] for category in of_data] == [category["name"] for category in known]:
+                return of_data
+        return known
+
+    def _categories_of_data(self) -> list[dict]:
+        leaf = leaves(self.mmdet_config.data.val)[0]
+        if self.data.backend == "fake" or (self.data.has_val_annotations and self.evaluates_coco):
+            return self.open_val().categories
+        names = selected_classes(leaf) or classes_of(leaf["type"])
+        return categories_named(names) if names else self.pretrained_categories
+
     def check_pretrained(self) -> None:
-        if not self.hparams.use_pretrained:
+        if not self.hparams.weights:
             raise UserError(
-                "hyperparameters.use_pretrained is false, and an untrained model detects nothing; give --checkpoint, "
-                "or --set hyperparameters.use_pretrained=true"
+                "hyperparameters.weights says nothing, and an untrained model detects nothing; give --checkpoint, or "
+                f"--set hyperparameters.weights={PUBLISHED}"
             )
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -233,9 +264,7 @@ class MMDetectionTrial(DetectionTrial):
         if not self.mmdet_config.get("fp16") or not self.for_training:
             return None
         if self.context.device.type != "cuda":
-            raise UserError(
-                "fp16 of the MMDetection config needs a GPU; take it out: override_mmdet_config: {fp16: null}"
-            )
+            raise UserError("fp16 of the MMDetection config needs a GPU; take it out: config_overrides: {fp16: null}")
         return self.context.wrap_scaler(build_scaler(self.mmdet_config.fp16))
 
     def build_ema(self, model: nn.Module) -> MomentumEma | None:
@@ -289,6 +318,11 @@ class MMDetectionTrial(DetectionTrial):
     def load_own_state(self, state: dict[str, Any]) -> None:
         restore_python_state(self.plain_model, state)
 
+    def _start(self) -> str:
+        if self.hparams.weights is None:
+            return "the config's initial ones"
+        return self.hparams.weights or "none, from nothing"
+
     def summary(self) -> list[tuple[str, object]]:
         config = self.mmdet_config
         lr_config = dict(config.get("lr_config") or {})
@@ -296,7 +330,7 @@ class MMDetectionTrial(DetectionTrial):
         return [
             ("config", self.hparams.config_file),
             ("model", f"{config.model.type}, {len(self.categories)} categories"),
-            ("weights", self.hparams.use_pretrained or "the config's initial ones"),
+            ("weights", self._start()),
             ("training data", f"{train['type']}, {len(self.train_samples)} samples"),
             ("validation", ", ".join(self.iou_types) if self.evaluates_coco else f"{config.data.val.type}.evaluate"),
             ("optimizer", f"{config.optimizer.type}, lr {config.optimizer.lr:g}"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import copy
 import functools
+import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,21 +67,23 @@ def shipped_configs() -> Path:
 
 
 def load_mmdet_config(hparams: MMDetectionHyperparameters, submitted: Path) -> Config:
-    """`config_file`, with `merge_config` over it and `override_mmdet_config` last.
+    """`config_file`, with `merge_config` over it and `config_overrides` last.
 
     Raises:
         UserError: a file is not found or not a config; a key merged in is unknown to what it is merged into.
     """
+    _import_files(hparams.custom_imports)
     path = find_library_config(hparams.config_file, submitted, shipped_configs(), "config_file")
     config = read_resolved(path) if path.name == RESOLVED_CONFIG else _read(path, "config_file")
     if hparams.merge_config is not None:
         merged = find_library_config(hparams.merge_config, submitted, shipped_configs(), "merge_config")
         read = dict(_read(merged, "merge_config")._cfg_dict)
-        _merge(config, read, "merge_config", _variables(merged))
-    if hparams.override_mmdet_config:
-        overrides = _expand(hparams.override_mmdet_config)
-        _refuse_variables(overrides, path)
-        _merge(config, overrides, "override_mmdet_config", set())
+        _merge(config, read, "hyperparameters.merge_config", _variables(merged))
+    if hparams.config_overrides:
+        overrides = _expand(hparams.config_overrides)
+        _refuse_variables(overrides, path, hparams.overrides_key)
+        _merge(config, overrides, hparams.overrides_key, set())
+        _refuse_other_scaling(hparams, overrides)
     _import_custom_modules(config)
     if "model" not in config or "data" not in config:
         raise UserError(
@@ -103,16 +106,36 @@ def _read(path: Path, key: str) -> Config:
         raise UserError(f"hyperparameters.{key}: {path} cannot be read: {type(error).__name__}: {reason}") from error
 
 
-def _refuse_variables(overrides: Mapping[str, Any], path: Path) -> None:
+def _refuse_other_scaling(hparams: MMDetectionHyperparameters, overrides: Mapping[str, Any]) -> None:
+    enabled = (overrides.get("auto_scale_lr") or {}).get("enable")
+    if None not in (enabled, hparams.scale_schedule) and enabled != hparams.scale_schedule:
+        raise UserError(
+            f"hyperparameters.scale_schedule is {hparams.scale_schedule}, and {hparams.overrides_key}: "
+            f"auto_scale_lr.enable {enabled}; keep scale_schedule"
+        )
+
+
+def _refuse_variables(overrides: Mapping[str, Any], path: Path, key: str) -> None:
     """Raises UserError for a variable of MMDetection's Python files: what was made of it is there already, and an
     override of it would change nothing."""
     for name in ("classes", "data_root", "dataset_type", "img_norm_cfg", "train_pipeline", "test_pipeline"):
         if name in overrides:
             instead = {"classes": "data.train.classes and data.val.classes", "data_root": "data.train and data.val"}
             raise UserError(
-                f"hyperparameters.override_mmdet_config: {name!r} is a variable of {path.name}, and overriding it "
+                f"{key}: {name!r} is a variable of {path.name}, and overriding it "
                 f"changes nothing; override what it was for, {instead.get(name, 'data.train… and data.val…')}"
             )
+
+
+def _import_files(names: Iterable[str]) -> None:
+    for name in names:
+        try:
+            importlib.import_module(name.removesuffix(".py").replace("/", "."))
+        except Exception as error:  # the user's own module may raise anything
+            raise UserError(
+                f"hyperparameters.custom_imports: {name} cannot be imported: {type(error).__name__}: {error}; it must "
+                "lie in the folder that is submitted"
+            ) from error
 
 
 def _import_custom_modules(config: Config) -> None:
@@ -162,12 +185,12 @@ def _expand(dotted: Mapping[str, Any]) -> dict[str, Any]:
 
 def _merge(config: Config, new: dict[str, Any], key: str, variables: set[str]) -> None:
     new = {name: value for name, value in new.items() if name not in variables}
-    _check_keys(new, config._cfg_dict, "", f"hyperparameters.{key}")
+    _check_keys(new, config._cfg_dict, "", key)
     new = _as_mmdet_takes_it(new, config._cfg_dict)
     try:
         config.merge_from_dict(new)
     except (KeyError, TypeError, IndexError) as error:
-        raise UserError(f"hyperparameters.{key}: {error}") from error
+        raise UserError(f"{key}: {error}") from error
 
 
 def _as_mmdet_takes_it(new: Any, old: Any, name: str = "") -> Any:
@@ -437,7 +460,7 @@ def set_num_classes(config: Config, num_classes: int) -> None:
                 raise UserError(
                     f"hyperparameters.config_file: model.{name} is for {head['num_things_classes']} things and "
                     f"{head.get('num_stuff_classes', 0)} stuff classes, and the data has {num_classes} categories; set "
-                    f"them, and the loss's class_weight, with override_mmdet_config"
+                    f"them, and the loss's class_weight, with config_overrides"
                 )
     if any(head.get("num_stuff_classes") for _, head in heads):
         return  # its other heads are for the things alone

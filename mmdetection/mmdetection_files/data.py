@@ -92,6 +92,11 @@ def selected_classes(leaf: dict[str, Any]) -> tuple[str, ...] | None:
         raise UserError(f"classes: {classes!r} is no file of names; give a list for one class too") from error
 
 
+def classes_of(kind: str) -> tuple[str, ...] | None:
+    """The names that MMDetection gives the classes of a kind of data set; None where it gives none."""
+    return getattr(DATASETS.get(kind), "CLASSES", None)
+
+
 def test_pipeline(section: dict[str, Any]) -> list[Any]:
     """The pipeline of a test data set, for batches of any size, as `inference_detector` has it."""
     with warnings.catch_warnings():

@@ -21,9 +21,11 @@ from mmdetection_files.config import (
 )
 from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
 from mmdetection_files.model import (
+    StartWeights,
     build_model,
-    load_pretrained,
+    load_start,
     published_checkpoints,
+    published_weights,
     without_pretrained_backbone,
     without_teacher_weights,
 )
@@ -296,4 +298,40 @@ def test_mmdetection_s_published_weights_are_known_by_config():
     assert len(published) > 300
     assert published[MASK_RCNN].endswith("mask_rcnn_r50_fpn_1x_coco_20200205-d4b0c5d6.pth")
     with pytest.raises(UserError, match=r"publishes no weights for yolox/yolox_m.*; did you mean"):
-        load_pretrained(None, True, "yolox/yolox_m_8x8_300e_coco.py")
+        published_weights("yolox/yolox_m_8x8_300e_coco.py", "hyperparameters.weights")
+
+
+SMALL = {"model.backbone.depth": 18, "model.neck.in_channels": [64, 128, 256, 512], "model.backbone.init_cfg": None}
+
+
+def test_weights_of_an_older_version_s_names_are_loaded_whole(caplog):
+    config = resolve(
+        config_file="fcos/fcos_r50_caffe_fpn_gn-head_1x_coco.py",
+        config_overrides={**SMALL, "model.bbox_head.stacked_convs": 1},
+    )
+    saved = build_model(config, initialize=False).state_dict()
+    old = {name.replace("head.conv_", "head.fcos_"): torch.full_like(weight, 7) for name, weight in saved.items()}
+    assert old.keys() != saved.keys()
+    model = build_model(config, initialize=False)
+    caplog.set_level("INFO")
+    load_start(model, StartWeights("old.pth", "hyperparameters.weights", old, None), for_training=False)
+    assert all((weight == 7).all() for weight in model.state_dict().values())
+    assert f"pretrained: {len(saved)} of the model's {len(saved)} weights" in caplog.text
+
+
+def test_a_head_that_does_not_fit_is_an_error_where_nothing_is_trained_and_starts_anew_in_a_training(caplog):
+    config = resolve(config_file="retinanet/retinanet_r50_fpn_1x_coco.py", config_overrides=SMALL)
+    model = build_model(config, initialize=False)
+    weights = model.state_dict()
+    weights["bbox_head.retina_cls.bias"] = torch.zeros(27)
+    start = StartWeights("mine.pth", "hyperparameters.weights", weights, None)
+    with pytest.raises(
+        UserError, match=r"retina_cls.bias has the shape \(27,\) in mine.pth, and \(720,\) in this model"
+    ):
+        load_start(model, start, for_training=False)
+    caplog.set_level("INFO")
+    load_start(model, start, for_training=True)
+    assert "1 of another shape start anew (bbox_head.retina_cls.bias)" in caplog.text
+    del weights["bbox_head.retina_cls.bias"]
+    with pytest.raises(UserError, match=r"mine.pth has no bbox_head.retina_cls.bias, which this model has"):
+        load_start(model, start, for_training=False)

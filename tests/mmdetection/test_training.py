@@ -479,3 +479,18 @@ def test_pretrained_weights_of_another_head_start_anew_in_one_line(shapes, train
     (line,) = [r.message for r in caplog.records if r.message.startswith("pretrained:")]
     assert "2 of another shape start anew (bbox_head.retina_cls.weight, bbox_head.retina_cls.bias)" in line
     torch.testing.assert_close(started["weights"]["backbone.conv1.weight"], weights["backbone.conv1.weight"])
+
+
+def test_weights_detect_the_categories_that_they_name_themselves(shapes, train, trial_class, tmp_path):
+    config = in_process(mmdet_config(shapes, RETINANET, **{"model.test_cfg.score_thr": 0.0}), batches=1)
+    run = train(trial_class, config)
+    weights = torch.load(run / "checkpoints/last/state_dict.pth", weights_only=True)["models_state_dict"][0]
+    torch.save({"state_dict": weights, "meta": {"CLASSES": ("a", "b", "c")}}, tmp_path / "mine.pth")
+    del config["data"]["val"]
+    config["hyperparameters"]["weights"] = str(tmp_path / "mine.pth")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    predict = ("predict", tmp_path / "config.yaml", "--images", shapes / "val", "--output", tmp_path / "out")
+    run_model_def(*predict, cwd=MMDETECTION)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert {result["category_id"] for result in results} <= {1, 2, 3}
+    assert results
