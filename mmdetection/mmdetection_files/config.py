@@ -54,6 +54,10 @@ _WITH_REGISTRIES = (
     mmdet.models.builder,
     mmdet.models.utils.builder,
 )
+_ANY_NAME = "custom_keys"  # of an optimizer: parts of parameters' names, each with these
+_OF_A_NAME = {"lr_mult", "decay_mult"}
+# what the builders and loaders take out of a section before they call its class
+_OF_THE_BUILDERS = {"type", "constructor", "paramwise_cfg", "samples_per_gpu", "workers_per_gpu"}
 _SIZES = ("img_scale", "scale", "size", "crop_size", "input_size", "target_ratio", "ratio_range")
 
 
@@ -171,10 +175,17 @@ def read_resolved(path: Path) -> Config:
 
 
 def _expand(dotted: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a.b": 1} as {"a": {"b": 1}}; as MMDetection's --cfg-options, not below the first level."""
+    """{"a.b": 1} as {"a": {"b": 1}}; as MMDetection's --cfg-options, not below the first level. What stands in
+    `custom_keys` is a part of a parameter's name, which may have dots: custom_keys.backbone.layer1.lr_mult."""
     expanded: dict[str, Any] = {}
     for name, value in dotted.items():
-        *sections, last = str(name).split(".")
+        before, custom_keys, parameter = str(name).partition(f"{_ANY_NAME}.")
+        *sections, last = (before + custom_keys).rstrip(".").split(".")
+        if custom_keys and isinstance(value, Mapping):
+            sections, last = [*sections, last], parameter
+        elif custom_keys:
+            parameter, _, argument = parameter.rpartition(".")
+            sections, last = [*sections, last, parameter], argument
         section = expanded
         for part in sections:
             section = section.setdefault(part, {})
@@ -223,6 +234,8 @@ def _item(section: Any, key: str) -> Any:
 def _check_keys(new: Mapping[str, Any], old: Any, path: str, where: str) -> None:
     """Raises UserError for the first key that neither is in `old` nor can be: MMDetection itself takes it silently
     and trains something else."""
+    if isinstance(old, dict) and old.get("type", new.get("type")) != new.get("type", old.get("type")):
+        _refuse_left_over(new, old, path, where)
     for key, value in new.items():
         if key == DELETE_KEY:
             continue
@@ -232,26 +245,53 @@ def _check_keys(new: Mapping[str, Any], old: Any, path: str, where: str) -> None
                 raise UserError(f"{where}: {path} is a list of {len(old)}; {key!r} is no position in it")
         elif key not in old:
             # a type that is merged in brings its own arguments
-            valid = _possible_keys({**old, **({"type": new["type"]} if "type" in new else {})}, path)
+            chosen = {name: new[name] for name in ("type", "policy") if name in new}
+            valid = _possible_keys({**old, **chosen}, path)
             if valid is not None and key not in valid:
                 raise UserError(f"{where}: unknown key {here!r}; {nearest(str(key), {*map(str, old), *valid})}")
         below = _item(old, str(key))
-        if isinstance(value, Mapping):
+        if key == _ANY_NAME and isinstance(value, Mapping):
+            for name, arguments in value.items():
+                for wrong in arguments.keys() - _OF_A_NAME if isinstance(arguments, Mapping) else ():
+                    raise UserError(f"{where}: unknown key '{here}.{name}.{wrong}'; {nearest(wrong, _OF_A_NAME)}")
+        elif isinstance(value, Mapping):
             merges = isinstance(below, (dict, list)) and not value.get(DELETE_KEY)
             _check_keys(value, below if merges else {}, here, where)
+
+
+def _refuse_left_over(new: Mapping[str, Any], old: Mapping[str, Any], path: str, where: str) -> None:
+    """Raises UserError where `type` changes, and the class that it names now does not take what the section has of
+    the old one."""
+    classes = list(_registered(new["type"]))
+    if not classes or any(_takes_anything(cls) for cls in classes):
+        return
+    left = [key for key in old if key not in {*new, *_OF_THE_BUILDERS}.union(*map(_arguments, classes))]
+    if left:
+        raise UserError(
+            f"{where}: {path}.type changes from {old['type']} to {new['type']}, which does not take "
+            f"{', '.join(map(repr, left))} of the section that it is merged into; say `_delete_: true` beside `type`, "
+            "and whatever else the section needs"
+        )
+
+
+def _takes_anything(callable_: Callable) -> bool:
+    try:
+        parameters = inspect.signature(callable_).parameters.values()
+    except (TypeError, ValueError):  # built in
+        return True
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _possible_keys(section: Mapping[str, Any], path: str) -> set[str] | None:
     """The keys that a section of the config may have; None where any may be."""
     name = next((part for part in reversed(path.split(".")) if not part.isdigit()), "")
-    if name == "custom_keys":  # names of parameters
-        return None
     used = _keys_in_shipped_configs().get(name, set())
     taken_by = _taken_by(section, name)
     if any(callable_ is None for callable_ in taken_by):
         return None
     arguments = set().union(*(_arguments(callable_) for callable_ in taken_by))
-    return used | arguments | {"type"} if used or arguments else None
+    own = {"policy"} if name in ("lr_config", "momentum_config") else {"type"}
+    return used | arguments | own if used or arguments else None
 
 
 def _taken_by(section: Mapping[str, Any], name: str) -> list[Callable | None]:
@@ -323,7 +363,7 @@ def _keys_in_shipped_configs() -> dict[str, set[str]]:
     loader = {"samples_per_gpu", "workers_per_gpu", "persistent_workers", "pin_memory"}
     loaders = {f"{split}_dataloader" for split in ("train", "val", "test")}
     keys: dict[str, set[str]] = {  # those that MMDetection documents, and its configs do not happen to use
-        "": {"custom_imports", "fp16", "classes"},
+        "": {"custom_imports", "fp16", "classes", "momentum_config"},
         "data": loaders | loader,
         **{name: set(loader) for name in (*loaders, "val", "test")},
     }

@@ -109,6 +109,11 @@ WRONG = {
     "unknown key 'optimizer.paramwise_cfg.norm_decay'": {"optimizer.paramwise_cfg.norm_decay": 0},
     "unknown key 'fp16.loss_scal'; did you mean 'loss_scale'?": {"fp16.loss_scal": 512.0},
     "unknown key 'runner.max_epoch'; did you mean 'max_epochs'?": {"runner.max_epoch": 3},
+    "unknown key 'optimizer.paramwise_cfg.custom_keys.backbone.layer1.lr_mul'; did you mean 'lr_mult'?": {
+        "optimizer.paramwise_cfg.custom_keys.backbone.layer1.lr_mul": 0.1
+    },
+    "optimizer.type changes from SGD to AdamW, which does not take 'momentum' of the section that it is merged into; "
+    "say `_delete_: true`": {"optimizer": {"type": "AdamW", "lr": 0.0001}},
     "data.train.pipeline is a list of 8; '20' is no position in it": {"data.train.pipeline.20.type": "x"},
 }
 
@@ -119,7 +124,7 @@ def test_a_wrong_key_is_an_error_that_names_it_and_what_is_near(message, tmp_pat
         resolve(override_mmdet_config=WRONG[message])
     assert str(raised.value).startswith("hyperparameters.override_mmdet_config: " + message)
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(_nested(WRONG[message])))
-    if "position" not in message:
+    if message.startswith("unknown") and "custom_keys" not in message:
         with pytest.raises(UserError, match=r"hyperparameters.merge_config: unknown key"):
             resolve(tmp_path, merge_config="mine.yaml")
 
@@ -133,7 +138,10 @@ def _nested(dotted):
 
 RIGHT = [
     {"optimizer.paramwise_cfg": {"custom_keys": {"backbone.layer1": {"lr_mult": 0.1}}, "norm_decay_mult": 0.0}},
-    {"optimizer.type": "AdamW", "optimizer.betas": [0.9, 0.99]},
+    {"optimizer.paramwise_cfg.custom_keys": {"backbone": {"lr_mult": 0.1}, "neck": {"lr_mult": 0.1}}},
+    {"optimizer.paramwise_cfg.custom_keys.backbone.lr_mult": 0.1},
+    {"momentum_config": {"policy": "cyclic", "target_ratio": [0.85, 1], "cyclic_times": 1, "step_ratio_up": 0.4}},
+    {"optimizer._delete_": True, "optimizer.type": "AdamW", "optimizer.betas": [0.9, 0.99]},
     {"fp16": {"loss_scale": {"init_scale": 512}}},
     {"auto_scale_lr": {"enable": True, "base_batch_size": 16}},
     {"lr_config": {"_delete_": True, "policy": "CosineAnnealing", "min_lr_ratio": 0.1}},
@@ -148,6 +156,25 @@ RIGHT = [
 @pytest.mark.parametrize("overrides", RIGHT, ids=lambda overrides: next(iter(overrides)))
 def test_what_mmdetection_takes_is_taken(overrides):
     resolve(override_mmdet_config=overrides)
+
+
+def test_a_dotted_override_of_a_parameter_s_learning_rate_keeps_the_dots_of_its_name():
+    config = resolve(config_overrides={"optimizer.paramwise_cfg.custom_keys.backbone.layer1.lr_mult": 0.1})
+    assert config.optimizer.paramwise_cfg == {"custom_keys": {"backbone.layer1": {"lr_mult": 0.1}}}
+
+
+def test_both_names_of_one_hyperparameter_that_differ_are_an_error():
+    same = {"optimizer.lr": 0.1}
+    assert resolve(config_overrides=same, override_mmdet_config=same).optimizer.lr == 0.1
+    with pytest.raises(UserError, match="config_overrides and its older name override_mmdet_config"):
+        resolve(config_overrides=same, override_mmdet_config={"optimizer.lr": 0.2})
+    assert MMDetectionHyperparameters(MASK_RCNN, use_pretrained=True).weights == "published"
+    assert MMDetectionHyperparameters(MASK_RCNN, weights="x.pth", use_pretrained="x.pth").weights == "x.pth"
+    assert MMDetectionHyperparameters(MASK_RCNN, use_pretrained=False).weights is None
+    with pytest.raises(UserError, match="weights, 'x.pth', and its older name use_pretrained, True"):
+        MMDetectionHyperparameters(MASK_RCNN, weights="x.pth", use_pretrained=True)
+    with pytest.raises(UserError, match="scale_schedule is False, and .*auto_scale_lr.enable True"):
+        resolve(scale_schedule=False, config_overrides={"auto_scale_lr.enable": True})
 
 
 def test_the_resolved_config_is_read_back_and_executes_nothing(tmp_path):
