@@ -21,15 +21,18 @@ from mmdetection_files import operations
 from mmdetection_files.config import (
     RESOLVED_CONFIG,
     default_lengths,
+    file_client_of,
     input_scale,
     leaves,
     load_mmdet_config,
     scale_lr,
     set_num_classes,
     set_paths,
+    validation_times,
     write_resolved,
 )
 from mmdetection_files.data import (
+    ClassAwareBatchSampler,
     CocoSamples,
     EvaluationTransform,
     MmcvImages,
@@ -41,6 +44,7 @@ from mmdetection_files.data import (
     classes_of,
     collate,
     decoder,
+    images_of_classes,
     is_plain_coco,
     selected_classes,
     test_pipeline,
@@ -66,6 +70,7 @@ from shared.data.coco_categories import COCO_CATEGORIES
 from shared.data.dataset import CocoDetection
 from shared.data.input_scale import InputScale
 from shared.data.loading import Batch
+from shared.data.samplers import TrainingBatchSampler
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
@@ -112,7 +117,12 @@ class MMDetectionTrial(DetectionTrial):
     def read_own_config(self) -> None:
         submitted = Path(__file__).parent
         self.mmdet_config = load_mmdet_config(self.hparams, submitted)
+        client = file_client_of(self.mmdet_config)
+        if client is not None and self.data.backend == "disk" and self.data.file_client_args is None:
+            self.data = replace(self.data, file_client_args=client)
         set_paths(self.mmdet_config, self.data, submitted)
+        if self.mmdet_config.get("cudnn_benchmark"):
+            torch.backends.cudnn.benchmark = True
         scale_lr(self.mmdet_config, self.hparams.global_batch_size)
         self.find_unused_parameters = self.mmdet_config.get("find_unused_parameters", False)
         evaluation, val = self.mmdet_config.get("evaluation") or {}, self.mmdet_config.data.val
@@ -126,6 +136,9 @@ class MMDetectionTrial(DetectionTrial):
 
     def default_lengths(self) -> dict[str, Any]:
         return default_lengths(self.mmdet_config)
+
+    def validation_times(self) -> Any:
+        return validation_times(self.mmdet_config)
 
     def reported_metrics(self) -> list[str] | None:
         return super().reported_metrics() if self.evaluates_coco else None
@@ -182,6 +195,25 @@ class MMDetectionTrial(DetectionTrial):
 
     def training_groups(self) -> np.ndarray:
         return np.asarray(getattr(self.train_samples, "flag", np.zeros(len(self.train_samples), dtype=np.uint8)))
+
+    def training_batches(self) -> TrainingBatchSampler:
+        by_class = (self.mmdet_config.data.get("train_dataloader") or {}).get("class_aware_sampler")
+        if by_class is None:
+            return super().training_batches()
+        return ClassAwareBatchSampler(
+            self.images_of_classes,
+            by_class.get("num_sample_class", 1),
+            self.training_groups(),
+            self.per_slot_batch_size,
+            self.seed,
+            self.rank,
+            self.slots,
+            self.first_batch,
+        )
+
+    @cached_property
+    def images_of_classes(self) -> list[np.ndarray]:
+        return images_of_classes(self.train_samples)
 
     def training_dataset(self) -> Dataset:
         return TrainingSamples(self.train_samples, self.seed, self.mode_switch)
@@ -280,7 +312,7 @@ class MMDetectionTrial(DetectionTrial):
 
     def clip_gradients(self) -> Callable[[Any], None] | None:
         optimizer_config = self.mmdet_config.get("optimizer_config") or {}
-        if optimizer_config.get("type", "OptimizerHook") not in ("OptimizerHook", "Fp16OptimizerHook"):
+        if optimizer_config.get("type", "OptimizerHook") != "OptimizerHook":
             raise UserError(
                 f"optimizer_config.type: {optimizer_config['type']} is a loop of its own; to add up gradients use "
                 "`optimizations: {aggregation_frequency: N}` of the experiment config"

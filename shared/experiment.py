@@ -140,7 +140,11 @@ class Length:
 
 @dataclass
 class Schedule:
-    """How long to train, and how often to report, validate and save; None where the config says nothing."""
+    """How long to train, and how often to report, validate and save; None where the config says nothing.
+
+    Attributes:
+        validation_start, validation_changes: as those of `Periods`; a detector's own configuration alone says them.
+    """
 
     max_length: Length
     validation_period: Length | None
@@ -149,6 +153,8 @@ class Schedule:
     checkpoint_policy: str
     initial_validation: bool
     profiling: bool
+    validation_start: Length | None = None
+    validation_changes: tuple[tuple[Length, Length], ...] = ()
 
 
 @dataclass
@@ -407,12 +413,17 @@ def check_masks(annotations: CocoAnnotations, split: str) -> None:
         )
 
 
-def parse_schedule(config: dict[str, Any], defaults: Mapping[str, Length] | None = None) -> Schedule:
+def parse_schedule(
+    config: dict[str, Any],
+    defaults: Mapping[str, Length] | None = None,
+    validation_times: tuple[Length | None, tuple[tuple[Length, Length], ...]] = (None, ()),
+) -> Schedule:
     """How long to train and how often to validate, by Determined's own keys.
 
     Args:
         defaults: of the keys `searcher.max_length`, `min_validation_period` and `min_checkpoint_period`; a period of 0
             is one that is not given, as the master hands it over.
+        validation_times: `validation_start` and `validation_changes` where min_validation_period is not given.
 
     Raises:
         UserError: no length is given, or one is not understood.
@@ -431,6 +442,7 @@ def parse_schedule(config: dict[str, Any], defaults: Mapping[str, Length] | None
         key: defaults.get(key) if config.get(key) in not_given else _length(config[key], key)
         for key in ("min_validation_period", "min_checkpoint_period")
     }
+    by_default = config.get("min_validation_period") in not_given
     policy = config.get("checkpoint_policy") or "best"
     if policy not in ("best", "all", "none"):
         raise UserError(f"checkpoint_policy: {policy!r} is not one of best, all, none")
@@ -445,6 +457,7 @@ def parse_schedule(config: dict[str, Any], defaults: Mapping[str, Length] | None
         checkpoint_policy=policy,
         initial_validation=bool(config.get("perform_initial_validation")),
         profiling=bool((config.get("profiling") or {}).get("enabled")),
+        **dict(zip(("validation_start", "validation_changes"), validation_times, strict=True) if by_default else ()),
     )
 
 

@@ -96,10 +96,19 @@ def load_mmdet_config(hparams: MMDetectionHyperparameters, submitted: Path) -> C
     try:
         config = compat_cfg(config)
         config.data.pop("imgs_per_gpu", None)  # samples_per_gpu says it now, and both would be one too many
+        _say_fp16_once(config)
         return config
     except (AssertionError, AttributeError, KeyError) as error:
         reason = str(error) or "runner.max_epochs and total_epochs, or what else is said twice, contradict each other"
         raise UserError(f"hyperparameters.config_file: {path}: {reason}") from error
+
+
+def _say_fp16_once(config: Config) -> None:
+    """mmcv's other way to say `fp16`: Fp16OptimizerHook as optimizer_config."""
+    section = config.get("optimizer_config") or {}
+    if section.get("type") == "Fp16OptimizerHook":
+        config.fp16 = {"loss_scale": section.pop("loss_scale", 512.0)}
+        section.pop("type")
 
 
 def _read(path: Path, key: str) -> Config:
@@ -285,6 +294,8 @@ def _takes_anything(callable_: Callable) -> bool:
 def _possible_keys(section: Mapping[str, Any], path: str) -> set[str] | None:
     """The keys that a section of the config may have; None where any may be."""
     name = next((part for part in reversed(path.split(".")) if not part.isdigit()), "")
+    if name == "file_client_args":  # each backend's own, which are checked where they are used
+        return None
     used = _keys_in_shipped_configs().get(name, set())
     taken_by = _taken_by(section, name)
     if any(callable_ is None for callable_ in taken_by):
@@ -412,6 +423,35 @@ def default_lengths(config: Config) -> dict[str, Length]:
     return {key: Length(unit, count) for key, count in lengths.items() if isinstance(count, int) and count > 0}
 
 
+def validation_times(config: Config) -> tuple[Length | None, tuple[tuple[Length, Length], ...]]:
+    """`evaluation.start`, and `evaluation.dynamic_intervals`: from when on the interval is another.
+
+    Raises:
+        UserError: they are not understood.
+    """
+    evaluation = config.get("evaluation") or {}
+    unit = "epochs" if runner_type(config) != "IterBasedRunner" else "batches"
+    start, changes = evaluation.get("start"), evaluation.get("dynamic_intervals") or ()
+    try:
+        counts = [(int(since), int(interval)) for since, interval in changes]
+        if (start is not None and int(start) < 0) or any(min(pair) < 1 for pair in counts):
+            raise ValueError("it is not positive")
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"evaluation of the MMDetection config: start {start!r} is no number of {unit}, or dynamic_intervals "
+            f"{changes!r} are no pairs (since, interval) of them"
+        ) from error
+    if start == 0:
+        raise UserError(
+            "evaluation.start of the MMDetection config is 0, a validation before the training; say "
+            "`perform_initial_validation: true` in the experiment config, and take it out (start: null)"
+        )
+    return (
+        Length(unit, int(start)) if start is not None else None,
+        tuple((Length(unit, since), Length(unit, interval)) for since, interval in counts),
+    )
+
+
 def runner_type(config: Config) -> str:
     return (config.get("runner") or {}).get("type", "EpochBasedRunner")
 
@@ -422,6 +462,27 @@ def scale_lr(config: Config, global_batch_size: int) -> None:
     if auto.get("enable") and auto.get("base_batch_size"):
         config.optimizer.lr *= global_batch_size / auto["base_batch_size"]
         auto["enable"] = False  # the resolved config has the rate that follows
+
+
+def file_client_of(config: Config) -> dict[str, Any] | None:
+    """The `file_client_args` of the config's own data sets and of the steps that load their images; None where they
+    read from disk.
+
+    Raises:
+        UserError: they differ.
+    """
+    found = []
+    for split in ("train", "val"):
+        for leaf in leaves(config.data[split]):
+            steps = [step for step in leaf.get("pipeline") or () if step["type"] == "LoadImageFromFile"]
+            found += [section.get("file_client_args") for section in (leaf, *steps)]
+    given = [dict(arguments) for arguments in found if arguments and arguments.get("backend", "disk") != "disk"]
+    if any(arguments != given[0] for arguments in given):
+        raise UserError(
+            "file_client_args of the MMDetection config differ between its data sets; say one for all, "
+            "data.file_client_args"
+        )
+    return given[0] if given else None
 
 
 def leaves(dataset: Any) -> list[ConfigDict]:

@@ -4,8 +4,9 @@ for one."""
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from shared.data.images import BadImageError
 from shared.data.listing import Look
 from shared.data.loading import Batch
 from shared.data.remote import is_url
-from shared.data.samplers import aspect_ratio_groups
+from shared.data.samplers import TrainingBatchSampler, aspect_ratio_groups
 from shared.data.seeding import seed_all
 from shared.data.storage import ImageStorage
 from shared.errors import UserError
@@ -309,6 +310,52 @@ def image_id_of(dataset: Any, index: int) -> int:
     if hasattr(dataset, "dataset"):  # RepeatDataset, MultiImageMixDataset
         return image_id_of(dataset.dataset, index % len(dataset.dataset))
     return index
+
+
+def images_of_classes(dataset: Any) -> list[np.ndarray]:
+    """The positions in a training data set of the images that have each class; classes without any left out.
+
+    Raises:
+        UserError: the data set's wrapper does not say which classes an image has.
+    """
+    if not hasattr(dataset, "get_cat_ids"):
+        raise UserError(
+            f"data.train_dataloader.class_aware_sampler of the MMDetection config: {type(dataset).__name__} does not "
+            "say which classes an image has; take one of the two out"
+        )
+    found: dict[int, list[int]] = {}
+    for index in range(len(dataset)):
+        for label in set(dataset.get_cat_ids(index)):
+            found.setdefault(int(label), []).append(index)
+    return [np.asarray(found[label]) for label in sorted(found)]
+
+
+class ClassAwareBatchSampler(TrainingBatchSampler):
+    """MMDetection's ClassAwareSampler: the classes take turns, in random order, and each gives its next images.
+
+    Args:
+        images_of_classes: see the function of that name.
+        num_sample_class: images that a class gives at its turn.
+    """
+
+    def __init__(self, images_of_classes: list[np.ndarray], num_sample_class: int, *arguments: Any):
+        super().__init__(*arguments)
+        self.images_of_classes, self.num_sample_class = images_of_classes, num_sample_class
+        self.length = -(-len(self.groups) // (self.slots * self.per_slot_batch_size))
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        generator = np.random.default_rng([self.seed, epoch])
+
+        def shuffled_again_and_again(values: np.ndarray) -> Iterator[int]:
+            while True:
+                yield from generator.permutation(values).tolist()
+
+        count = len(self) * self.slots * self.per_slot_batch_size
+        classes = shuffled_again_and_again(np.arange(len(self.images_of_classes)))
+        images = [shuffled_again_and_again(of_class) for of_class in self.images_of_classes]
+        turns = (images[label] for label in classes for _ in range(self.num_sample_class))
+        drawn = [next(of_class) for of_class in itertools.islice(turns, count)]
+        return np.asarray(drawn).reshape(len(self), self.slots, self.per_slot_batch_size)
 
 
 class TrainingSamples(torch.utils.data.Dataset):

@@ -76,10 +76,11 @@ class MMDetectionData(DataConfig):
         if backend in BACKENDS:
             self.backend = backend
             self.bucket = options.pop("bucket", options.pop("bucket_name", self.bucket))
+            self.endpoint_url = options.pop("endpoint_url", self.endpoint_url)
             if options:
                 raise UserError(
                     f"data.file_client_args: the backend {name!r} has no option {next(iter(options))!r}; it has "
-                    "`bucket`"
+                    "`bucket` and `endpoint_url`"
                 )
             return
         if name not in FileClient._backends:

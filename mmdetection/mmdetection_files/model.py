@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mmcv.runner
+import mmdet.core
 import torch
 import yaml
 from mmcv import Config, ConfigDict
@@ -98,14 +99,14 @@ def _teacher(name: str) -> str:
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """The config's optimizer, by mmcv's constructors.
+    """The config's optimizer, by mmcv's constructors and MMDetection's own.
 
     Raises:
         UserError: it has no such optimizer or argument.
     """
     try:
-        return mmcv.runner.build_optimizer(model, config.optimizer)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return mmdet.core.build_optimizer(model, config.optimizer)
+    except (KeyError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
         raise UserError(f"optimizer of the MMDetection config: {type(error).__name__}: {error}") from error
 
 

@@ -12,17 +12,20 @@ from tiny_models import MMDETECTION
 
 from mmdetection_files.config import (
     default_lengths,
+    file_client_of,
     load_mmdet_config,
     read_resolved,
     set_num_classes,
     set_paths,
     shipped_configs,
+    validation_times,
     write_resolved,
 )
 from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
 from mmdetection_files.model import (
     StartWeights,
     build_model,
+    build_optimizer,
     load_start,
     published_checkpoints,
     published_weights,
@@ -30,7 +33,8 @@ from mmdetection_files.model import (
     without_teacher_weights,
 )
 from shared.errors import UserError
-from shared.experiment import Length, Split, find_library_config, parse_data
+from shared.experiment import Length, Split, find_library_config, parse_data, parse_schedule
+from shared.training.loop import periods_of
 
 MASK_RCNN = "mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py"
 
@@ -171,9 +175,9 @@ def test_both_names_of_one_hyperparameter_that_differ_are_an_error():
     assert MMDetectionHyperparameters(MASK_RCNN, use_pretrained=True).weights == "published"
     assert MMDetectionHyperparameters(MASK_RCNN, weights="x.pth", use_pretrained="x.pth").weights == "x.pth"
     assert MMDetectionHyperparameters(MASK_RCNN, use_pretrained=False).weights is None
-    with pytest.raises(UserError, match="weights, 'x.pth', and its older name use_pretrained, True"):
+    with pytest.raises(UserError, match=r"weights, 'x.pth', and its older name use_pretrained, True"):
         MMDetectionHyperparameters(MASK_RCNN, weights="x.pth", use_pretrained=True)
-    with pytest.raises(UserError, match="scale_schedule is False, and .*auto_scale_lr.enable True"):
+    with pytest.raises(UserError, match=r"scale_schedule is False, and .*auto_scale_lr.enable True"):
         resolve(scale_schedule=False, config_overrides={"auto_scale_lr.enable": True})
 
 
@@ -213,6 +217,57 @@ def test_the_config_s_lengths_are_the_defaults():
     lengths = default_lengths(resolve(override_mmdet_config={**by_iterations, "evaluation.interval": 5000}))
     assert lengths["searcher.max_length"] == Length("batches", 90000)
     assert lengths["min_validation_period"] == Length("batches", 5000)
+
+
+def test_the_config_s_start_and_changes_of_its_validation_interval_hold_where_the_yaml_gives_none():
+    intervals = {"evaluation": {"interval": 4, "start": 2, "dynamic_intervals": [[10, 1]]}}
+    times = validation_times(resolve(config_overrides=intervals))
+    config = {"searcher": {"max_length": {"epochs": 12}}}
+    defaults = {"min_validation_period": Length("epochs", 4)}
+
+    def validated(config):
+        periods = periods_of(parse_schedule(config, defaults, times), 5, 2, 1)
+        return [batch for batch in range(1, 61) if periods.validates(batch)]
+
+    assert validated(config) == [10, 30, 50, 55, 60]
+    assert validated({**config, "min_validation_period": {"epochs": 5}}) == [25, 50, 60]
+    with pytest.raises(UserError, match=r"perform_initial_validation"):
+        validation_times(resolve(config_overrides={"evaluation.start": 0}))
+
+
+def test_fp16_by_the_optimizer_s_hook_is_fp16():
+    hook = {"type": "Fp16OptimizerHook", "loss_scale": "dynamic", "grad_clip": {"max_norm": 35}}
+    config = resolve(config_overrides={"optimizer_config": hook})
+    assert config.fp16 == {"loss_scale": "dynamic"}
+    assert config.optimizer_config == {"grad_clip": {"max_norm": 35}}
+
+
+def test_a_pipeline_s_way_to_read_images_is_that_of_the_data():
+    s3 = {"backend": "s3", "bucket": "x"}
+    steps = {f"data.{split}.pipeline.0.file_client_args": s3 for split in ("train", "val")}
+    assert file_client_of(resolve()) is None
+    assert file_client_of(resolve(config_overrides=steps)) == s3
+    steps["data.val.pipeline.0.file_client_args"] = {"backend": "petrel"}
+    with pytest.raises(UserError, match="differ between its data sets"):
+        file_client_of(resolve(config_overrides=steps))
+
+
+def test_an_optimizer_constructor_of_mmdetection_s_own_is_found():
+    config = Config(
+        {
+            "optimizer": {
+                "type": "SGD",
+                "lr": 0.1,
+                "weight_decay": 0.1,
+                "constructor": "LearningRateDecayOptimizerConstructor",
+                "paramwise_cfg": {"decay_rate": 0.5, "decay_type": "layer_wise", "num_layers": 6},
+            }
+        }
+    )
+    ConvNeXt = type("ConvNeXt", (torch.nn.Module,), {})  # the constructor asks what it is
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model.backbone = ConvNeXt()
+    assert build_optimizer(model, config).param_groups
 
 
 def test_data_wins_over_the_config_s_paths_and_those_are_relative_to_the_folder(tmp_path):
@@ -316,6 +371,10 @@ def test_file_client_args_are_an_alias_for_the_backend():
         parse_data({"data": {"file_client_args": {"backend": "petrell"}}}, MMDetectionData)
     with pytest.raises(UserError, match="'petrel' cannot be used"):  # without its library and credentials
         parse_data({"data": {"file_client_args": {"backend": "petrel"}}}, MMDetectionData)
+    s3 = {"backend": "s3", "bucket": "x", "endpoint_url": "http://minio:9000"}
+    assert (
+        parse_data({"data": {"file_client_args": s3}}, MMDetectionData).store_options.endpoint_url == s3["endpoint_url"]
+    )
     with pytest.raises(UserError, match="the backend 'disk' has no option 'bukket'"):
         parse_data({"data": {"file_client_args": {"backend": "disk", "bukket": "x"}}}, MMDetectionData)
 

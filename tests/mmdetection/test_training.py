@@ -20,6 +20,7 @@ from tiny_models import MMDETECTION, load_model_def, mmdet_config
 
 from mmdetection_files import model as mmdetection_model
 from mmdetection_files.config import read_resolved
+from mmdetection_files.data import ClassAwareBatchSampler, images_of_classes
 from mmdetection_files.hooks import MomentumEma
 from mmdetection_files.model import PYTHON_STATE
 from mmdetection_files.receptive_field import init_receptive_fields
@@ -262,6 +263,25 @@ def test_mosaic_stops_at_the_same_epoch_in_each_worker(shapes):
     samples = TrainingSamples(Mixed(), 0, mode_switch=(2, ("Mosaic",)))
     skipped = [samples[SampleKey(epoch, 0)][0]["skipped"] for epoch in range(4)]
     assert skipped == [None, None, ("Mosaic",), ("Mosaic",)]
+
+
+def test_a_class_aware_sampler_draws_each_class_as_often_on_any_number_of_slots():
+    class Labelled:
+        labels = [[0]] * 90 + [[1]] * 9 + [[2, 1]]
+
+        def __len__(self):
+            return len(self.labels)
+
+        def get_cat_ids(self, index):
+            return self.labels[index]
+
+    images, groups = images_of_classes(Labelled()), np.zeros(100, np.uint8)
+    alone = ClassAwareBatchSampler(images, 2, groups, 12, 0)
+    drawn = alone._epoch(1)
+    assert len(alone) == 9
+    assert (drawn < 90).sum() == 36
+    several = [ClassAwareBatchSampler(images, 2, groups, 6, 0, rank, 2)._epoch(1)[:, rank] for rank in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate(several, axis=1), drawn[:, 0])
 
 
 def test_classes_of_a_subset_train_and_evaluate_on_it_alone(shapes, train, trial_class):
