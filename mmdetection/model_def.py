@@ -25,6 +25,7 @@ from mmdetection_files.config import (
     input_scale,
     leaves,
     load_mmdet_config,
+    own_batch_size,
     scale_lr,
     set_num_classes,
     set_paths,
@@ -32,6 +33,7 @@ from mmdetection_files.config import (
     write_resolved,
 )
 from mmdetection_files.data import (
+    PROPOSAL_CATEGORIES,
     ClassAwareBatchSampler,
     CocoSamples,
     EvaluationTransform,
@@ -60,6 +62,7 @@ from mmdetection_files.model import (
     build_scaler,
     categories_named,
     load_start,
+    move_teacher,
     read_start,
     without_pretrained_backbone,
     without_teacher_weights,
@@ -123,11 +126,21 @@ class MMDetectionTrial(DetectionTrial):
         set_paths(self.mmdet_config, self.data, submitted)
         if self.mmdet_config.get("cudnn_benchmark"):
             torch.backends.cudnn.benchmark = True
-        scale_lr(self.mmdet_config, self.hparams.global_batch_size)
+        if self.hparams.global_batch_size is None:
+            self.hparams.global_batch_size = own_batch_size(self.mmdet_config)
+            if not self.for_training:  # any number of processes
+                self.hparams.global_batch_size = -(-self.hparams.global_batch_size // self.slots) * self.slots
+        scale_lr(self.mmdet_config, self.hparams)
         self.find_unused_parameters = self.mmdet_config.get("find_unused_parameters", False)
         evaluation, val = self.mmdet_config.get("evaluation") or {}, self.mmdet_config.data.val
         metrics = evaluation.get("metric", "bbox")
         metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+        self.proposes = self.mmdet_config.model.type == "RPN"
+        if self.proposes and self.data.backend == "fake":
+            raise UserError(
+                "hyperparameters.config_file: RPN only proposes, and its recall is not measured on data.backend fake; "
+                "give data.train and data.val"
+            )
         scores_masks_apart = "mask_iou_head" in (self.mmdet_config.model.get("roi_head") or {})
         self.evaluates_coco = self.data.backend == "fake" or (
             is_plain_coco(val) and set(metrics) <= {"bbox", "segm"} and not scores_masks_apart
@@ -177,7 +190,7 @@ class MMDetectionTrial(DetectionTrial):
         section = self.mmdet_config.data.val
         if self.evaluates_coco:
             return self._open_coco(section, "val")
-        return OwnData(build_own_dataset(section, self.data, training=False))
+        return OwnData(build_own_dataset(section, self.data, training=False), proposals=self.proposes)
 
     def _open_coco(self, leaf: Any, split: str) -> SplitData:
         data, images = self.data, None
@@ -243,6 +256,8 @@ class MMDetectionTrial(DetectionTrial):
     # --- model and optimizer --------------------------------------------------------------------------
 
     def build_model(self) -> nn.Module:
+        if self.proposes:
+            self.categories = PROPOSAL_CATEGORIES
         set_num_classes(self.mmdet_config, len(self.categories))
         config = deepcopy(self.mmdet_config)
         starts_anew = self.for_training and self.first_batch == 0
@@ -254,6 +269,7 @@ class MMDetectionTrial(DetectionTrial):
             config.fp16 = None  # a model that was trained in half precision detects in single here
         model = build_model(config, initialize=starts_anew or not self.for_training)
         init_receptive_fields(model, self.mmdet_config)
+        move_teacher(model, self.context.device)
         if self.hparams.weights and self.first_batch == 0:
             load_start(model, self.start_weights, self.for_training)
             del self.start_weights
@@ -266,6 +282,8 @@ class MMDetectionTrial(DetectionTrial):
 
     def known_categories(self) -> list[dict]:
         """Those that the weights say they detect; else those of the config's data set."""
+        if self.proposes:
+            return PROPOSAL_CATEGORIES
         known = self.start_weights.categories if self.hparams.weights else None
         if known is None:
             return self._categories_of_data()

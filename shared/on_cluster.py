@@ -16,7 +16,8 @@ def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
     info = det.get_cluster_info()
     config = {**info.trial._config, "hyperparameters": info.trial.hparams}
     with task_processes(len(info.gpu_uuids)) as (distributed, device):
-        per_slot_batch_size(config["hyperparameters"].get("global_batch_size", 1), distributed.size)
+        if (batch_size := config["hyperparameters"].get("global_batch_size")) is not None:
+            per_slot_batch_size(batch_size, distributed.size)
         first_batch = info.trial._steps_completed
         with trial_context(config, distributed, device, first_batch, info.trial.trial_seed) as context:
             trial = trial_class(context)

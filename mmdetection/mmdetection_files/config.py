@@ -456,11 +456,21 @@ def runner_type(config: Config) -> str:
     return (config.get("runner") or {}).get("type", "EpochBasedRunner")
 
 
-def scale_lr(config: Config, global_batch_size: int) -> None:
-    """`auto_scale_lr`: the learning rate by the linear scaling rule, of the global batch over the config's."""
+def own_batch_size(config: Config) -> int:
+    """The images of a step that the config is made for: as it says, or of 8 GPUs."""
+    stated = (config.get("auto_scale_lr") or {}).get("base_batch_size")
+    loader = config.data.get("train_dataloader") or {}
+    return stated or 8 * (loader.get("samples_per_gpu") or config.data.get("samples_per_gpu") or 2)
+
+
+def scale_lr(config: Config, hparams: MMDetectionHyperparameters) -> None:
+    """`scale_schedule`, or the config's own auto_scale_lr: the learning rate by the linear scaling rule, of the global
+    batch over the config's own. A length in epochs needs no scaling."""
     auto = config.get("auto_scale_lr") or {}
-    if auto.get("enable") and auto.get("base_batch_size"):
-        config.optimizer.lr *= global_batch_size / auto["base_batch_size"]
+    wanted = auto.get("enable") and auto.get("base_batch_size")
+    if wanted if hparams.scale_schedule is None else hparams.scale_schedule:
+        config.optimizer.lr *= hparams.global_batch_size / own_batch_size(config)
+    if auto:
         auto["enable"] = False  # the resolved config has the rate that follows
 
 

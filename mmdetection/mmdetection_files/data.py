@@ -40,6 +40,7 @@ from shared.experiment import check_masks
 
 cv2.setNumThreads(0)  # each loader worker has a core to itself, as in mmdet's setup_multi_processes
 
+PROPOSAL_CATEGORIES = [{"id": 1, "name": "proposal"}]  # of RPN
 _MIN_SIDE = 32  # pixels; CocoDataset leaves smaller images out of the training
 
 
@@ -67,12 +68,19 @@ class MmcvImages:
 
 @dataclass
 class OwnData:
-    """One of MMDetection's own data sets, which evaluates itself."""
+    """One of MMDetection's own data sets, which evaluates itself.
+
+    Attributes:
+        proposals: whether it is for a model that only proposes, whatever the classes.
+    """
 
     dataset: Any
+    proposals: bool = False
 
     @property
     def categories(self) -> list[dict]:
+        if self.proposals:
+            return PROPOSAL_CATEGORIES
         return [{"id": label + 1, "name": name} for label, name in enumerate(self.dataset.CLASSES or ())]
 
 

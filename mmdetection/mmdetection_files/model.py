@@ -68,6 +68,12 @@ def build_model(config: Config, initialize: bool) -> nn.Module:
     return model
 
 
+def move_teacher(model: nn.Module, device: torch.device) -> None:
+    """Moves a distilling detector's teacher, which is no submodule: `model.to` leaves it where it is."""
+    if (teacher := getattr(model, "teacher_model", None)) is not None:
+        teacher.to(device)
+
+
 class _OneProcess:
     """In the place of a group of processes."""
 

@@ -14,7 +14,9 @@ from mmdetection_files.config import (
     default_lengths,
     file_client_of,
     load_mmdet_config,
+    own_batch_size,
     read_resolved,
+    scale_lr,
     set_num_classes,
     set_paths,
     shipped_configs,
@@ -233,6 +235,26 @@ def test_the_config_s_start_and_changes_of_its_validation_interval_hold_where_th
     assert validated({**config, "min_validation_period": {"epochs": 5}}) == [25, 50, 60]
     with pytest.raises(UserError, match=r"perform_initial_validation"):
         validation_times(resolve(config_overrides={"evaluation.start": 0}))
+
+
+@pytest.mark.parametrize(
+    ("config_file", "images"),
+    [("yolox/yolox_s_8x8_300e_coco.py", 64), (MASK_RCNN, 16), ("yolact/yolact_r50_1x8_coco.py", 8)],
+)
+def test_the_batch_of_a_config_is_its_own_where_none_is_given(config_file, images):
+    assert own_batch_size(resolve(config_file=config_file)) == images
+
+
+def test_the_learning_rate_follows_the_batch_by_either_name_of_the_wish():
+    for wish in ({"scale_schedule": True}, {"config_overrides": {"auto_scale_lr.enable": True}}):
+        config = resolve(**wish)
+        hparams = MMDetectionHyperparameters(MASK_RCNN, global_batch_size=2, **wish)
+        scale_lr(config, hparams)
+        assert config.optimizer.lr == 0.02 / 8
+        assert config.auto_scale_lr.enable is False
+    config = resolve()
+    scale_lr(config, MMDetectionHyperparameters(MASK_RCNN, global_batch_size=2))
+    assert config.optimizer.lr == 0.02
 
 
 def test_fp16_by_the_optimizer_s_hook_is_fp16():

@@ -16,13 +16,14 @@ from mmcv.runner import BaseRunner
 from mmcv.runner.hooks import HOOKS
 from PIL import Image
 from pycocotools import mask as coco_mask
-from tiny_models import MMDETECTION, load_model_def, mmdet_config
+from tiny_models import MMDETECTION, SMALL_BACKBONE, load_model_def, mmdet_config
 
 from mmdetection_files import model as mmdetection_model
 from mmdetection_files.config import read_resolved
 from mmdetection_files.data import ClassAwareBatchSampler, images_of_classes
+from mmdetection_files.evaluation import to_detections
 from mmdetection_files.hooks import MomentumEma
-from mmdetection_files.model import PYTHON_STATE
+from mmdetection_files.model import PYTHON_STATE, move_teacher
 from mmdetection_files.receptive_field import init_receptive_fields
 from shared.data.dataset import SampleKey
 from shared.errors import UserError
@@ -282,6 +283,38 @@ def test_a_class_aware_sampler_draws_each_class_as_often_on_any_number_of_slots(
     assert (drawn < 90).sum() == 36
     several = [ClassAwareBatchSampler(images, 2, groups, 6, 0, rank, 2)._epoch(1)[:, rank] for rank in (0, 1)]
     np.testing.assert_array_equal(np.concatenate(several, axis=1), drawn[:, 0])
+
+
+def test_an_rpn_is_evaluated_by_its_recall_and_predicts_proposals(shapes, train, trial_class, tmp_path):
+    overrides = {**SMALL_BACKBONE, "model.rpn_head.in_channels": 32, "model.rpn_head.feat_channels": 32}
+    config = in_process(mmdet_config(shapes, "rpn/rpn_r50_fpn_1x_coco.py", **overrides))
+    config["searcher"]["metric"] = "AR@100"
+    run = train(trial_class, config)
+    assert {"AR@100", "AR@300", "AR@1000"} <= reports(run, "val")[-1]["metrics"].keys()
+    arguments = ("--checkpoint", run / "checkpoints/last", "--output", tmp_path / "out")
+    run_model_def("predict", tmp_path / "run.yaml", *arguments, "--images", shapes / "val", cwd=MMDETECTION)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert {result["category_id"] for result in results} == {1}
+    assert json.loads((run / "checkpoints/last/categories.json").read_text()) == [{"id": 1, "name": "proposal"}]
+    evaluated = run_model_def("evaluate", tmp_path / "run.yaml", *arguments, cwd=MMDETECTION)
+    assert "AR@1000" in evaluated.stdout
+
+
+def test_the_things_of_a_panoptic_result_are_detections():
+    segments = np.full((10, 12), 90)  # stuff
+    segments[2:5, 3:9] = 7 + 1000
+    segments[6:8, 0:2] = 7 + 2000
+    found = to_detections({"pan_results": segments}, image_id=5)
+    assert found.boxes.tolist() == [[3, 2, 9, 5], [0, 6, 2, 8]]
+    assert found.labels.tolist() == [7, 7]
+    assert coco_mask.decode(found.masks[0]).sum() == 18
+
+
+def test_a_teacher_is_where_its_pupil_is():
+    pupil = torch.nn.Linear(1, 1)
+    object.__setattr__(pupil, "teacher_model", torch.nn.Linear(1, 1))  # as mmdet has it
+    move_teacher(pupil, torch.device("meta"))
+    assert pupil.teacher_model.weight.is_meta
 
 
 def test_classes_of_a_subset_train_and_evaluate_on_it_alone(shapes, train, trial_class):
