@@ -22,7 +22,9 @@ from mmdetection_files.config import (
     RESOLVED_CONFIG,
     default_lengths,
     file_client_of,
+    find_config,
     input_scale,
+    kind_of,
     leaves,
     load_mmdet_config,
     own_batch_size,
@@ -235,8 +237,9 @@ class MMDetectionTrial(DetectionTrial):
         self.detects_for_own_dataset = isinstance(data, OwnData)
         if isinstance(data, OwnData):
             return OwnEvaluationSamples(data.dataset)
-        pipeline = test_pipeline(self.mmdet_config.data.val)
-        transform = EvaluationTransform(pipeline, self.mmdet_config.data.val, data.images)
+        leaf = leaves(self.mmdet_config.data.val)[0]
+        pipeline = test_pipeline(leaf)
+        transform = EvaluationTransform(pipeline, leaf, data.images)
         decode = decoder(pipeline[0])
         return CocoDetection(data.annotations, data.images, transform, self.seed, False, self.bad_images, decode)
 
@@ -278,7 +281,8 @@ class MMDetectionTrial(DetectionTrial):
 
     @cached_property
     def start_weights(self) -> StartWeights:
-        return read_start(self.hparams.weights, self.hparams.weights_key, self.hparams.config_file)
+        config_file = find_config(self.hparams.config_file, Path(__file__).parent, "config_file")
+        return read_start(self.hparams.weights, self.hparams.weights_key, config_file)
 
     def known_categories(self) -> list[dict]:
         """Those that the weights say they detect; else those of the config's data set."""
@@ -376,13 +380,15 @@ class MMDetectionTrial(DetectionTrial):
     def summary(self) -> list[tuple[str, object]]:
         config = self.mmdet_config
         lr_config = dict(config.get("lr_config") or {})
-        train = config.data.train
         return [
             ("config", self.hparams.config_file),
             ("model", f"{config.model.type}, {len(self.categories)} categories"),
             ("weights", self._start()),
-            ("training data", f"{train['type']}, {len(self.train_samples)} samples"),
-            ("validation", ", ".join(self.iou_types) if self.evaluates_coco else f"{config.data.val.type}.evaluate"),
+            ("training data", f"{kind_of(config.data.train)}, {len(self.train_samples)} samples"),
+            (
+                "validation",
+                ", ".join(self.iou_types) if self.evaluates_coco else f"{kind_of(config.data.val)}.evaluate",
+            ),
             ("optimizer", f"{config.optimizer.type}, lr {config.optimizer.lr:g}"),
             ("schedule", ", ".join(f"{key} {value}" for key, value in lr_config.items()) or "constant"),
             ("gradient clipping", (config.get("optimizer_config") or {}).get("grad_clip") or "none"),

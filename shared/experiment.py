@@ -193,7 +193,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
                 if override.startswith(length):  # in another unit it takes the place of the old one
                     OmegaConf.update(config, length, None, force_add=True)
             config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
-        config = OmegaConf.to_container(config, resolve=True)
+        config = interpolated(config)
     except UserError:
         raise
     except (OmegaConfBaseException, OSError, ValueError) as error:
@@ -204,6 +204,35 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise
     refuse_unknown_keys(config, _TOP_KEYS, path)
     return config
+
+
+def interpolated(config: Any) -> dict[str, Any]:
+    """A config with the values of the keys that its `${key}` name in their place, the same here and on a cluster; what
+    names no key stays as it is.
+
+    Raises:
+        UserError: a `${` is not closed.
+    """
+    try:
+        nodes = OmegaConf.create(config)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error}; in a config ${{key}} stands for the value of another key") from error
+
+    def plain(node: Any, raw: Any) -> Any:
+        if isinstance(raw, dict):
+            return {key: value_of(node, key, raw) for key in raw}
+        return [value_of(node, i, raw) for i in range(len(raw))] if isinstance(raw, list) else node
+
+    def value_of(section: Any, key: Any, raw: Any) -> Any:
+        try:
+            value = section[key]
+            if isinstance(raw[key], (dict, list)):
+                return plain(value, raw[key])
+            return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except OmegaConfBaseException:
+            return raw[key]
+
+    return plain(nodes, OmegaConf.to_container(nodes, resolve=False))
 
 
 def make_paths_absolute(config: dict[str, Any], path_hyperparameters: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import functools
 import importlib
@@ -77,10 +78,10 @@ def load_mmdet_config(hparams: MMDetectionHyperparameters, submitted: Path) -> C
         UserError: a file is not found or not a config; a key merged in is unknown to what it is merged into.
     """
     _import_files(hparams.custom_imports)
-    path = find_library_config(hparams.config_file, submitted, shipped_configs(), "config_file")
+    path = find_config(hparams.config_file, submitted, "config_file")
     config = read_resolved(path) if path.name == RESOLVED_CONFIG else _read(path, "config_file")
     if hparams.merge_config is not None:
-        merged = find_library_config(hparams.merge_config, submitted, shipped_configs(), "merge_config")
+        merged = find_config(hparams.merge_config, submitted, "merge_config")
         read = dict(_read(merged, "merge_config")._cfg_dict)
         _merge(config, read, "hyperparameters.merge_config", _variables(merged))
     if hparams.config_overrides:
@@ -103,6 +104,19 @@ def load_mmdet_config(hparams: MMDetectionHyperparameters, submitted: Path) -> C
         raise UserError(f"hyperparameters.config_file: {path}: {reason}") from error
 
 
+def find_config(name: str, submitted: Path, key: str) -> Path:
+    """The path of a config: in the folder submitted, else among those that mmdet ships, by the name that it had in the
+    image of Determined's model-hub too.
+
+    Raises:
+        UserError: it is in neither.
+    """
+    in_image = "/mmdetection/configs/"
+    return find_library_config(
+        name if Path(name).is_file() else name.removeprefix(in_image), submitted, shipped_configs(), key
+    )
+
+
 def _say_fp16_once(config: Config) -> None:
     """mmcv's other way to say `fp16`: Fp16OptimizerHook as optimizer_config."""
     section = config.get("optimizer_config") or {}
@@ -113,10 +127,29 @@ def _say_fp16_once(config: Config) -> None:
 
 def _read(path: Path, key: str) -> Config:
     try:
-        return Config.fromfile(path)
+        with _shipped_bases():
+            return Config.fromfile(path)
     except Exception as error:  # a Python config may raise anything
         reason = str(error) or str(error.__context__)
         raise UserError(f"hyperparameters.{key}: {path} cannot be read: {type(error).__name__}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _shipped_bases() -> Iterator[None]:
+    """Lets `_base_` of a user's config name one that mmdet ships, as it would stand in MMDetection's `configs`."""
+    read = Config._file2dict
+
+    def read_where_it_is(name: str, *arguments: Any) -> Any:
+        parts = Path(os.path.normpath(name)).parts
+        below = (shipped_configs().joinpath(*parts[-count:]) for count in (4, 3, 2) if count <= len(parts))
+        shipped = None if Path(name).is_file() else next((path for path in below if path.is_file()), None)
+        return read(str(shipped or name), *arguments)
+
+    Config._file2dict = staticmethod(read_where_it_is)
+    try:
+        yield
+    finally:
+        Config._file2dict = staticmethod(read)
 
 
 def _refuse_other_scaling(hparams: MMDetectionHyperparameters, overrides: Mapping[str, Any]) -> None:
@@ -545,7 +578,9 @@ def set_paths(config: Config, data: MMDetectionData, submitted: Path) -> None:
         for leaf in found:
             root = leaf.pop("data_root", None) or ""
             for key in ("ann_file", "img_prefix", "seg_prefix", "proposal_file"):
-                if leaf.get(key):
+                if key == "img_prefix" and data.file_client is not None:  # a key of the client's, as lmdb's
+                    leaf[key] = os.path.join(root, leaf.get(key) or "")
+                elif leaf.get(key):
                     leaf[key] = _below(root, leaf[key], data, submitted)
 
 
@@ -555,6 +590,11 @@ def _below(root: str, path: Any, data: MMDetectionData, submitted: Path) -> Any:
         return [_below(root, part, data, submitted) for part in path]
     located = path if is_url(path) else data.located(os.path.join(root, path))
     return located if is_url(located) else str(submitted / located)
+
+
+def kind_of(dataset: Any) -> str:
+    """The type of a config's data set; a list is concatenated."""
+    return "ConcatDataset" if isinstance(dataset, (list, tuple)) else dataset["type"]
 
 
 def set_num_classes(config: Config, num_classes: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
@@ -24,7 +25,7 @@ from mmdet.datasets import CocoDataset, CustomDataset, build_dataset, replace_Im
 from mmdet.datasets.builder import DATASETS
 from mmdet.datasets.pipelines import Compose
 
-from mmdetection_files.config import leaves
+from mmdetection_files.config import kind_of, leaves
 from mmdetection_files.hyperparameters import MMDetectionData
 from shared.data.annotations import CocoAnnotations, ImageRecord
 from shared.data.dataset import BadImages, CocoDetection, SampleKey, transformed
@@ -57,7 +58,8 @@ class MmcvImages:
     def read(self, file_name: str) -> bytes:
         if self._client is None:  # a client of each process
             self._client = FileClient(**self.file_client_args)
-        return bytes(self._client.get(self._client.join_path(self.prefix, file_name) if self.prefix else file_name))
+        # as LoadImageFromFile joins them: not every client has a join_path
+        return bytes(self._client.get(os.path.join(self.prefix, file_name)))
 
     def look(self, names: np.ndarray) -> Look:
         return Look()  # most of these clients cannot be asked
@@ -86,7 +88,7 @@ class OwnData:
 
 def is_plain_coco(leaf: Any) -> bool:
     """Whether a data set's config is one that the shared loader reads."""
-    if not isinstance(leaf, dict) or leaf["type"] != "CocoDataset" or leaf.get("proposal_file"):
+    if not isinstance(leaf, dict) or leaf.get("type") != "CocoDataset" or leaf.get("proposal_file"):
         return False
     pipeline = leaf.get("pipeline") or [{"type": ""}]
     return isinstance(leaf["ann_file"], str) and pipeline[0]["type"] == "LoadImageFromFile"
@@ -298,11 +300,11 @@ def build_own_dataset(section: Any, data: MMDetectionData, training: bool) -> An
     except Exception as error:  # each reads files of its own format
         paths = ", ".join(str(leaf.get("ann_file")) for leaf in leaves(section))
         raise UserError(
-            f"data.{split}: the config's {section['type']} cannot be built from {paths}: "
+            f"data.{split}: the config's {kind_of(section)} cannot be built from {paths}: "
             f"{type(error).__name__}: {error}"
         ) from error
     if not dataset.CLASSES:
-        raise UserError(f"data.{split}: the config's {section['type']} has no class names; give it `classes`")
+        raise UserError(f"data.{split}: the config's {kind_of(section)} has no class names; give it `classes`")
     return dataset
 
 

@@ -208,7 +208,7 @@ class StartWeights:
     categories: list[dict] | None
 
 
-def read_start(source: str, key: str, config_file: str) -> StartWeights:
+def read_start(source: str, key: str, config_file: Path) -> StartWeights:
     """What `weights` names: what MMDetection publishes for the config ("published"), a path, a URL or a checkpoint of
     ours.
 
@@ -225,14 +225,15 @@ def read_start(source: str, key: str, config_file: str) -> StartWeights:
     return StartWeights(source, key, without_ddp(held.get("state_dict", held)), names and categories_named(names))
 
 
-def published_weights(config_file: str, key: str) -> str:
+def published_weights(config_file: Path, key: str) -> str:
     """The URL of what MMDetection publishes for one of its configs.
 
     Raises:
         UserError: it publishes nothing.
     """
     published = published_checkpoints()
-    name = str(Path(config_file)).removeprefix(str(shipped_configs()) + "/")
+    shipped = shipped_configs().absolute()
+    name = str(config_file.relative_to(shipped) if config_file.is_relative_to(shipped) else config_file)
     if name not in published:
         near = nearest(name, published, otherwise="they are listed in its metafiles")
         raise UserError(f"{key}: MMDetection publishes no weights for {name}; {near}; or give a path or a URL")

@@ -2,6 +2,7 @@
 
 import shutil
 from copy import deepcopy
+from pathlib import Path
 
 import mmcv.ops
 import pytest
@@ -54,6 +55,17 @@ def test_a_config_of_the_folder_comes_before_one_of_mmdetection_s(tmp_path):
     own.parent.mkdir()
     shutil.copy(shipped_configs() / "retinanet/retinanet_r18_fpn_1x_coco.py", own)
     assert find_library_config(MASK_RCNN, tmp_path, shipped_configs(), "config_file") == own
+
+
+@pytest.mark.parametrize("base", [MASK_RCNN, f"../{MASK_RCNN}", f"/mmdetection/configs/{MASK_RCNN}"])
+def test_a_config_of_one_s_own_builds_on_a_shipped_one_by_its_name(tmp_path, base):
+    (tmp_path / "mine.py").write_text(f"_base_ = {base!r}\nmodel = dict(backbone=dict(depth=18))\n")
+    config = resolve(tmp_path, "mine.py")
+    assert (config.model.type, config.model.backbone.depth) == ("MaskRCNN", 18)
+
+
+def test_a_config_by_its_path_in_model_hub_s_image_is_the_shipped_one():
+    assert resolve(config_file=f"/mmdetection/configs/{MASK_RCNN}")._cfg_dict == resolve()._cfg_dict
 
 
 def test_a_config_that_is_not_found_says_where_it_was_looked_for_and_what_is_near(tmp_path):
@@ -406,7 +418,7 @@ def test_mmdetection_s_published_weights_are_known_by_config():
     assert len(published) > 300
     assert published[MASK_RCNN].endswith("mask_rcnn_r50_fpn_1x_coco_20200205-d4b0c5d6.pth")
     with pytest.raises(UserError, match=r"publishes no weights for yolox/yolox_m.*; did you mean"):
-        published_weights("yolox/yolox_m_8x8_300e_coco.py", "hyperparameters.weights")
+        published_weights(Path("yolox/yolox_m_8x8_300e_coco.py"), "hyperparameters.weights")
 
 
 SMALL = {"model.backbone.depth": 18, "model.neck.in_channels": [64, 128, 256, 512], "model.backbone.init_cfg": None}

@@ -11,7 +11,9 @@ import pytest
 import torch
 import yaml
 from conftest import SHARED_DATA, reports, run_model_def
+from mmcv import FileClient
 from mmcv.cnn.rfsearch.operator import BaseConvRFSearchOp
+from mmcv.fileio import BaseStorageBackend
 from mmcv.runner import BaseRunner
 from mmcv.runner.hooks import HOOKS
 from PIL import Image
@@ -19,10 +21,11 @@ from pycocotools import mask as coco_mask
 from tiny_models import MMDETECTION, SMALL_BACKBONE, load_model_def, mmdet_config
 
 from mmdetection_files import model as mmdetection_model
-from mmdetection_files.config import read_resolved
-from mmdetection_files.data import ClassAwareBatchSampler, images_of_classes
+from mmdetection_files.config import load_mmdet_config, read_resolved
+from mmdetection_files.data import ClassAwareBatchSampler, MmcvImages, images_of_classes
 from mmdetection_files.evaluation import to_detections
 from mmdetection_files.hooks import MomentumEma
+from mmdetection_files.hyperparameters import MMDetectionHyperparameters
 from mmdetection_files.model import PYTHON_STATE, move_teacher
 from mmdetection_files.receptive_field import init_receptive_fields
 from shared.data.dataset import SampleKey
@@ -315,6 +318,40 @@ def test_a_teacher_is_where_its_pupil_is():
     object.__setattr__(pupil, "teacher_model", torch.nn.Linear(1, 1))  # as mmdet has it
     move_teacher(pupil, torch.device("meta"))
     assert pupil.teacher_model.weight.is_meta
+
+
+def test_lists_of_data_sets_train_validate_and_predict(shapes, train, trial_class, tmp_path):
+    config = in_process(mmdet_config(shapes, RETINANET, **{"model.test_cfg.score_thr": 0.0}), batches=1)
+    shipped = load_mmdet_config(MMDetectionHyperparameters(RETINANET), MMDETECTION)
+    small = {}
+    for split in ("train", "val"):
+        paths = config["data"].pop(split)
+        leaf = {"type": "CocoDataset", "ann_file": paths["annotations"], "img_prefix": paths["images"]}
+        small[split] = [{**leaf, "pipeline": shipped.data[split].pipeline}] * 2
+    (tmp_path / "lists.py").write_text(
+        f"_base_ = {RETINANET!r}\ndata = dict(train={small['train']}, val={small['val']})"
+    )
+    overrides = config["hyperparameters"]["override_mmdet_config"]
+    config["hyperparameters"]["override_mmdet_config"] = {k: v for k, v in overrides.items() if k[:4] != "data"}
+    config["hyperparameters"]["config_file"] = str(tmp_path / "lists.py")
+    config["searcher"]["metric"] = "0_bbox_mAP"
+    run = train(trial_class, config)
+    assert {"0_bbox_mAP", "1_bbox_mAP"} <= reports(run, "val")[-1]["metrics"].keys()
+    arguments = ("--checkpoint", run / "checkpoints/last", "--output", tmp_path / "out", "--images", shapes / "val")
+    run_model_def("predict", tmp_path / "run.yaml", *arguments, cwd=MMDETECTION)
+    assert json.loads((tmp_path / "out/results.json").read_text())
+
+
+def test_images_are_read_from_a_client_that_joins_no_paths(monkeypatch):
+    class Lmdb(BaseStorageBackend):
+        def get(self, key):
+            return key.encode()
+
+        get_text = get
+
+    monkeypatch.setitem(FileClient._backends, "tiny_lmdb", Lmdb)
+    assert MmcvImages({"backend": "tiny_lmdb"}, "train").read("1.jpg") == b"train/1.jpg"
+    assert MmcvImages({"backend": "tiny_lmdb"}, "").read("1.jpg") == b"1.jpg"
 
 
 def test_classes_of_a_subset_train_and_evaluate_on_it_alone(shapes, train, trial_class):
