@@ -23,6 +23,7 @@ from mmdetection_files.config import (
     default_lengths,
     file_client_of,
     find_config,
+    find_weights_files,
     input_scale,
     kind_of,
     leaves,
@@ -79,7 +80,16 @@ from shared.data.samplers import TrainingBatchSampler
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
-from shared.experiment import Split, SplitData, check_evaluable, check_masks, check_trainable, open_split, parse_section
+from shared.experiment import (
+    Split,
+    SplitData,
+    check_evaluable,
+    check_masks,
+    check_trainable,
+    find_path,
+    open_split,
+    parse_section,
+)
 from shared.launch import main
 from shared.training.python_state import python_state, restore_python_state
 from shared.training.trial import DetectionTrial
@@ -109,7 +119,7 @@ class MMDetectionTrial(DetectionTrial):
             "merge_config": None,
             "config_overrides": {},
             "override_mmdet_config": None,
-            "weights": None,
+            "weights": "",  # the checkpoint's own are loaded
             "use_pretrained": None,
             "scale_schedule": None,
         }
@@ -126,6 +136,12 @@ class MMDetectionTrial(DetectionTrial):
         if client is not None and self.data.backend == "disk" and self.data.file_client_args is None:
             self.data = replace(self.data, file_client_args=client)
         set_paths(self.mmdet_config, self.data, submitted)
+        find_weights_files(self.mmdet_config, submitted)
+        if self.hparams.weights is None and self.for_training and self.mmdet_config.get("load_from"):
+            self.hparams.weights = self.mmdet_config.load_from
+            self.hparams.weights_key = "load_from of the MMDetection config"
+        elif self.hparams.weights:
+            self.hparams.weights = str(find_path(self.hparams.weights, [submitted]) or self.hparams.weights)
         if self.mmdet_config.get("cudnn_benchmark"):
             torch.backends.cudnn.benchmark = True
         if self.hparams.global_batch_size is None:
@@ -375,7 +391,8 @@ class MMDetectionTrial(DetectionTrial):
     def _start(self) -> str:
         if self.hparams.weights is None:
             return "the config's initial ones"
-        return self.hparams.weights or "none, from nothing"
+        said_by = " (load_from of the config)" if self.hparams.weights_key.startswith("load_from") else ""
+        return f"{self.hparams.weights}{said_by}" if self.hparams.weights else "none, from nothing"
 
     def summary(self) -> list[tuple[str, object]]:
         config = self.mmdet_config

@@ -62,6 +62,8 @@ _TOP_KEYS = [
     "workspace",
 ]
 _LENGTHS = ("searcher.max_length", "min_validation_period", "min_checkpoint_period")
+# where relative paths may start, beside the folder that is submitted: where the run was started, and the YAML file's
+_started_in: list[Path] = []
 _UNITS = ("batches", "epochs", "records")
 _BUCKETS = {"s3": "s3://", "gcs": "gs://"}
 
@@ -203,6 +205,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
             raise UserError(f"{path} is not YAML: {error}") from error
         raise
     refuse_unknown_keys(config, _TOP_KEYS, path)
+    _started_in[:] = [Path.cwd(), Path(path).absolute().parent]
     return config
 
 
@@ -235,9 +238,17 @@ def interpolated(config: Any) -> dict[str, Any]:
     return plain(nodes, OmegaConf.to_container(nodes, resolve=False))
 
 
+def find_path(name: str, places: Iterable[Path] = ()) -> Path | None:
+    """A relative path of the config in these places, where the run was started or beside the YAML file; None where it
+    is in none of them, absolute or a URL."""
+    if not name or "://" in name or Path(name).is_absolute():
+        return None
+    return next((place / name for place in (*places, *_started_in) if (place / name).exists()), None)
+
+
 def make_paths_absolute(config: dict[str, Any], path_hyperparameters: Iterable[str]) -> None:
     """Paths of the config that are relative to the working directory, made good for any: of the data, and of the
-    hyperparameters that may be one."""
+    hyperparameters that may be one, which may lie beside the YAML file too."""
 
     def absolute(section: Any, key: str) -> None:
         value = section.get(key) if isinstance(section, dict) else None
@@ -251,7 +262,9 @@ def make_paths_absolute(config: dict[str, Any], path_hyperparameters: Iterable[s
     if isinstance(data.get("cache_dir"), str):
         data["cache_dir"] = str(Path(data["cache_dir"]).absolute())
     for name in path_hyperparameters:
-        absolute(config["hyperparameters"], name)
+        value = config["hyperparameters"].get(name)
+        if isinstance(value, str) and (found := find_path(value)):
+            config["hyperparameters"][name] = str(found.absolute())
 
 
 def refuse_unknown_keys(section: dict[str, Any], valid: Iterable[str], where: str) -> None:

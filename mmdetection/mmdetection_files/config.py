@@ -39,7 +39,7 @@ from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperp
 from shared.data.input_scale import InputScale
 from shared.data.remote import is_url
 from shared.errors import UserError, nearest
-from shared.experiment import Length, find_library_config
+from shared.experiment import Length, find_library_config, find_path
 
 RESOLVED_CONFIG = "mmdet_config.py"
 _WITH_REGISTRIES = (
@@ -582,6 +582,26 @@ def set_paths(config: Config, data: MMDetectionData, submitted: Path) -> None:
                     leaf[key] = os.path.join(root, leaf.get(key) or "")
                 elif leaf.get(key):
                     leaf[key] = _below(root, leaf[key], data, submitted)
+
+
+def find_weights_files(config: Config, submitted: Path) -> None:
+    """Makes the config's own relative paths of weights absolute (`init_cfg.checkpoint`, `pretrained`, `teacher_ckpt`,
+    `load_from`), where their file is in the folder submitted, where the run was started or beside the YAML file."""
+
+    def visit(section: Any) -> None:
+        if isinstance(section, (list, tuple)):
+            for part in section:
+                visit(part)
+        elif isinstance(section, dict):
+            for key, value in section.items():
+                if key in ("checkpoint", "pretrained", "teacher_ckpt") and isinstance(value, str):
+                    section[key] = str(find_path(value, [submitted]) or value)
+                else:
+                    visit(value)
+
+    visit(config.model)
+    if isinstance(config.get("load_from"), str):
+        config.load_from = str(find_path(config.load_from, [submitted]) or config.load_from)
 
 
 def _below(root: str, path: Any, data: MMDetectionData, submitted: Path) -> Any:

@@ -61,7 +61,8 @@ def build_model(config: Config, initialize: bool) -> nn.Module:
             raise UserError(
                 f"model.backbone.init_cfg: the backbone's pretrained weights cannot be had ({error}). Without a way to "
                 "the internet give a file, config_overrides: {model.backbone.init_cfg.checkpoint: PATH}, or start "
-                "from nothing, {model.backbone.init_cfg: null}"
+                "from nothing, {model.backbone.init_cfg: null}. A relative path is looked for in the folder that is "
+                "submitted, of which .detignore leaves out *.pth, and beside the YAML file"
             ) from error
     if config.get("fp16"):
         wrap_fp16_model(model)
@@ -188,7 +189,10 @@ def published_checkpoints() -> dict[str, str]:
         content = yaml.safe_load(metafile.read_text())
         for model in content.get("Models", []) if isinstance(content, dict) else content:
             if model.get("Weights"):
-                published[model["Config"].removeprefix("configs/")] = model["Weights"]
+                name = model["Config"].removeprefix("configs/")
+                if not (folder / name).is_file():  # some are said to be in another folder
+                    name = f"{metafile.parent.name}/{Path(name).name}"
+                published[name] = model["Weights"]
     return published
 
 

@@ -14,6 +14,7 @@ from tiny_models import MMDETECTION
 from mmdetection_files.config import (
     default_lengths,
     file_client_of,
+    find_weights_files,
     load_mmdet_config,
     own_batch_size,
     read_resolved,
@@ -36,7 +37,7 @@ from mmdetection_files.model import (
     without_teacher_weights,
 )
 from shared.errors import UserError
-from shared.experiment import Length, Split, find_library_config, parse_data, parse_schedule
+from shared.experiment import Length, Split, find_library_config, load_config, parse_data, parse_schedule
 from shared.training.loop import periods_of
 
 MASK_RCNN = "mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py"
@@ -371,6 +372,20 @@ def test_a_backbone_s_weights_are_not_downloaded_where_others_are_loaded(config_
     assert config.model.backbone.init_cfg is None
 
 
+def test_a_relative_path_of_weights_is_found_in_the_folder_submitted_and_beside_the_yaml_file(tmp_path, monkeypatch):
+    submitted, beside = tmp_path / "submitted", tmp_path / "beside"
+    for file in (submitted / "backbone.pth", beside / "start.pth"):
+        file.parent.mkdir()
+        file.touch()
+    (beside / "const.yaml").write_text("name: x\n")
+    load_config(str(beside / "const.yaml"))
+    monkeypatch.chdir("/")
+    config = resolve(config_overrides={"model.backbone.init_cfg.checkpoint": "backbone.pth", "load_from": "start.pth"})
+    find_weights_files(config, submitted)
+    assert config.model.backbone.init_cfg.checkpoint == str(submitted / "backbone.pth")
+    assert config.load_from == str(beside / "start.pth")
+
+
 def test_a_teacher_is_found_among_mmdetection_s_configs_and_its_weights_are_for_training_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = resolve(config_file="ld/ld_r18_gflv1_r101_fpn_coco_1x.py")
@@ -416,6 +431,7 @@ def test_file_client_args_are_an_alias_for_the_backend():
 def test_mmdetection_s_published_weights_are_known_by_config():
     published = published_checkpoints()
     assert len(published) > 300
+    assert all((shipped_configs() / name).is_file() for name in published)
     assert published[MASK_RCNN].endswith("mask_rcnn_r50_fpn_1x_coco_20200205-d4b0c5d6.pth")
     with pytest.raises(UserError, match=r"publishes no weights for yolox/yolox_m.*; did you mean"):
         published_weights(Path("yolox/yolox_m_8x8_300e_coco.py"), "hyperparameters.weights")

@@ -549,7 +549,10 @@ def test_an_mmcv_of_another_version_says_how_to_install_the_right_one(tmp_path):
     assert done.stderr.strip().endswith("in the folder mmdetection: python3 -m shared.container")
 
 
-def test_pretrained_weights_of_another_head_start_anew_in_one_line(shapes, train, trial_class, tmp_path, caplog):
+@pytest.mark.parametrize("by_load_from", [False, True])
+def test_pretrained_weights_of_another_head_start_anew_in_one_line(
+    shapes, train, trial_class, tmp_path, caplog, by_load_from
+):
     config = in_process(mmdet_config(shapes, RETINANET))
     run = train(trial_class, config)
     weights = torch.load(run / "checkpoints/last/state_dict.pth", weights_only=True)["models_state_dict"][0]
@@ -565,7 +568,11 @@ def test_pretrained_weights_of_another_head_start_anew_in_one_line(shapes, train
             started.setdefault("weights", copy.deepcopy(self.plain_model.state_dict()))
             return super().losses(model, batch)
 
+    if by_load_from:
+        path = config["hyperparameters"].pop("use_pretrained")
+        config["hyperparameters"]["override_mmdet_config"]["load_from"] = path
     train(Kept, config, "fine")
+    assert "published.pth (load_from of the config)" in caplog.text or not by_load_from
     (line,) = [r.message for r in caplog.records if r.message.startswith("pretrained:")]
     assert "2 of another shape start anew (bbox_head.retina_cls.weight, bbox_head.retina_cls.bias)" in line
     torch.testing.assert_close(started["weights"]["backbone.conv1.weight"], weights["backbone.conv1.weight"])
