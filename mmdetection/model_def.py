@@ -55,7 +55,7 @@ from mmdetection_files.data import (
     test_pipeline,
 )
 from mmdetection_files.evaluation import OwnEvaluator, OwnResult, own_arguments, to_detections, to_own_result
-from mmdetection_files.hooks import EMA_HOOKS, MomentumEma, StepRunner, hook_config, mode_switch
+from mmdetection_files.hooks import EMA_HOOKS, HooksOfValidation, MomentumEma, StepRunner, hook_config, mode_switch
 from mmdetection_files.hyperparameters import PUBLISHED, MMDetectionData, MMDetectionHyperparameters
 from mmdetection_files.model import (
     PYTHON_STATE,
@@ -370,7 +370,14 @@ class MMDetectionTrial(DetectionTrial):
     def prepare_schedule(self) -> None:
         self.clip_gradients()  # what it refuses, before training starts
         self.runner = StepRunner(
-            self.plain_model, self.optimizer, self.mmdet_config, self.batches_per_epoch, self.total_batches
+            self.plain_model,
+            self.optimizer,
+            self.mmdet_config,
+            self.batches_per_epoch,
+            self.total_batches,
+            self.train_samples,
+            # in a run's own folder, which has the code in a folder of it
+            (Path.cwd() if self.on_cluster else Path.cwd().parent) / "work_dir",
         )
         self.mode_switch = mode_switch(self.mmdet_config, self.runner.max_epochs)
 
@@ -381,6 +388,16 @@ class MMDetectionTrial(DetectionTrial):
 
     def after_batch(self, number: int) -> None:
         self.runner.end()
+
+    def build_callbacks(self) -> dict[str, Any]:
+        return {"hooks": HooksOfValidation(self), **super().build_callbacks()}
+
+    def evaluate_batch(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        self.runner._inner_iter, self.runner.data_batch = batch_idx, {"img": batch.images, **batch.targets}
+        self.runner.call_hook("before_val_iter")
+        metrics = super().evaluate_batch(batch, batch_idx)
+        self.runner.call_hook("after_val_iter")
+        return metrics
 
     def own_state(self) -> dict[str, Any]:
         return python_state(self.plain_model, PYTHON_STATE)
@@ -422,7 +439,11 @@ class MMDetectionTrial(DetectionTrial):
             for name, value in outputs.items()
         }
         # as BaseDetector._parse_losses, which synchronises with the device once a loss
-        return {**means, "loss": sum(value for name, value in means.items() if "loss" in name)}
+        losses = {**means, "loss": sum(value for name, value in means.items() if "loss" in name)}
+        log_vars = {name: value.detach() for name, value in losses.items()}
+        self.runner.data_batch = {"img": batch.images, **batch.targets}
+        self.runner.outputs = {"loss": losses["loss"], "log_vars": log_vars, "num_samples": len(batch.image_ids)}
+        return losses
 
     def detect(self, model: nn.Module, batch: Batch) -> list[Detections | OwnResult]:
         results = model(img=batch.images, return_loss=False, rescale=True, **batch.targets)

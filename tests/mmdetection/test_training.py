@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from mmcv import FileClient
 from mmcv.cnn.rfsearch.operator import BaseConvRFSearchOp
 from mmcv.fileio import BaseStorageBackend
 from mmcv.runner import BaseRunner
-from mmcv.runner.hooks import HOOKS
+from mmcv.runner.hooks import HOOKS, Hook
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tiny_models import MMDETECTION, SMALL_BACKBONE, load_model_def, mmdet_config
@@ -352,6 +353,35 @@ def test_images_are_read_from_a_client_that_joins_no_paths(monkeypatch):
     monkeypatch.setitem(FileClient._backends, "tiny_lmdb", Lmdb)
     assert MmcvImages({"backend": "tiny_lmdb"}, "train").read("1.jpg") == b"train/1.jpg"
     assert MmcvImages({"backend": "tiny_lmdb"}, "").read("1.jpg") == b"1.jpg"
+
+
+def test_a_hook_of_one_s_own_is_called_everywhere_and_sees_what_mmcv_s_runner_has(shapes, train, trial_class):
+    called = []
+
+    @HOOKS.register_module(force=True)
+    class Watch(Hook):
+        def after_train_iter(self, runner):
+            assert float(runner.outputs["loss"]) == float(runner.outputs["log_vars"]["loss"])
+            assert runner.outputs["num_samples"] == len(runner.data_batch["img_metas"]) == 4
+            assert len(runner.data_loader.dataset.CLASSES) == 3
+            called.append("after_train_iter")
+
+        def before_val_epoch(self, runner):
+            called.append(("before_val_epoch", len(runner.data_loader), runner.mode))
+
+        def after_val_epoch(self, runner):
+            called.append("after_val_epoch")
+
+        def after_run(self, runner):
+            (Path(runner.work_dir) / "mine.txt").write_text("done")
+            called.append("after_run")
+
+    overrides = {"custom_hooks": [{"type": "Watch"}]}
+    run = train(trial_class, in_process(mmdet_config(shapes, RETINANET, **overrides), batches=1))
+    assert called[0] == "after_train_iter"
+    assert called[1][0] == "before_val_epoch"
+    assert called[2:] == ["after_val_epoch", "after_run"]
+    assert (run / "work_dir/mine.txt").read_text() == "done"
 
 
 def test_classes_of_a_subset_train_and_evaluate_on_it_alone(shapes, train, trial_class):
