@@ -60,13 +60,14 @@ class StepRunner(BaseRunner):
         dataset: Any = None,
         work_dir: Path | None = None,
     ):
-        work_dir = str(work_dir) if work_dir is not None and config.get("custom_hooks") else None
-        super().__init__(model, optimizer=optimizer, work_dir=work_dir, logger=logger, meta={})
+        super().__init__(model, optimizer=optimizer, logger=logger, meta={})
+        self.work_dir = None if work_dir is None else str(work_dir)
         self._max_iters = total_batches
         self._max_epochs = math.ceil(total_batches / batches_per_epoch)
         self.batches_per_epoch = batches_per_epoch
         self.data_loader = self.training_loader = _Batches(batches_per_epoch, dataset)
         self.outputs: dict[str, Any] = {}
+        self.has_own_hooks = False
         self.by_epoch = runner_type(config) != "IterBasedRunner"
         self.begun = False
         try:
@@ -91,6 +92,7 @@ class StepRunner(BaseRunner):
             kind = HOOKS.get(name)
             if name not in _DONE_ELSEWHERE and not (kind is not None and issubclass(kind, LoggerHook)):
                 self.register_hook_from_cfg(hook)
+                self.has_own_hooks = True
 
     def begin(self, number: int) -> None:
         """Before training batch `number`, counted from 0 over the whole training."""
@@ -101,6 +103,8 @@ class StepRunner(BaseRunner):
             for hook in self.hooks:
                 if isinstance(hook, DilationSearch):
                     hook.go_on_after(self)
+            if self.has_own_hooks and self.work_dir is not None:
+                Path(self.work_dir).mkdir(parents=True, exist_ok=True)
             self.call_hook("before_run")
             if not self.by_epoch:
                 self.call_hook("before_epoch")

@@ -78,7 +78,8 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         self.data = parse_data(self.config, self.data_class)
         self.read_own_config()
         self.schedule = parse_schedule(self.config, self.default_lengths(), self.validation_times())
-        self.searcher_metric = parse_searcher_metric(self.config, self.reported_metrics())
+        # to detect, nobody asks for it
+        self.searcher_metric = parse_searcher_metric(self.config, self.reported_metrics() if for_training else None)
         self.global_batch_size = self.hparams.global_batch_size
         self.per_slot_batch_size = per_slot_batch_size(self.global_batch_size, self.slots)
         self.seed = context.get_trial_seed() if self.on_cluster else parse_seed(self.config)
