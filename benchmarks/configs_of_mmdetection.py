@@ -292,7 +292,7 @@ def _trial(config: str, classes: tuple[str, ...] | None = None) -> MMDetectionTr
             annotations, images = options.pop(f"{place}.ann_file"), options.pop(f"{place}.img_prefix")
             sections[split] = {"annotations": annotations, "images": images}
         overrides.update(options)
-    hyperparameters = {"config_file": config, "override_mmdet_config": overrides, "global_batch_size": 2}
+    hyperparameters = {"config_file": config, "config_overrides": overrides, "global_batch_size": 2}
     trial = MMDetectionTrial.__new__(MMDetectionTrial)
     trial.hparams = parse_section(hyperparameters, MMDetectionHyperparameters, "hyperparameters")
     trial.data = parse_data({"data": {**sections, "workers": 0}}, MMDetectionData)

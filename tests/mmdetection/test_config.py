@@ -88,7 +88,7 @@ def test_an_override_wins_over_the_merged_file_and_that_over_the_config(tmp_path
     config = resolve(
         tmp_path,
         merge_config="mine.py",
-        override_mmdet_config={"model.neck.out_channels": 32, "optimizer": {"weight_decay": 0.1}},
+        config_overrides={"model.neck.out_channels": 32, "optimizer": {"weight_decay": 0.1}},
     )
     assert config.model.backbone.depth == 18
     assert config.model.backbone.num_stages == 4
@@ -98,7 +98,7 @@ def test_an_override_wins_over_the_merged_file_and_that_over_the_config(tmp_path
 
 def test_delete_lists_and_none_in_overrides():
     config = resolve(
-        override_mmdet_config={
+        config_overrides={
             "model.neck": {"_delete_": True, "type": "PAFPN", "in_channels": [1, 2], "out_channels": 3, "num_outs": 2},
             "data.train.pipeline.2.img_scale": [320, 240],
             "data.test.pipeline.1.transforms.3.size_divisor": 64,
@@ -140,8 +140,8 @@ WRONG = {
 @pytest.mark.parametrize("message", WRONG)
 def test_a_wrong_key_is_an_error_that_names_it_and_what_is_near(message, tmp_path):
     with pytest.raises(UserError) as raised:
-        resolve(override_mmdet_config=WRONG[message])
-    assert str(raised.value).startswith("hyperparameters.override_mmdet_config: " + message)
+        resolve(config_overrides=WRONG[message])
+    assert str(raised.value).startswith("hyperparameters.config_overrides: " + message)
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(_nested(WRONG[message])))
     if message.startswith("unknown") and "custom_keys" not in message:
         with pytest.raises(UserError, match=r"hyperparameters.merge_config: unknown key"):
@@ -174,7 +174,7 @@ RIGHT = [
 
 @pytest.mark.parametrize("overrides", RIGHT, ids=lambda overrides: next(iter(overrides)))
 def test_what_mmdetection_takes_is_taken(overrides):
-    resolve(override_mmdet_config=overrides)
+    resolve(config_overrides=overrides)
 
 
 def test_a_dotted_override_of_a_parameter_s_learning_rate_keeps_the_dots_of_its_name():
@@ -187,6 +187,8 @@ def test_both_names_of_one_hyperparameter_that_differ_are_an_error():
     assert resolve(config_overrides=same, override_mmdet_config=same).optimizer.lr == 0.1
     with pytest.raises(UserError, match="config_overrides and its older name override_mmdet_config"):
         resolve(config_overrides=same, override_mmdet_config={"optimizer.lr": 0.2})
+    with pytest.raises(UserError, match=r"hyperparameters.override_mmdet_config: unknown key 'optimzer'"):
+        resolve(override_mmdet_config={"optimzer.lr": 0.2})
     assert MMDetectionHyperparameters(MASK_RCNN, use_pretrained=True).weights == "published"
     assert MMDetectionHyperparameters(MASK_RCNN, weights="x.pth", use_pretrained="x.pth").weights == "x.pth"
     assert MMDetectionHyperparameters(MASK_RCNN, use_pretrained=False).weights is None
@@ -197,7 +199,7 @@ def test_both_names_of_one_hyperparameter_that_differ_are_an_error():
 
 
 def test_the_resolved_config_is_read_back_and_executes_nothing(tmp_path):
-    config = resolve(override_mmdet_config={"data.train.pipeline.2.img_scale": [320, 240]})
+    config = resolve(config_overrides={"data.train.pipeline.2.img_scale": [320, 240]})
     write_resolved(config, tmp_path)
     assert read_resolved(tmp_path / "mmdet_config.py")._cfg_dict == config._cfg_dict
     assert Config.fromfile(tmp_path / "mmdet_config.py").model == config.model  # MMDetection reads it too
@@ -215,11 +217,11 @@ def test_custom_modules_of_the_folder_are_imported_and_missing_ones_named(tmp_pa
         "@NECKS.register_module(force=True)\nclass MyNeck(FPN):\n    pass\n"
     )
     imports = {"custom_imports": {"imports": ["my_necks"], "allow_failed_imports": False}}
-    config = resolve(override_mmdet_config={**imports, "model.neck.type": "MyNeck"})
+    config = resolve(config_overrides={**imports, "model.neck.type": "MyNeck"})
     assert config.model.neck.type == "MyNeck"
     imports["custom_imports"]["imports"] = ["my_neks"]
     with pytest.raises(UserError, match=r"custom_imports: .*my_neks"):
-        resolve(override_mmdet_config=imports)
+        resolve(config_overrides=imports)
 
 
 def test_the_config_s_lengths_are_the_defaults():
@@ -229,7 +231,7 @@ def test_the_config_s_lengths_are_the_defaults():
         "min_checkpoint_period": Length("epochs", 1),
     }
     by_iterations = {"runner": {"_delete_": True, "type": "IterBasedRunner", "max_iters": 90000}}
-    lengths = default_lengths(resolve(override_mmdet_config={**by_iterations, "evaluation.interval": 5000}))
+    lengths = default_lengths(resolve(config_overrides={**by_iterations, "evaluation.interval": 5000}))
     assert lengths["searcher.max_length"] == Length("batches", 90000)
     assert lengths["min_validation_period"] == Length("batches", 5000)
 
@@ -312,7 +314,7 @@ def test_data_wins_over_the_config_s_paths_and_those_are_relative_to_the_folder(
     assert config.data.train.ann_file == "/x/train.json"
     assert config.data.train.img_prefix == "/x/images"
     assert config.data.val.ann_file == f"{tmp_path}/data/coco/annotations/instances_val2017.json"
-    config = resolve(override_mmdet_config={"data.train": {"_delete_": True, "type": "ConcatDataset", "datasets": []}})
+    config = resolve(config_overrides={"data.train": {"_delete_": True, "type": "ConcatDataset", "datasets": []}})
     with pytest.raises(UserError, match=r"data\.train gives one data set, and the MMDetection config has 0"):
         set_paths(config, data, tmp_path)
 

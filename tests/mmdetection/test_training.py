@@ -133,7 +133,7 @@ def test_pascal_voc_data_is_mmdetection_s_own_and_evaluated_by_itself(train, tri
     split = {"annotations": str(voc / "ImageSets/Main/some.txt"), "images": str(voc)}
     config["data"].update(train=split, val=split)
     config["searcher"]["metric"] = "mAP"
-    overrides = config["hyperparameters"]["override_mmdet_config"]
+    overrides = config["hyperparameters"]["config_overrides"]
     overrides.update(
         {
             "data.train.type": "VOCDataset",
@@ -194,7 +194,7 @@ def test_a_wrapped_coco_data_set_is_read_by_the_shared_loader(shapes, train, tri
             return [fill(part) for part in section]
         return {k: fill(v) if k.startswith("dataset") else v for k, v in section.items()}
 
-    overrides = config["hyperparameters"]["override_mmdet_config"]
+    overrides = config["hyperparameters"]["config_overrides"]
     del overrides["data.train.pipeline.2.img_scale"]
     overrides["data.train"] = {"_delete_": True, **fill(WRAPPERS[name])}
     train(Kept, config)
@@ -214,7 +214,7 @@ def test_mosaic_and_mixup_train_and_end_with_yolox_s_last_epochs(shapes, train, 
             return super().losses(model, batch)
 
     config = in_process(mmdet_config(shapes, "yolox/yolox_s_8x8_300e_coco.py"), batches=18)
-    config["hyperparameters"]["override_mmdet_config"] = {
+    config["hyperparameters"]["config_overrides"] = {
         "model.backbone.widen_factor": 0.125,
         "model.neck.in_channels": [32, 64, 128],
         "model.neck.out_channels": 32,
@@ -332,8 +332,8 @@ def test_lists_of_data_sets_train_validate_and_predict(shapes, train, trial_clas
     (tmp_path / "lists.py").write_text(
         f"_base_ = {RETINANET!r}\ndata = dict(train={small['train']}, val={small['val']})"
     )
-    overrides = config["hyperparameters"]["override_mmdet_config"]
-    config["hyperparameters"]["override_mmdet_config"] = {k: v for k, v in overrides.items() if k[:4] != "data"}
+    overrides = config["hyperparameters"]["config_overrides"]
+    config["hyperparameters"]["config_overrides"] = {k: v for k, v in overrides.items() if k[:4] != "data"}
     config["hyperparameters"]["config_file"] = str(tmp_path / "lists.py")
     config["searcher"]["metric"] = "0_bbox_mAP"
     run = train(trial_class, config)
@@ -386,7 +386,7 @@ def test_a_hook_of_one_s_own_is_called_everywhere_and_sees_what_mmcv_s_runner_ha
 
 def test_classes_of_a_subset_train_and_evaluate_on_it_alone(shapes, train, trial_class):
     config = in_process(mmdet_config(shapes, RETINANET))
-    overrides = config["hyperparameters"]["override_mmdet_config"]
+    overrides = config["hyperparameters"]["config_overrides"]
     overrides.update({"data.train.classes": ["circle"], "data.val.classes": ["circle"]})
     run = train(trial_class, config)
     metrics = reports(run, "val")[-1]["metrics"]
@@ -438,7 +438,7 @@ def test_the_averaged_weights_are_those_of_mmdetection_s_hook(hook):
 
 def test_a_loop_of_its_own_is_refused(shapes, train, trial_class):
     config = in_process(mmdet_config(shapes, RETINANET))
-    overrides = config["hyperparameters"]["override_mmdet_config"]
+    overrides = config["hyperparameters"]["config_overrides"]
     overrides["optimizer_config"] = {"type": "GradientCumulativeOptimizerHook", "cumulative_iters": 2}
     with pytest.raises(UserError, match="aggregation_frequency"):
         train(trial_class, config, "b")
@@ -457,7 +457,7 @@ def rates_of(model):
 def test_a_search_of_receptive_fields_goes_on_after_a_resume_and_is_in_its_checkpoint(shapes, train, trial_class):
     def trained(name, batches, resume=None):
         config = in_process(mmdet_config(shapes, RETINANET), batches)
-        config["hyperparameters"]["override_mmdet_config"]["custom_hooks"] = rf_search()
+        config["hyperparameters"]["config_overrides"]["custom_hooks"] = rf_search()
         trials = []
 
         class Watched(trial_class):
@@ -511,7 +511,7 @@ WRONG_SEARCHES = {
 @pytest.mark.parametrize("message", WRONG_SEARCHES)
 def test_a_search_of_receptive_fields_that_cannot_work_says_why(shapes, train, trial_class, message):
     config = in_process(mmdet_config(shapes, RETINANET))
-    config["hyperparameters"]["override_mmdet_config"]["custom_hooks"] = WRONG_SEARCHES[message]
+    config["hyperparameters"]["config_overrides"]["custom_hooks"] = WRONG_SEARCHES[message]
     with pytest.raises(UserError, match=message):
         train(trial_class, config)
 
@@ -535,13 +535,13 @@ WRONG = {
     "hyperparameters.config_file is missing": {"config_file": None},
     "hyperparameters: unknown key 'overide_mmdet_config'; did you mean": {"overide_mmdet_config": {}},
     "hyperparameters.config_file: the model cannot be built: KeyError": {
-        "override_mmdet_config": {"model.neck": {"_delete_": True, "type": "NoSuchNeck"}}
+        "config_overrides": {"model.neck": {"_delete_": True, "type": "NoSuchNeck"}}
     },
-    "hyperparameters.use_pretrained: nowhere.pth is not a checkpoint": {"use_pretrained": "nowhere.pth"},
-    "optimizer of the MMDetection config": {"override_mmdet_config": {"optimizer.type": "Adamm"}},
-    "fp16 of the MMDetection config needs a GPU": {"override_mmdet_config": {"fp16": {"loss_scale": 512.0}}},
+    "hyperparameters.weights: nowhere.pth is not a checkpoint": {"weights": "nowhere.pth"},
+    "optimizer of the MMDetection config": {"config_overrides": {"optimizer.type": "Adamm"}},
+    "fp16 of the MMDetection config needs a GPU": {"config_overrides": {"fp16": {"loss_scale": 512.0}}},
     "a pipeline of the MMDetection config cannot be built": {
-        "override_mmdet_config": {"data.train.pipeline.3.type": "RandomFlp"}
+        "config_overrides": {"data.train.pipeline.3.type": "RandomFlp"}
     },
 }
 
@@ -552,8 +552,8 @@ def test_a_wrong_hyperparameter_is_an_error_before_training(message, shapes, tra
         pytest.skip("there is a GPU")
     config = in_process(mmdet_config(shapes, RETINANET))
     changes = dict(WRONG[message])
-    overrides = changes.pop("override_mmdet_config", {})
-    config["hyperparameters"]["override_mmdet_config"].update(overrides)
+    overrides = changes.pop("config_overrides", {})
+    config["hyperparameters"]["config_overrides"].update(overrides)
     config["hyperparameters"].update(changes)
     config["hyperparameters"] = {k: v for k, v in config["hyperparameters"].items() if v is not None}
     with pytest.raises(UserError) as raised:
@@ -589,7 +589,7 @@ def test_pretrained_weights_of_another_head_start_anew_in_one_line(
     weights["bbox_head.retina_cls.weight"] = torch.zeros(720, 32, 3, 3)
     weights["bbox_head.retina_cls.bias"] = torch.zeros(720)
     torch.save({"state_dict": weights, "meta": {"CLASSES": ("a",)}}, tmp_path / "published.pth")
-    config["hyperparameters"]["use_pretrained"] = str(tmp_path / "published.pth")
+    config["hyperparameters"]["weights"] = str(tmp_path / "published.pth")
     caplog.set_level("INFO")
     started = {}
 
@@ -599,8 +599,8 @@ def test_pretrained_weights_of_another_head_start_anew_in_one_line(
             return super().losses(model, batch)
 
     if by_load_from:
-        path = config["hyperparameters"].pop("use_pretrained")
-        config["hyperparameters"]["override_mmdet_config"]["load_from"] = path
+        path = config["hyperparameters"].pop("weights")
+        config["hyperparameters"]["config_overrides"]["load_from"] = path
     train(Kept, config, "fine")
     assert "published.pth (load_from of the config)" in caplog.text or not by_load_from
     (line,) = [r.message for r in caplog.records if r.message.startswith("pretrained:")]
