@@ -113,18 +113,18 @@ def periods_of(schedule: Schedule, batches_per_epoch: int, global_batch_size: in
             )
         return count
 
+    total = batches(schedule.max_length, "searcher.max_length")
+    changes = [
+        (since.batches(batches_per_epoch, global_batch_size), period) for since, period in schedule.validation_changes
+    ]
     return Periods(
-        total=batches(schedule.max_length, "searcher.max_length"),
+        total=total,
         report=-(-schedule.reporting_batches // window) * window,
         validation=batches(schedule.validation_period, "min_validation_period"),
         checkpoint=batches(schedule.checkpoint_period, "min_checkpoint_period"),
         validation_start=batches(schedule.validation_start, "the first validation") or 0,
         validation_changes=tuple(
-            (
-                batches(since, "a change of the validation period"),
-                batches(period, "a change of the validation period"),
-            )
-            for since, period in schedule.validation_changes
+            (since, batches(period, "a later validation period")) for since, period in changes if since <= total
         ),
     )
 

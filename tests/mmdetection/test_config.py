@@ -219,6 +219,9 @@ def test_custom_modules_of_the_folder_are_imported_and_missing_ones_named(tmp_pa
     imports = {"custom_imports": {"imports": ["my_necks"], "allow_failed_imports": False}}
     config = resolve(config_overrides={**imports, "model.neck.type": "MyNeck"})
     assert config.model.neck.type == "MyNeck"
+    assert resolve(custom_imports=["my_necks.py"], config_overrides={"model.neck.type": "MyNeck"}).model.neck.num_outs
+    with pytest.raises(UserError, match=r"hyperparameters.custom_imports: my_neks.py cannot be imported"):
+        resolve(custom_imports=["my_neks.py"])
     imports["custom_imports"]["imports"] = ["my_neks"]
     with pytest.raises(UserError, match=r"custom_imports: .*my_neks"):
         resolve(config_overrides=imports)
@@ -244,9 +247,10 @@ def test_the_config_s_start_and_changes_of_its_validation_interval_hold_where_th
 
     def validated(config):
         periods = periods_of(parse_schedule(config, defaults, times), 5, 2, 1)
-        return [batch for batch in range(1, 61) if periods.validates(batch)]
+        return [batch for batch in range(1, periods.total + 1) if periods.validates(batch)]
 
     assert validated(config) == [10, 30, 50, 55, 60]
+    assert validated({"searcher": {"max_length": {"epochs": 9}}}) == [10, 30, 45]
     assert validated({**config, "min_validation_period": {"epochs": 5}}) == [25, 50, 60]
     with pytest.raises(UserError, match=r"perform_initial_validation"):
         validation_times(resolve(config_overrides={"evaluation.start": 0}))
