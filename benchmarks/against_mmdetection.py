@@ -49,7 +49,7 @@ from shared.evaluation.evaluator import CocoEvaluator
 
 SMALL = {
     "config_file": "retinanet/retinanet_r18_fpn_1x_coco.py",
-    "override_mmdet_config": {
+    "config_overrides": {
         "model.backbone.init_cfg": None,
         "data.train.pipeline.2.img_scale": [320, 240],
         "data.val.pipeline.1.img_scale": [320, 240],
@@ -58,7 +58,7 @@ SMALL = {
 }
 FULL = {
     "config_file": "mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py",
-    "override_mmdet_config": {"model.backbone.init_cfg": None, "optimizer.lr": 0.001},
+    "config_overrides": {"model.backbone.init_cfg": None, "optimizer.lr": 0.001},
 }
 
 

@@ -292,14 +292,16 @@ def _trial(config: str, classes: tuple[str, ...] | None = None) -> MMDetectionTr
             annotations, images = options.pop(f"{place}.ann_file"), options.pop(f"{place}.img_prefix")
             sections[split] = {"annotations": annotations, "images": images}
         overrides.update(options)
-    hyperparameters = {"config_file": config, "override_mmdet_config": overrides, "global_batch_size": 2}
+    hyperparameters = {"config_file": config, "config_overrides": overrides, "global_batch_size": 2}
     trial = MMDetectionTrial.__new__(MMDetectionTrial)
     trial.hparams = parse_section(hyperparameters, MMDetectionHyperparameters, "hyperparameters")
     trial.data = parse_data({"data": {**sections, "workers": 0}}, MMDetectionData)
     trial.context = SimpleNamespace(device=torch.device("cpu"))
     trial.bad_images, trial.seed, trial.for_training, trial.first_batch = BadImages(), 0, True, 0
     trial.aggregation_frequency, trial.mode_switch, trial.plain_model = 1, None, torch.nn.Module()
+    trial.slots, trial.on_cluster, trial.train_samples = 1, False, None
     trial.read_own_config()
+    trial.hparams.weights = None  # the config's load_from, which is not downloaded here
     return trial
 
 

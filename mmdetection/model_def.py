@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,14 +21,23 @@ from mmdetection_files import operations
 from mmdetection_files.config import (
     RESOLVED_CONFIG,
     default_lengths,
+    file_client_of,
+    find_config,
+    find_weights_files,
     input_scale,
+    kind_of,
+    leaves,
     load_mmdet_config,
+    own_batch_size,
     scale_lr,
     set_num_classes,
     set_paths,
+    validation_times,
     write_resolved,
 )
 from mmdetection_files.data import (
+    PROPOSAL_CATEGORIES,
+    ClassAwareBatchSampler,
     CocoSamples,
     EvaluationTransform,
     MmcvImages,
@@ -36,21 +46,27 @@ from mmdetection_files.data import (
     TrainingSamples,
     build_own_dataset,
     build_samples,
+    classes_of,
     collate,
     decoder,
+    images_of_classes,
     is_plain_coco,
     selected_classes,
     test_pipeline,
 )
 from mmdetection_files.evaluation import OwnEvaluator, OwnResult, own_arguments, to_detections, to_own_result
-from mmdetection_files.hooks import EMA_HOOKS, MomentumEma, StepRunner, hook_config, mode_switch
-from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
+from mmdetection_files.hooks import EMA_HOOKS, HooksOfValidation, MomentumEma, StepRunner, hook_config, mode_switch
+from mmdetection_files.hyperparameters import PUBLISHED, MMDetectionData, MMDetectionHyperparameters
 from mmdetection_files.model import (
     PYTHON_STATE,
+    StartWeights,
     build_model,
     build_optimizer,
     build_scaler,
-    load_pretrained,
+    categories_named,
+    load_start,
+    move_teacher,
+    read_start,
     without_pretrained_backbone,
     without_teacher_weights,
 )
@@ -60,10 +76,20 @@ from shared.data.coco_categories import COCO_CATEGORIES
 from shared.data.dataset import CocoDetection
 from shared.data.input_scale import InputScale
 from shared.data.loading import Batch
+from shared.data.samplers import TrainingBatchSampler
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
-from shared.experiment import Split, SplitData, check_evaluable, check_masks, check_trainable, open_split, parse_section
+from shared.experiment import (
+    Split,
+    SplitData,
+    check_evaluable,
+    check_masks,
+    check_trainable,
+    find_path,
+    open_split,
+    parse_section,
+)
 from shared.launch import main
 from shared.training.python_state import python_state, restore_python_state
 from shared.training.trial import DetectionTrial
@@ -81,19 +107,21 @@ class MMDetectionTrial(DetectionTrial):
 
     hyperparameters_class = MMDetectionHyperparameters
     data_class = MMDetectionData
-    path_hyperparameters = ("config_file", "merge_config", "use_pretrained")
+    path_hyperparameters = ("config_file", "merge_config", "weights", "use_pretrained")
     pretrained_categories: ClassVar = COCO_CATEGORIES
 
     # --- the config -----------------------------------------------------------------------------------
 
     @classmethod
     def hyperparameters_of_checkpoint(cls, checkpoint: Path) -> dict[str, Any]:
-        config_file = str(checkpoint / RESOLVED_CONFIG)
         return {
-            "config_file": config_file,
+            "config_file": str(checkpoint / RESOLVED_CONFIG),
             "merge_config": None,
-            "override_mmdet_config": {},
-            "use_pretrained": False,
+            "config_overrides": {},
+            "override_mmdet_config": None,
+            "weights": "",  # the checkpoint's own are loaded
+            "use_pretrained": None,
+            "scale_schedule": None,
         }
 
     @classmethod
@@ -104,12 +132,33 @@ class MMDetectionTrial(DetectionTrial):
     def read_own_config(self) -> None:
         submitted = Path(__file__).parent
         self.mmdet_config = load_mmdet_config(self.hparams, submitted)
+        client = file_client_of(self.mmdet_config)
+        if client is not None and self.data.backend == "disk" and self.data.file_client_args is None:
+            self.data = replace(self.data, file_client_args=client)
         set_paths(self.mmdet_config, self.data, submitted)
-        scale_lr(self.mmdet_config, self.hparams.global_batch_size)
+        find_weights_files(self.mmdet_config, submitted)
+        if self.hparams.weights is None and self.for_training and self.mmdet_config.get("load_from"):
+            self.hparams.weights = self.mmdet_config.load_from
+            self.hparams.weights_key = "load_from of the MMDetection config"
+        elif self.hparams.weights:
+            self.hparams.weights = str(find_path(self.hparams.weights, [submitted]) or self.hparams.weights)
+        if self.mmdet_config.get("cudnn_benchmark"):
+            torch.backends.cudnn.benchmark = True
+        if self.hparams.global_batch_size is None:
+            self.hparams.global_batch_size = own_batch_size(self.mmdet_config)
+            if not self.for_training:  # any number of processes
+                self.hparams.global_batch_size = -(-self.hparams.global_batch_size // self.slots) * self.slots
+        scale_lr(self.mmdet_config, self.hparams)
         self.find_unused_parameters = self.mmdet_config.get("find_unused_parameters", False)
         evaluation, val = self.mmdet_config.get("evaluation") or {}, self.mmdet_config.data.val
         metrics = evaluation.get("metric", "bbox")
         metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+        self.proposes = self.mmdet_config.model.type == "RPN"
+        if self.proposes and self.data.backend == "fake":
+            raise UserError(
+                "hyperparameters.config_file: RPN only proposes, and its recall is not measured on data.backend fake; "
+                "give data.train and data.val"
+            )
         scores_masks_apart = "mask_iou_head" in (self.mmdet_config.model.get("roi_head") or {})
         self.evaluates_coco = self.data.backend == "fake" or (
             is_plain_coco(val) and set(metrics) <= {"bbox", "segm"} and not scores_masks_apart
@@ -118,6 +167,9 @@ class MMDetectionTrial(DetectionTrial):
 
     def default_lengths(self) -> dict[str, Any]:
         return default_lengths(self.mmdet_config)
+
+    def validation_times(self) -> Any:
+        return validation_times(self.mmdet_config)
 
     def reported_metrics(self) -> list[str] | None:
         return super().reported_metrics() if self.evaluates_coco else None
@@ -156,7 +208,7 @@ class MMDetectionTrial(DetectionTrial):
         section = self.mmdet_config.data.val
         if self.evaluates_coco:
             return self._open_coco(section, "val")
-        return OwnData(build_own_dataset(section, self.data, training=False))
+        return OwnData(build_own_dataset(section, self.data, training=False), proposals=self.proposes)
 
     def _open_coco(self, leaf: Any, split: str) -> SplitData:
         data, images = self.data, None
@@ -175,6 +227,25 @@ class MMDetectionTrial(DetectionTrial):
     def training_groups(self) -> np.ndarray:
         return np.asarray(getattr(self.train_samples, "flag", np.zeros(len(self.train_samples), dtype=np.uint8)))
 
+    def training_batches(self) -> TrainingBatchSampler:
+        by_class = (self.mmdet_config.data.get("train_dataloader") or {}).get("class_aware_sampler")
+        if by_class is None:
+            return super().training_batches()
+        return ClassAwareBatchSampler(
+            self.images_of_classes,
+            by_class.get("num_sample_class", 1),
+            self.training_groups(),
+            self.per_slot_batch_size,
+            self.seed,
+            self.rank,
+            self.slots,
+            self.first_batch,
+        )
+
+    @cached_property
+    def images_of_classes(self) -> list[np.ndarray]:
+        return images_of_classes(self.train_samples)
+
     def training_dataset(self) -> Dataset:
         return TrainingSamples(self.train_samples, self.seed, self.mode_switch)
 
@@ -182,8 +253,9 @@ class MMDetectionTrial(DetectionTrial):
         self.detects_for_own_dataset = isinstance(data, OwnData)
         if isinstance(data, OwnData):
             return OwnEvaluationSamples(data.dataset)
-        pipeline = test_pipeline(self.mmdet_config.data.val)
-        transform = EvaluationTransform(pipeline, self.mmdet_config.data.val, data.images)
+        leaf = leaves(self.mmdet_config.data.val)[0]
+        pipeline = test_pipeline(leaf)
+        transform = EvaluationTransform(pipeline, leaf, data.images)
         decode = decoder(pipeline[0])
         return CocoDetection(data.annotations, data.images, transform, self.seed, False, self.bad_images, decode)
 
@@ -203,10 +275,12 @@ class MMDetectionTrial(DetectionTrial):
     # --- model and optimizer --------------------------------------------------------------------------
 
     def build_model(self) -> nn.Module:
+        if self.proposes:
+            self.categories = PROPOSAL_CATEGORIES
         set_num_classes(self.mmdet_config, len(self.categories))
         config = deepcopy(self.mmdet_config)
         starts_anew = self.for_training and self.first_batch == 0
-        if self.hparams.use_pretrained or not starts_anew:
+        if self.hparams.weights is not None or not starts_anew:
             without_pretrained_backbone(config)
         if not self.for_training:
             without_teacher_weights(config)
@@ -214,16 +288,43 @@ class MMDetectionTrial(DetectionTrial):
             config.fp16 = None  # a model that was trained in half precision detects in single here
         model = build_model(config, initialize=starts_anew or not self.for_training)
         init_receptive_fields(model, self.mmdet_config)
-        if self.hparams.use_pretrained and self.first_batch == 0:
-            load_pretrained(model, self.hparams.use_pretrained, self.hparams.config_file)
+        move_teacher(model, self.context.device)
+        if self.hparams.weights and self.first_batch == 0:
+            load_start(model, self.start_weights, self.for_training)
+            del self.start_weights
         model.CLASSES = tuple(category["name"] for category in self.categories)
         return model
 
+    @cached_property
+    def start_weights(self) -> StartWeights:
+        config_file = find_config(self.hparams.config_file, Path(__file__).parent, "config_file")
+        return read_start(self.hparams.weights, self.hparams.weights_key, config_file)
+
+    def known_categories(self) -> list[dict]:
+        """Those that the weights say they detect; else those of the config's data set."""
+        if self.proposes:
+            return PROPOSAL_CATEGORIES
+        known = self.start_weights.categories if self.hparams.weights else None
+        if known is None:
+            return self._categories_of_data()
+        if self.data.has_val_annotations and self.evaluates_coco:  # the same names, with the ids of the data
+            of_data = self.open_val().categories
+            if [category["name"] for category in of_data] == [category["name"] for category in known]:
+                return of_data
+        return known
+
+    def _categories_of_data(self) -> list[dict]:
+        leaf = leaves(self.mmdet_config.data.val)[0]
+        if self.data.backend == "fake" or (self.data.has_val_annotations and self.evaluates_coco):
+            return self.open_val().categories
+        names = selected_classes(leaf) or classes_of(leaf["type"])
+        return categories_named(names) if names else self.pretrained_categories
+
     def check_pretrained(self) -> None:
-        if not self.hparams.use_pretrained:
+        if not self.hparams.weights:
             raise UserError(
-                "hyperparameters.use_pretrained is false, and an untrained model detects nothing; give --checkpoint, "
-                "or --set hyperparameters.use_pretrained=true"
+                "hyperparameters.weights says nothing, and an untrained model detects nothing; give --checkpoint, or "
+                f"--set hyperparameters.weights={PUBLISHED}"
             )
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -233,9 +334,7 @@ class MMDetectionTrial(DetectionTrial):
         if not self.mmdet_config.get("fp16") or not self.for_training:
             return None
         if self.context.device.type != "cuda":
-            raise UserError(
-                "fp16 of the MMDetection config needs a GPU; take it out: override_mmdet_config: {fp16: null}"
-            )
+            raise UserError("fp16 of the MMDetection config needs a GPU; take it out: config_overrides: {fp16: null}")
         return self.context.wrap_scaler(build_scaler(self.mmdet_config.fp16))
 
     def build_ema(self, model: nn.Module) -> MomentumEma | None:
@@ -251,7 +350,7 @@ class MMDetectionTrial(DetectionTrial):
 
     def clip_gradients(self) -> Callable[[Any], None] | None:
         optimizer_config = self.mmdet_config.get("optimizer_config") or {}
-        if optimizer_config.get("type", "OptimizerHook") not in ("OptimizerHook", "Fp16OptimizerHook"):
+        if optimizer_config.get("type", "OptimizerHook") != "OptimizerHook":
             raise UserError(
                 f"optimizer_config.type: {optimizer_config['type']} is a loop of its own; to add up gradients use "
                 "`optimizations: {aggregation_frequency: N}` of the experiment config"
@@ -271,7 +370,14 @@ class MMDetectionTrial(DetectionTrial):
     def prepare_schedule(self) -> None:
         self.clip_gradients()  # what it refuses, before training starts
         self.runner = StepRunner(
-            self.plain_model, self.optimizer, self.mmdet_config, self.batches_per_epoch, self.total_batches
+            self.plain_model,
+            self.optimizer,
+            self.mmdet_config,
+            self.batches_per_epoch,
+            self.total_batches,
+            self.train_samples,
+            # in a run's own folder, which has the code in a folder of it
+            (Path.cwd() if self.on_cluster else Path.cwd().parent) / "work_dir",
         )
         self.mode_switch = mode_switch(self.mmdet_config, self.runner.max_epochs)
 
@@ -283,22 +389,40 @@ class MMDetectionTrial(DetectionTrial):
     def after_batch(self, number: int) -> None:
         self.runner.end()
 
+    def build_callbacks(self) -> dict[str, Any]:
+        return {"hooks": HooksOfValidation(self), **super().build_callbacks()}
+
+    def evaluate_batch(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        self.runner._inner_iter, self.runner.data_batch = batch_idx, {"img": batch.images, **batch.targets}
+        self.runner.call_hook("before_val_iter")
+        metrics = super().evaluate_batch(batch, batch_idx)
+        self.runner.call_hook("after_val_iter")
+        return metrics
+
     def own_state(self) -> dict[str, Any]:
         return python_state(self.plain_model, PYTHON_STATE)
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         restore_python_state(self.plain_model, state)
 
+    def _start(self) -> str:
+        if self.hparams.weights is None:
+            return "the config's initial ones"
+        said_by = " (load_from of the config)" if self.hparams.weights_key.startswith("load_from") else ""
+        return f"{self.hparams.weights}{said_by}" if self.hparams.weights else "none, from nothing"
+
     def summary(self) -> list[tuple[str, object]]:
         config = self.mmdet_config
         lr_config = dict(config.get("lr_config") or {})
-        train = config.data.train
         return [
             ("config", self.hparams.config_file),
             ("model", f"{config.model.type}, {len(self.categories)} categories"),
-            ("weights", self.hparams.use_pretrained or "the config's initial ones"),
-            ("training data", f"{train['type']}, {len(self.train_samples)} samples"),
-            ("validation", ", ".join(self.iou_types) if self.evaluates_coco else f"{config.data.val.type}.evaluate"),
+            ("weights", self._start()),
+            ("training data", f"{kind_of(config.data.train)}, {len(self.train_samples)} samples"),
+            (
+                "validation",
+                ", ".join(self.iou_types) if self.evaluates_coco else f"{kind_of(config.data.val)}.evaluate",
+            ),
             ("optimizer", f"{config.optimizer.type}, lr {config.optimizer.lr:g}"),
             ("schedule", ", ".join(f"{key} {value}" for key, value in lr_config.items()) or "constant"),
             ("gradient clipping", (config.get("optimizer_config") or {}).get("grad_clip") or "none"),
@@ -315,7 +439,11 @@ class MMDetectionTrial(DetectionTrial):
             for name, value in outputs.items()
         }
         # as BaseDetector._parse_losses, which synchronises with the device once a loss
-        return {**means, "loss": sum(value for name, value in means.items() if "loss" in name)}
+        losses = {**means, "loss": sum(value for name, value in means.items() if "loss" in name)}
+        log_vars = {name: value.detach() for name, value in losses.items()}
+        self.runner.data_batch = {"img": batch.images, **batch.targets}
+        self.runner.outputs = {"loss": losses["loss"], "log_vars": log_vars, "num_samples": len(batch.image_ids)}
+        return losses
 
     def detect(self, model: nn.Module, batch: Batch) -> list[Detections | OwnResult]:
         results = model(img=batch.images, return_loss=False, rescale=True, **batch.targets)

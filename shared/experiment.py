@@ -62,6 +62,8 @@ _TOP_KEYS = [
     "workspace",
 ]
 _LENGTHS = ("searcher.max_length", "min_validation_period", "min_checkpoint_period")
+# where relative paths may start, beside the folder that is submitted: where the run was started, and the YAML file's
+_started_in: list[Path] = []
 _UNITS = ("batches", "epochs", "records")
 _BUCKETS = {"s3": "s3://", "gcs": "gs://"}
 
@@ -140,7 +142,11 @@ class Length:
 
 @dataclass
 class Schedule:
-    """How long to train, and how often to report, validate and save; None where the config says nothing."""
+    """How long to train, and how often to report, validate and save; None where the config says nothing.
+
+    Attributes:
+        validation_start, validation_changes: as those of `Periods`; a detector's own configuration alone says them.
+    """
 
     max_length: Length
     validation_period: Length | None
@@ -149,6 +155,8 @@ class Schedule:
     checkpoint_policy: str
     initial_validation: bool
     profiling: bool
+    validation_start: Length | None = None
+    validation_changes: tuple[tuple[Length, Length], ...] = ()
 
 
 @dataclass
@@ -187,7 +195,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
                 if override.startswith(length):  # in another unit it takes the place of the old one
                     OmegaConf.update(config, length, None, force_add=True)
             config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
-        config = OmegaConf.to_container(config, resolve=True)
+        config = interpolated(config)
     except UserError:
         raise
     except (OmegaConfBaseException, OSError, ValueError) as error:
@@ -197,12 +205,50 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
             raise UserError(f"{path} is not YAML: {error}") from error
         raise
     refuse_unknown_keys(config, _TOP_KEYS, path)
+    _started_in[:] = [Path.cwd(), Path(path).absolute().parent]
     return config
+
+
+def interpolated(config: Any) -> dict[str, Any]:
+    """A config with the values of the keys that its `${key}` name in their place, the same here and on a cluster; what
+    names no key stays as it is.
+
+    Raises:
+        UserError: a `${` is not closed.
+    """
+    try:
+        nodes = OmegaConf.create(config)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error}; in a config ${{key}} stands for the value of another key") from error
+
+    def plain(node: Any, raw: Any) -> Any:
+        if isinstance(raw, dict):
+            return {key: value_of(node, key, raw) for key in raw}
+        return [value_of(node, i, raw) for i in range(len(raw))] if isinstance(raw, list) else node
+
+    def value_of(section: Any, key: Any, raw: Any) -> Any:
+        try:
+            value = section[key]
+            if isinstance(raw[key], (dict, list)):
+                return plain(value, raw[key])
+            return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except OmegaConfBaseException:
+            return raw[key]
+
+    return plain(nodes, OmegaConf.to_container(nodes, resolve=False))
+
+
+def find_path(name: str, places: Iterable[Path] = ()) -> Path | None:
+    """A relative path of the config in these places, where the run was started or beside the YAML file; None where it
+    is in none of them, absolute or a URL."""
+    if not name or "://" in name or Path(name).is_absolute():
+        return None
+    return next((place / name for place in (*places, *_started_in) if (place / name).exists()), None)
 
 
 def make_paths_absolute(config: dict[str, Any], path_hyperparameters: Iterable[str]) -> None:
     """Paths of the config that are relative to the working directory, made good for any: of the data, and of the
-    hyperparameters that may be one."""
+    hyperparameters that may be one, which may lie beside the YAML file too."""
 
     def absolute(section: Any, key: str) -> None:
         value = section.get(key) if isinstance(section, dict) else None
@@ -216,7 +262,9 @@ def make_paths_absolute(config: dict[str, Any], path_hyperparameters: Iterable[s
     if isinstance(data.get("cache_dir"), str):
         data["cache_dir"] = str(Path(data["cache_dir"]).absolute())
     for name in path_hyperparameters:
-        absolute(config["hyperparameters"], name)
+        value = config["hyperparameters"].get(name)
+        if isinstance(value, str) and (found := find_path(value)):
+            config["hyperparameters"][name] = str(found.absolute())
 
 
 def refuse_unknown_keys(section: dict[str, Any], valid: Iterable[str], where: str) -> None:
@@ -407,12 +455,17 @@ def check_masks(annotations: CocoAnnotations, split: str) -> None:
         )
 
 
-def parse_schedule(config: dict[str, Any], defaults: Mapping[str, Length] | None = None) -> Schedule:
+def parse_schedule(
+    config: dict[str, Any],
+    defaults: Mapping[str, Length] | None = None,
+    validation_times: tuple[Length | None, tuple[tuple[Length, Length], ...]] = (None, ()),
+) -> Schedule:
     """How long to train and how often to validate, by Determined's own keys.
 
     Args:
         defaults: of the keys `searcher.max_length`, `min_validation_period` and `min_checkpoint_period`; a period of 0
             is one that is not given, as the master hands it over.
+        validation_times: `validation_start` and `validation_changes` where min_validation_period is not given.
 
     Raises:
         UserError: no length is given, or one is not understood.
@@ -431,6 +484,7 @@ def parse_schedule(config: dict[str, Any], defaults: Mapping[str, Length] | None
         key: defaults.get(key) if config.get(key) in not_given else _length(config[key], key)
         for key in ("min_validation_period", "min_checkpoint_period")
     }
+    by_default = config.get("min_validation_period") in not_given
     policy = config.get("checkpoint_policy") or "best"
     if policy not in ("best", "all", "none"):
         raise UserError(f"checkpoint_policy: {policy!r} is not one of best, all, none")
@@ -445,6 +499,7 @@ def parse_schedule(config: dict[str, Any], defaults: Mapping[str, Length] | None
         checkpoint_policy=policy,
         initial_validation=bool(config.get("perform_initial_validation")),
         profiling=bool((config.get("profiling") or {}).get("enabled")),
+        **dict(zip(("validation_start", "validation_changes"), validation_times, strict=True) if by_default else ()),
     )
 
 

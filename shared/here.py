@@ -39,7 +39,8 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
     make_paths_absolute(config, trial_class.path_hyperparameters)
     source = Path(sys.modules[trial_class.__module__].__file__).parent
     with local_processes() as (distributed, device), contextlib.ExitStack() as stack:
-        per_slot_batch_size(config["hyperparameters"].get("global_batch_size", 1), distributed.size)
+        if (batch_size := config["hyperparameters"].get("global_batch_size")) is not None:
+            per_slot_batch_size(batch_size, distributed.size)
         folder = RunFolder(_output_dir(arguments.output_dir, distributed))
         stack.callback(folder.free)
         on_chief(distributed, lambda: _take(folder, arguments.resume))

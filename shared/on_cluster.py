@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import determined as det
 
-from shared.experiment import per_slot_batch_size
+from shared.experiment import interpolated, per_slot_batch_size
 from shared.training.loop import fit, trial_context
 from shared.training.processes import task_processes
 from shared.training.reports import table_of
@@ -14,9 +14,10 @@ from shared.training.trial import DetectionTrial
 def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
     """Trains with the config and the hyperparameters that the master gives."""
     info = det.get_cluster_info()
-    config = {**info.trial._config, "hyperparameters": info.trial.hparams}
+    config = interpolated({**info.trial._config, "hyperparameters": info.trial.hparams})
     with task_processes(len(info.gpu_uuids)) as (distributed, device):
-        per_slot_batch_size(config["hyperparameters"].get("global_batch_size", 1), distributed.size)
+        if (batch_size := config["hyperparameters"].get("global_batch_size")) is not None:
+            per_slot_batch_size(batch_size, distributed.size)
         first_batch = info.trial._steps_completed
         with trial_context(config, distributed, device, first_batch, info.trial.trial_seed) as context:
             trial = trial_class(context)

@@ -9,6 +9,7 @@ from shared.experiment import (
     Length,
     SearcherMetric,
     fixed_hyperparameters,
+    interpolated,
     load_config,
     parse_data,
     parse_schedule,
@@ -115,3 +116,10 @@ def test_a_batch_that_does_not_divide_by_the_slots_is_refused():
 def test_the_worst_value_of_a_metric_is_finite():
     assert SearcherMetric("bbox_mAP", smaller_is_better=False).worst == 0
     assert SearcherMetric("loss", smaller_is_better=True).worst == 1e30
+
+
+def test_a_value_that_names_a_key_has_its_value_here_and_on_a_cluster():
+    config = {"data": {"train": {"images": "/d"}, "val": {"images": "${data.train.images}/val"}}, "labels": ["${HOME}"]}
+    config["copy"] = "${data.train}"
+    expected = {"train": {"images": "/d"}, "val": {"images": "/d/val"}}
+    assert interpolated(config) == {"data": expected, "labels": ["${HOME}"], "copy": {"images": "/d"}}

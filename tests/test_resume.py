@@ -15,7 +15,7 @@ from tiny_models import CONFIGS
 
 from shared.errors import UserError
 from shared.training.checkpoints import load_state, read_checkpoint
-from shared.training.training_metrics import DivergedError
+from shared.training.training_metrics import DivergedError, TrainingMetrics
 
 
 def final_state(run):
@@ -190,3 +190,23 @@ def test_a_run_that_was_trained_to_its_end_says_what_to_give_to_go_on(tiny, trai
         UserError, match=r"has been trained for 4 batches, and searcher.max_length is 4; give a greater"
     ):
         train(trial(), tiny, resume="last")
+
+
+def test_a_step_that_the_scale_of_fp16_skips_ends_no_run_and_one_that_diverges_is_ended():
+    def report(losses, may_skip):
+        for number, loss in enumerate(losses):
+            metrics.update({"loss": torch.tensor(loss)}, number, [number], may_skip=may_skip)
+        reported = metrics.cross_slot_reduce([metrics.per_slot_reduce()])
+        metrics.raise_if_diverged()
+        metrics.reset()
+        return reported
+
+    metrics, nan = TrainingMetrics(), float("nan")
+    assert report([1.0, nan, 3.0, nan], may_skip=2)["loss"] == 2.0
+    assert report([nan, 5.0], may_skip=2)["loss"] == 5.0
+    report([1.0, nan, nan], may_skip=2)
+    with pytest.raises(DivergedError):  # counted over reports
+        report([nan, 1.0], may_skip=2)
+    metrics = TrainingMetrics()
+    with pytest.raises(DivergedError, match="since batch 2"):
+        report([1.0, nan], may_skip=0)

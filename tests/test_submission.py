@@ -47,7 +47,7 @@ SMALL = {
         "amp": "bf16",
         "global_batch_size": 4,
     },
-    "mmdetection": {"use_pretrained": False, "global_batch_size": 4},
+    "mmdetection": {"weights": None, "global_batch_size": 4},
     "detectron2": {"use_pretrained": False, "weights": "", "global_batch_size": 4},
 }
 
@@ -146,7 +146,7 @@ def test_a_file_is_accepted_as_the_master_hands_it_over(path):
         pytest.skip(WITHOUT_LIBRARY[path.parent.name])
     for seed in range(3 if written["searcher"]["name"] != "single" else 1):
         trial = object.__new__(trial_class)  # what reads the config, without data and model
-        trial.config = handed_over(written)
+        trial.config, trial.for_training = handed_over(written), True
         hyperparameters = draw(written["hyperparameters"], random.Random(seed))
         trial.hparams = parse_section(hyperparameters, trial_class.hyperparameters_class, "hyperparameters")
         trial.data = parse_data(trial.config, trial_class.data_class)
@@ -215,7 +215,7 @@ def draw(space, rng):
 def test_points_of_the_search_train(detector, shapes, train, seed):
     config = load_yaml(ROOT / detector / "adaptive.yaml")
     drawn = {**draw(config["hyperparameters"], random.Random(seed)), **SMALL[detector]}
-    if overrides := {"mmdetection": "override_mmdet_config", "detectron2": "config_overrides"}.get(detector):
+    if overrides := {"mmdetection": "config_overrides", "detectron2": "config_overrides"}.get(detector):
         tiny = CONFIGS[detector](shapes, drawn["config_file"])["hyperparameters"][overrides]
         drawn[overrides] = {**tiny, **drawn[overrides]}
     config["hyperparameters"] = drawn

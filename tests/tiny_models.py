@@ -160,7 +160,7 @@ def mmdet_config(
         {
             "global_batch_size": 4,
             "config_file": config_file,
-            "override_mmdet_config": {**TINY.get(config_file, {}), **overrides},
+            "config_overrides": {**TINY.get(config_file, {}), **overrides},
         },
     )
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import functools
+import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperp
 from shared.data.input_scale import InputScale
 from shared.data.remote import is_url
 from shared.errors import UserError, nearest
-from shared.experiment import Length, find_library_config
+from shared.experiment import Length, find_library_config, find_path
 
 RESOLVED_CONFIG = "mmdet_config.py"
 _WITH_REGISTRIES = (
@@ -53,6 +55,10 @@ _WITH_REGISTRIES = (
     mmdet.models.builder,
     mmdet.models.utils.builder,
 )
+_ANY_NAME = "custom_keys"  # of an optimizer: parts of parameters' names, each with these
+_OF_A_NAME = {"lr_mult", "decay_mult"}
+# what the builders and loaders take out of a section before they call its class
+_OF_THE_BUILDERS = {"type", "constructor", "paramwise_cfg", "samples_per_gpu", "workers_per_gpu"}
 _SIZES = ("img_scale", "scale", "size", "crop_size", "input_size", "target_ratio", "ratio_range")
 
 
@@ -66,21 +72,23 @@ def shipped_configs() -> Path:
 
 
 def load_mmdet_config(hparams: MMDetectionHyperparameters, submitted: Path) -> Config:
-    """`config_file`, with `merge_config` over it and `override_mmdet_config` last.
+    """`config_file`, with `merge_config` over it and `config_overrides` last.
 
     Raises:
         UserError: a file is not found or not a config; a key merged in is unknown to what it is merged into.
     """
-    path = find_library_config(hparams.config_file, submitted, shipped_configs(), "config_file")
+    _import_files(hparams.custom_imports)
+    path = find_config(hparams.config_file, submitted, "config_file")
     config = read_resolved(path) if path.name == RESOLVED_CONFIG else _read(path, "config_file")
     if hparams.merge_config is not None:
-        merged = find_library_config(hparams.merge_config, submitted, shipped_configs(), "merge_config")
+        merged = find_config(hparams.merge_config, submitted, "merge_config")
         read = dict(_read(merged, "merge_config")._cfg_dict)
-        _merge(config, read, "merge_config", _variables(merged))
-    if hparams.override_mmdet_config:
-        overrides = _expand(hparams.override_mmdet_config)
-        _refuse_variables(overrides, path)
-        _merge(config, overrides, "override_mmdet_config", set())
+        _merge(config, read, "hyperparameters.merge_config", _variables(merged))
+    if hparams.config_overrides:
+        overrides = _expand(hparams.config_overrides)
+        _refuse_variables(overrides, path, hparams.overrides_key)
+        _merge(config, overrides, hparams.overrides_key, set())
+        _refuse_other_scaling(hparams, overrides)
     _import_custom_modules(config)
     if "model" not in config or "data" not in config:
         raise UserError(
@@ -89,30 +97,91 @@ def load_mmdet_config(hparams: MMDetectionHyperparameters, submitted: Path) -> C
     try:
         config = compat_cfg(config)
         config.data.pop("imgs_per_gpu", None)  # samples_per_gpu says it now, and both would be one too many
+        _say_fp16_once(config)
         return config
     except (AssertionError, AttributeError, KeyError) as error:
         reason = str(error) or "runner.max_epochs and total_epochs, or what else is said twice, contradict each other"
         raise UserError(f"hyperparameters.config_file: {path}: {reason}") from error
 
 
+def find_config(name: str, submitted: Path, key: str) -> Path:
+    """The path of a config: in the folder submitted, else among those that mmdet ships, by the name that it had in the
+    image of Determined's model-hub too.
+
+    Raises:
+        UserError: it is in neither.
+    """
+    in_image = "/mmdetection/configs/"
+    return find_library_config(
+        name if Path(name).is_file() else name.removeprefix(in_image), submitted, shipped_configs(), key
+    )
+
+
+def _say_fp16_once(config: Config) -> None:
+    """mmcv's other way to say `fp16`: Fp16OptimizerHook as optimizer_config."""
+    section = config.get("optimizer_config") or {}
+    if section.get("type") == "Fp16OptimizerHook":
+        config.fp16 = {"loss_scale": section.pop("loss_scale", 512.0)}
+        section.pop("type")
+
+
 def _read(path: Path, key: str) -> Config:
     try:
-        return Config.fromfile(path)
+        with _shipped_bases():
+            return Config.fromfile(path)
     except Exception as error:  # a Python config may raise anything
         reason = str(error) or str(error.__context__)
         raise UserError(f"hyperparameters.{key}: {path} cannot be read: {type(error).__name__}: {reason}") from error
 
 
-def _refuse_variables(overrides: Mapping[str, Any], path: Path) -> None:
+@contextlib.contextmanager
+def _shipped_bases() -> Iterator[None]:
+    """Lets `_base_` of a user's config name one that mmdet ships, as it would stand in MMDetection's `configs`."""
+    read = Config._file2dict
+
+    def read_where_it_is(name: str, *arguments: Any) -> Any:
+        parts = Path(os.path.normpath(name)).parts
+        below = (shipped_configs().joinpath(*parts[-count:]) for count in (4, 3, 2) if count <= len(parts))
+        shipped = None if Path(name).is_file() else next((path for path in below if path.is_file()), None)
+        return read(str(shipped or name), *arguments)
+
+    Config._file2dict = staticmethod(read_where_it_is)
+    try:
+        yield
+    finally:
+        Config._file2dict = staticmethod(read)
+
+
+def _refuse_other_scaling(hparams: MMDetectionHyperparameters, overrides: Mapping[str, Any]) -> None:
+    enabled = (overrides.get("auto_scale_lr") or {}).get("enable")
+    if None not in (enabled, hparams.scale_schedule) and enabled != hparams.scale_schedule:
+        raise UserError(
+            f"hyperparameters.scale_schedule is {hparams.scale_schedule}, and {hparams.overrides_key}: "
+            f"auto_scale_lr.enable {enabled}; keep scale_schedule"
+        )
+
+
+def _refuse_variables(overrides: Mapping[str, Any], path: Path, key: str) -> None:
     """Raises UserError for a variable of MMDetection's Python files: what was made of it is there already, and an
     override of it would change nothing."""
     for name in ("classes", "data_root", "dataset_type", "img_norm_cfg", "train_pipeline", "test_pipeline"):
         if name in overrides:
             instead = {"classes": "data.train.classes and data.val.classes", "data_root": "data.train and data.val"}
             raise UserError(
-                f"hyperparameters.override_mmdet_config: {name!r} is a variable of {path.name}, and overriding it "
+                f"{key}: {name!r} is a variable of {path.name}, and overriding it "
                 f"changes nothing; override what it was for, {instead.get(name, 'data.train… and data.val…')}"
             )
+
+
+def _import_files(names: Iterable[str]) -> None:
+    for name in names:
+        try:
+            importlib.import_module(name.removesuffix(".py").replace("/", "."))
+        except Exception as error:  # the user's own module may raise anything
+            raise UserError(
+                f"hyperparameters.custom_imports: {name} cannot be imported: {type(error).__name__}: {error}; it must "
+                "lie in the folder that is submitted"
+            ) from error
 
 
 def _import_custom_modules(config: Config) -> None:
@@ -148,10 +217,17 @@ def read_resolved(path: Path) -> Config:
 
 
 def _expand(dotted: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a.b": 1} as {"a": {"b": 1}}; as MMDetection's --cfg-options, not below the first level."""
+    """{"a.b": 1} as {"a": {"b": 1}}; as MMDetection's --cfg-options, not below the first level. What stands in
+    `custom_keys` is a part of a parameter's name, which may have dots: custom_keys.backbone.layer1.lr_mult."""
     expanded: dict[str, Any] = {}
     for name, value in dotted.items():
-        *sections, last = str(name).split(".")
+        before, custom_keys, parameter = str(name).partition(f"{_ANY_NAME}.")
+        *sections, last = (before + custom_keys).rstrip(".").split(".")
+        if custom_keys and isinstance(value, Mapping):
+            sections, last = [*sections, last], parameter
+        elif custom_keys:
+            parameter, _, argument = parameter.rpartition(".")
+            sections, last = [*sections, last, parameter], argument
         section = expanded
         for part in sections:
             section = section.setdefault(part, {})
@@ -162,12 +238,12 @@ def _expand(dotted: Mapping[str, Any]) -> dict[str, Any]:
 
 def _merge(config: Config, new: dict[str, Any], key: str, variables: set[str]) -> None:
     new = {name: value for name, value in new.items() if name not in variables}
-    _check_keys(new, config._cfg_dict, "", f"hyperparameters.{key}")
+    _check_keys(new, config._cfg_dict, "", key)
     new = _as_mmdet_takes_it(new, config._cfg_dict)
     try:
         config.merge_from_dict(new)
     except (KeyError, TypeError, IndexError) as error:
-        raise UserError(f"hyperparameters.{key}: {error}") from error
+        raise UserError(f"{key}: {error}") from error
 
 
 def _as_mmdet_takes_it(new: Any, old: Any, name: str = "") -> Any:
@@ -200,6 +276,8 @@ def _item(section: Any, key: str) -> Any:
 def _check_keys(new: Mapping[str, Any], old: Any, path: str, where: str) -> None:
     """Raises UserError for the first key that neither is in `old` nor can be: MMDetection itself takes it silently
     and trains something else."""
+    if isinstance(old, dict) and old.get("type", new.get("type")) != new.get("type", old.get("type")):
+        _refuse_left_over(new, old, path, where)
     for key, value in new.items():
         if key == DELETE_KEY:
             continue
@@ -209,26 +287,55 @@ def _check_keys(new: Mapping[str, Any], old: Any, path: str, where: str) -> None
                 raise UserError(f"{where}: {path} is a list of {len(old)}; {key!r} is no position in it")
         elif key not in old:
             # a type that is merged in brings its own arguments
-            valid = _possible_keys({**old, **({"type": new["type"]} if "type" in new else {})}, path)
+            chosen = {name: new[name] for name in ("type", "policy") if name in new}
+            valid = _possible_keys({**old, **chosen}, path)
             if valid is not None and key not in valid:
                 raise UserError(f"{where}: unknown key {here!r}; {nearest(str(key), {*map(str, old), *valid})}")
         below = _item(old, str(key))
-        if isinstance(value, Mapping):
+        if key == _ANY_NAME and isinstance(value, Mapping):
+            for name, arguments in value.items():
+                for wrong in arguments.keys() - _OF_A_NAME if isinstance(arguments, Mapping) else ():
+                    raise UserError(f"{where}: unknown key '{here}.{name}.{wrong}'; {nearest(wrong, _OF_A_NAME)}")
+        elif isinstance(value, Mapping):
             merges = isinstance(below, (dict, list)) and not value.get(DELETE_KEY)
             _check_keys(value, below if merges else {}, here, where)
+
+
+def _refuse_left_over(new: Mapping[str, Any], old: Mapping[str, Any], path: str, where: str) -> None:
+    """Raises UserError where `type` changes, and the class that it names now does not take what the section has of
+    the old one."""
+    classes = list(_registered(new["type"]))
+    if not classes or any(_takes_anything(cls) for cls in classes):
+        return
+    left = [key for key in old if key not in {*new, *_OF_THE_BUILDERS}.union(*map(_arguments, classes))]
+    if left:
+        raise UserError(
+            f"{where}: {path}.type changes from {old['type']} to {new['type']}, which does not take "
+            f"{', '.join(map(repr, left))} of the section that it is merged into; say `_delete_: true` beside `type`, "
+            "and whatever else the section needs"
+        )
+
+
+def _takes_anything(callable_: Callable) -> bool:
+    try:
+        parameters = inspect.signature(callable_).parameters.values()
+    except (TypeError, ValueError):  # built in
+        return True
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _possible_keys(section: Mapping[str, Any], path: str) -> set[str] | None:
     """The keys that a section of the config may have; None where any may be."""
     name = next((part for part in reversed(path.split(".")) if not part.isdigit()), "")
-    if name == "custom_keys":  # names of parameters
+    if name == "file_client_args":  # each backend's own, which are checked where they are used
         return None
     used = _keys_in_shipped_configs().get(name, set())
     taken_by = _taken_by(section, name)
     if any(callable_ is None for callable_ in taken_by):
         return None
     arguments = set().union(*(_arguments(callable_) for callable_ in taken_by))
-    return used | arguments | {"type"} if used or arguments else None
+    own = {"policy"} if name in ("lr_config", "momentum_config") else {"type"}
+    return used | arguments | own if used or arguments else None
 
 
 def _taken_by(section: Mapping[str, Any], name: str) -> list[Callable | None]:
@@ -300,7 +407,7 @@ def _keys_in_shipped_configs() -> dict[str, set[str]]:
     loader = {"samples_per_gpu", "workers_per_gpu", "persistent_workers", "pin_memory"}
     loaders = {f"{split}_dataloader" for split in ("train", "val", "test")}
     keys: dict[str, set[str]] = {  # those that MMDetection documents, and its configs do not happen to use
-        "": {"custom_imports", "fp16", "classes"},
+        "": {"custom_imports", "fp16", "classes", "momentum_config"},
         "data": loaders | loader,
         **{name: set(loader) for name in (*loaders, "val", "test")},
     }
@@ -349,16 +456,76 @@ def default_lengths(config: Config) -> dict[str, Length]:
     return {key: Length(unit, count) for key, count in lengths.items() if isinstance(count, int) and count > 0}
 
 
+def validation_times(config: Config) -> tuple[Length | None, tuple[tuple[Length, Length], ...]]:
+    """`evaluation.start`, and `evaluation.dynamic_intervals`: from when on the interval is another.
+
+    Raises:
+        UserError: they are not understood.
+    """
+    evaluation = config.get("evaluation") or {}
+    unit = "epochs" if runner_type(config) != "IterBasedRunner" else "batches"
+    start, changes = evaluation.get("start"), evaluation.get("dynamic_intervals") or ()
+    try:
+        counts = [(int(since), int(interval)) for since, interval in changes]
+        if (start is not None and int(start) < 0) or any(min(pair) < 1 for pair in counts):
+            raise ValueError("it is not positive")
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"evaluation of the MMDetection config: start {start!r} is no number of {unit}, or dynamic_intervals "
+            f"{changes!r} are no pairs (since, interval) of them"
+        ) from error
+    if start == 0:
+        raise UserError(
+            "evaluation.start of the MMDetection config is 0, a validation before the training; say "
+            "`perform_initial_validation: true` in the experiment config, and take it out (start: null)"
+        )
+    return (
+        Length(unit, int(start)) if start is not None else None,
+        tuple((Length(unit, since), Length(unit, interval)) for since, interval in counts),
+    )
+
+
 def runner_type(config: Config) -> str:
     return (config.get("runner") or {}).get("type", "EpochBasedRunner")
 
 
-def scale_lr(config: Config, global_batch_size: int) -> None:
-    """`auto_scale_lr`: the learning rate by the linear scaling rule, of the global batch over the config's."""
+def own_batch_size(config: Config) -> int:
+    """The images of a step that the config is made for: as it says, or of 8 GPUs."""
+    stated = (config.get("auto_scale_lr") or {}).get("base_batch_size")
+    loader = config.data.get("train_dataloader") or {}
+    return stated or 8 * (loader.get("samples_per_gpu") or config.data.get("samples_per_gpu") or 2)
+
+
+def scale_lr(config: Config, hparams: MMDetectionHyperparameters) -> None:
+    """`scale_schedule`, or the config's own auto_scale_lr: the learning rate by the linear scaling rule, of the global
+    batch over the config's own. A length in epochs needs no scaling."""
     auto = config.get("auto_scale_lr") or {}
-    if auto.get("enable") and auto.get("base_batch_size"):
-        config.optimizer.lr *= global_batch_size / auto["base_batch_size"]
+    wanted = auto.get("enable") and auto.get("base_batch_size")
+    if wanted if hparams.scale_schedule is None else hparams.scale_schedule:
+        config.optimizer.lr *= hparams.global_batch_size / own_batch_size(config)
+    if auto:
         auto["enable"] = False  # the resolved config has the rate that follows
+
+
+def file_client_of(config: Config) -> dict[str, Any] | None:
+    """The `file_client_args` of the config's own data sets and of the steps that load their images; None where they
+    read from disk.
+
+    Raises:
+        UserError: they differ.
+    """
+    found = []
+    for split in ("train", "val"):
+        for leaf in leaves(config.data[split]):
+            steps = [step for step in leaf.get("pipeline") or () if step["type"] == "LoadImageFromFile"]
+            found += [section.get("file_client_args") for section in (leaf, *steps)]
+    given = [dict(arguments) for arguments in found if arguments and arguments.get("backend", "disk") != "disk"]
+    if any(arguments != given[0] for arguments in given):
+        raise UserError(
+            "file_client_args of the MMDetection config differ between its data sets; say one for all, "
+            "data.file_client_args"
+        )
+    return given[0] if given else None
 
 
 def leaves(dataset: Any) -> list[ConfigDict]:
@@ -411,8 +578,30 @@ def set_paths(config: Config, data: MMDetectionData, submitted: Path) -> None:
         for leaf in found:
             root = leaf.pop("data_root", None) or ""
             for key in ("ann_file", "img_prefix", "seg_prefix", "proposal_file"):
-                if leaf.get(key):
+                if key == "img_prefix" and data.file_client is not None:  # a key of the client's, as lmdb's
+                    leaf[key] = os.path.join(root, leaf.get(key) or "")
+                elif leaf.get(key):
                     leaf[key] = _below(root, leaf[key], data, submitted)
+
+
+def find_weights_files(config: Config, submitted: Path) -> None:
+    """Makes the config's own relative paths of weights absolute (`init_cfg.checkpoint`, `pretrained`, `teacher_ckpt`,
+    `load_from`), where their file is in the folder submitted, where the run was started or beside the YAML file."""
+
+    def visit(section: Any) -> None:
+        if isinstance(section, (list, tuple)):
+            for part in section:
+                visit(part)
+        elif isinstance(section, dict):
+            for key, value in section.items():
+                if key in ("checkpoint", "pretrained", "teacher_ckpt") and isinstance(value, str):
+                    section[key] = str(find_path(value, [submitted]) or value)
+                else:
+                    visit(value)
+
+    visit(config.model)
+    if isinstance(config.get("load_from"), str):
+        config.load_from = str(find_path(config.load_from, [submitted]) or config.load_from)
 
 
 def _below(root: str, path: Any, data: MMDetectionData, submitted: Path) -> Any:
@@ -421,6 +610,11 @@ def _below(root: str, path: Any, data: MMDetectionData, submitted: Path) -> Any:
         return [_below(root, part, data, submitted) for part in path]
     located = path if is_url(path) else data.located(os.path.join(root, path))
     return located if is_url(located) else str(submitted / located)
+
+
+def kind_of(dataset: Any) -> str:
+    """The type of a config's data set; a list is concatenated."""
+    return "ConcatDataset" if isinstance(dataset, (list, tuple)) else dataset["type"]
 
 
 def set_num_classes(config: Config, num_classes: int) -> None:
@@ -437,7 +631,7 @@ def set_num_classes(config: Config, num_classes: int) -> None:
                 raise UserError(
                     f"hyperparameters.config_file: model.{name} is for {head['num_things_classes']} things and "
                     f"{head.get('num_stuff_classes', 0)} stuff classes, and the data has {num_classes} categories; set "
-                    f"them, and the loss's class_weight, with override_mmdet_config"
+                    f"them, and the loss's class_weight, with config_overrides"
                 )
     if any(head.get("num_stuff_classes") for _, head in heads):
         return  # its other heads are for the things alone

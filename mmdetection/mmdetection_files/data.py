@@ -4,8 +4,10 @@ for one."""
 from __future__ import annotations
 
 import functools
+import itertools
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from mmdet.datasets import CocoDataset, CustomDataset, build_dataset, replace_Im
 from mmdet.datasets.builder import DATASETS
 from mmdet.datasets.pipelines import Compose
 
-from mmdetection_files.config import leaves
+from mmdetection_files.config import kind_of, leaves
 from mmdetection_files.hyperparameters import MMDetectionData
 from shared.data.annotations import CocoAnnotations, ImageRecord
 from shared.data.dataset import BadImages, CocoDetection, SampleKey, transformed
@@ -31,7 +33,7 @@ from shared.data.images import BadImageError
 from shared.data.listing import Look
 from shared.data.loading import Batch
 from shared.data.remote import is_url
-from shared.data.samplers import aspect_ratio_groups
+from shared.data.samplers import TrainingBatchSampler, aspect_ratio_groups
 from shared.data.seeding import seed_all
 from shared.data.storage import ImageStorage
 from shared.errors import UserError
@@ -39,6 +41,7 @@ from shared.experiment import check_masks
 
 cv2.setNumThreads(0)  # each loader worker has a core to itself, as in mmdet's setup_multi_processes
 
+PROPOSAL_CATEGORIES = [{"id": 1, "name": "proposal"}]  # of RPN
 _MIN_SIDE = 32  # pixels; CocoDataset leaves smaller images out of the training
 
 
@@ -55,7 +58,8 @@ class MmcvImages:
     def read(self, file_name: str) -> bytes:
         if self._client is None:  # a client of each process
             self._client = FileClient(**self.file_client_args)
-        return bytes(self._client.get(self._client.join_path(self.prefix, file_name) if self.prefix else file_name))
+        # as LoadImageFromFile joins them: not every client has a join_path
+        return bytes(self._client.get(os.path.join(self.prefix, file_name)))
 
     def look(self, names: np.ndarray) -> Look:
         return Look()  # most of these clients cannot be asked
@@ -66,18 +70,25 @@ class MmcvImages:
 
 @dataclass
 class OwnData:
-    """One of MMDetection's own data sets, which evaluates itself."""
+    """One of MMDetection's own data sets, which evaluates itself.
+
+    Attributes:
+        proposals: whether it is for a model that only proposes, whatever the classes.
+    """
 
     dataset: Any
+    proposals: bool = False
 
     @property
     def categories(self) -> list[dict]:
+        if self.proposals:
+            return PROPOSAL_CATEGORIES
         return [{"id": label + 1, "name": name} for label, name in enumerate(self.dataset.CLASSES or ())]
 
 
 def is_plain_coco(leaf: Any) -> bool:
     """Whether a data set's config is one that the shared loader reads."""
-    if not isinstance(leaf, dict) or leaf["type"] != "CocoDataset" or leaf.get("proposal_file"):
+    if not isinstance(leaf, dict) or leaf.get("type") != "CocoDataset" or leaf.get("proposal_file"):
         return False
     pipeline = leaf.get("pipeline") or [{"type": ""}]
     return isinstance(leaf["ann_file"], str) and pipeline[0]["type"] == "LoadImageFromFile"
@@ -90,6 +101,11 @@ def selected_classes(leaf: dict[str, Any]) -> tuple[str, ...] | None:
         return None if classes is None else tuple(CustomDataset.get_classes(classes))
     except OSError as error:
         raise UserError(f"classes: {classes!r} is no file of names; give a list for one class too") from error
+
+
+def classes_of(kind: str) -> tuple[str, ...] | None:
+    """The names that MMDetection gives the classes of a kind of data set; None where it gives none."""
+    return getattr(DATASETS.get(kind), "CLASSES", None)
 
 
 def test_pipeline(section: dict[str, Any]) -> list[Any]:
@@ -284,11 +300,11 @@ def build_own_dataset(section: Any, data: MMDetectionData, training: bool) -> An
     except Exception as error:  # each reads files of its own format
         paths = ", ".join(str(leaf.get("ann_file")) for leaf in leaves(section))
         raise UserError(
-            f"data.{split}: the config's {section['type']} cannot be built from {paths}: "
+            f"data.{split}: the config's {kind_of(section)} cannot be built from {paths}: "
             f"{type(error).__name__}: {error}"
         ) from error
     if not dataset.CLASSES:
-        raise UserError(f"data.{split}: the config's {section['type']} has no class names; give it `classes`")
+        raise UserError(f"data.{split}: the config's {kind_of(section)} has no class names; give it `classes`")
     return dataset
 
 
@@ -304,6 +320,52 @@ def image_id_of(dataset: Any, index: int) -> int:
     if hasattr(dataset, "dataset"):  # RepeatDataset, MultiImageMixDataset
         return image_id_of(dataset.dataset, index % len(dataset.dataset))
     return index
+
+
+def images_of_classes(dataset: Any) -> list[np.ndarray]:
+    """The positions in a training data set of the images that have each class; classes without any left out.
+
+    Raises:
+        UserError: the data set's wrapper does not say which classes an image has.
+    """
+    if not hasattr(dataset, "get_cat_ids"):
+        raise UserError(
+            f"data.train_dataloader.class_aware_sampler of the MMDetection config: {type(dataset).__name__} does not "
+            "say which classes an image has; take one of the two out"
+        )
+    found: dict[int, list[int]] = {}
+    for index in range(len(dataset)):
+        for label in set(dataset.get_cat_ids(index)):
+            found.setdefault(int(label), []).append(index)
+    return [np.asarray(found[label]) for label in sorted(found)]
+
+
+class ClassAwareBatchSampler(TrainingBatchSampler):
+    """MMDetection's ClassAwareSampler: the classes take turns, in random order, and each gives its next images.
+
+    Args:
+        images_of_classes: see the function of that name.
+        num_sample_class: images that a class gives at its turn.
+    """
+
+    def __init__(self, images_of_classes: list[np.ndarray], num_sample_class: int, *arguments: Any):
+        super().__init__(*arguments)
+        self.images_of_classes, self.num_sample_class = images_of_classes, num_sample_class
+        self.length = -(-len(self.groups) // (self.slots * self.per_slot_batch_size))
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        generator = np.random.default_rng([self.seed, epoch])
+
+        def shuffled_again_and_again(values: np.ndarray) -> Iterator[int]:
+            while True:
+                yield from generator.permutation(values).tolist()
+
+        count = len(self) * self.slots * self.per_slot_batch_size
+        classes = shuffled_again_and_again(np.arange(len(self.images_of_classes)))
+        images = [shuffled_again_and_again(of_class) for of_class in self.images_of_classes]
+        turns = (images[label] for label in classes for _ in range(self.num_sample_class))
+        drawn = [next(of_class) for of_class in itertools.islice(turns, count)]
+        return np.asarray(drawn).reshape(len(self), self.slots, self.per_slot_batch_size)
 
 
 class TrainingSamples(torch.utils.data.Dataset):

@@ -10,17 +10,43 @@ from typing import Any
 import numpy as np
 from hotcoco.mask import encode
 from mmcv import Config
-from mmdet.core import encode_mask_results
+from mmdet.core import INSTANCE_OFFSET, encode_mask_results
+from mmdet.core.evaluation import recall
 from mmdet.datasets import CustomDataset
 
 from shared.evaluation.detections import Detections
 from shared.evaluation.reducer import ChiefReducer, Gather
 
 
+class _RaggedNumpy:
+    """NumPy, with arrays of arrays of any shapes: mmdet makes one of each image's overlaps, which NumPy refuses since
+    1.24."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    @staticmethod
+    def array(values: Any, **arguments: Any) -> np.ndarray:
+        if arguments or not all(isinstance(value, np.ndarray) for value in values):
+            return np.array(values, **arguments)
+        array = np.empty(len(values), dtype=object)
+        for i, value in enumerate(values):
+            array[i] = value
+        return array
+
+
+recall.np = _RaggedNumpy()
+
+
 def to_detections(result: Any, image_id: int) -> Detections:
     """mmdet's result of one image: an (n, 5) array of x1 y1 x2 y2 score for each class, with masks a tuple of that and
-    the masks of each class; panoptic models have both under "ins_results"."""
+    the masks of each class. Panoptic models have both under "ins_results", or segments alone under "pan_results"; one
+    that only proposes has one array."""
+    if isinstance(result, np.ndarray):
+        result = [result]
     if isinstance(result, dict):
+        if "ins_results" not in result:
+            return _of_segments(result["pan_results"], image_id)
         result = result["ins_results"]
     boxes, masks = result if isinstance(result, tuple) else (result, None)
     if isinstance(masks, tuple):  # Mask Scoring R-CNN: masks, and scores of their own
@@ -32,6 +58,23 @@ def to_detections(result: Any, image_id: int) -> Detections:
         scores=rows[:, 4],
         labels=np.repeat(np.arange(len(boxes)), [len(of_class) for of_class in boxes]),
         masks=None if masks is None else [encode(np.asarray(mask)) for of_class in masks for mask in of_class],
+    )
+
+
+def _of_segments(segments: np.ndarray, image_id: int) -> Detections:
+    """The things of a panoptic segmentation, (height, width) ids; it says no scores, so each has 1."""
+    ids = [segment for segment in np.unique(segments) if segment >= INSTANCE_OFFSET]  # stuff is not counted
+    masks = [segments == segment for segment in ids]
+    boxes = np.zeros((len(ids), 4), dtype=np.float32)
+    for box, mask in zip(boxes, masks, strict=True):
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return Detections(
+        image_id=image_id,
+        boxes=boxes,
+        scores=np.ones(len(ids), dtype=np.float32),
+        labels=np.asarray(ids, dtype=np.int64) % INSTANCE_OFFSET,
+        masks=[encode(mask.astype(np.uint8)) for mask in masks],
     )
 
 

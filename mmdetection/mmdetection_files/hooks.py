@@ -6,9 +6,11 @@ import logging
 import math
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
+from determined.pytorch import PyTorchCallback
 from mmcv import Config
 from mmcv.runner import BaseRunner
 from mmcv.runner.hooks import HOOKS, LoggerHook
@@ -26,11 +28,26 @@ EMA_HOOKS = ("EMAHook", "ExpMomentumEMAHook", "LinearMomentumEMAHook")
 _DONE_ELSEWHERE = ("CheckInvalidLossHook", "NumClassCheckHook", "SyncNormHook", "YOLOXModeSwitchHook", *EMA_HOOKS)
 
 
+class _Batches:
+    """What hooks ask of a data loader: its length and its data set."""
+
+    def __init__(self, count: int, dataset: Any):
+        self.count, self.dataset = count, dataset
+
+    def __len__(self) -> int:
+        return self.count
+
+
 class StepRunner(BaseRunner):
     """An mmcv runner whose loop is ours: `begin` and `end` call the hooks around one training batch.
 
     Args:
         batches_per_epoch, total_batches: of all slots together.
+        dataset: MMDetection's training samples.
+        work_dir: a folder for what custom hooks write; made where there are any.
+
+    Attributes:
+        outputs: of the last batch, as mmdet's `train_step` returns them; tensors on the device.
     """
 
     def __init__(
@@ -40,12 +57,17 @@ class StepRunner(BaseRunner):
         config: Config,
         batches_per_epoch: int,
         total_batches: int,
+        dataset: Any = None,
+        work_dir: Path | None = None,
     ):
         super().__init__(model, optimizer=optimizer, logger=logger, meta={})
+        self.work_dir = None if work_dir is None else str(work_dir)
         self._max_iters = total_batches
         self._max_epochs = math.ceil(total_batches / batches_per_epoch)
         self.batches_per_epoch = batches_per_epoch
-        self.data_loader = range(batches_per_epoch)  # the hooks ask for its length
+        self.data_loader = self.training_loader = _Batches(batches_per_epoch, dataset)
+        self.outputs: dict[str, Any] = {}
+        self.has_own_hooks = False
         self.by_epoch = runner_type(config) != "IterBasedRunner"
         self.begun = False
         try:
@@ -70,6 +92,7 @@ class StepRunner(BaseRunner):
             kind = HOOKS.get(name)
             if name not in _DONE_ELSEWHERE and not (kind is not None and issubclass(kind, LoggerHook)):
                 self.register_hook_from_cfg(hook)
+                self.has_own_hooks = True
 
     def begin(self, number: int) -> None:
         """Before training batch `number`, counted from 0 over the whole training."""
@@ -80,6 +103,8 @@ class StepRunner(BaseRunner):
             for hook in self.hooks:
                 if isinstance(hook, DilationSearch):
                     hook.go_on_after(self)
+            if self.has_own_hooks and self.work_dir is not None:
+                Path(self.work_dir).mkdir(parents=True, exist_ok=True)
             self.call_hook("before_run")
             if not self.by_epoch:
                 self.call_hook("before_epoch")
@@ -94,10 +119,37 @@ class StepRunner(BaseRunner):
         if self.by_epoch and self._inner_iter + 1 == self.batches_per_epoch:
             self.call_hook("after_train_epoch")
 
+    def begin_validation(self, batches: int, dataset: Any) -> None:
+        """Before the first of so many batches of a validation."""
+        self.mode, self.data_loader = "val", _Batches(batches, dataset)
+        self.call_hook("before_val_epoch")
+
+    def end_validation(self) -> None:
+        self.call_hook("after_val_epoch")
+        self.mode, self.data_loader = "train", self.training_loader
+
     def train(self) -> None:
         raise NotImplementedError("the trial has the loop")
 
     val = run = save_checkpoint = train
+
+
+class HooksOfValidation(PyTorchCallback):
+    """Calls the config's hooks around validations, and `after_run` at the end of the whole training."""
+
+    def __init__(self, trial: Any):
+        self.trial = trial
+
+    def on_validation_start(self) -> None:
+        loader = self.trial.validation_loader
+        self.trial.runner.begin_validation(len(loader), loader.dataset)
+
+    def on_validation_end(self, metrics: dict[str, Any]) -> None:
+        self.trial.runner.end_validation()
+
+    def on_trial_shutdown(self) -> None:
+        if self.trial.is_finished:
+            self.trial.runner.call_hook("after_run")
 
 
 def hook_config(config: Config, names: Sequence[str]) -> dict[str, Any] | None:

@@ -11,16 +11,48 @@ from shared.data.storage import BACKEND_ALIASES, BACKENDS
 from shared.errors import UserError, nearest
 from shared.experiment import DataConfig
 
+PUBLISHED = "published"
+
 
 @dataclass
 class MMDetectionHyperparameters:
-    """The `hyperparameters` section."""
+    """The `hyperparameters` section; `override_mmdet_config` and `use_pretrained` are the older names of
+    `config_overrides` and `weights`.
+
+    Attributes:
+        weights: what to start from: "published", a file, a URL or a checkpoint; "" for nothing, None for the config's
+            own start.
+        overrides_key, weights_key: the names that were used, for errors.
+    """
 
     config_file: str
-    global_batch_size: int = 16
+    global_batch_size: int | None = None
     merge_config: str | None = None
-    override_mmdet_config: dict[str, Any] = field(default_factory=dict)
-    use_pretrained: bool | str = False
+    config_overrides: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    scale_schedule: bool | None = None
+    custom_imports: list[str] = field(default_factory=list)
+    override_mmdet_config: dict[str, Any] | None = None
+    use_pretrained: bool | str | None = None
+
+    def __post_init__(self) -> None:
+        self.overrides_key, self.weights_key = "hyperparameters.config_overrides", "hyperparameters.weights"
+        if self.override_mmdet_config:
+            if self.config_overrides and self.config_overrides != self.override_mmdet_config:
+                raise UserError(
+                    "hyperparameters: config_overrides and its older name override_mmdet_config say different things; "
+                    "keep config_overrides"
+                )
+            self.config_overrides = self.override_mmdet_config
+            self.overrides_key = "hyperparameters.override_mmdet_config"
+        if self.use_pretrained is not None:
+            meant = PUBLISHED if self.use_pretrained is True else self.use_pretrained or None
+            if self.weights is not None and self.weights != meant:
+                raise UserError(
+                    f"hyperparameters: weights, {self.weights!r}, and its older name use_pretrained, "
+                    f"{self.use_pretrained!r}, say different things; keep weights"
+                )
+            self.weights, self.weights_key = meant, "hyperparameters.use_pretrained"
 
 
 @dataclass
@@ -44,10 +76,11 @@ class MMDetectionData(DataConfig):
         if backend in BACKENDS:
             self.backend = backend
             self.bucket = options.pop("bucket", options.pop("bucket_name", self.bucket))
+            self.endpoint_url = options.pop("endpoint_url", self.endpoint_url)
             if options:
                 raise UserError(
                     f"data.file_client_args: the backend {name!r} has no option {next(iter(options))!r}; it has "
-                    "`bucket`"
+                    "`bucket` and `endpoint_url`"
                 )
             return
         if name not in FileClient._backends:

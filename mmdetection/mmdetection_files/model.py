@@ -5,10 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import urllib.error
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mmcv.runner
+import mmdet.core
 import torch
 import yaml
 from mmcv import Config, ConfigDict
@@ -17,6 +21,8 @@ from mmdet.models import build_detector
 from torch import nn
 
 from mmdetection_files.config import shipped_configs
+from mmdetection_files.hyperparameters import PUBLISHED
+from shared.data.coco_categories import COCO_CATEGORIES
 from shared.errors import UserError, nearest
 from shared.training.checkpoints import count_names, read_weights, without_ddp
 
@@ -24,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 for _library in ("mmcv", "mmdet"):  # a line for each layer that is initialised
     logging.getLogger(_library).setLevel(logging.WARNING)
+_quiet = logging.getLogger(f"{__name__}.mmcv")  # what mmcv says of weights that do not fit; our own line says it
+_quiet.setLevel(logging.CRITICAL + 1)
 
 
 def build_model(config: Config, initialize: bool) -> nn.Module:
@@ -52,12 +60,19 @@ def build_model(config: Config, initialize: bool) -> nn.Module:
         except (OSError, RuntimeError, urllib.error.URLError) as error:
             raise UserError(
                 f"model.backbone.init_cfg: the backbone's pretrained weights cannot be had ({error}). Without a way to "
-                "the internet give a file, override_mmdet_config: {model.backbone.init_cfg.checkpoint: PATH}, or start "
-                "from nothing, {model.backbone.init_cfg: null}"
+                "the internet give a file, config_overrides: {model.backbone.init_cfg.checkpoint: PATH}, or start "
+                "from nothing, {model.backbone.init_cfg: null}. A relative path is looked for in the folder that is "
+                "submitted, of which .detignore leaves out *.pth, and beside the YAML file"
             ) from error
     if config.get("fp16"):
         wrap_fp16_model(model)
     return model
+
+
+def move_teacher(model: nn.Module, device: torch.device) -> None:
+    """Moves a distilling detector's teacher, which is no submodule: `model.to` leaves it where it is."""
+    if (teacher := getattr(model, "teacher_model", None)) is not None:
+        teacher.to(device)
 
 
 class _OneProcess:
@@ -91,14 +106,14 @@ def _teacher(name: str) -> str:
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """The config's optimizer, by mmcv's constructors.
+    """The config's optimizer, by mmcv's constructors and MMDetection's own.
 
     Raises:
         UserError: it has no such optimizer or argument.
     """
     try:
-        return mmcv.runner.build_optimizer(model, config.optimizer)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return mmdet.core.build_optimizer(model, config.optimizer)
+    except (KeyError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
         raise UserError(f"optimizer of the MMDetection config: {type(error).__name__}: {error}") from error
 
 
@@ -174,42 +189,132 @@ def published_checkpoints() -> dict[str, str]:
         content = yaml.safe_load(metafile.read_text())
         for model in content.get("Models", []) if isinstance(content, dict) else content:
             if model.get("Weights"):
-                published[model["Config"].removeprefix("configs/")] = model["Weights"]
+                name = model["Config"].removeprefix("configs/")
+                if not (folder / name).is_file():  # some are said to be in another folder
+                    name = f"{metafile.parent.name}/{Path(name).name}"
+                published[name] = model["Weights"]
     return published
 
 
-def load_pretrained(model: nn.Module, source: str | bool, config_file: str) -> None:
-    """Start from `use_pretrained`: what MMDetection publishes for the config (True), a path, a URL or a checkpoint of
-    ours. Weights of another shape (a head for other classes) keep their initial values, said in one line.
+@dataclass
+class StartWeights:
+    """Weights to start from, read.
+
+    Attributes:
+        key: the hyperparameter that names the source.
+        state: tensors by name, with the versions of their modules in `_metadata` where the file has them.
+        categories: COCO categories that they detect; None where they do not say.
+    """
+
+    source: str
+    key: str
+    state: dict[str, torch.Tensor]
+    categories: list[dict] | None
+
+
+def read_start(source: str, key: str, config_file: Path) -> StartWeights:
+    """What `weights` names: what MMDetection publishes for the config ("published"), a path, a URL or a checkpoint of
+    ours.
 
     Raises:
-        UserError: it cannot be had, holds code, or is of another model.
+        UserError: it cannot be had, or holds code.
     """
-    key = "hyperparameters.use_pretrained"
-    if source is True:
-        published = published_checkpoints()
-        name = str(Path(config_file)).removeprefix(str(shipped_configs()) + "/")
-        if name not in published:
-            near = nearest(name, published, otherwise="they are listed in its metafiles")
-            raise UserError(f"{key}: MMDetection publishes no weights for {name}; {near}; or give a path or a URL")
-        source = published[name]
-    state, _ = read_weights(source, key, "true")
-    weights = without_ddp(state.get("state_dict", state))
+    if source == PUBLISHED:
+        source = published_weights(config_file, key)
+    held, checkpoint = read_weights(source, key, repr(PUBLISHED))
+    if checkpoint is not None:
+        return StartWeights(source, key, without_ddp(held), checkpoint.categories)
+    names = (held.get("meta") or {}).get("CLASSES")
+    names = (names,) if isinstance(names, str) else names
+    return StartWeights(source, key, without_ddp(held.get("state_dict", held)), names and categories_named(names))
+
+
+def published_weights(config_file: Path, key: str) -> str:
+    """The URL of what MMDetection publishes for one of its configs.
+
+    Raises:
+        UserError: it publishes nothing.
+    """
+    published = published_checkpoints()
+    shipped = shipped_configs().absolute()
+    name = str(config_file.relative_to(shipped) if config_file.is_relative_to(shipped) else config_file)
+    if name not in published:
+        near = nearest(name, published, otherwise="they are listed in its metafiles")
+        raise UserError(f"{key}: MMDetection publishes no weights for {name}; {near}; or give a path or a URL")
+    return published[name]
+
+
+def categories_named(names: Sequence[str]) -> list[dict]:
+    """COCO categories of these names: with COCO's own ids where its 80 come first, else counted from 1."""
+    coco = [category["name"] for category in COCO_CATEGORIES]
+    ids = [category["id"] for category in COCO_CATEGORIES] if list(names[:80]) == coco else []
+    first = ids[-1] + 1 if ids else 1
+    ids += range(first, first + len(names) - len(ids))
+    return [{"id": category_id, "name": str(name)} for category_id, name in zip(ids, names, strict=True)]
+
+
+class _Renamed(OrderedDict):
+    """A state dict that mmcv's `load_state_dict` does not copy, so that the names its modules give are seen after."""
+
+    def copy(self) -> _Renamed:
+        return self
+
+
+def load_start(model: nn.Module, start: StartWeights, for_training: bool) -> None:
+    """Loads weights, through the modules' own renaming of what older versions called otherwise. In a training those of
+    another shape (a head for other classes) and those that are missing start anew, said in one line.
+
+    Raises:
+        UserError: the weights are of another model; or nothing is trained, and a parameter would be random.
+    """
+    key, source = start.key, start.source
+    weights = _Renamed(start.state)
+    if versions := getattr(start.state, "_metadata", None):
+        weights._metadata = versions
     own = model.state_dict()
-    fitting = {name: w for name, w in weights.items() if name in own and own[name].shape == w.shape}
-    if not fitting:
+    mmcv.runner.checkpoint.load_state_dict(model, weights, strict=False, logger=_quiet)
+    other_shape = [name for name, weight in weights.items() if name in own and own[name].shape != weight.shape]
+    absent = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
+    loaded = sum(name in own for name in weights) - len(other_shape)
+    if not loaded:
         raise UserError(
             f"{key}: none of the {len(weights)} weights in {source} is one of this model's {len(own)}; "
             "use the config that it was trained with"
         )
-    other_shape = [name for name in weights if name in own and name not in fitting]
-    absent = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
-    model.load_state_dict(fitting, strict=False)
+    if not for_training:
+        _refuse_random(model, weights, other_shape, absent, start)
     logger.info(
         "pretrained: %d of the model's %d weights from %s%s%s",
-        len(fitting),
+        loaded,
         len(own),
         source,
         count_names(other_shape, "of another shape start anew"),
         count_names(absent, "are not in it and start anew"),
     )
+
+
+def _refuse_random(
+    model: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    other_shape: list[str],
+    absent: list[str],
+    start: StartWeights,
+) -> None:
+    instead = (
+        "nothing is trained here that could learn it. Give the config that the weights were trained with (config_file, "
+        "merge_config, config_overrides), or train from them first, which starts such parameters anew"
+    )
+    own = model.state_dict()
+    if other_shape:
+        name = other_shape[0]
+        raise UserError(
+            f"{start.key}: {name} has the shape {tuple(weights[name].shape)} in {start.source}, and "
+            f"{tuple(own[name].shape)} in this model; {instead}"
+        )
+    # buffers that older versions did not have are constants; a teacher is asked in a training alone
+    of_model = {name for name, _ in model.named_parameters() if not name.startswith("teacher_model.")}
+    if missing := [name for name in absent if name in of_model]:
+        raise UserError(
+            f"{start.key}: {start.source} has no {missing[0]}{f' and {len(missing) - 1} others' * (len(missing) > 1)}, "
+            f"which this model has; {instead}"
+        )

@@ -8,6 +8,7 @@ import pickle
 import tempfile
 import urllib.error
 import uuid
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,8 +186,14 @@ def count_names(names: list[str], what: str) -> str:
 
 
 def without_ddp(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict without the prefix that DistributedDataParallel gives its keys."""
-    return {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    """The state dict without the prefix that DistributedDataParallel gives its keys; `_metadata`, the versions of its
+    modules, too, by which they know names of theirs that have changed."""
+    plain = OrderedDict((name.removeprefix("module."), tensor) for name, tensor in weights.items())
+    if versions := getattr(weights, "_metadata", None):
+        plain._metadata = OrderedDict(
+            ("" if name == "module" else name.removeprefix("module."), value) for name, value in versions.items()
+        )
+    return plain
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: object) -> None:

@@ -64,15 +64,26 @@ def aggregation_frequency(config: dict[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class Periods:
-    """After which batches something is due, counted from 1 over the whole training; None where only at the end."""
+    """After which batches something is due, counted from 1 over the whole training; None where only at the end.
+
+    Attributes:
+        validation_start: the first validation, from which the others are counted; 0 for one period after the start.
+        validation_changes: from which batch on `validation` is another.
+    """
 
     total: int
     report: int
     validation: int | None
     checkpoint: int | None
+    validation_start: int = 0
+    validation_changes: tuple[tuple[int, int], ...] = ()
 
     def validates(self, batch: int) -> bool:
-        return batch == self.total or (self.validation is not None and batch % self.validation == 0)
+        period = self.validation
+        for since, changed in self.validation_changes:
+            period = changed if batch >= since else period
+        after_start = batch - self.validation_start
+        return batch == self.total or (period is not None and after_start >= 0 and after_start % period == 0)
 
     def saves(self, batch: int) -> bool:
         return batch == self.total or (self.checkpoint is not None and batch % self.checkpoint == 0)
@@ -102,11 +113,19 @@ def periods_of(schedule: Schedule, batches_per_epoch: int, global_batch_size: in
             )
         return count
 
+    total = batches(schedule.max_length, "searcher.max_length")
+    changes = [
+        (since.batches(batches_per_epoch, global_batch_size), period) for since, period in schedule.validation_changes
+    ]
     return Periods(
-        total=batches(schedule.max_length, "searcher.max_length"),
+        total=total,
         report=-(-schedule.reporting_batches // window) * window,
         validation=batches(schedule.validation_period, "min_validation_period"),
         checkpoint=batches(schedule.checkpoint_period, "min_checkpoint_period"),
+        validation_start=batches(schedule.validation_start, "the first validation") or 0,
+        validation_changes=tuple(
+            (since, batches(period, "a later validation period")) for since, period in changes if since <= total
+        ),
     )
 
 

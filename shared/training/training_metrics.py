@@ -15,6 +15,10 @@ class DivergedError(ArithmeticError):
     """The loss is not finite; training on would only spoil the weights."""
 
 
+# a scale of fp16 that starts at 65536 is 1 after as many: what overflows still is no matter of the scale
+STEPS_A_SCALE_MAY_SKIP = 16
+
+
 @dataclass
 class _SlotReport:
     sums: dict[str, float]
@@ -28,6 +32,8 @@ class _SlotReport:
 
 class TrainingMetrics(MetricReducer):
     """Means of the losses, images/s over all slots, and the first batch whose loss was not finite.
+
+    Batches whose step a GradScaler skipped are left out of the means.
 
     Args:
         counts_skipped: report how many images were left out too.
@@ -44,6 +50,7 @@ class TrainingMetrics(MetricReducer):
         self.last: dict[str, float] = {}
         self._slots: list[_SlotReport] = []
         self._begun: dict[str, Any] | None = None
+        self._in_a_row: torch.Tensor | int = 0  # batches without a finite loss, up to the last
         self.reset()
 
     def reset(self) -> None:
@@ -52,15 +59,25 @@ class TrainingMetrics(MetricReducer):
         self._first_bad: torch.Tensor | None = None
         self._image_ids: list[list[int]] = []
         self._first_batch = 0
+        self._dropped: torch.Tensor | None = None
         self._skipped = 0
         self._before = 0
         self._started = time.perf_counter()
         self.waiting = 0.0
 
     def update(
-        self, losses: Mapping[str, torch.Tensor], batch_number: int, image_ids: list[int], skipped: int = 0
+        self,
+        losses: Mapping[str, torch.Tensor],
+        batch_number: int,
+        image_ids: list[int],
+        skipped: int = 0,
+        may_skip: int = 0,
     ) -> None:
-        """Add one batch, for which `skipped` images were left out. Nothing is read from the device."""
+        """Add one batch, for which `skipped` images were left out. Nothing is read from the device.
+
+        Args:
+            may_skip: how many batches in a row may have no finite loss: a GradScaler skips their steps.
+        """
         names = list(losses)
         values = torch.stack([losses[name].detach().float() for name in names])
         position = len(self._image_ids)
@@ -68,23 +85,30 @@ class TrainingMetrics(MetricReducer):
             self._names, self._first_batch = names, batch_number
             self._sums = torch.zeros_like(values)
             self._first_bad = torch.full((), -1, dtype=torch.int64, device=values.device)
+            self._dropped = torch.zeros_like(self._first_bad)
             self._take_up_begun()
-        is_first_bad = (self._first_bad < 0) & ~values.isfinite().all()
+        is_bad = ~values.isfinite().all()
+        self._in_a_row = (self._in_a_row + 1) * is_bad
+        is_first_bad = (self._first_bad < 0) & (self._in_a_row > may_skip)
         self._first_bad += is_first_bad * (position + 1)
+        if may_skip:
+            values = torch.where(is_bad, 0, values)
+            self._dropped += is_bad
         self._sums += values
         self._image_ids.append(image_ids)
         self._skipped += skipped
 
     def per_slot_reduce(self) -> _SlotReport:
-        sums, first_bad = {}, None
+        sums, first_bad, dropped = {}, None, 0
         if self._sums is not None:
-            *values, position = torch.cat([self._sums.double(), self._first_bad.double()[None]]).tolist()
+            counts = torch.stack([self._first_bad, self._dropped]).double()
+            *values, position, dropped = torch.cat([self._sums.double(), counts]).tolist()
             sums = dict(zip(self._names, values, strict=True))
             if position >= 0:
                 first_bad = (self._first_batch + int(position), self._image_ids[int(position)])
         return _SlotReport(
             sums=sums,
-            batches=self._before + len(self._image_ids),
+            batches=self._before + len(self._image_ids) - int(dropped),
             images=sum(map(len, self._image_ids)),
             seconds=time.perf_counter() - self._started,
             waiting=self.waiting,

@@ -77,8 +77,9 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         self.hparams = parse_section(context.get_hparams(), self.hyperparameters_class, "hyperparameters")
         self.data = parse_data(self.config, self.data_class)
         self.read_own_config()
-        self.schedule = parse_schedule(self.config, self.default_lengths())
-        self.searcher_metric = parse_searcher_metric(self.config, self.reported_metrics())
+        self.schedule = parse_schedule(self.config, self.default_lengths(), self.validation_times())
+        # to detect, nobody asks for it
+        self.searcher_metric = parse_searcher_metric(self.config, self.reported_metrics() if for_training else None)
         self.global_batch_size = self.hparams.global_batch_size
         self.per_slot_batch_size = per_slot_batch_size(self.global_batch_size, self.slots)
         self.seed = context.get_trial_seed() if self.on_cluster else parse_seed(self.config)
@@ -137,6 +138,11 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         """What the detector's own configuration says of `searcher.max_length`, `min_validation_period` and
         `min_checkpoint_period`; the experiment config wins."""
         return {}
+
+    def validation_times(self) -> tuple[Length | None, tuple[tuple[Length, Length], ...]]:
+        """The first validation, and from when on their period is another, where the experiment config leaves the
+        period to the detector's own configuration."""
+        return None, ()
 
     def summary(self) -> list[tuple[str, object]]:
         """The lines about the detector, name and value, of what is printed at the start."""

@@ -13,7 +13,7 @@ from torch import nn
 from shared.data.loading import Batch
 from shared.data.seeding import seed_all
 from shared.training.stopping import Stopping
-from shared.training.training_metrics import TrainingMetrics, diverged
+from shared.training.training_metrics import STEPS_A_SCALE_MAY_SKIP, TrainingMetrics, diverged
 
 
 class TrialStep:
@@ -102,7 +102,8 @@ class TrialStep:
                 self.scaler.update()
             if self.ema is not None:
                 self.ema.update(self.plain_model)
-        self.training_metrics.update(losses, batch_idx, batch.image_ids, len(batch.skipped))
+        may_skip = 0 if self.scaler is None else STEPS_A_SCALE_MAY_SKIP
+        self.training_metrics.update(losses, batch_idx, batch.image_ids, len(batch.skipped), may_skip)
         self.training_metrics.waiting = self.training_loader.waiting
         self.training_metrics.lr = float(self.optimizer.param_groups[0]["lr"])
         self.batches_trained = batch_idx + 1

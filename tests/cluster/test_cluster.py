@@ -253,11 +253,12 @@ def made_short(config: dict, detector: str) -> dict:
         slots = min(config["resources"]["slots_per_trial"], slots_of_an_agent())
         config["resources"]["slots_per_trial"] = hyperparameters["global_batch_size"] = slots
         hyperparameters.pop("use_pretrained", None)
+        hyperparameters.pop("weights", None)
         if detector == "efficientdet":
             # the cool-down is part of the length
             hyperparameters.update(cooldown_epochs=0, pretrained="none", amp=None, sync_bn=False)
         elif detector == "mmdetection":
-            hyperparameters.setdefault("override_mmdet_config", {})["model.backbone.init_cfg"] = None
+            hyperparameters.setdefault("config_overrides", {})["model.backbone.init_cfg"] = None
         else:
             hyperparameters["weights"] = ""
     return config
@@ -347,7 +348,7 @@ def test_a_search_stops_trials_early_and_outlives_one_that_diverges(folder, cont
     if folder.name == "efficientdet":
         config["hyperparameters"].update(lr=rates, warmup_epochs=0, clip_grad=None)
     elif folder.name == "mmdetection":
-        config["hyperparameters"]["override_mmdet_config"] = {"optimizer.lr": rates, "lr_config.warmup": None}
+        config["hyperparameters"]["config_overrides"] = {"optimizer.lr": rates, "lr_config.warmup": None}
     else:
         config["hyperparameters"]["config_overrides"]["SOLVER"] = {"BASE_LR": rates, "WARMUP_ITERS": 0}
     config["searcher"] = SEARCH

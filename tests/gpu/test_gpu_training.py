@@ -383,7 +383,7 @@ def test_a_gpu_evaluates_as_the_cpu_does(case, shapes, train, tmp_path):
 SYNC_BN = {
     "efficientdet": {"hyperparameters": {"sync_bn": True}},
     "mmdetection mask r-cnn": {
-        "override_mmdet_config": {"model.backbone.norm_cfg": {"type": "SyncBN", "requires_grad": True}}
+        "config_overrides": {"model.backbone.norm_cfg": {"type": "SyncBN", "requires_grad": True}}
     },
     "detectron2 mask r-cnn": {"config_overrides": {"MODEL.RESNETS.NORM": "SyncBN"}},
 }

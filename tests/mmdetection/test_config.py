@@ -2,6 +2,7 @@
 
 import shutil
 from copy import deepcopy
+from pathlib import Path
 
 import mmcv.ops
 import pytest
@@ -12,23 +13,32 @@ from tiny_models import MMDETECTION
 
 from mmdetection_files.config import (
     default_lengths,
+    file_client_of,
+    find_weights_files,
     load_mmdet_config,
+    own_batch_size,
     read_resolved,
+    scale_lr,
     set_num_classes,
     set_paths,
     shipped_configs,
+    validation_times,
     write_resolved,
 )
 from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
 from mmdetection_files.model import (
+    StartWeights,
     build_model,
-    load_pretrained,
+    build_optimizer,
+    load_start,
     published_checkpoints,
+    published_weights,
     without_pretrained_backbone,
     without_teacher_weights,
 )
 from shared.errors import UserError
-from shared.experiment import Length, Split, find_library_config, parse_data
+from shared.experiment import Length, Split, find_library_config, load_config, parse_data, parse_schedule
+from shared.training.loop import periods_of
 
 MASK_RCNN = "mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py"
 
@@ -46,6 +56,17 @@ def test_a_config_of_the_folder_comes_before_one_of_mmdetection_s(tmp_path):
     own.parent.mkdir()
     shutil.copy(shipped_configs() / "retinanet/retinanet_r18_fpn_1x_coco.py", own)
     assert find_library_config(MASK_RCNN, tmp_path, shipped_configs(), "config_file") == own
+
+
+@pytest.mark.parametrize("base", [MASK_RCNN, f"../{MASK_RCNN}", f"/mmdetection/configs/{MASK_RCNN}"])
+def test_a_config_of_one_s_own_builds_on_a_shipped_one_by_its_name(tmp_path, base):
+    (tmp_path / "mine.py").write_text(f"_base_ = {base!r}\nmodel = dict(backbone=dict(depth=18))\n")
+    config = resolve(tmp_path, "mine.py")
+    assert (config.model.type, config.model.backbone.depth) == ("MaskRCNN", 18)
+
+
+def test_a_config_by_its_path_in_model_hub_s_image_is_the_shipped_one():
+    assert resolve(config_file=f"/mmdetection/configs/{MASK_RCNN}")._cfg_dict == resolve()._cfg_dict
 
 
 def test_a_config_that_is_not_found_says_where_it_was_looked_for_and_what_is_near(tmp_path):
@@ -67,7 +88,7 @@ def test_an_override_wins_over_the_merged_file_and_that_over_the_config(tmp_path
     config = resolve(
         tmp_path,
         merge_config="mine.py",
-        override_mmdet_config={"model.neck.out_channels": 32, "optimizer": {"weight_decay": 0.1}},
+        config_overrides={"model.neck.out_channels": 32, "optimizer": {"weight_decay": 0.1}},
     )
     assert config.model.backbone.depth == 18
     assert config.model.backbone.num_stages == 4
@@ -77,7 +98,7 @@ def test_an_override_wins_over_the_merged_file_and_that_over_the_config(tmp_path
 
 def test_delete_lists_and_none_in_overrides():
     config = resolve(
-        override_mmdet_config={
+        config_overrides={
             "model.neck": {"_delete_": True, "type": "PAFPN", "in_channels": [1, 2], "out_channels": 3, "num_outs": 2},
             "data.train.pipeline.2.img_scale": [320, 240],
             "data.test.pipeline.1.transforms.3.size_divisor": 64,
@@ -107,6 +128,11 @@ WRONG = {
     "unknown key 'optimizer.paramwise_cfg.norm_decay'": {"optimizer.paramwise_cfg.norm_decay": 0},
     "unknown key 'fp16.loss_scal'; did you mean 'loss_scale'?": {"fp16.loss_scal": 512.0},
     "unknown key 'runner.max_epoch'; did you mean 'max_epochs'?": {"runner.max_epoch": 3},
+    "unknown key 'optimizer.paramwise_cfg.custom_keys.backbone.layer1.lr_mul'; did you mean 'lr_mult'?": {
+        "optimizer.paramwise_cfg.custom_keys.backbone.layer1.lr_mul": 0.1
+    },
+    "optimizer.type changes from SGD to AdamW, which does not take 'momentum' of the section that it is merged into; "
+    "say `_delete_: true`": {"optimizer": {"type": "AdamW", "lr": 0.0001}},
     "data.train.pipeline is a list of 8; '20' is no position in it": {"data.train.pipeline.20.type": "x"},
 }
 
@@ -114,10 +140,10 @@ WRONG = {
 @pytest.mark.parametrize("message", WRONG)
 def test_a_wrong_key_is_an_error_that_names_it_and_what_is_near(message, tmp_path):
     with pytest.raises(UserError) as raised:
-        resolve(override_mmdet_config=WRONG[message])
-    assert str(raised.value).startswith("hyperparameters.override_mmdet_config: " + message)
+        resolve(config_overrides=WRONG[message])
+    assert str(raised.value).startswith("hyperparameters.config_overrides: " + message)
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(_nested(WRONG[message])))
-    if "position" not in message:
+    if message.startswith("unknown") and "custom_keys" not in message:
         with pytest.raises(UserError, match=r"hyperparameters.merge_config: unknown key"):
             resolve(tmp_path, merge_config="mine.yaml")
 
@@ -131,7 +157,10 @@ def _nested(dotted):
 
 RIGHT = [
     {"optimizer.paramwise_cfg": {"custom_keys": {"backbone.layer1": {"lr_mult": 0.1}}, "norm_decay_mult": 0.0}},
-    {"optimizer.type": "AdamW", "optimizer.betas": [0.9, 0.99]},
+    {"optimizer.paramwise_cfg.custom_keys": {"backbone": {"lr_mult": 0.1}, "neck": {"lr_mult": 0.1}}},
+    {"optimizer.paramwise_cfg.custom_keys.backbone.lr_mult": 0.1},
+    {"momentum_config": {"policy": "cyclic", "target_ratio": [0.85, 1], "cyclic_times": 1, "step_ratio_up": 0.4}},
+    {"optimizer._delete_": True, "optimizer.type": "AdamW", "optimizer.betas": [0.9, 0.99]},
     {"fp16": {"loss_scale": {"init_scale": 512}}},
     {"auto_scale_lr": {"enable": True, "base_batch_size": 16}},
     {"lr_config": {"_delete_": True, "policy": "CosineAnnealing", "min_lr_ratio": 0.1}},
@@ -145,11 +174,32 @@ RIGHT = [
 
 @pytest.mark.parametrize("overrides", RIGHT, ids=lambda overrides: next(iter(overrides)))
 def test_what_mmdetection_takes_is_taken(overrides):
-    resolve(override_mmdet_config=overrides)
+    resolve(config_overrides=overrides)
+
+
+def test_a_dotted_override_of_a_parameter_s_learning_rate_keeps_the_dots_of_its_name():
+    config = resolve(config_overrides={"optimizer.paramwise_cfg.custom_keys.backbone.layer1.lr_mult": 0.1})
+    assert config.optimizer.paramwise_cfg == {"custom_keys": {"backbone.layer1": {"lr_mult": 0.1}}}
+
+
+def test_both_names_of_one_hyperparameter_that_differ_are_an_error():
+    same = {"optimizer.lr": 0.1}
+    assert resolve(config_overrides=same, override_mmdet_config=same).optimizer.lr == 0.1
+    with pytest.raises(UserError, match="config_overrides and its older name override_mmdet_config"):
+        resolve(config_overrides=same, override_mmdet_config={"optimizer.lr": 0.2})
+    with pytest.raises(UserError, match=r"hyperparameters.override_mmdet_config: unknown key 'optimzer'"):
+        resolve(override_mmdet_config={"optimzer.lr": 0.2})
+    assert MMDetectionHyperparameters(MASK_RCNN, use_pretrained=True).weights == "published"
+    assert MMDetectionHyperparameters(MASK_RCNN, weights="x.pth", use_pretrained="x.pth").weights == "x.pth"
+    assert MMDetectionHyperparameters(MASK_RCNN, use_pretrained=False).weights is None
+    with pytest.raises(UserError, match=r"weights, 'x.pth', and its older name use_pretrained, True"):
+        MMDetectionHyperparameters(MASK_RCNN, weights="x.pth", use_pretrained=True)
+    with pytest.raises(UserError, match=r"scale_schedule is False, and .*auto_scale_lr.enable True"):
+        resolve(scale_schedule=False, config_overrides={"auto_scale_lr.enable": True})
 
 
 def test_the_resolved_config_is_read_back_and_executes_nothing(tmp_path):
-    config = resolve(override_mmdet_config={"data.train.pipeline.2.img_scale": [320, 240]})
+    config = resolve(config_overrides={"data.train.pipeline.2.img_scale": [320, 240]})
     write_resolved(config, tmp_path)
     assert read_resolved(tmp_path / "mmdet_config.py")._cfg_dict == config._cfg_dict
     assert Config.fromfile(tmp_path / "mmdet_config.py").model == config.model  # MMDetection reads it too
@@ -167,11 +217,14 @@ def test_custom_modules_of_the_folder_are_imported_and_missing_ones_named(tmp_pa
         "@NECKS.register_module(force=True)\nclass MyNeck(FPN):\n    pass\n"
     )
     imports = {"custom_imports": {"imports": ["my_necks"], "allow_failed_imports": False}}
-    config = resolve(override_mmdet_config={**imports, "model.neck.type": "MyNeck"})
+    config = resolve(config_overrides={**imports, "model.neck.type": "MyNeck"})
     assert config.model.neck.type == "MyNeck"
+    assert resolve(custom_imports=["my_necks.py"], config_overrides={"model.neck.type": "MyNeck"}).model.neck.num_outs
+    with pytest.raises(UserError, match=r"hyperparameters.custom_imports: my_neks.py cannot be imported"):
+        resolve(custom_imports=["my_neks.py"])
     imports["custom_imports"]["imports"] = ["my_neks"]
     with pytest.raises(UserError, match=r"custom_imports: .*my_neks"):
-        resolve(override_mmdet_config=imports)
+        resolve(config_overrides=imports)
 
 
 def test_the_config_s_lengths_are_the_defaults():
@@ -181,9 +234,81 @@ def test_the_config_s_lengths_are_the_defaults():
         "min_checkpoint_period": Length("epochs", 1),
     }
     by_iterations = {"runner": {"_delete_": True, "type": "IterBasedRunner", "max_iters": 90000}}
-    lengths = default_lengths(resolve(override_mmdet_config={**by_iterations, "evaluation.interval": 5000}))
+    lengths = default_lengths(resolve(config_overrides={**by_iterations, "evaluation.interval": 5000}))
     assert lengths["searcher.max_length"] == Length("batches", 90000)
     assert lengths["min_validation_period"] == Length("batches", 5000)
+
+
+def test_the_config_s_start_and_changes_of_its_validation_interval_hold_where_the_yaml_gives_none():
+    intervals = {"evaluation": {"interval": 4, "start": 2, "dynamic_intervals": [[10, 1]]}}
+    times = validation_times(resolve(config_overrides=intervals))
+    config = {"searcher": {"max_length": {"epochs": 12}}}
+    defaults = {"min_validation_period": Length("epochs", 4)}
+
+    def validated(config):
+        periods = periods_of(parse_schedule(config, defaults, times), 5, 2, 1)
+        return [batch for batch in range(1, periods.total + 1) if periods.validates(batch)]
+
+    assert validated(config) == [10, 30, 50, 55, 60]
+    assert validated({"searcher": {"max_length": {"epochs": 9}}}) == [10, 30, 45]
+    assert validated({**config, "min_validation_period": {"epochs": 5}}) == [25, 50, 60]
+    with pytest.raises(UserError, match=r"perform_initial_validation"):
+        validation_times(resolve(config_overrides={"evaluation.start": 0}))
+
+
+@pytest.mark.parametrize(
+    ("config_file", "images"),
+    [("yolox/yolox_s_8x8_300e_coco.py", 64), (MASK_RCNN, 16), ("yolact/yolact_r50_1x8_coco.py", 8)],
+)
+def test_the_batch_of_a_config_is_its_own_where_none_is_given(config_file, images):
+    assert own_batch_size(resolve(config_file=config_file)) == images
+
+
+def test_the_learning_rate_follows_the_batch_by_either_name_of_the_wish():
+    for wish in ({"scale_schedule": True}, {"config_overrides": {"auto_scale_lr.enable": True}}):
+        config = resolve(**wish)
+        hparams = MMDetectionHyperparameters(MASK_RCNN, global_batch_size=2, **wish)
+        scale_lr(config, hparams)
+        assert config.optimizer.lr == 0.02 / 8
+        assert config.auto_scale_lr.enable is False
+    config = resolve()
+    scale_lr(config, MMDetectionHyperparameters(MASK_RCNN, global_batch_size=2))
+    assert config.optimizer.lr == 0.02
+
+
+def test_fp16_by_the_optimizer_s_hook_is_fp16():
+    hook = {"type": "Fp16OptimizerHook", "loss_scale": "dynamic", "grad_clip": {"max_norm": 35}}
+    config = resolve(config_overrides={"optimizer_config": hook})
+    assert config.fp16 == {"loss_scale": "dynamic"}
+    assert config.optimizer_config == {"grad_clip": {"max_norm": 35}}
+
+
+def test_a_pipeline_s_way_to_read_images_is_that_of_the_data():
+    s3 = {"backend": "s3", "bucket": "x"}
+    steps = {f"data.{split}.pipeline.0.file_client_args": s3 for split in ("train", "val")}
+    assert file_client_of(resolve()) is None
+    assert file_client_of(resolve(config_overrides=steps)) == s3
+    steps["data.val.pipeline.0.file_client_args"] = {"backend": "petrel"}
+    with pytest.raises(UserError, match="differ between its data sets"):
+        file_client_of(resolve(config_overrides=steps))
+
+
+def test_an_optimizer_constructor_of_mmdetection_s_own_is_found():
+    config = Config(
+        {
+            "optimizer": {
+                "type": "SGD",
+                "lr": 0.1,
+                "weight_decay": 0.1,
+                "constructor": "LearningRateDecayOptimizerConstructor",
+                "paramwise_cfg": {"decay_rate": 0.5, "decay_type": "layer_wise", "num_layers": 6},
+            }
+        }
+    )
+    ConvNeXt = type("ConvNeXt", (torch.nn.Module,), {})  # the constructor asks what it is
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model.backbone = ConvNeXt()
+    assert build_optimizer(model, config).param_groups
 
 
 def test_data_wins_over_the_config_s_paths_and_those_are_relative_to_the_folder(tmp_path):
@@ -193,7 +318,7 @@ def test_data_wins_over_the_config_s_paths_and_those_are_relative_to_the_folder(
     assert config.data.train.ann_file == "/x/train.json"
     assert config.data.train.img_prefix == "/x/images"
     assert config.data.val.ann_file == f"{tmp_path}/data/coco/annotations/instances_val2017.json"
-    config = resolve(override_mmdet_config={"data.train": {"_delete_": True, "type": "ConcatDataset", "datasets": []}})
+    config = resolve(config_overrides={"data.train": {"_delete_": True, "type": "ConcatDataset", "datasets": []}})
     with pytest.raises(UserError, match=r"data\.train gives one data set, and the MMDetection config has 0"):
         set_paths(config, data, tmp_path)
 
@@ -253,6 +378,20 @@ def test_a_backbone_s_weights_are_not_downloaded_where_others_are_loaded(config_
     assert config.model.backbone.init_cfg is None
 
 
+def test_a_relative_path_of_weights_is_found_in_the_folder_submitted_and_beside_the_yaml_file(tmp_path, monkeypatch):
+    submitted, beside = tmp_path / "submitted", tmp_path / "beside"
+    for file in (submitted / "backbone.pth", beside / "start.pth"):
+        file.parent.mkdir()
+        file.touch()
+    (beside / "const.yaml").write_text("name: x\n")
+    load_config(str(beside / "const.yaml"))
+    monkeypatch.chdir("/")
+    config = resolve(config_overrides={"model.backbone.init_cfg.checkpoint": "backbone.pth", "load_from": "start.pth"})
+    find_weights_files(config, submitted)
+    assert config.model.backbone.init_cfg.checkpoint == str(submitted / "backbone.pth")
+    assert config.load_from == str(beside / "start.pth")
+
+
 def test_a_teacher_is_found_among_mmdetection_s_configs_and_its_weights_are_for_training_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = resolve(config_file="ld/ld_r18_gflv1_r101_fpn_coco_1x.py")
@@ -287,6 +426,10 @@ def test_file_client_args_are_an_alias_for_the_backend():
         parse_data({"data": {"file_client_args": {"backend": "petrell"}}}, MMDetectionData)
     with pytest.raises(UserError, match="'petrel' cannot be used"):  # without its library and credentials
         parse_data({"data": {"file_client_args": {"backend": "petrel"}}}, MMDetectionData)
+    s3 = {"backend": "s3", "bucket": "x", "endpoint_url": "http://minio:9000"}
+    assert (
+        parse_data({"data": {"file_client_args": s3}}, MMDetectionData).store_options.endpoint_url == s3["endpoint_url"]
+    )
     with pytest.raises(UserError, match="the backend 'disk' has no option 'bukket'"):
         parse_data({"data": {"file_client_args": {"backend": "disk", "bukket": "x"}}}, MMDetectionData)
 
@@ -294,6 +437,43 @@ def test_file_client_args_are_an_alias_for_the_backend():
 def test_mmdetection_s_published_weights_are_known_by_config():
     published = published_checkpoints()
     assert len(published) > 300
+    assert all((shipped_configs() / name).is_file() for name in published)
     assert published[MASK_RCNN].endswith("mask_rcnn_r50_fpn_1x_coco_20200205-d4b0c5d6.pth")
     with pytest.raises(UserError, match=r"publishes no weights for yolox/yolox_m.*; did you mean"):
-        load_pretrained(None, True, "yolox/yolox_m_8x8_300e_coco.py")
+        published_weights(Path("yolox/yolox_m_8x8_300e_coco.py"), "hyperparameters.weights")
+
+
+SMALL = {"model.backbone.depth": 18, "model.neck.in_channels": [64, 128, 256, 512], "model.backbone.init_cfg": None}
+
+
+def test_weights_of_an_older_version_s_names_are_loaded_whole(caplog):
+    config = resolve(
+        config_file="fcos/fcos_r50_caffe_fpn_gn-head_1x_coco.py",
+        config_overrides={**SMALL, "model.bbox_head.stacked_convs": 1},
+    )
+    saved = build_model(config, initialize=False).state_dict()
+    old = {name.replace("head.conv_", "head.fcos_"): torch.full_like(weight, 7) for name, weight in saved.items()}
+    assert old.keys() != saved.keys()
+    model = build_model(config, initialize=False)
+    caplog.set_level("INFO")
+    load_start(model, StartWeights("old.pth", "hyperparameters.weights", old, None), for_training=False)
+    assert all((weight == 7).all() for weight in model.state_dict().values())
+    assert f"pretrained: {len(saved)} of the model's {len(saved)} weights" in caplog.text
+
+
+def test_a_head_that_does_not_fit_is_an_error_where_nothing_is_trained_and_starts_anew_in_a_training(caplog):
+    config = resolve(config_file="retinanet/retinanet_r50_fpn_1x_coco.py", config_overrides=SMALL)
+    model = build_model(config, initialize=False)
+    weights = model.state_dict()
+    weights["bbox_head.retina_cls.bias"] = torch.zeros(27)
+    start = StartWeights("mine.pth", "hyperparameters.weights", weights, None)
+    with pytest.raises(
+        UserError, match=r"retina_cls.bias has the shape \(27,\) in mine.pth, and \(720,\) in this model"
+    ):
+        load_start(model, start, for_training=False)
+    caplog.set_level("INFO")
+    load_start(model, start, for_training=True)
+    assert "1 of another shape start anew (bbox_head.retina_cls.bias)" in caplog.text
+    del weights["bbox_head.retina_cls.bias"]
+    with pytest.raises(UserError, match=r"mine.pth has no bbox_head.retina_cls.bias, which this model has"):
+        load_start(model, start, for_training=False)

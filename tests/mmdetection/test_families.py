@@ -125,7 +125,7 @@ def config_of(pictures, config_file):
     config["hyperparameters"] = {
         "global_batch_size": 2,
         "config_file": config_file,
-        "override_mmdet_config": {**made_small(parts), **PARTICULARS.get(config_file, {})},
+        "config_overrides": {**made_small(parts), **PARTICULARS.get(config_file, {})},
     }
     config["searcher"]["max_length"] = config["min_validation_period"] = {"batches": 2}
     config["data"]["workers"] = 0
@@ -156,9 +156,7 @@ def test_a_panoptic_config_trains_and_is_evaluated_by_panoptic_quality(pictures,
     for split in ("train", "val"):
         annotations = write_panoptic(pictures, split, tmp_path)
         config["data"][split] = {"annotations": str(annotations), "images": str(pictures / split)}
-        config["hyperparameters"]["override_mmdet_config"][f"data.{split}.seg_prefix"] = str(
-            annotations.with_suffix("")
-        )
+        config["hyperparameters"]["config_overrides"][f"data.{split}.seg_prefix"] = str(annotations.with_suffix(""))
     config["searcher"]["metric"] = "PQ"
     run = train(load_model_def().MMDetectionTrial, config)
     assert {"PQ", "SQ", "RQ"} <= reports(run, "val")[-1]["metrics"].keys()

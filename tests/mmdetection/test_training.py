@@ -5,23 +5,29 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import SHARED_DATA, reports, run_model_def
+from mmcv import FileClient
 from mmcv.cnn.rfsearch.operator import BaseConvRFSearchOp
+from mmcv.fileio import BaseStorageBackend
 from mmcv.runner import BaseRunner
-from mmcv.runner.hooks import HOOKS
+from mmcv.runner.hooks import HOOKS, Hook
 from PIL import Image
 from pycocotools import mask as coco_mask
-from tiny_models import MMDETECTION, load_model_def, mmdet_config
+from tiny_models import MMDETECTION, SMALL_BACKBONE, load_model_def, mmdet_config
 
 from mmdetection_files import model as mmdetection_model
-from mmdetection_files.config import read_resolved
+from mmdetection_files.config import load_mmdet_config, read_resolved
+from mmdetection_files.data import ClassAwareBatchSampler, MmcvImages, images_of_classes
+from mmdetection_files.evaluation import to_detections
 from mmdetection_files.hooks import MomentumEma
-from mmdetection_files.model import PYTHON_STATE
+from mmdetection_files.hyperparameters import MMDetectionHyperparameters
+from mmdetection_files.model import PYTHON_STATE, move_teacher
 from mmdetection_files.receptive_field import init_receptive_fields
 from shared.data.dataset import SampleKey
 from shared.errors import UserError
@@ -127,7 +133,7 @@ def test_pascal_voc_data_is_mmdetection_s_own_and_evaluated_by_itself(train, tri
     split = {"annotations": str(voc / "ImageSets/Main/some.txt"), "images": str(voc)}
     config["data"].update(train=split, val=split)
     config["searcher"]["metric"] = "mAP"
-    overrides = config["hyperparameters"]["override_mmdet_config"]
+    overrides = config["hyperparameters"]["config_overrides"]
     overrides.update(
         {
             "data.train.type": "VOCDataset",
@@ -188,7 +194,7 @@ def test_a_wrapped_coco_data_set_is_read_by_the_shared_loader(shapes, train, tri
             return [fill(part) for part in section]
         return {k: fill(v) if k.startswith("dataset") else v for k, v in section.items()}
 
-    overrides = config["hyperparameters"]["override_mmdet_config"]
+    overrides = config["hyperparameters"]["config_overrides"]
     del overrides["data.train.pipeline.2.img_scale"]
     overrides["data.train"] = {"_delete_": True, **fill(WRAPPERS[name])}
     train(Kept, config)
@@ -208,7 +214,7 @@ def test_mosaic_and_mixup_train_and_end_with_yolox_s_last_epochs(shapes, train, 
             return super().losses(model, batch)
 
     config = in_process(mmdet_config(shapes, "yolox/yolox_s_8x8_300e_coco.py"), batches=18)
-    config["hyperparameters"]["override_mmdet_config"] = {
+    config["hyperparameters"]["config_overrides"] = {
         "model.backbone.widen_factor": 0.125,
         "model.neck.in_channels": [32, 64, 128],
         "model.neck.out_channels": 32,
@@ -264,9 +270,123 @@ def test_mosaic_stops_at_the_same_epoch_in_each_worker(shapes):
     assert skipped == [None, None, ("Mosaic",), ("Mosaic",)]
 
 
+def test_a_class_aware_sampler_draws_each_class_as_often_on_any_number_of_slots():
+    class Labelled:
+        labels = [[0]] * 90 + [[1]] * 9 + [[2, 1]]
+
+        def __len__(self):
+            return len(self.labels)
+
+        def get_cat_ids(self, index):
+            return self.labels[index]
+
+    images, groups = images_of_classes(Labelled()), np.zeros(100, np.uint8)
+    alone = ClassAwareBatchSampler(images, 2, groups, 12, 0)
+    drawn = alone._epoch(1)
+    assert len(alone) == 9
+    assert (drawn < 90).sum() == 36
+    several = [ClassAwareBatchSampler(images, 2, groups, 6, 0, rank, 2)._epoch(1)[:, rank] for rank in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate(several, axis=1), drawn[:, 0])
+
+
+def test_an_rpn_is_evaluated_by_its_recall_and_predicts_proposals(shapes, train, trial_class, tmp_path):
+    overrides = {**SMALL_BACKBONE, "model.rpn_head.in_channels": 32, "model.rpn_head.feat_channels": 32}
+    config = in_process(mmdet_config(shapes, "rpn/rpn_r50_fpn_1x_coco.py", **overrides))
+    config["searcher"]["metric"] = "AR@100"
+    run = train(trial_class, config)
+    assert {"AR@100", "AR@300", "AR@1000"} <= reports(run, "val")[-1]["metrics"].keys()
+    arguments = ("--checkpoint", run / "checkpoints/last", "--output", tmp_path / "out")
+    run_model_def("predict", tmp_path / "run.yaml", *arguments, "--images", shapes / "val", cwd=MMDETECTION)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert {result["category_id"] for result in results} == {1}
+    assert json.loads((run / "checkpoints/last/categories.json").read_text()) == [{"id": 1, "name": "proposal"}]
+    evaluated = run_model_def("evaluate", tmp_path / "run.yaml", *arguments, cwd=MMDETECTION)
+    assert "AR@1000" in evaluated.stdout
+
+
+def test_the_things_of_a_panoptic_result_are_detections():
+    segments = np.full((10, 12), 90)  # stuff
+    segments[2:5, 3:9] = 7 + 1000
+    segments[6:8, 0:2] = 7 + 2000
+    found = to_detections({"pan_results": segments}, image_id=5)
+    assert found.boxes.tolist() == [[3, 2, 9, 5], [0, 6, 2, 8]]
+    assert found.labels.tolist() == [7, 7]
+    assert coco_mask.decode(found.masks[0]).sum() == 18
+
+
+def test_a_teacher_is_where_its_pupil_is():
+    pupil = torch.nn.Linear(1, 1)
+    object.__setattr__(pupil, "teacher_model", torch.nn.Linear(1, 1))  # as mmdet has it
+    move_teacher(pupil, torch.device("meta"))
+    assert pupil.teacher_model.weight.is_meta
+
+
+def test_lists_of_data_sets_train_validate_and_predict(shapes, train, trial_class, tmp_path):
+    config = in_process(mmdet_config(shapes, RETINANET, **{"model.test_cfg.score_thr": 0.0}), batches=1)
+    shipped = load_mmdet_config(MMDetectionHyperparameters(RETINANET), MMDETECTION)
+    small = {}
+    for split in ("train", "val"):
+        paths = config["data"].pop(split)
+        leaf = {"type": "CocoDataset", "ann_file": paths["annotations"], "img_prefix": paths["images"]}
+        small[split] = [{**leaf, "pipeline": shipped.data[split].pipeline}] * 2
+    (tmp_path / "lists.py").write_text(
+        f"_base_ = {RETINANET!r}\ndata = dict(train={small['train']}, val={small['val']})"
+    )
+    overrides = config["hyperparameters"]["config_overrides"]
+    config["hyperparameters"]["config_overrides"] = {k: v for k, v in overrides.items() if k[:4] != "data"}
+    config["hyperparameters"]["config_file"] = str(tmp_path / "lists.py")
+    config["searcher"]["metric"] = "0_bbox_mAP"
+    run = train(trial_class, config)
+    assert {"0_bbox_mAP", "1_bbox_mAP"} <= reports(run, "val")[-1]["metrics"].keys()
+    arguments = ("--checkpoint", run / "checkpoints/last", "--output", tmp_path / "out", "--images", shapes / "val")
+    run_model_def("predict", tmp_path / "run.yaml", *arguments, cwd=MMDETECTION)
+    assert json.loads((tmp_path / "out/results.json").read_text())
+
+
+def test_images_are_read_from_a_client_that_joins_no_paths(monkeypatch):
+    class Lmdb(BaseStorageBackend):
+        def get(self, key):
+            return key.encode()
+
+        get_text = get
+
+    monkeypatch.setitem(FileClient._backends, "tiny_lmdb", Lmdb)
+    assert MmcvImages({"backend": "tiny_lmdb"}, "train").read("1.jpg") == b"train/1.jpg"
+    assert MmcvImages({"backend": "tiny_lmdb"}, "").read("1.jpg") == b"1.jpg"
+
+
+def test_a_hook_of_one_s_own_is_called_everywhere_and_sees_what_mmcv_s_runner_has(shapes, train, trial_class):
+    called = []
+
+    @HOOKS.register_module(force=True)
+    class Watch(Hook):
+        def after_train_iter(self, runner):
+            assert float(runner.outputs["loss"]) == float(runner.outputs["log_vars"]["loss"])
+            assert runner.outputs["num_samples"] == len(runner.data_batch["img_metas"]) == 4
+            assert len(runner.data_loader.dataset.CLASSES) == 3
+            called.append("after_train_iter")
+
+        def before_val_epoch(self, runner):
+            called.append(("before_val_epoch", len(runner.data_loader), runner.mode))
+
+        def after_val_epoch(self, runner):
+            called.append("after_val_epoch")
+
+        def after_run(self, runner):
+            (Path(runner.work_dir) / "mine.txt").write_text("done")
+            called.append("after_run")
+
+    overrides = {"custom_hooks": [{"type": "Watch"}]}
+    run = train(trial_class, in_process(mmdet_config(shapes, RETINANET, **overrides), batches=1))
+    assert called[0] == "after_train_iter"
+    assert called[1][0] == "before_val_epoch"
+    assert called[2:] == ["after_val_epoch", "after_run"]
+    assert (run / "work_dir/mine.txt").read_text() == "done"
+
+
 def test_classes_of_a_subset_train_and_evaluate_on_it_alone(shapes, train, trial_class):
     config = in_process(mmdet_config(shapes, RETINANET))
-    overrides = config["hyperparameters"]["override_mmdet_config"]
+    overrides = config["hyperparameters"]["config_overrides"]
     overrides.update({"data.train.classes": ["circle"], "data.val.classes": ["circle"]})
     run = train(trial_class, config)
     metrics = reports(run, "val")[-1]["metrics"]
@@ -318,7 +438,7 @@ def test_the_averaged_weights_are_those_of_mmdetection_s_hook(hook):
 
 def test_a_loop_of_its_own_is_refused(shapes, train, trial_class):
     config = in_process(mmdet_config(shapes, RETINANET))
-    overrides = config["hyperparameters"]["override_mmdet_config"]
+    overrides = config["hyperparameters"]["config_overrides"]
     overrides["optimizer_config"] = {"type": "GradientCumulativeOptimizerHook", "cumulative_iters": 2}
     with pytest.raises(UserError, match="aggregation_frequency"):
         train(trial_class, config, "b")
@@ -337,7 +457,7 @@ def rates_of(model):
 def test_a_search_of_receptive_fields_goes_on_after_a_resume_and_is_in_its_checkpoint(shapes, train, trial_class):
     def trained(name, batches, resume=None):
         config = in_process(mmdet_config(shapes, RETINANET), batches)
-        config["hyperparameters"]["override_mmdet_config"]["custom_hooks"] = rf_search()
+        config["hyperparameters"]["config_overrides"]["custom_hooks"] = rf_search()
         trials = []
 
         class Watched(trial_class):
@@ -391,7 +511,7 @@ WRONG_SEARCHES = {
 @pytest.mark.parametrize("message", WRONG_SEARCHES)
 def test_a_search_of_receptive_fields_that_cannot_work_says_why(shapes, train, trial_class, message):
     config = in_process(mmdet_config(shapes, RETINANET))
-    config["hyperparameters"]["override_mmdet_config"]["custom_hooks"] = WRONG_SEARCHES[message]
+    config["hyperparameters"]["config_overrides"]["custom_hooks"] = WRONG_SEARCHES[message]
     with pytest.raises(UserError, match=message):
         train(trial_class, config)
 
@@ -415,13 +535,13 @@ WRONG = {
     "hyperparameters.config_file is missing": {"config_file": None},
     "hyperparameters: unknown key 'overide_mmdet_config'; did you mean": {"overide_mmdet_config": {}},
     "hyperparameters.config_file: the model cannot be built: KeyError": {
-        "override_mmdet_config": {"model.neck": {"_delete_": True, "type": "NoSuchNeck"}}
+        "config_overrides": {"model.neck": {"_delete_": True, "type": "NoSuchNeck"}}
     },
-    "hyperparameters.use_pretrained: nowhere.pth is not a checkpoint": {"use_pretrained": "nowhere.pth"},
-    "optimizer of the MMDetection config": {"override_mmdet_config": {"optimizer.type": "Adamm"}},
-    "fp16 of the MMDetection config needs a GPU": {"override_mmdet_config": {"fp16": {"loss_scale": 512.0}}},
+    "hyperparameters.weights: nowhere.pth is not a checkpoint": {"weights": "nowhere.pth"},
+    "optimizer of the MMDetection config": {"config_overrides": {"optimizer.type": "Adamm"}},
+    "fp16 of the MMDetection config needs a GPU": {"config_overrides": {"fp16": {"loss_scale": 512.0}}},
     "a pipeline of the MMDetection config cannot be built": {
-        "override_mmdet_config": {"data.train.pipeline.3.type": "RandomFlp"}
+        "config_overrides": {"data.train.pipeline.3.type": "RandomFlp"}
     },
 }
 
@@ -432,8 +552,8 @@ def test_a_wrong_hyperparameter_is_an_error_before_training(message, shapes, tra
         pytest.skip("there is a GPU")
     config = in_process(mmdet_config(shapes, RETINANET))
     changes = dict(WRONG[message])
-    overrides = changes.pop("override_mmdet_config", {})
-    config["hyperparameters"]["override_mmdet_config"].update(overrides)
+    overrides = changes.pop("config_overrides", {})
+    config["hyperparameters"]["config_overrides"].update(overrides)
     config["hyperparameters"].update(changes)
     config["hyperparameters"] = {k: v for k, v in config["hyperparameters"].items() if v is not None}
     with pytest.raises(UserError) as raised:
@@ -459,14 +579,17 @@ def test_an_mmcv_of_another_version_says_how_to_install_the_right_one(tmp_path):
     assert done.stderr.strip().endswith("in the folder mmdetection: python3 -m shared.container")
 
 
-def test_pretrained_weights_of_another_head_start_anew_in_one_line(shapes, train, trial_class, tmp_path, caplog):
+@pytest.mark.parametrize("by_load_from", [False, True])
+def test_pretrained_weights_of_another_head_start_anew_in_one_line(
+    shapes, train, trial_class, tmp_path, caplog, by_load_from
+):
     config = in_process(mmdet_config(shapes, RETINANET))
     run = train(trial_class, config)
     weights = torch.load(run / "checkpoints/last/state_dict.pth", weights_only=True)["models_state_dict"][0]
     weights["bbox_head.retina_cls.weight"] = torch.zeros(720, 32, 3, 3)
     weights["bbox_head.retina_cls.bias"] = torch.zeros(720)
     torch.save({"state_dict": weights, "meta": {"CLASSES": ("a",)}}, tmp_path / "published.pth")
-    config["hyperparameters"]["use_pretrained"] = str(tmp_path / "published.pth")
+    config["hyperparameters"]["weights"] = str(tmp_path / "published.pth")
     caplog.set_level("INFO")
     started = {}
 
@@ -475,7 +598,27 @@ def test_pretrained_weights_of_another_head_start_anew_in_one_line(shapes, train
             started.setdefault("weights", copy.deepcopy(self.plain_model.state_dict()))
             return super().losses(model, batch)
 
+    if by_load_from:
+        path = config["hyperparameters"].pop("weights")
+        config["hyperparameters"]["config_overrides"]["load_from"] = path
     train(Kept, config, "fine")
+    assert "published.pth (load_from of the config)" in caplog.text or not by_load_from
     (line,) = [r.message for r in caplog.records if r.message.startswith("pretrained:")]
     assert "2 of another shape start anew (bbox_head.retina_cls.weight, bbox_head.retina_cls.bias)" in line
     torch.testing.assert_close(started["weights"]["backbone.conv1.weight"], weights["backbone.conv1.weight"])
+
+
+def test_weights_detect_the_categories_that_they_name_themselves(shapes, train, trial_class, tmp_path):
+    config = in_process(mmdet_config(shapes, RETINANET, **{"model.test_cfg.score_thr": 0.0}), batches=1)
+    run = train(trial_class, config)
+    weights = torch.load(run / "checkpoints/last/state_dict.pth", weights_only=True)["models_state_dict"][0]
+    torch.save({"state_dict": weights, "meta": {"CLASSES": ("a", "b", "c")}}, tmp_path / "mine.pth")
+    del config["data"]["val"]
+    config["searcher"]["metric"] = "mAP"  # no matter where nothing is trained
+    config["hyperparameters"]["weights"] = str(tmp_path / "mine.pth")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    predict = ("predict", tmp_path / "config.yaml", "--images", shapes / "val", "--output", tmp_path / "out")
+    run_model_def(*predict, cwd=MMDETECTION)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert {result["category_id"] for result in results} <= {1, 2, 3}
+    assert results
