@@ -221,6 +221,7 @@ def main() -> int:
     sys.path[:0] = [str(ROOT), str(ROOT / arguments.library)]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
+        importlib.import_module(f"{arguments.library}_files")  # before the library, which may not be compiled
         sides = importlib.import_module(f"configs_of_{arguments.library}")
         logging.disable(logging.ERROR)
         sides.prepare(Path(folder))
