@@ -46,7 +46,7 @@ from detectron2_files.data import (
     registered_samples,
 )
 from detectron2_files.evaluation import OwnEvaluator, OwnResult, detect, own_evaluator
-from detectron2_files.hyperparameters import PUBLISHED, Detectron2Hyperparameters
+from detectron2_files.hyperparameters import Detectron2Hyperparameters
 from detectron2_files.model import (
     PYTHON_STATE,
     apply_backend_options,
@@ -77,7 +77,7 @@ from shared.experiment import (
     parse_section,
 )
 from shared.launch import main
-from shared.training.python_state import python_state, restore_python_state
+from shared.library import PUBLISHED
 from shared.training.trial import DetectionTrial
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ class Detectron2Trial(DetectionTrial):
     for_training, slots = True, 1
     warned_of_masks = False
     without_pretrained: ClassVar = {"use_pretrained": False, "weights": ""}
+    python_attributes = PYTHON_STATE
 
     # --- the config -----------------------------------------------------------------------------------
 
@@ -329,12 +330,6 @@ class Detectron2Trial(DetectionTrial):
         self.lr_scheduler.last_epoch = number
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_lr(), strict=True):
             group["lr"] = lr
-
-    def own_state(self) -> dict[str, Any]:
-        return python_state(self.plain_model, PYTHON_STATE)
-
-    def load_own_state(self, state: dict[str, Any]) -> None:
-        restore_python_state(self.plain_model, state)
 
     def summary(self) -> list[tuple[str, object]]:
         config = self.detectron2_config

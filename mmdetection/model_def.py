@@ -56,7 +56,7 @@ from mmdetection_files.data import (
 )
 from mmdetection_files.evaluation import OwnEvaluator, OwnResult, own_arguments, to_detections, to_own_result
 from mmdetection_files.hooks import EMA_HOOKS, HooksOfValidation, MomentumEma, StepRunner, hook_config, mode_switch
-from mmdetection_files.hyperparameters import PUBLISHED, MMDetectionData, MMDetectionHyperparameters
+from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
 from mmdetection_files.model import (
     PYTHON_STATE,
     StartWeights,
@@ -91,7 +91,7 @@ from shared.experiment import (
     parse_section,
 )
 from shared.launch import main
-from shared.training.python_state import python_state, restore_python_state
+from shared.library import PUBLISHED
 from shared.training.trial import DetectionTrial
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,7 @@ class MMDetectionTrial(DetectionTrial):
     hyperparameters_class = MMDetectionHyperparameters
     data_class = MMDetectionData
     path_hyperparameters = ("config_file", "merge_config", "weights", "use_pretrained")
+    python_attributes = PYTHON_STATE
     pretrained_categories: ClassVar = COCO_CATEGORIES
 
     # --- the config -----------------------------------------------------------------------------------
@@ -398,12 +399,6 @@ class MMDetectionTrial(DetectionTrial):
         metrics = super().evaluate_batch(batch, batch_idx)
         self.runner.call_hook("after_val_iter")
         return metrics
-
-    def own_state(self) -> dict[str, Any]:
-        return python_state(self.plain_model, PYTHON_STATE)
-
-    def load_own_state(self, state: dict[str, Any]) -> None:
-        restore_python_state(self.plain_model, state)
 
     def _start(self) -> str:
         if self.hparams.weights is None:

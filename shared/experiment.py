@@ -275,25 +275,6 @@ def refuse_unknown_keys(section: dict[str, Any], valid: Iterable[str], where: st
             raise UserError(f"{where}: unknown key {key!r}; {nearest(str(key), valid)}")
 
 
-def find_library_config(name: str, submitted: Path, shipped: Path, key: str) -> Path:
-    """The path of a detector library's config: in the folder submitted, else among those that the library ships.
-
-    Raises:
-        UserError: it is in neither; says where it was looked for, and near names.
-    """
-    for place in (submitted, shipped):
-        if (place / name).is_file():
-            return (place / name).absolute()
-    folders = (submitted / "configs", shipped)
-    files = [(path, folder) for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".yaml")]
-    known = {str(path.relative_to(submitted if folder != shipped else shipped)) for path, folder in files}
-    alike = [other for other in known if Path(other).stem == Path(name).stem]
-    by_file_name = sorted(alike, key=lambda other: (Path(other).suffix != Path(name).suffix, other))
-    listed = f"they are listed in {shipped}"
-    near = f"did you mean {by_file_name[0]!r}?" if by_file_name else nearest(name, known, otherwise=listed)
-    raise UserError(f"hyperparameters.{key}: {name} is neither in {submitted} nor in {shipped}; {near}")
-
-
 def fixed_hyperparameters(config: dict[str, Any]) -> dict[str, Any]:
     """The hyperparameters of a config that leaves nothing to a searcher.
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import detectron2.config
@@ -15,7 +13,7 @@ from detectron2_files.hyperparameters import Detectron2Hyperparameters
 from detectron2_files.lazy_config import LazyConfigFile
 from detectron2_files.yaml_config import YamlConfig
 from shared.errors import UserError
-from shared.experiment import find_library_config
+from shared.library import find_library_config, import_custom_modules
 
 # what a zoo config says of COCO's things, and of its stuff in panoptic segmentation
 COCO_CLASSES, COCO_STUFF_CLASSES = 80, 54
@@ -36,7 +34,7 @@ def load_config(hparams: Detectron2Hyperparameters, submitted: Path) -> Detectro
     modules = [name.removesuffix(".py") for name in hparams.custom_imports]
     if path.name in (YamlConfig.resolved_name, LazyConfigFile.resolved_name):
         _refuse_modules_of(path.parent, modules, submitted)
-    imported = _import_custom_modules(hparams.custom_imports)
+    imported = import_custom_modules(hparams.custom_imports)
     overrides = flatten(hparams.config_overrides)
     if path.suffix == ".py" or path.name == LazyConfigFile.resolved_name:
         places = (submitted.resolve(), shipped_configs().resolve())
@@ -103,19 +101,6 @@ def stated_class_count(config: Detectron2Config) -> tuple[str, int] | None:
     """The key that says how many classes are detected, of things or of a semantic model's stuff, and its number; None
     where the config says none."""
     return next(((k, n) for k, n in config.class_counts().items() if ("sem_seg" in k.lower()) == config.semantic), None)
-
-
-def _import_custom_modules(names: Sequence[str]) -> list[ModuleType]:
-    modules = []
-    for name in names:
-        try:
-            modules.append(importlib.import_module(name.removesuffix(".py")))
-        except Exception as error:  # the user's own module may raise anything
-            raise UserError(
-                f"hyperparameters.custom_imports: {name} cannot be imported: {type(error).__name__}: {error}; it must "
-                "lie in the folder that is submitted, or be installed"
-            ) from error
-    return modules
 
 
 def _refuse_modules_of(checkpoint: Path, names: Sequence[str], submitted: Path) -> None:

@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shared.errors import UserError
-
-# `weights`: what the model zoo publishes for `config_file`
-PUBLISHED = "published"
+from shared.library import PUBLISHED
 
 
 @dataclass

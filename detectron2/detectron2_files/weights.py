@@ -16,9 +16,9 @@ from torch import nn
 
 from detectron2_files.config import shipped_configs
 from shared.errors import UserError, nearest
-from shared.training.checkpoints import CATEGORIES_FILE, count_names, find_checkpoint, load_state, without_ddp
+from shared.library import log_loaded
+from shared.training.checkpoints import CATEGORIES_FILE, find_checkpoint, load_state, without_ddp
 
-logger = logging.getLogger(__name__)
 logging.getLogger("fvcore.common.checkpoint").setLevel(logging.ERROR)  # a line for each weight
 logging.getLogger("detectron2.checkpoint").setLevel(logging.ERROR)
 
@@ -220,14 +220,8 @@ def _judge(model: nn.Module, incompatible: _IncompatibleKeys, by_heuristics: boo
             + (f"{len(wrong)} parameters do not fit ({shown})" if loaded else "none of its parameters is this model's")
             + "; use the config that it was trained with"
         )
-    logger.info(
-        "weights: %d of the model's %d from %s%s%s",
-        loaded,
-        len(own),
-        source,
-        count_names(other_classes, "are for other classes and start anew"),
-        count_names([name for name in missing if name not in other_classes], "are not in it and start anew"),
-    )
+    absent = [name for name in missing if name not in other_classes]
+    log_loaded(loaded, len(own), source, {"are for other classes": other_classes, "are not in it": absent})
 
 
 def _of_classes(name: str) -> bool:

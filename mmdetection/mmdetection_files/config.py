@@ -6,10 +6,9 @@ import ast
 import contextlib
 import copy
 import functools
-import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,8 @@ from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperp
 from shared.data.input_scale import InputScale
 from shared.data.remote import is_url
 from shared.errors import UserError, nearest
-from shared.experiment import Length, find_library_config, find_path
+from shared.experiment import Length, find_path
+from shared.library import find_library_config, import_custom_modules
 
 RESOLVED_CONFIG = "mmdet_config.py"
 _WITH_REGISTRIES = (
@@ -77,7 +77,7 @@ def load_mmdet_config(hparams: MMDetectionHyperparameters, submitted: Path) -> C
     Raises:
         UserError: a file is not found or not a config; a key merged in is unknown to what it is merged into.
     """
-    _import_files(hparams.custom_imports)
+    import_custom_modules(hparams.custom_imports)
     path = find_config(hparams.config_file, submitted, "config_file")
     config = read_resolved(path) if path.name == RESOLVED_CONFIG else _read(path, "config_file")
     if hparams.merge_config is not None:
@@ -171,17 +171,6 @@ def _refuse_variables(overrides: Mapping[str, Any], path: Path, key: str) -> Non
                 f"{key}: {name!r} is a variable of {path.name}, and overriding it "
                 f"changes nothing; override what it was for, {instead.get(name, 'data.train… and data.val…')}"
             )
-
-
-def _import_files(names: Iterable[str]) -> None:
-    for name in names:
-        try:
-            importlib.import_module(name.removesuffix(".py").replace("/", "."))
-        except Exception as error:  # the user's own module may raise anything
-            raise UserError(
-                f"hyperparameters.custom_imports: {name} cannot be imported: {type(error).__name__}: {error}; it must "
-                "lie in the folder that is submitted"
-            ) from error
 
 
 def _import_custom_modules(config: Config) -> None:

@@ -10,8 +10,7 @@ from mmcv.fileio import FileClient
 from shared.data.storage import BACKEND_ALIASES, BACKENDS
 from shared.errors import UserError, nearest
 from shared.experiment import DataConfig
-
-PUBLISHED = "published"
+from shared.library import PUBLISHED
 
 
 @dataclass

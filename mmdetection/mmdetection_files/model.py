@@ -21,10 +21,10 @@ from mmdet.models import build_detector
 from torch import nn
 
 from mmdetection_files.config import shipped_configs
-from mmdetection_files.hyperparameters import PUBLISHED
 from shared.data.coco_categories import COCO_CATEGORIES
 from shared.errors import UserError, nearest
-from shared.training.checkpoints import count_names, read_weights, without_ddp
+from shared.library import PUBLISHED, log_loaded
+from shared.training.checkpoints import read_weights, without_ddp
 
 logger = logging.getLogger(__name__)
 
@@ -283,14 +283,7 @@ def load_start(model: nn.Module, start: StartWeights, for_training: bool) -> Non
         )
     if not for_training:
         _refuse_random(model, weights, other_shape, absent, start)
-    logger.info(
-        "pretrained: %d of the model's %d weights from %s%s%s",
-        loaded,
-        len(own),
-        source,
-        count_names(other_shape, "of another shape start anew"),
-        count_names(absent, "are not in it and start anew"),
-    )
+    log_loaded(loaded, len(own), source, {"are of another shape": other_shape, "are not in it": absent})
 
 
 def _refuse_random(

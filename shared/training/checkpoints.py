@@ -180,11 +180,6 @@ def read_weights(source: str, key: str, choices: str) -> tuple[Mapping[str, Any]
     return checkpoint.weights, checkpoint
 
 
-def count_names(names: list[str], what: str) -> str:
-    """The part of a line about loaded weights that counts some of them, and names the first; nothing for none."""
-    return f"; {len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
-
-
 def without_ddp(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state dict without the prefix that DistributedDataParallel gives its keys; `_metadata`, the versions of its
     modules, too, by which they know names of theirs that have changed."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from determined.pytorch import PyTorchCallback
+from torch import nn
 
 from shared.training.checkpoints import CATEGORIES_FILE
+from shared.training.python_state import python_state, restore_python_state
 from shared.training.training_metrics import DivergedError
 
 if TYPE_CHECKING:
@@ -24,6 +26,10 @@ class TrialCheckpoint:
     """Hyperparameters that may be paths, relative to where the run is started."""
     without_pretrained: ClassVar[dict[str, Any]] = {}
     """The hyperparameters of a model whose weights a checkpoint will give."""
+    python_attributes: ClassVar[Mapping[str, Sequence[str]]] = {}
+    """By the class of a module, what it keeps in plain attributes while it trains, see `python_state`."""
+
+    plain_model: nn.Module
 
     @classmethod
     def hyperparameters_of_checkpoint(cls, checkpoint: Path) -> dict[str, Any]:
@@ -36,10 +42,11 @@ class TrialCheckpoint:
     def own_state(self) -> dict[str, Any]:
         """What must outlive a restart beside weights and buffers, a schedule's state for one: plain values and
         tensors."""
-        return {}
+        return python_state(self.plain_model, self.python_attributes)
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Takes back what `own_state` gave."""
+        restore_python_state(self.plain_model, state)
 
 
 class CheckpointedState(PyTorchCallback):

@@ -37,7 +37,8 @@ from mmdetection_files.model import (
     without_teacher_weights,
 )
 from shared.errors import UserError
-from shared.experiment import Length, Split, find_library_config, load_config, parse_data, parse_schedule
+from shared.experiment import Length, Split, load_config, parse_data, parse_schedule
+from shared.library import find_library_config
 from shared.training.loop import periods_of
 
 MASK_RCNN = "mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py"
@@ -458,7 +459,7 @@ def test_weights_of_an_older_version_s_names_are_loaded_whole(caplog):
     caplog.set_level("INFO")
     load_start(model, StartWeights("old.pth", "hyperparameters.weights", old, None), for_training=False)
     assert all((weight == 7).all() for weight in model.state_dict().values())
-    assert f"pretrained: {len(saved)} of the model's {len(saved)} weights" in caplog.text
+    assert f"weights: {len(saved)} of the model's {len(saved)} from" in caplog.text
 
 
 def test_a_head_that_does_not_fit_is_an_error_where_nothing_is_trained_and_starts_anew_in_a_training(caplog):
