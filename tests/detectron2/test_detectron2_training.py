@@ -135,19 +135,20 @@ def test_a_run_is_evaluated_and_predicts_by_the_config_in_its_checkpoint(shapes,
     assert (out / "000000.png.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_test_time_augmentation_is_of_evaluation_and_prediction(shapes, train, trial_class, tmp_path):
-    config = in_process(detectron2_config(shapes, **{"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0}))
-    aug = {"TEST.AUG.MIN_SIZES": [96, 128], "TEST.AUG.MAX_SIZE": 256}
-    config["hyperparameters"]["config_overrides"].update(aug)
-    last = train(trial_class, config) / "checkpoints/last"
-    path, found = tmp_path / "c.yaml", {}
-    path.write_text(yaml.safe_dump(config))
-    for on in ("false", "true"):
-        command = ("predict", path, "--checkpoint", last, "--images", shapes / "val", "--output", tmp_path / on)
-        run_model_def(*command, "--set", f"hyperparameters.config_overrides.TEST.AUG.ENABLED={on}", cwd=DETECTRON2)
-        found[on] = json.loads((tmp_path / on / "results.json").read_text())
-    assert found["true"]
-    assert found["true"] != found["false"]
+def test_test_time_augmentation_is_of_evaluation_and_prediction(shapes, trial_class, monkeypatch):
+    from determined import pytorch
+
+    monkeypatch.chdir(shapes)
+    found = {}
+    for on in (False, True):
+        aug = {"TEST.AUG.ENABLED": on, "TEST.AUG.MIN_SIZES": [96, 128], "TEST.AUG.MAX_SIZE": 256}
+        config = in_process(detectron2_config(shapes, **aug, **{"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.001}))
+        hparams = config["hyperparameters"]
+        with pytorch.init(hparams=hparams, exp_conf=config, enable_tensorboard_logging=False) as context:
+            trial = trial_class(context, for_training=False)
+        (found[on],) = trial.detect_on_host_batch(next(iter(trial.evaluation_loader(trial.open_val()))))
+    assert len(found[True]) == len(found[True].masks) > 0
+    assert found[True].scores.tolist() != found[False].scores.tolist()
 
 
 def test_precise_batch_statistics_are_those_of_the_weights_at_a_validation(shapes, train, trial_class, tmp_path):
