@@ -10,7 +10,7 @@ from conftest import ROOT
 # each may import from those after it, and from its own room
 FLOORS = (
     *("__main__", "launch", "on_cluster", "here", "detect", "check"),
-    *("training", "evaluation", "experiment", "data", "errors", "threads"),
+    *("training", "evaluation", "library", "experiment", "data", "errors", "threads"),
 )
 BY_ITSELF = ("container",)  # runs before anything is installed
 LIBRARIES = ("effdet", "timm", "mmdet", "mmcv", "detectron2", "model_def")

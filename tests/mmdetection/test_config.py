@@ -474,7 +474,7 @@ def test_a_head_that_does_not_fit_is_an_error_where_nothing_is_trained_and_start
         load_start(model, start, for_training=False)
     caplog.set_level("INFO")
     load_start(model, start, for_training=True)
-    assert "1 of another shape start anew (bbox_head.retina_cls.bias)" in caplog.text
+    assert "1 are of another shape and start anew (bbox_head.retina_cls.bias)" in caplog.text
     del weights["bbox_head.retina_cls.bias"]
     with pytest.raises(UserError, match=r"mine.pth has no bbox_head.retina_cls.bias, which this model has"):
         load_start(model, start, for_training=False)

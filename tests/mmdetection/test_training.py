@@ -603,8 +603,8 @@ def test_pretrained_weights_of_another_head_start_anew_in_one_line(
         config["hyperparameters"]["config_overrides"]["load_from"] = path
     train(Kept, config, "fine")
     assert "published.pth (load_from of the config)" in caplog.text or not by_load_from
-    (line,) = [r.message for r in caplog.records if r.message.startswith("pretrained:")]
-    assert "2 of another shape start anew (bbox_head.retina_cls.weight, bbox_head.retina_cls.bias)" in line
+    (line,) = [r.message for r in caplog.records if r.message.startswith("weights:")]
+    assert "2 are of another shape and start anew (bbox_head.retina_cls.weight, bbox_head.retina_cls.bias)" in line
     torch.testing.assert_close(started["weights"]["backbone.conv1.weight"], weights["backbone.conv1.weight"])
 
 
