@@ -290,7 +290,12 @@ def test_a_class_aware_sampler_draws_each_class_as_often_on_any_number_of_slots(
 
 
 def test_an_rpn_is_evaluated_by_its_recall_and_predicts_proposals(shapes, train, trial_class, tmp_path):
-    overrides = {**SMALL_BACKBONE, "model.rpn_head.in_channels": 32, "model.rpn_head.feat_channels": 32}
+    overrides = {
+        **SMALL_BACKBONE,
+        "model.rpn_head.in_channels": 32,
+        "model.rpn_head.feat_channels": 32,
+        "model.test_cfg.rpn.max_per_img": 50,  # to draw
+    }
     config = in_process(mmdet_config(shapes, "rpn/rpn_r50_fpn_1x_coco.py", **overrides))
     config["searcher"]["metric"] = "AR@100"
     run = train(trial_class, config)
