@@ -21,7 +21,7 @@ $(READY): setup.cfg shared/requirements.txt efficientdet/requirements.txt $(CONS
 READY_FOR = $(PY) -m shared.container --constraint $(CONSTRAINTS)
 $(ALL_READY): $(READY) mmdetection/requirements.txt detectron2/requirements.txt
 	$(READY_FOR) mmdetection/requirements.txt
-	$(READY_FOR) detectron2/requirements.txt || echo "Detectron2 could not be fetched: its tests will be skipped"
+	timeout 600 $(READY_FOR) detectron2/requirements.txt || echo "Detectron2 could not be fetched: its tests will be skipped"
 	touch $@
 
 # With the operations compiled, in a place of their own, for some minutes.

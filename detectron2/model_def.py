@@ -339,7 +339,8 @@ class Detectron2Trial(DetectionTrial):
             ("weights", (self._weights() or ("initial",))[0] if self.first_batch == 0 else "the checkpoint's"),
             ("training data", f"{self._training_data_name()}, {len(self.train_samples)} samples"),
             ("validation", ", ".join(self.iou_types) if self.evaluates_coco else "by Detectron2's own evaluator"),
-            ("learning rate", f"{config.learning_rate:g}, {config.schedule_name}"),
+            ("optimizer", f"{type(self.optimizer).__name__}, lr {config.learning_rate:g}"),
+            ("schedule", config.schedule_name),
             ("precision", "fp16" if self.scaler is not None else "float32"),
             ("operations", "compiled (detectron2._C)" if COMPILED else "PyTorch and torchvision"),
         ]
