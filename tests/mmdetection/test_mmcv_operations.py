@@ -263,7 +263,7 @@ def test_deformable_convolution_is_that_of_mmcv_full(against_compiled, dtype, se
     against_compiled(
         lambda *given: mmcv.ops.deform_conv2d(*given, *settings.values()),
         *convolution(dtype, settings, modulated=False),
-        tolerance=DTYPES[dtype] * 10 if dtype == torch.float32 else DTYPES[dtype],
+        tolerance=DTYPES[dtype],
     )
 
 
@@ -277,7 +277,7 @@ def test_modulated_deformable_convolution_is_that_of_mmcv_full(against_compiled,
         lambda *given: mmcv.ops.modulated_deform_conv2d(*given, *settings.values()),
         *convolution(dtype, settings, modulated=True),
         bias,
-        tolerance=DTYPES[dtype] * 10 if dtype == torch.float32 else DTYPES[dtype],
+        tolerance=DTYPES[dtype],
     )
 
 
