@@ -82,7 +82,19 @@ def config(detector, shapes, tmp_path):
     return path
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize(
+    ("detector", "processes"),
+    [
+        ("efficientdet", 2),
+        ("mmdetection", 1),
+        ("detectron2", 1),
+        *(
+            pytest.param(*others, marks=pytest.mark.slow)
+            for others in (("efficientdet", 1), ("mmdetection", 2), ("detectron2", 2))
+        ),
+    ],
+    indirect=["detector"],
+)
 def test_a_killed_run_resumes_to_the_same_bits(detector, config, tmp_path, processes):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_model_def("train", config, "--output-dir", whole, processes=processes, cwd=ROOT / detector)
