@@ -1,10 +1,9 @@
 """What stands in for compiled operations does on a GPU what it does on the CPU."""
 
-import sys
-
 import pytest
 import torch
 from conftest import WITHOUT_LIBRARY
+from tiny_models import use_operations_in_pytorch
 
 pytestmark = pytest.mark.gpu
 
@@ -55,9 +54,7 @@ def test_operations_of_mmcv_are_the_same_on_a_gpu(monkeypatch):
         return [output.detach().cpu(), *(value.grad.cpu() for value in arguments)]
 
     compiled = {name: run(name, "cuda") for name in calls} if operations.are_compiled() else {}
-    for name, module in list(sys.modules.items()):
-        if name.startswith("mmcv.ops.") and hasattr(module, "ext_module"):
-            monkeypatch.setattr(module, "ext_module", operations.InPyTorch())
+    use_operations_in_pytorch(monkeypatch)
     for name in calls:
         found = run(name, "cuda")
         for expected in (run(name, "cpu"), *([compiled[name]] if name in compiled else [])):

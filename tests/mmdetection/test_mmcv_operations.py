@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from tiny_models import MMDETECTION, use_operations_in_pytorch
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,16 +22,10 @@ DTYPES = {torch.float32: 1e-5, torch.float64: 1e-9}
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
-def use_pytorch(monkeypatch):
-    for name, module in list(sys.modules.items()):
-        if name.startswith("mmcv.ops.") and hasattr(module, "ext_module"):
-            monkeypatch.setattr(module, "ext_module", operations.InPyTorch())
-
-
 @pytest.fixture
 def in_pytorch(monkeypatch):
     """mmcv.ops over the operations in PyTorch, also where mmcv-full is installed."""
-    use_pytorch(monkeypatch)
+    use_operations_in_pytorch(monkeypatch)
 
 
 @pytest.fixture
@@ -40,7 +35,7 @@ def against_compiled(monkeypatch):
     def compare(function, *arguments, tolerance=1e-5):
         results = [_with_derivatives(function, arguments)]
         with monkeypatch.context() as patch:
-            use_pytorch(patch)
+            use_operations_in_pytorch(patch)
             results.append(_with_derivatives(function, arguments))
         for expected, found in zip(*results, strict=True):
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
@@ -510,8 +505,6 @@ print(mmdetection_files.operations.are_compiled(), mmcv.ops.nms(torch.rand(3, 4)
 
 
 def test_a_compiled_module_for_another_torch_is_named_and_replaced():
-    ended = subprocess.run(
-        [sys.executable, "-c", BROKEN], capture_output=True, text=True, cwd="mmdetection", timeout=120
-    )
+    ended = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True, cwd=MMDETECTION, timeout=120)
     assert ended.stdout.strip().endswith("False torch.int64"), ended.stderr
     assert "undefined symbol: _ZN2at" in ended.stderr
