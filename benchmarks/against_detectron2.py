@@ -25,7 +25,6 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "detectron2")]
 
 from annotations import in_new_process
-from coco_files import data_folder, make_file
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.data.common import DatasetFromList
 from detectron2.data.datasets import load_coco_json, register_coco_instances
@@ -39,10 +38,11 @@ from determined import pytorch
 from diamonds import AN_IMAGE, HEIGHT, WIDTH, diamonds
 from interleaved import time_against
 
+from coco_files import data_folder, make_file
 from detectron2_files.config import load_config
 from detectron2_files.data import CocoSamples
 from detectron2_files.evaluation import to_detections
-from detectron2_files.hyperparameters import Detectron2Hyperparameters
+from detectron2_hyperparameters import Detectron2Hyperparameters
 from model_def import Detectron2Trial
 from shared.data.annotations import CocoAnnotations
 from shared.data.storage import DiskImages

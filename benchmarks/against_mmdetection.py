@@ -30,7 +30,6 @@ import mmdetection_files  # noqa: F401 before mmcv.ops, where mmcv is not compil
 
 # isort: split
 from annotations import in_new_process
-from coco_files import data_folder, make_file
 from determined import pytorch
 from diamonds import AN_IMAGE, CATEGORIES, diamonds
 from interleaved import time_against
@@ -39,6 +38,7 @@ from mmcv.runner import EpochBasedRunner, build_optimizer
 from mmdet.core import encode_mask_results
 from mmdet.datasets import build_dataloader, build_dataset
 
+from coco_files import data_folder, make_file
 from mmdetection_files.data import CocoSamples
 from mmdetection_files.evaluation import to_detections
 from mmdetection_files.model import build_model, without_pretrained_backbone

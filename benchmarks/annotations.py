@@ -21,7 +21,6 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from coco_files import make_file
-
 from shared.data.annotations import CocoAnnotations
 
 WORKERS = 4

@@ -10,7 +10,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from coco_files import make_file
-
 from shared import check
 from shared.data import synthetic
 from shared.experiment import DataConfig, SplitData

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from tiny_formats import PICTURES, coco, write_panoptic, write_pictures, write_semantic
 
 from detectron2_files.config import load_config, shipped_configs
-from detectron2_files.hyperparameters import Detectron2Hyperparameters
+from detectron2_hyperparameters import Detectron2Hyperparameters
 from model_def import Detectron2Trial
 from shared.data.dataset import BadImages, SampleKey
 from shared.data.seeding import seed_all

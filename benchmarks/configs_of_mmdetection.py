@@ -33,8 +33,8 @@ from tiny_formats import (
 )
 
 from mmdetection_files.config import load_mmdet_config, shipped_configs
-from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
 from mmdetection_files.model import without_pretrained_backbone, without_teacher_weights
+from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparameters
 from model_def import MMDetectionTrial
 from shared.data.dataset import BadImages, SampleKey
 from shared.data.seeding import seed_all

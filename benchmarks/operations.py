@@ -26,8 +26,8 @@ from mmdetection_files import operations  # before mmcv.ops
 from mmdet.core import BitmapMasks
 
 from mmdetection_files.config import load_mmdet_config
-from mmdetection_files.hyperparameters import MMDetectionHyperparameters
 from mmdetection_files.model import build_model, build_optimizer, without_pretrained_backbone
+from mmdetection_hyperparameters import MMDetectionHyperparameters
 
 CONFIGS = {
     "Mask R-CNN": "mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py",

@@ -21,10 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from coco_files import make_file
 from ranks import together
 from tabulate import tabulate
 
+from coco_files import make_file
 from shared.data.annotations import CocoAnnotations
 from shared.experiment import DataConfig, Split, open_split
 

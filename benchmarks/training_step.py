@@ -25,13 +25,13 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "efficientdet")]
 
-from coco_files import data_folder
 from determined import pytorch
 from synchronisations import site, watch_synchronisations
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 
+from coco_files import data_folder
 from model_def import EfficientDetTrial
 from shared.data.loading import PrefetchLoader
 from shared.data.samplers import TrainingBatchSampler

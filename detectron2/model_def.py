@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-import shared.threads  # noqa: F401 before torch
+import shared.packages  # noqa: F401 before those that may be missing
+
+from detectron2_hyperparameters import Detectron2Hyperparameters
+from shared.command_line import look_first
+
+# what is wrong is said before torch and the library are loaded
+look_first(__name__, Detectron2Hyperparameters)
 
 import logging
 from collections.abc import Callable
@@ -46,7 +52,6 @@ from detectron2_files.data import (
     registered_samples,
 )
 from detectron2_files.evaluation import OwnEvaluator, OwnResult, detect, own_evaluator
-from detectron2_files.hyperparameters import Detectron2Hyperparameters
 from detectron2_files.model import (
     PYTHON_STATE,
     apply_backend_options,

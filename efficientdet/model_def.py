@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-import shared.threads  # noqa: F401 before torch
+import shared.packages  # noqa: F401 before those that may be missing
+
+from efficientdet_hyperparameters import EfficientDetHyperparameters
+from shared.command_line import look_first
+
+# what is wrong is said before torch and the library are loaded
+look_first(__name__, EfficientDetHyperparameters)
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +24,6 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import nn
 
 from efficientdet_files.data import EfficientDetCollate, EfficientDetTransform, input_config, normalize
-from efficientdet_files.hyperparameters import EfficientDetHyperparameters
 from efficientdet_files.model import build_model, model_config
 from shared.data.coco_categories import COCO_CATEGORIES
 from shared.data.dataset import CocoDetection
@@ -30,6 +35,7 @@ from shared.experiment import SplitData, parse_section
 from shared.launch import main
 from shared.training.trial import DetectionTrial
 
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}  # of `amp`
 _SCHEDULES = ("cosine", "multistep", "plateau", "poly", "step", "tanh")
 
 
@@ -47,6 +53,9 @@ class EfficientDetTrial(DetectionTrial):
         model = model_config(hparams, num_classes=1)
         height, width = input_config(hparams, model)["input_size"][-2:]
         return InputScale(model.anchor_scale * 2**model.min_level, "anchor", min(height, width), max(height, width))
+
+    def read_own_config(self) -> None:
+        model_config(self.hparams, num_classes=1)  # what it refuses, before the data is opened
 
     def build_model(self) -> nn.Module:
         torch.backends.cudnn.benchmark = True  # as upstream: all inputs have one size
@@ -164,7 +173,7 @@ class EfficientDetTrial(DetectionTrial):
             self.scheduler.restore_lr = state["restore_lr"]
 
     def autocast(self) -> torch.autocast:
-        device, dtype = self.context.device.type, self.hparams.amp_dtype
+        device, dtype = self.context.device.type, _DTYPES[self.hparams.amp]
         if device != "cuda" and dtype == torch.float16:
             dtype = None  # what was trained in half precision detects in single here
         return torch.autocast(device, dtype=dtype, enabled=dtype is not None)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-import shared.threads  # noqa: F401 before torch
+import shared.packages  # noqa: F401 before those that may be missing
+
+from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparameters
+from shared.command_line import look_first
+
+# what is wrong is said before torch and the library are loaded
+look_first(__name__, MMDetectionHyperparameters, MMDetectionData)
 
 import logging
 from collections.abc import Callable
@@ -56,7 +62,6 @@ from mmdetection_files.data import (
 )
 from mmdetection_files.evaluation import OwnEvaluator, OwnResult, own_arguments, to_detections, to_own_result
 from mmdetection_files.hooks import EMA_HOOKS, HooksOfValidation, MomentumEma, StepRunner, hook_config, mode_switch
-from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
 from mmdetection_files.model import (
     PYTHON_STATE,
     StartWeights,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shared.packages  # noqa: F401 before those that may be missing
+
 import importlib
 import sys
 

@@ -30,7 +30,8 @@ from shared.experiment import (
     load_config,
     make_paths_absolute,
 )
-from shared.training.checkpoints import Checkpoint, find_checkpoint, load_weights, read_checkpoint
+from shared.training.checkpoint_folder import find_checkpoint
+from shared.training.checkpoints import Checkpoint, load_weights, read_checkpoint
 from shared.training.loop import trial_context
 from shared.training.processes import local_processes
 from shared.training.trial import DetectionTrial

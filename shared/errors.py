@@ -1,13 +1,20 @@
-"""The one exception for what a user can put right: shown as a single line, without a traceback."""
+"""What a user can put right: shown as a single line, without a traceback."""
 
 from __future__ import annotations
 
 import difflib
+import glob
+import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
     """Bad input. The message says what is wrong, where (file, key, image id) and what to do."""
+
+
+class DivergedError(ArithmeticError):
+    """The loss is not finite; training on would only spoil the weights."""
 
 
 def nearest(name: str, valid: Iterable[str], otherwise: str | None = None) -> str:
@@ -18,3 +25,27 @@ def nearest(name: str, valid: Iterable[str], otherwise: str | None = None) -> st
     if close:
         return f"did you mean {close[0]!r}?"
     return otherwise or f"valid ones: {', '.join(valid)}"
+
+
+def nearest_path(path: str) -> str:
+    """The end of an error message about a path that does not exist: what there is in its place."""
+    missing = Path(path)
+    folder = next(parent for parent in missing.absolute().parents if parent.is_dir())
+    name = missing.absolute().relative_to(folder).parts[0]
+    others = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
+    alike = [other for other in others if _spelled_alike(other, name)]
+    alike += difflib.get_close_matches(name, sorted(others), n=1, cutoff=0.6)
+    deeper = sorted(str(found) for found in folder.glob(f"*/{glob.escape(name)}"))
+    if alike or deeper:
+        return f"did you mean {folder / alike[0] if alike else deeper[0]}?"
+    return f"in {folder} there {'is no ' + name if others else 'is nothing'}"
+
+
+def _spelled_alike(one: str, other: str) -> bool:
+    """The same but for upper case, or for how accents are encoded, as macOS and others do it."""
+    return unicodedata.normalize("NFC", one).casefold() == unicodedata.normalize("NFC", other).casefold()
+
+
+def count_of(number: int, what: str) -> str:
+    """ "1 slot", "2 slots"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"

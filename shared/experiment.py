@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 import numpy as np
@@ -20,7 +23,7 @@ from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.image_check import check_images, refuse_names_outside
 from shared.data.remote import StoreError, StoreOptions, is_url
 from shared.data.storage import BACKEND_ALIASES, BACKENDS, ImageStorage, open_images
-from shared.errors import UserError, nearest
+from shared.errors import UserError, count_of, nearest, nearest_path
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +68,7 @@ _LENGTHS = ("searcher.max_length", "min_validation_period", "min_checkpoint_peri
 # where relative paths may start, beside the folder that is submitted: where the run was started, and the YAML file's
 _started_in: list[Path] = []
 _UNITS = ("batches", "epochs", "records")
+_LARGEST_CONFIG = 2**20  # bytes
 _BUCKETS = {"s3": "s3://", "gcs": "gs://"}
 
 
@@ -96,6 +100,11 @@ class DataConfig:
     @property
     def store_options(self) -> StoreOptions:
         return StoreOptions(self.endpoint_url, self.anonymous, self.store_timeout)
+
+    @property
+    def images_on_disk(self) -> bool:
+        """Whether the images' paths are folders, where they are not URLs."""
+        return self.backend != "fake"
 
     @property
     def has_val_annotations(self) -> bool:
@@ -174,16 +183,18 @@ class SearcherMetric:
         return 1e30 if self.smaller_is_better else -1e30
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def load_config(
+    path: str, overrides: Sequence[str] = (), keys: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, Any]:
     """The experiment config of a YAML file, with `key=value` overrides (dotted keys) over it.
+
+    Args:
+        keys: of sections that are known, to say where an override's key belongs.
 
     Raises:
         UserError: the file is missing or not YAML, or a key at the top is not one of Determined's.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path} does not exist")
-    if Path(path).suffix not in (".yaml", ".yml", ".json"):
-        raise UserError(f"{path} is no experiment config, which is a YAML file; const.yaml for example")
+    _refuse_what_is_no_config(path)
     try:
         config = OmegaConf.load(path)
         if not OmegaConf.is_dict(config):
@@ -191,6 +202,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         for override in overrides:
             if "=" not in override:
                 raise UserError(f"--set {override}: write it as key=value, for example hyperparameters.lr=0.01")
+            _refuse_unknown_override(override, config, keys or {})
             for length in _LENGTHS:
                 if override.startswith(length):  # in another unit it takes the place of the old one
                     OmegaConf.update(config, length, None, force_add=True)
@@ -204,9 +216,52 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         if "yaml" in type(error).__module__:
             raise UserError(f"{path} is not YAML: {error}") from error
         raise
+    if "images" in config and "annotations" in config:
+        raise UserError(_is_annotations(path))
     refuse_unknown_keys(config, _TOP_KEYS, path)
     _started_in[:] = [Path.cwd(), Path(path).absolute().parent]
     return config
+
+
+def _refuse_what_is_no_config(path: str) -> None:
+    if Path(path).is_dir():
+        here = sorted(file.name for file in Path(path).glob("*.yaml"))
+        raise UserError(
+            f"{path} is a folder; give the experiment config itself" + (f": {', '.join(here)}" if here else "")
+        )
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist; {nearest_path(path)}")
+    if Path(path).suffix not in (".yaml", ".yml", ".json"):
+        raise UserError(f"{path} is no experiment config, which is a YAML file; const.yaml for example")
+    if (size := Path(path).stat().st_size) > _LARGEST_CONFIG:
+        if Path(path).suffix == ".json":
+            raise UserError(_is_annotations(path))
+        raise UserError(f"{path} is no experiment config: it has {size / 2**20:.0f} MiB")
+
+
+def _is_annotations(path: str) -> str:
+    return (
+        f"{path} looks like an annotation file; give an experiment config, const.yaml for example, and name the "
+        f"annotations in it: --set data.train.annotations={path}"
+    )
+
+
+def _refuse_unknown_override(override: str, config: Any, keys: Mapping[str, Sequence[str]]) -> None:
+    """Raises UserError where the key at the top is none, and says in which section it is one."""
+    given = override.partition("=")[0].split(".")
+    if given[0] in _TOP_KEYS:
+        return
+    sections = {name: set(map(str, section)) for name, section in config.items() if OmegaConf.is_dict(section)}
+    for name, known in keys.items():
+        sections[name] = sections.get(name, set()) | set(known)
+    here = [name for name in (*keys, *sections) if given[0] in sections[name]]
+    if here:
+        raise UserError(f"--set {override}: {given[0]!r} is a key of {here[0]}: --set {here[0]}.{override}")
+    dotted = {key: f"{name}.{key}" for name, section in sections.items() for key in section}
+    close = nearest(given[0], [*_TOP_KEYS, *dotted])
+    for key, whole in dotted.items():
+        close = close.replace(f"did you mean {key!r}", f"did you mean {whole!r}")
+    raise UserError(f"--set {override}: {given[0]!r} is no key of an experiment config; {close}")
 
 
 def interpolated(config: Any) -> dict[str, Any]:
@@ -238,6 +293,18 @@ def interpolated(config: Any) -> dict[str, Any]:
     return plain(nodes, OmegaConf.to_container(nodes, resolve=False))
 
 
+def expanded(path: str, key: str) -> str:
+    """A path of the config, its `~` and environment variables replaced.
+
+    Raises:
+        UserError: a variable is not set.
+    """
+    whole = os.path.expanduser(os.path.expandvars(path))
+    if (unset := re.search(r"\$(\w+|\{\w+\})", whole)) and not Path(path).exists():
+        raise UserError(f"{key}: the variable {unset[0]} of {path} is not set; export it, or write the path out")
+    return path if unset else whole
+
+
 def find_path(name: str, places: Iterable[Path] = ()) -> Path | None:
     """A relative path of the config in these places, where the run was started or beside the YAML file; None where it
     is in none of them, absolute or a URL."""
@@ -247,24 +314,34 @@ def find_path(name: str, places: Iterable[Path] = ()) -> Path | None:
 
 
 def make_paths_absolute(config: dict[str, Any], path_hyperparameters: Iterable[str]) -> None:
-    """Paths of the config that are relative to the working directory, made good for any: of the data, and of the
-    hyperparameters that may be one, which may lie beside the YAML file too."""
+    """Paths of the config that are relative to where the run was started, or to the YAML file, made good for any
+    working directory: of the data, and of the hyperparameters that may be one."""
 
-    def absolute(section: Any, key: str) -> None:
-        value = section.get(key) if isinstance(section, dict) else None
-        if isinstance(value, str) and value and "://" not in value and Path(value).exists():
-            section[key] = str(Path(value).absolute())
+    def absolute(section: Any, key: str, name: str) -> None:
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            path = expanded(section[key], f"{name}.{key}")
+            section[key] = str(found.absolute()) if (found := find_path(path)) else path
 
     data = config.get("data") or {}
     for split in ("train", "val") if data.get("backend", "disk") == "disk" else ():  # in a bucket, relative is to it
-        absolute(data.get(split), "annotations")
-        absolute(data.get(split), "images")
+        absolute(data.get(split), "annotations", f"data.{split}")
+        absolute(data.get(split), "images", f"data.{split}")
     if isinstance(data.get("cache_dir"), str):
-        data["cache_dir"] = str(Path(data["cache_dir"]).absolute())
+        data["cache_dir"] = str(Path(expanded(data["cache_dir"], "data.cache_dir")).absolute())
     for name in path_hyperparameters:
-        value = config["hyperparameters"].get(name)
-        if isinstance(value, str) and (found := find_path(value)):
-            config["hyperparameters"][name] = str(found.absolute())
+        absolute(config["hyperparameters"], name, "hyperparameters")
+
+
+def check_paths(data: DataConfig, splits: Iterable[str]) -> None:
+    """Raises UserError where annotations or images that should be on disk are not there. Looks at nothing else."""
+    for split in splits:
+        paths: Split | None = getattr(data, split)
+        if paths is None or data.backend == "fake":
+            continue
+        for key in ("annotations", "images") if data.images_on_disk else ("annotations",):
+            path = data.located(getattr(paths, key))
+            if not is_url(path) and not Path(path).exists():
+                raise UserError(f"data.{split}.{key}: {path} does not exist; {nearest_path(path)}")
 
 
 def refuse_unknown_keys(section: dict[str, Any], valid: Iterable[str], where: str) -> None:
@@ -319,12 +396,34 @@ def parse_section(section: dict[str, Any] | None, into: type[T], where: str) -> 
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, UserError):  # the dataclass's own check, which names its key
             raise error.__cause__ from None
-        message = str(error)
-        key = ""
-        if " - at `$" in message:
-            message, _, at = message.partition(" - at `$")
-            key = at.rstrip("`")
+        message, _, at = str(error).partition(" - at `$")
+        key = at.rstrip("`")
+        if choices := _choices(into, key.removeprefix(".")):
+            message = f"{_as_in_yaml(section[key.removeprefix('.')])} is none of {', '.join(choices)}"
         raise UserError(f"{where}{key}: {message}") from error
+
+
+def _choices(into: type, key: str) -> list[str]:
+    """The values that a key takes, as YAML has them, where its type lists them."""
+    kind = get_type_hints(into).get(key)
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    choices = [str(value) for part in parts if get_origin(part) is Literal for value in get_args(part)]
+    return [*choices, *(["null"] if choices and NoneType in parts else [])]
+
+
+def _as_in_yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def refuse_another_detector_s(config: dict[str, Any], hyperparameters: type, path: str) -> None:
+    """Raises UserError where most hyperparameters are none of this detector's."""
+    section = config["hyperparameters"]
+    unknown = [name for name in section if name not in {field.name for field in dataclasses.fields(hyperparameters)}]
+    if len(unknown) > 1 and 2 * len(unknown) >= len(section):
+        raise UserError(
+            f"{path} is another detector's, for this one has no hyperparameters {', '.join(unknown[:4])}"
+            f"{', …' if len(unknown) > 4 else ''}; start it in that one's folder"
+        )
 
 
 def parse_data(config: dict[str, Any], into: type[DataConfig] = DataConfig) -> DataConfig:
@@ -339,7 +438,12 @@ def parse_data(config: dict[str, Any], into: type[DataConfig] = DataConfig) -> D
         if section.get(split) is not None:
             if not isinstance(section[split], dict):
                 raise UserError(f"data.{split} needs the keys `annotations` and `images`")
-            section[split] = parse_section(section[split], Split, f"data.{split}")
+            paths = parse_section(section[split], Split, f"data.{split}")
+            section[split] = Split(
+                *(expanded(getattr(paths, key), f"data.{split}.{key}") for key in ("annotations", "images"))
+            )
+    if isinstance(section.get("cache_dir"), str):
+        section["cache_dir"] = expanded(section["cache_dir"], "data.cache_dir")
     data = parse_section({k: v for k, v in section.items() if k not in ("train", "val")}, into, "data")
     data.train, data.val = section.get("train"), section.get("val")
     data.backend = BACKEND_ALIASES.get(data.backend, data.backend)
@@ -491,13 +595,31 @@ def parse_searcher_metric(config: dict[str, Any], reported: Iterable[str] | None
         reported: the names that a validation reports; None where they are not known before.
 
     Raises:
-        UserError: it is not one of those that a validation reports.
+        UserError: it is not one of those that a validation reports, or `smaller_is_better` contradicts it.
     """
     searcher = config.get("searcher") or {}
     metric = searcher.get("metric") or "bbox_mAP"
     if reported is not None and metric not in (reported := list(reported)):
         raise UserError(f"searcher.metric: {metric!r} is not reported; {nearest(metric, reported)}")
-    return SearcherMetric(metric, bool(searcher.get("smaller_is_better", "metric" in searcher)))
+    said, known = searcher.get("smaller_is_better"), smaller_is_better(metric)
+    if said is None and known is None:
+        raise UserError(f"searcher.smaller_is_better is missing, and {metric!r} does not tell which values are better")
+    if None not in (said, known) and bool(said) != known:
+        raise UserError(
+            f"searcher.smaller_is_better is {str(bool(said)).lower()}, and a {'smaller' if known else 'larger'} "
+            f"{metric!r} is better: say {str(known).lower()}, for Determined takes true where it is left out"
+        )
+    return SearcherMetric(metric, bool(said) if known is None else known)
+
+
+def smaller_is_better(metric: str) -> bool | None:
+    """Which values of a metric are better; None where its name does not tell."""
+    words = re.findall("[A-Za-z]+", metric)
+    if any(re.fullmatch("loss|error|miss", word, re.IGNORECASE) for word in words):
+        return True
+    if any(re.fullmatch("(m|i|p|fw)?(AP|AR|PQ|SQ|RQ|IoU|acc|recall|precision)", word, re.IGNORECASE) for word in words):
+        return False
+    return None
 
 
 def parse_seed(config: dict[str, Any]) -> int:
@@ -516,8 +638,8 @@ def per_slot_batch_size(global_batch_size: Any, slots: int) -> int:
     if global_batch_size % slots:
         lower, upper = (global_batch_size // slots) * slots, math.ceil(global_batch_size / slots) * slots
         raise UserError(
-            f"hyperparameters.global_batch_size: {global_batch_size} images do not divide by {slots} slots; "
-            f"use {f'{lower} or ' if lower else ''}{upper}"
+            f"hyperparameters.global_batch_size: {global_batch_size} images do not divide by "
+            f"{count_of(slots, 'slot')}; use {f'{lower} or ' if lower else ''}{upper}"
         )
     return global_batch_size // slots
 

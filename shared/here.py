@@ -19,12 +19,14 @@ from torch.utils.tensorboard import SummaryWriter
 from shared.errors import UserError
 from shared.evaluation import visualization
 from shared.experiment import fixed_hyperparameters, load_config, make_paths_absolute, per_slot_batch_size
-from shared.training.checkpoints import find_checkpoint, load_weights, read_checkpoint
-from shared.training.local_run import LocalRun, RunFolder, full_disk_as_error
+from shared.training.checkpoint_folder import find_checkpoint
+from shared.training.checkpoints import load_weights, read_checkpoint
+from shared.training.local_run import LocalRun, full_disk_as_error
 from shared.training.loop import fit, trial_context
 from shared.training.processes import first_on_each_machine, local_processes, on_chief
 from shared.training.progress import log_above_the_bar
 from shared.training.reports import picture_of_validation, table_of
+from shared.training.run_folder import RunFolder
 from shared.training.trial import DetectionTrial
 
 logger = logging.getLogger(__name__)

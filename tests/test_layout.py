@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import subprocess
+import venv
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,8 @@ from conftest import ROOT
 
 # each may import from those after it, and from its own room
 FLOORS = (
-    *("__main__", "launch", "on_cluster", "here", "detect", "check"),
-    *("training", "evaluation", "library", "experiment", "data", "errors", "threads"),
+    *("__main__", "launch", "on_cluster", "here", "detect", "check", "log", "command_line"),
+    *("training", "evaluation", "library", "experiment", "data", "errors", "threads", "packages"),
 )
 BY_ITSELF = ("container",)  # runs before anything is installed
 LIBRARIES = ("effdet", "timm", "mmdet", "mmcv", "detectron2", "model_def")
@@ -56,10 +58,17 @@ def test_no_file_imports_a_detector_s_library():
         assert not libraries, f"{path} imports {libraries}"
 
 
-@pytest.mark.parametrize("model_def", ROOT.glob("*/model_def.py"), ids=lambda path: path.parent.name)
-def test_every_model_def_imports_threads_before_all_else(model_def):
-    first = next(name for name in imports_of(model_def) if not name.startswith("__future__."))
-    assert first == "shared.threads", f"{model_def}: OpenMP reads what shared.threads sets as torch is loaded"
+def test_python_without_the_packages_says_in_one_line_what_to_do(tmp_path):
+    venv.create(tmp_path / "bare", with_pip=False)
+    for arguments in (["model_def.py", "--help"], ["-m", "shared", "check", "bccd.yaml"]):
+        done = subprocess.run(
+            [tmp_path / "bare/bin/python", *arguments], cwd=ROOT / "mmdetection", capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        (line,) = done.stderr.splitlines()
+        assert "lacks the package" in line
+        assert "`make demo`" in line
+        assert ".venv/bin/python" in line
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import yaml
 from conftest import ROOT, reports, run_model_def
 from tiny_models import CONFIGS
 
-from shared.errors import UserError
+from shared.errors import DivergedError, UserError
 from shared.training.checkpoints import load_state, read_checkpoint
-from shared.training.training_metrics import DivergedError, TrainingMetrics
+from shared.training.training_metrics import TrainingMetrics
 
 
 def final_state(run):

@@ -290,7 +290,7 @@ def test_a_run_killed_at_random_moments_always_goes_on_from_a_whole_checkpoint(r
             victim.send_signal(signal.SIGKILL)
         process.communicate()
         # as `--resume last` does first
-        from shared.training.local_run import RunFolder
+        from shared.training.run_folder import RunFolder
 
         RunFolder(run).restore_interrupted_rename()
         last = read_checkpoint(run / "checkpoints/last").batches

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_model_def
+from conftest import ROOT
 
 from shared import threads
 
@@ -25,8 +25,14 @@ def spins(stderr: str) -> set[str]:
     return set(re.findall(r"GOMP_SPINCOUNT *= *'(\d+)'", stderr))
 
 
-def test_threads_of_every_model_def_sleep_soon_while_they_wait(detector, nothing_said):
-    assert spins(run_model_def("--help", cwd=ROOT / detector).stderr) == {"3000"}
+@pytest.mark.parametrize("model_def", ROOT.glob("*/model_def.py"), ids=lambda path: path.parent.name)
+def test_every_model_def_looks_at_the_command_line_before_torch_is_loaded_with_threads_that_sleep_soon(
+    model_def, nothing_said
+):
+    before = model_def.read_text().partition("\nlook_first(__name__")[0]
+    program = before + "\nimport sys; assert 'torch' not in sys.modules; import torch"
+    done = subprocess.run([sys.executable, "-c", program], cwd=model_def.parent, capture_output=True, text=True)
+    assert spins(done.stderr) == {"3000"}, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from typing import Any
 import detectron2.config
 
 from detectron2_files.config_protocol import Detectron2Config
-from detectron2_files.hyperparameters import Detectron2Hyperparameters
 from detectron2_files.lazy_config import LazyConfigFile
 from detectron2_files.yaml_config import YamlConfig
+from detectron2_hyperparameters import Detectron2Hyperparameters
 from shared.errors import UserError
 from shared.library import find_library_config, import_custom_modules
 

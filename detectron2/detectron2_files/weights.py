@@ -17,7 +17,8 @@ from torch import nn
 from detectron2_files.config import shipped_configs
 from shared.errors import UserError, nearest
 from shared.library import log_loaded
-from shared.training.checkpoints import CATEGORIES_FILE, find_checkpoint, load_state, without_ddp
+from shared.training.checkpoint_folder import find_checkpoint
+from shared.training.checkpoints import CATEGORIES_FILE, load_state, without_ddp
 
 logging.getLogger("fvcore.common.checkpoint").setLevel(logging.ERROR)  # a line for each weight
 logging.getLogger("detectron2.checkpoint").setLevel(logging.ERROR)

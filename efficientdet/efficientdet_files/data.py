@@ -13,7 +13,7 @@ from effdet.data.loader import DetectionFastCollate
 from effdet.data.transforms import Compose, ImageToNumpy, RandomFlip, RandomResizePad, ResizePad, resolve_fill_color
 from PIL import Image
 
-from efficientdet_files.hyperparameters import EfficientDetHyperparameters
+from efficientdet_hyperparameters import EfficientDetHyperparameters
 from shared.data.annotations import ImageRecord
 from shared.data.loading import Batch
 

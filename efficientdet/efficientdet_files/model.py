@@ -11,8 +11,9 @@ import torch
 from effdet import create_model_from_config, get_efficientdet_config
 from effdet.anchors import get_feat_sizes
 from effdet.bench import DetBenchTrain
+from effdet.config.model_config import efficientdet_model_param_dict
 
-from efficientdet_files.hyperparameters import EfficientDetHyperparameters
+from efficientdet_hyperparameters import EfficientDetHyperparameters
 from shared.data.coco_categories import COCO_CATEGORIES
 from shared.errors import UserError, nearest
 from shared.training.checkpoints import load_weights, read_weights, without_ddp
@@ -27,8 +28,13 @@ def model_config(hparams: EfficientDetHyperparameters, num_classes: int) -> Any:
     """effdet's config of the model.
 
     Raises:
-        UserError: a key of `model_config` is not effdet's, the backbone is not timm's, the size does not fit.
+        UserError: the model or a key of `model_config` is not effdet's, the backbone not timm's, the size does not fit.
     """
+    if hparams.model not in efficientdet_model_param_dict:
+        raise UserError(
+            f"hyperparameters.model: {hparams.model!r} is not a model of effdet; "
+            f"{nearest(hparams.model, efficientdet_model_param_dict)}"
+        )
     config = get_efficientdet_config(hparams.model)
     if hparams.backbone is not None:
         if not timm.is_model(hparams.backbone.split(".")[0]):

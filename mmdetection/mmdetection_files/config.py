@@ -34,7 +34,7 @@ from mmcv.utils.config import DELETE_KEY
 from mmdet.datasets.builder import DATASETS
 from mmdet.utils import compat_cfg
 
-from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
+from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparameters
 from shared.data.input_scale import InputScale
 from shared.data.remote import is_url
 from shared.errors import UserError, nearest

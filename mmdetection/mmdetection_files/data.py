@@ -26,7 +26,7 @@ from mmdet.datasets.builder import DATASETS
 from mmdet.datasets.pipelines import Compose
 
 from mmdetection_files.config import kind_of, leaves
-from mmdetection_files.hyperparameters import MMDetectionData
+from mmdetection_hyperparameters import MMDetectionData
 from shared.data.annotations import CocoAnnotations, ImageRecord
 from shared.data.dataset import BadImages, CocoDetection, SampleKey, transformed
 from shared.data.images import BadImageError

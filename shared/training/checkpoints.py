@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import tempfile
 import urllib.error
-import uuid
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared.data.once import once, user_cache
 from shared.errors import UserError
+from shared.training.checkpoint_folder import find_checkpoint
 
 CATEGORIES_FILE = "categories.json"
 
@@ -42,59 +39,6 @@ class Checkpoint:
     hparams: dict[str, Any]
     categories: list[dict]
     batches: int
-
-
-def find_checkpoint(name: str) -> Path:
-    """The folder of a checkpoint: a path, or the UUID of one on the cluster that DET_MASTER names.
-
-    Raises:
-        UserError: there is no such folder, or the master has no such checkpoint.
-    """
-    path = Path(name).parent if Path(name).name == "state_dict.pth" else Path(name)
-    if (path / "state_dict.pth").is_file():
-        return path.absolute()
-    try:
-        uuid.UUID(name)
-    except ValueError:
-        of_run = [str(path / "checkpoints" / which) for which in ("best", "last")]
-        of_run = [folder for folder in of_run if Path(folder).is_dir()]
-        raise UserError(
-            f"{name} is not a checkpoint: give "
-            + (of_run[0] if of_run else "the folder that holds state_dict.pth")
-            + ", or the UUID of a checkpoint on the cluster that DET_MASTER names"
-        ) from None
-    if not os.environ.get("DET_MASTER"):
-        raise UserError(f"checkpoint {name} looks like a UUID on a cluster; set DET_MASTER to its address")
-    return _downloaded(name)
-
-
-def _downloaded(checkpoint: str) -> Path:
-    """The folder of a cluster's checkpoint in the user's cache, downloaded once. A download that is cut off is never
-    there, and nobody else can put weights in its place."""
-    try:
-        folder = (user_cache() or Path(tempfile.mkdtemp())) / "detection_checkpoints"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
-            raise UserError(f"{folder} is another user's; set XDG_CACHE_HOME to a folder of yours")
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be made a folder ({error.strerror}); set XDG_CACHE_HOME") from error
-    place = folder / checkpoint
-
-    def find() -> Path | None:
-        return place if place.is_dir() else None
-
-    def make() -> Path:
-        from determined.experimental import client
-
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            try:
-                client.get_checkpoint(checkpoint).download(f"{aside}/{checkpoint}")
-            except Exception as error:  # the SDK has no base class for what the network and the master answer
-                master = os.environ["DET_MASTER"]
-                raise UserError(f"checkpoint {checkpoint} cannot be had from {master}: {error}") from error
-            return Path(aside, checkpoint).rename(place)
-
-    return once([folder / f"{checkpoint}.lock"], find, make)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

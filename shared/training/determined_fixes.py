@@ -11,7 +11,6 @@ import logging
 import math
 from typing import Any
 
-import determined as det
 import numpy as np
 import torch
 from determined.experimental import client
@@ -83,9 +82,3 @@ class FiniteSearcherMetric(PyTorchCallback):
         if value is not None and not math.isfinite(float(value)):
             logger.warning("%s is %s; the searcher is told %s", self.metric.name, value, self.metric.worst)
             metrics[self.metric.name] = self.metric.worst
-
-
-def on_cluster() -> bool:
-    """Whether this process is a task of a Determined trial."""
-    info = det.get_cluster_info()
-    return info is not None and info.task_type == "TRIAL"

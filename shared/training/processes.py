@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 import torch
 from determined.core import DistributedContext
 
-from shared.errors import UserError
-from shared.training.training_metrics import DivergedError
+from shared.errors import DivergedError, UserError
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,7 @@ from typing import Any
 import torch
 from determined.pytorch import MetricReducer
 
-
-class DivergedError(ArithmeticError):
-    """The loss is not finite; training on would only spoil the weights."""
-
+from shared.errors import DivergedError
 
 # a scale of fp16 that starts at 65536 is 1 after as many: what overflows still is no matter of the scale
 STEPS_A_SCALE_MAY_SKIP = 16

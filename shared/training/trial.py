@@ -19,6 +19,7 @@ from tabulate import tabulate
 from shared.data.dataset import BadImages
 from shared.data.input_scale import InputScale
 from shared.data.seeding import seed_all
+from shared.errors import count_of
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.experiment import (
     Length,
@@ -32,7 +33,6 @@ from shared.experiment import (
 from shared.training.determined_fixes import (
     FiniteSearcherMetric,
     PlainRandomState,
-    on_cluster,
     trial_is_stopping,
     wrap_model,
 )
@@ -40,6 +40,7 @@ from shared.training.loop import aggregation_frequency, periods_of
 from shared.training.processes import first_on_each_machine, on_chief
 from shared.training.reports import Reports
 from shared.training.stopping import Stopping
+from shared.training.task import on_cluster
 from shared.training.training_metrics import TrainingMetrics
 from shared.training.trial_checkpoint import CheckpointedState, TrialCheckpoint
 from shared.training.trial_data import TrialData
@@ -182,7 +183,7 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
     def _summary(self) -> list[tuple[str, object]]:
         return [
             *self.summary(),
-            ("global batch", f"{self.global_batch_size} on {self.slots} slots"),
+            ("global batch", f"{self.global_batch_size} on {count_of(self.slots, 'slot')}"),
             ("length", f"{self.total_batches} batches, {self.batches_per_epoch} an epoch"),
         ]
 

@@ -11,9 +11,9 @@ import torch
 from determined.pytorch import PyTorchCallback
 from torch import nn
 
+from shared.errors import DivergedError
 from shared.training.checkpoints import CATEGORIES_FILE
 from shared.training.python_state import python_state, restore_python_state
-from shared.training.training_metrics import DivergedError
 
 if TYPE_CHECKING:
     from shared.training.trial import DetectionTrial

@@ -25,7 +25,7 @@ from tiny_models import detectron2_config, load_model_def, with_keypoints
 from detectron2_files.config import load_config, shipped_configs
 from detectron2_files.data import inputs_of
 from detectron2_files.evaluation import to_detections
-from detectron2_files.hyperparameters import Detectron2Hyperparameters
+from detectron2_hyperparameters import Detectron2Hyperparameters
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import SampleKey
 from shared.data.seeding import seed_all

@@ -11,8 +11,8 @@ from tiny_models import DETECTRON2, load_model_def
 
 from detectron2_files.config import config_of_checkpoint, load_config, set_class_counts, shipped_configs
 from detectron2_files.data import describe, training_images
-from detectron2_files.hyperparameters import Detectron2Hyperparameters
 from detectron2_files.model import apply_backend_options
+from detectron2_hyperparameters import Detectron2Hyperparameters
 from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
 from shared.experiment import Length, parse_data

@@ -12,9 +12,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tiny_models import DETECTRON2, detectron2_config, load_model_def, with_keypoints
 
-from shared.errors import UserError
+from shared.errors import DivergedError, UserError
 from shared.training.checkpoints import read_checkpoint
-from shared.training.training_metrics import DivergedError
 
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 KEYPOINT_RCNN = "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml"

@@ -12,8 +12,8 @@ from tiny_models import DETECTRON2
 
 from detectron2_files.config import config_of_checkpoint, load_config
 from detectron2_files.data import read_proposals
-from detectron2_files.hyperparameters import Detectron2Hyperparameters
 from detectron2_files.plain_config import read_plain, write_plain
+from detectron2_hyperparameters import Detectron2Hyperparameters
 from shared.errors import UserError
 
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.py"

@@ -10,8 +10,8 @@ import torch
 from tiny_models import DETECTRON2, SMALL_YAML, load_model_def
 
 from detectron2_files.config import load_config, shipped_configs
-from detectron2_files.hyperparameters import Detectron2Hyperparameters
 from detectron2_files.weights import find_weights, load_weights_into, zoo_weights
+from detectron2_hyperparameters import Detectron2Hyperparameters
 from shared.errors import UserError
 from shared.experiment import parse_data
 

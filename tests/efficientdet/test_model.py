@@ -16,8 +16,8 @@ from timm.scheduler import create_scheduler_v2
 from tiny_models import efficientdet_config
 
 from efficientdet_files.data import EfficientDetTransform
-from efficientdet_files.hyperparameters import EfficientDetHyperparameters
 from efficientdet_files.model import build_model, model_config
+from efficientdet_hyperparameters import EfficientDetHyperparameters
 from model_def import EfficientDetTrial
 from shared.data.annotations import CocoAnnotations
 from shared.data.coco_categories import COCO_CATEGORIES

@@ -25,7 +25,6 @@ from mmdetection_files.config import (
     validation_times,
     write_resolved,
 )
-from mmdetection_files.hyperparameters import MMDetectionData, MMDetectionHyperparameters
 from mmdetection_files.model import (
     StartWeights,
     build_model,
@@ -36,6 +35,7 @@ from mmdetection_files.model import (
     without_pretrained_backbone,
     without_teacher_weights,
 )
+from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparameters
 from shared.errors import UserError
 from shared.experiment import Length, Split, load_config, parse_data, parse_schedule
 from shared.library import find_library_config

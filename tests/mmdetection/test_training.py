@@ -26,9 +26,9 @@ from mmdetection_files.config import load_mmdet_config, read_resolved
 from mmdetection_files.data import ClassAwareBatchSampler, MmcvImages, images_of_classes
 from mmdetection_files.evaluation import to_detections
 from mmdetection_files.hooks import MomentumEma
-from mmdetection_files.hyperparameters import MMDetectionHyperparameters
 from mmdetection_files.model import PYTHON_STATE, move_teacher
 from mmdetection_files.receptive_field import init_receptive_fields
+from mmdetection_hyperparameters import MMDetectionHyperparameters
 from shared.data.dataset import SampleKey
 from shared.errors import UserError
 from shared.training.python_state import python_state, restore_python_state

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-from effdet.config.model_config import efficientdet_model_param_dict
-
-from shared.errors import UserError, nearest
+from shared.errors import UserError
 
 
 @dataclass
@@ -75,11 +72,6 @@ class EfficientDetHyperparameters:
     val_skip: int = 0
 
     def __post_init__(self) -> None:
-        if self.model not in efficientdet_model_param_dict:
-            raise UserError(
-                f"hyperparameters.model: {self.model!r} is not a model of effdet; "
-                f"{nearest(self.model, efficientdet_model_param_dict)}"
-            )
         low, high = self.scale_jitter
         if not 0 < low <= high:
             raise UserError(f"hyperparameters.scale_jitter: {list(self.scale_jitter)} is not a range above 0")
@@ -94,8 +86,3 @@ class EfficientDetHyperparameters:
         if self.lr_base_batch_size is None:
             return self.lr
         return self.lr * self.global_batch_size / self.lr_base_batch_size
-
-    @property
-    def amp_dtype(self) -> torch.dtype | None:
-        """The precision of the forward pass; None for float32."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}[self.amp]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmcv.fileio import FileClient
-
 from shared.data.storage import BACKEND_ALIASES, BACKENDS
 from shared.errors import UserError, nearest
 from shared.experiment import DataConfig
@@ -82,6 +80,8 @@ class MMDetectionData(DataConfig):
                     "`bucket` and `endpoint_url`"
                 )
             return
+        from mmcv.fileio import FileClient  # here, for mmcv takes a while to load
+
         if name not in FileClient._backends:
             raise UserError(
                 f"data.file_client_args.backend: {name!r} is not available; "
@@ -92,3 +92,7 @@ class MMDetectionData(DataConfig):
             FileClient(**self.file_client)
         except Exception as error:  # each backend imports and connects with a library of its own
             raise UserError(f"data.file_client_args: {name!r} cannot be used: {error}") from error
+
+    @property
+    def images_on_disk(self) -> bool:
+        return super().images_on_disk and self.file_client is None

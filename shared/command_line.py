@@ -1,0 +1,181 @@
+"""What a command line says, read before torch is loaded: --help, and most of what is wrong, is there at once."""
+
+from __future__ import annotations
+
+import shared.threads  # noqa: F401 before torch
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import determined as det
+
+from shared.errors import DivergedError, UserError
+from shared.experiment import (
+    DataConfig,
+    check_paths,
+    fixed_hyperparameters,
+    load_config,
+    parse_data,
+    parse_searcher_metric,
+    parse_section,
+    refuse_another_detector_s,
+)
+from shared.training.checkpoint_folder import checkpoint_here
+from shared.training.run_folder import RunFolder
+from shared.training.task import on_cluster
+
+logger = logging.getLogger(__name__)
+
+# `log_policies` of the shipped experiment files look for it: the master does not start such a task again
+NOT_RETRIED = "not retried: error: "
+
+
+def look_first(module: str, hyperparameters: type, data: type[DataConfig] = DataConfig) -> None:
+    """Ends the program with what is wrong with its command line, config or paths, as far as that is known without the
+    detector's library. Called by a `model_def.py` before it imports torch; nothing where it is not the program, or is
+    a cluster's task.
+
+    Args:
+        module: its `__name__`.
+        hyperparameters, data: the detector's sections of the config.
+    """
+    if module != "__main__" or on_cluster():
+        return
+    with ended_by_errors():
+        arguments = read_arguments()
+        keys = {
+            section: [field.name for field in dataclasses.fields(into)]
+            for section, into in (("hyperparameters", hyperparameters), ("data", data))
+        }
+        config = load_config(arguments.config, arguments.overrides, keys)
+        parsed = parse_data(config, data)
+        checkpoint = getattr(arguments, "checkpoint", None)
+        if checkpoint is not None:
+            _look_at_checkpoint(checkpoint, "--checkpoint")
+        elif getattr(arguments, "results", None) is None:
+            config["hyperparameters"] = fixed_hyperparameters(config)
+            refuse_another_detector_s(config, hyperparameters, arguments.config)
+            parse_section(config["hyperparameters"], hyperparameters, "hyperparameters")
+        if arguments.command == "train":
+            parse_searcher_metric(config, None)
+            _look_at_run(arguments)
+        if arguments.command in ("train", "evaluate"):
+            check_paths(parsed, ("train", "val") if arguments.command == "train" else ("val",))
+
+
+def _look_at_run(arguments: argparse.Namespace) -> None:
+    """Raises UserError where --output-dir or --resume is not what a run can begin with."""
+    if arguments.resume in ("last", "best") and arguments.output_dir is None:
+        raise UserError(f"--resume {arguments.resume}: say of which run, by --output-dir")
+    if arguments.resume not in (None, "last", "best"):
+        _look_at_checkpoint(arguments.resume, "--resume")
+    if arguments.output_dir is not None and arguments.resume is None:
+        RunFolder(arguments.output_dir).refuse_other_run()
+
+
+def _look_at_checkpoint(name: str, option: str) -> None:
+    try:
+        checkpoint_here(name)
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from error
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line of a `model_def.py`; `command` is what is to be done."""
+    parser = argparse.ArgumentParser(
+        prog="model_def.py", description="Train, evaluate, predict or check without a cluster."
+    )
+    commands = parser.add_subparsers(required=True, dest="command", metavar="train | evaluate | predict | check")
+
+    def add(name: str, about: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=about, description=about)
+        command.add_argument("config", help="the experiment config, const.yaml for example")
+        command.add_argument(
+            "--set",
+            dest="overrides",
+            metavar="KEY=VALUE",
+            action="append",
+            default=[],
+            help="any key of the config, hyperparameters.lr=0.01 for example; may be repeated",
+        )
+        command.add_argument("--verbose", action="store_true", help="show also what the libraries log")
+        return command
+
+    train = add("train", "Train, as a cluster would.")
+    train.add_argument("--output-dir", type=Path, help="where everything of the run goes; default runs/<time>")
+    train.add_argument(
+        "--resume", metavar="CHECKPOINT", help="`last` or `best` of --output-dir, or the path of a checkpoint"
+    )
+
+    evaluate = add("evaluate", "COCO metrics on data.val.")
+    evaluate.add_argument("--output", type=Path, metavar="DIR", help="write metrics.json and results.json there")
+    evaluate.add_argument("--results", type=Path, metavar="FILE", help="score a results.json in COCO's format instead")
+
+    predict = add("predict", "Detect on images or videos, and draw.")
+    predict.add_argument(
+        "--images",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, folders, globs, URLs of images, folders in buckets, videos",
+    )
+    predict.add_argument("--output", type=Path, required=True, metavar="DIR", help="pictures and results.json go here")
+    predict.add_argument(
+        "--format", choices=("png", "pdf"), default="png", help="of the pictures; default png, pdf keeps lines sharp"
+    )
+    predict.add_argument(
+        "--min-score", type=_share, default=0.3, help="the lowest score that is drawn, 0 to 1; default 0.3"
+    )
+    for command in (evaluate, predict):
+        command.add_argument(
+            "--checkpoint",
+            help="a checkpoint's path or, with DET_MASTER set, its UUID; default: the config's pretrained weights",
+        )
+    return parser.parse_args()
+
+
+def _share(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+
+
+@contextlib.contextmanager
+def ended_by_errors() -> Iterator[None]:
+    """Ends the program with one line where something is wrong that a user can put right."""
+    try:
+        yield
+    except (UserError, DivergedError) as error:
+        _end_with(error)
+    except KeyboardInterrupt:
+        print("stopped; a run goes on from its last checkpoint with --output-dir DIR --resume last", file=sys.stderr)
+        sys.exit(130)
+
+
+def _end_with(error: Exception) -> NoReturn:
+    # its own words, also where it comes from a loader worker with that one's traceback
+    message = re.split(r"\n[\w.]+Error: ", str(error))[-1].strip()
+    rank = int(os.environ.get("RANK", 0))
+    line = f"error: {message}" if rank == 0 else f"error on rank {rank}: {message}"
+    if on_cluster():
+        line = f"{NOT_RETRIED}{message}"
+    if torchrun_s := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # its report, which comes last, shows it then
+        failure = {"message": line, "extraInfo": {"timestamp": int(time.time())}}
+        Path(torchrun_s).write_text(json.dumps({"message": failure}))
+    if not on_cluster():
+        sys.exit(line)
+    if NOT_RETRIED.split(":")[0] not in str(det.get_cluster_info().trial._config.get("log_policies")):
+        logger.info("Determined may start this trial again: its config lacks the `log_policies` of the shipped files")
+    logger.error("%s", line)
+    sys.exit(1)

@@ -1,0 +1,80 @@
+"""Where a checkpoint lies: a folder here, or on a cluster, by its UUID."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import uuid
+from pathlib import Path
+
+from shared.data.once import once, user_cache
+from shared.errors import UserError
+
+
+def find_checkpoint(name: str) -> Path:
+    """The folder of a checkpoint: a path, or the UUID of one on the cluster that DET_MASTER names.
+
+    Raises:
+        UserError: there is no such folder, or the master has no such checkpoint.
+    """
+    return checkpoint_here(name) or _downloaded(name)
+
+
+def checkpoint_here(name: str) -> Path | None:
+    """The folder of a checkpoint on this machine; None where the name is a UUID on a cluster.
+
+    Raises:
+        UserError: there is no such folder, or no cluster to ask.
+    """
+    path = Path(name).expanduser()
+    path = path.parent if path.name == "state_dict.pth" else path
+    if (path / "state_dict.pth").is_file():
+        return path.absolute()
+    try:
+        uuid.UUID(name)
+    except ValueError:
+        raise UserError(
+            f"{name} is not a checkpoint: give {_example(path)}, or the UUID of a checkpoint on the cluster that "
+            "DET_MASTER names"
+        ) from None
+    if not os.environ.get("DET_MASTER"):
+        raise UserError(f"checkpoint {name} looks like a UUID on a cluster; set DET_MASTER to its address")
+    return None
+
+
+def _example(path: Path) -> str:
+    """A checkpoint that was perhaps meant: of the run that `path` is, or of the newest one below runs/."""
+    if path.name in ("best", "last"):
+        found = sorted(Path("runs").glob(f"*/checkpoints/{path.name}"), key=lambda folder: folder.stat().st_mtime)
+        return f"the folder, of the newest run here {found[-1]}" if found else "the folder: RUN/checkpoints/best"
+    of_run = [folder for which in ("best", "last") if (folder := path / "checkpoints" / which).is_dir()]
+    return str(of_run[0]) if of_run else "the folder that holds state_dict.pth"
+
+
+def _downloaded(checkpoint: str) -> Path:
+    """The folder of a cluster's checkpoint in the user's cache, downloaded once. A download that is cut off is never
+    there, and nobody else can put weights in its place."""
+    try:
+        folder = (user_cache() or Path(tempfile.mkdtemp())) / "detection_checkpoints"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise UserError(f"{folder} is another user's; set XDG_CACHE_HOME to a folder of yours")
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be made a folder ({error.strerror}); set XDG_CACHE_HOME") from error
+    place = folder / checkpoint
+
+    def find() -> Path | None:
+        return place if place.is_dir() else None
+
+    def make() -> Path:
+        from determined.experimental import client
+
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            try:
+                client.get_checkpoint(checkpoint).download(f"{aside}/{checkpoint}")
+            except Exception as error:  # the SDK has no base class for what the network and the master answer
+                master = os.environ["DET_MASTER"]
+                raise UserError(f"checkpoint {checkpoint} cannot be had from {master}: {error}") from error
+            return Path(aside, checkpoint).rename(place)
+
+    return once([folder / f"{checkpoint}.lock"], find, make)

@@ -1,0 +1,120 @@
+"""The folder of a run off the cluster: where everything lies that it leaves."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from typing import IO
+
+from shared.errors import UserError
+
+_SOURCES = (".py", ".yaml", ".yml", ".sh", ".md")
+
+
+class RunFolder:
+    """The layout of `--output-dir`: metrics.jsonl, config.yaml, checkpoints/best and last, tensorboard/, code/."""
+
+    def __init__(self, path: Path):
+        self.path = path.absolute()
+        self.metrics = self.path / "metrics.jsonl"
+        self.config = self.path / "config.yaml"
+        self.tensorboard = self.path / "tensorboard"
+        self.code = self.path / "code"
+        self.checkpoints = self.path / "checkpoints"
+        self.saving = self.checkpoints / ".saving"
+        self._lock = self.path / ".lock"
+        self._locked: IO | None = None
+
+    def take(self) -> None:
+        """Makes the folder this process's, until `free` or its end.
+
+        Raises:
+            UserError: a run is going on in it, or it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._locked = self._lock.open("a")
+            # this kind of lock is not the loader workers' too, which may outlive the process for some seconds
+            fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            if self._locked is None:
+                raise UserError(f"--output-dir: {self.path} cannot be written: {error.strerror}") from error
+            raise UserError(f"--output-dir: a run is going on in {self.path}; wait for it, or name another") from error
+        except OSError as error:
+            raise UserError(f"--output-dir: {self.path} cannot be made a folder: {error.strerror}") from error
+
+    def free(self) -> None:
+        """Lets others have the folder."""
+        if self._locked is not None:
+            self._locked.close()
+
+    def holds_a_run(self) -> bool:
+        # a folder that was made before the config was found wrong holds none
+        return self.metrics.exists() or any((self.checkpoints / name).exists() for name in ("best", "last"))
+
+    def prepare(self, source: Path) -> None:
+        """Makes the folders, clears what a killed run left half-written, and copies the code in `source`."""
+        self.restore_interrupted_rename()
+        for leftover in (self.saving, self.code):
+            shutil.rmtree(leftover, ignore_errors=True)
+        (self.saving / "determined").mkdir(parents=True)
+        _copy_sources(source, self.code)
+
+    def restore_interrupted_rename(self) -> None:
+        """A run killed between the two renames of `replace` has the checkpoint aside: put it back."""
+        for name in ("best", "last"):
+            aside = self.checkpoints / f".{name}.old"
+            if aside.exists() and not (self.checkpoints / name).exists():
+                aside.rename(self.checkpoints / name)
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def saved(self, storage_id: str) -> Path:
+        """Where Determined put a checkpoint: it stores under XDG_DATA_HOME, which the launcher sets."""
+        return self.saving / "determined" / storage_id
+
+    def replace(self, name: str, new: Path) -> None:
+        """Puts the checkpoint folder `new` in the place of `best` or `last`, by renaming."""
+        place, aside = self.checkpoints / name, self.checkpoints / f".{name}.old"
+        if place.exists():
+            place.rename(aside)
+        new.rename(place)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def forget_metrics_after(self, batches: int) -> None:
+        """Drops the reports of batches that a resumed run trains again, and a line that was cut off."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                if json.loads(line)["batches"] <= batches:
+                    kept.append(line + "\n")
+            except ValueError:
+                break
+        new = self.metrics.with_suffix(".new")
+        new.write_text("".join(kept))
+        new.replace(self.metrics)
+
+    def refuse_other_run(self) -> None:
+        if self.holds_a_run():
+            raise UserError(
+                f"--output-dir: {self.path} holds a run already; add `--resume last` to go on with it, or name "
+                "another folder"
+            )
+
+
+def _copy_sources(source: Path, target: Path) -> None:
+    """What the cluster would get: Determined copies the working directory into every checkpoint, so that a
+    run works in a folder that holds the code and nothing else."""
+    target.mkdir(parents=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in _SOURCES:
+            shutil.copy2(path, target / path.name)
+        elif path.is_dir() and any(path.glob("*.py")) and not path.name.startswith("."):
+            for file in sorted(path.rglob("*")):
+                if file.is_file() and file.suffix in _SOURCES:
+                    copy = target / file.relative_to(source)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(file, copy)
