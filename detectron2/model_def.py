@@ -331,6 +331,9 @@ class Detectron2Trial(DetectionTrial):
         self.detectron2_config.set_length(self.total_batches)
         self.lr_scheduler = self.detectron2_config.lr_scheduler(self.optimizer)
 
+    def warmup_batches(self) -> float:
+        return self.detectron2_config.warmup_iters
+
     def before_batch(self, number: int) -> None:
         self.lr_scheduler.last_epoch = number
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_lr(), strict=True):

@@ -150,6 +150,9 @@ class EfficientDetTrial(DetectionTrial):
             updates_per_epoch=self.batches_per_epoch,
         )
 
+    def warmup_batches(self) -> float:
+        return self.hparams.warmup_epochs * self.batches_per_epoch
+
     def before_batch(self, number: int) -> None:
         epoch, batch_in_epoch = divmod(number, self.batches_per_epoch)
         if self.hparams.sched_on_updates:
@@ -244,7 +247,7 @@ class EfficientDetTrial(DetectionTrial):
                 f"{data.path or 'fake'}, {len(data)} images",
             ),
             ("optimizer", f"{hparams.opt}, lr {hparams.scaled_lr:g}"),
-            ("schedule", f"{hparams.sched}, {hparams.warmup_epochs:g} epochs of warm-up"),
+            ("schedule", f"{hparams.sched}, warm-up of {hparams.warmup_epochs:g} epochs"),
             ("precision", hparams.amp or "float32"),
         ]
 

@@ -387,6 +387,13 @@ class MMDetectionTrial(DetectionTrial):
         )
         self.mode_switch = mode_switch(self.mmdet_config, self.runner.max_epochs)
 
+    def warmup_batches(self) -> float:
+        lr_config = self.mmdet_config.get("lr_config") or {}
+        if not lr_config.get("warmup"):
+            return 0
+        epochs = self.batches_per_epoch if lr_config.get("warmup_by_epoch") else 1
+        return lr_config.get("warmup_iters", 0) * epochs
+
     def before_batch(self, number: int) -> None:
         self.runner.begin(number)
         if self.mode_switch is not None and self.runner.epoch >= self.mode_switch[0]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -13,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from determined.core import DistributedContext
 from torch.utils.tensorboard import SummaryWriter
 
 from shared.errors import UserError
 from shared.evaluation import visualization
+from shared.evaluation.table import metrics_table
 from shared.experiment import fixed_hyperparameters, load_config, make_paths_absolute, per_slot_batch_size
 from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import load_weights, read_checkpoint
 from shared.training.local_run import LocalRun, full_disk_as_error
 from shared.training.loop import fit, trial_context
 from shared.training.processes import first_on_each_machine, local_processes, on_chief
-from shared.training.progress import log_above_the_bar
-from shared.training.reports import picture_of_validation, table_of
+from shared.training.progress import duration
+from shared.training.reports import picture_of_validation
 from shared.training.run_folder import RunFolder
 from shared.training.trial import DetectionTrial
 
@@ -34,16 +36,17 @@ logger = logging.getLogger(__name__)
 
 def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
     """Trains what the config says, and leaves all of it in one folder."""
-    if arguments.resume == "last" and arguments.output_dir is None:
-        raise UserError("--resume last: say of which run, by --output-dir")
     config = load_config(arguments.config, arguments.overrides)
     config["hyperparameters"] = fixed_hyperparameters(config)
     make_paths_absolute(config, trial_class.path_hyperparameters)
     source = Path(sys.modules[trial_class.__module__].__file__).parent
+    output_dir = arguments.output_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    if int(os.environ.get("RANK", 0)) == 0:
+        logger.info("run: %s", output_dir.absolute())
     with local_processes() as (distributed, device), contextlib.ExitStack() as stack:
         if (batch_size := config["hyperparameters"].get("global_batch_size")) is not None:
             per_slot_batch_size(batch_size, distributed.size)
-        folder = RunFolder(_output_dir(arguments.output_dir, distributed))
+        folder = RunFolder(distributed.broadcast(output_dir).absolute())
         stack.callback(folder.free)
         on_chief(distributed, lambda: _take(folder, arguments.resume))
         path = first_on_each_machine(distributed, lambda: _checkpoint_to_resume(arguments.resume, folder))
@@ -59,18 +62,15 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
             if distributed.rank == 0:
                 _begin_reports(trial, folder, config, checkpoint)
             trial.local_callbacks["local_run"] = LocalRun(trial, folder)
-            with log_above_the_bar(), full_disk_as_error(folder), trial.stopping:
+            started = time.monotonic()
+            with full_disk_as_error(folder), trial.stopping:
                 # `best` needs a master; here every validated state is saved, and the best and the last are kept
                 policy = "none" if trial.schedule.checkpoint_policy == "none" else "all"
                 fit(trial, str(checkpoint.path) if checkpoint else None, policy)
             if not trial.is_finished:
                 _end_by_signal(trial, folder)
             if distributed.rank == 0:
-                _end_reports(trial, folder)
-
-
-def _output_dir(given: Path | None, distributed: DistributedContext) -> Path:
-    return distributed.broadcast(given or Path("runs") / time.strftime("%Y%m%d-%H%M%S")).absolute()
+                _end_reports(trial, folder, time.monotonic() - started)
 
 
 def _take(folder: RunFolder, resume: str | None) -> None:
@@ -81,12 +81,12 @@ def _take(folder: RunFolder, resume: str | None) -> None:
 
 
 def _checkpoint_to_resume(resume: str | None, folder: RunFolder) -> Path | None:
-    if resume is None or resume != "last":
+    if resume not in ("last", "best"):
         return resume and find_checkpoint(resume)
-    last = folder.checkpoints / "last"
-    if not last.exists():
-        raise UserError(f"--resume last: {folder.path} has no checkpoint yet; leave --resume out and start anew")
-    return last
+    checkpoint = folder.checkpoints / resume
+    if not checkpoint.exists():
+        raise UserError(f"--resume {resume}: {folder.path} has no checkpoint yet; leave --resume out and start anew")
+    return checkpoint
 
 
 def _begin_reports(trial: DetectionTrial, folder: RunFolder, config: dict[str, Any], checkpoint: Any) -> None:
@@ -97,14 +97,34 @@ def _begin_reports(trial: DetectionTrial, folder: RunFolder, config: dict[str, A
     trial.tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=trial.first_batch + 1)
 
 
-def _end_reports(trial: DetectionTrial, folder: RunFolder) -> None:
+def _end_reports(trial: DetectionTrial, folder: RunFolder, seconds: float) -> None:
     trial.tensorboard.close()
-    print(table_of(trial))
-    print("checkpoints:", " and ".join(str(path) for path in sorted(folder.checkpoints.glob("[bl]*st"))))
+    reports = {name: report for name in ("best", "last") if (report := _validation_of(name, folder))}
+    for name, report in list(reports.items())[:1]:
+        numbers = {key: math.nan if value is None else value for key, value in report["metrics"].items()}
+        print(f"\n{name}, batch {report['batches']} of {trial.total_batches}:\n")
+        print(metrics_table(numbers, trial.iou_types), end="\n\n")
+    wanted = trial.searcher_metric.name
+    for name, report in reports.items():
+        value = report["metrics"].get(wanted)
+        number = "undefined" if value is None else f"{value:.4f}"
+        print(f"{name}: {wanted} {number} at batch {report['batches']}, {folder.checkpoints / name}")
+    print(f"trained for {duration(seconds)}; all of it is in {folder.path}")
     if figure := picture_of_validation(trial):
         picture = folder.path / "predictions.png"
         visualization.save(figure, picture)
         print(f"predictions beside the ground truth: {picture}")
+
+
+def _validation_of(checkpoint: str, folder: RunFolder) -> dict[str, Any] | None:
+    """The report of the validation that a checkpoint was saved at; None where there is no such checkpoint, or where
+    another run made it."""
+    metadata = folder.checkpoints / checkpoint / "metadata.json"
+    if not metadata.exists():
+        return None
+    batches = json.loads(metadata.read_text())["steps_completed"]
+    reports = map(json.loads, folder.metrics.read_text().splitlines())
+    return next((report for report in reports if (report["split"], report["batches"]) == ("val", batches)), None)
 
 
 def _end_by_signal(trial: DetectionTrial, folder: RunFolder) -> None:

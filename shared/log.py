@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from typing import TextIO
+
+from tqdm import tqdm
 
 _OURS = ("shared", "__main__", "model_def")
 _FILES = "_files"  # of a detector: efficientdet_files, …
 
 
 def show_log(verbose: bool = False) -> None:
-    """Logs to stderr.
+    """Logs to stderr, above a progress bar where there is one.
 
     Args:
-        verbose: also what the libraries say below a warning, all lines of their warnings, and Python's own.
+        verbose: also what the libraries say that is no warning, all lines of their warnings, and Python's own.
     """
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
-    handler.addFilter(lambda record: verbose or record.levelno >= logging.WARNING or _is_ours(record))
-    handler.verbose = handler.formatter.verbose = verbose
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=logging.INFO, handlers=[_AboveTheBar(verbose)])
     warnings.showwarning = _log_warning
 
 
-class _Formatter(logging.Formatter):
-    verbose = False
+class _AboveTheBar(logging.Handler):
+    def __init__(self, verbose: bool):
+        super().__init__()
+        self.verbose = verbose
+        self.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
 
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        if self.verbose or _is_ours(record) or record.exc_info:
-            return text
-        first, *more = text.strip().splitlines() or [""]
-        return f"{first} (--verbose shows {len(more)} more lines)" if more else first
+    def emit(self, record: logging.LogRecord) -> None:
+        ours = _is_ours(record)
+        if not (ours or self.verbose or record.levelno >= logging.WARNING):
+            return
+        text = self.format(record)
+        first, *more = text.splitlines() or [""]
+        if more and not (ours or self.verbose or record.exc_info):
+            text = f"{first} (and {len(more)} more lines, with --verbose)"
+        tqdm.write(text, file=sys.stderr)
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
@@ -48,6 +53,6 @@ def _log_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Python's own warnings are for whoever wrote the library: below what is shown, but for a module of the user's."""
+    """Python's own warnings are meant for whoever wrote the library; those of a module of the user's are shown."""
     level = logging.INFO if "site-packages" in filename else logging.WARNING
     logging.getLogger("warnings").log(level, "%s (%s, %s:%d)", message, category.__name__, filename, lineno)

@@ -54,6 +54,7 @@ class Detectron2Config(Protocol):
     semantic: bool
     rotated: bool
     learning_rate: float
+    warmup_iters: int
     schedule_name: str
     input_scale: InputScale | None
 

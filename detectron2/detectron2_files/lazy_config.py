@@ -105,6 +105,8 @@ class LazyConfigFile:
     def learning_rate(self) -> float:
         return self.cfg.optimizer.lr
 
+    warmup_iters = 0  # `lr_multiplier` has it as a share of the length
+
     @property
     def schedule_name(self) -> str:
         scheduler = self.cfg.lr_multiplier

@@ -99,6 +99,10 @@ class YamlConfig:
         return self.cfg.SOLVER.BASE_LR
 
     @property
+    def warmup_iters(self) -> int:
+        return self.cfg.SOLVER.WARMUP_ITERS
+
+    @property
     def schedule_name(self) -> str:
         solver = self.cfg.SOLVER
         return f"{solver.LR_SCHEDULER_NAME}, steps {list(solver.STEPS)}, warm-up {solver.WARMUP_ITERS}"

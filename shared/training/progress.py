@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +47,7 @@ class Progress:
             done = self.batches - self.first
             left = (now - self.started) / done * (self.total - self.batches)
             logger.info(
-                "batch %d of %d%s, %s left", self.batches, self.total, self.text and f", {self.text}", _duration(left)
+                "batch %d of %d%s, %s left", self.batches, self.total, self.text and f", {self.text}", duration(left)
             )
 
     def describe(self, text: str) -> None:
@@ -66,15 +64,6 @@ def summary_of(metrics: Mapping[str, float]) -> str:
     return f"loss {metrics['loss']:.3f}, {metrics['images_per_second']:.1f} images/s"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds."""
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
-
-
-@contextlib.contextmanager
-def log_above_the_bar() -> Iterator[None]:
-    """Log lines come above a bar on the terminal, not into it."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    with logging_redirect_tqdm():
-        yield

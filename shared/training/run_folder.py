@@ -26,6 +26,7 @@ class RunFolder:
         self.saving = self.checkpoints / ".saving"
         self._lock = self.path / ".lock"
         self._locked: IO | None = None
+        self._is_new = not self.path.exists()
 
     def take(self) -> None:
         """Makes the folder this process's, until `free` or its end.
@@ -46,9 +47,11 @@ class RunFolder:
             raise UserError(f"--output-dir: {self.path} cannot be made a folder: {error.strerror}") from error
 
     def free(self) -> None:
-        """Lets others have the folder."""
+        """Lets others have the folder; one that was made for a run that never began goes."""
         if self._locked is not None:
             self._locked.close()
+            if self._is_new and not self.config.exists():
+                shutil.rmtree(self.path, ignore_errors=True)
 
     def holds_a_run(self) -> bool:
         # a folder that was made before the config was found wrong holds none

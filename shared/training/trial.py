@@ -10,7 +10,9 @@ A detector's `model_def.py` fills in the methods of these that say what a detect
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from determined.pytorch import PyTorchCallback, PyTorchTrial, PyTorchTrialContext
@@ -19,7 +21,7 @@ from tabulate import tabulate
 from shared.data.dataset import BadImages
 from shared.data.input_scale import InputScale
 from shared.data.seeding import seed_all
-from shared.errors import count_of
+from shared.errors import UserError, count_of
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.experiment import (
     Length,
@@ -118,8 +120,10 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         self.pictured: list = []
         self.validated_at = -1
         if for_training:
-            self.optimizer = context.wrap_optimizer(self.build_optimizer(self.plain_model))
-            self.prepare_schedule()
+            with _values_refused("optimizer or the learning rate's schedule"):
+                self.optimizer = context.wrap_optimizer(self.build_optimizer(self.plain_model))
+                self.prepare_schedule()
+            self._warn_of_warmup()
             self.evaluator = context.wrap_reducer(self.build_evaluator(self.val_data), for_training=False)
             on_chief(distributed, self._open_truth)
             if self.rank == 0:
@@ -172,6 +176,15 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         """Whether it has been trained to its length and validated there, not stopped before."""
         return self.batches_trained == self.validated_at == self.total_batches
 
+    def _warn_of_warmup(self) -> None:
+        if self.rank == 0 and self.warmup_batches() > self.total_batches:
+            logger.warning(
+                "the warm-up has %d batches and the training %d: the learning rate never becomes what the config says; "
+                "train longer, or warm up for less",
+                self.warmup_batches(),
+                self.total_batches,
+            )
+
     def _open_truth(self) -> None:
         """What a validation could not score is refused before the training."""
         if isinstance(self.evaluator, CocoEvaluator):
@@ -186,6 +199,19 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
             ("global batch", f"{self.global_batch_size} on {count_of(self.slots, 'slot')}"),
             ("length", f"{self.total_batches} batches, {self.batches_per_epoch} an epoch"),
         ]
+
+
+@contextlib.contextmanager
+def _values_refused(what: str) -> Iterator[None]:
+    """Raises UserError where a library refuses the values of the config."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AssertionError, ZeroDivisionError) as error:
+        raise UserError(
+            f"hyperparameters: the {what} cannot be made of these values ({type(error).__name__}: {error})"
+        ) from error
 
 
 class _Divergence(PyTorchCallback):

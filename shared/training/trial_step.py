@@ -69,6 +69,10 @@ class TrialStep:
     def prepare_schedule(self) -> None:
         """Builds the learning rate's schedule, once the optimizer is there."""
 
+    def warmup_batches(self) -> float:
+        """For how many batches the schedule raises the learning rate, before it is what the config says."""
+        return 0
+
     def before_batch(self, number: int) -> None:
         """Sets the learning rate of batch `number`, from 0."""
 
