@@ -120,6 +120,8 @@ class MMDetectionTrial(DetectionTrial):
 
     @classmethod
     def hyperparameters_of_checkpoint(cls, checkpoint: Path) -> dict[str, Any]:
+        if not (checkpoint / RESOLVED_CONFIG).is_file():
+            raise UserError(f"{checkpoint} is no checkpoint of MMDetection's: it holds no {RESOLVED_CONFIG}")
         return {
             "config_file": str(checkpoint / RESOLVED_CONFIG),
             "merge_config": None,

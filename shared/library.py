@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 # `weights`: what the library publishes for `config_file`
 PUBLISHED = "published"
+_LEAST = 0.25  # of a model's weights: a backbone is more
 
 
 def find_library_config(name: str, submitted: Path, shipped: Path, key: str) -> Path:
@@ -59,10 +60,18 @@ def log_loaded(loaded: int, total: int, source: str, anew: Mapping[str, list[str
 
     Args:
         anew: names of weights, by the reason.
+
+    Raises:
+        UserError: they are so few that the weights are another model's, of which some names are the same by chance.
     """
-    parts = (
+    parts = [
         f"; {len(names)} {reason} and start anew ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
         for reason, names in anew.items()
         if names
-    )
+    ]
+    if loaded < _LEAST * total:
+        raise UserError(
+            f"{source} is of another model: only {loaded} of this one's {total} weights are in it{''.join(parts)}; use "
+            "the config that it was trained with"
+        )
     logger.info("weights: %d of the model's %d from %s%s", loaded, total, source, "".join(parts))
