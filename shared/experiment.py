@@ -64,6 +64,27 @@ _TOP_KEYS = [
     "tensorboard_storage",
     "workspace",
 ]
+_SEARCHER_KEYS = [
+    "bracket_rungs",
+    "budget",
+    "divisor",
+    "max_concurrent_trials",
+    "max_length",
+    "max_rungs",
+    "max_time",
+    "max_trials",
+    "metric",
+    "mode",
+    "name",
+    "num_rungs",
+    "smaller_is_better",
+    "source_checkpoint_uuid",
+    "source_trial_id",
+    "stop_once",
+    "time_metric",
+    "train_stragglers",
+    "unit",
+]
 _LENGTHS = ("searcher.max_length", "min_validation_period", "min_checkpoint_period")
 # where relative paths may start, beside the folder that is submitted: where the run was started, and the YAML file's
 _started_in: list[Path] = []
@@ -219,6 +240,7 @@ def load_config(
     if "images" in config and "annotations" in config:
         raise UserError(_is_annotations(path))
     refuse_unknown_keys(config, _TOP_KEYS, path)
+    refuse_unknown_keys(config.get("searcher") or {}, _SEARCHER_KEYS, "searcher")
     _started_in[:] = [Path.cwd(), Path(path).absolute().parent]
     return config
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shared.threads import use_available_cores
 
+import logging
 import sys
 
 from shared.command_line import ended_by_errors, read_arguments
@@ -28,4 +29,6 @@ def main(trial_class: type[DetectionTrial]) -> None:
             return
         arguments = read_arguments()
         show_log(arguments.verbose)
+        if not arguments.verbose:  # it speaks of storage that is none of the user's here
+            logging.getLogger("determined").setLevel(logging.ERROR)
         _COMMANDS[arguments.command](trial_class, arguments)
