@@ -25,6 +25,7 @@ from shared.experiment import (
     check_paths,
     fixed_hyperparameters,
     load_config,
+    make_paths_absolute,
     parse_data,
     parse_searcher_metric,
     parse_section,
@@ -58,6 +59,7 @@ def look_first(module: str, hyperparameters: type, data: type[DataConfig] = Data
             for section, into in (("hyperparameters", hyperparameters), ("data", data))
         }
         config = load_config(arguments.config, arguments.overrides, keys)
+        make_paths_absolute(config, ())
         parsed = parse_data(config, data)
         checkpoint = getattr(arguments, "checkpoint", None)
         if checkpoint is not None:
@@ -70,7 +72,8 @@ def look_first(module: str, hyperparameters: type, data: type[DataConfig] = Data
             parse_searcher_metric(config, None)
             _look_at_run(arguments)
         if arguments.command in ("train", "evaluate"):
-            check_paths(parsed, ("train", "val") if arguments.command == "train" else ("val",))
+            submitted = Path(sys.argv[0]).parent
+            check_paths(parsed, ("train", "val") if arguments.command == "train" else ("val",), submitted)
 
 
 def _look_at_run(arguments: argparse.Namespace) -> None:

@@ -354,15 +354,16 @@ def make_paths_absolute(config: dict[str, Any], path_hyperparameters: Iterable[s
         absolute(config["hyperparameters"], name, "hyperparameters")
 
 
-def check_paths(data: DataConfig, splits: Iterable[str]) -> None:
-    """Raises UserError where annotations or images that should be on disk are not there. Looks at nothing else."""
+def check_paths(data: DataConfig, splits: Iterable[str], submitted: Path) -> None:
+    """Raises UserError where annotations or images that should be on disk are not there, nor in the folder submitted.
+    Looks at nothing else."""
     for split in splits:
         paths: Split | None = getattr(data, split)
         if paths is None or data.backend == "fake":
             continue
         for key in ("annotations", "images") if data.images_on_disk else ("annotations",):
             path = data.located(getattr(paths, key))
-            if not is_url(path) and not Path(path).exists():
+            if not is_url(path) and not Path(path).exists() and not (submitted / path).exists():
                 raise UserError(f"data.{split}.{key}: {path} does not exist; {nearest_path(path)}")
 
 

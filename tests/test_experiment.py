@@ -13,6 +13,7 @@ from shared.experiment import (
     load_config,
     parse_data,
     parse_schedule,
+    parse_searcher_metric,
     parse_section,
     per_slot_batch_size,
 )
@@ -123,3 +124,22 @@ def test_a_value_that_names_a_key_has_its_value_here_and_on_a_cluster():
     config["copy"] = "${data.train}"
     expected = {"train": {"images": "/d"}, "val": {"images": "/d/val"}}
     assert interpolated(config) == {"data": expected, "labels": ["${HOME}"], "copy": {"images": "/d"}}
+
+
+@pytest.mark.parametrize(
+    ("metric", "smaller"),
+    [
+        *((name, False) for name in ("bbox_mAP", "segm_mAP_50", "bbox_AR_100", "AR@100", "PQ", "sem_seg/mIoU", "AP50")),
+        *((name, True) for name in ("loss", "val_loss_bbox", "miss_rate")),
+    ],
+)
+def test_a_metric_knows_which_values_are_better(metric, smaller):
+    assert parse_searcher_metric({"searcher": {"metric": metric}}, None).smaller_is_better is smaller
+    with pytest.raises(UserError, match=f"say {str(smaller).lower()}"):
+        parse_searcher_metric({"searcher": {"metric": metric, "smaller_is_better": not smaller}}, None)
+
+
+def test_a_metric_whose_name_tells_nothing_needs_to_be_told_which_values_are_better():
+    with pytest.raises(UserError, match="smaller_is_better is missing"):
+        parse_searcher_metric({"searcher": {"metric": "speed"}}, None)
+    assert parse_searcher_metric({"searcher": {"metric": "speed", "smaller_is_better": True}}, None).smaller_is_better

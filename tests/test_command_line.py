@@ -1,0 +1,119 @@
+"""What is wrong with a command line is one line, before torch is loaded, and says what to do."""
+
+import json
+import sys
+import unicodedata
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from efficientdet_hyperparameters import EfficientDetHyperparameters
+from shared.command_line import look_first
+
+
+@pytest.fixture
+def looked(monkeypatch, shapes, tmp_path):
+    """Calls what a model_def.py calls first, in a folder with the config of the shapes; the line that it ends with,
+    or None."""
+    monkeypatch.chdir(tmp_path)
+    data = {
+        split: {"annotations": str(shapes / f"annotations/{split}.json"), "images": str(shapes / split)}
+        for split in ("train", "val")
+    }
+    config = {"data": data, "hyperparameters": {"lr": 0.1}, "searcher": {"name": "single", "max_length": {"epochs": 1}}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+
+    def call(command="train", config="c.yaml", *arguments):
+        monkeypatch.setattr(sys, "argv", ["model_def.py", command, str(config), *map(str, arguments)])
+        try:
+            look_first("__main__", EfficientDetHyperparameters)
+        except SystemExit as ended:
+            return ended.code
+        return None
+
+    return call
+
+
+def test_a_sound_command_line_passes(looked):
+    assert looked() is None
+    assert looked("check") is None
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("lr=0.1", "'lr' is a key of hyperparameters: --set hyperparameters.lr=0.1"),
+        (
+            "warmup_epoch=1",
+            "'warmup_epoch' is no key of an experiment config; did you mean 'hyperparameters.warmup_epo",
+        ),
+        ("workers=2", "'workers' is a key of data: --set data.workers=2"),
+        ("max_length.batches=2", "'max_length' is a key of searcher: --set searcher.max_length.batches=2"),
+        ("hyperparameters.amp=true", "hyperparameters.amp: true is none of bf16, fp16, null"),
+        ("hyperparameters.clip_mode=l2", "hyperparameters.clip_mode: 'l2' is none of norm, value, agc"),
+        ("hyperparameters.warmup_epoch=1", "unknown key 'warmup_epoch'; did you mean 'warmup_epochs'?"),
+        ("searcher.metrc=bbox_mAP", "searcher: unknown key 'metrc'; did you mean 'metric'?"),
+        ("searcher.smaller_is_better=true", "a larger 'bbox_mAP' is better: say false"),
+        ("data.train.images=$NOWHERE/x", "data.train.images: the variable $NOWHERE of $NOWHERE/x is not set"),
+    ],
+)
+def test_an_override_that_is_wrong_says_what_was_meant(looked, override, line):
+    assert line in looked("train", "c.yaml", "--set", override)
+
+
+def test_what_is_no_config_is_named_for_what_it_is(looked, shapes, tmp_path):
+    assert "looks like an annotation file; give an experiment config" in looked(
+        config=shapes / "annotations/train.json"
+    )
+    assert "is a folder; give the experiment config itself: c.yaml" in looked(config=tmp_path)
+    assert "c.yml does not exist; did you mean" in looked(config="c.yml")
+    line = looked(config=ROOT / "mmdetection/const.yaml")
+    assert "const.yaml is another detector's, for this one has no hyperparameters" in line
+    (tmp_path / "large.yaml").write_text("#" * 2**21)
+    assert "is no experiment config: it has 2 MiB" in looked(config="large.yaml")
+
+
+def test_a_path_that_is_nearly_right_is_met_by_the_right_one(looked, shapes, tmp_path):
+    def line_for(path):
+        return looked("train", "c.yaml", "--set", f"data.val.images={path}")
+
+    assert line_for(shapes / "vall").endswith(f"/vall does not exist; did you mean {shapes}/val?")
+    assert line_for(shapes / "VAL").endswith(f"did you mean {shapes}/val?")
+    (tmp_path / unicodedata.normalize("NFD", "Zähler")).mkdir()
+    assert "did you mean" in line_for(tmp_path / unicodedata.normalize("NFC", "Zähler"))
+    assert line_for(shapes.parent / "val").endswith(f"did you mean {shapes}/val?")  # one folder deeper
+    assert f"in {shapes} there is no zzz" in line_for(shapes / "zzz/val")
+
+
+def test_paths_may_have_a_tilde_a_variable_or_be_beside_the_yaml_file(looked, shapes, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(shapes))
+    monkeypatch.setenv("SHAPES", str(shapes))
+    assert (
+        looked("train", "c.yaml", "--set", "data.val.images=~/val", "--set", "data.train.images=$SHAPES/train") is None
+    )
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "pictures").symlink_to(shapes / "val")
+    (elsewhere / "d.yaml").write_text((tmp_path / "c.yaml").read_text().replace(str(shapes / "val"), "pictures"))
+    assert looked("train", "elsewhere/d.yaml") is None
+
+
+def test_a_checkpoint_that_is_only_named_best_is_asked_of_which_run(looked, tmp_path):
+    assert "--checkpoint: best is not a checkpoint" in looked("evaluate", "c.yaml", "--checkpoint", "best")
+    of_run = tmp_path / "runs/a/checkpoints/best"
+    of_run.mkdir(parents=True)
+    line = looked("evaluate", "c.yaml", "--checkpoint", "best")
+    assert "of the newest run here runs/a/checkpoints/best" in line
+    assert "--resume best: say of which run, by --output-dir" in looked("train", "c.yaml", "--resume", "best")
+
+
+def test_a_score_in_percent_is_refused(looked, capsys):
+    assert looked("predict", "c.yaml", "--images", "a", "--output", "b", "--min-score", "50") == 2
+    assert "--min-score: 50 is not between 0 and 1" in capsys.readouterr().err
+
+
+def test_a_run_s_folder_is_not_written_over(looked, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text(json.dumps({}))
+    assert "holds a run already; add `--resume last`" in looked("train", "c.yaml", "--output-dir", "run")
