@@ -76,6 +76,7 @@ from mmdetection_files.model import (
     without_teacher_weights,
 )
 from mmdetection_files.receptive_field import init_receptive_fields, is_searching, write_structure
+from shared.config_file import find_path
 from shared.data.annotations import check_same_categories
 from shared.data.coco_categories import COCO_CATEGORIES
 from shared.data.dataset import CocoDetection
@@ -85,16 +86,7 @@ from shared.data.samplers import TrainingBatchSampler
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
-from shared.experiment import (
-    Split,
-    SplitData,
-    check_evaluable,
-    check_masks,
-    check_trainable,
-    find_path,
-    open_split,
-    parse_section,
-)
+from shared.experiment import Split, SplitData, check_evaluable, check_masks, check_trainable, open_split, parse_section
 from shared.launch import main
 from shared.library import PUBLISHED
 from shared.training.trial import DetectionTrial

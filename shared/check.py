@@ -19,20 +19,13 @@ import msgspec
 import numpy as np
 from tabulate import tabulate
 
+from shared.config_file import load_config
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.images import BadImageError, read_image
 from shared.data.input_scale import InputScale
 from shared.errors import UserError
 from shared.evaluation import visualization
-from shared.experiment import (
-    DataConfig,
-    SplitData,
-    check_evaluable,
-    check_trainable,
-    load_config,
-    open_split,
-    parse_data,
-)
+from shared.experiment import DataConfig, SplitData, check_evaluable, check_trainable, open_split, parse_data
 from shared.training.trial import DetectionTrial
 
 logger = logging.getLogger(__name__)

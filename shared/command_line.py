@@ -19,13 +19,11 @@ from typing import NoReturn
 
 import determined as det
 
+from shared.config_file import fixed_hyperparameters, load_config, make_paths_absolute
 from shared.errors import DivergedError, UserError
 from shared.experiment import (
     DataConfig,
     check_paths,
-    fixed_hyperparameters,
-    load_config,
-    make_paths_absolute,
     parse_data,
     parse_searcher_metric,
     parse_section,

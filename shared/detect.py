@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from shared.config_file import fixed_hyperparameters, load_config, make_paths_absolute
 from shared.data.annotations import CocoAnnotations
 from shared.data.images import read_image
 from shared.data.loading import Batch
@@ -23,13 +24,7 @@ from shared.errors import UserError
 from shared.evaluation import visualization
 from shared.evaluation.detections import Detections, to_coco_results
 from shared.evaluation.table import metrics_table
-from shared.experiment import (
-    DataConfig,
-    SplitData,
-    fixed_hyperparameters,
-    load_config,
-    make_paths_absolute,
-)
+from shared.experiment import DataConfig, SplitData
 from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import Checkpoint, load_weights, read_checkpoint
 from shared.training.loop import trial_context

@@ -17,10 +17,11 @@ from typing import Any
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
+from shared.config_file import fixed_hyperparameters, load_config, make_paths_absolute
 from shared.errors import UserError
 from shared.evaluation import visualization
 from shared.evaluation.table import metrics_table
-from shared.experiment import fixed_hyperparameters, load_config, make_paths_absolute, per_slot_batch_size
+from shared.experiment import per_slot_batch_size
 from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import load_weights, read_checkpoint
 from shared.training.local_run import LocalRun, full_disk_as_error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import determined as det
 
-from shared.experiment import interpolated, per_slot_batch_size
+from shared.config_file import interpolated
+from shared.experiment import per_slot_batch_size
 from shared.training.loop import fit, trial_context
 from shared.training.processes import task_processes
 from shared.training.reports import table_of

@@ -4,13 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from shared.config_file import fixed_hyperparameters, interpolated, load_config
 from shared.errors import UserError
 from shared.experiment import (
     Length,
     SearcherMetric,
-    fixed_hyperparameters,
-    interpolated,
-    load_config,
     parse_data,
     parse_schedule,
     parse_searcher_metric,

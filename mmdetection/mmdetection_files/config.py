@@ -35,10 +35,11 @@ from mmdet.datasets.builder import DATASETS
 from mmdet.utils import compat_cfg
 
 from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparameters
+from shared.config_file import find_path
 from shared.data.input_scale import InputScale
 from shared.data.remote import is_url
 from shared.errors import UserError, nearest
-from shared.experiment import Length, find_path
+from shared.experiment import Length
 from shared.library import find_library_config, import_custom_modules
 
 RESOLVED_CONFIG = "mmdet_config.py"

@@ -36,8 +36,9 @@ from mmdetection_files.model import (
     without_teacher_weights,
 )
 from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparameters
+from shared.config_file import load_config
 from shared.errors import UserError
-from shared.experiment import Length, Split, load_config, parse_data, parse_schedule
+from shared.experiment import Length, Split, parse_data, parse_schedule
 from shared.library import find_library_config
 from shared.training.loop import periods_of
 
