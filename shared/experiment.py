@@ -15,7 +15,7 @@ import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from shared.data import synthetic
+from shared.data import segmentations, synthetic
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.image_check import check_images, refuse_names_outside
 from shared.data.remote import StoreError, StoreOptions, is_url
@@ -424,16 +424,20 @@ def check_evaluable(annotations: CocoAnnotations) -> None:
 
 
 def check_masks(annotations: CocoAnnotations, split: str) -> None:
-    """Raises UserError where annotations to train masks on, or to evaluate them with, have none."""
-    columns = annotations.columns
-    # nothing, or an empty list
-    without = (np.diff(columns["segmentation_offsets"]) <= len(b"[]")) & ~columns["iscrowd"] & ~annotations.without_area
-    if without.any():
-        raise UserError(
-            f"data.{split}.annotations: {int(without.sum())} annotations of {annotations.path} have no segmentation, "
-            f"the first has id {columns['annotation_ids'][without.argmax()]}, and hyperparameters.config_file detects "
-            "masks; choose a config of boxes alone, or add the masks"
-        )
+    """Raises UserError where annotations to train masks on, or to evaluate them with, have none, or wrong ones."""
+    columns, wrong = annotations.columns, segmentations.wrong_rows(annotations)
+    counting = ~columns["iscrowd"] & ~annotations.without_area
+    absent = np.flatnonzero(segmentations.is_absent(annotations) & counting)
+    wrong = wrong[counting[wrong]]
+    for rows, what in ((absent, "have no segmentation"), (wrong, "have a segmentation that is wrong")):
+        if len(rows):
+            ids = columns["annotation_ids"]
+            why = f": it {segmentations.why_wrong(annotations, rows[0])}" if rows is wrong else ""
+            raise UserError(
+                f"data.{split}.annotations: {len(rows)} annotations of {annotations.path} {what}, the first has id "
+                f"{ids[rows[0]]}{why}; hyperparameters.config_file detects masks: choose a config of boxes alone, or "
+                f"{'correct' if why else 'add'} the masks"
+            )
 
 
 def parse_schedule(

@@ -131,7 +131,11 @@ class CocoAnnotations:
         categories: [{"id": 1, "name": "person", …}, …], as in the file, in the order of ids.
         columns: name to array; the annotations of image i are rows `offsets[i]` to `offsets[i + 1]`.
         cache: the folder that the columns are mapped from, None where they are in memory.
+        selected_from: of `select_categories`: the annotations with all categories, and (annotations,) bool which of
+            theirs these are.
     """
+
+    selected_from: tuple[CocoAnnotations, np.ndarray] | None = None
 
     def __init__(
         self, columns: dict[str, np.ndarray], categories: list[dict], path: Path | str | None, cache: Path | None
@@ -301,7 +305,9 @@ class CocoAnnotations:
             if name in columns:
                 columns[name] = columns[name][kept]
         columns["labels"] = np.searchsorted(labels, columns["labels"][kept]).astype(np.int32)
-        return CocoAnnotations(columns, categories, self.path, None)
+        selected = CocoAnnotations(columns, categories, self.path, None)
+        selected.selected_from = self, kept
+        return selected
 
     @property
     def without_area(self) -> np.ndarray:
