@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from shared.data import segmentations, synthetic
 from shared.data.annotations import CocoAnnotations, check_same_categories
-from shared.data.image_check import check_images, refuse_names_outside
+from shared.data.boxes import check_box_format, under_a_pixel
+from shared.data.image_check import check_images, first_dark_image, refuse_names_outside
 from shared.data.remote import StoreError, StoreOptions, is_url
 from shared.data.storage import BACKEND_ALIASES, BACKENDS, ImageStorage, open_images
 from shared.errors import UserError, nearest
@@ -390,9 +391,12 @@ def open_split(data: DataConfig, split: str, images: ImageStorage | None = None)
         data.backend, folder, split, data.store_options, data.cache_dir, int(data.cache_gb * 2**30)
     )
     try:
-        refuse_names_outside(annotations, where)
+        refuse_names_outside(annotations, where, getattr(images, "folder", None))
+        check_box_format(annotations, f"data.{split}.annotations")
         if data.check_images:
             check_images(annotations, images, where, skip=data.on_bad_image == "skip")
+            if dark := first_dark_image(annotations, images):
+                logger.warning("data.%s: %s", split, dark)
     except StoreError as error:
         raise StoreError(f"data.{split}.images: {error}") from error
     return SplitData(annotations, images)
@@ -412,9 +416,17 @@ def open_train_and_val(data: DataConfig) -> tuple[SplitData, SplitData]:
 
 
 def check_trainable(annotations: CocoAnnotations) -> None:
-    """Raises UserError where there is nothing to train on."""
-    if not (~annotations.without_area & ~annotations.columns["iscrowd"]).any():
+    """Raises UserError where there is nothing to train on, warns of boxes that are next to nothing."""
+    objects, small = ~annotations.without_area & ~annotations.columns["iscrowd"], under_a_pixel(annotations)
+    if not objects.any():
         raise UserError(f"data.train.annotations: {annotations.path} has no box to train on")
+    if small[objects].all():
+        raise UserError(
+            f"data.train.annotations: {annotations.path} has no box to train on: all {int(objects.sum())} are less "
+            "than a pixel wide or high; COCO's boxes are x y width height in pixels"
+        )
+    if small.any():
+        logger.warning("data.train: %d boxes are less than a pixel wide or high", small.sum())
 
 
 def check_evaluable(annotations: CocoAnnotations) -> None:

@@ -113,7 +113,7 @@ def trains_masks(config: Any) -> bool:
 
     def has_head(section: Any) -> bool:
         sections = section.values() if isinstance(section, dict) else section if isinstance(section, list) else ()
-        return isinstance(section, dict) and bool(section.get("mask_head")) or any(map(has_head, sections))
+        return (isinstance(section, dict) and bool(section.get("mask_head"))) or any(map(has_head, sections))
 
     return any(map(loads_masks, leaves(config.data.train))) or has_head(config.model)
 
