@@ -8,7 +8,7 @@ from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
 
 # Boxes are corners, x1 y1 x2 y2, where nearly all fit into their image as such, and many reach far over its edge as x y
-# width height. Of right files (COCO, BCCD) none do, and a tenth fits; of the same boxes made corners 70 to 76 % reach over:
+# width height. Of right files (COCO, BCCD) none do, and a tenth fits; of the same boxes made corners 70 to 76 % do:
 # those whose middle is in the right or the lower half. Large objects that are annotated beyond the edge (amodal ones)
 # reach over too, and fit where they start near the image's corner; not a quarter of a file's by a twentieth.
 _FIT_AS_CORNERS = 0.98
