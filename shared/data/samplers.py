@@ -75,8 +75,8 @@ class TrainingBatchSampler(Sampler):
 @functools.cache  # a training makes several samplers
 def _warn_of_repeats(global_batch_size: int, images: int) -> None:
     logger.warning(
-        "hyperparameters.global_batch_size: %d is more than the %d images that are trained on; each batch has every image, "
-        "some several times",
+        "hyperparameters.global_batch_size: %d is more than the %d images that are trained on; a batch has "
+        "each several times",
         global_batch_size,
         images,
     )
