@@ -104,7 +104,8 @@ def _begun(trial_class: type[DetectionTrial], config: dict[str, Any]) -> Iterato
     from shared.training.loop import trial_context
     from shared.training.processes import local_processes
 
-    logging.getLogger().setLevel(logging.WARNING)
+    root, level = logging.getLogger(), logging.getLogger().level
+    root.setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         before = os.environ.get("XDG_DATA_HOME")
         os.environ["XDG_DATA_HOME"] = folder  # where Determined would store checkpoints
@@ -118,6 +119,7 @@ def _begun(trial_class: type[DetectionTrial], config: dict[str, Any]) -> Iterato
         else:
             yield trial, None
         finally:
+            root.setLevel(level)
             os.environ.pop("XDG_DATA_HOME")
             if before is not None:
                 os.environ["XDG_DATA_HOME"] = before

@@ -158,6 +158,8 @@ def _read_voc_file(path: Path, part: Part) -> dict[str, Any]:
     try:
         root = ElementTree.parse(path).getroot()
         width, height = (int(float(root.findtext(f"size/{key}", ""))) for key in ("width", "height"))
+        if min(width, height) <= 0:
+            raise ValueError(f"the image's size is {width}×{height}")
         name = root.findtext("filename") or f"{path.stem}.jpg"
         annotations = []
         for item in root.iter("object"):
@@ -174,7 +176,7 @@ def _read_voc_file(path: Path, part: Part) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ElementTree.ParseError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is no annotation of Pascal VOC, or is cut off: {error}") from error
+        raise UserError(f"{path} is no annotation of Pascal VOC, or is cut off ({error})") from error
     if part.folder is not None and not (part.folder / name).is_file():  # programs that rename images leave it as it was
         name = next((file.name for file in part.folder.glob(f"{path.stem}.*")), name)
     return {"file_name": name.replace("\\", "/"), "width": width, "height": height, "annotations": annotations}
@@ -185,8 +187,9 @@ def _read_voc_file(path: Path, part: Part) -> dict[str, Any]:
 
 def _read_yolo(source: Path, images: Path | None) -> tuple[list[str], dict[str, Part]]:
     file = source if source.is_file() else source / "data.yaml"
-    if not file.is_file() and images is not None and (source.parent / "data.yaml").is_file():
-        file = source.parent / "data.yaml"
+    if images is not None and not file.is_file():  # the labels' folder, a level or two below it
+        above = (parent / "data.yaml" for parent in list(source.absolute().parents)[:3])
+        file = next((path for path in above if path.is_file()), file)
     if not file.is_file():
         raise UserError(f"{source} has no data.yaml, which names the categories: {{names: [cat, dog]}}")
     try:
@@ -232,9 +235,8 @@ def _read_yolo_images(folders: Sequence[Path], labels: Path | None, names: Mappi
             of_folder = labels
         files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in endings]
         wanted = {file.relative_to(folder).with_suffix(".txt") for file in files}
-        others = {"classes.txt", "data.txt", "README.txt", "README.dataset.txt", "README.roboflow.txt"}
         found = {file.relative_to(of_folder) for file in of_folder.rglob("*.txt")} if of_folder.is_dir() else set()
-        if orphans := sorted(path for path in found - wanted if path.name not in others):
+        if orphans := sorted(path for path in found - wanted if path.name != "classes.txt"):
             raise UserError(f"{folder} has no image for the label file {of_folder / orphans[0]}")
         if not found & wanted:
             raise UserError(f"{of_folder} has no label file for an image of {folder}")
