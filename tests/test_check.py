@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 
+import numpy as np
 import pytest
 import yaml
 from conftest import WITHOUT_LIBRARY
@@ -14,6 +15,7 @@ from PIL import Image
 from tiny_models import CONFIGS, trial_classes
 
 from shared.check import check_with, main
+from shared.data.samplers import TrainingBatchSampler
 from shared.data_report import Report, describe, open_both
 from shared.experiment import parse_data
 
@@ -117,6 +119,15 @@ def test_what_would_stop_a_training_stops_it_here(data, capsys):
 def test_different_categories_stop_a_training(data):
     change(data, lambda coco: coco["categories"][0].update(name="other"))
     assert any("have different categories" in stop for stop in checked(data, images=0).stops)
+
+
+def test_a_batch_of_more_images_than_there_are_is_said(caplog):
+    for _ in range(2):
+        TrainingBatchSampler(np.zeros(7), per_slot_batch_size=9, seed=0, slots=2)
+    assert [record.message for record in caplog.records] == [
+        "hyperparameters.global_batch_size: 18 is more than the 7 images that are trained on; a batch has each several "
+        "times"
+    ]
 
 
 def run_main(*arguments):
