@@ -104,9 +104,7 @@ def _begun(trial_class: type[DetectionTrial], config: dict[str, Any]) -> Iterato
     from shared.training.loop import trial_context
     from shared.training.processes import local_processes
 
-    root, level = logging.getLogger(), logging.getLogger().level
-    root.setLevel(logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    with _quiet(), tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         before = os.environ.get("XDG_DATA_HOME")
         os.environ["XDG_DATA_HOME"] = folder  # where Determined would store checkpoints
         try:
@@ -119,10 +117,23 @@ def _begun(trial_class: type[DetectionTrial], config: dict[str, Any]) -> Iterato
         else:
             yield trial, None
         finally:
-            root.setLevel(level)
             os.environ.pop("XDG_DATA_HOME")
             if before is not None:
                 os.environ["XDG_DATA_HOME"] = before
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the lines of a training's start, and what these two warn of, which the report has."""
+    levels = {None: logging.WARNING, "shared.experiment": logging.ERROR, "shared.training.trial_data": logging.ERROR}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _make_samples(trial: Any, images: int | None, opened: dict[str, SplitData], report: Report) -> None:
@@ -227,7 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse_page(given.page)
         data = _data_of_any_detector(load_config(str(given.config), given.overrides))
         report = Report()
-        opened = open_both(data, report)
+        with _quiet():
+            opened = open_both(data, report)
         describe(opened, None, images, data.on_bad_image == "skip", report)
         print("the data alone; `python3 model_def.py check` in the detector's folder also checks the detector\n")
         _end(report, opened, given.page)

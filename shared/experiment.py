@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -395,7 +396,7 @@ def open_split(data: DataConfig, split: str, images: ImageStorage | None = None)
         check_box_format(annotations, f"data.{split}.annotations")
         if data.check_images:
             check_images(annotations, images, where, skip=data.on_bad_image == "skip")
-            if dark := first_dark_image(annotations, images):
+            if _is_first_process() and (dark := first_dark_image(annotations, images)):
                 logger.warning("data.%s: %s", split, dark)
     except StoreError as error:
         raise StoreError(f"data.{split}.images: {error}") from error
@@ -425,8 +426,13 @@ def check_trainable(annotations: CocoAnnotations) -> None:
             f"data.train.annotations: {annotations.path} has no box to train on: all {int(objects.sum())} are less "
             "than a pixel wide or high; COCO's boxes are x y width height in pixels"
         )
-    if small.any():
+    if small.any() and _is_first_process():
         logger.warning("data.train: %d boxes are less than a pixel wide or high", small.sum())
+
+
+def _is_first_process() -> bool:
+    """Whether a warning of this process's is not one of many."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def check_evaluable(annotations: CocoAnnotations) -> None:
