@@ -339,6 +339,7 @@ WRONG_MASKS = {
     ],
     "has a polygon of 4 numbers": [[[1, 1, 5, 5]], [[1, 1, 5, 1, 5, 5], [1, 1, 5, 5]]],
     "has a polygon of 7 numbers": [[[1, 1, 5, 1, 5, 5, 7]]],
+    r"has a point at 1e\+300 pixels": [[[1, 1, 5, 1, 5, 1e300]]],
     "has a polygon of 0 numbers": [[[]]],
     r"RLE of the size \[9, 9\], and the image's is \[128, 128\]": [{"size": [9, 9], "counts": [81]}],
     "RLE of 81 pixels, and the image has 16384": [{"size": [128, 128], "counts": [80, 1]}],
