@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from coco_files import make_file
 
-from shared import data_report
 from shared.data import synthetic
+from shared.evaluation import data_report
 from shared.experiment import DataConfig, SplitData
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from shared.errors import UserError
 
 if TYPE_CHECKING:  # what the command line need not import to know its options
-    from shared.data_report import Report
+    from shared.evaluation.data_report import Report
     from shared.experiment import DataConfig, SplitData
     from shared.training.trial import DetectionTrial
 
@@ -63,7 +63,7 @@ def check_training(
         config: its hyperparameters fixed, its paths absolute.
         images: how many of each split are read; all where None.
     """
-    from shared.data_report import SPLITS, Report, describe, open_both
+    from shared.evaluation.data_report import SPLITS, Report, describe, open_both
     from shared.experiment import SplitData, parse_data
 
     report, opened = Report(), {}
@@ -141,7 +141,7 @@ def _make_samples(trial: Any, images: int | None, opened: dict[str, SplitData], 
     from torch.utils.data import DataLoader
 
     from shared.data.dataset import SampleKey
-    from shared.data_report import SPLITS, spread
+    from shared.evaluation.data_report import SPLITS, spread
 
     datasets = {"train": trial.training_dataset, "val": lambda: trial.evaluation_dataset(trial.val_data)}
     row: list[Any] = ["samples made of them"]
@@ -208,7 +208,7 @@ def _refuse_page(path: Path | None) -> None:
 def _end(report: Report, opened: dict[str, SplitData], page: Path | None) -> NoReturn:
     print(report)
     if page is not None:
-        from shared.data_report import save_page
+        from shared.evaluation.data_report import save_page
 
         try:
             save_page(opened, page)
@@ -220,7 +220,7 @@ def _end(report: Report, opened: dict[str, SplitData], page: Path | None) -> NoR
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python3 -m shared check`."""
-    from shared.data_report import Report, describe, open_both
+    from shared.evaluation.data_report import Report, describe, open_both
     from shared.experiment import load_config
 
     parser = argparse.ArgumentParser(

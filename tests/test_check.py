@@ -16,7 +16,7 @@ from tiny_models import CONFIGS, trial_classes
 
 from shared.check import check_with, main
 from shared.data.samplers import TrainingBatchSampler
-from shared.data_report import Report, describe, open_both
+from shared.evaluation.data_report import Report, describe, open_both
 from shared.experiment import parse_data
 
 
