@@ -207,7 +207,9 @@ def _refuse_page(path: Path | None) -> None:
 
 def _end(report: Report, opened: dict[str, SplitData], page: Path | None) -> NoReturn:
     print(report)
-    if page is not None:
+    if page is not None and not opened:
+        print("\nno page: the data could not be opened, or a detector's library has opened it")
+    elif page is not None:
         from shared.evaluation.data_report import save_page
 
         try:
@@ -237,6 +239,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         images = _image_count(given.images)
         _refuse_page(given.page)
         data = _data_of_any_detector(load_config(str(given.config), given.overrides))
+        if data.train is None and data.val is None and data.backend != "fake":
+            raise UserError(
+                f"{given.config} has neither data.train nor data.val; `python3 model_def.py check` in the detector's "
+                "folder looks at what the detector's own config names"
+            )
         report = Report()
         with _quiet():
             opened = open_both(data, report)

@@ -200,7 +200,8 @@ def _read_yolo(source: Path, images: Path | None) -> tuple[list[str], dict[str, 
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{file} is not YOLO's data.yaml: it needs `names`, the categories ({error})") from error
     if images is not None:
-        return list(names.values()), {"": _read_yolo_images([images], source, names)}
+        labels = source / "labels" if (source / "labels").is_dir() else source
+        return list(names.values()), {"": _read_yolo_images([images], labels if labels.is_dir() else None, names)}
     parts = {}
     for split, keys in _SPLITS.items():
         given = next((content[key] for key in keys if content.get(key)), None)
@@ -262,8 +263,12 @@ def _read_yolo_image(file: Path, label: Path, folder: Path, names: Mapping[int, 
             width, height = ImageOps.exif_transpose(image).size if image.getexif() else image.size
     except (OSError, Image.DecompressionBombError) as error:
         raise UserError(f"{file} cannot be read as an image: {error}") from error
+    try:
+        lines = label.read_text().splitlines() if label.is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{label} cannot be read: {error}") from error
     annotations = []
-    for number, line in enumerate(label.read_text().splitlines() if label.is_file() else (), 1):
+    for number, line in enumerate(lines, 1):
         try:
             category, *values = (float(word) for word in line.split()) if line.strip() else (None,)
             if category is None:

@@ -339,9 +339,12 @@ def _address(location: str, options: StoreOptions) -> tuple[str, int] | None:
         return None
     try:
         parts = urlsplit(url)
-        return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+        host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError as error:
         raise StoreError(f"{url} is no address: {error}") from error
+    if host is None:
+        raise StoreError(f"data.endpoint_url: {url} is no address; write it with http:// or https:// before it")
+    return host, port
 
 
 def _refuse_unreachable(location: str, options: StoreOptions) -> None:
@@ -349,7 +352,7 @@ def _refuse_unreachable(location: str, options: StoreOptions) -> None:
     and no host has that name or no program listens at the port, several times. One that has answered before may be
     away for a while."""
     address = _address(location, options)
-    if address is None or address in _answered or urllib.request.getproxies():
+    if address is None or address in _answered or urllib.request.getproxies().keys() & {"http", "https", "all"}:
         return
     for pause in _PAUSES_TO_CONNECT:
         try:

@@ -235,14 +235,17 @@ def save_page(opened: Mapping[str, SplitData], path: Path) -> None:
 
     samples = []
     for split, data in opened.items():
+        wrong = set(wrong_rows(data.annotations).tolist())
         for index in spread(len(data.annotations), _ON_THE_PAGE):
-            record = data.annotations[index]
+            record, first = data.annotations[index], int(data.annotations.columns["offsets"][index])
+            masks = [b"" if first + i in wrong else raw for i, raw in enumerate(record.raw_segmentations)]
             name = f"image id {record.image_id}"
             try:
                 image = read_image(data.images, record.file_name, (record.width, record.height), name)
             except BadImageError:  # the report has it
                 continue
-            samples.append((image, dataclasses.replace(record, file_name=f"{split}: {record.file_name}")))
+            named = dataclasses.replace(record, file_name=f"{split}: {record.file_name}", raw_segmentations=masks)
+            samples.append((image, named))
     if not samples:
         raise UserError("--page: there is no image to draw")
     categories = next(iter(opened.values())).categories
