@@ -10,8 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from coco_files import make_file
-from shared import check
 from shared.data import synthetic
+from shared.evaluation import data_report
 from shared.experiment import DataConfig, SplitData
 
 
@@ -26,7 +26,8 @@ def main() -> None:
         open_without_images({"train": path, "val": write_val(arguments.source, Path(folder) / "val.json")})
         for what in ("with the annotations parsed anew", "with their cache"):
             started = time.perf_counter()
-            report = check.check(DataConfig(), images=0)
+            report = data_report.Report()
+            data_report.describe(data_report.open_both(DataConfig(), report), None, 0, False, report)
             print(f"{what}: {time.perf_counter() - started:.1f} s, {len(report.remarks)} remarks")
 
 
@@ -40,9 +41,9 @@ def open_without_images(paths: dict[str, Path]) -> None:
     """Makes the check open these annotations, and no image."""
 
     def open_split(data: DataConfig, split: str) -> SplitData:
-        return SplitData(check.CocoAnnotations.open(paths[split]), images=None)
+        return SplitData(data_report.CocoAnnotations.open(paths[split]), images=None)
 
-    check.open_split = open_split
+    data_report.open_split = open_split
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ from mmdetection_files.data import (
     is_plain_coco,
     selected_classes,
     test_pipeline,
+    trains_masks,
 )
 from mmdetection_files.evaluation import OwnEvaluator, OwnResult, own_arguments, to_detections, to_own_result
 from mmdetection_files.hooks import EMA_HOOKS, HooksOfValidation, MomentumEma, StepRunner, hook_config, mode_switch
@@ -198,6 +199,10 @@ class MMDetectionTrial(DetectionTrial):
             check_same_categories(coco[0], other)
         if isinstance(opened[0], SplitData):
             check_trainable(opened[0].annotations)
+        if trains_masks(self.mmdet_config):
+            for data in opened:
+                if isinstance(data, SplitData):
+                    check_masks(data.annotations, "train")
         if isinstance(val, SplitData):
             check_evaluable(val.annotations)
             if "segm" in self.iou_types:

@@ -9,7 +9,7 @@ import sys
 
 # the command, the module whose `main(arguments)` it is, what it does
 _COMMANDS = {
-    "check": ("shared.check", "what a training would meet in the data of an experiment config"),
+    "check": ("shared.check", "what a training would meet in the data of an experiment config; without the detector"),
     "convert": ("shared.data.convert", "Pascal VOC, YOLO and CVAT annotations as COCO's"),
     "synthetic": ("shared.data.synthetic", "a small data set of shapes, in COCO's format"),
 }

@@ -1,289 +1,274 @@
-"""`python3 -m shared check CONFIG`: what a training would meet in its data, before it is paid for."""
+"""`check CONFIG`: what would stop a training, before it is paid for.
+
+`python3 model_def.py check` in a detector's folder begins the training that the config says, up to its first batch;
+`python3 -m shared check` looks at the data alone, whatever the detector.
+"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import hashlib
-import importlib
-import itertools
+import contextlib
 import logging
+import os
 import sys
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import msgspec
-import numpy as np
-from tabulate import tabulate
-
-from shared.config_file import load_config
-from shared.data.annotations import CocoAnnotations, check_same_categories
-from shared.data.images import BadImageError, read_image
-from shared.data.input_scale import InputScale
 from shared.errors import UserError
-from shared.evaluation import visualization
-from shared.experiment import DataConfig, SplitData, check_evaluable, check_trainable, open_split, parse_data
-from shared.training.trial import DetectionTrial
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:  # what the command line need not import to know its options
+    from shared.evaluation.data_report import Report
+    from shared.experiment import DataConfig, SplitData
+    from shared.training.trial import DetectionTrial
 
-_SAMPLE = 200  # images that are read where nothing else is said
-_ON_THE_PAGE = 12
-_READERS = 8
-
-
-@dataclass
-class Report:
-    """What is in the data.
-
-    Attributes:
-        stops: what would end a training.
-        remarks: what one should look at.
-        rows: name, of train, of val.
-        categories: name, boxes in train, boxes in val.
-    """
-
-    stops: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
-    rows: list[list[Any]] = field(default_factory=list)
-    categories: list[list[Any]] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        parts = [tabulate(self.rows, headers=["", "train", "val"], missingval="-")]
-        if self.categories:
-            parts.append(tabulate(self.categories, headers=["category", "train", "val"], missingval="-"))
-        parts += [f"stops the training: {stop}" for stop in self.stops]
-        parts += [f"look at: {remark}" for remark in self.remarks]
-        return "\n\n".join(parts) + ("" if self.stops else "\n\nnothing stops the training")
+_SAMPLE = 200  # images of each split that are read where nothing else is said
+_PAGES = (".png", ".pdf")
 
 
-def check(data: DataConfig, scale: InputScale | None = None, images: int | None = _SAMPLE) -> Report:
-    """Looks at annotations and images.
-
-    Args:
-        scale: how large boxes are for the model; as in the images where None.
-        images: how many of each split are read; all where None.
-    """
-    report, opened = Report(), {}
-    for split in ("train", "val"):
-        try:
-            opened[split] = open_split(dataclasses.replace(data, check_images=True), split)
-        except UserError as error:
-            report.stops.append(str(error))
-    for rule, splits in (
-        (check_trainable, ["train"]),
-        (check_evaluable, ["val"]),
-        (check_same_categories, ["train", "val"]),
-    ):
-        if all(split in opened for split in splits):
-            try:
-                rule(*(opened[split].annotations for split in splits))
-            except UserError as error:
-                report.stops.append(str(error))
-    described = {split: _describe(f"data.{split}", of.annotations, scale, report) for split, of in opened.items()}
-    names = list(dict.fromkeys(itertools.chain.from_iterable(described.values())))
-    report.rows = [[name, *(described.get(split, {}).get(name) for split in ("train", "val"))] for name in names]
-    counts = {split: _boxes_by_category(of.annotations) for split, of in opened.items()}
-    report.categories = [
-        [name, *(counts.get(split, {}).get(name) for split in ("train", "val"))]
-        for name in dict.fromkeys(itertools.chain.from_iterable(counts.values()))
-    ]
-    for name, boxes, _ in report.categories:
-        if boxes == 0:
-            report.remarks.append(f"data.train: the category {name!r} has no box to train on")
-    _read_images(opened, images, data.on_bad_image == "skip", report)
-    return report
-
-
-def _describe(where: str, annotations: CocoAnnotations, scale: InputScale | None, report: Report) -> dict[str, Any]:
-    """The counts of one split; adds what is wrong to the report."""
-    columns = annotations.columns
-    boxes, ids, crowd = columns["boxes"], columns["annotation_ids"], columns["iscrowd"]
-    image_of = np.repeat(np.arange(len(annotations)), np.diff(columns["offsets"]))
-    widths, heights = columns["widths"][image_of], columns["heights"][image_of]
-
-    def remark(found: np.ndarray, what: str) -> None:
-        if found.any():
-            report.remarks.append(f"{where}: {int(found.sum())} {what}, the first is annotation {ids[found.argmax()]}")
-
-    right, bottom = boxes[:, 0] + boxes[:, 2], boxes[:, 1] + boxes[:, 3]
-    flat = annotations.without_area
-    remark(flat, "boxes have no width or no height; they are left out of the training")
-    remark(~flat & ((right <= 0) | (bottom <= 0) | (boxes[:, 0] >= widths) | (boxes[:, 1] >= heights)),
-           "boxes lie outside of their image")  # fmt: skip
-    remark(~flat & ((boxes[:, :2] < -1).any(axis=1) | (right > widths + 1) | (bottom > heights + 1)),
-           "boxes reach over the edge of their image by more than a pixel")  # fmt: skip
-    with_masks = np.diff(columns["segmentation_offsets"]) > len(b"[]")
-    invalid = _invalid_segmentations(annotations)
-    remark(invalid, "segmentations are no polygons of three points or more, and no RLE of the image's size")
-
-    factor = np.ones(len(annotations)) if scale is None else scale.factor(columns["widths"], columns["heights"])
-    sides = np.sqrt((boxes[:, 2] * boxes[:, 3]).clip(0)) * factor[image_of]
-    objects = ~flat & ~crowd
-    rows = {
-        "images": len(annotations),
-        "  without annotations": int((np.diff(columns["offsets"]) == 0).sum()),
-        "annotations": len(ids),
-        "  crowds": int(crowd.sum()),
-        "  with masks": int(with_masks.sum()),
-        "largest image": "×".join(str(columns[name].max()) for name in ("widths", "heights")),
-    }
-    unit = "box side, pixels of the image" if scale is None else "box side, pixels of the model's input"
-    for percent in (1, 10, 50, 90, 99):
-        rows[f"{unit}: {percent} %"] = f"{np.percentile(sides[objects], percent):.0f}" if objects.any() else None
-    if scale is not None and objects.any():
-        small = objects & (sides < scale.smallest)
-        share = small.sum() / objects.sum()
-        rows[f"  under the model's smallest {scale.kind}, {scale.smallest:g}"] = f"{share:.1%}"
-        if share > 0.2:
-            report.remarks.append(
-                f"{where}: {share:.0%} of the boxes are smaller than the model's smallest {scale.kind} "
-                f"({scale.smallest:g} pixels of its input); it will find few of them. Larger input images help"
-            )
-    return rows
-
-
-def _boxes_by_category(annotations: CocoAnnotations) -> dict[str, int]:
-    columns = annotations.columns
-    labels = columns["labels"][~columns["iscrowd"] & ~annotations.without_area]
-    counts = np.bincount(labels, minlength=len(annotations.categories))
-    return dict(zip(annotations.category_names, counts.tolist(), strict=True))
-
-
-def _invalid_segmentations(annotations: CocoAnnotations) -> np.ndarray:
-    """(annotations,) bool."""
-    columns = annotations.columns
-    offsets = columns["segmentation_offsets"]
-    found = np.zeros(len(offsets) - 1, dtype=bool)
-    image_of = np.repeat(np.arange(len(annotations)), np.diff(columns["offsets"]))
-    decoder = msgspec.json.Decoder()
-    for at in np.flatnonzero(np.diff(offsets) > len(b"[]")).tolist():
-        try:
-            value = decoder.decode(columns["segmentations"][offsets[at] : offsets[at + 1]])
-        except msgspec.DecodeError:
-            value = "unreadable"
-        if isinstance(value, list):
-            found[at] = not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in value)
-        elif isinstance(value, dict):
-            height, width = (int(columns[name][image_of[at]]) for name in ("heights", "widths"))
-            found[at] = list(value.get("size", ())) != [height, width]
-            if isinstance(counts := value.get("counts"), list) and not found[at]:
-                found[at] = sum(counts) != height * width
-        elif value is not None:
-            found[at] = True
-    return found
-
-
-def _read_images(opened: dict[str, SplitData], images: int | None, skip: bool, report: Report) -> None:
-    """Reads some of each split; adds what cannot be read, and what is in both."""
-    digests: dict[str, dict[str, str]] = {}
-    row: list[Any] = ["images read"]
-    for split in ("train", "val"):
-        if split not in opened:
-            row.append(None)
-            continue
-        data = opened[split]
-        count = len(data.annotations) if images is None else min(images, len(data.annotations))
-        # spread over the file, the same at each call
-        wanted = np.linspace(0, len(data.annotations) - 1, count).astype(int).tolist() if count else []
-        digests[split], bad = {}, []
-        with ThreadPoolExecutor(_READERS) as readers:
-            for name, digest, error in readers.map(lambda i, data=data: _digest(data, i), wanted):
-                if error:
-                    bad.append(error)
-                else:
-                    digests[split].setdefault(digest, name)
-        row.append(count)
-        if bad:
-            message = f"data.{split}: {len(bad)} of the {count} images that were read are bad, the first: {bad[0]}"
-            (report.remarks if skip else report.stops).append(message)
-    if len(opened) == 2:
-        train, val = digests["train"], digests["val"]
-        _remark_on_both(
-            "images that were read", [(train[digest], val[digest]) for digest in train.keys() & val], report
-        )
-        train, val = (_by_boxes(opened[split].annotations) for split in ("train", "val"))
-        both = [(train[boxes], val[boxes]) for boxes in train.keys() & val]
-        _remark_on_both("images with the very same boxes", both, report)
-    report.rows.append(row)
-
-
-def _digest(data: SplitData, index: int) -> tuple[str, str, str]:
-    record = data.annotations[index]
-    try:
-        image = read_image(data.images, record.file_name, (record.width, record.height), f"image id {record.image_id}")
-    except BadImageError as error:
-        return record.file_name, "", str(error)
-    return record.file_name, hashlib.sha256(image.tobytes()).hexdigest(), ""
-
-
-def _by_boxes(annotations: CocoAnnotations) -> dict[bytes, str]:
-    """The first image of each size and set of boxes; of those with two boxes or more, which chance does not repeat."""
-    columns = annotations.columns
-    offsets, boxes = columns["offsets"].tolist(), columns["boxes"]
-    sizes = list(zip(columns["widths"].tolist(), columns["heights"].tolist(), strict=True))
-    found: dict[bytes, str] = {}
-    for i, (start, end) in enumerate(itertools.pairwise(offsets)):
-        if end - start >= 2:
-            key = hashlib.blake2b(repr(sizes[i]).encode() + boxes[start:end].tobytes(), digest_size=16).digest()
-            found.setdefault(key, annotations.file_name(i))
-    return found
-
-
-def _remark_on_both(what: str, both: Sequence[tuple[str, str]], report: Report) -> None:
-    if both:
-        train, val = min(both)
-        report.remarks.append(f"{len(both)} {what} are in data.train and in data.val, the first is {train} and {val}")
-
-
-def save_page(data: SplitData, path: Path, count: int = _ON_THE_PAGE) -> None:
-    """A page of images with their labels, spread over the file, as PNG or PDF."""
-    samples = []
-    for index in np.linspace(0, len(data.annotations) - 1, min(count, len(data.annotations))).astype(int).tolist():
-        record = data.annotations[index]
-        image = read_image(data.images, record.file_name, (record.width, record.height), f"image id {record.image_id}")
-        samples.append((image, record))
-    visualization.save(visualization.page_of_truth(samples, data.categories), path)
-
-
-def _trial_of(config_file: Path) -> type[DetectionTrial] | None:
-    """The detector whose folder the config is in."""
-    if not (config_file.parent / "model_def.py").is_file():
-        return None
-    sys.path.insert(0, str(config_file.absolute().parent))
-    classes = vars(importlib.import_module("model_def")).values()
-    return next(
-        (c for c in classes if isinstance(c, type) and issubclass(c, DetectionTrial) and c is not DetectionTrial), None
-    )
-
-
-def main(arguments: Iterable[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python3 -m shared check", description="What a training would meet in the data of an experiment config."
-    )
-    parser.add_argument("config", type=Path, help="the experiment config, const.yaml for example")
-    parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `check` beside the config and --set."""
     parser.add_argument(
         "--images", default=str(_SAMPLE), help=f"how many of each split are read, or `all`; default {_SAMPLE}"
     )
-    parser.add_argument("--page", type=Path, metavar="PNG", help="draw a page of images with their labels")
+    parser.add_argument(
+        "--page", type=Path, metavar="PNG", help="draw a page of images of both splits with their labels"
+    )
+
+
+def check_with(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> NoReturn:
+    """Prints what is in the data, and what would stop a training by the detector; ends with status 1 where one would.
+
+    Args:
+        arguments: `config`, `overrides`, and those of `add_arguments`.
+    """
+    from shared.config_file import fixed_hyperparameters, load_config, make_paths_absolute
+
+    images = _image_count(arguments.images)
+    _refuse_page(arguments.page)
+    config = load_config(str(arguments.config), arguments.overrides)
+    config["hyperparameters"] = fixed_hyperparameters(config)
+    make_paths_absolute(config, trial_class.path_hyperparameters)
+    report, opened = check_training(trial_class, config, images)
+    _end(report, opened, arguments.page)
+
+
+def check_training(
+    trial_class: type[DetectionTrial], config: dict[str, Any], images: int | None
+) -> tuple[Report, dict[str, SplitData]]:
+    """Begins a training, and makes samples of some of its images.
+
+    Args:
+        config: its hyperparameters fixed, its paths absolute.
+        images: how many of each split are read; all where None.
+    """
+    from shared.evaluation.data_report import SPLITS, Report, describe, open_both
+    from shared.experiment import SplitData, parse_data
+
+    report, opened = Report(), {}
+
+    class Checked(trial_class):
+        def open_train_and_val(self) -> tuple[Any, Any]:
+            try:
+                both = super().open_train_and_val()
+            except UserError:
+                if getattr(self, "evaluates_coco", True):  # what is wrong with either of them
+                    opened.update(open_both(self.data, report))
+                raise
+            opened.update((split, of) for split, of in zip(SPLITS, both, strict=True) if isinstance(of, SplitData))
+            return both
+
+    section = config["data"] = {**(config.get("data") or {}), "check_images": True}
+    with _begun(Checked, config) as (trial, error):
+        if error is not None:
+            report.stop(error)
+            if not opened:  # the config has ended it before: what the data section names may be another library's
+                with contextlib.suppress(UserError):
+                    opened.update(open_both(parse_data(config, trial_class.data_class), Report()))
+        scale = None
+        with contextlib.suppress(Exception):  # what is wrong with the config, the trial has said
+            scale = trial_class.input_scale(config)
+        describe(opened, scale, images, section.get("on_bad_image") == "skip", report)
+        if trial is not None:
+            _make_samples(trial, images, opened, report)
+        elif opened:
+            report.remarks.append("the training stops before its first sample, and none was made; check again then")
+    return report, opened
+
+
+@contextlib.contextmanager
+def _begun(trial_class: type[DetectionTrial], config: dict[str, Any]) -> Iterator[tuple[Any, Exception | None]]:
+    """The trial as a training has it before its first batch, or what ended that."""
+    from shared.experiment import per_slot_batch_size
+    from shared.training.loop import trial_context
+    from shared.training.processes import local_processes
+
+    with _quiet(), tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        before = os.environ.get("XDG_DATA_HOME")
+        os.environ["XDG_DATA_HOME"] = folder  # where Determined would store checkpoints
+        try:
+            distributed, device = stack.enter_context(local_processes())
+            if (batch_size := config["hyperparameters"].get("global_batch_size")) is not None:
+                per_slot_batch_size(batch_size, distributed.size)
+            trial = trial_class(stack.enter_context(trial_context(config, distributed, device)))
+        except Exception as error:  # a detector's library fails in as many ways as configs are wrong
+            yield None, error
+        else:
+            yield trial, None
+        finally:
+            os.environ.pop("XDG_DATA_HOME")
+            if before is not None:
+                os.environ["XDG_DATA_HOME"] = before
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the lines of a training's start, and what these two warn of, which the report has."""
+    levels = {None: logging.WARNING, "shared.experiment": logging.ERROR, "shared.training.trial_data": logging.ERROR}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _make_samples(trial: Any, images: int | None, opened: dict[str, SplitData], report: Report) -> None:
+    """Makes what the model would be given of some images; adds what cannot be made to the report."""
+    from torch.utils.data import DataLoader
+
+    from shared.data.dataset import SampleKey
+    from shared.evaluation.data_report import SPLITS, spread
+
+    datasets = {"train": trial.training_dataset, "val": lambda: trial.evaluation_dataset(trial.val_data)}
+    row: list[Any] = ["samples made of them"]
+    for split in SPLITS:
+        try:
+            dataset = datasets[split]()
+        except Exception as error:  # a pipeline that cannot be built
+            report.stop(error)
+            row.append(None)
+            continue
+        if split == "train":
+            keys: list[Any] = [SampleKey(0, index) for index in spread(len(dataset), images)]
+        else:
+            evaluated = trial.evaluated_images(len(dataset))
+            keys = [evaluated[i] for i in spread(len(evaluated), images)]
+        tried = _Tried(dataset, bad_images_are_known=split in opened)
+        workers = min(trial.data.workers, len(os.sched_getaffinity(0)))
+        failed = list(filter(None, DataLoader(tried, batch_size=None, sampler=keys, num_workers=workers)))
+        row.append(len(keys) - len(failed))
+        if failed:
+            first = f"{len(failed)} of {len(keys)} samples cannot be made, the first: {failed[0]}"
+            report.stop(UserError(f"data.{split}: {first}"))
+    report.rows.append(row)
+
+
+class _Tried:
+    """A data set that gives what is wrong with a sample, "" where nothing is."""
+
+    def __init__(self, dataset: Any, bad_images_are_known: bool):
+        self.dataset, self.bad_images_are_known = dataset, bad_images_are_known
+
+    def __getitem__(self, key: Any) -> str:
+        from shared.data.images import BadImageError
+
+        try:
+            self.dataset[key]
+        except BadImageError as error:
+            return "" if self.bad_images_are_known else str(error)
+        except UserError as error:
+            return str(error)
+        except Exception as error:  # whatever a library's own data set raises
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+
+def _image_count(given: str) -> int | None:
+    if given != "all" and not given.isdecimal():
+        raise UserError(f"--images: {given!r} is neither a number nor `all`")
+    return None if given == "all" else int(given)
+
+
+def _refuse_page(path: Path | None) -> None:
+    """Before the check, which may take minutes."""
+    if path is None:
+        return
+    if path.suffix.lower() not in _PAGES:
+        raise UserError(f"--page: {path} is no picture; let its name end with {' or '.join(_PAGES)}")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--page: {path.absolute().parent} is not a folder")
+    if path.is_dir():
+        raise UserError(f"--page: {path} is a folder; name a file")
+
+
+def _end(report: Report, opened: dict[str, SplitData], page: Path | None) -> NoReturn:
+    print(report)
+    if page is not None and not opened:
+        print("\nno page: the data could not be opened, or a detector's library has opened it")
+    elif page is not None:
+        from shared.evaluation.data_report import save_page
+
+        try:
+            save_page(opened, page)
+        except OSError as error:
+            raise UserError(f"--page: {page} cannot be written: {error.strerror or error}") from error
+        print(f"\nlabels of {' and '.join(f'data.{split}' for split in opened)}: {page}")
+    sys.exit(1 if report.stops else 0)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`python3 -m shared check`."""
+    from shared.config_file import load_config
+    from shared.evaluation.data_report import Report, describe, open_both
+
+    parser = argparse.ArgumentParser(
+        prog="python3 -m shared check",
+        description="What a training would meet in the data of an experiment config. `python3 model_def.py check` in "
+        "the detector's folder also checks the detector.",
+    )
+    parser.add_argument("config", type=Path, help="the experiment config, const.yaml for example")
+    parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[])
+    add_arguments(parser)
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    if given.images != "all" and not given.images.isdigit():
-        parser.error(f"--images: {given.images!r} is neither a number nor `all`")
     try:
-        config = load_config(str(given.config), given.overrides)
-        trial_class = _trial_of(given.config)
-        data = parse_data(config, trial_class.data_class if trial_class else DataConfig)
-        scale = trial_class.input_scale(config) if trial_class else None
-        report = check(data, scale, None if given.images == "all" else int(given.images))
-        print(report)
-        if given.page:
-            save_page(open_split(data, "train"), given.page)
-            print(f"\nlabels of data.train: {given.page}")
+        images = _image_count(given.images)
+        _refuse_page(given.page)
+        data = _data_of_any_detector(load_config(str(given.config), given.overrides))
+        if data.train is None and data.val is None and data.backend != "fake":
+            raise UserError(
+                f"{given.config} has neither data.train nor data.val; `python3 model_def.py check` in the detector's "
+                "folder looks at what the detector's own config names"
+            )
+        report = Report()
+        with _quiet():
+            opened = open_both(data, report)
+        describe(opened, None, images, data.on_bad_image == "skip", report)
+        print("the data alone; `python3 model_def.py check` in the detector's folder also checks the detector\n")
+        _end(report, opened, given.page)
     except UserError as error:
         sys.exit(f"error: {error}")
-    sys.exit(1 if report.stops else 0)
+
+
+def _data_of_any_detector(config: dict[str, Any]) -> DataConfig:
+    """The `data` section; MMDetection's `file_client_args` are read as MMDetection reads them, where that is one of
+    our own backends."""
+    from shared.data.storage import BACKEND_ALIASES, BACKENDS
+    from shared.experiment import parse_data
+
+    section = dict(config.get("data") or {})
+    client = section.pop("file_client_args", None)
+    if isinstance(client, dict):
+        name = BACKEND_ALIASES.get(client.get("backend"), client.get("backend", "disk"))
+        if name not in BACKENDS:
+            raise UserError(
+                f"data.file_client_args: only MMDetection reads through {name!r}; its `python3 model_def.py check` does"
+            )
+        section["backend"] = name
+        section |= {"bucket": bucket} if (bucket := client.get("bucket") or client.get("bucket_name")) else {}
+        section |= {"endpoint_url": client["endpoint_url"]} if client.get("endpoint_url") else {}
+    return parse_data({"data": section})

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import determined as det
 
+from shared.check import add_arguments as add_check_arguments
 from shared.config_file import fixed_hyperparameters, load_config, make_paths_absolute
 from shared.errors import DivergedError, UserError
 from shared.experiment import (
@@ -142,6 +143,7 @@ def read_arguments() -> argparse.Namespace:
             "--checkpoint",
             help="a checkpoint's path or, with DET_MASTER set, its UUID; default: the config's pretrained weights",
         )
+    add_check_arguments(add("check", "What would stop a training, and what is odd in its data."))
     return parser.parse_args()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ import msgspec
 import numpy as np
 
 from shared.config_file import expanded, refuse_unknown_keys
-from shared.data import synthetic
+from shared.data import segmentations, synthetic
 from shared.data.annotations import CocoAnnotations, check_same_categories
-from shared.data.image_check import check_images, refuse_names_outside
+from shared.data.boxes import check_box_format, under_a_pixel
+from shared.data.image_check import check_images, first_dark_image, refuse_names_outside
 from shared.data.remote import StoreError, StoreOptions, is_url
 from shared.data.storage import BACKEND_ALIASES, BACKENDS, ImageStorage, open_images
 from shared.errors import UserError, count_of, nearest, nearest_path
@@ -270,9 +272,12 @@ def open_split(data: DataConfig, split: str, images: ImageStorage | None = None)
         data.backend, folder, split, data.store_options, data.cache_dir, int(data.cache_gb * 2**30)
     )
     try:
-        refuse_names_outside(annotations, where)
+        refuse_names_outside(annotations, where, getattr(images, "folder", None))
+        check_box_format(annotations, f"data.{split}.annotations")
         if data.check_images:
             check_images(annotations, images, where, skip=data.on_bad_image == "skip")
+            if _is_first_process() and (dark := first_dark_image(annotations, images)):
+                logger.warning("data.%s: %s", split, dark)
     except StoreError as error:
         raise StoreError(f"data.{split}.images: {error}") from error
     return SplitData(annotations, images)
@@ -292,9 +297,22 @@ def open_train_and_val(data: DataConfig) -> tuple[SplitData, SplitData]:
 
 
 def check_trainable(annotations: CocoAnnotations) -> None:
-    """Raises UserError where there is nothing to train on."""
-    if not (~annotations.without_area & ~annotations.columns["iscrowd"]).any():
+    """Raises UserError where there is nothing to train on, warns of boxes that are next to nothing."""
+    objects, small = ~annotations.without_area & ~annotations.columns["iscrowd"], under_a_pixel(annotations)
+    if not objects.any():
         raise UserError(f"data.train.annotations: {annotations.path} has no box to train on")
+    if small[objects].all():
+        raise UserError(
+            f"data.train.annotations: {annotations.path} has no box to train on: all {int(objects.sum())} are less "
+            "than a pixel wide or high; COCO's boxes are x y width height in pixels"
+        )
+    if small.any() and _is_first_process():
+        logger.warning("data.train: %d boxes are less than a pixel wide or high", small.sum())
+
+
+def _is_first_process() -> bool:
+    """Whether a warning of this process's is not one of many."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def check_evaluable(annotations: CocoAnnotations) -> None:
@@ -304,16 +322,20 @@ def check_evaluable(annotations: CocoAnnotations) -> None:
 
 
 def check_masks(annotations: CocoAnnotations, split: str) -> None:
-    """Raises UserError where annotations to train masks on, or to evaluate them with, have none."""
-    columns = annotations.columns
-    # nothing, or an empty list
-    without = (np.diff(columns["segmentation_offsets"]) <= len(b"[]")) & ~columns["iscrowd"] & ~annotations.without_area
-    if without.any():
-        raise UserError(
-            f"data.{split}.annotations: {int(without.sum())} annotations of {annotations.path} have no segmentation, "
-            f"the first has id {columns['annotation_ids'][without.argmax()]}, and hyperparameters.config_file detects "
-            "masks; choose a config of boxes alone, or add the masks"
-        )
+    """Raises UserError where annotations to train masks on, or to evaluate them with, have none, or wrong ones."""
+    columns, wrong = annotations.columns, segmentations.wrong_rows(annotations)
+    counting = ~columns["iscrowd"] & ~annotations.without_area
+    absent = np.flatnonzero(segmentations.is_absent(annotations) & counting)
+    wrong = wrong[counting[wrong]]
+    for rows, what in ((absent, "have no segmentation"), (wrong, "have a segmentation that is wrong")):
+        if len(rows):
+            ids = columns["annotation_ids"]
+            why = f": it {segmentations.why_wrong(annotations, rows[0])}" if rows is wrong else ""
+            raise UserError(
+                f"data.{split}.annotations: {len(rows)} annotations of {annotations.path} {what}, the first has id "
+                f"{ids[rows[0]]}{why}; hyperparameters.config_file detects masks: choose a config of boxes alone, or "
+                f"{'correct' if why else 'add'} the masks"
+            )
 
 
 def parse_schedule(

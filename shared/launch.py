@@ -7,6 +7,7 @@ from shared.threads import use_available_cores
 import logging
 import sys
 
+from shared.check import check_with
 from shared.command_line import ended_by_errors, read_arguments
 from shared.detect import evaluate, predict
 from shared.here import train_here
@@ -15,7 +16,7 @@ from shared.on_cluster import train_on_cluster
 from shared.training.task import on_cluster
 from shared.training.trial import DetectionTrial
 
-_COMMANDS = {"train": train_here, "evaluate": evaluate, "predict": predict}
+_COMMANDS = {"train": train_here, "evaluate": evaluate, "predict": predict, "check": check_with}
 
 
 def main(trial_class: type[DetectionTrial]) -> None:

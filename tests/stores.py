@@ -42,6 +42,20 @@ def http_store(folder: Path):
 
 
 @contextlib.contextmanager
+def refusing():
+    """The endpoint of a store that refuses everybody."""
+
+    class Refusing(_Quiet):
+        def do_GET(self):
+            self.send_error(403)
+
+        do_HEAD = do_GET
+
+    with _serving(Refusing) as url:
+        yield url
+
+
+@contextlib.contextmanager
 def s3_store(folder: Path):
     """The endpoint of an S3 whose bucket holds the folder's files."""
     import boto3

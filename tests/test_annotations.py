@@ -1,19 +1,24 @@
 """A COCO file as columns: what a record holds, the cache, and what is refused."""
 
+import gzip
 import json
 import multiprocessing
 import os
 import pickle
+import re
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from shared.data import annotations, synthetic
+from shared.data import annotations, segmentations, synthetic
 from shared.data.annotations import CocoAnnotations, check_same_categories
+from shared.data.boxes import check_box_format
 from shared.errors import UserError
+from shared.experiment import check_masks, check_trainable
 
 
 def write(path, coco):
@@ -219,13 +224,35 @@ def test_what_contradicts_itself_is_refused_with_the_place(message, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "is empty"), ("{", "not JSON, or is cut off"), ("[1]", "not a COCO"), ('{"a": 1}', "not a COCO")],
+    [
+        (b"", "is empty"),
+        (b"{", "not JSON, or is cut off"),
+        (b"[1]", "not a COCO"),
+        (b'{"a": 1}', "not a COCO"),
+        ('{"images": []}'.encode("utf-16"), "is in UTF-16; save it in UTF-8"),
+        ('{"images": []}'.encode("utf-16-le"), "is in UTF-16; save it in UTF-8"),
+        (b"\n<!DOCTYPE html><html>Sign in</html>", "is a web page, not the file itself"),
+        (b"<annotation></annotation>", "is XML; `python3 -m shared convert`"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS"),
+        (b"PK\x03\x04abc", "is a ZIP archive; unpack it"),
+        (gzip.compress(b"{" * 99)[:-20], "is packed with gzip, and cannot be unpacked"),
+    ],
 )
 def test_what_is_not_coco_is_refused(content, message, tmp_path):
     path = tmp_path / "file.json"
-    path.write_text(content)
+    path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         CocoAnnotations.open(path)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lambda data: b"\xef\xbb\xbf" + data], ids=["gzip", "BOM"])
+def test_a_packed_file_and_one_with_a_mark_before_it_are_read(pack, coco, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(pack(json.dumps(coco).encode()))
+    for _ in range(2):
+        assert [r.segmentations for r in CocoAnnotations.open(path)] == [
+            r.segmentations for r in CocoAnnotations.from_dict(coco)
+        ]
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -255,3 +282,104 @@ def test_some_of_the_categories_keep_all_images_and_their_own_annotations(shapes
         assert b.segmentations == [piece for piece, keep in zip(a.segmentations, kept, strict=True) if keep]
     with pytest.raises(UserError, match=r"'circel' is no category of .*; did you mean 'circle'"):
         everything.select_categories(["circel"])
+
+
+# --- boxes and masks that no detector can learn from ------------------------------------------------
+
+
+def with_boxes(coco, box_of):
+    """The same with other boxes: `box_of` takes x, y, width, height and the image's width and height."""
+    sizes = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}
+    changed = [{**a, "bbox": box_of(*a["bbox"], *sizes[a["image_id"]])} for a in coco["annotations"]]
+    return CocoAnnotations.from_dict({**coco, "annotations": changed})
+
+
+def test_boxes_that_are_written_in_another_way_are_recognised(coco_tiny):
+    coco = json.loads((coco_tiny / "annotations/instances_train2017.json").read_text())
+    check_box_format(CocoAnnotations.from_dict(coco), "data.train.annotations")
+    shares = with_boxes(coco, lambda x, y, w, h, width, height: [x / width, y / height, w / width, h / height])
+    with pytest.raises(UserError, match=r"data.train.annotations: all 705 boxes .* are shares of the image's size"):
+        check_box_format(shares, "data.train.annotations")
+    corners = with_boxes(coco, lambda x, y, w, h, *_: [x, y, x + w, y + h])
+    with pytest.raises(UserError, match=r"look like corners, x1 y1 x2 y2, .* 7\d% of them reach far over the edge"):
+        check_box_format(corners, "data.train.annotations")
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        lambda x, y, w, h, width, height: [0, 0, width, height],
+        lambda x, y, w, h, width, height: [1, 1, width - 1, height + 1],  # sloppy by a pixel
+        lambda x, y, w, h, width, height: [-20, 5, width + 30, height - 5],  # beyond the edges (amodal)
+        lambda x, y, w, h, *_: [x, y, 1, 1],
+        lambda *_: [0, 0, 1, 1],
+    ],
+)
+def test_right_boxes_are_not_taken_for_wrong_ones(box, coco):
+    check_box_format(with_boxes(coco, box), "data.train.annotations")
+
+
+def test_boxes_under_a_pixel_are_a_warning_and_nothing_else_an_error(coco, caplog):
+    tiny = with_boxes(coco, lambda x, y, *_: [x, y, 0.5, 3])
+    with pytest.raises(UserError, match=r"has no box to train on: all .* are less than a pixel wide or high"):
+        check_trainable(tiny)
+    coco["annotations"][0]["bbox"] = [5, 5, 0.5, 3]
+    check_trainable(CocoAnnotations.from_dict(coco))
+    assert "data.train: 1 boxes are less than a pixel wide or high" in caplog.text
+
+
+WRONG_MASKS = {
+    "have no segmentation": [None, []],
+    "neither polygons nor RLE": ["mask", 777, {"size": [128, 128]}],
+    "not a list of polygons, each a list of numbers": [
+        [1, 2, 3, 4],
+        [1, 1, 5, 1, 5, 5],
+        [["a"] * 6],
+        [[1] * 5 + [None]],
+    ],
+    "has a polygon of 4 numbers": [[[1, 1, 5, 5]], [[1, 1, 5, 1, 5, 5], [1, 1, 5, 5]]],
+    "has a polygon of 7 numbers": [[[1, 1, 5, 1, 5, 5, 7]]],
+    r"has a point at 1e\+300 pixels": [[[1, 1, 5, 1, 5, 1e300]]],
+    "has a polygon of 0 numbers": [[[]]],
+    r"RLE of the size \[9, 9\], and the image's is \[128, 128\]": [{"size": [9, 9], "counts": [81]}],
+    "RLE of 81 pixels, and the image has 16384": [{"size": [128, 128], "counts": [80, 1]}],
+    "RLE that cannot be read": [{"size": [128, 128], "counts": [-1, 5]}, {"size": [128, 128], "counts": ["a"]}],
+}
+
+
+@pytest.mark.parametrize("message", WRONG_MASKS)
+def test_masks_to_train_on_are_there_and_valid_or_named(message, coco, tmp_path):
+    objects = [a for a in coco["annotations"] if not a["iscrowd"]]
+    for segmentation in WRONG_MASKS[message]:
+        objects[3]["segmentation"] = segmentation
+        names = [category["name"] for category in coco["categories"]]
+        selected = CocoAnnotations.open(write(tmp_path / "a.json", coco)).select_categories(names)
+        for opened in (CocoAnnotations.from_dict(coco), selected):
+            with pytest.raises(UserError, match=rf"data.val.*1 annotations .* has id {objects[3]['id']}.*") as error:
+                check_masks(opened, "val")
+            assert re.search(message, str(error.value))
+    objects[3]["bbox"] = [5, 5, 0, 5]  # not trained on, as crowds are not
+    check_masks(CocoAnnotations.from_dict(coco), "val")
+
+
+def test_masks_are_looked_at_once(coco, tmp_path, monkeypatch):
+    coco["annotations"][2]["segmentation"] = "mask"
+    path = write(tmp_path / "a.json", coco)
+    assert segmentations.wrong_rows(CocoAnnotations.open(path)).tolist() == [2]
+    monkeypatch.setattr(segmentations, "_look", None)
+    opened = CocoAnnotations.open(path)
+    assert segmentations.wrong_rows(opened).tolist() == [2]
+    monkeypatch.undo()
+    np.save(opened.cache / "segmentations/wrong.npy", np.array([999_999]))  # not ours
+    assert segmentations.wrong_rows(opened).tolist() == [2]
+
+
+def test_compressed_masks_of_every_size_are_valid():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        height, width = generator.integers(1, 60, 2).tolist()
+        mask = (generator.random((height, width)) < generator.random()).astype(np.uint8)
+        rle = coco_mask.encode(np.asfortranarray(mask))
+        whole = {"size": [height, width], "counts": rle["counts"].decode()}
+        assert segmentations.wrong_segmentation(whole, height, width) is None
+        assert segmentations.wrong_segmentation({**whole, "counts": whole["counts"] + "1"}, height, width)

@@ -1,18 +1,22 @@
-"""`python3 -m shared check`: what it finds, and when it says that a training would stop."""
+"""`check`: what it finds, and when it says that a training would stop."""
 
+import argparse
 import copy
 import json
+import os
+import re
 import shutil
-import subprocess
-import sys
 
+import numpy as np
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import WITHOUT_LIBRARY
 from PIL import Image
-from tiny_models import CONFIGS
+from tiny_models import CONFIGS, trial_classes
 
-from shared.check import check, main
+from shared.check import check_with, main
+from shared.data.samplers import TrainingBatchSampler
+from shared.evaluation.data_report import Report, describe, open_both
 from shared.experiment import parse_data
 
 
@@ -30,7 +34,9 @@ def section(folder, **more):
 
 
 def checked(folder, images=None, **more):
-    return check(parse_data({"data": section(folder, **more)}), images=images)
+    report, data = Report(), parse_data({"data": section(folder, **more)})
+    describe(open_both(data, report), None, images, data.on_bad_image == "skip", report)
+    return report
 
 
 def change(folder, change, split="train"):
@@ -58,12 +64,15 @@ def test_sound_data_has_nothing_that_stops_a_training(data):
         (lambda c: c["annotations"][0].update(bbox=[5, 5, 0, 9]), "1 boxes have no width or no height"),
         (lambda c: c["annotations"][0].update(bbox=[500, 5, 9, 9]), "1 boxes lie outside of their image"),
         (lambda c: c["annotations"][0].update(bbox=[100, 100, 90, 9]), "1 boxes reach over the edge"),
-        (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3, 4]]), "1 segmentations are no polygons"),
         (
-            lambda c: c["annotations"][0].update(segmentation={"size": [9, 9], "counts": [81]}),
-            "1 segmentations are no polygons",
+            lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3, 4]]),
+            "1 segmentations are wrong; that of annotation 1 has a polygon of 4",
         ),
-        (lambda c: c["categories"].append({"id": 99, "name": "unicorn"}), "'unicorn' has no box to train on"),
+        (lambda c: c["annotations"][0].update(bbox=[5, 5, 0.5, 9]), "1 boxes are less than a pixel wide or high"),
+        (
+            lambda c: c["categories"].extend({"id": 90 + i, "name": name} for i, name in enumerate("xyz")),
+            "3 categories have no box to train on: x, y, z",
+        ),
     ],
 )
 def test_what_is_odd_in_the_annotations_is_named_with_its_annotation(data, spoil, message):
@@ -112,34 +121,87 @@ def test_different_categories_stop_a_training(data):
     assert any("have different categories" in stop for stop in checked(data, images=0).stops)
 
 
-def test_the_command_reports_in_a_table_draws_a_page_and_ends_with_a_status(data, tmp_path, capsys):
-    config, page = tmp_path / "config.yaml", tmp_path / "page.png"
-    config.write_text(yaml.safe_dump({"data": section(data)}))
-    with pytest.raises(SystemExit) as ended:
-        main([str(config), "--images", "all", "--page", str(page)])
-    assert ended.value.code == 0
-    assert "nothing stops the training" in capsys.readouterr().out
-    assert Image.open(page).size[0] == 1800
-    with pytest.raises(SystemExit) as ended:
-        main([str(config), "--set", "data.val.annotations=/nowhere.json"])
-    assert ended.value.code == 1
-    assert "stops the training: data.val.annotations: /nowhere.json does not exist" in capsys.readouterr().out
-
-
-def test_box_sizes_are_compared_with_the_detector_s_smallest_anchor_or_stride(detector, shapes, tmp_path):
-    folder = ROOT / detector
-    config = CONFIGS[detector](shapes)
-    path = folder / "const_fake.yaml"
-    overrides = [
-        f"data.{split}.{key}={value}" for split in ("train", "val") for key, value in config["data"][split].items()
+def test_a_batch_of_more_images_than_there_are_is_said(caplog):
+    for _ in range(2):
+        TrainingBatchSampler(np.zeros(7), per_slot_batch_size=9, seed=0, slots=2)
+    assert [record.message for record in caplog.records] == [
+        "hyperparameters.global_batch_size: 18 is more than the 7 images that are trained on; a batch has each several "
+        "times"
     ]
-    sets = [argument for override in ["data.backend=disk", *overrides] for argument in ("--set", override)]
-    done = subprocess.run(
-        [sys.executable, "-m", "shared", "check", path.name, "--images", "2", *sets],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert "box side, pixels of the model's input" in done.stdout
-    assert "under the model's smallest " + ("stride" if detector == "mmdetection" else "anchor") in done.stdout
+
+
+def run_main(*arguments):
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+def test_the_command_reports_in_a_table_draws_a_page_of_both_splits_and_ends_with_a_status(data, tmp_path, capsys):
+    config, page = tmp_path / "config.yaml", tmp_path / "page.png"
+    client = {"file_client_args": {"backend": "disk"}}  # MMDetection's key
+    config.write_text(yaml.safe_dump({"data": section(data) | client}))
+    assert run_main(config, "--images", "all", "--page", page) == 0
+    said = capsys.readouterr().out
+    assert "nothing stops the training" in said
+    assert "`python3 model_def.py check` in the detector's folder also checks the detector" in said
+    assert "labels of data.train and data.val" in said
+    assert Image.open(page).size[0] == 1800
+    assert run_main(config, "--set", "data.val.annotations=/nowhere.json") == 1
+    assert "stops the training: data.val.annotations: /nowhere.json does not exist" in capsys.readouterr().out
+    assert run_main(config, "--page", "/nowhere/page.png") == "error: --page: /nowhere is not a folder"
+    assert "x.xyz is no picture; let its name end with .png" in run_main(config, "--page", "x.xyz")
+    assert "--images: 'few' is neither a number nor `all`" in run_main(config, "--images", "few")
+
+
+# --- with the detector ------------------------------------------------------------------------------
+
+
+def check_as_user(detector, config, folder, capsys, *overrides):
+    """`python3 model_def.py check` with a config that lies anywhere: its status and what it says."""
+    path = folder / "anywhere.yaml"
+    path.write_text(yaml.safe_dump(config))
+    arguments = argparse.Namespace(config=str(path), overrides=overrides, images="3", page=None)
+    with pytest.raises(SystemExit) as ended:
+        check_with(trial_classes()[detector], arguments)
+    return ended.value.code, capsys.readouterr().out
+
+
+def test_the_training_is_begun_whose_model_says_how_small_boxes_may_be(detector, shapes, tmp_path, capsys):
+    config = CONFIGS[detector](shapes)
+    code, said = check_as_user(detector, config, tmp_path, capsys)
+    assert code == 0, said
+    assert "box side, pixels of the model's input" in said
+    assert "under the model's smallest " + ("stride" if detector == "mmdetection" else "anchor") in said
+    assert re.search(r"samples made of them +3 +3", said)
+    assert os.listdir(tmp_path) == ["anywhere.yaml"]
+
+
+def test_what_stops_the_training_of_a_detector_is_a_line_with_what_to_do(detector, data, tmp_path, capsys):
+    """Masks that are none, in a config of masks; a rate that the optimizer refuses; images that are missing."""
+    config = CONFIGS[detector](data)
+    change(data, lambda coco: coco["annotations"][4].update(segmentation="mask"))
+    wrong = "have a segmentation that is wrong, the first has id 5: it is neither polygons nor RLE"
+    code, said = check_as_user(detector, config, tmp_path, capsys)
+    assert code == (0 if detector == "efficientdet" else 1)
+    assert (f"stops the training: data.train.annotations: 1 annotations of {data}" in said) is (code == 1)
+    assert (wrong in said) is (code == 1)
+    change(data, lambda coco: coco["annotations"][4].update(segmentation=[]))
+
+    if detector == "efficientdet":
+        code, said = check_as_user(detector, config, tmp_path, capsys, "hyperparameters.lr=-1")
+        assert (code, "stops the training: ValueError: Invalid learning rate: -1" in said) == (1, True)
+    (data / "val/000002.png").unlink()
+    code, said = check_as_user(detector, config, tmp_path, capsys)
+    assert code == 1
+    assert said.count("stops the training: data.val.images") == 1
+
+
+def test_data_that_only_a_detector_s_library_opens_is_checked_by_it(data, tmp_path, capsys):
+    if "detectron2" in WITHOUT_LIBRARY:
+        pytest.skip(WITHOUT_LIBRARY["detectron2"])
+    config = CONFIGS["detectron2"](data, "COCO-Detection/rpn_R_50_FPN_1x.yaml")
+    config["searcher"]["metric"] = "box_proposals/AR@100"
+    (data / "train/000000.png").write_bytes(b"no image")
+    code, said = check_as_user("detectron2", config, tmp_path, capsys)
+    assert code == 1
+    assert re.search(r"stops the training: data.train: 1 of 3 samples cannot be made, the first: .*000000.png", said)

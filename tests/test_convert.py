@@ -3,6 +3,8 @@
 import hotcoco
 import numpy as np
 import pytest
+import yaml
+from PIL import Image
 
 from shared.data.annotations import CocoAnnotations
 from shared.data.convert import convert, main
@@ -33,8 +35,8 @@ def boxes_by_name(annotations, crowds=True):
 @pytest.mark.parametrize("kind", ["voc", "yolo", "cvat"])
 def test_a_format_s_boxes_come_out_as_a_data_set(kind, sources, shapes, tmp_path):
     images = shapes / "train" if kind == "yolo" else None
-    (path,) = convert(kind, sources[kind], tmp_path / "out/all.json", images)
-    data = {"train": {"annotations": str(path), "images": str(shapes / "train")}}
+    (written,) = convert(kind, sources[kind], tmp_path / "out/all.json", images)
+    data = {"train": {"annotations": str(written.path), "images": str(shapes / "train")}}
     ours = boxes_by_name(open_split(parse_data({"data": data}), "train").annotations)
     # of which YOLO's labels have no crowds
     expected = boxes_by_name(CocoAnnotations.open(shapes / "annotations/train.json"), crowds=kind != "yolo")
@@ -45,8 +47,81 @@ def test_a_format_s_boxes_come_out_as_a_data_set(kind, sources, shapes, tmp_path
             assert any(box[0] == b[0] and np.abs(np.subtract(box[1:], b[1:])).max() <= 2 for b in ours[name])
 
 
+def voc_object(name="cell", corners=(10, 10, 30, 30), difficult=0):
+    box = "".join(f"<{key}>{c}</{key}>" for key, c in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True))
+    return f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{box}</bndbox></object>"
+
+
+def write_voc(file, *objects):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    size = "<size><width>100</width><height>50</height></size>"
+    name = f"<filename>{file.stem}.jpg</filename>"
+    file.write_text(f"<annotation>{name}{size}{''.join(objects)}</annotation>")
+
+
+def test_voc_is_read_from_its_usual_folders_with_its_own_splits_and_said_what_came_of_it(tmp_path, capsys):
+    root = tmp_path / "VOC2012"
+    write_voc(root / "Annotations/a.xml", voc_object(corners=(0, 1, 100, 50)), voc_object(difficult=1))
+    write_voc(root / "Annotations/b.xml", voc_object(corners=(5, 5, 2, 9)))
+    write_voc(root / "Annotations/c.xml", voc_object("dust"))
+    for split, stems in (("train", "a\nb\n"), ("val", "c\n")):
+        file = root / f"ImageSets/Main/{split}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(stems)
+    (root / "JPEGImages").mkdir()
+    main(["voc", str(root), str(tmp_path / "cells.json")])
+    said = capsys.readouterr().out
+    train = CocoAnnotations.open(tmp_path / "cells_train.json")
+    assert [train.file_name(i) for i in range(2)] == ["a.jpg", "b.jpg"]
+    assert train[0].file_boxes.tolist() == [[0, 0, 100, 50], [9, 9, 21, 21]]  # VOC counts from 1; a 0 is the first too
+    assert train[0].iscrowd.tolist() == [False, True]
+    counts = "2 images, 2 boxes, 2 categories, 1 images without boxes, 1 crowds (VOC's `difficult`), 1 boxes left out"
+    assert f"cells_train.json: {counts}" in said
+    images = f"images: {root / 'JPEGImages'}}}"
+    assert f"data:\n  train: {{annotations: {tmp_path / 'cells_train.json'}, {images}\n  val: {{annotations: " in said
+
+    file = root / "Annotations/a.xml"
+    file.write_text(file.read_text()[:200])
+    with pytest.raises(UserError, match=r"a\.xml is no annotation of Pascal VOC, or is cut off"):
+        convert("voc", root, tmp_path / "cells.json")
+
+
+@pytest.mark.parametrize("layout", ["ultralytics", "roboflow"])
+def test_yolo_is_read_from_its_usual_folders_both_splits_at_once(layout, tmp_path):
+    places = {"ultralytics": ("{0}/train", "{0}/val"), "roboflow": ("train/{0}", "valid/{0}")}[layout]
+    for place in places:
+        images, labels = (tmp_path / place.format(what) for what in ("images", "labels"))
+        for folder in (images, labels):
+            folder.mkdir(parents=True)
+        for name in ("a", "b"):
+            Image.new("RGB", (100, 50)).save(images / f"{name}.png")
+        (labels / "a.txt").write_text("1 0.5 0.5 0.2 0.4\n\n0 0.1 0.2 0.3 0.2 0.3 0.6\n0 0.5 0.5 0 0.1\n")
+    train, val = (place.format("images") for place in places)
+    said = {
+        "ultralytics": {"path": "../elsewhere", "train": train, "val": val, "names": {0: "cat", 1: "dog"}},
+        "roboflow": {"train": f"../{train}", "val": f"../{val}", "names": ["cat", "dog"]},
+    }[layout]
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(said))
+    written = convert("yolo", tmp_path, tmp_path / "pets.json")
+    assert [one.path.name for one in written] == ["pets_train.json", "pets_val.json"]
+    for one, place in zip(written, (train, val), strict=True):
+        split = {"annotations": str(one.path), "images": str(one.part.folder)}
+        assert one.part.folder == tmp_path / place
+        data = open_split(parse_data({"data": {"train": split}}), "train").annotations
+        assert data.category_names == ["cat", "dog"]
+        assert [len(record.boxes) for record in data] == [2, 0]
+        np.testing.assert_allclose(data[0].file_boxes, [[40, 15, 20, 20], [10, 10, 20, 20]])
+        assert data[0].segmentations == [None, [[10, 10, 30, 10, 30, 30]]]
+    (labels / "c.txt").write_text("")
+    with pytest.raises(UserError, match=r"has no image for the label file .*c\.txt"):
+        convert("yolo", tmp_path, tmp_path / "pets.json")
+    (labels / "c.txt").rename(labels / "b.txt").write_text("7 0.5 0.5 0.1 0.1")
+    with pytest.raises(UserError, match=r"b\.txt: line 1: category 7, which data.yaml does not name"):
+        convert("yolo", tmp_path, tmp_path / "pets.json")
+
+
 def test_a_split_has_each_image_once(sources, shapes, tmp_path):
-    train, val = convert("voc", sources["voc"], tmp_path / "cells.json", val_share=0.25)
+    train, val = (one.path for one in convert("voc", sources["voc"], tmp_path / "cells.json", val_share=0.25))
     names = [
         [annotations.file_name(i) for i in range(len(annotations))]
         for annotations in map(CocoAnnotations.open, (train, val))
@@ -59,9 +134,9 @@ def test_a_split_has_each_image_once(sources, shapes, tmp_path):
 def test_what_is_wrong_is_one_line(sources, shapes, tmp_path):
     with pytest.raises(SystemExit, match="error: /nowhere does not exist"):
         main(["voc", "/nowhere", str(tmp_path / "a.json")])
-    with pytest.raises(UserError, match="--images goes with yolo"):
+    with pytest.raises(UserError, match=r"neither `train` nor `val`.*give --images"):
         convert("yolo", sources["yolo"], tmp_path / "a.json")
-    with pytest.raises(UserError, match=r"yolo cannot be read as yolo: image `0000"):
+    with pytest.raises(UserError, match=r"has no image for the label file .*yolo/0000\d+\.txt"):
         convert("yolo", sources["yolo"], tmp_path / "a.json", shapes / "val")
     (tmp_path / "bad.xml").write_text("<no")
     with pytest.raises(UserError, match=r"bad.xml cannot be read as cvat"):

@@ -105,6 +105,43 @@ def test_subfolders_count_and_names_need_not_be_plain(data, looks, tmp_path):
         opened(data)
 
 
+@pytest.mark.parametrize(
+    ("file", "named", "said"),
+    [
+        ("000003.PNG", "000003.png", r"'000003.PNG' is there, and .* says '000003.png': upper and lower case count"),
+        ("a/3.png", "a\\3.png", r"'a/3.png' is there, and .*: write / for \\ in its names"),
+        ("in/3.png", "3.png", r"in/3.png is there: say `images: \S+/val/in`, or put in/ before the names"),
+        ("3.png", "val/3.png", r"/val/3.png is there: say `images: \S+/data`, or leave val/ out of the names"),
+        ("3.png", "x/y/3.png", r"'3.png' is there, .*: names have the folders below the one of the images"),
+        ("e\u0301.png", "\u00e9.png", r"is there, .* the same letters in other Unicode \(NFC and NFD\)"),
+        ("3.jpeg", "3.png", r"'3.jpeg' is there, .*: correct the endings"),
+        ("another.png", "3.png", r"the first is 3.png$"),
+    ],
+)
+def test_what_is_there_in_the_place_of_a_missing_image_is_named_with_what_to_do(data, file, named, said):
+    folder = images_of(data)
+    os.makedirs(os.path.dirname(f"{folder}/{file}"), exist_ok=True)
+    os.rename(f"{folder}/000003.png", f"{folder}/{file}")
+    rename_in_file(data, named)
+    with pytest.raises(UserError, match=said):
+        opened(data)
+
+
+def rename_in_file(data, name):
+    """The annotation file's name for the fourth image."""
+    with open(data["val"]["annotations"]) as file:
+        coco = json.load(file)
+    coco["images"][3]["file_name"] = name
+    with open(data["val"]["annotations"], "w") as file:
+        json.dump(coco, file)
+
+
+def test_an_absolute_name_in_the_images_folder_is_told_what_is_wanted(data):
+    rename_in_file(data, f"{images_of(data)}/000003.png")
+    with pytest.raises(UserError, match=r"is absolute, and lies in the images' folder; .*: write '000003.png'"):
+        opened(data)
+
+
 def test_missing_images_that_are_left_out_are_remembered_but_not_for_runs_that_need_them(data, looks, caplog):
     os.unlink(f"{images_of(data)}/000003.png")
     for _ in range(2):

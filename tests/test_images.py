@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -82,6 +83,24 @@ def test_odd_images_give_the_pixels_they_show(tmp_path, decode):
     frames = [image.quantize(64), Image.new("P", image.size)]
     assert (pixels(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])) == shown).all()
     assert (pixels(encoded(image.convert("RGBA"), "PNG")) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("brightest", "said"), [(4095, "no value above 4095: .* multiply the values of such images by 16"), (50_000, "")]
+)
+def test_twelve_bits_in_sixteen_are_named_once_and_stay_as_they_are(shapes, tmp_path, caplog, brightest, said):
+    folder = shutil.copytree(shapes / "val", tmp_path / "images")
+    levels = np.linspace(0, brightest, 128 * 128).astype(np.uint16).reshape(128, 128)
+    for file in folder.iterdir():
+        Image.fromarray(levels).save(file)
+    data = open_split(parse_data({"data": {"val": {**split(shapes), "images": str(folder)}}}), "val")
+    warned = [record.message for record in caplog.records if "has 16 bits a pixel" in record.message]
+    assert len(warned) == bool(said)
+    assert all(re.search(said, message) for message in warned)
+    pixels = np.asarray(read_image(data.images, "000003.png"))
+    assert (pixels == (levels >> 8)[..., None]).all()
+    (folder / "000000.png").write_bytes(b"no image")  # which is another's to say
+    open_split(parse_data({"data": {"val": {**split(shapes), "images": str(folder)}}}), "val")
 
 
 def test_an_image_of_one_pixel_is_one(tmp_path):

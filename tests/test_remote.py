@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import reports
-from stores import BUCKET, Faults, gcs_store, http_store, s3_store, with_faults
+from stores import BUCKET, Faults, gcs_store, http_store, refusing, s3_store, with_faults
 from tiny_models import CONFIGS, efficientdet_config, trial_classes
 
+from shared.data import remote
 from shared.data.dataset import CocoDetection, SampleKey
 from shared.data.file_cache import CachedImages
 from shared.data.remote import RemoteImages, StoreError, StoreOptions
@@ -108,6 +109,33 @@ def test_what_is_not_in_the_store_is_named_before_training(kind, shapes):
         wrong = {**data, "train": {**data["train"], "images": f"{place}nowhere"}}
         with pytest.raises(UserError, match=r"data\.train\.images \(\S+nowhere\): \d+ of the 24 images"):
             opened(wrong)
+
+
+def test_what_no_patience_helps_with_ends_at_once_in_one_line(shapes, monkeypatch):
+    """A bucket that is not there, a refused login, a protocol that is not read, a port where nothing listens: it says
+    which. A store that has answered before is waited for."""
+    monkeypatch.setattr(remote, "_PAUSES_TO_CONNECT", (0.01, 0))
+    started = time.monotonic()
+    with serving("s3", shapes) as data:
+        wrong = {**data, **splits(f"s3://no{BUCKET}/")}
+        with pytest.raises(UserError, match=f"there is no bucket 'no{BUCKET}'$"):
+            opened(wrong)
+        images = {**data["train"], "images": f"s3://no{BUCKET}/train"}
+        with pytest.raises(UserError, match=rf"data\.train\.images: .* there is no bucket 'no{BUCKET}'$"):
+            opened({**data, "train": images})
+    with refusing() as endpoint, pytest.raises(UserError, match=r"Forbidden\); set AWS_ACCESS_KEY_ID and"):
+        opened({**data, "endpoint_url": endpoint})
+    for place, port in (("s3://bucket/", {"endpoint_url": "http://127.0.0.1:9"}), ("http://127.0.0.1:9/", {})):
+        with pytest.raises(UserError, match=r"nothing answers at 127.0.0.1, port 9 \(Connection refused\); correct "):
+            opened({**splits(place), **port})
+    with pytest.raises(UserError, match=r"nothing is read from ftp://; these are: s3://, gs://, .*, and paths on disk"):
+        opened(splits("ftp://host/"))
+    with pytest.raises(UserError, match=r"data\.train\.images: az://.* nothing is read from az://"):
+        opened({"train": {"annotations": str(shapes / "annotations/train.json"), "images": "az://container/train"}})
+    assert time.monotonic() - started < 20
+    monkeypatch.setattr(remote, "_answered", {("127.0.0.1", 9)})
+    with pytest.raises(UserError, match="cannot be read, for 1 seconds"):
+        opened({**splits("http://127.0.0.1:9/"), "store_timeout": 1})
 
 
 def test_annotations_of_a_url_are_parsed_again_when_the_file_has_changed(shapes, tmp_path):

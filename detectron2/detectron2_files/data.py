@@ -142,7 +142,8 @@ def to_dataset_dict(record: ImageRecord, annotated: bool = True) -> dict[str, An
             "iscrowd": int(record.iscrowd[i]),
         }
         if isinstance(segmentation, list) and segmentation:
-            segmentation = [polygon for polygon in segmentation if len(polygon) % 2 == 0 and len(polygon) >= 6]
+            polygons = [polygon for polygon in segmentation if isinstance(polygon, list)]
+            segmentation = [polygon for polygon in polygons if len(polygon) % 2 == 0 and len(polygon) >= 6]
             if not segmentation:
                 continue
         if segmentation:
@@ -156,7 +157,7 @@ def to_dataset_dict(record: ImageRecord, annotated: bool = True) -> dict[str, An
 
 
 def _compressed(segmentation: list | dict, record: ImageRecord) -> list | dict:
-    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
+    if isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), list):
         from pycocotools import mask as coco_mask
 
         return coco_mask.frPyObjects(segmentation, record.height, record.width)

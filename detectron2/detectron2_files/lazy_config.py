@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import MetadataCatalog
@@ -19,7 +22,10 @@ from torch import nn
 
 from detectron2_files.config_protocol import TrainingSet, check_sampler
 from detectron2_files.plain_config import OF_CONFIG, read_plain, write_plain
+from shared.data.input_scale import InputScale
 from shared.errors import UserError, nearest
+
+_ANCHOR_SIZES = re.compile(r"anchor_generators?\.sizes\[")
 
 
 class LazyConfigFile:
@@ -75,7 +81,18 @@ class LazyConfigFile:
             raise UserError(f"{self.path}: {key} is a function of {file}, which has none there any more")
         return value
 
-    input_scale = None  # a mapper's augmentations and a model's anchors are arguments of any callable
+    @property
+    def input_scale(self) -> InputScale | None:
+        """By what anchors and the resizing of the test images are called in the configs that the library ships; None
+        where one of them is not found."""
+        sizes = [v for key, v in _values(self.cfg.model) if _ANCHOR_SIZES.search(key) and isinstance(v, (int, float))]
+        mapper = self.cfg.dataloader.get("test", {}).get("mapper") or {}
+        steps = [step for step in mapper.get("augmentations") or () if isinstance(step, DictConfig)]
+        resize = next((s for s in steps if _name(s.get("_target_", "")) == "ResizeShortestEdge"), None)
+        if not sizes or resize is None:
+            return None
+        short = np.max(resize.short_edge_length)  # a number, or several
+        return InputScale(min(sizes), "anchor", float(short), resize.get("max_size") or math.inf)
 
     @property
     def weights(self) -> str:

@@ -103,6 +103,21 @@ def selected_classes(leaf: dict[str, Any]) -> tuple[str, ...] | None:
         raise UserError(f"classes: {classes!r} is no file of names; give a list for one class too") from error
 
 
+def loads_masks(leaf: dict[str, Any]) -> bool:
+    """Whether a data set's pipeline loads its masks."""
+    return any(step["type"] == "LoadAnnotations" and step.get("with_mask") for step in leaf.get("pipeline") or ())
+
+
+def trains_masks(config: Any) -> bool:
+    """Whether the data of a config are trained on with their masks."""
+
+    def has_head(section: Any) -> bool:
+        sections = section.values() if isinstance(section, dict) else section if isinstance(section, list) else ()
+        return (isinstance(section, dict) and bool(section.get("mask_head"))) or any(map(has_head, sections))
+
+    return any(map(loads_masks, leaves(config.data.train))) or has_head(config.model)
+
+
 def classes_of(kind: str) -> tuple[str, ...] | None:
     """The names that MMDetection gives the classes of a kind of data set; None where it gives none."""
     return getattr(DATASETS.get(kind), "CLASSES", None)
@@ -227,8 +242,6 @@ class CocoSamples:
         self.CLASSES = tuple(annotations.category_names)
         self.PALETTE = CocoDataset.PALETTE
         columns = annotations.columns
-        if any(step["type"] == "LoadAnnotations" and step.get("with_mask") for step in pipeline):
-            check_masks(annotations, "train")
         used = np.minimum(columns["widths"], columns["heights"]) >= _MIN_SIDE
         if leaf.get("filter_empty_gt", True):
             used &= np.diff(columns["offsets"]) > 0
@@ -287,9 +300,13 @@ def build_own_dataset(section: Any, data: MMDetectionData, training: bool) -> An
         leaf.pop("samples_per_gpu", None)
         if is_url(data.located(str(leaf.get("ann_file")))):
             raise UserError(f"data.{split}: the config's {leaf['type']} reads from disk, not {leaf['ann_file']}")
-        if leaf["type"] == "CocoDataset" and not leaf.get("classes") and isinstance(leaf["ann_file"], str):
-            # CocoDataset itself looks for COCO's names, whatever the file has
-            leaf["classes"] = CocoAnnotations.open(leaf["ann_file"], cache_dir=data.cache_dir).category_names
+        if leaf["type"] == "CocoDataset" and isinstance(leaf["ann_file"], str):
+            annotations = CocoAnnotations.open(leaf["ann_file"], cache_dir=data.cache_dir)
+            if not leaf.get("classes"):  # CocoDataset itself looks for COCO's names, whatever the file has
+                leaf["classes"] = annotations.category_names
+            if loads_masks(leaf):
+                of_both = [name for name in selected_classes(leaf) if name in annotations.category_names]
+                check_masks(annotations.select_categories(of_both), split)
         if data.file_client is not None:
             leaf["file_client_args"] = data.file_client
             for step in leaf["pipeline"]:

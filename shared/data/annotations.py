@@ -6,7 +6,9 @@ loader worker and rank of the machine, maps the same pages, so a file of COCO's 
 
 from __future__ import annotations
 
+import codecs
 import functools
+import gzip
 import hashlib
 import itertools
 import json
@@ -16,6 +18,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -131,7 +134,11 @@ class CocoAnnotations:
         categories: [{"id": 1, "name": "person", …}, …], as in the file, in the order of ids.
         columns: name to array; the annotations of image i are rows `offsets[i]` to `offsets[i + 1]`.
         cache: the folder that the columns are mapped from, None where they are in memory.
+        selected_from: of `select_categories`: the annotations with all categories, and (annotations,) bool which of
+            theirs these are.
     """
+
+    selected_from: tuple[CocoAnnotations, np.ndarray] | None = None
 
     def __init__(
         self, columns: dict[str, np.ndarray], categories: list[dict], path: Path | str | None, cache: Path | None
@@ -178,7 +185,7 @@ class CocoAnnotations:
             return next((annotations for annotations in opened if annotations), None)
 
         def make() -> CocoAnnotations:
-            columns, categories = _to_columns(_decode(read(), path), path)
+            columns, categories = _to_columns(_decode(_as_json(read(), path), path), path)
             for cache in caches:
                 if _write_cache(cache, columns, categories, signature):
                     return cls._from_cache(cache, path, signature) or cls(columns, categories, path, None)
@@ -301,7 +308,9 @@ class CocoAnnotations:
             if name in columns:
                 columns[name] = columns[name][kept]
         columns["labels"] = np.searchsorted(labels, columns["labels"][kept]).astype(np.int32)
-        return CocoAnnotations(columns, categories, self.path, None)
+        selected = CocoAnnotations(columns, categories, self.path, None)
+        selected.selected_from = self, kept
+        return selected
 
     @property
     def without_area(self) -> np.ndarray:
@@ -363,6 +372,36 @@ def _map_file(path: Path) -> mmap.mmap:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:  # nothing to map
         raise UserError(f"{path} is empty") from error
+
+
+# how files begin that are something else, as downloads and exports leave them, and what to do
+_NO_JSON = {
+    b"\xff\xfe": "is in UTF-16; save it in UTF-8",
+    b"\xfe\xff": "is in UTF-16; save it in UTF-8",
+    b"{\0": "is in UTF-16; save it in UTF-8",
+    b"\0{": "is in UTF-16; save it in UTF-8",
+    b"<!doctype html": "is a web page, not the file itself; download it again, a file behind a login or a form by hand",
+    b"<html": "is a web page, not the file itself; download it again, a file behind a login or a form by hand",
+    b"<": "is XML; `python3 -m shared convert` makes COCO's JSON of Pascal VOC and CVAT",
+    b"pk\3\4": "is a ZIP archive; unpack it, and name the JSON file in it",
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself; run `git lfs pull`",
+}
+
+
+def _as_json(data: bytes | mmap.mmap, source: object) -> bytes | mmap.mmap:
+    """The JSON, unpacked where it is packed with gzip, and without the mark that Windows' programs write before it."""
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{source} is packed with gzip, and cannot be unpacked: {error}") from error
+    if data[:3] == codecs.BOM_UTF8:
+        data = data[3:]
+    head = bytes(data[:256]).lstrip().lower()
+    for start, meaning in _NO_JSON.items():
+        if head.startswith(start):
+            raise UserError(f"{source} {meaning}")
+    return data
 
 
 def _decode(data: bytes | mmap.mmap, source: object) -> _CocoFile:

@@ -17,6 +17,8 @@ _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 # the formats that OpenCV reads too, with what a whole file ends with; where there is no such end, or more follows,
 # the file has to be decoded to know whether it is whole
 _ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "BMP": None, "WEBP": None, "TIFF": None}
+_SIXTEEN_BITS = (".png", ".tif", ".tiff", ".pgm", ".jp2")  # formats that can have them
+_TWELVE_BITS = 4096
 _DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
 
 
@@ -100,6 +102,26 @@ def plain_bytes(data: bytes, size: tuple[int, int] | None = None) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def darkness(images: ImageStorage, file_name: str) -> str:
+    """What to say of an image whose 16 bits hold 12, 10 or 8 alone, as microscopes and X-ray detectors leave them: of
+    their upper 8, next to nothing is left. "" for any other, and one that cannot be read."""
+    if not file_name.lower().endswith(_SIXTEEN_BITS):
+        return ""
+    try:
+        with Image.open(io.BytesIO(images.read(file_name))) as image:
+            levels = np.asarray(image) if image.mode.startswith("I") else np.zeros(1)
+    except Exception:  # whatever a store's client raises: the read that counts will say it
+        return ""
+    brightest = int(levels.max())
+    if not 255 < brightest < _TWELVE_BITS:
+        return ""
+    return (
+        f"{file_name} has 16 bits a pixel and no value above {brightest}: of 16 bits the upper 8 are taken, so that it "
+        f"is all but black (0 to {brightest >> 8} of 255); multiply the values of such images by "
+        f"{2 ** (16 - brightest.bit_length())}"
+    )
 
 
 def decode_rgb(data: bytes) -> Image.Image:

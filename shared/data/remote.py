@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import socket
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import fsspec
 import numpy as np
@@ -25,13 +28,14 @@ T = TypeVar("T")
 _PROTOCOLS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 _PACKAGES = {"s3": "s3fs", "gcs": "gcsfs", "http": "aiohttp"}
 _CREDENTIALS = {
-    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE",
-    "gcs": "set GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth application-default login`",
-    "http": "the server must let everybody read",
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or data.anonymous: true for a public one",
+    "gcs": "set GOOGLE_APPLICATION_CREDENTIALS, or data.anonymous: true for a public one",
+    "http": "the server must let everybody read",  # there is no login
 }
 # what a file's listing says of its contents: S3, GCS, HTTP
 _VERSION_KEYS = ("size", "ETag", "LastModified", "generation", "md5Hash", "updated", "mtime", "Last-Modified")
 _SPOT_CHECKS = 16
+_PAUSES_TO_CONNECT = (0.5, 1, 2, 0)  # seconds
 # what the same request meets again: of the file, of the rights, of the request itself (UserError is a ValueError)
 _DEFINITE = (
     FileNotFoundError,
@@ -151,8 +155,9 @@ class RemoteImages:
         except StoreError as error:
             if not isinstance(error.__cause__, PermissionError):
                 raise
+            look = self._try_some(names)  # which says it where nothing may be read either
             logger.warning("%s cannot be listed: that all images are there is not checked", self.url)
-            return self._try_some(names)
+            return look
         order = np.argsort(listed, kind="stable")
         listed = listed[order]
         rows = rows_of(names, listed)
@@ -248,8 +253,11 @@ def _list_gcs(
 
 def _protocol(url: str) -> str:
     scheme = url.partition("://")[0]
+    if scheme == "file":
+        raise StoreError(f"{url}: write the path alone, {url.removeprefix('file://')}")
     if scheme not in _PROTOCOLS:
-        raise UserError(f"{url}: {scheme}:// is not one of {', '.join(f'{known}://' for known in _PROTOCOLS)}")
+        known = ", ".join(f"{known}://" for known in _PROTOCOLS)
+        raise StoreError(f"{url}: nothing is read from {scheme}://; these are: {known}, and paths on disk")
     return _PROTOCOLS[scheme]
 
 
@@ -268,6 +276,7 @@ def _open(url: str, options: StoreOptions) -> AsyncFileSystem:
         if protocol == "gcs":
             # Google's JSON interface alone: gRPC does not outlive the fork of a loader worker
             os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it raises too
             from gcsfs.core import GCSFileSystem
 
             return GCSFileSystem(**arguments)
@@ -284,6 +293,7 @@ def _with_retries(call: Callable[[AsyncFileSystem], T], location: str, options: 
         FileNotFoundError: there is no such file.
         StoreError: the store refuses, or failed all the time.
     """
+    _refuse_unreachable(location, options)
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_may_pass),
         wait=tenacity.wait_random_exponential(multiplier=0.1, max=options.timeout / 12),
@@ -302,17 +312,60 @@ def _with_retries(call: Callable[[AsyncFileSystem], T], location: str, options: 
             raise cause from None
 
     try:
-        return retrying(attempt)
+        result = retrying(attempt)
     except (FileNotFoundError, UserError):
         raise
     except Exception as error:  # each store's library has errors of its own
         reason = f"{type(error).__name__}: {error}".strip(": ").split("\n")[0]
         if _may_pass(error):
             raise StoreError(f"{location} cannot be read, for {options.timeout:g} seconds ({reason})") from error
-        hint = _CREDENTIALS[_protocol(location)]
-        raise StoreError(
-            f"{location} cannot be read ({reason}); {hint}, or data.anonymous: true for a public one"
-        ) from error
+        if type(error).__name__ == "NoSuchBucket":
+            bucket = location.partition("://")[2].split("/")[0]
+            raise StoreError(f"{location} cannot be read: there is no bucket {bucket!r}") from error
+        hint = f"; {_CREDENTIALS[_protocol(location)]}" if _is_refusal(error) else ""
+        raise StoreError(f"{location} cannot be read ({reason}){hint}") from error
+    _answered.add(_address(location, options))
+    return result
+
+
+# the host and port of each store that this process, or the one that it was forked from, has read from
+_answered: set[tuple[str, int] | None] = set()
+
+
+def _address(location: str, options: StoreOptions) -> tuple[str, int] | None:
+    """The host and port that the config names; None for the provider's own."""
+    url = location if _protocol(location) == "http" else options.endpoint_url
+    if url is None:
+        return None
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError as error:
+        raise StoreError(f"{url} is no address: {error}") from error
+    if host is None:
+        raise StoreError(f"data.endpoint_url: {url} is no address; write it with http:// or https:// before it")
+    return host, port
+
+
+def _refuse_unreachable(location: str, options: StoreOptions) -> None:
+    """Raises StoreError where no store is at the address that the config names: nothing has been read from there yet,
+    and no host has that name or no program listens at the port, several times. One that has answered before may be
+    away for a while."""
+    address = _address(location, options)
+    if address is None or address in _answered or urllib.request.getproxies().keys() & {"http", "https", "all"}:
+        return
+    for pause in _PAUSES_TO_CONNECT:
+        try:
+            socket.create_connection(address, timeout=5).close()
+            return
+        except (ConnectionRefusedError, socket.gaierror) as error:
+            reason = error.strerror
+            time.sleep(pause)
+        except OSError:  # slow, or somebody between us drops it: for the patience of the read itself
+            return
+    host, port = address
+    key = "data.endpoint_url" if _protocol(location) != "http" else "the URL"
+    raise StoreError(f"{location} cannot be read: nothing answers at {host}, port {port} ({reason}); correct {key}")
 
 
 def _named(call: Callable[[AsyncFileSystem], T], url: str, options: StoreOptions) -> T:
@@ -324,12 +377,27 @@ def _named(call: Callable[[AsyncFileSystem], T], url: str, options: StoreOptions
 
 def _may_pass(error: BaseException) -> bool:
     """Whether the same request may do better later."""
-    if isinstance(error, _DEFINITE):
+    if isinstance(error, _DEFINITE) or _is_refusal(error):
         return False
-    if "Credentials" in type(error).__name__ or str(error).startswith("Forbidden"):
-        return False
+    status = _status(error)
+    return not (status is not None and 400 <= status < 500 and status not in (408, 429))
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether it is about who asks."""
+    named = "Credentials" in type(error).__name__ or str(error).startswith("Forbidden")
+    return named or isinstance(error, PermissionError) or _status(error) in (401, 403)
+
+
+def _status(error: BaseException) -> int | None:
+    """HTTP's, where the store's library says it."""
+    response = getattr(error, "response", None)  # botocore's
+    if isinstance(response, dict):
+        if response.get("Error", {}).get("Code") in ("RequestTimeout", "RequestTimeTooSkewed"):
+            return None
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     status = getattr(error, "status", None) or getattr(error, "code", None)
-    return not (isinstance(status, int) and 400 <= status < 500 and status not in (408, 429))
+    return status if isinstance(status, int) else None
 
 
 def _attempt_seconds(options: StoreOptions) -> float:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from shared.data.dataset import SampleKey
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingBatchSampler(Sampler):
@@ -40,6 +44,8 @@ class TrainingBatchSampler(Sampler):
         self.rank = rank
         self.slots = slots
         self.first_batch = first_batch
+        if rank == 0 and per_slot_batch_size * slots > len(groups):
+            _warn_of_repeats(per_slot_batch_size * slots, len(groups))
         _, sizes = np.unique(groups, return_counts=True)
         self.length = int((-(-sizes // (per_slot_batch_size * slots))).sum())
 
@@ -64,6 +70,16 @@ class TrainingBatchSampler(Sampler):
             batches.append(np.resize(members, (-(-len(members) // batch_size), batch_size)))
         batches = generator.permutation(np.concatenate(batches)) if len(batches) > 1 else batches[0]
         return batches.reshape(len(self), self.slots, self.per_slot_batch_size)
+
+
+@functools.cache  # a training makes several samplers
+def _warn_of_repeats(global_batch_size: int, images: int) -> None:
+    logger.warning(
+        "hyperparameters.global_batch_size: %d is more than the %d images that are trained on; a batch has "
+        "each several times",
+        global_batch_size,
+        images,
+    )
 
 
 def aspect_ratio_groups(widths: np.ndarray, heights: np.ndarray) -> np.ndarray:

@@ -6,12 +6,12 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import hotcoco
 import numpy as np
 
-from shared.data.annotations import CocoAnnotations, ImageRecord
+from shared.data.annotations import CocoAnnotations
+from shared.data.segmentations import wrong_segmentation
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.reducer import ChiefReducer, Gather, alone
@@ -352,11 +352,14 @@ def to_hotcoco(annotations: CocoAnnotations, masks: bool = True, keypoints: bool
 
 
 def _segmentations(annotations: CocoAnnotations) -> list[list | dict]:
-    """The segmentation of each annotation, [] where there is none, each one that hotcoco can score."""
+    """The segmentation of each annotation, [] where there is none, each one that hotcoco can score: polygons of less
+    than three points, which enclose nothing, are left out."""
     segmentations = []
     for record in annotations:
         for piece in record.segmentations:
-            if wrong := _wrong_segmentation(piece, record) if piece else None:
+            if isinstance(piece, list):
+                piece = [polygon for polygon in piece if not (isinstance(polygon, list) and len(polygon) < 6)]
+            if wrong := wrong_segmentation(piece, record.height, record.width) if piece else None:
                 annotation_id = annotations.columns["annotation_ids"][len(segmentations)]
                 raise UserError(
                     f"{annotations.path or 'the annotations'}: the segmentation of annotation {annotation_id}, on "
@@ -364,22 +367,6 @@ def _segmentations(annotations: CocoAnnotations) -> list[list | dict]:
                 )
             segmentations.append(piece or [])
     return segmentations
-
-
-def _wrong_segmentation(segmentation: Any, record: ImageRecord) -> str | None:
-    if isinstance(segmentation, list):
-        if all(isinstance(polygon, list) and set(map(type, polygon)) <= {int, float} for polygon in segmentation):
-            return None
-        return "is not a list of polygons, each a list of numbers"
-    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
-        return "is neither polygons nor RLE with `size` and `counts`"
-    if segmentation["size"] != [record.height, record.width]:
-        return f"is RLE of the size {segmentation['size']}, and the image's is {[record.height, record.width]}"
-    try:
-        hotcoco.mask.area(segmentation)
-    except (TypeError, ValueError, OverflowError) as error:
-        return f"has RLE that cannot be read ({error})"
-    return None
 
 
 def _annotation_dicts(columns: dict[str, np.ndarray], image_of: np.ndarray, segmentation: list | None) -> list[dict]:

@@ -1,0 +1,1 @@
+../../../shared/evaluation/data_report.py
