@@ -189,7 +189,7 @@ def test_what_stops_the_training_of_a_detector_is_a_line_with_what_to_do(detecto
 
     if detector == "efficientdet":
         code, said = check_as_user(detector, config, tmp_path, capsys, "hyperparameters.lr=-1")
-        assert (code, "stops the training: ValueError: Invalid learning rate: -1" in said) == (1, True)
+        assert (code, "(ValueError: Invalid learning rate: -1" in said) == (1, True)
     (data / "val/000002.png").unlink()
     code, said = check_as_user(detector, config, tmp_path, capsys)
     assert code == 1
