@@ -63,7 +63,7 @@ def check_training(
         config: its hyperparameters fixed, its paths absolute.
         images: how many of each split are read; all where None.
     """
-    from shared.evaluation.data_report import SPLITS, Report, describe, open_both
+    from shared.evaluation.data_report import SPLITS, Report, describe, open_named
     from shared.experiment import SplitData, parse_data
 
     report, opened = Report(), {}
@@ -74,7 +74,7 @@ def check_training(
                 both = super().open_train_and_val()
             except UserError:
                 if getattr(self, "evaluates_coco", True):  # what is wrong with either of them
-                    opened.update(open_both(self.data, report))
+                    opened.update(open_named(self.data, report))
                 raise
             opened.update((split, of) for split, of in zip(SPLITS, both, strict=True) if isinstance(of, SplitData))
             return both
@@ -85,7 +85,7 @@ def check_training(
             report.stop(error)
             if not opened:  # the config has ended it before: what the data section names may be another library's
                 with contextlib.suppress(UserError):
-                    opened.update(open_both(parse_data(config, trial_class.data_class), Report()))
+                    opened.update(open_named(parse_data(config, trial_class.data_class), Report()))
         scale = None
         with contextlib.suppress(Exception):  # what is wrong with the config, the trial has said
             scale = trial_class.input_scale(config)

@@ -148,6 +148,7 @@ def test_the_command_reports_in_a_table_draws_a_page_of_both_splits_and_ends_wit
     assert Image.open(page).size[0] == 1800
     assert run_main(config, "--set", "data.val.annotations=/nowhere.json") == 1
     assert "stops the training: data.val.annotations: /nowhere.json does not exist" in capsys.readouterr().out
+    assert "has neither data.train nor data.val" in run_main(config, "--set=data.train=", "--set=data.val=")
     assert run_main(config, "--page", "/nowhere/page.png") == "error: --page: /nowhere is not a folder"
     assert "x.xyz is no picture; let its name end with .png" in run_main(config, "--page", "x.xyz")
     assert "--images: 'few' is neither a number nor `all`" in run_main(config, "--images", "few")
@@ -174,6 +175,14 @@ def test_the_training_is_begun_whose_model_says_how_small_boxes_may_be(detector,
     assert "under the model's smallest " + ("stride" if detector == "mmdetection" else "anchor") in said
     assert re.search(r"samples made of them +3 +3", said)
     assert os.listdir(tmp_path) == ["anywhere.yaml"]
+
+
+def test_a_python_config_s_smallest_anchor_is_known_too():
+    if "detectron2" in WITHOUT_LIBRARY:
+        pytest.skip(WITHOUT_LIBRARY["detectron2"])
+    config = {"hyperparameters": {"config_file": "configs/small_retinanet.py"}}
+    scale = trial_classes()["detectron2"].input_scale(config)
+    assert (scale.smallest, scale.kind, scale.short, scale.long) == (16, "anchor", 240, 320)
 
 
 def test_what_stops_the_training_of_a_detector_is_a_line_with_what_to_do(detector, data, tmp_path, capsys):
