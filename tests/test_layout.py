@@ -9,7 +9,7 @@ from conftest import ROOT
 
 # each may import from those after it, and from its own room
 FLOORS = (
-    *("__main__", "launch", "on_cluster", "here", "detect", "check"),
+    *("__main__", "launch", "on_cluster", "here", "detect", "inputs", "videos", "check"),
     *("training", "evaluation", "library", "experiment", "data", "errors", "threads"),
 )
 BY_ITSELF = ("container",)  # runs before anything is installed
