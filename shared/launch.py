@@ -91,8 +91,21 @@ def _parser() -> argparse.ArgumentParser:
     evaluating = add("evaluate", evaluate, "COCO metrics on data.val.")
     evaluating.add_argument("--output", type=Path, metavar="DIR", help="write metrics.json and results.json there")
 
+    evaluating.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="score this results.json, in COCO's format, and no model",
+    )
+
     predicting = add("predict", predict, "Detect on a folder of images, and draw.")
-    predicting.add_argument("--images", type=Path, required=True, metavar="DIR", help="the images")
+    predicting.add_argument(
+        "--images",
+        nargs="+",
+        required=True,
+        metavar="WHAT",
+        help="image files, folders, globs in quotes, URLs of images, s3:// and gs:// folders, video files; mixed",
+    )
     predicting.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="pictures and results.json go here"
     )
