@@ -119,7 +119,7 @@ def predict(trial_class: type[DetectionTrial], arguments: argparse.Namespace) ->
 
         def look() -> tuple[list[Picture], GivenImages]:
             _refuse_filled(arguments.output)
-            files = find_files(arguments.images, arguments.output, data_config.store_options)
+            files = find_files(arguments.images, data_config.store_options)
             images = GivenImages(files, data_config.store_options, copies)
             pictures = look_at(files, images)
             _make_folder(arguments.output, "--output")
@@ -193,7 +193,7 @@ class _Prediction:
         for (name, location), image_ids in of_video.items():
             path = self.output / (name if name.lower().endswith(".mp4") else f"{name}.mp4")
             path.parent.mkdir(parents=True, exist_ok=True)
-            with videos.VideoWriter(path, location) as writer:
+            with _writing(path), videos.VideoWriter(path, location) as writer:
                 for image_id, frame in zip(image_ids, videos.frames(location), strict=False):
                     if (detections := found.get(image_id)) is not None:
                         categories = self.data.annotations.categories
@@ -229,10 +229,14 @@ class _Prediction:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
+    """A file that is whole, or not there."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise
 
 
 def _refuse_filled(output: Path) -> None:
@@ -346,9 +350,6 @@ def _write_results(folder: Path, gathered: list[dict[int, list[dict]]], min_scor
     """Returns how many images and detections there are, and how many detections of at least `min_score`."""
     by_image = {image_id: found for results in gathered for image_id, found in results.items()}
     results = [result for _, found in sorted(by_image.items()) for result in found]
-    path = folder / "results.json"
-    with _writing(path):  # whole or not at all
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(results))
-        aside.replace(path)
+    with _writing(path := folder / "results.json"):
+        path.write_text(json.dumps(results))
     return len(by_image), len(results), sum(result["score"] >= min_score for result in results)

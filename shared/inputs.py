@@ -83,19 +83,16 @@ class GivenImages:
         return Look()
 
 
-def find_files(given: Sequence[str], output: Path, options: StoreOptions) -> dict[str, str]:
+def find_files(given: Sequence[str], options: StoreOptions) -> dict[str, str]:
     """The location of each image and video that is named, by a name of its own: its path below the folder that was
     given, with folders before it where two files would have the same.
-
-    Args:
-        output: what lies in it is no input.
 
     Raises:
         UserError: something that is named is not there, or has no images.
     """
     below: dict[str, str] = {}  # by location, which counts once
     for one in given:
-        for location, name in _find(one, output.resolve(), options):
+        for location, name in _find(one, options):
             below.setdefault(location, name)
     taken, names = set(), {}
     same = Counter(below.values())
@@ -112,19 +109,15 @@ def find_files(given: Sequence[str], output: Path, options: StoreOptions) -> dic
     return names
 
 
-def _find(given: str, output: Path, options: StoreOptions) -> Iterator[tuple[str, str]]:
+def _find(given: str, options: StoreOptions) -> Iterator[tuple[str, str]]:
     """Locations, and each one's path below what was given."""
     if is_url(given):
         yield from _find_remote(given, options)
         return
     path = Path(given).expanduser()
     if path.is_dir():
-        if path.resolve() == output:
-            raise UserError(f"--output: {given} is the folder of the images; give the pictures another")
-        yield from _find_in(path, output)
+        yield from _find_in(path)
     elif path.exists():
-        if output in path.resolve().parents:
-            raise UserError(f"--images: {given} lies in --output, where the pictures are to be; give them another")
         yield str(path.absolute()), path.name
     elif glob.has_magic(given):
         matches = sorted(glob.glob(str(path), recursive=True))
@@ -132,22 +125,20 @@ def _find(given: str, output: Path, options: StoreOptions) -> Iterator[tuple[str
             raise UserError(f"--images: no file is matched by {given!r}")
         for match in matches:
             if Path(match).is_dir():
-                yield from _find_in(Path(match), output)
-            elif _is_input(match) and output not in Path(match).resolve().parents:
+                yield from _find_in(Path(match))
+            elif _is_input(match):
                 yield str(Path(match).absolute()), Path(match).name
     else:
         raise UserError(f"--images: {given} does not exist")
 
 
-def _find_in(folder: Path, output: Path) -> Iterator[tuple[str, str]]:
-    # a predict or evaluate has written it, and there may be pictures and videos of an earlier one beside it
-    written = {
-        file.resolve().parent for file in folder.rglob("results.json") if file.resolve().parent != folder.resolve()
-    }
-    for earlier in sorted(written - {output}):
+def _find_in(folder: Path) -> Iterator[tuple[str, str]]:
+    # there may be pictures and videos beside it, that an earlier predict has drawn
+    written = {file.parent for file in folder.rglob("results.json")} - {folder}
+    for earlier in sorted(written):
         logger.info("left out: %s, which holds the results.json of an earlier run", earlier)
     for file in sorted(folder.rglob("*")):
-        if _is_input(file.name) and file.is_file() and not ({output} | written) & set(file.resolve().parents):
+        if _is_input(file.name) and file.is_file() and written.isdisjoint(file.parents):
             yield str(file.absolute()), file.relative_to(folder).as_posix()
 
 
