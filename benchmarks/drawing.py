@@ -43,7 +43,9 @@ def main(source: Path | None) -> None:
         else:
             file, name = "annotations/instances_val2017.json", "val2017"
         annotations, images = CocoAnnotations.open(source / file, out), DiskImages(source / name)
-        model = create_model("tf_efficientdet_lite0", bench_task="predict", pretrained=False).eval()
+        model = create_model(
+            "tf_efficientdet_lite0", bench_task="predict", pretrained=False, pretrained_backbone=False
+        ).eval()
         for with_masks in (False, True):
             print(
                 json.dumps(

@@ -100,14 +100,17 @@ def _skeletons(categories: Sequence[dict]) -> list[list[tuple[int, int]]]:
 
 
 def _rle(segmentation: list | dict | None, record: ImageRecord) -> dict | None:
-    """COCO's polygons or RLE as compressed RLE, None where there is nothing to fill."""
+    """COCO's polygons or RLE as compressed RLE, None where there is nothing that can be filled."""
     if isinstance(segmentation, list):  # a polygon has three points or more
-        segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
+        segmentation = [polygon for polygon in segmentation if isinstance(polygon, list) and len(polygon) >= 6]
     if not segmentation:
         return None
-    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], (str, bytes)):
-        return segmentation
-    rles = coco_mask.frPyObjects(segmentation, record.height, record.width)
+    try:
+        if isinstance(segmentation["counts"] if isinstance(segmentation, dict) else None, (str, bytes)):
+            return segmentation
+        rles = coco_mask.frPyObjects(segmentation, record.height, record.width)
+    except (TypeError, ValueError, KeyError):  # to be drawn it need not be right: `check` says what is wrong
+        return None
     return coco_mask.merge(rles) if isinstance(rles, list) else rles
 
 
