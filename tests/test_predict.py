@@ -271,6 +271,7 @@ RESULT = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
             [{**RESULT, "segmentation": {"size": [1, 1], "counts": "04"}}],
             "size is \\[1, 1\\], and the image's is \\[128",
         ),
+        ([{**RESULT, "file_name": "a.png"}], "its file is a.png, and the annotations' image of this id is 000000.png"),
         ({"images": [], "annotations": []}, "is no list of results, .* but an object, as an annotation file is"),
         ("[{", "is not JSON"),
     ],

@@ -88,6 +88,7 @@ class _Result(msgspec.Struct, gc=False):
     bbox: list[float] | None = None
     segmentation: Any = None
     keypoints: list[float] | None = None
+    file_name: str | None = None  # as `predict` writes it, whose ids may be positions in a folder
 
 
 def from_coco_results(results: str | os.PathLike | list[dict], annotations: CocoAnnotations) -> list[Detections]:
@@ -104,7 +105,8 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
     rows = _decode_results(results, source)
     ids = np.array([row.image_id for row in rows], dtype=np.int64)
     images, image_of = np.unique(ids, return_inverse=True)
-    sizes = _sizes_of(images, ids, annotations, source)
+    index_of = _indices_of(images, ids, annotations, source)
+    heights, widths = annotations.columns["heights"], annotations.columns["widths"]
     label_of = {category_id: label for label, category_id in enumerate(annotations.category_ids)}
 
     def refuse(position: int, wrong: str) -> None:
@@ -114,12 +116,15 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
     with_masks = bool(rows) and all(row.segmentation for row in rows)
     with_keypoints = bool(rows) and all(row.keypoints for row in rows)
     for position, row in enumerate(rows):
+        if row.file_name and not _same_file(row.file_name, named := annotations.file_name(index_of[row.image_id])):
+            refuse(position, f"its file is {row.file_name}, and the annotations' image of this id is {named}")
         if row.category_id not in label_of:
             named = ", ".join(map(str, annotations.category_ids[:20]))
             refuse(position, f"no category has the id {row.category_id}; the annotations have {named}")
         if with_masks or (row.bbox is None and row.segmentation):
             try:
-                masks[position] = _as_rle(row.segmentation, *sizes[row.image_id])
+                index = index_of[row.image_id]
+                masks[position] = _as_rle(row.segmentation, int(heights[index]), int(widths[index]))
             except (TypeError, ValueError, KeyError, AttributeError) as error:
                 refuse(position, f"`segmentation` is no mask of the image ({error})")
         if row.bbox is None and masks[position] is None:
@@ -169,10 +174,13 @@ def _decode_results(results: str | os.PathLike | list[dict], source: str) -> lis
         raise UserError(f"{source} is not JSON: {error}") from error
 
 
-def _sizes_of(
-    images: np.ndarray, ids: np.ndarray, annotations: CocoAnnotations, source: str
-) -> dict[int, tuple[int, int]]:
-    """Height and width of each image."""
+def _same_file(one: str, other: str) -> bool:
+    """One may be named from a folder further up."""
+    return f"/{one}".endswith(f"/{other}") or f"/{other}".endswith(f"/{one}")
+
+
+def _indices_of(images: np.ndarray, ids: np.ndarray, annotations: CocoAnnotations, source: str) -> dict[int, int]:
+    """Where each image is in the annotations."""
     order = np.argsort(annotations.image_ids)
     known = annotations.image_ids[order]
     rows = order[np.searchsorted(known, images).clip(max=len(known) - 1)] if len(known) else np.zeros(0, np.int64)
@@ -183,8 +191,7 @@ def _sizes_of(
             f"{source}: result {first}: no image of {annotations.path or 'the annotations'} has the id {ids[first]}; "
             f"{len(unknown)} of the results' {len(images)} images are not there"
         )
-    heights, widths = annotations.columns["heights"][rows].tolist(), annotations.columns["widths"][rows].tolist()
-    return dict(zip(images.tolist(), zip(heights, widths, strict=True), strict=True))
+    return dict(zip(images.tolist(), rows.tolist(), strict=True))
 
 
 def _as_rle(segmentation: Any, height: int, width: int) -> dict:
