@@ -8,13 +8,17 @@ import dataclasses
 import json
 import logging
 import os
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+import torch
+from determined.core import DistributedContext
 
+from shared import videos
 from shared.config_file import fixed_hyperparameters, load_config, make_paths_absolute
 from shared.data.annotations import CocoAnnotations
 from shared.data.images import read_image
@@ -22,22 +26,30 @@ from shared.data.loading import Batch
 from shared.data.storage import DiskImages
 from shared.errors import UserError
 from shared.evaluation import visualization
-from shared.evaluation.detections import Detections, to_coco_results
+from shared.evaluation.detections import Detections, from_coco_results, to_coco_results
+from shared.evaluation.drawing import draw, objects_of_detections
+from shared.evaluation.evaluator import evaluate as evaluate_detections
+from shared.evaluation.evaluator import iou_types_of
 from shared.evaluation.table import metrics_table
-from shared.experiment import DataConfig, SplitData
+from shared.experiment import DataConfig, SplitData, open_split, parse_data
+from shared.inputs import GivenImages, Picture, find_files, look_at
 from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import Checkpoint, load_weights, read_checkpoint
 from shared.training.loop import trial_context
-from shared.training.processes import local_processes
+from shared.training.processes import local_processes, on_chief
+from shared.training.progress import Progress
 from shared.training.trial import DetectionTrial
 
 logger = logging.getLogger(__name__)
 
 
 def evaluate(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
-    """The metrics of a checkpoint, or of the pretrained weights, on data.val."""
+    """The metrics of a checkpoint, of the pretrained weights, or of a results.json, on data.val."""
+    if arguments.results is not None:
+        _evaluate_results(trial_class, arguments)
+        return
     config, checkpoint = _config_to_detect_with(trial_class, arguments)
-    with _detecting_trial(trial_class, config, checkpoint) as trial:
+    with local_processes() as processes, _detecting_trial(trial_class, config, checkpoint, processes) as trial:
         data = trial.open_val()
         _make_folder(arguments.output, "--output")
         names, in_data = ([category["name"] for category in of.categories] for of in (trial, data))
@@ -61,44 +73,172 @@ def evaluate(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -
         metrics = evaluator.cross_slot_reduce(distributed.allgather(evaluator.per_slot_reduce()))
         evaluator.raise_if_failed()
         if trial.rank == 0:
-            print(metrics_table(metrics, trial.iou_types))
+            _say_metrics(metrics, trial.iou_types, arguments.output)
             if arguments.output:
-                plain = {name: None if value != value else value for name, value in metrics.items()}
-                (arguments.output / "metrics.json").write_text(json.dumps(plain, indent=1))
                 _write_results(arguments.output, gathered)
 
 
-def predict(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
-    """Detections on a folder of images: a picture for each and one results.json."""
-    config, checkpoint = _config_to_detect_with(trial_class, arguments)
-    files = _image_files(arguments.images)
+def _evaluate_results(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
+    """Without a model: boxes, and masks and keypoints where every result has them and the data too."""
+    if arguments.checkpoint:
+        raise UserError("--results: what is in the file is scored, and no model; leave --checkpoint out")
+    if int(os.environ.get("RANK", 0)) > 0:  # one process does it
+        return
+    data_config = parse_data(load_config(arguments.config, arguments.overrides), trial_class.data_class)
+    # the images themselves are not looked at
+    data = open_split(dataclasses.replace(data_config, check_images=False), "val", images=DiskImages(Path()))
+    detections = from_coco_results(arguments.results, data.annotations)
     _make_folder(arguments.output, "--output")
-    with _detecting_trial(trial_class, config, checkpoint) as trial:
-        data = _folder_as_data(arguments.images, files, trial)
-        annotations, suffix = data.annotations, arguments.format
-        index_of = {int(image_id): i for i, image_id in enumerate(annotations.image_ids)}
-        trial.bad_images.skip = True  # as those of which not even the header can be read
-        results, seconds = {}, dict.fromkeys(("loading", "detecting", "drawing"), 0.0)
-        for detections in (one for _, detected in _detect_all(trial, data, seconds) for one in detected):
+    iou_types = iou_types_of(detections, data.annotations)
+    _say_metrics(evaluate_detections(data.annotations, detections, iou_types), iou_types, arguments.output)
+
+
+def _say_metrics(metrics: dict[str, float], iou_types: tuple[str, ...], output: Path | None) -> None:
+    print(metrics_table(metrics, iou_types))
+    if output:
+        plain = {name: None if value != value else value for name, value in metrics.items()}
+        with _writing(output / "metrics.json"):
+            (output / "metrics.json").write_text(json.dumps(plain, indent=1))
+
+
+def predict(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
+    """Detections on images and videos: a picture or a video for each, and one results.json."""
+    config, checkpoint = _config_to_detect_with(trial_class, arguments)
+    data_config = parse_data(config, trial_class.data_class)
+    with local_processes() as processes, contextlib.ExitStack() as stack:
+        distributed = processes[0]
+        copies = data_config.cache_dir and Path(data_config.cache_dir).absolute() / "images"
+        if distributed.rank == 0 and copies is None:
+            copies = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="predict-")))
+
+        def look() -> tuple[list[Picture], GivenImages]:
+            _refuse_filled(arguments.output)
+            files = find_files(arguments.images, data_config.store_options)
+            images = GivenImages(files, data_config.store_options, copies)
+            pictures = look_at(files, images)
+            _make_folder(arguments.output, "--output")
+            return pictures, images
+
+        pictures, images = on_chief(distributed, look)
+        with _detecting_trial(trial_class, config, checkpoint, processes) as trial:
+            prediction = _Prediction(trial, arguments, pictures, images)
+            try:
+                prediction.run()
+            except KeyboardInterrupt:
+                prediction.end_early()
+                sys.exit(130)
+
+
+class _Prediction:
+    """What is detected, and drawn, of the pictures of this process's share."""
+
+    def __init__(
+        self, trial: DetectionTrial, arguments: argparse.Namespace, pictures: list[Picture], images: GivenImages
+    ):
+        self.trial, self.output, self.suffix = trial, arguments.output, arguments.format
+        self.min_score = arguments.min_score
+        self.data = pictures_as_data(pictures, images, arguments.images, trial)
+        self.pictures = dict(zip(self.data.annotations.image_ids.tolist(), pictures, strict=True))
+        self.results: dict[int, list[dict]] = {}
+        self.frames: dict[int, Detections] = {}
+        self.seconds = dict.fromkeys(("loading", "detecting", "drawing"), 0.0)
+
+    def run(self) -> None:
+        distributed = self.trial.context.distributed
+        self.trial.bad_images.skip = True  # as those of which not even the header can be read
+        self.trial.evaluated_images = range  # a validation may leave some out
+        progress = Progress(0, -(-len(self.pictures) // distributed.size), "image")
+        with contextlib.closing(progress):
+            for _, detected in _detect_all(self.trial, self.data, self.seconds):
+                started = time.perf_counter()
+                for detections in detected:
+                    self._take(detections)
+                self.seconds["drawing"] += time.perf_counter() - started
+                progress.update(len(detected))
+        gathered = distributed.gather((self.results, self.frames))
+        if self.trial.rank == 0:
             started = time.perf_counter()
-            file_name = annotations.file_name(index_of[detections.image_id])
-            image = read_image(data.images, file_name)
-            figure = visualization.figure_of(image, detections, annotations.categories, arguments.min_score)
-            picture = arguments.output / f"{file_name}.{suffix}"
-            picture.parent.mkdir(parents=True, exist_ok=True)
-            visualization.save(figure, picture)
-            results[detections.image_id] = [
-                {**result, "file_name": file_name} for result in to_coco_results(detections, annotations.category_ids)
-            ]
-            seconds["drawing"] += time.perf_counter() - started
-        gathered = trial.context.distributed.gather(results)
-        if trial.rank == 0:
-            images, count, drawn = _write_results(arguments.output, gathered, arguments.min_score)
-            print(
-                f"{count} detections on {images} images in {arguments.output / 'results.json'}; the {drawn} of "
-                f"at least {arguments.min_score:g} are drawn in the pictures beside it"
-            )
-            print("seconds: " + ", ".join(f"{stage} {spent:.2f}" for stage, spent in seconds.items()))
+            self._write_videos({image_id: found for _, frames in gathered for image_id, found in frames.items()})
+            self.seconds["drawing"] += time.perf_counter() - started
+            self._write_results([results for results, _ in gathered])
+
+    def _take(self, detections: Detections) -> None:
+        picture = self.pictures[detections.image_id]
+        if detections.image_id in self.results:  # it stands in for one that cannot be read
+            return
+        results = to_coco_results(detections, self.data.annotations.category_ids)
+        about = {"file_name": picture.name} | ({} if picture.frame is None else {"frame": picture.frame})
+        if picture.frame is not None:  # drawn at the end, in their order
+            self.frames[detections.image_id] = detections
+        else:
+            path = self.output / f"{picture.name}.{self.suffix}"
+            image = read_image(self.data.images, picture.key)
+            with _writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                visualization.save_picture_of(path, image, detections, self.data.annotations.categories, self.min_score)
+        self.results[detections.image_id] = [{**result, **about} for result in results]
+
+    def _write_videos(self, found: dict[int, Detections]) -> None:
+        """A video for each, of the same frames; one on which nothing could be detected is in it as it is."""
+        of_video: dict[tuple[str, str], list[int]] = {}
+        for image_id, picture in self.pictures.items():
+            if picture.frame is not None:
+                of_video.setdefault((picture.name, picture.location), []).append(image_id)
+        for (name, location), image_ids in of_video.items():
+            path = self.output / (name if name.lower().endswith(".mp4") else f"{name}.mp4")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _writing(path), videos.VideoWriter(path, location) as writer:
+                for image_id, frame in zip(image_ids, videos.frames(location), strict=False):
+                    if (detections := found.get(image_id)) is not None:
+                        categories = self.data.annotations.categories
+                        objects = objects_of_detections(detections, categories, self.min_score)
+                        frame = draw(frame, objects)
+                    writer.write(frame)
+
+    def _write_results(self, gathered: list[dict[int, list[dict]]]) -> None:
+        images, count, drawn = _write_results(self.output, gathered, self.min_score)
+        if left_out := len(self.pictures) - images:
+            logger.warning("left out: %d of %d images, see the lines above", left_out, len(self.pictures))
+        print(
+            f"{count} detections on {images} images in {self.output / 'results.json'}; the {drawn} of at least "
+            f"{self.min_score:g} are drawn in the pictures beside it"
+        )
+        each = 1000 * sum(self.seconds.values()) / max(len(self.results), 1)
+        print(
+            "seconds: " + ", ".join(f"{stage} {spent:.2f}" for stage, spent in self.seconds.items()),
+            f"{each:.1f} ms an image" + (" in each process" if self.trial.slots > 1 else ""),
+            sep="; ",
+        )
+
+    def end_early(self) -> None:
+        """After Ctrl-C: results.json has what is done, where this process has done all of it."""
+        done = f"stopped: {len(self.results)} of {len(self.pictures)} images are done"
+        if self.trial.slots > 1:
+            print(f"{done} by process {self.trial.rank}, drawn in {self.output}; no results.json", file=sys.stderr)
+            return
+        _write_results(self.output, [self.results])
+        videos_too = "" if not self.frames else "; of videos there are no pictures"
+        print(f"{done}, their detections in {self.output / 'results.json'}{videos_too}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A file that is whole, or not there."""
+    try:
+        yield
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise
+
+
+def _refuse_filled(output: Path) -> None:
+    if output.is_dir() and any(output.iterdir()):
+        raise UserError(
+            f"--output: {output} is not empty, and the new pictures would be mixed with what is in it; give a new "
+            f"folder, or empty this one"
+        )
 
 
 def _make_folder(path: Path | None, option: str) -> None:
@@ -140,9 +280,12 @@ def _config_to_detect_with(
 
 @contextlib.contextmanager
 def _detecting_trial(
-    trial_class: type[DetectionTrial], config: dict, checkpoint: Checkpoint | None
+    trial_class: type[DetectionTrial],
+    config: dict,
+    checkpoint: Checkpoint | None,
+    processes: tuple[DistributedContext, torch.device],
 ) -> Iterator[DetectionTrial]:
-    with local_processes() as (distributed, device), trial_context(config, distributed, device) as context:
+    with trial_context(config, *processes) as context:
         trial = trial_class(context, for_training=False, categories=checkpoint.categories if checkpoint else None)
         if checkpoint:
             load_weights(trial.evaluation_model, checkpoint.weights, checkpoint.path)
@@ -170,33 +313,21 @@ def _detect_all(
         yield batch, detected
 
 
-def _image_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise UserError(f"--images: {folder} is not a folder")
-    suffixes = Image.registered_extensions()
-    return [file for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix.lower() in suffixes]
-
-
-def _folder_as_data(folder: Path, files: list[Path], trial: DetectionTrial) -> SplitData:
-    """The image files below `folder` as a data set without annotations: ids from data.val where the file names
-    are there, else the position in sorted order."""
+def pictures_as_data(
+    pictures: list[Picture], images: GivenImages, given: Sequence[str], trial: DetectionTrial
+) -> SplitData:
+    """The pictures as a data set without annotations: ids from data.val where the file names are there, else the
+    position."""
     known = _known_image_ids(trial.data)
-    images = []
-    for file in files:
-        name = str(file.relative_to(folder))
-        try:
-            with Image.open(file) as image:
-                width, height = ImageOps.exif_transpose(image).size if image.getexif() else image.size
-        except (OSError, Image.DecompressionBombError) as error:
-            logger.warning("%s is left out: %s", file, error)
-            continue
-        images.append({"id": known.get(name, len(images)), "file_name": name, "height": height, "width": width})
-    if not images:
-        raise UserError(f"--images: {folder} holds no image that can be read")
-    if not all(image["file_name"] in known for image in images):
-        images = [{**image, "id": position} for position, image in enumerate(images)]
-    coco = {"images": images, "annotations": [], "categories": trial.categories}
-    return SplitData(CocoAnnotations.from_dict(coco), DiskImages(folder.absolute()))
+    in_val = all(picture.key in known for picture in pictures)
+    rows = [
+        {"id": known[p.key] if in_val else i, "file_name": p.key, "height": p.height, "width": p.width}
+        for i, p in enumerate(pictures)
+    ]
+    annotations = CocoAnnotations.from_dict({"images": rows, "annotations": [], "categories": trial.categories})
+    annotations.path = "--images"
+    one_folder = len(given) == 1 and Path(given[0]).is_dir() and all(picture.frame is None for picture in pictures)
+    return SplitData(annotations, DiskImages(Path(given[0]).absolute()) if one_folder else images)
 
 
 def _known_image_ids(data: DataConfig) -> dict[str, int]:
@@ -213,5 +344,6 @@ def _write_results(folder: Path, gathered: list[dict[int, list[dict]]], min_scor
     """Returns how many images and detections there are, and how many detections of at least `min_score`."""
     by_image = {image_id: found for results in gathered for image_id, found in results.items()}
     results = [result for _, found in sorted(by_image.items()) for result in found]
-    (folder / "results.json").write_text(json.dumps(results))
+    with _writing(path := folder / "results.json"):
+        path.write_text(json.dumps(results))
     return len(by_image), len(results), sum(result["score"] >= min_score for result in results)

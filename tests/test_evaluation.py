@@ -270,12 +270,6 @@ def test_an_error_of_one_slot_is_raised_on_every_slot_after_the_reducers(failing
         evaluator.raise_if_failed()
 
 
-def test_labels_that_the_data_has_not_are_an_error():
-    annotations = CocoAnnotations.from_dict(shapes_with(2))
-    with pytest.raises(RuntimeError, match="labels 0 to 3, and the data has 3 categories"):
-        evaluate(annotations, [Detections(1, np.ones((2, 4)), [0.5, 0.5], [0, 3])])
-
-
 @pytest.mark.parametrize("first", [2**60, 2**63 - 17, -(2**60)])
 def test_ids_that_float64_cannot_hold(first):
     coco, large = with_keypoints(shapes_with(16)), with_keypoints(shapes_with(16))

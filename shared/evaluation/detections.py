@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
+from pycocotools import mask as coco_mask
+
+from shared.data.annotations import CocoAnnotations
+from shared.errors import UserError
 
 
 @dataclass
@@ -28,7 +37,11 @@ class Detections:
     keypoints: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        self.boxes = np.asarray(self.boxes, dtype=np.float32).reshape(-1, 4)
+        self.boxes = np.asarray(self.boxes, dtype=np.float32)
+        if self.boxes.size == 0:
+            self.boxes = self.boxes.reshape(0, 4)
+        if self.boxes.ndim != 2 or self.boxes.shape[1] != 4:
+            raise ValueError(f"image {self.image_id}: boxes {self.boxes.shape}, and they are (M, 4): x1 y1 x2 y2")
         self.scores = np.asarray(self.scores, dtype=np.float32)
         self.labels = np.asarray(self.labels, dtype=np.int64)
         count = len(self.boxes)
@@ -64,3 +77,129 @@ def to_coco_results(detections: Detections, category_ids: list[int]) -> list[dic
             result["keypoints"] = detections.keypoints[i].astype(np.float64).ravel().tolist()
         results.append(result)
     return results
+
+
+class _Result(msgspec.Struct, gc=False):
+    """One of COCO's results."""
+
+    image_id: int
+    category_id: int
+    score: float
+    bbox: list[float] | None = None
+    segmentation: Any = None
+    keypoints: list[float] | None = None
+    file_name: str | None = None  # as `predict` writes it, whose ids may be positions in a folder
+
+
+def from_coco_results(results: str | os.PathLike | list[dict], annotations: CocoAnnotations) -> list[Detections]:
+    """The detections of each image that COCO results have some of, in the order of image ids. They have masks, and
+    keypoints, where every result has; a result without `bbox` has its mask's box.
+
+    Args:
+        results: a file, or what is in it: [{"image_id", "category_id", "bbox": [x, y, width, height], "score"}, …].
+
+    Raises:
+        UserError: they are not COCO results, or not of these annotations; says which result, counted from 0.
+    """
+    source = "the results" if isinstance(results, list) else str(results)
+    rows = _decode_results(results, source)
+    ids = np.array([row.image_id for row in rows], dtype=np.int64)
+    images, image_of = np.unique(ids, return_inverse=True)
+    index_of = _indices_of(images, ids, annotations, source)
+    heights, widths = annotations.columns["heights"], annotations.columns["widths"]
+    label_of = {category_id: label for label, category_id in enumerate(annotations.category_ids)}
+
+    def refuse(position: int, wrong: str) -> None:
+        raise UserError(f"{source}: result {position}, of image {rows[position].image_id}: {wrong}")
+
+    masks = [None] * len(rows)
+    with_masks = bool(rows) and all(row.segmentation for row in rows)
+    with_keypoints = bool(rows) and all(row.keypoints for row in rows)
+    for position, row in enumerate(rows):
+        if row.file_name and not _same_file(row.file_name, named := annotations.file_name(index_of[row.image_id])):
+            refuse(position, f"its file is {row.file_name}, and the annotations' image of this id is {named}")
+        if row.category_id not in label_of:
+            named = ", ".join(map(str, annotations.category_ids[:20]))
+            refuse(position, f"no category has the id {row.category_id}; the annotations have {named}")
+        if with_masks or (row.bbox is None and row.segmentation):
+            try:
+                index = index_of[row.image_id]
+                masks[position] = _as_rle(row.segmentation, int(heights[index]), int(widths[index]))
+            except (TypeError, ValueError, KeyError, AttributeError) as error:
+                refuse(position, f"`segmentation` is no mask of the image ({error})")
+        if row.bbox is None and masks[position] is None:
+            refuse(position, "`bbox` is missing")
+        row.bbox = row.bbox if row.bbox is not None else coco_mask.toBbox(masks[position]).tolist()
+        if len(row.bbox) != 4 or not np.isfinite([*row.bbox, row.score]).all():
+            refuse(position, f"`bbox` {row.bbox}, `score` {row.score}: 4 numbers and 1, all finite, are needed")
+        if with_keypoints and (len(row.keypoints) % 3 or len(row.keypoints) != len(rows[0].keypoints)):
+            refuse(position, f"{len(row.keypoints)} numbers in `keypoints`, and result 0 has {len(rows[0].keypoints)}")
+
+    order = np.argsort(image_of.ravel(), kind="stable")
+    ends = np.cumsum(np.bincount(image_of.ravel(), minlength=len(images)))[:-1] if rows else []
+    found = []
+    for image_id, of_image in zip(images.tolist(), np.split(order, ends), strict=False):
+        own = [rows[i] for i in of_image]
+        boxes = np.array([row.bbox for row in own])
+        boxes[:, 2:] += boxes[:, :2]
+        found.append(
+            Detections(
+                image_id,
+                boxes,
+                [row.score for row in own],
+                [label_of[row.category_id] for row in own],
+                masks=[masks[i] for i in of_image] if with_masks else None,
+                keypoints=np.reshape([row.keypoints for row in own], (len(own), -1, 3)) if with_keypoints else None,
+            )
+        )
+    return found
+
+
+def _decode_results(results: str | os.PathLike | list[dict], source: str) -> list[_Result]:
+    try:
+        if isinstance(results, list):
+            return msgspec.convert(results, list[_Result])
+        return msgspec.json.decode(Path(results).read_bytes(), type=list[_Result])
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error.strerror}") from error
+    except msgspec.ValidationError as error:
+        if "got `object`" in str(error) and "$" not in str(error):
+            raise UserError(
+                f"{source} is no list of results, as COCO has it, but an object, as an annotation file is"
+            ) from error
+        said = re.sub(r" - at `\$\[(\d+)\]\.?(.*)`$", lambda at: f" ({at[2] or 'result'})", str(error))
+        where = re.search(r"\$\[(\d+)\]", str(error))
+        raise UserError(f"{source}: {f'result {where[1]}: ' if where else ''}{said}") from error
+    except msgspec.DecodeError as error:
+        raise UserError(f"{source} is not JSON: {error}") from error
+
+
+def _same_file(one: str, other: str) -> bool:
+    """One may be named from a folder further up."""
+    return f"/{one}".endswith(f"/{other}") or f"/{other}".endswith(f"/{one}")
+
+
+def _indices_of(images: np.ndarray, ids: np.ndarray, annotations: CocoAnnotations, source: str) -> dict[int, int]:
+    """Where each image is in the annotations."""
+    order = np.argsort(annotations.image_ids)
+    known = annotations.image_ids[order]
+    rows = order[np.searchsorted(known, images).clip(max=len(known) - 1)] if len(known) else np.zeros(0, np.int64)
+    unknown = images if not len(known) else images[annotations.image_ids[rows] != images]
+    if len(unknown):
+        first = int(np.flatnonzero(np.isin(ids, unknown))[0])
+        raise UserError(
+            f"{source}: result {first}: no image of {annotations.path or 'the annotations'} has the id {ids[first]}; "
+            f"{len(unknown)} of the results' {len(images)} images are not there"
+        )
+    return dict(zip(images.tolist(), rows.tolist(), strict=True))
+
+
+def _as_rle(segmentation: Any, height: int, width: int) -> dict:
+    """COCO's polygons, or RLE, as compressed RLE."""
+    if isinstance(segmentation, dict) and list(segmentation["size"]) != [height, width]:
+        raise ValueError(f"its size is {segmentation['size']}, and the image's is {[height, width]}")
+    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], (str, bytes)):
+        coco_mask.area(segmentation)
+        return segmentation
+    rles = coco_mask.frPyObjects(segmentation, height, width)
+    return coco_mask.merge(rles) if isinstance(rles, list) else rles

@@ -61,7 +61,7 @@ def _summary_of(iou_type: str) -> tuple:
 def evaluate(
     annotations: CocoAnnotations | str | os.PathLike,
     detections: Iterable[Detections],
-    iou_types: Sequence[str] = ("bbox",),
+    iou_types: Sequence[str] | str = ("bbox",),
     image_ids: Iterable[int] | None = None,
     keypoint_sigmas: Sequence[float] | None = None,
 ) -> dict[str, float]:
@@ -69,6 +69,7 @@ def evaluate(
     keypoints COCO has ten.
 
     Args:
+        detections: one for each image; an image without any counts as one on which nothing is found.
         image_ids: the images to evaluate on; all of the file where None.
         keypoint_sigmas: how far each of the K keypoints may lie off, as a share of the object's size; those of COCO's
             17 of a person where None.
@@ -76,12 +77,42 @@ def evaluate(
     Returns:
         {"bbox_mAP": …, "bbox_mAP_50": …, …, "bbox_AP/<category name>": …, "segm_mAP": …}, fractions in
         [0, 1], nan where there is nothing to score. Categories without ground truth are left out.
+
+    Raises:
+        UserError: detections of an image that the file has not, or that come twice, of a label that it has not, or
+            whose boxes or scores are not finite; `image_ids` that it has not.
     """
     if not isinstance(annotations, CocoAnnotations):
         annotations = CocoAnnotations.open(annotations)
+    image_ids = None if image_ids is None else list(image_ids)
+    detections = list(detections)
+    known = set(annotations.image_ids.tolist())
+    named = f"{annotations.path or 'the annotations'}"
+    for image_id in image_ids or ():
+        if image_id not in known:
+            raise UserError(f"image_ids: no image of {named} has the id {image_id!r}")
+    seen: set[int] = set()
+    for found in detections:
+        if found.image_id not in known:
+            raise UserError(f"detections of image {found.image_id!r}: no image of {named} has this id")
+        if found.image_id in seen:
+            raise UserError(f"detections of image {found.image_id}: they come twice; put them into one `Detections`")
+        seen.add(found.image_id)
+        for name, values in (("box", found.boxes), ("score", found.scores)):
+            if not np.isfinite(values).all():
+                wrong = values[~np.isfinite(values).reshape(len(values), -1).all(axis=1)][0]
+                raise UserError(f"detections of image {found.image_id}: the {name} {wrong.tolist()} is not finite")
     evaluator = CocoEvaluator(annotations, iou_types, image_ids, keypoint_sigmas=keypoint_sigmas)
     evaluator.update(detections)
     return evaluator.compute()
+
+
+def iou_types_of(detections: Sequence[Detections], annotations: CocoAnnotations) -> tuple[str, ...]:
+    """What can be scored: "bbox", "segm" where all detections have masks, "keypoints" where they and the data have
+    some."""
+    masks = bool(detections) and all(found.masks is not None for found in detections)
+    points = bool(detections) and all(found.keypoints is not None for found in detections)
+    return ("bbox",) + ("segm",) * masks + ("keypoints",) * (points and "keypoints" in annotations.columns)
 
 
 class CocoEvaluator(ChiefReducer):
@@ -97,12 +128,13 @@ class CocoEvaluator(ChiefReducer):
     def __init__(
         self,
         annotations: CocoAnnotations,
-        iou_types: Sequence[str] = ("bbox",),
+        iou_types: Sequence[str] | str = ("bbox",),
         image_ids: Iterable[int] | None = None,
         keypoint_sigmas: Sequence[float] | None = None,
         gather: Gather = alone,
     ):
         super().__init__(gather)
+        iou_types = (iou_types,) if isinstance(iou_types, str) else iou_types
         for iou_type in iou_types:
             if iou_type not in IOU_TYPES:
                 raise ValueError(f"iou_types: {iou_type!r} is not one of {', '.join(map(repr, IOU_TYPES))}")
@@ -146,10 +178,11 @@ class CocoEvaluator(ChiefReducer):
             keypoints="keypoints" in self.iou_types,
         )
         categories = len(self.annotations.categories)
-        if len(share.labels) and not 0 <= share.labels.min() <= share.labels.max() < categories:
-            raise ValueError(
-                f"detections have the labels {share.labels.min()} to {share.labels.max()}, and the data has "
-                f"{categories} categories"
+        if len(wrong := np.flatnonzero((share.labels < 0) | (share.labels >= categories))):
+            image_id = np.repeat(image_ids, share.counts)[wrong[0]]
+            raise UserError(
+                f"detections of image {image_id}: the label {share.labels[wrong[0]]}, and the data has {categories} "
+                f"categories, 0 to {categories - 1}"
             )
         return share
 

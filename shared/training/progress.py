@@ -15,14 +15,16 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
-    """The bar or the lines of one training.
+    """The bar or the lines of one training, or of another work in as many steps.
 
     Args:
         first, total: batches trained before, and at the end.
+        unit: what is counted.
     """
 
-    def __init__(self, first: int, total: int):
+    def __init__(self, first: int, total: int, unit: str = "batch"):
         self.first, self.total = first, total
+        self.unit = unit
         self.batches = first
         self.text = ""
         self.started = self.last_line = time.monotonic()
@@ -30,24 +32,29 @@ class Progress:
         self.bar = tqdm(
             initial=first,
             total=total,
-            unit="batch",
+            unit=unit,
             file=sys.stderr,
             mininterval=0.5,
             dynamic_ncols=True,
             disable=not self.on_terminal,
         )
 
-    def update(self) -> None:
-        """One more batch is trained."""
-        self.batches += 1
-        self.bar.update()
+    def update(self, count: int = 1) -> None:
+        """So many more batches are trained."""
+        self.batches += count
+        self.bar.update(count)
         now = time.monotonic()
         if not self.on_terminal and now - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = now
             done = self.batches - self.first
             left = (now - self.started) / done * (self.total - self.batches)
             logger.info(
-                "batch %d of %d%s, %s left", self.batches, self.total, self.text and f", {self.text}", duration(left)
+                "%s %d of %d%s, %s left",
+                self.unit,
+                self.batches,
+                self.total,
+                self.text and f", {self.text}",
+                duration(left),
             )
 
     def describe(self, text: str) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from determined.pytorch import PyTorchCallback
-from matplotlib.figure import Figure
+from PIL import Image
 
 from shared.data.images import read_image
 from shared.evaluation import visualization
@@ -17,7 +17,7 @@ from shared.training.progress import Progress, summary_of
 if TYPE_CHECKING:
     from shared.training.trial import DetectionTrial
 
-_DOTS_AN_INCH = 50  # of the pictures in TensorBoard
+_WIDTH = 700  # pixels, of the pictures in TensorBoard
 
 
 class Reports(PyTorchCallback):
@@ -44,8 +44,10 @@ class Reports(PyTorchCallback):
             return
         self._write("val", self.trial.last_validation)
         self._write("categories", self.trial.category_ap)
-        if figure := picture_of_validation(self.trial, _DOTS_AN_INCH):
-            self.trial.tensorboard.add_figure("val/detections", figure, self.trial.batches_trained)
+        if picture := picture_of_validation(self.trial, _WIDTH):
+            self.trial.tensorboard.add_image(
+                "val/detections", np.asarray(picture), self.trial.batches_trained, dataformats="HWC"
+            )
 
     def on_trial_shutdown(self) -> None:
         if self.chief:
@@ -56,9 +58,9 @@ class Reports(PyTorchCallback):
             self.trial.tensorboard.add_scalar(f"{group}/{name}", value, self.trial.batches_trained)
 
 
-def picture_of_validation(trial: DetectionTrial, dpi: int = 100) -> Figure | None:
-    """Detections of the last validation beside the truth, on the first images of it; None where there are none, or
-    where the detector's library evaluates data of its own."""
+def picture_of_validation(trial: DetectionTrial, width: int = 1400) -> Image.Image | None:
+    """Detections of the last validation beside the truth, `width` pixels wide, on the first images of it; None where
+    there are none, or where the detector's library evaluates data of its own."""
     if not trial.pictured or not isinstance(trial.val_data, SplitData):
         return None
     annotations, images = trial.val_data.annotations, trial.val_data.images
@@ -66,7 +68,7 @@ def picture_of_validation(trial: DetectionTrial, dpi: int = 100) -> Figure | Non
     for found in trial.pictured:
         record = annotations[int(np.flatnonzero(annotations.image_ids == found.image_id)[0])]
         samples.append((read_image(images, record.file_name), record, found))
-    return visualization.side_by_side(samples, annotations.categories, dpi=dpi)
+    return visualization.side_by_side(samples, annotations.categories, width=width)
 
 
 def table_of(trial: DetectionTrial) -> str:

@@ -130,8 +130,8 @@ def test_a_run_is_evaluated_and_predicts_by_the_config_in_its_checkpoint(shapes,
     if kind == "yaml":
         assert all(coco_mask.decode(r["segmentation"]).shape == (128, 128) for r in results)
     assert Image.open(out / "000000.png.png").size == (128, 128)
-    run_model_def(*predict, "--format", "pdf", cwd=DETECTRON2)
-    assert (out / "000000.png.pdf").read_bytes().startswith(b"%PDF")
+    run_model_def(*predict, "--format", "pdf", "--output", tmp_path / "pdf", cwd=DETECTRON2)
+    assert (tmp_path / "pdf/000000.png.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_test_time_augmentation_is_of_evaluation_and_prediction(shapes, trial_class, monkeypatch):
@@ -190,7 +190,8 @@ def test_a_large_image_is_detected_on_with_few_masks_in_memory_at_once(shapes, t
     from determined import pytorch
 
     from detectron2_files import evaluation
-    from shared.detect import _folder_as_data
+    from shared.detect import pictures_as_data
+    from shared.inputs import Picture
 
     config = in_process(detectron2_config(shapes, **{"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.001}))
     monkeypatch.chdir(shapes)
@@ -199,7 +200,8 @@ def test_a_large_image_is_detected_on_with_few_masks_in_memory_at_once(shapes, t
     folder = shapes / "large"
     folder.mkdir(exist_ok=True)
     Image.new("RGB", (1500, 1000), "gray").save(folder / "one.TIF")
-    data = _folder_as_data(folder, [folder / "one.TIF"], trial)
+    picture = Picture("one.TIF", str(folder / "one.TIF"), 1500, 1000)
+    data = pictures_as_data([picture], None, [str(folder)], trial)
 
     def detected():
         (batch,) = trial.evaluation_loader(data)

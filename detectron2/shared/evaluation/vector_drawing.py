@@ -1,0 +1,1 @@
+../../../shared/evaluation/vector_drawing.py

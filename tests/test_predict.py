@@ -1,0 +1,288 @@
+"""`predict` on whatever is named, and `evaluate` of a results.json, with a detector that always finds the same."""
+
+import json
+import shutil
+from argparse import Namespace
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from stores import BUCKET, http_store, s3_store
+
+from shared import detect
+from shared.data.annotations import CocoAnnotations
+from shared.data.dataset import CocoDetection
+from shared.data.loading import Batch
+from shared.errors import UserError
+from shared.evaluation.detections import Detections, to_coco_results
+from shared.evaluation.evaluator import evaluate
+from shared.inputs import _find
+from shared.training.trial import DetectionTrial
+
+SEARCHER = {"metric": "bbox_mAP", "max_length": {"batches": 1}}
+
+
+@dataclass
+class Hyperparameters:
+    global_batch_size: int = 2
+
+
+class FindsTwo(DetectionTrial):
+    """A square of score 0.9 and one of 0.1 on every image."""
+
+    hyperparameters_class = Hyperparameters
+    pretrained_categories = ({"id": 7, "name": "square"},)
+    interrupted_after = None
+
+    def check_pretrained(self):
+        self.batches = 0
+
+    def build_model(self):
+        return torch.nn.Linear(1, 1)
+
+    def evaluation_dataset(self, data):
+        return CocoDetection(
+            data.annotations, data.images, lambda _, record: record.image_id, 0, False, self.bad_images
+        )
+
+    def collate(self, training):
+        return lambda ids: Batch(torch.zeros(len(ids)), None, ids)
+
+    def detect(self, model, batch):
+        self.batches += 1
+        if self.batches == self.interrupted_after:
+            raise KeyboardInterrupt
+        return [Detections(i, [[4, 4, 20, 20], [1, 1, 3, 3]], [0.9, 0.1], [0, 0]) for i in batch.image_ids]
+
+
+for abstract in ("training_dataset", "build_optimizer", "losses"):
+    setattr(FindsTwo, abstract, None)
+FindsTwo.__abstractmethods__ = frozenset()
+
+
+@pytest.fixture
+def predict(tmp_path, monkeypatch):
+    """Predicts in this process; what is in results.json, by file name."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*images, output="out", trial_class=FindsTwo, picture_format="png", **data):
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({"data": {"workers": 0, **data}, "searcher": SEARCHER}))
+        arguments = Namespace(config=str(path), overrides=[], checkpoint=None, images=[*map(str, images)])
+        arguments.output, arguments.format, arguments.min_score = tmp_path / output, picture_format, 0.3
+        detect.predict(trial_class, arguments)
+        return json.loads((tmp_path / output / "results.json").read_text())
+
+    return call
+
+
+def image(path, size=(40, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "gray").save(path)
+    return path
+
+
+def names(results):
+    return sorted({result["file_name"] for result in results})
+
+
+def files(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_folder_files_and_a_glob_together_each_image_once(predict, tmp_path, capsys, caplog):
+    image(tmp_path / "in/b.jpg")
+    image(tmp_path / "in/sub/a.PNG")
+    (tmp_path / "in/notes.txt").write_text("no image")
+    (tmp_path / "in/broken.png").write_bytes(b"no image")
+    image(tmp_path / "x/b.jpg")
+    image(tmp_path / "x[1].png")
+    results = predict("in", "in/b.jpg", "x/*.jpg", "x[1].png")
+    assert names(results) == ["in/b.jpg", "sub/a.PNG", "x/b.jpg", "x[1].png"]
+    assert files(tmp_path / "out") == ["in/b.jpg.png", "results.json", "sub/a.PNG.png", "x/b.jpg.png", "x[1].png.png"]
+    assert [r["image_id"] for r in results] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert results[0]["category_id"] == 7
+    assert "broken.png is left out: it is no image" in caplog.text
+    said = capsys.readouterr().out
+    assert "8 detections on 4 images in" in said
+    assert "the 4 of at least 0.3 are drawn" in said
+    assert "ms an image" in said
+
+
+def test_what_an_earlier_run_has_drawn_is_no_input_and_its_folder_is_not_written_to(predict, tmp_path, caplog):
+    image(tmp_path / "in/a.jpg")
+    predict("in", output="in/first")
+    shutil.copy(tmp_path / "in/first/a.jpg.png", tmp_path / "in/moved.png")
+    caplog.set_level("INFO")
+    assert names(predict("in", output="in/second")) == ["a.jpg"]
+    assert "in/first, which holds the results.json" in caplog.text
+    assert "1 pictures that an earlier run has drawn" in caplog.text
+    before = files(tmp_path)
+    for output in ("in/first", "in"):
+        with pytest.raises(UserError, match="is not empty"):
+            predict("in", output=output)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("nowhere", "--images: nowhere does not exist"),
+        ("*.tif", "no file is matched by '\\*.tif'"),
+        ("empty", "none of the 0 files"),
+        ("a.txt", "--images: .*a.txt: it is no image"),
+        ("https://example.org/pictures", "a web server has no list of its files"),
+        ("broken.mp4", "--images: .*broken.mp4.* cannot be read as a video"),
+    ],
+)
+def test_what_cannot_be_predicted_on_is_one_line_and_leaves_nothing(predict, tmp_path, given, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with pytest.raises(UserError, match=message):
+        predict(given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_cut_off_says_what_is_there(predict, tmp_path, capsys):
+    for i in range(6):
+        image(tmp_path / f"in/{i}.png")
+    with pytest.raises(SystemExit) as ended:
+        predict("in", trial_class=type("Stopped", (FindsTwo,), {"interrupted_after": 3}))
+    assert ended.value.code == 130
+    assert "stopped: 4 of 6 images are done" in capsys.readouterr().err
+    assert names(json.loads((tmp_path / "out/results.json").read_text())) == ["0.png", "1.png", "2.png", "3.png"]
+
+
+def test_an_image_that_cannot_be_decoded_is_left_out(predict, tmp_path, caplog):
+    image(tmp_path / "in/a.jpg")
+    cut = image(tmp_path / "in/b.jpg", (400, 300))
+    cut.write_bytes(cut.read_bytes()[:700])
+    assert names(predict("in", output="pdf", picture_format="pdf")) == ["a.jpg"]
+    assert files(tmp_path / "pdf") == ["a.jpg.pdf", "results.json"]
+    assert "1 of 2 images" in caplog.text
+    with pytest.raises(UserError, match="none of the images"):
+        predict("in/b.jpg")
+
+
+def test_image_ids_are_those_of_the_data_set(predict, shapes):
+    val = {"annotations": str(shapes / "annotations/val.json"), "images": str(shapes / "val")}
+    assert {r["image_id"] for r in predict(shapes / "val", val=val)} == set(range(1, 11))
+
+
+def test_images_of_a_web_server_and_of_a_bucket(predict, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    for name in ("a.jpg", "two words.png"):
+        image(tmp_path / "store" / name)
+    with http_store(tmp_path / "store") as url, s3_store(tmp_path / "store") as endpoint:
+        given = (f"{url}/two%20words.png", f"s3://{BUCKET}")
+        results = predict(*given, "store/a.jpg", endpoint_url=endpoint)
+        with pytest.raises(UserError, match=r"gone\.png"):
+            predict(f"{url}/gone.png", output="other")
+    assert len(names(results)) == 4
+    assert (tmp_path / "out" / f"{results[0]['file_name']}.png").is_file()
+
+
+def test_a_video_comes_out_with_the_same_frames(predict, tmp_path):
+    cv2, size = pytest.importorskip("cv2"), (64, 48)
+    writer = cv2.VideoWriter(str(tmp_path / "clip.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 12.5, size)
+    for level in range(0, 250, 50):
+        writer.write(np.full((size[1], size[0], 3), level, np.uint8))
+    writer.release()
+    image(tmp_path / "a.png")
+    results = predict("clip.avi", "a.png")
+    of_clip = [r for r in results if r["file_name"] == "clip.avi"]
+    assert [r["frame"] for r in of_clip] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert "frame" not in results[-1]
+    drawn = cv2.VideoCapture(str(tmp_path / "out/clip.avi.mp4"))
+    assert drawn.get(cv2.CAP_PROP_FPS) == 12.5
+    for level in range(0, 250, 50):
+        there, pixels = drawn.read()
+        assert there
+        assert pixels.shape == (size[1], size[0], 3)
+        assert abs(int(pixels[40, 50].mean()) - level) < 12
+    assert not drawn.read()[0]
+
+
+def test_without_opencv_a_video_says_what_to_install(predict, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "cv2", None)
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    with pytest.raises(UserError, match="pip install opencv-python-headless"):
+        predict("clip.mp4")
+
+
+@pytest.fixture
+def score(shapes, tmp_path):
+    """`evaluate --results` of what is written to the file; metrics.json."""
+
+    def call(written, checkpoint=None):
+        config, results, out = tmp_path / "config.yaml", tmp_path / "results.json", tmp_path / "scored"
+        val = {"annotations": str(shapes / "annotations/val.json"), "images": str(shapes / "val")}
+        config.write_text(yaml.safe_dump({"data": {"val": val}}))
+        results.write_text(written if isinstance(written, str) else json.dumps(written))
+        arguments = Namespace(config=str(config), overrides=[], checkpoint=checkpoint, results=results, output=out)
+        detect.evaluate(FindsTwo, arguments)
+        return json.loads((out / "metrics.json").read_text())
+
+    return call
+
+
+def test_a_results_file_is_scored_without_a_model(score, shapes, capsys):
+    annotations = CocoAnnotations.open(shapes / "annotations/val.json")
+    found = [Detections(r.image_id, r.boxes + 1, np.linspace(0.5, 1, len(r.boxes)), r.labels) for r in annotations]
+    results = [result for each in found for result in to_coco_results(each, annotations.category_ids)]
+    expected = {name: None if value != value else value for name, value in evaluate(annotations, found).items()}
+    assert score(results) == pytest.approx(expected)
+    assert "AP/circle" in capsys.readouterr().out
+    masks = [
+        {"image_id": r.image_id, "category_id": r.labels[i].item() + 1, "score": 0.5, "segmentation": segmentation}
+        for r in annotations
+        for i, segmentation in enumerate(r.segmentations)
+        if not r.iscrowd[i]
+    ]
+    assert score(masks)["segm_mAP"] > 0.99
+    with pytest.raises(UserError, match="leave --checkpoint out"):
+        score(results, checkpoint="runs/a")
+
+
+RESULT = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ([RESULT, {**RESULT, "image_id": 99}], "result 1: no image of .*val.json has the id 99; 1 of the results' 2"),
+        (
+            [{**RESULT, "category_id": 9}],
+            "result 0, of image 1: no category has the id 9; the annotations have 1, 2, 3",
+        ),
+        (
+            [RESULT, {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}],
+            "result 1: .*missing required field `score`",
+        ),
+        ([{**RESULT, "image_id": "one"}], "result 0: Expected `int`, got `str` \\(image_id\\)"),
+        ([{**RESULT, "bbox": [1, 2, 3]}], "result 0, of image 1: `bbox` \\[1.*4 numbers"),
+        ([{"image_id": 1, "category_id": 1, "score": 1}], "`bbox` is missing"),
+        (
+            [{**RESULT, "segmentation": {"size": [1, 1], "counts": "04"}}],
+            "size is \\[1, 1\\], and the image's is \\[128",
+        ),
+        ([{**RESULT, "file_name": "a.png"}], "its file is a.png, and the annotations' image of this id is 000000.png"),
+        ({"images": [], "annotations": []}, "is no list of results, .* but an object, as an annotation file is"),
+        ("[{", "is not JSON"),
+    ],
+)
+def test_a_results_file_that_is_wrong_is_one_line(score, written, message):
+    with pytest.raises(UserError, match=message) as error:
+        score(written)
+    assert "\n" not in str(error.value)
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    image(tmp_path / "a.png")
+    assert [name for _, name in _find("~/a.png", None)] == ["a.png"]

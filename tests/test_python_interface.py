@@ -1,0 +1,86 @@
+"""`shared` from a program of one's own: docs/python.md, and what is wrong."""
+
+import re
+
+import numpy as np
+import pytest
+import setuptools
+from conftest import ROOT
+from setuptools.config.setupcfg import read_configuration
+
+from shared.data import synthetic
+from shared.data.annotations import CocoAnnotations
+from shared.errors import UserError
+from shared.evaluation.detections import Detections, from_coco_results
+from shared.evaluation.evaluator import evaluate
+
+
+@pytest.fixture(scope="module")
+def annotations():
+    return CocoAnnotations.from_dict(synthetic.coco_split(5, 4))
+
+
+def test_the_page_runs_as_it_is_written(shapes, tmp_path, monkeypatch):
+    (tmp_path / "data").symlink_to(shapes)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["metrics"]["bbox_mAP"] > 0.5
+    assert (tmp_path / "picture.png").is_file()
+
+
+def test_what_is_installed_has_all_of_shared_and_nothing_else():
+    packages = set(read_configuration(ROOT / "setup.cfg")["options"]["packages"])
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "shared").rglob("*.py")}
+    assert packages == {".".join(folder.parts) for folder in folders}
+    assert packages == set(setuptools.find_packages(str(ROOT), include=["shared", "shared.*"]))
+
+
+BOX = [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (Detections(1, [BOX] * 2, [0.5, 0.5], [0, 3]), "image 1: the label 3, and the data has 3 categories, 0 to 2"),
+        (Detections(2, [BOX], [0.5], [-1]), "image 2: the label -1"),
+        (Detections(99, [BOX], [0.5], [0]), "image 99: no image of the annotations has this id"),
+        (Detections("1", [BOX], [0.5], [0]), "image '1': no image"),
+        (Detections(3, [BOX, [1, 2, np.nan, 4]], [0.5, 0.5], [0, 0]), r"image 3: the box \[1.0, 2.0, nan, 4.0\]"),
+        (Detections(3, [BOX], [np.inf], [0]), "image 3: the score inf is not finite"),
+    ],
+)
+def test_wrong_detections_are_one_line_that_names_image_and_value(annotations, found, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(annotations, [Detections(4, [BOX], [0.5], [0]), found], "bbox")
+
+
+def test_detections_that_come_twice_and_wrong_image_ids_are_errors(annotations):
+    found = Detections(1, [BOX], [0.5], [0])
+    with pytest.raises(UserError, match="image 1: they come twice"):
+        evaluate(annotations, [found, found])
+    with pytest.raises(UserError, match="image_ids: no image of the annotations has the id 9"):
+        evaluate(annotations, [found], image_ids=[1, 9])
+
+
+@pytest.mark.parametrize("boxes", [[1, 2, 3, 4], [[1, 2, 3, 4, 5]], [[1, 2], [3, 4]], np.ones((4, 2))])
+def test_boxes_of_a_wrong_shape_are_an_error(boxes):
+    with pytest.raises(ValueError, match=r"image 7: boxes \(.*and they are \(M, 4\)"):
+        Detections(7, boxes, [0.5], [0])
+
+
+def test_results_become_detections_in_the_order_of_images_with_all_that_they_have(annotations):
+    result = {"category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5, "keypoints": [1, 2, 1]}
+    square = [[10, 10, 20, 10, 20, 20, 10, 20]]
+    results = [{**result, "image_id": image_id, "segmentation": square} for image_id in (2, 1, 2)]
+    first, second = from_coco_results(results, annotations)
+    assert (first.image_id, second.image_id, len(first), len(second)) == (1, 2, 1, 2)
+    assert second.boxes.tolist() == [[1, 2, 4, 6]] * 2
+    assert second.labels.tolist() == [2, 2]
+    assert second.keypoints.shape == (2, 1, 3)
+    assert second.masks[0]["size"] == [128, 128]
+    assert {"bbox_mAP", "segm_mAP"} <= evaluate(annotations, [first, second], ("bbox", "segm")).keys()
+    assert from_coco_results([], annotations) == []
