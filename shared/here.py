@@ -20,8 +20,9 @@ from torch.utils.tensorboard import SummaryWriter
 from shared.config_file import fixed_hyperparameters, load_config, make_paths_absolute
 from shared.errors import UserError
 from shared.evaluation import visualization
+from shared.evaluation.data_report import save_page
 from shared.evaluation.table import metrics_table
-from shared.experiment import per_slot_batch_size
+from shared.experiment import SplitData, per_slot_batch_size
 from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import load_weights, read_checkpoint
 from shared.training.local_run import LocalRun, full_disk_as_error
@@ -33,6 +34,8 @@ from shared.training.run_folder import RunFolder
 from shared.training.trial import DetectionTrial
 
 logger = logging.getLogger(__name__)
+
+_LABELS = 6  # images of each split in labels.png
 
 
 def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
@@ -96,6 +99,10 @@ def _begin_reports(trial: DetectionTrial, folder: RunFolder, config: dict[str, A
     folder.config.write_text(yaml.safe_dump(config, sort_keys=False))
     trial.save_own_config(folder.path)
     trial.tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=trial.first_batch + 1)
+    opened = {"train": trial.train_data, "val": trial.val_data}
+    opened = {split: data for split, data in opened.items() if isinstance(data, SplitData)}
+    if opened and not folder.labels.exists():
+        save_page(opened, folder.labels, _LABELS)
 
 
 def _end_reports(trial: DetectionTrial, folder: RunFolder, seconds: float) -> None:

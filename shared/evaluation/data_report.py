@@ -238,14 +238,14 @@ def _remark_on_both(what: str, both: Sequence[tuple[str, str]], report: Report) 
         report.remarks.append(f"{len(both)} {what} are in data.train and in data.val, the first is {train} and {val}")
 
 
-def save_page(opened: Mapping[str, SplitData], path: Path) -> None:
+def save_page(opened: Mapping[str, SplitData], path: Path, count: int = _ON_THE_PAGE) -> None:
     """A page of images with their labels, of each split some that are spread over the file, as PNG or PDF."""
     from shared.evaluation import visualization  # which takes a while to import
 
     samples = []
     for split, data in opened.items():
         wrong = set(wrong_rows(data.annotations).tolist())
-        for index in spread(len(data.annotations), _ON_THE_PAGE):
+        for index in spread(len(data.annotations), count):
             record, first = data.annotations[index], int(data.annotations.columns["offsets"][index])
             masks = [b"" if first + i in wrong else raw for i, raw in enumerate(record.raw_segmentations)]
             name = f"image id {record.image_id}"
@@ -256,7 +256,7 @@ def save_page(opened: Mapping[str, SplitData], path: Path) -> None:
             named = dataclasses.replace(record, file_name=f"{split}: {record.file_name}", raw_segmentations=masks)
             samples.append((image, named))
     if not samples:
-        raise UserError("--page: there is no image to draw")
+        raise UserError("none of the images can be read, to draw their labels")
     categories = next(iter(opened.values())).categories
     visualization.save(visualization.page_of_truth(samples, categories), path)
 

@@ -14,13 +14,15 @@ _SOURCES = (".py", ".yaml", ".yml", ".sh", ".md")
 
 
 class RunFolder:
-    """The layout of `--output-dir`: metrics.jsonl, config.yaml, checkpoints/best and last, tensorboard/, code/."""
+    """The layout of `--output-dir`: metrics.jsonl, config.yaml, checkpoints/best and last, tensorboard/, code/,
+    labels.png and predictions.png."""
 
     def __init__(self, path: Path):
         self.path = path.absolute()
         self.metrics = self.path / "metrics.jsonl"
         self.config = self.path / "config.yaml"
         self.tensorboard = self.path / "tensorboard"
+        self.labels = self.path / "labels.png"
         self.code = self.path / "code"
         self.checkpoints = self.path / "checkpoints"
         self.saving = self.checkpoints / ".saving"
