@@ -67,6 +67,9 @@ class GivenImages:
     place = None
     _opened: dict[str, ImageStorage | videos.FrameReader] = field(default_factory=dict, repr=False)
 
+    def __str__(self) -> str:
+        return "--images"
+
     def read(self, file_name: str) -> bytes:
         if (location := self.locations.get(file_name)) is None:  # a video's frame
             name, _, frame = file_name.rpartition("/")
