@@ -77,6 +77,7 @@ bench: $(ALL_READY)
 	OMP_NUM_THREADS=1 $(PY) benchmarks/gather.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/remote.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/training_step.py
+	OMP_NUM_THREADS=1 $(PY) benchmarks/drawing.py
 	$(PY) benchmarks/busy.py
 	for library in mmdetection detectron2; do for what in step memory evaluation; do \
 		OMP_NUM_THREADS=1 $(PY) benchmarks/against_$$library.py $$what || exit 1; \
