@@ -162,7 +162,7 @@ def ended_by_errors() -> Iterator[None]:
     except (UserError, DivergedError) as error:
         _end_with(error)
     except KeyboardInterrupt:
-        print("stopped; a run goes on from its last checkpoint with --output-dir DIR --resume last", file=sys.stderr)
+        print("stopped; a training goes on from its last checkpoint with --output-dir DIR --resume last", file=sys.stderr)
         sys.exit(130)
 
 

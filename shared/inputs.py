@@ -162,7 +162,7 @@ def _find_remote(url: str, options: StoreOptions) -> Iterator[tuple[str, str]]:
             f"image"
         )
     folder, count = RemoteImages(url, options), 0
-    for page in folder._pages(""):
+    for page in folder.pages(""):
         for name, _ in page:
             if _is_input(name):
                 count += 1

@@ -75,7 +75,7 @@ def test_voc_is_read_from_its_usual_folders_with_its_own_splits_and_said_what_ca
     assert [train.file_name(i) for i in range(2)] == ["a.jpg", "b.jpg"]
     assert train[0].file_boxes.tolist() == [[0, 0, 100, 50], [9, 9, 21, 21]]  # VOC counts from 1; a 0 is the first too
     assert train[0].iscrowd.tolist() == [False, True]
-    counts = "2 images, 2 boxes, 2 categories, 1 images without boxes, 1 crowds (VOC's `difficult`), 1 boxes left out"
+    counts = "images 2, boxes 2, categories 2, images without boxes 1, crowds (VOC's `difficult`) 1, boxes left out"
     assert f"cells_train.json: {counts}" in said
     images = f"images: {root / 'JPEGImages'}}}"
     assert f"data:\n  train: {{annotations: {tmp_path / 'cells_train.json'}, {images}\n  val: {{annotations: " in said
@@ -141,3 +141,15 @@ def test_what_is_wrong_is_one_line(sources, shapes, tmp_path):
     (tmp_path / "bad.xml").write_text("<no")
     with pytest.raises(UserError, match=r"bad.xml cannot be read as cvat"):
         convert("cvat", tmp_path / "bad.xml", tmp_path / "a.json")
+    (tmp_path / "other.xml").write_text("<annotations/>")
+    with pytest.raises(UserError, match=r"is a folder with \d XML files: give the one to read"):
+        convert("cvat", tmp_path, tmp_path / "a.json")
+
+
+def test_cvat_s_folder_stands_for_the_one_xml_file_in_it(sources, tmp_path):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export/annotations.xml").write_bytes(sources["cvat"].read_bytes())
+    of_folder, of_file = (
+        convert("cvat", source, tmp_path / "a.json")[0] for source in (tmp_path / "export", sources["cvat"])
+    )
+    assert of_folder == of_file

@@ -22,7 +22,7 @@ from shared.errors import UserError
 _KINDS = {
     "voc": "a folder of XML files, or the one with Annotations and JPEGImages",
     "yolo": "data.yaml, the folder that it is in, or a folder of labels with --images",
-    "cvat": "an XML file",
+    "cvat": "an XML file, or the folder of the only one",
 }
 _SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}  # and their names in a data.yaml
 _HERE = "FOLDER OF THE IMAGES"
@@ -68,7 +68,7 @@ class Written:
             self.part.crowds: sum(annotation["iscrowd"] for annotation in boxes),
             **{f"boxes left out ({why})": count for why, count in self.part.left_out.items()},
         }
-        return f"{self.path}: {', '.join(f'{count} {what}' for what, count in counts.items())}"
+        return f"{self.path}: {', '.join(f'{what} {count}' for what, count in counts.items())}"
 
 
 def convert(kind: str, source: Path, output: Path, images: Path | None = None, val_share: float = 0.0) -> list[Written]:
@@ -311,6 +311,11 @@ def _of_yolo_values(values: list[float], width: int, height: int) -> dict[str, A
 
 
 def _read_cvat(source: Path, images: Path | None) -> tuple[list[str], dict[str, Part]]:
+    if source.is_dir():
+        files = sorted(source.glob("*.xml"))
+        if len(files) != 1:
+            raise UserError(f"{source} is a folder with {len(files)} XML files: give the one to read")
+        source = files[0]
     try:
         dataset = hotcoco.COCO.from_cvat(str(source)).dataset
     except (OSError, ValueError, RuntimeError) as error:

@@ -176,7 +176,7 @@ class RemoteImages:
         pieces, sizes = [np.empty(0, names.dtype)], [np.empty(0, np.int64)]
         count = 0
         for folder in folders_of(names):
-            for files in self._pages(folder):
+            for files in self.pages(folder):
                 pieces.append(as_names((name.encode() for name, _ in files), names.itemsize))
                 sizes.append(np.array([size for _, size in files], dtype=np.int64))
                 count += len(files)
@@ -184,7 +184,7 @@ class RemoteImages:
                     logger.info("%s: %s files listed", self.url, f"{count:,}")
         return np.concatenate(pieces), np.concatenate(sizes)
 
-    def _pages(self, folder: str) -> Iterator[list[tuple[str, int]]]:
+    def pages(self, folder: str) -> Iterator[list[tuple[str, int]]]:
         """Names below the URL, and sizes, of the files in a folder, a thousand at a time."""
         location, below = f"{self.url}/{folder}".rstrip("/"), f"{folder}/" if folder else ""
         token = None
