@@ -162,7 +162,9 @@ def ended_by_errors() -> Iterator[None]:
     except (UserError, DivergedError) as error:
         _end_with(error)
     except KeyboardInterrupt:
-        print("stopped; a training goes on from its last checkpoint with --output-dir DIR --resume last", file=sys.stderr)
+        print(
+            "stopped; a training goes on from its last checkpoint with --output-dir DIR --resume last", file=sys.stderr
+        )
         sys.exit(130)
 
 
