@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from shared.data.annotations import CocoAnnotations
 from shared.evaluation.detections import Detections
-from shared.evaluation.evaluator import CocoEvaluator, _merge
+from shared.evaluation.evaluator import CocoEvaluator
+from shared.evaluation.gathered import merge
 
 HEIGHT, WIDTH, CATEGORIES = 480, 640, 80
 PORTS = {"to all": (29_420, 29_421), "to the chief": (29_422, 29_423)}
@@ -35,8 +36,8 @@ class Exchange(CocoEvaluator):
     """The evaluator up to what hotcoco takes."""
 
     def metrics_of(self, shares: list) -> dict[str, float]:
-        found = _merge(shares)
-        return {"detections": len(found.rows()), "masks": len(found.masks())}
+        found = merge(shares)
+        return {"detections": len(found.rows()), "masks": len(found.rles())}
 
 
 def at_first(evaluator: CocoEvaluator, distributed: DistributedContext) -> dict[str, float]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import hotcoco
 import numpy as np
 
 from shared.data.annotations import CocoAnnotations
-from shared.data.segmentations import wrong_segmentation
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
+from shared.evaluation.gathered import GatheredDetections, merge
 from shared.evaluation.reducer import ChiefReducer, Gather, alone
+from shared.evaluation.truth import to_hotcoco
 
 # name, recall instead of precision, IoU index (all where None), area index, index in max_dets (1, 10, 100):
 # the twelve lines of pycocotools' summary
@@ -123,6 +123,9 @@ class CocoEvaluator(ChiefReducer):
     Args:
         image_ids, keypoint_sigmas: as of `evaluate`.
         gather: the way to the chief, see `ChiefReducer`.
+
+    Attributes:
+        found: what the last metrics are of; on the chief only.
     """
 
     def __init__(
@@ -147,6 +150,7 @@ class CocoEvaluator(ChiefReducer):
         wanted = self._all_ids if image_ids is None else np.array([*image_ids], dtype=np.int64)
         self.image_ids = np.intersect1d(wanted, self._all_ids)
         self._truth: hotcoco.COCO | None = None
+        self.found: GatheredDetections | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -166,11 +170,11 @@ class CocoEvaluator(ChiefReducer):
                     )
             self._detections[detection.image_id] = detection
 
-    def share(self) -> _Share:
+    def share(self) -> GatheredDetections:
         """This slot's detections and skipped images, of those that are evaluated."""
         evaluated = set(self.image_ids.tolist())
         image_ids = sorted(self._detections.keys() & evaluated)
-        share = _Share.of(
+        share = GatheredDetections.of(
             self._positions(image_ids),
             self._positions(sorted(self._skipped & evaluated)),
             [self._detections[image_id] for image_id in image_ids],
@@ -186,14 +190,14 @@ class CocoEvaluator(ChiefReducer):
             )
         return share
 
-    def metrics_of(self, shares: list[_Share]) -> dict[str, float]:
-        found = _merge(shares)
-        images = np.setdiff1d(self._positions(self.image_ids), found.skipped).tolist()
+    def metrics_of(self, shares: list[GatheredDetections]) -> dict[str, float]:
+        self.found = merge(shares)
         metrics: dict[str, float] = {}
         for iou_type in self.iou_types:
-            metrics.update(self._evaluate(iou_type, images, found))
-        if len(found.skipped):
-            metrics["skipped_images"] = len(found.skipped)
+            evaluation = self.match(iou_type, self.found)
+            metrics.update(summarize(evaluation, iou_type, self.annotations.category_names))
+        if len(self.found.skipped):
+            metrics["skipped_images"] = len(self.found.skipped)
         return metrics
 
     def _positions(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -201,13 +205,16 @@ class CocoEvaluator(ChiefReducer):
         than hotcoco's float64 rows can hold."""
         return np.searchsorted(self._all_ids, np.asarray(image_ids, dtype=np.int64))
 
-    def _evaluate(self, iou_type: str, images: list[int], found: _Share) -> dict[str, float]:
+    def match(self, iou_type: str, found: GatheredDetections) -> hotcoco.COCOeval:
+        """hotcoco's evaluation of what `share` and `merge` gave, evaluated and accumulated. In it an image is its
+        position (see `GatheredDetections`), a category its label, a detection its row from 1 on, an annotation its row
+        in `annotations.columns` from 1 on."""
         truth = self.open_truth()
         rows = found.rows()
         if iou_type == "keypoints" and len(rows):
-            results = truth.load_res(_keypoint_results(rows, found.keypoints))
+            results = truth.load_res(found.keypoint_results())
         elif iou_type == "segm" and len(rows):
-            masks = found.masks()
+            masks = found.rles()
             results = truth.load_res(rows, segmentation=masks)
             # small, medium and large are the masks' areas, as MMDetection and Detectron2 have it, not the boxes'
             results.update_anns(ids=np.arange(1, len(rows) + 1), area=hotcoco.mask.area(masks))
@@ -215,23 +222,13 @@ class CocoEvaluator(ChiefReducer):
             results = truth.load_res(rows)
         evaluation = hotcoco.COCOeval(truth, results, iou_type)
         params = evaluation.params
-        params.img_ids = images
+        params.img_ids = np.setdiff1d(self._positions(self.image_ids), found.skipped).tolist()
         if iou_type == "keypoints" and self.keypoint_sigmas:
             params.kpt_oks_sigmas = list(self.keypoint_sigmas)
         evaluation.params = params
         evaluation.evaluate()
         evaluation.accumulate()
-        precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
-
-        metrics = {}
-        for name, is_recall, iou, area, max_dets in _summary_of(iou_type):
-            values = (recall if is_recall else precision)[..., area, max_dets]
-            metrics[f"{iou_type}_{name}"] = _mean(values if iou is None else values[iou])
-        for label, name in enumerate(self.annotations.category_names):
-            average_precision = _mean(precision[:, :, label, 0, -1])
-            if not math.isnan(average_precision):
-                metrics[f"{iou_type}_AP/{name}"] = average_precision
-        return metrics
+        return evaluation
 
     def open_truth(self) -> hotcoco.COCO:
         """The ground truth as `to_hotcoco` gives it, made at the first call. Called before a training, it refuses
@@ -246,78 +243,24 @@ class CocoEvaluator(ChiefReducer):
         return self._truth
 
 
-@dataclass
-class _Share:
-    """The detections of some images, in arrays: M of them, in the order of images.
+def summarize(evaluation: hotcoco.COCOeval, iou_type: str, category_names: Sequence[str]) -> dict[str, float]:
+    """The numbers of `evaluate`, of one IoU type."""
+    precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
+    metrics = {}
+    for name, is_recall, iou, area, max_dets in _summary_of(iou_type):
+        values = (recall if is_recall else precision)[..., area, max_dets]
+        metrics[f"{iou_type}_{name}"] = mean_of(values if iou is None else values[iou])
+    for label, name in enumerate(category_names):
+        average_precision = mean_of(precision[:, :, label, 0, -1])
+        if not math.isnan(average_precision):
+            metrics[f"{iou_type}_AP/{name}"] = average_precision
+    return metrics
 
-    Attributes:
-        images: (images,) int64 positions, see `CocoEvaluator`.
-        counts: (images,) int64, each image's detections.
-        skipped: (skipped,) int64 positions of images that cannot be read.
-        boxes: (M, 4) float32, x1 y1 x2 y2.
-        scores: (M,) float32.
-        labels: (M,) int32.
-        keypoints: (M, 3K) float32 where they are evaluated.
-        mask_sizes: (M, 2) int32, height and width; this and the next two where masks are evaluated.
-        mask_bytes: (bytes,) uint8, the masks' compressed RLE, one after the other.
-        mask_lengths: (M,) int32, bytes of each.
-    """
 
-    images: np.ndarray
-    counts: np.ndarray
-    skipped: np.ndarray
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-    keypoints: np.ndarray | None = None
-    mask_sizes: np.ndarray | None = None
-    mask_bytes: np.ndarray | None = None
-    mask_lengths: np.ndarray | None = None
-
-    @classmethod
-    def of(
-        cls, images: np.ndarray, skipped: np.ndarray, detections: list[Detections], masks: bool, keypoints: bool
-    ) -> _Share:
-        """Of detections in the order of `images`."""
-        share = cls(
-            images=images,
-            counts=np.array([len(detection) for detection in detections], dtype=np.int64),
-            skipped=skipped,
-            boxes=np.concatenate([np.empty((0, 4), np.float32), *(d.boxes for d in detections)]),
-            scores=np.concatenate([np.empty(0, np.float32), *(d.scores for d in detections)]),
-            labels=np.concatenate([np.empty(0, np.int64), *(d.labels for d in detections)]).astype(np.int32),
-        )
-        if keypoints:
-            share.keypoints = np.concatenate(
-                [d.keypoints.reshape(len(d), -1) for d in detections if len(d)] or [np.empty((0, 0), np.float32)]
-            )
-        if masks:
-            rles = [mask for detection in detections for mask in detection.masks]
-            pieces = [c.encode() if isinstance(c := rle["counts"], str) else c for rle in rles]
-            share.mask_sizes = np.array([rle["size"] for rle in rles], dtype=np.int32).reshape(-1, 2)
-            share.mask_bytes = np.frombuffer(b"".join(pieces), np.uint8)
-            share.mask_lengths = np.array([len(piece) for piece in pieces], dtype=np.int32)
-        return share
-
-    def rows(self) -> np.ndarray:
-        """(M, 7) float64 of COCO's array format: image, x, y, width, height, score, category."""
-        rows = np.empty((len(self.boxes), 7), dtype=np.float64)
-        rows[:, 0] = np.repeat(self.images, self.counts)
-        rows[:, 1:5] = self.boxes
-        rows[:, 3:5] -= rows[:, 1:3]
-        rows[:, 5] = self.scores
-        rows[:, 6] = self.labels
-        return rows
-
-    def masks(self) -> list[dict]:
-        """M of COCO's RLE dicts."""
-        data, offsets = self.mask_bytes.tobytes(), _offsets(self.mask_lengths).tolist()
-        sizes, size_of = np.unique(self.mask_sizes, axis=0, return_inverse=True)
-        sizes = sizes.tolist()  # a few, that all masks share
-        return [
-            {"size": sizes[size], "counts": data[start:end]}
-            for size, start, end in zip(size_of.ravel().tolist(), offsets[:-1], offsets[1:], strict=True)
-        ]
+def mean_of(values: np.ndarray) -> float:
+    """The mean of precisions or recalls; nan where nothing can be scored, which pycocotools marks with -1."""
+    values = values[values > -1]
+    return float(values.mean()) if values.size else math.nan
 
 
 def _check_keypoints(annotations: CocoAnnotations, sigmas: Sequence[float] | None) -> None:
@@ -329,134 +272,3 @@ def _check_keypoints(annotations: CocoAnnotations, sigmas: Sequence[float] | Non
             f"{annotations.path} has {count} keypoints an object, and there are "
             f"{len(sigmas) if sigmas else _COCO_KEYPOINTS} sigmas to evaluate them with; give one for each"
         )
-
-
-def _keypoint_results(rows: np.ndarray, keypoints: np.ndarray) -> list[dict]:
-    return [
-        {
-            "image_id": int(row[0]),
-            "category_id": int(row[6]),
-            "bbox": row[1:5].tolist(),
-            "score": row[5],
-            "keypoints": points,
-        }
-        for row, points in zip(rows, keypoints.astype(np.float64).tolist(), strict=True)
-    ]
-
-
-def to_hotcoco(annotations: CocoAnnotations, masks: bool = True, keypoints: bool = False) -> hotcoco.COCO:
-    """The annotations as hotcoco's data set, in the file's own float64.
-
-    Its images have the positions of their ids among all of the file's, sorted, its categories the labels, and its
-    annotations their rows in `annotations.columns` from 1 on: ids of a file may be negative, or greater than the
-    float64 of hotcoco's results can hold.
-
-    Raises:
-        UserError: a segmentation that is no polygon or RLE, an RLE of another size than its image.
-    """
-    columns = annotations.columns
-    positions = np.empty(len(annotations), dtype=np.int64)
-    positions[np.argsort(annotations.image_ids)] = np.arange(len(annotations))
-    segmentation = _segmentations(annotations) if masks else None
-    images = [
-        {"id": position, "height": height, "width": width, "file_name": ""}
-        for position, height, width in zip(
-            positions.tolist(), columns["heights"].tolist(), columns["widths"].tolist(), strict=True
-        )
-    ]
-    categories = [{**category, "id": label} for label, category in enumerate(annotations.categories)]
-    image_of = np.repeat(positions, np.diff(columns["offsets"]))
-    try:
-        if keypoints:  # which hotcoco takes a dict an annotation only
-            rows = _annotation_dicts(columns, image_of, segmentation)
-            return hotcoco.COCO({"images": images, "categories": categories, "annotations": rows})
-        return hotcoco.COCO.from_arrays(
-            images=images,
-            categories=categories,
-            image_ids=image_of,
-            category_ids=columns["labels"],
-            boxes=columns["boxes"],
-            area=columns["areas"],
-            iscrowd=columns["iscrowd"],
-            segmentation=segmentation,
-        )
-    except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{annotations.path or 'the annotations'} cannot be evaluated on: {error}") from error
-
-
-def _segmentations(annotations: CocoAnnotations) -> list[list | dict]:
-    """The segmentation of each annotation, [] where there is none, each one that hotcoco can score: polygons of less
-    than three points, which enclose nothing, are left out."""
-    segmentations = []
-    for record in annotations:
-        for piece in record.segmentations:
-            if isinstance(piece, list):
-                piece = [polygon for polygon in piece if not (isinstance(polygon, list) and len(polygon) < 6)]
-            if wrong := wrong_segmentation(piece, record.height, record.width) if piece else None:
-                annotation_id = annotations.columns["annotation_ids"][len(segmentations)]
-                raise UserError(
-                    f"{annotations.path or 'the annotations'}: the segmentation of annotation {annotation_id}, on "
-                    f"image {record.image_id}, {wrong}; correct it, or leave it out"
-                )
-            segmentations.append(piece or [])
-    return segmentations
-
-
-def _annotation_dicts(columns: dict[str, np.ndarray], image_of: np.ndarray, segmentation: list | None) -> list[dict]:
-    rows = []
-    for i, image in enumerate(image_of.tolist()):
-        points = columns["keypoints"][i]
-        row = {
-            "id": i + 1,
-            "image_id": image,
-            "category_id": int(columns["labels"][i]),
-            "bbox": columns["boxes"][i].tolist(),
-            "area": float(columns["areas"][i]),
-            "iscrowd": int(columns["iscrowd"][i]),
-            "keypoints": points.ravel().tolist(),
-            "num_keypoints": int((points[:, 2] > 0).sum()),
-        }
-        rows.append(row if segmentation is None else {**row, "segmentation": segmentation[i]})
-    return rows
-
-
-def _merge(shares: list[_Share]) -> _Share:
-    """All slots' detections, each image once and in the order of positions: the same for any number of slots."""
-    images = np.concatenate([share.images for share in shares])
-    counts = np.concatenate([share.counts for share in shares])
-    kept_images, kept = np.unique(images, return_index=True)  # the first slot's, where several have an image
-    kept_counts, starts = counts[kept], _offsets(counts)[kept]
-    rows = np.repeat(starts - _offsets(kept_counts)[:-1], kept_counts) + np.arange(kept_counts.sum())
-
-    def rows_of(name: str) -> np.ndarray | None:
-        # those without detections do not know how many keypoints there are
-        parts = [part for share in shares if (part := getattr(share, name)) is not None and len(part)]
-        return np.concatenate(parts)[rows] if parts else getattr(shares[0], name)
-
-    merged = _Share(
-        images=kept_images,
-        counts=kept_counts,
-        skipped=np.unique(np.concatenate([share.skipped for share in shares])),
-        boxes=rows_of("boxes"),
-        scores=rows_of("scores"),
-        labels=rows_of("labels"),
-        keypoints=rows_of("keypoints"),
-        mask_sizes=rows_of("mask_sizes"),
-        mask_lengths=rows_of("mask_lengths"),
-    )
-    if merged.mask_sizes is not None:
-        ends = _offsets(np.concatenate([share.mask_lengths for share in shares]))
-        data = np.concatenate([share.mask_bytes for share in shares])
-        pieces = zip(ends[starts].tolist(), ends[starts + kept_counts].tolist(), strict=True)
-        merged.mask_bytes = np.concatenate([data[:0], *(data[start:end] for start, end in pieces)])
-    return merged
-
-
-def _offsets(lengths: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-
-
-def _mean(values: np.ndarray) -> float:
-    # pycocotools marks what cannot be scored with -1
-    values = values[values > -1]
-    return float(values.mean()) if values.size else math.nan

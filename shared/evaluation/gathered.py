@@ -1,0 +1,132 @@
+"""The detections of many images in a few arrays: small to send to the chief, and to keep in a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from shared.evaluation.detections import Detections
+
+
+@dataclass
+class GatheredDetections:
+    """The detections of some images, in arrays: M of them, in the order of images.
+
+    Attributes:
+        images: (images,) int64 positions, see `CocoEvaluator`.
+        counts: (images,) int64, each image's detections.
+        skipped: (skipped,) int64 positions of images that cannot be read.
+        boxes: (M, 4) float32, x1 y1 x2 y2.
+        scores: (M,) float32.
+        labels: (M,) int32.
+        keypoints: (M, 3K) float32 where they are evaluated.
+        mask_sizes: (M, 2) int32, height and width; this and the next two where masks are evaluated.
+        mask_bytes: (bytes,) uint8, the masks' compressed RLE, one after the other.
+        mask_lengths: (M,) int32, bytes of each.
+    """
+
+    images: np.ndarray
+    counts: np.ndarray
+    skipped: np.ndarray
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    keypoints: np.ndarray | None = None
+    mask_sizes: np.ndarray | None = None
+    mask_bytes: np.ndarray | None = None
+    mask_lengths: np.ndarray | None = None
+
+    @classmethod
+    def of(
+        cls, images: np.ndarray, skipped: np.ndarray, detections: list[Detections], masks: bool, keypoints: bool
+    ) -> GatheredDetections:
+        """Of detections in the order of `images`."""
+        share = cls(
+            images=images,
+            counts=np.array([len(detection) for detection in detections], dtype=np.int64),
+            skipped=skipped,
+            boxes=np.concatenate([np.empty((0, 4), np.float32), *(d.boxes for d in detections)]),
+            scores=np.concatenate([np.empty(0, np.float32), *(d.scores for d in detections)]),
+            labels=np.concatenate([np.empty(0, np.int64), *(d.labels for d in detections)]).astype(np.int32),
+        )
+        if keypoints:
+            share.keypoints = np.concatenate(
+                [d.keypoints.reshape(len(d), -1) for d in detections if len(d)] or [np.empty((0, 0), np.float32)]
+            )
+        if masks:
+            rles = [mask for detection in detections for mask in detection.masks]
+            pieces = [c.encode() if isinstance(c := rle["counts"], str) else c for rle in rles]
+            share.mask_sizes = np.array([rle["size"] for rle in rles], dtype=np.int32).reshape(-1, 2)
+            share.mask_bytes = np.frombuffer(b"".join(pieces), np.uint8)
+            share.mask_lengths = np.array([len(piece) for piece in pieces], dtype=np.int32)
+        return share
+
+    def rows(self) -> np.ndarray:
+        """(M, 7) float64 of COCO's array format: image, x, y, width, height, score, category."""
+        rows = np.empty((len(self.boxes), 7), dtype=np.float64)
+        rows[:, 0] = np.repeat(self.images, self.counts)
+        rows[:, 1:5] = self.boxes
+        rows[:, 3:5] -= rows[:, 1:3]
+        rows[:, 5] = self.scores
+        rows[:, 6] = self.labels
+        return rows
+
+    def rles(self) -> list[dict]:
+        """M of COCO's RLE dicts."""
+        data, offsets = self.mask_bytes.tobytes(), _offsets(self.mask_lengths).tolist()
+        sizes, size_of = np.unique(self.mask_sizes, axis=0, return_inverse=True)
+        sizes = sizes.tolist()  # a few, that all masks share
+        return [
+            {"size": sizes[size], "counts": data[start:end]}
+            for size, start, end in zip(size_of.ravel().tolist(), offsets[:-1], offsets[1:], strict=True)
+        ]
+
+    def keypoint_results(self) -> list[dict]:
+        """Of COCO's result format, as hotcoco takes keypoints only."""
+        return [
+            {
+                "image_id": int(row[0]),
+                "category_id": int(row[6]),
+                "bbox": row[1:5].tolist(),
+                "score": row[5],
+                "keypoints": points,
+            }
+            for row, points in zip(self.rows(), self.keypoints.astype(np.float64).tolist(), strict=True)
+        ]
+
+
+def merge(shares: list[GatheredDetections]) -> GatheredDetections:
+    """All slots' detections, each image once and in the order of positions: the same for any number of slots."""
+    images = np.concatenate([share.images for share in shares])
+    counts = np.concatenate([share.counts for share in shares])
+    kept_images, kept = np.unique(images, return_index=True)  # the first slot's, where several have an image
+    kept_counts, starts = counts[kept], _offsets(counts)[kept]
+    rows = np.repeat(starts - _offsets(kept_counts)[:-1], kept_counts) + np.arange(kept_counts.sum())
+
+    def rows_of(name: str) -> np.ndarray | None:
+        # those without detections do not know how many keypoints there are
+        parts = [part for share in shares if (part := getattr(share, name)) is not None and len(part)]
+        return np.concatenate(parts)[rows] if parts else getattr(shares[0], name)
+
+    merged = GatheredDetections(
+        images=kept_images,
+        counts=kept_counts,
+        skipped=np.unique(np.concatenate([share.skipped for share in shares])),
+        boxes=rows_of("boxes"),
+        scores=rows_of("scores"),
+        labels=rows_of("labels"),
+        keypoints=rows_of("keypoints"),
+        mask_sizes=rows_of("mask_sizes"),
+        mask_lengths=rows_of("mask_lengths"),
+    )
+    if merged.mask_sizes is not None:
+        ends = _offsets(np.concatenate([share.mask_lengths for share in shares]))
+        data = np.concatenate([share.mask_bytes for share in shares])
+        pieces = zip(ends[starts].tolist(), ends[starts + kept_counts].tolist(), strict=True)
+        merged.mask_bytes = np.concatenate([data[:0], *(data[start:end] for start, end in pieces)])
+    return merged
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
