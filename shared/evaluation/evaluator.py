@@ -86,6 +86,16 @@ def evaluate(
         annotations = CocoAnnotations.open(annotations)
     image_ids = None if image_ids is None else list(image_ids)
     detections = list(detections)
+    check_detections(annotations, detections, image_ids)
+    evaluator = CocoEvaluator(annotations, iou_types, image_ids, keypoint_sigmas=keypoint_sigmas)
+    evaluator.update(detections)
+    return evaluator.compute()
+
+
+def check_detections(
+    annotations: CocoAnnotations, detections: Sequence[Detections], image_ids: Sequence[int] | None
+) -> None:
+    """Raises UserError as `evaluate` does, but for labels."""
     known = set(annotations.image_ids.tolist())
     named = f"{annotations.path or 'the annotations'}"
     for image_id in image_ids or ():
@@ -102,9 +112,6 @@ def evaluate(
             if not np.isfinite(values).all():
                 wrong = values[~np.isfinite(values).reshape(len(values), -1).all(axis=1)][0]
                 raise UserError(f"detections of image {found.image_id}: the {name} {wrong.tolist()} is not finite")
-    evaluator = CocoEvaluator(annotations, iou_types, image_ids, keypoint_sigmas=keypoint_sigmas)
-    evaluator.update(detections)
-    return evaluator.compute()
 
 
 def iou_types_of(detections: Sequence[Detections], annotations: CocoAnnotations) -> tuple[str, ...]:

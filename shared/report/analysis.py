@@ -1,0 +1,355 @@
+"""All numbers of a report, of one set of detections: hotcoco's, and what is wrong on each image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import hotcoco
+import numpy as np
+
+from shared.data.annotations import CocoAnnotations
+from shared.evaluation.detections import Detections
+from shared.evaluation.evaluator import CocoEvaluator, check_detections, mean_of, summarize
+from shared.evaluation.gathered import GatheredDetections
+from shared.report.image_errors import ERROR_TYPES, ImageObjects, Suspect, Wrong, errors_of, suspects_of
+from shared.report.thresholds import ThresholdCurve, threshold_curve, trusted_score
+
+CONFIDENCE = 0.95
+_SEED = 0
+# an annotation is suspected where detections of such a score are so often right
+_TRUSTED_PRECISION = 0.75
+_OBJECTS_IN_AN_IMAGE = (
+    ("1", 1, 1),
+    ("2 to 4", 2, 4),
+    ("5 to 9", 5, 9),
+    ("10 to 19", 10, 19),
+    ("20 and more", 20, None),
+)
+# hotcoco's names of what `summarize` gives
+NAMES = {
+    **{"mAP": "AP", "mAP_50": "AP50", "mAP_75": "AP75", "mAP_s": "APs", "mAP_m": "APm", "mAP_l": "APl"},
+    **{"AR_1": "AR1", "AR_10": "AR10", "AR_100": "AR100", "AR_s": "ARs", "AR_m": "ARm", "AR_l": "ARl"},
+    **{"AR": "AR", "AR_iou50": "AR50", "AR_iou75": "AR75"},
+}
+
+
+@dataclass(frozen=True)
+class CategoryNumbers:
+    """A row of the table of categories; nan where the category has no object, or no detection is right.
+
+    Attributes:
+        objects: in the ground truth, without crowds.
+        detections: those that count, at most 100 an image and category.
+        ar: recall at 100 detections an image (keypoints: 20), the mean over IoUs.
+        threshold, f1: where F1 is greatest at an IoU of 0.5.
+    """
+
+    label: int
+    name: str
+    objects: int
+    detections: int
+    ap: float
+    ap50: float
+    ar: float
+    threshold: float
+    f1: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """AP of some of the images.
+
+    Attributes:
+        name: "2 to 4".
+        images: how many.
+    """
+
+    name: str
+    images: int
+    ap: float
+    ap50: float
+
+
+@dataclass
+class Analysis:
+    """What one IoU type says of the detections.
+
+    Attributes:
+        metrics: the numbers of `evaluate`, without the IoU type and without those of categories.
+        intervals: lower and upper end of their 95 % bootstrap intervals; {} without a bootstrap.
+        curve: over the score, of all categories together, at an IoU of 0.5 (OKS of keypoints).
+        category_curves: the same of each category that has objects, by its label.
+        by_count: by the number of objects in an image.
+        errors: hotcoco's `tide_errors`: "delta_ap" by type, "counts", "ap_base"; None of keypoints.
+        confusion: hotcoco's `confusion_matrix` at the best threshold; None where nothing is right.
+        calibration: hotcoco's.
+        evaluation: hotcoco's evaluation itself, see `CocoEvaluator.match`.
+    """
+
+    iou_type: str
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    categories: list[CategoryNumbers]
+    curve: ThresholdCurve
+    category_curves: dict[int, ThresholdCurve]
+    by_count: list[Group]
+    errors: dict[str, Any] | None
+    confusion: dict[str, Any] | None
+    calibration: dict[str, Any]
+    evaluation: hotcoco.COCOeval = field(repr=False)
+
+
+@dataclass
+class Analyses:
+    """What there is to say of one set of detections.
+
+    Attributes:
+        of: by IoU type, boxes first.
+        indices: (images,) where the evaluated images are in the annotations.
+        detections: of these images, by that index.
+        wrong: the errors of detections of at least the best threshold, and what they leave unfound, by boxes.
+        trusted: detections of at least this score may contradict annotations; infinite where none is so often right.
+        suspects: what they contradict, the highest score first.
+    """
+
+    annotations: CocoAnnotations
+    of: dict[str, Analysis]
+    indices: np.ndarray
+    detections: dict[int, Detections]
+    wrong: list[Wrong]
+    trusted: float
+    suspects: list[Suspect]
+
+    @property
+    def best_threshold(self) -> float:
+        """The score under which detections are best left out: F1 of boxes is greatest there. nan where none is
+        right."""
+        return self.of["bbox"].curve.best_threshold
+
+
+def analyse(
+    annotations: CocoAnnotations,
+    detections: Iterable[Detections],
+    iou_types: Sequence[str],
+    image_ids: Iterable[int] | None = None,
+    keypoint_sigmas: Sequence[float] | None = None,
+    resamples: int = 200,
+) -> Analyses:
+    """
+    Args:
+        iou_types: "bbox", and "segm" and "keypoints" where the detections have them.
+        image_ids, keypoint_sigmas: as of `evaluate`.
+        resamples: of images, with replacement, for the intervals; 0 for none.
+
+    Raises:
+        UserError: as of `evaluate`.
+    """
+    detections = list(detections)
+    image_ids = None if image_ids is None else list(image_ids)
+    check_detections(annotations, detections, image_ids)
+    evaluator = CocoEvaluator(annotations, ("bbox", *(t for t in iou_types if t != "bbox")), image_ids, keypoint_sigmas)
+    evaluator.update(detections)
+    found = evaluator.share()
+    index_of = {image_id: index for index, image_id in enumerate(annotations.image_ids.tolist())}
+    indices = np.sort([index_of[image_id] for image_id in evaluator.image_ids.tolist()]).astype(np.int64)
+    analyses = Analyses(
+        annotations=annotations,
+        of={t: _analyse(evaluator, t, found, annotations, resamples) for t in evaluator.iou_types},
+        indices=indices,
+        detections={
+            index_of[one.image_id]: one for one in detections if one.image_id in set(evaluator.image_ids.tolist())
+        },
+        wrong=[],
+        trusted=math.inf,
+        suspects=[],
+    )
+    _look_at_images(analyses, found)
+    return analyses
+
+
+def _analyse(
+    evaluator: CocoEvaluator, iou_type: str, found: GatheredDetections, annotations: CocoAnnotations, resamples: int
+) -> Analysis:
+    evaluation = evaluator.match(iou_type, found)
+    names = annotations.category_names
+    metrics = {
+        name.removeprefix(f"{iou_type}_"): value
+        for name, value in summarize(evaluation, iou_type, names).items()
+        if "_AP/" not in name
+    }
+    diagnostics = evaluation.image_diagnostics()
+    rows, is_right = _verdicts(diagnostics)
+    objects = _objects(annotations, diagnostics)
+    counts = np.bincount(annotations.columns["labels"][objects], minlength=len(names))
+    scores, labels = found.scores[rows], found.labels[rows]
+    curves = {
+        label: threshold_curve(scores[labels == label], is_right[labels == label], int(counts[label]))
+        for label in np.flatnonzero(counts).tolist()
+    }
+    with_objects = counts[labels] > 0
+    curve = threshold_curve(scores[with_objects], is_right[with_objects], int(counts.sum()))
+    precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
+    detected = np.bincount(labels, minlength=len(names))
+    nothing = threshold_curve(np.empty(0), np.empty(0, bool), 0)
+    return Analysis(
+        iou_type=iou_type,
+        metrics=metrics,
+        intervals=_intervals(evaluator, evaluation, iou_type, metrics, resamples),
+        categories=[
+            CategoryNumbers(
+                label=label,
+                name=name,
+                objects=int(counts[label]),
+                detections=int(detected[label]),
+                ap=mean_of(precision[:, :, label, 0, -1]),
+                ap50=mean_of(precision[0, :, label, 0, -1]),
+                ar=mean_of(recall[:, label, 0, -1]),
+                threshold=curves.get(label, nothing).best_threshold,
+                f1=curves.get(label, nothing).best_f1,
+            )
+            for label, name in enumerate(names)
+        ],
+        curve=curve,
+        category_curves=curves,
+        by_count=_by_count(evaluation, annotations, evaluator.image_ids),
+        errors=None if iou_type == "keypoints" else evaluation.tide_errors(),
+        confusion=None
+        if iou_type == "keypoints" or curve.best is None
+        else evaluation.confusion_matrix(min_score=curve.best_threshold),
+        calibration=evaluation.calibration(),
+        evaluation=evaluation,
+    )
+
+
+def _verdicts(diagnostics: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of the detections that count, and which of them are right."""
+    status = sorted(diagnostics["dt_status"].items())
+    kept = [(row - 1, verdict == "tp") for row, verdict in status if verdict in ("tp", "fp")]
+    rows = np.array([row for row, _ in kept], dtype=np.int64)
+    return rows, np.array([right for _, right in kept], dtype=bool)
+
+
+def _objects(annotations: CocoAnnotations, diagnostics: dict[str, Any]) -> np.ndarray:
+    """Rows of the annotations that count, of the evaluated images."""
+    status = diagnostics["gt_status"]
+    return np.array(sorted(row - 1 for row, verdict in status.items() if verdict in ("matched", "fn")), dtype=np.int64)
+
+
+def _intervals(
+    evaluator: CocoEvaluator, evaluation: hotcoco.COCOeval, iou_type: str, metrics: dict[str, float], resamples: int
+) -> dict[str, tuple[float, float]]:
+    """hotcoco resamples differences; from nothing found, which scores 0, the difference is the number itself."""
+    if not resamples or len(evaluator.image_ids) < 2:
+        return {}
+    nothing = evaluator.match(iou_type, _none_found(iou_type))
+    compared = hotcoco.compare(nothing, evaluation, n_bootstrap=resamples, seed=_SEED, confidence=CONFIDENCE)
+    ci = compared["ci"]
+    return {
+        name: (ci[NAMES[name]]["lower"], ci[NAMES[name]]["upper"])
+        for name, value in metrics.items()
+        if NAMES[name] in ci and not math.isnan(value)
+    }
+
+
+def _none_found(iou_type: str) -> GatheredDetections:
+    nowhere = np.empty(0, np.int64)
+    return GatheredDetections.of(nowhere, nowhere, [], masks=iou_type == "segm", keypoints=iou_type == "keypoints")
+
+
+def _by_count(evaluation: hotcoco.COCOeval, annotations: CocoAnnotations, image_ids: np.ndarray) -> list[Group]:
+    columns = annotations.columns
+    image_of = np.repeat(np.arange(len(annotations)), np.diff(columns["offsets"]))
+    per_image = np.bincount(image_of[~columns["iscrowd"]], minlength=len(annotations))
+    order = np.argsort(annotations.image_ids)
+    per_position = per_image[order]  # as hotcoco counts images
+    evaluated = np.searchsorted(annotations.image_ids[order], image_ids)
+    slices = {}
+    for name, least, most in _OBJECTS_IN_AN_IMAGE:
+        count = per_position[evaluated]
+        chosen = evaluated[(count >= least) & (True if most is None else count <= most)]
+        if len(chosen):
+            slices[name] = chosen.tolist()
+    if not slices:
+        return []
+    sliced = evaluation.slice_by(slices)
+    return [
+        Group(name, len(images), _number(sliced[name].get("AP")), _number(sliced[name].get("AP50")))
+        for name, images in slices.items()
+    ]
+
+
+def _number(value: float | None) -> float:
+    """COCO has -1 where nothing can be scored."""
+    return math.nan if value is None or value < 0 else float(value)
+
+
+def _look_at_images(analyses: Analyses, found: GatheredDetections) -> None:
+    """Fills in what is wrong, image by image."""
+    boxes = analyses.of["bbox"]
+    analyses.trusted = max(
+        trusted_score(boxes.curve, _TRUSTED_PRECISION), 0.0 if boxes.curve.best is None else boxes.curve.best_threshold
+    )
+    threshold = boxes.curve.best_threshold
+    if math.isnan(threshold):
+        threshold = math.inf  # nothing is right: all objects are missed
+    annotations, columns = analyses.annotations, analyses.annotations.columns
+    diagnostics = boxes.evaluation.image_diagnostics()
+    is_wrong = np.zeros(len(found.scores), bool)
+    is_right = is_wrong.copy()
+    rows, verdicts = _verdicts(diagnostics)
+    is_right[rows[verdicts]], is_wrong[rows[~verdicts]] = True, True
+    is_missed = np.zeros(len(columns["labels"]), bool)
+    objects = _objects(annotations, diagnostics)
+    is_missed[objects] = True
+    matched_by = diagnostics["dt_match"]
+    for row in np.flatnonzero(is_right).tolist():
+        if found.scores[row] >= threshold:
+            is_missed[matched_by[row + 1] - 1] = False
+    is_object = np.zeros(len(columns["labels"]), bool)
+    is_object[objects] = True
+    order = np.argsort(annotations.image_ids)
+    ends = np.cumsum(found.counts)
+    rows_of = {
+        int(order[position]): (int(end - count), int(end))
+        for position, count, end in zip(found.images.tolist(), found.counts.tolist(), ends.tolist(), strict=True)
+    }
+    truth = columns["boxes"].astype(np.float64)
+    truth[:, 2:] += truth[:, :2]
+    for index in analyses.indices.tolist():
+        first, last = int(columns["offsets"][index]), int(columns["offsets"][index + 1])
+        start, end = rows_of.get(index, (0, 0))
+        kept = np.arange(start, end)[found.scores[start:end] >= threshold]
+        if not is_missed[first:last].any() and not is_wrong[kept].any():
+            continue
+        one = ImageObjects(
+            image=index,
+            first=first,
+            truth_boxes=truth[first:last],
+            truth_labels=columns["labels"][first:last],
+            is_missed=is_missed[first:last],
+            is_object=is_object[first:last],
+            rows=kept,
+            boxes=found.boxes[kept],
+            labels=found.labels[kept],
+            scores=found.scores[kept],
+            is_right=is_right[kept],
+            is_wrong=is_wrong[kept],
+        )
+        analyses.wrong += errors_of(one)
+        analyses.suspects += suspects_of(one, analyses.trusted)
+    analyses.suspects.sort(key=lambda suspect: -suspect.score)
+
+
+def counts_by_category(wrong: Sequence[Wrong], kind: str, names: Sequence[str]) -> list[tuple[str, int]]:
+    """How many errors of a kind each category has, the most first."""
+    counts = np.bincount([one.label for one in wrong if one.kind == kind], minlength=len(names))
+    order = np.argsort(-counts, kind="stable")
+    return [(names[label], int(counts[label])) for label in order.tolist() if counts[label]]
+
+
+def costliest(errors: dict[str, Any]) -> list[tuple[str, float]]:
+    """TIDE's types and how much AP50 would rise without them, the most first."""
+    return sorted(((kind, errors["delta_ap"][kind]) for kind in ERROR_TYPES), key=lambda pair: -pair[1])
