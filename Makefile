@@ -87,7 +87,7 @@ bench: $(ALL_READY)
 links:
 	for detector in efficientdet mmdetection detectron2; do \
 		rm -rf $$detector/shared && \
-		for file in $$(cd shared && find . -name '*.py' -o -name requirements.txt | sort); do \
+		for file in $$(cd shared && find . -name '*.py' -o -name '*.jinja' -o -name requirements.txt | sort); do \
 			link=$$detector/shared/$${file#./} && mkdir -p "$$(dirname $$link)" && \
 			ln -s --relative "shared/$${file#./}" "$$link" || exit 1; \
 		done; \

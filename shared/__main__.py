@@ -11,6 +11,7 @@ import sys
 _COMMANDS = {
     "check": ("shared.check", "what a training would meet in the data of an experiment config; without the detector"),
     "convert": ("shared.data.convert", "Pascal VOC, YOLO and CVAT annotations as COCO's"),
+    "report": ("shared.report.report", "a page of what detections are worth, anybody's: numbers, figures, pictures"),
     "synthetic": ("shared.data.synthetic", "a small data set of shapes, in COCO's format"),
 }
 

@@ -12,7 +12,18 @@ from conftest import ROOT
 # each may import from those after it, and from its own room
 FLOORS = (
     *("__main__", "launch", "on_cluster", "here", "detect", "inputs", "videos", "log", "command_line", "check"),
-    *("training", "evaluation", "library", "experiment", "config_file", "data", "errors", "threads", "packages"),
+    *(
+        "training",
+        "report",
+        "evaluation",
+        "library",
+        "experiment",
+        "config_file",
+        "data",
+        "errors",
+        "threads",
+        "packages",
+    ),
 )
 BY_ITSELF = ("container",)  # runs before anything is installed
 LIBRARIES = ("effdet", "timm", "mmdet", "mmcv", "detectron2", "model_def")

@@ -28,7 +28,7 @@ class Wrong:
         image: index in the annotations.
         label: the detection's, of a "Miss" the object's.
         score: the detection's; of a "Miss" 0.
-        detection: its row; None of a "Miss".
+        detection: its place among the image's; None of a "Miss".
         annotation: its row in `CocoAnnotations.columns`, where there is one.
     """
 
@@ -69,7 +69,7 @@ class ImageObjects:
         truth_boxes, truth_labels: (N, 4) x1 y1 x2 y2, (N,).
         is_missed: (N,) bool: an object that nothing matched.
         is_object: (N,) bool: no crowd.
-        rows: (M,) of the detections.
+        rows: (M,) the places of the detections among all of the image.
         boxes, labels, scores: (M, 4), (M,), (M,).
         is_right, is_wrong: (M,) bool: it matched an object; it matched nothing, no crowd either.
     """

@@ -10,7 +10,7 @@ from typing import IO
 
 from shared.errors import UserError
 
-_SOURCES = (".py", ".yaml", ".yml", ".sh", ".md")
+_SOURCES = (".py", ".yaml", ".yml", ".sh", ".md", ".jinja")
 
 
 class RunFolder:

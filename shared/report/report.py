@@ -1,0 +1,247 @@
+"""A report on detections: `report.html`, one page with numbers, figures, pictures and words."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from shared.data.annotations import CocoAnnotations
+from shared.data.storage import DiskImages, ImageStorage
+from shared.errors import UserError
+from shared.evaluation.detections import Detections, from_coco_results
+from shared.evaluation.evaluator import iou_types_of
+from shared.report.analysis import NAMES, Analyses, analyse
+from shared.report.image_errors import ERROR_TYPES, worst_images
+from shared.report.page import write_page
+from shared.report.pictures import picture_of_errors, picture_of_suspect
+from shared.report.plots import figures_of, svg_of
+from shared.report.summary import summary_of
+
+RESAMPLES = 200
+_IMAGES_OF_A_KIND = 4
+_SUSPECTS = 24
+_TITLES = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints"}
+
+
+@dataclass
+class About:
+    """What a report is of.
+
+    Attributes:
+        title: of the page.
+        facts: name and value, the first table.
+        changed: of the config, what differs from the shipped file: key, shipped, this one.
+        curves: how the training went.
+    """
+
+    title: str = "Detections"
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    changed: Sequence[tuple[str, Any, Any]] = ()
+    curves: Figure | None = None
+
+
+def report(
+    annotations: CocoAnnotations | str | os.PathLike,
+    detections: Iterable[Detections],
+    output: str | os.PathLike,
+    images: ImageStorage | str | os.PathLike | None = None,
+    iou_types: Sequence[str] | None = None,
+    image_ids: Iterable[int] | None = None,
+    keypoint_sigmas: Sequence[float] | None = None,
+    min_score: float | None = None,
+    resamples: int = RESAMPLES,
+    about: About | None = None,
+) -> Analyses:
+    """Writes a page of what the detections are worth, and `<name>.json` with its numbers beside it.
+
+    Args:
+        detections: one for each image; an image without any counts as one on which nothing is found.
+        output: the HTML file.
+        images: the folder of the images, for pictures; none where None.
+        iou_types: what is scored; where None boxes, and masks and keypoints where all detections have them.
+        image_ids, keypoint_sigmas: as of `evaluate`.
+        min_score: the lowest score that is drawn; the best threshold where None.
+        resamples: of the images, for the intervals; 0 for none.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        UserError: as of `evaluate`; the page cannot be written.
+    """
+    if not isinstance(annotations, CocoAnnotations):
+        annotations = CocoAnnotations.open(annotations)
+    if isinstance(images, (str, os.PathLike)):
+        images = DiskImages(Path(images))
+    detections = list(detections)
+    iou_types = iou_types_of(detections, annotations) if iou_types is None else iou_types
+    analyses = analyse(annotations, detections, iou_types, image_ids, keypoint_sigmas, resamples)
+    about = about or About()
+    output = Path(output)
+    write_page("report.html.jinja", output, **_content(analyses, images, min_score, about))
+    output.with_suffix(".json").write_text(json.dumps(numbers_of(analyses), indent=1))
+    return analyses
+
+
+def numbers_of(analyses: Analyses) -> dict[str, Any]:
+    """What the page says, for programs: nan as None."""
+    annotations = analyses.annotations
+
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    def of_suspect(suspect: Any) -> dict[str, Any]:
+        record_id = int(annotations.image_ids[suspect.image])
+        row = suspect.annotation
+        box = suspect.box.astype(float)
+        return {
+            "kind": suspect.kind,
+            "image_id": record_id,
+            "file_name": annotations.file_name(suspect.image),
+            "annotation_id": None if row is None else int(annotations.columns["annotation_ids"][row]),
+            "category_id": annotations.category_ids[suspect.label],
+            "score": suspect.score,
+            "bbox": [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()],
+        }
+
+    return {
+        "best_threshold": plain(analyses.best_threshold),
+        "images": len(analyses.indices),
+        **{
+            iou_type: {
+                "metrics": {name: plain(value) for name, value in of.metrics.items()},
+                "intervals": of.intervals,
+                "best_f1": plain(of.curve.best_f1),
+                "errors": of.errors and {"delta_ap": of.errors["delta_ap"], "counts": of.errors["counts"]},
+                "expected_calibration_error": plain(of.calibration["ece"]),
+                "categories": [
+                    {key: plain(value) for key, value in vars(row).items() if key != "label"} for row in of.categories
+                ],
+            }
+            for iou_type, of in analyses.of.items()
+        },
+        "suspected_annotations": [of_suspect(suspect) for suspect in analyses.suspects],
+    }
+
+
+def _content(analyses: Analyses, images: ImageStorage | None, min_score: float | None, about: About) -> dict[str, Any]:
+    names = analyses.annotations.category_names
+    best = analyses.best_threshold
+    drawn_from = min_score if min_score is not None else 0.3 if math.isnan(best) else best
+    sections = [
+        {
+            "iou_type": iou_type,
+            "title": _TITLES[iou_type],
+            "of": of,
+            "figures": [
+                (title, Markup(svg_of(figure, f"{iou_type} {title}")))
+                for title, figure in figures_of(of, names).items()
+            ],
+        }
+        for iou_type, of in analyses.of.items()
+    ]
+    metric_names = [name for name in NAMES if any(name in of.metrics for of in analyses.of.values())]
+    return {
+        "title": about.title,
+        "facts": about.facts,
+        "changed": about.changed,
+        "summary": summary_of(analyses),
+        "curves": about.curves and Markup(svg_of(about.curves, "curves")),
+        "analyses": analyses,
+        "sections": sections,
+        "metric_names": metric_names,
+        "error_types": ERROR_TYPES,
+        "worst": _worst(analyses, images, drawn_from),
+        "suspects": _suspects(analyses, images),
+        "drawn_from": drawn_from,
+        "has_images": images is not None,
+    }
+
+
+def _worst(analyses: Analyses, images: ImageStorage | None, min_score: float) -> list[dict[str, Any]]:
+    annotations, names = analyses.annotations, analyses.annotations.category_names
+    kinds = []
+    for kind, words in ERROR_TYPES.items():
+        rows = []
+        for index, wrong in worst_images(analyses.wrong, kind, _IMAGES_OF_A_KIND):
+            said = [
+                names[one.label] if one.detection is None else f"{names[one.label]} {one.score:.2f}" for one in wrong
+            ]
+            rows.append(
+                {
+                    "file_name": annotations.file_name(index),
+                    "image_id": int(annotations.image_ids[index]),
+                    "picture": None if images is None else picture_of_errors(analyses, images, index, wrong, min_score),
+                    "said": ", ".join(said[:8]) + (f" and {len(said) - 8} more" if len(said) > 8 else ""),
+                }
+            )
+        if rows:
+            count = sum(one.kind == kind for one in analyses.wrong)
+            kinds.append({"kind": kind, "words": words, "count": count, "images": rows})
+    return kinds
+
+
+def _suspects(analyses: Analyses, images: ImageStorage | None) -> list[dict[str, Any]]:
+    annotations, names = analyses.annotations, analyses.annotations.category_names
+    columns = annotations.columns
+    rows = []
+    for suspect in analyses.suspects[:_SUSPECTS]:
+        annotated = None if suspect.annotation is None else names[int(columns["labels"][suspect.annotation])]
+        rows.append(
+            {
+                "file_name": annotations.file_name(suspect.image),
+                "image_id": int(annotations.image_ids[suspect.image]),
+                "annotation_id": None
+                if suspect.annotation is None
+                else int(columns["annotation_ids"][suspect.annotation]),
+                "annotated": annotated,
+                "detected": f"{names[suspect.label]} {suspect.score:.2f}",
+                "picture": None if images is None else picture_of_suspect(analyses, images, suspect),
+            }
+        )
+    return rows
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`python3 -m shared report`."""
+    parser = argparse.ArgumentParser(
+        prog="python3 -m shared report", description="A page of what detections are worth: anybody's, in COCO's format."
+    )
+    parser.add_argument("annotations", type=Path, help="COCO annotations")
+    parser.add_argument("results", type=Path, help="detections in COCO's result format")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="the images, for pictures")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="default report.html")
+    add_resamples(parser)
+    given = parser.parse_args(arguments)
+    try:
+        if given.images is not None and not given.images.is_dir():
+            raise UserError(f"--images: {given.images} is no folder")
+        annotations = CocoAnnotations.open(given.annotations)
+        detections = from_coco_results(given.results, annotations)
+        facts = {"annotations": given.annotations, "detections": given.results}
+        about = About(title=f"{given.results.name} on {given.annotations.name}", facts=facts)
+        analyses = report(annotations, detections, given.output, given.images, resamples=given.resamples, about=about)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(summary_of(analyses))
+    print(f"the page: {given.output}; its numbers: {given.output.with_suffix('.json')}")
+
+
+def add_resamples(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resamples",
+        type=int,
+        default=RESAMPLES,
+        metavar="N",
+        help=f"of the images, for the intervals; 0 for none; default {RESAMPLES}",
+    )
