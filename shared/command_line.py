@@ -121,6 +121,7 @@ def read_arguments() -> argparse.Namespace:
 
     evaluate = add("evaluate", "COCO metrics on data.val.")
     evaluate.add_argument("--output", type=Path, metavar="DIR", help="write metrics.json and results.json there")
+    evaluate.add_argument("--report", type=Path, metavar="DIR", help="write report.html and report.json there")
     evaluate.add_argument("--results", type=Path, metavar="FILE", help="score a results.json in COCO's format instead")
 
     predict = add("predict", "Detect on images or videos, and draw.")
@@ -136,7 +137,16 @@ def read_arguments() -> argparse.Namespace:
         "--format", choices=("png", "pdf"), default="png", help="of the pictures; default png, pdf keeps lines sharp"
     )
     predict.add_argument(
-        "--min-score", type=_share, default=0.3, help="the lowest score that is drawn, 0 to 1; default 0.3"
+        "--min-score",
+        type=_share_or_best,
+        default=0.3,
+        help="the lowest score that is drawn, 0 to 1; default 0.3; `best`: that of the run's report",
+    )
+    evaluate.add_argument(
+        "--min-score",
+        type=_share_or_best,
+        default="best",
+        help="the lowest score that the report draws, 0 to 1; default `best`, where F1 is greatest",
     )
     for command in (evaluate, predict):
         command.add_argument(
@@ -147,11 +157,13 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _share(text: str) -> float:
+def _share_or_best(text: str) -> float | str:
+    if text == "best":
+        return text
     with contextlib.suppress(ValueError):
         if 0 <= float(text) <= 1:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    raise argparse.ArgumentTypeError(f"{text} is neither between 0 and 1, nor `best`")
 
 
 @contextlib.contextmanager

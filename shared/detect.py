@@ -28,11 +28,15 @@ from shared.errors import UserError
 from shared.evaluation import visualization
 from shared.evaluation.detections import Detections, from_coco_results, to_coco_results
 from shared.evaluation.drawing import draw, objects_of_detections
-from shared.evaluation.evaluator import evaluate as evaluate_detections
-from shared.evaluation.evaluator import iou_types_of
+from shared.evaluation.evaluator import CocoEvaluator, iou_types_of
 from shared.evaluation.table import metrics_table
 from shared.experiment import DataConfig, SplitData, open_split, parse_data
 from shared.inputs import GivenImages, Picture, find_files, look_at
+from shared.report.about import About, software
+from shared.report.analysis import best_of_boxes
+from shared.report.report import report
+from shared.report.summary import summary_of
+from shared.report.thresholds import ThresholdCurve
 from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import Checkpoint, load_weights, read_checkpoint
 from shared.training.loop import trial_context
@@ -52,6 +56,7 @@ def evaluate(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -
     with local_processes() as processes, _detecting_trial(trial_class, config, checkpoint, processes) as trial:
         data = trial.open_val()
         _make_folder(arguments.output, "--output")
+        _make_folder(arguments.report, "--report")
         names, in_data = ([category["name"] for category in of.categories] for of in (trial, data))
         if names != in_data:
             raise UserError(
@@ -59,6 +64,8 @@ def evaluate(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -
                 f"{names}"
             )
         evaluator = trial.build_evaluator(data)
+        if arguments.report and not isinstance(evaluator, CocoEvaluator):
+            raise UserError("--report: the detector's library evaluates this data by itself, and not by COCO's rules")
         category_ids = [category["id"] for category in data.categories]
         results = {}
         for batch, detected in _detect_all(trial, data):
@@ -76,6 +83,18 @@ def evaluate(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -
             _say_metrics(metrics, trial.iou_types, arguments.output)
             if arguments.output:
                 _write_results(arguments.output, gathered)
+            if arguments.report:
+                facts = {
+                    "config": Path(arguments.config).absolute(),
+                    "weights": checkpoint.path if checkpoint else "pretrained, as the config says",
+                    "validation data": f"{data.annotations.path or 'fake'}, {len(data.annotations)} images",
+                    "device": trial.context.device,
+                    **software(Path(sys.argv[0]).parent),
+                }
+                found = evaluator.found_by_id()
+                _report(arguments, data, found.detections(), trial.iou_types, facts, found.images.tolist())
+            elif isinstance(evaluator, CocoEvaluator):
+                _say_threshold(best_of_boxes(evaluator))
 
 
 def _evaluate_results(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
@@ -86,11 +105,48 @@ def _evaluate_results(trial_class: type[DetectionTrial], arguments: argparse.Nam
         return
     data_config = parse_data(load_config(arguments.config, arguments.overrides), trial_class.data_class)
     # the images themselves are not looked at
-    data = open_split(dataclasses.replace(data_config, check_images=False), "val", images=DiskImages(Path()))
+    images = None if arguments.report else DiskImages(Path())
+    data = open_split(dataclasses.replace(data_config, check_images=False), "val", images=images)
     detections = from_coco_results(arguments.results, data.annotations)
     _make_folder(arguments.output, "--output")
-    iou_types = iou_types_of(detections, data.annotations)
-    _say_metrics(evaluate_detections(data.annotations, detections, iou_types), iou_types, arguments.output)
+    _make_folder(arguments.report, "--report")
+    evaluator = CocoEvaluator(data.annotations, iou_types_of(detections, data.annotations))
+    evaluator.update(detections)
+    _say_metrics(evaluator.compute(), evaluator.iou_types, arguments.output)
+    if arguments.report:
+        facts = {"detections": arguments.results.absolute(), "validation data": data.annotations.path}
+        _report(arguments, data, detections, evaluator.iou_types, facts)
+    else:
+        _say_threshold(best_of_boxes(evaluator))
+
+
+def _say_threshold(curve: ThresholdCurve) -> None:
+    if curve.best is not None:
+        print(
+            f"\nF1 is greatest, {curve.best_f1:.3f}, with detections of a score of at least {curve.best_threshold:.3f}"
+        )
+
+
+def _report(
+    arguments: argparse.Namespace,
+    data: SplitData,
+    detections: list[Detections],
+    iou_types: tuple[str, ...],
+    facts: dict[str, Any],
+    image_ids: list[int] | None = None,
+) -> None:
+    about = About(title=f"{Path(arguments.config).stem} on {Path(data.annotations.path or 'fake').name}", facts=facts)
+    analyses = report(
+        data.annotations,
+        detections,
+        arguments.report / "report.html",
+        images=data.images,
+        iou_types=iou_types,
+        image_ids=image_ids,
+        min_score=None if arguments.min_score == "best" else arguments.min_score,
+        about=about,
+    )
+    print(f"\n{summary_of(analyses)}\nthe report: {arguments.report / 'report.html'}")
 
 
 def _say_metrics(metrics: dict[str, float], iou_types: tuple[str, ...], output: Path | None) -> None:
@@ -104,6 +160,8 @@ def _say_metrics(metrics: dict[str, float], iou_types: tuple[str, ...], output: 
 def predict(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
     """Detections on images and videos: a picture or a video for each, and one results.json."""
     config, checkpoint = _config_to_detect_with(trial_class, arguments)
+    if arguments.min_score == "best":
+        arguments.min_score = _best_threshold(checkpoint)
     data_config = parse_data(config, trial_class.data_class)
     with local_processes() as processes, contextlib.ExitStack() as stack:
         distributed = processes[0]
@@ -127,6 +185,23 @@ def predict(trial_class: type[DetectionTrial], arguments: argparse.Namespace) ->
             except KeyboardInterrupt:
                 prediction.end_early()
                 sys.exit(130)
+
+
+def _best_threshold(checkpoint: Checkpoint | None) -> float:
+    """That of the report of the run that the checkpoint is of.
+
+    Raises:
+        UserError: there is none, or nothing was right in it.
+    """
+    written = checkpoint and checkpoint.path.parent.parent / "report.json"
+    if written is None or not written.is_file():
+        raise UserError(
+            f"--min-score best: {checkpoint.path if checkpoint else 'what is not trained here'} is of no run with a "
+            "report; `evaluate` says which score is best: give that number"
+        )
+    if (best := json.loads(written.read_text())["best_threshold"]) is None:
+        raise UserError(f"--min-score best: no detection is right in {written}; give a number")
+    return best
 
 
 class _Prediction:

@@ -21,8 +21,14 @@ from shared.config_file import fixed_hyperparameters, load_config, make_paths_ab
 from shared.errors import UserError
 from shared.evaluation import visualization
 from shared.evaluation.data_report import save_page
+from shared.evaluation.evaluator import CocoEvaluator
+from shared.evaluation.gathered import GatheredDetections
 from shared.evaluation.table import metrics_table
 from shared.experiment import SplitData, per_slot_batch_size
+from shared.report.about import About, changed_keys, software, speed
+from shared.report.plots import learning_curves
+from shared.report.report import report
+from shared.report.summary import summary_of
 from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import load_weights, read_checkpoint
 from shared.training.local_run import LocalRun, full_disk_as_error
@@ -74,7 +80,11 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
             if not trial.is_finished:
                 _end_by_signal(trial, folder)
             if distributed.rank == 0:
-                _end_reports(trial, folder, time.monotonic() - started)
+                seconds = time.monotonic() - started
+                _end_reports(trial, folder, seconds)
+                named_alike = source / Path(arguments.config).name
+                shipped = named_alike if named_alike.exists() else source / "const.yaml"
+                _write_report(trial, folder, config, shipped, seconds)
 
 
 def _take(folder: RunFolder, resume: str | None) -> None:
@@ -122,6 +132,51 @@ def _end_reports(trial: DetectionTrial, folder: RunFolder, seconds: float) -> No
         picture = folder.path / "predictions.png"
         visualization.save(figure, picture)
         print(f"predictions beside the ground truth: {picture}")
+
+
+def _write_report(
+    trial: DetectionTrial, folder: RunFolder, config: dict[str, Any], shipped: Path, seconds: float
+) -> None:
+    """report.html, of the best validation; not where the detector's library evaluates data of its own."""
+    if not (isinstance(trial.evaluator, CocoEvaluator) and folder.detections.exists()):
+        return
+    try:
+        found = GatheredDetections.load(folder.detections)
+        analyses = report(
+            trial.val_data.annotations,
+            found.detections(),
+            folder.report,
+            images=trial.val_data.images,
+            iou_types=trial.iou_types,
+            image_ids=found.images.tolist(),
+            keypoint_sigmas=trial.evaluator.keypoint_sigmas,
+            about=_about(trial, folder, config, shipped, seconds),
+        )
+    except Exception as error:  # whatever it is, the training has come to its end, and all of it is saved
+        logger.exception("the report could not be written (%s); `evaluate --report` makes one", type(error).__name__)
+        return
+    print(f"\n{summary_of(analyses)}\nthe report: {folder.report}")
+
+
+def _about(trial: DetectionTrial, folder: RunFolder, config: dict[str, Any], shipped: Path, seconds: float) -> About:
+    reports = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    best = _validation_of("best", folder)
+    return About(
+        title=f"{config.get('name') or folder.path.name}: {shipped.parent.name}",
+        facts={
+            "run": folder.path,
+            **dict(trial.summary_lines()),
+            "validation data": f"{trial.val_data.annotations.path or 'fake'}, {len(trial.val_data.annotations)} images",
+            **({"best checkpoint": f"batch {best['batches']} of {trial.total_batches}"} if best else {}),
+            "device": trial.context.device,
+            "time": f"{duration(seconds)}" + (f", from batch {trial.first_batch} on" if trial.first_batch else ""),
+            **speed(reports),
+            **software(shipped.parent),
+        },
+        changed=changed_keys(config, shipped),
+        shipped=shipped.name,
+        curves=learning_curves(reports, trial.searcher_metric.name, best and best["batches"]),
+    )
 
 
 def _validation_of(checkpoint: str, folder: RunFolder) -> dict[str, Any] | None:

@@ -110,7 +110,7 @@ def test_a_checkpoint_that_is_only_named_best_is_asked_of_which_run(looked, tmp_
 
 def test_a_score_in_percent_is_refused(looked, capsys):
     assert looked("predict", "c.yaml", "--images", "a", "--output", "b", "--min-score", "50") == 2
-    assert "--min-score: 50 is not between 0 and 1" in capsys.readouterr().err
+    assert "--min-score: 50 is neither between 0 and 1, nor `best`" in capsys.readouterr().err
 
 
 def test_a_run_s_folder_is_not_written_over(looked, tmp_path):

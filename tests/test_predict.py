@@ -68,11 +68,11 @@ def predict(tmp_path, monkeypatch):
     """Predicts in this process; what is in results.json, by file name."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*images, output="out", trial_class=FindsTwo, picture_format="png", **data):
+    def call(*images, output="out", trial_class=FindsTwo, picture_format="png", min_score=0.3, **data):
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump({"data": {"workers": 0, **data}, "searcher": SEARCHER}))
         arguments = Namespace(config=str(path), overrides=[], checkpoint=None, images=[*map(str, images)])
-        arguments.output, arguments.format, arguments.min_score = tmp_path / output, picture_format, 0.3
+        arguments.output, arguments.format, arguments.min_score = tmp_path / output, picture_format, min_score
         detect.predict(trial_class, arguments)
         return json.loads((tmp_path / output / "results.json").read_text())
 
@@ -157,6 +157,22 @@ def test_a_run_cut_off_says_what_is_there(predict, tmp_path, capsys):
     assert names(json.loads((tmp_path / "out/results.json").read_text())) == ["0.png", "1.png", "2.png", "3.png"]
 
 
+def test_the_threshold_of_the_run_s_report_is_drawn_with(predict, tmp_path, monkeypatch, capsys):
+    image(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"--min-score best: .* is of no run with a report; `evaluate` says"):
+        predict("a.png", min_score="best")
+    checkpoint = Namespace(path=tmp_path / "run/checkpoints/best", hparams={}, categories=None, weights=None)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/report.json").write_text('{"best_threshold": 0.05}')
+    monkeypatch.setattr(
+        detect, "_config_to_detect_with", lambda *_: ({"hyperparameters": {}, "searcher": SEARCHER}, checkpoint)
+    )
+    monkeypatch.setattr(detect, "load_weights", lambda *_: FindsTwo.check_pretrained)
+    monkeypatch.setattr(FindsTwo, "batches", 0, raising=False)
+    predict("a.png", min_score="best")
+    assert "the 2 of at least 0.05 are drawn" in capsys.readouterr().out
+
+
 def test_an_image_that_cannot_be_decoded_is_left_out(predict, tmp_path, caplog):
     image(tmp_path / "in/a.jpg")
     cut = image(tmp_path / "in/b.jpg", (400, 300))
@@ -219,12 +235,13 @@ def test_without_opencv_a_video_says_what_to_install(predict, tmp_path, monkeypa
 def score(shapes, tmp_path):
     """`evaluate --results` of what is written to the file; metrics.json."""
 
-    def call(written, checkpoint=None):
+    def call(written, checkpoint=None, report=None):
         config, results, out = tmp_path / "config.yaml", tmp_path / "results.json", tmp_path / "scored"
         val = {"annotations": str(shapes / "annotations/val.json"), "images": str(shapes / "val")}
         config.write_text(yaml.safe_dump({"data": {"val": val}}))
         results.write_text(written if isinstance(written, str) else json.dumps(written))
         arguments = Namespace(config=str(config), overrides=[], checkpoint=checkpoint, results=results, output=out)
+        arguments.report, arguments.min_score = report, "best"
         detect.evaluate(FindsTwo, arguments)
         return json.loads((out / "metrics.json").read_text())
 
@@ -247,6 +264,19 @@ def test_a_results_file_is_scored_without_a_model(score, shapes, capsys):
     assert score(masks)["segm_mAP"] > 0.99
     with pytest.raises(UserError, match="leave --checkpoint out"):
         score(results, checkpoint="runs/a")
+
+
+def test_evaluate_says_the_best_threshold_and_reports(score, shapes, tmp_path, capsys):
+    annotations = CocoAnnotations.open(shapes / "annotations/val.json")
+    found = [Detections(r.image_id, r.boxes, np.full(len(r.boxes), 0.7), r.labels) for r in annotations]
+    found += [Detections(found[0].image_id, [[0, 0, 3, 3], [4, 4, 6, 6]], [0.4, 0.8], [0, 0])]
+    results = [result for each in found for result in to_coco_results(each, annotations.category_ids)]
+    score(results)
+    assert "F1 is greatest, 0.9" in capsys.readouterr().out
+    score(results, report=tmp_path / "report")
+    numbers = json.loads((tmp_path / "report/report.json").read_text())
+    assert numbers["best_threshold"] == pytest.approx(0.7)
+    assert "data:image/jpeg" in (tmp_path / "report/report.html").read_text()
 
 
 RESULT = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}

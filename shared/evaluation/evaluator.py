@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -206,6 +207,11 @@ class CocoEvaluator(ChiefReducer):
         if len(self.found.skipped):
             metrics["skipped_images"] = len(self.found.skipped)
         return metrics
+
+    def found_by_id(self) -> GatheredDetections:
+        """`found`, its images by their ids."""
+        images, skipped = self._all_ids[self.found.images], self._all_ids[self.found.skipped]
+        return dataclasses.replace(self.found, images=images, skipped=skipped)
 
     def _positions(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Images as hotcoco has them: the position among all of the file's ids, sorted. An id itself may be greater

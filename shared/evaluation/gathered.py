@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from shared.errors import UserError
 from shared.evaluation.detections import Detections
 
 
@@ -14,9 +17,9 @@ class GatheredDetections:
     """The detections of some images, in arrays: M of them, in the order of images.
 
     Attributes:
-        images: (images,) int64 positions, see `CocoEvaluator`.
+        images: (images,) int64 positions among the data's image ids, sorted; in a file the ids themselves.
         counts: (images,) int64, each image's detections.
-        skipped: (skipped,) int64 positions of images that cannot be read.
+        skipped: (skipped,) int64, as `images`: those that cannot be read.
         boxes: (M, 4) float32, x1 y1 x2 y2.
         scores: (M,) float32.
         labels: (M,) int32.
@@ -81,6 +84,46 @@ class GatheredDetections:
             {"size": sizes[size], "counts": data[start:end]}
             for size, start, end in zip(size_of.ravel().tolist(), offsets[:-1], offsets[1:], strict=True)
         ]
+
+    def detections(self) -> list[Detections]:
+        """One for each of `images`, which are ids."""
+        ends = _offsets(self.counts).tolist()
+        rles = None if self.mask_sizes is None else self.rles()
+        found = []
+        for image_id, start, end in zip(self.images.tolist(), ends[:-1], ends[1:], strict=True):
+            points = None if self.keypoints is None else self.keypoints[start:end]
+            found.append(
+                Detections(
+                    image_id,
+                    self.boxes[start:end],
+                    self.scores[start:end],
+                    self.labels[start:end],
+                    masks=None if rles is None else rles[start:end],
+                    keypoints=None if points is None else points.reshape(end - start, -1, 3),
+                )
+            )
+        return found
+
+    def save(self, path: Path) -> None:
+        """As an npz file, which is whole or not there; `images` and `skipped` are ids."""
+        arrays = {name: value for name, value in vars(self).items() if value is not None}
+        new = path.with_name(f".{path.name}.new")
+        with new.open("wb") as file:
+            np.savez(file, **arrays)
+        new.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> GatheredDetections:
+        """What `save` wrote.
+
+        Raises:
+            UserError: it is no such file, or cannot be read.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return cls(**arrays)
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} has no detections of a run: {error}") from error
 
     def keypoint_results(self) -> list[dict]:
         """Of COCO's result format, as hotcoco takes keypoints only."""

@@ -74,6 +74,23 @@ class Group:
     ap50: float
 
 
+@dataclass(frozen=True)
+class Verdicts:
+    """What matched at an IoU of 0.5.
+
+    Attributes:
+        rows: (M,) of the detections that count: not of those that lie on a crowd.
+        is_right: (M,) bool.
+        matched: (M,) rows of the annotations that they matched; -1 of a wrong one.
+        objects: (N,) rows of the annotations that count.
+    """
+
+    rows: np.ndarray
+    is_right: np.ndarray
+    matched: np.ndarray
+    objects: np.ndarray
+
+
 @dataclass
 class Analysis:
     """What one IoU type says of the detections.
@@ -87,7 +104,7 @@ class Analysis:
         errors: hotcoco's `tide_errors`: "delta_ap" by type, "counts", "ap_base"; None of keypoints.
         confusion: hotcoco's `confusion_matrix` at the best threshold; None where nothing is right.
         calibration: hotcoco's.
-        evaluation: hotcoco's evaluation itself, see `CocoEvaluator.match`.
+        evaluation: hotcoco's evaluation itself, see `CocoEvaluator.match`; `verdicts` what matched in it.
     """
 
     iou_type: str
@@ -101,6 +118,7 @@ class Analysis:
     confusion: dict[str, Any] | None
     calibration: dict[str, Any]
     evaluation: hotcoco.COCOeval = field(repr=False)
+    verdicts: Verdicts = field(repr=False)
 
 
 @dataclass
@@ -181,10 +199,9 @@ def _analyse(
         for name, value in summarize(evaluation, iou_type, names).items()
         if "_AP/" not in name
     }
-    diagnostics = evaluation.image_diagnostics()
-    rows, is_right = _verdicts(diagnostics)
-    objects = _objects(annotations, diagnostics)
-    counts = np.bincount(annotations.columns["labels"][objects], minlength=len(names))
+    verdicts = _verdicts_of(evaluation)
+    rows, is_right = verdicts.rows, verdicts.is_right
+    counts = np.bincount(annotations.columns["labels"][verdicts.objects], minlength=len(names))
     scores, labels = found.scores[rows], found.labels[rows]
     curves = {
         label: threshold_curve(scores[labels == label], is_right[labels == label], int(counts[label]))
@@ -221,21 +238,25 @@ def _analyse(
         else evaluation.confusion_matrix(min_score=curve.best_threshold),
         calibration=evaluation.calibration(),
         evaluation=evaluation,
+        verdicts=verdicts,
     )
 
 
-def _verdicts(diagnostics: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of the detections that count, and which of them are right."""
-    status = sorted(diagnostics["dt_status"].items())
-    kept = [(row - 1, verdict == "tp") for row, verdict in status if verdict in ("tp", "fp")]
-    rows = np.array([row for row, _ in kept], dtype=np.int64)
-    return rows, np.array([right for _, right in kept], dtype=bool)
+def best_of_boxes(evaluator: CocoEvaluator) -> ThresholdCurve:
+    """Over the score, of what an evaluator's last metrics are of, by boxes where they are evaluated; on the chief."""
+    iou_type = "bbox" if "bbox" in evaluator.iou_types else evaluator.iou_types[0]
+    verdicts = _verdicts_of(evaluator.match(iou_type, evaluator.found))
+    return threshold_curve(evaluator.found.scores[verdicts.rows], verdicts.is_right, len(verdicts.objects))
 
 
-def _objects(annotations: CocoAnnotations, diagnostics: dict[str, Any]) -> np.ndarray:
-    """Rows of the annotations that count, of the evaluated images."""
-    status = diagnostics["gt_status"]
-    return np.array(sorted(row - 1 for row, verdict in status.items() if verdict in ("matched", "fn")), dtype=np.int64)
+def _verdicts_of(evaluation: hotcoco.COCOeval) -> Verdicts:
+    diagnostics = evaluation.image_diagnostics()
+    rows = np.array(sorted(r for r, verdict in diagnostics["dt_status"].items() if verdict in ("tp", "fp")), np.int64)
+    match = diagnostics["dt_match"]
+    matched = np.array([match.get(row, 0) for row in rows.tolist()], np.int64) - 1
+    is_right = np.array([diagnostics["dt_status"][row] == "tp" for row in rows.tolist()], bool)
+    objects = sorted(r for r, verdict in diagnostics["gt_status"].items() if verdict in ("matched", "fn"))
+    return Verdicts(rows - 1, is_right, np.where(is_right, matched, -1), np.array(objects, np.int64) - 1)
 
 
 def _intervals(
@@ -291,27 +312,17 @@ def _number(value: float | None) -> float:
 def _look_at_images(analyses: Analyses, found: GatheredDetections) -> None:
     """Fills in what is wrong, image by image."""
     boxes = analyses.of["bbox"]
-    analyses.trusted = max(
-        trusted_score(boxes.curve, _TRUSTED_PRECISION), 0.0 if boxes.curve.best is None else boxes.curve.best_threshold
-    )
-    threshold = boxes.curve.best_threshold
-    if math.isnan(threshold):
-        threshold = math.inf  # nothing is right: all objects are missed
+    if boxes.curve.best is not None:
+        analyses.trusted = max(trusted_score(boxes.curve, _TRUSTED_PRECISION), boxes.curve.best_threshold)
+    threshold = math.inf if boxes.curve.best is None else boxes.curve.best_threshold
     annotations, columns = analyses.annotations, analyses.annotations.columns
-    diagnostics = boxes.evaluation.image_diagnostics()
-    is_wrong = np.zeros(len(found.scores), bool)
-    is_right = is_wrong.copy()
-    rows, verdicts = _verdicts(diagnostics)
-    is_right[rows[verdicts]], is_wrong[rows[~verdicts]] = True, True
-    is_missed = np.zeros(len(columns["labels"]), bool)
-    objects = _objects(annotations, diagnostics)
-    is_missed[objects] = True
-    matched_by = diagnostics["dt_match"]
-    for row in np.flatnonzero(is_right).tolist():
-        if found.scores[row] >= threshold:
-            is_missed[matched_by[row + 1] - 1] = False
+    verdicts = boxes.verdicts
+    is_right, is_wrong = np.zeros((2, len(found.scores)), bool)
+    is_right[verdicts.rows[verdicts.is_right]], is_wrong[verdicts.rows[~verdicts.is_right]] = True, True
     is_object = np.zeros(len(columns["labels"]), bool)
-    is_object[objects] = True
+    is_object[verdicts.objects] = True
+    is_missed = is_object.copy()
+    is_missed[verdicts.matched[verdicts.is_right & (found.scores[verdicts.rows] >= threshold)]] = False
     order = np.argsort(annotations.image_ids)
     ends = np.cumsum(found.counts)
     rows_of = {

@@ -7,19 +7,18 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from shared.data.annotations import CocoAnnotations
 from shared.data.storage import DiskImages, ImageStorage
 from shared.errors import UserError
 from shared.evaluation.detections import Detections, from_coco_results
 from shared.evaluation.evaluator import iou_types_of
+from shared.report.about import About
 from shared.report.analysis import NAMES, Analyses, analyse
 from shared.report.image_errors import ERROR_TYPES, worst_images
 from shared.report.page import write_page
@@ -31,23 +30,6 @@ RESAMPLES = 200
 _IMAGES_OF_A_KIND = 4
 _SUSPECTS = 24
 _TITLES = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints"}
-
-
-@dataclass
-class About:
-    """What a report is of.
-
-    Attributes:
-        title: of the page.
-        facts: name and value, the first table.
-        changed: of the config, what differs from the shipped file: key, shipped, this one.
-        curves: how the training went.
-    """
-
-    title: str = "Detections"
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    changed: Sequence[tuple[str, Any, Any]] = ()
-    curves: Figure | None = None
 
 
 def report(
@@ -155,6 +137,7 @@ def _content(analyses: Analyses, images: ImageStorage | None, min_score: float |
         "title": about.title,
         "facts": about.facts,
         "changed": about.changed,
+        "shipped": about.shipped,
         "summary": summary_of(analyses),
         "curves": about.curves and Markup(svg_of(about.curves, "curves")),
         "analyses": analyses,

@@ -16,6 +16,7 @@ from typing import Any
 from determined.pytorch import PyTorchCallback
 
 from shared.errors import UserError
+from shared.evaluation.evaluator import CocoEvaluator
 from shared.training.run_folder import RunFolder
 from shared.training.trial import DetectionTrial
 
@@ -50,6 +51,8 @@ class LocalRun(PyTorchCallback):
         value = wanted.worst if math.isnan(value) else value
         if self.best is None or (value < self.best if wanted.smaller_is_better else value > self.best):
             self.best, self.best_at = value, trial.batches_trained
+            if self.chief and isinstance(trial.evaluator, CocoEvaluator):
+                trial.evaluator.found_by_id().save(self.folder.detections)
         self._report("val", {**trial.last_validation, **trial.category_ap})
         if self.chief:
             logger.info(

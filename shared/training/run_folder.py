@@ -15,7 +15,7 @@ _SOURCES = (".py", ".yaml", ".yml", ".sh", ".md", ".jinja")
 
 class RunFolder:
     """The layout of `--output-dir`: metrics.jsonl, config.yaml, checkpoints/best and last, tensorboard/, code/,
-    labels.png and predictions.png."""
+    labels.png, predictions.png, detections.npz (of the best validation), report.html and report.json."""
 
     def __init__(self, path: Path):
         self.path = path.absolute()
@@ -23,6 +23,8 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.tensorboard = self.path / "tensorboard"
         self.labels = self.path / "labels.png"
+        self.detections = self.path / "detections.npz"
+        self.report = self.path / "report.html"
         self.code = self.path / "code"
         self.checkpoints = self.path / "checkpoints"
         self.saving = self.checkpoints / ".saving"

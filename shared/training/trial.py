@@ -127,7 +127,7 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
             self.evaluator = context.wrap_reducer(self.build_evaluator(self.val_data), for_training=False)
             on_chief(distributed, self._open_truth)
             if self.rank == 0:
-                logger.info("\n%s", tabulate(self._summary(), tablefmt="plain"))
+                logger.info("\n%s", tabulate(self.summary_lines(), tablefmt="plain"))
 
     # --- what a detector says of itself, beside what its parts ask -------------------------------------
 
@@ -176,6 +176,14 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         """Whether it has been trained to its length and validated there, not stopped before."""
         return self.batches_trained == self.validated_at == self.total_batches
 
+    def summary_lines(self) -> list[tuple[str, object]]:
+        """What is printed at the start, name and value."""
+        return [
+            *self.summary(),
+            ("global batch", f"{self.global_batch_size} on {count_of(self.slots, 'slot')}"),
+            ("length", f"{self.total_batches} batches, {self.batches_per_epoch} an epoch"),
+        ]
+
     def _warn_of_warmup(self) -> None:
         if self.rank == 0 and self.warmup_batches() > self.total_batches:
             logger.warning(
@@ -192,13 +200,6 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
 
     def _searcher_has_stopped_it(self) -> bool:
         return self.on_cluster and trial_is_stopping(self.context.get_trial_id())
-
-    def _summary(self) -> list[tuple[str, object]]:
-        return [
-            *self.summary(),
-            ("global batch", f"{self.global_batch_size} on {count_of(self.slots, 'slot')}"),
-            ("length", f"{self.total_batches} batches, {self.batches_per_epoch} an epoch"),
-        ]
 
 
 @contextlib.contextmanager

@@ -50,6 +50,26 @@ def test_a_run_leaves_its_reports_checkpoints_config_and_picture(trained):
     assert (run / "config.yaml").is_file()
 
 
+def test_a_run_ends_with_a_report_of_its_best_validation(trained):
+    run, _, done = trained
+    best = max(reports(run, "val"), key=lambda report: report["metrics"]["bbox_mAP"])
+    numbers = json.loads((run / "report.json").read_text())
+    assert numbers["bbox"]["metrics"] == {
+        name.removeprefix("bbox_"): value for name, value in best["metrics"].items() if "_AP/" not in name
+    }
+    page = (run / "report.html").read_text()
+    for said in (
+        f"batch {best['batches']} of 12",
+        "Learning curves",
+        "images/s in training",
+        "waiting for data",
+        "torch ",
+    ):
+        assert said in page
+    assert "hyperparameters.backbone" in page  # one of the keys in which its config differs from const.yaml
+    assert f"the report: {run / 'report.html'}" in done.stdout
+
+
 def test_where_a_run_is_started_from_does_not_swell_its_checkpoints(shapes, run_config, tmp_path):
     full = tmp_path / "full"
     full.mkdir()
@@ -141,8 +161,12 @@ def test_two_processes_keep_the_same_weights_and_draw_different_numbers(run_conf
 def test_evaluate_gives_the_run_s_numbers_with_any_number_of_processes(trained, tmp_path, processes):
     run, config, _ = trained
     done = run_model_def(
-        "evaluate", config, "--checkpoint", run / "checkpoints/last", "--output", tmp_path, processes=processes
+        *("evaluate", config, "--checkpoint", run / "checkpoints/last", "--output", tmp_path, "--report", tmp_path),
+        processes=processes,
     )
+    numbers = json.loads((tmp_path / "report.json").read_text())
+    assert numbers["bbox"]["metrics"]["mAP"] == reports(run, "val")[-1]["metrics"]["bbox_mAP"]
+    assert "F1 is greatest" in done.stdout or "No detection is right" in done.stdout
     assert "AP/circle" in done.stdout
     assert json.loads((tmp_path / "metrics.json").read_text()) == reports(run, "val")[-1]["metrics"]
     results = json.loads((tmp_path / "results.json").read_text())
