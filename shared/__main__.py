@@ -10,6 +10,7 @@ import sys
 # the command, the module whose `main(arguments)` it is, what it does
 _COMMANDS = {
     "check": ("shared.check", "what a training would meet in the data of an experiment config; without the detector"),
+    "compare": ("shared.report.compare", "whether one detector is better than another: runs, or anybody's results"),
     "convert": ("shared.data.convert", "Pascal VOC, YOLO and CVAT annotations as COCO's"),
     "report": ("shared.report.report", "a page of what detections are worth, anybody's: numbers, figures, pictures"),
     "synthetic": ("shared.data.synthetic", "a small data set of shapes, in COCO's format"),

@@ -22,7 +22,7 @@ from shared.errors import UserError
 from shared.evaluation import visualization
 from shared.evaluation.data_report import save_page
 from shared.evaluation.evaluator import CocoEvaluator
-from shared.evaluation.gathered import GatheredDetections
+from shared.evaluation.gathered import load_detections
 from shared.evaluation.table import metrics_table
 from shared.experiment import SplitData, per_slot_batch_size
 from shared.report.about import About, changed_keys, software, speed
@@ -141,7 +141,7 @@ def _write_report(
     if not (isinstance(trial.evaluator, CocoEvaluator) and folder.detections.exists()):
         return
     try:
-        found = GatheredDetections.load(folder.detections)
+        found, _ = load_detections(folder.detections)
         analyses = report(
             trial.val_data.annotations,
             found.detections(),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,27 +106,6 @@ class GatheredDetections:
             )
         return found
 
-    def save(self, path: Path) -> None:
-        """As an npz file, which is whole or not there; `images` and `skipped` are ids."""
-        arrays = {name: value for name, value in vars(self).items() if value is not None}
-        new = path.with_name(f".{path.name}.new")
-        with new.open("wb") as file:
-            np.savez(file, **arrays)
-        new.replace(path)
-
-    @classmethod
-    def load(cls, path: Path) -> GatheredDetections:
-        """What `save` wrote.
-
-        Raises:
-            UserError: it is no such file, or cannot be read.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return cls(**arrays)
-        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} has no detections of a run: {error}") from error
-
     def keypoint_results(self) -> list[dict]:
         """Of COCO's result format, as hotcoco takes keypoints only."""
         return [
@@ -137,6 +118,31 @@ class GatheredDetections:
             }
             for row, points in zip(self.rows(), self.keypoints.astype(np.float64).tolist(), strict=True)
         ]
+
+
+def save_detections(path: Path, found: GatheredDetections, category_names: Sequence[str]) -> None:
+    """As an npz file, which is whole or not there; `images` and `skipped` of `found` are ids."""
+    arrays = {name: value for name, value in vars(found).items() if value is not None}
+    names = np.frombuffer(json.dumps(list(category_names)).encode(), np.uint8)
+    new = path.with_name(f".{path.name}.new")
+    with new.open("wb") as file:
+        np.savez(file, category_names=names, **arrays)
+    new.replace(path)
+
+
+def load_detections(path: Path) -> tuple[GatheredDetections, list[str]]:
+    """What `save_detections` wrote.
+
+    Raises:
+        UserError: it is no such file, or cannot be read.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        names = json.loads(arrays.pop("category_names").tobytes())
+        return GatheredDetections(**arrays), names
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} has no detections of a run: {error}") from error
 
 
 def merge(shares: list[GatheredDetections]) -> GatheredDetections:

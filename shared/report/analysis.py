@@ -19,7 +19,7 @@ from shared.report.thresholds import ThresholdCurve, threshold_curve, trusted_sc
 
 CONFIDENCE = 0.95
 _DEVIATIONS = 1.96  # of the normal distribution, for that
-_SEED = 0
+SEED = 0
 # an annotation is suspected where detections of such a score are so often right
 _TRUSTED_PRECISION = 0.75
 _OBJECTS_IN_AN_IMAGE = (
@@ -130,6 +130,7 @@ class Analyses:
         indices: (images,) where the evaluated images are in the annotations.
         detections: of these images, by that index.
         wrong: the errors of detections of at least the best threshold, and what they leave unfound, by boxes.
+        found_objects: rows of the annotations that such detections match.
         trusted: detections of at least this score may contradict annotations; infinite where none is so often right.
         suspects: what they contradict, the highest score first.
     """
@@ -139,6 +140,7 @@ class Analyses:
     indices: np.ndarray
     detections: dict[int, Detections]
     wrong: list[Wrong]
+    found_objects: np.ndarray
     trusted: float
     suspects: list[Suspect]
 
@@ -147,6 +149,20 @@ class Analyses:
         """The score under which detections are best left out: F1 of boxes is greatest there. nan where none is
         right."""
         return self.of["bbox"].curve.best_threshold
+
+    def f1_of_images(self) -> np.ndarray:
+        """(images,) of each of `indices`, of detections of at least the best threshold, by boxes; 1 where there is
+        nothing and nothing is found."""
+        columns = self.annotations.columns
+        image_of = np.repeat(np.arange(len(self.annotations)), np.diff(columns["offsets"]))
+        objects = np.bincount(image_of[self.of["bbox"].verdicts.objects], minlength=len(self.annotations))
+        invented = np.bincount(
+            [one.image for one in self.wrong if one.detection is not None], minlength=len(self.annotations)
+        )
+        right = np.bincount(image_of[self.found_objects], minlength=len(self.annotations))
+        sums = 2 * right + invented + (objects - right)
+        f1 = np.divide(2 * right, sums, out=np.ones(len(sums)), where=sums > 0)
+        return f1[self.indices]
 
 
 def analyse(
@@ -182,6 +198,7 @@ def analyse(
             index_of[one.image_id]: one for one in detections if one.image_id in set(evaluator.image_ids.tolist())
         },
         wrong=[],
+        found_objects=np.empty(0, np.int64),
         trusted=math.inf,
         suspects=[],
     )
@@ -268,7 +285,7 @@ def _intervals(
         return {}
     # hotcoco resamples differences; from nothing found, which scores 0, the difference is the number itself
     nothing = evaluator.match(iou_type, _none_found(iou_type))
-    compared = hotcoco.compare(nothing, evaluation, n_bootstrap=resamples, seed=_SEED, confidence=CONFIDENCE)
+    compared = hotcoco.compare(nothing, evaluation, n_bootstrap=resamples, seed=SEED, confidence=CONFIDENCE)
     errors = {name: compared["ci"][NAMES[name]]["std_err"] for name in metrics if NAMES[name] in compared["ci"]}
     return {
         name: (max(metrics[name] - _DEVIATIONS * error, 0.0), min(metrics[name] + _DEVIATIONS * error, 1.0))
@@ -322,7 +339,8 @@ def _look_at_images(analyses: Analyses, found: GatheredDetections) -> None:
     is_object = np.zeros(len(columns["labels"]), bool)
     is_object[verdicts.objects] = True
     is_missed = is_object.copy()
-    is_missed[verdicts.matched[verdicts.is_right & (found.scores[verdicts.rows] >= threshold)]] = False
+    analyses.found_objects = verdicts.matched[verdicts.is_right & (found.scores[verdicts.rows] >= threshold)]
+    is_missed[analyses.found_objects] = False
     order = np.argsort(annotations.image_ids)
     ends = np.cumsum(found.counts)
     rows_of = {

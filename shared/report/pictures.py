@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -75,6 +76,25 @@ def picture_of_suspect(analyses: Analyses, images: ImageStorage, suspect: Suspec
     crop = crop.resize([max(round(side * scale), 1) for side in crop.size])
     panels = [draw(crop, _moved(objects, left, top, scale, crop.size)) for objects in (truth, detected)]
     return _as_data(_beside(*panels))
+
+
+def picture_of_difference(a: Analyses, b: Analyses, images: ImageStorage, index: int) -> str | None:
+    """The truth, and what each of two detectors finds with its best threshold."""
+    annotations = a.annotations
+    record = annotations[index]
+    image = _read(images, record)
+    if image is None:
+        return None
+    found = [of.detections.get(index) or Detections(record.image_id, [], [], []) for of in (a, b)]
+    thresholds = [np.inf if math.isnan(of.best_threshold) else of.best_threshold for of in (a, b)]
+    with_masks = any(each.masks is not None for each in found)
+    panels = [objects_of_truth(record, annotations.categories, with_masks)]
+    panels += [
+        objects_of_detections(each, annotations.categories, threshold)
+        for each, threshold in zip(found, thresholds, strict=True)
+    ]
+    scale = min(_PANEL / max(image.size), 1.0)
+    return _as_data(_beside(*(draw(image, objects, scale) for objects in panels)))
 
 
 def _only(found: Detections, rows: Sequence[int]) -> Detections:

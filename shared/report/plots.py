@@ -19,6 +19,8 @@ from shared.report.analysis import Analysis
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from shared.report.compare import Difference
+
 _LIGHT, _DARK = "cyanotype", "cyanotype-dark"
 _LONGEST_NAME = 22
 _POINTS = 400  # of a curve over the score: more than a screen can show
@@ -94,19 +96,18 @@ def _series(reports: Sequence[Mapping[str, Any]], split: str, name: str) -> tupl
     return [batch for batch, _ in points], [value for _, value in points]
 
 
-def bars(rows: Sequence[tuple[str, float, float, float]], title: str) -> Figure:
-    """Values with an interval each: (name, value, lower, upper)."""
+def differences(rows: Sequence[Difference]) -> Figure:
+    """Each difference with its interval, which is coloured where it is on one side of 0."""
     with _style():
-        figure = Figure(figsize=(6.5, 0.9 + 0.3 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(6.0, 1.0 + 0.3 * len(rows)), layout="constrained")
         axes = figure.subplots()
-        for position, (_, value, lower, upper) in enumerate(rows):
-            color = f"C{0 if lower > 0 else 1 if upper < 0 else 9}"
-            axes.plot([lower, upper], [position, position], color=color, linewidth=2)
-            axes.plot([value], [position], "o", color=color, markersize=6)
+        for position, row in enumerate(rows):
+            color = {"better": "C8", "worse": "C1", "": "C9"}[row.verdict]
+            axes.plot([row.lower, row.upper], [position, position], color=color, linewidth=2)
+            axes.plot([row.delta], [position], "o", color=color, markersize=6)
         axes.axvline(0, color=hotcoco.plot.CHROME["tick"], linewidth=0.75)
-        axes.set_yticks(range(len(rows)), [short_name(name) for name, *_ in rows])
+        axes.set_yticks(range(len(rows)), [short_name(row.name) for row in rows])
         axes.invert_yaxis()
-        axes.set_title(title, fontsize=11)
     return figure
 
 

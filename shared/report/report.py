@@ -29,7 +29,7 @@ from shared.report.summary import summary_of
 RESAMPLES = 200
 _IMAGES_OF_A_KIND = 4
 _SUSPECTS = 24
-_TITLES = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints"}
+TITLES = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints"}
 
 
 def report(
@@ -123,7 +123,7 @@ def _content(analyses: Analyses, images: ImageStorage | None, min_score: float |
     sections = [
         {
             "iou_type": iou_type,
-            "title": _TITLES[iou_type],
+            "title": TITLES[iou_type],
             "of": of,
             "figures": [
                 (title, Markup(svg_of(figure, f"{iou_type} {title}")))

@@ -17,6 +17,7 @@ from determined.pytorch import PyTorchCallback
 
 from shared.errors import UserError
 from shared.evaluation.evaluator import CocoEvaluator
+from shared.evaluation.gathered import save_detections
 from shared.training.run_folder import RunFolder
 from shared.training.trial import DetectionTrial
 
@@ -52,7 +53,8 @@ class LocalRun(PyTorchCallback):
         if self.best is None or (value < self.best if wanted.smaller_is_better else value > self.best):
             self.best, self.best_at = value, trial.batches_trained
             if self.chief and isinstance(trial.evaluator, CocoEvaluator):
-                trial.evaluator.found_by_id().save(self.folder.detections)
+                names = trial.evaluator.annotations.category_names
+                save_detections(self.folder.detections, trial.evaluator.found_by_id(), names)
         self._report("val", {**trial.last_validation, **trial.category_ap})
         if self.chief:
             logger.info(

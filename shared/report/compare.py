@@ -1,0 +1,321 @@
+"""Whether one detector is better than another: `compare.html`, differences with their bootstrap intervals."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hotcoco
+import numpy as np
+from markupsafe import Markup
+
+from shared.data.annotations import CocoAnnotations
+from shared.data.storage import DiskImages, ImageStorage
+from shared.errors import UserError
+from shared.evaluation.detections import Detections, from_coco_results
+from shared.evaluation.evaluator import iou_types_of
+from shared.evaluation.gathered import load_detections
+from shared.report.analysis import CONFIDENCE, NAMES, SEED, Analyses, analyse
+from shared.report.page import write_page
+from shared.report.pictures import picture_of_difference
+from shared.report.plots import differences, svg_of
+from shared.report.report import RESAMPLES, TITLES, add_resamples
+
+_IMAGES = 8
+_CATEGORIES_OF_FIGURE = 20
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much B is above A; nan where one of them has nothing to score.
+
+    Attributes:
+        name: of the metric, or the category.
+        a, b, delta: the numbers, and b - a.
+        lower, upper: of the 95 % bootstrap interval of delta; nan without a bootstrap.
+        better: in which share of the resamples B is above A; nan without a bootstrap.
+    """
+
+    name: str
+    a: float
+    b: float
+    delta: float
+    lower: float = math.nan
+    upper: float = math.nan
+    better: float = math.nan
+
+    @property
+    def verdict(self) -> str:
+        """ "better" or "worse" where the interval is on one side of 0, else ""."""
+        return "better" if self.lower > 0 else "worse" if self.upper < 0 else ""
+
+
+@dataclass
+class Comparison:
+    """B against A, by one IoU type.
+
+    Attributes:
+        a, b: their names.
+        metrics: overall, and by size.
+        categories: AP of each that has objects.
+    """
+
+    a: str
+    b: str
+    iou_type: str
+    metrics: list[Difference]
+    categories: list[Difference]
+
+    @property
+    def overall(self) -> Difference:
+        return self.metrics[0]
+
+
+def compare(
+    annotations: CocoAnnotations | str | os.PathLike,
+    detections: Mapping[str, Sequence[Detections]],
+    output: str | os.PathLike,
+    images: ImageStorage | str | os.PathLike | None = None,
+    iou_types: Sequence[str] | None = None,
+    image_ids: Sequence[int] | None = None,
+    resamples: int = RESAMPLES,
+) -> list[Comparison]:
+    """Writes a page on how far the second and each further set of detections is from the first, and `<name>.json` with
+    its numbers beside it.
+
+    Args:
+        detections: by name, two sets or more; of each one `Detections` for each image.
+        output: the HTML file.
+        images: the folder of the images, for pictures; none where None.
+        iou_types: what is compared; where None boxes, and masks and keypoints where all have them.
+        image_ids: the images to evaluate on; all of the file where None.
+        resamples: of the images, for the intervals; 0 for none.
+
+    Returns:
+        Each further set against the first, by each IoU type.
+
+    Raises:
+        UserError: as of `evaluate`; the page cannot be written.
+    """
+    if len(detections) < 2:
+        raise UserError("compare: give two sets of detections, or more")
+    if not isinstance(annotations, CocoAnnotations):
+        annotations = CocoAnnotations.open(annotations)
+    if isinstance(images, (str, os.PathLike)):
+        images = DiskImages(Path(images))
+    if iou_types is None:
+        scored = [iou_types_of(list(found), annotations) for found in detections.values()]
+        iou_types = [iou_type for iou_type in scored[0] if all(iou_type in each for each in scored)]
+    of = {name: analyse(annotations, found, iou_types, image_ids, resamples=0) for name, found in detections.items()}
+    first, *others = of
+    comparisons = [
+        _compare(of[first], of[name], first, name, iou_type, resamples) for name in others for iou_type in of[first].of
+    ]
+    output = Path(output)
+    write_page("compare.html.jinja", output, **_content(of, comparisons, images))
+    output.with_suffix(".json").write_text(json.dumps([_plain(comparison) for comparison in comparisons], indent=1))
+    return comparisons
+
+
+def _compare(a: Analyses, b: Analyses, name_a: str, name_b: str, iou_type: str, resamples: int) -> Comparison:
+    one, other = a.of[iou_type], b.of[iou_type]
+    overall = hotcoco.compare(one.evaluation, other.evaluation, n_bootstrap=resamples, seed=SEED, confidence=CONFIDENCE)
+    metrics = [
+        _difference(name, one.metrics[name], other.metrics[name], overall["ci"], NAMES[name])
+        for name in one.metrics
+        if name in NAMES
+    ]
+    categories = []
+    for row, there in zip(one.categories, other.categories, strict=True):
+        if row.objects:
+            pair = (_of_category(each.evaluation, row.label, iou_type) for each in (one, other))
+            own = hotcoco.compare(*pair, n_bootstrap=resamples, seed=SEED, confidence=CONFIDENCE)
+            categories.append(_difference(row.name, row.ap, there.ap, own["ci"], "AP"))
+    return Comparison(name_a, name_b, iou_type, metrics, categories)
+
+
+def _of_category(evaluation: hotcoco.COCOeval, label: int, iou_type: str) -> hotcoco.COCOeval:
+    """The same detections, evaluated on one category: hotcoco has intervals of all categories together only."""
+    own = hotcoco.COCOeval(evaluation.coco_gt, evaluation.coco_dt, iou_type)
+    params = own.params
+    params.img_ids = evaluation.params.img_ids
+    params.cat_ids = [label]
+    own.params = params
+    own.evaluate()
+    own.accumulate()
+    return own
+
+
+def _difference(name: str, a: float, b: float, intervals: dict[str, Any] | None, key: str) -> Difference:
+    interval = (intervals or {}).get(key)
+    if interval is None or math.isnan(b - a):
+        return Difference(name, a, b, b - a)
+    # of two that are the same in each resample, neither is better
+    better = interval["prob_positive"] if interval["std_err"] > 0 else math.nan
+    return Difference(name, a, b, b - a, interval["lower"], interval["upper"], better)
+
+
+def summary_of(comparison: Comparison) -> str:
+    """In words: which is better, how sure that is, and on what."""
+    difference, a, b = comparison.overall, comparison.a, comparison.b
+    by = TITLES[comparison.iou_type]
+    if math.isnan(difference.delta):
+        return f"By {by} there is nothing to compare {b} and {a} by."
+    numbers = f"mAP of {by} {difference.b:.3f} against {difference.a:.3f}"
+    if math.isnan(difference.lower):
+        return f"{b} against {a}: {numbers}, {difference.delta:+.3f}; how sure that is was not asked."
+    interval = f"{difference.delta:+.3f} ({difference.lower:+.3f} to {difference.upper:+.3f})"
+    if difference.verdict:
+        said = f"{b} is {difference.verdict} than {a}: {numbers}, {interval}."
+    elif difference.lower == difference.upper == 0:
+        return f"{b} and {a} are the same: {numbers}."
+    else:
+        said = f"These images do not show which of {b} and {a} is better: {numbers}, {interval}."
+    if not math.isnan(difference.better):
+        said += f" {b} is above in {difference.better:.0%} of the resamples."
+    for verdict, side in (("better", "above"), ("worse", "below")):
+        clear = sorted(
+            (one for one in comparison.categories if one.verdict == verdict), key=lambda one: -abs(one.delta)
+        )
+        if clear:
+            named = ", ".join(f"“{one.name}” ({one.delta:+.3f})" for one in clear[:3]) + ", …" * (len(clear) > 3)
+            said += f" Its interval is {side} 0 on {len(clear)} of {len(comparison.categories)} categories: {named}."
+    return said
+
+
+def _plain(comparison: Comparison) -> dict[str, Any]:
+    def row(difference: Difference) -> dict[str, Any]:
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in vars(difference).items()
+        }
+
+    return {
+        "a": comparison.a,
+        "b": comparison.b,
+        "iou_type": comparison.iou_type,
+        "metrics": [row(one) for one in comparison.metrics],
+        "categories": [row(one) for one in comparison.categories],
+    }
+
+
+def _content(
+    of: Mapping[str, Analyses], comparisons: Sequence[Comparison], images: ImageStorage | None
+) -> dict[str, Any]:
+    first = next(iter(of))
+    iou_types = list(of[first].of)
+    sections = []
+    for comparison in comparisons:
+        changed = [one for one in comparison.categories if not math.isnan(one.delta)]
+        shown = sorted(changed, key=lambda one: -abs(one.delta))[:_CATEGORIES_OF_FIGURE]
+        shown.sort(key=lambda one: -one.delta)
+        figures = []
+        for title, rows in (("Numbers", comparison.metrics), ("Categories", shown)):
+            rows = [one for one in rows if not math.isnan(one.lower)]
+            if rows:
+                salt = f"{comparison.b} {comparison.iou_type} {title}"
+                figures.append((title, Markup(svg_of(differences(rows), salt))))
+        sections.append({"comparison": comparison, "summary": summary_of(comparison), "figures": figures})
+    return {
+        "title": f"{', '.join(list(of)[1:])} against {first}",
+        "names": list(of),
+        "of": of,
+        "iou_types": iou_types,
+        "titles": TITLES,
+        "sections": sections,
+        "pictures": {name: _pictures(of, first, name, images) for name in list(of)[1:]},
+    }
+
+
+def _pictures(of: Mapping[str, Analyses], first: str, name: str, images: ImageStorage | None) -> list[dict[str, Any]]:
+    """The images on which F1 differs most, each at its detector's best threshold."""
+    a, b = of[first], of[name]
+    delta = b.f1_of_images() - a.f1_of_images()
+    annotations = a.annotations
+    rows = []
+    for position in np.argsort(-np.abs(delta), kind="stable")[:_IMAGES].tolist():
+        if delta[position] == 0:
+            break
+        index = int(a.indices[position])
+        picture = None if images is None else picture_of_difference(a, b, images, index)
+        rows.append(
+            {
+                "file_name": annotations.file_name(index),
+                "image_id": int(annotations.image_ids[index]),
+                "delta": float(delta[position]),
+                "picture": picture,
+            }
+        )
+    return rows
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`python3 -m shared compare`."""
+    parser = argparse.ArgumentParser(
+        prog="python3 -m shared compare",
+        description="Whether one detector is better than another: B, C … against A.",
+    )
+    parser.add_argument("detections", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a results.json")
+    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="COCO annotations")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="the images, for pictures")
+    parser.add_argument(
+        "--output", type=Path, default=Path("compare.html"), metavar="FILE", help="default compare.html"
+    )
+    add_resamples(parser)
+    given = parser.parse_args(arguments)
+    try:
+        if given.images is not None and not given.images.is_dir():
+            raise UserError(f"--images: {given.images} is no folder")
+        annotations = CocoAnnotations.open(given.annotations)
+        opened = [_open(path, annotations) for path in given.detections]
+        names = _names(given.detections)
+        evaluated = [set(image_ids) for _, image_ids in opened if image_ids is not None]
+        image_ids = sorted(set.intersection(*evaluated)) if evaluated else None
+        detections = {name: found for name, (found, _) in zip(names, opened, strict=True)}
+        comparisons = compare(
+            annotations, detections, given.output, given.images, image_ids=image_ids, resamples=given.resamples
+        )
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print("\n".join(summary_of(comparison) for comparison in comparisons))
+    print(f"the page: {given.output}; its numbers: {given.output.with_suffix('.json')}")
+
+
+def _open(path: Path, annotations: CocoAnnotations) -> tuple[list[Detections], list[int] | None]:
+    """The detections, and the images that were evaluated; None for all."""
+    if not path.is_dir():
+        return from_coco_results(path, annotations), None
+    if (path / "detections.npz").exists():
+        found, category_names = load_detections(path / "detections.npz")
+        if category_names != annotations.category_names:
+            raise UserError(
+                f"{path} has detections of the categories {category_names}, and {annotations.path} has "
+                f"{annotations.category_names}"
+            )
+        return found.detections(), found.images.tolist()
+    if (path / "results.json").exists():
+        return from_coco_results(path / "results.json", annotations), None
+    raise UserError(
+        f"{path} has neither detections.npz, as a run with a validation leaves it, nor results.json, as `evaluate "
+        "--output` writes it"
+    )
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Short, and no two alike."""
+    parts = [path.absolute().resolve().with_suffix("").parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{'/'.join(part[-2:])} ({number})" for number, part in enumerate(parts, 1)]
