@@ -185,7 +185,8 @@ def summary_of(comparison: Comparison) -> str:
             (one for one in comparison.categories if one.verdict == verdict), key=lambda one: -abs(one.delta)
         )
         if clear:
-            named = ", ".join(f"“{one.name}” ({one.delta:+.3f})" for one in clear[:3]) + ", …" * (len(clear) > 3)
+            named = ", ".join(f"“{one.name}” ({one.delta:+.3f})" for one in clear[:3])
+            named += f" and {len(clear) - 3} more" if len(clear) > 3 else ""
             said += f" Its interval is {side} 0 on {len(clear)} of {len(comparison.categories)} categories: {named}."
     return said
 

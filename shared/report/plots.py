@@ -102,7 +102,7 @@ def differences(rows: Sequence[Difference]) -> Figure:
         figure = Figure(figsize=(6.0, 1.0 + 0.3 * len(rows)), layout="constrained")
         axes = figure.subplots()
         for position, row in enumerate(rows):
-            color = {"better": "C8", "worse": "C1", "": "C9"}[row.verdict]
+            color = hotcoco.plot.SERIES_COLORS[{"better": 8, "worse": 1, "": 9}[row.verdict]]
             axes.plot([row.lower, row.upper], [position, position], color=color, linewidth=2)
             axes.plot([row.delta], [position], "o", color=color, markersize=6)
         axes.axvline(0, color=hotcoco.plot.CHROME["tick"], linewidth=0.75)
