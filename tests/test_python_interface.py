@@ -20,16 +20,23 @@ def annotations():
     return CocoAnnotations.from_dict(synthetic.coco_split(5, 4))
 
 
-def test_the_page_runs_as_it_is_written(shapes, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("page", "blocks", "written"), [("python", 4, ["picture.png"]), ("evaluation", 3, ["report.html", "compare.html"])]
+)
+def test_the_page_runs_as_it_is_written(page, blocks, written, shapes, tmp_path, monkeypatch):
     (tmp_path / "data").symlink_to(shapes)
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    found = re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.DOTALL)
+    assert len(found) == blocks
     names = {}
-    for block in blocks:
+    for block in found:
         exec(block, names)
-    assert names["metrics"]["bbox_mAP"] > 0.5
-    assert (tmp_path / "picture.png").is_file()
+    for file in written:
+        assert (tmp_path / file).is_file()
+    if page == "python":
+        assert names["metrics"]["bbox_mAP"] > 0.5
+    else:
+        assert names["comparison"].overall.delta > 0
 
 
 def test_what_is_installed_has_all_of_shared_and_nothing_else():
