@@ -75,6 +75,9 @@ def test_tensorboard_has_groups_pictures_and_the_last_validation_and_is_uploaded
     assert "categories/bbox_AP/circle" in scalars
     assert [event.step for event in events.Scalars("val/bbox_mAP")] == [4, 8, 12]
     assert [event.step for event in events.Images("val/detections")] == [4, 8, 12]
+    figures = {tag for tag in events.Tags()["images"] if tag.startswith("report_bbox/")}
+    assert "report_bbox/F1 over the score threshold" in figures
+    assert all([event.step for event in events.Images(tag)][-1] == 12 for tag in figures)
     assert master.uploads[-1] == len(master.reports)
 
 

@@ -192,7 +192,7 @@ def analyse(
     indices = np.sort([index_of[image_id] for image_id in evaluator.image_ids.tolist()]).astype(np.int64)
     analyses = Analyses(
         annotations=annotations,
-        of={t: _analyse(evaluator, t, found, annotations, resamples) for t in evaluator.iou_types},
+        of={t: analyse_one(evaluator, t, found, resamples) for t in evaluator.iou_types},
         indices=indices,
         detections={
             index_of[one.image_id]: one for one in detections if one.image_id in set(evaluator.image_ids.tolist())
@@ -206,9 +206,9 @@ def analyse(
     return analyses
 
 
-def _analyse(
-    evaluator: CocoEvaluator, iou_type: str, found: GatheredDetections, annotations: CocoAnnotations, resamples: int
-) -> Analysis:
+def analyse_one(evaluator: CocoEvaluator, iou_type: str, found: GatheredDetections, resamples: int = 0) -> Analysis:
+    """What one IoU type says of an evaluator's detections, see `CocoEvaluator.match`."""
+    annotations = evaluator.annotations
     evaluation = evaluator.match(iou_type, found)
     names = annotations.category_names
     metrics = {

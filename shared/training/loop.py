@@ -194,6 +194,7 @@ class _Loop(pytorch._PyTorchTrialController):
     def _run(self) -> None:
         super()._run()
         if not self.local_training:
+            self.trial.finish_figures()
             time.sleep(SECONDS_BETWEEN_UPLOADS)
             self._upload_tb_files()
 

@@ -10,9 +10,11 @@ from PIL import Image
 
 from shared.data.images import read_image
 from shared.evaluation import visualization
+from shared.evaluation.evaluator import CocoEvaluator
 from shared.evaluation.table import metrics_table
 from shared.experiment import SplitData
 from shared.training.progress import Progress, summary_of
+from shared.training.report_figures import ReportFigures
 
 if TYPE_CHECKING:
     from shared.training.trial import DetectionTrial
@@ -21,7 +23,7 @@ _WIDTH = 700  # pixels, of the pictures in TensorBoard
 
 
 class Reports(PyTorchCallback):
-    """TensorBoard's groups train, val and categories, pictures of each validation, and how far the training is.
+    """TensorBoard's groups train, val, categories and report_…, pictures of each validation; how far the training is.
 
     Only the chief writes. `trial.tensorboard` is its SummaryWriter.
     """
@@ -30,6 +32,8 @@ class Reports(PyTorchCallback):
         self.trial = trial
         self.chief = trial.rank == 0
         if self.chief:
+            self.figures = ReportFigures()
+            trial.finish_figures = self.figures.close
             self.progress = Progress(trial.first_batch, trial.total_batches)
             trial.on_batch_end = self.progress.update
 
@@ -44,13 +48,15 @@ class Reports(PyTorchCallback):
             return
         self._write("val", self.trial.last_validation)
         self._write("categories", self.trial.category_ap)
-        if picture := picture_of_validation(self.trial, _WIDTH):
-            self.trial.tensorboard.add_image(
-                "val/detections", np.asarray(picture), self.trial.batches_trained, dataformats="HWC"
-            )
+        trial, batches = self.trial, self.trial.batches_trained
+        if picture := picture_of_validation(trial, _WIDTH):
+            trial.tensorboard.add_image("val/detections", np.asarray(picture), batches, dataformats="HWC")
+        if isinstance(trial.evaluator, CocoEvaluator):
+            self.figures.draw(trial.evaluator, trial.tensorboard, batches, batches == trial.total_batches)
 
     def on_trial_shutdown(self) -> None:
         if self.chief:
+            self.figures.close()
             self.progress.close()
 
     def _write(self, group: str, metrics: dict[str, float]) -> None:

@@ -65,6 +65,7 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         categories: COCO categories; the position is the label.
         first_batch: batches that were trained before this start; `total_batches` at the end, of all slots together.
         stopping: when the training ends early.
+        finish_figures: waits for those of the last validation.
         local_callbacks: what a run off the cluster adds, set before `fit`.
     """
 
@@ -115,6 +116,7 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         )
         self.local_callbacks: dict[str, PyTorchCallback] = {}
         self.on_batch_end = lambda: None
+        self.finish_figures = lambda: None
         self.category_ap: dict[str, float] = {}
         self.last_validation: dict[str, float] = {}
         self.pictured: list = []

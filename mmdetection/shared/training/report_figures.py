@@ -1,0 +1,1 @@
+../../../shared/training/report_figures.py
