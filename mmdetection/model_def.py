@@ -277,7 +277,13 @@ class MMDetectionTrial(DetectionTrial):
 
     def loss_transform(self, data: SplitData) -> LossTransform:
         leaf = leaves(self.mmdet_config.data.val)[0]
-        return LossTransform(loss_pipeline(leaf["pipeline"], self.mmdet_config.data.train), leaf, data.images)
+        pipeline = loss_pipeline(leaf["pipeline"], self.mmdet_config.data.train)
+        if any(isinstance(step, dict) and step.get("with_seg") for step in pipeline) and not leaf.get("seg_prefix"):
+            raise UserError(
+                "hyperparameters.validation_loss: the config trains on segmentation maps, and there are none to "
+                "validate on; give config_overrides: {data.val.seg_prefix: FOLDER}, or leave it out"
+            )
+        return LossTransform(pipeline, leaf, data.images)
 
     def trained_images(self, annotations: CocoAnnotations) -> np.ndarray:
         return trained_images(annotations, leaves(self.mmdet_config.data.train)[0])

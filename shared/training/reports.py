@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from determined.pytorch import PyTorchCallback
 from PIL import Image
-from tabulate import tabulate
 
 from shared.data.images import read_image
 from shared.evaluation import visualization
 from shared.evaluation.table import metrics_table
 from shared.experiment import SplitData
 from shared.training.progress import Progress, summary_of
-from shared.training.validation_loss import PREFIX
 
 if TYPE_CHECKING:
     from shared.training.trial import DetectionTrial
@@ -75,8 +73,4 @@ def picture_of_validation(trial: DetectionTrial, width: int = 1400) -> Image.Ima
 
 def table_of(trial: DetectionTrial) -> str:
     """The numbers of the last validation, all of them."""
-    table = metrics_table({**trial.last_validation, **trial.category_ap}, trial.iou_types)
-    losses = {name: value for name, value in trial.last_validation.items() if name.startswith(PREFIX)}
-    if not trial.validates_loss or not losses:
-        return table
-    return f"{table}\n\n{tabulate(list(losses.items()), floatfmt='.4f')}"
+    return metrics_table({**trial.last_validation, **trial.category_ap}, trial.iou_types)
