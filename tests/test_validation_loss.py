@@ -179,7 +179,8 @@ def test_it_is_the_same_in_two_processes_and_with_loader_workers(detector, shape
 def test_what_is_trained_is_the_same_bits_without_it(detector, make, shapes, train):
     runs = []
     for validates in (True, False):
-        config = make(detector, shapes, batches=4)
+        config = make(detector, shapes)
+        config["min_validation_period"] = {"batches": 1}
         config["hyperparameters"]["validation_loss"] = validates
         runs.append(train(trial_classes()[detector], config, name=f"losses-{validates}"))
     assert_same_bits(*map(final_state, runs))
