@@ -20,6 +20,7 @@ class Detectron2Hyperparameters:
     use_pretrained: bool = False
     scale_schedule: bool = False
     custom_imports: list[str] = field(default_factory=list)
+    validation_loss: bool = False
 
     def __post_init__(self) -> None:
         if self.use_pretrained and self.weights not in (None, PUBLISHED):

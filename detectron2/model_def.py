@@ -50,6 +50,8 @@ from detectron2_files.data import (
     read_proposals,
     register_json,
     registered_samples,
+    trained_images,
+    unaugmented,
 )
 from detectron2_files.evaluation import OwnEvaluator, OwnResult, detect, own_evaluator
 from detectron2_files.model import (
@@ -62,7 +64,7 @@ from detectron2_files.model import (
     measure_batch_statistics,
 )
 from detectron2_files.weights import categories_of_checkpoint, find_weights, load_weights_into, zoo_weights
-from shared.data.annotations import check_same_categories
+from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.coco_categories import COCO_CATEGORIES
 from shared.data.dataset import CocoDetection
 from shared.data.input_scale import InputScale
@@ -132,6 +134,11 @@ class Detectron2Trial(DetectionTrial):
             group_processes_of_machine(self.context.distributed.local_size)
         self.iou_types = config.iou_types
         self.evaluates_coco = self._val_paths() is not None
+        if self.validates_loss and not self.evaluates_coco:
+            raise UserError(
+                "hyperparameters.validation_loss: the config is evaluated by one of Detectron2's own evaluators, whose "
+                "data have no targets; leave it out"
+            )
 
     def _val_paths(self) -> tuple[str, str] | None:
         """The COCO files that the shared evaluator validates on; None where Detectron2's own does."""
@@ -178,7 +185,9 @@ class Detectron2Trial(DetectionTrial):
         if isinstance(val, SplitData):
             check_same_categories(train.annotations, val.annotations)
             check_evaluable(val.annotations)
-            if "segm" in self.iou_types:
+            if self.validates_loss:
+                check_for_training(val.annotations, config.iou_types, config.polygon_masks, "val")
+            elif "segm" in self.iou_types:
                 check_masks(val.annotations, "val")
         mapper = config.mapper(True, describe(train.categories))
         self.train_samples = CocoSamples(train, mapper, config.train_set, self.seed, self.bad_images)
@@ -253,10 +262,20 @@ class Detectron2Trial(DetectionTrial):
         config = self.detectron2_config
         if isinstance(data, RegisteredData):
             return RegisteredSamples(data.dicts, config.mapper(False, data.names), self.seed)
-        proposals = read_proposals(config.val_proposal_files, data.annotations.image_ids)
         mapper = config.mapper(False, describe(self.categories))
-        transform = MapperTransform(mapper, False, proposals, folder_of(data))
+        transform = MapperTransform(mapper, False, self._val_proposals(data), folder_of(data))
         return CocoDetection(data.annotations, data.images, transform, self.seed, False, self.bad_images, bytes)
+
+    def _val_proposals(self, data: SplitData) -> dict[int, dict[str, Any]]:
+        return read_proposals(self.detectron2_config.val_proposal_files, data.annotations.image_ids)
+
+    def loss_transform(self, data: SplitData) -> MapperTransform:
+        names = describe(self.categories)
+        mapper = unaugmented(*(self.detectron2_config.mapper(training, names) for training in (True, False)))
+        return MapperTransform(mapper, True, self._val_proposals(data), folder_of(data))
+
+    def trained_images(self, annotations: CocoAnnotations) -> np.ndarray:
+        return trained_images(annotations, self.detectron2_config.train_set)
 
     @property
     def evaluation_batch_size(self) -> int:

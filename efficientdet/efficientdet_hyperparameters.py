@@ -70,6 +70,7 @@ class EfficientDetHyperparameters:
     # validation
     soft_nms: bool | None = None
     val_skip: int = 0
+    validation_loss: bool = False
 
     def __post_init__(self) -> None:
         low, high = self.scale_jitter

@@ -202,6 +202,9 @@ class EfficientDetTrial(DetectionTrial):
         transform = EfficientDetTransform(self.hparams, self.inputs, training=False)
         return CocoDetection(data.annotations, data.images, transform, self.seed, False, self.bad_images)
 
+    def loss_transform(self, data: SplitData) -> EfficientDetTransform:
+        return EfficientDetTransform(self.hparams, self.inputs, training=False, annotated=True)
+
     def collate(self, training: bool) -> EfficientDetCollate:
         return EfficientDetCollate(self.hparams, self.model_config, training)
 
@@ -221,6 +224,9 @@ class EfficientDetTrial(DetectionTrial):
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         return model(batch.images, batch.targets)
+
+    def image_losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        return model.forward(batch.images, batch.targets)  # not what torch_compile has made for the training's batches
 
     def detect(self, model: nn.Module, batch: Batch) -> list[Detections]:
         if model not in self.predictors:

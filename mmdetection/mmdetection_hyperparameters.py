@@ -29,6 +29,7 @@ class MMDetectionHyperparameters:
     weights: str | None = None
     scale_schedule: bool | None = None
     custom_imports: list[str] = field(default_factory=list)
+    validation_loss: bool = False
     override_mmdet_config: dict[str, Any] | None = None
     use_pretrained: bool | str | None = None
 

@@ -46,6 +46,7 @@ from mmdetection_files.data import (
     ClassAwareBatchSampler,
     CocoSamples,
     EvaluationTransform,
+    LossTransform,
     MmcvImages,
     OwnData,
     OwnEvaluationSamples,
@@ -57,8 +58,10 @@ from mmdetection_files.data import (
     decoder,
     images_of_classes,
     is_plain_coco,
+    loss_pipeline,
     selected_classes,
     test_pipeline,
+    trained_images,
     trains_masks,
 )
 from mmdetection_files.evaluation import OwnEvaluator, OwnResult, own_arguments, to_detections, to_own_result
@@ -66,11 +69,13 @@ from mmdetection_files.hooks import EMA_HOOKS, HooksOfValidation, MomentumEma, S
 from mmdetection_files.model import (
     PYTHON_STATE,
     StartWeights,
+    as_after_epoch,
     build_model,
     build_optimizer,
     build_scaler,
     categories_named,
     load_start,
+    losses_of_step,
     move_teacher,
     read_start,
     without_pretrained_backbone,
@@ -78,7 +83,7 @@ from mmdetection_files.model import (
 )
 from mmdetection_files.receptive_field import init_receptive_fields, is_searching, write_structure
 from shared.config_file import find_path
-from shared.data.annotations import check_same_categories
+from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.coco_categories import COCO_CATEGORIES
 from shared.data.dataset import CocoDetection
 from shared.data.input_scale import InputScale
@@ -164,6 +169,12 @@ class MMDetectionTrial(DetectionTrial):
         self.evaluates_coco = self.data.backend == "fake" or (
             is_plain_coco(val) and set(metrics) <= {"bbox", "segm"} and not scores_masks_apart
         )
+        if self.validates_loss and not self.evaluates_coco:
+            what = "RPN" if self.proposes else kind_of(val)
+            raise UserError(
+                f"hyperparameters.validation_loss: the {what} of the MMDetection config is evaluated by MMDetection's "
+                "own data set, which gives no targets; leave it out"
+            )
         self.iou_types = tuple(m for m in ("bbox", "segm") if m in metrics) or ("bbox",)
 
     def default_lengths(self) -> dict[str, Any]:
@@ -205,7 +216,7 @@ class MMDetectionTrial(DetectionTrial):
                     check_masks(data.annotations, "train")
         if isinstance(val, SplitData):
             check_evaluable(val.annotations)
-            if "segm" in self.iou_types:
+            if "segm" in self.iou_types or (self.validates_loss and trains_masks(self.mmdet_config)):
                 check_masks(val.annotations, "val")
         return opened[0], val
 
@@ -263,6 +274,19 @@ class MMDetectionTrial(DetectionTrial):
         transform = EvaluationTransform(pipeline, leaf, data.images)
         decode = decoder(pipeline[0])
         return CocoDetection(data.annotations, data.images, transform, self.seed, False, self.bad_images, decode)
+
+    def loss_transform(self, data: SplitData) -> LossTransform:
+        leaf = leaves(self.mmdet_config.data.val)[0]
+        pipeline = loss_pipeline(leaf["pipeline"], self.mmdet_config.data.train)
+        if any(isinstance(step, dict) and step.get("with_seg") for step in pipeline) and not leaf.get("seg_prefix"):
+            raise UserError(
+                "hyperparameters.validation_loss: the config trains on segmentation maps, and there are none to "
+                "validate on; give config_overrides: {data.val.seg_prefix: FOLDER}, or leave it out"
+            )
+        return LossTransform(pipeline, leaf, data.images)
+
+    def trained_images(self, annotations: CocoAnnotations) -> np.ndarray:
+        return trained_images(annotations, leaves(self.mmdet_config.data.train)[0])
 
     @property
     def evaluation_batch_size(self) -> int:
@@ -439,17 +463,15 @@ class MMDetectionTrial(DetectionTrial):
     # --- the step -------------------------------------------------------------------------------------
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        outputs = model(img=batch.images, return_loss=True, **batch.targets)
-        means = {
-            name: value.mean() if isinstance(value, torch.Tensor) else sum(part.mean() for part in value)
-            for name, value in outputs.items()
-        }
-        # as BaseDetector._parse_losses, which synchronises with the device once a loss
-        losses = {**means, "loss": sum(value for name, value in means.items() if "loss" in name)}
+        losses = losses_of_step(model, batch)
         log_vars = {name: value.detach() for name, value in losses.items()}
         self.runner.data_batch = {"img": batch.images, **batch.targets}
         self.runner.outputs = {"loss": losses["loss"], "log_vars": log_vars, "num_samples": len(batch.image_ids)}
         return losses
+
+    def image_losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        as_after_epoch(model, max(self.batches_trained - 1, 0) // self.batches_per_epoch, self.mode_switch)
+        return losses_of_step(model, batch)
 
     def detect(self, model: nn.Module, batch: Batch) -> list[Detections | OwnResult]:
         results = model(img=batch.images, return_loss=False, rescale=True, **batch.targets)

@@ -398,7 +398,10 @@ def parse_searcher_metric(config: dict[str, Any], reported: Iterable[str] | None
     searcher = config.get("searcher") or {}
     metric = searcher.get("metric") or "bbox_mAP"
     if reported is not None and metric not in (reported := list(reported)):
-        raise UserError(f"searcher.metric: {metric!r} is not reported; {nearest(metric, reported)}")
+        hint = nearest(metric, reported)
+        if metric.startswith("val_"):
+            hint = "hyperparameters.validation_loss: true reports the losses of a validation, of which val_loss steers"
+        raise UserError(f"searcher.metric: {metric!r} is not reported; {hint}")
     said, known = searcher.get("smaller_is_better"), smaller_is_better(metric)
     if said is None and known is None:
         raise UserError(f"searcher.smaller_is_better is missing, and {metric!r} does not tell which values are better")

@@ -126,6 +126,8 @@ def _end_reports(trial: DetectionTrial, folder: RunFolder, seconds: float) -> No
     for name, report in reports.items():
         value = report["metrics"].get(wanted)
         number = "undefined" if value is None else f"{value:.4f}"
+        loss = report["metrics"].get("val_loss")
+        number += "" if loss is None or wanted == "val_loss" else f", val_loss {loss:.4f}"
         print(f"{name}: {wanted} {number} at batch {report['batches']}, {folder.checkpoints / name}")
     print(f"trained for {duration(seconds)}; all of it is in {folder.path}")
     if figure := picture_of_validation(trial):

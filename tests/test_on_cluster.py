@@ -66,6 +66,18 @@ def test_the_master_gets_the_numbers_that_steer_and_none_that_is_undefined(confi
         assert isinstance(float(metrics["lr"]), float)
 
 
+def test_of_the_losses_of_a_validation_the_master_gets_the_total_and_tensorboard_all(config, run_task):
+    config["hyperparameters"]["validation_loss"] = True
+    config["searcher"].update(metric="val_loss", smaller_is_better=True)
+    master = run_task(config)
+    for metrics in master.of("validation").values():
+        assert [name for name in metrics if name.startswith("val_")] == ["val_loss"]
+        assert "bbox_mAP" in metrics
+    events = EventAccumulator(str(master.tensorboard))
+    events.Reload()
+    assert {"val/val_loss", "val/val_class_loss", "val/val_box_loss"} <= set(events.Tags()["scalars"])
+
+
 def test_tensorboard_has_groups_pictures_and_the_last_validation_and_is_uploaded_after_it(config, run_task):
     master = run_task(config)
     events = EventAccumulator(str(master.tensorboard))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from detectron2.data import (
     DatasetCatalog,
+    DatasetMapper,
     MetadataCatalog,
     get_detection_dataset_dicts,
     load_proposals_into_dataset,
@@ -197,6 +199,23 @@ class CocoSamples(Dataset):
         return columns["widths"][self.indices], columns["heights"][self.indices]
 
 
+def unaugmented(training: Any, test: Any) -> Any:
+    """The training's mapper, which gives targets, with the images of the test's.
+
+    Raises:
+        UserError: one of them is not a DatasetMapper, and does not say which of what it does is augmentation.
+    """
+    for mapper in (training, test):
+        if not isinstance(mapper, DatasetMapper):
+            raise UserError(
+                f"hyperparameters.validation_loss: the config's mapper, {type(mapper).__name__}, is no DatasetMapper, "
+                "and cannot be told to augment nothing; leave it out"
+            )
+    mapper = copy.copy(training)
+    mapper.augmentations = test.augmentations
+    return mapper
+
+
 def folder_of(data: SplitData) -> Path | None:
     """The folder of images that are on disk."""
     return data.images.folder if isinstance(data.images, DiskImages) else None
@@ -256,12 +275,8 @@ class RegisteredSamples(Dataset):
         return self._sizes[:, 0], self._sizes[:, 1]
 
 
-def training_images(annotations: CocoAnnotations, train_set: TrainingSet, seed: int) -> np.ndarray:
-    """(samples,) the indices of the images to train on, as the config filters and repeats them.
-
-    Raises:
-        UserError: none is left.
-    """
+def trained_images(annotations: CocoAnnotations, train_set: TrainingSet) -> np.ndarray:
+    """(images,) whether the config trains on the image: by default not where every annotation is a crowd."""
     columns = annotations.columns
     image_of = np.repeat(np.arange(len(annotations)), np.diff(columns["offsets"]))
     kept = np.ones(len(annotations), dtype=bool)
@@ -270,7 +285,17 @@ def training_images(annotations: CocoAnnotations, train_set: TrainingSet, seed: 
     if train_set.min_keypoints:
         visible = (columns["keypoints"][..., 2] > 0).sum(axis=1)
         kept &= np.bincount(image_of, weights=visible, minlength=len(annotations)) >= train_set.min_keypoints
-    indices = np.flatnonzero(kept)
+    return kept
+
+
+def training_images(annotations: CocoAnnotations, train_set: TrainingSet, seed: int) -> np.ndarray:
+    """(samples,) the indices of the images to train on, as the config filters and repeats them.
+
+    Raises:
+        UserError: none is left.
+    """
+    columns = annotations.columns
+    indices = np.flatnonzero(trained_images(annotations, train_set))
     if not len(indices):
         raise UserError(
             f"data.train.annotations: no image of {annotations.path} has what the config trains on (an annotation that "
@@ -302,12 +327,14 @@ def _repeats(count: int, dicts: Callable[[], list[dict]], train_set: TrainingSet
     return np.arange(count)
 
 
-def check_for_training(annotations: CocoAnnotations, iou_types: Sequence[str], polygon_masks: bool) -> None:
+def check_for_training(
+    annotations: CocoAnnotations, iou_types: Sequence[str], polygon_masks: bool, split: str = "train"
+) -> None:
     """Raises UserError where the annotations lack what the config trains on."""
     if "segm" in iou_types:
-        check_masks(annotations, "train")
+        check_masks(annotations, split)
     if "keypoints" in iou_types and "keypoints" not in annotations.columns:
-        raise UserError(f"data.train.annotations: {annotations.path} has no keypoints, and the config trains them")
+        raise UserError(f"data.{split}.annotations: {annotations.path} has no keypoints, and the config trains them")
     if polygon_masks:
         columns = annotations.columns
         starts = columns["segmentation_offsets"][:-1]
@@ -316,7 +343,7 @@ def check_for_training(annotations: CocoAnnotations, iou_types: Sequence[str], p
         is_rle[masks] = columns["segmentations"][starts[masks]] == ord("{")
         if is_rle.any():
             raise UserError(
-                f"data.train.annotations: {int(is_rle.sum())} masks of {annotations.path} are RLE, the first of "
+                f"data.{split}.annotations: {int(is_rle.sum())} masks of {annotations.path} are RLE, the first of "
                 f"annotation {columns['annotation_ids'][is_rle.argmax()]}; say config_overrides: {{INPUT.MASK_FORMAT: "
                 "bitmask}"
             )

@@ -28,11 +28,17 @@ def input_config(hparams: EfficientDetHyperparameters, config: Any) -> dict[str,
 
 class EfficientDetTransform:
     """effdet's augmentation. A sample is (image, target, image id): image (3, H, W) uint8; target as in
-    effdet's data set, `bbox` (N, 4) float32 y1 x1 y2 x2 in pixels of the input, `cls` (N,) int64 from 1."""
+    effdet's data set, `bbox` (N, 4) float32 y1 x1 y2 x2 in pixels of the input, `cls` (N,) int64 from 1.
 
-    def __init__(self, hparams: EfficientDetHyperparameters, inputs: dict[str, Any], training: bool):
+    Args:
+        annotated: give the target boxes also where nothing is augmented.
+    """
+
+    def __init__(
+        self, hparams: EfficientDetHyperparameters, inputs: dict[str, Any], training: bool, annotated: bool = False
+    ):
         size, fill_color = inputs["input_size"][-2:], inputs["fill_color"]
-        self.training = training
+        self.annotated = training or annotated
         pad = PadThin(size, hparams.scale_jitter[0] if training else 1.0, fill_color)
         if training:
             steps = [
@@ -45,7 +51,7 @@ class EfficientDetTransform:
 
     def __call__(self, image: Image.Image, record: ImageRecord) -> tuple[np.ndarray, dict[str, Any], int]:
         target: dict[str, Any] = {"img_size": (record.width, record.height)}
-        if self.training:
+        if self.annotated:
             # effdet's parser leaves out crowds and what is under a pixel wide or high
             sides = record.boxes[:, 2:] - record.boxes[:, :2]
             keep = ~record.iscrowd & (sides >= 1).all(axis=1)

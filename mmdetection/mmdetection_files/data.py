@@ -130,6 +130,59 @@ def test_pipeline(section: dict[str, Any]) -> list[Any]:
         return replace_ImageToTensor(section["pipeline"])
 
 
+def loss_pipeline(test: Sequence[Any], train: Any) -> list[Any]:
+    """The pipeline that makes training samples without augmentation: the training's annotations and inputs, at the size
+    that the test pipeline has first, and not flipped.
+
+    Args:
+        test: the test pipeline.
+        train: `data.train` of the config.
+
+    Raises:
+        UserError: a step of the test pipeline moves the image, and leaves the boxes where they are.
+    """
+    steps, scale = list(test[1:]), {}
+    if multi := next((step for step in steps if step["type"] == "MultiScaleFlipAug"), None):
+        for key, name in (("img_scale", "scale"), ("scale_factor", "scale_factor")):
+            if (value := multi.get(key)) is not None:
+                scale[name] = value[0] if isinstance(value, list) else value
+        steps = list(multi["transforms"])
+    geometry = [*itertools.takewhile(lambda step: step["type"] not in _FORMATS, steps)]
+    geometry = [step for step in geometry if not step["type"].startswith("Load")]
+    if any(step["type"] == "RandomCenterCropPad" for step in geometry):
+        raise UserError(
+            "hyperparameters.validation_loss: RandomCenterCropPad of the test pipeline does not move the boxes with "
+            "the image; leave it out"
+        )
+    trained = _training_steps(train)
+    formats = itertools.dropwhile(lambda step: step["type"] not in _FORMATS, trained)
+    return [
+        test[0],
+        *(step for step in trained if step["type"].startswith("Load") and step["type"] != "LoadImageFromFile"),
+        functools.partial(_unflipped, scale),
+        *geometry,
+        *(step for step in trained if step["type"] in ("FilterAnnotations", "SegRescale")),
+        *formats,
+    ]
+
+
+# of these a pipeline makes the model's inputs, once the image is as it should be
+_FORMATS = ("DefaultFormatBundle", "ImageToTensor", "ToTensor", "Transpose", "ToDataContainer", "Collect")
+
+
+def _training_steps(dataset: Any) -> list[Any]:
+    """The steps of a training data set's pipelines, its wrappers' last; of several data sets the first one's."""
+    if isinstance(dataset, (list, tuple)):
+        return _training_steps(dataset[0])
+    within = dataset.get("dataset") or dataset.get("datasets")
+    return [*(_training_steps(within) if within else ()), *(dataset.get("pipeline") or ())]
+
+
+def _unflipped(scale: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """As MultiScaleFlipAug hands an image to its transforms."""
+    return {**results, **scale, "flip": False, "flip_direction": None}
+
+
 def decoder(load: dict[str, Any]) -> Callable[[bytes], np.ndarray]:
     """What a pipeline's LoadImageFromFile makes of a file's bytes: (height, width, 3), BGR where it says nothing
     else."""
@@ -221,6 +274,27 @@ class _LazyMasks(Sequence):
         return self.record.segmentations[self.positions[index]]
 
 
+class LossTransform:
+    """A pipeline of `loss_pipeline`, on record and image; None where it finds the image to be of no use."""
+
+    def __init__(self, pipeline: Sequence[Any], leaf: ConfigDict, images: ImageStorage):
+        self.transform = PipelineTransform(pipeline, leaf, images, annotated=True)
+
+    def __call__(self, image: np.ndarray, record: ImageRecord) -> tuple[Any, int] | None:
+        sample = self.transform(image.copy(), record)  # the evaluation's pipeline has the image too
+        return None if sample is None else (sample, record.image_id)
+
+
+def trained_images(annotations: CocoAnnotations, leaf: ConfigDict) -> np.ndarray:
+    """(images,) whether CocoDataset trains on the image: not on small ones, nor on those without annotations unless
+    `filter_empty_gt` of its section says so."""
+    columns = annotations.columns
+    used = np.minimum(columns["widths"], columns["heights"]) >= _MIN_SIDE
+    if leaf.get("filter_empty_gt", True):
+        used &= np.diff(columns["offsets"]) > 0
+    return used
+
+
 class CocoSamples:
     """The shared loader under the protocol that MMDetection's data set wrappers ask for.
 
@@ -242,10 +316,7 @@ class CocoSamples:
         self.CLASSES = tuple(annotations.category_names)
         self.PALETTE = CocoDataset.PALETTE
         columns = annotations.columns
-        used = np.minimum(columns["widths"], columns["heights"]) >= _MIN_SIDE
-        if leaf.get("filter_empty_gt", True):
-            used &= np.diff(columns["offsets"]) > 0
-        self.indices = np.flatnonzero(used)
+        self.indices = np.flatnonzero(trained_images(annotations, leaf))
         if not len(self.indices):
             raise UserError(f"data.train: no image of {annotations.path} has annotations and {_MIN_SIDE} pixels a side")
         self.flag = aspect_ratio_groups(columns["widths"][self.indices], columns["heights"][self.indices])

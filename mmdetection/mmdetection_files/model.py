@@ -22,6 +22,7 @@ from torch import nn
 
 from mmdetection_files.config import shipped_configs
 from shared.data.coco_categories import COCO_CATEGORIES
+from shared.data.loading import Batch
 from shared.errors import UserError, nearest
 from shared.library import PUBLISHED, log_loaded
 from shared.training.checkpoints import read_weights, without_ddp
@@ -163,6 +164,30 @@ def build_scaler(fp16: dict[str, Any]) -> torch.amp.GradScaler:
     if isinstance(loss_scale, dict):
         return torch.amp.GradScaler("cuda", **loss_scale)
     return _StaticGradScaler("cuda", init_scale=float(loss_scale))
+
+
+def losses_of_step(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """The detector's losses and what it watches beside them, as scalars; "loss" is their sum."""
+    outputs = model(img=batch.images, return_loss=True, **batch.targets)
+    means = {
+        name: value.mean() if isinstance(value, torch.Tensor) else sum(part.mean() for part in value)
+        for name, value in outputs.items()
+    }
+    # as BaseDetector._parse_losses, which synchronises with the device once a loss
+    return {**means, "loss": sum(value for name, value in means.items() if "loss" in name)}
+
+
+def as_after_epoch(model: nn.Module, epoch: int, mode_switch: tuple[int, Sequence[str]] | None) -> None:
+    """Sets what the losses of a training follow from beside the weights: the epoch, counted from 0, also of a model
+    that is averaged and not trained itself; and the size that a YOLOX detects at, not the random one of the next
+    batches."""
+    if hasattr(model, "set_epoch"):
+        model.set_epoch(epoch)
+    if mode_switch is not None:
+        model.bbox_head.use_l1 = epoch >= mode_switch[0]
+    if hasattr(model, "_random_size_interval"):
+        model._input_size = model._default_input_size
+        model._progress_in_iter, model._random_size_interval = 0, 2  # none is drawn after this batch
 
 
 # what these modules keep in plain attributes while they train

@@ -23,12 +23,14 @@ class Batch:
         targets: the detector's targets.
         image_ids: B of COCO's image ids, kept on the host.
         skipped: the ids of images that others stand in for, because they cannot be read.
+        for_loss: of a validation with losses: in a batch of one each, the images whose losses are computed.
     """
 
     images: Any
     targets: Any
     image_ids: list[int]
     skipped: list[int] = field(default_factory=list)
+    for_loss: list[Batch] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.image_ids)

@@ -5,7 +5,9 @@ A resumed run, another number of loader workers or of slots then draw the same n
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -19,3 +21,16 @@ def seed_all(*key: int) -> None:
     torch.default_generator.manual_seed(words[2] >> 1)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(words[3] >> 1)
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """What is drawn and seeded inside changes no number that is drawn afterwards."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)

@@ -48,6 +48,7 @@ from shared.training.trial_checkpoint import CheckpointedState, TrialCheckpoint
 from shared.training.trial_data import TrialData
 from shared.training.trial_step import TrialStep
 from shared.training.trial_validation import TrialValidation, ValidationResult
+from shared.training.validation_loss import ValidationLoss
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
             pretrained weights, where None.
 
     Attributes:
-        hparams: the subclass's `hyperparameters_class`, filled from the config.
+        hparams: the subclass's `hyperparameters_class`, filled from the config; each has `global_batch_size` and
+            `validation_loss`.
         categories: COCO categories; the position is the label.
         first_batch: batches that were trained before this start; `total_batches` at the end, of all slots together.
         stopping: when the training ends early.
@@ -79,6 +81,7 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         self.on_cluster = on_cluster()
         self.for_training = for_training
         self.hparams = parse_section(context.get_hparams(), self.hyperparameters_class, "hyperparameters")
+        self.validates_loss = for_training and self.hparams.validation_loss
         self.data = parse_data(self.config, self.data_class)
         self.read_own_config()
         self.schedule = parse_schedule(self.config, self.default_lengths(), self.validation_times())
@@ -128,6 +131,10 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
             self._warn_of_warmup()
             self.evaluator = context.wrap_reducer(self.build_evaluator(self.val_data), for_training=False)
             on_chief(distributed, self._open_truth)
+            if self.validates_loss:
+                losses = ValidationLoss(self.evaluated_ids(self.val_data), distributed.gather)
+                self.validation_loss = context.wrap_reducer(losses, for_training=False)
+                on_chief(distributed, self.check_validation_loss)
             if self.rank == 0:
                 logger.info("\n%s", tabulate(self.summary_lines(), tablefmt="plain"))
 

@@ -11,14 +11,17 @@ import numpy as np
 from determined.pytorch import PyTorchTrialContext
 from torch.utils.data import DataLoader, Dataset
 
-from shared.data.dataset import BadImages
+from shared.data.annotations import CocoAnnotations
+from shared.data.dataset import BadImages, CocoDetection, Transform
 from shared.data.loading import Batch, NotingSkipped, PrefetchLoader, start_workers
 from shared.data.samplers import EvaluationBatchSampler, TrainingBatchSampler
 from shared.data.seeding import seed_all
+from shared.errors import UserError
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.evaluation.reducer import ChiefReducer
 from shared.experiment import DataConfig, SplitData, open_split, open_train_and_val
 from shared.training.stopping import Stopping, outlive_signals
+from shared.training.validation_loss import CollateWithLoss, WithLossSample
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ class TrialData:
     seed: int
     first_batch: int
     per_slot_batch_size: int
+    validates_loss: bool
 
     # --- what a detector says of itself ---------------------------------------------------------------
 
@@ -57,6 +61,19 @@ class TrialData:
     @abstractmethod
     def evaluation_dataset(self, data: SplitData) -> Dataset:
         """The samples to detect on, by index."""
+
+    def loss_transform(self, data: SplitData) -> Transform:
+        """From a validation image to a training sample without augmentation, at the size that the evaluation has; None
+        for an image that cannot be made one.
+
+        Raises:
+            UserError: the detector's configuration cannot be brought to that.
+        """
+        raise UserError("hyperparameters.validation_loss: this detector has none")
+
+    def trained_images(self, annotations: CocoAnnotations) -> np.ndarray:
+        """(images,) whether a training on these annotations has the image."""
+        return np.ones(len(annotations), dtype=bool)
 
     @abstractmethod
     def collate(self, training: bool) -> Callable[[list], Batch]:
@@ -103,8 +120,12 @@ class TrialData:
 
     def build_evaluator(self, data: SplitData) -> ChiefReducer:
         """The evaluator over the images of `evaluated_images`: `update` takes what `detect` returns."""
-        image_ids = data.annotations.image_ids[list(self.evaluated_images(len(data.annotations)))]
+        image_ids = self.evaluated_ids(data)
         return CocoEvaluator(data.annotations, self.iou_types, image_ids, gather=self.context.distributed.gather)
+
+    def evaluated_ids(self, data: SplitData) -> np.ndarray:
+        """The ids of `evaluated_images`."""
+        return data.annotations.image_ids[list(self.evaluated_images(len(data.annotations)))]
 
     # --- loaders --------------------------------------------------------------------------------------
 
@@ -116,18 +137,25 @@ class TrialData:
         return self.training_loader
 
     def build_validation_data_loader(self) -> DataLoader:
-        self.validation_loader = self.evaluation_loader(self.val_data)
+        self.validation_loader = self.evaluation_loader(self.val_data, self.validates_loss)
         if self.data.workers > 0:
             start_workers(self.validation_loader)
         return self.validation_loader
 
-    def evaluation_loader(self, data: SplitData) -> DataLoader:
+    def evaluation_loader(self, data: SplitData, with_losses: bool = False) -> DataLoader:
         """This slot's share of the images to evaluate on, as batches on the host."""
-        dataset = self.evaluation_dataset(data)
+        dataset = self.dataset_with_losses(data) if with_losses else self.evaluation_dataset(data)
         indices = self.evaluated_images(len(dataset))
         stop = self.stopping.cuts_validation
         sampler = EvaluationBatchSampler(indices, self.evaluation_batch_size, self.rank, self.slots, stop)
-        return self._loader(dataset, sampler, training=False)
+        return self._loader(dataset, sampler, training=False, with_losses=with_losses)
+
+    def dataset_with_losses(self, data: SplitData) -> CocoDetection:
+        """The samples to detect on, each with the one whose losses are computed beside it, see `WithLossSample`."""
+        dataset = self.evaluation_dataset(data)
+        left_out = frozenset(data.annotations.image_ids[~self.trained_images(data.annotations)].tolist())
+        dataset.transform = WithLossSample(dataset.transform, self.loss_transform(data), left_out)
+        return dataset
 
     def training_batches(self) -> TrainingBatchSampler:
         """This slot's batches, from `first_batch` on, without end."""
@@ -136,13 +164,16 @@ class TrialData:
             groups, self.per_slot_batch_size, self.seed, self.rank, self.slots, self.first_batch
         )
 
-    def _loader(self, dataset: Dataset, batches: Any, training: bool) -> DataLoader:
+    def _loader(self, dataset: Dataset, batches: Any, training: bool, with_losses: bool = False) -> DataLoader:
+        collate = self.collate(training)
+        if with_losses:
+            collate = CollateWithLoss(collate, self.collate(True))
         return DataLoader(
             dataset,
             batch_sampler=batches,
             num_workers=self.data.workers,
             persistent_workers=self.data.workers > 0,  # or each validation forks again: slow, and see start_workers
-            collate_fn=NotingSkipped(self.collate(training), self.bad_images),
+            collate_fn=NotingSkipped(collate, self.bad_images),
             pin_memory=self.context.device.type == "cuda",
             worker_init_fn=outlive_signals,
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +13,14 @@ from determined.pytorch import PyTorchCallback, PyTorchTrialContext
 from torch import nn
 
 from shared.data.loading import Batch, to_device
+from shared.data.seeding import kept_random_state, seed_all
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import summary_metrics
 from shared.evaluation.reducer import ChiefReducer
+from shared.experiment import SplitData
+from shared.training.python_state import python_state
+from shared.training.validation_loss import PREFIX, TOTAL, ValidationLoss, as_one_process, giving_losses
 
 if TYPE_CHECKING:
     from shared.training.trial import DetectionTrial
@@ -30,14 +35,21 @@ class TrialValidation:
         last_validation: the numbers of the last validation; `category_ap` the AP of each category.
         validated_at: the batches trained until then.
         pictured: detections of the chief's first images in it, to be drawn.
+        validates_loss: whether it gives the training's losses too, which `validation_loss` gathers then.
     """
 
     iou_types: tuple[str, ...] = ("bbox",)
+    chief_python_state: Mapping[str, Any] | None = None  # where there are several slots
 
     context: PyTorchTrialContext
     plain_model: nn.Module
     ema: Any
     evaluator: ChiefReducer
+    validates_loss: bool = False
+    validation_loss: ValidationLoss | None = None
+    python_attributes: Mapping[str, Sequence[str]]
+    val_data: SplitData
+    seed: int
     slots: int
 
     # --- what a detector says of itself ---------------------------------------------------------------
@@ -52,7 +64,12 @@ class TrialValidation:
 
     def reported_metrics(self) -> list[str] | None:
         """The names that a validation reports, one of which the searcher goes by; None where they are not known."""
-        return [f"{iou_type}_{name}" for iou_type in self.iou_types for name in summary_metrics(iou_type)]
+        names = [f"{iou_type}_{name}" for iou_type in self.iou_types for name in summary_metrics(iou_type)]
+        return [*names, *([TOTAL] if self.validates_loss else [])]
+
+    def image_losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """As `losses`, of a batch of one validation image and the model that validates."""
+        return self.losses(model, batch)
 
     # --- validation -----------------------------------------------------------------------------------
 
@@ -62,11 +79,14 @@ class TrialValidation:
         return self.plain_model if self.ema is None else self.ema.module
 
     def evaluate_batch(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        for_loss, batch.for_loss = batch.for_loss, []
         detected = self.detect_on_host_batch(batch)
         self.evaluator.update(detected)
         if batch.skipped:
             self.evaluator.skip(batch.skipped)
         self._keep_to_draw(detected)
+        for image in for_loss:
+            self.validation_loss.update(image.image_ids[0], self.losses_of_image(image))
         return {}
 
     @torch.no_grad()
@@ -76,6 +96,51 @@ class TrialValidation:
         batch = self.prepare(to_device(batch, self.context.device), None)
         with self.autocast():
             return self.detect(model, batch)
+
+    @torch.no_grad()
+    def losses_of_image(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The losses of a batch of one image on the host, one of `for_loss`: scalars on the device, not finite where
+        the library finds that they would be."""
+        model = self.evaluation_model.eval()
+        batch = self.prepare(to_device(batch, self.context.device), None)
+        precision = self.autocast()  # the evaluation's: asked for before the model is in training mode
+        of_chief = self.chief_python_state
+        with precision, kept_random_state(), as_one_process(), giving_losses(model, self.python_attributes, of_chief):
+            seed_all(self.seed, batch.image_ids[0] % 2**63, 3)
+            try:
+                return self.image_losses(model, batch)
+            except FloatingPointError:  # Detectron2 looks itself
+                return {"loss": torch.tensor(math.nan, device=self.context.device)}
+
+    def check_validation_loss(self) -> None:
+        """Computes the losses of one image.
+
+        Raises:
+            UserError: there is no image to compute any of, or the detector's library cannot.
+        """
+        data = self.val_data
+        dataset, collate = self.dataset_with_losses(data), self.collate(True)
+        trained = self.trained_images(data.annotations)
+        samples = (dataset[i][1] for i in self.evaluated_images(len(dataset)) if trained[i])
+        # a pipeline that makes a sample of none of these makes none of any, most likely
+        sample = next((sample for sample in itertools.islice(samples, 100) if sample is not None), None)
+        if sample is None:
+            raise UserError(
+                "hyperparameters.validation_loss: of no image of data.val would a training make a sample; leave it out"
+            )
+        try:
+            self.losses_of_image(collate([sample]))
+        except Exception as error:  # a library's losses may ask for whatever a training has
+            raise UserError(
+                "hyperparameters.validation_loss: the losses of this model cannot be computed on the validation images "
+                f"({type(error).__name__}: {error}); leave it out"
+            ) from error
+
+    def share_python_state(self) -> None:
+        """Gives every slot what the chief's modules keep beside buffers, for the losses of a validation."""
+        if self.validates_loss and self.slots > 1:
+            state = python_state(self.evaluation_model, self.python_attributes)
+            self.chief_python_state = self.context.distributed.broadcast(state)
 
     def _keep_to_draw(self, detected: Iterable[Any]) -> None:
         kept = [found for found in detected if isinstance(found, Detections)]
@@ -98,11 +163,14 @@ class ValidationResult(PyTorchCallback):
 
     def on_validation_start(self) -> None:
         self.trial.synchronize_buffers()
+        self.trial.share_python_state()
         self.trial.pictured = []
 
     def on_validation_end(self, metrics: dict[str, Any]) -> None:
         trial = self.trial
         trial.evaluator.raise_if_failed()
+        if trial.validation_loss is not None:
+            trial.validation_loss.raise_if_failed()
         wanted = trial.searcher_metric.name
         if wanted not in metrics:
             raise UserError(
@@ -113,5 +181,6 @@ class ValidationResult(PyTorchCallback):
         trial.category_ap = {name: metrics.pop(name) for name in list(metrics) if "_AP/" in name}
         trial.last_validation, trial.validated_at = dict(metrics), trial.batches_trained
         for name, value in trial.last_validation.items():
-            if name != wanted and ("_AR_" in name or not math.isfinite(value)):
+            is_part = trial.validates_loss and name.startswith(PREFIX) and name != TOTAL
+            if name != wanted and ("_AR_" in name or is_part or not math.isfinite(value)):
                 del metrics[name]

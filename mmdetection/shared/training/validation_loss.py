@@ -1,0 +1,1 @@
+../../../shared/training/validation_loss.py

@@ -1,0 +1,312 @@
+"""The training's losses on the validation images: `hyperparameters.validation_loss`, of each detector."""
+
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, reports, run_model_def
+from PIL import Image
+from test_resume import assert_same_bits, final_state
+from tiny_models import CONFIGS, trial_classes
+
+from shared.errors import UserError
+from shared.training.checkpoints import read_checkpoint
+from shared.training.validation_loss import giving_losses
+
+# with losses of a state of their own (Detectron2's) and of random samples (Mask R-CNN's)
+RETINANET = {"mmdetection": "retinanet/retinanet_r50_fpn_1x_coco.py"}
+RETINANET["detectron2"] = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+
+
+def config_of(detector, shapes, *arguments, batches=2, **hyperparameters):
+    config = CONFIGS[detector](shapes, *arguments)
+    config["data"]["workers"] = 0
+    config["hyperparameters"].update(validation_loss=True, **hyperparameters)
+    config["searcher"]["max_length"] = {"batches": batches}
+    config["min_validation_period"] = {"batches": 2}
+    return config
+
+
+def retinanet_of(detector, shapes, **changes):
+    return config_of(detector, shapes, *([RETINANET[detector]] if detector in RETINANET else []), **changes)
+
+
+def of_module(trial_class, **members):
+    """A subclass that is found where its checkpoints say that it is."""
+    return type(trial_class.__name__, (trial_class,), {"__module__": trial_class.__module__, **members})
+
+
+@pytest.fixture
+def odd_val(shapes, tmp_path):
+    """A validation set of 7 images, one of which has no annotations; and the ids of the others."""
+    coco = json.loads((shapes / "annotations/val.json").read_text())
+    coco["images"] = coco["images"][:7]
+    ids = [image["id"] for image in coco["images"]]
+    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] in ids[:2] + ids[3:]]
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(coco))
+    return path, ids[:2] + ids[3:]
+
+
+def efficientdet_s_losses(trial, path, images):
+    """effdet's training bench, which labels anchors and gives losses in an evaluation too."""
+    from effdet.bench import DetBenchTrain
+
+    bench = DetBenchTrain(trial.evaluation_model.model).eval()
+    coco = json.loads(path.read_text())
+    for image in coco["images"]:
+        scale = 192 / 128  # of the input over the images
+        pixels = np.asarray(Image.open(images / image["file_name"]).resize((192, 192), Image.Resampling.BICUBIC))
+        of_image = [a for a in coco["annotations"] if a["image_id"] == image["id"] and not a["iscrowd"]]
+        boxes = np.array([a["bbox"] for a in of_image], dtype=np.float32).reshape(-1, 4) * scale
+        corners = np.stack([boxes[:, 1], boxes[:, 0], boxes[:, 1] + boxes[:, 3], boxes[:, 0] + boxes[:, 2]], axis=1)
+        target = {
+            "bbox": [torch.tensor(corners.clip(0, 192))],
+            "cls": [torch.tensor([a["category_id"] for a in of_image])],  # the shapes' ids are 1, 2, 3
+            "img_scale": torch.tensor([1 / scale]),
+            "img_size": torch.tensor([[128, 128]]),
+        }
+        inputs = (torch.tensor(pixels).permute(2, 0, 1).float() - trial.mean[0]) / trial.std[0]
+        losses = bench(inputs[None], target)
+        yield {name: losses[name].item() for name in ("loss", "class_loss", "box_loss")}
+
+
+def mmdetection_s_losses(trial, path, images):
+    """mmdet's own data set with a pipeline that augments nothing, and its own step."""
+    from mmcv.parallel import collate
+    from mmdet.datasets import build_dataset
+
+    norm = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], "to_rgb": True}
+    pipeline = [
+        {"type": "LoadImageFromFile"},
+        {"type": "LoadAnnotations", "with_bbox": True},
+        {"type": "Resize", "img_scale": (128, 128), "keep_ratio": True},
+        {"type": "RandomFlip", "flip_ratio": 0.0},
+        {"type": "Normalize", **norm},
+        {"type": "Pad", "size_divisor": 32},
+        {"type": "DefaultFormatBundle"},
+        {"type": "Collect", "keys": ["img", "gt_bboxes", "gt_labels"]},
+    ]
+    classes = [category["name"] for category in trial.categories]
+    section = {"type": "CocoDataset", "ann_file": str(path), "img_prefix": str(images), "classes": classes}
+    for sample in build_dataset({**section, "pipeline": pipeline}):
+        inputs = {key: value.data[0] for key, value in collate([sample], samples_per_gpu=1).items()}
+        yield trial.evaluation_model.eval().train_step(inputs, None)["log_vars"]
+
+
+def detectron2_s_losses(trial, path, images):
+    """Detectron2's own loader and mapper, and its model as it trains, but for batch norm."""
+    from detectron2.config import get_cfg
+    from detectron2.data import DatasetMapper
+    from detectron2.data import transforms as T
+    from detectron2.data.datasets import load_coco_json
+    from detectron2.utils.events import EventStorage
+
+    state = dict(vars(trial.evaluation_model))
+    mapper = DatasetMapper(get_cfg(), is_train=True, augmentations=[T.ResizeShortestEdge(128, 1333)])
+    for of_image in load_coco_json(str(path), str(images), "by_hand"):  # a name, for labels from 0
+        if not of_image["annotations"]:
+            continue
+        vars(trial.evaluation_model).update(state)  # its loss is over a running mean of what was seen before
+        trial.evaluation_model.train()
+        for module in trial.evaluation_model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        with EventStorage():
+            losses = {name: value.item() for name, value in trial.evaluation_model([mapper(of_image)]).items()}
+        yield {**losses, "loss": sum(losses.values())}
+
+
+BY_HAND = {
+    "efficientdet": efficientdet_s_losses,
+    "mmdetection": mmdetection_s_losses,
+    "detectron2": detectron2_s_losses,
+}
+
+
+def test_it_is_the_mean_over_images_of_the_library_s_own_losses(detector, shapes, train, odd_val):
+    trial_class, started = trial_classes()[detector], []
+    size = {"input_size": 192} if detector == "efficientdet" else {}
+    config = retinanet_of(detector, shapes, **size)
+    config["data"]["val"]["annotations"] = str(odd_val[0])
+    run = train(
+        of_module(trial_class, build_callbacks=lambda t: started.append(t) or trial_class.build_callbacks(t)), config
+    )
+    with torch.no_grad():
+        of_images = list(BY_HAND[detector](started[0], odd_val[0], shapes / "val"))
+    assert len(of_images) == (7 if detector == "efficientdet" else 6)  # which alone trains on images without objects
+    (reported,) = reports(run, "val")
+    found = {name: value for name, value in reported["metrics"].items() if name.startswith("val_")}
+    means = {f"val_{name}": sum(losses[name] for losses in of_images) / len(of_images) for name in of_images[0]}
+    assert found == pytest.approx(means, rel=1e-5)
+    assert "val_loss" in found
+
+
+def of_a_first_validation(run):
+    first = reports(run, "val")[0]
+    assert first["batches"] == 0
+    return {name: value for name, value in first["metrics"].items() if name.startswith("val_")}
+
+
+@pytest.mark.parametrize(
+    "detector",
+    ["efficientdet", *(pytest.param(other, marks=pytest.mark.slow) for other in ("mmdetection", "detectron2"))],
+    indirect=True,
+)
+def test_it_is_the_same_in_two_processes_and_with_loader_workers(detector, shapes, train, odd_val, tmp_path):
+    config = config_of(detector, shapes, batches=1)
+    config["data"]["val"]["annotations"] = str(odd_val[0])
+    config["perform_initial_validation"] = True
+    alone = of_a_first_validation(train(trial_classes()[detector], config, name="alone"))
+    config["data"]["workers"] = 2
+    path = tmp_path / "two.yaml"
+    path.write_text(yaml.safe_dump(config))
+    run_model_def("train", path, "--output-dir", tmp_path / "two", processes=2, cwd=ROOT / detector)
+    assert of_a_first_validation(tmp_path / "two") == alone
+    assert all(math.isfinite(value) for value in alone.values())
+
+
+@pytest.mark.parametrize(
+    ("detector", "make"),
+    [("efficientdet", config_of), ("mmdetection", config_of), ("detectron2", retinanet_of)],
+    indirect=["detector"],
+)
+def test_what_is_trained_is_the_same_bits_without_it(detector, make, shapes, train):
+    runs = []
+    for validates in (True, False):
+        config = make(detector, shapes)
+        config["min_validation_period"] = {"batches": 1}
+        config["hyperparameters"]["validation_loss"] = validates
+        runs.append(train(trial_classes()[detector], config, name=f"losses-{validates}"))
+    assert_same_bits(*map(final_state, runs))
+    beside = [
+        [{k: v for k, v in line["metrics"].items() if not k.startswith("val_")} for line in reports(run, "val")]
+        for run in runs
+    ]
+    assert beside[0] == beside[1]
+
+
+def test_a_validation_that_a_stop_cut_short_gives_the_same_losses_after_the_resume(shapes, train, tmp_path):
+    trial_class = trial_classes().get("detectron2")
+    if trial_class is None:
+        pytest.skip("Detectron2 is not here, whose losses have a state of their own")
+    config, stopped = retinanet_of("detectron2", shapes), []
+
+    def detect(self, *arguments):
+        if not stopped:
+            stopped.append(os.kill(os.getpid(), signal.SIGTERM))
+        return trial_class.detect(self, *arguments)
+
+    whole = train(trial_class, config, name="whole")
+    with pytest.raises(SystemExit):
+        train(of_module(trial_class, detect=detect), config)
+    assert not reports(tmp_path / "run", "val")
+    assert reports(train(trial_class, config, resume="last"), "val") == reports(whole, "val")
+
+
+def test_it_steers_and_the_checkpoint_of_the_lowest_is_the_best(shapes, train):
+    trial_class = trial_classes()["efficientdet"]
+
+    def image_losses(self, *arguments):
+        losses = trial_class.image_losses(self, *arguments)
+        return {**losses, "loss": losses["loss"] + 100 * abs(self.batches_trained - 4)}
+
+    config = config_of("efficientdet", shapes, batches=6)
+    config["searcher"].update(metric="val_loss", smaller_is_better=True)
+    run = train(of_module(trial_class, image_losses=image_losses), config)
+    values = {line["batches"]: line["metrics"]["val_loss"] for line in reports(run, "val")}
+    assert min(values, key=values.get) == read_checkpoint(run / "checkpoints/best").batches == 4
+
+
+def test_images_that_are_skipped_or_cannot_be_read_do_not_count(shapes, train, tmp_path):
+    trial_class = trial_classes()["efficientdet"]
+    coco = json.loads((shapes / "annotations/val.json").read_text())
+    (tmp_path / "images").mkdir()
+    for image in coco["images"]:
+        (tmp_path / "images" / image["file_name"]).write_bytes((shapes / "val" / image["file_name"]).read_bytes())
+    broken = tmp_path / "images" / coco["images"][2]["file_name"]
+    broken.write_bytes(b"no image")
+    config = config_of("efficientdet", shapes, val_skip=2)
+    config["data"]["on_bad_image"] = "skip"
+    config["data"]["val"]["images"] = str(tmp_path / "images")
+    with_broken = reports(train(trial_class, config, name="broken"), "val")[0]["metrics"]["val_loss"]
+
+    kept = [image for image in coco["images"][::2] if image["file_name"] != broken.name]
+    ids = {image["id"] for image in kept}
+    annotations = [annotation for annotation in coco["annotations"] if annotation["image_id"] in ids]
+    (tmp_path / "kept.json").write_text(json.dumps({**coco, "images": kept, "annotations": annotations}))
+    config["hyperparameters"]["val_skip"] = 0
+    config["data"]["val"] = {"annotations": str(tmp_path / "kept.json"), "images": str(shapes / "val")}
+    without = reports(train(trial_class, config, name="without"), "val")[0]["metrics"]["val_loss"]
+    assert with_broken == without
+
+
+def test_a_library_that_gives_no_losses_here_is_an_error_before_the_training(shapes, train):
+    trial_class = trial_classes()["efficientdet"]
+
+    def image_losses(self, *arguments):
+        raise KeyError("teacher")
+
+    with pytest.raises(UserError, match="validation_loss: the losses of this model cannot be computed"):
+        train(of_module(trial_class, image_losses=image_losses), config_of("efficientdet", shapes))
+
+
+def test_as_the_searcher_s_metric_it_asks_for_the_hyperparameter(refused, run_config, tmp_path):
+    line = refused("train", run_config(), "--output-dir", tmp_path / "run", "--set", "searcher.metric=val_loss")
+    assert "'val_loss' is not reported; hyperparameters.validation_loss: true" in line
+
+
+@pytest.mark.parametrize(
+    ("detector", "config_file"),
+    [
+        ("mmdetection", "rpn/rpn_r50_fpn_1x_coco.py"),
+        ("mmdetection", "cornernet/cornernet_hourglass104_mstest_32x3_210e_coco.py"),
+        ("detectron2", "Misc/semantic_R_50_FPN_1x.yaml"),
+    ],
+    indirect=["detector"],
+)
+def test_where_it_cannot_be_had_one_line_says_so_before_the_training(detector, config_file, shapes, train):
+    config = config_of(detector, shapes, config_file)
+    if "cornernet" in config_file:
+        # of the size alone: what is refused is the pipeline
+        config["hyperparameters"]["config_overrides"] = {
+            "model.backbone.num_stacks": 1,
+            "model.backbone.init_cfg": None,
+        }
+        config["hyperparameters"]["config_overrides"].update({"model.bbox_head.num_feat_levels": 1})
+    with pytest.raises(UserError, match=r"^hyperparameters\.validation_loss: .*leave it out"):
+        train(trial_classes()[detector], config)
+
+
+def test_a_model_that_gives_losses_is_as_before_afterwards():
+    class Detector(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.drop = torch.nn.BatchNorm2d(3), torch.nn.Dropout()
+            self.register_buffer("seen", torch.zeros(1))
+            self.history = [1]
+
+        def forward(self, images):
+            assert self.training
+            assert not self.norm.training
+            assert not self.drop.training
+            self.seen += 1
+            self.seen = self.seen * 2
+            self.running = self.seen
+            self.history.append(2)
+            return self.drop(self.norm(images)).sum()
+
+    model = Detector().eval()
+    seen, images = model.seen, torch.rand(2, 3, 4, 4)
+    with torch.no_grad(), giving_losses(model, {"Detector": ("history",)}):
+        model(images)
+    assert model.seen is seen
+    assert model.seen.item() == 0
+    assert model.history == [1]
+    assert not hasattr(model, "running")
+    assert not any(module.training for module in model.modules())
