@@ -7,26 +7,38 @@ import shared.packages  # noqa: F401 before those that may be missing
 import importlib
 import sys
 
-# the command, the module whose `main(arguments)` it is, what it does
+# the command, the module and function that take its arguments, what it does
 _COMMANDS = {
-    "check": ("shared.check", "what a training would meet in the data of an experiment config; without the detector"),
-    "compare": ("shared.report.compare", "whether one detector is better than another: runs, or anybody's results"),
-    "convert": ("shared.data.convert", "Pascal VOC, YOLO and CVAT annotations as COCO's"),
-    "report": ("shared.report.report", "a page of what detections are worth, anybody's: numbers, figures, pictures"),
-    "synthetic": ("shared.data.synthetic", "a small data set of shapes, in COCO's format"),
+    "check": (
+        "shared.check",
+        "main",
+        "what a training would meet in the data of an experiment config; without the detector",
+    ),
+    "compare": (
+        "shared.report.command_line",
+        "compare_main",
+        "whether one detector is better than another: runs, or anybody's results",
+    ),
+    "convert": ("shared.data.convert", "main", "Pascal VOC, YOLO and CVAT annotations as COCO's"),
+    "report": (
+        "shared.report.command_line",
+        "report_main",
+        "a page of what detections are worth, anybody's: numbers, figures, pictures",
+    ),
+    "synthetic": ("shared.data.synthetic", "main", "a small data set of shapes, in COCO's format"),
 }
 
 
 def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        lines = "\n".join(f"  {command:10} {about}" for command, (_, about) in _COMMANDS.items())
+        lines = "\n".join(f"  {command:10} {about}" for command, (*_, about) in _COMMANDS.items())
         print(f"usage: python3 -m shared COMMAND …\n\n{lines}\n\nCOMMAND --help says what it takes.")
         return
     if name not in _COMMANDS:
         sys.exit(f"error: unknown command {name!r}; there are {', '.join(_COMMANDS)}")
-    module, _ = _COMMANDS[name]
-    importlib.import_module(module).main(arguments)
+    module, function, _ = _COMMANDS[name]
+    getattr(importlib.import_module(module), function)(arguments)
 
 
 if __name__ == "__main__":

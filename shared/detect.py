@@ -34,7 +34,6 @@ from shared.experiment import DataConfig, SplitData, open_split, parse_data
 from shared.inputs import GivenImages, Picture, find_files, look_at
 from shared.report.about import About, software
 from shared.report.analysis import best_of_boxes
-from shared.report.report import report
 from shared.report.summary import summary_of
 from shared.report.thresholds import ThresholdCurve
 from shared.training.checkpoint_folder import find_checkpoint
@@ -135,6 +134,8 @@ def _report(
     facts: dict[str, Any],
     image_ids: list[int] | None = None,
 ) -> None:
+    from shared.report.report import report  # matplotlib's figures take half a second to import
+
     about = About(title=f"{Path(arguments.config).stem} on {Path(data.annotations.path or 'fake').name}", facts=facts)
     analyses = report(
         data.annotations,

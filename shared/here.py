@@ -26,8 +26,6 @@ from shared.evaluation.gathered import load_detections
 from shared.evaluation.table import metrics_table
 from shared.experiment import SplitData, per_slot_batch_size
 from shared.report.about import About, changed_keys, software, speed
-from shared.report.plots import learning_curves
-from shared.report.report import report
 from shared.report.summary import summary_of
 from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import load_weights, read_checkpoint
@@ -142,6 +140,8 @@ def _write_report(
     """report.html, of the best validation; not where the detector's library evaluates data of its own."""
     if not (isinstance(trial.evaluator, CocoEvaluator) and folder.detections.exists()):
         return
+    from shared.report.report import report  # matplotlib's figures take half a second to import
+
     try:
         found, _ = load_detections(folder.detections)
         analyses = report(
@@ -161,6 +161,8 @@ def _write_report(
 
 
 def _about(trial: DetectionTrial, folder: RunFolder, config: dict[str, Any], shipped: Path, seconds: float) -> About:
+    from shared.report.plots import learning_curves
+
     reports = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     best = _validation_of("best", folder)
     return About(

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from shared.config_file import fixed_hyperparameters, load_config
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _PACKAGES = ("torch", "torchvision", "determined", "hotcoco", "effdet", "timm", "mmdet", "mmcv", "detectron2")
 _NOT_THERE = "–"

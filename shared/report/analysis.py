@@ -17,6 +17,7 @@ from shared.evaluation.gathered import GatheredDetections
 from shared.report.image_errors import ERROR_TYPES, ImageObjects, Suspect, Wrong, errors_of, suspects_of
 from shared.report.thresholds import ThresholdCurve, threshold_curve, trusted_score
 
+RESAMPLES = 200
 CONFIDENCE = 0.95
 _DEVIATIONS = 1.96  # of the normal distribution, for that
 SEED = 0
@@ -171,7 +172,7 @@ def analyse(
     iou_types: Sequence[str],
     image_ids: Iterable[int] | None = None,
     keypoint_sigmas: Sequence[float] | None = None,
-    resamples: int = 200,
+    resamples: int = RESAMPLES,
 ) -> Analyses:
     """
     Args:
@@ -189,14 +190,12 @@ def analyse(
     evaluator.update(detections)
     found = evaluator.share()
     index_of = {image_id: index for index, image_id in enumerate(annotations.image_ids.tolist())}
-    indices = np.sort([index_of[image_id] for image_id in evaluator.image_ids.tolist()]).astype(np.int64)
+    evaluated = set(evaluator.image_ids.tolist())
     analyses = Analyses(
         annotations=annotations,
         of={t: analyse_one(evaluator, t, found, resamples) for t in evaluator.iou_types},
-        indices=indices,
-        detections={
-            index_of[one.image_id]: one for one in detections if one.image_id in set(evaluator.image_ids.tolist())
-        },
+        indices=np.array(sorted(index_of[image_id] for image_id in evaluated), np.int64),
+        detections={index_of[one.image_id]: one for one in detections if one.image_id in evaluated},
         wrong=[],
         found_objects=np.empty(0, np.int64),
         trusted=math.inf,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +17,13 @@ from markupsafe import Markup
 from shared.data.annotations import CocoAnnotations
 from shared.data.storage import DiskImages, ImageStorage
 from shared.errors import UserError
-from shared.evaluation.detections import Detections, from_coco_results
+from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import iou_types_of
-from shared.evaluation.gathered import load_detections
-from shared.report.analysis import CONFIDENCE, NAMES, SEED, Analyses, analyse
+from shared.report.analysis import CONFIDENCE, NAMES, RESAMPLES, SEED, Analyses, analyse
 from shared.report.page import write_page
 from shared.report.pictures import picture_of_difference
 from shared.report.plots import differences, svg_of
-from shared.report.report import RESAMPLES, TITLES, add_resamples
+from shared.report.report import TITLES
 
 _IMAGES = 8
 _CATEGORIES_OF_FIGURE = 20
@@ -255,68 +252,3 @@ def _pictures(of: Mapping[str, Analyses], first: str, name: str, images: ImageSt
             }
         )
     return rows
-
-
-# --- the command ------------------------------------------------------------------------------------------
-
-
-def main(arguments: Sequence[str]) -> None:
-    """`python3 -m shared compare`."""
-    parser = argparse.ArgumentParser(
-        prog="python3 -m shared compare",
-        description="Whether one detector is better than another: B, C … against A.",
-    )
-    parser.add_argument("detections", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a results.json")
-    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="COCO annotations")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="the images, for pictures")
-    parser.add_argument(
-        "--output", type=Path, default=Path("compare.html"), metavar="FILE", help="default compare.html"
-    )
-    add_resamples(parser)
-    given = parser.parse_args(arguments)
-    try:
-        if given.images is not None and not given.images.is_dir():
-            raise UserError(f"--images: {given.images} is no folder")
-        annotations = CocoAnnotations.open(given.annotations)
-        opened = [_open(path, annotations) for path in given.detections]
-        names = _names(given.detections)
-        evaluated = [set(image_ids) for _, image_ids in opened if image_ids is not None]
-        image_ids = sorted(set.intersection(*evaluated)) if evaluated else None
-        detections = {name: found for name, (found, _) in zip(names, opened, strict=True)}
-        comparisons = compare(
-            annotations, detections, given.output, given.images, image_ids=image_ids, resamples=given.resamples
-        )
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    print("\n".join(summary_of(comparison) for comparison in comparisons))
-    print(f"the page: {given.output}; its numbers: {given.output.with_suffix('.json')}")
-
-
-def _open(path: Path, annotations: CocoAnnotations) -> tuple[list[Detections], list[int] | None]:
-    """The detections, and the images that were evaluated; None for all."""
-    if not path.is_dir():
-        return from_coco_results(path, annotations), None
-    if (path / "detections.npz").exists():
-        found, category_names = load_detections(path / "detections.npz")
-        if category_names != annotations.category_names:
-            raise UserError(
-                f"{path} has detections of the categories {category_names}, and {annotations.path} has "
-                f"{annotations.category_names}"
-            )
-        return found.detections(), found.images.tolist()
-    if (path / "results.json").exists():
-        return from_coco_results(path / "results.json", annotations), None
-    raise UserError(
-        f"{path} has neither detections.npz, as a run with a validation leaves it, nor results.json, as `evaluate "
-        "--output` writes it"
-    )
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """Short, and no two alike."""
-    parts = [path.absolute().resolve().with_suffix("").parts for path in paths]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-count:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{'/'.join(part[-2:])} ({number})" for number, part in enumerate(parts, 1)]

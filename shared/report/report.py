@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,18 +13,16 @@ from markupsafe import Markup
 
 from shared.data.annotations import CocoAnnotations
 from shared.data.storage import DiskImages, ImageStorage
-from shared.errors import UserError
-from shared.evaluation.detections import Detections, from_coco_results
+from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import iou_types_of
 from shared.report.about import About
-from shared.report.analysis import NAMES, Analyses, analyse
+from shared.report.analysis import NAMES, RESAMPLES, Analyses, analyse
 from shared.report.image_errors import ERROR_TYPES, worst_images
 from shared.report.page import write_page
 from shared.report.pictures import picture_of_errors, picture_of_suspect
 from shared.report.plots import figures_of, svg_of
 from shared.report.summary import summary_of
 
-RESAMPLES = 200
 _IMAGES_OF_A_KIND = 4
 _SUSPECTS = 24
 TITLES = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints"}
@@ -193,38 +189,3 @@ def _suspects(analyses: Analyses, images: ImageStorage | None) -> list[dict[str,
             }
         )
     return rows
-
-
-def main(arguments: Sequence[str]) -> None:
-    """`python3 -m shared report`."""
-    parser = argparse.ArgumentParser(
-        prog="python3 -m shared report", description="A page of what detections are worth: anybody's, in COCO's format."
-    )
-    parser.add_argument("annotations", type=Path, help="COCO annotations")
-    parser.add_argument("results", type=Path, help="detections in COCO's result format")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="the images, for pictures")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="default report.html")
-    add_resamples(parser)
-    given = parser.parse_args(arguments)
-    try:
-        if given.images is not None and not given.images.is_dir():
-            raise UserError(f"--images: {given.images} is no folder")
-        annotations = CocoAnnotations.open(given.annotations)
-        detections = from_coco_results(given.results, annotations)
-        facts = {"annotations": given.annotations, "detections": given.results}
-        about = About(title=f"{given.results.name} on {given.annotations.name}", facts=facts)
-        analyses = report(annotations, detections, given.output, given.images, resamples=given.resamples, about=about)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    print(summary_of(analyses))
-    print(f"the page: {given.output}; its numbers: {given.output.with_suffix('.json')}")
-
-
-def add_resamples(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--resamples",
-        type=int,
-        default=RESAMPLES,
-        metavar="N",
-        help=f"of the images, for the intervals; 0 for none; default {RESAMPLES}",
-    )

@@ -1,0 +1,1 @@
+../../../shared/report/command_line.py
