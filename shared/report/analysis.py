@@ -174,7 +174,8 @@ def analyse(
     keypoint_sigmas: Sequence[float] | None = None,
     resamples: int = RESAMPLES,
 ) -> Analyses:
-    """
+    """All that a report says of detections, but for words, figures and pictures.
+
     Args:
         iou_types: "bbox", and "segm" and "keypoints" where the detections have them.
         image_ids, keypoint_sigmas: as of `evaluate`.
