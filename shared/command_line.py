@@ -63,16 +63,16 @@ def look_first(module: str, hyperparameters: type, data: type[DataConfig] = Data
         checkpoint = getattr(arguments, "checkpoint", None)
         if checkpoint is not None:
             _look_at_checkpoint(checkpoint, "--checkpoint")
-        elif getattr(arguments, "results", None) is None:
+        elif arguments.command != "search" and getattr(arguments, "results", None) is None:
             config["hyperparameters"] = fixed_hyperparameters(config)
             refuse_another_detector_s(config, hyperparameters, arguments.config)
             parse_section(config["hyperparameters"], hyperparameters, "hyperparameters")
         if arguments.command == "train":
             parse_searcher_metric(config, None)
             _look_at_run(arguments)
-        if arguments.command in ("train", "evaluate"):
+        if arguments.command in ("train", "search", "evaluate"):
             submitted = Path(sys.argv[0]).parent
-            check_paths(parsed, ("train", "val") if arguments.command == "train" else ("val",), submitted)
+            check_paths(parsed, ("val",) if arguments.command == "evaluate" else ("train", "val"), submitted)
 
 
 def _look_at_run(arguments: argparse.Namespace) -> None:
@@ -97,7 +97,9 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="model_def.py", description="Train, evaluate, predict or check without a cluster."
     )
-    commands = parser.add_subparsers(required=True, dest="command", metavar="train | evaluate | predict | check")
+    commands = parser.add_subparsers(
+        required=True, dest="command", metavar="train | search | evaluate | predict | check"
+    )
 
     def add(name: str, about: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=about, description=about)
@@ -118,6 +120,16 @@ def read_arguments() -> argparse.Namespace:
     train.add_argument(
         "--resume", metavar="CHECKPOINT", help="`last` or `best` of --output-dir, or the path of a checkpoint"
     )
+
+    search = add("search", "Search hyperparameters, as a cluster would: what a `searcher` of the config says.")
+    search.add_argument("--output-dir", type=Path, help="where trials, table and best.yaml go; default runs/search")
+    search.add_argument("--jobs", type=_count, metavar="N", help="trials at once; default one a GPU, or one")
+    search.add_argument(
+        "--storage",
+        metavar="URL",
+        help="Optuna's, for several machines: an SQL or redis URL, or a file on NFS; default a file in --output-dir",
+    )
+    search.add_argument("--status", action="store_true", help="only say how far it is")
 
     evaluate = add("evaluate", "COCO metrics on data.val.")
     evaluate.add_argument("--output", type=Path, metavar="DIR", help="write metrics.json and results.json there")
@@ -155,6 +167,12 @@ def read_arguments() -> argparse.Namespace:
         )
     add_check_arguments(add("check", "What would stop a training, and what is odd in its data."))
     return parser.parse_args()
+
+
+def _count(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
 
 
 def _share_or_best(text: str) -> float | str:

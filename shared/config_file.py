@@ -255,6 +255,6 @@ def fixed_hyperparameters(config: dict[str, Any]) -> dict[str, Any]:
     if searched:
         choices = " ".join(f"--set hyperparameters.{name}=…" for name in searched)
         raise UserError(
-            f"this config is for a search on a cluster; to train here, choose a value for each searched key: {choices}"
+            f"this config is for a search: `search` does it here; to train once, choose a value for each key: {choices}"
         )
     return hyperparameters

@@ -105,6 +105,8 @@ def _begin_reports(trial: DetectionTrial, folder: RunFolder, config: dict[str, A
     if checkpoint:
         logger.info("going on after batch %d, from %s", checkpoint.batches, checkpoint.path)
     folder.config.write_text(yaml.safe_dump(config, sort_keys=False))
+    length = {"batches": trial.total_batches, "batches_per_epoch": trial.batches_per_epoch}
+    folder.length.write_text(json.dumps(length))
     trial.save_own_config(folder.path)
     trial.tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=trial.first_batch + 1)
     opened = {"train": trial.train_data, "val": trial.val_data}

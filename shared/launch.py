@@ -1,22 +1,34 @@
-"""The entrypoint of every `model_def.py`: train · evaluate · predict · check, here or as a task of a cluster."""
+"""The entrypoint of every `model_def.py`: train · search · evaluate · predict · check; or a task of a cluster."""
 
 from __future__ import annotations
 
 from shared.threads import use_available_cores
 
+import argparse
 import logging
 import sys
 
 from shared.check import check_with
 from shared.command_line import ended_by_errors, read_arguments
 from shared.detect import evaluate, predict
+from shared.errors import UserError
 from shared.here import train_here
 from shared.log import show_log
 from shared.on_cluster import train_on_cluster
 from shared.training.task import on_cluster
 from shared.training.trial import DetectionTrial
 
-_COMMANDS = {"train": train_here, "evaluate": evaluate, "predict": predict, "check": check_with}
+
+def search_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
+    try:
+        from shared.search.search import search  # Optuna is nothing that the other commands need
+    except ModuleNotFoundError as error:
+        raise UserError(f"search needs the package {error.name}: pip install optuna") from error
+
+    search(trial_class, arguments)
+
+
+_COMMANDS = {"train": train_here, "search": search_here, "evaluate": evaluate, "predict": predict, "check": check_with}
 
 
 def main(trial_class: type[DetectionTrial]) -> None:

@@ -12,6 +12,7 @@ from conftest import ROOT
 # each may import from those after it, and from its own room
 FLOORS = (
     *("__main__", "launch", "on_cluster", "here", "detect", "inputs", "videos", "log", "command_line", "check"),
+    "search",
     *(
         "training",
         "report",

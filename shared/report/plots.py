@@ -35,7 +35,7 @@ def figures_of(analysis: Analysis, names: Sequence[str]) -> dict[str, Figure]:
     """
     names = [short_name(name) for name in names]
     figures = {}
-    with _style():
+    with styled():
         if analysis.curve.recall.max(initial=0) > 0:
             figures["Precision and recall"] = _precision_of_all(analysis)
             figures["Precision and recall of categories"] = _precision_of_categories(analysis, names)
@@ -73,7 +73,7 @@ def learning_curves(reports: Sequence[Mapping[str, Any]], metric: str, best: int
             filled.append((title, curves))
     if not filled:
         return None
-    with _style():
+    with styled():
         figure = Figure(figsize=(3.6 * len(filled), 3.0), layout="constrained")
         for axes, (title, curves) in zip(np.atleast_1d(figure.subplots(1, len(filled))), filled, strict=True):
             for label, batches, values in curves:
@@ -98,7 +98,7 @@ def _series(reports: Sequence[Mapping[str, Any]], split: str, name: str) -> tupl
 
 def differences(rows: Sequence[Difference]) -> Figure:
     """Each difference with its interval, which is coloured where it is on one side of 0."""
-    with _style():
+    with styled():
         figure = Figure(figsize=(6.0, 1.0 + 0.3 * len(rows)), layout="constrained")
         axes = figure.subplots()
         for position, row in enumerate(rows):
@@ -112,7 +112,7 @@ def differences(rows: Sequence[Difference]) -> Figure:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def styled() -> Iterator[None]:
     """Names are no formulas, and letters that the font lacks are the browser's matter."""
     with hotcoco.plot.style(_LIGHT), matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import IO
 
@@ -14,13 +15,14 @@ _SOURCES = (".py", ".yaml", ".yml", ".sh", ".md", ".jinja")
 
 
 class RunFolder:
-    """The layout of `--output-dir`: metrics.jsonl, config.yaml, checkpoints/best and last, tensorboard/, code/,
-    labels.png, predictions.png, detections.npz (of the best validation), report.html and report.json."""
+    """The layout of `--output-dir`: metrics.jsonl, config.yaml, length.json (in batches), checkpoints/best and last,
+    tensorboard/, code/, labels.png, predictions.png, detections.npz (of the best validation), report.html and .json."""
 
     def __init__(self, path: Path):
         self.path = path.absolute()
         self.metrics = self.path / "metrics.jsonl"
         self.config = self.path / "config.yaml"
+        self.length = self.path / "length.json"
         self.tensorboard = self.path / "tensorboard"
         self.labels = self.path / "labels.png"
         self.detections = self.path / "detections.npz"
@@ -49,6 +51,21 @@ class RunFolder:
             raise UserError(f"--output-dir: a run is going on in {self.path}; wait for it, or name another") from error
         except OSError as error:
             raise UserError(f"--output-dir: {self.path} cannot be made a folder: {error.strerror}") from error
+
+    def wait_until_free(self, seconds: float) -> None:
+        """Until no run goes on in the folder any more, or so long."""
+        until = time.monotonic() + seconds
+        while self._lock.exists() and time.monotonic() < until:
+            with self._lock.open("a") as lock:
+                try:
+                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except OSError:
+                    time.sleep(0.2)
+
+    def total_batches(self) -> int:
+        """Of the whole training."""
+        return json.loads(self.length.read_text())["batches"]
 
     def free(self) -> None:
         """Lets others have the folder; one that was made for a run that never began goes."""

@@ -1,0 +1,94 @@
+"""ASHA in brackets, as Determined's `adaptive_asha` has it, by Optuna's pruner.
+
+Li et al., "A System for Massively Parallel Hyperparameter Tuning", MLSys 2020. What a trial has been given is counted
+in millionths of its whole length, the same for batches and epochs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+
+WHOLE = 10**6
+FIRST_NUMBER = "first_number"
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """Trials that are compared with each other.
+
+    Attributes:
+        rungs: how often they are compared, the end included.
+        share: of all trials.
+    """
+
+    rungs: int
+    share: float
+
+
+def brackets_of(mode: str, max_rungs: int, divisor: int, length: float) -> list[Bracket]:
+    """Determined's: `aggressive` has one, `conservative` one for each number of rungs, `standard` the half of them; the
+    more rungs, the more trials.
+
+    Args:
+        length: of a trial, in the units of the searcher: so that no rung is shorter than one.
+    """
+    most = max(min(max_rungs, int(math.log(max(length, 1), divisor) + 1e-9) + 1), 1)
+    fewest = {"aggressive": most, "standard": (most - 1) // 2 + 1, "conservative": 1}[mode]
+    weights = {rungs: divisor ** (rungs - 1) / rungs for rungs in range(most, fewest - 1, -1)}
+    return [Bracket(rungs, weight / sum(weights.values())) for rungs, weight in weights.items()]
+
+
+def bracket_of(number: int, brackets: Sequence[Bracket]) -> int:
+    """Which bracket a trial is in, by its number: each is filled at its share, from the first trial on."""
+    counts = [0] * len(brackets)
+    for so_far in range(1, number + 2):
+        lacking = [bracket.share * so_far - count for bracket, count in zip(brackets, counts, strict=True)]
+        chosen = max(range(len(brackets)), key=lambda i: (lacking[i], -i))
+        counts[chosen] += 1
+    return chosen
+
+
+class BracketPruner(optuna.pruners.BasePruner):
+    """Gives up the trials that are not among the best 1 / divisor of their bracket at a rung."""
+
+    def __init__(self, brackets: Sequence[Bracket], divisor: int):
+        self.brackets = brackets
+        self.pruners = [
+            optuna.pruners.SuccessiveHalvingPruner(
+                min_resource=max(WHOLE // divisor ** (bracket.rungs - 1), 1), reduction_factor=divisor
+            )
+            for bracket in brackets
+        ]
+
+    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        if (trial.last_step or 0) >= WHOLE:  # it has been trained to its end already
+            return False
+        mine = self._bracket_of(trial)
+        among = _Among(study, lambda other: self._bracket_of(other) == mine)
+        return self.pruners[mine].prune(among, trial)
+
+    def _bracket_of(self, trial: optuna.trial.FrozenTrial) -> int:
+        return bracket_of(first_number(trial), self.brackets)
+
+
+def first_number(trial: optuna.Trial | optuna.trial.FrozenTrial) -> int:
+    """Which trial of the search it is, from 0 on: one that another machine takes over is to Optuna one more."""
+    return trial.user_attrs.get(FIRST_NUMBER, trial.number)
+
+
+class _Among:
+    """A study that has some of its trials."""
+
+    def __init__(self, study: optuna.Study, has: Any):
+        self._study, self._has = study, has
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def get_trials(self, deepcopy: bool = True, states: Any = None) -> list[optuna.trial.FrozenTrial]:
+        return [trial for trial in self._study.get_trials(deepcopy, states) if self._has(trial)]

@@ -1,0 +1,106 @@
+"""A search as a page, `search.html`: history, what the hyperparameters did, every trial."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import optuna
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from optuna.trial import TrialState
+from optuna.visualization import matplotlib as plots
+
+from shared.report.page import write_page
+from shared.report.plots import styled, svg_of
+from shared.search.halving import WHOLE, first_number
+from shared.search.study import Study
+from shared.search.table import rows_of
+
+
+def write_search_page(study: Study, output: Path) -> Path:
+    """Returns the file."""
+    heads, rows = rows_of(study)
+    figures = [
+        (title, Markup(svg_of(figure, title))) for title, figure in _figures(study).items() if figure is not None
+    ]
+    counts = {state: sum(trial.state == state for trial in study.trials()) for state in TrialState}
+    write_page(
+        "search.html.jinja",
+        output / "search.html",
+        title=f"{study.study.study_name}: search",
+        summary=_summary(study, counts),
+        figures=figures,
+        heads=heads,
+        rows=[[_cell(cell) for cell in row] for row in rows],
+    )
+    return output / "search.html"
+
+
+def _summary(study: Study, counts: dict[TrialState, int]) -> str:
+    trials = study.trials()
+    trained = sum(max(trial.intermediate_values, default=0) for trial in trials) / WHOLE
+    text = (
+        f"{len(trials)} trials: {counts[TrialState.COMPLETE]} trained to their end, {counts[TrialState.PRUNED]} given "
+        f"up before, {counts[TrialState.FAIL]} ended with an error, {counts[TrialState.RUNNING]} under way. They were "
+        f"trained for as long as {trained:.1f} whole trainings."
+    )
+    if counts[TrialState.COMPLETE]:
+        best = study.study.best_trial
+        text += f" The best is trial {first_number(best)}, {study.searcher.metric} {best.value:.4f}."
+    return text
+
+
+def _figures(study: Study) -> dict[str, Figure | None]:
+    figures: dict[str, Figure | None] = {"Curves of all trials": _curves(study)}
+    finished = study.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if finished:
+        figures["History"] = _of_optuna(plots.plot_optimization_history, study.study)
+        if len(finished) > 1 and len(finished[0].params) > 1:
+            figures["Parallel coordinates"] = _of_optuna(plots.plot_parallel_coordinate, study.study)
+        if len(finished) > 1 and finished[0].params:
+            figures["Importance"] = _of_optuna(plots.plot_param_importances, study.study)
+    return figures
+
+
+def _of_optuna(plot: Any, study: optuna.Study) -> Figure | None:
+    before = dict(plt.rcParams)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            figure = plot(study).figure
+        except (ValueError, RuntimeError, ImportError):  # nothing that it could tell, of trials that are all alike
+            return None
+        finally:
+            plt.rcParams.update(before)  # it sets a style of its own
+    plt.close(figure)
+    return figure
+
+
+def _curves(study: Study) -> Figure:
+    with styled():
+        figure = Figure(figsize=(6.5, 4.0), layout="constrained")
+        axes = figure.subplots()
+        for trial in study.trials():
+            points = sorted((step, value) for step, value in trial.intermediate_values.items() if math.isfinite(value))
+            if points:
+                given_up = trial.state == TrialState.PRUNED
+                axes.plot(
+                    [100 * step / WHOLE for step, _ in points],
+                    [value for _, value in points],
+                    linewidth=1.2,
+                    marker="o",
+                    markersize=2.5,
+                    alpha=0.4 if given_up else 0.9,
+                )
+        axes.set(xlabel="trained, % of the whole length", ylabel=study.searcher.metric)
+    return figure
+
+
+def _cell(cell: Any) -> str:
+    if isinstance(cell, float):
+        return "–" if math.isnan(cell) else f"{cell:.4g}"
+    return "–" if cell is None else str(cell)

@@ -1,0 +1,354 @@
+"""A search without a cluster: what it draws, gives up, goes on with, and shares between machines."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import run_model_def
+from search_program import value_of
+from tiny_models import efficientdet_config
+
+pytest.importorskip("optuna")
+
+import optuna
+
+from shared.errors import UserError
+from shared.search.halving import bracket_of, brackets_of
+from shared.search.searcher import parse_searcher
+from shared.search.space import draw, grid_of, points_of, ranges_of
+
+PROGRAM = Path(__file__).parent / "search_program.py"
+RANGES = {
+    "lr": {"type": "log", "base": 10, "minval": -6.0, "maxval": -1.0},
+    "opt": {"type": "categorical", "vals": ["sgd", "adamw"]},
+}
+
+
+def config_of(**changed):
+    searcher = {"name": "adaptive_asha", "metric": "bbox_mAP", "smaller_is_better": False, "max_trials": 8}
+    searcher |= {"time_metric": "batches", "max_time": 64} | changed.pop("searcher", {})
+    return {
+        "name": "tiny",
+        "hyperparameters": RANGES,
+        "searcher": searcher,
+        "min_validation_period": {"batches": 1},
+        "seconds_a_batch": 0.02,
+        "data": {},
+        **changed,
+    }
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Begins a search in a process of its own."""
+    started = []
+
+    def call(config, output="search", jobs=2, storage=None):
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump(config))
+        command = [
+            sys.executable,
+            PROGRAM,
+            "search",
+            file,
+            tmp_path / output,
+            str(jobs),
+            *([storage] if storage else []),
+        ]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        started.append(process)
+        return process
+
+    yield call
+    for process in started:
+        process.kill()
+
+
+def ended(process, code=0):
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == code, said
+    return said
+
+
+def batches_of(output):
+    """What each trial has trained, batch by batch."""
+    return {
+        int(log.parent.name): [int(line) for line in log.read_text().split()]
+        for log in sorted(output.glob("trials/*/batches.log"))
+    }
+
+
+def wait_for(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+# --- what is drawn --------------------------------------------------------------------------------------
+
+
+def test_each_of_determined_s_types_is_drawn_from_nested_ones_too():
+    hyperparameters = {
+        "fixed": 3,
+        "const": {"type": "const", "val": [1, 2]},
+        "whole": {"type": "int", "minval": 2, "maxval": 4},
+        "real": {"type": "double", "minval": -1, "maxval": 1},
+        "nested": {"optimizer.lr": {"type": "log", "base": 10, "minval": -4, "maxval": -2}, "kept": {"a": 1}},
+        "choice": {"type": "categorical", "vals": [[0.1, 2.0], "adamw", None]},
+    }
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [draw(study.ask(), hyperparameters) for _ in range(50)]
+    assert all((d["fixed"], d["const"], d["nested"]["kept"]) == (3, [1, 2], {"a": 1}) for d in drawn)
+    assert {d["whole"] for d in drawn} == {2, 3, 4}
+    assert all(-1 <= d["real"] <= 1 for d in drawn)
+    assert all(1e-4 <= d["nested"]["optimizer.lr"] <= 1e-2 for d in drawn)
+    assert sum(d["nested"]["optimizer.lr"] < 1e-3 for d in drawn) > 10  # as many below as above, on a log scale
+    assert {json.dumps(d["choice"]) for d in drawn} == {"[0.1, 2.0]", '"adamw"', "null"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"type": "int", "minval": 2}, "hyperparameters.a.b: a range of type int needs minval and maxval; maxval is"),
+        ({"type": "double", "minval": 2, "maxval": 1}, "hyperparameters.a.b: minval 2 and maxval 1 are no range"),
+        ({"type": "categorical", "vals": []}, "hyperparameters.a.b.vals: give a list"),
+        ({"type": "log", "minval": 1, "maxval": 2, "base": 1}, "hyperparameters.a.b.base: 1 is not above 1"),
+    ],
+)
+def test_a_range_that_is_none_is_said(wrong, said):
+    with pytest.raises(UserError, match=said):
+        ranges_of({"a": {"b": wrong}})
+
+
+def test_a_grid_has_every_point():
+    grid = grid_of(
+        {
+            "lr": {"type": "log", "base": 10, "minval": -4, "maxval": -2, "count": 3},
+            "n": {"type": "int", "minval": 1, "maxval": 2},
+            "c": {"type": "categorical", "vals": ["x", ["y"]]},
+        }
+    )
+    assert grid["lr"] == pytest.approx([1e-4, 1e-3, 1e-2])
+    assert len(points_of(grid)) == 3 * 2 * 2
+    with pytest.raises(UserError, match=r"hyperparameters.d.count: a grid needs how many"):
+        grid_of({"d": {"type": "double", "minval": 0, "maxval": 1}})
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"name": "adaptive"}, "searcher.name: 'adaptive'; did you mean 'adaptive_asha'"),
+        ({"max_trials": None}, "searcher.max_trials is missing"),
+        ({"max_trials": 0}, "searcher.max_trials: 0 is not a whole number of at least 1"),
+        ({"divisor": 1}, "searcher.divisor: 1 is not a whole number of at least 2"),
+        ({"mode": "fast"}, "searcher.mode: 'fast'"),
+        ({"max_time": None}, "searcher.max_length is missing"),
+    ],
+)
+def test_a_searcher_that_is_not_understood_is_said(section, said):
+    with pytest.raises(UserError, match=said):
+        parse_searcher(config_of(searcher=section))
+
+
+def test_brackets_are_determined_s():
+    assert [b.rungs for b in brackets_of("standard", 5, 4, 20000)] == [5, 4, 3]
+    assert [b.rungs for b in brackets_of("aggressive", 5, 4, 20000)] == [5]
+    assert [b.rungs for b in brackets_of("conservative", 3, 4, 20000)] == [3, 2, 1]
+    assert [b.rungs for b in brackets_of("aggressive", 5, 4, 16)] == [3]  # no rung is shorter than a batch
+    brackets = brackets_of("standard", 5, 4, 20000)
+    counts = [sum(bracket_of(number, brackets) == i for number in range(100)) for i in range(3)]
+    assert counts == pytest.approx([100 * bracket.share for bracket in brackets], abs=1)
+
+
+# --- a search -------------------------------------------------------------------------------------------
+
+
+def test_most_of_the_training_is_saved_and_one_of_the_best_points_is_found(start, tmp_path):
+    config = config_of(searcher={"max_trials": 32, "max_time": 16}, seconds_a_batch=0.1)
+    said = ended(start(config, jobs=4))
+    trained = batches_of(tmp_path / "search")
+    assert sorted(trained) == list(range(32))
+    assert sum(map(len, trained.values())) <= 0.4 * 32 * 16
+    draws = random.Random(0)
+    points = [{"lr": 10 ** draws.uniform(-6, -1), "opt": draws.choice(["sgd", "adamw"])} for _ in range(2000)]
+    best = yaml.safe_load((tmp_path / "search/best.yaml").read_text())
+    assert value_of(best["hyperparameters"]) > sorted(map(value_of, points))[-200]
+    assert "given up" in said
+    assert f"its config: {tmp_path / 'search/best.yaml'}" in said
+    page = (tmp_path / "search/search.html").read_text()
+    for title in ("History", "Parallel coordinates", "Importance", "Curves of all trials"):
+        assert title in page
+
+
+def test_random_and_grid_train_every_trial_to_its_end(start, tmp_path):
+    ranges = {"lr": {**RANGES["lr"], "count": 3}, "opt": RANGES["opt"]}
+    for name, count in (("random", 4), ("grid", 6)):
+        config = config_of(searcher={"name": name, "max_trials": 4, "max_time": 4}, hyperparameters=ranges)
+        ended(start(config, output=name))
+        assert {number: len(done) for number, done in batches_of(tmp_path / name).items()} == dict.fromkeys(
+            range(count), 4
+        )
+
+
+def test_a_search_that_was_killed_goes_on_and_trains_nothing_twice(start, tmp_path):
+    config = config_of(searcher={"name": "random", "max_trials": 6, "max_time": 20})
+    draws = random.Random(1)
+    for kill in range(3):
+        process = start(config)
+        wait_for(lambda kill=kill: sum(map(len, batches_of(tmp_path / "search").values())) > 15 * (kill + 1))
+        time.sleep(draws.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+    ended(start(config))
+    trained = batches_of(tmp_path / "search")
+    # a run that loses its search saves a checkpoint, and goes on from it
+    assert trained == {number: list(range(1, 21)) for number in range(6)}
+
+
+def test_two_searches_in_one_folder_are_refused(start, tmp_path):
+    config = config_of(searcher={"name": "random", "max_time": 2000})
+    start(config, jobs=1)
+    wait_for(lambda: batches_of(tmp_path / "search"))
+    assert "a search is going on in" in ended(start(config, jobs=1), 1)
+
+
+def test_ctrl_c_ends_all_trials_with_checkpoints(start, tmp_path):
+    process = start(config_of(searcher={"name": "random", "max_time": 2000}))
+    wait_for(lambda: len(batches_of(tmp_path / "search")) == 2 and all(batches_of(tmp_path / "search").values()))
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    said = ended(process, 130)
+    assert time.monotonic() - began < 10
+    assert "stopped; the same command goes on" in said
+    for number, trained in batches_of(tmp_path / "search").items():
+        assert (tmp_path / f"search/trials/{number}/checkpoints/last/batches").read_text() == str(trained[-1])
+
+
+def test_a_trial_that_diverges_ends_alone_and_is_told(start, tmp_path):
+    ranges = {**RANGES, "diverges": {"type": "categorical", "vals": [True, False]}}
+    config = config_of(hyperparameters=ranges, searcher={"name": "random", "max_trials": 8, "max_time": 3})
+    said = ended(start(config))
+    assert "ended with an error: error: the loss is not finite since batch 3" in said
+    assert 0 < len(batches_of(tmp_path / "search")) < 8
+    assert "best: trial" in said
+
+
+def test_a_trial_that_is_killed_goes_on(start, tmp_path):
+    process = start(config_of(searcher={"name": "random", "max_trials": 1, "max_time": 60}), jobs=1)
+    log = tmp_path / "search/trials/0/batches.log"
+    wait_for(lambda: log.exists() and len(log.read_text().split()) > 5)
+    found = subprocess.run(["pgrep", "-f", f"train.*{tmp_path}"], capture_output=True, text=True, check=True).stdout
+    os.kill(int(found.split()[-1]), signal.SIGKILL)
+    said = ended(process)
+    assert "trial 0 was killed by SIGKILL; it goes on" in said
+
+
+def test_each_trial_has_its_share_of_the_machine(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    ended(start(config_of(searcher={"name": "random", "max_trials": 2, "max_time": 3})))
+    seen = [json.loads((tmp_path / f"search/trials/{i}/environment.json").read_text()) for i in range(2)]
+    assert sorted(one["CUDA_VISIBLE_DEVICES"] for one in seen) == ["3", "5"]
+    cores = [set(one["cores"]) for one in seen]
+    if len(os.sched_getaffinity(0)) > 1:
+        assert not cores[0] & cores[1]
+
+
+def test_a_search_of_another_config_is_refused(start, tmp_path):
+    config = config_of(searcher={"name": "random", "max_trials": 1, "max_time": 2})
+    ended(start(config))
+    config["hyperparameters"] = {"lr": RANGES["lr"]}
+    assert "begun with other hyperparameters: go on with the same file" in ended(start(config), 1)
+
+
+# --- several machines -----------------------------------------------------------------------------------
+
+
+def share(start, tmp_path, storage):
+    """Two machines with a folder each; one dies, and the other one ends what it was at."""
+    config = config_of(searcher={"name": "random", "max_trials": 6, "max_time": 60})
+    one, other = (start(config, output, 1, storage) for output in ("one", "other"))
+    wait_for(lambda: batches_of(tmp_path / "one") and batches_of(tmp_path / "other"))
+    one.kill()
+    said = ended(other)
+    finished = {
+        number
+        for machine in ("one", "other")
+        for number, done in batches_of(tmp_path / machine).items()
+        if done[-1] == 60
+    }
+    assert finished == set(range(6))
+    assert "the machine that was at work on it gives no sign of life" in said
+    assert said.split("trial    state")[-1].count("finished") == 6
+
+
+def test_machines_share_a_search_by_a_file_and_take_over_from_one_that_died(start, tmp_path):
+    share(start, tmp_path, str(tmp_path / "shared.journal"))
+
+
+@pytest.fixture
+def postgres(tmp_path):
+    """The URL of a PostgreSQL of its own."""
+    pytest.importorskip("psycopg2", reason="needs the package psycopg2")
+    programs = [*sorted(Path("/usr/lib/postgresql").glob("*/bin")), Path(shutil.which("initdb") or "/none/x").parent]
+    bin_folder = next((folder for folder in programs if (folder / "initdb").exists()), None)
+    if bin_folder is None:
+        pytest.skip("needs PostgreSQL (Debian's package `postgresql`)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path / "postgres"
+    folder.mkdir()
+    as_user = []
+    if os.geteuid() == 0:  # it refuses to run as root
+        for path in (folder, *tmp_path.parents):
+            if path.stat().st_uid == 0 and path.is_relative_to(Path("/tmp")) and path != Path("/tmp"):
+                path.chmod(0o755)
+        tmp_path.chmod(0o755)
+        shutil.chown(folder, "postgres")
+        as_user = ["runuser", "-u", "postgres", "--"]
+    data = folder / "data"
+    subprocess.run(
+        [*as_user, bin_folder / "initdb", "-D", data, "-A", "trust", "-U", "search"], check=True, capture_output=True
+    )
+    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
+    control = [*as_user, bin_folder / "pg_ctl", "-D", data, "-w", "-l", folder / "log"]
+    subprocess.run([*control, "-o", options, "start"], check=True, stdout=subprocess.DEVNULL)
+    yield f"postgresql+psycopg2://search@127.0.0.1:{port}/postgres"
+    subprocess.run([*control, "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_machines_share_a_search_by_postgresql(start, tmp_path, postgres):
+    share(start, tmp_path, postgres)
+
+
+def test_a_storage_that_cannot_be_used_is_one_line(start):
+    said = ended(start(config_of(), storage="nosuch://here"), 1)
+    assert "error: --storage: nosuch://here cannot be used" in said
+
+
+# --- with a detector --------------------------------------------------------------------------------------
+
+
+def test_a_detector_s_search_leaves_a_config_that_trains(shapes, tmp_path):
+    config = efficientdet_config(shapes)
+    config["hyperparameters"]["lr"] = {"type": "log", "base": 10, "minval": -4, "maxval": -2}
+    config["searcher"] |= {"name": "random", "max_trials": 2, "max_length": {"batches": 2}}
+    file = tmp_path / "search.yaml"
+    file.write_text(yaml.safe_dump(config))
+    done = run_model_def("search", file, "--output-dir", tmp_path / "search", "--jobs", 2)
+    assert "best: trial" in done.stdout
+    best = yaml.safe_load((tmp_path / "search/best.yaml").read_text())
+    assert 1e-4 <= best["hyperparameters"]["lr"] <= 1e-2
+    assert (tmp_path / "search/trials/0/checkpoints/best").is_dir()
+    done = run_model_def("search", file, "--output-dir", tmp_path / "search", "--status")
+    assert done.stdout.count("finished") == 2
