@@ -44,5 +44,7 @@ def _draw(evaluator: CocoEvaluator, found: GatheredDetections, tensorboard: Summ
         for iou_type in evaluator.iou_types:
             for title, figure in figures_of(analyse_one(evaluator, iou_type, found), names).items():
                 tensorboard.add_figure(f"report_{iou_type}/{title}", figure, batches)
+    except OSError as error:  # a full disk is the training's to meet
+        logger.warning("the figures of the validation at batch %d could not be written: %s", batches, error)
     except Exception:  # no figure is worth a training
         logger.exception("the figures of the validation at batch %d could not be drawn", batches)
