@@ -31,6 +31,7 @@ from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import load_weights, read_checkpoint
 from shared.training.local_run import LocalRun, full_disk_as_error
 from shared.training.loop import fit, trial_context
+from shared.training.manifest import check_manifest
 from shared.training.processes import first_on_each_machine, local_processes, on_chief
 from shared.training.progress import duration
 from shared.training.reports import picture_of_validation
@@ -98,6 +99,14 @@ def _checkpoint_to_resume(resume: str | None, folder: RunFolder) -> Path | None:
     checkpoint = folder.checkpoints / resume
     if not checkpoint.exists():
         raise UserError(f"--resume {resume}: {folder.path} has no checkpoint yet; leave --resume out and start anew")
+    try:
+        check_manifest(checkpoint)
+    except UserError as error:
+        best = folder.checkpoints / "best"
+        if resume == "best" or not best.exists():
+            raise
+        logger.warning("--resume last: %s; going on from %s", error, best)
+        return best
     return checkpoint
 
 

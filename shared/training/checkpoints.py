@@ -16,6 +16,7 @@ from torch import nn
 
 from shared.errors import UserError
 from shared.training.checkpoint_folder import find_checkpoint
+from shared.training.manifest import check_manifest
 
 CATEGORIES_FILE = "categories.json"
 
@@ -45,8 +46,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint's weights and what it says of itself.
 
     Raises:
-        UserError: it is not a checkpoint of this project, is cut off, or holds code.
+        UserError: it is not a checkpoint of this project, is cut off, changed, or holds code.
     """
+    check_manifest(path)
     state = load_state(path / "state_dict.pth")
     for pickled in path.glob("*.pkl"):  # Determined's own, which it unpickles when a run goes on
         _refuse_code(pickled)

@@ -290,7 +290,24 @@ def test_a_cut_off_checkpoint_is_refused(refused, trained, tmp_path):
     cut = shutil.copytree(run / "checkpoints/last", tmp_path / "cut")
     data = (cut / "state_dict.pth").read_bytes()
     (cut / "state_dict.pth").write_bytes(data[: len(data) // 2])
+    assert "is not whole: state_dict.pth has" in refused("evaluate", config, "--checkpoint", cut)
+    (cut / "manifest.json").unlink()  # as in checkpoints of before
     assert "cannot be read as weights" in refused("evaluate", config, "--checkpoint", cut)
+
+
+def test_a_last_checkpoint_that_was_changed_is_said_and_best_goes_on(trained, run_config, tmp_path):
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    best = json.loads((run / "checkpoints/best/metadata.json").read_text())["steps_completed"]
+    shutil.rmtree(run / "checkpoints/last")
+    shutil.copytree(run / "checkpoints/best", run / "checkpoints/last")
+    data = bytearray((run / "checkpoints/last/state_dict.pth").read_bytes())
+    data[len(data) // 2] ^= 1
+    (run / "checkpoints/last/state_dict.pth").write_bytes(data)
+    longer = run_config(searcher__max_length={"batches": 16})
+    done = run_model_def("train", longer, "--output-dir", run, "--resume", "last")
+    assert "checkpoints/last is not what was saved: state_dict.pth has changed since; going on from" in done.stderr
+    assert f"going on after batch {best}" in done.stderr
+    assert [r["batches"] for r in reports(run, "val")] == [4, 8, 12, 16]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(run_config, tmp_path):
