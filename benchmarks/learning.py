@@ -108,8 +108,15 @@ def train_yolo(
         command = [python, "-c", YOLO_VAL, str(folder / "weights" / "best.pt"), json.dumps(arguments)]
         user_seconds(command, Path(scratch), environment, output / f"{YOLO}_val.log")
     results = json.loads((output / f"{YOLO}_val" / "predictions.json").read_text())
-    for row in results:
-        row["category_id"] = ids[row["category_id"] - 1]  # it counts from 1
+    results = [  # its categories count from 1; its files are the links
+        {
+            "image_id": row["image_id"],
+            "category_id": ids[row["category_id"] - 1],
+            "bbox": row["bbox"],
+            "score": row["score"],
+        }
+        for row in results
+    ]
     (output / f"{YOLO}.json").write_text(json.dumps(results))
     return seconds
 
