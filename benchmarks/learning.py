@@ -1,0 +1,199 @@
+"""How well each detector learns from scratch in the same CPU seconds, and Ultralytics' YOLO11n where it is installed.
+
+    python3 benchmarks/learning.py --data /data/bccd --output runs/learning --ultralytics ~/ultra/bin/python
+
+One training after the other, each by the command that its user types, with its `bccd.yaml`: trained on `train`, and of
+its validations on `val` the best is taken, as Ultralytics takes its `best.pt`. Seconds are those that the CPU was busy
+with the command's processes (`time`'s user), loader workers, validations and report included. All are scored by one
+evaluator, `python3 -m shared compare`, whose page is `compare.html` in the output folder, and a table is printed.
+
+Each side runs with OMP_NUM_THREADS=1, which Ultralytics sets itself: threads that wait for each other spend seconds and
+learn nothing. `--data` has annotations/train.json, annotations/val.json and images/. What is finished in the output
+folder is not trained again.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tabulate import tabulate
+
+ROOT = Path(__file__).parent.parent
+DETECTORS = ("efficientdet", "mmdetection", "detectron2")
+YOLO = "yolo11n"
+
+# In the interpreter that has Ultralytics' package: nothing of it is part of the project.
+YOLO_TRAIN = """
+import json, sys
+from ultralytics import YOLO
+YOLO("yolo11n.yaml").train(**json.loads(sys.argv[1]))
+"""
+YOLO_VAL = """
+import json, sys
+from ultralytics import YOLO
+YOLO(sys.argv[1]).val(**json.loads(sys.argv[2]))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("/data/bccd"), help="default /data/bccd")
+    parser.add_argument("--output", type=Path, default=Path("runs/learning"), help="default runs/learning")
+    parser.add_argument("--only", choices=(*DETECTORS, YOLO), nargs="+", help="default all")
+    parser.add_argument("--seconds", type=float, default=677, help="what each may take, user; default 677")
+    parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS; default 1")
+    parser.add_argument("--ultralytics", metavar="PYTHON", help="an interpreter that imports ultralytics")
+    parser.add_argument("--epochs", type=int, default=36, help="of YOLO; default 36")
+    parser.add_argument(
+        "--yolo", metavar="KEY=VALUE", nargs="*", default=[], help="more of YOLO's settings, such as lr0=0.002"
+    )
+    given = parser.parse_args()
+    data, output = given.data.absolute(), given.output.absolute()
+    output.mkdir(parents=True, exist_ok=True)
+    sides = [name for name in (*DETECTORS, YOLO) if not given.only or name in given.only]
+    if YOLO in sides and not imports_ultralytics(given.ultralytics):
+        print(f"{YOLO}: left out, `--ultralytics` names no interpreter that imports ultralytics", file=sys.stderr)
+        sides.remove(YOLO)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(given.threads)}
+    for name in sides:
+        if seconds_of(output, name) is None:
+            if name == YOLO:
+                settings = dict(each.split("=", 1) for each in given.yolo)
+                seconds = train_yolo(given.ultralytics, data, output, given.epochs, settings, environment)
+            else:
+                seconds = train(name, data, output, environment)
+            (output / f"{name}.seconds").write_text(f"{seconds:.1f}\n")
+    print_table(output, sides, data, given.seconds)
+
+
+def train(detector: str, data: Path, output: Path, environment: dict[str, str]) -> float:
+    """As its user does; returns user seconds."""
+    folder = output / detector
+    shutil.rmtree(folder, ignore_errors=True)  # of a training that was cut off
+    command = [sys.executable, "model_def.py", "train", "bccd.yaml", "--output-dir", str(folder)]
+    for split in ("train", "val"):
+        paths = f"{{annotations: {data / 'annotations' / split}.json, images: {data / 'images'}}}"
+        command += ["--set", f"data.{split}={paths}"]
+    return user_seconds(command, ROOT / detector, environment, output / f"{detector}.log")
+
+
+def train_yolo(
+    python: str, data: Path, output: Path, epochs: int, settings: dict[str, str], environment: dict[str, str]
+) -> float:
+    """Trains from scratch, and writes the detections of its best weights on `val`; returns the training's seconds."""
+    folder = output / YOLO
+    shutil.rmtree(folder, ignore_errors=True)
+    environment = {**environment, "YOLO_AUTOINSTALL": "false", "YOLO_CONFIG_DIR": str(output)}
+    with tempfile.TemporaryDirectory() as scratch:
+        file, ids = write_yolo(data, Path(scratch))
+        common = {"data": str(file), "imgsz": 320, "device": "cpu", "project": str(output), "exist_ok": True}
+        arguments = {
+            **common,
+            "epochs": epochs,
+            "optimizer": "AdamW",
+            "pretrained": False,
+            "name": YOLO,
+            "plots": False,
+            **{key: json.loads(value) for key, value in settings.items()},
+        }
+        command = [python, "-c", YOLO_TRAIN, json.dumps(arguments)]
+        seconds = user_seconds(command, Path(scratch), environment, output / f"{YOLO}.log")
+        arguments = {**common, "conf": 0.001, "max_det": 300, "save_json": True, "plots": False, "name": f"{YOLO}_val"}
+        command = [python, "-c", YOLO_VAL, str(folder / "weights" / "best.pt"), json.dumps(arguments)]
+        user_seconds(command, Path(scratch), environment, output / f"{YOLO}_val.log")
+    results = json.loads((output / f"{YOLO}_val" / "predictions.json").read_text())
+    results = [  # its categories count from 1; its files are the links
+        {
+            "image_id": row["image_id"],
+            "category_id": ids[row["category_id"] - 1],
+            "bbox": row["bbox"],
+            "score": row["score"],
+        }
+        for row in results
+    ]
+    (output / f"{YOLO}.json").write_text(json.dumps(results))
+    return seconds
+
+
+def write_yolo(data: Path, folder: Path) -> tuple[Path, list[int]]:
+    """YOLO's layout of COCO files, images linked; returns its data file, and the categories' ids in their order."""
+    for split in ("train", "val"):
+        coco = json.loads((data / "annotations" / f"{split}.json").read_text())
+        ids = [category["id"] for category in coco["categories"]]
+        images, labels = folder / "images" / split, folder / "labels" / split
+        images.mkdir(parents=True)
+        labels.mkdir(parents=True)
+        lines = {image["id"]: [] for image in coco["images"]}
+        sizes = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}
+        for one in coco["annotations"]:
+            x, y, w, h = one["bbox"]
+            width, height = sizes[one["image_id"]]
+            if w > 0 and h > 0 and not one.get("iscrowd"):
+                box = ((x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
+                numbers = " ".join(f"{number:.6f}" for number in box)
+                lines[one["image_id"]].append(f"{ids.index(one['category_id'])} {numbers}\n")
+        for image in coco["images"]:  # by id, which its results name images by
+            source = data / "images" / image["file_name"]
+            (images / f"{image['id']}{source.suffix}").symlink_to(source)
+            (labels / f"{image['id']}.txt").write_text("".join(lines[image["id"]]))
+        names = [category["name"] for category in coco["categories"]]
+    file = folder / "data.yaml"  # JSON is YAML
+    file.write_text(json.dumps({"path": str(folder), "train": "images/train", "val": "images/val", "names": names}))
+    return file, ids
+
+
+def user_seconds(command: list[str], folder: Path, environment: dict[str, str], log: Path) -> float:
+    """Of the command and all processes that it waited for."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    with log.open("w") as file:
+        ended = subprocess.run(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    if ended.returncode:
+        sys.exit(f"{' '.join(command[:3])}: exit status {ended.returncode}\n{log.read_text()[-2000:]}")
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+
+
+def imports_ultralytics(python: str | None) -> bool:
+    found = "import importlib.util, sys; sys.exit(importlib.util.find_spec('ultralytics') is None)"
+    return python is not None and subprocess.run([python, "-c", found]).returncode == 0
+
+
+def seconds_of(output: Path, name: str) -> float | None:
+    file = output / f"{name}.seconds"
+    return float(file.read_text()) if file.exists() else None
+
+
+def print_table(output: Path, sides: list[str], data: Path, budget: float) -> None:
+    """By `compare`: its page, and of its numbers mAP and AP50 of each."""
+    runs = [str(output / (f"{YOLO}.json" if name == YOLO else name)) for name in sides]
+    if len(runs) > 1:
+        page = output / "compare.html"
+        command = [sys.executable, "-m", "shared", "compare", *runs]
+        command += ["--annotations", str(data / "annotations" / "val.json"), "--images", str(data / "images")]
+        subprocess.run([*command, "--output", str(page)], cwd=ROOT, check=True)
+        comparisons = json.loads(page.with_suffix(".json").read_text())
+        numbers = {comparisons[0]["a"]: {row["name"]: row["a"] for row in comparisons[0]["metrics"]}}
+        numbers |= {one["b"]: {row["name"]: row["b"] for row in one["metrics"]} for one in comparisons}
+    else:
+        numbers = {}
+    rows = []
+    for name in sides:
+        seconds, found = seconds_of(output, name), numbers.get(name, {})
+        over = f"{seconds - budget:.0f} s over" if seconds > budget else ""
+        rows.append([name, round(seconds), found.get("mAP"), found.get("mAP_50"), over])
+    print(
+        tabulate(
+            rows,
+            headers=["", "user seconds", "mAP", "AP50", f"of {budget:.0f} s"],
+            floatfmt=(".0f", ".0f", ".3f", ".3f"),
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
