@@ -12,6 +12,8 @@ from torch import nn
 
 from shared.data.loading import Batch
 from shared.data.seeding import seed_all
+from shared.errors import UserError
+from shared.training.memory import bytes_kept, out_of_memory
 from shared.training.stopping import Stopping
 from shared.training.training_metrics import STEPS_A_SCALE_MAY_SKIP, TrainingMetrics, diverged
 
@@ -40,6 +42,8 @@ class TrialStep:
     stopping: Stopping
     rank: int
     seed: int
+    slots: int
+    per_slot_batch_size: int
     aggregation_frequency: int
     batches_trained: int
     on_batch_end: Callable[[], None]
@@ -92,20 +96,12 @@ class TrialStep:
     def train_batch(self, batch: Batch, epoch_idx: int, batch_idx: int) -> dict[str, Any]:
         seed_all(self.seed, self.rank, batch_idx, 1)  # dropout and the like: no two slots alike, and a resume exact
         self.before_batch(batch_idx)
-
         try:
-            with self.autocast():
-                losses = self.losses(self.model, batch)
+            losses = self._step(batch, batch_idx)
         except FloatingPointError as error:  # Detectron2 looks itself
             raise diverged(batch_idx, batch.image_ids) from error
-        loss = losses["loss"]
-        self.context.backward(loss if self.scaler is None else self.scaler.scale(loss))
-        self.context.step_optimizer(self.optimizer, clip_grads=self._clip(), scaler=self.scaler)
-        if (batch_idx + 1) % self.aggregation_frequency == 0:
-            if self.scaler is not None:
-                self.scaler.update()
-            if self.ema is not None:
-                self.ema.update(self.plain_model)
+        except torch.cuda.OutOfMemoryError as error:
+            raise self._out_of_memory(batch, batch_idx) from error
         may_skip = 0 if self.scaler is None else STEPS_A_SCALE_MAY_SKIP
         self.training_metrics.update(losses, batch_idx, batch.image_ids, len(batch.skipped), may_skip)
         self.training_metrics.waiting = self.training_loader.waiting
@@ -116,6 +112,33 @@ class TrialStep:
         self.stopping.after_batch(self.batches_trained)
         # a number of the host: of each tensor in here Determined makes a synchronisation a step
         return {"lr": self.training_metrics.lr}
+
+    def _step(self, batch: Batch, batch_idx: int) -> dict[str, torch.Tensor]:
+        """Forward, backward, the optimizer's step and the averages; the losses."""
+        with self.autocast():
+            losses = self.losses(self.model, batch)
+        loss = losses["loss"]
+        self.context.backward(loss if self.scaler is None else self.scaler.scale(loss))
+        self.context.step_optimizer(self.optimizer, clip_grads=self._clip(), scaler=self.scaler)
+        if (batch_idx + 1) % self.aggregation_frequency == 0:
+            if self.scaler is not None:
+                self.scaler.update()
+            if self.ema is not None:
+                self.ema.update(self.plain_model)
+        return losses
+
+    def _out_of_memory(self, batch: Batch, batch_idx: int) -> UserError:
+        device = self.context.device
+        return out_of_memory(
+            batch_idx,
+            batch.images,
+            self.per_slot_batch_size,
+            self.slots,
+            self.aggregation_frequency,
+            kept=bytes_kept(self.plain_model, [self.optimizer]),
+            peak=torch.cuda.max_memory_allocated(device),
+            whole=torch.cuda.get_device_properties(device).total_memory,
+        )
 
     def _clip(self) -> Callable[[Any], None] | None:
         clip = self.clip_gradients()

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from determined.constants import INTER_TRAIN_PROCESS_COMM_PORT_1
 from PIL import Image
 from tiny_models import efficientdet_config
 
+from model_def import EfficientDetTrial
 from shared.training.checkpoints import read_checkpoint
 
 SUMMARY = ("bbox_mAP", "bbox_mAP_50", "bbox_AR_100")
@@ -334,6 +336,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(r
     checkpoint = read_checkpoint(run / "checkpoints/last")
     assert checkpoint.batches == 4
     assert all(weights.isfinite().all() for weights in checkpoint.weights.values())
+
+
+def test_out_of_memory_says_what_took_it_and_the_smaller_batch_and_keeps_the_checkpoint(
+    refused, run_config, tmp_path, monkeypatch
+):
+    losses = EfficientDetTrial.losses
+
+    def full(self, model, batch):
+        if self.batches_trained == 6:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return losses(self, model, batch)
+
+    monkeypatch.setattr(EfficientDetTrial, "losses", full)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=4 * 2**30))
+    line = refused("train", run_config(), "--output-dir", tmp_path / "run")
+    assert (
+        "CUDA out of memory in batch 7, 4 images a slot of 128 × 128 pixels: weights, gradients and optimizer" in line
+    )
+    assert "the batch 3.0 GiB and what did not fit, of 4.0 GiB" in line
+    assert "global_batch_size: 2 with optimizations.aggregation_frequency: 2 has the same images in a step" in line
+    assert read_checkpoint(tmp_path / "run/checkpoints/last").batches == 4
 
 
 def test_a_search_off_the_cluster_names_the_keys_to_set(refused):
