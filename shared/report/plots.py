@@ -199,15 +199,16 @@ def short_name(name: str) -> str:
 # --- SVG ------------------------------------------------------------------------------------------------
 
 
-def svg_of(figure: Figure, salt: str) -> str:
+def svg_of(figure: Figure, salt: str, has_math: bool = False) -> str:
     """The figure as an element of a page. Its colours are the page's variables, see `style_sheet`, and its letters
     the page's own.
 
     Args:
         salt: no two figures of a page have the same: their parts' names follow from it.
+        has_math: whether $…$ is a formula, as the powers of a logarithmic axis are, and not part of a name.
     """
     buffer = io.StringIO()
-    options = {"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False}
+    options = {"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": has_math}
     with matplotlib.rc_context(options), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # the date and the name of the library in each would say nothing

@@ -20,12 +20,17 @@ from shared.search.halving import WHOLE, first_number
 from shared.search.study import Study
 from shared.search.table import rows_of
 
+_CURVES = "Curves of all trials"
+
 
 def write_search_page(study: Study, output: Path) -> Path:
     """Returns the file."""
     heads, rows = rows_of(study)
     figures = [
-        (title, Markup(svg_of(figure, title))) for title, figure in _figures(study).items() if figure is not None
+        # Optuna's have colours of their own, that dark pages cannot change, and logarithmic axes
+        (title, Markup(svg_of(figure, title, has_math=title != _CURVES)), title != _CURVES)
+        for title, figure in _figures(study).items()
+        if figure is not None
     ]
     counts = {state: sum(trial.state == state for trial in study.trials()) for state in TrialState}
     write_page(
@@ -55,7 +60,7 @@ def _summary(study: Study, counts: dict[TrialState, int]) -> str:
 
 
 def _figures(study: Study) -> dict[str, Figure | None]:
-    figures: dict[str, Figure | None] = {"Curves of all trials": _curves(study)}
+    figures: dict[str, Figure | None] = {_CURVES: _curves(study)}
     finished = study.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if finished:
         figures["History"] = _of_optuna(plots.plot_optimization_history, study.study)
@@ -77,6 +82,8 @@ def _of_optuna(plot: Any, study: optuna.Study) -> Figure | None:
         finally:
             plt.rcParams.update(before)  # it sets a style of its own
     plt.close(figure)
+    for axes in figure.axes:
+        axes.set_title("")  # the page has it
     return figure
 
 
