@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from shared.errors import UserError
+from shared.experiment import TrainingHyperparameters
 
 
 @dataclass
-class EfficientDetHyperparameters:
+class EfficientDetHyperparameters(TrainingHyperparameters):
     """The `hyperparameters` section; defaults are those of upstream's train.py."""
 
     global_batch_size: int = 32
@@ -70,7 +71,6 @@ class EfficientDetHyperparameters:
     # validation
     soft_nms: bool | None = None
     val_skip: int = 0
-    validation_loss: bool = False
 
     def __post_init__(self) -> None:
         low, high = self.scale_jitter

@@ -134,6 +134,10 @@ class SearcherMetric:
     name: str
     smaller_is_better: bool
 
+    def is_better(self, value: float, best: float | None) -> bool:
+        """Whether a value is better than the best so far, None where there is none."""
+        return best is None or (value < best if self.smaller_is_better else value > best)
+
     @property
     def worst(self) -> float:
         """What stands for a metric that is undefined: finite, and no better than any value of it.
@@ -142,6 +146,32 @@ class SearcherMetric:
         if not self.smaller_is_better and self.name.startswith(("bbox_", "segm_", "keypoints_")):
             return 0.0
         return 1e30 if self.smaller_is_better else -1e30
+
+
+@dataclass
+class EarlyStopping:
+    """`hyperparameters.early_stopping`.
+
+    Attributes:
+        patience: validations in a row without a better searcher metric, after which the training ends.
+    """
+
+    patience: int
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise UserError(
+                f"hyperparameters.early_stopping.patience is {self.patience}, and must be 1 or more; leave "
+                "early_stopping out to train to the end"
+            )
+
+
+@dataclass(kw_only=True)
+class TrainingHyperparameters:
+    """The hyperparameters that every detector has; docs/config.md says what each does."""
+
+    early_stopping: EarlyStopping | None = None
+    validation_loss: bool = False
 
 
 def check_paths(data: DataConfig, splits: Iterable[str], submitted: Path) -> None:
@@ -169,6 +199,7 @@ def parse_section(section: dict[str, Any] | None, into: type[T], where: str) -> 
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in section:
             raise UserError(f"{where}.{field.name} is missing")
+    _check_sections_in(section, into, where)
     try:
         return msgspec.convert(section, into)
     except msgspec.ValidationError as error:
@@ -179,6 +210,17 @@ def parse_section(section: dict[str, Any] | None, into: type[T], where: str) -> 
         if choices := _choices(into, key.removeprefix(".")):
             message = f"{_as_in_yaml(section[key.removeprefix('.')])} is none of {', '.join(choices)}"
         raise UserError(f"{where}{key}: {message}") from error
+
+
+def _check_sections_in(section: dict[str, Any], into: type, where: str) -> None:
+    """Raises UserError where a key that is a section of its own is none, or not a right one."""
+    for name, kind in get_type_hints(into).items():
+        for part in get_args(kind) or (kind,):
+            if dataclasses.is_dataclass(part) and section.get(name) is not None:
+                if not isinstance(section[name], dict):
+                    keys = ", ".join(f"{field.name}: …" for field in dataclasses.fields(part))
+                    raise UserError(f"{where}.{name}: {_as_in_yaml(section[name])} is no section; give {{{keys}}}")
+                parse_section(section[name], part, f"{where}.{name}")
 
 
 def _choices(into: type, key: str) -> list[str]:

@@ -127,6 +127,8 @@ def _end_reports(trial: DetectionTrial, folder: RunFolder, seconds: float) -> No
         loss = report["metrics"].get("val_loss")
         number += "" if loss is None or wanted == "val_loss" else f", val_loss {loss:.4f}"
         print(f"{name}: {wanted} {number} at batch {report['batches']}, {folder.checkpoints / name}")
+    if trial.stopping.ended is not None:
+        print(f"ended after batch {trial.batches_trained} of {trial.total_batches}: {trial.stopping.ended}")
     print(f"trained for {duration(seconds)}; all of it is in {folder.path}")
     if figure := picture_of_validation(trial):
         picture = folder.path / "predictions.png"
@@ -172,6 +174,7 @@ def _about(trial: DetectionTrial, folder: RunFolder, config: dict[str, Any], shi
             **dict(trial.summary_lines()),
             "validation data": f"{trial.val_data.annotations.path or 'fake'}, {len(trial.val_data.annotations)} images",
             **({"best checkpoint": f"batch {best['batches']} of {trial.total_batches}"} if best else {}),
+            **({"ended by": trial.stopping.ended} if trial.stopping.ended else {}),
             "device": trial.context.device,
             "time": f"{duration(seconds)}" + (f", from batch {trial.first_batch} on" if trial.first_batch else ""),
             **speed(reports),

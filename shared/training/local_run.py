@@ -50,7 +50,7 @@ class LocalRun(PyTorchCallback):
         trial, wanted = self.trial, self.trial.searcher_metric
         value = trial.last_validation[wanted.name]
         value = wanted.worst if math.isnan(value) else value
-        if self.best is None or (value < self.best if wanted.smaller_is_better else value > self.best):
+        if wanted.is_better(value, self.best):
             self.best, self.best_at = value, trial.batches_trained
             if self.chief and isinstance(trial.evaluator, CocoEvaluator):
                 names = trial.evaluator.annotations.category_names

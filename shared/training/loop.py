@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from shared.experiment import Length, Schedule
 if TYPE_CHECKING:
     from shared.training.trial import DetectionTrial
 
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_UPLOADS = 1.1  # of TensorBoard's files: what comes within a second of the last is not sent
 
@@ -201,17 +204,32 @@ class _Loop(pytorch._PyTorchTrialController):
     def _train(self, length: pytorch.TrainUnit, train_boundaries: list) -> None:
         self.trial.stopping.begin()
         batches = self.state.batches_trained
-        if batches >= self.trial.periods.total and self._validation_is_current() and self.local_training:
-            raise UserError(
-                f"--resume: {self.latest_checkpoint} has been trained for {batches} batches, and searcher.max_length "
-                f"is {self.trial.periods.total}; give a greater one to go on"
-            )
+        if batches and (why := self._why_it_has_ended()):
+            if self.local_training:
+                raise UserError(f"--resume: {self.latest_checkpoint} {why}")
+            logger.info("the checkpoint %s", why)
+            raise pytorch._ShouldExit()
         if batches and self.trial.periods.validates(batches) and not self._validation_is_current():
             self.state.last_ckpt = -1  # saved once more, with what the validation says
             if batches < self.trial.periods.total:
                 self._validate()
                 self._stop_requested()
         super()._train(length, train_boundaries)
+
+    def _why_it_has_ended(self) -> str | None:
+        """Why there is nothing to train after the checkpoint, and what to give to go on; None where there is."""
+        batches, trial = self.state.batches_trained, self.trial
+        if batches >= trial.periods.total and self._validation_is_current():
+            return (
+                f"has been trained for {batches} batches, and searcher.max_length is {trial.periods.total}; give a "
+                "greater one to go on"
+            )
+        if why := trial.patience.why_over():
+            return (
+                f"has ended by {why}; give a patience of more than {trial.patience.without_better}, or leave "
+                "hyperparameters.early_stopping out, to go on"
+            )
+        return None
 
     def _stop_requested(self) -> None:
         # called after each report, validation and checkpoint

@@ -1,6 +1,7 @@
 """When a training ends before its length: after the same batch on every process, with a checkpoint.
 
-Asked for by a signal (off the cluster), by the searcher or by a pause (on one).
+Asked for by a signal (off the cluster), by the searcher or by a pause (on one), to go on from there; or by the config:
+then the run has come to its end.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Stopping:
     Attributes:
         signal: the one that this process was sent; None without.
         after: the batch after which all processes stop, once they have agreed.
+        ended: why the run has come to its end before its length, where the config says so; None without.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Stopping:
         self.asked_elsewhere = asked_elsewhere
         self.signal: signal.Signals | None = None
         self.after: int | None = None
+        self.ended: str | None = None
         self._training = False
         self._cut = False
         self._handles_signals = False
@@ -69,7 +72,7 @@ class Stopping:
         here = self.signal is not None
         if self.distributed.rank == 0:
             here = here or self.asked_elsewhere()
-        if self._any(here):
+        if self._any(here) or self.ended is not None:
             self.after = batch
         return self.after is not None
 
@@ -78,6 +81,10 @@ class Stopping:
         without which there is nothing to reduce."""
         self._cut = self._cut or self.signal is not None
         return self._cut
+
+    def end(self, why: str) -> None:
+        """The run ends with the validation at which every process says this."""
+        self.ended = why
 
     def validation_was_cut(self, batch: int) -> bool:
         """Whether any process has left out a part of the validation after `batch`, which just ended: then all stop

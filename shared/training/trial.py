@@ -38,6 +38,7 @@ from shared.training.determined_fixes import (
     trial_is_stopping,
     wrap_model,
 )
+from shared.training.ending import Ending, Patience
 from shared.training.loop import aggregation_frequency, periods_of
 from shared.training.processes import first_on_each_machine, on_chief
 from shared.training.reports import Reports
@@ -62,11 +63,12 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
             pretrained weights, where None.
 
     Attributes:
-        hparams: the subclass's `hyperparameters_class`, filled from the config; each has `global_batch_size` and
-            `validation_loss`.
+        hparams: the subclass's `hyperparameters_class`, filled from the config; each has `global_batch_size` beside
+            what every detector has.
         categories: COCO categories; the position is the label.
         first_batch: batches that were trained before this start; `total_batches` at the end, of all slots together.
         stopping: when the training ends early.
+        patience: counts validations without a better searcher metric.
         finish_figures: waits for those of the last validation.
         local_callbacks: what a run off the cluster adds, set before `fit`.
     """
@@ -103,6 +105,12 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
                 self.schedule, self.batches_per_epoch, self.global_batch_size, self.aggregation_frequency
             )
             self.total_batches = self.periods.total
+            self.patience = Patience(self.hparams.early_stopping, self.searcher_metric)
+            if self.hparams.early_stopping is not None and self.periods.validation is None:
+                raise UserError(
+                    "hyperparameters.early_stopping: the only validation is at the end; give min_validation_period, or "
+                    "leave it out"
+                )
         else:
             self.categories = categories if categories is not None else self.known_categories()
 
@@ -171,6 +179,7 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
             "diverged": _Divergence(self),
             "training": CheckpointedState(self),
             "validation": ValidationResult(self),
+            "ending": Ending(self),
             "reports": Reports(self),
             **self.local_callbacks,
             "searcher_metric": FiniteSearcherMetric(self.searcher_metric),
@@ -181,9 +190,14 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         return self.periods.reports(self.batches_trained)
 
     @property
+    def is_at_its_end(self) -> bool:
+        """Whether nothing is to be trained any more: it has its length, or the config ends it here."""
+        return self.batches_trained == self.total_batches or self.stopping.ended is not None
+
+    @property
     def is_finished(self) -> bool:
-        """Whether it has been trained to its length and validated there, not stopped before."""
-        return self.batches_trained == self.validated_at == self.total_batches
+        """Whether it has come to its end and was validated there, not stopped before."""
+        return self.is_at_its_end and self.validated_at == self.batches_trained
 
     def summary_lines(self) -> list[tuple[str, object]]:
         """What is printed at the start, name and value."""
