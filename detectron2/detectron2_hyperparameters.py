@@ -23,6 +23,7 @@ class Detectron2Hyperparameters(TrainingHyperparameters):
     custom_imports: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.use_pretrained and self.weights not in (None, PUBLISHED):
             raise UserError(
                 f"hyperparameters: use_pretrained: true is weights: {PUBLISHED}, and weights is {self.weights!r}; give "

@@ -73,6 +73,7 @@ class EfficientDetHyperparameters(TrainingHyperparameters):
     val_skip: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         low, high = self.scale_jitter
         if not 0 < low <= high:
             raise UserError(f"hyperparameters.scale_jitter: {list(self.scale_jitter)} is not a range above 0")

@@ -33,6 +33,7 @@ class MMDetectionHyperparameters(TrainingHyperparameters):
     use_pretrained: bool | str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.overrides_key, self.weights_key = "hyperparameters.config_overrides", "hyperparameters.weights"
         if self.override_mmdet_config:
             if self.config_overrides and self.config_overrides != self.override_mmdet_config:

@@ -171,7 +171,15 @@ class TrainingHyperparameters:
     """The hyperparameters that every detector has; docs/config.md says what each does."""
 
     early_stopping: EarlyStopping | None = None
+    max_hours: float | None = None
     validation_loss: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_hours is not None and not self.max_hours > 0:
+            raise UserError(
+                f"hyperparameters.max_hours is {self.max_hours:g}, and must be greater than 0; leave it out to train "
+                "to the end"
+            )
 
 
 def check_paths(data: DataConfig, splits: Iterable[str], submitted: Path) -> None:

@@ -16,10 +16,11 @@ from shared import launch
 from shared.errors import UserError
 from shared.experiment import EarlyStopping, SearcherMetric, parse_section
 from shared.training.checkpoints import read_checkpoint
+from shared.training.clock import Clock
 from shared.training.ending import Patience
 
 # the metric of each validation: best at batch 4, and not better any more
-SCRIPT = {2: 0.1, 4: 0.3, 6: 0.2, 8: 0.3, 10: 0.25, 12: 0.2}
+SCRIPT = {2: 0.1, 4: 0.3, 6: 0.2, 8: 0.3, 9: 0.2, 10: 0.25, 12: 0.2}
 
 
 class _Script(pytorch.PyTorchCallback):
@@ -189,3 +190,46 @@ def test_early_stopping_without_a_validation_to_stop_at_is_refused(config, train
     config["hyperparameters"]["early_stopping"] = {"patience": 2}
     with pytest.raises(UserError, match="early_stopping: the only validation is at the end; give min_validation_per"):
         train(trial_class, config)
+
+
+def ticking(trial_class, monkeypatch):
+    """The trial class, of which each batch takes ten minutes."""
+    clock = {"now": 0.0}
+    monkeypatch.setattr(Clock, "now", staticmethod(lambda: clock["now"]))
+
+    def after_batch(self, number):
+        trial_class.after_batch(self, number)
+        clock["now"] += 600
+
+    return type("Ticking", (trial_class,), {"after_batch": after_batch, "__module__": "model_def"})
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_run_ends_when_its_hours_are_over_those_before_a_resume_counted_too(
+    config, train, trial_class, monkeypatch, capsys
+):
+    config["min_validation_period"] = {"batches": 8}
+    config["scheduling_unit"] = 4
+    whole, timed = train(trial_class, config, name="whole"), ticking(trial_class, monkeypatch)
+    config["hyperparameters"]["max_hours"] = 1
+    run = train(timed, config)
+    assert [report["batches"] for report in reports(run, "val")] == [6]
+    assert read_checkpoint(run / "checkpoints/last").batches == 6
+    assert "ended after batch 6 of 12: max_hours: its 1 hours of training are over" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"last has ended by max_hours: its 1 hours .* over; give more of them, or lea"):
+        train(timed, config, resume="last")
+    config["hyperparameters"]["max_hours"] = 1.5
+    train(timed, config, resume="last")
+    assert [report["batches"] for report in reports(run, "val")] == [6, 8, 9]
+    config["hyperparameters"]["max_hours"] = 100.0
+    train(timed, config, resume="last")
+    assert_same_bits(final_state(run), final_state(whole))
+    assert without_times(reports(run, "train")) == without_times(reports(whole, "train"))
+
+
+def test_hours_that_are_none_are_refused(config):
+    from model_def import EfficientDetHyperparameters
+
+    hyperparameters = {**config["hyperparameters"], "max_hours": 0}
+    with pytest.raises(UserError, match=r"hyperparameters.max_hours is 0, and must be greater than 0; leave it out"):
+        parse_section(hyperparameters, EfficientDetHyperparameters, "hyperparameters")

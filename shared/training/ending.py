@@ -71,5 +71,5 @@ class Ending(PyTorchCallback):
     def on_validation_end(self, metrics: dict[str, Any]) -> None:
         trial = self.trial
         trial.patience.note(trial.last_validation[trial.searcher_metric.name], trial.batches_trained)
-        if trial.batches_trained < trial.total_batches and (why := trial.patience.why_over()):
-            trial.stopping.end(why)
+        if why := trial.patience.why_over() or trial.stopping.why_time_is_over():
+            trial.stopping.end(trial.batches_trained, why)

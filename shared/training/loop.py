@@ -151,7 +151,7 @@ def fit(trial: DetectionTrial, latest_checkpoint: str | None, checkpoint_policy:
         trial_inst=trial,
         context=trial.context,
         max_length=pytorch.Batch(periods.total),
-        validation_period=at(periods.validates),
+        validation_period=at(lambda batch: periods.validates(batch) or stopping.ended_after == batch),
         checkpoint_period=at(periods.saves),
         reporting_period=at(lambda batch: periods.reports(batch) or stopping.after == batch),
         checkpoint_policy=checkpoint_policy,
@@ -202,13 +202,13 @@ class _Loop(pytorch._PyTorchTrialController):
             self._upload_tb_files()
 
     def _train(self, length: pytorch.TrainUnit, train_boundaries: list) -> None:
-        self.trial.stopping.begin()
         batches = self.state.batches_trained
         if batches and (why := self._why_it_has_ended()):
             if self.local_training:
                 raise UserError(f"--resume: {self.latest_checkpoint} {why}")
             logger.info("the checkpoint %s", why)
             raise pytorch._ShouldExit()
+        self.trial.stopping.begin()
         if batches and self.trial.periods.validates(batches) and not self._validation_is_current():
             self.state.last_ckpt = -1  # saved once more, with what the validation says
             if batches < self.trial.periods.total:
@@ -229,6 +229,8 @@ class _Loop(pytorch._PyTorchTrialController):
                 f"has ended by {why}; give a patience of more than {trial.patience.without_better}, or leave "
                 "hyperparameters.early_stopping out, to go on"
             )
+        if self._validation_is_current() and (why := trial.stopping.clock.why_over()):
+            return f"has ended by {why}; give more of them, or leave hyperparameters.max_hours out, to go on"
         return None
 
     def _stop_requested(self) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 
 from determined.core import DistributedContext
 
+from shared.training.clock import Clock
+
 # batches between two meetings of several processes: a meeting costs some milliseconds
 _BETWEEN_MEETINGS = 10
 
@@ -31,11 +33,14 @@ class Stopping:
         aggregation_frequency: batches to an optimizer step; only whole steps are stopped after.
         asked_elsewhere: the chief asks it at each report, validation and checkpoint: has somebody else (the searcher)
             ended the training?
+        clock: says when the run's time is over.
+        total: batches at the run's end, which is no early one.
 
     Attributes:
         signal: the one that this process was sent; None without.
         after: the batch after which all processes stop, once they have agreed.
         ended: why the run has come to its end before its length, where the config says so; None without.
+        ended_after: the batch after which it has, and which is to be validated.
     """
 
     def __init__(
@@ -43,12 +48,17 @@ class Stopping:
         distributed: DistributedContext,
         aggregation_frequency: int = 1,
         asked_elsewhere: Callable[[], bool] = lambda: False,
+        clock: Clock | None = None,
+        total: int | None = None,
     ):
         self.distributed = distributed
         self.asked_elsewhere = asked_elsewhere
+        self.clock = clock or Clock()
+        self.total = total
         self.signal: signal.Signals | None = None
         self.after: int | None = None
         self.ended: str | None = None
+        self.ended_after: int | None = None
         self._training = False
         self._cut = False
         self._handles_signals = False
@@ -60,11 +70,16 @@ class Stopping:
     def begin(self) -> None:
         """From here on a signal is obeyed after a batch; before it ends the process at once, for nothing is lost."""
         self._training = True
+        self.clock.begin()
 
     def after_batch(self, batch: int) -> bool:
         """Whether to stop after `batch`, counted from 1, which this process has just trained."""
-        if self._handles_signals and batch % self._between_meetings == 0 and self._any(self.signal is not None):
-            self.after = batch
+        if (self._handles_signals or self.clock.is_asked) and batch % self._between_meetings == 0:
+            said = self.distributed.allgather((self.signal is not None, self.clock.why_over()))
+            if any(signalled for signalled, _ in said):
+                self.after = batch
+            elif of_chief := said[0][1]:
+                self.end(batch, of_chief)
         return self.after == batch
 
     def at_boundary(self, batch: int) -> bool:
@@ -82,9 +97,14 @@ class Stopping:
         self._cut = self._cut or self.signal is not None
         return self._cut
 
-    def end(self, why: str) -> None:
-        """The run ends with the validation at which every process says this."""
-        self.ended = why
+    def end(self, batch: int, why: str) -> None:
+        """Every process says this: the run ends with the validation after `batch`. At its length it does so anyway."""
+        if batch != self.total:
+            self.ended, self.ended_after = why, batch
+
+    def why_time_is_over(self) -> str | None:
+        """Why the run's time is over, asked by every process after a validation; None where it is not."""
+        return self.distributed.broadcast(self.clock.why_over()) if self.clock.is_asked else None
 
     def validation_was_cut(self, batch: int) -> bool:
         """Whether any process has left out a part of the validation after `batch`, which just ended: then all stop
@@ -92,6 +112,7 @@ class Stopping:
         cut, self._cut = self._any(self._cut), False
         if cut:
             self.after = batch
+            self.ended = self.ended_after = None
         return cut
 
     def _any(self, here: bool) -> bool:

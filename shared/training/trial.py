@@ -32,6 +32,7 @@ from shared.experiment import (
     parse_seed,
     per_slot_batch_size,
 )
+from shared.training.clock import Clock
 from shared.training.determined_fixes import (
     FiniteSearcherMetric,
     PlainRandomState,
@@ -94,7 +95,6 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         self.seed = context.get_trial_seed() if self.on_cluster else parse_seed(self.config)
         self.first_batch = self.batches_trained = context.get_initial_batch()
         self.aggregation_frequency = aggregation_frequency(self.config)
-        self.stopping = Stopping(distributed, self.aggregation_frequency, self._searcher_has_stopped_it)
 
         self.bad_images = BadImages(skip=self.data.on_bad_image == "skip")
         if for_training:
@@ -113,6 +113,14 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
                 )
         else:
             self.categories = categories if categories is not None else self.known_categories()
+
+        self.stopping = Stopping(
+            distributed,
+            self.aggregation_frequency,
+            self._searcher_has_stopped_it,
+            Clock(self.hparams.max_hours),
+            self.total_batches if for_training else None,
+        )
 
         context.experimental.disable_dataset_reproducibility_checks()  # our sampler goes on where it was
         context.experimental.disable_auto_to_device()  # PrefetchLoader copies, and does not wait for it

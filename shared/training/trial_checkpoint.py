@@ -65,6 +65,7 @@ class CheckpointedState(PyTorchCallback):
             "last_validation": {name: float(value) for name, value in trial.last_validation.items()},
             "own": trial.own_state(),
             "patience": trial.patience.state(),
+            "seconds": trial.stopping.clock.seconds,
             "begun_report": [] if trial.report_is_whole() else trial.training_metrics.begun(),
         }
 
@@ -75,6 +76,7 @@ class CheckpointedState(PyTorchCallback):
         trial.last_validation = dict(state["last_validation"])
         trial.load_own_state(state["own"])
         trial.patience.load(state.get("patience") or {})
+        trial.stopping.clock.before = state.get("seconds", 0.0)
         if begun := state.get("begun_report"):
             trial.training_metrics.go_on_with(begun, trial.rank, trial.slots)
 
