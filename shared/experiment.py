@@ -172,14 +172,14 @@ class TrainingHyperparameters:
 
     early_stopping: EarlyStopping | None = None
     max_hours: float | None = None
+    checkpoint_every_minutes: float | None = None
     validation_loss: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_hours is not None and not self.max_hours > 0:
-            raise UserError(
-                f"hyperparameters.max_hours is {self.max_hours:g}, and must be greater than 0; leave it out to train "
-                "to the end"
-            )
+        for key in ("max_hours", "checkpoint_every_minutes"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise UserError(f"hyperparameters.{key} is {value:g}, and must be greater than 0; or leave it out")
 
 
 def check_paths(data: DataConfig, splits: Iterable[str], submitted: Path) -> None:

@@ -18,6 +18,7 @@ from shared.experiment import EarlyStopping, SearcherMetric, parse_section
 from shared.training.checkpoints import read_checkpoint
 from shared.training.clock import Clock
 from shared.training.ending import Patience
+from shared.training.stopping import Stopping
 
 # the metric of each validation: best at batch 4, and not better any more
 SCRIPT = {2: 0.1, 4: 0.3, 6: 0.2, 8: 0.3, 9: 0.2, 10: 0.25, 12: 0.2}
@@ -227,9 +228,63 @@ def test_a_run_ends_when_its_hours_are_over_those_before_a_resume_counted_too(
     assert without_times(reports(run, "train")) == without_times(reports(whole, "train"))
 
 
-def test_hours_that_are_none_are_refused(config):
+@pytest.mark.usefixtures("without_figures")
+def test_a_checkpoint_by_the_clock_changes_nothing_and_a_killed_run_goes_on_from_it(
+    config, train, trial_class, monkeypatch
+):
+    config["min_validation_period"] = {"batches": 8}
+    config["scheduling_unit"] = 4
+    whole, timed = train(trial_class, config, name="whole"), ticking(trial_class, monkeypatch)
+    config["hyperparameters"]["checkpoint_every_minutes"] = 25
+    saved = []
+
+    class Killed(timed):
+        def save_own_config(self, folder):
+            saved.append(self.batches_trained)
+
+        def losses(self, model, batch):
+            if self.batches_trained == 7 and saved[-1] == 6 and 8 not in saved:
+                raise RuntimeError("killed")
+            return super().losses(model, batch)
+
+    Killed.__module__ = "model_def"
+    with pytest.raises(RuntimeError, match="killed"):
+        train(Killed, config)
+    run = train(timed, config, resume="last")
+    assert saved == [0, 3, 6]  # 0 is the run's folder
+    assert_same_bits(final_state(run), final_state(whole))
+    assert without_times(reports(run)) == without_times(reports(whole))
+
+
+class _SecondOfTwo:
+    """What a process that is not the chief hears of it."""
+
+    rank, size = 1, 2
+
+    def __init__(self, chief_says):
+        self.chief_says = chief_says
+
+    def allgather(self, here):
+        return [(False, self.chief_says), here]
+
+
+def test_the_chief_s_clock_decides_for_all_slots_and_at_a_batch_at_which_they_meet(monkeypatch):
+    monkeypatch.setattr(Clock, "now", staticmethod(lambda: 0.0))
+    for chief_says, ended_after, saves_after in [
+        ((None, False), None, None),
+        (("max_hours: over", True), 20, None),
+        ((None, True), None, 20),
+    ]:
+        stopping = Stopping(_SecondOfTwo(chief_says), clock=Clock(1.0, 1.0), total=100)
+        stopping.begin()
+        assert not any(stopping.after_batch(batch) for batch in range(11, 30))
+        assert (stopping.ended_after, stopping.saves_after) == (ended_after, saves_after)
+
+
+@pytest.mark.parametrize("key", ["max_hours", "checkpoint_every_minutes"])
+def test_a_time_that_is_none_is_refused(config, key):
     from model_def import EfficientDetHyperparameters
 
-    hyperparameters = {**config["hyperparameters"], "max_hours": 0}
-    with pytest.raises(UserError, match=r"hyperparameters.max_hours is 0, and must be greater than 0; leave it out"):
+    hyperparameters = {**config["hyperparameters"], key: 0}
+    with pytest.raises(UserError, match=f"hyperparameters.{key} is 0, and must be greater than 0; or leave it out"):
         parse_section(hyperparameters, EfficientDetHyperparameters, "hyperparameters")

@@ -152,7 +152,7 @@ def fit(trial: DetectionTrial, latest_checkpoint: str | None, checkpoint_policy:
         context=trial.context,
         max_length=pytorch.Batch(periods.total),
         validation_period=at(lambda batch: periods.validates(batch) or stopping.ended_after == batch),
-        checkpoint_period=at(periods.saves),
+        checkpoint_period=at(lambda batch: periods.saves(batch) or stopping.saves_after == batch),
         reporting_period=at(lambda batch: periods.reports(batch) or stopping.after == batch),
         checkpoint_policy=checkpoint_policy,
         step_zero_validation=schedule.initial_validation,

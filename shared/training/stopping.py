@@ -33,13 +33,14 @@ class Stopping:
         aggregation_frequency: batches to an optimizer step; only whole steps are stopped after.
         asked_elsewhere: the chief asks it at each report, validation and checkpoint: has somebody else (the searcher)
             ended the training?
-        clock: says when the run's time is over.
+        clock: says when the run's time is over, and when a checkpoint is due.
         total: batches at the run's end, which is no early one.
 
     Attributes:
         signal: the one that this process was sent; None without.
         after: the batch after which all processes stop, once they have agreed.
         ended: why the run has come to its end before its length, where the config says so; None without.
+        saves_after: the last batch after which the clock asked for a checkpoint.
         ended_after: the batch after which it has, and which is to be validated.
     """
 
@@ -57,6 +58,7 @@ class Stopping:
         self.total = total
         self.signal: signal.Signals | None = None
         self.after: int | None = None
+        self.saves_after: int | None = None
         self.ended: str | None = None
         self.ended_after: int | None = None
         self._training = False
@@ -75,11 +77,15 @@ class Stopping:
     def after_batch(self, batch: int) -> bool:
         """Whether to stop after `batch`, counted from 1, which this process has just trained."""
         if (self._handles_signals or self.clock.is_asked) and batch % self._between_meetings == 0:
-            said = self.distributed.allgather((self.signal is not None, self.clock.why_over()))
+            clock_says = (self.clock.why_over(), self.clock.save_is_due())
+            said = self.distributed.allgather((self.signal is not None, clock_says))
+            why_over, save_is_due = said[0][1]  # the chief's
             if any(signalled for signalled, _ in said):
                 self.after = batch
-            elif of_chief := said[0][1]:
-                self.end(batch, of_chief)
+            elif why_over is not None:
+                self.end(batch, why_over)
+            elif save_is_due:
+                self.saves_after = batch
         return self.after == batch
 
     def at_boundary(self, batch: int) -> bool:

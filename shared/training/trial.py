@@ -118,7 +118,7 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
             distributed,
             self.aggregation_frequency,
             self._searcher_has_stopped_it,
-            Clock(self.hparams.max_hours),
+            Clock(self.hparams.max_hours, self.hparams.checkpoint_every_minutes),
             self.total_batches if for_training else None,
         )
 
@@ -194,7 +194,7 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         }
 
     def report_is_whole(self) -> bool:
-        """Whether a report is due after the last batch; else a stop has cut it short."""
+        """Whether a report is due after the last batch; else a stop or a checkpoint has cut it short."""
         return self.periods.reports(self.batches_trained)
 
     @property
@@ -247,11 +247,15 @@ def _values_refused(what: str) -> Iterator[None]:
 
 
 class _Divergence(PyTorchCallback):
-    """Ends the training where a loss was not finite: before anything is validated, reported here or saved."""
+    """Ends the training where a loss was not finite: before anything is validated, reported here or saved. What a
+    checkpoint cuts short is taken into the next report."""
 
     def __init__(self, trial: DetectionTrial):
         self.trial = trial
 
     def on_training_workload_end(self, avg_metrics: dict[str, Any], batch_metrics: list) -> None:
-        self.trial.training_metrics.raise_if_diverged()
+        metrics = self.trial.training_metrics
+        metrics.raise_if_diverged()
+        if not self.trial.report_is_whole():
+            metrics.go_on_with(metrics.begun(), self.trial.rank, self.trial.slots)
         self.trial.training_loader.waiting = 0.0
