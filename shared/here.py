@@ -18,7 +18,6 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from shared.config_file import fixed_hyperparameters, load_config, make_paths_absolute
-from shared.errors import UserError
 from shared.evaluation import visualization
 from shared.evaluation.data_report import save_page
 from shared.evaluation.evaluator import CocoEvaluator
@@ -30,11 +29,11 @@ from shared.report.summary import summary_of
 from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import load_weights, read_checkpoint
 from shared.training.local_run import LocalRun, full_disk_as_error
-from shared.training.loop import fit, trial_context
+from shared.training.loop import RunHasEnded, fit, trial_context
 from shared.training.processes import first_on_each_machine, local_processes, on_chief
 from shared.training.progress import duration
 from shared.training.reports import picture_of_validation
-from shared.training.run_folder import RunFolder
+from shared.training.run_folder import OF_THE_RUN, RunFolder
 from shared.training.trial import DetectionTrial
 
 logger = logging.getLogger(__name__)
@@ -74,7 +73,14 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
             with full_disk_as_error(folder), trial.stopping:
                 # `best` needs a master; here every validated state is saved, and the best and the last are kept
                 policy = "none" if trial.schedule.checkpoint_policy == "none" else "all"
-                fit(trial, str(checkpoint.path) if checkpoint else None, policy)
+                try:
+                    fit(trial, str(checkpoint.path) if checkpoint else None, policy)
+                except RunHasEnded as ended:
+                    if arguments.resume != "auto":
+                        raise
+                    if distributed.rank == 0:
+                        logger.info("nothing to do: %s", ended)
+                    return  # without an error: whoever starts it again and again is to stop
             if not trial.is_finished:
                 _end_by_signal(trial, folder)
             if distributed.rank == 0:
@@ -93,12 +99,7 @@ def _take(folder: RunFolder, resume: str | None) -> None:
 
 
 def _checkpoint_to_resume(resume: str | None, folder: RunFolder) -> Path | None:
-    if resume not in ("last", "best"):
-        return resume and find_checkpoint(resume)
-    checkpoint = folder.checkpoints / resume
-    if not checkpoint.exists():
-        raise UserError(f"--resume {resume}: {folder.path} has no checkpoint yet; leave --resume out and start anew")
-    return checkpoint
+    return folder.checkpoint(resume) if resume in OF_THE_RUN else resume and find_checkpoint(resume)
 
 
 def _begin_reports(trial: DetectionTrial, folder: RunFolder, config: dict[str, Any], checkpoint: Any) -> None:
@@ -106,7 +107,7 @@ def _begin_reports(trial: DetectionTrial, folder: RunFolder, config: dict[str, A
         logger.info("going on after batch %d, from %s", checkpoint.batches, checkpoint.path)
     folder.config.write_text(yaml.safe_dump(config, sort_keys=False))
     trial.save_own_config(folder.path)
-    trial.tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=trial.first_batch + 1)
+    trial.tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=trial.first_batch + 1 if checkpoint else 0)
     opened = {"train": trial.train_data, "val": trial.val_data}
     opened = {split: data for split, data in opened.items() if isinstance(data, SplitData)}
     if opened and not folder.labels.exists():

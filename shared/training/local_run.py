@@ -34,7 +34,8 @@ class LocalRun(PyTorchCallback):
         self.best: float | None = None
         self.best_at = -1
         if self.chief:
-            folder.forget_metrics_after(trial.first_batch)
+            # a run that begins anew validates before its first batch once more
+            folder.forget_metrics_after(trial.first_batch or -1)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "best_at": self.best_at}

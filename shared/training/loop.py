@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_UPLOADS = 1.1  # of TensorBoard's files: what comes within a second of the last is not sent
 
 
+class RunHasEnded(UserError):
+    """There is nothing to train after the checkpoint."""
+
+
 @contextlib.contextmanager
 def trial_context(
     config: dict[str, Any],
@@ -139,7 +143,7 @@ def fit(trial: DetectionTrial, latest_checkpoint: str | None, checkpoint_policy:
         checkpoint_policy: "best" (on a cluster alone), "all" or "none".
 
     Raises:
-        UserError: the checkpoint is of a training that has come to its end.
+        RunHasEnded: the checkpoint is of a training that has come to its end.
     """
     schedule, periods, on_cluster = trial.schedule, trial.periods, trial.on_cluster
     stopping = trial.stopping
@@ -205,7 +209,7 @@ class _Loop(pytorch._PyTorchTrialController):
         batches = self.state.batches_trained
         if batches and (why := self._why_it_has_ended()):
             if self.local_training:
-                raise UserError(f"--resume: {self.latest_checkpoint} {why}")
+                raise RunHasEnded(f"--resume: {self.latest_checkpoint} {why}")
             logger.info("the checkpoint %s", why)
             raise pytorch._ShouldExit()
         self.trial.stopping.begin()
