@@ -57,6 +57,7 @@ class DataConfig:
     workers: int = 4
     on_bad_image: str = "error"
     check_images: bool = True
+    repeat_threshold: float | None = None
 
     @property
     def store_options(self) -> StoreOptions:
@@ -284,6 +285,11 @@ def parse_data(config: dict[str, Any], into: type[DataConfig] = DataConfig) -> D
             raise UserError(f"data.{key} is {value}, and must be greater than 0")
     if data.on_bad_image not in ("error", "skip"):
         raise UserError(f"data.on_bad_image: {data.on_bad_image!r} is neither 'error' nor 'skip'")
+    if data.repeat_threshold is not None and not 0 < data.repeat_threshold <= 1:
+        raise UserError(
+            f"data.repeat_threshold is {data.repeat_threshold:g}, and must be a share of the images: greater than 0, "
+            "and at most 1; LVIS's is 0.001"
+        )
     if data.workers < 0:
         raise UserError(f"data.workers is {data.workers}, and must be 0 or more")
     return data

@@ -20,6 +20,7 @@ from tabulate import tabulate
 
 from shared.data.dataset import BadImages
 from shared.data.input_scale import InputScale
+from shared.data.samplers import described
 from shared.data.seeding import seed_all
 from shared.errors import UserError, count_of
 from shared.evaluation.evaluator import CocoEvaluator
@@ -213,6 +214,7 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
             *self.summary(),
             ("global batch", f"{self.global_batch_size} on {count_of(self.slots, 'slot')}"),
             ("length", f"{self.total_batches} batches, {self.batches_per_epoch} an epoch"),
+            *([] if self.repeats is None else [("repeated", described(self.repeats))]),
         ]
 
     def _warn_of_warmup(self) -> None:
