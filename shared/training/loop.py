@@ -85,6 +85,11 @@ class Periods:
     validation_start: int = 0
     validation_changes: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def validates_before_the_end(self) -> bool:
+        """Whether there may be a validation but the last."""
+        return self.validation is not None or bool(self.validation_changes)
+
     def validates(self, batch: int) -> bool:
         period = self.validation
         for since, changed in self.validation_changes:

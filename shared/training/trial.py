@@ -107,7 +107,7 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
             )
             self.total_batches = self.periods.total
             self.patience = Patience(self.hparams.early_stopping, self.searcher_metric)
-            if self.hparams.early_stopping is not None and self.periods.validation is None:
+            if self.hparams.early_stopping is not None and not self.periods.validates_before_the_end:
                 raise UserError(
                     "hyperparameters.early_stopping: the only validation is at the end; give min_validation_period, or "
                     "leave it out"
