@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shared.errors import UserError
+from shared.experiment import TrainingHyperparameters
 from shared.library import PUBLISHED
 
 
 @dataclass
-class Detectron2Hyperparameters:
+class Detectron2Hyperparameters(TrainingHyperparameters):
     """The `hyperparameters` section; `use_pretrained: true` is another way to say `weights: published`."""
 
     config_file: str
@@ -20,9 +21,9 @@ class Detectron2Hyperparameters:
     use_pretrained: bool = False
     scale_schedule: bool = False
     custom_imports: list[str] = field(default_factory=list)
-    validation_loss: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.use_pretrained and self.weights not in (None, PUBLISHED):
             raise UserError(
                 f"hyperparameters: use_pretrained: true is weights: {PUBLISHED}, and weights is {self.weights!r}; give "

@@ -69,7 +69,7 @@ from shared.data.coco_categories import COCO_CATEGORIES
 from shared.data.dataset import CocoDetection
 from shared.data.input_scale import InputScale
 from shared.data.loading import Batch, to_device
-from shared.data.samplers import TrainingBatchSampler, aspect_ratio_groups
+from shared.data.samplers import aspect_ratio_groups
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
@@ -122,6 +122,15 @@ class Detectron2Trial(DetectionTrial):
         if self.hparams.global_batch_size is None:
             slots = 1 if self.for_training else self.slots  # to detect, any number of them will do
             self.hparams.global_batch_size = -(-config.batch_size // slots) * slots
+        if (
+            self.for_training
+            and self.data.repeat_threshold is not None
+            and config.train_set.repeat_threshold is not None
+        ):
+            raise UserError(
+                "data.repeat_threshold: the config repeats images itself, by its RepeatFactorTrainingSampler; take one "
+                "of the two out"
+            )
         if self.hparams.scale_schedule:
             config.scale_schedule(self.hparams.global_batch_size)
         if config.augments_tests and self.for_training:
@@ -254,6 +263,9 @@ class Detectron2Trial(DetectionTrial):
             return np.zeros(len(self.train_samples), dtype=np.uint8)
         return aspect_ratio_groups(*self.train_samples.sizes())
 
+    def training_labels(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.train_samples.labels()
+
     def training_dataset(self) -> Dataset:
         return self.train_samples
 
@@ -379,9 +391,7 @@ class Detectron2Trial(DetectionTrial):
 
     def synchronize_buffers(self) -> None:
         if count := self.detectron2_config.precise_bn_batches:
-            batches = TrainingBatchSampler(
-                self.training_groups(), self.per_slot_batch_size, self.seed, self.rank, self.slots, self.batches_trained
-            )
+            batches = self.training_batches(self.batches_trained)
             loader = self._loader(self.training_dataset(), batches, training=True)
             inputs = (inputs_of(to_device(batch, self.context.device)) for batch in loader)
             measure_batch_statistics(self.plain_model, inputs, count)

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from shared.errors import UserError
+from shared.experiment import TrainingHyperparameters
 
 
 @dataclass
-class EfficientDetHyperparameters:
+class EfficientDetHyperparameters(TrainingHyperparameters):
     """The `hyperparameters` section; defaults are those of upstream's train.py."""
 
     global_batch_size: int = 32
@@ -70,9 +71,9 @@ class EfficientDetHyperparameters:
     # validation
     soft_nms: bool | None = None
     val_skip: int = 0
-    validation_loss: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         low, high = self.scale_jitter
         if not 0 < low <= high:
             raise UserError(f"hyperparameters.scale_jitter: {list(self.scale_jitter)} is not a range above 0")

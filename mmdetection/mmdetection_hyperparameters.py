@@ -7,12 +7,12 @@ from typing import Any
 
 from shared.data.storage import BACKEND_ALIASES, BACKENDS
 from shared.errors import UserError, nearest
-from shared.experiment import DataConfig
+from shared.experiment import DataConfig, TrainingHyperparameters
 from shared.library import PUBLISHED
 
 
 @dataclass
-class MMDetectionHyperparameters:
+class MMDetectionHyperparameters(TrainingHyperparameters):
     """The `hyperparameters` section; `override_mmdet_config` and `use_pretrained` are the older names of
     `config_overrides` and `weights`.
 
@@ -29,11 +29,11 @@ class MMDetectionHyperparameters:
     weights: str | None = None
     scale_schedule: bool | None = None
     custom_imports: list[str] = field(default_factory=list)
-    validation_loss: bool = False
     override_mmdet_config: dict[str, Any] | None = None
     use_pretrained: bool | str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.overrides_key, self.weights_key = "hyperparameters.config_overrides", "hyperparameters.weights"
         if self.override_mmdet_config:
             if self.config_overrides and self.config_overrides != self.override_mmdet_config:

@@ -58,7 +58,9 @@ from mmdetection_files.data import (
     decoder,
     images_of_classes,
     is_plain_coco,
+    labels_of_samples,
     loss_pipeline,
+    repeats_by_itself,
     selected_classes,
     test_pipeline,
     trained_images,
@@ -141,6 +143,11 @@ class MMDetectionTrial(DetectionTrial):
         client = file_client_of(self.mmdet_config)
         if client is not None and self.data.backend == "disk" and self.data.file_client_args is None:
             self.data = replace(self.data, file_client_args=client)
+        repeats = self.for_training and self.data.repeat_threshold is not None
+        if repeats and (own := repeats_by_itself(self.mmdet_config.data)):
+            raise UserError(
+                f"data.repeat_threshold: the MMDetection config repeats images itself, by {own}; take one of them out"
+            )
         set_paths(self.mmdet_config, self.data, submitted)
         find_weights_files(self.mmdet_config, submitted)
         if self.hparams.weights is None and self.for_training and self.mmdet_config.get("load_from"):
@@ -243,10 +250,13 @@ class MMDetectionTrial(DetectionTrial):
     def training_groups(self) -> np.ndarray:
         return np.asarray(getattr(self.train_samples, "flag", np.zeros(len(self.train_samples), dtype=np.uint8)))
 
-    def training_batches(self) -> TrainingBatchSampler:
+    def training_labels(self) -> tuple[np.ndarray, np.ndarray]:
+        return labels_of_samples(self.train_samples)
+
+    def training_batches(self, first_batch: int | None = None) -> TrainingBatchSampler:
         by_class = (self.mmdet_config.data.get("train_dataloader") or {}).get("class_aware_sampler")
         if by_class is None:
-            return super().training_batches()
+            return super().training_batches(first_batch)
         return ClassAwareBatchSampler(
             self.images_of_classes,
             by_class.get("num_sample_class", 1),
@@ -255,7 +265,7 @@ class MMDetectionTrial(DetectionTrial):
             self.seed,
             self.rank,
             self.slots,
-            self.first_batch,
+            self.first_batch if first_batch is None else first_batch,
         )
 
     @cached_property

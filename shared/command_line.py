@@ -31,7 +31,7 @@ from shared.experiment import (
     refuse_another_detector_s,
 )
 from shared.training.checkpoint_folder import checkpoint_here
-from shared.training.run_folder import RunFolder
+from shared.training.run_folder import OF_THE_RUN, RunFolder
 from shared.training.task import on_cluster
 
 logger = logging.getLogger(__name__)
@@ -77,9 +77,9 @@ def look_first(module: str, hyperparameters: type, data: type[DataConfig] = Data
 
 def _look_at_run(arguments: argparse.Namespace) -> None:
     """Raises UserError where --output-dir or --resume is not what a run can begin with."""
-    if arguments.resume in ("last", "best") and arguments.output_dir is None:
+    if arguments.resume in OF_THE_RUN and arguments.output_dir is None:
         raise UserError(f"--resume {arguments.resume}: say of which run, by --output-dir")
-    if arguments.resume not in (None, "last", "best"):
+    if arguments.resume not in (None, *OF_THE_RUN):
         _look_at_checkpoint(arguments.resume, "--resume")
     if arguments.output_dir is not None and arguments.resume is None:
         RunFolder(arguments.output_dir).refuse_other_run()
@@ -118,7 +118,9 @@ def read_arguments() -> argparse.Namespace:
     train = add("train", "Train, as a cluster would.")
     train.add_argument("--output-dir", type=Path, help="where everything of the run goes; default runs/<time>")
     train.add_argument(
-        "--resume", metavar="CHECKPOINT", help="`last` or `best` of --output-dir, or the path of a checkpoint"
+        "--resume",
+        metavar="CHECKPOINT",
+        help="`last` or `best` of --output-dir; `auto`: `last` where there is one, else anew; the path of a checkpoint",
     )
 
     search = add("search", "Search hyperparameters, as a cluster would: what a `searcher` of the config says.")

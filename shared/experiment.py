@@ -57,6 +57,7 @@ class DataConfig:
     workers: int = 4
     on_bad_image: str = "error"
     check_images: bool = True
+    repeat_threshold: float | None = None
 
     @property
     def store_options(self) -> StoreOptions:
@@ -134,6 +135,10 @@ class SearcherMetric:
     name: str
     smaller_is_better: bool
 
+    def is_better(self, value: float, best: float | None) -> bool:
+        """Whether a value is better than the best so far, None where there is none."""
+        return best is None or (value < best if self.smaller_is_better else value > best)
+
     @property
     def worst(self) -> float:
         """What stands for a metric that is undefined: finite, and no better than any value of it.
@@ -142,6 +147,40 @@ class SearcherMetric:
         if not self.smaller_is_better and self.name.startswith(("bbox_", "segm_", "keypoints_")):
             return 0.0
         return 1e30 if self.smaller_is_better else -1e30
+
+
+@dataclass
+class EarlyStopping:
+    """`hyperparameters.early_stopping`.
+
+    Attributes:
+        patience: validations in a row without a better searcher metric, after which the training ends.
+    """
+
+    patience: int
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise UserError(
+                f"hyperparameters.early_stopping.patience is {self.patience}, and must be 1 or more; leave "
+                "early_stopping out to train to the end"
+            )
+
+
+@dataclass(kw_only=True)
+class TrainingHyperparameters:
+    """The hyperparameters that every detector has; docs/config.md says what each does."""
+
+    early_stopping: EarlyStopping | None = None
+    max_hours: float | None = None
+    checkpoint_every_minutes: float | None = None
+    validation_loss: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("max_hours", "checkpoint_every_minutes"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise UserError(f"hyperparameters.{key} is {value:g}, and must be greater than 0; or leave it out")
 
 
 def check_paths(data: DataConfig, splits: Iterable[str], submitted: Path) -> None:
@@ -169,6 +208,7 @@ def parse_section(section: dict[str, Any] | None, into: type[T], where: str) -> 
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in section:
             raise UserError(f"{where}.{field.name} is missing")
+    _check_sections_in(section, into, where)
     try:
         return msgspec.convert(section, into)
     except msgspec.ValidationError as error:
@@ -179,6 +219,17 @@ def parse_section(section: dict[str, Any] | None, into: type[T], where: str) -> 
         if choices := _choices(into, key.removeprefix(".")):
             message = f"{_as_in_yaml(section[key.removeprefix('.')])} is none of {', '.join(choices)}"
         raise UserError(f"{where}{key}: {message}") from error
+
+
+def _check_sections_in(section: dict[str, Any], into: type, where: str) -> None:
+    """Raises UserError where a key that is a section of its own is none, or not a right one."""
+    for name, kind in get_type_hints(into).items():
+        for part in get_args(kind) or (kind,):
+            if dataclasses.is_dataclass(part) and section.get(name) is not None:
+                if not isinstance(section[name], dict):
+                    keys = ", ".join(f"{field.name}: …" for field in dataclasses.fields(part))
+                    raise UserError(f"{where}.{name}: {_as_in_yaml(section[name])} is no section; give {{{keys}}}")
+                parse_section(section[name], part, f"{where}.{name}")
 
 
 def _choices(into: type, key: str) -> list[str]:
@@ -234,6 +285,11 @@ def parse_data(config: dict[str, Any], into: type[DataConfig] = DataConfig) -> D
             raise UserError(f"data.{key} is {value}, and must be greater than 0")
     if data.on_bad_image not in ("error", "skip"):
         raise UserError(f"data.on_bad_image: {data.on_bad_image!r} is neither 'error' nor 'skip'")
+    if data.repeat_threshold is not None and not 0 < data.repeat_threshold <= 1:
+        raise UserError(
+            f"data.repeat_threshold is {data.repeat_threshold:g}, and must be a share of the images: greater than 0, "
+            "and at most 1; LVIS's is 0.001"
+        )
     if data.workers < 0:
         raise UserError(f"data.workers is {data.workers}, and must be 0 or more")
     return data

@@ -18,7 +18,6 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from shared.config_file import fixed_hyperparameters, load_config, make_paths_absolute
-from shared.errors import UserError
 from shared.evaluation import visualization
 from shared.evaluation.data_report import save_page
 from shared.evaluation.evaluator import CocoEvaluator
@@ -30,12 +29,12 @@ from shared.report.summary import summary_of
 from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import load_weights, read_checkpoint
 from shared.training.local_run import LocalRun, full_disk_as_error
-from shared.training.loop import fit, trial_context
+from shared.training.loop import RunHasEnded, fit, trial_context
 from shared.training.manifest import check_manifest
 from shared.training.processes import first_on_each_machine, local_processes, on_chief
 from shared.training.progress import duration
 from shared.training.reports import picture_of_validation
-from shared.training.run_folder import RunFolder
+from shared.training.run_folder import OF_THE_RUN, RunFolder
 from shared.training.trial import DetectionTrial
 
 logger = logging.getLogger(__name__)
@@ -75,7 +74,14 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
             with full_disk_as_error(folder), trial.stopping:
                 # `best` needs a master; here every validated state is saved, and the best and the last are kept
                 policy = "none" if trial.schedule.checkpoint_policy == "none" else "all"
-                fit(trial, str(checkpoint.path) if checkpoint else None, policy)
+                try:
+                    fit(trial, str(checkpoint.path) if checkpoint else None, policy)
+                except RunHasEnded as ended:
+                    if arguments.resume != "auto":
+                        raise
+                    if distributed.rank == 0:
+                        logger.info("nothing to do: %s", ended)
+                    return  # without an error: whoever starts it again and again is to stop
             if not trial.is_finished:
                 _end_by_signal(trial, folder)
             if distributed.rank == 0:
@@ -94,18 +100,16 @@ def _take(folder: RunFolder, resume: str | None) -> None:
 
 
 def _checkpoint_to_resume(resume: str | None, folder: RunFolder) -> Path | None:
-    if resume not in ("last", "best"):
+    if resume not in OF_THE_RUN:
         return resume and find_checkpoint(resume)
-    checkpoint = folder.checkpoints / resume
-    if not checkpoint.exists():
-        raise UserError(f"--resume {resume}: {folder.path} has no checkpoint yet; leave --resume out and start anew")
+    checkpoint, best = folder.checkpoint(resume), folder.checkpoints / "best"
     try:
-        check_manifest(checkpoint)
+        if checkpoint is not None:
+            check_manifest(checkpoint)
     except UserError as error:
-        best = folder.checkpoints / "best"
-        if resume == "best" or not best.exists():
+        if checkpoint == best or not best.exists():
             raise
-        logger.warning("--resume last: %s; going on from %s", error, best)
+        logger.warning("--resume %s: %s; going on from %s", resume, error, best)
         return best
     return checkpoint
 
@@ -117,7 +121,7 @@ def _begin_reports(trial: DetectionTrial, folder: RunFolder, config: dict[str, A
     length = {"batches": trial.total_batches, "batches_per_epoch": trial.batches_per_epoch}
     folder.length.write_text(json.dumps(length))
     trial.save_own_config(folder.path)
-    trial.tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=trial.first_batch + 1)
+    trial.tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=trial.first_batch + 1 if checkpoint else 0)
     opened = {"train": trial.train_data, "val": trial.val_data}
     opened = {split: data for split, data in opened.items() if isinstance(data, SplitData)}
     if opened and not folder.labels.exists():
@@ -138,6 +142,8 @@ def _end_reports(trial: DetectionTrial, folder: RunFolder, seconds: float) -> No
         loss = report["metrics"].get("val_loss")
         number += "" if loss is None or wanted == "val_loss" else f", val_loss {loss:.4f}"
         print(f"{name}: {wanted} {number} at batch {report['batches']}, {folder.checkpoints / name}")
+    if trial.stopping.ended is not None:
+        print(f"ended after batch {trial.batches_trained} of {trial.total_batches}: {trial.stopping.ended}")
     print(f"trained for {duration(seconds)}; all of it is in {folder.path}")
     if figure := picture_of_validation(trial):
         picture = folder.path / "predictions.png"
@@ -183,6 +189,7 @@ def _about(trial: DetectionTrial, folder: RunFolder, config: dict[str, Any], shi
             **dict(trial.summary_lines()),
             "validation data": f"{trial.val_data.annotations.path or 'fake'}, {len(trial.val_data.annotations)} images",
             **({"best checkpoint": f"batch {best['batches']} of {trial.total_batches}"} if best else {}),
+            **({"ended by": trial.stopping.ended} if trial.stopping.ended else {}),
             "device": trial.context.device,
             "time": f"{duration(seconds)}" + (f", from batch {trial.first_batch} on" if trial.first_batch else ""),
             **speed(reports),

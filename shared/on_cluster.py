@@ -27,3 +27,5 @@ def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
             fit(trial, info.latest_checkpoint, trial.schedule.checkpoint_policy)
             if distributed.rank == 0 and trial.is_finished:
                 print(table_of(trial), flush=True)
+                if trial.stopping.ended is not None:
+                    print(f"ended after batch {trial.batches_trained}: {trial.stopping.ended}", flush=True)

@@ -106,6 +106,7 @@ def test_a_checkpoint_that_is_only_named_best_is_asked_of_which_run(looked, tmp_
     line = looked("evaluate", "c.yaml", "--checkpoint", "best")
     assert "of the newest run here runs/a/checkpoints/best" in line
     assert "--resume best: say of which run, by --output-dir" in looked("train", "c.yaml", "--resume", "best")
+    assert "--resume auto: say of which run, by --output-dir" in looked("train", "c.yaml", "--resume", "auto")
 
 
 def test_a_score_in_percent_is_refused(looked, capsys):

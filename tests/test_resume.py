@@ -204,6 +204,72 @@ def test_a_run_that_was_trained_to_its_end_says_what_to_give_to_go_on(tiny, trai
         train(trial(), tiny, resume="last")
 
 
+def test_auto_begins_anew_without_a_checkpoint_goes_on_with_one_and_leaves_a_run_at_its_end(tiny, train, monkeypatch):
+    monkeypatch.setattr("shared.training.report_figures.ReportFigures.draw", lambda *_: None)
+    monkeypatch.setattr("shared.here._write_report", lambda *_: None)
+    tiny["searcher"]["max_length"], tiny["perform_initial_validation"] = {"batches": 8}, True
+
+    def killed_after(batch):
+        class Killed(trial()):
+            def losses(self, model, batch_of_images):
+                if self.batches_trained == batch:
+                    raise RuntimeError("killed")
+                return super().losses(model, batch_of_images)
+
+        Killed.__module__ = "model_def"
+        return Killed
+
+    for batch in (2, 6):  # before and after the checkpoint of batch 4; the folder is not there at first
+        with pytest.raises(RuntimeError, match="killed"):
+            train(killed_after(batch), tiny, resume="auto")
+    run = train(trial(), tiny, resume="auto")
+    assert [report["batches"] for report in reports(run)] == [0, 2, 4, 4, 6, 8, 8]
+    saved = (run / "checkpoints/last/state_dict.pth").stat().st_mtime_ns
+    train(trial(), tiny, resume="auto")
+    assert (run / "checkpoints/last/state_dict.pth").stat().st_mtime_ns == saved
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+# a model_def.py of which rank 1 is killed once, after the checkpoint of batch 4
+KILLED_ONCE = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, os.getcwd())
+import model_def
+from shared.launch import main
+
+class Killed(model_def.EfficientDetTrial):
+    def losses(self, model, batch):
+        mark = Path(os.environ["MARK"])
+        if self.rank == 1 and self.batches_trained == 6 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().losses(model, batch)
+
+main(Killed)
+"""
+
+
+def test_a_killed_rank_under_torchrun_s_restarts_costs_what_came_since_the_checkpoint_and_no_command(tiny, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny))
+    script, mark, run = tmp_path / "killed.py", tmp_path / "mark", tmp_path / "run"
+    script.write_text(KILLED_ONCE)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    train = ["train", tmp_path / "config.yaml", "--output-dir", run, "--resume", "auto"]
+    done = subprocess.run(
+        [*torchrun, "--max-restarts", "3", script, *train],
+        cwd=ROOT / "efficientdet",
+        env={**os.environ, "MARK": str(mark)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert mark.exists()
+    assert "going on after batch 4" in done.stderr
+    assert [report["batches"] for report in reports(run)] == [2, 4, 4, 6, 8, 8, 10, 12, 12]
+
+
 def test_a_step_that_the_scale_of_fp16_skips_ends_no_run_and_one_that_diverges_is_ended():
     def report(losses, may_skip):
         for number, loss in enumerate(losses):

@@ -1,11 +1,22 @@
 """Which images make up which batch."""
 
+import json
 from itertools import islice
 
 import numpy as np
 import pytest
+from tiny_models import CONFIGS, trial_classes
 
-from shared.data.samplers import EvaluationBatchSampler, TrainingBatchSampler, aspect_ratio_groups
+from shared.data.annotations import CocoAnnotations
+from shared.data.dataset import SampleKey
+from shared.data.samplers import (
+    EvaluationBatchSampler,
+    TrainingBatchSampler,
+    aspect_ratio_groups,
+    labels_of,
+    repeat_factors,
+)
+from shared.errors import UserError
 
 
 def first_batches(count, **arguments):
@@ -57,6 +68,131 @@ def test_batches_of_one_aspect_are_shared_by_the_slots_and_resumed():
     halves = [first_batches(9, groups=groups, per_slot_batch_size=2, seed=5, rank=r, slots=2) for r in (0, 1)]
     assert [a + b for a, b in zip(*halves, strict=True)] == whole
     assert first_batches(2, groups=groups, per_slot_batch_size=4, seed=5, first_batch=7) == whole[7:]
+
+
+def rare(images=200, seed=0):
+    """Labels of each image, some of them rare, several objects of one, and images without any."""
+    generator = np.random.default_rng(seed)
+    return [
+        generator.choice(6, generator.integers(0, 5), p=[0.5, 0.3, 0.14, 0.04, 0.015, 0.005]) for _ in range(images)
+    ]
+
+
+def flat(labels):
+    return np.repeat(np.arange(len(labels)), list(map(len, labels))), np.concatenate(labels)
+
+
+@pytest.mark.parametrize("threshold", [0.01, 0.2, 1.0])
+def test_an_image_comes_as_often_as_lvis_has_it(threshold):
+    labels = rare()
+    having = {label: sum(label in of_image for of_image in labels) for label in range(6)}
+    factor = {c: max(1.0, (threshold * len(labels) / count) ** 0.5) for c, count in having.items() if count}
+    expected = [max((factor[label] for label in of_image), default=1.0) for of_image in labels]
+    np.testing.assert_allclose(repeat_factors(*flat(labels), len(labels), threshold), expected)
+
+
+def test_the_factors_are_those_of_detectron2():
+    samplers = pytest.importorskip("detectron2.data.samplers", exc_type=ImportError)
+    labels = rare()
+    dicts = [{"annotations": [{"category_id": int(label)} for label in of_image]} for of_image in labels]
+    theirs = samplers.RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(dicts, 0.3)
+    assert theirs.max() > 2
+    np.testing.assert_allclose(repeat_factors(*flat(labels), len(labels), 0.3), theirs.numpy(), rtol=1e-6)
+
+
+def test_the_labels_of_images_are_those_of_their_records(shapes):
+    annotations = CocoAnnotations.open(str(shapes / "annotations/train.json"))
+    chosen = np.array([5, 2, 5, 9])
+    samples, labels = labels_of(annotations, chosen)
+    for position, index in enumerate(chosen):
+        assert labels[samples == position].tolist() == annotations[int(index)].labels.tolist()
+    assert len(labels_of(annotations)[0]) == len(annotations.columns["labels"])
+
+
+REPEATS = np.random.default_rng(3).choice([1.0, 1.0, 1.3, 2.5, 4.2], 40)
+
+
+def test_each_epoch_has_as_many_batches_and_each_image_as_often_as_its_factor_says():
+    sampler = TrainingBatchSampler(np.zeros(40), 1, 1, repeats=REPEATS)
+    assert len(sampler) == int(np.ceil(REPEATS.sum()))
+    assert len(TrainingBatchSampler(np.zeros(40), 4, 1, repeats=REPEATS)) == -(-len(sampler) // 4)
+    counts, epochs = np.zeros(40), 400
+    for batch in islice(sampler, epochs * len(sampler)):
+        for key in batch:
+            counts[key.index] += 1
+    assert np.abs(counts / epochs - REPEATS).max() < 0.15
+    assert (counts >= epochs * np.floor(REPEATS)).all()
+    one, other = (
+        first_batches(len(sampler), groups=np.zeros(40), per_slot_batch_size=4, seed=s, repeats=REPEATS) for s in (1, 2)
+    )
+    assert one != other
+
+
+def test_the_copies_of_an_image_in_an_epoch_are_samples_of_their_own():
+    batches = first_batches(12, groups=np.zeros(3), per_slot_batch_size=2, seed=0, repeats=np.array([3.0, 1.0, 2.0]))
+    epoch = [key for batch in batches[:3] for key in batch]
+    assert sorted((key.index, key.copy) for key in epoch) == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1)]
+    assert len({key.seeds for key in epoch}) == 6
+    assert SampleKey(4, 7).seeds == (4, 7)
+
+
+@pytest.mark.parametrize("groups", [np.zeros(40), np.arange(40) % 3 == 0], ids=["one group", "two"])
+def test_with_repeats_slots_and_a_resume_see_the_same_images(groups):
+    arguments = {"groups": groups, "seed": 5, "repeats": REPEATS}
+    whole = first_batches(60, per_slot_batch_size=4, **arguments)
+    halves = [first_batches(60, per_slot_batch_size=2, rank=rank, slots=2, **arguments) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*halves, strict=True)] == whole
+    assert first_batches(23, per_slot_batch_size=4, first_batch=37, **arguments) == whole[37:]
+    assert all(len({groups[key.index] for key in batch}) == 1 for batch in whole)
+
+
+def test_each_detector_repeats_the_images_of_a_rare_category(detector, shapes, train, tmp_path):
+    coco = json.loads((shapes / "annotations/train.json").read_text())
+    kept = sorted({a["image_id"] for a in coco["annotations"] if a["category_id"] == 3})[:2]
+    coco["annotations"] = [a for a in coco["annotations"] if a["category_id"] != 3 or a["image_id"] in kept]
+    (tmp_path / "rare.json").write_text(json.dumps(coco))
+    images = {image["id"]: set() for image in coco["images"]}
+    for annotation in coco["annotations"]:
+        images[annotation["image_id"]].add(annotation["category_id"])
+    if detector != "efficientdet":  # as their configs say
+        images = {image: labels for image, labels in images.items() if labels}
+    shares = {c: sum(c in labels for labels in images.values()) / len(images) for c in (1, 2, 3)}
+    expected = [max([1.0, *((0.5 / shares[c]) ** 0.5 for c in labels)]) for labels in images.values()]
+    config = CONFIGS[detector](shapes)
+    config["data"].update(workers=0, repeat_threshold=0.5)
+    config["data"]["train"]["annotations"] = str(tmp_path / "rare.json")
+    trial_class, seen = trial_classes()[detector], []
+
+    def build_training_data_loader(self):
+        seen.extend([self.repeats, self.batches_per_epoch, dict(self.summary_lines())["repeated"]])
+        next(iter(super(cls, self).build_training_data_loader()))
+        raise UserError("seen")
+
+    cls = type(trial_class.__name__, (trial_class,), {"build_training_data_loader": build_training_data_loader})
+    cls.__module__ = trial_class.__module__
+    with pytest.raises(UserError, match="seen"):
+        train(cls, config)
+    repeats, batches, said = seen
+    assert max(expected) > 2
+    np.testing.assert_allclose(sorted(repeats), sorted(expected))
+    assert batches == -(-int(np.ceil(sum(expected))) // 4)
+    assert said.startswith(f"{sum(factor > 1 for factor in expected)} of {len(images)} images, up to")
+
+
+OWN = {
+    "mmdetection": {"data.train_dataloader": {"class_aware_sampler": {"num_sample_class": 1}}},
+    "detectron2": {"DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler", "DATALOADER.REPEAT_THRESHOLD": 0.1},
+}
+
+
+@pytest.mark.parametrize("detector", OWN, indirect=True)
+def test_a_config_that_repeats_images_itself_is_refused_with_a_threshold(detector, shapes, train):
+    config = CONFIGS[detector](shapes, **OWN[detector])
+    config["data"].update(workers=0, repeat_threshold=0.5)
+    with pytest.raises(
+        UserError, match=r"data.repeat_threshold: the .*onfig repeats images itself, by .*; take one of"
+    ):
+        train(trial_classes()[detector], config)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 7])

@@ -36,6 +36,7 @@ from shared.data.dataset import BadImages, CocoDetection, SampleKey
 from shared.data.images import BadImageError
 from shared.data.loading import Batch, map_tensors
 from shared.data.remote import is_url
+from shared.data.samplers import labels_of
 from shared.data.seeding import seed_all
 from shared.data.storage import DiskImages
 from shared.errors import UserError, nearest
@@ -191,7 +192,11 @@ class CocoSamples(Dataset):
         return len(self.indices)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        return self.images[SampleKey(key.epoch, int(self.indices[key.index]))]
+        return self.images[key._replace(index=int(self.indices[key.index]))]
+
+    def labels(self) -> tuple[np.ndarray, np.ndarray]:
+        """As `labels_of` gives them."""
+        return labels_of(self.images.annotations, self.indices)
 
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
         """(samples,) widths, (samples,) heights."""
@@ -265,10 +270,24 @@ class RegisteredSamples(Dataset):
         return len(self.indices)
 
     def __getitem__(self, key: SampleKey | int) -> dict[str, Any]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        dataset_dict = self.dicts[int(self.indices[index])]
-        seed_all(self.seed, epoch, index)
+        key = key if isinstance(key, SampleKey) else SampleKey(0, key)
+        dataset_dict = self.dicts[int(self.indices[key.index])]
+        seed_all(self.seed, *key.seeds)
         return _mapped(self.mapper, dataset_dict, dataset_dict["file_name"])
+
+    def labels(self) -> tuple[np.ndarray, np.ndarray]:
+        """As `labels_of` gives them.
+
+        Raises:
+            UserError: the dicts have no objects.
+        """
+        of_samples = [self.dicts[int(index)].get("annotations") for index in self.indices]
+        if None in of_samples:
+            raise UserError(
+                "data.repeat_threshold: the data set to train on has images without objects' categories; leave it out"
+            )
+        labels = [annotation["category_id"] for annotations in of_samples for annotation in annotations]
+        return np.repeat(np.arange(len(self)), list(map(len, of_samples))), np.asarray(labels, dtype=np.int64)
 
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
         """(samples,) widths, (samples,) heights."""

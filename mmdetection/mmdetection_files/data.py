@@ -33,7 +33,7 @@ from shared.data.images import BadImageError
 from shared.data.listing import Look
 from shared.data.loading import Batch
 from shared.data.remote import is_url
-from shared.data.samplers import TrainingBatchSampler, aspect_ratio_groups
+from shared.data.samplers import TrainingBatchSampler, aspect_ratio_groups, labels_of
 from shared.data.seeding import seed_all
 from shared.data.storage import ImageStorage
 from shared.errors import UserError
@@ -410,6 +410,47 @@ def image_id_of(dataset: Any, index: int) -> int:
     return index
 
 
+def labels_of_samples(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
+    """As `labels_of` gives them, of a training data set within MMDetection's wrappers.
+
+    Raises:
+        UserError: a data set does not say which classes an image has.
+    """
+    if isinstance(dataset, CocoSamples):
+        return labels_of(dataset.images.annotations, dataset.indices)
+    if hasattr(dataset, "cumulative_sizes"):  # ConcatDataset
+        starts = [0, *dataset.cumulative_sizes]
+        parts = [labels_of_samples(part) for part in dataset.datasets]
+        samples = [samples + start for (samples, _), start in zip(parts, starts, strict=False)]
+        return np.concatenate(samples), np.concatenate([labels for _, labels in parts])
+    if hasattr(dataset, "dataset"):  # RepeatDataset, MultiImageMixDataset
+        samples, labels = labels_of_samples(dataset.dataset)
+        times, count = len(dataset) // len(dataset.dataset), len(dataset.dataset)
+        return np.concatenate([samples + i * count for i in range(times)]), np.tile(labels, times)
+    if not hasattr(dataset, "get_cat_ids"):
+        raise UserError(
+            f"data.repeat_threshold: {type(dataset).__name__} of the MMDetection config does not say which classes an "
+            "image has; leave it out"
+        )
+    of_samples = [list(dataset.get_cat_ids(index)) for index in range(len(dataset))]
+    samples = np.repeat(np.arange(len(of_samples)), list(map(len, of_samples)))
+    return samples, np.asarray(list(itertools.chain.from_iterable(of_samples)), dtype=np.int64)
+
+
+def repeats_by_itself(data: Any) -> str | None:
+    """By what the `data` of a config repeats the images of rare classes; None where it does not."""
+
+    def has_balanced(dataset: Any) -> bool:
+        if isinstance(dataset, (list, tuple)):
+            return any(map(has_balanced, dataset))
+        within = [dataset.get("dataset"), *(dataset.get("datasets") or ())]
+        return dataset.get("type") == "ClassBalancedDataset" or any(map(has_balanced, filter(None, within)))
+
+    if has_balanced(data.train):
+        return "ClassBalancedDataset"
+    return "class_aware_sampler" if (data.get("train_dataloader") or {}).get("class_aware_sampler") else None
+
+
 def images_of_classes(dataset: Any) -> list[np.ndarray]:
     """The positions in a training data set of the images that have each class; classes without any left out.
 
@@ -473,11 +514,10 @@ class TrainingSamples(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: SampleKey) -> tuple[Any, int]:
-        epoch, index = key
-        if self.mode_switch is not None and epoch >= self.mode_switch[0] and self.mixes:
+        if self.mode_switch is not None and key.epoch >= self.mode_switch[0] and self.mixes:
             self.dataset.update_skip_type_keys(self.mode_switch[1])
-        seed_all(self.seed, epoch, index)
-        return self.dataset[index], image_id_of(self.dataset, index)
+        seed_all(self.seed, *key.seeds)
+        return self.dataset[key.index], image_id_of(self.dataset, key.index)
 
 
 class OwnEvaluationSamples(torch.utils.data.Dataset):

@@ -24,10 +24,15 @@ Transform = Callable[[Any, ImageRecord], Any]
 
 
 class SampleKey(NamedTuple):
-    """Which image, and in which epoch: what the sample's random numbers follow from."""
+    """Which image, in which epoch, and which of its copies there: what the sample's random numbers follow from."""
 
     epoch: int
     index: int
+    copy: int = 0
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return (self.epoch, self.index, self.copy, 4) if self.copy else (self.epoch, self.index)
 
 
 class BadImages:
@@ -66,7 +71,7 @@ class CocoDetection(torch.utils.data.Dataset):
     """`dataset[SampleKey(epoch, index)]` is `transform(image, record)`; `dataset[index]` is that of epoch 0.
 
     The transform may draw from Python's, NumPy's and PyTorch's global generators: they are seeded from
-    (seed, epoch, index) before it runs.
+    (seed, epoch, index) before it runs, and the copy of an image that comes several times an epoch.
 
     Args:
         transform: takes an image, as `decode` gives it, and its `ImageRecord`.
@@ -101,11 +106,11 @@ class CocoDetection(torch.utils.data.Dataset):
         return len(self.annotations)
 
     def __getitem__(self, key: SampleKey | int) -> Any:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        for candidate in self._candidates(index):
+        key = key if isinstance(key, SampleKey) else SampleKey(0, key)
+        for candidate in self._candidates(key.index):
             try:
                 image, record = self.load(candidate)
-                seed_all(self.seed, epoch, index)
+                seed_all(self.seed, *key.seeds)
                 return transformed(self.transform, image, record)
             except BadImageError as error:
                 self.bad_images.leave_out(error, int(self.annotations.image_ids[candidate]))

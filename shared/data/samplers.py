@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import SampleKey
 
 logger = logging.getLogger(__name__)
@@ -22,11 +24,16 @@ class TrainingBatchSampler(Sampler):
     is filled up from the group's beginning, so that all batches have the same size. The global batches are the
     same for any number of slots.
 
+    With `repeats` an image comes so often instead; of a fraction, once more in so large a share of the epochs, drawn
+    anew in each. An epoch has of each group what that comes to on average, rounded down or up, and as many batches as
+    the greater of these needs: all epochs have one length.
+
     Args:
         groups: (images,) which images may be in one batch: those of one `aspect_ratio_groups`, or all alike.
         per_slot_batch_size: images a batch on this slot.
         rank, slots: which part of each global batch is this slot's.
         first_batch: batches already trained, to go on after.
+        repeats: (images,) how often each image comes an epoch, 1 or more; None for once each.
     """
 
     def __init__(
@@ -37,6 +44,7 @@ class TrainingBatchSampler(Sampler):
         rank: int = 0,
         slots: int = 1,
         first_batch: int = 0,
+        repeats: np.ndarray | None = None,
     ):
         self.groups = groups
         self.per_slot_batch_size = per_slot_batch_size
@@ -44,10 +52,10 @@ class TrainingBatchSampler(Sampler):
         self.rank = rank
         self.slots = slots
         self.first_batch = first_batch
+        self.repeats = repeats
         if rank == 0 and per_slot_batch_size * slots > len(groups):
             _warn_of_repeats(per_slot_batch_size * slots, len(groups))
-        _, sizes = np.unique(groups, return_counts=True)
-        self.length = int((-(-sizes // (per_slot_batch_size * slots))).sum())
+        self.length = sum(self._batches_of(group) for group in np.unique(groups))
 
     def __len__(self) -> int:
         return self.length
@@ -56,20 +64,42 @@ class TrainingBatchSampler(Sampler):
         epoch, first = divmod(self.first_batch, len(self))
         while True:
             for batch in self._epoch(epoch)[first:, self.rank].tolist():
-                yield [SampleKey(epoch, index) for index in batch]
+                yield [SampleKey(epoch, number % len(self.groups), number // len(self.groups)) for number in batch]
             epoch, first = epoch + 1, 0
 
+    def _batches_of(self, group: int) -> int:
+        """Global batches an epoch of one group."""
+        members = self.groups == group
+        images = members.sum() if self.repeats is None else math.ceil(self.repeats[members].sum() - 1e-6)
+        return -(-int(images) // (self.slots * self.per_slot_batch_size))
+
     def _epoch(self, epoch: int) -> np.ndarray:
-        """(batches, slots, per_slot_batch_size) indices."""
+        """(batches, slots, per_slot_batch_size) numbers: an index, and for each earlier copy of it in the epoch as many
+        as there are images more."""
         generator = np.random.default_rng([self.seed, epoch])
-        order = generator.permutation(len(self.groups))
+        order = generator.permutation(self._drawn(generator))
+        groups = self.groups[order % len(self.groups)]
         batch_size = self.slots * self.per_slot_batch_size
         batches = []
         for group in np.unique(self.groups):
-            members = order[self.groups[order] == group]
-            batches.append(np.resize(members, (-(-len(members) // batch_size), batch_size)))
+            batches.append(np.resize(order[groups == group], (self._batches_of(group), batch_size)))
         batches = generator.permutation(np.concatenate(batches)) if len(batches) > 1 else batches[0]
         return batches.reshape(len(self), self.slots, self.per_slot_batch_size)
+
+    def _drawn(self, generator: np.random.Generator) -> np.ndarray:
+        """The numbers of all that an epoch has."""
+        images = np.arange(len(self.groups))
+        if self.repeats is None:
+            return images
+        counts = self.repeats.astype(np.int64)
+        for group in np.unique(self.groups):
+            # one point in each unit of the fractions laid end to end: each image as often as its own says
+            members = generator.permutation(images[self.groups == group])
+            ends = np.cumsum((self.repeats - counts)[members], dtype=np.float64) + generator.random()
+            counts[members] += np.diff(np.floor(ends), prepend=0.0).astype(np.int64)
+        index = np.repeat(images, counts)
+        copy = np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return index + copy * len(images)
 
 
 @functools.cache  # a training makes several samplers
@@ -86,6 +116,45 @@ def aspect_ratio_groups(widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
     """(images,) 1 for images that are wider than high, 0 for the others: a batch of one group needs little
     padding."""
     return (np.asarray(widths) > np.asarray(heights)).astype(np.uint8)
+
+
+def labels_of(annotations: CocoAnnotations, images: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """What images have: (objects,) positions in `images`, and (objects,) labels.
+
+    Args:
+        images: (samples,) indices, all of the images where None.
+    """
+    offsets, labels = annotations.columns["offsets"], annotations.columns["labels"]
+    images = np.arange(len(annotations)) if images is None else images
+    counts = np.diff(offsets)[images]
+    first = np.cumsum(counts) - counts
+    of_objects = np.arange(counts.sum()) + np.repeat(offsets[images] - first, counts)
+    return np.repeat(np.arange(len(images)), counts), np.asarray(labels)[of_objects]
+
+
+def repeat_factors(samples: np.ndarray, labels: np.ndarray, count: int, threshold: float) -> np.ndarray:
+    """(count,) how often a sample comes an epoch, as LVIS has it (Gupta et al. 2019): max(1, √(threshold / f)) of its
+    rarest category, f the share of samples that have it.
+
+    Args:
+        samples, labels: of objects, as `labels_of` gives them.
+        count: samples, those without objects too.
+    """
+    # a pair of sample and label once, however many objects there are of it
+    pairs = np.unique(np.stack([samples, labels]).astype(np.int64), axis=1)
+    _, category, having = np.unique(pairs[1], return_inverse=True, return_counts=True)
+    of_category = np.maximum(1.0, np.sqrt(threshold / (having / count)))
+    factors = np.ones(count)
+    np.maximum.at(factors, pairs[0], of_category[category.reshape(-1)])
+    return factors
+
+
+def described(repeats: np.ndarray) -> str:
+    """Repeats in words."""
+    return (
+        f"{int((repeats > 1).sum())} of {len(repeats)} images, up to {repeats.max():.3g} times an epoch, which has "
+        f"{repeats.sum() / len(repeats):.3g} times as many"
+    )
 
 
 class EvaluationBatchSampler(Sampler):

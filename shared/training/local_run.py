@@ -34,7 +34,8 @@ class LocalRun(PyTorchCallback):
         self.best: float | None = None
         self.best_at = -1
         if self.chief:
-            folder.forget_metrics_after(trial.first_batch)
+            # a run that begins anew validates before its first batch once more
+            folder.forget_metrics_after(trial.first_batch or -1)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "best_at": self.best_at}
@@ -50,7 +51,7 @@ class LocalRun(PyTorchCallback):
         trial, wanted = self.trial, self.trial.searcher_metric
         value = trial.last_validation[wanted.name]
         value = wanted.worst if math.isnan(value) else value
-        if self.best is None or (value < self.best if wanted.smaller_is_better else value > self.best):
+        if wanted.is_better(value, self.best):
             self.best, self.best_at = value, trial.batches_trained
             if self.chief and isinstance(trial.evaluator, CocoEvaluator):
                 names = trial.evaluator.annotations.category_names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,13 @@ if TYPE_CHECKING:
     from shared.training.trial import DetectionTrial
 
 
+logger = logging.getLogger(__name__)
+
 SECONDS_BETWEEN_UPLOADS = 1.1  # of TensorBoard's files: what comes within a second of the last is not sent
+
+
+class RunHasEnded(UserError):
+    """There is nothing to train after the checkpoint."""
 
 
 @contextlib.contextmanager
@@ -77,6 +84,11 @@ class Periods:
     checkpoint: int | None
     validation_start: int = 0
     validation_changes: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def validates_before_the_end(self) -> bool:
+        """Whether there may be a validation but the last."""
+        return self.validation is not None or bool(self.validation_changes)
 
     def validates(self, batch: int) -> bool:
         period = self.validation
@@ -136,7 +148,7 @@ def fit(trial: DetectionTrial, latest_checkpoint: str | None, checkpoint_policy:
         checkpoint_policy: "best" (on a cluster alone), "all" or "none".
 
     Raises:
-        UserError: the checkpoint is of a training that has come to its end.
+        RunHasEnded: the checkpoint is of a training that has come to its end.
     """
     schedule, periods, on_cluster = trial.schedule, trial.periods, trial.on_cluster
     stopping = trial.stopping
@@ -148,8 +160,8 @@ def fit(trial: DetectionTrial, latest_checkpoint: str | None, checkpoint_policy:
         trial_inst=trial,
         context=trial.context,
         max_length=pytorch.Batch(periods.total),
-        validation_period=at(periods.validates),
-        checkpoint_period=at(periods.saves),
+        validation_period=at(lambda batch: periods.validates(batch) or stopping.ended_after == batch),
+        checkpoint_period=at(lambda batch: periods.saves(batch) or stopping.saves_after == batch),
         reporting_period=at(lambda batch: periods.reports(batch) or stopping.after == batch),
         checkpoint_policy=checkpoint_policy,
         step_zero_validation=schedule.initial_validation,
@@ -199,19 +211,36 @@ class _Loop(pytorch._PyTorchTrialController):
             self._upload_tb_files()
 
     def _train(self, length: pytorch.TrainUnit, train_boundaries: list) -> None:
-        self.trial.stopping.begin()
         batches = self.state.batches_trained
-        if batches >= self.trial.periods.total and self._validation_is_current() and self.local_training:
-            raise UserError(
-                f"--resume: {self.latest_checkpoint} has been trained for {batches} batches, and searcher.max_length "
-                f"is {self.trial.periods.total}; give a greater one to go on"
-            )
+        if batches and (why := self._why_it_has_ended()):
+            if self.local_training:
+                raise RunHasEnded(f"--resume: {self.latest_checkpoint} {why}")
+            logger.info("the checkpoint %s", why)
+            raise pytorch._ShouldExit()
+        self.trial.stopping.begin()
         if batches and self.trial.periods.validates(batches) and not self._validation_is_current():
             self.state.last_ckpt = -1  # saved once more, with what the validation says
             if batches < self.trial.periods.total:
                 self._validate()
                 self._stop_requested()
         super()._train(length, train_boundaries)
+
+    def _why_it_has_ended(self) -> str | None:
+        """Why there is nothing to train after the checkpoint, and what to give to go on; None where there is."""
+        batches, trial = self.state.batches_trained, self.trial
+        if batches >= trial.periods.total and self._validation_is_current():
+            return (
+                f"has been trained for {batches} batches, and searcher.max_length is {trial.periods.total}; give a "
+                "greater one to go on"
+            )
+        if why := trial.patience.why_over():
+            return (
+                f"has ended by {why}; give a patience of more than {trial.patience.without_better}, or leave "
+                "hyperparameters.early_stopping out, to go on"
+            )
+        if self._validation_is_current() and (why := trial.stopping.clock.why_over()):
+            return f"has ended by {why}; give more of them, or leave hyperparameters.max_hours out, to go on"
+        return None
 
     def _stop_requested(self) -> None:
         # called after each report, validation and checkpoint

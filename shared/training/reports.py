@@ -52,7 +52,7 @@ class Reports(PyTorchCallback):
         if picture := picture_of_validation(trial, _WIDTH):
             trial.tensorboard.add_image("val/detections", np.asarray(picture), batches, dataformats="HWC")
         if isinstance(trial.evaluator, CocoEvaluator):
-            self.figures.draw(trial.evaluator, trial.tensorboard, batches, batches == trial.total_batches)
+            self.figures.draw(trial.evaluator, trial.tensorboard, batches, trial.is_at_its_end)
 
     def on_trial_shutdown(self) -> None:
         if self.chief:

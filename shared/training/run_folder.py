@@ -11,6 +11,7 @@ from typing import IO
 
 from shared.errors import UserError
 
+OF_THE_RUN = ("last", "best", "auto")  # what --resume may say of the folder's own checkpoints
 _SOURCES = (".py", ".yaml", ".yml", ".sh", ".md", ".jinja")
 
 
@@ -77,6 +78,19 @@ class RunFolder:
     def holds_a_run(self) -> bool:
         # a folder that was made before the config was found wrong holds none
         return self.metrics.exists() or any((self.checkpoints / name).exists() for name in ("best", "last"))
+
+    def checkpoint(self, which: str) -> Path | None:
+        """A checkpoint of the run, "last" or "best"; of "auto" the last that there is, and None where there is none.
+
+        Raises:
+            UserError: it has none of that name.
+        """
+        # a run killed in its first save may have `best` alone: `last` would be the same
+        found = [self.checkpoints / name for name in (("last", "best") if which == "auto" else (which,))]
+        found = [path for path in found if path.exists()]
+        if not found and which != "auto":
+            raise UserError(f"--resume {which}: {self.path} has no checkpoint yet; leave --resume out and start anew")
+        return found[0] if found else None
 
     def prepare(self, source: Path) -> None:
         """Makes the folders, clears what a killed run left half-written, and copies the code in `source`."""

@@ -1,6 +1,7 @@
 """When a training ends before its length: after the same batch on every process, with a checkpoint.
 
-Asked for by a signal (off the cluster), by the searcher or by a pause (on one).
+Asked for by a signal (off the cluster), by the searcher or by a pause (on one), to go on from there; or by the config:
+then the run has come to its end.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from types import FrameType
 from typing import Any
 
 from determined.core import DistributedContext
+
+from shared.training.clock import Clock
 
 # batches between two meetings of several processes: a meeting costs some milliseconds
 _BETWEEN_MEETINGS = 10
@@ -30,10 +33,15 @@ class Stopping:
         aggregation_frequency: batches to an optimizer step; only whole steps are stopped after.
         asked_elsewhere: the chief asks it at each report, validation and checkpoint: has somebody else (the searcher)
             ended the training?
+        clock: says when the run's time is over, and when a checkpoint is due.
+        total: batches at the run's end, which is no early one.
 
     Attributes:
         signal: the one that this process was sent; None without.
         after: the batch after which all processes stop, once they have agreed.
+        ended: why the run has come to its end before its length, where the config says so; None without.
+        saves_after: the last batch after which the clock asked for a checkpoint.
+        ended_after: the batch after which it has, and which is to be validated.
     """
 
     def __init__(
@@ -41,11 +49,18 @@ class Stopping:
         distributed: DistributedContext,
         aggregation_frequency: int = 1,
         asked_elsewhere: Callable[[], bool] = lambda: False,
+        clock: Clock | None = None,
+        total: int | None = None,
     ):
         self.distributed = distributed
         self.asked_elsewhere = asked_elsewhere
+        self.clock = clock or Clock()
+        self.total = total
         self.signal: signal.Signals | None = None
         self.after: int | None = None
+        self.saves_after: int | None = None
+        self.ended: str | None = None
+        self.ended_after: int | None = None
         self._training = False
         self._cut = False
         self._handles_signals = False
@@ -57,11 +72,20 @@ class Stopping:
     def begin(self) -> None:
         """From here on a signal is obeyed after a batch; before it ends the process at once, for nothing is lost."""
         self._training = True
+        self.clock.begin()
 
     def after_batch(self, batch: int) -> bool:
         """Whether to stop after `batch`, counted from 1, which this process has just trained."""
-        if self._handles_signals and batch % self._between_meetings == 0 and self._any(self.signal is not None):
-            self.after = batch
+        if (self._handles_signals or self.clock.is_asked) and batch % self._between_meetings == 0:
+            clock_says = (self.clock.why_over(), self.clock.save_is_due())
+            said = self.distributed.allgather((self.signal is not None, clock_says))
+            why_over, save_is_due = said[0][1]  # the chief's
+            if any(signalled for signalled, _ in said):
+                self.after = batch
+            elif why_over is not None:
+                self.end(batch, why_over)
+            elif save_is_due:
+                self.saves_after = batch
         return self.after == batch
 
     def at_boundary(self, batch: int) -> bool:
@@ -69,7 +93,7 @@ class Stopping:
         here = self.signal is not None
         if self.distributed.rank == 0:
             here = here or self.asked_elsewhere()
-        if self._any(here):
+        if self._any(here) or self.ended is not None:
             self.after = batch
         return self.after is not None
 
@@ -79,12 +103,22 @@ class Stopping:
         self._cut = self._cut or self.signal is not None
         return self._cut
 
+    def end(self, batch: int, why: str) -> None:
+        """Every process says this: the run ends with the validation after `batch`. At its length it does so anyway."""
+        if batch != self.total:
+            self.ended, self.ended_after = why, batch
+
+    def why_time_is_over(self) -> str | None:
+        """Why the run's time is over, asked by every process after a validation; None where it is not."""
+        return self.distributed.broadcast(self.clock.why_over()) if self.clock.is_asked else None
+
     def validation_was_cut(self, batch: int) -> bool:
         """Whether any process has left out a part of the validation after `batch`, which just ended: then all stop
         there."""
         cut, self._cut = self._any(self._cut), False
         if cut:
             self.after = batch
+            self.ended = self.ended_after = None
         return cut
 
     def _any(self, here: bool) -> bool:

@@ -20,6 +20,7 @@ from tabulate import tabulate
 
 from shared.data.dataset import BadImages
 from shared.data.input_scale import InputScale
+from shared.data.samplers import described
 from shared.data.seeding import seed_all
 from shared.errors import UserError, count_of
 from shared.evaluation.evaluator import CocoEvaluator
@@ -32,12 +33,14 @@ from shared.experiment import (
     parse_seed,
     per_slot_batch_size,
 )
+from shared.training.clock import Clock
 from shared.training.determined_fixes import (
     FiniteSearcherMetric,
     PlainRandomState,
     trial_is_stopping,
     wrap_model,
 )
+from shared.training.ending import Ending, Patience
 from shared.training.loop import aggregation_frequency, periods_of
 from shared.training.processes import first_on_each_machine, on_chief
 from shared.training.reports import Reports
@@ -62,11 +65,12 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
             pretrained weights, where None.
 
     Attributes:
-        hparams: the subclass's `hyperparameters_class`, filled from the config; each has `global_batch_size` and
-            `validation_loss`.
+        hparams: the subclass's `hyperparameters_class`, filled from the config; each has `global_batch_size` beside
+            what every detector has.
         categories: COCO categories; the position is the label.
         first_batch: batches that were trained before this start; `total_batches` at the end, of all slots together.
         stopping: when the training ends early.
+        patience: counts validations without a better searcher metric.
         finish_figures: waits for those of the last validation.
         local_callbacks: what a run off the cluster adds, set before `fit`.
     """
@@ -92,7 +96,6 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         self.seed = context.get_trial_seed() if self.on_cluster else parse_seed(self.config)
         self.first_batch = self.batches_trained = context.get_initial_batch()
         self.aggregation_frequency = aggregation_frequency(self.config)
-        self.stopping = Stopping(distributed, self.aggregation_frequency, self._searcher_has_stopped_it)
 
         self.bad_images = BadImages(skip=self.data.on_bad_image == "skip")
         if for_training:
@@ -103,8 +106,22 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
                 self.schedule, self.batches_per_epoch, self.global_batch_size, self.aggregation_frequency
             )
             self.total_batches = self.periods.total
+            self.patience = Patience(self.hparams.early_stopping, self.searcher_metric)
+            if self.hparams.early_stopping is not None and not self.periods.validates_before_the_end:
+                raise UserError(
+                    "hyperparameters.early_stopping: the only validation is at the end; give min_validation_period, or "
+                    "leave it out"
+                )
         else:
             self.categories = categories if categories is not None else self.known_categories()
+
+        self.stopping = Stopping(
+            distributed,
+            self.aggregation_frequency,
+            self._searcher_has_stopped_it,
+            Clock(self.hparams.max_hours, self.hparams.checkpoint_every_minutes),
+            self.total_batches if for_training else None,
+        )
 
         context.experimental.disable_dataset_reproducibility_checks()  # our sampler goes on where it was
         context.experimental.disable_auto_to_device()  # PrefetchLoader copies, and does not wait for it
@@ -171,19 +188,25 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
             "diverged": _Divergence(self),
             "training": CheckpointedState(self),
             "validation": ValidationResult(self),
+            "ending": Ending(self),
             "reports": Reports(self),
             **self.local_callbacks,
             "searcher_metric": FiniteSearcherMetric(self.searcher_metric),
         }
 
     def report_is_whole(self) -> bool:
-        """Whether a report is due after the last batch; else a stop has cut it short."""
+        """Whether a report is due after the last batch; else a stop or a checkpoint has cut it short."""
         return self.periods.reports(self.batches_trained)
 
     @property
+    def is_at_its_end(self) -> bool:
+        """Whether nothing is to be trained any more: it has its length, or the config ends it here."""
+        return self.batches_trained == self.total_batches or self.stopping.ended is not None
+
+    @property
     def is_finished(self) -> bool:
-        """Whether it has been trained to its length and validated there, not stopped before."""
-        return self.batches_trained == self.validated_at == self.total_batches
+        """Whether it has come to its end and was validated there, not stopped before."""
+        return self.is_at_its_end and self.validated_at == self.batches_trained
 
     def summary_lines(self) -> list[tuple[str, object]]:
         """What is printed at the start, name and value."""
@@ -191,6 +214,7 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
             *self.summary(),
             ("global batch", f"{self.global_batch_size} on {count_of(self.slots, 'slot')}"),
             ("length", f"{self.total_batches} batches, {self.batches_per_epoch} an epoch"),
+            *([] if self.repeats is None else [("repeated", described(self.repeats))]),
         ]
 
     def _warn_of_warmup(self) -> None:
@@ -225,11 +249,15 @@ def _values_refused(what: str) -> Iterator[None]:
 
 
 class _Divergence(PyTorchCallback):
-    """Ends the training where a loss was not finite: before anything is validated, reported here or saved."""
+    """Ends the training where a loss was not finite: before anything is validated, reported here or saved. What a
+    checkpoint cuts short is taken into the next report."""
 
     def __init__(self, trial: DetectionTrial):
         self.trial = trial
 
     def on_training_workload_end(self, avg_metrics: dict[str, Any], batch_metrics: list) -> None:
-        self.trial.training_metrics.raise_if_diverged()
+        metrics = self.trial.training_metrics
+        metrics.raise_if_diverged()
+        if not self.trial.report_is_whole():
+            metrics.go_on_with(metrics.begun(), self.trial.rank, self.trial.slots)
         self.trial.training_loader.waiting = 0.0

@@ -51,7 +51,8 @@ class TrialCheckpoint:
 
 
 class CheckpointedState(PyTorchCallback):
-    """The averaged weights, the detector's own state and what a stop left begun; nothing that is not finite."""
+    """The averaged weights, the detector's own state, what may end the run, and what a stop left begun; nothing that is
+    not finite."""
 
     def __init__(self, trial: DetectionTrial):
         self.trial = trial
@@ -64,6 +65,8 @@ class CheckpointedState(PyTorchCallback):
             "ema": None if trial.ema is None else trial.ema.module.state_dict(),
             "last_validation": {name: float(value) for name, value in trial.last_validation.items()},
             "own": trial.own_state(),
+            "patience": trial.patience.state(),
+            "seconds": trial.stopping.clock.seconds,
             "begun_report": [] if trial.report_is_whole() else trial.training_metrics.begun(),
         }
 
@@ -73,6 +76,8 @@ class CheckpointedState(PyTorchCallback):
             trial.ema.module.load_state_dict(state["ema"])
         trial.last_validation = dict(state["last_validation"])
         trial.load_own_state(state["own"])
+        trial.patience.load(state.get("patience") or {})
+        trial.stopping.clock.before = state.get("seconds", 0.0)
         if begun := state.get("begun_report"):
             trial.training_metrics.go_on_with(begun, trial.rank, trial.slots)
 

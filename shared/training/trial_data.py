@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import BadImages, CocoDetection, Transform
 from shared.data.loading import Batch, NotingSkipped, PrefetchLoader, start_workers
-from shared.data.samplers import EvaluationBatchSampler, TrainingBatchSampler
+from shared.data.samplers import EvaluationBatchSampler, TrainingBatchSampler, labels_of, repeat_factors
 from shared.data.seeding import seed_all
 from shared.errors import UserError
 from shared.evaluation.evaluator import CocoEvaluator
@@ -109,6 +110,10 @@ class TrialData:
         """(samples,) the group of each training sample: a batch is of one group."""
         return np.zeros(len(self.train_data.annotations), dtype=np.uint8)
 
+    def training_labels(self) -> tuple[np.ndarray, np.ndarray]:
+        """The positions of training samples and the labels of their objects, see `labels_of`."""
+        return labels_of(self.train_data.annotations)
+
     @property
     def evaluation_batch_size(self) -> int:
         """Images a batch that a slot detects on."""
@@ -157,12 +162,24 @@ class TrialData:
         dataset.transform = WithLossSample(dataset.transform, self.loss_transform(data), left_out)
         return dataset
 
-    def training_batches(self) -> TrainingBatchSampler:
-        """This slot's batches, from `first_batch` on, without end."""
-        groups = self.training_groups()
+    def training_batches(self, first_batch: int | None = None) -> TrainingBatchSampler:
+        """This slot's batches, from `first_batch` on (the run's where None), without end."""
         return TrainingBatchSampler(
-            groups, self.per_slot_batch_size, self.seed, self.rank, self.slots, self.first_batch
+            self.training_groups(),
+            self.per_slot_batch_size,
+            self.seed,
+            self.rank,
+            self.slots,
+            self.first_batch if first_batch is None else first_batch,
+            self.repeats,
         )
+
+    @cached_property
+    def repeats(self) -> np.ndarray | None:
+        """(samples,) how often each training sample comes an epoch; None for once each."""
+        if self.data.repeat_threshold is None:
+            return None
+        return repeat_factors(*self.training_labels(), len(self.training_groups()), self.data.repeat_threshold)
 
     def _loader(self, dataset: Dataset, batches: Any, training: bool, with_losses: bool = False) -> DataLoader:
         collate = self.collate(training)

@@ -12,18 +12,25 @@ import pytest
 import torch
 import yaml
 from conftest import SHARED_DATA, reports, run_model_def
-from mmcv import FileClient
+from mmcv import Config, FileClient
 from mmcv.cnn.rfsearch.operator import BaseConvRFSearchOp
 from mmcv.fileio import BaseStorageBackend
 from mmcv.runner import BaseRunner
 from mmcv.runner.hooks import HOOKS, Hook
+from mmdet.datasets import DATASETS
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tiny_models import MMDETECTION, SMALL_BACKBONE, load_model_def, mmdet_config
 
 from mmdetection_files import model as mmdetection_model
 from mmdetection_files.config import load_mmdet_config, read_resolved
-from mmdetection_files.data import ClassAwareBatchSampler, MmcvImages, images_of_classes
+from mmdetection_files.data import (
+    ClassAwareBatchSampler,
+    MmcvImages,
+    images_of_classes,
+    labels_of_samples,
+    repeats_by_itself,
+)
 from mmdetection_files.evaluation import to_detections
 from mmdetection_files.hooks import MomentumEma
 from mmdetection_files.model import PYTHON_STATE, move_teacher
@@ -268,6 +275,32 @@ def test_mosaic_stops_at_the_same_epoch_in_each_worker(shapes):
     samples = TrainingSamples(Mixed(), 0, mode_switch=(2, ("Mosaic",)))
     skipped = [samples[SampleKey(epoch, 0)][0]["skipped"] for epoch in range(4)]
     assert skipped == [None, None, ("Mosaic",), ("Mosaic",)]
+
+
+class _Labelled:
+    """A data set that says which classes its images have."""
+
+    CLASSES, PALETTE = ("a", "b", "c"), None
+
+    def __init__(self, *labels):
+        self.of_images, self.flag = labels, np.zeros(len(labels), dtype=np.uint8)
+
+    def __len__(self):
+        return len(self.of_images)
+
+    def get_cat_ids(self, index):
+        return self.of_images[index]
+
+
+def test_the_labels_of_samples_are_found_within_wrappers():
+    first, second = _Labelled([0, 2], []), _Labelled([1])
+    concat, repeat = DATASETS.get("ConcatDataset"), DATASETS.get("RepeatDataset")
+    samples, labels = labels_of_samples(concat([repeat(first, 2), second]))
+    assert list(zip(samples.tolist(), labels.tolist(), strict=True)) == [(0, 0), (0, 2), (2, 0), (2, 2), (4, 1)]
+    balanced = {"type": "ClassBalancedDataset", "dataset": {"type": "CocoDataset"}}
+    assert repeats_by_itself(Config({"train": {"type": "MultiImageMixDataset", "dataset": balanced}})) is not None
+    assert repeats_by_itself(Config({"train": [{"type": "CocoDataset"}, balanced]})) is not None
+    assert repeats_by_itself(Config({"train": {"type": "RepeatDataset", "dataset": {"type": "CocoDataset"}}})) is None
 
 
 def test_a_class_aware_sampler_draws_each_class_as_often_on_any_number_of_slots():

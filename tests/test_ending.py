@@ -1,0 +1,290 @@
+"""What the config ends a run by before its length, and that it goes on from there."""
+
+import json
+import sys
+
+import pytest
+import yaml
+from cluster_task import become_a_task
+from conftest import ROOT, reports, run_model_def
+from determined import pytorch
+from test_resume import assert_same_bits, final_state
+from test_stopping import without_times
+from tiny_models import efficientdet_config
+
+from shared import launch
+from shared.errors import UserError
+from shared.experiment import EarlyStopping, SearcherMetric, parse_section
+from shared.training.checkpoints import read_checkpoint
+from shared.training.clock import Clock
+from shared.training.ending import Patience
+from shared.training.stopping import Stopping
+
+# the metric of each validation: best at batch 4, and not better any more
+SCRIPT = {2: 0.1, 4: 0.3, 6: 0.2, 8: 0.3, 9: 0.2, 10: 0.25, 12: 0.2}
+
+
+class _Script(pytorch.PyTorchCallback):
+    def __init__(self, trial):
+        self.trial = trial
+
+    def on_validation_end(self, metrics):
+        metrics["bbox_mAP"] = self.trial.last_validation["bbox_mAP"] = SCRIPT[self.trial.batches_trained]
+
+
+def scripted(trial_class):
+    """The trial class with the metrics of the script."""
+
+    def build_callbacks(self):
+        callbacks = super(cls, self).build_callbacks()
+        before = list(callbacks).index("validation") + 1
+        items = list(callbacks.items())
+        return dict([*items[:before], ("script", _Script(self)), *items[before:]])
+
+    cls = type("Scripted", (trial_class,), {"build_callbacks": build_callbacks, "__module__": "model_def"})
+    return cls
+
+
+@pytest.fixture
+def trial_class():
+    from model_def import EfficientDetTrial
+
+    return scripted(EfficientDetTrial)
+
+
+@pytest.fixture
+def config(shapes):
+    config = efficientdet_config(shapes)
+    config["data"]["workers"] = 0
+    config["min_validation_period"] = {"batches": 2}
+    return config
+
+
+WHY = "early stopping: bbox_mAP has not been better than 0.3 at batch 4 for 2 validations"
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """They take most of the time of runs as small as these."""
+    monkeypatch.setattr("shared.training.report_figures.ReportFigures.draw", lambda *_: None)
+    monkeypatch.setattr("shared.here._write_report", lambda *_: None)
+
+
+def test_a_run_without_better_validations_ends_as_a_finished_one_and_says_why(config, train, trial_class, capsys):
+    config["hyperparameters"]["early_stopping"] = {"patience": 2}
+    run = train(trial_class, config)
+    assert [report["batches"] for report in reports(run, "val")] == [2, 4, 6, 8]
+    assert [read_checkpoint(run / "checkpoints" / name).batches for name in ("best", "last")] == [4, 8]
+    printed = capsys.readouterr().out
+    assert f"ended after batch 8 of 12: {WHY}" in printed
+    assert "AP/circle" in printed  # the end's table
+    assert WHY in (run / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_run_that_has_so_ended_goes_on_with_more_patience_alone_and_to_the_same_bits(config, train, trial_class):
+    whole = train(trial_class, config, name="whole")
+    config["hyperparameters"]["early_stopping"] = {"patience": 2}
+    run = train(trial_class, config)
+    with pytest.raises(UserError, match=f"last has ended by {WHY}; give a patience of more than 2, or leave hyperp"):
+        train(trial_class, config, resume="last")
+    assert read_checkpoint(run / "checkpoints/last").batches == 8
+    config["hyperparameters"]["early_stopping"] = {"patience": 4}
+    train(trial_class, config, resume="last")
+    assert_same_bits(final_state(run), final_state(whole))
+    assert without_times(reports(run)) == without_times(reports(whole))
+    assert reports(run)[-1]["batches"] == 12  # a patience of 4 is over with the last validation, which is no early one
+
+
+def test_the_count_of_validations_outlives_a_resume():
+    metric = SearcherMetric("bbox_mAP", smaller_is_better=False)
+    first, second = Patience(None, metric), Patience(EarlyStopping(3), metric)
+    for batch, value in ((2, 0.1), (4, 0.5), (6, float("nan")), (8, 0.5)):
+        first.note(value, batch)
+    second.load(json.loads(json.dumps(first.state())))
+    assert second.why_over() is None
+    second.note(0.4, 10)
+    assert second.why_over() == "early stopping: bbox_mAP has not been better than 0.5 at batch 4 for 3 validations"
+    second.note(0.6, 12)
+    assert second.why_over() is None
+    by_loss = Patience(EarlyStopping(1), SearcherMetric("val_loss", smaller_is_better=True))
+    by_loss.load(first.state())  # of another metric
+    by_loss.note(2.0, 2)
+    by_loss.note(1.0, 4)
+    assert by_loss.why_over() is None
+    by_loss.note(1.5, 6)
+    assert "val_loss has not been better than 1 at batch 4 for 1 validation" in by_loss.why_over()
+
+
+@pytest.fixture
+def run_task(monkeypatch, tmp_path, trial_class):
+    """Trains as a task of a cluster; its master."""
+
+    def call(config, **of_the_task):
+        master = become_a_task(monkeypatch, tmp_path / "task", config, **of_the_task)
+        monkeypatch.chdir(tmp_path / "task")
+        monkeypatch.setattr(sys, "argv", ["model_def.py"])
+        launch.main(trial_class)  # no SystemExit: the master calls the trial COMPLETED
+        return master
+
+    return call
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_on_a_cluster_the_trial_ends_as_completed_and_a_restart_of_it_too(config, run_task, capsys):
+    config["hyperparameters"]["early_stopping"] = {"patience": 2}
+    master = run_task(config)
+    assert list(master.of("validation")) == [2, 4, 6, 8]
+    assert read_checkpoint(master.checkpoints[-1]).batches == 8
+    printed = capsys.readouterr().out
+    assert f"ended after batch 8: {WHY}" in printed
+    assert "AP/circle" in printed
+    again = run_task(config, latest_checkpoint=master.checkpoints[-1].name, steps_completed=8)
+    assert not again.reports
+    assert not again.checkpoints
+
+
+# a model_def.py whose metrics are the script's
+SCRIPTED = """
+import os, sys
+sys.path[:0] = [os.getcwd(), os.environ["TESTS"]]
+import model_def
+from test_ending import scripted
+from shared.launch import main
+main(scripted(model_def.EfficientDetTrial))
+"""
+
+
+@pytest.mark.slow
+def test_two_slots_end_together(config, tmp_path):
+    config["hyperparameters"]["early_stopping"] = {"patience": 2}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    script, run = tmp_path / "scripted.py", tmp_path / "run"
+    script.write_text(SCRIPTED)
+    arguments = ("train", tmp_path / "config.yaml", "--output-dir", run)
+    done = run_model_def(*arguments, processes=2, script=script, env={"TESTS": str(ROOT / "tests")})
+    assert f"ended after batch 8 of 12: {WHY}" in done.stdout
+    assert read_checkpoint(run / "checkpoints/last").batches == 8
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (5, "hyperparameters.early_stopping: 5 is no section; give {patience: …}"),
+        ({"patience": 0}, "hyperparameters.early_stopping.patience is 0, and must be 1 or more"),
+        ({"patience": "a"}, "hyperparameters.early_stopping.patience: Expected `int`, got `str`"),
+        ({"patiens": 3}, "hyperparameters.early_stopping: unknown key 'patiens'; did you mean 'patience'?"),
+        ({}, "hyperparameters.early_stopping.patience is missing"),
+    ],
+)
+def test_an_early_stopping_that_is_none_is_refused_by_its_key(config, section, message):
+    from model_def import EfficientDetHyperparameters
+
+    hyperparameters = {**config["hyperparameters"], "early_stopping": section}
+    with pytest.raises(UserError) as error:
+        parse_section(hyperparameters, EfficientDetHyperparameters, "hyperparameters")
+    assert str(error.value).startswith(message)
+
+
+def test_early_stopping_without_a_validation_to_stop_at_is_refused(config, train, trial_class):
+    del config["min_validation_period"]
+    config["hyperparameters"]["early_stopping"] = {"patience": 2}
+    with pytest.raises(UserError, match="early_stopping: the only validation is at the end; give min_validation_per"):
+        train(trial_class, config)
+
+
+def ticking(trial_class, monkeypatch):
+    """The trial class, of which each batch takes ten minutes."""
+    clock = {"now": 0.0}
+    monkeypatch.setattr(Clock, "now", staticmethod(lambda: clock["now"]))
+
+    def after_batch(self, number):
+        trial_class.after_batch(self, number)
+        clock["now"] += 600
+
+    return type("Ticking", (trial_class,), {"after_batch": after_batch, "__module__": "model_def"})
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_run_ends_when_its_hours_are_over_those_before_a_resume_counted_too(
+    config, train, trial_class, monkeypatch, capsys
+):
+    config["min_validation_period"] = {"batches": 8}
+    config["scheduling_unit"] = 4
+    whole, timed = train(trial_class, config, name="whole"), ticking(trial_class, monkeypatch)
+    config["hyperparameters"]["max_hours"] = 1
+    run = train(timed, config)
+    assert [report["batches"] for report in reports(run, "val")] == [6]
+    assert read_checkpoint(run / "checkpoints/last").batches == 6
+    assert "ended after batch 6 of 12: max_hours: its 1 hours of training are over" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"last has ended by max_hours: its 1 hours .* over; give more of them, or lea"):
+        train(timed, config, resume="last")
+    config["hyperparameters"]["max_hours"] = 1.5
+    train(timed, config, resume="last")
+    assert [report["batches"] for report in reports(run, "val")] == [6, 8, 9]
+    config["hyperparameters"]["max_hours"] = 100.0
+    train(timed, config, resume="last")
+    assert_same_bits(final_state(run), final_state(whole))
+    assert without_times(reports(run, "train")) == without_times(reports(whole, "train"))
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_checkpoint_by_the_clock_changes_nothing_and_a_killed_run_goes_on_from_it(
+    config, train, trial_class, monkeypatch
+):
+    config["min_validation_period"] = {"batches": 8}
+    config["scheduling_unit"] = 4
+    whole, timed = train(trial_class, config, name="whole"), ticking(trial_class, monkeypatch)
+    config["hyperparameters"]["checkpoint_every_minutes"] = 25
+    saved = []
+
+    class Killed(timed):
+        def save_own_config(self, folder):
+            saved.append(self.batches_trained)
+
+        def losses(self, model, batch):
+            if self.batches_trained == 7 and saved[-1] == 6 and 8 not in saved:
+                raise RuntimeError("killed")
+            return super().losses(model, batch)
+
+    Killed.__module__ = "model_def"
+    with pytest.raises(RuntimeError, match="killed"):
+        train(Killed, config)
+    run = train(timed, config, resume="last")
+    assert saved == [0, 3, 6]  # 0 is the run's folder
+    assert_same_bits(final_state(run), final_state(whole))
+    assert without_times(reports(run)) == without_times(reports(whole))
+
+
+class _SecondOfTwo:
+    """What a process that is not the chief hears of it."""
+
+    rank, size = 1, 2
+
+    def __init__(self, chief_says):
+        self.chief_says = chief_says
+
+    def allgather(self, here):
+        return [(False, self.chief_says), here]
+
+
+def test_the_chief_s_clock_decides_for_all_slots_and_at_a_batch_at_which_they_meet(monkeypatch):
+    monkeypatch.setattr(Clock, "now", staticmethod(lambda: 0.0))
+    for chief_says, ended_after, saves_after in [
+        ((None, False), None, None),
+        (("max_hours: over", True), 20, None),
+        ((None, True), None, 20),
+    ]:
+        stopping = Stopping(_SecondOfTwo(chief_says), clock=Clock(1.0, 1.0), total=100)
+        stopping.begin()
+        assert not any(stopping.after_batch(batch) for batch in range(11, 30))
+        assert (stopping.ended_after, stopping.saves_after) == (ended_after, saves_after)
+
+
+@pytest.mark.parametrize("key", ["max_hours", "checkpoint_every_minutes"])
+def test_a_time_that_is_none_is_refused(config, key):
+    from model_def import EfficientDetHyperparameters
+
+    hyperparameters = {**config["hyperparameters"], key: 0}
+    with pytest.raises(UserError, match=f"hyperparameters.{key} is 0, and must be greater than 0; or leave it out"):
+        parse_section(hyperparameters, EfficientDetHyperparameters, "hyperparameters")
