@@ -18,6 +18,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from shared.config_file import fixed_hyperparameters, load_config, make_paths_absolute
+from shared.errors import UserError
 from shared.evaluation import visualization
 from shared.evaluation.data_report import save_page
 from shared.evaluation.evaluator import CocoEvaluator
