@@ -50,4 +50,4 @@ class Clock:
         """Why the run has come to its end; None where it has not."""
         if self.max_hours is None or self.seconds < 3600 * self.max_hours:
             return None
-        return f"max_hours: its {self.max_hours:g} hours of training are over"
+        return f"max_hours: {self.max_hours:g} h of training are over"
