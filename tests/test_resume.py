@@ -250,6 +250,7 @@ main(Killed)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_rank_under_torchrun_s_restarts_costs_what_came_since_the_checkpoint_and_no_command(tiny, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny))
     script, mark, run = tmp_path / "killed.py", tmp_path / "mark", tmp_path / "run"

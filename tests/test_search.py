@@ -327,6 +327,7 @@ def postgres(tmp_path):
     subprocess.run([*control, "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.slow
 def test_machines_share_a_search_by_postgresql(start, tmp_path, postgres):
     share(start, tmp_path, postgres)
 
