@@ -19,6 +19,7 @@ from shared.data.loading import Batch
 from shared.errors import UserError
 from shared.evaluation.detections import Detections, to_coco_results
 from shared.evaluation.evaluator import evaluate
+from shared.experiment import TrainingHyperparameters
 from shared.inputs import _find
 from shared.training.trial import DetectionTrial
 
@@ -26,7 +27,7 @@ SEARCHER = {"metric": "bbox_mAP", "max_length": {"batches": 1}}
 
 
 @dataclass
-class Hyperparameters:
+class Hyperparameters(TrainingHyperparameters):
     global_batch_size: int = 2
 
 
