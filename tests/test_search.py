@@ -291,6 +291,7 @@ def share(start, tmp_path, storage):
     assert said.split("trial    state")[-1].count("finished") == 6
 
 
+@pytest.mark.slow
 def test_machines_share_a_search_by_a_file_and_take_over_from_one_that_died(start, tmp_path):
     share(start, tmp_path, str(tmp_path / "shared.journal"))
 
