@@ -20,6 +20,7 @@ from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import iou_types_of
 from shared.report.analysis import CONFIDENCE, NAMES, RESAMPLES, SEED, Analyses, analyse
+from shared.report.difference import Difference
 from shared.report.page import write_page
 from shared.report.pictures import picture_of_difference
 from shared.report.plots import differences, svg_of
@@ -27,31 +28,6 @@ from shared.report.report import TITLES
 
 _IMAGES = 8
 _CATEGORIES_OF_FIGURE = 20
-
-
-@dataclass(frozen=True)
-class Difference:
-    """By how much B is above A; nan where one of them has nothing to score.
-
-    Attributes:
-        name: of the metric, or the category.
-        a, b, delta: the numbers, and b - a.
-        lower, upper: of the 95 % bootstrap interval of delta; nan without a bootstrap.
-        better: in which share of the resamples B is above A; nan without a bootstrap.
-    """
-
-    name: str
-    a: float
-    b: float
-    delta: float
-    lower: float = math.nan
-    upper: float = math.nan
-    better: float = math.nan
-
-    @property
-    def verdict(self) -> str:
-        """ "better" or "worse" where the interval is on one side of 0, else ""."""
-        return "better" if self.lower > 0 else "worse" if self.upper < 0 else ""
 
 
 @dataclass

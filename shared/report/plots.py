@@ -15,11 +15,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from shared.report.analysis import Analysis
+from shared.report.difference import Difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from shared.report.compare import Difference
 
 _LIGHT, _DARK = "cyanotype", "cyanotype-dark"
 _LONGEST_NAME = 22
