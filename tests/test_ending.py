@@ -217,7 +217,9 @@ def test_a_run_ends_when_its_hours_are_over_those_before_a_resume_counted_too(
     assert [report["batches"] for report in reports(run, "val")] == [6]
     assert read_checkpoint(run / "checkpoints/last").batches == 6
     assert "ended after batch 6 of 12: max_hours: 1 h of training are over" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"last has ended by max_hours: its 1 hours .* over; give more of them, or lea"):
+    with pytest.raises(
+        UserError, match=r"last has ended by max_hours: 1 h of training are over; give more of them, or lea"
+    ):
         train(timed, config, resume="last")
     config["hyperparameters"]["max_hours"] = 1.5
     train(timed, config, resume="last")

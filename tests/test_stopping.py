@@ -46,7 +46,7 @@ def start(config, run, processes=1, resume=()):
 
 def wait_for_batch(run, process, batch, limit=120):
     started = time.time()
-    while not ((run / "metrics.jsonl").exists() and reports(run)[-1]["batches"] >= batch):
+    while not any(report["batches"] >= batch for report in (reports(run) if (run / "metrics.jsonl").exists() else ())):
         assert process.poll() is None
         assert time.time() - started < limit
         time.sleep(0.01)
