@@ -173,7 +173,11 @@ def test_it_is_the_same_in_two_processes_and_with_loader_workers(detector, shape
 
 @pytest.mark.parametrize(
     ("detector", "make"),
-    [("efficientdet", config_of), ("mmdetection", config_of), ("detectron2", retinanet_of)],
+    [
+        ("efficientdet", config_of),
+        pytest.param("mmdetection", config_of, marks=pytest.mark.slow),
+        pytest.param("detectron2", retinanet_of, marks=pytest.mark.slow),
+    ],
     indirect=["detector"],
 )
 def test_what_is_trained_is_the_same_bits_without_it(detector, make, shapes, train):
