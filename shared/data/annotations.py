@@ -7,6 +7,7 @@ loader worker and rank of the machine, maps the same pages, so a file of COCO's 
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -107,6 +108,20 @@ class ImageRecord:
     file_boxes: np.ndarray
     raw_segmentations: Sequence[bytes]
     keypoints: np.ndarray | None = None
+
+    def only(self, rows: np.ndarray | Sequence[int]) -> ImageRecord:
+        """With some of the annotations: their positions, or (N,) bool."""
+        rows = np.arange(len(self.boxes))[rows]
+        return dataclasses.replace(
+            self,
+            boxes=self.boxes[rows],
+            labels=self.labels[rows],
+            areas=self.areas[rows],
+            iscrowd=self.iscrowd[rows],
+            file_boxes=self.file_boxes[rows],
+            raw_segmentations=[self.raw_segmentations[row] for row in rows],
+            keypoints=None if self.keypoints is None else self.keypoints[rows],
+        )
 
     @cached_property
     def segmentations(self) -> list[list | dict | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -164,15 +163,4 @@ def transformed(transform: Transform, image: Any, record: ImageRecord) -> Any:
 
 def _with_area_only(record: ImageRecord) -> ImageRecord:
     keep = (record.boxes[:, 2:] > record.boxes[:, :2]).all(axis=1)
-    if keep.all():
-        return record
-    return dataclasses.replace(
-        record,
-        boxes=record.boxes[keep],
-        labels=record.labels[keep],
-        areas=record.areas[keep],
-        iscrowd=record.iscrowd[keep],
-        file_boxes=record.file_boxes[keep],
-        raw_segmentations=[raw for raw, kept in zip(record.raw_segmentations, keep, strict=True) if kept],
-        keypoints=None if record.keypoints is None else record.keypoints[keep],
-    )
+    return record if keep.all() else record.only(keep)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,12 +25,7 @@ def report_main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("annotations", type=Path, help="COCO annotations")
     parser.add_argument("results", type=Path, help="detections in COCO's result format")
-    _add_common(parser, "report.html")
-    given = parser.parse_args(arguments)
-    try:
-        _report(given)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    _main(parser, "report.html", _report, arguments)
 
 
 def compare_main(arguments: Sequence[str]) -> None:
@@ -40,15 +35,16 @@ def compare_main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("detections", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a results.json")
     parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="COCO annotations")
-    _add_common(parser, "compare.html")
-    given = parser.parse_args(arguments)
-    try:
-        _compare(given)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    _main(parser, "compare.html", _compare, arguments)
 
 
-def _add_common(parser: argparse.ArgumentParser, output: str) -> None:
+def _main(
+    parser: argparse.ArgumentParser,
+    output: str,
+    write: Callable[[argparse.Namespace], None],
+    arguments: Sequence[str],
+) -> None:
+    """What both have in common: the rest of the command line, and one line where something is wrong."""
     parser.add_argument("--images", type=Path, metavar="DIR", help="the images, for pictures")
     parser.add_argument("--output", type=Path, default=Path(output), metavar="FILE", help=f"default {output}")
     parser.add_argument(
@@ -58,17 +54,18 @@ def _add_common(parser: argparse.ArgumentParser, output: str) -> None:
         metavar="N",
         help=f"of the images, for the intervals; 0 for none; default {_RESAMPLES}",
     )
-
-
-def _check(given: argparse.Namespace) -> None:
-    if given.images is not None and not given.images.is_dir():
-        raise UserError(f"--images: {given.images} is no folder")
-    if given.resamples < 0:
-        raise UserError(f"--resamples: {given.resamples}; give 0 for no intervals, or more")
+    given = parser.parse_args(arguments)
+    try:
+        if given.images is not None and not given.images.is_dir():
+            raise UserError(f"--images: {given.images} is no folder")
+        if given.resamples < 0:
+            raise UserError(f"--resamples: {given.resamples}; give 0 for no intervals, or more")
+        write(given)
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 def _report(given: argparse.Namespace) -> None:
-    _check(given)
     from shared.data.annotations import CocoAnnotations
     from shared.evaluation.detections import from_coco_results
     from shared.report.about import About
@@ -85,7 +82,6 @@ def _report(given: argparse.Namespace) -> None:
 
 
 def _compare(given: argparse.Namespace) -> None:
-    _check(given)
     if len(given.detections) < 2:
         raise UserError("compare: give two sets of detections, or more")
     from shared.data.annotations import CocoAnnotations

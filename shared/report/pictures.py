@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import io
 import math
 from collections.abc import Sequence
@@ -40,7 +39,7 @@ def picture_of_errors(
     first = int(annotations.columns["offsets"][index])
     missed = [one.annotation - first for one in wrong if one.detection is None]
     if missed:
-        truth = _some_of(record, missed)
+        truth = record.only(missed)
         right = objects_of_detections(found, annotations.categories, min_score)
     else:
         truth = record
@@ -106,20 +105,6 @@ def _only(found: Detections, rows: Sequence[int]) -> Detections:
         found.labels[rows],
         masks=None if found.masks is None else [found.masks[row] for row in rows],
         keypoints=None if found.keypoints is None else found.keypoints[rows],
-    )
-
-
-def _some_of(record: ImageRecord, rows: Sequence[int]) -> ImageRecord:
-    rows = list(rows)
-    return dataclasses.replace(
-        record,
-        boxes=record.boxes[rows],
-        labels=record.labels[rows],
-        areas=record.areas[rows],
-        iscrowd=record.iscrowd[rows],
-        file_boxes=record.file_boxes[rows],
-        raw_segmentations=[record.raw_segmentations[row] for row in rows],
-        keypoints=None if record.keypoints is None else record.keypoints[rows],
     )
 
 
