@@ -48,6 +48,9 @@ def main() -> None:
     parser.add_argument("--only", choices=(*DETECTORS, YOLO), nargs="+", help="default all")
     parser.add_argument("--seconds", type=float, default=677, help="what each may take, user; default 677")
     parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS; default 1")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="as train's, such as hyperparameters.amp=bf16"
+    )
     parser.add_argument("--ultralytics", metavar="PYTHON", help="an interpreter that imports ultralytics")
     parser.add_argument("--epochs", type=int, default=36, help="of YOLO; default 36")
     parser.add_argument(
@@ -67,19 +70,21 @@ def main() -> None:
                 settings = dict(each.split("=", 1) for each in given.yolo)
                 seconds = train_yolo(given.ultralytics, data, output, given.epochs, settings, environment)
             else:
-                seconds = train(name, data, output, environment)
+                seconds = train(name, data, output, given.set, environment)
             (output / f"{name}.seconds").write_text(f"{seconds:.1f}\n")
     print_table(output, sides, data, given.seconds)
 
 
-def train(detector: str, data: Path, output: Path, environment: dict[str, str]) -> float:
-    """As its user does; returns user seconds."""
+def train(detector: str, data: Path, output: Path, changes: list[str], environment: dict[str, str]) -> float:
+    """As its user does, with changes to its config; returns user seconds."""
     folder = output / detector
     shutil.rmtree(folder, ignore_errors=True)  # of a training that was cut off
     command = [sys.executable, "model_def.py", "train", "bccd.yaml", "--output-dir", str(folder)]
     for split in ("train", "val"):
         paths = f"{{annotations: {data / 'annotations' / split}.json, images: {data / 'images'}}}"
         command += ["--set", f"data.{split}={paths}"]
+    for change in changes:
+        command += ["--set", change]
     return user_seconds(command, ROOT / detector, environment, output / f"{detector}.log")
 
 

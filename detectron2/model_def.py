@@ -59,9 +59,12 @@ from detectron2_files.model import (
     apply_backend_options,
     build_model,
     build_optimizer,
+    compiled_parts,
     group_processes_of_machine,
     losses_of_step,
     measure_batch_statistics,
+    pool_in_float32,
+    take_up_switches,
 )
 from detectron2_files.weights import categories_of_checkpoint, find_weights, load_weights_into, zoo_weights
 from shared.data.annotations import CocoAnnotations, check_same_categories
@@ -85,6 +88,7 @@ from shared.experiment import (
 )
 from shared.launch import main
 from shared.library import PUBLISHED
+from shared.training.precision import autocast
 from shared.training.trial import DetectionTrial
 
 logger = logging.getLogger(__name__)
@@ -131,6 +135,8 @@ class Detectron2Trial(DetectionTrial):
                 "data.repeat_threshold: the config repeats images itself, by its RepeatFactorTrainingSampler; take one "
                 "of the two out"
             )
+        take_up_switches(config, self.hparams)
+        self.fp16_key = "the config's mixed precision" if config.mixed_precision else "hyperparameters.amp"
         if self.hparams.scale_schedule:
             config.scale_schedule(self.hparams.global_batch_size)
         if config.augments_tests and self.for_training:
@@ -317,6 +323,8 @@ class Detectron2Trial(DetectionTrial):
             counts = self.train_data.class_counts
         set_class_counts(config, counts, self._overridden)
         model = build_model(config)
+        if self.hparams.amp == "bf16":
+            pool_in_float32(model)
         if self.first_batch == 0 and (source := self._weights()):
             load_weights_into(model, *source, None if self.for_training else config.class_counts())
         return model
@@ -342,19 +350,12 @@ class Detectron2Trial(DetectionTrial):
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(self.detectron2_config, model)
 
-    def build_scaler(self) -> Any:
-        if not self.detectron2_config.mixed_precision or not self.for_training:
-            return None
-        if self.context.device.type != "cuda":
-            raise UserError(
-                "the config's mixed precision needs a GPU; switch it off in config_overrides: {SOLVER.AMP.ENABLED: "
-                "false}, or {train.amp.enabled: false} in a Python config"
-            )
-        return self.context.wrap_scaler(torch.amp.GradScaler("cuda"))
+    def compiled_parts(self, model: nn.Module) -> list[nn.Module]:
+        return compiled_parts(model)
 
     def autocast(self) -> torch.autocast:
-        halves = self.scaler is not None and self.plain_model.training
-        return torch.autocast(self.context.device.type, dtype=torch.float16 if halves else None, enabled=halves)
+        # as Detectron2, which detects in float32
+        return autocast(self.hparams.amp if self.plain_model.training else None, self.context.device)
 
     def prepare_schedule(self) -> None:
         if self.slots > 1 and self.detectron2_config.halves_gradients:
@@ -380,7 +381,6 @@ class Detectron2Trial(DetectionTrial):
             ("validation", ", ".join(self.iou_types) if self.evaluates_coco else "by Detectron2's own evaluator"),
             ("optimizer", f"{type(self.optimizer).__name__}, lr {config.learning_rate:g}"),
             ("schedule", config.schedule_name),
-            ("precision", "fp16" if self.scaler is not None else "float32"),
             ("operations", "compiled (detectron2._C)" if COMPILED else "PyTorch and torchvision"),
         ]
 

@@ -21,10 +21,6 @@ class EfficientDetHyperparameters(TrainingHyperparameters):
     model_config: dict[str, Any] = field(default_factory=dict)
     pretrained: str = "backbone"
     input_size: int | tuple[int, int] | None = None
-    sync_bn: bool = False
-    channels_last: bool = False
-    torch_compile: bool = False
-    amp: Literal["bf16", "fp16"] | None = None
 
     # loss and targets
     label_smoothing: float | None = None
@@ -38,7 +34,6 @@ class EfficientDetHyperparameters(TrainingHyperparameters):
     weight_decay: float = 4e-5
     clip_grad: float | None = 10.0
     clip_mode: Literal["norm", "value", "agc"] = "norm"
-    model_ema_decay: float | None = None
 
     # learning rate
     lr: float = 0.01
@@ -79,8 +74,6 @@ class EfficientDetHyperparameters(TrainingHyperparameters):
             raise UserError(f"hyperparameters.scale_jitter: {list(self.scale_jitter)} is not a range above 0")
         if isinstance(self.fill_color, str) and self.fill_color != "mean":
             raise UserError(f"hyperparameters.fill_color: {self.fill_color!r} is neither 'mean' nor a number 0 to 255")
-        if self.model_ema_decay is not None and not 0 <= self.model_ema_decay < 1:
-            raise UserError(f"hyperparameters.model_ema_decay: {self.model_ema_decay} is not in [0, 1)")
 
     @property
     def scaled_lr(self) -> float:

@@ -20,7 +20,7 @@ from effdet.data.random_erasing import RandomErasing
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, dispatch_clip_grad
+from timm.utils import dispatch_clip_grad
 from torch import nn
 
 from efficientdet_files.data import EfficientDetCollate, EfficientDetTransform, input_config, normalize
@@ -35,7 +35,6 @@ from shared.experiment import SplitData, parse_section
 from shared.launch import main
 from shared.training.trial import DetectionTrial
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}  # of `amp`
 _SCHEDULES = ("cosine", "multistep", "plateau", "poly", "step", "tanh")
 
 
@@ -73,30 +72,14 @@ class EfficientDetTrial(DetectionTrial):
                 max_count=self.hparams.random_erasing_count,
                 device=device,
             )
-        if self.hparams.channels_last:
-            bench = bench.to(memory_format=torch.channels_last)
-        if self.hparams.sync_bn and self.slots > 1:
-            if device.type != "cuda":
-                raise UserError(
-                    "hyperparameters.sync_bn: PyTorch synchronises batch norm on GPUs only; set it to false"
-                )
-            bench = convert_sync_batchnorm(bench)
-        if self.hparams.torch_compile:
-            bench.compile()
         self.predictors: dict[nn.Module, DetBenchPredict] = {}
         return bench
 
-    def build_scaler(self) -> Any:
-        if self.hparams.amp != "fp16" or not self.for_training:
-            return None
-        if self.context.device.type != "cuda":
-            raise UserError("hyperparameters.amp: fp16 needs a GPU; use bf16 or leave it out")
-        return self.context.wrap_scaler(torch.amp.GradScaler("cuda"))
+    def detector(self, model: nn.Module) -> nn.Module:
+        return model.model
 
-    def build_ema(self, model: nn.Module) -> ModelEmaV3 | None:
-        if self.hparams.model_ema_decay is None:
-            return None
-        return ModelEmaV3(model, decay=self.hparams.model_ema_decay)
+    def with_sync_bn(self, model: nn.Module) -> nn.Module:
+        return convert_sync_batchnorm(model)  # timm's own batch norm is an activation too
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         hparams = self.hparams
@@ -175,12 +158,6 @@ class EfficientDetTrial(DetectionTrial):
             self.scheduler.lr_scheduler.load_state_dict(state["plateaus"])
             self.scheduler.restore_lr = state["restore_lr"]
 
-    def autocast(self) -> torch.autocast:
-        device, dtype = self.context.device.type, _DTYPES[self.hparams.amp]
-        if device != "cuda" and dtype == torch.float16:
-            dtype = None  # what was trained in half precision detects in single here
-        return torch.autocast(device, dtype=dtype, enabled=dtype is not None)
-
     def clip_gradients(self) -> Callable[[Any], None] | None:
         hparams = self.hparams
         if hparams.clip_grad is None:
@@ -218,9 +195,7 @@ class EfficientDetTrial(DetectionTrial):
                 self.seed_image(number, i)
                 sizes = {name: batch.targets[name][i : i + 1] for name in ("img_scale", "img_size")}
                 self.random_erasing(image[None], sizes)  # in place
-        if self.hparams.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return replace(batch, images=images)
+        return super().prepare(replace(batch, images=images), number)
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         return model(batch.images, batch.targets)
@@ -254,7 +229,6 @@ class EfficientDetTrial(DetectionTrial):
             ),
             ("optimizer", f"{hparams.opt}, lr {hparams.scaled_lr:g}"),
             ("schedule", f"{hparams.sched}, warm-up of {hparams.warmup_epochs:g} epochs"),
-            ("precision", hparams.amp or "float32"),
         ]
 
     def check_pretrained(self) -> None:

@@ -12,6 +12,7 @@ look_first(__name__, MMDetectionHyperparameters, MMDetectionData)
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
@@ -20,6 +21,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from mmcv.runner import wrap_fp16_model
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -74,16 +76,19 @@ from mmdetection_files.model import (
     as_after_epoch,
     build_model,
     build_optimizer,
-    build_scaler,
     categories_named,
+    compiled_parts,
+    grad_scaler,
     load_start,
     losses_of_step,
+    mmcv_in_bf16,
     move_teacher,
     read_start,
     without_pretrained_backbone,
     without_teacher_weights,
 )
 from mmdetection_files.receptive_field import init_receptive_fields, is_searching, write_structure
+from mmdetection_files.switches import take_up_switches
 from shared.config_file import find_path
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.coco_categories import COCO_CATEGORIES
@@ -97,6 +102,7 @@ from shared.evaluation.evaluator import CocoEvaluator
 from shared.experiment import Split, SplitData, check_evaluable, check_masks, check_trainable, open_split, parse_section
 from shared.launch import main
 from shared.library import PUBLISHED
+from shared.training.averaging import AveragedWeights
 from shared.training.trial import DetectionTrial
 
 logger = logging.getLogger(__name__)
@@ -162,6 +168,8 @@ class MMDetectionTrial(DetectionTrial):
             if not self.for_training:  # any number of processes
                 self.hparams.global_batch_size = -(-self.hparams.global_batch_size // self.slots) * self.slots
         scale_lr(self.mmdet_config, self.hparams)
+        take_up_switches(self.mmdet_config, self.hparams)
+        self.fp16_key = "fp16 of the MMDetection config or hyperparameters.amp"
         self.find_unused_parameters = self.mmdet_config.get("find_unused_parameters", False)
         evaluation, val = self.mmdet_config.get("evaluation") or {}, self.mmdet_config.data.val
         metrics = evaluation.get("metric", "bbox")
@@ -326,6 +334,8 @@ class MMDetectionTrial(DetectionTrial):
         if self.context.device.type != "cuda":
             config.fp16 = None  # a model that was trained in half precision detects in single here
         model = build_model(config, initialize=starts_anew or not self.for_training)
+        if config.get("fp16") or self.hparams.amp == "bf16":
+            wrap_fp16_model(model)
         init_receptive_fields(model, self.mmdet_config)
         move_teacher(model, self.context.device)
         if self.hparams.weights and self.first_batch == 0:
@@ -369,22 +379,25 @@ class MMDetectionTrial(DetectionTrial):
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(model, self.mmdet_config)
 
-    def build_scaler(self) -> Any:
-        if not self.mmdet_config.get("fp16") or not self.for_training:
-            return None
-        if self.context.device.type != "cuda":
-            raise UserError("fp16 of the MMDetection config needs a GPU; take it out: config_overrides: {fp16: null}")
-        return self.context.wrap_scaler(build_scaler(self.mmdet_config.fp16))
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        return grad_scaler(self.mmdet_config.fp16)
 
-    def build_ema(self, model: nn.Module) -> MomentumEma | None:
+    def compiled_parts(self, model: nn.Module) -> list[nn.Module]:
+        return compiled_parts(model)
+
+    def autocast(self) -> AbstractContextManager:
+        # mmcv's decorators cast where the config has fp16
+        return mmcv_in_bf16(self.context.device.type) if self.hparams.amp == "bf16" else nullcontext()
+
+    def build_ema(self, model: nn.Module) -> AveragedWeights | MomentumEma | None:
         hook = hook_config(self.mmdet_config, EMA_HOOKS)
-        if hook is None:
-            return None
-        if is_searching(self.mmdet_config):
+        if is_searching(self.mmdet_config) and (hook or self.hparams.model_ema_decay is not None):
+            said_by = f"custom_hooks: {hook['type']}" if hook else "hyperparameters.model_ema_decay"
             raise UserError(
-                f"custom_hooks: {hook['type']} averages the weights of a model whose layers RFSearchHook changes; take "
-                "one of them out"
+                f"{said_by} averages the weights of a model whose layers RFSearchHook changes; take one of them out"
             )
+        if hook is None:
+            return super().build_ema(model)
         return MomentumEma(model, hook, self.first_batch // self.aggregation_frequency)
 
     def clip_gradients(self) -> Callable[[Any], None] | None:
@@ -466,7 +479,6 @@ class MMDetectionTrial(DetectionTrial):
             ("optimizer", f"{config.optimizer.type}, lr {config.optimizer.lr:g}"),
             ("schedule", ", ".join(f"{key} {value}" for key, value in lr_config.items()) or "constant"),
             ("gradient clipping", (config.get("optimizer_config") or {}).get("grad_clip") or "none"),
-            ("precision", "fp16" if config.get("fp16") else "float32"),
             ("operations", "compiled (mmcv._ext)" if operations.are_compiled() else "PyTorch and torchvision"),
         ]
 

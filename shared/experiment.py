@@ -171,16 +171,25 @@ class EarlyStopping:
 class TrainingHyperparameters:
     """The hyperparameters that every detector has; docs/config.md says what each does."""
 
+    amp: Literal["bf16", "fp16"] | None = None
+    channels_last: bool = False
+    torch_compile: bool = False
+    sync_bn: bool = False
+    clip_grad: float | None = None
+    model_ema_decay: float | None = None
+    freeze: list[str] = dataclasses.field(default_factory=list)
     early_stopping: EarlyStopping | None = None
     max_hours: float | None = None
     checkpoint_every_minutes: float | None = None
     validation_loss: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("max_hours", "checkpoint_every_minutes"):
+        for key in ("clip_grad", "max_hours", "checkpoint_every_minutes"):
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise UserError(f"hyperparameters.{key} is {value:g}, and must be greater than 0; or leave it out")
+        if self.model_ema_decay is not None and not 0 <= self.model_ema_decay < 1:
+            raise UserError(f"hyperparameters.model_ema_decay: {self.model_ema_decay} is not in [0, 1)")
 
 
 def check_paths(data: DataConfig, splits: Iterable[str], submitted: Path) -> None:

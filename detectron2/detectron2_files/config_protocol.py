@@ -38,6 +38,7 @@ class Detectron2Config(Protocol):
     eval_period: int
     checkpoint_period: int
     mixed_precision: bool
+    clips_gradients: bool
     cudnn_benchmark: bool
     float32_precision: str
     find_unused_parameters: bool

@@ -149,7 +149,7 @@ class LazyConfigFile:
     def halves_gradients(self) -> bool:
         return bool((self.cfg.train.get("ddp") or {}).get("fp16_compression"))
 
-    precise_bn_batches, augments_tests = 0, False  # keys of YAML configs
+    precise_bn_batches, augments_tests, clips_gradients = 0, False, False  # keys of YAML configs
 
     def with_test_augmentation(self, model: nn.Module) -> nn.Module:
         return model

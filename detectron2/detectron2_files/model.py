@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from detectron2.modeling.poolers import ROIPooler
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import nn
 
 from detectron2_files.config_protocol import Detectron2Config
+from detectron2_hyperparameters import Detectron2Hyperparameters
 from shared.errors import UserError
 
 logging.getLogger("detectron2").setLevel(logging.WARNING)  # tables of a data set's classes, and the like
@@ -49,6 +51,44 @@ def build_optimizer(config: Detectron2Config, model: nn.Module) -> torch.optim.O
         return config.build_optimizer(model)
     except (KeyError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"the config's optimizer cannot be built: {type(error).__name__}: {error}") from error
+
+
+def take_up_switches(config: Detectron2Config, hparams: Detectron2Hyperparameters) -> None:
+    """The config's mixed precision as `hyperparameters.amp`.
+
+    Raises:
+        UserError: both say something, and not the same; or both clip gradients.
+    """
+    if config.mixed_precision:
+        if hparams.amp == "bf16":
+            raise UserError(
+                "hyperparameters.amp: bf16: the config's mixed precision, SOLVER.AMP.ENABLED or train.amp.enabled, is "
+                "fp16; switch it off in config_overrides"
+            )
+        hparams.amp = "fp16"
+    if hparams.clip_grad is not None and config.clips_gradients:
+        raise UserError(
+            "hyperparameters.clip_grad: the config clips each parameter's gradient by itself, SOLVER.CLIP_GRADIENTS; "
+            "switch it off in config_overrides: {SOLVER.CLIP_GRADIENTS.ENABLED: false}, or leave clip_grad out"
+        )
+
+
+def compiled_parts(model: nn.Module) -> list[nn.Module]:
+    """The parts that take and give feature maps alone: the heads take Detectron2's structures."""
+    return [model.backbone] if isinstance(getattr(model, "backbone", None), nn.Module) else []
+
+
+def pool_in_float32(model: nn.Module) -> None:
+    """Regions are pooled in float32: `ROIAlign` rounds their corners to the features' precision, and bfloat16 has 8
+    bits, of a thousand pixels some multiple of four."""
+    for module in model.modules():
+        if isinstance(module, ROIPooler):
+            module.register_forward_pre_hook(_in_float32)
+
+
+def _in_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    features, *others = inputs
+    return [feature.float() for feature in features], *others
 
 
 def losses_of_step(model: nn.Module, inputs: list[dict[str, Any]], number: int) -> dict[str, torch.Tensor]:

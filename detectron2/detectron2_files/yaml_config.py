@@ -112,6 +112,10 @@ class YamlConfig:
         return self.cfg.SOLVER.AMP.ENABLED
 
     @property
+    def clips_gradients(self) -> bool:
+        return self.cfg.SOLVER.CLIP_GRADIENTS.ENABLED
+
+    @property
     def cudnn_benchmark(self) -> bool:
         return self.cfg.CUDNN_BENCHMARK
 

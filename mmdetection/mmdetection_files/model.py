@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import urllib.error
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import mmdet.core
 import torch
 import yaml
 from mmcv import Config, ConfigDict
-from mmcv.runner import wrap_fp16_model
+from mmcv.runner import fp16_utils
 from mmdet.models import build_detector
 from torch import nn
 
@@ -65,9 +66,31 @@ def build_model(config: Config, initialize: bool) -> nn.Module:
                 "from nothing, {model.backbone.init_cfg: null}. A relative path is looked for in the folder that is "
                 "submitted, of which .detignore leaves out *.pth, and beside the YAML file"
             ) from error
-    if config.get("fp16"):
-        wrap_fp16_model(model)
     return model
+
+
+@contextlib.contextmanager
+def mmcv_in_bf16(device: str) -> Iterator[None]:
+    """mmcv's mixed precision in bfloat16, where its decorators have float16: what they force to float32, the losses
+    above all, stays float32. For a model that `wrap_fp16_model` has been told to use them."""
+    kept = fp16_utils.autocast, fp16_utils.cast_tensor_type
+    dtypes = {torch.half: torch.bfloat16}
+
+    def cast(inputs: Any, source: torch.dtype, target: torch.dtype) -> Any:
+        return kept[1](inputs, dtypes.get(source, source), dtypes.get(target, target))
+
+    # the decorators look both names up at each call
+    fp16_utils.autocast = functools.partial(torch.autocast, device, torch.bfloat16)
+    fp16_utils.cast_tensor_type = cast
+    try:
+        yield
+    finally:
+        fp16_utils.autocast, fp16_utils.cast_tensor_type = kept
+
+
+def compiled_parts(model: nn.Module) -> list[nn.Module]:
+    """The parts that take and give feature maps alone: a head's forward pass is one with its losses."""
+    return [part for name in ("backbone", "neck") if isinstance(part := getattr(model, name, None), nn.Module)]
 
 
 def move_teacher(model: nn.Module, device: torch.device) -> None:
@@ -156,7 +179,7 @@ class _StaticGradScaler(torch.amp.GradScaler):
         super().update(self._init_scale if new_scale is None else new_scale)
 
 
-def build_scaler(fp16: dict[str, Any]) -> torch.amp.GradScaler:
+def grad_scaler(fp16: dict[str, Any]) -> torch.amp.GradScaler:
     """The GradScaler of the config's `fp16`, as mmcv's Fp16OptimizerHook makes it."""
     loss_scale = fp16.get("loss_scale", 512.0)
     if loss_scale == "dynamic":

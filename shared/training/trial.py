@@ -128,7 +128,7 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
 
         seed_all(self.seed)  # the same initial weights on every slot
         self.scaler = self.build_scaler()
-        self.model = wrap_model(context, self.build_model(), self.find_unused_parameters)
+        self.model = wrap_model(context, self.switched(self.build_model()), self.find_unused_parameters)
         self.plain_model = self.model.module if self.slots > 1 else self.model
         self.ema = self.build_ema(self.plain_model)
         self.training_metrics = context.wrap_reducer(
@@ -212,6 +212,8 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         """What is printed at the start, name and value."""
         return [
             *self.summary(),
+            ("precision", self.hparams.amp or "float32"),
+            *([] if self.frozen is None else [("frozen", self.frozen)]),
             ("global batch", f"{self.global_batch_size} on {count_of(self.slots, 'slot')}"),
             ("length", f"{self.total_batches} batches, {self.batches_per_epoch} an epoch"),
             *([] if self.repeats is None else [("repeated", described(self.repeats))]),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from determined.pytorch import PyTorchTrialContext
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,7 +22,7 @@ from shared.data.seeding import seed_all
 from shared.errors import UserError
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.evaluation.reducer import ChiefReducer
-from shared.experiment import DataConfig, SplitData, open_split, open_train_and_val
+from shared.experiment import DataConfig, SplitData, TrainingHyperparameters, open_split, open_train_and_val
 from shared.training.stopping import Stopping, outlive_signals
 from shared.training.validation_loss import CollateWithLoss, WithLossSample
 
@@ -43,6 +45,7 @@ class TrialData:
 
     context: PyTorchTrialContext
     data: DataConfig
+    hparams: TrainingHyperparameters
     bad_images: BadImages
     stopping: Stopping
     iou_types: tuple[str, ...]
@@ -87,6 +90,8 @@ class TrialData:
             number: of the training batch, from 0; None to detect. What is drawn at random for an image follows from
                 `seed_image(number, i)`, so that it is the same on any number of slots.
         """
+        if self.hparams.channels_last and isinstance(batch.images, torch.Tensor) and batch.images.dim() == 4:
+            return replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
         return batch
 
     def open_train_and_val(self) -> tuple[SplitData, SplitData]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,7 +14,11 @@ from torch import nn
 from shared.data.loading import Batch
 from shared.data.seeding import seed_all
 from shared.errors import UserError
+from shared.experiment import TrainingHyperparameters
+from shared.training.averaging import AveragedWeights
+from shared.training.freezing import freeze
 from shared.training.memory import bytes_kept, out_of_memory
+from shared.training.precision import autocast
 from shared.training.stopping import Stopping
 from shared.training.training_metrics import STEPS_A_SCALE_MAY_SKIP, TrainingMetrics, diverged
 
@@ -25,6 +30,7 @@ class TrialStep:
         model: the training model, on its device, in DDP where there are several slots; `plain_model` without it.
         ema: `.module` is the averaged model and `.update(model)` averages; None without.
         scaler: the GradScaler of fp16 training; None without.
+        frozen: what `hyperparameters.freeze` leaves to train, in words; None without.
         batches_trained: so far, those before a resume too.
         on_batch_end: called after each batch.
     """
@@ -32,7 +38,13 @@ class TrialStep:
     find_unused_parameters: bool = False
     """Whether a step may leave parameters without a gradient, which DDP has to look for then."""
 
+    fp16_key: str = "hyperparameters.amp"
+    """Where fp16 is asked for, to say it in an error."""
+
     context: PyTorchTrialContext
+    hparams: TrainingHyperparameters
+    for_training: bool
+    frozen: str | None = None
     model: nn.Module
     plain_model: nn.Module
     ema: Any
@@ -62,13 +74,26 @@ class TrialStep:
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Scalars on the device; "loss" is the one to minimise. `model` is the one that DDP wraps."""
 
-    def build_scaler(self) -> Any:
-        """A GradScaler, wrapped by the context, for fp16; None without."""
-        return None
+    def detector(self, model: nn.Module) -> nn.Module:
+        """The part of `build_model`'s model whose modules `freeze` names."""
+        return model
+
+    def compiled_parts(self, model: nn.Module) -> Sequence[nn.Module]:
+        """What `torch_compile` compiles of the model: modules that take and give tensors."""
+        return [model]
+
+    def with_sync_bn(self, model: nn.Module) -> nn.Module:
+        """The model with batch norm over all slots."""
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """The scaler of an fp16 training."""
+        return torch.amp.GradScaler("cuda")
 
     def build_ema(self, model: nn.Module) -> Any:
         """Averages the weights of `model`; None without."""
-        return None
+        decay = self.hparams.model_ema_decay
+        return None if decay is None else AveragedWeights(model, decay, self.first_batch // self.aggregation_frequency)
 
     def prepare_schedule(self) -> None:
         """Builds the learning rate's schedule, once the optimizer is there."""
@@ -85,11 +110,52 @@ class TrialStep:
 
     def clip_gradients(self) -> Callable[[Any], None] | None:
         """Clips the gradients of the parameters it is given, in place; None to leave them."""
-        return None
+        limit = self.hparams.clip_grad
+        return None if limit is None else lambda parameters: nn.utils.clip_grad_norm_(parameters, limit)
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager:
         """The precision of the forward pass."""
-        return torch.autocast(self.context.device.type, enabled=False)
+        return autocast(self.hparams.amp, self.context.device)
+
+    # --- the switches of `hyperparameters` --------------------------------------------------------------
+
+    def switched(self, model: nn.Module) -> nn.Module:
+        """The model of `build_model` with `channels_last`, `sync_bn`, `freeze` and `torch_compile`.
+
+        Raises:
+            UserError: one of them does not go with the model or the device.
+        """
+        hparams = self.hparams
+        if hparams.channels_last:
+            for module in model.modules():
+                if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                    module.to(memory_format=torch.channels_last)
+        if hparams.sync_bn and self.slots > 1:
+            if self.context.device.type != "cuda":
+                raise UserError(
+                    "hyperparameters.sync_bn: PyTorch synchronises batch norm on GPUs only; set it to false"
+                )
+            model = self.with_sync_bn(model)
+        if hparams.freeze and self.for_training:
+            self.frozen = freeze(self.detector(model), hparams.freeze)
+        if hparams.torch_compile and self.for_training:
+            for part in self.compiled_parts(model):
+                part.compile()
+        return model
+
+    def build_scaler(self) -> torch.amp.GradScaler | None:
+        """The scaler of fp16; None without.
+
+        Raises:
+            UserError: there is no GPU.
+        """
+        if self.hparams.amp != "fp16" or not self.for_training:
+            return None
+        if self.context.device.type != "cuda":
+            raise UserError(
+                f"{self.fp16_key}: fp16 needs a GPU; take it out, or say hyperparameters.amp: bf16 in its place"
+            )
+        return self.context.wrap_scaler(self.grad_scaler())
 
     # --- the step -------------------------------------------------------------------------------------
 
