@@ -174,6 +174,13 @@ def refused(monkeypatch):
     return call
 
 
+@pytest.fixture
+def without_figures(monkeypatch):
+    """They take most of the time of runs as small as these."""
+    monkeypatch.setattr("shared.training.report_figures.ReportFigures.draw", lambda *_: None)
+    monkeypatch.setattr("shared.here._write_report", lambda *_: None)
+
+
 def reports(run: Path, split: str | None = None) -> list[dict]:
     """The lines of a run's metrics.jsonl."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

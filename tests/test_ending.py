@@ -63,13 +63,6 @@ def config(shapes):
 WHY = "early stopping: bbox_mAP has not been better than 0.3 at batch 4 for 2 validations"
 
 
-@pytest.fixture
-def without_figures(monkeypatch):
-    """They take most of the time of runs as small as these."""
-    monkeypatch.setattr("shared.training.report_figures.ReportFigures.draw", lambda *_: None)
-    monkeypatch.setattr("shared.here._write_report", lambda *_: None)
-
-
 def test_a_run_without_better_validations_ends_as_a_finished_one_and_says_why(config, train, trial_class, capsys):
     config["hyperparameters"]["early_stopping"] = {"patience": 2}
     run = train(trial_class, config)
