@@ -6,6 +6,7 @@ import logging
 import os
 import struct
 import sys
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -63,25 +64,34 @@ def trial_class(monkeypatch):
 
 
 def wandb_records(run: Path) -> list[list]:
-    """What W&B has kept of each start of a run, oldest first: LevelDB's log format, in blocks of 32 KiB."""
+    """What W&B has kept of each start of a run, oldest first."""
+    files = sorted(run.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.parent.name)
+    until = time.monotonic() + 60
+    # W&B's own process writes it, and does not wait for the end of it when the run is finished
+    while not all(of_kind(records_in(file), "exit") for file in files) and time.monotonic() < until:
+        time.sleep(0.1)
+    return [records_in(file) for file in files]
+
+
+def records_in(file: Path) -> list:
+    """The records of a file in LevelDB's log format: in blocks of 32 KiB, after a header of W&B's."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    starts = []
-    for file in sorted(run.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime):
-        data, at, whole, records = file.read_bytes(), 7, b"", []
-        while at + 7 <= len(data):
-            left = 32768 - at % 32768
-            if left < 7:
-                at += left
-                continue
-            length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
-            whole += data[at + 7 : at + 7 + length]
-            at += 7 + length
-            if kind in (1, 4):  # all of a record, or the last of its parts
-                records.append(Record.FromString(whole))
-                whole = b""
-        starts.append(records)
-    return starts
+    data, at, whole, records = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        if at + 7 + length > len(data):
+            break
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # all of a record, or the last of its parts
+            records.append(Record.FromString(whole))
+            whole = b""
+    return records
 
 
 def of_kind(records: list, kind: str) -> list:
