@@ -71,7 +71,7 @@ def look_first(module: str, hyperparameters: type, data: type[DataConfig] = Data
             given = parse_section(config["hyperparameters"], hyperparameters, "hyperparameters")
             if arguments.command in ("train", "check"):
                 check_loggers(given.loggers)
-        elif arguments.command == "search":
+        elif arguments.command == "search" and not arguments.status:
             _look_at_loggers(config)
         if arguments.command == "train":
             parse_searcher_metric(config, None)
