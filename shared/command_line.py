@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import determined as det
 
@@ -24,6 +24,7 @@ from shared.config_file import fixed_hyperparameters, load_config, make_paths_ab
 from shared.errors import DivergedError, UserError
 from shared.experiment import (
     DataConfig,
+    TrainingHyperparameters,
     check_paths,
     parse_data,
     parse_searcher_metric,
@@ -31,6 +32,7 @@ from shared.experiment import (
     refuse_another_detector_s,
 )
 from shared.training.checkpoint_folder import checkpoint_here
+from shared.training.loggers import check_loggers
 from shared.training.run_folder import OF_THE_RUN, RunFolder
 from shared.training.task import on_cluster
 
@@ -66,13 +68,24 @@ def look_first(module: str, hyperparameters: type, data: type[DataConfig] = Data
         elif arguments.command != "search" and getattr(arguments, "results", None) is None:
             config["hyperparameters"] = fixed_hyperparameters(config)
             refuse_another_detector_s(config, hyperparameters, arguments.config)
-            parse_section(config["hyperparameters"], hyperparameters, "hyperparameters")
+            given = parse_section(config["hyperparameters"], hyperparameters, "hyperparameters")
+            if arguments.command in ("train", "check"):
+                check_loggers(given.loggers)
+        elif arguments.command == "search" and not arguments.status:
+            _look_at_loggers(config)
         if arguments.command == "train":
             parse_searcher_metric(config, None)
             _look_at_run(arguments)
         if arguments.command in ("train", "search", "evaluate"):
             submitted = Path(sys.argv[0]).parent
             check_paths(parsed, ("val",) if arguments.command == "evaluate" else ("train", "val"), submitted)
+
+
+def _look_at_loggers(config: dict[str, Any]) -> None:
+    """Raises UserError where the trials of a search could not log; their other hyperparameters are not drawn yet."""
+    section = {key: value for key, value in (config.get("hyperparameters") or {}).items() if key == "loggers"}
+    section = fixed_hyperparameters({"hyperparameters": section})
+    check_loggers(parse_section(section, TrainingHyperparameters, "hyperparameters").loggers)
 
 
 def _look_at_run(arguments: argparse.Namespace) -> None:

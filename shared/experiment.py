@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 _UNITS = ("batches", "epochs", "records")
 _BUCKETS = {"s3": "s3://", "gcs": "gs://"}
+LOGGERS = ("wandb", "mlflow")
 
 
 @dataclass
@@ -182,8 +183,12 @@ class TrainingHyperparameters:
     max_hours: float | None = None
     checkpoint_every_minutes: float | None = None
     validation_loss: bool = False
+    loggers: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
+        for name in self.loggers:
+            if name not in LOGGERS:
+                raise UserError(f"hyperparameters.loggers: {name!r} is unknown; {nearest(name, LOGGERS)}")
         for key in ("clip_grad", "max_hours", "checkpoint_every_minutes"):
             value = getattr(self, key)
             if value is not None and not value > 0:

@@ -30,6 +30,7 @@ from shared.report.summary import summary_of
 from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import load_weights, read_checkpoint
 from shared.training.local_run import LocalRun, full_disk_as_error
+from shared.training.loggers import Loggers, keep_places
 from shared.training.loop import RunHasEnded, fit, trial_context
 from shared.training.manifest import check_manifest
 from shared.training.processes import first_on_each_machine, local_processes, on_chief
@@ -61,6 +62,7 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
         path = first_on_each_machine(distributed, lambda: _checkpoint_to_resume(arguments.resume, folder))
         checkpoint = read_checkpoint(path) if path else None
         on_chief(distributed, lambda: folder.prepare(source))
+        keep_places()
         os.chdir(folder.code)  # what Determined copies into each checkpoint
         os.environ["XDG_DATA_HOME"] = str(folder.saving)  # where it stores them
         first_batch = checkpoint.batches if checkpoint else 0
@@ -68,9 +70,12 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
             trial = trial_class(context)
             if checkpoint:
                 load_weights(trial.plain_model, checkpoint.training_weights, checkpoint.path)
+            loggers = stack.enter_context(Loggers())
+            names, goes_on = trial.hparams.loggers, checkpoint is not None
+            on_chief(distributed, lambda: loggers.open(names, config, folder, goes_on))
             if distributed.rank == 0:
                 _begin_reports(trial, folder, config, checkpoint)
-            trial.local_callbacks["local_run"] = LocalRun(trial, folder)
+            trial.local_callbacks["local_run"] = LocalRun(trial, folder, loggers)
             started = time.monotonic()
             with full_disk_as_error(folder), trial.stopping:
                 # `best` needs a master; here every validated state is saved, and the best and the last are kept
@@ -78,6 +83,7 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
                 try:
                     fit(trial, str(checkpoint.path) if checkpoint else None, policy)
                 except RunHasEnded as ended:
+                    loggers.finish(0)
                     if arguments.resume != "auto":
                         raise
                     if distributed.rank == 0:
@@ -88,6 +94,7 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
             if distributed.rank == 0:
                 seconds = time.monotonic() - started
                 _end_reports(trial, folder, seconds)
+                _conclude(loggers, trial, folder)
                 named_alike = source / Path(arguments.config).name
                 shipped = named_alike if named_alike.exists() else source / "const.yaml"
                 _write_report(trial, folder, config, shipped, seconds)
@@ -147,9 +154,16 @@ def _end_reports(trial: DetectionTrial, folder: RunFolder, seconds: float) -> No
         print(f"ended after batch {trial.batches_trained} of {trial.total_batches}: {trial.stopping.ended}")
     print(f"trained for {duration(seconds)}; all of it is in {folder.path}")
     if figure := picture_of_validation(trial):
-        picture = folder.path / "predictions.png"
-        visualization.save(figure, picture)
-        print(f"predictions beside the ground truth: {picture}")
+        visualization.save(figure, folder.predictions)
+        print(f"predictions beside the ground truth: {folder.predictions}")
+
+
+def _conclude(loggers: Loggers, trial: DetectionTrial, folder: RunFolder) -> None:
+    best, metric = _validation_of("best", folder), trial.searcher_metric.name
+    value = best and best["metrics"].get(metric)
+    numbers = {} if value is None else {f"best/{metric}": value, "best/batches": best["batches"]}
+    picture = folder.predictions if folder.predictions.exists() else None
+    loggers.conclude(trial.batches_trained, numbers, picture)
 
 
 def _write_report(

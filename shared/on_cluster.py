@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import determined as det
 
 from shared.config_file import interpolated
@@ -10,6 +12,8 @@ from shared.training.loop import fit, trial_context
 from shared.training.processes import task_processes
 from shared.training.reports import table_of
 from shared.training.trial import DetectionTrial
+
+logger = logging.getLogger(__name__)
 
 
 def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
@@ -24,6 +28,8 @@ def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
             trial = trial_class(context)
             if distributed.rank == 0:
                 trial.tensorboard = context.get_tensorboard_writer()
+                if trial.hparams.loggers:
+                    logger.info("hyperparameters.loggers: not used on a cluster, where the master has the numbers")
             fit(trial, info.latest_checkpoint, trial.schedule.checkpoint_policy)
             if distributed.rank == 0 and trial.is_finished:
                 print(table_of(trial), flush=True)

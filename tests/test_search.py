@@ -255,9 +255,12 @@ def test_a_trial_that_is_killed_goes_on(start, tmp_path):
 
 def test_each_trial_has_its_share_of_the_machine(start, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "my own")
     ended(start(config_of(searcher={"name": "random", "max_trials": 2, "max_time": 3})))
     seen = [json.loads((tmp_path / f"search/trials/{i}/environment.json").read_text()) for i in range(2)]
     assert sorted(one["CUDA_VISIBLE_DEVICES"] for one in seen) == ["3", "5"]
+    assert {(one["WANDB_RUN_GROUP"], one["MLFLOW_EXPERIMENT_NAME"]) for one in seen} == {("search", "my own")}
+    assert len({one["WANDB_PROJECT"] for one in seen}) == 1
     cores = [set(one["cores"]) for one in seen]
     if len(os.sched_getaffinity(0)) > 1:
         assert not cores[0] & cores[1]

@@ -32,6 +32,7 @@ from shared.search.study import ERROR, Study
 from shared.search.table import table_of_trials
 from shared.search.trial_process import Place, TrialProcess, places_for
 from shared.training.trial import DetectionTrial
+from shared.training.wandb_run import project_name
 
 logger = logging.getLogger(__name__)
 
@@ -179,12 +180,26 @@ class _Search:
         }
         file.write_text(yaml.safe_dump(config, sort_keys=False))
         process = TrialProcess(
-            self.program, file, self.folder / str(number), self.folder / f"{number}.log", self.free.pop(0)
+            self.program,
+            file,
+            self.folder / str(number),
+            self.folder / f"{number}.log",
+            self.free.pop(0),
+            self._names_for_loggers(),
         )
         process.reported = dict(self.study.reported(trial))
         self.running[trial.number] = (trial, process)
         drawn = ", ".join(f"{name} {_short(value)}" for name, value in trial.params.items())
         logger.info("trial %d: %s", number, drawn)
+
+    def _names_for_loggers(self) -> dict[str, str]:
+        """All trials in one project: the name in a trial's config is its own."""
+        name = str(self.config.get("name") or self.output.name)
+        return {
+            "WANDB_PROJECT": project_name(name),
+            "WANDB_RUN_GROUP": self.output.name,
+            "MLFLOW_EXPERIMENT_NAME": name,
+        }
 
     def _look_at_all(self) -> None:
         for number, (trial, process) in list(self.running.items()):

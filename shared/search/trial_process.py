@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,19 +51,29 @@ class TrialProcess:
         config: the trial's YAML file.
         folder: of the run; one with a checkpoint goes on from it.
         log: what the run prints goes there.
+        variables: of its environment, where this process's says nothing.
 
     Attributes:
         reported: the values that the search was told of, by step.
         stopped: whether it was asked to stop; `pruned` whether because others are better.
     """
 
-    def __init__(self, program: Sequence[str], config: Path, folder: Path, log: Path, place: Place):
+    def __init__(
+        self,
+        program: Sequence[str],
+        config: Path,
+        folder: Path,
+        log: Path,
+        place: Place,
+        variables: Mapping[str, str],
+    ):
         self.folder, self.log, self.place = RunFolder(folder), log, place
         self.folder.wait_until_free(_SECONDS_TO_END)
         command = [*program, "train", str(config), "--output-dir", str(folder)]
         if (self.folder.checkpoints / "last").exists():
             command += ["--resume", "last"]
-        environment = {**os.environ} | ({"CUDA_VISIBLE_DEVICES": place.gpu} if place.gpu is not None else {})
+        gpu = {"CUDA_VISIBLE_DEVICES": place.gpu} if place.gpu is not None else {}
+        environment = {**variables, **os.environ, **gpu}
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 command,

@@ -18,6 +18,7 @@ from determined.pytorch import PyTorchCallback
 from shared.errors import UserError
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.evaluation.gathered import save_detections
+from shared.training.loggers import Loggers
 from shared.training.run_folder import RunFolder
 from shared.training.trial import DetectionTrial
 
@@ -27,9 +28,10 @@ logger = logging.getLogger(__name__)
 class LocalRun(PyTorchCallback):
     """Writes the reports and keeps the last and the best checkpoint. Only the chief acts."""
 
-    def __init__(self, trial: DetectionTrial, folder: RunFolder):
+    def __init__(self, trial: DetectionTrial, folder: RunFolder, loggers: Loggers):
         self.trial = trial
         self.folder = folder
+        self.loggers = loggers
         self.chief = trial.rank == 0
         self.best: float | None = None
         self.best_at = -1
@@ -88,6 +90,7 @@ class LocalRun(PyTorchCallback):
         plain = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with self.folder.metrics.open("a") as file:
             file.write(json.dumps({"batches": self.trial.batches_trained, "split": split, "metrics": plain}) + "\n")
+        self.loggers.report(self.trial.batches_trained, split, plain)
 
 
 @contextlib.contextmanager

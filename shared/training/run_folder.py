@@ -17,7 +17,8 @@ _SOURCES = (".py", ".yaml", ".yml", ".sh", ".md", ".jinja")
 
 class RunFolder:
     """The layout of `--output-dir`: metrics.jsonl, config.yaml, length.json (in batches), checkpoints/best and last,
-    tensorboard/, code/, labels.png, predictions.png, detections.npz (of the best validation), report.html and .json."""
+    tensorboard/, code/, labels.png, predictions.png, detections.npz (of the best validation), report.html and .json,
+    loggers.json (the ids of the runs that W&B and MLflow have of it)."""
 
     def __init__(self, path: Path):
         self.path = path.absolute()
@@ -26,6 +27,8 @@ class RunFolder:
         self.length = self.path / "length.json"
         self.tensorboard = self.path / "tensorboard"
         self.labels = self.path / "labels.png"
+        self.predictions = self.path / "predictions.png"
+        self.loggers = self.path / "loggers.json"
         self.detections = self.path / "detections.npz"
         self.report = self.path / "report.html"
         self.code = self.path / "code"

@@ -1,0 +1,1 @@
+../../../shared/training/wandb_run.py

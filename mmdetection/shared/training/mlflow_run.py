@@ -1,0 +1,1 @@
+../../../shared/training/mlflow_run.py
