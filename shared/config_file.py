@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,9 @@ _SEARCHER_KEYS = [
 ]
 _LENGTHS = ("searcher.max_length", "min_validation_period", "min_checkpoint_period")
 # where relative paths may start, beside the folder that is submitted: where the run was started, and the YAML file's
+# Determined's hyperparameter types, of which a searcher draws
+RANGES = ("int", "double", "log", "categorical")
+
 _started_in: list[Path] = []
 _LARGEST_CONFIG = 2**20  # bytes
 
@@ -233,27 +236,47 @@ def refuse_unknown_keys(section: dict[str, Any], valid: Iterable[str], where: st
             raise UserError(f"{where}: unknown key {key!r}; {nearest(str(key), valid)}")
 
 
+def without_ranges(
+    hyperparameters: Mapping[str, Any], value_of: Callable[[tuple[str, ...], Mapping[str, Any]], Any]
+) -> dict[str, Any]:
+    """Hyperparameters with a value in the place of each range that a searcher draws from, and constants plain.
+
+    Args:
+        value_of: the value, given where the range is, ("config_overrides", "optimizer.lr"), and what it is.
+    """
+
+    def filled(section: Mapping[str, Any], at: tuple[str, ...]) -> dict[str, Any]:
+        new = {}
+        for key, value in section.items():
+            kind = value.get("type") if isinstance(value, Mapping) else None
+            if not isinstance(value, Mapping):
+                new[key] = value
+            elif kind == "const":
+                new[key] = value.get("val")
+            elif kind in RANGES:
+                new[key] = value_of((*at, str(key)), value)
+            else:
+                new[key] = filled(value, (*at, str(key)))
+        return new
+
+    return filled(hyperparameters, ())
+
+
 def fixed_hyperparameters(config: dict[str, Any]) -> dict[str, Any]:
     """The hyperparameters of a config that leaves nothing to a searcher.
 
     Raises:
         UserError: some are ranges; the message names the keys to set.
     """
-    searched: list[str] = []
+    searched: list[tuple[str, ...]] = []
 
-    def fixed(value: Any, name: str) -> Any:
-        if not isinstance(value, dict):
-            return value
-        if value.get("type") == "const":
-            return value["val"]
-        if value.get("type") in ("int", "double", "log", "categorical"):
-            searched.append(name)
-            return value
-        return {key: fixed(item, f"{name}.{key}") for key, item in value.items()}
+    def note(at: tuple[str, ...], searched_range: Mapping[str, Any]) -> Any:
+        searched.append(at)
+        return searched_range
 
-    hyperparameters = {name: fixed(value, name) for name, value in (config.get("hyperparameters") or {}).items()}
+    hyperparameters = without_ranges(config.get("hyperparameters") or {}, note)
     if searched:
-        choices = " ".join(f"--set hyperparameters.{name}=…" for name in searched)
+        choices = " ".join(f"--set hyperparameters.{'.'.join(at)}=…" for at in searched)
         raise UserError(
             f"this config is for a search: `search` does it here; to train once, choose a value for each key: {choices}"
         )

@@ -29,7 +29,7 @@ from shared.evaluation import visualization
 from shared.evaluation.detections import Detections, from_coco_results, to_coco_results
 from shared.evaluation.drawing import draw, objects_of_detections
 from shared.evaluation.evaluator import CocoEvaluator, iou_types_of
-from shared.evaluation.table import metrics_table
+from shared.evaluation.table import for_json, metrics_table
 from shared.experiment import DataConfig, SplitData, open_split, parse_data
 from shared.inputs import GivenImages, Picture, find_files, look_at
 from shared.report.about import About, software
@@ -153,9 +153,8 @@ def _report(
 def _say_metrics(metrics: dict[str, float], iou_types: tuple[str, ...], output: Path | None) -> None:
     print(metrics_table(metrics, iou_types))
     if output:
-        plain = {name: None if value != value else value for name, value in metrics.items()}
         with _writing(output / "metrics.json"):
-            (output / "metrics.json").write_text(json.dumps(plain, indent=1))
+            (output / "metrics.json").write_text(json.dumps(for_json(metrics), indent=1))
 
 
 def predict(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _UNITS = ("batches", "epochs", "records")
+_UNDEFINED = 1e30  # or more: a metric that has no value
 _BUCKETS = {"s3": "s3://", "gcs": "gs://"}
 LOGGERS = ("wandb", "mlflow")
 
@@ -140,6 +141,15 @@ class SearcherMetric:
         """Whether a value is better than the best so far, None where there is none."""
         return best is None or (value < best if self.smaller_is_better else value > best)
 
+    def best_of(self, values: Iterable[float]) -> float:
+        """The best of those that are defined; nan where none is."""
+        defined = [value for value in values if self.is_defined(value)]
+        return (min if self.smaller_is_better else max)(defined, default=math.nan)
+
+    def is_defined(self, value: float) -> bool:
+        """Whether a value was measured, and does not only stand for one."""
+        return abs(value) < _UNDEFINED
+
     @property
     def worst(self) -> float:
         """What stands for a metric that is undefined: finite, and no better than any value of it.
@@ -147,7 +157,7 @@ class SearcherMetric:
         COCO's numbers are in [0, 1]; anything else may be as bad as a double can say."""
         if not self.smaller_is_better and self.name.startswith(("bbox_", "segm_", "keypoints_")):
             return 0.0
-        return 1e30 if self.smaller_is_better else -1e30
+        return _UNDEFINED if self.smaller_is_better else -_UNDEFINED
 
 
 @dataclass

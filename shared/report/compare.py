@@ -19,6 +19,7 @@ from shared.data.storage import DiskImages, ImageStorage
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import iou_types_of
+from shared.evaluation.table import for_json
 from shared.report.analysis import CONFIDENCE, NAMES, RESAMPLES, SEED, Analyses, analyse
 from shared.report.difference import Difference
 from shared.report.page import write_page
@@ -165,18 +166,12 @@ def summary_of(comparison: Comparison) -> str:
 
 
 def _plain(comparison: Comparison) -> dict[str, Any]:
-    def row(difference: Difference) -> dict[str, Any]:
-        return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in vars(difference).items()
-        }
-
     return {
         "a": comparison.a,
         "b": comparison.b,
         "iou_type": comparison.iou_type,
-        "metrics": [row(one) for one in comparison.metrics],
-        "categories": [row(one) for one in comparison.categories],
+        "metrics": [for_json(vars(one)) for one in comparison.metrics],
+        "categories": [for_json(vars(one)) for one in comparison.categories],
     }
 
 

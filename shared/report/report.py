@@ -15,6 +15,7 @@ from shared.data.annotations import CocoAnnotations
 from shared.data.storage import DiskImages, ImageStorage
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import iou_types_of
+from shared.evaluation.table import for_json
 from shared.report.about import About
 from shared.report.analysis import NAMES, RESAMPLES, Analyses, analyse
 from shared.report.image_errors import ERROR_TYPES, worst_images
@@ -75,9 +76,6 @@ def numbers_of(analyses: Analyses) -> dict[str, Any]:
     """What the page says, for programs: nan as None."""
     annotations = analyses.annotations
 
-    def plain(value: Any) -> Any:
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
     def of_suspect(suspect: Any) -> dict[str, Any]:
         record_id = int(annotations.image_ids[suspect.image])
         row = suspect.annotation
@@ -93,17 +91,17 @@ def numbers_of(analyses: Analyses) -> dict[str, Any]:
         }
 
     return {
-        "best_threshold": plain(analyses.best_threshold),
+        **for_json({"best_threshold": analyses.best_threshold}),
         "images": len(analyses.indices),
         **{
             iou_type: {
-                "metrics": {name: plain(value) for name, value in of.metrics.items()},
+                "metrics": for_json(of.metrics),
                 "intervals": of.intervals,
-                "best_f1": plain(of.curve.best_f1),
+                **for_json({"best_f1": of.curve.best_f1, "expected_calibration_error": of.calibration["ece"]}),
                 "errors": of.errors and {"delta_ap": of.errors["delta_ap"], "counts": of.errors["counts"]},
-                "expected_calibration_error": plain(of.calibration["ece"]),
                 "categories": [
-                    {key: plain(value) for key, value in vars(row).items() if key != "label"} for row in of.categories
+                    for_json({key: value for key, value in vars(row).items() if key != "label"})
+                    for row in of.categories
                 ],
             }
             for iou_type, of in analyses.of.items()

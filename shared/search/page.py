@@ -55,7 +55,7 @@ def _summary(study: Study, counts: dict[TrialState, int]) -> str:
     )
     if counts[TrialState.COMPLETE]:
         best = study.study.best_trial
-        text += f" The best is trial {first_number(best)}, {study.searcher.metric} {best.value:.4f}."
+        text += f" The best is trial {first_number(best)}, {study.searcher.metric.name} {best.value:.4f}."
     return text
 
 
@@ -88,11 +88,13 @@ def _of_optuna(plot: Any, study: optuna.Study) -> Figure | None:
 
 
 def _curves(study: Study) -> Figure:
+    metric = study.searcher.metric
     with styled():
         figure = Figure(figsize=(6.5, 4.0), layout="constrained")
         axes = figure.subplots()
         for trial in study.trials():
-            points = sorted((step, value) for step, value in trial.intermediate_values.items() if math.isfinite(value))
+            values = trial.intermediate_values
+            points = sorted((step, value) for step, value in values.items() if metric.is_defined(value))
             if points:
                 given_up = trial.state == TrialState.PRUNED
                 axes.plot(
@@ -103,7 +105,7 @@ def _curves(study: Study) -> Figure:
                     markersize=2.5,
                     alpha=0.4 if given_up else 0.9,
                 )
-        axes.set(xlabel="trained, % of the whole length", ylabel=study.searcher.metric)
+        axes.set(xlabel="trained, % of the whole length", ylabel=metric.name)
     return figure
 
 

@@ -211,11 +211,11 @@ class _Search:
                 self._end(trial, process, ended)
 
     def _report(self, trial: optuna.Trial, process: TrialProcess) -> None:
-        for batches, value in process.new_validations(self.searcher.metric):
+        for batches, value in process.new_validations(self.searcher.metric.name):
             step = batches * WHOLE // process.folder.total_batches()
             if step in process.reported:  # of a run that was taken up again
                 continue
-            process.reported[step] = self.searcher.worst if math.isnan(value) else value
+            process.reported[step] = self.searcher.metric.worst if math.isnan(value) else value
             trial.report(process.reported[step], step)
             if not process.stopped and trial.should_prune():
                 process.pruned = True
@@ -223,13 +223,13 @@ class _Search:
 
     def _end(self, trial: optuna.Trial, process: TrialProcess, code: int) -> None:
         number, values = first_number(trial), process.reported
-        best = (min if self.searcher.smaller_is_better else max)(values.values(), default=math.nan)
+        best = self.searcher.metric.best_of(values.values())
         if process.pruned:
             self.study.study.tell(trial, state=TrialState.PRUNED)
             logger.info(
                 "trial %d: given up at %.0f %%, %s", number, 100 * max(values) / WHOLE, _said(self.searcher, best)
             )
-        elif code == 0 and math.isfinite(best):
+        elif code == 0 and not math.isnan(best):
             self.study.study.tell(trial, best)
             logger.info("trial %d: finished, %s", number, _said(self.searcher, best))
         elif self.asked_to_stop is not None and code in (128 + signal.SIGTERM, -signal.SIGTERM):
@@ -258,7 +258,7 @@ def _short(value: Any) -> str:
 
 
 def _said(searcher: Searcher, value: float) -> str:
-    return f"{searcher.metric} {value:.4f}"
+    return f"{searcher.metric.name} {value:.4f}"
 
 
 def _conclude(study: Study, output: Path) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from shared.errors import UserError, nearest
-from shared.experiment import parse_schedule, parse_searcher_metric
+from shared.experiment import SearcherMetric, parse_schedule, parse_searcher_metric
 
 NAMES = ("adaptive_asha", "grid", "random", "single")
 _MODES = ("aggressive", "standard", "conservative")
@@ -17,15 +16,14 @@ _MODES = ("aggressive", "standard", "conservative")
 class Searcher:
     """
     Attributes:
-        metric, smaller_is_better: by which trials are compared.
+        metric: by which trials are compared.
         max_trials: None of a grid, which has its own.
         max_concurrent: trials at once; None for as many as there is room for.
         length: of a trial of `adaptive_asha`, in batches, epochs or records.
     """
 
     name: str
-    metric: str
-    smaller_is_better: bool
+    metric: SearcherMetric
     max_trials: int | None
     max_concurrent: int | None
     length: float
@@ -34,11 +32,6 @@ class Searcher:
     divisor: int
     seed: int
     max_restarts: int
-
-    @property
-    def worst(self) -> float:
-        """What an undefined metric counts as."""
-        return math.inf if self.smaller_is_better else -math.inf
 
 
 def parse_searcher(config: dict[str, Any]) -> Searcher:
@@ -50,7 +43,6 @@ def parse_searcher(config: dict[str, Any]) -> Searcher:
     name = section.get("name") or "single"
     if name not in NAMES:
         raise UserError(f"searcher.name: {name!r}; {nearest(str(name), NAMES)}")
-    metric = parse_searcher_metric(config, None)
 
     def number(key: str, default: int | None, least: int = 1) -> int | None:
         value = section.get(key)
@@ -67,8 +59,7 @@ def parse_searcher(config: dict[str, Any]) -> Searcher:
     restarts = config.get("max_restarts")
     return Searcher(
         name=name,
-        metric=metric.name,
-        smaller_is_better=metric.smaller_is_better,
+        metric=parse_searcher_metric(config, None),
         max_trials=1 if name == "single" else None if name == "grid" else number("max_trials", None),
         max_concurrent=number("max_concurrent_trials", None, 0) or None,
         length=parse_schedule(config).max_length.count if name == "adaptive_asha" else 1,

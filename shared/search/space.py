@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import optuna
 
+from shared.config_file import without_ranges
 from shared.errors import UserError
 
-_TYPES = ("const", "int", "double", "log", "categorical")
 Range = Mapping[str, Any]
 
 
@@ -22,19 +22,13 @@ def ranges_of(hyperparameters: Mapping[str, Any]) -> dict[tuple[str, ...], Range
     Raises:
         UserError: a range is not what Determined takes.
     """
-    ranges = {}
+    ranges: dict[tuple[str, ...], Range] = {}
 
-    def look(section: Mapping[str, Any], at: tuple[str, ...]) -> None:
-        for key, value in section.items():
-            if not isinstance(value, Mapping):
-                continue
-            if value.get("type") not in _TYPES:
-                look(value, (*at, key))
-            elif value["type"] != "const":
-                _check(value, (*at, key))
-                ranges[(*at, key)] = value
+    def note(at: tuple[str, ...], value: Range) -> None:
+        _check(value, at)
+        ranges[at] = value
 
-    look(hyperparameters, ())
+    without_ranges(hyperparameters, note)
     return ranges
 
 
@@ -61,27 +55,8 @@ def _check(value: Range, at: tuple[str, ...]) -> None:
 
 def draw(trial: optuna.Trial, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
     """The hyperparameters of a trial: each range has a value that Optuna draws in its place."""
-    drawn = {at: _draw(trial, name_of(at), value) for at, value in ranges_of(hyperparameters).items()}
-    return filled(hyperparameters, drawn.__getitem__)
-
-
-def filled(hyperparameters: Mapping[str, Any], value_of: Callable[[tuple[str, ...]], Any]) -> dict[str, Any]:
-    """With a value in the place of each range, and constants plain."""
-
-    def fill(section: Mapping[str, Any], at: tuple[str, ...]) -> dict[str, Any]:
-        new = {}
-        for key, value in section.items():
-            if not isinstance(value, Mapping):
-                new[key] = value
-            elif value.get("type") == "const":
-                new[key] = value.get("val")
-            elif value.get("type") in _TYPES:
-                new[key] = value_of((*at, key))
-            else:
-                new[key] = fill(value, (*at, key))
-        return new
-
-    return fill(hyperparameters, ())
+    ranges_of(hyperparameters)  # what it refuses, before anything is drawn
+    return without_ranges(hyperparameters, lambda at, value: _draw(trial, name_of(at), value))
 
 
 def _draw(trial: optuna.Trial, name: str, value: Range) -> Any:

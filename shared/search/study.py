@@ -41,7 +41,7 @@ class Study:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         self.searcher, self.owner = searcher, owner
         self.max_trials = searcher.max_trials
-        direction = "minimize" if searcher.smaller_is_better else "maximize"
+        direction = "minimize" if searcher.metric.smaller_is_better else "maximize"
         try:
             self.study = optuna.create_study(
                 storage=open_storage(storage),

@@ -22,24 +22,23 @@ _STATES = {
 
 def rows_of(study: Study) -> tuple[list[str], list[list[Any]]]:
     """Heads, and a row a trial: the best first, those that say nothing last."""
-    metric, smaller = study.searcher.metric, study.searcher.smaller_is_better
+    metric = study.searcher.metric
     trials = study.trials()
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
 
     def best(trial: FrozenTrial) -> float:
-        values = [value for value in trial.intermediate_values.values() if math.isfinite(value)]
-        return (min if smaller else max)(values, default=math.nan)
+        return metric.best_of(trial.intermediate_values.values())
 
     def order(trial: FrozenTrial) -> tuple[bool, float]:
         value = best(trial)
-        return math.isnan(value), value if smaller else -value
+        return math.isnan(value), value if metric.smaller_is_better else -value
 
     rows = []
     for trial in sorted(trials, key=order):
         done = max(trial.intermediate_values, default=0) / WHOLE
         values = [trial.params.get(name) for name in names]
         rows.append([first_number(trial), _STATES[trial.state], f"{done:.0%}", best(trial), *values])
-    return ["trial", "state", "done", metric, *names], rows
+    return ["trial", "state", "done", metric.name, *names], rows
 
 
 def table_of_trials(study: Study) -> str:

@@ -18,6 +18,7 @@ from determined.pytorch import PyTorchCallback
 from shared.errors import UserError
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.evaluation.gathered import save_detections
+from shared.evaluation.table import for_json
 from shared.training.loggers import Loggers
 from shared.training.run_folder import RunFolder
 from shared.training.trial import DetectionTrial
@@ -87,7 +88,7 @@ class LocalRun(PyTorchCallback):
     def _report(self, split: str, metrics: dict[str, float]) -> None:
         if not self.chief:
             return
-        plain = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        plain = for_json(metrics)
         with self.folder.metrics.open("a") as file:
             file.write(json.dumps({"batches": self.trial.batches_trained, "split": split, "metrics": plain}) + "\n")
         self.loggers.report(self.trial.batches_trained, split, plain)
