@@ -13,7 +13,6 @@ from conftest import reports, run_model_def
 from test_stopping import start, wait_for_batch
 from tiny_models import efficientdet_config
 
-from shared.experiment import parse_section
 from shared.training.checkpoints import read_checkpoint
 from shared.training.hang import LONGER, Mark, Phase, Standing, Standings, span
 
@@ -142,13 +141,6 @@ def test_a_time_that_is_none_is_refused_by_its_key(run_config, refused, value):
     )
 
 
-def test_null_never_ends_anything():
-    from model_def import EfficientDetHyperparameters
-
-    section = {"global_batch_size": 4, "hang_minutes": None}
-    assert parse_section(section, EfficientDetHyperparameters, "hyperparameters").hang_minutes is None
-
-
 @pytest.fixture
 def trial_class():
     from model_def import EfficientDetTrial
@@ -156,7 +148,7 @@ def trial_class():
     return EfficientDetTrial
 
 
-# a model_def.py of which rank SLEEPER sleeps for ever where it computes the losses of batch 6, or loads its images
+# a model_def.py of which rank 1 sleeps for ever in batch 6, or a loader's worker where it reads its 25th image
 SLEEPING = """
 import os, sys, time
 sys.path[:0] = [os.getcwd()]
@@ -165,7 +157,7 @@ from shared.launch import main
 
 class Sleeping(model_def.EfficientDetTrial):
     def losses(self, model, batch):
-        if os.environ["WHERE"] == "losses" and self.rank == int(os.environ["SLEEPER"]) and self.batches_trained == 5:
+        if os.environ["WHERE"] == "losses" and self.rank == 1 and self.batches_trained == 5:
             time.sleep(10_000)
         return super().losses(model, batch)
 
@@ -193,13 +185,12 @@ main(Sleeping)
 def sleeping(run_config, tmp_path):
     """Starts a run that hangs; what it ended as, and its folder."""
 
-    def call(where, processes, workers=0, minutes=0.06):
+    def call(where, processes, workers=0):
         script = tmp_path / "sleeping.py"
         script.write_text(SLEEPING)
-        config = run_config(data__workers=workers, hyperparameters__hang_minutes=minutes)
+        config = run_config(data__workers=workers, hyperparameters__hang_minutes=0.1)
         arguments = ("train", config, "--output-dir", tmp_path / "run")
-        env = {"WHERE": where, "SLEEPER": "1"}
-        return run_model_def(*arguments, processes=processes, env=env, check=False, script=script)
+        return run_model_def(*arguments, processes=processes, env={"WHERE": where}, check=False, script=script)
 
     return call
 
@@ -218,12 +209,13 @@ def test_one_of_two_that_sleeps_is_named_with_its_batch_and_the_run_goes_on_from
     assert '[rank 1]   File "' + str(tmp_path / "sleeping.py") + '", line 10 in losses' in done.stderr
     run = tmp_path / "run"
     assert read_checkpoint(run / "checkpoints/last").batches == 4
-    train(trial_class, yaml.safe_load((tmp_path / "config.yaml").read_text()), resume="last")
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del config["hyperparameters"]["hang_minutes"]  # seconds, which would end this process too
+    train(trial_class, config, resume="last")
     assert reports(run)[-1]["batches"] == 12
 
 
 def test_a_loader_worker_that_sleeps_is_shown_and_does_not_outlive_the_run(sleeping, tmp_path):
-    before = {process.pid for process in psutil.process_iter()}
     done = sleeping("data", processes=1, workers=1)
     assert done.returncode == 1
     line = done.stderr.splitlines()[-1]
@@ -231,13 +223,15 @@ def test_a_loader_worker_that_sleeps_is_shown_and_does_not_outlive_the_run(sleep
     assert ", loading a batch, at " in line
     assert "its worker " in done.stderr
     assert f'File "{tmp_path / "sleeping.py"}", line 25 in __getitem__' in done.stderr
-    left = [each for each in psutil.process_iter(["cmdline"]) if "sleeping.py" in " ".join(each.info["cmdline"] or [])]
-    assert not [each for each in left if each.pid not in before]
+    left = [" ".join(each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])]
+    assert not [command for command in left if str(tmp_path) in command]
 
 
-def test_a_training_leaves_no_thread_behind_however_it_ends(shapes, train, trial_class):
+@pytest.mark.parametrize("minutes", [10, None])
+def test_a_training_has_a_thread_that_watches_but_with_null_and_leaves_none_behind(shapes, train, trial_class, minutes):
     config = efficientdet_config(shapes)
     config["data"]["workers"] = 0
+    config["hyperparameters"]["hang_minutes"] = minutes
     watched = []
 
     class Ending(trial_class):
@@ -250,7 +244,7 @@ def test_a_training_leaves_no_thread_behind_however_it_ends(shapes, train, trial
     Ending.__module__ = "model_def"
     with pytest.raises(RuntimeError, match="ended"):
         train(Ending, config)
-    assert watched == [True] * 3
+    assert watched == [minutes is not None] * 3
     assert "watch" not in {thread.name for thread in threading.enumerate()}
 
 
@@ -268,11 +262,11 @@ def processes_of(parent):
 def test_a_process_that_is_stopped_is_named_also_where_it_is_the_chief(run_config, tmp_path, rank):
     length = {"searcher__max_length": {"batches": 10_000}, "min_validation_period": {"batches": 10_000}}
     config, run = run_config(**length, hyperparameters__hang_minutes=0.1), tmp_path / "run"
-    run_ = start(config, run, processes=2)
-    wait_for_batch(run, run_, 6)
-    os.kill(processes_of(run_)[rank].pid, signal.SIGSTOP)
-    _, errors = run_.communicate(timeout=120)  # torchrun kills the one that is stopped after 30 seconds
-    assert run_.returncode != 0
+    process = start(config, run, processes=2)
+    wait_for_batch(run, process, 6)
+    os.kill(processes_of(process)[rank].pid, signal.SIGSTOP)
+    _, errors = process.communicate(timeout=120)  # torchrun kills the one that is stopped after 30 seconds
+    assert process.returncode != 0
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert f": rank {rank} does not answer any more (last heard of at batch " in line
     assert f"[rank {1 - rank}] thread MainThread" in errors
@@ -282,13 +276,13 @@ def test_a_process_that_is_stopped_is_named_also_where_it_is_the_chief(run_confi
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_job_that_is_stopped_as_a_whole_and_goes_on_has_not_hung(run_config, tmp_path, count):
     config, run = run_config(hyperparameters__hang_minutes=0.1, searcher__max_length={"batches": 40}), tmp_path / "run"
-    run_ = start(config, run, processes=count)
-    wait_for_batch(run, run_, 6)
-    everybody = [*psutil.Process(run_.pid).children(recursive=True), psutil.Process(run_.pid)]
-    for process in everybody:
-        process.send_signal(signal.SIGSTOP)
+    process = start(config, run, processes=count)
+    wait_for_batch(run, process, 6)
+    everybody = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for each in everybody:
+        each.send_signal(signal.SIGSTOP)
     time.sleep(15)
-    for process in everybody:
-        process.send_signal(signal.SIGCONT)
-    _, errors = run_.communicate(timeout=120)
-    assert run_.returncode == 0, errors
+    for each in everybody:
+        each.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors

@@ -52,7 +52,7 @@ class Watch:
         self._watched = 0
 
     def mark(self, phase: Phase, batch: int) -> None:
-        """This process has come to here: costs less than a microsecond.
+        """This process has come to here: costs about a microsecond.
 
         Args:
             batch: that it trains, from 1; outside of the training, the batches trained.
