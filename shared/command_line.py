@@ -7,12 +7,10 @@ import shared.threads  # noqa: F401 before torch
 import argparse
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import re
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +19,7 @@ import determined as det
 
 from shared.check import add_arguments as add_check_arguments
 from shared.config_file import fixed_hyperparameters, load_config, make_paths_absolute
-from shared.errors import DivergedError, UserError
+from shared.errors import DivergedError, UserError, tell_torchrun
 from shared.experiment import (
     DataConfig,
     TrainingHyperparameters,
@@ -220,9 +218,7 @@ def _end_with(error: Exception) -> NoReturn:
     line = f"error: {message}" if rank == 0 else f"error on rank {rank}: {message}"
     if on_cluster():
         line = f"{NOT_RETRIED}{message}"
-    if torchrun_s := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # its report, which comes last, shows it then
-        failure = {"message": line, "extraInfo": {"timestamp": int(time.time())}}
-        Path(torchrun_s).write_text(json.dumps({"message": failure}))
+    tell_torchrun(line)
     if not on_cluster():
         sys.exit(line)
     if NOT_RETRIED.split(":")[0] not in str(det.get_cluster_info().trial._config.get("log_policies")):

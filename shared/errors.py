@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import glob
+import json
+import os
+import time
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -49,3 +52,10 @@ def _spelled_alike(one: str, other: str) -> bool:
 def count_of(number: int, what: str) -> str:
     """ "1 slot", "2 slots"."""
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def tell_torchrun(line: str) -> None:
+    """Has torchrun's report, which comes last, show the line that this process ends with; where it is torchrun's."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        failure = {"message": line, "extraInfo": {"timestamp": int(time.time())}}
+        Path(path).write_text(json.dumps({"message": failure}))

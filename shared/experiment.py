@@ -192,6 +192,7 @@ class TrainingHyperparameters:
     early_stopping: EarlyStopping | None = None
     max_hours: float | None = None
     checkpoint_every_minutes: float | None = None
+    hang_minutes: float | None = 10.0
     validation_loss: bool = False
     loggers: list[str] = dataclasses.field(default_factory=list)
 
@@ -205,6 +206,18 @@ class TrainingHyperparameters:
                 raise UserError(f"hyperparameters.{key} is {value:g}, and must be greater than 0; or leave it out")
         if self.model_ema_decay is not None and not 0 <= self.model_ema_decay < 1:
             raise UserError(f"hyperparameters.model_ema_decay: {self.model_ema_decay} is not in [0, 1)")
+        if self.hang_minutes is not None and not self.hang_minutes > 0:
+            raise UserError(
+                f"hyperparameters.hang_minutes is {self.hang_minutes:g}, and must be greater than 0; give null to "
+                "wait for ever"
+            )
+
+
+def hang_minutes_of(config: dict[str, Any]) -> float | None:
+    """`hyperparameters.hang_minutes`, before the hyperparameters are read; None also where it is none, which they
+    refuse."""
+    value = (config.get("hyperparameters") or {}).get("hang_minutes", TrainingHyperparameters.hang_minutes)
+    return value if type(value) in (int, float) and value > 0 else None
 
 
 def check_paths(data: DataConfig, splits: Iterable[str], submitted: Path) -> None:

@@ -24,7 +24,7 @@ from shared.evaluation.data_report import save_page
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.evaluation.gathered import load_detections
 from shared.evaluation.table import metrics_table
-from shared.experiment import SplitData, per_slot_batch_size
+from shared.experiment import SplitData, hang_minutes_of, per_slot_batch_size
 from shared.report.about import About, changed_keys, software, speed
 from shared.report.summary import summary_of
 from shared.training.checkpoint_folder import find_checkpoint
@@ -53,7 +53,7 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
     output_dir = arguments.output_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     if int(os.environ.get("RANK", 0)) == 0:
         logger.info("run: %s", output_dir.absolute())
-    with local_processes() as (distributed, device), contextlib.ExitStack() as stack:
+    with local_processes(hang_minutes_of(config)) as (distributed, device), contextlib.ExitStack() as stack:
         if (batch_size := config["hyperparameters"].get("global_batch_size")) is not None:
             per_slot_batch_size(batch_size, distributed.size)
         folder = RunFolder(distributed.broadcast(output_dir).absolute())

@@ -7,7 +7,7 @@ import logging
 import determined as det
 
 from shared.config_file import interpolated
-from shared.experiment import per_slot_batch_size
+from shared.experiment import hang_minutes_of, per_slot_batch_size
 from shared.training.loop import fit, trial_context
 from shared.training.processes import task_processes
 from shared.training.reports import table_of
@@ -20,7 +20,7 @@ def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
     """Trains with the config and the hyperparameters that the master gives."""
     info = det.get_cluster_info()
     config = interpolated({**info.trial._config, "hyperparameters": info.trial.hparams})
-    with task_processes(len(info.gpu_uuids)) as (distributed, device):
+    with task_processes(len(info.gpu_uuids), hang_minutes_of(config)) as (distributed, device):
         if (batch_size := config["hyperparameters"].get("global_batch_size")) is not None:
             per_slot_batch_size(batch_size, distributed.size)
         first_batch = info.trial._steps_completed

@@ -29,7 +29,7 @@ def test_each_of_two_processes_has_a_device_of_its_own_before_the_first_collecti
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("USE_TORCH_DISTRIBUTED", "")
     collective = torch.distributed
-    monkeypatch.setattr(collective, "init_process_group", lambda backend: gpus.append(("init", backend)))
+    monkeypatch.setattr(collective, "init_process_group", lambda backend, timeout: gpus.append(("init", backend)))
     monkeypatch.setattr(collective, "destroy_process_group", lambda: None)
     monkeypatch.setattr(
         collective, "broadcast_object_list", lambda objects, src, device: gpus.append(("broadcast", device))

@@ -15,6 +15,7 @@ from determined.core import DistributedContext
 
 from shared.errors import UserError
 from shared.experiment import Length, Schedule
+from shared.training.hang import Phase
 
 if TYPE_CHECKING:
     from shared.training.trial import DetectionTrial
@@ -193,7 +194,8 @@ class _Loop(pytorch._PyTorchTrialController):
     - it trains on after a resume without the validation that a stop cut short;
     - it hears of the searcher's decision at a later report only, and of a signal never;
     - it uploads TensorBoard's files once a second at most, so that the last ones stay behind;
-    - it tells the master of its progress at its reports only.
+    - it tells the master of its progress at its reports only;
+    - it stands for ever where a process hangs.
     """
 
     def __init__(self, **arguments: Any):
@@ -204,11 +206,13 @@ class _Loop(pytorch._PyTorchTrialController):
         super()._load_state({**state, "trial_id": self.trial_id} if self.local_training else state)
 
     def _run(self) -> None:
-        super()._run()
-        if not self.local_training:
-            self.trial.finish_figures()
-            time.sleep(SECONDS_BETWEEN_UPLOADS)
-            self._upload_tb_files()
+        with self.trial.watch.watching(self.state.batches_trained):
+            super()._run()
+            if not self.local_training:
+                self._mark(Phase.REPORTING)
+                self.trial.finish_figures()
+                time.sleep(SECONDS_BETWEEN_UPLOADS)
+                self._upload_tb_files()
 
     def _train(self, length: pytorch.TrainUnit, train_boundaries: list) -> None:
         batches = self.state.batches_trained
@@ -242,7 +246,27 @@ class _Loop(pytorch._PyTorchTrialController):
             return f"has ended by {why}; give more of them, or leave hyperparameters.max_hours out, to go on"
         return None
 
+    def _mark(self, phase: Phase) -> None:
+        self.trial.watch.mark(phase, self.state.batches_trained)
+
+    def _train_with_boundaries(self, *arguments: Any) -> tuple[list, list]:
+        self.trial.watch.mark(Phase.LOADING, self.state.batches_trained + 1)
+        return super()._train_with_boundaries(*arguments)
+
+    def _aggregate_training_metrics(self, training_metrics: list) -> dict[str, Any]:
+        self._mark(Phase.REPORTING)
+        return super()._aggregate_training_metrics(training_metrics)
+
+    def _validate(self) -> dict[str, Any]:
+        self._mark(Phase.VALIDATING)
+        return super()._validate()
+
+    def _checkpoint(self, already_exiting: bool) -> None:
+        self._mark(Phase.SAVING)
+        super()._checkpoint(already_exiting)
+
     def _stop_requested(self) -> None:
+        self._mark(Phase.REPORTING)
         # called after each report, validation and checkpoint
         if not self.local_training:
             self._upload_tb_files()

@@ -8,18 +8,22 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from determined.core import DistributedContext
 
 from shared.errors import DivergedError, UserError
+from shared.training.hang import LONGER
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 _SECONDS_FOR_CHIEF = 3
+_MINUTES_A_COLLECTIVE_MAY_WAIT = 30  # at least; torch's own are 30 with Gloo and 10 with NCCL
+_MOST_MINUTES = 7 * 24 * 60
 
 
 def choose_device(local_rank: int, local_size: int, gpus_given: int = 0) -> torch.device:
@@ -65,12 +69,12 @@ def _why_no_gpu() -> str:
 
 
 @contextlib.contextmanager
-def local_processes() -> Iterator[tuple[DistributedContext, torch.device]]:
-    """The processes that torchrun started, or this one alone, and this one's device."""
+def local_processes(hang_minutes: float | None = None) -> Iterator[tuple[DistributedContext, torch.device]]:
+    """The processes that torchrun started, or this one alone, and this one's device; `hang_minutes` of a training."""
     if "RANK" not in os.environ:
         yield _alone(), choose_device(0, 1)
         return
-    device = _join_group()
+    device = _join_group(hang_minutes=hang_minutes)
     # `from_torch_distributed` has two fixed ports: a second run on the machine, or a trial, would not start
     ports = [_free_ports(2)]
     torch.distributed.broadcast_object_list(ports, src=0, device=device)
@@ -91,12 +95,14 @@ def local_processes() -> Iterator[tuple[DistributedContext, torch.device]]:
 
 
 @contextlib.contextmanager
-def task_processes(gpus_given: int) -> Iterator[tuple[DistributedContext, torch.device]]:
+def task_processes(
+    gpus_given: int, hang_minutes: float | None = None
+) -> Iterator[tuple[DistributedContext, torch.device]]:
     """The processes of this task of a cluster, which Determined's launcher started, and this one's device."""
     if "RANK" not in os.environ:
         yield _alone(), choose_device(0, 1, gpus_given)
         return
-    device = _join_group(gpus_given)
+    device = _join_group(gpus_given, hang_minutes)
     distributed = DistributedContext.from_torch_distributed()
     with _closing(distributed):
         yield distributed, device
@@ -106,11 +112,19 @@ def _alone() -> DistributedContext:
     return DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
 
 
-def _join_group(gpus_given: int = 0) -> torch.device:
+def _join_group(gpus_given: int = 0, hang_minutes: float | None = None) -> torch.device:
     device = choose_device(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), gpus_given)
     os.environ["USE_TORCH_DISTRIBUTED"] = "True"  # what determined.launch.torch_distributed sets
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=_collective_timeout(hang_minutes))
     return device
+
+
+def _collective_timeout(hang_minutes: float | None) -> timedelta | None:
+    """So long that the watch comes first, and names who is behind; torch's own where there is none."""
+    if hang_minutes is None:
+        return None
+    return timedelta(minutes=min(max(2 * LONGER * hang_minutes, _MINUTES_A_COLLECTIVE_MAY_WAIT), _MOST_MINUTES))
 
 
 @contextlib.contextmanager

@@ -52,6 +52,7 @@ from shared.training.trial_data import TrialData
 from shared.training.trial_step import TrialStep
 from shared.training.trial_validation import TrialValidation, ValidationResult
 from shared.training.validation_loss import ValidationLoss
+from shared.training.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         categories: COCO categories; the position is the label.
         first_batch: batches that were trained before this start; `total_batches` at the end, of all slots together.
         stopping: when the training ends early.
+        watch: finds out when it hangs.
         patience: counts validations without a better searcher metric.
         finish_figures: waits for those of the last validation.
         local_callbacks: what a run off the cluster adds, set before `fit`.
@@ -115,6 +117,7 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         else:
             self.categories = categories if categories is not None else self.known_categories()
 
+        self.watch = Watch(distributed, self.hparams.hang_minutes)
         self.stopping = Stopping(
             distributed,
             self.aggregation_frequency,

@@ -25,6 +25,7 @@ from shared.evaluation.reducer import ChiefReducer
 from shared.experiment import DataConfig, SplitData, TrainingHyperparameters, open_split, open_train_and_val
 from shared.training.stopping import Stopping, outlive_signals
 from shared.training.validation_loss import CollateWithLoss, WithLossSample
+from shared.training.watch import show_stacks_when_asked
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ class TrialData:
             persistent_workers=self.data.workers > 0,  # or each validation forks again: slow, and see start_workers
             collate_fn=NotingSkipped(collate, self.bad_images),
             pin_memory=self.context.device.type == "cuda",
-            worker_init_fn=outlive_signals,
+            worker_init_fn=_begin_worker,
         )
 
     def _prepare_training_batch(self, batch: Batch, number: int) -> Batch:
@@ -210,3 +211,8 @@ class TrialData:
 
     def get_batch_length(self, batch: Batch) -> int:
         return len(batch)
+
+
+def _begin_worker(worker_id: int) -> None:
+    outlive_signals(worker_id)
+    show_stacks_when_asked()

@@ -17,10 +17,12 @@ from shared.errors import UserError
 from shared.experiment import TrainingHyperparameters
 from shared.training.averaging import AveragedWeights
 from shared.training.freezing import freeze
+from shared.training.hang import Phase
 from shared.training.memory import bytes_kept, out_of_memory
 from shared.training.precision import autocast
 from shared.training.stopping import Stopping
 from shared.training.training_metrics import STEPS_A_SCALE_MAY_SKIP, TrainingMetrics, diverged
+from shared.training.watch import Watch
 
 
 class TrialStep:
@@ -52,6 +54,7 @@ class TrialStep:
     optimizer: torch.optim.Optimizer
     training_metrics: TrainingMetrics
     stopping: Stopping
+    watch: Watch
     rank: int
     seed: int
     slots: int
@@ -160,6 +163,7 @@ class TrialStep:
     # --- the step -------------------------------------------------------------------------------------
 
     def train_batch(self, batch: Batch, epoch_idx: int, batch_idx: int) -> dict[str, Any]:
+        self.watch.mark(Phase.FORWARD, batch_idx + 1)
         seed_all(self.seed, self.rank, batch_idx, 1)  # dropout and the like: no two slots alike, and a resume exact
         self.before_batch(batch_idx)
         try:
@@ -168,6 +172,7 @@ class TrialStep:
             raise diverged(batch_idx, batch.image_ids) from error
         except torch.cuda.OutOfMemoryError as error:
             raise self._out_of_memory(batch, batch_idx) from error
+        self.watch.mark(Phase.STEPPED, batch_idx + 1)
         may_skip = 0 if self.scaler is None else STEPS_A_SCALE_MAY_SKIP
         self.training_metrics.update(losses, batch_idx, batch.image_ids, len(batch.skipped), may_skip)
         self.training_metrics.waiting = self.training_loader.waiting
@@ -176,6 +181,7 @@ class TrialStep:
         self.after_batch(batch_idx)
         self.on_batch_end()
         self.stopping.after_batch(self.batches_trained)
+        self.watch.mark(Phase.LOADING, batch_idx + 2)
         # a number of the host: of each tensor in here Determined makes a synchronisation a step
         return {"lr": self.training_metrics.lr}
 
@@ -184,6 +190,7 @@ class TrialStep:
         with self.autocast():
             losses = self.losses(self.model, batch)
         loss = losses["loss"]
+        self.watch.mark(Phase.BACKWARD, batch_idx + 1)
         self.context.backward(loss if self.scaler is None else self.scaler.scale(loss))
         self.context.step_optimizer(self.optimizer, clip_grads=self._clip(), scaler=self.scaler)
         if (batch_idx + 1) % self.aggregation_frequency == 0:

@@ -19,8 +19,10 @@ from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import summary_metrics
 from shared.evaluation.reducer import ChiefReducer
 from shared.experiment import SplitData
+from shared.training.hang import Phase
 from shared.training.python_state import python_state
 from shared.training.validation_loss import PREFIX, TOTAL, ValidationLoss, as_one_process, giving_losses
+from shared.training.watch import Watch
 
 if TYPE_CHECKING:
     from shared.training.trial import DetectionTrial
@@ -51,6 +53,8 @@ class TrialValidation:
     val_data: SplitData
     seed: int
     slots: int
+    batches_trained: int
+    watch: Watch
 
     # --- what a detector says of itself ---------------------------------------------------------------
 
@@ -79,6 +83,7 @@ class TrialValidation:
         return self.plain_model if self.ema is None else self.ema.module
 
     def evaluate_batch(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        self.watch.mark(Phase.VALIDATING, self.batches_trained)
         for_loss, batch.for_loss = batch.for_loss, []
         detected = self.detect_on_host_batch(batch)
         self.evaluator.update(detected)
@@ -87,6 +92,7 @@ class TrialValidation:
         self._keep_to_draw(detected)
         for image in for_loss:
             self.validation_loss.update(image.image_ids[0], self.losses_of_image(image))
+            self.watch.mark(Phase.VALIDATING, self.batches_trained)
         return {}
 
     @torch.no_grad()
@@ -165,6 +171,9 @@ class ValidationResult(PyTorchCallback):
         self.trial.synchronize_buffers()
         self.trial.share_python_state()
         self.trial.pictured = []
+
+    def on_validation_epoch_end(self, outputs: list) -> None:
+        self.trial.watch.mark(Phase.EVALUATING, self.trial.batches_trained)
 
     def on_validation_end(self, metrics: dict[str, Any]) -> None:
         trial = self.trial
