@@ -36,7 +36,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from determined import pytorch
 from diamonds import AN_IMAGE, HEIGHT, WIDTH, diamonds
-from interleaved import time_against
+from interleaved import switch, time_against
 
 from coco_files import data_folder, make_file
 from detectron2_files.config import load_config
@@ -112,7 +112,11 @@ def step(arguments: argparse.Namespace) -> dict:
             "cache_dir": str(folder / "cache"),
             "workers": arguments.workers,
         },
-        "hyperparameters": {"global_batch_size": arguments.batch_size, **(FULL if arguments.full else SMALL)},
+        "hyperparameters": {
+            "global_batch_size": arguments.batch_size,
+            **(FULL if arguments.full else SMALL),
+            **dict(arguments.set),
+        },
         "searcher": {"max_length": {"batches": 10**6}, "metric": "bbox_mAP", "smaller_is_better": False},
         "scheduling_unit": 50,
         "checkpoint_policy": "none",
@@ -121,7 +125,7 @@ def step(arguments: argparse.Namespace) -> dict:
         trial = Detectron2Trial(context)
         other = upstream_loop(trial, annotations["train"], folder / "train2017", arguments.workers)
         measured = time_against(trial, context, other, arguments.blocks, arguments.block, "detectron2")
-    return {"config": config["hyperparameters"]["config_file"], **measured}
+    return {"config": config["hyperparameters"]["config_file"], **dict(arguments.set), **measured}
 
 
 # --- memory -----------------------------------------------------------------------------------------
@@ -233,6 +237,9 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=10, help="batches a block")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument(
+        "--set", type=switch, nargs="+", default=[], metavar="KEY=VALUE", help="step: of our side, such as amp=bf16"
+    )
     parser.add_argument("--full", action="store_true", help="step: Mask R-CNN R50-FPN at its full size, for a GPU")
     parser.add_argument("--images", type=int, default=5000)
     arguments = parser.parse_args()

@@ -32,7 +32,7 @@ import mmdetection_files  # noqa: F401 before mmcv.ops, where mmcv is not compil
 from annotations import in_new_process
 from determined import pytorch
 from diamonds import AN_IMAGE, CATEGORIES, diamonds
-from interleaved import time_against
+from interleaved import switch, time_against
 from mmcv.parallel import MMDataParallel, _functions
 from mmcv.runner import EpochBasedRunner, build_optimizer
 from mmdet.core import encode_mask_results
@@ -115,7 +115,11 @@ def step(arguments: argparse.Namespace) -> dict:
             "cache_dir": str(folder / "cache"),
             "workers": arguments.workers,
         },
-        "hyperparameters": {"global_batch_size": arguments.batch_size, **(FULL if arguments.full else SMALL)},
+        "hyperparameters": {
+            "global_batch_size": arguments.batch_size,
+            **(FULL if arguments.full else SMALL),
+            **dict(arguments.set),
+        },
         "searcher": {"max_length": {"batches": 10**6}, "metric": "bbox_mAP", "smaller_is_better": False},
         "scheduling_unit": 50,
         "checkpoint_policy": "none",
@@ -124,7 +128,7 @@ def step(arguments: argparse.Namespace) -> dict:
         trial = MMDetectionTrial(context)
         other = upstream_loop(trial, arguments.workers)
         measured = time_against(trial, context, other, arguments.blocks, arguments.block, "mmdetection")
-    return {"config": config["hyperparameters"]["config_file"], **measured}
+    return {"config": config["hyperparameters"]["config_file"], **dict(arguments.set), **measured}
 
 
 # --- memory -----------------------------------------------------------------------------------------
@@ -221,6 +225,9 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=10, help="batches a block")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument(
+        "--set", type=switch, nargs="+", default=[], metavar="KEY=VALUE", help="step: of our side, such as amp=bf16"
+    )
     parser.add_argument("--full", action="store_true", help="step: Mask R-CNN R50-FPN at its full size, for a GPU")
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--repeats", type=int, default=2)

@@ -5,11 +5,19 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import yaml
 from determined import pytorch
 
 from shared.training.trial import DetectionTrial
+
+
+def switch(given: str) -> tuple[str, Any]:
+    """A hyperparameter from the command line: `channels_last=true`."""
+    key, value = given.split("=", 1)
+    return key, yaml.safe_load(value)
 
 
 class _Measured(Exception):

@@ -7,6 +7,7 @@ Blocks of batches of the two sides alternate in one process; reported is the rat
 
 import argparse
 import contextlib
+import copy
 import importlib.util
 import io
 import itertools
@@ -18,6 +19,7 @@ import tempfile
 import time
 import types
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "efficientdet")]
 
 from determined import pytorch
+from interleaved import switch
 from synchronisations import site, watch_synchronisations
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -60,6 +63,7 @@ def experiment(arguments, folder: Path, annotations: dict[str, Path], batches: i
             "warmup_epochs": 0,
             "cooldown_epochs": 0,
             **(FULL if arguments.full else SMALL),
+            **dict(arguments.set),
         },
         "searcher": {"max_length": {"batches": batches}, "metric": "bbox_mAP", "smaller_is_better": False},
         "scheduling_unit": 100,
@@ -67,8 +71,11 @@ def experiment(arguments, folder: Path, annotations: dict[str, Path], batches: i
     }
 
 
-def plain_loop(trial: EfficientDetTrial):
-    """A loop without any framework, over a model like the trial's. Returns a function that trains `count` batches."""
+def plain_loop(trial: EfficientDetTrial, amp: str | None):
+    """A loop without any framework, over a model like the trial's, but for its switches. Returns a function that trains
+    `count` batches."""
+    trial = copy.copy(trial)
+    trial.hparams = replace(trial.hparams, amp=amp, channels_last=False, torch_compile=False)
     model = trial.build_model().to(trial.context.device).train()
     hparams, device = trial.hparams, trial.context.device
     optimizer = create_optimizer_v2(
@@ -162,6 +169,9 @@ def upstream_loop(trial: EfficientDetTrial, checkout: Path, root: Path):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--set", type=switch, nargs="+", default=[], metavar="KEY=VALUE", help="of our side, such as amp=bf16"
+    )
     parser.add_argument("--full", action="store_true", help="EfficientDet-D0 at 512 pixels with fp16, for a GPU")
     parser.add_argument("--upstream", type=Path, help="a checkout of upstream; with --full")
     parser.add_argument("--coco", type=Path, help="a COCO folder (annotations/, train2017/, val2017/) to read from")
@@ -183,7 +193,11 @@ def main() -> None:
             hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False
         ) as context:
             trial = EfficientDetTrial(context)
-            other = upstream_loop(trial, arguments.upstream, folder) if arguments.upstream else plain_loop(trial)
+            other = (
+                upstream_loop(trial, arguments.upstream, folder)
+                if arguments.upstream
+                else plain_loop(trial, FULL["amp"] if arguments.full else None)
+            )
             print(json.dumps(measure(trial, context, other, arguments), indent=1))
 
 
@@ -227,6 +241,7 @@ def measure(trial: EfficientDetTrial, context, other, arguments) -> dict:
     sites = Counter(f"{Path(frame.filename).name}:{frame.lineno} {frame.line}" for frame in map(site, syncs))
     return {
         "device": torch.cuda.get_device_name() if cuda else "cpu",
+        **dict(arguments.set),
         "against": "upstream's train.py" if arguments.upstream else "a plain loop",
         "blocks": len(pairs),
         "ratio_median": round(statistics.median(pairs), 4),

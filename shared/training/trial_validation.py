@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from abc import abstractmethod
@@ -100,7 +101,7 @@ class TrialValidation:
         """The detections of a batch as the evaluation loader yields it."""
         model = self.evaluation_model.eval()
         batch = self.prepare(to_device(batch, self.context.device), None)
-        with self.autocast():
+        with self.autocast(), uncompiled():
             return self.detect(model, batch)
 
     @torch.no_grad()
@@ -111,7 +112,13 @@ class TrialValidation:
         batch = self.prepare(to_device(batch, self.context.device), None)
         precision = self.autocast()  # the evaluation's: asked for before the model is in training mode
         of_chief = self.chief_python_state
-        with precision, kept_random_state(), as_one_process(), giving_losses(model, self.python_attributes, of_chief):
+        with (
+            precision,
+            uncompiled(),
+            kept_random_state(),
+            as_one_process(),
+            giving_losses(model, self.python_attributes, of_chief),
+        ):
             seed_all(self.seed, batch.image_ids[0] % 2**63, 3)
             try:
                 return self.image_losses(model, batch)
@@ -159,6 +166,13 @@ class TrialValidation:
             for model in dict.fromkeys((self.plain_model, self.evaluation_model)):
                 for buffer in model.buffers():
                     torch.distributed.broadcast(buffer, src=0)
+
+
+def uncompiled() -> contextlib.AbstractContextManager:
+    """What `torch_compile` has compiled for the training's batches is not compiled anew for evaluations, whose images
+    have many sizes; where PyTorch can leave it out, from 2.6 on."""
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    return contextlib.nullcontext() if set_stance is None else set_stance("force_eager")
 
 
 class ValidationResult(PyTorchCallback):
