@@ -165,7 +165,7 @@ def test_a_run_with_every_switch_resumes_to_the_same_bits(detector, shapes, tria
 
 @pytest.mark.slow
 def test_torch_compile_has_the_losses_of_a_run_without(detector, config, trial_class, train):
-    config["searcher"]["max_length"], config["scheduling_unit"] = {"batches": 4}, 1
+    config["searcher"]["max_length"], config["scheduling_unit"] = {"batches": 2}, 1
     expected = losses(train(trial_class, config, "eager"))
     config["hyperparameters"]["torch_compile"] = True
     assert losses(train(trial_class, config, "compiled")) == pytest.approx(expected, rel=0.005)
