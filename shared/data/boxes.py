@@ -17,7 +17,7 @@ _FIT_AS_CORNERS = 0.98
 _REACH_OVER = 0.25
 _FAR = 0.05  # of the image's side, and a pixel at least
 _FEWEST = 5
-_AT_ONCE = 2**14  # images: what each process of a machine takes for a moment
+_AT_ONCE = 2**12  # images: what each process of a machine takes for a moment
 
 
 def check_box_format(annotations: CocoAnnotations, where: str) -> None:
