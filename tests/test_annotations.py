@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from shared.data import annotations, segmentations, synthetic
+from shared.data import annotations, boxes, segmentations, synthetic
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.boxes import check_box_format
 from shared.errors import UserError
@@ -294,7 +295,9 @@ def with_boxes(coco, box_of):
     return CocoAnnotations.from_dict({**coco, "annotations": changed})
 
 
-def test_boxes_that_are_written_in_another_way_are_recognised(coco_tiny):
+@pytest.mark.parametrize("at_once", [7, 2**14])
+def test_boxes_that_are_written_in_another_way_are_recognised(coco_tiny, monkeypatch, at_once):
+    monkeypatch.setattr(boxes, "_AT_ONCE", at_once)
     coco = json.loads((coco_tiny / "annotations/instances_train2017.json").read_text())
     check_box_format(CocoAnnotations.from_dict(coco), "data.train.annotations")
     shares = with_boxes(coco, lambda x, y, w, h, width, height: [x / width, y / height, w / width, h / height])
@@ -317,6 +320,16 @@ def test_boxes_that_are_written_in_another_way_are_recognised(coco_tiny):
 )
 def test_right_boxes_are_not_taken_for_wrong_ones(box, coco):
     check_box_format(with_boxes(coco, box), "data.train.annotations")
+
+
+def test_a_look_at_the_boxes_takes_less_memory_than_they_do(monkeypatch):
+    monkeypatch.setattr(boxes, "_AT_ONCE", 50)
+    many = CocoAnnotations.from_dict(synthetic.coco_split(0, 2000))
+    tracemalloc.start()
+    check_box_format(many, "data.train.annotations")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < many.columns["boxes"].nbytes / 3
 
 
 def test_boxes_under_a_pixel_are_a_warning_and_nothing_else_an_error(coco, caplog):

@@ -1,6 +1,7 @@
 """Which images make up which batch."""
 
 import json
+import tracemalloc
 from itertools import islice
 
 import numpy as np
@@ -29,6 +30,20 @@ def test_an_epoch_has_every_image_once_and_the_next_another_order():
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20))
     assert epochs[0] != epochs[1]
     assert {key.epoch for batch in batches[5:] for key in batch} == {1}
+
+
+def test_an_epoch_that_is_gone_through_keeps_the_numbers_of_its_own_slot_alone():
+    def kept(slots):
+        tracemalloc.start()
+        batches = iter(TrainingBatchSampler(np.zeros(100_000, np.uint8), 4, seed=1, slots=slots))
+        next(batches)
+        bytes_kept = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        return bytes_kept / 100_000
+
+    kept(1)  # what is made once
+    assert kept(1) < 12
+    assert kept(8) < 3
 
 
 def test_slots_share_each_global_batch_of_one_slot():
@@ -89,6 +104,11 @@ def test_an_image_comes_as_often_as_lvis_has_it(threshold):
     factor = {c: max(1.0, (threshold * len(labels) / count) ** 0.5) for c, count in having.items() if count}
     expected = [max((factor[label] for label in of_image), default=1.0) for of_image in labels]
     np.testing.assert_allclose(repeat_factors(*flat(labels), len(labels), threshold), expected)
+
+
+def test_without_any_object_every_image_comes_once():
+    nothing = np.empty(0, dtype=np.int64)
+    assert repeat_factors(nothing, nothing.astype(np.int32), 3, 0.5).tolist() == [1, 1, 1]
 
 
 def test_the_factors_are_those_of_detectron2():

@@ -63,8 +63,10 @@ class TrainingBatchSampler(Sampler):
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch, first = divmod(self.first_batch, len(self))
         while True:
-            for batch in self._epoch(epoch)[first:, self.rank].tolist():
-                yield [SampleKey(epoch, number % len(self.groups), number // len(self.groups)) for number in batch]
+            own = self._epoch(epoch)[first:, self.rank].copy()  # the slice alone would keep all slots' parts
+            for batch in own:  # in lists an epoch of numbers takes five times as much
+                numbers = batch.tolist()
+                yield [SampleKey(epoch, number % len(self.groups), number // len(self.groups)) for number in numbers]
             epoch, first = epoch + 1, 0
 
     def _batches_of(self, group: int) -> int:
@@ -125,7 +127,8 @@ def labels_of(annotations: CocoAnnotations, images: np.ndarray | None = None) ->
         images: (samples,) indices, all of the images where None.
     """
     offsets, labels = annotations.columns["offsets"], annotations.columns["labels"]
-    images = np.arange(len(annotations)) if images is None else images
+    if images is None:
+        return np.repeat(np.arange(len(annotations)), np.diff(offsets)), np.asarray(labels)
     counts = np.diff(offsets)[images]
     first = np.cumsum(counts) - counts
     of_objects = np.arange(counts.sum()) + np.repeat(offsets[images] - first, counts)
@@ -140,12 +143,17 @@ def repeat_factors(samples: np.ndarray, labels: np.ndarray, count: int, threshol
         samples, labels: of objects, as `labels_of` gives them.
         count: samples, those without objects too.
     """
-    # a pair of sample and label once, however many objects there are of it
-    pairs = np.unique(np.stack([samples, labels]).astype(np.int64), axis=1)
-    _, category, having = np.unique(pairs[1], return_inverse=True, return_counts=True)
+    # a pair of sample and label once, however many objects there are of it; as one number each, which sorts in a
+    # twentieth of the time
+    categories = int(labels.max(initial=0)) + 1
+    pairs = samples.astype(np.int64) * categories + labels
+    pairs.sort()
+    pairs = pairs[np.diff(pairs, prepend=-1) > 0]
+    sample, category = np.divmod(pairs, categories)
+    having = np.maximum(np.bincount(category, minlength=categories), 1)
     of_category = np.maximum(1.0, np.sqrt(threshold / (having / count)))
     factors = np.ones(count)
-    np.maximum.at(factors, pairs[0], of_category[category.reshape(-1)])
+    np.maximum.at(factors, sample, of_category[category])
     return factors
 
 
