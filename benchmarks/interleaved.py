@@ -24,6 +24,16 @@ class _Measured(Exception):
     """Both sides have their blocks."""
 
 
+class AtBatchEnd(pytorch.PyTorchCallback):
+    """Calls a function after each training batch, in the place of the progress bar."""
+
+    def __init__(self, trial: DetectionTrial, function: Callable[[], None]):
+        self.trial, self.function = trial, function
+
+    def on_training_start(self) -> None:
+        self.trial.on_batch_end = self.function
+
+
 def time_against(
     trial: DetectionTrial,
     context: pytorch.PyTorchTrialContext,
@@ -56,7 +66,7 @@ def time_against(
         theirs.append(time.perf_counter() - started)
         started = time.perf_counter()
 
-    trial.on_batch_end = at_batch_end
+    trial.local_callbacks["measured"] = AtBatchEnd(trial, at_batch_end)
     with contextlib.suppress(_Measured):
         pytorch.Trainer(trial, context).fit(
             max_length=pytorch.Batch(10**6), checkpoint_policy="none", reporting_period=pytorch.Batch(50)
