@@ -132,7 +132,9 @@ def become_a_task(
     monkeypatch.setattr(loop.core, "init", init)
 
     def get_trial(trial_id: int) -> SimpleNamespace:
-        return SimpleNamespace(state=SimpleNamespace(name="STOPPING_COMPLETED" if master.has_stopped else "ACTIVE"))
+        state = SimpleNamespace(name="STOPPING_COMPLETED" if master.has_stopped else "ACTIVE")
+        validations = {"batches": {"last": max(master.of("validation"), default=-1)}}
+        return SimpleNamespace(state=state, summary_metrics={"validation_metrics": validations})
 
     monkeypatch.setattr(determined_fixes.client, "get_trial", get_trial)
     (folder / "model").mkdir(exist_ok=True)  # the code that was submitted, which each checkpoint holds

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import random
 import signal
 import sys
 import time
@@ -20,10 +21,28 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
+RANGES = {
+    "lr": {"type": "log", "base": 10, "minval": -6.0, "maxval": -1.0},
+    "opt": {"type": "categorical", "vals": ["sgd", "adamw"]},
+}
+
+
 def value_of(hyperparameters: dict) -> float:
     """In [0, 1]: the greatest with lr 0.001 and adamw."""
     distance = math.log10(hyperparameters["lr"]) + 3
     return math.exp(-(distance**2)) * (1.0 if hyperparameters.get("opt", "adamw") == "adamw" else 0.9)
+
+
+def value_after(share: float, hyperparameters: dict) -> float:
+    """What a validation after this share of the training reports."""
+    return value_of(hyperparameters) * (1 - math.exp(-4 * share))
+
+
+def share_of_better_points(hyperparameters: dict) -> float:
+    """Of all that RANGES has."""
+    draws = random.Random(0)
+    points = [{"lr": 10 ** draws.uniform(-6, -1), "opt": draws.choice(["sgd", "adamw"])} for _ in range(2000)]
+    return sum(value_of(point) > value_of(hyperparameters) for point in points) / len(points)
 
 
 def train(config: dict, run: Path, resume: bool) -> None:
@@ -48,7 +67,7 @@ def train(config: dict, run: Path, resume: bool) -> None:
             log.write(f"{batch}\n")
             log.flush()
             if batch % config["min_validation_period"]["batches"] == 0:
-                value = value_of(hyperparameters) * (1 - math.exp(-4 * batch / total))
+                value = value_after(batch / total, hyperparameters)
                 report = {"batches": batch, "split": "val", "metrics": {"bbox_mAP": value}}
                 metrics.write(json.dumps(report) + "\n")
                 metrics.flush()

@@ -51,11 +51,29 @@ def test_a_checkpoint_from_before_the_fix_is_taken_too():
     np.testing.assert_array_equal(checkpoint["rng_state"]["np_rng_state"][1], expected)
 
 
+def answer(state, validated_at=None):
+    """What the master says of a trial; None for one without a validation yet."""
+    validations = {} if validated_at is None else {"validation_metrics": {"batches": {"last": validated_at}}}
+    return SimpleNamespace(state=SimpleNamespace(name=state), summary_metrics=validations)
+
+
 @pytest.mark.parametrize(("state", "stops"), [("STOPPING_COMPLETED", True), ("ACTIVE", False)])
 def test_the_master_is_asked_whether_the_searcher_has_stopped_the_trial(monkeypatch, state, stops):
-    trial = SimpleNamespace(state=SimpleNamespace(name=state))
-    monkeypatch.setattr(determined_fixes.client, "get_trial", lambda trial_id: trial)
-    assert trial_is_stopping(7) is stops
+    monkeypatch.setattr(determined_fixes.client, "get_trial", lambda trial_id: answer(state, 20))
+    assert trial_is_stopping(7, validated_at=20) is stops
+
+
+@pytest.mark.parametrize("before", [None, 20])
+def test_the_master_s_answer_counts_when_it_has_the_last_validation(monkeypatch, before):
+    answers = [answer("ACTIVE", before), answer("ACTIVE", before), answer("STOPPING_COMPLETED", 40)]
+    monkeypatch.setattr(determined_fixes.client, "get_trial", lambda trial_id: answers.pop(0))
+    assert trial_is_stopping(7, validated_at=40) is True
+
+
+def test_a_report_that_never_comes_to_the_master_is_not_waited_for_long(monkeypatch):
+    monkeypatch.setattr(determined_fixes, "SECONDS_FOR_A_REPORT", 0.1)
+    monkeypatch.setattr(determined_fixes.client, "get_trial", lambda trial_id: answer("ACTIVE", 20))
+    assert trial_is_stopping(7, validated_at=40) is False
 
 
 def test_a_master_that_does_not_answer_ends_nothing(monkeypatch, caplog):
@@ -63,7 +81,7 @@ def test_a_master_that_does_not_answer_ends_nothing(monkeypatch, caplog):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(determined_fixes.client, "get_trial", unreachable)
-    assert trial_is_stopping(7) is False
+    assert trial_is_stopping(7, validated_at=-1) is False
     assert "no route" in caplog.text
 
 

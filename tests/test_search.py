@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import run_model_def
-from search_program import value_of
+from search_program import RANGES, share_of_better_points
 from tiny_models import efficientdet_config
 
 pytest.importorskip("optuna")
@@ -27,10 +27,6 @@ from shared.search.searcher import parse_searcher
 from shared.search.space import draw, grid_of, points_of, ranges_of
 
 PROGRAM = Path(__file__).parent / "search_program.py"
-RANGES = {
-    "lr": {"type": "log", "base": 10, "minval": -6.0, "maxval": -1.0},
-    "opt": {"type": "categorical", "vals": ["sgd", "adamw"]},
-}
 
 
 def config_of(**changed):
@@ -160,14 +156,25 @@ def test_a_searcher_that_is_not_understood_is_said(section, said):
         parse_searcher(config_of(searcher=section))
 
 
-def test_brackets_are_determined_s():
-    assert [b.rungs for b in brackets_of("standard", 5, 4, 20000)] == [5, 4, 3]
-    assert [b.rungs for b in brackets_of("aggressive", 5, 4, 20000)] == [5]
-    assert [b.rungs for b in brackets_of("conservative", 3, 4, 20000)] == [3, 2, 1]
-    assert [b.rungs for b in brackets_of("aggressive", 5, 4, 16)] == [3]  # no rung is shorter than a batch
-    brackets = brackets_of("standard", 5, 4, 20000)
-    counts = [sum(bracket_of(number, brackets) == i for number in range(100)) for i in range(3)]
-    assert counts == pytest.approx([100 * bracket.share for bracket in brackets], abs=1)
+@pytest.mark.parametrize(
+    ("mode", "max_rungs", "divisor", "length", "max_trials", "expected"),
+    [  # as Determined's master 0.38.1 answers
+        ("standard", 5, 4, 20000, 1000, {5: 707, 4: 220, 3: 73}),
+        ("standard", 5, 4, 20000, 32, {3: 24, 2: 8}),  # as many rungs as the trials fill
+        ("standard", 5, 4, 16, 1000, {3: 728, 2: 272}),  # none is shorter than a batch
+        ("standard", 5, 3, 20000, 100, {5: 63, 4: 26, 3: 11}),
+        ("standard", 2, 4, 80, 8, {2: 6, 1: 2}),
+        ("aggressive", 5, 4, 20000, 32, {3: 32}),
+        ("aggressive", 5, 4, 100, 3, {1: 3}),
+        ("conservative", 3, 4, 20000, 100, {3: 64, 2: 24, 1: 12}),
+        ("conservative", 5, 4, 64, 64, {4: 43, 3: 14, 2: 5, 1: 2}),
+        ("conservative", 5, 4, 20000, 5, {2: 4, 1: 1}),
+    ],
+)
+def test_brackets_are_determined_s(mode, max_rungs, divisor, length, max_trials, expected):
+    brackets = brackets_of(mode, max_rungs, divisor, length, max_trials)
+    numbers = [bracket_of(number, brackets) for number in range(max_trials)]
+    assert {bracket.rungs: numbers.count(i) for i, bracket in enumerate(brackets)} == expected
 
 
 # --- a search -------------------------------------------------------------------------------------------
@@ -179,10 +186,8 @@ def test_most_of_the_training_is_saved_and_one_of_the_best_points_is_found(start
     trained = batches_of(tmp_path / "search")
     assert sorted(trained) == list(range(32))
     assert sum(map(len, trained.values())) <= 0.4 * 32 * 64
-    draws = random.Random(0)
-    points = [{"lr": 10 ** draws.uniform(-6, -1), "opt": draws.choice(["sgd", "adamw"])} for _ in range(2000)]
     best = yaml.safe_load((tmp_path / "search/best.yaml").read_text())
-    assert value_of(best["hyperparameters"]) > sorted(map(value_of, points))[-200]
+    assert share_of_better_points(best["hyperparameters"]) < 0.1
     assert "given up" in said
     assert f"its config: {tmp_path / 'search/best.yaml'}" in said
     page = (tmp_path / "search/search.html").read_text()

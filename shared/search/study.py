@@ -75,7 +75,9 @@ class Study:
         searcher = self.searcher
         if searcher.name != "adaptive_asha":
             return optuna.pruners.NopPruner()
-        brackets = brackets_of(searcher.mode, searcher.max_rungs, searcher.divisor, searcher.length)
+        brackets = brackets_of(
+            searcher.mode, searcher.max_rungs, searcher.divisor, searcher.length, searcher.max_trials
+        )
         return BracketPruner(brackets, searcher.divisor)
 
     def _check_same(self, config: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ from torch import nn
 from shared.experiment import SearcherMetric
 
 logger = logging.getLogger(__name__)
+
+SECONDS_FOR_A_REPORT = 10  # in which the master has what the trial reported
+_BETWEEN_QUESTIONS = 0.05
 
 
 def wrap_model(context: PyTorchTrialContext, model: nn.Module, find_unused_parameters: bool) -> nn.Module:
@@ -53,18 +57,36 @@ class PlainRandomState(PyTorchCallback):
         checkpoint["rng_state"]["np_rng_state"] = (algorithm, keys, position, has_gauss, gauss)
 
 
-def trial_is_stopping(trial_id: int) -> bool:
+def trial_is_stopping(trial_id: int, validated_at: int) -> bool:
     """Whether the searcher has decided that the trial shall end.
 
     `adaptive_asha` marks a trial as stopping in the master, and nothing tells the trial: without asking, all trials of
-    a search train to the end.
+    a search train to the end. Determined sends a report on a thread of its own: one who asks before the master has it
+    hears of the decision at the next one. If that is a validation, the master counts it as one more trial's, and begins
+    another trial for it, beyond max_concurrent_trials.
+
+    Args:
+        validated_at: batches that were trained until the last validation, which the master is to know; -1 before the
+            first.
     """
+    until = time.monotonic() + SECONDS_FOR_A_REPORT
     try:
-        state = client.get_trial(trial_id).state
+        while True:
+            trial = client.get_trial(trial_id)
+            if trial.state is not None and trial.state.name.startswith("STOPPING"):
+                return True
+            if _last_validation(trial) >= validated_at or time.monotonic() > until:
+                return False
+            time.sleep(_BETWEEN_QUESTIONS)
     except Exception as error:  # whatever the network does, it must not end the training
         logger.warning("the master could not be asked whether trial %d shall stop: %s", trial_id, error)
         return False
-    return state is not None and state.name.startswith("STOPPING")
+
+
+def _last_validation(trial: client.Trial) -> float:
+    """The batches trained until the last validation that the master knows; -1 where it knows none."""
+    reported = (trial.summary_metrics or {}).get("validation_metrics")
+    return reported.get("batches", {}).get("last", math.inf) if reported else -1
 
 
 class FiniteSearcherMetric(PyTorchCallback):

@@ -32,12 +32,14 @@ class Reports(PyTorchCallback):
         self.trial = trial
         self.chief = trial.rank == 0
         if self.chief:
-            self.figures = ReportFigures()
+            self.figures = ReportFigures(trial.tensorboard)
             trial.finish_figures = self.figures.close
             self.progress = Progress(trial.first_batch, trial.total_batches)
             trial.on_batch_end = self.progress.update
 
     def on_training_workload_end(self, avg_metrics: dict[str, Any], batch_metrics: list) -> None:
+        if self.chief:
+            self.figures.write()
         if self.chief and self.trial.report_is_whole():
             metrics = self.trial.training_metrics.last
             self._write("train", metrics)
@@ -52,7 +54,7 @@ class Reports(PyTorchCallback):
         if picture := picture_of_validation(trial, _WIDTH):
             trial.tensorboard.add_image("val/detections", np.asarray(picture), batches, dataformats="HWC")
         if isinstance(trial.evaluator, CocoEvaluator):
-            self.figures.draw(trial.evaluator, trial.tensorboard, batches, trial.is_at_its_end)
+            self.figures.draw(trial.evaluator, batches, trial.is_at_its_end)
 
     def on_trial_shutdown(self) -> None:
         if self.chief:

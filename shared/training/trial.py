@@ -237,7 +237,7 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
             self.evaluator.open_truth()
 
     def _searcher_has_stopped_it(self) -> bool:
-        return self.on_cluster and trial_is_stopping(self.context.get_trial_id())
+        return self.on_cluster and trial_is_stopping(self.context.get_trial_id(), self.validated_at)
 
 
 @contextlib.contextmanager

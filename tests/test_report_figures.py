@@ -1,0 +1,31 @@
+"""The report's figures in TensorBoard, drawn beside the training."""
+
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from shared.training import report_figures
+from shared.training.report_figures import ReportFigures
+
+
+def test_a_writer_that_is_closed_while_a_figure_is_drawn_loses_none(monkeypatch, tmp_path):
+    uploaded = threading.Event()
+
+    def draw(*_):
+        assert uploaded.wait(10)
+        return {"report_bbox/Calibration": np.zeros((8, 8, 3), np.uint8)}
+
+    monkeypatch.setattr(report_figures, "_draw", draw)
+    writer = SummaryWriter(str(tmp_path))
+    figures = ReportFigures(writer)
+    figures.draw(SimpleNamespace(found=None), 20, is_last=False)
+    writer.close()  # as Determined does at each upload
+    uploaded.set()
+    figures.close()
+    writer.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Images("report_bbox/Calibration")] == [20]
