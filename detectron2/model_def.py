@@ -122,6 +122,8 @@ class Detectron2Trial(DetectionTrial):
         return load_config(hparams, Path(__file__).parent).input_scale
 
     def read_own_config(self) -> None:
+        if self.data.fast_images:
+            raise UserError("data.fast_images: this detector's pixels are its library's own; leave it out")
         self.detectron2_config = config = load_config(self.hparams, Path(__file__).parent)
         if self.hparams.global_batch_size is None:
             slots = 1 if self.for_training else self.slots  # to detect, any number of them will do

@@ -144,6 +144,8 @@ class MMDetectionTrial(DetectionTrial):
         return input_scale(load_mmdet_config(hparams, Path(__file__).parent))
 
     def read_own_config(self) -> None:
+        if self.data.fast_images:
+            raise UserError("data.fast_images: this detector's pixels are its library's own; leave it out")
         submitted = Path(__file__).parent
         self.mmdet_config = load_mmdet_config(self.hparams, submitted)
         client = file_client_of(self.mmdet_config)
