@@ -1,14 +1,23 @@
 """`data.fast_images`: other pixels than Pillow's by next to nothing, and all else as without it."""
 
+import argparse
 import io
+import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
+from determined import pytorch
 from PIL import Image
+from tiny_models import CONFIGS, efficientdet_config, trial_classes
 
-from shared.data import fast_images
+from shared import detect
+from shared.data import fast_images, synthetic
+from shared.data.dataset import SampleKey
 from shared.data.images import decode_rgb, plain_bytes
 from shared.data.resizing import resize_visible
+from shared.training.checkpoints import load_state
 
 ORIENTATION = 274  # EXIF's tag
 
@@ -120,3 +129,103 @@ def test_a_jpeg_that_is_much_larger_than_what_is_wanted_is_decoded_smaller():
     small = fast_images.resize(fast_images.decode(data, (160, 120)), (160, 120))
     difference = abs(small.astype(int) - np.asarray(decode_rgb(data).resize((160, 120), Image.BILINEAR)))
     assert difference.mean() < 1
+
+
+# --- in a run ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def larger_shapes(tmp_path_factory):
+    """Shapes of another size than the models' inputs, so that they are resized."""
+    folder = tmp_path_factory.mktemp("larger_shapes")
+    synthetic.write(folder, train=24, val=10, size=160)
+    return folder
+
+
+def evaluated(trial_class, run, output, fast, monkeypatch):
+    """The metrics of a run's last checkpoint, and its detections' scores in order."""
+    arguments = argparse.Namespace(
+        config=str(run / "config.yaml"),
+        checkpoint=str(run / "checkpoints/last"),
+        overrides=[f"data.fast_images={str(fast).lower()}"],
+        output=output,
+        report=None,
+        results=None,
+    )
+    with monkeypatch.context() as patch:
+        patch.chdir(output.parent)
+        detect.evaluate(trial_class, arguments)
+    scores = [found["score"] for found in json.loads((output / "results.json").read_text())]
+    return json.loads((output / "metrics.json").read_text()), np.sort(scores)
+
+
+def test_a_run_with_it_goes_on_with_the_same_bits_and_evaluates_as_without(
+    detector, larger_shapes, train, tmp_path, without_figures, monkeypatch
+):
+    config = CONFIGS[detector](larger_shapes)
+    config["data"] |= {"workers": 0, "fast_images": True}
+    config["searcher"]["max_length"] = {"batches": 6}
+    config["min_validation_period"] = config["min_checkpoint_period"] = {"batches": 4}
+    trial_class = trial_classes()[detector]
+    whole = train(trial_class, config, "whole")
+
+    class Crashing(trial_class):
+        def after_batch(self, number):
+            super().after_batch(number)
+            if number == 5:
+                raise RuntimeError("crash")
+
+    with pytest.raises(RuntimeError, match="crash"):
+        train(Crashing, config, "parts")
+    parts = train(trial_class, config, "parts", resume="last")
+    ours, expected = (load_state(r / "checkpoints/last/state_dict.pth")["models_state_dict"][0] for r in (parts, whole))
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+    (metrics, scores), (exact_metrics, exact_scores) = (
+        evaluated(trial_class, whole, tmp_path / str(fast), fast, monkeypatch) for fast in (True, False)
+    )
+    assert metrics == pytest.approx(exact_metrics, abs=0.01, nan_ok=True)
+    assert abs(len(scores) - len(exact_scores)) <= 0.02 * len(exact_scores)
+    fewer = min(len(scores), len(exact_scores), 100)
+    np.testing.assert_allclose(scores[-fewer:], exact_scores[-fewer:], atol=0.01)
+
+
+@pytest.mark.slow
+def test_a_trained_model_has_the_same_ap_with_it(train, tmp_path, without_figures, monkeypatch):
+    from model_def import EfficientDetTrial
+
+    synthetic.write(tmp_path / "data", train=200, val=60, size=160)
+    config = efficientdet_config(tmp_path / "data")
+    config["data"]["workers"] = 0
+    config["hyperparameters"] |= {"global_batch_size": 8, "scale_jitter": [0.7, 1.3]}
+    config["searcher"]["max_length"] = config["min_validation_period"] = {"batches": 500}
+    run = train(EfficientDetTrial, config)
+    (metrics, _), (exact, _) = (
+        evaluated(EfficientDetTrial, run, tmp_path / str(fast), fast, monkeypatch) for fast in (True, False)
+    )
+    assert exact["bbox_mAP"] > 0.1
+    assert metrics["bbox_mAP"] == pytest.approx(exact["bbox_mAP"], abs=0.01)
+
+
+def test_bad_images_are_left_out_as_without_it(shapes, tmp_path):
+    from model_def import EfficientDetTrial
+
+    folder = shutil.copytree(shapes, tmp_path / "data")
+    (folder / "train/000004.png").write_bytes((folder / "train/000004.png").read_bytes()[:200])
+    png = (folder / "train/000009.png").read_bytes()
+    (folder / "train/000009.png").write_bytes(png[:100] + png[-60:])  # its end says that it is whole
+    config = efficientdet_config(folder)
+    config["data"] |= {"on_bad_image": "skip", "workers": 0}
+    seen = []
+    for fast in (False, True):
+        config["data"]["fast_images"] = fast
+        hparams = config["hyperparameters"]
+        with pytorch.init(hparams=hparams, exp_conf=config, enable_tensorboard_logging=False) as context:
+            trial = EfficientDetTrial(context)
+            dataset = trial.training_dataset()
+            samples = [dataset[SampleKey(1, i)] for i in range(len(dataset))]
+            seen.append(
+                ([(image_id, target["bbox"].tolist()) for _, target, image_id in samples], trial.bad_images.take())
+            )
+    assert seen[0] == seen[1]
+    assert len(seen[0][1]) == 2
