@@ -15,6 +15,7 @@ from fvcore.transforms.transform import HFlipTransform
 from PIL import Image
 
 from shared.data import fast_images
+from shared.data.resizing import planes_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +94,10 @@ def _resized(image: np.ndarray, size: tuple[int, int], interp: int, fast: bool) 
     straight = image[:, :, ::-1] if reverse else image
     if fast:
         resized = fast_images.resize(np.ascontiguousarray(straight), size, interp)
-        return resized[:, :, ::-1] if reverse else resized
-    bands = Image.fromarray(straight).resize(size, interp).split()
-    planes = np.empty((3, size[1], size[0]), dtype=np.uint8)  # as the mapper hands them on, which then copies nothing
-    for plane, band in zip(planes, reversed(bands) if reverse else bands, strict=True):
-        plane[:] = np.frombuffer(band.tobytes(), dtype=np.uint8).reshape(plane.shape)
+        channels = [resized[:, :, channel] for channel in range(3)]
+    else:
+        channels = planes_of(Image.fromarray(straight).resize(size, interp))
+    planes = np.empty((3, size[1], size[0]), np.uint8)  # as the mapper hands them on, which then copies nothing
+    for plane, channel in zip(planes, channels[::-1] if reverse else channels, strict=True):
+        plane[:] = channel
     return planes.transpose(1, 2, 0)

@@ -78,7 +78,7 @@ class EfficientDetTransform:
             image = self.pad(image)
             image = image if plan.flip is None else image.transpose(plan.flip)
             visible = resizing.resize_visible(image, plan.scaled, plan.box, plan.resample)
-            pixels = [np.frombuffer(band.tobytes(), np.uint8).reshape(visible.height, -1) for band in visible.split()]
+            pixels = resizing.planes_of(visible)
         return self._filled(pixels), target, record.image_id
 
     def _fast_pixels(self, data: bytes, record: ImageRecord, size: tuple[int, int], plan: Plan) -> np.ndarray:

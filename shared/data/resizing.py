@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from PIL import Image
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the resized image
@@ -42,3 +43,9 @@ def needed_rows(height: int, to: int, rows: tuple[int, int], resample: int) -> t
     reach = _SUPPORT[resample] * max(scale, 1) + 2
     first, last = math.floor((rows[0] + 0.5) * scale - reach), math.ceil((rows[1] - 0.5) * scale + reach)
     return max(first, 0), min(last, height)
+
+
+def planes_of(image: Image.Image) -> list[np.ndarray]:
+    """The red, green and blue of an RGB image, (height, width) uint8 each, not to be written to."""
+    shape = image.height, image.width
+    return [np.frombuffer(image.tobytes("raw", channel), np.uint8).reshape(shape) for channel in "RGB"]
