@@ -203,7 +203,7 @@ def test_a_trained_model_has_the_same_ap_with_it(train, tmp_path, without_figure
     (metrics, _), (exact, _) = (
         evaluated(EfficientDetTrial, run, tmp_path / str(fast), fast, monkeypatch) for fast in (True, False)
     )
-    assert exact["bbox_mAP"] > 0.1
+    assert exact["bbox_mAP"] > 0.05
     assert metrics["bbox_mAP"] == pytest.approx(exact["bbox_mAP"], abs=0.01)
 
 
