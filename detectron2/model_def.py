@@ -66,6 +66,7 @@ from detectron2_files.model import (
     pool_in_float32,
     take_up_switches,
 )
+from detectron2_files.pixels import with_quick_resizing
 from detectron2_files.weights import categories_of_checkpoint, find_weights, load_weights_into, zoo_weights
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.coco_categories import COCO_CATEGORIES
@@ -192,7 +193,7 @@ class Detectron2Trial(DetectionTrial):
         config = self.detectron2_config
         train, val = self._open_train(), self.open_val()
         if isinstance(train, RegisteredData):
-            mapper = config.mapper(True, train.names)
+            mapper = self._mapper(True, train.names)
             self.train_samples: Dataset = registered_samples(train, mapper, config.train_set, self.seed)
             return train, val
         check_trainable(train.annotations)
@@ -204,7 +205,7 @@ class Detectron2Trial(DetectionTrial):
                 check_for_training(val.annotations, config.iou_types, config.polygon_masks, "val")
             elif "segm" in self.iou_types:
                 check_masks(val.annotations, "val")
-        mapper = config.mapper(True, describe(train.categories))
+        mapper = self._mapper(True, describe(train.categories))
         self.train_samples = CocoSamples(train, mapper, config.train_set, self.seed, self.bad_images)
         return train, val
 
@@ -277,19 +278,21 @@ class Detectron2Trial(DetectionTrial):
 
     def evaluation_dataset(self, data: SplitData | RegisteredData) -> Dataset:
         self.detects_for_own_evaluator = isinstance(data, RegisteredData)
-        config = self.detectron2_config
         if isinstance(data, RegisteredData):
-            return RegisteredSamples(data.dicts, config.mapper(False, data.names), self.seed)
-        mapper = config.mapper(False, describe(self.categories))
+            return RegisteredSamples(data.dicts, self._mapper(False, data.names), self.seed)
+        mapper = self._mapper(False, describe(self.categories))
         transform = MapperTransform(mapper, False, self._val_proposals(data), folder_of(data))
         return CocoDetection(data.annotations, data.images, transform, self.seed, False, self.bad_images, bytes)
+
+    def _mapper(self, training: bool, names: tuple[str, ...]) -> Any:
+        return with_quick_resizing(self.detectron2_config.mapper(training, names), self.data.fast_images)
 
     def _val_proposals(self, data: SplitData) -> dict[int, dict[str, Any]]:
         return read_proposals(self.detectron2_config.val_proposal_files, data.annotations.image_ids)
 
     def loss_transform(self, data: SplitData) -> MapperTransform:
         names = describe(self.categories)
-        mapper = unaugmented(*(self.detectron2_config.mapper(training, names) for training in (True, False)))
+        mapper = unaugmented(*(self._mapper(training, names) for training in (True, False)))
         return MapperTransform(mapper, True, self._val_proposals(data), folder_of(data))
 
     def trained_images(self, annotations: CocoAnnotations) -> np.ndarray:

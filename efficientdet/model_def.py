@@ -171,16 +171,20 @@ class EfficientDetTrial(DetectionTrial):
         return clip
 
     def training_dataset(self) -> CocoDetection:
-        transform = EfficientDetTransform(self.hparams, self.inputs, training=True)
-        data = self.train_data
-        return CocoDetection(data.annotations, data.images, transform, self.seed, True, self.bad_images)
+        return self._dataset(self.train_data, training=True)
 
     def evaluation_dataset(self, data: SplitData) -> CocoDetection:
-        transform = EfficientDetTransform(self.hparams, self.inputs, training=False)
-        return CocoDetection(data.annotations, data.images, transform, self.seed, False, self.bad_images)
+        return self._dataset(data, training=False)
+
+    def _dataset(self, data: SplitData, training: bool) -> CocoDetection:
+        fast = self.data.fast_images
+        transform = EfficientDetTransform(self.hparams, self.inputs, training, fast=fast)
+        decode = bytes if fast else None
+        return CocoDetection(data.annotations, data.images, transform, self.seed, training, self.bad_images, decode)
 
     def loss_transform(self, data: SplitData) -> EfficientDetTransform:
-        return EfficientDetTransform(self.hparams, self.inputs, training=False, annotated=True)
+        fast = self.data.fast_images
+        return EfficientDetTransform(self.hparams, self.inputs, training=False, annotated=True, fast=fast)
 
     def collate(self, training: bool) -> EfficientDetCollate:
         return EfficientDetCollate(self.hparams, self.model_config, training)

@@ -87,6 +87,7 @@ from mmdetection_files.model import (
     without_pretrained_backbone,
     without_teacher_weights,
 )
+from mmdetection_files.pixels import Normalization
 from mmdetection_files.receptive_field import init_receptive_fields, is_searching, write_structure
 from mmdetection_files.switches import take_up_switches
 from shared.config_file import find_path
@@ -213,7 +214,8 @@ class MMDetectionTrial(DetectionTrial):
         def build_leaf(leaf: Any) -> Any:
             if is_plain_coco(leaf) or self.data.backend == "fake":
                 opened.append(self._open_coco(leaf, "train"))
-                return CocoSamples(opened[-1].annotations, opened[-1].images, leaf, self.bad_images)
+                fast = self.data.fast_images
+                return CocoSamples(opened[-1].annotations, opened[-1].images, leaf, self.bad_images, fast)
             dataset = build_own_dataset(leaf, self.data, training=True)
             opened.append(OwnData(dataset))
             return dataset
@@ -289,7 +291,7 @@ class MMDetectionTrial(DetectionTrial):
             return OwnEvaluationSamples(data.dataset)
         leaf = leaves(self.mmdet_config.data.val)[0]
         pipeline = test_pipeline(leaf)
-        transform = EvaluationTransform(pipeline, leaf, data.images)
+        transform = EvaluationTransform(pipeline, leaf, data.images, self.data.fast_images)
         decode = decoder(pipeline[0])
         return CocoDetection(data.annotations, data.images, transform, self.seed, False, self.bad_images, decode)
 
@@ -301,7 +303,7 @@ class MMDetectionTrial(DetectionTrial):
                 "hyperparameters.validation_loss: the config trains on segmentation maps, and there are none to "
                 "validate on; give config_overrides: {data.val.seg_prefix: FOLDER}, or leave it out"
             )
-        return LossTransform(pipeline, leaf, data.images)
+        return LossTransform(pipeline, leaf, data.images, self.data.fast_images)
 
     def trained_images(self, annotations: CocoAnnotations) -> np.ndarray:
         return trained_images(annotations, leaves(self.mmdet_config.data.train)[0])
@@ -483,6 +485,14 @@ class MMDetectionTrial(DetectionTrial):
         ]
 
     # --- the step -------------------------------------------------------------------------------------
+
+    def prepare(self, batch: Batch, number: int | None) -> Batch:
+        images = self.normalization(batch.images, batch.targets["img_metas"])
+        return super().prepare(replace(batch, images=images), number)
+
+    @cached_property
+    def normalization(self) -> Normalization:
+        return Normalization(self.context.device)
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         losses = losses_of_step(model, batch)

@@ -60,6 +60,7 @@ class DataConfig:
     on_bad_image: str = "error"
     check_images: bool = True
     repeat_threshold: float | None = None
+    fast_images: bool = False
 
     @property
     def store_options(self) -> StoreOptions:

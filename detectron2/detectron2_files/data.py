@@ -88,7 +88,11 @@ class MapperTransform:
         self.proposals = proposals or {}
 
     def __call__(self, image: bytes, record: ImageRecord) -> dict[str, Any]:
-        dataset_dict = {**to_dataset_dict(record, self.annotated), **self.proposals.get(record.image_id, {})}
+        dataset_dict = to_dataset_dict(record, self.annotated)
+        if self.proposals:
+            dataset_dict |= self.proposals.get(record.image_id, {})
+        elif type(self.mapper) is DatasetMapper:
+            dataset_dict = _OfOneUse(dataset_dict)
         with self._place_of(image, record.file_name) as dataset_dict["file_name"]:
             return {**_mapped(self.mapper, dataset_dict, record.file_name), "file_name": record.file_name}
 
@@ -106,6 +110,13 @@ class MapperTransform:
                 file.write(image)
                 file.flush()
                 yield file.name
+
+
+class _OfOneUse(dict):
+    """A dict that nobody else has: Detectron2's mapper, which copies all of what it is given, may keep it."""
+
+    def __deepcopy__(self, memo: dict) -> dict:
+        return dict(self)
 
 
 def _mapped(mapper: Callable[[dict], dict | None], dataset_dict: dict[str, Any], file_name: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ import torch
 from effdet.anchors import AnchorLabeler, Anchors
 from effdet.data import resolve_input_config
 from effdet.data.loader import DetectionFastCollate
-from effdet.data.transforms import Compose, ImageToNumpy, RandomFlip, RandomResizePad, ResizePad, resolve_fill_color
+from effdet.data.transforms import Compose, RandomFlip, RandomResizePad, ResizePad, resolve_fill_color
 from PIL import Image
 
 from efficientdet_hyperparameters import EfficientDetHyperparameters
+from shared.data import fast_images, resizing
 from shared.data.annotations import ImageRecord
+from shared.data.images import DECODING_ERRORS, unreadable
 from shared.data.loading import Batch
 
 
@@ -30,26 +33,35 @@ class EfficientDetTransform:
     """effdet's augmentation. A sample is (image, target, image id): image (3, H, W) uint8; target as in
     effdet's data set, `bbox` (N, 4) float32 y1 x1 y2 x2 in pixels of the input, `cls` (N,) int64 from 1.
 
+    effdet's own steps draw what is random and move the boxes; the pixels are made once it is known which of them stay.
+
     Args:
         annotated: give the target boxes also where nothing is augmented.
+        fast: take an encoded image, and make its pixels with `shared.data.fast_images`; else a PIL image, of which the
+            pixels are effdet's to the bit.
     """
 
     def __init__(
-        self, hparams: EfficientDetHyperparameters, inputs: dict[str, Any], training: bool, annotated: bool = False
+        self,
+        hparams: EfficientDetHyperparameters,
+        inputs: dict[str, Any],
+        training: bool,
+        annotated: bool = False,
+        fast: bool = False,
     ):
-        size, fill_color = inputs["input_size"][-2:], inputs["fill_color"]
-        self.annotated = training or annotated
-        pad = PadThin(size, hparams.scale_jitter[0] if training else 1.0, fill_color)
+        self.size, self.fill_color = inputs["input_size"][-2:], inputs["fill_color"]
+        self.training, self.annotated, self.fast = training, training or annotated, fast
+        self.pad = PadThin(self.size, hparams.scale_jitter[0] if training else 1.0, self.fill_color)
         if training:
             steps = [
                 RandomFlip(horizontal=True, vertical=hparams.vertical_flip, prob=0.5),
-                RandomResizePad(size, tuple(hparams.scale_jitter), hparams.train_interpolation, fill_color),
+                RandomResizePad(self.size, tuple(hparams.scale_jitter), hparams.train_interpolation, self.fill_color),
             ]
         else:
-            steps = [ResizePad(size, inputs["interpolation"], fill_color)]
-        self.transform = Compose([pad, *steps, ImageToNumpy()])
+            steps = [ResizePad(self.size, inputs["interpolation"], self.fill_color)]
+        self.transform = Compose(steps)
 
-    def __call__(self, image: Image.Image, record: ImageRecord) -> tuple[np.ndarray, dict[str, Any], int]:
+    def __call__(self, image: Image.Image | bytes, record: ImageRecord) -> tuple[np.ndarray, dict[str, Any], int]:
         target: dict[str, Any] = {"img_size": (record.width, record.height)}
         if self.annotated:
             # effdet's parser leaves out crowds and what is under a pixel wide or high
@@ -57,8 +69,71 @@ class EfficientDetTransform:
             keep = ~record.iscrowd & (sides >= 1).all(axis=1)
             target["bbox"] = record.boxes[keep][:, [1, 0, 3, 2]]
             target["cls"] = record.labels[keep] + 1
-        image, target = self.transform(image, target)
-        return image, target, record.image_id
+        size = self.pad.padded(record.width, record.height)
+        plan = Plan(size, self.training)
+        _, target = self.transform(plan, target)
+        if self.fast:
+            pixels = self._fast_pixels(image, record, size, plan)
+        else:
+            image = self.pad(image)
+            image = image if plan.flip is None else image.transpose(plan.flip)
+            visible = resizing.resize_visible(image, plan.scaled, plan.box, plan.resample)
+            pixels = resizing.planes_of(visible)
+        return self._filled(pixels), target, record.image_id
+
+    def _fast_pixels(self, data: bytes, record: ImageRecord, size: tuple[int, int], plan: Plan) -> np.ndarray:
+        thin = size != (record.width, record.height)
+        try:
+            pixels = fast_images.decode(data, None if thin else plan.scaled)
+        except DECODING_ERRORS as error:
+            raise unreadable(record.file_name, f"image id {record.image_id}", error) from error
+        if thin:
+            pixels = np.asarray(self.pad(Image.fromarray(pixels)))
+        pixels = fast_images.flipped(pixels, plan.flip)
+        return fast_images.resize_visible(pixels, plan.scaled, plan.box, plan.resample).transpose(2, 0, 1)
+
+    def _filled(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """An input with the three (h, w) planes at its upper left, and the rest in the fill colour."""
+        height, width = pixels[0].shape
+        filled = np.empty((3, *self.size), dtype=np.uint8)
+        for plane, of_image, color in zip(filled, pixels, self.fill_color, strict=True):
+            plane[:height, :width] = of_image
+            plane[height:] = color
+            plane[:height, width:] = color
+        return filled
+
+
+class Plan:
+    """Stands for an image in effdet's transforms, and keeps what they do to it.
+
+    Args:
+        size: (width, height).
+        crops: whether they crop what they have resized.
+
+    Attributes:
+        flip: Pillow's name of how it is flipped first; None where it is not.
+        scaled: (width, height) that it is then resized to, with `resample`.
+        box: the part that is kept: left, top, right, bottom in pixels of the resized image.
+    """
+
+    def __init__(self, size: tuple[int, int], crops: bool):
+        self.size, self.crops = size, crops
+        self.flip: int | None = None
+
+    def transpose(self, flip: int) -> Plan:
+        self.flip = flip
+        return self
+
+    def resize(self, size: tuple[int, int], resample: int) -> Plan | Image.Image:
+        self.scaled, self.resample, self.box = size, resample, (0, 0, *size)
+        return self if self.crops else _A_PIXEL
+
+    def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
+        self.box = box
+        return _A_PIXEL
+
+
+_A_PIXEL = Image.new("RGB", (1, 1))  # for effdet to paste
 
 
 class PadThin:
@@ -73,14 +148,21 @@ class PadThin:
     def __init__(self, size: tuple[int, int], smallest: float, fill_color: tuple[int, int, int]):
         self.size, self.smallest, self.fill_color = size, smallest, fill_color
 
-    def __call__(self, image: Image.Image, target: dict[str, Any]) -> tuple[Image.Image, dict[str, Any]]:
-        scale = min(self.smallest * self.size[0] / image.height, self.smallest * self.size[1] / image.width)
-        if int(min(image.size) * scale) >= 1:
-            return image, target
+    def padded(self, width: int, height: int) -> tuple[int, int]:
+        """The (width, height) that an image of that size has afterwards."""
+        scale = min(self.smallest * self.size[0] / height, self.smallest * self.size[1] / width)
+        if int(min(width, height) * scale) >= 1:
+            return width, height
         least = math.floor(1 / scale) + 1
-        padded = Image.new("RGB", (max(image.width, least), max(image.height, least)), color=self.fill_color)
+        return max(width, least), max(height, least)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        size = self.padded(*image.size)
+        if size == image.size:
+            return image
+        padded = Image.new("RGB", size, color=self.fill_color)
         padded.paste(image)
-        return padded, target
+        return padded
 
 
 class EfficientDetCollate:
@@ -93,8 +175,13 @@ class EfficientDetCollate:
         self.collate = DetectionFastCollate(anchor_labeler=labeler)
 
     def __call__(self, samples: list[tuple[np.ndarray, dict[str, Any], int]]) -> Batch:
-        images, targets = self.collate([(image, target) for image, target, _ in samples])
+        # effdet's adds each image to zeros
+        images = torch.from_numpy(np.stack([image for image, _, _ in samples]))
+        _, targets = self.collate([(_NO_PIXELS, target) for _, target, _ in samples])
         return Batch(images, targets, [image_id for _, _, image_id in samples])
+
+
+_NO_PIXELS = np.zeros(0, dtype=np.uint8)
 
 
 def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from mmdet.datasets.builder import DATASETS
 from mmdet.datasets.pipelines import Compose
 
 from mmdetection_files.config import kind_of, leaves
+from mmdetection_files.pixels import with_quick_end
 from mmdetection_hyperparameters import MMDetectionData
 from shared.data.annotations import CocoAnnotations, ImageRecord
 from shared.data.dataset import BadImages, CocoDetection, SampleKey, transformed
@@ -38,6 +40,8 @@ from shared.data.seeding import seed_all
 from shared.data.storage import ImageStorage
 from shared.errors import UserError
 from shared.experiment import check_masks
+
+logger = logging.getLogger(__name__)
 
 cv2.setNumThreads(0)  # each loader worker has a core to itself, as in mmdet's setup_multi_processes
 
@@ -205,11 +209,16 @@ class PipelineTransform:
     """A record and its decoded image through a pipeline without its LoadImageFromFile.
 
     Returns what the pipeline returns, None where it finds the image to be of no use.
+
+    Args:
+        fast: leave Normalize to the device, see `with_quick_end`.
     """
 
-    def __init__(self, pipeline: Sequence[Any], leaf: ConfigDict, images: ImageStorage, annotated: bool):
+    def __init__(
+        self, pipeline: Sequence[Any], leaf: ConfigDict, images: ImageStorage, annotated: bool, fast: bool = False
+    ):
         try:
-            self.pipeline = Compose(list(pipeline[1:]))
+            self.pipeline = Compose(with_quick_end(pipeline[1:], fast, leaf["type"]))
         except Exception as error:  # the builder raises what the transforms' constructors raise
             raise UserError(f"a pipeline of the MMDetection config cannot be built: {error}") from error
         self.folder = str(getattr(images, "folder", ""))
@@ -277,8 +286,8 @@ class _LazyMasks(Sequence):
 class LossTransform:
     """A pipeline of `loss_pipeline`, on record and image; None where it finds the image to be of no use."""
 
-    def __init__(self, pipeline: Sequence[Any], leaf: ConfigDict, images: ImageStorage):
-        self.transform = PipelineTransform(pipeline, leaf, images, annotated=True)
+    def __init__(self, pipeline: Sequence[Any], leaf: ConfigDict, images: ImageStorage, fast: bool = False):
+        self.transform = PipelineTransform(pipeline, leaf, images, annotated=True, fast=fast)
 
     def __call__(self, image: np.ndarray, record: ImageRecord) -> tuple[Any, int] | None:
         sample = self.transform(image.copy(), record)  # the evaluation's pipeline has the image too
@@ -308,9 +317,10 @@ class CocoSamples:
         images: ImageStorage,
         leaf: ConfigDict,
         bad_images: BadImages | None = None,
+        fast: bool = False,
     ):
         pipeline = leaf["pipeline"]
-        transform = PipelineTransform(pipeline, leaf, images, annotated=True)
+        transform = PipelineTransform(pipeline, leaf, images, annotated=True, fast=fast)
         self.images = CocoDetection(annotations, images, transform, 0, False, bad_images, decoder(pipeline[0]))
         self.transform = transform
         self.CLASSES = tuple(annotations.category_names)
@@ -367,6 +377,8 @@ def build_own_dataset(section: Any, data: MMDetectionData, training: bool) -> An
         UserError: it cannot be built, or has no names for its classes.
     """
     section, split = deepcopy(section), "train" if training else "val"
+    if data.fast_images:
+        logger.warning("data.fast_images does nothing for data.%s: MMDetection's own data set reads it", split)
     for leaf in leaves(section):
         leaf.pop("samples_per_gpu", None)
         if is_url(data.located(str(leaf.get("ann_file")))):
@@ -536,8 +548,8 @@ class OwnEvaluationSamples(torch.utils.data.Dataset):
 class EvaluationTransform:
     """The test pipeline, on record and image."""
 
-    def __init__(self, pipeline: Sequence[Any], leaf: ConfigDict, images: ImageStorage):
-        self.transform = PipelineTransform(pipeline, leaf, images, annotated=False)
+    def __init__(self, pipeline: Sequence[Any], leaf: ConfigDict, images: ImageStorage, fast: bool = False):
+        self.transform = PipelineTransform(pipeline, leaf, images, annotated=False, fast=fast)
 
     def __call__(self, image: np.ndarray, record: ImageRecord) -> tuple[Any, int]:
         return self.transform(image, record), record.image_id

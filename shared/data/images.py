@@ -19,7 +19,7 @@ _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "BMP": None, "WEBP": None, "TIFF": None}
 _SIXTEEN_BITS = (".png", ".tif", ".tiff", ".pgm", ".jp2")  # formats that can have them
 _TWELVE_BITS = 4096
-_DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
+DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
 
 
 class BadImageError(UserError):
@@ -45,7 +45,7 @@ def read_image(
     """
 
     def refuse(reason: object) -> NoReturn:
-        raise BadImageError(f"{file_name} ({name or images}) cannot be read as an image: {reason}")
+        raise unreadable(file_name, name or str(images), reason)
 
     try:
         data = images.read(file_name)
@@ -60,8 +60,13 @@ def read_image(
             f"{file_name} ({name}) has {error.width}×{error.height} pixels, and the annotation file says "
             f"{size[0]}×{size[1]}; correct the file or the image"
         ) from error
-    except _DECODING_ERRORS as error:
-        refuse(error or type(error).__name__)
+    except DECODING_ERRORS as error:
+        refuse(error)
+
+
+def unreadable(file_name: str, name: str, reason: object) -> BadImageError:
+    """The error of an image that cannot be decoded."""
+    return BadImageError(f"{file_name} ({name}) cannot be read as an image: {str(reason) or type(reason).__name__}")
 
 
 class SizeMismatch(ValueError):
@@ -126,7 +131,13 @@ def darkness(images: ImageStorage, file_name: str) -> str:
 
 def decode_rgb(data: bytes) -> Image.Image:
     """The image of `plain_bytes` in RGB, turned as its EXIF orientation says."""
-    return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    image = Image.open(io.BytesIO(data))
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode != "RGB":  # else both would copy it
+        return image.convert("RGB")
+    image.load()
+    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,0 +1,258 @@
+"""Images a second and core, from the file to the batch, of each detector's library's own loader, of the one here, and
+of the one here with `data.fast_images: true`: the training's pipeline and the test's.
+
+What a loader worker does, in this process and without workers: samples by index, and their batch. The three take turns
+batch by batch, with the same images and the same seeds; reported are images a CPU second, and the ratio to the
+library's of so many images, with its least and greatest. Then the difference of the pixels with the switch to those
+without, of 255.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import logging
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent.parent
+DETECTORS = ("efficientdet", "detectron2", "mmdetection")
+HYPERPARAMETERS = {
+    "efficientdet": {"model": "tf_efficientdet_d0", "pretrained": "none"},
+    "detectron2": {"config_file": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "weights": ""},
+    "mmdetection": {
+        "config_file": "retinanet/retinanet_r50_fpn_1x_coco.py",
+        "config_overrides": {"model.backbone.init_cfg": None},
+    },
+}
+
+
+@dataclass
+class Side:
+    """A loader: what makes sample i, what makes a batch of samples, and how many samples there are."""
+
+    sample: Callable[[int], Any]
+    collate: Callable[[list], Any]
+    count: int
+
+
+# --- the sides --------------------------------------------------------------------------------------
+
+
+def ours(trial: Any, fast: bool) -> dict[str, Side]:
+    from shared.data.dataset import SampleKey
+
+    trial.data = replace(trial.data, fast_images=fast)
+    trial.train_data, trial.val_data = trial.open_train_and_val()
+    train, test = trial.training_dataset(), trial.evaluation_dataset(trial.val_data)
+    return {
+        "train": Side(lambda i: train[SampleKey(0, i)], trial.collate(True), len(train)),
+        "test": Side(lambda i: test[i], trial.collate(False), len(test)),
+    }
+
+
+def efficientdet_s(trial: Any, data: Path) -> dict[str, Side]:
+    from effdet.anchors import AnchorLabeler, Anchors
+    from effdet.data import DetectionDatset
+    from effdet.data.loader import DetectionFastCollate
+    from effdet.data.parsers import CocoParserCfg
+    from effdet.data.transforms import transforms_coco_eval, transforms_coco_train
+
+    config, sides = trial.model_config, {}
+    for split, transforms in (("train", transforms_coco_train), ("test", transforms_coco_eval)):
+        name = "train2017" if split == "train" else "val2017"
+        parser = CocoParserCfg(ann_filename=str(data / f"annotations/instances_{name}.json"), has_labels=True)
+        interpolation = trial.hparams.train_interpolation if split == "train" else trial.inputs["interpolation"]
+        transform = transforms(config.image_size, interpolation=interpolation, use_prefetcher=True)
+        dataset = DetectionDatset(data / name, parser="coco", parser_kwargs={"cfg": parser}, transform=transform)
+        labeler = None
+        if split == "train" and trial.hparams.labeler == "loader":
+            labeler = AnchorLabeler(Anchors.from_config(config), config.num_classes, match_threshold=0.5)
+        sides[split] = Side(dataset.__getitem__, DetectionFastCollate(anchor_labeler=labeler), len(dataset))
+    return sides
+
+
+def detectron2_s(trial: Any, data: Path) -> dict[str, Side]:
+    from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+    from detectron2.data.common import DatasetFromList, MapDataset
+    from detectron2.data.datasets import register_coco_instances
+
+    cfg, sides = trial.detectron2_config.cfg, {}
+    for split in ("train", "test"):
+        name = "train2017" if split == "train" else "val2017"
+        register_coco_instances(f"benchmark_{split}", {}, str(data / f"annotations/instances_{name}.json"), data / name)
+        dicts = get_detection_dataset_dicts([f"benchmark_{split}"], filter_empty=split == "train")
+        dataset = MapDataset(DatasetFromList(dicts), DatasetMapper(cfg, split == "train"))
+        sides[split] = Side(dataset.__getitem__, list, len(dataset))
+    return sides
+
+
+def mmdetection_s(trial: Any, data: Path) -> dict[str, Side]:
+    from mmcv.parallel import collate
+    from mmdet.datasets import build_dataset
+
+    sides = {}
+    for split, section in (("train", "train"), ("test", "val")):
+        config = copy.deepcopy(trial.mmdet_config.data[section])
+        config.classes = [category["name"] for category in trial.categories]
+        dataset = build_dataset(config, {"test_mode": split == "test"})
+        sides[split] = Side(dataset.__getitem__, lambda s: collate(s, samples_per_gpu=len(s)), len(dataset))
+    return sides
+
+
+UPSTREAM = {"efficientdet": efficientdet_s, "detectron2": detectron2_s, "mmdetection": mmdetection_s}
+
+
+# --- measuring --------------------------------------------------------------------------------------
+
+
+def seconds_a_batch(side: Side, images: list[int]) -> float:
+    """CPU seconds."""
+    from shared.data.seeding import seed_all
+
+    samples, taken = [], 0.0
+    for index in images:
+        seed_all(0, 0, index)  # the same flip and scale for all; those here seed themselves again
+        started = time.process_time()
+        samples.append(side.sample(index))
+        taken += time.process_time() - started
+    started = time.process_time()
+    side.collate(samples)
+    return taken + time.process_time() - started
+
+
+def in_turns(sides: dict[str, Side], arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
+    count = min(side.count for side in sides.values())
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(arguments.turns + 1):  # the first warms up
+        seconds = dict.fromkeys(sides, 0.0)
+        for start in range(0, arguments.images, batch):
+            images = [(turn * arguments.images + start + i) % count for i in range(batch)]
+            for name in sorted(sides, key=lambda _: random.random()):  # whoever is first finds the file in no cache
+                seconds[name] += seconds_a_batch(sides[name], images)
+        for name in sides if turn else ():
+            taken[name].append(seconds[name] / (-(-arguments.images // batch) * batch))
+    upstream = taken["upstream"]
+    measured: dict[str, Any] = {}
+    for name, seconds in taken.items():
+        measured[name] = {"images_per_second_and_core": round(1 / statistics.median(seconds), 1)}
+        if name != "upstream":
+            ratios = [theirs / own for theirs, own in zip(upstream, seconds, strict=True)]
+            measured[name] |= {
+                "times_upstream": round(statistics.median(ratios), 2),
+                "min_max": [round(min(ratios), 2), round(max(ratios), 2)],
+            }
+    return measured
+
+
+def pixels_of(trial: Any, detector: str, side: Side, index: int) -> np.ndarray:
+    """What the model sees of a sample on the scale of 0 to 255."""
+    batch = side.collate([side.sample(index)])
+    if detector == "efficientdet":
+        return batch.images.numpy().astype(np.float64)
+    if detector == "detectron2":
+        return batch.images[0].numpy().astype(np.float64)
+    batch = trial.prepare(batch, None)
+    images = batch.images if isinstance(batch.images, torch.Tensor) else batch.images[0]
+    metas = batch.targets["img_metas"]
+    while isinstance(metas, list):
+        metas = metas[0]
+    return images.double().numpy() * metas["img_norm_cfg"]["std"].astype(np.float64).reshape(-1, 1, 1)
+
+
+def differences(trial: Any, detector: str, exact: Side, fast: Side, images: int) -> dict[str, float]:
+    means, largest, differing = [], 0.0, []
+    for index in range(min(images, exact.count)):
+        difference = np.abs(pixels_of(trial, detector, fast, index) - pixels_of(trial, detector, exact, index))
+        means.append(difference.mean())
+        differing.append((difference > 0).mean())
+        largest = max(largest, float(difference.max()))
+    return {
+        "mean": round(float(np.mean(means)), 5),
+        "largest": round(largest, 3),
+        "share_of_pixels": round(float(np.mean(differing)), 5),
+    }
+
+
+def measure(detector: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    sys.path[:0] = [str(ROOT), str(ROOT / detector)]
+    if detector == "mmdetection":
+        import mmdetection_files  # noqa: F401 before mmcv.ops, where mmcv is not compiled
+    from determined import pytorch
+
+    import model_def
+
+    torch.set_num_threads(1)  # as in a loader's worker
+    names = {
+        "efficientdet": "EfficientDetTrial",
+        "detectron2": "Detectron2Trial",
+        "mmdetection": "MMDetectionTrial",
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = {
+            split: {
+                "annotations": str(arguments.data / f"annotations/instances_{split}2017.json"),
+                "images": str(arguments.data / f"{split}2017"),
+            }
+            for split in ("train", "val")
+        }
+        hyperparameters = {"global_batch_size": arguments.batch_size, **HYPERPARAMETERS[detector]}
+        if detector == "efficientdet":
+            hyperparameters["labeler"] = arguments.labeler
+        config = {
+            "data": {**paths, "cache_dir": scratch, "workers": 0},
+            "hyperparameters": hyperparameters,
+            "searcher": {"max_length": {"batches": 10**6}, "metric": "bbox_mAP", "smaller_is_better": False},
+            "checkpoint_policy": "none",
+        }
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            pytorch.init(hparams=hyperparameters, exp_conf=config, enable_tensorboard_logging=False) as context,
+        ):
+            trial = getattr(model_def, names[detector])(context)
+            upstream = UPSTREAM[detector](trial, arguments.data)
+            exact, fast = ours(trial, False), ours(trial, True)
+            measured: dict[str, Any] = {"detector": detector}
+            for split in ("train", "test"):
+                sides = {"upstream": upstream[split], "here": exact[split], "fast_images": fast[split]}
+                # as upstream, MMDetection and Detectron2 test one image at a time
+                batch = 1 if split == "test" and detector != "efficientdet" else arguments.batch_size
+                measured[split] = in_turns(sides, arguments, batch)
+                measured[split]["difference_of_255"] = differences(
+                    trial, detector, exact[split], fast[split], arguments.compared
+                )
+    return measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="a COCO folder: annotations/, train2017/, val2017/")
+    parser.add_argument("--detector", choices=DETECTORS, help="one alone")
+    parser.add_argument("--turns", type=int, default=9, help="ratios")
+    parser.add_argument("--images", type=int, default=40, help="a ratio is of so many")
+    parser.add_argument("--compared", type=int, default=80, help="images whose pixels are compared")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--labeler", choices=("loader", "device"), default="device", help="EfficientDet's anchors")
+    arguments = parser.parse_args()
+    logging.getLogger("determined").setLevel(logging.ERROR)
+    if arguments.detector:
+        print(json.dumps(measure(arguments.detector, arguments), indent=1))
+        return
+    for detector in DETECTORS:  # each has a model_def of its own
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--detector", detector], check=True)
+
+
+if __name__ == "__main__":
+    main()

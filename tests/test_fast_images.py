@@ -1,0 +1,231 @@
+"""`data.fast_images`: other pixels than Pillow's by next to nothing, and all else as without it."""
+
+import argparse
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from determined import pytorch
+from PIL import Image
+from tiny_models import CONFIGS, efficientdet_config, trial_classes
+
+from shared import detect
+from shared.data import fast_images, synthetic
+from shared.data.dataset import SampleKey
+from shared.data.images import decode_rgb, plain_bytes
+from shared.data.resizing import resize_visible
+from shared.training.checkpoints import load_state
+
+ORIENTATION = 274  # EXIF's tag
+
+
+def picture(width, height, seed=0):
+    """A smooth image with edges and some noise."""
+    x, y = np.meshgrid(np.linspace(0, 6, width), np.linspace(0, 5, height))
+    waves = np.stack([np.sin(x + y), np.cos(x * 2), np.sin(y * 3)], axis=-1) * 100 + 128
+    waves[height // 4 : height // 2, width // 3 : width // 2] = 250
+    noise = np.random.default_rng(seed).normal(0, 5, waves.shape)
+    return Image.fromarray((waves + noise).clip(0, 255).astype(np.uint8))
+
+
+def encoded(image, kind="JPEG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+CROPS = [
+    ((96, 72), (0, 0, 96, 72)),
+    ((400, 300), (0, 0, 128, 128)),
+    ((400, 300), (211, 130, 339, 258)),
+    ((401, 301), (273, 173, 401, 301)),
+    ((160, 120), (25, 0, 153, 120)),
+    ((1000, 700), (7, 0, 135, 128)),
+    ((300, 60), (90, 0, 218, 60)),  # of which Pillow resizes the columns first
+]
+
+
+@pytest.mark.parametrize("resample", [Image.BILINEAR, Image.BICUBIC, Image.LANCZOS, Image.HAMMING])
+@pytest.mark.parametrize(("size", "box"), CROPS)
+def test_resizing_what_stays_of_an_image_gives_pillow_s_bits(size, box, resample):
+    image = picture(201, 143)
+    expected = np.asarray(image.resize(size, resample).crop(box))
+    assert (np.asarray(resize_visible(image, size, box, resample)) == expected).all()
+
+
+@pytest.mark.parametrize("resample", [Image.BILINEAR, Image.BICUBIC, Image.LANCZOS, Image.HAMMING])
+@pytest.mark.parametrize(("size", "box"), CROPS[:-1])
+def test_fast_resizing_is_next_to_pillow_s(size, box, resample):
+    image = picture(201, 143)
+    expected = np.asarray(image.resize(size, resample).crop(box)).astype(int)
+    difference = abs(fast_images.resize_visible(np.asarray(image), size, box, resample) - expected)
+    assert difference.max() <= 2
+    assert difference.mean() < 0.05
+
+
+@pytest.mark.parametrize("flip", [None, Image.FLIP_LEFT_RIGHT, Image.FLIP_TOP_BOTTOM, Image.ROTATE_180])
+def test_a_flip_is_pillow_s(flip):
+    image = picture(31, 22)
+    expected = np.asarray(image if flip is None else image.transpose(flip))
+    assert (fast_images.flipped(np.asarray(image), flip) == expected).all()
+
+
+def odd_images():
+    image = picture(80, 60)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    plain = encoded(image, quality=90)
+    middle = len(plain) // 2
+    return {
+        "JPEG": plain,
+        "progressive": encoded(image, progressive=True),
+        "grey": encoded(image.convert("L")),
+        "turned": encoded(image, exif=exif),
+        "upside down": encoded(image, exif=_orientation(3)),
+        "not turned": encoded(image, exif=_orientation(1)),
+        "CMYK": encoded(image.convert("CMYK")),
+        "palette": encoded(image.quantize(32), "PNG"),
+        "16 bits": encoded(Image.fromarray(np.arange(4800, dtype=np.uint16).reshape(60, 80) * 13), "PNG"),
+        "PNG": encoded(image, "PNG"),
+        "transparent": encoded(image.convert("RGBA"), "PNG"),
+        "WebP": encoded(image, "WEBP"),
+        "cut out": plain[:middle] + plain[middle + 150 :],
+        "spoiled": plain[:middle] + bytes(60) + plain[middle + 60 :],
+        "no end": plain[:-2],
+        "no pixels": plain[:700] + b"\xff\xd9",
+    }
+
+
+def _orientation(value):
+    exif = Image.Exif()
+    exif[ORIENTATION] = value
+    return exif
+
+
+def outcome(decode, data):
+    try:
+        return np.asarray(decode(plain_bytes(data)))
+    except Exception as error:
+        return type(error)
+
+
+@pytest.mark.parametrize("kind", odd_images())
+def test_odd_files_are_decoded_as_without_it(kind):
+    expected, found = (outcome(decode, odd_images()[kind]) for decode in (decode_rgb, fast_images.decode))
+    assert np.array_equal(found, expected)
+    assert found is expected or found.flags.c_contiguous
+
+
+def test_a_jpeg_that_is_much_larger_than_what_is_wanted_is_decoded_smaller():
+    image = picture(640, 480)
+    data = encoded(image, quality=95)
+    assert fast_images.decode(data, (160, 120)).shape == (240, 320, 3)
+    assert fast_images.decode(data, (161, 121)).shape == (480, 640, 3)
+    assert fast_images.decode(data, (20, 15)).shape == (60, 80, 3)
+    assert fast_images.decode(encoded(picture(641, 480)), (20, 15)).shape == (480, 641, 3)  # would be shifted
+    small = fast_images.resize(fast_images.decode(data, (160, 120)), (160, 120))
+    difference = abs(small.astype(int) - np.asarray(decode_rgb(data).resize((160, 120), Image.BILINEAR)))
+    assert difference.mean() < 1
+
+
+# --- in a run ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def larger_shapes(tmp_path_factory):
+    """Shapes of another size than the models' inputs, so that they are resized."""
+    folder = tmp_path_factory.mktemp("larger_shapes")
+    synthetic.write(folder, train=24, val=10, size=160)
+    return folder
+
+
+def evaluated(trial_class, run, output, fast, monkeypatch):
+    """The metrics of a run's last checkpoint, and its detections' scores in order."""
+    arguments = argparse.Namespace(
+        config=str(run / "config.yaml"),
+        checkpoint=str(run / "checkpoints/last"),
+        overrides=[f"data.fast_images={str(fast).lower()}"],
+        output=output,
+        report=None,
+        results=None,
+    )
+    with monkeypatch.context() as patch:
+        patch.chdir(output.parent)
+        detect.evaluate(trial_class, arguments)
+    scores = [found["score"] for found in json.loads((output / "results.json").read_text())]
+    return json.loads((output / "metrics.json").read_text()), np.sort(scores)
+
+
+def test_a_run_with_it_goes_on_with_the_same_bits_and_evaluates_as_without(
+    detector, larger_shapes, train, tmp_path, without_figures, monkeypatch
+):
+    config = CONFIGS[detector](larger_shapes)
+    config["data"] |= {"workers": 0, "fast_images": True}
+    config["searcher"]["max_length"] = {"batches": 6}
+    config["min_validation_period"] = config["min_checkpoint_period"] = {"batches": 4}
+    trial_class = trial_classes()[detector]
+    whole = train(trial_class, config, "whole")
+
+    class Crashing(trial_class):
+        def after_batch(self, number):
+            super().after_batch(number)
+            if number == 5:
+                raise RuntimeError("crash")
+
+    with pytest.raises(RuntimeError, match="crash"):
+        train(Crashing, config, "parts")
+    parts = train(trial_class, config, "parts", resume="last")
+    ours, expected = (load_state(r / "checkpoints/last/state_dict.pth")["models_state_dict"][0] for r in (parts, whole))
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+    (metrics, scores), (exact_metrics, exact_scores) = (
+        evaluated(trial_class, whole, tmp_path / str(fast), fast, monkeypatch) for fast in (True, False)
+    )
+    assert metrics == pytest.approx(exact_metrics, abs=0.01, nan_ok=True)
+    assert abs(len(scores) - len(exact_scores)) <= 0.02 * len(exact_scores)
+    fewer = min(len(scores), len(exact_scores), 100)
+    np.testing.assert_allclose(scores[-fewer:], exact_scores[-fewer:], atol=0.01)
+
+
+@pytest.mark.slow
+def test_a_trained_model_has_the_same_ap_with_it(train, tmp_path, without_figures, monkeypatch):
+    from model_def import EfficientDetTrial
+
+    synthetic.write(tmp_path / "data", train=200, val=60, size=160)
+    config = efficientdet_config(tmp_path / "data")
+    config["data"]["workers"] = 0
+    config["hyperparameters"] |= {"global_batch_size": 8, "scale_jitter": [0.7, 1.3]}
+    config["searcher"]["max_length"] = config["min_validation_period"] = {"batches": 500}
+    run = train(EfficientDetTrial, config)
+    (metrics, _), (exact, _) = (
+        evaluated(EfficientDetTrial, run, tmp_path / str(fast), fast, monkeypatch) for fast in (True, False)
+    )
+    assert exact["bbox_mAP"] > 0.05
+    assert metrics["bbox_mAP"] == pytest.approx(exact["bbox_mAP"], abs=0.01)
+
+
+def test_bad_images_are_left_out_as_without_it(shapes, tmp_path):
+    from model_def import EfficientDetTrial
+
+    folder = shutil.copytree(shapes, tmp_path / "data")
+    (folder / "train/000004.png").write_bytes((folder / "train/000004.png").read_bytes()[:200])
+    png = (folder / "train/000009.png").read_bytes()
+    (folder / "train/000009.png").write_bytes(png[:100] + png[-60:])  # its end says that it is whole
+    config = efficientdet_config(folder)
+    config["data"] |= {"on_bad_image": "skip", "workers": 0}
+    seen = []
+    for fast in (False, True):
+        config["data"]["fast_images"] = fast
+        hparams = config["hyperparameters"]
+        with pytorch.init(hparams=hparams, exp_conf=config, enable_tensorboard_logging=False) as context:
+            trial = EfficientDetTrial(context)
+            dataset = trial.training_dataset()
+            samples = [dataset[SampleKey(1, i)] for i in range(len(dataset))]
+            seen.append(
+                ([(image_id, target["bbox"].tolist()) for _, target, image_id in samples], trial.bad_images.take())
+            )
+    assert seen[0] == seen[1]
+    assert len(seen[0][1]) == 2
