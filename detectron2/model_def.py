@@ -136,8 +136,9 @@ class Detectron2Trial(DetectionTrial):
                 "data.repeat_threshold: the config repeats images itself, by its RepeatFactorTrainingSampler; take one "
                 "of the two out"
             )
+        if config.mixed_precision:
+            self.fp16_key = "SOLVER.AMP.ENABLED, or train.amp.enabled, of the config"
         take_up_switches(config, self.hparams)
-        self.fp16_key = "the config's mixed precision" if config.mixed_precision else "hyperparameters.amp"
         if self.hparams.scale_schedule:
             config.scale_schedule(self.hparams.global_batch_size)
         if config.augments_tests and self.for_training:

@@ -21,7 +21,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from mmcv.runner import wrap_fp16_model
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -169,8 +168,9 @@ class MMDetectionTrial(DetectionTrial):
             if not self.for_training:  # any number of processes
                 self.hparams.global_batch_size = -(-self.hparams.global_batch_size // self.slots) * self.slots
         scale_lr(self.mmdet_config, self.hparams)
+        if self.mmdet_config.get("fp16"):
+            self.fp16_key = "fp16 of the MMDetection config"
         take_up_switches(self.mmdet_config, self.hparams)
-        self.fp16_key = "fp16 of the MMDetection config or hyperparameters.amp"
         self.find_unused_parameters = self.mmdet_config.get("find_unused_parameters", False)
         evaluation, val = self.mmdet_config.get("evaluation") or {}, self.mmdet_config.data.val
         metrics = evaluation.get("metric", "bbox")
@@ -335,9 +335,8 @@ class MMDetectionTrial(DetectionTrial):
             without_teacher_weights(config)
         if self.context.device.type != "cuda":
             config.fp16 = None  # a model that was trained in half precision detects in single here
-        model = build_model(config, initialize=starts_anew or not self.for_training)
-        if config.get("fp16") or self.hparams.amp == "bf16":
-            wrap_fp16_model(model)
+        half = bool(config.get("fp16")) or self.hparams.amp == "bf16"
+        model = build_model(config, initialize=starts_anew or not self.for_training, half=half)
         init_receptive_fields(model, self.mmdet_config)
         move_teacher(model, self.context.device)
         if self.hparams.weights and self.first_batch == 0:

@@ -17,7 +17,7 @@ import mmdet.core
 import torch
 import yaml
 from mmcv import Config, ConfigDict
-from mmcv.runner import fp16_utils
+from mmcv.runner import fp16_utils, wrap_fp16_model
 from mmdet.models import build_detector
 from torch import nn
 
@@ -36,12 +36,13 @@ _quiet = logging.getLogger(f"{__name__}.mmcv")  # what mmcv says of weights that
 _quiet.setLevel(logging.CRITICAL + 1)
 
 
-def build_model(config: Config, initialize: bool) -> nn.Module:
+def build_model(config: Config, initialize: bool, half: bool = False) -> nn.Module:
     """mmdet's detector.
 
     Args:
         initialize: with the config's initial weights, pretrained backbones among them; else as PyTorch makes it,
             for weights that are loaded next.
+        half: tell mmcv's decorators to cast, to float16 or in `mmcv_in_bf16`.
 
     Raises:
         UserError: the config does not make a detector, or the backbone's weights cannot be had.
@@ -66,13 +67,15 @@ def build_model(config: Config, initialize: bool) -> nn.Module:
                 "from nothing, {model.backbone.init_cfg: null}. A relative path is looked for in the folder that is "
                 "submitted, of which .detignore leaves out *.pth, and beside the YAML file"
             ) from error
+    if half:
+        wrap_fp16_model(model)
     return model
 
 
 @contextlib.contextmanager
 def mmcv_in_bf16(device: str) -> Iterator[None]:
     """mmcv's mixed precision in bfloat16, where its decorators have float16: what they force to float32, the losses
-    above all, stays float32. For a model that `wrap_fp16_model` has been told to use them."""
+    above all, stays float32. For a model that was built for `half` precision."""
     kept = fp16_utils.autocast, fp16_utils.cast_tensor_type
     dtypes = {torch.half: torch.bfloat16}
 

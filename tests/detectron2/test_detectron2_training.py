@@ -252,7 +252,7 @@ WRONG = {
         "hyperparameters__config_file": KEYPOINT_RCNN,
         "hyperparameters__config_overrides": {"MODEL.ROI_HEADS.NUM_CLASSES": 3},
     },
-    r"mixed precision needs a GPU; switch it off in config_overrides": {
+    r"SOLVER.AMP.ENABLED, .*, of the config: fp16 needs a GPU; take it out": {
         "hyperparameters__config_overrides": {"SOLVER.AMP.ENABLED": True}
     },
     r"DATALOADER.SAMPLER_TRAIN: 'RepeatFactorTrainingSampeler' is not known here; did you mean 'RepeatFactorTra": {

@@ -577,7 +577,7 @@ WRONG = {
     },
     "hyperparameters.weights: nowhere.pth is not a checkpoint": {"weights": "nowhere.pth"},
     "optimizer of the MMDetection config": {"config_overrides": {"optimizer.type": "Adamm"}},
-    "fp16 of the MMDetection config needs a GPU": {"config_overrides": {"fp16": {"loss_scale": 512.0}}},
+    "fp16 of the MMDetection config: fp16 needs a GPU": {"config_overrides": {"fp16": {"loss_scale": 512.0}}},
     "a pipeline of the MMDetection config cannot be built": {
         "config_overrides": {"data.train.pipeline.3.type": "RandomFlp"}
     },
