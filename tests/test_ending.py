@@ -74,6 +74,7 @@ def test_a_run_without_better_validations_ends_as_a_finished_one_and_says_why(co
     assert WHY in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_figures")
 def test_a_run_that_has_so_ended_goes_on_with_more_patience_alone_and_to_the_same_bits(config, train, trial_class):
     whole = train(trial_class, config, name="whole")

@@ -183,6 +183,7 @@ def test_training_through_faults_ends_with_the_same_weights(shapes, train):
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_a_store_that_stays_away_is_an_error_in_bounded_time_and_the_run_goes_on_from_its_checkpoint(shapes, train):
     from model_def import EfficientDetTrial
 

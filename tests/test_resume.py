@@ -1,5 +1,6 @@
 """A killed run taken up again, and what a checkpoint holds, of each detector."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -86,11 +87,10 @@ def config(detector, shapes, tmp_path):
     ("detector", "processes"),
     [
         ("efficientdet", 2),
-        ("mmdetection", 1),
-        ("detectron2", 1),
         *(
             pytest.param(*others, marks=pytest.mark.slow)
-            for others in (("efficientdet", 1), ("mmdetection", 2), ("detectron2", 2))
+            for others in itertools.product(("efficientdet", "mmdetection", "detectron2"), (1, 2))
+            if others != ("efficientdet", 2)
         ),
     ],
     indirect=["detector"],
@@ -159,6 +159,7 @@ def test_a_period_that_ends_in_the_middle_of_an_optimizer_step_is_refused(tiny, 
         train(trial(), tiny)
 
 
+@pytest.mark.slow
 def test_a_schedule_that_follows_the_validations_goes_on_after_a_resume(tiny, train):
     tiny["hyperparameters"].update(sched="plateau", sched_on_updates=False, patience_epochs=0, decay_rate=0.5)
     tiny["min_validation_period"] = {"epochs": 1}

@@ -216,6 +216,7 @@ def test_two_runs_never_work_in_one_folder_at_once(shapes, train, trial_class, t
     assert reports(run)[-1]["batches"] == 12
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_and_the_earlier_checkpoints_are_whole(run_config, tmp_path):
     probe = tmp_path / "code" / "probe.py"
     probe.parent.mkdir()

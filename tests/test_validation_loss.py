@@ -153,11 +153,7 @@ def of_a_first_validation(run):
     return {name: value for name, value in first["metrics"].items() if name.startswith("val_")}
 
 
-@pytest.mark.parametrize(
-    "detector",
-    ["efficientdet", *(pytest.param(other, marks=pytest.mark.slow) for other in ("mmdetection", "detectron2"))],
-    indirect=True,
-)
+@pytest.mark.slow
 def test_it_is_the_same_in_two_processes_and_with_loader_workers(detector, shapes, train, odd_val, tmp_path):
     config = config_of(detector, shapes, batches=1)
     config["data"]["val"]["annotations"] = str(odd_val[0])

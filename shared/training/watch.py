@@ -173,7 +173,7 @@ class _Watcher:
 
 def show_stacks_when_asked() -> None:
     """Lets a loader worker write its stacks when the process that it loads for hangs."""
-    faulthandler.register(_OF_WORKERS, all_threads=True)
+    faulthandler.register(_OF_WORKERS, file=2, all_threads=True)  # in a notebook sys.stderr is no file
 
 
 def _show_workers(rank: int) -> None:

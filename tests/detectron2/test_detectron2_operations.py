@@ -506,6 +506,7 @@ def test_deformable_and_rotated_models_train_and_detect_without_the_compiled_par
     assert result["none there"]
 
 
+@pytest.mark.slow
 def test_a_compiled_part_that_does_not_load_is_a_warning_and_the_run_says_what_it_used(
     shapes, tmp_path, without_compiled
 ):

@@ -75,6 +75,7 @@ main(Probe)
     assert max(worst) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_python_config_s_options_of_ddp_train_in_two_processes(shapes, tmp_path):
     config = in_process(detectron2_config(shapes, "configs/small_retinanet.py"))
     overrides = config["hyperparameters"]["config_overrides"]

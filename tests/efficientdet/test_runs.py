@@ -72,6 +72,7 @@ def test_a_run_ends_with_a_report_of_its_best_validation(trained):
     assert f"the report: {run / 'report.html'}" in done.stdout
 
 
+@pytest.mark.slow
 def test_where_a_run_is_started_from_does_not_swell_its_checkpoints(shapes, run_config, tmp_path):
     full = tmp_path / "full"
     full.mkdir()
@@ -89,6 +90,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(refused, trained):
     assert "holds a run already; add `--resume last`" in refused("train", config, "--output-dir", run)
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_with_a_greater_length(refused, trained, run_config, tmp_path):
     run = shutil.copytree(trained[0], tmp_path / "run")
     longer = run_config(searcher__max_length={"batches": 16})
@@ -98,6 +100,7 @@ def test_a_finished_run_goes_on_with_a_greater_length(refused, trained, run_conf
     assert "has been trained for 16 batches" in line
 
 
+@pytest.mark.slow
 def test_the_learning_rate_and_epochs_go_on_after_a_resume_by_epochs(shapes, train):
     from model_def import EfficientDetTrial
 
@@ -124,6 +127,7 @@ def test_the_learning_rate_and_epochs_go_on_after_a_resume_by_epochs(shapes, tra
     assert rates(train(EfficientDetTrial, config, resume="last")) == whole
 
 
+@pytest.mark.slow
 def test_two_processes_keep_the_same_weights_and_draw_different_numbers(run_config, tmp_path):
     probe = tmp_path / "probe.py"
     probe.write_text(
@@ -159,7 +163,7 @@ def test_two_processes_keep_the_same_weights_and_draw_different_numbers(run_conf
     assert len({tuple(w) for w in weights}) == 2  # one sum a validation, whichever process
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("processes", [1, *(pytest.param(count, marks=pytest.mark.slow) for count in (2, 3))])
 def test_evaluate_gives_the_run_s_numbers_with_any_number_of_processes(trained, tmp_path, processes):
     run, config, _ = trained
     done = run_model_def(
@@ -297,6 +301,7 @@ def test_a_cut_off_checkpoint_is_refused(refused, trained, tmp_path):
     assert "cannot be read as weights" in refused("evaluate", config, "--checkpoint", cut)
 
 
+@pytest.mark.slow
 def test_a_last_checkpoint_that_was_changed_is_said_and_best_goes_on(trained, run_config, tmp_path):
     run = shutil.copytree(trained[0], tmp_path / "run")
     best = json.loads((run / "checkpoints/best/metadata.json").read_text())["steps_completed"]

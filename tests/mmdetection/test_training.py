@@ -322,6 +322,7 @@ def test_a_class_aware_sampler_draws_each_class_as_often_on_any_number_of_slots(
     np.testing.assert_array_equal(np.concatenate(several, axis=1), drawn[:, 0])
 
 
+@pytest.mark.slow
 def test_an_rpn_is_evaluated_by_its_recall_and_predicts_proposals(shapes, train, trial_class, tmp_path):
     overrides = {
         **SMALL_BACKBONE,
