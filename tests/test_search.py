@@ -177,6 +177,14 @@ def test_brackets_are_determined_s(mode, max_rungs, divisor, length, max_trials,
     assert {bracket.rungs: numbers.count(i) for i, bracket in enumerate(brackets)} == expected
 
 
+def test_bracket_rungs_are_taken_as_they_are_said():
+    brackets = brackets_of("standard", 5, divisor=4, length=64, max_trials=10, bracket_rungs=[2, 3])
+    assert [bracket.rungs for bracket in brackets] == [3, 2]
+    assert parse_searcher(config_of(searcher={"bracket_rungs": [2, 3]})).bracket_rungs == [2, 3]
+    with pytest.raises(UserError, match=r"searcher.bracket_rungs: \[0\] is no list of whole numbers of at least 1"):
+        parse_searcher(config_of(searcher={"bracket_rungs": [0]}))
+
+
 # --- a search -------------------------------------------------------------------------------------------
 
 
@@ -185,7 +193,8 @@ def test_most_of_the_training_is_saved_and_one_of_the_best_points_is_found(start
     said = ended(start(config, jobs=4))
     trained = batches_of(tmp_path / "search")
     assert sorted(trained) == list(range(32))
-    assert sum(map(len, trained.values())) <= 0.4 * 32 * 64
+    # 60 % are saved on average, here as by a master; what TPE draws later is better, and more or less of it goes on
+    assert sum(map(len, trained.values())) <= 0.5 * 32 * 64
     best = yaml.safe_load((tmp_path / "search/best.yaml").read_text())
     assert share_of_better_points(best["hyperparameters"]) < 0.1
     assert "given up" in said

@@ -30,17 +30,21 @@ class Bracket:
     share: float
 
 
-def brackets_of(mode: str, max_rungs: int, divisor: int, length: float, max_trials: int) -> list[Bracket]:
+def brackets_of(
+    mode: str, max_rungs: int, divisor: int, length: float, max_trials: int, bracket_rungs: Sequence[int] = ()
+) -> list[Bracket]:
     """Determined's: `aggressive` has one, `conservative` one for each number of rungs, `standard` the half of them; the
     more rungs, the more trials.
 
     Args:
         length: of a trial, in the units of the searcher: so that no rung is shorter than one.
         max_trials: so that one of them comes to the last rung.
+        bracket_rungs: the rungs of each bracket, in the place of `mode` and `max_rungs`.
     """
     most = min(max_rungs, *(int(math.log(max(count, 1), divisor) + 1e-9) + 1 for count in (length, max_trials)))
     fewest = {"aggressive": most, "standard": (most - 1) // 2 + 1, "conservative": 1}[mode]
-    weights = {rungs: divisor ** (rungs - 1) / rungs for rungs in range(most, fewest - 1, -1)}
+    all_rungs = sorted(set(bracket_rungs), reverse=True) or range(most, fewest - 1, -1)
+    weights = {rungs: divisor ** (rungs - 1) / rungs for rungs in all_rungs}
     counts = [max(int(weight / sum(weights.values()) * max_trials), 1) for weight in weights.values()]
     counts[0] += max(max_trials - sum(counts), 0)
     return [Bracket(rungs, count / sum(counts)) for rungs, count in zip(weights, counts, strict=True)]

@@ -29,6 +29,7 @@ class Searcher:
     length: float
     mode: str
     max_rungs: int
+    bracket_rungs: list[int]
     divisor: int
     seed: int
     max_restarts: int
@@ -56,6 +57,9 @@ def parse_searcher(config: dict[str, Any]) -> Searcher:
     mode = section.get("mode") or "standard"
     if mode not in _MODES:
         raise UserError(f"searcher.mode: {mode!r}; {nearest(str(mode), _MODES)}")
+    rungs = section.get("bracket_rungs") or []
+    if not isinstance(rungs, list) or not all(type(count) is int and count >= 1 for count in rungs):
+        raise UserError(f"searcher.bracket_rungs: {rungs!r} is no list of whole numbers of at least 1")
     restarts = config.get("max_restarts")
     return Searcher(
         name=name,
@@ -65,6 +69,7 @@ def parse_searcher(config: dict[str, Any]) -> Searcher:
         length=parse_schedule(config).max_length.count if name == "adaptive_asha" else 1,
         mode=mode,
         max_rungs=number("max_rungs", 5),
+        bracket_rungs=rungs,
         divisor=number("divisor", 4, 2),
         seed=(config.get("reproducibility") or {}).get("experiment_seed") or 0,
         max_restarts=5 if restarts is None else restarts,

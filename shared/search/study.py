@@ -76,7 +76,12 @@ class Study:
         if searcher.name != "adaptive_asha":
             return optuna.pruners.NopPruner()
         brackets = brackets_of(
-            searcher.mode, searcher.max_rungs, searcher.divisor, searcher.length, searcher.max_trials
+            searcher.mode,
+            searcher.max_rungs,
+            searcher.divisor,
+            searcher.length,
+            searcher.max_trials,
+            searcher.bracket_rungs,
         )
         return BracketPruner(brackets, searcher.divisor)
 
