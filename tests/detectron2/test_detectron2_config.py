@@ -291,6 +291,7 @@ def test_a_project_of_detectron2_s_is_had_by_custom_imports_with_its_class_count
     assert predictor.out_channels == 3
 
 
+@pytest.mark.slow
 def test_deeplab_has_its_own_schedule(tmp_path):
     text = (
         f"_BASE_: {shipped_configs() / 'Misc/semantic_R_50_FPN_1x.yaml'}\n"

@@ -280,6 +280,7 @@ def test_a_mapper_of_one_s_own_may_open_the_image_by_its_file_name(shapes, on_di
     assert (sample["opened"] == str(path)) == on_disk
 
 
+@pytest.mark.slow
 def test_detectron2_knows_which_processes_share_a_machine(shapes, tmp_path):
     probe, config = tmp_path / "probe.py", tmp_path / "config.yaml"
     probe.write_text(
