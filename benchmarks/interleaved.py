@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 from determined import pytorch
+from torch.utils.tensorboard import SummaryWriter
 
 from shared.training.trial import DetectionTrial
 
@@ -24,9 +26,14 @@ class _Measured(Exception):
     """Both sides have their blocks."""
 
 
-class AtBatchEnd(pytorch.PyTorchCallback):
-    """Calls a function after each training batch, in the place of the progress bar."""
+def call_at_batch_end(trial: DetectionTrial, function: Callable[[], None]) -> None:
+    """Calls a function after each training batch, in the place of the progress bar. What the trial reports goes to a
+    folder that nobody reads."""
+    trial.tensorboard = SummaryWriter(tempfile.mkdtemp())
+    trial.local_callbacks["measured"] = _AtBatchEnd(trial, function)
 
+
+class _AtBatchEnd(pytorch.PyTorchCallback):
     def __init__(self, trial: DetectionTrial, function: Callable[[], None]):
         self.trial, self.function = trial, function
 
@@ -66,7 +73,7 @@ def time_against(
         theirs.append(time.perf_counter() - started)
         started = time.perf_counter()
 
-    trial.local_callbacks["measured"] = AtBatchEnd(trial, at_batch_end)
+    call_at_batch_end(trial, at_batch_end)
     with contextlib.suppress(_Measured):
         pytorch.Trainer(trial, context).fit(
             max_length=pytorch.Batch(10**6), checkpoint_policy="none", reporting_period=pytorch.Batch(50)

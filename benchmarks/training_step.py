@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "efficientdet")]
 
 from determined import pytorch
-from interleaved import AtBatchEnd, switch
+from interleaved import call_at_batch_end, switch
 from synchronisations import site, watch_synchronisations
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -231,7 +231,7 @@ def measure(trial: EfficientDetTrial, context, other, arguments) -> dict:
         state.waiting = trial.training_loader.waiting
         state.started = time.perf_counter()
 
-    trial.local_callbacks["measured"] = AtBatchEnd(trial, at_block_end)
+    call_at_batch_end(trial, at_block_end)
     with contextlib.suppress(_Measured), watch:
         pytorch.Trainer(trial, context).fit(
             max_length=pytorch.Batch(10**9), checkpoint_policy="none", reporting_period=pytorch.Batch(10**8)
