@@ -70,10 +70,10 @@ _SEARCHER_KEYS = [
     "unit",
 ]
 _LENGTHS = ("searcher.max_length", "min_validation_period", "min_checkpoint_period")
-# where relative paths may start, beside the folder that is submitted: where the run was started, and the YAML file's
 # Determined's hyperparameter types, of which a searcher draws
 RANGES = ("int", "double", "log", "categorical")
 
+# where relative paths may start, beside the folder that is submitted: where the run was started, and the YAML file's
 _started_in: list[Path] = []
 _LARGEST_CONFIG = 2**20  # bytes
 

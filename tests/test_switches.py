@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import WITHOUT_LIBRARY, reports
 from test_resume import assert_same_bits, final_state
-from tiny_models import CONFIGS, detectron2_config, mmdet_config, trial_classes
+from tiny_models import CONFIGS, trial_classes
 from torch import nn
 
 from shared.errors import UserError
@@ -223,15 +223,14 @@ def test_freeze_names_modules_and_parameters_by_their_whole_names():
 
 
 @pytest.mark.parametrize(
-    ("names", "message"),
+    ("message", "names"),
     {
         "the model has no part 'bakbone'; did you mean 'backbone'": ["bakbone"],
         "the model has no part 'zzz'; its parts are backbone, backbone_norm, head": ["zzz"],
         "backbone, backbone_norm, head is the whole model": ["backbone", "backbone_norm", "head"],
     }.items(),
 )
-def test_what_cannot_be_frozen_is_an_error_that_names_the_parts(names, message):
-    names, message = message, names
+def test_what_cannot_be_frozen_is_an_error_that_names_the_parts(message, names):
     with pytest.raises(UserError, match=message):
         freeze(parts(), names)
 
@@ -239,30 +238,49 @@ def test_what_cannot_be_frozen_is_an_error_that_names_the_parts(names, message):
 # --- a library's own words ----------------------------------------------------------------------------
 
 
-@pytest.mark.skipif("mmdetection" in WITHOUT_LIBRARY, reason=WITHOUT_LIBRARY.get("mmdetection", ""))
 @pytest.mark.parametrize(
-    ("hyperparameters", "overrides", "message"),
+    ("detector", "hyperparameters", "overrides", "message"),
     [
-        ({"amp": "bf16"}, {"fp16": {"loss_scale": 512.0}}, "hyperparameters.amp: bf16: .* says fp16 as well"),
         (
+            "mmdetection",
+            {"amp": "bf16"},
+            {"fp16": {"loss_scale": 512.0}},
+            "hyperparameters.amp: bf16: .* says fp16 as well",
+        ),
+        (
+            "mmdetection",
             {"clip_grad": 5.0},
             {"optimizer_config.grad_clip": {"max_norm": 35, "norm_type": 2}},
             "hyperparameters.clip_grad: 5: .* says optimizer_config.grad_clip, .*35",
         ),
         (
+            "mmdetection",
             {"model_ema_decay": 0.99},
             {"custom_hooks": [{"type": "EMAHook", "momentum": 0.0002}]},
             "hyperparameters.model_ema_decay: 0.99: .* EMAHook with a momentum of 0.0002, which is a decay of 0.9998",
         ),
+        (
+            "detectron2",
+            {"amp": "bf16"},
+            {"SOLVER.AMP.ENABLED": True},
+            "hyperparameters.amp: bf16: the config's mixed precision",
+        ),
+        (
+            "detectron2",
+            {"clip_grad": 5.0},
+            {"SOLVER.CLIP_GRADIENTS.ENABLED": True},
+            "hyperparameters.clip_grad: the config clips each parameter's gradient by itself",
+        ),
     ],
+    indirect=["detector"],
 )
-def test_a_switch_that_mmdetection_s_config_says_otherwise_is_an_error(
-    shapes, train, hyperparameters, overrides, message
+def test_a_switch_that_the_library_s_config_says_otherwise_is_an_error(
+    detector, shapes, train, trial_class, hyperparameters, overrides, message
 ):
-    config = mmdet_config(shapes, **overrides)
+    config = CONFIGS[detector](shapes, **overrides)
     config["hyperparameters"].update(hyperparameters)
     with pytest.raises(UserError, match=message):
-        train(trial_classes()["mmdetection"], config)
+        train(trial_class, config)
 
 
 @pytest.mark.skipif("mmdetection" in WITHOUT_LIBRARY, reason=WITHOUT_LIBRARY.get("mmdetection", ""))
@@ -277,27 +295,6 @@ def test_clip_grad_and_fp16_are_mmdetection_s_own_words(own):
     take_up_switches(config, MMDetectionHyperparameters(config_file="", clip_grad=0.5, amp="fp16"))
     assert config.optimizer_config.grad_clip == {"max_norm": 0.5, "norm_type": 2}
     assert config.fp16 == {"loss_scale": "dynamic"}
-
-
-@pytest.mark.skipif("detectron2" in WITHOUT_LIBRARY, reason=WITHOUT_LIBRARY.get("detectron2", ""))
-@pytest.mark.parametrize(
-    ("hyperparameters", "overrides", "message"),
-    [
-        ({"amp": "bf16"}, {"SOLVER.AMP.ENABLED": True}, "hyperparameters.amp: bf16: the config's mixed precision"),
-        (
-            {"clip_grad": 5.0},
-            {"SOLVER.CLIP_GRADIENTS.ENABLED": True},
-            "hyperparameters.clip_grad: the config clips each parameter's gradient by itself",
-        ),
-    ],
-)
-def test_a_switch_that_detectron2_s_config_says_otherwise_is_an_error(
-    shapes, train, hyperparameters, overrides, message
-):
-    config = detectron2_config(shapes, **overrides)
-    config["hyperparameters"].update(hyperparameters)
-    with pytest.raises(UserError, match=message):
-        train(trial_classes()["detectron2"], config)
 
 
 def test_fp16_without_a_gpu_says_what_to_take(config, trial_class, train):

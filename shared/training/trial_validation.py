@@ -19,7 +19,7 @@ from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import summary_metrics
 from shared.evaluation.reducer import ChiefReducer
-from shared.experiment import SplitData
+from shared.experiment import SplitData, TrainingHyperparameters
 from shared.training.hang import Phase
 from shared.training.python_state import python_state
 from shared.training.validation_loss import PREFIX, TOTAL, ValidationLoss, as_one_process, giving_losses
@@ -45,6 +45,7 @@ class TrialValidation:
     chief_python_state: Mapping[str, Any] | None = None  # where there are several slots
 
     context: PyTorchTrialContext
+    hparams: TrainingHyperparameters
     plain_model: nn.Module
     ema: Any
     evaluator: ChiefReducer
@@ -101,7 +102,7 @@ class TrialValidation:
         """The detections of a batch as the evaluation loader yields it."""
         model = self.evaluation_model.eval()
         batch = self.prepare(to_device(batch, self.context.device), None)
-        with self.autocast(), uncompiled():
+        with self.autocast(), self._uncompiled():
             return self.detect(model, batch)
 
     @torch.no_grad()
@@ -114,7 +115,7 @@ class TrialValidation:
         of_chief = self.chief_python_state
         with (
             precision,
-            uncompiled(),
+            self._uncompiled(),
             kept_random_state(),
             as_one_process(),
             giving_losses(model, self.python_attributes, of_chief),
@@ -124,6 +125,14 @@ class TrialValidation:
                 return self.image_losses(model, batch)
             except FloatingPointError:  # Detectron2 looks itself
                 return {"loss": torch.tensor(math.nan, device=self.context.device)}
+
+    def _uncompiled(self) -> contextlib.AbstractContextManager:
+        """What `torch_compile` has compiled for the training's batches is not compiled anew for evaluations, whose
+        images have many sizes; where PyTorch can leave it out, from 2.6 on."""
+        set_stance = getattr(torch.compiler, "set_stance", None)
+        if not self.hparams.torch_compile or set_stance is None:
+            return contextlib.nullcontext()
+        return set_stance("force_eager")
 
     def check_validation_loss(self) -> None:
         """Computes the losses of one image.
@@ -166,13 +175,6 @@ class TrialValidation:
             for model in dict.fromkeys((self.plain_model, self.evaluation_model)):
                 for buffer in model.buffers():
                     torch.distributed.broadcast(buffer, src=0)
-
-
-def uncompiled() -> contextlib.AbstractContextManager:
-    """What `torch_compile` has compiled for the training's batches is not compiled anew for evaluations, whose images
-    have many sizes; where PyTorch can leave it out, from 2.6 on."""
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    return contextlib.nullcontext() if set_stance is None else set_stance("force_eager")
 
 
 class ValidationResult(PyTorchCallback):
