@@ -181,6 +181,25 @@ def without_figures(monkeypatch):
     monkeypatch.setattr("shared.here._write_report", lambda *_: None)
 
 
+@pytest.fixture
+def crash_and_resume(train):
+    """Trains in this process until an error after batch `number`, from 0, then from `last` to the end; the folder."""
+
+    def call(trial_class: type, config: dict, number: int) -> Path:
+        class Crashing(trial_class):
+            def after_batch(self, batch):
+                super().after_batch(batch)
+                if batch == number:
+                    raise RuntimeError("crash")
+
+        Crashing.__module__ = trial_class.__module__
+        with pytest.raises(RuntimeError, match="crash"):
+            train(Crashing, config, "parts")
+        return train(trial_class, config, "parts", resume="last")
+
+    return call
+
+
 def reports(run: Path, split: str | None = None) -> list[dict]:
     """The lines of a run's metrics.jsonl."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -160,7 +160,7 @@ def evaluated(trial_class, run, output, fast, monkeypatch):
 
 
 def test_a_run_with_it_goes_on_with_the_same_bits_and_evaluates_as_without(
-    detector, larger_shapes, train, tmp_path, without_figures, monkeypatch
+    detector, larger_shapes, train, crash_and_resume, tmp_path, without_figures, monkeypatch
 ):
     config = CONFIGS[detector](larger_shapes)
     config["data"] |= {"workers": 0, "fast_images": True}
@@ -168,16 +168,7 @@ def test_a_run_with_it_goes_on_with_the_same_bits_and_evaluates_as_without(
     config["min_validation_period"] = config["min_checkpoint_period"] = {"batches": 4}
     trial_class = trial_classes()[detector]
     whole = train(trial_class, config, "whole")
-
-    class Crashing(trial_class):
-        def after_batch(self, number):
-            super().after_batch(number)
-            if number == 5:
-                raise RuntimeError("crash")
-
-    with pytest.raises(RuntimeError, match="crash"):
-        train(Crashing, config, "parts")
-    parts = train(trial_class, config, "parts", resume="last")
+    parts = crash_and_resume(trial_class, config, 5)
     ours, expected = (load_state(r / "checkpoints/last/state_dict.pth")["models_state_dict"][0] for r in (parts, whole))
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 

@@ -218,7 +218,7 @@ def test_a_bad_image_ends_the_run_with_its_name_or_is_left_out(detector, trial_c
     assert len(left_out) == 3
 
 
-def test_what_is_left_out_is_the_same_in_a_resumed_run(shapes, train, tmp_path):
+def test_what_is_left_out_is_the_same_in_a_resumed_run(shapes, train, crash_and_resume, tmp_path):
     from model_def import EfficientDetTrial
 
     config = efficientdet_config(spoiled(shapes, tmp_path / "data"))
@@ -226,16 +226,7 @@ def test_what_is_left_out_is_the_same_in_a_resumed_run(shapes, train, tmp_path):
     config["searcher"]["max_length"] = {"batches": 12}
     config["min_checkpoint_period"] = {"batches": 4}
     whole = train(EfficientDetTrial, config, "whole")
-
-    class Crashing(EfficientDetTrial):
-        def after_batch(self, number):
-            super().after_batch(number)
-            if number == 6:
-                raise RuntimeError("crash")
-
-    with pytest.raises(RuntimeError, match="crash"):
-        train(Crashing, config, "parts")
-    parts = train(EfficientDetTrial, config, "parts", resume="last")
+    parts = crash_and_resume(EfficientDetTrial, config, 6)
     ours, expected = (load_state(r / "checkpoints/last/state_dict.pth")["models_state_dict"][0] for r in (parts, whole))
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 

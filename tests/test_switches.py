@@ -140,27 +140,14 @@ def test_frozen_parts_and_their_statistics_stay_and_the_rest_is_trained(detector
     assert "parameters are trained" in caplog.text
 
 
-def test_a_run_with_every_switch_resumes_to_the_same_bits(detector, shapes, trial_class, train):
+def test_a_run_with_every_switch_resumes_to_the_same_bits(detector, shapes, trial_class, train, crash_and_resume):
     switches = {"amp": "bf16", "channels_last": True, "model_ema_decay": 0.9, "clip_grad": 1.0}
     config = small(detector, shapes, freeze=[FROZEN[detector]], **switches)
     config["searcher"]["max_length"], config["min_checkpoint_period"] = {"batches": 4}, {"batches": 2}
     whole = train(trial_class, config, "whole")
-
-    class Killed(Exception):
-        pass
-
-    class Stopped(trial_class):
-        def before_batch(self, number):
-            if number == 3:
-                raise Killed
-            super().before_batch(number)
-
-    Stopped.__module__ = trial_class.__module__
-    with pytest.raises(Killed):
-        train(Stopped, config, "killed")
-    killed = train(trial_class, config, "killed", resume="last")
-    assert final_state(killed)["ema"] is not None
-    assert_same_bits(final_state(killed), final_state(whole))
+    resumed = crash_and_resume(trial_class, config, 2)
+    assert final_state(resumed)["ema"] is not None
+    assert_same_bits(final_state(resumed), final_state(whole))
 
 
 @pytest.mark.slow
