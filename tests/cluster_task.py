@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ class Master:
         reports: group, batches and metrics of each report.
         uploads: how many reports there were at each upload of TensorBoard's files.
         stops_at: after a validation of so many batches the searcher stops the trial.
+        on_upload: called with the folder of each checkpoint when it is written.
     """
 
     folder: Path
@@ -36,6 +38,7 @@ class Master:
     uploads: list[int] = field(default_factory=list)
     checkpoints: list[Path] = field(default_factory=list)
     stops_at: int | None = None
+    on_upload: Callable[[Path], None] = lambda folder: None
 
     @property
     def tensorboard(self) -> Path:
@@ -77,6 +80,7 @@ class _Checkpoints(core.DummyCheckpointContext):
     def store_path(self, *arguments: Any, **named: Any):
         with super().store_path(*arguments, **named) as (path, storage_id):
             yield path, storage_id
+        self.master.on_upload(path)
         self.master.checkpoints.append(self.master.folder / "checkpoints" / storage_id)
 
 
@@ -87,9 +91,13 @@ def become_a_task(
     latest_checkpoint: str | None = None,
     steps_completed: int = 0,
     gpu_uuids: tuple[str, ...] = (),
-    stops_at: int | None = None,
+    **of_the_master: Any,
 ) -> Master:
-    """Makes this process a task of a trial: `config` comes with the defaults that a master fills in."""
+    """Makes this process a task of a trial: `config` comes with the defaults that a master fills in.
+
+    Args:
+        of_the_master: `stops_at` and `on_upload` of the `Master`.
+    """
     config = handed_over(config)
     trial = det.TrialInfo(
         trial_id=TRIAL_ID,
@@ -115,7 +123,7 @@ def become_a_task(
         trial_info=trial,
         resources_info=SimpleNamespace(gpu_uuids=list(gpu_uuids)),
     )
-    master = Master(folder, stops_at=stops_at)
+    master = Master(folder, **of_the_master)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     monkeypatch.setattr(det, "get_cluster_info", lambda: info)
 

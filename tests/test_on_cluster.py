@@ -1,9 +1,12 @@
 """`model_def.py` as a task of a cluster, with the config as a master hands it over; tests/cluster has a real one."""
 
+import errno
 import math
 import sys
+import threading
 
 import pytest
+import torch
 from cluster_task import become_a_task
 from conftest import reports
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -126,6 +129,36 @@ def errors(caplog):
 
 
 SEARCH = {"name": "adaptive_asha", "max_trials": 2, "time_metric": "batches", "max_time": 12}
+
+
+def test_the_training_goes_on_while_a_checkpoint_is_written_and_uploaded(config, run_task, trial_class):
+    trained, weights = [threading.Event() for _ in range(12)], {}
+
+    class Noting(trial_class):
+        def after_batch(self, number):
+            super().after_batch(number)
+            weights[number + 1] = {name: value.clone() for name, value in self.plain_model.state_dict().items()}
+            trained[number].set()
+
+    went_on = []
+    Noting.__module__ = "model_def"
+    # the first upload ends only when three more batches are trained
+    master = run_task(config, trial_class=Noting, on_upload=lambda _: went_on.append(trained[6].wait(60)))
+    assert went_on == [True] * 3
+    saved = [read_checkpoint(folder) for folder in master.checkpoints]
+    assert [checkpoint.batches for checkpoint in saved] == [4, 8, 12]
+    for checkpoint in saved:
+        for name, value in weights[checkpoint.batches].items():
+            assert torch.equal(checkpoint.training_weights[name], value), name
+
+
+def test_an_upload_that_fails_ends_the_run_at_its_next_report(config, run_task):
+    def fail_at_the_second(folder):
+        if read_checkpoint(folder).batches > 4:
+            raise OSError(errno.EIO, "the storage is gone")
+
+    with pytest.raises(OSError, match="the storage is gone"):
+        run_task(config, on_upload=fail_at_the_second)
 
 
 @pytest.mark.parametrize("searcher", [{}, SEARCH], ids=["single", "search"])

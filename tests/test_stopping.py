@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -76,7 +77,7 @@ PHASES = {
     "in a step": ("losses", 5, 6),
     "between a step and its validation": ("synchronize_buffers", 8, 8),
     "in a validation": ("detect", 8, 8),
-    "in a save": ("save_own_config", 8, 8),
+    "in the copy for a checkpoint": ("own_state", 8, 8),
     "between the last step and its validation": ("synchronize_buffers", 12, 12),
     "in the last validation": ("detect", 12, 12),
 }
@@ -125,10 +126,38 @@ def test_a_signal_in_any_phase_leaves_a_checkpoint_from_which_the_run_goes_on_as
     run = tmp_path / "run"
     assert read_checkpoint(run / "checkpoints/last").batches == PHASES[phase][2]
     train(trial_class, config, resume="last")
-    assert_same_bits(final_state(run), final_state(unstopped))
-    assert without_times(reports(run)) == without_times(reports(unstopped))
-    best = [read_checkpoint(each / "checkpoints/best").batches for each in (run, unstopped)]
+    assert_same_run(run, unstopped)
+
+
+def assert_same_run(one, other):
+    assert_same_bits(final_state(one), final_state(other))
+    assert without_times(reports(one)) == without_times(reports(other))
+    best = [read_checkpoint(each / "checkpoints/best").batches for each in (one, other)]
     assert best[0] == best[1]
+
+
+def test_a_signal_while_a_checkpoint_is_written_stops_after_the_batch(whole, train, trial_class, tmp_path):
+    config, unstopped = whole
+    is_sent = threading.Event()
+
+    class Signalled(trial_class):
+        def save_own_config(self, folder):
+            super().save_own_config(folder)
+            if not is_sent.is_set() and self.batches_trained >= 4:
+                _send()
+                is_sent.set()
+
+        def after_batch(self, number):
+            super().after_batch(number)
+            assert number < 4 or is_sent.wait(60)
+
+    Signalled.__module__ = "model_def"
+    with pytest.raises(SystemExit) as exit_status:
+        train(Signalled, config)
+    assert exit_status.value.code == 128 + signal.SIGTERM
+    assert read_checkpoint(tmp_path / "run/checkpoints/last").batches in (4, 5)
+    train(trial_class, config, resume="last")
+    assert_same_run(tmp_path / "run", unstopped)
 
 
 def test_a_signal_before_the_training_ends_the_process_and_leaves_the_folder_free(shapes, train, trial_class, tmp_path):

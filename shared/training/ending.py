@@ -63,8 +63,7 @@ class Patience:
 
 
 class Ending(PyTorchCallback):
-    """Asks at each validation whether the run ends with it: before that is reported and saved. Tells the clock of
-    checkpoints."""
+    """Asks at each validation whether the run ends with it: before that is reported and saved."""
 
     def __init__(self, trial: DetectionTrial):
         self.trial = trial
@@ -74,6 +73,3 @@ class Ending(PyTorchCallback):
         trial.patience.note(trial.last_validation[trial.searcher_metric.name], trial.batches_trained)
         if why := trial.patience.why_over() or trial.stopping.why_time_is_over():
             trial.stopping.end(trial.batches_trained, why)
-
-    def on_checkpoint_upload_end(self, uuid: str) -> None:
-        self.trial.stopping.clock.saved()

@@ -36,6 +36,7 @@ class LocalRun(PyTorchCallback):
         self.chief = trial.rank == 0
         self.best: float | None = None
         self.best_at = -1
+        self.saves_best = False
         if self.chief:
             # a run that begins anew validates before its first batch once more
             folder.forget_metrics_after(trial.first_batch or -1)
@@ -69,11 +70,13 @@ class LocalRun(PyTorchCallback):
                 " (best so far)" if self.best_at == trial.batches_trained else "",
             )
 
+    def on_checkpoint_save_start(self, checkpoint: dict[str, Any]) -> None:
+        self.saves_best = self.best_at == self.trial.batches_trained
+
     def on_checkpoint_upload_end(self, uuid: str) -> None:
-        if not self.chief:
-            return
+        # called beside the training, which may have come further
         saved = self.folder.saved(uuid)
-        if self.best_at == self.trial.batches_trained:
+        if self.saves_best:
             # before `last`: killed in between, the resumed run comes by here again
             copy = self.folder.saving / "best"
             shutil.rmtree(copy, ignore_errors=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import determined as det
 import torch
 from determined import core, pytorch
 from determined.core import DistributedContext
@@ -16,6 +18,7 @@ from determined.core import DistributedContext
 from shared.errors import UserError
 from shared.experiment import Length, Schedule
 from shared.training.hang import Phase
+from shared.training.saving import Background, HostCopy, Snapshot, checkpoint_state
 
 if TYPE_CHECKING:
     from shared.training.trial import DetectionTrial
@@ -195,19 +198,24 @@ class _Loop(pytorch._PyTorchTrialController):
     - it hears of the searcher's decision at a later report only, and of a signal never;
     - it uploads TensorBoard's files once a second at most, so that the last ones stay behind;
     - it tells the master of its progress at its reports only;
+    - it stands still while a checkpoint is written, hashed and uploaded, with all other processes;
     - it stands for ever where a process hangs.
     """
 
     def __init__(self, **arguments: Any):
         super().__init__(**arguments)
         self.callbacks = {"cut_validation": _CutValidation(self.trial), **self.callbacks}
+        self.host_copy = HostCopy()
+        self.saving = Background()
 
     def _load_state(self, state: dict[str, Any]) -> None:
         super()._load_state({**state, "trial_id": self.trial_id} if self.local_training else state)
 
     def _run(self) -> None:
         with self.trial.watch.watching(self.state.batches_trained):
-            super()._run()
+            with self.saving:
+                super()._run()
+                self._mark(Phase.SAVING)
             if not self.local_training:
                 self._mark(Phase.REPORTING)
                 self.trial.finish_figures()
@@ -263,9 +271,42 @@ class _Loop(pytorch._PyTorchTrialController):
 
     def _checkpoint(self, already_exiting: bool) -> None:
         self._mark(Phase.SAVING)
-        super()._checkpoint(already_exiting)
+        self.state.last_ckpt = self.state.batches_trained
+        self.trial.stopping.clock.saved()
+        if self.is_chief:
+            self.core_context.train.set_status("checkpointing")
+            self.saving.wait()  # for the memory of the last one's copy
+            self.saving.begin(functools.partial(self._store, self._snapshot()))
+
+    def _snapshot(self) -> Snapshot:
+        state = self.host_copy.of(checkpoint_state(self.context, self.callbacks))
+        trial_class = type(self.trial)
+        load_data = {
+            "trial_type": "PyTorchTrial",
+            "experiment_config": self.context.get_experiment_config(),
+            "hparams": self.context.get_hparams(),
+            "trial_cls_spec": f"{trial_class.__module__}:{trial_class.__qualname__}",
+            "is_trainer": True,
+        }
+        return Snapshot(state, dict(vars(self.state)), load_data)
+
+    def _store(self, snapshot: Snapshot) -> None:
+        """Writes a checkpoint, has Determined upload and report it, and tells the callbacks; beside the training."""
+        metadata = {
+            "determined_version": det.__version__,
+            "steps_completed": snapshot.counts["batches_trained"],
+            "framework": f"torch-{torch.__version__}",
+            "format": "pickle",
+        }
+        with self.core_context.checkpoint.store_path(metadata) as (path, storage_id):
+            snapshot.write(path, on_cluster=not self.local_training)
+            for callback in self.callbacks.values():
+                callback.on_checkpoint_write_end(str(path))
+        for callback in self.callbacks.values():
+            callback.on_checkpoint_upload_end(uuid=storage_id)
 
     def _stop_requested(self) -> None:
+        self.saving.raise_if_failed()
         self._mark(Phase.REPORTING)
         # called after each report, validation and checkpoint
         if not self.local_training:
