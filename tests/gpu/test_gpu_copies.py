@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from shared.data.loading import Batch, PrefetchLoader
+from shared.training.saving import HostCopy
 
 pytestmark = pytest.mark.gpu
 
@@ -70,3 +71,13 @@ def test_the_host_does_not_wait_for_a_copy():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
+
+
+def test_the_copy_for_a_checkpoint_holds_what_the_device_had_when_it_was_made():
+    host_copy, weight = HostCopy(), torch.zeros(1 << 24, device="cuda")
+    for number in range(1, 4):
+        weight += 1
+        copied = host_copy.of({"weight": weight, "transposed": weight.view(1 << 12, -1).T})
+        weight *= 2  # enqueued at once, after the copy
+        assert copied["weight"].is_pinned()
+        assert copied["weight"].unique().tolist() == copied["transposed"].unique().tolist() == [2**number - 1]
