@@ -125,6 +125,10 @@ class TrialData:
         """Images a batch that a slot detects on."""
         return self.per_slot_batch_size
 
+    def evaluation_groups(self, data: SplitData) -> np.ndarray | None:
+        """(images,) the group of each image: a batch to detect on is of one group. None where any may be in one."""
+        return None
+
     def evaluated_images(self, count: int) -> range:
         """Which of the validation images count: all, where the detector says nothing else."""
         return range(count)
@@ -158,7 +162,8 @@ class TrialData:
         dataset = self.dataset_with_losses(data) if with_losses else self.evaluation_dataset(data)
         indices = self.evaluated_images(len(dataset))
         stop = self.stopping.cuts_validation
-        sampler = EvaluationBatchSampler(indices, self.evaluation_batch_size, self.rank, self.slots, stop)
+        groups = self.evaluation_groups(data)
+        sampler = EvaluationBatchSampler(indices, self.evaluation_batch_size, self.rank, self.slots, stop, groups)
         return self._loader(dataset, sampler, training=False, with_losses=with_losses)
 
     def dataset_with_losses(self, data: SplitData) -> CocoDetection:
