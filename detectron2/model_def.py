@@ -301,8 +301,6 @@ class Detectron2Trial(DetectionTrial):
 
     @property
     def evaluation_batch_size(self) -> int:
-        # as upstream one image, which padding for its neighbours would change; in a batch of one size nothing is
-        # padded, and the device only rounds otherwise
         return self.per_slot_batch_size if self._batches_of_one_size else 1
 
     def evaluation_groups(self, data: SplitData | RegisteredData) -> np.ndarray | None:
@@ -313,7 +311,7 @@ class Detectron2Trial(DetectionTrial):
 
     @property
     def _batches_of_one_size(self) -> bool:
-        return self.data.fast_images and self.evaluates_coco
+        return self.batches_evaluations and self.evaluates_coco
 
     def build_evaluator(self, data: SplitData | RegisteredData) -> CocoEvaluator | OwnEvaluator:
         if isinstance(data, RegisteredData):

@@ -311,8 +311,6 @@ class MMDetectionTrial(DetectionTrial):
 
     @property
     def evaluation_batch_size(self) -> int:
-        # as upstream one image, which padding for its neighbours would change; in a batch of one size nothing is
-        # padded, and the device only rounds otherwise
         return self._own_evaluation_batch_size or (self.per_slot_batch_size if self._batches_of_one_size else 1)
 
     def evaluation_groups(self, data: SplitData | OwnData) -> np.ndarray | None:
@@ -328,7 +326,7 @@ class MMDetectionTrial(DetectionTrial):
     @property
     def _batches_of_one_size(self) -> bool:
         plain = self.evaluates_coco and not augments(leaves(self.mmdet_config.data.val)[0]["pipeline"])
-        return self.data.fast_images and plain and not self._own_evaluation_batch_size
+        return self.batches_evaluations and plain and not self._own_evaluation_batch_size
 
     def build_evaluator(self, data: SplitData | OwnData) -> CocoEvaluator | OwnEvaluator:
         if isinstance(data, SplitData):

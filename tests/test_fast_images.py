@@ -263,9 +263,7 @@ def detections_by_image(trial, data):
 
 
 @pytest.mark.parametrize("detector", ["mmdetection", "detectron2"], indirect=True)
-def test_with_it_libraries_detect_on_batches_of_one_size_and_only_round_otherwise(
-    detector, shapes, tmp_path, monkeypatch
-):
+def test_libraries_detect_on_batches_of_one_size_and_only_round_otherwise(detector, shapes, tmp_path, monkeypatch):
     sizes = two_sizes(shapes, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     config_file, overrides = UNTRAINED[detector]
@@ -274,14 +272,14 @@ def test_with_it_libraries_detect_on_batches_of_one_size_and_only_round_otherwis
     with pytorch.init(hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False) as context:
         trial = trial_classes()[detector](context, for_training=False)
         data = trial.open_val()
+        assert trial.batches_evaluations == (context.device.type == "cuda")
+        monkeypatch.setattr(type(trial), "batches_evaluations", False)
+        alone, batches = detections_by_image(trial, data)
+        assert all(len(batch) == 1 for batch in batches)
+        monkeypatch.setattr(type(trial), "batches_evaluations", True)
         found, batches = detections_by_image(trial, data)
         assert max(map(len, batches)) == 4
         assert all(len(set(batch)) == 1 for batch in batches)
-        trial.per_slot_batch_size = 1
-        alone, _ = detections_by_image(trial, data)
-        trial.data.fast_images = False
-        trial.per_slot_batch_size = 4
-        assert all(len(batch) == 1 for batch in detections_by_image(trial, data)[1])
     bad = {list(sizes)[i] for i in (0, 1, 9)}
     assert found.keys() == alone.keys() == sizes.keys() - bad
     assert sum(map(len, alone.values())) > 50
@@ -305,5 +303,6 @@ def test_what_mmdetection_s_config_says_of_an_evaluation_s_batches_holds(detecto
         with pytorch.init(hparams=hparams, exp_conf=config, enable_tensorboard_logging=False) as context:
             trial = trial_classes()[detector](context, for_training=False)
             data = trial.open_val()
+            monkeypatch.setattr(type(trial), "batches_evaluations", True)
             assert trial.evaluation_batch_size == expected
             assert (trial.evaluation_groups(data) is None) == bool(overrides)
