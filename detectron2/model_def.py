@@ -73,7 +73,7 @@ from shared.data.coco_categories import COCO_CATEGORIES
 from shared.data.dataset import CocoDetection
 from shared.data.input_scale import InputScale
 from shared.data.loading import Batch, to_device
-from shared.data.samplers import aspect_ratio_groups
+from shared.data.samplers import aspect_ratio_groups, size_groups
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
@@ -301,7 +301,17 @@ class Detectron2Trial(DetectionTrial):
 
     @property
     def evaluation_batch_size(self) -> int:
-        return 1  # as upstream: one image, which padding for its neighbours in a batch would change
+        return self.per_slot_batch_size if self._batches_of_one_size else 1
+
+    def evaluation_groups(self, data: SplitData | RegisteredData) -> np.ndarray | None:
+        if not self._batches_of_one_size:
+            return None
+        columns = data.annotations.columns
+        return size_groups(columns["widths"], columns["heights"])
+
+    @property
+    def _batches_of_one_size(self) -> bool:
+        return self.batches_evaluations and self.evaluates_coco
 
     def build_evaluator(self, data: SplitData | RegisteredData) -> CocoEvaluator | OwnEvaluator:
         if isinstance(data, RegisteredData):

@@ -52,6 +52,7 @@ from mmdetection_files.data import (
     OwnData,
     OwnEvaluationSamples,
     TrainingSamples,
+    augments,
     build_own_dataset,
     build_samples,
     classes_of,
@@ -95,7 +96,7 @@ from shared.data.coco_categories import COCO_CATEGORIES
 from shared.data.dataset import CocoDetection
 from shared.data.input_scale import InputScale
 from shared.data.loading import Batch
-from shared.data.samplers import TrainingBatchSampler
+from shared.data.samplers import TrainingBatchSampler, size_groups
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
@@ -310,8 +311,22 @@ class MMDetectionTrial(DetectionTrial):
 
     @property
     def evaluation_batch_size(self) -> int:
-        # as upstream: one image, which padding for its neighbours in a batch would change
-        return self.mmdet_config.data.get("val_dataloader", {}).get("samples_per_gpu", 1)
+        return self._own_evaluation_batch_size or (self.per_slot_batch_size if self._batches_of_one_size else 1)
+
+    def evaluation_groups(self, data: SplitData | OwnData) -> np.ndarray | None:
+        if not self._batches_of_one_size:
+            return None
+        columns = data.annotations.columns
+        return size_groups(columns["widths"], columns["heights"])
+
+    @property
+    def _own_evaluation_batch_size(self) -> int | None:
+        return self.mmdet_config.data.get("val_dataloader", {}).get("samples_per_gpu")
+
+    @property
+    def _batches_of_one_size(self) -> bool:
+        plain = self.evaluates_coco and not augments(leaves(self.mmdet_config.data.val)[0]["pipeline"])
+        return self.batches_evaluations and plain and not self._own_evaluation_batch_size
 
     def build_evaluator(self, data: SplitData | OwnData) -> CocoEvaluator | OwnEvaluator:
         if isinstance(data, SplitData):

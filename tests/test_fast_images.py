@@ -220,3 +220,89 @@ def test_bad_images_are_left_out_as_without_it(shapes, tmp_path):
             )
     assert seen[0] == seen[1]
     assert len(seen[0][1]) == 2
+
+
+# --- batches of an evaluation -----------------------------------------------------------------------
+
+UNTRAINED = {  # configs, with scores low enough to detect with
+    "mmdetection": ("mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py", {"model.test_cfg.rcnn.score_thr": 0.001}),
+    "detectron2": (
+        "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+        # pixels so small that layers whose statistics nothing has trained give no 0 and 1 only
+        {"MODEL.RETINANET.SCORE_THRESH_TEST": 0.001, "MODEL.PIXEL_STD": [1000.0, 1000.0, 1000.0]},
+    ),
+}
+
+
+def two_sizes(shapes, folder):
+    """Validation images of two sizes, one more of a third; the first of each cannot be read."""
+    shutil.copytree(shapes, folder)
+    path = folder / "annotations/val.json"
+    coco = json.loads(path.read_text())
+    coco["annotations"] = []
+    for i, image in enumerate(coco["images"]):
+        size = (90, 128) if i == 9 else ((128, 128), (96, 128))[i % 2]
+        image["width"], image["height"] = size
+        file = folder / "val" / image["file_name"]
+        Image.open(file).resize(size).save(file)
+        if i in (0, 1, 9):
+            file.write_bytes(file.read_bytes()[:200])
+    path.write_text(json.dumps(coco))
+    return {image["id"]: (image["width"], image["height"]) for image in coco["images"]}
+
+
+def detections_by_image(trial, data):
+    """Of each image, and the sizes of each batch's images as the model sees them."""
+    found, sizes = {}, []
+    for batch in trial.evaluation_loader(data):
+        metas = batch.targets["img_metas"][0] if isinstance(batch.targets, dict) else None
+        shapes = [meta["img_shape"][:2] for meta in metas] if metas else [image.shape[1:] for image in batch.images]
+        sizes.append([tuple(shape) for shape in shapes])
+        found |= {detections.image_id: detections for detections in trial.detect_on_host_batch(batch)}
+    return found, sizes
+
+
+@pytest.mark.parametrize("detector", ["mmdetection", "detectron2"], indirect=True)
+def test_libraries_detect_on_batches_of_one_size_and_only_round_otherwise(detector, shapes, tmp_path, monkeypatch):
+    sizes = two_sizes(shapes, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    config_file, overrides = UNTRAINED[detector]
+    config = CONFIGS[detector](tmp_path / "data", config_file, **overrides)
+    config["data"] |= {"workers": 0, "on_bad_image": "skip", "fast_images": True}
+    with pytorch.init(hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False) as context:
+        trial = trial_classes()[detector](context, for_training=False)
+        data = trial.open_val()
+        assert trial.batches_evaluations == (context.device.type == "cuda")
+        monkeypatch.setattr(type(trial), "batches_evaluations", False)
+        alone, batches = detections_by_image(trial, data)
+        assert all(len(batch) == 1 for batch in batches)
+        monkeypatch.setattr(type(trial), "batches_evaluations", True)
+        found, batches = detections_by_image(trial, data)
+        assert max(map(len, batches)) == 4
+        assert all(len(set(batch)) == 1 for batch in batches)
+    bad = {list(sizes)[i] for i in (0, 1, 9)}
+    assert found.keys() == alone.keys() == sizes.keys() - bad
+    assert sum(map(len, alone.values())) > 50
+    for image_id, expected in alone.items():
+        np.testing.assert_allclose(found[image_id].boxes, expected.boxes, atol=1e-3)
+        np.testing.assert_allclose(found[image_id].scores, expected.scores, atol=1e-5)
+        np.testing.assert_array_equal(found[image_id].labels, expected.labels)
+
+
+@pytest.mark.parametrize("detector", ["mmdetection"], indirect=True)
+def test_what_mmdetection_s_config_says_of_an_evaluation_s_batches_holds(detector, shapes, monkeypatch):
+    monkeypatch.chdir(shapes)
+    for overrides, expected in (
+        ({"data.val_dataloader.samples_per_gpu": 3}, 3),
+        ({"data.val.pipeline.1.flip": True}, 1),  # an image at a time, as its models ask for
+        ({}, 4),
+    ):
+        config = CONFIGS[detector](shapes, **overrides)
+        config["data"] |= {"workers": 0, "fast_images": True}
+        hparams = config["hyperparameters"]
+        with pytorch.init(hparams=hparams, exp_conf=config, enable_tensorboard_logging=False) as context:
+            trial = trial_classes()[detector](context, for_training=False)
+            data = trial.open_val()
+            monkeypatch.setattr(type(trial), "batches_evaluations", True)
+            assert trial.evaluation_batch_size == expected
+            assert (trial.evaluation_groups(data) is None) == bool(overrides)

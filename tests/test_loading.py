@@ -70,7 +70,7 @@ def test_an_image_that_cannot_be_decoded_is_named(shapes, tmp_path):
         data[1]
 
 
-def test_the_stand_ins_of_a_bad_image_are_the_next_ones_of_its_shape_that_are_in_use():
+def test_the_stand_ins_of_a_bad_image_are_the_next_of_its_size_then_of_its_shape_that_are_in_use():
     rng = np.random.default_rng(0)
     widths = rng.integers(5, 15, 60).tolist()
     images = [{"id": i, "file_name": str(i), "width": width, "height": 10} for i, width in enumerate(widths)]
@@ -92,8 +92,12 @@ def test_the_stand_ins_of_a_bad_image_are_the_next_ones_of_its_shape_that_are_in
             with pytest.raises(UserError, match="none of the images"):
                 data[index]
             used = range(60) if in_use is None else set(in_use.tolist())
-            after = [*range(index + 1, 60), *range(index)]
-            assert read == [index, *(i for i in after if i in used and wide[i] == wide[index])]
+            of_size = [i for i in used if widths[i] == widths[index]]
+            first = min(of_size, default=index)
+            expected = [i for i in [*range(index + 1, 60), *range(index)] if i in of_size]
+            # of another size the same for all of this one
+            expected += [i for i in [*range(first, 60), *range(first)] if i in used and i not in of_size]
+            assert read == [index, *(i for i in expected if wide[i] == wide[index])]
 
 
 def test_batches_come_prepared_in_order_and_numbered():

@@ -16,6 +16,7 @@ from shared.data.samplers import (
     aspect_ratio_groups,
     labels_of,
     repeat_factors,
+    size_groups,
 )
 from shared.errors import UserError
 
@@ -223,3 +224,26 @@ def test_evaluation_sees_every_image_and_leaves_no_slot_without_a_batch(slots):
     assert {i for share in shares for i in share} == set(indices)
     if slots <= 5:
         assert sum(map(len, shares)) == 5
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 7])
+def test_an_evaluation_s_batches_are_of_one_size_and_slots_share_each_size_evenly(slots):
+    widths, heights = np.array([4, 6, 4, 4, 6, 9, 4, 6, 4, 4]), np.array([3, 3, 3, 8, 3, 9, 3, 3, 8, 3])
+    groups = size_groups(widths, heights)
+    indices = range(1, 10)
+    of_slots = [EvaluationBatchSampler(indices, 2, rank, slots, groups=groups).batches for rank in range(slots)]
+    seen = [i for batches in of_slots for batch in batches for i in batch]
+    assert sorted(seen) == list(indices)
+    assert all(len(batch) <= 2 and len({(widths[i], heights[i]) for i in batch}) == 1 for b in of_slots for batch in b)
+    for group in (groups, np.zeros_like(groups)):  # each size, and all images
+        for number in np.unique(group):
+            counts = [sum(group[i] == number for batch in batches for i in batch) for batches in of_slots]
+            assert max(counts) - min(counts) <= 1
+    assert EvaluationBatchSampler(indices, 2, 9, 10, groups=groups).batches == [[2]]  # which another slot has too
+
+
+def test_a_validation_by_sizes_that_is_cut_short_ends_after_a_batch():
+    asked = iter([False, True])
+    sampler = EvaluationBatchSampler(range(6), 2, stop=lambda: next(asked), groups=np.array([0, 1, 0, 1, 1, 2]))
+    assert list(sampler) == [[0, 2], [1, 3]]
+    assert len(sampler) == 4

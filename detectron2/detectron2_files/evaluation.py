@@ -24,12 +24,12 @@ from detectron2.evaluation import (
 )
 from detectron2.modeling import GeneralizedRCNN, detector_postprocess
 from detectron2.structures import Instances, RotatedBoxes
-from hotcoco.mask import encode
 from pycocotools import mask as coco_mask
 from torch import nn
 
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
+from shared.evaluation.masks import encode_masks, encode_on_device
 from shared.evaluation.reducer import ChiefReducer, Gather
 
 _MASK_PIXELS = 2**27  # of masks at the image's size that are held at once: 128 MiB of booleans
@@ -59,10 +59,11 @@ def detect(model: nn.Module, inputs: list[dict[str, Any]]) -> Iterator[Detection
 
 def to_detections(instances: Instances, image_id: int) -> Detections:
     """Detectron2's instances of one image, at the image's own size."""
-    instances = instances.to("cpu")
     masks, keypoints = None, None
-    if instances.has("pred_masks"):
-        masks = [encode(mask) for mask in np.asarray(instances.pred_masks).astype(np.uint8)]
+    fields = dict(instances.get_fields())
+    if (pixels := fields.pop("pred_masks", None)) is not None:  # which stay where they are: they are large
+        masks = encode_on_device(pixels.bool()) if pixels.is_cuda else encode_masks(pixels.bool().numpy())
+    instances = Instances(instances.image_size, **fields).to("cpu")
     if instances.has("pred_keypoints"):
         keypoints = np.array(instances.pred_keypoints)
         keypoints[..., :2] -= 0.5  # COCO's whole numbers are the pixels' centres
@@ -105,7 +106,7 @@ def _segments(scores: torch.Tensor, image_id: int) -> Detections:
     """A semantic segmentation, (classes, height, width), as a mask for each class that is there."""
     classes = scores.argmax(dim=0).cpu().numpy()
     labels = np.unique(classes)
-    masks = [encode((classes == label).astype(np.uint8)) for label in labels]
+    masks = encode_masks([classes == label for label in labels])
     boxes = coco_mask.toBbox(masks).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     return Detections(image_id=image_id, boxes=boxes, scores=np.ones(len(labels)), labels=labels, masks=masks)

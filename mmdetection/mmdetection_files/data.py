@@ -134,6 +134,13 @@ def test_pipeline(section: dict[str, Any]) -> list[Any]:
         return replace_ImageToTensor(section["pipeline"])
 
 
+def augments(pipeline: Sequence[Any]) -> bool:
+    """Whether a test pipeline makes several inputs of an image, which MMDetection takes one image at a time."""
+    multi = [step for step in pipeline if step["type"] == "MultiScaleFlipAug"]
+    scales = [step.get("img_scale") or step.get("scale_factor") for step in multi]
+    return any(step.get("flip") for step in multi) or any(isinstance(s, list) and len(s) > 1 for s in scales)
+
+
 def loss_pipeline(test: Sequence[Any], train: Any) -> list[Any]:
     """The pipeline that makes training samples without augmentation: the training's annotations and inputs, at the size
     that the test pipeline has first, and not flipped.

@@ -8,13 +8,13 @@ from numbers import Number
 from typing import Any
 
 import numpy as np
-from hotcoco.mask import encode
 from mmcv import Config
 from mmdet.core import INSTANCE_OFFSET, encode_mask_results
 from mmdet.core.evaluation import recall
 from mmdet.datasets import CustomDataset
 
 from shared.evaluation.detections import Detections
+from shared.evaluation.masks import encode_masks
 from shared.evaluation.reducer import ChiefReducer, Gather
 
 
@@ -57,7 +57,7 @@ def to_detections(result: Any, image_id: int) -> Detections:
         boxes=rows[:, :4],
         scores=rows[:, 4],
         labels=np.repeat(np.arange(len(boxes)), [len(of_class) for of_class in boxes]),
-        masks=None if masks is None else [encode(np.asarray(mask)) for of_class in masks for mask in of_class],
+        masks=None if masks is None else encode_masks([np.asarray(mask) for of_class in masks for mask in of_class]),
     )
 
 
@@ -74,7 +74,7 @@ def _of_segments(segments: np.ndarray, image_id: int) -> Detections:
         boxes=boxes,
         scores=np.ones(len(ids), dtype=np.float32),
         labels=np.asarray(ids, dtype=np.int64) % INSTANCE_OFFSET,
-        masks=[encode(mask.astype(np.uint8)) for mask in masks],
+        masks=encode_masks(masks),
     )
 
 

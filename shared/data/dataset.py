@@ -75,8 +75,9 @@ class CocoDetection(torch.utils.data.Dataset):
     Args:
         transform: takes an image, as `decode` gives it, and its `ImageRecord`.
         training: leave boxes without area out of the records.
-        bad_images: what becomes of images that cannot be read. The next one that is as wide or as high takes the
-            place of one that is left out, so that batches are as large, and the same in every run.
+        bad_images: what becomes of images that cannot be read. The next one of the same size takes the place of one
+            that is left out, so that batches are as large, and the same in every run. Where none of that size can be
+            read, one of the same shape (wide or not) does, the same for all of that size, as a batch may be of one.
         decode: from the bytes of an image of 8 bits to what `transform` takes; a PIL image in RGB where None.
         in_use: the indices that may stand in for another; all where None.
     """
@@ -129,10 +130,15 @@ class CocoDetection(torch.utils.data.Dataset):
     def _candidates(self, index: int) -> Iterator[int]:
         """The image, then those that may stand in for it."""
         yield index
-        columns = self.annotations.columns
-        alike = self._by_shape[int(columns["widths"][index] > columns["heights"][index])]
-        start = np.searchsorted(alike, index, side="right")
-        for other in itertools.chain(alike[start:], alike[:start]):
+        widths, heights = self.annotations.columns["widths"], self.annotations.columns["heights"]
+        alike = self._by_shape[int(widths[index] > heights[index])]
+        is_as_large = (widths[alike] == widths[index]) & (heights[alike] == heights[index])
+        as_large, others = alike[is_as_large], alike[~is_as_large]
+        start = np.searchsorted(as_large, index, side="right")
+        start_of_others = np.searchsorted(others, as_large[0] if len(as_large) else index)
+        for other in itertools.chain(
+            as_large[start:], as_large[:start], others[start_of_others:], others[:start_of_others]
+        ):
             if other != index:
                 yield int(other)
 

@@ -120,6 +120,12 @@ def aspect_ratio_groups(widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
     return (np.asarray(widths) > np.asarray(heights)).astype(np.uint8)
 
 
+def size_groups(widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+    """(images,) a number for each size: a batch of one group needs no padding."""
+    sizes = np.asarray(heights, dtype=np.int64) << 32 | np.asarray(widths, dtype=np.int64)
+    return np.unique(sizes, return_inverse=True)[1].reshape(-1)
+
+
 def labels_of(annotations: CocoAnnotations, images: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """What images have: (objects,) positions in `images`, and (objects,) labels.
 
@@ -166,11 +172,13 @@ def described(repeats: np.ndarray) -> str:
 
 
 class EvaluationBatchSampler(Sampler):
-    """This slot's share of `indices`, in order. A slot without a share gets the first image: the evaluator
-    counts it once, and no slot stands without a batch.
+    """This slot's share of `indices`, in order, or group by group. A slot without a share gets the first image: the
+    evaluator counts it once, and no slot stands without a batch.
 
     Args:
         stop: asked before each batch but the first; the rest is left out where it says so.
+        groups: (images,) which images may be in one batch, by index: those of one of `size_groups`. The slots share
+            each group evenly. All alike where None.
     """
 
     def __init__(
@@ -180,10 +188,19 @@ class EvaluationBatchSampler(Sampler):
         rank: int = 0,
         slots: int = 1,
         stop: Callable[[], bool] = lambda: False,
+        groups: np.ndarray | None = None,
     ):
         self.stop = stop
-        own = list(indices[rank::slots]) or list(indices[:1])
-        self.batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+
+        def group_of(index: int) -> int:
+            return 0 if groups is None else int(groups[index])
+
+        indices = sorted(indices, key=group_of)
+        own = indices[rank::slots] or indices[:1]
+        self.batches = []
+        for _, of_group in itertools.groupby(own, group_of):
+            images = list(of_group)
+            self.batches += [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
 
     def __len__(self) -> int:
         return len(self.batches)

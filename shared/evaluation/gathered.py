@@ -80,11 +80,13 @@ class GatheredDetections:
     def rles(self) -> list[dict]:
         """M of COCO's RLE dicts."""
         data, offsets = self.mask_bytes.tobytes(), _offsets(self.mask_lengths).tolist()
-        sizes, size_of = np.unique(self.mask_sizes, axis=0, return_inverse=True)
-        sizes = sizes.tolist()  # a few, that all masks share
+        # a few sizes, that all masks share; pairs as one number each sort in a hundredth of the time
+        heights, widths = self.mask_sizes.astype(np.int64).T
+        pairs, size_of = np.unique(heights << 32 | widths, return_inverse=True)
+        sizes = [[pair >> 32, pair & 0xFFFFFFFF] for pair in pairs.tolist()]
         return [
             {"size": sizes[size], "counts": data[start:end]}
-            for size, start, end in zip(size_of.ravel().tolist(), offsets[:-1], offsets[1:], strict=True)
+            for size, start, end in zip(size_of.tolist(), offsets[:-1], offsets[1:], strict=True)
         ]
 
     def detections(self) -> list[Detections]:

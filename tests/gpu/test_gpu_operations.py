@@ -5,6 +5,8 @@ import torch
 from conftest import WITHOUT_LIBRARY
 from tiny_models import use_operations_in_pytorch
 
+from shared.evaluation.masks import encode_masks, encode_on_device
+
 pytestmark = pytest.mark.gpu
 
 
@@ -94,3 +96,8 @@ def test_operations_of_detectron2_are_the_same_on_a_gpu():
         found = function(*on_gpu)
         assert found.is_cuda, name
         torch.testing.assert_close(found.cpu(), function(*given), rtol=0, atol=1e-9, msg=name)
+
+
+def test_masks_have_the_bytes_of_the_cpu():
+    masks = torch.nn.functional.interpolate(torch.rand(20, 1, 7, 9), size=(120, 160), mode="bilinear")[:, 0] > 0.6
+    assert encode_on_device(masks.cuda()) == encode_masks(masks.numpy())
