@@ -73,7 +73,7 @@ from shared.data.coco_categories import COCO_CATEGORIES
 from shared.data.dataset import CocoDetection
 from shared.data.input_scale import InputScale
 from shared.data.loading import Batch, to_device
-from shared.data.samplers import aspect_ratio_groups, size_groups
+from shared.data.samplers import aspect_ratio_groups
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
@@ -300,18 +300,12 @@ class Detectron2Trial(DetectionTrial):
         return trained_images(annotations, self.detectron2_config.train_set)
 
     @property
-    def evaluation_batch_size(self) -> int:
-        return self.per_slot_batch_size if self._batches_of_one_size else 1
-
-    def evaluation_groups(self, data: SplitData | RegisteredData) -> np.ndarray | None:
-        if not self._batches_of_one_size:
-            return None
-        columns = data.annotations.columns
-        return size_groups(columns["widths"], columns["heights"])
+    def batches_of_one_size(self) -> bool:
+        return self.evaluates_coco and self.batches_evaluations
 
     @property
-    def _batches_of_one_size(self) -> bool:
-        return self.batches_evaluations and self.evaluates_coco
+    def evaluation_batch_size(self) -> int:
+        return self.per_slot_batch_size if self.batches_of_one_size else 1
 
     def build_evaluator(self, data: SplitData | RegisteredData) -> CocoEvaluator | OwnEvaluator:
         if isinstance(data, RegisteredData):

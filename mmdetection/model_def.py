@@ -96,7 +96,7 @@ from shared.data.coco_categories import COCO_CATEGORIES
 from shared.data.dataset import CocoDetection
 from shared.data.input_scale import InputScale
 from shared.data.loading import Batch
-from shared.data.samplers import TrainingBatchSampler, size_groups
+from shared.data.samplers import TrainingBatchSampler
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
@@ -310,23 +310,17 @@ class MMDetectionTrial(DetectionTrial):
         return trained_images(annotations, leaves(self.mmdet_config.data.train)[0])
 
     @property
-    def evaluation_batch_size(self) -> int:
-        return self._own_evaluation_batch_size or (self.per_slot_batch_size if self._batches_of_one_size else 1)
+    def batches_of_one_size(self) -> bool:
+        plain = self.evaluates_coco and not augments(leaves(self.mmdet_config.data.val)[0]["pipeline"])
+        return plain and not self._own_evaluation_batch_size and self.batches_evaluations
 
-    def evaluation_groups(self, data: SplitData | OwnData) -> np.ndarray | None:
-        if not self._batches_of_one_size:
-            return None
-        columns = data.annotations.columns
-        return size_groups(columns["widths"], columns["heights"])
+    @property
+    def evaluation_batch_size(self) -> int:
+        return self._own_evaluation_batch_size or (self.per_slot_batch_size if self.batches_of_one_size else 1)
 
     @property
     def _own_evaluation_batch_size(self) -> int | None:
         return self.mmdet_config.data.get("val_dataloader", {}).get("samples_per_gpu")
-
-    @property
-    def _batches_of_one_size(self) -> bool:
-        plain = self.evaluates_coco and not augments(leaves(self.mmdet_config.data.val)[0]["pipeline"])
-        return self.batches_evaluations and plain and not self._own_evaluation_batch_size
 
     def build_evaluator(self, data: SplitData | OwnData) -> CocoEvaluator | OwnEvaluator:
         if isinstance(data, SplitData):
