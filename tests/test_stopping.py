@@ -203,26 +203,33 @@ main(signalled(model_def.EfficientDetTrial, os.environ["PHASE"]) if rank == 1 el
 """
 
 
-@pytest.mark.parametrize(
-    "phase",
-    [
-        "in a step",
-        *(
-            pytest.param(phase, marks=pytest.mark.slow)
-            for phase in PHASES
-            if phase not in ("in a step", "in the copy for a checkpoint")  # of the chief alone
-        ),
-    ],
-)
-def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_batch(run_config, tmp_path, phase):
-    script = tmp_path / "signalled.py"
-    script.write_text(ONE_RANK)
-    config, run = run_config(scheduling_unit=3, data__workers=0), tmp_path / "run"
-    env = {"PHASE": phase, "TESTS": str(ROOT / "tests")}
-    arguments = ("train", config, "--output-dir", run)
-    done = run_model_def(*arguments, processes=2, env=env, check=False, script=script)
-    assert done.returncode != 0
-    assert f"--output-dir {run} --resume last" in done.stderr
+@pytest.fixture
+def signalled_run(run_config, tmp_path):
+    """The config and folder of a run of two processes, one of which is sent a signal in a phase."""
+
+    def train(phase):
+        script = tmp_path / "signalled.py"
+        script.write_text(ONE_RANK)
+        config, run = run_config(scheduling_unit=3, data__workers=0), tmp_path / "run"
+        env = {"PHASE": phase, "TESTS": str(ROOT / "tests")}
+        arguments = ("train", config, "--output-dir", run)
+        done = run_model_def(*arguments, processes=2, env=env, check=False, script=script)
+        assert done.returncode != 0
+        assert f"--output-dir {run} --resume last" in done.stderr
+        return config, run
+
+    return train
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(signalled_run):
+    _, run = signalled_run("in a step")
+    assert read_checkpoint(run / "checkpoints/last").batches == 6  # at the report, where they meet
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", [phase for phase in PHASES if phase != "in the copy for a checkpoint"])  # the chief's
+def test_two_processes_of_which_one_was_sent_a_signal_go_on_as_if_none_had_been(signalled_run, tmp_path, phase):
+    config, run = signalled_run(phase)
     run_model_def("train", config, "--output-dir", run, "--resume", "last", processes=2)
     run_model_def("train", config, "--output-dir", tmp_path / "unstopped", processes=2)
     assert_same_bits(final_state(run), final_state(tmp_path / "unstopped"))
