@@ -71,4 +71,5 @@ def test_a_copy_builds_its_own(grid, copied):
     grid.points([(2, 2)])
     other = copied(grid)
     assert other.points([(2, 2)])[0] is not grid.points([(2, 2)])[0]
-    assert other.built == 2 * [((2, 2),)] and grid.built == [((2, 2),)]
+    assert other.built == 2 * [((2, 2),)]
+    assert grid.built == [((2, 2),)]

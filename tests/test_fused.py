@@ -121,6 +121,25 @@ def test_a_checkpoint_with_another_memory_format_goes_on(kind):
 
 
 @fused_here
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_that_a_scaler_skips_leaves_weights_and_state(kind):
+    """Also the first one, as a scale that begins too large makes it."""
+    model = small_model()
+    plain = copy.deepcopy(model)
+    for each, optimizer in ((model, fuse(KINDS[kind](model.parameters()))), (plain, KINDS[kind](plain.parameters()))):
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for overflows in (True, False, False, True, False):
+            images = torch.ones(2, 3, 12, 12)
+            scaler.scale(each(images).square().sum()).backward()
+            if overflows:
+                each[0].bias.grad.fill_(torch.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert_same_but_for_rounding(model, plain)
+
+
+@fused_here
 def test_parameters_whose_first_gradient_comes_late_are_trained():
     parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
     plain = copy.deepcopy(parameters)
