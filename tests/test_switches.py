@@ -182,6 +182,17 @@ def test_the_average_is_the_formula_s_with_a_decay_that_warms_up():
     assert not average.module.training
 
 
+def test_what_a_model_holds_anew_is_averaged_too():
+    """A buffer that a module sets in each step, and a module under two names."""
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    model.again = model[0]
+    average = AveragedWeights(model, decay=0.5)
+    average.update(model)
+    model[0].running_mean = torch.ones(2)
+    average.update(model)
+    assert 0 < average.module[0].running_mean[0] <= 1
+
+
 # --- freezing ---------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator, RotatedAnchorGenerator
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -16,6 +17,7 @@ from torch import nn
 from detectron2_files.config_protocol import Detectron2Config
 from detectron2_hyperparameters import Detectron2Hyperparameters
 from shared.errors import UserError
+from shared.training.by_shape import KeptByShape
 
 logging.getLogger("detectron2").setLevel(logging.WARNING)  # tables of a data set's classes, and the like
 
@@ -32,13 +34,17 @@ def build_model(config: Detectron2Config) -> nn.Module:
         UserError: the config does not make one.
     """
     try:
-        return config.build_model()
+        model = config.build_model()
     except UserError:
         raise
     except Exception as error:  # the registries' constructors raise whatever they happen to
         raise UserError(
             f"hyperparameters.config_file: the model cannot be built: {type(error).__name__}: {error}"
         ) from error
+    for module in model.modules():
+        if isinstance(module, (DefaultAnchorGenerator, RotatedAnchorGenerator)):
+            module.forward = KeptByShape(module.forward)
+    return model
 
 
 def build_optimizer(config: Detectron2Config, model: nn.Module) -> torch.optim.Optimizer:

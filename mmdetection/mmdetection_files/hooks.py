@@ -192,6 +192,7 @@ class MomentumEma:
             return
         averaged = dict(self.module.named_parameters())
         averages_buffers = not self.is_mmcv and not self.hook.skip_buffers
+        owns, values = [], []
         for name, value in model.state_dict().items():
             own = averaged.get(name)
             if own is None:
@@ -199,7 +200,11 @@ class MomentumEma:
                 if not averages_buffers or not own.dtype.is_floating_point:
                     own.copy_(value)
                     continue
-            own.mul_(1 - momentum).add_(value, alpha=momentum)
+            owns.append(own)
+            values.append(value)
+        # a few kernels for all
+        torch._foreach_mul_(owns, 1 - momentum)
+        torch._foreach_add_(owns, values, alpha=momentum)
 
     def _momentum(self, number: int) -> float | None:
         """What the hook's after_train_iter would take for this batch; None where it leaves the average."""

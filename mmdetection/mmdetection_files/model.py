@@ -18,6 +18,7 @@ import torch
 import yaml
 from mmcv import Config, ConfigDict
 from mmcv.runner import fp16_utils, wrap_fp16_model
+from mmdet.core.anchor import AnchorGenerator, MlvlPointGenerator
 from mmdet.models import build_detector
 from torch import nn
 
@@ -26,6 +27,7 @@ from shared.data.coco_categories import COCO_CATEGORIES
 from shared.data.loading import Batch
 from shared.errors import UserError, nearest
 from shared.library import PUBLISHED, log_loaded
+from shared.training.by_shape import KeptByShape
 from shared.training.checkpoints import read_weights, without_ddp
 
 logger = logging.getLogger(__name__)
@@ -69,7 +71,22 @@ def build_model(config: Config, initialize: bool, half: bool = False) -> nn.Modu
             ) from error
     if half:
         wrap_fp16_model(model)
+    _keep_priors(model)
     return model
+
+
+def _keep_priors(model: nn.Module) -> None:
+    """Has the heads' anchors, points and their flags built once a size: MMDetection builds them in each step, the flags
+    for each image, and waits for the GPU to copy base anchors to it."""
+    generators = {
+        id(value): value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, (AnchorGenerator, MlvlPointGenerator))
+    }
+    for generator in generators.values():
+        generator.grid_priors = KeptByShape(generator.grid_priors)
+        generator.valid_flags = KeptByShape(generator.valid_flags)
 
 
 @contextlib.contextmanager

@@ -26,14 +26,29 @@ class AveragedWeights:
         self.module = deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.steps = steps
+        state = model.state_dict()
+        self._averaged = [name.rpartition(".") for name in state if state[name].is_floating_point()]
+        self._copied = [name.rpartition(".") for name in state if not state[name].is_floating_point()]
+        self._own_modules = _modules(self.module)
+        self._modules_of: tuple[nn.Module | None, dict[str, nn.Module]] = (None, {})
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Takes the weights in, after an optimizer step."""
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         self.steps += 1
-        own, new = self.module.state_dict(), model.state_dict()
-        averaged = [name for name, tensor in own.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([own[name] for name in averaged], [new[name] for name in averaged], 1 - decay)
-        for name in own.keys() - set(averaged):
-            own[name].copy_(new[name])
+        if self._modules_of[0] is not model:
+            self._modules_of = model, _modules(model)
+        own, new = self._own_modules, self._modules_of[1]
+        torch._foreach_lerp_(_tensors(own, self._averaged), _tensors(new, self._averaged), 1 - decay)
+        if self._copied:
+            torch._foreach_copy_(_tensors(own, self._copied), _tensors(new, self._copied))
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    return dict(model.named_modules(remove_duplicate=False))
+
+
+def _tensors(modules: dict[str, nn.Module], names: list[tuple[str, str, str]]) -> list[torch.Tensor]:
+    """Those of a state dict, by their modules: `state_dict` itself takes as long as the average of a small detector."""
+    return [getattr(modules[path], name) for path, _, name in names]

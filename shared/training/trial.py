@@ -41,7 +41,9 @@ from shared.training.determined_fixes import (
     wrap_model,
 )
 from shared.training.ending import Ending, Patience
+from shared.training.fused import fuse
 from shared.training.loop import aggregation_frequency, periods_of
+from shared.training.memory import keep_freed_memory
 from shared.training.processes import first_on_each_machine, on_chief
 from shared.training.reports import Reports
 from shared.training.stopping import Stopping
@@ -129,6 +131,8 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         context.experimental.disable_dataset_reproducibility_checks()  # our sampler goes on where it was
         context.experimental.disable_auto_to_device()  # PrefetchLoader copies, and does not wait for it
 
+        if for_training and context.device.type == "cpu":
+            keep_freed_memory()
         seed_all(self.seed)  # the same initial weights on every slot
         self.scaler = self.build_scaler()
         self.model = wrap_model(context, self.switched(self.build_model()), self.find_unused_parameters)
@@ -146,7 +150,7 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         self.validated_at = -1
         if for_training:
             with _values_refused("optimizer or the learning rate's schedule"):
-                self.optimizer = context.wrap_optimizer(self.build_optimizer(self.plain_model))
+                self.optimizer = context.wrap_optimizer(fuse(self.build_optimizer(self.plain_model)))
                 self.prepare_schedule()
             self._warn_of_warmup()
             self.evaluator = context.wrap_reducer(self.build_evaluator(self.val_data), for_training=False)

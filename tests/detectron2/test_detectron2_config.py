@@ -1,5 +1,6 @@
 """Which config counts, what it says, and what is wrong with it."""
 
+import copy
 import re
 from types import SimpleNamespace
 
@@ -11,11 +12,12 @@ from tiny_models import DETECTRON2, load_model_def
 
 from detectron2_files.config import config_of_checkpoint, load_config, set_class_counts, shipped_configs
 from detectron2_files.data import describe, training_images
-from detectron2_files.model import apply_backend_options
+from detectron2_files.model import apply_backend_options, build_model
 from detectron2_hyperparameters import Detectron2Hyperparameters
 from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
 from shared.experiment import Length, parse_data
+from shared.training.fused import fuse
 
 MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 LAZY_RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.py"
@@ -78,6 +80,30 @@ def test_a_wrong_override_is_an_error_that_names_it_and_what_is_near(message):
 def test_an_argument_that_a_python_config_does_not_mention_can_be_given():
     config = load(LAZY_RETINANET, config_overrides={"model.test_score_thresh": 0.3})
     assert config.build_model().test_score_thresh == 0.3
+
+
+@pytest.mark.parametrize("config_file", ["COCO-Detection/retinanet_R_50_FPN_1x.yaml", MASK_RCNN])
+def test_anchors_of_a_size_are_built_once_and_are_detectron2_s(config_file):
+    config = load(config_file, config_overrides={"MODEL.DEVICE": "cpu"})
+    model, plain = build_model(config), config.build_model()
+    of_model, upstream = (
+        getattr(each, "anchor_generator", None) or each.proposal_generator.anchor_generator for each in (model, plain)
+    )
+    for height, width in ((64, 96), (96, 64)):
+        maps = [torch.zeros(2, 1, height // stride, width // stride) for stride in upstream.strides]
+        found, expected = of_model(maps), upstream(maps)
+        again = of_model([torch.ones_like(each) for each in maps])
+        assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(found, expected, strict=True))
+        assert all(a.tensor is b.tensor and a is not b for a, b in zip(found, again, strict=True))
+    averaged = copy.deepcopy(of_model)
+    assert averaged.forward.function.__self__ is averaged
+
+
+def test_the_optimizer_of_a_yaml_config_steps_as_is_quickest_and_a_python_config_s_as_it_says():
+    layer = torch.nn.Linear(2, 2)
+    assert load(MASK_RCNN).build_optimizer(layer).param_groups[0]["foreach"] is None
+    own = load(LAZY_RETINANET, config_overrides={"optimizer.foreach": True}).build_optimizer(layer)
+    assert fuse(own).param_groups[0]["foreach"] is True
 
 
 def test_a_key_that_yacs_does_not_know_is_named_with_its_place(tmp_path):

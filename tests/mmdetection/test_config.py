@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from mmcv import Config
+from mmdet.models import build_detector
 from tiny_models import MMDETECTION
 
 from mmdetection_files.config import (
@@ -415,6 +416,31 @@ def test_what_several_processes_normalize_together_one_process_builds_too():
     head = model.roi_head.bbox_head.shared_convs[0].bn
     assert (type(head), head.group_size) == (mmcv.ops.SyncBatchNorm, 1)
     assert config.model == before  # what checkpoints say, for any number of processes
+
+
+@pytest.mark.parametrize(
+    "config_file", ["retinanet/retinanet_r50_fpn_1x_coco.py", "fcos/fcos_r50_caffe_fpn_gn-head_1x_coco.py"]
+)
+def test_priors_of_a_size_are_built_once_and_are_mmdetection_s(config_file):
+    config = resolve(config_file=config_file)
+    without_pretrained_backbone(config)
+    with torch.device("meta"):
+        model = build_model(config, initialize=False)
+        plain = build_detector(config.model)
+    generator, upstream = model.bbox_head.prior_generator, plain.bbox_head.prior_generator
+    if base := getattr(upstream, "base_anchors", None):  # numbers, where the models are on "meta"
+        generator.base_anchors = upstream.base_anchors = [torch.rand(each.shape, device="cpu") for each in base]
+    for height, width in ((64, 96), (96, 64)):
+        sizes = [(-(-height // 2**level), -(-width // 2**level)) for level in range(3, 8)]
+        image = (height - 9, width - 3, 3)
+        for name, arguments in (("grid_priors", ()), ("valid_flags", (image,))):
+            found = getattr(generator, name)(sizes, *arguments, device="cpu")
+            expected = getattr(upstream, name)(sizes, *arguments, device="cpu")
+            assert all(map(torch.equal, found, expected))
+            again = getattr(generator, name)([torch.Size(size) for size in sizes], *arguments, device="cpu")
+            assert all(a is b for a, b in zip(found, again, strict=True))
+    averaged = deepcopy(model).bbox_head.prior_generator
+    assert averaged.grid_priors.function.__self__ is averaged
 
 
 def test_file_client_args_are_an_alias_for_the_backend():

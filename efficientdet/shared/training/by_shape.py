@@ -1,0 +1,1 @@
+../../../shared/training/by_shape.py

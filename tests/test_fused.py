@@ -1,0 +1,158 @@
+"""The optimizer's step in one kernel: the same weights but for rounding, through all that a training does with it."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from shared.training.fused import fuse
+
+KINDS = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3),
+    "plain SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05),
+    "Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05),
+}
+fused_here = pytest.mark.skipif(
+    not fuse(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)).param_groups[0]["fused"],
+    reason="this PyTorch has no fused step on the CPU",
+)
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        images = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(step))
+        model(images).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def assert_same_but_for_rounding(a: nn.Module, b: nn.Module) -> None:
+    for ours, theirs in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@fused_here
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_steps_are_the_library_s_but_for_rounding(kind):
+    model = small_model()
+    plain = copy.deepcopy(model)
+    optimizer = fuse(KINDS[kind](model.parameters()))
+    assert all(group["fused"] for group in optimizer.param_groups)
+    train(model, optimizer, range(20))
+    train(plain, KINDS[kind](plain.parameters()), range(20))
+    assert_same_but_for_rounding(model, plain)
+
+
+@pytest.mark.parametrize("said", [{"foreach": True}, {"foreach": False}, {"fused": False}])
+def test_what_the_config_says_of_its_optimizer_wins(said):
+    (group,) = fuse(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, **said)).param_groups
+    assert {name: group[name] for name in said} == said
+    assert not group["fused"]
+
+
+def test_an_optimizer_that_is_not_pytorch_s_steps_as_it_does():
+    class Own(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {"lr": 0.1})
+
+    assert "fused" not in fuse(Own([nn.Parameter(torch.zeros(1))])).param_groups[0]
+
+
+@fused_here
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("before", "after"), [(False, True), (True, False)], ids=["unfused", "fused"])
+def test_a_checkpoint_goes_on_as_this_run_steps(kind, before, after):
+    model = small_model()
+    plain = copy.deepcopy(model)
+    first = KINDS[kind](model.parameters())
+    first = fuse(first) if before else first
+    train(model, first, range(3))
+    saved = copy.deepcopy(first.state_dict())
+
+    fused_before = first.param_groups[0]["fused"]
+    second = KINDS[kind](model.parameters())
+    for group in second.param_groups:
+        group["fused"] = None if after else False
+    second = fuse(second)
+    second.load_state_dict(saved)
+    assert bool(fused_before) == before
+    assert bool(second.param_groups[0]["fused"]) == after
+    train(model, second, range(3, 6))
+    train(plain, KINDS[kind](plain.parameters()), range(6))
+    assert_same_but_for_rounding(model, plain)
+
+
+@fused_here
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resume_of_a_fused_run_is_exact(kind):
+    model, whole = small_model(), small_model()
+    train(whole, fuse(KINDS[kind](whole.parameters())), range(6))
+    first = fuse(KINDS[kind](model.parameters()))
+    train(model, first, range(3))
+    second = fuse(KINDS[kind](model.parameters()))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    train(model, second, range(3, 6))
+    for a, b in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@fused_here
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_with_another_memory_format_goes_on(kind):
+    """The fused kernels of the CPU read a momentum by address: laid out otherwise it would be that of other weights."""
+    model = small_model()
+    plain = copy.deepcopy(model)
+    first = fuse(KINDS[kind](model.parameters()))
+    train(model, first, range(3))
+    saved = copy.deepcopy(first.state_dict())
+    model.to(memory_format=torch.channels_last)
+    second = fuse(KINDS[kind](model.parameters()))
+    second.load_state_dict(saved)
+    train(model, second, range(3, 6))
+    train(plain, KINDS[kind](plain.parameters()), range(6))
+    assert_same_but_for_rounding(model, plain)
+
+
+@fused_here
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_that_a_scaler_skips_leaves_weights_and_state(kind):
+    """Also the first one, as a scale that begins too large makes it."""
+    model = small_model()
+    plain = copy.deepcopy(model)
+    for each, optimizer in ((model, fuse(KINDS[kind](model.parameters()))), (plain, KINDS[kind](plain.parameters()))):
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for overflows in (True, False, False, True, False):
+            images = torch.ones(2, 3, 12, 12)
+            scaler.scale(each(images).square().sum()).backward()
+            if overflows:
+                each[0].bias.grad.fill_(torch.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert_same_but_for_rounding(model, plain)
+
+
+@fused_here
+def test_parameters_whose_first_gradient_comes_late_are_trained():
+    parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
+    plain = copy.deepcopy(parameters)
+    for each, optimizer in ((parameters, fuse(KINDS["SGD"](parameters))), (plain, KINDS["SGD"](plain))):
+        for step in range(3):
+            each[0].grad = torch.full((3,), 0.5)
+            each[1].grad = torch.full((3,), 0.25) if step else None
+            optimizer.step()
+    for ours, theirs in zip(parameters, plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@fused_here
+def test_parameters_with_gaps_in_memory_are_stepped_as_pytorch_does_by_itself():
+    optimizer = fuse(KINDS["SGD"]([nn.Parameter(torch.zeros(4, 4)[:, :2])]))
+    assert not optimizer.param_groups[0]["fused"]
