@@ -469,6 +469,8 @@ class MMDetectionTrial(DetectionTrial):
         return metrics
 
     def _start(self) -> str:
+        if self.first_batch:
+            return "the checkpoint's"
         if self.hparams.weights is None:
             return "the config's initial ones"
         said_by = " (load_from of the config)" if self.hparams.weights_key.startswith("load_from") else ""

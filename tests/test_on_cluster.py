@@ -110,11 +110,13 @@ def test_a_trial_that_the_searcher_has_stopped_trains_no_batch_after_that_valida
     assert read_checkpoint(master.checkpoints[-1]).batches == 8
 
 
-def test_a_restarted_task_goes_on_where_its_checkpoint_is(config, run_task):
+def test_a_restarted_task_goes_on_where_its_checkpoint_is(config, run_task, caplog):
+    caplog.set_level("INFO")
     whole = run_task(config, "whole")
     first = run_task(config, "restarted")
     saved = next(path for path in first.checkpoints if read_checkpoint(path).batches == 4)
     again = run_task(config, "restarted", latest_checkpoint=saved.name, steps_completed=4)
+    assert "goes on after batch 4" in caplog.text
     assert list(again.of("validation")) == [8, 12]
     expected = whole.of("validation")
     assert again.of("validation") == {batches: expected[batches] for batches in (8, 12)}
@@ -122,13 +124,6 @@ def test_a_restarted_task_goes_on_where_its_checkpoint_is(config, run_task):
         load_state(master.checkpoints[-1] / "state_dict.pth")["models_state_dict"][0] for master in (again, whole)
     ]
     assert all((states[0][name] == weight).all() for name, weight in states[1].items())
-
-
-def errors(caplog):
-    return [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-
-
-SEARCH = {"name": "adaptive_asha", "max_trials": 2, "time_metric": "batches", "max_time": 12}
 
 
 def test_the_training_goes_on_while_a_checkpoint_is_written_and_uploaded(config, run_task, trial_class):
@@ -159,6 +154,13 @@ def test_an_upload_that_fails_ends_the_run_at_its_next_report(config, run_task):
 
     with pytest.raises(OSError, match="the storage is gone"):
         run_task(config, on_upload=fail_at_the_second)
+
+
+def errors(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+
+
+SEARCH = {"name": "adaptive_asha", "max_trials": 2, "time_metric": "batches", "max_time": 12}
 
 
 @pytest.mark.parametrize("searcher", [{}, SEARCH], ids=["single", "search"])

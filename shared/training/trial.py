@@ -217,12 +217,13 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
 
     def summary_lines(self) -> list[tuple[str, object]]:
         """What is printed at the start, name and value."""
+        goes_on = f"; goes on after batch {self.first_batch}" if self.first_batch else ""
         return [
             *self.summary(),
             ("precision", self.hparams.amp or "float32"),
             *([] if self.frozen is None else [("frozen", self.frozen)]),
             ("global batch", f"{self.global_batch_size} on {count_of(self.slots, 'slot')}"),
-            ("length", f"{self.total_batches} batches, {self.batches_per_epoch} an epoch"),
+            ("length", f"{self.total_batches} batches, {self.batches_per_epoch} an epoch{goes_on}"),
             *([] if self.repeats is None else [("repeated", described(self.repeats))]),
         ]
 
