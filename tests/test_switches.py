@@ -1,5 +1,8 @@
 """The switches of `hyperparameters` that every detector has: precision, memory format, averages, clipping, freezing."""
 
+import copy
+import statistics
+
 import pytest
 import torch
 from conftest import WITHOUT_LIBRARY, reports
@@ -11,6 +14,7 @@ from shared.errors import UserError
 from shared.training.averaging import AveragedWeights
 from shared.training.checkpoints import read_checkpoint
 from shared.training.freezing import freeze
+from shared.training.precision import train_depthwise_in_float32
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -63,7 +67,29 @@ def test_bf16_has_the_losses_of_float32(detector, config, trial_class, train):
         found = losses(train(trial_class, config, name))
         assert len(found) == 20
         assert found != expected
-        assert found == pytest.approx(expected, rel=0.02)
+        differences = [abs(one / other - 1) for one, other in zip(found, expected, strict=True)]
+        # AdamW's first steps go by the signs of gradients, of which rounding turns the smallest
+        assert max(differences) < 0.04
+        assert statistics.mean(differences) < 0.01
+
+
+def test_depthwise_convolutions_are_trained_in_float32_beside_bf16():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 2, 1)).to(memory_format=torch.channels_last)
+    model = copy.deepcopy(plain)
+    train_depthwise_in_float32(model)
+    model = copy.deepcopy(model)  # as an average is begun
+    images = torch.randn(2, 4, 8, 8)
+    exact = plain[0](images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not torch.equal(plain[0](images).float(), exact)
+        assert torch.equal(model[0](images), exact)
+        assert model[0](images.bfloat16()).dtype == model[1](images).dtype == torch.bfloat16
+        with torch.no_grad():
+            assert torch.equal(model[0](images), plain[0](images))
+    assert model[0].weight is not plain[0].weight
+    assert type(model[0]).__name__ == "Conv2d"
+    assert model.state_dict().keys() == plain.state_dict().keys()
 
 
 @pytest.mark.skipif("detectron2" in WITHOUT_LIBRARY, reason=WITHOUT_LIBRARY.get("detectron2", ""))

@@ -19,7 +19,7 @@ from shared.training.averaging import AveragedWeights
 from shared.training.freezing import freeze
 from shared.training.hang import Phase
 from shared.training.memory import bytes_kept, out_of_memory
-from shared.training.precision import autocast
+from shared.training.precision import autocast, train_depthwise_in_float32
 from shared.training.stopping import Stopping
 from shared.training.training_metrics import STEPS_A_SCALE_MAY_SKIP, TrainingMetrics, diverged
 from shared.training.watch import Watch
@@ -123,7 +123,7 @@ class TrialStep:
     # --- the switches of `hyperparameters` --------------------------------------------------------------
 
     def switched(self, model: nn.Module) -> nn.Module:
-        """The model of `build_model` with `channels_last`, `sync_bn`, `freeze` and `torch_compile`.
+        """The model of `build_model` with `amp`, `channels_last`, `sync_bn`, `freeze` and `torch_compile`.
 
         Raises:
             UserError: one of them does not go with the model or the device.
@@ -133,6 +133,8 @@ class TrialStep:
             for module in model.modules():
                 if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                     module.to(memory_format=torch.channels_last)
+        if hparams.amp == "bf16" and self.context.device.type == "cpu" and self.for_training:
+            train_depthwise_in_float32(model)
         if hparams.sync_bn and self.slots > 1:
             if self.context.device.type != "cuda":
                 raise UserError(
