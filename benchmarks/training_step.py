@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "efficientdet")]
 
 from determined import pytorch
-from interleaved import call_at_batch_end, switch
+from interleaved import call_at_batch_end, memory_as_without_us, switch
 from synchronisations import site, watch_synchronisations
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -223,7 +223,8 @@ def measure(trial: EfficientDetTrial, context, other, arguments) -> dict:
         if len(ours) == arguments.blocks + 2:
             raise _Measured
         started = time.perf_counter()
-        other(arguments.block)
+        with memory_as_without_us():
+            other(arguments.block)
         synchronize()
         theirs.append(time.perf_counter() - started)
         if len(ours) == arguments.blocks + 1 and cuda:

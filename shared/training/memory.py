@@ -14,8 +14,8 @@ import torch
 from shared.errors import UserError, count_of
 
 # of GNU's C library, malloc.h
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_LARGEST_MMAP_THRESHOLD = 32 * 2**20  # bytes: what it comes to by itself, as large tensors are freed
+TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+LARGEST_MMAP_THRESHOLD = 32 * 2**20  # bytes: what it comes to by itself, as large tensors are freed
 _USERS_OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 
@@ -30,8 +30,8 @@ def keep_freed_memory() -> None:
     with contextlib.suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         # the first one said ends the adaption of both
-        mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-        mallopt(_TRIM_THRESHOLD, -1)  # never
+        mallopt(_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+        mallopt(TRIM_THRESHOLD, -1)  # never
 
 
 def out_of_memory(
