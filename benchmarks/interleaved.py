@@ -15,7 +15,7 @@ import yaml
 from determined import pytorch
 from torch.utils.tensorboard import SummaryWriter
 
-from shared.training.memory import LARGEST_MMAP_THRESHOLD, TRIM_THRESHOLD
+from shared.training.host_memory import LARGEST_MMAP_THRESHOLD, TRIM_THRESHOLD
 from shared.training.trial import DetectionTrial
 
 

@@ -42,8 +42,8 @@ from shared.training.determined_fixes import (
 )
 from shared.training.ending import Ending, Patience
 from shared.training.fused import fuse
+from shared.training.host_memory import keep_freed_memory
 from shared.training.loop import aggregation_frequency, periods_of
-from shared.training.memory import keep_freed_memory
 from shared.training.processes import first_on_each_machine, on_chief
 from shared.training.reports import Reports
 from shared.training.stopping import Stopping

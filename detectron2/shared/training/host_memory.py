@@ -1,0 +1,1 @@
+../../../shared/training/host_memory.py
