@@ -197,6 +197,7 @@ def test_every_option_trains_together(run_config, tmp_path):
     assert reports(tmp_path / "run", "train")[-1]["metrics"]["loss"] > 0
 
 
+@pytest.mark.slow
 def test_a_banner_trains_and_validates_at_the_smallest_scale(shapes, run_config, tmp_path):
     folder = shutil.copytree(shapes, tmp_path / "banners")
     for split, width, height in (("train", 1200, 20), ("val", 9, 1300)):

@@ -187,7 +187,7 @@ def test_what_was_trained_in_half_precision_evaluates_without_a_gpu(trained, tmp
     assert json.loads((tmp_path / "metrics.json").read_text()) == reports(run, "val")[-1]["metrics"]
 
 
-@pytest.mark.parametrize("picture_format", ["png", "pdf"])
+@pytest.mark.parametrize("picture_format", ["png", pytest.param("pdf", marks=pytest.mark.slow)])
 def test_predict_draws_each_image_and_writes_coco_results(trained, shapes, tmp_path, picture_format):
     run, config, _ = trained
     images = tmp_path / "images"
