@@ -83,7 +83,7 @@ def main() -> None:
         nonlocal ended
         number = next(saves)
         way, other = ("beside", "in_line") if number % 2 else ("in_line", "beside")
-        self.saving.wait()  # what is left of the last one
+        self.trial.saving.wait()  # what is left of the last one
         started = time.perf_counter()
         if number:
             after[other].append(started - ended)

@@ -2,11 +2,14 @@
 
 import threading
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from shared.training.local_run import LocalRun
+from shared.training.run_folder import RunFolder
 from shared.training.saving import Background, HostCopy
 
 
@@ -90,8 +93,24 @@ def test_what_was_begun_is_done_before_the_next_and_before_the_end():
         done.append(1)
 
     with Background() as background:
+        assert background.is_idle
         background.begin(first)
+        assert not background.is_idle
         assert done == []
         may_go_on.set()
         background.begin(lambda: done.append(2))
     assert done == [1, 2]
+
+
+def test_what_is_being_written_as_a_run_is_interrupted_is_left_to_the_next_start(tmp_path):
+    trial, may_go_on = SimpleNamespace(rank=0, first_batch=0, saving=Background()), threading.Event()
+    folder = RunFolder(tmp_path / "run")
+    folder.saving.mkdir(parents=True)
+    run = LocalRun(trial, folder, loggers=None)
+    with trial.saving:
+        trial.saving.begin(lambda: may_go_on.wait(60))
+        run.on_trial_shutdown()
+        assert folder.saving.exists()
+        may_go_on.set()
+    run.on_trial_shutdown()
+    assert not folder.saving.exists()

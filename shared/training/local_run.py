@@ -85,7 +85,8 @@ class LocalRun(PyTorchCallback):
         self.folder.replace("last", saved)
 
     def on_trial_shutdown(self) -> None:
-        if self.chief:
+        # a second Ctrl-C does not wait for a checkpoint, which the thread that writes it may just be about to rename
+        if self.chief and self.trial.saving.is_idle:
             shutil.rmtree(self.folder.saving, ignore_errors=True)
 
     def _report(self, split: str, metrics: dict[str, float]) -> None:

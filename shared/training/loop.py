@@ -18,7 +18,7 @@ from determined.core import DistributedContext
 from shared.errors import UserError
 from shared.experiment import Length, Schedule
 from shared.training.hang import Phase
-from shared.training.saving import Background, HostCopy, Snapshot, checkpoint_state
+from shared.training.saving import HostCopy, Snapshot, checkpoint_state
 
 if TYPE_CHECKING:
     from shared.training.trial import DetectionTrial
@@ -206,14 +206,13 @@ class _Loop(pytorch._PyTorchTrialController):
         super().__init__(**arguments)
         self.callbacks = {"cut_validation": _CutValidation(self.trial), **self.callbacks}
         self.host_copy = HostCopy()
-        self.saving = Background()
 
     def _load_state(self, state: dict[str, Any]) -> None:
         super()._load_state({**state, "trial_id": self.trial_id} if self.local_training else state)
 
     def _run(self) -> None:
         with self.trial.watch.watching(self.state.batches_trained):
-            with self.saving:
+            with self.trial.saving:
                 super()._run()
                 self._mark(Phase.SAVING)
             if not self.local_training:
@@ -275,8 +274,8 @@ class _Loop(pytorch._PyTorchTrialController):
         self.trial.stopping.clock.saved()
         if self.is_chief:
             self.core_context.train.set_status("checkpointing")
-            self.saving.wait()  # for the memory of the last one's copy
-            self.saving.begin(functools.partial(self._store, self._snapshot()))
+            self.trial.saving.wait()  # for the memory of the last one's copy
+            self.trial.saving.begin(functools.partial(self._store, self._snapshot()))
 
     def _snapshot(self) -> Snapshot:
         state = self.host_copy.of(checkpoint_state(self.context, self.callbacks))
@@ -306,7 +305,7 @@ class _Loop(pytorch._PyTorchTrialController):
             callback.on_checkpoint_upload_end(uuid=storage_id)
 
     def _stop_requested(self) -> None:
-        self.saving.raise_if_failed()
+        self.trial.saving.raise_if_failed()
         self._mark(Phase.REPORTING)
         # called after each report, validation and checkpoint
         if not self.local_training:

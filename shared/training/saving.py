@@ -125,6 +125,10 @@ class Background:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
+    @property
+    def is_idle(self) -> bool:
+        return self._thread is None or not self._thread.is_alive()
+
     def begin(self, work: Callable[[], None]) -> None:
         """Waits for what was begun before, and begins `work`."""
         self.wait()

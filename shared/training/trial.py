@@ -46,6 +46,7 @@ from shared.training.host_memory import keep_freed_memory
 from shared.training.loop import aggregation_frequency, periods_of
 from shared.training.processes import first_on_each_machine, on_chief
 from shared.training.reports import Reports
+from shared.training.saving import Background
 from shared.training.stopping import Stopping
 from shared.training.task import on_cluster
 from shared.training.training_metrics import TrainingMetrics
@@ -73,6 +74,7 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         categories: COCO categories; the position is the label.
         first_batch: batches that were trained before this start; `total_batches` at the end, of all slots together.
         stopping: when the training ends early.
+        saving: writes checkpoints beside the training.
         watch: finds out when it hangs.
         patience: counts validations without a better searcher metric.
         finish_figures: waits for those of the last validation.
@@ -119,6 +121,7 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         else:
             self.categories = categories if categories is not None else self.known_categories()
 
+        self.saving = Background()
         self.watch = Watch(distributed, self.hparams.hang_minutes)
         self.stopping = Stopping(
             distributed,
