@@ -38,6 +38,14 @@ def assert_same_but_for_rounding(a: nn.Module, b: nn.Module) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def assert_goes_on_as_unfused(model, optimizer, saved, plain, kind):
+    """From the state after three steps, for three more; `plain` has the initial weights."""
+    optimizer.load_state_dict(saved)
+    train(model, optimizer, range(3, 6))
+    train(plain, KINDS[kind](plain.parameters()), range(6))
+    assert_same_but_for_rounding(model, plain)
+
+
 @fused_here
 @pytest.mark.parametrize("kind", KINDS)
 def test_fused_steps_are_the_library_s_but_for_rounding(kind):
@@ -81,12 +89,9 @@ def test_a_checkpoint_goes_on_as_this_run_steps(kind, before, after):
     for group in second.param_groups:
         group["fused"] = None if after else False
     second = fuse(second)
-    second.load_state_dict(saved)
+    assert_goes_on_as_unfused(model, second, saved, plain, kind)
     assert bool(fused_before) == before
     assert bool(second.param_groups[0]["fused"]) == after
-    train(model, second, range(3, 6))
-    train(plain, KINDS[kind](plain.parameters()), range(6))
-    assert_same_but_for_rounding(model, plain)
 
 
 @fused_here
@@ -113,11 +118,7 @@ def test_a_checkpoint_with_another_memory_format_goes_on(kind):
     train(model, first, range(3))
     saved = copy.deepcopy(first.state_dict())
     model.to(memory_format=torch.channels_last)
-    second = fuse(KINDS[kind](model.parameters()))
-    second.load_state_dict(saved)
-    train(model, second, range(3, 6))
-    train(plain, KINDS[kind](plain.parameters()), range(6))
-    assert_same_but_for_rounding(model, plain)
+    assert_goes_on_as_unfused(model, fuse(KINDS[kind](model.parameters())), saved, plain, kind)
 
 
 @fused_here
