@@ -1,7 +1,6 @@
 """The switches of `hyperparameters` that every detector has: precision, memory format, averages, clipping, freezing."""
 
 import copy
-import statistics
 
 import pytest
 import torch
@@ -59,18 +58,17 @@ def losses(run) -> list[float]:
 
 def test_bf16_has_the_losses_of_float32(detector, config, trial_class, train):
     draw_no_regions(detector, config)
-    config["searcher"]["max_length"] = config["min_validation_period"] = {"batches": 10}
-    config["min_checkpoint_period"], config["scheduling_unit"] = {"batches": 10}, 1
+    if detector == "efficientdet":
+        config["hyperparameters"]["global_batch_size"] = 8  # the loss of four images moves by more with one of them
+    config["searcher"]["max_length"] = config["min_validation_period"] = {"batches": 20}
+    config["min_checkpoint_period"], config["scheduling_unit"] = {"batches": 20}, 1
     expected = losses(train(trial_class, config, "float32"))
     for name, switches in (("bf16", {}), ("bf16_channels_last", {"channels_last": True})):
         config["hyperparameters"].update(amp="bf16", **switches)
         found = losses(train(trial_class, config, name))
-        assert len(found) == 10
+        assert len(found) == 20
         assert found != expected
-        differences = [abs(one / other - 1) for one, other in zip(found, expected, strict=True)]
-        # AdamW's first steps go by the signs of gradients, of which rounding turns the smallest
-        assert max(differences) < 0.04
-        assert statistics.mean(differences) < 0.01
+        assert found == pytest.approx(expected, rel=0.02)
 
 
 def test_depthwise_convolutions_are_trained_in_float32_beside_bf16():
