@@ -21,6 +21,7 @@ FLOORS = (
         "experiment",
         "config_file",
         "data",
+        "durable",
         "errors",
         "threads",
         "packages",
