@@ -31,12 +31,12 @@ def trial_class():
     return EfficientDetTrial
 
 
-def start(config, run, processes=1, resume=()):
+def start(config, run, processes=1, resume=(), script="model_def.py"):
     program = [sys.executable]
     if processes > 1:
         program += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.Popen(
-        [*program, "model_def.py", "train", str(config), "--output-dir", str(run), *resume],
+        [*program, str(script), "train", str(config), "--output-dir", str(run), *resume],
         cwd=ROOT / "efficientdet",
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -65,6 +65,33 @@ def test_ctrl_c_to_the_whole_group_ends_the_run_after_the_batch(run_config, tmp_
     batch = int(line.split("after batch ")[1].split(",")[0])
     assert f"--output-dir {run} --resume last" in line
     assert read_checkpoint(run / "checkpoints/last").batches == batch < 4000
+
+
+def test_a_second_ctrl_c_in_a_save_ends_the_run_at_once_with_130(run_config, tmp_path):
+    probe = tmp_path / "code" / "probe.py"
+    probe.parent.mkdir()
+    probe.write_text(
+        "import sys; sys.path.insert(0, '.')\n"
+        "import io, torch, model_def\n"
+        "from shared.launch import main\n"
+        "from shared.training.saving import Snapshot\n"
+        "def write(self, folder, on_cluster):\n"
+        f"    open({str(tmp_path / 'saving')!r}, 'w').close()\n"
+        "    while True:\n"
+        "        torch.save(torch.zeros(10**6), io.BytesIO())\n"
+        "Snapshot.write = write\n"
+        "main(model_def.EfficientDetTrial)\n"
+    )
+    process = start(run_config(min_checkpoint_period={"batches": 2}), tmp_path / "run", script=probe)
+    while not (tmp_path / "saving").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    until = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < until:  # the first may come before signals are handled
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGINT
 
 
 def _send(number=signal.SIGTERM):
@@ -297,8 +324,9 @@ def test_a_checkpoint_whose_pickle_would_execute_code_is_refused_before_it_does(
     config["data"]["workers"] = 0
     config["searcher"]["max_length"] = {"batches": 2}
     run, trace = train(trial_class, config), tmp_path / "executed"
-    (run / "checkpoints/last/trial_state.pkl").write_bytes(pickle.dumps({"trial_id": Hostile(trace)}))
-    (run / "checkpoints/last/manifest.json").unlink()  # whoever changes the one changes the other
+    for name in ("best", "last"):
+        (run / "checkpoints" / name / "trial_state.pkl").write_bytes(pickle.dumps({"trial_id": Hostile(trace)}))
+        (run / "checkpoints" / name / "manifest.json").unlink()  # whoever changes the one changes the other
     config["searcher"]["max_length"] = {"batches": 4}
     with pytest.raises(UserError, match=r"trial_state.pkl cannot be read .*mkdir"):
         train(trial_class, config, resume="last")
