@@ -28,7 +28,7 @@ from shared.experiment import SplitData, hang_minutes_of, per_slot_batch_size
 from shared.report.about import About, changed_keys, software, speed
 from shared.report.summary import summary_of
 from shared.training.checkpoint_folder import find_checkpoint
-from shared.training.checkpoints import load_weights, read_checkpoint
+from shared.training.checkpoints import read_checkpoint
 from shared.training.local_run import LocalRun, full_disk_as_error
 from shared.training.loggers import Loggers, keep_places
 from shared.training.loop import RunHasEnded, fit, trial_context
@@ -36,6 +36,7 @@ from shared.training.manifest import check_manifest
 from shared.training.processes import first_on_each_machine, local_processes, on_chief
 from shared.training.progress import duration
 from shared.training.reports import picture_of_validation
+from shared.training.resume import check_resume
 from shared.training.run_folder import OF_THE_RUN, RunFolder
 from shared.training.trial import DetectionTrial
 
@@ -69,7 +70,7 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
         with trial_context(config, distributed, device, first_batch) as context:
             trial = trial_class(context)
             if checkpoint:
-                load_weights(trial.plain_model, checkpoint.training_weights, checkpoint.path)
+                check_resume(trial, checkpoint)
             loggers = stack.enter_context(Loggers())
             names, goes_on = trial.hparams.loggers, checkpoint is not None
             on_chief(distributed, lambda: loggers.open(names, config, folder, goes_on))
