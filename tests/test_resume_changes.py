@@ -304,6 +304,14 @@ def test_an_optimizer_that_cannot_take_the_state_is_refused(detector, config, tr
     assert files_of(run) == saved
 
 
+@pytest.mark.parametrize("detector", ["detectron2"], indirect=True)
+def test_gradient_clipping_switched_on_at_a_resume_keeps_the_optimizer(config, trial_class, train):
+    train(trial_class, config)
+    config["hyperparameters"]["config_overrides"]["SOLVER.CLIP_GRADIENTS.ENABLED"] = True  # a class of its own
+    run = train(trial_class, of_length(6, config), resume="last")
+    assert last(run).batches == 6
+
+
 def test_parts_frozen_at_a_resume_stay_and_the_rest_keeps_its_momentum(detector, config, trial_class, train):
     before = last(train(trial_class, config)).training_weights
     config["hyperparameters"]["freeze"] = [FROZEN[detector]]
