@@ -389,9 +389,19 @@ def test_a_plateau_schedule_continues_with_the_decay_and_the_rate_of_a_resume(ti
 
 
 def test_a_length_that_the_checkpoint_is_past_is_refused(tiny, efficientdet, train):
-    train(efficientdet, tiny)
-    with pytest.raises(UserError, match=r"trained for 4 batches, and searcher.max_length is 3; give a greater"):
-        train(efficientdet, of_length(3, tiny), resume="last")
+    tiny["min_checkpoint_period"] = {"batches": 3}  # without a validation
+
+    class Killed(efficientdet):
+        def losses(self, model, batch):
+            if self.batches_trained == 3:
+                raise RuntimeError("killed")
+            return super().losses(model, batch)
+
+    Killed.__module__ = "model_def"
+    with pytest.raises(RuntimeError, match="killed"):
+        train(Killed, tiny)
+    with pytest.raises(UserError, match=r"trained for 3 batches, and searcher.max_length is 2; give a greater"):
+        train(efficientdet, of_length(2, tiny), resume="last")
 
 
 def test_another_batch_size_continues_and_says_what_becomes_of_epochs(tiny, efficientdet, train, caplog):
