@@ -109,6 +109,7 @@ class Detectron2Trial(DetectionTrial):
     warned_of_masks = False
     without_pretrained: ClassVar = {"use_pretrained": False, "weights": ""}
     python_attributes = PYTHON_STATE
+    optimizer_key = "optimizer of the Detectron2 config"
 
     # --- the config -----------------------------------------------------------------------------------
 

@@ -121,6 +121,7 @@ class MMDetectionTrial(DetectionTrial):
     data_class = MMDetectionData
     path_hyperparameters = ("config_file", "merge_config", "weights", "use_pretrained")
     python_attributes = PYTHON_STATE
+    optimizer_key = "optimizer of the MMDetection config"
     pretrained_categories: ClassVar = COCO_CATEGORIES
 
     # --- the config -----------------------------------------------------------------------------------

@@ -25,14 +25,14 @@ from shared.evaluation.table import metrics_table
 from shared.experiment import SplitData, hang_minutes_of, per_slot_batch_size
 from shared.report.about import About, changed_keys, software, speed
 from shared.report.summary import summary_of
-from shared.training.checkpoints import load_weights
+from shared.training.checkpoint_to_resume import read_checkpoint_to_resume
 from shared.training.local_run import LocalRun, full_disk_as_error
 from shared.training.loggers import Loggers, keep_places
 from shared.training.loop import RunHasEnded, fit, trial_context
 from shared.training.processes import local_processes, on_chief
 from shared.training.progress import duration
 from shared.training.reports import picture_of_validation
-from shared.training.resuming import read_checkpoint_to_resume
+from shared.training.resume import check_resume
 from shared.training.run_folder import RunFolder
 from shared.training.trial import DetectionTrial
 
@@ -66,7 +66,7 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
         with trial_context(config, distributed, device, first_batch) as context:
             trial = trial_class(context)
             if checkpoint:
-                load_weights(trial.plain_model, checkpoint.training_weights, checkpoint.path)
+                check_resume(trial, checkpoint)
             loggers = stack.enter_context(Loggers())
             names, goes_on = trial.hparams.loggers, checkpoint is not None
             on_chief(distributed, lambda: loggers.open(names, config, folder, goes_on))

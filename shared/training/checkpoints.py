@@ -31,6 +31,8 @@ class Checkpoint:
         config: the experiment config; hparams: its hyperparameters, as the run had them.
         categories: COCO categories; the position is the label.
         batches: trained so far.
+        optimizer_groups: the parameter groups of the optimizer's state.
+        training: what `CheckpointedState` keeps, without the averaged weights.
     """
 
     path: Path
@@ -40,6 +42,8 @@ class Checkpoint:
     hparams: dict[str, Any]
     categories: list[dict]
     batches: int
+    optimizer_groups: list[dict[str, Any]]
+    training: dict[str, Any]
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -56,7 +60,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         load_data = json.loads((path / "load_data.json").read_text())
         metadata = json.loads((path / "metadata.json").read_text())
         training_weights = without_ddp(state["models_state_dict"][0])
-        averaged = state["callbacks"]["training"]["ema"]
+        training = dict(state["callbacks"]["training"])
+        averaged = training.pop("ema")
         return Checkpoint(
             path=path,
             weights=training_weights if averaged is None else averaged,
@@ -65,6 +70,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             hparams=load_data["hparams"],
             categories=json.loads((path / CATEGORIES_FILE).read_text()),
             batches=int(metadata["steps_completed"]),
+            optimizer_groups=state["optimizers_state_dict"][0]["param_groups"],
+            training=training,
         )
     except (OSError, KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{path} is not a checkpoint of this project, or is not whole: {error!r}") from error

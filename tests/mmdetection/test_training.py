@@ -457,7 +457,7 @@ def test_the_averaged_weights_are_those_of_mmdetection_s_hook(hook):
 
     runner, upstream = Runner(), HOOKS.build({"resume_from": None, **hook})
     upstream.before_run(runner)
-    ours = MomentumEma(model, hook, first_batch=0)
+    ours = MomentumEma(model, hook, steps=0)
     for number in range(7):
         with torch.no_grad():
             for parameter, other in zip(model.parameters(), upstream_model.parameters(), strict=True):
