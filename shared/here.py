@@ -176,7 +176,7 @@ def _write_report(
 def _about(trial: DetectionTrial, folder: RunFolder, config: dict[str, Any], shipped: Path, seconds: float) -> About:
     from shared.report.plots import learning_curves
 
-    reports = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    reports = folder.reports()
     best = _validation_of("best", folder)
     return About(
         title=f"{config.get('name') or folder.path.name}: {shipped.parent.name}",
@@ -203,9 +203,7 @@ def _validation_of(checkpoint: str, folder: RunFolder) -> dict[str, Any] | None:
     metadata = folder.checkpoints / checkpoint / "metadata.json"
     if not metadata.exists():
         return None
-    batches = json.loads(metadata.read_text())["steps_completed"]
-    reports = map(json.loads, folder.metrics.read_text().splitlines())
-    return next((report for report in reports if (report["split"], report["batches"]) == ("val", batches)), None)
+    return folder.validation_after(json.loads(metadata.read_text())["steps_completed"])
 
 
 def _end_by_signal(trial: DetectionTrial, folder: RunFolder) -> None:

@@ -46,7 +46,8 @@ class LocalRun(PyTorchCallback):
         metric = self.trial.searcher_metric.name
         self.best, self.best_at = state["best"], state["best_at"]
         if state.get("metric") != metric:  # older checkpoints do not name it
-            of_metric = _reported(self.folder, metric, self.best_at)
+            report = self.folder.validation_after(self.best_at)
+            of_metric = report and report["metrics"].get(metric)
             if of_metric is not None or "metric" in state:
                 self.best = of_metric
                 logger.info("the best %s so far: %s", metric, "unknown" if of_metric is None else of_metric)
@@ -124,13 +125,6 @@ def full_disk_as_error(folder: RunFolder) -> Iterator[None]:
         ) from error
     finally:
         threading.excepthook = print_of_thread
-
-
-def _reported(folder: RunFolder, metric: str, batches: int) -> float | None:
-    """A metric of the validation after so many batches; None if there is none."""
-    reports = map(json.loads, folder.metrics.read_text().splitlines()) if folder.metrics.exists() else ()
-    of_batch = (r["metrics"] for r in reports if (r["split"], r["batches"]) == ("val", batches))
-    return next(of_batch, {}).get(metric)
 
 
 def _is_of_disk(error: BaseException | None) -> bool:
