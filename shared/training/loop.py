@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import determined as det
@@ -17,6 +18,7 @@ from determined.core import DistributedContext
 
 from shared.errors import UserError
 from shared.experiment import Length, Schedule
+from shared.training.checkpoints import plain_values_only
 from shared.training.hang import Phase
 from shared.training.saving import HostCopy, Snapshot, checkpoint_state
 
@@ -193,6 +195,7 @@ class _Batches(Container):
 class _Loop(pytorch._PyTorchTrialController):
     """What Determined's loop lacks (it has no public name, and no other place to put this):
 
+    - it executes what a checkpoint's pickles hold;
     - off the cluster it counts from 0 after a resume: here it takes up whatever checkpoint it is given;
     - it trains on after a resume without the validation that a stop cut short;
     - it hears of the searcher's decision at a later report only, and of a signal never;
@@ -206,6 +209,10 @@ class _Loop(pytorch._PyTorchTrialController):
         super().__init__(**arguments)
         self.callbacks = {"cut_validation": _CutValidation(self.trial), **self.callbacks}
         self.host_copy = HostCopy()
+
+    def _load(self, load_path: Path) -> None:
+        with plain_values_only(load_path):
+            super()._load(load_path)
 
     def _load_state(self, state: dict[str, Any]) -> None:
         super()._load_state({**state, "trial_id": self.trial_id} if self.local_training else state)
