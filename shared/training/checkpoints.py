@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -82,7 +83,8 @@ def load_state(path: Path) -> dict[str, Any]:
             return read_torch_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file that is cut off or hostile fails in many ways
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        called = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own words advise to execute it
+        reason = f"it calls {called[1]}" if called else str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
             f"{path} cannot be read as weights ({reason}); it is cut off, or holds more than tensors"
         ) from (error)

@@ -91,14 +91,14 @@ def _place(folder: Path, url: str) -> Path:
 
 
 def _download(url: str, path: Path) -> None:
-    request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
+    request = urllib.request.Request(url, headers={"User-Agent": "determined-detection"})
     try:
         with urllib.request.urlopen(request, timeout=_SECONDS) as response, path.open("wb") as file:
             shutil.copyfileobj(response, file, 2**20)
-            length = response.headers.get("Content-Length")
+            length = int(response.headers.get("Content-Length", -1))
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise DownloadError(str(error) or type(error).__name__) from error
-    if length is not None and path.stat().st_size != int(length):
+    if length not in (-1, path.stat().st_size):
         raise DownloadError(f"the connection was lost: {path.stat().st_size} of {length} bytes came")
     stated = _SHA256_IN_NAME.search(path.name)
     if stated and not (digest := _sha256(path)).startswith(stated[1]):
