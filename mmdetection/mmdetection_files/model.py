@@ -16,7 +16,7 @@ import mmcv.runner
 import mmdet.core
 import torch
 import yaml
-from mmcv import Config, ConfigDict
+from mmcv import Config
 from mmcv.runner import fp16_utils, wrap_fp16_model
 from mmdet.core.anchor import AnchorGenerator, MlvlPointGenerator
 from mmdet.models import build_detector
@@ -159,12 +159,12 @@ def without_pretrained_backbone(config: Config) -> None:
         if isinstance(section, (list, tuple)):
             for part in section:
                 visit(part)
-        elif isinstance(section, ConfigDict):
+        elif isinstance(section, dict):
             for key in ("init_cfg", "override"):
                 if _is_pretrained(section.get(key)):
                     section[key] = None
             if "pretrained" in section and "type" in section:
-                section.pretrained = None
+                section["pretrained"] = None
             for value in section.values():
                 visit(value)
 
