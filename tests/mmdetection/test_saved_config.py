@@ -174,7 +174,7 @@ def own_neck(tmp_path, monkeypatch) -> Path:
     return config
 
 
-def test_a_run_whose_config_imports_modules_is_evaluated_by_the_same_config(own_neck, experiment, train, tmp_path):
+def test_a_run_whose_config_imports_modules_is_evaluated_by_that_config(own_neck, experiment, train, tmp_path):
     overrides = experiment["hyperparameters"]["config_overrides"]
     own = {**experiment, "hyperparameters": {"config_file": str(own_neck), "config_overrides": overrides}}
     run = train(load_model_def().MMDetectionTrial, own)
@@ -220,7 +220,7 @@ def test_a_teacher_is_in_the_saved_config_without_its_python_file(tmp_path):
         assert build_model(config, initialize=False).teacher_model.backbone.depth == 50
 
 
-def test_a_checkpoint_of_an_older_version_may_name_a_teacher_that_mmdet_ships(tmp_path, monkeypatch):
+def test_an_older_checkpoint_may_name_a_teacher_that_mmdet_ships(tmp_path, monkeypatch):
     config = load_mmdet_config(MMDetectionHyperparameters("ld/ld_r18_gflv1_r101_fpn_coco_1x.py"), MMDETECTION)
     config.model.teacher_config = TEACHER
     write_resolved(config, tmp_path)
