@@ -18,7 +18,7 @@ from determined.core import DistributedContext
 
 from shared.errors import UserError
 from shared.experiment import Length, Schedule
-from shared.training.checkpoints import read_checkpoint
+from shared.training.checkpoints import plain_values_only, read_checkpoint
 from shared.training.hang import Phase
 from shared.training.manifest import write_manifest
 from shared.training.resume import check_resume
@@ -197,6 +197,7 @@ class _Batches(Container):
 class _Loop(pytorch._PyTorchTrialController):
     """What Determined's loop lacks (it has no public name, and no other place to put this):
 
+    - it executes what a checkpoint's pickles hold;
     - off the cluster it counts from 0 after a resume: here it takes up whatever checkpoint it is given;
     - it trains on after a resume without the validation that a stop cut short;
     - it hears of the searcher's decision at a later report only, and of a signal never;
@@ -214,7 +215,8 @@ class _Loop(pytorch._PyTorchTrialController):
     def _load(self, load_path: Path) -> None:
         if not self.local_training:  # elsewhere `train` checks it before it writes anything
             check_resume(self.trial, read_checkpoint(Path(load_path)))
-        super()._load(load_path)
+        with plain_values_only(load_path):
+            super()._load(load_path)
 
     def _load_state(self, state: dict[str, Any]) -> None:
         super()._load_state({**state, "trial_id": self.trial_id} if self.local_training else state)

@@ -39,8 +39,12 @@ class TrialCheckpoint:
     built_optimizer: BuiltOptimizer
 
     @classmethod
-    def hyperparameters_of_checkpoint(cls, checkpoint: Path) -> dict[str, Any]:
-        """What takes the place of a checkpoint's hyperparameters, to detect with it."""
+    def hyperparameters_of_checkpoint(cls, checkpoint: Path, own: Mapping[str, Any]) -> dict[str, Any]:
+        """What takes the place of a checkpoint's hyperparameters, to detect with it.
+
+        Args:
+            own: the hyperparameters of the user's config, which alone may name code.
+        """
         return cls.without_pretrained
 
     def save_own_config(self, folder: Path) -> None:
