@@ -56,6 +56,7 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
         folder = RunFolder(distributed.broadcast(output_dir).absolute())
         stack.callback(folder.free)
         on_chief(distributed, lambda: _take(folder, arguments.resume))
+        stack.enter_context(full_disk_as_error(folder))
         checkpoint = read_checkpoint_to_resume(distributed, arguments.resume, folder)
         on_chief(distributed, lambda: folder.prepare(source))
         keep_places()
@@ -73,7 +74,7 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
                 _begin_reports(trial, folder, config, checkpoint)
             trial.local_callbacks["local_run"] = LocalRun(trial, folder, loggers)
             started = time.monotonic()
-            with full_disk_as_error(folder), trial.stopping:
+            with trial.stopping:
                 # `best` needs a master; here every validated state is saved, and the best and the last are kept
                 policy = "none" if trial.schedule.checkpoint_policy == "none" else "all"
                 try:

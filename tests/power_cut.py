@@ -6,7 +6,7 @@ import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,14 +21,15 @@ class Ext4:
     def __init__(self, image: Path, mounted: Path):
         self.image, self.path = image, mounted
 
-    def cut_the_power(self) -> None:
-        """Drops what is not on the disk yet, and mounts what is."""
+    def cut_the_power(self, kill: Callable[[], None] = lambda: None) -> None:
+        """Drops what is not on the disk yet, calls `kill` to end who writes there, and mounts what the disk holds."""
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.ioctl(descriptor, _EXT4_IOC_SHUTDOWN, struct.pack("I", _WITHOUT_FLUSHING_THE_JOURNAL))
         finally:
             os.close(descriptor)
-        _run("umount", "--lazy", self.path)
+        kill()
+        _run("umount", self.path)
         _run("mount", "-o", "loop", self.image, self.path)
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import random
 import shutil
 import threading
 import time
@@ -10,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import reports
+import yaml
+from conftest import kill_run, reports, run_model_def, start_run, wait_for_batch
 from power_cut import Recorder, ext4
 from tiny_models import efficientdet_config
 
@@ -245,6 +247,92 @@ def test_a_clock_that_is_set_back_changes_nothing(config, trial_class, crash_and
     run = crash_and_resume(trial_class, config, 6)
     assert [line["batches"] for line in reports(run, "val")] == [4, 8, 12]
     assert read_checkpoint(run / "checkpoints/last").batches == 12
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_disk_that_is_full_at_the_start_is_one_error(config, train, trial_class, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"--output-dir: .*/run cannot be written \(No space left on device"):
+        train(trial_class, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_is_an_error_and_earlier_checkpoints_are_complete(run_config, tmp_path, processes):
+    probe = tmp_path / "code" / "probe.py"
+    probe.parent.mkdir()
+    probe.write_text(
+        "import sys; sys.path.insert(0, '.')\n"
+        "import resource, signal, model_def\n"
+        "from shared.launch import main\n"
+        "class Probe(model_def.EfficientDetTrial):\n"
+        "    def after_batch(self, number):\n"
+        "        super().after_batch(number)\n"
+        "        if number == 5:\n"
+        "            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "main(Probe)\n"
+    )
+    config, run = run_config(), tmp_path / "run"
+    done = run_model_def("train", config, "--output-dir", run, script=probe, check=False, processes=processes)
+    assert done.returncode == 1
+    assert f"error: --output-dir: {run} cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [read_checkpoint(run / "checkpoints" / name).batches for name in ("best", "last")] == [4, 4]
+    run_model_def("train", config, "--output-dir", run, "--resume", "auto", processes=processes)
+    assert reports(run)[-1]["batches"] == 12
+
+
+# --- random moments -----------------------------------------------------------------------------------
+
+
+def saved_after_each_batch(run_config):
+    """A config whose run saves all the time, so that most moments are in the writing of a checkpoint."""
+    every = {"searcher__max_length": {"batches": 10_000}, "min_checkpoint_period": {"batches": 1}}
+    return run_config(**every, min_validation_period={"batches": 10_000})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_at_random_moments_resumes_from_a_complete_checkpoint(run_config, tmp_path, processes):
+    path, run = saved_after_each_batch(run_config), tmp_path / "run"
+    generator, trained = random.Random(0), 0
+    for _ in range(20 // processes):
+        process = start_run(path, run, processes, ("--resume", "auto"))
+        wait_for_batch(run, process, trained + 2)
+        time.sleep(generator.random() * 2)
+        reported = reports(run)[-1]["batches"]
+        kill_run(process)
+        last = resumed(RunFolder(run))
+        assert last.path.name == "last"
+        assert last.batches >= max(trained, reported - 2)  # scheduling_unit is 2
+        trained = last.batches
+    config = yaml.safe_load(path.read_text())
+    config["searcher"]["max_length"] = {"batches": trained + 2}
+    path.write_text(yaml.safe_dump(config))
+    run_model_def("train", path, "--output-dir", run, "--resume", "last", processes=processes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_whose_power_is_cut_at_random_moments_resumes(run_config, tmp_path, processes):
+    generator, trained = random.Random(1), 0
+    path = saved_after_each_batch(run_config)
+    with ext4(tmp_path, megabytes=600) as disk:
+        run = disk.path / "run"
+        for _ in range(6):
+            process = start_run(path, run, processes, ("--resume", "auto"))
+            wait_for_batch(run, process, trained + 2)
+            time.sleep(generator.random() * 2)
+            reported = reports(run)[-1]["batches"]
+            disk.cut_the_power(lambda process=process: kill_run(process))
+            checkpoint = resumed(RunFolder(run))
+            assert checkpoint.batches >= max(trained, reported - 2)
+            trained = checkpoint.batches
+            assert reports(run)[-1]["batches"] >= reported
 
 
 # --- two processes in one folder ----------------------------------------------------------------------

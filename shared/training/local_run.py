@@ -97,7 +97,7 @@ class LocalRun(PyTorchCallback):
 
 @contextlib.contextmanager
 def full_disk_as_error(folder: RunFolder) -> Iterator[None]:
-    """Raises UserError where a checkpoint or a report cannot be written."""
+    """Raises UserError if a checkpoint, a report or another file of the run cannot be written."""
     print_of_thread = threading.excepthook
     # TensorBoard's thread: what it raises there is raised here too, at the next report
     threading.excepthook = lambda ended: None if _is_of_disk(ended.exc_value) else print_of_thread(ended)
@@ -113,8 +113,8 @@ def full_disk_as_error(folder: RunFolder) -> Iterator[None]:
         free = shutil.disk_usage(folder.path).free / 2**20
         reason = error.strerror if of_disk else "a checkpoint was not written to its end"
         raise UserError(
-            f"{folder.path} cannot be written ({reason}; {free:,.0f} MiB are free there). The checkpoints that it "
-            "holds are whole: make room, and go on with --resume last"
+            f"--output-dir: {folder.path} cannot be written ({reason}; {free:,.0f} MiB are free there). Its "
+            "checkpoints are complete. Fix: make room, and run the same command with --resume auto"
         ) from error
     finally:
         threading.excepthook = print_of_thread
