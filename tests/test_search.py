@@ -30,7 +30,7 @@ from shared.search.page import write_search_page
 from shared.search.search import run_search
 from shared.search.searcher import parse_searcher
 from shared.search.space import draw, grid_of, points_of, ranges_of
-from shared.search.study import Study
+from shared.search.study import Study, TakenOver
 from shared.search.trial_process import Place, TrialProcess
 
 PROGRAM = Path(__file__).parent / "search_program.py"
@@ -305,7 +305,7 @@ def test_a_trial_killed_before_its_first_checkpoint_begins_anew(start, tmp_path)
 def test_a_trial_that_meets_a_full_disk_is_not_lost(start, tmp_path):
     config = config_of(searcher={"name": "random", "max_trials": 2, "max_time": 3})
     said = ended(start({**config, "full_disk": True}, jobs=1), 1)
-    assert f"error: {tmp_path}/search: the search stopped: [Errno 28] No space left on device" in said
+    assert f"error: {tmp_path}/search: [Errno 28] No space left on device" in said
     assert "continue with the same command" in said
     assert "2 trials: 2 trained to their end" in ended_page(start(config, jobs=1), tmp_path / "search")
 
@@ -497,6 +497,26 @@ def test_a_search_killed_while_it_begins_a_trial_draws_the_same_point(tmp_path, 
     assert drawn == dict(enumerate(expected))
 
 
+def test_what_a_machine_does_with_a_trial_taken_over_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_module, "SECONDS_BETWEEN_SIGNS", 0)
+    monkeypatch.setattr(study_module, "SECONDS_OF_SILENCE", 0.2)
+    config = config_of(searcher={"name": "random", "max_trials": 1})
+    silent = open_study(tmp_path / "journal", config, "silent")
+    trial = silent.ask()
+    other = open_study(tmp_path / "journal", config, "other")
+    while silent.is_running(trial):
+        other.beat()
+    with pytest.raises(TakenOver), silent.owning(trial):
+        draw(trial, RANGES)
+    with pytest.raises(TakenOver):
+        silent.report(trial, 1000, 0.5)
+    with pytest.raises(TakenOver):
+        silent.finish(trial, TrialState.COMPLETE, 0.5)
+    assert silent.has_unfinished()
+    other.finish(other.ask(), TrialState.COMPLETE, 0.5)
+    assert silent.is_complete()
+
+
 def test_a_take_over_that_was_interrupted_is_done_at_the_next_start(tmp_path):
     config = config_of(searcher={"name": "random", "max_trials": 1})
     study = open_study(tmp_path / "search.journal", config)
@@ -537,17 +557,21 @@ def test_status_of_no_search_says_so_and_makes_no_file(tmp_path):
 
 
 def test_a_machine_that_was_silent_drops_its_trial_and_continues(start, tmp_path):
-    config = config_of(searcher={"name": "random", "max_trials": 3, "max_time": 60}, seconds_a_batch=0.1)
+    config = config_of(searcher={"name": "random", "max_trials": 2, "max_time": 10}, hold_at=3)
+    for trial in ("silent/trials/1", "other/trials/0", "other/trials/1"):  # trial 0 alone is held, by the silent one
+        (tmp_path / trial).mkdir(parents=True)
+        (tmp_path / trial / "held").touch()
     storage = str(tmp_path / "shared.journal")
     silent = start(config, "silent", 1, storage)
-    wait_for(lambda: batches_of(tmp_path / "silent").get(0))
+    wait_for((tmp_path / "silent/trials/0/held").exists)
     silent.send_signal(signal.SIGSTOP)
     other = start(config, "other", 1, storage)
     wait_for(lambda: 0 in batches_of(tmp_path / "other"))  # taken over
     silent.send_signal(signal.SIGCONT)
     assert "trial 0: another machine has taken it over" in ended(silent)
     said = ended(other)
-    assert said.split("trial    state")[-1].count("finished") == 3
+    assert said.split("trial    state")[-1].count("finished") == 2
+    assert batches_of(tmp_path / "silent")[0] == [1, 2, 3]
 
 
 def share(start, tmp_path, storage):

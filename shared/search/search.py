@@ -105,8 +105,8 @@ def _storage_errors(output: Path) -> Iterator[None]:
         yield
     except (OSError, optuna.exceptions.StorageInternalError) as error:
         raise UserError(
-            f"{output}: the search stopped: {error}. No trial is lost. Fix: remove the cause (free some space if the "
-            "disk is full), then continue with the same command"
+            f"{output}: {error}. The search stopped, and no trial is lost. Fix: remove the cause (free some space if "
+            "the disk is full), then continue with the same command"
         ) from error
 
 
@@ -196,7 +196,7 @@ class _Search:
                 self._drop_taken_over()
             self._look_at_all()
             self._start_trials()
-            if not (self.running or self.waiting or self.study.running_elsewhere()):
+            if not (self.running or self.waiting or self.study.has_unfinished()):
                 return
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
@@ -217,12 +217,14 @@ class _Search:
                 self.delayed.add(trial.number)
             elif self.free:
                 self.waiting.remove(trial)
-                self._start(trial)
+                with contextlib.suppress(TakenOver):
+                    self._start(trial)
 
     def _start(self, trial: optuna.Trial) -> None:
         number = first_number(trial)
         file = self.folder / f"{number}.yaml"
-        hyperparameters = draw(trial, self.config.get("hyperparameters") or {})
+        with self.study.owning(trial):
+            hyperparameters = draw(trial, self.config.get("hyperparameters") or {})
         config = {
             **self.config,
             "hyperparameters": hyperparameters,
@@ -271,6 +273,7 @@ class _Search:
         self.running = {number: it for number, it in self.running.items() if it[1].process.poll() is None}
 
     def _drop_taken_over(self) -> None:
+        self.waiting = list(filter(self.study.is_running, self.waiting))
         for number, (trial, process) in self.running.items():
             if number not in self.dropped and not self.study.is_running(trial):
                 self._drop(trial, process)

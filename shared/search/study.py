@@ -140,8 +140,7 @@ class Study:
 
     def is_complete(self) -> bool:
         """Whether all trials have ended."""
-        trials = self.trials()
-        return len(trials) >= self.max_trials and all(trial.state.is_finished() for trial in trials)
+        return len(self.trials()) >= self.max_trials and not self.has_unfinished()
 
     def mine(self) -> list[optuna.Trial]:
         """Trials under way that this machine was at work on before it was stopped."""
@@ -152,7 +151,7 @@ class Study:
         ]
 
     def ask(self) -> optuna.Trial | None:
-        """The next trial; None where there is none to begin."""
+        """The next trial; None where there is none to begin now."""
         trials = self.study.get_trials(deepcopy=False)
         waits = any(trial.state == TrialState.WAITING for trial in trials)
         if not waits and sum(map(is_first, trials)) >= self.max_trials:
@@ -163,8 +162,12 @@ class Study:
         if number >= self.max_trials:  # another machine was faster
             self.study.tell(trial, state=TrialState.FAIL)
             return None
-        trial.set_user_attr(FIRST_NUMBER, number)
-        trial.set_user_attr(_OWNER, self.owner)
+        try:
+            with self.owning(trial):
+                trial.set_user_attr(FIRST_NUMBER, number)
+                trial.set_user_attr(_OWNER, self.owner)
+        except TakenOver:
+            return None
         self._progress_at = time.time()
         return trial
 
@@ -174,7 +177,7 @@ class Study:
         Raises:
             TakenOver
         """
-        with self._as_owner_of(trial):
+        with self.owning(trial):
             trial.report(value, step)
             self._progress_at = time.time()
             return trial.should_prune()
@@ -189,7 +192,7 @@ class Study:
         Raises:
             TakenOver
         """
-        with self._as_owner_of(trial):
+        with self.owning(trial):
             if error:
                 trial.set_user_attr(ERROR, error)
             self.study.tell(trial, value, state)
@@ -200,7 +203,8 @@ class Study:
         return self.study.get_trials(deepcopy=False)[trial.number].state == TrialState.RUNNING
 
     @contextlib.contextmanager
-    def _as_owner_of(self, trial: optuna.Trial) -> Iterator[None]:
+    def owning(self, trial: optuna.Trial) -> Iterator[None]:
+        """Raises TakenOver if Optuna refuses what is done with a trial because another machine has taken it over."""
         try:
             yield
         except (RuntimeError, ValueError) as error:  # Optuna has no single class for a trial that has ended
@@ -212,9 +216,9 @@ class Study:
         """What a trial has reported so far."""
         return self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
 
-    def running_elsewhere(self) -> bool:
-        """Whether other machines are at work on trials."""
-        return any(t.state == TrialState.RUNNING and t.user_attrs.get(_OWNER) != self.owner for t in self.trials())
+    def has_unfinished(self) -> bool:
+        """Whether a trial is trained, or waits to be trained, on any machine."""
+        return not all(trial.state.is_finished() for trial in self.trials())
 
     # --- other machines -----------------------------------------------------------------------------
 
