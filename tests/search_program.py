@@ -47,8 +47,13 @@ def share_of_better_points(hyperparameters: dict) -> float:
 
 
 def train(config: dict, run: Path) -> None:
-    """What the config may ask for besides: `full_disk` fails as a run does; `checkpoint_at` saves at that batch,
-    `hold_at` waits there for a signal at the first start, and `in_step` waits for the search after each validation."""
+    """A run whose curve is a formula. The config may hold besides:
+
+    full_disk: fail as a run does on a full disk.
+    checkpoint_at: save a checkpoint at this batch.
+    hold_at: wait there at the first start, for a signal or until the file `held` is deleted.
+    in_step: wait for the search after each validation.
+    """
     hyperparameters, searcher = config["hyperparameters"], config["searcher"]
     if hyperparameters.get("diverges"):
         print("a line of the log\nerror: the loss is not finite since batch 3")
@@ -87,7 +92,7 @@ def train(config: dict, run: Path) -> None:
                 save()
             if batch == config.get("hold_at") and not (run / "held").exists():
                 (run / "held").touch()
-                while not stops:
+                while not stops and (run / "held").exists():
                     time.sleep(0.01)
     save()
     sys.exit(143 if batch < total else 0)

@@ -556,22 +556,22 @@ def test_status_of_no_search_says_so_and_makes_no_file(tmp_path):
         status_of(config, tmp_path)
 
 
-def test_a_machine_that_was_silent_drops_its_trial_and_continues(start, tmp_path):
+def test_a_machine_that_was_silent_drops_its_trials_and_continues(start, tmp_path):
     config = config_of(searcher={"name": "random", "max_trials": 2, "max_time": 10}, hold_at=3)
-    for trial in ("silent/trials/1", "other/trials/0", "other/trials/1"):  # trial 0 alone is held, by the silent one
-        (tmp_path / trial).mkdir(parents=True)
-        (tmp_path / trial / "held").touch()
-    storage = str(tmp_path / "shared.journal")
-    silent = start(config, "silent", 1, storage)
-    wait_for((tmp_path / "silent/trials/0/held").exists)
+    storage, held = str(tmp_path / "shared.journal"), [tmp_path / f"silent/trials/{i}/held" for i in range(2)]
+    silent = start(config, "silent", 2, storage)
+    wait_for(lambda: all(file.exists() for file in held))
     silent.send_signal(signal.SIGSTOP)
+    held[1].unlink()  # this one ends while its search is silent; the other one is stopped when it comes back
+    for i in range(2):
+        (tmp_path / f"other/trials/{i}").mkdir(parents=True)
+        (tmp_path / f"other/trials/{i}/held").touch()
     other = start(config, "other", 1, storage)
-    wait_for(lambda: 0 in batches_of(tmp_path / "other"))  # taken over
-    silent.send_signal(signal.SIGCONT)
-    assert "trial 0: another machine has taken it over" in ended(silent)
-    said = ended(other)
+    said = ended(other)  # it has taken over both
     assert said.split("trial    state")[-1].count("finished") == 2
-    assert batches_of(tmp_path / "silent")[0] == [1, 2, 3]
+    assert batches_of(tmp_path / "silent") == {0: [1, 2, 3], 1: list(range(1, 11))}
+    silent.send_signal(signal.SIGCONT)
+    assert ended(silent).count("another machine has taken it over") == 2
 
 
 def share(start, tmp_path, storage):
