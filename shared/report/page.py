@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from shared.durable import write_file
 from shared.errors import UserError
 from shared.report.plots import style_sheet
 
@@ -29,11 +30,9 @@ def write_page(template: str, path: Path, **content: Any) -> None:
     environment.filters |= {"number": number, "signed": signed}
     light, dark = (Markup(declarations) for declarations in style_sheet())
     text = environment.get_template(template).render(light=light, dark=dark, **content)
-    new = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(text, encoding="utf-8", errors="replace")  # names may hold halves of a pair
-        new.replace(path)
+        write_file(path, text.encode("utf-8", errors="replace"))  # names may hold halves of a pair
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 

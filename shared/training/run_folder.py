@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -72,16 +71,16 @@ class RunFolder:
         except FileNotFoundError:
             return False
 
-    def wait_until_free(self, seconds: float) -> None:
-        """Until no run goes on in the folder any more, or so long."""
-        until = time.monotonic() + seconds
-        while self._lock.exists() and time.monotonic() < until:
-            with self._lock.open("a") as lock:
-                try:
-                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return
-                except OSError:
-                    time.sleep(0.2)
+    def is_free(self) -> bool:
+        """Whether no run is going on in the folder."""
+        try:
+            with self._lock.open("r+") as lock:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return True
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
 
     def total_batches(self) -> int:
         """Of the whole training."""
