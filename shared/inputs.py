@@ -19,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from shared import videos
 from shared.data import remote
 from shared.data.file_cache import CachedImages
+from shared.data.images import is_image_name
 from shared.data.listing import Look
 from shared.data.remote import RemoteImages, StoreOptions, is_url
 from shared.data.storage import ImageStorage
@@ -146,8 +147,7 @@ def _find_in(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _is_input(name: str) -> bool:
-    suffix = PurePosixPath(name).suffix.lower()
-    return videos.is_video(name) or Image.registered_extensions().get(suffix) in Image.OPEN
+    return videos.is_video(name) or is_image_name(name)
 
 
 def _find_remote(url: str, options: StoreOptions) -> Iterator[tuple[str, str]]:

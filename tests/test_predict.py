@@ -240,7 +240,8 @@ def score(shapes, tmp_path):
         config, results, out = tmp_path / "config.yaml", tmp_path / "results.json", tmp_path / "scored"
         val = {"annotations": str(shapes / "annotations/val.json"), "images": str(shapes / "val")}
         config.write_text(yaml.safe_dump({"data": {"val": val}}))
-        results.write_text(written if isinstance(written, str) else json.dumps(written))
+        text = written if isinstance(written, (str, bytes)) else json.dumps(written)
+        results.write_bytes(text.encode() if isinstance(text, str) else text)
         arguments = Namespace(config=str(config), overrides=[], checkpoint=checkpoint, results=results, output=out)
         arguments.report, arguments.min_score = report, "best"
         detect.evaluate(FindsTwo, arguments)
@@ -305,6 +306,18 @@ RESULT = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
         ([{**RESULT, "file_name": "a.png"}], "its file is a.png, and the annotations' image of this id is 000000.png"),
         ({"images": [], "annotations": []}, "is no list of results, .* but an object, as an annotation file is"),
         ("[{", "is not JSON"),
+        ([{**RESULT, "image_id": 2**64}], f"results.json: the image_id {2**64} does not fit in 64 bits"),
+        ([{**RESULT, "image_id": -(2**63) - 1}], f"results.json: the image_id {-(2**63) - 1} does not fit in 64 bits"),
+        ([{**RESULT, "category_id": 2**64}], f"result 0, of image 1: no category has the id {2**64}"),
+        ([{**RESULT, "score": float("nan")}], "results.json has the number NaN"),
+        ([{**RESULT, "bbox": [1, 2, float("-inf"), 4]}], "results.json has the number -Infinity"),
+        (json.dumps([RESULT]).replace("0.5", "1e400"), "results.json has the number 1e400"),
+        ([{**RESULT, "bbox": [1, 2, 1e300, 4]}], "result 0, of image 1: `bbox` .*1e\\+300.* all finite"),
+        ([{**RESULT, "score": 1e300}], "result 0, of image 1: .*`score` 1e\\+300"),
+        ([{**RESULT, "keypoints": [1, 1e300, 2]}], "result 0, of image 1: `keypoints` .*1e\\+300"),
+        ('[{"segmentation": ' + "[" * 100_000, "is not a list of results: lists in lists without end"),
+        (json.dumps([RESULT]).encode("utf-16"), "is not JSON"),
+        ('[{"file_name": "ü"}]'.encode("latin-1"), "is not JSON: it is not in UTF-8"),
     ],
 )
 def test_a_results_file_that_is_wrong_is_one_line(score, written, message):
