@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import hotcoco
@@ -12,6 +13,7 @@ from PIL import Image
 
 from shared.__main__ import main as shared_main
 from shared.data.annotations import CocoAnnotations
+from shared.errors import UserError
 from shared.evaluation.detections import Detections, from_coco_results
 from shared.evaluation.evaluator import evaluate
 from shared.report.analysis import analyse
@@ -329,6 +331,35 @@ def test_hostile_names_are_text_and_the_page_needs_nothing_else(tmp_path):
     assert not re.search(r"url\((?!#)", html)
 
 
+@pytest.mark.parametrize("name", ["../private.png", "/private.png", "sub/../../private.png", "link.png", "far/1.png"])
+def test_no_picture_from_outside_of_the_images_folder(tmp_path, name):
+    Image.new("RGB", (100, 80), "red").save(tmp_path / "private.png")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(tmp_path / "private.png", tmp_path / "elsewhere/1.png")
+    if name == "link.png":
+        (tmp_path / "images/link.png").symlink_to(tmp_path / "private.png")
+    if name == "far/1.png":
+        (tmp_path / "images/far").symlink_to(tmp_path / "elsewhere")
+    annotations = data_set(tmp_path, [(1, 3, [10, 10, 20, 20])])
+    data = json.loads(annotations.path.read_text())
+    data["images"][0]["file_name"] = str(tmp_path / "private.png") if name == "/private.png" else name
+    annotations = CocoAnnotations.from_dict(data)
+    with pytest.raises(UserError, match=r"leads out of the images' folder|is a link out of"):
+        report(annotations, [], tmp_path / "report.html", images=tmp_path / "images", resamples=0)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_link_within_the_images_folder_is_drawn(tmp_path):
+    annotations = data_set(tmp_path, [(1, 3, [10, 10, 20, 20])])
+    (tmp_path / "images/blobs").mkdir(parents=True)
+    Image.new("RGB", (100, 80)).save(tmp_path / "images/blobs/a.png")
+    (tmp_path / "images/1.png").symlink_to("blobs/a.png")
+    found = [Detections(1, [[50, 50, 70, 70], [10, 10, 30, 30]], [0.9, 0.8], [0, 0])]
+    report(annotations, found, tmp_path / "report.html", images=tmp_path / "images", resamples=0)
+    assert "data:image/jpeg" in (tmp_path / "report.html").read_text()
+
+
 # --- the command ----------------------------------------------------------------------------------------
 
 
@@ -350,6 +381,10 @@ def test_the_command_reports_on_anybody_s_results(noisy, tmp_path, monkeypatch, 
         (["{here}/none.json", "{here}/r.json"], "none.json"),
         (["{here}/annotations.json", "{here}/none.json"], "none.json cannot be read"),
         (["{here}/annotations.json", "{here}/r.json", "--images", "{here}/none"], "--images: .*none is no folder"),
+        (["{here}/annotations.json", "{here}/r.json", "--resamples", "1"], "--resamples: 1 gives no interval"),
+        (["{here}/annotations.json", "{here}/r.json", "--output", "{here}/r.html"], r"r\.json would be replaced"),
+        (["{here}/annotations.json", "{here}/r.json", "--output", "{here}/annotations.html"], r"s\.json would be repl"),
+        (["{here}/annotations.json", "{here}/r.json", "--output", "{here}/new.json"], r"give it the ending \.html"),
     ],
 )
 def test_what_the_command_cannot_read_is_one_line(tmp_path, monkeypatch, arguments, said):
@@ -359,3 +394,4 @@ def test_what_the_command_cannot_read_is_one_line(tmp_path, monkeypatch, argumen
     with pytest.raises(SystemExit, match=said) as ended:
         shared_main()
     assert "\n" not in str(ended.value)
+    assert (tmp_path / "r.json").read_text() == "[]"

@@ -109,7 +109,7 @@ def _refuse_used_twice(part: Part, source: Path) -> None:
     for image in part.images:
         if (name := image["file_name"]) in names:
             raise UserError(
-                f"{source}: two images have the file name {name!r}, so that it is not known whose boxes are whose. Fix: "
+                f"{source}: two images have the file name {name!r}, so that their boxes cannot be told apart. Fix: "
                 "rename one of the two, or convert each folder by itself"
             )
         names.add(name)

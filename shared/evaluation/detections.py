@@ -170,7 +170,7 @@ def _decode_results(results: str | os.PathLike | list[dict], source: str) -> lis
     except msgspec.DecodeError as error:
         is_of_another_type = isinstance(error, msgspec.ValidationError) and "out of range" not in str(error)
         if not is_of_another_type and (number := wrong_number_in(data)):
-            raise UserError(f"{source} has the number {number}. Fix: write finite numbers; JSON has no other") from error
+            raise UserError(f"{source} has the number {number}. Fix: write finite numbers only") from error
         if not isinstance(error, msgspec.ValidationError):
             raise UserError(f"{source} is not JSON: {error}") from error
         if "got `object`" in str(error) and "$" not in str(error):

@@ -14,12 +14,11 @@ from shared.data.annotations import CocoAnnotations
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator, check_detections, mean_of, summarize
 from shared.evaluation.gathered import GatheredDetections
+from shared.report.difference import interval_around
 from shared.report.image_errors import ERROR_TYPES, ImageObjects, Suspect, Wrong, errors_of, suspects_of
 from shared.report.thresholds import ThresholdCurve, threshold_curve, trusted_score
 
 RESAMPLES = 200
-CONFIDENCE = 0.95
-_DEVIATIONS = 1.96  # of the normal distribution, for that
 SEED = 0
 # an annotation is suspected where detections of such a score are so often right
 _TRUSTED_PRECISION = 0.75
@@ -279,16 +278,15 @@ def _verdicts_of(evaluation: hotcoco.COCOeval) -> Verdicts:
 def _intervals(
     evaluator: CocoEvaluator, evaluation: hotcoco.COCOeval, iou_type: str, metrics: dict[str, float], resamples: int
 ) -> dict[str, tuple[float, float]]:
-    """1.96 standard errors of the bootstrap around each number. Its percentiles may not even hold the number: a
-    category that few images have is often in none that are drawn, and what is detected of it in vain is forgotten."""
-    if not resamples or len(evaluator.image_ids) < 2:
+    """Around each number, see `interval_around`."""
+    if resamples < 2 or len(evaluator.image_ids) < 2:
         return {}
     # hotcoco resamples differences; from nothing found, which scores 0, the difference is the number itself
     nothing = evaluator.match(iou_type, _none_found(iou_type))
-    compared = hotcoco.compare(nothing, evaluation, n_bootstrap=resamples, seed=SEED, confidence=CONFIDENCE)
+    compared = hotcoco.compare(nothing, evaluation, n_bootstrap=resamples, seed=SEED)
     errors = {name: compared["ci"][NAMES[name]]["std_err"] for name in metrics if NAMES[name] in compared["ci"]}
     return {
-        name: (max(metrics[name] - _DEVIATIONS * error, 0.0), min(metrics[name] + _DEVIATIONS * error, 1.0))
+        name: interval_around(metrics[name], error, 0.0, 1.0)
         for name, error in errors.items()
         if not math.isnan(metrics[name])
     }

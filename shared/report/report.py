@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -12,15 +11,15 @@ from typing import Any
 from markupsafe import Markup
 
 from shared.data.annotations import CocoAnnotations
-from shared.data.storage import DiskImages, ImageStorage
+from shared.data.storage import ImageStorage
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import iou_types_of
 from shared.evaluation.table import for_json
 from shared.report.about import About
 from shared.report.analysis import NAMES, RESAMPLES, Analyses, analyse
 from shared.report.image_errors import ERROR_TYPES, worst_images
-from shared.report.page import write_page
-from shared.report.pictures import picture_of_errors, picture_of_suspect
+from shared.report.page import check_page, write_numbers, write_page
+from shared.report.pictures import open_pictures, picture_of_errors, picture_of_suspect
 from shared.report.plots import figures_of, svg_of
 from shared.report.summary import summary_of
 
@@ -56,19 +55,20 @@ def report(
         The numbers.
 
     Raises:
-        UserError: as of `evaluate`; the page cannot be written.
+        UserError: as of `evaluate`; an image's name leads out of the folder; the page cannot be written, or would
+            replace the annotations.
     """
     if not isinstance(annotations, CocoAnnotations):
         annotations = CocoAnnotations.open(annotations)
-    if isinstance(images, (str, os.PathLike)):
-        images = DiskImages(Path(images))
+    output = Path(output)
+    check_page(output, [annotations.path])
+    images = open_pictures(images, annotations)
     detections = list(detections)
     iou_types = iou_types_of(detections, annotations) if iou_types is None else iou_types
     analyses = analyse(annotations, detections, iou_types, image_ids, keypoint_sigmas, resamples)
     about = about or About()
-    output = Path(output)
     write_page("report.html.jinja", output, **_content(analyses, images, min_score, about))
-    output.with_suffix(".json").write_text(json.dumps(numbers_of(analyses), indent=1))
+    write_numbers(output, numbers_of(analyses))
     return analyses
 
 
