@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from shared.durable import write_file
-from shared.errors import UserError
+from shared.errors import UserError, check_outputs
 from shared.report.plots import style_sheet
 
 
@@ -58,19 +58,6 @@ def check_page(page: Path, inputs: Iterable[str | os.PathLike | None]) -> None:
     if page.suffix == ".json":
         raise UserError(f"--output: {page} is the name of the page's numbers. Fix: give it the ending .html")
     check_outputs("--output", (page, page.with_suffix(".json")), inputs)
-
-
-def check_outputs(option: str, outputs: Iterable[Path], inputs: Iterable[str | os.PathLike | None]) -> None:
-    """Raises UserError if one of the files to write is an input.
-
-    Args:
-        option: of the command line, for the error.
-        inputs: files, folders, URLs and None.
-    """
-    there = [os.fspath(path) for path in inputs if path is not None and os.path.exists(path)]
-    for output in outputs:
-        if output.exists() and any(os.path.samefile(output, path) for path in there):
-            raise UserError(f"{option}: {output} would be replaced, and is an input. Fix: give another name or folder")
 
 
 def number(value: float | None, digits: int = 3) -> str:
