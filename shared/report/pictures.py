@@ -19,7 +19,8 @@ from shared.data.storage import DiskImages, ImageStorage
 from shared.evaluation.detections import Detections
 from shared.evaluation.drawing import Objects, draw, objects_of_detections, objects_of_truth
 from shared.report.analysis import Analyses
-from shared.report.image_errors import Suspect, Wrong
+from shared.report.image_errors import Wrong
+from shared.report.suspects import Suspect
 
 _PANEL = 360  # pixels, of the longer side
 _GAP = 6

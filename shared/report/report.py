@@ -21,7 +21,7 @@ from shared.report.image_errors import ERROR_TYPES, worst_images
 from shared.report.page import check_page, write_numbers, write_page
 from shared.report.pictures import open_pictures, picture_of_errors, picture_of_suspect
 from shared.report.plots import figures_of, svg_of
-from shared.report.summary import summary_of
+from shared.report.summary import expected_false, summary_of
 
 _IMAGES_OF_A_KIND = 4
 _SUSPECTS = 24
@@ -87,6 +87,7 @@ def numbers_of(analyses: Analyses) -> dict[str, Any]:
             "annotation_id": None if row is None else int(annotations.columns["annotation_ids"][row]),
             "category_id": annotations.category_ids[suspect.label],
             "score": suspect.score,
+            "chance_false": suspect.chance_false,
             "bbox": [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()],
         }
 
@@ -140,6 +141,7 @@ def _content(analyses: Analyses, images: ImageStorage | None, min_score: float |
         "error_types": ERROR_TYPES,
         "worst": _worst(analyses, images, drawn_from),
         "suspects": _suspects(analyses, images),
+        "expected_false": expected_false(analyses.suspects),
         "drawn_from": drawn_from,
         "has_images": images is not None,
     }
@@ -183,6 +185,7 @@ def _suspects(analyses: Analyses, images: ImageStorage | None) -> list[dict[str,
                 else int(columns["annotation_ids"][suspect.annotation]),
                 "annotated": annotated,
                 "detected": f"{names[suspect.label]} {suspect.score:.2f}",
+                "chance_false": suspect.chance_false,
                 "picture": None if images is None else picture_of_suspect(analyses, images, suspect),
             }
         )
