@@ -18,6 +18,7 @@ from determined.core import DistributedContext
 from shared.errors import UserError
 from shared.experiment import Length, Schedule
 from shared.training.hang import Phase
+from shared.training.manifest import write_manifest
 from shared.training.saving import HostCopy, Snapshot, checkpoint_state
 
 if TYPE_CHECKING:
@@ -301,6 +302,7 @@ class _Loop(pytorch._PyTorchTrialController):
             snapshot.write(path, on_cluster=not self.local_training)
             for callback in self.callbacks.values():
                 callback.on_checkpoint_write_end(str(path))
+            write_manifest(path, metadata["steps_completed"])
         for callback in self.callbacks.values():
             callback.on_checkpoint_upload_end(uuid=storage_id)
 

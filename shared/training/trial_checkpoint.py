@@ -13,7 +13,6 @@ from torch import nn
 
 from shared.errors import DivergedError
 from shared.training.checkpoints import CATEGORIES_FILE
-from shared.training.manifest import write_manifest
 from shared.training.python_state import python_state, restore_python_state
 
 if TYPE_CHECKING:
@@ -100,4 +99,3 @@ class CheckpointedState(PyTorchCallback):
     def on_checkpoint_write_end(self, checkpoint_dir: str) -> None:
         (Path(checkpoint_dir) / CATEGORIES_FILE).write_text(json.dumps(self.trial.categories))
         self.trial.save_own_config(Path(checkpoint_dir))
-        write_manifest(Path(checkpoint_dir))
