@@ -41,6 +41,7 @@ from shared.data.remote import is_url
 from shared.errors import UserError, nearest
 from shared.experiment import Length
 from shared.library import find_library_config, import_custom_modules
+from shared.redaction import without_secrets
 
 RESOLVED_CONFIG = "mmdet_config.py"
 _WITH_REGISTRIES = (
@@ -188,7 +189,7 @@ def _import_custom_modules(config: Config) -> None:
 
 def write_resolved(config: Config, folder: Path) -> None:
     """The resolved config as a file that MMDetection reads too, of literals only."""
-    plain = config._cfg_dict.to_dict()
+    plain = without_secrets(config._cfg_dict.to_dict())
     lines = [f"{name} = {value!r}\n" for name, value in plain.items()]
     (folder / RESOLVED_CONFIG).write_text("".join(lines))
 
