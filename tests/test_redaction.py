@@ -10,9 +10,12 @@ import pytest
 import yaml
 from cluster_task import become_a_task
 from conftest import run_model_def
+from stores import http_store
 from tiny_models import efficientdet_config
 
 from shared import launch
+from shared.data.annotations import CocoAnnotations
+from shared.data.synthetic import coco_split
 from shared.durable import write_file
 from shared.log import show_log
 from shared.redaction import REDACTED, filled_in, redacted, without_secrets
@@ -206,3 +209,13 @@ def test_a_file_can_be_written_for_its_owner_alone(tmp_path):
     write_file(path, "a: 1\n", mode=0o600)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert path.read_text() == "a: 1\n"
+
+
+def test_the_cache_of_annotations_from_a_signed_url_names_no_signature(tmp_path):
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served/val.json").write_text(json.dumps(coco_split(seed=1, count=2)))
+    with http_store(tmp_path / "served") as url:
+        CocoAnnotations.open(f"{url}/val.json?X-Amz-Signature={PASSWORD}", tmp_path / "cache")
+    (cache,) = (tmp_path / "cache").iterdir()
+    assert cache.name.startswith("val.json")
+    assert not [path for path in cache.rglob("*") if PASSWORD in str(path)]
