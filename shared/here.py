@@ -25,14 +25,14 @@ from shared.evaluation.table import metrics_table
 from shared.experiment import SplitData, hang_minutes_of, per_slot_batch_size
 from shared.report.about import About, changed_keys, software, speed
 from shared.report.summary import summary_of
-from shared.training.checkpoints import load_weights
+from shared.training.checkpoint_to_resume import read_checkpoint_to_resume
 from shared.training.local_run import LocalRun, full_disk_as_error
 from shared.training.loggers import Loggers, keep_places
 from shared.training.loop import RunHasEnded, fit, trial_context
 from shared.training.processes import local_processes, on_chief
 from shared.training.progress import duration
 from shared.training.reports import picture_of_validation
-from shared.training.resuming import read_checkpoint_to_resume
+from shared.training.resume import check_resume
 from shared.training.run_folder import RunFolder
 from shared.training.trial import DetectionTrial
 
@@ -66,7 +66,7 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
         with trial_context(config, distributed, device, first_batch) as context:
             trial = trial_class(context)
             if checkpoint:
-                load_weights(trial.plain_model, checkpoint.training_weights, checkpoint.path)
+                check_resume(trial, checkpoint)
             loggers = stack.enter_context(Loggers())
             names, goes_on = trial.hparams.loggers, checkpoint is not None
             on_chief(distributed, lambda: loggers.open(names, config, folder, goes_on))
@@ -176,7 +176,7 @@ def _write_report(
 def _about(trial: DetectionTrial, folder: RunFolder, config: dict[str, Any], shipped: Path, seconds: float) -> About:
     from shared.report.plots import learning_curves
 
-    reports = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    reports = folder.reports()
     best = _validation_of("best", folder)
     return About(
         title=f"{config.get('name') or folder.path.name}: {shipped.parent.name}",
@@ -203,9 +203,7 @@ def _validation_of(checkpoint: str, folder: RunFolder) -> dict[str, Any] | None:
     metadata = folder.checkpoints / checkpoint / "metadata.json"
     if not metadata.exists():
         return None
-    batches = json.loads(metadata.read_text())["steps_completed"]
-    reports = map(json.loads, folder.metrics.read_text().splitlines())
-    return next((report for report in reports if (report["split"], report["batches"]) == ("val", batches)), None)
+    return folder.validation_after(json.loads(metadata.read_text())["steps_completed"])
 
 
 def _end_by_signal(trial: DetectionTrial, folder: RunFolder) -> None:

@@ -11,9 +11,8 @@ import msgspec
 import psutil
 import pytest
 import yaml
-from conftest import reports, run_model_def
+from conftest import reports, run_model_def, start_run, wait_for_batch
 from in_threads import listening, on_all, processes, strangers
-from test_stopping import start, wait_for_batch
 from tiny_models import efficientdet_config
 
 from shared.training.checkpoints import read_checkpoint
@@ -289,7 +288,7 @@ def processes_of(parent):
 def test_a_process_that_is_stopped_is_named_also_where_it_is_the_chief(run_config, tmp_path, rank):
     length = {"searcher__max_length": {"batches": 10_000}, "min_validation_period": {"batches": 10_000}}
     config, run = run_config(**length, hyperparameters__hang_minutes=0.1), tmp_path / "run"
-    process = start(config, run, processes=2)
+    process = start_run(config, run, processes=2)
     wait_for_batch(run, process, 6)
     os.kill(processes_of(process)[rank].pid, signal.SIGSTOP)
     _, errors = process.communicate(timeout=120)  # torchrun kills the one that is stopped after 30 seconds
@@ -303,7 +302,7 @@ def test_a_process_that_is_stopped_is_named_also_where_it_is_the_chief(run_confi
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_job_that_is_stopped_as_a_whole_and_goes_on_has_not_hung(run_config, tmp_path, count):
     config, run = run_config(hyperparameters__hang_minutes=0.1, searcher__max_length={"batches": 40}), tmp_path / "run"
-    process = start(config, run, processes=count)
+    process = start_run(config, run, processes=count)
     wait_for_batch(run, process, 6)
     everybody = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for each in everybody:

@@ -40,10 +40,17 @@ class LocalRun(PyTorchCallback):
             folder.forget_metrics_after(trial.first_batch or -1)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_at": self.best_at}
+        return {"metric": self.trial.searcher_metric.name, "best": self.best, "best_at": self.best_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        metric = self.trial.searcher_metric.name
         self.best, self.best_at = state["best"], state["best_at"]
+        if state.get("metric") != metric:  # older checkpoints do not name it
+            report = self.folder.validation_after(self.best_at)
+            of_metric = report and report["metrics"].get(metric)
+            if of_metric is not None or "metric" in state:
+                self.best = of_metric
+                logger.info("the best %s so far: %s", metric, "unknown" if of_metric is None else of_metric)
 
     def on_training_workload_end(self, avg_metrics: dict[str, Any], batch_metrics: list) -> None:
         if self.trial.report_is_whole():

@@ -146,18 +146,25 @@ class RunFolder:
         """Appends a line to metrics.jsonl; nan is None in `metrics`."""
         append_line(self.metrics, json.dumps({"batches": batches, "split": split, "metrics": metrics}))
 
-    def forget_metrics_after(self, batches: int) -> None:
-        """Drops the reports of batches that a resumed run trains again, and a line that was cut off."""
-        if not self.metrics.exists():
-            return
-        kept = []
-        for line in self.metrics.read_text().splitlines():
+    def reports(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, up to one that a kill cut off."""
+        found = []
+        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else ():
             try:
-                if json.loads(line)["batches"] <= batches:
-                    kept.append(line + "\n")
+                found.append(json.loads(line))
             except ValueError:
                 break
-        write_file(self.metrics, "".join(kept))
+        return found
+
+    def validation_after(self, batches: int) -> dict[str, Any] | None:
+        """The report of the validation after so many batches; None if there is none."""
+        return next((r for r in self.reports() if (r["split"], r["batches"]) == ("val", batches)), None)
+
+    def forget_metrics_after(self, batches: int) -> None:
+        """Drops the reports of batches that a resumed run trains again, and a line that was cut off."""
+        if self.metrics.exists():
+            kept = [report for report in self.reports() if report["batches"] <= batches]
+            write_file(self.metrics, "".join(json.dumps(report) + "\n" for report in kept))
 
     def refuse_other_run(self) -> None:
         if self.holds_a_run():

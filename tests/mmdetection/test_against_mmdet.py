@@ -21,9 +21,9 @@ from pycocotools import mask as coco_mask
 from recording import assert_same_records, gradients, recording
 from tiny_models import TINY, load_model_def, mmdet_config
 
-from mmdetection_files.config import write_resolved
 from mmdetection_files.evaluation import to_detections
 from mmdetection_files.hooks import StepRunner
+from mmdetection_files.saved_config import write_resolved
 from shared.data.annotations import CocoAnnotations
 from shared.data.seeding import seed_all
 from shared.evaluation.evaluator import evaluate
