@@ -32,6 +32,7 @@ from shared.evaluation.evaluator import CocoEvaluator, iou_types_of
 from shared.evaluation.table import for_json, metrics_table
 from shared.experiment import DataConfig, SplitData, open_split, parse_data
 from shared.inputs import GivenImages, Picture, drawn_as, find_files, look_at
+from shared.redaction import filled_in
 from shared.report.about import About, software
 from shared.report.analysis import best_of_boxes
 from shared.report.summary import summary_of
@@ -360,7 +361,7 @@ def _config_to_detect_with(
             )
         overridden = [o.split("=")[0].split(".")[1] for o in arguments.overrides if o.startswith("hyperparameters.")]
         config["hyperparameters"] = {
-            **checkpoint.hparams,
+            **filled_in(checkpoint.hparams, own),
             **_own_imports(checkpoint, own),
             **trial_class.hyperparameters_of_checkpoint(checkpoint.path, own),
             **{name: own[name] for name in overridden},

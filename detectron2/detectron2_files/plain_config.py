@@ -21,6 +21,7 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf, SCMode
 
 from shared.errors import UserError
+from shared.redaction import without_secrets
 
 OF_CONFIG = "_value_of_config_"
 _NAMED, _TUPLE, _PARTIAL, _KEYWORDS = "_named_", "_tuple_", "_partial_", "keywords"
@@ -55,7 +56,7 @@ def write_plain(cfg: DictConfig, path: Path, origin_of: Callable[[str], str]) ->
         origin_of: from a dotted key to the file of the config whose value it is.
     """
     content = OmegaConf.to_container(cfg, resolve=False, structured_config_mode=SCMode.INSTANTIATE)
-    plain = _encoded(content, "", origin_of)
+    plain = without_secrets(_encoded(content, "", origin_of))
     path.write_text(yaml.safe_dump(plain, default_flow_style=None, allow_unicode=True, width=9999), encoding="utf-8")
 
 

@@ -22,6 +22,7 @@ from detectron2_files.config_protocol import TrainingSet, check_sampler
 from detectron2_files.rotated import RotatedMapper
 from shared.data.input_scale import InputScale
 from shared.errors import UserError, nearest
+from shared.redaction import redacted
 
 _CLASS_COUNTS = (
     "MODEL.ROI_HEADS.NUM_CLASSES",
@@ -250,7 +251,7 @@ class YamlConfig:
             ) from error
 
     def write(self, folder: Path) -> None:
-        (folder / self.resolved_name).write_text(self.cfg.dump())
+        (folder / self.resolved_name).write_text(redacted(self.cfg.dump()))
 
 
 def _semantic_augmentations(cfg: CfgNode) -> list[T.Augmentation]:

@@ -34,6 +34,7 @@ from shared.data.numbers import FARTHEST, as_ids, wrong_number_in
 from shared.data.once import once, user_cache
 from shared.data.remote import StoreOptions, is_url, read_url, version_of
 from shared.errors import UserError, nearest
+from shared.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -620,7 +621,7 @@ def _rows_of(wanted: np.ndarray, ids: np.ndarray, annotation_ids: np.ndarray, wh
 
 def _cache_places(path: Path | str, cache_dir: str | os.PathLike | None) -> list[Path]:
     absolute = path if isinstance(path, str) else path.absolute()
-    file_name = os.path.basename(path)
+    file_name = redacted(os.path.basename(path))  # of a URL, it may have a signature
     name = f"{file_name}.{hashlib.sha256(os.fsencode(absolute)).hexdigest()[:12]}.columns"
     if cache_dir is not None:
         return [Path(cache_dir) / name]

@@ -13,6 +13,7 @@ import yaml
 
 from shared.durable import append_line, delete_unfinished, replace_folder, restore_folder, write_file
 from shared.errors import UserError
+from shared.redaction import redact_yaml_files, without_secrets
 
 OF_THE_RUN = ("last", "best", "auto")  # what --resume may say of the folder's own checkpoints
 _SOURCES = (".py", ".yaml", ".yml", ".sh", ".md", ".jinja")
@@ -119,6 +120,7 @@ class RunFolder:
             shutil.rmtree(leftover, ignore_errors=True)
         (self.saving / "determined").mkdir(parents=True, exist_ok=True)
         _copy_sources(source, self.code)
+        redact_yaml_files(self.code)  # each checkpoint has a copy of them
 
     def restore_interrupted_rename(self) -> None:
         """Puts back a checkpoint that a run killed in `replace` left under another name."""
@@ -134,7 +136,7 @@ class RunFolder:
         replace_folder(new, self.checkpoints / name)
 
     def write_config(self, config: dict[str, Any]) -> None:
-        write_file(self.config, yaml.safe_dump(config, sort_keys=False))
+        write_file(self.config, yaml.safe_dump(without_secrets(config), sort_keys=False))
 
     def write_length(self, batches: int, batches_per_epoch: int) -> None:
         write_file(self.length, json.dumps({"batches": batches, "batches_per_epoch": batches_per_epoch}))
