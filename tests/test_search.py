@@ -556,7 +556,7 @@ def test_status_of_no_search_says_so_and_makes_no_file(tmp_path):
         status_of(config, tmp_path)
 
 
-def test_a_machine_that_was_silent_drops_its_trials_and_continues(start, tmp_path):
+def test_a_machine_that_was_silent_drops_its_trial_and_continues(start, tmp_path):
     config = config_of(searcher={"name": "random", "max_trials": 2, "max_time": 10}, hold_at=3)
     storage, held = str(tmp_path / "shared.journal"), [tmp_path / f"silent/trials/{i}/held" for i in range(2)]
     silent = start(config, "silent", 2, storage)
