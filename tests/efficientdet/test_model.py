@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import reports, run_model_def
+from conftest import ROOT, reports, run_model_def
 from determined import pytorch
 from effdet.config.model_config import efficientdet_model_param_dict
 from PIL import Image
@@ -253,45 +253,61 @@ def test_val_skip_evaluates_every_nth_image_only(trial):
 def test_a_step_of_two_processes_is_plain_ddp_over_upstream_s_model(run_config, tmp_path):
     probe = tmp_path / "probe.py"
     probe.write_text(
-        """
+        f"""
 import copy, os, sys
-sys.path.insert(0, ".")
+sys.path[:0] = [".", {str(ROOT / 'tests')!r}]
 import torch
+from recording import computing_in, in_dtype
 from timm.optim import create_optimizer_v2
 from timm.utils import dispatch_clip_grad
 from torch.nn.parallel import DistributedDataParallel
 import model_def
 from shared.launch import main
 
+DTYPE = torch.float64  # Adam's first step divides a gradient by its size: in float32 it would enlarge rounding
+
 class Probe(model_def.EfficientDetTrial):
+    def build_model(self):
+        return super().build_model().to(DTYPE)
+
+    def prepare(self, batch, number):
+        return in_dtype(super().prepare(batch, number), DTYPE)
+
     def losses(self, model, batch):
         if self.batches_trained == 0:
             # effdet's own bench, wrapped by nothing but DDP, on this process's half
             self.reference = DistributedDataParallel(copy.deepcopy(self.plain_model))
+            self.weights = copy.deepcopy(self.plain_model.state_dict())
             optimizer = create_optimizer_v2(
                 self.reference.module, opt="adamw", lr=self.optimizer.param_groups[0]["lr"],
                 weight_decay=self.hparams.weight_decay)
             self.reference(batch.images, batch.targets)["loss"].backward()
             dispatch_clip_grad(self.reference.parameters(), value=10.0)
             optimizer.step()
-        return super().losses(model, batch)
+        losses = super().losses(model, batch)
+        assert {{value.dtype for value in losses.values()}} == {{DTYPE}}
+        return losses
 
     def train_batch(self, batch, epoch_idx, batch_idx):
         result = super().train_batch(batch, epoch_idx, batch_idx)
         if self.batches_trained == 1:
             ours, theirs = self.plain_model.state_dict(), self.reference.module.state_dict()
             worst = max((ours[k].double() - theirs[k].double()).abs().max().item() for k in ours)
-            os.write(1, f"WORST {worst}\\n".encode())
+            step = max((ours[k].double() - self.weights[k].double()).abs().max().item() for k in ours)
+            os.write(1, f"WORST {{worst}} {{step}}\\n".encode())
         return result
 
-main(Probe)
+with computing_in(DTYPE):
+    main(Probe)
 """
     )
     config = run_config(searcher__max_length=2)
     done = run_model_def("train", config, "--output-dir", tmp_path / "run", processes=2, script=probe)
-    worst = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("WORST")]
-    assert len(worst) == 2
-    assert max(worst) < 1e-5
+    differences = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("WORST")]
+    assert len(differences) == 2
+    for worst, step in differences:
+        assert float(worst) < 1e-10
+        assert float(step) > 1e-4
 
 
 @pytest.mark.slow
