@@ -339,7 +339,7 @@ def test_sample_ours(state: SimpleNamespace) -> Any:
 def written_ours(state: SimpleNamespace) -> None:
     folder, again = (Path(tempfile.mkdtemp(dir=FOLDER)) for _ in range(2))
     state.trial.save_own_config(folder)
-    saved = Detectron2Trial.hyperparameters_of_checkpoint(folder)
+    saved = Detectron2Trial.hyperparameters_of_checkpoint(folder, vars(state.trial.hparams))
     read, written = load_config(Detectron2Hyperparameters(**saved), FOLDER), state.trial.detectron2_config
     if not isinstance(written.cfg, CfgNode):
         _check_parameters(written.cfg, read.cfg)

@@ -365,7 +365,7 @@ def test_sample_ours(state: SimpleNamespace) -> Any:
 def written_ours(state: SimpleNamespace) -> None:
     folder = Path(tempfile.mkdtemp(dir=FOLDER))
     state.trial.save_own_config(folder)
-    saved = MMDetectionTrial.hyperparameters_of_checkpoint(folder)
+    saved = MMDetectionTrial.hyperparameters_of_checkpoint(folder, vars(state.trial.hparams))
     read = load_mmdet_config(MMDetectionHyperparameters(**saved), folder)
     if read._cfg_dict.to_dict() != state.trial.mmdet_config._cfg_dict.to_dict():
         raise ValueError("what is read back is another config")

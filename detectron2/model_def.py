@@ -11,7 +11,7 @@ from shared.command_line import look_first
 look_first(__name__, Detectron2Hyperparameters)
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -109,11 +109,12 @@ class Detectron2Trial(DetectionTrial):
     warned_of_masks = False
     without_pretrained: ClassVar = {"use_pretrained": False, "weights": ""}
     python_attributes = PYTHON_STATE
+    optimizer_key = "optimizer of the Detectron2 config"
 
     # --- the config -----------------------------------------------------------------------------------
 
     @classmethod
-    def hyperparameters_of_checkpoint(cls, checkpoint: Path) -> dict[str, Any]:
+    def hyperparameters_of_checkpoint(cls, checkpoint: Path, own: Mapping[str, Any]) -> dict[str, Any]:
         config_file = str(config_of_checkpoint(checkpoint))
         return {**cls.without_pretrained, "config_file": config_file, "config_overrides": {}, "scale_schedule": False}
 

@@ -35,6 +35,8 @@ from shared.experiment import SplitData, parse_section
 from shared.launch import main
 from shared.training.trial import DetectionTrial
 
+# of PyTorch's ReduceLROnPlateau
+_PLATEAU_PROGRESS = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
 _SCHEDULES = ("cosine", "multistep", "plateau", "poly", "step", "tanh")
 
 
@@ -43,6 +45,7 @@ class EfficientDetTrial(DetectionTrial):
 
     hyperparameters_class = EfficientDetHyperparameters
     path_hyperparameters = ("pretrained",)
+    weights_key = "hyperparameters.pretrained"
     without_pretrained: ClassVar = {"pretrained": "none"}
     pretrained_categories: ClassVar = COCO_CATEGORIES
 
@@ -151,12 +154,24 @@ class EfficientDetTrial(DetectionTrial):
     def own_state(self) -> dict[str, Any]:
         if not self._has_plateaus:
             return {}
-        return {"plateaus": self.scheduler.lr_scheduler.state_dict(), "restore_lr": self.scheduler.restore_lr}
+        return {
+            "plateaus": self.scheduler.lr_scheduler.state_dict(),
+            "restore_lr": self.scheduler.restore_lr,
+            "metric": self.searcher_metric.name,
+            "lr": self.hparams.scaled_lr,
+        }
 
     def load_own_state(self, state: dict[str, Any]) -> None:
-        if self._has_plateaus and state:
-            self.scheduler.lr_scheduler.load_state_dict(state["plateaus"])
+        if not self._has_plateaus:
+            return
+        if not state or state.get("lr", self.hparams.scaled_lr) != self.hparams.scaled_lr:
+            self.scheduler.update_groups(self.scheduler.base_values)  # from another schedule, or another rate
+        else:
             self.scheduler.restore_lr = state["restore_lr"]
+        if state and state.get("metric", self.searcher_metric.name) == self.searcher_metric.name:
+            # its rules, such as the factor and the patience, are this run's
+            progress = {name: state["plateaus"][name] for name in _PLATEAU_PROGRESS if name in state["plateaus"]}
+            self.scheduler.lr_scheduler.load_state_dict(progress)
 
     def clip_gradients(self) -> Callable[[Any], None] | None:
         hparams = self.hparams

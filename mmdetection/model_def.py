@@ -11,7 +11,7 @@ from shared.command_line import look_first
 look_first(__name__, MMDetectionHyperparameters, MMDetectionData)
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -26,7 +26,6 @@ from torch.utils.data import Dataset
 
 from mmdetection_files import operations
 from mmdetection_files.config import (
-    RESOLVED_CONFIG,
     default_lengths,
     file_client_of,
     find_config,
@@ -36,11 +35,11 @@ from mmdetection_files.config import (
     leaves,
     load_mmdet_config,
     own_batch_size,
+    own_code,
     scale_lr,
     set_num_classes,
     set_paths,
     validation_times,
-    write_resolved,
 )
 from mmdetection_files.data import (
     PROPOSAL_CATEGORIES,
@@ -89,6 +88,7 @@ from mmdetection_files.model import (
 )
 from mmdetection_files.pixels import Normalization
 from mmdetection_files.receptive_field import init_receptive_fields, is_searching, write_structure
+from mmdetection_files.saved_config import RESOLVED_CONFIG, write_resolved
 from mmdetection_files.switches import take_up_switches
 from shared.config_file import find_path
 from shared.data.annotations import CocoAnnotations, check_same_categories
@@ -121,22 +121,23 @@ class MMDetectionTrial(DetectionTrial):
     data_class = MMDetectionData
     path_hyperparameters = ("config_file", "merge_config", "weights", "use_pretrained")
     python_attributes = PYTHON_STATE
+    optimizer_key = "optimizer of the MMDetection config"
     pretrained_categories: ClassVar = COCO_CATEGORIES
 
     # --- the config -----------------------------------------------------------------------------------
 
     @classmethod
-    def hyperparameters_of_checkpoint(cls, checkpoint: Path) -> dict[str, Any]:
+    def hyperparameters_of_checkpoint(cls, checkpoint: Path, own: Mapping[str, Any]) -> dict[str, Any]:
         if not (checkpoint / RESOLVED_CONFIG).is_file():
             raise UserError(f"{checkpoint} is no checkpoint of MMDetection's: it holds no {RESOLVED_CONFIG}")
         return {
             "config_file": str(checkpoint / RESOLVED_CONFIG),
             "merge_config": None,
-            "config_overrides": {},
             "override_mmdet_config": None,
             "weights": "",  # the checkpoint's own are loaded
             "use_pretrained": None,
             "scale_schedule": None,
+            **own_code(checkpoint, own, Path(__file__).parent),
         }
 
     @classmethod

@@ -8,8 +8,10 @@ import argparse
 import contextlib
 import dataclasses
 import logging
+import multiprocessing
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,7 +210,16 @@ def ended_by_errors() -> Iterator[None]:
         print(
             "stopped; a training goes on from its last checkpoint with --output-dir DIR --resume last", file=sys.stderr
         )
-        sys.exit(130)
+        _exit_at_once(128 + signal.SIGINT)
+
+
+def _exit_at_once(status: int) -> NoReturn:
+    """Ends the process without waiting for its threads: Python aborts where one still writes a checkpoint."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _end_with(error: Exception) -> NoReturn:

@@ -329,6 +329,8 @@ def _config_to_detect_with(
 ) -> tuple[dict[str, Any], Checkpoint | None]:
     """The config; its hyperparameters are the checkpoint's, with --set over them."""
     config = load_config(arguments.config, arguments.overrides)
+    config["hyperparameters"] = own = config.get("hyperparameters") or {}
+    make_paths_absolute(config, trial_class.path_hyperparameters)
     checkpoint = None
     if arguments.checkpoint:
         checkpoint = read_checkpoint(find_checkpoint(arguments.checkpoint))
@@ -340,8 +342,9 @@ def _config_to_detect_with(
         overridden = [o.split("=")[0].split(".")[1] for o in arguments.overrides if o.startswith("hyperparameters.")]
         config["hyperparameters"] = {
             **checkpoint.hparams,
-            **trial_class.hyperparameters_of_checkpoint(checkpoint.path),
-            **{name: config["hyperparameters"][name] for name in overridden},
+            **_own_imports(checkpoint, own),
+            **trial_class.hyperparameters_of_checkpoint(checkpoint.path, own),
+            **{name: own[name] for name in overridden},
         }
     else:
         config["hyperparameters"] = fixed_hyperparameters(config)
@@ -351,6 +354,22 @@ def _config_to_detect_with(
         config["hyperparameters"]["global_batch_size"] = -(-batch_size // slots) * slots  # any number of processes
     make_paths_absolute(config, trial_class.path_hyperparameters)
     return config, checkpoint
+
+
+def _own_imports(checkpoint: Checkpoint, own: dict[str, Any]) -> dict[str, list[str]]:
+    """The modules of the user's own config: a checkpoint imports nothing.
+
+    Raises:
+        UserError: the checkpoint names one that the user's config does not.
+    """
+    imports = own.get("custom_imports") or []
+    if unknown := [name for name in checkpoint.hparams.get("custom_imports") or [] if name not in imports]:
+        named = ", ".join(map(str, [*imports, *unknown]))
+        raise UserError(
+            f"hyperparameters.custom_imports: {checkpoint.path} names {', '.join(map(str, unknown))}, and a checkpoint "
+            f"imports nothing. Fix: if you trust it, --set 'hyperparameters.custom_imports=[{named}]'"
+        )
+    return {"custom_imports": imports} if imports else {}
 
 
 @contextlib.contextmanager

@@ -6,12 +6,15 @@ and the rename before anything old is deleted.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -26,16 +29,30 @@ def write_file(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written. The old content stays.
     """
+    with writing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """The same for content that is written in pieces; an error in the block leaves the old content."""
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
     try:
         with new.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
+            file.flush()
             _sync(file.fileno())
         new.replace(path)
     except BaseException:
         new.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def delete_unfinished(folder: Path) -> None:
+    """Deletes what a process that was killed in `writing` left in a folder where nobody else writes now."""
+    for path in folder.glob(".*.new"):
+        path.unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: str) -> None:

@@ -14,11 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from shared.config_file import fixed_hyperparameters, load_config, make_paths_absolute
-from shared.errors import UserError
 from shared.evaluation import visualization
 from shared.evaluation.data_report import save_page
 from shared.evaluation.evaluator import CocoEvaluator
@@ -27,16 +25,15 @@ from shared.evaluation.table import metrics_table
 from shared.experiment import SplitData, hang_minutes_of, per_slot_batch_size
 from shared.report.about import About, changed_keys, software, speed
 from shared.report.summary import summary_of
-from shared.training.checkpoint_folder import find_checkpoint
-from shared.training.checkpoints import load_weights, read_checkpoint
+from shared.training.checkpoint_to_resume import read_checkpoint_to_resume
 from shared.training.local_run import LocalRun, full_disk_as_error
 from shared.training.loggers import Loggers, keep_places
 from shared.training.loop import RunHasEnded, fit, trial_context
-from shared.training.manifest import check_manifest
-from shared.training.processes import first_on_each_machine, local_processes, on_chief
+from shared.training.processes import local_processes, on_chief
 from shared.training.progress import duration
 from shared.training.reports import picture_of_validation
-from shared.training.run_folder import OF_THE_RUN, RunFolder
+from shared.training.resume import check_resume
+from shared.training.run_folder import RunFolder
 from shared.training.trial import DetectionTrial
 
 logger = logging.getLogger(__name__)
@@ -59,8 +56,8 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
         folder = RunFolder(distributed.broadcast(output_dir).absolute())
         stack.callback(folder.free)
         on_chief(distributed, lambda: _take(folder, arguments.resume))
-        path = first_on_each_machine(distributed, lambda: _checkpoint_to_resume(arguments.resume, folder))
-        checkpoint = read_checkpoint(path) if path else None
+        stack.enter_context(full_disk_as_error(folder))
+        checkpoint = read_checkpoint_to_resume(distributed, arguments.resume, folder)
         on_chief(distributed, lambda: folder.prepare(source))
         keep_places()
         os.chdir(folder.code)  # what Determined copies into each checkpoint
@@ -69,7 +66,7 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
         with trial_context(config, distributed, device, first_batch) as context:
             trial = trial_class(context)
             if checkpoint:
-                load_weights(trial.plain_model, checkpoint.training_weights, checkpoint.path)
+                check_resume(trial, checkpoint)
             loggers = stack.enter_context(Loggers())
             names, goes_on = trial.hparams.loggers, checkpoint is not None
             on_chief(distributed, lambda: loggers.open(names, config, folder, goes_on))
@@ -77,7 +74,7 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
                 _begin_reports(trial, folder, config, checkpoint)
             trial.local_callbacks["local_run"] = LocalRun(trial, folder, loggers)
             started = time.monotonic()
-            with full_disk_as_error(folder), trial.stopping:
+            with trial.stopping:
                 # `best` needs a master; here every validated state is saved, and the best and the last are kept
                 policy = "none" if trial.schedule.checkpoint_policy == "none" else "all"
                 try:
@@ -107,27 +104,11 @@ def _take(folder: RunFolder, resume: str | None) -> None:
         folder.refuse_other_run()
 
 
-def _checkpoint_to_resume(resume: str | None, folder: RunFolder) -> Path | None:
-    if resume not in OF_THE_RUN:
-        return resume and find_checkpoint(resume)
-    checkpoint, best = folder.checkpoint(resume), folder.checkpoints / "best"
-    try:
-        if checkpoint is not None:
-            check_manifest(checkpoint)
-    except UserError as error:
-        if checkpoint == best or not best.exists():
-            raise
-        logger.warning("--resume %s: %s; going on from %s", resume, error, best)
-        return best
-    return checkpoint
-
-
 def _begin_reports(trial: DetectionTrial, folder: RunFolder, config: dict[str, Any], checkpoint: Any) -> None:
     if checkpoint:
         logger.info("going on after batch %d, from %s", checkpoint.batches, checkpoint.path)
-    folder.config.write_text(yaml.safe_dump(config, sort_keys=False))
-    length = {"batches": trial.total_batches, "batches_per_epoch": trial.batches_per_epoch}
-    folder.length.write_text(json.dumps(length))
+    folder.write_config(config)
+    folder.write_length(trial.total_batches, trial.batches_per_epoch)
     trial.save_own_config(folder.path)
     trial.tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=trial.first_batch + 1 if checkpoint else 0)
     opened = {"train": trial.train_data, "val": trial.val_data}
@@ -195,7 +176,7 @@ def _write_report(
 def _about(trial: DetectionTrial, folder: RunFolder, config: dict[str, Any], shipped: Path, seconds: float) -> About:
     from shared.report.plots import learning_curves
 
-    reports = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    reports = folder.reports()
     best = _validation_of("best", folder)
     return About(
         title=f"{config.get('name') or folder.path.name}: {shipped.parent.name}",
@@ -222,9 +203,7 @@ def _validation_of(checkpoint: str, folder: RunFolder) -> dict[str, Any] | None:
     metadata = folder.checkpoints / checkpoint / "metadata.json"
     if not metadata.exists():
         return None
-    batches = json.loads(metadata.read_text())["steps_completed"]
-    reports = map(json.loads, folder.metrics.read_text().splitlines())
-    return next((report for report in reports if (report["split"], report["batches"]) == ("val", batches)), None)
+    return folder.validation_after(json.loads(metadata.read_text())["steps_completed"])
 
 
 def _end_by_signal(trial: DetectionTrial, folder: RunFolder) -> None:

@@ -3,13 +3,16 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 # tiny tensors: several threads only wait for each other, and for the other processes' threads
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import psutil
 import pytest
 import yaml
 from tiny_models import efficientdet_config
@@ -135,6 +138,37 @@ def run_model_def(
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def start_run(config: Path, run: Path, processes: int = 1, resume: tuple = (), script: str | Path = "model_def.py"):
+    """Starts a training as `run_model_def` does, in a process group of its own, and does not wait for it."""
+    program = [sys.executable]
+    if processes > 1:
+        program += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.Popen(
+        [*program, str(script), "train", str(config), "--output-dir", str(run), *resume],
+        cwd=ROOT / "efficientdet",
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_batch(run: Path, process: subprocess.Popen, batch: int, limit: float = 120) -> None:
+    """Returns once a run has reported that batch or a later one."""
+    started = time.monotonic()
+    while not any(report["batches"] >= batch for report in (reports(run) if (run / "metrics.jsonl").exists() else ())):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() - started < limit
+        time.sleep(0.01)
+
+
+def kill_run(process: subprocess.Popen) -> None:
+    """Kills all of a run's processes: torchrun's are in sessions of their own."""
+    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+        victim.send_signal(signal.SIGKILL)
+    process.communicate()
 
 
 @pytest.fixture

@@ -42,6 +42,28 @@ def http_store(folder: Path):
 
 
 @contextlib.contextmanager
+def changing_store(contents: list[bytes], length: int | None = None):
+    """The URL of a web server that answers with each of the contents in turn, then with the last one.
+
+    Args:
+        length: what it says that they have; the connection ends where there is less.
+    """
+    left = list(contents)
+
+    class Changing(_Quiet):
+        def do_GET(self):
+            content = left.pop(0) if len(left) > 1 else left[0]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content) if length is None else length))
+            self.end_headers()
+            self.wfile.write(content)
+            self.close_connection = True
+
+    with _serving(Changing) as url:
+        yield url
+
+
+@contextlib.contextmanager
 def refusing():
     """The endpoint of a store that refuses everybody."""
 

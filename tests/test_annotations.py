@@ -246,6 +246,12 @@ def test_what_is_not_coco_is_refused(content, message, tmp_path):
         CocoAnnotations.open(path)
 
 
+def test_a_file_that_gzip_unpacks_without_end_is_refused(tmp_path):
+    (tmp_path / "a.json").write_bytes(gzip.compress(b" " * 2**22) * 64)
+    with pytest.raises(UserError, match=r"a.json: its .* bytes unpack with gzip to more than .* Fix: "):
+        CocoAnnotations.open(tmp_path / "a.json")
+
+
 @pytest.mark.parametrize("pack", [gzip.compress, lambda data: b"\xef\xbb\xbf" + data], ids=["gzip", "BOM"])
 def test_a_packed_file_and_one_with_a_mark_before_it_are_read(pack, coco, tmp_path):
     path = tmp_path / "a.json"

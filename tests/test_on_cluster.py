@@ -2,6 +2,8 @@
 
 import errno
 import math
+import os
+import pickle
 import sys
 import threading
 
@@ -11,6 +13,7 @@ from cluster_task import become_a_task
 from conftest import reports
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import efficientdet_config
+from torch.torch_version import TorchVersion
 
 from shared import launch
 from shared.training.checkpoints import load_state, read_checkpoint
@@ -108,6 +111,28 @@ def test_a_trial_that_the_searcher_has_stopped_trains_no_batch_after_that_valida
     assert list(master.of("validation")) == [4, 8]
     assert max(master.of("training")) == 8
     assert read_checkpoint(master.checkpoints[-1]).batches == 8
+
+
+class Harmful:
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("name", ["trial_state.pkl", "state_dict.pth"])
+def test_a_task_refuses_a_checkpoint_with_code(name, config, run_task, tmp_path, monkeypatch, caplog):
+    config["searcher"]["max_length"] = {"batches": 4}
+    saved = run_task(config).checkpoints[-1]
+    trace = tmp_path / "ran"
+    write = torch.save if name.endswith("pth") else lambda value, path: path.write_bytes(pickle.dumps(value))
+    write({"trial_id": Harmful(trace)}, saved / name)
+    config["searcher"]["max_length"] = {"batches": 8}
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.3.0a0+ebedce2"))  # of Determined's default image
+    assert run_task(config, latest_checkpoint=saved.name, steps_completed=4).exit_status == 1
+    assert f"{name} cannot be read" in caplog.text
+    assert not trace.exists()
 
 
 def test_a_restarted_task_goes_on_where_its_checkpoint_is(config, run_task, caplog):

@@ -5,9 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -53,27 +51,37 @@ def assert_tensors_and_little_more(folder):
     assert on_disk < size(state) + 3 * 2**19  # the code, and what a state dict is beside its tensors
 
 
+KILLED = """
+import sys; sys.path.insert(0, '.')
+import os, psutil, model_def
+from shared.launch import main
+from shared.training.trial import DetectionTrial
+
+ours = [each for each in vars(model_def).values() if getattr(each, "__module__", None) == "model_def"]
+(trial_class,) = [each for each in ours if isinstance(each, type) and issubclass(each, DetectionTrial)]
+
+class Killed(trial_class):
+    def after_batch(self, number):
+        super().after_batch(number)
+        if number == 6 and self.rank == 0:
+            self.saving.wait()
+            others = psutil.Process(os.getppid()).children() if self.slots > 1 else []
+            for process in [*others, psutil.Process()]:
+                process.kill()
+
+main(Killed)
+"""
+
+
 def kill_between_checkpoints(detector, config, run, processes):
-    """Starts a run and kills all of its processes after the checkpoint of batch 4."""
-    program = [sys.executable]
-    if processes > 1:
-        program += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    process = subprocess.Popen(
-        [*program, "model_def.py", "train", str(config), "--output-dir", str(run)],
-        cwd=ROOT / detector,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    started = time.time()
-    while not ((run / "checkpoints/last").exists() and reports(run)[-1]["batches"] >= 6):
-        assert process.poll() is None
-        assert time.time() - started < 120
-        time.sleep(0.01)
-    # torchrun's processes have sessions of their own
-    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
-        victim.send_signal(signal.SIGKILL)
-    process.wait()
-    assert reports(run)[-1]["batches"] < 12
+    """A run whose processes are all killed after batch 7, with a checkpoint of batch 4."""
+    script = run.parent / "code" / "killed.py"
+    script.parent.mkdir()
+    script.write_text(KILLED)
+    arguments = ("train", config, "--output-dir", run)
+    run_model_def(*arguments, processes=processes, cwd=ROOT / detector, script=script, check=False)
+    assert read_checkpoint(run / "checkpoints/last").batches == 4
+    assert reports(run)[-1]["batches"] == 6
 
 
 @pytest.fixture

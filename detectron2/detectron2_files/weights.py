@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
 from fvcore.common.checkpoint import _IncompatibleKeys
+from iopath.common.file_io import HTTPURLHandler
 from torch import nn
 
 from detectron2_files.config import shipped_configs
@@ -19,12 +21,24 @@ from shared.errors import UserError, nearest
 from shared.library import log_loaded
 from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import CATEGORIES_FILE, load_state, without_ddp
+from shared.training.downloads import downloaded
 
 logging.getLogger("fvcore.common.checkpoint").setLevel(logging.ERROR)  # a line for each weight
 logging.getLogger("detectron2.checkpoint").setLevel(logging.ERROR)
 
 # the layers whose size follows from the data's categories or keypoints
 _OF_CLASSES = ("cls_score", "bbox_pred", "predictor", "score_lowres", "cls_logits", "ctrness")
+
+
+class _Downloads(HTTPURLHandler):
+    """URLs, and what Detectron2 makes of `detectron2://` and `catalog://`. iopath keeps them by their path alone,
+    whatever the server, and keeps a part of a file too."""
+
+    def _get_local_path(self, path: str, force: bool = False, cache_dir: str | None = None, **kwargs: Any) -> str:
+        return str(downloaded(path))
+
+
+PathManager.register_handler(_Downloads(), allow_override=True)
 
 
 def zoo_weights(config: Path) -> str:

@@ -37,17 +37,21 @@ def model_config(hparams: EfficientDetHyperparameters, num_classes: int) -> Any:
         )
     config = get_efficientdet_config(hparams.model)
     if hparams.backbone is not None:
-        if not timm.is_model(hparams.backbone.split(".")[0]):
-            raise UserError(
-                f"hyperparameters.backbone: {hparams.backbone!r} is not a model of timm; "
-                f"{nearest(hparams.backbone, timm.list_models())}"
-            )
-        config.backbone_name = hparams.backbone
-        config.backbone_args = {}
+        config.backbone_name, config.backbone_args = hparams.backbone, {}
     for key, value in hparams.model_config.items():
         if key not in config:
             raise UserError(f"hyperparameters.model_config: unknown key {key!r}; {nearest(key, map(str, config))}")
         config[key] = value
+    if not timm.is_model(str(config.backbone_name).split(".")[0]):
+        raise UserError(
+            f"hyperparameters.backbone: {config.backbone_name!r} is not a model of timm; "
+            f"{nearest(str(config.backbone_name), timm.list_models())}"
+        )
+    if "checkpoint_path" in (config.backbone_args or {}):
+        raise UserError(
+            "hyperparameters.model_config: backbone_args.checkpoint_path is a file that timm may execute. Fix: remove "
+            "it, and give the detector's weights, hyperparameters.pretrained"
+        )
     config.num_levels = config.max_level - config.min_level + 1
     config.num_classes = num_classes
     if hparams.input_size is not None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import copy
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,21 @@ from mmcv.utils.config import DELETE_KEY
 from mmdet.datasets.builder import DATASETS
 from mmdet.utils import compat_cfg
 
+from mmdetection_files.saved_config import (
+    RESOLVED_CONFIG,
+    imported_modules,
+    places_of_code,
+    read_resolved,
+    shipped_teacher,
+)
 from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparameters
-from shared.config_file import find_path
+from shared.config_file import find_path, without_ranges
 from shared.data.input_scale import InputScale
 from shared.data.remote import is_url
 from shared.errors import UserError, nearest
 from shared.experiment import Length
 from shared.library import find_library_config, import_custom_modules
 
-RESOLVED_CONFIG = "mmdet_config.py"
 _WITH_REGISTRIES = (
     mmcv.cnn.bricks.registry,
     mmcv.runner.builder,
@@ -60,6 +66,7 @@ _ANY_NAME = "custom_keys"  # of an optimizer: parts of parameters' names, each w
 _OF_A_NAME = {"lr_mult", "decay_mult"}
 # what the builders and loaders take out of a section before they call its class
 _OF_THE_BUILDERS = {"type", "constructor", "paramwise_cfg", "samples_per_gpu", "workers_per_gpu"}
+_PATHS = ("ann_file", "img_prefix", "seg_prefix", "proposal_file")  # of a data set, below its data_root
 _SIZES = ("img_scale", "scale", "size", "crop_size", "input_size", "target_ratio", "ratio_range")
 
 
@@ -78,19 +85,7 @@ def load_mmdet_config(hparams: MMDetectionHyperparameters, submitted: Path) -> C
     Raises:
         UserError: a file is not found or not a config; a key merged in is unknown to what it is merged into.
     """
-    import_custom_modules(hparams.custom_imports)
-    path = find_config(hparams.config_file, submitted, "config_file")
-    config = read_resolved(path) if path.name == RESOLVED_CONFIG else _read(path, "config_file")
-    if hparams.merge_config is not None:
-        merged = find_config(hparams.merge_config, submitted, "merge_config")
-        read = dict(_read(merged, "merge_config")._cfg_dict)
-        _merge(config, read, "hyperparameters.merge_config", _variables(merged))
-    if hparams.config_overrides:
-        overrides = _expand(hparams.config_overrides)
-        _refuse_variables(overrides, path, hparams.overrides_key)
-        _merge(config, overrides, hparams.overrides_key, set())
-        _refuse_other_scaling(hparams, overrides)
-    _import_custom_modules(config)
+    config, path = _merged(hparams, submitted)
     if "model" not in config or "data" not in config:
         raise UserError(
             f"hyperparameters.config_file: {path} has no `model` and `data`; it is a part of configs, not a whole one"
@@ -99,10 +94,111 @@ def load_mmdet_config(hparams: MMDetectionHyperparameters, submitted: Path) -> C
         config = compat_cfg(config)
         config.data.pop("imgs_per_gpu", None)  # samples_per_gpu says it now, and both would be one too many
         _say_fp16_once(config)
+        _read_teacher(config)
         return config
     except (AssertionError, AttributeError, KeyError) as error:
         reason = str(error) or "runner.max_epochs and total_epochs, or what else is said twice, contradict each other"
         raise UserError(f"hyperparameters.config_file: {path}: {reason}") from error
+
+
+def _merged(hparams: MMDetectionHyperparameters, submitted: Path) -> tuple[Config, Path]:
+    """The config as it is merged, its modules imported, and the path of `config_file`."""
+    modules = import_custom_modules(hparams.custom_imports)
+    path = find_config(hparams.config_file, submitted, "config_file")
+    is_saved = path.name == RESOLVED_CONFIG
+    config = read_resolved(path) if is_saved else _read(path, "config_file")
+    saved = deepcopy(config) if is_saved else None
+    if is_saved:
+        config.pop("custom_imports", None)
+        if (teacher := _at(config._cfg_dict, ("model", "teacher_config"))) and isinstance(teacher, str):
+            config.model.teacher_config = str(shipped_teacher(teacher, shipped_configs()) or teacher)
+    own = []
+    if hparams.merge_config is not None:
+        merged = find_config(hparams.merge_config, submitted, "merge_config")
+        own.append(dict(_read(merged, "merge_config")._cfg_dict))
+        _merge(config, own[-1], "hyperparameters.merge_config", _variables(merged))
+    if hparams.config_overrides:
+        own.append(_expand(hparams.config_overrides))
+        _refuse_variables(own[-1], path, hparams.overrides_key)
+        _merge(config, own[-1], hparams.overrides_key, set())
+        _refuse_other_scaling(hparams, own[-1])
+    _import_custom_modules(config)
+    if saved is not None:
+        names = [module.__name__ for module in modules] + imported_modules(config)
+        _refuse_code(path, saved, config, own, names)
+    return config, path
+
+
+def _refuse_code(path: Path, saved: Config, config: Config, own: list[dict[str, Any]], imported: list[str]) -> None:
+    """Raises UserError if a saved config names code that the user does not name too.
+
+    Args:
+        saved: as it is in the file; config: with what the user merged over it.
+        own: what the user merged; imported: the modules that the user imported.
+    """
+    if unknown := [name for name in imported_modules(saved) if name not in imported]:
+        raise UserError(
+            f"{path}: custom_imports names {', '.join(unknown)}, and a checkpoint imports nothing. Fix: if you trust "
+            f"{'them' if len(unknown) > 1 else 'it'}, name {'them' if len(unknown) > 1 else 'it'} in your config, "
+            f"hyperparameters.custom_imports: [{', '.join(unknown)}]"
+        )
+    before = {place for place, _ in places_of_code(saved._cfg_dict, shipped_configs())}
+    for place, value in places_of_code(config._cfg_dict, shipped_configs()):
+        if place in before and all(_at(section, place) is None for section in own):
+            raise UserError(
+                f"{path}: {'.'.join(place)} names {value!r}, which MMDetection would execute, unpickle or write, and a "
+                "checkpoint names no such file. Fix: if you trust it, name it in your config, "
+                f"hyperparameters.config_overrides: {{{'.'.join(place)}: {value}}}"
+            )
+
+
+def own_code(checkpoint: Path, own: Mapping[str, Any], submitted: Path) -> dict[str, Any]:
+    """The hyperparameters that say which code a checkpoint's config may use: that of the user's own config.
+
+    Args:
+        own: the hyperparameters of the user's experiment config.
+
+    Raises:
+        UserError: the checkpoint names code, and the user's own config cannot be read.
+    """
+    modules = list(own.get("custom_imports") or [])
+    saved = read_resolved(checkpoint / RESOLVED_CONFIG)
+    places = [place for place, _ in places_of_code(saved._cfg_dict, shipped_configs())]
+    overrides: dict[str, Any] = {}
+    if (places or imported_modules(saved)) and "config_file" in own:
+        names = ("config_file", "merge_config", "config_overrides", "override_mmdet_config", "custom_imports")
+        fixed = without_ranges({name: own[name] for name in names if own.get(name)}, lambda *_: None)
+        config, _ = _merged(MMDetectionHyperparameters(**fixed), submitted)
+        modules += imported_modules(config)
+        for place in places:
+            if (value := _at(config._cfg_dict, place)) is not None:
+                *sections, key = place
+                if key in _PATHS and isinstance(value, str):
+                    value = os.path.join(_at(config._cfg_dict, (*sections, "data_root")) or "", value)
+                section = overrides
+                for part in sections:
+                    section = section.setdefault(part, {})
+                section[key] = value
+    return {"custom_imports": modules, "config_overrides": overrides}
+
+
+def _at(section: Any, place: Sequence[str]) -> Any:
+    """The value at keys and positions below a section; None where there is none."""
+    return functools.reduce(_item, place, section)
+
+
+def _read_teacher(config: Config) -> None:
+    """A distilling detector's teacher, which may be the name of a file, as a section."""
+    name = config.model.get("teacher_config")
+    if isinstance(name, str):
+        own = Path(name) if Path(name).is_file() else None
+        path = own or shipped_teacher(name, shipped_configs())
+        if path is None:
+            raise UserError(
+                f"model.teacher_config: {name} is no file, and no config that mmdet ships. Fix: give the path of the "
+                "teacher's config"
+            )
+        config.model.teacher_config = ConfigDict(model=_read(path, "config_file").model)
 
 
 def find_config(name: str, submitted: Path, key: str) -> Path:
@@ -186,26 +282,6 @@ def _import_custom_modules(config: Config) -> None:
         ) from error
 
 
-def write_resolved(config: Config, folder: Path) -> None:
-    """The resolved config as a file that MMDetection reads too, of literals only."""
-    plain = config._cfg_dict.to_dict()
-    lines = [f"{name} = {value!r}\n" for name, value in plain.items()]
-    (folder / RESOLVED_CONFIG).write_text("".join(lines))
-
-
-def read_resolved(path: Path) -> Config:
-    """What `write_resolved` wrote, without executing it.
-
-    Raises:
-        UserError: it holds more than literals.
-    """
-    try:
-        statements = ast.parse(path.read_text()).body
-        return Config({statement.targets[0].id: ast.literal_eval(statement.value) for statement in statements})
-    except (SyntaxError, ValueError, AttributeError, OSError) as error:
-        raise UserError(f"{path} is not a resolved config of this project: {error}") from error
-
-
 def _expand(dotted: Mapping[str, Any]) -> dict[str, Any]:
     """{"a.b": 1} as {"a": {"b": 1}}; as MMDetection's --cfg-options, not below the first level. What stands in
     `custom_keys` is a part of a parameter's name, which may have dots: custom_keys.backbone.layer1.lr_mult."""
@@ -222,7 +298,7 @@ def _expand(dotted: Mapping[str, Any]) -> dict[str, Any]:
         for part in sections:
             section = section.setdefault(part, {})
         both = isinstance(value, Mapping) and isinstance(section.get(last), dict)
-        section[last] = {**section[last], **value} if both else copy.deepcopy(value)
+        section[last] = {**section[last], **value} if both else deepcopy(value)
     return expanded
 
 
@@ -567,7 +643,7 @@ def set_paths(config: Config, data: MMDetectionData, submitted: Path) -> None:
             found[0].pop("data_root", None)
         for leaf in found:
             root = leaf.pop("data_root", None) or ""
-            for key in ("ann_file", "img_prefix", "seg_prefix", "proposal_file"):
+            for key in _PATHS:
                 if key == "img_prefix" and data.file_client is not None:  # a key of the client's, as lmdb's
                     leaf[key] = os.path.join(root, leaf.get(key) or "")
                 elif leaf.get(key):
@@ -645,7 +721,8 @@ def _heads(section: Any, name: str = "model") -> Iterator[tuple[str, ConfigDict]
         if name.endswith("_head"):
             yield name, section
         for key, value in section.items():
-            yield from _heads(value, key)
+            if key != "teacher_config":  # which stays as it was trained
+                yield from _heads(value, key)
 
 
 _OBJECT_HEADS = ("bbox_head", "mask_head", "point_head", "mask_iou_head", "segm_head")

@@ -19,6 +19,7 @@ from torch import nn
 from mmdetection_files.config import runner_type
 from mmdetection_files.receptive_field import DilationSearch
 from shared.errors import UserError
+from shared.training.averaging import AveragedWeights
 
 logger = logging.getLogger(__name__)
 
@@ -168,25 +169,24 @@ def mode_switch(config: Config, total_epochs: int) -> tuple[int, Sequence[str]] 
     return (epoch, tuple(skipped)) if epoch >= 0 else None
 
 
-class MomentumEma:
+class MomentumEma(AveragedWeights):
     """The averaged weights of mmcv's and mmdet's EMA hooks, by the hook's own momentum.
 
-    Attributes:
-        module: the averaged model.
+    The hooks count the run's steps, also those before a resume that switched the average on.
     """
 
-    def __init__(self, model: nn.Module, hook: dict[str, Any], first_batch: int):
+    def __init__(self, model: nn.Module, hook: dict[str, Any], steps: int):
         arguments = {key: value for key, value in hook.items() if key not in ("type", "priority", "resume_from")}
         self.hook = HOOKS.get(hook["type"])(**arguments)
         self.is_mmcv = hook["type"] == "EMAHook"
-        self.module = deepcopy(model).eval()
-        for parameter in self.module.parameters():
-            parameter.requires_grad_(False)
-        self.batch = first_batch
+        super().__init__(model, 1 - self.hook.momentum, steps)
+
+    def begin(self, model: nn.Module) -> None:
+        self.module.load_state_dict(model.state_dict())
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        number, self.batch = self.batch, self.batch + 1
+        number, self.steps = self.steps, self.steps + 1
         momentum = self._momentum(number)
         if momentum is None:
             return

@@ -16,7 +16,7 @@ import mmcv.runner
 import mmdet.core
 import torch
 import yaml
-from mmcv import Config, ConfigDict
+from mmcv import Config
 from mmcv.runner import fp16_utils, wrap_fp16_model
 from mmdet.core.anchor import AnchorGenerator, MlvlPointGenerator
 from mmdet.models import build_detector
@@ -49,8 +49,6 @@ def build_model(config: Config, initialize: bool, half: bool = False) -> nn.Modu
     Raises:
         UserError: the config does not make a detector, or the backbone's weights cannot be had.
     """
-    if isinstance(config.model.get("teacher_config"), str):
-        config.model.teacher_config = _teacher(config.model.teacher_config)
     # a copy: the config that is kept in checkpoints is that of any number of processes
     section = config.model if torch.distributed.is_initialized() else _normalized_alone(config.model)
     try:
@@ -142,13 +140,6 @@ def _normalized_alone(section: Any) -> Any:
     return copied
 
 
-def _teacher(name: str) -> str:
-    """The config of a distilling detector's teacher: MMDetection's own say where it is from the root of its
-    repository."""
-    shipped = shipped_configs() / name.removeprefix("configs/")
-    return str(shipped) if shipped.is_file() and not Path(name).is_file() else name
-
-
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The config's optimizer, by mmcv's constructors and MMDetection's own.
 
@@ -168,11 +159,12 @@ def without_pretrained_backbone(config: Config) -> None:
         if isinstance(section, (list, tuple)):
             for part in section:
                 visit(part)
-        elif isinstance(section, ConfigDict):
-            if _is_pretrained(section.get("init_cfg")):
-                section.init_cfg = None
+        elif isinstance(section, dict):
+            for key in ("init_cfg", "override"):
+                if _is_pretrained(section.get(key)):
+                    section[key] = None
             if "pretrained" in section and "type" in section:
-                section.pretrained = None
+                section["pretrained"] = None
             for value in section.values():
                 visit(value)
 

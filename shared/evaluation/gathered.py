@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shared.durable import writing
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 
@@ -123,13 +124,11 @@ class GatheredDetections:
 
 
 def save_detections(path: Path, found: GatheredDetections, category_names: Sequence[str]) -> None:
-    """As an npz file, which is whole or not there; `images` and `skipped` of `found` are ids."""
+    """Writes an npz file as a whole; `images` and `skipped` of `found` are ids."""
     arrays = {name: value for name, value in vars(found).items() if value is not None}
     names = np.frombuffer(json.dumps(list(category_names)).encode(), np.uint8)
-    new = path.with_name(f".{path.name}.new")
-    with new.open("wb") as file:
+    with writing(path) as file:
         np.savez(file, category_names=names, **arrays)
-    new.replace(path)
 
 
 def load_detections(path: Path) -> tuple[GatheredDetections, list[str]]:

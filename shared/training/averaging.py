@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ class AveragedWeights:
 
     Args:
         decay: of the average, in [0, 1).
-        steps: optimizer steps that were taken before this start.
+        steps: optimizer steps that it has averaged before this start.
 
     Attributes:
         module: the averaged model, in evaluation mode.
@@ -31,6 +33,20 @@ class AveragedWeights:
         self._copied = [name.rpartition(".") for name in state if not state[name].is_floating_point()]
         self._own_modules = _modules(self.module)
         self._modules_of: tuple[nn.Module | None, dict[str, nn.Module]] = (None, {})
+
+    def begin(self, model: nn.Module) -> None:
+        """Starts the average from the model's weights, and its decay's warm-up too."""
+        self.module.load_state_dict(model.state_dict())
+        self.steps = 0
+
+    def load(self, weights: Mapping[str, Any], steps: int | None) -> None:
+        """Continues the average of a checkpoint.
+
+        Args:
+            steps: that it has averaged; None in older checkpoints, whose average began with the run.
+        """
+        self.module.load_state_dict(weights)
+        self.steps = self.steps if steps is None else steps
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

@@ -7,8 +7,10 @@ import tempfile
 import uuid
 from pathlib import Path
 
-from shared.data.once import once, user_cache
+from shared.data.once import once
+from shared.durable import replace_folder
 from shared.errors import UserError
+from shared.training.downloads import private_cache
 
 
 def find_checkpoint(name: str) -> Path:
@@ -54,13 +56,7 @@ def _example(path: Path) -> str:
 def _downloaded(checkpoint: str) -> Path:
     """The folder of a cluster's checkpoint in the user's cache, downloaded once. A download that is cut off is never
     there, and nobody else can put weights in its place."""
-    try:
-        folder = (user_cache() or Path(tempfile.mkdtemp())) / "detection_checkpoints"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
-            raise UserError(f"{folder} is another user's; set XDG_CACHE_HOME to a folder of yours")
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be made a folder ({error.strerror}); set XDG_CACHE_HOME") from error
+    folder = private_cache("detection_checkpoints")
     place = folder / checkpoint
 
     def find() -> Path | None:
@@ -75,6 +71,7 @@ def _downloaded(checkpoint: str) -> Path:
             except Exception as error:  # the SDK has no base class for what the network and the master answer
                 master = os.environ["DET_MASTER"]
                 raise UserError(f"checkpoint {checkpoint} cannot be had from {master}: {error}") from error
-            return Path(aside, checkpoint).rename(place)
+            replace_folder(Path(aside, checkpoint), place)
+        return place
 
     return once([folder / f"{checkpoint}.lock"], find, make)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
-import urllib.error
+import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from torch import nn
 
 from shared.errors import UserError
 from shared.training.checkpoint_folder import find_checkpoint
+from shared.training.downloads import downloaded, forget
 from shared.training.manifest import check_manifest
+from shared.training.torch_file import read_torch_file
 
 CATEGORIES_FILE = "categories.json"
 
@@ -31,6 +34,8 @@ class Checkpoint:
         config: the experiment config; hparams: its hyperparameters, as the run had them.
         categories: COCO categories; the position is the label.
         batches: trained so far.
+        optimizer_groups: the parameter groups of the optimizer's state.
+        training: what `CheckpointedState` keeps, without the averaged weights.
     """
 
     path: Path
@@ -40,6 +45,8 @@ class Checkpoint:
     hparams: dict[str, Any]
     categories: list[dict]
     batches: int
+    optimizer_groups: list[dict[str, Any]]
+    training: dict[str, Any]
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -50,13 +57,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     check_manifest(path)
     state = load_state(path / "state_dict.pth")
-    for pickled in path.glob("*.pkl"):  # Determined's own, which it unpickles when a run goes on
-        _refuse_code(pickled)
+    refuse_code_in_pickles(path)
     try:
         load_data = json.loads((path / "load_data.json").read_text())
         metadata = json.loads((path / "metadata.json").read_text())
         training_weights = without_ddp(state["models_state_dict"][0])
-        averaged = state["callbacks"]["training"]["ema"]
+        training = dict(state["callbacks"]["training"])
+        averaged = training.pop("ema")
         return Checkpoint(
             path=path,
             weights=training_weights if averaged is None else averaged,
@@ -65,6 +72,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             hparams=load_data["hparams"],
             categories=json.loads((path / CATEGORIES_FILE).read_text()),
             batches=int(metadata["steps_completed"]),
+            optimizer_groups=state["optimizers_state_dict"][0]["param_groups"],
+            training=training,
         )
     except (OSError, KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{path} is not a checkpoint of this project, or is not whole: {error!r}") from error
@@ -77,12 +86,20 @@ def load_state(path: Path) -> dict[str, Any]:
         UserError: the file is cut off or would execute code.
     """
     try:
+        if not _loads_weights_only():
+            return read_torch_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # a file that is cut off or hostile fails in many ways
+        called = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own words advise to execute it
+        reason = f"it calls {called[1]}" if called else str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
             f"{path} cannot be read as weights ({reason}); it is cut off, or holds more than tensors"
         ) from (error)
+
+
+def _loads_weights_only() -> bool:
+    """Whether `torch.load(weights_only=True)` executes nothing: before 2.6 it does (CVE-2025-32434)."""
+    return torch.__version__ >= "2.6"
 
 
 class _PlainValues(pickle.Unpickler):
@@ -90,12 +107,34 @@ class _PlainValues(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it calls {module}.{name}")
 
 
-def _refuse_code(path: Path) -> None:
+def refuse_code_in_pickles(checkpoint: Path) -> None:
+    """Raises UserError if a checkpoint's own pickles, which Determined reads at a resume, hold more than plain
+    values."""
+    for path in checkpoint.glob("*.pkl"):
+        try:
+            with path.open("rb") as file:
+                _PlainValues(file).load()
+        except Exception as error:  # a pickle that is cut off or hostile fails in many ways
+            raise UserError(
+                f"{path} cannot be read ({error}); it is cut off, or holds more than plain values"
+            ) from error
+
+
+@contextlib.contextmanager
+def plain_values_only(checkpoint: Path) -> Iterator[None]:
+    """Lets Determined read a checkpoint without executing what it holds: before torch 2.6, its `torch.load` would.
+
+    Raises:
+        UserError: it holds more than tensors and plain values.
+    """
+    refuse_code_in_pickles(checkpoint)
+    load = torch.load
+    if not _loads_weights_only():
+        torch.load = lambda path, map_location=None: load_state(Path(path))
     try:
-        with path.open("rb") as file:
-            _PlainValues(file).load()
-    except Exception as error:  # a pickle that is cut off or hostile fails in many ways
-        raise UserError(f"{path} cannot be read ({error}); it is cut off, or holds more than plain values") from error
+        yield
+    finally:
+        torch.load = load
 
 
 def read_weights(source: str, key: str, choices: str) -> tuple[Mapping[str, Any], Checkpoint | None]:
@@ -110,20 +149,48 @@ def read_weights(source: str, key: str, choices: str) -> tuple[Mapping[str, Any]
     """
     if "://" in source:
         try:
-            return torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True), None
-        except (OSError, urllib.error.URLError, RuntimeError) as error:
+            return read_url(source), None
+        except OSError as error:
             raise UserError(f"{key}: {source} cannot be had: {error}") from error
     if Path(source).is_file():
-        if source.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(source), None
-        return load_state(Path(source)), None
+        return read_weights_file(Path(source)), None
     try:
         checkpoint = read_checkpoint(find_checkpoint(source))
     except UserError as error:
         raise UserError(f"{key}: {error}. Give {choices}, a file, a URL or a checkpoint") from error
     return checkpoint.weights, checkpoint
+
+
+def read_url(url: str) -> Mapping[str, Any]:
+    """The weights of a URL. A download that cannot be read is deleted.
+
+    Raises:
+        OSError: it cannot be had.
+        UserError: it is cut off, or holds code.
+    """
+    path = downloaded(url)
+    try:
+        return read_weights_file(path)
+    except UserError:
+        forget(url)
+        raise
+
+
+def read_weights_file(path: Path) -> Mapping[str, Any]:
+    """The weights of a file: safetensors, or what `torch.save` wrote.
+
+    Raises:
+        UserError: it is cut off, or holds code.
+    """
+    if path.suffix != ".safetensors":
+        return load_state(path)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as weights ({error}); it is cut off, or no safetensors") from error
 
 
 def without_ddp(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import math
-import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -42,10 +40,17 @@ class LocalRun(PyTorchCallback):
             folder.forget_metrics_after(trial.first_batch or -1)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_at": self.best_at}
+        return {"metric": self.trial.searcher_metric.name, "best": self.best, "best_at": self.best_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        metric = self.trial.searcher_metric.name
         self.best, self.best_at = state["best"], state["best_at"]
+        if state.get("metric") != metric:  # older checkpoints do not name it
+            report = self.folder.validation_after(self.best_at)
+            of_metric = report and report["metrics"].get(metric)
+            if of_metric is not None or "metric" in state:
+                self.best = of_metric
+                logger.info("the best %s so far: %s", metric, "unknown" if of_metric is None else of_metric)
 
     def on_training_workload_end(self, avg_metrics: dict[str, Any], batch_metrics: list) -> None:
         if self.trial.report_is_whole():
@@ -80,7 +85,7 @@ class LocalRun(PyTorchCallback):
             # before `last`: killed in between, the resumed run comes by here again
             copy = self.folder.saving / "best"
             shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(saved, copy, copy_function=_link_or_copy)
+            shutil.copytree(saved, copy)  # no links: damage to one must leave the other
             self.folder.replace("best", copy)
         self.folder.replace("last", saved)
 
@@ -93,14 +98,13 @@ class LocalRun(PyTorchCallback):
         if not self.chief:
             return
         plain = for_json(metrics)
-        with self.folder.metrics.open("a") as file:
-            file.write(json.dumps({"batches": self.trial.batches_trained, "split": split, "metrics": plain}) + "\n")
+        self.folder.append_report(self.trial.batches_trained, split, plain)
         self.loggers.report(self.trial.batches_trained, split, plain)
 
 
 @contextlib.contextmanager
 def full_disk_as_error(folder: RunFolder) -> Iterator[None]:
-    """Raises UserError where a checkpoint or a report cannot be written."""
+    """Raises UserError if a checkpoint, a report or another file of the run cannot be written."""
     print_of_thread = threading.excepthook
     # TensorBoard's thread: what it raises there is raised here too, at the next report
     threading.excepthook = lambda ended: None if _is_of_disk(ended.exc_value) else print_of_thread(ended)
@@ -116,8 +120,8 @@ def full_disk_as_error(folder: RunFolder) -> Iterator[None]:
         free = shutil.disk_usage(folder.path).free / 2**20
         reason = error.strerror if of_disk else "a checkpoint was not written to its end"
         raise UserError(
-            f"{folder.path} cannot be written ({reason}; {free:,.0f} MiB are free there). The checkpoints that it "
-            "holds are whole: make room, and go on with --resume last"
+            f"--output-dir: {folder.path} cannot be written ({reason}; {free:,.0f} MiB are free there). Its "
+            "checkpoints are complete. Fix: make room, and run the same command with --resume auto"
         ) from error
     finally:
         threading.excepthook = print_of_thread
@@ -125,10 +129,3 @@ def full_disk_as_error(folder: RunFolder) -> Iterator[None]:
 
 def _is_of_disk(error: BaseException | None) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)  # best and last are the same bytes: one copy on the disk
-    except OSError:
-        shutil.copy2(source, target)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from shared.durable import write_file
 from shared.errors import UserError
 from shared.training.mlflow_run import MlflowRun
 from shared.training.run_folder import RunFolder
@@ -86,7 +87,7 @@ class Loggers:
             self._opened.append(_Background(name, run))
             ids[name] = run.id
             logger.info("%s: %s", name, run.place)
-        folder.loggers.write_text(json.dumps(ids))
+        write_file(folder.loggers, json.dumps(ids))
 
     def report(self, batches: int, split: str, metrics: dict[str, float | None]) -> None:
         """A line of metrics.jsonl: its names below `train/` or `val/`; what is null there is left out."""

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import determined as det
@@ -17,7 +18,10 @@ from determined.core import DistributedContext
 
 from shared.errors import UserError
 from shared.experiment import Length, Schedule
+from shared.training.checkpoints import plain_values_only, read_checkpoint
 from shared.training.hang import Phase
+from shared.training.manifest import write_manifest
+from shared.training.resume import check_resume
 from shared.training.saving import HostCopy, Snapshot, checkpoint_state
 
 if TYPE_CHECKING:
@@ -193,6 +197,7 @@ class _Batches(Container):
 class _Loop(pytorch._PyTorchTrialController):
     """What Determined's loop lacks (it has no public name, and no other place to put this):
 
+    - it executes what a checkpoint's pickles hold;
     - off the cluster it counts from 0 after a resume: here it takes up whatever checkpoint it is given;
     - it trains on after a resume without the validation that a stop cut short;
     - it hears of the searcher's decision at a later report only, and of a signal never;
@@ -206,6 +211,12 @@ class _Loop(pytorch._PyTorchTrialController):
         super().__init__(**arguments)
         self.callbacks = {"cut_validation": _CutValidation(self.trial), **self.callbacks}
         self.host_copy = HostCopy()
+
+    def _load(self, load_path: Path) -> None:
+        if not self.local_training:  # elsewhere `train` checks it before it writes anything
+            check_resume(self.trial, read_checkpoint(Path(load_path)))
+        with plain_values_only(load_path):
+            super()._load(load_path)
 
     def _load_state(self, state: dict[str, Any]) -> None:
         super()._load_state({**state, "trial_id": self.trial_id} if self.local_training else state)
@@ -239,10 +250,11 @@ class _Loop(pytorch._PyTorchTrialController):
     def _why_it_has_ended(self) -> str | None:
         """Why there is nothing to train after the checkpoint, and what to give to go on; None where there is."""
         batches, trial = self.state.batches_trained, self.trial
-        if batches >= trial.periods.total and self._validation_is_current():
+        total = trial.periods.total
+        if batches > total or (batches == total and self._validation_is_current()):
             return (
-                f"has been trained for {batches} batches, and searcher.max_length is {trial.periods.total}; give a "
-                "greater one to go on"
+                f"has been trained for {batches} batches, and searcher.max_length is {total}; give a greater one to "
+                "go on"
             )
         if why := trial.patience.why_over():
             return (
@@ -301,6 +313,7 @@ class _Loop(pytorch._PyTorchTrialController):
             snapshot.write(path, on_cluster=not self.local_training)
             for callback in self.callbacks.values():
                 callback.on_checkpoint_write_end(str(path))
+            write_manifest(path, metadata["steps_completed"])
         for callback in self.callbacks.values():
             callback.on_checkpoint_upload_end(uuid=storage_id)
 

@@ -170,6 +170,14 @@ def first_on_each_machine(distributed: DistributedContext, function: Callable[[]
     return result if is_first else function()
 
 
+def on_every_rank(distributed: DistributedContext, function: Callable[[], T]) -> T:
+    """`function` on each rank. If it raises UserError on one of them, every rank raises that error."""
+    result, error = _attempt(function)
+    if errors := [each for each in distributed.allgather(error) if each is not None]:
+        raise UserError(errors[0])
+    return result
+
+
 def _attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
     try:
         return function(), None

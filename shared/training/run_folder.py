@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import yaml
+
+from shared.durable import append_line, delete_unfinished, replace_folder, restore_folder, write_file
 from shared.errors import UserError
 
 OF_THE_RUN = ("last", "best", "auto")  # what --resume may say of the folder's own checkpoints
@@ -46,15 +50,27 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._locked = self._lock.open("a")
-            # this kind of lock is not the loader workers' too, which may outlive the process for some seconds
-            fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            if self._locked is None:
-                raise UserError(f"--output-dir: {self.path} cannot be written: {error.strerror}") from error
-            raise UserError(f"--output-dir: a run is going on in {self.path}; wait for it, or name another") from error
+            lock = self._lock.open("a")
+        except PermissionError as error:
+            raise UserError(f"--output-dir: {self.path} cannot be written: {error.strerror}") from error
         except OSError as error:
             raise UserError(f"--output-dir: {self.path} cannot be made a folder: {error.strerror}") from error
+        try:
+            # this kind of lock is not the loader workers' too, which may outlive the process for some seconds
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise UserError(f"--output-dir: a run is going on in {self.path}; wait for it, or name another") from error
+        if not self._is_lock(lock):  # the process that had it has just deleted the folder, see `free`
+            lock.close()
+            return self.take()
+        self._locked = lock
+
+    def _is_lock(self, file: IO) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), self._lock.stat())
+        except FileNotFoundError:
+            return False
 
     def wait_until_free(self, seconds: float) -> None:
         """Until no run goes on in the folder any more, or so long."""
@@ -72,71 +88,81 @@ class RunFolder:
         return json.loads(self.length.read_text())["batches"]
 
     def free(self) -> None:
-        """Lets others have the folder; one that was made for a run that never began goes."""
+        """Lets others have the folder; one that was made for a run that never began is deleted."""
         if self._locked is not None:
-            self._locked.close()
             if self._is_new and not self.config.exists():
-                shutil.rmtree(self.path, ignore_errors=True)
+                shutil.rmtree(self.path, ignore_errors=True)  # while it is locked: nobody else has begun in it
+            self._locked.close()
+            self._locked = None
 
     def holds_a_run(self) -> bool:
         # a folder that was made before the config was found wrong holds none
         return self.metrics.exists() or any((self.checkpoints / name).exists() for name in ("best", "last"))
 
-    def checkpoint(self, which: str) -> Path | None:
-        """A checkpoint of the run, "last" or "best"; of "auto" the last that there is, and None where there is none.
+    def checkpoints_to_resume(self, which: str) -> list[Path]:
+        """The run's checkpoints that `--resume last`, `best` or `auto` may read: the first complete one counts.
 
         Raises:
-            UserError: it has none of that name.
+            UserError: `last` or `best` is asked for, and there is none.
         """
         # a run killed in its first save may have `best` alone: `last` would be the same
-        found = [self.checkpoints / name for name in (("last", "best") if which == "auto" else (which,))]
-        found = [path for path in found if path.exists()]
+        names = ("best",) if which == "best" else ("last", "best")
+        found = [path for name in names if (path := self.checkpoints / name).exists()]
         if not found and which != "auto":
             raise UserError(f"--resume {which}: {self.path} has no checkpoint yet; leave --resume out and start anew")
-        return found[0] if found else None
+        return found
 
     def prepare(self, source: Path) -> None:
         """Makes the folders, clears what a killed run left half-written, and copies the code in `source`."""
         self.restore_interrupted_rename()
+        delete_unfinished(self.path)
         for leftover in (self.saving, self.code):
             shutil.rmtree(leftover, ignore_errors=True)
-        (self.saving / "determined").mkdir(parents=True)
+        (self.saving / "determined").mkdir(parents=True, exist_ok=True)
         _copy_sources(source, self.code)
 
     def restore_interrupted_rename(self) -> None:
-        """A run killed between the two renames of `replace` has the checkpoint aside: put it back."""
+        """Puts back a checkpoint that a run killed in `replace` left under another name."""
         for name in ("best", "last"):
-            aside = self.checkpoints / f".{name}.old"
-            if aside.exists() and not (self.checkpoints / name).exists():
-                aside.rename(self.checkpoints / name)
-            shutil.rmtree(aside, ignore_errors=True)
+            restore_folder(self.checkpoints / name)
 
     def saved(self, storage_id: str) -> Path:
         """Where Determined put a checkpoint: it stores under XDG_DATA_HOME, which the launcher sets."""
         return self.saving / "determined" / storage_id
 
     def replace(self, name: str, new: Path) -> None:
-        """Puts the checkpoint folder `new` in the place of `best` or `last`, by renaming."""
-        place, aside = self.checkpoints / name, self.checkpoints / f".{name}.old"
-        if place.exists():
-            place.rename(aside)
-        new.rename(place)
-        shutil.rmtree(aside, ignore_errors=True)
+        """Puts the checkpoint folder `new` in the place of `best` or `last`, once all of it is on the disk."""
+        replace_folder(new, self.checkpoints / name)
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        write_file(self.config, yaml.safe_dump(config, sort_keys=False))
+
+    def write_length(self, batches: int, batches_per_epoch: int) -> None:
+        write_file(self.length, json.dumps({"batches": batches, "batches_per_epoch": batches_per_epoch}))
+
+    def append_report(self, batches: int, split: str, metrics: dict[str, float | None]) -> None:
+        """Appends a line to metrics.jsonl; nan is None in `metrics`."""
+        append_line(self.metrics, json.dumps({"batches": batches, "split": split, "metrics": metrics}))
+
+    def reports(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, up to one that a kill cut off."""
+        found = []
+        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else ():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                break
+        return found
+
+    def validation_after(self, batches: int) -> dict[str, Any] | None:
+        """The report of the validation after so many batches; None if there is none."""
+        return next((r for r in self.reports() if (r["split"], r["batches"]) == ("val", batches)), None)
 
     def forget_metrics_after(self, batches: int) -> None:
         """Drops the reports of batches that a resumed run trains again, and a line that was cut off."""
-        if not self.metrics.exists():
-            return
-        kept = []
-        for line in self.metrics.read_text().splitlines():
-            try:
-                if json.loads(line)["batches"] <= batches:
-                    kept.append(line + "\n")
-            except ValueError:
-                break
-        new = self.metrics.with_suffix(".new")
-        new.write_text("".join(kept))
-        new.replace(self.metrics)
+        if self.metrics.exists():
+            kept = [report for report in self.reports() if report["batches"] <= batches]
+            write_file(self.metrics, "".join(json.dumps(report) + "\n" for report in kept))
 
     def refuse_other_run(self) -> None:
         if self.holds_a_run():
@@ -149,7 +175,7 @@ class RunFolder:
 def _copy_sources(source: Path, target: Path) -> None:
     """What the cluster would get: Determined copies the working directory into every checkpoint, so that a
     run works in a folder that holds the code and nothing else."""
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in _SOURCES:
             shutil.copy2(path, target / path.name)

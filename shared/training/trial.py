@@ -46,6 +46,7 @@ from shared.training.host_memory import keep_freed_memory
 from shared.training.loop import aggregation_frequency, periods_of
 from shared.training.processes import first_on_each_machine, on_chief
 from shared.training.reports import Reports
+from shared.training.resume import BuiltOptimizer
 from shared.training.saving import Background
 from shared.training.stopping import Stopping
 from shared.training.task import on_cluster
@@ -154,6 +155,7 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         if for_training:
             with _values_refused("optimizer or the learning rate's schedule"):
                 self.optimizer = context.wrap_optimizer(fuse(self.build_optimizer(self.plain_model)))
+                self.built_optimizer = BuiltOptimizer.of(self.optimizer, self.plain_model)
                 self.prepare_schedule()
             self._warn_of_warmup()
             self.evaluator = context.wrap_reducer(self.build_evaluator(self.val_data), for_training=False)

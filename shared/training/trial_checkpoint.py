@@ -11,10 +11,10 @@ import torch
 from determined.pytorch import PyTorchCallback
 from torch import nn
 
-from shared.errors import DivergedError
+from shared.errors import DivergedError, UserError
 from shared.training.checkpoints import CATEGORIES_FILE
-from shared.training.manifest import write_manifest
 from shared.training.python_state import python_state, restore_python_state
+from shared.training.resume import BuiltOptimizer, merged
 
 if TYPE_CHECKING:
     from shared.training.trial import DetectionTrial
@@ -30,11 +30,21 @@ class TrialCheckpoint:
     python_attributes: ClassVar[Mapping[str, Sequence[str]]] = {}
     """By the class of a module, what it keeps in plain attributes while it trains, see `python_state`."""
 
+    optimizer_key: str = "hyperparameters.opt"
+    """Where the optimizer's class is chosen, for an error message."""
+    weights_key: str = "hyperparameters.weights"
+    """Where a new run names the weights that it starts from, for an error message."""
+
     plain_model: nn.Module
+    built_optimizer: BuiltOptimizer
 
     @classmethod
-    def hyperparameters_of_checkpoint(cls, checkpoint: Path) -> dict[str, Any]:
-        """What takes the place of a checkpoint's hyperparameters, to detect with it."""
+    def hyperparameters_of_checkpoint(cls, checkpoint: Path, own: Mapping[str, Any]) -> dict[str, Any]:
+        """What takes the place of a checkpoint's hyperparameters, to detect with it.
+
+        Args:
+            own: the hyperparameters of the user's config, which alone may name code.
+        """
         return cls.without_pretrained
 
     def save_own_config(self, folder: Path) -> None:
@@ -49,6 +59,24 @@ class TrialCheckpoint:
         """Takes back what `own_state` gave."""
         restore_python_state(self.plain_model, state)
 
+    def resumed_optimizer(self, saved: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
+        """The optimizer state to load, see `BuiltOptimizer.resumed`.
+
+        Args:
+            saved: the checkpoint's; training: the state of its `CheckpointedState`.
+
+        Raises:
+            UserError: this run's optimizer cannot use it.
+        """
+        began = BuiltOptimizer(**training["optimizer"]) if "optimizer" in training else None
+        try:
+            return self.built_optimizer.resumed(saved, began)
+        except ValueError as problem:
+            raise UserError(
+                f"{self.optimizer_key}: {problem}. Fix: keep the checkpoint's value, or start a new run with "
+                f"{self.weights_key}: <the checkpoint's path>"
+            ) from problem
+
 
 class CheckpointedState(PyTorchCallback):
     """The averaged weights, the detector's own state, what may end the run, and what a stop left begun; nothing that is
@@ -56,6 +84,7 @@ class CheckpointedState(PyTorchCallback):
 
     def __init__(self, trial: DetectionTrial):
         self.trial = trial
+        self.built_scaler = None if trial.scaler is None else trial.scaler.state_dict()
         # an attention mask of -inf, say, is as it should be
         self.never_finite = {name for name, tensor in self._tensors() if not tensor.isfinite().all()}
 
@@ -63,6 +92,10 @@ class CheckpointedState(PyTorchCallback):
         trial = self.trial
         return {
             "ema": None if trial.ema is None else trial.ema.module.state_dict(),
+            "ema_steps": None if trial.ema is None else trial.ema.steps,
+            "optimizer": dict(vars(trial.built_optimizer)),
+            "scaler": self.built_scaler,
+            "batches_per_epoch": trial.batches_per_epoch,
             "last_validation": {name: float(value) for name, value in trial.last_validation.items()},
             "own": trial.own_state(),
             "patience": trial.patience.state(),
@@ -72,14 +105,26 @@ class CheckpointedState(PyTorchCallback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         trial = self.trial
-        if trial.ema is not None and state["ema"] is not None:
-            trial.ema.module.load_state_dict(state["ema"])
+        if trial.ema is not None:
+            if state["ema"] is None:
+                trial.ema.begin(trial.plain_model)
+            else:
+                trial.ema.load(state["ema"], state.get("ema_steps"))
         trial.last_validation = dict(state["last_validation"])
         trial.load_own_state(state["own"])
         trial.patience.load(state.get("patience") or {})
         trial.stopping.clock.before = state.get("seconds", 0.0)
         if begun := state.get("begun_report"):
             trial.training_metrics.go_on_with(begun, trial.rank, trial.slots)
+
+    def on_checkpoint_load_start(self, checkpoint: dict[str, Any]) -> None:
+        # loaded next: this run's config wins
+        training = checkpoint["callbacks"]["training"]
+        (saved,) = checkpoint["optimizers_state_dict"]
+        checkpoint["optimizers_state_dict"] = [self.trial.resumed_optimizer(saved, training)]
+        if self.built_scaler and "scaler_state_dict" in checkpoint:
+            began = training.get("scaler") or self.built_scaler
+            checkpoint["scaler_state_dict"] = merged(self.built_scaler, began, checkpoint["scaler_state_dict"])
 
     def on_checkpoint_save_start(self, checkpoint: dict[str, Any]) -> None:
         checked = [tensor for name, tensor in self._tensors() if name not in self.never_finite]
@@ -100,4 +145,3 @@ class CheckpointedState(PyTorchCallback):
     def on_checkpoint_write_end(self, checkpoint_dir: str) -> None:
         (Path(checkpoint_dir) / CATEGORIES_FILE).write_text(json.dumps(self.trial.categories))
         self.trial.save_own_config(Path(checkpoint_dir))
-        write_manifest(Path(checkpoint_dir))

@@ -120,6 +120,18 @@ def test_pickled_code_in_weights_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+BACKBONES = {
+    "'hf-hub:somebody/model' is not a model of timm": {"backbone_name": "hf-hub:somebody/model"},
+    "backbone_args.checkpoint_path is a file that timm may execute": {"backbone_args": {"checkpoint_path": "bad.pth"}},
+}
+
+
+@pytest.mark.parametrize("message", BACKBONES)
+def test_a_checkpoint_s_backbone_is_one_of_timm_s_and_reads_no_file(message):
+    with pytest.raises(UserError, match=message):
+        build_model(tiny(model_config=BACKBONES[message]), COCO_90)
+
+
 def test_weights_of_another_model_are_refused(tmp_path):
     torch.save(build_model(tiny(), COCO_90).model.state_dict(), tmp_path / "w.pth")
     other = tiny(pretrained=str(tmp_path / "w.pth"), model_config={"fpn_channels": 24, "fpn_cell_repeats": 1})

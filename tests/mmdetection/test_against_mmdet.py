@@ -30,9 +30,9 @@ from recording import (
 )
 from tiny_models import TINY, load_model_def, mmdet_config
 
-from mmdetection_files.config import write_resolved
 from mmdetection_files.evaluation import to_detections
 from mmdetection_files.hooks import StepRunner
+from mmdetection_files.saved_config import write_resolved
 from shared.data.annotations import CocoAnnotations
 from shared.data.seeding import seed_all
 from shared.evaluation.evaluator import evaluate

@@ -23,7 +23,7 @@ from pycocotools import mask as coco_mask
 from tiny_models import MMDETECTION, SMALL_BACKBONE, load_model_def, mmdet_config
 
 from mmdetection_files import model as mmdetection_model
-from mmdetection_files.config import load_mmdet_config, read_resolved
+from mmdetection_files.config import load_mmdet_config
 from mmdetection_files.data import (
     ClassAwareBatchSampler,
     MmcvImages,
@@ -35,6 +35,7 @@ from mmdetection_files.evaluation import to_detections
 from mmdetection_files.hooks import MomentumEma
 from mmdetection_files.model import PYTHON_STATE, move_teacher
 from mmdetection_files.receptive_field import init_receptive_fields
+from mmdetection_files.saved_config import read_resolved
 from mmdetection_hyperparameters import MMDetectionHyperparameters
 from shared.data.dataset import SampleKey
 from shared.errors import UserError
@@ -457,7 +458,7 @@ def test_the_averaged_weights_are_those_of_mmdetection_s_hook(hook):
 
     runner, upstream = Runner(), HOOKS.build({"resume_from": None, **hook})
     upstream.before_run(runner)
-    ours = MomentumEma(model, hook, first_batch=0)
+    ours = MomentumEma(model, hook, steps=0)
     for number in range(7):
         with torch.no_grad():
             for parameter, other in zip(model.parameters(), upstream_model.parameters(), strict=True):

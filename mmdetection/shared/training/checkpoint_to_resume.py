@@ -1,0 +1,1 @@
+../../../shared/training/checkpoint_to_resume.py

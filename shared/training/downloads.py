@@ -1,0 +1,113 @@
+"""Weights from URLs: downloaded once, whole, and kept under a hash of the whole URL."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import logging
+import os
+import re
+import shutil
+import tempfile
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+
+from shared.data.once import once, user_cache
+from shared.durable import replace_folder
+from shared.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_SECONDS = 60  # that a server may send nothing
+# as torch.hub and model zoos name files, resnet50-0676ba61.pth; digits alone may be a date
+_SHA256_IN_NAME = re.compile(r"-(?=\d*[a-f])([a-f0-9]{8,64})\.\w+$")
+
+
+class DownloadError(OSError):
+    """A file that did not come, or not whole."""
+
+
+def downloaded(url: str) -> Path:
+    """The file of a URL, which keeps its name there.
+
+    A file of torch.hub's cache is taken if its name has the start of its SHA-256.
+
+    Raises:
+        DownloadError: the server does not send it, sends a part, or sends other bytes than its name says.
+        UserError: there is no place for it.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        return Path(urllib.request.url2pathname(parts.path))
+    name = re.sub(r"[^\w.-]", "_", Path(parts.path).name)[-100:].lstrip(".") or "weights"
+    folder = private_cache("detection_weights")
+    place = _place(folder, url)
+    of_hub = Path(torch.hub.get_dir(), "checkpoints", name)
+
+    def find() -> Path | None:
+        if (place / name).is_file():
+            return place / name
+        stated = _SHA256_IN_NAME.search(name)
+        return of_hub if stated and of_hub.is_file() and _sha256(of_hub).startswith(stated[1]) else None
+
+    def make() -> Path:
+        logger.info("downloading %s", url)
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            new = Path(aside, "new")
+            new.mkdir()
+            _download(url, new / name)
+            replace_folder(new, place)
+        return place / name
+
+    return once([folder / f"{place.name}.lock"], find, make)
+
+
+def forget(url: str) -> None:
+    """Deletes what was downloaded from a URL, so that the next call downloads it again."""
+    shutil.rmtree(_place(private_cache("detection_weights"), url), ignore_errors=True)
+
+
+def private_cache(name: str) -> Path:
+    """A folder in the user's cache into which nobody else can put files.
+
+    Raises:
+        UserError: it cannot be made, or is another user's.
+    """
+    try:
+        folder = (user_cache() or Path(tempfile.mkdtemp())) / name
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise UserError(f"{folder} is another user's; set XDG_CACHE_HOME to a folder of yours")
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be made a folder ({error.strerror}); set XDG_CACHE_HOME") from error
+    return folder
+
+
+def _place(folder: Path, url: str) -> Path:
+    return folder / hashlib.sha256(url.encode()).hexdigest()[:32]
+
+
+def _download(url: str, path: Path) -> None:
+    request = urllib.request.Request(url, headers={"User-Agent": "determined-detection"})
+    try:
+        with urllib.request.urlopen(request, timeout=_SECONDS) as response, path.open("wb") as file:
+            shutil.copyfileobj(response, file, 2**20)
+            length = int(response.headers.get("Content-Length", -1))
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise DownloadError(str(error) or type(error).__name__) from error
+    if length not in (-1, path.stat().st_size):
+        raise DownloadError(f"the connection was lost: {path.stat().st_size} of {length} bytes came")
+    stated = _SHA256_IN_NAME.search(path.name)
+    if stated and not (digest := _sha256(path)).startswith(stated[1]):
+        raise DownloadError(f"its SHA-256 begins with {digest[: len(stated[1])]}, and its name says {stated[1]}")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,106 @@
+"""What a disk holds after a power cut: by a real file system that is cut off, and by a record of fsync and rename."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+_EXT4_IOC_SHUTDOWN = 2 << 30 | 4 << 16 | ord("X") << 8 | 125
+_WITHOUT_FLUSHING_THE_JOURNAL = 2
+
+
+class Ext4:
+    """A mounted ext4 file system in a file."""
+
+    def __init__(self, image: Path, mounted: Path):
+        self.image, self.path = image, mounted
+
+    def cut_the_power(self, kill: Callable[[], None] = lambda: None) -> None:
+        """Drops what is not on the disk yet, calls `kill` to end who writes there, and mounts what the disk holds."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.ioctl(descriptor, _EXT4_IOC_SHUTDOWN, struct.pack("I", _WITHOUT_FLUSHING_THE_JOURNAL))
+        finally:
+            os.close(descriptor)
+        kill()
+        _run("umount", self.path)
+        _run("mount", "-o", "loop", self.image, self.path)
+
+
+@contextlib.contextmanager
+def ext4(folder: Path, megabytes: int) -> Iterator[Ext4]:
+    """Skips the test where file systems cannot be mounted: not as root, in most containers, not on Linux."""
+    image, mounted = folder / "disk.img", folder / "mounted"
+    mounted.mkdir()
+    with image.open("wb") as file:
+        file.truncate(megabytes * 2**20)
+    try:
+        _run("mkfs.ext4", "-q", image)
+        _run("mount", "-o", "loop", image, mounted)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a file system cannot be mounted here, which needs root and a loop device: {error}")
+    try:
+        yield Ext4(image, mounted)
+    finally:
+        _run("umount", "--lazy", mounted)
+
+
+def _run(*command: object) -> None:
+    subprocess.run([*map(str, command)], check=True, capture_output=True)
+
+
+class Recorder:
+    """Keeps, before each rename and deletion below `folder`, the disk as a power cut would leave it there: each name is
+    kept, and of each file the content that was written to the disk by fsync, else nothing."""
+
+    def __init__(self, folder: Path, images: Path, monkeypatch: pytest.MonkeyPatch):
+        self.folder, self.images = folder, images
+        self._on_disk: dict[tuple[int, int], tuple[int, int]] = {}
+        self.count = 0
+        self._busy = False
+        real = os.fsync
+
+        def fsync(descriptor: int) -> None:
+            real(descriptor)
+            status = os.fstat(descriptor)
+            self._on_disk[status.st_dev, status.st_ino] = (status.st_size, status.st_mtime_ns)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        for module, name in ((os, "rename"), (os, "replace"), (shutil, "rmtree")):
+            self._keep_before(module, name, monkeypatch)
+
+    def _keep_before(self, module: object, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = getattr(module, name)
+
+        def call(path: object, *arguments: object, **named: object) -> object:
+            if not self._busy and Path(path).is_relative_to(self.folder):
+                self.keep()
+            return real(path, *arguments, **named)
+
+        monkeypatch.setattr(module, name, call)
+
+    def keep(self) -> None:
+        """Adds an image of the disk as it is now."""
+        self._busy = True
+        image = self.images / str(self.count)
+        shutil.copytree(self.folder, image, copy_function=self._copy_what_is_on_disk)
+        self.count += 1
+        self._busy = False
+
+    def _copy_what_is_on_disk(self, source: str, target: str) -> None:
+        status = os.stat(source)
+        size, written_at = self._on_disk.get((status.st_dev, status.st_ino), (0, -1))
+        unchanged = (size, written_at) == (status.st_size, status.st_mtime_ns)
+        with open(source, "rb") as file:
+            content = file.read()
+        # of a file that was appended to, the beginning is there; of one written anew, nothing
+        Path(target).write_bytes(content if unchanged else content[:size])
+
+    def disks(self) -> list[Path]:
+        return [self.images / str(number) for number in range(self.count)]

@@ -1,0 +1,435 @@
+"""What a power cut, a full disk, a kill or a network disk in a save leaves: a complete checkpoint, and reports."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from conftest import kill_run, reports, run_model_def, start_run, wait_for_batch
+from power_cut import Recorder, ext4
+from tiny_models import efficientdet_config
+
+from shared import durable
+from shared.errors import UserError
+from shared.training.checkpoint_to_resume import read_checkpoint_to_resume
+from shared.training.checkpoints import read_checkpoint
+from shared.training.local_run import LocalRun
+from shared.training.manifest import write_manifest
+from shared.training.run_folder import RunFolder
+
+
+@pytest.fixture
+def trial_class():
+    from model_def import EfficientDetTrial
+
+    return EfficientDetTrial
+
+
+@pytest.fixture
+def config(shapes):
+    config = efficientdet_config(shapes)
+    config["data"]["workers"] = 0
+    return config
+
+
+class Alone:
+    """The only rank."""
+
+    rank, size, local_rank = 0, 1, 0
+
+    def broadcast(self, value):
+        return value
+
+    def allgather(self, value):
+        return [value]
+
+
+def resumed(folder: RunFolder, which: str = "last"):
+    folder.restore_interrupted_rename()
+    return read_checkpoint_to_resume(Alone(), which, folder)
+
+
+def save(folder: RunFolder, batches: int, is_best: bool = True) -> None:
+    """A save as a run off the cluster does it, of a model with one weight."""
+    run = LocalRun(SimpleNamespace(rank=0, first_batch=0, batches_trained=batches), folder, loggers=None)
+    run.saves_best = is_best
+    new = folder.saved(f"checkpoint-{batches}")
+    new.mkdir(parents=True)
+    with (new / "state_dict.pth").open("wb") as file:
+        weights = {"weight": torch.full((1000,), float(batches))}
+        torch.save({"models_state_dict": [weights], "callbacks": {"training": {"ema": None}}}, file)
+    (new / "load_data.json").write_text(json.dumps({"experiment_config": {}, "hparams": {}}))
+    (new / "categories.json").write_text("[]")
+    write_manifest(new, batches)
+    (new / "metadata.json").write_text(json.dumps({"steps_completed": batches}))
+    run.on_checkpoint_upload_end(new.name)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.saving.mkdir(parents=True)
+    return folder
+
+
+# --- power cuts ---------------------------------------------------------------------------------------
+
+
+def test_a_power_cut_at_any_moment_of_a_save_leaves_a_checkpoint(folder, tmp_path, monkeypatch):
+    save(folder, 4)
+    recorder = Recorder(folder.path, tmp_path / "disks", monkeypatch)
+    durable.sync_tree(folder.path)
+    save(folder, 8)
+    recorder.keep()
+    found = [resumed(RunFolder(disk)).batches for disk in recorder.disks()]
+    assert len(found) > 6
+    assert found[0] == 4
+    assert found[-1] == 8
+    assert found == sorted(found)
+    assert resumed(RunFolder(recorder.disks()[-1]), "best").batches == 8
+
+
+def test_without_fsync_a_power_cut_would_leave_nothing(folder, tmp_path, monkeypatch):
+    # the record of fsync is what the test above relies on
+    recorder = Recorder(folder.path, tmp_path / "disks", monkeypatch)
+    monkeypatch.setattr(durable, "_sync", lambda descriptor: None)
+    save(folder, 4)
+    recorder.keep()
+    with pytest.raises(UserError, match=r"is not whole|cannot be read"):
+        resumed(RunFolder(recorder.disks()[-1]))
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_power_cut_right_after_a_run_keeps_its_checkpoints_and_reports(config, train, trial_class, tmp_path):
+    with ext4(tmp_path, megabytes=300) as disk:
+        config["searcher"]["max_length"] = {"batches": 4}
+        run = train(trial_class, config, "mounted/run")
+        disk.cut_the_power()
+        assert [read_checkpoint(run / "checkpoints" / name).batches for name in ("best", "last")] == [4, 4]
+        assert [line["batches"] for line in reports(run, "val")] == [4]
+        assert RunFolder(run).total_batches() == 4
+        assert "searcher" in (run / "config.yaml").read_text()
+        assert (run / "detections.npz").stat().st_size
+
+
+def test_a_file_is_durable_before_it_takes_the_place_of_another(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    recorder = Recorder(folder, tmp_path / "disks", monkeypatch)
+    durable.write_file(folder / "length.json", "old")
+    durable.write_file(folder / "length.json", "new")
+    recorder.keep()
+    found = [(disk / "length.json") for disk in recorder.disks()]
+    assert [path.read_text() if path.exists() else None for path in found] == [None, "old", "new"]
+
+
+# --- damage -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "manifest.json", "state_dict.pth", "load_data.json"])
+@pytest.mark.parametrize("damage", ["empty", "missing"])
+def test_resume_last_falls_back_to_best_when_a_file_is(folder, caplog, name, damage):
+    save(folder, 4)
+    save(folder, 8, is_best=False)
+    (folder.checkpoints / "last" / name).unlink()
+    if damage == "empty":
+        (folder.checkpoints / "last" / name).touch()
+    if (name, damage) == ("manifest.json", "missing"):  # as in checkpoints of version 0.1
+        assert resumed(folder).batches == 8
+        return
+    assert resumed(folder).batches == 4
+    assert f"resuming from {folder.checkpoints / 'best'}" in caplog.text
+
+
+def test_damage_to_last_leaves_best_as_it_was(folder):
+    save(folder, 4)
+    for path in (folder.checkpoints / "last").iterdir():
+        path.write_bytes(b"")
+    assert resumed(folder, "best").batches == 4
+
+
+def test_a_manifest_is_not_accepted_with_the_metadata_of_another_batch(folder):
+    save(folder, 4)
+    (folder.checkpoints / "best/metadata.json").write_text('{"steps_completed": 8}')
+    with pytest.raises(UserError, match=r"metadata.json is not of batch 4"):
+        resumed(folder, "best")
+
+
+# --- full and unusual disks ---------------------------------------------------------------------------
+
+
+def test_a_full_disk_at_any_write_of_a_save_leaves_a_checkpoint(folder, monkeypatch):
+    save(folder, 4)
+    real, left = os.fsync, [0]
+
+    def fsync(descriptor):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for writes in range(1000):
+        left[0] = writes
+        try:
+            save(folder, 8 + writes)
+        except OSError:
+            assert resumed(folder).batches >= 4
+            shutil.rmtree(folder.saving)
+        else:
+            break
+    assert writes > 10
+    assert resumed(folder).batches == 8 + writes
+
+
+def test_a_line_that_a_full_disk_cut_off_is_not_continued_by_the_next(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    durable.append_line(path, '{"batches": 4}')
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "_sync", full)
+        with pytest.raises(OSError, match="No space"):
+            durable.append_line(path, '{"batches": 6}')
+    assert path.read_text() == '{"batches": 4}\n'
+    with path.open("a") as file:
+        file.write('{"batches": 6, "spl')  # a kill leaves this
+    durable.append_line(path, '{"batches": 8}')
+    assert path.read_text() == '{"batches": 4}\n{"batches": 8}\n'
+
+
+def test_a_checkpoint_that_a_reader_keeps_on_nfs_makes_no_save_fail(folder, monkeypatch):
+    real = shutil.rmtree
+
+    def rmtree(path, *arguments, **named):
+        if str(path).endswith(".old"):
+            return  # files that somebody reads stay as .nfs0000…, and their folder with them
+        real(path, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", rmtree)
+        for batches in (4, 8, 12):
+            save(folder, batches)
+        assert resumed(folder).batches == 12
+    folder.restore_interrupted_rename()
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == [".saving", "best", "last"]
+
+
+def test_a_save_that_was_killed_between_its_renames_is_put_right_by_the_next_start(folder):
+    for batches in (4, 8):
+        save(folder, batches)
+    old = folder.checkpoints / ".last.1.old"  # left by an earlier save
+    shutil.copytree(folder.checkpoints / "best", old)
+    (folder.checkpoints / "last").rename(folder.checkpoints / ".last.2.old")
+    (old / "state_dict.pth").unlink()
+    assert resumed(folder).path == folder.checkpoints / "last"
+    assert not old.exists()
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_clock_that_is_set_back_changes_nothing(config, trial_class, crash_and_resume, monkeypatch):
+    now = [2e9]
+
+    def back():
+        now[0] -= 3600
+        return now[0]
+
+    monkeypatch.setattr(time, "time", back)
+    run = crash_and_resume(trial_class, config, 6)
+    assert [line["batches"] for line in reports(run, "val")] == [4, 8, 12]
+    assert read_checkpoint(run / "checkpoints/last").batches == 12
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_disk_that_is_full_at_the_start_is_one_error(config, train, trial_class, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"--output-dir: .*/run cannot be written \(No space left on device"):
+        train(trial_class, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_is_an_error_and_earlier_checkpoints_are_complete(run_config, tmp_path, processes):
+    probe = tmp_path / "code" / "probe.py"
+    probe.parent.mkdir()
+    probe.write_text(
+        "import sys; sys.path.insert(0, '.')\n"
+        "import resource, signal, model_def\n"
+        "from shared.launch import main\n"
+        "class Probe(model_def.EfficientDetTrial):\n"
+        "    def after_batch(self, number):\n"
+        "        super().after_batch(number)\n"
+        "        if number == 5:\n"
+        "            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "main(Probe)\n"
+    )
+    config, run = run_config(), tmp_path / "run"
+    done = run_model_def("train", config, "--output-dir", run, script=probe, check=False, processes=processes)
+    assert done.returncode == 1
+    assert f"error: --output-dir: {run} cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [read_checkpoint(run / "checkpoints" / name).batches for name in ("best", "last")] == [4, 4]
+    run_model_def("train", config, "--output-dir", run, "--resume", "auto", processes=processes)
+    assert reports(run)[-1]["batches"] == 12
+
+
+# --- random moments -----------------------------------------------------------------------------------
+
+
+def saved_after_each_batch(run_config):
+    """A config whose run saves all the time, so that most moments are in the writing of a checkpoint."""
+    every = {"searcher__max_length": {"batches": 10_000}, "min_checkpoint_period": {"batches": 1}}
+    return run_config(**every, min_validation_period={"batches": 10_000})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_at_random_moments_resumes_from_a_complete_checkpoint(run_config, tmp_path, processes):
+    path, run = saved_after_each_batch(run_config), tmp_path / "run"
+    generator, trained = random.Random(0), 0
+    for _ in range(20 // processes):
+        process = start_run(path, run, processes, ("--resume", "auto"))
+        wait_for_batch(run, process, trained + 2)
+        time.sleep(generator.random() * 2)
+        reported = reports(run)[-1]["batches"]
+        kill_run(process)
+        last = resumed(RunFolder(run))
+        assert last.path.name == "last"
+        assert last.batches >= max(trained, reported - 2)  # scheduling_unit is 2
+        trained = last.batches
+    config = yaml.safe_load(path.read_text())
+    config["searcher"]["max_length"] = {"batches": trained + 2}
+    path.write_text(yaml.safe_dump(config))
+    run_model_def("train", path, "--output-dir", run, "--resume", "last", processes=processes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_whose_power_is_cut_at_random_moments_resumes(run_config, tmp_path, processes):
+    generator, trained = random.Random(1), 0
+    path = saved_after_each_batch(run_config)
+    with ext4(tmp_path, megabytes=600) as disk:
+        run = disk.path / "run"
+        for _ in range(6):
+            process = start_run(path, run, processes, ("--resume", "auto"))
+            wait_for_batch(run, process, trained + 2)
+            time.sleep(generator.random() * 2)
+            reported = reports(run)[-1]["batches"]
+            disk.cut_the_power(lambda process=process: kill_run(process))
+            checkpoint = resumed(RunFolder(run))
+            assert checkpoint.batches >= max(trained, reported - 2)
+            trained = checkpoint.batches
+            assert reports(run)[-1]["batches"] >= reported
+
+
+# --- two processes in one folder ----------------------------------------------------------------------
+
+
+def test_a_run_that_is_refused_leaves_the_folder_of_the_other(tmp_path):
+    both = [RunFolder(tmp_path / "run") for _ in range(2)]  # neither finds the folder
+    in_other_process = []
+
+    def second():
+        pid = os.fork()  # a lock is a process's
+        if pid == 0:
+            try:
+                both[1].take()
+            except UserError as error:
+                both[1].free()
+                os._exit(3 if "a run is going on" in str(error) else 4)
+            os._exit(5)
+        in_other_process.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+    both[0].take()
+    second()
+    assert in_other_process == [3]
+    assert both[0].path.exists()
+    both[0].free()
+    assert not both[0].path.exists()  # no run has begun in it
+
+
+# --- several ranks ------------------------------------------------------------------------------------
+
+
+class Rank:
+    """One of two ranks, each in a thread."""
+
+    def __init__(self, rank, shared):
+        self.rank = self.local_rank = 0 if rank == 0 else rank
+        self.size = 2
+        self.shared = shared
+
+    def allgather(self, value):
+        values, barrier = self.shared
+        values[self.rank] = value
+        barrier.wait(60)
+        result = list(values)
+        barrier.wait(60)
+        return result
+
+    def broadcast(self, value):
+        return self.allgather(value)[0]
+
+
+def resume_on_both(folders, which="last"):
+    """What each rank resumes from, or the error that it ends with."""
+    shared, results = ([None, None], threading.Barrier(2)), [None, None]
+
+    def work(rank):
+        try:
+            results[rank] = read_checkpoint_to_resume(Rank(rank, shared), which, folders[rank]).batches
+        except UserError as error:
+            results[rank] = str(error)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.fixture
+def machines(tmp_path):
+    folders = [RunFolder(tmp_path / f"machine-{number}" / "run") for number in range(2)]
+    for folder in folders:
+        folder.saving.mkdir(parents=True)
+    return folders
+
+
+def test_ranks_that_would_resume_from_different_checkpoints_stop_with_one_error(machines):
+    save(machines[0], 8)
+    save(machines[1], 4)
+    first, second = resume_on_both(machines)
+    assert first == second
+    assert "rank 0 on" in first
+    assert "read batch 8 and rank 1 on" in first
+    assert "read batch 4" in first
+
+
+def test_a_rank_that_lacks_the_checkpoint_stops_all_ranks(machines):
+    save(machines[0], 8)
+    first, second = resume_on_both(machines)
+    assert first == second
+    assert str(machines[1].checkpoints / "last") in first
+
+
+def test_all_ranks_fall_back_to_the_checkpoint_that_the_chief_chose(machines):
+    for folder in machines:
+        save(folder, 4)
+        save(folder, 8, is_best=False)
+    (machines[0].checkpoints / "last/metadata.json").write_text("")
+    assert resume_on_both(machines) == [4, 4]
