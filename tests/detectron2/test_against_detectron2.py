@@ -209,15 +209,16 @@ def test_the_learning_rate_is_detectron2_s_over_the_whole_schedule_also_after_a_
 
 def test_detections_are_those_of_default_predictor(coco_tiny, shapes, train, trial_class, tmp_path):
     config = detectron2_config(shapes, MASK_RCNN, **{"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0001})
-    run = train(trial_class, config)
+    checkpoint = read_checkpoint(train(trial_class, config) / "checkpoints/last")
+    in_float64, *_ = recording(trial_class, torch.float64)
     with pytorch.init(hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False) as context:
-        trial = trial_class(context, for_training=False)
-        checkpoint = read_checkpoint(run / "checkpoints/last")
+        trial = in_float64(context, for_training=False)
         trial.plain_model.load_state_dict(checkpoint.weights)
         torch.save({"model": checkpoint.weights}, tmp_path / "upstream.pth")
         cfg = copy.deepcopy(trial.detectron2_config.cfg)
         cfg.MODEL.WEIGHTS = str(tmp_path / "upstream.pth")
         upstream = DefaultPredictor(cfg)
+        upstream.model.double()
 
         annotations = coco_tiny / "annotations/instances_val2017.json"
         trial.data.val.annotations, trial.data.val.images = str(annotations), str(coco_tiny / "val2017")
@@ -226,11 +227,16 @@ def test_detections_are_those_of_default_predictor(coco_tiny, shapes, train, tri
         for number, batch in enumerate(trial.evaluation_loader(data)):
             if number == 8:
                 break
-            for found in trial.detect_on_host_batch(batch):
+            with computing_in(torch.float64):
+                detected = trial.detect_on_host_batch(batch)
+            for found in detected:
                 image = read_image(str(data.images.folder / names[found.image_id]), format="BGR")
-                expected = upstream(image)["instances"]
-                np.testing.assert_allclose(found.boxes, expected.pred_boxes.tensor.numpy(), atol=1e-4)
-                np.testing.assert_allclose(found.scores, expected.scores.numpy(), atol=1e-6)
+                with computing_in(torch.float64):
+                    expected = upstream(image)["instances"]
+                assert expected.scores.dtype == torch.float64
+                # `Detections` are float32
+                np.testing.assert_allclose(found.boxes, expected.pred_boxes.tensor.numpy(), rtol=1e-6)
+                np.testing.assert_allclose(found.scores, expected.scores.numpy(), rtol=1e-6)
                 np.testing.assert_array_equal(found.labels, expected.pred_classes.numpy())
                 for own, other in zip(found.masks, expected.pred_masks.numpy(), strict=True):
                     np.testing.assert_array_equal(coco_mask.decode(own), other)

@@ -194,27 +194,35 @@ def test_detections_are_those_of_inference_detector(shapes, train, tmp_path):
     overrides = {"model.test_cfg.rcnn.score_thr": 0.01}
     config = mmdet_config(shapes, **overrides)
     trial_class = load_model_def().MMDetectionTrial
-    run = train(trial_class, config)
+    checkpoint = read_checkpoint(train(trial_class, config) / "checkpoints/last")
+    in_float64, *_ = recording(trial_class, torch.float64)
     with pytorch.init(hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False) as context:
-        trial = trial_class(context, for_training=False)
-    checkpoint = read_checkpoint(run / "checkpoints/last")
-    trial.plain_model.load_state_dict(checkpoint.weights)
-    torch.save({"state_dict": checkpoint.weights, "meta": {"CLASSES": ("a", "b", "c")}}, tmp_path / "upstream.pth")
-    write_resolved(trial.mmdet_config, tmp_path)
-    upstream = init_detector(str(tmp_path / "mmdet_config.py"), str(tmp_path / "upstream.pth"), device="cpu")
+        trial = in_float64(context, for_training=False)
+        trial.plain_model.load_state_dict(checkpoint.weights)
+        torch.save({"state_dict": checkpoint.weights, "meta": {"CLASSES": ("a", "b", "c")}}, tmp_path / "upstream.pth")
+        write_resolved(trial.mmdet_config, tmp_path)
+        upstream = init_detector(str(tmp_path / "mmdet_config.py"), str(tmp_path / "upstream.pth"), device="cpu")
+        upstream.double().register_forward_pre_hook(
+            lambda model, given, named: (given, in_dtype(named, torch.float64)), with_kwargs=True
+        )
 
-    data, compared = trial.open_val(), 0
-    names = {int(i): data.annotations.file_name(n) for n, i in enumerate(data.annotations.image_ids)}
-    for batch in trial.evaluation_loader(data):
-        for found in trial.detect_on_host_batch(batch):
-            boxes, masks = inference_detector(upstream, str(shapes / "val" / names[found.image_id]))
-            expected = np.concatenate(boxes)
-            np.testing.assert_allclose(np.column_stack([found.boxes, found.scores]), expected, atol=1e-5)
-            np.testing.assert_array_equal(found.labels, np.repeat(range(len(boxes)), [len(b) for b in boxes]))
-            stacked = [mask for of_class in masks for mask in of_class]
-            for own, other in zip(found.masks, stacked, strict=True):
-                np.testing.assert_array_equal(coco_mask.decode(own), other)
-            compared += len(found)
+        data, compared = trial.open_val(), 0
+        names = {int(i): data.annotations.file_name(n) for n, i in enumerate(data.annotations.image_ids)}
+        for batch in trial.evaluation_loader(data):
+            with computing_in(torch.float64):
+                detected = trial.detect_on_host_batch(batch)
+            for found in detected:
+                with computing_in(torch.float64):
+                    boxes, masks = inference_detector(upstream, str(shapes / "val" / names[found.image_id]))
+                expected = np.concatenate(boxes)
+                assert expected.dtype == np.float64
+                # `Detections` are float32
+                np.testing.assert_allclose(np.column_stack([found.boxes, found.scores]), expected, rtol=1e-6)
+                np.testing.assert_array_equal(found.labels, np.repeat(range(len(boxes)), [len(b) for b in boxes]))
+                stacked = [mask for of_class in masks for mask in of_class]
+                for own, other in zip(found.masks, stacked, strict=True):
+                    np.testing.assert_array_equal(coco_mask.decode(own), other)
+                compared += len(found)
     assert compared > 50
 
 
