@@ -104,7 +104,7 @@ class Detectron2Trial(DetectionTrial):
     """
 
     hyperparameters_class = Detectron2Hyperparameters
-    path_hyperparameters = ("config_file", "weights")
+    path_hyperparameters = ("config_file", "trusted_config", "weights")
     for_training, slots = True, 1
     warned_of_masks = False
     without_pretrained: ClassVar = {"use_pretrained": False, "weights": ""}
@@ -115,8 +115,13 @@ class Detectron2Trial(DetectionTrial):
 
     @classmethod
     def hyperparameters_of_checkpoint(cls, checkpoint: Path, own: Mapping[str, Any]) -> dict[str, Any]:
-        config_file = str(config_of_checkpoint(checkpoint))
-        return {**cls.without_pretrained, "config_file": config_file, "config_overrides": {}, "scale_schedule": False}
+        return {
+            **cls.without_pretrained,
+            "config_file": str(config_of_checkpoint(checkpoint)),
+            "config_overrides": {},
+            "scale_schedule": False,
+            "trusted_config": own.get("trusted_config") or own.get("config_file"),
+        }
 
     @classmethod
     def input_scale(cls, config: dict[str, Any]) -> InputScale | None:

@@ -29,8 +29,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from detectron2_files.config_protocol import TrainingSet
+from detectron2_files.plain_pickle import unpickle_arrays
 from detectron2_files.rotated import RotatedMapper
-from detectron2_files.weights import unpickle_arrays
 from shared.data.annotations import CocoAnnotations, ImageRecord
 from shared.data.dataset import BadImages, CocoDetection, SampleKey
 from shared.data.images import BadImageError

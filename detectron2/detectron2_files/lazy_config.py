@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,25 @@ class LazyConfigFile:
     """A LazyConfig, `cfg`, of Detectron2's sections: model, optimizer, lr_multiplier, dataloader, train.
 
     Args:
-        places: the folders in which configs are found; where a written config says that a value is another config's,
-            that one is looked for there.
-        modules: what a checkpoint's config may name beside the libraries' own.
+        places: the folder submitted, and that of the configs that the library ships.
+        modules: the user's own, which a checkpoint's config may name too.
+        find_trusted: gives the config of the user's own that a checkpoint's functions may come from, or None.
     """
 
     resolved_name = "detectron2_lazy.yaml"
     rotated = False
 
     def __init__(
-        self, path: Path, overrides: Mapping[str, Any], places: Sequence[Path] = (), modules: Sequence[str] = ()
+        self,
+        path: Path,
+        overrides: Mapping[str, Any],
+        places: tuple[Path, Path],
+        modules: Sequence[str],
+        find_trusted: Callable[[], Path | None],
     ):
         self.path = path
         self.places = places
+        self.find_trusted = find_trusted
         try:
             written = path.name == self.resolved_name
             self.cfg = read_plain(path, modules) if written else LazyConfig.load(str(path))
@@ -66,15 +72,17 @@ class LazyConfigFile:
             OmegaConf.update(self.cfg, key, self._value_of(name, key), merge=False)
 
     def _value_of(self, name: str, key: str) -> Any:
-        """The value that the config `name` has at a key."""
-        files = ((place / name).resolve() for place in self.places if (place / name).resolve().is_relative_to(place))
-        # its Python is executed: a file that the checkpoint brought along is not the user's
-        brought = self.path.parent.resolve()
-        file = next((file for file in files if file.is_file() and not file.is_relative_to(brought)), None)
+        """The value at a key of the config `name`, whose Python is executed: it is one that the library ships, or the
+        user's own."""
+        shipped = self.places[-1]
+        files = [(place / name).resolve() for place in self.places]
+        file = next((file for file in files if file.is_relative_to(shipped) and file.is_file()), None)
+        if file is None and (trusted := self.find_trusted()) is not None and trusted.resolve() in files:
+            file = trusted.resolve()
         if file is None:
             raise UserError(
-                f"{self.path}: {key} is a function of {name}, and that config is in none of "
-                f"{', '.join(map(str, self.places))}; put it there, or give it: --set hyperparameters.config_file=…"
+                f"{self.path}: {key} is a function of {name}, and a checkpoint executes no file. Fix: if you trust it, "
+                f"name it in your config, hyperparameters.trusted_config: {name}"
             )
         value = OmegaConf.select(LazyConfig.load(str(file)), key)
         if value is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import urllib.error
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from iopath.common.file_io import HTTPURLHandler
 from torch import nn
 
 from detectron2_files.config import shipped_configs
+from detectron2_files.plain_pickle import unpickle_arrays
 from shared.errors import UserError, nearest
 from shared.library import log_loaded
 from shared.training.checkpoint_folder import find_checkpoint
@@ -28,18 +28,6 @@ logging.getLogger("detectron2.checkpoint").setLevel(logging.ERROR)
 
 # the layers whose size follows from the data's categories or keypoints
 _OF_CLASSES = ("cls_score", "bbox_pred", "predictor", "score_lowres", "cls_logits", "ctrness")
-# what NumPy's arrays are pickled with
-_PLAIN = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "scalar"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-    ("collections", "OrderedDict"),
-    ("detectron2.structures.boxes", "BoxMode"),  # of proposals
-}
 
 
 class _Downloads(HTTPURLHandler):
@@ -193,29 +181,6 @@ class _Reader(DetectionCheckpointer):
 
     def _log_incompatible_keys(self, incompatible: _IncompatibleKeys) -> None:
         self.incompatible = incompatible
-
-
-def unpickle_arrays(path: Path) -> dict[str, Any]:
-    """A pickled dict of arrays and plain values; UserError for one that is cut off or would execute code."""
-
-    class ArraysOnly(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            if (module, name) in _PLAIN:
-                return super().find_class(module, name)
-            raise UserError(
-                f"{path} holds more than arrays ({module}.{name}), which could execute code; it is not read"
-            )
-
-    try:
-        with path.open("rb") as file:
-            loaded = ArraysOnly(file, encoding="latin1").load()
-    except (UserError, OSError):
-        raise
-    except Exception as error:  # pickle raises what the broken bytes happen to say
-        raise UserError(f"{path} is cut off, or not a pickle of weights: {error}") from error
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path} is not a pickle of weights: it holds a {type(loaded).__name__}")
-    return loaded
 
 
 def _judge(model: nn.Module, incompatible: _IncompatibleKeys, by_heuristics: bool, source: str, key: str) -> None:

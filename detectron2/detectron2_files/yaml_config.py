@@ -10,12 +10,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.solver import LRMultiplier, build_lr_scheduler, build_optimizer
+from fvcore.common.config import BASE_KEY
 from torch import nn
 
 from detectron2_files.config_protocol import TrainingSet, check_sampler
@@ -54,8 +56,13 @@ class YamlConfig:
         for add_keys in added:
             add_keys(self.cfg)
         try:
-            # the zoo's own say `!!python/object/apply:eval`; what lies in a checkpoint is plain
-            self.cfg.merge_from_file(str(path), allow_unsafe=path.name != self.resolved_name)
+            # the zoo's own say `!!python/object/apply:eval`; what lies in a checkpoint is plain, and whole
+            is_saved = path.name == self.resolved_name
+            if is_saved:
+                _refuse_base(path)
+            self.cfg.merge_from_file(str(path), allow_unsafe=not is_saved)
+        except UserError:
+            raise
         except Exception as error:  # yaml's and yacs' own
             raise UserError(f"hyperparameters.config_file: {path}: {error}") from error
         known = dict(_leaves(self.cfg))
@@ -252,6 +259,15 @@ class YamlConfig:
 
     def write(self, folder: Path) -> None:
         (folder / self.resolved_name).write_text(redacted(self.cfg.dump()))
+
+
+def _refuse_base(path: Path) -> None:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if isinstance(content, dict) and BASE_KEY in content:
+        raise UserError(
+            f"{path}: {BASE_KEY} names {content[BASE_KEY]!r}, and a checkpoint's config names no other file. Fix: give "
+            "the config that it was trained with: --set hyperparameters.config_file=…"
+        )
 
 
 def _semantic_augmentations(cfg: CfgNode) -> list[T.Augmentation]:

@@ -14,12 +14,23 @@ from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch import retinanet
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from determined import pytorch
+from fvcore.nn import sigmoid_focal_loss
 from pycocotools import mask as coco_mask
-from recording import assert_same_records, gradients, recording
+from recording import (
+    BATCHES,
+    assert_same_records,
+    assert_same_weights,
+    both_precisions,
+    computing_in,
+    gradients,
+    in_dtype,
+    recording,
+)
 from tiny_models import detectron2_config, load_model_def, with_keypoints
 
 from detectron2_files.config import load_config, shipped_configs
@@ -32,7 +43,6 @@ from shared.data.seeding import seed_all
 from shared.evaluation.evaluator import evaluate
 from shared.training.checkpoints import read_checkpoint
 
-BATCHES = 3
 MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 KEYPOINT_RCNN = "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml"
 CONFIGS = [
@@ -67,39 +77,46 @@ def config_of(shapes, config_file, **overrides):
 
 
 @pytest.fixture
-def without_fusion():
-    """RetinaNet's scripted focal loss is optimised after its first call: its gradient then differs by 2e-6, in
-    Detectron2's own loop too."""
-    with torch.jit.optimized_execution(False):
-        yield
+def without_script(monkeypatch):
+    """Both sides compute RetinaNet's focal loss by the library's Python function. The compiled one rounds to float32,
+    and PyTorch optimises it after its first call, which changes its gradient by 2e-6."""
+    monkeypatch.setattr(retinanet, "sigmoid_focal_loss_jit", sigmoid_focal_loss)
 
 
-@pytest.mark.usefixtures("without_fusion")
+@pytest.mark.usefixtures("without_script", "without_figures")
+@both_precisions
 @pytest.mark.parametrize("config_file", CONFIGS)
-def test_losses_gradients_and_weights_are_those_of_plain_train_net(persons, train, trial_class, config_file):
-    recorder, ours, start = recording(trial_class)
+def test_training_is_that_of_plain_train_net(persons, train, trial_class, config_file, dtype):
+    recorder, ours, start = recording(trial_class, dtype)
+    batches = BATCHES[dtype]
     clip = {"SOLVER.CLIP_GRADIENTS.ENABLED": True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 0.5}
     config = config_of(persons, config_file, **clip)
-    config["searcher"]["max_length"] = {"batches": BATCHES}
+    config["searcher"]["max_length"] = {"batches": batches}
     config["data"]["workers"] = 0
-    train(recorder, config)
+    with computing_in(dtype):
+        train(recorder, config)
+        trial = start["trial"]
+        theirs, weights = train_plainly(trial, start["weights"], batches, dtype)
+    assert_same_records(ours, theirs, dtype)
+    assert_same_weights(trial.plain_model.state_dict(), weights, dtype)
 
-    # tools/plain_train_net.py's do_train
-    trial, theirs = start["trial"], []
-    cfg = trial.detectron2_config.cfg
-    model = build_model(cfg).train()
-    model.load_state_dict(start["weights"])
+
+def train_plainly(trial, weights, batches, dtype):
+    """do_train of Detectron2's tools/plain_train_net.py: the records of its steps, and the weights after them."""
+    cfg, records = trial.detectron2_config.cfg, []
+    model = build_model(cfg).to(dtype).train()
+    model.load_state_dict(weights)
     optimizer = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)
-    keys = [batch for batch, _ in zip(trial.training_batches(), range(BATCHES), strict=False)]
+    keys = [batch for batch, _ in zip(trial.training_batches(), range(batches), strict=False)]
     with EventStorage(0) as storage:
         for iteration, batch in enumerate(keys):
-            data = [trial.train_samples[key] for key in batch]
+            data = in_dtype([trial.train_samples[key] for key in batch], dtype)
             storage.iter = iteration
             seed_all(trial.seed, 0, iteration, 1)  # the proposals' sampling, as in ours
             losses = model(data)
             loss = sum(losses.values())
-            theirs.append(
+            records.append(
                 {
                     "losses": {**{name: value.item() for name, value in losses.items()}, "loss": loss.item()},
                     "gradients": gradients(loss, model),
@@ -110,10 +127,7 @@ def test_losses_gradients_and_weights_are_those_of_plain_train_net(persons, trai
             loss.backward()
             optimizer.step()
             scheduler.step()
-
-    assert_same_records(ours, theirs)
-    for name, value in trial.plain_model.state_dict().items():
-        torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=1e-6)
+    return records, model.state_dict()
 
 
 @pytest.mark.parametrize("config_file", [MASK_RCNN, KEYPOINT_RCNN])
@@ -195,15 +209,16 @@ def test_the_learning_rate_is_detectron2_s_over_the_whole_schedule_also_after_a_
 
 def test_detections_are_those_of_default_predictor(coco_tiny, shapes, train, trial_class, tmp_path):
     config = detectron2_config(shapes, MASK_RCNN, **{"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0001})
-    run = train(trial_class, config)
+    checkpoint = read_checkpoint(train(trial_class, config) / "checkpoints/last")
+    in_float64, *_ = recording(trial_class, torch.float64)
     with pytorch.init(hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False) as context:
-        trial = trial_class(context, for_training=False)
-        checkpoint = read_checkpoint(run / "checkpoints/last")
+        trial = in_float64(context, for_training=False)
         trial.plain_model.load_state_dict(checkpoint.weights)
         torch.save({"model": checkpoint.weights}, tmp_path / "upstream.pth")
         cfg = copy.deepcopy(trial.detectron2_config.cfg)
         cfg.MODEL.WEIGHTS = str(tmp_path / "upstream.pth")
         upstream = DefaultPredictor(cfg)
+        upstream.model.double()
 
         annotations = coco_tiny / "annotations/instances_val2017.json"
         trial.data.val.annotations, trial.data.val.images = str(annotations), str(coco_tiny / "val2017")
@@ -212,11 +227,16 @@ def test_detections_are_those_of_default_predictor(coco_tiny, shapes, train, tri
         for number, batch in enumerate(trial.evaluation_loader(data)):
             if number == 8:
                 break
-            for found in trial.detect_on_host_batch(batch):
+            with computing_in(torch.float64):
+                detected = trial.detect_on_host_batch(batch)
+            for found in detected:
                 image = read_image(str(data.images.folder / names[found.image_id]), format="BGR")
-                expected = upstream(image)["instances"]
-                np.testing.assert_allclose(found.boxes, expected.pred_boxes.tensor.numpy(), atol=1e-4)
-                np.testing.assert_allclose(found.scores, expected.scores.numpy(), atol=1e-6)
+                with computing_in(torch.float64):
+                    expected = upstream(image)["instances"]
+                assert expected.scores.dtype == torch.float64
+                # `Detections` are float32
+                np.testing.assert_allclose(found.boxes, expected.pred_boxes.tensor.numpy(), rtol=1e-6)
+                np.testing.assert_allclose(found.scores, expected.scores.numpy(), rtol=1e-6)
                 np.testing.assert_array_equal(found.labels, expected.pred_classes.numpy())
                 for own, other in zip(found.masks, expected.pred_masks.numpy(), strict=True):
                     np.testing.assert_array_equal(coco_mask.decode(own), other)

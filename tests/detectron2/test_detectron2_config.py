@@ -142,10 +142,12 @@ def test_a_checkpoint_whose_config_s_functions_are_gone_names_the_file_that_had_
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     load("configs/own.py", tmp_path).write(checkpoint)
-    assert load(str(config_of_checkpoint(checkpoint)), tmp_path).cfg.model.roi_heads.box_head.conv_norm(8) is None
+    path = str(config_of_checkpoint(checkpoint))
+    again = load(path, tmp_path, trusted_config="configs/own.py")
+    assert again.cfg.model.roi_heads.box_head.conv_norm(8) is None
     own.unlink()
-    with pytest.raises(UserError, match=r"conv_norm is a function of configs/own.py, and that config is in none of"):
-        load(str(config_of_checkpoint(checkpoint)), tmp_path)
+    with pytest.raises(UserError, match=r"hyperparameters.trusted_config: configs/own.py is neither in"):
+        load(path, tmp_path, trusted_config="configs/own.py")
 
 
 def test_a_python_config_of_another_task_is_said_to_be_no_detector_s():

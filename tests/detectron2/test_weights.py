@@ -1,5 +1,6 @@
 """Weights to start from: every format of Detectron's, and nothing that executes."""
 
+import codecs
 import logging
 import pickle
 import re
@@ -10,6 +11,7 @@ import torch
 from tiny_models import DETECTRON2, SMALL_YAML, load_model_def
 
 from detectron2_files.config import load_config, shipped_configs
+from detectron2_files.plain_pickle import unpickle_arrays
 from detectron2_files.weights import find_weights, load_weights_into, zoo_weights
 from detectron2_hyperparameters import Detectron2Hyperparameters
 from shared.errors import UserError
@@ -78,6 +80,62 @@ def test_a_pkl_with_code_is_refused_and_does_not_run(model, tmp_path, monkeypatc
     with pytest.raises(UserError, match=r"bad.pth"):
         load_weights_into(build(), str(tmp_path / "bad.pth"), KEY)
     assert not (tmp_path / "was_executed").exists()
+
+
+class Reduced:
+    """Is pickled as the call of a function, with the state of its result."""
+
+    def __init__(self, function, arguments, *state):
+        self.reduced = (function, arguments, *state)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+ADDRESS = b"A" * 8
+RECONSTRUCT, NEW_ARRAY = np.zeros(1).__reduce__()[:2]
+SCALAR = np.float64(0).__reduce__()[0]
+# NumPy believes the 0: that objects need no care
+OBJECTS_IN_DISGUISE = Reduced(np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0))
+FLOATS = np.dtype(np.float32)
+HOSTILE_ARRAYS = {
+    "objects in disguise": Reduced(RECONSTRUCT, NEW_ARRAY, (1, (1,), OBJECTS_IN_DISGUISE, False, ADDRESS)),
+    "an object in disguise": Reduced(SCALAR, (OBJECTS_IN_DISGUISE, ADDRESS)),
+    "objects in a field": Reduced(RECONSTRUCT, NEW_ARRAY, (1, (1,), np.dtype([("a", "O")]), False, [(1,)])),
+    "flags of objects": Reduced(
+        RECONSTRUCT,
+        NEW_ARRAY,
+        (1, (1,), Reduced(np.dtype, ("f8", False, True), (3, "<", None, None, None, -1, -1, 63)), False, ADDRESS),
+    ),
+    "objects": np.array([{}], dtype=object),
+    "text": np.array(["a"]),
+    "records": np.zeros(1, dtype=[("a", "f4"), ("b", "f4")]),
+    "a subclass": np.ma.array([1.0]),
+    "too few bytes": Reduced(RECONSTRUCT, NEW_ARRAY, (1, (1000,), FLOATS, False, ADDRESS)),
+    "a negative size": Reduced(RECONSTRUCT, NEW_ARRAY, (1, (-1, -2), FLOATS, False, ADDRESS)),
+    "a call of ndarray": Reduced(np.ndarray, ((10**6,), "f4")),
+    "a codec": Reduced(codecs.encode, ("a", "rot13")),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_ARRAYS)
+def test_a_pkl_with_anything_but_numbers_in_arrays_is_refused(tmp_path, name):
+    content = {"model": {"weight": HOSTILE_ARRAYS[name]}, "__author__": "somebody"}
+    (tmp_path / "bad.pkl").write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(UserError, match=r"bad.pkl holds more than arrays of numbers and plain values: .*Fix: "):
+        load_weights_into(torch.nn.Module(), str(tmp_path / "bad.pkl"), KEY)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_arrays_of_numbers_of_every_kind_are_read_from_a_pkl(tmp_path, protocol):
+    numbers = np.arange(6).reshape(2, 3)
+    arrays = {kind: numbers.astype(kind) for kind in ("f2", "f4", ">f8", "i8", "u1", "?", "c8")}
+    arrays |= {"by columns": np.asfortranarray(numbers), "scalar": np.float32(3), "empty": np.zeros((0, 4))}
+    (tmp_path / "arrays.pkl").write_bytes(pickle.dumps(arrays, protocol=protocol))
+    read = unpickle_arrays(tmp_path / "arrays.pkl")
+    for name, array in arrays.items():
+        assert read[name].dtype == array.dtype.newbyteorder("=")
+        np.testing.assert_array_equal(read[name], array)
 
 
 def test_a_cut_off_file_is_named(model, tmp_path):

@@ -18,7 +18,16 @@ from mmdet.apis import inference_detector, init_detector
 from mmdet.datasets import build_dataset
 from mmdet.models import build_detector
 from pycocotools import mask as coco_mask
-from recording import assert_same_records, gradients, recording
+from recording import (
+    BATCHES,
+    assert_same_records,
+    assert_same_weights,
+    both_precisions,
+    computing_in,
+    gradients,
+    in_dtype,
+    recording,
+)
 from tiny_models import TINY, load_model_def, mmdet_config
 
 from mmdetection_files.evaluation import to_detections
@@ -28,8 +37,6 @@ from shared.data.annotations import CocoAnnotations
 from shared.data.seeding import seed_all
 from shared.evaluation.evaluator import evaluate
 from shared.training.checkpoints import read_checkpoint
-
-BATCHES = 3
 
 
 class UpstreamData(torch.utils.data.Dataset):
@@ -63,25 +70,37 @@ class Recorder(Hook):
         )
 
 
+@pytest.mark.usefixtures("without_figures")
+@both_precisions
 @pytest.mark.parametrize("config_file", TINY)
-def test_losses_gradients_and_weights_are_those_of_mmdetection_s_runner(shapes, train, config_file):
-    trial_class, ours, start = recording(load_model_def().MMDetectionTrial)
+def test_training_is_that_of_mmdetection_s_runner(shapes, train, config_file, dtype):
+    trial_class, ours, start = recording(load_model_def().MMDetectionTrial, dtype)
     clip = {"optimizer_config.grad_clip": {"max_norm": 5, "norm_type": 2}, "lr_config.warmup_iters": 5}
     config = mmdet_config(shapes, config_file, **clip)
-    config["searcher"]["max_length"] = {"batches": BATCHES}
+    config["searcher"]["max_length"] = {"batches": BATCHES[dtype]}
     config["data"]["workers"] = 0
-    train(trial_class, config)
+    with computing_in(dtype):
+        train(trial_class, config)
+        trial = start["trial"]
+        theirs, weights = train_by_runner(trial, start["weights"], BATCHES[dtype], dtype)
+    assert_same_records(ours, theirs, dtype)
+    assert_same_weights(trial.plain_model.state_dict(), weights, dtype)
 
-    trial = start["trial"]
-    resolved, theirs = trial.mmdet_config, []
+
+def train_by_runner(trial, weights, batches, dtype):
+    """MMDetection's own training: the records of its steps, and the weights after them."""
+    resolved, records = trial.mmdet_config, []
     resolved.data.train.classes = [category["name"] for category in trial.categories]
     data = UpstreamData(resolved.data.train, trial.seed)
-    batches = [batch for batch, _ in zip(trial.training_batches(), range(BATCHES), strict=False)]
     loader = torch.utils.data.DataLoader(
-        data, batch_sampler=batches, collate_fn=lambda samples: mmcv_collate(samples, samples_per_gpu=4)
+        data,
+        batch_sampler=[batch for batch, _ in zip(trial.training_batches(), range(batches), strict=False)],
+        collate_fn=lambda samples: mmcv_collate(samples, samples_per_gpu=4),
     )
-    model = build_detector(resolved.model)
-    model.load_state_dict(start["weights"])
+    model = build_detector(resolved.model).to(dtype)
+    model.load_state_dict(weights)
+    train_step = model.train_step
+    model.train_step = lambda data, optimizer: train_step(in_dtype(data, dtype), optimizer)
     runner = EpochBasedRunner(
         MMDataParallel(model),
         optimizer=build_optimizer(model, resolved.optimizer),
@@ -89,12 +108,9 @@ def test_losses_gradients_and_weights_are_those_of_mmdetection_s_runner(shapes, 
         max_epochs=1,
     )
     runner.register_training_hooks(copy.deepcopy(resolved.lr_config), copy.deepcopy(resolved.optimizer_config))
-    runner.register_hook(Recorder(theirs, trial.seed), priority="HIGHEST")
+    runner.register_hook(Recorder(records, trial.seed), priority="HIGHEST")
     runner.run([loader], [("train", 1)])
-
-    assert_same_records(ours, theirs)
-    for name, value in trial.plain_model.state_dict().items():
-        torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=1e-6)
+    return records, model.state_dict()
 
 
 POLICIES = {
@@ -178,27 +194,35 @@ def test_detections_are_those_of_inference_detector(shapes, train, tmp_path):
     overrides = {"model.test_cfg.rcnn.score_thr": 0.01}
     config = mmdet_config(shapes, **overrides)
     trial_class = load_model_def().MMDetectionTrial
-    run = train(trial_class, config)
+    checkpoint = read_checkpoint(train(trial_class, config) / "checkpoints/last")
+    in_float64, *_ = recording(trial_class, torch.float64)
     with pytorch.init(hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False) as context:
-        trial = trial_class(context, for_training=False)
-    checkpoint = read_checkpoint(run / "checkpoints/last")
-    trial.plain_model.load_state_dict(checkpoint.weights)
-    torch.save({"state_dict": checkpoint.weights, "meta": {"CLASSES": ("a", "b", "c")}}, tmp_path / "upstream.pth")
-    write_resolved(trial.mmdet_config, tmp_path)
-    upstream = init_detector(str(tmp_path / "mmdet_config.py"), str(tmp_path / "upstream.pth"), device="cpu")
+        trial = in_float64(context, for_training=False)
+        trial.plain_model.load_state_dict(checkpoint.weights)
+        torch.save({"state_dict": checkpoint.weights, "meta": {"CLASSES": ("a", "b", "c")}}, tmp_path / "upstream.pth")
+        write_resolved(trial.mmdet_config, tmp_path)
+        upstream = init_detector(str(tmp_path / "mmdet_config.py"), str(tmp_path / "upstream.pth"), device="cpu")
+        upstream.double().register_forward_pre_hook(
+            lambda model, given, named: (given, in_dtype(named, torch.float64)), with_kwargs=True
+        )
 
-    data, compared = trial.open_val(), 0
-    names = {int(i): data.annotations.file_name(n) for n, i in enumerate(data.annotations.image_ids)}
-    for batch in trial.evaluation_loader(data):
-        for found in trial.detect_on_host_batch(batch):
-            boxes, masks = inference_detector(upstream, str(shapes / "val" / names[found.image_id]))
-            expected = np.concatenate(boxes)
-            np.testing.assert_allclose(np.column_stack([found.boxes, found.scores]), expected, atol=1e-5)
-            np.testing.assert_array_equal(found.labels, np.repeat(range(len(boxes)), [len(b) for b in boxes]))
-            stacked = [mask for of_class in masks for mask in of_class]
-            for own, other in zip(found.masks, stacked, strict=True):
-                np.testing.assert_array_equal(coco_mask.decode(own), other)
-            compared += len(found)
+        data, compared = trial.open_val(), 0
+        names = {int(i): data.annotations.file_name(n) for n, i in enumerate(data.annotations.image_ids)}
+        for batch in trial.evaluation_loader(data):
+            with computing_in(torch.float64):
+                detected = trial.detect_on_host_batch(batch)
+            for found in detected:
+                with computing_in(torch.float64):
+                    boxes, masks = inference_detector(upstream, str(shapes / "val" / names[found.image_id]))
+                expected = np.concatenate(boxes)
+                assert expected.dtype == np.float64
+                # `Detections` are float32
+                np.testing.assert_allclose(np.column_stack([found.boxes, found.scores]), expected, rtol=1e-6)
+                np.testing.assert_array_equal(found.labels, np.repeat(range(len(boxes)), [len(b) for b in boxes]))
+                stacked = [mask for of_class in masks for mask in of_class]
+                for own, other in zip(found.masks, stacked, strict=True):
+                    np.testing.assert_array_equal(coco_mask.decode(own), other)
+                compared += len(found)
     assert compared > 50
 
 
