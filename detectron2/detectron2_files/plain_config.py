@@ -25,6 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
+from shared.durable import write_file
 from shared.errors import UserError
 from shared.redaction import without_secrets
 
@@ -92,7 +93,7 @@ def write_plain(cfg: DictConfig, path: Path, origin_of: Callable[[str], str]) ->
     """
     content = OmegaConf.to_container(cfg, resolve=False, structured_config_mode=SCMode.INSTANTIATE)
     plain = without_secrets(_encoded(content, "", origin_of))
-    path.write_text(yaml.safe_dump(plain, default_flow_style=None, allow_unicode=True, width=9999), encoding="utf-8")
+    write_file(path, yaml.safe_dump(plain, default_flow_style=None, allow_unicode=True, width=9999))
 
 
 def read_plain(path: Path, modules: Sequence[str]) -> DictConfig:

@@ -9,6 +9,7 @@ from typing import Any
 
 from mmcv import Config
 
+from shared.durable import write_file
 from shared.errors import UserError
 from shared.redaction import without_secrets
 
@@ -23,7 +24,7 @@ def write_resolved(config: Config, folder: Path) -> None:
     """The resolved config as a file that MMDetection reads too, of literals only."""
     plain = without_secrets(config._cfg_dict.to_dict())
     lines = [f"{name} = {value!r}\n" for name, value in plain.items()]
-    (folder / RESOLVED_CONFIG).write_text("".join(lines))
+    write_file(folder / RESOLVED_CONFIG, "".join(lines))
 
 
 def read_resolved(path: Path) -> Config:
