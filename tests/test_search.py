@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -321,6 +322,21 @@ def test_each_trial_has_its_share_of_the_machine(start, tmp_path, monkeypatch):
     cores = [set(one["cores"]) for one in seen]
     if len(os.sched_getaffinity(0)) > 1:
         assert not cores[0] & cores[1]
+
+
+def test_only_its_owner_reads_a_trial_s_config_and_it_holds_no_password_of_a_cluster(start, tmp_path):
+    url = "http://user:hunter2@127.0.0.1:9"
+    config = config_of(
+        searcher={"name": "random", "max_trials": 1},
+        checkpoint_storage={"type": "s3", "secret_key": "hunter2"},
+        data={"endpoint_url": url},
+    )
+    ended(start(config, jobs=1))
+    file = tmp_path / "search/trials/0.yaml"
+    written = yaml.safe_load(file.read_text())
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert written["checkpoint_storage"] == {"type": "s3", "secret_key": "(redacted)"}
+    assert written["data"] == {"endpoint_url": url}
 
 
 def test_a_search_of_another_config_is_refused(start, tmp_path):

@@ -27,6 +27,7 @@ from optuna.trial import TrialState
 from shared.config_file import load_config, make_paths_absolute
 from shared.durable import sync_folder, write_file
 from shared.errors import UserError, count_of
+from shared.redaction import without_secrets
 from shared.search.halving import WHOLE, first_number
 from shared.search.searcher import Searcher, parse_searcher
 from shared.search.space import draw, ranges_of
@@ -230,7 +231,9 @@ class _Search:
             "hyperparameters": hyperparameters,
             "name": f"{self.config.get('name')} trial {number}",
         }
-        write_file(file, yaml.safe_dump(config, sort_keys=False))
+        # the trial reads its data with the passwords of `data` and `hyperparameters`: only its owner may read the file
+        clean = without_secrets(config, but=("data", "hyperparameters"))
+        write_file(file, yaml.safe_dump(clean, sort_keys=False), mode=0o600)
         process = TrialProcess(
             self.program,
             file,
