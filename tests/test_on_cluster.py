@@ -17,6 +17,7 @@ from torch.torch_version import TorchVersion
 
 from shared import launch
 from shared.training.checkpoints import load_state, read_checkpoint
+from shared.training.manifest import write_manifest
 
 
 @pytest.fixture
@@ -128,6 +129,7 @@ def test_a_task_refuses_a_checkpoint_with_code(name, config, run_task, tmp_path,
     trace = tmp_path / "ran"
     write = torch.save if name.endswith("pth") else lambda value, path: path.write_bytes(pickle.dumps(value))
     write({"trial_id": Harmful(trace)}, saved / name)
+    write_manifest(saved, 4)  # whoever changes the one changes the other
     config["searcher"]["max_length"] = {"batches": 8}
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.3.0a0+ebedce2"))  # of Determined's default image
     assert run_task(config, latest_checkpoint=saved.name, steps_completed=4).exit_status == 1
