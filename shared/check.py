@@ -205,6 +205,14 @@ def _refuse_page(path: Path | None) -> None:
         raise UserError(f"--page: {path} is a folder; name a file")
 
 
+def _refuse_page_over_image(page: Path, opened: dict[str, SplitData]) -> None:
+    from shared.data.storage import DiskImages
+
+    folders = [of.images.folder.resolve() for of in opened.values() if isinstance(of.images, DiskImages)]
+    if page.exists() and any(page.resolve().is_relative_to(folder) for folder in folders):
+        raise UserError(f"--page: {page} is a file among the images and would be replaced. Fix: give another name")
+
+
 def _end(report: Report, opened: dict[str, SplitData], page: Path | None) -> NoReturn:
     print(report)
     if page is not None and not opened:
@@ -212,6 +220,7 @@ def _end(report: Report, opened: dict[str, SplitData], page: Path | None) -> NoR
     elif page is not None:
         from shared.evaluation.data_report import save_page
 
+        _refuse_page_over_image(page, opened)
         try:
             save_page(opened, page)
         except OSError as error:

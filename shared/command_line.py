@@ -31,6 +31,7 @@ from shared.experiment import (
     parse_section,
     refuse_another_detector_s,
 )
+from shared.redaction import redacted
 from shared.training.checkpoint_folder import checkpoint_here
 from shared.training.loggers import check_loggers
 from shared.training.run_folder import OF_THE_RUN, RunFolder
@@ -224,7 +225,7 @@ def _exit_at_once(status: int) -> NoReturn:
 
 def _end_with(error: Exception) -> NoReturn:
     # its own words, also where it comes from a loader worker with that one's traceback
-    message = re.split(r"\n[\w.]+Error: ", str(error))[-1].strip()
+    message = redacted(re.split(r"\n[\w.]+Error: ", str(error))[-1].strip())
     rank = int(os.environ.get("RANK", 0))
     line = f"error: {message}" if rank == 0 else f"error on rank {rank}: {message}"
     if on_cluster():

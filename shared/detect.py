@@ -18,20 +18,21 @@ from typing import Any
 import torch
 from determined.core import DistributedContext
 
-from shared import videos
+from shared import durable, videos
 from shared.config_file import fixed_hyperparameters, load_config, make_paths_absolute
 from shared.data.annotations import CocoAnnotations
 from shared.data.images import read_image
 from shared.data.loading import Batch
 from shared.data.storage import DiskImages
-from shared.errors import UserError
+from shared.errors import UserError, check_outputs
 from shared.evaluation import visualization
 from shared.evaluation.detections import Detections, from_coco_results, to_coco_results
 from shared.evaluation.drawing import draw, objects_of_detections
 from shared.evaluation.evaluator import CocoEvaluator, iou_types_of
 from shared.evaluation.table import for_json, metrics_table
 from shared.experiment import DataConfig, SplitData, open_split, parse_data
-from shared.inputs import GivenImages, Picture, find_files, look_at
+from shared.inputs import GivenImages, Picture, drawn_as, find_files, look_at
+from shared.redaction import filled_in
 from shared.report.about import About, software
 from shared.report.analysis import best_of_boxes
 from shared.report.summary import summary_of
@@ -54,8 +55,7 @@ def evaluate(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -
     config, checkpoint = _config_to_detect_with(trial_class, arguments)
     with local_processes() as processes, _detecting_trial(trial_class, config, checkpoint, processes) as trial:
         data = trial.open_val()
-        _make_folder(arguments.output, "--output")
-        _make_folder(arguments.report, "--report")
+        _make_output_folders(arguments, data)
         names, in_data = ([category["name"] for category in of.categories] for of in (trial, data))
         if names != in_data:
             raise UserError(
@@ -107,8 +107,7 @@ def _evaluate_results(trial_class: type[DetectionTrial], arguments: argparse.Nam
     images = None if arguments.report else DiskImages(Path())
     data = open_split(dataclasses.replace(data_config, check_images=False), "val", images=images)
     detections = from_coco_results(arguments.results, data.annotations)
-    _make_folder(arguments.output, "--output")
-    _make_folder(arguments.report, "--report")
+    _make_output_folders(arguments, data)
     evaluator = CocoEvaluator(data.annotations, iou_types_of(detections, data.annotations))
     evaluator.update(detections)
     _say_metrics(evaluator.compute(), evaluator.iou_types, arguments.output)
@@ -153,8 +152,7 @@ def _report(
 def _say_metrics(metrics: dict[str, float], iou_types: tuple[str, ...], output: Path | None) -> None:
     print(metrics_table(metrics, iou_types))
     if output:
-        with _writing(output / "metrics.json"):
-            (output / "metrics.json").write_text(json.dumps(for_json(metrics), indent=1))
+        _write_text(output / "metrics.json", json.dumps(for_json(metrics), indent=1))
 
 
 def predict(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
@@ -165,13 +163,12 @@ def predict(trial_class: type[DetectionTrial], arguments: argparse.Namespace) ->
     data_config = parse_data(config, trial_class.data_class)
     with local_processes() as processes, contextlib.ExitStack() as stack:
         distributed = processes[0]
-        copies = data_config.cache_dir and Path(data_config.cache_dir).absolute() / "images"
-        if distributed.rank == 0 and copies is None:
+        if distributed.rank == 0:  # not in data.cache_dir: a training reads its images again, a prediction does not
             copies = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="predict-")))
 
         def look() -> tuple[list[Picture], GivenImages]:
             _refuse_filled(arguments.output)
-            files = find_files(arguments.images, data_config.store_options)
+            files = find_files(arguments.images, data_config.store_options, arguments.format)
             images = GivenImages(files, data_config.store_options, copies)
             pictures = look_at(files, images)
             _make_folder(arguments.output, "--output")
@@ -246,7 +243,7 @@ class _Prediction:
         if picture.frame is not None:  # drawn at the end, in their order
             self.frames[detections.image_id] = detections
         else:
-            path = self.output / f"{picture.name}.{self.suffix}"
+            path = self.output / drawn_as(picture.name, self.suffix)
             image = read_image(self.data.images, picture.key)
             with _writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -260,7 +257,7 @@ class _Prediction:
             if picture.frame is not None:
                 of_video.setdefault((picture.name, picture.location), []).append(image_id)
         for (name, location), image_ids in of_video.items():
-            path = self.output / (name if name.lower().endswith(".mp4") else f"{name}.mp4")
+            path = self.output / drawn_as(name, self.suffix)
             path.parent.mkdir(parents=True, exist_ok=True)
             with _writing(path), videos.VideoWriter(path, location) as writer:
                 for image_id, frame in zip(image_ids, videos.frames(location), strict=False):
@@ -296,9 +293,16 @@ class _Prediction:
         print(f"{done}, their detections in {self.output / 'results.json'}{videos_too}", file=sys.stderr)
 
 
+def _write_text(path: Path, text: str) -> None:
+    try:
+        durable.write_file(path, text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """A file that is whole, or not there."""
+    """A new file that is whole, or not there."""
     try:
         yield
     except BaseException as error:
@@ -316,10 +320,26 @@ def _refuse_filled(output: Path) -> None:
         )
 
 
-def _make_folder(path: Path | None, option: str) -> None:
+def _make_output_folders(arguments: argparse.Namespace, data: SplitData) -> None:
+    """Of `evaluate`.
+
+    Raises:
+        UserError: they cannot be made, or an input would be replaced in them.
+    """
+    inputs = [arguments.config, arguments.results, data.annotations.path]
+    numbers = ["metrics.json"] if arguments.results else ["metrics.json", "results.json"]
+    for option, folder, names in (
+        ("--output", arguments.output, numbers),
+        ("--report", arguments.report, ["report.html", "report.json"]),
+    ):
+        if folder is not None:
+            check_outputs(option, [folder / name for name in names], inputs)
+            _make_folder(folder, option)
+
+
+def _make_folder(path: Path, option: str) -> None:
     try:
-        if path is not None:
-            path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{option}: {path} cannot be made a folder: {error.strerror}") from error
 
@@ -341,7 +361,7 @@ def _config_to_detect_with(
             )
         overridden = [o.split("=")[0].split(".")[1] for o in arguments.overrides if o.startswith("hyperparameters.")]
         config["hyperparameters"] = {
-            **checkpoint.hparams,
+            **filled_in(checkpoint.hparams, own),
             **_own_imports(checkpoint, own),
             **trial_class.hyperparameters_of_checkpoint(checkpoint.path, own),
             **{name: own[name] for name in overridden},
@@ -420,8 +440,9 @@ def pictures_as_data(
     ]
     annotations = CocoAnnotations.from_dict({"images": rows, "annotations": [], "categories": trial.categories})
     annotations.path = "--images"
-    one_folder = len(given) == 1 and Path(given[0]).is_dir() and all(picture.frame is None for picture in pictures)
-    return SplitData(annotations, DiskImages(Path(given[0]).absolute()) if one_folder else images)
+    folder = Path(given[0]).expanduser().resolve()
+    in_folder = all(p.frame is None and p.location == str(folder / p.name) for p in pictures)
+    return SplitData(annotations, DiskImages(folder) if in_folder else images)
 
 
 def _known_image_ids(data: DataConfig) -> dict[str, int]:
@@ -438,6 +459,5 @@ def _write_results(folder: Path, gathered: list[dict[int, list[dict]]], min_scor
     """Returns how many images and detections there are, and how many detections of at least `min_score`."""
     by_image = {image_id: found for results in gathered for image_id, found in results.items()}
     results = [result for _, found in sorted(by_image.items()) for result in found]
-    with _writing(path := folder / "results.json"):
-        path.write_text(json.dumps(results))
+    _write_text(folder / "results.json", json.dumps(results))
     return len(by_image), len(results), sum(result["score"] >= min_score for result in results)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def write_file(path: Path, content: str | bytes) -> None:
+def write_file(path: Path, content: str | bytes, mode: int = 0o666) -> None:
     """Replaces a file's content as a whole.
 
     After a crash or a power cut at any moment, the file holds the old content or the new one. Other processes never
@@ -25,20 +25,21 @@ def write_file(path: Path, content: str | bytes) -> None:
 
     Args:
         content: text is written as UTF-8.
+        mode: who may read and write the file, as for `os.open`.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written. The old content stays.
     """
-    with writing(path) as file:
+    with writing(path, mode) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
+def writing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """The same for content that is written in pieces; an error in the block leaves the old content."""
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
     try:
-        with new.open("xb") as file:
+        with open(new, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
             _sync(file.fileno())

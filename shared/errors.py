@@ -36,7 +36,7 @@ def nearest_path(path: str) -> str:
     folder = next(parent for parent in missing.absolute().parents if parent.is_dir())
     name = missing.absolute().relative_to(folder).parts[0]
     others = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
-    alike = [other for other in others if _spelled_alike(other, name)]
+    alike = [other for other in others if same_on_any_disk(other) == same_on_any_disk(name)]
     alike += difflib.get_close_matches(name, sorted(others), n=1, cutoff=0.6)
     deeper = sorted(str(found) for found in folder.glob(f"*/{glob.escape(name)}"))
     if alike or deeper:
@@ -44,9 +44,23 @@ def nearest_path(path: str) -> str:
     return f"in {folder} there {'is no ' + name if others else 'is nothing'}"
 
 
-def _spelled_alike(one: str, other: str) -> bool:
-    """The same but for upper case, or for how accents are encoded, as macOS and others do it."""
-    return unicodedata.normalize("NFC", one).casefold() == unicodedata.normalize("NFC", other).casefold()
+def same_on_any_disk(name: str) -> str:
+    """The same for two names that are one file on some disks: without upper case, with accents encoded in one way, as
+    macOS and others do it."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def check_outputs(option: str, outputs: Iterable[Path], inputs: Iterable[str | os.PathLike | None]) -> None:
+    """Raises UserError if one of the files to write is an input.
+
+    Args:
+        option: of the command line, for the error.
+        inputs: files, folders, URLs and None.
+    """
+    there = [os.fspath(path) for path in inputs if path is not None and os.path.exists(path)]
+    for output in outputs:
+        if output.exists() and any(os.path.samefile(output, path) for path in there):
+            raise UserError(f"{option}: {output} would be replaced, and is an input. Fix: give another name or folder")
 
 
 def count_of(number: int, what: str) -> str:

@@ -19,10 +19,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from shared import videos
 from shared.data import remote
 from shared.data.file_cache import CachedImages
+from shared.data.images import is_image_name
 from shared.data.listing import Look
 from shared.data.remote import RemoteImages, StoreOptions, is_url
 from shared.data.storage import ImageStorage
-from shared.errors import UserError
+from shared.errors import UserError, same_on_any_disk
 from shared.evaluation.visualization import is_drawn
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Picture:
     """An image to detect on, or a frame of a video.
 
     Attributes:
-        name: of the file: no two are alike, and none leads out of a folder.
+        name: of the file: no two are alike, on a disk that ignores case neither, and none leads out of a folder.
         location: the file's path, or its URL.
         frame: of a video, from 0 on; None of an image.
     """
@@ -58,7 +59,7 @@ class GivenImages:
 
     Attributes:
         locations: by name.
-        copies: a folder for those from a URL: each is read to tell its size, to detect and to draw.
+        copies: an empty folder for those from a URL: each is read to tell its size, to detect and to draw.
     """
 
     locations: dict[str, str]
@@ -79,16 +80,26 @@ class GivenImages:
             return Path(location).read_bytes()
         folder, _, name = location.rpartition("/")
         if folder not in self._opened:
-            self._opened[folder] = CachedImages(RemoteImages(folder, self.options), self.copies, 2**40)
-        return self._opened[folder].read(name)
+            self._opened[folder] = CachedImages(RemoteImages(folder, self.options), self.copies, 2**40, since=None)
+        return self._opened[folder].read(unquote(name) if location.startswith("http") else name)
 
     def look(self, names: np.ndarray) -> Look:
         return Look()
 
 
-def find_files(given: Sequence[str], options: StoreOptions) -> dict[str, str]:
+def drawn_as(name: str, picture_format: str) -> str:
+    """The file below --output that the picture, or the video, of an input is written to."""
+    if videos.is_video(name):
+        return name if name.lower().endswith(".mp4") else f"{name}.mp4"
+    return f"{name}.{picture_format}"
+
+
+def find_files(given: Sequence[str], options: StoreOptions, picture_format: str = "png") -> dict[str, str]:
     """The location of each image and video that is named, by a name of its own: its path below the folder that was
     given, with folders before it where two files would have the same.
+
+    Args:
+        picture_format: the ending of what is drawn of images.
 
     Raises:
         UserError: something that is named is not there, or has no images.
@@ -96,20 +107,50 @@ def find_files(given: Sequence[str], options: StoreOptions) -> dict[str, str]:
     below: dict[str, str] = {}  # by location, which counts once
     for one in given:
         for location, name in _find(one, options):
-            below.setdefault(location, name)
-    taken, names = set(), {}
-    same = Counter(below.values())
+            below.setdefault(location, _inside(name))
+    outputs = _Outputs(picture_format)
+    names: dict[str, str] = {}
+    same = Counter(map(same_on_any_disk, below.values()))
     for location, name in below.items():
-        parts = PurePosixPath(location.partition("://")[2] or location).parts
+        parts = PurePosixPath(_inside(unquote(location.partition("://")[2]) or location)).parts
         length = len(PurePosixPath(name).parts)
-        while (same[name] > 1 or name in taken) and length < len(parts):
+        while (same[same_on_any_disk(name)] > 1 or not outputs.has_room_for(name)) and length < len(parts):
             length += 1
-            name = "/".join(parts[-length:]).lstrip("/")
-        if name in taken:  # the same path here and in a bucket
-            name = f"{len(taken)}/{name}"
-        taken.add(name)
-        names[name] = location
+            name = "/".join(parts[-length:])
+        numbered, number = name, 1
+        while not outputs.has_room_for(numbered):  # the same path here and in a bucket
+            number += 1
+            numbered = f"{number}/{name}"
+        outputs.take(numbered)
+        names[numbered] = location
     return names
+
+
+def _inside(path: str) -> str:
+    """The path as one that leads out of no folder."""
+    parts = path.replace("\0", "").split("/")
+    return "/".join(part for part in parts if part not in ("", ".", "..")) or "input"
+
+
+class _Outputs:
+    """What will be written below --output, no file in the place of another or of a folder."""
+
+    def __init__(self, picture_format: str):
+        self.picture_format = picture_format
+        self.files, self.folders = {"results.json"}, set()
+
+    def has_room_for(self, name: str) -> bool:
+        file, folders = self._of(name)
+        return file not in self.files and file not in self.folders and self.files.isdisjoint(folders)
+
+    def take(self, name: str) -> None:
+        file, folders = self._of(name)
+        self.files.add(file)
+        self.folders.update(folders)
+
+    def _of(self, name: str) -> tuple[str, set[str]]:
+        path = PurePosixPath(same_on_any_disk(drawn_as(name, self.picture_format)))
+        return str(path), {str(folder) for folder in path.parents}
 
 
 def _find(given: str, options: StoreOptions) -> Iterator[tuple[str, str]]:
@@ -121,7 +162,7 @@ def _find(given: str, options: StoreOptions) -> Iterator[tuple[str, str]]:
     if path.is_dir():
         yield from _find_in(path)
     elif path.exists():
-        yield str(path.absolute()), path.name
+        yield _located(path), path.name
     elif glob.has_magic(given):
         matches = sorted(glob.glob(str(path), recursive=True))
         if not matches:
@@ -130,31 +171,35 @@ def _find(given: str, options: StoreOptions) -> Iterator[tuple[str, str]]:
             if Path(match).is_dir():
                 yield from _find_in(Path(match))
             elif _is_input(match):
-                yield str(Path(match).absolute()), Path(match).name
+                yield _located(Path(match)), Path(match).name
     else:
         raise UserError(f"--images: {given} does not exist")
 
 
+def _located(file: Path) -> str:
+    """The file's path without links and `..` in its folder. A link keeps its own name."""
+    return str(file.parent.resolve() / file.name)
+
+
 def _find_in(folder: Path) -> Iterator[tuple[str, str]]:
+    folder = folder.resolve()
     # there may be pictures and videos beside it, that an earlier predict has drawn
     written = {file.parent for file in folder.rglob("results.json")} - {folder}
     for earlier in sorted(written):
         logger.info("left out: %s, which holds the results.json of an earlier run", earlier)
     for file in sorted(folder.rglob("*")):
         if _is_input(file.name) and file.is_file() and written.isdisjoint(file.parents):
-            yield str(file.absolute()), file.relative_to(folder).as_posix()
+            yield str(file), file.relative_to(folder).as_posix()
 
 
 def _is_input(name: str) -> bool:
-    suffix = PurePosixPath(name).suffix.lower()
-    return videos.is_video(name) or Image.registered_extensions().get(suffix) in Image.OPEN
+    return videos.is_video(name) or is_image_name(name)
 
 
 def _find_remote(url: str, options: StoreOptions) -> Iterator[tuple[str, str]]:
     if _is_input(url):
-        folder, _, name = url.rpartition("/")
-        name = unquote(name) if url.startswith("http") else name  # `RemoteImages` quotes it again
-        yield f"{folder}/{name}", name
+        name = url.rpartition("/")[2]
+        yield url, unquote(name) if url.startswith("http") else name
         return
     if url.startswith("http"):
         raise UserError(

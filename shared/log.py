@@ -9,6 +9,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from shared.redaction import redacted
+
 _OURS = ("shared", "__main__", "model_def")
 _FILES = "_files"  # of a detector: efficientdet_files, …
 
@@ -33,7 +35,7 @@ class _AboveTheBar(logging.Handler):
         ours = _is_ours(record)
         if not (ours or self.verbose or record.levelno >= logging.WARNING):
             return
-        text = self.format(record)
+        text = redacted(self.format(record))
         first, *more = text.splitlines() or [""]
         if more and not (ours or self.verbose or record.exc_info):
             text = f"{first} (and {len(more)} more lines, with --verbose)"

@@ -1,11 +1,11 @@
 """Stands in for a `model_def.py` in the tests of a search: `train` has a curve that follows from the hyperparameters,
 and `search` searches with itself.
 
-    python search_program.py train CONFIG --output-dir RUN [--resume last]
+    python search_program.py train CONFIG --output-dir RUN --resume auto
     python search_program.py search CONFIG OUTPUT JOBS [STORAGE]
 """
 
-import fcntl
+import errno
 import json
 import logging
 import math
@@ -20,6 +20,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from shared.training.run_folder import RunFolder
 
 RANGES = {
     "lr": {"type": "log", "base": 10, "minval": -6.0, "maxval": -1.0},
@@ -45,35 +46,63 @@ def share_of_better_points(hyperparameters: dict) -> float:
     return sum(value_of(point) > value_of(hyperparameters) for point in points) / len(points)
 
 
-def train(config: dict, run: Path, resume: bool) -> None:
+def train(config: dict, run: Path) -> None:
+    """A run whose curve is a formula. The config may hold besides:
+
+    full_disk: fail as a run does on a full disk.
+    checkpoint_at: save a checkpoint at this batch.
+    hold_at: wait there at the first start, for a signal or until the file `held` is deleted.
+    in_step: wait for the search after each validation.
+    """
     hyperparameters, searcher = config["hyperparameters"], config["searcher"]
     if hyperparameters.get("diverges"):
         print("a line of the log\nerror: the loss is not finite since batch 3")
         sys.exit(1)
+    if config.get("full_disk"):
+        print(f"error: {run} cannot be written ({os.strerror(errno.ENOSPC)}; 0 MiB are free there)")
+        sys.exit(1)
     stops = []
-    run.mkdir(parents=True, exist_ok=True)
-    lock = (run / ".lock").open("a")
-    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as a run does: two in one folder are an error
     signal.signal(signal.SIGTERM, lambda *_: stops.append(True))
-    last, total = run / "checkpoints/last", searcher["max_time"]
-    (run / "length.json").write_text(json.dumps({"batches": total, "batches_per_epoch": 10}))
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    folder = RunFolder(run)
+    folder.take()
+    last, total = folder.checkpoints / "last", searcher["max_time"]
+    batch = int((last / "batches").read_text()) if last.exists() else 0
+    folder.forget_metrics_after(batch or -1)
+    folder.write_config(config)
+    folder.write_length(total, 10)
     (run / "environment.json").write_text(json.dumps({"cores": sorted(os.sched_getaffinity(0)), **os.environ}))
-    batch = int((last / "batches").read_text()) if resume else 0
-    with (run / "metrics.jsonl").open("a") as metrics, (run / "batches.log").open("a") as log:
+
+    def save() -> None:
+        new = folder.saving / "last"
+        new.mkdir(parents=True)
+        (new / "batches").write_text(str(batch))
+        folder.replace("last", new)
+
+    with (run / "batches.log").open("a") as log:
         while batch < total and not stops:
             time.sleep(config["seconds_a_batch"])
             batch += 1
             log.write(f"{batch}\n")
             log.flush()
             if batch % config["min_validation_period"]["batches"] == 0:
-                value = value_after(batch / total, hyperparameters)
-                report = {"batches": batch, "split": "val", "metrics": {"bbox_mAP": value}}
-                metrics.write(json.dumps(report) + "\n")
-                metrics.flush()
-    last.mkdir(parents=True, exist_ok=True)
-    (last / "batches").write_text(str(batch))
+                folder.append_report(batch, "val", {"bbox_mAP": value_after(batch / total, hyperparameters)})
+                while config.get("in_step") and not stops and not is_recorded(run, batch, total):
+                    time.sleep(0.01)
+            if batch == config.get("checkpoint_at"):
+                save()
+            if batch == config.get("hold_at") and not (run / "held").exists():
+                (run / "held").touch()
+                while not stops and (run / "held").exists():
+                    time.sleep(0.01)
+    save()
     sys.exit(143 if batch < total else 0)
+
+
+def is_recorded(run: Path, batch: int, total: int) -> bool:
+    """Whether the search has read the validation of a batch. Its journal has Optuna's numbers, which are the folders'
+    names as long as no trial is taken over."""
+    journal = (run.parent.parent / "search.journal").read_text()
+    return f'"trial_id":{run.name},"step":{batch * 10**6 // total},' in journal
 
 
 def search(config: dict, output: Path, jobs: int, storage: str | None) -> None:
@@ -83,7 +112,7 @@ def search(config: dict, output: Path, jobs: int, storage: str | None) -> None:
     from shared.search.searcher import parse_searcher
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    module._POLL, study._BEAT, study.SECONDS_OF_SILENCE = 0.05, 0.2, 3
+    module.SECONDS_BETWEEN_LOOKS, study.SECONDS_BETWEEN_SIGNS, study.SECONDS_OF_SILENCE = 0.05, 0.2, 3
     try:
         module.run_search(config, parse_searcher(config), output, [sys.executable, __file__], storage, jobs)
     except UserError as error:
@@ -93,6 +122,7 @@ def search(config: dict, output: Path, jobs: int, storage: str | None) -> None:
 if __name__ == "__main__":
     given = yaml.safe_load(Path(sys.argv[2]).read_text())
     if sys.argv[1] == "train":
-        train(given, Path(sys.argv[sys.argv.index("--output-dir") + 1]), "--resume" in sys.argv)
+        assert sys.argv[-2:] == ["--resume", "auto"]
+        train(given, Path(sys.argv[sys.argv.index("--output-dir") + 1]))
     else:
         search(given, Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5] if len(sys.argv) > 5 else None)

@@ -140,15 +140,17 @@ class Faults:
     def __init__(self, of, late=30.0):
         self.of = of
         self.late = late
-        self.reads = 0
+        self.reads = 0  # requests
+        self.downloads = 0  # of these, those of the whole image
         self.made = []
         self.lock = threading.Lock()
 
-    def next(self, path):
+    def next(self, path, command):
         if not path.endswith((".png", ".jpg")):
             return self.of(0) if self.of(0) == "away" else None
         with self.lock:
             self.reads += 1
+            self.downloads += command == "GET"
             kind = self.of(self.reads)
             if kind:
                 self.made.append(kind)
@@ -162,7 +164,7 @@ def with_faults(endpoint: str, faults: Faults):
 
     class Proxy(_Quiet):
         def do_GET(self):
-            kind = faults.next(self.path.split("?")[0])
+            kind = faults.next(self.path.split("?")[0], self.command)
             if kind in ("reset", "away"):
                 self.close_connection = True
                 self.connection.close()

@@ -150,6 +150,10 @@ def test_the_command_reports_in_a_table_draws_a_page_of_both_splits_and_ends_wit
     assert "stops the training: data.val.annotations: /nowhere.json does not exist" in capsys.readouterr().out
     assert "has neither data.train nor data.val" in run_main(config, "--set=data.train=", "--set=data.val=")
     assert run_main(config, "--page", "/nowhere/page.png") == "error: --page: /nowhere is not a folder"
+    first = sorted((data / "train").iterdir())[0]
+    before = first.read_bytes()
+    assert "is a file among the images and would be replaced" in run_main(config, "--page", first)
+    assert first.read_bytes() == before
     assert "x.xyz is no picture; let its name end with .png" in run_main(config, "--page", "x.xyz")
     assert "--images: 'few' is neither a number nor `all`" in run_main(config, "--images", "few")
 

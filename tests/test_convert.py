@@ -52,10 +52,10 @@ def voc_object(name="cell", corners=(10, 10, 30, 30), difficult=0):
     return f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{box}</bndbox></object>"
 
 
-def write_voc(file, *objects):
+def write_voc(file, *objects, filename=None, width=100):
     file.parent.mkdir(parents=True, exist_ok=True)
-    size = "<size><width>100</width><height>50</height></size>"
-    name = f"<filename>{file.stem}.jpg</filename>"
+    size = f"<size><width>{width}</width><height>50</height></size>"
+    name = f"<filename>{filename or f'{file.stem}.jpg'}</filename>"
     file.write_text(f"<annotation>{name}{size}{''.join(objects)}</annotation>")
 
 
@@ -153,3 +153,138 @@ def test_cvat_s_folder_stands_for_the_one_xml_file_in_it(sources, tmp_path):
         convert("cvat", source, tmp_path / "a.json")[0] for source in (tmp_path / "export", sources["cvat"])
     )
     assert of_folder == of_file
+
+
+def draw(*files):
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (100, 50)).save(file)
+
+
+def voc_names(tmp_path, source="voc"):
+    convert("voc", tmp_path / source, tmp_path / "out.json", tmp_path / "voc")
+    opened = CocoAnnotations.open(tmp_path / "out.json")
+    return [opened.file_name(i) for i in range(len(opened))]
+
+
+def test_voc_brackets_in_a_name_are_no_pattern(tmp_path):
+    draw(tmp_path / "voc/cell1.png", tmp_path / "voc/cell[1].png")
+    write_voc(tmp_path / "voc/cell[1].xml", voc_object())
+    assert voc_names(tmp_path) == ["cell[1].png"]
+
+
+def test_voc_only_images_count_as_images_in_a_folder_of_both(tmp_path):
+    draw(tmp_path / "voc/b0.PNG", tmp_path / "voc/b0.small.png")
+    for stem in ("a0", "b0"):
+        write_voc(tmp_path / f"voc/{stem}.xml", voc_object(), filename=f"{stem}.xml")
+        (tmp_path / f"voc/{stem}.txt").write_text("")
+    assert voc_names(tmp_path) == ["a0.xml", "b0.PNG"]  # the first has no image, and the training says so
+
+
+def test_voc_an_image_that_two_files_claim_is_an_error(tmp_path):
+    draw(tmp_path / "voc/a.png", tmp_path / "voc/b.png")
+    for stem in ("a", "b"):
+        write_voc(tmp_path / f"voc/{stem}.xml", voc_object(), filename="a.png")
+    with pytest.raises(UserError, match=r"b\.xml: its image is 'a\.png', which a\.xml has too\. Fix: correct"):
+        voc_names(tmp_path)
+
+
+def test_voc_two_images_that_may_be_meant_are_an_error(tmp_path):
+    draw(tmp_path / "voc/a.png", tmp_path / "voc/a.bmp")
+    write_voc(tmp_path / "voc/a.xml", voc_object(), filename="old_name.jpg")
+    with pytest.raises(UserError, match=r"a\.xml .*no image 'old_name\.jpg', and a\.bmp, a\.png with the name"):
+        voc_names(tmp_path)
+
+
+def test_voc_a_name_that_leads_out_of_the_folder_is_refused(tmp_path):
+    draw(tmp_path / "private.png", tmp_path / "voc/b.png")
+    write_voc(tmp_path / "voc/a.xml", voc_object(), filename="../private.png")
+    with pytest.raises(UserError, match=r"voc: the image file name '\.\./private\.png' leads out"):
+        voc_names(tmp_path)
+
+
+def write_yolo(tmp_path, *lines):
+    draw(tmp_path / "images/a[1].png")
+    (tmp_path / "data.yaml").write_text("names: [cat, dog]")
+    (tmp_path / "labels").mkdir(exist_ok=True)
+    (tmp_path / "labels/a[1].txt").write_text("\n".join(lines))
+
+
+def convert_yolo(tmp_path):
+    return convert("yolo", tmp_path / "labels", tmp_path / "out.json", tmp_path / "images")
+
+
+def test_yolo_two_images_of_one_label_file_are_an_error(tmp_path):
+    write_yolo(tmp_path, "1 0.5 0.5 0.1 0.1")
+    convert_yolo(tmp_path)
+    draw(tmp_path / "images/a1.png", tmp_path / "images/a[1].bmp")
+    with pytest.raises(UserError, match=r"a\[1\]\.png: its label file would be a\[1\]\.txt, and that is a\[1\]\.bmp's"):
+        convert_yolo(tmp_path)
+
+
+def test_cvat_an_image_name_that_comes_twice_is_an_error(tmp_path):
+    images = "".join(f'<image id="{i}" name="a.png" width="100" height="50"/>' for i in range(2))
+    (tmp_path / "a.xml").write_text(f"<annotations><version>1.1</version>{images}</annotations>")
+    with pytest.raises(UserError, match=r"a\.xml: two images have the file name 'a\.png'"):
+        convert("cvat", tmp_path / "a.xml", tmp_path / "out.json")
+
+
+@pytest.mark.parametrize("value", ["1e400", "-1e400", "nan", "inf", "1e300", "12 px", "9" * 400])
+def test_voc_a_corner_that_is_no_number_is_named_with_its_file(value, tmp_path):
+    write_voc(tmp_path / "voc/a.xml", voc_object(corners=(1, 2, value, 4)))
+    with pytest.raises(UserError) as error:
+        convert("voc", tmp_path / "voc", tmp_path / "out.json")
+    assert f"voc/a.xml is no annotation of Pascal VOC, or is cut off (xmax is '{value[:40]}" in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["1e400", "nan", "100.5", "0", "-3", "99999999999"])
+def test_voc_a_size_that_no_image_has_is_named_with_its_file(value, tmp_path):
+    write_voc(tmp_path / "voc/a.xml", voc_object(), width=value)
+    with pytest.raises(UserError, match=rf"voc/a\.xml .*{value}"):
+        convert("voc", tmp_path / "voc", tmp_path / "out.json")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("1.5 0.5 0.5 0.1 0.1", "the class is '1.5', which is not a whole number"),
+        ("1e400 0.5 0.5 0.1 0.1", "the class is '1e400', which is not a finite number"),
+        ("nan 0.5 0.5 0.1 0.1", "the class is 'nan', which is not a finite number"),
+        (f"{2**64} 0.5 0.5 0.1 0.1", f"category {2**64}, which data.yaml does not name"),
+        ("-1 0.5 0.5 0.1 0.1", "category -1, which data.yaml does not name"),
+        ("1 0.5 1e400 0.1 0.1", "a coordinate is '1e400', which is not a finite number"),
+        ("1 0.5 0.5 1e300 0.1", "1e+300 is not a share of an image's size"),
+        ("1 0.1 0.1 0.5 0.1 -1e300 0.9", "-1e+300 is not a share of an image's size"),
+    ],
+)
+def test_yolo_a_number_that_cannot_be_used_is_named_with_its_line(line, message, tmp_path):
+    write_yolo(tmp_path, "1.0 0.5 0.5 0.1 0.1", line)
+    with pytest.raises(UserError) as error:
+        convert_yolo(tmp_path)
+    assert f"labels/a[1].txt: line 2: {message}" in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["1.5", ".inf", str(True)])
+def test_yolo_a_class_in_names_that_is_no_whole_number_is_an_error(key, tmp_path):
+    write_yolo(tmp_path, "1 0.5 0.5 0.1 0.1")
+    (tmp_path / "data.yaml").write_text(f"names: {{{key}: cat}}")
+    with pytest.raises(UserError, match=r"data\.yaml is not YOLO's .*a class in `names` is "):
+        convert_yolo(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        '<box label="cat" xtl="1" ytl="2" xbr="1e400" ybr="4"/>',
+        '<box label="cat" xtl="nan" ytl="2" xbr="3" ybr="4"/>',
+        '<box label="cat" xtl="1" ytl="2" xbr="1e300" ybr="4"/>',
+        '<polygon label="cat" points="1,2;nan,3;4,5"/>',
+        '<polygon label="cat" points="1,2;1e999,3;4,5"/>',
+    ],
+)
+def test_cvat_a_coordinate_that_cannot_be_used_is_named_with_its_image(shape, tmp_path):
+    labels = "<meta><task><labels><label><name>cat</name></label></labels></task></meta>"
+    image = f'<image id="0" name="a.png" width="100" height="50">{shape}</image>'
+    (tmp_path / "a.xml").write_text(f"<annotations><version>1.1</version>{labels}{image}</annotations>")
+    with pytest.raises(UserError, match=r"a\.xml: image 'a\.png': a coordinate is (inf|nan|1e\+300)\. Fix: "):
+        convert("cvat", tmp_path / "a.xml", tmp_path / "out.json")

@@ -335,6 +335,30 @@ def test_a_run_whose_power_is_cut_at_random_moments_resumes(run_config, tmp_path
             assert reports(run)[-1]["batches"] >= reported
 
 
+@pytest.mark.slow
+def test_two_ranks_train_on_with_an_unusual_disk_and_clock(run_config, tmp_path):
+    probe = tmp_path / "code" / "probe.py"
+    probe.parent.mkdir()
+    probe.write_text(
+        "import sys; sys.path.insert(0, '.')\n"
+        "import itertools, shutil, time, model_def\n"
+        "from shared.launch import main\n"
+        "clock, rmtree = itertools.count(2e9, -3600), shutil.rmtree\n"
+        "time.time = lambda: next(clock)\n"
+        "shutil.rmtree = lambda path, *rest, **named: str(path).endswith('.old') or rmtree(path, *rest, **named)\n"
+        "main(model_def.EfficientDetTrial)\n"
+    )
+    path, run = run_config(), tmp_path / "run"
+    run_model_def("train", path, "--output-dir", run, script=probe, processes=2)
+    assert resumed(RunFolder(run)).batches == 12
+    assert sorted(name for name in os.listdir(run / "checkpoints") if name.endswith(".old")) == []
+    config = yaml.safe_load(path.read_text())
+    config["searcher"]["max_length"] = {"batches": 16}
+    path.write_text(yaml.safe_dump(config))
+    run_model_def("train", path, "--output-dir", run, "--resume", "last", script=probe, processes=2)
+    assert [line["batches"] for line in reports(run, "val")] == [4, 8, 12, 16]
+
+
 # --- two processes in one folder ----------------------------------------------------------------------
 
 

@@ -1,19 +1,22 @@
 """A process that hangs: the run ends, says which one and where, and can be gone on with."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import threading
 import time
 
+import msgspec
 import psutil
 import pytest
 import yaml
-from conftest import reports, run_model_def
-from test_stopping import start, wait_for_batch
+from conftest import reports, run_model_def, start_run, wait_for_batch
+from in_threads import listening, on_all, processes, strangers
 from tiny_models import efficientdet_config
 
 from shared.training.checkpoints import read_checkpoint
+from shared.training.exchange import Exchange
 from shared.training.hang import LONGER, Mark, Phase, Standing, Standings, span
 
 LIMIT = 60.0  # seconds, of the processes below
@@ -131,6 +134,27 @@ def test_the_same_validation_batch_again_is_a_mark_and_none_that_is_counted():
 
 def test_spans():
     assert [span(seconds) for seconds in (3.2, 90, 600)] == ["3 seconds", "90 seconds", "10 minutes"]
+
+
+@pytest.mark.parametrize(("machines", "interface"), [(1, "127.0.0.1"), (2, "0.0.0.0")])
+def test_processes_hear_of_each_other_and_a_stranger_cannot_report_a_hang(machines, interface):
+    standings = [Standing(rank, Mark(Phase.LOADING, 1), 0.0, LIMIT) for rank in (0, 1)]
+    with processes(2, machines) as contexts, contextlib.ExitStack() as stack:
+        before = listening()
+        exchanges = on_all(Exchange, contexts)
+        for exchange in exchanges:
+            stack.callback(exchange.close)
+        (port,) = listening().keys() - before.keys()
+        assert listening()[port] == interface
+        for socket in stack.enter_context(strangers([port])):
+            socket.send(msgspec.json.encode([dataclasses.replace(each, told=True) for each in standings]))
+        heard = []
+        for _ in range(100):
+            on_chief = exchanges[0].swap(standings[0])
+            assert not any(each.told for each in on_chief)
+            heard = exchanges[1].swap(standings[1]) or heard
+            time.sleep(0.01)
+        assert {each.rank for each in heard} == {each.rank for each in on_chief} == {0, 1}
 
 
 @pytest.mark.parametrize("value", [0, -1.5])
@@ -264,7 +288,7 @@ def processes_of(parent):
 def test_a_process_that_is_stopped_is_named_also_where_it_is_the_chief(run_config, tmp_path, rank):
     length = {"searcher__max_length": {"batches": 10_000}, "min_validation_period": {"batches": 10_000}}
     config, run = run_config(**length, hyperparameters__hang_minutes=0.1), tmp_path / "run"
-    process = start(config, run, processes=2)
+    process = start_run(config, run, processes=2)
     wait_for_batch(run, process, 6)
     os.kill(processes_of(process)[rank].pid, signal.SIGSTOP)
     _, errors = process.communicate(timeout=120)  # torchrun kills the one that is stopped after 30 seconds
@@ -278,7 +302,7 @@ def test_a_process_that_is_stopped_is_named_also_where_it_is_the_chief(run_confi
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_job_that_is_stopped_as_a_whole_and_goes_on_has_not_hung(run_config, tmp_path, count):
     config, run = run_config(hyperparameters__hang_minutes=0.1, searcher__max_length={"batches": 40}), tmp_path / "run"
-    process = start(config, run, processes=count)
+    process = start_run(config, run, processes=count)
     wait_for_batch(run, process, 6)
     everybody = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for each in everybody:

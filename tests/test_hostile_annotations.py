@@ -85,6 +85,59 @@ def test_what_parsers_trip_over_is_an_error(text, tmp_path):
     assert open_and_use(path) is None
 
 
+def one_box(path, **changes):
+    """A COCO file of an image and a box; `changes` are by section: {"images": {"id": "1e400"}}, as JSON text."""
+    sections = {
+        "images": {"id": "1", "file_name": '"a.png"', "height": "50", "width": "100"},
+        "annotations": {"id": "1", "image_id": "1", "category_id": "1", "bbox": "[1, 2, 3, 4]"},
+        "categories": {"id": "1", "name": '"cat"'},
+    }
+    for section, values in changes.items():
+        sections[section].update(values)
+    rows = {name: ", ".join(f'"{key}": {value}' for key, value in row.items()) for name, row in sections.items()}
+    path.write_text("{" + ", ".join(f'"{name}": [{{{row}}}]' for name, row in rows.items()) + "}")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "named"),
+    [
+        ("images", "id", f"{2**64}", f"the image id {2**64} does not fit in 64 bits"),
+        ("annotations", "id", f"{2**63}", f"the annotation id {2**63} does not fit in 64 bits"),
+        ("annotations", "image_id", f"{-(2**63) - 1}", f"annotation {-(2**63) - 1} does not fit in 64 bits"),
+        ("annotations", "category_id", f"{2**64}", f"annotation {2**64} does not fit in 64 bits"),
+        ("categories", "id", f"{2**64}", f"the category id {2**64} does not fit in 64 bits"),
+        ("categories", "id", f"{2**63}", f"the category id {2**63} does not fit in 64 bits"),
+        ("categories", "id", f"{-(2**63) - 1}", f"the category id {-(2**63) - 1} does not fit in 64 bits"),
+        ("images", "id", "9" * 5000, f"{'9' * 40}…"),
+        ("images", "width", f"{2**31}", "size 2147483648×50"),
+        ("images", "height", "1e400", "1e400"),
+        ("annotations", "bbox", "[1, 2, 1e400, 4]", "1e400"),
+        ("annotations", "bbox", "[1, 2, 1e300, 4]", "annotation 1: `bbox` has 1e+300"),
+        ("annotations", "bbox", "[1, 2, NaN, 4]", "annotation 1 has a non-finite bbox"),
+        ("annotations", "area", "Infinity", "has the number Infinity"),
+        ("annotations", "area", "1e300", "annotation 1: `area` has 1e+300"),
+        ("annotations", "keypoints", "[1e300, 2, 2]", "annotation 1: `keypoints` has 1e+300"),
+        ("annotations", "keypoints", "[1, -Infinity, 2]", "has the number -Infinity"),
+    ],
+)
+def test_a_number_that_cannot_be_used_is_one_line_with_file_and_value(section, key, value, named, tmp_path):
+    path = one_box(tmp_path / "numbers.json", **{section: {key: value}})
+    with pytest.raises(UserError) as error:
+        CocoAnnotations.open(path, cache_dir=os.devnull)
+    assert str(path) in str(error.value)
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("image_id", [2**63 - 1, -(2**63)])
+def test_the_largest_and_the_smallest_id_are_read(image_id, tmp_path):
+    numbers = {"images": {"id": image_id}, "categories": {"id": image_id}}
+    path = one_box(tmp_path / "a.json", annotations={"image_id": image_id, "category_id": image_id}, **numbers)
+    opened = CocoAnnotations.open(path, cache_dir=os.devnull)
+    assert (opened[0].image_id, opened.category_ids) == (image_id, [image_id])
+
+
 def test_one_annotation_with_very_many_keypoints_takes_no_memory_for_the_others(tmp_path):
     coco = synthetic.coco_split(0, 400)
     coco["annotations"][0]["keypoints"] = [1] * 300_000

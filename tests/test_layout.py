@@ -22,6 +22,7 @@ FLOORS = (
         "config_file",
         "data",
         "durable",
+        "redaction",
         "errors",
         "threads",
         "packages",

@@ -192,6 +192,19 @@ def test_both_have_what_metrics_jsonl_has_and_a_killed_run_goes_on_in_the_same_r
     assert [file.path for file in client.list_artifacts(began["mlflow"])] == ["predictions.png"]
 
 
+def test_w_and_b_gets_no_password_from_the_config_or_the_command_line(trial_class, config, train, monkeypatch):
+    pytest.importorskip("wandb", reason="the package wandb is not installed")
+    config["hyperparameters"]["loggers"] = ["wandb"]
+    config["tensorboard_storage"] = {"type": "s3", "bucket": "b", "secret_key": "hunter2"}
+    given = ["--set", "tensorboard_storage.secret_key=hunter2"]
+    monkeypatch.setattr(sys, "argv", ["model_def.py", "train", "config.yaml", *given])
+    run = train(trial_class, config)
+    (records,) = wandb_records(run)
+    assert "tensorboard_storage" in str(of_kind(records, "run"))
+    files = [path for path in (run / "wandb").rglob("*") if path.is_file()]
+    assert not [path for path in files if b"hunter2" in path.read_bytes()]
+
+
 class Fake:
     """A logger's run that keeps what it is told."""
 

@@ -113,6 +113,87 @@ def test_a_folder_files_and_a_glob_together_each_image_once(predict, tmp_path, c
     assert "ms an image" in said
 
 
+def clip(path, levels=(0, 200), size=(64, 48)):
+    """A video of grey frames; its bytes."""
+    cv2 = pytest.importorskip("cv2")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    codec = cv2.VideoWriter_fourcc(*("mp4v" if path.suffix == ".mp4" else "MJPG"))
+    writer = cv2.VideoWriter(str(path), codec, 12.5, size)
+    for level in levels:
+        writer.write(np.full((size[1], size[0], 3), level, np.uint8))
+    writer.release()
+    return path.read_bytes()
+
+
+def test_a_video_in_a_folder_further_up_is_not_overwritten(predict, tmp_path, monkeypatch):
+    own, other = clip(tmp_path / "work/clips/a.mp4"), clip(tmp_path / "clips/a.mp4", (50, 100))
+    (tmp_path / "work/link").symlink_to(tmp_path / "clips")
+    monkeypatch.chdir(tmp_path / "work")
+    results = predict("clips", "../clips", "clips/../../clips/a.mp4", "link/../clips", output="work/out")
+    assert (tmp_path / "work/clips/a.mp4").read_bytes() == own
+    assert (tmp_path / "clips/a.mp4").read_bytes() == other
+    assert names(results) == sorted(name for name in files(tmp_path / "work/out") if name != "results.json")
+    assert len(names(results)) == 2
+    assert files(tmp_path) == sorted(["clips/a.mp4", "config.yaml", "work/clips/a.mp4"] + [
+        f"work/out/{name}" for name in [*names(results), "results.json"]
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [["in"], ["in/../in"], ["in/a.png", "in"], ["in", "in/../in/a.png", "link"]])
+def test_a_file_that_is_named_in_several_ways_counts_once(predict, tmp_path, given):
+    image(tmp_path / "in/a.png")
+    (tmp_path / "link").symlink_to("in")
+    assert names(predict(*given)) == ["a.png"]
+    assert files(tmp_path / "out") == ["a.png.png", "results.json"]
+
+
+def test_names_that_differ_in_case_or_accents_only_are_told_apart(predict, tmp_path):
+    """On macOS's and Windows' disks they are the same."""
+    given = ["one/A.png", "two/a.png", "one/caf\u00e9.png", "two/cafe\u0301.png"]
+    for name in given:
+        image(tmp_path / name)
+    results = predict("one", "two")
+    drawn = files(tmp_path / "out")
+    assert len(names(results)) == 4
+    assert len({name.lower().replace("e\u0301", "\u00e9") for name in drawn}) == 5
+
+
+def test_no_picture_takes_the_place_of_a_folder_or_of_the_results(predict, tmp_path):
+    """As "a.png.png" would, of "a.png" beside a folder of that name."""
+    image(tmp_path / "in/a.png")
+    image(tmp_path / "in/a.png.png/b.png")
+    image(tmp_path / "other/results.json/c.png")
+    clip(tmp_path / "in/clip.avi")
+    clip(tmp_path / "in/clip.avi.mp4")
+    results = predict("in", "other")
+    assert len(names(results)) == 5
+    assert len(files(tmp_path / "out")) == 6
+    before = {result["file_name"]: result["image_id"] for result in results}
+    assert {result["file_name"]: result["image_id"] for result in predict("in", "other", output="again")} == before
+
+
+def test_a_url_s_name_leads_out_of_no_folder(predict, tmp_path):
+    image(tmp_path / "store/x.png")
+    image(tmp_path / "store/in/x.png")
+    victim = image(tmp_path / "x.png").read_bytes()
+    with http_store(tmp_path / "store") as url:
+        results = predict(f"{url}/in/%2e%2e%2fx.png", f"{url}/in/x.png", output="deep/out")
+    assert len(names(results)) == 2
+    assert not any(".." in name or name.startswith("/") for name in names(results))
+    assert (tmp_path / "x.png").read_bytes() == victim
+    assert [name for name in files(tmp_path) if not name.startswith(("store/", "deep/out/"))] == [
+        "config.yaml",
+        "x.png",
+    ]
+
+
+def test_images_of_a_web_server_leave_no_copies_in_the_cache(predict, tmp_path):
+    image(tmp_path / "store/a.png")
+    with http_store(tmp_path / "store") as url:
+        predict(f"{url}/a.png", cache_dir=str(tmp_path / "cache"))
+    assert not (tmp_path / "cache/images").exists()
+
+
 def test_what_an_earlier_run_has_drawn_is_no_input_and_its_folder_is_not_written_to(predict, tmp_path, caplog):
     image(tmp_path / "in/a.jpg")
     predict("in", output="in/first")
@@ -206,10 +287,7 @@ def test_images_of_a_web_server_and_of_a_bucket(predict, tmp_path, monkeypatch):
 
 def test_a_video_comes_out_with_the_same_frames(predict, tmp_path):
     cv2, size = pytest.importorskip("cv2"), (64, 48)
-    writer = cv2.VideoWriter(str(tmp_path / "clip.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 12.5, size)
-    for level in range(0, 250, 50):
-        writer.write(np.full((size[1], size[0], 3), level, np.uint8))
-    writer.release()
+    clip(tmp_path / "clip.avi", range(0, 250, 50), size)
     image(tmp_path / "a.png")
     results = predict("clip.avi", "a.png")
     of_clip = [r for r in results if r["file_name"] == "clip.avi"]
@@ -240,7 +318,8 @@ def score(shapes, tmp_path):
         config, results, out = tmp_path / "config.yaml", tmp_path / "results.json", tmp_path / "scored"
         val = {"annotations": str(shapes / "annotations/val.json"), "images": str(shapes / "val")}
         config.write_text(yaml.safe_dump({"data": {"val": val}}))
-        results.write_text(written if isinstance(written, str) else json.dumps(written))
+        text = written if isinstance(written, (str, bytes)) else json.dumps(written)
+        results.write_bytes(text.encode() if isinstance(text, str) else text)
         arguments = Namespace(config=str(config), overrides=[], checkpoint=checkpoint, results=results, output=out)
         arguments.report, arguments.min_score = report, "best"
         detect.evaluate(FindsTwo, arguments)
@@ -280,6 +359,17 @@ def test_evaluate_says_the_best_threshold_and_reports(score, shapes, tmp_path, c
     assert "data:image/jpeg" in (tmp_path / "report/report.html").read_text()
 
 
+def test_evaluate_does_not_replace_what_it_scores(score, tmp_path):
+    (tmp_path / "scored").mkdir()
+    (tmp_path / "scored/metrics.json").write_text("[]")
+    (tmp_path / "results.json").symlink_to("scored/metrics.json")
+    with pytest.raises(UserError, match=r"--output: .*scored/metrics\.json would be replaced, and is an input"):
+        score([])
+    assert (tmp_path / "scored/metrics.json").read_text() == "[]"
+    (tmp_path / "results.json").unlink()
+    assert "bbox_mAP" in score([])
+
+
 RESULT = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
 
 
@@ -305,6 +395,18 @@ RESULT = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
         ([{**RESULT, "file_name": "a.png"}], "its file is a.png, and the annotations' image of this id is 000000.png"),
         ({"images": [], "annotations": []}, "is no list of results, .* but an object, as an annotation file is"),
         ("[{", "is not JSON"),
+        ([{**RESULT, "image_id": 2**64}], f"results.json: the image_id {2**64} does not fit in 64 bits"),
+        ([{**RESULT, "image_id": -(2**63) - 1}], f"results.json: the image_id {-(2**63) - 1} does not fit in 64 bits"),
+        ([{**RESULT, "category_id": 2**64}], f"result 0, of image 1: no category has the id {2**64}"),
+        ([{**RESULT, "score": float("nan")}], "results.json has the number NaN"),
+        ([{**RESULT, "bbox": [1, 2, float("-inf"), 4]}], "results.json has the number -Infinity"),
+        (json.dumps([RESULT]).replace("0.5", "1e400"), "results.json has the number 1e400"),
+        ([{**RESULT, "bbox": [1, 2, 1e300, 4]}], "result 0, of image 1: `bbox` .*1e\\+300.* all finite"),
+        ([{**RESULT, "score": 1e300}], "result 0, of image 1: .*`score` 1e\\+300"),
+        ([{**RESULT, "keypoints": [1, 1e300, 2]}], "result 0, of image 1: `keypoints` .*1e\\+300"),
+        ('[{"segmentation": ' + "[" * 100_000, "is not a list of results: lists in lists without end"),
+        (json.dumps([RESULT]).encode("utf-16"), "is not JSON"),
+        ('[{"file_name": "ü"}]'.encode("latin-1"), "is not JSON: it is not in UTF-8"),
     ],
 )
 def test_a_results_file_that_is_wrong_is_one_line(score, written, message):

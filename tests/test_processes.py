@@ -1,10 +1,18 @@
-"""The device of each process, and what one of them does for all. `torch.cuda` is a stand-in."""
+"""The device of each process, what one of them does for all, and who can reach them. `torch.cuda` is a stand-in."""
 
+import json
 import logging
+import os
+import pickle
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, run_model_def
+from in_threads import listening, on_all, strangers
+from in_threads import processes as processes_in_threads
 
 from shared.errors import UserError
 from shared.training import processes
@@ -22,23 +30,35 @@ def gpus(monkeypatch):
     return asked
 
 
+def join(monkeypatch, asked, **environment):
+    """What torchrun sets, and a group that joins at once."""
+    for name in ("USE_TORCH_DISTRIBUTED", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in {**environment, "GROUP_RANK": 0, "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, str(value))
+    collective = torch.distributed
+    monkeypatch.setattr(collective, "init_process_group", lambda backend, timeout: asked.append(("init", backend)))
+    monkeypatch.setattr(collective, "destroy_process_group", lambda: None)
+    context = SimpleNamespace(rank=environment["RANK"], close=lambda: None)
+    monkeypatch.setattr(processes, "ProcessContext", lambda **arguments: context)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_of_two_processes_has_a_device_of_its_own_before_the_first_collective(gpus, monkeypatch, rank):
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    for name, value in {**environment, "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("USE_TORCH_DISTRIBUTED", "")
-    collective = torch.distributed
-    monkeypatch.setattr(collective, "init_process_group", lambda backend, timeout: gpus.append(("init", backend)))
-    monkeypatch.setattr(collective, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(
-        collective, "broadcast_object_list", lambda objects, src, device: gpus.append(("broadcast", device))
-    )
-    context = SimpleNamespace(rank=rank, close=lambda: None)
-    monkeypatch.setattr(processes, "DistributedContext", lambda **arguments: context)
+    join(monkeypatch, gpus, GROUP_WORLD_SIZE=1, **environment)
     with local_processes() as (_, device):
         assert device == torch.device("cuda", rank)
-    assert gpus == [("set_device", device), ("init", "nccl"), ("broadcast", device)]
+    assert gpus == [("set_device", device), ("init", "nccl")]
+
+
+@pytest.mark.parametrize(("machines", "interface"), [(1, processes.loopback_interface()), (2, None)])
+def test_torch_s_own_exchange_stays_on_one_machine(gpus, monkeypatch, machines, interface):
+    ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2 * machines, "LOCAL_WORLD_SIZE": 2}
+    join(monkeypatch, gpus, GROUP_WORLD_SIZE=machines, **ranks)
+    with local_processes():
+        assert [os.environ.get(f"{library}_SOCKET_IFNAME") for library in ("GLOO", "NCCL")] == [interface] * 2
 
 
 def test_more_processes_than_gpus_are_refused(gpus):
@@ -113,3 +133,70 @@ def test_an_error_on_the_first_process_is_the_error_of_all_and_nobody_tries_agai
         with pytest.raises(UserError, match="does not exist"):
             first_on_each_machine(Machine(rank, told), refuse)
     assert calls == [1]
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_each_process_gets_what_the_others_send_in_their_order(machines):
+    with processes_in_threads(4, machines) as contexts:
+        ranks = [context.get_rank() for context in contexts]
+        assert [(context.get_size(), context.get_num_agents()) for context in contexts] == [(4, machines)] * 4
+        for _ in range(2):
+            assert on_all(lambda context: context.allgather(context.rank), contexts) == [ranks] * 4
+            assert on_all(lambda context: context.gather(context.rank), contexts) == [ranks, None, None, None]
+            assert on_all(lambda context: context.broadcast(context.rank), contexts) == [0] * 4
+        local = [context.get_local_rank() for context in contexts]
+        of_machine = 4 // machines
+        assert local == list(range(of_machine)) * machines
+        firsts = [rank - rank % of_machine for rank in ranks]
+        neighbours = [list(range(first, first + of_machine)) for first in firsts]
+        assert on_all(lambda context: context.allgather_local(context.rank), contexts) == neighbours
+        assert on_all(lambda context: context.broadcast_local(context.rank), contexts) == firsts
+        gathered = on_all(lambda context: context.gather_local(context.rank), contexts)
+        assert [each is None for each in gathered] == [rank > 0 for rank in local]
+
+
+class Code:
+    """What a stranger would have unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_a_stranger_cannot_have_a_process_run_code(machines, tmp_path):
+    before = listening()
+    with processes_in_threads(2, machines) as contexts:
+        with strangers(listening().keys() - before.keys()) as sockets:
+            assert sockets
+            for socket in sockets:
+                socket.send(pickle.dumps(Code(tmp_path / "code has run")))
+            time.sleep(0.5)  # until it is there
+            assert on_all(lambda context: context.allgather(context.rank), contexts) == [[0, 1]] * 2
+        assert not list(tmp_path.iterdir())
+
+
+LISTENING = """
+import json, sys, psutil
+sys.path[:0] = [ROOT]
+from shared.training.processes import local_processes
+from shared.training.watch import Watch
+
+with local_processes() as (distributed, _), Watch(distributed, 10).watching(0):
+    distributed.allgather(None)
+    sockets = psutil.Process().net_connections("tcp")
+    addresses = [each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN]
+    for addresses in filter(None, [distributed.gather(addresses)]):
+        print(json.dumps(addresses))
+"""
+
+
+def test_on_one_machine_no_process_listens_to_the_network(tmp_path):
+    script = tmp_path / "listening.py"
+    script.write_text(LISTENING.replace("ROOT", repr(str(ROOT))))
+    addresses = json.loads(run_model_def(processes=2, script=script).stdout)
+    assert len(addresses) == 2
+    assert all(addresses)
+    assert {address for each in addresses for address in each} == {"127.0.0.1"}

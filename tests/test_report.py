@@ -1,7 +1,9 @@
 """The report: its numbers are those of the libraries, planted faults are found, and any data gives a page."""
 
 import json
+import math
 import re
+import shutil
 from html.parser import HTMLParser
 
 import hotcoco
@@ -11,7 +13,9 @@ from conftest import SHARED_DATA
 from PIL import Image
 
 from shared.__main__ import main as shared_main
+from shared.data import synthetic
 from shared.data.annotations import CocoAnnotations
+from shared.errors import UserError
 from shared.evaluation.detections import Detections, from_coco_results
 from shared.evaluation.evaluator import evaluate
 from shared.report.analysis import analyse
@@ -217,7 +221,63 @@ def test_swapped_categories_and_boxes_left_out_of_the_annotations_are_found(coco
     ]
     assert len(found) >= 15
     assert len(analyses.suspects) <= 50
-    assert f"{len(suspected)} annotations look wrong" in Page(tmp_path / "report.html").text
+    assert f"{len(suspected)} annotations are worth a look" in Page(tmp_path / "report.html").text
+
+
+def unsure_detections(coco, seed):
+    """A detector that errs as often as it says: an object's category is wrong with the probability of the second
+    guess, and a box on background is seldom sure."""
+    rng = np.random.default_rng(seed)
+    ids, found = [category["id"] for category in coco["categories"]], []
+    for row in coco["annotations"]:
+        margin = rng.exponential(3.0)
+        guesses = [row["category_id"], int(rng.choice([i for i in ids if i != row["category_id"]]))]
+        if rng.random() < 1 / (1 + np.exp(margin)):
+            guesses.reverse()
+        for category, odds in zip(guesses, (0.5 + margin / 2, 0.5 - margin / 2), strict=True):
+            box = np.array(row["bbox"]) + rng.normal(0, 0.03, 4) * np.tile(row["bbox"][2:], 2)
+            common = {"image_id": row["image_id"], "bbox": box.clip(0.5).tolist(), "category_id": category}
+            found.append({**common, "score": float(1 / (1 + np.exp(-odds)))})
+    for image in coco["images"]:
+        for _ in range(8):
+            box = [*(rng.random(2) * 100).tolist(), *(rng.random(2) * 30 + 5).tolist()]
+            common = {"image_id": image["id"], "bbox": box, "category_id": int(rng.choice(ids))}
+            found.append({**common, "score": float(1 / (1 + np.exp(-rng.normal(-3.0, 1.0))))})
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_exact_annotations_are_not_flagged_although_the_detector_errs(seed, tmp_path):
+    coco = synthetic.coco_split(seed=seed, count=150)
+    annotations = CocoAnnotations.from_dict(coco)
+    found = from_coco_results(unsure_detections(coco, seed), annotations)
+    analyses = report(annotations, found, tmp_path / "report.html", resamples=0)
+    assert sum(one.kind == "Cls" for one in analyses.wrong) > 20
+    assert analyses.suspects == []
+    assert "No annotation stands out as wrong." in Page(tmp_path / "report.html").text
+
+
+def test_the_summary_says_how_many_of_the_flags_are_expected_to_be_false(tmp_path):
+    expected = false = true = planted = 0
+    for seed in (0, 3, 6):
+        coco = synthetic.coco_split(seed=seed, count=150)
+        results = unsure_detections(coco, seed)
+        swapped = [row for row in coco["annotations"] if not row["iscrowd"]][::12]
+        for row in swapped:
+            row["category_id"] = row["category_id"] % 3 + 1
+        annotations = CocoAnnotations.from_dict(coco)
+        analyses = report(annotations, from_coco_results(results, annotations), tmp_path / "report.html", resamples=0)
+        flagged = json.loads((tmp_path / "report.json").read_text())["suspected_annotations"]
+        chances = [row["chance_false"] for row in flagged]
+        said = f"worth a look: {len(flagged)} of another category. About {math.ceil(sum(chances))} of these"
+        assert said in Page(tmp_path / "report.html").text
+        assert chances == sorted(chances)
+        assert all(row["score"] >= analyses.best_threshold for row in flagged)
+        right = {row["annotation_id"] for row in flagged} & {row["id"] for row in swapped}
+        true, false = true + len(right), false + len(flagged) - len(right)
+        expected, planted = expected + sum(chances), planted + len(swapped)
+    assert true > planted / 2
+    assert false / 2 <= expected <= 2 * false
 
 
 def test_each_error_is_of_its_type(tmp_path):
@@ -329,6 +389,35 @@ def test_hostile_names_are_text_and_the_page_needs_nothing_else(tmp_path):
     assert not re.search(r"url\((?!#)", html)
 
 
+@pytest.mark.parametrize("name", ["../private.png", "/private.png", "sub/../../private.png", "link.png", "far/1.png"])
+def test_no_picture_from_outside_of_the_images_folder(tmp_path, name):
+    Image.new("RGB", (100, 80), "red").save(tmp_path / "private.png")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(tmp_path / "private.png", tmp_path / "elsewhere/1.png")
+    if name == "link.png":
+        (tmp_path / "images/link.png").symlink_to(tmp_path / "private.png")
+    if name == "far/1.png":
+        (tmp_path / "images/far").symlink_to(tmp_path / "elsewhere")
+    annotations = data_set(tmp_path, [(1, 3, [10, 10, 20, 20])])
+    data = json.loads(annotations.path.read_text())
+    data["images"][0]["file_name"] = str(tmp_path / "private.png") if name == "/private.png" else name
+    annotations = CocoAnnotations.from_dict(data)
+    with pytest.raises(UserError, match=r"leads out of the images' folder|is a link out of"):
+        report(annotations, [], tmp_path / "report.html", images=tmp_path / "images", resamples=0)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_link_within_the_images_folder_is_drawn(tmp_path):
+    annotations = data_set(tmp_path, [(1, 3, [10, 10, 20, 20])])
+    (tmp_path / "images/blobs").mkdir(parents=True)
+    Image.new("RGB", (100, 80)).save(tmp_path / "images/blobs/a.png")
+    (tmp_path / "images/1.png").symlink_to("blobs/a.png")
+    found = [Detections(1, [[50, 50, 70, 70], [10, 10, 30, 30]], [0.9, 0.8], [0, 0])]
+    report(annotations, found, tmp_path / "report.html", images=tmp_path / "images", resamples=0)
+    assert "data:image/jpeg" in (tmp_path / "report.html").read_text()
+
+
 # --- the command ----------------------------------------------------------------------------------------
 
 
@@ -350,6 +439,10 @@ def test_the_command_reports_on_anybody_s_results(noisy, tmp_path, monkeypatch, 
         (["{here}/none.json", "{here}/r.json"], "none.json"),
         (["{here}/annotations.json", "{here}/none.json"], "none.json cannot be read"),
         (["{here}/annotations.json", "{here}/r.json", "--images", "{here}/none"], "--images: .*none is no folder"),
+        (["{here}/annotations.json", "{here}/r.json", "--resamples", "1"], "--resamples: 1 gives no interval"),
+        (["{here}/annotations.json", "{here}/r.json", "--output", "{here}/r.html"], r"r\.json would be replaced"),
+        (["{here}/annotations.json", "{here}/r.json", "--output", "{here}/annotations.html"], r"s\.json would be repl"),
+        (["{here}/annotations.json", "{here}/r.json", "--output", "{here}/new.json"], r"give it the ending \.html"),
     ],
 )
 def test_what_the_command_cannot_read_is_one_line(tmp_path, monkeypatch, arguments, said):
@@ -359,3 +452,4 @@ def test_what_the_command_cannot_read_is_one_line(tmp_path, monkeypatch, argumen
     with pytest.raises(SystemExit, match=said) as ended:
         shared_main()
     assert "\n" not in str(ended.value)
+    assert (tmp_path / "r.json").read_text() == "[]"

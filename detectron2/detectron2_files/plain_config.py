@@ -25,7 +25,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
+from shared.durable import write_file
 from shared.errors import UserError
+from shared.redaction import without_secrets
 
 OF_CONFIG = "_value_of_config_"
 _NAMED, _TUPLE, _PARTIAL, _KEYWORDS = "_named_", "_tuple_", "_partial_", "keywords"
@@ -90,8 +92,8 @@ def write_plain(cfg: DictConfig, path: Path, origin_of: Callable[[str], str]) ->
         origin_of: from a dotted key to the file of the config whose value it is.
     """
     content = OmegaConf.to_container(cfg, resolve=False, structured_config_mode=SCMode.INSTANTIATE)
-    plain = _encoded(content, "", origin_of)
-    path.write_text(yaml.safe_dump(plain, default_flow_style=None, allow_unicode=True, width=9999), encoding="utf-8")
+    plain = without_secrets(_encoded(content, "", origin_of))
+    write_file(path, yaml.safe_dump(plain, default_flow_style=None, allow_unicode=True, width=9999))
 
 
 def read_plain(path: Path, modules: Sequence[str]) -> DictConfig:

@@ -23,7 +23,9 @@ from torch import nn
 from detectron2_files.config_protocol import TrainingSet, check_sampler
 from detectron2_files.rotated import RotatedMapper
 from shared.data.input_scale import InputScale
+from shared.durable import write_file
 from shared.errors import UserError, nearest
+from shared.redaction import redacted
 
 _CLASS_COUNTS = (
     "MODEL.ROI_HEADS.NUM_CLASSES",
@@ -257,7 +259,7 @@ class YamlConfig:
             ) from error
 
     def write(self, folder: Path) -> None:
-        (folder / self.resolved_name).write_text(self.cfg.dump())
+        write_file(folder / self.resolved_name, redacted(self.cfg.dump()))
 
 
 def _refuse_base(path: Path) -> None:

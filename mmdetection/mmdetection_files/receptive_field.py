@@ -14,6 +14,7 @@ from mmcv.cnn.rfsearch.operator import BaseConvRFSearchOp
 from mmcv.runner import BaseRunner
 from torch import nn
 
+from shared.durable import write_file
 from shared.errors import UserError
 
 STRUCTURE_FILE = "rf_structure.json"
@@ -82,4 +83,4 @@ def write_structure(model: nn.Module, config: Config, folder: Path) -> None:
         if isinstance(module, BaseConvRFSearchOp)
     }
     _hook(config)["config"]["structure"] = structure
-    (folder / STRUCTURE_FILE).write_text(json.dumps({"structure": structure}))
+    write_file(folder / STRUCTURE_FILE, json.dumps({"structure": structure}))

@@ -9,7 +9,9 @@ from typing import Any
 
 from mmcv import Config
 
+from shared.durable import write_file
 from shared.errors import UserError
+from shared.redaction import without_secrets
 
 RESOLVED_CONFIG = "mmdet_config.py"
 # mmcv.load unpickles some files, and a YAML file may call any function there
@@ -20,9 +22,9 @@ _WEIGHTS = {"checkpoint", "pretrained", "teacher_ckpt", "load_from", "resume_fro
 
 def write_resolved(config: Config, folder: Path) -> None:
     """The resolved config as a file that MMDetection reads too, of literals only."""
-    plain = config._cfg_dict.to_dict()
+    plain = without_secrets(config._cfg_dict.to_dict())
     lines = [f"{name} = {value!r}\n" for name, value in plain.items()]
-    (folder / RESOLVED_CONFIG).write_text("".join(lines))
+    write_file(folder / RESOLVED_CONFIG, "".join(lines))
 
 
 def read_resolved(path: Path) -> Config:

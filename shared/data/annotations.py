@@ -30,9 +30,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from shared.data.numbers import FARTHEST, as_ids, wrong_number_in
 from shared.data.once import once, user_cache
 from shared.data.remote import StoreOptions, is_url, read_url, version_of
 from shared.errors import UserError, nearest
+from shared.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -439,7 +441,9 @@ def _decode(data: bytes | mmap.mmap, source: object) -> _CocoFile:
     try:
         return msgspec.json.decode(data, type=_CocoFile)
     except msgspec.ValidationError as error:
-        raise UserError(f"{source} is not a COCO detection file: {error}") from error
+        number = wrong_number_in(data) if "out of range" in str(error) else ""
+        found = f" ({number})" if number else ""
+        raise UserError(f"{source} is not a COCO detection file: {error}{found}") from error
     except msgspec.DecodeError as error:
         raise UserError(_why_not_json(data, source, error)) from error
     except UnicodeDecodeError as error:
@@ -459,6 +463,8 @@ def _why_not_json(data: bytes | mmap.mmap, source: object, error: Exception) -> 
                 return f"{source}: annotation {annotation['id']} has a non-finite bbox {annotation['bbox']}; correct it"
         except (ValueError, KeyError, TypeError, RecursionError):
             pass  # not that: the parser's own words say where it is broken
+    if number := wrong_number_in(data):
+        return f"{source} has the number {number}, which JSON does not have: {error}. Fix: correct or omit it"
     return f"{source} is not JSON, or is cut off: {error}"
 
 
@@ -471,13 +477,10 @@ def _to_columns(coco: _CocoFile, source: object) -> tuple[dict[str, np.ndarray],
     def column(values: Any, dtype: type, count: int) -> np.ndarray:
         return np.fromiter(values, dtype, count)
 
-    try:
-        image_ids = column((image.id for image in images), np.int64, len(images))
-        annotation_ids = column((a.id for a in annotations), np.int64, len(annotations))
-        image_of = column((a.image_id for a in annotations), np.int64, len(annotations))
-        category_of = column((a.category_id for a in annotations), np.int64, len(annotations))
-    except OverflowError as error:
-        raise UserError(f"{source}: an id does not fit in 64 bits") from error
+    image_ids = as_ids([image.id for image in images], "image id", source)
+    annotation_ids = as_ids([a.id for a in annotations], "annotation id", source)
+    image_of = as_ids([a.image_id for a in annotations], "image id of an annotation", source)
+    category_of = as_ids([a.category_id for a in annotations], "category id of an annotation", source)
     _refuse_duplicates(image_ids, "image", source)
     _refuse_duplicates(annotation_ids, "annotation", source)
     for image in images:
@@ -485,19 +488,15 @@ def _to_columns(coco: _CocoFile, source: object) -> tuple[dict[str, np.ndarray],
             raise UserError(f"{source}: image {image.id} has the size {image.width}×{image.height}")
 
     image_rows = _rows_of(image_of, image_ids, annotation_ids, "image", source)
-    category_ids = np.array([category["id"] for category in categories], dtype=np.int64)
+    category_ids = np.array([category["id"] for category in categories], np.int64)
     labels = _rows_of(category_of, category_ids, annotation_ids, "category", source)
 
     boxes = column(itertools.chain.from_iterable(a.bbox for a in annotations), np.float64, 4 * len(annotations))
     boxes = boxes.reshape(-1, 4)
-    finite = np.isfinite(boxes).all(axis=1)
-    if not finite.all():
-        at = int(np.argmin(finite))
-        raise UserError(
-            f"{source}: annotation {annotation_ids[at]} has a non-finite bbox {boxes[at].tolist()}; correct it"
-        )
+    _refuse_out_of_reach(boxes, "bbox", annotation_ids, source)
     areas = column((math.nan if a.area is None else a.area for a in annotations), np.float64, len(annotations))
     areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
+    _refuse_out_of_reach(areas[:, None], "area", annotation_ids, source, FARTHEST**2)
 
     order = np.argsort(image_rows, kind="stable")
     raw = [_present(annotations[i].segmentation) for i in order.tolist()]
@@ -553,7 +552,21 @@ def _keypoints(annotations: list[_Annotation], source: object) -> np.ndarray:
     keypoints = np.zeros((len(rows), len(longest)))
     for at, row in enumerate(rows):
         keypoints[at, : len(row)] = row
+    _refuse_out_of_reach(keypoints, "keypoints", [annotation.id for annotation in annotations], source)
     return keypoints.reshape(len(rows), -1, 3)
+
+
+def _refuse_out_of_reach(
+    values: np.ndarray, key: str, annotation_ids: Sequence[int], source: object, limit: float = FARTHEST
+) -> None:
+    """Raises UserError if one of (annotations, N) numbers cannot be of an image."""
+    wrong = ~(np.abs(values) < limit)
+    if wrong.any():
+        at, place = np.argwhere(wrong)[0].tolist()
+        raise UserError(
+            f"{source}: annotation {annotation_ids[at]}: `{key}` has {values[at, place]:g}, which no image is large "
+            "enough for. Fix: correct it, in pixels"
+        )
 
 
 def _checked_categories(categories: list[dict], source: object) -> list[dict]:
@@ -562,7 +575,7 @@ def _checked_categories(categories: list[dict], source: object) -> list[dict]:
     for category in categories:
         if type(category.get("id")) is not int or not isinstance(category.get("name"), str):
             raise UserError(f"{source}: every category needs an integer `id` and a `name`, and one is {category}")
-    _refuse_duplicates(np.array([category["id"] for category in categories]), "category", source)
+    _refuse_duplicates(as_ids([category["id"] for category in categories], "category id", source), "category", source)
     names = [category["name"] for category in categories]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -608,7 +621,7 @@ def _rows_of(wanted: np.ndarray, ids: np.ndarray, annotation_ids: np.ndarray, wh
 
 def _cache_places(path: Path | str, cache_dir: str | os.PathLike | None) -> list[Path]:
     absolute = path if isinstance(path, str) else path.absolute()
-    file_name = os.path.basename(path)
+    file_name = redacted(os.path.basename(path))  # of a URL, it may have a signature
     name = f"{file_name}.{hashlib.sha256(os.fsencode(absolute)).hexdigest()[:12]}.columns"
     if cache_dir is not None:
         return [Path(cache_dir) / name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ import yaml
 from PIL import Image, ImageOps
 
 from shared.data.annotations import CocoAnnotations
+from shared.data.image_check import refuse_names_outside
+from shared.data.images import is_image_name
+from shared.data.numbers import FARTHEST, is_in_reach, parse_number, parse_whole_number
 from shared.errors import UserError
 
 _KINDS = {
@@ -26,6 +29,7 @@ _KINDS = {
 }
 _SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}  # and their names in a data.yaml
 _HERE = "FOLDER OF THE IMAGES"
+_LARGEST_SIDE = 2**31 - 1  # pixels, as COCO files have them here
 
 
 @dataclass
@@ -80,7 +84,7 @@ def convert(kind: str, source: Path, output: Path, images: Path | None = None, v
         images: the folder of the images; of YOLO's a data.yaml may say it.
 
     Raises:
-        UserError: the source is not there, or not of that kind; an image is missing.
+        UserError: the source is not there, or not of that kind; an image is missing, or has annotations twice.
     """
     if not source.exists():
         raise UserError(f"{source} does not exist")
@@ -91,11 +95,24 @@ def convert(kind: str, source: Path, output: Path, images: Path | None = None, v
     names, parts = {"voc": _read_voc, "yolo": _read_yolo, "cvat": _read_cvat}[kind](source, images)
     if not any(part.images for part in parts.values()):
         raise UserError(f"{source} has no annotations that can be read as {kind}")
+    for part in parts.values():
+        _refuse_used_twice(part, source)
     if val_share and len(parts) > 1:
         raise UserError(f"--val: {source} has the splits {', '.join(parts)} already; leave --val out")
     if val_share:
         parts = _split(parts[""], val_share)
-    return [_write(output, split, part, names) for split, part in parts.items() if part.images]
+    return [_write(source, output, split, part, names) for split, part in parts.items() if part.images]
+
+
+def _refuse_used_twice(part: Part, source: Path) -> None:
+    names: set[str] = set()
+    for image in part.images:
+        if (name := image["file_name"]) in names:
+            raise UserError(
+                f"{source}: two images have the file name {name!r}, so that their boxes cannot be told apart. Fix: "
+                "rename one of the two, or convert each folder by itself"
+            )
+        names.add(name)
 
 
 def _split(part: Part, val_share: float) -> dict[str, Part]:
@@ -109,7 +126,7 @@ def _split(part: Part, val_share: float) -> dict[str, Part]:
     }
 
 
-def _write(output: Path, split: str, part: Part, names: Sequence[str]) -> Written:
+def _write(source: Path, output: Path, split: str, part: Part, names: Sequence[str]) -> Written:
     ids = {name: i + 1 for i, name in enumerate(names)}
     coco: dict[str, list] = {"images": [], "annotations": [], "categories": []}
     for image_id, image in enumerate(part.images, 1):
@@ -122,7 +139,8 @@ def _write(output: Path, split: str, part: Part, names: Sequence[str]) -> Writte
                 {**numbers, "category_id": ids[annotation["category"]], "area": width * height, **plain}
             )
     coco["categories"] = [{"id": i, "name": name} for name, i in ids.items()]
-    CocoAnnotations.from_dict(coco)  # what a training would refuse is refused here
+    # what a training would refuse is refused here
+    refuse_names_outside(CocoAnnotations.from_dict(coco), str(source))
     path = output.with_name(f"{output.stem}_{split}.json" if split else f"{output.stem}.json")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,24 +165,43 @@ def _read_voc(source: Path, images: Path | None) -> tuple[list[str], dict[str, P
     # only the whole folder has its lists: without it, or one of them, all files are one part
     splits = splits if root == source and len(splits) == 2 else {"": sorted(path.stem for path in folder.glob("*.xml"))}
     parts = {split: Part(folder=images, crowds="crowds (VOC's `difficult`)") for split in splits}
+    by_stem = _images_by_stem(images)
     for split, stems in splits.items():
-        for stem in stems:
-            parts[split].images.append(_read_voc_file(folder / f"{stem}.xml", parts[split]))
+        files: dict[str, Path] = {}  # by the image's name
+        for stem in dict.fromkeys(stems):
+            file = folder / f"{stem}.xml"
+            image = _read_voc_file(file, parts[split], by_stem)
+            if (other := files.setdefault(image["file_name"], file)) != file:
+                raise UserError(
+                    f"{file}: its image is {image['file_name']!r}, which {other.name} has too. Fix: correct the "
+                    "`filename` of one of the two files, or move it away"
+                )
+            parts[split].images.append(image)
     named = {a["category"] for part in parts.values() for image in part.images for a in image["annotations"]}
     return sorted(named), parts
 
 
-def _read_voc_file(path: Path, part: Part) -> dict[str, Any]:
+def _images_by_stem(folder: Path | None) -> dict[str, list[str]]:
+    """The names of the images that lie in a folder, by their names without the ending."""
+    names: dict[str, list[str]] = {}
+    for file in [] if folder is None else sorted(folder.iterdir()):
+        if is_image_name(file.name) and file.is_file():
+            names.setdefault(file.stem, []).append(file.name)
+    return names
+
+
+def _read_voc_file(path: Path, part: Part, by_stem: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     try:
         root = ElementTree.parse(path).getroot()
-        width, height = (int(float(root.findtext(f"size/{key}", ""))) for key in ("width", "height"))
-        if min(width, height) <= 0:
+        width, height = (parse_whole_number(root.findtext(f"size/{key}"), key) for key in ("width", "height"))
+        if not 0 < min(width, height) <= max(width, height) <= _LARGEST_SIDE:
             raise ValueError(f"the image's size is {width}×{height}")
-        name = root.findtext("filename") or f"{path.stem}.jpg"
+        name = _name_of_voc_image(path, root.findtext("filename") or "", part.folder, by_stem)
         annotations = []
         for item in root.iter("object"):
-            corners = [item.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
-            x1, y1, x2, y2 = (float(corner) for corner in corners)
+            x1, y1, x2, y2 = (
+                parse_number(item.findtext(f"bndbox/{key}"), key, FARTHEST) for key in ("xmin", "ymin", "xmax", "ymax")
+            )
             # VOC counts pixels from 1, and its last one is inside; a 0, which many programs write, is the first too
             x1, y1 = max(x1 - 1, 0.0), max(y1 - 1, 0.0)
             if x2 <= x1 or y2 <= y1:
@@ -177,9 +214,24 @@ def _read_voc_file(path: Path, part: Part) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ElementTree.ParseError, ValueError, TypeError) as error:
         raise UserError(f"{path} is no annotation of Pascal VOC, or is cut off ({error})") from error
-    if part.folder is not None and not (part.folder / name).is_file():  # programs that rename images leave it as it was
-        name = next((file.name for file in part.folder.glob(f"{path.stem}.*")), name)
-    return {"file_name": name.replace("\\", "/"), "width": width, "height": height, "annotations": annotations}
+    return {"file_name": name, "width": width, "height": height, "annotations": annotations}
+
+
+def _name_of_voc_image(path: Path, filename: str, folder: Path | None, by_stem: Mapping[str, Sequence[str]]) -> str:
+    """The `filename` in the XML file if the folder has that image. If it does not, as after programs that rename
+    images, the image with the XML file's own name.
+
+    Raises:
+        ValueError: several images have that name, with other endings.
+    """
+    filename = filename.replace("\\", "/")
+    is_there = folder is None or (folder / filename).is_file()
+    if filename and is_there and (folder is None or is_image_name(filename)):
+        return filename
+    found = by_stem.get(path.stem, [])
+    if len(found) > 1:
+        raise ValueError(f"{folder} has no image {filename!r}, and {', '.join(found)} with the name of the XML file")
+    return found[0] if found else filename or f"{path.stem}.jpg"
 
 
 # --- YOLO -------------------------------------------------------------------------------------------
@@ -195,7 +247,8 @@ def _read_yolo(source: Path, images: Path | None) -> tuple[list[str], dict[str, 
     try:
         content = yaml.safe_load(file.read_text())
         names = content["names"]
-        names = dict(enumerate(names)) if isinstance(names, list) else {int(i): name for i, name in names.items()}
+        pairs = enumerate(names) if isinstance(names, list) else names.items()
+        names = {parse_whole_number(str(i), "a class in `names`"): name for i, name in pairs}
         names = {i: str(names[i]) for i in sorted(names)}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{file} is not YOLO's data.yaml: it needs `names`, the categories ({error})") from error
@@ -226,7 +279,7 @@ def _yolo_place(place: str, content: Mapping[str, Any], file: Path, split: str) 
 def _read_yolo_images(folders: Sequence[Path], labels: Path | None, names: Mapping[int, str]) -> Part:
     """The images of folders, and their labels: in `labels`, else in the folder whose path has `labels` for `images`."""
     common = Path(*_common(folder.resolve().parts for folder in folders))
-    part, endings = Part(folder=common), Image.registered_extensions()
+    part = Part(folder=common)
     for folder in (folder.resolve() for folder in folders):
         if labels is None:
             parts = list(folder.parts)
@@ -234,17 +287,33 @@ def _read_yolo_images(folders: Sequence[Path], labels: Path | None, names: Mappi
             of_folder = folder if at is None else Path(*parts[:at], "labels", *parts[at + 1 :])
         else:
             of_folder = labels
-        files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in endings]
-        wanted = {file.relative_to(folder).with_suffix(".txt") for file in files}
+        files = [file for file in sorted(folder.rglob("*")) if is_image_name(file.name) and file.is_file()]
+        wanted = _labels_of(files, folder)
         found = {file.relative_to(of_folder) for file in of_folder.rglob("*.txt")} if of_folder.is_dir() else set()
-        if orphans := sorted(path for path in found - wanted if path.name != "classes.txt"):
+        if orphans := sorted(path for path in found - wanted.keys() if path.name != "classes.txt"):
             raise UserError(f"{folder} has no image for the label file {of_folder / orphans[0]}")
-        if not found & wanted:
+        if not found & wanted.keys():
             raise UserError(f"{of_folder} has no label file for an image of {folder}")
-        for file in files:
-            label = of_folder / file.relative_to(folder).with_suffix(".txt")
-            part.images.append(_read_yolo_image(file, label, common, names, part))
+        for label, file in wanted.items():
+            part.images.append(_read_yolo_image(file, of_folder / label, common, names, part))
     return part
+
+
+def _labels_of(files: Iterable[Path], folder: Path) -> dict[Path, Path]:
+    """The images by the relative path of their label files.
+
+    Raises:
+        UserError: two images would have the same.
+    """
+    of_label: dict[Path, Path] = {}
+    for file in files:
+        label = file.relative_to(folder).with_suffix(".txt")
+        if (other := of_label.setdefault(label, file)) != file:
+            raise UserError(
+                f"{file}: its label file would be {label}, and that is {other.name}'s too. Fix: rename one of the two "
+                "images, or move it away"
+            )
+    return of_label
 
 
 def _common(paths: Iterator[tuple[str, ...]]) -> list[str]:
@@ -270,10 +339,10 @@ def _read_yolo_image(file: Path, label: Path, folder: Path, names: Mapping[int, 
     annotations = []
     for number, line in enumerate(lines, 1):
         try:
-            category, *values = (float(word) for word in line.split()) if line.strip() else (None,)
-            if category is None:
+            if not (words := line.split()):
                 continue
-            name = names[int(category)]
+            name = names[parse_whole_number(words[0], "the class")]
+            values = [parse_number(word, "a coordinate") for word in words[1:]]
             annotation = _of_yolo_values(values, width, height)
         except (ValueError, KeyError) as error:
             why = f"category {error}, which data.yaml does not name" if isinstance(error, KeyError) else error
@@ -293,6 +362,8 @@ def _read_yolo_image(file: Path, label: Path, folder: Path, names: Mapping[int, 
 def _of_yolo_values(values: list[float], width: int, height: int) -> dict[str, Any]:
     """A box in pixels of x, y of its middle, width, height; or a polygon with its box, of x and y of each point; all
     shares of the image's size."""
+    if not is_in_reach(np.array(values) * max(width, height)).all():
+        raise ValueError(f"{max(values, key=abs):g} is not a share of an image's size")
     if len(values) == 4 or len(values) == 5:  # a prediction has its score last
         x, y, w, h = values[:4]
         box = [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]
@@ -321,8 +392,10 @@ def _read_cvat(source: Path, images: Path | None) -> tuple[list[str], dict[str, 
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{source} cannot be read as cvat: {error}") from error
     names = {category["id"]: category["name"] for category in dataset["categories"]}
+    file_names = {image["id"]: image["file_name"] for image in dataset["images"]}
     of_image: dict[int, list[dict]] = {}
     for annotation in dataset["annotations"]:
+        _refuse_out_of_reach(annotation, f"{source}: image {file_names[annotation['image_id']]!r}")
         row = {key: annotation[key] for key in ("bbox", "area", "segmentation") if annotation.get(key)}
         row |= {"category": names[annotation["category_id"]], "iscrowd": int(annotation.get("iscrowd") or 0)}
         of_image.setdefault(annotation["image_id"], []).append(row)
@@ -331,6 +404,14 @@ def _read_cvat(source: Path, images: Path | None) -> tuple[list[str], dict[str, 
         for image in dataset["images"]
     ]
     return list(names.values()), {"": Part(rows, images)}
+
+
+def _refuse_out_of_reach(annotation: Mapping[str, Any], where: str) -> None:
+    """Raises UserError if a number of the box or of its polygons is not finite, or no image is large enough for it."""
+    polygons = annotation.get("segmentation")
+    lists = [annotation["bbox"], *(polygons if isinstance(polygons, list) else [])]
+    for wrong in (number for numbers in lists for number in numbers if not is_in_reach(number)):
+        raise UserError(f"{where}: a coordinate is {wrong:g}. Fix: write a finite number of pixels")
 
 
 def _as_config(written: Sequence[Written]) -> str:

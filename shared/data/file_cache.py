@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from shared.data.remote import RemoteImages
 logger = logging.getLogger(__name__)
 
 _CHECKSUM_BYTES = 4
+_VERSION_BYTES = 16
 _COUNT_IS_GOOD_FOR = 24 * 3600  # seconds that a full folder is not counted anew
 
 
@@ -33,14 +34,20 @@ class CachedImages:
     the last that will be wanted again. Where the folder cannot be written, the images come from `remote`, with one
     warning.
 
+    A copy from a web server keeps the version of its file. The server is asked for it once per run; a copy of another
+    version is read again. A bucket's copy counts while its length is the one in the bucket's list.
+
     Args:
         folder: made where it is not there.
         limit: bytes that all copies together may take.
+        since: in seconds since 1970. A web server is not asked about copies that were written or asked about later;
+            None for any.
     """
 
     remote: RemoteImages
     folder: Path
     limit: int
+    since: float | None = field(default_factory=time.time)
 
     def __str__(self) -> str:
         return str(self.remote)
@@ -61,17 +68,35 @@ class CachedImages:
         name = hashlib.sha256(f"{self.remote.options.endpoint_url} {location}".encode()).hexdigest()
         copy = self.folder / name[:2] / name
         expected = self.remote.size_of(file_name)
-        data = _checked(copy)
-        if data is None or expected not in (None, len(data)):
-            data = self.remote.read(file_name)
-            self._keep(copy, data)
+        asks = self.since is not None and self.remote.is_web_server
+        data, version = _checked(copy, _VERSION_BYTES if asks else 0)
+        is_whole = data is not None and expected in (None, len(data))
+        if is_whole and (not asks or self._is_recent(copy)):
+            return data
+        current = self.remote.version(file_name) if asks else b""
+        if is_whole and version == current:
+            with contextlib.suppress(OSError):  # somebody else's folder: asked again at the next read
+                os.utime(copy)
+            return data
+        data = self.remote.read(file_name)
+        self._keep(copy, data, current)
         return data
 
-    def _keep(self, copy: Path, data: bytes) -> None:
+    def _is_recent(self, copy: Path) -> bool:
+        try:
+            return self.since <= copy.stat().st_mtime <= time.time()  # a clock may have been set back
+        except OSError:
+            return False
+
+    def _keep(self, copy: Path, data: bytes, version: bytes) -> None:
         try:
             copy.parent.mkdir(parents=True, exist_ok=True)
-            if self._reserve(len(data) + _CHECKSUM_BYTES):
-                _write(copy, data)
+            before = copy.stat().st_size if copy.exists() else 0
+            if self._reserve(len(data) + len(version) + _CHECKSUM_BYTES - before):
+                _write(copy, data, version)
+            elif before:  # of another version, or damaged
+                copy.unlink(missing_ok=True)
+                self._reserve(-before)
         except OSError as error:
             if not getattr(self, "_warned", False):
                 self._warned = True
@@ -109,20 +134,29 @@ class CachedImages:
         return taken
 
 
-def _checked(copy: Path) -> bytes | None:
+def _checked(copy: Path, version_bytes: int) -> tuple[bytes | None, bytes]:
+    """What was copied, and its version; None if there is no whole copy with so long a version."""
     try:
         whole = copy.read_bytes()
     except OSError:
-        return None
-    data, checksum = whole[:-_CHECKSUM_BYTES], whole[-_CHECKSUM_BYTES:]
-    return data if zlib.crc32(data).to_bytes(_CHECKSUM_BYTES, "big") == checksum and data else None
+        return None, b""
+    content, checksum = whole[:-_CHECKSUM_BYTES], whole[-_CHECKSUM_BYTES:]
+    if checksum != _checksum(content, version_bytes) or len(content) <= version_bytes:
+        return None, b""
+    end = len(content) - version_bytes
+    return content[:end], content[end:]
 
 
-def _write(copy: Path, data: bytes) -> None:
+def _checksum(content: bytes, version_bytes: int) -> bytes:
+    # it starts from the version's length, so that a copy without one is not read as one with
+    return zlib.crc32(content, version_bytes).to_bytes(_CHECKSUM_BYTES, "big")
+
+
+def _write(copy: Path, data: bytes, version: bytes) -> None:
     descriptor, aside = tempfile.mkstemp(dir=copy.parent, prefix=".")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data + zlib.crc32(data).to_bytes(_CHECKSUM_BYTES, "big"))
+            file.write(data + version + _checksum(data + version, len(version)))
         os.replace(aside, copy)
     except OSError:
         os.unlink(aside)

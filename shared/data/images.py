@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable
+from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
 import numpy as np
@@ -20,6 +21,11 @@ _ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "BMP": None, "WEBP": 
 _SIXTEEN_BITS = (".png", ".tif", ".tiff", ".pgm", ".jp2")  # formats that can have them
 _TWELVE_BITS = 4096
 DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's ending is that of a format that Pillow reads."""
+    return Image.registered_extensions().get(PurePosixPath(name).suffix.lower()) in Image.OPEN
 
 
 class BadImageError(UserError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import logging
 import os
 import socket
@@ -92,11 +94,11 @@ def version_of(url: str, options: StoreOptions) -> dict[str, str]:
     Raises:
         StoreError: as `read_url`.
     """
+    return _named(functools.partial(_version, url=url, options=options), url, options)
 
-    def ask(files: AsyncFileSystem) -> dict[str, Any]:
-        return sync(files.loop, files._info, url, timeout=_attempt_seconds(options))
 
-    info = _named(ask, url, options)
+def _version(files: AsyncFileSystem, url: str, options: StoreOptions) -> dict[str, str]:
+    info = sync(files.loop, files._info, url, timeout=_attempt_seconds(options))
     return {key: str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None}
 
 
@@ -119,8 +121,13 @@ class RemoteImages:
         return self.url
 
     @property
+    def is_web_server(self) -> bool:
+        """Whether there is no list of the files, and of their lengths."""
+        return _protocol(self.url) == "http"
+
+    @property
     def place(self) -> str | None:
-        return None if _protocol(self.url) == "http" else f"{self.url} at {self.options.endpoint_url}"
+        return None if self.is_web_server else f"{self.url} at {self.options.endpoint_url}"
 
     def location(self, file_name: str) -> str:
         """The image's own URL."""
@@ -141,6 +148,16 @@ class RemoteImages:
 
         return _with_retries(read, location, self.options)
 
+    def version(self, file_name: str) -> bytes:
+        """16 bytes that change if the store says that the file has: with its ETag, its time and its length.
+
+        Raises:
+            FileNotFoundError, StoreError: as `read`.
+        """
+        location = self.location(file_name)
+        said = _with_retries(functools.partial(_version, url=location, options=self.options), location, self.options)
+        return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).digest()
+
     def look(self, names: np.ndarray) -> Look:
         """Lists a bucket's folders, and takes the files' sizes from there; of a web server, which has no list, some
         images are tried.
@@ -148,7 +165,7 @@ class RemoteImages:
         Raises:
             StoreError: as `read`; `data.store_timeout` is for each page of the list.
         """
-        if _protocol(self.url) == "http":
+        if self.is_web_server:
             return self._try_some(names)
         try:
             listed, sizes = self._list(names)

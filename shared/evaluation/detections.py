@@ -13,6 +13,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from shared.data.annotations import CocoAnnotations
+from shared.data.numbers import as_ids, is_in_reach, wrong_number_in
 from shared.errors import UserError
 
 
@@ -103,7 +104,7 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
     """
     source = "the results" if isinstance(results, list) else str(results)
     rows = _decode_results(results, source)
-    ids = np.array([row.image_id for row in rows], dtype=np.int64)
+    ids = as_ids([row.image_id for row in rows], "image_id", source)
     images, image_of = np.unique(ids, return_inverse=True)
     index_of = _indices_of(images, ids, annotations, source)
     heights, widths = annotations.columns["heights"], annotations.columns["widths"]
@@ -130,10 +131,12 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
         if row.bbox is None and masks[position] is None:
             refuse(position, "`bbox` is missing")
         row.bbox = row.bbox if row.bbox is not None else coco_mask.toBbox(masks[position]).tolist()
-        if len(row.bbox) != 4 or not np.isfinite([*row.bbox, row.score]).all():
+        if len(row.bbox) != 4 or not is_in_reach([*row.bbox, row.score]).all():
             refuse(position, f"`bbox` {row.bbox}, `score` {row.score}: 4 numbers and 1, all finite, are needed")
         if with_keypoints and (len(row.keypoints) % 3 or len(row.keypoints) != len(rows[0].keypoints)):
             refuse(position, f"{len(row.keypoints)} numbers in `keypoints`, and result 0 has {len(rows[0].keypoints)}")
+        if with_keypoints and not is_in_reach(row.keypoints).all():
+            refuse(position, f"`keypoints` {row.keypoints}: all must be finite, in pixels")
 
     order = np.argsort(image_of.ravel(), kind="stable")
     ends = np.cumsum(np.bincount(image_of.ravel(), minlength=len(images)))[:-1] if rows else []
@@ -156,13 +159,20 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
 
 
 def _decode_results(results: str | os.PathLike | list[dict], source: str) -> list[_Result]:
+    data = b""
     try:
         if isinstance(results, list):
             return msgspec.convert(results, list[_Result])
-        return msgspec.json.decode(Path(results).read_bytes(), type=list[_Result])
+        data = Path(results).read_bytes()
+        return msgspec.json.decode(data, type=list[_Result])
     except OSError as error:
         raise UserError(f"{source} cannot be read: {error.strerror}") from error
-    except msgspec.ValidationError as error:
+    except msgspec.DecodeError as error:
+        is_of_another_type = isinstance(error, msgspec.ValidationError) and "out of range" not in str(error)
+        if not is_of_another_type and (number := wrong_number_in(data)):
+            raise UserError(f"{source} has the number {number}. Fix: write finite numbers only") from error
+        if not isinstance(error, msgspec.ValidationError):
+            raise UserError(f"{source} is not JSON: {error}") from error
         if "got `object`" in str(error) and "$" not in str(error):
             raise UserError(
                 f"{source} is no list of results, as COCO has it, but an object, as an annotation file is"
@@ -170,8 +180,10 @@ def _decode_results(results: str | os.PathLike | list[dict], source: str) -> lis
         said = re.sub(r" - at `\$\[(\d+)\]\.?(.*)`$", lambda at: f" ({at[2] or 'result'})", str(error))
         where = re.search(r"\$\[(\d+)\]", str(error))
         raise UserError(f"{source}: {f'result {where[1]}: ' if where else ''}{said}") from error
-    except msgspec.DecodeError as error:
-        raise UserError(f"{source} is not JSON: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is not JSON: it is not in UTF-8 ({error})") from error
+    except RecursionError as error:
+        raise UserError(f"{source} is not a list of results: lists in lists without end") from error
 
 
 def _same_file(one: str, other: str) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shared.config_file import fixed_hyperparameters, load_config
+from shared.redaction import redacted, without_secrets
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,6 +39,10 @@ class About:
     changed: Sequence[tuple[str, Any, Any]] = ()
     shipped: str = ""
     curves: Figure | None = None
+
+    def __post_init__(self) -> None:
+        self.title = redacted(self.title)
+        self.facts = {name: redacted(value) if isinstance(value, str) else value for name, value in self.facts.items()}
 
 
 def software(code: Path) -> dict[str, str]:
@@ -83,7 +88,7 @@ def changed_keys(config: Mapping[str, Any], shipped: Path) -> list[tuple[str, An
         return []
     original = load_config(str(shipped))
     original["hyperparameters"] = fixed_hyperparameters(original)
-    there, here = dict(_flat(original)), dict(_flat(config))
+    there, here = dict(_flat(without_secrets(original))), dict(_flat(without_secrets(config)))
     return [
         (key, there.get(key, _NOT_THERE), here.get(key, _NOT_THERE))
         for key in sorted(there.keys() | here.keys())

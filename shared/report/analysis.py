@@ -14,15 +14,13 @@ from shared.data.annotations import CocoAnnotations
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator, check_detections, mean_of, summarize
 from shared.evaluation.gathered import GatheredDetections
-from shared.report.image_errors import ERROR_TYPES, ImageObjects, Suspect, Wrong, errors_of, suspects_of
-from shared.report.thresholds import ThresholdCurve, threshold_curve, trusted_score
+from shared.report.difference import interval_around
+from shared.report.image_errors import ERROR_TYPES, ImageObjects, Wrong, errors_of
+from shared.report.suspects import Suspect, find_suspects
+from shared.report.thresholds import ThresholdCurve, threshold_curve
 
 RESAMPLES = 200
-CONFIDENCE = 0.95
-_DEVIATIONS = 1.96  # of the normal distribution, for that
 SEED = 0
-# an annotation is suspected where detections of such a score are so often right
-_TRUSTED_PRECISION = 0.75
 _OBJECTS_IN_AN_IMAGE = (
     ("1", 1, 1),
     ("2 to 4", 2, 4),
@@ -132,8 +130,7 @@ class Analyses:
         detections: of these images, by that index.
         wrong: the errors of detections of at least the best threshold, and what they leave unfound, by boxes.
         found_objects: rows of the annotations that such detections match.
-        trusted: detections of at least this score may contradict annotations; infinite where none is so often right.
-        suspects: what they contradict, the highest score first.
+        suspects: the annotations that are worth a look, those likeliest to be wrong first.
     """
 
     annotations: CocoAnnotations
@@ -142,7 +139,6 @@ class Analyses:
     detections: dict[int, Detections]
     wrong: list[Wrong]
     found_objects: np.ndarray
-    trusted: float
     suspects: list[Suspect]
 
     @property
@@ -199,7 +195,6 @@ def analyse(
         detections={index_of[one.image_id]: one for one in detections if one.image_id in evaluated},
         wrong=[],
         found_objects=np.empty(0, np.int64),
-        trusted=math.inf,
         suspects=[],
     )
     _look_at_images(analyses, found)
@@ -279,16 +274,15 @@ def _verdicts_of(evaluation: hotcoco.COCOeval) -> Verdicts:
 def _intervals(
     evaluator: CocoEvaluator, evaluation: hotcoco.COCOeval, iou_type: str, metrics: dict[str, float], resamples: int
 ) -> dict[str, tuple[float, float]]:
-    """1.96 standard errors of the bootstrap around each number. Its percentiles may not even hold the number: a
-    category that few images have is often in none that are drawn, and what is detected of it in vain is forgotten."""
-    if not resamples or len(evaluator.image_ids) < 2:
+    """Around each number, see `interval_around`."""
+    if resamples < 2 or len(evaluator.image_ids) < 2:
         return {}
     # hotcoco resamples differences; from nothing found, which scores 0, the difference is the number itself
     nothing = evaluator.match(iou_type, _none_found(iou_type))
-    compared = hotcoco.compare(nothing, evaluation, n_bootstrap=resamples, seed=SEED, confidence=CONFIDENCE)
+    compared = hotcoco.compare(nothing, evaluation, n_bootstrap=resamples, seed=SEED)
     errors = {name: compared["ci"][NAMES[name]]["std_err"] for name in metrics if NAMES[name] in compared["ci"]}
     return {
-        name: (max(metrics[name] - _DEVIATIONS * error, 0.0), min(metrics[name] + _DEVIATIONS * error, 1.0))
+        name: interval_around(metrics[name], error, 0.0, 1.0)
         for name, error in errors.items()
         if not math.isnan(metrics[name])
     }
@@ -329,8 +323,6 @@ def _number(value: float | None) -> float:
 def _look_at_images(analyses: Analyses, found: GatheredDetections) -> None:
     """Fills in what is wrong, image by image."""
     boxes = analyses.of["bbox"]
-    if boxes.curve.best is not None:
-        analyses.trusted = max(trusted_score(boxes.curve, _TRUSTED_PRECISION), boxes.curve.best_threshold)
     threshold = math.inf if boxes.curve.best is None else boxes.curve.best_threshold
     annotations, columns = analyses.annotations, analyses.annotations.columns
     verdicts = boxes.verdicts
@@ -370,8 +362,8 @@ def _look_at_images(analyses: Analyses, found: GatheredDetections) -> None:
             is_wrong=is_wrong[kept],
         )
         analyses.wrong += errors_of(one)
-        analyses.suspects += suspects_of(one, analyses.trusted)
-    analyses.suspects.sort(key=lambda suspect: -suspect.score)
+    if boxes.curve.best is not None:
+        analyses.suspects = find_suspects(annotations, found, rows_of, analyses.indices.tolist(), threshold)
 
 
 def counts_by_category(wrong: Sequence[Wrong], kind: str, names: Sequence[str]) -> list[tuple[str, int]]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # what takes seconds to import comes after the command line is read
 
 _RESAMPLES = 200
+_OF_A_FOLDER = ("detections.npz", "results.json")  # what is read from one
 
 
 def report_main(arguments: Sequence[str]) -> None:
@@ -58,8 +59,8 @@ def _main(
     try:
         if given.images is not None and not given.images.is_dir():
             raise UserError(f"--images: {given.images} is no folder")
-        if given.resamples < 0:
-            raise UserError(f"--resamples: {given.resamples}; give 0 for no intervals, or more")
+        if given.resamples < 0 or given.resamples == 1:
+            raise UserError(f"--resamples: {given.resamples} gives no interval. Fix: 0 for none, or 2 and more")
         write(given)
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -69,9 +70,11 @@ def _report(given: argparse.Namespace) -> None:
     from shared.data.annotations import CocoAnnotations
     from shared.evaluation.detections import from_coco_results
     from shared.report.about import About
+    from shared.report.page import check_page
     from shared.report.report import report
     from shared.report.summary import summary_of
 
+    check_page(given.output, [given.annotations, given.results])
     annotations = CocoAnnotations.open(given.annotations)
     detections = from_coco_results(given.results, annotations)
     facts = {"annotations": given.annotations, "detections": given.results}
@@ -86,7 +89,10 @@ def _compare(given: argparse.Namespace) -> None:
         raise UserError("compare: give two sets of detections, or more")
     from shared.data.annotations import CocoAnnotations
     from shared.report.compare import compare, summary_of
+    from shared.report.page import check_page
 
+    read = [path / name if path.is_dir() else path for path in given.detections for name in _OF_A_FOLDER]
+    check_page(given.output, [given.annotations, *read])
     annotations = CocoAnnotations.open(given.annotations)
     opened = [_open(path, annotations) for path in given.detections]
     names = _names(given.detections)

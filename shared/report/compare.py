@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,15 +14,15 @@ import numpy as np
 from markupsafe import Markup
 
 from shared.data.annotations import CocoAnnotations
-from shared.data.storage import DiskImages, ImageStorage
+from shared.data.storage import ImageStorage
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import iou_types_of
 from shared.evaluation.table import for_json
-from shared.report.analysis import CONFIDENCE, NAMES, RESAMPLES, SEED, Analyses, analyse
+from shared.report.analysis import NAMES, RESAMPLES, SEED, Analyses, analyse
 from shared.report.difference import Difference
-from shared.report.page import write_page
-from shared.report.pictures import picture_of_difference
+from shared.report.page import check_page, write_numbers, write_page
+from shared.report.pictures import open_pictures, picture_of_difference
 from shared.report.plots import differences, svg_of
 from shared.report.report import TITLES
 
@@ -76,14 +75,16 @@ def compare(
         Each further set against the first, by each IoU type.
 
     Raises:
-        UserError: as of `evaluate`; the page cannot be written.
+        UserError: as of `evaluate`; an image's name leads out of the folder; the page cannot be written, or would
+            replace the annotations.
     """
     if len(detections) < 2:
         raise UserError("compare: give two sets of detections, or more")
     if not isinstance(annotations, CocoAnnotations):
         annotations = CocoAnnotations.open(annotations)
-    if isinstance(images, (str, os.PathLike)):
-        images = DiskImages(Path(images))
+    output = Path(output)
+    check_page(output, [annotations.path])
+    images = open_pictures(images, annotations)
     if iou_types is None:
         scored = [iou_types_of(list(found), annotations) for found in detections.values()]
         iou_types = [iou_type for iou_type in scored[0] if all(iou_type in each for each in scored)]
@@ -92,27 +93,39 @@ def compare(
     comparisons = [
         _compare(of[first], of[name], first, name, iou_type, resamples) for name in others for iou_type in of[first].of
     ]
-    output = Path(output)
     write_page("compare.html.jinja", output, **_content(of, comparisons, images))
-    output.with_suffix(".json").write_text(json.dumps([_plain(comparison) for comparison in comparisons], indent=1))
+    write_numbers(output, [_plain(comparison) for comparison in comparisons])
     return comparisons
 
 
 def _compare(a: Analyses, b: Analyses, name_a: str, name_b: str, iou_type: str, resamples: int) -> Comparison:
     one, other = a.of[iou_type], b.of[iou_type]
-    overall = hotcoco.compare(one.evaluation, other.evaluation, n_bootstrap=resamples, seed=SEED, confidence=CONFIDENCE)
+    errors = _standard_errors(one.evaluation, other.evaluation, resamples)
     metrics = [
-        _difference(name, one.metrics[name], other.metrics[name], overall["ci"], NAMES[name])
+        Difference.of(name, one.metrics[name], other.metrics[name], errors.get(NAMES[name], math.nan))
         for name in one.metrics
         if name in NAMES
     ]
     categories = []
+    image_of = np.repeat(np.arange(len(a.annotations)), np.diff(a.annotations.columns["offsets"]))
+    objects = one.verdicts.objects
+    labels = a.annotations.columns["labels"][objects]
     for row, there in zip(one.categories, other.categories, strict=True):
         if row.objects:
+            # the objects of a single image come with it or not at all: nothing varies
+            images = len(np.unique(image_of[objects[labels == row.label]]))
             pair = (_of_category(each.evaluation, row.label, iou_type) for each in (one, other))
-            own = hotcoco.compare(*pair, n_bootstrap=resamples, seed=SEED, confidence=CONFIDENCE)
-            categories.append(_difference(row.name, row.ap, there.ap, own["ci"], "AP"))
+            own = _standard_errors(*pair, resamples if images > 1 else 0)
+            categories.append(Difference.of(row.name, row.ap, there.ap, own.get("AP", math.nan)))
     return Comparison(name_a, name_b, iou_type, metrics, categories)
+
+
+def _standard_errors(one: hotcoco.COCOeval, other: hotcoco.COCOeval, resamples: int) -> dict[str, float]:
+    """Of the difference of each number, by hotcoco's name for it: by a bootstrap over images, the same for both."""
+    if resamples < 2 or len(one.params.img_ids) < 2:
+        return {}
+    compared = hotcoco.compare(one, other, n_bootstrap=resamples, seed=SEED)
+    return {name: found["std_err"] for name, found in compared["ci"].items()}
 
 
 def _of_category(evaluation: hotcoco.COCOeval, label: int, iou_type: str) -> hotcoco.COCOeval:
@@ -125,15 +138,6 @@ def _of_category(evaluation: hotcoco.COCOeval, label: int, iou_type: str) -> hot
     own.evaluate()
     own.accumulate()
     return own
-
-
-def _difference(name: str, a: float, b: float, intervals: dict[str, Any] | None, key: str) -> Difference:
-    interval = (intervals or {}).get(key)
-    if interval is None or math.isnan(b - a):
-        return Difference(name, a, b, b - a)
-    # of two that are the same in each resample, neither is better
-    better = interval["prob_positive"] if interval["std_err"] > 0 else math.nan
-    return Difference(name, a, b, b - a, interval["lower"], interval["upper"], better)
 
 
 def summary_of(comparison: Comparison) -> str:
@@ -153,7 +157,7 @@ def summary_of(comparison: Comparison) -> str:
     else:
         said = f"These images do not show which of {b} and {a} is better: {numbers}, {interval}."
     if not math.isnan(difference.better):
-        said += f" {b} is above in {difference.better:.0%} of the resamples."
+        said += f" With other images of the same kind, {b} is above with a probability of {difference.better:.0%}."
     for verdict, side in (("better", "above"), ("worse", "below")):
         clear = sorted(
             (one for one in comparison.categories if one.verdict == verdict), key=lambda one: -abs(one.delta)

@@ -1,4 +1,4 @@
-"""What is wrong on each image, by TIDE's types of error, and which annotations look wrong themselves."""
+"""What is wrong on each image, by TIDE's types of error."""
 
 from __future__ import annotations
 
@@ -37,25 +37,6 @@ class Wrong:
     label: int
     score: float
     detection: int | None
-    annotation: int | None
-
-
-@dataclass(frozen=True)
-class Suspect:
-    """An annotation that may be wrong, or missing: a detection of high score says another thing.
-
-    Attributes:
-        kind: "category" or "missing".
-        image: index in the annotations.
-        label, score, box: the detection's; (4,) x1 y1 x2 y2 in pixels.
-        annotation: the row of the annotation with another category; None of a missing one.
-    """
-
-    kind: str
-    image: int
-    label: int
-    score: float
-    box: np.ndarray
     annotation: int | None
 
 
@@ -134,43 +115,6 @@ def _kind(overlaps: np.ndarray, same: np.ndarray) -> tuple[str, np.ndarray | Non
     if max(best_same, best_other) < _OVERLAPS:
         return "Bkg", None
     return "Both", ~same
-
-
-def suspects_of(one: ImageObjects, trusted: float) -> list[Suspect]:
-    """Annotations that detections of at least the score `trusted` contradict.
-
-    A category: the detection lies on an object that nothing else matches. One that is missing: it lies on no object,
-    and does not overlap one that is still to be found, whose box it could be that is off.
-    """
-    suspects = []
-    ious = box_ious(one.boxes, one.truth_boxes)
-    is_found_here: set[int] = set()
-    seen: list[int] = []
-    for position in np.argsort(-one.scores, kind="stable"):
-        if one.is_right[position] or one.scores[position] < trusted:
-            continue
-        overlaps = ious[position]
-        same = one.truth_labels == one.labels[position]
-        at = {
-            "image": one.image,
-            "label": int(one.labels[position]),
-            "score": float(one.scores[position]),
-            "box": one.boxes[position],
-        }
-        others = np.where(one.is_missed & ~same, overlaps, 0)
-        if others.max(initial=0) >= _MATCHES and not (same & (overlaps >= _MATCHES) & one.is_object).any():
-            nearest = int(others.argmax())
-            if nearest not in is_found_here:
-                is_found_here.add(nearest)
-                suspects.append(Suspect("category", annotation=one.first + nearest, **at))
-        elif one.is_wrong[position] and not (
-            (overlaps >= _MATCHES).any() or (one.is_missed & (overlaps >= _OVERLAPS)).any()
-        ):
-            again = box_ious(one.boxes[position][None], one.boxes[seen])[0] >= _MATCHES
-            if not again.any():  # one object, of which the detector is not sure what it is
-                suspects.append(Suspect("missing", annotation=None, **at))
-                seen.append(int(position))
-    return suspects
 
 
 def box_ious(one: np.ndarray, other: np.ndarray) -> np.ndarray:

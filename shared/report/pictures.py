@@ -5,23 +5,41 @@ from __future__ import annotations
 import base64
 import io
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from shared.data.annotations import ImageRecord
+from shared.data.annotations import CocoAnnotations, ImageRecord
+from shared.data.image_check import refuse_names_outside
 from shared.data.images import BadImageError, read_image
-from shared.data.storage import ImageStorage
+from shared.data.storage import DiskImages, ImageStorage
 from shared.evaluation.detections import Detections
 from shared.evaluation.drawing import Objects, draw, objects_of_detections, objects_of_truth
 from shared.report.analysis import Analyses
-from shared.report.image_errors import Suspect, Wrong
+from shared.report.image_errors import Wrong
+from shared.report.suspects import Suspect
 
 _PANEL = 360  # pixels, of the longer side
 _GAP = 6
 _QUALITY = 72
 _CONTEXT = 0.6  # of a box's size, around it on each side
+
+
+def open_pictures(images: ImageStorage | str | os.PathLike | None, annotations: CocoAnnotations) -> ImageStorage | None:
+    """Where a page's pictures come from: a folder is checked as the data of a training is.
+
+    Raises:
+        UserError: an image's name leads out of the folder, or the folder holds a link out of it.
+    """
+    if images is None or not isinstance(images, (str, os.PathLike)):
+        return images
+    opened = DiskImages(Path(images).absolute())
+    refuse_names_outside(annotations, f"--images ({images})", opened.folder)
+    opened.look(annotations.file_names)
+    return opened
 
 
 def picture_of_errors(

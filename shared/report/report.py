@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -12,17 +11,17 @@ from typing import Any
 from markupsafe import Markup
 
 from shared.data.annotations import CocoAnnotations
-from shared.data.storage import DiskImages, ImageStorage
+from shared.data.storage import ImageStorage
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import iou_types_of
 from shared.evaluation.table import for_json
 from shared.report.about import About
 from shared.report.analysis import NAMES, RESAMPLES, Analyses, analyse
 from shared.report.image_errors import ERROR_TYPES, worst_images
-from shared.report.page import write_page
-from shared.report.pictures import picture_of_errors, picture_of_suspect
+from shared.report.page import check_page, write_numbers, write_page
+from shared.report.pictures import open_pictures, picture_of_errors, picture_of_suspect
 from shared.report.plots import figures_of, svg_of
-from shared.report.summary import summary_of
+from shared.report.summary import expected_false, summary_of
 
 _IMAGES_OF_A_KIND = 4
 _SUSPECTS = 24
@@ -56,19 +55,20 @@ def report(
         The numbers.
 
     Raises:
-        UserError: as of `evaluate`; the page cannot be written.
+        UserError: as of `evaluate`; an image's name leads out of the folder; the page cannot be written, or would
+            replace the annotations.
     """
     if not isinstance(annotations, CocoAnnotations):
         annotations = CocoAnnotations.open(annotations)
-    if isinstance(images, (str, os.PathLike)):
-        images = DiskImages(Path(images))
+    output = Path(output)
+    check_page(output, [annotations.path])
+    images = open_pictures(images, annotations)
     detections = list(detections)
     iou_types = iou_types_of(detections, annotations) if iou_types is None else iou_types
     analyses = analyse(annotations, detections, iou_types, image_ids, keypoint_sigmas, resamples)
     about = about or About()
-    output = Path(output)
     write_page("report.html.jinja", output, **_content(analyses, images, min_score, about))
-    output.with_suffix(".json").write_text(json.dumps(numbers_of(analyses), indent=1))
+    write_numbers(output, numbers_of(analyses))
     return analyses
 
 
@@ -87,6 +87,7 @@ def numbers_of(analyses: Analyses) -> dict[str, Any]:
             "annotation_id": None if row is None else int(annotations.columns["annotation_ids"][row]),
             "category_id": annotations.category_ids[suspect.label],
             "score": suspect.score,
+            "chance_false": suspect.chance_false,
             "bbox": [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()],
         }
 
@@ -140,6 +141,7 @@ def _content(analyses: Analyses, images: ImageStorage | None, min_score: float |
         "error_types": ERROR_TYPES,
         "worst": _worst(analyses, images, drawn_from),
         "suspects": _suspects(analyses, images),
+        "expected_false": expected_false(analyses.suspects),
         "drawn_from": drawn_from,
         "has_images": images is not None,
     }
@@ -183,6 +185,7 @@ def _suspects(analyses: Analyses, images: ImageStorage | None) -> list[dict[str,
                 else int(columns["annotation_ids"][suspect.annotation]),
                 "annotated": annotated,
                 "detected": f"{names[suspect.label]} {suspect.score:.2f}",
+                "chance_false": suspect.chance_false,
                 "picture": None if images is None else picture_of_suspect(analyses, images, suspect),
             }
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from shared.errors import count_of
 from shared.report.analysis import Analyses, Analysis, costliest, counts_by_category
 from shared.report.image_errors import ERROR_TYPES
+from shared.report.suspects import Suspect
 
 _SHOWN = 0.005  # of AP50: what costs less is not worth a word
 _LOST_TO = {
@@ -21,7 +23,7 @@ assert _LOST_TO.keys() == ERROR_TYPES.keys()
 
 
 def summary_of(analyses: Analyses) -> str:
-    """What is found, what is lost most and to what, which annotations look wrong."""
+    """What is found, what is lost most and to what, which annotations are worth a look."""
     boxes = analyses.of["bbox"]
     objects = sum(row.objects for row in boxes.categories)
     sentences = [_of_size(analyses, objects)]
@@ -74,12 +76,19 @@ def _losses(analyses: Analyses) -> str:
 def _of_annotations(analyses: Analyses) -> str:
     count = len(analyses.suspects)
     if not count:
-        return "No annotation looks wrong."
+        return "No annotation stands out as wrong."
     missing = sum(suspect.kind == "missing" for suspect in analyses.suspects)
     kinds = [
         f"{number} {what}"
         for number, what in ((count - missing, "of another category"), (missing, "missing"))
         if number
     ]
-    looks = "annotation looks" if count == 1 else "annotations look"
-    return f"{count} {looks} wrong: {' and '.join(kinds)}."
+    are = "annotation is" if count == 1 else "annotations are"
+    return f"{count} {are} worth a look: {' and '.join(kinds)}. {expected_false(analyses.suspects)}"
+
+
+def expected_false(suspects: Sequence[Suspect]) -> str:
+    """How many of the flagged annotations are right, as a sentence."""
+    expected = math.ceil(sum(suspect.chance_false for suspect in suspects))
+    verb = "is" if expected == 1 else "are"
+    return f"About {expected} of these {count_of(len(suspects), 'flag')} {verb} expected to be false."

@@ -56,9 +56,3 @@ def threshold_curve(scores: np.ndarray, is_right: np.ndarray, objects: int) -> T
         recall=right / objects if objects else np.zeros(len(last)),
         f1=2 * right / (found + objects),
     )
-
-
-def trusted_score(curve: ThresholdCurve, precision: float) -> float:
-    """The lowest score from which on so large a share of detections is right; infinite where there is none."""
-    enough = np.flatnonzero(curve.precision >= precision)
-    return float(curve.thresholds[enough[-1]]) if len(enough) else math.inf

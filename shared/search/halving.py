@@ -7,14 +7,15 @@ in millionths of its whole length, the same for batches and epochs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
+from optuna.trial import FrozenTrial
 
 WHOLE = 10**6
-FIRST_NUMBER = "first_number"
+FIRST_NUMBER, RETRIED = "first_number", "retried"
 
 
 @dataclass(frozen=True)
@@ -72,20 +73,32 @@ class BracketPruner(optuna.pruners.BasePruner):
             for bracket in brackets
         ]
 
-    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         if (trial.last_step or 0) >= WHOLE:  # it has been trained to its end already
             return False
         mine = self._bracket_of(trial)
         among = _Among(study, lambda other: self._bracket_of(other) == mine)
         return self.pruners[mine].prune(among, trial)
 
-    def _bracket_of(self, trial: optuna.trial.FrozenTrial) -> int:
+    def _bracket_of(self, trial: FrozenTrial) -> int:
         return bracket_of(first_number(trial), self.brackets)
 
 
-def first_number(trial: optuna.Trial | optuna.trial.FrozenTrial) -> int:
+def first_number(trial: optuna.Trial | FrozenTrial) -> int:
     """Which trial of the search it is, from 0 on: one that another machine takes over is to Optuna one more."""
     return trial.user_attrs.get(FIRST_NUMBER, trial.number)
+
+
+def number_among(trial: FrozenTrial, trials: Iterable[FrozenTrial]) -> int:
+    """The same of a trial that may not have been given its number yet: how many `trials` were begun before it."""
+    if FIRST_NUMBER in trial.user_attrs:
+        return first_number(trial)
+    return sum(is_first(other) for other in trials if other.number < trial.number)
+
+
+def is_first(trial: FrozenTrial) -> bool:
+    """Whether it is not one that a machine took over from another."""
+    return RETRIED not in trial.user_attrs
 
 
 class _Among:
@@ -97,5 +110,5 @@ class _Among:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study, name)
 
-    def get_trials(self, deepcopy: bool = True, states: Any = None) -> list[optuna.trial.FrozenTrial]:
+    def get_trials(self, deepcopy: bool = True, states: Any = None) -> list[FrozenTrial]:
         return [trial for trial in self._study.get_trials(deepcopy, states) if self._has(trial)]

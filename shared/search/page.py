@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt
 import optuna
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from optuna.trial import TrialState
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.trial import TrialState, create_trial
 from optuna.visualization import matplotlib as plots
 
 from shared.report.page import write_page
@@ -32,12 +33,11 @@ def write_search_page(study: Study, output: Path) -> Path:
         for title, figure in _figures(study).items()
         if figure is not None
     ]
-    counts = {state: sum(trial.state == state for trial in study.trials()) for state in TrialState}
     write_page(
         "search.html.jinja",
         output / "search.html",
         title=f"{study.study.study_name}: search",
-        summary=_summary(study, counts),
+        summary=_summary(study),
         figures=figures,
         heads=heads,
         rows=[[_cell(cell) for cell in row] for row in rows],
@@ -45,13 +45,18 @@ def write_search_page(study: Study, output: Path) -> Path:
     return output / "search.html"
 
 
-def _summary(study: Study, counts: dict[TrialState, int]) -> str:
+def _summary(study: Study) -> str:
     trials = study.trials()
+    counts = {state: sum(trial.state == state for trial in trials) for state in TrialState}
+    interrupted = sum(map(study.is_interrupted, trials))
     trained = sum(max(trial.intermediate_values, default=0) for trial in trials) / WHOLE
+    under_way = f"{counts[TrialState.RUNNING] - interrupted} under way"
+    if interrupted:
+        under_way += f", {interrupted} interrupted"
     text = (
         f"{len(trials)} trials: {counts[TrialState.COMPLETE]} trained to their end, {counts[TrialState.PRUNED]} given "
-        f"up before, {counts[TrialState.FAIL]} ended with an error, {counts[TrialState.RUNNING]} under way. They were "
-        f"trained for as long as {trained:.1f} whole trainings."
+        f"up before, {counts[TrialState.FAIL]} ended with an error, {under_way}. They were trained for as long as "
+        f"{trained:.1f} whole trainings."
     )
     if counts[TrialState.COMPLETE]:
         best = study.study.best_trial
@@ -61,14 +66,39 @@ def _summary(study: Study, counts: dict[TrialState, int]) -> str:
 
 def _figures(study: Study) -> dict[str, Figure | None]:
     figures: dict[str, Figure | None] = {_CURVES: _curves(study)}
-    finished = study.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    drawn = _without_formulas(study)
+    finished = drawn.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if finished:
-        figures["History"] = _of_optuna(plots.plot_optimization_history, study.study)
+        figures["History"] = _of_optuna(plots.plot_optimization_history, drawn)
         if len(finished) > 1 and len(finished[0].params) > 1:
-            figures["Parallel coordinates"] = _of_optuna(plots.plot_parallel_coordinate, study.study)
+            figures["Parallel coordinates"] = _of_optuna(plots.plot_parallel_coordinate, drawn)
         if len(finished) > 1 and finished[0].params:
-            figures["Importance"] = _of_optuna(plots.plot_param_importances, study.study)
+            figures["Importance"] = _of_optuna(plots.plot_param_importances, drawn)
     return figures
+
+
+def _without_formulas(study: Study) -> optuna.Study:
+    """A copy for Optuna's figures, which have powers as formulas: a $ in a name or in a value begins none."""
+
+    def plain(text: Any) -> Any:
+        return text.replace("$", r"\$") if isinstance(text, str) else text
+
+    def plain_choices(distribution: BaseDistribution) -> BaseDistribution:
+        if isinstance(distribution, CategoricalDistribution):
+            return CategoricalDistribution([plain(choice) for choice in distribution.choices])
+        return distribution
+
+    copy = optuna.create_study(direction=study.study.direction)
+    for trial in study.trials():
+        copy.add_trial(
+            create_trial(
+                state=trial.state,
+                value=trial.value,
+                params={plain(name): plain(value) for name, value in trial.params.items()},
+                distributions={plain(name): plain_choices(each) for name, each in trial.distributions.items()},
+            )
+        )
+    return copy
 
 
 def _of_optuna(plot: Any, study: optuna.Study) -> Figure | None:

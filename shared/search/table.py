@@ -37,7 +37,8 @@ def rows_of(study: Study) -> tuple[list[str], list[list[Any]]]:
     for trial in sorted(trials, key=order):
         done = max(trial.intermediate_values, default=0) / WHOLE
         values = [trial.params.get(name) for name in names]
-        rows.append([first_number(trial), _STATES[trial.state], f"{done:.0%}", best(trial), *values])
+        state = "interrupted" if study.is_interrupted(trial) else _STATES[trial.state]
+        rows.append([first_number(trial), state, f"{done:.0%}", best(trial), *values])
     return ["trial", "state", "done", metric.name, *names], rows
 
 
@@ -46,7 +47,8 @@ def table_of_trials(study: Study) -> str:
     heads, rows = rows_of(study)
     shown = [[_short(cell) for cell in row] for row in rows]
     table = tabulate(shown, headers=heads, disable_numparse=True)
-    errors = [f"trial {first_number(t)}: {t.user_attrs[ERROR]}" for t in study.trials() if ERROR in t.user_attrs]
+    failed = [t for t in study.trials() if t.state == TrialState.FAIL and ERROR in t.user_attrs]
+    errors = [f"trial {first_number(t)}: {t.user_attrs[ERROR]}" for t in failed]
     return "\n".join([table, *errors])
 
 

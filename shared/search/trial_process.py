@@ -12,11 +12,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from shared.search.halving import WHOLE
 from shared.training.run_folder import RunFolder
 
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl
-_SECONDS_TO_END = 120  # that a run may have left, of a search that was killed
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,12 @@ class TrialProcess:
     Args:
         program: what `train CONFIG …` is given to.
         config: the trial's YAML file.
-        folder: of the run; one with a checkpoint goes on from it.
+        folder: of the run, in which no other process trains; one with a checkpoint goes on from it.
         log: what the run prints goes there.
         variables: of its environment, where this process's says nothing.
 
     Attributes:
-        reported: the values that the search was told of, by step.
-        stopped: whether it was asked to stop; `pruned` whether because others are better.
+        stopped: whether it was asked to stop.
     """
 
     def __init__(
@@ -68,10 +68,8 @@ class TrialProcess:
         variables: Mapping[str, str],
     ):
         self.folder, self.log, self.place = RunFolder(folder), log, place
-        self.folder.wait_until_free(_SECONDS_TO_END)
-        command = [*program, "train", str(config), "--output-dir", str(folder)]
-        if (self.folder.checkpoints / "last").exists():
-            command += ["--resume", "last"]
+        # `auto`: a run that was killed before its first checkpoint begins anew, and a complete one is no error
+        command = [*program, "train", str(config), "--output-dir", str(folder), "--resume", "auto"]
         gpu = {"CUDA_VISIBLE_DEVICES": place.gpu} if place.gpu is not None else {}
         environment = {**variables, **os.environ, **gpu}
         with log.open("ab") as output:
@@ -84,9 +82,8 @@ class TrialProcess:
                 start_new_session=True,  # Ctrl-C is the search's, which tells its trials
                 preexec_fn=_at_start(place.cores),
             )
-        self.reported: dict[int, float] = {}
-        self.stopped = self.pruned = False
-        self._read = 0
+        self.stopped = False
+        self._text = ""
 
     def stop(self) -> None:
         """Lets the run save a checkpoint after its batch, and end."""
@@ -99,27 +96,44 @@ class TrialProcess:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
 
-    def new_validations(self, metric: str) -> list[tuple[int, float]]:
-        """(batches, value) of each that has been reported since the last call; nan where it is undefined."""
-        if not self.folder.metrics.exists():
+    def validations(self, metric: str) -> list[tuple[int, float]]:
+        """(millionths of the whole training, value) of each validation in metrics.jsonl; nan if the value is undefined.
+
+        Empty if nothing has been reported since the last call. Reads the whole file, because a resumed run rewrites it.
+        Skips lines that are not complete, and reads nothing before the run has written its length.
+        """
+        try:
+            text = self.folder.metrics.read_text(errors="replace")
+            total = self.folder.total_batches()
+        except (OSError, ValueError, KeyError, TypeError):  # not there yet, or not complete
             return []
-        with self.folder.metrics.open() as file:
-            file.seek(self._read)
-            lines = file.read()
-        whole = lines[: lines.rfind("\n") + 1]
-        self._read += len(whole.encode())
-        reports = map(json.loads, whole.splitlines())
-        return [
-            (report["batches"], math.nan if (value := report["metrics"].get(metric)) is None else value)
-            for report in reports
-            if report["split"] == "val"
-        ]
+        if text == self._text:
+            return []
+        self._text = text
+        reports = filter(None, map(_validation_in, text.splitlines()))
+        return [(batches * WHOLE // total, _number(metrics.get(metric))) for batches, metrics in reports]
 
     def last_words(self) -> str:
         """The last line that says what went wrong, of what it printed."""
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        try:
+            lines = self.log.read_text(errors="replace").splitlines()
+        except OSError:
+            lines = []
         errors = [line for line in lines if line.startswith("error") or "Error: " in line]
         return (errors or [line for line in lines if line.strip()] or ["it printed nothing"])[-1].strip()
+
+
+def _validation_in(line: str) -> tuple[int, Mapping[str, Any]] | None:
+    """Batches and metrics of a validation's line of metrics.jsonl; None for any other line."""
+    try:
+        report = json.loads(line)
+        return (int(report["batches"]), dict(report["metrics"])) if report["split"] == "val" else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
 
 
 def _at_start(cores: tuple[int, ...]) -> Callable[[], None]:

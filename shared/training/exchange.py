@@ -1,13 +1,12 @@
 """What each process says of itself, known to all; and none of them ever waits for another.
 
 By ZeroMQ, which Determined brings for its own exchange: torch's `TCPStore` waits for ever for a chief that is stopped,
-whatever its timeout says.
+whatever its timeout says. `shared.training.sockets` keeps everyone else out.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 
 import msgspec
@@ -15,6 +14,7 @@ import zmq
 from determined.core import DistributedContext
 
 from shared.training.hang import Standing
+from shared.training.sockets import connect, host_of_chief, listen
 
 _MILLISECONDS_FOR_THE_LAST = 200  # to send what is not sent yet, where somebody is there to take it
 
@@ -28,11 +28,12 @@ class Exchange:
     def __init__(self, distributed: DistributedContext):
         self.rank = distributed.rank
         self._context = zmq.Context()
+        self._context.linger = _MILLISECONDS_FOR_THE_LAST
         self._socket = self._context.socket(zmq.DEALER if self.rank else zmq.ROUTER)
-        port = None if self.rank else self._socket.bind_to_random_port("tcp://*")
-        port = distributed.broadcast(port)
+        host = host_of_chief(distributed.get_num_agents())
+        chief = distributed.broadcast(None if self.rank else listen(self._socket, host))
         if self.rank:
-            self._socket.connect(f"tcp://{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{port}")
+            connect(self._socket, chief)
         self._heard: dict[int, Standing] = {}  # by the chief
         self._others: dict[int, bytes] = {}  # how the chief sends to them
 
@@ -51,7 +52,7 @@ class Exchange:
         return list(self._heard.values())
 
     def close(self) -> None:
-        self._context.destroy(linger=_MILLISECONDS_FOR_THE_LAST)
+        self._context.destroy()
 
     def _send(self, *parts: bytes) -> None:
         with contextlib.suppress(zmq.ZMQError):  # the other one does not take any more

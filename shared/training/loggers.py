@@ -15,6 +15,7 @@ from typing import Any
 
 from shared.durable import write_file
 from shared.errors import UserError
+from shared.redaction import without_secrets
 from shared.training.mlflow_run import MlflowRun
 from shared.training.run_folder import RunFolder
 from shared.training.wandb_run import WandbRun, check_login
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 _RUNS: dict[str, type] = {"wandb": WandbRun, "mlflow": MlflowRun}
 _PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 _SECONDS_AT_END = 150  # that a logger has to send what is left
-_MAY_HOLD_PASSWORDS = ("environment", "checkpoint_storage")  # sections of a master
+_OF_A_MASTER = ("environment", "checkpoint_storage")  # sections that mean nothing here
 
 
 def check_loggers(names: Iterable[str]) -> None:
@@ -70,7 +71,7 @@ class Loggers:
             return
         check_loggers(names)
         project = str(config.get("name") or folder.path.parent.name or "runs")
-        shown = {key: value for key, value in config.items() if key not in _MAY_HOLD_PASSWORDS}
+        shown = without_secrets({key: value for key, value in config.items() if key not in _OF_A_MASTER})
         ids = json.loads(folder.loggers.read_text()) if folder.loggers.exists() else {}
         for name in dict.fromkeys(names):
             try:

@@ -18,6 +18,7 @@ from determined.core import DistributedContext
 
 from shared.errors import UserError
 from shared.experiment import Length, Schedule
+from shared.redaction import redact_yaml_files, without_secrets
 from shared.training.checkpoints import plain_values_only, read_checkpoint
 from shared.training.hang import Phase
 from shared.training.manifest import write_manifest
@@ -294,8 +295,8 @@ class _Loop(pytorch._PyTorchTrialController):
         trial_class = type(self.trial)
         load_data = {
             "trial_type": "PyTorchTrial",
-            "experiment_config": self.context.get_experiment_config(),
-            "hparams": self.context.get_hparams(),
+            "experiment_config": without_secrets(self.context.get_experiment_config()),
+            "hparams": without_secrets(self.context.get_hparams()),
             "trial_cls_spec": f"{trial_class.__module__}:{trial_class.__qualname__}",
             "is_trainer": True,
         }
@@ -311,6 +312,8 @@ class _Loop(pytorch._PyTorchTrialController):
         }
         with self.core_context.checkpoint.store_path(metadata) as (path, storage_id):
             snapshot.write(path, on_cluster=not self.local_training)
+            if not self.local_training:  # here, a run's folder has a redacted copy of the code
+                redact_yaml_files(path / "code")
             for callback in self.callbacks.values():
                 callback.on_checkpoint_write_end(str(path))
             write_manifest(path, metadata["steps_completed"])

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shared.redaction import redacted
+
 # MLflow's limits
 _OF_A_NAME, _OF_A_VALUE, _PARAMS, _METRICS = 250, 6000, 100, 1000
 
@@ -43,8 +45,7 @@ class MlflowRun:
             if run is None:
                 run = self.client.create_run(self._experiment(project), run_name=folder.name)
             self.id = run.info.run_id
-            shown = re.sub("//[^/@]*@", "//", uri)  # without a password
-            self.place = f"{shown}, experiment {run.info.experiment_id}, run {self.id}"
+            self.place = f"{redacted(uri)}, experiment {run.info.experiment_id}, run {self.id}"
             # MLflow lets no parameter change: what the run began with stays
             params = [Param(key, value) for key, value in _flat(config).items() if key not in run.data.params]
             for some in _chunks(params, _PARAMS):

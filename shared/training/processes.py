@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -16,6 +17,8 @@ from determined.core import DistributedContext
 
 from shared.errors import DivergedError, UserError
 from shared.training.hang import LONGER
+from shared.training.process_context import ProcessContext
+from shared.training.sockets import Address, host_of_chief
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +27,7 @@ T = TypeVar("T")
 _SECONDS_FOR_CHIEF = 3
 _MINUTES_A_COLLECTIVE_MAY_WAIT = 30  # at least; torch's own are 30 with Gloo and 10 with NCCL
 _MOST_MINUTES = 7 * 24 * 60
+_BYTES_OF_ADDRESS = 2 + 40  # a port and a key
 
 
 def choose_device(local_rank: int, local_size: int, gpus_given: int = 0) -> torch.device:
@@ -71,27 +75,8 @@ def _why_no_gpu() -> str:
 @contextlib.contextmanager
 def local_processes(hang_minutes: float | None = None) -> Iterator[tuple[DistributedContext, torch.device]]:
     """The processes that torchrun started, or this one alone, and this one's device; `hang_minutes` of a training."""
-    if "RANK" not in os.environ:
-        yield _alone(), choose_device(0, 1)
-        return
-    device = _join_group(hang_minutes=hang_minutes)
-    # `from_torch_distributed` has two fixed ports: a second run on the machine, or a trial, would not start
-    ports = [_free_ports(2)]
-    torch.distributed.broadcast_object_list(ports, src=0, device=device)
-    (pub_port, pull_port) = ports[0]
-    distributed = DistributedContext(
-        rank=int(os.environ["RANK"]),
-        size=int(os.environ["WORLD_SIZE"]),
-        local_rank=int(os.environ["LOCAL_RANK"]),
-        local_size=int(os.environ["LOCAL_WORLD_SIZE"]),
-        cross_rank=int(os.environ["GROUP_RANK"]),
-        cross_size=int(os.environ["GROUP_WORLD_SIZE"]),
-        chief_ip=os.environ["MASTER_ADDR"],
-        pub_port=pub_port,
-        pull_port=pull_port,
-    )
-    with _closing(distributed):
-        yield distributed, device
+    with task_processes(0, hang_minutes) as processes:
+        yield processes
 
 
 @contextlib.contextmanager
@@ -100,24 +85,53 @@ def task_processes(
 ) -> Iterator[tuple[DistributedContext, torch.device]]:
     """The processes of this task of a cluster, which Determined's launcher started, and this one's device."""
     if "RANK" not in os.environ:
-        yield _alone(), choose_device(0, 1, gpus_given)
+        device = choose_device(0, 1, gpus_given)
+        alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
+        yield alone, device
         return
-    device = _join_group(gpus_given, hang_minutes)
-    distributed = DistributedContext.from_torch_distributed()
+    machines = int(os.environ["GROUP_WORLD_SIZE"])
+    device = _join_group(machines, gpus_given, hang_minutes)
+    host = host_of_chief(machines)
+    distributed = ProcessContext(
+        rank=int(os.environ["RANK"]),
+        size=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        local_size=int(os.environ["LOCAL_WORLD_SIZE"]),
+        cross_rank=int(os.environ["GROUP_RANK"]),
+        cross_size=machines,
+        chief_host=host,
+        from_chief=functools.partial(_address_from_chief, host, device),
+    )
     with _closing(distributed):
         yield distributed, device
 
 
-def _alone() -> DistributedContext:
-    return DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
-
-
-def _join_group(gpus_given: int = 0, hang_minutes: float | None = None) -> torch.device:
+def _join_group(machines: int, gpus_given: int, hang_minutes: float | None) -> torch.device:
     device = choose_device(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), gpus_given)
     os.environ["USE_TORCH_DISTRIBUTED"] = "True"  # what determined.launch.torch_distributed sets
+    if machines == 1:
+        # Gloo and NCCL would listen where the rest of the network reaches them
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, loopback_interface())
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, timeout=_collective_timeout(hang_minutes))
     return device
+
+
+def loopback_interface() -> str:
+    """Its name: "lo", on macOS "lo0"."""
+    names = [name for _, name in socket.if_nameindex()]
+    return "lo0" if "lo0" in names else "lo"
+
+
+def _address_from_chief(host: str, device: torch.device, address: Address | None) -> Address:
+    """The chief's address, on all processes. The host is what each of them knows by itself: torchrun's port is open to
+    strangers, and one of them might pass for the chief. Bytes are sent, for the same reason: they cannot hold code."""
+    sent = bytes(_BYTES_OF_ADDRESS) if address is None else address.port.to_bytes(2, "big") + address.key
+    tensor = torch.frombuffer(bytearray(sent), dtype=torch.uint8).to(device)
+    torch.distributed.broadcast(tensor, src=0)
+    received = bytes(tensor.tolist())
+    return Address(host, int.from_bytes(received[:2], "big"), received[2:])
 
 
 def _collective_timeout(hang_minutes: float | None) -> timedelta | None:
@@ -140,14 +154,6 @@ def _closing(distributed: DistributedContext) -> Iterator[None]:
     finally:
         distributed.close()
         torch.distributed.destroy_process_group()
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def on_chief(distributed: DistributedContext, function: Callable[[], T]) -> T:

@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +13,7 @@ import yaml
 
 from shared.durable import append_line, delete_unfinished, replace_folder, restore_folder, write_file
 from shared.errors import UserError
+from shared.redaction import redact_yaml_files, without_secrets
 
 OF_THE_RUN = ("last", "best", "auto")  # what --resume may say of the folder's own checkpoints
 _SOURCES = (".py", ".yaml", ".yml", ".sh", ".md", ".jinja")
@@ -72,16 +72,16 @@ class RunFolder:
         except FileNotFoundError:
             return False
 
-    def wait_until_free(self, seconds: float) -> None:
-        """Until no run goes on in the folder any more, or so long."""
-        until = time.monotonic() + seconds
-        while self._lock.exists() and time.monotonic() < until:
-            with self._lock.open("a") as lock:
-                try:
-                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return
-                except OSError:
-                    time.sleep(0.2)
+    def is_free(self) -> bool:
+        """Whether no run is going on in the folder."""
+        try:
+            with self._lock.open("r+") as lock:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return True
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
 
     def total_batches(self) -> int:
         """Of the whole training."""
@@ -120,6 +120,7 @@ class RunFolder:
             shutil.rmtree(leftover, ignore_errors=True)
         (self.saving / "determined").mkdir(parents=True, exist_ok=True)
         _copy_sources(source, self.code)
+        redact_yaml_files(self.code)  # each checkpoint has a copy of them
 
     def restore_interrupted_rename(self) -> None:
         """Puts back a checkpoint that a run killed in `replace` left under another name."""
@@ -135,7 +136,7 @@ class RunFolder:
         replace_folder(new, self.checkpoints / name)
 
     def write_config(self, config: dict[str, Any]) -> None:
-        write_file(self.config, yaml.safe_dump(config, sort_keys=False))
+        write_file(self.config, yaml.safe_dump(without_secrets(config), sort_keys=False))
 
     def write_length(self, batches: int, batches_per_epoch: int) -> None:
         write_file(self.length, json.dumps({"batches": batches, "batches_per_epoch": batches_per_epoch}))

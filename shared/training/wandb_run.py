@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
+from shared.redaction import redacted
 
 # where no variable says otherwise; finish_timeout in seconds: what is not sent by then stays in the run's folder
 _SETTINGS = {"silent": True, "console": "off", "finish_timeout": 120.0}
@@ -94,4 +96,6 @@ def _settings() -> Any:
     import wandb
 
     ours = {key: value for key, value in _SETTINGS.items() if f"WANDB_{key.upper()}" not in os.environ}
+    if any(redacted(argument) != argument for argument in sys.argv):
+        ours["x_disable_meta"] = True  # the command line is a part of it
     return wandb.Settings(**ours)

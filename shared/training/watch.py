@@ -28,7 +28,8 @@ from shared.training.task import on_cluster
 _LONGEST_TICK = 5.0  # seconds
 _TICKS = 10  # in the shortest limit
 _SECONDS_TO_WRITE = 5.0  # a pipe may be full, and that the hang
-# where Python is while a process waits for others: in Determined's exchange, in torch's, in DDP and its backward pass
+# where Python is while a process waits for others: in a `ProcessContext`, in torch's exchange, in DDP and its backward
+# pass
 _WAITING = tuple(
     str(Path(module.__file__).parent) + os.sep
     for module in (determined, zmq, torch.distributed, torch.nn.parallel, torch.autograd)

@@ -1,0 +1,1 @@
+../../../shared/training/process_context.py

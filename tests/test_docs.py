@@ -1,0 +1,26 @@
+"""What the documents promise is held by tests that exist."""
+
+import re
+
+import pytest
+from conftest import ROOT
+
+
+def names_of_tests() -> set[str]:
+    files = (ROOT / "tests").rglob("test_*.py")
+    return {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", ["SECURITY.md", "docs/reliability.md"])
+def test_each_test_that_a_page_names_exists(page):
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / page).read_text()))
+    assert len(named) > 20
+    assert named <= names_of_tests()
+
+
+def test_each_number_in_the_fault_tables_is_a_test():
+    text = (ROOT / "docs/reliability.md").read_text()
+    listed = set(re.findall(r"^(\d+)\. `test_", text, re.MULTILINE))
+    rows = [line for line in text.splitlines() if line.startswith("|") and re.search(r"\| *\d", line)]
+    used = {number for row in rows for number in re.findall(r"(\d+)(?=\*|,| \|)", row)}
+    assert used == listed
