@@ -21,7 +21,7 @@ class Detectron2Hyperparameters(TrainingHyperparameters):
     use_pretrained: bool = False
     scale_schedule: bool = False
     custom_imports: list[str] = field(default_factory=list)
-    trusted_config: str | None = None
+    functions_of: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

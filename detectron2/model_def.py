@@ -104,7 +104,7 @@ class Detectron2Trial(DetectionTrial):
     """
 
     hyperparameters_class = Detectron2Hyperparameters
-    path_hyperparameters = ("config_file", "trusted_config", "weights")
+    path_hyperparameters = ("config_file", "functions_of", "weights")
     for_training, slots = True, 1
     warned_of_masks = False
     without_pretrained: ClassVar = {"use_pretrained": False, "weights": ""}
@@ -120,7 +120,7 @@ class Detectron2Trial(DetectionTrial):
             "config_file": str(config_of_checkpoint(checkpoint)),
             "config_overrides": {},
             "scale_schedule": False,
-            "trusted_config": own.get("trusted_config") or own.get("config_file"),
+            "functions_of": own.get("functions_of") or own.get("config_file"),
         }
 
     @classmethod

@@ -38,7 +38,7 @@ def load_config(hparams: Detectron2Hyperparameters, submitted: Path) -> Detectro
     overrides = flatten(hparams.config_overrides)
     if path.suffix == ".py" or path.name == LazyConfigFile.resolved_name:
         places = (submitted.resolve(), shipped_configs().resolve())
-        return LazyConfigFile(path, overrides, places, modules, lambda: _trusted_config(hparams, submitted))
+        return LazyConfigFile(path, overrides, places, modules, lambda: _functions_config(hparams, submitted))
     return YamlConfig(path, overrides, imported)
 
 
@@ -103,10 +103,10 @@ def stated_class_count(config: Detectron2Config) -> tuple[str, int] | None:
     return next(((k, n) for k, n in config.class_counts().items() if ("sem_seg" in k.lower()) == config.semantic), None)
 
 
-def _trusted_config(hparams: Detectron2Hyperparameters, submitted: Path) -> Path | None:
-    if hparams.trusted_config is None:
+def _functions_config(hparams: Detectron2Hyperparameters, submitted: Path) -> Path | None:
+    if hparams.functions_of is None:
         return None
-    return find_library_config(hparams.trusted_config, submitted, shipped_configs(), "trusted_config")
+    return find_library_config(hparams.functions_of, submitted, shipped_configs(), "functions_of")
 
 
 def _refuse_modules_of(checkpoint: Path, names: Sequence[str], submitted: Path) -> None:

@@ -34,7 +34,7 @@ class LazyConfigFile:
     Args:
         places: the folder submitted, and that of the configs that the library ships.
         modules: the user's own, which a checkpoint's config may name too.
-        find_trusted: gives the config of the user's own that a checkpoint's functions may come from, or None.
+        find_functions: gives the config of the user's own that a checkpoint's functions may come from, or None.
     """
 
     resolved_name = "detectron2_lazy.yaml"
@@ -46,11 +46,11 @@ class LazyConfigFile:
         overrides: Mapping[str, Any],
         places: tuple[Path, Path],
         modules: Sequence[str],
-        find_trusted: Callable[[], Path | None],
+        find_functions: Callable[[], Path | None],
     ):
         self.path = path
         self.places = places
-        self.find_trusted = find_trusted
+        self.find_functions = find_functions
         try:
             written = path.name == self.resolved_name
             self.cfg = read_plain(path, modules) if written else LazyConfig.load(str(path))
@@ -77,12 +77,12 @@ class LazyConfigFile:
         shipped = self.places[-1]
         files = [(place / name).resolve() for place in self.places]
         file = next((file for file in files if file.is_relative_to(shipped) and file.is_file()), None)
-        if file is None and (trusted := self.find_trusted()) is not None and trusted.resolve() in files:
+        if file is None and (trusted := self.find_functions()) is not None and trusted.resolve() in files:
             file = trusted.resolve()
         if file is None:
             raise UserError(
                 f"{self.path}: {key} is a function of {name}, and a checkpoint executes no file. Fix: if you trust it, "
-                f"name it in your config, hyperparameters.trusted_config: {name}"
+                f"name it in your config, hyperparameters.functions_of: {name}"
             )
         value = OmegaConf.select(LazyConfig.load(str(file)), key)
         if value is None:

@@ -143,11 +143,11 @@ def test_a_checkpoint_whose_config_s_functions_are_gone_names_the_file_that_had_
     checkpoint.mkdir()
     load("configs/own.py", tmp_path).write(checkpoint)
     path = str(config_of_checkpoint(checkpoint))
-    again = load(path, tmp_path, trusted_config="configs/own.py")
+    again = load(path, tmp_path, functions_of="configs/own.py")
     assert again.cfg.model.roi_heads.box_head.conv_norm(8) is None
     own.unlink()
-    with pytest.raises(UserError, match=r"hyperparameters.trusted_config: configs/own.py is neither in"):
-        load(path, tmp_path, trusted_config="configs/own.py")
+    with pytest.raises(UserError, match=r"hyperparameters.functions_of: configs/own.py is neither in"):
+        load(path, tmp_path, functions_of="configs/own.py")
 
 
 def test_a_python_config_of_another_task_is_said_to_be_no_detector_s():

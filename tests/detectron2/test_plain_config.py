@@ -111,7 +111,7 @@ def test_python_files_in_or_beside_a_checkpoint_are_not_executed(tmp_path):
             path = rewrite(checkpoint, "model.backbone.norm", {"_value_of_config_": name})
             for trusted in (None, RETINANET):
                 with pytest.raises(UserError, match="a checkpoint executes no file"):
-                    load(path, tmp_path, trusted_config=trusted)
+                    load(path, tmp_path, functions_of=trusted)
     with pytest.raises(UserError, match=r"runs.best.code.evil is of the checkpoint, and is not executed"):
         load(config_of_checkpoint(checkpoint), tmp_path, custom_imports=["runs.best.code.evil"])
 
@@ -130,7 +130,7 @@ def test_evaluate_takes_a_checkpoint_s_functions_from_its_own_config(checkpoint,
     hyperparameters = trial_class.hyperparameters_of_checkpoint(checkpoint, {"config_file": "own.py"})
     assert load(hyperparameters.pop("config_file"), folder, **hyperparameters).cfg.model.backbone.norm(8) == 7
     hyperparameters = trial_class.hyperparameters_of_checkpoint(checkpoint, {"config_file": RETINANET})
-    with pytest.raises(UserError, match=r"norm is a function of own.py, .*hyperparameters.trusted_config: own.py"):
+    with pytest.raises(UserError, match=r"norm is a function of own.py, .*hyperparameters.functions_of: own.py"):
         load(hyperparameters.pop("config_file"), folder, **hyperparameters)
 
 
