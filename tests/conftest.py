@@ -133,7 +133,7 @@ def run_model_def(
         env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
@@ -155,7 +155,7 @@ def start_run(config: Path, run: Path, processes: int = 1, resume: tuple = (), s
     )
 
 
-def wait_for_batch(run: Path, process: subprocess.Popen, batch: int, limit: float = 120) -> None:
+def wait_for_batch(run: Path, process: subprocess.Popen, batch: int, limit: float = 600) -> None:
     """Returns once a run has reported that batch or a later one."""
     started = time.monotonic()
     while not any(report["batches"] >= batch for report in (reports(run) if (run / "metrics.jsonl").exists() else ())):

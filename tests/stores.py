@@ -174,7 +174,7 @@ def with_faults(endpoint: str, faults: Faults):
                 return
             if kind == "late":
                 time.sleep(faults.late)
-            store = http.client.HTTPConnection(host, timeout=60)
+            store = http.client.HTTPConnection(host, timeout=600)
             store.request(self.command, self.path, headers=dict(self.headers))
             answer = store.getresponse()
             body = answer.read()

@@ -96,7 +96,7 @@ def _open_and_hold(path, results, done):
     with open("/proc/self/maps") as maps:
         mapped = {line.split()[4] for line in maps if f"{path.parent}/" in line and "boxes.npy" in line}  # inodes
     results.put((mapped, str(opened.cache)))
-    done.wait(60)
+    done.wait(600)
     results.put(float(sum(record.boxes.sum() for record in opened)))
 
 
@@ -119,14 +119,14 @@ def test_of_processes_that_open_a_new_file_at_once_one_parses_and_all_map_the_sa
         processes = [context.Process(target=_open_and_hold, args=(path, results, done)) for _ in range(8)]
         for process in processes:
             process.start()
-        mapped = [results.get(timeout=60) for _ in processes]
+        mapped = [results.get(timeout=600) for _ in processes]
         assert all(one == mapped[0] for one in mapped)
         assert len(mapped[0][0]) == 1
         return processes, results, done, Path(mapped[0][1])
 
     def finish(processes, results, done, _):
         done.set()
-        sums = {results.get(timeout=60) for _ in processes}
+        sums = {results.get(timeout=600) for _ in processes}
         for process in processes:
             process.join()
             assert process.exitcode == 0

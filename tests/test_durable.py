@@ -399,9 +399,9 @@ class Rank:
     def allgather(self, value):
         values, barrier = self.shared
         values[self.rank] = value
-        barrier.wait(60)
+        barrier.wait(600)
         result = list(values)
-        barrier.wait(60)
+        barrier.wait(600)
         return result
 
     def broadcast(self, value):

@@ -291,7 +291,7 @@ def test_a_process_that_is_stopped_is_named_also_where_it_is_the_chief(run_confi
     process = start_run(config, run, processes=2)
     wait_for_batch(run, process, 6)
     os.kill(processes_of(process)[rank].pid, signal.SIGSTOP)
-    _, errors = process.communicate(timeout=120)  # torchrun kills the one that is stopped after 30 seconds
+    _, errors = process.communicate(timeout=600)  # torchrun kills the one that is stopped after 30 seconds
     assert process.returncode != 0
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert f": rank {rank} does not answer any more (last heard of at batch " in line
@@ -310,5 +310,5 @@ def test_a_job_that_is_stopped_as_a_whole_and_goes_on_has_not_hung(run_config, t
     time.sleep(15)
     for each in everybody:
         each.send_signal(signal.SIGCONT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors

@@ -169,7 +169,7 @@ def in_processes(count, data):
     processes = [context.Process(target=_open, args=(data, results)) for _ in range(count)]
     for process in processes:
         process.start()
-    sizes = [results.get(timeout=120) for _ in processes]
+    sizes = [results.get(timeout=600) for _ in processes]
     for process in processes:
         process.join()
     return sizes

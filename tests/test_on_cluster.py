@@ -165,7 +165,7 @@ def test_the_training_goes_on_while_a_checkpoint_is_written_and_uploaded(config,
     went_on = []
     Noting.__module__ = "model_def"
     # the first upload ends only when three more batches are trained
-    master = run_task(config, trial_class=Noting, on_upload=lambda _: went_on.append(trained[6].wait(60)))
+    master = run_task(config, trial_class=Noting, on_upload=lambda _: went_on.append(trained[6].wait(600)))
     assert went_on == [True] * 3
     saved = [read_checkpoint(folder) for folder in master.checkpoints]
     assert [checkpoint.batches for checkpoint in saved] == [4, 8, 12]

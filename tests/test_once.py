@@ -32,7 +32,7 @@ def in_processes(count, work):
     processes = [CONTEXT.Process(target=lambda: results.put(work())) for _ in range(count)]
     for process in processes:
         process.start()
-    found = [results.get(timeout=60) for _ in processes]
+    found = [results.get(timeout=600) for _ in processes]
     for process in processes:
         process.join()
     return found
@@ -53,7 +53,7 @@ def test_a_process_that_is_killed_while_it_makes_holds_nobody_up(tmp_path):
     lock = [tmp_path / "lock"]
     process = CONTEXT.Process(target=once, args=(lock, lambda: None, forever))
     process.start()
-    assert started.wait(60)
+    assert started.wait(600)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert in_processes(1, lambda: once(lock, *counted(tmp_path))) == ["the result"]

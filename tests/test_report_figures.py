@@ -15,7 +15,7 @@ def test_a_writer_that_is_closed_while_a_figure_is_drawn_loses_none(monkeypatch,
     uploaded = threading.Event()
 
     def draw(*_):
-        assert uploaded.wait(10)
+        assert uploaded.wait(600)
         return {"report_bbox/Calibration": np.zeros((8, 8, 3), np.uint8)}
 
     monkeypatch.setattr(report_figures, "_draw", draw)

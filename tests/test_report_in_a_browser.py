@@ -60,7 +60,7 @@ def browse(page, folder, *options, width=1400):
         [*command, "--virtual-time-budget=5000", "--dump-dom", page.as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
     )
     return done.stdout, done.stderr, log.read_text()

@@ -272,7 +272,7 @@ def test_a_killed_rank_under_torchrun_s_restarts_costs_what_came_since_the_check
         env={**os.environ, "MARK": str(mark)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert mark.exists()

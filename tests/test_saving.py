@@ -89,7 +89,7 @@ def test_what_was_begun_is_done_before_the_next_and_before_the_end():
     done, may_go_on = [], threading.Event()
 
     def first():
-        may_go_on.wait(60)
+        may_go_on.wait(600)
         done.append(1)
 
     with Background() as background:
@@ -108,7 +108,7 @@ def test_what_is_being_written_as_a_run_is_interrupted_is_left_to_the_next_start
     folder.saving.mkdir(parents=True)
     run = LocalRun(trial, folder, loggers=None)
     with trial.saving:
-        trial.saving.begin(lambda: may_go_on.wait(60))
+        trial.saving.begin(lambda: may_go_on.wait(600))
         run.on_trial_shutdown()
         assert folder.saving.exists()
         may_go_on.set()

@@ -34,7 +34,7 @@ def test_ctrl_c_to_the_whole_group_ends_the_run_after_the_batch(run_config, tmp_
     process = start_run(config, run)
     wait_for_batch(run, process, 6)
     os.killpg(process.pid, signal.SIGINT)  # the loaders' workers too, as Ctrl-C and a service manager do
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGINT
     (line,) = [line for line in errors.splitlines() if line.startswith("stopped by")]
     batch = int(line.split("after batch ")[1].split(",")[0])
@@ -151,7 +151,7 @@ def test_a_signal_while_a_checkpoint_is_written_stops_after_the_batch(whole, tra
 
         def after_batch(self, number):
             super().after_batch(number)
-            assert number < 4 or is_sent.wait(60)
+            assert number < 4 or is_sent.wait(600)
 
     Signalled.__module__ = "model_def"
     with pytest.raises(SystemExit) as exit_status:
@@ -308,7 +308,7 @@ def test_resident_memory_does_not_grow(run_config, tmp_path):
 
     early = resident(600)
     late = resident(2590)
-    process.communicate(timeout=300)
+    process.communicate(timeout=600)
     assert late < 1.05 * early
 
 

@@ -312,7 +312,7 @@ def source_hook(home, detector="efficientdet", **env):
         env={"PATH": f"{home / 'bin'}:/usr/bin:/bin", "HOME": str(home), **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
