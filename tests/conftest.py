@@ -172,6 +172,29 @@ def kill_run(process: subprocess.Popen) -> None:
 
 
 @pytest.fixture
+def trial_class() -> type:
+    """EfficientDet's trial."""
+    from model_def import EfficientDetTrial
+
+    return EfficientDetTrial
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Writes a program that takes the place of `model_def.py`, beside which it is run; returns its path."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "code" / "program.py"
+        path.parent.mkdir()
+        path.write_text(
+            f"import sys; sys.path.insert(0, '.')\nimport model_def\nfrom shared.launch import main\n{text}"
+        )
+        return path
+
+    return write
+
+
+@pytest.fixture
 def train(tmp_path, monkeypatch):
     """Trains in this process and returns the run's folder, `name` in the test's own."""
 

@@ -26,13 +26,6 @@ from shared.training.run_folder import RunFolder
 
 
 @pytest.fixture
-def trial_class():
-    from model_def import EfficientDetTrial
-
-    return EfficientDetTrial
-
-
-@pytest.fixture
 def config(shapes):
     config = efficientdet_config(shapes)
     config["data"]["workers"] = 0
@@ -261,13 +254,9 @@ def test_a_disk_that_is_full_at_the_start_is_one_error(config, train, trial_clas
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_full_disk_is_an_error_and_earlier_checkpoints_are_complete(run_config, tmp_path, processes):
-    probe = tmp_path / "code" / "probe.py"
-    probe.parent.mkdir()
-    probe.write_text(
-        "import sys; sys.path.insert(0, '.')\n"
-        "import resource, signal, model_def\n"
-        "from shared.launch import main\n"
+def test_a_full_disk_is_an_error_and_earlier_checkpoints_are_complete(run_config, tmp_path, processes, program):
+    script = program(
+        "import resource, signal\n"
         "class Probe(model_def.EfficientDetTrial):\n"
         "    def after_batch(self, number):\n"
         "        super().after_batch(number)\n"
@@ -277,7 +266,7 @@ def test_a_full_disk_is_an_error_and_earlier_checkpoints_are_complete(run_config
         "main(Probe)\n"
     )
     config, run = run_config(), tmp_path / "run"
-    done = run_model_def("train", config, "--output-dir", run, script=probe, check=False, processes=processes)
+    done = run_model_def("train", config, "--output-dir", run, script=script, check=False, processes=processes)
     assert done.returncode == 1
     assert f"error: --output-dir: {run} cannot be written" in done.stderr
     assert "Traceback" not in done.stderr
@@ -336,26 +325,22 @@ def test_a_run_whose_power_is_cut_at_random_moments_resumes(run_config, tmp_path
 
 
 @pytest.mark.slow
-def test_two_ranks_train_on_with_an_unusual_disk_and_clock(run_config, tmp_path):
-    probe = tmp_path / "code" / "probe.py"
-    probe.parent.mkdir()
-    probe.write_text(
-        "import sys; sys.path.insert(0, '.')\n"
-        "import itertools, shutil, time, model_def\n"
-        "from shared.launch import main\n"
+def test_two_ranks_train_on_with_an_unusual_disk_and_clock(run_config, tmp_path, program):
+    script = program(
+        "import itertools, shutil, time\n"
         "clock, rmtree = itertools.count(2e9, -3600), shutil.rmtree\n"
         "time.time = lambda: next(clock)\n"
         "shutil.rmtree = lambda path, *rest, **named: str(path).endswith('.old') or rmtree(path, *rest, **named)\n"
         "main(model_def.EfficientDetTrial)\n"
     )
     path, run = run_config(), tmp_path / "run"
-    run_model_def("train", path, "--output-dir", run, script=probe, processes=2)
+    run_model_def("train", path, "--output-dir", run, script=script, processes=2)
     assert resumed(RunFolder(run)).batches == 12
     assert sorted(name for name in os.listdir(run / "checkpoints") if name.endswith(".old")) == []
     config = yaml.safe_load(path.read_text())
     config["searcher"]["max_length"] = {"batches": 16}
     path.write_text(yaml.safe_dump(config))
-    run_model_def("train", path, "--output-dir", run, "--resume", "last", script=probe, processes=2)
+    run_model_def("train", path, "--output-dir", run, "--resume", "last", script=script, processes=2)
     assert [line["batches"] for line in reports(run, "val")] == [4, 8, 12, 16]
 
 

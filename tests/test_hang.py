@@ -165,13 +165,6 @@ def test_a_time_that_is_none_is_refused_by_its_key(run_config, refused, value):
     )
 
 
-@pytest.fixture
-def trial_class():
-    from model_def import EfficientDetTrial
-
-    return EfficientDetTrial
-
-
 # a model_def.py of which rank 1 sleeps for ever in batch 6, or a loader's worker where it reads its 25th image
 SLEEPING = """
 import os, sys, time

@@ -21,13 +21,6 @@ from shared.training.manifest import write_manifest
 
 
 @pytest.fixture
-def trial_class():
-    from model_def import EfficientDetTrial
-
-    return EfficientDetTrial
-
-
-@pytest.fixture
 def config(shapes):
     config = efficientdet_config(shapes)
     config["data"]["workers"] = 0

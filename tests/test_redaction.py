@@ -63,13 +63,6 @@ def config(shapes):
     return config
 
 
-@pytest.fixture
-def trial_class():
-    from model_def import EfficientDetTrial
-
-    return EfficientDetTrial
-
-
 def holding_the_password(folder):
     return [path for path in folder.rglob("*") if path.is_file() and PASSWORD.encode() in path.read_bytes()]
 

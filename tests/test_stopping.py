@@ -21,13 +21,6 @@ from shared.training.checkpoints import read_checkpoint
 from shared.training.stopping import Stopping
 
 
-@pytest.fixture
-def trial_class():
-    from model_def import EfficientDetTrial
-
-    return EfficientDetTrial
-
-
 def test_ctrl_c_to_the_whole_group_ends_the_run_after_the_batch(run_config, tmp_path):
     length = {"searcher__max_length": {"batches": 4000}, "min_validation_period": {"batches": 4000}}
     config, run = run_config(**length), tmp_path / "run"
@@ -42,13 +35,9 @@ def test_ctrl_c_to_the_whole_group_ends_the_run_after_the_batch(run_config, tmp_
     assert read_checkpoint(run / "checkpoints/last").batches == batch < 4000
 
 
-def test_a_second_ctrl_c_in_a_save_ends_the_run_at_once_with_130(run_config, tmp_path):
-    probe = tmp_path / "code" / "probe.py"
-    probe.parent.mkdir()
-    probe.write_text(
-        "import sys; sys.path.insert(0, '.')\n"
-        "import io, torch, model_def\n"
-        "from shared.launch import main\n"
+def test_a_second_ctrl_c_in_a_save_ends_the_run_at_once_with_130(run_config, tmp_path, program):
+    script = program(
+        "import io, torch\n"
         "from shared.training.saving import Snapshot\n"
         "def write(self, folder, on_cluster):\n"
         f"    open({str(tmp_path / 'saving')!r}, 'w').close()\n"
@@ -57,7 +46,7 @@ def test_a_second_ctrl_c_in_a_save_ends_the_run_at_once_with_130(run_config, tmp
         "Snapshot.write = write\n"
         "main(model_def.EfficientDetTrial)\n"
     )
-    process = start_run(run_config(min_checkpoint_period={"batches": 2}), tmp_path / "run", script=probe)
+    process = start_run(run_config(min_checkpoint_period={"batches": 2}), tmp_path / "run", script=script)
     while not (tmp_path / "saving").exists():
         assert process.poll() is None
         time.sleep(0.01)
