@@ -5,6 +5,7 @@ import collections
 import contextlib
 import ctypes
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -197,3 +198,14 @@ def _answer_that_no_device_has_a_context():
 
 
 _KEPT: list = []  # what C++ has addresses of
+
+
+if __name__ == "__main__":  # the smallest case, for versions of PyTorch that nobody has tried
+    try:
+        install()
+    except Unsupported as error:
+        sys.exit(f"unsupported: {error}")
+    model = torch.nn.Conv2d(2, 2, 1).to("cuda")
+    with torch.autocast("cuda", torch.float16):
+        model(torch.ones(1, 2, 3, 3, device="cuda")).sum().backward()
+    assert model.weight.grad.is_cuda

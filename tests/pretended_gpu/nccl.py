@@ -16,14 +16,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from determined.pytorch import PyTorchTrialContext
 from torch import nn
 
 from pretended_gpu import tensors
 from pretended_gpu.cuda import Unsupported, install
 from pretended_gpu.streams import RECORD, current_stream, host_waits
 from pretended_gpu.tensors import GpuTensor, on_host
-from pretended_gpu.train import train, trial_class_of, without_figures
 
 WITHOUT = (torch.int16, torch.complex64, torch.complex128)
 CALLS = collections.Counter()
@@ -64,7 +62,7 @@ def install_nccl():
         return start("gloo", *args, **kwargs)
 
     torch.cuda.set_device = note_device
-    tensors.COLLECTIVES = collective
+    tensors.collective = collective
     dist.init_process_group = dist.distributed_c10d.init_process_group = init_process_group
     dist.get_backend = lambda group=None: "nccl"
     dist.distributed_c10d._get_object_coll_device = lambda group=None: "cuda"
@@ -113,11 +111,15 @@ class PlainDDP(nn.Module):
 
 
 def main():
+    from determined.pytorch import PyTorchTrialContext
+
+    from pretended_gpu.train import Waits, train, trial_class_of, watched, without_figures
+
     shapes, folder, name = sys.argv[1:]
     shapes, folder = Path(shapes).absolute(), Path(folder).absolute()
     os.chdir(folder)
     without_figures()
-    trial_class = trial_class_of(name)
+    trial_class = watched(trial_class_of(name), Waits())
     try:
         install(devices=2)
     except Unsupported as error:

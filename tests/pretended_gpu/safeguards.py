@@ -1,8 +1,9 @@
-"""A program: the copies of the prefetcher and of the saver on the pretended GPU, as they are and without each safeguard.
+"""A program: what the pretended GPU finds where a safeguard of the product is taken away.
 
     cd tests; python -m pretended_gpu.safeguards
 
-It prints as JSON, for each, the races that the pretended GPU found.
+It prints as JSON: `races`, those of the prefetcher and the saver as they are and without each safeguard; `refused`, the
+errors for collectives that break NCCL's rules.
 """
 
 import contextlib
@@ -15,8 +16,10 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
+import torch.distributed as dist
 
 from pretended_gpu.cuda import Unsupported, install
+from pretended_gpu.nccl import install_nccl
 from pretended_gpu.streams import DEFAULT, RECORD, Stream
 from pretended_gpu.tensors import GpuTensor
 from shared.data.loading import Batch, PrefetchLoader
@@ -60,12 +63,38 @@ def races(run, safeguard=None):
     return list(RECORD.races)
 
 
-def wait_stream_only_of(is_kept):
-    """`wait_stream` that does nothing on the other streams."""
-    wait_stream = Stream.wait_stream
-    return mock.patch.object(
-        Stream, "wait_stream", lambda self, other: wait_stream(self, other) if is_kept(self) else None
-    )
+def without(target, name, is_kept=lambda owner: False):
+    """Replaces a method by nothing, but for the owners that keep it."""
+    method = getattr(target, name)
+
+    def kept_or_nothing(self, *arguments):
+        return method(self, *arguments) if is_kept(self) else None
+
+    return mock.patch.object(target, name, kept_or_nothing)
+
+
+def refused_collectives():
+    """The error of each collective that NCCL refuses."""
+    install_nccl()
+    start = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    errors = {"no device": error_of(lambda: dist.init_process_group("nccl", **start))}
+    torch.cuda.set_device(0)
+    errors["gloo"] = error_of(lambda: dist.init_process_group("gloo", **start))
+    dist.init_process_group("nccl", **start)
+    matrix = torch.ones(2, 3, device="cuda")
+    errors["of the host"] = error_of(lambda: dist.broadcast(matrix.cpu(), 0))
+    errors["not contiguous"] = error_of(lambda: dist.all_reduce(matrix.T))
+    errors["int16"] = error_of(lambda: dist.all_reduce(matrix.short()))
+    errors["allowed"] = error_of(lambda: dist.all_reduce(matrix))
+    return errors
+
+
+def error_of(call):
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def main():
@@ -77,17 +106,15 @@ def main():
         "prefetcher": races(prefetch),
         "saver": races(save),
         "prefetcher: the step does not wait for the copy": races(
-            prefetch, wait_stream_only_of(lambda stream: stream is not DEFAULT)
+            prefetch, without(Stream, "wait_stream", lambda stream: stream is not DEFAULT)
         ),
         "prefetcher: the copy does not wait for the model": races(
-            prefetch, wait_stream_only_of(lambda stream: stream is DEFAULT)
+            prefetch, without(Stream, "wait_stream", lambda stream: stream is DEFAULT)
         ),
-        "prefetcher: no record_stream": races(
-            prefetch, mock.patch.object(GpuTensor, "record_stream", lambda self, stream: None)
-        ),
-        "saver: no synchronize": races(save, mock.patch.object(Stream, "synchronize", lambda self: None)),
+        "prefetcher: no record_stream": races(prefetch, without(GpuTensor, "record_stream")),
+        "saver: no synchronize": races(save, without(Stream, "synchronize")),
     }
-    print(json.dumps(found))
+    print(json.dumps({"races": found, "refused": refused_collectives()}))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ WAITING = {
 INDEX_PUT = ("aten::index_put_", "aten::index_put", "aten::_index_put_impl_")
 # a tensor of the host without dimensions may stand beside the device's, as in all pointwise operations
 ACCEPT_HOST_NUMBERS = {
-    *("aten::fill_", "aten::masked_fill", "aten::masked_fill_", "aten::where", "aten::copy_", "aten::lerp"),
-    *("aten::lerp_", *INDEX_PUT),
+    *("aten::fill_", "aten::masked_fill", "aten::masked_fill_", "aten::where", "aten::copy_", *INDEX_PUT)
 }
 MASKS = (torch.bool, torch.uint8)
 
@@ -101,9 +100,6 @@ class GpuTensor(torch.Tensor):
 
     def pin_memory(self, device=None):
         raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
-
-    def share_memory_(self):
-        return self
 
     def untyped_storage(self):
         return GpuStorage(self.on_host.untyped_storage())
@@ -250,7 +246,8 @@ def on_host(value):
     return type(value)(map(on_host, value)) if type(value) in (list, tuple) else value
 
 
-def COLLECTIVES(func, name, tensors, args, kwargs):  # noqa: N802 nccl.py replaces it
+def collective(func, name, tensors, args, kwargs):
+    """An operation of torch.distributed; nccl.py replaces this."""
     return func(*args, **kwargs)
 
 
@@ -258,7 +255,7 @@ def dispatch(func, args, kwargs):
     facts = Facts.of(func)
     tensors = tensors_of(facts, args, kwargs)
     if facts.name.startswith("c10d::"):
-        return COLLECTIVES(func, facts.name, tensors, args, kwargs)
+        return collective(func, facts.name, tensors, args, kwargs)
     device = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
     if device == "cuda":
         _check_index(kwargs["device"])

@@ -24,7 +24,7 @@ import yaml
 from tiny_models import detectron2_config, efficientdet_config, load_model_def, mmdet_config
 
 from pretended_gpu.cuda import Unsupported, install
-from pretended_gpu.streams import RECORD, place_of, synchronize
+from pretended_gpu.streams import RECORD, place_of
 from pretended_gpu.tensors import Generator
 from shared import here
 from shared.training.report_figures import ReportFigures
@@ -81,6 +81,11 @@ def trial_class_of(name):
     return module.MMDetectionTrial if detector == "mmdetection" else module.Detectron2Trial
 
 
+# Nothing is given back before the process ends: the batch after the last step may still be prepared, and workers of
+# loaders that Python's garbage collection finds take 5 s each to stop.
+_KEPT: list = []
+
+
 class Waits:
     """How often each place of our code, or of Determined, makes the host wait between two batches, at most."""
 
@@ -103,6 +108,10 @@ def _relative(filename):
 def watched(trial_class, waits):
     class Watched(trial_class):
         has_started = False  # a start copies each weight, and no training waits for it again
+
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            _KEPT.append(self)
 
         def train_batch(self, batch, epoch_idx, batch_idx):
             if not self.has_started:
@@ -135,8 +144,6 @@ def train(trial_class, name, shapes, run, waits=None, config_file=None):
         here.train_here(trial_class, arguments)
         if waits is not None:
             waits.next_batch()
-        if torch.cuda.is_available():
-            synchronize()  # a process has one training: the next one must not race with the batch that nobody took
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -169,6 +176,8 @@ def main():
             "operations": RECORD.operations,
         }
     (folder / "results.json").write_text(json.dumps(results))
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
