@@ -20,9 +20,7 @@ WAITING = {
 }
 INDEX_PUT = ("aten::index_put_", "aten::index_put", "aten::_index_put_impl_")
 # a tensor of the host without dimensions may stand beside the device's, as in all pointwise operations
-ACCEPT_HOST_NUMBERS = {
-    *("aten::fill_", "aten::masked_fill", "aten::masked_fill_", "aten::where", "aten::copy_", *INDEX_PUT)
-}
+ACCEPT_HOST_NUMBERS = ("aten::fill_", "aten::masked_fill", "aten::masked_fill_", "aten::where", *INDEX_PUT)
 MASKS = (torch.bool, torch.uint8)
 
 
@@ -94,9 +92,6 @@ class GpuTensor(torch.Tensor):
 
     def record_stream(self, stream):
         self.block.recorded.add(stream)
-
-    def is_pinned(self, device=None):
-        return False
 
     def pin_memory(self, device=None):
         raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
