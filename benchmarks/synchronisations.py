@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-_TORCH = str(Path(torch.__file__).parent)
+PYTORCH = [str(Path(torch.__file__).parent) + "/"]
+"""Folders whose frames are PyTorch's: an operation's site is outside of them. torchvision is not among them."""
 
 
 @contextlib.contextmanager
@@ -33,4 +34,5 @@ def watch_synchronisations() -> Iterator[list[traceback.StackSummary]]:
 
 def site(stack: traceback.StackSummary) -> traceback.FrameSummary:
     """The innermost frame outside of PyTorch."""
-    return next((frame for frame in reversed(stack) if not frame.filename.startswith(_TORCH)), stack[-1])
+    pytorch = tuple(PYTORCH)
+    return next((frame for frame in reversed(stack) if not frame.filename.startswith(pytorch)), stack[-1])

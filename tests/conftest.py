@@ -1,6 +1,7 @@
 """Paths to the code, data for tests, and how the tests start a run."""
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -207,10 +208,20 @@ def train(tmp_path, monkeypatch):
             patch.chdir(tmp_path)
             patch.setenv("XDG_DATA_HOME", "")
             arguments = argparse.Namespace(config=str(path), overrides=[], output_dir=folder, resume=resume)
-            train_here(trial_class, arguments)
+            try:
+                train_here(trial_class, arguments)
+            finally:
+                stop_workers()
         return folder
 
     return call
+
+
+def stop_workers() -> None:
+    """Stops the workers of loaders that are in no use any more. Python's garbage collection takes 5 s for each."""
+    for loader in gc.get_objects():
+        if type(loader).__name__ == "_MultiProcessingDataLoaderIter":
+            loader._shutdown_workers()
 
 
 @pytest.fixture

@@ -1,0 +1,47 @@
+"""A plugin of pytest: runs tests/gpu on the pretended GPU. A race or an unpinned copy fails its test.
+
+PYTHONPATH=tests python -m pytest -p pretended_gpu.plugin -m gpu tests/gpu
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretended_gpu.cuda import install
+from pretended_gpu.streams import HERE, RECORD, synchronize
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+install()
+torch.version.cuda = torch.version.cuda or "pretended"
+
+import synchronisations
+
+from shared import here
+
+synchronisations.PYTORCH.append(HERE)
+_train_here = here.train_here
+
+
+def train_here(trial_class, arguments):
+    """Ends a training as its process does: the next one must not race with the batch that nobody took."""
+    try:
+        _train_here(trial_class, arguments)
+    finally:
+        synchronize()
+
+
+here.train_here = train_here
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    RECORD.races.clear()
+    RECORD.unpinned.clear()
+    result = yield
+    assert not RECORD.races
+    assert not RECORD.unpinned
+    return result

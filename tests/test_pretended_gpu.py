@@ -1,0 +1,163 @@
+"""The GPU branches of the code on a pretended GPU, see tests/pretended_gpu: no test here needs a GPU."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, WITHOUT_LIBRARY
+
+KNOWN_TO_WORK = ("2.11.",)  # versions of PyTorch; others are tried
+CASES = {
+    "efficientdet": ["efficientdet", "efficientdet fp16", "efficientdet bf16"],
+    "mmdetection": ["mmdetection retinanet", "mmdetection mask r-cnn"],
+    "detectron2": ["detectron2 retinanet", "detectron2 mask r-cnn"],
+}
+# how far losses may be from those of the CPU's training, where the precision is another
+NEAR = {"efficientdet fp16": 0.05, "efficientdet bf16": 0.05}
+# Where our code, or Determined for us, makes the host wait: the cases, the place, how often per batch, why.
+WAITS = [
+    (".*", "shared/training/training_metrics.py: per_slot_reduce", 1, "a report reads the losses"),
+    (".*", "shared/training/trial_checkpoint.py: on_checkpoint_save_start", 1, "a checkpoint is of finite weights"),
+    (".*", "shared/training/saving.py: of", 1, "the copy for a checkpoint is complete before the next step"),
+    (".* fp16", "shared/training/saving.py: checkpoint_state", 2, "a checkpoint holds the scaler's two numbers"),
+    (".* fp16", "determined/pytorch/_pytorch_context.py: step_fn", 1, "the scaler reads whether to skip a step"),
+    ("efficientdet|.* retinanet", "shared/training/validation_loss.py: share", 1, "a validation reads its losses"),
+    ("efficientdet.*", "efficientdet/model_def.py: detect", 2, "it reads boxes; the first batch moves the predictor"),
+    ("mmdetection retinanet", "mmdetection/mmdetection_files/operations/focal_loss.py: _positives", 10, "nonzero"),
+    ("mmdetection mask r-cnn", "determined/pytorch/_pytorch_context.py: backward", 1, "gradients of masked indexing"),
+    ("detectron2 retinanet", "determined/pytorch/_pytorch_context.py: backward", 2, "gradients of masked indexing"),
+    ("detectron2 mask r-cnn", "determined/pytorch/_pytorch_context.py: backward", 3, "gradients of masked indexing"),
+    ("detectron2 mask r-cnn", "shared/evaluation/masks.py: encode_on_device", 2, "where the runs of all masks begin"),
+]
+
+
+def run_program(module, *arguments, processes=1):
+    """A program of tests/pretended_gpu, where no real GPU is seen; its standard output."""
+    program = [sys.executable]
+    if processes > 1:
+        program += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [*program, "-m", f"pretended_gpu.{module}", *map(str, arguments)],
+        cwd=ROOT / "tests",
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if "unsupported: " in done.stderr:
+        pytest.skip(done.stderr.split("unsupported: ")[1].splitlines()[0])
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pytorch_allows_it():
+    """Skips these tests if this version of PyTorch cannot be given a pretended GPU."""
+    if torch.__version__.startswith(KNOWN_TO_WORK):
+        return
+    try:
+        run_program("cuda")
+    except AssertionError as error:
+        reason = str(error).strip().splitlines()[-1]
+        pytest.skip(f"torch {torch.__version__} cannot be given a pretended GPU: {reason}")
+
+
+def losses_of(reports):
+    return {
+        (report["split"], report["batches"], name): value
+        for report in reports
+        for name, value in report["metrics"].items()
+        if "loss" in name
+    }
+
+
+def metrics_of(reports):
+    return [
+        {name: value for name, value in report["metrics"].items() if "loss" not in name}
+        for report in reports
+        if report["split"] == "val"
+    ]
+
+
+def test_a_training_on_a_gpu_is_that_of_the_cpu_and_waits_where_listed(detector, shapes, tmp_path):
+    run_program("train", shapes, tmp_path, *CASES[detector])
+    for case, found in json.loads((tmp_path / "results.json").read_text()).items():
+        near = NEAR.get(case, 1e-4)
+        assert found["operations"] > 10_000, case
+        expected = losses_of(found["cpu"])
+        if case == "efficientdet fp16":  # the reference has the losses of the validations too
+            expected = {key: value for key, value in expected.items() if key[0] == "train"}
+        assert losses_of(found["gpu"]) == pytest.approx(expected, rel=near), case
+        if case not in NEAR:
+            for ours, reference in zip(metrics_of(found["gpu"]), metrics_of(found["cpu"]), strict=True):
+                assert ours == pytest.approx(reference, abs=1e-3, nan_ok=True), case
+        assert (found["races"], found["unpinned"], found["mixed"]) == ([], [], []), case
+        expected = {place: count for cases, place, count, _ in WAITS if re.fullmatch(cases, case)}
+        assert found["waits"] == expected, case
+
+
+def test_a_copy_without_one_of_its_safeguards_is_a_race():
+    found = json.loads(run_program("safeguards"))
+    races, refused = found["races"], found["refused"]
+    assert races.pop("prefetcher") == races.pop("saver") == []
+    assert len(races) == 4
+    for without, texts in races.items():
+        assert texts, without
+    assert refused.pop("allowed") is None
+    assert refused == {
+        "no device": "no process has chosen its device: NCCL would put all of them on the first",
+        "gloo": "processes with GPUs must use nccl, not gloo",
+        "of the host": "c10d::broadcast_: No backend type associated with device type cpu",
+        "not contiguous": "c10d::allreduce_: Tensors must be contiguous: (3, 2)",
+        "int16": "c10d::allreduce_: Unconvertible NCCL type torch.int16",
+    }
+
+
+TWO_PROCESSES = [
+    "efficientdet",
+    pytest.param("mmdetection mask r-cnn", marks=pytest.mark.slow),
+    pytest.param("detectron2 mask r-cnn", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("case", TWO_PROCESSES)
+def test_two_processes_train_by_the_rules_of_nccl(case, shapes, tmp_path):
+    if (detector := case.split()[0]) in WITHOUT_LIBRARY:
+        pytest.skip(WITHOUT_LIBRARY[detector])
+    run_program("nccl", shapes, tmp_path, case, processes=2)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [(report["split"], report["batches"]) for report in found["reports"]] == [
+        *(("train", 2), ("train", 4), ("val", 4)),
+        *(("train", 6), ("val", 6)),
+    ]
+    assert found["collectives"]["c10d::broadcast_"] > 0
+    assert found["collectives"]["c10d::allreduce_"] > 0
+    assert found["races"] == []
+
+
+def run_gpu_tests(*selection):
+    """The last line of a run of tests/gpu on the pretended GPU."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "pretended_gpu.plugin", "-m", "gpu", *selection],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "tests"), "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_the_gpu_kit_s_quick_tests_pass_on_a_pretended_gpu():
+    quick = "host_does_not_wait or operations or bytes or (steady and efficientdet and not fp16)"
+    assert " passed" in run_gpu_tests("tests/gpu", "-k", quick)
+
+
+@pytest.mark.slow
+def test_the_gpu_kit_passes_on_a_pretended_gpu():
+    assert " passed" in run_gpu_tests("tests/gpu", "-k", "not torch_compile")
