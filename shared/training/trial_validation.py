@@ -21,6 +21,7 @@ from shared.evaluation.evaluator import summary_metrics
 from shared.evaluation.reducer import ChiefReducer
 from shared.experiment import SplitData, TrainingHyperparameters
 from shared.training.hang import Phase
+from shared.training.processes import broadcast_from_chief
 from shared.training.python_state import python_state
 from shared.training.validation_loss import PREFIX, TOTAL, ValidationLoss, as_one_process, giving_losses
 from shared.training.watch import Watch
@@ -172,9 +173,8 @@ class TrialValidation:
         """Gives every slot the chief's running statistics, which the checkpoint holds: DDP aligns them only at
         the next training step, and the averaged model's never."""
         if self.slots > 1:
-            for model in dict.fromkeys((self.plain_model, self.evaluation_model)):
-                for buffer in model.buffers():
-                    torch.distributed.broadcast(buffer, src=0)
+            models = dict.fromkeys((self.plain_model, self.evaluation_model))
+            broadcast_from_chief(buffer for model in models for buffer in model.buffers())
 
 
 class ValidationResult(PyTorchCallback):
