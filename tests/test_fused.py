@@ -185,6 +185,18 @@ def test_groups_keep_their_own_settings_and_the_defaults_of_the_config():
 
 
 @fused_here
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_decide_where_the_defaults_say_foreach(kind):
+    """As of Detectron2's YAML configs, whose own choice is no word of the config."""
+    model = small_model()
+    optimizer = KINDS[kind](model.parameters())
+    optimizer.defaults["foreach"] = True
+    optimizer = fuse(optimizer)
+    assert (optimizer.param_groups[0]["fused"], optimizer.param_groups[0]["foreach"]) == (True, None)
+    train(model, optimizer, range(1))
+
+
+@fused_here
 def test_parameters_whose_first_gradient_comes_late_are_trained():
     parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
     plain = copy.deepcopy(parameters)

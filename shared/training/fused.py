@@ -71,7 +71,7 @@ def _constructed_fused(optimizer: Optimizer) -> Optimizer:
     """
     accepted = inspect.signature(type(optimizer)).parameters
     defaults = {name: value for name, value in optimizer.defaults.items() if name in accepted}
-    return type(optimizer)(optimizer.param_groups, **{**defaults, "fused": True})
+    return type(optimizer)(optimizer.param_groups, **{**defaults, "foreach": None, "fused": True})
 
 
 def _begin_momentum(optimizer: Optimizer, arguments: Any, named: Any) -> None:
