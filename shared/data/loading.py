@@ -81,8 +81,8 @@ class PrefetchLoader:
     """Copies each batch to the device, and prepares it there, while the device still trains on the last one.
 
     On a GPU batch N + 1 is taken from the loader, and its copy and preparation are enqueued on a stream of their own,
-    before batch N is yielded: a step that makes the host wait for the device, as a library's may, comes too late to hold
-    them up. The loader's workers keep more batches than that one ready, so that taking it seldom waits; where it
+    before batch N is yielded: a step that makes the host wait for the device, as a library's may, comes too late to
+    hold them up. The loader's workers keep more batches than that one ready, so that taking it seldom waits; where it
     does, the training would have waited a step later. The results are the bits of a run without: what `prepare` draws
     must follow from the batch's number. An error of batch N + 1 is raised once batch N has been trained.
 

@@ -43,8 +43,8 @@ def encode_masks(masks: Sequence[np.ndarray]) -> list[dict]:
 
 def encode_on_device(masks: torch.Tensor) -> list[dict]:
     """The same of (N, H, W) booleans on a GPU, which sends no pixels to the host but only where runs begin."""
-    if not masks.numel():
-        return encode_masks(masks.cpu().numpy())
+    if not len(masks):
+        return []
     return [rle for part in masks.split(masks_at_once(*masks.shape[1:])) for rle in _encode_runs(part)]
 
 
