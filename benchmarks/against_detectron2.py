@@ -34,9 +34,9 @@ from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from determined import pytorch
 from diamonds import AN_IMAGE, HEIGHT, WIDTH, diamonds
 from interleaved import switch, time_against
+from local_context import local_context
 
 from coco_files import data_folder, make_file
 from detectron2_files.config import load_config
@@ -121,7 +121,7 @@ def step(arguments: argparse.Namespace) -> dict:
         "scheduling_unit": 50,
         "checkpoint_policy": "none",
     }
-    with pytorch.init(hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False) as context:
+    with local_context(config) as context:
         trial = Detectron2Trial(context)
         other = upstream_loop(trial, annotations["train"], folder / "train2017", arguments.workers)
         measured = time_against(trial, context, other, arguments.blocks, arguments.block, "detectron2")

@@ -30,9 +30,9 @@ import mmdetection_files  # noqa: F401 before mmcv.ops, where mmcv is not compil
 
 # isort: split
 from annotations import in_new_process
-from determined import pytorch
 from diamonds import AN_IMAGE, CATEGORIES, diamonds
 from interleaved import switch, time_against
+from local_context import local_context
 from mmcv.parallel import MMDataParallel, _functions
 from mmcv.runner import EpochBasedRunner, build_optimizer
 from mmdet.core import encode_mask_results
@@ -124,7 +124,7 @@ def step(arguments: argparse.Namespace) -> dict:
         "scheduling_unit": 50,
         "checkpoint_policy": "none",
     }
-    with pytorch.init(hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False) as context:
+    with local_context(config) as context:
         trial = MMDetectionTrial(context)
         other = upstream_loop(trial, arguments.workers)
         measured = time_against(trial, context, other, arguments.blocks, arguments.block, "mmdetection")

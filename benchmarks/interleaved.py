@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 from determined import pytorch
+from local_context import device_name
 from torch.utils.tensorboard import SummaryWriter
 
 from shared.training.host_memory import LARGEST_MMAP_THRESHOLD, TRIM_THRESHOLD
@@ -71,7 +72,7 @@ def time_against(
 
     The first block of each warms up.
     """
-    cuda = torch.cuda.is_available()
+    cuda = context.device.type == "cuda"
     ours, theirs, steps = [], [], itertools.count(1)
     started = time.perf_counter()
 
@@ -100,7 +101,7 @@ def time_against(
     # block i of theirs lies between i and i + 1 of ours
     pairs = [(ours[i] + ours[i + 1]) / 2 / theirs[i] for i in range(1, len(theirs))]
     return {
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "device": device_name(context.device),
         "blocks": len(pairs),
         "ratio_median": round(statistics.median(pairs), 4),
         "ratio_min_max": [round(min(pairs), 4), round(max(pairs), 4)],

@@ -190,7 +190,7 @@ def measure(detector: str, arguments: argparse.Namespace) -> dict[str, Any]:
     sys.path[:0] = [str(ROOT), str(ROOT / detector)]
     if detector == "mmdetection":
         import mmdetection_files  # noqa: F401 before mmcv.ops, where mmcv is not compiled
-    from determined import pytorch
+    from local_context import local_context
 
     import model_def
 
@@ -219,7 +219,7 @@ def measure(detector: str, arguments: argparse.Namespace) -> dict[str, Any]:
         }
         with (
             contextlib.redirect_stdout(io.StringIO()),
-            pytorch.init(hparams=hyperparameters, exp_conf=config, enable_tensorboard_logging=False) as context,
+            local_context(config) as context,
         ):
             trial = getattr(model_def, names[detector])(context)
             upstream = UPSTREAM[detector](trial, arguments.data)

@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "efficientdet")]
 
 from determined import pytorch
 from interleaved import call_at_batch_end, memory_as_without_us, switch
+from local_context import device_name, local_context
 from synchronisations import site, watch_synchronisations
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -189,9 +190,7 @@ def main() -> None:
         folder = Path(scratch) / "coco"
         annotations = data_folder(arguments.coco, arguments.images, folder)
         config = experiment(arguments, folder, annotations, batches)
-        with pytorch.init(
-            hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False
-        ) as context:
+        with local_context(config) as context:
             trial = EfficientDetTrial(context)
             other = (
                 upstream_loop(trial, arguments.upstream, folder)
@@ -241,7 +240,7 @@ def measure(trial: EfficientDetTrial, context, other, arguments) -> dict:
     images = arguments.block * trial.per_slot_batch_size
     sites = Counter(f"{Path(frame.filename).name}:{frame.lineno} {frame.line}" for frame in map(site, syncs))
     return {
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "device": device_name(context.device),
         **dict(arguments.set),
         "against": "upstream's train.py" if arguments.upstream else "a plain loop",
         "blocks": len(pairs),

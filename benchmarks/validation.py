@@ -92,7 +92,7 @@ def masks(arguments: argparse.Namespace) -> dict:
 
 
 def batches(arguments: argparse.Namespace) -> dict:
-    from determined import pytorch
+    from local_context import device_name, local_context
 
     from shared.data import synthetic
 
@@ -115,8 +115,7 @@ def batches(arguments: argparse.Namespace) -> dict:
         "hyperparameters": {"global_batch_size": arguments.batch_size, **HYPERPARAMETERS[detector]},
         "searcher": {"max_length": {"batches": 1}, "metric": "bbox_mAP", "smaller_is_better": False},
     }
-    hparams = config["hyperparameters"]
-    with pytorch.init(hparams=hparams, exp_conf=config, enable_tensorboard_logging=False) as context:
+    with local_context(config) as context:
         trial = getattr(model_def, trial_class)(context, for_training=False)
         type(trial).batches_evaluations = True  # on a CPU too
         data, found = trial.open_val(), {}
@@ -138,7 +137,7 @@ def batches(arguments: argparse.Namespace) -> dict:
     alone, together = found.values()
     same = [i for i in alone if np.array_equal(alone[i].labels, together[i].labels)]
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": device_name(context.device),
         "images_a_second": {size: round(len(alone) / statistics.median(t), 2) for size, t in taken.items()},
         "times_as_many": round(statistics.median(ratios), 3),
         "least_and_greatest": [round(min(ratios), 3), round(max(ratios), 3)],

@@ -15,6 +15,7 @@ from shared.errors import UserError
 from shared.here import train_here
 from shared.log import show_log
 from shared.on_cluster import train_on_cluster
+from shared.training.memory import out_of_memory_anywhere, out_of_memory_as
 from shared.training.task import on_cluster
 from shared.training.trial import DetectionTrial
 
@@ -35,7 +36,7 @@ def main(trial_class: type[DetectionTrial]) -> None:
     """Does what the command line says, or trains what the cluster gives."""
     sys.excepthook = sys.__excepthook__  # all that the program itself imports is there
     use_available_cores()
-    with ended_by_errors():
+    with ended_by_errors(), out_of_memory_as(out_of_memory_anywhere):
         if on_cluster():
             show_log()
             train_on_cluster(trial_class)

@@ -141,6 +141,62 @@ def test_a_step_that_a_scaler_skips_leaves_weights_and_state(kind):
 
 
 @fused_here
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scaler_asks_the_fused_step_to_skip_without_waiting(kind):
+    """A scaler that decides itself reads from the device whether a gradient overflowed: it does not call the step."""
+    model, steps = small_model(), []
+    before = copy.deepcopy(model)
+    optimizer = fuse(KINDS[kind](model.parameters()))
+    optimizer.register_step_pre_hook(lambda *_: steps.append("asked"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(model(torch.ones(2, 3, 12, 12)).square().sum()).backward()
+    model[0].bias.grad.fill_(torch.inf)
+    scaler.step(optimizer)
+    assert steps == ["asked"]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+
+
+@fused_here
+def test_a_custom_step_sees_gradients_without_the_scale():
+    """As Detectron2's, which clips in its step."""
+    seen = []
+
+    class Clipping(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append(self.param_groups[0]["params"][0].grad.clone())
+            return super().step(closure)
+
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = fuse(Clipping([weight], lr=0.1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale((weight * 2).sum()).backward()
+    scaler.step(optimizer)
+    assert torch.equal(seen[0], torch.full((3,), 2.0))
+
+
+@fused_here
+def test_groups_keep_their_own_settings_and_the_defaults_of_the_config():
+    parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
+    groups = [{"params": parameters[:1], "lr": 0.5, "lr_scale": 2.0}, {"params": parameters[1:], "weight_decay": 0.0}]
+    optimizer = fuse(torch.optim.AdamW(groups, lr=0.1, betas=(0.8, 0.9), weight_decay=0.05))
+    first, second = optimizer.param_groups
+    assert (first["lr"], first["lr_scale"], first["weight_decay"], first["betas"]) == (0.5, 2.0, 0.05, (0.8, 0.9))
+    assert (second["lr"], second["weight_decay"], optimizer.defaults["lr"]) == (0.1, 0.0, 0.1)
+
+
+@fused_here
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_decide_where_the_defaults_say_foreach(kind):
+    """As of Detectron2's YAML configs, whose own choice is no word of the config."""
+    model = small_model()
+    optimizer = KINDS[kind](model.parameters())
+    optimizer.defaults["foreach"] = True
+    optimizer = fuse(optimizer)
+    assert (optimizer.param_groups[0]["fused"], optimizer.param_groups[0]["foreach"]) == (True, None)
+    train(model, optimizer, range(1))
+
+
+@fused_here
 def test_parameters_whose_first_gradient_comes_late_are_trained():
     parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
     plain = copy.deepcopy(parameters)

@@ -6,6 +6,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 from shared.data.annotations import CocoAnnotations
+from shared.evaluation import masks as masks_module
 from shared.evaluation.masks import encode_masks, encode_on_device
 
 HEIGHT, WIDTH = 12, 17
@@ -50,6 +51,11 @@ def test_where_runs_begin_gives_the_same_bytes():
     assert encode_on_device(torch.from_numpy(masks)) == expected(masks)
     for few in (0, 1):
         assert encode_on_device(torch.from_numpy(masks[:few])) == expected(masks[:few])
+
+
+def test_masks_encoded_a_few_at_a_time_give_the_same_bytes(monkeypatch):
+    monkeypatch.setattr(masks_module, "PIXELS_AT_ONCE", 5 * HEIGHT * WIDTH)
+    assert encode_on_device(torch.from_numpy(drawn())) == expected(drawn())
 
 
 def test_the_masks_of_coco_s_images_give_the_same_bytes(coco_tiny):

@@ -16,7 +16,7 @@ from in_threads import processes as processes_in_threads
 
 from shared.errors import UserError
 from shared.training import processes
-from shared.training.processes import choose_device, first_on_each_machine, local_processes
+from shared.training.processes import broadcast_from_chief, choose_device, first_on_each_machine, local_processes
 
 
 @pytest.fixture
@@ -200,3 +200,26 @@ def test_on_one_machine_no_process_listens_to_the_network(tmp_path):
     assert len(addresses) == 2
     assert all(addresses)
     assert {address for each in addresses for address in each} == {"127.0.0.1"}
+
+
+def buffers(value):
+    """Of three data types and both memory formats."""
+    images = torch.full((2, 3, 4, 5), float(value)) + torch.arange(5)
+    images = images.to(memory_format=torch.channels_last) if value else images
+    count, flag = torch.tensor(value), torch.tensor([bool(value), True])
+    return [images, count, torch.full((3,), value + 0.5), flag, torch.tensor(value * 10), torch.zeros(0)]
+
+
+def test_buffers_take_the_chief_s_values_in_one_broadcast_per_data_type(monkeypatch):
+    sent = []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: sent.append(tensor.clone()))
+    broadcast_from_chief(buffers(7))
+    assert [tensor.dtype for tensor in sent] == [torch.float32, torch.int64, torch.bool]
+    others = buffers(0)
+    places = [tensor.data_ptr() for tensor in others]
+    received = iter(sent)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: tensor.copy_(next(received)))
+    broadcast_from_chief(others)
+    for found, expected, place in zip(others, buffers(7), places, strict=True):
+        assert torch.equal(found, expected)
+        assert found.data_ptr() == place

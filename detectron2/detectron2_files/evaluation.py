@@ -29,11 +29,8 @@ from torch import nn
 
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
-from shared.evaluation.masks import encode_masks, encode_on_device
+from shared.evaluation.masks import encode, encode_masks, masks_at_once
 from shared.evaluation.reducer import ChiefReducer, Gather
-
-_MASK_PIXELS = 2**27  # of masks at the image's size that are held at once: 128 MiB of booleans
-
 
 # --- detections -------------------------------------------------------------------------------------
 
@@ -62,7 +59,7 @@ def to_detections(instances: Instances, image_id: int) -> Detections:
     masks, keypoints = None, None
     fields = dict(instances.get_fields())
     if (pixels := fields.pop("pred_masks", None)) is not None:  # which stay where they are: they are large
-        masks = encode_on_device(pixels.bool()) if pixels.is_cuda else encode_masks(pixels.bool().numpy())
+        masks = encode(pixels.bool())
     instances = Instances(instances.image_size, **fields).to("cpu")
     if instances.has("pred_keypoints"):
         keypoints = np.array(instances.pred_keypoints)
@@ -85,7 +82,7 @@ def to_detections(instances: Instances, image_id: int) -> Detections:
 
 
 def _pasted(instances: Instances, image_id: int, height: int, width: int) -> Detections:
-    at_once = max(_MASK_PIXELS // (height * width), 1) if instances.has("pred_masks") else max(len(instances), 1)
+    at_once = masks_at_once(height, width) if instances.has("pred_masks") else max(len(instances), 1)
     parts = [
         to_detections(detector_postprocess(instances[start : start + at_once], height, width), image_id)
         for start in range(0, max(len(instances), 1), at_once)

@@ -16,7 +16,9 @@ try:
     import mmcv.ops  # noqa: F401
     import mmdet.models  # noqa: F401
 
-    from mmdetection_files import weights  # noqa: F401 before a model reads any
+    from mmdetection_files import masks, weights  # noqa: F401 weights: before a model reads any
+
+    masks.install()
 except Exception as error:  # what does not fit shows as ImportError, OSError, AssertionError, …
     sys.exit(
         f"error: mmdet 2.28 or the mmcv 1.7 it needs cannot be imported ({type(error).__name__}: "

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from mmcv import Config
-from mmdet.core import INSTANCE_OFFSET, encode_mask_results
+from mmdet.core import INSTANCE_OFFSET
 from mmdet.core.evaluation import recall
 from mmdet.datasets import CustomDataset
 
@@ -57,8 +57,13 @@ def to_detections(result: Any, image_id: int) -> Detections:
         boxes=rows[:, :4],
         scores=rows[:, 4],
         labels=np.repeat(np.arange(len(boxes)), [len(of_class) for of_class in boxes]),
-        masks=None if masks is None else encode_masks([np.asarray(mask) for of_class in masks for mask in of_class]),
+        masks=None if masks is None else _encoded([mask for of_class in masks for mask in of_class]),
     )
+
+
+def _encoded(masks: list[Any]) -> list[dict]:
+    """RLE dicts of an image's masks: arrays, or dicts already, see `mmdetection_files.masks`."""
+    return masks if masks and isinstance(masks[0], dict) else encode_masks([np.asarray(mask) for mask in masks])
 
 
 def _of_segments(segments: np.ndarray, image_id: int) -> Detections:
@@ -90,11 +95,17 @@ def to_own_result(result: Any, index: int) -> OwnResult:
     """The result with its masks encoded, as mmdet's test loop hands it to `evaluate`."""
     if isinstance(result, tuple):
         boxes, masks = result
-        result = boxes, encode_mask_results(masks)
+        result = boxes, _encoded_by_class(masks)
     elif isinstance(result, dict) and "ins_results" in result:
         boxes, masks = result["ins_results"]
-        result = {**result, "ins_results": (boxes, encode_mask_results(masks))}
+        result = {**result, "ins_results": (boxes, _encoded_by_class(masks))}
     return OwnResult(index, result)
+
+
+def _encoded_by_class(masks: Any) -> Any:
+    if isinstance(masks, tuple):  # Mask Scoring R-CNN: masks, and scores of their own
+        return _encoded_by_class(masks[0]), masks[1]
+    return [_encoded(of_class) for of_class in masks]
 
 
 # EvalHook's own arguments, which tools/test.py takes out too; the rest is `evaluate`'s

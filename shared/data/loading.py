@@ -81,7 +81,7 @@ class PrefetchLoader:
     """Copies each batch to the device, and prepares it there, while the device still trains on the last one.
 
     On a GPU batch N + 1 is taken from the loader, and its copy and preparation are enqueued on a stream of their own,
-    before batch N is yielded: a step that makes the host wait for the device, as a GradScaler's does, comes too late to
+    before batch N is yielded: a step that makes the host wait for the device, as a library's may, comes too late to
     hold them up. The loader's workers keep more batches than that one ready, so that taking it seldom waits; where it
     does, the training would have waited a step later. The results are the bits of a run without: what `prepare` draws
     must follow from the batch's number. An error of batch N + 1 is raised once batch N has been trained.
@@ -90,18 +90,25 @@ class PrefetchLoader:
         loader: yields `Batch` on the host; in pinned memory, or the copies wait.
         prepare: the detector's work on a batch that is on the device (normalisation, say), given the
             batch and its number, counted from `first_batch`. Called by the thread that trains.
+        explain: the error to raise if the device's memory is not enough for a batch on the host with that number.
 
     Attributes:
         waiting: seconds spent waiting for the loader, since it was last set to 0.
     """
 
     def __init__(
-        self, loader: DataLoader, device: torch.device, prepare: Callable[[Batch, int], Batch], first_batch: int = 0
+        self,
+        loader: DataLoader,
+        device: torch.device,
+        prepare: Callable[[Batch, int], Batch],
+        first_batch: int = 0,
+        explain: Callable[[Batch, int], Exception] | None = None,
     ):
         self.loader = loader
         self.device = device
         self.prepare = prepare
         self.first_batch = first_batch
+        self.explain = explain
         self.waiting = 0.0
 
     def __len__(self) -> int:
@@ -145,7 +152,12 @@ class PrefetchLoader:
         if fetched is None:
             return None
         number, batch = fetched
-        return self.prepare(to_device(batch, self.device), number)
+        try:
+            return self.prepare(to_device(batch, self.device), number)
+        except torch.cuda.OutOfMemoryError as error:
+            if self.explain is None:
+                raise
+            raise self.explain(batch, number) from error
 
 
 def _record_stream(batch: Batch, stream: torch.cuda.Stream) -> None:

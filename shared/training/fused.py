@@ -6,6 +6,7 @@ parameters but for float32's rounding: the kernels round a multiplication and an
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ _CHOICES = ("fused", "foreach")
 
 
 def fuse(optimizer: Optimizer) -> Optimizer:
-    """Switches the fused step on where PyTorch has one, unless the config says `fused` or `foreach` itself.
+    """The optimizer with the fused step where PyTorch has one, unless the config says `fused` or `foreach` itself. A
+    fused optimizer of PyTorch's own class is a new object, with the same groups: use the one returned.
 
     A checkpoint that is loaded leaves that as it is: how an optimizer steps is a run's own, and its state the same.
     """
@@ -28,6 +30,8 @@ def fuse(optimizer: Optimizer) -> Optimizer:
     if not any(_is_said(group) for group in groups) and _has_fused(of_torch, parameters):
         for group in groups:
             group["fused"] = True
+        if type(optimizer) is of_torch:
+            optimizer = _constructed_fused(optimizer)
         if of_torch is SGD:
             optimizer.register_step_pre_hook(_begin_momentum)
     optimizer.register_load_state_dict_pre_hook(_keep_choices)
@@ -56,6 +60,18 @@ def _has_fused(of_torch: type[Optimizer], parameters: list[torch.Tensor]) -> boo
         except (RuntimeError, TypeError):
             return False
     return True
+
+
+def _constructed_fused(optimizer: Optimizer) -> Optimizer:
+    """The same optimizer, with `fused=True` given to its constructor.
+
+    Only then does PyTorch let a GradScaler leave the scale and the skipped steps to the kernel. Otherwise the scaler
+    waits for the device in each step. A subclass with a `step` of its own must not get this: it may read gradients,
+    which would still be scaled.
+    """
+    accepted = inspect.signature(type(optimizer)).parameters
+    defaults = {name: value for name, value in optimizer.defaults.items() if name in accepted}
+    return type(optimizer)(optimizer.param_groups, **{**defaults, "foreach": None, "fused": True})
 
 
 def _begin_momentum(optimizer: Optimizer, arguments: Any, named: Any) -> None:

@@ -2,46 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
-from shared.errors import UserError, count_of
+from shared.errors import UserError
+
+
+@contextlib.contextmanager
+def out_of_memory_as(explain: Callable[[torch.cuda.OutOfMemoryError], UserError]) -> Iterator[None]:
+    """Raises what `explain` returns if the GPU's memory is not enough meanwhile."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise explain(error) from error
 
 
 def out_of_memory(
-    batch_number: int,
+    where: str,
     images: Any,
-    per_slot_batch_size: int,
-    slots: int,
-    aggregation_frequency: int,
-    kept: int,
-    peak: int,
-    whole: int,
+    fix: str,
+    model: torch.nn.Module,
+    optimizers: Iterable[torch.optim.Optimizer],
+    device: torch.device,
 ) -> UserError:
-    """The error of a batch, counted from 0.
+    """The error of a batch.
 
     Args:
+        where: which batch, and of what.
         images: of the batch: (B, …, height, width), or a list of (…, height, width).
-        kept: bytes of weights, gradients and the optimizer's state; see `bytes_kept`.
-        peak: bytes that were taken at most; whole: those of the device.
+        fix: what to do.
     """
-    smaller = max((n for n in range(1, per_slot_batch_size) if per_slot_batch_size % n == 0), default=None)
-    if smaller is None:
-        advice = "A slot has one image already: smaller images or hyperparameters.amp take less"
-    else:
-        frequency = aggregation_frequency * (per_slot_batch_size // smaller)
-        advice = (
-            f"hyperparameters.global_batch_size: {smaller * slots} with optimizations.aggregation_frequency: "
-            f"{frequency} has the same images in a step, and hyperparameters.amp takes less"
-        )
+    kept, peak = bytes_kept(model, optimizers), torch.cuda.max_memory_allocated(device)
+    whole = torch.cuda.get_device_properties(device).total_memory
     sizes = _sizes_of(images)
     pixels = f" of {sizes} pixels" if sizes else ""
     return UserError(
-        f"CUDA out of memory in batch {batch_number + 1}, {count_of(per_slot_batch_size, 'image')} a slot{pixels}: "
-        f"weights, gradients and optimizer take {_gib(kept)}, the batch {_gib(max(peak - kept, 0))} and what did not "
-        f"fit, of {_gib(whole)}. {advice}. The last checkpoint is whole"
+        f"CUDA out of memory in {where}{pixels}: weights, gradients and optimizer take {_gib(kept)}, the batch takes "
+        f"{_gib(max(peak - kept, 0))} and what did not fit, of {_gib(whole)}. Fix: {fix}"
+    )
+
+
+def out_of_memory_anywhere(error: torch.cuda.OutOfMemoryError) -> UserError:
+    """The error of what belongs to no batch: a model on its way to the device, say."""
+    said = str(error).strip().partition("\n")[0].partition(" If reserved but")[0].rstrip(".")
+    return UserError(
+        f"{said}. Fix: stop other programs that use this GPU (`nvidia-smi` lists them), or give a smaller "
+        "hyperparameters.global_batch_size, or hyperparameters.amp"
+    )
+
+
+def smaller_batch(per_slot_batch_size: int, slots: int, aggregation_frequency: int | None) -> str:
+    """What to do about a batch.
+
+    Args:
+        aggregation_frequency: of a training, whose smaller batch learns the same; None to evaluate or predict.
+    """
+    smaller = max((n for n in range(1, per_slot_batch_size) if per_slot_batch_size % n == 0), default=None)
+    if smaller is None:
+        return "a slot has one image already; give smaller images, or hyperparameters.amp"
+    if aggregation_frequency is None:
+        return f"--set hyperparameters.global_batch_size={smaller * slots} detects on fewer images at a time"
+    frequency = aggregation_frequency * (per_slot_batch_size // smaller)
+    return (
+        f"hyperparameters.global_batch_size: {smaller * slots} with optimizations.aggregation_frequency: {frequency} "
+        "has the same images in a step, and hyperparameters.amp takes less"
     )
 
 

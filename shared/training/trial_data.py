@@ -161,7 +161,7 @@ class TrialData:
     def build_training_data_loader(self) -> PrefetchLoader:
         loader = self._loader(self.training_dataset(), self.training_batches(), training=True)
         self.training_loader = PrefetchLoader(
-            loader, self.context.device, self._prepare_training_batch, self.first_batch
+            loader, self.context.device, self._prepare_training_batch, self.first_batch, self._prefetch_out_of_memory
         )
         return self.training_loader
 
@@ -223,6 +223,9 @@ class TrialData:
     def _prepare_training_batch(self, batch: Batch, number: int) -> Batch:
         seed_all(self.seed, self.rank, number, 0)
         return self.prepare(batch, number)
+
+    def _prefetch_out_of_memory(self, batch: Batch, number: int) -> UserError:
+        return self.out_of_memory(f"the copy of batch {number + 1} to the GPU", batch, self.smaller_batch())
 
     def seed_image(self, number: int, position: int) -> None:
         """Seeds what is drawn for the image at a position of this slot's part of training batch `number`."""

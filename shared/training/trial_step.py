@@ -13,12 +13,12 @@ from torch import nn
 
 from shared.data.loading import Batch
 from shared.data.seeding import seed_all
-from shared.errors import UserError
+from shared.errors import UserError, count_of
 from shared.experiment import TrainingHyperparameters
 from shared.training.averaging import AveragedWeights
 from shared.training.freezing import freeze
 from shared.training.hang import Phase
-from shared.training.memory import bytes_kept, out_of_memory
+from shared.training.memory import out_of_memory, out_of_memory_as, smaller_batch
 from shared.training.precision import autocast, train_depthwise_in_float32
 from shared.training.stopping import Stopping
 from shared.training.training_metrics import STEPS_A_SCALE_MAY_SKIP, TrainingMetrics, diverged
@@ -169,11 +169,10 @@ class TrialStep:
         seed_all(self.seed, self.rank, batch_idx, 1)  # dropout and the like: no two slots alike, and a resume exact
         self.before_batch(batch_idx)
         try:
-            losses = self._step(batch, batch_idx)
+            with out_of_memory_as(lambda _: self.out_of_memory(f"batch {batch_idx + 1}", batch, self.smaller_batch())):
+                losses = self._step(batch, batch_idx)
         except FloatingPointError as error:  # Detectron2 looks itself
             raise diverged(batch_idx, batch.image_ids) from error
-        except torch.cuda.OutOfMemoryError as error:
-            raise self._out_of_memory(batch, batch_idx) from error
         self.watch.mark(Phase.STEPPED, batch_idx + 1)
         may_skip = 0 if self.scaler is None else STEPS_A_SCALE_MAY_SKIP
         self.training_metrics.update(losses, batch_idx, batch.image_ids, len(batch.skipped), may_skip)
@@ -202,18 +201,17 @@ class TrialStep:
                 self.ema.update(self.plain_model)
         return losses
 
-    def _out_of_memory(self, batch: Batch, batch_idx: int) -> UserError:
-        device = self.context.device
-        return out_of_memory(
-            batch_idx,
-            batch.images,
-            self.per_slot_batch_size,
-            self.slots,
-            self.aggregation_frequency,
-            kept=bytes_kept(self.plain_model, [self.optimizer]),
-            peak=torch.cuda.max_memory_allocated(device),
-            whole=torch.cuda.get_device_properties(device).total_memory,
-        )
+    def out_of_memory(self, where: str, batch: Batch, fix: str) -> UserError:
+        """The error of a batch that the GPU's memory is not enough for; `where` says which, `fix` what to do."""
+        where = f"{where}, {count_of(len(batch), 'image')} a slot"
+        optimizers = [self.optimizer] if self.for_training else []
+        fix = f"{fix}. The last checkpoint is whole" if self.for_training else fix
+        return out_of_memory(where, batch.images, fix, self.plain_model, optimizers, self.context.device)
+
+    def smaller_batch(self) -> str:
+        """What to do about a batch of a training's size."""
+        frequency = self.aggregation_frequency if self.for_training else None
+        return smaller_batch(self.per_slot_batch_size, self.slots, frequency)
 
     def _clip(self) -> Callable[[Any], None] | None:
         clip = self.clip_gradients()

@@ -21,6 +21,8 @@ from shared.evaluation.evaluator import summary_metrics
 from shared.evaluation.reducer import ChiefReducer
 from shared.experiment import SplitData, TrainingHyperparameters
 from shared.training.hang import Phase
+from shared.training.memory import out_of_memory_as
+from shared.training.processes import broadcast_from_chief
 from shared.training.python_state import python_state
 from shared.training.validation_loss import PREFIX, TOTAL, ValidationLoss, as_one_process, giving_losses
 from shared.training.watch import Watch
@@ -55,7 +57,9 @@ class TrialValidation:
     val_data: SplitData
     seed: int
     slots: int
+    per_slot_batch_size: int
     batches_trained: int
+    for_training: bool
     watch: Watch
 
     # --- what a detector says of itself ---------------------------------------------------------------
@@ -101,14 +105,30 @@ class TrialValidation:
     def detect_on_host_batch(self, batch: Batch) -> list[Detections]:
         """The detections of a batch as the evaluation loader yields it."""
         model = self.evaluation_model.eval()
-        batch = self.prepare(to_device(batch, self.context.device), None)
-        with self.autocast(), self._uncompiled():
-            return self.detect(model, batch)
+        with out_of_memory_as(lambda _: self._evaluation_out_of_memory(batch)):
+            prepared = self.prepare(to_device(batch, self.context.device), None)
+            with self.autocast(), self._uncompiled():
+                return self.detect(model, prepared)
+
+    def _evaluation_out_of_memory(self, batch: Batch) -> UserError:
+        where = f"the validation after batch {self.batches_trained}" if self.for_training else "detecting"
+        if len(batch) > 1 and self.evaluation_batch_size != self.per_slot_batch_size:
+            fix = "give fewer images per validation batch in the detector's config"
+        elif len(batch) > 1:
+            fix = self.smaller_batch()
+        else:
+            fix = "it detects on one image at a time already; give smaller images, or hyperparameters.amp"
+        return self.out_of_memory(where, batch, fix)
 
     @torch.no_grad()
     def losses_of_image(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The losses of a batch of one image on the host, one of `for_loss`: scalars on the device, not finite where
         the library finds that they would be."""
+        fix = "leave hyperparameters.validation_loss out, or give smaller images"
+        with out_of_memory_as(lambda _: self.out_of_memory("the losses of a validation image", batch, fix)):
+            return self._losses_of_image(batch)
+
+    def _losses_of_image(self, batch: Batch) -> dict[str, torch.Tensor]:
         model = self.evaluation_model.eval()
         batch = self.prepare(to_device(batch, self.context.device), None)
         precision = self.autocast()  # the evaluation's: asked for before the model is in training mode
@@ -152,6 +172,8 @@ class TrialValidation:
             )
         try:
             self.losses_of_image(collate([sample]))
+        except UserError:
+            raise
         except Exception as error:  # a library's losses may ask for whatever a training has
             raise UserError(
                 "hyperparameters.validation_loss: the losses of this model cannot be computed on the validation images "
@@ -172,9 +194,8 @@ class TrialValidation:
         """Gives every slot the chief's running statistics, which the checkpoint holds: DDP aligns them only at
         the next training step, and the averaged model's never."""
         if self.slots > 1:
-            for model in dict.fromkeys((self.plain_model, self.evaluation_model)):
-                for buffer in model.buffers():
-                    torch.distributed.broadcast(buffer, src=0)
+            models = dict.fromkeys((self.plain_model, self.evaluation_model))
+            broadcast_from_chief(buffer for model in models for buffer in model.buffers())
 
 
 class ValidationResult(PyTorchCallback):

@@ -343,26 +343,75 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(r
     assert all(weights.isfinite().all() for weights in checkpoint.weights.values())
 
 
-def test_out_of_memory_says_what_took_it_and_the_smaller_batch_and_keeps_the_checkpoint(
-    refused, run_config, tmp_path, monkeypatch
-):
-    losses = EfficientDetTrial.losses
-
-    def full(self, model, batch):
-        if self.batches_trained == 6:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-        return losses(self, model, batch)
-
-    monkeypatch.setattr(EfficientDetTrial, "losses", full)
+@pytest.fixture
+def small_gpu(monkeypatch):
+    """What an error about a GPU of 4 GiB reads of it; and what raises one in a method, from a batch of the run on."""
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 3 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=4 * 2**30))
+
+    def out_of_memory(method, batches=0):
+        original = getattr(EfficientDetTrial, method)
+
+        def full(self, *arguments):
+            if self.batches_trained >= batches:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. If reserved but")
+            return original(self, *arguments)
+
+        monkeypatch.setattr(EfficientDetTrial, method, full)
+
+    return out_of_memory
+
+
+def test_out_of_memory_says_what_took_it_and_the_smaller_batch_and_keeps_the_checkpoint(
+    refused, run_config, tmp_path, small_gpu
+):
+    small_gpu("losses", batches=6)
     line = refused("train", run_config(), "--output-dir", tmp_path / "run")
     assert (
         "CUDA out of memory in batch 7, 4 images a slot of 128 × 128 pixels: weights, gradients and optimizer" in line
     )
-    assert "the batch 3.0 GiB and what did not fit, of 4.0 GiB" in line
+    assert "the batch takes 3.0 GiB and what did not fit, of 4.0 GiB. Fix: hyperparameters" in line
     assert "global_batch_size: 2 with optimizations.aggregation_frequency: 2 has the same images in a step" in line
     assert read_checkpoint(tmp_path / "run/checkpoints/last").batches == 4
+
+
+def test_out_of_memory_for_a_batch_ahead_names_the_smaller_batch(refused, run_config, tmp_path, small_gpu):
+    small_gpu("prepare", batches=1)
+    line = refused("train", run_config(), "--output-dir", tmp_path / "run")
+    assert "CUDA out of memory in the copy of batch 2 to the GPU, 4 images a slot of 128 × 128 pixels" in line
+    assert "global_batch_size: 2 with optimizations.aggregation_frequency: 2 has the same images in a step" in line
+    assert "The last checkpoint is whole" in line
+
+
+def test_out_of_memory_in_a_validation_names_the_smaller_batch(refused, run_config, tmp_path, small_gpu):
+    small_gpu("detect", batches=4)
+    line = refused("train", run_config(), "--output-dir", tmp_path / "run")
+    assert "CUDA out of memory in the validation after batch 4, 4 images a slot of 128 × 128 pixels" in line
+    assert "global_batch_size: 2 with optimizations.aggregation_frequency: 2 has the same images in a step" in line
+
+
+def test_out_of_memory_for_a_validation_loss_says_to_leave_it_out(refused, run_config, tmp_path, small_gpu):
+    small_gpu("image_losses")
+    config = run_config(hyperparameters__validation_loss=True)
+    line = refused("train", config, "--output-dir", tmp_path / "run")
+    assert "CUDA out of memory in the losses of a validation image, 1 image a slot of 128 × 128 pixels" in line
+    assert "Fix: leave hyperparameters.validation_loss out" in line
+
+
+def test_out_of_memory_of_an_evaluation_says_how_to_detect_on_less(refused, trained, small_gpu):
+    small_gpu("detect")
+    run, config, _ = trained
+    line = refused("evaluate", config, "--checkpoint", run / "checkpoints/best")
+    assert "CUDA out of memory in detecting, 4 images a slot of 128 × 128 pixels" in line
+    assert "Fix: --set hyperparameters.global_batch_size=2" in line
+    assert "checkpoint is whole" not in line
+
+
+def test_out_of_memory_before_any_batch_is_one_line_with_advice(refused, run_config, tmp_path, small_gpu):
+    small_gpu("switched")
+    line = refused("train", run_config(), "--output-dir", tmp_path / "run")
+    assert line.startswith("error: CUDA out of memory. Tried to allocate 20.00 MiB. Fix: stop other programs")
+    assert "global_batch_size" in line
 
 
 def test_a_search_off_the_cluster_names_the_keys_to_set(refused):

@@ -13,6 +13,7 @@ import torchvision
 from tiny_models import MMDETECTION, use_operations_in_pytorch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from mmdetection_files import operations
 
@@ -57,6 +58,24 @@ def _with_derivatives(function, arguments):
         # regions and boxes have no derivative in either
         found += [given.grad for given in arguments if isinstance(given, torch.Tensor) and given.grad is not None]
     return found
+
+
+class HostReads(TorchFunctionMode):
+    """Counts what would make the host wait for a GPU: values that are read, and shapes that follow from values."""
+
+    WAITS = ("tolist", "item", "nonzero", "unique", "cpu", "__bool__", "__int__", "__float__", "__index__")
+
+    def __enter__(self):
+        self.found = []
+        return super().__enter__()
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        name = function.__name__
+        index = arguments[1] if name == "__getitem__" else ()
+        by_list = any(isinstance(each, list) for each in (index if isinstance(index, tuple) else (index,)))
+        if name in self.WAITS or by_list:
+            self.found.append(name)
+        return function(*arguments, **(named or {}))
 
 
 def boxes_and_scores(count, seed=0, grid=False, dtype=torch.float32):
@@ -229,6 +248,18 @@ def test_deformable_pooling_has_the_derivatives_of_its_values(in_pytorch):
     assert torch.autograd.gradcheck(
         lambda given, moved: mmcv.ops.deform_roi_pool(given, rois, moved, (2, 3), 0.25, 2, 0.1), (image, offset)
     )
+
+
+def test_pooling_reads_the_device_as_often_for_many_regions_as_for_one(in_pytorch):
+    image = features()
+    for sampling, most in ((0, 2), (2, 0)):
+        counts = []
+        for rois in (regions()[:1], regions(60)):
+            with HostReads() as reads:
+                mmcv.ops.roi_align(image, rois, (3, 2), 0.25, sampling, "max", True)
+                mmcv.ops.deform_roi_pool(image, rois, None, (3, 2), 0.25, sampling)
+            counts.append(len(reads.found))
+        assert counts == [2 * most, 2 * most]
 
 
 # Convolutions
@@ -406,6 +437,17 @@ def test_focal_losses_have_the_derivatives_of_their_values(in_pytorch, loss, wei
     assert torch.autograd.gradcheck(lambda given: function(given, target, 2.0, 0.25, weight, "sum"), scores)
 
 
+@pytest.mark.parametrize("loss", ["sigmoid_focal_loss", "softmax_focal_loss"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_focal_losses_read_nothing_from_the_device(in_pytorch, loss, weighted):
+    scores, target = focal_inputs(torch.float32)
+    target = target % 5 if loss == "softmax_focal_loss" else target
+    scores.requires_grad_()
+    with HostReads() as reads:
+        getattr(mmcv.ops, loss)(scores, target, 2.0, 0.25, torch.rand(5) if weighted else None, "sum").backward()
+    assert reads.found == []
+
+
 def test_softmax_focal_loss_without_focus_is_the_cross_entropy(in_pytorch):
     scores, target = focal_inputs(torch.float64)
     found = mmcv.ops.softmax_focal_loss(scores, target % 5, 0.0, 1.0, None, "none")
@@ -429,6 +471,22 @@ def test_deformable_attention_is_mmcv_s_own_for_the_cpu(in_pytorch):
     ):
         results.append(_with_derivatives(function, (value, places, weights)))
     torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+
+
+def test_deformable_attention_reads_sizes_once_per_model_pass(in_pytorch):
+    from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction as Attention
+
+    places, weights = torch.rand(2, 26, 2, 2, 4, 2), torch.rand(2, 26, 2, 2, 4)
+    with HostReads() as reads:
+        for sizes in ([[4, 5], [2, 3]], [[2, 3], [4, 5]]):  # a pass of three layers at each of two sizes
+            shapes = torch.tensor(sizes)
+            start = value = torch.rand(2, 26, 2, 4, requires_grad=True)
+            for _ in range(3):
+                output = Attention.apply(value, shapes, torch.tensor([0, shapes[0].prod()]), places, weights, 64)
+                value = output.view_as(start)
+            value.sum().backward()
+            assert torch.isfinite(start.grad).all()
+    assert reads.found.count("tolist") == 2
 
 
 def test_mmcv_s_synchronised_normalisation_in_one_process_is_torch_s(in_pytorch):

@@ -109,7 +109,7 @@ def _weights(
         grid = torch.full((len(rois), 2), sampling_ratio, device=rois.device)
         samples = np.full(len(rois), sampling_ratio**2)
     else:
-        grid = (rois[:, [4, 3]] * scale / rois.new_tensor(pooled)).ceil().long()
+        grid = (rois[:, 3:5].flip(1) * scale / rois.new_tensor(pooled)).ceil().long()
         samples = grid.prod(1).cpu().numpy()  # to the host once, for the lengths of all that follows
     ends = samples.repeat(pooled[0] * pooled[1]).cumsum()
     start, before = 0, 0

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 __all__ = ["ms_deform_attn_backward", "ms_deform_attn_forward"]
+
+_Sizes = list[list[int]]
+_latest: tuple[Callable[[], Tensor | None], _Sizes] = (lambda: None, [])  # the sizes read last, and their tensor
 
 
 def ms_deform_attn_forward(
@@ -19,7 +25,7 @@ def ms_deform_attn_forward(
     """(N, queries, channels), of the shapes that mmcv.ops.multi_scale_deform_attn documents."""
     from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch  # imports mmcv._ext itself
 
-    return multi_scale_deformable_attn_pytorch(value, spatial_shapes.tolist(), sampling_locations, attention_weights)
+    return multi_scale_deformable_attn_pytorch(value, _sizes_of(spatial_shapes), sampling_locations, attention_weights)
 
 
 def ms_deform_attn_backward(
@@ -41,3 +47,14 @@ def ms_deform_attn_backward(
     derivatives = torch.autograd.grad(output, inputs, grad_output)
     for kept, derivative in zip((grad_value, grad_sampling_loc, grad_attn_weight), derivatives, strict=True):
         kept.copy_(derivative)
+
+
+def _sizes_of(spatial_shapes: Tensor) -> _Sizes:
+    """The tensor's numbers on the host. All layers of a model are given the same tensor, forward and backward: on a
+    GPU the host waits once for it, not once per layer and direction. The caller must not write into it."""
+    global _latest
+    tensor, sizes = _latest
+    if tensor() is not spatial_shapes:
+        sizes = spatial_shapes.tolist()
+        _latest = weakref.ref(spatial_shapes), sizes
+    return sizes

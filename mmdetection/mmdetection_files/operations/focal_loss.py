@@ -25,9 +25,9 @@ def sigmoid_focal_loss_forward(
     """Writes (N, C) losses of (N, C) scores into `output`."""
     p = input.sigmoid()
     torch.mul(p.pow(gamma), (1 - p).clamp_(min=_SMALLEST).log_(), out=output).mul_(alpha - 1)
-    rows, classes = _positives(target, input.shape[1])
-    p = p[rows, classes]
-    output[rows, classes] = -alpha * (1 - p).pow(gamma) * p.clamp(min=_SMALLEST).log()
+    positive, classes = _positives(target, input.shape[1])
+    p = p.gather(1, classes)
+    _write_positives(output, positive, classes, -alpha * (1 - p).pow(gamma) * p.clamp(min=_SMALLEST).log())
     _weigh(output, target, weight)
 
 
@@ -39,9 +39,10 @@ def sigmoid_focal_loss_backward(
     q = 1 - p
     inner = q.clamp(min=_SMALLEST).log_().mul_(q).mul_(gamma).sub_(p)
     torch.mul(p.pow(gamma), inner, out=grad_input).mul_(alpha - 1)
-    rows, classes = _positives(target, input.shape[1])
-    p, q = p[rows, classes], q[rows, classes]
-    grad_input[rows, classes] = -alpha * q.pow(gamma) * (q - gamma * p * p.clamp(min=_SMALLEST).log())
+    positive, classes = _positives(target, input.shape[1])
+    p, q = p.gather(1, classes), q.gather(1, classes)
+    by_score = -alpha * q.pow(gamma) * (q - gamma * p * p.clamp(min=_SMALLEST).log())
+    _write_positives(grad_input, positive, classes, by_score)
     _weigh(grad_input, target, weight)
 
 
@@ -73,11 +74,18 @@ def softmax_focal_loss_backward(
 
 
 def _positives(target: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    rows = ((target >= 0) & (target < classes)).nonzero()[:, 0]
-    return rows, target[rows]
+    """(N, 1) whether the target is a class, and the class, 0 where it is none. On a GPU the host waits for no count."""
+    positive = ((target >= 0) & (target < classes))[:, None]
+    return positive, torch.where(positive, target[:, None], 0)
+
+
+def _write_positives(output: Tensor, positive: Tensor, classes: Tensor, values: Tensor) -> None:
+    """Writes (N, 1) values at their classes into (N, C), in rows that have one."""
+    output.scatter_(1, classes, torch.where(positive, values, output.gather(1, classes)))
 
 
 def _weigh(losses: Tensor, target: Tensor, weight: Tensor) -> None:
     if weight.numel():
-        rows, classes = _positives(target, len(weight))
-        losses[rows] *= weight[classes].reshape(-1, *[1] * (losses.dim() - 1))
+        positive, classes = _positives(target, len(weight))
+        factors = torch.where(positive, weight[classes], 1)
+        losses *= factors.reshape(-1, *[1] * (losses.dim() - 1))

@@ -116,7 +116,9 @@ def roi_pool_forward(
     # x2 and y2 are the last pixels
     top, bottom = _bins(rois[:, 2] * spatial_scale, (rois[:, 4] + 1) * spatial_scale, pooled_height, height)
     left, right = _bins(rois[:, 1] * spatial_scale, (rois[:, 3] + 1) * spatial_scale, pooled_width, width)
-    rows, columns = _largest(bottom - top), _largest(right - left)
+    if not len(rois):
+        return
+    rows, columns = torch.stack([(bottom - top).max(), (right - left).max()]).tolist()
     if rows * columns == 0:
         return
     pixels = _by_pixel(input)
@@ -240,21 +242,21 @@ def _sampled(
     Args:
         smallest: the least height and width of a region in features; None for no limit.
     """
-    start = rois[:, [2, 1]] * spatial_scale - 0.5 * aligned  # y, x
-    extent = (rois[:, [4, 3]] - rois[:, [2, 1]]) * spatial_scale
+    # flipped, not indexed by a list: a GPU is sent a list, and the host waits
+    first, last = rois[:, 1:3].flip(1), rois[:, 3:5].flip(1)  # y, x
+    start = first * spatial_scale - 0.5 * aligned
+    extent = (last - first) * spatial_scale
     if smallest is not None:
         extent = extent.clamp(min=smallest)
-    bins = extent / extent.new_tensor(size)
-    grids = bins.ceil().long().clamp(min=0) if sampling_ratio <= 0 else torch.full_like(bins, sampling_ratio).long()
+    bins = extent / torch.stack([extent.new_full((), count) for count in size])
     start = start[:, :, None, None]  # (R, 2, 1, 1)
     if offset is not None and offset.numel():
         start = start + gamma * extent[:, :, None, None] * offset.flip(1)
-    for grid in grids.unique(dim=0):
-        height, width = grid.tolist()
+    for (height, width), rows_of_grid in _by_grid(bins, sampling_ratio):
         if height * width == 0:
             continue
         at_once = max(_ELEMENTS_AT_ONCE // (size[0] * size[1] * height * width * channels), 1)
-        for rows in (grids == grid).all(1).nonzero()[:, 0].split(at_once):
+        for rows in rows_of_grid.split(at_once):
             # in mmcv's order of additions: a point may lie on the border of what counts as on the features
             y, x = (
                 start[rows, axis, :, :, None, None]
@@ -264,6 +266,20 @@ def _sampled(
             )
             y, x = (each.flatten(3) for each in torch.broadcast_tensors(y, x))
             yield _Points(rows, rois[rows, 0].long()[:, None, None, None], y, x)
+
+
+def _by_grid(bins: Tensor, sampling_ratio: int) -> list[tuple[tuple[int, int], Tensor]]:
+    """Each height and width of a grid of points, and which regions have it. On a GPU one copy to the host has them all:
+    the wait does not grow with the number of grids."""
+    if not len(bins):
+        return []
+    if sampling_ratio > 0:
+        return [((sampling_ratio, sampling_ratio), torch.arange(len(bins), device=bins.device))]
+    grids = bins.ceil().long().clamp(min=0)
+    distinct, grid_of, counts = grids.unique(dim=0, return_inverse=True, return_counts=True)
+    sizes = torch.cat([distinct, counts[:, None]], 1).tolist()
+    rows = grid_of.argsort(stable=True).split([count for _, _, count in sizes])
+    return [((height, width), of_grid) for (height, width, _), of_grid in zip(sizes, rows, strict=True)]
 
 
 def _along(values: Tensor, axis: int) -> Tensor:
@@ -311,7 +327,3 @@ def _bins(start: Tensor, end: Tensor, count: int, size: int) -> tuple[Tensor, Te
     first = edges[:, :-1].floor().clamp(0, size).long()
     after = edges[:, 1:].ceil().clamp(0, size).long()
     return first, torch.where((extent > 0)[:, None], after, first)
-
-
-def _largest(sizes: Tensor) -> int:
-    return int(sizes.max()) if sizes.numel() else 0
