@@ -24,14 +24,12 @@ WAITS = [
     (".*", "shared/training/trial_checkpoint.py: on_checkpoint_save_start", 1, "a checkpoint is of finite weights"),
     (".*", "shared/training/saving.py: of", 1, "the copy for a checkpoint is complete before the next step"),
     (".* fp16", "shared/training/saving.py: checkpoint_state", 2, "a checkpoint holds the scaler's two numbers"),
-    (".* fp16", "determined/pytorch/_pytorch_context.py: step_fn", 1, "the scaler reads whether to skip a step"),
     ("efficientdet|.* retinanet", "shared/training/validation_loss.py: share", 1, "a validation reads its losses"),
     ("efficientdet.*", "efficientdet/model_def.py: detect", 2, "it reads boxes; the first batch moves the predictor"),
-    ("mmdetection retinanet", "mmdetection/mmdetection_files/operations/focal_loss.py: _positives", 10, "nonzero"),
     ("mmdetection mask r-cnn", "determined/pytorch/_pytorch_context.py: backward", 1, "gradients of masked indexing"),
     ("detectron2 retinanet", "determined/pytorch/_pytorch_context.py: backward", 2, "gradients of masked indexing"),
     ("detectron2 mask r-cnn", "determined/pytorch/_pytorch_context.py: backward", 3, "gradients of masked indexing"),
-    ("detectron2 mask r-cnn", "shared/evaluation/masks.py: encode_on_device", 2, "where the runs of all masks begin"),
+    (".* mask r-cnn", "shared/evaluation/masks.py: _encode_runs", 2, "where the runs of all masks begin"),
 ]
 
 

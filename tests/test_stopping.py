@@ -312,6 +312,18 @@ def test_processes_that_a_library_forks_meanwhile_end_as_ever():
         assert stopping.signal is None
 
 
+def test_a_process_that_is_ended_while_it_is_forked_ends():
+    alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
+    with Stopping(alone) as stopping:
+        stopping.begin()
+        for _ in range(40):
+            process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+            process.start()
+            process.terminate()
+            process.join(60)
+            assert process.exitcode == -signal.SIGTERM
+
+
 def test_a_training_without_a_signal_or_a_searcher_s_word_is_never_stopped():
     alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
     stopping = Stopping(alone, asked_elsewhere=lambda: False)

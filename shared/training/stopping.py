@@ -128,7 +128,6 @@ class Stopping:
 
     def __enter__(self) -> Stopping:
         """Handles SIGTERM and Ctrl-C; a second Ctrl-C ends the process at once."""
-        self._process = os.getpid()
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         self._handles_signals = True
         _handling.append(self)
@@ -141,10 +140,6 @@ class Stopping:
         self._handles_signals = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # sent as it was being forked
-            signal.signal(number, self._previous[number])
-            os.kill(os.getpid(), number)
-            return
         if number == signal.SIGINT and (self.signal is not None or not self._training):
             raise KeyboardInterrupt
         if not self._training:
@@ -153,15 +148,26 @@ class Stopping:
 
 
 _handling: list[Stopping] = []
+_before_fork = threading.local()
+
+
+def _block_signals() -> None:
+    # a library's pool ends its processes by SIGTERM, and Python forgets what a process is sent while it is being forked
+    handled = {signal.SIGTERM, signal.SIGINT} if _handling else set()
+    _before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, handled)
+
+
+def _unblock_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _before_fork.mask)
 
 
 def _leave_signals_to_forks() -> None:
-    # a library's pool ends its processes by SIGTERM, which a handler of Python's may miss while it begins to wait
     for stopping in list(_handling):
         stopping.__exit__()
+    _unblock_signals()
 
 
-os.register_at_fork(after_in_child=_leave_signals_to_forks)
+os.register_at_fork(before=_block_signals, after_in_parent=_unblock_signals, after_in_child=_leave_signals_to_forks)
 
 
 def outlive_signals(worker_id: int) -> None:
