@@ -47,7 +47,7 @@ def collective(func, name, given, args, kwargs):
 def install_nccl():
     """From here on, `init_process_group("nccl")` starts Gloo with NCCL's rules."""
     start = dist.init_process_group
-    has_device = []
+    has_device, starts = [], []
     set_device = torch.cuda.set_device
 
     def note_device(device):
@@ -59,6 +59,10 @@ def install_nccl():
             raise RuntimeError(f"processes with GPUs must use nccl, not {backend}")
         if not has_device:
             raise RuntimeError("no process has chosen its device: NCCL would put all of them on the first")
+        if "RANK" in os.environ:  # a second start in one process must not read the addresses of the first
+            store, rank, size = next(dist.rendezvous("env://"))
+            starts.append(rank)
+            kwargs |= {"store": dist.PrefixStore(f"start {len(starts)}", store), "rank": rank, "world_size": size}
         return start("gloo", *args, **kwargs)
 
     torch.cuda.set_device = note_device
