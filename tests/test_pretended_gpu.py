@@ -27,7 +27,7 @@ WAITS = [
     ("efficientdet|.* retinanet", "shared/training/validation_loss.py: share", 1, "a validation reads its losses"),
     ("efficientdet.*", "efficientdet/model_def.py: detect", 2, "it reads boxes; the first batch moves the predictor"),
     ("mmdetection mask r-cnn", "determined/pytorch/_pytorch_context.py: backward", 1, "gradients of masked indexing"),
-    ("mmdetection mask r-cnn", "mmdetection/mmdetection_files/masks.py: encode_two_stage", 1, "the labels of all masks"),
+    ("mmdetection mask r-cnn", "mmdetection/mmdetection_files/masks.py: encode_two_stage", 1, "labels of all masks"),
     ("detectron2 retinanet", "determined/pytorch/_pytorch_context.py: backward", 2, "gradients of masked indexing"),
     ("detectron2 mask r-cnn", "determined/pytorch/_pytorch_context.py: backward", 3, "gradients of masked indexing"),
     (".* mask r-cnn", "shared/evaluation/masks.py: _encode_runs", 2, "where the runs of all masks begin"),
