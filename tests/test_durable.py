@@ -56,8 +56,12 @@ def save(folder: RunFolder, batches: int, is_best: bool = True) -> None:
     new = folder.saved(f"checkpoint-{batches}")
     new.mkdir(parents=True)
     with (new / "state_dict.pth").open("wb") as file:
-        weights = {"weight": torch.full((1000,), float(batches))}
-        torch.save({"models_state_dict": [weights], "callbacks": {"training": {"ema": None}}}, file)
+        state = {
+            "models_state_dict": [{"weight": torch.full((1000,), float(batches))}],
+            "optimizers_state_dict": [{"state": {}, "param_groups": []}],
+            "callbacks": {"training": {"ema": None}},
+        }
+        torch.save(state, file)
     (new / "load_data.json").write_text(json.dumps({"experiment_config": {}, "hparams": {}}))
     (new / "categories.json").write_text("[]")
     write_manifest(new, batches)
