@@ -235,8 +235,11 @@ def refused(monkeypatch):
             patch.chdir(ROOT / "efficientdet")
             patch.setenv("XDG_DATA_HOME", "")
             patch.setattr(sys, "argv", ["model_def.py", *map(str, arguments)])
-            with pytest.raises(SystemExit) as ended:
-                main(EfficientDetTrial)
+            try:
+                with pytest.raises(SystemExit) as ended:
+                    main(EfficientDetTrial)
+            finally:
+                stop_workers()
         return ended.value.code
 
     return call
