@@ -72,6 +72,11 @@ def test_weights_are_read_bit_for_bit_on_old_torch(tmp_path, old_torch, as_zip):
     assert matrix.data_ptr() == transposed.data_ptr()
 
 
+@pytest.mark.parametrize(
+    "detector",
+    ["efficientdet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mmdetection", "detectron2"))],
+    indirect=True,
+)
 def test_a_checkpoint_resumes_bit_for_bit_on_old_torch(detector, shapes, train, without_figures, monkeypatch):
     config = CONFIGS[detector](shapes)
     config["data"]["workers"] = 0
