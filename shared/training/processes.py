@@ -170,9 +170,7 @@ def first_on_each_machine(distributed: DistributedContext, function: Callable[[]
     """`function` on one process of each machine and then on the others, which find what it left: a parsed annotation
     file, a checked folder, a download. An error of the first ones is everybody's, and nobody tries again."""
     is_first = distributed.local_rank == 0
-    result, error = _attempt(function) if is_first else (None, None)
-    if errors := [each for each in distributed.allgather(error) if each is not None]:
-        raise UserError(errors[0])
+    result = on_every_rank(distributed, lambda: function() if is_first else None)
     return result if is_first else function()
 
 
