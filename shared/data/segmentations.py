@@ -85,7 +85,7 @@ def wrong_rows(annotations: CocoAnnotations) -> np.ndarray:
     if annotations.cache is None:
         return _look(annotations)
     file, count = annotations.cache / "segmentations" / "wrong.npy", len(annotations.columns["annotation_ids"])
-    return once([file.parent / "lock"], lambda: _remembered(file, count), lambda: _remember(_look(annotations), file))
+    return once([file.parent / "lock"], lambda: _remembered_rows(file, count), lambda: _remember_rows(_look(annotations), file))
 
 
 def why_wrong(annotations: CocoAnnotations, row: int) -> str:
@@ -119,7 +119,7 @@ def _raw(annotations: CocoAnnotations, row: int) -> bytes:
     return annotations.columns["segmentations"][start:end].tobytes()
 
 
-def _remember(rows: np.ndarray, file: Path) -> np.ndarray:
+def _remember_rows(rows: np.ndarray, file: Path) -> np.ndarray:
     try:
         with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", delete=False) as aside:
             np.save(aside, rows)
@@ -130,7 +130,7 @@ def _remember(rows: np.ndarray, file: Path) -> np.ndarray:
     return rows
 
 
-def _remembered(file: Path, count: int) -> np.ndarray | None:
+def _remembered_rows(file: Path, count: int) -> np.ndarray | None:
     try:
         rows = np.load(file)
     except (OSError, ValueError, EOFError):
