@@ -85,7 +85,9 @@ def wrong_rows(annotations: CocoAnnotations) -> np.ndarray:
     if annotations.cache is None:
         return _look(annotations)
     file, count = annotations.cache / "segmentations" / "wrong.npy", len(annotations.columns["annotation_ids"])
-    return once([file.parent / "lock"], lambda: _remembered_rows(file, count), lambda: _remember_rows(_look(annotations), file))
+    return once(
+        [file.parent / "lock"], lambda: _remembered_rows(file, count), lambda: _remember_rows(_look(annotations), file)
+    )
 
 
 def why_wrong(annotations: CocoAnnotations, row: int) -> str:
