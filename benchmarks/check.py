@@ -10,9 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from coco_files import make_file
+from shared.commands import data_report
+from shared.config.experiment import DataConfig, SplitData
 from shared.data import synthetic
-from shared.evaluation import data_report
-from shared.experiment import DataConfig, SplitData
 
 
 def main() -> None:

@@ -28,9 +28,9 @@ from tiny_formats import PICTURES, coco, write_panoptic, write_pictures, write_s
 from detectron2_files.config import load_config, shipped_configs
 from detectron2_hyperparameters import Detectron2Hyperparameters
 from model_def import Detectron2Trial
+from shared.config.experiment import DataConfig, parse_data, parse_section
 from shared.data.dataset import BadImages, SampleKey
 from shared.data.seeding import seed_all
-from shared.experiment import DataConfig, parse_data, parse_section
 
 STUFF = 54  # classes of the zoo's semantic heads, the first for all things
 NEEDS = {

@@ -4,9 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from shared.config_file import fixed_hyperparameters, interpolated, load_config
-from shared.errors import UserError
-from shared.experiment import (
+from shared.config.experiment import (
     Length,
     SearcherMetric,
     parse_data,
@@ -15,6 +13,8 @@ from shared.experiment import (
     parse_section,
     per_slot_batch_size,
 )
+from shared.config.file import fixed_hyperparameters, interpolated, load_config
+from shared.errors import UserError
 
 
 @dataclass

@@ -19,7 +19,7 @@ from determined.common.context import read_v1_context
 from determined_master import DEFAULTS, LOG_POLICIES, SEARCHER_DEFAULTS, handed_over
 from tiny_models import CONFIGS, trial_classes
 
-from shared.experiment import (
+from shared.config.experiment import (
     Length,
     parse_data,
     parse_schedule,

@@ -31,6 +31,7 @@ from torch.utils.data import Dataset
 from detectron2_files.config_protocol import TrainingSet
 from detectron2_files.plain_pickle import unpickle_arrays
 from detectron2_files.rotated import RotatedMapper
+from shared.config.experiment import SplitData, check_masks
 from shared.data.annotations import CocoAnnotations, ImageRecord
 from shared.data.dataset import BadImages, CocoDetection, SampleKey
 from shared.data.images import BadImageError
@@ -40,7 +41,6 @@ from shared.data.samplers import labels_of
 from shared.data.seeding import seed_all
 from shared.data.storage import DiskImages
 from shared.errors import UserError, nearest
-from shared.experiment import SplitData, check_masks
 
 TRAIN_NAME, VAL_NAME, COCO_NAME = "data.train", "data.val", "data"
 _PREFIX = "image-bytes://"

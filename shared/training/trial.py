@@ -18,13 +18,7 @@ from typing import Any
 from determined.pytorch import PyTorchCallback, PyTorchTrial, PyTorchTrialContext
 from tabulate import tabulate
 
-from shared.data.dataset import BadImages
-from shared.data.input_scale import InputScale
-from shared.data.samplers import described
-from shared.data.seeding import seed_all
-from shared.errors import UserError, count_of
-from shared.evaluation.evaluator import CocoEvaluator
-from shared.experiment import (
+from shared.config.experiment import (
     Length,
     parse_data,
     parse_schedule,
@@ -33,30 +27,34 @@ from shared.experiment import (
     parse_seed,
     per_slot_batch_size,
 )
-from shared.training.clock import Clock
+from shared.data.dataset import BadImages
+from shared.data.input_scale import InputScale
+from shared.data.samplers import described
+from shared.data.seeding import seed_all
+from shared.environment import on_cluster
+from shared.errors import UserError, count_of
+from shared.evaluation.evaluator import CocoEvaluator
 from shared.training.determined_fixes import (
     FiniteSearcherMetric,
     PlainRandomState,
     trial_is_stopping,
     wrap_model,
 )
-from shared.training.ending import Ending, Patience
-from shared.training.fused import fuse
-from shared.training.host_memory import keep_freed_memory
+from shared.training.hang import Watch
 from shared.training.loop import aggregation_frequency, periods_of
+from shared.training.memory import keep_freed_memory
 from shared.training.processes import first_on_each_machine, on_chief
-from shared.training.reports import Reports
 from shared.training.resume import BuiltOptimizer
 from shared.training.saving import Background
-from shared.training.stopping import Stopping
-from shared.training.task import on_cluster
+from shared.training.stopping import Clock, Ending, Patience, Stopping
+from shared.training.switches import fuse
+from shared.training.tensorboard import Reports
 from shared.training.training_metrics import TrainingMetrics
 from shared.training.trial_checkpoint import CheckpointedState, TrialCheckpoint
 from shared.training.trial_data import TrialData
 from shared.training.trial_step import TrialStep
 from shared.training.trial_validation import TrialValidation, ValidationResult
 from shared.training.validation_loss import ValidationLoss
-from shared.training.watch import Watch
 
 logger = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ import torch
 from determined.pytorch import PyTorchTrialContext
 from torch.utils.data import DataLoader, Dataset
 
+from shared.config.experiment import DataConfig, SplitData, TrainingHyperparameters, open_split, open_train_and_val
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import BadImages, CocoDetection, Transform
 from shared.data.loading import Batch, NotingSkipped, PrefetchLoader, start_workers
@@ -21,11 +22,10 @@ from shared.data.samplers import EvaluationBatchSampler, TrainingBatchSampler, l
 from shared.data.seeding import seed_all
 from shared.errors import UserError
 from shared.evaluation.evaluator import CocoEvaluator
-from shared.evaluation.reducer import ChiefReducer
-from shared.experiment import DataConfig, SplitData, TrainingHyperparameters, open_split, open_train_and_val
+from shared.evaluation.gathered import ChiefReducer
+from shared.training.hang import show_stacks_when_asked
 from shared.training.stopping import Stopping, outlive_signals
 from shared.training.validation_loss import CollateWithLoss, WithLossSample
-from shared.training.watch import show_stacks_when_asked
 
 logger = logging.getLogger(__name__)
 
