@@ -44,8 +44,8 @@ from detectron2_files.data import CocoSamples
 from detectron2_files.evaluation import to_detections
 from detectron2_hyperparameters import Detectron2Hyperparameters
 from model_def import Detectron2Trial
-from shared.config.experiment import SplitData
 from shared.data.annotations import CocoAnnotations
+from shared.data.open import SplitData
 from shared.data.storage import DiskImages
 from shared.evaluation.evaluator import CocoEvaluator
 

@@ -11,8 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from coco_files import make_file
 from shared.commands import data_report
-from shared.config.experiment import DataConfig, SplitData
+from shared.config.schema import DataConfig
 from shared.data import synthetic
+from shared.data.open import SplitData
 
 
 def main() -> None:

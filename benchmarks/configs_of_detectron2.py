@@ -28,7 +28,8 @@ from tiny_formats import PICTURES, coco, write_panoptic, write_pictures, write_s
 from detectron2_files.config import load_config, shipped_configs
 from detectron2_hyperparameters import Detectron2Hyperparameters
 from model_def import Detectron2Trial
-from shared.config.experiment import DataConfig, parse_data, parse_section
+from shared.config.experiment import parse_data
+from shared.config.schema import DataConfig, parse_section
 from shared.data.dataset import BadImages, SampleKey
 from shared.data.seeding import seed_all
 

@@ -36,7 +36,8 @@ from mmdetection_files.config import load_mmdet_config, shipped_configs
 from mmdetection_files.model import without_pretrained_backbone, without_teacher_weights
 from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparameters
 from model_def import MMDetectionTrial
-from shared.config.experiment import parse_data, parse_section
+from shared.config.experiment import parse_data
+from shared.config.schema import parse_section
 from shared.data.dataset import BadImages, SampleKey
 from shared.data.seeding import seed_all
 from shared.errors import UserError

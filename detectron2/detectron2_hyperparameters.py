@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from shared.config.experiment import TrainingHyperparameters
+from shared.config.schema import TrainingHyperparameters
 from shared.errors import UserError
 from shared.library import PUBLISHED
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from shared.config.experiment import TrainingHyperparameters
+from shared.config.schema import TrainingHyperparameters
 from shared.errors import UserError
 
 

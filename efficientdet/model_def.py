@@ -26,10 +26,11 @@ from torch import nn
 
 from efficientdet_files.data import EfficientDetCollate, EfficientDetTransform, input_config, normalize
 from efficientdet_files.model import build_model, model_config
-from shared.config.experiment import SplitData, parse_section
+from shared.config.schema import parse_section
 from shared.data.dataset import CocoDetection
 from shared.data.input_scale import InputScale
 from shared.data.loading import Batch
+from shared.data.open import SplitData
 from shared.errors import UserError, nearest
 from shared.evaluation.detections import Detections
 from shared.launch import main

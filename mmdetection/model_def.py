@@ -91,20 +91,13 @@ from mmdetection_files.pixels import Normalization
 from mmdetection_files.receptive_field import init_receptive_fields, is_searching, write_structure
 from mmdetection_files.saved_config import RESOLVED_CONFIG, write_resolved
 from mmdetection_files.switches import take_up_switches
-from shared.config.experiment import (
-    Split,
-    SplitData,
-    check_evaluable,
-    check_masks,
-    check_trainable,
-    open_split,
-    parse_section,
-)
 from shared.config.file import find_path
+from shared.config.schema import Split, parse_section
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.dataset import CocoDetection
 from shared.data.input_scale import InputScale
 from shared.data.loading import Batch
+from shared.data.open import SplitData, check_evaluable, check_masks, check_trainable, open_split
 from shared.data.samplers import TrainingBatchSampler
 from shared.errors import UserError
 from shared.evaluation.detections import Detections

@@ -15,10 +15,10 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from shared.config.experiment import check_masks, check_trainable
 from shared.data import annotations, checks, synthetic
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.checks import check_box_format
+from shared.data.open import check_masks, check_trainable
 from shared.errors import UserError
 
 

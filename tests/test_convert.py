@@ -6,9 +6,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from shared.config.experiment import open_split, parse_data
+from shared.config.experiment import parse_data
 from shared.data.annotations import CocoAnnotations
 from shared.data.convert import convert, main
+from shared.data.open import open_split
 from shared.errors import UserError
 
 

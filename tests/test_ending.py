@@ -13,7 +13,7 @@ from test_stopping import without_times
 from tiny_models import efficientdet_config
 
 from shared import launch
-from shared.config.experiment import EarlyStopping, SearcherMetric, parse_section
+from shared.config.schema import EarlyStopping, SearcherMetric, parse_section
 from shared.errors import UserError
 from shared.training.checkpoints import read_checkpoint
 from shared.training.stopping import Clock, Patience, Stopping

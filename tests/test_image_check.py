@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from stores import BUCKET, s3_store
 
-from shared.config.experiment import open_split, parse_data
+from shared.config.experiment import parse_data
+from shared.config.schema import StoreOptions
 from shared.data import remote, storage
-from shared.data.remote import RemoteImages, Sizes, StoreOptions, folders_of, rows_of
+from shared.data.open import open_split
+from shared.data.remote import RemoteImages, Sizes, folders_of, rows_of
 from shared.errors import UserError
 
 

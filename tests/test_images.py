@@ -16,8 +16,9 @@ from conftest import reports
 from PIL import Image
 from tiny_models import CONFIGS, efficientdet_config, trial_classes
 
-from shared.config.experiment import open_split, parse_data
+from shared.config.experiment import parse_data
 from shared.data.images import BadImageError, read_image
+from shared.data.open import open_split
 from shared.data.storage import DiskImages
 from shared.errors import UserError
 from shared.training.checkpoints import load_state

@@ -18,7 +18,7 @@ from tiny_models import efficientdet_config
 
 from shared import launch
 from shared.commands.command_line import _look_at_loggers
-from shared.config.experiment import TrainingHyperparameters, parse_section
+from shared.config.schema import TrainingHyperparameters, parse_section
 from shared.errors import UserError
 from shared.training import loggers
 from shared.training.loggers import Loggers, MlflowRun, WandbRun, _flat, check_loggers, keep_places, metric_name

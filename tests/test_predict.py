@@ -14,7 +14,7 @@ from stores import BUCKET, http_store, s3_store
 
 from shared.commands import detect
 from shared.commands.predict_inputs import _find
-from shared.config.experiment import TrainingHyperparameters
+from shared.config.schema import TrainingHyperparameters
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection
 from shared.data.loading import Batch

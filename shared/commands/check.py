@@ -20,7 +20,8 @@ from shared.errors import UserError
 
 if TYPE_CHECKING:
     from shared.commands.data_report import Report
-    from shared.config.experiment import DataConfig, SplitData
+    from shared.config.schema import DataConfig
+    from shared.data.open import SplitData
     from shared.training.trial import DetectionTrial
 
 
@@ -65,7 +66,8 @@ def check_training(
         images: how many of each split are read; all where None.
     """
     from shared.commands.data_report import SPLITS, Report, describe, open_named
-    from shared.config.experiment import SplitData, parse_data
+    from shared.config.experiment import parse_data
+    from shared.data.open import SplitData
 
     report, opened = Report(), {}
 
@@ -126,7 +128,7 @@ def _begun(trial_class: type[DetectionTrial], config: dict[str, Any]) -> Iterato
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the lines of a training's start, and what these two warn of, which the report has."""
-    warned = ("shared.config.experiment", "shared.training.trial_data")
+    warned = ("shared.data.open", "shared.training.trial_data")
     levels = {None: logging.WARNING, **dict.fromkeys(warned, logging.ERROR)}
     before = {name: logging.getLogger(name).level for name in levels}
     for name, level in levels.items():
@@ -269,7 +271,7 @@ def _data_of_any_detector(config: dict[str, Any]) -> DataConfig:
     """The `data` section; MMDetection's `file_client_args` are read as MMDetection reads them, where that is one of
     our own backends."""
     from shared.config.experiment import parse_data
-    from shared.data.storage import BACKEND_ALIASES, BACKENDS
+    from shared.config.schema import BACKEND_ALIASES, BACKENDS
 
     section = dict(config.get("data") or {})
     client = section.pop("file_client_args", None)

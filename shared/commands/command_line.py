@@ -19,16 +19,9 @@ import determined as det
 
 import shared.environment  # noqa: F401 before torch
 from shared.commands.check import add_arguments as add_check_arguments
-from shared.config.experiment import (
-    DataConfig,
-    TrainingHyperparameters,
-    check_paths,
-    parse_data,
-    parse_searcher_metric,
-    parse_section,
-    refuse_another_detector_s,
-)
+from shared.config.experiment import check_paths, parse_data, parse_searcher_metric, refuse_another_detector_s
 from shared.config.file import fixed_hyperparameters, load_config, make_paths_absolute
+from shared.config.schema import DataConfig, TrainingHyperparameters, parse_section
 from shared.environment import on_cluster
 from shared.errors import DivergedError, UserError, tell_torchrun
 from shared.redaction import redacted

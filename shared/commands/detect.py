@@ -21,11 +21,13 @@ from determined.core import DistributedContext
 from shared import durable
 from shared.commands import videos
 from shared.commands.predict_inputs import GivenImages, Picture, drawn_as, find_files, look_at
-from shared.config.experiment import DataConfig, SplitData, open_split, parse_data
+from shared.config.experiment import parse_data
 from shared.config.file import fixed_hyperparameters, load_config, make_paths_absolute
+from shared.config.schema import DataConfig
 from shared.data.annotations import CocoAnnotations
 from shared.data.images import read_image
 from shared.data.loading import Batch
+from shared.data.open import SplitData, open_split
 from shared.data.storage import DiskImages
 from shared.errors import UserError, check_outputs
 from shared.evaluation import drawing

@@ -18,8 +18,9 @@ import determined as det
 from torch.utils.tensorboard import SummaryWriter
 
 from shared.commands.data_report import save_page
-from shared.config.experiment import SplitData, hang_minutes_of, per_slot_batch_size
+from shared.config.experiment import hang_minutes_of, per_slot_batch_size
 from shared.config.file import fixed_hyperparameters, interpolated, load_config, make_paths_absolute
+from shared.data.open import SplitData
 from shared.evaluation import drawing
 from shared.evaluation.evaluator import CocoEvaluator, metrics_table
 from shared.evaluation.gathered import load_detections

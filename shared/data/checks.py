@@ -18,10 +18,11 @@ import hotcoco
 import msgspec
 import numpy as np
 
+from shared.config.schema import is_url
 from shared.data.annotations import CocoAnnotations
 from shared.data.file_lock import once
 from shared.data.images import darkness
-from shared.data.remote import Look, Sizes, is_url
+from shared.data.remote import Look, Sizes
 from shared.data.storage import DiskImages, ImageStorage, modified
 from shared.errors import UserError
 

@@ -21,6 +21,7 @@ import numpy as np
 import tenacity
 from fsspec.asyn import AsyncFileSystem, sync
 
+from shared.config.schema import StoreOptions
 from shared.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -53,25 +54,6 @@ _DEFINITE = (
 
 class StoreError(UserError):
     """A store that does not answer, or refuses."""
-
-
-@dataclass(frozen=True)
-class StoreOptions:
-    """How to reach a store.
-
-    Attributes:
-        endpoint_url: of an S3-compatible store, or of a GCS emulator; the provider's own where None.
-        anonymous: without credentials; else the provider's usual chain is gone through.
-        timeout: seconds that a store may stay away before the error.
-    """
-
-    endpoint_url: str | None = None
-    anonymous: bool = False
-    timeout: float = 120.0
-
-
-def is_url(path: str) -> bool:
-    return "://" in path
 
 
 def read_url(url: str, options: StoreOptions, size: int | None) -> bytes:

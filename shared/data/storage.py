@@ -22,12 +22,10 @@ from typing import Protocol
 
 import numpy as np
 
+from shared.config.schema import StoreOptions, is_url
 from shared.data import remote, synthetic
-from shared.data.remote import Look, RemoteImages, Sizes, StoreOptions, is_url
+from shared.data.remote import Look, RemoteImages, Sizes
 from shared.errors import UserError
-
-BACKENDS = ("disk", "s3", "gcs", "http", "fake")
-BACKEND_ALIASES = {"gcp": "gcs"}
 
 _AT_ONCE = 2**16  # directory entries
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import optuna
 
-from shared.config.experiment import SearcherMetric, parse_schedule, parse_searcher_metric
+from shared.config.experiment import parse_schedule, parse_searcher_metric
 from shared.config.file import without_ranges
+from shared.config.schema import SearcherMetric
 from shared.errors import UserError, nearest
 
 NAMES = ("adaptive_asha", "grid", "random", "single")

@@ -16,7 +16,7 @@ import torch
 from determined import core, pytorch
 from determined.core import DistributedContext
 
-from shared.config.experiment import Length, Schedule
+from shared.config.schema import Length, Schedule
 from shared.errors import UserError
 from shared.redaction import redact_yaml_files, without_secrets
 from shared.training.checkpoints import plain_values_only, read_checkpoint, write_manifest

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from determined.core import DistributedContext
 from determined.pytorch import PyTorchCallback
 
-from shared.config.experiment import EarlyStopping, SearcherMetric
+from shared.config.schema import EarlyStopping, SearcherMetric
 from shared.errors import count_of
 
 if TYPE_CHECKING:

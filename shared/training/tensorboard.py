@@ -10,8 +10,8 @@ import numpy as np
 from determined.pytorch import PyTorchCallback
 from PIL import Image
 
-from shared.config.experiment import SplitData
 from shared.data.images import read_image
+from shared.data.open import SplitData
 from shared.evaluation import drawing
 from shared.evaluation.evaluator import CocoEvaluator, metrics_table
 from shared.training.training_metrics import Progress, summary_of

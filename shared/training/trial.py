@@ -18,15 +18,8 @@ from typing import Any
 from determined.pytorch import PyTorchCallback, PyTorchTrial, PyTorchTrialContext
 from tabulate import tabulate
 
-from shared.config.experiment import (
-    Length,
-    parse_data,
-    parse_schedule,
-    parse_searcher_metric,
-    parse_section,
-    parse_seed,
-    per_slot_batch_size,
-)
+from shared.config.experiment import parse_data, parse_schedule, parse_searcher_metric, parse_seed, per_slot_batch_size
+from shared.config.schema import Length, parse_section
 from shared.data.dataset import BadImages
 from shared.data.input_scale import InputScale
 from shared.data.samplers import described

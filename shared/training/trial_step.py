@@ -11,7 +11,7 @@ import torch
 from determined.pytorch import PyTorchTrialContext
 from torch import nn
 
-from shared.config.experiment import TrainingHyperparameters
+from shared.config.schema import TrainingHyperparameters
 from shared.data.loading import Batch
 from shared.data.seeding import seed_all
 from shared.errors import UserError, count_of

@@ -13,8 +13,9 @@ import torch
 from determined.pytorch import PyTorchCallback, PyTorchTrialContext
 from torch import nn
 
-from shared.config.experiment import SplitData, TrainingHyperparameters
+from shared.config.schema import TrainingHyperparameters
 from shared.data.loading import Batch, to_device
+from shared.data.open import SplitData
 from shared.data.seeding import kept_random_state, seed_all
 from shared.errors import UserError
 from shared.evaluation.detections import Detections

@@ -36,8 +36,9 @@ from mmdetection_files.model import (
 )
 from mmdetection_files.saved_config import read_resolved, write_resolved
 from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparameters
-from shared.config.experiment import Length, Split, parse_data, parse_schedule
+from shared.config.experiment import parse_data, parse_schedule
 from shared.config.file import load_config
+from shared.config.schema import Length, Split
 from shared.errors import UserError
 from shared.library import find_library_config
 from shared.training.loop import periods_of
