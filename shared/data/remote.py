@@ -93,7 +93,7 @@ class RemoteImages:
     """
 
     url: str
-    options: StoreOptions = StoreOptions()
+    options: StoreOptions = StoreOptions()  # noqa: RUF009 it is frozen
     _sizes: Sizes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
