@@ -26,7 +26,6 @@ from torch import nn
 
 from efficientdet_files.data import EfficientDetCollate, EfficientDetTransform, input_config, normalize
 from efficientdet_files.model import build_model, model_config
-from shared.config.schema import parse_section
 from shared.data.dataset import CocoDetection
 from shared.data.input_scale import InputScale
 from shared.data.loading import Batch
@@ -46,14 +45,12 @@ class EfficientDetTrial(DetectionTrial):
     """EfficientDet, over the packages effdet and timm."""
 
     hyperparameters_class = EfficientDetHyperparameters
-    path_hyperparameters = ("pretrained",)
     weights_key = "hyperparameters.pretrained"
     without_pretrained: ClassVar = {"pretrained": "none"}
     pretrained_categories: ClassVar = COCO_CATEGORIES
 
     @classmethod
-    def input_scale(cls, config: dict[str, Any]) -> InputScale:
-        hparams = parse_section(config.get("hyperparameters"), cls.hyperparameters_class, "hyperparameters")
+    def input_scale(cls, hparams: EfficientDetHyperparameters) -> InputScale:
         model = model_config(hparams, num_classes=1)
         height, width = input_config(hparams, model)["input_size"][-2:]
         return InputScale(model.anchor_scale * 2**model.min_level, "anchor", min(height, width), max(height, width))

@@ -138,8 +138,7 @@ def run_main(*arguments):
 
 def test_the_command_reports_in_a_table_draws_a_page_of_both_splits_and_ends_with_a_status(data, tmp_path, capsys):
     config, page = tmp_path / "config.yaml", tmp_path / "page.png"
-    client = {"file_client_args": {"backend": "disk"}}  # MMDetection's key
-    config.write_text(yaml.safe_dump({"data": section(data) | client}))
+    config.write_text(yaml.safe_dump({"data": section(data)}))
     assert run_main(config, "--images", "all", "--page", page) == 0
     said = capsys.readouterr().out
     assert "nothing stops the training" in said
@@ -184,8 +183,8 @@ def test_the_training_is_begun_whose_model_says_how_small_boxes_may_be(detector,
 def test_a_python_config_s_smallest_anchor_is_known_too():
     if "detectron2" in WITHOUT_LIBRARY:
         pytest.skip(WITHOUT_LIBRARY["detectron2"])
-    config = {"hyperparameters": {"config_file": "configs/small_retinanet.py"}}
-    scale = trial_classes()["detectron2"].input_scale(config)
+    detector = trial_classes()["detectron2"]
+    scale = detector.input_scale(detector.hyperparameters_class("configs/small_retinanet.py"))
     assert (scale.smallest, scale.kind, scale.short, scale.long) == (16, "anchor", 240, 320)
 
 

@@ -54,7 +54,7 @@ def test_a_sound_command_line_passes(looked):
         ("hyperparameters.clip_mode=l2", "hyperparameters.clip_mode: 'l2' is none of norm, value, agc"),
         ("hyperparameters.warmup_epoch=1", "unknown key 'warmup_epoch'; did you mean 'warmup_epochs'?"),
         ("searcher.metrc=bbox_mAP", "searcher: unknown key 'metrc'; did you mean 'metric'?"),
-        ("searcher.smaller_is_better=true", "a larger 'bbox_mAP' is better: say false"),
+        ("searcher.smaller_is_better=true", "a larger 'bbox_mAP' is better. Fix: write false"),
         ("data.train.images=$NOWHERE/x", "data.train.images: the variable $NOWHERE of $NOWHERE/x is not set"),
     ],
 )
@@ -69,7 +69,7 @@ def test_what_is_no_config_is_named_for_what_it_is(looked, shapes, tmp_path):
     assert "is a folder; give the experiment config itself: c.yaml" in looked(config=tmp_path)
     assert "c.yml does not exist; did you mean" in looked(config="c.yml")
     line = looked(config=ROOT / "mmdetection/const.yaml")
-    assert "const.yaml is another detector's, for this one has no hyperparameters" in line
+    assert "const.yaml is another detector's: this one has no hyperparameters" in line
     (tmp_path / "large.yaml").write_text("#" * 2**21)
     assert "is no experiment config: it has 2 MiB" in looked(config="large.yaml")
 

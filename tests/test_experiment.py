@@ -20,7 +20,7 @@ class Hparams:
 def config(tmp_path, text, *overrides):
     path = tmp_path / "c.yaml"
     path.write_text(text)
-    return load_config(path, overrides)
+    return load_config(path, overrides, {})
 
 
 def test_overrides_win(tmp_path):
@@ -55,7 +55,7 @@ def test_a_const_is_its_value():
 
 def test_a_missing_or_broken_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.yaml does not exist"):
-        load_config(str(tmp_path / "none.yaml"))
+        load_config(tmp_path / "none.yaml", (), {})
     with pytest.raises(UserError, match=r"c\.yaml is not YAML"):
         config(tmp_path, "a: [")
 
@@ -84,7 +84,7 @@ def test_a_period_of_0_is_one_that_is_not_given():
     config = {"searcher": {"max_length": {"epochs": 3}}, "min_validation_period": {"batches": 0}}
     assert parse_schedule(config).validation_period is None
     own = {"min_validation_period": Length("epochs", 1)}
-    assert parse_schedule(config, own).validation_period == Length("epochs", 1)
+    assert parse_schedule(config).with_defaults(own).validation_period == Length("epochs", 1)
     with pytest.raises(UserError, match=r"min_checkpoint_period\.batches: -1 is not a positive whole number"):
         parse_schedule({**config, "min_checkpoint_period": {"batches": -1}})
 
@@ -126,7 +126,7 @@ def test_a_value_that_names_a_key_has_its_value_here_and_on_a_cluster():
 )
 def test_a_metric_knows_which_values_are_better(metric, smaller):
     assert parse_searcher_metric({"searcher": {"metric": metric}}, None).smaller_is_better is smaller
-    with pytest.raises(UserError, match=f"say {str(smaller).lower()}"):
+    with pytest.raises(UserError, match=f"write {str(smaller).lower()}"):
         parse_searcher_metric({"searcher": {"metric": metric, "smaller_is_better": not smaller}}, None)
 
 

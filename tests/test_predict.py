@@ -14,6 +14,7 @@ from stores import BUCKET, http_store, s3_store
 
 from shared.commands import detect
 from shared.commands.predict_inputs import _find
+from shared.config.experiment import experiment_of
 from shared.config.schema import TrainingHyperparameters
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection
@@ -247,7 +248,9 @@ def test_the_threshold_of_the_run_s_report_is_drawn_with(predict, tmp_path, monk
     (tmp_path / "run").mkdir()
     (tmp_path / "run/report.json").write_text('{"best_threshold": 0.05}')
     monkeypatch.setattr(
-        detect, "_config_to_detect_with", lambda *_: ({"hyperparameters": {}, "searcher": SEARCHER}, checkpoint)
+        detect,
+        "_experiment_to_detect_with",
+        lambda *_: (experiment_of({"searcher": SEARCHER}, {}, FindsTwo.sections()), checkpoint),
     )
     monkeypatch.setattr(detect, "load_weights", lambda *_: FindsTwo.check_pretrained)
     monkeypatch.setattr(FindsTwo, "batches", 0, raising=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -20,7 +21,7 @@ from shared.errors import UserError
 
 if TYPE_CHECKING:
     from shared.commands.data_report import Report
-    from shared.config.schema import DataConfig
+    from shared.config.experiment import Experiment
     from shared.data.open import SplitData
     from shared.training.trial import DetectionTrial
 
@@ -45,28 +46,24 @@ def check_with(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
     Args:
         arguments: `config`, `overrides`, and those of `add_arguments`.
     """
-    from shared.config.file import fixed_hyperparameters, load_config, make_paths_absolute
+    from shared.config.experiment import read_experiment
 
     images = _image_count(arguments.images)
     _refuse_page(arguments.page)
-    config = load_config(str(arguments.config), arguments.overrides)
-    config["hyperparameters"] = fixed_hyperparameters(config)
-    make_paths_absolute(config, trial_class.path_hyperparameters)
-    report, opened = check_training(trial_class, config, images)
+    experiment = read_experiment(arguments.config, arguments.overrides, trial_class.sections())
+    report, opened = check_training(trial_class, experiment, images)
     _end(report, opened, arguments.page)
 
 
 def check_training(
-    trial_class: type[DetectionTrial], config: dict[str, Any], images: int | None
+    trial_class: type[DetectionTrial], experiment: Experiment, images: int | None
 ) -> tuple[Report, dict[str, SplitData]]:
     """Begins a training, and makes samples of some of its images.
 
     Args:
-        config: its hyperparameters fixed, its paths absolute.
         images: how many of each split are read; all where None.
     """
     from shared.commands.data_report import SPLITS, Report, describe, open_named
-    from shared.config.experiment import parse_data
     from shared.data.open import SplitData
 
     report, opened = Report(), {}
@@ -82,17 +79,17 @@ def check_training(
             opened.update((split, of) for split, of in zip(SPLITS, both, strict=True) if isinstance(of, SplitData))
             return both
 
-    section = config["data"] = {**(config.get("data") or {}), "check_images": True}
-    with _begun(Checked, config) as (trial, error):
+    experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, check_images=True))
+    with _begun(Checked, experiment) as (trial, error):
         if error is not None:
             report.stop(error)
             if not opened:  # the config has ended it before: what the data section names may be another library's
                 with contextlib.suppress(UserError):
-                    opened.update(open_named(parse_data(config, trial_class.data_class), Report()))
+                    opened.update(open_named(experiment.data, Report()))
         scale = None
         with contextlib.suppress(Exception):  # what is wrong with the config, the trial has said
-            scale = trial_class.input_scale(config)
-        describe(opened, scale, images, section.get("on_bad_image") == "skip", report)
+            scale = trial_class.input_scale(experiment.hyperparameters)
+        describe(opened, scale, images, experiment.data.on_bad_image == "skip", report)
         if trial is not None:
             _make_samples(trial, images, opened, report)
         elif opened:
@@ -101,7 +98,7 @@ def check_training(
 
 
 @contextlib.contextmanager
-def _begun(trial_class: type[DetectionTrial], config: dict[str, Any]) -> Iterator[tuple[Any, Exception | None]]:
+def _begun(trial_class: type[DetectionTrial], experiment: Experiment) -> Iterator[tuple[Any, Exception | None]]:
     """The trial as a training has it before its first batch, or what ended that."""
     from shared.config.experiment import per_slot_batch_size
     from shared.training.loop import trial_context
@@ -112,9 +109,10 @@ def _begun(trial_class: type[DetectionTrial], config: dict[str, Any]) -> Iterato
         os.environ["XDG_DATA_HOME"] = folder  # where Determined would store checkpoints
         try:
             distributed, device = stack.enter_context(local_processes())
-            if (batch_size := config["hyperparameters"].get("global_batch_size")) is not None:
+            if (batch_size := experiment.hyperparameters.global_batch_size) is not None:
                 per_slot_batch_size(batch_size, distributed.size)
-            trial = trial_class(stack.enter_context(trial_context(config, distributed, device)))
+            context = stack.enter_context(trial_context(experiment.config, distributed, device))
+            trial = trial_class(context, experiment)
         except Exception as error:  # a detector's library fails in as many ways as configs are wrong
             yield None, error
         else:
@@ -236,7 +234,7 @@ def _end(report: Report, opened: dict[str, SplitData], page: Path | None) -> NoR
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python3 -m shared check`."""
     from shared.commands.data_report import Report, describe, open_both
-    from shared.config.file import load_config
+    from shared.config.experiment import Sections, read_experiment
 
     parser = argparse.ArgumentParser(
         prog="python3 -m shared check",
@@ -251,8 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         images = _image_count(given.images)
         _refuse_page(given.page)
-        data = _data_of_any_detector(load_config(str(given.config), given.overrides))
-        if data.train is None and data.val is None and data.backend != "fake":
+        data = read_experiment(given.config, given.overrides, Sections(), with_hyperparameters=False).data
+        if data.train is None and data.val is None and data.reads_files:
             raise UserError(
                 f"{given.config} has neither data.train nor data.val; `python3 model_def.py check` in the detector's "
                 "folder looks at what the detector's own config names"
@@ -265,23 +263,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _end(report, opened, given.page)
     except UserError as error:
         sys.exit(f"error: {error}")
-
-
-def _data_of_any_detector(config: dict[str, Any]) -> DataConfig:
-    """The `data` section; MMDetection's `file_client_args` are read as MMDetection reads them, where that is one of
-    our own backends."""
-    from shared.config.experiment import parse_data
-    from shared.config.schema import BACKEND_ALIASES, BACKENDS
-
-    section = dict(config.get("data") or {})
-    client = section.pop("file_client_args", None)
-    if isinstance(client, dict):
-        name = BACKEND_ALIASES.get(client.get("backend"), client.get("backend", "disk"))
-        if name not in BACKENDS:
-            raise UserError(
-                f"data.file_client_args: only MMDetection reads through {name!r}; its `python3 model_def.py check` does"
-            )
-        section["backend"] = name
-        section |= {"bucket": bucket} if (bucket := client.get("bucket") or client.get("bucket_name")) else {}
-        section |= {"endpoint_url": client["endpoint_url"]} if client.get("endpoint_url") else {}
-    return parse_data({"data": section})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import logging
 import multiprocessing
 import os
@@ -19,8 +18,8 @@ import determined as det
 
 import shared.environment  # noqa: F401 before torch
 from shared.commands.check import add_arguments as add_check_arguments
-from shared.config.experiment import check_paths, parse_data, parse_searcher_metric, refuse_another_detector_s
-from shared.config.file import fixed_hyperparameters, load_config, make_paths_absolute
+from shared.config.experiment import Sections, read_experiment
+from shared.config.file import fixed_hyperparameters
 from shared.config.schema import DataConfig, TrainingHyperparameters, parse_section
 from shared.environment import on_cluster
 from shared.errors import DivergedError, UserError, tell_torchrun
@@ -48,30 +47,22 @@ def look_first(module: str, hyperparameters: type, data: type[DataConfig] = Data
         return
     with ended_by_errors():
         arguments = read_arguments()
-        keys = {
-            section: [field.name for field in dataclasses.fields(into)]
-            for section, into in (("hyperparameters", hyperparameters), ("data", data))
-        }
-        config = load_config(arguments.config, arguments.overrides, keys)
-        make_paths_absolute(config, ())
-        parsed = parse_data(config, data)
         checkpoint = getattr(arguments, "checkpoint", None)
+        fixed = checkpoint is None and arguments.command != "search" and getattr(arguments, "results", None) is None
+        experiment = read_experiment(arguments.config, arguments.overrides, Sections(hyperparameters, data), fixed)
         if checkpoint is not None:
             _look_at_checkpoint(checkpoint, "--checkpoint")
-        elif arguments.command != "search" and getattr(arguments, "results", None) is None:
-            config["hyperparameters"] = fixed_hyperparameters(config)
-            refuse_another_detector_s(config, hyperparameters, arguments.config)
-            given = parse_section(config["hyperparameters"], hyperparameters, "hyperparameters")
-            if arguments.command in ("train", "check"):
-                check_loggers(given.loggers)
+        elif arguments.command in ("train", "check"):
+            check_loggers(experiment.hyperparameters.loggers)
         elif arguments.command == "search" and not arguments.status:
-            _look_at_loggers(config)
+            _look_at_loggers(experiment.config)
         if arguments.command == "train":
-            parse_searcher_metric(config, None)
+            experiment.searcher_metric(None)
             _look_at_run(arguments)
         if arguments.command in ("train", "search", "evaluate"):
-            submitted = Path(sys.argv[0]).parent
-            check_paths(parsed, ("val",) if arguments.command == "evaluate" else ("train", "val"), submitted)
+            experiment.check_paths(
+                ("val",) if arguments.command == "evaluate" else ("train", "val"), submitted=Path(sys.argv[0]).parent
+            )
 
 
 def _look_at_loggers(config: dict[str, Any]) -> None:

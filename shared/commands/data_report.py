@@ -63,7 +63,7 @@ class Report:
 def open_named(data: DataConfig, report: Report) -> dict[str, SplitData]:
     """The splits that the `data` section names and that can be opened; adds to the report why one cannot."""
     opened = {}
-    for split in SPLITS if data.backend == "fake" else [split for split in SPLITS if getattr(data, split) is not None]:
+    for split in SPLITS if not data.reads_files else [split for split in SPLITS if getattr(data, split) is not None]:
         try:
             opened[split] = open_split(dataclasses.replace(data, check_images=True), split)
         except UserError as error:
@@ -74,7 +74,7 @@ def open_named(data: DataConfig, report: Report) -> dict[str, SplitData]:
 def open_both(data: DataConfig, report: Report) -> dict[str, SplitData]:
     """The splits that can be opened; adds what would stop a training by all of their annotations to the report."""
     for split in SPLITS:
-        if data.backend != "fake" and getattr(data, split) is None:
+        if data.reads_files and getattr(data, split) is None:
             report.stop(UserError(f"data.{split} is missing; it needs the keys `annotations` and `images`"))
     opened = open_named(data, report)
     rules = ((check_trainable, ["train"]), (check_evaluable, ["val"]), (check_same_categories, SPLITS))

@@ -21,9 +21,8 @@ from determined.core import DistributedContext
 from shared import durable
 from shared.commands import videos
 from shared.commands.predict_inputs import GivenImages, Picture, drawn_as, find_files, look_at
-from shared.config.experiment import parse_data
-from shared.config.file import fixed_hyperparameters, load_config, make_paths_absolute
-from shared.config.schema import DataConfig
+from shared.config.experiment import Experiment, read_experiment
+from shared.config.schema import DataConfig, key_names
 from shared.data.annotations import CocoAnnotations
 from shared.data.images import read_image
 from shared.data.loading import Batch
@@ -53,8 +52,8 @@ def evaluate(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -
     if arguments.results is not None:
         _evaluate_results(trial_class, arguments)
         return
-    config, checkpoint = _config_to_detect_with(trial_class, arguments)
-    with local_processes() as processes, _detecting_trial(trial_class, config, checkpoint, processes) as trial:
+    experiment, checkpoint = _experiment_to_detect_with(trial_class, arguments)
+    with local_processes() as processes, _detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
         data = trial.open_val()
         _make_output_folders(arguments, data)
         names, in_data = ([category["name"] for category in of.categories] for of in (trial, data))
@@ -103,7 +102,8 @@ def _evaluate_results(trial_class: type[DetectionTrial], arguments: argparse.Nam
         raise UserError("--results: what is in the file is scored, and no model; leave --checkpoint out")
     if int(os.environ.get("RANK", 0)) > 0:  # one process does it
         return
-    data_config = parse_data(load_config(arguments.config, arguments.overrides), trial_class.data_class)
+    sections = trial_class.sections()
+    data_config = read_experiment(arguments.config, arguments.overrides, sections, with_hyperparameters=False).data
     # the images themselves are not looked at
     images = None if arguments.report else DiskImages(Path())
     data = open_split(dataclasses.replace(data_config, check_images=False), "val", images=images)
@@ -158,10 +158,10 @@ def _say_metrics(metrics: dict[str, float], iou_types: tuple[str, ...], output: 
 
 def predict(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
     """Detections on images and videos: a picture or a video for each, and one results.json."""
-    config, checkpoint = _config_to_detect_with(trial_class, arguments)
+    experiment, checkpoint = _experiment_to_detect_with(trial_class, arguments)
     if arguments.min_score == "best":
         arguments.min_score = _best_threshold(checkpoint)
-    data_config = parse_data(config, trial_class.data_class)
+    data_config = experiment.data
     with local_processes() as processes, contextlib.ExitStack() as stack:
         distributed = processes[0]
         if distributed.rank == 0:  # not in data.cache_dir: a training reads its images again, a prediction does not
@@ -176,7 +176,7 @@ def predict(trial_class: type[DetectionTrial], arguments: argparse.Namespace) ->
             return pictures, images
 
         pictures, images = on_chief(distributed, look)
-        with _detecting_trial(trial_class, config, checkpoint, processes) as trial:
+        with _detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
             prediction = _Prediction(trial, arguments, pictures, images)
             try:
                 prediction.run()
@@ -345,36 +345,34 @@ def _make_folder(path: Path, option: str) -> None:
         raise UserError(f"{option}: {path} cannot be made a folder: {error.strerror}") from error
 
 
-def _config_to_detect_with(
+def _experiment_to_detect_with(
     trial_class: type[DetectionTrial], arguments: argparse.Namespace
-) -> tuple[dict[str, Any], Checkpoint | None]:
-    """The config; its hyperparameters are the checkpoint's, with --set over them."""
-    config = load_config(arguments.config, arguments.overrides)
-    config["hyperparameters"] = own = config.get("hyperparameters") or {}
-    make_paths_absolute(config, trial_class.path_hyperparameters)
+) -> tuple[Experiment, Checkpoint | None]:
+    """The experiment; with a checkpoint its hyperparameters are the checkpoint's, with --set applied."""
+    has_checkpoint = bool(arguments.checkpoint)
+    experiment = read_experiment(
+        arguments.config, arguments.overrides, trial_class.sections(), with_hyperparameters=not has_checkpoint
+    )
+    own = hyperparameters = experiment.config["hyperparameters"]
     checkpoint = None
-    if arguments.checkpoint:
+    if has_checkpoint:
         checkpoint = read_checkpoint(find_checkpoint(arguments.checkpoint))
-        known = {field.name for field in dataclasses.fields(trial_class.hyperparameters_class)}
-        if other := checkpoint.hparams.keys() - known:
+        if other := checkpoint.hparams.keys() - set(key_names(trial_class.hyperparameters_class)):
             raise UserError(
                 f"{checkpoint.path} is another detector's: its hyperparameters have {', '.join(sorted(other))}"
             )
         overridden = [o.split("=")[0].split(".")[1] for o in arguments.overrides if o.startswith("hyperparameters.")]
-        config["hyperparameters"] = {
+        hyperparameters = {
             **filled_in(checkpoint.hparams, own),
             **_own_imports(checkpoint, own),
             **trial_class.hyperparameters_of_checkpoint(checkpoint.path, own),
             **{name: own[name] for name in overridden},
         }
-    else:
-        config["hyperparameters"] = fixed_hyperparameters(config)
     slots = int(os.environ.get("WORLD_SIZE", 1))
-    batch_size = config["hyperparameters"].get("global_batch_size")
-    if type(batch_size) is int:
-        config["hyperparameters"]["global_batch_size"] = -(-batch_size // slots) * slots  # any number of processes
-    make_paths_absolute(config, trial_class.path_hyperparameters)
-    return config, checkpoint
+    batch_size = hyperparameters.get("global_batch_size")
+    if type(batch_size) is int:  # any number of processes can detect
+        hyperparameters = {**hyperparameters, "global_batch_size": -(-batch_size // slots) * slots}
+    return experiment.with_hyperparameters(hyperparameters), checkpoint
 
 
 def _own_imports(checkpoint: Checkpoint, own: dict[str, Any]) -> dict[str, list[str]]:
@@ -396,12 +394,14 @@ def _own_imports(checkpoint: Checkpoint, own: dict[str, Any]) -> dict[str, list[
 @contextlib.contextmanager
 def _detecting_trial(
     trial_class: type[DetectionTrial],
-    config: dict,
+    experiment: Experiment,
     checkpoint: Checkpoint | None,
     processes: tuple[DistributedContext, torch.device],
 ) -> Iterator[DetectionTrial]:
-    with trial_context(config, *processes) as context:
-        trial = trial_class(context, for_training=False, categories=checkpoint.categories if checkpoint else None)
+    with trial_context(experiment.config, *processes) as context:
+        trial = trial_class(
+            context, experiment, for_training=False, categories=checkpoint.categories if checkpoint else None
+        )
         if checkpoint:
             load_weights(trial.evaluation_model, checkpoint.weights, checkpoint.path)
         else:
@@ -447,7 +447,7 @@ def pictures_as_data(
 
 
 def _known_image_ids(data: DataConfig) -> dict[str, int]:
-    if data.backend == "fake" or not data.has_val_annotations:
+    if not data.reads_files or not data.has_val_annotations:
         return {}
     try:
         annotations = CocoAnnotations.open(data.located(data.val.annotations), data.cache_dir, data.store_options)

@@ -18,8 +18,7 @@ import determined as det
 from torch.utils.tensorboard import SummaryWriter
 
 from shared.commands.data_report import save_page
-from shared.config.experiment import hang_minutes_of, per_slot_batch_size
-from shared.config.file import fixed_hyperparameters, interpolated, load_config, make_paths_absolute
+from shared.config.experiment import experiment_of, per_slot_batch_size, read_experiment
 from shared.data.open import SplitData
 from shared.evaluation import drawing
 from shared.evaluation.evaluator import CocoEvaluator, metrics_table
@@ -43,15 +42,14 @@ _LABELS = 6  # images of each split in labels.png
 
 def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
     """Trains what the config says, and leaves all of it in one folder."""
-    config = load_config(arguments.config, arguments.overrides)
-    config["hyperparameters"] = fixed_hyperparameters(config)
-    make_paths_absolute(config, trial_class.path_hyperparameters)
+    experiment = read_experiment(arguments.config, arguments.overrides, trial_class.sections())
+    config = experiment.config
     source = Path(sys.modules[trial_class.__module__].__file__).parent
     output_dir = arguments.output_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     if int(os.environ.get("RANK", 0)) == 0:
         logger.info("run: %s", output_dir.absolute())
-    with local_processes(hang_minutes_of(config)) as (distributed, device), contextlib.ExitStack() as stack:
-        if (batch_size := config["hyperparameters"].get("global_batch_size")) is not None:
+    with local_processes(experiment.hang_minutes) as (distributed, device), contextlib.ExitStack() as stack:
+        if (batch_size := experiment.hyperparameters.global_batch_size) is not None:
             per_slot_batch_size(batch_size, distributed.size)
         folder = RunFolder(distributed.broadcast(output_dir).absolute())
         stack.callback(folder.free)
@@ -64,7 +62,7 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
         os.environ["XDG_DATA_HOME"] = str(folder.saving)  # where it stores them
         first_batch = checkpoint.batches if checkpoint else 0
         with trial_context(config, distributed, device, first_batch) as context:
-            trial = trial_class(context)
+            trial = trial_class(context, experiment)
             if checkpoint:
                 check_resume(trial, checkpoint)
             loggers = stack.enter_context(Loggers())
@@ -176,6 +174,10 @@ def _write_report(
 def _about(trial: DetectionTrial, folder: RunFolder, config: dict[str, Any], shipped: Path, seconds: float) -> About:
     from shared.report.plots import learning_curves
 
+    original = None
+    if shipped.is_file():
+        original = read_experiment(shipped, (), type(trial).sections(), with_hyperparameters=False).config
+
     reports = folder.reports()
     best = _validation_of("best", folder)
     return About(
@@ -191,7 +193,7 @@ def _about(trial: DetectionTrial, folder: RunFolder, config: dict[str, Any], shi
             **speed(reports),
             **software(shipped.parent),
         },
-        changed=changed_keys(config, shipped),
+        changed=changed_keys(config, original) if original else [],
         shipped=shipped.name,
         curves=learning_curves(reports, trial.searcher_metric.name, best and best["batches"]),
     )
@@ -221,13 +223,13 @@ def _end_by_signal(trial: DetectionTrial, folder: RunFolder) -> None:
 def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
     """Trains with the config and the hyperparameters that the master gives."""
     info = det.get_cluster_info()
-    config = interpolated({**info.trial._config, "hyperparameters": info.trial.hparams})
-    with task_processes(len(info.gpu_uuids), hang_minutes_of(config)) as (distributed, device):
-        if (batch_size := config["hyperparameters"].get("global_batch_size")) is not None:
+    experiment = experiment_of(info.trial._config, info.trial.hparams, trial_class.sections())
+    with task_processes(len(info.gpu_uuids), experiment.hang_minutes) as (distributed, device):
+        if (batch_size := experiment.hyperparameters.global_batch_size) is not None:
             per_slot_batch_size(batch_size, distributed.size)
         first_batch = info.trial._steps_completed
-        with trial_context(config, distributed, device, first_batch, info.trial.trial_seed) as context:
-            trial = trial_class(context)
+        with trial_context(experiment.config, distributed, device, first_batch, info.trial.trial_seed) as context:
+            trial = trial_class(context, experiment)
             if distributed.rank == 0:
                 trial.tensorboard = context.get_tensorboard_writer()
                 if trial.hparams.loggers:

@@ -11,6 +11,7 @@ A detector's `model_def.py` fills in the methods of these that say what a detect
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -18,8 +19,8 @@ from typing import Any
 from determined.pytorch import PyTorchCallback, PyTorchTrial, PyTorchTrialContext
 from tabulate import tabulate
 
-from shared.config.experiment import parse_data, parse_schedule, parse_searcher_metric, parse_seed, per_slot_batch_size
-from shared.config.schema import Length, parse_section
+from shared.config.experiment import Experiment, Sections, experiment_of, per_slot_batch_size
+from shared.config.schema import Length
 from shared.data.dataset import BadImages
 from shared.data.input_scale import InputScale
 from shared.data.samplers import described
@@ -34,7 +35,7 @@ from shared.training.determined_fixes import (
     wrap_model,
 )
 from shared.training.hang import Watch
-from shared.training.loop import aggregation_frequency, periods_of
+from shared.training.loop import periods_of
 from shared.training.memory import keep_freed_memory
 from shared.training.processes import first_on_each_machine, on_chief
 from shared.training.resume import BuiltOptimizer
@@ -56,6 +57,7 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
     """A detector's trial; subclasses say what is theirs.
 
     Args:
+        experiment: None reads it from the context, as Determined's own Trainer needs it.
         for_training: False for an evaluation or prediction, which opens no training data.
         categories: without training, the COCO categories of the checkpoint; those of the validation data, or of the
             pretrained weights, where None.
@@ -75,25 +77,33 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
 
     hyperparameters_class: type
 
-    def __init__(self, context: PyTorchTrialContext, for_training: bool = True, categories: list[dict] | None = None):
+    def __init__(
+        self,
+        context: PyTorchTrialContext,
+        experiment: Experiment | None = None,
+        for_training: bool = True,
+        categories: list[dict] | None = None,
+    ):
         self.context = context
-        self.config = context.get_experiment_config()
+        self.experiment = experiment or experiment_of(
+            context.get_experiment_config(), context.get_hparams(), self.sections()
+        )
         distributed = context.distributed
         self.rank, self.slots = distributed.rank, distributed.size
         self.on_cluster = on_cluster()
         self.for_training = for_training
-        self.hparams = parse_section(context.get_hparams(), self.hyperparameters_class, "hyperparameters")
+        self.hparams = copy.deepcopy(self.experiment.hyperparameters)  # a detector's own config completes them
         self.validates_loss = for_training and self.hparams.validation_loss
-        self.data = parse_data(self.config, self.data_class)
+        self.data = self.experiment.data
         self.read_own_config()
-        self.schedule = parse_schedule(self.config, self.default_lengths(), self.validation_times())
-        # to detect, nobody asks for it
-        self.searcher_metric = parse_searcher_metric(self.config, self.reported_metrics() if for_training else None)
+        self.schedule = self.experiment.schedule(self.default_lengths(), self.validation_times())
+        # detection does not need it
+        self.searcher_metric = self.experiment.searcher_metric(self.reported_metrics() if for_training else None)
         self.global_batch_size = self.hparams.global_batch_size
         self.per_slot_batch_size = per_slot_batch_size(self.global_batch_size, self.slots)
-        self.seed = context.get_trial_seed() if self.on_cluster else parse_seed(self.config)
+        self.seed = context.get_trial_seed() if self.on_cluster else self.experiment.seed
         self.first_batch = self.batches_trained = context.get_initial_batch()
-        self.aggregation_frequency = aggregation_frequency(self.config)
+        self.aggregation_frequency = self.experiment.aggregation_frequency
 
         self.bad_images = BadImages(skip=self.data.on_bad_image == "skip")
         if for_training:
@@ -161,8 +171,13 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
     # --- what a detector says of itself, beside what its parts ask -------------------------------------
 
     @classmethod
-    def input_scale(cls, config: dict[str, Any]) -> InputScale | None:
-        """How large objects will be for the model of an experiment config; None where that cannot be told."""
+    def sections(cls) -> Sections:
+        """The detector's sections of the experiment config."""
+        return Sections(cls.hyperparameters_class, cls.data_class)
+
+    @classmethod
+    def input_scale(cls, hparams: Any) -> InputScale | None:
+        """The size of objects for the model of these hyperparameters; None if it is not known."""
         return None
 
     def read_own_config(self) -> None:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 class TrialCheckpoint:
     """What a detector keeps in a checkpoint, and how it takes one up."""
 
-    path_hyperparameters: tuple[str, ...] = ()
-    """Hyperparameters that may be paths, relative to where the run is started."""
     without_pretrained: ClassVar[dict[str, Any]] = {}
     """The hyperparameters of a model whose weights a checkpoint will give."""
     python_attributes: ClassVar[Mapping[str, Sequence[str]]] = {}
