@@ -6,10 +6,11 @@ from shared.environment import prepare_process
 
 prepare_process()  # before torch, and before packages that may be missing
 from detectron2_hyperparameters import Detectron2Hyperparameters
-from shared.commands.command_line import look_first
+from shared.config.experiment import Sections
+from shared.launch import main, read_command
 
-# what is wrong is said before torch and the library are loaded
-look_first(__name__, Detectron2Hyperparameters)
+# errors in the command line and the config appear before torch and the library are loaded
+command = read_command(__name__, Sections(Detectron2Hyperparameters))
 
 import logging
 from collections.abc import Callable, Mapping
@@ -79,7 +80,6 @@ from shared.data.samplers import aspect_ratio_groups
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
-from shared.launch import main
 from shared.library import COCO_CATEGORIES, PUBLISHED
 from shared.training.switches import autocast
 from shared.training.trial import DetectionTrial
@@ -435,4 +435,4 @@ def _is_backbone(source: str) -> bool:
 
 
 if __name__ == "__main__":
-    main(Detectron2Trial)
+    main(Detectron2Trial, command)

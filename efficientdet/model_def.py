@@ -6,10 +6,11 @@ from shared.environment import prepare_process
 
 prepare_process()  # before torch, and before packages that may be missing
 from efficientdet_hyperparameters import EfficientDetHyperparameters
-from shared.commands.command_line import look_first
+from shared.config.experiment import Sections
+from shared.launch import main, read_command
 
-# what is wrong is said before torch and the library are loaded
-look_first(__name__, EfficientDetHyperparameters)
+# errors in the command line and the config appear before torch and the library are loaded
+command = read_command(__name__, Sections(EfficientDetHyperparameters))
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +33,6 @@ from shared.data.loading import Batch
 from shared.data.open import SplitData
 from shared.errors import UserError, nearest
 from shared.evaluation.detections import Detections
-from shared.launch import main
 from shared.library import COCO_CATEGORIES
 from shared.training.trial import DetectionTrial
 
@@ -258,4 +258,4 @@ class EfficientDetTrial(DetectionTrial):
 
 
 if __name__ == "__main__":
-    main(EfficientDetTrial)
+    main(EfficientDetTrial, command)

@@ -6,10 +6,11 @@ from shared.environment import prepare_process
 
 prepare_process()  # before torch, and before packages that may be missing
 from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparameters
-from shared.commands.command_line import look_first
+from shared.config.experiment import Sections
+from shared.launch import main, read_command
 
-# what is wrong is said before torch and the library are loaded
-look_first(__name__, MMDetectionHyperparameters, MMDetectionData)
+# errors in the command line and the config appear before torch and the library are loaded
+command = read_command(__name__, Sections(MMDetectionHyperparameters, MMDetectionData))
 
 import logging
 from collections.abc import Callable, Mapping
@@ -102,7 +103,6 @@ from shared.data.samplers import TrainingBatchSampler
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
-from shared.launch import main
 from shared.library import COCO_CATEGORIES, PUBLISHED
 from shared.training.switches import AveragedWeights
 from shared.training.trial import DetectionTrial
@@ -523,4 +523,4 @@ class MMDetectionTrial(DetectionTrial):
 
 
 if __name__ == "__main__":
-    main(MMDetectionTrial)
+    main(MMDetectionTrial, command)

@@ -9,7 +9,8 @@ import yaml
 from conftest import ROOT
 
 from efficientdet_hyperparameters import EfficientDetHyperparameters
-from shared.commands.command_line import look_first
+from shared.config.experiment import Sections
+from shared.launch import read_command
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def looked(monkeypatch, shapes, tmp_path):
     def call(command="train", config="c.yaml", *arguments):
         monkeypatch.setattr(sys, "argv", ["model_def.py", command, str(config), *map(str, arguments)])
         try:
-            look_first("__main__", EfficientDetHyperparameters)
+            read_command("__main__", Sections(EfficientDetHyperparameters))
         except SystemExit as ended:
             return ended.code
         return None
@@ -105,8 +106,12 @@ def test_a_checkpoint_that_is_only_named_best_is_asked_of_which_run(looked, tmp_
     of_run.mkdir(parents=True)
     line = looked("evaluate", "c.yaml", "--checkpoint", "best")
     assert "of the newest run here runs/a/checkpoints/best" in line
-    assert "--resume best: say of which run, by --output-dir" in looked("train", "c.yaml", "--resume", "best")
-    assert "--resume auto: say of which run, by --output-dir" in looked("train", "c.yaml", "--resume", "auto")
+    assert "--resume best: it needs a run. Fix: name the run's folder with --output-dir" in looked(
+        "train", "c.yaml", "--resume", "best"
+    )
+    assert "--resume auto: it needs a run. Fix: name the run's folder with --output-dir" in looked(
+        "train", "c.yaml", "--resume", "auto"
+    )
 
 
 def test_a_score_in_percent_is_refused(looked, capsys):

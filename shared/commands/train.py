@@ -18,8 +18,9 @@ import determined as det
 from torch.utils.tensorboard import SummaryWriter
 
 from shared.commands.data_report import save_page
-from shared.config.experiment import experiment_of, per_slot_batch_size, read_experiment
+from shared.config.experiment import Experiment, experiment_of, per_slot_batch_size, read_experiment
 from shared.data.open import SplitData
+from shared.environment import task_config
 from shared.evaluation import drawing
 from shared.evaluation.evaluator import CocoEvaluator, metrics_table
 from shared.evaluation.gathered import load_detections
@@ -40,9 +41,8 @@ logger = logging.getLogger(__name__)
 _LABELS = 6  # images of each split in labels.png
 
 
-def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
-    """Trains what the config says, and leaves all of it in one folder."""
-    experiment = read_experiment(arguments.config, arguments.overrides, trial_class.sections())
+def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arguments: argparse.Namespace) -> None:
+    """Trains without a cluster. Writes everything into one folder."""
     config = experiment.config
     source = Path(sys.modules[trial_class.__module__].__file__).parent
     output_dir = arguments.output_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
@@ -223,7 +223,7 @@ def _end_by_signal(trial: DetectionTrial, folder: RunFolder) -> None:
 def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
     """Trains with the config and the hyperparameters that the master gives."""
     info = det.get_cluster_info()
-    experiment = experiment_of(info.trial._config, info.trial.hparams, trial_class.sections())
+    experiment = experiment_of(task_config(), info.trial.hparams, trial_class.sections())
     with task_processes(len(info.gpu_uuids), experiment.hang_minutes) as (distributed, device):
         if (batch_size := experiment.hyperparameters.global_batch_size) is not None:
             per_slot_batch_size(batch_size, distributed.size)

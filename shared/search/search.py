@@ -24,7 +24,7 @@ import torch
 import yaml
 from optuna.trial import TrialState
 
-from shared.config.experiment import read_experiment
+from shared.config.experiment import Experiment
 from shared.durable import sync_folder, write_file
 from shared.errors import UserError, count_of
 from shared.redaction import without_secrets
@@ -45,10 +45,9 @@ _LEAST_FREE = 2**20  # bytes of a disk that is not full
 _TO_STOP = 60  # seconds that trials have for it; their batches end long before
 
 
-def search(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
+def search(_: type[DetectionTrial], experiment: Experiment, arguments: argparse.Namespace) -> None:
     """Draws, trains and compares; what is done is in --output-dir, and the same command goes on."""
-    sections = trial_class.sections()
-    config = read_experiment(arguments.config, arguments.overrides, sections, with_hyperparameters=False).config
+    config = experiment.config
     searcher = parse_searcher(config)
     if not ranges_of(config.get("hyperparameters") or {}) and searcher.name != "single":
         raise UserError(
