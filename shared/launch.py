@@ -66,7 +66,7 @@ def read_command(module: str, sections: Sections) -> Command | None:
     if module != "__main__" or on_cluster():
         return None
     with exit_on_errors():
-        arguments = _parser().parse_args()
+        arguments = read_arguments()
         experiment = experiment_for(arguments, sections)
         _check(arguments, experiment)
         return Command(arguments, experiment)
@@ -160,7 +160,8 @@ def _check_checkpoint(name: str, option: str) -> None:
 # --- the command line -------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
+def read_arguments() -> argparse.Namespace:
+    """The command line; `command` is what to do."""
     parser = argparse.ArgumentParser(
         prog="model_def.py", description="Train, evaluate, predict or check without a cluster."
     )
@@ -225,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
             help="a checkpoint's path or, with DET_MASTER set, its UUID; default: the config's pretrained weights",
         )
     add_check_options(add("check", "Show what would stop a training, and what is odd in its data."))
-    return parser
+    return parser.parse_args()
 
 
 def _count(text: str) -> int:

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from shared.__main__ import _COMMANDS as COMMANDS
-from shared.commands.command_line import read_arguments
+from shared.launch import read_arguments
 
 
 def names_of_tests() -> set[str]:
