@@ -28,18 +28,7 @@ from shared.durable import write_file
 
 SECONDS = 570  # from the start of gpu_kit.sh to the last write
 PURE_PYTHON = ("antlr4-python3-runtime", "detectron2", "fvcore", "mmcv")  # they have no wheel on PyPI
-NEEDED = (
-    "addict",
-    "cv2",
-    "determined",
-    "effdet",
-    "hotcoco",
-    "matplotlib",
-    "msgspec",
-    "omegaconf",
-    "pathspec",
-    "psutil",
-)
+NEEDED = ("addict", "cv2", "determined", "effdet", "hotcoco", "matplotlib", "msgspec", "omegaconf", "pathspec")
 NEEDED += ("psutil", "pytest", "scipy", "tabulate", "tensorboard", "timm", "yaml")
 LIBRARIES = {"MMDetection": "import mmcv, mmdet", "Detectron2": "import detectron2.config"}
 PACKAGES = ("torch", "torchvision", "numpy", "determined", "effdet", "timm", "mmcv", "mmcv-full", "mmdet", "detectron2")
@@ -118,8 +107,8 @@ def facts(what: str) -> dict:
     try:
         device = torch.cuda.get_device_properties(0)
     except Exception as error:  # of many kinds
-        problem = str(error).strip().splitlines()[-1]
-        sys.exit(f"benchmarks/gpu_kit.sh: {sys.executable} finds no GPU: {problem} Fix: use a machine with a GPU.")
+        problem = str(error).strip().splitlines()[-1].rstrip(".")
+        sys.exit(f"benchmarks/gpu_kit.sh: {sys.executable} finds no GPU: {problem}. Fix: use a machine with a GPU.")
     smi = "nvidia-smi --query-gpu=driver_version,clocks.max.sm,power.limit --format=csv,noheader"
     return {
         "what": what,

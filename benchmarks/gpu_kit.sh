@@ -32,7 +32,7 @@ pack() {
         *) fail "pack: unknown option \"$1\". Fix: pass --all or nothing." ;;
     esac
     for glibc in 17 24 26 27 28 31 34 35; do platforms+=(--platform "manylinux_2_${glibc}_x86_64"); done
-    rm -rf "$kit"
+    rm -rf "$kit"/{wheels,effdet,trees.tar.gz} "$kit"/site-*
     mkdir -p "$kit/wheels"
     "$python" -m pip download --quiet --no-deps --only-binary=:all: --implementation cp "${platforms[@]}" \
         --python-version "${PYTHON_VERSION:-3.12}" --constraint constraints.txt --requirement "$packages" --dest "$kit/wheels"
@@ -42,11 +42,13 @@ pack() {
 
 # Installs the kit once: packages stay in a folder of their own, before those of the machine.
 set_up() {
-    local site=$kit/site
+    local site
     [ -d "$kit/wheels" ] || return 0
+    site=$kit/site-$("$python" -c 'import sys; print(sys.implementation.cache_tag)')
     if [ ! -e "$site/.ready" ]; then
         rm -rf "$site"
-        "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$kit"/wheels/*.whl
+        "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$kit"/wheels/*.whl ||
+            fail "$kit: its wheels are not for $python. Fix: pack again with the PYTHON_VERSION of that Python."
         tar -C "$site" -xzf "$kit/trees.tar.gz"
         touch "$site/.ready"
     fi
@@ -58,6 +60,10 @@ case ${1-} in
         pack "${@:2}"
         ;;
     run)
+        case ${2-} in
+            tests | benchmarks) ;;
+            *) fail "run: unknown argument \"${2-}\". Fix: use run tests or run benchmarks." ;;
+        esac
         set_up
         exec "$python" benchmarks/gpu_kit.py "${@:2}" --kit "$kit" --out "${OUT:-benchmarks}" --started "$started"
         ;;
