@@ -32,7 +32,7 @@ pack() {
         *) fail "pack: unknown option \"$1\". Fix: pass --all or nothing." ;;
     esac
     for glibc in 17 24 26 27 28 31 34 35; do platforms+=(--platform "manylinux_2_${glibc}_x86_64"); done
-    rm -rf "$kit"/{wheels,effdet,trees.tar.gz} "$kit"/site-*
+    rm -rf "$kit"/{wheels,effdet,trees.tar.gz} "$kit"/cpython-*
     mkdir -p "$kit/wheels"
     "$python" -m pip download --quiet --no-deps --only-binary=:all: --implementation cp "${platforms[@]}" \
         --python-version "${PYTHON_VERSION:-3.12}" --constraint constraints.txt --requirement "$packages" --dest "$kit/wheels"
@@ -44,7 +44,8 @@ pack() {
 set_up() {
     local site
     [ -d "$kit/wheels" ] || return 0
-    site=$kit/site-$("$python" -c 'import sys; print(sys.implementation.cache_tag)')
+    # tests and reports know a library by this folder's name
+    site=$kit/$("$python" -c 'import sys; print(sys.implementation.cache_tag)')/site-packages
     if [ ! -e "$site/.ready" ]; then
         rm -rf "$site"
         "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$kit"/wheels/*.whl ||
