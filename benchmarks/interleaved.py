@@ -19,7 +19,7 @@ from local_context import device_name
 from synchronisations import site, watch_synchronisations
 from torch.utils.tensorboard import SummaryWriter
 
-from shared.training.host_memory import LARGEST_MMAP_THRESHOLD, TRIM_THRESHOLD
+from shared.training.memory import LARGEST_MMAP_THRESHOLD, TRIM_THRESHOLD
 from shared.training.trial import DetectionTrial
 
 

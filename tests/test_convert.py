@@ -6,10 +6,11 @@ import pytest
 import yaml
 from PIL import Image
 
+from shared.config.experiment import parse_data
 from shared.data.annotations import CocoAnnotations
 from shared.data.convert import convert, main
+from shared.data.open import open_split
 from shared.errors import UserError
-from shared.experiment import open_split, parse_data
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import yaml
 from PIL import Image, ImageOps
 
 from shared.data.annotations import CocoAnnotations
-from shared.data.image_check import refuse_names_outside
+from shared.data.checks import refuse_names_outside
 from shared.data.images import is_image_name
 from shared.data.numbers import FARTHEST, is_in_reach, parse_number, parse_whole_number
 from shared.errors import UserError
