@@ -1,193 +1,230 @@
-"""Evaluation against pycocotools: 5,000 images with 60 detections each, from `Detections` in memory to metrics.
+"""COCO's numbers by this project's evaluator and by others: CPU seconds, memory, and whether the numbers are equal.
 
-Both sides have the truth open, give per-category AP and run in this process, in turn; the times are the minimum of
-five, of several slots what the chief takes from all shares to the metrics. Memory is what a process that does it once
-adds to what it had with truth and detections in memory.
+Every evaluator has the truth open, takes the same `Detections` and gives the twelve numbers and the AP of each
+category. They take turns in one process with one thread; the seconds are the least of the repeats. Memory is what a
+process that evaluates once adds at its peak. An evaluator that is not installed is skipped:
+`pip install ultrafast-pycocotools vernier faster-coco-eval`.
 """
 
 import argparse
 import contextlib
+import functools
+import gc
+import importlib.metadata
 import io
 import json
 import multiprocessing
+import os
 import sys
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1")  # before NumPy and the evaluators start their threads
+import hotcoco
 import numpy as np
-import psutil
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from pycocotools import mask as coco_mask
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from shared.data.annotations import CocoAnnotations
 from shared.evaluation.detections import Detections
-from shared.evaluation.evaluator import CocoEvaluator, summary_metrics
+from shared.evaluation.evaluator import CocoEvaluator, summarize
+from shared.evaluation.gathered import GatheredDetections
 
-CATEGORIES = 80
+CATEGORIES, HEIGHT, WIDTH = 80, 480, 640
+Run = Callable[[list[Detections]], dict[str, float]]
 
 
-def make_truth(images: int, boxes: int, seed: int) -> dict:
-    rng = np.random.default_rng(seed)
-    annotations = []
+def make(images: int, boxes: int, masks: bool) -> tuple[dict, list[Detections]]:
+    """A COCO data set whose ids are positions, and detections beside its objects."""
+    rng = np.random.default_rng(0)
+    annotations, detections = [], []
     for image in range(images):
         sides = np.exp(rng.uniform(np.log(8), np.log(300), (boxes, 2)))
-        corners = rng.uniform(0, 1, (boxes, 2)) * np.maximum([640, 480] - sides, 1)
-        categories = rng.integers(1, CATEGORIES + 1, boxes)
-        for i in range(boxes):
-            (x, y), (w, h) = corners[i].round(2).tolist(), sides[i].round(2).tolist()
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image + 1,
-                    "category_id": int(categories[i]),
-                    "bbox": [x, y, w, h],
-                    "area": w * h,
-                    "iscrowd": int(rng.uniform() < 0.01),
-                }
-            )
-    return {
+        corners = rng.uniform(0, 1, (boxes, 2)) * np.maximum([WIDTH, HEIGHT] - sides, 1)
+        truth = np.hstack([corners, sides]).round(2)
+        found = truth + rng.normal(size=truth.shape) * 0.08 * np.tile(sides, 2)
+        found[:, 2:] = np.maximum(found[:, 2:], 1)
+        labels, crowd = rng.integers(0, CATEGORIES, boxes), rng.uniform(size=boxes) < 0.01
+        rles = [rounded(rng, some) if masks else [None] * boxes for some in (truth, found)]
+        for row, label, is_crowd, rle in zip(truth.tolist(), labels.tolist(), crowd.tolist(), rles[0], strict=True):
+            annotation = {"id": len(annotations) + 1, "image_id": image, "category_id": label, "bbox": row}
+            annotation |= {"area": row[2] * row[3], "iscrowd": int(is_crowd)}
+            annotations.append(annotation | ({"segmentation": rle} if masks else {}))
+        found[:, 2:] += found[:, :2]
+        detections.append(Detections(image, found, rng.uniform(size=boxes), labels, rles[1] if masks else None))
+    coco = {
         "info": {},
-        "images": [{"id": i + 1, "file_name": f"{i}.jpg", "height": 480, "width": 640} for i in range(images)],
+        "images": [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(images)],
         "annotations": annotations,
-        "categories": [{"id": i + 1, "name": f"category {i + 1}"} for i in range(CATEGORIES)],
+        "categories": [{"id": label, "name": f"category {label}"} for label in range(CATEGORIES)],
     }
+    return coco, detections
 
 
-def jittered(annotations: CocoAnnotations, seed: int) -> list[Detections]:
-    rng = np.random.default_rng(seed)
-    detections = []
-    for record in annotations:
-        sides = np.tile(record.boxes[:, 2:] - record.boxes[:, :2], 2)
-        boxes = record.boxes + rng.normal(size=record.boxes.shape) * 0.08 * sides
-        detections.append(Detections(record.image_id, boxes, rng.uniform(size=len(boxes)), record.labels))
-    return detections
+def rounded(rng: np.random.Generator, boxes: np.ndarray) -> list[dict]:
+    """Masks of 24 corners, each in its box, as RLE."""
+    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1) * rng.uniform(0.42, 0.5, (len(boxes), 24, 1)) + 0.5
+    polygons = (boxes[:, None, :2] + circle * boxes[:, None, 2:]).clip(0, [WIDTH, HEIGHT])
+    rles = coco_mask.frPyObjects(polygons.reshape(len(boxes), -1).tolist(), HEIGHT, WIDTH)
+    return [{**rle, "counts": rle["counts"].decode()} for rle in rles]
 
 
-def ours(evaluator: CocoEvaluator, detections: list[Detections]) -> dict[str, float]:
-    evaluator.reset()
-    evaluator.update(detections)
-    return evaluator.compute()
+def gather(detections: list[Detections], masks: bool) -> GatheredDetections:
+    images = np.array([found.image_id for found in detections])
+    return GatheredDetections.of(images, images[:0], detections, masks=masks, keypoints=False)
 
 
-def chief_seconds(annotations: CocoAnnotations, detections: list[Detections], slots: int, repeats: int) -> float:
-    """From the slots' shares to the metrics: the least of the repeats, by the clock."""
-    shares = []
-    for rank in range(slots):
-        evaluator = CocoEvaluator(annotations)
-        evaluator.update(detections[rank::slots])
-        shares.append(evaluator.share())
-    chief = CocoEvaluator(annotations)
-    chief.open_truth()
-    taken = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        chief.metrics_of(shares)
-        taken.append(time.perf_counter() - started)
-    return min(taken)
+def ours(coco: dict, iou_type: str) -> Run:
+    evaluator = CocoEvaluator(CocoAnnotations.from_dict(coco), (iou_type,))
+    evaluator.open_truth()
+
+    def run(detections: list[Detections]) -> dict[str, float]:
+        evaluator.reset()
+        evaluator.update(detections)
+        return evaluator.compute()
+
+    return run
 
 
-def theirs(truth: COCO, detections: list[Detections]) -> dict[str, float]:
-    rows = np.concatenate(
-        [
-            np.column_stack(
-                [
-                    np.full(len(d), d.image_id),
-                    d.boxes[:, :2].astype(float),
-                    d.boxes[:, 2:].astype(float) - d.boxes[:, :2].astype(float),
-                    d.scores,
-                    d.labels + 1,
-                ]
-            )
-            for d in detections
-        ]
-    )
+def hotcoco_itself(coco: dict, iou_type: str) -> Run:
+    evaluator = CocoEvaluator(CocoAnnotations.from_dict(coco), (iou_type,))
+    found_nothing = gather([], iou_type == "segm")
+    evaluator.match(iou_type, found_nothing)  # opens hotcoco's truth
+
+    def run(detections: list[Detections]) -> dict[str, float]:
+        return numbers(evaluator.match(iou_type, gather(detections, iou_type == "segm")).eval, iou_type)
+
+    return run
+
+
+def vernier(coco: dict, iou_type: str) -> Run:
+    from vernier._core import CocoDataset, evaluate_bbox_grid, evaluate_segm_grid
+
+    images, annotations = ({k: [x[k] for x in rows] for k in rows[0]} for rows in (coco["images"], coco["annotations"]))
+    for columns in (images, annotations):
+        columns |= {k: np.array(v) for k, v in columns.items() if k not in ("file_name", "segmentation")}
+    truth = CocoDataset.from_arrays(images, annotations, coco["categories"])
+    options = {"parity_mode": "strict", "max_dets_per_image": 100, "use_cats": True, "num_threads": 1}
+
+    def run(detections: list[Detections]) -> dict[str, float]:
+        if iou_type == "bbox":
+            grid = evaluate_bbox_grid(truth, gather(detections, masks=False).rows(), **options)
+        else:
+            found = [
+                {
+                    "image_id": d.image_id,
+                    "boxes": np.hstack([d.boxes[:, :2], d.boxes[:, 2:] - d.boxes[:, :2]]).astype(np.float64),
+                    "scores": d.scores.astype(np.float64),
+                    "labels": d.labels,
+                    "rles": [{**rle, "counts": rle["counts"].encode()} for rle in d.masks],
+                }
+                for d in detections
+            ]
+            grid = evaluate_segm_grid(truth, found, dt_area="mask", **options)
+        curves = grid.accumulate([1, 10, 100])
+        return numbers({"precision": curves.precision, "recall": curves.recall}, iou_type)
+
+    return run
+
+
+def like_pycocotools(package: str, coco: dict, iou_type: str) -> Run:
+    """Of a package with pycocotools' interface."""
+    library = importlib.import_module(package)
+    of_class = getattr(library, "COCOeval_faster", None) or importlib.import_module(f"{package}.cocoeval").COCOeval
+    coco_class = getattr(library, "COCO", None) or importlib.import_module(f"{package}.coco").COCO
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(truth, truth.loadRes(rows), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    metrics = {f"bbox_{name}": value for name, value in zip(summary_metrics("bbox"), evaluation.stats, strict=True)}
-    for label in range(CATEGORIES):
-        precision = evaluation.eval["precision"][:, :, label, 0, 2]
-        metrics[f"bbox_AP/category {label + 1}"] = precision[precision > -1].mean()
-    return metrics
-
-
-def prepare(side: str, coco: dict):
-    annotations = CocoAnnotations.from_dict(coco)
-    detections = jittered(annotations, seed=1)
-    if side == "ours":
-        evaluator = CocoEvaluator(annotations)
-        evaluator.open_truth()
-        return lambda: ours(evaluator, detections)
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
+        truth = coco_class()
         truth.dataset = coco
         truth.createIndex()
-    return lambda: theirs(truth, detections)
+
+    def run(detections: list[Detections]) -> dict[str, float]:
+        found = rows = gather(detections, masks=False).rows()
+        if iou_type == "segm":
+            masks = [rle for d in detections for rle in d.masks]
+            found = [
+                {"image_id": int(image), "category_id": int(label), "bbox": box, "score": score, "segmentation": rle}
+                for (image, *box, score, label), rle in zip(rows.tolist(), masks, strict=True)
+            ]
+        with contextlib.redirect_stdout(io.StringIO()):
+            results = truth.loadRes(found)
+            if iou_type == "segm":
+                for row, area in zip(results.dataset["annotations"], hotcoco.mask.area(masks).tolist(), strict=True):
+                    row["area"] = area
+            evaluation = of_class(truth, results, iou_type)
+            evaluation.evaluate()
+            evaluation.accumulate()
+        return numbers(evaluation.eval, iou_type)
+
+    return run
 
 
-def memory_added(side: str, coco: dict, queue) -> None:
-    run = prepare(side, coco)
-    process, peak, done = psutil.Process(), [0], threading.Event()
-    before = process.memory_info().rss
+def numbers(curves: dict[str, np.ndarray], iou_type: str) -> dict[str, float]:
+    names = [f"category {label}" for label in range(CATEGORIES)]
+    return summarize(np.asarray(curves["precision"])[..., -1], np.asarray(curves["recall"]), iou_type, names)
 
-    def watch():
-        while not done.is_set():
-            peak[0] = max(peak[0], process.memory_info().rss)
-            time.sleep(0.005)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    run()
-    done.set()
-    watcher.join()
-    queue.put((peak[0] - before) / 2**20)
+EVALUATORS = {
+    "ours": ours,
+    "hotcoco": hotcoco_itself,
+    "ultrafast-pycocotools": functools.partial(like_pycocotools, "ultrafast_pycocotools"),
+    "vernier": vernier,
+    "faster-coco-eval": functools.partial(like_pycocotools, "faster_coco_eval"),
+    "pycocotools": functools.partial(like_pycocotools, "pycocotools"),
+}
+
+
+def added_mib(name: str, iou_type: str) -> float:
+    """At the peak of one evaluation, in a process of its own; `DATA` is the parent's."""
+    run = EVALUATORS[name](DATA[0], iou_type)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    before = memory_mib("VmRSS")
+    run(DATA[1])
+    return memory_mib("VmHWM") - before
+
+
+def memory_mib(key: str) -> float:
+    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    global DATA
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--boxes", type=int, default=60)
+    parser.add_argument("--boxes", type=int, default=60, help="per image")
+    parser.add_argument("--masks", action="store_true", help="evaluate masks instead of boxes")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--slots", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--only", nargs="+", choices=EVALUATORS, default=list(EVALUATORS))
     arguments = parser.parse_args()
-    coco = make_truth(arguments.images, arguments.boxes, seed=0)
-
-    memory = {}
-    for side in ("ours", "theirs"):
-        queue = multiprocessing.get_context("spawn").Queue()
-        process = multiprocessing.get_context("spawn").Process(target=memory_added, args=(side, coco, queue))
-        process.start()
-        memory[side] = queue.get()
-        process.join()
-
-    run_ours, run_theirs = prepare("ours", coco), prepare("theirs", coco)
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
-    results = {}
+    iou_type = "segm" if arguments.masks else "bbox"
+    DATA = make(arguments.images, arguments.boxes, arguments.masks)
+    measured: dict[str, dict] = {}
+    for name in arguments.only:
+        try:
+            with multiprocessing.get_context("fork").Pool(1) as pool:
+                measured[name] = {"mib": round(pool.apply(added_mib, (name, iou_type)))}
+        except ImportError as error:
+            print(f"{name} is skipped: {error}", file=sys.stderr)
+    runs = {name: EVALUATORS[name](DATA[0], iou_type) for name in measured}
+    results: dict[str, dict] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(arguments.repeats):
-        for side, run in (("ours", run_ours), ("theirs", run_theirs)):
-            started = time.perf_counter()
-            results[side] = run()
-            times[side].append(time.perf_counter() - started)
-    annotations = CocoAnnotations.from_dict(coco)
-    detections = jittered(annotations, seed=1)
-    of_slots = {n: round(chief_seconds(annotations, detections, n, arguments.repeats), 3) for n in arguments.slots}
-    difference = max(abs(results["ours"][name] - value) for name, value in results["theirs"].items())
-    summary = {
-        "ours_seconds": round(min(times["ours"]), 3),
-        "chief_seconds_by_slots": of_slots,
-        "pycocotools_seconds": round(min(times["theirs"]), 2),
-        "times_faster": round(min(times["theirs"]) / min(times["ours"]), 1),
-        "ours_mib": round(memory["ours"]),
-        "pycocotools_mib": round(memory["theirs"]),
-        "memory_ratio": round(memory["ours"] / memory["theirs"], 3),
-        "largest_difference": difference,
-    }
-    print(json.dumps(summary, indent=1))
+        for name, run in runs.items():
+            gc.collect()
+            started = time.process_time()
+            results[name] = run(DATA[1])
+            seconds[name].append(time.process_time() - started)
+    for name, result in results.items():
+        measured[name]["cpu_seconds"] = round(min(seconds[name]), 3)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            measured[name]["version"] = importlib.metadata.version(name)
+        first = results[arguments.only[0]]
+        same = result.keys() == first.keys()
+        measured[name]["largest_difference"] = max(abs(result[k] - first[k]) for k in first) if same else "other names"
+    print(json.dumps(measured, indent=1))
 
 
 if __name__ == "__main__":
