@@ -1,16 +1,15 @@
 """COCO's numbers by this project's evaluator and by others: CPU seconds, memory, and whether the numbers are equal.
 
-Every evaluator has the truth open, takes the same `Detections` and gives the twelve numbers and the AP of each
-category. They take turns in one process with one thread; the seconds are the least of the repeats. Memory is what a
-process that evaluates once adds at its peak. An evaluator that is not installed is skipped:
+Every evaluator has its truth open, takes the same `Detections` and gives COCO's summary and the AP of each category.
+They take turns in one process with one thread. The seconds are the least of the repeats; the memory is what one
+evaluation adds at its peak, in a process of its own. An evaluator that is not installed is skipped:
 `pip install ultrafast-pycocotools vernier faster-coco-eval`.
 """
 
 import argparse
 import contextlib
-import functools
 import gc
-import importlib.metadata
+import importlib
 import io
 import json
 import multiprocessing
@@ -18,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1")  # before NumPy and the evaluators start their threads
@@ -37,34 +37,30 @@ Run = Callable[[list[Detections]], dict[str, float]]
 
 
 def make(images: int, boxes: int, masks: bool) -> tuple[dict, list[Detections]]:
-    """A COCO data set whose ids are positions, and detections beside its objects."""
+    """A COCO data set whose ids are positions, and detections near its objects."""
     rng = np.random.default_rng(0)
     annotations, detections = [], []
     for image in range(images):
         sides = np.exp(rng.uniform(np.log(8), np.log(300), (boxes, 2)))
-        corners = rng.uniform(0, 1, (boxes, 2)) * np.maximum([WIDTH, HEIGHT] - sides, 1)
-        truth = np.hstack([corners, sides]).round(2)
+        truth = np.hstack([rng.uniform(0, 1, (boxes, 2)) * np.maximum([WIDTH, HEIGHT] - sides, 1), sides])
         found = truth + rng.normal(size=truth.shape) * 0.08 * np.tile(sides, 2)
         found[:, 2:] = np.maximum(found[:, 2:], 1)
         labels, crowd = rng.integers(0, CATEGORIES, boxes), rng.uniform(size=boxes) < 0.01
-        rles = [rounded(rng, some) if masks else [None] * boxes for some in (truth, found)]
-        for row, label, is_crowd, rle in zip(truth.tolist(), labels.tolist(), crowd.tolist(), rles[0], strict=True):
-            annotation = {"id": len(annotations) + 1, "image_id": image, "category_id": label, "bbox": row}
-            annotation |= {"area": row[2] * row[3], "iscrowd": int(is_crowd)}
-            annotations.append(annotation | ({"segmentation": rle} if masks else {}))
+        true_rles, found_rles = (rles_in(rng, some) if masks else None for some in (truth, found))
+        for i, box in enumerate(truth.tolist()):
+            annotation = {"id": len(annotations) + 1, "image_id": image, "category_id": int(labels[i]), "bbox": box}
+            annotation |= {"area": box[2] * box[3], "iscrowd": int(crowd[i])}
+            annotations.append({**annotation, "segmentation": true_rles[i]} if masks else annotation)
         found[:, 2:] += found[:, :2]
-        detections.append(Detections(image, found, rng.uniform(size=boxes), labels, rles[1] if masks else None))
-    coco = {
-        "info": {},
-        "images": [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(images)],
-        "annotations": annotations,
-        "categories": [{"id": label, "name": f"category {label}"} for label in range(CATEGORIES)],
-    }
-    return coco, detections
+        detections.append(Detections(image, found, rng.uniform(size=boxes), labels, found_rles))
+    sizes = {"height": HEIGHT, "width": WIDTH}
+    coco = {"info": {}, "images": [{"id": i, "file_name": f"{i}.jpg", **sizes} for i in range(images)]}
+    coco["categories"] = [{"id": label, "name": f"category {label}"} for label in range(CATEGORIES)]
+    return {**coco, "annotations": annotations}, detections
 
 
-def rounded(rng: np.random.Generator, boxes: np.ndarray) -> list[dict]:
-    """Masks of 24 corners, each in its box, as RLE."""
+def rles_in(rng: np.random.Generator, boxes: np.ndarray) -> list[dict]:
+    """A mask of 24 corners in each box."""
     angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     circle = np.stack([np.cos(angles), np.sin(angles)], axis=1) * rng.uniform(0.42, 0.5, (len(boxes), 24, 1)) + 0.5
     polygons = (boxes[:, None, :2] + circle * boxes[:, None, 2:]).clip(0, [WIDTH, HEIGHT])
@@ -73,15 +69,22 @@ def rounded(rng: np.random.Generator, boxes: np.ndarray) -> list[dict]:
 
 
 def gather(detections: list[Detections], masks: bool) -> GatheredDetections:
-    images = np.array([found.image_id for found in detections])
+    images = np.array([found.image_id for found in detections], np.int64)
     return GatheredDetections.of(images, images[:0], detections, masks=masks, keypoints=False)
 
 
-def ours(coco: dict, iou_type: str) -> Run:
-    evaluator = CocoEvaluator(CocoAnnotations.from_dict(coco), (iou_type,))
-    evaluator.open_truth()
+def numbers(precision: np.ndarray, recall: np.ndarray, iou_type: str) -> dict[str, float]:
+    return summarize(precision[..., -1], recall, iou_type, [f"category {label}" for label in range(CATEGORIES)])
+
+
+def of_ours(by_hotcoco: bool, coco: dict, iou_type: str) -> Run:
+    evaluator, masks = CocoEvaluator(CocoAnnotations.from_dict(coco), (iou_type,)), iou_type == "segm"
+    evaluator.match(iou_type, gather([], masks)) if by_hotcoco else evaluator.open_truth()
 
     def run(detections: list[Detections]) -> dict[str, float]:
+        if by_hotcoco:
+            arrays = evaluator.match(iou_type, gather(detections, masks)).eval
+            return numbers(arrays["precision"], arrays["recall"], iou_type)
         evaluator.reset()
         evaluator.update(detections)
         return evaluator.compute()
@@ -89,115 +92,94 @@ def ours(coco: dict, iou_type: str) -> Run:
     return run
 
 
-def hotcoco_itself(coco: dict, iou_type: str) -> Run:
-    evaluator = CocoEvaluator(CocoAnnotations.from_dict(coco), (iou_type,))
-    found_nothing = gather([], iou_type == "segm")
-    evaluator.match(iou_type, found_nothing)  # opens hotcoco's truth
-
-    def run(detections: list[Detections]) -> dict[str, float]:
-        return numbers(evaluator.match(iou_type, gather(detections, iou_type == "segm")).eval, iou_type)
-
-    return run
-
-
-def vernier(coco: dict, iou_type: str) -> Run:
-    from vernier._core import CocoDataset, evaluate_bbox_grid, evaluate_segm_grid
+def of_vernier(coco: dict, iou_type: str) -> Run:
+    from vernier import _core
 
     images, annotations = ({k: [x[k] for x in rows] for k in rows[0]} for rows in (coco["images"], coco["annotations"]))
     for columns in (images, annotations):
         columns |= {k: np.array(v) for k, v in columns.items() if k not in ("file_name", "segmentation")}
-    truth = CocoDataset.from_arrays(images, annotations, coco["categories"])
+    truth = _core.CocoDataset.from_arrays(images, annotations, coco["categories"])
     options = {"parity_mode": "strict", "max_dets_per_image": 100, "use_cats": True, "num_threads": 1}
 
+    def as_dict(found: Detections) -> dict:
+        boxes = found.boxes.astype(np.float64)
+        boxes[:, 2:] -= boxes[:, :2]
+        rles = [{**rle, "counts": rle["counts"].encode()} for rle in found.masks]
+        scores = found.scores.astype(np.float64)
+        return {"image_id": found.image_id, "boxes": boxes, "scores": scores, "labels": found.labels, "rles": rles}
+
     def run(detections: list[Detections]) -> dict[str, float]:
-        if iou_type == "bbox":
-            grid = evaluate_bbox_grid(truth, gather(detections, masks=False).rows(), **options)
+        if iou_type == "segm":
+            grid = _core.evaluate_segm_grid(truth, [as_dict(d) for d in detections], dt_area="mask", **options)
         else:
-            found = [
-                {
-                    "image_id": d.image_id,
-                    "boxes": np.hstack([d.boxes[:, :2], d.boxes[:, 2:] - d.boxes[:, :2]]).astype(np.float64),
-                    "scores": d.scores.astype(np.float64),
-                    "labels": d.labels,
-                    "rles": [{**rle, "counts": rle["counts"].encode()} for rle in d.masks],
-                }
-                for d in detections
-            ]
-            grid = evaluate_segm_grid(truth, found, dt_area="mask", **options)
+            grid = _core.evaluate_bbox_grid(truth, gather(detections, masks=False).rows(), **options)
         curves = grid.accumulate([1, 10, 100])
-        return numbers({"precision": curves.precision, "recall": curves.recall}, iou_type)
+        return numbers(curves.precision, curves.recall, iou_type)
 
     return run
 
 
-def like_pycocotools(package: str, coco: dict, iou_type: str) -> Run:
-    """Of a package with pycocotools' interface."""
-    library = importlib.import_module(package)
-    of_class = getattr(library, "COCOeval_faster", None) or importlib.import_module(f"{package}.cocoeval").COCOeval
-    coco_class = getattr(library, "COCO", None) or importlib.import_module(f"{package}.coco").COCO
+def like_pycocotools(coco_class: str, eval_class: str, coco: dict, iou_type: str) -> Run:
+    """Of a package with pycocotools' interface; the classes are named `module.Class`."""
+    classes = (name.rsplit(".", 1) for name in (coco_class, eval_class))
+    of_data, of_evaluation = (getattr(importlib.import_module(module), name) for module, name in classes)
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = coco_class()
+        truth = of_data()
         truth.dataset = coco
         truth.createIndex()
 
     def run(detections: list[Detections]) -> dict[str, float]:
         found = rows = gather(detections, masks=False).rows()
-        if iou_type == "segm":
-            masks = [rle for d in detections for rle in d.masks]
+        masks = [rle for d in detections for rle in d.masks] if iou_type == "segm" else []
+        if masks:
             found = [
                 {"image_id": int(image), "category_id": int(label), "bbox": box, "score": score, "segmentation": rle}
                 for (image, *box, score, label), rle in zip(rows.tolist(), masks, strict=True)
             ]
         with contextlib.redirect_stdout(io.StringIO()):
             results = truth.loadRes(found)
-            if iou_type == "segm":
+            if masks:
                 for row, area in zip(results.dataset["annotations"], hotcoco.mask.area(masks).tolist(), strict=True):
                     row["area"] = area
-            evaluation = of_class(truth, results, iou_type)
+            evaluation = of_evaluation(truth, results, iou_type)
             evaluation.evaluate()
             evaluation.accumulate()
-        return numbers(evaluation.eval, iou_type)
+        return numbers(np.asarray(evaluation.eval["precision"]), np.asarray(evaluation.eval["recall"]), iou_type)
 
     return run
 
 
-def numbers(curves: dict[str, np.ndarray], iou_type: str) -> dict[str, float]:
-    names = [f"category {label}" for label in range(CATEGORIES)]
-    return summarize(np.asarray(curves["precision"])[..., -1], np.asarray(curves["recall"]), iou_type, names)
-
-
 EVALUATORS = {
-    "ours": ours,
-    "hotcoco": hotcoco_itself,
-    "ultrafast-pycocotools": functools.partial(like_pycocotools, "ultrafast_pycocotools"),
-    "vernier": vernier,
-    "faster-coco-eval": functools.partial(like_pycocotools, "faster_coco_eval"),
-    "pycocotools": functools.partial(like_pycocotools, "pycocotools"),
+    "ours": partial(of_ours, False),
+    "hotcoco": partial(of_ours, True),
+    "ultrafast": partial(like_pycocotools, "ultrafast_pycocotools.COCO", "ultrafast_pycocotools.COCOeval"),
+    "vernier": of_vernier,
+    "faster-coco-eval": partial(like_pycocotools, "faster_coco_eval.COCO", "faster_coco_eval.COCOeval_faster"),
+    "pycocotools": partial(like_pycocotools, "pycocotools.coco.COCO", "pycocotools.cocoeval.COCOeval"),
 }
 
 
 def added_mib(name: str, iou_type: str) -> float:
-    """At the peak of one evaluation, in a process of its own; `DATA` is the parent's."""
     run = EVALUATORS[name](DATA[0], iou_type)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    before = memory_mib("VmRSS")
+    before = status_mib("VmRSS")
     run(DATA[1])
-    return memory_mib("VmHWM") - before
+    return status_mib("VmHWM") - before
 
 
-def memory_mib(key: str) -> float:
+def status_mib(key: str) -> float:
     return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
 
 
 def main() -> None:
-    global DATA
+    global DATA  # which the processes that measure memory inherit
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--boxes", type=int, default=60, help="per image")
     parser.add_argument("--masks", action="store_true", help="evaluate masks instead of boxes")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=EVALUATORS, default=list(EVALUATORS))
+    parser.add_argument("--only", nargs="+", choices=EVALUATORS, default=[*EVALUATORS], help="compares to the first")
     arguments = parser.parse_args()
     iou_type = "segm" if arguments.masks else "bbox"
     DATA = make(arguments.images, arguments.boxes, arguments.masks)
@@ -205,25 +187,19 @@ def main() -> None:
     for name in arguments.only:
         try:
             with multiprocessing.get_context("fork").Pool(1) as pool:
-                measured[name] = {"mib": round(pool.apply(added_mib, (name, iou_type)))}
+                measured[name] = {"mib": round(pool.apply(added_mib, (name, iou_type))), "cpu_seconds": np.inf}
         except ImportError as error:
-            print(f"{name} is skipped: {error}", file=sys.stderr)
+            print(f"{name} is skipped, it is not installed: {error}", file=sys.stderr)
     runs = {name: EVALUATORS[name](DATA[0], iou_type) for name in measured}
-    results: dict[str, dict] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(arguments.repeats):
         for name, run in runs.items():
             gc.collect()
             started = time.process_time()
-            results[name] = run(DATA[1])
-            seconds[name].append(time.process_time() - started)
-    for name, result in results.items():
-        measured[name]["cpu_seconds"] = round(min(seconds[name]), 3)
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            measured[name]["version"] = importlib.metadata.version(name)
-        first = results[arguments.only[0]]
-        same = result.keys() == first.keys()
-        measured[name]["largest_difference"] = max(abs(result[k] - first[k]) for k in first) if same else "other names"
+            result = run(DATA[1])
+            row = measured[name]
+            row["cpu_seconds"] = min(row["cpu_seconds"], round(time.process_time() - started, 3))
+            first = result if name == arguments.only[0] else first
+            row["largest_difference"] = max(abs(result.get(key, np.inf) - value) for key, value in first.items())
     print(json.dumps(measured, indent=1))
 
 
