@@ -3,6 +3,7 @@
 import hotcoco
 import numpy as np
 import pytest
+from data_sets import draw
 
 from shared.data.annotations import CocoAnnotations
 from shared.data.convert.command_line import main

@@ -205,9 +205,11 @@ def test_yolo_a_split_may_be_a_list_of_images(prefix, tmp_path):
     draw(root / "images/train/a2.png")
     for split in ("train", "val"):
         write(root / f"{split}.txt", "".join(f"{prefix}images/{split}/a{i}.png\n" for i in (0, 1)))
-    splits, _ = converted(None, root, tmp_path / "o.json")
+    write(root / "labels/train/a2.txt", "0 0.5 0.5 0.2 0.4")  # its image is there, and in no list
+    splits, said = converted(None, root, tmp_path / "o.json")
     assert splits["train"] == {"a0.png": [PLATE], "a1.png": [PLATE]}
     assert splits["val"] == {"a0.png": [PLATE], "a1.png": [PLATE]}
+    assert "have no image" not in said
 
 
 def test_yolo_images_of_a_list_that_are_not_there_are_counted(tmp_path):

@@ -10,14 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from shared.data.convert import cvat, voc, yolo
+from shared.data.convert import coco, cvat, dota, kitti, labelme, voc, yolo
 from shared.data.convert.contents import Contents, Options, Split
 from shared.data.convert.files import files_below, read_json, read_text
 from shared.data.convert.writer import Written, path_of, to_coco, write
 from shared.errors import UserError, check_outputs, nearest, nearest_path
 
 # each has `ABOUT`, the source in a few words; `recognise(source)`, what it saw there or ""; `read(source, options)`
-FORMATS: dict[str, ModuleType] = {"yolo": yolo, "voc": voc, "cvat": cvat}
+FORMATS: dict[str, ModuleType] = {
+    "yolo": yolo,
+    "voc": voc,
+    "cvat": cvat,
+    "coco": coco,
+    "labelme": labelme,
+    "kitti": kitti,
+    "dota": dota,
+}
 
 
 def convert(

@@ -21,9 +21,10 @@ SPLITS = {
     "val": ("val", "valid", "validation", "dev", "val2017"),
     "test": ("test", "testing", "test2017"),
 }
+_IMAGES = ("images", "image", "imgs", "img", "jpegimages", "image_2", "photos", "pictures")  # usual folders of them
 _NO_DATA = ("__MACOSX", "@eaDir")  # folders that macOS' archives and network disks add
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-_MOST_FILES = 2_000_000  # a folder with more is not a data set but a whole disk
+_MOST_FILES = 1_000_000  # a folder with more is not a data set but a whole disk
 _MOST_TAILS = 8  # folders of a name that are tried away, one by one
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -208,10 +209,13 @@ class ImageFinder:
 
 
 def finder_for(source: Path, images: Path | None) -> ImageFinder:
-    """The images of `--images`; else those in the source's folder and below."""
+    """The images of `--images`; else those in the source's folder and below; else those of `images` beside it."""
     if images is not None:
         return ImageFinder(images)
-    return ImageFinder(source if source.is_dir() else source.absolute().parent)
+    folder = source.absolute() if source.is_dir() else source.absolute().parent
+    beside = (path for path in folders_in(folder.parent) if path.name.lower() in _IMAGES)
+    finders = (ImageFinder(place) for place in (folder, *beside))
+    return next(filter(None, finders), None) or ImageFinder(folder)
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -39,15 +39,15 @@ def read(source: Path, options: Options) -> Contents:
     files = files_below(folder, (".xml",))
     if not files:
         raise UserError(f"{source}: has no XML files, and so no annotations of Pascal VOC. Fix: give their folder")
-    root = source.parent if options.images is None and source.name == "Annotations" else source
-    finder = finder_for(root, options.images)
+    finder = finder_for(source, options.images)
     notes: list[str] = []
     splits = {}
     for split, of_split in (_listed(source, folder, files, notes) or by_split(files, source)).items():
         splits[split] = _read_split(of_split, folder, finder)
         splits[split].settle(finder, options.images is not None)
-        if splits[split].folder is None and (root / "JPEGImages").is_dir():
-            splits[split].folder = root / "JPEGImages"
+        beside = folder.parent / "JPEGImages"
+        if splits[split].folder is None and beside.is_dir():
+            splits[split].folder = beside
     return Contents(splits, notes=notes)
 
 

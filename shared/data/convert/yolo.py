@@ -57,7 +57,7 @@ def recognise(source: Path) -> str:
         return f"{file.name} has `names`" if isinstance(content, dict) and "names" in content else ""
     if file.suffix == ".data":
         return f"{file.name} names lists of images"
-    labels = [path for path in files_below(file.parent, (".txt",)) if path.name.lower() not in _NOT_LABELS]
+    labels = _label_files_below(file.parent)
     return f"{file.name} and {len(labels)} label files" if labels else ""
 
 
@@ -71,9 +71,13 @@ def read(source: Path, options: Options) -> Contents:
     described = _describe(file)
     notes: list[str] = []
     images = _images_by_split(described, source, options, notes)
-    read_labels = {}
+    of_images = {}
     for split, (files, folder) in images.items():
-        if labels := _read_labels(files, folder, source, options, split, notes):
+        of_images[split] = _label_files(files, folder, source if options.images is not None else None)
+    _note_orphans(of_images, [folder for _, folder in images.values()], notes)
+    read_labels = {}
+    for split, (of_image, folders) in of_images.items():
+        if labels := _read_labels(of_image, folders, images[split][1], split, notes):
             read_labels[split] = labels
     if not read_labels:
         raise UserError(f"{source}: has no images. Fix: correct the paths in {file}, or give --images")
@@ -284,28 +288,43 @@ def _listed(file: Path, folders: Sequence[Path], notes: list[str]) -> list[Path]
 
 
 def _read_labels(
-    files: Sequence[Path], folder: Path, source: Path, options: Options, split: str, notes: list[str]
+    of_image: Mapping[Path, Path], folders: set[Path], folder: Path, split: str, notes: list[str]
 ) -> dict[Path, Labels]:
-    """The labels of each image."""
-    of_image, label_folders = _label_files(files, folder, source if options.images is not None else None)
-    wanted = set(of_image.values())
-    there = {path for place in label_folders for path in files_below(place, (".txt",))}
-    orphans = sorted(path for path in there - wanted if path.name.lower() not in _NOT_LABELS)
-    if not files:
+    """The labels of each image; {} of a test split that is not labelled.
+
+    Raises:
+        UserError: no image has a label file.
+    """
+    if not of_image:
         return {}
-    if not there & wanted:
-        example = orphans[0] if orphans else None
+    if not any(label.is_file() for label in of_image.values()):
         if split == "test":
             notes.append(f"{folder}: no image of the test split has a label file; there is no test split")
             return {}
-        told = f", and {folder} has no image for the label file {example}" if example else ""
+        other = next((path for place in sorted(folders) for path in _label_files_below(place)), None)
+        also = f", and {folder} has no image for the label file {other}" if other else ""
         raise UserError(
-            f"{sorted(label_folders)[0]}: has no label file for an image of {folder}{told}. Fix: correct the folders; "
-            "labels lie in `labels` beside `images`, or beside the images"
+            f"{sorted(folders)[0]}: has no label file for an image of {folder}{also}. Fix: correct the folders; labels "
+            "lie in `labels` beside `images`, or beside the images"
         )
-    if orphans:
-        notes.append(f"{len(orphans)} label files have no image, and are left out; the first is {orphans[0]}")
     return {image: yolo_labels.read(label) for image, label in of_image.items()}
+
+
+def _note_orphans(
+    of_images: Mapping[str, tuple[dict[Path, Path], set[Path]]], folders: Sequence[Path], notes: list[str]
+) -> None:
+    """Counts label files without an image. An image that is in no split's list is no reason to name its labels."""
+    wanted = {label for of_image, _ in of_images.values() for label in of_image.values()}
+    there = {path for _, places in of_images.values() for place in places for path in _label_files_below(place)}
+    if orphans := there - wanted:
+        stems = {image.stem for folder in folders for image in images_below(folder)}
+        orphans = {path for path in orphans if path.stem not in stems}
+    if orphans:
+        notes.append(f"{len(orphans)} label files have no image, and are left out; the first is {min(orphans)}")
+
+
+def _label_files_below(folder: Path) -> list[Path]:
+    return [path for path in files_below(folder, (".txt",)) if path.name.lower() not in _NOT_LABELS]
 
 
 def _label_files(files: Sequence[Path], folder: Path, source: Path | None) -> tuple[dict[Path, Path], set[Path]]:
