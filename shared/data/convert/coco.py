@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from shared.data.convert.contents import Contents, Options, Split, errors_in
-from shared.data.convert.files import files_in, finder_for, folders_in, read_json, split_of
+from shared.data.convert.files import SPLITS, files_in, finder_for, folders_in, json_outline, read_json, split_of
 from shared.data.numbers import parse_number, parse_whole_number
 from shared.errors import UserError
 
 ABOUT = "a COCO file of Roboflow or Label Studio, or a folder with one per split"
 
+_TRIED = 20  # JSON files of a folder; one with a file per image has thousands
 _NUMBERS = ("area", "num_keypoints")
 
 
@@ -44,21 +45,18 @@ def _files(source: Path) -> dict[str, Path]:
         return {"": source} if source.suffix.lower() == ".json" and _is_coco(source) else {}
     found: dict[str, Path] = {}
     for folder in (source, *folders_in(source)):
-        for file in files_in(folder, (".json",)):
+        for file in files_in(folder, (".json",))[:_TRIED]:
             split = split_of(folder.name) if folder != source else ""
             words = file.stem.replace("-", "_").replace(".", "_").split("_")
             split = split or next(filter(None, map(split_of, words)), "")
             if split not in found and _is_coco(file):
                 found[split] = file
-    return found
+    return {split: found[split] for split in ("", *SPLITS) if split in found}
 
 
 def _is_coco(file: Path) -> bool:
-    try:
-        content = read_json(file)
-    except UserError:
-        return False
-    return isinstance(content, dict) and all(isinstance(content.get(k), list) for k in ("images", "categories"))
+    is_list, keys = json_outline(file)
+    return not is_list and keys.keys() >= {"images", "categories"}
 
 
 def _categories(contents: dict[str, dict], files: dict[str, Path], notes: list[str]) -> list[dict[str, Any]]:

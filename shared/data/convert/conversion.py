@@ -10,7 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from shared.data.convert import coco, cvat, dota, kitti, labelme, voc, yolo
+from shared.data.convert import (
+    coco,
+    createml,
+    cvat,
+    dota,
+    hugging_face,
+    kitti,
+    label_studio,
+    labelme,
+    openimages,
+    table,
+    voc,
+    yolo,
+)
 from shared.data.convert.contents import Contents, Options, Split
 from shared.data.convert.files import files_below, read_json, read_text
 from shared.data.convert.writer import Written, path_of, to_coco, write
@@ -23,6 +36,11 @@ FORMATS: dict[str, ModuleType] = {
     "cvat": cvat,
     "coco": coco,
     "labelme": labelme,
+    "labelstudio": label_studio,
+    "createml": createml,
+    "openimages": openimages,
+    "csv": table,
+    "huggingface": hugging_face,
     "kitti": kitti,
     "dota": dota,
 }

@@ -25,14 +25,13 @@ def read(source: Path, options: Options) -> Contents:
 
 
 def _is_line(words: list[str]) -> bool:
+    if words[0].lower().startswith(_HEADERS):
+        return True
     try:
         [parse_number(word, "a corner") for word in words[:_CORNERS]]
-        parse_number(words[_CORNERS], "the category")
     except ValueError:
-        return len(words) in (9, 10) and words[_CORNERS][0].isalpha()
-    except IndexError:
-        return bool(words) and words[0].lower().startswith(_HEADERS)
-    return False
+        return False
+    return len(words) in (9, 10) and words[_CORNERS][0].isalpha()
 
 
 def _row(line: str, part: Split) -> dict[str, Any] | None:

@@ -132,6 +132,19 @@ def read_json(path: Path, into: type = object) -> object:
         raise UserError(f"{path}: is not the JSON that was expected ({error}). Fix: export it again") from error
 
 
+def json_outline(file: Path) -> tuple[bool, dict[str, msgspec.Raw]]:
+    """Whether a JSON file is a list, and the keys of its object, or of the first object of the list, with undecoded
+    values; no keys if the file is anything else. Takes a fraction of the time and memory of `read_json`."""
+    try:
+        text = read_text(file)
+        if text.lstrip()[:1] != "[":
+            return False, msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        rows = msgspec.json.decode(text, type=list[msgspec.Raw])
+        return True, msgspec.json.decode(rows[0], type=dict[str, msgspec.Raw]) if rows else {}
+    except (UserError, msgspec.DecodeError, RecursionError):
+        return False, {}
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """(width, height) as the image is shown, after EXIF rotation. Reads the header alone, of images of any size.
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Options, Split, errors_in
-from shared.data.convert.files import ImageFinder, by_split, files_below, finder_for, read_json
+from shared.data.convert.files import ImageFinder, by_split, files_below, finder_for, json_outline, read_json
 from shared.data.numbers import FARTHEST, parse_number, parse_whole_number
 from shared.errors import UserError
 
@@ -23,7 +23,8 @@ ABOUT = "a folder of LabelMe's JSON files, or one per split"
 def recognise(source: Path) -> str:
     files = files_below(source, (".json",)) if source.is_dir() else [source] if source.suffix == ".json" else []
     for file in files[:3]:
-        if _content(file):
+        is_list, keys = json_outline(file)
+        if not is_list and "shapes" in keys:
             return f"{len(files)} JSON files with `shapes` and `imagePath`, {file.name} for example"
     return ""
 

@@ -49,7 +49,7 @@ def read_folder(
             if name is None:
                 part.counts["label files left out (without an image)"] += 1
                 continue
-            part.found[name] = name
+            part.found[name] = name.rpartition("/")[2]
             rows = []
             for number, line in enumerate(read_text(file).splitlines(), 1):
                 if line.strip():
