@@ -3,11 +3,11 @@
 import hotcoco
 import numpy as np
 import pytest
-from data_sets import draw
+from data_sets import boxes_of, converted, draw, write
 
 from shared.data.annotations import CocoAnnotations
 from shared.data.convert.command_line import main
-from shared.data.convert.conversion import convert
+from shared.data.convert.conversion import annotations_of, convert
 from shared.errors import UserError
 from shared.experiment import open_split, parse_data
 
@@ -72,3 +72,88 @@ def test_what_is_wrong_is_one_line(sources, shapes, tmp_path):
     (tmp_path / "other.xml").write_text("<annotations/>")
     with pytest.raises(UserError, match=r"is a folder with \d XML files: give the one to read"):
         convert("cvat", tmp_path, tmp_path / "a.json")
+
+
+LINE = "0 0.5 0.5 0.2 0.4"
+
+
+def pets(root, splits=("train", "val", "test")):
+    """A YOLO data set with an image in each split."""
+    for split in splits:
+        draw(root / f"images/{split}/a.png")
+        write(root / f"labels/{split}/a.txt", LINE)
+    places = "".join(f"{split}: images/{split}\n" for split in splits)
+    write(root / "data.yaml", f"{places}names: [cat, dog]\n")
+    return root
+
+
+def test_convert_without_a_format_says_what_it_saw(tmp_path, capsys):
+    main([str(pets(tmp_path / "in")), str(tmp_path / "pets.json"), "--val", "0"])
+    assert "in: read as yolo: data.yaml has `names`" in capsys.readouterr().out
+
+
+def test_options_may_lie_between_the_format_and_the_paths(tmp_path):
+    root = pets(tmp_path / "in", ("train",))
+    main(["yolo", "--images", str(root / "images/train"), str(root / "labels/train"), str(tmp_path / "pets.json")])
+    assert boxes_of(tmp_path / "pets.json") == {"a.png": [("cat", 40, 15, 20, 20)]}
+
+
+def test_a_test_split_is_written_and_its_path_printed_outside_the_config(tmp_path, capsys):
+    main([str(pets(tmp_path / "in")), str(tmp_path / "instances.json")])
+    said, config = capsys.readouterr().out.split("for the experiment config:")
+    assert (
+        f"the test split is {tmp_path / 'instances_test.json'}, its images are in {tmp_path / 'in/images/test'}" in said
+    )
+    assert "instances_train.json" in config
+    assert "test" not in config.replace(str(tmp_path), "")
+    assert boxes_of(tmp_path / "instances_test.json") == {"a.png": [("cat", 40, 15, 20, 20)]}
+
+
+def test_a_source_that_may_be_two_formats_says_which_to_name(tmp_path):
+    root = pets(tmp_path / "in")
+    write(root / "boxes.csv", "filename,xmin,ymin,xmax,ymax,class\na.png,1,2,3,4,cat\n")
+    with pytest.raises(
+        UserError, match=r"may be several formats \(yolo: .*; csv: .*\)\. Fix: name one, `convert yolo …`"
+    ):
+        converted(None, root, tmp_path / "o.json")
+    converted("yolo", root, tmp_path / "o.json")
+
+
+def test_a_source_of_no_format_says_what_is_there(tmp_path):
+    write(tmp_path / "in/notes.docx", "")
+    draw(tmp_path / "in/a.png")
+    with pytest.raises(UserError, match=r"is no format that is recognised; there is 1 \.docx, 1 \.png\. Fix: "):
+        converted(None, tmp_path / "in", tmp_path / "o.json")
+
+
+def test_a_format_that_does_not_exist_names_the_nearest(tmp_path):
+    with pytest.raises(UserError, match=r"yollo: is no format \(did you mean 'yolo'\?\)\. Fix: "):
+        converted("yollo", tmp_path, tmp_path / "o.json")
+
+
+def test_one_image_cannot_be_split(tmp_path):
+    root = pets(tmp_path / "in", ("train",))
+    with pytest.raises(UserError, match=r"--val: .* has one image"):
+        converted("yolo", root, tmp_path / "o.json", val_share=0.5)
+
+
+@pytest.mark.parametrize("path", ["data.yaml", "."])
+def test_annotations_of_a_split_are_those_that_a_training_opens(path, tmp_path):
+    root = pets(tmp_path / "in")
+    coco, images = annotations_of(root / path, "val")
+    annotations = CocoAnnotations.from_dict(coco)
+    assert annotations.category_names == ["cat", "dog"]
+    assert annotations[0].file_boxes.round(3).tolist() == [[40, 15, 20, 20]]
+    assert (images / annotations.file_name(0)).is_file()
+
+
+def test_annotations_of_a_split_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"has the splits train, val, and not 'test'\. Fix: name one of these"):
+        annotations_of(pets(tmp_path / "in", ("train", "val")), "test")
+
+
+def test_annotations_of_a_source_without_splits_are_all(tmp_path):
+    write(tmp_path / "in/a.csv", "filename,width,height,class,xmin,ymin,xmax,ymax\na.png,100,50,cat,10,5,30,25\n")
+    coco, images = annotations_of(tmp_path / "in", "train")
+    assert [image["file_name"] for image in coco["images"]] == ["a.png"]
+    assert images is None

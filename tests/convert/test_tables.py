@@ -133,26 +133,29 @@ def test_hugging_face_a_wrong_line_is_named(tmp_path):
         converted("huggingface", tmp_path / "in", tmp_path / "o.json")
 
 
-def test_hugging_face_parquet_gives_the_images_too(tmp_path):
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_hugging_face_parquet_and_arrow_give_the_images_too(ending, tmp_path):
     datasets = pytest.importorskip("datasets")
+    import pyarrow
+    import pyarrow.parquet
+
     draw(tmp_path / "a.png")
-    features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "objects": {
-                "bbox": datasets.Sequence(datasets.Sequence(datasets.Value("float32"), length=4)),
-                "category": datasets.Sequence(datasets.ClassLabel(names=["cat", "dog", "bird"])),
-            },
-        }
-    )
-    rows = {"image": [str(tmp_path / "a.png")], "objects": [{"bbox": OBJECTS["bbox"], "category": [0, 1]}]}
-    data = datasets.Dataset.from_dict(rows, features=features)
-    data.to_parquet(str(tmp_path / "in/data/train-00000-of-00001.parquet"))
+    lists = datasets.List(datasets.List(datasets.Value("float32"), length=4))
+    classes = datasets.List(datasets.ClassLabel(names=["cat", "dog", "bird"]))
+    features = datasets.Features({"image": datasets.Image(), "objects": {"bbox": lists, "category": classes}})
+    image = {"bytes": (tmp_path / "a.png").read_bytes(), "path": "photos/a.png"}
+    row = {"image": image, "objects": {"bbox": OBJECTS["bbox"], "category": [0, 1]}}
+    table = pyarrow.Table.from_pylist([row], schema=features.arrow_schema)
+    if ending == "parquet":
+        (tmp_path / "in/data").mkdir(parents=True)
+        pyarrow.parquet.write_table(table, tmp_path / "in/data/train-00000-of-00001.parquet")
+    else:
+        write(tmp_path / "in/train/state.json", {})
+        with pyarrow.ipc.new_stream(tmp_path / "in/train/data-00000-of-00001.arrow", table.schema) as writer:
+            writer.write_table(table)
     splits, _ = converted(None, tmp_path / "in", tmp_path / "o.json")
-    assert list(splits["train"].values()) == [BOXES]
-    (image,) = (tmp_path / "o_images/train").iterdir()
-    assert splits["train"].keys() == {image.name}
-    assert image.read_bytes() == (tmp_path / "a.png").read_bytes()
+    assert splits == {"train": {"00000000_a.png": BOXES}}
+    assert (tmp_path / "o_images/train/00000000_a.png").read_bytes() == image["bytes"]
     categories = json.loads((tmp_path / "o_train.json").read_text())["categories"]
     assert [category["name"] for category in categories] == ["cat", "dog", "bird"]
     with pytest.raises(UserError, match="holds its images inside"):

@@ -1,4 +1,4 @@
-"""COCO files that a training does not take as they are: a folder per split, names and numbers of other programs."""
+"""COCO files that a training refuses: a folder per split, or names and numbers of other programs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _is_coco(file: Path) -> bool:
 
 
 def _categories(contents: dict[str, dict], files: dict[str, Path], notes: list[str]) -> list[dict[str, Any]]:
-    """The categories of all splits. Of two with one name, the one without annotations is omitted: Roboflow's root."""
+    """The categories of all splits. If two have one name, the one without annotations is omitted: Roboflow's root."""
     used: Counter[int] = Counter()
     by_id: dict[int, dict[str, Any]] = {}
     for split, content in contents.items():

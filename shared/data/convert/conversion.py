@@ -61,7 +61,7 @@ def convert(
 
     Args:
         kind: a key of FORMATS; None to recognise it.
-        images: the folder of the images, if the source does not say it.
+        images: the folder of the images, if they are not in the source.
         val_share: the share of the images that becomes the validation split, of a source without one.
         labels, boxes: as in `Options`.
         categories: a text file with a name per line, or a COCO file: the categories and their order.
@@ -112,7 +112,7 @@ def recognise(source: Path) -> tuple[str, str]:
     """The format of a source, and what shows it.
 
     Raises:
-        UserError: it is none, or may be several.
+        UserError: its format is unknown, or it may be several.
     """
     seen = {kind: said for kind, module in FORMATS.items() if (said := module.recognise(source))}
     if len(seen) == 1:
@@ -168,6 +168,8 @@ def _with_val(splits: dict[str, Split], share: float, source: Path) -> dict[str,
     whole = "" if "" in splits else "train"
     if "val" in splits or whole not in splits:
         raise UserError(f"--val: {source} has the splits {', '.join(splits)} already. Fix: omit --val")
+    if len(splits[whole].images) < 2:
+        raise UserError(f"--val: {source} has one image, and a split needs two. Fix: omit --val")
     part = splits.pop(whole)
     count = min(max(round(share * len(part.images)), 1), len(part.images) - 1)
     val = set(np.random.default_rng(0).permutation(len(part.images))[:count].tolist())

@@ -6,7 +6,7 @@ import codecs
 import itertools
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -40,13 +40,12 @@ def files_below(folder: Path, endings: Sequence[str] = ()) -> list[Path]:
     Args:
         endings: in lower case, ".xml"; () for all files.
     """
-    found = itertools.islice(_walk(folder), _MOST_FILES)
-    return sorted(path for path in found if not endings or path.suffix.lower() in endings)
+    return sorted(_walk(folder, lambda name: not endings or name.lower().endswith(tuple(endings))))
 
 
 def images_below(folder: Path) -> list[Path]:
     """The visible images in a folder and its subfolders, sorted."""
-    return [path for path in files_below(folder) if is_image_name(path.name)]
+    return sorted(_walk(folder, is_image_name))
 
 
 def files_in(folder: Path, endings: Sequence[str] = ()) -> list[Path]:
@@ -177,7 +176,7 @@ class ImageFinder:
     Names in annotation files have other folders, `\\` for `/`, `%C3%A9` for é, Unicode in another form, or upper case.
 
     Attributes:
-        folder: None if there is none; then nothing is found.
+        folder: None to find nothing.
     """
 
     def __init__(self, folder: Path | None):
@@ -231,10 +230,13 @@ def finder_for(source: Path, images: Path | None) -> ImageFinder:
     return next(filter(None, finders), None) or ImageFinder(folder)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, is_wanted: Callable[[str], bool]) -> Iterator[Path]:
+    seen = 0
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
-        yield from (Path(root, name) for name in files if not is_hidden(name))
+        yield from (Path(root, name) for name in files if is_wanted(name) and not is_hidden(name))
+        if (seen := seen + len(files)) > _MOST_FILES:
+            break
 
 
 def _ends(name: str) -> list[str]:

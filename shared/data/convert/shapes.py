@@ -42,7 +42,8 @@ def polygons(pieces: Sequence[np.ndarray]) -> dict[str, Any]:
     area = 0.0
     for points in pieces:
         x, y = points.T
-        area += abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))) / 2
+        ring = np.append(x, x[0]), np.append(y, y[0])
+        area += abs(float(np.dot(ring[0][:-1], ring[1][1:]) - np.dot(ring[1][:-1], ring[0][1:]))) / 2
     return {**box_of_corners(x1, y1, x2, y2), "area": area, "segmentation": [p.ravel().tolist() for p in pieces]}
 
 

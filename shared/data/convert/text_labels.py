@@ -31,7 +31,7 @@ def read_folder(
 ) -> Contents:
     """
     Args:
-        row_of: the annotation of a line; None for a line that is none, or that it has counted.
+        row_of: the annotation of a line; None for a header, and for an object that it has counted.
 
     Raises:
         UserError: a line is not the format's, or no label file has an image.

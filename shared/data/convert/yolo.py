@@ -332,7 +332,7 @@ def _label_files(files: Sequence[Path], folder: Path, source: Path | None) -> tu
 
     Args:
         source: the labels' folder, or the one with `labels` in it; None to take the folder whose path has `labels`
-            for the last `images`, or, if there is none, the images' own.
+            for the last `images`, else the images' own.
 
     Raises:
         UserError: two images would share a label file.

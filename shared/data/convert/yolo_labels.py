@@ -46,7 +46,7 @@ class Kind:
     Attributes:
         name: "boxes", "polygons", "oriented" or "keypoints".
         points: the number of keypoints, and `numbers` of each: 2, or 3 with its visibility.
-        confidence, track: polygons and keypoints end with such a column. Of boxes the lines' lengths say it.
+        confidence, track: polygons and keypoints end with such a column. Lines of boxes show it by their length.
     """
 
     name: str
@@ -62,10 +62,10 @@ class Kind:
 
 
 def read(file: Path) -> Labels:
-    """The lines; none if there is no such file.
+    """The lines; [] if there is no such file.
 
     Raises:
-        UserError: a number is none, or no share of an image's size.
+        UserError: a word is not a number, or not a share of an image's size.
     """
     lines = []
     text = read_text(file) if file.exists() else ""
@@ -131,7 +131,7 @@ def _boxes_or_triangles(lines: Sequence[np.ndarray], described: Path) -> Kind:
 
 
 def _refuse_keypoints(lines: Sequence[np.ndarray], described: Path) -> None:
-    """Raises UserError if no data.yaml says so, and the lines can be keypoints: all have one length, each begins with
+    """Raises UserError if the lines can be keypoints: all have one length, each begins with
     a box inside the image, and the points lie in it."""
     if len({len(values) for values in lines}) != 1:
         return
