@@ -59,8 +59,7 @@ def files_of(kind, stems):
         done = [{"result": [{"value": box, **sides}] * 4}]
         return {"a.json": json.dumps([{"data": {"image": f"{stem}.jpg"}, "annotations": done} for stem in stems])}
     if kind == "createml":
-        middle = [{"x": x + w / 2, "y": y + h / 2, "width": w, "height": h} for x, y, w, h in BOXES]
-        rows = [{"label": "cat", "coordinates": box} for box in middle]
+        rows = [{"label": "cat", "coordinates": {"x": x, "y": y, "width": w, "height": h}} for x, y, w, h in BOXES]
         return {"a.json": json.dumps([{"image": f"{stem}.jpg", "annotations": rows} for stem in stems])}
     if kind == "openimages":
         shares = [f"/m/1,{x / WIDTH},{X / WIDTH},{y / HEIGHT},{Y / HEIGHT}" for x, y, X, Y in CORNERS]

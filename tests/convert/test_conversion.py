@@ -131,6 +131,18 @@ def test_a_format_that_does_not_exist_names_the_nearest(tmp_path):
         converted("yollo", tmp_path, tmp_path / "o.json")
 
 
+def test_an_option_of_another_format_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--boxes: is for csv and huggingface, and not for yolo\. Fix: omit it"):
+        converted("yolo", pets(tmp_path / "in"), tmp_path / "o.json", boxes="xyxy")
+
+
+def test_a_file_that_cannot_be_read_does_not_hide_the_format(tmp_path):
+    root = pets(tmp_path / "in")
+    write(root / "notes.csv", b"gr\xf6\xdfe")
+    splits, _ = converted(None, root, tmp_path / "o.json")
+    assert list(splits) == ["train", "val", "test"]
+
+
 def test_one_image_cannot_be_split(tmp_path):
     root = pets(tmp_path / "in", ("train",))
     with pytest.raises(UserError, match=r"--val: .* has one image"):

@@ -164,6 +164,14 @@ def test_yolo_what_may_be_keypoints_needs_an_option(tmp_path):
     assert annotations_in(tmp_path / "o_val.json")[0]["num_keypoints"] == 2
 
 
+def test_yolo_four_corners_that_may_be_keypoints_need_an_option(tmp_path):
+    root = yolo_folder(tmp_path, ["1 0.4 0.4 0.5 0.4 0.5 0.5 0.4 0.5"])
+    with pytest.raises(UserError, match=r"`--labels keypoints:2x2`, `--labels polygons`, `--labels oriented`"):
+        converted("yolo", root, tmp_path / "o.json")
+    splits, _ = converted("yolo", root, tmp_path / "o.json", labels="oriented")
+    assert splits["train"]["a0.png"] == [("frame", 80, 40, 20, 10)]
+
+
 def test_yolo_a_line_without_all_keypoints_is_named(tmp_path):
     root = yolo_folder(tmp_path, [POSE, "0 0.5 0.5 0.2 0.4 0.45 0.4 2"], kpt_shape=[3, 3])
     with pytest.raises(UserError, match=r"a0\.txt: line 2: 7 numbers after the class; .* are 13\. Fix: "):

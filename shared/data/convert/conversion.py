@@ -114,14 +114,22 @@ def recognise(source: Path) -> tuple[str, str]:
     Raises:
         UserError: its format is unknown, or it may be several.
     """
-    seen = {kind: said for kind, module in FORMATS.items() if (said := module.recognise(source))}
+    seen, refused = {}, []
+    for kind, module in FORMATS.items():
+        try:
+            if said := module.recognise(source):
+                seen[kind] = said
+        except UserError as error:
+            refused.append(error)
+    if refused and not seen:
+        raise refused[0]
     if len(seen) == 1:
         return next(iter(seen.items()))
     if seen:
         found = "; ".join(f"{kind}: {said}" for kind, said in seen.items())
         raise UserError(f"{source}: may be several formats ({found}). Fix: name one, `convert {next(iter(seen))} …`")
     files = files_below(source) if source.is_dir() else [source]
-    endings = Counter(file.suffix.lower() or "without ending" for file in files).most_common(5)
+    endings = Counter(sorted(file.suffix.lower() or "without ending" for file in files)).most_common(5)
     there = ", ".join(f"{count} {ending}" for ending, count in endings) or "nothing"
     raise UserError(
         f"{source}: is no format that is recognised; there is {there}. Fix: give the folder or file of the "
@@ -137,6 +145,12 @@ def _read(kind: str | None, source: Path, options: Options, say: Any) -> Content
         say(f"{source}: read as {kind}: {said}")
     elif kind not in FORMATS:
         raise UserError(f"{kind}: is no format ({nearest(kind, FORMATS)}). Fix: name one of {', '.join(FORMATS)}")
+    for option, value, kinds in (
+        ("labels", options.labels, ("yolo",)),
+        ("boxes", options.boxes, ("csv", "huggingface")),
+    ):
+        if value and kind not in kinds:
+            raise UserError(f"--{option}: is for {' and '.join(kinds)}, and not for {kind}. Fix: omit it")
     contents = FORMATS[kind].read(source, options)
     if not any(part.images for part in contents.splits.values()):
         raise UserError(f"{source}: has no annotations that can be read as {kind}. Fix: name another format or path")

@@ -139,7 +139,7 @@ def _refuse_keypoints(lines: Sequence[np.ndarray], described: Path) -> None:
     found = [n for n in (2, 3) if (length - _BOX) % n == 0 and _may_be_keypoints(lines, n)]
     if found:
         kinds = [f"keypoints:{(length - _BOX) // n}x{n}" for n in reversed(found)]
-        raise _ambiguous(lines[0], described, [*kinds, "polygons"])
+        raise _ambiguous(lines[0], described, [*kinds, "polygons", *(["oriented"] if length == 8 else [])])
 
 
 def _may_be_keypoints(lines: Sequence[np.ndarray], numbers: int) -> bool:
