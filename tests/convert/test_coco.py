@@ -68,9 +68,11 @@ def test_coco_a_number_that_is_none_is_named_with_its_annotation(tmp_path):
 
 
 def test_coco_an_area_of_0_is_filled_in_and_counted(tmp_path):
-    _, said = converted("coco", write(tmp_path / "a.json", coco(area=0)), tmp_path / "o.json")
-    assert annotations_in(tmp_path / "o.json")[0]["area"] == 480
-    assert "areas that were 0 or missing 1" in said
+    content = coco(["a.png", "b.png"], area=0)
+    content["annotations"][1]["segmentation"] = [[4, 4, 28, 4, 28, 24]]
+    _, said = converted("coco", write(tmp_path / "a.json", content), tmp_path / "o.json")
+    assert [row["area"] for row in annotations_in(tmp_path / "o.json")] == [480, 240]
+    assert "areas of 0 filled in 2" in said
 
 
 def test_coco_ids_keypoints_and_other_keys_stay(tmp_path):

@@ -123,6 +123,11 @@ def test_cvat_skeletons_become_keypoints_with_names(tmp_path):
     assert (row["bbox"], row["keypoints"]) == ([20, 10, 10, 50], [20, 10, 2, 30, 60, 1])
 
 
+def test_cvat_a_file_without_boxes_and_labels_says_so(tmp_path):
+    with pytest.raises(UserError, match=r"a\.xml: has no boxes, and names no categories\. Fix: "):
+        converted("cvat", cvat_file(tmp_path / "a.xml", ("a.png", []), meta=""), tmp_path / "o.json")
+
+
 def test_cvat_attributes_are_kept(tmp_path):
     box = '<box label="car" xtl="1" ytl="2" xbr="5" ybr="4"><attribute name="color">red</attribute></box>'
     converted("cvat", cvat_file(tmp_path / "a.xml", ("a.png", [box])), tmp_path / "o.json")

@@ -301,3 +301,22 @@ def test_yolo_a_photo_that_exif_turns_has_the_size_that_it_is_shown_with(tmp_pat
     Image.new("RGB", (100, 40)).save(root / "images/train/a0.png", exif=exif)
     splits, _ = converted("yolo", root, tmp_path / "o.json")
     assert splits["train"]["a0.png"] == [("plate", 4, 30, 32, 40)]
+
+
+@pytest.mark.parametrize("layout", ["images/{split}", "{split}/images", "{split}"])
+def test_yolo_without_a_data_yaml_has_the_splits_of_its_folders(layout, tmp_path):
+    for split in ("train", "valid"):
+        folder = layout.format(split=split)
+        draw(tmp_path / "in" / folder / "a.png", size=(200, 100))
+        write(tmp_path / "in" / folder.replace("images", "labels") / "a.txt", "0 0.5 0.5 0.2 0.4")
+        write(tmp_path / "in" / split / "_darknet.labels", "plate")
+    write(tmp_path / "in/classes.txt", "plate")
+    splits, _ = converted(None, tmp_path / "in", tmp_path / "o.json")
+    assert splits == {"train": {"a.png": [PLATE]}, "val": {"a.png": [PLATE]}}
+
+
+def test_yolo_paths_of_another_machine_are_found_by_their_end(tmp_path):
+    places = {split: f"/content/pets/images/{split}" for split in ("train", "val")}
+    root = yolo_folder(tmp_path, ["0 0.5 0.5 0.2 0.4"], path="/content/pets", **places)
+    splits, _ = converted("yolo", root, tmp_path / "o.json")
+    assert splits["val"]["a0.png"] == [PLATE]

@@ -6,6 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Options, Split, errors_in
 from shared.data.convert.files import SPLITS, files_in, finder_for, folders_in, json_outline, read_json, split_of
 from shared.data.numbers import parse_number, parse_whole_number
@@ -104,8 +107,9 @@ def _split(content: dict, file: Path, names: dict[int, str], source: Path, optio
                 if key in row:
                     row[key] = _number(row[key], key)
             if not row.get("area"):
-                part.counts["areas that were 0 or missing"] += "area" in row
-                row["area"] = row["bbox"][2] * row["bbox"][3]
+                if "area" in row:
+                    part.counts["areas of 0 filled in"] += 1
+                row["area"] = _area(row)
             if not row.get("segmentation", True):
                 del row["segmentation"]  # []
             of_image.setdefault(_whole(annotation["image_id"], "image_id"), []).append(row)
@@ -121,6 +125,14 @@ def _split(content: dict, file: Path, names: dict[int, str], source: Path, optio
         part.counts["annotations left out (of no image)"] = sum(map(len, of_image.values()))
     part.settle(finder, options.images is not None)
     return part
+
+
+def _area(row: dict[str, Any]) -> float:
+    """The area of the polygons, else of the box."""
+    pieces = row.get("segmentation")
+    if isinstance(pieces, list) and pieces and all(len(piece) >= 6 for piece in pieces):
+        return shapes.polygons([np.array(piece, dtype=np.float64).reshape(-1, 2) for piece in pieces])["area"]
+    return row["bbox"][2] * row["bbox"][3]
 
 
 def _number(value: Any, what: str) -> float:

@@ -98,7 +98,7 @@ def by_split(files: Iterable[Path], root: Path) -> dict[str, list[Path]]:
         parts.setdefault(next(filter(None, map(split_of, names)), ""), []).append(file)
     if len(parts) > 1 and "" in parts:
         raise UserError(
-            f"{root}: {len(parts[''])} annotation files lie in no folder of a split, {parts[''][0]} for example, and "
+            f"{root}: {len(parts[''])} files lie in no folder of a split, {parts[''][0]} for example, and "
             f"others are in {', '.join(sorted(parts.keys() - {''}))}. Fix: convert the folders one by one"
         )
     return {split: parts[split] for split in ("", *SPLITS) if split in parts}

@@ -50,6 +50,8 @@ def to_coco(contents: Contents, source: Path) -> dict[str, dict[str, list]]:
             that a training accepts.
     """
     categories = contents.categories or [{"name": name} for name in names_in_use(contents.splits.values())]
+    if not categories:
+        raise UserError(f"{source}: has no boxes, and names no categories. Fix: name another file, or draw boxes")
     categories = [{"id": number, **category} for number, category in enumerate(categories, 1)]
     ids = {category["name"]: category["id"] for category in categories}
     return {split: _of_split(part, categories, ids, source) for split, part in contents.splits.items()}

@@ -13,7 +13,16 @@ import yaml
 
 from shared.data.convert import yolo_labels
 from shared.data.convert.contents import Contents, Options, Split, errors_in
-from shared.data.convert.files import common_folder, files_below, files_in, image_size, images_below, read_text
+from shared.data.convert.files import (
+    by_split,
+    common_folder,
+    files_below,
+    files_in,
+    image_size,
+    images_below,
+    read_text,
+    split_of,
+)
 from shared.data.convert.yolo_labels import Labels
 from shared.data.images import is_image_name
 from shared.data.numbers import parse_whole_number
@@ -196,13 +205,18 @@ def _names_of_lines(file: Path) -> dict[int, str]:
 
 
 def _found(place: str, folders: Sequence[Path]) -> Path | None:
-    """The file or folder that a place means, relative to one of the folders. Roboflow's `../train/images` may lie
-    beside data.yaml."""
+    """The file or folder that a place means, relative to one of the folders.
+
+    Roboflow's `../train/images` may lie beside data.yaml. If an absolute path of another machine is not there, its end
+    counts: `/content/pets/train/images` is `train/images`.
+    """
     plain = place.replace("\\", "/")
     below = plain
     while below.startswith("../"):
         below = below[3:]
-    paths = (folder / name for name in (plain, below) for folder in folders)
+    parts = plain.split("/")[1:] if plain.startswith("/") else []
+    ends = ["/".join(parts[at:]) for at in range(1, len(parts)) if len(parts) - at > 1 or split_of(parts[at])]
+    paths = (folder / name for name in (plain, below, *ends) for folder in folders)
     return next((Path(os.path.abspath(path)) for path in paths if path.exists()), None)
 
 
@@ -222,7 +236,8 @@ def _images_by_split(
         return {"": (images_below(options.images.absolute()), options.images.absolute())}
     if not described.places:
         folder = _folder_without_places(described.file, source)
-        return {"": (images_below(folder), folder)}
+        by_folder = by_split(images_below(folder), folder)
+        return {split: (files, common_folder(files) or folder) for split, files in by_folder.items()}
     base = described.file.absolute().parent
     folders = [Path(os.path.abspath(base / described.root)), base]
     if described.root:
