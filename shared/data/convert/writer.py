@@ -50,8 +50,6 @@ def to_coco(contents: Contents, source: Path) -> dict[str, dict[str, list]]:
             that a training accepts.
     """
     categories = contents.categories or [{"name": name} for name in names_in_use(contents.splits.values())]
-    if not categories:
-        raise UserError(f"{source}: has no boxes, and names no categories. Fix: name another file, or draw boxes")
     categories = [{"id": number, **category} for number, category in enumerate(categories, 1)]
     ids = {category["name"]: category["id"] for category in categories}
     return {split: _of_split(part, categories, ids, source) for split, part in contents.splits.items()}
@@ -64,6 +62,8 @@ def _of_split(part: Split, categories: list[dict], ids: dict[str, int], source: 
             f"{source}: two images have the file name {twice[0]!r}, so that their boxes cannot be told apart. Fix: "
             "rename one of the two, or convert each folder by itself"
         )
+    if not categories:
+        raise UserError(f"{source}: has no boxes, and names no categories. Fix: name another file, or draw boxes")
     coco: dict[str, list] = {"images": [], "annotations": [], "categories": categories}
     for number, image in enumerate(part.images, 1):
         rows = image["annotations"]
