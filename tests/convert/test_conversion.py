@@ -126,6 +126,11 @@ def test_a_source_of_no_format_says_what_is_there(tmp_path):
         converted(None, tmp_path / "in", tmp_path / "o.json")
 
 
+def test_an_archive_is_to_be_unpacked(tmp_path):
+    with pytest.raises(UserError, match=r"pets\.zip: is an archive\. Fix: unpack it"):
+        converted(None, write(tmp_path / "pets.zip", b"PK\3\4"), tmp_path / "o.json")
+
+
 def test_a_format_that_does_not_exist_names_the_nearest(tmp_path):
     with pytest.raises(UserError, match=r"yollo: is no format \(did you mean 'yolo'\?\)\. Fix: "):
         converted("yollo", tmp_path, tmp_path / "o.json")

@@ -128,6 +128,27 @@ def test_cvat_a_file_without_boxes_and_labels_says_so(tmp_path):
         converted("cvat", cvat_file(tmp_path / "a.xml", ("a.png", []), meta=""), tmp_path / "o.json")
 
 
+@pytest.mark.parametrize(
+    ("subsets", "splits"),
+    [(("Train", "Validation"), {"train": ["0.png"], "val": ["1.png"]}), (("Train", "mine"), {"": ["0.png", "1.png"]})],
+)
+def test_cvat_subsets_of_a_project_are_splits_if_all_are_named_so(subsets, splits, tmp_path):
+    box = '<box label="car" xtl="1" ytl="2" xbr="5" ybr="4"/>'
+    images = "".join(
+        f'<image id="{i}" name="{i}.png" subset="{subset}" width="100" height="80">{box}</image>'
+        for i, subset in enumerate(subsets)
+    )
+    found, _ = converted(None, write(tmp_path / "a.xml", f"<annotations>{images}</annotations>"), tmp_path / "o.json")
+    assert {split: list(names) for split, names in found.items()} == splits
+
+
+def test_cvat_names_without_the_ending_of_the_image_are_found(tmp_path):
+    draw(tmp_path / "img/frame_000001.jpg", size=(100, 80))
+    file = cvat_file(tmp_path / "a.xml", ("frame_000001", [ROTATED]))
+    splits, _ = converted("cvat", file, tmp_path / "o.json", images=tmp_path / "img")
+    assert list(splits[""]) == ["frame_000001.jpg"]
+
+
 def test_cvat_attributes_are_kept(tmp_path):
     box = '<box label="car" xtl="1" ytl="2" xbr="5" ybr="4"><attribute name="color">red</attribute></box>'
     converted("cvat", cvat_file(tmp_path / "a.xml", ("a.png", [box])), tmp_path / "o.json")

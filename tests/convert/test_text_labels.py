@@ -11,7 +11,7 @@ REGION = "DontCare -1 -1 -10 50.0 1.0 60.0 9.0 -1 -1 -1 -1000 -1000 -1000 -10"
 
 
 @pytest.mark.parametrize("folders", [("training/label_2", "training/image_2"), ("labels", "images")])
-def test_kitti_boxes_are_corners_and_regions_without_a_category_are_counted(folders, tmp_path):
+def test_kitti_boxes_are_corners_and_dont_care_regions_are_counted(folders, tmp_path):
     root = tmp_path / "in"
     draw(root / folders[1] / "000000.png", root / folders[1] / "000001.png")
     write(root / folders[0] / "000000.txt", f"{CAR}\n{REGION}\n{CAR.replace('Car', 'Van')} 0.97\n")

@@ -21,7 +21,7 @@ def write_voc(file, *objects, filename=None, width=100):
     file.write_text(f"<annotation>{name}{size}{''.join(objects)}</annotation>")
 
 
-def test_voc_is_read_from_its_usual_folders_with_its_own_splits_and_said_what_came_of_it(tmp_path, capsys):
+def test_voc_usual_folders_with_splits_are_read_and_counted(tmp_path, capsys):
     root = tmp_path / "VOC2012"
     write_voc(root / "Annotations/a.xml", voc_object(corners=(0, 1, 100, 50)), voc_object(difficult=1))
     write_voc(root / "Annotations/b.xml", voc_object(corners=(5, 5, 2, 9)))
@@ -169,6 +169,18 @@ def test_voc_folders_may_have_any_name(folders, tmp_path):
     assert one.part.folder == root / folders[1]
     assert list(one.part.found) == [f"{folders[1]}/a.png".removeprefix("./")]
     assert "read as voc: 1 XML files" in said
+
+
+def test_voc_devkit_is_read_with_the_lists_of_the_folder_in_it(tmp_path):
+    root = tmp_path / "VOCdevkit/VOC2012"
+    for split, stem in (("train", "a"), ("val", "b")):
+        draw(root / f"JPEGImages/{stem}.jpg")
+        write_voc(root / f"Annotations/{stem}.xml", voc_object())
+        file = root / f"ImageSets/Main/{split}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(stem)
+    splits, _ = converted(None, tmp_path / "VOCdevkit", tmp_path / "o.json")
+    assert {split: list(images) for split, images in splits.items()} == {"train": ["a.jpg"], "val": ["b.jpg"]}
 
 
 def test_voc_hidden_files_are_no_data(tmp_path):

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from shared.data.convert.files import ImageFinder
@@ -62,8 +62,10 @@ class Split:
             ValueError: several images may be meant.
         """
         found = finder.find(wanted, near) if wanted else None
-        if found is None and stem:
-            found = finder.find_stem(stem, near)
+        name = PurePosixPath(wanted.replace("\\", "/"))
+        # an annotation file's own name, then names with another ending, or without one
+        for one in filter(None, (stem, name.name, name.stem)):
+            found = found or finder.find_stem(one, near)
         if found is None:
             if finder:
                 self.counts["images that are not in the folder"] += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,6 +45,8 @@ FORMATS: dict[str, ModuleType] = {
     "dota": dota,
 }
 
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
+
 
 def convert(
     kind: str | None,
@@ -55,7 +57,7 @@ def convert(
     labels: str = "",
     boxes: str = "",
     categories: Path | None = None,
-    say: Any = print,
+    say: Callable[[str], object] = print,
 ) -> list[Written]:
     """Writes a COCO file, or one per split: `…_train.json`, `…_val.json`, `…_test.json`.
 
@@ -128,6 +130,8 @@ def recognise(source: Path) -> tuple[str, str]:
     if seen:
         found = "; ".join(f"{kind}: {said}" for kind, said in seen.items())
         raise UserError(f"{source}: may be several formats ({found}). Fix: name one, `convert {next(iter(seen))} …`")
+    if source.suffix.lower() in _ARCHIVES:
+        raise UserError(f"{source}: is an archive. Fix: unpack it, and give the folder")
     files = files_below(source) if source.is_dir() else [source]
     endings = Counter(sorted(file.suffix.lower() or "without ending" for file in files)).most_common(5)
     there = ", ".join(f"{count} {ending}" for ending, count in endings) or "nothing"
@@ -137,7 +141,7 @@ def recognise(source: Path) -> tuple[str, str]:
     )
 
 
-def _read(kind: str | None, source: Path, options: Options, say: Any) -> Contents:
+def _read(kind: str | None, source: Path, options: Options, say: Callable[[str], object]) -> Contents:
     if not source.exists():
         raise UserError(f"{source}: does not exist ({nearest_path(str(source))}). Fix: correct the path")
     if kind is None:

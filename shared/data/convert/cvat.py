@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -11,7 +12,7 @@ import numpy as np
 
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Options, Split, errors_in
-from shared.data.convert.files import ImageFinder, files_in, finder_for
+from shared.data.convert.files import SPLITS, ImageFinder, files_in, finder_for, split_of
 from shared.data.numbers import FARTHEST, parse_number, parse_whole_number
 from shared.errors import UserError
 
@@ -33,7 +34,9 @@ def read(source: Path, options: Options) -> Contents:
         if len(files) != 1:
             raise UserError(f"{source}: is a folder with {len(files)} XML files: give the one to read. Fix: name one")
         source = files[0]
-    part, labels, others = Split(), {}, Counter()
+    parts: dict[str, Split] = {}
+    labels: dict[str, list[str]] = {}  # the points of each, if it is a skeleton
+    others: Counter[str] = Counter()
     finder = finder_for(source, options.images)
     try:
         for event, element in ElementTree.iterparse(source, events=("start", "end")):
@@ -43,21 +46,36 @@ def read(source: Path, options: Options) -> Contents:
             elif element.tag == "label" and element.find("name") is not None:
                 _add_label(labels, element)
             elif element.tag == "image":
+                part = parts.setdefault(split_of(element.get("subset") or ""), Split())  # of a project
                 _add_image(element, source, finder, part, labels, others)
                 element.clear()
     except OSError as error:
         raise UserError(f"{source}: cannot be read ({error.strerror}). Fix: check the path and its rights") from error
     except ElementTree.ParseError as error:
         raise UserError(f"{source}: cannot be read as cvat ({error}). Fix: export it again") from error
-    if not any(image["annotations"] for image in part.images) and others:
+    if "" in parts:  # not all subsets are splits
+        parts = {"": _together(parts.values())}
+    if others and not any(image["annotations"] for part in parts.values() for image in part.images):
         found = ", ".join(f"{kind} {count}" for kind, count in others.items())
         raise UserError(
             f"{source}: has no boxes, polygons, ellipses, masks or skeletons, but {found} alone. Fix: draw boxes or "
             "polygons in CVAT"
         )
-    part.counts.update({f"{kind} left out": count for kind, count in others.items()})
-    part.settle(finder, options.images is not None)
-    return Contents({"": part}, [{"name": name, **_points(points)} for name, points in labels.items()])
+    for part in parts.values():
+        part.settle(finder, options.images is not None)
+    if parts:
+        next(iter(parts.values())).counts.update({f"{kind} left out": count for kind, count in others.items()})
+    parts = {split: parts[split] for split in ("", *SPLITS) if split in parts}
+    return Contents(parts, [{"name": name, **_points(points)} for name, points in labels.items()])
+
+
+def _together(parts: Iterable[Split]) -> Split:
+    whole = Split()
+    for part in parts:
+        whole.images += part.images
+        whole.counts.update(part.counts)
+        whole.found |= part.found
+    return whole
 
 
 def _root_tag(file: Path) -> str:

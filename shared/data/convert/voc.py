@@ -10,7 +10,7 @@ import numpy as np
 
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Options, Split, errors_in
-from shared.data.convert.files import ImageFinder, by_split, files_below, finder_for, read_text
+from shared.data.convert.files import ImageFinder, by_split, files_below, finder_for, folders_in, read_text
 from shared.data.numbers import FARTHEST, parse_number, parse_whole_number
 from shared.errors import UserError
 
@@ -35,6 +35,9 @@ def recognise(source: Path) -> str:
 def read(source: Path, options: Options) -> Contents:
     if not source.is_dir():
         raise UserError(f"{source}: is not a folder. Fix: give the folder of the XML files, or the one above it")
+    inside = [folder for folder in folders_in(source) if (folder / "Annotations").is_dir()]
+    if len(inside) == 1:  # VOCdevkit
+        source = inside[0]
     folder = source / "Annotations" if (source / "Annotations").is_dir() else source
     files = files_below(folder, (".xml",))
     if not files:
