@@ -45,9 +45,9 @@ from detectron2_files.evaluation import to_detections
 from detectron2_hyperparameters import Detectron2Hyperparameters
 from model_def import Detectron2Trial
 from shared.data.annotations import CocoAnnotations
+from shared.data.open import SplitData
 from shared.data.storage import DiskImages
 from shared.evaluation.evaluator import CocoEvaluator
-from shared.experiment import SplitData
 
 SMALL = {
     "config_file": "COCO-Detection/retinanet_R_50_FPN_1x.yaml",

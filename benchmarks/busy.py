@@ -1,4 +1,4 @@
-"""Training on a machine that has other work too, as `shared/threads.py` has it and as torch does by itself.
+"""Training on a machine that has other work too, as `shared/environment.py` has it and as torch does by itself.
 
 Two processes train the same config by `model_def.py train`, and take turns of a few seconds: the other one is stopped.
 Reported are the batches a second of both and their ratio, on the machine as it is and with two `yes` beside it.
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from shared import threads
+from shared import environment as threads
 from shared.data import synthetic
 
 LIBRARIES = {"mmdetection": "mmdet", "efficientdet": "effdet"}
@@ -33,7 +33,8 @@ class Run:
     """A training in a process of its own, with its loader's workers, that stands still between its turns."""
 
     def __init__(self, config: Path, folder: Path, changes: list[str], environment: dict[str, str]):
-        others = {name: value for name, value in os.environ.items() if name not in (*threads.WAITING, *threads.COUNTS)}
+        left_out = (*threads.WAITING, *threads.COUNTS)
+        others = {name: value for name, value in os.environ.items() if name not in left_out}
         self.metrics, self.log = folder / "metrics.jsonl", folder.with_suffix(".log")
         with self.log.open("w") as log:
             self.process = subprocess.Popen(

@@ -10,9 +10,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from coco_files import make_file
+from shared.commands import data_report
+from shared.config.schema import DataConfig
 from shared.data import synthetic
-from shared.evaluation import data_report
-from shared.experiment import DataConfig, SplitData
+from shared.data.open import SplitData
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from shared.data import synthetic
 from shared.data.annotations import CocoAnnotations
 from shared.data.images import read_image
 from shared.data.storage import DiskImages
-from shared.evaluation import visualization
+from shared.evaluation import drawing
 from shared.evaluation.detections import Detections
 from shared.evaluation.drawing import objects_of_truth
 
@@ -65,7 +65,7 @@ def measure(annotations, images, model, with_masks: bool, out: Path) -> dict:
         found = Detections(record.image_id, truth.boxes, np.linspace(1, 0.4, len(truth.labels)), truth.labels, masks)
         sides = {
             "figure": lambda: draw_figure(out / "a.png", image, found, annotations.categories),  # noqa: B023
-            "pixels": lambda: visualization.save_picture_of(out / "b.png", image, found, annotations.categories),  # noqa: B023
+            "pixels": lambda: drawing.save_picture_of(out / "b.png", image, found, annotations.categories),  # noqa: B023
             "detector": lambda: detect(model, image),  # noqa: B023
         }
         for side, call in sides.items():

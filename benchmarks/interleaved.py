@@ -16,7 +16,7 @@ from determined import pytorch
 from local_context import device_name
 from torch.utils.tensorboard import SummaryWriter
 
-from shared.training.host_memory import LARGEST_MMAP_THRESHOLD, TRIM_THRESHOLD
+from shared.training.memory import LARGEST_MMAP_THRESHOLD, TRIM_THRESHOLD
 from shared.training.trial import DetectionTrial
 
 

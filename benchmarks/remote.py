@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from coco_files import data_folder
+from shared.config.schema import StoreOptions
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection, SampleKey
-from shared.data.remote import StoreOptions
 from shared.data.storage import open_images
 
 

@@ -25,8 +25,9 @@ from ranks import together
 from tabulate import tabulate
 
 from coco_files import make_file
+from shared.config.schema import DataConfig, Split
 from shared.data.annotations import CocoAnnotations
-from shared.experiment import DataConfig, Split, open_split
+from shared.data.open import open_split
 
 BYTES = 1000  # of each image in the bucket
 BATCH = 16

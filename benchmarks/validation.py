@@ -58,7 +58,7 @@ def masks(arguments: argparse.Namespace) -> dict:
     from detectron2.layers.mask_ops import paste_masks_in_image
     from pycocotools import mask as coco_mask
 
-    from shared.evaluation.masks import encode_masks
+    from shared.evaluation.detections import encode_masks
 
     generator, measured = torch.Generator().manual_seed(0), {}
     for height, width in ((480, 640), (800, 1333)):

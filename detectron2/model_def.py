@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shared.packages  # noqa: F401 before those that may be missing
+from shared.environment import prepare_process
 
+prepare_process()  # before torch, and before packages that may be missing
 from detectron2_hyperparameters import Detectron2Hyperparameters
-from shared.command_line import look_first
+from shared.commands.command_line import look_first
 
 # what is wrong is said before torch and the library are loaded
 look_first(__name__, Detectron2Hyperparameters)
@@ -68,28 +69,19 @@ from detectron2_files.model import (
 )
 from detectron2_files.pixels import with_quick_resizing
 from detectron2_files.weights import categories_of_checkpoint, find_weights, load_weights_into, zoo_weights
+from shared.config.schema import Length, Split, parse_section
 from shared.data.annotations import CocoAnnotations, check_same_categories
-from shared.data.coco_categories import COCO_CATEGORIES
 from shared.data.dataset import CocoDetection
 from shared.data.input_scale import InputScale
 from shared.data.loading import Batch, to_device
+from shared.data.open import SplitData, check_evaluable, check_masks, check_trainable, open_split
 from shared.data.samplers import aspect_ratio_groups
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
-from shared.experiment import (
-    Length,
-    Split,
-    SplitData,
-    check_evaluable,
-    check_masks,
-    check_trainable,
-    open_split,
-    parse_section,
-)
 from shared.launch import main
-from shared.library import PUBLISHED
-from shared.training.precision import autocast
+from shared.library import COCO_CATEGORIES, PUBLISHED
+from shared.training.switches import autocast
 from shared.training.trial import DetectionTrial
 
 logger = logging.getLogger(__name__)

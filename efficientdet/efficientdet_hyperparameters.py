@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from shared.config.schema import TrainingHyperparameters
 from shared.errors import UserError
-from shared.experiment import TrainingHyperparameters
 
 
 @dataclass

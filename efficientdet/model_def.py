@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shared.packages  # noqa: F401 before those that may be missing
+from shared.environment import prepare_process
 
+prepare_process()  # before torch, and before packages that may be missing
 from efficientdet_hyperparameters import EfficientDetHyperparameters
-from shared.command_line import look_first
+from shared.commands.command_line import look_first
 
 # what is wrong is said before torch and the library are loaded
 look_first(__name__, EfficientDetHyperparameters)
@@ -25,14 +26,15 @@ from torch import nn
 
 from efficientdet_files.data import EfficientDetCollate, EfficientDetTransform, input_config, normalize
 from efficientdet_files.model import build_model, model_config
-from shared.data.coco_categories import COCO_CATEGORIES
+from shared.config.schema import parse_section
 from shared.data.dataset import CocoDetection
 from shared.data.input_scale import InputScale
 from shared.data.loading import Batch
+from shared.data.open import SplitData
 from shared.errors import UserError, nearest
 from shared.evaluation.detections import Detections
-from shared.experiment import SplitData, parse_section
 from shared.launch import main
+from shared.library import COCO_CATEGORIES
 from shared.training.trial import DetectionTrial
 
 # of PyTorch's ReduceLROnPlateau

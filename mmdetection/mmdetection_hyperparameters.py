@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from shared.data.storage import BACKEND_ALIASES, BACKENDS
+from shared.config.schema import BACKEND_ALIASES, BACKENDS, DataConfig, TrainingHyperparameters
 from shared.errors import UserError, nearest
-from shared.experiment import DataConfig, TrainingHyperparameters
 from shared.library import PUBLISHED
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shared.packages  # noqa: F401 before those that may be missing
+from shared.environment import prepare_process
 
+prepare_process()  # before torch, and before packages that may be missing
 from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparameters
-from shared.command_line import look_first
+from shared.commands.command_line import look_first
 
 # what is wrong is said before torch and the library are loaded
 look_first(__name__, MMDetectionHyperparameters, MMDetectionData)
@@ -90,20 +91,20 @@ from mmdetection_files.pixels import Normalization
 from mmdetection_files.receptive_field import init_receptive_fields, is_searching, write_structure
 from mmdetection_files.saved_config import RESOLVED_CONFIG, write_resolved
 from mmdetection_files.switches import take_up_switches
-from shared.config_file import find_path
+from shared.config.file import find_path
+from shared.config.schema import Split, parse_section
 from shared.data.annotations import CocoAnnotations, check_same_categories
-from shared.data.coco_categories import COCO_CATEGORIES
 from shared.data.dataset import CocoDetection
 from shared.data.input_scale import InputScale
 from shared.data.loading import Batch
+from shared.data.open import SplitData, check_evaluable, check_masks, check_trainable, open_split
 from shared.data.samplers import TrainingBatchSampler
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
-from shared.experiment import Split, SplitData, check_evaluable, check_masks, check_trainable, open_split, parse_section
 from shared.launch import main
-from shared.library import PUBLISHED
-from shared.training.averaging import AveragedWeights
+from shared.library import COCO_CATEGORIES, PUBLISHED
+from shared.training.switches import AveragedWeights
 from shared.training.trial import DetectionTrial
 
 logger = logging.getLogger(__name__)

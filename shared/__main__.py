@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import shared.packages  # noqa: F401 before those that may be missing
-
 import importlib
 import sys
+
+from shared.environment import prepare_process
+
+prepare_process()  # before torch, and before packages that may be missing
 
 # the command, the module and function that take its arguments, what it does
 _COMMANDS = {
     "check": (
-        "shared.check",
+        "shared.commands.check",
         "main",
         "what a training would meet in the data of an experiment config; without the detector",
     ),

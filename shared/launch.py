@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from shared.threads import use_available_cores
-
 import argparse
 import logging
 import sys
 
-from shared.check import check_with
-from shared.command_line import ended_by_errors, read_arguments
-from shared.detect import evaluate, predict
+from shared.commands.check import check_with
+from shared.commands.command_line import ended_by_errors, read_arguments
+from shared.commands.detect import evaluate, predict
+from shared.commands.train import train_here, train_on_cluster
+from shared.environment import on_cluster, use_available_cores
 from shared.errors import UserError
-from shared.here import train_here
 from shared.log import show_log
-from shared.on_cluster import train_on_cluster
 from shared.training.memory import out_of_memory_anywhere, out_of_memory_as
-from shared.training.task import on_cluster
 from shared.training.trial import DetectionTrial
 
 

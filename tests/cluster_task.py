@@ -15,7 +15,7 @@ from determined import core
 from determined.common import storage
 from determined_master import handed_over
 
-from shared.config_file import fixed_hyperparameters
+from shared.config.file import fixed_hyperparameters
 from shared.training import determined_fixes, loop
 
 TRIAL_ID = 7

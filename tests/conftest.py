@@ -200,7 +200,7 @@ def train(tmp_path, monkeypatch):
     """Trains in this process and returns the run's folder, `name` in the test's own."""
 
     def call(trial_class: type, config: dict, name: str = "run", resume: str | None = None) -> Path:
-        from shared.here import train_here
+        from shared.commands.train import train_here
 
         path, folder = tmp_path / f"{name}.yaml", tmp_path / name
         path.write_text(yaml.safe_dump(config))
@@ -248,8 +248,8 @@ def refused(monkeypatch):
 @pytest.fixture
 def without_figures(monkeypatch):
     """They take most of the time of runs as small as these."""
-    monkeypatch.setattr("shared.training.report_figures.ReportFigures.draw", lambda *_: None)
-    monkeypatch.setattr("shared.here._write_report", lambda *_: None)
+    monkeypatch.setattr("shared.training.tensorboard.ReportFigures.draw", lambda *_: None)
+    monkeypatch.setattr("shared.commands.train._write_report", lambda *_: None)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from unittest import mock
 import psutil
 import zmq
 
-from shared.training.process_context import ProcessContext
+from shared.training.processes import ProcessContext
 from shared.training.sockets import host_of_chief
 
 SECONDS = 30  # after which a thread that waits is an error

@@ -109,7 +109,7 @@ def search(config: dict, output: Path, jobs: int, storage: str | None) -> None:
     from shared.errors import UserError
     from shared.search import search as module
     from shared.search import study
-    from shared.search.searcher import parse_searcher
+    from shared.search.space import parse_searcher
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     module.SECONDS_BETWEEN_LOOKS, study.SECONDS_BETWEEN_SIGNS, study.SECONDS_OF_SILENCE = 0.05, 0.2, 3

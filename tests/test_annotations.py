@@ -15,11 +15,11 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from shared.data import annotations, boxes, segmentations, synthetic
+from shared.data import annotations, checks, synthetic
 from shared.data.annotations import CocoAnnotations, check_same_categories
-from shared.data.boxes import check_box_format
+from shared.data.checks import check_box_format
+from shared.data.open import check_masks, check_trainable
 from shared.errors import UserError
-from shared.experiment import check_masks, check_trainable
 
 
 def write(path, coco):
@@ -42,7 +42,7 @@ def test_a_record_holds_the_file_s_values(coco_tiny):
         annotations = reference.imgToAnns[record.image_id]
         boxes = np.array([a["bbox"] for a in annotations])
         boxes[:, 2:] += boxes[:, :2]
-        np.testing.assert_array_equal(record.boxes, boxes.astype(np.float32))
+        np.testing.assert_array_equal(record.boxes, checks.astype(np.float32))
         assert record.boxes.dtype == record.areas.dtype == np.float32
         assert record.labels.dtype == np.int64
         assert [ours.category_ids[label] for label in record.labels] == [a["category_id"] for a in annotations]
@@ -71,8 +71,8 @@ def test_a_changed_file_is_read_anew(coco, tmp_path):
 def test_a_cut_off_cache_is_made_anew(coco, tmp_path):
     path = write(tmp_path / "a.json", coco)
     CocoAnnotations.open(path)
-    (boxes,) = tmp_path.glob(".a.json.columns/*/boxes.npy")
-    boxes.write_bytes(boxes.read_bytes()[:100])
+    (checks,) = tmp_path.glob(".a.json.columns/*/checks.npy")
+    checks.write_bytes(checks.read_bytes()[:100])
     assert len(CocoAnnotations.open(path)[0].boxes) > 0
 
 
@@ -303,7 +303,7 @@ def with_boxes(coco, box_of):
 
 @pytest.mark.parametrize("at_once", [7, 2**14])
 def test_boxes_that_are_written_in_another_way_are_recognised(coco_tiny, monkeypatch, at_once):
-    monkeypatch.setattr(boxes, "_AT_ONCE", at_once)
+    monkeypatch.setattr(checks, "_AT_ONCE", at_once)
     coco = json.loads((coco_tiny / "annotations/instances_train2017.json").read_text())
     check_box_format(CocoAnnotations.from_dict(coco), "data.train.annotations")
     shares = with_boxes(coco, lambda x, y, w, h, width, height: [x / width, y / height, w / width, h / height])
@@ -329,7 +329,7 @@ def test_right_boxes_are_not_taken_for_wrong_ones(box, coco):
 
 
 def test_a_look_at_the_boxes_takes_less_memory_than_they_do(monkeypatch):
-    monkeypatch.setattr(boxes, "_AT_ONCE", 50)
+    monkeypatch.setattr(checks, "_AT_ONCE", 50)
     many = CocoAnnotations.from_dict(synthetic.coco_split(0, 2000))
     tracemalloc.start()
     check_box_format(many, "data.train.annotations")
@@ -384,13 +384,13 @@ def test_masks_to_train_on_are_there_and_valid_or_named(message, coco, tmp_path)
 def test_masks_are_looked_at_once(coco, tmp_path, monkeypatch):
     coco["annotations"][2]["segmentation"] = "mask"
     path = write(tmp_path / "a.json", coco)
-    assert segmentations.wrong_rows(CocoAnnotations.open(path)).tolist() == [2]
-    monkeypatch.setattr(segmentations, "_look", None)
+    assert checks.wrong_rows(CocoAnnotations.open(path)).tolist() == [2]
+    monkeypatch.setattr(checks, "_look", None)
     opened = CocoAnnotations.open(path)
-    assert segmentations.wrong_rows(opened).tolist() == [2]
+    assert checks.wrong_rows(opened).tolist() == [2]
     monkeypatch.undo()
     np.save(opened.cache / "segmentations/wrong.npy", np.array([999_999]))  # not ours
-    assert segmentations.wrong_rows(opened).tolist() == [2]
+    assert checks.wrong_rows(opened).tolist() == [2]
 
 
 def test_compressed_masks_of_every_size_are_valid():
@@ -400,5 +400,5 @@ def test_compressed_masks_of_every_size_are_valid():
         mask = (generator.random((height, width)) < generator.random()).astype(np.uint8)
         rle = coco_mask.encode(np.asfortranarray(mask))
         whole = {"size": [height, width], "counts": rle["counts"].decode()}
-        assert segmentations.wrong_segmentation(whole, height, width) is None
-        assert segmentations.wrong_segmentation({**whole, "counts": whole["counts"] + "1"}, height, width)
+        assert checks.wrong_segmentation(whole, height, width) is None
+        assert checks.wrong_segmentation({**whole, "counts": whole["counts"] + "1"}, height, width)

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from shared.training.by_shape import KeptByShape
+from shared.library import KeptByShape
 
 
 class Grid:

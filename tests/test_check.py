@@ -14,10 +14,10 @@ from conftest import WITHOUT_LIBRARY
 from PIL import Image
 from tiny_models import CONFIGS, trial_classes
 
-from shared.check import check_with, main
+from shared.commands.check import check_with, main
+from shared.commands.data_report import Report, describe, open_both
+from shared.config.experiment import parse_data
 from shared.data.samplers import TrainingBatchSampler
-from shared.evaluation.data_report import Report, describe, open_both
-from shared.experiment import parse_data
 
 
 @pytest.fixture

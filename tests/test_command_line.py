@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT
 
 from efficientdet_hyperparameters import EfficientDetHyperparameters
-from shared.command_line import look_first
+from shared.commands.command_line import look_first
 
 
 @pytest.fixture

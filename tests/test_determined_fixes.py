@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared.experiment import SearcherMetric
+from shared.config.schema import SearcherMetric
 from shared.training import determined_fixes
 from shared.training.determined_fixes import FiniteSearcherMetric, PlainRandomState, trial_is_stopping
 

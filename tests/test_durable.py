@@ -18,10 +18,9 @@ from tiny_models import efficientdet_config
 
 from shared import durable
 from shared.errors import UserError
-from shared.training.checkpoint_to_resume import read_checkpoint_to_resume
-from shared.training.checkpoints import read_checkpoint
+from shared.training.checkpoints import read_checkpoint, write_manifest
 from shared.training.local_run import LocalRun
-from shared.training.manifest import write_manifest
+from shared.training.resume import read_checkpoint_to_resume
 from shared.training.run_folder import RunFolder
 
 

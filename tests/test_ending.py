@@ -13,12 +13,10 @@ from test_stopping import without_times
 from tiny_models import efficientdet_config
 
 from shared import launch
+from shared.config.schema import EarlyStopping, SearcherMetric, parse_section
 from shared.errors import UserError
-from shared.experiment import EarlyStopping, SearcherMetric, parse_section
 from shared.training.checkpoints import read_checkpoint
-from shared.training.clock import Clock
-from shared.training.ending import Patience
-from shared.training.stopping import Stopping
+from shared.training.stopping import Clock, Patience, Stopping
 
 # the metric of each validation: best at batch 4, and not better any more
 SCRIPT = {2: 0.1, 4: 0.3, 6: 0.2, 8: 0.3, 9: 0.2, 10: 0.25, 12: 0.2}

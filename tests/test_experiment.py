@@ -4,17 +4,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from shared.config_file import fixed_hyperparameters, interpolated, load_config
+from shared.config.experiment import parse_data, parse_schedule, parse_searcher_metric, per_slot_batch_size
+from shared.config.file import fixed_hyperparameters, interpolated, load_config
+from shared.config.schema import Length, SearcherMetric, parse_section
 from shared.errors import UserError
-from shared.experiment import (
-    Length,
-    SearcherMetric,
-    parse_data,
-    parse_schedule,
-    parse_searcher_metric,
-    parse_section,
-    per_slot_batch_size,
-)
 
 
 @dataclass

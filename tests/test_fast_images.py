@@ -12,11 +12,10 @@ from determined import pytorch
 from PIL import Image
 from tiny_models import CONFIGS, efficientdet_config, trial_classes
 
-from shared import detect
+from shared.commands import detect
 from shared.data import fast_images, synthetic
 from shared.data.dataset import SampleKey
-from shared.data.images import decode_rgb, plain_bytes
-from shared.data.resizing import resize_visible
+from shared.data.images import decode_rgb, plain_bytes, resize_visible
 from shared.training.checkpoints import load_state
 
 ORIENTATION = 274  # EXIF's tag

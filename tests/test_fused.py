@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared.training.fused import fuse
+from shared.training.switches import fuse
 
 KINDS = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3),

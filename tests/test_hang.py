@@ -16,8 +16,7 @@ from in_threads import listening, on_all, processes, strangers
 from tiny_models import efficientdet_config
 
 from shared.training.checkpoints import read_checkpoint
-from shared.training.exchange import Exchange
-from shared.training.hang import LONGER, Mark, Phase, Standing, Standings, span
+from shared.training.hang import LONGER, Exchange, Mark, Phase, Standing, Standings, span
 
 LIMIT = 60.0  # seconds, of the processes below
 INTERVAL = 5.0
@@ -229,7 +228,7 @@ def test_one_of_two_that_sleeps_is_named_with_its_batch_and_the_run_goes_on_from
     assert read_checkpoint(run / "checkpoints/last").batches == 4
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     del config["hyperparameters"]["hang_minutes"]  # seconds, which would end this process too
-    monkeypatch.setattr("shared.here._write_report", lambda *_: None)  # most of the time of so small a run
+    monkeypatch.setattr("shared.commands.train._write_report", lambda *_: None)  # most of the time of so small a run
     train(trial_class, config, resume="last")
     assert reports(run)[-1]["batches"] == 12
 

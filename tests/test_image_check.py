@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from stores import BUCKET, s3_store
 
+from shared.config.experiment import parse_data
+from shared.config.schema import StoreOptions
 from shared.data import remote, storage
-from shared.data.listing import Sizes, folders_of, rows_of
-from shared.data.remote import RemoteImages, StoreOptions
+from shared.data.open import open_split
+from shared.data.remote import RemoteImages, Sizes, folders_of, rows_of
 from shared.errors import UserError
-from shared.experiment import open_split, parse_data
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ from conftest import reports
 from PIL import Image
 from tiny_models import CONFIGS, efficientdet_config, trial_classes
 
+from shared.config.experiment import parse_data
 from shared.data.images import BadImageError, read_image
+from shared.data.open import open_split
 from shared.data.storage import DiskImages
 from shared.errors import UserError
-from shared.experiment import open_split, parse_data
 from shared.training.checkpoints import load_state
 
 ORIENTATION = 274  # EXIF's tag

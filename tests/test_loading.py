@@ -10,8 +10,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from shared.data.annotations import CocoAnnotations
+from shared.data.checks import check_images
 from shared.data.dataset import BadImages, CocoDetection, SampleKey
-from shared.data.image_check import check_images
 from shared.data.loading import Batch, PrefetchLoader, start_workers
 from shared.data.samplers import EvaluationBatchSampler
 from shared.data.storage import DiskImages, open_images

@@ -17,14 +17,12 @@ from conftest import reports, run_model_def
 from tiny_models import efficientdet_config
 
 from shared import launch
-from shared.command_line import _look_at_loggers
+from shared.commands.command_line import _look_at_loggers
+from shared.config.schema import TrainingHyperparameters, parse_section
 from shared.errors import UserError
-from shared.experiment import TrainingHyperparameters, parse_section
 from shared.training import loggers
-from shared.training.loggers import Loggers, check_loggers, keep_places
-from shared.training.mlflow_run import MlflowRun, _flat, metric_name
+from shared.training.loggers import Loggers, MlflowRun, WandbRun, _flat, check_loggers, keep_places, metric_name
 from shared.training.run_folder import RunFolder
-from shared.training.wandb_run import WandbRun
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +56,8 @@ def trial_class(monkeypatch):
     """EfficientDet's, without what takes most of the time of runs as small as these."""
     from model_def import EfficientDetTrial
 
-    monkeypatch.setattr("shared.training.report_figures.ReportFigures.draw", lambda *_: None)
-    monkeypatch.setattr("shared.here._write_report", lambda *_: None)
+    monkeypatch.setattr("shared.training.tensorboard.ReportFigures.draw", lambda *_: None)
+    monkeypatch.setattr("shared.commands.train._write_report", lambda *_: None)
     return EfficientDetTrial
 
 

@@ -6,8 +6,8 @@ import torch
 from pycocotools import mask as coco_mask
 
 from shared.data.annotations import CocoAnnotations
-from shared.evaluation import masks as masks_module
-from shared.evaluation.masks import encode_masks, encode_on_device
+from shared.evaluation import detections as masks_module
+from shared.evaluation.detections import encode_masks, encode_on_device
 
 HEIGHT, WIDTH = 12, 17
 

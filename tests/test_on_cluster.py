@@ -16,8 +16,7 @@ from tiny_models import efficientdet_config
 from torch.torch_version import TorchVersion
 
 from shared import launch
-from shared.training.checkpoints import load_state, read_checkpoint
-from shared.training.manifest import write_manifest
+from shared.training.checkpoints import load_state, read_checkpoint, write_manifest
 
 
 @pytest.fixture

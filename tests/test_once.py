@@ -5,7 +5,7 @@ import os
 import signal
 import time
 
-from shared.data.once import once
+from shared.data.file_lock import once
 
 CONTEXT = multiprocessing.get_context("fork")
 

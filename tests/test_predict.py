@@ -12,15 +12,15 @@ import yaml
 from PIL import Image
 from stores import BUCKET, http_store, s3_store
 
-from shared import detect
+from shared.commands import detect
+from shared.commands.predict_inputs import _find
+from shared.config.schema import TrainingHyperparameters
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection
 from shared.data.loading import Batch
 from shared.errors import UserError
 from shared.evaluation.detections import Detections, to_coco_results
 from shared.evaluation.evaluator import evaluate
-from shared.experiment import TrainingHyperparameters
-from shared.inputs import _find
 from shared.training.trial import DetectionTrial
 
 SEARCHER = {"metric": "bbox_mAP", "max_length": {"batches": 1}}

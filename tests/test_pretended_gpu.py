@@ -30,7 +30,7 @@ WAITS = [
     ("mmdetection mask r-cnn", "mmdetection/mmdetection_files/masks.py: encode_two_stage", 1, "labels of all masks"),
     ("detectron2 retinanet", "determined/pytorch/_pytorch_context.py: backward", 2, "gradients of masked indexing"),
     ("detectron2 mask r-cnn", "determined/pytorch/_pytorch_context.py: backward", 3, "gradients of masked indexing"),
-    (".* mask r-cnn", "shared/evaluation/masks.py: _encode_runs", 2, "where the runs of all masks begin"),
+    (".* mask r-cnn", "shared/evaluation/detections.py: _encode_runs", 2, "where the runs of all masks begin"),
 ]
 
 

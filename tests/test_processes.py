@@ -181,8 +181,8 @@ def test_a_stranger_cannot_have_a_process_run_code(machines, tmp_path):
 LISTENING = """
 import json, sys, psutil
 sys.path[:0] = [ROOT]
-from shared.training.processes import local_processes
-from shared.training.watch import Watch
+from shared.training.processes import (local_processes)
+from shared.training.hang import Watch
 
 with local_processes() as (distributed, _), Watch(distributed, 10).watching(0):
     distributed.allgather(None)

@@ -12,12 +12,14 @@ from conftest import reports
 from stores import BUCKET, Faults, gcs_store, http_store, refusing, s3_store, with_faults
 from tiny_models import CONFIGS, efficientdet_config, trial_classes
 
+from shared.config.experiment import parse_data
+from shared.config.schema import StoreOptions
 from shared.data import remote
 from shared.data.dataset import CocoDetection, SampleKey
-from shared.data.file_cache import CachedImages
-from shared.data.remote import RemoteImages, StoreError, StoreOptions
+from shared.data.open import open_split
+from shared.data.remote import RemoteImages, StoreError
+from shared.data.storage import CachedImages
 from shared.errors import UserError
-from shared.experiment import open_split, parse_data
 from shared.training.checkpoints import load_state
 
 

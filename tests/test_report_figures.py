@@ -7,8 +7,8 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from shared.training import report_figures
-from shared.training.report_figures import ReportFigures
+from shared.training import tensorboard
+from shared.training.tensorboard import ReportFigures
 
 
 def test_a_writer_that_is_closed_while_a_figure_is_drawn_loses_none(monkeypatch, tmp_path):
@@ -18,7 +18,7 @@ def test_a_writer_that_is_closed_while_a_figure_is_drawn_loses_none(monkeypatch,
         assert uploaded.wait(600)
         return {"report_bbox/Calibration": np.zeros((8, 8, 3), np.uint8)}
 
-    monkeypatch.setattr(report_figures, "_draw", draw)
+    monkeypatch.setattr(tensorboard, "_draw", draw)
     writer = SummaryWriter(str(tmp_path))
     figures = ReportFigures(writer)
     figures.draw(SimpleNamespace(found=None), 20, is_last=False)

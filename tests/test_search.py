@@ -29,8 +29,7 @@ from shared.search import study as study_module
 from shared.search.halving import bracket_of, brackets_of
 from shared.search.page import write_search_page
 from shared.search.search import run_search
-from shared.search.searcher import parse_searcher
-from shared.search.space import draw, grid_of, points_of, ranges_of
+from shared.search.space import draw, grid_of, parse_searcher, points_of, ranges_of
 from shared.search.study import Study, TakenOver
 from shared.search.trial_process import Place, TrialProcess
 

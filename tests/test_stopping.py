@@ -16,7 +16,7 @@ from test_resume import assert_same_bits, final_state
 from tiny_models import efficientdet_config
 
 from shared.errors import UserError
-from shared.training import progress
+from shared.training import training_metrics
 from shared.training.checkpoints import read_checkpoint
 from shared.training.stopping import Stopping
 
@@ -272,7 +272,7 @@ def test_a_checkpoint_whose_pickle_would_execute_code_is_refused_before_it_does(
 
 
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(shapes, train, trial_class, monkeypatch, caplog):
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(training_metrics, "SECONDS_BETWEEN_LINES", 0.0)
     config = efficientdet_config(shapes)
     config["data"]["workers"] = 0
     with caplog.at_level("INFO"):

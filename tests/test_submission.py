@@ -19,14 +19,8 @@ from determined.common.context import read_v1_context
 from determined_master import DEFAULTS, LOG_POLICIES, SEARCHER_DEFAULTS, handed_over
 from tiny_models import CONFIGS, trial_classes
 
-from shared.experiment import (
-    Length,
-    parse_data,
-    parse_schedule,
-    parse_searcher_metric,
-    parse_section,
-    per_slot_batch_size,
-)
+from shared.config.experiment import parse_data, parse_schedule, parse_searcher_metric, per_slot_batch_size
+from shared.config.schema import Length, parse_section
 
 DETECTORS = ["efficientdet", "mmdetection", "detectron2"]
 SHIPPED = [path for detector in DETECTORS for path in sorted((ROOT / detector).glob("*.yaml"))]

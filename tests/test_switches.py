@@ -10,10 +10,8 @@ from tiny_models import CONFIGS, trial_classes
 from torch import nn
 
 from shared.errors import UserError
-from shared.training.averaging import AveragedWeights
 from shared.training.checkpoints import read_checkpoint
-from shared.training.freezing import freeze
-from shared.training.precision import train_depthwise_in_float32
+from shared.training.switches import AveragedWeights, freeze, train_depthwise_in_float32
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-from shared import threads
+from shared import environment
 
 
 @pytest.fixture
 def nothing_said(monkeypatch):
     """As where the user says nothing of threads, and one process runs on the machine."""
-    for name in (*threads.WAITING, *threads.COUNTS, "LOCAL_WORLD_SIZE"):
+    for name in (*environment.WAITING, *environment.COUNTS, "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_DISPLAY_ENV", "VERBOSE")
 
@@ -39,7 +39,7 @@ def test_every_model_def_looks_at_the_command_line_before_torch_is_loaded_with_t
     ("name", "value", "expected"), [("OMP_WAIT_POLICY", "ACTIVE", "30000000000"), ("GOMP_SPINCOUNT", "5000", "5000")]
 )
 def test_what_the_user_says_of_waiting_stays(name, value, expected, nothing_said):
-    command = [sys.executable, "-c", "import shared.threads; import torch"]
+    command = [sys.executable, "-c", "from shared.environment import prepare_process; prepare_process(); import torch"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, name: value}, capture_output=True, text=True)
     assert spins(done.stderr) == {expected}, done.stderr
 
@@ -54,15 +54,15 @@ def two_threads():
 
 @pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 2), (64, 2)])
 def test_torch_has_no_more_threads_than_there_are_cores(cores, expected, nothing_said, two_threads, monkeypatch):
-    monkeypatch.setattr(threads, "available_cores", lambda: cores)
-    threads.use_available_cores()
+    monkeypatch.setattr(environment, "available_cores", lambda: cores)
+    environment.use_available_cores()
     assert torch.get_num_threads() == expected
 
 
 def test_the_user_s_number_of_threads_stays(nothing_said, two_threads, monkeypatch):
-    monkeypatch.setattr(threads, "available_cores", lambda: 1)
+    monkeypatch.setattr(environment, "available_cores", lambda: 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    threads.use_available_cores()
+    environment.use_available_cores()
     assert torch.get_num_threads() == 2
 
 
@@ -87,10 +87,10 @@ def test_available_are_the_cores_that_affinity_and_control_groups_give(
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    assert threads.available_cores(tmp_path) == expected
+    assert environment.available_cores(tmp_path) == expected
 
 
 def test_the_processes_of_a_machine_share_its_cores(nothing_said, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert threads.available_cores(tmp_path) == 5
+    assert environment.available_cores(tmp_path) == 5

@@ -15,11 +15,20 @@ from torch.utils.tensorboard import SummaryWriter
 
 from shared.data import synthetic
 from shared.data.annotations import CocoAnnotations
-from shared.evaluation import lettering, visualization
-from shared.evaluation.colors import color_of, on_color
+from shared.evaluation import drawing
 from shared.evaluation.detections import Detections
-from shared.evaluation.drawing import Objects, draw, objects_of_truth
-from shared.evaluation.visualization import page_of_truth, picture_of, save, save_picture_of, side_by_side
+from shared.evaluation.drawing import (
+    Objects,
+    color_of,
+    draw,
+    objects_of_truth,
+    on_color,
+    page_of_truth,
+    picture_of,
+    save,
+    save_picture_of,
+    side_by_side,
+)
 
 CATS_AND_DOGS = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
 
@@ -42,7 +51,7 @@ def test_a_png_has_the_image_s_size_and_shows_only_sure_detections(detections, t
     save(picture_of(image, detections, CATS_AND_DOGS, min_score=0.3), tmp_path / "p.png")
     assert np.asarray(image).min() == 255  # the caller's own
     with Image.open(tmp_path / "p.png") as written:
-        assert visualization.is_drawn(written)
+        assert drawing.is_drawn(written)
         drawn = np.asarray(written.convert("RGB"))
     assert drawn.shape == (60, 80, 3)
     assert (drawn[35:48, 45:65] != 255).any(axis=2).mean() > 0.9  # the mask
@@ -126,9 +135,9 @@ def test_80_classes_have_80_colors_that_letters_can_be_read_on():
 
 @pytest.mark.parametrize("name", ["Größe", "кошка", "犬", "แมว", "كلب", "🐕 dog", "a\nb", ""])
 def test_a_name_in_any_script_is_drawn_and_what_no_font_has_is_said_once(name, monkeypatch, caplog):
-    monkeypatch.setattr(lettering, "_system_fonts", lambda: [])
-    monkeypatch.setattr(lettering, "_told", set())
-    for cached in (lettering.lettering, lettering.runs_of):
+    monkeypatch.setattr(drawing, "_system_fonts", lambda: [])
+    monkeypatch.setattr(drawing, "_told", set())
+    for cached in (drawing.lettering, drawing.runs_of):
         cached.cache_clear()
     with caplog.at_level(logging.WARNING):
         for score in (0.8, 0.9):
@@ -140,17 +149,17 @@ def test_a_name_in_any_script_is_drawn_and_what_no_font_has_is_said_once(name, m
 
 
 def test_letters_that_the_default_font_lacks_come_from_another_of_the_machine(monkeypatch):
-    other = str(Path(lettering.DEFAULT_FONT).with_name("STIXGeneral.ttf"))
-    lacking = set(FT2Font(other).get_charmap()) - set(FT2Font(lettering.DEFAULT_FONT).get_charmap())
+    other = str(Path(drawing.DEFAULT_FONT).with_name("STIXGeneral.ttf"))
+    lacking = set(FT2Font(other).get_charmap()) - set(FT2Font(drawing.DEFAULT_FONT).get_charmap())
     letter = next(chr(code) for code in sorted(lacking) if chr(code).isalpha())
-    monkeypatch.setattr(lettering, "_system_fonts", lambda: ["/no/font.ttf", other])
-    lettering.runs_of.cache_clear()
-    assert lettering.runs_of(f"犬{letter} ж") == [
-        (lettering.DEFAULT_FONT, "犬"),
+    monkeypatch.setattr(drawing, "_system_fonts", lambda: ["/no/font.ttf", other])
+    drawing.runs_of.cache_clear()
+    assert drawing.runs_of(f"犬{letter} ж") == [
+        (drawing.DEFAULT_FONT, "犬"),
         (other, f"{letter} "),
-        (lettering.DEFAULT_FONT, "ж"),
+        (drawing.DEFAULT_FONT, "ж"),
     ]
-    assert lettering.runs_of(letter) == [(other, letter)]
+    assert drawing.runs_of(letter) == [(other, letter)]
 
 
 def test_tensorboard_takes_the_truth_and_the_detections_side_by_side(tmp_path):

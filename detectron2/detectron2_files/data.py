@@ -31,16 +31,16 @@ from torch.utils.data import Dataset
 from detectron2_files.config_protocol import TrainingSet
 from detectron2_files.plain_pickle import unpickle_arrays
 from detectron2_files.rotated import RotatedMapper
+from shared.config.schema import is_url
 from shared.data.annotations import CocoAnnotations, ImageRecord
 from shared.data.dataset import BadImages, CocoDetection, SampleKey
 from shared.data.images import BadImageError
 from shared.data.loading import Batch, map_tensors
-from shared.data.remote import is_url
+from shared.data.open import SplitData, check_masks
 from shared.data.samplers import labels_of
 from shared.data.seeding import seed_all
 from shared.data.storage import DiskImages
 from shared.errors import UserError, nearest
-from shared.experiment import SplitData, check_masks
 
 TRAIN_NAME, VAL_NAME, COCO_NAME = "data.train", "data.val", "data"
 _PREFIX = "image-bytes://"

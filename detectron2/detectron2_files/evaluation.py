@@ -28,9 +28,8 @@ from pycocotools import mask as coco_mask
 from torch import nn
 
 from shared.errors import UserError
-from shared.evaluation.detections import Detections
-from shared.evaluation.masks import encode, encode_masks, masks_at_once
-from shared.evaluation.reducer import ChiefReducer, Gather
+from shared.evaluation.detections import Detections, encode, encode_masks, masks_at_once
+from shared.evaluation.gathered import ChiefReducer, Gather
 
 # --- detections -------------------------------------------------------------------------------------
 

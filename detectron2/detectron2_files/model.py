@@ -17,7 +17,7 @@ from torch import nn
 from detectron2_files.config_protocol import Detectron2Config
 from detectron2_hyperparameters import Detectron2Hyperparameters
 from shared.errors import UserError
-from shared.training.by_shape import KeptByShape
+from shared.library import KeptByShape
 
 logging.getLogger("detectron2").setLevel(logging.WARNING)  # tables of a data set's classes, and the like
 

@@ -15,7 +15,7 @@ from fvcore.transforms.transform import HFlipTransform
 from PIL import Image
 
 from shared.data import fast_images
-from shared.data.resizing import planes_of
+from shared.data.images import planes_of
 
 logger = logging.getLogger(__name__)
 

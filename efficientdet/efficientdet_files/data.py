@@ -15,7 +15,7 @@ from effdet.data.transforms import Compose, RandomFlip, RandomResizePad, ResizeP
 from PIL import Image
 
 from efficientdet_hyperparameters import EfficientDetHyperparameters
-from shared.data import fast_images, resizing
+from shared.data import fast_images, images
 from shared.data.annotations import ImageRecord
 from shared.data.images import DECODING_ERRORS, unreadable
 from shared.data.loading import Batch
@@ -77,8 +77,8 @@ class EfficientDetTransform:
         else:
             image = self.pad(image)
             image = image if plan.flip is None else image.transpose(plan.flip)
-            visible = resizing.resize_visible(image, plan.scaled, plan.box, plan.resample)
-            pixels = resizing.planes_of(visible)
+            visible = images.resize_visible(image, plan.scaled, plan.box, plan.resample)
+            pixels = images.planes_of(visible)
         return self._filled(pixels), target, record.image_id
 
     def _fast_pixels(self, data: bytes, record: ImageRecord, size: tuple[int, int], plan: Plan) -> np.ndarray:

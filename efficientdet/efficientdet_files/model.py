@@ -14,8 +14,8 @@ from effdet.bench import DetBenchTrain
 from effdet.config.model_config import efficientdet_model_param_dict
 
 from efficientdet_hyperparameters import EfficientDetHyperparameters
-from shared.data.coco_categories import COCO_CATEGORIES
 from shared.errors import UserError, nearest
+from shared.library import COCO_CATEGORIES
 from shared.training.checkpoints import load_weights, read_weights, without_ddp
 
 logger = logging.getLogger(__name__)

@@ -42,11 +42,10 @@ from mmdetection_files.saved_config import (
     shipped_teacher,
 )
 from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparameters
-from shared.config_file import find_path, without_ranges
+from shared.config.file import find_path, without_ranges
+from shared.config.schema import Length, is_url
 from shared.data.input_scale import InputScale
-from shared.data.remote import is_url
 from shared.errors import UserError, nearest
-from shared.experiment import Length
 from shared.library import find_library_config, import_custom_modules
 
 _WITH_REGISTRIES = (

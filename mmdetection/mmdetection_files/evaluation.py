@@ -13,9 +13,8 @@ from mmdet.core import INSTANCE_OFFSET
 from mmdet.core.evaluation import recall
 from mmdet.datasets import CustomDataset
 
-from shared.evaluation.detections import Detections
-from shared.evaluation.masks import encode_masks
-from shared.evaluation.reducer import ChiefReducer, Gather
+from shared.evaluation.detections import Detections, encode_masks
+from shared.evaluation.gathered import ChiefReducer, Gather
 
 
 class _RaggedNumpy:

@@ -19,7 +19,7 @@ from torch import nn
 from mmdetection_files.config import runner_type
 from mmdetection_files.receptive_field import DilationSearch
 from shared.errors import UserError
-from shared.training.averaging import AveragedWeights
+from shared.training.switches import AveragedWeights
 
 logger = logging.getLogger(__name__)
 

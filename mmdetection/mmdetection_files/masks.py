@@ -19,7 +19,7 @@ from mmdet.models.detectors.single_stage_instance_seg import SingleStageInstance
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from torch.nn import functional as F
 
-from shared.evaluation.masks import encode, masks_at_once
+from shared.evaluation.detections import encode, masks_at_once
 
 
 def install() -> None:

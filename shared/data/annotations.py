@@ -30,9 +30,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from shared.config.schema import StoreOptions, is_url
+from shared.data.file_lock import once, user_cache
 from shared.data.numbers import FARTHEST, as_ids, wrong_number_in
-from shared.data.once import once, user_cache
-from shared.data.remote import StoreOptions, is_url, read_url, version_of
+from shared.data.remote import read_url, version_of
 from shared.errors import UserError, nearest
 from shared.redaction import redacted
 

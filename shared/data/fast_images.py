@@ -15,8 +15,7 @@ from PIL import ExifTags, Image
 from torch.nn import functional
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from shared.data.images import decode_rgb
-from shared.data.resizing import Box, in_two_steps, needed_rows
+from shared.data.images import Box, decode_rgb, in_two_steps, needed_rows
 
 MODES = {Image.BILINEAR: "bilinear", Image.BICUBIC: "bicubic"}  # what both can do, Pillow's name and PyTorch's
 _REDUCTIONS = (8, 4, 2)  # of libjpeg

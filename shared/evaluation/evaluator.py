@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import hotcoco
 import numpy as np
+from tabulate import tabulate
 
 from shared.data.annotations import CocoAnnotations
+from shared.data.checks import wrong_segmentation
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
-from shared.evaluation.gathered import GatheredDetections, merge
-from shared.evaluation.reducer import ChiefReducer, Gather, alone
-from shared.evaluation.truth import to_hotcoco
+from shared.evaluation.gathered import ChiefReducer, Gather, GatheredDetections, alone, merge
 
 # name, recall instead of precision, IoU index (all where None), area index, index in max_dets (1, 10, 100):
 # the twelve lines of pycocotools' summary
@@ -285,3 +286,97 @@ def _check_keypoints(annotations: CocoAnnotations, sigmas: Sequence[float] | Non
             f"{annotations.path} has {count} keypoints an object, and there are "
             f"{len(sigmas) if sigmas else _COCO_KEYPOINTS} sigmas to evaluate them with; give one for each"
         )
+
+
+def to_hotcoco(annotations: CocoAnnotations, masks: bool = True, keypoints: bool = False) -> hotcoco.COCO:
+    """The annotations as hotcoco's data set, in the file's own float64.
+
+    Its images have the positions of their ids among all of the file's, sorted, its categories the labels, and its
+    annotations their rows in `annotations.columns` from 1 on: ids of a file may be negative, or greater than the
+    float64 of hotcoco's results can hold.
+
+    Raises:
+        UserError: a segmentation that is no polygon or RLE, an RLE of another size than its image.
+    """
+    columns = annotations.columns
+    positions = np.empty(len(annotations), dtype=np.int64)
+    positions[np.argsort(annotations.image_ids)] = np.arange(len(annotations))
+    segmentation = _segmentations(annotations) if masks else None
+    images = [
+        {"id": position, "height": height, "width": width, "file_name": ""}
+        for position, height, width in zip(
+            positions.tolist(), columns["heights"].tolist(), columns["widths"].tolist(), strict=True
+        )
+    ]
+    categories = [{**category, "id": label} for label, category in enumerate(annotations.categories)]
+    image_of = np.repeat(positions, np.diff(columns["offsets"]))
+    try:
+        if keypoints:  # which hotcoco takes a dict an annotation only
+            rows = _annotation_dicts(columns, image_of, segmentation)
+            return hotcoco.COCO({"images": images, "categories": categories, "annotations": rows})
+        return hotcoco.COCO.from_arrays(
+            images=images,
+            categories=categories,
+            image_ids=image_of,
+            category_ids=columns["labels"],
+            boxes=columns["boxes"],
+            area=columns["areas"],
+            iscrowd=columns["iscrowd"],
+            segmentation=segmentation,
+        )
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{annotations.path or 'the annotations'} cannot be evaluated on: {error}") from error
+
+
+def _segmentations(annotations: CocoAnnotations) -> list[list | dict]:
+    """The segmentation of each annotation, [] where there is none, each one that hotcoco can score: polygons of less
+    than three points, which enclose nothing, are left out."""
+    segmentations = []
+    for record in annotations:
+        for piece in record.segmentations:
+            if isinstance(piece, list):
+                piece = [polygon for polygon in piece if not (isinstance(polygon, list) and len(polygon) < 6)]
+            if wrong := wrong_segmentation(piece, record.height, record.width) if piece else None:
+                annotation_id = annotations.columns["annotation_ids"][len(segmentations)]
+                raise UserError(
+                    f"{annotations.path or 'the annotations'}: the segmentation of annotation {annotation_id}, on "
+                    f"image {record.image_id}, {wrong}; correct it, or leave it out"
+                )
+            segmentations.append(piece or [])
+    return segmentations
+
+
+def _annotation_dicts(columns: dict[str, np.ndarray], image_of: np.ndarray, segmentation: list | None) -> list[dict]:
+    rows = []
+    for i, image in enumerate(image_of.tolist()):
+        points = columns["keypoints"][i]
+        row = {
+            "id": i + 1,
+            "image_id": image,
+            "category_id": int(columns["labels"][i]),
+            "bbox": columns["boxes"][i].tolist(),
+            "area": float(columns["areas"][i]),
+            "iscrowd": int(columns["iscrowd"][i]),
+            "keypoints": points.ravel().tolist(),
+            "num_keypoints": int((points[:, 2] > 0).sum()),
+        }
+        rows.append(row if segmentation is None else {**row, "segmentation": segmentation[i]})
+    return rows
+
+
+def metrics_table(metrics: dict[str, float], iou_types: tuple[str, ...]) -> str:
+    """COCO's numbers, and the AP of each category, as text; other metrics a line each."""
+    if not all(f"{iou_types[0]}_{name}" in metrics for name in summary_metrics(iou_types[0])):
+        return tabulate(list(metrics.items()), floatfmt=".4f")
+    names = list(dict.fromkeys(name for iou_type in iou_types for name in summary_metrics(iou_type)))
+    names += [name.removeprefix(f"{iou_types[0]}_") for name in metrics if name.startswith(f"{iou_types[0]}_AP/")]
+    rows = [[name, *(metrics.get(f"{iou_type}_{name}") for iou_type in iou_types)] for name in names]
+    return tabulate(rows, headers=["", *iou_types], floatfmt=".4f", missingval="-")
+
+
+def for_json(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """With None in the place of nan and infinity, which JSON does not have."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in numbers.items()
+    }

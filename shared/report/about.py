@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shared.config_file import fixed_hyperparameters, load_config
+from shared.config.file import fixed_hyperparameters, load_config
 from shared.redaction import redacted, without_secrets
 
 if TYPE_CHECKING:

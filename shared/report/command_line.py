@@ -71,8 +71,7 @@ def _report(given: argparse.Namespace) -> None:
     from shared.evaluation.detections import from_coco_results
     from shared.report.about import About
     from shared.report.page import check_page
-    from shared.report.report import report
-    from shared.report.summary import summary_of
+    from shared.report.report import report, summary_of
 
     check_page(given.output, [given.annotations, given.results])
     annotations = CocoAnnotations.open(given.annotations)

@@ -17,8 +17,7 @@ from shared.data.annotations import CocoAnnotations
 from shared.data.storage import ImageStorage
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
-from shared.evaluation.evaluator import iou_types_of
-from shared.evaluation.table import for_json
+from shared.evaluation.evaluator import for_json, iou_types_of
 from shared.report.analysis import NAMES, RESAMPLES, SEED, Analyses, analyse
 from shared.report.difference import Difference
 from shared.report.page import check_page, write_numbers, write_page

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from shared.data.annotations import CocoAnnotations, ImageRecord
-from shared.data.image_check import refuse_names_outside
+from shared.data.checks import refuse_names_outside
 from shared.data.images import BadImageError, read_image
 from shared.data.storage import DiskImages, ImageStorage
 from shared.evaluation.detections import Detections

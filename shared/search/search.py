@@ -24,20 +24,19 @@ import torch
 import yaml
 from optuna.trial import TrialState
 
-from shared.config_file import load_config, make_paths_absolute
+from shared.config.file import load_config, make_paths_absolute
 from shared.durable import sync_folder, write_file
 from shared.errors import UserError, count_of
 from shared.redaction import without_secrets
 from shared.search.halving import WHOLE, first_number
-from shared.search.searcher import Searcher, parse_searcher
-from shared.search.space import draw, ranges_of
+from shared.search.page import table_of_trials
+from shared.search.space import Searcher, draw, parse_searcher, ranges_of
 from shared.search.study import Study, TakenOver
-from shared.search.table import table_of_trials
 from shared.search.trial_process import Place, TrialProcess, places_for
-from shared.training.progress import duration
+from shared.training.loggers import project_name
 from shared.training.run_folder import RunFolder
+from shared.training.training_metrics import duration
 from shared.training.trial import DetectionTrial
-from shared.training.wandb_run import project_name
 
 logger = logging.getLogger(__name__)
 

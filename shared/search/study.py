@@ -17,17 +17,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from shared.errors import UserError
-from shared.search.halving import (
-    FIRST_NUMBER,
-    RETRIED,
-    BracketPruner,
-    brackets_of,
-    is_first,
-    number_among,
-)
+from shared.search.halving import FIRST_NUMBER, RETRIED, BracketPruner, brackets_of, is_first, number_among
 from shared.search.sampler import GridSampler, SamplerByNumber
-from shared.search.searcher import Searcher
-from shared.search.space import grid_of, points_of
+from shared.search.space import Searcher, grid_of, points_of
 from shared.search.storage import journal_file, open_storage
 
 SECONDS_OF_SILENCE = 180  # after which a machine is taken for dead

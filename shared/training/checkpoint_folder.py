@@ -7,7 +7,7 @@ import tempfile
 import uuid
 from pathlib import Path
 
-from shared.data.once import once
+from shared.data.file_lock import once
 from shared.durable import replace_folder
 from shared.errors import UserError
 from shared.training.downloads import private_cache

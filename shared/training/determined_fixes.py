@@ -18,7 +18,7 @@ from determined.experimental import client
 from determined.pytorch import PyTorchCallback, PyTorchTrialContext
 from torch import nn
 
-from shared.experiment import SearcherMetric
+from shared.config.schema import SearcherMetric
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from shared.data.once import once, user_cache
+from shared.data.file_lock import once, user_cache
 from shared.durable import replace_folder
 from shared.errors import UserError
 

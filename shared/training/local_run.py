@@ -14,9 +14,8 @@ from typing import Any
 from determined.pytorch import PyTorchCallback
 
 from shared.errors import UserError
-from shared.evaluation.evaluator import CocoEvaluator
+from shared.evaluation.evaluator import CocoEvaluator, for_json
 from shared.evaluation.gathered import save_detections
-from shared.evaluation.table import for_json
 from shared.training.loggers import Loggers
 from shared.training.run_folder import RunFolder
 from shared.training.trial import DetectionTrial

@@ -16,12 +16,11 @@ import torch
 from determined import core, pytorch
 from determined.core import DistributedContext
 
+from shared.config.schema import Length, Schedule
 from shared.errors import UserError
-from shared.experiment import Length, Schedule
 from shared.redaction import redact_yaml_files, without_secrets
-from shared.training.checkpoints import plain_values_only, read_checkpoint
+from shared.training.checkpoints import plain_values_only, read_checkpoint, write_manifest
 from shared.training.hang import Phase
-from shared.training.manifest import write_manifest
 from shared.training.resume import check_resume
 from shared.training.saving import HostCopy, Snapshot, checkpoint_state
 

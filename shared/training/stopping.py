@@ -6,17 +6,133 @@ then the run has come to its end.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from determined.core import DistributedContext
+from determined.pytorch import PyTorchCallback
 
-from shared.training.clock import Clock
+from shared.config.schema import EarlyStopping, SearcherMetric
+from shared.errors import count_of
+
+if TYPE_CHECKING:
+    from shared.training.trial import DetectionTrial
+
+
+class Clock:
+    """The seconds from the first batch on, with validations and checkpoints; those before a resume count too.
+
+    Args:
+        max_hours, minutes_between_saves: of the config's hyperparameters; None where it says nothing.
+
+    Attributes:
+        before: seconds of training before this start.
+    """
+
+    now = staticmethod(time.monotonic)
+
+    def __init__(self, max_hours: float | None = None, minutes_between_saves: float | None = None):
+        self.max_hours = max_hours
+        self.minutes_between_saves = minutes_between_saves
+        self.before = 0.0
+        self._began: float | None = None
+        self._saved = math.inf  # nothing to save before the first batch
+
+    def begin(self) -> None:
+        """This start trains its first batch."""
+        self._began = self._saved = self.now()
+
+    def saved(self) -> None:
+        """A checkpoint has just been saved."""
+        self._saved = self.now()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + (0.0 if self._began is None else self.now() - self._began)
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the config makes anything depend on it."""
+        return self.max_hours is not None or self.minutes_between_saves is not None
+
+    def save_is_due(self) -> bool:
+        """Whether the last checkpoint is long enough ago for another."""
+        return self.minutes_between_saves is not None and self.now() - self._saved >= 60 * self.minutes_between_saves
+
+    def why_over(self) -> str | None:
+        """Why the run has come to its end; None where it has not."""
+        if self.max_hours is None or self.seconds < 3600 * self.max_hours:
+            return None
+        return f"max_hours: {self.max_hours:g} h of training are over"
+
+
+class Patience:
+    """Counts the validations without a better searcher metric; also where the config ends nothing by them, so that it
+    can after a resume.
+
+    Attributes:
+        best, best_at: the best value so far, and the batch; None without a validation.
+        without_better: validations since then.
+    """
+
+    def __init__(self, config: EarlyStopping | None, metric: SearcherMetric):
+        self.patience = None if config is None else config.patience
+        self.metric = metric
+        self.best: float | None = None
+        self.best_at = -1
+        self.without_better = 0
+
+    def note(self, value: float, batch: int) -> None:
+        """What the validation after `batch` says."""
+        value = self.metric.worst if math.isnan(value) else value
+        if self.metric.is_better(value, self.best):
+            self.best, self.best_at, self.without_better = value, batch, 0
+        else:
+            self.without_better += 1
+
+    def why_over(self) -> str | None:
+        """Why the run has come to its end; None where it has not."""
+        if self.patience is None or self.without_better < self.patience:
+            return None
+        return (
+            f"early stopping: {self.metric.name} has not been better than {self.best:.4g} at batch {self.best_at} for "
+            f"{count_of(self.without_better, 'validation')}"
+        )
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "metric": self.metric.name,
+            "best": self.best,
+            "best_at": self.best_at,
+            "without_better": self.without_better,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes back what `state` gave, where it is of the same metric."""
+        if state.get("metric") == self.metric.name:
+            self.best, self.best_at = state["best"], state["best_at"]
+            self.without_better = state["without_better"]
+
+
+class Ending(PyTorchCallback):
+    """Asks at each validation whether the run ends with it: before that is reported and saved."""
+
+    def __init__(self, trial: DetectionTrial):
+        self.trial = trial
+
+    def on_validation_end(self, metrics: dict[str, Any]) -> None:
+        trial = self.trial
+        trial.patience.note(trial.last_validation[trial.searcher_metric.name], trial.batches_trained)
+        if why := trial.patience.why_over() or trial.stopping.why_time_is_over():
+            trial.stopping.end(trial.batches_trained, why)
+
 
 # batches between two meetings of several processes: a meeting costs some milliseconds
 _BETWEEN_MEETINGS = 10

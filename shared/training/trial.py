@@ -18,45 +18,36 @@ from typing import Any
 from determined.pytorch import PyTorchCallback, PyTorchTrial, PyTorchTrialContext
 from tabulate import tabulate
 
+from shared.config.experiment import parse_data, parse_schedule, parse_searcher_metric, parse_seed, per_slot_batch_size
+from shared.config.schema import Length, parse_section
 from shared.data.dataset import BadImages
 from shared.data.input_scale import InputScale
 from shared.data.samplers import described
 from shared.data.seeding import seed_all
+from shared.environment import on_cluster
 from shared.errors import UserError, count_of
 from shared.evaluation.evaluator import CocoEvaluator
-from shared.experiment import (
-    Length,
-    parse_data,
-    parse_schedule,
-    parse_searcher_metric,
-    parse_section,
-    parse_seed,
-    per_slot_batch_size,
-)
-from shared.training.clock import Clock
 from shared.training.determined_fixes import (
     FiniteSearcherMetric,
     PlainRandomState,
     trial_is_stopping,
     wrap_model,
 )
-from shared.training.ending import Ending, Patience
-from shared.training.fused import fuse
-from shared.training.host_memory import keep_freed_memory
+from shared.training.hang import Watch
 from shared.training.loop import aggregation_frequency, periods_of
+from shared.training.memory import keep_freed_memory
 from shared.training.processes import first_on_each_machine, on_chief
-from shared.training.reports import Reports
 from shared.training.resume import BuiltOptimizer
 from shared.training.saving import Background
-from shared.training.stopping import Stopping
-from shared.training.task import on_cluster
+from shared.training.stopping import Clock, Ending, Patience, Stopping
+from shared.training.switches import fuse
+from shared.training.tensorboard import Reports
 from shared.training.training_metrics import TrainingMetrics
 from shared.training.trial_checkpoint import CheckpointedState, TrialCheckpoint
 from shared.training.trial_data import TrialData
 from shared.training.trial_step import TrialStep
 from shared.training.trial_validation import TrialValidation, ValidationResult
 from shared.training.validation_loss import ValidationLoss
-from shared.training.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +75,20 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
 
     hyperparameters_class: type
 
-    def __init__(self, context: PyTorchTrialContext, for_training: bool = True, categories: list[dict] | None = None):
+    def __init__(
+        self,
+        context: PyTorchTrialContext,
+        experiment: Any = None,
+        for_training: bool = True,
+        categories: list[dict] | None = None,
+        begin: bool = True,
+    ):
+        """
+        Args:
+            experiment: the experiment config, read; the context's where None, as Determined's own loop and loader of
+                checkpoints make a trial.
+            begin: open the data and build the model too. Who does not calls `open_data` and then `build`.
+        """
         self.context = context
         self.config = context.get_experiment_config()
         distributed = context.distributed
@@ -103,11 +107,33 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         self.seed = context.get_trial_seed() if self.on_cluster else parse_seed(self.config)
         self.first_batch = self.batches_trained = context.get_initial_batch()
         self.aggregation_frequency = aggregation_frequency(self.config)
-
         self.bad_images = BadImages(skip=self.data.on_bad_image == "skip")
-        if for_training:
-            self.train_data, self.val_data = first_on_each_machine(distributed, self.open_train_and_val)
+        self.categories = categories
+        if begin:
+            self.open_data()
+            self.build()
+
+    def open_data(self) -> None:
+        """Opens and checks the data to train and validate on; to detect, takes the categories of the validation data
+        where nobody has given any.
+
+        Raises:
+            UserError: the data cannot be trained or validated on.
+        """
+        if self.for_training:
+            self.train_data, self.val_data = first_on_each_machine(self.context.distributed, self.open_train_and_val)
             self.categories = self.train_data.categories
+        elif self.categories is None:
+            self.categories = self.known_categories()
+
+    def build(self) -> None:
+        """Builds model, optimizer, evaluator and what else trains, once the data is open.
+
+        Raises:
+            UserError: the config's values do not go with the model, the data or the device.
+        """
+        context, distributed, for_training = self.context, self.context.distributed, self.for_training
+        if for_training:
             self.batches_per_epoch = len(self.training_batches())
             self.periods = periods_of(
                 self.schedule, self.batches_per_epoch, self.global_batch_size, self.aggregation_frequency
@@ -119,8 +145,6 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
                     "hyperparameters.early_stopping: the only validation is at the end; give min_validation_period, or "
                     "leave it out"
                 )
-        else:
-            self.categories = categories if categories is not None else self.known_categories()
 
         self.saving = Background()
         self.watch = Watch(distributed, self.hparams.hang_minutes)

@@ -13,8 +13,8 @@ from torch import nn
 
 from shared.errors import DivergedError, UserError
 from shared.training.checkpoints import CATEGORIES_FILE
-from shared.training.python_state import python_state, restore_python_state
 from shared.training.resume import BuiltOptimizer, merged
+from shared.training.saving import python_state, restore_python_state
 
 if TYPE_CHECKING:
     from shared.training.trial import DetectionTrial

@@ -14,18 +14,19 @@ import torch
 from determined.pytorch import PyTorchTrialContext
 from torch.utils.data import DataLoader, Dataset
 
+from shared.config.schema import DataConfig, TrainingHyperparameters
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import BadImages, CocoDetection, Transform
 from shared.data.loading import Batch, NotingSkipped, PrefetchLoader, start_workers
+from shared.data.open import SplitData, open_split, open_train_and_val
 from shared.data.samplers import EvaluationBatchSampler, TrainingBatchSampler, labels_of, repeat_factors, size_groups
 from shared.data.seeding import seed_all
 from shared.errors import UserError
 from shared.evaluation.evaluator import CocoEvaluator
-from shared.evaluation.reducer import ChiefReducer
-from shared.experiment import DataConfig, SplitData, TrainingHyperparameters, open_split, open_train_and_val
+from shared.evaluation.gathered import ChiefReducer
+from shared.training.hang import show_stacks_when_asked
 from shared.training.stopping import Stopping, outlive_signals
 from shared.training.validation_loss import CollateWithLoss, WithLossSample
-from shared.training.watch import show_stacks_when_asked
 
 logger = logging.getLogger(__name__)
 

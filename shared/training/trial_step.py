@@ -11,18 +11,15 @@ import torch
 from determined.pytorch import PyTorchTrialContext
 from torch import nn
 
+from shared.config.schema import TrainingHyperparameters
 from shared.data.loading import Batch
 from shared.data.seeding import seed_all
 from shared.errors import UserError, count_of
-from shared.experiment import TrainingHyperparameters
-from shared.training.averaging import AveragedWeights
-from shared.training.freezing import freeze
-from shared.training.hang import Phase
+from shared.training.hang import Phase, Watch
 from shared.training.memory import out_of_memory, out_of_memory_as, smaller_batch
-from shared.training.precision import autocast, train_depthwise_in_float32
 from shared.training.stopping import Stopping
+from shared.training.switches import AveragedWeights, autocast, freeze, train_depthwise_in_float32
 from shared.training.training_metrics import STEPS_A_SCALE_MAY_SKIP, TrainingMetrics, diverged
-from shared.training.watch import Watch
 
 
 class TrialStep:

@@ -13,19 +13,19 @@ import torch
 from determined.pytorch import PyTorchCallback, PyTorchTrialContext
 from torch import nn
 
+from shared.config.schema import TrainingHyperparameters
 from shared.data.loading import Batch, to_device
+from shared.data.open import SplitData
 from shared.data.seeding import kept_random_state, seed_all
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import summary_metrics
-from shared.evaluation.reducer import ChiefReducer
-from shared.experiment import SplitData, TrainingHyperparameters
-from shared.training.hang import Phase
+from shared.evaluation.gathered import ChiefReducer
+from shared.training.hang import Phase, Watch
 from shared.training.memory import out_of_memory_as
 from shared.training.processes import broadcast_from_chief
-from shared.training.python_state import python_state
+from shared.training.saving import python_state
 from shared.training.validation_loss import PREFIX, TOTAL, ValidationLoss, as_one_process, giving_losses
-from shared.training.watch import Watch
 
 if TYPE_CHECKING:
     from shared.training.trial import DetectionTrial

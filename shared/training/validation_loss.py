@@ -18,8 +18,8 @@ from torch import nn
 from shared.data.annotations import ImageRecord
 from shared.data.dataset import Transform
 from shared.data.loading import Batch
-from shared.evaluation.reducer import ChiefReducer, Gather
-from shared.training.python_state import python_state, restore_python_state
+from shared.evaluation.gathered import ChiefReducer, Gather
+from shared.training.saving import python_state, restore_python_state
 
 PREFIX = "val_"
 TOTAL = f"{PREFIX}loss"

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from data_sets import boxes_of, converted, draw, write
 
+from shared.config.experiment import parse_data
 from shared.data.annotations import CocoAnnotations
 from shared.data.convert.command_line import main
 from shared.data.convert.conversion import annotations_of, convert
+from shared.data.open import open_split
 from shared.errors import UserError
-from shared.experiment import open_split, parse_data
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ import yaml
 from data_sets import annotations_in, converted, draw, write
 from PIL import Image
 
+from shared.config.experiment import parse_data
 from shared.data.convert.conversion import convert
+from shared.data.open import open_split
 from shared.errors import UserError
-from shared.experiment import open_split, parse_data
 
 
 @pytest.mark.parametrize("layout", ["ultralytics", "roboflow"])

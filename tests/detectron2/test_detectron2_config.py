@@ -14,10 +14,11 @@ from detectron2_files.config import config_of_checkpoint, load_config, set_class
 from detectron2_files.data import describe, training_images
 from detectron2_files.model import apply_backend_options, build_model
 from detectron2_hyperparameters import Detectron2Hyperparameters
+from shared.config.experiment import parse_data
+from shared.config.schema import Length
 from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
-from shared.experiment import Length, parse_data
-from shared.training.fused import fuse
+from shared.training.switches import fuse
 
 MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 LAZY_RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.py"

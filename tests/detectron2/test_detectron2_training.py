@@ -191,9 +191,9 @@ def test_a_large_image_is_detected_on_with_few_masks_in_memory_at_once(shapes, t
     from determined import pytorch
 
     from detectron2_files import evaluation
-    from shared.detect import pictures_as_data
-    from shared.evaluation import masks
-    from shared.inputs import Picture
+    from shared.commands.detect import pictures_as_data
+    from shared.commands.predict_inputs import Picture
+    from shared.evaluation import detections
 
     config = in_process(detectron2_config(shapes, **{"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.001}))
     monkeypatch.chdir(shapes)
@@ -212,7 +212,7 @@ def test_a_large_image_is_detected_on_with_few_masks_in_memory_at_once(shapes, t
 
     at_once = detected()
     pasted, real = [], evaluation.detector_postprocess
-    monkeypatch.setattr(masks, "PIXELS_AT_ONCE", 3 * 1500 * 1000)
+    monkeypatch.setattr(detections, "PIXELS_AT_ONCE", 3 * 1500 * 1000)
     monkeypatch.setattr(evaluation, "detector_postprocess", lambda i, *a: pasted.append(len(i)) or real(i, *a))
     few = detected()
     assert len(at_once) > 3

@@ -14,8 +14,8 @@ from detectron2_files.config import load_config, shipped_configs
 from detectron2_files.plain_pickle import unpickle_arrays
 from detectron2_files.weights import find_weights, load_weights_into, zoo_weights
 from detectron2_hyperparameters import Detectron2Hyperparameters
+from shared.config.experiment import parse_data
 from shared.errors import UserError
-from shared.experiment import parse_data
 
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 KEY = "hyperparameters.weights"

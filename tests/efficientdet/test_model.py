@@ -21,8 +21,8 @@ from efficientdet_files.model import build_model, model_config
 from efficientdet_hyperparameters import EfficientDetHyperparameters
 from model_def import EfficientDetTrial
 from shared.data.annotations import CocoAnnotations
-from shared.data.coco_categories import COCO_CATEGORIES
 from shared.errors import UserError
+from shared.library import COCO_CATEGORIES
 
 TINY = {
     "model": "efficientdet_d0",

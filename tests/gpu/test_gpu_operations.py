@@ -5,7 +5,7 @@ import torch
 from conftest import WITHOUT_LIBRARY
 from tiny_models import use_operations_in_pytorch
 
-from shared.evaluation.masks import encode_masks, encode_on_device
+from shared.evaluation.detections import encode_masks, encode_on_device
 
 pytestmark = pytest.mark.gpu
 

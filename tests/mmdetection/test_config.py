@@ -36,9 +36,10 @@ from mmdetection_files.model import (
 )
 from mmdetection_files.saved_config import read_resolved, write_resolved
 from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparameters
-from shared.config_file import load_config
+from shared.config.experiment import parse_data, parse_schedule
+from shared.config.file import load_config
+from shared.config.schema import Length, Split
 from shared.errors import UserError
-from shared.experiment import Length, Split, parse_data, parse_schedule
 from shared.library import find_library_config
 from shared.training.loop import periods_of
 

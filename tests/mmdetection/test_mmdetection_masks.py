@@ -14,7 +14,7 @@ from mmdet.models.roi_heads.mask_heads.fcn_mask_head import FCNMaskHead, _do_pas
 
 from mmdetection_files.evaluation import to_detections, to_own_result
 from mmdetection_files.masks import encode_two_stage
-from shared.evaluation import masks as masks_module
+from shared.evaluation import detections as masks_module
 
 CLASSES, HEIGHT, WIDTH = 3, 37, 53
 LABELS = torch.tensor([2, 0, 2, 1, 0, 2])

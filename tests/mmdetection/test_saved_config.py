@@ -17,9 +17,9 @@ from mmdetection_files.config import load_mmdet_config
 from mmdetection_files.model import build_model, without_pretrained_backbone, without_teacher_weights
 from mmdetection_files.saved_config import read_resolved, write_resolved
 from mmdetection_hyperparameters import MMDetectionHyperparameters
-from shared.detect import evaluate
+from shared.commands.detect import evaluate
+from shared.commands.train import train_here
 from shared.errors import UserError
-from shared.here import train_here
 
 RETINANET = "retinanet/retinanet_r50_fpn_1x_coco.py"
 TEACHER = "configs/gfl/gfl_r101_fpn_mstrain_2x_coco.py"

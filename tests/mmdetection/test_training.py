@@ -39,7 +39,7 @@ from mmdetection_files.saved_config import read_resolved
 from mmdetection_hyperparameters import MMDetectionHyperparameters
 from shared.data.dataset import SampleKey
 from shared.errors import UserError
-from shared.training.python_state import python_state, restore_python_state
+from shared.training.saving import python_state, restore_python_state
 
 RETINANET = "retinanet/retinanet_r50_fpn_1x_coco.py"
 FASTER_RCNN = "faster_rcnn/faster_rcnn_r50_fpn_1x_coco.py"

@@ -20,10 +20,10 @@ torch.version.cuda = torch.version.cuda or "pretended"
 
 import synchronisations
 
-from shared import here
+from shared.commands import train
 
 synchronisations.PYTORCH.append(HERE)
-_train_here = here.train_here
+_train_here = train.train_here
 
 
 def train_here(trial_class, arguments):
@@ -34,7 +34,7 @@ def train_here(trial_class, arguments):
         synchronize()
 
 
-here.train_here = train_here
+train.train_here = train_here
 
 
 @pytest.hookimpl(wrapper=True)

@@ -26,8 +26,8 @@ from tiny_models import detectron2_config, efficientdet_config, load_model_def, 
 from pretended_gpu.cuda import Unsupported, install
 from pretended_gpu.streams import RECORD, place_of
 from pretended_gpu.tensors import Generator
-from shared import here
-from shared.training.report_figures import ReportFigures
+from shared.commands import train as train_command
+from shared.training.tensorboard import ReportFigures
 
 MMDET_RETINANET = "retinanet/retinanet_r50_fpn_1x_coco.py"
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
@@ -131,7 +131,9 @@ def watched(trial_class, waits):
 
 def without_figures():
     """The figures and the report take most of the time of runs as small as these."""
-    ReportFigures.draw = here.save_page = here._write_report = here.picture_of_validation = lambda *_: None
+    ReportFigures.draw = lambda *_: None
+    for name in ("save_page", "_write_report", "picture_of_validation"):
+        setattr(train_command, name, lambda *_: None)
 
 
 def train(trial_class, name, shapes, run, waits=None, config_file=None):
@@ -140,7 +142,7 @@ def train(trial_class, name, shapes, run, waits=None, config_file=None):
     for batches, resume in ((4, None), (6, "last")):
         path.write_text(yaml.safe_dump(config_of(name, shapes, batches)))
         arguments = argparse.Namespace(config=str(path), overrides=[], output_dir=run, resume=resume)
-        here.train_here(trial_class, arguments)
+        train_command.train_here(trial_class, arguments)
         if waits is not None:
             waits.next_batch()
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -11,8 +11,8 @@ import msgspec
 
 from shared import durable
 from shared.data.annotations import CocoAnnotations
+from shared.data.checks import refuse_names_outside
 from shared.data.convert.contents import Contents, Split, names_in_use
-from shared.data.image_check import refuse_names_outside
 from shared.errors import UserError
 
 

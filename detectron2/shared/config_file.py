@@ -1,1 +1,0 @@
-../../shared/config_file.py

@@ -1,1 +1,0 @@
-../../../shared/data/coco_categories.py

@@ -1,1 +1,0 @@
-../../../shared/evaluation/vector_drawing.py

@@ -1,1 +1,0 @@
-../../../shared/training/host_memory.py

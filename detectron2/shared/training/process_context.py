@@ -1,1 +1,0 @@
-../../../shared/training/process_context.py

@@ -1,1 +1,0 @@
-../../../shared/evaluation/data_report.py

@@ -1,1 +1,0 @@
-../../../shared/evaluation/lettering.py

@@ -1,1 +1,0 @@
-../../../shared/evaluation/masks.py

@@ -1,1 +1,0 @@
-../../../shared/training/by_shape.py

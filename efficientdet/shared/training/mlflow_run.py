@@ -1,1 +1,0 @@
-../../../shared/training/mlflow_run.py

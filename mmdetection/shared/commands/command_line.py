@@ -1,0 +1,1 @@
+../../../shared/commands/command_line.py

@@ -1,1 +1,0 @@
-../../../shared/evaluation/truth.py

@@ -1,1 +1,0 @@
-../../shared/on_cluster.py

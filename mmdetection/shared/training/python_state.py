@@ -1,1 +1,0 @@
-../../../shared/training/python_state.py

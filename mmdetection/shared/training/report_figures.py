@@ -1,1 +1,0 @@
-../../../shared/training/report_figures.py

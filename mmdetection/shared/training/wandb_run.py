@@ -1,1 +1,0 @@
-../../../shared/training/wandb_run.py

@@ -1,0 +1,125 @@
+"""The data that a config names: opened and checked."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from shared.config.schema import DataConfig, Split
+from shared.data import checks, synthetic
+from shared.data.annotations import CocoAnnotations, check_same_categories
+from shared.data.checks import check_box_format, check_images, first_dark_image, refuse_names_outside, under_a_pixel
+from shared.data.remote import StoreError
+from shared.data.storage import ImageStorage, open_images
+from shared.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SplitData:
+    """What a split's `DataConfig` opens to."""
+
+    annotations: CocoAnnotations
+    images: ImageStorage
+
+    @property
+    def categories(self) -> list[dict]:
+        return self.annotations.categories
+
+
+def open_split(data: DataConfig, split: str, images: ImageStorage | None = None) -> SplitData:
+    """Annotations and images of "train" or "val", checked.
+
+    Args:
+        images: where the images are, in place of the folder in `data`.
+
+    Raises:
+        UserError: a path is missing, the annotations are not COCO or contradict themselves, image files are missing.
+    """
+    if data.backend == "fake":
+        if getattr(data, split) is not None:
+            logger.warning("data.%s is not read: data.backend is fake, which makes its data up; say disk", split)
+        return SplitData(
+            CocoAnnotations.from_dict(synthetic.fake_split(split)), open_images("fake", images=None, split=split)
+        )
+    paths: Split | None = getattr(data, split)
+    if paths is None:
+        raise UserError(f"data.{split} is missing; it needs the keys `annotations` and `images`")
+    try:
+        annotations = CocoAnnotations.open(data.located(paths.annotations), data.cache_dir, data.store_options)
+    except UserError as error:
+        raise UserError(f"data.{split}.annotations: {error}") from error
+    folder = data.located(paths.images)
+    where = f"data.{split}.images ({folder})"
+    images = images or open_images(
+        data.backend, folder, split, data.store_options, data.cache_dir, int(data.cache_gb * 2**30)
+    )
+    try:
+        refuse_names_outside(annotations, where, getattr(images, "folder", None))
+        check_box_format(annotations, f"data.{split}.annotations")
+        if data.check_images:
+            check_images(annotations, images, where, skip=data.on_bad_image == "skip")
+            if _is_first_process() and (dark := first_dark_image(annotations, images)):
+                logger.warning("data.%s: %s", split, dark)
+    except StoreError as error:
+        raise StoreError(f"data.{split}.images: {error}") from error
+    return SplitData(annotations, images)
+
+
+def open_train_and_val(data: DataConfig) -> tuple[SplitData, SplitData]:
+    """Both splits, with the same categories.
+
+    Raises:
+        UserError: as `open_split`; the categories differ; there is nothing to train on.
+    """
+    train, val = open_split(data, "train"), open_split(data, "val")
+    check_same_categories(train.annotations, val.annotations)
+    check_trainable(train.annotations)
+    check_evaluable(val.annotations)
+    return train, val
+
+
+def check_trainable(annotations: CocoAnnotations) -> None:
+    """Raises UserError where there is nothing to train on, warns of boxes that are next to nothing."""
+    objects, small = ~annotations.without_area & ~annotations.columns["iscrowd"], under_a_pixel(annotations)
+    if not objects.any():
+        raise UserError(f"data.train.annotations: {annotations.path} has no box to train on")
+    if small[objects].all():
+        raise UserError(
+            f"data.train.annotations: {annotations.path} has no box to train on: all {int(objects.sum())} are less "
+            "than a pixel wide or high; COCO's boxes are x y width height in pixels"
+        )
+    if small.any() and _is_first_process():
+        logger.warning("data.train: %d boxes are less than a pixel wide or high", small.sum())
+
+
+def _is_first_process() -> bool:
+    """Whether a warning of this process's is not one of many."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_evaluable(annotations: CocoAnnotations) -> None:
+    """Raises UserError where there is nothing to validate on."""
+    if not (~annotations.columns["iscrowd"]).any():
+        raise UserError(f"data.val.annotations: {annotations.path} has no box to evaluate detections with")
+
+
+def check_masks(annotations: CocoAnnotations, split: str) -> None:
+    """Raises UserError where annotations to train masks on, or to evaluate them with, have none, or wrong ones."""
+    columns, wrong = annotations.columns, checks.wrong_rows(annotations)
+    counting = ~columns["iscrowd"] & ~annotations.without_area
+    absent = np.flatnonzero(checks.is_absent(annotations) & counting)
+    wrong = wrong[counting[wrong]]
+    for rows, what in ((absent, "have no segmentation"), (wrong, "have a segmentation that is wrong")):
+        if len(rows):
+            ids = columns["annotation_ids"]
+            why = f": it {checks.why_wrong(annotations, rows[0])}" if rows is wrong else ""
+            raise UserError(
+                f"data.{split}.annotations: {len(rows)} annotations of {annotations.path} {what}, the first has id "
+                f"{ids[rows[0]]}{why}; hyperparameters.config_file detects masks: choose a config of boxes alone, or "
+                f"{'correct' if why else 'add'} the masks"
+            )

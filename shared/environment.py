@@ -1,0 +1,95 @@
+"""What the environment of a process says: threads, missing packages, whether it is a cluster's task."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+_INSTALL = (
+    "`make demo` in the project's folder sets up an environment with all that is needed (.venv/bin/python); into your "
+    "own, with torch, torchvision and determined in it: python3 -m shared.container, in the detector's folder"
+)
+
+
+def _say_what_is_missing(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    if isinstance(error, ModuleNotFoundError):
+        print(f"error: {sys.executable} lacks the package {error.name!r}; {_INSTALL}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def prepare_process() -> None:
+    """Prepares a program. Call it first, before torch and the packages that may be missing are imported.
+
+    - A missing package ends the program in one line that says how to install it.
+    - A thread of torch's OpenMP that waits yields its core. By default it spins for milliseconds; on a busy machine the
+      threads then spin through the time that the slowest of them needs. OpenMP reads this when torch loads it.
+
+    Loader workers keep their cores: they sleep for most of a step.
+    """
+    if sys.version_info < (3, 10):  # noqa: UP036 the code runs from its folders, which no installer looked at
+        sys.exit(f"error: Python 3.10 or later is needed, and {sys.executable} is {sys.version.split()[0]}; {_INSTALL}")
+    sys.excepthook = _say_what_is_missing
+    if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        # GNU's OpenMP, which torch's wheels have, would wake its threads thousands of times a step: they spin for some
+        # microseconds first, a hundredth of its own default
+        os.environ["GOMP_SPINCOUNT"] = "3000"
+
+
+def use_available_cores() -> None:
+    """Gives torch no more threads than this process has cores, where the user has not said how many.
+
+    torchrun says `OMP_NUM_THREADS=1` for several processes on a machine, which looks like the user's own, and stays.
+    """
+    import torch
+
+    if not any(name in os.environ for name in COUNTS):
+        torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
+
+
+def available_cores(root: Path = Path("/")) -> int:
+    """The cores of this process: those it may run on, as far as its control groups give it their time, divided by the
+    processes that torchrun started on the machine; at least 1.
+
+    Args:
+        root: of the file system, with proc and sys.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = min([cores, *_quotas(root)])
+    return max(1, math.floor(cores / int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """The cores' worth of time that each control group above this process allows, of version 1 or 2."""
+    own = root / "proc/self/cgroup"
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        group = mount / path.lstrip("/")
+        # in a container the path may be the host's, and of it only the mount, which is the container's, is there
+        while group.is_relative_to(mount):
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+            if all((group / name).exists() for name in names):
+                quota, period = " ".join((group / name).read_text().strip() for name in names).split()
+                if quota not in ("max", "-1"):
+                    yield int(quota) / int(period)
+            group = group.parent
+
+
+def on_cluster() -> bool:
+    """Whether this process is a task of a Determined trial."""
+    import determined as det
+
+    info = det.get_cluster_info()
+    return info is not None and info.task_type == "TRIAL"

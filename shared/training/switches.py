@@ -1,0 +1,247 @@
+"""The switches of `hyperparameters`: averaged weights, freezing, precision, fused optimizers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from shared.errors import UserError, nearest
+
+
+class AveragedWeights:
+    """The exponential moving average of a model's weights and running statistics.
+
+    After step n, counted from 0, the decay is at most (1 + n) / (10 + n), as that of TensorFlow's
+    `ExponentialMovingAverage`, with which EfficientDet was published: a short run's average is not its initial weights.
+
+    Args:
+        decay: of the average, in [0, 1).
+        steps: optimizer steps that it has averaged before this start.
+
+    Attributes:
+        module: the averaged model, in evaluation mode.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, steps: int = 0):
+        self.module = deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.steps = steps
+        state = model.state_dict()
+        self._averaged = [name.rpartition(".") for name in state if state[name].is_floating_point()]
+        self._copied = [name.rpartition(".") for name in state if not state[name].is_floating_point()]
+        self._own_modules = _modules(self.module)
+        self._modules_of: tuple[nn.Module | None, dict[str, nn.Module]] = (None, {})
+
+    def begin(self, model: nn.Module) -> None:
+        """Starts the average from the model's weights, and its decay's warm-up too."""
+        self.module.load_state_dict(model.state_dict())
+        self.steps = 0
+
+    def load(self, weights: Mapping[str, Any], steps: int | None) -> None:
+        """Continues the average of a checkpoint.
+
+        Args:
+            steps: that it has averaged; None in older checkpoints, whose average began with the run.
+        """
+        self.module.load_state_dict(weights)
+        self.steps = self.steps if steps is None else steps
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Takes the weights in, after an optimizer step."""
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        self.steps += 1
+        if self._modules_of[0] is not model:
+            self._modules_of = model, _modules(model)
+        own, new = self._own_modules, self._modules_of[1]
+        torch._foreach_lerp_(_tensors(own, self._averaged), _tensors(new, self._averaged), 1 - decay)
+        if self._copied:
+            torch._foreach_copy_(_tensors(own, self._copied), _tensors(new, self._copied))
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    return dict(model.named_modules(remove_duplicate=False))
+
+
+def _tensors(modules: dict[str, nn.Module], names: list[tuple[str, str, str]]) -> list[torch.Tensor]:
+    """Those of a state dict, by their modules: `state_dict` itself takes as long as the average of a small detector."""
+    return [getattr(modules[path], name) for path, _, name in names]
+
+
+def freeze(model: nn.Module, names: Sequence[str]) -> str:
+    """Trains no parameter of the parts any more, and keeps the running statistics of their batch norm, whatever mode
+    the model is put into.
+
+    Args:
+        names: of modules or parameters: `backbone` is all of it, `backbone.layer1` a part.
+
+    Returns:
+        How many parameters that leaves.
+
+    Raises:
+        UserError: a name is none of the model's, or nothing is left to train.
+    """
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    for name in names:
+        if name not in parameters and name not in modules:
+            parts = f"its parts are {', '.join(part for part, _ in model.named_children())}"
+            raise UserError(
+                f"hyperparameters.freeze: the model has no part {name!r}; "
+                f"{nearest(name, [*modules, *parameters], otherwise=parts)}"
+            )
+        if name in modules:
+            for module in modules[name].modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+                    module.train = functools.partial(_keep_mode, module)
+            modules[name].requires_grad_(False)
+        else:
+            parameters[name].requires_grad_(False)
+    trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
+    if not trained:
+        raise UserError(f"hyperparameters.freeze: {', '.join(names)} is the whole model, and nothing is left to train")
+    whole = sum(p.numel() for p in parameters.values())
+    return f"{', '.join(names)}; {trained:,} of {whole:,} parameters are trained"
+
+
+def _keep_mode(module: nn.Module, mode: bool = True) -> nn.Module:
+    """In the place of `train` of a module that stays in evaluation mode."""
+    return module
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(amp: str | None, device: torch.device) -> torch.autocast:
+    """PyTorch's autocast. What was trained in fp16 detects in float32 on a CPU, whose half precision is slower."""
+    dtype = DTYPES.get(amp)
+    if device.type != "cuda" and dtype == torch.float16:
+        dtype = None
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def train_depthwise_in_float32(model: nn.Module) -> None:
+    """Has depthwise convolutions trained in float32, between tensors of the type that they are given.
+
+    For a training in bf16 on a CPU, where oneDNN takes four times as long for their gradients in bf16 as in float32
+    (EfficientDet-D0's at 512 pixels in channels_last, PyTorch 2.11).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels:
+            module.__class__ = _trained_in_float32(type(module))
+
+
+@functools.cache
+def _trained_in_float32(convolution: type[nn.Conv2d]) -> type[nn.Conv2d]:
+    # another class, and no function in the module's place: a copy of the module is one of its own
+    class TrainedInFloat32(convolution):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if not torch.is_grad_enabled():
+                return super().forward(images)
+            with torch.autocast(images.device.type, enabled=False):
+                return super().forward(images.float()).to(images.dtype)
+
+    TrainedInFloat32.__name__, TrainedInFloat32.__qualname__ = convolution.__name__, convolution.__qualname__
+    return TrainedInFloat32
+
+
+_CLASSES = (AdamW, Adam, SGD)  # newer PyTorch derives AdamW from Adam
+_CHOICES = ("fused", "foreach")
+
+
+def fuse(optimizer: Optimizer) -> Optimizer:
+    """The optimizer with the fused step where PyTorch has one, unless the config says `fused` or `foreach` itself. A
+    fused optimizer of PyTorch's own class is a new object, with the same groups: use the one returned.
+
+    A checkpoint that is loaded leaves that as it is: how an optimizer steps is a run's own, and its state the same.
+    """
+    of_torch = next((each for each in _CLASSES if isinstance(optimizer, each)), None)
+    if of_torch is None:
+        return optimizer
+    groups = optimizer.param_groups
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    if not any(_is_said(group) for group in groups) and _has_fused(of_torch, parameters):
+        for group in groups:
+            group["fused"] = True
+        if type(optimizer) is of_torch:
+            optimizer = _constructed_fused(optimizer)
+        if of_torch is SGD:
+            optimizer.register_step_pre_hook(_begin_momentum)
+    optimizer.register_load_state_dict_pre_hook(_keep_choices)
+    optimizer.register_load_state_dict_post_hook(_lay_out_state)
+    return optimizer
+
+
+def _is_said(group: dict[str, Any]) -> bool:
+    # an SGD with dampening begins its momentum otherwise than `_begin_momentum`
+    stated = any(group.get(name) is not None for name in _CHOICES)
+    return stated or bool(group.get("differentiable")) or group.get("dampening", 0) != 0
+
+
+def _has_fused(of_torch: type[Optimizer], parameters: list[torch.Tensor]) -> bool:
+    """Whether PyTorch has a fused step for these; its older versions have none for the CPU."""
+    for parameter in parameters:
+        # the kernels go through memory from end to end; one with gaps has a gradient without
+        has_gaps = torch.empty_like(parameter, device="meta").stride() != parameter.stride()
+        if has_gaps or not parameter.is_floating_point():
+            return False
+    for device, dtype in {(parameter.device, parameter.dtype) for parameter in parameters}:
+        probe = torch.zeros(1, device=device, dtype=dtype, requires_grad=True)
+        probe.grad = torch.zeros_like(probe)
+        try:
+            of_torch([probe], lr=0.0, fused=True).step()
+        except (RuntimeError, TypeError):
+            return False
+    return True
+
+
+def _constructed_fused(optimizer: Optimizer) -> Optimizer:
+    """The same optimizer, with `fused=True` given to its constructor.
+
+    Only then does PyTorch let a GradScaler leave the scale and the skipped steps to the kernel. Otherwise the scaler
+    waits for the device in each step. A subclass with a `step` of its own must not get this: it may read gradients,
+    which would still be scaled.
+    """
+    accepted = inspect.signature(type(optimizer)).parameters
+    defaults = {name: value for name, value in optimizer.defaults.items() if name in accepted}
+    return type(optimizer)(optimizer.param_groups, **{**defaults, "foreach": None, "fused": True})
+
+
+def _begin_momentum(optimizer: Optimizer, arguments: Any, named: Any) -> None:
+    """Gives each parameter with a gradient a momentum of zeros to begin with, which its first step makes its gradient.
+
+    PyTorch's fused SGD ends in an error where some parameters have one and others, whose first gradient comes later,
+    have not.
+    """
+    for group in optimizer.param_groups:
+        if group["momentum"] == 0:
+            continue
+        for parameter in group["params"]:
+            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _keep_choices(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's state with this run's choices."""
+    own, saved = optimizer.param_groups, state["param_groups"]
+    if len(own) != len(saved):
+        return state  # PyTorch says so
+    choices = [{name: group[name] for name in _CHOICES if name in group} for group in own]
+    return {**state, "param_groups": [{**group, **choice} for group, choice in zip(saved, choices, strict=True)]}
+
+
+def _lay_out_state(optimizer: Optimizer) -> None:
+    """Lays the state out in memory as its parameters: the fused kernels go through both by address, and a checkpoint
+    may be of a run with another `channels_last`."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            of_parameter = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            if of_parameter and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
