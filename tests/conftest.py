@@ -206,7 +206,6 @@ def train(tmp_path, monkeypatch):
         path.write_text(yaml.safe_dump(config))
         with monkeypatch.context() as patch:
             patch.chdir(tmp_path)
-            patch.setenv("XDG_DATA_HOME", "")
             arguments = argparse.Namespace(config=str(path), overrides=[], output_dir=folder, resume=resume)
             try:
                 train_here(trial_class, arguments)
@@ -233,7 +232,6 @@ def refused(monkeypatch):
     def call(*arguments: object) -> str:
         with monkeypatch.context() as patch:
             patch.chdir(ROOT / "efficientdet")
-            patch.setenv("XDG_DATA_HOME", "")
             patch.setattr(sys, "argv", ["model_def.py", *map(str, arguments)])
             try:
                 with pytest.raises(SystemExit) as ended:

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -104,12 +103,10 @@ def check_training(
 def _begun(trial_class: type[DetectionTrial], config: dict[str, Any]) -> Iterator[tuple[Any, Exception | None]]:
     """The trial as a training has it before its first batch, or what ended that."""
     from shared.config.experiment import per_slot_batch_size
-    from shared.training.loop import trial_context
+    from shared.training.context import trial_context
     from shared.training.processes import local_processes
 
-    with _quiet(), tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        before = os.environ.get("XDG_DATA_HOME")
-        os.environ["XDG_DATA_HOME"] = folder  # where Determined would store checkpoints
+    with _quiet(), contextlib.ExitStack() as stack:
         try:
             distributed, device = stack.enter_context(local_processes())
             if (batch_size := config["hyperparameters"].get("global_batch_size")) is not None:
@@ -119,16 +116,12 @@ def _begun(trial_class: type[DetectionTrial], config: dict[str, Any]) -> Iterato
             yield None, error
         else:
             yield trial, None
-        finally:
-            os.environ.pop("XDG_DATA_HOME")
-            if before is not None:
-                os.environ["XDG_DATA_HOME"] = before
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the lines of a training's start, and what these two warn of, which the report has."""
-    warned = ("shared.data.open", "shared.training.trial_data")
+    warned = ("shared.data.open", "shared.training.detector")
     levels = {None: logging.WARNING, **dict.fromkeys(warned, logging.ERROR)}
     before = {name: logging.getLogger(name).level for name in levels}
     for name, level in levels.items():

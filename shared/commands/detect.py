@@ -40,7 +40,7 @@ from shared.report.analysis import ThresholdCurve, best_of_boxes
 from shared.report.report import summary_of
 from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import Checkpoint, load_weights, read_checkpoint
-from shared.training.loop import trial_context
+from shared.training.context import trial_context
 from shared.training.processes import local_processes, on_chief
 from shared.training.training_metrics import Progress
 from shared.training.trial import DetectionTrial

@@ -149,6 +149,10 @@ class SearcherMetric:
         """Whether a value was measured, and does not only stand for one."""
         return abs(value) < _UNDEFINED
 
+    def value_or_worst(self, value: float) -> float:
+        """The value; the worst one if it is undefined."""
+        return value if math.isfinite(value) else self.worst
+
     @property
     def worst(self) -> float:
         """What stands for a metric that is undefined: finite, and no better than any value of it.
