@@ -151,8 +151,8 @@ def test_two_slots_end_together(config, tmp_path):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        (5, "hyperparameters.early_stopping: 5 is no section; give {patience: …}"),
-        ({"patience": 0}, "hyperparameters.early_stopping.patience is 0, and must be 1 or more"),
+        (5, "hyperparameters.early_stopping: 5 is no section. Fix: give {patience: …}"),
+        ({"patience": 0}, "hyperparameters.early_stopping.patience: it is 0, and must be 1 or more"),
         ({"patience": "a"}, "hyperparameters.early_stopping.patience: Expected `int`, got `str`"),
         ({"patiens": 3}, "hyperparameters.early_stopping: unknown key 'patiens'; did you mean 'patience'?"),
         ({}, "hyperparameters.early_stopping.patience is missing"),
@@ -170,7 +170,9 @@ def test_an_early_stopping_that_is_none_is_refused_by_its_key(config, section, m
 def test_early_stopping_without_a_validation_to_stop_at_is_refused(config, train, trial_class):
     del config["min_validation_period"]
     config["hyperparameters"]["early_stopping"] = {"patience": 2}
-    with pytest.raises(UserError, match="early_stopping: the only validation is at the end. Fix: give min_validation_per"):
+    with pytest.raises(
+        UserError, match="early_stopping: the only validation is at the end. Fix: give min_validation_per"
+    ):
         train(trial_class, config)
 
 
@@ -248,7 +250,7 @@ class _SecondOfTwo:
         self.chief_says = chief_says
 
     def allgather(self, here):
-        return [(False, self.chief_says), here]
+        return [(None, self.chief_says), here]
 
 
 def test_the_chief_s_clock_decides_for_all_slots_and_at_a_batch_at_which_they_meet(monkeypatch):
@@ -269,5 +271,5 @@ def test_a_time_that_is_none_is_refused(config, key):
     from model_def import EfficientDetHyperparameters
 
     hyperparameters = {**config["hyperparameters"], key: 0}
-    with pytest.raises(UserError, match=f"hyperparameters.{key} is 0, and must be greater than 0; or leave it out"):
+    with pytest.raises(UserError, match=f"hyperparameters.{key}: it is 0, and must be greater than 0"):
         parse_section(hyperparameters, EfficientDetHyperparameters, "hyperparameters")

@@ -17,7 +17,6 @@ from conftest import reports, run_model_def
 from tiny_models import efficientdet_config
 
 from shared import launch
-from shared.commands.command_line import _look_at_loggers
 from shared.config.schema import TrainingHyperparameters, parse_section
 from shared.errors import UserError
 from shared.training import loggers
@@ -301,7 +300,7 @@ def test_a_missing_package_and_an_unknown_name_are_errors(monkeypatch, shapes):
         check_loggers(["mlflow"])
     ranges = {"lr": {"type": "log", "minval": -4, "maxval": -2, "base": 10}, "loggers": ["wandb"]}
     with pytest.raises(UserError, match="wandb is not installed"):
-        _look_at_loggers({"hyperparameters": ranges})
+        launch.check_loggers_of_search({"hyperparameters": ranges})
     with pytest.raises(UserError, match=r"hyperparameters.loggers: 'wandbb' is unknown; did you mean 'wandb'\?"):
         parse_section({"loggers": ["wandbb"]}, TrainingHyperparameters, "hyperparameters")
     with pytest.raises(UserError, match=r"hyperparameters.loggers: Expected `array`, got `str`"):

@@ -135,7 +135,8 @@ def test_it_is_the_mean_over_images_of_the_library_s_own_losses(detector, shapes
     config = retinanet_of(detector, shapes, **size)
     config["data"]["val"]["annotations"] = str(odd_val[0])
     run = train(
-        of_module(trial_class, begin_training=lambda t, f: started.append(t) or trial_class.begin_training(t, f)), config
+        of_module(trial_class, begin_training=lambda t, f: started.append(t) or trial_class.begin_training(t, f)),
+        config,
     )
     with torch.no_grad():
         of_images = list(BY_HAND[detector](started[0], odd_val[0], shapes / "val"))

@@ -16,9 +16,9 @@ from typing import Any
 import determined as det
 
 from shared.commands.data_report import save_page
-from shared.config.experiment import hang_minutes_of, per_slot_batch_size
-from shared.config.file import fixed_hyperparameters, interpolated, load_config, make_paths_absolute
+from shared.config.experiment import Experiment, experiment_of, per_slot_batch_size, read_experiment
 from shared.data.open import SplitData
+from shared.environment import task_config
 from shared.errors import UserError
 from shared.evaluation import drawing
 from shared.evaluation.evaluator import CocoEvaluator, metrics_table
@@ -44,17 +44,14 @@ logger = logging.getLogger(__name__)
 _LABELS = 6  # images of each split in labels.png
 
 
-def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
-    """Trains what the config says, and leaves all of it in one folder."""
-    config = load_config(arguments.config, arguments.overrides)
-    config["hyperparameters"] = fixed_hyperparameters(config)
-    make_paths_absolute(config, trial_class.path_hyperparameters)
+def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arguments: argparse.Namespace) -> None:
+    """Trains without a cluster. Writes everything into one folder."""
     source = Path(sys.modules[trial_class.__module__].__file__).parent
     output_dir = arguments.output_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     if int(os.environ.get("RANK", 0)) == 0:
         logger.info("run: %s", output_dir.absolute())
-    with local_processes(hang_minutes_of(config)) as (distributed, device), contextlib.ExitStack() as stack:
-        if (batch_size := config["hyperparameters"].get("global_batch_size")) is not None:
+    with local_processes(experiment.hang_minutes) as (distributed, device), contextlib.ExitStack() as stack:
+        if (batch_size := experiment.hyperparameters.global_batch_size) is not None:
             per_slot_batch_size(batch_size, distributed.size)
         folder = RunFolder(distributed.broadcast(output_dir).absolute())
         stack.callback(folder.free)
@@ -63,15 +60,16 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
         checkpoint = read_checkpoint_to_resume(distributed, arguments.resume, folder)
         on_chief(distributed, lambda: folder.prepare(source))
         context = stack.enter_context(
-            trial_context(config, distributed, device, checkpoint.batches if checkpoint else 0)
+            trial_context(experiment.config, distributed, device, checkpoint.batches if checkpoint else 0)
         )
-        trial = trial_class(context)
+        trial = trial_class(context, experiment)
         if checkpoint:
             check_resume(trial, checkpoint)
         loggers = stack.enter_context(Loggers())
-        on_chief(distributed, lambda: loggers.open(trial.hparams.loggers, config, folder, checkpoint is not None))
+        names, resumes = trial.hparams.loggers, checkpoint is not None
+        on_chief(distributed, lambda: loggers.open(names, experiment.config, folder, resumes))
         if trial.rank == 0:
-            _begin_reports(trial, folder, config, checkpoint)
+            _begin_reports(trial, folder, experiment.config, checkpoint)
         started = time.monotonic()
         run = LocalRun(folder, loggers, trial.searcher_metric, trial.schedule.checkpoint_policy, trial.rank == 0)
         outcome = train(trial, run, checkpoint)
@@ -91,7 +89,7 @@ def train_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace)
             _conclude(loggers, trial, folder)
             named_alike = source / Path(arguments.config).name
             shipped = named_alike if named_alike.exists() else source / "const.yaml"
-            _write_report(trial, folder, outcome, config, shipped, seconds)
+            _write_report(trial, folder, outcome, experiment.config, shipped, seconds)
 
 
 def _take(folder: RunFolder, resume: str | None) -> None:
@@ -173,6 +171,10 @@ def _about(
 ) -> About:
     from shared.report.plots import learning_curves
 
+    original = None
+    if shipped.is_file():
+        original = read_experiment(shipped, (), type(trial).sections(), with_hyperparameters=False).config
+
     reports = folder.reports()
     best = _validation_of("best", folder)
     return About(
@@ -188,7 +190,7 @@ def _about(
             **speed(reports),
             **software(shipped.parent),
         },
-        changed=changed_keys(config, shipped),
+        changed=changed_keys(config, original) if original else [],
         shipped=shipped.name,
         curves=learning_curves(reports, trial.searcher_metric.name, best and best["batches"]),
     )
@@ -206,12 +208,12 @@ def _validation_of(checkpoint: str, folder: RunFolder) -> dict[str, Any] | None:
 def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
     """Trains with the config and the hyperparameters that the master gives."""
     info = det.get_cluster_info()
-    config = interpolated({**info.trial._config, "hyperparameters": info.trial.hparams})
+    experiment = experiment_of(task_config(), info.trial.hparams, trial_class.sections())
     with (
-        task_processes(len(info.gpu_uuids), hang_minutes_of(config)) as (distributed, device),
+        task_processes(len(info.gpu_uuids), experiment.hang_minutes) as (distributed, device),
         core_context(distributed) as core,
     ):
-        if (batch_size := config["hyperparameters"].get("global_batch_size")) is not None:
+        if (batch_size := experiment.hyperparameters.global_batch_size) is not None:
             per_slot_batch_size(batch_size, distributed.size)
         checkpoint = None
         if info.latest_checkpoint is not None:
@@ -220,7 +222,8 @@ def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
         # the checkpoint of another trial gives weights only
         is_own = checkpoint is not None and checkpoint.counts.get("trial_id") == info.trial.trial_id
         first_batch = checkpoint.batches if is_own else 0
-        trial = trial_class(make_context(core, config, device, first_batch, info.trial.trial_seed))
+        context = make_context(core, experiment.config, device, first_batch, info.trial.trial_seed)
+        trial = trial_class(context, experiment)
         if checkpoint:
             check_resume(trial, checkpoint)
         if trial.rank == 0 and trial.hparams.loggers:

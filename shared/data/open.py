@@ -13,7 +13,7 @@ from shared.data import checks, synthetic
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.checks import check_box_format, check_images, first_dark_image, refuse_names_outside, under_a_pixel
 from shared.data.remote import StoreError
-from shared.data.storage import ImageStorage, open_images
+from shared.data.storage import FakeImages, ImageStorage, open_images
 from shared.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -40,12 +40,10 @@ def open_split(data: DataConfig, split: str, images: ImageStorage | None = None)
     Raises:
         UserError: a path is missing, the annotations are not COCO or contradict themselves, image files are missing.
     """
-    if data.backend == "fake":
+    if not data.reads_files:
         if getattr(data, split) is not None:
             logger.warning("data.%s is not read: data.backend is fake, which makes its data up; say disk", split)
-        return SplitData(
-            CocoAnnotations.from_dict(synthetic.fake_split(split)), open_images("fake", images=None, split=split)
-        )
+        return SplitData(CocoAnnotations.from_dict(synthetic.fake_split(split)), FakeImages(split))
     paths: Split | None = getattr(data, split)
     if paths is None:
         raise UserError(f"data.{split} is missing; it needs the keys `annotations` and `images`")
@@ -55,9 +53,7 @@ def open_split(data: DataConfig, split: str, images: ImageStorage | None = None)
         raise UserError(f"data.{split}.annotations: {error}") from error
     folder = data.located(paths.images)
     where = f"data.{split}.images ({folder})"
-    images = images or open_images(
-        data.backend, folder, split, data.store_options, data.cache_dir, int(data.cache_gb * 2**30)
-    )
+    images = images or open_images(folder, split, data.store_options, data.cache_dir, int(data.cache_gb * 2**30))
     try:
         refuse_names_outside(annotations, where, getattr(images, "folder", None))
         check_box_format(annotations, f"data.{split}.annotations")

@@ -129,8 +129,7 @@ class FakeImages:
 
 
 def open_images(
-    backend: str,
-    images: str | None,
+    images: str,
     split: str,
     options: StoreOptions = StoreOptions(),  # noqa: B008, it is frozen
     cache_dir: str | None = None,
@@ -143,10 +142,8 @@ def open_images(
         cache_dir: where copies of remote images are kept, `cache_bytes` of them; none where it is None.
 
     Raises:
-        UserError: the folder is not there, or the backend is not known.
+        UserError: the folder is not there.
     """
-    if backend == "fake":
-        return FakeImages(split)
     if is_url(images):
         remote = RemoteImages(images, options)
         return CachedImages(remote, Path(cache_dir).absolute() / "images", cache_bytes) if cache_dir else remote

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shared.config.file import fixed_hyperparameters, load_config
 from shared.redaction import redacted, without_secrets
 
 if TYPE_CHECKING:
@@ -82,12 +81,8 @@ def speed(reports: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return facts
 
 
-def changed_keys(config: Mapping[str, Any], shipped: Path) -> list[tuple[str, Any, Any]]:
-    """What differs in a resolved config from a shipped file's: the key, the file's value, this one's."""
-    if not shipped.is_file():
-        return []
-    original = load_config(str(shipped))
-    original["hyperparameters"] = fixed_hyperparameters(original)
+def changed_keys(config: Mapping[str, Any], original: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What differs between two resolved configs: the key, the original's value, this one's."""
     there, here = dict(_flat(without_secrets(original))), dict(_flat(without_secrets(config)))
     return [
         (key, there.get(key, _NOT_THERE), here.get(key, _NOT_THERE))

@@ -19,6 +19,7 @@ from determined.pytorch import PyTorchTrial, PyTorchTrialContext
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from shared.config.experiment import Experiment, Sections
 from shared.config.schema import DataConfig, Length, SearcherMetric, TrainingHyperparameters
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import Transform
@@ -43,7 +44,7 @@ class Detector(PyTorchTrial):
     """What a detector defines, and what it finds.
 
     Attributes:
-        config: the experiment config. `hparams` and `data` are its sections as `hyperparameters_class` and `data_class`.
+        experiment: the experiment config, of which `hparams` and `data` are sections.
         train_data, val_data, categories: what the data opens to; a category's position is its label.
         model: the training model on its device, in DDP if there are several slots; `plain_model` is it without DDP.
         optimizer, ema: that train it; `ema` is None without averaged weights.
@@ -54,7 +55,7 @@ class Detector(PyTorchTrial):
     """
 
     context: PyTorchTrialContext
-    config: dict[str, Any]
+    experiment: Experiment
     hparams: TrainingHyperparameters
     data: DataConfig
     train_data: SplitData
@@ -86,8 +87,6 @@ class Detector(PyTorchTrial):
     hyperparameters_class: type
     """The dataclass behind `hyperparameters`; has `global_batch_size` besides what `TrainingHyperparameters` has."""
     data_class: type[DataConfig] = DataConfig
-    path_hyperparameters: tuple[str, ...] = ()
-    """Hyperparameters that may be paths, relative to where the run starts."""
     without_pretrained: ClassVar[dict[str, Any]] = {}
     """Hyperparameters of a model whose weights a checkpoint will give."""
     pretrained_categories: ClassVar[list[dict]] = []
@@ -140,8 +139,13 @@ class Detector(PyTorchTrial):
     # --- hooks: the config --------------------------------------------------------------------------------
 
     @classmethod
-    def input_scale(cls, config: dict[str, Any]) -> InputScale | None:
-        """How large objects will be for the model of an experiment config; None if that cannot be told."""
+    def sections(cls) -> Sections:
+        """The detector's sections of the experiment config."""
+        return Sections(cls.hyperparameters_class, cls.data_class)
+
+    @classmethod
+    def input_scale(cls, hparams: Any) -> InputScale | None:
+        """The size of objects for the model of these hyperparameters; None if it is not known."""
         return None
 
     @classmethod
@@ -154,7 +158,7 @@ class Detector(PyTorchTrial):
         return cls.without_pretrained
 
     def read_own_config(self) -> None:
-        """Reads the detector's own configuration, which `hparams` names. `data` and `config` are there too."""
+        """Reads the detector's own configuration, which `hparams` names. `data` is there too."""
 
     def default_lengths(self) -> dict[str, Length]:
         """The detector's own `searcher.max_length`, `min_validation_period` and `min_checkpoint_period`. The experiment

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -22,8 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from shared.config.experiment import parse_data, parse_schedule, parse_searcher_metric, parse_seed, per_slot_batch_size
-from shared.config.schema import parse_section
+from shared.config.experiment import Experiment, experiment_of, per_slot_batch_size
 from shared.data.dataset import BadImages
 from shared.data.loading import Batch, PrefetchLoader, start_workers, to_device
 from shared.data.open import SplitData
@@ -66,36 +65,38 @@ class DetectionTrial(Detector):
     def __init__(
         self,
         context: PyTorchTrialContext,
-        experiment: Any = None,
+        experiment: Experiment | None = None,
         for_training: bool = True,
         categories: list[dict] | None = None,
         begin: bool = True,
     ):
         """
         Args:
-            experiment: the experiment config, read. None to read the context's, as for Determined's own loop.
+            experiment: None reads the context's, as Determined's own loop needs it.
             for_training: False to evaluate or predict, which opens no training data.
             categories: to detect, those of the checkpoint; None for `known_categories`.
             begin: calls `open_data` and `build`. Otherwise the caller does.
         """
         self.context = context
-        self.config = context.get_experiment_config()
+        self.experiment = experiment or experiment_of(
+            context.get_experiment_config(), context.get_hparams(), self.sections()
+        )
         distributed = context.distributed
         self.rank, self.slots = distributed.rank, distributed.size
         self.on_cluster = on_cluster()
         self.for_training = for_training
-        self.hparams = parse_section(context.get_hparams(), self.hyperparameters_class, "hyperparameters")
+        self.hparams = deepcopy(self.experiment.hyperparameters)  # a detector's own config completes them
         self.validates_loss = for_training and self.hparams.validation_loss
-        self.data = copy(parse_data(self.config, self.data_class))
+        self.data = self.experiment.data
         self.read_own_config()
-        self.schedule = parse_schedule(self.config, self.default_lengths(), self.validation_times())
-        # nobody asks for it to detect
-        self.searcher_metric = parse_searcher_metric(self.config, self.reported_metrics() if for_training else None)
+        self.schedule = self.experiment.schedule(self.default_lengths(), self.validation_times())
+        # detection does not need it
+        self.searcher_metric = self.experiment.searcher_metric(self.reported_metrics() if for_training else None)
         self.global_batch_size = self.hparams.global_batch_size
         self.per_slot_batch_size = per_slot_batch_size(self.global_batch_size, self.slots)
-        self.seed = context.get_trial_seed() if self.on_cluster else parse_seed(self.config)
-        self.aggregation_frequency = (self.config.get("optimizations") or {}).get("aggregation_frequency") or 1
+        self.seed = context.get_trial_seed() if self.on_cluster else self.experiment.seed
         self.first_batch = self.batches_trained = context.get_initial_batch()
+        self.aggregation_frequency = self.experiment.aggregation_frequency
         self.last_validation = {}
         self.bad_images = BadImages(skip=self.data.on_bad_image == "skip")
         self.watch = Watch(distributed, self.hparams.hang_minutes)

@@ -191,7 +191,7 @@ def test_a_large_image_is_detected_on_with_few_masks_in_memory_at_once(shapes, t
     from determined import pytorch
 
     from detectron2_files import evaluation
-    from shared.commands.detect import pictures_as_data
+    from shared.commands.predict import pictures_as_data
     from shared.commands.predict_inputs import Picture
     from shared.evaluation import detections
 
