@@ -221,6 +221,10 @@ class SearcherMetric:
         """Whether a value was measured, and is not the placeholder for an undefined one."""
         return abs(value) < _UNDEFINED
 
+    def value_or_worst(self, value: float) -> float:
+        """The value; the worst one if it is undefined."""
+        return value if math.isfinite(value) else self.worst
+
     @property
     def worst(self) -> float:
         """The placeholder for an undefined metric: finite, and no better than any value of the metric.
