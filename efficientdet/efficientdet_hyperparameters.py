@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from shared.config.schema import TrainingHyperparameters, key
+from shared.config.schema import Positive, TrainingHyperparameters, key
 from shared.errors import UserError
 
 
@@ -34,7 +34,7 @@ class EfficientDetHyperparameters(TrainingHyperparameters):
     opt_eps: float | None = key(None, "the optimizer's epsilon; default: the optimizer's own")
     momentum: float = key(0.9, "the optimizer's momentum")
     weight_decay: float = key(4e-5, "weight decay, without biases and norms")
-    clip_grad: float | None = key(10.0, "the size to which gradients are clipped; `null` for no clipping")
+    clip_grad: Positive | None = key(10.0, "the size to which gradients are clipped; `null` for no clipping")
     clip_mode: Literal["norm", "value", "agc"] = key("norm", "how to clip; `agc` omits the heads' last layers")
 
     # learning rate
