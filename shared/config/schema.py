@@ -48,15 +48,16 @@ BACKENDS = {
 BACKEND_ALIASES = {"gcp": "gcs"}
 
 
-def key(default: Any = MISSING, text: str = "", *, is_path: bool = False) -> Any:
+def key(default: Any = MISSING, text: str = "", *, is_path: bool = False, upstream: str = "") -> Any:
     """A key of a section.
 
     Args:
         default: of the key; the key is required without one.
         text: what it does, in one line, for the reference.
         is_path: whether its value may be a path, which the reading makes absolute.
+        upstream: the name of the same option in the detector's library, for the reference.
     """
-    metadata = {"help": text, "is_path": is_path}
+    metadata = {"help": text, "is_path": is_path, "upstream": upstream}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
