@@ -128,7 +128,7 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
         if with_masks or (row.bbox is None and row.segmentation):
             try:
                 index = index_of[row.image_id]
-                masks[position] = _as_rle(row.segmentation, int(heights[index]), int(widths[index]))
+                masks[position] = as_rle(row.segmentation, int(heights[index]), int(widths[index]))
             except (TypeError, ValueError, KeyError, AttributeError) as error:
                 refuse(position, f"`segmentation` is no mask of the image ({error})")
         if row.bbox is None and masks[position] is None:
@@ -209,7 +209,7 @@ def _indices_of(images: np.ndarray, ids: np.ndarray, annotations: CocoAnnotation
     return dict(zip(images.tolist(), rows.tolist(), strict=True))
 
 
-def _as_rle(segmentation: Any, height: int, width: int) -> dict:
+def as_rle(segmentation: Any, height: int, width: int) -> dict:
     """COCO's polygons, or RLE, as compressed RLE."""
     if isinstance(segmentation, dict) and list(segmentation["size"]) != [height, width]:
         raise ValueError(f"its size is {segmentation['size']}, and the image's is {[height, width]}")
