@@ -176,6 +176,9 @@ def _write_report(
 def _about(trial: DetectionTrial, folder: RunFolder, config: dict[str, Any], shipped: Path, seconds: float) -> About:
     from shared.report.plots import learning_curves
 
+    original = load_config(str(shipped)) if shipped.is_file() else None
+    if original:
+        original["hyperparameters"] = fixed_hyperparameters(original)
     reports = folder.reports()
     best = _validation_of("best", folder)
     return About(
@@ -191,7 +194,7 @@ def _about(trial: DetectionTrial, folder: RunFolder, config: dict[str, Any], shi
             **speed(reports),
             **software(shipped.parent),
         },
-        changed=changed_keys(config, shipped),
+        changed=changed_keys(config, original) if original else (),
         shipped=shipped.name,
         curves=learning_curves(reports, trial.searcher_metric.name, best and best["batches"]),
     )

@@ -75,16 +75,20 @@ class Objects:
         return points[points[:, 2] > 0, :2] + 0.5
 
 
-def objects_of_detections(detections: Detections, categories: Sequence[dict], min_score: float) -> Objects:
+def objects_of_detections(
+    detections: Detections, categories: Sequence[dict], min_score: float, rows: Sequence[int] | None = None
+) -> Objects:
     """The detections with a score of at least `min_score`, the best score last.
 
     Args:
         categories: COCO categories by label. "skeleton" holds pairs of keypoints, counted from 1.
+        rows: which detections to choose from; None for all.
     """
     points = detections.keypoints
     if points is not None:
         points = np.dstack([points[..., :2], points[..., 2] > _LEAST_KEYPOINT_SCORE])
-    shown = np.flatnonzero(detections.scores >= min_score)
+    shown = np.arange(len(detections)) if rows is None else np.asarray(rows)
+    shown = shown[detections.scores[shown] >= min_score]
     return Objects(
         boxes=detections.boxes,
         labels=detections.labels.tolist(),
