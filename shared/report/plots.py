@@ -21,6 +21,7 @@ _LIGHT, _DARK = "cyanotype", "cyanotype-dark"
 _LONGEST_NAME = 22
 _POINTS = 400  # of a curve over the score: more than a screen can show
 _CURVES = 10  # categories per figure
+_LEAST_SCALE = 0.75  # of a figure on a page
 
 
 def figures_of(analysis: Analysis, names: Sequence[str]) -> dict[str, Figure]:
@@ -98,6 +99,7 @@ def _of_hotcoco(draw: Any, data: Any, side: float = 5.0) -> Figure:
     figure, axes = _new_figure(side)
     draw(data, ax=axes, theme=_LIGHT)
     axes.set_title("")  # the page has it
+    figure.suptitle("")
     if legend := axes.get_legend():
         legend.remove()
         _legend(axes)
@@ -190,8 +192,9 @@ def svg_of(figure: Figure, salt: str, has_math: bool = False) -> str:
         figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True, metadata=without)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'(<svg [^>]*?)width="[\d.]+pt"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg [^>]*?)height="[\d.]+pt"', r"\1", svg, count=1)
+    size = re.search(r' width="([.\d]+)pt" height="[.\d]+pt"', svg)
+    # a figure scrolls on a small screen instead of shrinking until nobody can read it
+    svg = svg.replace(size[0], f' style="min-width: {_LEAST_SCALE * float(size[1]):.0f}pt"', 1)
     names = {color.lower(): f"var(--{name})" for name, color in _colors(_LIGHT).items()}
     return re.sub(r"(?<=[:\s])#[0-9a-f]{6}\b(?=[;\"])", lambda color: names.get(color[0], color[0]), svg)
 
