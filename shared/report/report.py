@@ -18,7 +18,7 @@ from shared.errors import count_of
 from shared.evaluation.detections import Detections, from_coco_results
 from shared.evaluation.evaluator import for_json, iou_types_of
 from shared.report.about import About
-from shared.report.analysis import NAMES, RESAMPLES, Analyses, Analysis, analyse
+from shared.report.analysis import NAMES, RESAMPLES, Analyses, Analysis, analyse, image_of_annotations
 from shared.report.image_errors import ERROR_TYPES, worst_images
 from shared.report.page import TITLES, check_page, parse_page_options, write_page
 from shared.report.pictures import open_pictures, picture_of_errors, picture_of_suspect
@@ -186,7 +186,7 @@ def summary_of(analyses: Analyses) -> str:
         return f"{size} There is no object to find in these images, so that nothing can be scored."
     if boxes.curve.best is None:
         return f"{size} {'No detection is right.' if len(boxes.curve.thresholds) else 'Nothing was detected.'}"
-    sentences = [size, f"{_number('mAP', boxes)}, {_number('mAP_50', boxes, 'AP50')}."]
+    sentences = [size, *_crowded_images(analyses), f"{_number('mAP', boxes)}, {_number('mAP_50', boxes, 'AP50')}."]
     for iou_type, of in analyses.of.items():
         if iou_type != "bbox":
             sentences.append(f"By {TITLES[iou_type]} {_number('mAP', of)}.")
@@ -197,6 +197,21 @@ def summary_of(analyses: Analyses) -> str:
         _annotations_worth_a_look(analyses.suspects),
     ]
     return " ".join(sentences)
+
+
+def _crowded_images(analyses: Analyses) -> list[str]:
+    """A sentence if images hold more objects than COCO scores detections."""
+    annotations, boxes = analyses.annotations, analyses.of["bbox"]
+    limit = max(boxes.evaluation.params.max_dets)
+    objects = boxes.verdicts.objects
+    cells = np.stack([image_of_annotations(annotations)[objects], annotations.columns["labels"][objects]])
+    cells, counts = np.unique(cells, axis=1, return_counts=True)
+    images = len(np.unique(cells[0, counts > limit]))
+    if not images:
+        return []
+    hold = "image holds" if images == 1 else "images hold"
+    most = f"COCO scores at most {limit} detections of a category per image, so that it counts some objects as missed."
+    return [f"{images} {hold} more than {limit} objects of one category, and {most}"]
 
 
 def _number(name: str, of: Analysis, called: str | None = None) -> str:
