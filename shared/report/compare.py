@@ -217,7 +217,9 @@ def summary_of(comparison: Comparison) -> str:
             clear.sort(key=lambda one: -abs(one.delta))
             named = ", ".join(f"“{one.name}” ({one.delta:+.3f})" for one in clear[:3])
             named += f" and {len(clear) - 3} more" if len(clear) > 3 else ""
-            said += f" Its interval is {side} 0 on {len(clear)} of {len(comparison.categories)} categories: {named}."
+            of_all = len(comparison.categories)
+            categories = "category" if of_all == 1 else "categories"
+            said += f" Its interval is {side} 0 on {len(clear)} of {of_all} {categories}: {named}."
     return said
 
 
@@ -292,10 +294,16 @@ def compare_main(arguments: Sequence[str]) -> None:
     read = [path / name if path.is_dir() else path for path in given.detections for name in _FILES_OF_A_RUN]
     check_page(given.output, [given.annotations, *read])
     annotations = CocoAnnotations.open(given.annotations)
-    opened = [_open(path, annotations) for path in given.detections]
-    evaluated = [set(image_ids) for _, image_ids in opened if image_ids is not None]
+    runs = [_open(path, annotations) for path in given.detections]
+    categories = [name for name in annotations.category_names if all(name in run.category_names for run in runs)]
+    if not categories:
+        raise UserError("compare: the runs have no category in common. Fix: compare runs that share one")
+    if len(categories) < len(annotations.category_names):
+        annotations = annotations.select_categories(categories)
+        print(f"compared by the categories that all have: {', '.join(categories)}")
+    evaluated = [set(run.image_ids) for run in runs if run.image_ids is not None]
     image_ids = sorted(set.intersection(*evaluated)) if evaluated else None
-    detections = {name: found for name, (found, _) in zip(_names(given.detections), opened, strict=True)}
+    detections = {name: run.of(categories) for name, run in zip(_names(given.detections), runs, strict=True)}
     comparisons = compare(
         annotations, detections, given.output, given.images, image_ids=image_ids, resamples=given.resamples
     )
@@ -303,23 +311,51 @@ def compare_main(arguments: Sequence[str]) -> None:
     print(f"the page: {given.output}; its numbers: {given.output.with_suffix('.json')}")
 
 
-def _open(path: Path, annotations: CocoAnnotations) -> tuple[list[Detections], list[int] | None]:
-    """The detections, and the images that were evaluated; None for all."""
+@dataclass(frozen=True)
+class _Run:
+    """Detections to compare.
+
+    Attributes:
+        category_names: by label.
+        image_ids: the images that were evaluated; None for all.
+    """
+
+    detections: list[Detections]
+    category_names: list[str]
+    image_ids: list[int] | None
+
+    def of(self, categories: Sequence[str]) -> list[Detections]:
+        """The detections of some categories, whose labels are their order."""
+        if [*categories] == self.category_names:
+            return self.detections
+        new_labels = [categories.index(name) if name in categories else -1 for name in self.category_names]
+        kept = []
+        for found in self.detections:
+            labels = np.array(new_labels)[found.labels]
+            rows = np.flatnonzero(labels >= 0)
+            masks = None if found.masks is None else [found.masks[row] for row in rows]
+            points = None if found.keypoints is None else found.keypoints[rows]
+            kept.append(Detections(found.image_id, found.boxes[rows], found.scores[rows], labels[rows], masks, points))
+        return kept
+
+
+def _open(path: Path, annotations: CocoAnnotations) -> _Run:
     saved, results = (path / name for name in _FILES_OF_A_RUN)
     if saved.exists():
-        found, category_names = load_detections(saved)
-        if category_names != annotations.category_names:
+        found, names = load_detections(saved)
+        if unknown := [name for name in names if name not in annotations.category_names]:
             raise UserError(
-                f"{path} has detections of the categories {category_names}, and {annotations.path} has "
-                f"{annotations.category_names}"
+                f"{path} has detections of the categories {unknown}, and {annotations.path} has only "
+                f"{annotations.category_names}. Fix: give the annotations that the run was validated on"
             )
-        return found.detections(), found.images.tolist()
+        return _Run(found.detections(), names, found.images.tolist())
     if path.is_dir() and not results.exists():
         raise UserError(
             f"{path} has neither {saved.name}, which a run with a validation writes, nor {results.name}. Fix: write "
             "it with `evaluate --output`"
         )
-    return from_coco_results(results if path.is_dir() else path, annotations), None
+    found = from_coco_results(results if path.is_dir() else path, annotations)
+    return _Run(found, annotations.category_names, None)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
