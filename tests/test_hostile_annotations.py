@@ -181,8 +181,6 @@ def test_a_cache_that_is_a_pickle_is_not_loaded(tmp_path):
 
 @pytest.mark.parametrize("where", ["read-only", "full", "no home"])
 def test_without_room_for_a_cache_the_annotations_are_read_with_one_warning(where, tmp_path, monkeypatch, caplog):
-    from shared.data import annotations
-
     path = tmp_path / "data" / "a.json"
     path.parent.mkdir()
     path.write_text(json.dumps(synthetic.coco_split(0, 8)))
@@ -196,8 +194,8 @@ def test_without_room_for_a_cache_the_annotations_are_read_with_one_warning(wher
     if where == "no home":
         monkeypatch.delenv("HOME", raising=False)
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-        monkeypatch.setattr(annotations.os.path, "expanduser", lambda path: path)
-    monkeypatch.setattr(annotations.os, "mkdir", refuse)
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(os, "mkdir", refuse)
     assert len(CocoAnnotations.open(path)) == 8
     assert len([record for record in caplog.records if "cannot be written" in record.message]) == 1
 
