@@ -38,8 +38,7 @@ from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparamet
 from model_def import MMDetectionTrial
 from shared.config.experiment import parse_data
 from shared.config.schema import parse_section
-from shared.data.dataset import BadImages, SampleKey
-from shared.data.seeding import seed_all
+from shared.data.dataset import BadImages, SampleKey, seed_all
 from shared.errors import UserError
 
 BATCHES = 5  # an epoch

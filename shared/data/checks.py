@@ -141,17 +141,15 @@ def refuse_names_outside(annotations: CocoAnnotations, where: str, folder: Path 
         folder: of the images, if it is on disk.
     """
     letters, offsets = annotations.columns["file_names"], annotations.columns["file_name_offsets"]
-    lengths = np.diff(offsets)
-    no_name = (lengths == 0) | (lengths > _LONGEST_PATH)
-    suspicious = no_name.copy()
-    # every wrong name has one of these, and few right names do
-    first = letters[offsets[:-1][~no_name]]
-    suspicious[~no_name] = (first == ord("/")) | (first == ord("\\"))
-    before, here = letters[:-1], letters[1:]
-    up_or_url = (here == ord(".")) & (before == ord(".")) | (here == ord("/")) & (before == ord(":"))
-    for at in (np.flatnonzero(up_or_url), np.flatnonzero(letters == 0)):
-        suspicious[np.searchsorted(offsets, at, side="right") - 1] = True
-    for i in np.flatnonzero(suspicious).tolist():
+    lengths, text = np.diff(offsets), letters.tobytes()
+    first_letters = letters[offsets[:-1][lengths > 0]]
+    if (
+        0 < lengths.min() <= lengths.max() <= _LONGEST_PATH
+        and not np.isin(first_letters, (ord("/"), ord("\\"))).any()
+        and not any(part in text for part in (b"..", b":/", b"\0"))
+    ):
+        return  # the names need no closer look, which takes a microsecond each
+    for i in range(len(annotations)):
         name = annotations.file_name(i)
         up = ".." in name.split("/")
         if folder is not None and name.startswith(f"{folder}/") and not up:
@@ -159,7 +157,7 @@ def refuse_names_outside(annotations: CocoAnnotations, where: str, folder: Path 
                 f"{where}: the image file name {name[:200]!r} is absolute, and lies in the images' folder; names are "
                 f"relative to it: write {name.removeprefix(f'{folder}/')[:200]!r}"
             )
-        if no_name[i] or up or "\0" in name or is_url(name) or name.startswith(("/", "\\")):
+        if not 0 < lengths[i] <= _LONGEST_PATH or up or "\0" in name or is_url(name) or name.startswith(("/", "\\")):
             raise UserError(
                 f"{where}: the image file name {name[:200]!r} leads out of the images' folder, or is none; names "
                 "are relative to that folder"
@@ -243,31 +241,19 @@ def wrong_segmentation(segmentation: Any, height: int, width: int) -> str | None
         return f"is neither polygons nor RLE with `size` and `counts`, but {kind}"
     if segmentation["size"] != [height, width]:
         return f"is RLE of the size {segmentation['size']}, and the image's is {[height, width]}"
+    counts, pixels = segmentation["counts"], height * width
     try:
         hotcoco.mask.area(segmentation)
-        counts = segmentation["counts"]
-        total = sum(counts) if isinstance(counts, list) else _sum_of_compressed(counts)
+        if isinstance(counts, list):
+            return None if sum(counts) == pixels else f"has RLE of {sum(counts)} pixels, and the image has {pixels}"
+        hotcoco.mask.rle_from_string(counts, pixels, 1)  # raises if there are more pixels
     except (TypeError, ValueError, OverflowError) as error:
         return f"has RLE that cannot be read ({error})"
-    return None if total == height * width else f"has RLE of {total} pixels, and the image has {height * width}"
-
-
-def _sum_of_compressed(counts: str) -> int:
-    """The sum of compressed counts. A letter holds five bits, the lowest first, and a sixth if more follow. From the
-    fourth on, each number is the difference to the one before the last."""
-    numbers: list[int] = []
-    number = shift = 0
-    for letter in counts.encode():
-        bits = letter - 48
-        number |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            number -= 1 << shift
-        numbers.append(number + (numbers[-2] if len(numbers) > 2 else 0))
-        number = shift = 0
-    return sum(numbers)
+    try:
+        hotcoco.mask.rle_from_string(counts, pixels - 1, 1)
+    except ValueError:
+        return None
+    return f"has RLE of fewer pixels than the image, which has {pixels}"
 
 
 def is_absent(annotations: CocoAnnotations) -> np.ndarray:

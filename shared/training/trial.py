@@ -20,10 +20,9 @@ from tabulate import tabulate
 
 from shared.config.experiment import parse_data, parse_schedule, parse_searcher_metric, parse_seed, per_slot_batch_size
 from shared.config.schema import Length, parse_section
-from shared.data.dataset import BadImages
-from shared.data.input_scale import InputScale
+from shared.data.dataset import BadImages, seed_all
+from shared.data.images import InputScale
 from shared.data.samplers import described
-from shared.data.seeding import seed_all
 from shared.environment import on_cluster
 from shared.errors import UserError, count_of
 from shared.evaluation.evaluator import CocoEvaluator

@@ -16,11 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from shared.config.schema import DataConfig, TrainingHyperparameters
 from shared.data.annotations import CocoAnnotations
-from shared.data.dataset import BadImages, CocoDetection, Transform
+from shared.data.dataset import BadImages, CocoDetection, Transform, seed_all
 from shared.data.loading import Batch, NotingSkipped, PrefetchLoader, start_workers
 from shared.data.open import SplitData, open_split, open_train_and_val
 from shared.data.samplers import EvaluationBatchSampler, TrainingBatchSampler, labels_of, repeat_factors, size_groups
-from shared.data.seeding import seed_all
 from shared.errors import UserError
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.evaluation.gathered import ChiefReducer

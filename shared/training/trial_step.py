@@ -12,8 +12,8 @@ from determined.pytorch import PyTorchTrialContext
 from torch import nn
 
 from shared.config.schema import TrainingHyperparameters
+from shared.data.dataset import seed_all
 from shared.data.loading import Batch
-from shared.data.seeding import seed_all
 from shared.errors import UserError, count_of
 from shared.training.hang import Phase, Watch
 from shared.training.memory import out_of_memory, out_of_memory_as, smaller_batch

@@ -14,9 +14,9 @@ from determined.pytorch import PyTorchCallback, PyTorchTrialContext
 from torch import nn
 
 from shared.config.schema import TrainingHyperparameters
+from shared.data.dataset import kept_random_state, seed_all
 from shared.data.loading import Batch, to_device
 from shared.data.open import SplitData
-from shared.data.seeding import kept_random_state, seed_all
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import summary_metrics
