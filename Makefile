@@ -1,4 +1,4 @@
-# demo · test · bench: each sets up all that it needs, in .venv (VENV=… for another place).
+# demo · test · docs · bench: each sets up all that it needs, in .venv (VENV=… for another place).
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -7,7 +7,7 @@ PY = $(abspath $(VENV))/bin/python
 READY = $(VENV)/.ready-$(notdir $(CONSTRAINTS))
 ALL_READY = $(READY)-all
 
-.PHONY: demo test test-oldest test-compiled test-gpu lint bench links
+.PHONY: demo test test-oldest test-compiled test-gpu lint bench docs docs-serve links
 
 # What pip calls the distribution is not upgraded: torch and torchvision must be of one release.
 $(READY): setup.cfg shared/requirements.txt efficientdet/requirements.txt $(CONSTRAINTS)
@@ -82,6 +82,19 @@ bench: $(ALL_READY)
 	for library in mmdetection detectron2; do for what in step memory evaluation; do \
 		OMP_NUM_THREADS=1 $(PY) benchmarks/against_$$library.py $$what || exit 1; \
 	done; done
+
+# The documentation, in an environment of its own: it imports none of the code.
+DOCS_READY = .venv-docs/.ready
+$(DOCS_READY): docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --requirement docs/requirements.txt
+	touch $@
+
+docs: $(DOCS_READY)
+	.venv-docs/bin/mkdocs build --strict
+
+docs-serve: $(DOCS_READY)
+	.venv-docs/bin/mkdocs serve
 
 # Determined uploads a detector's folder and follows no link to a folder: shared/ is in it as a link a file.
 links:

@@ -1,9 +1,15 @@
 """What the documents promise is held by tests that exist."""
 
 import re
+import shlex
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+from shared.__main__ import _COMMANDS as COMMANDS
+from shared.commands.command_line import read_arguments
 
 
 def names_of_tests() -> set[str]:
@@ -24,3 +30,38 @@ def test_each_number_in_the_fault_tables_is_a_test():
     rows = [line for line in text.splitlines() if line.startswith("|") and re.search(r"\| *\d", line)]
     used = {number for row in rows for number in re.findall(r"(\d+)(?=\*|,| \|)", row)}
     assert used == listed
+
+
+def pages() -> list[Path]:
+    return sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_each_link_to_a_file_leads_to_one(page):
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+def commands() -> list[tuple[str, str]]:
+    """Each `python3 …` command in the code blocks of the pages."""
+    found = []
+    for page in pages():
+        for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            for line in block.replace("\\\n", " ").splitlines():
+                command = line.split("   #")[0].strip().removeprefix("$ ")
+                if re.match(r"(python3|torchrun) ", command) and "…" not in command:
+                    found.append((str(page.relative_to(ROOT)), command))
+    return found
+
+
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_each_command_of_the_docs_is_understood(page, command, monkeypatch):
+    words = shlex.split(command)
+    if "model_def.py" in words:
+        arguments = words[words.index("model_def.py") + 1 :]
+        monkeypatch.setattr(sys, "argv", ["model_def.py", *arguments])
+        assert read_arguments().command == arguments[0]
+    elif words[:3] == ["python3", "-m", "shared"]:
+        assert words[3] in COMMANDS
+    else:
+        assert (ROOT / words[1]).exists() or words[:2] == ["python3", "-m"] or words[1].startswith("hydra/"), command

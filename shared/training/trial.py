@@ -74,7 +74,20 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
 
     hyperparameters_class: type
 
-    def __init__(self, context: PyTorchTrialContext, for_training: bool = True, categories: list[dict] | None = None):
+    def __init__(
+        self,
+        context: PyTorchTrialContext,
+        experiment: Any = None,
+        for_training: bool = True,
+        categories: list[dict] | None = None,
+        begin: bool = True,
+    ):
+        """
+        Args:
+            experiment: the experiment config, read; the context's where None, as Determined's own loop and loader of
+                checkpoints make a trial.
+            begin: open the data and build the model too. Who does not calls `open_data` and then `build`.
+        """
         self.context = context
         self.config = context.get_experiment_config()
         distributed = context.distributed
@@ -93,11 +106,33 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
         self.seed = context.get_trial_seed() if self.on_cluster else parse_seed(self.config)
         self.first_batch = self.batches_trained = context.get_initial_batch()
         self.aggregation_frequency = aggregation_frequency(self.config)
-
         self.bad_images = BadImages(skip=self.data.on_bad_image == "skip")
-        if for_training:
-            self.train_data, self.val_data = first_on_each_machine(distributed, self.open_train_and_val)
+        self.categories = categories
+        if begin:
+            self.open_data()
+            self.build()
+
+    def open_data(self) -> None:
+        """Opens and checks the data to train and validate on; to detect, takes the categories of the validation data
+        where nobody has given any.
+
+        Raises:
+            UserError: the data cannot be trained or validated on.
+        """
+        if self.for_training:
+            self.train_data, self.val_data = first_on_each_machine(self.context.distributed, self.open_train_and_val)
             self.categories = self.train_data.categories
+        elif self.categories is None:
+            self.categories = self.known_categories()
+
+    def build(self) -> None:
+        """Builds model, optimizer, evaluator and what else trains, once the data is open.
+
+        Raises:
+            UserError: the config's values do not go with the model, the data or the device.
+        """
+        context, distributed, for_training = self.context, self.context.distributed, self.for_training
+        if for_training:
             self.batches_per_epoch = len(self.training_batches())
             self.periods = periods_of(
                 self.schedule, self.batches_per_epoch, self.global_batch_size, self.aggregation_frequency
@@ -109,8 +144,6 @@ class DetectionTrial(TrialData, TrialStep, TrialValidation, TrialCheckpoint, PyT
                     "hyperparameters.early_stopping: the only validation is at the end; give min_validation_period, or "
                     "leave it out"
                 )
-        else:
-            self.categories = categories if categories is not None else self.known_categories()
 
         self.saving = Background()
         self.watch = Watch(distributed, self.hparams.hang_minutes)

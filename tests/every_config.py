@@ -1,33 +1,25 @@
-"""Every config that MMDetection or Detectron2 ships, by the library's own documented functions and by ours.
+"""Every config that a library ships: what the library makes of it against what this project makes.
 
-`configs.py mmdetection` or `configs.py detectron2`, each with its library's packages: prints a Markdown table of how
-many configs get through each stage, and below it the configs that one side or both cannot do, with the reason.
-Pretrained weights are left out, nothing is downloaded, and the values that layers start with are not drawn: they
-are nine tenths of the time. Where both sides can, what they make must be equal: the config, the parameters' names and
-shapes, the optimizer's groups, learning rates over the training, and the first sample, to the last bit. Ends with
-status 1 where ours cannot do what upstream can.
+No pretrained weights are downloaded, and layers are not initialised: that takes nine tenths of the time. If both sides
+succeed, the results must be equal: the config, names and shapes of parameters, the optimizer's groups, the
+learning rates of the whole training, and the first sample of each pipeline, bit for bit.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import gc
-import importlib
 import io
 import logging
-import os
 import re
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-LIBRARIES = ("mmdetection", "detectron2")
+import numpy as np
+import torch
 
 Stage = Callable[[SimpleNamespace], Any]
 
@@ -121,9 +113,6 @@ def _judged(config: str, stage: str, theirs: _Result | None, ours: _Result | Non
 
 def difference(one: Any, other: Any, where: str = "") -> str | None:
     """The first place at which two values differ; None where they are equal."""
-    import numpy as np
-    import torch
-
     if isinstance(one, (torch.Tensor, np.ndarray)) and isinstance(other, (torch.Tensor, np.ndarray)):
         a, b = np.asarray(one), np.asarray(other)
         equal = a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
@@ -145,8 +134,6 @@ def difference(one: Any, other: Any, where: str = "") -> str | None:
 @contextlib.contextmanager
 def without_initial_values() -> Iterator[None]:
     """Layers are made with whatever is in their memory."""
-    import torch
-
     drawing = {name: f for name, f in vars(torch.nn.init).items() if name.endswith("_") and name[0] != "_"}
     for name in drawing:
         setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
@@ -163,10 +150,14 @@ def parameters_of(model: Any) -> dict[str, Any]:
     return {name: (list(value.shape), trains.get(name)) for name, value in model.state_dict().items()}
 
 
+# entries of an optimizer's group that change its speed alone, and its parameters
+_HOW_IT_STEPS = ("params", "foreach", "fused")
+
+
 def groups_of(optimizer: Any) -> list[Any]:
     """The optimizer's name, and for each of its groups the settings and how many numbers it trains."""
     groups = [
-        {**{k: v for k, v in group.items() if k != "params"}, "numel": [p.numel() for p in group["params"]]}
+        {**{k: v for k, v in group.items() if k not in _HOW_IT_STEPS}, "numel": [p.numel() for p in group["params"]]}
         for group in optimizer.param_groups
     ]
     return [type(optimizer).__name__, groups]
@@ -211,32 +202,19 @@ def listed(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("library", choices=LIBRARIES)
-    parser.add_argument("--only", metavar="TEXT", default="", help="configs whose path has TEXT in it")
-    parser.add_argument("--stages", nargs="+", help="of the table's first column, those that they need run too")
-    arguments = parser.parse_args()
+def check_every_config(sides: Any, monkeypatch: Any) -> None:
+    """Runs all stages of all configs and prints the table (`pytest -s`).
 
-    sys.path[:0] = [str(ROOT), str(ROOT / arguments.library)]
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_CACHE_HOME"] = folder
-        importlib.import_module(f"{arguments.library}_files")  # before the library, which may not be compiled
-        sides = importlib.import_module(f"configs_of_{arguments.library}")
-        logging.disable(logging.ERROR)
-        sides.prepare(Path(folder))
-        configs = [config for config in sides.config_files() if arguments.only in config]
-        stages = [stage for stage in sides.OURS if not arguments.stages or stage in arguments.stages]
-        if not configs or not stages:
-            parser.error(f"no config of {arguments.library} or no stage of {', '.join(sides.OURS)} is named so")
-        with without_initial_values():
-            outcomes = sweep(configs, sides, stages)
+    Fails for each config that only the library can use.
+
+    Args:
+        sides: a module with `prepare`, `config_files`, `UPSTREAM`, `OURS` and `NEEDS`.
+    """
+    monkeypatch.setattr(logging.root.manager, "disable", logging.ERROR)
+    configs, stages = sides.config_files(), list(sides.OURS)
+    with without_initial_values():
+        outcomes = sweep(configs, sides, stages)
     print(table(outcomes, stages))
     print(listed(outcomes))
-    for config, task in sides.OTHER_TASKS.items():
-        print(f"\nLeft out: {config}, which {task}.")
-    return int(any(outcome.ours_fails_alone for outcome in outcomes))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    failed = [f"{outcome.config}, {outcome.stage}: {outcome.ours}" for outcome in outcomes if outcome.ours_fails_alone]
+    assert not failed, failed

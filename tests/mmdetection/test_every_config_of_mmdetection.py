@@ -1,10 +1,11 @@
-"""The stages of `configs.py` for MMDetection: by its own functions, as its tools/train.py calls them, and by ours."""
+"""Each config that MMDetection ships gives here what the library makes of it."""
 
 import contextlib
 import copy
 import functools
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from configs import groups_of, parameters_of
+from every_config import check_every_config, groups_of, parameters_of
 from mmcv import Config
 from mmcv.parallel import DataContainer
 from mmcv.runner import Fp16OptimizerHook, build_optimizer, build_runner
@@ -31,11 +33,11 @@ from tiny_formats import (
     write_semantic,
     write_xml,
 )
+from tiny_models import load_model_def
 
 from mmdetection_files.config import load_mmdet_config, shipped_configs
 from mmdetection_files.model import without_pretrained_backbone, without_teacher_weights
 from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparameters
-from model_def import MMDetectionTrial
 from shared.config.experiment import parse_data
 from shared.config.schema import parse_section
 from shared.data.dataset import BadImages, SampleKey, seed_all
@@ -54,6 +56,7 @@ NEEDS = {
 }
 OTHER_TASKS: dict[str, str] = {}
 FOLDER: Path
+MMDetectionTrial = load_model_def().MMDetectionTrial
 
 
 def prepare(folder: Path) -> None:
@@ -401,3 +404,10 @@ OURS = {
     "written and read": written_ours,
     "model of 3 classes": model_of_3_classes,
 }
+
+
+@pytest.mark.slow
+def test_each_shipped_config_is_used_as_mmdetection_uses_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    prepare(tmp_path)
+    check_every_config(sys.modules[__name__], monkeypatch)

@@ -1,9 +1,10 @@
-"""The stages of `configs.py` for Detectron2: by its own functions, as its tools call them, and by ours."""
+"""Each config that Detectron2 ships gives here what the library makes of it."""
 
 import copy
 import functools
 import json
 import pickle
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import yaml
-from configs import groups_of, parameters_of
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.data import DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances, register_coco_panoptic_separated
@@ -22,12 +23,13 @@ from detectron2.data.datasets.builtin_meta import COCO_PERSON_KEYPOINT_FLIP_MAP,
 from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier, build_lr_scheduler, build_optimizer
 from detectron2.structures import Boxes, BoxMode, Instances
+from every_config import check_every_config, groups_of, parameters_of
 from omegaconf import DictConfig, OmegaConf
 from tiny_formats import PICTURES, coco, write_panoptic, write_pictures, write_semantic
+from tiny_models import load_model_def
 
 from detectron2_files.config import load_config, shipped_configs
 from detectron2_hyperparameters import Detectron2Hyperparameters
-from model_def import Detectron2Trial
 from shared.config.experiment import parse_data
 from shared.config.schema import DataConfig, parse_section
 from shared.data.dataset import BadImages, SampleKey, seed_all
@@ -45,6 +47,7 @@ NEEDS = {
 }
 OTHER_TASKS = {"Misc/torchvision_imagenet_R_50.py": "classifies images"}
 FOLDER: Path
+Detectron2Trial = load_model_def("detectron2").Detectron2Trial
 
 
 def prepare(folder: Path) -> None:
@@ -378,3 +381,10 @@ OURS = {
     "schedule": schedule_ours,
     "model of 3 classes": model_of_3_classes,
 }
+
+
+@pytest.mark.slow
+def test_each_shipped_config_is_used_as_detectron2_uses_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    prepare(tmp_path)
+    check_every_config(sys.modules[__name__], monkeypatch)
