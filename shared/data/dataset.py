@@ -11,6 +11,7 @@ import itertools
 import logging
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -62,6 +63,7 @@ class SampleKey(NamedTuple):
         return (self.epoch, self.index, self.copy, 4) if self.copy else (self.epoch, self.index)
 
 
+@dataclass
 class BadImages:
     """What happens to images that cannot be read: `data.on_bad_image`.
 
@@ -70,10 +72,9 @@ class BadImages:
         skipped: ids of the images skipped since the last `take` in this process, which usually is a loader worker.
     """
 
-    def __init__(self, skip: bool = False):
-        self.skip = skip
-        self.skipped: list[int] = []
-        self._known: set[int] = set()
+    skip: bool = False
+    skipped: list[int] = field(default_factory=list)
+    _known: set[int] = field(default_factory=set)
 
     def leave_out(self, error: BadImageError, image_id: int) -> None:
         """Notes the image, or raises the error if bad images are not skipped."""
@@ -90,13 +91,14 @@ class BadImages:
         return taken
 
 
+@dataclass(eq=False)
 class CocoDetection(torch.utils.data.Dataset):
     """`dataset[SampleKey(epoch, index)]` is `transform(image, record)`; `dataset[index]` is that of epoch 0.
 
     The transform may draw from the global generators of Python, NumPy and PyTorch. They are seeded from the seed and
     the sample's key before it runs.
 
-    Args:
+    Attributes:
         transform: takes an image, as `decode` returns it, and its `ImageRecord`.
         training: omit boxes without area from the records.
         bad_images: what happens to images that cannot be read. The next image of the same size replaces a skipped one,
@@ -106,25 +108,17 @@ class CocoDetection(torch.utils.data.Dataset):
         in_use: indices that may replace another; None for all.
     """
 
-    def __init__(
-        self,
-        annotations: CocoAnnotations,
-        images: ImageStorage,
-        transform: Transform,
-        seed: int,
-        training: bool,
-        bad_images: BadImages | None = None,
-        decode: Callable[[bytes], Any] | None = None,
-        in_use: np.ndarray | None = None,
-    ):
-        self.annotations = annotations
-        self.images = images
-        self.transform = transform
-        self.seed = seed
-        self.training = training
-        self.bad_images = bad_images or BadImages()
-        self.decode = decode
-        self.in_use = in_use
+    annotations: CocoAnnotations
+    images: ImageStorage
+    transform: Transform
+    seed: int
+    training: bool
+    bad_images: BadImages | None = None
+    decode: Callable[[bytes], Any] | None = None
+    in_use: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        self.bad_images = self.bad_images or BadImages()
 
     def __len__(self) -> int:
         return len(self.annotations)

@@ -40,16 +40,17 @@ class Batch:
         return map_tensors(self, lambda tensor: tensor.pin_memory())
 
 
+@dataclass
 class NotingSkipped:
     """A collate function that notes in the batch which images were skipped for it.
 
-    Args:
+    Attributes:
         collate: the detector's.
         bad_images: of the data set in the same process.
     """
 
-    def __init__(self, collate: Callable[[list], Batch], bad_images: BadImages):
-        self.collate, self.bad_images = collate, bad_images
+    collate: Callable[[list], Batch]
+    bad_images: BadImages
 
     def __call__(self, samples: list) -> Batch:
         batch = self.collate(samples)
@@ -76,6 +77,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
+@dataclass(eq=False)
 class PrefetchLoader:
     """Copies each batch to the device, and prepares it there, while the device still trains on the previous one.
 
@@ -84,30 +86,20 @@ class PrefetchLoader:
     bit the same as without prefetching, if `prepare` draws its random numbers from the batch's number. An error in
     batch N + 1 is raised after batch N has been trained on.
 
-    Args:
+    Attributes:
         loader: yields `Batch` on the host. Copies are asynchronous only from pinned memory.
         prepare: the detector's work on a batch on the device, normalisation for example. It takes the batch and its
             number, counted from `first_batch`, and runs in the thread that trains.
         explain: the error to raise if the device runs out of memory, given the batch on the host and its number.
-
-    Attributes:
         waiting: seconds spent waiting for the loader since it was last set to 0.
     """
 
-    def __init__(
-        self,
-        loader: DataLoader,
-        device: torch.device,
-        prepare: Callable[[Batch, int], Batch],
-        first_batch: int = 0,
-        explain: Callable[[Batch, int], Exception] | None = None,
-    ):
-        self.loader = loader
-        self.device = device
-        self.prepare = prepare
-        self.first_batch = first_batch
-        self.explain = explain
-        self.waiting = 0.0
+    loader: DataLoader
+    device: torch.device
+    prepare: Callable[[Batch, int], Batch]
+    first_batch: int = 0
+    explain: Callable[[Batch, int], Exception] | None = None
+    waiting: float = 0.0
 
     def __len__(self) -> int:
         return len(self.loader)

@@ -31,14 +31,13 @@ Page = tuple[list[tuple[str, int]], str | None]  # keys and sizes, and the token
 _VERSION_KEYS = ("size", "ETag", "LastModified", "generation", "md5Hash", "updated", "mtime", "Last-Modified")
 _SPOT_CHECKS = 16
 _PAUSES_TO_CONNECT = (0.5, 1, 2, 0)  # seconds
-# the same request fails again: the file, the rights or the request itself is wrong (UserError is a ValueError)
+# the same request fails again: the file, the rights or the request itself is wrong
 _DEFINITE = (
     FileNotFoundError,
     PermissionError,
     IsADirectoryError,
     NotADirectoryError,
     ImportError,
-    NotImplementedError,
     TypeError,
     ValueError,
 )
@@ -276,7 +275,10 @@ def _request(request: Callable[[AsyncFileSystem], T], url: str, options: StoreOp
         StoreError: the store refuses, or failed for `options.timeout` seconds.
     """
     store = _store_of(url)
-    _refuse_unreachable(url, options)
+    if store is _HTTP:
+        _check_address("/".join(url.split("/")[:3]), "the URL", url)
+    elif options.endpoint_url is not None:
+        _check_address(options.endpoint_url, "data.endpoint_url", url)
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_may_pass),
         wait=tenacity.wait_random_exponential(multiplier=0.1, max=options.timeout / 12),
@@ -300,7 +302,7 @@ def _request(request: Callable[[AsyncFileSystem], T], url: str, options: StoreOp
             raise cause from None
 
     try:
-        answer = retrying(attempt)
+        return retrying(attempt)
     except (FileNotFoundError, UserError):
         raise
     except Exception as error:  # each store's library has errors of its own
@@ -312,47 +314,41 @@ def _request(request: Callable[[AsyncFileSystem], T], url: str, options: StoreOp
         else:
             message = f"{url} cannot be read ({reason}){f'; {store.if_refused}' if _is_refusal(error) else ''}"
         raise StoreError(message) from error
-    _answered.add(_address(url, options))
-    return answer
 
 
-# host and port of each store that has answered this process, or the process that forked it
-_answered: set[tuple[str, int] | None] = set()
+_reachable: set[str] = set()  # addresses that accepted a connection of this process, or of the one that forked it
 
 
-def _address(url: str, options: StoreOptions) -> tuple[str, int] | None:
-    """The host and port that the config names; None for the provider's own."""
-    address = url if _store_of(url) is _HTTP else options.endpoint_url
-    if address is None:
-        return None
+def _check_address(address: str, key: str, url: str) -> None:
+    """Raises StoreError if nothing answers at an address in the config: the host is unknown, or no program listens at
+    the port, several times. A store that was reachable before may be away for a while.
+
+    Args:
+        address: with its scheme.
+        key: what to correct.
+        url: for the error.
+    """
+    if address in _reachable or urllib.request.getproxies().keys() & {"http", "https", "all"}:
+        return
     try:
         parts = urlsplit(address)
         host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError as error:
         raise StoreError(f"{address} is no address: {error}") from error
     if host is None:
-        raise StoreError(f"data.endpoint_url: {address} is no address; write it with http:// or https:// before it")
-    return host, port
-
-
-def _refuse_unreachable(url: str, options: StoreOptions) -> None:
-    """Raises StoreError if no store is at the address in the config: the host is unknown, or no program listens at the
-    port, several times. A store that has answered before may be away for a while."""
-    address = _address(url, options)
-    if address is None or address in _answered or urllib.request.getproxies().keys() & {"http", "https", "all"}:
-        return
+        raise StoreError(f"{key}: {address} is no address; write it with http:// or https:// before it")
     for pause in _PAUSES_TO_CONNECT:
         try:
-            socket.create_connection(address, timeout=5).close()
-            return
+            socket.create_connection((host, port), timeout=5).close()
+            break
         except (ConnectionRefusedError, socket.gaierror) as error:
             reason = error.strerror
             time.sleep(pause)
         except OSError:  # it is slow, or a firewall drops packets: the read itself waits longer
             return
-    host, port = address
-    key = "the URL" if _store_of(url) is _HTTP else "data.endpoint_url"
-    raise StoreError(f"{url} cannot be read: nothing answers at {host}, port {port} ({reason}); correct {key}")
+    else:
+        raise StoreError(f"{url} cannot be read: nothing answers at {host}, port {port} ({reason}); correct {key}")
+    _reachable.add(address)
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -18,6 +19,7 @@ from shared.data.dataset import SampleKey
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class TrainingBatchSampler(Sampler):
     """Endless batches of shuffled images. `len` is the number of batches in an epoch.
 
@@ -27,7 +29,7 @@ class TrainingBatchSampler(Sampler):
     With `repeats`, an epoch has an image that often. A fraction is drawn anew in each epoch: 2.3 is twice an epoch,
     and three times in three of ten. Each group's total per epoch is constant, so all epochs have the same length.
 
-    Args:
+    Attributes:
         groups: (images,) which images may be in one batch: see `aspect_ratio_groups`.
         per_slot_batch_size: images per batch on this slot.
         rank, slots: which part of each global batch is for this slot.
@@ -35,26 +37,18 @@ class TrainingBatchSampler(Sampler):
         repeats: (images,) how often an epoch has each image, 1 or more; None for once.
     """
 
-    def __init__(
-        self,
-        groups: np.ndarray,
-        per_slot_batch_size: int,
-        seed: int,
-        rank: int = 0,
-        slots: int = 1,
-        first_batch: int = 0,
-        repeats: np.ndarray | None = None,
-    ):
-        self.groups = groups
-        self.per_slot_batch_size = per_slot_batch_size
-        self.seed = seed
-        self.rank = rank
-        self.slots = slots
-        self.first_batch = first_batch
-        self.repeats = repeats
-        if rank == 0 and per_slot_batch_size * slots > len(groups):
-            _warn_of_small_data(per_slot_batch_size * slots, len(groups))
-        self.length = sum(self._batches_of(group) for group in np.unique(groups))
+    groups: np.ndarray
+    per_slot_batch_size: int
+    seed: int
+    rank: int = 0
+    slots: int = 1
+    first_batch: int = 0
+    repeats: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank == 0 and self.per_slot_batch_size * self.slots > len(self.groups):
+            _warn_of_small_data(self.per_slot_batch_size * self.slots, len(self.groups))
+        self.length = sum(self._batches_of(group) for group in np.unique(self.groups))
 
     def __len__(self) -> int:
         return self.length
