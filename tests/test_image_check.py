@@ -13,7 +13,7 @@ from stores import BUCKET, s3_store
 from shared.config.experiment import parse_data
 from shared.config.schema import StoreOptions
 from shared.data import remote, storage
-from shared.data.image_list import Sizes, find, folders_of
+from shared.data.image_list import find, folders_of
 from shared.data.open import open_split
 from shared.data.remote import RemoteImages
 from shared.errors import UserError
@@ -268,9 +268,11 @@ def test_names_in_folders_are_found_among_those_listed():
     assert find(names, []).missing == 5
 
 
-def test_a_list_of_sizes_that_is_not_one_is_refused(tmp_path):
-    np.save(tmp_path / "names.npy", np.array([b"a"]))
-    np.save(tmp_path / "sizes.npy", np.array([1, 2]))
-    with pytest.raises(ValueError, match="not a list of sizes"):
-        Sizes.load(tmp_path)
+def test_a_bucket_whose_remembered_list_is_damaged_is_listed_again(bucket, looks):
+    data, _ = bucket
+    (sizes,) = opened(data).annotations.cache.glob("images-*/*/sizes.npy")
+    size = opened(data).images.size_of("000003.png")
+    np.save(sizes, np.array([1, 2]))
+    assert opened(data).images.size_of("000003.png") == size
+    assert looks() == 2
     assert RemoteImages("s3://bucket/a", StoreOptions()).size_of("a.png") is None

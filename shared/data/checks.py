@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import logging
@@ -17,12 +16,12 @@ import msgspec
 import numpy as np
 
 from shared.config.schema import is_url
+from shared.data import array_cache
 from shared.data.annotations import CocoAnnotations
 from shared.data.file_lock import once
 from shared.data.image_list import Look, look_once
 from shared.data.images import darkness
 from shared.data.storage import DiskImages, ImageStorage
-from shared.durable import writing
 from shared.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -271,23 +270,19 @@ def wrong_rows(annotations: CocoAnnotations) -> np.ndarray:
         return np.flatnonzero(wrong[kept])
     if annotations.cache is None:
         return _find_wrong_rows(annotations)
-    file, count = annotations.cache / "segmentations" / "wrong.npy", len(annotations.columns["annotation_ids"])
+    folder, count = annotations.cache / "segmentations", len(annotations.columns["annotation_ids"])
 
     def remembered() -> np.ndarray | None:
-        try:
-            rows = np.load(file)
-        except (OSError, ValueError, EOFError):
-            return None  # there are none, or they are damaged
-        sound = rows.dtype == np.int64 and rows.ndim == 1 and (not len(rows) or 0 <= rows.min() <= rows.max() < count)
-        return rows if sound else None
+        loaded = array_cache.load(folder)
+        rows = loaded[0].get("wrong") if loaded else None
+        return rows if rows is not None and (not len(rows) or 0 <= rows.min() <= rows.max() < count) else None
 
     def remember() -> np.ndarray:
         rows = _find_wrong_rows(annotations)
-        with contextlib.suppress(OSError), writing(file) as opened:  # else the next start looks again
-            np.save(opened, rows)
+        array_cache.save(folder, {"wrong": rows}, about=None)  # else the next start looks again
         return rows
 
-    return once([file.parent / "lock"], remembered, remember)
+    return once([folder / "lock"], remembered, remember)
 
 
 def why_wrong(annotations: CocoAnnotations, row: int) -> str:

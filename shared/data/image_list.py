@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -12,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from shared.data import array_cache
 from shared.data.file_lock import once
-from shared.durable import write_file
 
 _INCOMPLETE_IS_GOOD_FOR = 3600  # seconds until a bucket that lacks images is listed again
 
@@ -37,32 +34,24 @@ class Look:
     sizes: Sizes | None = None
 
 
+@dataclass
 class Sizes:
-    """Bytes of files by name. Loader workers that are not forked map the arrays instead of copying them.
+    """Bytes of files by name.
 
-    Args:
+    Attributes:
         names: (N,) bytes, sorted.
         sizes: (N,) int64.
-        folder: that the arrays are mapped from.
+        folder: that the arrays are mapped from. Loader workers that are not forked map them again.
     """
 
-    def __init__(self, names: np.ndarray, sizes: np.ndarray, folder: Path | None = None):
-        self.names, self.sizes, self.folder = names, sizes, folder
-
-    @classmethod
-    def load(cls, folder: Path) -> Sizes:
-        """Maps what `save` wrote. Raises OSError or ValueError if it did not write it."""
-        names, sizes = (np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("names", "sizes"))
-        if names.dtype.kind != "S" or sizes.dtype != np.int64 or not names.shape == sizes.shape == (len(sizes),):
-            raise ValueError("not a list of sizes")
-        return cls(names, sizes, folder)
-
-    def save(self, folder: Path) -> None:
-        np.save(folder / "names.npy", self.names)
-        np.save(folder / "sizes.npy", self.sizes)
+    names: np.ndarray
+    sizes: np.ndarray
+    folder: Path | None = None
 
     def __reduce__(self):
-        return (Sizes.load, (self.folder,)) if self.folder else (Sizes, (self.names, self.sizes))
+        if self.folder is not None:
+            return _map_sizes, (self.folder,)
+        return Sizes, (self.names, self.sizes)
 
     def __getitem__(self, name: str) -> int | None:
         """None if the file is not listed."""
@@ -71,6 +60,10 @@ class Sizes:
             return None
         at = min(int(np.searchsorted(self.names, key)), len(self.names) - 1)
         return int(self.sizes[at]) if self.names[at] == key else None
+
+
+def _map_sizes(folder: Path) -> Sizes:
+    return Sizes(**array_cache.load(folder)[0], folder=folder)
 
 
 def folders_of(names: np.ndarray) -> list[str]:
@@ -104,7 +97,30 @@ def look_once(folder: Path, look: Callable[[], Look], allow_missing: bool) -> Lo
     Args:
         allow_missing: whether a look that found images missing counts, for an hour if it was at a bucket.
     """
-    return once([folder / "lock"], lambda: _load(folder, allow_missing), lambda: _save(look(), folder))
+
+    def remembered() -> Look | None:
+        try:
+            arrays, (missing, first_missing, folders) = array_cache.load(folder)
+            if missing:
+                age = time.time() - (folder / "header.json").stat().st_mtime
+                if not allow_missing or (arrays and age > _INCOMPLETE_IS_GOOD_FOR):
+                    return None
+            if any(modified(Path(path)) != time_then for path, time_then in folders.items()):
+                return None
+            return Look(
+                missing, first_missing, folders=folders, sizes=Sizes(**arrays, folder=folder) if arrays else None
+            )
+        except (OSError, TypeError, ValueError, AttributeError):
+            return None  # there is none, or it is damaged
+
+    def remember() -> Look:
+        new = look()
+        arrays = {} if new.sizes is None else {"names": new.sizes.names, "sizes": new.sizes.sizes}
+        if new.whole and array_cache.save(folder, arrays, (new.missing, new.first_missing, new.folders)):
+            return remembered() or new
+        return new
+
+    return once([folder / "lock"], remembered, remember)
 
 
 def modified(folder: Path) -> int | None:
@@ -113,37 +129,3 @@ def modified(folder: Path) -> int | None:
         return folder.stat().st_mtime_ns
     except OSError:
         return None
-
-
-def _save(look: Look, folder: Path) -> Look:
-    """The look with its sizes mapped, if it could be written."""
-    if not look.whole:
-        return look
-    header = {"missing": look.missing, "first_missing": look.first_missing, "folders": look.folders}
-    try:
-        if look.sizes is not None:
-            new = Path(tempfile.mkdtemp(dir=folder, prefix="sizes."))  # the previous list may be mapped
-            os.chmod(new, 0o755)
-            look.sizes.save(new)
-            header["sizes"] = new.name
-        write_file(folder / "header.json", json.dumps(header))
-    except OSError:
-        return look
-    return _load(folder, allow_missing=True) or look
-
-
-def _load(folder: Path, allow_missing: bool) -> Look | None:
-    """The remembered look, if there is one and it still holds."""
-    try:
-        header_file = folder / "header.json"
-        header = json.loads(header_file.read_bytes())
-        if header["missing"]:
-            age = time.time() - header_file.stat().st_mtime
-            if not allow_missing or ("sizes" in header and age > _INCOMPLETE_IS_GOOD_FOR):
-                return None
-        if any(modified(Path(path)) != time_then for path, time_then in header["folders"].items()):
-            return None
-        sizes = Sizes.load(folder / header["sizes"]) if "sizes" in header else None
-        return Look(header["missing"], header["first_missing"], folders=header["folders"], sizes=sizes)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # there is none, or it is damaged
