@@ -32,8 +32,8 @@ _OTHER_NAMES = {
     "opencv-python-headless": ("opencv-python", "opencv-contrib-python-headless", "opencv-contrib-python", "opencv"),
 }
 _COMPILED = {"mmcv": ("mmcv-full", "mmcv._ext"), "detectron2": ("detectron2", "detectron2._C")}
-# Both run at the start of each Python that builds a wheel, see _runs_first.
-# mmcv's setup.py calls `exec(code)` and then reads `locals()`, which Python 3.13 and later leave as they were.
+# _runs_first runs these at the start of each Python that builds a wheel.
+# mmcv's setup.py calls `exec(code)` and then reads `locals()`. From Python 3.13 on, exec does not change locals().
 _EXEC_CHANGES_LOCALS = """
 import builtins, sys
 execute = builtins.exec
@@ -44,7 +44,7 @@ def execute_in_the_caller(code, names=None, local_names=None, **options):
     execute(code, names, local_names, **options)
 builtins.exec = execute_in_the_caller
 """
-# Detectron2's setup.py always compiles. pip itself starts this way too, and does not bear an import of setuptools.
+# Detectron2's setup.py always compiles. pip runs this too, and warns if setuptools is imported before it.
 _WITHOUT_EXTENSIONS = """
 if "pip" not in sys.orig_argv:
     import setuptools
@@ -66,7 +66,7 @@ def install_missing(files: Iterable[Path], constraints: Iterable[str] = (), comp
     """
     with tempfile.TemporaryDirectory() as folder:
         if _is_there(Requirement("torch")) and not _is_there(Requirement("torchvision")):
-            # torch 2.N and torchvision 0.(N + 15) are one release; torchvision 0.29 serves torch 2.14 and all later ones
+            # torchvision 0.(N + 15) is for torch 2.N alone; from 0.29 on, torchvision supports all later torch versions
             _pip("--no-deps", f"torchvision==0.{min(int(version('torch').split('.')[1]) + 15, 29)}.*")
         keep = Path(folder, "keep.txt")
         keep.write_text("".join(_pinned("torch", "torchvision", "numpy")))
@@ -127,19 +127,19 @@ def _compile(need: Requirement, limits: list[str], folder: Path) -> None:
 
 
 def _python_tree(need: Requirement, folder: Path) -> str:
-    """The path of a wheel of mmcv or Detectron2 with their Python and configs, and nothing that is compiled."""
+    """Builds a wheel of mmcv or Detectron2 without compiled modules; returns its path."""
     environment = _runs_first(_EXEC_CHANGES_LOCALS + _WITHOUT_EXTENSIONS, folder)
     cache = []
     if need.url is not None:
         environment["D2_VERSION_SUFFIX"] = f"+python.{need.url.rpartition('@')[2][:7]}"
-        cache = ["--no-cache-dir"]  # where pip would find this wheel when it is asked for the compiled one
+        cache = ["--no-cache-dir"]  # from its cache, pip would install this wheel instead of compiling
     arguments = ["--no-build-isolation", "--no-deps", "--wheel-dir", str(folder), *cache, str(need)]
     _pip(*arguments, command="wheel", **environment)
     return str(next(folder.glob(f"{need.name}-*.whl")))
 
 
 def _runs_first(code: str, folder: Path) -> dict[str, str]:
-    """The environment in which `code` runs at the start of each Python, so also of the one in which pip runs setup.py."""
+    """The environment that runs `code` at the start of each Python, including the one that executes setup.py."""
     (folder / "sitecustomize.py").write_text(code)
     return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}
 
@@ -169,7 +169,7 @@ def main() -> None:
     except subprocess.CalledProcessError as error:
         sys.exit(f"error: `{' '.join(map(str, error.cmd))}` ended with status {error.returncode}: see above")
     except FileNotFoundError as error:
-        sys.exit(f"error: {error.filename} does not exist: requirements are read from files, and Detectron2 needs git")
+        sys.exit(f"error: {error.filename}: no such file. Fix: name a requirements file that exists")
 
 
 if __name__ == "__main__":
