@@ -102,7 +102,7 @@ docs-serve: $(DOCS_READY)
 
 # Determined uploads a detector's folder and follows no link to a folder: shared/ is in it as a link a file.
 links:
-	for detector in efficientdet mmdetection detectron2; do \
+	for detector in efficientdet mmdetection detectron2 detr; do \
 		rm -rf $$detector/shared && \
 		for file in $$(cd shared && find . -name '*.py' -o -name '*.jinja' -o -name requirements.txt | sort); do \
 			link=$$detector/shared/$${file#./} && mkdir -p "$$(dirname $$link)" && \
