@@ -21,7 +21,7 @@ from tiny_models import efficientdet_config
 
 ROOT = Path(__file__).parent.parent
 # as in a submitted folder: `model_def` and `<name>_files` beside `shared`; of the model_defs this finds EfficientDet's
-sys.path[:0] = [str(ROOT), str(ROOT / "efficientdet"), str(ROOT / "mmdetection"), str(ROOT / "detectron2")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("", "efficientdet", "mmdetection", "detectron2", "detr")]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 EXPERIMENT_SCHEMA = ROOT.parent / "shared" / "expconf"
 
@@ -38,10 +38,14 @@ try:
     import detectron2.config  # noqa: F401 without the library, `detectron2` is the folder
 except Exception as error:
     WITHOUT_LIBRARY["detectron2"] = f"the library Detectron2 cannot be imported: {error}"
+try:
+    from transformers import AutoModelForObjectDetection  # noqa: F401 imports torch
+except Exception as error:
+    WITHOUT_LIBRARY["detr"] = f"transformers cannot be imported: {error}"
 collect_ignore = list(WITHOUT_LIBRARY)
 
 
-@pytest.fixture(params=["efficientdet", "mmdetection", "detectron2"])
+@pytest.fixture(params=["efficientdet", "mmdetection", "detectron2", "detr"])
 def detector(request) -> str:
     """Each detector whose library is here."""
     if request.param in WITHOUT_LIBRARY:
