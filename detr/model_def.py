@@ -109,9 +109,11 @@ class DetrTrial(DetectionTrial):
         return self.hparams.warmup_batches
 
     def before_batch(self, number: int) -> None:
-        self.scheduler.last_epoch = number
-        for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
-            group["lr"] = lr
+        scheduler = self.scheduler
+        for group, lr, factor in zip(
+            self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = lr * factor(number)
 
     # --- data -----------------------------------------------------------------------------------------
 

@@ -52,8 +52,12 @@ def refusing(key: str, what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # transformers checks little, and fails in many ways
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{key}: {what} ({type(error).__name__}: {lines[0]})") from error
+        raise UserError(f"{key}: {what} ({_in_one_line(error)})") from error
+
+
+def _in_one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join([f"{type(error).__name__}:", *lines[:3]])
 
 
 def from_hub(load: Any, model: str, **options: Any) -> Any:
@@ -66,8 +70,7 @@ def from_hub(load: Any, model: str, **options: Any) -> Any:
         return load(model, trust_remote_code=False, **options)
     except Exception as error:  # of the network, the Hub, the files
         if Path(model).is_dir():
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"hyperparameters.model: {model} cannot be loaded ({lines[0]})") from error
+            raise UserError(f"hyperparameters.model: {model} cannot be loaded ({_in_one_line(error)})") from error
         raise UserError(
             f"hyperparameters.model: {model!r} is no folder, and the Hub does not send it ({type(error).__name__}). Fix: "
             "check the name; without a network, copy the model's folder (config.json, preprocessor_config.json, "
