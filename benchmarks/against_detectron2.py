@@ -39,7 +39,7 @@ from interleaved import switch, time_against
 from local_context import local_context
 
 from coco_files import data_folder, make_file
-from detectron2_files.config import load_config
+from detectron2_files.config import load_detectron2_config
 from detectron2_files.data import CocoSamples
 from detectron2_files.evaluation import to_detections
 from detectron2_hyperparameters import Detectron2Hyperparameters
@@ -136,7 +136,7 @@ def memory(arguments: argparse.Namespace) -> dict:
     path = folder / "instances.json"
     images, annotations = make_file(arguments.source, path)
     CocoAnnotations.open(path)
-    config = load_config(Detectron2Hyperparameters(FULL["config_file"]), ROOT)
+    config = load_detectron2_config(Detectron2Hyperparameters(FULL["config_file"]), ROOT)
 
     def open_ours():
         data = SplitData(CocoAnnotations.open(path), DiskImages(folder))

@@ -58,7 +58,7 @@ def main() -> None:
 
 def images_per_second(annotations: CocoAnnotations, images: str, steps: int, seconds: float) -> float:
     """Of steps that do nothing but take their time; the first ones, in which the workers start, do not count."""
-    storage = open_images("disk", images, "train", StoreOptions())
+    storage = open_images(images, "train", StoreOptions())
     storage.look(annotations.file_names)
     data = CocoDetection(annotations, storage, lambda image, record: np.asarray(image).mean(), seed=0, training=True)
     keys = [SampleKey(0, i % len(data)) for i in range(8 * (steps + 10))]

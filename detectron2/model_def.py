@@ -6,10 +6,11 @@ from shared.environment import prepare_process
 
 prepare_process()  # before torch, and before packages that may be missing
 from detectron2_hyperparameters import Detectron2Hyperparameters
-from shared.commands.command_line import look_first
+from shared.config.experiment import Sections
+from shared.launch import main, read_command
 
-# what is wrong is said before torch and the library are loaded
-look_first(__name__, Detectron2Hyperparameters)
+# errors in the command line and the config appear before torch and the library are loaded
+command = read_command(__name__, Sections(Detectron2Hyperparameters))
 
 import logging
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ from detectron2_files.config import (
     COCO_CLASSES,
     config_of_checkpoint,
     flatten,
-    load_config,
+    load_detectron2_config,
     set_class_counts,
     stated_class_count,
 )
@@ -69,17 +70,16 @@ from detectron2_files.model import (
 )
 from detectron2_files.pixels import with_quick_resizing
 from detectron2_files.weights import categories_of_checkpoint, find_weights, load_weights_into, zoo_weights
-from shared.config.schema import Length, Split, parse_section
+from shared.config.schema import Length, Split
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.dataset import CocoDetection
-from shared.data.input_scale import InputScale
+from shared.data.images import InputScale
 from shared.data.loading import Batch, to_device
 from shared.data.open import SplitData, check_evaluable, check_masks, check_trainable, open_split
 from shared.data.samplers import aspect_ratio_groups
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
-from shared.launch import main
 from shared.library import COCO_CATEGORIES, PUBLISHED
 from shared.training.switches import autocast
 from shared.training.trial import DetectionTrial
@@ -96,7 +96,6 @@ class Detectron2Trial(DetectionTrial):
     """
 
     hyperparameters_class = Detectron2Hyperparameters
-    path_hyperparameters = ("config_file", "functions_of", "weights")
     for_training, slots = True, 1
     warned_of_masks = False
     without_pretrained: ClassVar = {"use_pretrained": False, "weights": ""}
@@ -116,12 +115,11 @@ class Detectron2Trial(DetectionTrial):
         }
 
     @classmethod
-    def input_scale(cls, config: dict[str, Any]) -> InputScale | None:
-        hparams = parse_section(config.get("hyperparameters"), cls.hyperparameters_class, "hyperparameters")
-        return load_config(hparams, Path(__file__).parent).input_scale
+    def input_scale(cls, hparams: Detectron2Hyperparameters) -> InputScale | None:
+        return load_detectron2_config(hparams, Path(__file__).parent).input_scale
 
     def read_own_config(self) -> None:
-        self.detectron2_config = config = load_config(self.hparams, Path(__file__).parent)
+        self.detectron2_config = config = load_detectron2_config(self.hparams, Path(__file__).parent)
         if self.hparams.global_batch_size is None:
             slots = 1 if self.for_training else self.slots  # to detect, any number of them will do
             self.hparams.global_batch_size = -(-config.batch_size // slots) * slots
@@ -160,7 +158,7 @@ class Detectron2Trial(DetectionTrial):
         config = self.detectron2_config
         if config.rotated or not config.detects_instances:
             return None
-        if self.data.backend == "fake":
+        if not self.data.reads_files:
             return "", ""
         if self.data.val is not None:
             return self.data.val.annotations, self.data.val.images
@@ -210,7 +208,7 @@ class Detectron2Trial(DetectionTrial):
 
     def _open_train(self) -> SplitData | RegisteredData:
         config, names = self.detectron2_config, self.detectron2_config.train_set.names
-        if self.evaluates_coco and (self.data.backend == "fake" or self.data.train is not None):
+        if self.evaluates_coco and (self.data.train is not None or not self.data.reads_files):
             return open_split(self.data, "train")
         if self.data.train is not None:
             register_json(TRAIN_NAME, self.data.train.annotations, self.data.train.images)
@@ -225,7 +223,7 @@ class Detectron2Trial(DetectionTrial):
     def open_val(self) -> SplitData | RegisteredData:
         if self.evaluates_coco:
             paths = self._val_paths()
-            data = self.data if self.data.backend == "fake" else replace(self.data, val=Split(*paths))
+            data = replace(self.data, val=Split(*paths)) if self.data.reads_files else self.data
             return open_split(data, "val")
         names = self.detectron2_config.val_names
         if self.data.val is None and len(names) > 1:
@@ -397,8 +395,7 @@ class Detectron2Trial(DetectionTrial):
 
     def synchronize_buffers(self) -> None:
         if count := self.detectron2_config.precise_bn_batches:
-            batches = self.training_batches(self.batches_trained)
-            loader = self._loader(self.training_dataset(), batches, training=True)
+            loader = self.training_batch_loader(self.batches_trained)
             inputs = (inputs_of(to_device(batch, self.context.device)) for batch in loader)
             measure_batch_statistics(self.plain_model, inputs, count)
         super().synchronize_buffers()
@@ -437,4 +434,4 @@ def _is_backbone(source: str) -> bool:
 
 
 if __name__ == "__main__":
-    main(Detectron2Trial)
+    main(Detectron2Trial, command)

@@ -6,10 +6,11 @@ from shared.environment import prepare_process
 
 prepare_process()  # before torch, and before packages that may be missing
 from efficientdet_hyperparameters import EfficientDetHyperparameters
-from shared.commands.command_line import look_first
+from shared.config.experiment import Sections
+from shared.launch import main, read_command
 
-# what is wrong is said before torch and the library are loaded
-look_first(__name__, EfficientDetHyperparameters)
+# errors in the command line and the config appear before torch and the library are loaded
+command = read_command(__name__, Sections(EfficientDetHyperparameters))
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,14 +27,12 @@ from torch import nn
 
 from efficientdet_files.data import EfficientDetCollate, EfficientDetTransform, input_config, normalize
 from efficientdet_files.model import build_model, model_config
-from shared.config.schema import parse_section
 from shared.data.dataset import CocoDetection
-from shared.data.input_scale import InputScale
+from shared.data.images import InputScale
 from shared.data.loading import Batch
 from shared.data.open import SplitData
 from shared.errors import UserError, nearest
 from shared.evaluation.detections import Detections
-from shared.launch import main
 from shared.library import COCO_CATEGORIES
 from shared.training.trial import DetectionTrial
 
@@ -46,14 +45,12 @@ class EfficientDetTrial(DetectionTrial):
     """EfficientDet, over the packages effdet and timm."""
 
     hyperparameters_class = EfficientDetHyperparameters
-    path_hyperparameters = ("pretrained",)
     weights_key = "hyperparameters.pretrained"
     without_pretrained: ClassVar = {"pretrained": "none"}
     pretrained_categories: ClassVar = COCO_CATEGORIES
 
     @classmethod
-    def input_scale(cls, config: dict[str, Any]) -> InputScale:
-        hparams = parse_section(config.get("hyperparameters"), cls.hyperparameters_class, "hyperparameters")
+    def input_scale(cls, hparams: EfficientDetHyperparameters) -> InputScale:
         model = model_config(hparams, num_classes=1)
         height, width = input_config(hparams, model)["input_size"][-2:]
         return InputScale(model.anchor_scale * 2**model.min_level, "anchor", min(height, width), max(height, width))
@@ -261,4 +258,4 @@ class EfficientDetTrial(DetectionTrial):
 
 
 if __name__ == "__main__":
-    main(EfficientDetTrial)
+    main(EfficientDetTrial, command)

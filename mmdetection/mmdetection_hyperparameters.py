@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from shared.config.schema import BACKEND_ALIASES, BACKENDS, DataConfig, TrainingHyperparameters
+from shared.config.schema import BACKEND_ALIASES, BACKENDS, DataConfig, TrainingHyperparameters, key
 from shared.errors import UserError, nearest
 from shared.library import PUBLISHED
 
@@ -21,15 +21,17 @@ class MMDetectionHyperparameters(TrainingHyperparameters):
         overrides_key, weights_key: the names that were used, for errors.
     """
 
-    config_file: str
-    global_batch_size: int | None = None
-    merge_config: str | None = None
-    config_overrides: dict[str, Any] = field(default_factory=dict)
-    weights: str | None = None
-    scale_schedule: bool | None = None
-    custom_imports: list[str] = field(default_factory=list)
-    override_mmdet_config: dict[str, Any] | None = None
-    use_pretrained: bool | str | None = None
+    config_file: str = key(text="a config of the folder submitted, or one that mmdet ships", is_path=True)
+    global_batch_size: int | None = key(None, "images per step, over all slots; default: the config's own")
+    merge_config: str | None = key(None, "a file (`.py`, `.yaml` or `.json`) that is merged over it", is_path=True)
+    config_overrides: dict[str, Any] = key({}, "single fields, applied last: `{optimizer.lr: 0.01}`")
+    weights: str | None = key(
+        None, 'start from `published`, a file, a URL or a checkpoint; `""` nothing, `null` the config\'s', is_path=True
+    )
+    scale_schedule: bool | None = key(None, "scale the rate by `global_batch_size` over the config's own")
+    custom_imports: list[str] = key([], "Python files beside the YAML that register what a config names")
+    override_mmdet_config: dict[str, Any] | None = key(None, "an alias of `config_overrides`")
+    use_pretrained: bool | str | None = key(None, "an alias of `weights`; `true` is `published`", is_path=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +63,9 @@ class MMDetectionData(DataConfig):
         file_client: the arguments of mmcv's FileClient where one of mmcv's own backends reads; else None.
     """
 
-    file_client_args: dict[str, Any] | None = None
+    file_client_args: dict[str, Any] | None = key(
+        None, "`backend` and its options as MMDetection writes them, or one of mmcv's own backends"
+    )
 
     def __post_init__(self) -> None:
         self.file_client: dict[str, Any] | None = None

@@ -6,10 +6,11 @@ from shared.environment import prepare_process
 
 prepare_process()  # before torch, and before packages that may be missing
 from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparameters
-from shared.commands.command_line import look_first
+from shared.config.experiment import Sections
+from shared.launch import main, read_command
 
-# what is wrong is said before torch and the library are loaded
-look_first(__name__, MMDetectionHyperparameters, MMDetectionData)
+# errors in the command line and the config appear before torch and the library are loaded
+command = read_command(__name__, Sections(MMDetectionHyperparameters, MMDetectionData))
 
 import logging
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from mmdetection_files import operations
 from mmdetection_files.config import (
@@ -69,7 +70,7 @@ from mmdetection_files.data import (
     trains_masks,
 )
 from mmdetection_files.evaluation import OwnEvaluator, OwnResult, own_arguments, to_detections, to_own_result
-from mmdetection_files.hooks import EMA_HOOKS, HooksOfValidation, MomentumEma, StepRunner, hook_config, mode_switch
+from mmdetection_files.hooks import EMA_HOOKS, MomentumEma, StepRunner, hook_config, mode_switch
 from mmdetection_files.model import (
     PYTHON_STATE,
     StartWeights,
@@ -92,17 +93,16 @@ from mmdetection_files.receptive_field import init_receptive_fields, is_searchin
 from mmdetection_files.saved_config import RESOLVED_CONFIG, write_resolved
 from mmdetection_files.switches import take_up_switches
 from shared.config.file import find_path
-from shared.config.schema import Split, parse_section
+from shared.config.schema import Split
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.dataset import CocoDetection
-from shared.data.input_scale import InputScale
+from shared.data.images import InputScale
 from shared.data.loading import Batch
 from shared.data.open import SplitData, check_evaluable, check_masks, check_trainable, open_split
 from shared.data.samplers import TrainingBatchSampler
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
-from shared.launch import main
 from shared.library import COCO_CATEGORIES, PUBLISHED
 from shared.training.switches import AveragedWeights
 from shared.training.trial import DetectionTrial
@@ -120,7 +120,6 @@ class MMDetectionTrial(DetectionTrial):
 
     hyperparameters_class = MMDetectionHyperparameters
     data_class = MMDetectionData
-    path_hyperparameters = ("config_file", "merge_config", "weights", "use_pretrained")
     python_attributes = PYTHON_STATE
     optimizer_key = "optimizer of the MMDetection config"
     pretrained_categories: ClassVar = COCO_CATEGORIES
@@ -142,8 +141,7 @@ class MMDetectionTrial(DetectionTrial):
         }
 
     @classmethod
-    def input_scale(cls, config: dict[str, Any]) -> InputScale | None:
-        hparams = parse_section(config.get("hyperparameters"), cls.hyperparameters_class, "hyperparameters")
+    def input_scale(cls, hparams: MMDetectionHyperparameters) -> InputScale | None:
         return input_scale(load_mmdet_config(hparams, Path(__file__).parent))
 
     def read_own_config(self) -> None:
@@ -158,12 +156,13 @@ class MMDetectionTrial(DetectionTrial):
                 f"data.repeat_threshold: the MMDetection config repeats images itself, by {own}; take one of them out"
             )
         set_paths(self.mmdet_config, self.data, submitted)
-        find_weights_files(self.mmdet_config, submitted)
+        places = (submitted, *self.experiment.places)
+        find_weights_files(self.mmdet_config, places)
         if self.hparams.weights is None and self.for_training and self.mmdet_config.get("load_from"):
             self.hparams.weights = self.mmdet_config.load_from
             self.hparams.weights_key = "load_from of the MMDetection config"
         elif self.hparams.weights:
-            self.hparams.weights = str(find_path(self.hparams.weights, [submitted]) or self.hparams.weights)
+            self.hparams.weights = str(find_path(self.hparams.weights, places) or self.hparams.weights)
         if self.mmdet_config.get("cudnn_benchmark"):
             torch.backends.cudnn.benchmark = True
         if self.hparams.global_batch_size is None:
@@ -179,13 +178,13 @@ class MMDetectionTrial(DetectionTrial):
         metrics = evaluation.get("metric", "bbox")
         metrics = [metrics] if isinstance(metrics, str) else list(metrics)
         self.proposes = self.mmdet_config.model.type == "RPN"
-        if self.proposes and self.data.backend == "fake":
+        if self.proposes and not self.data.reads_files:
             raise UserError(
                 "hyperparameters.config_file: RPN only proposes, and its recall is not measured on data.backend fake; "
                 "give data.train and data.val"
             )
         scores_masks_apart = "mask_iou_head" in (self.mmdet_config.model.get("roi_head") or {})
-        self.evaluates_coco = self.data.backend == "fake" or (
+        self.evaluates_coco = not self.data.reads_files or (
             is_plain_coco(val) and set(metrics) <= {"bbox", "segm"} and not scores_masks_apart
         )
         if self.validates_loss and not self.evaluates_coco:
@@ -215,7 +214,7 @@ class MMDetectionTrial(DetectionTrial):
         opened: list[SplitData | OwnData] = []
 
         def build_leaf(leaf: Any) -> Any:
-            if is_plain_coco(leaf) or self.data.backend == "fake":
+            if is_plain_coco(leaf) or not self.data.reads_files:
                 opened.append(self._open_coco(leaf, "train"))
                 fast = self.data.fast_images
                 return CocoSamples(opened[-1].annotations, opened[-1].images, leaf, self.bad_images, fast)
@@ -248,12 +247,12 @@ class MMDetectionTrial(DetectionTrial):
 
     def _open_coco(self, leaf: Any, split: str) -> SplitData:
         data, images = self.data, None
-        if data.backend != "fake":
+        if data.reads_files:
             data = replace(data, **{split: Split(leaf["ann_file"], leaf.get("img_prefix") or "")})
             if data.file_client is not None:
                 images = MmcvImages(data.file_client, leaf.get("img_prefix") or "")
         opened = open_split(data, split, images)
-        if (classes := selected_classes(leaf)) and data.backend != "fake":
+        if (classes := selected_classes(leaf)) and data.reads_files:
             try:
                 return SplitData(opened.annotations.select_categories(classes), opened.images)
             except UserError as error:
@@ -376,7 +375,7 @@ class MMDetectionTrial(DetectionTrial):
 
     def _categories_of_data(self) -> list[dict]:
         leaf = leaves(self.mmdet_config.data.val)[0]
-        if self.data.backend == "fake" or (self.data.has_val_annotations and self.evaluates_coco):
+        if not self.data.reads_files or (self.data.has_val_annotations and self.evaluates_coco):
             return self.open_val().categories
         names = selected_classes(leaf) or classes_of(leaf["type"])
         return categories_named(names) if names else self.pretrained_categories
@@ -440,8 +439,6 @@ class MMDetectionTrial(DetectionTrial):
             self.batches_per_epoch,
             self.total_batches,
             self.train_samples,
-            # in a run's own folder, which has the code in a folder of it
-            (Path.cwd() if self.on_cluster else Path.cwd().parent) / "work_dir",
         )
         self.mode_switch = mode_switch(self.mmdet_config, self.runner.max_epochs)
 
@@ -452,6 +449,9 @@ class MMDetectionTrial(DetectionTrial):
         epochs = self.batches_per_epoch if lr_config.get("warmup_by_epoch") else 1
         return lr_config.get("warmup_iters", 0) * epochs
 
+    def begin_training(self, folder: Path) -> None:
+        self.runner.begin_run(folder / "work_dir")
+
     def before_batch(self, number: int) -> None:
         self.runner.begin(number)
         if self.mode_switch is not None and self.runner.epoch >= self.mode_switch[0]:
@@ -460,12 +460,17 @@ class MMDetectionTrial(DetectionTrial):
     def after_batch(self, number: int) -> None:
         self.runner.end()
 
-    def build_callbacks(self) -> dict[str, Any]:
-        return {"hooks": HooksOfValidation(self), **super().build_callbacks()}
+    def begin_validation(self, loader: DataLoader) -> None:
+        self.runner.begin_validation(len(loader), loader.dataset)
+
+    def end_validation(self) -> None:
+        self.runner.end_validation()
+
+    def end_training(self) -> None:
+        self.runner.call_hook("after_run")
 
     def evaluate_batch(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        self.runner._inner_iter, self.runner.data_batch = batch_idx, {"img": batch.images, **batch.targets}
-        self.runner.call_hook("before_val_iter")
+        self.runner.begin_validation_batch(batch_idx, {"img": batch.images, **batch.targets})
         metrics = super().evaluate_batch(batch, batch_idx)
         self.runner.call_hook("after_val_iter")
         return metrics
@@ -524,4 +529,4 @@ class MMDetectionTrial(DetectionTrial):
 
 
 if __name__ == "__main__":
-    main(MMDetectionTrial)
+    main(MMDetectionTrial, command)

@@ -22,7 +22,7 @@ _COMMANDS = {
         "compare_main",
         "whether one detector is better than another: runs, or anybody's results",
     ),
-    "convert": ("shared.data.convert", "main", "Pascal VOC, YOLO and CVAT annotations as COCO's"),
+    "convert": ("shared.data.convert.command_line", "main", "annotations of other formats as COCO files"),
     "report": (
         "shared.report.report",
         "report_main",

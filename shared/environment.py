@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 _INSTALL = (
     "`make demo` in the project's folder sets up an environment with all that is needed (.venv/bin/python); into your "
@@ -85,6 +86,16 @@ def _quotas(root: Path) -> Iterator[float]:
                 if quota not in ("max", "-1"):
                     yield int(quota) / int(period)
             group = group.parent
+
+
+def task_config() -> dict[str, Any]:
+    """The experiment config of this cluster's task, as the master filled it in.
+
+    Determined has no public name for it: its shape may change with the master's version.
+    """
+    import determined as det
+
+    return det.get_cluster_info().trial._config
 
 
 def on_cluster() -> bool:

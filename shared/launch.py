@@ -1,45 +1,296 @@
-"""The entrypoint of every `model_def.py`: train · search · evaluate · predict · check; or a task of a cluster."""
+"""The command line of every `model_def.py`: train · search · evaluate · predict · check. On a cluster, the task.
+
+`read_command` needs no torch, so that --help and most errors appear at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import logging
+import multiprocessing
+import os
+import re
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from shared.commands.check import check_with
-from shared.commands.command_line import ended_by_errors, read_arguments
-from shared.commands.detect import evaluate, predict
-from shared.commands.train import train_here, train_on_cluster
-from shared.environment import on_cluster, use_available_cores
-from shared.errors import UserError
+from shared.commands.check import add_check_options
+from shared.config.experiment import Experiment, Sections, read_experiment
+from shared.config.file import fixed_hyperparameters
+from shared.config.reference import help_text
+from shared.config.schema import TrainingHyperparameters, parse_section
+from shared.environment import on_cluster, task_config, use_available_cores
+from shared.errors import DivergedError, UserError, tell_torchrun
 from shared.log import show_log
-from shared.training.memory import out_of_memory_anywhere, out_of_memory_as
-from shared.training.trial import DetectionTrial
+from shared.redaction import redacted
+from shared.training.checkpoint_folder import checkpoint_here
+from shared.training.loggers import check_loggers
+from shared.training.run_folder import OF_THE_RUN, RunFolder
+
+if TYPE_CHECKING:
+    from shared.training.trial import DetectionTrial
+
+logger = logging.getLogger(__name__)
+
+# `log_policies` of the shipped experiment files look for it: the master does not start such a task again
+NOT_RETRIED = "not retried: error: "
+# the command, the module and the function that run it: each loads torch
+_COMMANDS = {
+    "train": ("shared.commands.train", "train_locally"),
+    "search": ("shared.search.search", "search"),
+    "evaluate": ("shared.commands.evaluate", "evaluate"),
+    "predict": ("shared.commands.predict", "predict"),
+    "check": ("shared.commands.check", "check_with_detector"),
+}
 
 
-def search_here(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
-    try:
-        from shared.search.search import search  # Optuna is nothing that the other commands need
-    except ModuleNotFoundError as error:
-        raise UserError(f"search needs the package {error.name}: pip install optuna") from error
+@dataclass(frozen=True)
+class Command:
+    """A command line and the experiment that it names."""
 
-    search(trial_class, arguments)
-
-
-_COMMANDS = {"train": train_here, "search": search_here, "evaluate": evaluate, "predict": predict, "check": check_with}
+    arguments: argparse.Namespace
+    experiment: Experiment
 
 
-def main(trial_class: type[DetectionTrial]) -> None:
-    """Does what the command line says, or trains what the cluster gives."""
-    sys.excepthook = sys.__excepthook__  # all that the program itself imports is there
+def read_command(module: str, sections: Sections) -> Command | None:
+    """Reads the command line and its config, and checks what is known without torch and the detector's library. Errors
+    exit the program. A `model_def.py` calls it before it imports torch.
+
+    Args:
+        module: the caller's `__name__`. If it is not the program, or if this is a cluster's task, the result is None.
+    """
+    if module != "__main__" or on_cluster():
+        return None
+    with exit_on_errors():
+        if sys.argv[1:2] == ["--help-config"]:
+            print(
+                help_text(
+                    {"hyperparameters": sections.hyperparameters, "data": sections.data},
+                    sys.argv[2] if len(sys.argv) > 2 else None,
+                )
+            )
+            sys.exit()
+        arguments = read_arguments()
+        experiment = experiment_for(arguments, sections)
+        _check(arguments, experiment)
+        return Command(arguments, experiment)
+
+
+def experiment_for(arguments: argparse.Namespace, sections: Sections) -> Experiment:
+    """The experiment of a command, without hyperparameters if the config's are not used: a search draws them, a
+    checkpoint has its own, and a file of results needs none."""
+    has_others = any(getattr(arguments, name, None) for name in ("checkpoint", "results"))
+    is_fixed = arguments.command != "search" and not has_others
+    return read_experiment(arguments.config, arguments.overrides, sections, with_hyperparameters=is_fixed)
+
+
+def main(trial_class: type[DetectionTrial], command: Command | None = None) -> None:
+    """Runs a command, or trains the trial of a cluster's task.
+
+    Args:
+        command: what `read_command` returned; None reads the command line now.
+    """
+    from shared.training.memory import out_of_memory_anywhere, out_of_memory_as
+
     use_available_cores()
-    with ended_by_errors(), out_of_memory_as(out_of_memory_anywhere):
+    with exit_on_errors(), out_of_memory_as(out_of_memory_anywhere):
         if on_cluster():
+            train_on_cluster = _load("shared.commands.train", "train_on_cluster")
             show_log()
             train_on_cluster(trial_class)
             return
-        arguments = read_arguments()
-        show_log(arguments.verbose)
-        if not arguments.verbose:  # it speaks of storage that is none of the user's here
+        command = command or read_command("__main__", trial_class.sections())
+        run = _load(*_COMMANDS[command.arguments.command])
+        show_log(command.arguments.verbose)
+        if not command.arguments.verbose:  # it reports storage that a local user does not have
             logging.getLogger("determined").setLevel(logging.ERROR)
-        _COMMANDS[arguments.command](trial_class, arguments)
+        run(trial_class, command.experiment, command.arguments)
+
+
+def _load(module: str, function: str) -> Callable[..., None]:
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        if error.name != "optuna":  # no other command needs it
+            raise
+        raise UserError("search needs the package optuna. Fix: pip install optuna") from error
+    sys.excepthook = sys.__excepthook__  # all that the program itself imports is installed
+    return found
+
+
+# --- the checks that need no torch ------------------------------------------------------------------
+
+
+def _check(arguments: argparse.Namespace, experiment: Experiment) -> None:
+    command = arguments.command
+    if getattr(arguments, "checkpoint", None) is not None:
+        _check_checkpoint(arguments.checkpoint, "--checkpoint")
+    elif command in ("train", "check"):
+        check_loggers(experiment.hyperparameters.loggers)
+    elif command == "search" and not arguments.status:
+        check_loggers_of_search(experiment.config)
+    if command == "train":
+        experiment.searcher_metric(None)
+        _check_run(arguments)
+    if command in ("train", "search", "evaluate"):
+        splits = ("val",) if command == "evaluate" else ("train", "val")
+        experiment.check_paths(splits, submitted=Path(sys.argv[0]).parent)
+
+
+def check_loggers_of_search(config: dict[str, Any]) -> None:
+    """Raises UserError if the trials of a search could not log. Their other hyperparameters are not drawn yet."""
+    section = {name: value for name, value in config["hyperparameters"].items() if name == "loggers"}
+    section = fixed_hyperparameters({"hyperparameters": section})
+    check_loggers(parse_section(section, TrainingHyperparameters, "hyperparameters").loggers)
+
+
+def _check_run(arguments: argparse.Namespace) -> None:
+    """Raises UserError if no run can start with --output-dir and --resume."""
+    if arguments.resume in OF_THE_RUN and arguments.output_dir is None:
+        raise UserError(f"--resume {arguments.resume}: it needs a run. Fix: name the run's folder with --output-dir")
+    if arguments.resume not in (None, *OF_THE_RUN):
+        _check_checkpoint(arguments.resume, "--resume")
+    if arguments.output_dir is not None and arguments.resume is None:
+        RunFolder(arguments.output_dir).refuse_other_run()
+
+
+def _check_checkpoint(name: str, option: str) -> None:
+    try:
+        checkpoint_here(name)
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from error
+
+
+# --- the command line -------------------------------------------------------------------------------
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line; `command` is what to do."""
+    parser = argparse.ArgumentParser(
+        prog="model_def.py",
+        description="Train, evaluate, predict or check without a cluster. `--help-config [KEY]` explains the config.",
+    )
+    commands = parser.add_subparsers(required=True, dest="command", metavar=" | ".join(_COMMANDS))
+
+    def add(name: str, about: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=about, description=about)
+        command.add_argument("config", help="the experiment config, such as const.yaml")
+        command.add_argument(
+            "--set",
+            dest="overrides",
+            metavar="KEY=VALUE",
+            action="append",
+            default=[],
+            help="any key of the config, such as hyperparameters.lr=0.01; repeat it for more keys",
+        )
+        command.add_argument("--verbose", action="store_true", help="also show the libraries' log")
+        return command
+
+    train = add("train", "Train, as a cluster would.")
+    train.add_argument("--output-dir", type=Path, help="the run's folder; default runs/<time>")
+    train.add_argument(
+        "--resume",
+        metavar="CHECKPOINT",
+        help="`last` or `best` of --output-dir; `auto`: `last` if it exists, else a new run; a checkpoint's path",
+    )
+
+    search = add("search", "Search hyperparameters with the config's `searcher`, as a cluster would.")
+    search.add_argument("--output-dir", type=Path, help="folder for trials, table and best.yaml; default runs/search")
+    search.add_argument("--jobs", type=_count, metavar="N", help="trials at once; default one per GPU, or one")
+    search.add_argument(
+        "--storage",
+        metavar="URL",
+        help="Optuna's storage for several machines: an SQL or redis URL, or a file on NFS; default in --output-dir",
+    )
+    search.add_argument("--status", action="store_true", help="only print the search's progress")
+
+    evaluate = add("evaluate", "Compute COCO metrics on data.val.")
+    evaluate.add_argument("--output", type=Path, metavar="DIR", help="write metrics.json and results.json there")
+    evaluate.add_argument("--report", type=Path, metavar="DIR", help="write report.html and report.json there")
+    evaluate.add_argument("--results", type=Path, metavar="FILE", help="score a results.json in COCO's format instead")
+
+    predict = add("predict", "Detect on images or videos, and draw the detections.")
+    predict.add_argument(
+        "--images",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, folders, globs, URLs of images, folders in buckets, videos",
+    )
+    predict.add_argument("--output", type=Path, required=True, metavar="DIR", help="pictures and results.json go there")
+    predict.add_argument(
+        "--format", choices=("png", "pdf"), default="png", help="of the pictures; default png; pdf keeps lines sharp"
+    )
+    for command, default, help in (
+        (evaluate, "best", "the lowest score that the report draws, 0 to 1; default `best`, with the greatest F1"),
+        (predict, 0.3, "the lowest score that is drawn, 0 to 1; default 0.3; `best`: from the run's report"),
+    ):
+        command.add_argument("--min-score", type=_share_or_best, default=default, help=help)
+        command.add_argument(
+            "--checkpoint",
+            help="a checkpoint's path or, with DET_MASTER set, its UUID; default: the config's pretrained weights",
+        )
+    add_check_options(add("check", "Show what would stop a training, and what is odd in its data."))
+    return parser.parse_args()
+
+
+def _count(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+
+
+def _share_or_best(text: str) -> float | str:
+    if text == "best":
+        return text
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is neither between 0 and 1, nor `best`")
+
+
+# --- errors -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def exit_on_errors() -> Iterator[None]:
+    """Exits with one line at an error that the user can fix, and at Ctrl-C."""
+    try:
+        yield
+    except (UserError, DivergedError) as error:
+        _exit_with(error)
+    except KeyboardInterrupt:
+        print(
+            "stopped; to continue a training from its last checkpoint: --output-dir DIR --resume last", file=sys.stderr
+        )
+        _exit_at_once(128 + signal.SIGINT)
+
+
+def _exit_at_once(status: int) -> NoReturn:
+    """Exits without waiting for threads: Python aborts if one still writes a checkpoint."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _exit_with(error: Exception) -> NoReturn:
+    # the error's own words; one from a loader worker comes with the worker's traceback
+    message = redacted(re.split(r"\n[\w.]+Error: ", str(error))[-1].strip())
+    rank = int(os.environ.get("RANK", 0))
+    line = f"error: {message}" if rank == 0 else f"error on rank {rank}: {message}"
+    if not on_cluster():
+        tell_torchrun(line)
+        sys.exit(line)
+    line = f"{NOT_RETRIED}{message}"
+    tell_torchrun(line)
+    if NOT_RETRIED.split(":")[0] not in str(task_config().get("log_policies")):
+        logger.info("Determined may start this trial again: its config lacks the `log_policies` of the shipped files")
+    logger.error("%s", line)
+    sys.exit(1)

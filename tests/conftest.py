@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # tiny tensors: several threads only wait for each other, and for the other processes' threads
@@ -141,6 +142,14 @@ def run_model_def(
     return done
 
 
+def run_command(function: Callable, trial_class: type, config: Path, overrides: Sequence = (), **arguments) -> None:
+    """Calls a command's function in this process, with the arguments that the command line has."""
+    from shared.launch import experiment_for
+
+    given = argparse.Namespace(command=None, config=str(config), overrides=[*overrides], **arguments)
+    function(trial_class, experiment_for(given, trial_class.sections()), given)
+
+
 def start_run(config: Path, run: Path, processes: int = 1, resume: tuple = (), script: str | Path = "model_def.py"):
     """Starts a training as `run_model_def` does, in a process group of its own, and does not wait for it."""
     program = [sys.executable]
@@ -200,16 +209,14 @@ def train(tmp_path, monkeypatch):
     """Trains in this process and returns the run's folder, `name` in the test's own."""
 
     def call(trial_class: type, config: dict, name: str = "run", resume: str | None = None) -> Path:
-        from shared.commands.train import train_here
+        from shared.commands.train import train_locally
 
         path, folder = tmp_path / f"{name}.yaml", tmp_path / name
         path.write_text(yaml.safe_dump(config))
         with monkeypatch.context() as patch:
             patch.chdir(tmp_path)
-            patch.setenv("XDG_DATA_HOME", "")
-            arguments = argparse.Namespace(config=str(path), overrides=[], output_dir=folder, resume=resume)
             try:
-                train_here(trial_class, arguments)
+                run_command(train_locally, trial_class, path, output_dir=folder, resume=resume)
             finally:
                 stop_workers()
         return folder
@@ -233,7 +240,6 @@ def refused(monkeypatch):
     def call(*arguments: object) -> str:
         with monkeypatch.context() as patch:
             patch.chdir(ROOT / "efficientdet")
-            patch.setenv("XDG_DATA_HOME", "")
             patch.setattr(sys, "argv", ["model_def.py", *map(str, arguments)])
             try:
                 with pytest.raises(SystemExit) as ended:

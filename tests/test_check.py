@@ -1,6 +1,5 @@
 """`check`: what it finds, and when it says that a training would stop."""
 
-import argparse
 import copy
 import json
 import os
@@ -10,11 +9,11 @@ import shutil
 import numpy as np
 import pytest
 import yaml
-from conftest import WITHOUT_LIBRARY
+from conftest import WITHOUT_LIBRARY, run_command
 from PIL import Image
 from tiny_models import CONFIGS, trial_classes
 
-from shared.commands.check import check_with, main
+from shared.commands.check import check_with_detector, main
 from shared.commands.data_report import Report, describe, open_both
 from shared.config.experiment import parse_data
 from shared.data.samplers import TrainingBatchSampler
@@ -130,6 +129,23 @@ def test_a_batch_of_more_images_than_there_are_is_said(caplog):
     ]
 
 
+def test_a_key_of_one_detector_is_left_to_the_check_of_that_detector(data, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"data": section(data, file_client_args={"backend": "disk"})}))
+    line = run_main(config)
+    assert "data: unknown key 'file_client_args'" in line
+    assert "use `python3 model_def.py check` in the detector's folder" in line
+
+
+def test_paths_beside_the_yaml_file_are_found_without_the_detector(data, tmp_path, monkeypatch, capsys):
+    text = yaml.safe_dump({"data": section(data)})
+    (data / "config.yaml").write_text(text.replace(f"{data}/", ""))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run_main("../data/config.yaml", "--images", "0") == 0
+    assert "nothing stops the training" in capsys.readouterr().out
+
+
 def run_main(*arguments):
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])
@@ -138,8 +154,7 @@ def run_main(*arguments):
 
 def test_the_command_reports_in_a_table_draws_a_page_of_both_splits_and_ends_with_a_status(data, tmp_path, capsys):
     config, page = tmp_path / "config.yaml", tmp_path / "page.png"
-    client = {"file_client_args": {"backend": "disk"}}  # MMDetection's key
-    config.write_text(yaml.safe_dump({"data": section(data) | client}))
+    config.write_text(yaml.safe_dump({"data": section(data)}))
     assert run_main(config, "--images", "all", "--page", page) == 0
     said = capsys.readouterr().out
     assert "nothing stops the training" in said
@@ -154,7 +169,7 @@ def test_the_command_reports_in_a_table_draws_a_page_of_both_splits_and_ends_wit
     before = first.read_bytes()
     assert "is a file among the images and would be replaced" in run_main(config, "--page", first)
     assert first.read_bytes() == before
-    assert "x.xyz is no picture; let its name end with .png" in run_main(config, "--page", "x.xyz")
+    assert "x.xyz is no picture. Fix: give a name that ends with .png" in run_main(config, "--page", "x.xyz")
     assert "--images: 'few' is neither a number nor `all`" in run_main(config, "--images", "few")
 
 
@@ -165,9 +180,8 @@ def check_as_user(detector, config, folder, capsys, *overrides):
     """`python3 model_def.py check` with a config that lies anywhere: its status and what it says."""
     path = folder / "anywhere.yaml"
     path.write_text(yaml.safe_dump(config))
-    arguments = argparse.Namespace(config=str(path), overrides=overrides, images="3", page=None)
     with pytest.raises(SystemExit) as ended:
-        check_with(trial_classes()[detector], arguments)
+        run_command(check_with_detector, trial_classes()[detector], path, overrides, images="3", page=None)
     return ended.value.code, capsys.readouterr().out
 
 
@@ -184,8 +198,8 @@ def test_the_training_is_begun_whose_model_says_how_small_boxes_may_be(detector,
 def test_a_python_config_s_smallest_anchor_is_known_too():
     if "detectron2" in WITHOUT_LIBRARY:
         pytest.skip(WITHOUT_LIBRARY["detectron2"])
-    config = {"hyperparameters": {"config_file": "configs/small_retinanet.py"}}
-    scale = trial_classes()["detectron2"].input_scale(config)
+    detector = trial_classes()["detectron2"]
+    scale = detector.input_scale(detector.hyperparameters_class("configs/small_retinanet.py"))
     assert (scale.smallest, scale.kind, scale.short, scale.long) == (16, "anchor", 240, 320)
 
 

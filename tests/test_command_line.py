@@ -9,7 +9,8 @@ import yaml
 from conftest import ROOT
 
 from efficientdet_hyperparameters import EfficientDetHyperparameters
-from shared.commands.command_line import look_first
+from shared.config.experiment import Sections
+from shared.launch import read_command
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def looked(monkeypatch, shapes, tmp_path):
     def call(command="train", config="c.yaml", *arguments):
         monkeypatch.setattr(sys, "argv", ["model_def.py", command, str(config), *map(str, arguments)])
         try:
-            look_first("__main__", EfficientDetHyperparameters)
+            read_command("__main__", Sections(EfficientDetHyperparameters))
         except SystemExit as ended:
             return ended.code
         return None
@@ -54,7 +55,7 @@ def test_a_sound_command_line_passes(looked):
         ("hyperparameters.clip_mode=l2", "hyperparameters.clip_mode: 'l2' is none of norm, value, agc"),
         ("hyperparameters.warmup_epoch=1", "unknown key 'warmup_epoch'; did you mean 'warmup_epochs'?"),
         ("searcher.metrc=bbox_mAP", "searcher: unknown key 'metrc'; did you mean 'metric'?"),
-        ("searcher.smaller_is_better=true", "a larger 'bbox_mAP' is better: say false"),
+        ("searcher.smaller_is_better=true", "a larger 'bbox_mAP' is better. Fix: write false"),
         ("data.train.images=$NOWHERE/x", "data.train.images: the variable $NOWHERE of $NOWHERE/x is not set"),
     ],
 )
@@ -69,7 +70,7 @@ def test_what_is_no_config_is_named_for_what_it_is(looked, shapes, tmp_path):
     assert "is a folder; give the experiment config itself: c.yaml" in looked(config=tmp_path)
     assert "c.yml does not exist; did you mean" in looked(config="c.yml")
     line = looked(config=ROOT / "mmdetection/const.yaml")
-    assert "const.yaml is another detector's, for this one has no hyperparameters" in line
+    assert "const.yaml is another detector's: this one has no hyperparameters" in line
     (tmp_path / "large.yaml").write_text("#" * 2**21)
     assert "is no experiment config: it has 2 MiB" in looked(config="large.yaml")
 
@@ -105,8 +106,12 @@ def test_a_checkpoint_that_is_only_named_best_is_asked_of_which_run(looked, tmp_
     of_run.mkdir(parents=True)
     line = looked("evaluate", "c.yaml", "--checkpoint", "best")
     assert "of the newest run here runs/a/checkpoints/best" in line
-    assert "--resume best: say of which run, by --output-dir" in looked("train", "c.yaml", "--resume", "best")
-    assert "--resume auto: say of which run, by --output-dir" in looked("train", "c.yaml", "--resume", "auto")
+    assert "--resume best: it needs a run. Fix: name the run's folder with --output-dir" in looked(
+        "train", "c.yaml", "--resume", "best"
+    )
+    assert "--resume auto: it needs a run. Fix: name the run's folder with --output-dir" in looked(
+        "train", "c.yaml", "--resume", "auto"
+    )
 
 
 def test_a_score_in_percent_is_refused(looked, capsys):
@@ -118,3 +123,21 @@ def test_a_run_s_folder_is_not_written_over(looked, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text(json.dumps({}))
     assert "holds a run already; add `--resume last`" in looked("train", "c.yaml", "--output-dir", "run")
+
+
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [("lr", "default: 0.01, upstream: --lr"), ("data.workers", "default: 4, ≥ 0"), ("amp", "one of `bf16`, `fp16`")],
+)
+def test_help_config_explains_a_key(key, shown, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["model_def.py", "--help-config", key])
+    with pytest.raises(SystemExit) as ended:
+        read_command("__main__", Sections(EfficientDetHyperparameters))
+    assert not ended.value.code
+    assert shown in capsys.readouterr().out
+
+
+def test_help_config_names_the_nearest_key(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["model_def.py", "--help-config", "learning_rate"])
+    with pytest.raises(SystemExit, match="there is no key 'learning_rate'; did you mean 'lr'"):
+        read_command("__main__", Sections(EfficientDetHyperparameters))

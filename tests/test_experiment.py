@@ -1,12 +1,24 @@
 """The experiment config: what it says, and errors that name the key."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
 
-from shared.config.experiment import parse_data, parse_schedule, parse_searcher_metric, per_slot_batch_size
+from detectron2_hyperparameters import Detectron2Hyperparameters
+from efficientdet_hyperparameters import EfficientDetHyperparameters
+from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparameters
+from shared.config.experiment import (
+    Sections,
+    experiment_of,
+    parse_data,
+    parse_schedule,
+    parse_searcher_metric,
+    per_slot_batch_size,
+    read_experiment,
+)
 from shared.config.file import fixed_hyperparameters, interpolated, load_config
-from shared.config.schema import Length, SearcherMetric, parse_section
+from shared.config.schema import DataConfig, EarlyStopping, Length, SearcherMetric, Split, parse_section
 from shared.errors import UserError
 
 
@@ -20,7 +32,7 @@ class Hparams:
 def config(tmp_path, text, *overrides):
     path = tmp_path / "c.yaml"
     path.write_text(text)
-    return load_config(path, overrides)
+    return load_config(path, overrides, {})
 
 
 def test_overrides_win(tmp_path):
@@ -55,7 +67,7 @@ def test_a_const_is_its_value():
 
 def test_a_missing_or_broken_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.yaml does not exist"):
-        load_config(str(tmp_path / "none.yaml"))
+        load_config(tmp_path / "none.yaml", (), {})
     with pytest.raises(UserError, match=r"c\.yaml is not YAML"):
         config(tmp_path, "a: [")
 
@@ -84,7 +96,7 @@ def test_a_period_of_0_is_one_that_is_not_given():
     config = {"searcher": {"max_length": {"epochs": 3}}, "min_validation_period": {"batches": 0}}
     assert parse_schedule(config).validation_period is None
     own = {"min_validation_period": Length("epochs", 1)}
-    assert parse_schedule(config, own).validation_period == Length("epochs", 1)
+    assert parse_schedule(config).with_defaults(own).validation_period == Length("epochs", 1)
     with pytest.raises(UserError, match=r"min_checkpoint_period\.batches: -1 is not a positive whole number"):
         parse_schedule({**config, "min_checkpoint_period": {"batches": -1}})
 
@@ -126,7 +138,7 @@ def test_a_value_that_names_a_key_has_its_value_here_and_on_a_cluster():
 )
 def test_a_metric_knows_which_values_are_better(metric, smaller):
     assert parse_searcher_metric({"searcher": {"metric": metric}}, None).smaller_is_better is smaller
-    with pytest.raises(UserError, match=f"say {str(smaller).lower()}"):
+    with pytest.raises(UserError, match=f"write {str(smaller).lower()}"):
         parse_searcher_metric({"searcher": {"metric": metric, "smaller_is_better": not smaller}}, None)
 
 
@@ -134,3 +146,51 @@ def test_a_metric_whose_name_tells_nothing_needs_to_be_told_which_values_are_bet
     with pytest.raises(UserError, match="smaller_is_better is missing"):
         parse_searcher_metric({"searcher": {"metric": "speed"}}, None)
     assert parse_searcher_metric({"searcher": {"metric": "speed", "smaller_is_better": True}}, None).smaller_is_better
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        *(EfficientDetHyperparameters, MMDetectionHyperparameters, Detectron2Hyperparameters, EarlyStopping),
+        *(DataConfig, MMDetectionData, Split),
+    ],
+)
+def test_every_key_has_one_line_of_text(section):
+    for field in dataclasses.fields(section):
+        assert 10 < len(field.metadata["help"]) < 100, field.name
+        assert "\n" not in field.metadata["help"]
+
+
+def test_an_experiment_is_read_once_with_its_paths_and_values(shapes, tmp_path, monkeypatch):
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside/start.pth").touch()
+    path = tmp_path / "beside/c.yaml"
+    path.write_text(
+        f"data: {{val: {{annotations: {shapes}/annotations/val.json, images: $SHAPES/val}}, backend: disk}}\n"
+        "hyperparameters: {lr: 0.5, hang_minutes: 3, pretrained: start.pth}\n"
+        "searcher: {max_length: {epochs: 2}, metric: bbox_mAP_50}\n"
+        "reproducibility: {experiment_seed: 7}\noptimizations: {aggregation_frequency: 2}\n"
+    )
+    monkeypatch.setenv("SHAPES", str(shapes))
+    experiment = read_experiment(path, ["hyperparameters.lr=0.25"], Sections(EfficientDetHyperparameters))
+    assert (experiment.hyperparameters.lr, experiment.hang_minutes) == (0.25, 3)
+    assert experiment.hyperparameters.pretrained == str(tmp_path / "beside/start.pth")
+    assert experiment.data.val.images == experiment.config["data"]["val"]["images"] == str(shapes / "val")
+    assert (experiment.seed, experiment.aggregation_frequency) == (7, 2)
+    assert experiment.schedule().max_length == Length("epochs", 2)
+    assert experiment.searcher_metric(None) == SearcherMetric("bbox_mAP_50", smaller_is_better=False)
+
+
+def test_a_master_s_config_gives_the_experiment_of_its_yaml_file(shapes, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("data: {backend: fake}\nhyperparameters: {lr: 0.5}\nsearcher: {max_length: {batches: 2}}\n")
+    sections = Sections(EfficientDetHyperparameters)
+    here = read_experiment(path, (), sections)
+    master = experiment_of(here.config, here.config["hyperparameters"], sections)
+    assert (master.hyperparameters, master.data, master.config) == (here.hyperparameters, here.data, here.config)
+
+
+@pytest.mark.parametrize("name", ["data", "hyperparameters", "searcher"])
+def test_a_section_that_is_no_section_is_named(tmp_path, name):
+    with pytest.raises(UserError, match=f"{name}: 5 is no section"):
+        config(tmp_path, f"{name}: 5")

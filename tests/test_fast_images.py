@@ -1,6 +1,5 @@
 """`data.fast_images`: other pixels than Pillow's by next to nothing, and all else as without it."""
 
-import argparse
 import io
 import json
 import shutil
@@ -8,11 +7,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import run_command
 from determined import pytorch
 from PIL import Image
 from tiny_models import CONFIGS, efficientdet_config, trial_classes
 
-from shared.commands import detect
+from shared.commands.evaluate import evaluate
 from shared.data import fast_images, synthetic
 from shared.data.dataset import SampleKey
 from shared.data.images import decode_rgb, plain_bytes, resize_visible
@@ -143,17 +143,18 @@ def larger_shapes(tmp_path_factory):
 
 def evaluated(trial_class, run, output, fast, monkeypatch):
     """The metrics of a run's last checkpoint, and its detections' scores in order."""
-    arguments = argparse.Namespace(
-        config=str(run / "config.yaml"),
-        checkpoint=str(run / "checkpoints/last"),
-        overrides=[f"data.fast_images={str(fast).lower()}"],
-        output=output,
-        report=None,
-        results=None,
-    )
     with monkeypatch.context() as patch:
         patch.chdir(output.parent)
-        detect.evaluate(trial_class, arguments)
+        run_command(
+            evaluate,
+            trial_class,
+            run / "config.yaml",
+            overrides=[f"data.fast_images={str(fast).lower()}"],
+            checkpoint=str(run / "checkpoints/last"),
+            output=output,
+            report=None,
+            results=None,
+        )
     scores = [found["score"] for found in json.loads((output / "results.json").read_text())]
     return json.loads((output / "metrics.json").read_text()), np.sort(scores)
 

@@ -54,7 +54,7 @@ def test_missing_images_are_named_before_anything_is_read(shapes):
     with pytest.raises(UserError, match=r"data\.train\.images: 14 of the 24 .* first is 000010\.png"):
         check_images(annotations, DiskImages(shapes / "val"), "data.train.images")
     with pytest.raises(UserError, match=r"data\.val\.images: /nowhere is not a folder"):
-        open_images("disk", "/nowhere", "val")
+        open_images("/nowhere", "val")
 
 
 def test_an_image_that_cannot_be_decoded_is_named(shapes, tmp_path):

@@ -2,17 +2,20 @@
 
 import json
 import shutil
-from argparse import Namespace
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import run_command
 from PIL import Image
 from stores import BUCKET, http_store, s3_store
 
-from shared.commands import detect
+from shared.commands import detection
+from shared.commands.evaluate import evaluate as evaluate_command
+from shared.commands.predict import predict as predict_command
 from shared.commands.predict_inputs import _find
 from shared.config.schema import TrainingHyperparameters
 from shared.data.annotations import CocoAnnotations
@@ -21,6 +24,7 @@ from shared.data.loading import Batch
 from shared.errors import UserError
 from shared.evaluation.detections import Detections, to_coco_results
 from shared.evaluation.evaluator import evaluate
+from shared.training.checkpoints import Checkpoint
 from shared.training.trial import DetectionTrial
 
 SEARCHER = {"metric": "bbox_mAP", "max_length": {"batches": 1}}
@@ -69,12 +73,11 @@ def predict(tmp_path, monkeypatch):
     """Predicts in this process; what is in results.json, by file name."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*images, output="out", trial_class=FindsTwo, picture_format="png", min_score=0.3, **data):
+    def call(*images, output="out", trial_class=FindsTwo, picture_format="png", min_score=0.3, checkpoint=None, **data):
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump({"data": {"workers": 0, **data}, "searcher": SEARCHER}))
-        arguments = Namespace(config=str(path), overrides=[], checkpoint=None, images=[*map(str, images)])
-        arguments.output, arguments.format, arguments.min_score = tmp_path / output, picture_format, min_score
-        detect.predict(trial_class, arguments)
+        outputs = {"output": tmp_path / output, "format": picture_format, "min_score": min_score}
+        run_command(predict_command, trial_class, path, checkpoint=checkpoint, images=[*map(str, images)], **outputs)
         return json.loads((tmp_path / output / "results.json").read_text())
 
     return call
@@ -110,7 +113,7 @@ def test_a_folder_files_and_a_glob_together_each_image_once(predict, tmp_path, c
     said = capsys.readouterr().out
     assert "8 detections on 4 images in" in said
     assert "the 4 of at least 0.3 are drawn" in said
-    assert "ms an image" in said
+    assert "ms per image" in said
 
 
 def clip(path, levels=(0, 200), size=(64, 48)):
@@ -243,15 +246,17 @@ def test_the_threshold_of_the_run_s_report_is_drawn_with(predict, tmp_path, monk
     image(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"--min-score best: .* is of no run with a report; `evaluate` says"):
         predict("a.png", min_score="best")
-    checkpoint = Namespace(path=tmp_path / "run/checkpoints/best", hparams={}, categories=None, weights=None)
+    path = tmp_path / "run/checkpoints/best"
+    checkpoint = Checkpoint(
+        path, {}, {}, config={}, hparams={}, categories=None, batches=1, optimizer_groups=[], training={}
+    )
     (tmp_path / "run").mkdir()
     (tmp_path / "run/report.json").write_text('{"best_threshold": 0.05}')
-    monkeypatch.setattr(
-        detect, "_config_to_detect_with", lambda *_: ({"hyperparameters": {}, "searcher": SEARCHER}, checkpoint)
-    )
-    monkeypatch.setattr(detect, "load_weights", lambda *_: FindsTwo.check_pretrained)
+    monkeypatch.setattr(detection, "find_checkpoint", Path)
+    monkeypatch.setattr(detection, "read_checkpoint", lambda _: checkpoint)
+    monkeypatch.setattr(detection, "load_weights", lambda *_: None)
     monkeypatch.setattr(FindsTwo, "batches", 0, raising=False)
-    predict("a.png", min_score="best")
+    predict("a.png", min_score="best", checkpoint=str(path))
     assert "the 2 of at least 0.05 are drawn" in capsys.readouterr().out
 
 
@@ -320,9 +325,8 @@ def score(shapes, tmp_path):
         config.write_text(yaml.safe_dump({"data": {"val": val}}))
         text = written if isinstance(written, (str, bytes)) else json.dumps(written)
         results.write_bytes(text.encode() if isinstance(text, str) else text)
-        arguments = Namespace(config=str(config), overrides=[], checkpoint=checkpoint, results=results, output=out)
-        arguments.report, arguments.min_score = report, "best"
-        detect.evaluate(FindsTwo, arguments)
+        arguments = {"checkpoint": checkpoint, "results": results, "output": out, "report": report, "min_score": "best"}
+        run_command(evaluate_command, FindsTwo, config, **arguments)
         return json.loads((out / "metrics.json").read_text())
 
     return call
@@ -342,7 +346,7 @@ def test_a_results_file_is_scored_without_a_model(score, shapes, capsys):
         if not r.iscrowd[i]
     ]
     assert score(masks)["segm_mAP"] > 0.99
-    with pytest.raises(UserError, match="leave --checkpoint out"):
+    with pytest.raises(UserError, match="it scores a file, and no model"):
         score(results, checkpoint="runs/a")
 
 
@@ -357,6 +361,18 @@ def test_evaluate_says_the_best_threshold_and_reports(score, shapes, tmp_path, c
     numbers = json.loads((tmp_path / "report/report.json").read_text())
     assert numbers["best_threshold"] == pytest.approx(0.7)
     assert "data:image/jpeg" in (tmp_path / "report/report.html").read_text()
+
+
+def test_a_results_file_is_scored_on_data_beside_the_yaml_file(shapes, tmp_path, monkeypatch):
+    val = {"annotations": "annotations/val.json", "images": "val"}
+    config = shapes / "beside.yaml"
+    config.write_text(yaml.safe_dump({"data": {"val": val}}))
+    (tmp_path / "results.json").write_text("[]")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    arguments = {"checkpoint": None, "results": tmp_path / "results.json", "output": tmp_path / "scored"}
+    run_command(evaluate_command, FindsTwo, config, report=None, min_score="best", **arguments)
+    assert json.loads((tmp_path / "scored/metrics.json").read_text())["bbox_mAP"] == 0
 
 
 def test_evaluate_does_not_replace_what_it_scores(score, tmp_path):

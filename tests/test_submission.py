@@ -19,8 +19,8 @@ from determined.common.context import read_v1_context
 from determined_master import DEFAULTS, LOG_POLICIES, SEARCHER_DEFAULTS, handed_over
 from tiny_models import CONFIGS, trial_classes
 
-from shared.config.experiment import parse_data, parse_schedule, parse_searcher_metric, per_slot_batch_size
-from shared.config.schema import Length, parse_section
+from shared.config.experiment import experiment_of, parse_schedule, per_slot_batch_size
+from shared.config.schema import Length
 
 DETECTORS = ["efficientdet", "mmdetection", "detectron2"]
 SHIPPED = [path for detector in DETECTORS for path in sorted((ROOT / detector).glob("*.yaml"))]
@@ -140,16 +140,15 @@ def test_a_file_is_accepted_as_the_master_hands_it_over(path):
         pytest.skip(WITHOUT_LIBRARY[path.parent.name])
     for seed in range(3 if written["searcher"]["name"] != "single" else 1):
         trial = object.__new__(trial_class)  # what reads the config, without data and model
-        trial.config, trial.for_training = handed_over(written), True
-        hyperparameters = draw(written["hyperparameters"], random.Random(seed))
-        trial.hparams = parse_section(hyperparameters, trial_class.hyperparameters_class, "hyperparameters")
-        trial.data = parse_data(trial.config, trial_class.data_class)
+        config, hyperparameters = handed_over(written), draw(written["hyperparameters"], random.Random(seed))
+        trial.experiment = experiment = experiment_of(config, hyperparameters, trial_class.sections())
+        trial.for_training, trial.hparams, trial.data = True, experiment.hyperparameters, experiment.data
         trial.read_own_config()
-        schedule = parse_schedule(trial.config, trial.default_lengths())
-        metric = parse_searcher_metric(trial.config, trial.reported_metrics())
+        schedule = experiment.schedule(trial.default_lengths())
+        metric = experiment.searcher_metric(trial.reported_metrics())
 
-        trial_class.input_scale({**trial.config, "hyperparameters": hyperparameters})
-        assert per_slot_batch_size(trial.hparams.global_batch_size, trial.config["resources"]["slots_per_trial"])
+        trial_class.input_scale(experiment.hyperparameters)
+        assert per_slot_batch_size(trial.hparams.global_batch_size, config["resources"]["slots_per_trial"])
         assert (metric.name, metric.smaller_is_better) == (written["searcher"]["metric"], False)
         assert schedule.max_length.count > 0
         for key, period in [

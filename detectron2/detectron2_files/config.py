@@ -24,7 +24,7 @@ def shipped_configs() -> Path:
     return Path(detectron2.config.__file__).parent.parent / "model_zoo" / "configs"
 
 
-def load_config(hparams: Detectron2Hyperparameters, submitted: Path) -> Detectron2Config:
+def load_detectron2_config(hparams: Detectron2Hyperparameters, submitted: Path) -> Detectron2Config:
     """`config_file` with `config_overrides` over it.
 
     Raises:

@@ -44,7 +44,7 @@ from mmdetection_files.saved_config import (
 from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparameters
 from shared.config.file import find_path, without_ranges
 from shared.config.schema import Length, is_url
-from shared.data.input_scale import InputScale
+from shared.data.images import InputScale
 from shared.errors import UserError, nearest
 from shared.library import find_library_config, import_custom_modules
 
@@ -649,9 +649,9 @@ def set_paths(config: Config, data: MMDetectionData, submitted: Path) -> None:
                     leaf[key] = _below(root, leaf[key], data, submitted)
 
 
-def find_weights_files(config: Config, submitted: Path) -> None:
+def find_weights_files(config: Config, places: Sequence[Path]) -> None:
     """Makes the config's own relative paths of weights absolute (`init_cfg.checkpoint`, `pretrained`, `teacher_ckpt`,
-    `load_from`), where their file is in the folder submitted, where the run was started or beside the YAML file."""
+    `load_from`), if one of the places has their file."""
 
     def visit(section: Any) -> None:
         if isinstance(section, (list, tuple)):
@@ -660,13 +660,13 @@ def find_weights_files(config: Config, submitted: Path) -> None:
         elif isinstance(section, dict):
             for key, value in section.items():
                 if key in ("checkpoint", "pretrained", "teacher_ckpt") and isinstance(value, str):
-                    section[key] = str(find_path(value, [submitted]) or value)
+                    section[key] = str(find_path(value, places) or value)
                 else:
                     visit(value)
 
     visit(config.model)
     if isinstance(config.get("load_from"), str):
-        config.load_from = str(find_path(config.load_from, [submitted]) or config.load_from)
+        config.load_from = str(find_path(config.load_from, places) or config.load_from)
 
 
 def _below(root: str, path: Any, data: MMDetectionData, submitted: Path) -> Any:

@@ -1,4 +1,4 @@
-"""What is in a data set, and what a training would meet in it: the counts, tables and remarks of `check`."""
+"""What is in a data set, and what would stop a training on it: the counts, tables and remarks of `check`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tabulate import tabulate
 from shared.config.schema import DataConfig
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.checks import image_sizes, is_absent, under_a_pixel, why_wrong, wrong_rows
-from shared.data.images import BadImageError, darkness, read_image
-from shared.data.input_scale import InputScale
+from shared.data.images import BadImageError, InputScale, darkness, read_image
 from shared.data.open import SplitData, check_evaluable, check_trainable, open_split
 from shared.errors import UserError
 
-SPLITS = ("train", "val")
-_ON_THE_PAGE = 9  # of each split
+_SPLITS = ("train", "val")
+_ON_THE_PAGE = 9  # images of each split
 _READERS = 8
 _NAMES = 10
+_PERCENTILES = (1, 10, 50, 90, 99)
 
 
 @dataclass
@@ -33,9 +33,9 @@ class Report:
     """What is in the data.
 
     Attributes:
-        stops: what would end a training.
-        remarks: what one should look at.
-        rows: name, of train, of val.
+        stops: what would stop a training.
+        remarks: what to look at.
+        rows: name, value for train, value for val.
         categories: name, boxes in train, boxes in val.
     """
 
@@ -45,39 +45,40 @@ class Report:
     categories: list[list[Any]] = field(default_factory=list)
 
     def stop(self, error: Exception) -> None:
-        """Adds what would end a training, unless it is said already."""
+        """Adds what would stop a training, unless it is there already."""
         message = " ".join(str(error).split()) or type(error).__name__
         message = message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"
         if not any(message in stop or stop in message for stop in self.stops):
             self.stops.append(message)
 
     def __str__(self) -> str:
-        parts = [tabulate(self.rows, headers=["", *SPLITS], missingval="-")] if self.rows else []
+        parts = [tabulate(self.rows, headers=["", *_SPLITS], missingval="-")] if self.rows else []
         if self.categories:
-            parts.append(tabulate(self.categories, headers=["category", *SPLITS], missingval="-"))
+            parts.append(tabulate(self.categories, headers=["category", *_SPLITS], missingval="-"))
         parts += [f"stops the training: {stop}" for stop in self.stops]
         parts += [f"look at: {remark}" for remark in self.remarks]
         return "\n\n".join(parts) + ("" if self.stops else "\n\nnothing stops the training")
 
 
 def open_named(data: DataConfig, report: Report) -> dict[str, SplitData]:
-    """The splits that the `data` section names and that can be opened; adds to the report why one cannot."""
+    """The splits that the `data` section names. If one cannot be opened, the report gets the reason."""
     opened = {}
-    for split in SPLITS if data.backend == "fake" else [split for split in SPLITS if getattr(data, split) is not None]:
-        try:
-            opened[split] = open_split(dataclasses.replace(data, check_images=True), split)
-        except UserError as error:
-            report.stop(error)
+    for split in _SPLITS:
+        if not data.reads_files or getattr(data, split) is not None:
+            try:
+                opened[split] = open_split(dataclasses.replace(data, check_images=True), split)
+            except UserError as error:
+                report.stop(error)
     return opened
 
 
 def open_both(data: DataConfig, report: Report) -> dict[str, SplitData]:
-    """The splits that can be opened; adds what would stop a training by all of their annotations to the report."""
-    for split in SPLITS:
-        if data.backend != "fake" and getattr(data, split) is None:
+    """The splits that can be opened. The report gets what in all their annotations would stop a training."""
+    for split in _SPLITS:
+        if data.reads_files and getattr(data, split) is None:
             report.stop(UserError(f"data.{split} is missing; it needs the keys `annotations` and `images`"))
     opened = open_named(data, report)
-    rules = ((check_trainable, ["train"]), (check_evaluable, ["val"]), (check_same_categories, SPLITS))
+    rules = ((check_trainable, ["train"]), (check_evaluable, ["val"]), (check_same_categories, _SPLITS))
     for rule, splits in rules:
         if all(split in opened for split in splits):
             try:
@@ -90,72 +91,74 @@ def open_both(data: DataConfig, report: Report) -> dict[str, SplitData]:
 def describe(
     opened: Mapping[str, SplitData], scale: InputScale | None, images: int | None, skip: bool, report: Report
 ) -> None:
-    """Adds counts, tables and remarks of the splits, and the images that are bad.
+    """Adds counts, tables and remarks of the splits to the report, and their bad images.
 
     Args:
-        scale: how large boxes are for the model; as in the images where None.
-        images: how many of each split are read; all where None.
-        skip: whether a training leaves bad images out.
+        scale: the size of boxes for the model; None for their size in the images.
+        images: how many to read of each split; None for all.
+        skip: whether a training skips bad images.
     """
     described = {split: _describe(f"data.{split}", of.annotations, scale, report) for split, of in opened.items()}
-    names = list(dict.fromkeys(itertools.chain.from_iterable(described.values())))
-    report.rows += [[name, *(described.get(split, {}).get(name) for split in SPLITS)] for name in names]
-    counts = {split: _boxes_by_category(of.annotations) for split, of in opened.items()}
-    report.categories = [
-        [name, *(counts.get(split, {}).get(name) for split in SPLITS)]
-        for name in dict.fromkeys(itertools.chain.from_iterable(counts.values()))
-    ]
+    report.rows += _side_by_side(described)
+    report.categories = _side_by_side({split: _boxes_by_category(of.annotations) for split, of in opened.items()})
     if empty := [name for name, boxes, _ in report.categories if boxes == 0]:
         what = "1 category has" if len(empty) == 1 else f"{len(empty)} categories have"
         more = f", and {len(empty) - _NAMES} more" if len(empty) > _NAMES else ""
         report.remarks.append(f"data.train: {what} no box to train on: {', '.join(empty[:_NAMES])}{more}")
     if opened:
         _read_images(opened, images, skip, report)
+    if len(opened) == 2:
+        train, val = (_by_boxes(opened[split].annotations) for split in _SPLITS)
+        _remark_on_both("images with the very same boxes", train, val, report)
+
+
+def _side_by_side(of_splits: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
+    """Rows of a name and its value in each split; None if the split lacks it."""
+    names = dict.fromkeys(itertools.chain.from_iterable(of_splits.values()))
+    return [[name, *(of_splits.get(split, {}).get(name) for split in _SPLITS)] for name in names]
 
 
 def _describe(where: str, annotations: CocoAnnotations, scale: InputScale | None, report: Report) -> dict[str, Any]:
-    """The counts of one split; adds what is wrong to the report."""
+    """The counts of one split. The report gets what is wrong."""
     columns = annotations.columns
-    boxes, ids, crowd = columns["boxes"], columns["annotation_ids"], columns["iscrowd"]
+    boxes, ids, crowd, offsets = (columns[name] for name in ("boxes", "annotation_ids", "iscrowd", "offsets"))
     widths, heights = image_sizes(annotations).T
 
     def remark(found: np.ndarray, what: str) -> None:
         if found.any():
             report.remarks.append(f"{where}: {int(found.sum())} {what}, the first is annotation {ids[found.argmax()]}")
 
-    right, bottom = boxes[:, 0] + boxes[:, 2], boxes[:, 1] + boxes[:, 3]
+    left, top, right, bottom = boxes[:, 0], boxes[:, 1], boxes[:, 0] + boxes[:, 2], boxes[:, 1] + boxes[:, 3]
     flat = annotations.without_area
-    remark(flat, "boxes have no width or no height; they are left out of the training")
-    remark(~flat & ((right <= 0) | (bottom <= 0) | (boxes[:, 0] >= widths) | (boxes[:, 1] >= heights)),
-           "boxes lie outside of their image")  # fmt: skip
-    remark(~flat & ((boxes[:, :2] < -1).any(axis=1) | (right > widths + 1) | (bottom > heights + 1)),
-           "boxes reach over the edge of their image by more than a pixel")  # fmt: skip
+    outside = (right <= 0) | (bottom <= 0) | (left >= widths) | (top >= heights)
+    over_the_edge = (left < -1) | (top < -1) | (right > widths + 1) | (bottom > heights + 1)
+    remark(flat, "boxes have no width or no height; a training omits them")
+    remark(~flat & outside, "boxes lie outside of their image")
+    remark(~flat & over_the_edge, "boxes reach over the edge of their image by more than a pixel")
     remark(under_a_pixel(annotations), "boxes are less than a pixel wide or high")
     wrong = wrong_rows(annotations)
-    stops = any(stop.startswith(where) and "segmentation" in stop for stop in report.stops)
-    if len(wrong) and not stops:
+    if len(wrong) and not any(stop.startswith(where) and "segmentation" in stop for stop in report.stops):
         report.remarks.append(
             f"{where}: {len(wrong)} segmentations are wrong; that of annotation {ids[wrong[0]]} "
             f"{why_wrong(annotations, wrong[0])}"
         )
 
     factor = np.ones(len(annotations)) if scale is None else scale.factor(columns["widths"], columns["heights"])
-    sides = np.sqrt((boxes[:, 2] * boxes[:, 3]).clip(0)) * np.repeat(factor, np.diff(columns["offsets"]))
     objects = ~flat & ~crowd
+    sides = (np.sqrt((boxes[:, 2] * boxes[:, 3]).clip(0)) * np.repeat(factor, np.diff(offsets)))[objects]
     rows = {
         "images": len(annotations),
-        "  without annotations": int((np.diff(columns["offsets"]) == 0).sum()),
+        "  without annotations": int((np.diff(offsets) == 0).sum()),
         "annotations": len(ids),
         "  crowds": int(crowd.sum()),
         "  with masks": int((~is_absent(annotations)).sum()),
-        "largest image": "×".join(str(columns[name].max()) for name in ("widths", "heights")),
+        "largest image": f"{columns['widths'].max()}×{columns['heights'].max()}",
     }
     unit = "box side, pixels of the image" if scale is None else "box side, pixels of the model's input"
-    for percent in (1, 10, 50, 90, 99):
-        rows[f"{unit}: {percent} %"] = f"{np.percentile(sides[objects], percent):.0f}" if objects.any() else None
-    if scale is not None and objects.any():
-        small = objects & (sides < scale.smallest)
-        share = small.sum() / objects.sum()
+    for percent in _PERCENTILES:
+        rows[f"{unit}: {percent} %"] = f"{np.percentile(sides, percent):.0f}" if len(sides) else None
+    if scale is not None and len(sides):
+        share = (sides < scale.smallest).mean()
         rows[f"  under the model's smallest {scale.kind}, {scale.smallest:g}"] = f"{share:.1%}"
         if share > 0.2:
             report.remarks.append(
@@ -173,43 +176,32 @@ def _boxes_by_category(annotations: CocoAnnotations) -> dict[str, int]:
 
 
 def _read_images(opened: Mapping[str, SplitData], images: int | None, skip: bool, report: Report) -> None:
-    """Reads some of each split; adds what cannot be read, and what is in both."""
-    digests: dict[str, dict[str, str]] = {}
-    row: list[Any] = ["images read"]
-    for split in SPLITS:
-        if split not in opened:
-            row.append(None)
-            continue
-        data = opened[split]
+    """Reads some images of each split. The report gets those that cannot be read, and those that are in both splits."""
+    names: dict[str, dict[str, str]] = {}
+    counts: dict[str, int] = {}
+    for split, data in opened.items():
         wanted = spread(len(data.annotations), images)
-        count = len(wanted)
-        digests[split], bad, dark = {}, [], []
         with ThreadPoolExecutor(_READERS) as readers:
-            for name, digest, error, too_dark in readers.map(lambda i, data=data: _digest(data, i), wanted):
-                if error:
-                    bad.append(error)
-                else:
-                    digests[split].setdefault(digest, name)
-                    dark += [too_dark] if too_dark else []
-        row.append(count)
+            read = list(readers.map(lambda index, data=data: _read(data, index), wanted))
+        counts[split] = len(wanted)
+        names[split] = {}
+        for name, digest, _, _ in reversed(read):  # the first image of several equal ones counts
+            if digest:
+                names[split][digest] = name
+        bad, dark = ([one[i] for one in read if one[i]] for i in (2, 3))
+        which = f"data.{split}: {{}} of the {len(wanted)} images that were read"
         if bad:
-            message = f"data.{split}: {len(bad)} of the {count} images that were read are bad, the first: {bad[0]}"
+            message = f"{which.format(len(bad))} are bad, the first: {bad[0]}"
             (report.remarks if skip else report.stops).append(message)
         if dark:
-            report.remarks.append(f"data.{split}: {len(dark)} of the {count} images that were read: {dark[0]}")
+            report.remarks.append(f"{which.format(len(dark))}: {dark[0]}")
+    report.rows += _side_by_side({split: {"images read": count} for split, count in counts.items()})
     if len(opened) == 2:
-        train, val = digests["train"], digests["val"]
-        _remark_on_both(
-            "images that were read", [(train[digest], val[digest]) for digest in train.keys() & val], report
-        )
-        train, val = (_by_boxes(opened[split].annotations) for split in ("train", "val"))
-        both = [(train[boxes], val[boxes]) for boxes in train.keys() & val]
-        _remark_on_both("images with the very same boxes", both, report)
-    report.rows.append(row)
+        _remark_on_both("images that were read", names["train"], names["val"], report)
 
 
-def _digest(data: SplitData, index: int) -> tuple[str, str, str, str]:
-    """The image's name, a digest of its pixels, why it is bad, and what `darkness` says of it."""
+def _read(data: SplitData, index: int) -> tuple[str, str, str, str]:
+    """The image's name, a digest of its pixels, why it is bad, and why it is dark; each may be empty."""
     record = data.annotations[index]
     try:
         image = read_image(data.images, record.file_name, (record.width, record.height), f"image id {record.image_id}")
@@ -220,7 +212,7 @@ def _digest(data: SplitData, index: int) -> tuple[str, str, str, str]:
 
 
 def _by_boxes(annotations: CocoAnnotations) -> dict[bytes, str]:
-    """The first image of each size and set of boxes; of those with two boxes or more, which chance does not repeat."""
+    """The first image of each size and set of boxes. Chance does not repeat two boxes or more; fewer do not count."""
     columns = annotations.columns
     offsets, boxes = columns["offsets"].tolist(), columns["boxes"]
     sizes = list(zip(columns["widths"].tolist(), columns["heights"].tolist(), strict=True))
@@ -232,15 +224,15 @@ def _by_boxes(annotations: CocoAnnotations) -> dict[bytes, str]:
     return found
 
 
-def _remark_on_both(what: str, both: Sequence[tuple[str, str]], report: Report) -> None:
-    if both:
-        train, val = min(both)
-        report.remarks.append(f"{len(both)} {what} are in data.train and in data.val, the first is {train} and {val}")
+def _remark_on_both(what: str, train: Mapping[Any, str], val: Mapping[Any, str], report: Report) -> None:
+    if both := [(train[key], val[key]) for key in train.keys() & val]:
+        first = " and ".join(min(both))
+        report.remarks.append(f"{len(both)} {what} are in data.train and in data.val, the first is {first}")
 
 
 def save_page(opened: Mapping[str, SplitData], path: Path, count: int = _ON_THE_PAGE) -> None:
-    """A page of images with their labels, of each split some that are spread over the file, as PNG or PDF."""
-    from shared.evaluation import drawing  # which takes a while to import
+    """Draws some images of each split, spread over the file, with their labels, as PNG or PDF."""
+    from shared.evaluation import drawing  # importing it takes a while
 
     samples = []
     for split, data in opened.items():
@@ -261,7 +253,7 @@ def save_page(opened: Mapping[str, SplitData], path: Path, count: int = _ON_THE_
     drawing.save(drawing.page_of_truth(samples, categories), path)
 
 
-def spread(length: int, count: int | None) -> list[int]:
-    """At most `count` positions, all where None, spread over a sequence: the same at each call."""
+def spread(length: int, count: int | None) -> Sequence[int]:
+    """At most `count` positions, evenly spread over a sequence and the same at each call; all if None."""
     count = length if count is None else min(count, length)
     return np.linspace(0, length - 1, count).astype(int).tolist() if count else []

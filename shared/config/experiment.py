@@ -1,20 +1,19 @@
-"""The experiment config: one YAML file for the cluster and for here. Errors name the key."""
+"""One experiment config, read once into an `Experiment`, which every command and the trial receive."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from shared.config.file import expanded, refuse_unknown_keys
+from shared.config.file import expanded, find_path, fixed_hyperparameters, interpolated, load_config
 from shared.config.schema import (
     BACKEND_ALIASES,
     BACKENDS,
-    BUCKETS,
     UNITS,
     DataConfig,
     Length,
@@ -23,121 +22,210 @@ from shared.config.schema import (
     Split,
     TrainingHyperparameters,
     is_url,
+    key_names,
     parse_section,
 )
 from shared.errors import UserError, count_of, nearest, nearest_path
 
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-
-def hang_minutes_of(config: dict[str, Any]) -> float | None:
-    """`hyperparameters.hang_minutes`, before the hyperparameters are read; None also where it is none, which they
-    refuse."""
-    value = (config.get("hyperparameters") or {}).get("hang_minutes", TrainingHyperparameters.hang_minutes)
-    return value if type(value) in (int, float) and value > 0 else None
+_SPLITS = ("train", "val")
+_NOT_GIVEN = (None, 0, {}, *({unit: 0} for unit in UNITS))  # a period, as the master fills it in
 
 
-def check_paths(data: DataConfig, splits: Iterable[str], submitted: Path) -> None:
-    """Raises UserError where annotations or images that should be on disk are not there, nor in the folder submitted.
-    Looks at nothing else."""
-    for split in splits:
-        paths: Split | None = getattr(data, split)
-        if paths is None or data.backend == "fake":
-            continue
-        for key in ("annotations", "images") if data.images_on_disk else ("annotations",):
-            path = data.located(getattr(paths, key))
-            if not is_url(path) and not Path(path).exists() and not (submitted / path).exists():
-                raise UserError(f"data.{split}.{key}: {path} does not exist; {nearest_path(path)}")
+@dataclass(frozen=True)
+class Sections:
+    """A detector's sections of the experiment config.
+
+    Attributes:
+        hyperparameters: a dataclass over `TrainingHyperparameters`.
+        data: `DataConfig`, or a dataclass over it with more keys.
+    """
+
+    hyperparameters: type[TrainingHyperparameters] = TrainingHyperparameters
+    data: type[DataConfig] = DataConfig
 
 
-def refuse_another_detector_s(config: dict[str, Any], hyperparameters: type, path: str) -> None:
-    """Raises UserError where most hyperparameters are none of this detector's."""
-    section = config["hyperparameters"]
-    unknown = [name for name in section if name not in {field.name for field in dataclasses.fields(hyperparameters)}]
-    if len(unknown) > 1 and 2 * len(unknown) >= len(section):
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment config.
+
+    Attributes:
+        config: what is saved and shown: overrides applied, `${key}` replaced, paths absolute.
+        sections: the detector's dataclasses.
+        hyperparameters: parsed; None if they are a search's ranges, or if a checkpoint's will replace them.
+        data: parsed; its paths are absolute, or in its bucket.
+        places: the folders in which a relative path is looked for: where the command was run, the YAML file's.
+        written_schedule: the lengths that the config itself sets.
+        seed: of initial weights, order and augmentation.
+        aggregation_frequency: batches per optimizer step.
+    """
+
+    config: dict[str, Any]
+    sections: Sections
+    hyperparameters: TrainingHyperparameters | None
+    data: DataConfig
+    places: tuple[Path, ...]
+    written_schedule: Schedule
+    seed: int
+    aggregation_frequency: int
+
+    @property
+    def hang_minutes(self) -> float | None:
+        return self.hyperparameters.hang_minutes
+
+    def schedule(
+        self,
+        defaults: Mapping[str, Length] | None = None,
+        validation_times: tuple[Length | None, tuple[tuple[Length, Length], ...]] = (None, ()),
+    ) -> Schedule:
+        """How long to train, and how often to validate and save, see `Schedule.with_defaults`."""
+        return self.written_schedule.with_defaults(defaults, validation_times)
+
+    def searcher_metric(self, reported: Iterable[str] | None) -> SearcherMetric:
+        """The metric that decides which checkpoint is the best, see `parse_searcher_metric`."""
+        return parse_searcher_metric(self.config, reported)
+
+    def with_hyperparameters(self, hyperparameters: Mapping[str, Any]) -> Experiment:
+        """The experiment with these hyperparameters, parsed."""
+        resolved = _with_absolute_paths(hyperparameters, self.sections.hyperparameters, self.places)
+        parsed = parse_section(resolved, self.sections.hyperparameters, "hyperparameters")
+        return replace(self, config={**self.config, "hyperparameters": resolved}, hyperparameters=parsed)
+
+    def check_paths(self, splits: Iterable[str], submitted: Path) -> None:
+        """Raises UserError if annotations or images of the splits exist neither on disk nor in the folder submitted.
+        Opens nothing, and asks no store."""
+        for split in splits:
+            paths: Split | None = getattr(self.data, split)
+            if paths is None or not self.data.reads_files:
+                continue
+            for name in ("annotations", "images") if self.data.images_on_disk else ("annotations",):
+                path = self.data.located(getattr(paths, name))
+                if not is_url(path) and not Path(path).exists() and not (submitted / path).exists():
+                    raise UserError(f"data.{split}.{name}: {path} does not exist; {nearest_path(path)}")
+
+
+def read_experiment(
+    path: str | Path, overrides: Sequence[str], sections: Sections, with_hyperparameters: bool = True
+) -> Experiment:
+    """The experiment of a YAML file with `key=value` overrides.
+
+    Args:
+        with_hyperparameters: False leaves the hyperparameters unparsed: a search draws them, a checkpoint replaces
+            them, or nothing needs them.
+
+    Raises:
+        UserError: the file, a key or a value is wrong.
+    """
+    keys = {"hyperparameters": key_names(sections.hyperparameters), "data": key_names(sections.data)}
+    config = load_config(path, overrides, keys)
+    if with_hyperparameters:
+        config["hyperparameters"] = fixed_hyperparameters(config)
+        _check_config_is_for_this_detector(config["hyperparameters"], keys["hyperparameters"], path)
+    experiment = _experiment(config, sections, (Path.cwd(), Path(path).absolute().parent))
+    return experiment.with_hyperparameters(config["hyperparameters"]) if with_hyperparameters else experiment
+
+
+def experiment_of(config: Mapping[str, Any], hyperparameters: Mapping[str, Any], sections: Sections) -> Experiment:
+    """The experiment of a config that a master hands over or a checkpoint holds.
+
+    Args:
+        hyperparameters: those of the trial; `config` may have a search's ranges instead.
+
+    Raises:
+        UserError: a key or a value is wrong.
+    """
+    config = interpolated({**config, "hyperparameters": hyperparameters})
+    return _experiment(config, sections, (Path.cwd(),)).with_hyperparameters(config["hyperparameters"])
+
+
+def _experiment(config: dict[str, Any], sections: Sections, places: tuple[Path, ...]) -> Experiment:
+    """The experiment without parsed hyperparameters."""
+    data = parse_data(config, sections.data, places)
+    section = dict(config.get("data") or {})
+    section |= {split: dataclasses.asdict(paths) for split in _SPLITS if (paths := getattr(data, split)) is not None}
+    section |= {} if data.cache_dir is None else {"cache_dir": data.cache_dir}
+    hyperparameters = _with_absolute_paths(config.get("hyperparameters") or {}, sections.hyperparameters, places)
+    return Experiment(
+        config={**config, "data": section, "hyperparameters": hyperparameters},
+        sections=sections,
+        hyperparameters=None,
+        data=data,
+        places=places,
+        written_schedule=parse_schedule(config),
+        seed=int((config.get("reproducibility") or {}).get("experiment_seed") or 0),
+        aggregation_frequency=(config.get("optimizations") or {}).get("aggregation_frequency") or 1,
+    )
+
+
+def _with_absolute_paths(hyperparameters: Mapping[str, Any], section: type, places: Iterable[Path]) -> dict[str, Any]:
+    resolved = dict(hyperparameters)
+    for field in dataclasses.fields(section):
+        if field.metadata.get("is_path") and isinstance(resolved.get(field.name), str):
+            path = expanded(resolved[field.name], f"hyperparameters.{field.name}")
+            resolved[field.name] = str(find_path(path, places) or path)
+    return resolved
+
+
+def _check_config_is_for_this_detector(hyperparameters: Mapping[str, Any], known: Iterable[str], path: object) -> None:
+    """Raises UserError if this detector lacks most of the hyperparameters."""
+    unknown = [name for name in hyperparameters if name not in known]
+    if len(unknown) > 1 and 2 * len(unknown) >= len(hyperparameters):
+        more = ", …" if len(unknown) > 4 else ""
         raise UserError(
-            f"{path} is another detector's, for this one has no hyperparameters {', '.join(unknown[:4])}"
-            f"{', …' if len(unknown) > 4 else ''}; start it in that one's folder"
+            f"{path} is another detector's: this one has no hyperparameters {', '.join(unknown[:4])}{more}. Fix: run "
+            "the command in that detector's folder"
         )
 
 
-def parse_data(config: dict[str, Any], into: type[DataConfig] = DataConfig) -> DataConfig:
-    """The `data` section; `into` is DataConfig, or a detector's own with more keys.
+def parse_data(
+    config: Mapping[str, Any], into: type[DataConfig] = DataConfig, places: Iterable[Path] = ()
+) -> DataConfig:
+    """The `data` section.
+
+    Args:
+        into: DataConfig, or a detector's own with more keys.
+        places: where relative paths are looked for.
 
     Raises:
         UserError: a key is unknown, missing or of the wrong type.
     """
-    section = dict(config.get("data") or {})
-    refuse_unknown_keys(section, [field.name for field in dataclasses.fields(into)], "data")
-    for split in ("train", "val"):
-        if section.get(split) is not None:
-            if not isinstance(section[split], dict):
-                raise UserError(f"data.{split} needs the keys `annotations` and `images`")
-            paths = parse_section(section[split], Split, f"data.{split}")
-            section[split] = Split(
-                *(expanded(getattr(paths, key), f"data.{split}.{key}") for key in ("annotations", "images"))
-            )
-    if isinstance(section.get("cache_dir"), str):
-        section["cache_dir"] = expanded(section["cache_dir"], "data.cache_dir")
-    data = parse_section({k: v for k, v in section.items() if k not in ("train", "val")}, into, "data")
-    data.train, data.val = section.get("train"), section.get("val")
+    data = parse_section(config.get("data"), into, "data")
     data.backend = BACKEND_ALIASES.get(data.backend, data.backend)
     if data.backend not in BACKENDS:
         raise UserError(f"data.backend: {data.backend!r} is not available; {nearest(data.backend, BACKENDS)}")
-    if data.backend in BUCKETS and data.bucket is None and not _all_urls(data):
-        raise UserError(f"data.bucket is missing, and data.backend is {data.backend}; or give URLs: s3://bucket/folder")
-    for key, value in (("store_timeout", data.store_timeout), ("cache_gb", data.cache_gb)):
-        if not value > 0:
-            raise UserError(f"data.{key} is {value}, and must be greater than 0")
-    if data.on_bad_image not in ("error", "skip"):
-        raise UserError(f"data.on_bad_image: {data.on_bad_image!r} is neither 'error' nor 'skip'")
-    if data.repeat_threshold is not None and not 0 < data.repeat_threshold <= 1:
+    if data.cache_dir is not None:
+        data.cache_dir = str(Path(expanded(data.cache_dir, "data.cache_dir")).absolute())
+    in_bucket = BACKENDS[data.backend].bucket_scheme is not None
+    located: list[str] = []
+    for split in _SPLITS:
+        if (given := getattr(data, split)) is not None:
+            paths = [expanded(path, f"data.{split}.{name}") for name, path in dataclasses.asdict(given).items()]
+            if not in_bucket:  # in a bucket, relative paths are relative to it
+                paths = [str(find_path(path, places) or path) for path in paths]
+            setattr(data, split, Split(*paths))
+            located += paths
+    if in_bucket and data.bucket is None and not (located and all(map(is_url, located))):
         raise UserError(
-            f"data.repeat_threshold is {data.repeat_threshold:g}, and must be a share of the images: greater than 0, "
-            "and at most 1; LVIS's is 0.001"
+            f"data.bucket is missing, and data.backend is {data.backend}. Fix: give it, or URLs: s3://bucket/folder"
         )
-    if data.workers < 0:
-        raise UserError(f"data.workers is {data.workers}, and must be 0 or more")
     return data
 
 
-def _all_urls(data: DataConfig) -> bool:
-    splits = [split for split in (data.train, data.val) if split is not None]
-    return bool(splits) and all(is_url(path) for split in splits for path in (split.annotations, split.images))
-
-
-def parse_schedule(
-    config: dict[str, Any],
-    defaults: Mapping[str, Length] | None = None,
-    validation_times: tuple[Length | None, tuple[tuple[Length, Length], ...]] = (None, ()),
-) -> Schedule:
-    """How long to train and how often to validate, by Determined's own keys.
-
-    Args:
-        defaults: of the keys `searcher.max_length`, `min_validation_period` and `min_checkpoint_period`; a period of 0
-            is one that is not given, as the master hands it over.
-        validation_times: `validation_start` and `validation_changes` where min_validation_period is not given.
+def parse_schedule(config: Mapping[str, Any]) -> Schedule:
+    """The lengths that a config itself sets, by Determined's own keys; a period of 0 is not set.
 
     Raises:
-        UserError: no length is given, or one is not understood.
+        UserError: a length or a policy is not understood.
     """
-    searcher, defaults = config.get("searcher") or {}, defaults or {}
+    searcher = config.get("searcher") or {}
+    max_length = None
     if searcher.get("max_length") is not None:
         max_length = _length(searcher["max_length"], "searcher.max_length")
     elif searcher.get("max_time") is not None:
         max_length = _length({searcher.get("time_metric"): searcher["max_time"]}, "searcher.time_metric and max_time")
-    elif "searcher.max_length" in defaults:
-        max_length = defaults["searcher.max_length"]
-    else:
-        raise UserError("searcher.max_length is missing; give it as {batches: 1000} or {epochs: 10}")
-    not_given = (None, 0, {}, *({unit: 0} for unit in UNITS))
-    periods = {
-        key: defaults.get(key) if config.get(key) in not_given else _length(config[key], key)
-        for key in ("min_validation_period", "min_checkpoint_period")
-    }
-    by_default = config.get("min_validation_period") in not_given
+    validation_period, checkpoint_period = (
+        None if config.get(name) in _NOT_GIVEN else _length(config[name], name)
+        for name in ("min_validation_period", "min_checkpoint_period")
+    )
     policy = config.get("checkpoint_policy") or "best"
     if policy not in ("best", "all", "none"):
         raise UserError(f"checkpoint_policy: {policy!r} is not one of best, all, none")
@@ -146,45 +234,57 @@ def parse_schedule(
         raise UserError(f"scheduling_unit: {reporting!r} is not a number of batches")
     return Schedule(
         max_length=max_length,
-        validation_period=periods["min_validation_period"],
-        checkpoint_period=periods["min_checkpoint_period"],
+        validation_period=validation_period,
+        checkpoint_period=checkpoint_period,
         reporting_batches=reporting,
         checkpoint_policy=policy,
         initial_validation=bool(config.get("perform_initial_validation")),
         profiling=bool((config.get("profiling") or {}).get("enabled")),
-        **dict(zip(("validation_start", "validation_changes"), validation_times, strict=True) if by_default else ()),
     )
 
 
-def parse_searcher_metric(config: dict[str, Any], reported: Iterable[str] | None) -> SearcherMetric:
+def _length(value: Any, key: str) -> Length:
+    if type(value) is int:
+        value = {"batches": value}
+    if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in UNITS:
+        raise UserError(f"{key}: {value!r} is not a length. Fix: give {{batches: 1000}} or {{epochs: 10}}")
+    unit, count = next(iter(value.items()))
+    if type(count) is not int or count < 1:
+        raise UserError(f"{key}.{unit}: {count!r} is not a positive whole number")
+    return Length(unit, count)
+
+
+def parse_searcher_metric(config: Mapping[str, Any], reported: Iterable[str] | None) -> SearcherMetric:
     """The metric that decides which checkpoint is the best.
 
     Args:
-        reported: the names that a validation reports; None where they are not known before.
+        reported: the names that a validation reports; None if they are not known in advance.
 
     Raises:
-        UserError: it is not one of those that a validation reports, or `smaller_is_better` contradicts it.
+        UserError: a validation does not report the metric, or `smaller_is_better` contradicts it.
     """
     searcher = config.get("searcher") or {}
     metric = searcher.get("metric") or "bbox_mAP"
     if reported is not None and metric not in (reported := list(reported)):
         hint = nearest(metric, reported)
         if metric.startswith("val_"):
-            hint = "hyperparameters.validation_loss: true reports the losses of a validation, of which val_loss steers"
+            hint = "hyperparameters.validation_loss: true reports a validation's losses; val_loss is their total"
         raise UserError(f"searcher.metric: {metric!r} is not reported; {hint}")
-    said, known = searcher.get("smaller_is_better"), smaller_is_better(metric)
-    if said is None and known is None:
-        raise UserError(f"searcher.smaller_is_better is missing, and {metric!r} does not tell which values are better")
-    if None not in (said, known) and bool(said) != known:
+    written, known = searcher.get("smaller_is_better"), smaller_is_better(metric)
+    if written is None and known is None:
         raise UserError(
-            f"searcher.smaller_is_better is {str(bool(said)).lower()}, and a {'smaller' if known else 'larger'} "
-            f"{metric!r} is better: say {str(known).lower()}, for Determined takes true where it is left out"
+            f"searcher.smaller_is_better is missing, and the name {metric!r} does not show which values are better"
         )
-    return SearcherMetric(metric, bool(said) if known is None else known)
+    if None not in (written, known) and bool(written) != known:
+        raise UserError(
+            f"searcher.smaller_is_better is {str(bool(written)).lower()}, and a {'smaller' if known else 'larger'} "
+            f"{metric!r} is better. Fix: write {str(known).lower()}; without the key, Determined assumes true"
+        )
+    return SearcherMetric(metric, bool(written) if known is None else known)
 
 
 def smaller_is_better(metric: str) -> bool | None:
-    """Which values of a metric are better; None where its name does not tell."""
+    """Whether smaller values of a metric are better; None if its name does not show it."""
     words = re.findall("[A-Za-z]+", metric)
     if any(re.fullmatch("loss|error|miss", word, re.IGNORECASE) for word in words):
         return True
@@ -193,13 +293,8 @@ def smaller_is_better(metric: str) -> bool | None:
     return None
 
 
-def parse_seed(config: dict[str, Any]) -> int:
-    """`reproducibility.experiment_seed`, 0 where it is not given."""
-    return int((config.get("reproducibility") or {}).get("experiment_seed") or 0)
-
-
 def per_slot_batch_size(global_batch_size: Any, slots: int) -> int:
-    """Images a batch on each slot.
+    """Images per batch on each slot.
 
     Raises:
         UserError: the global batch does not divide by the slots.
@@ -213,14 +308,3 @@ def per_slot_batch_size(global_batch_size: Any, slots: int) -> int:
             f"{count_of(slots, 'slot')}; use {f'{lower} or ' if lower else ''}{upper}"
         )
     return global_batch_size // slots
-
-
-def _length(value: Any, key: str) -> Length:
-    if type(value) is int:
-        value = {"batches": value}
-    if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in UNITS:
-        raise UserError(f"{key}: {value!r} is not a length; give it as {{batches: 1000}} or {{epochs: 10}}")
-    unit, count = next(iter(value.items()))
-    if type(count) is not int or count < 1:
-        raise UserError(f"{key}.{unit}: {count!r} is not a positive whole number")
-    return Length(unit, count)

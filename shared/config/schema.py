@@ -1,37 +1,74 @@
-"""What an experiment config may say: its sections as dataclasses."""
+"""What an experiment config may contain: its sections as dataclasses, and one line on each key."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
+from msgspec import Meta
 
 from shared.config.file import refuse_unknown_keys
 from shared.errors import UserError, nearest
 
 T = TypeVar("T")
-
-BACKENDS = ("disk", "s3", "gcs", "http", "fake")
-BACKEND_ALIASES = {"gcp": "gcs"}
+Positive = Annotated[float, Meta(gt=0)]
 
 UNITS = ("batches", "epochs", "records")
-_UNDEFINED = 1e30  # or more: a metric that has no value
-BUCKETS = {"s3": "s3://", "gcs": "gs://"}
 LOGGERS = ("wandb", "mlflow")
+_UNDEFINED = 1e30  # a metric of this size or larger has no value
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a backend finds the data.
+
+    Attributes:
+        reads_files: False if it makes its data up.
+        bucket_scheme: the start of its buckets' URLs; None if it has no buckets.
+    """
+
+    reads_files: bool = True
+    bucket_scheme: str | None = None
+
+
+BACKENDS = {
+    "disk": Backend(),
+    "s3": Backend(bucket_scheme="s3://"),
+    "gcs": Backend(bucket_scheme="gs://"),
+    "http": Backend(),
+    "fake": Backend(reads_files=False),
+}
+BACKEND_ALIASES = {"gcp": "gcs"}
+
+
+def key(default: Any = MISSING, text: str = "", *, is_path: bool = False, upstream: str = "") -> Any:
+    """A key of a section.
+
+    Args:
+        default: of the key; the key is required without one.
+        text: what it does, in one line, for the reference.
+        is_path: whether its value may be a path, which the reading makes absolute.
+        upstream: the name of the same option in the detector's library, for the reference.
+    """
+    metadata = {"help": text, "is_path": is_path, "upstream": upstream}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
 class Split:
-    """One split of the data: a COCO annotation file and the folder of its images."""
+    """One split of the data."""
 
-    annotations: str
-    images: str
+    annotations: str = key(text="the COCO annotation file: a path or a URL")
+    images: str = key(text="the folder that the annotations' file names are relative to: a path or a URL")
 
 
 @dataclass(frozen=True)
@@ -39,9 +76,9 @@ class StoreOptions:
     """How to reach a store.
 
     Attributes:
-        endpoint_url: of an S3-compatible store, or of a GCS emulator; the provider's own where None.
-        anonymous: without credentials; else the provider's usual chain is gone through.
-        timeout: seconds that a store may stay away before the error.
+        endpoint_url: of an S3-compatible store or a GCS emulator; None for the provider's own.
+        anonymous: read without credentials; False uses the provider's usual chain.
+        timeout: seconds that a store may be unreachable before the error.
     """
 
     endpoint_url: str | None = None
@@ -55,50 +92,56 @@ def is_url(path: str) -> bool:
 
 @dataclass
 class DataConfig:
-    """The `data` section; docs/data.md says what each key does."""
+    """The `data` section."""
 
-    train: Split | None = None
-    val: Split | None = None
-    backend: str = "disk"
-    bucket: str | None = None
-    endpoint_url: str | None = None
-    anonymous: bool = False
-    store_timeout: float = 120.0
-    cache_dir: str | None = None
-    cache_gb: float = 50.0
-    workers: int = 4
-    on_bad_image: str = "error"
-    check_images: bool = True
-    repeat_threshold: float | None = None
-    fast_images: bool = False
+    train: Split | None = key(None, "the data to train on: `annotations` and `images`")
+    val: Split | None = key(None, "the data to validate on: `annotations` and `images`")
+    backend: str = key("disk", "where the data is: `disk`, `s3`, `gcs`, `http`, or `fake`, which draws shapes")
+    bucket: str | None = key(None, "the bucket of `s3` and `gcs`; URLs such as `s3://bucket/folder` need none")
+    endpoint_url: str | None = key(None, "the URL of another S3-compatible store, or of a GCS emulator")
+    anonymous: bool = key(False, "read a store without credentials")
+    store_timeout: Positive = key(120.0, "seconds that a store may be unreachable before the run stops")
+    cache_dir: str | None = key(None, "the folder for parsed annotations and for copies of remote images")
+    cache_gb: Positive = key(50.0, "GiB that the copies of remote images may take")
+    workers: Annotated[int, Meta(ge=0)] = key(4, "loader processes per slot")
+    on_bad_image: Literal["error", "skip"] = key("error", "stop at images that cannot be read, or skip them")
+    check_images: bool = key(True, "check at the start that the images exist")
+    repeat_threshold: Annotated[float, Meta(gt=0, le=1)] | None = key(
+        None, "repeat images of categories that a smaller share of the images has; LVIS uses 0.001"
+    )
+    fast_images: bool = key(False, "decode and resize faster, with pixels that differ slightly")
 
     @property
     def store_options(self) -> StoreOptions:
         return StoreOptions(self.endpoint_url, self.anonymous, self.store_timeout)
 
     @property
+    def reads_files(self) -> bool:
+        """Whether the data are files; else the backend makes them up."""
+        return BACKENDS[self.backend].reads_files
+
+    @property
     def images_on_disk(self) -> bool:
-        """Whether the images' paths are folders, where they are not URLs."""
-        return self.backend != "fake"
+        """Whether the paths of images that are not URLs are folders."""
+        return self.reads_files
 
     @property
     def has_val_annotations(self) -> bool:
-        """Whether the validation data's annotations are there to be read: a checkpoint does without them."""
-        if self.backend == "fake" or self.val is None:
-            return self.backend == "fake"
+        """Whether the annotations to validate on can be opened. Detection with a checkpoint does not need them."""
+        if not self.reads_files or self.val is None:
+            return not self.reads_files
         annotations = self.located(self.val.annotations)
         return is_url(annotations) or Path(annotations).is_file()
 
     def located(self, path: str) -> str:
-        """A path of the config as a URL, where it is one in `bucket`."""
-        if self.backend not in BUCKETS or is_url(path) or path.startswith("/"):
-            return path
-        return f"{BUCKETS[self.backend]}{self.bucket}/{path}"
+        """A path of the config; its URL if it is in the bucket."""
+        scheme = BACKENDS[self.backend].bucket_scheme
+        return path if scheme is None or is_url(path) or path.startswith("/") else f"{scheme}{self.bucket}/{path}"
 
 
 @dataclass(frozen=True)
 class Length:
-    """A length of training: so many batches (of all slots together), epochs or records."""
+    """A length of training in batches (of all slots together), epochs or records."""
 
     unit: str
     count: int
@@ -112,15 +155,15 @@ class Length:
         return self.count
 
 
-@dataclass
+@dataclass(frozen=True)
 class Schedule:
-    """How long to train, and how often to report, validate and save; None where the config says nothing.
+    """How long to train, and how often to report, validate and save; None if the config does not set it.
 
     Attributes:
-        validation_start, validation_changes: as those of `Periods`; a detector's own configuration alone says them.
+        validation_start, validation_changes: as those of `Periods`; only a detector's own config sets them.
     """
 
-    max_length: Length
+    max_length: Length | None
     validation_period: Length | None
     checkpoint_period: Length | None
     reporting_batches: int
@@ -130,30 +173,64 @@ class Schedule:
     validation_start: Length | None = None
     validation_changes: tuple[tuple[Length, Length], ...] = ()
 
+    def with_defaults(
+        self,
+        defaults: Mapping[str, Length] | None = None,
+        validation_times: tuple[Length | None, tuple[tuple[Length, Length], ...]] = (None, ()),
+    ) -> Schedule:
+        """The schedule with a detector's own values for the keys that the experiment config does not set.
+
+        Args:
+            defaults: for `searcher.max_length`, `min_validation_period` and `min_checkpoint_period`.
+            validation_times: `validation_start` and `validation_changes`.
+
+        Raises:
+            UserError: neither config sets a length.
+        """
+        defaults = defaults or {}
+        max_length = self.max_length or defaults.get("searcher.max_length")
+        if max_length is None:
+            raise UserError("searcher.max_length: it is missing. Fix: give {batches: 1000} or {epochs: 10}")
+        start, changes = (None, ()) if self.validation_period else validation_times
+        return replace(
+            self,
+            max_length=max_length,
+            validation_period=self.validation_period or defaults.get("min_validation_period"),
+            checkpoint_period=self.checkpoint_period or defaults.get("min_checkpoint_period"),
+            validation_start=start,
+            validation_changes=changes,
+        )
+
 
 @dataclass
 class SearcherMetric:
+    """The metric that decides which checkpoint is the best."""
+
     name: str
     smaller_is_better: bool
 
     def is_better(self, value: float, best: float | None) -> bool:
-        """Whether a value is better than the best so far, None where there is none."""
+        """Whether a value is better than the best so far. Any value is better than None."""
         return best is None or (value < best if self.smaller_is_better else value > best)
 
     def best_of(self, values: Iterable[float]) -> float:
-        """The best of those that are defined; nan where none is."""
+        """The best of the defined values; nan if none is defined."""
         defined = [value for value in values if self.is_defined(value)]
         return (min if self.smaller_is_better else max)(defined, default=math.nan)
 
     def is_defined(self, value: float) -> bool:
-        """Whether a value was measured, and does not only stand for one."""
+        """Whether a value was measured, and is not the placeholder for an undefined one."""
         return abs(value) < _UNDEFINED
+
+    def value_or_worst(self, value: float) -> float:
+        """The value; the worst one if it is undefined."""
+        return value if math.isfinite(value) else self.worst
 
     @property
     def worst(self) -> float:
-        """What stands for a metric that is undefined: finite, and no better than any value of it.
+        """The placeholder for an undefined metric: finite, and no better than any value of the metric.
 
-        COCO's numbers are in [0, 1]; anything else may be as bad as a double can say."""
+        COCO's metrics are in [0, 1]. Other metrics have no known bounds."""
         if not self.smaller_is_better and self.name.startswith(("bbox_", "segm_", "keypoints_")):
             return 0.0
         return _UNDEFINED if self.smaller_is_better else -_UNDEFINED
@@ -161,96 +238,88 @@ class SearcherMetric:
 
 @dataclass
 class EarlyStopping:
-    """`hyperparameters.early_stopping`.
+    """`hyperparameters.early_stopping`."""
 
-    Attributes:
-        patience: validations in a row without a better searcher metric, after which the training ends.
-    """
-
-    patience: int
-
-    def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise UserError(
-                f"hyperparameters.early_stopping.patience is {self.patience}, and must be 1 or more; leave "
-                "early_stopping out to train to the end"
-            )
+    patience: Annotated[int, Meta(ge=1)] = key(
+        text="validations in a row without a better searcher metric, after which the training stops"
+    )
 
 
 @dataclass(kw_only=True)
 class TrainingHyperparameters:
-    """The hyperparameters that every detector has; docs/config.md says what each does."""
+    """The hyperparameters that every detector has."""
 
-    amp: Literal["bf16", "fp16"] | None = None
-    channels_last: bool = False
-    torch_compile: bool = False
-    sync_bn: bool = False
-    clip_grad: float | None = None
-    model_ema_decay: float | None = None
-    freeze: list[str] = dataclasses.field(default_factory=list)
-    early_stopping: EarlyStopping | None = None
-    max_hours: float | None = None
-    checkpoint_every_minutes: float | None = None
-    hang_minutes: float | None = 10.0
-    validation_loss: bool = False
-    loggers: list[str] = dataclasses.field(default_factory=list)
+    amp: Literal["bf16", "fp16"] | None = key(None, "mixed precision: `bf16`, or `fp16` with a GradScaler (GPUs)")
+    channels_last: bool = key(False, "keep images and convolution weights in channels-last memory format")
+    torch_compile: bool = key(False, "compile the model with PyTorch's compiler")
+    sync_bn: bool = key(False, "compute batch norm over the images of all slots (GPUs)")
+    clip_grad: Positive | None = key(None, "the norm to which the gradient of all parameters is clipped")
+    model_ema_decay: Annotated[float, Meta(ge=0, lt=1)] | None = key(
+        None, "average the weights; the averaged ones validate, predict and are `best`"
+    )
+    freeze: list[str] = key([], "modules or parameters that stay unchanged, such as `[backbone]`")
+    early_stopping: EarlyStopping | None = key(
+        None, "stop after N validations without a better metric: `{patience: N}`"
+    )
+    max_hours: Positive | None = key(None, "hours of training after which the run validates, saves and stops")
+    checkpoint_every_minutes: Positive | None = key(None, "also save when the last checkpoint is this many minutes old")
+    hang_minutes: Positive | None = key(10.0, "minutes without progress after which a run stops; `null` for never")
+    validation_loss: bool = key(False, "also compute the training's losses at each validation")
+    loggers: list[str] = key([], "where to log off a cluster: `wandb`, `mlflow`")
 
     def __post_init__(self) -> None:
         for name in self.loggers:
             if name not in LOGGERS:
                 raise UserError(f"hyperparameters.loggers: {name!r} is unknown; {nearest(name, LOGGERS)}")
-        for key in ("clip_grad", "max_hours", "checkpoint_every_minutes"):
-            value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise UserError(f"hyperparameters.{key} is {value:g}, and must be greater than 0; or leave it out")
-        if self.model_ema_decay is not None and not 0 <= self.model_ema_decay < 1:
-            raise UserError(f"hyperparameters.model_ema_decay: {self.model_ema_decay} is not in [0, 1)")
-        if self.hang_minutes is not None and not self.hang_minutes > 0:
-            raise UserError(
-                f"hyperparameters.hang_minutes is {self.hang_minutes:g}, and must be greater than 0; give null to "
-                "wait for ever"
-            )
 
 
-def parse_section(section: dict[str, Any] | None, into: type[T], where: str) -> T:
+def key_names(section: type) -> list[str]:
+    """The keys of a section."""
+    return [field.name for field in dataclasses.fields(section)]
+
+
+def parse_section(section: Mapping[str, Any] | None, into: type[T], where: str) -> T:
     """The dataclass `into` from a config section.
 
     Raises:
-        UserError: an unknown key, a missing one or a value of the wrong type; `where` and the key are named.
+        UserError: an unknown key, a missing one or a value of the wrong type; the message names `where` and the key.
     """
     section = dict(section or {})
-    refuse_unknown_keys(section, [field.name for field in dataclasses.fields(into)], where)
+    refuse_unknown_keys(section, key_names(into), where)
     for field in dataclasses.fields(into):
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and field.name not in section:
+        if field.default is MISSING and field.default_factory is MISSING and field.name not in section:
             raise UserError(f"{where}.{field.name} is missing")
-    _check_sections_in(section, into, where)
+    _check_nested_sections(section, into, where)
     try:
         return msgspec.convert(section, into)
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, UserError):  # the dataclass's own check, which names its key
             raise error.__cause__ from None
         message, _, at = str(error).partition(" - at `$")
-        key = at.rstrip("`")
-        if choices := _choices(into, key.removeprefix(".")):
-            message = f"{as_in_yaml(section[key.removeprefix('.')])} is none of {', '.join(choices)}"
-        raise UserError(f"{where}{key}: {message}") from error
+        at = at.rstrip("`")
+        name = at.removeprefix(".")
+        if choices := _choices(into, name):
+            message = f"{as_in_yaml(section[name])} is none of {', '.join(choices)}"
+        elif bound := re.fullmatch(r"Expected `(?:int|float)` ([<>]=?) (\S+)", message):
+            text = {field.name: field.metadata["help"] for field in dataclasses.fields(into)}[name]
+            message = f"it is {section[name]:g}. Fix: give a number {bound[1]} {float(bound[2]):g} ({text})"
+        raise UserError(f"{where}{at}: {message}") from error
 
 
-def _check_sections_in(section: dict[str, Any], into: type, where: str) -> None:
-    """Raises UserError where a key that is a section of its own is none, or not a right one."""
+def _check_nested_sections(section: Mapping[str, Any], into: type, where: str) -> None:
+    """Raises UserError if the value of a key that is a section of its own is not a valid section."""
     for name, kind in get_type_hints(into).items():
         for part in get_args(kind) or (kind,):
             if dataclasses.is_dataclass(part) and section.get(name) is not None:
                 if not isinstance(section[name], dict):
-                    keys = ", ".join(f"{field.name}: …" for field in dataclasses.fields(part))
-                    raise UserError(f"{where}.{name}: {as_in_yaml(section[name])} is no section; give {{{keys}}}")
+                    keys = ", ".join(f"{nested}: …" for nested in key_names(part))
+                    raise UserError(f"{where}.{name}: {as_in_yaml(section[name])} is no section. Fix: give {{{keys}}}")
                 parse_section(section[name], part, f"{where}.{name}")
 
 
-def _choices(into: type, key: str) -> list[str]:
-    """The values that a key takes, as YAML has them, where its type lists them."""
-    kind = get_type_hints(into).get(key)
+def _choices(into: type, name: str) -> list[str]:
+    """The values that a key accepts, as YAML writes them; empty if its type does not list them."""
+    kind = get_type_hints(into).get(name)
     parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     choices = [str(value) for part in parts if get_origin(part) is Literal for value in get_args(part)]
     return [*choices, *(["null"] if choices and NoneType in parts else [])]

@@ -12,7 +12,13 @@ import numpy as np
 
 from shared.data.annotations import CocoAnnotations
 from shared.evaluation.detections import Detections
-from shared.evaluation.evaluator import CocoEvaluator, check_detections, mean_of, summarize
+from shared.evaluation.evaluator import (
+    CocoEvaluator,
+    check_detections,
+    mean_of,
+    precision_and_recall_of,
+    summarize,
+)
 from shared.evaluation.gathered import GatheredDetections
 from shared.report.image_errors import Wrong, errors_of
 from shared.report.suspects import Suspect, find_suspects
@@ -252,9 +258,10 @@ def analyse_one(evaluator: CocoEvaluator, iou_type: str, found: GatheredDetectio
     annotations = evaluator.annotations
     evaluation = evaluator.match(iou_type, found)
     names = annotations.category_names
+    precision, recall = precision_and_recall_of(evaluation)
     metrics = {
         name.removeprefix(f"{iou_type}_"): value
-        for name, value in summarize(evaluation, iou_type, names).items()
+        for name, value in summarize(precision, recall, iou_type, names).items()
         if "_AP/" not in name
     }
     verdicts = _verdicts_of(evaluation)
@@ -266,7 +273,6 @@ def analyse_one(evaluator: CocoEvaluator, iou_type: str, found: GatheredDetectio
         for label in np.flatnonzero(counts).tolist()
     }
     curve = threshold_curve(scores, is_right, int(counts.sum()))
-    precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
     detected = np.bincount(labels, minlength=len(names))
     nothing = threshold_curve(np.empty(0), np.empty(0, bool), 0)
     return Analysis(
@@ -279,8 +285,8 @@ def analyse_one(evaluator: CocoEvaluator, iou_type: str, found: GatheredDetectio
                 name=name,
                 objects=int(counts[label]),
                 detections=int(detected[label]),
-                ap=mean_of(precision[:, :, label, 0, -1]),
-                ap50=mean_of(precision[0, :, label, 0, -1]),
+                ap=mean_of(precision[:, :, label, 0]),
+                ap50=mean_of(precision[0, :, label, 0]),
                 ar=mean_of(recall[:, label, 0, -1]),
                 threshold=curves.get(label, nothing).best_threshold,
                 f1=curves.get(label, nothing).best_f1,

@@ -24,7 +24,7 @@ import torch
 import yaml
 from optuna.trial import TrialState
 
-from shared.config.file import load_config, make_paths_absolute
+from shared.config.experiment import Experiment
 from shared.durable import sync_folder, write_file
 from shared.errors import UserError, count_of
 from shared.redaction import without_secrets
@@ -45,15 +45,14 @@ _LEAST_FREE = 2**20  # bytes of a disk that is not full
 _TO_STOP = 60  # seconds that trials have for it; their batches end long before
 
 
-def search(trial_class: type[DetectionTrial], arguments: argparse.Namespace) -> None:
+def search(_: type[DetectionTrial], experiment: Experiment, arguments: argparse.Namespace) -> None:
     """Draws, trains and compares; what is done is in --output-dir, and the same command goes on."""
-    config = load_config(arguments.config, arguments.overrides)
+    config = experiment.config
     searcher = parse_searcher(config)
     if not ranges_of(config.get("hyperparameters") or {}) and searcher.name != "single":
         raise UserError(
             f"{arguments.config}: no hyperparameter is a range: there is nothing to search; `train` trains it"
         )
-    make_paths_absolute(config, trial_class.path_hyperparameters)
     output = (arguments.output_dir or Path("runs/search")).absolute()
     program = [sys.executable, str(Path(sys.argv[0]).absolute())]
     run_search(config, searcher, output, program, arguments.storage, arguments.jobs, arguments.status)

@@ -74,7 +74,7 @@ def parse_searcher(config: dict[str, Any]) -> Searcher:
         metric=parse_searcher_metric(config, None),
         max_trials=1 if name == "single" else None if name == "grid" else number("max_trials", None),
         max_concurrent=number("max_concurrent_trials", None, 0) or None,
-        length=parse_schedule(config).max_length.count if name == "adaptive_asha" else 1,
+        length=parse_schedule(config).with_defaults().max_length.count if name == "adaptive_asha" else 1,
         mode=mode,
         max_rungs=number("max_rungs", 5),
         bracket_rungs=rungs,

@@ -33,13 +33,12 @@ from recording import (
 )
 from tiny_models import detectron2_config, load_model_def, with_keypoints
 
-from detectron2_files.config import load_config, shipped_configs
+from detectron2_files.config import load_detectron2_config, shipped_configs
 from detectron2_files.data import inputs_of
 from detectron2_files.evaluation import to_detections
 from detectron2_hyperparameters import Detectron2Hyperparameters
 from shared.data.annotations import CocoAnnotations
-from shared.data.dataset import SampleKey
-from shared.data.seeding import seed_all
+from shared.data.dataset import SampleKey, seed_all
 from shared.evaluation.evaluator import evaluate
 from shared.training.checkpoints import read_checkpoint
 
@@ -195,7 +194,7 @@ def test_the_learning_rate_is_detectron2_s_over_the_whole_schedule_also_after_a_
     for first in (0, 50, 700):
         trial = trial_class.__new__(trial_class)
         hparams = Detectron2Hyperparameters(MASK_RCNN, config_overrides=overrides)
-        trial.detectron2_config = load_config(hparams, Path("/nowhere"))
+        trial.detectron2_config = load_detectron2_config(hparams, Path("/nowhere"))
         trial.detectron2_config.set_length(length)
         trial.optimizer = optimizer()
         trial.lr_scheduler = trial.detectron2_config.lr_scheduler(trial.optimizer)

@@ -10,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 from tiny_models import DETECTRON2, load_model_def
 
-from detectron2_files.config import config_of_checkpoint, load_config, set_class_counts, shipped_configs
+from detectron2_files.config import config_of_checkpoint, load_detectron2_config, set_class_counts, shipped_configs
 from detectron2_files.data import describe, training_images
 from detectron2_files.model import apply_backend_options, build_model
 from detectron2_hyperparameters import Detectron2Hyperparameters
@@ -25,7 +25,7 @@ LAZY_RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.py"
 
 
 def load(config_file=MASK_RCNN, submitted=DETECTRON2, **hyperparameters):
-    return load_config(Detectron2Hyperparameters(config_file, **hyperparameters), submitted)
+    return load_detectron2_config(Detectron2Hyperparameters(config_file, **hyperparameters), submitted)
 
 
 def test_a_config_of_the_folder_comes_before_one_of_the_zoo(tmp_path):
@@ -213,7 +213,7 @@ def test_the_tutorial_s_schedules_are_detectron_s_for_as_many_gpus(gpus):
     assert hparams.scale_schedule
     assert experiment["resources"]["slots_per_trial"] == gpus
     assert hparams.global_batch_size == 2 * gpus
-    config = load_config(hparams, DETECTRON2)
+    config = load_detectron2_config(hparams, DETECTRON2)
     config.scale_schedule(hparams.global_batch_size)
     solver = config.cfg.SOLVER
     assert published[gpus] == (solver.BASE_LR, solver.MAX_ITER, solver.STEPS)
@@ -230,7 +230,7 @@ def test_the_default_is_detectron_s_comparison_without_augmentation():
     for name, (batch, length, lr, steps) in lengths.items():
         hparams = Detectron2Hyperparameters(**yaml.safe_load((DETECTRON2 / name).read_text())["hyperparameters"])
         assert hparams.global_batch_size == batch
-        config = load_config(hparams, DETECTRON2)
+        config = load_detectron2_config(hparams, DETECTRON2)
         assert (config.max_iter, config.batch_size) == (90000, 16)
         assert config.cfg.INPUT.MIN_SIZE_TRAIN == (800,)
         assert config.iou_types == ("bbox", "segm")

@@ -4,7 +4,7 @@ import torch
 from stores import http_store
 from tiny_models import DETECTRON2, SMALL_YAML
 
-from detectron2_files.config import load_config
+from detectron2_files.config import load_detectron2_config
 from detectron2_files.weights import load_weights_into
 from detectron2_hyperparameters import Detectron2Hyperparameters
 
@@ -12,7 +12,7 @@ from detectron2_hyperparameters import Detectron2Hyperparameters
 def test_weights_of_one_path_on_two_servers_are_two_files(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     hparams = Detectron2Hyperparameters("COCO-Detection/retinanet_R_50_FPN_1x.yaml", config_overrides=SMALL_YAML)
-    model = load_config(hparams, DETECTRON2).build_model()
+    model = load_detectron2_config(hparams, DETECTRON2).build_model()
     weights = model.state_dict()
     for value in (1.0, 2.0):
         folder = tmp_path / f"web {value}/models"

@@ -41,7 +41,7 @@ from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 from detectron2_files.data import inputs_of
 from shared.launch import main
-from shared.data.seeding import seed_all
+from shared.data.dataset import seed_all
 from torch.nn.parallel import DistributedDataParallel
 
 class Probe(model_def.Detectron2Trial):
@@ -191,7 +191,7 @@ def test_a_large_image_is_detected_on_with_few_masks_in_memory_at_once(shapes, t
     from determined import pytorch
 
     from detectron2_files import evaluation
-    from shared.commands.detect import pictures_as_data
+    from shared.commands.predict import pictures_as_data
     from shared.commands.predict_inputs import Picture
     from shared.evaluation import detections
 

@@ -28,12 +28,11 @@ from omegaconf import DictConfig, OmegaConf
 from tiny_formats import PICTURES, coco, write_panoptic, write_pictures, write_semantic
 from tiny_models import load_model_def
 
-from detectron2_files.config import load_config, shipped_configs
+from detectron2_files.config import load_detectron2_config, shipped_configs
 from detectron2_hyperparameters import Detectron2Hyperparameters
 from shared.config.experiment import parse_data
 from shared.config.schema import DataConfig, parse_section
-from shared.data.dataset import BadImages, SampleKey
-from shared.data.seeding import seed_all
+from shared.data.dataset import BadImages, SampleKey, seed_all
 
 STUFF = 54  # classes of the zoo's semantic heads, the first for all things
 NEEDS = {
@@ -274,7 +273,7 @@ def _check_parameters(cfg: DictConfig, read: DictConfig) -> None:
 
 def _trial(config: str, classes: int | None = None) -> Detectron2Trial:
     """The trial that a user's experiment config makes, as far as the config's resolution."""
-    read = load_config(Detectron2Hyperparameters(config_file=config), FOLDER)
+    read = load_detectron2_config(Detectron2Hyperparameters(config_file=config), FOLDER)
     data, cfg = _data_of(read.cfg, classes), read.cfg
     overrides: dict[str, Any] = {}
     sections = {}
@@ -301,7 +300,7 @@ def _trial(config: str, classes: int | None = None) -> Detectron2Trial:
 
 
 def load_ours(state: SimpleNamespace) -> None:
-    load_config(Detectron2Hyperparameters(config_file=state.config), FOLDER)
+    load_detectron2_config(Detectron2Hyperparameters(config_file=state.config), FOLDER)
 
 
 def data_ours(state: SimpleNamespace) -> None:
@@ -344,7 +343,7 @@ def written_ours(state: SimpleNamespace) -> None:
     folder, again = (Path(tempfile.mkdtemp(dir=FOLDER)) for _ in range(2))
     state.trial.save_own_config(folder)
     saved = Detectron2Trial.hyperparameters_of_checkpoint(folder, vars(state.trial.hparams))
-    read, written = load_config(Detectron2Hyperparameters(**saved), FOLDER), state.trial.detectron2_config
+    read, written = load_detectron2_config(Detectron2Hyperparameters(**saved), FOLDER), state.trial.detectron2_config
     if not isinstance(written.cfg, CfgNode):
         _check_parameters(written.cfg, read.cfg)
     read.write(again)

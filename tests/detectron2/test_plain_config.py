@@ -10,7 +10,7 @@ from detectron2.structures import BoxMode
 from omegaconf import OmegaConf
 from tiny_models import DETECTRON2, load_model_def
 
-from detectron2_files.config import config_of_checkpoint, load_config, shipped_configs
+from detectron2_files.config import config_of_checkpoint, load_detectron2_config, shipped_configs
 from detectron2_files.data import read_proposals
 from detectron2_files.plain_config import read_plain, write_plain
 from detectron2_hyperparameters import Detectron2Hyperparameters
@@ -20,7 +20,7 @@ RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.py"
 
 
 def load(config_file, submitted=DETECTRON2, **hyperparameters):
-    return load_config(Detectron2Hyperparameters(str(config_file), **hyperparameters), submitted)
+    return load_detectron2_config(Detectron2Hyperparameters(str(config_file), **hyperparameters), submitted)
 
 
 @pytest.fixture

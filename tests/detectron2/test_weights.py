@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import DETECTRON2, SMALL_YAML, load_model_def
 
-from detectron2_files.config import load_config, shipped_configs
+from detectron2_files.config import load_detectron2_config, shipped_configs
 from detectron2_files.plain_pickle import unpickle_arrays
 from detectron2_files.weights import find_weights, load_weights_into, zoo_weights
 from detectron2_hyperparameters import Detectron2Hyperparameters
@@ -23,7 +23,9 @@ KEY = "hyperparameters.weights"
 
 def build(**overrides):
     overrides = {**SMALL_YAML, **overrides}
-    return load_config(Detectron2Hyperparameters(RETINANET, config_overrides=overrides), DETECTRON2).build_model()
+    return load_detectron2_config(
+        Detectron2Hyperparameters(RETINANET, config_overrides=overrides), DETECTRON2
+    ).build_model()
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +231,7 @@ def test_categories_are_those_of_the_weights_not_of_other_data(shapes, config_fi
     trial = object.__new__(load_model_def("detectron2").Detectron2Trial)
     overrides = {} if classes is None else {"MODEL.RETINANET.NUM_CLASSES": classes}
     trial.hparams = Detectron2Hyperparameters(config_file, config_overrides=overrides, weights="")
-    trial.detectron2_config = load_config(trial.hparams, DETECTRON2)
+    trial.detectron2_config = load_detectron2_config(trial.hparams, DETECTRON2)
     trial.for_training, trial.evaluates_coco = False, True
     section = {"annotations": str(shapes / "annotations/val.json"), "images": str(shapes / "val")}
     trial.data = parse_data({"data": {"val": section} if with_data else {}})
@@ -286,7 +288,7 @@ def as_of_detectron(model):
 def test_a_detectron_1_model_is_whole_in_the_zoo_s_config_for_it(tmp_path):
     overrides = {**SMALL_YAML, "MODEL.RESNETS.NORM": "FrozenBN", "MODEL.PIXEL_MEAN": [102.9801, 115.9465, 122.7717]}
     hparams = Detectron2Hyperparameters(DETECTRON_1, config_overrides=overrides)
-    config = load_config(hparams, DETECTRON2)
+    config = load_detectron2_config(hparams, DETECTRON2)
     model, other = config.build_model(), config.build_model()
     # Python 2 wrote them
     (tmp_path / "model_final.pkl").write_bytes(pickle.dumps(as_of_detectron(model), protocol=2))

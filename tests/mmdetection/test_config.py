@@ -36,12 +36,11 @@ from mmdetection_files.model import (
 )
 from mmdetection_files.saved_config import read_resolved, write_resolved
 from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparameters
-from shared.config.experiment import parse_data, parse_schedule
-from shared.config.file import load_config
+from shared.config.experiment import Sections, parse_data, parse_schedule, read_experiment
 from shared.config.schema import Length, Split
 from shared.errors import UserError
 from shared.library import find_library_config
-from shared.training.loop import periods_of
+from shared.training.schedule import periods_of
 
 MASK_RCNN = "mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py"
 
@@ -249,7 +248,7 @@ def test_the_config_s_start_and_changes_of_its_validation_interval_hold_where_th
     defaults = {"min_validation_period": Length("epochs", 4)}
 
     def validated(config):
-        periods = periods_of(parse_schedule(config, defaults, times), 5, 2, 1)
+        periods = periods_of(parse_schedule(config).with_defaults(defaults, times), 5, 2, 1)
         return [batch for batch in range(1, periods.total + 1) if periods.validates(batch)]
 
     assert validated(config) == [10, 30, 50, 55, 60]
@@ -387,10 +386,10 @@ def test_a_relative_path_of_weights_is_found_in_the_folder_submitted_and_beside_
         file.parent.mkdir()
         file.touch()
     (beside / "const.yaml").write_text("name: x\n")
-    load_config(str(beside / "const.yaml"))
     monkeypatch.chdir("/")
+    places = read_experiment(beside / "const.yaml", (), Sections(), with_hyperparameters=False).places
     config = resolve(config_overrides={"model.backbone.init_cfg.checkpoint": "backbone.pth", "load_from": "start.pth"})
-    find_weights_files(config, submitted)
+    find_weights_files(config, (submitted, *places))
     assert config.model.backbone.init_cfg.checkpoint == str(submitted / "backbone.pth")
     assert config.load_from == str(beside / "start.pth")
 

@@ -1,6 +1,5 @@
 """A checkpoint's config is data: it imports no modules, and names no pickle and no Python file that is read."""
 
-import argparse
 import json
 import pickle
 import shutil
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import run_command
 from mmcv.runner import CheckpointLoader
 from stores import http_store
 from tiny_models import MMDETECTION, load_model_def, mmdet_config
@@ -17,8 +17,8 @@ from mmdetection_files.config import load_mmdet_config
 from mmdetection_files.model import build_model, without_pretrained_backbone, without_teacher_weights
 from mmdetection_files.saved_config import read_resolved, write_resolved
 from mmdetection_hyperparameters import MMDetectionHyperparameters
-from shared.commands.detect import evaluate
-from shared.commands.train import train_here
+from shared.commands.evaluate import evaluate
+from shared.commands.train import train_locally
 from shared.errors import UserError
 
 RETINANET = "retinanet/retinanet_r50_fpn_1x_coco.py"
@@ -37,7 +37,7 @@ def experiment(shapes) -> dict:
 def run_in_process(do, tmp_path, config, **arguments):
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(config))
-    do(load_model_def().MMDetectionTrial, argparse.Namespace(config=str(path), overrides=[], **arguments))
+    run_command(do, load_model_def().MMDetectionTrial, path, **arguments)
 
 
 def evaluated(tmp_path, config, checkpoint) -> dict:
@@ -54,8 +54,7 @@ def honest(experiment, tmp_path_factory) -> Path:
     tmp_path = tmp_path_factory.mktemp("honest")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        patch.setenv("XDG_DATA_HOME", "")
-        run_in_process(train_here, tmp_path, experiment, output_dir=tmp_path / "run", resume=None)
+        run_in_process(train_locally, tmp_path, experiment, output_dir=tmp_path / "run", resume=None)
     return tmp_path / "run/checkpoints/last"
 
 

@@ -23,18 +23,18 @@ import synchronisations
 from shared.commands import train
 
 synchronisations.PYTORCH.append(HERE)
-_train_here = train.train_here
+_train_locally = train.train_locally
 
 
-def train_here(trial_class, arguments):
+def train_locally(*arguments):
     """Ends a training as its process does: the next one must not race with the batch that nobody took."""
     try:
-        _train_here(trial_class, arguments)
+        _train_locally(*arguments)
     finally:
         synchronize()
 
 
-train.train_here = train_here
+train.train_locally = train_locally
 
 
 @pytest.hookimpl(wrapper=True)

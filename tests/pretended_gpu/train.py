@@ -27,6 +27,7 @@ from pretended_gpu.cuda import Unsupported, install
 from pretended_gpu.streams import RECORD, place_of
 from pretended_gpu.tensors import Generator
 from shared.commands import train as train_command
+from shared.config.experiment import read_experiment
 from shared.training.tensorboard import ReportFigures
 
 MMDET_RETINANET = "retinanet/retinanet_r50_fpn_1x_coco.py"
@@ -132,7 +133,7 @@ def watched(trial_class, waits):
 def without_figures():
     """The figures and the report take most of the time of runs as small as these."""
     ReportFigures.draw = lambda *_: None
-    for name in ("save_page", "_write_report", "picture_of_validation"):
+    for name in ("save_page", "_write_report", "picture_of"):
         setattr(train_command, name, lambda *_: None)
 
 
@@ -141,8 +142,8 @@ def train(trial_class, name, shapes, run, waits=None, config_file=None):
     path = config_file or run.with_suffix(".yaml")
     for batches, resume in ((4, None), (6, "last")):
         path.write_text(yaml.safe_dump(config_of(name, shapes, batches)))
-        arguments = argparse.Namespace(config=str(path), overrides=[], output_dir=run, resume=resume)
-        train_command.train_here(trial_class, arguments)
+        arguments = argparse.Namespace(output_dir=run, resume=resume, config=str(path))
+        train_command.train_locally(trial_class, read_experiment(path, [], trial_class.sections()), arguments)
         if waits is not None:
             waits.next_batch()
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,1 +1,0 @@
-../../../shared/commands/command_line.py

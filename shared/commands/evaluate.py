@@ -1,0 +1,153 @@
+"""`evaluate`: the metrics of a checkpoint, of pretrained weights or of a results.json on data.val."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from shared.commands.detection import (
+    detect_all,
+    detecting_trial,
+    make_folder,
+    with_checkpoint,
+    write_json,
+    write_results,
+)
+from shared.config.experiment import Experiment
+from shared.data.open import SplitData, open_split
+from shared.data.storage import DiskImages
+from shared.errors import UserError, check_outputs
+from shared.evaluation.detections import Detections, from_coco_results, to_coco_results
+from shared.evaluation.evaluator import CocoEvaluator, for_json, iou_types_of, metrics_table
+from shared.report.about import About, software
+from shared.report.analysis import best_of_boxes
+from shared.report.report import summary_of
+from shared.training.processes import local_processes
+from shared.training.trial import DetectionTrial
+
+
+def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, arguments: argparse.Namespace) -> None:
+    """Prints the metrics; writes them, the results and a report if the arguments name folders."""
+    if arguments.results is not None:
+        _evaluate_results(experiment, arguments)
+        return
+    experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments)
+    with local_processes() as processes, detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
+        data = trial.open_val()
+        _make_output_folders(arguments, data)
+        names, in_data = ([category["name"] for category in of.categories] for of in (trial, data))
+        if names != in_data:
+            raise UserError(
+                f"data.val.annotations: its categories {in_data} are not those that the checkpoint was trained on, "
+                f"{names}"
+            )
+        evaluator = trial.build_evaluator(data)
+        if arguments.report and not isinstance(evaluator, CocoEvaluator):
+            raise UserError("--report: the detector's library evaluates this data, and not by COCO's rules")
+        category_ids = [category["id"] for category in data.categories]
+        results = {}
+        for batch, detected in detect_all(trial, data):
+            evaluator.update(detected)
+            if batch.skipped:
+                evaluator.skip(batch.skipped)
+            for found in detected:
+                if isinstance(found, Detections):
+                    results[found.image_id] = to_coco_results(found, category_ids)
+        distributed = trial.context.distributed
+        gathered = distributed.gather(results)
+        metrics = evaluator.cross_slot_reduce(distributed.allgather(evaluator.per_slot_reduce()))
+        evaluator.raise_if_failed()
+        if trial.rank > 0:
+            return
+        _print_metrics(metrics, trial.iou_types, arguments.output)
+        if arguments.output:
+            write_results(arguments.output, gathered)
+        if arguments.report:
+            facts = {
+                "config": Path(arguments.config).absolute(),
+                "weights": checkpoint.path if checkpoint else "pretrained, as the config names them",
+                "validation data": f"{data.annotations.path or 'fake'}, {len(data.annotations)} images",
+                "device": trial.context.device,
+                **software(Path(sys.argv[0]).parent),
+            }
+            found = evaluator.found_by_id()
+            _write_report(arguments, data, found.detections(), trial.iou_types, facts, found.images.tolist())
+        elif isinstance(evaluator, CocoEvaluator):
+            _print_threshold(evaluator)
+
+
+def _evaluate_results(experiment: Experiment, arguments: argparse.Namespace) -> None:
+    """Scores a file: boxes; masks and keypoints if every result and the data have them."""
+    if arguments.checkpoint:
+        raise UserError("--results: it scores a file, and no model. Fix: remove --checkpoint")
+    if int(os.environ.get("RANK", 0)) > 0:  # one process scores it
+        return
+    images = None if arguments.report else DiskImages(Path())  # only the report reads images
+    data = open_split(dataclasses.replace(experiment.data, check_images=False), "val", images=images)
+    detections = from_coco_results(arguments.results, data.annotations)
+    _make_output_folders(arguments, data)
+    evaluator = CocoEvaluator(data.annotations, iou_types_of(detections, data.annotations))
+    evaluator.update(detections)
+    _print_metrics(evaluator.compute(), evaluator.iou_types, arguments.output)
+    if arguments.report:
+        facts = {"detections": arguments.results.absolute(), "validation data": data.annotations.path}
+        _write_report(arguments, data, detections, evaluator.iou_types, facts)
+    else:
+        _print_threshold(evaluator)
+
+
+def _make_output_folders(arguments: argparse.Namespace, data: SplitData) -> None:
+    """Raises UserError if a folder cannot be made, or an input would be replaced in it."""
+    inputs = [arguments.config, arguments.results, data.annotations.path]
+    numbers = ["metrics.json"] if arguments.results else ["metrics.json", "results.json"]
+    for option, folder, names in (
+        ("--output", arguments.output, numbers),
+        ("--report", arguments.report, ["report.html", "report.json"]),
+    ):
+        if folder is not None:
+            check_outputs(option, [folder / name for name in names], inputs)
+            make_folder(folder, option)
+
+
+def _print_metrics(metrics: dict[str, float], iou_types: tuple[str, ...], output: Path | None) -> None:
+    print(metrics_table(metrics, iou_types))
+    if output:
+        write_json(output / "metrics.json", for_json(metrics), indent=1)
+
+
+def _print_threshold(evaluator: CocoEvaluator) -> None:
+    curve = best_of_boxes(evaluator)
+    if curve.best is not None:
+        print(
+            f"\nF1 is greatest, {curve.best_f1:.3f}, with detections of a score of at least {curve.best_threshold:.3f}"
+        )
+
+
+def _write_report(
+    arguments: argparse.Namespace,
+    data: SplitData,
+    detections: list[Detections],
+    iou_types: tuple[str, ...],
+    facts: dict[str, Any],
+    image_ids: list[int] | None = None,
+) -> None:
+    from shared.report.report import report  # importing matplotlib takes half a second
+
+    path = arguments.report / "report.html"
+    analyses = report(
+        data.annotations,
+        detections,
+        path,
+        images=data.images,
+        iou_types=iou_types,
+        image_ids=image_ids,
+        min_score=None if arguments.min_score == "best" else arguments.min_score,
+        about=About(
+            title=f"{Path(arguments.config).stem} on {Path(data.annotations.path or 'fake').name}", facts=facts
+        ),
+    )
+    print(f"\n{summary_of(analyses)}\nthe report: {path}")

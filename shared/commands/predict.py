@@ -1,0 +1,221 @@
+"""`predict`: a picture with the detections for each image, a video for each video, and one results.json."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from shared.commands import videos
+from shared.commands.detection import detect_all, detecting_trial, make_folder, with_checkpoint, write_results
+from shared.commands.predict_inputs import GivenImages, Picture, drawn_as, find_files, look_at
+from shared.config.experiment import Experiment
+from shared.config.schema import DataConfig
+from shared.data.annotations import CocoAnnotations
+from shared.data.images import read_image
+from shared.data.open import SplitData
+from shared.data.storage import DiskImages
+from shared.errors import UserError
+from shared.evaluation import drawing
+from shared.evaluation.detections import Detections, to_coco_results
+from shared.training.checkpoints import Checkpoint
+from shared.training.processes import local_processes, on_chief
+from shared.training.training_metrics import Progress
+from shared.training.trial import DetectionTrial
+
+logger = logging.getLogger(__name__)
+
+
+def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments: argparse.Namespace) -> None:
+    """Detects on images and videos, and draws what has at least `--min-score`."""
+    experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments)
+    min_score = _best_threshold(checkpoint) if arguments.min_score == "best" else arguments.min_score
+    options = experiment.data.store_options
+    with local_processes() as processes, contextlib.ExitStack() as stack:
+        distributed = processes[0]
+        if distributed.rank == 0:  # not in data.cache_dir: a training reads its images again, a prediction does not
+            copies = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="predict-")))
+
+        def open_inputs() -> tuple[list[Picture], GivenImages]:
+            _check_is_empty(arguments.output)
+            files = find_files(arguments.images, options, arguments.format)
+            images = GivenImages(files, options, copies)
+            pictures = look_at(files, images)
+            make_folder(arguments.output, "--output")
+            return pictures, images
+
+        pictures, images = on_chief(distributed, open_inputs)
+        with detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
+            data = pictures_as_data(pictures, images, arguments.images, trial)
+            prediction = _Prediction(trial, data, pictures, arguments.output, arguments.format, min_score)
+            try:
+                prediction.run()
+            except KeyboardInterrupt:
+                prediction.write_interrupted()
+                sys.exit(130)
+
+
+def _best_threshold(checkpoint: Checkpoint | None) -> float:
+    """The best threshold in the report of the run that saved the checkpoint."""
+    written = checkpoint and checkpoint.path.parent.parent / "report.json"
+    if written is None or not written.is_file():
+        raise UserError(
+            f"--min-score best: {checkpoint.path if checkpoint else 'the pretrained weight file'} is of no run with a "
+            "report; `evaluate` says which score is best: give that number"
+        )
+    if (best := json.loads(written.read_text())["best_threshold"]) is None:
+        raise UserError(f"--min-score best: no detection is correct in {written}. Fix: give a number")
+    return best
+
+
+def _check_is_empty(output: Path) -> None:
+    if output.is_dir() and any(output.iterdir()):
+        raise UserError(
+            f"--output: {output} is not empty, and the new pictures would be mixed with its files. Fix: give a new "
+            "folder, or empty this one"
+        )
+
+
+def pictures_as_data(
+    pictures: list[Picture], images: GivenImages, given: Sequence[str], trial: DetectionTrial
+) -> SplitData:
+    """The pictures as data without annotations. The image ids are those in data.val if it has all the file names, else
+    the positions."""
+    known = _val_image_ids(trial.data)
+    in_val = all(picture.key in known for picture in pictures)
+    rows = [
+        {"id": known[p.key] if in_val else i, "file_name": p.key, "height": p.height, "width": p.width}
+        for i, p in enumerate(pictures)
+    ]
+    annotations = CocoAnnotations.from_dict({"images": rows, "annotations": [], "categories": trial.categories})
+    annotations.path = "--images"
+    folder = Path(given[0]).expanduser().resolve()
+    in_folder = all(p.frame is None and p.location == str(folder / p.name) for p in pictures)
+    return SplitData(annotations, DiskImages(folder) if in_folder else images)
+
+
+def _val_image_ids(data: DataConfig) -> dict[str, int]:
+    if not data.reads_files or not data.has_val_annotations:
+        return {}
+    try:
+        annotations = CocoAnnotations.open(data.located(data.val.annotations), data.cache_dir, data.store_options)
+    except UserError:  # data in another format has no COCO ids
+        return {}
+    return {annotations.file_name(i): int(image_id) for i, image_id in enumerate(annotations.image_ids)}
+
+
+class _Prediction:
+    """The detections of this process's share of the pictures."""
+
+    def __init__(
+        self,
+        trial: DetectionTrial,
+        data: SplitData,
+        pictures: list[Picture],
+        output: Path,
+        picture_format: str,
+        min_score: float,
+    ):
+        self.trial, self.data = trial, data
+        self.output, self.format, self.min_score = output, picture_format, min_score
+        self.pictures = dict(zip(data.annotations.image_ids.tolist(), pictures, strict=True))
+        self.results: dict[int, list[dict]] = {}
+        self.frames: dict[int, Detections] = {}
+        self.seconds = dict.fromkeys(("loading", "detecting", "drawing"), 0.0)
+
+    def run(self) -> None:
+        distributed = self.trial.context.distributed
+        self.trial.bad_images.skip = True  # as the inputs whose header cannot be read
+        self.trial.evaluated_images = range  # a validation may omit some
+        progress = Progress(0, -(-len(self.pictures) // distributed.size), "image")
+        with contextlib.closing(progress):
+            for _, detected in detect_all(self.trial, self.data, self.seconds):
+                with self._drawing():
+                    for detections in detected:
+                        self._take(detections)
+                progress.update(len(detected))
+        gathered = distributed.gather((self.results, self.frames))
+        if self.trial.rank == 0:
+            with self._drawing():
+                self._write_videos({image_id: found for _, frames in gathered for image_id, found in frames.items()})
+            self._print_summary(write_results(self.output, [results for results, _ in gathered]))
+
+    @contextlib.contextmanager
+    def _drawing(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds["drawing"] += time.perf_counter() - started
+
+    def _take(self, detections: Detections) -> None:
+        picture = self.pictures[detections.image_id]
+        if detections.image_id in self.results:  # it replaces an image that cannot be read
+            return
+        about = {"file_name": picture.name} | ({} if picture.frame is None else {"frame": picture.frame})
+        results = to_coco_results(detections, self.data.annotations.category_ids)
+        if picture.frame is not None:  # drawn at the end, in order
+            self.frames[detections.image_id] = detections
+        else:
+            image = read_image(self.data.images, picture.key)
+            with self._writing(picture) as path:
+                drawing.save_picture_of(path, image, detections, self.data.annotations.categories, self.min_score)
+        self.results[detections.image_id] = [{**result, **about} for result in results]
+
+    def _write_videos(self, found: dict[int, Detections]) -> None:
+        """A video with the same frames for each video. A frame without detections stays as it is."""
+        of_video: dict[tuple[str, str], list[int]] = {}
+        for image_id, picture in self.pictures.items():
+            if picture.frame is not None:
+                of_video.setdefault((picture.name, picture.location), []).append(image_id)
+        categories = self.data.annotations.categories
+        for (_, location), image_ids in of_video.items():
+            with self._writing(self.pictures[image_ids[0]]) as path, videos.VideoWriter(path, location) as writer:
+                for image_id, frame in zip(image_ids, videos.frames(location), strict=False):
+                    if (detections := found.get(image_id)) is not None:
+                        objects = drawing.objects_of_detections(detections, categories, self.min_score)
+                        frame = drawing.draw(frame, objects)
+                    writer.write(frame)
+
+    @contextlib.contextmanager
+    def _writing(self, picture: Picture) -> Iterator[Path]:
+        """The path of a picture's file, which is deleted unless it is written completely."""
+        path = self.output / drawn_as(picture.name, self.format)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield path
+        except BaseException as error:
+            path.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+            raise
+
+    def _print_summary(self, by_image: dict[int, list[dict]]) -> None:
+        if skipped := len(self.pictures) - len(by_image):
+            logger.warning("skipped: %d of %d images, see the lines above", skipped, len(self.pictures))
+        scores = [result["score"] for found in by_image.values() for result in found]
+        print(
+            f"{len(scores)} detections on {len(by_image)} images in {self.output / 'results.json'}; the "
+            f"{sum(score >= self.min_score for score in scores)} of at least {self.min_score:g} are drawn in the "
+            "pictures beside it"
+        )
+        each = 1000 * sum(self.seconds.values()) / max(len(self.results), 1)
+        print(
+            "seconds: " + ", ".join(f"{stage} {spent:.2f}" for stage, spent in self.seconds.items()),
+            f"{each:.1f} ms per image" + (" in each process" if self.trial.slots > 1 else ""),
+            sep="; ",
+        )
+
+    def write_interrupted(self) -> None:
+        """After Ctrl-C: writes what is done to results.json, if this is the only process."""
+        done = f"stopped: {len(self.results)} of {len(self.pictures)} images are done"
+        if self.trial.slots > 1:
+            print(f"{done} by process {self.trial.rank}, drawn in {self.output}; no results.json", file=sys.stderr)
+            return
+        write_results(self.output, [self.results])
+        of_videos = "; videos are not drawn" if self.frames else ""
+        print(f"{done}, their detections in {self.output / 'results.json'}{of_videos}", file=sys.stderr)
