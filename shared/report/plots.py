@@ -28,12 +28,12 @@ def figures_of(analysis: Analysis, names: Sequence[str]) -> dict[str, Figure]:
     """The figures by title, in the order of a report.
 
     Args:
-        names: of the categories, by label.
+        names: the categories by label.
     """
     names = [short_name(name) for name in names]
     figures = {}
     with styled():
-        if analysis.curve.recall.max(initial=0) > 0:
+        if analysis.curve.best is not None:
             figures["Precision and recall"] = _precision_of_all(analysis)
             figures["Precision and recall of categories"] = _precision_of_categories(analysis, names)
         if len(analysis.curve.thresholds):
