@@ -1,6 +1,5 @@
 """A detector is a true `PyTorchTrial`: Determined's own loop trains it, and its own loader reads our checkpoints."""
 
-
 import pytest
 import torch
 from conftest import ROOT, stop_workers

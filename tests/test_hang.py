@@ -62,8 +62,8 @@ def test_the_rank_that_has_passed_least_is_named():
     after(5, processes, standings=standings)
     assert standings.hang()
     assert standings.message() == (
-        "no progress for 60 seconds: rank 2 is stuck at batch 6 (loading a batch, at step.py:2); the other ranks wait at "
-        "batch 6 (computing the gradients and the step)"
+        "no progress for 60 seconds: rank 2 is stuck at batch 6 (loading a batch, at step.py:2); the other ranks wait "
+        "at batch 6 (computing the gradients and the step)"
     )
 
 

@@ -229,7 +229,7 @@ class _Training:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Validates and reports; saves if `checkpoint_policy` asks for it. If a signal cuts it short, reports nothing."""
+        """Validates and reports; saves if `checkpoint_policy` asks for it. Reports nothing if a signal cuts it short."""
         self._mark(Phase.VALIDATING)
         trial, run = self.trial, self.run
         if self.is_chief:

@@ -1,7 +1,7 @@
 """Ends a training in which no rank makes progress, and names the rank that the others wait for.
 
-Each rank marks how far it is. A thread counts its own ticks since the last mark and exchanges them with the other ranks.
-If all ranks are quiet for too long, each writes its stacks, the first one writes the error, and the processes exit.
+Each rank marks how far it is. A thread counts its ticks since the last mark and exchanges them with the other ranks. If
+all ranks are quiet for too long, each writes its stacks, the first one writes the error, and the processes exit.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ class Standing:
 
 
 class Standings:
-    """What one rank knows of all. It counts time in its own ticks, not by the clock: a job that is stopped and continued
-    as a whole loses none.
+    """What one rank knows of all. It counts time in its own ticks, not by the clock: a job that is stopped and resumed as
+    a whole loses none.
 
     Args:
         interval: seconds per tick.

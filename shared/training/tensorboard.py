@@ -49,8 +49,8 @@ class TensorBoard:
         self._figures.write()
 
     def flush(self) -> None:
-        """Makes all that was written ready for an upload. A new file for each upload keeps uploads small. Files have the
-        second in their names, so that there is no new one before the next second."""
+        """Makes all that was written ready for an upload. A new file for each upload keeps uploads small. Files have
+        the second in their names, so that there is no new one before the next second."""
         now = time.time()
         if int(now) > int(self._file_since):
             self._writer.close()
@@ -68,8 +68,8 @@ class TensorBoard:
 
 
 class ReportFigures:
-    """Draws in a thread of its own. A validation that ends while earlier figures are being drawn gets none, unless it is
-    the last one.
+    """Draws in a thread of its own. A validation that ends while earlier figures are being drawn gets none, unless it
+    is the last one.
 
     The training writes what is drawn, at its next report: each upload closes the writer's file, and what another thread
     adds at that moment would be lost.
