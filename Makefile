@@ -7,7 +7,7 @@ PY = $(abspath $(VENV))/bin/python
 READY = $(VENV)/.ready-$(notdir $(CONSTRAINTS))
 ALL_READY = $(READY)-all
 
-.PHONY: demo test test-oldest test-compiled test-gpu lint bench docs docs-serve links
+.PHONY: demo test test-oldest test-compiled test-gpu gpu-kit lint bench docs docs-serve links
 
 # What pip calls the distribution is not upgraded: torch and torchvision must be of one release.
 $(READY): setup.cfg shared/requirements.txt efficientdet/requirements.txt $(CONSTRAINTS)
@@ -60,6 +60,10 @@ test-compiled: $(COMPILED_READY)
 test-gpu: $(if $(filter command,$(origin PY)),,$(ALL_READY))
 	$(PY) -m pytest -m gpu --durations=10 tests/gpu
 
+# What a machine with a GPU, PyTorch and no network lacks for the same tests and the benchmarks, in the folder gpu-kit.
+gpu-kit: $(ALL_READY)
+	benchmarks/gpu_kit.sh pack
+
 .PHONY: pytest
 pytest: $(ALL_READY)
 	$(PY) -m pytest -n 2
@@ -67,7 +71,7 @@ pytest: $(ALL_READY)
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(abspath $(VENV))/bin/shellcheck */startup-hook.sh .ci/run benchmarks/gpu.sh
+	$(abspath $(VENV))/bin/shellcheck */startup-hook.sh .ci/run benchmarks/gpu_kit.sh
 
 bench: $(ALL_READY)
 	$(PY) benchmarks/evaluation.py

@@ -13,12 +13,8 @@ import io
 import itertools
 import json
 import logging
-import statistics
 import sys
 import tempfile
-import time
-import types
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,10 +23,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "efficientdet")]
 
-from determined import pytorch
-from interleaved import call_at_batch_end, memory_as_without_us, switch
-from local_context import device_name, local_context
-from synchronisations import site, watch_synchronisations
+from interleaved import switch, time_against
+from local_context import local_context
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad
@@ -184,8 +178,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.getLogger("determined").setLevel(logging.ERROR)
     torch.backends.cudnn.benchmark = True  # as upstream's train.py
-    # the first block of each side is warm-up, and the last is watched for synchronisations
-    batches = arguments.block * (arguments.blocks + 2)
+    batches = arguments.block * (arguments.blocks + 3)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "coco"
         annotations = data_folder(arguments.coco, arguments.images, folder)
@@ -197,61 +190,9 @@ def main() -> None:
                 if arguments.upstream
                 else plain_loop(trial, FULL["amp"] if arguments.full else None)
             )
-            print(json.dumps(measure(trial, context, other, arguments), indent=1))
-
-
-class _Measured(Exception):
-    """The blocks are done; what `fit` does at the end is not measured."""
-
-
-def measure(trial: EfficientDetTrial, context, other, arguments) -> dict:
-    cuda = context.device.type == "cuda"
-    synchronize = torch.cuda.synchronize if cuda else lambda: None
-    ours, theirs, waits = [], [], []
-    watch, syncs = contextlib.ExitStack(), []
-    state = types.SimpleNamespace(count=0, started=time.perf_counter(), waiting=0.0)
-
-    def at_block_end() -> None:
-        nonlocal syncs
-        state.count += 1
-        if state.count % arguments.block:
-            return
-        synchronize()
-        ours.append(time.perf_counter() - state.started)
-        waits.append(trial.training_loader.waiting - state.waiting)
-        if len(ours) == arguments.blocks + 2:
-            raise _Measured
-        started = time.perf_counter()
-        with memory_as_without_us():
-            other(arguments.block)
-        synchronize()
-        theirs.append(time.perf_counter() - started)
-        if len(ours) == arguments.blocks + 1 and cuda:
-            syncs = watch.enter_context(watch_synchronisations())
-        state.waiting = trial.training_loader.waiting
-        state.started = time.perf_counter()
-
-    call_at_batch_end(trial, at_block_end)
-    with contextlib.suppress(_Measured), watch:
-        pytorch.Trainer(trial, context).fit(
-            max_length=pytorch.Batch(10**9), checkpoint_policy="none", reporting_period=pytorch.Batch(10**8)
-        )
-    pairs = [a / b for a, b in zip(ours[1:-1], theirs[1:], strict=False)]
-    images = arguments.block * trial.per_slot_batch_size
-    sites = Counter(f"{Path(frame.filename).name}:{frame.lineno} {frame.line}" for frame in map(site, syncs))
-    return {
-        "device": device_name(context.device),
-        **dict(arguments.set),
-        "against": "upstream's train.py" if arguments.upstream else "a plain loop",
-        "blocks": len(pairs),
-        "ratio_median": round(statistics.median(pairs), 4),
-        "ratio_min_max": [round(min(pairs), 4), round(max(pairs), 4)],
-        "ours_ms_a_step": round(1000 * statistics.median(ours[1:-1]) / arguments.block, 2),
-        "theirs_ms_a_step": round(1000 * statistics.median(theirs[1:]) / arguments.block, 2),
-        "ours_images_per_second": round(images / statistics.median(ours[1:-1]), 1),
-        "share_waiting_for_data": round(sum(waits[1:-1]) / sum(ours[1:-1]), 4),
-        **({"synchronisations_in_a_block": sites} if cuda else {}),
-    }
+            against = "upstream" if arguments.upstream else "plain_loop"
+            measured = time_against(trial, context, other, arguments.blocks, arguments.block, against, 10**8)
+    print(json.dumps({**dict(arguments.set), **measured}, indent=1))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ from detectron2_files.weights import categories_of_checkpoint, find_weights, loa
 from shared.config.schema import Length, Split
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.dataset import CocoDetection
-from shared.data.input_scale import InputScale
+from shared.data.images import InputScale
 from shared.data.loading import Batch, to_device
 from shared.data.open import SplitData, check_evaluable, check_masks, check_trainable, open_split
 from shared.data.samplers import aspect_ratio_groups

@@ -96,7 +96,7 @@ from shared.config.file import find_path
 from shared.config.schema import Split
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.dataset import CocoDetection
-from shared.data.input_scale import InputScale
+from shared.data.images import InputScale
 from shared.data.loading import Batch
 from shared.data.open import SplitData, check_evaluable, check_masks, check_trainable, open_split
 from shared.data.samplers import TrainingBatchSampler

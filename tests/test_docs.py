@@ -9,6 +9,8 @@ import pytest
 from conftest import ROOT
 
 from shared.__main__ import _COMMANDS as COMMANDS
+from shared.config.reference import keys_of
+from shared.config.schema import key_names
 from shared.launch import read_arguments
 
 
@@ -65,3 +67,35 @@ def test_each_command_of_the_docs_is_understood(page, command, monkeypatch):
         assert words[3] in COMMANDS
     else:
         assert (ROOT / words[1]).exists() or words[:2] == ["python3", "-m"] or words[1].startswith("hydra/"), command
+
+
+def test_the_tables_of_keys_are_those_of_the_code(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import tables
+
+    for path, (name, section) in tables.sections().items():
+        text = path.read_text()
+        assert tables.with_table(text, name, section) == text, f"{path}: run .venv/bin/python docs/tables.py"
+
+
+def test_every_key_of_a_config_has_a_text(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import tables
+
+    for _, section in tables.sections().values():
+        assert [key.name for key in keys_of(section)] == key_names(section)
+
+
+@pytest.mark.parametrize(("column", "file"), [(2, "constraints.txt"), (3, "constraints-oldest.txt")])
+def test_the_versions_that_contributing_lists_are_those_installed(column, file):
+    page = (ROOT / "CONTRIBUTING.md").read_text().split("## Versions\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in row.split("|")] for row in page.splitlines() if row.startswith("|")]
+    pinned = re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / file).read_text(), re.MULTILINE)
+    versions = {"NumPy": ["numpy"], "OpenCV": ["opencv-python-headless"], "Determined": ["determined"]}
+    checked = 0
+    for row in rows[3:]:  # after the head and Python
+        names = versions.get(row[1], row[1].split(", "))
+        for listed in re.findall(r"\d+(?:\.\d+)+", re.sub(r"(Python )?3\.1\d: ", "", row[column])):
+            assert any(name in names and version.startswith(listed) for name, version in pinned), (row[1], listed)
+            checked += 1
+    assert checked >= 7

@@ -152,7 +152,7 @@ def test_two_slots_end_together(config, tmp_path):
     ("section", "message"),
     [
         (5, "hyperparameters.early_stopping: 5 is no section. Fix: give {patience: …}"),
-        ({"patience": 0}, "hyperparameters.early_stopping.patience: it is 0, and must be 1 or more"),
+        ({"patience": 0}, "hyperparameters.early_stopping.patience: it is 0. Fix: give a number >= 1"),
         ({"patience": "a"}, "hyperparameters.early_stopping.patience: Expected `int`, got `str`"),
         ({"patiens": 3}, "hyperparameters.early_stopping: unknown key 'patiens'; did you mean 'patience'?"),
         ({}, "hyperparameters.early_stopping.patience is missing"),
@@ -270,5 +270,5 @@ def test_a_time_that_is_none_is_refused(config, key):
     from model_def import EfficientDetHyperparameters
 
     hyperparameters = {**config["hyperparameters"], key: 0}
-    with pytest.raises(UserError, match=f"hyperparameters.{key}: it is 0, and must be greater than 0"):
+    with pytest.raises(UserError, match=f"hyperparameters.{key}: it is 0. Fix: give a number > 0"):
         parse_section(hyperparameters, EfficientDetHyperparameters, "hyperparameters")

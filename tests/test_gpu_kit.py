@@ -1,8 +1,11 @@
-"""What the GPU kit says on a machine without a GPU."""
+"""The GPU kit on a machine without a GPU: what it packs, and what it reports."""
 
+import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -23,9 +26,9 @@ def test_without_a_gpu_its_tests_are_collected_and_skipped_with_what_is_missing(
 
 def test_without_a_gpu_the_benchmarks_end_with_one_line_and_leave_no_report(tmp_path):
     done = subprocess.run(
-        ["benchmarks/gpu.sh"],
+        ["benchmarks/gpu_kit.sh", "run", "benchmarks"],
         cwd=ROOT,
-        env={**WITHOUT_GPU, "OUT": str(tmp_path)},
+        env={**WITHOUT_GPU, "OUT": str(tmp_path), "KIT": str(tmp_path / "no kit")},
         capture_output=True,
         text=True,
         timeout=600,
@@ -34,6 +37,64 @@ def test_without_a_gpu_the_benchmarks_end_with_one_line_and_leave_no_report(tmp_
     assert "finds no GPU" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def gpu_kit(monkeypatch):
+    """The module benchmarks/gpu_kit.py."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu_kit
+
+    return gpu_kit
+
+
+def packages_in(path):
+    lines = (line.split(" #")[0].strip() for line in path.read_text().splitlines())
+    return {re.split(r"[<>=\[ @]", line)[0].lower() for line in lines if line and line[0] not in "#-"}
+
+
+def test_the_kit_has_every_package_that_the_detectors_require(gpu_kit):
+    folders = ("shared", "efficientdet", "mmdetection", "detectron2")
+    required = set().union(*(packages_in(ROOT / folder / "requirements.txt") for folder in folders))
+    of_torchvision = {"fsspec", "jinja2", "numpy", "pillow", "torch", "torchvision"}
+    small, rest = (packages_in(ROOT / "benchmarks" / name) for name in ("gpu_kit.txt", "gpu_kit_all.txt"))
+    assert small.isdisjoint(rest)
+    assert required - small - rest - of_torchvision - set(gpu_kit.PURE_PYTHON) == set()
+
+
+def test_the_kit_takes_detectron2_from_a_checkout(gpu_kit, tmp_path, monkeypatch):
+    checkout, kit = tmp_path / "checkout", tmp_path / "kit"
+    for name in ("detectron2/__init__.py", "detectron2/_C.so", "configs/base.yaml"):
+        path = checkout / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    kit.mkdir()
+    monkeypatch.setenv("DETECTRON2", str(checkout))
+    gpu_kit.trees(kit)
+    with tarfile.open(kit / "trees.tar.gz") as tar:
+        names = [name for name in tar.getnames() if name.endswith((".py", ".yaml", ".so"))]
+    assert [name for name in names if name.startswith("detectron2/")] == [
+        "detectron2/__init__.py",
+        "detectron2/model_zoo/configs/base.yaml",
+    ]
+    assert not [name for name in names if name.endswith(".so")]
+
+
+def test_a_program_that_hangs_is_stopped_at_its_limit(gpu_kit):
+    assert gpu_kit.run_program(["-c", "import time; time.sleep(600)"], 1) is None
+    assert gpu_kit.run_program(["-c", "raise SystemExit(3)"], 60) == 3
+
+
+def test_a_test_that_finds_no_time_left_is_not_run(tmp_path):
+    program, record = tmp_path / "test_both.py", tmp_path / "record.jsonl"
+    program.write_text("def test_late(): assert False\ndef test_copies(): assert False\n")
+    environment = {"PYTHONPATH": str(ROOT / "benchmarks"), "PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment |= {"GPU_KIT_RECORD": str(record), "GPU_KIT_DEADLINE": "0"}
+    command = [sys.executable, "-m", "pytest", "-p", "gpu_kit_plugin", "-c", os.devnull, str(program)]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, timeout=600)
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    outcomes = [(line["test"].split("::")[1], line["outcome"]) for line in lines]
+    assert outcomes == [("test_copies", "not run"), ("test_late", "not run")] * 2
 
 
 @pytest.mark.parametrize("of_torch", [False, True])

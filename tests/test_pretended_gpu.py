@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, WITHOUT_LIBRARY
 
-KNOWN_TO_WORK = ("2.11.",)  # versions of PyTorch; others are tried
+KNOWN_TO_WORK = ("2.11.", "2.15.")  # versions of PyTorch; others are tried
 CASES = {
     "efficientdet": ["efficientdet", "efficientdet fp16", "efficientdet bf16"],
     "mmdetection": ["mmdetection retinanet", "mmdetection mask r-cnn"],
@@ -138,10 +138,38 @@ def test_two_processes_train_by_the_rules_of_nccl(case, shapes, tmp_path):
     assert found["races"] == []
 
 
-def run_gpu_tests(*selection):
-    """The last line of a run of tests/gpu on the pretended GPU."""
+def test_the_gpu_kit_s_quick_tests_pass_on_a_pretended_gpu(tmp_path):
+    quick = "host_does_not_wait or operations or bytes or (steady and efficientdet and not fp16)"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "pretended_gpu.plugin", "-m", "gpu", *selection],
+        ["benchmarks/gpu_kit.sh", "run", "tests", "--pretended", "-k", quick],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+            "PY": sys.executable,
+            "KIT": str(tmp_path / "no kit"),
+            "OUT": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("tests-pretended-GPU-*.json")
+    report = json.loads(path.read_text())
+    results = {result["test"].split("::")[1]: result for result in report["results"]}
+    assert report["failed"] == 0
+    assert report["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert results["test_masks_have_the_bytes_of_the_cpu"]["outcome"] == "passed"
+    (steady,) = (result for test, result in results.items() if "steady_step" in test)
+    assert steady["measured"] == {"waits_per_step": 0}
+
+
+@pytest.mark.slow
+def test_the_gpu_kit_passes_on_a_pretended_gpu():
+    program = [sys.executable, "-m", "pytest", "-p", "pretended_gpu.plugin", "-m", "gpu", "tests/gpu"]
+    done = subprocess.run(
+        [*program, "-k", "not torch_compile"],
         cwd=ROOT,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "tests"), "PYTEST_ADDOPTS": ""},
         capture_output=True,
@@ -149,14 +177,21 @@ def run_gpu_tests(*selection):
         timeout=3600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.splitlines()[-1]
-
-
-def test_the_gpu_kit_s_quick_tests_pass_on_a_pretended_gpu():
-    quick = "host_does_not_wait or operations or bytes or (steady and efficientdet and not fp16)"
-    assert " passed" in run_gpu_tests("tests/gpu", "-k", quick)
+    assert " passed" in done.stdout.splitlines()[-1]
 
 
 @pytest.mark.slow
-def test_the_gpu_kit_passes_on_a_pretended_gpu():
-    assert " passed" in run_gpu_tests("tests/gpu", "-k", "not torch_compile")
+def test_the_gpu_kit_s_benchmarks_run_on_a_pretended_gpu(tmp_path):
+    done = subprocess.run(
+        ["benchmarks/gpu_kit.sh", "run", "benchmarks", "--pretended"],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PY": sys.executable, "OUT": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=700,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("benchmarks-pretended-GPU-*.json")
+    for result in json.loads(path.read_text())["results"]:
+        if result["outcome"] != "skipped":
+            assert {"ratio_median", "ours_images_per_second", "ours_step_mib", "waits"} <= result["measured"].keys()

@@ -1,4 +1,4 @@
-"""Detections in, COCO's metrics out: the numbers of pycocotools, by hotcoco."""
+"""Detections in, COCO's metrics out: the numbers of pycocotools. Masks and keypoints are matched by hotcoco."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from tabulate import tabulate
 from shared.data.annotations import CocoAnnotations
 from shared.data.checks import wrong_segmentation
 from shared.errors import UserError
-from shared.evaluation.detections import Detections
+from shared.evaluation.box_matching import Objects, precision_and_recall
+from shared.evaluation.detections import Detections, as_rle
 from shared.evaluation.gathered import ChiefReducer, Gather, GatheredDetections, alone, merge
 
-# name, recall instead of precision, IoU index (all where None), area index, index in max_dets (1, 10, 100):
-# the twelve lines of pycocotools' summary
+# name, recall instead of precision, IoU index (None: all), area index, index in max_dets (1, 10, 100): the twelve lines
+# of pycocotools' summary
 _SUMMARY = (
     ("mAP", False, None, 0, 2),
     ("mAP_50", False, 0, 0, 2),
@@ -81,8 +82,8 @@ def evaluate(
         [0, 1], nan where there is nothing to score. Categories without ground truth are left out.
 
     Raises:
-        UserError: detections of an image that the file has not, or that come twice, of a label that it has not, or
-            whose boxes or scores are not finite; `image_ids` that it has not.
+        UserError: an image of the detections or of `image_ids` is not in the file, an image comes twice, a label is
+            not in the file, or a box or score is not finite.
     """
     if not isinstance(annotations, CocoAnnotations):
         annotations = CocoAnnotations.open(annotations)
@@ -159,6 +160,7 @@ class CocoEvaluator(ChiefReducer):
         wanted = self._all_ids if image_ids is None else np.array([*image_ids], dtype=np.int64)
         self.image_ids = np.intersect1d(wanted, self._all_ids)
         self._truth: hotcoco.COCO | None = None
+        self._objects: Objects | None = None
         self.found: GatheredDetections | None = None
         self.reset()
 
@@ -200,11 +202,15 @@ class CocoEvaluator(ChiefReducer):
         return share
 
     def metrics_of(self, shares: list[GatheredDetections]) -> dict[str, float]:
+        self.open_truth()
         self.found = merge(shares)
         metrics: dict[str, float] = {}
         for iou_type in self.iou_types:
-            evaluation = self.match(iou_type, self.found)
-            metrics.update(summarize(evaluation, iou_type, self.annotations.category_names))
+            if iou_type == "bbox":
+                precision, recall = self._match_boxes(self.found)
+            else:
+                precision, recall = precision_and_recall_of(self.match(iou_type, self.found))
+            metrics.update(summarize(precision, recall, iou_type, self.annotations.category_names))
         if len(self.found.skipped):
             metrics["skipped_images"] = len(self.found.skipped)
         return metrics
@@ -219,11 +225,28 @@ class CocoEvaluator(ChiefReducer):
         than hotcoco's float64 rows can hold."""
         return np.searchsorted(self._all_ids, np.asarray(image_ids, dtype=np.int64))
 
+    def _match_boxes(self, found: GatheredDetections) -> tuple[np.ndarray, np.ndarray]:
+        """Precision and recall of the boxes, see `precision_and_recall`."""
+        objects, rows, scores = self._objects, found.rows(), found.scores
+        evaluated = self._evaluated(found)
+        if len(evaluated) < len(self._all_ids):
+            objects = objects.only(evaluated)
+            kept = np.isin(rows[:, 0], evaluated)
+            rows, scores = rows[kept], scores[kept]
+        images, labels = rows[:, [0, 6]].astype(np.int64).T
+        return precision_and_recall(objects, images, labels, scores, rows[:, 1:5])
+
+    def _evaluated(self, found: GatheredDetections) -> np.ndarray:
+        """The positions of the images that count, sorted."""
+        return np.setdiff1d(self._positions(self.image_ids), found.skipped)
+
     def match(self, iou_type: str, found: GatheredDetections) -> hotcoco.COCOeval:
-        """hotcoco's evaluation of what `share` and `merge` gave, evaluated and accumulated. In it an image is its
-        position (see `GatheredDetections`), a category its label, a detection its row from 1 on, an annotation its row
-        in `annotations.columns` from 1 on."""
-        truth = self.open_truth()
+        """Evaluate and accumulate with hotcoco. The report reads errors and verdicts from the result.
+
+        hotcoco's ids: an image's is its position (see `GatheredDetections`), a category's its label, a detection's its
+        row + 1, an annotation's its row in `annotations.columns` + 1.
+        """
+        truth = self._hotcoco_truth()
         rows = found.rows()
         if iou_type == "keypoints" and len(rows):
             results = truth.load_res(found.keypoint_results())
@@ -236,7 +259,7 @@ class CocoEvaluator(ChiefReducer):
             results = truth.load_res(rows)
         evaluation = hotcoco.COCOeval(truth, results, iou_type)
         params = evaluation.params
-        params.img_ids = np.setdiff1d(self._positions(self.image_ids), found.skipped).tolist()
+        params.img_ids = self._evaluated(found).tolist()
         if iou_type == "keypoints" and self.keypoint_sigmas:
             params.kpt_oks_sigmas = list(self.keypoint_sigmas)
         evaluation.params = params
@@ -244,28 +267,54 @@ class CocoEvaluator(ChiefReducer):
         evaluation.accumulate()
         return evaluation
 
-    def open_truth(self) -> hotcoco.COCO:
-        """The ground truth as `to_hotcoco` gives it, made at the first call. Called before a training, it refuses
-        there what the first validation could not score.
+    def open_truth(self) -> None:
+        """Prepare the ground truth of each IoU type, once. A trial calls it before the training, so that truth which
+        cannot be scored stops the run there.
 
         Raises:
             UserError: see `to_hotcoco`.
         """
+        if "bbox" in self.iou_types and self._objects is None:
+            columns = self.annotations.columns
+            images = np.repeat(self._positions(self.annotations.image_ids), np.diff(columns["offsets"]))
+            self._objects = Objects.of(
+                images=images,
+                labels=columns["labels"],
+                boxes=columns["boxes"],
+                areas=columns["areas"],
+                crowd=columns["iscrowd"],
+                categories=len(self.annotations.categories),
+            )
+        if set(self.iou_types) - {"bbox"}:
+            self._hotcoco_truth()
+
+    def _hotcoco_truth(self) -> hotcoco.COCO:
         if self._truth is None:
             with_keypoints = "keypoints" in self.iou_types
             self._truth = to_hotcoco(self.annotations, masks="segm" in self.iou_types, keypoints=with_keypoints)
         return self._truth
 
 
-def summarize(evaluation: hotcoco.COCOeval, iou_type: str, category_names: Sequence[str]) -> dict[str, float]:
-    """The numbers of `evaluate`, of one IoU type."""
-    precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
+def precision_and_recall_of(evaluation: hotcoco.COCOeval) -> tuple[np.ndarray, np.ndarray]:
+    """The arrays that `summarize` takes."""
+    arrays = evaluation.eval
+    return arrays["precision"][..., -1], arrays["recall"]
+
+
+def summarize(
+    precision: np.ndarray, recall: np.ndarray, iou_type: str, category_names: Sequence[str]
+) -> dict[str, float]:
+    """The numbers of `evaluate`, of one IoU type.
+
+    Args:
+        precision, recall: as `precision_and_recall` returns them.
+    """
     metrics = {}
     for name, is_recall, iou, area, max_dets in _summary_of(iou_type):
-        values = (recall if is_recall else precision)[..., area, max_dets]
+        values = recall[..., area, max_dets] if is_recall else precision[..., area]
         metrics[f"{iou_type}_{name}"] = mean_of(values if iou is None else values[iou])
     for label, name in enumerate(category_names):
-        average_precision = mean_of(precision[:, :, label, 0, -1])
+        average_precision = mean_of(precision[:, :, label, 0])
         if not math.isnan(average_precision):
             metrics[f"{iou_type}_AP/{name}"] = average_precision
     return metrics
@@ -291,9 +340,8 @@ def _check_keypoints(annotations: CocoAnnotations, sigmas: Sequence[float] | Non
 def to_hotcoco(annotations: CocoAnnotations, masks: bool = True, keypoints: bool = False) -> hotcoco.COCO:
     """The annotations as hotcoco's data set, in the file's own float64.
 
-    Its images have the positions of their ids among all of the file's, sorted, its categories the labels, and its
-    annotations their rows in `annotations.columns` from 1 on: ids of a file may be negative, or greater than the
-    float64 of hotcoco's results can hold.
+    Its ids are those of `CocoEvaluator.match`, because a file's ids may be negative or too great for the float64 of
+    hotcoco's results.
 
     Raises:
         UserError: a segmentation that is no polygon or RLE, an RLE of another size than its image.
@@ -329,8 +377,8 @@ def to_hotcoco(annotations: CocoAnnotations, masks: bool = True, keypoints: bool
 
 
 def _segmentations(annotations: CocoAnnotations) -> list[list | dict]:
-    """The segmentation of each annotation, [] where there is none, each one that hotcoco can score: polygons of less
-    than three points, which enclose nothing, are left out."""
+    """The mask of each annotation as compressed RLE, [] where there is none. hotcoco would rasterize polygons at each
+    evaluation again. Polygons of less than three points enclose nothing and are omitted."""
     segmentations = []
     for record in annotations:
         for piece in record.segmentations:
@@ -342,7 +390,7 @@ def _segmentations(annotations: CocoAnnotations) -> list[list | dict]:
                     f"{annotations.path or 'the annotations'}: the segmentation of annotation {annotation_id}, on "
                     f"image {record.image_id}, {wrong}; correct it, or leave it out"
                 )
-            segmentations.append(piece or [])
+            segmentations.append(as_rle(piece, record.height, record.width) if piece else [])
     return segmentations
 
 

@@ -235,6 +235,8 @@ def load_detections(path: Path) -> tuple[GatheredDetections, list[str]]:
 
 def merge(shares: list[GatheredDetections]) -> GatheredDetections:
     """All slots' detections, each image once and in the order of positions: the same for any number of slots."""
+    if len(shares) == 1:
+        return shares[0]
     images = np.concatenate([share.images for share in shares])
     counts = np.concatenate([share.counts for share in shares])
     kept_images, kept = np.unique(images, return_index=True)  # the first slot's, where several have an image

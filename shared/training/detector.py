@@ -23,12 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 from shared.config.experiment import Experiment, Sections
 from shared.config.schema import DataConfig, Length, SearcherMetric, TrainingHyperparameters
 from shared.data.annotations import CocoAnnotations
-from shared.data.dataset import Transform
-from shared.data.input_scale import InputScale
+from shared.data.dataset import Transform, seed_all
+from shared.data.images import InputScale
 from shared.data.loading import Batch
 from shared.data.open import SplitData, open_split, open_train_and_val
 from shared.data.samplers import TrainingBatchSampler, labels_of, repeat_factors
-from shared.data.seeding import seed_all
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator, summary_metrics

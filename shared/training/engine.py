@@ -229,7 +229,7 @@ class _Training:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Validates and reports; saves if `checkpoint_policy` asks for it. Reports nothing if a signal cuts it short."""
+        """Validates, reports, and saves if `checkpoint_policy` asks for it. A signal cuts it short without a report."""
         self._mark(Phase.VALIDATING)
         trial, run = self.trial, self.run
         if self.is_chief:

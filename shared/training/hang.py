@@ -113,8 +113,8 @@ class Standing:
 
 
 class Standings:
-    """What one rank knows of all. It counts time in its own ticks, not by the clock: a job that is stopped and resumed as
-    a whole loses none.
+    """What one rank knows of all. It counts time in its own ticks, not by the clock: a job that is stopped and resumed
+    as a whole loses none.
 
     Args:
         interval: seconds per tick.

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from shared.config.schema import SearcherMetric
-from shared.data.seeding import kept_random_state
+from shared.data.dataset import kept_random_state
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.gathered import ChiefReducer, Gather

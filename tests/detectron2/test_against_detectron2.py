@@ -38,8 +38,7 @@ from detectron2_files.data import inputs_of
 from detectron2_files.evaluation import to_detections
 from detectron2_hyperparameters import Detectron2Hyperparameters
 from shared.data.annotations import CocoAnnotations
-from shared.data.dataset import SampleKey
-from shared.data.seeding import seed_all
+from shared.data.dataset import SampleKey, seed_all
 from shared.evaluation.evaluator import evaluate
 from shared.training.checkpoints import read_checkpoint
 

@@ -41,7 +41,7 @@ from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 from detectron2_files.data import inputs_of
 from shared.launch import main
-from shared.data.seeding import seed_all
+from shared.data.dataset import seed_all
 from torch.nn.parallel import DistributedDataParallel
 
 class Probe(model_def.Detectron2Trial):

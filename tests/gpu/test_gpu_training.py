@@ -156,7 +156,7 @@ def same_bits(a, b):
 
 
 @pytest.mark.parametrize("case", [*FLOAT32, *FLOAT16], indirect=True)
-def test_a_killed_run_resumes_to_the_same_bits(case, shapes, train, request, reproducible):
+def test_a_killed_run_resumes_to_the_same_bits(case, shapes, train, request, reproducible, record_property):
     detector, config = case[0], case[1](shapes)
 
     def kill(trial, batches):
@@ -179,7 +179,9 @@ def test_a_killed_run_resumes_to_the_same_bits(case, shapes, train, request, rep
     assert [(r["batches"], r["split"]) for r in reports(resumed)] == [
         (r["batches"], r["split"]) for r in reports(whole)
     ]
-    if same_bits(final_state(whole), final_state(again)):
+    is_deterministic = same_bits(final_state(whole), final_state(again))
+    record_property("two_equal_runs_have_the_same_bits", is_deterministic)
+    if is_deterministic:
         assert_same_bits(final_state(resumed), final_state(whole))
         return
     warnings.warn(
@@ -262,7 +264,7 @@ OF_A_LIBRARY = re.compile(r"-packages/(effdet|timm|torchvision|mm|detectron2|fvc
 
 
 @pytest.mark.parametrize("case", [*ONE_EACH, "efficientdet fp16"], indirect=True)
-def test_a_steady_step_waits_for_the_device_only_where_the_library_does(case, shapes, train):
+def test_a_steady_step_waits_for_the_device_only_where_the_library_does(case, shapes, train, record_property):
     detector, config = case[0], case[1](shapes)
     stacks = []
 
@@ -276,11 +278,8 @@ def test_a_steady_step_waits_for_the_device_only_where_the_library_does(case, sh
 
     Watched.__module__ = Watched.__base__.__module__
     train(Watched, config)
-    if config["hyperparameters"].get("amp") == "fp16":  # a GradScaler reads whether a gradient overflowed
-        others = [stack for stack in stacks if not any("grad_scaler.py" in frame.filename for frame in stack)]
-        assert len(stacks) - len(others) <= 4
-        stacks = others
     sites = [site(stack) for stack in stacks]
+    record_property("waits_per_step", len(sites) / 4)
     if detector != "efficientdet":  # mmdet and detectron2 wait many times in each step, also in its backward pass
         sites = [
             frame
@@ -292,7 +291,7 @@ def test_a_steady_step_waits_for_the_device_only_where_the_library_does(case, sh
 
 
 @pytest.mark.parametrize("case", ONE_EACH, indirect=True)
-def test_memory_does_not_grow_from_step_to_step(case, shapes, train):
+def test_memory_does_not_grow_from_step_to_step(case, shapes, train, record_property):
     detector, config = case[0], case[1](shapes)
     config["searcher"]["max_length"] = config["min_validation_period"] = {"batches": 200}
     config["scheduling_unit"] = 50
@@ -305,6 +304,7 @@ def test_memory_does_not_grow_from_step_to_step(case, shapes, train):
     train(probe(detector, look), config)
     # batches differ in size: the greatest of many steps, early and late
     early, late = (max(allocated[i] for i in range(first, first + 50)) for first in (50, 150))
+    record_property("allocated_mib", [round(value / 2**20, 1) for value in (early, late)])
     assert late <= early + 2**20
 
 
@@ -382,7 +382,7 @@ def assert_same_evaluation(ours, expected):
 
 
 @pytest.mark.parametrize("case", FLOAT32, indirect=True)
-def test_a_gpu_evaluates_as_the_cpu_does(case, shapes, train, tmp_path):
+def test_a_gpu_evaluates_as_the_cpu_does(case, shapes, train, tmp_path, record_property):
     detector, config = case[0], case[1](shapes)
     config["searcher"]["max_length"] = config["min_validation_period"] = {"batches": 12}
     checkpoint = train(probe(detector), config) / "checkpoints/last"
@@ -390,6 +390,7 @@ def test_a_gpu_evaluates_as_the_cpu_does(case, shapes, train, tmp_path):
     path.write_text(yaml.safe_dump(config))
     on_gpu = evaluated(detector, path, checkpoint, tmp_path / "gpu")
     on_cpu = evaluated(detector, path, checkpoint, tmp_path / "cpu", CUDA_VISIBLE_DEVICES="")
+    record_property("share_of_detections_found_again", share_found_again(on_gpu[1], on_cpu[1]))
     assert_same_evaluation(on_gpu, on_cpu)
 
 

@@ -34,7 +34,7 @@ from mmdetection_files.evaluation import to_detections
 from mmdetection_files.hooks import StepRunner
 from mmdetection_files.saved_config import write_resolved
 from shared.data.annotations import CocoAnnotations
-from shared.data.seeding import seed_all
+from shared.data.dataset import seed_all
 from shared.evaluation.evaluator import evaluate
 from shared.training.checkpoints import read_checkpoint
 

@@ -68,7 +68,7 @@ from torch.nn.parallel import DistributedDataParallel
 import model_def
 from mmdetection_files.model import build_optimizer
 from shared.launch import main
-from shared.data.seeding import seed_all
+from shared.data.dataset import seed_all
 
 class Probe(model_def.MMDetectionTrial):
     def losses(self, model, batch):

@@ -52,6 +52,7 @@ def install(devices=1):
         setattr(torch.cuda.random, name, getattr(torch.cuda, name))
     for name, value in _accelerator(devices).items():
         setattr(torch.accelerator, name, value)
+    torch.Stream, torch.Generator = streams.Stream, _DeviceGenerator
     _pin_and_watch_host_memory()
     _let_optimizers_fuse()
     EveryOperation().__enter__()
@@ -128,6 +129,24 @@ class _DeviceContext(contextlib.AbstractContextManager):
 
     def __exit__(self, *_):
         return None
+
+
+_HOST_GENERATOR = torch.Generator
+
+
+class _AnyGenerator(type):
+    def __instancecheck__(cls, value):
+        return isinstance(value, _HOST_GENERATOR)
+
+
+class _DeviceGenerator(_HOST_GENERATOR, metaclass=_AnyGenerator):
+    """Stands for `torch.Generator`: on any device it draws the host's numbers."""
+
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls, "cpu")
+
+    def __init__(self, device="cpu"):
+        pass
 
 
 def _accelerator(devices):

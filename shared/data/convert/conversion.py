@@ -1,0 +1,209 @@
+"""From any format to COCO files; which format it is, if nobody says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from shared.data.convert import (
+    coco,
+    createml,
+    cvat,
+    dota,
+    hugging_face,
+    kitti,
+    label_studio,
+    labelme,
+    openimages,
+    table,
+    voc,
+    yolo,
+)
+from shared.data.convert.contents import Contents, Options, Split
+from shared.data.convert.files import files_below, read_json, read_text
+from shared.data.convert.writer import Written, path_of, to_coco, write
+from shared.errors import UserError, check_outputs, nearest, nearest_path
+
+# each has `ABOUT`, the source in a few words; `recognise(source)`, what it saw there or ""; `read(source, options)`
+FORMATS: dict[str, ModuleType] = {
+    "yolo": yolo,
+    "voc": voc,
+    "cvat": cvat,
+    "coco": coco,
+    "labelme": labelme,
+    "labelstudio": label_studio,
+    "createml": createml,
+    "openimages": openimages,
+    "csv": table,
+    "huggingface": hugging_face,
+    "kitti": kitti,
+    "dota": dota,
+}
+
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
+
+
+def convert(
+    kind: str | None,
+    source: Path,
+    output: Path,
+    images: Path | None = None,
+    val_share: float = 0.0,
+    labels: str = "",
+    boxes: str = "",
+    categories: Path | None = None,
+    say: Callable[[str], object] = print,
+) -> list[Written]:
+    """Writes a COCO file, or one per split: `…_train.json`, `…_val.json`, `…_test.json`.
+
+    Args:
+        kind: a key of FORMATS; None to recognise it.
+        images: the folder of the images, if they are not in the source.
+        val_share: the share of the images that becomes the validation split, of a source without one.
+        labels, boxes: as in `Options`.
+        categories: a text file with a name per line, or a COCO file: the categories and their order.
+        say: gets lines for the user: what was recognised, and the notes of the reader.
+
+    Raises:
+        UserError: the source does not exist, is of another format, or contradicts itself.
+    """
+    if images is not None and not images.is_dir():
+        raise UserError(f"--images: {images} is not a folder. Fix: give the folder of the images")
+    if not 0 <= val_share < 1:
+        raise UserError(
+            f"--val: {val_share:g} is no share. Fix: give a share of the images from 0 to 1, 0.2 for example"
+        )
+    options = Options(images, labels, boxes, val_share > 0, output.with_name(f"{output.stem}_images"))
+    contents = _read(kind, source, options, say)
+    if categories is not None:
+        contents.categories = _given_categories(categories, contents)
+    contents.splits = {split: part for split, part in contents.splits.items() if part.images}
+    if val_share:
+        contents.splits = _with_val(contents.splits, val_share, source)
+    check_outputs("OUTPUT", [path_of(output, split) for split in contents.splits], [source])
+    written = write(contents, source, output)
+    for note in contents.notes:
+        say(note)
+    return written
+
+
+def annotations_of(path: Path, split: str = "", images: Path | None = None) -> tuple[dict[str, list], Path | None]:
+    """A split of a data set in any format: COCO's dictionary, for `CocoAnnotations.from_dict`, and the images' folder.
+
+    Args:
+        path: YOLO's data.yaml, a folder of VOC, or any other source of `convert`.
+        split: "train", "val" or "test"; without effect if the source has no splits.
+
+    Raises:
+        UserError: as `convert`, or the source does not have this split.
+    """
+    contents = _read(None, path, Options(images, without_val=split != "val"), lambda line: None)
+    splits = {name: part for name, part in contents.splits.items() if part.images}
+    name = "" if "" in splits else split
+    if name not in splits:
+        raise UserError(f"{path}: has the splits {', '.join(splits)}, and not {split!r}. Fix: name one of these")
+    return to_coco(contents, path)[name], splits[name].folder
+
+
+def recognise(source: Path) -> tuple[str, str]:
+    """The format of a source, and what shows it.
+
+    Raises:
+        UserError: its format is unknown, or it may be several.
+    """
+    seen, refused = {}, []
+    for kind, module in FORMATS.items():
+        try:
+            if said := module.recognise(source):
+                seen[kind] = said
+        except UserError as error:
+            refused.append(error)
+    if refused and not seen:
+        raise refused[0]
+    if len(seen) == 1:
+        return next(iter(seen.items()))
+    if seen:
+        found = "; ".join(f"{kind}: {said}" for kind, said in seen.items())
+        raise UserError(f"{source}: may be several formats ({found}). Fix: name one, `convert {next(iter(seen))} …`")
+    if source.suffix.lower() in _ARCHIVES:
+        raise UserError(f"{source}: is an archive. Fix: unpack it, and give the folder")
+    files = files_below(source) if source.is_dir() else [source]
+    endings = Counter(sorted(file.suffix.lower() or "without ending" for file in files)).most_common(5)
+    there = ", ".join(f"{count} {ending}" for ending, count in endings) or "nothing"
+    raise UserError(
+        f"{source}: is no format that is recognised; there is {there}. Fix: give the folder or file of the "
+        f"annotations, or name the format: {', '.join(FORMATS)}"
+    )
+
+
+def _read(kind: str | None, source: Path, options: Options, say: Callable[[str], object]) -> Contents:
+    if not source.exists():
+        raise UserError(f"{source}: does not exist ({nearest_path(str(source))}). Fix: correct the path")
+    if kind is None:
+        kind, said = recognise(source)
+        say(f"{source}: read as {kind}: {said}")
+    elif kind not in FORMATS:
+        raise UserError(f"{kind}: is no format ({nearest(kind, FORMATS)}). Fix: name one of {', '.join(FORMATS)}")
+    for option, value, kinds in (
+        ("labels", options.labels, ("yolo",)),
+        ("boxes", options.boxes, ("csv", "huggingface")),
+    ):
+        if value and kind not in kinds:
+            raise UserError(f"--{option}: is for {' and '.join(kinds)}, and not for {kind}. Fix: omit it")
+    contents = FORMATS[kind].read(source, options)
+    if not any(part.images for part in contents.splits.values()):
+        raise UserError(f"{source}: has no annotations that can be read as {kind}. Fix: name another format or path")
+    return contents
+
+
+def _given_categories(file: Path, contents: Contents) -> list[dict[str, Any]]:
+    if file.suffix.lower() == ".json":
+        content = read_json(file)
+        rows = content.get("categories") if isinstance(content, dict) else None
+        if not rows or not all(isinstance(row, dict) and "id" in row and "name" in row for row in rows):
+            raise UserError(f"--categories: {file} has no COCO categories. Fix: give a COCO file, or a name per line")
+    else:
+        rows = [{"name": line.strip()} for line in read_text(file).splitlines() if line.strip()]
+    known = {row["name"]: row for row in rows}
+    described = {category["name"]: category for category in contents.categories}
+    used = {a["category"] for part in contents.splits.values() for image in part.images for a in image["annotations"]}
+    if unknown := sorted(used - known.keys()):
+        raise UserError(
+            f"--categories: {file} lacks {unknown[0]!r}, which the annotations have ({nearest(unknown[0], known)}). "
+            "Fix: add the name to the file"
+        )
+    without_id = ({k: v for k, v in described.get(name, {}).items() if k != "id"} for name in known)
+    return [{**more, **row} for more, row in zip(without_id, known.values(), strict=True)]
+
+
+def _with_val(splits: dict[str, Split], share: float, source: Path) -> dict[str, Split]:
+    """The training split divided in two, alike at each call."""
+    whole = "" if "" in splits else "train"
+    if "val" in splits or whole not in splits:
+        raise UserError(f"--val: {source} has the splits {', '.join(splits)} already. Fix: omit --val")
+    if len(splits[whole].images) < 2:
+        raise UserError(f"--val: {source} has one image, and a split needs two. Fix: omit --val")
+    part = splits.pop(whole)
+    count = min(max(round(share * len(part.images)), 1), len(part.images) - 1)
+    val = set(np.random.default_rng(0).permutation(len(part.images))[:count].tolist())
+    train, held_out = ([image for i, image in enumerate(part.images) if (i in val) is of] for of in (False, True))
+    return {
+        "train": Split(train, part.folder, part.counts, part.crowds),
+        "val": Split(held_out, part.folder, crowds=part.crowds),
+        **splits,
+    }
+
+
+def as_config(written: Sequence[Written]) -> str:
+    """The lines for an experiment config."""
+    lines = ["data:"]
+    for one in written:
+        if one.split != "test":
+            images = one.part.folder.absolute() if one.part.folder else "FOLDER OF THE IMAGES"
+            lines.append(f"  {one.split or 'train'}: {{annotations: {one.path.absolute()}, images: {images}}}")
+    return "\n".join(lines)

@@ -1,0 +1,54 @@
+"""CreateML: a JSON list of images with boxes by their middle; also a folder per split, as Roboflow writes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shared.data.convert import shapes
+from shared.data.convert.contents import Contents, Options, Split, errors_in
+from shared.data.convert.files import SPLITS, files_below, finder_for, json_outline, read_json, split_of
+from shared.data.numbers import FARTHEST, parse_number
+
+ABOUT = "a JSON file of CreateML, or a folder with one per split"
+
+_TRIED = 20  # JSON files; a data set with a file per image has thousands
+
+
+def recognise(source: Path) -> str:
+    files = _files(source)
+    return f"{', '.join(file.name for file in files.values())} with `image` and `coordinates`" if files else ""
+
+
+def read(source: Path, options: Options) -> Contents:
+    splits = {}
+    for split, file in _files(source).items():
+        finder = finder_for(file if source.is_file() else file.parent, options.images)
+        part = splits[split] = Split()
+        for number, image in enumerate(read_json(file, list), 1):
+            with errors_in(f"{file}: image {number}"):
+                name = part.find_image(finder, str(image["image"]))
+                if (size := finder.size(name)) is None:
+                    continue
+                rows = []
+                for row in image.get("annotations", []):
+                    keys = ("x", "y", "width", "height")
+                    x, y, w, h = (parse_number(str(row["coordinates"][key]), key, FARTHEST) for key in keys)
+                    shape = shapes.box(x - w / 2, y - h / 2, w, h)
+                    rows.append({"category": str(row["label"]), **shape, "iscrowd": 0})
+                part.add_image(name, size, rows)
+        part.settle(finder, options.images is not None)
+    return Contents(splits)
+
+
+def _files(source: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for file in files_below(source, (".json",))[:_TRIED] if source.is_dir() else [source]:
+        if file.suffix.lower() == ".json" and _is_createml(file):
+            folders = file.relative_to(source).parts[:-1] if source.is_dir() else ()
+            found.setdefault(next(filter(None, map(split_of, folders)), ""), file)
+    return {split: found[split] for split in ("", *SPLITS) if split in found}
+
+
+def _is_createml(file: Path) -> bool:
+    is_list, keys = json_outline(file)
+    return is_list and keys.keys() >= {"image", "annotations"}

@@ -1,0 +1,196 @@
+"""Label Studio: its JSON and JSON-MIN exports, a list of tasks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import numpy as np
+
+from shared.data.convert import shapes
+from shared.data.convert.contents import Contents, Options, Split, errors_in
+from shared.data.convert.files import ImageFinder, files_in, finder_for, json_outline, read_json
+from shared.data.images import is_image_name
+from shared.data.numbers import FARTHEST, parse_number
+from shared.errors import UserError
+
+ABOUT = "the JSON or JSON-MIN file that Label Studio exports"
+
+_TRIED = 20  # JSON files of a folder
+_UPLOAD = 8  # hexadecimal digits and a hyphen, which an upload adds before a file name
+_LABELS = "labels"
+
+
+def recognise(source: Path) -> str:
+    file = _file(source)
+    return f"{file.name} is a list of tasks" if file else ""
+
+
+def read(source: Path, options: Options) -> Contents:
+    file = _file(source)
+    if file is None:
+        raise UserError(f"{source}: has no list of Label Studio's tasks. Fix: export the project as JSON")
+    finder, part = finder_for(source, options.images), Split()
+    for position, task in enumerate(read_json(file, list)):
+        with errors_in(f"{file}: task {task.get('id', f'number {position + 1}')}"):
+            results = _results(task, part)
+            if results is not None:
+                _add_image(task, results, finder, part)
+    part.settle(finder, options.images is not None)
+    return Contents({"": part})
+
+
+def _file(source: Path) -> Path | None:
+    for file in files_in(source, (".json",))[:_TRIED] if source.is_dir() else [source]:
+        is_list, keys = json_outline(file) if file.suffix.lower() == ".json" else (False, {})
+        if is_list and _is_task(keys):
+            return file
+    return None
+
+
+def _is_task(keys: dict[str, Any]) -> bool:
+    """JSON-MIN has no `data`, but who annotated the task and when."""
+    return keys.keys() >= {"data", "annotations"} or keys.keys() >= {"id", "annotation_id"} or "annotator" in keys
+
+
+def _results(task: dict[str, Any], part: Split) -> list[dict] | None:
+    """The regions of a task; None, counted, if nobody has annotated it."""
+    if "data" not in task:  # JSON-MIN: the regions of each control tag are a list beside the image
+        rows = [row for value in task.values() if isinstance(value, list) for row in value if isinstance(row, dict)]
+        return [{"value": row, **row} for row in rows]
+    done = [one for one in task.get("annotations") or [] if not one.get("was_cancelled")]
+    if not done:
+        part.counts["tasks left out (without an annotation)"] += 1
+        return None
+    best = next((one for one in done if one.get("ground_truth")), done[0])
+    if len(done) > 1:
+        part.counts["further annotations of a task left out"] += len(done) - 1
+    return best.get("result") or []
+
+
+def _add_image(task: dict[str, Any], results: list[dict], finder: ImageFinder, part: Split) -> None:
+    data = task.get("data", task)
+    key = _image_key(data)
+    if key is None:
+        part.counts["tasks left out (without an image)"] += 1
+        return
+    name = part.find_image(finder, _name(data[key], finder))
+    sizes = {(row["original_width"], row["original_height"]) for row in results if row.get("original_width")}
+    size = next(iter(sizes), None) or finder.size(name)
+    if size is None:
+        raise ValueError(f"has no original_width, and its image {name!r} is not there; pass --images")
+    named = _labels_by_region(results)
+    rows = []
+    for result in results:
+        kind, value = str(result.get("type") or _kind_of(result)), result.get("value") or {}
+        shape = _shape(kind.removesuffix(_LABELS), value, size)
+        if shape is None:
+            if not kind.endswith(_LABELS) or kind != _LABELS:
+                part.counts[f"{kind} left out"] += 1
+            continue
+        labels = value.get(kind) or value.get(_LABELS) or named.get(result.get("id"), [])
+        if not labels:
+            part.counts["regions left out (without a label)"] += 1
+        rows += [{"category": str(label), **shape, "iscrowd": 0} for label in labels]
+    part.add_image(name, (int(size[0]), int(size[1])), rows)
+
+
+def _image_key(data: dict[str, Any]) -> str | None:
+    """The key of the image, which each project names as it likes."""
+    texts = {key: value for key, value in data.items() if isinstance(value, str)}
+    return next((k for k, v in texts.items() if k == "image"), None) or next(
+        (key for key, value in texts.items() if is_image_name(_path(value))), None
+    )
+
+
+def _path(address: str) -> str:
+    """The path in `/data/upload/1/a.jpg`, `/data/local-files/?d=a.jpg`, `s3://…/a.jpg` or a plain name."""
+    address = address.replace("\\", "/")
+    if "?d=" in address:
+        return parse_qs(urlsplit(address).query)["d"][0]
+    return unquote(urlsplit(address).path) if "://" in address or address.startswith("/data/") else address
+
+
+def _name(address: str, finder: ImageFinder) -> str:
+    """The image's name, without what an upload adds before it if only the name without is there."""
+    path = _path(address)
+    base = path.rpartition("/")[2]
+    mark, hyphen, plain = base.partition("-")
+    is_upload = bool(hyphen) and len(mark) == _UPLOAD and all(letter in "0123456789abcdef" for letter in mark)
+    if not finder:
+        return base
+    return plain if is_upload and finder.find(base) is None and finder.find(plain) else path
+
+
+def _labels_by_region(results: list[dict]) -> dict[Any, list[str]]:
+    """The labels that projects with separate tags for shape and label have in a result of their own."""
+    return {r.get("id"): r["value"][_LABELS] for r in results if r.get("type") == _LABELS and _LABELS in r["value"]}
+
+
+def _kind_of(row: dict[str, Any]) -> str:
+    return next((key for key in row if key.endswith(_LABELS)), "region")
+
+
+def _shape(kind: str, value: dict[str, Any], size: tuple[int, int]) -> dict[str, Any] | None:
+    """COCO's shape of a region; its numbers are percent of the image's size. None of a kind without an area."""
+
+    def pixels(*keys: str) -> list[float]:
+        sides = {"x": 0, "width": 0, "radiusX": 0}
+        return [parse_number(str(value[k]), k, FARTHEST) / 100 * size[sides.get(k, 1)] for k in keys]
+
+    turned = parse_number(str(value.get("rotation") or 0), "rotation")
+    if kind == "rectangle":
+        x, y, width, height = pixels("x", "y", "width", "height")
+        if not turned:
+            return shapes.box(x, y, width, height)
+        # turned around its upper left corner
+        sin, cos = math.sin(math.radians(turned)), math.cos(math.radians(turned))
+        middle = x + width / 2 * cos - height / 2 * sin, y + width / 2 * sin + height / 2 * cos
+        return shapes.rotated_box(middle, (width, height), turned)
+    if kind == "polygon":
+        return shapes.polygons([np.array(value["points"], dtype=np.float64) / 100 * size])
+    if kind == "ellipse":
+        x, y, rx, ry = pixels("x", "y", "radiusX", "radiusY")
+        return shapes.ellipse((x, y), (rx, ry), turned)
+    if kind == "brush" and value.get("format") == "rle":
+        rgba = decode_rle(value["rle"])
+        if len(rgba) != 4 * size[0] * size[1]:
+            raise ValueError(f"a brush has {len(rgba) // 4} pixels, and the image {size[0]}×{size[1]}")
+        return shapes.mask(rgba.reshape(size[1], size[0], 4)[..., 3] > 0, 0, 0, size)
+    return None
+
+
+def decode_rle(data: list[int]) -> np.ndarray:
+    """(pixels · 4,) uint8, R G B A of each: the RLE of Label Studio's brush, as its converter decodes it.
+
+    The bits are: 32 for the number of values, 5 for the length of a value, 4 × 4 for lengths of counts; then runs: a
+    bit, 1 for a value that repeats, 2 bits that choose the count's length, the count less 1, and one value or all.
+
+    Raises:
+        ValueError: the data are cut off.
+    """
+    bits = "".join(np.binary_repr(byte, 8) for byte in bytes(data))
+    position = 0
+
+    def take(count: int) -> int:
+        nonlocal position
+        if position + count > len(bits):
+            raise ValueError("a brush's rle is cut off")
+        position += count
+        return int(bits[position - count : position], 2)
+
+    total, length = take(32), take(5) + 1
+    counts = [take(4) + 1 for _ in range(4)]
+    values = np.zeros(total, np.uint8)
+    at = 0
+    while at < total:
+        repeats = take(1)
+        end = at + take(counts[take(2)]) + 1
+        if repeats:
+            values[at:end] = take(length)
+        else:
+            values[at:end] = [take(length) for _ in range(min(end, total) - at)]
+        at = end
+    return values

@@ -1,0 +1,115 @@
+"""Shapes of annotation programs as COCO's `bbox`, `area` and `segmentation`; all in pixels of the image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from shared.data.numbers import is_in_reach, shown
+
+_CORNERS_OF_ELLIPSE = 64  # a multiple of 4: the polygon reaches the ellipse's own left, top, right and bottom
+_DECIMALS = 6  # sines and cosines leave noise below
+
+
+def box(x: float, y: float, width: float, height: float) -> dict[str, Any]:
+    return {"bbox": [x, y, width, height], "area": width * height}
+
+
+def box_of_corners(x1: float, y1: float, x2: float, y2: float) -> dict[str, Any]:
+    return box(x1, y1, x2 - x1, y2 - y1)
+
+
+def polygons(pieces: Sequence[np.ndarray]) -> dict[str, Any]:
+    """
+    Args:
+        pieces: each (N, 2) x y, of one object.
+
+    Raises:
+        ValueError: a piece has fewer than three points, or a coordinate that no image has.
+    """
+    for points in pieces:
+        if len(points) < 3:
+            raise ValueError(f"a polygon has {len(points)} points, and needs 3")
+        if not is_in_reach(points).all():
+            wrong = points[~is_in_reach(points)][0]
+            raise ValueError(f"a coordinate is {shown(f'{wrong:g}')}, which no image is large enough for")
+    together = np.concatenate(list(pieces))
+    (x1, y1), (x2, y2) = together.min(axis=0).tolist(), together.max(axis=0).tolist()
+    area = 0.0
+    for points in pieces:
+        x, y = points.T
+        ring = np.append(x, x[0]), np.append(y, y[0])
+        area += abs(float(np.dot(ring[0][:-1], ring[1][1:]) - np.dot(ring[1][:-1], ring[0][1:]))) / 2
+    return {**box_of_corners(x1, y1, x2, y2), "area": area, "segmentation": [p.ravel().tolist() for p in pieces]}
+
+
+def polygon(numbers: Sequence[float]) -> dict[str, Any]:
+    """
+    Args:
+        numbers: x1 y1 x2 y2 …
+    """
+    if len(numbers) % 2:
+        raise ValueError(f"a polygon has {len(numbers)} numbers, and needs x and y of each point")
+    return polygons([np.array(numbers, dtype=np.float64).reshape(-1, 2)])
+
+
+def rotated_box(middle: tuple[float, float], size: tuple[float, float], degrees: float) -> dict[str, Any]:
+    """The enclosing box of a box that is rotated clockwise around its middle, and its four corners as a polygon."""
+    corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * (np.array(size) / 2)
+    return polygons([_rotated(corners, degrees) + middle])
+
+
+def ellipse(middle: tuple[float, float], radii: tuple[float, float], degrees: float = 0.0) -> dict[str, Any]:
+    """The enclosing box of an ellipse that is rotated clockwise, its area, and a polygon in its place."""
+    angles = np.arange(_CORNERS_OF_ELLIPSE) * (2 * math.pi / _CORNERS_OF_ELLIPSE)
+    points = np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii
+    shape = polygons([np.round(_rotated(points, degrees) + middle, _DECIMALS)])
+    (rx, ry), (sin, cos) = radii, (math.sin(math.radians(degrees)), math.cos(math.radians(degrees)))
+    half = [math.hypot(rx * cos, ry * sin), math.hypot(rx * sin, ry * cos)]
+    bbox = [round(number, _DECIMALS) for number in (middle[0] - half[0], middle[1] - half[1], 2 * half[0], 2 * half[1])]
+    return {**shape, "bbox": bbox, "area": math.pi * rx * ry}
+
+
+def mask(window: np.ndarray, left: int, top: int, size: tuple[int, int]) -> dict[str, Any]:
+    """RLE of a mask, with the smallest box around it; the box has no area if the mask is empty.
+
+    Args:
+        window: (height, width) bool, a part of the image.
+        left, top: its position in the image.
+        size: (width, height) of the image; what lies outside is cut off.
+    """
+    width, height = size
+    window = window[max(-top, 0) : max(height - top, 0), max(-left, 0) : max(width - left, 0)]
+    columns, rows = np.nonzero(window.T)
+    if not len(rows):
+        return box(0.0, 0.0, 0.0, 0.0)
+    columns, rows = columns + max(left, 0), rows + max(top, 0)
+    x, y = int(columns.min()), int(rows.min())
+    return {
+        "bbox": [x, y, int(columns.max()) - x + 1, int(rows.max()) - y + 1],
+        "area": len(rows),
+        "segmentation": _rle(columns * height + rows, width * height, size),
+    }
+
+
+def _rle(pixels: np.ndarray, total: int, size: tuple[int, int]) -> dict[str, Any]:
+    """COCO's compressed RLE of the sorted positions of a mask's pixels, column by column."""
+    first = np.flatnonzero(np.diff(pixels, prepend=-2) != 1)
+    starts, ends = pixels[first], pixels[np.append(first[1:], len(pixels)) - 1] + 1
+    edges = np.concatenate([[0], np.stack([starts, ends], axis=1).ravel(), [total]])
+    counts = np.diff(edges)
+    if counts[-1] == 0:
+        counts = counts[:-1]
+    rle = coco_mask.frPyObjects({"counts": counts.tolist(), "size": [size[1], size[0]]}, size[1], size[0])
+    return {"counts": rle["counts"].decode(), "size": [size[1], size[0]]}
+
+
+def _rotated(points: np.ndarray, degrees: float) -> np.ndarray:
+    """Clockwise, as y goes down."""
+    angle = math.radians(degrees)
+    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    return np.round(points @ turn, _DECIMALS)

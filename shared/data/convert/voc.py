@@ -1,0 +1,171 @@
+"""Pascal VOC: an XML file per image, with `<object>` and `<bndbox>`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from shared.data.convert import shapes
+from shared.data.convert.contents import Contents, Options, Split, errors_in
+from shared.data.convert.files import ImageFinder, by_split, files_below, finder_for, folders_in, read_text
+from shared.data.numbers import FARTHEST, parse_number, parse_whole_number
+from shared.errors import UserError
+
+ABOUT = "a folder of XML files; a folder per split; or the folder with Annotations, JPEGImages and ImageSets"
+
+_LARGEST_SIDE = 2**31 - 1  # pixels, as COCO files have them here
+_LISTS = {"train": ("train", "trainval"), "val": ("val",), "test": ("test",)}
+
+
+def recognise(source: Path) -> str:
+    files = files_below(source, (".xml",)) if source.is_dir() else []
+    for file in files[:20]:  # a folder may hold other XML files too
+        try:
+            root = ElementTree.parse(file).getroot()
+        except (OSError, ElementTree.ParseError):
+            continue
+        if root.tag == "annotation":
+            return f"{len(files)} XML files with <annotation>, {file.relative_to(source)} for example"
+    return ""
+
+
+def read(source: Path, options: Options) -> Contents:
+    if not source.is_dir():
+        raise UserError(f"{source}: is not a folder. Fix: give the folder of the XML files, or the one above it")
+    inside = [folder for folder in folders_in(source) if (folder / "Annotations").is_dir()]
+    if len(inside) == 1:  # VOCdevkit
+        source = inside[0]
+    folder = source / "Annotations" if (source / "Annotations").is_dir() else source
+    files = files_below(folder, (".xml",))
+    if not files:
+        raise UserError(f"{source}: has no XML files, and so no annotations of Pascal VOC. Fix: give their folder")
+    finder = finder_for(source, options.images)
+    notes: list[str] = []
+    splits = {}
+    for split, of_split in (_listed(source, folder, files, notes) or by_split(files, source)).items():
+        splits[split] = _read_split(of_split, folder, finder)
+        splits[split].settle(finder, options.images is not None)
+        beside = folder.parent / "JPEGImages"
+        if splits[split].folder is None and beside.is_dir():
+            splits[split].folder = beside
+    return Contents(splits, notes=notes)
+
+
+def _listed(source: Path, folder: Path, files: list[Path], notes: list[str]) -> dict[str, list[Path]]:
+    """The XML files of each split that the lists in ImageSets/Main name; {} unless there are lists for both training
+    and validation: one list alone is no reason to drop the other files."""
+    lists = {}
+    for split, names in _LISTS.items():
+        places = (source / "ImageSets" / "Main" / f"{name}.txt" for name in names)
+        if file := next(filter(Path.is_file, places), None):
+            lists[split] = file
+    if len(lists) < 2:
+        return {}
+    known = {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+    splits, used = {}, set()
+    for split, file in lists.items():
+        names = dict.fromkeys(filter(None, (line.strip() for line in read_text(file).splitlines())))
+        of_split = [known.get(_name_in_list(name, known)) for name in names]
+        if missing := [name for name, found in zip(names, of_split, strict=True) if found is None]:
+            if len(missing) == len(names) and split != "test":
+                raise UserError(
+                    f"{file}: {folder} has no XML file for any of its {len(names)} names, {missing[0]!r} for example. "
+                    "Fix: correct the names, which have no folder and no ending, or delete the list"
+                )
+            notes.append(
+                f"{file}: {len(missing)} names have no XML file, and are left out; the first is {missing[0]!r}"
+            )
+        if any(of_split):
+            splits[split] = list(filter(None, of_split))
+            used.update(splits[split])
+    if unused := len(known) - len(used):
+        notes.append(f"{unused} XML files are in none of the lists {', '.join(map(str, lists.values()))}")
+    return splits
+
+
+def _name_in_list(line: str, known: dict[str, Path]) -> str:
+    """A line is a name, which may have spaces; some programs add an ending, and VOC's lists per category a flag."""
+    name = line.replace("\\", "/")
+    if name not in known and name.rpartition(" ")[2] in ("1", "0", "-1"):
+        name = name.rpartition(" ")[0].strip()
+    if name not in known and "." in name:
+        name = name.rpartition(".")[0]
+    return name if name in known else name.rpartition("/")[2]
+
+
+def _read_split(files: list[Path], folder: Path, finder: ImageFinder) -> Split:
+    part = Split(crowds="crowds (VOC's `difficult`)")
+    claimed: dict[str, Path] = {}  # by the image's name
+    for file in files:
+        with errors_in(file, "export it again, correct it, or move it away"):
+            try:
+                root = ElementTree.parse(file).getroot()
+            except ElementTree.ParseError as error:
+                raise ValueError(f"is no annotation of Pascal VOC, or is cut off ({error})") from error
+            if root.tag != "annotation":
+                part.counts["XML files that are no annotations"] += 1
+                continue
+            near = _folder_in(file, folder, finder)
+            # spaces at the ends are the indentation of the XML
+            name = part.find_image(finder, (root.findtext("filename") or "").strip(), near, file.stem)
+            if (other := claimed.setdefault(name, file)) != file:
+                raise UserError(
+                    f"{file}: its image is {name!r}, which {other.name} has too. Fix: correct the `filename` of one of "
+                    "the two files, or move it away"
+                )
+            size = _size(root, finder, name)
+            part.add_image(name, size, [row for item in root.iter("object") if (row := _object(item, part))])
+    return part
+
+
+def _folder_in(file: Path, folder: Path, finder: ImageFinder) -> str:
+    """The folder of a file relative to the images' one, or else to the annotations' one."""
+    for root in (finder.folder, folder):
+        if root is not None and file.is_relative_to(root):
+            return file.parent.relative_to(root).as_posix()
+    return ""
+
+
+def _size(root: ElementTree.Element, finder: ImageFinder, name: str) -> tuple[int, int]:
+    texts = [root.findtext(f"size/{key}") for key in ("width", "height")]
+    if all((text or "0").strip() == "0" for text in texts) and (size := finder.size(name)):
+        return size  # some programs leave it empty
+    width, height = (parse_whole_number(text, key) for text, key in zip(texts, ("width", "height"), strict=True))
+    if not 0 < min(width, height) <= max(width, height) <= _LARGEST_SIDE:
+        raise ValueError(f"the image's size is {width}×{height}")
+    return width, height
+
+
+def _object(item: ElementTree.Element, part: Split) -> dict[str, Any] | None:
+    """COCO's annotation; None, counted, if it has no box."""
+    if parts := len(item.findall("part")):
+        part.counts["parts of objects left out"] += parts
+    shape: dict[str, Any]
+    if item.find("robndbox") is not None:  # of roLabelImg, in radians
+        keys = ("cx", "cy", "w", "h", "angle")
+        cx, cy, w, h, angle = (parse_number(item.findtext(f"robndbox/{key}"), key, FARTHEST) for key in keys)
+        shape = shapes.rotated_box((cx, cy), (w, h), float(np.degrees(angle)))
+    elif item.find("bndbox") is not None:
+        keys = ("xmin", "ymin", "xmax", "ymax")
+        x1, y1, x2, y2 = (parse_number(item.findtext(f"bndbox/{key}"), key, FARTHEST) for key in keys)
+        # VOC counts pixels from 1, and its last one is inside; a 0, which many programs write, is the first too
+        shape = shapes.box_of_corners(max(x1 - 1, 0.0), max(y1 - 1, 0.0), x2, y2)
+        shape |= _polygon(item)
+    else:
+        part.counts["objects left out (without a box)"] += 1
+        return None
+    difficult = int((item.findtext("difficult") or "0").strip() not in ("0", "false", "False"))
+    return {"category": (item.findtext("name") or "").strip(), **shape, "iscrowd": difficult}
+
+
+def _polygon(item: ElementTree.Element) -> dict[str, Any]:
+    """The mask of an object with a polygon, as Roboflow writes it: <x1>, <y1>, <x2>, … ."""
+    numbers = {child.tag: parse_number(child.text, child.tag, FARTHEST) for child in item.findall("polygon/*")}
+    count = len(numbers) // 2
+    if count < 3 or any(f"{axis}{i}" not in numbers for i in range(1, count + 1) for axis in "xy"):
+        return {}
+    shape = shapes.polygon([numbers[f"{axis}{i}"] for i in range(1, count + 1) for axis in "xy"])
+    return {"segmentation": shape["segmentation"], "area": shape["area"]}
