@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import determined as det
+import numpy as np
 
 from shared.commands.data_report import save_page
 from shared.config.experiment import Experiment, experiment_of, per_slot_batch_size, read_experiment
@@ -22,7 +23,7 @@ from shared.environment import task_config
 from shared.errors import UserError
 from shared.evaluation import drawing
 from shared.evaluation.evaluator import CocoEvaluator, metrics_table
-from shared.evaluation.gathered import load_detections
+from shared.evaluation.gathered import GatheredDetections, load_detections
 from shared.report.about import About, changed_keys, software, speed
 from shared.report.report import summary_of
 from shared.training.checkpoints import read_checkpoint
@@ -72,7 +73,7 @@ def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arg
             _begin_reports(trial, folder, experiment.config, checkpoint)
         started = time.monotonic()
         run = LocalRun(folder, loggers, trial.searcher_metric, trial.schedule.checkpoint_policy, trial.rank == 0)
-        outcome = train(trial, run, checkpoint)
+        outcome = train(trial, run, checkpoint, _draw_figures)
         if outcome.end is End.NOTHING_TO_DO:
             loggers.finish(0)
             if arguments.resume != "auto":
@@ -90,6 +91,12 @@ def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arg
             named_alike = source / Path(arguments.config).name
             shipped = named_alike if named_alike.exists() else source / "const.yaml"
             _write_report(trial, folder, outcome, experiment.config, shipped, seconds)
+
+
+def _draw_figures(evaluator: CocoEvaluator, found: GatheredDetections) -> dict[str, np.ndarray]:
+    from shared.report.plots import pictures_of  # matplotlib takes half a second to import
+
+    return pictures_of(evaluator, found)
 
 
 def _take(folder: RunFolder, resume: str | None) -> None:
@@ -229,7 +236,7 @@ def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
         if trial.rank == 0 and trial.hparams.loggers:
             logger.info("hyperparameters.loggers: not used on a cluster, where the master has the numbers")
         run = ClusterRun(core, info.trial.trial_id, trial.searcher_metric, trial.schedule.checkpoint_policy)
-        outcome = train(trial, run, checkpoint)
+        outcome = train(trial, run, checkpoint, _draw_figures)
         if trial.rank > 0:
             return
         if outcome.is_finished:
