@@ -12,7 +12,7 @@ from conftest import ROOT, reports, run_model_def
 from determined import pytorch
 from effdet.config.model_config import efficientdet_model_param_dict
 from PIL import Image
-from recording import BOUNDS, both_precisions
+from recording import BOUNDS
 from timm.scheduler import create_scheduler_v2
 from tiny_models import efficientdet_config
 
@@ -89,9 +89,10 @@ def test_all_80_coco_categories_keep_their_rows(tmp_path):
         torch.testing.assert_close(a, b)
 
 
-def test_a_checkpoint_of_ours_is_a_start_by_its_category_names(shapes, run_config, tmp_path, caplog):
-    run_model_def("train", run_config(searcher__max_length=2), "--output-dir", tmp_path / "run")
-    checkpoint = tmp_path / "run/checkpoints/last"
+def test_a_checkpoint_of_ours_is_a_start_by_its_category_names(shapes, train, trial_class, tmp_path, caplog):
+    config = efficientdet_config(shapes)
+    config["searcher"]["max_length"] = {"batches": 2}
+    checkpoint = train(trial_class, config) / "checkpoints/last"
     categories = [{"id": 1, "name": "triangle"}, {"id": 2, "name": "star"}]
     caplog.set_level("INFO")
     model = build_model(tiny(pretrained=str(checkpoint)), categories)
@@ -184,7 +185,7 @@ def test_the_labeler_in_the_loader_and_on_the_device_give_the_same_loss(trial):
         torch.testing.assert_close(losses[0][name], losses[1][name])
 
 
-def test_every_option_trains_together(run_config, tmp_path):
+def test_every_option_trains_together(command, without_figures, trial_class, run_config, tmp_path):
     config = run_config(
         searcher__max_length=4,
         hyperparameters__amp="bf16",
@@ -206,7 +207,7 @@ def test_every_option_trains_together(run_config, tmp_path):
         hyperparameters__input_size=[128, 256],
         optimizations={"aggregation_frequency": 2},
     )
-    run_model_def("train", config, "--output-dir", tmp_path / "run")
+    command(trial_class, "train", config, "--output-dir", tmp_path / "run")
     assert reports(tmp_path / "run", "train")[-1]["metrics"]["loss"] > 0
 
 
@@ -335,7 +336,7 @@ main(Probe)
 """
 
 
-@both_precisions
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 def test_a_step_of_two_processes_is_plain_ddp_over_upstream_s_model(run_config, tmp_path, dtype):
     probe = tmp_path / "probe.py"
     probe.write_text(STEP_BESIDE_DDP.replace("TESTS", str(ROOT / "tests")).replace("torch.DTYPE", str(dtype)))
