@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, WITHOUT_LIBRARY
 
-KNOWN_TO_WORK = ("2.11.",)  # versions of PyTorch; others are tried
+KNOWN_TO_WORK = ("2.11.", "2.15.")  # versions of PyTorch; others are tried
 CASES = [
     "efficientdet",
     *(

@@ -12,7 +12,7 @@ from conftest import ROOT, reports, run_model_def
 from determined import pytorch
 from effdet.config.model_config import efficientdet_model_param_dict
 from PIL import Image
-from recording import BOUNDS
+from recording import BOUNDS, both_precisions
 from timm.scheduler import create_scheduler_v2
 from tiny_models import efficientdet_config
 
@@ -336,7 +336,7 @@ main(Probe)
 """
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
+@both_precisions
 def test_a_step_of_two_processes_is_plain_ddp_over_upstream_s_model(run_config, tmp_path, dtype):
     probe = tmp_path / "probe.py"
     probe.write_text(STEP_BESIDE_DDP.replace("TESTS", str(ROOT / "tests")).replace("torch.DTYPE", str(dtype)))

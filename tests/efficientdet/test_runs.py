@@ -229,7 +229,7 @@ def test_predict_takes_image_ids_from_the_data_set(trained, command, shapes, tmp
 WRONG = {
     "hyperparameters: unknown key 'learning_rate'; did you mean": ["hyperparameters.learning_rate=1"],
     "data.val.annotations: /x/val.json does not exist": ["data.val.annotations=/x/val.json"],
-    "data.train.images: /x is not a folder": ["data.train.images=/x"],
+    "data.train.images: /x does not exist": ["data.train.images=/x"],
     "hyperparameters.model: 'efficientdet_d77' is not a model of effdet; did you mean": [
         "hyperparameters.model=efficientdet_d77"
     ],
@@ -242,7 +242,7 @@ WRONG = {
     ],
     "hyperparameters.pretrained: nowhere.pth is not a checkpoint": ["hyperparameters.pretrained=nowhere.pth"],
     "hyperparameters.amp: fp16 needs a GPU": ["hyperparameters.amp=fp16"],
-    "--set x: write it as key=value": ["x"],
+    "--set x: it has no value. Fix: write key=value": ["x"],
 }
 
 
@@ -408,7 +408,7 @@ def test_out_of_memory_of_an_evaluation_says_how_to_detect_on_less(refused, trai
 
 
 def test_out_of_memory_before_any_batch_is_one_line_with_advice(refused, run_config, tmp_path, small_gpu):
-    small_gpu("switched")
+    small_gpu("build_model")
     line = refused("train", run_config(), "--output-dir", tmp_path / "run")
     assert line.startswith("error: CUDA out of memory. Tried to allocate 20.00 MiB. Fix: stop other programs")
     assert "global_batch_size" in line
