@@ -255,7 +255,7 @@ def refused(monkeypatch):
 def without_figures(monkeypatch):
     """They take most of the time of runs as small as these."""
     monkeypatch.setattr("shared.training.tensorboard.ReportFigures.draw", lambda *_: None)
-    monkeypatch.setattr("shared.commands.train._write_report", lambda *_: None)
+    monkeypatch.setattr("shared.commands.train.Results.write_report", lambda *_: None)
 
 
 @pytest.fixture
