@@ -292,8 +292,14 @@ def refused(command):
 
 @pytest.fixture
 def without_figures(monkeypatch):
+<<<<<<< HEAD
     """For a training that starts in this process by another way than `train`."""
     leave_out_figures(monkeypatch)
+=======
+    """They take most of the time of runs as small as these."""
+    monkeypatch.setattr("shared.training.tensorboard.ReportFigures.draw", lambda *_: None)
+    monkeypatch.setattr("shared.commands.train.Results.write_report", lambda *_: None)
+>>>>>>> r-config
 
 
 @pytest.fixture

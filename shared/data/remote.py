@@ -107,9 +107,7 @@ def _open_http(options: StoreOptions) -> AsyncFileSystem:
 
 
 _PUBLIC = "or data.anonymous: true for a public one"
-_S3 = _Store(
-    "s3fs", f"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, {_PUBLIC}", _open_s3, _list_s3
-)
+_S3 = _Store("s3fs", f"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, {_PUBLIC}", _open_s3, _list_s3)
 _GCS = _Store("gcsfs", f"set GOOGLE_APPLICATION_CREDENTIALS, {_PUBLIC}", _open_gcs, _list_gcs)
 _HTTP = _Store("aiohttp", "the server must let everybody read", _open_http)
 _STORES = {"s3": _S3, "gs": _GCS, "gcs": _GCS, "http": _HTTP, "https": _HTTP}
