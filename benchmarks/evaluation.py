@@ -1,17 +1,14 @@
 """COCO's numbers by this project's evaluator and by others: CPU seconds, memory, and whether the numbers are equal.
 
-Every evaluator has its truth open, takes the same `Detections` and gives COCO's summary and the AP of each category.
-They take turns in one process with one thread. The seconds are the least of the repeats; the memory is what one
-evaluation adds at its peak, in a process of its own. An evaluator that is not installed is skipped:
-`pip install ultrafast-pycocotools vernier faster-coco-eval`.
+Each has its truth open and takes the same `Detections`, in turns, with one thread. The seconds are the least of the
+repeats. The memory is what one evaluation adds at its peak, in a process of its own. An evaluator that is not installed
+is skipped: `pip install ultrafast-pycocotools vernier faster-coco-eval`.
 """
 
 import argparse
 import contextlib
-import gc
 import importlib
 import io
-import json
 import multiprocessing
 import os
 import sys
@@ -23,6 +20,7 @@ from pathlib import Path
 os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1")  # before NumPy and the evaluators start their threads
 import hotcoco
 import numpy as np
+import psutil
 from pycocotools import mask as coco_mask
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -32,40 +30,38 @@ from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator, summarize
 from shared.evaluation.gathered import GatheredDetections
 
-CATEGORIES, HEIGHT, WIDTH = 80, 480, 640
+BOXES, CATEGORIES, HEIGHT, WIDTH = 60, 80, 480, 640
+NAMES = [f"category {label}" for label in range(CATEGORIES)]
 Run = Callable[[list[Detections]], dict[str, float]]
 
 
-def make(images: int, boxes: int, masks: bool) -> tuple[dict, list[Detections]]:
+def make(images: int, masks: bool) -> tuple[dict, list[Detections]]:
     """A COCO data set whose ids are positions, and detections near its objects."""
     rng = np.random.default_rng(0)
     annotations, detections = [], []
     for image in range(images):
-        sides = np.exp(rng.uniform(np.log(8), np.log(300), (boxes, 2)))
-        truth = np.hstack([rng.uniform(0, 1, (boxes, 2)) * np.maximum([WIDTH, HEIGHT] - sides, 1), sides])
+        sides = np.exp(rng.uniform(np.log(8), np.log(300), (BOXES, 2)))
+        truth = np.hstack([rng.uniform(0, 1, (BOXES, 2)) * np.maximum([WIDTH, HEIGHT] - sides, 1), sides])
         found = truth + rng.normal(size=truth.shape) * 0.08 * np.tile(sides, 2)
         found[:, 2:] = np.maximum(found[:, 2:], 1)
-        labels, crowd = rng.integers(0, CATEGORIES, boxes), rng.uniform(size=boxes) < 0.01
-        true_rles, found_rles = (rles_in(rng, some) if masks else None for some in (truth, found))
-        for i, box in enumerate(truth.tolist()):
-            annotation = {"id": len(annotations) + 1, "image_id": image, "category_id": int(labels[i]), "bbox": box}
-            annotation |= {"area": box[2] * box[3], "iscrowd": int(crowd[i])}
-            annotations.append({**annotation, "segmentation": true_rles[i]} if masks else annotation)
-        found[:, 2:] += found[:, :2]
-        detections.append(Detections(image, found, rng.uniform(size=boxes), labels, found_rles))
-    sizes = {"height": HEIGHT, "width": WIDTH}
-    coco = {"info": {}, "images": [{"id": i, "file_name": f"{i}.jpg", **sizes} for i in range(images)]}
-    coco["categories"] = [{"id": label, "name": f"category {label}"} for label in range(CATEGORIES)]
-    return {**coco, "annotations": annotations}, detections
+        labels, crowd = rng.integers(0, CATEGORIES, BOXES), (rng.uniform(size=BOXES) < 0.01).astype(int)
+        rles = [{**r, "counts": r["counts"].decode()} for r in diamonds(truth)] if masks else [None] * BOXES
+        columns = truth.tolist(), sides.prod(axis=1).tolist(), labels.tolist(), crowd.tolist(), rles
+        for row in zip(*columns, strict=True):
+            annotation = dict(zip(("bbox", "area", "category_id", "iscrowd", "segmentation"), row, strict=True))
+            annotations.append({"id": len(annotations) + 1, "image_id": image, **annotation})
+        corners = np.hstack([found[:, :2], found[:, :2] + found[:, 2:]])
+        found_masks = diamonds(found) if masks else None
+        detections.append(Detections(image, corners, rng.uniform(size=BOXES), labels, found_masks))
+    coco_images = [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(images)]
+    categories = [{"id": label, "name": name} for label, name in enumerate(NAMES)]
+    return {"info": {}, "images": coco_images, "annotations": annotations, "categories": categories}, detections
 
 
-def rles_in(rng: np.random.Generator, boxes: np.ndarray) -> list[dict]:
-    """A mask of 24 corners in each box."""
-    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1) * rng.uniform(0.42, 0.5, (len(boxes), 24, 1)) + 0.5
-    polygons = (boxes[:, None, :2] + circle * boxes[:, None, 2:]).clip(0, [WIDTH, HEIGHT])
-    rles = coco_mask.frPyObjects(polygons.reshape(len(boxes), -1).tolist(), HEIGHT, WIDTH)
-    return [{**rle, "counts": rle["counts"].decode()} for rle in rles]
+def diamonds(boxes: np.ndarray) -> list[dict]:
+    x, y, w, h = boxes.T
+    corners = np.stack([x, y + h / 2, x + w / 2, y, x + w, y + h / 2, x + w / 2, y + h], axis=1)
+    return coco_mask.frPyObjects(corners.tolist(), HEIGHT, WIDTH)
 
 
 def gather(detections: list[Detections], masks: bool) -> GatheredDetections:
@@ -73,8 +69,8 @@ def gather(detections: list[Detections], masks: bool) -> GatheredDetections:
     return GatheredDetections.of(images, images[:0], detections, masks=masks, keypoints=False)
 
 
-def numbers(precision: np.ndarray, recall: np.ndarray, iou_type: str) -> dict[str, float]:
-    return summarize(precision[..., -1], recall, iou_type, [f"category {label}" for label in range(CATEGORIES)])
+def numbers(arrays: dict[str, np.ndarray], iou_type: str) -> dict[str, float]:
+    return summarize(np.asarray(arrays["precision"])[..., -1], np.asarray(arrays["recall"]), iou_type, NAMES)
 
 
 def of_ours(by_hotcoco: bool, coco: dict, iou_type: str) -> Run:
@@ -83,8 +79,7 @@ def of_ours(by_hotcoco: bool, coco: dict, iou_type: str) -> Run:
 
     def run(detections: list[Detections]) -> dict[str, float]:
         if by_hotcoco:
-            arrays = evaluator.match(iou_type, gather(detections, masks)).eval
-            return numbers(arrays["precision"], arrays["recall"], iou_type)
+            return numbers(evaluator.match(iou_type, gather(detections, masks)).eval, iou_type)
         evaluator.reset()
         evaluator.update(detections)
         return evaluator.compute()
@@ -99,22 +94,20 @@ def of_vernier(coco: dict, iou_type: str) -> Run:
     for columns in (images, annotations):
         columns |= {k: np.array(v) for k, v in columns.items() if k not in ("file_name", "segmentation")}
     truth = _core.CocoDataset.from_arrays(images, annotations, coco["categories"])
+    evaluate = _core.evaluate_segm_grid if iou_type == "segm" else _core.evaluate_bbox_grid
     options = {"parity_mode": "strict", "max_dets_per_image": 100, "use_cats": True, "num_threads": 1}
-
-    def as_dict(found: Detections) -> dict:
-        boxes = found.boxes.astype(np.float64)
-        boxes[:, 2:] -= boxes[:, :2]
-        rles = [{**rle, "counts": rle["counts"].encode()} for rle in found.masks]
-        scores = found.scores.astype(np.float64)
-        return {"image_id": found.image_id, "boxes": boxes, "scores": scores, "labels": found.labels, "rles": rles}
+    options |= {"dt_area": "mask"} if iou_type == "segm" else {}
 
     def run(detections: list[Detections]) -> dict[str, float]:
+        found = rows = gather(detections, masks=False).rows()
         if iou_type == "segm":
-            grid = _core.evaluate_segm_grid(truth, [as_dict(d) for d in detections], dt_area="mask", **options)
-        else:
-            grid = _core.evaluate_bbox_grid(truth, gather(detections, masks=False).rows(), **options)
-        curves = grid.accumulate([1, 10, 100])
-        return numbers(curves.precision, curves.recall, iou_type)
+            boxes, scores = rows[:, 1:5].copy().reshape(-1, BOXES, 4), rows[:, 5].copy().reshape(-1, BOXES)
+            found = [
+                {"image_id": d.image_id, "boxes": boxes[i], "scores": scores[i], "labels": d.labels, "rles": d.masks}
+                for i, d in enumerate(detections)
+            ]
+        curves = evaluate(truth, found, **options).accumulate([1, 10, 100])
+        return numbers({"precision": curves.precision, "recall": curves.recall}, iou_type)
 
     return run
 
@@ -144,7 +137,7 @@ def like_pycocotools(coco_class: str, eval_class: str, coco: dict, iou_type: str
             evaluation = of_evaluation(truth, results, iou_type)
             evaluation.evaluate()
             evaluation.accumulate()
-        return numbers(np.asarray(evaluation.eval["precision"]), np.asarray(evaluation.eval["recall"]), iou_type)
+        return numbers(evaluation.eval, iou_type)
 
     return run
 
@@ -159,48 +152,42 @@ EVALUATORS = {
 }
 
 
-def added_mib(name: str, iou_type: str) -> float:
+def added_mib(name: str, iou_type: str) -> int:
+    """Of `DATA`, in a forked process."""
     run = EVALUATORS[name](DATA[0], iou_type)
-    gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    before = status_mib("VmRSS")
+    before = psutil.Process().memory_info().rss
     run(DATA[1])
-    return status_mib("VmHWM") - before
-
-
-def status_mib(key: str) -> float:
-    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
+    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return round((peak - before) / 2**20)
 
 
 def main() -> None:
-    global DATA  # which the processes that measure memory inherit
+    global DATA
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--boxes", type=int, default=60, help="per image")
     parser.add_argument("--masks", action="store_true", help="evaluate masks instead of boxes")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=EVALUATORS, default=[*EVALUATORS], help="compares to the first")
+    parser.add_argument("--only", nargs="+", choices=EVALUATORS, default=[*EVALUATORS])
     arguments = parser.parse_args()
     iou_type = "segm" if arguments.masks else "bbox"
-    DATA = make(arguments.images, arguments.boxes, arguments.masks)
-    measured: dict[str, dict] = {}
+    DATA = coco, detections = make(arguments.images, arguments.masks)
+    mib, runs, seconds, metrics = {}, {}, {}, {}
     for name in arguments.only:
         try:
             with multiprocessing.get_context("fork").Pool(1) as pool:
-                measured[name] = {"mib": round(pool.apply(added_mib, (name, iou_type))), "cpu_seconds": np.inf}
+                mib[name] = pool.apply(added_mib, (name, iou_type))
         except ImportError as error:
-            print(f"{name} is skipped, it is not installed: {error}", file=sys.stderr)
-    runs = {name: EVALUATORS[name](DATA[0], iou_type) for name in measured}
-    for _ in range(arguments.repeats):
-        for name, run in runs.items():
-            gc.collect()
-            started = time.process_time()
-            result = run(DATA[1])
-            row = measured[name]
-            row["cpu_seconds"] = min(row["cpu_seconds"], round(time.process_time() - started, 3))
-            first = result if name == arguments.only[0] else first
-            row["largest_difference"] = max(abs(result.get(key, np.inf) - value) for key, value in first.items())
-    print(json.dumps(measured, indent=1))
+            print(f"{name} is skipped: {error}", file=sys.stderr)
+    for name in mib:
+        runs[name], seconds[name] = EVALUATORS[name](coco, iou_type), []
+    for name, run in [*runs.items()] * arguments.repeats:
+        started = time.process_time()
+        metrics[name] = run(detections)
+        seconds[name].append(time.process_time() - started)
+    for name, of_it in metrics.items():
+        differences = [abs(of_it.get(key, np.inf) - value) for key, value in metrics[arguments.only[0]].items()]
+        print(f"{name:17} {min(seconds[name]):7.3f} s {mib[name]:5} MiB, largest difference {max(differences):.1g}")
 
 
 if __name__ == "__main__":

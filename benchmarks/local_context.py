@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from determined.pytorch import PyTorchTrialContext
 
-from shared.training.loop import trial_context
+from shared.training.context import trial_context
 from shared.training.processes import local_processes
 
 

@@ -395,8 +395,7 @@ class Detectron2Trial(DetectionTrial):
 
     def synchronize_buffers(self) -> None:
         if count := self.detectron2_config.precise_bn_batches:
-            batches = self.training_batches(self.batches_trained)
-            loader = self._loader(self.training_dataset(), batches, training=True)
+            loader = self.training_batch_loader(self.batches_trained)
             inputs = (inputs_of(to_device(batch, self.context.device)) for batch in loader)
             measure_batch_statistics(self.plain_model, inputs, count)
         super().synchronize_buffers()

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from mmdetection_files import operations
 from mmdetection_files.config import (
@@ -70,7 +70,7 @@ from mmdetection_files.data import (
     trains_masks,
 )
 from mmdetection_files.evaluation import OwnEvaluator, OwnResult, own_arguments, to_detections, to_own_result
-from mmdetection_files.hooks import EMA_HOOKS, HooksOfValidation, MomentumEma, StepRunner, hook_config, mode_switch
+from mmdetection_files.hooks import EMA_HOOKS, MomentumEma, StepRunner, hook_config, mode_switch
 from mmdetection_files.model import (
     PYTHON_STATE,
     StartWeights,
@@ -439,8 +439,6 @@ class MMDetectionTrial(DetectionTrial):
             self.batches_per_epoch,
             self.total_batches,
             self.train_samples,
-            # in a run's own folder, which has the code in a folder of it
-            (Path.cwd() if self.on_cluster else Path.cwd().parent) / "work_dir",
         )
         self.mode_switch = mode_switch(self.mmdet_config, self.runner.max_epochs)
 
@@ -451,6 +449,9 @@ class MMDetectionTrial(DetectionTrial):
         epochs = self.batches_per_epoch if lr_config.get("warmup_by_epoch") else 1
         return lr_config.get("warmup_iters", 0) * epochs
 
+    def begin_training(self, folder: Path) -> None:
+        self.runner.begin_run(folder / "work_dir")
+
     def before_batch(self, number: int) -> None:
         self.runner.begin(number)
         if self.mode_switch is not None and self.runner.epoch >= self.mode_switch[0]:
@@ -459,12 +460,17 @@ class MMDetectionTrial(DetectionTrial):
     def after_batch(self, number: int) -> None:
         self.runner.end()
 
-    def build_callbacks(self) -> dict[str, Any]:
-        return {"hooks": HooksOfValidation(self), **super().build_callbacks()}
+    def begin_validation(self, loader: DataLoader) -> None:
+        self.runner.begin_validation(len(loader), loader.dataset)
+
+    def end_validation(self) -> None:
+        self.runner.end_validation()
+
+    def end_training(self) -> None:
+        self.runner.call_hook("after_run")
 
     def evaluate_batch(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        self.runner._inner_iter, self.runner.data_batch = batch_idx, {"img": batch.images, **batch.targets}
-        self.runner.call_hook("before_val_iter")
+        self.runner.begin_validation_batch(batch_idx, {"img": batch.images, **batch.targets})
         metrics = super().evaluate_batch(batch, batch_idx)
         self.runner.call_hook("after_val_iter")
         return metrics

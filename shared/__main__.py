@@ -6,6 +6,7 @@ import importlib
 import sys
 
 from shared.environment import prepare_process
+from shared.errors import UserError
 
 prepare_process()  # before torch, and before packages that may be missing
 
@@ -17,15 +18,15 @@ _COMMANDS = {
         "what a training would meet in the data of an experiment config; without the detector",
     ),
     "compare": (
-        "shared.report.command_line",
+        "shared.report.compare",
         "compare_main",
         "whether one detector is better than another: runs, or anybody's results",
     ),
     "convert": ("shared.data.convert.command_line", "main", "annotations of other formats as COCO files"),
     "report": (
-        "shared.report.command_line",
+        "shared.report.report",
         "report_main",
-        "a page of what detections are worth, anybody's: numbers, figures, pictures",
+        "a page on how good detections are, anybody's: numbers, figures, pictures",
     ),
     "synthetic": ("shared.data.synthetic", "main", "a small data set of shapes, in COCO's format"),
 }
@@ -40,7 +41,10 @@ def main() -> None:
     if name not in _COMMANDS:
         sys.exit(f"error: unknown command {name!r}; there are {', '.join(_COMMANDS)}")
     module, function, _ = _COMMANDS[name]
-    getattr(importlib.import_module(module), function)(arguments)
+    try:
+        getattr(importlib.import_module(module), function)(arguments)
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

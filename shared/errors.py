@@ -24,6 +24,8 @@ def nearest(name: str, valid: Iterable[str], otherwise: str | None = None) -> st
     """The end of an error message about an unknown name: the nearest valid one, else `otherwise`, else all of them."""
     valid = sorted(valid)
     ending = [name_ for name_ in valid if name_.endswith(f"_{name}")]
+    initials = "".join(word[:1] for word in name.split("_"))
+    ending += [name_ for name_ in valid if name_ == initials and len(initials) > 1]  # learning_rate: lr
     close = ending or difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"

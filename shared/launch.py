@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from shared.commands.check import add_check_options
 from shared.config.experiment import Experiment, Sections, read_experiment
 from shared.config.file import fixed_hyperparameters
+from shared.config.reference import help_text
 from shared.config.schema import TrainingHyperparameters, parse_section
 from shared.environment import on_cluster, task_config, use_available_cores
 from shared.errors import DivergedError, UserError, tell_torchrun
@@ -66,6 +67,14 @@ def read_command(module: str, sections: Sections) -> Command | None:
     if module != "__main__" or on_cluster():
         return None
     with exit_on_errors():
+        if sys.argv[1:2] == ["--help-config"]:
+            print(
+                help_text(
+                    {"hyperparameters": sections.hyperparameters, "data": sections.data},
+                    sys.argv[2] if len(sys.argv) > 2 else None,
+                )
+            )
+            sys.exit()
         arguments = read_arguments()
         experiment = experiment_for(arguments, sections)
         _check(arguments, experiment)
@@ -163,7 +172,8 @@ def _check_checkpoint(name: str, option: str) -> None:
 def read_arguments() -> argparse.Namespace:
     """The command line; `command` is what to do."""
     parser = argparse.ArgumentParser(
-        prog="model_def.py", description="Train, evaluate, predict or check without a cluster."
+        prog="model_def.py",
+        description="Train, evaluate, predict or check without a cluster. `--help-config [KEY]` explains the config.",
     )
     commands = parser.add_subparsers(required=True, dest="command", metavar=" | ".join(_COMMANDS))
 

@@ -215,7 +215,6 @@ def train(tmp_path, monkeypatch):
         path.write_text(yaml.safe_dump(config))
         with monkeypatch.context() as patch:
             patch.chdir(tmp_path)
-            patch.setenv("XDG_DATA_HOME", "")
             try:
                 run_command(train_locally, trial_class, path, output_dir=folder, resume=resume)
             finally:
@@ -241,7 +240,6 @@ def refused(monkeypatch):
     def call(*arguments: object) -> str:
         with monkeypatch.context() as patch:
             patch.chdir(ROOT / "efficientdet")
-            patch.setenv("XDG_DATA_HOME", "")
             patch.setattr(sys, "argv", ["model_def.py", *map(str, arguments)])
             try:
                 with pytest.raises(SystemExit) as ended:

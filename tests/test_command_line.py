@@ -123,3 +123,21 @@ def test_a_run_s_folder_is_not_written_over(looked, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text(json.dumps({}))
     assert "holds a run already; add `--resume last`" in looked("train", "c.yaml", "--output-dir", "run")
+
+
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [("lr", "default: 0.01, upstream: --lr"), ("data.workers", "default: 4, ≥ 0"), ("amp", "one of `bf16`, `fp16`")],
+)
+def test_help_config_explains_a_key(key, shown, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["model_def.py", "--help-config", key])
+    with pytest.raises(SystemExit) as ended:
+        read_command("__main__", Sections(EfficientDetHyperparameters))
+    assert not ended.value.code
+    assert shown in capsys.readouterr().out
+
+
+def test_help_config_names_the_nearest_key(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["model_def.py", "--help-config", "learning_rate"])
+    with pytest.raises(SystemExit, match="there is no key 'learning_rate'; did you mean 'lr'"):
+        read_command("__main__", Sections(EfficientDetHyperparameters))

@@ -215,6 +215,26 @@ def test_a_run_on_other_categories_is_refused(annotations, tmp_path, monkeypatch
         shared_main()
 
 
+def test_runs_on_different_subsets_of_the_categories_are_compared_by_the_common_ones(
+    annotations, tmp_path, monkeypatch, capsys
+):
+    for name, categories in (("all", ["circle", "rectangle", "triangle"]), ("some", ["triangle", "rectangle"])):
+        own = annotations.select_categories(categories)
+        evaluator = CocoEvaluator(own)
+        evaluator.update(found_by(own, 1, noise=0, missing=0))
+        evaluator.compute()
+        (tmp_path / name).mkdir()
+        save_detections(tmp_path / name / "detections.npz", evaluator.found_by_id(), own.category_names)
+    arguments = [str(tmp_path / "all"), str(tmp_path / "some"), "--annotations", str(annotations.path)]
+    arguments += ["--output", str(tmp_path / "c.html"), "--resamples", "0"]
+    monkeypatch.setattr("sys.argv", ["shared", "compare", *arguments])
+    shared_main()
+    assert "compared by the categories that all have: rectangle, triangle" in capsys.readouterr().out
+    (comparison,) = json.loads((tmp_path / "c.json").read_text())
+    both = {row["name"]: (row["a"], row["b"]) for row in comparison["categories"]}
+    assert both == {"rectangle": (pytest.approx(1), pytest.approx(1)), "triangle": (pytest.approx(1), pytest.approx(1))}
+
+
 def test_masks_are_compared_where_all_have_them(annotations, tmp_path):
     mask = hotcoco.mask.encode(np.asfortranarray(np.ones((128, 128), np.uint8)))
     first = int(annotations.image_ids[0])

@@ -11,7 +11,9 @@ import torch
 
 from shared.config.schema import SearcherMetric
 from shared.training import determined_fixes
-from shared.training.determined_fixes import FiniteSearcherMetric, PlainRandomState, trial_is_stopping
+from shared.training.determined_fixes import trial_is_stopping
+from shared.training.saving import random_state, set_random_state
+from shared.training.validation import Validation
 
 
 def determined_s_checkpoint():
@@ -33,22 +35,17 @@ def test_without_the_fix_a_checkpoint_cannot_be_read_back(tmp_path):
 def test_the_random_state_is_read_back_and_goes_on_the_same(tmp_path):
     np.random.seed(5)
     np.random.standard_normal()  # leaves a second number waiting
-    checkpoint = determined_s_checkpoint()
-    PlainRandomState().on_checkpoint_save_start(checkpoint)
-    torch.save(checkpoint, tmp_path / "state.pth")
+    torch.save(random_state(0), tmp_path / "state.pth")
     expected = np.random.standard_normal(5)
-
-    loaded = torch.load(tmp_path / "state.pth", weights_only=True)
-    PlainRandomState().on_checkpoint_load_start(loaded)
-    np.random.set_state(loaded["rng_state"]["np_rng_state"])
+    set_random_state(torch.load(tmp_path / "state.pth", weights_only=True), 0)
     np.testing.assert_array_equal(np.random.standard_normal(5), expected)
 
 
 def test_a_checkpoint_from_before_the_fix_is_taken_too():
     checkpoint = determined_s_checkpoint()
-    expected = checkpoint["rng_state"]["np_rng_state"][1].copy()
-    PlainRandomState().on_checkpoint_load_start(checkpoint)
-    np.testing.assert_array_equal(checkpoint["rng_state"]["np_rng_state"][1], expected)
+    expected = np.random.standard_normal(5)
+    set_random_state(checkpoint["rng_state"], 0)
+    np.testing.assert_array_equal(np.random.standard_normal(5), expected)
 
 
 def answer(state, validated_at=None):
@@ -87,13 +84,11 @@ def test_a_master_that_does_not_answer_ends_nothing(monkeypatch, caplog):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float64("nan")])
 def test_an_undefined_searcher_metric_is_reported_as_its_worst_value(value):
-    metrics = {"bbox_mAP": value, "bbox_mAP_l": math.nan}
-    FiniteSearcherMetric(SearcherMetric("bbox_mAP", smaller_is_better=False)).on_validation_end(metrics)
-    assert metrics["bbox_mAP"] == 0.0
-    assert math.isnan(metrics["bbox_mAP_l"])  # the others may be undefined
+    validation = Validation(4, {"bbox_mAP": value, "bbox_mAP_50": 0.5, "bbox_mAP_l": math.nan}, {}, [])
+    reported = validation.for_master(SearcherMetric("bbox_mAP", smaller_is_better=False))
+    assert reported == {"bbox_mAP": 0.0, "bbox_mAP_50": 0.5}
 
 
 def test_a_defined_metric_is_left_alone():
-    metrics = {"bbox_mAP": 0.25}
-    FiniteSearcherMetric(SearcherMetric("bbox_mAP", smaller_is_better=False)).on_validation_end(metrics)
-    assert metrics == {"bbox_mAP": 0.25}
+    validation = Validation(4, {"bbox_mAP": 0.25}, {}, [])
+    assert validation.for_master(SearcherMetric("bbox_mAP", smaller_is_better=False)) == {"bbox_mAP": 0.25}

@@ -9,6 +9,8 @@ import pytest
 from conftest import ROOT
 
 from shared.__main__ import _COMMANDS as COMMANDS
+from shared.config.reference import keys_of
+from shared.config.schema import key_names
 from shared.launch import read_arguments
 
 
@@ -65,3 +67,20 @@ def test_each_command_of_the_docs_is_understood(page, command, monkeypatch):
         assert words[3] in COMMANDS
     else:
         assert (ROOT / words[1]).exists() or words[:2] == ["python3", "-m"] or words[1].startswith("hydra/"), command
+
+
+def test_the_tables_of_keys_are_those_of_the_code(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import tables
+
+    for path, (name, section) in tables.sections().items():
+        text = path.read_text()
+        assert tables.with_table(text, name, section) == text, f"{path}: run .venv/bin/python docs/tables.py"
+
+
+def test_every_key_of_a_config_has_a_text(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import tables
+
+    for _, section in tables.sections().values():
+        assert [key.name for key in keys_of(section)] == key_names(section)

@@ -7,7 +7,6 @@ import random
 import shutil
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from tiny_models import efficientdet_config
 from shared import durable
 from shared.errors import UserError
 from shared.training.checkpoints import read_checkpoint, write_manifest
-from shared.training.local_run import LocalRun
 from shared.training.resume import read_checkpoint_to_resume
 from shared.training.run_folder import RunFolder
 
@@ -50,9 +48,8 @@ def resumed(folder: RunFolder, which: str = "last"):
 
 def save(folder: RunFolder, batches: int, is_best: bool = True) -> None:
     """A save as a run off the cluster does it, of a model with one weight."""
-    run = LocalRun(SimpleNamespace(rank=0, first_batch=0, batches_trained=batches), folder, loggers=None)
-    run.saves_best = is_best
-    new = folder.saved(f"checkpoint-{batches}")
+    new = folder.saving / "last"
+    shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     with (new / "state_dict.pth").open("wb") as file:
         state = {
@@ -63,9 +60,9 @@ def save(folder: RunFolder, batches: int, is_best: bool = True) -> None:
         torch.save(state, file)
     (new / "load_data.json").write_text(json.dumps({"experiment_config": {}, "hparams": {}}))
     (new / "categories.json").write_text("[]")
-    write_manifest(new, batches)
     (new / "metadata.json").write_text(json.dumps({"steps_completed": batches}))
-    run.on_checkpoint_upload_end(new.name)
+    write_manifest(new, batches)
+    folder.keep(new, is_best)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pytest
 import yaml
 from cluster_task import become_a_task
 from conftest import ROOT, reports, run_model_def
-from determined import pytorch
 from test_resume import assert_same_bits, final_state
 from test_stopping import without_times
 from tiny_models import efficientdet_config
@@ -16,31 +15,21 @@ from shared import launch
 from shared.config.schema import EarlyStopping, SearcherMetric, parse_section
 from shared.errors import UserError
 from shared.training.checkpoints import read_checkpoint
-from shared.training.stopping import Clock, Patience, Stopping
+from shared.training.stopping import BestSoFar, Clock, Stopping
 
 # the metric of each validation: best at batch 4, and not better any more
 SCRIPT = {2: 0.1, 4: 0.3, 6: 0.2, 8: 0.3, 9: 0.2, 10: 0.25, 12: 0.2}
 
 
-class _Script(pytorch.PyTorchCallback):
-    def __init__(self, trial):
-        self.trial = trial
-
-    def on_validation_end(self, metrics):
-        metrics["bbox_mAP"] = self.trial.last_validation["bbox_mAP"] = SCRIPT[self.trial.batches_trained]
-
-
 def scripted(trial_class):
     """The trial class with the metrics of the script."""
 
-    def build_callbacks(self):
-        callbacks = super(cls, self).build_callbacks()
-        before = list(callbacks).index("validation") + 1
-        items = list(callbacks.items())
-        return dict([*items[:before], ("script", _Script(self)), *items[before:]])
+    class Scripted(trial_class):
+        def finish_validation(self, metrics):
+            return super().finish_validation({**metrics, "bbox_mAP": SCRIPT[self.batches_trained]})
 
-    cls = type("Scripted", (trial_class,), {"build_callbacks": build_callbacks, "__module__": "model_def"})
-    return cls
+    Scripted.__module__ = "model_def"
+    return Scripted
 
 
 @pytest.fixture
@@ -90,21 +79,21 @@ def test_a_run_that_has_so_ended_goes_on_with_more_patience_alone_and_to_the_sam
 
 def test_the_count_of_validations_outlives_a_resume():
     metric = SearcherMetric("bbox_mAP", smaller_is_better=False)
-    first, second = Patience(None, metric), Patience(EarlyStopping(3), metric)
+    first, second = BestSoFar(None, metric), BestSoFar(EarlyStopping(3), metric)
     for batch, value in ((2, 0.1), (4, 0.5), (6, float("nan")), (8, 0.5)):
-        first.note(value, batch)
+        first.update(value, batch)
     second.load(json.loads(json.dumps(first.state())))
     assert second.why_over() is None
-    second.note(0.4, 10)
+    second.update(0.4, 10)
     assert second.why_over() == "early stopping: bbox_mAP has not been better than 0.5 at batch 4 for 3 validations"
-    second.note(0.6, 12)
+    second.update(0.6, 12)
     assert second.why_over() is None
-    by_loss = Patience(EarlyStopping(1), SearcherMetric("val_loss", smaller_is_better=True))
+    by_loss = BestSoFar(EarlyStopping(1), SearcherMetric("val_loss", smaller_is_better=True))
     by_loss.load(first.state())  # of another metric
-    by_loss.note(2.0, 2)
-    by_loss.note(1.0, 4)
+    by_loss.update(2.0, 2)
+    by_loss.update(1.0, 4)
     assert by_loss.why_over() is None
-    by_loss.note(1.5, 6)
+    by_loss.update(1.5, 6)
     assert "val_loss has not been better than 1 at batch 4 for 1 validation" in by_loss.why_over()
 
 
@@ -129,7 +118,7 @@ def test_on_a_cluster_the_trial_ends_as_completed_and_a_restart_of_it_too(config
     assert list(master.of("validation")) == [2, 4, 6, 8]
     assert read_checkpoint(master.checkpoints[-1]).batches == 8
     printed = capsys.readouterr().out
-    assert f"ended after batch 8: {WHY}" in printed
+    assert f"ended after batch 8 of 12: {WHY}" in printed
     assert "AP/circle" in printed
     again = run_task(config, latest_checkpoint=master.checkpoints[-1].name, steps_completed=8)
     assert not again.reports
@@ -163,7 +152,7 @@ def test_two_slots_end_together(config, tmp_path):
     ("section", "message"),
     [
         (5, "hyperparameters.early_stopping: 5 is no section. Fix: give {patience: …}"),
-        ({"patience": 0}, "hyperparameters.early_stopping.patience: it is 0, and must be 1 or more"),
+        ({"patience": 0}, "hyperparameters.early_stopping.patience: it is 0. Fix: give a number >= 1"),
         ({"patience": "a"}, "hyperparameters.early_stopping.patience: Expected `int`, got `str`"),
         ({"patiens": 3}, "hyperparameters.early_stopping: unknown key 'patiens'; did you mean 'patience'?"),
         ({}, "hyperparameters.early_stopping.patience is missing"),
@@ -181,7 +170,9 @@ def test_an_early_stopping_that_is_none_is_refused_by_its_key(config, section, m
 def test_early_stopping_without_a_validation_to_stop_at_is_refused(config, train, trial_class):
     del config["min_validation_period"]
     config["hyperparameters"]["early_stopping"] = {"patience": 2}
-    with pytest.raises(UserError, match="early_stopping: the only validation is at the end; give min_validation_per"):
+    with pytest.raises(
+        UserError, match="early_stopping: the only validation is at the end. Fix: give min_validation_per"
+    ):
         train(trial_class, config)
 
 
@@ -233,8 +224,9 @@ def test_a_checkpoint_by_the_clock_changes_nothing_and_a_killed_run_goes_on_from
     saved = []
 
     class Killed(timed):
-        def save_own_config(self, folder):
+        def own_state(self):
             saved.append(self.batches_trained)
+            return super().own_state()
 
         def losses(self, model, batch):
             if self.batches_trained == 7 and saved[-1] == 6 and 8 not in saved:
@@ -245,7 +237,7 @@ def test_a_checkpoint_by_the_clock_changes_nothing_and_a_killed_run_goes_on_from
     with pytest.raises(RuntimeError, match="killed"):
         train(Killed, config)
     run = train(timed, config, resume="last")
-    assert saved == [0, 3, 6]  # 0 is the run's folder
+    assert saved == [3, 6]
     assert_same_bits(final_state(run), final_state(whole))
     assert without_times(reports(run)) == without_times(reports(whole))
 
@@ -259,7 +251,7 @@ class _SecondOfTwo:
         self.chief_says = chief_says
 
     def allgather(self, here):
-        return [(False, self.chief_says), here]
+        return [(None, self.chief_says), here]
 
 
 def test_the_chief_s_clock_decides_for_all_slots_and_at_a_batch_at_which_they_meet(monkeypatch):
@@ -280,5 +272,5 @@ def test_a_time_that_is_none_is_refused(config, key):
     from model_def import EfficientDetHyperparameters
 
     hyperparameters = {**config["hyperparameters"], key: 0}
-    with pytest.raises(UserError, match=f"hyperparameters.{key}: it is 0, and must be greater than 0"):
+    with pytest.raises(UserError, match=f"hyperparameters.{key}: it is 0. Fix: give a number > 0"):
         parse_section(hyperparameters, EfficientDetHyperparameters, "hyperparameters")

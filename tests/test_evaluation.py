@@ -152,6 +152,40 @@ def test_more_than_100_detections_an_image():
     assert_like_pycocotools(coco, noisy(CocoAnnotations.from_dict(coco), copies=120), ("bbox",))
 
 
+def test_crowded_images_with_equal_boxes_and_areas_at_the_limits():
+    rng = np.random.default_rng(0)
+    sides = rng.choice([31, 32, 33, 95, 96, 97], size=(240, 2))
+    boxes = np.hstack([rng.integers(0, 40, (240, 2)) * 2, sides])
+    boxes[120:] = boxes[:120]  # each twice: equal IoU
+    annotations = [
+        {"id": i + 1, "image_id": i % 4 + 1, "category_id": i % 3 + 1, "bbox": box, "area": box[2] * box[3]}
+        | {"iscrowd": int(i % 10 == 0)}
+        for i, box in enumerate(boxes.tolist())
+    ]
+    coco = shapes_with(4, annotations=annotations)
+    detections = noisy(CocoAnnotations.from_dict(coco), copies=3, jitter=0.05, tied=True, masks=False)
+    assert 0.1 < evaluate(CocoAnnotations.from_dict(coco), detections)["bbox_mAP"] < 0.9
+    assert_like_pycocotools(coco, detections, ("bbox",))
+
+
+def test_of_two_objects_with_equal_iou_the_last_is_matched():
+    objects = [{"id": i + 1, "image_id": 1, "category_id": 1, "bbox": [20 * i, 0, 60, 60]} for i in range(2)]
+    coco = shapes_with(1, annotations=[{**one, "area": 3600, "iscrowd": 0} for one in objects])
+    between, on_the_last = [10, 0, 70, 60], [20, 0, 80, 60]
+    assert_like_pycocotools(coco, [Detections(1, [between, on_the_last], [0.9, 0.8], [0, 0])], ("bbox",))
+
+
+def test_a_skipped_image_does_not_count_though_it_has_detections():
+    coco = shapes_with(8)
+    annotations = CocoAnnotations.from_dict(coco)
+    evaluator = CocoEvaluator(annotations, ("bbox", "segm"))
+    evaluator.update(noisy(annotations))
+    evaluator.skip([3, 5])
+    rest = [i["id"] for i in coco["images"] if i["id"] not in (3, 5)]
+    expected = evaluate(annotations, noisy(annotations), ("bbox", "segm"), image_ids=rest)
+    assert evaluator.compute() == {**expected, "skipped_images": 2}
+
+
 def test_images_without_ground_truth():
     coco = shapes_with()
     coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] > 4]

@@ -160,8 +160,8 @@ def test_processes_hear_of_each_other_and_a_stranger_cannot_report_a_hang(machin
 def test_a_time_that_is_none_is_refused_by_its_key(run_config, refused, value):
     line = refused("train", run_config(hyperparameters__hang_minutes=value))
     assert line == (
-        f"error: hyperparameters.hang_minutes: it is {value:g}, and must be greater than 0. Fix: give null to wait "
-        "without a limit"
+        f"error: hyperparameters.hang_minutes: it is {value:g}. Fix: give a number > 0 (minutes without progress after "
+        "which a run stops; `null` for never)"
     )
 
 

@@ -20,7 +20,7 @@ from shared import launch
 from shared.config.schema import TrainingHyperparameters, parse_section
 from shared.errors import UserError
 from shared.training import loggers
-from shared.training.loggers import Loggers, MlflowRun, WandbRun, _flat, check_loggers, keep_places, metric_name
+from shared.training.loggers import Loggers, MlflowRun, WandbRun, _flat, check_loggers, metric_name
 from shared.training.run_folder import RunFolder
 
 
@@ -361,25 +361,6 @@ def test_parameters_are_the_leaves_of_the_config_as_text():
         "i": "x" * 6000,
         "j": "null",
     }
-
-
-@pytest.mark.parametrize(
-    ("given", "kept"),
-    [
-        ("mlruns", "{here}/mlruns"),
-        ("sqlite:///runs/mlflow.db", "sqlite:///{here}/runs/mlflow.db"),
-        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
-        ("databricks", "databricks"),
-        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
-    ],
-)
-def test_a_relative_place_is_where_the_command_is_run(monkeypatch, tmp_path, given, kept):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
-    monkeypatch.setenv("WANDB_DIR", "logs")
-    keep_places()
-    assert os.environ["MLFLOW_TRACKING_URI"] == kept.format(here=tmp_path)
-    assert os.environ["WANDB_DIR"] == str(tmp_path / "logs")
 
 
 def test_the_libraries_own_variables_win(monkeypatch, tmp_path):

@@ -401,7 +401,7 @@ RESULT = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
             [RESULT, {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}],
             "result 1: .*missing required field `score`",
         ),
-        ([{**RESULT, "image_id": "one"}], "result 0: Expected `int`, got `str` \\(image_id\\)"),
+        ([{**RESULT, "image_id": "one"}], "result 0: 'one' is not the name of one image of .*val.json"),
         ([{**RESULT, "bbox": [1, 2, 3]}], "result 0, of image 1: `bbox` \\[1.*4 numbers"),
         ([{"image_id": 1, "category_id": 1, "score": 1}], "`bbox` is missing"),
         (

@@ -21,15 +21,15 @@ NEAR = {"efficientdet fp16": 0.05, "efficientdet bf16": 0.05}
 # Where our code, or Determined for us, makes the host wait: the cases, the place, how often per batch, why.
 WAITS = [
     (".*", "shared/training/training_metrics.py: per_slot_reduce", 1, "a report reads the losses"),
-    (".*", "shared/training/trial_checkpoint.py: on_checkpoint_save_start", 1, "a checkpoint is of finite weights"),
+    (".*", "shared/training/saving.py: raise_if_undefined", 1, "a checkpoint is of finite weights"),
     (".*", "shared/training/saving.py: of", 1, "the copy for a checkpoint is complete before the next step"),
     (".* fp16", "shared/training/saving.py: checkpoint_state", 2, "a checkpoint holds the scaler's two numbers"),
-    ("efficientdet|.* retinanet", "shared/training/validation_loss.py: share", 1, "a validation reads its losses"),
+    ("efficientdet|.* retinanet", "shared/training/validation.py: share", 1, "a validation reads its losses"),
     ("efficientdet.*", "efficientdet/model_def.py: detect", 2, "it reads boxes; the first batch moves the predictor"),
-    ("mmdetection mask r-cnn", "determined/pytorch/_pytorch_context.py: backward", 1, "gradients of masked indexing"),
+    ("mmdetection mask r-cnn", "shared/training/trial.py: train_batch", 1, "gradients of masked indexing"),
     ("mmdetection mask r-cnn", "mmdetection/mmdetection_files/masks.py: encode_two_stage", 1, "labels of all masks"),
-    ("detectron2 retinanet", "determined/pytorch/_pytorch_context.py: backward", 2, "gradients of masked indexing"),
-    ("detectron2 mask r-cnn", "determined/pytorch/_pytorch_context.py: backward", 3, "gradients of masked indexing"),
+    ("detectron2 retinanet", "shared/training/trial.py: train_batch", 2, "gradients of masked indexing"),
+    ("detectron2 mask r-cnn", "shared/training/trial.py: train_batch", 3, "gradients of masked indexing"),
     (".* mask r-cnn", "shared/evaluation/detections.py: _encode_runs", 2, "where the runs of all masks begin"),
 ]
 

@@ -18,7 +18,9 @@ from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
 from shared.evaluation.detections import Detections, from_coco_results
 from shared.evaluation.evaluator import evaluate
+from shared.report.about import About
 from shared.report.analysis import analyse
+from shared.report.plots import figures_of, learning_curves
 from shared.report.report import report
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
@@ -416,6 +418,81 @@ def test_a_link_within_the_images_folder_is_drawn(tmp_path):
     found = [Detections(1, [[50, 50, 70, 70], [10, 10, 30, 30]], [0.9, 0.8], [0, 0])]
     report(annotations, found, tmp_path / "report.html", images=tmp_path / "images", resamples=0)
     assert "data:image/jpeg" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"image_id": "0002", "file_name": "0002.png"},  # Ultralytics
+        {"image_id": 2, "file_name": "0002.png"},  # Ultralytics, which takes digits for a number
+        {"image_id": "0002.png"},
+        {"image_id": "val/0002.png"},
+        {"image_id": "0002"},
+        {"image_id": "41"},
+        {"image_id": 41, "file_name": "elsewhere/val/0002.png"},
+    ],
+)
+def test_results_may_name_images_by_id_by_file_or_by_its_stem(named):
+    images = [
+        {"id": image_id, "file_name": f"val/000{i}.png", "width": 100, "height": 80}
+        for i, image_id in enumerate((2, 7, 41))
+    ]
+    truth = [{"id": 1, "image_id": 41, "category_id": 3, "bbox": [10, 10, 20, 20], "area": 400, "iscrowd": 0}]
+    annotations = CocoAnnotations.from_dict({"images": images, "annotations": truth, "categories": CATEGORIES})
+    result = {**named, "category_id": 3, "bbox": [10, 10, 20, 20], "score": 0.9}
+    assert evaluate(annotations, from_coco_results([result], annotations))["bbox_mAP"] == pytest.approx(1.0)
+
+
+def test_a_name_that_two_images_share_is_refused():
+    images = [{"id": i, "file_name": f"{i}/a.png", "width": 100, "height": 80} for i in (1, 2)]
+    annotations = CocoAnnotations.from_dict({"images": images, "annotations": [], "categories": CATEGORIES})
+    result = {"category_id": 3, "bbox": [10, 10, 20, 20], "score": 0.9}
+    with pytest.raises(UserError, match="result 1: 'a' is not the name of one image"):
+        from_coco_results([{**result, "image_id": "2/a.png"}, {**result, "image_id": "a"}], annotations)
+
+
+def test_the_summary_counts_images_with_more_objects_than_are_scored(tmp_path):
+    boxes = [(image, 3, [i % 40 * 2, i // 40 * 2, 1, 1]) for image, count in ((1, 120), (2, 100)) for i in range(count)]
+    annotations = data_set(tmp_path, boxes, images=3)
+    found = [Detections(r.image_id, r.boxes, np.linspace(1, 0.5, len(r.boxes)), r.labels) for r in annotations]
+    report(annotations, found, tmp_path / "report.html", resamples=0)
+    text = Page(tmp_path / "report.html").text
+    assert "1 image holds more than 100 objects of one category, and COCO scores at most 100 detections" in text
+
+
+# --- figures --------------------------------------------------------------------------------------------
+
+
+def test_no_legend_covers_a_curve(noisy_analyses):
+    names = noisy_analyses.annotations.category_names
+    drawn = {**figures_of(noisy_analyses.of["bbox"], names), **learning_curves(REPORTS, "bbox_mAP", 20)}
+    assert {"Precision and recall", "Calibration", "loss", "bbox_mAP"} <= drawn.keys()
+    for title, figure in drawn.items():
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            assert axes.get_legend() is None, title
+            legends = [legend.get_window_extent() for legend in figure.legends]
+            assert not any(legend.overlaps(axes.get_window_extent()) for legend in legends), title
+
+
+REPORTS = [
+    {"batches": batches, "split": split, "metrics": {"loss": 1.0, "lr": 0.1, "val_loss": 2.0, "bbox_mAP": 0.3}}
+    for batches in (10, 20)
+    for split in ("train", "val")
+]
+
+
+def test_each_learning_curve_is_a_figure_that_does_not_shrink_below_three_quarters(tmp_path):
+    annotations = data_set(tmp_path, [(1, 3, [10, 10, 20, 20])])
+    found = [Detections(1, [[10, 10, 30, 30]], [0.9], [0])]
+    curves = learning_curves(REPORTS, "bbox_mAP", 20)
+    assert [*curves] == ["loss", "bbox_mAP", "learning rate"]
+    report(annotations, found, tmp_path / "report.html", resamples=0, about=About(curves=curves))
+    page = Page(tmp_path / "report.html")
+    sizes = [(a["style"], float(a["viewbox"].split()[2])) for tag, a in page.tags if tag == "svg"]
+    assert len(sizes) > 3
+    for style, width in sizes:
+        assert float(re.search(r"min-width: (\d+)pt", style)[1]) == pytest.approx(0.75 * width, abs=1)
 
 
 # --- the command ----------------------------------------------------------------------------------------

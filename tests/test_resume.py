@@ -53,7 +53,8 @@ def assert_tensors_and_little_more(folder):
 
 KILLED = """
 import sys; sys.path.insert(0, '.')
-import os, psutil, model_def
+import os, psutil, time, model_def
+from pathlib import Path
 from shared.launch import main
 from shared.training.trial import DetectionTrial
 
@@ -64,7 +65,9 @@ class Killed(trial_class):
     def after_batch(self, number):
         super().after_batch(number)
         if number == 6 and self.rank == 0:
-            self.saving.wait()
+            saved = Path(sys.argv[sys.argv.index("--output-dir") + 1], "checkpoints/last/metadata.json")
+            while not saved.exists():
+                time.sleep(0.01)
             others = psutil.Process(os.getppid()).children() if self.slots > 1 else []
             for process in [*others, psutil.Process()]:
                 process.kill()

@@ -10,7 +10,6 @@ import pytest
 import torch
 from cluster_task import become_a_task
 from conftest import reports
-from determined import pytorch
 from test_resume import assert_same_bits, final_state
 from test_switches import FROZEN, small
 from tiny_models import trial_classes
@@ -19,7 +18,7 @@ from torch import nn
 from shared import launch
 from shared.errors import UserError
 from shared.training.checkpoints import load_state, read_checkpoint
-from shared.training.resume import BuiltOptimizer, merged
+from shared.training.optimizer_state import BuiltOptimizer, merged
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -72,7 +71,8 @@ def as_of_an_older_version(run):
     state = load_state(path)
     for name in ("optimizer", "ema_steps", "scaler", "batches_per_epoch"):
         del state["callbacks"]["training"][name]
-    del state["callbacks"]["local_run"]["metric"]
+    best = state["callbacks"]["training"].pop("patience")
+    state["callbacks"]["local_run"] = {name: best[name] for name in ("best", "best_at")}
     torch.save(state, path)
     (run / "checkpoints/last/manifest.json").unlink()
 
@@ -125,26 +125,15 @@ def test_averaging_switched_off_at_a_resume_leaves_the_trained_weights(tiny, eff
 VALIDATIONS = {2: (0.9, 0.1), 4: (0.5, 0.3), 6: (0.4, 0.2), 8: (0.3, 0.15), 10: (0.2, 0.05)}
 
 
-class _Scripted(pytorch.PyTorchCallback):
-    def __init__(self, trial):
-        self.trial = trial
-
-    def on_validation_end(self, metrics):
-        both = dict(zip(("bbox_mAP", "bbox_mAP_50"), VALIDATIONS.get(self.trial.batches_trained, (0, 0)), strict=True))
-        metrics.update(both)
-        self.trial.last_validation.update(both)
-
-
 @pytest.fixture
 def scripted(efficientdet):
     """A trial whose validations give the metrics of VALIDATIONS."""
 
     class Scripted(efficientdet):
-        def build_callbacks(self):
-            ours = super().build_callbacks()
-            names = list(ours)
-            names.insert(names.index("validation") + 1, "script")
-            return {name: _Scripted(self) if name == "script" else ours[name] for name in names}
+        def finish_validation(self, metrics):
+            values = VALIDATIONS.get(self.batches_trained, (0, 0))
+            both = dict(zip(("bbox_mAP", "bbox_mAP_50"), values, strict=True))
+            return super().finish_validation({**metrics, **both})
 
     Scripted.__module__ = "model_def"
     return Scripted

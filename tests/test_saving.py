@@ -2,15 +2,17 @@
 
 import threading
 from collections import OrderedDict
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from shared.config.schema import SearcherMetric
+from shared.training.background import Background
 from shared.training.local_run import LocalRun
+from shared.training.loggers import Loggers
 from shared.training.run_folder import RunFolder
-from shared.training.saving import Background, HostCopy
+from shared.training.saving import HostCopy
 
 
 def trained(model, optimizer):
@@ -82,7 +84,7 @@ def test_an_error_beside_the_training_is_raised_once():
 def test_an_error_beside_the_training_is_said_where_another_ends_it(caplog):
     with pytest.raises(ValueError, match="the loss"):
         leave_after_a_failure(Background(), ValueError("the loss"))
-    assert "the last checkpoint was not written: OSError: no space" in caplog.text
+    assert "saving failed: OSError: no space" in caplog.text
 
 
 def test_what_was_begun_is_done_before_the_next_and_before_the_end():
@@ -103,14 +105,10 @@ def test_what_was_begun_is_done_before_the_next_and_before_the_end():
 
 
 def test_what_is_being_written_as_a_run_is_interrupted_is_left_to_the_next_start(tmp_path):
-    trial, may_go_on = SimpleNamespace(rank=0, first_batch=0, saving=Background()), threading.Event()
     folder = RunFolder(tmp_path / "run")
     folder.saving.mkdir(parents=True)
-    run = LocalRun(trial, folder, loggers=None)
-    with trial.saving:
-        trial.saving.begin(lambda: may_go_on.wait(600))
-        run.on_trial_shutdown()
-        assert folder.saving.exists()
-        may_go_on.set()
-    run.on_trial_shutdown()
+    run = LocalRun(folder, Loggers(), SearcherMetric("bbox_mAP", smaller_is_better=False), "best", is_chief=True)
+    run.close(is_saved=False)
+    assert folder.saving.exists()
+    run.close(is_saved=True)
     assert not folder.saving.exists()

@@ -39,7 +39,7 @@ def test_a_second_ctrl_c_in_a_save_ends_the_run_at_once_with_130(run_config, tmp
     script = program(
         "import io, torch\n"
         "from shared.training.saving import Snapshot\n"
-        "def write(self, folder, on_cluster):\n"
+        "def write(self, folder, code):\n"
         f"    open({str(tmp_path / 'saving')!r}, 'w').close()\n"
         "    while True:\n"
         "        torch.save(torch.zeros(10**6), io.BytesIO())\n"

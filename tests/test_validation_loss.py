@@ -16,7 +16,7 @@ from tiny_models import CONFIGS, trial_classes
 
 from shared.errors import UserError
 from shared.training.checkpoints import read_checkpoint
-from shared.training.validation_loss import giving_losses
+from shared.training.validation import giving_losses
 
 # with losses of a state of their own (Detectron2's) and of random samples (Mask R-CNN's)
 RETINANET = {"mmdetection": "retinanet/retinanet_r50_fpn_1x_coco.py"}
@@ -135,7 +135,8 @@ def test_it_is_the_mean_over_images_of_the_library_s_own_losses(detector, shapes
     config = retinanet_of(detector, shapes, **size)
     config["data"]["val"]["annotations"] = str(odd_val[0])
     run = train(
-        of_module(trial_class, build_callbacks=lambda t: started.append(t) or trial_class.build_callbacks(t)), config
+        of_module(trial_class, begin_training=lambda t, f: started.append(t) or trial_class.begin_training(t, f)),
+        config,
     )
     with torch.no_grad():
         of_images = list(BY_HAND[detector](started[0], odd_val[0], shapes / "val"))

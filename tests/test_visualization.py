@@ -15,20 +15,19 @@ from torch.utils.tensorboard import SummaryWriter
 
 from shared.data import synthetic
 from shared.data.annotations import CocoAnnotations
-from shared.evaluation import drawing
+from shared.evaluation import drawing, lettering
 from shared.evaluation.detections import Detections
 from shared.evaluation.drawing import (
     Objects,
-    color_of,
     draw,
     objects_of_truth,
-    on_color,
     page_of_truth,
     picture_of,
     save,
     save_picture_of,
     side_by_side,
 )
+from shared.evaluation.lettering import color_of, on_color
 
 CATS_AND_DOGS = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
 
@@ -135,9 +134,9 @@ def test_80_classes_have_80_colors_that_letters_can_be_read_on():
 
 @pytest.mark.parametrize("name", ["Größe", "кошка", "犬", "แมว", "كلب", "🐕 dog", "a\nb", ""])
 def test_a_name_in_any_script_is_drawn_and_what_no_font_has_is_said_once(name, monkeypatch, caplog):
-    monkeypatch.setattr(drawing, "_system_fonts", lambda: [])
-    monkeypatch.setattr(drawing, "_told", set())
-    for cached in (drawing.lettering, drawing.runs_of):
+    monkeypatch.setattr(lettering, "_system_fonts", lambda: [])
+    monkeypatch.setattr(lettering, "_warned_of", set())
+    for cached in (lettering.lettering, lettering.runs_of):
         cached.cache_clear()
     with caplog.at_level(logging.WARNING):
         for score in (0.8, 0.9):
@@ -149,17 +148,17 @@ def test_a_name_in_any_script_is_drawn_and_what_no_font_has_is_said_once(name, m
 
 
 def test_letters_that_the_default_font_lacks_come_from_another_of_the_machine(monkeypatch):
-    other = str(Path(drawing.DEFAULT_FONT).with_name("STIXGeneral.ttf"))
-    lacking = set(FT2Font(other).get_charmap()) - set(FT2Font(drawing.DEFAULT_FONT).get_charmap())
+    other = str(Path(lettering.DEFAULT_FONT).with_name("STIXGeneral.ttf"))
+    lacking = set(FT2Font(other).get_charmap()) - set(FT2Font(lettering.DEFAULT_FONT).get_charmap())
     letter = next(chr(code) for code in sorted(lacking) if chr(code).isalpha())
-    monkeypatch.setattr(drawing, "_system_fonts", lambda: ["/no/font.ttf", other])
-    drawing.runs_of.cache_clear()
-    assert drawing.runs_of(f"犬{letter} ж") == [
-        (drawing.DEFAULT_FONT, "犬"),
+    monkeypatch.setattr(lettering, "_system_fonts", lambda: ["/no/font.ttf", other])
+    lettering.runs_of.cache_clear()
+    assert lettering.runs_of(f"犬{letter} ж") == [
+        (lettering.DEFAULT_FONT, "犬"),
         (other, f"{letter} "),
-        (drawing.DEFAULT_FONT, "ж"),
+        (lettering.DEFAULT_FONT, "ж"),
     ]
-    assert drawing.runs_of(letter) == [(other, letter)]
+    assert lettering.runs_of(letter) == [(other, letter)]
 
 
 def test_tensorboard_takes_the_truth_and_the_detections_side_by_side(tmp_path):

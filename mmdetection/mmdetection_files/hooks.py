@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from determined.pytorch import PyTorchCallback
 from mmcv import Config
 from mmcv.runner import BaseRunner
 from mmcv.runner.hooks import HOOKS, LoggerHook
@@ -45,7 +44,6 @@ class StepRunner(BaseRunner):
     Args:
         batches_per_epoch, total_batches: of all slots together.
         dataset: MMDetection's training samples.
-        work_dir: a folder for what custom hooks write; made where there are any.
 
     Attributes:
         outputs: of the last batch, as mmdet's `train_step` returns them; tensors on the device.
@@ -59,10 +57,8 @@ class StepRunner(BaseRunner):
         batches_per_epoch: int,
         total_batches: int,
         dataset: Any = None,
-        work_dir: Path | None = None,
     ):
         super().__init__(model, optimizer=optimizer, logger=logger, meta={})
-        self.work_dir = None if work_dir is None else str(work_dir)
         self._max_iters = total_batches
         self._max_epochs = math.ceil(total_batches / batches_per_epoch)
         self.batches_per_epoch = batches_per_epoch
@@ -95,6 +91,12 @@ class StepRunner(BaseRunner):
                 self.register_hook_from_cfg(hook)
                 self.has_own_hooks = True
 
+    def begin_run(self, work_dir: Path) -> None:
+        """Gives custom hooks a folder to write into."""
+        self.work_dir = str(work_dir)
+        if self.has_own_hooks:
+            work_dir.mkdir(parents=True, exist_ok=True)
+
     def begin(self, number: int) -> None:
         """Before training batch `number`, counted from 0 over the whole training."""
         self._epoch, self._inner_iter = divmod(number, self.batches_per_epoch)
@@ -104,8 +106,6 @@ class StepRunner(BaseRunner):
             for hook in self.hooks:
                 if isinstance(hook, DilationSearch):
                     hook.go_on_after(self)
-            if self.has_own_hooks and self.work_dir is not None:
-                Path(self.work_dir).mkdir(parents=True, exist_ok=True)
             self.call_hook("before_run")
             if not self.by_epoch:
                 self.call_hook("before_epoch")
@@ -120,6 +120,11 @@ class StepRunner(BaseRunner):
         if self.by_epoch and self._inner_iter + 1 == self.batches_per_epoch:
             self.call_hook("after_train_epoch")
 
+    def begin_validation_batch(self, number: int, inputs: dict[str, Any]) -> None:
+        """Before validation batch `number`, from 0."""
+        self._inner_iter, self.data_batch = number, inputs
+        self.call_hook("before_val_iter")
+
     def begin_validation(self, batches: int, dataset: Any) -> None:
         """Before the first of so many batches of a validation."""
         self.mode, self.data_loader = "val", _Batches(batches, dataset)
@@ -133,24 +138,6 @@ class StepRunner(BaseRunner):
         raise NotImplementedError("the trial has the loop")
 
     val = run = save_checkpoint = train
-
-
-class HooksOfValidation(PyTorchCallback):
-    """Calls the config's hooks around validations, and `after_run` at the end of the whole training."""
-
-    def __init__(self, trial: Any):
-        self.trial = trial
-
-    def on_validation_start(self) -> None:
-        loader = self.trial.validation_loader
-        self.trial.runner.begin_validation(len(loader), loader.dataset)
-
-    def on_validation_end(self, metrics: dict[str, Any]) -> None:
-        self.trial.runner.end_validation()
-
-    def on_trial_shutdown(self) -> None:
-        if self.trial.is_finished:
-            self.trial.runner.call_hook("after_run")
 
 
 def hook_config(config: Config, names: Sequence[str]) -> dict[str, Any] | None:

@@ -98,7 +98,7 @@ def _begin_training(
     """
     from shared.commands.data_report import Report, describe, open_named
     from shared.data.open import SplitData
-    from shared.training.loop import trial_context
+    from shared.training.context import trial_context
     from shared.training.processes import local_processes
 
     experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, check_images=True))
@@ -136,7 +136,7 @@ def _begin_training(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the lines of a training's start, and without the warnings that the report repeats."""
-    levels = {None: logging.WARNING, "shared.data.open": logging.ERROR, "shared.training.trial_data": logging.ERROR}
+    levels = {None: logging.WARNING, "shared.data.open": logging.ERROR, "shared.training.detector": logging.ERROR}
     before = {name: logging.getLogger(name).level for name in levels}
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)

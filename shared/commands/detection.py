@@ -23,7 +23,7 @@ from shared.errors import UserError
 from shared.redaction import filled_in
 from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import Checkpoint, load_weights, read_checkpoint
-from shared.training.loop import trial_context
+from shared.training.context import trial_context
 from shared.training.trial import DetectionTrial
 
 

@@ -8,31 +8,34 @@ import json
 import logging
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import determined as det
-from torch.utils.tensorboard import SummaryWriter
 
 from shared.commands.data_report import save_page
 from shared.config.experiment import Experiment, experiment_of, per_slot_batch_size, read_experiment
 from shared.data.open import SplitData
 from shared.environment import task_config
+from shared.errors import UserError
 from shared.evaluation import drawing
 from shared.evaluation.evaluator import CocoEvaluator, metrics_table
 from shared.evaluation.gathered import load_detections
 from shared.report.about import About, changed_keys, software, speed
 from shared.report.report import summary_of
+from shared.training.checkpoints import read_checkpoint
+from shared.training.cluster_run import ClusterRun
+from shared.training.context import core_context, make_context, trial_context
+from shared.training.engine import train
 from shared.training.local_run import LocalRun, full_disk_as_error
-from shared.training.loggers import Loggers, keep_places
-from shared.training.loop import RunHasEnded, fit, trial_context
+from shared.training.loggers import Loggers
 from shared.training.processes import local_processes, on_chief, task_processes
 from shared.training.resume import check_resume, read_checkpoint_to_resume
 from shared.training.run_folder import RunFolder
-from shared.training.tensorboard import picture_of_validation, table_of
+from shared.training.stopping import End, Outcome
+from shared.training.tensorboard import picture_of
 from shared.training.training_metrics import duration
 from shared.training.trial import DetectionTrial
 
@@ -43,7 +46,6 @@ _LABELS = 6  # images of each split in labels.png
 
 def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arguments: argparse.Namespace) -> None:
     """Trains without a cluster. Writes everything into one folder."""
-    config = experiment.config
     source = Path(sys.modules[trial_class.__module__].__file__).parent
     output_dir = arguments.output_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     if int(os.environ.get("RANK", 0)) == 0:
@@ -57,42 +59,37 @@ def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arg
         stack.enter_context(full_disk_as_error(folder))
         checkpoint = read_checkpoint_to_resume(distributed, arguments.resume, folder)
         on_chief(distributed, lambda: folder.prepare(source))
-        keep_places()
-        os.chdir(folder.code)  # what Determined copies into each checkpoint
-        os.environ["XDG_DATA_HOME"] = str(folder.saving)  # where it stores them
-        first_batch = checkpoint.batches if checkpoint else 0
-        with trial_context(config, distributed, device, first_batch) as context:
-            trial = trial_class(context, experiment)
-            if checkpoint:
-                check_resume(trial, checkpoint)
-            loggers = stack.enter_context(Loggers())
-            names, goes_on = trial.hparams.loggers, checkpoint is not None
-            on_chief(distributed, lambda: loggers.open(names, config, folder, goes_on))
-            if distributed.rank == 0:
-                _begin_reports(trial, folder, config, checkpoint)
-            trial.local_callbacks["local_run"] = LocalRun(trial, folder, loggers)
-            started = time.monotonic()
-            with trial.stopping:
-                # `best` needs a master; here every validated state is saved, and the best and the last are kept
-                policy = "none" if trial.schedule.checkpoint_policy == "none" else "all"
-                try:
-                    fit(trial, str(checkpoint.path) if checkpoint else None, policy)
-                except RunHasEnded as ended:
-                    loggers.finish(0)
-                    if arguments.resume != "auto":
-                        raise
-                    if distributed.rank == 0:
-                        logger.info("nothing to do: %s", ended)
-                    return  # without an error: whoever starts it again and again is to stop
-            if not trial.is_finished:
-                _end_by_signal(trial, folder)
-            if distributed.rank == 0:
-                seconds = time.monotonic() - started
-                _end_reports(trial, folder, seconds)
-                _conclude(loggers, trial, folder)
-                named_alike = source / Path(arguments.config).name
-                shipped = named_alike if named_alike.exists() else source / "const.yaml"
-                _write_report(trial, folder, config, shipped, seconds)
+        context = stack.enter_context(
+            trial_context(experiment.config, distributed, device, checkpoint.batches if checkpoint else 0)
+        )
+        trial = trial_class(context, experiment)
+        if checkpoint:
+            check_resume(trial, checkpoint)
+        loggers = stack.enter_context(Loggers())
+        names, resumes = trial.hparams.loggers, checkpoint is not None
+        on_chief(distributed, lambda: loggers.open(names, experiment.config, folder, resumes))
+        if trial.rank == 0:
+            _begin_reports(trial, folder, experiment.config, checkpoint)
+        started = time.monotonic()
+        run = LocalRun(folder, loggers, trial.searcher_metric, trial.schedule.checkpoint_policy, trial.rank == 0)
+        outcome = train(trial, run, checkpoint)
+        if outcome.end is End.NOTHING_TO_DO:
+            loggers.finish(0)
+            if arguments.resume != "auto":
+                raise UserError(f"--resume: {outcome}")
+            if trial.rank == 0:
+                logger.info("nothing to do: %s", outcome)
+        elif not outcome.is_finished:
+            if trial.rank == 0:
+                print(f"{outcome}; go on with --output-dir {folder.path} --resume last", file=sys.stderr)
+            sys.exit(outcome.exit_status)
+        elif trial.rank == 0:
+            seconds = time.monotonic() - started
+            _end_reports(trial, folder, outcome, seconds)
+            _conclude(loggers, trial, folder)
+            named_alike = source / Path(arguments.config).name
+            shipped = named_alike if named_alike.exists() else source / "const.yaml"
+            _write_report(trial, folder, outcome, experiment.config, shipped, seconds)
 
 
 def _take(folder: RunFolder, resume: str | None) -> None:
@@ -108,15 +105,13 @@ def _begin_reports(trial: DetectionTrial, folder: RunFolder, config: dict[str, A
     folder.write_config(config)
     folder.write_length(trial.total_batches, trial.batches_per_epoch)
     trial.save_own_config(folder.path)
-    trial.tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=trial.first_batch + 1 if checkpoint else 0)
     opened = {"train": trial.train_data, "val": trial.val_data}
     opened = {split: data for split, data in opened.items() if isinstance(data, SplitData)}
     if opened and not folder.labels.exists():
         save_page(opened, folder.labels, _LABELS)
 
 
-def _end_reports(trial: DetectionTrial, folder: RunFolder, seconds: float) -> None:
-    trial.tensorboard.close()
+def _end_reports(trial: DetectionTrial, folder: RunFolder, outcome: Outcome, seconds: float) -> None:
     reports = {name: report for name in ("best", "last") if (report := _validation_of(name, folder))}
     for name, report in list(reports.items())[:1]:
         numbers = {key: math.nan if value is None else value for key, value in report["metrics"].items()}
@@ -129,10 +124,10 @@ def _end_reports(trial: DetectionTrial, folder: RunFolder, seconds: float) -> No
         loss = report["metrics"].get("val_loss")
         number += "" if loss is None or wanted == "val_loss" else f", val_loss {loss:.4f}"
         print(f"{name}: {wanted} {number} at batch {report['batches']}, {folder.checkpoints / name}")
-    if trial.stopping.ended is not None:
-        print(f"ended after batch {trial.batches_trained} of {trial.total_batches}: {trial.stopping.ended}")
+    if outcome.why:
+        print(outcome)
     print(f"trained for {duration(seconds)}; all of it is in {folder.path}")
-    if figure := picture_of_validation(trial):
+    if figure := picture_of(trial, outcome.validation):
         drawing.save(figure, folder.predictions)
         print(f"predictions beside the ground truth: {folder.predictions}")
 
@@ -146,7 +141,7 @@ def _conclude(loggers: Loggers, trial: DetectionTrial, folder: RunFolder) -> Non
 
 
 def _write_report(
-    trial: DetectionTrial, folder: RunFolder, config: dict[str, Any], shipped: Path, seconds: float
+    trial: DetectionTrial, folder: RunFolder, outcome: Outcome, config: dict[str, Any], shipped: Path, seconds: float
 ) -> None:
     """report.html, of the best validation; not where the detector's library evaluates data of its own."""
     if not (isinstance(trial.evaluator, CocoEvaluator) and folder.detections.exists()):
@@ -163,7 +158,7 @@ def _write_report(
             iou_types=trial.iou_types,
             image_ids=found.images.tolist(),
             keypoint_sigmas=trial.evaluator.keypoint_sigmas,
-            about=_about(trial, folder, config, shipped, seconds),
+            about=_about(trial, folder, outcome, config, shipped, seconds),
         )
     except Exception as error:  # whatever it is, the training has come to its end, and all of it is saved
         logger.exception("the report could not be written (%s); `evaluate --report` makes one", type(error).__name__)
@@ -171,7 +166,9 @@ def _write_report(
     print(f"\n{summary_of(analyses)}\nthe report: {folder.report}")
 
 
-def _about(trial: DetectionTrial, folder: RunFolder, config: dict[str, Any], shipped: Path, seconds: float) -> About:
+def _about(
+    trial: DetectionTrial, folder: RunFolder, outcome: Outcome, config: dict[str, Any], shipped: Path, seconds: float
+) -> About:
     from shared.report.plots import learning_curves
 
     original = None
@@ -187,7 +184,7 @@ def _about(trial: DetectionTrial, folder: RunFolder, config: dict[str, Any], shi
             **dict(trial.summary_lines()),
             "validation data": f"{trial.val_data.annotations.path or 'fake'}, {len(trial.val_data.annotations)} images",
             **({"best checkpoint": f"batch {best['batches']} of {trial.total_batches}"} if best else {}),
-            **({"ended by": trial.stopping.ended} if trial.stopping.ended else {}),
+            **({"ended by": outcome.why} if outcome.why else {}),
             "device": trial.context.device,
             "time": f"{duration(seconds)}" + (f", from batch {trial.first_batch} on" if trial.first_batch else ""),
             **speed(reports),
@@ -208,34 +205,33 @@ def _validation_of(checkpoint: str, folder: RunFolder) -> dict[str, Any] | None:
     return folder.validation_after(json.loads(metadata.read_text())["steps_completed"])
 
 
-def _end_by_signal(trial: DetectionTrial, folder: RunFolder) -> None:
-    number = trial.stopping.signal or signal.SIGTERM  # another process was sent it
-    if trial.rank == 0:
-        trial.tensorboard.close()
-        print(
-            f"stopped by {number.name} after batch {trial.batches_trained}, which is saved; go on with --output-dir "
-            f"{folder.path} --resume last",
-            file=sys.stderr,
-        )
-    sys.exit(128 + number)
-
-
 def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
     """Trains with the config and the hyperparameters that the master gives."""
     info = det.get_cluster_info()
     experiment = experiment_of(task_config(), info.trial.hparams, trial_class.sections())
-    with task_processes(len(info.gpu_uuids), experiment.hang_minutes) as (distributed, device):
+    with (
+        task_processes(len(info.gpu_uuids), experiment.hang_minutes) as (distributed, device),
+        core_context(distributed) as core,
+    ):
         if (batch_size := experiment.hyperparameters.global_batch_size) is not None:
             per_slot_batch_size(batch_size, distributed.size)
-        first_batch = info.trial._steps_completed
-        with trial_context(experiment.config, distributed, device, first_batch, info.trial.trial_seed) as context:
-            trial = trial_class(context, experiment)
-            if distributed.rank == 0:
-                trial.tensorboard = context.get_tensorboard_writer()
-                if trial.hparams.loggers:
-                    logger.info("hyperparameters.loggers: not used on a cluster, where the master has the numbers")
-            fit(trial, info.latest_checkpoint, trial.schedule.checkpoint_policy)
-            if distributed.rank == 0 and trial.is_finished:
-                print(table_of(trial), flush=True)
-                if trial.stopping.ended is not None:
-                    print(f"ended after batch {trial.batches_trained}: {trial.stopping.ended}", flush=True)
+        checkpoint = None
+        if info.latest_checkpoint is not None:
+            with core.checkpoint.restore_path(info.latest_checkpoint) as path:
+                checkpoint = read_checkpoint(Path(path))
+        # the checkpoint of another trial gives weights only
+        is_own = checkpoint is not None and checkpoint.counts.get("trial_id") == info.trial.trial_id
+        first_batch = checkpoint.batches if is_own else 0
+        context = make_context(core, experiment.config, device, first_batch, info.trial.trial_seed)
+        trial = trial_class(context, experiment)
+        if checkpoint:
+            check_resume(trial, checkpoint)
+        if trial.rank == 0 and trial.hparams.loggers:
+            logger.info("hyperparameters.loggers: not used on a cluster, where the master has the numbers")
+        run = ClusterRun(core, info.trial.trial_id, trial.searcher_metric, trial.schedule.checkpoint_policy)
+        outcome = train(trial, run, checkpoint)
+        if trial.rank > 0:
+            return
+        if outcome.is_finished:
+            print(metrics_table({**outcome.validation.metrics, **outcome.validation.category_ap}, trial.iou_types))
+        print(outcome, flush=True)

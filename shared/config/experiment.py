@@ -10,14 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shared.config.file import (
-    expanded,
-    find_path,
-    fixed_hyperparameters,
-    interpolated,
-    load_config,
-    refuse_unknown_keys,
-)
+from shared.config.file import expanded, find_path, fixed_hyperparameters, interpolated, load_config
 from shared.config.schema import (
     BACKEND_ALIASES,
     BACKENDS,
@@ -195,53 +188,26 @@ def parse_data(
     Raises:
         UserError: a key is unknown, missing or of the wrong type.
     """
-    section = dict(config.get("data") or {})
-    refuse_unknown_keys(section, key_names(into), "data")
-    data = parse_section({name: value for name, value in section.items() if name not in _SPLITS}, into, "data")
+    data = parse_section(config.get("data"), into, "data")
     data.backend = BACKEND_ALIASES.get(data.backend, data.backend)
     if data.backend not in BACKENDS:
         raise UserError(f"data.backend: {data.backend!r} is not available; {nearest(data.backend, BACKENDS)}")
-    has_bucket = BACKENDS[data.backend].bucket_scheme is not None
     if data.cache_dir is not None:
         data.cache_dir = str(Path(expanded(data.cache_dir, "data.cache_dir")).absolute())
+    in_bucket = BACKENDS[data.backend].bucket_scheme is not None
+    located: list[str] = []
     for split in _SPLITS:
-        if section.get(split) is not None:
-            if not isinstance(section[split], dict):
-                raise UserError(f"data.{split} needs the keys `annotations` and `images`")
-            paths = parse_section(section[split], Split, f"data.{split}")
-            setattr(data, split, _located(paths, split, has_bucket, places))
-    _check_data(data)
-    return data
-
-
-def _located(paths: Split, split: str, in_bucket: bool, places: Iterable[Path]) -> Split:
-    """The split's paths, absolute if they are found on disk. In a bucket, relative paths are relative to it."""
-    found = {}
-    for name, path in dataclasses.asdict(paths).items():
-        path = expanded(path, f"data.{split}.{name}")
-        found[name] = path if in_bucket else str(find_path(path, places) or path)
-    return Split(**found)
-
-
-def _check_data(data: DataConfig) -> None:
-    paths = [path for split in (data.train, data.val) if split for path in (split.annotations, split.images)]
-    has_bucket = BACKENDS[data.backend].bucket_scheme is not None
-    if has_bucket and data.bucket is None and not (paths and all(map(is_url, paths))):
+        if (given := getattr(data, split)) is not None:
+            paths = [expanded(path, f"data.{split}.{name}") for name, path in dataclasses.asdict(given).items()]
+            if not in_bucket:  # in a bucket, relative paths are relative to it
+                paths = [str(find_path(path, places) or path) for path in paths]
+            setattr(data, split, Split(*paths))
+            located += paths
+    if in_bucket and data.bucket is None and not (located and all(map(is_url, located))):
         raise UserError(
             f"data.bucket is missing, and data.backend is {data.backend}. Fix: give it, or URLs: s3://bucket/folder"
         )
-    for name, value in (("store_timeout", data.store_timeout), ("cache_gb", data.cache_gb)):
-        if not value > 0:
-            raise UserError(f"data.{name} is {value}, and must be greater than 0")
-    if data.on_bad_image not in ("error", "skip"):
-        raise UserError(f"data.on_bad_image: {data.on_bad_image!r} is neither 'error' nor 'skip'")
-    if data.repeat_threshold is not None and not 0 < data.repeat_threshold <= 1:
-        raise UserError(
-            f"data.repeat_threshold is {data.repeat_threshold:g}, and must be a share of the images: greater than 0, "
-            "and at most 1; LVIS's is 0.001"
-        )
-    if data.workers < 0:
-        raise UserError(f"data.workers is {data.workers}, and must be 0 or more")
+    return data
 
 
 def parse_schedule(config: Mapping[str, Any]) -> Schedule:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
+from msgspec import Meta
 
 from shared.config.file import refuse_unknown_keys
 from shared.errors import UserError, nearest
 
 T = TypeVar("T")
+Positive = Annotated[float, Meta(gt=0)]
 
 UNITS = ("batches", "epochs", "records")
 LOGGERS = ("wandb", "mlflow")
@@ -45,15 +48,16 @@ BACKENDS = {
 BACKEND_ALIASES = {"gcp": "gcs"}
 
 
-def key(default: Any = MISSING, text: str = "", *, is_path: bool = False) -> Any:
+def key(default: Any = MISSING, text: str = "", *, is_path: bool = False, upstream: str = "") -> Any:
     """A key of a section.
 
     Args:
         default: of the key; the key is required without one.
         text: what it does, in one line, for the reference.
         is_path: whether its value may be a path, which the reading makes absolute.
+        upstream: the name of the same option in the detector's library, for the reference.
     """
-    metadata = {"help": text, "is_path": is_path}
+    metadata = {"help": text, "is_path": is_path, "upstream": upstream}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -96,13 +100,15 @@ class DataConfig:
     bucket: str | None = key(None, "the bucket of `s3` and `gcs`; URLs such as `s3://bucket/folder` need none")
     endpoint_url: str | None = key(None, "the URL of another S3-compatible store, or of a GCS emulator")
     anonymous: bool = key(False, "read a store without credentials")
-    store_timeout: float = key(120.0, "seconds that a store may be unreachable before the run stops")
+    store_timeout: Positive = key(120.0, "seconds that a store may be unreachable before the run stops")
     cache_dir: str | None = key(None, "the folder for parsed annotations and for copies of remote images")
-    cache_gb: float = key(50.0, "GiB that the copies of remote images may take")
-    workers: int = key(4, "loader processes per slot")
-    on_bad_image: str = key("error", "`error`, or `skip` to skip images that cannot be read")
+    cache_gb: Positive = key(50.0, "GiB that the copies of remote images may take")
+    workers: Annotated[int, Meta(ge=0)] = key(4, "loader processes per slot")
+    on_bad_image: Literal["error", "skip"] = key("error", "stop at images that cannot be read, or skip them")
     check_images: bool = key(True, "check at the start that the images exist")
-    repeat_threshold: float | None = key(None, "repeat images of categories that fewer images have than this share")
+    repeat_threshold: Annotated[float, Meta(gt=0, le=1)] | None = key(
+        None, "repeat images of categories that a smaller share of the images has; LVIS uses 0.001"
+    )
     fast_images: bool = key(False, "decode and resize faster, with pixels that differ slightly")
 
     @property
@@ -216,6 +222,10 @@ class SearcherMetric:
         """Whether a value was measured, and is not the placeholder for an undefined one."""
         return abs(value) < _UNDEFINED
 
+    def value_or_worst(self, value: float) -> float:
+        """The value; the worst one if it is undefined."""
+        return value if math.isfinite(value) else self.worst
+
     @property
     def worst(self) -> float:
         """The placeholder for an undefined metric: finite, and no better than any value of the metric.
@@ -230,14 +240,9 @@ class SearcherMetric:
 class EarlyStopping:
     """`hyperparameters.early_stopping`."""
 
-    patience: int = key(text="validations in a row without a better searcher metric, after which the training stops")
-
-    def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise UserError(
-                f"hyperparameters.early_stopping.patience: it is {self.patience}, and must be 1 or more. Fix: remove "
-                "early_stopping to train to the end"
-            )
+    patience: Annotated[int, Meta(ge=1)] = key(
+        text="validations in a row without a better searcher metric, after which the training stops"
+    )
 
 
 @dataclass(kw_only=True)
@@ -248,15 +253,17 @@ class TrainingHyperparameters:
     channels_last: bool = key(False, "keep images and convolution weights in channels-last memory format")
     torch_compile: bool = key(False, "compile the model with PyTorch's compiler")
     sync_bn: bool = key(False, "compute batch norm over the images of all slots (GPUs)")
-    clip_grad: float | None = key(None, "the norm to which the gradient of all parameters is clipped")
-    model_ema_decay: float | None = key(None, "average the weights; the averaged ones validate, predict and are `best`")
+    clip_grad: Positive | None = key(None, "the norm to which the gradient of all parameters is clipped")
+    model_ema_decay: Annotated[float, Meta(ge=0, lt=1)] | None = key(
+        None, "average the weights; the averaged ones validate, predict and are `best`"
+    )
     freeze: list[str] = key([], "modules or parameters that stay unchanged, such as `[backbone]`")
     early_stopping: EarlyStopping | None = key(
         None, "stop after N validations without a better metric: `{patience: N}`"
     )
-    max_hours: float | None = key(None, "hours of training after which the run validates, saves and stops")
-    checkpoint_every_minutes: float | None = key(None, "also save when the last checkpoint is this many minutes old")
-    hang_minutes: float | None = key(10.0, "minutes without progress after which a hanging run stops; `null` for never")
+    max_hours: Positive | None = key(None, "hours of training after which the run validates, saves and stops")
+    checkpoint_every_minutes: Positive | None = key(None, "also save when the last checkpoint is this many minutes old")
+    hang_minutes: Positive | None = key(10.0, "minutes without progress after which a run stops; `null` for never")
     validation_loss: bool = key(False, "also compute the training's losses at each validation")
     loggers: list[str] = key([], "where to log off a cluster: `wandb`, `mlflow`")
 
@@ -264,13 +271,6 @@ class TrainingHyperparameters:
         for name in self.loggers:
             if name not in LOGGERS:
                 raise UserError(f"hyperparameters.loggers: {name!r} is unknown; {nearest(name, LOGGERS)}")
-        for name in ("clip_grad", "max_hours", "checkpoint_every_minutes", "hang_minutes"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                fix = "give null to wait without a limit" if name == "hang_minutes" else "remove it to switch it off"
-                raise UserError(f"hyperparameters.{name}: it is {value:g}, and must be greater than 0. Fix: {fix}")
-        if self.model_ema_decay is not None and not 0 <= self.model_ema_decay < 1:
-            raise UserError(f"hyperparameters.model_ema_decay: {self.model_ema_decay} is not in [0, 1)")
 
 
 def key_names(section: type) -> list[str]:
@@ -300,6 +300,9 @@ def parse_section(section: Mapping[str, Any] | None, into: type[T], where: str) 
         name = at.removeprefix(".")
         if choices := _choices(into, name):
             message = f"{as_in_yaml(section[name])} is none of {', '.join(choices)}"
+        elif bound := re.fullmatch(r"Expected `(?:int|float)` ([<>]=?) (\S+)", message):
+            text = {field.name: field.metadata["help"] for field in dataclasses.fields(into)}[name]
+            message = f"it is {section[name]:g}. Fix: give a number {bound[1]} {float(bound[2]):g} ({text})"
         raise UserError(f"{where}{at}: {message}") from error
 
 

@@ -1,8 +1,8 @@
 """COCO's precision and recall of boxes in NumPy: the bits of pycocotools, without a loop over images.
 
 pycocotools matches each image, category, area range and IoU threshold by itself. Here one uint64 holds the 40
-combinations of area range and threshold, a bit each, so that one pass matches them all. A pass takes one pair of a
-detection and an object from every cell (an image and a category), because cells do not depend on each other.
+combinations of area range and threshold, one bit each. A cell is an image and a category. Cells are independent, so a
+pass takes one pair of a detection and an object from every cell at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_DETECTIONS = (1, 10, 100)  # per image and category
 _THRESHOLDS = len(IOU_THRESHOLDS)
 _OF_AREA = [np.uint64(((1 << _THRESHOLDS) - 1) << (_THRESHOLDS * area)) for area in range(len(AREAS))]
 _ALL = np.bitwise_or.reduce(_OF_AREA)
-# the bits of an IoU that reaches the first n thresholds, in every area range
+# an IoU that reaches n thresholds has these bits, in every area range
 _REACHED = np.array(
     [sum(((1 << n) - 1) << (_THRESHOLDS * area) for area in range(len(AREAS))) for n in range(_THRESHOLDS + 1)],
     dtype=np.uint64,
@@ -45,7 +45,7 @@ class Boxes:
 
 @dataclass
 class Objects(Boxes):
-    """The ground truth: in its cells it keeps the order of the file.
+    """The ground truth. Within a cell it keeps the order of the file.
 
     Attributes:
         crowd: (N,) bool.
@@ -65,14 +65,14 @@ class Objects(Boxes):
         crowd: np.ndarray,
         categories: int,
     ) -> Objects:
-        """Of boxes (N, 4) float64, x y width height, and the areas that the file gives."""
+        """Boxes are (N, 4) float64, x y width height; `areas` are those of the annotation file."""
         order = np.argsort(images.astype(np.int64) * categories + labels, kind="stable")
         cells = images[order].astype(np.int64) * categories + labels[order]
         outside = np.where(crowd, _ALL, _outside(areas))[order]
         return cls(cells, *_corners_and_areas(boxes[order]), outside, crowd[order], categories)
 
     def only(self, images: np.ndarray) -> Objects:
-        """Those on some images, given sorted."""
+        """Keep the objects on these images."""
         kept = np.isin(self.cells // self.categories, images)
         return Objects(
             self.cells[kept],
@@ -87,7 +87,7 @@ class Objects(Boxes):
 def precision_and_recall(
     objects: Objects, images: np.ndarray, labels: np.ndarray, scores: np.ndarray, boxes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What pycocotools' `accumulate` computes of M detections on images in ascending order.
+    """Match M detections, on images in ascending order, as pycocotools' `evaluate` and `accumulate` do.
 
     Args:
         images, labels: (M,) integers from 0 on.
@@ -109,9 +109,9 @@ def precision_and_recall(
     detections = Boxes(cells, corners, box_areas, _outside(box_areas))
     found, ignored = _match(detections, objects)
 
-    in_curves = np.argsort(to_cells)
-    return _accumulate(objects, cells[in_curves] % objects.categories, places[kept][in_curves], found[in_curves],
-                       ignored[in_curves])  # fmt: skip
+    back = np.argsort(to_cells)
+    labels, places = cells[back] % objects.categories, places[kept][back]
+    return _accumulate(objects, labels, places, found[back], ignored[back])
 
 
 def _stable_order(values: np.ndarray) -> np.ndarray:
@@ -132,10 +132,10 @@ def _outside(areas: np.ndarray) -> np.ndarray:
 
 
 def _match(detections: Boxes, objects: Objects) -> tuple[np.ndarray, np.ndarray]:
-    """The bits in which each detection has an object, and those in which the curves ignore it.
+    """Two arrays of bits, one row per detection: where it has an object, and where the curves ignore it.
 
     A detection prefers objects that count to ignored ones, then the greatest IoU, then the last in the file. A crowd
-    matches any number of detections, another object one.
+    matches any number of detections, any other object matches one.
     """
     detection, target, bits = _pairs(detections, objects)
     second = np.repeat([False, True], len(detection))  # first come the objects that count
@@ -154,7 +154,7 @@ def _match(detections: Boxes, objects: Objects) -> tuple[np.ndarray, np.ndarray]
     taken = np.zeros(len(objects.cells), np.uint64)
     one_only = np.where(objects.crowd, np.uint64(0), _ALL)
     for step in range(lengths.max(initial=0)):
-        pairs = begins[: np.searchsorted(-lengths, -step)] + step  # of the cells that have so many
+        pairs = begins[: np.searchsorted(-lengths, -step)] + step  # one per cell that has this many
         d, t = detection[pairs], target[pairs]
         matched = bits[pairs] & ~(taken[t] | found[d])
         found[d] |= matched
@@ -164,8 +164,8 @@ def _match(detections: Boxes, objects: Objects) -> tuple[np.ndarray, np.ndarray]
 
 
 def _pairs(detections: Boxes, objects: Objects) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of detections and objects of one cell whose IoU reaches the first threshold, and the bits it reaches; of
-    each detection the most preferred first."""
+    """Detections and objects of the same cell whose IoU reaches the first threshold: their rows and the bits that the
+    IoU reaches. A detection's preferred object comes first."""
     first = np.searchsorted(objects.cells, detections.cells)
     counts = np.searchsorted(objects.cells, detections.cells, side="right") - first
     detection = np.repeat(np.arange(len(counts)), counts)
@@ -189,7 +189,7 @@ def _pairs(detections: Boxes, objects: Objects) -> tuple[np.ndarray, np.ndarray,
 def _accumulate(
     objects: Objects, labels: np.ndarray, places: np.ndarray, found: np.ndarray, ignored: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The curves of detections by category, then score."""
+    """The curves. Detections are sorted by category, then score."""
     categories = objects.categories
     precision = np.full((_THRESHOLDS, len(RECALLS), categories, len(AREAS)), -1.0)
     recall = np.full((_THRESHOLDS, categories, len(AREAS), len(MAX_DETECTIONS)), -1.0)
@@ -203,14 +203,14 @@ def _accumulate(
         for threshold in range(_THRESHOLDS):
             bit = np.uint64(1 << (area * _THRESHOLDS + threshold))
             kept = np.flatnonzero((ignored & bit) == 0)
-            right = np.flatnonzero(found[kept] & bit)  # among those kept
+            right = np.flatnonzero(found[kept] & bit)  # rows of `kept`
             label = labels[kept[right]]
             rights = np.bincount(label, minlength=categories)
             begins = np.cumsum(rights) - rights
             nth = np.arange(1, len(right) + 1) - begins[label]
             so_far = right + 1 - np.searchsorted(kept, category_begins)[label]
             precisions = np.append(nth / (so_far + np.spacing(1)), 0)
-            # the best precision from one recall to the next, then from each recall on
+            # the best precision between two recalls, then from each recall on
             places_of = begins[scored, None] + np.minimum(needed, rights[scored, None])
             best = np.maximum.reduceat(precisions, places_of.ravel()).reshape(places_of.shape) if len(scored) else 0.0
             best = np.where(needed < rights[scored, None], best, 0)
@@ -222,7 +222,7 @@ def _accumulate(
 
 
 def _least_to_reach(positives: np.ndarray) -> np.ndarray:
-    """(categories, recalls): the first of the right detections, from 0 on, at which n / positives is that recall."""
+    """(categories, recalls) int64: how many right detections come before the one that reaches that recall."""
     needed = np.ceil(RECALLS * positives)
     needed -= (needed - 1) / positives >= RECALLS  # where the product was rounded up
     needed += needed / positives < RECALLS

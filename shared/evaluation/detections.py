@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import hotcoco
@@ -84,9 +84,9 @@ def to_coco_results(detections: Detections, category_ids: list[int]) -> list[dic
 
 
 class _Result(msgspec.Struct, gc=False):
-    """One of COCO's results."""
+    """One of COCO's results. Other tools name images by file."""
 
-    image_id: int
+    image_id: int | str
     category_id: int
     score: float
     bbox: list[float] | None = None
@@ -99,6 +99,8 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
     """The detections of each image that COCO results have some of, in the order of image ids. They have masks, and
     keypoints, where every result has; a result without `bbox` has its mask's box.
 
+    An image may be named by its file, with or without folders and ending: in `image_id`, or in `file_name` beside it.
+
     Args:
         results: a file, or what is in it: [{"image_id", "category_id", "bbox": [x, y, width, height], "score"}, …].
 
@@ -107,6 +109,7 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
     """
     source = "the results" if isinstance(results, list) else str(results)
     rows = _decode_results(results, source)
+    _find_named_images(rows, annotations, source)
     ids = as_ids([row.image_id for row in rows], "image_id", source)
     images, image_of = np.unique(ids, return_inverse=True)
     index_of = _indices_of(images, ids, annotations, source)
@@ -187,6 +190,40 @@ def _decode_results(results: str | os.PathLike | list[dict], source: str) -> lis
         raise UserError(f"{source} is not JSON: it is not in UTF-8 ({error})") from error
     except RecursionError as error:
         raise UserError(f"{source} is not a list of results: lists in lists without end") from error
+
+
+def _find_named_images(rows: list[_Result], annotations: CocoAnnotations, source: str) -> None:
+    """Replace each `image_id` that is a name, or does not fit the `file_name` beside it, by the image's id."""
+    if not any(row.file_name or isinstance(row.image_id, str) for row in rows):
+        return
+    files = dict(zip(annotations.image_ids.tolist(), map(bytes.decode, annotations.file_names.tolist()), strict=True))
+    by_name: dict[str, int | None] = {}  # None: several images
+    for position, row in enumerate(rows):
+        is_name = isinstance(row.image_id, str)
+        if not is_name and (not row.file_name or _same_file(row.file_name, files.get(row.image_id, ""))):
+            continue
+        by_name = by_name or _ids_by_name(files)
+        name = PurePosixPath(row.file_name or row.image_id)
+        found = next((by_name[key] for key in (str(name), name.name, name.stem) if key in by_name), None)
+        if found is None and is_name and row.image_id.isdecimal() and int(row.image_id) in files:
+            found = int(row.image_id)
+        if found is not None:
+            row.image_id = found
+        elif is_name:
+            raise UserError(
+                f"{source}: result {position}: {row.image_id!r} is not the name of one image of "
+                f"{annotations.path or 'the annotations'}. Fix: name images by id or by `file_name`"
+            )
+
+
+def _ids_by_name(files: dict[int, str]) -> dict[str, int | None]:
+    """Image ids by file name, by the name without folders, and by both without their ending."""
+    ids: dict[str, int | None] = {}
+    for image_id, name in files.items():
+        path = PurePosixPath(name)
+        for key in {str(path.with_suffix("")), path.name, path.stem}:
+            ids[key] = image_id if key not in ids else None
+    return ids | {str(PurePosixPath(name)): image_id for image_id, name in files.items()}
 
 
 def _same_file(one: str, other: str) -> bool:

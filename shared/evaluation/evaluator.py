@@ -82,8 +82,8 @@ def evaluate(
         [0, 1], nan where there is nothing to score. Categories without ground truth are left out.
 
     Raises:
-        UserError: detections of an image that the file has not, or that come twice, of a label that it has not, or
-            whose boxes or scores are not finite; `image_ids` that it has not.
+        UserError: an image of the detections or of `image_ids` is not in the file, an image comes twice, a label is
+            not in the file, or a box or score is not finite.
     """
     if not isinstance(annotations, CocoAnnotations):
         annotations = CocoAnnotations.open(annotations)
@@ -226,25 +226,26 @@ class CocoEvaluator(ChiefReducer):
         return np.searchsorted(self._all_ids, np.asarray(image_ids, dtype=np.int64))
 
     def _match_boxes(self, found: GatheredDetections) -> tuple[np.ndarray, np.ndarray]:
-        """See `precision_and_recall`."""
-        rows = found.rows()
-        objects, scores = self._objects, found.scores
+        """Precision and recall of the boxes, see `precision_and_recall`."""
+        objects, rows, scores = self._objects, found.rows(), found.scores
         evaluated = self._evaluated(found)
         if len(evaluated) < len(self._all_ids):
             objects = objects.only(evaluated)
             kept = np.isin(rows[:, 0], evaluated)
             rows, scores = rows[kept], scores[kept]
-        return precision_and_recall(objects, rows[:, 0].astype(np.int64), rows[:, 6].astype(np.int64), scores,
-                                    rows[:, 1:5])  # fmt: skip
+        images, labels = rows[:, [0, 6]].astype(np.int64).T
+        return precision_and_recall(objects, images, labels, scores, rows[:, 1:5])
 
     def _evaluated(self, found: GatheredDetections) -> np.ndarray:
         """The positions of the images that count, sorted."""
         return np.setdiff1d(self._positions(self.image_ids), found.skipped)
 
     def match(self, iou_type: str, found: GatheredDetections) -> hotcoco.COCOeval:
-        """Evaluate and accumulate with hotcoco what `share` and `merge` gave. In it an image is its position (see
-        `GatheredDetections`), a category its label, a detection its row from 1 on, an annotation its row in
-        `annotations.columns` from 1 on."""
+        """Evaluate and accumulate with hotcoco. The report reads errors and verdicts from the result.
+
+        hotcoco's ids: an image's is its position (see `GatheredDetections`), a category's its label, a detection's its
+        row + 1, an annotation's its row in `annotations.columns` + 1.
+        """
         truth = self._hotcoco_truth()
         rows = found.rows()
         if iou_type == "keypoints" and len(rows):
@@ -267,8 +268,8 @@ class CocoEvaluator(ChiefReducer):
         return evaluation
 
     def open_truth(self) -> None:
-        """Prepare the ground truth of each IoU type once. Called before a training, it refuses there what the first
-        validation could not score.
+        """Prepare the ground truth of each IoU type, once. A trial calls it before the training, so that truth which
+        cannot be scored stops the run there.
 
         Raises:
             UserError: see `to_hotcoco`.
@@ -339,9 +340,8 @@ def _check_keypoints(annotations: CocoAnnotations, sigmas: Sequence[float] | Non
 def to_hotcoco(annotations: CocoAnnotations, masks: bool = True, keypoints: bool = False) -> hotcoco.COCO:
     """The annotations as hotcoco's data set, in the file's own float64.
 
-    Its images have the positions of their ids among all of the file's, sorted, its categories the labels, and its
-    annotations their rows in `annotations.columns` from 1 on: ids of a file may be negative, or greater than the
-    float64 of hotcoco's results can hold.
+    Its ids are those of `CocoEvaluator.match`, because a file's ids may be negative or too great for the float64 of
+    hotcoco's results.
 
     Raises:
         UserError: a segmentation that is no polygon or RLE, an RLE of another size than its image.

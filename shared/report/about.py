@@ -1,43 +1,41 @@
-"""What a report says of where its numbers come from."""
+"""Where the numbers of a report come from: the software, the speed, the config, how the training went."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from shared.redaction import redacted, without_secrets
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_PACKAGES = ("torch", "torchvision", "determined", "hotcoco", "effdet", "timm", "mmdet", "mmcv", "detectron2")
 _NOT_THERE = "–"
 
 
 @dataclass
 class About:
-    """What a report is of.
+    """What a report says besides its numbers.
 
     Attributes:
         title: of the page.
         facts: name and value, the first table.
-        changed: of the config, what differs from the shipped file: key, shipped, here.
-        shipped: that file's name.
-        curves: how the training went.
+        changed: keys of the config that differ from the shipped file: key, the file's value, this one's.
+        shipped: the name of that file.
+        curves: of the training, by title.
     """
 
     title: str = "Detections"
     facts: Mapping[str, Any] = field(default_factory=dict)
     changed: Sequence[tuple[str, Any, Any]] = ()
     shipped: str = ""
-    curves: Figure | None = None
+    curves: Mapping[str, Figure] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.title = redacted(self.title)
@@ -45,50 +43,56 @@ class About:
 
 
 def software(code: Path) -> dict[str, str]:
-    """The versions of what runs, and the git commit of the folder `code`, where it is of a repository."""
-    found = []
-    for package in _PACKAGES:
-        if package in sys.modules:
-            try:
-                found.append(f"{package} {version(package)}")
-            except PackageNotFoundError:  # installed in a way that leaves no trace
-                found.append(package)
-    facts = {"versions": f"Python {sys.version.split()[0]}, {', '.join(found)}"}
-    commit = _git(code, "rev-parse", "--short=12", "HEAD")
-    if commit:
+    """The versions of the packages, and the git commit if the folder is part of a repository.
+
+    Args:
+        code: the detector's folder, whose requirements.txt names the packages of the detector.
+    """
+    requirements = code / "requirements.txt"
+    own = re.findall(r"^[\w.-]+", requirements.read_text(), re.MULTILINE) if requirements.is_file() else []
+    found = [f"Python {sys.version.split()[0]}"]
+    for package in ("torch", "torchvision", "determined", "hotcoco", *own):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:  # not installed, or without metadata
+            continue
+    facts = {"versions": ", ".join(found)}
+    if commit := _git(code, "rev-parse", "--short=12", "HEAD"):
         changed = _git(code, "status", "--porcelain", "--untracked-files=no")
         facts["git commit"] = f"{commit}{', with changes' if changed else ''}"
     return facts
 
 
 def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", folder, *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=20, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def speed(reports: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Images a second, and the share of the time that the training waited for data: the median of the reports."""
-    facts = {}
-    for name, said, scale in (("images_per_second", "images/s in training", 1), ("data_wait", "waiting for data", 100)):
+    """Images per second, and the share of the time that the training waited for data: the medians of the reports."""
+
+    def median(name: str) -> float | None:
         values = [report["metrics"].get(name) for report in reports if report["split"] == "train"]
-        if values := [value for value in values if value is not None]:
-            facts[said] = f"{scale * np.median(values):.1f}{' % of the time' if name == 'data_wait' else ''}"
+        values = [value for value in values if value is not None]
+        return float(np.median(values)) if values else None
+
+    facts = {}
+    if (images := median("images_per_second")) is not None:
+        facts["images/s in training"] = f"{images:.1f}"
+    if (waiting := median("data_wait")) is not None:
+        facts["waiting for data"] = f"{100 * waiting:.1f} % of the time"
     return facts
 
 
 def changed_keys(config: Mapping[str, Any], original: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """What differs between two resolved configs: the key, the original's value, this one's."""
     there, here = dict(_flat(without_secrets(original))), dict(_flat(without_secrets(config)))
-    return [
-        (key, there.get(key, _NOT_THERE), here.get(key, _NOT_THERE))
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key, _NOT_THERE) != here.get(key, _NOT_THERE)
-    ]
+    rows = [(key, there.get(key, _NOT_THERE), here.get(key, _NOT_THERE)) for key in sorted(there.keys() | here.keys())]
+    return [row for row in rows if row[1] != row[2]]
 
 
 def _flat(section: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

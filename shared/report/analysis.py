@@ -1,4 +1,4 @@
-"""All numbers of a report, of one set of detections: hotcoco's, and what is wrong on each image."""
+"""The numbers of a report: hotcoco's, and what is wrong on each image."""
 
 from __future__ import annotations
 
@@ -20,17 +20,32 @@ from shared.evaluation.evaluator import (
     summarize,
 )
 from shared.evaluation.gathered import GatheredDetections
-from shared.report.difference import interval_around
-from shared.report.image_errors import ERROR_TYPES, ImageObjects, Wrong, errors_of
+from shared.report.image_errors import Wrong, errors_of
 from shared.report.suspects import Suspect, find_suspects
+
+RESAMPLES = 200
+SEED = 0
+# hotcoco's names of what `summarize` returns
+NAMES = {
+    **{"mAP": "AP", "mAP_50": "AP50", "mAP_75": "AP75", "mAP_s": "APs", "mAP_m": "APm", "mAP_l": "APl"},
+    **{"AR_1": "AR1", "AR_10": "AR10", "AR_100": "AR100", "AR_s": "ARs", "AR_m": "ARm", "AR_l": "ARl"},
+    **{"AR": "AR", "AR_iou50": "AR50", "AR_iou75": "AR75"},
+}
+_OBJECTS_PER_IMAGE = {
+    "1": (1, 1),
+    "2 to 4": (2, 4),
+    "5 to 9": (5, 9),
+    "10 to 19": (10, 19),
+    "20 and more": (20, math.inf),
+}
 
 
 @dataclass(frozen=True)
 class ThresholdCurve:
-    """Precision, recall and their harmonic mean, F1, of the detections of at least each score.
+    """Precision, recall and F1 of the detections of at least each score.
 
     Attributes:
-        thresholds: (T,) float64, the scores that detections have, each once, from the highest on.
+        thresholds: (T,) float64, each score that occurs, the highest first.
         precision, recall, f1: (T,) float64.
     """
 
@@ -41,12 +56,12 @@ class ThresholdCurve:
 
     @property
     def best(self) -> int | None:
-        """Where F1 is greatest, the highest such score; None where nothing is right."""
+        """The position of the highest F1; None if no detection is right."""
         return int(self.f1.argmax()) if len(self.f1) and self.f1.max() > 0 else None
 
     @property
     def best_threshold(self) -> float:
-        """nan where nothing is right."""
+        """nan if no detection is right."""
         return math.nan if self.best is None else float(self.thresholds[self.best])
 
     @property
@@ -55,18 +70,11 @@ class ThresholdCurve:
 
 
 def threshold_curve(scores: np.ndarray, is_right: np.ndarray, objects: int) -> ThresholdCurve:
-    """Of detections that are right or wrong.
-
-    Args:
-        scores: (M,).
-        is_right: (M,) bool.
-        objects: how many there are to find.
-    """
+    """The curve of M detections that are right or wrong, with `objects` to find."""
     order = np.argsort(-scores, kind="stable")
     scores = scores[order].astype(np.float64)
-    right = np.cumsum(is_right[order])
     last = np.flatnonzero(np.append(np.diff(scores) != 0, True)) if len(scores) else np.empty(0, np.int64)
-    right, found = right[last], last + 1.0
+    right, found = np.cumsum(is_right[order])[last], last + 1.0
     return ThresholdCurve(
         thresholds=scores[last],
         precision=right / found,
@@ -75,32 +83,25 @@ def threshold_curve(scores: np.ndarray, is_right: np.ndarray, objects: int) -> T
     )
 
 
-RESAMPLES = 200
-SEED = 0
-_OBJECTS_IN_AN_IMAGE = (
-    ("1", 1, 1),
-    ("2 to 4", 2, 4),
-    ("5 to 9", 5, 9),
-    ("10 to 19", 10, 19),
-    ("20 and more", 20, None),
-)
-# hotcoco's names of what `summarize` gives
-NAMES = {
-    **{"mAP": "AP", "mAP_50": "AP50", "mAP_75": "AP75", "mAP_s": "APs", "mAP_m": "APm", "mAP_l": "APl"},
-    **{"AR_1": "AR1", "AR_10": "AR10", "AR_100": "AR100", "AR_s": "ARs", "AR_m": "ARm", "AR_l": "ARl"},
-    **{"AR": "AR", "AR_iou50": "AR50", "AR_iou75": "AR75"},
-}
+def interval_around(value: float, standard_error: float, least: float, most: float) -> tuple[float, float]:
+    """The ends of the 95 % interval of a number between `least` and `most`: 1.96 standard errors to each side.
+
+    The bootstrap's percentiles may miss the number: a resample can omit a rare category and its wrong detections.
+    """
+    ends = max(value - 1.96 * standard_error, least), min(value + 1.96 * standard_error, most)
+    assert ends[0] <= value <= ends[1], f"the interval {ends} does not hold {value}"
+    return ends
 
 
 @dataclass(frozen=True)
 class CategoryNumbers:
-    """A row of the table of categories; nan where the category has no object, or no detection is right.
+    """A row of the table of categories. nan: the category has no object, or no detection is right.
 
     Attributes:
         objects: in the ground truth, without crowds.
-        detections: those that count, at most 100 an image and category.
-        ar: recall at 100 detections an image (keypoints: 20), the mean over IoUs.
-        threshold, f1: where F1 is greatest at an IoU of 0.5.
+        detections: those that count, at most 100 per image and category.
+        ar: recall at 100 detections per image (keypoints: 20), the mean over IoUs.
+        threshold, f1: at the highest F1, for an IoU of 0.5.
     """
 
     label: int
@@ -116,12 +117,7 @@ class CategoryNumbers:
 
 @dataclass(frozen=True)
 class Group:
-    """AP of some of the images.
-
-    Attributes:
-        name: "2 to 4".
-        images: how many.
-    """
+    """AP of the images that hold a number of objects such as "2 to 4"."""
 
     name: str
     images: int
@@ -134,9 +130,9 @@ class Verdicts:
     """What matched at an IoU of 0.5.
 
     Attributes:
-        rows: (M,) of the detections that count: not of those that lie on a crowd.
+        rows: (M,) of the detections that count. Those on a crowd do not.
         is_right: (M,) bool.
-        matched: (M,) rows of the annotations that they matched; -1 of a wrong one.
+        matched: (M,) rows of the annotations that they match; -1 for a wrong detection.
         objects: (N,) rows of the annotations that count.
     """
 
@@ -146,20 +142,20 @@ class Verdicts:
     objects: np.ndarray
 
 
-@dataclass
+@dataclass(frozen=True)
 class Analysis:
-    """What one IoU type says of the detections.
+    """The numbers of one IoU type.
 
     Attributes:
-        metrics: the numbers of `evaluate`, without the IoU type and without those of categories.
-        intervals: lower and upper end of their 95 % bootstrap intervals; {} without a bootstrap.
-        curve: over the score, of all categories together, at an IoU of 0.5 (OKS of keypoints).
-        category_curves: the same of each category that has objects, by its label.
+        metrics: those of `evaluate`, without the prefix of the IoU type and without categories.
+        intervals: the ends of their 95 % bootstrap intervals; {} without a bootstrap.
+        curve: of all categories together, at an IoU (for keypoints, OKS) of 0.5.
+        category_curves: by label, of each category that has objects.
         by_count: by the number of objects in an image.
-        errors: hotcoco's `tide_errors`: "delta_ap" by type, "counts", "ap_base"; None of keypoints.
-        confusion: hotcoco's `confusion_matrix` at the best threshold; None where nothing is right.
+        errors: hotcoco's `tide_errors`: "delta_ap" and "counts" by type, "ap_base"; None for keypoints.
+        confusion: hotcoco's `confusion_matrix` at the best threshold; None if no detection is right.
         calibration: hotcoco's.
-        evaluation: hotcoco's evaluation itself, see `CocoEvaluator.match`; `verdicts` what matched in it.
+        evaluation: hotcoco's evaluation, see `CocoEvaluator.match`.
     """
 
     iou_type: str
@@ -176,17 +172,17 @@ class Analysis:
     verdicts: Verdicts = field(repr=False)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Analyses:
-    """What there is to say of one set of detections.
+    """The numbers of one set of detections.
 
     Attributes:
         of: by IoU type, boxes first.
-        indices: (images,) where the evaluated images are in the annotations.
-        detections: of these images, by that index.
-        wrong: the errors of detections of at least the best threshold, and what they leave unfound, by boxes.
+        indices: (images,) of the evaluated images in the annotations.
+        detections: of these images, by index.
+        wrong: by boxes, the wrong detections of at least the best threshold, and what such detections do not find.
         found_objects: rows of the annotations that such detections match.
-        suspects: the annotations that are worth a look, those likeliest to be wrong first.
+        suspects: annotations worth a look, those likeliest to be wrong first.
     """
 
     annotations: CocoAnnotations
@@ -199,23 +195,18 @@ class Analyses:
 
     @property
     def best_threshold(self) -> float:
-        """The score under which detections are best left out: F1 of boxes is greatest there. nan where none is
-        right."""
+        """The score at which F1 of boxes is highest; nan if no detection is right."""
         return self.of["bbox"].curve.best_threshold
 
-    def f1_of_images(self) -> np.ndarray:
-        """(images,) of each of `indices`, of detections of at least the best threshold, by boxes; 1 where there is
-        nothing and nothing is found."""
-        columns = self.annotations.columns
-        image_of = np.repeat(np.arange(len(self.annotations)), np.diff(columns["offsets"]))
-        objects = np.bincount(image_of[self.of["bbox"].verdicts.objects], minlength=len(self.annotations))
-        invented = np.bincount(
-            [one.image for one in self.wrong if one.detection is not None], minlength=len(self.annotations)
-        )
-        right = np.bincount(image_of[self.found_objects], minlength=len(self.annotations))
-        sums = 2 * right + invented + (objects - right)
-        f1 = np.divide(2 * right, sums, out=np.ones(len(sums)), where=sums > 0)
-        return f1[self.indices]
+    def named(self, index: int) -> dict[str, Any]:
+        """An image's file name and id."""
+        annotations = self.annotations
+        return {"file_name": annotations.file_name(index), "image_id": int(annotations.image_ids[index])}
+
+
+def image_of_annotations(annotations: CocoAnnotations) -> np.ndarray:
+    """(annotations,) int64, the index of each annotation's image."""
+    return np.repeat(np.arange(len(annotations)), np.diff(annotations.columns["offsets"]))
 
 
 def analyse(
@@ -226,15 +217,15 @@ def analyse(
     keypoint_sigmas: Sequence[float] | None = None,
     resamples: int = RESAMPLES,
 ) -> Analyses:
-    """All that a report says of detections, but for words, figures and pictures.
+    """All numbers of a report.
 
     Args:
-        iou_types: "bbox", and "segm" and "keypoints" where the detections have them.
-        image_ids, keypoint_sigmas: as of `evaluate`.
+        iou_types: "bbox", and "segm" and "keypoints" if the detections have them.
+        image_ids, keypoint_sigmas: see `evaluate`.
         resamples: of images, with replacement, for the intervals; 0 for none.
 
     Raises:
-        UserError: as of `evaluate`.
+        UserError: see `evaluate`.
     """
     detections = list(detections)
     image_ids = None if image_ids is None else list(image_ids)
@@ -243,22 +234,34 @@ def analyse(
     evaluator.update(detections)
     found = evaluator.share()
     index_of = {image_id: index for index, image_id in enumerate(annotations.image_ids.tolist())}
-    evaluated = set(evaluator.image_ids.tolist())
-    analyses = Analyses(
+    by_index = {index_of[one.image_id]: one for one in detections}
+    indices = np.array(sorted(index_of[image_id] for image_id in evaluator.image_ids.tolist()), np.int64)
+    of = {iou_type: analyse_one(evaluator, iou_type, found, resamples) for iou_type in evaluator.iou_types}
+
+    curve, verdicts = of["bbox"].curve, of["bbox"].verdicts
+    threshold = math.inf if curve.best is None else curve.best_threshold
+    counts = found.scores[verdicts.rows] >= threshold
+    found_objects = verdicts.matched[verdicts.is_right & counts]
+    is_wrong = np.zeros(len(found.scores), bool)
+    is_wrong[verdicts.rows[~verdicts.is_right & counts]] = True
+    order, ends = np.argsort(annotations.image_ids), np.cumsum(found.counts)
+    rows_of = {
+        int(order[position]): slice(int(end - count), int(end))
+        for position, count, end in zip(found.images.tolist(), found.counts.tolist(), ends.tolist(), strict=True)
+    }
+    return Analyses(
         annotations=annotations,
-        of={t: analyse_one(evaluator, t, found, resamples) for t in evaluator.iou_types},
-        indices=np.array(sorted(index_of[image_id] for image_id in evaluated), np.int64),
-        detections={index_of[one.image_id]: one for one in detections if one.image_id in evaluated},
-        wrong=[],
-        found_objects=np.empty(0, np.int64),
-        suspects=[],
+        of=of,
+        indices=indices,
+        detections={index: by_index[index] for index in indices.tolist() if index in by_index},
+        wrong=_errors_of_images(annotations, indices, by_index, rows_of, is_wrong, verdicts.objects, found_objects),
+        found_objects=found_objects,
+        suspects=[] if curve.best is None else find_suspects(annotations, found, rows_of, indices.tolist(), threshold),
     )
-    _look_at_images(analyses, found)
-    return analyses
 
 
 def analyse_one(evaluator: CocoEvaluator, iou_type: str, found: GatheredDetections, resamples: int = 0) -> Analysis:
-    """What one IoU type says of an evaluator's detections, see `CocoEvaluator.match`."""
+    """The numbers of one IoU type, see `CocoEvaluator.match`."""
     annotations = evaluator.annotations
     evaluation = evaluator.match(iou_type, found)
     names = annotations.category_names
@@ -311,7 +314,7 @@ def analyse_one(evaluator: CocoEvaluator, iou_type: str, found: GatheredDetectio
 
 
 def best_of_boxes(evaluator: CocoEvaluator) -> ThresholdCurve:
-    """Over the score, of what an evaluator's last metrics are of, by boxes where they are evaluated; on the chief."""
+    """The curve of an evaluator's last metrics, by boxes if it evaluates them. On the chief only."""
     iou_type = "bbox" if "bbox" in evaluator.iou_types else evaluator.iou_types[0]
     verdicts = _verdicts_of(evaluator.match(iou_type, evaluator.found))
     return threshold_curve(evaluator.found.scores[verdicts.rows], verdicts.is_right, len(verdicts.objects))
@@ -319,116 +322,76 @@ def best_of_boxes(evaluator: CocoEvaluator) -> ThresholdCurve:
 
 def _verdicts_of(evaluation: hotcoco.COCOeval) -> Verdicts:
     diagnostics = evaluation.image_diagnostics()
-    rows = np.array(sorted(r for r, verdict in diagnostics["dt_status"].items() if verdict in ("tp", "fp")), np.int64)
-    match = diagnostics["dt_match"]
+    status, match = diagnostics["dt_status"], diagnostics["dt_match"]
+    rows = np.array(sorted(row for row, verdict in status.items() if verdict in ("tp", "fp")), np.int64)
+    is_right = np.array([status[row] == "tp" for row in rows.tolist()], bool)
     matched = np.array([match.get(row, 0) for row in rows.tolist()], np.int64) - 1
-    is_right = np.array([diagnostics["dt_status"][row] == "tp" for row in rows.tolist()], bool)
-    objects = sorted(r for r, verdict in diagnostics["gt_status"].items() if verdict in ("matched", "fn"))
+    objects = sorted(row for row, verdict in diagnostics["gt_status"].items() if verdict in ("matched", "fn"))
     return Verdicts(rows - 1, is_right, np.where(is_right, matched, -1), np.array(objects, np.int64) - 1)
 
 
 def _intervals(
     evaluator: CocoEvaluator, evaluation: hotcoco.COCOeval, iou_type: str, metrics: dict[str, float], resamples: int
 ) -> dict[str, tuple[float, float]]:
-    """Around each number, see `interval_around`."""
     if resamples < 2 or len(evaluator.image_ids) < 2:
         return {}
-    # hotcoco resamples differences; from nothing found, which scores 0, the difference is the number itself
-    nothing = evaluator.match(iou_type, _none_found(iou_type))
-    compared = hotcoco.compare(nothing, evaluation, n_bootstrap=resamples, seed=SEED)
-    errors = {name: compared["ci"][NAMES[name]]["std_err"] for name in metrics if NAMES[name] in compared["ci"]}
+    # hotcoco resamples differences; no detection at all scores 0, so that the difference is the number itself
+    none = np.empty(0, np.int64)
+    empty = GatheredDetections.of(none, none, [], masks=iou_type == "segm", keypoints=iou_type == "keypoints")
+    nothing = evaluator.match(iou_type, empty)
+    found = hotcoco.compare(nothing, evaluation, n_bootstrap=resamples, seed=SEED)["ci"]
     return {
-        name: interval_around(metrics[name], error, 0.0, 1.0)
-        for name, error in errors.items()
-        if not math.isnan(metrics[name])
+        name: interval_around(value, found[NAMES[name]]["std_err"], 0.0, 1.0)
+        for name, value in metrics.items()
+        if NAMES[name] in found and not math.isnan(value)
     }
 
 
-def _none_found(iou_type: str) -> GatheredDetections:
-    nowhere = np.empty(0, np.int64)
-    return GatheredDetections.of(nowhere, nowhere, [], masks=iou_type == "segm", keypoints=iou_type == "keypoints")
-
-
 def _by_count(evaluation: hotcoco.COCOeval, annotations: CocoAnnotations, image_ids: np.ndarray) -> list[Group]:
-    columns = annotations.columns
-    image_of = np.repeat(np.arange(len(annotations)), np.diff(columns["offsets"]))
-    per_image = np.bincount(image_of[~columns["iscrowd"]], minlength=len(annotations))
+    is_object = ~annotations.columns["iscrowd"]
+    per_image = np.bincount(image_of_annotations(annotations)[is_object], minlength=len(annotations))
     order = np.argsort(annotations.image_ids)
-    per_position = per_image[order]  # as hotcoco counts images
-    evaluated = np.searchsorted(annotations.image_ids[order], image_ids)
-    slices = {}
-    for name, least, most in _OBJECTS_IN_AN_IMAGE:
-        count = per_position[evaluated]
-        chosen = evaluated[(count >= least) & (True if most is None else count <= most)]
-        if len(chosen):
-            slices[name] = chosen.tolist()
-    if not slices:
-        return []
-    sliced = evaluation.slice_by(slices)
+    evaluated = np.searchsorted(annotations.image_ids[order], image_ids)  # positions, as hotcoco numbers images
+    counts = per_image[order][evaluated]
+    slices = {
+        name: evaluated[(counts >= least) & (counts <= most)].tolist()
+        for name, (least, most) in _OBJECTS_PER_IMAGE.items()
+    }
+    slices = {name: images for name, images in slices.items() if images}
+    sliced = evaluation.slice_by(slices) if slices else {}
     return [
-        Group(name, len(images), _number(sliced[name].get("AP")), _number(sliced[name].get("AP50")))
+        Group(name, len(images), *(_number(sliced[name].get(metric)) for metric in ("AP", "AP50")))
         for name, images in slices.items()
     ]
 
 
 def _number(value: float | None) -> float:
-    """COCO has -1 where nothing can be scored."""
+    """COCO's -1 means that there is nothing to score."""
     return math.nan if value is None or value < 0 else float(value)
 
 
-def _look_at_images(analyses: Analyses, found: GatheredDetections) -> None:
-    """Fills in what is wrong, image by image."""
-    boxes = analyses.of["bbox"]
-    threshold = math.inf if boxes.curve.best is None else boxes.curve.best_threshold
-    annotations, columns = analyses.annotations, analyses.annotations.columns
-    verdicts = boxes.verdicts
-    is_right, is_wrong = np.zeros((2, len(found.scores)), bool)
-    is_right[verdicts.rows[verdicts.is_right]], is_wrong[verdicts.rows[~verdicts.is_right]] = True, True
-    is_object = np.zeros(len(columns["labels"]), bool)
-    is_object[verdicts.objects] = True
-    is_missed = is_object.copy()
-    analyses.found_objects = verdicts.matched[verdicts.is_right & (found.scores[verdicts.rows] >= threshold)]
-    is_missed[analyses.found_objects] = False
-    order = np.argsort(annotations.image_ids)
-    ends = np.cumsum(found.counts)
-    rows_of = {
-        int(order[position]): (int(end - count), int(end))
-        for position, count, end in zip(found.images.tolist(), found.counts.tolist(), ends.tolist(), strict=True)
-    }
-    truth = columns["boxes"].astype(np.float64)
-    truth[:, 2:] += truth[:, :2]
-    for index in analyses.indices.tolist():
-        first, last = int(columns["offsets"][index]), int(columns["offsets"][index + 1])
-        start, end = rows_of.get(index, (0, 0))
-        kept = np.arange(start, end)[found.scores[start:end] >= threshold]
-        if not is_missed[first:last].any() and not is_wrong[kept].any():
-            continue
-        one = ImageObjects(
-            image=index,
-            first=first,
-            truth_boxes=truth[first:last],
-            truth_labels=columns["labels"][first:last],
-            is_missed=is_missed[first:last],
-            is_object=is_object[first:last],
-            rows=kept - start,
-            boxes=found.boxes[kept],
-            labels=found.labels[kept],
-            scores=found.scores[kept],
-            is_right=is_right[kept],
-            is_wrong=is_wrong[kept],
-        )
-        analyses.wrong += errors_of(one)
-    if boxes.curve.best is not None:
-        analyses.suspects = find_suspects(annotations, found, rows_of, analyses.indices.tolist(), threshold)
-
-
-def counts_by_category(wrong: Sequence[Wrong], kind: str, names: Sequence[str]) -> list[tuple[str, int]]:
-    """How many errors of a kind each category has, the most first."""
-    counts = np.bincount([one.label for one in wrong if one.kind == kind], minlength=len(names))
-    order = np.argsort(-counts, kind="stable")
-    return [(names[label], int(counts[label])) for label in order.tolist() if counts[label]]
-
-
-def costliest(errors: dict[str, Any]) -> list[tuple[str, float]]:
-    """TIDE's types and how much AP50 would rise without them, the most first."""
-    return sorted(((kind, errors["delta_ap"][kind]) for kind in ERROR_TYPES), key=lambda pair: -pair[1])
+def _errors_of_images(
+    annotations: CocoAnnotations,
+    indices: np.ndarray,
+    detections: dict[int, Detections],
+    rows_of: dict[int, slice],
+    is_wrong: np.ndarray,
+    objects: np.ndarray,
+    found_objects: np.ndarray,
+) -> list[Wrong]:
+    columns = annotations.columns
+    boxes = columns["boxes"].astype(np.float64)
+    boxes[:, 2:] += boxes[:, :2]
+    is_object, is_missed = np.zeros((2, len(boxes)), bool)
+    is_object[objects] = is_missed[objects] = True
+    is_missed[found_objects] = False
+    errors: list[Wrong] = []
+    for index in indices.tolist():
+        first, last = columns["offsets"][index : index + 2].tolist()
+        wrong = np.flatnonzero(is_wrong[rows_of.get(index, slice(0))])
+        missed = first + np.flatnonzero(is_missed[first:last])
+        if len(wrong) or len(missed):
+            found = detections.get(index) or Detections(int(annotations.image_ids[index]), [], [], [])
+            of_image = first + np.flatnonzero(is_object[first:last])
+            errors += errors_of(index, found, wrong, boxes, columns["labels"], of_image, missed)
+    return errors

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,31 +14,79 @@ from typing import Any
 import hotcoco
 import numpy as np
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from shared.data.annotations import CocoAnnotations
 from shared.data.storage import ImageStorage
 from shared.errors import UserError
-from shared.evaluation.detections import Detections
+from shared.evaluation.detections import Detections, from_coco_results
 from shared.evaluation.evaluator import for_json, iou_types_of
-from shared.report.analysis import NAMES, RESAMPLES, SEED, Analyses, analyse
-from shared.report.difference import Difference
-from shared.report.page import check_page, write_numbers, write_page
+from shared.evaluation.gathered import load_detections
+from shared.report.analysis import (
+    NAMES,
+    RESAMPLES,
+    SEED,
+    Analyses,
+    analyse,
+    image_of_annotations,
+    interval_around,
+)
+from shared.report.page import TITLES, check_page, parse_page_options, write_page
 from shared.report.pictures import open_pictures, picture_of_difference
-from shared.report.plots import differences, svg_of
-from shared.report.report import TITLES
+from shared.report.plots import short_name, styled, svg_of
 
 _IMAGES = 8
 _CATEGORIES_OF_FIGURE = 20
+_FILES_OF_A_RUN = ("detections.npz", "results.json")  # the first that is there is compared
 
 
-@dataclass
+@dataclass(frozen=True)
+class Difference:
+    """By how much B is above A; nan if one of them has nothing to score.
+
+    Attributes:
+        name: of the metric or the category.
+        a, b, delta: the numbers, and b - a.
+        lower, upper: the ends of the 95 % interval around delta, see `interval_around`; nan without a bootstrap.
+        better: the probability that B is above A, by the interval's normal distribution; nan without a bootstrap, and
+            if the two are the same.
+    """
+
+    name: str
+    a: float
+    b: float
+    delta: float
+    lower: float = math.nan
+    upper: float = math.nan
+    better: float = math.nan
+
+    @classmethod
+    def of(cls, name: str, a: float, b: float, standard_error: float) -> Difference:
+        """The difference of two shares.
+
+        Args:
+            standard_error: of b - a, by a bootstrap over the same images for both; nan without one.
+        """
+        delta = b - a
+        if math.isnan(delta) or math.isnan(standard_error):
+            return cls(name, a, b, delta)
+        better = statistics.NormalDist().cdf(delta / standard_error) if standard_error > 0 else math.nan
+        return cls(name, a, b, delta, *interval_around(delta, standard_error, -1.0, 1.0), better)
+
+    @property
+    def verdict(self) -> str:
+        """ "better" or "worse" if the interval is on one side of 0, else ""."""
+        return "better" if self.lower > 0 else "worse" if self.upper < 0 else ""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """B against A, by one IoU type.
 
     Attributes:
         a, b: their names.
         metrics: overall, and by size.
-        categories: AP of each that has objects.
+        categories: AP of each category that has objects.
     """
 
     a: str
@@ -59,23 +109,22 @@ def compare(
     image_ids: Sequence[int] | None = None,
     resamples: int = RESAMPLES,
 ) -> list[Comparison]:
-    """Writes a page on how far the second and each further set of detections is from the first, and `<name>.json` with
-    its numbers beside it.
+    """Write a page on how far each further set of detections is from the first, and `<name>.json` with its numbers.
 
     Args:
-        detections: by name, two sets or more; of each one `Detections` for each image.
+        detections: two sets or more, by name, each with one `Detections` per image.
         output: the HTML file.
-        images: the folder of the images, for pictures; none where None.
-        iou_types: what is compared; where None boxes, and masks and keypoints where all have them.
-        image_ids: the images to evaluate on; all of the file where None.
+        images: the folder of the images, for pictures; None for no pictures.
+        iou_types: None for boxes, and masks and keypoints if all sets have them.
+        image_ids: the images to evaluate on; None for all of the file.
         resamples: of the images, for the intervals; 0 for none.
 
     Returns:
         Each further set against the first, by each IoU type.
 
     Raises:
-        UserError: as of `evaluate`; an image's name leads out of the folder; the page cannot be written, or would
-            replace the annotations.
+        UserError: see `evaluate`; an image's name leads out of the folder; the page cannot be written, or would replace
+            the annotations.
     """
     if len(detections) < 2:
         raise UserError("compare: give two sets of detections, or more")
@@ -92,8 +141,15 @@ def compare(
     comparisons = [
         _compare(of[first], of[name], first, name, iou_type, resamples) for name in others for iou_type in of[first].of
     ]
-    write_page("compare.html.jinja", output, **_content(of, comparisons, images))
-    write_numbers(output, [_plain(comparison) for comparison in comparisons])
+    write_page(
+        "compare.html.jinja",
+        output,
+        numbers=[_numbers(comparison) for comparison in comparisons],
+        title=f"{', '.join(others)} against {first}",
+        of=of,
+        sections=[{"comparison": one, "summary": summary_of(one), "figures": _figures(one)} for one in comparisons],
+        pictures={name: _pictures(of[first], of[name], images) for name in others},
+    )
     return comparisons
 
 
@@ -103,24 +159,22 @@ def _compare(a: Analyses, b: Analyses, name_a: str, name_b: str, iou_type: str, 
     metrics = [
         Difference.of(name, one.metrics[name], other.metrics[name], errors.get(NAMES[name], math.nan))
         for name in one.metrics
-        if name in NAMES
     ]
     categories = []
-    image_of = np.repeat(np.arange(len(a.annotations)), np.diff(a.annotations.columns["offsets"]))
     objects = one.verdicts.objects
-    labels = a.annotations.columns["labels"][objects]
+    image_of, labels = image_of_annotations(a.annotations)[objects], a.annotations.columns["labels"][objects]
     for row, there in zip(one.categories, other.categories, strict=True):
         if row.objects:
-            # the objects of a single image come with it or not at all: nothing varies
-            images = len(np.unique(image_of[objects[labels == row.label]]))
+            # the objects of a single image are all in a resample or all out: nothing varies
+            varies = len(np.unique(image_of[labels == row.label])) > 1
             pair = (_of_category(each.evaluation, row.label, iou_type) for each in (one, other))
-            own = _standard_errors(*pair, resamples if images > 1 else 0)
+            own = _standard_errors(*pair, resamples if varies else 0)
             categories.append(Difference.of(row.name, row.ap, there.ap, own.get("AP", math.nan)))
     return Comparison(name_a, name_b, iou_type, metrics, categories)
 
 
 def _standard_errors(one: hotcoco.COCOeval, other: hotcoco.COCOeval, resamples: int) -> dict[str, float]:
-    """Of the difference of each number, by hotcoco's name for it: by a bootstrap over images, the same for both."""
+    """Of each number's difference, by hotcoco's name: by a bootstrap over images, the same for both."""
     if resamples < 2 or len(one.params.img_ids) < 2:
         return {}
     compared = hotcoco.compare(one, other, n_bootstrap=resamples, seed=SEED)
@@ -140,89 +194,175 @@ def _of_category(evaluation: hotcoco.COCOeval, label: int, iou_type: str) -> hot
 
 
 def summary_of(comparison: Comparison) -> str:
-    """In words: which is better, how sure that is, and on what."""
+    """In words: which is better, how certain that is, and on which categories."""
     difference, a, b = comparison.overall, comparison.a, comparison.b
     by = TITLES[comparison.iou_type]
     if math.isnan(difference.delta):
         return f"By {by} there is nothing to compare {b} and {a} by."
     numbers = f"mAP of {by} {difference.b:.3f} against {difference.a:.3f}"
     if math.isnan(difference.lower):
-        return f"{b} against {a}: {numbers}, {difference.delta:+.3f}; how sure that is was not asked."
+        return f"{b} against {a}: {numbers}, {difference.delta:+.3f}, without an interval."
+    if difference.lower == difference.upper == 0:
+        return f"{b} and {a} are the same: {numbers}."
     interval = f"{difference.delta:+.3f} ({difference.lower:+.3f} to {difference.upper:+.3f})"
     if difference.verdict:
         said = f"{b} is {difference.verdict} than {a}: {numbers}, {interval}."
-    elif difference.lower == difference.upper == 0:
-        return f"{b} and {a} are the same: {numbers}."
     else:
         said = f"These images do not show which of {b} and {a} is better: {numbers}, {interval}."
     if not math.isnan(difference.better):
         said += f" With other images of the same kind, {b} is above with a probability of {difference.better:.0%}."
     for verdict, side in (("better", "above"), ("worse", "below")):
-        clear = sorted(
-            (one for one in comparison.categories if one.verdict == verdict), key=lambda one: -abs(one.delta)
-        )
+        clear = [one for one in comparison.categories if one.verdict == verdict]
         if clear:
+            clear.sort(key=lambda one: -abs(one.delta))
             named = ", ".join(f"“{one.name}” ({one.delta:+.3f})" for one in clear[:3])
             named += f" and {len(clear) - 3} more" if len(clear) > 3 else ""
-            said += f" Its interval is {side} 0 on {len(clear)} of {len(comparison.categories)} categories: {named}."
+            of_all = len(comparison.categories)
+            categories = "category" if of_all == 1 else "categories"
+            said += f" Its interval is {side} 0 on {len(clear)} of {of_all} {categories}: {named}."
     return said
 
 
-def _plain(comparison: Comparison) -> dict[str, Any]:
-    return {
-        "a": comparison.a,
-        "b": comparison.b,
-        "iou_type": comparison.iou_type,
-        "metrics": [for_json(vars(one)) for one in comparison.metrics],
-        "categories": [for_json(vars(one)) for one in comparison.categories],
-    }
+def _numbers(comparison: Comparison) -> dict[str, Any]:
+    """The comparison for JSON."""
+    rows = {name: [for_json(vars(one)) for one in getattr(comparison, name)] for name in ("metrics", "categories")}
+    return {"a": comparison.a, "b": comparison.b, "iou_type": comparison.iou_type, **rows}
 
 
-def _content(
-    of: Mapping[str, Analyses], comparisons: Sequence[Comparison], images: ImageStorage | None
-) -> dict[str, Any]:
-    first = next(iter(of))
-    iou_types = list(of[first].of)
-    sections = []
-    for comparison in comparisons:
-        changed = [one for one in comparison.categories if not math.isnan(one.delta)]
-        shown = sorted(changed, key=lambda one: -abs(one.delta))[:_CATEGORIES_OF_FIGURE]
-        shown.sort(key=lambda one: -one.delta)
-        figures = []
-        for title, rows in (("Numbers", comparison.metrics), ("Categories", shown)):
-            rows = [one for one in rows if not math.isnan(one.lower)]
-            if rows:
-                salt = f"{comparison.b} {comparison.iou_type} {title}"
-                figures.append((title, Markup(svg_of(differences(rows), salt))))
-        sections.append({"comparison": comparison, "summary": summary_of(comparison), "figures": figures})
-    return {
-        "title": f"{', '.join(list(of)[1:])} against {first}",
-        "names": list(of),
-        "of": of,
-        "iou_types": iou_types,
-        "titles": TITLES,
-        "sections": sections,
-        "pictures": {name: _pictures(of, first, name, images) for name in list(of)[1:]},
-    }
+def _figures(comparison: Comparison) -> list[tuple[str, Markup]]:
+    """Title and figure: the numbers, and the categories with the largest differences."""
+    changed = [one for one in comparison.categories if not math.isnan(one.delta)]
+    shown = sorted(changed, key=lambda one: -abs(one.delta))[:_CATEGORIES_OF_FIGURE]
+    figures = []
+    for title, rows in (("Numbers", comparison.metrics), ("Categories", sorted(shown, key=lambda one: -one.delta))):
+        if rows := [one for one in rows if not math.isnan(one.lower)]:
+            salt = f"{comparison.b} {comparison.iou_type} {title}"
+            figures.append((title, Markup(svg_of(_figure_of(rows), salt))))
+    return figures
 
 
-def _pictures(of: Mapping[str, Analyses], first: str, name: str, images: ImageStorage | None) -> list[dict[str, Any]]:
-    """The images on which F1 differs most, each at its detector's best threshold."""
-    a, b = of[first], of[name]
-    delta = b.f1_of_images() - a.f1_of_images()
-    annotations = a.annotations
+def _figure_of(rows: Sequence[Difference]) -> Figure:
+    """Each difference with its interval, in color if the interval is on one side of 0."""
+    with styled():
+        figure = Figure(figsize=(6.0, 1.0 + 0.3 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        for position, row in enumerate(rows):
+            color = hotcoco.plot.SERIES_COLORS[{"better": 8, "worse": 1, "": 9}[row.verdict]]
+            axes.plot([row.lower, row.upper], [position, position], color=color, linewidth=2)
+            axes.plot([row.delta], [position], "o", color=color, markersize=6)
+        axes.axvline(0, color=hotcoco.plot.CHROME["tick"], linewidth=0.75)
+        axes.set_yticks(range(len(rows)), [short_name(row.name) for row in rows])
+        axes.invert_yaxis()
+    return figure
+
+
+def _pictures(a: Analyses, b: Analyses, images: ImageStorage | None) -> list[dict[str, Any]]:
+    """The images on which F1 differs most, each detector at its best threshold."""
+    delta = _f1_of_images(b) - _f1_of_images(a)
     rows = []
     for position in np.argsort(-np.abs(delta), kind="stable")[:_IMAGES].tolist():
-        if delta[position] == 0:
-            break
-        index = int(a.indices[position])
-        picture = None if images is None else picture_of_difference(a, b, images, index)
-        rows.append(
-            {
-                "file_name": annotations.file_name(index),
-                "image_id": int(annotations.image_ids[index]),
-                "delta": float(delta[position]),
-                "picture": picture,
-            }
-        )
+        if delta[position]:
+            index = int(a.indices[position])
+            picture = picture_of_difference(a, b, images, index)
+            rows.append({**a.named(index), "delta": float(delta[position]), "picture": picture})
     return rows
+
+
+def _f1_of_images(analyses: Analyses) -> np.ndarray:
+    """(images,) F1 of boxes of at least the best threshold; 1 if there is nothing and nothing is found."""
+    count = len(analyses.annotations)
+    image_of = image_of_annotations(analyses.annotations)
+    objects = np.bincount(image_of[analyses.of["bbox"].verdicts.objects], minlength=count)
+    invented = np.bincount([one.image for one in analyses.wrong if one.detection is not None], minlength=count)
+    right = np.bincount(image_of[analyses.found_objects], minlength=count)
+    sums = right + invented + objects
+    return np.divide(2 * right, sums, out=np.ones(count), where=sums > 0)[analyses.indices]
+
+
+# --- the command
+
+
+def compare_main(arguments: Sequence[str]) -> None:
+    """`python3 -m shared compare`."""
+    parser = argparse.ArgumentParser(
+        prog="python3 -m shared compare",
+        description="Whether one detector is better than another: B, C … against A.",
+    )
+    parser.add_argument("detections", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a results.json")
+    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="COCO annotations")
+    given = parse_page_options(parser, "compare.html", arguments)
+    read = [path / name if path.is_dir() else path for path in given.detections for name in _FILES_OF_A_RUN]
+    check_page(given.output, [given.annotations, *read])
+    annotations = CocoAnnotations.open(given.annotations)
+    runs = [_open(path, annotations) for path in given.detections]
+    categories = [name for name in annotations.category_names if all(name in run.category_names for run in runs)]
+    if not categories:
+        raise UserError("compare: the runs have no category in common. Fix: compare runs that share one")
+    if len(categories) < len(annotations.category_names):
+        annotations = annotations.select_categories(categories)
+        print(f"compared by the categories that all have: {', '.join(categories)}")
+    evaluated = [set(run.image_ids) for run in runs if run.image_ids is not None]
+    image_ids = sorted(set.intersection(*evaluated)) if evaluated else None
+    detections = {name: run.of(categories) for name, run in zip(_names(given.detections), runs, strict=True)}
+    comparisons = compare(
+        annotations, detections, given.output, given.images, image_ids=image_ids, resamples=given.resamples
+    )
+    print("\n".join(summary_of(comparison) for comparison in comparisons))
+    print(f"the page: {given.output}; its numbers: {given.output.with_suffix('.json')}")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Detections to compare.
+
+    Attributes:
+        category_names: by label.
+        image_ids: the images that were evaluated; None for all.
+    """
+
+    detections: list[Detections]
+    category_names: list[str]
+    image_ids: list[int] | None
+
+    def of(self, categories: Sequence[str]) -> list[Detections]:
+        """The detections of some categories, whose labels are their order."""
+        if [*categories] == self.category_names:
+            return self.detections
+        new_labels = [categories.index(name) if name in categories else -1 for name in self.category_names]
+        kept = []
+        for found in self.detections:
+            labels = np.array(new_labels)[found.labels]
+            rows = np.flatnonzero(labels >= 0)
+            masks = None if found.masks is None else [found.masks[row] for row in rows]
+            points = None if found.keypoints is None else found.keypoints[rows]
+            kept.append(Detections(found.image_id, found.boxes[rows], found.scores[rows], labels[rows], masks, points))
+        return kept
+
+
+def _open(path: Path, annotations: CocoAnnotations) -> _Run:
+    saved, results = (path / name for name in _FILES_OF_A_RUN)
+    if saved.exists():
+        found, names = load_detections(saved)
+        if unknown := [name for name in names if name not in annotations.category_names]:
+            raise UserError(
+                f"{path} has detections of the categories {unknown}, and {annotations.path} has only "
+                f"{annotations.category_names}. Fix: give the annotations that the run was validated on"
+            )
+        return _Run(found.detections(), names, found.images.tolist())
+    if path.is_dir() and not results.exists():
+        raise UserError(
+            f"{path} has neither {saved.name}, which a run with a validation writes, nor {results.name}. Fix: write "
+            "it with `evaluate --output`"
+        )
+    found = from_coco_results(results if path.is_dir() else path, annotations)
+    return _Run(found, annotations.category_names, None)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Short names, no two alike."""
+    parts = [path.absolute().resolve().with_suffix("").parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{'/'.join(part[-2:])} ({number})" for number, part in enumerate(parts, 1)]

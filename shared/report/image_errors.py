@@ -1,4 +1,4 @@
-"""What is wrong on each image, by TIDE's types of error."""
+"""What is wrong on each image, by the error types of TIDE."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# of Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV 2020
+from shared.evaluation.detections import Detections
+
+# Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV 2020
 ERROR_TYPES = {
     "Cls": "the wrong category",
-    "Loc": "a box that is off",
-    "Both": "the wrong category and a box that is off",
+    "Loc": "an inexact box",
+    "Both": "the wrong category and an inexact box",
     "Dupe": "a second detection of an object",
     "Bkg": "a detection on background",
     "Miss": "an object that is not found",
@@ -21,15 +23,14 @@ _OVERLAPS, _MATCHES = 0.1, 0.5  # IoU: TIDE's own
 
 @dataclass(frozen=True)
 class Wrong:
-    """A wrong detection, or an object that is not found.
+    """A wrong detection, or an object that is not found ("Miss").
 
     Attributes:
-        kind: of `ERROR_TYPES`.
+        kind: a key of `ERROR_TYPES`.
         image: index in the annotations.
-        label: the detection's, of a "Miss" the object's.
-        score: the detection's; of a "Miss" 0.
-        detection: its place among the image's; None of a "Miss".
-        annotation: its row in `CocoAnnotations.columns`, where there is one.
+        label, score: the detection's. A "Miss" has the object's label and the score 0.
+        detection: position in the image's `Detections`; None for a "Miss".
+        annotation: row in `CocoAnnotations.columns` of the object that it is about; None for "Bkg".
     """
 
     kind: str
@@ -40,70 +41,44 @@ class Wrong:
     annotation: int | None
 
 
-@dataclass(frozen=True)
-class ImageObjects:
-    """Annotations and detections of one image, and what matched at an IoU of 0.5; N objects, M detections.
+def errors_of(
+    image: int,
+    found: Detections,
+    wrong: np.ndarray,
+    truth_boxes: np.ndarray,
+    truth_labels: np.ndarray,
+    objects: np.ndarray,
+    missed: np.ndarray,
+) -> list[Wrong]:
+    """The errors on one image, told apart as TIDE does it, by the IoU of boxes.
 
-    Attributes:
+    Args:
         image: index in the annotations.
-        first: the row of the first annotation in `CocoAnnotations.columns`.
-        truth_boxes, truth_labels: (N, 4) x1 y1 x2 y2, (N,).
-        is_missed: (N,) bool: an object that nothing matched.
-        is_object: (N,) bool: no crowd.
-        rows: (M,) the places of the detections among all of the image.
-        boxes, labels, scores: (M, 4), (M,), (M,).
-        is_right, is_wrong: (M,) bool: it matched an object; it matched nothing, no crowd either.
+        wrong: positions in `found` of what matches nothing, not even a crowd.
+        truth_boxes, truth_labels: (N, 4) x1 y1 x2 y2 and (N,) of all annotations.
+        objects: rows of the image's annotations that are not crowds.
+        missed: those of them that no detection matches.
     """
-
-    image: int
-    first: int
-    truth_boxes: np.ndarray
-    truth_labels: np.ndarray
-    is_missed: np.ndarray
-    is_object: np.ndarray
-    rows: np.ndarray
-    boxes: np.ndarray
-    labels: np.ndarray
-    scores: np.ndarray
-    is_right: np.ndarray
-    is_wrong: np.ndarray
-
-
-def errors_of(one: ImageObjects) -> list[Wrong]:
-    """The image's errors, as TIDE tells them apart, by the IoU of boxes."""
-    wrong: list[Wrong] = []
-    objects = np.flatnonzero(one.is_object)
-    explained: set[int] = set()  # objects that another error concerns already
-    positions = np.flatnonzero(one.is_wrong)
-    ious = box_ious(one.boxes[positions], one.truth_boxes[objects])
-    for position, overlaps in zip(positions, ious, strict=True):
-        same = one.truth_labels[objects] == one.labels[position]
-        kind, among = _kind(overlaps, same)
+    errors: list[Wrong] = []
+    explained: set[int] = set()  # objects that another error is about
+    ious = box_ious(found.boxes[wrong], truth_boxes[objects])
+    for position, overlaps in zip(wrong.tolist(), ious, strict=True):
+        label, score = int(found.labels[position]), float(found.scores[position])
+        kind, among = _kind(overlaps, truth_labels[objects] == label)
         annotation = None
         if among is not None:
-            nearest = objects[np.argmax(np.where(among, overlaps, -1))]
-            annotation = one.first + int(nearest)
+            annotation = int(objects[np.argmax(np.where(among, overlaps, -1))])
             if kind in ("Loc", "Cls"):
-                explained.add(int(nearest))
-        wrong.append(
-            Wrong(
-                kind=kind,
-                image=one.image,
-                label=int(one.labels[position]),
-                score=float(one.scores[position]),
-                detection=int(one.rows[position]),
-                annotation=annotation,
-            )
-        )
-    for missed in np.flatnonzero(one.is_missed & one.is_object):
-        if missed not in explained:
-            label = int(one.truth_labels[missed])
-            wrong.append(Wrong("Miss", one.image, label, 0.0, None, one.first + int(missed)))
-    return wrong
+                explained.add(annotation)
+        errors.append(Wrong(kind, image, label, score, position, annotation))
+    for row in missed.tolist():
+        if row not in explained:
+            errors.append(Wrong("Miss", image, int(truth_labels[row]), 0.0, None, row))
+    return errors
 
 
 def _kind(overlaps: np.ndarray, same: np.ndarray) -> tuple[str, np.ndarray | None]:
-    """The type of error, in the order in which tidecv asks, and which objects it is about."""
+    """The error type, asked for in tidecv's order, and a mask of the objects that it is about."""
     best_same = overlaps[same].max(initial=0)
     best_other = overlaps[~same].max(initial=0)
     if _OVERLAPS <= best_same < _MATCHES:
@@ -118,7 +93,7 @@ def _kind(overlaps: np.ndarray, same: np.ndarray) -> tuple[str, np.ndarray | Non
 
 
 def box_ious(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """(A, B) float64 of boxes (A, 4) and (B, 4), x1 y1 x2 y2."""
+    """(A, B) float64 IoU of the boxes (A, 4) and (B, 4), x1 y1 x2 y2."""
     one, other = one.astype(np.float64), other.astype(np.float64)
     top_left = np.maximum(one[:, None, :2], other[None, :, :2])
     bottom_right = np.minimum(one[:, None, 2:], other[None, :, 2:])
@@ -129,7 +104,7 @@ def box_ious(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def worst_images(wrong: Sequence[Wrong], kind: str, count: int) -> list[tuple[int, list[Wrong]]]:
-    """The images with most errors of a kind, weighed by their scores; an image and its errors of the kind."""
+    """The images with most errors of a kind, weighted by their scores, each with these errors."""
     of_image: dict[int, list[Wrong]] = {}
     for one in wrong:
         if one.kind == kind:

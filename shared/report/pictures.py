@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import math
 import os
@@ -22,14 +23,13 @@ from shared.report.analysis import Analyses
 from shared.report.image_errors import Wrong
 from shared.report.suspects import Suspect
 
-_PANEL = 360  # pixels, of the longer side
+_PANEL = 360  # pixels of the longer side
 _GAP = 6
-_QUALITY = 72
-_CONTEXT = 0.6  # of a box's size, around it on each side
+_CONTEXT = 0.6  # of the size of a box, around it on each side
 
 
 def open_pictures(images: ImageStorage | str | os.PathLike | None, annotations: CocoAnnotations) -> ImageStorage | None:
-    """Where a page's pictures come from: a folder is checked as the data of a training is.
+    """The source of a page's pictures. A folder is checked as the data of a training is.
 
     Raises:
         UserError: an image's name leads out of the folder, or the folder holds a link out of it.
@@ -43,120 +43,86 @@ def open_pictures(images: ImageStorage | str | os.PathLike | None, annotations: 
 
 
 def picture_of_errors(
-    analyses: Analyses, images: ImageStorage, index: int, wrong: Sequence[Wrong], min_score: float
+    analyses: Analyses, images: ImageStorage | None, index: int, wrong: Sequence[Wrong], min_score: float
 ) -> str | None:
-    """The truth beside the wrong detections; of objects that are not found, these beside all detections. None where
-    the image cannot be read."""
+    """The truth beside the wrong detections. Missed objects are beside all detections of at least `min_score`.
+
+    This and the next two return a `data:` URL; None if there is no image that can be read.
+    """
     annotations = analyses.annotations
     record = annotations[index]
-    image = _read(images, record)
-    if image is None:
-        return None
-    found = analyses.detections.get(index) or Detections(record.image_id, [], [], [])
-    with_masks, with_keypoints = found.masks is not None, found.keypoints is not None
-    first = int(annotations.columns["offsets"][index])
-    missed = [one.annotation - first for one in wrong if one.detection is None]
+    found = _found(analyses, index)
+    missed = [one.annotation - int(annotations.columns["offsets"][index]) for one in wrong if one.detection is None]
     if missed:
-        truth = record.only(missed)
-        right = objects_of_detections(found, annotations.categories, min_score)
+        truth, right = record.only(missed), objects_of_detections(found, annotations.categories, min_score)
     else:
-        truth = record
-        right = objects_of_detections(_only(found, [one.detection for one in wrong]), annotations.categories, -np.inf)
-    left = objects_of_truth(truth, annotations.categories, with_masks, with_keypoints)
-    scale = min(_PANEL / max(image.size), 1.0)
-    return _as_data(_beside(draw(image, left, scale), draw(image, right, scale)))
+        shown = [one.detection for one in wrong]
+        truth, right = record, objects_of_detections(found, annotations.categories, -np.inf, shown)
+    left = objects_of_truth(truth, annotations.categories, found.masks is not None, found.keypoints is not None)
+    return _panels(images, record, [left, right])
 
 
-def picture_of_suspect(analyses: Analyses, images: ImageStorage, suspect: Suspect) -> str | None:
-    """What is annotated around the place beside what was detected there."""
+def picture_of_difference(a: Analyses, b: Analyses, images: ImageStorage | None, index: int) -> str | None:
+    """The truth, and what each of two detectors finds with its best threshold."""
+    annotations = a.annotations
+    record = annotations[index]
+    found = [_found(of, index) for of in (a, b)]
+    thresholds = [np.inf if math.isnan(of.best_threshold) else of.best_threshold for of in (a, b)]
+    panels = [objects_of_truth(record, annotations.categories, any(each.masks is not None for each in found))]
+    for each, threshold in zip(found, thresholds, strict=True):
+        panels.append(objects_of_detections(each, annotations.categories, threshold))
+    return _panels(images, record, panels)
+
+
+def picture_of_suspect(analyses: Analyses, images: ImageStorage | None, suspect: Suspect) -> str | None:
+    """What is annotated around a place, beside what was detected there."""
     annotations = analyses.annotations
     record = annotations[suspect.image]
-    image = _read(images, record)
-    if image is None:
-        return None
-    categories = annotations.categories
-    truth = objects_of_truth(record, categories)
     detected = Objects(
         boxes=suspect.box[None],
         labels=[suspect.label],
         names=[annotations.category_names[suspect.label]],
         endings=[f" {suspect.score:.2f}"],
     )
-    box = suspect.box.astype(float)
-    around = _CONTEXT * max(box[2] - box[0], box[3] - box[1])
-    left, top = max(int(box[0] - around), 0), max(int(box[1] - around), 0)
-    right, bottom = min(int(box[2] + around) + 1, image.width), min(int(box[3] + around) + 1, image.height)
-    if right - left < 1 or bottom - top < 1:
+    return _panels(images, record, [objects_of_truth(record, annotations.categories), detected], suspect.box)
+
+
+def _found(analyses: Analyses, index: int) -> Detections:
+    return analyses.detections.get(index) or Detections(int(analyses.annotations.image_ids[index]), [], [], [])
+
+
+def _panels(
+    images: ImageStorage | None, record: ImageRecord, panels: Sequence[Objects], around: np.ndarray | None = None
+) -> str | None:
+    """The image with each of the objects, side by side; only the part around a box, if one is given."""
+    if images is None:
         return None
-    crop = image.crop((left, top, right, bottom))
-    scale = _PANEL / max(crop.size) / 1.5
-    crop = crop.resize([max(round(side * scale), 1) for side in crop.size])
-    panels = [draw(crop, _moved(objects, left, top, scale, crop.size)) for objects in (truth, detected)]
-    return _as_data(_beside(*panels))
-
-
-def picture_of_difference(a: Analyses, b: Analyses, images: ImageStorage, index: int) -> str | None:
-    """The truth, and what each of two detectors finds with its best threshold."""
-    annotations = a.annotations
-    record = annotations[index]
-    image = _read(images, record)
-    if image is None:
-        return None
-    found = [of.detections.get(index) or Detections(record.image_id, [], [], []) for of in (a, b)]
-    thresholds = [np.inf if math.isnan(of.best_threshold) else of.best_threshold for of in (a, b)]
-    with_masks = any(each.masks is not None for each in found)
-    panels = [objects_of_truth(record, annotations.categories, with_masks)]
-    panels += [
-        objects_of_detections(each, annotations.categories, threshold)
-        for each, threshold in zip(found, thresholds, strict=True)
-    ]
-    scale = min(_PANEL / max(image.size), 1.0)
-    return _as_data(_beside(*(draw(image, objects, scale) for objects in panels)))
-
-
-def _only(found: Detections, rows: Sequence[int]) -> Detections:
-    rows = list(rows)
-    return Detections(
-        found.image_id,
-        found.boxes[rows],
-        found.scores[rows],
-        found.labels[rows],
-        masks=None if found.masks is None else [found.masks[row] for row in rows],
-        keypoints=None if found.keypoints is None else found.keypoints[rows],
-    )
-
-
-def _moved(objects: Objects, left: int, top: int, scale: float, size: tuple[int, int]) -> Objects:
-    """On a part of the image; boxes that do not reach into it are left out."""
-    boxes = (np.asarray(objects.boxes, np.float64) - [left, top, left, top]) * scale
-    inside = np.flatnonzero((boxes[:, 2:] > 0).all(axis=1) & (boxes[:, :2] < size).all(axis=1))
-    return Objects(
-        boxes=boxes[inside].clip(0, np.tile(size, 2)),
-        labels=[objects.labels[i] for i in inside],
-        names=[objects.names[i] for i in inside],
-        endings=[objects.endings[i] for i in inside],
-    )
-
-
-def _read(images: ImageStorage, record: ImageRecord) -> Image.Image | None:
     try:
-        return read_image(images, record.file_name, (record.width, record.height))
+        image = read_image(images, record.file_name, (record.width, record.height))
     except BadImageError:
         return None
-
-
-def _beside(*panels: Image.Image) -> Image.Image:
-    width = sum(panel.width for panel in panels) + _GAP * (len(panels) - 1)
-    page = Image.new("RGB", (width, max(panel.height for panel in panels)), "white")
-    x = 0
-    for panel in panels:
-        page.paste(panel, (x, 0))
-        x += panel.width + _GAP
-    return page
-
-
-def _as_data(picture: Image.Image) -> str:
-    """A URL that is the picture itself."""
+    scale = min(_PANEL / max(image.size), 1.0)
+    if around is not None:
+        x1, y1, x2, y2 = around.astype(float).tolist()
+        margin = _CONTEXT * max(x2 - x1, y2 - y1)
+        left, top = max(int(x1 - margin), 0), max(int(y1 - margin), 0)
+        right, bottom = min(int(x2 + margin) + 1, image.width), min(int(y2 + margin) + 1, image.height)
+        if right <= left or bottom <= top:
+            return None
+        image = image.crop((left, top, right, bottom))
+        scale = _PANEL / max(image.size) / 1.5
+        panels = [_on_part(objects, left, top, image.size) for objects in panels]
+    drawn = [draw(image, objects, scale) for objects in panels]
+    page = Image.new("RGB", (sum(d.width + _GAP for d in drawn) - _GAP, max(d.height for d in drawn)), "white")
+    for position, picture in enumerate(drawn):
+        page.paste(picture, (position * (picture.width + _GAP), 0))  # all have one size
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
+    page.save(buffer, "JPEG", quality=72, optimize=True)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _on_part(objects: Objects, left: int, top: int, size: tuple[int, int]) -> Objects:
+    """The objects on a part of the image. Boxes outside of it are omitted."""
+    boxes = np.asarray(objects.boxes, np.float64) - [left, top, left, top]
+    inside = np.flatnonzero((boxes[:, 2:] > 0).all(axis=1) & (boxes[:, :2] < size).all(axis=1))
+    return dataclasses.replace(objects, boxes=boxes.clip(0, np.tile(size, 2))).only(inside)

@@ -2,118 +2,40 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from shared.data.annotations import CocoAnnotations
 from shared.data.storage import ImageStorage
 from shared.errors import count_of
-from shared.evaluation.detections import Detections
+from shared.evaluation.detections import Detections, from_coco_results
 from shared.evaluation.evaluator import for_json, iou_types_of
 from shared.report.about import About
-from shared.report.analysis import NAMES, RESAMPLES, Analyses, Analysis, analyse, costliest, counts_by_category
+from shared.report.analysis import NAMES, RESAMPLES, Analyses, Analysis, analyse, image_of_annotations
 from shared.report.image_errors import ERROR_TYPES, worst_images
-from shared.report.page import check_page, write_numbers, write_page
+from shared.report.page import TITLES, check_page, parse_page_options, write_page
 from shared.report.pictures import open_pictures, picture_of_errors, picture_of_suspect
 from shared.report.plots import figures_of, svg_of
 from shared.report.suspects import Suspect
 
-if TYPE_CHECKING:
-    pass
-
-
-_SHOWN = 0.005  # of AP50: what costs less is not worth a word
+_IMAGES_PER_TYPE = 4
+_SUSPECTS = 24
+_LEAST_COST = 0.005  # of AP50: lower costs are not worth a word
 _LOST_TO = {
     "Cls": "detections of the wrong category",
-    "Loc": "boxes that are off",
-    "Both": "detections that are off in box and category",
+    "Loc": "inexact boxes",
+    "Both": "detections with a wrong category and an inexact box",
     "Dupe": "second detections of an object",
     "Bkg": "detections on background",
     "Miss": "objects that are not found",
 }
-assert _LOST_TO.keys() == ERROR_TYPES.keys()
-
-
-def summary_of(analyses: Analyses) -> str:
-    """What is found, what is lost most and to what, which annotations are worth a look."""
-    boxes = analyses.of["bbox"]
-    objects = sum(row.objects for row in boxes.categories)
-    sentences = [_of_size(analyses, objects)]
-    if not objects:
-        return f"{sentences[0]} There is no object to find in these images, so that nothing can be scored."
-    if boxes.curve.best is None:
-        nothing = "Nothing was detected." if not len(boxes.curve.thresholds) else "No detection is right."
-        return f"{sentences[0]} {nothing}"
-    sentences.append(f"{_number('mAP', boxes)}, {_number('mAP_50', boxes, 'AP50')}.")
-    for iou_type, of in analyses.of.items():
-        if iou_type != "bbox":
-            sentences.append(f"By {'masks' if iou_type == 'segm' else iou_type} {_number('mAP', of)}.")
-    sentences.append(_losses(analyses))
-    sentences.append(
-        f"F1 is greatest, {boxes.curve.best_f1:.3f}, where detections under a score of "
-        f"{boxes.curve.best_threshold:.3f} are left out."
-    )
-    sentences.append(_of_annotations(analyses))
-    return " ".join(sentence for sentence in sentences if sentence)
-
-
-def _of_size(analyses: Analyses, objects: int) -> str:
-    categories = sum(1 for row in analyses.of["bbox"].categories if row.objects)
-    ies = "category" if categories == 1 else "categories"
-    return f"{count_of(len(analyses.indices), 'image')} with {count_of(objects, 'object')} of {categories} {ies}."
-
-
-def _number(name: str, of: Analysis, called: str | None = None) -> str:
-    value = of.metrics[name]
-    if math.isnan(value):
-        return f"{called or name} undefined"
-    interval = of.intervals.get(name)
-    return f"{called or name} {value:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
-
-
-def _losses(analyses: Analyses) -> str:
-    names = analyses.annotations.category_names
-    parts = []
-    for kind, cost in costliest(analyses.of["bbox"].errors)[:3]:
-        if cost < _SHOWN:
-            break
-        by_category = counts_by_category(analyses.wrong, kind, names)
-        most = f", most on “{by_category[0][0]}”" if len(by_category) > 1 else ""
-        parts.append(f"to {_LOST_TO[kind]} ({cost:.3f} of AP50{most})")
-    if not parts:
-        return "No type of error costs half a hundredth of AP50."
-    return f"Most is lost {', then '.join(parts)}."
-
-
-def _of_annotations(analyses: Analyses) -> str:
-    count = len(analyses.suspects)
-    if not count:
-        return "No annotation stands out as wrong."
-    missing = sum(suspect.kind == "missing" for suspect in analyses.suspects)
-    kinds = [
-        f"{number} {what}"
-        for number, what in ((count - missing, "of another category"), (missing, "missing"))
-        if number
-    ]
-    are = "annotation is" if count == 1 else "annotations are"
-    return f"{count} {are} worth a look: {' and '.join(kinds)}. {expected_false(analyses.suspects)}"
-
-
-def expected_false(suspects: Sequence[Suspect]) -> str:
-    """How many of the flagged annotations are right, as a sentence."""
-    expected = math.ceil(sum(suspect.chance_false for suspect in suspects))
-    verb = "is" if expected == 1 else "are"
-    return f"About {expected} of these {count_of(len(suspects), 'flag')} {verb} expected to be false."
-
-
-_IMAGES_OF_A_KIND = 4
-_SUSPECTS = 24
-TITLES = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints"}
 
 
 def report(
@@ -128,153 +50,225 @@ def report(
     resamples: int = RESAMPLES,
     about: About | None = None,
 ) -> Analyses:
-    """Writes a page of what the detections are worth, and `<name>.json` with its numbers beside it.
+    """Write a page on how good the detections are, and `<name>.json` with its numbers.
 
     Args:
-        detections: one for each image; an image without any counts as one on which nothing is found.
+        detections: one per image. On an image without one nothing is found.
         output: the HTML file.
-        images: the folder of the images, for pictures; none where None.
-        iou_types: what is scored; where None boxes, and masks and keypoints where all detections have them.
-        image_ids, keypoint_sigmas: as of `evaluate`.
-        min_score: the lowest score that is drawn; the best threshold where None.
+        images: the folder of the images, for pictures; None for no pictures.
+        iou_types: None for boxes, and masks and keypoints if all detections have them.
+        image_ids, keypoint_sigmas: see `evaluate`.
+        min_score: the lowest score that is drawn; None for the best threshold.
         resamples: of the images, for the intervals; 0 for none.
 
     Returns:
         The numbers.
 
     Raises:
-        UserError: as of `evaluate`; an image's name leads out of the folder; the page cannot be written, or would
-            replace the annotations.
+        UserError: see `evaluate`; an image's name leads out of the folder; the page cannot be written, or would replace
+            the annotations.
     """
     if not isinstance(annotations, CocoAnnotations):
         annotations = CocoAnnotations.open(annotations)
-    output = Path(output)
+    output, about = Path(output), about or About()
     check_page(output, [annotations.path])
     images = open_pictures(images, annotations)
     detections = list(detections)
     iou_types = iou_types_of(detections, annotations) if iou_types is None else iou_types
     analyses = analyse(annotations, detections, iou_types, image_ids, keypoint_sigmas, resamples)
-    about = about or About()
-    write_page("report.html.jinja", output, **_content(analyses, images, min_score, about))
-    write_numbers(output, numbers_of(analyses))
+    if min_score is None:
+        min_score = 0.3 if math.isnan(analyses.best_threshold) else analyses.best_threshold
+    write_page(
+        "report.html.jinja",
+        output,
+        numbers=_numbers(analyses),
+        about=about,
+        summary=summary_of(analyses),
+        curves=_drawn(about.curves, "curves"),
+        analyses=analyses,
+        sections=[
+            {"iou_type": iou_type, "of": of, "figures": _drawn(figures_of(of, annotations.category_names), iou_type)}
+            for iou_type, of in analyses.of.items()
+        ],
+        metric_names=[name for name in NAMES if any(name in of.metrics for of in analyses.of.values())],
+        error_types=ERROR_TYPES,
+        worst=_worst_images(analyses, images, min_score),
+        suspects=[
+            {**numbers, "picture": picture_of_suspect(analyses, images, suspect)}
+            for numbers, suspect in zip(_suspects(analyses)[:_SUSPECTS], analyses.suspects, strict=False)
+        ],
+        expected_false=_expected_false(analyses.suspects),
+        drawn_from=min_score,
+        has_images=images is not None,
+    )
     return analyses
 
 
-def numbers_of(analyses: Analyses) -> dict[str, Any]:
-    """What the page says, for programs: nan as None."""
-    annotations = analyses.annotations
+def _drawn(figures: dict[str, Any], salt: str) -> dict[str, Markup]:
+    return {title: Markup(svg_of(figure, f"{salt} {title}")) for title, figure in figures.items()}
 
-    def of_suspect(suspect: Any) -> dict[str, Any]:
-        record_id = int(annotations.image_ids[suspect.image])
-        row = suspect.annotation
-        box = suspect.box.astype(float)
+
+def _worst_images(analyses: Analyses, images: ImageStorage | None, min_score: float) -> dict[str, dict[str, Any]]:
+    """By error type, how many errors there are, and the images with most of them."""
+    names, types = analyses.annotations.category_names, {}
+    for kind in ERROR_TYPES:
+        rows = []
+        for index, wrong in worst_images(analyses.wrong, kind, _IMAGES_PER_TYPE):
+            said = [names[one.label] + ("" if one.detection is None else f" {one.score:.2f}") for one in wrong]
+            rows.append(
+                {
+                    **analyses.named(index),
+                    "picture": picture_of_errors(analyses, images, index, wrong, min_score),
+                    "said": ", ".join(said[:8]) + (f" and {len(said) - 8} more" if len(said) > 8 else ""),
+                }
+            )
+        if rows:
+            types[kind] = {"count": sum(one.kind == kind for one in analyses.wrong), "images": rows}
+    return types
+
+
+def _suspects(analyses: Analyses) -> list[dict[str, Any]]:
+    names, ids, columns = (
+        analyses.annotations.category_names,
+        analyses.annotations.category_ids,
+        analyses.annotations.columns,
+    )
+    rows = []
+    for suspect in analyses.suspects:
+        row, box = suspect.annotation, suspect.box.astype(float)
+        rows.append(
+            {
+                "kind": suspect.kind,
+                **analyses.named(suspect.image),
+                "annotation_id": None if row is None else int(columns["annotation_ids"][row]),
+                "annotated": None if row is None else names[int(columns["labels"][row])],
+                "detected": names[suspect.label],
+                "category_id": ids[suspect.label],
+                "score": suspect.score,
+                "chance_false": suspect.chance_false,
+                "bbox": [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()],
+            }
+        )
+    return rows
+
+
+def _numbers(analyses: Analyses) -> dict[str, Any]:
+    """The page for programs, with None for nan."""
+
+    def numbers(of: Analysis) -> dict[str, Any]:
+        rows = [{key: value for key, value in vars(row).items() if key != "label"} for row in of.categories]
         return {
-            "kind": suspect.kind,
-            "image_id": record_id,
-            "file_name": annotations.file_name(suspect.image),
-            "annotation_id": None if row is None else int(annotations.columns["annotation_ids"][row]),
-            "category_id": annotations.category_ids[suspect.label],
-            "score": suspect.score,
-            "chance_false": suspect.chance_false,
-            "bbox": [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()],
+            "metrics": for_json(of.metrics),
+            "intervals": of.intervals,
+            **for_json({"best_f1": of.curve.best_f1, "expected_calibration_error": of.calibration["ece"]}),
+            "errors": of.errors and {name: of.errors[name] for name in ("delta_ap", "counts")},
+            "categories": [for_json(row) for row in rows],
         }
 
     return {
         **for_json({"best_threshold": analyses.best_threshold}),
         "images": len(analyses.indices),
-        **{
-            iou_type: {
-                "metrics": for_json(of.metrics),
-                "intervals": of.intervals,
-                **for_json({"best_f1": of.curve.best_f1, "expected_calibration_error": of.calibration["ece"]}),
-                "errors": of.errors and {"delta_ap": of.errors["delta_ap"], "counts": of.errors["counts"]},
-                "categories": [
-                    for_json({key: value for key, value in vars(row).items() if key != "label"})
-                    for row in of.categories
-                ],
-            }
-            for iou_type, of in analyses.of.items()
-        },
-        "suspected_annotations": [of_suspect(suspect) for suspect in analyses.suspects],
+        **{iou_type: numbers(of) for iou_type, of in analyses.of.items()},
+        "suspected_annotations": _suspects(analyses),
     }
 
 
-def _content(analyses: Analyses, images: ImageStorage | None, min_score: float | None, about: About) -> dict[str, Any]:
-    names = analyses.annotations.category_names
-    best = analyses.best_threshold
-    drawn_from = min_score if min_score is not None else 0.3 if math.isnan(best) else best
-    sections = [
-        {
-            "iou_type": iou_type,
-            "title": TITLES[iou_type],
-            "of": of,
-            "figures": [
-                (title, Markup(svg_of(figure, f"{iou_type} {title}")))
-                for title, figure in figures_of(of, names).items()
-            ],
-        }
-        for iou_type, of in analyses.of.items()
+# --- in words
+
+
+def summary_of(analyses: Analyses) -> str:
+    """What is found, what costs most, and which annotations are worth a look."""
+    boxes = analyses.of["bbox"]
+    counted = [row.objects for row in boxes.categories if row.objects]
+    size = f"{count_of(len(analyses.indices), 'image')} with {count_of(sum(counted), 'object')}"
+    size += f" of {len(counted)} {'category' if len(counted) == 1 else 'categories'}."
+    if not counted:
+        return f"{size} There is no object to find in these images, so that nothing can be scored."
+    if boxes.curve.best is None:
+        return f"{size} {'No detection is right.' if len(boxes.curve.thresholds) else 'Nothing was detected.'}"
+    sentences = [size, *_crowded_images(analyses), f"{_number('mAP', boxes)}, {_number('mAP_50', boxes, 'AP50')}."]
+    for iou_type, of in analyses.of.items():
+        if iou_type != "bbox":
+            sentences.append(f"By {TITLES[iou_type]} {_number('mAP', of)}.")
+    sentences += [
+        _losses(analyses),
+        f"F1 is greatest, {boxes.curve.best_f1:.3f}, with detections of a score of at least "
+        f"{boxes.curve.best_threshold:.3f}.",
+        _annotations_worth_a_look(analyses.suspects),
     ]
-    metric_names = [name for name in NAMES if any(name in of.metrics for of in analyses.of.values())]
-    return {
-        "title": about.title,
-        "facts": about.facts,
-        "changed": about.changed,
-        "shipped": about.shipped,
-        "summary": summary_of(analyses),
-        "curves": about.curves and Markup(svg_of(about.curves, "curves")),
-        "analyses": analyses,
-        "sections": sections,
-        "metric_names": metric_names,
-        "error_types": ERROR_TYPES,
-        "worst": _worst(analyses, images, drawn_from),
-        "suspects": _suspects(analyses, images),
-        "expected_false": expected_false(analyses.suspects),
-        "drawn_from": drawn_from,
-        "has_images": images is not None,
-    }
+    return " ".join(sentences)
 
 
-def _worst(analyses: Analyses, images: ImageStorage | None, min_score: float) -> list[dict[str, Any]]:
-    annotations, names = analyses.annotations, analyses.annotations.category_names
-    kinds = []
-    for kind, words in ERROR_TYPES.items():
-        rows = []
-        for index, wrong in worst_images(analyses.wrong, kind, _IMAGES_OF_A_KIND):
-            said = [
-                names[one.label] if one.detection is None else f"{names[one.label]} {one.score:.2f}" for one in wrong
-            ]
-            rows.append(
-                {
-                    "file_name": annotations.file_name(index),
-                    "image_id": int(annotations.image_ids[index]),
-                    "picture": None if images is None else picture_of_errors(analyses, images, index, wrong, min_score),
-                    "said": ", ".join(said[:8]) + (f" and {len(said) - 8} more" if len(said) > 8 else ""),
-                }
-            )
-        if rows:
-            count = sum(one.kind == kind for one in analyses.wrong)
-            kinds.append({"kind": kind, "words": words, "count": count, "images": rows})
-    return kinds
+def _crowded_images(analyses: Analyses) -> list[str]:
+    """A sentence if images hold more objects than COCO scores detections."""
+    annotations, boxes = analyses.annotations, analyses.of["bbox"]
+    limit = max(boxes.evaluation.params.max_dets)
+    objects = boxes.verdicts.objects
+    cells = np.stack([image_of_annotations(annotations)[objects], annotations.columns["labels"][objects]])
+    cells, counts = np.unique(cells, axis=1, return_counts=True)
+    images = len(np.unique(cells[0, counts > limit]))
+    if not images:
+        return []
+    hold = "image holds" if images == 1 else "images hold"
+    most = f"COCO scores at most {limit} detections of a category per image, so that it counts some objects as missed."
+    return [f"{images} {hold} more than {limit} objects of one category, and {most}"]
 
 
-def _suspects(analyses: Analyses, images: ImageStorage | None) -> list[dict[str, Any]]:
-    annotations, names = analyses.annotations, analyses.annotations.category_names
-    columns = annotations.columns
-    rows = []
-    for suspect in analyses.suspects[:_SUSPECTS]:
-        annotated = None if suspect.annotation is None else names[int(columns["labels"][suspect.annotation])]
-        rows.append(
-            {
-                "file_name": annotations.file_name(suspect.image),
-                "image_id": int(annotations.image_ids[suspect.image]),
-                "annotation_id": None
-                if suspect.annotation is None
-                else int(columns["annotation_ids"][suspect.annotation]),
-                "annotated": annotated,
-                "detected": f"{names[suspect.label]} {suspect.score:.2f}",
-                "chance_false": suspect.chance_false,
-                "picture": None if images is None else picture_of_suspect(analyses, images, suspect),
-            }
-        )
-    return rows
+def _number(name: str, of: Analysis, called: str | None = None) -> str:
+    value, called = of.metrics[name], called or name
+    if math.isnan(value):
+        return f"{called} undefined"
+    interval = of.intervals.get(name)
+    return f"{called} {value:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+
+
+def _losses(analyses: Analyses) -> str:
+    names, costs = analyses.annotations.category_names, analyses.of["bbox"].errors["delta_ap"]
+    parts = []
+    for kind in sorted(ERROR_TYPES, key=lambda kind: -costs[kind])[:3]:
+        if costs[kind] < _LEAST_COST:
+            break
+        counts = np.bincount([one.label for one in analyses.wrong if one.kind == kind], minlength=len(names))
+        most = f", most on “{names[counts.argmax()]}”" if np.count_nonzero(counts) > 1 else ""
+        parts.append(f"to {_LOST_TO[kind]} ({costs[kind]:.3f} of AP50{most})")
+    if not parts:
+        return "No type of error costs half a hundredth of AP50."
+    return f"Most is lost {', then '.join(parts)}."
+
+
+def _annotations_worth_a_look(suspects: Sequence[Suspect]) -> str:
+    if not suspects:
+        return "No annotation stands out as wrong."
+    missing = sum(suspect.kind == "missing" for suspect in suspects)
+    kinds = ((len(suspects) - missing, "of another category"), (missing, "missing"))
+    said = " and ".join(f"{number} {what}" for number, what in kinds if number)
+    are = "annotation is" if len(suspects) == 1 else "annotations are"
+    return f"{len(suspects)} {are} worth a look: {said}. {_expected_false(suspects)}"
+
+
+def _expected_false(suspects: Sequence[Suspect]) -> str:
+    """How many of the flagged annotations are right, as a sentence."""
+    expected = math.ceil(sum(suspect.chance_false for suspect in suspects))
+    verb = "is" if expected == 1 else "are"
+    return f"About {expected} of these {count_of(len(suspects), 'flag')} {verb} expected to be false."
+
+
+# --- the command
+
+
+def report_main(arguments: Sequence[str]) -> None:
+    """`python3 -m shared report`."""
+    parser = argparse.ArgumentParser(
+        prog="python3 -m shared report", description="A page on how good detections are: anybody's, in COCO's format."
+    )
+    parser.add_argument("annotations", type=Path, help="COCO annotations")
+    parser.add_argument("results", type=Path, help="detections in COCO's result format")
+    given = parse_page_options(parser, "report.html", arguments)
+    check_page(given.output, [given.annotations, given.results])
+    annotations = CocoAnnotations.open(given.annotations)
+    detections = from_coco_results(given.results, annotations)
+    facts = {"annotations": given.annotations, "detections": given.results}
+    about = About(title=f"{given.results.name} on {given.annotations.name}", facts=facts)
+    analyses = report(annotations, detections, given.output, given.images, resamples=given.resamples, about=about)
+    print(summary_of(analyses))
+    print(f"the page: {given.output}; its numbers: {given.output.with_suffix('.json')}")

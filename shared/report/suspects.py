@@ -1,19 +1,20 @@
-"""Which annotations are worth a look: detections contradict them, more surely than the detector errs.
+"""Annotations worth a look: detections contradict them, with more certainty than the detector has when it errs.
 
-A detector that is wrong is seldom sure. A wrong annotation does not care how sure it is. So the share of contradicted
-annotations falls as the detector gets surer, down to the share of annotations that are wrong:
+A detector that errs is seldom certain. A wrong annotation does not depend on that certainty. So the share of
+contradicted annotations falls as the certainty grows, down to the share of annotations that are wrong:
 
     P(contradicted | x) = q(x) + (1 - q(x)) · e,    q(x) = 1 / (1 + exp(a + b · x))
 
-x is how sure the detector is, in log-odds. a, b and e are fitted to all detections by expectation maximization. The
-chance that a contradiction is the detector's own mistake is then q / (q + (1 - q) · e). The model is the psychometric
-function with a lapse rate: Wichmann and Hill, "The psychometric function", Perception & Psychophysics 63, 2001.
+x is the certainty in log-odds. Expectation maximization fits a, b and e to all detections. The chance that a
+contradiction is the detector's own mistake is then q / (q + (1 - q) · e). The model is the psychometric function with a
+lapse rate: Wichmann and Hill, "The psychometric function", Perception & Psychophysics 63, 2001.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,13 +24,13 @@ from shared.report.image_errors import box_ious
 
 _MOST_CHANCE_FALSE = 0.5
 _MATCHES = 0.5  # IoU
-_APART = 0.3  # IoU: a box between two objects overlaps each by more
-_LEAST_SCORE, _MOST_SCORE = 0.02, 0.999  # what is less sure says nothing
+_APART = 0.3  # IoU: a box between two objects overlaps each of them more
+_LEAST_SCORE, _MOST_SCORE = 0.02, 0.999  # lower scores carry no information
 _BINS = 200
 _ROUNDS = 500
 # of a and b: normal distributions around a detector whose scores are probabilities, for data with few mistakes
 _MEAN = np.array([0.0, 1.0])
-_PRECISIONS = {"category": np.array([1e6, 9.0]), "missing": np.array([0.04, 1.0])}  # of two equal scores, one is right
+_PRECISIONS = {"category": np.array([1e6, 9.0]), "missing": np.array([0.04, 1.0])}  # one of two equal scores is right
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Suspect:
     Attributes:
         kind: "category" or "missing".
         image: index in the annotations.
-        label, score, box: the detection's; (4,) x1 y1 x2 y2 in pixels.
-        annotation: the row of the annotation with another category; None of a missing one.
-        chance_false: the probability that the detector is wrong, and not the annotation.
+        label, score, box: the detection's. The box is (4,) x1 y1 x2 y2 in pixels.
+        annotation: row of the annotation with another category; None for a missing one.
+        chance_false: probability that the detector is wrong instead of the annotation.
     """
 
     kind: str
@@ -53,79 +54,64 @@ class Suspect:
     chance_false: float
 
 
-@dataclass
-class _Cases:
-    """How sure the detector is, one list item per image.
+class _Cases(NamedTuple):
+    """On one image or on all, what the detections say about the annotations.
 
     Attributes:
-        agreeing: of annotations that it agrees with.
-        contradicting: of the others, or of objects that are not annotated.
-        evidence: against each of the annotations that it contradicts: a category may be far from its second guess.
-        rows: of the detections that contradict.
-        annotations: rows of the annotations; -1 for none.
-        images: indices in the annotations.
+        agreeing: certainty, for each annotation that they agree with.
+        contradicting: certainty, for each of the M contradictions.
+        evidence: (M,) certainty against the annotation, which takes the second guess into account.
+        rows: (M,) of the detections.
+        annotations: (M,) rows of the annotations, -1 for none.
+        images: (M,) indices.
     """
 
-    agreeing: list[np.ndarray] = field(default_factory=list)
-    contradicting: list[np.ndarray] = field(default_factory=list)
-    evidence: list[np.ndarray] = field(default_factory=list)
-    rows: list[np.ndarray] = field(default_factory=list)
-    annotations: list[np.ndarray] = field(default_factory=list)
-    images: list[np.ndarray] = field(default_factory=list)
-
-    def add(
-        self,
-        image: int,
-        agreeing: np.ndarray,
-        contradicting: np.ndarray,
-        evidence: np.ndarray,
-        rows: np.ndarray,
-        annotations: np.ndarray,
-    ) -> None:
-        self.agreeing.append(agreeing)
-        self.contradicting.append(contradicting)
-        self.evidence.append(evidence)
-        self.rows.append(rows)
-        self.annotations.append(annotations)
-        self.images.append(np.full(len(rows), image))
+    agreeing: np.ndarray
+    contradicting: np.ndarray
+    evidence: np.ndarray
+    rows: np.ndarray
+    annotations: np.ndarray
+    images: np.ndarray
 
 
 def find_suspects(
     annotations: CocoAnnotations,
     found: GatheredDetections,
-    rows_of: Mapping[int, tuple[int, int]],
+    rows_of: Mapping[int, slice],
     images: Iterable[int],
     min_score: float,
 ) -> list[Suspect]:
     """The annotations that are more likely wrong than the detections that contradict them, the likeliest first.
 
     Args:
-        rows_of: by image, its first row in `found` and the one after its last.
+        rows_of: by image, its rows in `found`.
         images: indices in the annotations.
         min_score: of the detections that may contradict.
     """
     odds, least = _log_odds(found.scores)
-    cases = {"category": _Cases(), "missing": _Cases()}
+    all_rows, categories, missing = np.arange(len(odds)), [], []
     for image in images:
-        start, end = rows_of.get(image, (0, 0))
-        rows = np.arange(start, end)[odds[start:end] > least]
-        _look_at(image, annotations, found, rows[np.argsort(-odds[rows], kind="stable")], odds, least, cases)
+        rows = all_rows[rows_of.get(image, slice(0))]
+        rows = rows[odds[rows] > least]
+        one, other = _cases_of(image, annotations, found, rows[np.argsort(-odds[rows], kind="stable")], odds, least)
+        categories.append(one)
+        missing.append(other)
     suspects = []
-    for kind, of in cases.items():
-        if not of.rows:
+    for kind, per_image in (("category", categories), ("missing", missing)):
+        if not per_image:
             continue
-        rows, of_annotations, of_images = map(np.concatenate, (of.rows, of.annotations, of.images))
-        chances = chances_false(*map(np.concatenate, (of.agreeing, of.contradicting, of.evidence)), kind)
-        for i in np.flatnonzero((chances <= _MOST_CHANCE_FALSE) & (found.scores[rows] >= min_score)).tolist():
-            row = int(rows[i])
+        cases = _Cases(*map(np.concatenate, zip(*per_image, strict=True)))
+        chances = chances_false(cases.agreeing, cases.contradicting, cases.evidence, kind)
+        for i in np.flatnonzero((chances <= _MOST_CHANCE_FALSE) & (found.scores[cases.rows] >= min_score)).tolist():
+            row, annotation = int(cases.rows[i]), int(cases.annotations[i])
             suspects.append(
                 Suspect(
                     kind=kind,
-                    image=int(of_images[i]),
+                    image=int(cases.images[i]),
                     label=int(found.labels[row]),
                     score=float(found.scores[row]),
                     box=found.boxes[row],
-                    annotation=None if of_annotations[i] < 0 else int(of_annotations[i]),
+                    annotation=None if annotation < 0 else annotation,
                     chance_false=float(chances[i]),
                 )
             )
@@ -133,8 +119,10 @@ def find_suspects(
 
 
 def _log_odds(scores: np.ndarray) -> tuple[np.ndarray, float]:
-    """(M,) float64, and the value under which a detection says nothing. Scores that are no probabilities are taken as
-    log-odds in units of their spread."""
+    """(M,) float64, and the value from which on a detection carries information.
+
+    Scores that are not probabilities count as log-odds in units of their standard deviation.
+    """
     scores = scores.astype(np.float64)
     if not len(scores) or (scores.min() >= 0 and scores.max() <= 1):
         shares = scores.clip(_LEAST_SCORE, _MOST_SCORE)
@@ -143,69 +131,67 @@ def _log_odds(scores: np.ndarray) -> tuple[np.ndarray, float]:
     return odds, float(odds.min()) - 1.0
 
 
-def _look_at(
+def _cases_of(
     image: int,
     annotations: CocoAnnotations,
     found: GatheredDetections,
     rows: np.ndarray,
     odds: np.ndarray,
     least: float,
-    cases: Mapping[str, _Cases],
-) -> None:
-    """Adds the cases of an image; `rows` of its detections, the surest first."""
+) -> tuple[_Cases, _Cases]:
+    """The cases of "category" and "missing" on an image. `rows` are its detections, the most certain first."""
     columns = annotations.columns
     first, last = int(columns["offsets"][image]), int(columns["offsets"][image + 1])
     truth = columns["boxes"][first:last].astype(np.float64)
     truth[:, 2:] += truth[:, :2]
     is_crowd, truth_labels = columns["iscrowd"][first:last], columns["labels"][first:last]
-    boxes, labels, sure = found.boxes[rows], found.labels[rows], odds[rows]
+    boxes, labels, certainty = found.boxes[rows], found.labels[rows], odds[rows]
     ious = box_ious(boxes, truth)
     objects = np.flatnonzero(~is_crowd)
 
-    # on each object, how sure the detector is of the annotated category, of its best other guess, and of the one after
-    # that; a detection is on one object, of its own category if it can be
+    # for each object, the certainty of the annotated category, of the best other guess, and of the next one; a
+    # detection belongs to one object, to one of its own category if possible
     own, other, third = np.full((3, len(objects)), least)
-    surest = np.full(len(objects), -1)
+    best = np.full(len(objects), -1)
     if len(objects):
         on_objects = ious[:, objects]
         matches = on_objects >= _MATCHES
         agrees = labels[:, None] == truth_labels[objects]
         owner = (on_objects + (agrees & matches)).argmax(axis=1)
-        for position in np.flatnonzero(matches[np.arange(len(rows)), owner])[::-1].tolist():  # the surest last
+        for position in np.flatnonzero(matches[np.arange(len(rows)), owner])[::-1].tolist():  # the best one last
             at = owner[position]
             if agrees[position, at]:
-                own[at] = sure[position]
+                own[at] = certainty[position]
             else:
-                if labels[surest[at]] != labels[position]:
+                if labels[best[at]] != labels[position]:
                     third[at] = other[at]
-                other[at], surest[at] = sure[position], position
+                other[at], best[at] = certainty[position], position
     top = np.maximum(own, other)
     is_found, contradicted = top > least, other > own
-    cases["category"].add(
-        image,
+    wrong_category = _Cases(
         agreeing=(own - other)[is_found & ~contradicted],
         contradicting=(other - np.maximum(own, third))[contradicted],
         evidence=(other - own)[contradicted],
-        rows=rows[surest[contradicted]],
+        rows=rows[best[contradicted]],
         annotations=first + objects[contradicted],
+        images=np.full(int(contradicted.sum()), image),
     )
 
     is_alone = ~(ious >= _APART).any(axis=1) & ~_lie_in(boxes, truth[is_crowd])
     alone = _spread_out(boxes, np.flatnonzero(is_alone))
-    cases["missing"].add(
-        image,
+    missing = _Cases(
         agreeing=top[is_found],
-        contradicting=sure[alone],
-        evidence=sure[alone],
+        contradicting=certainty[alone],
+        evidence=certainty[alone],
         rows=rows[alone],
         annotations=np.full(len(alone), -1),
+        images=np.full(len(alone), image),
     )
+    return wrong_category, missing
 
 
 def _lie_in(boxes: np.ndarray, crowds: np.ndarray) -> np.ndarray:
-    """(M,) bool: at least half of the box lies in one of the crowds."""
-    if not len(crowds):
-        return np.zeros(len(boxes), bool)
+    """(M,) bool: at least half of the box is in one of the crowds."""
     boxes = boxes.astype(np.float64)
     shared = np.minimum(boxes[:, None, 2:], crowds[:, 2:]) - np.maximum(boxes[:, None, :2], crowds[:, :2])
     areas = (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(axis=1)
@@ -213,7 +199,7 @@ def _lie_in(boxes: np.ndarray, crowds: np.ndarray) -> np.ndarray:
 
 
 def _spread_out(boxes: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Those of the positions whose boxes overlap no earlier one of them: one object each."""
+    """The positions whose boxes do not overlap an earlier one of them: one per object."""
     overlaps = box_ious(boxes[positions], boxes[positions]) >= _APART
     is_free, kept = np.ones(len(positions), bool), []
     for i in range(len(positions)):
@@ -227,8 +213,8 @@ def chances_false(agreeing: np.ndarray, contradicting: np.ndarray, evidence: np.
     """The probability of each contradiction that it is the detector's mistake.
 
     Args:
-        agreeing, contradicting: (N,), (M,) how sure the detector is, in log-odds.
-        evidence: (M,) how sure it is that the annotation is wrong.
+        agreeing, contradicting: (N,), (M,) certainty of the detector, in log-odds.
+        evidence: (M,) certainty that the annotation is wrong.
         kind: "category" or "missing".
     """
     if not len(contradicting):
@@ -241,7 +227,7 @@ def chances_false(agreeing: np.ndarray, contradicting: np.ndarray, evidence: np.
     share = 0.5 * wrong.sum() / len(both)  # of annotations that are wrong: e
     for _ in range(_ROUNDS):
         mistaken = _mistaken(parameters, centers)
-        own = wrong * mistaken / (mistaken + (1 - mistaken) * share)  # of the contradictions, the detector's mistakes
+        own = wrong * mistaken / (mistaken + (1 - mistaken) * share)  # contradictions that are the detector's mistakes
         for _ in range(2):
             mistaken = _mistaken(parameters, centers)
             slope = centers @ ((right + wrong) * mistaken - own) - precision * (parameters - _MEAN)
@@ -254,6 +240,6 @@ def chances_false(agreeing: np.ndarray, contradicting: np.ndarray, evidence: np.
     return mistaken / (mistaken + (1 - mistaken) * share)
 
 
-def _mistaken(parameters: np.ndarray, sure: np.ndarray) -> np.ndarray:
+def _mistaken(parameters: np.ndarray, certainty: np.ndarray) -> np.ndarray:
     """q: the probability that the detector is wrong."""
-    return 1 / (1 + np.exp((parameters @ sure).clip(-30, 30)))
+    return 1 / (1 + np.exp((parameters @ certainty).clip(-30, 30)))

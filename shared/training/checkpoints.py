@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,10 @@ class Checkpoint:
         categories: COCO categories; the position is the label.
         batches: trained so far.
         optimizer_groups: the parameter groups of the optimizer's state.
-        training: what `CheckpointedState` keeps, without the averaged weights.
+        training: what the training kept besides weights and optimizer, without the averaged weights.
+        averaged_weights: None without.
+        state: all of `state_dict.pth`.
+        counts: batches, epochs and the last validation, by the names of Determined's own loop.
     """
 
     path: Path
@@ -112,6 +114,14 @@ class Checkpoint:
     batches: int
     optimizer_groups: list[dict[str, Any]]
     training: dict[str, Any]
+    averaged_weights: dict[str, torch.Tensor] | None
+    state: dict[str, Any]
+    counts: dict[str, Any]
+
+    @property
+    def best_of_older_version(self) -> dict[str, Any]:
+        """The best validation, as older versions saved it off a cluster; {} in newer checkpoints."""
+        return self.state["callbacks"].get("local_run", {})
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -122,7 +132,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     check_manifest(path)
     state = load_state(path / "state_dict.pth")
-    refuse_code_in_pickles(path)
+    pickles = {pickled.name: _plain_values(pickled) for pickled in path.glob("*.pkl")}
     try:
         load_data = json.loads((path / "load_data.json").read_text())
         metadata = json.loads((path / "metadata.json").read_text())
@@ -139,6 +149,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
             batches=int(metadata["steps_completed"]),
             optimizer_groups=state["optimizers_state_dict"][0]["param_groups"],
             training=training,
+            averaged_weights=averaged,
+            state=state,
+            counts=pickles.get("trial_state.pkl", {}),
         )
     except (OSError, KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{path} is not a checkpoint of this project, or is not whole: {error!r}") from error
@@ -172,34 +185,17 @@ class _PlainValues(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it calls {module}.{name}")
 
 
-def refuse_code_in_pickles(checkpoint: Path) -> None:
-    """Raises UserError if a checkpoint's own pickles, which Determined reads at a resume, hold more than plain
-    values."""
-    for path in checkpoint.glob("*.pkl"):
-        try:
-            with path.open("rb") as file:
-                _PlainValues(file).load()
-        except Exception as error:  # a pickle that is cut off or hostile fails in many ways
-            raise UserError(
-                f"{path} cannot be read ({error}); it is cut off, or holds more than plain values"
-            ) from error
-
-
-@contextlib.contextmanager
-def plain_values_only(checkpoint: Path) -> Iterator[None]:
-    """Lets Determined read a checkpoint without executing what it holds: before torch 2.6, its `torch.load` would.
+def _plain_values(path: Path) -> Any:
+    """What a checkpoint's own pickle holds.
 
     Raises:
-        UserError: it holds more than tensors and plain values.
+        UserError: more than plain values.
     """
-    refuse_code_in_pickles(checkpoint)
-    load = torch.load
-    if not _loads_weights_only():
-        torch.load = lambda path, map_location=None: load_state(Path(path))
     try:
-        yield
-    finally:
-        torch.load = load
+        with path.open("rb") as file:
+            return _PlainValues(file).load()
+    except Exception as error:  # a pickle that is cut off or hostile fails in many ways
+        raise UserError(f"{path} cannot be read ({error}); it is cut off, or holds more than plain values") from error
 
 
 def read_weights(source: str, key: str, choices: str) -> tuple[Mapping[str, Any], Checkpoint | None]:

@@ -1,104 +1,107 @@
-"""A run off the cluster: everything it leaves lies in one folder, and it can be taken up again."""
+"""A run off the cluster: everything it leaves lies in one folder."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
-import math
 import shutil
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from determined.pytorch import PyTorchCallback
+from torch.utils.tensorboard import SummaryWriter
 
+from shared.config.schema import SearcherMetric
 from shared.errors import UserError
 from shared.evaluation.evaluator import CocoEvaluator, for_json
-from shared.evaluation.gathered import save_detections
+from shared.evaluation.gathered import ChiefReducer, save_detections
+from shared.training.checkpoints import METADATA, write_manifest
 from shared.training.loggers import Loggers
 from shared.training.run_folder import RunFolder
-from shared.training.trial import DetectionTrial
+from shared.training.saving import Snapshot
+from shared.training.tensorboard import TensorBoard
+from shared.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
 
-class LocalRun(PyTorchCallback):
-    """Writes the reports and keeps the last and the best checkpoint. Only the chief acts."""
+class LocalRun:
+    """The `Run` of a folder. It keeps the last checkpoint and the best one.
 
-    def __init__(self, trial: DetectionTrial, folder: RunFolder, loggers: Loggers):
-        self.trial = trial
-        self.folder = folder
-        self.loggers = loggers
-        self.chief = trial.rank == 0
-        self.best: float | None = None
-        self.best_at = -1
-        self.saves_best = False
-        if self.chief:
-            # a run that begins anew validates before its first batch once more
-            folder.forget_metrics_after(trial.first_batch or -1)
+    Args:
+        policy: `checkpoint_policy`. "best" saves after each validation too: the last one is kept as well.
+    """
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"metric": self.trial.searcher_metric.name, "best": self.best, "best_at": self.best_at}
+    trial_id = 0
+    handles_signals = True
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        metric = self.trial.searcher_metric.name
-        self.best, self.best_at = state["best"], state["best_at"]
-        if state.get("metric") != metric:  # older checkpoints do not name it
-            report = self.folder.validation_after(self.best_at)
-            of_metric = report and report["metrics"].get(metric)
-            if of_metric is not None or "metric" in state:
-                self.best = of_metric
-                logger.info("the best %s so far: %s", metric, "unknown" if of_metric is None else of_metric)
+    def __init__(self, folder: RunFolder, loggers: Loggers, metric: SearcherMetric, policy: str, is_chief: bool):
+        self.run_folder, self.loggers, self.metric, self.policy = folder, loggers, metric, policy
+        self.is_chief = is_chief
+        self.folder, self.code = folder.path, folder.code
 
-    def on_training_workload_end(self, avg_metrics: dict[str, Any], batch_metrics: list) -> None:
-        if self.trial.report_is_whole():
-            self._report("train", self.trial.training_metrics.last)
+    def begin(self, first_batch: int, profiling: bool) -> None:
+        if self.is_chief:
+            # a run that starts again from batch 0 repeats the validation before its first batch
+            self.run_folder.forget_metrics_after(first_batch or -1)
 
-    def on_validation_end(self, metrics: dict[str, Any]) -> None:
-        trial, wanted = self.trial, self.trial.searcher_metric
-        value = trial.last_validation[wanted.name]
-        value = wanted.worst if math.isnan(value) else value
-        if wanted.is_better(value, self.best):
-            self.best, self.best_at = value, trial.batches_trained
-            if self.chief and isinstance(trial.evaluator, CocoEvaluator):
-                names = trial.evaluator.annotations.category_names
-                save_detections(self.folder.detections, trial.evaluator.found_by_id(), names)
-        self._report("val", {**trial.last_validation, **trial.category_ap})
-        if self.chief:
-            logger.info(
-                "batch %d: %s %.4f%s",
-                trial.batches_trained,
-                wanted.name,
-                trial.last_validation[wanted.name],
-                " (best so far)" if self.best_at == trial.batches_trained else "",
-            )
+    def open_tensorboard(self, first_batch: int) -> SummaryWriter:
+        return SummaryWriter(str(self.run_folder.tensorboard), purge_step=first_batch + 1 if first_batch else 0)
 
-    def on_checkpoint_save_start(self, checkpoint: dict[str, Any]) -> None:
-        self.saves_best = self.best_at == self.trial.batches_trained
+    def set_status(self, status: str) -> None:
+        """Nobody reads it here."""
 
-    def on_checkpoint_upload_end(self, uuid: str) -> None:
-        # called beside the training, which may have come further
-        saved = self.folder.saved(uuid)
-        if self.saves_best:
-            # before `last`: killed in between, the resumed run comes by here again
-            copy = self.folder.saving / "best"
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(saved, copy)  # no links: damage to one must leave the other
-            self.folder.replace("best", copy)
-        self.folder.replace("last", saved)
+    def report_training(self, batches: int, epochs: int, metrics: dict[str, float], steering: dict[str, float]) -> None:
+        self._report(batches, "train", metrics)
 
-    def on_trial_shutdown(self) -> None:
-        # a second Ctrl-C does not wait for a checkpoint, which the thread that writes it may just be about to rename
-        if self.chief and self.trial.saving.is_idle:
-            shutil.rmtree(self.folder.saving, ignore_errors=True)
+    def report_validation(self, validation: Validation, epochs: int, evaluator: ChiefReducer, is_best: bool) -> bool:
+        if is_best and isinstance(evaluator, CocoEvaluator):
+            names = evaluator.annotations.category_names
+            save_detections(self.run_folder.detections, evaluator.found_by_id(), names)
+        self._report(validation.batches, "val", {**validation.metrics, **validation.category_ap})
+        value, best = validation.metrics[self.metric.name], " (best so far)" if is_best else ""
+        logger.info("batch %d: %s %.4f%s", validation.batches, self.metric.name, value, best)
+        return self.policy != "none"
 
-    def _report(self, split: str, metrics: dict[str, float]) -> None:
-        if not self.chief:
-            return
+    def last_validation(self) -> None:
+        return None
+
+    def earlier_value(self, batches: int, metric: str) -> float | None:
+        report = self.run_folder.validation_after(batches)
+        return report and report["metrics"].get(metric)
+
+    def holds(self, checkpoint: Path) -> bool:
+        return checkpoint.parent == self.run_folder.checkpoints
+
+    def store(self, snapshot: Snapshot, write_own: Callable[[Path], None]) -> None:
+        new, metadata = self.run_folder.saving / "last", snapshot.metadata
+        shutil.rmtree(new, ignore_errors=True)
+        snapshot.write(new, self.code)
+        write_own(new)
+        (new / METADATA).write_text(json.dumps(metadata))
+        write_manifest(new, metadata["steps_completed"])
+        self.run_folder.keep(new, is_best=snapshot.is_best)
+
+    def is_stopped_elsewhere(self) -> bool:
+        return False
+
+    def at_boundary(self, progress: float, tensorboard: TensorBoard | None) -> bool:
+        return False
+
+    def finish(self, tensorboard: TensorBoard | None) -> None:
+        """All is written."""
+
+    def close(self, is_saved: bool) -> None:
+        # a second Ctrl-C does not wait for a checkpoint, and its thread may be about to rename the folder
+        if is_saved:
+            shutil.rmtree(self.run_folder.saving, ignore_errors=True)
+
+    def _report(self, batches: int, split: str, metrics: dict[str, float]) -> None:
         plain = for_json(metrics)
-        self.folder.append_report(self.trial.batches_trained, split, plain)
-        self.loggers.report(self.trial.batches_trained, split, plain)
+        self.run_folder.append_report(batches, split, plain)
+        self.loggers.report(batches, split, plain)
 
 
 @contextlib.contextmanager

@@ -270,17 +270,6 @@ def check_loggers(names: Iterable[str]) -> None:
         check_login()
 
 
-def keep_places() -> None:
-    """Makes absolute what the environment says of places, before the working directory changes."""
-    if "WANDB_DIR" in os.environ:
-        os.environ["WANDB_DIR"] = os.path.abspath(os.environ["WANDB_DIR"])
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if uri.startswith("sqlite:///") and uri != "sqlite:///:memory:":
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{os.path.abspath(uri.removeprefix('sqlite:///'))}"
-    elif uri and ":" not in uri and uri not in ("databricks", "databricks-uc", "uc"):
-        os.environ["MLFLOW_TRACKING_URI"] = os.path.abspath(uri)
-
-
 class Loggers:
     """Those of a run, of which the chief alone opens any. What goes wrong with one after that is a warning."""
 

@@ -107,7 +107,7 @@ class RunFolder:
         delete_unfinished(self.path)
         for leftover in (self.saving, self.code):
             shutil.rmtree(leftover, ignore_errors=True)
-        (self.saving / "determined").mkdir(parents=True, exist_ok=True)
+        self.saving.mkdir(parents=True, exist_ok=True)
         _copy_sources(source, self.code)
         redact_yaml_files(self.code)  # each checkpoint has a copy of them
 
@@ -116,13 +116,15 @@ class RunFolder:
         for name in ("best", "last"):
             restore_folder(self.checkpoints / name)
 
-    def saved(self, storage_id: str) -> Path:
-        """Where Determined put a checkpoint: it stores under XDG_DATA_HOME, which the launcher sets."""
-        return self.saving / "determined" / storage_id
-
-    def replace(self, name: str, new: Path) -> None:
-        """Puts the checkpoint folder `new` in the place of `best` or `last`, once all of it is on the disk."""
-        replace_folder(new, self.checkpoints / name)
+    def keep(self, new: Path, is_best: bool) -> None:
+        """Makes the checkpoint folder `new` the last one, and a copy of it the best one, once all of it is on the disk."""
+        if is_best:
+            # before `last`: after a kill in between, the resumed run comes by here again
+            copy = self.saving / "best"
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(new, copy)  # no links: damage to one must leave the other
+            replace_folder(copy, self.checkpoints / "best")
+        replace_folder(new, self.checkpoints / "last")
 
     def write_config(self, config: dict[str, Any]) -> None:
         write_file(self.config, yaml.safe_dump(without_secrets(config), sort_keys=False))
@@ -163,8 +165,7 @@ class RunFolder:
 
 
 def _copy_sources(source: Path, target: Path) -> None:
-    """What the cluster would get: Determined copies the working directory into every checkpoint, so that a
-    run works in a folder that holds the code and nothing else."""
+    """Copies what a cluster would get: the code and configs, of which each checkpoint holds a copy."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in _SOURCES:

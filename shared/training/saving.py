@@ -1,32 +1,109 @@
-"""Checkpoints that are written beside the training: it stands still for a copy in the host's memory alone."""
+"""What a checkpoint holds, and the copy of it in the host's memory: training waits for the copy, not for the writing."""
 
 from __future__ import annotations
 
 import copy
 import json
-import logging
 import operator
 import pickle
 import random
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from determined import util
-from determined.pytorch import PyTorchCallback, PyTorchTrialContext
+from determined.pytorch import PyTorchTrialContext
 from torch import nn
+
+from shared.errors import DivergedError
+from shared.redaction import redact_yaml_files
+
+# --- the state --------------------------------------------------------------------------------------------
+
+
+def checkpoint_state(
+    context: PyTorchTrialContext, model: nn.Module, scaler: torch.amp.GradScaler | None, training: dict[str, Any]
+) -> dict[str, Any]:
+    """What `state_dict.pth` holds, by the names of Determined's own loop. Not a copy yet.
+
+    Args:
+        model: without DDP.
+        training: what a training keeps besides weights and optimizer.
+    """
+    return {
+        "models_state_dict": [model.state_dict()],
+        "optimizers_state_dict": [optimizer.state_dict() for optimizer in context.optimizers],
+        "lr_schedulers_state_dict": [],
+        "callbacks": {"training": training},
+        "rng_state": random_state(context.distributed.local_rank),
+        **({} if scaler is None else {"scaler_state_dict": scaler.state_dict()}),
+    }
+
+
+def random_state(local_rank: int) -> dict[str, Any]:
+    """The state of all random generators, as tensors and plain values.
+
+    Determined saves NumPy's state as an array, which `torch.load` refuses to unpickle from torch 2.6 on.
+    """
+    algorithm, keys, position, has_gauss, gauss = np.random.get_state()
+    keys = torch.from_numpy(keys.astype(np.int64))
+    state = {
+        "cpu_rng_state": torch.random.get_rng_state(),
+        "np_rng_state": [algorithm, keys, int(position), int(has_gauss), float(gauss)],
+        "random_rng_state": random.getstate(),
+    }
+    if torch.cuda.device_count():
+        state["gpu_rng_state"] = torch.cuda.get_rng_state(local_rank)
+    return state
+
+
+def set_random_state(state: Mapping[str, Any], local_rank: int) -> None:
+    """Continues from what `random_state` gave, or Determined's own loop."""
+    algorithm, keys, *rest = state["np_rng_state"]
+    np.random.set_state((algorithm, torch.as_tensor(keys).numpy().astype(np.uint32), *rest))
+    random.setstate(state["random_rng_state"])
+    torch.random.set_rng_state(state["cpu_rng_state"])
+    if torch.cuda.device_count() and "gpu_rng_state" in state:
+        torch.cuda.set_rng_state(state["gpu_rng_state"], local_rank)
+
+
+class FiniteCheck:
+    """Refuses weights, averages and running statistics that are not finite, but for those that began so: an attention
+    mask of -inf, for example.
+
+    Args:
+        models: what trains and what validates; perhaps the same.
+    """
+
+    def __init__(self, *models: nn.Module):
+        self.models = tuple(dict.fromkeys(models))
+        self._never_finite = {key for key, tensor in self._tensors() if not tensor.isfinite().all()}
+
+    def raise_if_undefined(self) -> None:
+        checked = [tensor for key, tensor in self._tensors() if key not in self._never_finite]
+        # the largest of each: one number per tensor, and one synchronisation in all
+        if not torch.stack([tensor.abs().max().float() for tensor in checked]).isfinite().all():
+            raise DivergedError(
+                "the weights, their averages or the running statistics are not finite, and were not saved; the last "
+                "checkpoint is from before"
+            )
+
+    def _tensors(self) -> Iterator[tuple[tuple[int, str], torch.Tensor]]:
+        for number, model in enumerate(self.models):
+            for name, tensor in model.state_dict().items():
+                if tensor.is_floating_point() and tensor.numel():
+                    yield (number, name), tensor
 
 
 def python_state(model: nn.Module, attributes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """What a resumed run needs of the model beside its weights and buffers, as plain numbers.
+    """What a resumed run needs of the model besides its weights and buffers, as plain numbers.
 
     Args:
-        attributes: for the name of a module's class, the dotted attributes that it keeps; one that is not there yet is
-            left out.
+        attributes: by the name of a module's class, the dotted attributes that it keeps. Those that are not there yet
+            are omitted.
     """
     state = {}
     for name, module in model.named_modules():
@@ -39,7 +116,7 @@ def python_state(model: nn.Module, attributes: Mapping[str, Sequence[str]]) -> d
 
 
 def restore_python_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Takes back what `python_state` gave."""
+    """Continues from what `python_state` gave."""
     for key, value in state.items():
         name, path = key.split(":")
         *owners, attribute = path.split(".")
@@ -55,39 +132,12 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-logger = logging.getLogger(__name__)
-
-
-def checkpoint_state(context: PyTorchTrialContext, callbacks: Mapping[str, PyTorchCallback]) -> dict[str, Any]:
-    """What `state_dict.pth` holds, as Determined's `_PyTorchTrialController._load` reads it: not a copy yet.
-
-    Raises:
-        DivergedError: something of it is not finite.
-    """
-    random_state = {
-        "cpu_rng_state": torch.random.get_rng_state(),
-        "np_rng_state": np.random.get_state(),
-        "random_rng_state": random.getstate(),
-    }
-    if torch.cuda.device_count():
-        random_state["gpu_rng_state"] = torch.cuda.get_rng_state(context.distributed.local_rank)
-    state = {
-        "models_state_dict": [model.state_dict() for model in context.models],
-        "optimizers_state_dict": [optimizer.state_dict() for optimizer in context.optimizers],
-        "lr_schedulers_state_dict": [scheduler.state_dict() for scheduler in context.lr_schedulers],
-        "callbacks": {name: callback.state_dict() for name, callback in callbacks.items()},
-        "rng_state": random_state,
-    }
-    if context._scaler:
-        state["scaler_state_dict"] = context._scaler.state_dict()
-    for callback in callbacks.values():
-        callback.on_checkpoint_save_start(state)
-    return state
+# --- the copy ---------------------------------------------------------------------------------------------
 
 
 class HostCopy:
-    """Copies states into the host's memory, where nothing changes them. The memory is kept, and used again by the next
-    copy: pages that are new to a process cost several times the copying."""
+    """Copies states into the host's memory, where nothing changes them. The next copy uses the same memory: pages that are
+    new to a process cost several times the copying."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple, torch.Tensor] = {}
@@ -127,76 +177,29 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint will hold, in files of Determined's names.
+    """A checkpoint that is not written yet.
 
     Attributes:
         state: `checkpoint_state`, on the host.
-        counts: Determined's own, of batches and epochs.
-        load_data: what the trial is: its class, config and hyperparameters.
+        counts: batches and epochs, by the names of Determined's own loop.
+        load_data: the trial's class, config and hyperparameters, as `load_trial_from_checkpoint_path` reads them.
+        metadata: what the master knows of it.
+        is_best: whether it is of the best validation so far.
     """
 
     state: dict[str, Any]
     counts: dict[str, Any]
     load_data: dict[str, Any]
+    metadata: dict[str, Any]
+    is_best: bool
 
-    def write(self, folder: Path, on_cluster: bool) -> None:
-        """Writes the files, and the code that was submitted."""
+    def write(self, folder: Path, code: Path) -> None:
+        """Writes the files of Determined's names, and a copy of the folder `code`, without secrets."""
         folder.mkdir(parents=True, exist_ok=True)
-        util.write_user_code(folder, on_cluster)
-        # a file of Python's: of one that it is given the name of, torch writes each tensor without letting go of
-        # Python's lock, which the training waits for
+        shutil.copytree(code, folder / "code")
+        redact_yaml_files(folder / "code")
+        # given a name instead of a file, torch holds Python's lock while it writes a tensor, and the training waits
         with (folder / "state_dict.pth").open("wb") as file:
             torch.save(self.state, file)
         (folder / "trial_state.pkl").write_bytes(pickle.dumps(self.counts))
         (folder / "load_data.json").write_text(json.dumps(self.load_data))
-
-
-class Background:
-    """Does one thing at a time in a thread. Left, it has done it.
-
-    An error there is raised by `raise_if_failed`, by `wait` and where it is left, once; beside another error, which
-    wins, it is logged.
-    """
-
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
-
-    @property
-    def is_idle(self) -> bool:
-        return self._thread is None or not self._thread.is_alive()
-
-    def begin(self, work: Callable[[], None]) -> None:
-        """Waits for what was begun before, and begins `work`."""
-        self.wait()
-        # a daemon: a second Ctrl-C ends the process without waiting
-        self._thread = threading.Thread(target=self._do, args=(work,), name="saving", daemon=True)
-        self._thread.start()
-
-    def wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self.raise_if_failed()
-
-    def raise_if_failed(self) -> None:
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def _do(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:
-            self._error = error
-
-    def __enter__(self) -> Background:
-        return self
-
-    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        try:
-            self.wait()
-        except Exception as own:
-            if error is None:
-                raise
-            logger.error("the last checkpoint was not written: %s: %s", type(own).__name__, own)

@@ -1,39 +1,81 @@
-"""When a training ends before its length: after the same batch on every process, with a checkpoint.
+"""When a training stops before its length: after the same batch on every rank, with a checkpoint.
 
-Asked for by a signal (off the cluster), by the searcher or by a pause (on one), to go on from there; or by the config:
-then the run has come to its end.
+A signal (off a cluster), the searcher or a pause (on a cluster) stops it; it can continue. The config ends it; then it is
+complete. `Outcome` is the one value that says which of these it was.
 """
 
 from __future__ import annotations
 
+import enum
 import math
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from determined.core import DistributedContext
-from determined.pytorch import PyTorchCallback
 
 from shared.config.schema import EarlyStopping, SearcherMetric
 from shared.errors import count_of
+from shared.training.validation import Validation
 
-if TYPE_CHECKING:
-    from shared.training.trial import DetectionTrial
+
+class End(enum.Enum):
+    """Why a training trained no further batch."""
+
+    COMPLETE = "has its whole length"
+    ENDED = "the config ended it before its length"
+    STOPPED = "was stopped, and can continue"
+    NOTHING_TO_DO = "the checkpoint was at its end already"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where and why a training stopped.
+
+    Attributes:
+        batches, total: trained, and of the whole length.
+        why: what the log, the report and the command line show; empty for a complete training.
+        signal: the one that stopped it on some rank; None without.
+        validation: the last one of this start; None without.
+    """
+
+    end: End
+    batches: int
+    total: int
+    why: str = ""
+    signal: signal.Signals | None = None
+    validation: Validation | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether this start trained to the end and validated there."""
+        return self.end in (End.COMPLETE, End.ENDED)
+
+    @property
+    def exit_status(self) -> int:
+        return 0 if self.signal is None else 128 + self.signal
+
+    def __str__(self) -> str:
+        if self.end is End.COMPLETE:
+            return f"trained all of its {self.batches} batches"
+        if self.end is End.ENDED:
+            return f"ended after batch {self.batches} of {self.total}: {self.why}"
+        if self.end is End.STOPPED:
+            return f"stopped by {self.why} after batch {self.batches}, which is saved"
+        return self.why
 
 
 class Clock:
-    """The seconds from the first batch on, with validations and checkpoints; those before a resume count too.
+    """Seconds of training from the first batch on, with validations and saves. Those before a resume count too.
 
     Args:
-        max_hours, minutes_between_saves: of the config's hyperparameters; None where it says nothing.
-
-    Attributes:
-        before: seconds of training before this start.
+        max_hours, minutes_between_saves: as in the config's hyperparameters; None where it has none.
     """
 
     now = staticmethod(time.monotonic)
@@ -41,45 +83,47 @@ class Clock:
     def __init__(self, max_hours: float | None = None, minutes_between_saves: float | None = None):
         self.max_hours = max_hours
         self.minutes_between_saves = minutes_between_saves
-        self.before = 0.0
+        self._before = 0.0
         self._began: float | None = None
         self._saved = math.inf  # nothing to save before the first batch
 
+    def resume(self, seconds: float) -> None:
+        """Counts the seconds of training before this start."""
+        self._before = seconds
+
     def begin(self) -> None:
-        """This start trains its first batch."""
+        """The first batch of this start begins."""
         self._began = self._saved = self.now()
 
     def saved(self) -> None:
-        """A checkpoint has just been saved."""
+        """A checkpoint was just saved."""
         self._saved = self.now()
 
     @property
     def seconds(self) -> float:
-        return self.before + (0.0 if self._began is None else self.now() - self._began)
+        return self._before + (0.0 if self._began is None else self.now() - self._began)
 
     @property
     def is_asked(self) -> bool:
-        """Whether the config makes anything depend on it."""
+        """Whether the config makes anything depend on the time."""
         return self.max_hours is not None or self.minutes_between_saves is not None
 
     def save_is_due(self) -> bool:
-        """Whether the last checkpoint is long enough ago for another."""
         return self.minutes_between_saves is not None and self.now() - self._saved >= 60 * self.minutes_between_saves
 
     def why_over(self) -> str | None:
-        """Why the run has come to its end; None where it has not."""
+        """Why the training ends; None if it does not."""
         if self.max_hours is None or self.seconds < 3600 * self.max_hours:
             return None
         return f"max_hours: {self.max_hours:g} h of training are over"
 
 
-class Patience:
-    """Counts the validations without a better searcher metric; also where the config ends nothing by them, so that it
-    can after a resume.
+class BestSoFar:
+    """The best validation so far, and the validations without improvement since. Both are counted without early stopping
+    too, so that a resume can switch it on.
 
     Attributes:
-        best, best_at: the best value so far, and the batch; None without a validation.
-        without_better: validations since then.
+        best, best_at: the best value of the searcher metric, and its batch; None and -1 before the first.
     """
 
     def __init__(self, config: EarlyStopping | None, metric: SearcherMetric):
@@ -87,23 +131,24 @@ class Patience:
         self.metric = metric
         self.best: float | None = None
         self.best_at = -1
-        self.without_better = 0
+        self.without_improvement = 0
 
-    def note(self, value: float, batch: int) -> None:
-        """What the validation after `batch` says."""
-        value = self.metric.worst if math.isnan(value) else value
+    def update(self, value: float, batch: int) -> bool:
+        """Takes the validation after `batch`. Returns whether it is the best so far."""
+        value = self.metric.value_or_worst(value)
         if self.metric.is_better(value, self.best):
-            self.best, self.best_at, self.without_better = value, batch, 0
-        else:
-            self.without_better += 1
+            self.best, self.best_at, self.without_improvement = value, batch, 0
+            return True
+        self.without_improvement += 1
+        return False
 
     def why_over(self) -> str | None:
-        """Why the run has come to its end; None where it has not."""
-        if self.patience is None or self.without_better < self.patience:
+        """Why the training ends; None if it does not."""
+        if self.patience is None or self.best is None or self.without_improvement < self.patience:
             return None
         return (
             f"early stopping: {self.metric.name} has not been better than {self.best:.4g} at batch {self.best_at} for "
-            f"{count_of(self.without_better, 'validation')}"
+            f"{count_of(self.without_improvement, 'validation')}"
         )
 
     def state(self) -> dict[str, Any]:
@@ -111,53 +156,49 @@ class Patience:
             "metric": self.metric.name,
             "best": self.best,
             "best_at": self.best_at,
-            "without_better": self.without_better,
+            "without_better": self.without_improvement,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Takes back what `state` gave, where it is of the same metric."""
-        if state.get("metric") == self.metric.name:
+    def load(self, state: dict[str, Any], earlier_value: float | None = None) -> None:
+        """Continues from what `state` gave.
+
+        Args:
+            earlier_value: of this metric in the best validation; counts if `state` is of another metric.
+        """
+        named = state.get("metric")  # older checkpoints do not name it
+        if named == self.metric.name or (named is None and earlier_value is None):
             self.best, self.best_at = state["best"], state["best_at"]
-            self.without_better = state["without_better"]
+            self.without_improvement = state.get("without_better", 0)
+        elif earlier_value is not None:
+            self.best, self.best_at = earlier_value, state["best_at"]
+
+    def forget(self) -> None:
+        """Makes the next validation the best."""
+        self.best, self.best_at = None, -1
 
 
-class Ending(PyTorchCallback):
-    """Asks at each validation whether the run ends with it: before that is reported and saved."""
-
-    def __init__(self, trial: DetectionTrial):
-        self.trial = trial
-
-    def on_validation_end(self, metrics: dict[str, Any]) -> None:
-        trial = self.trial
-        trial.patience.note(trial.last_validation[trial.searcher_metric.name], trial.batches_trained)
-        if why := trial.patience.why_over() or trial.stopping.why_time_is_over():
-            trial.stopping.end(trial.batches_trained, why)
-
-
-# batches between two meetings of several processes: a meeting costs some milliseconds
-_BETWEEN_MEETINGS = 10
+_BATCHES_BETWEEN_MEETINGS = 10  # of several ranks: a meeting costs some milliseconds
 
 
 class Stopping:
-    """Answers two questions, with the same answer on every process: is this the batch to stop after, and was this
-    validation cut short?
+    """Agrees on every rank which batch is the last one, and whether a validation was cut short.
 
-    The processes do not run in step: with NCCL one may have queued several steps more than another. So they agree only
-    where all of them come by: after certain batches, at each report, after each validation.
+    Ranks do not run in step: with NCCL one may have queued several steps more than another. So they agree only where
+    all of them come by: after certain batches, at each report, after each validation.
 
     Args:
-        aggregation_frequency: batches to an optimizer step; only whole steps are stopped after.
-        asked_elsewhere: the chief asks it at each report, validation and checkpoint: has somebody else (the searcher)
-            ended the training?
-        clock: says when the run's time is over, and when a checkpoint is due.
-        total: batches at the run's end, which is no early one.
+        aggregation_frequency: batches per optimizer step; a training stops after whole steps only.
+        asked_elsewhere: the chief calls it at each boundary: did the searcher stop the trial?
+        clock: says when the time is over, and when a checkpoint is due.
+        total: batches of the whole length, at which nothing ends early.
 
     Attributes:
-        signal: the one that this process was sent; None without.
-        after: the batch after which all processes stop, once they have agreed.
-        ended: why the run has come to its end before its length, where the config says so; None without.
+        signal: the one that this rank received.
+        stopped_by: the one that some rank received, once all ranks know.
+        after: the batch after which all ranks stop.
+        ended: why the config ends the training before its length.
+        ended_after: the batch of that end, which is validated.
         saves_after: the last batch after which the clock asked for a checkpoint.
-        ended_after: the batch after which it has, and which is to be validated.
     """
 
     def __init__(
@@ -173,6 +214,7 @@ class Stopping:
         self.clock = clock or Clock()
         self.total = total
         self.signal: signal.Signals | None = None
+        self.stopped_by: signal.Signals | None = None
         self.after: int | None = None
         self.saves_after: int | None = None
         self.ended: str | None = None
@@ -180,23 +222,23 @@ class Stopping:
         self._training = False
         self._cut = False
         self._handles_signals = False
-        windows = 1 if distributed.size == 1 else -(-_BETWEEN_MEETINGS // aggregation_frequency)
+        windows = 1 if distributed.size == 1 else -(-_BATCHES_BETWEEN_MEETINGS // aggregation_frequency)
         self._between_meetings = windows * aggregation_frequency
 
-    # --- the questions -------------------------------------------------------------------------------
+    # --- what the ranks agree on --------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """From here on a signal is obeyed after a batch; before it ends the process at once, for nothing is lost."""
+        """From here on a signal stops the training after a batch. Before, it stops the process at once."""
         self._training = True
         self.clock.begin()
 
     def after_batch(self, batch: int) -> bool:
-        """Whether to stop after `batch`, counted from 1, which this process has just trained."""
+        """Whether to stop after `batch`, counted from 1, which this rank just trained."""
         if (self._handles_signals or self.clock.is_asked) and batch % self._between_meetings == 0:
-            clock_says = (self.clock.why_over(), self.clock.save_is_due())
-            said = self.distributed.allgather((self.signal is not None, clock_says))
-            why_over, save_is_due = said[0][1]  # the chief's
-            if any(signalled for signalled, _ in said):
+            own = (self.signal, (self.clock.why_over(), self.clock.save_is_due()))
+            of_ranks = self.distributed.allgather(own)
+            why_over, save_is_due = of_ranks[0][1]  # the chief's clock counts
+            if self._some_received(number for number, _ in of_ranks):
                 self.after = batch
             elif why_over is not None:
                 self.end(batch, why_over)
@@ -205,45 +247,48 @@ class Stopping:
         return self.after == batch
 
     def at_boundary(self, batch: int) -> bool:
-        """The same after the report, validation or checkpoint that follows on `batch`."""
-        here = self.signal is not None
-        if self.distributed.rank == 0:
-            here = here or self.asked_elsewhere()
-        if self._any(here) or self.ended is not None:
+        """The same after the report, the validation and the checkpoint of `batch`."""
+        is_asked = self.distributed.rank == 0 and self.asked_elsewhere()
+        of_ranks = self.distributed.allgather((self.signal, is_asked))
+        is_signalled = self._some_received(number for number, _ in of_ranks)
+        if is_signalled or any(asked for _, asked in of_ranks) or self.ended is not None:
             self.after = batch
         return self.after is not None
 
     def cuts_validation(self) -> bool:
-        """Whether this process leaves out the rest of its validation; asked before each batch of it but the first,
-        without which there is nothing to reduce."""
+        """Whether this rank omits the rest of its validation. Asked before each batch of it but the first, without which
+        there is nothing to reduce."""
         self._cut = self._cut or self.signal is not None
         return self._cut
 
     def end(self, batch: int, why: str) -> None:
-        """Every process says this: the run ends with the validation after `batch`. At its length it does so anyway."""
+        """The training ends with the validation after `batch`; called on every rank. At its length it ends anyway."""
         if batch != self.total:
             self.ended, self.ended_after = why, batch
 
     def why_time_is_over(self) -> str | None:
-        """Why the run's time is over, asked by every process after a validation; None where it is not."""
+        """Why the time is over by the chief's clock; called on every rank, after a validation."""
         return self.distributed.broadcast(self.clock.why_over()) if self.clock.is_asked else None
 
     def validation_was_cut(self, batch: int) -> bool:
-        """Whether any process has left out a part of the validation after `batch`, which just ended: then all stop
-        there."""
-        cut, self._cut = self._any(self._cut), False
-        if cut:
-            self.after = batch
-            self.ended = self.ended_after = None
-        return cut
+        """Whether some rank omitted a part of the validation after `batch`. Then all stop there."""
+        of_ranks = self.distributed.allgather(self.signal if self._cut else None)
+        self._cut = False
+        if not self._some_received(of_ranks):
+            return False
+        self.after = batch
+        self.ended = self.ended_after = None
+        return True
 
-    def _any(self, here: bool) -> bool:
-        return any(self.distributed.allgather(here))
+    def _some_received(self, signals: Iterable[signal.Signals | None]) -> bool:
+        received = [number for number in signals if number is not None]
+        self.stopped_by = received[0] if received else self.stopped_by
+        return bool(received)
 
     # --- signals -------------------------------------------------------------------------------------
 
     def __enter__(self) -> Stopping:
-        """Handles SIGTERM and Ctrl-C; a second Ctrl-C ends the process at once."""
+        """Handles SIGTERM and Ctrl-C. A second Ctrl-C stops the process at once."""
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         self._handles_signals = True
         _handling.append(self)
@@ -268,7 +313,7 @@ _before_fork = threading.local()
 
 
 def _block_signals() -> None:
-    # a library's pool ends its processes by SIGTERM, and Python forgets what a process is sent while it is being forked
+    # a library's pool stops its processes by SIGTERM, and Python forgets a signal that arrives during a fork
     handled = {signal.SIGTERM, signal.SIGINT} if _handling else set()
     _before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, handled)
 
@@ -287,15 +332,15 @@ os.register_at_fork(before=_block_signals, after_in_parent=_unblock_signals, aft
 
 
 def outlive_signals(worker_id: int) -> None:
-    """A loader worker goes on when its whole group is sent a signal, as torchrun and Ctrl-C do: the process that it
-    loads for ends it."""
+    """Keeps a loader worker alive when its whole group receives a signal, as by torchrun and Ctrl-C. The process that it
+    loads for stops it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # which alone tells who sent it; on macOS the worker ends
+    if hasattr(signal, "sigwaitinfo"):  # tells who sent the signal; on macOS the worker stops
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_the_parent_says, daemon=True).start()
+        threading.Thread(target=_stop_at_the_parent_s_signal, daemon=True).start()
 
 
-def _end_when_the_parent_says() -> None:
+def _stop_at_the_parent_s_signal() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

@@ -3,61 +3,103 @@
 from __future__ import annotations
 
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+import time
+from collections import deque
 
 import numpy as np
-from determined.pytorch import PyTorchCallback
 from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 
 from shared.data.images import read_image
 from shared.data.open import SplitData
 from shared.evaluation import drawing
-from shared.evaluation.evaluator import CocoEvaluator, metrics_table
-from shared.training.training_metrics import Progress, summary_of
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
-    from shared.evaluation.gathered import GatheredDetections
-    from shared.training.trial import DetectionTrial
-
+from shared.evaluation.evaluator import CocoEvaluator
+from shared.evaluation.gathered import GatheredDetections
+from shared.training.background import Background
+from shared.training.trial import DetectionTrial
+from shared.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
+_WIDTH = 700  # pixels, of a validation's picture
+
+
+class TensorBoard:
+    """TensorBoard's groups train, val, categories and report_…, and a picture of each validation; on the chief."""
+
+    def __init__(self, writer: SummaryWriter):
+        self._writer = writer
+        self._figures = ReportFigures(writer)
+        self._file_since = time.time()
+
+    def write(self, group: str, metrics: dict[str, float], batches: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"{group}/{name}", value, batches)
+
+    def write_validation(self, trial: DetectionTrial, validation: Validation, is_last: bool) -> None:
+        self.write("val", validation.metrics, validation.batches)
+        self.write("categories", validation.category_ap, validation.batches)
+        if picture := picture_of(trial, validation, _WIDTH):
+            self._writer.add_image("val/detections", np.asarray(picture), validation.batches, dataformats="HWC")
+        if isinstance(trial.evaluator, CocoEvaluator):
+            self._figures.draw(trial.evaluator, validation.batches, is_last)
+
+    def write_figures(self) -> None:
+        """Writes the figures that were drawn since the last call."""
+        self._figures.write()
+
+    def flush(self) -> None:
+        """Makes all that was written ready for an upload. A new file for each upload keeps uploads small. Files have the
+        second in their names, so that there is no new one before the next second."""
+        now = time.time()
+        if int(now) > int(self._file_since):
+            self._writer.close()
+            self._file_since = now
+        else:
+            self._writer.flush()
+
+    def close_figures(self) -> None:
+        """Waits for the figures that are being drawn, and writes them."""
+        self._figures.close()
+
+    def close(self) -> None:
+        self._figures.close()
+        self._writer.close()
+
 
 class ReportFigures:
-    """Draws on a thread of its own; a validation that ends while the figures of an earlier one are still being drawn
-    has none, but for the last.
+    """Draws in a thread of its own. A validation that ends while earlier figures are being drawn gets none, unless it is
+    the last one.
 
-    What is drawn the training writes itself, at its next report: Determined closes the writer at each upload, and what
-    another thread is just adding is lost.
+    The training writes what is drawn, at its next report: each upload closes the writer's file, and what another thread
+    adds at that moment would be lost.
     """
 
-    def __init__(self, tensorboard: SummaryWriter) -> None:
-        self._tensorboard = tensorboard
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="figures")
-        self._drawing: list[tuple[int, Future[dict[str, np.ndarray]]]] = []
+    def __init__(self, writer: SummaryWriter) -> None:
+        self._writer = writer
+        self._background = Background("figures")
+        self._drawn: deque[tuple[int, dict[str, np.ndarray]]] = deque()
 
     def draw(self, evaluator: CocoEvaluator, batches: int, is_last: bool) -> None:
-        """Begins to draw what the evaluator's last metrics are of."""
+        """Begins to draw the figures of the evaluator's last metrics."""
         self.write()
-        if is_last or not self._drawing:
-            self._drawing.append((batches, self._thread.submit(_draw, evaluator, evaluator.found, batches)))
+        if is_last or self._background.is_idle:
+            found = evaluator.found
+            self._background.begin(lambda: self._drawn.append((batches, _draw(evaluator, found, batches))))
 
     def write(self) -> None:
-        """Writes what has been drawn since the last call."""
-        while self._drawing and self._drawing[0][1].done():
-            batches, drawn = self._drawing.pop(0)
+        """Writes what was drawn since the last call."""
+        while self._drawn:
+            batches, pictures = self._drawn.popleft()
             try:
-                for tag, picture in drawn.result().items():
-                    self._tensorboard.add_image(tag, picture, batches, dataformats="HWC")
-            except OSError as error:  # a full disk is the training's to meet
+                for tag, picture in pictures.items():
+                    self._writer.add_image(tag, picture, batches, dataformats="HWC")
+            except OSError as error:  # the training meets a full disk itself
                 logger.warning("the figures of the validation at batch %d could not be written: %s", batches, error)
 
     def close(self) -> None:
         """Waits for what is being drawn, and writes it."""
-        self._thread.shutdown()
+        self._background.wait()
         self.write()
 
 
@@ -83,66 +125,14 @@ def _draw(evaluator: CocoEvaluator, found: GatheredDetections, batches: int) -> 
         return {}
 
 
-_WIDTH = 700  # pixels, of the pictures in TensorBoard
-
-
-class Reports(PyTorchCallback):
-    """TensorBoard's groups train, val, categories and report_…, pictures of each validation; how far the training is.
-
-    Only the chief writes. `trial.tensorboard` is its SummaryWriter.
-    """
-
-    def __init__(self, trial: DetectionTrial):
-        self.trial = trial
-        self.chief = trial.rank == 0
-        if self.chief:
-            self.figures = ReportFigures(trial.tensorboard)
-            trial.finish_figures = self.figures.close
-            self.progress = Progress(trial.first_batch, trial.total_batches)
-            trial.on_batch_end = self.progress.update
-
-    def on_training_workload_end(self, avg_metrics: dict[str, Any], batch_metrics: list) -> None:
-        if self.chief:
-            self.figures.write()
-        if self.chief and self.trial.report_is_whole():
-            metrics = self.trial.training_metrics.last
-            self._write("train", metrics)
-            self.progress.describe(summary_of(metrics))
-
-    def on_validation_end(self, metrics: dict[str, Any]) -> None:
-        if not self.chief:
-            return
-        self._write("val", self.trial.last_validation)
-        self._write("categories", self.trial.category_ap)
-        trial, batches = self.trial, self.trial.batches_trained
-        if picture := picture_of_validation(trial, _WIDTH):
-            trial.tensorboard.add_image("val/detections", np.asarray(picture), batches, dataformats="HWC")
-        if isinstance(trial.evaluator, CocoEvaluator):
-            self.figures.draw(trial.evaluator, batches, trial.is_at_its_end)
-
-    def on_trial_shutdown(self) -> None:
-        if self.chief:
-            self.figures.close()
-            self.progress.close()
-
-    def _write(self, group: str, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self.trial.tensorboard.add_scalar(f"{group}/{name}", value, self.trial.batches_trained)
-
-
-def picture_of_validation(trial: DetectionTrial, width: int = 1400) -> Image.Image | None:
-    """Detections of the last validation beside the truth, `width` pixels wide, on the first images of it; None where
-    there are none, or where the detector's library evaluates data of its own."""
-    if not trial.pictured or not isinstance(trial.val_data, SplitData):
+def picture_of(trial: DetectionTrial, validation: Validation, width: int = 1400) -> Image.Image | None:
+    """Detections on the first images of a validation beside the truth, `width` pixels wide. None if there are none, or
+    the detector's library evaluates data of its own."""
+    if not validation.pictured or not isinstance(trial.val_data, SplitData):
         return None
     annotations, images = trial.val_data.annotations, trial.val_data.images
     samples = []
-    for found in trial.pictured:
+    for found in validation.pictured:
         record = annotations[int(np.flatnonzero(annotations.image_ids == found.image_id)[0])]
         samples.append((read_image(images, record.file_name), record, found))
     return drawing.side_by_side(samples, annotations.categories, width=width)
-
-
-def table_of(trial: DetectionTrial) -> str:
-    """The numbers of the last validation, all of them."""
-    return metrics_table({**trial.last_validation, **trial.category_ap}, trial.iou_types)

@@ -39,14 +39,14 @@ class TrainingMetrics(MetricReducer):
         counts_skipped: report how many images were left out too.
 
     Attributes:
-        lr: the learning rate of the last batch; set from outside, as `waiting`, the seconds spent waiting for data.
-        last: everything that the last report says, on every slot. What is returned to Determined, and so drawn as a
-            chart a name by the master, is the part of it that steers: the losses and the learning rate.
+        last: all numbers of the last report, on every slot. A reduction returns the part that steers, of which the
+            master draws one chart per name: the losses and the learning rate.
     """
 
     def __init__(self, counts_skipped: bool = False) -> None:
         self.counts_skipped = counts_skipped
-        self.lr = 0.0
+        self._lr = 0.0
+        self._waited = 0.0
         self.last: dict[str, float] = {}
         self._slots: list[_SlotReport] = []
         self._begun: dict[str, Any] | None = None
@@ -63,7 +63,7 @@ class TrainingMetrics(MetricReducer):
         self._skipped = 0
         self._before = 0
         self._started = time.perf_counter()
-        self.waiting = 0.0
+        self._waited_before = self._waited
 
     def update(
         self,
@@ -72,12 +72,18 @@ class TrainingMetrics(MetricReducer):
         image_ids: list[int],
         skipped: int = 0,
         may_skip: int = 0,
+        lr: float = 0.0,
+        waited: float = 0.0,
     ) -> None:
-        """Add one batch, for which `skipped` images were left out. Nothing is read from the device.
+        """Adds one batch. Nothing is read from the device.
 
         Args:
+            skipped: images that were left out for it.
             may_skip: how many batches in a row may have no finite loss: a GradScaler skips their steps.
+            lr: its learning rate.
+            waited: seconds that this process has spent waiting for data, in all.
         """
+        self._lr, self._waited = lr, waited
         names = list(losses)
         values = torch.stack([losses[name].detach().float() for name in names])
         position = len(self._image_ids)
@@ -111,7 +117,7 @@ class TrainingMetrics(MetricReducer):
             batches=self._before + len(self._image_ids) - int(dropped),
             images=sum(map(len, self._image_ids)),
             seconds=time.perf_counter() - self._started,
-            waiting=self.waiting,
+            waiting=self._waited - self._waited_before,
             first_bad=first_bad,
             skipped=self._skipped,
         )
@@ -124,7 +130,7 @@ class TrainingMetrics(MetricReducer):
             return {}
         seconds = max(slot.seconds for slot in slots)
         metrics = {name: sum(slot.sums.get(name, 0.0) for slot in slots) / batches for name in slots[0].sums}
-        metrics["lr"] = self.lr
+        metrics["lr"] = self._lr
         steering = {name: value for name, value in metrics.items() if "loss" in name or name == "lr"}
         metrics["images_per_second"] = sum(slot.images for slot in slots) / seconds
         metrics["data_wait"] = max(slot.waiting for slot in slots) / seconds
@@ -140,12 +146,12 @@ class TrainingMetrics(MetricReducer):
             raise diverged(*min(bad))
 
     def begun(self) -> list[dict[str, Any]]:
-        """What each slot had added up at the last reduction: of a report that a stop cut short, to go on with."""
+        """What each slot had added up at the last reduction, for a report that a stop or a save cut short."""
         return [{"sums": slot.sums, "batches": slot.batches, "skipped": slot.skipped} for slot in self._slots]
 
-    def go_on_with(self, begun: Sequence[dict[str, Any]], rank: int, slots: int) -> None:
-        """Takes what `begun` gave into the next report, slot by slot; all of it on the first where the number of
-        slots is another now."""
+    def continue_with(self, begun: Sequence[dict[str, Any]], rank: int, slots: int) -> None:
+        """Takes what `begun` gave into the next report, slot by slot. If the number of slots changed, the first slot
+        takes all of it."""
         if len(begun) == slots:
             self._begun = begun[rank]
         elif begun and rank == 0:

@@ -54,7 +54,6 @@ def honest(experiment, tmp_path_factory) -> Path:
     tmp_path = tmp_path_factory.mktemp("honest")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        patch.setenv("XDG_DATA_HOME", "")
         run_in_process(train_locally, tmp_path, experiment, output_dir=tmp_path / "run", resume=None)
     return tmp_path / "run/checkpoints/last"
 

@@ -1,1 +1,0 @@
-../../../shared/training/trial_data.py

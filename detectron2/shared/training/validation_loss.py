@@ -1,1 +1,0 @@
-../../../shared/training/validation_loss.py

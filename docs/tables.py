@@ -1,0 +1,45 @@
+"""Writes the tables of keys into the pages of the documentation, from the dataclasses of the config.
+
+    .venv/bin/python docs/tables.py
+
+A test fails if a page and the code differ.
+"""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from shared.config.reference import markdown_table
+from shared.config.schema import DataConfig
+
+
+def sections() -> dict[Path, tuple[str, type]]:
+    """Per page, the name of its table and the dataclass. A detector's page has the name of its folder."""
+    found = {ROOT / "docs/reference/data.md": ("data keys", DataConfig)}
+    for file in sorted(ROOT.glob("*/*_hyperparameters.py")):
+        sys.path.insert(0, str(file.parent))
+        module = importlib.import_module(file.stem)
+        (name,) = (name for name in vars(module) if name.endswith("Hyperparameters") and name[:8] != "Training")
+        found[ROOT / f"docs/detectors/{file.parent.name}.md"] = ("hyperparameters", getattr(module, name))
+    return found
+
+
+def with_table(page: str, name: str, section: type) -> str:
+    """The text of a page with the current table between its two markers."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+    assert pattern.search(page), f"{begin} and {end} are missing"
+    return pattern.sub(lambda _: f"{begin}\n\n{markdown_table(section)}\n\n{end}", page)
+
+
+def main() -> None:
+    for path, (name, section) in sections().items():
+        path.write_text(with_table(path.read_text(), name, section))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-../../../shared/report/command_line.py

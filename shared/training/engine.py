@@ -1,0 +1,384 @@
+"""The training loop: load the next batch, step, report, validate and save when due, decide whether to stop.
+
+It uses Determined's public APIs, and is the same on a cluster, off it, and after any resume. What differs is the `Run`,
+which takes the reports and the checkpoints. In contrast to Determined's own loop, it counts batches over all starts. It
+writes checkpoints beside the training and executes nothing that a checkpoint holds. A signal or the searcher's decision
+stops it after the batch. A validation that a stop cut short is repeated. A hang ends the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import determined as det
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from shared.evaluation.gathered import ChiefReducer
+from shared.redaction import without_secrets
+from shared.training.background import Background
+from shared.training.checkpoints import CATEGORIES_FILE, Checkpoint
+from shared.training.hang import Phase
+from shared.training.resume import load_checkpoint
+from shared.training.saving import FiniteCheck, HostCopy, Snapshot, checkpoint_state
+from shared.training.stopping import BestSoFar, Clock, End, Outcome, Stopping
+from shared.training.tensorboard import TensorBoard
+from shared.training.training_metrics import Progress, summary_of
+from shared.training.trial import DetectionTrial
+from shared.training.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+
+class Run(Protocol):
+    """What takes a training's reports and checkpoints. The chief calls its methods; those of every rank say so.
+
+    Attributes:
+        trial_id: of the cluster's trial, 0 off a cluster. A checkpoint of another trial starts a new count of batches.
+        handles_signals: whether SIGTERM and Ctrl-C stop the training after a batch.
+        folder: for what a detector's library writes.
+        code: the folder of the code that a checkpoint holds.
+    """
+
+    trial_id: int
+    handles_signals: bool
+    folder: Path
+    code: Path
+
+    def begin(self, first_batch: int, profiling: bool) -> None:
+        """Before the first batch, on every rank."""
+
+    def open_tensorboard(self, first_batch: int) -> SummaryWriter:
+        """The writer of TensorBoard's files."""
+
+    def set_status(self, status: str) -> None:
+        """What the training does now, in a word."""
+
+    def report_training(self, batches: int, epochs: int, metrics: dict[str, float], steering: dict[str, float]) -> None:
+        """The numbers since the last report. `steering` are the losses and the learning rate."""
+
+    def report_validation(self, validation: Validation, epochs: int, evaluator: ChiefReducer, is_best: bool) -> bool:
+        """The numbers of a validation. Returns whether `checkpoint_policy` asks for a checkpoint of it."""
+
+    def last_validation(self) -> int | None:
+        """The batches of the last validation that an earlier start reported; None if unknown."""
+
+    def earlier_value(self, batches: int, metric: str) -> float | None:
+        """The value of a metric in the validation after `batches`; None if unknown."""
+
+    def holds(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is this run's own."""
+
+    def store(self, snapshot: Snapshot, write_own: Callable[[Path], None]) -> None:
+        """Writes a checkpoint; called in a thread. `write_own` adds the detector's own files to a folder."""
+
+    def is_stopped_elsewhere(self) -> bool:
+        """Whether the searcher stopped the trial."""
+
+    def at_boundary(self, progress: float, tensorboard: TensorBoard | None) -> bool:
+        """After reports and checkpoints, on every rank. Returns whether the cluster pauses the trial."""
+
+    def finish(self, tensorboard: TensorBoard | None) -> None:
+        """After the last checkpoint of this start, on every rank."""
+
+    def close(self, is_saved: bool) -> None:
+        """At the end, also of an error. `is_saved`: no checkpoint is being written."""
+
+
+def train(trial: DetectionTrial, run: Run, checkpoint: Checkpoint | None = None) -> Outcome:
+    """Trains to the end, or until it is stopped.
+
+    Args:
+        checkpoint: to continue from; `check_resume` allows it.
+
+    Raises:
+        DivergedError: a loss or the weights are not finite.
+        UserError: the evaluation, a save or the GPU's memory failed in a way that the user can fix.
+    """
+    return _Training(trial, run).train(checkpoint)
+
+
+class _Training:
+    """One start of a training, on one rank."""
+
+    def __init__(self, trial: DetectionTrial, run: Run):
+        self.trial, self.run = trial, run
+        self.context, self.periods, self.watch = trial.context, trial.periods, trial.watch
+        self.is_chief = trial.rank == 0
+        self.best = BestSoFar(trial.hparams.early_stopping, trial.searcher_metric)
+        self.clock = Clock(trial.hparams.max_hours, trial.hparams.checkpoint_every_minutes)
+        self.stopping = Stopping(
+            trial.context.distributed,
+            trial.aggregation_frequency,
+            run.is_stopped_elsewhere,
+            self.clock,
+            self.periods.total,
+        )
+        self.saving = Background("saving")
+        self.host_copy = HostCopy()
+        self.finite = FiniteCheck(trial.plain_model, trial.evaluation_model)
+        self.validated_at = self.saved_at = trial.first_batch
+        self.is_paused = False
+        self.validation: Validation | None = None
+
+    @property
+    def batches(self) -> int:
+        return self.trial.batches_trained
+
+    @property
+    def epochs(self) -> int:
+        return self.batches // self.trial.batches_per_epoch
+
+    # --- the loop -----------------------------------------------------------------------------------------
+
+    def train(self, checkpoint: Checkpoint | None) -> Outcome:
+        trial, run = self.trial, self.run
+        with contextlib.ExitStack() as stack:
+            if run.handles_signals:
+                stack.enter_context(self.stopping)
+            run.begin(trial.first_batch, trial.schedule.profiling)
+            trial.begin_training(run.folder)
+            batches = iter(trial.build_training_data_loader())  # the workers start here, before any other thread
+            self.validation_loader = trial.build_validation_data_loader(self.stopping.cuts_validation)
+            self.tensorboard = TensorBoard(run.open_tensorboard(trial.first_batch)) if self.is_chief else None
+            self.progress = Progress(trial.first_batch, self.periods.total) if self.is_chief else None
+            stack.callback(self._close)
+            if checkpoint is not None:
+                self._load(checkpoint)
+                if why := self._nothing_to_do(checkpoint):
+                    return Outcome(End.NOTHING_TO_DO, self.batches, self.periods.total, why)
+                if not self._ask(lambda: run.holds(checkpoint.path)):
+                    self.best.forget()  # this run's place has no best checkpoint yet
+            with self.watch.watching(self.batches):
+                with self.saving:
+                    self._train(batches)
+                    self._mark(Phase.SAVING)
+                self._mark(Phase.REPORTING)
+                if self.is_chief:
+                    self.tensorboard.close_figures()
+                run.finish(self.tensorboard)
+            outcome = self._outcome()
+            if outcome.is_finished:
+                trial.end_training()
+        return outcome
+
+    def _train(self, batches: Iterator[Any]) -> None:
+        trial, periods, stopping = self.trial, self.periods, self.stopping
+        if trial.schedule.initial_validation and self.batches == 0 and self._ask(self.run.last_validation) is None:
+            self._validate()
+        stopping.begin()
+        stops = False
+        if self.batches and periods.validates(self.batches) and self.validated_at != self.batches:
+            self.saved_at = -1  # save again, with what the validation says
+            self._validate()
+            stops = self._stops()
+
+        self._begin_window()
+        while self.batches < periods.total and not stops:
+            trial.train_batch(next(batches), self.epochs, self.batches)
+            if self.is_chief:
+                self.progress.update()
+            stopping.after_batch(self.batches)
+
+            validates = periods.validates(self.batches) or stopping.ended_after == self.batches
+            saves = periods.saves(self.batches) or stopping.saves_after == self.batches
+            reports = periods.reports(self.batches)
+            if not (reports or validates or saves or stopping.after == self.batches):
+                continue
+            self._report(is_whole=reports)
+            if validates:
+                self._validate()
+            if saves and self.saved_at != self.batches:
+                self._save()
+            stops = self._stops()
+            self._begin_window()
+
+        if self.saved_at != self.batches:
+            self._save()
+
+    # --- its parts ----------------------------------------------------------------------------------------
+
+    def _begin_window(self) -> None:
+        """Until the next report, validation or save."""
+        self._mark(Phase.LOADING, self.batches + 1)
+        if self.is_chief:
+            self.run.set_status("training")
+        self.trial.model.train()
+        self.context.reset_reducers()
+
+    def _report(self, is_whole: bool) -> None:
+        """Reports the losses since the last report. If a stop or a save cut that short, the next report takes them."""
+        self._mark(Phase.REPORTING)
+        trial, metrics = self.trial, self.trial.training_metrics
+        steering = self.context.reduce_metrics(for_training=True)
+        metrics.raise_if_diverged()
+        if not is_whole:
+            metrics.continue_with(metrics.begun(), trial.rank, trial.slots)
+        elif self.is_chief:
+            self.run.report_training(self.batches, self.epochs, metrics.last, steering)
+            self.tensorboard.write("train", metrics.last, self.batches)
+            self.progress.describe(summary_of(metrics.last))
+        if self.is_chief:
+            self.tensorboard.write_figures()
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Validates and reports; saves if `checkpoint_policy` asks for it. If a signal cuts it short, reports nothing."""
+        self._mark(Phase.VALIDATING)
+        trial, run = self.trial, self.run
+        if self.is_chief:
+            run.set_status("validating")
+        self.context.reset_reducers()
+        trial.model.eval()
+        trial.start_validation(self.validation_loader)
+        for index, batch in enumerate(self.validation_loader):
+            trial.evaluate_batch(batch, index)
+        self._mark(Phase.EVALUATING)
+        metrics = self.context.reduce_metrics(for_training=False)
+        if self.stopping.validation_was_cut(self.batches):
+            return
+
+        validation = trial.finish_validation(metrics)
+        self.validated_at = self.batches
+        self.validation = validation
+        is_best = self.best.update(validation.metrics[trial.searcher_metric.name], self.batches)
+        if why := self.best.why_over() or self.stopping.why_time_is_over():
+            self.stopping.end(self.batches, why)
+        saves = False
+        if self.is_chief:
+            is_last = self.batches == self.periods.total or self.stopping.ended is not None
+            self.tensorboard.write_validation(trial, validation, is_last)
+            saves = run.report_validation(validation, self.epochs, trial.evaluator, is_best)
+        if self.context.distributed.broadcast(saves) and self.saved_at != self.batches:
+            self._save()
+
+    def _save(self) -> None:
+        """Copies the state; the chief writes it beside the training."""
+        self._mark(Phase.SAVING)
+        self.saved_at = self.batches
+        self.clock.saved()
+        if self.is_chief:
+            self.run.set_status("checkpointing")
+            self.saving.wait()  # for the memory of the last copy
+            self.saving.begin(functools.partial(self.run.store, self._snapshot(), self._write_own))
+
+    def _stops(self) -> bool:
+        """Whether this is the last batch, on every rank alike."""
+        self.saving.raise_if_failed()
+        self._mark(Phase.REPORTING)
+        self.is_paused = self.run.at_boundary(self.batches / self.periods.total, self.tensorboard)
+        return self.stopping.at_boundary(self.batches) or self.is_paused
+
+    # --- checkpoints --------------------------------------------------------------------------------------
+
+    def _snapshot(self) -> Snapshot:
+        trial = self.trial
+        training = {
+            **trial.training_state(),
+            "patience": self.best.state(),
+            "seconds": self.clock.seconds,
+            "begun_report": [] if self.periods.reports(self.batches) else trial.training_metrics.begun(),
+        }
+        self.finite.raise_if_undefined()
+        state = self.host_copy.of(checkpoint_state(self.context, trial.plain_model, trial.scaler, training))
+        return Snapshot(
+            state=state,
+            counts={
+                "trial_id": self.run.trial_id,
+                "last_ckpt": self.saved_at,
+                "step_id": 0,
+                "last_val": self.validated_at,
+                "batches_trained": self.batches,
+                "epochs_trained": self.epochs,
+            },
+            load_data={
+                "trial_type": "PyTorchTrial",
+                "experiment_config": without_secrets(self.context.get_experiment_config()),
+                "hparams": without_secrets(self.context.get_hparams()),
+                "trial_cls_spec": f"{type(trial).__module__}:{type(trial).__qualname__}",
+                "is_trainer": True,
+            },
+            metadata={
+                "determined_version": det.__version__,
+                "steps_completed": self.batches,
+                "framework": f"torch-{torch.__version__}",
+                "format": "pickle",
+            },
+            is_best=self.best.best_at == self.batches,
+        )
+
+    def _write_own(self, folder: Path) -> None:
+        (folder / CATEGORIES_FILE).write_text(json.dumps(self.trial.categories))
+        self.trial.save_own_config(folder)
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """Continues from a checkpoint. One of another trial gives weights only, and the counts start from 0."""
+        trial, training, counts = self.trial, checkpoint.training, checkpoint.counts
+        best = {**(training.get("patience") or {}), **checkpoint.best_of_older_version}
+        load_checkpoint(trial, checkpoint)
+        if not trial.first_batch:
+            return
+        self.clock.resume(training.get("seconds", 0.0))
+        if begun := training.get("begun_report"):
+            trial.training_metrics.continue_with(begun, trial.rank, trial.slots)
+        if best:
+            value = self._ask(lambda: self.run.earlier_value(best["best_at"], self.best.metric.name))
+            self.best.load(best, value)
+        # a validation that was reported after the checkpoint was saved counts too
+        is_reported = self._ask(self.run.last_validation) == self.batches
+        self.validated_at = self.batches if is_reported else counts.get("last_val", -1)
+
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        """The chief's answer, on every rank."""
+        return self.context.distributed.broadcast(question() if self.is_chief else None)
+
+    # --- the end ------------------------------------------------------------------------------------------
+
+    def _nothing_to_do(self, checkpoint: Checkpoint) -> str | None:
+        """Why there is nothing to train after the checkpoint, and what to change to continue; None if there is."""
+        total, is_validated = self.periods.total, self.validated_at == self.batches
+        if not self.batches:
+            return None
+        if self.batches > total or (self.batches == total and is_validated):
+            return (
+                f"{checkpoint.path} has been trained for {self.batches} batches, and searcher.max_length is {total}; "
+                "give a greater one to go on"
+            )
+        if why := self.best.why_over():
+            return (
+                f"{checkpoint.path} has ended by {why}; give a patience of more than {self.best.without_improvement}, "
+                "or leave hyperparameters.early_stopping out, to go on"
+            )
+        if is_validated and (why := self.clock.why_over()):
+            return (
+                f"{checkpoint.path} has ended by {why}; give more of them, or leave hyperparameters.max_hours out, to "
+                "go on"
+            )
+        return None
+
+    def _outcome(self) -> Outcome:
+        stopping = self.stopping
+        end, why = End.STOPPED, "a pause" if self.is_paused else "the searcher"
+        if stopping.stopped_by is not None:
+            why = stopping.stopped_by.name
+        if self.validated_at == self.batches and self.batches == self.periods.total:
+            end, why = End.COMPLETE, ""
+        elif self.validated_at == self.batches and stopping.ended is not None:
+            end, why = End.ENDED, stopping.ended
+        number = stopping.stopped_by if end is End.STOPPED else None
+        return Outcome(end, self.batches, self.periods.total, why, number, self.validation)
+
+    def _close(self) -> None:
+        if self.is_chief:
+            self.tensorboard.close()
+            self.progress.close()
+            self.run.close(is_saved=self.saving.is_idle)
+
+    def _mark(self, phase: Phase, batch: int | None = None) -> None:
+        self.watch.mark(phase, self.batches if batch is None else batch)

@@ -1,0 +1,228 @@
+"""A validation: its numbers, and the losses of its images (`hyperparameters.validation_loss`).
+
+The losses of each image are computed alone, by the model that validates. The image's id seeds what is drawn at random.
+So they are the same for any number of processes and batch sizes, and leave nothing behind in the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from shared.config.schema import SearcherMetric
+from shared.data.seeding import kept_random_state
+from shared.errors import UserError
+from shared.evaluation.detections import Detections
+from shared.evaluation.gathered import ChiefReducer, Gather
+from shared.training.saving import python_state, restore_python_state
+
+PREFIX = "val_"
+TOTAL = f"{PREFIX}loss"
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a validation found.
+
+    Attributes:
+        batches: trained before it.
+        metrics: the numbers by their names; nan if undefined.
+        category_ap: the AP of each category.
+        pictured: detections on the chief's first images, to draw.
+    """
+
+    batches: int
+    metrics: dict[str, float]
+    category_ap: dict[str, float]
+    pictured: list[Detections]
+
+    @classmethod
+    def of(cls, batches: int, reduced: Mapping[str, Any], wanted: str, pictured: list[Detections]) -> Validation:
+        """
+        Args:
+            reduced: all that the evaluator and the losses give.
+            wanted: the searcher metric.
+
+        Raises:
+            UserError: the searcher metric is not among them.
+        """
+        if wanted not in reduced:
+            raise UserError(
+                f"searcher.metric: {wanted!r} is not among the metrics of a validation. Fix: choose one of "
+                f"{', '.join(map(repr, sorted(reduced)))}"
+            )
+        numbers = {name: float(value) for name, value in reduced.items()}
+        category_ap = {name: value for name, value in numbers.items() if "_AP/" in name}
+        metrics = {name: value for name, value in numbers.items() if name not in category_ap}
+        return cls(batches, metrics, category_ap, pictured)
+
+    def for_master(self, metric: SearcherMetric) -> dict[str, float]:
+        """The numbers that steer a training: the master draws a chart for each name. None is undefined, because one
+        undefined searcher metric puts an adaptive search, with all its trials, into ERROR."""
+        kept = {
+            name: value
+            for name, value in self.metrics.items()
+            if math.isfinite(value) and "_AR_" not in name and (name == TOTAL or not name.startswith(PREFIX))
+        }
+        return {**kept, metric.name: metric.value_or_worst(self.metrics[metric.name])}
+
+
+# --- the model ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def computing_losses(
+    model: nn.Module, attributes: Mapping[str, Sequence[str]], state: Mapping[str, Any] | None = None
+) -> Iterator[None]:
+    """For the losses of one validation image: in one process, with random numbers of its own; nothing of it stays.
+
+    Args:
+        as those of `giving_losses`.
+    """
+    with kept_random_state(), as_one_process(), giving_losses(model, attributes, state):
+        yield
+
+
+@contextlib.contextmanager
+def giving_losses(
+    model: nn.Module, attributes: Mapping[str, Sequence[str]], state: Mapping[str, Any] | None = None
+) -> Iterator[None]:
+    """The model in training mode, in which the libraries' models give losses. Normalisation and dropout stay in
+    evaluation mode. Afterwards all that its modules keep (modes, buffers, plain attributes) is as before.
+
+    Args:
+        attributes: as for `python_state`: a module may keep a list that grows, or an object that is no module.
+        state: the `python_state` of another process, instead of this one's.
+    """
+    kept = [(module, dict(module.__dict__)) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module, _ in kept
+        if not _is_at_rest(module)  # a norm's buffers are many and cannot change
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    own_state = python_state(model, attributes)
+    try:
+        for module, _ in kept:  # not by train(), which some detectors override
+            module.training = not _is_at_rest(module)
+        restore_python_state(model, state or {})
+        yield
+    finally:
+        for module, before in kept:
+            module.__dict__.clear()
+            module.__dict__.update(before)
+        for module, name, buffer, before in buffers:
+            module._buffers[name] = buffer.copy_(before)
+        restore_python_state(model, own_state)
+
+
+def _is_at_rest(module: nn.Module) -> bool:
+    """Whether a module differs between evaluation and training: normalisation, dropout, random paths. PyTorch, timm,
+    mmcv and Detectron2 have classes of their own for each."""
+    if isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.MultiheadAttention)):
+        return True
+    name = type(module).__name__.lower()
+    return any(part in name for part in ("norm", "drop", "stochasticdepth", "rrelu"))
+
+
+@contextlib.contextmanager
+def as_one_process() -> Iterator[None]:
+    """torch.distributed reports no process group. The libraries' losses average their divisor over all processes. Each
+    of them is at another image, and one that has fewer images would make the others wait for ever."""
+    asked = torch.distributed.is_initialized
+    torch.distributed.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        torch.distributed.is_initialized = asked
+
+
+def uncompiled(compiles: bool) -> contextlib.AbstractContextManager:
+    """Evaluations do not compile anew what `torch_compile` compiled for the training's batches: their images have many
+    sizes. PyTorch can do this from 2.6 on."""
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    return contextlib.nullcontext() if not compiles or set_stance is None else set_stance("force_eager")
+
+
+def check_losses(samples: Iterator[Any], compute: Callable[[Any], object]) -> None:
+    """Computes the losses of the first sample that is not None, before the training.
+
+    Raises:
+        UserError: there is none among the first hundred, or the detector's library cannot compute them.
+    """
+    # a pipeline that makes no sample of the first images most likely makes none of any
+    sample = next((sample for sample in itertools.islice(samples, 100) if sample is not None), None)
+    if sample is None:
+        raise UserError(
+            "hyperparameters.validation_loss: of no image of data.val would a training make a sample; leave it out"
+        )
+    try:
+        compute(sample)
+    except UserError:
+        raise
+    except Exception as error:  # a library's losses may need anything that a training has
+        raise UserError(
+            "hyperparameters.validation_loss: the losses of this model cannot be computed on the validation images "
+            f"({type(error).__name__}: {error}); leave it out"
+        ) from error
+
+
+# --- the mean ---------------------------------------------------------------------------------------
+
+
+class ValidationLoss(ChiefReducer):
+    """Means over images of what `update` was given, with "val_" before the names.
+
+    An image that several slots saw counts once. The sums are in the order of ids. A loss that an image lacks is 0 there,
+    as it is in the image's total. What is no loss (an accuracy) is averaged over the images that have it.
+
+    Args:
+        image_ids: of the images that count.
+    """
+
+    def __init__(self, image_ids: np.ndarray, gather: Gather):
+        super().__init__(gather)
+        self.image_ids = set(image_ids.tolist())
+        self.reset()
+
+    def reset(self) -> None:
+        self._losses: dict[int, tuple[tuple[str, ...], torch.Tensor]] = {}
+
+    def update(self, image_id: int, losses: Mapping[str, torch.Tensor]) -> None:
+        """Adds an image's losses, scalars on the device; nothing is read from there."""
+        self._losses[image_id] = tuple(losses), torch.stack([value.detach().float() for value in losses.values()])
+
+    def share(self) -> dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
+        """By names: (images,) ids and (images, names) values."""
+        shared = {}
+        for names in {names for names, _ in self._losses.values()}:
+            of_names = {image_id: values for image_id, (own, values) in self._losses.items() if own == names}
+            values = torch.stack(list(of_names.values())).cpu().numpy()
+            shared[names] = np.asarray(list(of_names)), values.astype(np.float64)
+        return shared
+
+    def metrics_of(self, shares: list[dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]]]) -> dict[str, float]:
+        of_images = {
+            image_id: dict(zip(names, row, strict=True))
+            for share in shares
+            for names, (ids, rows) in share.items()
+            for image_id, row in zip(ids.tolist(), rows.tolist(), strict=True)
+            if image_id in self.image_ids
+        }
+        if not of_images:  # a validation that was cut short
+            return {TOTAL: math.nan}
+        ordered = [of_images[image_id] for image_id in sorted(of_images)]
+        metrics = {}
+        for name in dict.fromkeys(["loss", *(name for losses in ordered for name in losses)]):
+            values = [losses[name] for losses in ordered if name in losses]
+            metrics[f"{PREFIX}{name}"] = sum(values) / (len(ordered) if "loss" in name else len(values))
+        return metrics

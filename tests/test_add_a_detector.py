@@ -1,0 +1,39 @@
+"""The detector of docs/design/add-a-detector.md, made from the page."""
+
+import re
+import shutil
+
+import pytest
+from conftest import ROOT, reports, run_model_def
+
+
+@pytest.fixture
+def fcos(tmp_path):
+    """The folder of the page, with links to `shared/` as `make links` makes them."""
+    text = (ROOT / "docs/design/add-a-detector.md").read_text()
+    folder = tmp_path / "fcos"
+    folder.mkdir()
+    for language, name in (("python", "model_def.py"), ("yaml", "const_fake.yaml")):
+        (block,) = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+        (folder / name).write_text(block)
+    shutil.copytree(ROOT / "efficientdet/shared", folder / "shared")
+    return folder
+
+
+def test_the_detector_of_the_page_trains_resumes_and_evaluates(fcos):
+    run_model_def("train", "const_fake.yaml", "--output-dir", "run", cwd=fcos)
+    validated = [report["batches"] for report in reports(fcos / "run") if report["split"] == "val"]
+    assert validated == [4, 8]
+    resumed = ["--resume", "last", "--set", "searcher.max_length.batches=12"]
+    run_model_def("train", "const_fake.yaml", "--output-dir", "run", *resumed, cwd=fcos)
+    done = run_model_def("evaluate", "const_fake.yaml", "--checkpoint", "run/checkpoints/last", cwd=fcos)
+    assert "mAP" in done.stdout
+
+
+def test_the_page_names_all_that_a_detector_must_define(fcos):
+    text = (fcos / "model_def.py").read_text()
+    contract = (ROOT / "shared/training/detector.py").read_text()
+    abstract = set(re.findall(r"@abstractmethod\n    def (\w+)", contract))
+    assert len(abstract) == 8
+    assert all(f"def {name}(" in text for name in abstract)
+    assert len(text.splitlines()) <= 110
