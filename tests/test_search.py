@@ -255,7 +255,9 @@ def test_random_and_grid_train_each_trial_to_its_end(search, tmp_path, name, cou
 
 
 def test_a_killed_search_continues_and_trains_no_batch_twice(start, search, tmp_path):
-    config = config_of(searcher={"name": "random", "max_trials": 4, "max_time": 20})
+    config = config_of(
+        searcher={"name": "random", "max_trials": 4, "max_time": 20}, min_validation_period={"batches": 5}
+    )
     draws = random.Random(1)
     for kill in range(2):
         process = start(config)
@@ -548,7 +550,7 @@ def test_a_machine_cannot_change_a_trial_that_was_taken_over(tmp_path, monkeypat
         silent.report(trial, 1000, 0.5)
     with pytest.raises(TakenOver):
         silent.finish(trial, TrialState.COMPLETE, 0.5)
-    assert silent.has_unfinished()
+    assert not silent.is_complete()
     other.finish(other.ask(), TrialState.COMPLETE, 0.5)
     assert silent.is_complete()
 

@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 import optuna
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from matplotlib.ticker import LogFormatter
+from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
 from tabulate import tabulate
 
@@ -41,9 +41,9 @@ def table_of_trials(study: Study) -> str:
 def write_search_page(study: Study, output: Path) -> Path:
     """Writes `search.html` and returns its path."""
     heads, rows = _rows(study, undefined="–")
-    # Optuna's figures have logarithmic axes, and colors that a dark page cannot change
-    figures = [("Curves of all trials", Markup(svg_of(_curves(study), "curves")), False)]
-    figures += [(title, Markup(svg_of(each, title, has_math=True)), True) for title, each in _optuna_figures(study)]
+    # all but the first are Optuna's, and have colors that a dark page cannot change
+    drawn = [("Curves of all trials", _curves(study)), *_optuna_figures(study)]
+    figures = [(title, Markup(svg_of(figure, title)), i > 0) for i, (title, figure) in enumerate(drawn)]
     page = output / "search.html"
     title = f"{study.name}: search"
     write_page("search.html.jinja", page, title=title, summary=_summary(study), figures=figures, heads=heads, rows=rows)
@@ -108,8 +108,7 @@ def _curves(study: Study) -> Figure:
 
 def _optuna_figures(study: Study) -> list[tuple[str, Figure]]:
     """Title and figure. Empty if no trial has finished."""
-    copy = _without_formulas(study)
-    finished = copy.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    finished = study.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not finished:
         return []
     plot_by_title = {"History": plots.plot_optimization_history}
@@ -117,43 +116,23 @@ def _optuna_figures(study: Study) -> list[tuple[str, Figure]]:
         plot_by_title["Parallel coordinates"] = plots.plot_parallel_coordinate
     if len(finished) > 1 and finished[0].params:
         plot_by_title["Importance"] = plots.plot_param_importances
-    figures = [(title, _optuna_figure(plot, copy)) for title, plot in plot_by_title.items()]
+    figures = [(title, _optuna_figure(plot, study.study)) for title, plot in plot_by_title.items()]
     return [(title, figure) for title, figure in figures if figure is not None]
-
-
-def _without_formulas(study: Study) -> optuna.Study:
-    """A copy of the study for Optuna's figures, in which a $ of a name or a value starts no formula."""
-
-    def plain(text: Any) -> Any:
-        return text.replace("$", r"\$") if isinstance(text, str) else text
-
-    def plain_choices(distribution: BaseDistribution) -> BaseDistribution:
-        if isinstance(distribution, CategoricalDistribution):
-            return CategoricalDistribution([plain(choice) for choice in distribution.choices])
-        return distribution
-
-    copy = optuna.create_study(direction=study.study.direction)
-    for trial in study.trials().values():
-        copy.add_trial(
-            create_trial(
-                state=trial.state,
-                value=trial.value,
-                params={plain(name): plain(value) for name, value in trial.params.items()},
-                distributions={plain(name): plain_choices(each) for name, each in trial.distributions.items()},
-            )
-        )
-    return copy
 
 
 def _optuna_figure(plot: Any, study: optuna.Study) -> Figure | None:
     """The figure; None if Optuna cannot draw it, such as importances of equal trials."""
-    with plt.rc_context(), warnings.catch_warnings():  # it sets its own style
+    # Optuna sets its own style. A $ in a name or a value starts no formula
+    with plt.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             figure = plot(study).figure
         except (ValueError, RuntimeError, ImportError):
             return None
-    plt.close(figure)
-    for axes in figure.axes:
-        axes.set_title("")  # the page has it
+        plt.close(figure)
+        for axes in figure.axes:
+            axes.set_title("")  # the page has it
+            for axis in (axes.xaxis, axes.yaxis):
+                if axis.get_scale() == "log":  # by default, labels are formulas
+                    axis.set_major_formatter(LogFormatter())
     return figure

@@ -136,7 +136,7 @@ class _Search:
                 self._drop_taken_over()
             self._look_at_all()
             self._start_trials()
-            if not (self.running or self.waiting or self.study.has_unfinished()):
+            if not (self.running or self.waiting) and self.study.is_complete():
                 return
             time.sleep(SECONDS_BETWEEN_LOOKS)
 

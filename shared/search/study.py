@@ -195,13 +195,10 @@ class Study:
         """The values that a trial has reported, by step."""
         return dict(self._all()[trial.number].intermediate_values)
 
-    def has_unfinished(self) -> bool:
-        """Whether any machine trains a trial, or a trial waits."""
-        return not all(trial.state.is_finished() for trial in self.trials().values())
-
     def is_complete(self) -> bool:
-        """Whether all trials have ended."""
-        return len(self.trials()) >= self.max_trials and not self.has_unfinished()
+        """Whether all trials have ended, on any machine."""
+        trials = self.trials().values()
+        return len(trials) >= self.max_trials and all(trial.state.is_finished() for trial in trials)
 
     # --- machines -----------------------------------------------------------------------------------
     #
