@@ -258,11 +258,12 @@ def test_a_killed_search_continues_and_trains_no_batch_twice(start, search, tmp_
     config = config_of(
         searcher={"name": "random", "max_trials": 4, "max_time": 20}, min_validation_period={"batches": 5}
     )
-    draws = random.Random(1)
+    draws, lock = random.Random(1), tmp_path / "search/search.journal.lock"
     for kill in range(2):
         process = start(config)
         wait_for(lambda kill=kill: sum(map(len, batches_of(tmp_path / "search").values())) > 15 * (kill + 1))
         time.sleep(draws.uniform(0, 0.3))
+        wait_for(lambda: not os.path.lexists(lock))  # Optuna waits 30 seconds for a lock whose holder was killed
         process.kill()
         process.wait()
     search(config)
