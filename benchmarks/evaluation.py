@@ -45,23 +45,25 @@ def make(images: int, masks: bool) -> tuple[dict, list[Detections]]:
         found = truth + rng.normal(size=truth.shape) * 0.08 * np.tile(sides, 2)
         found[:, 2:] = np.maximum(found[:, 2:], 1)
         labels, crowd = rng.integers(0, CATEGORIES, BOXES), (rng.uniform(size=BOXES) < 0.01).astype(int)
-        rles = [{**r, "counts": r["counts"].decode()} for r in diamonds(truth)] if masks else [None] * BOXES
+        rles = [{**r, "counts": r["counts"].decode()} for r in masks_in(rng, truth)] if masks else [None] * BOXES
         columns = truth.tolist(), sides.prod(axis=1).tolist(), labels.tolist(), crowd.tolist(), rles
         for row in zip(*columns, strict=True):
             annotation = dict(zip(("bbox", "area", "category_id", "iscrowd", "segmentation"), row, strict=True))
             annotations.append({"id": len(annotations) + 1, "image_id": image, **annotation})
         corners = np.hstack([found[:, :2], found[:, :2] + found[:, 2:]])
-        found_masks = diamonds(found) if masks else None
+        found_masks = masks_in(rng, found) if masks else None
         detections.append(Detections(image, corners, rng.uniform(size=BOXES), labels, found_masks))
     coco_images = [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(images)]
     categories = [{"id": label, "name": name} for label, name in enumerate(NAMES)]
     return {"info": {}, "images": coco_images, "annotations": annotations, "categories": categories}, detections
 
 
-def diamonds(boxes: np.ndarray) -> list[dict]:
-    x, y, w, h = boxes.T
-    corners = np.stack([x, y + h / 2, x + w / 2, y, x + w, y + h / 2, x + w / 2, y + h], axis=1)
-    return coco_mask.frPyObjects(corners.tolist(), HEIGHT, WIDTH)
+def masks_in(rng: np.random.Generator, boxes: np.ndarray) -> list[dict]:
+    """RLE of 24 corners near the ellipse in each box."""
+    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1) * rng.uniform(0.42, 0.5, (BOXES, 24, 1)) + 0.5
+    polygons = (boxes[:, None, :2] + circle * boxes[:, None, 2:]).clip(0, [WIDTH, HEIGHT])
+    return coco_mask.frPyObjects(polygons.reshape(BOXES, -1).tolist(), HEIGHT, WIDTH)
 
 
 def gather(detections: list[Detections], masks: bool) -> GatheredDetections:

@@ -120,7 +120,7 @@ UPSTREAM = {"efficientdet": efficientdet_s, "detectron2": detectron2_s, "mmdetec
 
 def seconds_a_batch(side: Side, images: list[int]) -> float:
     """CPU seconds."""
-    from shared.data.seeding import seed_all
+    from shared.data.dataset import seed_all
 
     samples, taken = [], 0.0
     for index in images:

@@ -70,17 +70,17 @@ from detectron2_files.model import (
 )
 from detectron2_files.pixels import with_quick_resizing
 from detectron2_files.weights import categories_of_checkpoint, find_weights, load_weights_into, zoo_weights
-from shared.config.schema import Length, Split
+from shared.config.schema import PUBLISHED, Length, Split
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.dataset import CocoDetection
-from shared.data.input_scale import InputScale
+from shared.data.images import InputScale
 from shared.data.loading import Batch, to_device
 from shared.data.open import SplitData, check_evaluable, check_masks, check_trainable, open_split
 from shared.data.samplers import aspect_ratio_groups
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
-from shared.library import COCO_CATEGORIES, PUBLISHED
+from shared.library import COCO_CATEGORIES
 from shared.training.switches import autocast
 from shared.training.trial import DetectionTrial
 

@@ -28,7 +28,7 @@ from torch import nn
 from efficientdet_files.data import EfficientDetCollate, EfficientDetTransform, input_config, normalize
 from efficientdet_files.model import build_model, model_config
 from shared.data.dataset import CocoDetection
-from shared.data.input_scale import InputScale
+from shared.data.images import InputScale
 from shared.data.loading import Batch
 from shared.data.open import SplitData
 from shared.errors import UserError, nearest

@@ -93,17 +93,17 @@ from mmdetection_files.receptive_field import init_receptive_fields, is_searchin
 from mmdetection_files.saved_config import RESOLVED_CONFIG, write_resolved
 from mmdetection_files.switches import take_up_switches
 from shared.config.file import find_path
-from shared.config.schema import Split
+from shared.config.schema import PUBLISHED, Split
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.dataset import CocoDetection
-from shared.data.input_scale import InputScale
+from shared.data.images import InputScale
 from shared.data.loading import Batch
 from shared.data.open import SplitData, check_evaluable, check_masks, check_trainable, open_split
 from shared.data.samplers import TrainingBatchSampler
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
-from shared.library import COCO_CATEGORIES, PUBLISHED
+from shared.library import COCO_CATEGORIES
 from shared.training.switches import AveragedWeights
 from shared.training.trial import DetectionTrial
 

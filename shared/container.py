@@ -32,11 +32,24 @@ _OTHER_NAMES = {
     "opencv-python-headless": ("opencv-python", "opencv-contrib-python-headless", "opencv-contrib-python", "opencv"),
 }
 _COMPILED = {"mmcv": ("mmcv-full", "mmcv._ext"), "detectron2": ("detectron2", "detectron2._C")}
+# _runs_first runs these at the start of each Python that builds a wheel.
+# mmcv's setup.py calls `exec(code)` and then reads `locals()`. From Python 3.13 on, exec does not change locals().
+_EXEC_CHANGES_LOCALS = """
+import builtins, sys
+execute = builtins.exec
+def execute_in_the_caller(code, names=None, local_names=None, **options):
+    if names is None:
+        caller = sys._getframe(1)
+        names, local_names = caller.f_globals, caller.f_locals
+    execute(code, names, local_names, **options)
+builtins.exec = execute_in_the_caller
+"""
+# Detectron2's setup.py always compiles. pip runs this too, and warns if setuptools is imported before it.
 _WITHOUT_EXTENSIONS = """
-import runpy, setuptools
-setup = setuptools.setup
-setuptools.setup = lambda **given: setup(**{**given, "ext_modules": []})
-runpy.run_path("setup.py", run_name="__main__")
+if "pip" not in sys.orig_argv:
+    import setuptools
+    setup = setuptools.setup
+    setuptools.setup = lambda **given: setup(**{**given, "ext_modules": []})
 """
 
 
@@ -53,23 +66,22 @@ def install_missing(files: Iterable[Path], constraints: Iterable[str] = (), comp
     """
     with tempfile.TemporaryDirectory() as folder:
         if _is_there(Requirement("torch")) and not _is_there(Requirement("torchvision")):
-            # torch 2.N and torchvision 0.(N + 15) are one release
-            _pip("--no-deps", f"torchvision==0.{int(version('torch').split('.')[1]) + 15}.*")
+            # torchvision 0.(N + 15) is for torch 2.N alone; from 0.29 on, torchvision supports all later torch versions
+            _pip("--no-deps", f"torchvision==0.{min(int(version('torch').split('.')[1]) + 15, 29)}.*")
         keep = Path(folder, "keep.txt")
         keep.write_text("".join(_pinned("torch", "torchvision", "numpy")))
         limits = [part for file in [str(keep), *constraints] for part in ("--constraint", file)]
         needs = _read(files)
         if compiled:
             for need in needs:
-                _compile(need, limits)
+                _compile(need, limits, Path(folder))
         missing = {need.name: need for need in needs if not _is_there(need)}
         if missing.keys() & _COMPILED.keys():  # their setup.py knows no newer setuptools
             _pip("setuptools<81", "wheel")
-        if need := missing.pop("mmcv", None):  # it would bring its own choice of OpenCV
-            _pip("--no-build-isolation", "--no-deps", str(need))
-        arguments = [str(need) for need in missing.values() if need.url is None]
-        arguments += [_python_tree(need, Path(folder)) for need in missing.values() if need.url is not None]
-        if arguments:
+        wheels = {name: _python_tree(missing.pop(name), Path(folder)) for name in _COMPILED if name in missing}
+        if wheel := wheels.pop("mmcv", None):  # it would bring its own choice of OpenCV
+            _pip("--no-deps", wheel)
+        if arguments := [*map(str, missing.values()), *wheels.values()]:
             _pip(*limits, *arguments)
 
 
@@ -97,7 +109,7 @@ def _pinned(*names: str) -> Iterable[str]:
             continue
 
 
-def _compile(need: Requirement, limits: list[str]) -> None:
+def _compile(need: Requirement, limits: list[str], folder: Path) -> None:
     if need.name not in _COMPILED:
         return
     name, module = _COMPILED[need.name]
@@ -109,33 +121,32 @@ def _compile(need: Requirement, limits: list[str]) -> None:
     # built for one torch: a folder that several images share keeps their builds apart
     cache = os.environ.get("PIP_CACHE_DIR")
     kept = {"PIP_CACHE_DIR": str(Path(cache, f"torch-{version('torch')}"))} if cache else {}
-    _pip("--no-build-isolation", "--no-deps", "--force-reinstall", requirement, **kept)
+    before = _runs_first(_EXEC_CHANGES_LOCALS, folder)
+    _pip("--no-build-isolation", "--no-deps", "--force-reinstall", requirement, **kept, **before)
     _pip(*limits, *(requires(name) or []))
 
 
 def _python_tree(need: Requirement, folder: Path) -> str:
-    """A wheel of Detectron2 without what its setup.py compiles: packages and configs, at the commit that is named."""
-    address, _, commit = need.url.removeprefix("git+").rpartition("@")
-    source = folder / need.name
-    subprocess.run(["git", "init", "--quiet", source], check=True)
-    for command in (["fetch", "--quiet", "--depth", "1", address, commit], ["checkout", "--quiet", "FETCH_HEAD"]):
-        subprocess.run(["git", "-C", source, *command], check=True)
-    built = subprocess.run(
-        [sys.executable, "-c", _WITHOUT_EXTENSIONS, "bdist_wheel", "--dist-dir", folder],
-        cwd=source,
-        env={**os.environ, "D2_VERSION_SUFFIX": f"+python.{commit[:7]}"},
-        capture_output=True,
-        text=True,
-    )
-    if built.returncode:
-        print(built.stderr, file=sys.stderr)
-        built.check_returncode()
+    """Builds a wheel of mmcv or Detectron2 without compiled modules; returns its path."""
+    environment = _runs_first(_EXEC_CHANGES_LOCALS + _WITHOUT_EXTENSIONS, folder)
+    cache = []
+    if need.url is not None:
+        environment["D2_VERSION_SUFFIX"] = f"+python.{need.url.rpartition('@')[2][:7]}"
+        cache = ["--no-cache-dir"]  # from its cache, pip would install this wheel instead of compiling
+    arguments = ["--no-build-isolation", "--no-deps", "--wheel-dir", str(folder), *cache, str(need)]
+    _pip(*arguments, command="wheel", **environment)
     return str(next(folder.glob(f"{need.name}-*.whl")))
 
 
-def _pip(*arguments: str, **environment: str) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", *arguments]
-    subprocess.run(command, env={**os.environ, **environment}, check=True)
+def _runs_first(code: str, folder: Path) -> dict[str, str]:
+    """The environment that runs `code` at the start of each Python, including the one that executes setup.py."""
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}
+
+
+def _pip(*arguments: str, command: str = "install", **environment: str) -> None:
+    line = [sys.executable, "-m", "pip", command, "--quiet", *arguments]
+    subprocess.run(line, env={**os.environ, **environment}, check=True)
 
 
 def main() -> None:
@@ -158,7 +169,7 @@ def main() -> None:
     except subprocess.CalledProcessError as error:
         sys.exit(f"error: `{' '.join(map(str, error.cmd))}` ended with status {error.returncode}: see above")
     except FileNotFoundError as error:
-        sys.exit(f"error: {error.filename} does not exist: requirements are read from files, and Detectron2 needs git")
+        sys.exit(f"error: {error.filename}: no such file. Fix: name a requirements file that exists")
 
 
 if __name__ == "__main__":

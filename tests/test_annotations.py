@@ -15,7 +15,7 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from shared.data import annotations, checks, synthetic
+from shared.data import checks, coco_file, synthetic
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.checks import check_box_format
 from shared.data.open import check_masks, check_trainable
@@ -42,7 +42,7 @@ def test_a_record_holds_the_file_s_values(coco_tiny):
         annotations = reference.imgToAnns[record.image_id]
         boxes = np.array([a["bbox"] for a in annotations])
         boxes[:, 2:] += boxes[:, :2]
-        np.testing.assert_array_equal(record.boxes, checks.astype(np.float32))
+        np.testing.assert_array_equal(record.boxes, boxes.astype(np.float32))
         assert record.boxes.dtype == record.areas.dtype == np.float32
         assert record.labels.dtype == np.int64
         assert [ours.category_ids[label] for label in record.labels] == [a["category_id"] for a in annotations]
@@ -71,8 +71,8 @@ def test_a_changed_file_is_read_anew(coco, tmp_path):
 def test_a_cut_off_cache_is_made_anew(coco, tmp_path):
     path = write(tmp_path / "a.json", coco)
     CocoAnnotations.open(path)
-    (checks,) = tmp_path.glob(".a.json.columns/*/checks.npy")
-    checks.write_bytes(checks.read_bytes()[:100])
+    (boxes,) = tmp_path.glob(".a.json.columns/*/*/boxes.npy")
+    boxes.write_bytes(boxes.read_bytes()[:100])
     assert len(CocoAnnotations.open(path)[0].boxes) > 0
 
 
@@ -102,16 +102,16 @@ def _open_and_hold(path, results, done):
 
 def test_of_processes_that_open_a_new_file_at_once_one_parses_and_all_map_the_same_pages(coco, tmp_path, monkeypatch):
     path, parsed = write(tmp_path / "a.json", coco), tmp_path / "parsed"
-    decode = annotations._decode
+    parse = coco_file.parse
 
     def counting(data, source):
         if source == path:
             with parsed.open("a") as file:
                 file.write("x")
             time.sleep(0.3)
-        return decode(data, source)
+        return parse(data, source)
 
-    monkeypatch.setattr(annotations, "_decode", counting)
+    monkeypatch.setattr(coco_file, "parse", counting)
     context = multiprocessing.get_context("fork")
 
     def wave():
@@ -385,11 +385,12 @@ def test_masks_are_looked_at_once(coco, tmp_path, monkeypatch):
     coco["annotations"][2]["segmentation"] = "mask"
     path = write(tmp_path / "a.json", coco)
     assert checks.wrong_rows(CocoAnnotations.open(path)).tolist() == [2]
-    monkeypatch.setattr(checks, "_look", None)
+    monkeypatch.setattr(checks, "why_wrong", None)
     opened = CocoAnnotations.open(path)
     assert checks.wrong_rows(opened).tolist() == [2]
     monkeypatch.undo()
-    np.save(opened.cache / "segmentations/wrong.npy", np.array([999_999]))  # not ours
+    (file,) = opened.cache.glob("segmentations/*/wrong.npy")
+    np.save(file, np.array([999_999]))  # not ours
     assert checks.wrong_rows(opened).tolist() == [2]
 
 

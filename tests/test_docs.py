@@ -84,3 +84,18 @@ def test_every_key_of_a_config_has_a_text(monkeypatch):
 
     for _, section in tables.sections().values():
         assert [key.name for key in keys_of(section)] == key_names(section)
+
+
+@pytest.mark.parametrize(("column", "file"), [(2, "constraints.txt"), (3, "constraints-oldest.txt")])
+def test_the_versions_that_contributing_lists_are_those_installed(column, file):
+    page = (ROOT / "CONTRIBUTING.md").read_text().split("## Versions\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in row.split("|")] for row in page.splitlines() if row.startswith("|")]
+    pinned = re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / file).read_text(), re.MULTILINE)
+    versions = {"NumPy": ["numpy"], "OpenCV": ["opencv-python-headless"], "Determined": ["determined"]}
+    checked = 0
+    for row in rows[3:]:  # after the head and Python
+        names = versions.get(row[1], row[1].split(", "))
+        for listed in re.findall(r"\d+(?:\.\d+)+", re.sub(r"(Python )?3\.1\d: ", "", row[column])):
+            assert any(name in names and version.startswith(listed) for name, version in pinned), (row[1], listed)
+            checked += 1
+    assert checked >= 7

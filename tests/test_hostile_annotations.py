@@ -155,7 +155,7 @@ def test_a_cache_with_other_contents_is_made_anew(name, tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(synthetic.coco_split(0, 8)))
     expected = [record.boxes.tolist() for record in CocoAnnotations.open(path)]
-    (file,) = tmp_path.glob(f".a.json.columns/*/{name}.npy")
+    (file,) = tmp_path.glob(f".a.json.columns/*/*/{name}.npy")
     column = np.load(file)
     for foreign in (column.astype(np.float32), np.full_like(column, 77), -column[::-1] - 1):
         np.save(file, foreign)
@@ -173,7 +173,7 @@ def test_a_cache_that_is_a_pickle_is_not_loaded(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(trace),)
 
-    (boxes,) = tmp_path.glob(".a.json.columns/*/boxes.npy")
+    (boxes,) = tmp_path.glob(".a.json.columns/*/*/boxes.npy")
     np.save(boxes, np.array([Hostile()], dtype=object), allow_pickle=True)
     assert len(CocoAnnotations.open(path)) == 8
     assert not trace.exists()
@@ -181,8 +181,6 @@ def test_a_cache_that_is_a_pickle_is_not_loaded(tmp_path):
 
 @pytest.mark.parametrize("where", ["read-only", "full", "no home"])
 def test_without_room_for_a_cache_the_annotations_are_read_with_one_warning(where, tmp_path, monkeypatch, caplog):
-    from shared.data import annotations
-
     path = tmp_path / "data" / "a.json"
     path.parent.mkdir()
     path.write_text(json.dumps(synthetic.coco_split(0, 8)))
@@ -196,8 +194,8 @@ def test_without_room_for_a_cache_the_annotations_are_read_with_one_warning(wher
     if where == "no home":
         monkeypatch.delenv("HOME", raising=False)
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-        monkeypatch.setattr(annotations.os.path, "expanduser", lambda path: path)
-    monkeypatch.setattr(annotations.os, "mkdir", refuse)
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(os, "mkdir", refuse)
     assert len(CocoAnnotations.open(path)) == 8
     assert len([record for record in caplog.records if "cannot be written" in record.message]) == 1
 

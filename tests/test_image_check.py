@@ -13,8 +13,9 @@ from stores import BUCKET, s3_store
 from shared.config.experiment import parse_data
 from shared.config.schema import StoreOptions
 from shared.data import remote, storage
+from shared.data.image_list import find, folders_of
 from shared.data.open import open_split
-from shared.data.remote import RemoteImages, Sizes, folders_of, rows_of
+from shared.data.remote import RemoteImages
 from shared.errors import UserError
 
 
@@ -195,17 +196,15 @@ def bucket(shapes, data, monkeypatch):
     for name, value in (("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    call, pages = S3FileSystem._call_s3, []
+    call, pages = S3FileSystem.call_s3, []
 
-    async def short_pages(self, method, *arguments, **kwargs):
-        if method == "list_objects_v2":
-            pages.append(kwargs)
-            if len(pages) == 3:
-                raise ConnectionResetError("lost")
-            kwargs["MaxKeys"] = 3
-        return await call(self, method, *arguments, **kwargs)
+    def short_pages(self, method, **kwargs):
+        pages.append(kwargs)
+        if len(pages) == 3:
+            raise ConnectionResetError("lost")
+        return call(self, method, MaxKeys=3, **kwargs)
 
-    monkeypatch.setattr(S3FileSystem, "_call_s3", short_pages)
+    monkeypatch.setattr(S3FileSystem, "call_s3", short_pages)
     with s3_store(shapes) as endpoint:
         val = {"annotations": data["val"]["annotations"], "images": f"s3://{BUCKET}/val"}
         yield {"val": val, "endpoint_url": endpoint, "store_timeout": 40}, pages
@@ -231,12 +230,12 @@ def test_gcs_is_listed_page_by_page(monkeypatch):
 
     pages = {None: (["val/a.png", "val/", "val/b.png"], {"nextPageToken": "2nd"}), "2nd": (["val/c.png"], {})}
 
-    async def call(self, method, path, bucket, *, json_out, prefix, delimiter, pageToken=None, **_):
+    def call(self, method, path, bucket, *, json_out, prefix, delimiter, pageToken=None, **_):
         assert (method, path, bucket, prefix, delimiter) == ("GET", "b/{}/o", BUCKET, "val/", "/")
         names, following = pages[pageToken]
         return {"items": [{"name": name, "size": str(len(name))} for name in names], **following}
 
-    monkeypatch.setattr(GCSFileSystem, "_call", call)
+    monkeypatch.setattr(GCSFileSystem, "call", call)
     images = RemoteImages(f"gs://{BUCKET}/val", StoreOptions(anonymous=True))
     look = images.look(np.array([b"a.png", b"c.png", b"d.png"]))
     assert (look.missing, look.first_missing) == (1, "d.png")
@@ -259,19 +258,21 @@ def test_a_bucket_that_lacks_images_is_named_each_time(bucket, looks):
 
 
 def test_names_in_folders_are_found_among_those_listed():
-    names = np.array([b"a/b/1.png", b"2.png", b"a/3.png", b"a/b/4.png"])
+    names = np.array([b"a/b/1.png", b"2.png", b"a/3.png", b"a/b/4.png", b"2.png"])
     assert folders_of(names) == ["", "a", "a/b"]
     assert folders_of(np.array([b"1.png", b"2.png"])) == [""]
-    listed = np.sort(np.array([b"2.png", b"a/b/4.png", b"a/b/4", b""], dtype=names.dtype))
-    found = rows_of(names, listed)
-    assert (found >= 0).tolist() == [False, True, False, True]
-    assert listed[found[3]] == b"a/b/4.png"
-    assert rows_of(names, listed[:0]).tolist() == [-1] * 4
+    pages = [[(b"2.png", 7), (b"a/b/4.png.longer", 1)], [], [(b"a/b/4.png", 9), (b"a/b/4", 1)]]
+    look = find(names, pages)
+    assert (look.missing, look.first_missing) == (2, "a/b/1.png")
+    assert [look.sizes[name.decode()] for name in names] == [None, 7, None, 9, 7]
+    assert find(names, []).missing == 5
 
 
-def test_a_list_of_sizes_that_is_not_one_is_refused(tmp_path):
-    np.save(tmp_path / "names.npy", np.array([b"a"]))
-    np.save(tmp_path / "sizes.npy", np.array([1, 2]))
-    with pytest.raises(ValueError, match="not a list of sizes"):
-        Sizes.load(tmp_path)
+def test_a_bucket_whose_remembered_list_is_damaged_is_listed_again(bucket, looks):
+    data, _ = bucket
+    (sizes,) = opened(data).annotations.cache.glob("images-*/*/sizes.npy")
+    size = opened(data).images.size_of("000003.png")
+    np.save(sizes, np.array([1, 2]))
+    assert opened(data).images.size_of("000003.png") == size
+    assert looks() == 2
     assert RemoteImages("s3://bucket/a", StoreOptions()).size_of("a.png") is None

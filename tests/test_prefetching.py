@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from shared.data import loading
+from shared.data.dataset import seed_all
 from shared.data.loading import Batch, PrefetchLoader
-from shared.data.seeding import seed_all
 
 
 class Streams:

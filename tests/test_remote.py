@@ -135,9 +135,12 @@ def test_what_no_patience_helps_with_ends_at_once_in_one_line(shapes, monkeypatc
         opened(splits("ftp://host/"))
     with pytest.raises(UserError, match=r"data\.train\.images: az://.* nothing is read from az://"):
         opened({"train": {"annotations": str(shapes / "annotations/train.json"), "images": "az://container/train"}})
-    monkeypatch.setattr(remote, "_answered", {("127.0.0.1", 9)})
-    with pytest.raises(UserError, match="cannot be read, for 1 seconds"):
-        opened({**splits("http://127.0.0.1:9/"), "store_timeout": 1})
+    away = False
+    with http_store(shapes) as url, with_faults(url, Faults(lambda number: "away" if away else None)) as proxy:
+        opened(splits(f"{proxy}/"))
+        away = True
+        with pytest.raises(UserError, match="cannot be read, for 1 seconds"):
+            opened({**splits(f"{proxy}/"), "store_timeout": 1})
 
 
 def test_annotations_of_a_url_are_parsed_again_when_the_file_has_changed(shapes, tmp_path):

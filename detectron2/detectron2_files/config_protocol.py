@@ -10,7 +10,7 @@ import torch
 from detectron2.solver import LRMultiplier
 from torch import nn
 
-from shared.data.input_scale import InputScale
+from shared.data.images import InputScale
 from shared.errors import UserError, nearest
 
 

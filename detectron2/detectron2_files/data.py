@@ -33,12 +33,11 @@ from detectron2_files.plain_pickle import unpickle_arrays
 from detectron2_files.rotated import RotatedMapper
 from shared.config.schema import is_url
 from shared.data.annotations import CocoAnnotations, ImageRecord
-from shared.data.dataset import BadImages, CocoDetection, SampleKey
+from shared.data.dataset import BadImages, CocoDetection, SampleKey, seed_all
 from shared.data.images import BadImageError
 from shared.data.loading import Batch, map_tensors
 from shared.data.open import SplitData, check_masks
 from shared.data.samplers import labels_of
-from shared.data.seeding import seed_all
 from shared.data.storage import DiskImages
 from shared.errors import UserError, nearest
 

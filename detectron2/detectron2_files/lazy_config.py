@@ -22,7 +22,7 @@ from torch import nn
 
 from detectron2_files.config_protocol import TrainingSet, check_sampler
 from detectron2_files.plain_config import OF_CONFIG, read_plain, write_plain
-from shared.data.input_scale import InputScale
+from shared.data.images import InputScale
 from shared.errors import UserError, nearest
 
 _ANCHOR_SIZES = re.compile(r"anchor_generators?\.sizes\[")

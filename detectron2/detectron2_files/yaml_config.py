@@ -22,7 +22,7 @@ from torch import nn
 
 from detectron2_files.config_protocol import TrainingSet, check_sampler
 from detectron2_files.rotated import RotatedMapper
-from shared.data.input_scale import InputScale
+from shared.data.images import InputScale
 from shared.durable import write_file
 from shared.errors import UserError, nearest
 from shared.redaction import redacted

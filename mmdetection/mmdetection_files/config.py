@@ -44,7 +44,7 @@ from mmdetection_files.saved_config import (
 from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparameters
 from shared.config.file import find_path, without_ranges
 from shared.config.schema import Length, is_url
-from shared.data.input_scale import InputScale
+from shared.data.images import InputScale
 from shared.errors import UserError, nearest
 from shared.library import find_library_config, import_custom_modules
 

@@ -17,8 +17,7 @@ from tabulate import tabulate
 from shared.config.schema import DataConfig
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.checks import image_sizes, is_absent, under_a_pixel, why_wrong, wrong_rows
-from shared.data.images import BadImageError, darkness, read_image
-from shared.data.input_scale import InputScale
+from shared.data.images import BadImageError, InputScale, darkness, read_image
 from shared.data.open import SplitData, check_evaluable, check_trainable, open_split
 from shared.errors import UserError
 

@@ -19,8 +19,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from shared.commands import videos
 from shared.config.schema import StoreOptions, is_url
 from shared.data import remote
+from shared.data.image_list import Look
 from shared.data.images import is_image_name
-from shared.data.remote import Look, RemoteImages
+from shared.data.remote import RemoteImages
 from shared.data.storage import CachedImages, ImageStorage
 from shared.errors import UserError, same_on_any_disk
 from shared.evaluation.drawing import is_drawn

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import logging
 import os
-import tempfile
-import time
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -19,27 +16,32 @@ import msgspec
 import numpy as np
 
 from shared.config.schema import is_url
+from shared.data import array_cache
 from shared.data.annotations import CocoAnnotations
 from shared.data.file_lock import once
+from shared.data.image_list import Look, look_once
 from shared.data.images import darkness
-from shared.data.remote import Look, Sizes
-from shared.data.storage import DiskImages, ImageStorage, modified
+from shared.data.storage import DiskImages, ImageStorage
 from shared.errors import UserError
 
-# Boxes are corners, x1 y1 x2 y2, where nearly all fit into their image as such, and many reach far over its edge as x y
-# width height. Of right files (COCO, BCCD) none do, and a tenth fits; of the same boxes made corners 70 to 76 % do:
-# those whose middle is in the right or the lower half. Large objects that are annotated beyond the edge (amodal ones)
-# reach over too, and fit where they start near the image's corner; not a quarter of a file's by a twentieth.
+logger = logging.getLogger(__name__)
+
+# --- boxes ------------------------------------------------------------------------------------------
+
+# Boxes are corners (x1 y1 x2 y2) if nearly all fit into their image as corners, and many reach far over its edge as x y
+# width height. In correct files (COCO, BCCD) no box reaches over, and a tenth fits as corners. With the same boxes
+# written as corners, 70 to 76 % reach over: those with their middle in the right or the lower half. Boxes annotated
+# beyond the edge (amodal) also reach over, and fit if they start near the corner; in no file a quarter does so by 5 %.
 _FIT_AS_CORNERS = 0.98
 _REACH_OVER = 0.25
-_FAR = 0.05  # of the image's side, and a pixel at least
+_FAR = 0.05  # of the image's side, at least one pixel
 _FEWEST = 5
-_AT_ONCE = 2**12  # images: what each process of a machine takes for a moment
+_AT_ONCE = 2**12  # images in memory at once
 
 
 def check_box_format(annotations: CocoAnnotations, where: str) -> None:
-    """Raises UserError where all boxes are shares of the image's size, or corners, in place of pixels as x y width
-    height."""
+    """Raises UserError if all boxes are shares of the image's size, or corners, instead of x y width height in
+    pixels."""
     count = largest_side = reaching_over = fitting = 0
     within_one, has_fractions = True, False
     for boxes, sizes in _boxes_in_use(annotations):
@@ -51,7 +53,7 @@ def check_box_format(annotations: CocoAnnotations, where: str) -> None:
         reaching_over += int((boxes[:, :2] + boxes[:, 2:] > sizes + far).any(axis=1).sum())
         fit = (boxes[:, 2:] > boxes[:, :2]) & (boxes[:, 2:] <= sizes + 1) & (boxes[:, :2] >= -1)
         fitting += int(fit.all(axis=1).sum())
-    # an image of a few pixels may have such boxes rightly; whole numbers are those of an image's first pixel
+    # an image of a few pixels may have such boxes rightly; whole numbers are boxes in an image's first pixel
     if count and within_one and largest_side > 8 and has_fractions:
         raise UserError(
             f"{where}: all {count} boxes of {annotations.path} lie between 0 and 1: they are shares of the "
@@ -65,8 +67,20 @@ def check_box_format(annotations: CocoAnnotations, where: str) -> None:
         )
 
 
+def image_sizes(annotations: CocoAnnotations, images: slice = slice(None)) -> np.ndarray:
+    """(annotations, 2) int32: the width and height of each annotation's image."""
+    columns = annotations.columns
+    sizes = np.stack([columns["widths"][images], columns["heights"][images]], axis=1)
+    return np.repeat(sizes, np.diff(columns["offsets"])[images], axis=0)
+
+
+def under_a_pixel(annotations: CocoAnnotations) -> np.ndarray:
+    """(annotations,) bool: boxes that are less than a pixel wide or high, and have an area."""
+    return (annotations.columns["boxes"][:, 2:] < 1).any(axis=1) & ~annotations.without_area
+
+
 def _boxes_in_use(annotations: CocoAnnotations) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Boxes that have an area, and the sizes of their images, some images at a time."""
+    """Boxes with an area, and the sizes of their images, some images at a time."""
     for first in range(0, len(annotations), _AT_ONCE):
         images = slice(first, first + _AT_ONCE)
         offsets = annotations.columns["offsets"][first : first + _AT_ONCE + 1]
@@ -76,82 +90,73 @@ def _boxes_in_use(annotations: CocoAnnotations) -> Iterator[tuple[np.ndarray, np
             yield boxes[in_use], image_sizes(annotations, images)[in_use]
 
 
-def image_sizes(annotations: CocoAnnotations, images: slice = slice(None)) -> np.ndarray:
-    """(annotations, 2) int32: width and height of the image of each, of some of the images."""
-    columns = annotations.columns
-    sizes = np.stack([columns["widths"][images], columns["heights"][images]], axis=1)
-    return np.repeat(sizes, np.diff(columns["offsets"])[images], axis=0)
+# --- images -----------------------------------------------------------------------------------------
 
-
-def under_a_pixel(annotations: CocoAnnotations) -> np.ndarray:
-    """(annotations,) bool: boxes with an area, that are less than a pixel wide or high."""
-    return (annotations.columns["boxes"][:, 2:] < 1).any(axis=1) & ~annotations.without_area
-
-
-logger = logging.getLogger(__name__)
-
-_INCOMPLETE_IS_GOOD_FOR = 3600  # seconds that a bucket without some of the images is not listed anew
-_LONGEST = 4096  # bytes of a path
+_LONGEST_PATH = 4096  # bytes
 _TRIED_FOR_DARKNESS = 4
-_MOST_SEARCHED = 200_000  # files, for what a missing one may be called
+_MAX_SEARCHED = 200_000  # files, for the real name of a missing one
 
 
 def check_images(annotations: CocoAnnotations, images: ImageStorage, where: str, skip: bool = False) -> None:
-    """Looks for the images, unless that was done with this version of the annotation file. A folder on disk that has
-    changed is looked at again; a bucket is not.
+    """Checks that the images exist, once per version of the annotation file. A folder on disk that has changed is
+    checked again; a bucket is not.
 
     Args:
-        where: of the errors.
-        skip: missing images are a warning, unless all are.
+        where: for errors.
+        skip: missing images are a warning, unless all are missing.
 
     Raises:
-        UserError: the file of an image is missing, or the folder holds a link out of it.
+        UserError: an image is missing, or the folder holds a link out of it.
     """
 
-    def looked() -> Look:
+    def message(look: Look) -> str:
+        return (
+            f"{where}: {look.missing} of the {len(annotations)} images that the annotation file names are not there, "
+            f"the first is {look.first_missing}"
+        )
+
+    def look_now() -> Look:
         look = images.look(annotations.file_names)
         if look.missing and (not skip or look.missing == len(annotations)):
             found = _found_instead(images.folder, look.first_missing) if isinstance(images, DiskImages) else ""
-            raise UserError(_message(look, annotations, where) + found)
+            raise UserError(message(look) + found)
         return look
 
     if annotations.cache is None or images.place is None:
-        look = looked()
+        look = look_now()
     else:
-        place = annotations.cache / f"images-{hashlib.sha256(os.fsencode(images.place)).hexdigest()[:12]}"
-        look = once([place / "lock"], lambda: _remembered(place, skip), lambda: _remember(looked(), place))
+        name = hashlib.sha256(os.fsencode(images.place)).hexdigest()[:12]
+        look = look_once(annotations.cache / f"images-{name}", look_now, allow_missing=skip)
         if look.sizes is not None:
             images.take_sizes(look.sizes)
     if look.missing:
-        logger.warning("%s; they are left out", _message(look, annotations, where))
+        logger.warning("%s; they are left out", message(look))
 
 
 def refuse_names_outside(annotations: CocoAnnotations, where: str, folder: Path | None = None) -> None:
-    """Raises UserError where an image's name leads out of the images' folder, or can be no file's.
+    """Raises UserError if an image's name leads out of the folder of images, or cannot be a file's name.
 
     Args:
-        folder: the images' one, where it is on disk.
+        folder: of the images, if it is on disk.
     """
     letters, offsets = annotations.columns["file_names"], annotations.columns["file_name_offsets"]
-    lengths = np.diff(offsets)
-    no_name = (lengths == 0) | (lengths > _LONGEST)
-    suspicious = no_name.copy()
-    # what each wrong name has one of: few right ones do
-    first = letters[offsets[:-1][~no_name]]
-    suspicious[~no_name] = (first == ord("/")) | (first == ord("\\"))
-    before, here = letters[:-1], letters[1:]
-    up_or_url = (here == ord(".")) & (before == ord(".")) | (here == ord("/")) & (before == ord(":"))
-    for at in (np.flatnonzero(up_or_url), np.flatnonzero(letters == 0)):
-        suspicious[np.searchsorted(offsets, at, side="right") - 1] = True
-    for i in np.flatnonzero(suspicious).tolist():
+    lengths, text = np.diff(offsets), letters.tobytes()
+    first_letters = letters[offsets[:-1][lengths > 0]]
+    if (
+        0 < lengths.min() <= lengths.max() <= _LONGEST_PATH
+        and not np.isin(first_letters, (ord("/"), ord("\\"))).any()
+        and not any(part in text for part in (b"..", b":/", b"\0"))
+    ):
+        return  # the names need no closer look, which takes a microsecond each
+    for i in range(len(annotations)):
         name = annotations.file_name(i)
-        outside = "\0" in name or is_url(name) or name.startswith(("/", "\\")) or ".." in name.split("/")
-        if folder is not None and name.startswith(f"{folder}/") and ".." not in name.split("/"):
+        up = ".." in name.split("/")
+        if folder is not None and name.startswith(f"{folder}/") and not up:
             raise UserError(
                 f"{where}: the image file name {name[:200]!r} is absolute, and lies in the images' folder; names are "
                 f"relative to it: write {name.removeprefix(f'{folder}/')[:200]!r}"
             )
-        if no_name[i] or outside:
+        if not 0 < lengths[i] <= _LONGEST_PATH or up or "\0" in name or is_url(name) or name.startswith(("/", "\\")):
             raise UserError(
                 f"{where}: the image file name {name[:200]!r} leads out of the images' folder, or is none; names "
                 "are relative to that folder"
@@ -159,21 +164,14 @@ def refuse_names_outside(annotations: CocoAnnotations, where: str, folder: Path 
 
 
 def first_dark_image(annotations: CocoAnnotations, images: ImageStorage) -> str:
-    """What `darkness` says of the first of some images, spread over the file."""
+    """What `darkness` says of the first dark one of a few images, spread over the file."""
     some = np.linspace(0, len(annotations) - 1, _TRIED_FOR_DARKNESS).astype(int)
     said = (darkness(images, annotations.file_name(i)) for i in np.unique(some).tolist())
     return next(filter(None, said), "")
 
 
-def _message(look: Look, annotations: CocoAnnotations, where: str) -> str:
-    return (
-        f"{where}: {look.missing} of the {len(annotations)} images that the annotation file names are not there, the "
-        f"first is {look.first_missing}"
-    )
-
-
 def _found_instead(folder: Path, name: str) -> str:
-    """What lies in the folder, below or above it, in the place of a missing image, and what to do; "" for nothing."""
+    """What the folder holds instead of a missing image, and what to do; "" for nothing."""
     wanted = PurePosixPath(name.replace("\\", "/"))
     above = PurePosixPath(*wanted.parts[1:])
     if len(wanted.parts) > 1 and folder.name == wanted.parts[0] and (folder / above).is_file():
@@ -181,11 +179,11 @@ def _found_instead(folder: Path, name: str) -> str:
             f"; {folder / above} is there: say `images: {folder.parent}`, or leave {wanted.parts[0]}/ out of the names"
         )
 
-    def plain(path: PurePosixPath) -> str:
+    def plain(path: PurePosixPath | str) -> str:
         return unicodedata.normalize("NFC", str(path)).casefold()
 
-    by_stem = None
-    for file in itertools.islice(_files_below(folder), _MOST_SEARCHED):
+    same_stem = ""
+    for file in itertools.islice(_files_below(folder), _MAX_SEARCHED):
         path = PurePosixPath(file.relative_to(folder))
         told = f"; {str(path)!r} is there, and the annotation file says {name!r}: "
         if plain(path) == plain(wanted):
@@ -194,7 +192,7 @@ def _found_instead(folder: Path, name: str) -> str:
             if unicodedata.normalize("NFC", str(path)) == unicodedata.normalize("NFC", name):
                 return f"{told}the same letters in other Unicode (NFC and NFD); rename the files or the names"
             return f"{told}upper and lower case count; rename the files or the names"
-        if plain(PurePosixPath(path.name)) == plain(PurePosixPath(wanted.name)):
+        if plain(path.name) == plain(wanted.name):
             deeper = path.parts[: len(path.parts) - len(wanted.parts)]
             if path.parts[len(deeper) :] == wanted.parts:
                 return (
@@ -202,9 +200,9 @@ def _found_instead(folder: Path, name: str) -> str:
                     "the names"
                 )
             return f"{told}names have the folders below the one of the images"
-        if by_stem is None and plain(PurePosixPath(path.stem)) == plain(PurePosixPath(wanted.stem)):
-            by_stem = f"{told}correct the endings"
-    return by_stem or ""
+        if not same_stem and plain(path.stem) == plain(wanted.stem):
+            same_stem = f"{told}correct the endings"
+    return same_stem
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
@@ -213,55 +211,20 @@ def _files_below(folder: Path) -> Iterator[Path]:
         yield from (Path(root) / file for file in files)
 
 
-def _remember(look: Look, place: Path) -> Look:
-    """The look as later ones find it, with mapped sizes, where it can be written."""
-    if not look.whole:
-        return look
-    try:
-        header = {"missing": look.missing, "first_missing": look.first_missing, "folders": look.folders}
-        if look.sizes is not None:
-            # a folder for each list: an earlier one may be mapped
-            folder = Path(tempfile.mkdtemp(dir=place, prefix="sizes."))
-            folder.chmod(0o755)
-            look.sizes.save(folder)
-            header["sizes"] = folder.name
-        aside = place / "header.json.aside"
-        aside.write_text(json.dumps(header))
-        aside.replace(place / "header.json")
-    except OSError:
-        return look
-    return _remembered(place, skip=True) or look
+# --- segmentations ----------------------------------------------------------------------------------
 
-
-def _remembered(place: Path, skip: bool) -> Look | None:
-    """The look that still holds, if there was one."""
-    try:
-        header_file = place / "header.json"
-        header = json.loads(header_file.read_bytes())
-        if header["missing"]:
-            age = time.time() - header_file.stat().st_mtime
-            if not skip or ("sizes" in header and age > _INCOMPLETE_IS_GOOD_FOR):
-                return None
-        if any(modified(Path(folder)) != time_then for folder, time_then in header["folders"].items()):
-            return None
-        sizes = Sizes.load(place / header["sizes"]) if "sizes" in header else None
-        return Look(header["missing"], header["first_missing"], folders=header["folders"], sizes=sizes)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # none yet, cut off or not ours
-
-
-# COCO's own polygons in one call each: 860,000 of them are two seconds so, and ten in plain Python
-_FARTHEST = 1e6  # pixels; pycocotools walks along each edge, and dies of memory on those without end
+# COCO's own polygons are decoded in one call each: 860,000 take two seconds, and ten in plain Python
+_FARTHEST = 1e6  # pixels; pycocotools walks along each edge, and runs out of memory on longer ones
 _Coordinate = Annotated[float, msgspec.Meta(ge=-_FARTHEST, le=_FARTHEST)]
 _POLYGONS = msgspec.json.Decoder(
     Annotated[list[Annotated[list[_Coordinate], msgspec.Meta(min_length=6)]], msgspec.Meta(min_length=1)]
 )
-_NOTHING = len(b"[]")  # no segmentation is no bytes, or an empty list
+_EMPTY = len(b"[]")  # bytes of an empty list; an absent segmentation has none
 
 
 def wrong_segmentation(segmentation: Any, height: int, width: int) -> str | None:
-    """What is wrong with a decoded segmentation of an image of that size, as the end of a sentence; None where it is
-    polygons or RLE that every detector and the evaluator take."""
+    """What is wrong with a decoded segmentation of an image of that size, as the end of a sentence. None if it is
+    polygons or RLE that every detector and the evaluator accept."""
     if segmentation in ([], {}):
         return "is empty"
     if isinstance(segmentation, list):
@@ -277,101 +240,74 @@ def wrong_segmentation(segmentation: Any, height: int, width: int) -> str | None
         return f"is neither polygons nor RLE with `size` and `counts`, but {kind}"
     if segmentation["size"] != [height, width]:
         return f"is RLE of the size {segmentation['size']}, and the image's is {[height, width]}"
+    counts, pixels = segmentation["counts"], height * width
     try:
         hotcoco.mask.area(segmentation)
-        counts = segmentation["counts"]
-        total = sum(counts) if isinstance(counts, list) else _total(counts)
+        if isinstance(counts, list):
+            return None if sum(counts) == pixels else f"has RLE of {sum(counts)} pixels, and the image has {pixels}"
+        hotcoco.mask.rle_from_string(counts, pixels, 1)  # raises if there are more pixels
     except (TypeError, ValueError, OverflowError) as error:
         return f"has RLE that cannot be read ({error})"
-    return None if total == height * width else f"has RLE of {total} pixels, and the image has {height * width}"
-
-
-def _total(counts: str) -> int:
-    """The pixels that compressed counts are of: five bits a letter, the lowest first, 32 where more follow; from the
-    fourth on each number is the difference to the one before the last."""
-    total, before, last, number, shift = 0, 0, 0, 0, 0
-    position = 0
-    for letter in counts.encode():
-        bits = letter - 48
-        number |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            number -= 1 << shift
-        number += before if position > 2 else 0
-        before, last = last, number
-        total, number, shift, position = total + number, 0, 0, position + 1
-    return total
+    try:
+        hotcoco.mask.rle_from_string(counts, pixels - 1, 1)
+    except ValueError:
+        return None
+    return f"has RLE of fewer pixels than the image, which has {pixels}"
 
 
 def is_absent(annotations: CocoAnnotations) -> np.ndarray:
     """(annotations,) bool: no segmentation, or an empty list."""
-    return np.diff(annotations.columns["segmentation_offsets"]) <= _NOTHING
+    return np.diff(annotations.columns["segmentation_offsets"]) <= _EMPTY
 
 
 def wrong_rows(annotations: CocoAnnotations) -> np.ndarray:
-    """(N,) int64: the rows of `annotations.columns` whose segmentation is there and wrong, looked for once and
-    remembered beside the annotation cache."""
+    """(N,) int64: the rows of `annotations.columns` with a wrong segmentation. They are found once, and remembered
+    beside the annotation cache."""
     if annotations.selected_from is not None:
         whole, kept = annotations.selected_from
         wrong = np.zeros(len(kept), dtype=bool)
         wrong[wrong_rows(whole)] = True
         return np.flatnonzero(wrong[kept])
     if annotations.cache is None:
-        return _look(annotations)
-    file, count = annotations.cache / "segmentations" / "wrong.npy", len(annotations.columns["annotation_ids"])
-    return once(
-        [file.parent / "lock"], lambda: _remembered_rows(file, count), lambda: _remember_rows(_look(annotations), file)
-    )
+        return _find_wrong_rows(annotations)
+    folder, count = annotations.cache / "segmentations", len(annotations.columns["annotation_ids"])
+
+    def remembered() -> np.ndarray | None:
+        loaded = array_cache.load(folder)
+        rows = loaded[0].get("wrong") if loaded else None
+        return rows if rows is not None and (not len(rows) or 0 <= rows.min() <= rows.max() < count) else None
+
+    def remember() -> np.ndarray:
+        rows = _find_wrong_rows(annotations)
+        array_cache.save(folder, {"wrong": rows}, about=None)  # else the next start looks again
+        return rows
+
+    return once([folder / "lock"], remembered, remember)
 
 
 def why_wrong(annotations: CocoAnnotations, row: int) -> str:
-    """What is wrong with the segmentation of an annotation, "" where nothing is."""
-    image = int(np.searchsorted(annotations.columns["offsets"], row, side="right")) - 1
-    height, width = (int(annotations.columns[name][image]) for name in ("heights", "widths"))
+    """What is wrong with the segmentation of an annotation, "" for nothing."""
+    columns = annotations.columns
+    image = int(np.searchsorted(columns["offsets"], row, side="right")) - 1
+    height, width = (int(columns[name][image]) for name in ("heights", "widths"))
+    start, end = columns["segmentation_offsets"][row : row + 2]
     try:
-        return wrong_segmentation(msgspec.json.decode(_raw(annotations, row)), height, width) or ""
+        segmentation = msgspec.json.decode(columns["segmentations"][start:end].tobytes())
+        return wrong_segmentation(segmentation, height, width) or ""
     except (msgspec.DecodeError, RecursionError) as error:
         return f"cannot be read ({error})"
 
 
-def _look(annotations: CocoAnnotations) -> np.ndarray:
+def _find_wrong_rows(annotations: CocoAnnotations) -> np.ndarray:
     columns = annotations.columns
     offsets, data = columns["segmentation_offsets"].tolist(), memoryview(columns["segmentations"])
-    present = np.flatnonzero(~is_absent(annotations)).tolist()
     wrong = []
-    for row in present:
+    for row in np.flatnonzero(~is_absent(annotations)).tolist():
         try:
-            for polygon in _POLYGONS.decode(data[offsets[row] : offsets[row + 1]]):
-                if len(polygon) % 2:
-                    raise ValueError
-        except (ValueError, RecursionError):  # no good polygons, which is RLE for the most part
-            if why_wrong(annotations, row):
-                wrong.append(row)
+            polygons = _POLYGONS.decode(data[offsets[row] : offsets[row + 1]])
+            is_right = not any(len(polygon) % 2 for polygon in polygons)
+        except (ValueError, RecursionError):  # mostly RLE
+            is_right = False
+        if not is_right and why_wrong(annotations, row):
+            wrong.append(row)
     return np.array(wrong, dtype=np.int64)
-
-
-def _raw(annotations: CocoAnnotations, row: int) -> bytes:
-    start, end = annotations.columns["segmentation_offsets"][row : row + 2]
-    return annotations.columns["segmentations"][start:end].tobytes()
-
-
-def _remember_rows(rows: np.ndarray, file: Path) -> np.ndarray:
-    try:
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", delete=False) as aside:
-            np.save(aside, rows)
-        os.chmod(aside.name, 0o644)
-        os.replace(aside.name, file)
-    except OSError:  # looked for again at the next start
-        pass
-    return rows
-
-
-def _remembered_rows(file: Path, count: int) -> np.ndarray | None:
-    try:
-        rows = np.load(file)
-    except (OSError, ValueError, EOFError):
-        return None  # none yet, cut off or not ours
-    sound = rows.dtype == np.int64 and rows.ndim == 1 and (not len(rows) or 0 <= rows.min() <= rows.max() < count)
-    return rows if sound else None

@@ -1,10 +1,17 @@
-"""A torch data set of annotations, images and a detector's transform."""
+"""The PyTorch data set of annotations, images and a detector's transform, and its random numbers.
+
+Random numbers follow from what they are for, not from what was drawn before. So a resumed run, another number of loader
+workers or another number of slots draws the same numbers for the same sample.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -13,7 +20,6 @@ import torch
 
 from shared.data.annotations import CocoAnnotations, ImageRecord
 from shared.data.images import BadImageError, read_image
-from shared.data.seeding import seed_all
 from shared.data.storage import ImageStorage
 from shared.errors import UserError
 
@@ -22,8 +28,31 @@ logger = logging.getLogger(__name__)
 Transform = Callable[[Any, ImageRecord], Any]
 
 
+def seed_all(*key: int) -> None:
+    """Seeds Python, NumPy and PyTorch (on the CPU and the current device) from `key`, non-negative integers."""
+    words = np.random.SeedSequence(key).generate_state(4, dtype=np.uint64).tolist()
+    random.seed(words[0])
+    np.random.seed(words[1] & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(words[2] >> 1)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(words[3] >> 1)
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Restores the state of all random generators at the end of the block."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+
+
 class SampleKey(NamedTuple):
-    """Which image, in which epoch, and which of its copies there: what the sample's random numbers follow from."""
+    """The epoch, the image's index, and which of its copies in the epoch: the seeds of a sample."""
 
     epoch: int
     index: int
@@ -34,25 +63,21 @@ class SampleKey(NamedTuple):
         return (self.epoch, self.index, self.copy, 4) if self.copy else (self.epoch, self.index)
 
 
+@dataclass
 class BadImages:
-    """What becomes of images that cannot be read: `data.on_bad_image`.
+    """What happens to images that cannot be read: `data.on_bad_image`.
 
     Attributes:
-        skip: leave them out; else the first one ends the run.
-        skipped: the ids of those left out since `take` was last called in this process, a loader worker for most.
+        skip: skip them; else the first one stops the run.
+        skipped: ids of the images skipped since the last `take` in this process, which usually is a loader worker.
     """
 
-    def __init__(self, skip: bool = False):
-        self.skip = skip
-        self.skipped: list[int] = []
-        self._known: set[int] = set()
+    skip: bool = False
+    skipped: list[int] = field(default_factory=list)
+    _known: set[int] = field(default_factory=set)
 
     def leave_out(self, error: BadImageError, image_id: int) -> None:
-        """Notes the image.
-
-        Raises:
-            BadImageError: the given one, where bad images are errors.
-        """
+        """Notes the image, or raises the error if bad images are not skipped."""
         if not self.skip:
             raise error
         self.skipped.append(image_id)
@@ -61,46 +86,39 @@ class BadImages:
             logger.warning("left out: %s", error)
 
     def take(self) -> list[int]:
-        """The ids noted since the last time."""
+        """The ids noted since the last call."""
         taken, self.skipped = self.skipped, []
         return taken
 
 
+@dataclass(eq=False)
 class CocoDetection(torch.utils.data.Dataset):
     """`dataset[SampleKey(epoch, index)]` is `transform(image, record)`; `dataset[index]` is that of epoch 0.
 
-    The transform may draw from Python's, NumPy's and PyTorch's global generators: they are seeded from
-    (seed, epoch, index) before it runs, and the copy of an image that comes several times an epoch.
+    The transform may draw from the global generators of Python, NumPy and PyTorch. They are seeded from the seed and
+    the sample's key before it runs.
 
-    Args:
-        transform: takes an image, as `decode` gives it, and its `ImageRecord`.
-        training: leave boxes without area out of the records.
-        bad_images: what becomes of images that cannot be read. The next one of the same size takes the place of one
-            that is left out, so that batches are as large, and the same in every run. Where none of that size can be
-            read, one of the same shape (wide or not) does, the same for all of that size, as a batch may be of one.
-        decode: from the bytes of an image of 8 bits to what `transform` takes; a PIL image in RGB where None.
-        in_use: the indices that may stand in for another; all where None.
+    Attributes:
+        transform: takes an image, as `decode` returns it, and its `ImageRecord`.
+        training: omit boxes without area from the records.
+        bad_images: what happens to images that cannot be read. The next image of the same size replaces a skipped one,
+            so that batches keep their size, and are the same in every run. If there is none of that size, an image of
+            the same shape (wide or not) does, the same for all of that size, because a batch may have one size.
+        decode: takes the bytes of an 8-bit image, and returns what `transform` takes. None for a PIL image in RGB.
+        in_use: indices that may replace another; None for all.
     """
 
-    def __init__(
-        self,
-        annotations: CocoAnnotations,
-        images: ImageStorage,
-        transform: Transform,
-        seed: int,
-        training: bool,
-        bad_images: BadImages | None = None,
-        decode: Callable[[bytes], Any] | None = None,
-        in_use: np.ndarray | None = None,
-    ):
-        self.annotations = annotations
-        self.images = images
-        self.transform = transform
-        self.seed = seed
-        self.training = training
-        self.bad_images = bad_images or BadImages()
-        self.decode = decode
-        self.in_use = in_use
+    annotations: CocoAnnotations
+    images: ImageStorage
+    transform: Transform
+    seed: int
+    training: bool
+    bad_images: BadImages | None = None
+    decode: Callable[[bytes], Any] | None = None
+    in_use: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        self.bad_images = self.bad_images or BadImages()
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -120,31 +138,30 @@ class CocoDetection(torch.utils.data.Dataset):
         """The decoded image and its record.
 
         Raises:
-            BadImageError: the image cannot be read, or has another size than the annotation file says.
+            BadImageError: the image cannot be read, or has another size than in the annotation file.
         """
         record = self.annotations[index]
         size = (record.width, record.height)
         image = read_image(self.images, record.file_name, size, f"image id {record.image_id}", self.decode)
-        return image, _with_area_only(record) if self.training else record
+        has_area = (record.boxes[:, 2:] > record.boxes[:, :2]).all(axis=1)
+        return image, record.only(has_area) if self.training and not has_area.all() else record
 
     def _candidates(self, index: int) -> Iterator[int]:
-        """The image, then those that may stand in for it."""
+        """The image, and then its possible replacements in order."""
         yield index
         widths, heights = self.annotations.columns["widths"], self.annotations.columns["heights"]
         alike = self._by_shape[int(widths[index] > heights[index])]
         is_as_large = (widths[alike] == widths[index]) & (heights[alike] == heights[index])
         as_large, others = alike[is_as_large], alike[~is_as_large]
-        start = np.searchsorted(as_large, index, side="right")
-        start_of_others = np.searchsorted(others, as_large[0] if len(as_large) else index)
-        for other in itertools.chain(
-            as_large[start:], as_large[:start], others[start_of_others:], others[:start_of_others]
-        ):
-            if other != index:
-                yield int(other)
+        for group, after in ((as_large, index), (others, as_large[0] if len(as_large) else index)):
+            start = np.searchsorted(group, after, side="right")
+            for other in itertools.chain(group[start:], group[:start]):
+                if other != index:
+                    yield int(other)
 
     @cached_property
     def _by_shape(self) -> tuple[np.ndarray, np.ndarray]:
-        """The indices in use, in order: of images that are not wide, and of those that are."""
+        """Sorted indices in use: of images that are not wide, and of wide ones."""
         in_use = np.arange(len(self)) if self.in_use is None else np.unique(self.in_use)
         wide = (self.annotations.columns["widths"] > self.annotations.columns["heights"])[in_use]
         return in_use[~wide], in_use[wide]
@@ -154,19 +171,14 @@ def transformed(transform: Transform, image: Any, record: ImageRecord) -> Any:
     """`transform(image, record)`.
 
     Raises:
-        UserError: it fails, on annotations that nothing can be made of for the most part; says of which image.
+        UserError: it fails, mostly because of odd annotations; names the image.
     """
     try:
         return transform(image, record)
     except UserError:
         raise
-    except Exception as error:  # libraries fail in as many ways as annotations are wrong
+    except Exception as error:  # libraries fail in many ways
         raise UserError(
             f"{record.file_name} (image id {record.image_id}) cannot be made a sample; look at its annotations "
             f"({type(error).__name__}: {error})"
         ) from error
-
-
-def _with_area_only(record: ImageRecord) -> ImageRecord:
-    keep = (record.boxes[:, 2:] > record.boxes[:, :2]).all(axis=1)
-    return record if keep.all() else record.only(keep)

@@ -1,7 +1,7 @@
-"""`data.fast_images`: pixels next to those of Pillow, decoded by torchvision and resized by PyTorch.
+"""`data.fast_images`: torchvision decodes and PyTorch resizes, to nearly the pixels of Pillow.
 
-PyTorch's antialiased resize of uint8 filters as Pillow's does, with coarser coefficients: few pixels differ, by 1 of
-255, seldom by 2.
+PyTorch's antialiased resize of uint8 uses Pillow's filters with coarser coefficients. Few pixels differ, by 1 of 255
+and seldom by 2.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from shared.data.images import Box, decode_rgb, in_two_steps, needed_rows
 
-MODES = {Image.BILINEAR: "bilinear", Image.BICUBIC: "bicubic"}  # what both can do, Pillow's name and PyTorch's
+MODES = {Image.BILINEAR: "bilinear", Image.BICUBIC: "bicubic"}  # the filters that both have
 _REDUCTIONS = (8, 4, 2)  # of libjpeg
-_STILL_LARGER = 2  # times the size that is asked for: less would show
+_MIN_REDUCED = 2  # times the wanted size: the difference would show below
 
 
 def decode(data: bytes, wanted: tuple[int, int] | None = None) -> np.ndarray:
-    """The image of `plain_bytes`, (height, width, 3) uint8 RGB, turned as its EXIF orientation says.
+    """The image of `plain_bytes`, (height, width, 3) uint8 RGB, rotated as its EXIF orientation says.
 
     Args:
-        wanted: (width, height) that it will be resized to. A JPEG that is much larger, and divides evenly, is decoded
-            at a half, a quarter or an eighth of its size: at least twice the one that is wanted.
+        wanted: (width, height) that it will be resized to. A JPEG whose sides divide evenly is decoded at a half, a
+            quarter or an eighth of its size, if that is at least twice the wanted size.
 
     Raises:
         OSError, SyntaxError and others: it cannot be decoded.
@@ -44,7 +44,7 @@ def decode(data: bytes, wanted: tuple[int, int] | None = None) -> np.ndarray:
                 try:
                     encoded = torch.from_numpy(np.frombuffer(data, np.uint8))
                     return decode_jpeg(encoded, ImageReadMode.RGB).permute(1, 2, 0).numpy()
-                except (RuntimeError, AttributeError):  # torchvision has no libjpeg, or Pillow may still read it
+                except (RuntimeError, AttributeError):  # torchvision has no libjpeg, or cannot read what Pillow can
                     pass
     return np.asarray(decode_rgb(data))
 
@@ -52,7 +52,7 @@ def decode(data: bytes, wanted: tuple[int, int] | None = None) -> np.ndarray:
 def _reduction(size: tuple[int, int], wanted: tuple[int, int]) -> int:
     for reduction in _REDUCTIONS:
         fits = all(side % reduction == 0 for side in size)
-        if fits and all(side >= _STILL_LARGER * reduction * to for side, to in zip(size, wanted, strict=True)):
+        if fits and all(side >= _MIN_REDUCED * reduction * to for side, to in zip(size, wanted, strict=True)):
             return reduction
     return 1
 
@@ -78,7 +78,7 @@ def resize_visible(pixels: np.ndarray, size: tuple[int, int], box: Box, resample
 
 
 def flipped(pixels: np.ndarray, transposition: int | None) -> np.ndarray:
-    """(H, W, 3) after Pillow's FLIP_LEFT_RIGHT, FLIP_TOP_BOTTOM or ROTATE_180; as it is where None."""
+    """(H, W, 3) after Pillow's FLIP_LEFT_RIGHT, FLIP_TOP_BOTTOM or ROTATE_180; unchanged for None."""
     axes = {None: [], Image.FLIP_LEFT_RIGHT: [3], Image.FLIP_TOP_BOTTOM: [2], Image.ROTATE_180: [2, 3]}[transposition]
     return _pixels(_tensor(pixels).flip(axes)) if axes else pixels
 
@@ -90,9 +90,9 @@ def _interpolated(image: torch.Tensor, size: tuple[int, int], mode: str) -> torc
 
 
 def _tensor(pixels: np.ndarray) -> torch.Tensor:
-    """(1, 3, H, W), channels last: what PyTorch resizes fastest."""
+    """(1, 3, H, W) with channels last, which PyTorch resizes fastest."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of arrays that may not be written to; none is
+        warnings.simplefilter("ignore")  # about read-only arrays; nothing writes to them
         return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 

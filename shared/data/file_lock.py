@@ -1,4 +1,4 @@
-"""Work that several processes of a machine need the result of, done by one of them."""
+"""Work that one process does and several use, such as a cache of parsed data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, BinaryIO, TypeVar
 
 logger = logging.getLogger(__name__)
 
@@ -16,14 +16,13 @@ T = TypeVar("T")
 
 
 def once(locks: Sequence[Path], find: Callable[[], T | None], make: Callable[[], T]) -> T:
-    """What `find` finds, else what `make` makes, which other processes then find: ranks of a run, other runs, workers.
+    """What `find` returns. If that is None, one process calls `make`, and the others wait and find its result.
 
-    One process makes at a time. The lock goes with its process, whatever that dies of. Where none can be had (the
-    place cannot be written, or its file system has no locks), each process makes its own.
+    The lock is released when its process dies. If no lock file can be written or locked, each process calls `make`.
 
     Args:
-        locks: files to lock, which are made with their folders, and stay: the first that can be locked is.
-        find: gives None where there is nothing yet; called again under the lock.
+        locks: files to lock. The first that can be locked is used; it is created with its folder, and stays.
+        find: returns None if there is nothing yet. It is called again under the lock.
         make: leaves its result where `find` looks.
     """
     if (found := find()) is not None:
@@ -31,30 +30,31 @@ def once(locks: Sequence[Path], find: Callable[[], T | None], make: Callable[[],
     with contextlib.ExitStack() as stack:
         for path in locks:
             with contextlib.suppress(OSError):
-                stack.enter_context(_locked(path))
+                stack.enter_context(locked(path, log_waiting=True))
                 break
         return made if (made := find()) is not None else make()
 
 
-def user_cache() -> Path | None:
-    """The user's cache directory; None where there is neither that nor a home."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return None if cache.startswith("~") else Path(cache)  # without a home directory `~` stays as it is
-
-
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    # flock itself: where a network disk has no locks, versions of the library filelock wait for ever
+def locked(path: Path, log_waiting: bool = False) -> Iterator[BinaryIO]:
+    """Locks a file, which is created with its folder, for this process alone, and gives it opened.
+
+    Raises:
+        OSError: it cannot be written, or its file system has no locks.
+    """
+    # flock itself: on a network disk without locks, versions of the library filelock wait for ever
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with path.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("waiting for the process that holds %s", path)
+            if log_waiting:
+                logger.info("waiting for the process that holds %s", path)
             fcntl.flock(file, fcntl.LOCK_EX)
         try:
-            yield
+            yield file
         finally:
+            file.flush()
             fcntl.flock(file, fcntl.LOCK_UN)  # a process that was forked meanwhile has the file open too
 
 
@@ -88,3 +88,9 @@ def is_locked(path: Path) -> bool:
     except (BlockingIOError, PermissionError):
         return True
     return False
+
+
+def user_cache() -> Path | None:
+    """The user's cache directory; None if there is neither that nor a home."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return None if cache.startswith("~") else Path(cache)  # without a home directory `~` stays as it is

@@ -1,4 +1,4 @@
-"""From an image file's bytes to pixels, alike in all detectors: RGB, 8 bits, turned as the annotations are."""
+"""From an image file's bytes to pixels: RGB, 8 bits, rotated as the annotations are; and how images are resized."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import io
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -16,64 +17,15 @@ from shared.data.storage import ImageStorage
 from shared.errors import UserError
 
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-# the formats that OpenCV reads too, with what a whole file ends with; where there is no such end, or more follows,
-# the file has to be decoded to know whether it is whole
+# formats that OpenCV reads too, with the end of a whole file. A file without that end is decoded to see if it is whole.
 _ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "BMP": None, "WEBP": None, "TIFF": None}
 _SIXTEEN_BITS = (".png", ".tif", ".tiff", ".pgm", ".jp2")  # formats that can have them
 _TWELVE_BITS = 4096
 DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
 
 
-def is_image_name(name: str) -> bool:
-    """Whether a file's ending is that of a format that Pillow reads."""
-    return Image.registered_extensions().get(PurePosixPath(name).suffix.lower()) in Image.OPEN
-
-
 class BadImageError(UserError):
-    """An image file that is not there, cannot be decoded or contradicts the annotation file."""
-
-
-def read_image(
-    images: ImageStorage,
-    file_name: str,
-    size: tuple[int, int] | None = None,
-    name: str = "",
-    decode: Callable[[bytes], Any] | None = None,
-) -> Any:
-    """The decoded image, by default a PIL image in RGB.
-
-    Args:
-        size: (width, height) that the annotation file says; None to take the file's, turned as its EXIF says.
-        name: what the error calls the image beside its file name.
-        decode: from the bytes of an image of 8 bits to what is wanted.
-
-    Raises:
-        BadImageError: it cannot be read or decoded, or has another size.
-    """
-
-    def refuse(reason: object) -> NoReturn:
-        raise unreadable(file_name, name or str(images), reason)
-
-    try:
-        data = images.read(file_name)
-        if not data:
-            refuse("the file is empty")
-        plain = plain_bytes(data, size)
-        return decode_rgb(plain) if decode is None else decode(plain)
-    except UserError:
-        raise
-    except SizeMismatch as error:
-        raise BadImageError(
-            f"{file_name} ({name}) has {error.width}×{error.height} pixels, and the annotation file says "
-            f"{size[0]}×{size[1]}; correct the file or the image"
-        ) from error
-    except DECODING_ERRORS as error:
-        refuse(error)
-
-
-def unreadable(file_name: str, name: str, reason: object) -> BadImageError:
-    """The error of an image that cannot be decoded."""
-    return BadImageError(f"{file_name} ({name}) cannot be read as an image: {str(reason) or type(reason).__name__}")
+    """An image file that is missing, cannot be decoded, or contradicts the annotation file."""
 
 
 class SizeMismatch(ValueError):
@@ -84,20 +36,66 @@ class SizeMismatch(ValueError):
         self.width, self.height = width, height
 
 
-def plain_bytes(data: bytes, size: tuple[int, int] | None = None) -> bytes:
-    """The bytes as they are, where every library makes the same pixels of them; else a PNG that it does: of 16-bit
-    grey, of palettes and CMYK, of an animation's first frame, and where EXIF would turn the image away from `size`.
+def is_image_name(name: str) -> bool:
+    """Whether Pillow reads files with this ending."""
+    return Image.registered_extensions().get(PurePosixPath(name).suffix.lower()) in Image.OPEN
+
+
+def read_image(
+    images: ImageStorage,
+    file_name: str,
+    size: tuple[int, int] | None = None,
+    name: str = "",
+    decode: Callable[[bytes], Any] | None = None,
+) -> Any:
+    """Reads and decodes an image, by default to a PIL image in RGB.
 
     Args:
-        size: (width, height) in the annotation file. EXIF turns the image sideways only where that makes its size
-            this one; upside down, which the size does not tell, it turns as MMDetection and Detectron2 do.
+        size: (width, height) in the annotation file; None for the file's own, rotated as its EXIF says.
+        name: what errors call the image beside its file name.
+        decode: decodes the bytes of an 8-bit image.
 
     Raises:
-        SizeMismatch: the image has another size, either way.
+        BadImageError: it cannot be read or decoded, or has another size.
+    """
+    try:
+        data = images.read(file_name)
+        if not data:
+            raise ValueError("the file is empty")
+        plain = plain_bytes(data, size)
+        return decode_rgb(plain) if decode is None else decode(plain)
+    except UserError:
+        raise
+    except SizeMismatch as error:
+        raise BadImageError(
+            f"{file_name} ({name}) has {error.width}×{error.height} pixels, and the annotation file says "
+            f"{size[0]}×{size[1]}; correct the file or the image"
+        ) from error
+    except DECODING_ERRORS as error:
+        raise unreadable(file_name, name or str(images), error) from error
+
+
+def unreadable(file_name: str, name: str, reason: object) -> BadImageError:
+    """The error for an image that cannot be decoded."""
+    return BadImageError(f"{file_name} ({name}) cannot be read as an image: {str(reason) or type(reason).__name__}")
+
+
+def plain_bytes(data: bytes, size: tuple[int, int] | None = None) -> bytes:
+    """The bytes themselves if all libraries decode them to the same pixels, else a PNG for which they do.
+
+    A PNG replaces 16-bit grey, palettes, CMYK, the first frame of an animation, and images that EXIF would rotate away
+    from `size`.
+
+    Args:
+        size: (width, height) in the annotation file. EXIF rotates the image sideways only if the result has this size.
+            It rotates upside down in any case, as MMDetection and Detectron2 do, because the size does not tell.
+
+    Raises:
+        SizeMismatch: the image has another size in both orientations.
         OSError, SyntaxError, PIL's DecompressionBombError and others: it cannot be decoded.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of palettes with transparency, and of images that are large
+        warnings.simplefilter("ignore")  # about transparent palettes and large images
         with Image.open(io.BytesIO(data)) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
             away = turned and size is not None and image.size == tuple(size) and image.width != image.height
@@ -108,7 +106,7 @@ def plain_bytes(data: bytes, size: tuple[int, int] | None = None) -> bytes:
             if image.format in _ENDINGS and image.mode in ("RGB", "L") and still and not away:
                 ending = _ENDINGS[image.format]
                 if ending is None or not data.endswith(ending):
-                    image.load()  # OpenCV makes grey of what is cut off
+                    image.load()  # OpenCV makes grey of missing parts
                 return data
             pixels = np.asarray(_to_rgb(image) if away else ImageOps.exif_transpose(_to_rgb(image)))
     buffer = io.BytesIO()
@@ -117,14 +115,14 @@ def plain_bytes(data: bytes, size: tuple[int, int] | None = None) -> bytes:
 
 
 def darkness(images: ImageStorage, file_name: str) -> str:
-    """What to say of an image whose 16 bits hold 12, 10 or 8 alone, as microscopes and X-ray detectors leave them: of
-    their upper 8, next to nothing is left. "" for any other, and one that cannot be read."""
+    """A warning about a 16-bit image whose values have 12, 10 or 9 bits, as microscopes and X-ray detectors write them:
+    its upper 8 bits are nearly empty. "" for other images and those that cannot be read."""
     if not file_name.lower().endswith(_SIXTEEN_BITS):
         return ""
     try:
         with Image.open(io.BytesIO(images.read(file_name))) as image:
             levels = np.asarray(image) if image.mode.startswith("I") else np.zeros(1)
-    except Exception:  # whatever a store's client raises: the read that counts will say it
+    except Exception:  # whatever a store's client raises: the real read reports it
         return ""
     brightest = int(levels.max())
     if not 255 < brightest < _TWELVE_BITS:
@@ -137,36 +135,58 @@ def darkness(images: ImageStorage, file_name: str) -> str:
 
 
 def decode_rgb(data: bytes) -> Image.Image:
-    """The image of `plain_bytes` in RGB, turned as its EXIF orientation says."""
+    """The image of `plain_bytes` in RGB, rotated as its EXIF orientation says."""
     image = Image.open(io.BytesIO(data))
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
-    if image.mode != "RGB":  # else both would copy it
+    if image.mode != "RGB":  # else both calls would copy it
         return image.convert("RGB")
     image.load()
     return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # Pillow's own conversion of 16 bits makes white of most
+    if image.mode.startswith("I"):  # Pillow's own conversion of 16 bits makes most values white
         levels = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
         grey = Image.fromarray(levels.astype(np.uint8))
-        grey.info.update(image.info)  # its orientation
+        grey.info.update(image.info)  # which has its orientation
         return grey.convert("RGB")
     return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
 
 
+# --- resizing ---------------------------------------------------------------------------------------
+
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the resized image
 
 _SUPPORT = {Image.BILINEAR: 1, Image.HAMMING: 1, Image.BICUBIC: 2, Image.LANCZOS: 3}
-_MOST = 0.75  # of the resized image: less is not worth two steps
+_MAX_SHARE = 0.75  # of the resized image: two steps save less for a larger box
+
+
+@dataclass
+class InputScale:
+    """How large objects are for the model.
+
+    Attributes:
+        smallest: pixels of the model's input: the side of its smallest anchor or stride.
+        kind: which of these, "anchor" or "stride".
+        short, long: the largest sides, in pixels, of a resized image, which keeps its aspect ratio.
+    """
+
+    smallest: float
+    kind: str
+    short: float
+    long: float
+
+    def factor(self, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+        """(images,) input pixels per pixel of each image."""
+        return np.minimum(self.short / np.minimum(widths, heights), self.long / np.maximum(widths, heights))
 
 
 def resize_visible(image: Image.Image, size: tuple[int, int], box: Box, resample: int) -> Image.Image:
-    """`image.resize(size, resample).crop(box)`, bit for bit; `size` is (width, height).
+    """`image.resize(size, resample).crop(box)`, bit for bit, but quicker; `size` is (width, height).
 
-    Where an image becomes higher, every Pillow resizes each row, rounds to 8 bits, then resizes each column: the rows
-    are independent of each other, and so are the columns.
+    If an image becomes higher, Pillow resizes each row, rounds to 8 bits, and then resizes each column. The rows are
+    independent of each other, and so are the columns.
     """
     (width, height), (left, top, right, bottom) = size, box
     if not in_two_steps(image.height, size, box):
@@ -180,14 +200,13 @@ def resize_visible(image: Image.Image, size: tuple[int, int], box: Box, resample
 
 
 def in_two_steps(height: int, size: tuple[int, int], box: Box) -> bool:
-    """Whether an image of that height becomes higher, and much of it is thrown away."""
+    """Whether an image of that height becomes higher, and much of it is cropped."""
     left, top, right, bottom = box
-    return height < size[1] and (right - left) * (bottom - top) < _MOST * size[0] * size[1]
+    return height < size[1] and (right - left) * (bottom - top) < _MAX_SHARE * size[0] * size[1]
 
 
 def needed_rows(height: int, to: int, rows: tuple[int, int], resample: int) -> tuple[int, int]:
-    """From which row and up to which one of an image of that height the rows of the one that is resized to the height
-    `to` are made."""
+    """The first and the last row of an image of that height that rows of the image resized to height `to` need."""
     scale = height / to
     reach = _SUPPORT[resample] * max(scale, 1) + 2
     first, last = math.floor((rows[0] + 0.5) * scale - reach), math.ceil((rows[1] - 0.5) * scale + reach)
@@ -195,6 +214,6 @@ def needed_rows(height: int, to: int, rows: tuple[int, int], resample: int) -> t
 
 
 def planes_of(image: Image.Image) -> list[np.ndarray]:
-    """The red, green and blue of an RGB image, (height, width) uint8 each, not to be written to."""
+    """The red, green and blue planes of an RGB image: (height, width) uint8 each, read-only."""
     shape = image.height, image.width
     return [np.frombuffer(image.tobytes("raw", channel), np.uint8).reshape(shape) for channel in "RGB"]

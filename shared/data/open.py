@@ -13,7 +13,7 @@ from shared.data import checks, synthetic
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.checks import check_box_format, check_images, first_dark_image, refuse_names_outside, under_a_pixel
 from shared.data.remote import StoreError
-from shared.data.storage import FakeImages, ImageStorage, open_images
+from shared.data.storage import ImageStorage, open_images
 from shared.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class SplitData:
-    """What a split's `DataConfig` opens to."""
+    """An opened split of the data."""
 
     annotations: CocoAnnotations
     images: ImageStorage
@@ -32,18 +32,19 @@ class SplitData:
 
 
 def open_split(data: DataConfig, split: str, images: ImageStorage | None = None) -> SplitData:
-    """Annotations and images of "train" or "val", checked.
+    """Opens and checks the annotations and images of "train" or "val".
 
     Args:
-        images: where the images are, in place of the folder in `data`.
+        images: replaces the folder in `data`.
 
     Raises:
         UserError: a path is missing, the annotations are not COCO or contradict themselves, image files are missing.
     """
-    if not data.reads_files:
-        if getattr(data, split) is not None:
-            logger.warning("data.%s is not read: data.backend is fake, which makes its data up; say disk", split)
-        return SplitData(CocoAnnotations.from_dict(synthetic.fake_split(split)), FakeImages(split))
+    return _OPENERS.get(data.backend, _open_files)(data, split, images)
+
+
+def _open_files(data: DataConfig, split: str, images: ImageStorage | None) -> SplitData:
+    """A COCO file and a folder, each on disk or in a store."""
     paths: Split | None = getattr(data, split)
     if paths is None:
         raise UserError(f"data.{split} is missing; it needs the keys `annotations` and `images`")
@@ -52,8 +53,9 @@ def open_split(data: DataConfig, split: str, images: ImageStorage | None = None)
     except UserError as error:
         raise UserError(f"data.{split}.annotations: {error}") from error
     folder = data.located(paths.images)
+    if images is None:
+        images = open_images(folder, split, data.store_options, data.cache_dir, int(data.cache_gb * 2**30))
     where = f"data.{split}.images ({folder})"
-    images = images or open_images(folder, split, data.store_options, data.cache_dir, int(data.cache_gb * 2**30))
     try:
         refuse_names_outside(annotations, where, getattr(images, "folder", None))
         check_box_format(annotations, f"data.{split}.annotations")
@@ -66,11 +68,22 @@ def open_split(data: DataConfig, split: str, images: ImageStorage | None = None)
     return SplitData(annotations, images)
 
 
+def _open_fake(data: DataConfig, split: str, images: ImageStorage | None) -> SplitData:
+    """A small synthetic data set."""
+    if getattr(data, split) is not None:
+        logger.warning("data.%s is not read: data.backend is fake, which makes its data up; say disk", split)
+    return SplitData(CocoAnnotations.from_dict(synthetic.fake_split(split)), synthetic.FakeImages(split))
+
+
+# backends that are not a COCO file and a folder of images
+_OPENERS = {"fake": _open_fake}
+
+
 def open_train_and_val(data: DataConfig) -> tuple[SplitData, SplitData]:
-    """Both splits, with the same categories.
+    """Opens both splits, which must have the same categories.
 
     Raises:
-        UserError: as `open_split`; the categories differ; there is nothing to train on.
+        UserError: as for `open_split`; the categories differ; there is nothing to train on or to validate on.
     """
     train, val = open_split(data, "train"), open_split(data, "val")
     check_same_categories(train.annotations, val.annotations)
@@ -80,7 +93,7 @@ def open_train_and_val(data: DataConfig) -> tuple[SplitData, SplitData]:
 
 
 def check_trainable(annotations: CocoAnnotations) -> None:
-    """Raises UserError where there is nothing to train on, warns of boxes that are next to nothing."""
+    """Raises UserError if there is nothing to train on, and warns of boxes smaller than a pixel."""
     objects, small = ~annotations.without_area & ~annotations.columns["iscrowd"], under_a_pixel(annotations)
     if not objects.any():
         raise UserError(f"data.train.annotations: {annotations.path} has no box to train on")
@@ -94,18 +107,18 @@ def check_trainable(annotations: CocoAnnotations) -> None:
 
 
 def _is_first_process() -> bool:
-    """Whether a warning of this process's is not one of many."""
+    """Whether this process logs what all processes find."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def check_evaluable(annotations: CocoAnnotations) -> None:
-    """Raises UserError where there is nothing to validate on."""
+    """Raises UserError if there is nothing to validate on."""
     if not (~annotations.columns["iscrowd"]).any():
         raise UserError(f"data.val.annotations: {annotations.path} has no box to evaluate detections with")
 
 
 def check_masks(annotations: CocoAnnotations, split: str) -> None:
-    """Raises UserError where annotations to train masks on, or to evaluate them with, have none, or wrong ones."""
+    """Raises UserError if masks are needed, and an annotation has none or a wrong one."""
     columns, wrong = annotations.columns, checks.wrong_rows(annotations)
     counting = ~columns["iscrowd"] & ~annotations.without_area
     absent = np.flatnonzero(checks.is_absent(annotations) & counting)

@@ -6,15 +6,19 @@ Each picture follows from (seed, index) alone, so any of them can be drawn at an
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
+
+from shared.data.image_list import Look
 
 CATEGORIES = [
     {"id": 1, "name": "rectangle", "supercategory": "shape"},
@@ -69,6 +73,23 @@ def coco_split(seed: int, count: int, size: int = SIZE) -> dict:
 def fake_split(split: str) -> dict:
     """The annotations of `backend: fake` for "train" or "val"."""
     return coco_split(FAKE_SEEDS[split], FAKE_IMAGES[split])
+
+
+@dataclass(frozen=True)
+class FakeImages:
+    """The pictures of `fake_split`, drawn when they are read."""
+
+    split: str
+    place = None
+
+    def read(self, file_name: str) -> bytes:
+        image, _ = draw_sample(FAKE_SEEDS[self.split], int(Path(file_name).stem))
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG", compress_level=1)
+        return buffer.getvalue()
+
+    def look(self, names: np.ndarray) -> Look:
+        return Look()
 
 
 def write(out: Path, train: int = 400, val: int = 100, size: int = SIZE, seed: int = 0) -> None:

@@ -117,7 +117,7 @@ class RunFolder:
             restore_folder(self.checkpoints / name)
 
     def keep(self, new: Path, is_best: bool) -> None:
-        """Makes the checkpoint folder `new` the last one, and a copy of it the best one, once all of it is on the disk."""
+        """Makes the checkpoint folder `new` the last one, and a copy of it the best one, once all is on the disk."""
         if is_best:
             # before `last`: after a kill in between, the resumed run comes by here again
             copy = self.saving / "best"

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from shared.config.schema import SearcherMetric
-from shared.data.seeding import kept_random_state
+from shared.data.dataset import kept_random_state
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.gathered import ChiefReducer, Gather
@@ -182,8 +182,8 @@ def check_losses(samples: Iterator[Any], compute: Callable[[Any], object]) -> No
 class ValidationLoss(ChiefReducer):
     """Means over images of what `update` was given, with "val_" before the names.
 
-    An image that several slots saw counts once. The sums are in the order of ids. A loss that an image lacks is 0 there,
-    as it is in the image's total. What is no loss (an accuracy) is averaged over the images that have it.
+    An image that several slots saw counts once. The sums are in the order of ids. A loss that an image lacks counts as
+    0, as in the image's total. What is no loss (an accuracy) is averaged over the images that have it.
 
     Args:
         image_ids: of the images that count.

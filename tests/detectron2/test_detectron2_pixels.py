@@ -13,7 +13,7 @@ from PIL import Image
 from detectron2_files.data import MapperTransform, to_dataset_dict
 from detectron2_files.pixels import with_quick_resizing
 from shared.data.annotations import CocoAnnotations
-from shared.data.seeding import seed_all
+from shared.data.dataset import seed_all
 from shared.data.storage import DiskImages
 from shared.data.synthetic import write
 

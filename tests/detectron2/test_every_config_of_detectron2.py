@@ -32,8 +32,7 @@ from detectron2_files.config import load_detectron2_config, shipped_configs
 from detectron2_hyperparameters import Detectron2Hyperparameters
 from shared.config.experiment import parse_data
 from shared.config.schema import DataConfig, parse_section
-from shared.data.dataset import BadImages, SampleKey
-from shared.data.seeding import seed_all
+from shared.data.dataset import BadImages, SampleKey, seed_all
 
 STUFF = 54  # classes of the zoo's semantic heads, the first for all things
 NEEDS = {

@@ -13,8 +13,8 @@ from PIL import Image
 from efficientdet_files.data import EfficientDetCollate, EfficientDetTransform, input_config
 from efficientdet_hyperparameters import EfficientDetHyperparameters
 from shared.data.annotations import CocoAnnotations
+from shared.data.dataset import seed_all
 from shared.data.images import BadImageError
-from shared.data.seeding import seed_all
 
 SIZES = [(640, 427), (100, 75), (64, 200), (300, 301)]
 

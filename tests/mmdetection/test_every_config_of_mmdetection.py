@@ -40,8 +40,7 @@ from mmdetection_files.model import without_pretrained_backbone, without_teacher
 from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparameters
 from shared.config.experiment import parse_data
 from shared.config.schema import parse_section
-from shared.data.dataset import BadImages, SampleKey
-from shared.data.seeding import seed_all
+from shared.data.dataset import BadImages, SampleKey, seed_all
 from shared.errors import UserError
 
 BATCHES = 5  # an epoch

@@ -13,7 +13,7 @@ from mmdet.datasets.pipelines import Compose
 from mmdetection_files.data import PipelineTransform, collate
 from mmdetection_files.pixels import Normalization, with_quick_end
 from shared.data.annotations import CocoAnnotations
-from shared.data.seeding import seed_all
+from shared.data.dataset import seed_all
 from shared.data.storage import DiskImages
 from shared.errors import UserError
 

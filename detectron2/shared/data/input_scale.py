@@ -1,1 +1,0 @@
-../../../shared/data/input_scale.py
