@@ -246,7 +246,7 @@ def train(tmp_path, monkeypatch):
 def leave_out_figures(patch: pytest.MonkeyPatch) -> None:
     """Lets a training in this process write no report, no figures for TensorBoard and no page of the labels."""
     patch.setattr("shared.training.tensorboard.ReportFigures.draw", lambda *_: None)
-    patch.setattr("shared.commands.train._write_report", lambda *_: None)
+    patch.setattr("shared.commands.train.Results.write_report", lambda *_: None)
     patch.setattr("shared.commands.train.save_page", lambda *_: None)
 
 
@@ -292,14 +292,8 @@ def refused(command):
 
 @pytest.fixture
 def without_figures(monkeypatch):
-<<<<<<< HEAD
     """For a training that starts in this process by another way than `train`."""
     leave_out_figures(monkeypatch)
-=======
-    """They take most of the time of runs as small as these."""
-    monkeypatch.setattr("shared.training.tensorboard.ReportFigures.draw", lambda *_: None)
-    monkeypatch.setattr("shared.commands.train.Results.write_report", lambda *_: None)
->>>>>>> r-config
 
 
 @pytest.fixture
