@@ -52,7 +52,7 @@ WHY = "early stopping: bbox_mAP has not been better than 0.3 at batch 4 for 2 va
 
 def test_a_run_without_better_validations_ends_as_a_finished_one_and_says_why(config, train, trial_class, capsys):
     config["hyperparameters"]["early_stopping"] = {"patience": 2}
-    run = train(trial_class, config)
+    run = train(trial_class, config, report=True)
     assert [report["batches"] for report in reports(run, "val")] == [2, 4, 6, 8]
     assert [read_checkpoint(run / "checkpoints" / name).batches for name in ("best", "last")] == [4, 8]
     printed = capsys.readouterr().out
@@ -170,9 +170,7 @@ def test_an_early_stopping_that_is_none_is_refused_by_its_key(config, section, m
 def test_early_stopping_without_a_validation_to_stop_at_is_refused(config, train, trial_class):
     del config["min_validation_period"]
     config["hyperparameters"]["early_stopping"] = {"patience": 2}
-    with pytest.raises(
-        UserError, match="early_stopping: the only validation is at the end. Fix: give min_validation_per"
-    ):
+    with pytest.raises(UserError, match=r"early_stopping: the only validation is at the end\. Fix: give min_v"):
         train(trial_class, config)
 
 
