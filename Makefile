@@ -19,8 +19,9 @@ $(READY): setup.cfg shared/requirements.txt efficientdet/requirements.txt $(CONS
 # As a container is made ready: MMDetection over mmcv without compiled operations, and Detectron2's Python, where GitHub
 # can be reached: it is on no package index.
 READY_FOR = $(PY) -m shared.container --constraint $(CONSTRAINTS)
-$(ALL_READY): $(READY) mmdetection/requirements.txt detectron2/requirements.txt
+$(ALL_READY): $(READY) mmdetection/requirements.txt detectron2/requirements.txt detr/requirements.txt
 	$(READY_FOR) mmdetection/requirements.txt
+	$(READY_FOR) detr/requirements.txt
 	timeout 600 $(READY_FOR) detectron2/requirements.txt || echo "Detectron2 could not be fetched: its tests will be skipped"
 	touch $@
 

@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from shared.config.schema import Positive, TrainingHyperparameters, key
+from shared.config.schema import PUBLISHED, Positive, TrainingHyperparameters, key
 from shared.errors import UserError
-from shared.library import PUBLISHED
 
 BACKBONE = "backbone"
 Share = Annotated[float, Meta(ge=0, le=1)]

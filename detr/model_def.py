@@ -7,21 +7,28 @@ from shared.environment import prepare_process
 prepare_process()  # before torch, and before packages that may be missing
 from detr_hyperparameters import BACKBONE, DetrHyperparameters
 from shared.config.experiment import Sections
-from shared.launch import main, read_command
+from shared.launch import exit_on_errors, main, read_command
 
 # errors in the command line and the config appear before torch and the library are loaded
 command = read_command(__name__, Sections(DetrHyperparameters))
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+
+from detr_files import check_torch
+
+with exit_on_errors():
+    check_torch()
+
 from torch import nn
-from transformers import get_scheduler
+from transformers import PreTrainedConfig, get_scheduler
 
 from detr_files.data import DetrCollate, DetrTransform, makes_one_size
-from detr_files.model import TrainedDetr, build_detector, image_processor, model_config
+from detr_files.model import TrainedDetr, build_detector, image_processor, is_on_hub, model_config
 from detr_files.optimizer import build_optimizer
 from detr_files.weights import load_start_weights
 from shared.data.dataset import CocoDetection
@@ -39,7 +46,7 @@ class DetrTrial(DetectionTrial):
     """The DETR family, over the package transformers.
 
     Attributes:
-        config, processor: transformers' config of the model, and its image processor.
+        config, processor: transformers' config of the model, and its image processor; from the Hub at first use.
     """
 
     hyperparameters_class = DetrHyperparameters
@@ -54,9 +61,17 @@ class DetrTrial(DetectionTrial):
     def hyperparameters_of_checkpoint(cls, checkpoint: Path, own: Mapping[str, Any]) -> dict[str, Any]:
         return {**cls.without_pretrained, "model": str(checkpoint), "config": {}, "processor": {}}
 
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        return model_config(self.hparams)
+
+    @cached_property
+    def processor(self) -> Any:
+        return image_processor(self.hparams, self.config.model_type)
+
     def read_own_config(self) -> None:
-        self.config = model_config(self.hparams)
-        self.processor = image_processor(self.hparams, self.config.model_type)
+        if not is_on_hub(self.hparams.model):  # what it refuses, before the data is opened
+            self.processor  # noqa: B018
 
     def save_own_config(self, folder: Path) -> None:
         self.config.save_pretrained(folder)
@@ -75,8 +90,8 @@ class DetrTrial(DetectionTrial):
     def check_pretrained(self) -> None:
         if self.hparams.weights in (None, BACKBONE):
             raise UserError(
-                f"hyperparameters.weights: {self.hparams.weights or 'null'} detects nothing. Fix: give --checkpoint, or "
-                "--set hyperparameters.weights=published"
+                f"hyperparameters.weights: {self.hparams.weights or 'null'} detects nothing. Fix: give --checkpoint, "
+                "or --set hyperparameters.weights=published"
             )
 
     # --- model and optimizer --------------------------------------------------------------------------

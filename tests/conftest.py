@@ -41,7 +41,10 @@ try:
 except Exception as error:
     WITHOUT_LIBRARY["detectron2"] = f"the library Detectron2 cannot be imported: {error}"
 try:
-    from transformers import AutoModelForObjectDetection  # noqa: F401 imports torch
+    from transformers import is_torch_available
+
+    if not is_torch_available():
+        raise ImportError("it needs torch 2.6")
 except Exception as error:
     WITHOUT_LIBRARY["detr"] = f"transformers cannot be imported: {error}"
 collect_ignore = list(WITHOUT_LIBRARY)

@@ -17,12 +17,12 @@ import yaml
 from conftest import EXPERIMENT_SCHEMA, ROOT, WITHOUT_LIBRARY, reports, run_model_def
 from determined.common.context import read_v1_context
 from determined_master import DEFAULTS, LOG_POLICIES, SEARCHER_DEFAULTS, handed_over
-from tiny_models import CONFIGS, trial_classes
+from tiny_models import CONFIGS, DETR_TYPES, trial_classes
 
 from shared.config.experiment import experiment_of, parse_schedule, per_slot_batch_size
 from shared.config.schema import Length
 
-DETECTORS = ["efficientdet", "mmdetection", "detectron2"]
+DETECTORS = ["efficientdet", "mmdetection", "detectron2", "detr"]
 SHIPPED = [path for detector in DETECTORS for path in sorted((ROOT / detector).glob("*.yaml"))]
 shipped = pytest.mark.parametrize("path", SHIPPED, ids=[f"{path.parent.name}/{path.name}" for path in SHIPPED])
 # bytes of the tensors of an image in a batch, at most: to train on and to validate on
@@ -30,6 +30,7 @@ BYTES = {
     "efficientdet": (1_965_000, 787_000),  # uint8 and the labelled anchors, 512 x 512
     "mmdetection": (3 * 1344 * 800 * 4, 3 * 1344 * 800 * 4),  # float32
     "detectron2": (3 * 1333 * 800, 3 * 1333 * 800),  # uint8
+    "detr": (3 * 640 * 640 * 4, 3 * 640 * 640 * 4),  # float32
 }
 # what makes any point of a search small
 SMALL = {
@@ -43,6 +44,13 @@ SMALL = {
     },
     "mmdetection": {"weights": None, "global_batch_size": 4},
     "detectron2": {"use_pretrained": False, "weights": "", "global_batch_size": 4},
+    "detr": {
+        "model": None,
+        "config": {"model_type": "rt_detr_v2", **DETR_TYPES["rt_detr_v2"]},
+        "processor": {"size": {"height": 128, "width": 128}},
+        "weights": None,
+        "global_batch_size": 4,
+    },
 }
 
 
@@ -182,7 +190,8 @@ def test_the_batches_that_wait_fit_into_dev_shm(path):
     batch = max(batch["vals"]) if isinstance(batch, dict) else batch
     slots = config["resources"]["slots_per_trial"]
     to_train, to_validate = BYTES[path.parent.name]
-    validated = batch if path.parent.name == "efficientdet" else slots  # the others detect on one image a slot
+    # MMDetection and Detectron2 detect on one image a slot
+    validated = batch if path.parent.name in ("efficientdet", "detr") else slots
     # two a worker wait in each loader; the slots of an agent share a container
     waiting = 2 * config["data"]["workers"] * (batch * to_train + validated * to_validate)
     assert waiting < 0.75 * config["resources"].get("shm_size", 4 * 2**30)

@@ -164,7 +164,13 @@ _WINDOWED = {
     "out_features": ["stage1", "stage2"],
 }
 _DINO = {"model_type": "rf_detr_dinov2", **_WINDOWED, "num_windows": 2}
-_VIT = {"model_type": "lw_detr_vit", **_WINDOWED, "pretrain_image_size": 128, "num_windows": 4, "window_block_indices": [0]}
+_VIT = {
+    "model_type": "lw_detr_vit",
+    **_WINDOWED,
+    "pretrain_image_size": 128,
+    "num_windows": 4,
+    "window_block_indices": [0],
+}
 _RT_DETR = {
     "freeze_backbone_batch_norms": False,
     "encoder_hidden_dim": 32,

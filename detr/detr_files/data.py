@@ -21,8 +21,8 @@ Sample = tuple[torch.Tensor, dict[str, torch.Tensor], int, tuple[int, int]]
 class DetrTransform:
     """The image processor, and a random flip. A sample is (pixels, labels, image id, size).
 
-    pixels are (3, h, w) float32. labels have `class_labels` (N,) int64 and `boxes` (N, 4) float32: the centre's x and y,
-    width and height, from 0 to 1 of the image without padding. size is the image's own (height, width).
+    pixels are (3, h, w) float32. labels have `class_labels` (N,) int64 and `boxes` (N, 4) float32: x and y of the
+    centre, width and height, from 0 to 1 of the image without padding. size is the image's own (height, width).
 
     Attributes:
         processor: an image processor of transformers.

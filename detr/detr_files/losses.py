@@ -1,8 +1,8 @@
 """Losses that do not depend on the number of ranks.
 
-transformers divides each term by a count of this rank's batch. DDP then averages over ranks, so that a box counts more on
-a rank with few boxes. The terms are linear in 1/count: a factor per term makes the average over ranks the loss of the
-whole batch.
+transformers divides each term by a count over this rank's batch. DDP then averages over ranks, so a box counts more on a
+rank with few boxes. The terms are linear in 1/count. So a factor per term makes the average over ranks equal to the
+loss of the whole batch.
 """
 
 from __future__ import annotations

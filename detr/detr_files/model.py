@@ -60,6 +60,11 @@ def _in_one_line(error: Exception) -> str:
     return " ".join([f"{type(error).__name__}:", *lines[:3]])
 
 
+def is_on_hub(model: str | None) -> bool:
+    """Whether `hyperparameters.model` names a model of the Hub, and no folder."""
+    return model is not None and not Path(model).is_dir()
+
+
 def from_hub(load: Any, model: str, **options: Any) -> Any:
     """What a class of transformers loads of a model of the Hub or a folder. Code in it is never executed.
 
@@ -69,11 +74,11 @@ def from_hub(load: Any, model: str, **options: Any) -> Any:
     try:
         return load(model, trust_remote_code=False, **options)
     except Exception as error:  # of the network, the Hub, the files
-        if Path(model).is_dir():
+        if not is_on_hub(model):
             raise UserError(f"hyperparameters.model: {model} cannot be loaded ({_in_one_line(error)})") from error
         raise UserError(
-            f"hyperparameters.model: {model!r} is no folder, and the Hub does not send it ({type(error).__name__}). Fix: "
-            "check the name; without a network, copy the model's folder (config.json, preprocessor_config.json, "
+            f"hyperparameters.model: {model!r} is no folder, and the Hub does not send it ({type(error).__name__}). "
+            "Fix: check the name; without a network, copy the model's folder (config.json, preprocessor_config.json, "
             "model.safetensors) to this machine, and give its path"
         ) from error
 
@@ -137,7 +142,7 @@ def image_processor(hparams: DetrHyperparameters, model_type: str) -> Any:
 
 
 def _lacks_processor(model: str) -> bool:
-    return Path(model).is_dir() and not Path(model, "preprocessor_config.json").is_file()
+    return not is_on_hub(model) and not Path(model, "preprocessor_config.json").is_file()
 
 
 def build_detector(config: PreTrainedConfig, categories: list[dict]) -> PreTrainedModel:

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 
 from detr_files.model import build_detector, from_hub
 from detr_hyperparameters import BACKBONE, DetrHyperparameters
+from shared.config.schema import PUBLISHED
 from shared.errors import UserError
-from shared.library import COCO_CATEGORIES, PUBLISHED, log_loaded
+from shared.library import COCO_CATEGORIES, log_loaded
 from shared.training.checkpoints import CATEGORIES_FILE, read_weights
 
 PREFIX = "detector."  # of the weights in a checkpoint of this project
@@ -42,7 +43,7 @@ def load_start_weights(detector: PreTrainedModel, hparams: DetrHyperparameters, 
     if hparams.weights == BACKBONE:
         weights = {name: value for name, value in weights.items() if "backbone." in name}
     else:
-        weights, rows = with_rows_for(categories, weights, names, own, class_rows(detector.config, categories))
+        weights = with_rows_for(categories, weights, names, own, class_rows(detector.config, categories))
     fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
     absent = sorted(own.keys() - fitting.keys())
     if hparams.weights == BACKBONE:
@@ -102,16 +103,15 @@ def with_rows_for(
     names: list[str] | None,
     initial: Mapping[str, torch.Tensor],
     rows: Mapping[str, int],
-) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """The weights with the rows of these categories, by name, and the labels that have one. Other categories keep their
-    initial row.
+) -> dict[str, torch.Tensor]:
+    """The weights with the rows of these categories, by name. Other categories keep their initial row.
 
     Args:
         names: of the rows of `weights`; None takes rows for categories in order, if there are as many.
         initial: the state dict of the model that the weights are for.
         rows: as `class_rows` returns it.
     """
-    adapted, found = dict(weights), []
+    adapted = dict(weights)
     known = {name.lower(): row for row, name in enumerate(names or [])}
     for name, further in rows.items():
         if name not in weights:
@@ -127,12 +127,11 @@ def with_rows_for(
                 for label, category in enumerate(categories)
                 if category["name"].lower() in known
             ]
-        found = [label for label, _ in pairs]
-        new[found] = old[[row for _, row in pairs]].to(new.dtype)
+        new[[label for label, _ in pairs]] = old[[row for _, row in pairs]].to(new.dtype)
         if further:
             new[-further:] = old[-further:].to(new.dtype)
         adapted[name] = new
-    return adapted, found
+    return adapted
 
 
 def save_for_transformers(checkpoint: Path, folder: Path) -> None:
@@ -140,8 +139,6 @@ def save_for_transformers(checkpoint: Path, folder: Path) -> None:
     weights, found = read_weights(str(checkpoint), "CHECKPOINT", "")
     if found is None:
         raise UserError(f"{checkpoint}: it is no checkpoint of this project")
-    from transformers import AutoConfig, AutoImageProcessor
-
     config = AutoConfig.from_pretrained(found.path, trust_remote_code=False)
     detector = build_detector(config, json.loads((found.path / CATEGORIES_FILE).read_text()))
     detector.load_state_dict({name.removeprefix(PREFIX): value for name, value in weights.items()})

@@ -100,7 +100,9 @@ def main():
             assert mean.keys() == whole.keys()
             of_losses = max((abs(mean[key] - whole[key]) / whole[key].abs().clamp(min=1)).item() for key in whole)
             zeros = {key: torch.zeros_like(value) for key, value in {**gradients, **expected}.items()}
-            of_gradients = max(difference(gradients.get(key, zero), expected.get(key, zero)) for key, zero in zeros.items())
+            of_gradients = max(
+                difference(gradients.get(key, zero), expected.get(key, zero)) for key, zero in zeros.items()
+            )
             if rank == 0:
                 print(model_type, name, f"{of_losses:.2e}", f"{of_gradients:.2e}", flush=True)
     distributed.destroy_process_group()
