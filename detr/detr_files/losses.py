@@ -1,7 +1,7 @@
 """Losses that do not depend on the number of ranks.
 
-transformers divides each term by a count over this rank's batch. DDP then averages over ranks, so a box counts more on a
-rank with few boxes. The terms are linear in 1/count. So a factor per term makes the average over ranks equal to the
+transformers divides each term by a count over this rank's batch. DDP then averages over ranks. So a box counts more on
+a rank with few boxes. The terms are linear in 1/count. So a factor per term makes the average over ranks equal to the
 loss of the whole batch.
 """
 

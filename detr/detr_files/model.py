@@ -99,11 +99,10 @@ def model_config(hparams: DetrHyperparameters) -> PreTrainedConfig:
         model_type, known = found.model_type, found.to_dict()
         _check_type(model_type, "hyperparameters.model")
     for name in changes:
+        if name in ("num_labels", "id2label", "label2id"):
+            raise UserError(f"hyperparameters.config.{name}: the data gives the categories. Fix: remove it")
         if name not in known:
             raise UserError(f"hyperparameters.config: unknown field {name!r} of {model_type}; {nearest(name, known)}")
-    for name in ("num_labels", "id2label", "label2id"):
-        if name in changes:
-            raise UserError(f"hyperparameters.config.{name}: the data gives the categories. Fix: remove it")
     if hparams.model is not None:
         changes = _merged(known, changes)
     with refusing("hyperparameters.config", f"{model_type} does not accept these values"):

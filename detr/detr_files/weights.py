@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 
-from detr_files.model import build_detector, from_hub
+from detr_files.model import build_detector, from_hub, refusing
 from detr_hyperparameters import BACKBONE, DetrHyperparameters
 from shared.config.schema import PUBLISHED
 from shared.errors import UserError
@@ -37,7 +37,7 @@ def load_start_weights(detector: PreTrainedModel, hparams: DetrHyperparameters, 
     """
     if hparams.weights is None:
         return
-    weights, names = read_start_weights(hparams)
+    weights, names = read_start_weights(hparams, detector)
     source = hparams.model if hparams.weights in (PUBLISHED, BACKBONE) else hparams.weights
     own = detector.state_dict()
     if hparams.weights == BACKBONE:
@@ -55,8 +55,14 @@ def load_start_weights(detector: PreTrainedModel, hparams: DetrHyperparameters, 
     detector.load_state_dict(fitting, strict=False)
 
 
-def read_start_weights(hparams: DetrHyperparameters) -> tuple[Mapping[str, torch.Tensor], list[str] | None]:
-    """A state dict, and the name of each row of its class head; None if nothing says them."""
+def read_start_weights(
+    hparams: DetrHyperparameters, detector: PreTrainedModel
+) -> tuple[Mapping[str, torch.Tensor], list[str] | None]:
+    """A state dict, and the name of each row of its class head; None if nothing says them.
+
+    Args:
+        detector: the model to start.
+    """
     source = hparams.model if hparams.weights in (PUBLISHED, BACKBONE) else hparams.weights
     if hparams.weights in (PUBLISHED, BACKBONE) or _is_transformers_folder(source):
         found = from_hub(AutoModelForObjectDetection.from_pretrained, source, use_safetensors=True, dtype=torch.float32)
@@ -64,8 +70,24 @@ def read_start_weights(hparams: DetrHyperparameters) -> tuple[Mapping[str, torch
     if Path(source).is_file() and Path(source).suffix != ".safetensors":
         raise UserError(f"hyperparameters.weights: {source} is no safetensors file. Fix: save it as safetensors")
     weights, checkpoint = read_weights(source, "hyperparameters.weights", "published, backbone, null")
+    if checkpoint is None:
+        return in_todays_names(weights, detector), None
     plain = {name.removeprefix(PREFIX): value for name, value in weights.items()}
-    return plain, None if checkpoint is None else [category["name"] for category in checkpoint.categories]
+    return plain, [category["name"] for category in checkpoint.categories]
+
+
+def in_todays_names(weights: Mapping[str, torch.Tensor], detector: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights of a file as transformers loads them: it renames some, and fills in those that others are tied to."""
+    with refusing("hyperparameters.weights", f"they do not fit a {detector.config.model_type}"):
+        loaded, report = type(detector).from_pretrained(
+            None,
+            config=copy.deepcopy(detector.config),
+            state_dict=dict(weights),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    absent = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    return {name: value for name, value in loaded.state_dict().items() if name not in absent}
 
 
 def _is_transformers_folder(source: str) -> bool:

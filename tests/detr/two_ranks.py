@@ -23,14 +23,20 @@ from detr_files.model import TrainedDetr, build_detector, model_config
 from detr_hyperparameters import DetrHyperparameters
 
 # random numbers differ between ranks
+NO_NOISE = {"label_noise_ratio": 0.0, "box_noise_scale": 0.0}
+NO_DROPOUT = {"dropout": 0.0}
 PLAIN = {
-    "rt_detr_v2": {"label_noise_ratio": 0.0, "box_noise_scale": 0.0},
-    "rt_detr": {"label_noise_ratio": 0.0, "box_noise_scale": 0.0},
-    "d_fine": {"label_noise_ratio": 0.0, "box_noise_scale": 0.0, "weight_loss_ddf": 0.0},
-    "deimv2": {"label_noise_ratio": 0.0, "box_noise_scale": 0.0, "weight_loss_ddf": 0.0, "use_dense_one_to_one": False},
+    "rt_detr_v2": NO_NOISE,
+    "rt_detr": NO_NOISE,
+    "d_fine": {**NO_NOISE, "weight_loss_ddf": 0.0},
+    "deimv2": {**NO_NOISE, "weight_loss_ddf": 0.0, "use_dense_one_to_one": False},
+    "detr": NO_DROPOUT,
+    "conditional_detr": NO_DROPOUT,
+    "dab-detr": NO_DROPOUT,
+    "deformable_detr": NO_DROPOUT,
+    "lw_detr": NO_DROPOUT,
+    "rf_detr": NO_DROPOUT,
     "yolos": {},
-    **dict.fromkeys(("lw_detr", "rf_detr"), {"dropout": 0.0}),
-    **dict.fromkeys(("detr", "conditional_detr", "dab-detr", "deformable_detr"), {"dropout": 0.0}),
 }
 # boxes per image, two images per rank
 BATCHES = {"uneven": (1, 0, 3, 4), "one-rank": (0, 0, 2, 1), "none": (0, 0, 0, 0), "denoising": (3, 0, 3, 2)}
@@ -68,9 +74,9 @@ def built(model_type, batch_name):
     return model
 
 
-def difference(gradient, expected):
-    """The largest, over the parameter's largest gradient; of small ones, over 1e-2."""
-    return (gradient - expected).abs().max().item() / max(expected.abs().max().item(), 1e-2)
+def difference(gradient, expected, least):
+    """The largest, over the parameter's largest gradient or `least`."""
+    return (gradient - expected).abs().max().item() / max(expected.abs().max().item(), least)
 
 
 def reductions_alone(run):
@@ -100,8 +106,9 @@ def main():
             assert mean.keys() == whole.keys()
             of_losses = max((abs(mean[key] - whole[key]) / whole[key].abs().clamp(min=1)).item() for key in whole)
             zeros = {key: torch.zeros_like(value) for key, value in {**gradients, **expected}.items()}
+            least = 1e-3 * max(gradient.abs().max().item() for gradient in expected.values())
             of_gradients = max(
-                difference(gradients.get(key, zero), expected.get(key, zero)) for key, zero in zeros.items()
+                difference(gradients.get(key, zero), expected.get(key, zero), least) for key, zero in zeros.items()
             )
             if rank == 0:
                 print(model_type, name, f"{of_losses:.2e}", f"{of_gradients:.2e}", flush=True)
