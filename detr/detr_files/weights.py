@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 
 from detr_files.model import build_detector, from_hub, refusing
 from detr_hyperparameters import BACKBONE, DetrHyperparameters
@@ -154,15 +153,3 @@ def with_rows_for(
             new[-further:] = old[-further:].to(new.dtype)
         adapted[name] = new
     return adapted
-
-
-def save_for_transformers(checkpoint: Path, folder: Path) -> None:
-    """Writes a checkpoint of this project as a folder that transformers' `from_pretrained` loads."""
-    weights, found = read_weights(str(checkpoint), "CHECKPOINT", "")
-    if found is None:
-        raise UserError(f"{checkpoint}: it is no checkpoint of this project")
-    config = AutoConfig.from_pretrained(found.path, trust_remote_code=False)
-    detector = build_detector(config, json.loads((found.path / CATEGORIES_FILE).read_text()))
-    detector.load_state_dict({name.removeprefix(PREFIX): value for name, value in weights.items()})
-    detector.save_pretrained(folder)
-    AutoImageProcessor.from_pretrained(found.path, trust_remote_code=False).save_pretrained(folder)
