@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class Run(Protocol):
-    """What takes a training's reports and checkpoints. The chief calls its methods; those of every rank say so.
+    """Takes a training's reports and checkpoints. Only the chief calls a method, unless it says "on every rank".
 
     Attributes:
         trial_id: of the cluster's trial, 0 off a cluster. A checkpoint of another trial starts a new count of batches.

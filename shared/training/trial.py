@@ -145,7 +145,7 @@ class DetectionTrial(Detector):
         if self.hparams.early_stopping is not None and not self.periods.validates_before_the_end:
             raise UserError(
                 "hyperparameters.early_stopping: the only validation is at the end. Fix: give min_validation_period, "
-                "or leave it out"
+                "or omit early_stopping"
             )
 
     def _build_training(self) -> None:
