@@ -18,8 +18,8 @@ from shared.errors import UserError, nearest
 class AveragedWeights:
     """The exponential moving average of a model's weights and running statistics.
 
-    After step n, counted from 0, the decay is at most (1 + n) / (10 + n), as in TensorFlow's `ExponentialMovingAverage`.
-    So the average of a short run does not stay at its initial weights.
+    After step n, from 0, the decay is at most (1 + n) / (10 + n), as in TensorFlow's `ExponentialMovingAverage`. So the
+    average of a short run does not stay at its initial weights.
 
     Args:
         decay: of the average, in [0, 1).
@@ -166,8 +166,8 @@ _CHOICES = ("fused", "foreach")
 
 
 def fuse(optimizer: Optimizer) -> Optimizer:
-    """The optimizer with PyTorch's fused step if it has one, unless the config sets `fused` or `foreach` itself. A fused
-    optimizer of PyTorch's own class is a new object with the same groups: use the one returned.
+    """The optimizer with PyTorch's fused step if it has one, unless the config sets `fused` or `foreach` itself. For an
+    optimizer of PyTorch's own class it is a new object with the same groups: use the one returned.
 
     Loading a checkpoint does not change the kind of step. The state is the same for all kinds.
     """

@@ -136,7 +136,7 @@ def _is_at_rest(module: nn.Module) -> bool:
 @contextlib.contextmanager
 def as_one_process() -> Iterator[None]:
     """torch.distributed reports no process group. The libraries' losses average their divisor over all processes. Each
-    of them is at another image, and one that has fewer images would make the others wait for ever."""
+    of them is at another image, and one that has fewer images would make the others wait without end."""
     asked = torch.distributed.is_initialized
     torch.distributed.is_initialized = lambda: False
     try:
