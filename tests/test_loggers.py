@@ -316,7 +316,7 @@ def test_wandb_without_a_key_is_an_error_before_anything_is_loaded(config, tmp_p
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(
-        "error: hyperparameters.loggers: wandb has no API key; `wandb login` asks for it, WANDB_API_"
+        "error: hyperparameters.loggers: wandb has no API key. Fix: run `wandb login`, or set WANDB_API_"
     )
     assert "WANDB_MODE=offline" in line
     assert not (tmp_path / "run").exists()

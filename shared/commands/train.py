@@ -32,7 +32,7 @@ from shared.training.context import core_context, make_context, trial_context
 from shared.training.engine import train
 from shared.training.local_run import LocalRun, full_disk_as_error
 from shared.training.loggers import Loggers
-from shared.training.processes import local_processes, on_chief, task_processes
+from shared.training.processes import local_processes, on_chief
 from shared.training.resume import check_resume, read_checkpoint_to_resume
 from shared.training.run_folder import RunFolder
 from shared.training.stopping import End, Outcome
@@ -217,7 +217,7 @@ def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
     info = det.get_cluster_info()
     experiment = experiment_of(task_config(), info.trial.hparams, trial_class.sections())
     with (
-        task_processes(len(info.gpu_uuids), experiment.hang_minutes) as (distributed, device),
+        local_processes(experiment.hang_minutes, len(info.gpu_uuids)) as (distributed, device),
         core_context(distributed) as core,
     ):
         if (batch_size := experiment.hyperparameters.global_batch_size) is not None:
