@@ -70,7 +70,7 @@ from detectron2_files.model import (
 )
 from detectron2_files.pixels import with_quick_resizing
 from detectron2_files.weights import categories_of_checkpoint, find_weights, load_weights_into, zoo_weights
-from shared.config.schema import Length, Split
+from shared.config.schema import PUBLISHED, Length, Split
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
@@ -80,7 +80,7 @@ from shared.data.samplers import aspect_ratio_groups
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
-from shared.library import COCO_CATEGORIES, PUBLISHED
+from shared.library import COCO_CATEGORIES
 from shared.training.switches import autocast
 from shared.training.trial import DetectionTrial
 

@@ -93,7 +93,7 @@ from mmdetection_files.receptive_field import init_receptive_fields, is_searchin
 from mmdetection_files.saved_config import RESOLVED_CONFIG, write_resolved
 from mmdetection_files.switches import take_up_switches
 from shared.config.file import find_path
-from shared.config.schema import Split
+from shared.config.schema import PUBLISHED, Split
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
@@ -103,7 +103,7 @@ from shared.data.samplers import TrainingBatchSampler
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
-from shared.library import COCO_CATEGORIES, PUBLISHED
+from shared.library import COCO_CATEGORIES
 from shared.training.switches import AveragedWeights
 from shared.training.trial import DetectionTrial
 

@@ -18,8 +18,6 @@ from shared.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
-# `weights`: what the library publishes for `config_file`
-PUBLISHED = "published"
 _LEAST = 0.25  # of a model's weights: a backbone is more
 
 

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import gc
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -50,6 +51,14 @@ def detector(request) -> str:
     return request.param
 
 
+# for a promise that one code keeps for every detector: the default tests hold it with the quickest of them
+other_detectors_are_slow = pytest.mark.parametrize(
+    "detector",
+    ["efficientdet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mmdetection", "detectron2"))],
+    indirect=True,
+)
+
+
 def without_gpus(count: int = 1) -> str | None:
     """Why a test that needs `count` GPUs cannot run here; None where it can."""
     try:
@@ -70,6 +79,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     marker = item.get_closest_marker("gpu")
     if marker is not None and (reason := without_gpus(*marker.args)):
         pytest.skip(reason)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what the libraries hold: a collection in a test no longer walks through two million objects
 
 
 def pytest_report_header() -> list[str]:
@@ -234,14 +248,19 @@ def program(tmp_path):
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """Trains in this process and returns the run's folder, `name` in the test's own."""
+    """Trains in this process and returns the run's folder, `name` in the test's own. It draws no figures and writes no
+    report, which take most of the time of so small a run; `report=True` does."""
 
-    def call(trial_class: type, config: dict, name: str = "run", resume: str | None = None) -> Path:
+    def call(
+        trial_class: type, config: dict, name: str = "run", resume: str | None = None, report: bool = False
+    ) -> Path:
         from shared.commands.train import train_locally
 
         path, folder = tmp_path / f"{name}.yaml", tmp_path / name
         path.write_text(yaml.safe_dump(config))
         with monkeypatch.context() as patch:
+            if not report:
+                leave_out_figures(patch)
             patch.chdir(tmp_path)
             try:
                 run_command(train_locally, trial_class, path, output_dir=folder, resume=resume)
@@ -252,28 +271,48 @@ def train(tmp_path, monkeypatch):
     return call
 
 
+def leave_out_figures(patch: pytest.MonkeyPatch) -> None:
+    """Lets a training in this process write no report, no figures for TensorBoard and no page of the labels."""
+    patch.setattr("shared.training.tensorboard.ReportFigures.draw", lambda *_: None)
+    patch.setattr("shared.commands.train.Results.write_report", lambda *_: None)
+    patch.setattr("shared.commands.train.save_page", lambda *_: None)
+
+
 def stop_workers() -> None:
     """Stops the workers of loaders that are in no use any more. Python's garbage collection takes 5 s for each."""
+    if not multiprocessing.active_children():
+        return
     for loader in gc.get_objects():
         if type(loader).__name__ == "_MultiProcessingDataLoaderIter":
             loader._shutdown_workers()
 
 
 @pytest.fixture
-def refused(monkeypatch):
-    """Calls `model_def.py ARGUMENTS` in this process, and returns the line that it ends with."""
-    from model_def import EfficientDetTrial
+def command(monkeypatch):
+    """Runs `model_def.py ARGUMENTS` of a trial's folder in this process. `run_model_def` starts a new process, which
+    first loads torch and the detector's library for five seconds."""
     from shared.launch import main
 
-    def call(*arguments: object) -> str:
+    def call(trial_class: type, *arguments: object) -> None:
         with monkeypatch.context() as patch:
-            patch.chdir(ROOT / "efficientdet")
+            patch.chdir(Path(sys.modules[trial_class.__module__].__file__).parent)
             patch.setattr(sys, "argv", ["model_def.py", *map(str, arguments)])
             try:
-                with pytest.raises(SystemExit) as ended:
-                    main(EfficientDetTrial)
+                main(trial_class)
             finally:
                 stop_workers()
+
+    return call
+
+
+@pytest.fixture
+def refused(command):
+    """Runs a command of EfficientDet's in this process, and returns the line that it ends with."""
+    from model_def import EfficientDetTrial
+
+    def call(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as ended:
+            command(EfficientDetTrial, *arguments)
         return ended.value.code
 
     return call
@@ -281,9 +320,8 @@ def refused(monkeypatch):
 
 @pytest.fixture
 def without_figures(monkeypatch):
-    """They take most of the time of runs as small as these."""
-    monkeypatch.setattr("shared.training.tensorboard.ReportFigures.draw", lambda *_: None)
-    monkeypatch.setattr("shared.commands.train._write_report", lambda *_: None)
+    """For a training that starts in this process by another way than `train`."""
+    leave_out_figures(monkeypatch)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ WHY = "early stopping: bbox_mAP has not been better than 0.3 at batch 4 for 2 va
 
 def test_a_run_without_better_validations_ends_as_a_finished_one_and_says_why(config, train, trial_class, capsys):
     config["hyperparameters"]["early_stopping"] = {"patience": 2}
-    run = train(trial_class, config)
+    run = train(trial_class, config, report=True)
     assert [report["batches"] for report in reports(run, "val")] == [2, 4, 6, 8]
     assert [read_checkpoint(run / "checkpoints" / name).batches for name in ("best", "last")] == [4, 8]
     printed = capsys.readouterr().out

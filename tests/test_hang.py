@@ -230,7 +230,9 @@ def test_one_of_two_that_sleeps_is_named_with_its_batch_and_the_run_goes_on_from
     assert read_checkpoint(run / "checkpoints/last").batches == 4
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     del config["hyperparameters"]["hang_minutes"]  # seconds, which would end this process too
-    monkeypatch.setattr("shared.commands.train._write_report", lambda *_: None)  # most of the time of so small a run
+    monkeypatch.setattr(
+        "shared.commands.train.Results.write_report", lambda *_: None
+    )  # most of the time of so small a run
     train(trial_class, config, resume="last")
     assert reports(run)[-1]["batches"] == 12
 

@@ -133,7 +133,7 @@ def test_a_checkpoint_s_redacted_hyperparameters_are_filled_in_from_the_config()
 
 
 def test_a_run_leaves_no_password_in_its_folder_and_is_evaluated_and_resumed(config, train, trial_class, tmp_path):
-    run = train(trial_class, config)
+    run = train(trial_class, config, report=True)
     assert (run / "report.html").exists()
     assert not holding_the_password(run)
     kept = yaml.safe_load((run / "config.yaml").read_text())

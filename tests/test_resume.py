@@ -218,7 +218,7 @@ def test_a_run_that_was_trained_to_its_end_says_what_to_give_to_go_on(tiny, trai
 
 def test_auto_begins_anew_without_a_checkpoint_goes_on_with_one_and_leaves_a_run_at_its_end(tiny, train, monkeypatch):
     monkeypatch.setattr("shared.training.tensorboard.ReportFigures.draw", lambda *_: None)
-    monkeypatch.setattr("shared.commands.train._write_report", lambda *_: None)
+    monkeypatch.setattr("shared.commands.train.Results.write_report", lambda *_: None)
     tiny["searcher"]["max_length"], tiny["perform_initial_validation"] = {"batches": 8}, True
 
     def killed_after(batch):

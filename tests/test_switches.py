@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import WITHOUT_LIBRARY, reports
+from conftest import WITHOUT_LIBRARY, other_detectors_are_slow, reports
 from test_resume import assert_same_bits, final_state
 from tiny_models import CONFIGS, trial_classes
 from torch import nn
@@ -13,8 +13,6 @@ from torch import nn
 from shared.errors import UserError
 from shared.training.checkpoints import read_checkpoint
 from shared.training.switches import AveragedWeights, freeze, train_depthwise_in_float32
-
-pytestmark = pytest.mark.usefixtures("without_figures")
 
 # so small that rounding does not grow from step to step
 SMALL_RATES = {
@@ -55,6 +53,7 @@ def losses(run) -> list[float]:
     return [report["metrics"]["loss"] for report in reports(run, "train")]
 
 
+@other_detectors_are_slow
 def test_bf16_has_the_losses_of_float32(detector, config, trial_class, train):
     draw_no_regions(detector, config)
     if detector == "efficientdet":
@@ -115,6 +114,7 @@ def test_detectron2_s_regions_keep_their_corners_in_bf16(shapes, train):
     torch.testing.assert_close(pooled[0], pooled[1], rtol=0.01, atol=0)
 
 
+@other_detectors_are_slow
 def test_channels_last_changes_the_memory_alone(detector, config, trial_class, train):
     draw_no_regions(detector, config)
     formats = []
@@ -163,6 +163,7 @@ def test_frozen_parts_and_their_statistics_stay_and_the_rest_is_trained(detector
     assert "parameters are trained" in caplog.text
 
 
+@other_detectors_are_slow
 def test_a_run_with_every_switch_resumes_to_the_same_bits(detector, shapes, trial_class, train, crash_and_resume):
     switches = {"amp": "bf16", "channels_last": True, "model_ema_decay": 0.9, "clip_grad": 1.0}
     config = small(detector, shapes, freeze=[FROZEN[detector]], **switches)

@@ -32,6 +32,7 @@ def test_every_model_def_looks_at_the_command_line_before_torch_is_loaded_with_t
     before = model_def.read_text().partition("\ncommand = read_command(__name__")[0]
     program = before + "\nimport sys; assert 'torch' not in sys.modules; import torch"
     done = subprocess.run([sys.executable, "-c", program], cwd=model_def.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert spins(done.stderr) == {"3000"}, done.stderr
 
 

@@ -34,6 +34,8 @@ SMALL_BACKBONE = {
     "data.test.pipeline.1.img_scale": [128, 128],
 }
 DENSE_HEAD = {
+    "model.test_cfg.nms_pre": 200,
+    "model.test_cfg.max_per_img": 30,
     "model.bbox_head.in_channels": 32,
     "model.bbox_head.feat_channels": 32,
     "model.bbox_head.stacked_convs": 1,
@@ -44,7 +46,11 @@ ROI_HEAD = {
     "model.roi_head.bbox_roi_extractor.out_channels": 32,
     "model.roi_head.bbox_head.in_channels": 32,
     "model.roi_head.bbox_head.fc_out_channels": 64,
+    "model.train_cfg.rpn_proposal.nms_pre": 200,
     "model.train_cfg.rpn_proposal.max_per_img": 100,
+    "model.test_cfg.rpn.nms_pre": 200,
+    "model.test_cfg.rpn.max_per_img": 100,
+    "model.test_cfg.rcnn.max_per_img": 30,
     "model.train_cfg.rcnn.sampler.num": 64,
 }
 MASK_HEAD = {
@@ -108,8 +114,12 @@ SMALL_YAML = {
     "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
     "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
     "MODEL.FPN.OUT_CHANNELS": 16,
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 200,
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": 200,
     "MODEL.RPN.POST_NMS_TOPK_TRAIN": 100,
     "MODEL.RPN.POST_NMS_TOPK_TEST": 100,
+    "MODEL.RETINANET.TOPK_CANDIDATES_TEST": 200,
+    "TEST.DETECTIONS_PER_IMAGE": 30,
     "MODEL.RETINANET.NUM_CONVS": 1,
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 32,
     "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
@@ -210,7 +220,7 @@ def _experiment(shapes: Path, hyperparameters: dict) -> dict:
         "data": {
             "train": {"annotations": str(shapes / "annotations/train.json"), "images": str(shapes / "train")},
             "val": {"annotations": str(shapes / "annotations/val.json"), "images": str(shapes / "val")},
-            "workers": 2,
+            "workers": 0,
         },
         "hyperparameters": hyperparameters,
         "searcher": {

@@ -23,9 +23,10 @@ from mmdet.models import build_detector
 from torch import nn
 
 from mmdetection_files.config import shipped_configs
+from shared.config.schema import PUBLISHED
 from shared.data.loading import Batch
 from shared.errors import UserError, nearest
-from shared.library import COCO_CATEGORIES, PUBLISHED, KeptByShape, log_loaded
+from shared.library import COCO_CATEGORIES, KeptByShape, log_loaded
 from shared.training.checkpoints import read_weights, without_ddp
 
 logger = logging.getLogger(__name__)

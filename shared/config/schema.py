@@ -22,6 +22,7 @@ Positive = Annotated[float, Meta(gt=0)]
 
 UNITS = ("batches", "epochs", "records")
 LOGGERS = ("wandb", "mlflow")
+PUBLISHED = "published"  # `weights`: what the library publishes for `config_file`
 _UNDEFINED = 1e30  # a metric of this size or larger has no value
 
 

@@ -127,10 +127,8 @@ def giving_losses(
 def _is_at_rest(module: nn.Module) -> bool:
     """Whether a module differs between evaluation and training: normalisation, dropout, random paths. PyTorch, timm,
     mmcv and Detectron2 have classes of their own for each."""
-    name = type(module).__name__.lower()
-    return isinstance(module, nn.MultiheadAttention) or any(
-        part in name for part in ("norm", "drop", "stochasticdepth", "rrelu")
-    )
+    name, parts = type(module).__name__.lower(), ("norm", "drop", "stochasticdepth", "rrelu")
+    return isinstance(module, nn.MultiheadAttention) or any(part in name for part in parts)
 
 
 @contextlib.contextmanager
