@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import inspect
 import itertools
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from shared.data.file_lock import locked
 from shared.durable import write_file
 from shared.errors import UserError
 from shared.redaction import redacted, without_secrets
@@ -137,7 +137,7 @@ class MlflowRun:
                 # MLflow's own default is SQLite, for which mlflow-skinny has no package
                 uri = (folder.parent / "mlruns").as_uri()
                 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-                stack.enter_context(_alone(folder.parent / ".mlruns.lock"))
+                stack.enter_context(locked(folder.parent / ".mlruns.lock"))  # trials that begin at once
             self.client = MlflowClient(uri)
             run = self._kept(os.environ.get("MLFLOW_RUN_ID") or kept)
             if run is None:
@@ -238,14 +238,6 @@ def _few_retries() -> Iterator[None]:
         yield
     finally:
         del os.environ[key]
-
-
-@contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Holds a lock: trials that begin at once would each make the experiment."""
-    with lock.open("a") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
 
 
 logger = logging.getLogger(__name__)
