@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from shared.training.tensorboard import TensorBoard
 from shared.training.validation import Validation
 
 
-class Run(ABC):
+class Run:
     """Takes a training's reports and checkpoints. Only the chief calls a method, unless it says "on every rank".
 
     Attributes:
