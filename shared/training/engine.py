@@ -146,7 +146,8 @@ class _Training:
             if saves and self.saved_at != self.batches:
                 self._save()
             stops = self._stops()
-            self._begin_window()
+            if not stops:
+                self._begin_window()
 
         if self.saved_at != self.batches:
             self._save()
@@ -154,7 +155,7 @@ class _Training:
     # --- its parts ----------------------------------------------------------------------------------------
 
     def _begin_window(self) -> None:
-        """Until the next report, validation or save."""
+        """Begins the batches until the next report, validation or save."""
         self._mark(Phase.LOADING, self.batches + 1)
         if self.is_chief:
             self.run.set_status("training")
