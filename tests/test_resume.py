@@ -211,7 +211,7 @@ def test_a_run_that_was_trained_to_its_end_says_what_to_give_to_go_on(tiny, trai
     tiny["searcher"]["max_length"] = {"batches": 4}
     train(trial(), tiny)
     with pytest.raises(
-        UserError, match=r"has been trained for 4 batches, and searcher.max_length is 4; give a greater"
+        UserError, match=r"has been trained for 4 batches, and searcher.max_length is 4\. Fix: give a greater"
     ):
         train(trial(), tiny, resume="last")
 

@@ -82,7 +82,7 @@ def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arg
                 logger.info("nothing to do: %s", outcome)
         elif not outcome.is_finished:
             if trial.rank == 0:
-                print(f"{outcome}; go on with --output-dir {folder.path} --resume last", file=sys.stderr)
+                print(f"{outcome}; continue with --output-dir {folder.path} --resume last", file=sys.stderr)
             sys.exit(outcome.exit_status)
         elif trial.rank == 0:
             results = Results(trial, folder, outcome, time.monotonic() - started)

@@ -268,7 +268,7 @@ class _Training:
         self.trial.save_own_config(folder)
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        """Continues from a checkpoint. One of another trial gives weights only, and the counts start from 0."""
+        """Continues from a checkpoint. After one of another trial, all counts start from 0."""
         trial, training, counts = self.trial, checkpoint.training, checkpoint.counts
         best = {**(training.get("patience") or {}), **checkpoint.best_of_older_version}
         load_checkpoint(trial, checkpoint)
@@ -297,19 +297,16 @@ class _Training:
             return None
         if self.batches > total or (self.batches == total and is_validated):
             return (
-                f"{checkpoint.path} has been trained for {self.batches} batches, and searcher.max_length is {total}; "
-                "give a greater one to go on"
+                f"{checkpoint.path} has been trained for {self.batches} batches, and searcher.max_length is {total}. "
+                "Fix: give a greater one"
             )
         if why := self.best.why_over():
             return (
-                f"{checkpoint.path} has ended by {why}; give a patience of more than {self.best.without_improvement}, "
-                "or leave hyperparameters.early_stopping out, to go on"
+                f"{checkpoint.path} has ended by {why}. Fix: give a patience of more than "
+                f"{self.best.without_improvement}, or omit hyperparameters.early_stopping"
             )
         if is_validated and (why := self.clock.why_over()):
-            return (
-                f"{checkpoint.path} has ended by {why}; give more of them, or leave hyperparameters.max_hours out, to "
-                "go on"
-            )
+            return f"{checkpoint.path} has ended by {why}. Fix: give more hours, or omit hyperparameters.max_hours"
         return None
 
     def _outcome(self) -> Outcome:
