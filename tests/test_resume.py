@@ -279,7 +279,7 @@ def test_a_killed_rank_under_torchrun_s_restarts_costs_what_came_since_the_check
     )
     assert done.returncode == 0, done.stderr
     assert mark.exists()
-    assert "going on after batch 4" in done.stderr
+    assert "resuming after batch 4" in done.stderr
     assert [report["batches"] for report in reports(run)] == [2, 4, 4, 6, 8, 8, 10, 12, 12]
 
 

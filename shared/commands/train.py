@@ -69,7 +69,7 @@ def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arg
         on_chief(distributed, lambda: loggers.open(names, experiment.config, folder, resumes))
         if trial.rank == 0:
             if checkpoint:
-                logger.info("going on after batch %d, from %s", checkpoint.batches, checkpoint.path)
+                logger.info("resuming after batch %d, from %s", checkpoint.batches, checkpoint.path)
             _begin_folder(trial, folder)
         started = time.monotonic()
         run = LocalRun(folder, loggers, trial.searcher_metric, trial.schedule.checkpoint_policy, trial.rank == 0)

@@ -305,7 +305,7 @@ class DetectionTrial(Detector):
 
     def summary_lines(self) -> list[tuple[str, object]]:
         """What is printed at the start, name and value."""
-        resumed = f"; goes on after batch {self.first_batch}" if self.first_batch else ""
+        resumed = f"; resumes after batch {self.first_batch}" if self.first_batch else ""
         return [
             *self.summary(),
             ("precision", self.hparams.amp or "float32"),
