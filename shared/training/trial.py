@@ -16,7 +16,6 @@ import torch
 from determined.pytorch import PyTorchTrialContext
 from tabulate import tabulate
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from shared.config.experiment import Experiment, experiment_of, per_slot_batch_size
@@ -130,8 +129,8 @@ class DetectionTrial(Detector):
                 keep_freed_memory()
         seed_all(self.seed)  # the same initial weights on every slot
         self.scaler = self._build_scaler()
-        self.model = wrap_model(self.context, self._switched(self.build_model()), self.find_unused_parameters)
-        self.plain_model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        self.plain_model = self._switched(self.build_model())
+        self.model = wrap_model(self.context, self.plain_model, self.find_unused_parameters)
         self.ema = self.build_ema(self.plain_model)
         if self.for_training:
             self._build_training()
