@@ -20,7 +20,7 @@ from shared.data import array_cache
 from shared.data.annotations import CocoAnnotations
 from shared.data.file_lock import once
 from shared.data.image_list import Look, look_once
-from shared.data.images import darkness
+from shared.data.images import darkness, value_range
 from shared.data.storage import DiskImages, ImageStorage
 from shared.errors import UserError
 
@@ -166,8 +166,8 @@ def refuse_names_outside(annotations: CocoAnnotations, where: str, folder: Path 
 def first_dark_image(annotations: CocoAnnotations, images: ImageStorage) -> str:
     """What `darkness` says of the first dark one of a few images, spread over the file."""
     some = np.linspace(0, len(annotations) - 1, _TRIED_FOR_DARKNESS).astype(int)
-    said = (darkness(images, annotations.file_name(i)) for i in np.unique(some).tolist())
-    return next(filter(None, said), "")
+    names = (annotations.file_name(i) for i in np.unique(some).tolist())
+    return next(filter(None, (darkness(name, value_range(images, name)) for name in names)), "")
 
 
 def _found_instead(folder: Path, name: str) -> str:
