@@ -91,8 +91,8 @@ def unreadable(file_name: str, name: str, reason: object) -> BadImageError:
 def plain_bytes(data: bytes, size: tuple[int, int] | None = None) -> bytes:
     """The bytes themselves if all libraries decode them to the same pixels, else a PNG for which they do.
 
-    A PNG replaces grey of more than 8 bits, palettes, CMYK, the first frame of an animation, and images that EXIF would
-    rotate away from `size`.
+    A PNG replaces grey of more than 8 bits, palettes, CMYK and animations (their first frame). It also replaces images
+    that EXIF would rotate away from `size`.
 
     Args:
         size: (width, height) in the annotation file. EXIF rotates the image sideways only if the result has this size.
