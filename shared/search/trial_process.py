@@ -97,9 +97,6 @@ class TrialProcess:
         """None while it runs; negative for a signal."""
         return self._process.poll()
 
-    def wait(self) -> int:
-        return self._process.wait()
-
     def stop(self) -> None:
         """Lets the run save a checkpoint after its batch and exit."""
         if not self.is_stopping and self.exit_code() is None:
