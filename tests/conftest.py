@@ -1,6 +1,7 @@
 """Paths to the code, data for tests, and how the tests start a run."""
 
 import argparse
+import contextlib
 import gc
 import json
 import multiprocessing
@@ -204,6 +205,33 @@ def trial_class() -> type:
 
 
 @pytest.fixture
+def unbuilt():
+    """Makes a trial that has read its config and opened nothing."""
+    import torch
+    from determined.core import DistributedContext
+
+    from shared.training.context import trial_context
+
+    class Slots(DistributedContext):
+        """The first of so many slots, which hears nothing of the others."""
+
+        def __init__(self, size: int):
+            super().__init__(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
+            self.size = self.local_size = size
+
+        def close(self) -> None:
+            pass
+
+    with contextlib.ExitStack() as stack:
+
+        def make(trial_class: type, config: dict, slots: int = 1, **named: object):
+            context = stack.enter_context(trial_context(config, Slots(slots), torch.device("cpu")))
+            return trial_class(context, begin=False, **named)
+
+        yield make
+
+
+@pytest.fixture
 def program(tmp_path):
     """Writes a program that takes the place of `model_def.py`, beside which it is run; returns its path."""
 
@@ -246,7 +274,7 @@ def train(tmp_path, monkeypatch):
 def leave_out_figures(patch: pytest.MonkeyPatch) -> None:
     """Lets a training in this process write no report, no figures for TensorBoard and no page of the labels."""
     patch.setattr("shared.training.tensorboard.ReportFigures.draw", lambda *_: None)
-    patch.setattr("shared.commands.train._write_report", lambda *_: None)
+    patch.setattr("shared.commands.train.Results.write_report", lambda *_: None)
     patch.setattr("shared.commands.train.save_page", lambda *_: None)
 
 
@@ -292,14 +320,8 @@ def refused(command):
 
 @pytest.fixture
 def without_figures(monkeypatch):
-<<<<<<< HEAD
     """For a training that starts in this process by another way than `train`."""
     leave_out_figures(monkeypatch)
-=======
-    """They take most of the time of runs as small as these."""
-    monkeypatch.setattr("shared.training.tensorboard.ReportFigures.draw", lambda *_: None)
-    monkeypatch.setattr("shared.commands.train.Results.write_report", lambda *_: None)
->>>>>>> r-config
 
 
 @pytest.fixture
