@@ -1,4 +1,4 @@
-"""What a search draws: the `searcher` section, Determined's hyperparameter ranges, and the samplers for Optuna."""
+"""How a search draws: the `searcher` section, Determined's hyperparameter ranges, and the samplers for Optuna."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ class Searcher(SearcherSection):
 
     Attributes:
         metric: compares the trials.
-        length: of a trial of `adaptive_asha`, in batches, epochs or records.
-        points: of a grid, one per trial.
-        max_restarts: of a trial that was killed.
+        length: the length of a trial of `adaptive_asha`, in batches, epochs or records.
+        points: the grid's points, one per trial.
+        max_restarts: how often a killed trial restarts.
     """
 
     metric: SearcherMetric
@@ -174,7 +174,7 @@ def trial_numbers(trials: Sequence[FrozenTrial]) -> list[int]:
     Optuna counts a trial that another machine repeats as a new one; here both have the same number.
 
     Args:
-        trials: all of the study, in Optuna's order. A new trial may not have its attribute yet.
+        trials: all trials of the study, in Optuna's order. A new trial may not have its attribute yet.
     """
     numbers, begun = [], 0
     for trial in trials:

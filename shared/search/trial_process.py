@@ -66,7 +66,7 @@ class TrialProcess:
 
     Args:
         program: the command to which `train CONFIG …` is added.
-        folder: of the run, in which no other process trains. The run resumes from a checkpoint in it.
+        folder: the folder of the run, in which no other process trains. The run resumes from a checkpoint in it.
         variables: for its environment, if this process has no such variables.
 
     Attributes:
