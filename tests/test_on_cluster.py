@@ -135,7 +135,7 @@ def test_a_restarted_task_goes_on_where_its_checkpoint_is(config, run_task, capl
     first = run_task(config, "restarted")
     saved = next(path for path in first.checkpoints if read_checkpoint(path).batches == 4)
     again = run_task(config, "restarted", latest_checkpoint=saved.name, steps_completed=4)
-    assert "goes on after batch 4" in caplog.text
+    assert "resumes after batch 4" in caplog.text
     assert list(again.of("validation")) == [8, 12]
     expected = whole.of("validation")
     assert again.of("validation") == {batches: expected[batches] for batches in (8, 12)}

@@ -211,7 +211,7 @@ def test_a_run_that_was_trained_to_its_end_says_what_to_give_to_go_on(tiny, trai
     tiny["searcher"]["max_length"] = {"batches": 4}
     train(trial(), tiny)
     with pytest.raises(
-        UserError, match=r"has been trained for 4 batches, and searcher.max_length is 4; give a greater"
+        UserError, match=r"has been trained for 4 batches, and searcher.max_length is 4\. Fix: give a greater"
     ):
         train(trial(), tiny, resume="last")
 
@@ -279,7 +279,7 @@ def test_a_killed_rank_under_torchrun_s_restarts_costs_what_came_since_the_check
     )
     assert done.returncode == 0, done.stderr
     assert mark.exists()
-    assert "going on after batch 4" in done.stderr
+    assert "resuming after batch 4" in done.stderr
     assert [report["batches"] for report in reports(run)] == [2, 4, 4, 6, 8, 8, 10, 12, 12]
 
 

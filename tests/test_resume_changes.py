@@ -389,7 +389,7 @@ def test_a_length_that_the_checkpoint_is_past_is_refused(tiny, efficientdet, tra
     Killed.__module__ = "model_def"
     with pytest.raises(RuntimeError, match="killed"):
         train(Killed, tiny)
-    with pytest.raises(UserError, match=r"trained for 3 batches, and searcher.max_length is 2; give a greater"):
+    with pytest.raises(UserError, match=r"trained for 3 batches, and searcher.max_length is 2\. Fix: give a greater"):
         train(efficientdet, of_length(2, tiny), resume="last")
 
 
