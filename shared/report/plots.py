@@ -192,15 +192,14 @@ def short_name(name: str) -> str:
     return f"\u200b{name}" if name.startswith("_") else name
 
 
-def svg_of(figure: Figure, salt: str, has_math: bool = False) -> str:
+def svg_of(figure: Figure, salt: str) -> str:
     """The figure as an element of a page, in the colors of `style_sheet` and in the page's font.
 
     Args:
         salt: unique on the page: the names of the figure's parts follow from it.
-        has_math: whether $…$ is a formula, such as a power on a logarithmic axis, instead of part of a name.
     """
     buffer = io.StringIO()
-    options = {"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": has_math}
+    options = {"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False}
     with matplotlib.rc_context(options), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         without = dict.fromkeys(("Creator", "Date", "Format", "Type"))
