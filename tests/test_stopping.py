@@ -204,7 +204,7 @@ def signalled_run(run_config, tmp_path):
         config, run = run_config(scheduling_unit=3, data__workers=0), tmp_path / "run"
         env = {"PHASE": phase, "TESTS": str(ROOT / "tests")}
         arguments = ("train", config, "--output-dir", run)
-        done = run_model_def(*arguments, processes=2, env=env, check=False, script=script)
+        done = run_model_def(*arguments, processes=2, torchrun=True, env=env, check=False, script=script)
         assert done.returncode != 0
         assert f"--output-dir {run} --resume last" in done.stderr
         return config, run
