@@ -102,7 +102,7 @@ def whole(shapes, tmp_path_factory):
     config["scheduling_unit"] = 3  # some stops cut a report short
     folder = tmp_path_factory.mktemp("whole")
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    run_model_def("train", folder / "config.yaml", "--output-dir", folder / "run")
+    run_model_def("train", folder / "config.yaml", "--output-dir", folder / "run", figures=False)
     return config, folder / "run"
 
 
