@@ -5,7 +5,6 @@ import ctypes
 import itertools
 import platform
 import statistics
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ import yaml
 from determined import pytorch
 from local_context import device_name
 from synchronisations import site, watch_synchronisations
-from torch.utils.tensorboard import SummaryWriter
 
 from shared.training.memory import LARGEST_MMAP_THRESHOLD, TRIM_THRESHOLD
 from shared.training.trial import DetectionTrial
@@ -49,18 +47,14 @@ class _Measured(Exception):
 
 
 def call_at_batch_end(trial: DetectionTrial, function: Callable[[], None]) -> None:
-    """Calls a function after each training batch, in the place of the progress bar. What the trial reports goes to a
-    folder that nobody reads."""
-    trial.tensorboard = SummaryWriter(tempfile.mkdtemp())
-    trial.local_callbacks["measured"] = _AtBatchEnd(trial, function)
+    """Calls a function after each training batch."""
+    after_batch = trial.after_batch
 
+    def after_batch_and_function(number: int) -> None:
+        after_batch(number)
+        function()
 
-class _AtBatchEnd(pytorch.PyTorchCallback):
-    def __init__(self, trial: DetectionTrial, function: Callable[[], None]):
-        self.trial, self.function = trial, function
-
-    def on_training_start(self) -> None:
-        self.trial.on_batch_end = self.function
+    trial.after_batch = after_batch_and_function
 
 
 class _Side:
@@ -111,7 +105,7 @@ def time_against(
     cuda = context.device.type == "cuda"
     ours, theirs = _Side(context.device), _Side(context.device)
     watch, stacks, steps = contextlib.ExitStack(), [], itertools.count(1)
-    waiting = [0.0]  # of the loader, after each batch; a report sets it to 0
+    waiting = [0.0]  # of the loader, after each batch
 
     def at_batch_end() -> None:
         nonlocal stacks
@@ -139,7 +133,7 @@ def time_against(
     seconds = {"ours": ours.seconds[1 : blocks + 2], name: theirs.seconds[1:]}
     # block i of theirs lies between i and i + 1 of ours
     pairs = [sum(seconds["ours"][i : i + 2]) / 2 / other for i, other in enumerate(seconds[name])]
-    waited = [after - before if after >= before else after for before, after in itertools.pairwise(waiting)]
+    waited = [after - before for before, after in itertools.pairwise(waiting)]
     measured = {
         "device": device_name(context.device),
         "blocks": len(pairs),

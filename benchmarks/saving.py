@@ -1,33 +1,35 @@
-"""How long a training stands still for a checkpoint: written beside it, against Determined's own way in line.
+"""How long a training stands still for a checkpoint: written beside it, against in line.
 
-One run of EfficientDet at 128 pixels, on images that it makes itself, saves after every few batches, in turn by the
-project's loop and by Determined's own `_checkpoint` with the same callbacks. Reported are the medians of how long the
-training stands still for a save, and of how long the batches after it take. `--upload` adds a wait to each, as for a
-store that is so far away.
+One run of EfficientDet at 128 pixels, on images that it makes itself, saves after every few batches, in turn beside the
+training and in line. It reports the medians of how long the training stands still for a save, and of how long the
+batches after it take. `--upload` adds a wait to each, as for a remote store.
 """
 
 import argparse
 import itertools
 import json
-import logging
-import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "efficientdet")]
 
-from determined import pytorch
-from interleaved import call_at_batch_end
-
 from model_def import EfficientDetTrial
-from shared.training import loop
+from shared.config.schema import SearcherMetric
+from shared.training.background import Background
+from shared.training.context import trial_context
+from shared.training.engine import train
+from shared.training.local_run import LocalRun
+from shared.training.loggers import Loggers
 from shared.training.processes import local_processes
+from shared.training.run_folder import RunFolder
 
 
 def experiment(arguments: argparse.Namespace) -> dict:
@@ -51,15 +53,21 @@ def experiment(arguments: argparse.Namespace) -> dict:
     }
 
 
-class Uploaded(pytorch.PyTorchCallback):
-    """Waits as long as an upload takes, and removes the checkpoint."""
+class Timed(EfficientDetTrial):
+    """Notes when batches begin and end."""
 
-    def __init__(self, storage: Path, seconds: float):
-        self.storage, self.seconds = storage, seconds
+    def __init__(self, *arguments: Any, **named: Any):
+        self.begun: list[float] = []
+        self.ended: list[float] = []
+        super().__init__(*arguments, **named)
 
-    def on_checkpoint_upload_end(self, uuid: str) -> None:
-        time.sleep(self.seconds)
-        shutil.rmtree(self.storage / "determined" / uuid)
+    def before_batch(self, number: int) -> None:
+        self.begun.append(time.perf_counter())
+        super().before_batch(number)
+
+    def after_batch(self, number: int) -> None:
+        super().after_batch(number)
+        self.ended.append(time.perf_counter())
 
 
 def main() -> None:
@@ -69,43 +77,31 @@ def main() -> None:
     parser.add_argument("--period", type=int, default=6, help="batches between two saves")
     parser.add_argument("--upload", type=float, default=0.0, metavar="SECONDS")
     arguments = parser.parse_args()
-    logging.getLogger("determined").setLevel(logging.ERROR)
-    storage, code = Path(tempfile.mkdtemp()), tempfile.mkdtemp()
-    os.environ["XDG_DATA_HOME"] = str(storage)  # where Determined stores checkpoints
-    os.chdir(code)  # which it copies into each
-    ways = {"beside": loop._Loop._checkpoint, "in_line": pytorch._PyTorchTrialController._checkpoint}
-    stood = {way: [] for way in ways}
-    after = {way: [] for way in ways}
-    saves = itertools.count()
-    ended = 0.0
+    begin, number = Background.begin, itertools.count()
 
-    def save(self: loop._Loop, already_exiting: bool) -> None:
-        nonlocal ended
-        number = next(saves)
-        way, other = ("beside", "in_line") if number % 2 else ("in_line", "beside")
-        self.trial.saving.wait()  # what is left of the last one
-        started = time.perf_counter()
-        if number:
-            after[other].append(started - ended)
-        ways[way](self, already_exiting)
-        ended = time.perf_counter()
-        stood[way].append(ended - started)
+    def save(background: Background, work: Callable[[], None]) -> None:
+        begin(background, lambda: (work(), time.sleep(arguments.upload)))
+        if next(number) % 2:
+            background.wait()
 
-    config = experiment(arguments)
+    config, folder = experiment(arguments), RunFolder(Path(tempfile.mkdtemp()))
     with (
-        mock.patch.object(loop._Loop, "_checkpoint", save),
-        local_processes() as (distributed, device),
-        loop.trial_context(config, distributed, device) as context,
+        mock.patch.object(Background, "begin", save),
+        local_processes() as processes,
+        trial_context(config, *processes) as context,
     ):
-        trial = EfficientDetTrial(context)
-        call_at_batch_end(trial, lambda: None)
-        trial.local_callbacks["uploaded"] = Uploaded(storage, arguments.upload)
-        loop.fit(trial, None, "none")
+        trial = Timed(context)
+        folder.prepare(ROOT / "efficientdet")
+        train(trial, LocalRun(folder, Loggers(), SearcherMetric("bbox_mAP", False), "none", is_chief=True))
+    shutil.rmtree(folder.path)
     parameters = sum(parameter.numel() for parameter in trial.plain_model.parameters())
     figures = {"model": arguments.model, "parameters": parameters, "upload_s": arguments.upload}
-    for way in ways:
-        figures[f"{way}_stands_still_s"] = round(statistics.median(stood[way][1 : arguments.saves]), 3)
-        figures[f"{way}_batches_after_s"] = round(statistics.median(after[way][1 : arguments.saves]), 3)
+    saves = range(arguments.period, len(trial.begun), arguments.period)  # the last one is that of the end
+    for way, first in (("beside", 0), ("in_line", 1)):
+        stood = [trial.begun[at] - trial.ended[at - 1] for at in saves[first::2]][1:]
+        after = [(trial.ended[at + arguments.period - 1] - trial.begun[at]) for at in saves[first::2]][1:-1]
+        figures[f"{way}_stands_still_s"] = round(statistics.median(stood), 3)
+        figures[f"{way}_batches_after_s"] = round(statistics.median(after), 3)
     print(json.dumps(figures, indent=1))
 
 

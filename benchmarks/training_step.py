@@ -32,7 +32,6 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from coco_files import data_folder
 from model_def import EfficientDetTrial
 from shared.data.loading import PrefetchLoader
-from shared.data.samplers import TrainingBatchSampler
 
 SMALL = {
     "model": "efficientdet_d0",
@@ -79,9 +78,7 @@ def plain_loop(trial: EfficientDetTrial, amp: str | None):
     scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=10, warmup_epochs=0, cooldown_epochs=0)
     ema = ModelEmaV3(model, decay=hparams.model_ema_decay)
     scaler = torch.amp.GradScaler("cuda", enabled=hparams.amp == "fp16")
-    dataset = trial.training_dataset()
-    sampler = TrainingBatchSampler(trial.training_groups(), trial.per_slot_batch_size, seed=0)
-    loader = trial._loader(dataset, sampler, training=True)
+    loader = trial.training_batch_loader(0)
     batches = iter(PrefetchLoader(loader, device, lambda batch, number: trial.prepare(batch, number)))
     steps = itertools.count(1)
 

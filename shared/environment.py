@@ -1,4 +1,4 @@
-"""What the environment of a process says: threads, missing packages, whether it is a cluster's task."""
+"""The environment of a process: threads, missing packages, whether it is a cluster's task."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from types import TracebackType
 from typing import Any
 
 _INSTALL = (
-    "`make demo` in the project's folder sets up an environment with all that is needed (.venv/bin/python); into your "
-    "own, with torch, torchvision and determined in it: python3 -m shared.container, in the detector's folder"
+    "`make demo` in the project's folder makes a complete environment (.venv/bin/python). To use your own, which needs "
+    "torch, torchvision and determined: python3 -m shared.container, in the detector's folder"
 )
 
 
 def _say_what_is_missing(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     if isinstance(error, ModuleNotFoundError):
-        print(f"error: {sys.executable} lacks the package {error.name!r}; {_INSTALL}", file=sys.stderr)
+        print(f"error: {sys.executable} lacks the package {error.name!r}. Fix: {_INSTALL}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 
@@ -37,7 +37,9 @@ def prepare_process() -> None:
     Loader workers keep their cores: they sleep for most of a step.
     """
     if sys.version_info < (3, 10):  # noqa: UP036 the code runs from its folders, which no installer looked at
-        sys.exit(f"error: Python 3.10 or later is needed, and {sys.executable} is {sys.version.split()[0]}; {_INSTALL}")
+        sys.exit(
+            f"error: Python 3.10 or later is needed, and {sys.executable} is {sys.version.split()[0]}. Fix: {_INSTALL}"
+        )
     sys.excepthook = _say_what_is_missing
     if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -47,9 +49,9 @@ def prepare_process() -> None:
 
 
 def use_available_cores() -> None:
-    """Gives torch no more threads than this process has cores, where the user has not said how many.
+    """Gives torch no more threads than this process has cores, unless the user sets a number.
 
-    torchrun says `OMP_NUM_THREADS=1` for several processes on a machine, which looks like the user's own, and stays.
+    torchrun sets `OMP_NUM_THREADS=1` for several processes on a machine. It looks like the user's own, and stays.
     """
     import torch
 
@@ -58,11 +60,11 @@ def use_available_cores() -> None:
 
 
 def available_cores(root: Path = Path("/")) -> int:
-    """The cores of this process: those it may run on, as far as its control groups give it their time, divided by the
-    processes that torchrun started on the machine; at least 1.
+    """The cores of this process, at least 1: those on which it may run and for which its control groups give it time,
+    divided by the processes that torchrun started on the machine.
 
     Args:
-        root: of the file system, with proc and sys.
+        root: the file system with proc and sys.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = min([cores, *_quotas(root)])
@@ -70,7 +72,7 @@ def available_cores(root: Path = Path("/")) -> int:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """The cores' worth of time that each control group above this process allows, of version 1 or 2."""
+    """The number of cores whose time each control group above this process allows. Reads versions 1 and 2."""
     own = root / "proc/self/cgroup"
     for line in own.read_text().splitlines() if own.exists() else ():
         _, controllers, path = line.split(":", 2)
@@ -78,7 +80,7 @@ def _quotas(root: Path) -> Iterator[float]:
             continue
         mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
         group = mount / path.lstrip("/")
-        # in a container the path may be the host's, and of it only the mount, which is the container's, is there
+        # in a container the path may be the host's; then only the mount, which is the container's, exists
         while group.is_relative_to(mount):
             names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
             if all((group / name).exists() for name in names):

@@ -1,4 +1,4 @@
-"""Passwords, keys and tokens: nothing that is written, logged or uploaded holds them."""
+"""Removes passwords, keys and tokens from everything that is written, logged or uploaded."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def redacted(text: str) -> str:
 def without_secrets(config: Mapping[str, Any], but: Collection[str] = ()) -> dict[str, Any]:
     """A copy of a config with `REDACTED` instead of each secret.
 
-    A secret is the value of a key such as `password`, `secret_key` or `api_token`, everything in Determined's
-    `registry_auth` and `environment_variables` (their names stay), and what `redacted` finds in a text.
+    Secrets are the values of keys such as `password`, `secret_key` or `api_token`, and the passwords that `redacted`
+    finds. All values in Determined's `registry_auth` and `environment_variables` are secrets too; their names stay.
 
     Args:
-        but: sections at the top that stay as they are.
+        but: top-level sections to copy unchanged.
     """
     return {key: value if key in but else _clean(value, key, "") for key, value in config.items()}
 
 
 def filled_in(clean: Any, config: Any) -> Any:
-    """What `without_secrets` returned, with a config's own values where it holds `REDACTED`."""
+    """The result of `without_secrets`, with a config's own values instead of `REDACTED`."""
     if isinstance(clean, Mapping):
         own = config if isinstance(config, Mapping) else {}
         return {key: filled_in(value, own.get(key)) for key, value in clean.items()}

@@ -1,6 +1,7 @@
 """Paths to the code, data for tests, and how the tests start a run."""
 
 import argparse
+import contextlib
 import gc
 import json
 import multiprocessing
@@ -209,6 +210,33 @@ def trial_class() -> type:
     from model_def import EfficientDetTrial
 
     return EfficientDetTrial
+
+
+@pytest.fixture
+def unbuilt():
+    """Makes a trial that has read its config and opened nothing."""
+    import torch
+    from determined.core import DistributedContext
+
+    from shared.training.context import trial_context
+
+    class Slots(DistributedContext):
+        """The first of so many slots, which hears nothing of the others."""
+
+        def __init__(self, size: int):
+            super().__init__(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
+            self.size = self.local_size = size
+
+        def close(self) -> None:
+            pass
+
+    with contextlib.ExitStack() as stack:
+
+        def make(trial_class: type, config: dict, slots: int = 1, **named: object):
+            context = stack.enter_context(trial_context(config, Slots(slots), torch.device("cpu")))
+            return trial_class(context, begin=False, **named)
+
+        yield make
 
 
 @pytest.fixture

@@ -124,8 +124,7 @@ def test_a_batch_of_more_images_than_there_are_is_said(caplog):
     for _ in range(2):
         TrainingBatchSampler(np.zeros(7), per_slot_batch_size=9, seed=0, slots=2)
     assert [record.message for record in caplog.records] == [
-        "hyperparameters.global_batch_size: 18 is more than the 7 images that are trained on; a batch has each several "
-        "times"
+        "hyperparameters.global_batch_size: 18 is more than the 7 training images; each batch has images several times"
     ]
 
 

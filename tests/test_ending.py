@@ -170,9 +170,7 @@ def test_an_early_stopping_that_is_none_is_refused_by_its_key(config, section, m
 def test_early_stopping_without_a_validation_to_stop_at_is_refused(config, train, trial_class):
     del config["min_validation_period"]
     config["hyperparameters"]["early_stopping"] = {"patience": 2}
-    with pytest.raises(
-        UserError, match="early_stopping: the only validation is at the end. Fix: give min_validation_per"
-    ):
+    with pytest.raises(UserError, match=r"early_stopping: the only validation is at the end\. Fix: give min_v"):
         train(trial_class, config)
 
 

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 # each may import from those after it, and from its own room
 FLOORS = (
-    *("__main__", "launch", "commands", "log", "search", "training", "report", "evaluation", "library", "data"),
+    *("__main__", "launch", "commands", "log", "search", "report", "training", "evaluation", "library", "data"),
     *("config", "durable", "redaction", "errors", "environment"),
 )
 BY_ITSELF = ("container",)  # runs before anything is installed
@@ -83,3 +83,41 @@ def test_no_files_import_each_other_in_a_circle(package):
         for module, path in modules.items()
     }
     graphlib.TopologicalSorter(graph).prepare()  # a CycleError names the circle
+
+
+# objects of libraries, by the module that sets their attributes: sockets' options, modules and functions of PyTorch
+SET_BY = {
+    "checkpoints.py": ["plain"],  # a state dict's versions
+    "hang.py": ["self._context"],
+    "local_run.py": ["threading"],  # what prints the errors of threads
+    "processes.py": ["self._context", "self._socket"],
+    "sockets.py": ["socket"],
+    "stopping.py": ["_before_fork"],
+    "switches.py": ["TrainedInFloat32", "module", "probe"],
+    "trial.py": ["with_losses"],  # its own copy of a data set
+    "validation.py": ["module", "torch.distributed"],
+}
+# names of libraries that are private, and why they are used
+PRIVATE = {
+    "_current_frames": "Python documents it",
+    "_exit": "Python documents it",
+    "_foreach_copy_": "the averages of a small detector take as long as its step without it",
+    "_foreach_lerp_": "the same",
+    "_metadata": "the versions of a state dict's modules have no other name",
+}
+
+
+def test_no_object_of_the_training_changes_the_attributes_of_another():
+    for path in sorted((ROOT / "shared/training").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                owner = ast.unparse(node.value)
+                assert owner in ("self", *SET_BY.get(path.name, ())), f"{path}: {ast.unparse(node)}"
+
+
+def test_the_training_uses_public_names_of_libraries():
+    for path in sorted((ROOT / "shared/training").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                is_own = ast.unparse(node.value) in ("self", "cls")
+                assert is_own or node.attr in PRIVATE, f"{path}: {ast.unparse(node)}"

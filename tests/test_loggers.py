@@ -56,7 +56,7 @@ def trial_class(monkeypatch):
     from model_def import EfficientDetTrial
 
     monkeypatch.setattr("shared.training.tensorboard.ReportFigures.draw", lambda *_: None)
-    monkeypatch.setattr("shared.commands.train._write_report", lambda *_: None)
+    monkeypatch.setattr("shared.commands.train.Results.write_report", lambda *_: None)
     return EfficientDetTrial
 
 

@@ -109,7 +109,7 @@ def test_a_folder_files_and_a_glob_together_each_image_once(predict, tmp_path, c
     assert files(tmp_path / "out") == ["in/b.jpg.png", "results.json", "sub/a.PNG.png", "x/b.jpg.png", "x[1].png.png"]
     assert [r["image_id"] for r in results] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert results[0]["category_id"] == 7
-    assert "broken.png is left out: it is no image" in caplog.text
+    assert "broken.png is skipped: it is no image" in caplog.text
     said = capsys.readouterr().out
     assert "8 detections on 4 images in" in said
     assert "the 4 of at least 0.3 are drawn" in said
@@ -204,7 +204,7 @@ def test_what_an_earlier_run_has_drawn_is_no_input_and_its_folder_is_not_written
     caplog.set_level("INFO")
     assert names(predict("in", output="in/second")) == ["a.jpg"]
     assert "in/first, which holds the results.json" in caplog.text
-    assert "1 pictures that an earlier run has drawn" in caplog.text
+    assert "1 pictures that an earlier run drew" in caplog.text
     before = files(tmp_path)
     for output in ("in/first", "in"):
         with pytest.raises(UserError, match="is not empty"):

@@ -133,19 +133,16 @@ def test_what_the_master_fills_in_is_what_its_schema_says():
 
 
 @shipped
-def test_a_file_is_accepted_as_the_master_hands_it_over(path):
+def test_a_file_is_accepted_as_the_master_hands_it_over(path, unbuilt):
     written = load_yaml(path)
     trial_class = trial_classes().get(path.parent.name)
     if trial_class is None:
         pytest.skip(WITHOUT_LIBRARY[path.parent.name])
     for seed in range(3 if written["searcher"]["name"] != "single" else 1):
-        trial = object.__new__(trial_class)  # what reads the config, without data and model
         config, hyperparameters = handed_over(written), draw(written["hyperparameters"], random.Random(seed))
-        trial.experiment = experiment = experiment_of(config, hyperparameters, trial_class.sections())
-        trial.for_training, trial.hparams, trial.data = True, experiment.hyperparameters, experiment.data
-        trial.read_own_config()
-        schedule = experiment.schedule(trial.default_lengths())
-        metric = experiment.searcher_metric(trial.reported_metrics())
+        experiment = experiment_of(config, hyperparameters, trial_class.sections())
+        trial = unbuilt(trial_class, experiment.config, experiment=experiment)
+        schedule, metric = trial.schedule, trial.searcher_metric
 
         trial_class.input_scale(experiment.hyperparameters)
         assert per_slot_batch_size(trial.hparams.global_batch_size, config["resources"]["slots_per_trial"])

@@ -1,6 +1,7 @@
 """The switches of `hyperparameters` that every detector has: precision, memory format, averages, clipping, freezing."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -320,18 +321,17 @@ def test_clip_grad_and_fp16_are_mmdetection_s_own_words(own):
 
 def test_fp16_without_a_gpu_says_what_to_take(config, trial_class, train):
     config["hyperparameters"]["amp"] = "fp16"
-    with pytest.raises(UserError, match=r"hyperparameters.amp: fp16 needs a GPU; take it out, or say .* bf16"):
+    with pytest.raises(UserError, match=r"hyperparameters.amp: fp16 needs a GPU. Fix: remove it, or give .* bf16"):
         train(trial_class, config)
 
 
-def test_sync_bn_of_several_processes_without_gpus_is_refused(config, trial_class, train):
-    class OfTwo(trial_class):
-        slots = property(lambda self: 2, lambda self, count: None)
-
-    OfTwo.__module__ = trial_class.__module__
+def test_sync_bn_of_several_processes_without_gpus_is_refused(config, trial_class, unbuilt, monkeypatch):
     config["hyperparameters"]["sync_bn"] = True
+    module = sys.modules[trial_class.__module__]
+    monkeypatch.setattr(module, "group_processes_of_machine", lambda count: None, raising=False)  # Detectron2's
+    trial = unbuilt(trial_class, config, slots=2, for_training=False, categories=[{"id": 1, "name": "circle"}])
     with pytest.raises(UserError, match="sync_bn: PyTorch synchronises batch norm on GPUs only"):
-        train(OfTwo, config)
+        trial.build()
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 """Trainings without the report and the figures, which take most of the time of so small a run."""
 
-import shared.commands.train
-import shared.training.tensorboard
+from shared.commands import train
+from shared.training.tensorboard import ReportFigures
 
 
 def leave_out_figures(set_attribute=setattr):
     """No report, no figures for TensorBoard, no page of the labels. A test gives `monkeypatch.setattr`."""
-    set_attribute(shared.training.tensorboard.ReportFigures, "draw", lambda *_: None)
-    for name in ("save_page", "_write_report"):
-        set_attribute(shared.commands.train, name, lambda *_: None)
+    set_attribute(ReportFigures, "draw", lambda *_: None)
+    set_attribute(train.Results, "write_report", lambda *_: None)
+    set_attribute(train, "save_page", lambda *_: None)

@@ -18,7 +18,7 @@ from shared.config.schema import DataConfig
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.checks import image_sizes, is_absent, under_a_pixel, why_wrong, wrong_rows
 from shared.data.images import BadImageError, InputScale, darkness, read_image
-from shared.data.open import SplitData, check_evaluable, check_trainable, open_split
+from shared.data.open import SplitData, check_evaluable, check_trainable, notes_on, open_split
 from shared.errors import UserError
 
 _SPLITS = ("train", "val")
@@ -67,6 +67,7 @@ def open_named(data: DataConfig, report: Report) -> dict[str, SplitData]:
         if not data.reads_files or getattr(data, split) is not None:
             try:
                 opened[split] = open_split(dataclasses.replace(data, check_images=True), split)
+                report.remarks += [f"data.{split}: {note}" for note in notes_on(opened[split].annotations, split)]
             except UserError as error:
                 report.stop(error)
     return opened

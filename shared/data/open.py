@@ -65,7 +65,23 @@ def _open_files(data: DataConfig, split: str, images: ImageStorage | None) -> Sp
                 logger.warning("data.%s: %s", split, dark)
     except StoreError as error:
         raise StoreError(f"data.{split}.images: {error}") from error
+    if _is_first_process():
+        for note in notes_on(annotations, split):
+            logger.warning("data.%s.annotations: %s", split, note)
+    if split == "train" and "ignore" in annotations.columns:
+        annotations = annotations.select(~annotations.columns["ignore"])
     return SplitData(annotations, images)
+
+
+def notes_on(annotations: CocoAnnotations, split: str) -> list[str]:
+    """Sentences about what was changed in reading the annotations, and about numbers that others compute from them."""
+    notes = list(annotations.notes)
+    if split == "val" and (annotations.columns["annotation_ids"] == 0).any():
+        notes.append(
+            "an annotation has the id 0, which pycocotools counts as not found: its mAP is too low. The results here "
+            "are right"
+        )
+    return notes
 
 
 def _open_fake(data: DataConfig, split: str, images: ImageStorage | None) -> SplitData:

@@ -103,7 +103,7 @@ def objects_of_detections(
 def objects_of_truth(
     record: ImageRecord, categories: Sequence[dict], with_masks: bool = False, with_keypoints: bool = False
 ) -> Objects:
-    """The annotated objects. Crowds are below the others and their captions say so."""
+    """The annotated objects. Crowds are below the others, with “(crowd)” in their captions."""
     masks = [_fillable(segmentation, record) for segmentation in record.segmentations] if with_masks else None
     return Objects(
         boxes=record.boxes,

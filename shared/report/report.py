@@ -59,7 +59,7 @@ def report(
         iou_types: None for boxes, and masks and keypoints if all detections have them.
         image_ids, keypoint_sigmas: see `evaluate`.
         min_score: the lowest score that is drawn; None for the best threshold.
-        resamples: of the images, for the intervals; 0 for none.
+        resamples: how often images are drawn again for the intervals; 0 for no intervals.
 
     Returns:
         The numbers.
@@ -177,7 +177,7 @@ def _numbers(analyses: Analyses) -> dict[str, Any]:
 
 
 def summary_of(analyses: Analyses) -> str:
-    """What is found, what costs most, and which annotations are worth a look."""
+    """The result in words: the metrics, the costliest errors, and annotations worth a look."""
     boxes = analyses.of["bbox"]
     counted = [row.objects for row in boxes.categories if row.objects]
     size = f"{count_of(len(analyses.indices), 'image')} with {count_of(sum(counted), 'object')}"

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,11 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 from shared.config.experiment import Experiment, Sections
 from shared.config.schema import DataConfig, Length, SearcherMetric, TrainingHyperparameters
 from shared.data.annotations import CocoAnnotations
-from shared.data.dataset import Transform
+from shared.data.dataset import Transform, seed_all
 from shared.data.images import InputScale
 from shared.data.loading import Batch
 from shared.data.open import SplitData, open_split, open_train_and_val
-from shared.data.samplers import TrainingBatchSampler, labels_of
+from shared.data.samplers import TrainingBatchSampler, labels_of, repeat_factors
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator, summary_metrics
@@ -333,3 +334,27 @@ class Detector(PyTorchTrial):
 
     def end_training(self) -> None:
         """After the last batch of the whole training, once it is validated and saved."""
+
+    # --- what a detector can use ---------------------------------------------------------------------------
+
+    @cached_property
+    def repeats(self) -> np.ndarray | None:
+        """(samples,) how often each training sample comes per epoch; None for once each."""
+        if self.data.repeat_threshold is None:
+            return None
+        return repeat_factors(*self.training_labels(), len(self.training_groups()), self.data.repeat_threshold)
+
+    @property
+    def batches_evaluations(self) -> bool:
+        """Whether a library that evaluates one image at a time gets batches of one size, which need no padding. They
+        round otherwise, and only a GPU is faster: a CPU took 1.13 times as long for 4 images of 800 pixels by a
+        ResNet-50."""
+        return self.data.fast_images and self.context.device.type == "cuda"
+
+    def evaluated_ids(self, data: SplitData) -> np.ndarray:
+        """The ids of `evaluated_images`."""
+        return data.annotations.image_ids[list(self.evaluated_images(len(data.annotations)))]
+
+    def seed_image(self, number: int, position: int) -> None:
+        """Seeds random numbers for the image at a position of this slot's part of training batch `number`."""
+        seed_all(self.seed, number, self.rank * self.per_slot_batch_size + position, 2)

@@ -28,7 +28,7 @@ from shared.training.hang import Phase
 from shared.training.resume import load_checkpoint
 from shared.training.saving import FiniteCheck, HostCopy, Snapshot, checkpoint_state
 from shared.training.stopping import BestSoFar, Clock, End, Outcome, Stopping
-from shared.training.tensorboard import TensorBoard
+from shared.training.tensorboard import DrawFigures, TensorBoard
 from shared.training.training_metrics import Progress, summary_of
 from shared.training.trial import DetectionTrial
 from shared.training.validation import Validation
@@ -91,24 +91,27 @@ class Run(Protocol):
         """At the end, also of an error. `is_saved`: no checkpoint is being written."""
 
 
-def train(trial: DetectionTrial, run: Run, checkpoint: Checkpoint | None = None) -> Outcome:
+def train(
+    trial: DetectionTrial, run: Run, checkpoint: Checkpoint | None = None, draw: DrawFigures = lambda *_: {}
+) -> Outcome:
     """Trains to the end, or until it is stopped.
 
     Args:
         checkpoint: to continue from; `check_resume` allows it.
+        draw: draws the figures of each validation, for TensorBoard.
 
     Raises:
         DivergedError: a loss or the weights are not finite.
         UserError: the evaluation, a save or the GPU's memory failed in a way that the user can fix.
     """
-    return _Training(trial, run).train(checkpoint)
+    return _Training(trial, run, draw).train(checkpoint)
 
 
 class _Training:
     """One start of a training, on one rank."""
 
-    def __init__(self, trial: DetectionTrial, run: Run):
-        self.trial, self.run = trial, run
+    def __init__(self, trial: DetectionTrial, run: Run, draw: DrawFigures):
+        self.trial, self.run, self.draw = trial, run, draw
         self.context, self.periods, self.watch = trial.context, trial.periods, trial.watch
         self.is_chief = trial.rank == 0
         self.best = BestSoFar(trial.hparams.early_stopping, trial.searcher_metric)
@@ -146,8 +149,10 @@ class _Training:
             trial.begin_training(run.folder)
             batches = iter(trial.build_training_data_loader())  # the workers start here, before any other thread
             self.validation_loader = trial.build_validation_data_loader(self.stopping.cuts_validation)
-            self.tensorboard = TensorBoard(run.open_tensorboard(trial.first_batch)) if self.is_chief else None
-            self.progress = Progress(trial.first_batch, self.periods.total) if self.is_chief else None
+            self.tensorboard = self.progress = None
+            if self.is_chief:
+                self.tensorboard = TensorBoard(run.open_tensorboard(trial.first_batch), self.draw)
+                self.progress = Progress(trial.first_batch, self.periods.total)
             stack.callback(self._close)
             if checkpoint is not None:
                 self._load(checkpoint)
@@ -229,7 +234,7 @@ class _Training:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Validates and reports; saves if `checkpoint_policy` asks for it. If a signal cuts it short, reports nothing."""
+        """Validates, reports, and saves if `checkpoint_policy` asks for it. A signal cuts it short without a report."""
         self._mark(Phase.VALIDATING)
         trial, run = self.trial, self.run
         if self.is_chief:

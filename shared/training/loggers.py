@@ -10,10 +10,8 @@ import itertools
 import json
 import logging
 import os
-import queue
 import re
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 from shared.durable import write_file
 from shared.errors import UserError
 from shared.redaction import redacted, without_secrets
+from shared.training.background import Background
 from shared.training.run_folder import RunFolder
 
 # where no variable says otherwise; finish_timeout in seconds: what is not sent by then stays in the run's folder
@@ -274,7 +273,7 @@ class Loggers:
     """Those of a run, of which the chief alone opens any. What goes wrong with one after that is a warning."""
 
     def __init__(self) -> None:
-        self._opened: list[_Background] = []
+        self._opened: list[_Opened] = []
 
     def open(self, names: Iterable[str], config: dict[str, Any], folder: RunFolder, goes_on: bool) -> None:
         """Begins a run in each, or goes on with the one that the folder names.
@@ -303,7 +302,7 @@ class Loggers:
                     ) from error
                 logger.warning("%s does not go on with its run: %s", name, _in_a_line(error))
                 continue
-            self._opened.append(_Background(name, run))
+            self._opened.append(_Opened(name, run))
             ids[name] = run.id
             logger.info("%s: %s", name, run.place)
         write_file(folder.loggers, json.dumps(ids))
@@ -343,33 +342,25 @@ class Loggers:
         self.finish(code)
 
 
-class _Background:
+class _Opened:
     """A logger's run with a thread of its own: the training does not wait for a server, nor end by its errors."""
 
     def __init__(self, name: str, run: Any):
         self.name, self.run = name, run
-        self._calls: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
+        self._background = Background(f"logger {name}", self._warn)
         self._has_warned = False
-        self._thread = threading.Thread(target=self._work, name=f"logger {name}", daemon=True)
-        self._thread.start()
 
     def do(self, call: Callable[[Any], None]) -> None:
-        self._calls.put(call)
+        self._background.begin(lambda: call(self.run))
 
     def end(self) -> None:
-        self._calls.put(None)
-        self._thread.join(_SECONDS_AT_END)
-        if self._thread.is_alive():
+        if not self._background.wait(_SECONDS_AT_END):
             logger.warning("%s has not sent all after %d s; the rest is left", self.name, _SECONDS_AT_END)
 
-    def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            try:
-                call(self.run)
-            except Exception as error:  # whatever it is, the training goes on, and metrics.jsonl has the numbers
-                if not self._has_warned:
-                    logger.warning("%s fails, and the training goes on: %s", self.name, _in_a_line(error))
-                self._has_warned = True
+    def _warn(self, error: Exception) -> None:
+        if not self._has_warned:  # metrics.jsonl has the numbers
+            logger.warning("%s fails, and the training goes on: %s", self.name, _in_a_line(error))
+        self._has_warned = True
 
 
 def _in_a_line(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ from typing import IO, Any
 
 import yaml
 
+from shared.data.file_lock import is_locked, try_lock
 from shared.durable import append_line, delete_unfinished, replace_folder, restore_folder, write_file
 from shared.errors import UserError
 from shared.redaction import redact_yaml_files, without_secrets
@@ -50,17 +50,13 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = self._lock.open("a")
+            lock = try_lock(self._lock)
         except PermissionError as error:
             raise UserError(f"--output-dir: {self.path} cannot be written: {error.strerror}") from error
         except OSError as error:
             raise UserError(f"--output-dir: {self.path} cannot be made a folder: {error.strerror}") from error
-        try:
-            # this kind of lock is not the loader workers' too, which may outlive the process for some seconds
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise UserError(f"--output-dir: a run is going on in {self.path}; wait for it, or name another") from error
+        if lock is None:
+            raise UserError(f"--output-dir: a run is going on in {self.path}; wait for it, or name another")
         if not self._is_lock(lock):  # the process that had it has just deleted the folder, see `free`
             lock.close()
             return self.take()
@@ -74,14 +70,7 @@ class RunFolder:
 
     def is_free(self) -> bool:
         """Whether no run is going on in the folder."""
-        try:
-            with self._lock.open("r+") as lock:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return True
-        except (BlockingIOError, PermissionError):
-            return False
-        return True
+        return not is_locked(self._lock)
 
     def total_batches(self) -> int:
         """Of the whole training."""
@@ -128,7 +117,7 @@ class RunFolder:
             restore_folder(self.checkpoints / name)
 
     def keep(self, new: Path, is_best: bool) -> None:
-        """Makes the checkpoint folder `new` the last one, and a copy of it the best one, once all of it is on the disk."""
+        """Makes the checkpoint folder `new` the last one, and a copy of it the best one, once all is on the disk."""
         if is_best:
             # before `last`: after a kill in between, the resumed run comes by here again
             copy = self.saving / "best"

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and the copy of it in the host's memory: training waits for the copy, not for the writing."""
+"""What a checkpoint holds, and its copy in the host's memory: training waits for the copy, not for the writing."""
 
 from __future__ import annotations
 
@@ -136,8 +136,8 @@ def _plain(value: Any) -> Any:
 
 
 class HostCopy:
-    """Copies states into the host's memory, where nothing changes them. The next copy uses the same memory: pages that are
-    new to a process cost several times the copying."""
+    """Copies states into the host's memory, where nothing changes them. The next copy uses the same memory: pages that
+    are new to a process cost several times the copying."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple, torch.Tensor] = {}

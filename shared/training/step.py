@@ -16,8 +16,8 @@ Clip = Callable[[Sequence[nn.Parameter]], object]
 def wrap_model(context: PyTorchTrialContext, model: nn.Module, find_unused_parameters: bool) -> nn.Module:
     """The model on its device; in DDP if there are several slots.
 
-    `context.wrap_model` passes no option to DDP. Without `find_unused_parameters`, a model that leaves parameters unused
-    in some steps fails with "Expected to have finished reduction in the prior iteration".
+    `context.wrap_model` passes no option to DDP. Without `find_unused_parameters`, a model that does not use all of its
+    parameters in each step fails with "Expected to have finished reduction in the prior iteration".
     """
     if context.distributed.size == 1 or not find_unused_parameters:
         return context.wrap_model(model)

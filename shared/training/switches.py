@@ -98,7 +98,7 @@ def freeze(model: nn.Module, names: Sequence[str]) -> str:
             )
         if name in modules:
             for module in modules[name].modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if isinstance(module, _BATCH_NORMS):
                     module.eval()
                     module.train = functools.partial(_keep_mode, module)
             modules[name].requires_grad_(False)
@@ -109,6 +109,9 @@ def freeze(model: nn.Module, names: Sequence[str]) -> str:
         raise UserError(f"hyperparameters.freeze: {', '.join(names)} is the whole model, and nothing is left to train")
     whole = sum(p.numel() for p in parameters.values())
     return f"{', '.join(names)}; {trained:,} of {whole:,} parameters are trained"
+
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def _keep_mode(module: nn.Module, mode: bool = True) -> nn.Module:

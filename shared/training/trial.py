@@ -5,16 +5,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from copy import copy, deepcopy
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from determined.pytorch import PyTorchTrialContext
 from tabulate import tabulate
@@ -26,7 +23,7 @@ from shared.config.experiment import Experiment, experiment_of, per_slot_batch_s
 from shared.data.dataset import BadImages, seed_all
 from shared.data.loading import Batch, PrefetchLoader, start_workers, to_device
 from shared.data.open import SplitData
-from shared.data.samplers import EvaluationBatchSampler, described, repeat_factors, size_groups
+from shared.data.samplers import EvaluationBatchSampler, described, size_groups
 from shared.environment import on_cluster
 from shared.errors import UserError, count_of
 from shared.evaluation.detections import Detections
@@ -35,7 +32,7 @@ from shared.training.detector import Detector
 from shared.training.hang import Phase, Watch
 from shared.training.loaders import CollateWithLoss, WithLossSample, make_loader
 from shared.training.memory import keep_freed_memory, out_of_memory, out_of_memory_as, smaller_batch
-from shared.training.optimizer_state import BuiltOptimizer
+from shared.training.optimizer_state import BuiltOptimizer, refused_values
 from shared.training.processes import first_on_each_machine, on_chief
 from shared.training.saving import python_state
 from shared.training.schedule import periods_of
@@ -155,7 +152,7 @@ class DetectionTrial(Detector):
         context, distributed = self.context, self.context.distributed
         metrics = TrainingMetrics(counts_skipped=self.bad_images.skip)
         self.training_metrics = context.wrap_reducer(metrics, for_validation=False)
-        with _refused_values("optimizer or the learning rate's schedule"):
+        with refused_values("optimizer or the learning rate's schedule"):
             self.optimizer = context.wrap_optimizer(fuse(self.build_optimizer(self.plain_model)))
             self.built_optimizer = BuiltOptimizer.of(self.optimizer, self.plain_model)
             self.built_scaler = None if self.scaler is None else self.scaler.state_dict()
@@ -208,28 +205,6 @@ class DetectionTrial(Detector):
     def evaluation_model(self) -> nn.Module:
         """The model that validates, is saved as the best and predicts: the averaged one if there is one."""
         return self.plain_model if self.ema is None else self.ema.module
-
-    @cached_property
-    def repeats(self) -> np.ndarray | None:
-        """(samples,) how often each training sample comes per epoch; None for once each."""
-        if self.data.repeat_threshold is None:
-            return None
-        return repeat_factors(*self.training_labels(), len(self.training_groups()), self.data.repeat_threshold)
-
-    @property
-    def batches_evaluations(self) -> bool:
-        """Whether a library that evaluates one image at a time gets batches of one size, which need no padding. They
-        round otherwise, and only a GPU is faster: a CPU took 1.13 times as long for 4 images of 800 pixels by a
-        ResNet-50."""
-        return self.data.fast_images and self.context.device.type == "cuda"
-
-    def evaluated_ids(self, data: SplitData) -> np.ndarray:
-        """The ids of `evaluated_images`."""
-        return data.annotations.image_ids[list(self.evaluated_images(len(data.annotations)))]
-
-    def seed_image(self, number: int, position: int) -> None:
-        """Seeds random numbers for the image at a position of this slot's part of training batch `number`."""
-        seed_all(self.seed, number, self.rank * self.per_slot_batch_size + position, 2)
 
     def evaluation_loader(
         self, data: SplitData, with_losses: bool = False, stop: Callable[[], bool] = lambda: False
@@ -457,16 +432,3 @@ class DetectionTrial(Detector):
         trained = self.trained_images(data.annotations)
         samples = (dataset[i][1] for i in self.evaluated_images(len(dataset)) if trained[i])
         check_losses(samples, lambda sample: self.losses_of_image(collate([sample])))
-
-
-@contextlib.contextmanager
-def _refused_values(what: str) -> Iterator[None]:
-    """Raises UserError if a library refuses the values of the config."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, TypeError, KeyError, AssertionError, ZeroDivisionError) as error:
-        raise UserError(
-            f"hyperparameters: the {what} cannot be made of these values ({type(error).__name__}: {error})"
-        ) from error

@@ -107,8 +107,7 @@ def giving_losses(
         (module, name, buffer, buffer.clone())
         for module, _ in kept
         if not _is_at_rest(module)  # a norm's buffers are many and cannot change
-        for name, buffer in module._buffers.items()
-        if buffer is not None
+        for name, buffer in module.named_buffers(recurse=False)
     ]
     own_state = python_state(model, attributes)
     try:
@@ -121,17 +120,15 @@ def giving_losses(
             module.__dict__.clear()
             module.__dict__.update(before)
         for module, name, buffer, before in buffers:
-            module._buffers[name] = buffer.copy_(before)
+            setattr(module, name, buffer.copy_(before))
         restore_python_state(model, own_state)
 
 
 def _is_at_rest(module: nn.Module) -> bool:
     """Whether a module differs between evaluation and training: normalisation, dropout, random paths. PyTorch, timm,
     mmcv and Detectron2 have classes of their own for each."""
-    if isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.MultiheadAttention)):
-        return True
-    name = type(module).__name__.lower()
-    return any(part in name for part in ("norm", "drop", "stochasticdepth", "rrelu"))
+    name, parts = type(module).__name__.lower(), ("norm", "drop", "stochasticdepth", "rrelu")
+    return isinstance(module, nn.MultiheadAttention) or any(part in name for part in parts)
 
 
 @contextlib.contextmanager
@@ -182,8 +179,8 @@ def check_losses(samples: Iterator[Any], compute: Callable[[Any], object]) -> No
 class ValidationLoss(ChiefReducer):
     """Means over images of what `update` was given, with "val_" before the names.
 
-    An image that several slots saw counts once. The sums are in the order of ids. A loss that an image lacks is 0 there,
-    as it is in the image's total. What is no loss (an accuracy) is averaged over the images that have it.
+    An image that several slots saw counts once. The sums are in the order of ids. A loss that an image lacks counts as
+    0, as in the image's total. What is no loss (an accuracy) is averaged over the images that have it.
 
     Args:
         image_ids: of the images that count.

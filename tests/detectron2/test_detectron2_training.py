@@ -259,7 +259,7 @@ WRONG = {
         "hyperparameters__config_file": KEYPOINT_RCNN,
         "hyperparameters__config_overrides": {"MODEL.ROI_HEADS.NUM_CLASSES": 3},
     },
-    r"SOLVER.AMP.ENABLED, .*, of the config: fp16 needs a GPU; take it out": {
+    r"SOLVER.AMP.ENABLED, .*, of the config: fp16 needs a GPU. Fix: remove it": {
         "hyperparameters__config_overrides": {"SOLVER.AMP.ENABLED": True}
     },
     r"DATALOADER.SAMPLER_TRAIN: 'RepeatFactorTrainingSampeler' is not known here; did you mean 'RepeatFactorTra": {

@@ -205,7 +205,7 @@ def test_predict_draws_each_image_and_writes_coco_results(trained, command, capl
         *("predict", config, "--checkpoint", run / "checkpoints/best", "--images", images, "--output", out),
         *("--format", picture_format, "--min-score", "0.0", "--set", "data.val=null", "--set", "data.train=null"),
     )
-    assert "broken.png is left out" in caplog.text
+    assert "broken.png is skipped" in caplog.text
     assert (out / f"b.jpg.{picture_format}").is_file()
     assert (out / f"sub/a.PNG.{picture_format}").is_file()
     results = json.loads((out / "results.json").read_text())
