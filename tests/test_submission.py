@@ -201,7 +201,7 @@ def draw(space, rng):
     ]()
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_points_of_the_search_train(detector, shapes, train, seed):
     config = load_yaml(ROOT / detector / "adaptive.yaml")
     drawn = {**draw(config["hyperparameters"], random.Random(seed)), **SMALL[detector]}

@@ -116,7 +116,7 @@ def test_coco_data_by_name_goes_through_the_shared_loader_and_evaluator(shapes, 
     )
     config = detectron2_config_by_name(FASTER_RCNN, "shapes_train", "shapes_val", "bbox_mAP")
     config["hyperparameters"]["custom_imports"] = imports
-    run = train(trial_class, config)
+    run = train(trial_class, config, report=True)
     assert "bbox_AR_100" in reports(run, "val")[-1]["metrics"]
     assert (run / "predictions.png").exists()
 
