@@ -256,8 +256,10 @@ def program(tmp_path):
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """Trains in this process and returns the run's folder, `name` in the test's own. It draws nothing and writes no report,
-    which take most of the time of so small a run; `report=True` does both."""
+    """Trains in this process and returns the run's folder, `name` in the test's own.
+
+    It draws nothing and writes no report, which take most of the time of so small a run; `report=True` does both.
+    """
 
     def call(
         trial_class: type, config: dict, name: str = "run", resume: str | None = None, report: bool = False
