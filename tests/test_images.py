@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import reports
+from conftest import other_detectors_are_slow, reports
 from PIL import Image
 from tiny_models import CONFIGS, efficientdet_config, trial_classes
 
@@ -273,6 +273,7 @@ def trial_class(detector):
     return trial_classes()[detector]
 
 
+@other_detectors_are_slow
 def test_a_bad_image_ends_the_run_with_its_name_or_is_left_out(detector, trial_class, shapes, train, tmp_path, caplog):
     config = CONFIGS[detector](spoiled(shapes, tmp_path / "data"))
     config["searcher"]["max_length"] = {"batches": 8}
