@@ -156,7 +156,7 @@ def test_both_have_what_metrics_jsonl_has_and_a_killed_run_goes_on_in_the_same_r
     assert mlflow_numbers(run) == written(first)
     assert mlflow_client(run).get_run(began["mlflow"]).info.status == "FAILED"
 
-    train(trial_class, config, resume="last")
+    train(trial_class, config, resume="last", report=True)
     twice = [line for line in first if line["batches"] > 2]
     assert len(twice) == 1
     assert ids(run) == began
