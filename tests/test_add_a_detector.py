@@ -21,11 +21,11 @@ def fcos(tmp_path):
 
 
 def test_the_detector_of_the_page_trains_resumes_and_evaluates(fcos):
-    run_model_def("train", "const_fake.yaml", "--output-dir", "run", cwd=fcos)
+    run_model_def("train", "const_fake.yaml", "--output-dir", "run", cwd=fcos, figures=False)
     validated = [report["batches"] for report in reports(fcos / "run") if report["split"] == "val"]
     assert validated == [4, 8]
     resumed = ["--resume", "last", "--set", "searcher.max_length.batches=12"]
-    run_model_def("train", "const_fake.yaml", "--output-dir", "run", *resumed, cwd=fcos)
+    run_model_def("train", "const_fake.yaml", "--output-dir", "run", *resumed, cwd=fcos, figures=False)
     done = run_model_def("evaluate", "const_fake.yaml", "--checkpoint", "run/checkpoints/last", cwd=fcos)
     assert "mAP" in done.stdout
 

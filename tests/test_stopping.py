@@ -102,7 +102,7 @@ def whole(shapes, tmp_path_factory):
     config["scheduling_unit"] = 3  # some stops cut a report short
     folder = tmp_path_factory.mktemp("whole")
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    run_model_def("train", folder / "config.yaml", "--output-dir", folder / "run")
+    run_model_def("train", folder / "config.yaml", "--output-dir", folder / "run", figures=False)
     return config, folder / "run"
 
 
@@ -204,7 +204,7 @@ def signalled_run(run_config, tmp_path):
         config, run = run_config(scheduling_unit=3, data__workers=0), tmp_path / "run"
         env = {"PHASE": phase, "TESTS": str(ROOT / "tests")}
         arguments = ("train", config, "--output-dir", run)
-        done = run_model_def(*arguments, processes=2, env=env, check=False, script=script)
+        done = run_model_def(*arguments, processes=2, torchrun=True, env=env, check=False, script=script)
         assert done.returncode != 0
         assert f"--output-dir {run} --resume last" in done.stderr
         return config, run

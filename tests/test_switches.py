@@ -58,13 +58,13 @@ def test_bf16_has_the_losses_of_float32(detector, config, trial_class, train):
     draw_no_regions(detector, config)
     if detector == "efficientdet":
         config["hyperparameters"]["global_batch_size"] = 8  # the loss of four images moves by more with one of them
-    config["searcher"]["max_length"] = config["min_validation_period"] = {"batches": 20}
-    config["min_checkpoint_period"], config["scheduling_unit"] = {"batches": 20}, 1
+    config["searcher"]["max_length"] = config["min_validation_period"] = {"batches": 10}
+    config["min_checkpoint_period"], config["scheduling_unit"] = {"batches": 10}, 1
     expected = losses(train(trial_class, config, "float32"))
     for name, switches in (("bf16", {}), ("bf16_channels_last", {"channels_last": True})):
         config["hyperparameters"].update(amp="bf16", **switches)
         found = losses(train(trial_class, config, name))
-        assert len(found) == 20
+        assert len(found) == 10
         assert found != expected
         assert found == pytest.approx(expected, rel=0.02)
 

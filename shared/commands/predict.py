@@ -19,7 +19,7 @@ from shared.commands.predict_inputs import GivenImages, Picture, drawn_as, find_
 from shared.config.experiment import Experiment
 from shared.config.schema import DataConfig
 from shared.data.annotations import CocoAnnotations
-from shared.data.images import read_image
+from shared.data.images import allow_pixels, read_image
 from shared.data.open import SplitData
 from shared.data.storage import DiskImages
 from shared.errors import UserError
@@ -40,6 +40,7 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
     experiment = replace(experiment, data=replace(experiment.data, on_bad_image="skip"))
     min_score = _best_threshold(checkpoint) if arguments.min_score == "best" else arguments.min_score
     options = experiment.data.store_options
+    allow_pixels(experiment.data.max_image_pixels)
     with local_processes() as processes, contextlib.ExitStack() as stack:
         distributed = processes[0]
         if distributed.rank == 0:  # not in data.cache_dir: a training reads its images again, a prediction does not

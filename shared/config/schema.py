@@ -106,6 +106,9 @@ class DataConfig:
     cache_gb: Positive = key(50.0, "GiB that the copies of remote images may take")
     workers: Annotated[int, Meta(ge=0)] = key(4, "loader processes per slot")
     on_bad_image: Literal["error", "skip"] = key("error", "stop at images that cannot be read, or skip them")
+    max_image_pixels: Annotated[int, Meta(ge=1)] | None = key(
+        None, "pixels that an image may have; Pillow's limit of 179 million without it"
+    )
     check_images: bool = key(True, "check at the start that the images exist")
     repeat_threshold: Annotated[float, Meta(gt=0, le=1)] | None = key(
         None, "repeat images of categories that a smaller share of the images has; LVIS uses 0.001"

@@ -102,8 +102,8 @@ class CocoDetection(torch.utils.data.Dataset):
         transform: takes an image, as `decode` returns it, and its `ImageRecord`.
         training: omit boxes without area from the records.
         bad_images: what happens to images that cannot be read. The next image of the same size replaces a skipped one,
-            so that batches keep their size, and are the same in every run. If there is none of that size, an image of
-            the same shape (wide or not) does, the same for all of that size, because a batch may have one size.
+            so batches keep their size, and are the same in every run. Without one, an image of the same shape (wide or
+            not) replaces it: the same image for all of that size, because a batch may have one size.
         decode: takes the bytes of an 8-bit image, and returns what `transform` takes. None for a PIL image in RGB.
         in_use: indices that may replace another; None for all.
     """

@@ -16,7 +16,7 @@ from shared.data.dataset import BadImages
 
 @dataclass
 class Batch:
-    """What a detector trains and detects on.
+    """The input that a detector trains and detects on.
 
     Attributes:
         images: the detector's images, usually (B, 3, H, W).
@@ -81,10 +81,10 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 class PrefetchLoader:
     """Copies each batch to the device, and prepares it there, while the device still trains on the previous one.
 
-    On a GPU, batch N + 1 is taken from the loader, and its copy and preparation are enqueued on a side stream, before
-    batch N is yielded. So a step that makes the host wait for the device does not delay them. The results are bit for
-    bit the same as without prefetching, if `prepare` draws its random numbers from the batch's number. An error in
-    batch N + 1 is raised after batch N has been trained on.
+    On a GPU, the copy and preparation of batch N + 1 are enqueued on a side stream before batch N is yielded. So a step
+    that makes the host wait for the device does not delay them. The results are bit for bit the same as without
+    prefetching, if `prepare` draws its random numbers from the batch's number. An error in batch N + 1 is raised after
+    batch N has been trained on.
 
     Attributes:
         loader: yields `Batch` on the host. Copies are asynchronous only from pinned memory.

@@ -12,6 +12,7 @@ from shared.config.schema import DataConfig, Split
 from shared.data import checks, synthetic
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.checks import check_box_format, check_images, first_dark_image, refuse_names_outside, under_a_pixel
+from shared.data.images import allow_pixels
 from shared.data.remote import StoreError
 from shared.data.storage import ImageStorage, open_images
 from shared.errors import UserError
@@ -52,6 +53,7 @@ def _open_files(data: DataConfig, split: str, images: ImageStorage | None) -> Sp
         annotations = CocoAnnotations.open(data.located(paths.annotations), data.cache_dir, data.store_options)
     except UserError as error:
         raise UserError(f"data.{split}.annotations: {error}") from error
+    allow_pixels(data.max_image_pixels)
     folder = data.located(paths.images)
     if images is None:
         images = open_images(folder, split, data.store_options, data.cache_dir, int(data.cache_gb * 2**30))

@@ -145,7 +145,7 @@ class DetectionTrial(Detector):
         if self.hparams.early_stopping is not None and not self.periods.validates_before_the_end:
             raise UserError(
                 "hyperparameters.early_stopping: the only validation is at the end. Fix: give min_validation_period, "
-                "or leave it out"
+                "or omit early_stopping"
             )
 
     def _build_training(self) -> None:
@@ -310,7 +310,7 @@ class DetectionTrial(Detector):
 
     def summary_lines(self) -> list[tuple[str, object]]:
         """What is printed at the start, name and value."""
-        resumed = f"; goes on after batch {self.first_batch}" if self.first_batch else ""
+        resumed = f"; resumes after batch {self.first_batch}" if self.first_batch else ""
         return [
             *self.summary(),
             ("precision", self.hparams.amp or "float32"),
