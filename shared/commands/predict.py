@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from shared.commands import videos
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments: argparse.Namespace) -> None:
     """Detects on images and videos, and draws what has at least `--min-score`."""
     experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments)
+    # as the inputs whose header cannot be read
+    experiment = replace(experiment, data=replace(experiment.data, on_bad_image="skip"))
     min_score = _best_threshold(checkpoint) if arguments.min_score == "best" else arguments.min_score
     options = experiment.data.store_options
     allow_pixels(experiment.data.max_image_pixels)
@@ -132,11 +135,9 @@ class _Prediction:
 
     def run(self) -> None:
         distributed = self.trial.context.distributed
-        self.trial.bad_images.skip = True  # as the inputs whose header cannot be read
-        self.trial.evaluated_images = range  # a validation may omit some
         progress = Progress(0, -(-len(self.pictures) // distributed.size), "image")
         with contextlib.closing(progress):
-            for _, detected in detect_all(self.trial, self.data, self.seconds):
+            for _, detected in detect_all(self.trial, self.data, self.seconds, all_images=True):
                 with self._drawing():
                     for detections in detected:
                         self._take(detections)

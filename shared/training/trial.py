@@ -206,12 +206,17 @@ class DetectionTrial(Detector):
         return self.plain_model if self.ema is None else self.ema.module
 
     def evaluation_loader(
-        self, data: SplitData, with_losses: bool = False, stop: Callable[[], bool] = lambda: False
+        self,
+        data: SplitData,
+        with_losses: bool = False,
+        stop: Callable[[], bool] = lambda: False,
+        all_images: bool = False,
     ) -> DataLoader:
         """This slot's share of the images to evaluate on, as batches on the host.
 
         Args:
             stop: asked before each batch but the first; True omits the rest.
+            all_images: also those that `evaluated_images` omits.
         """
         dataset, collate = self.evaluation_dataset(data), self.collate(training=False)
         if with_losses:
@@ -219,7 +224,7 @@ class DetectionTrial(Detector):
         groups = None
         if self.batches_of_one_size:
             groups = size_groups(data.annotations.columns["widths"], data.annotations.columns["heights"])
-        images = self.evaluated_images(len(dataset))
+        images = range(len(dataset)) if all_images else self.evaluated_images(len(dataset))
         batches = EvaluationBatchSampler(images, self.evaluation_batch_size, self.rank, self.slots, stop, groups)
         return self._loader(dataset, batches, collate)
 
