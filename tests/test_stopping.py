@@ -106,7 +106,19 @@ def whole(shapes, tmp_path_factory):
     return config, folder / "run"
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "phase",
+    [
+        *("in a step", "in a validation", "in the copy for a checkpoint", "in the last validation"),
+        *(
+            pytest.param(phase, marks=pytest.mark.slow)
+            for phase in (
+                *("in the first batch", "between a step and its validation"),
+                "between the last step and its validation",
+            )
+        ),
+    ],
+)
 def test_a_signal_in_any_phase_leaves_a_checkpoint_from_which_the_run_goes_on_as_if_there_had_been_none(
     whole, train, trial_class, tmp_path, phase
 ):
