@@ -373,6 +373,30 @@ def test_a_results_file_is_scored_on_data_beside_the_yaml_file(shapes, tmp_path,
     assert json.loads((tmp_path / "scored/metrics.json").read_text())["bbox_mAP"] == 0
 
 
+def test_split_test_scores_the_test_data(shapes, tmp_path, capsys):
+    annotations = CocoAnnotations.open(shapes / "annotations/val.json")
+    found = [Detections(r.image_id, r.boxes, np.ones(len(r.boxes)), r.labels) for r in annotations]
+    written = [result for d in found for result in to_coco_results(d, annotations.category_ids)]
+    (tmp_path / "results.json").write_text(json.dumps(written))
+    splits = {
+        name: {"annotations": str(shapes / f"annotations/{name}.json"), "images": "x"} for name in ("train", "val")
+    }
+    config = tmp_path / "config.yaml"
+    arguments = {"checkpoint": None, "results": tmp_path / "results.json", "output": tmp_path / "scored"}
+    arguments |= {"report": None, "split": "test"}
+
+    config.write_text(yaml.safe_dump({"data": {"val": splits["train"], "test": splits["val"]}}))
+    run_command(evaluate_command, FindsTwo, config, **arguments)
+    assert json.loads((tmp_path / "scored/metrics.json").read_text())["bbox_mAP"] > 0.99
+
+    config.write_text(yaml.safe_dump({"data": {"val": splits["val"]}}))
+    with pytest.raises(UserError, match=r"data\.test is missing\. Fix: give its `annotations`"):
+        run_command(evaluate_command, FindsTwo, config, **arguments)
+    config.write_text(yaml.safe_dump({"data": {"test": {"annotations": "none.json", "images": "x"}}}))
+    with pytest.raises(UserError, match=r"data\.test\.annotations: "):
+        run_command(evaluate_command, FindsTwo, config, **arguments)
+
+
 def test_evaluate_does_not_replace_what_it_scores(score, tmp_path):
     (tmp_path / "scored").mkdir()
     (tmp_path / "scored/metrics.json").write_text("[]")
