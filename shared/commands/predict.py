@@ -137,13 +137,15 @@ class _Prediction:
         distributed = self.trial.context.distributed
         progress = Progress(0, -(-len(self.pictures) // distributed.size), "image")
         with contextlib.closing(progress):
-            for _, detected in detect_all(self.trial, self.data, self.seconds, all_images=True):
+            for batch, detected in detect_all(self.trial, self.data, self.seconds, all_images=True):
                 with self._drawing():
                     for detections in detected:
                         self._take(detections)
-                progress.update(len(detected))
+                progress.update(len(detected) + len(batch.skipped))
         gathered = distributed.gather((self.results, self.frames))
         if self.trial.rank == 0:
+            if not any(results for results, _ in gathered):
+                raise UserError("--images: none of the images can be read, see the lines above. Fix: give others")
             with self._drawing():
                 self._write_videos({image_id: found for _, frames in gathered for image_id, found in frames.items()})
             self._print_summary(write_results(self.output, [results for results, _ in gathered]))

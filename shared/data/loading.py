@@ -22,7 +22,7 @@ class Batch:
         images: the detector's images, usually (B, 3, H, W).
         targets: the detector's targets.
         image_ids: B of COCO's image ids, kept on the host.
-        skipped: ids of images that cannot be read and were replaced.
+        skipped: ids of images that cannot be read. A training replaces them, and a detection omits them.
         for_loss: in a validation with losses, the images whose losses are computed, in a batch of one each.
     """
 
@@ -42,7 +42,7 @@ class Batch:
 
 @dataclass
 class NotingSkipped:
-    """A collate function that notes in the batch which images were skipped for it.
+    """A collate function that notes in the batch which images were skipped for it. It omits samples that are None.
 
     Attributes:
         collate: the detector's.
@@ -53,7 +53,8 @@ class NotingSkipped:
     bad_images: BadImages
 
     def __call__(self, samples: list) -> Batch:
-        batch = self.collate(samples)
+        samples = [sample for sample in samples if sample is not None]
+        batch = self.collate(samples) if samples else Batch(None, None, [])
         batch.skipped = self.bad_images.take()
         return batch
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from shared.config.experiment import Experiment, experiment_of, per_slot_batch_size
-from shared.data.dataset import BadImages, seed_all
+from shared.data.dataset import BadImages, CocoDetection, seed_all
 from shared.data.loading import Batch, PrefetchLoader, start_workers, to_device
 from shared.data.open import SplitData
 from shared.data.samplers import EvaluationBatchSampler, described, size_groups
@@ -219,6 +219,8 @@ class DetectionTrial(Detector):
             all_images: also those that `evaluated_images` omits.
         """
         dataset, collate = self.evaluation_dataset(data), self.collate(training=False)
+        if isinstance(dataset, CocoDetection):
+            dataset = replace(dataset, replaces=False)
         if with_losses:
             dataset, collate = self._with_losses(dataset, data), CollateWithLoss(collate, self.collate(training=True))
         groups = None
@@ -234,7 +236,9 @@ class DetectionTrial(Detector):
 
     @torch.no_grad()
     def detect_on_host_batch(self, batch: Batch) -> list[Detections]:
-        """The detections of a batch of the evaluation loader."""
+        """The detections of a batch of the evaluation loader. It is empty if none of its images can be read."""
+        if not len(batch):
+            return []
         model = self.evaluation_model.eval()
         with out_of_memory_as(lambda _: self._evaluation_out_of_memory(batch)):
             prepared = self.prepare(to_device(batch, self.context.device), None)
