@@ -138,7 +138,7 @@ def _check(arguments: argparse.Namespace, experiment: Experiment) -> None:
         experiment.searcher_metric(None)
         _check_run(arguments)
     if command in ("train", "search", "evaluate"):
-        splits = ("val",) if command == "evaluate" else ("train", "val")
+        splits = (arguments.split,) if command == "evaluate" else ("train", "val")
         experiment.check_paths(splits, submitted=Path(sys.argv[0]).parent)
 
 
@@ -209,7 +209,8 @@ def read_arguments() -> argparse.Namespace:
     )
     search.add_argument("--status", action="store_true", help="only print the search's progress")
 
-    evaluate = add("evaluate", "Compute COCO metrics on data.val.")
+    evaluate = add("evaluate", "Compute COCO metrics on data.val, or on data.test.")
+    evaluate.add_argument("--split", choices=("val", "test"), default="val", help="of the data; default val")
     evaluate.add_argument("--output", type=Path, metavar="DIR", help="write metrics.json and results.json there")
     evaluate.add_argument("--report", type=Path, metavar="DIR", help="write report.html and report.json there")
     evaluate.add_argument("--results", type=Path, metavar="FILE", help="score a results.json in COCO's format instead")

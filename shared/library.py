@@ -88,7 +88,7 @@ class KeptByShape:
     One that somebody wrote into is built anew. A copy of it, and so an averaged model's, starts with nothing kept.
 
     Args:
-        function: gives a list of tensors, or of objects that hold one as `tensor`, as Detectron2's boxes do.
+        function: gives a list of tensors, or of objects that hold one as `tensor`.
         count: results that are kept: of 200,000 anchors, as many as 800 × 1333 pixels have, 3 MB each.
     """
 

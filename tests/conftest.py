@@ -145,12 +145,20 @@ def run_model_def(
     env: dict | None = None,
     check: bool = True,
     script: str | Path = "model_def.py",
+    figures: bool = True,
+    torchrun: bool = False,
 ) -> subprocess.CompletedProcess:
-    """`model_def.py ARGUMENTS`, or a script in its place, as a user runs it: under torchrun where there are several
-    processes."""
+    """`model_def.py ARGUMENTS`, or a script in its place, in a new process.
+
+    Args:
+        figures: False for a training of which nobody reads the report. Several processes never draw figures.
+        torchrun: starts several processes by torchrun, as a user does, instead of the quicker tests/launcher.py.
+    """
     program = [sys.executable]
-    if processes > 1:
+    if torchrun:
         program += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    elif processes > 1 or not figures:
+        program += [str(ROOT / "tests/launcher.py"), str(processes)]
     done = subprocess.run(
         [*program, script, *map(str, arguments)],
         cwd=cwd,
@@ -168,7 +176,8 @@ def run_command(function: Callable, trial_class: type, config: Path, overrides: 
     """Calls a command's function in this process, with the arguments that the command line has."""
     from shared.launch import experiment_for
 
-    given = argparse.Namespace(command=None, config=str(config), overrides=[*overrides], **arguments)
+    given = {"command": None, "config": str(config), "overrides": [*overrides], "split": "val", **arguments}
+    given = argparse.Namespace(**given)
     function(trial_class, experiment_for(given, trial_class.sections()), given)
 
 
@@ -255,19 +264,23 @@ def program(tmp_path):
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """Trains in this process and returns the run's folder, `name` in the test's own. It draws no figures and writes no
-    report, which take most of the time of so small a run; `report=True` does."""
+    """Trains in this process and returns the run's folder, `name` in the test's own.
+
+    It draws nothing and writes no report, which take most of the time of so small a run; `report=True` does both.
+    """
 
     def call(
         trial_class: type, config: dict, name: str = "run", resume: str | None = None, report: bool = False
     ) -> Path:
+        from without_figures import leave_out_figures
+
         from shared.commands.train import train_locally
 
         path, folder = tmp_path / f"{name}.yaml", tmp_path / name
         path.write_text(yaml.safe_dump(config))
         with monkeypatch.context() as patch:
             if not report:
-                leave_out_figures(patch)
+                leave_out_figures(patch.setattr)
             patch.chdir(tmp_path)
             try:
                 run_command(train_locally, trial_class, path, output_dir=folder, resume=resume)
@@ -276,13 +289,6 @@ def train(tmp_path, monkeypatch):
         return folder
 
     return call
-
-
-def leave_out_figures(patch: pytest.MonkeyPatch) -> None:
-    """Lets a training in this process write no report, no figures for TensorBoard and no page of the labels."""
-    patch.setattr("shared.training.tensorboard.ReportFigures.draw", lambda *_: None)
-    patch.setattr("shared.commands.train.Results.write_report", lambda *_: None)
-    patch.setattr("shared.commands.train.save_page", lambda *_: None)
 
 
 def stop_workers() -> None:
@@ -328,7 +334,9 @@ def refused(command):
 @pytest.fixture
 def without_figures(monkeypatch):
     """For a training that starts in this process by another way than `train`."""
-    leave_out_figures(monkeypatch)
+    from without_figures import leave_out_figures
+
+    leave_out_figures(monkeypatch.setattr)
 
 
 @pytest.fixture

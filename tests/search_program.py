@@ -22,7 +22,6 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from shared.config.experiment import Experiment, Sections, experiment_of
 from shared.training.run_folder import RunFolder
 
 RANGES = {
@@ -108,8 +107,10 @@ def is_recorded(run: Path, batch: int, total: int) -> bool:
     return f'"trial_id":{run.name},"step":{batch * 10**6 // total},' in journal
 
 
-def experiment_from(config: dict) -> Experiment:
+def experiment_from(config: dict):
     """The experiment of a config that has keys for this program, which no experiment file may have."""
+    from shared.config.experiment import Sections, experiment_of
+
     return dataclasses.replace(experiment_of(config, {}, Sections()), config=config)
 
 

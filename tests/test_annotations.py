@@ -160,7 +160,13 @@ def test_of_the_caches_of_a_file_that_changes_the_last_two_stay(coco, tmp_path):
         (caches[0].parent / f".killed{number}").mkdir()  # as a process leaves it that is killed while it writes
         os.utime(tmp_path / "a.json", ns=(number, number))
         caches.append(CocoAnnotations.open(tmp_path / "a.json").cache)
-    assert {p for p in caches[0].parent.iterdir() if p.name != "lock"} == {*caches[-2:]}
+    assert {p for p in caches[0].parent.iterdir() if p.is_dir()} == {*caches[-2:]}
+
+
+def test_git_and_backups_skip_the_cache(coco, tmp_path):
+    place = CocoAnnotations.open(write(tmp_path / "a.json", coco)).cache.parent
+    assert (place / ".gitignore").read_text() == "*\n"
+    assert (place / "CACHEDIR.TAG").read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55\n")
 
 
 def test_keypoints_are_the_file_s_and_go_with_their_annotations(coco, tmp_path):

@@ -67,7 +67,9 @@ def test_a_run_that_has_so_ended_goes_on_with_more_patience_alone_and_to_the_sam
     whole = train(trial_class, config, name="whole")
     config["hyperparameters"]["early_stopping"] = {"patience": 2}
     run = train(trial_class, config)
-    with pytest.raises(UserError, match=f"last has ended by {WHY}; give a patience of more than 2, or leave hyperp"):
+    with pytest.raises(
+        UserError, match=rf"last has ended by {WHY}\. Fix: give a patience of more than 2, or omit hyperp"
+    ):
         train(trial_class, config, resume="last")
     assert read_checkpoint(run / "checkpoints/last").batches == 8
     config["hyperparameters"]["early_stopping"] = {"patience": 4}
@@ -199,7 +201,7 @@ def test_a_run_ends_when_its_hours_are_over_those_before_a_resume_counted_too(
     assert read_checkpoint(run / "checkpoints/last").batches == 6
     assert "ended after batch 6 of 12: max_hours: 1 h of training are over" in capsys.readouterr().out
     with pytest.raises(
-        UserError, match=r"last has ended by max_hours: 1 h of training are over; give more of them, or lea"
+        UserError, match=r"last has ended by max_hours: 1 h of training are over\. Fix: give more hours, or omit"
     ):
         train(timed, config, resume="last")
     config["hyperparameters"]["max_hours"] = 1.5

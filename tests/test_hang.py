@@ -208,13 +208,14 @@ def sleeping(run_config, tmp_path):
         saved = {"min_validation_period": None, "min_checkpoint_period": {"batches": 4}}
         config = run_config(data__workers=workers, hyperparameters__hang_minutes=0.1, **saved)
         arguments = ("train", config, "--output-dir", tmp_path / "run")
-        return run_model_def(*arguments, processes=processes, env={"WHERE": where}, check=False, script=script)
+        started = {"processes": processes, "torchrun": processes > 1, "env": {"WHERE": where}, "script": script}
+        return run_model_def(*arguments, check=False, **started)
 
     return call
 
 
 def test_one_of_two_that_sleeps_is_named_with_its_batch_and_the_run_goes_on_from_its_last_checkpoint(
-    sleeping, train, trial_class, tmp_path, monkeypatch
+    sleeping, train, trial_class, tmp_path
 ):
     done = sleeping("losses", processes=2)
     assert done.returncode != 0
@@ -230,9 +231,6 @@ def test_one_of_two_that_sleeps_is_named_with_its_batch_and_the_run_goes_on_from
     assert read_checkpoint(run / "checkpoints/last").batches == 4
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     del config["hyperparameters"]["hang_minutes"]  # seconds, which would end this process too
-    monkeypatch.setattr(
-        "shared.commands.train.Results.write_report", lambda *_: None
-    )  # most of the time of so small a run
     train(trial_class, config, resume="last")
     assert reports(run)[-1]["batches"] == 12
 

@@ -58,6 +58,23 @@ def test_no_file_imports_a_detector_s_library():
         assert not libraries, f"{path} imports {libraries}"
 
 
+def test_a_config_is_read_in_one_place():
+    callers = []
+    for path in files():
+        calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+        callers += [path.name for function in calls if isinstance(function, ast.Name) and function.id == "load_config"]
+    assert callers == ["experiment.py"]
+
+
+def test_no_backend_is_compared_by_its_name():
+    """The table in config/schema.py says what a backend needs."""
+    for path in [*files(), *ROOT.glob("*/model_def.py"), *ROOT.glob("*/*_files/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                compared = [side.value for side in (node.left, *node.comparators) if isinstance(side, ast.Constant)]
+                assert "fake" not in compared, f"{path}: {ast.unparse(node)}"
+
+
 def test_python_without_the_packages_says_in_one_line_what_to_do(tmp_path):
     venv.create(tmp_path / "bare", with_pip=False)
     for arguments in (["model_def.py", "--help"], ["-m", "shared", "check", "bccd.yaml"]):

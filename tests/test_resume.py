@@ -89,8 +89,9 @@ def kill_between_checkpoints(detector, config, run, processes):
 
 @pytest.fixture
 def config(detector, shapes, tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(CONFIGS[detector](shapes)))
+    path, of_detector = tmp_path / "config.yaml", CONFIGS[detector](shapes)
+    of_detector["searcher"]["max_length"] = {"batches": 8}
+    path.write_text(yaml.safe_dump(of_detector))
     return path
 
 
@@ -108,11 +109,12 @@ def config(detector, shapes, tmp_path):
 )
 def test_a_killed_run_resumes_to_the_same_bits(detector, config, tmp_path, processes):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run_model_def("train", config, "--output-dir", whole, processes=processes, cwd=ROOT / detector)
+    started = {"processes": processes, "figures": False, "cwd": ROOT / detector}
+    run_model_def("train", config, "--output-dir", whole, **started)
     assert_tensors_and_little_more(whole / "checkpoints/last")
     kill_between_checkpoints(detector, config, killed, processes)
     resume = ("--output-dir", killed, "--resume", "last")
-    run_model_def("train", config, *resume, processes=processes, cwd=ROOT / detector)
+    run_model_def("train", config, *resume, **started)
 
     assert_same_bits(final_state(killed), final_state(whole))
     ours, expected = reports(killed), reports(whole)
@@ -211,14 +213,12 @@ def test_a_run_that_was_trained_to_its_end_says_what_to_give_to_go_on(tiny, trai
     tiny["searcher"]["max_length"] = {"batches": 4}
     train(trial(), tiny)
     with pytest.raises(
-        UserError, match=r"has been trained for 4 batches, and searcher.max_length is 4; give a greater"
+        UserError, match=r"has been trained for 4 batches, and searcher.max_length is 4\. Fix: give a greater"
     ):
         train(trial(), tiny, resume="last")
 
 
-def test_auto_begins_anew_without_a_checkpoint_goes_on_with_one_and_leaves_a_run_at_its_end(tiny, train, monkeypatch):
-    monkeypatch.setattr("shared.training.tensorboard.ReportFigures.draw", lambda *_: None)
-    monkeypatch.setattr("shared.commands.train.Results.write_report", lambda *_: None)
+def test_auto_begins_anew_without_a_checkpoint_goes_on_with_one_and_leaves_a_run_at_its_end(tiny, train):
     tiny["searcher"]["max_length"], tiny["perform_initial_validation"] = {"batches": 8}, True
 
     def killed_after(batch):
@@ -279,7 +279,7 @@ def test_a_killed_rank_under_torchrun_s_restarts_costs_what_came_since_the_check
     )
     assert done.returncode == 0, done.stderr
     assert mark.exists()
-    assert "going on after batch 4" in done.stderr
+    assert "resuming after batch 4" in done.stderr
     assert [report["batches"] for report in reports(run)] == [2, 4, 4, 6, 8, 8, 10, 12, 12]
 
 

@@ -11,6 +11,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -297,31 +298,41 @@ def test_a_trial_that_diverges_fails_alone_with_its_error(search, tmp_path):
     assert "best: trial" in printed
 
 
-def test_trials_killed_after_a_checkpoint_continue(start, tmp_path):
-    config = config_of(searcher={"name": "random", "max_trials": 2, "max_time": 30}, checkpoint_at=4, hold_at=12)
-    process = start(config)
-    for number in range(2):  # the run forgets the reports of the batches 5 to 12, and writes them again
+@pytest.fixture
+def kill_held_trials(tmp_path):
+    """Kills trials of a search in this process, each when it waits at its `hold_at`."""
+    threads = []
+
+    def kill(number):
         wait_for((tmp_path / f"search/trials/{number}/held").exists)
-        os.kill(process_of_trial(tmp_path, number), signal.SIGKILL)
-    printed = ended(process)
+        pattern = f"train {tmp_path}/search/trials/{number}.yaml"
+        found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True).stdout
+        os.kill(int(found.split()[-1]), signal.SIGKILL)
+
+    def call(numbers):
+        threads.extend(threading.Thread(target=kill, args=(number,)) for number in numbers)
+        for thread in threads:
+            thread.start()
+
+    yield call
+    for thread in threads:
+        thread.join()
+
+
+def test_trials_killed_after_a_checkpoint_continue(search, kill_held_trials, tmp_path):
+    config = config_of(searcher={"name": "random", "max_trials": 2, "max_time": 30}, checkpoint_at=4, hold_at=12)
+    kill_held_trials(range(2))  # the runs forget the reports of the batches 5 to 12, and write them again
+    printed = search(config)
     assert all(f"trial {number} was killed by SIGKILL and continues" in printed for number in range(2))
     assert batches_of(tmp_path / "search") == {number: [*range(1, 13), *range(5, 31)] for number in range(2)}
     trials = open_study(tmp_path / "search/search.journal", config).trials()
     assert [len(trial.intermediate_values) for trial in trials.values()] == [30, 30]
 
 
-def process_of_trial(tmp_path, number):
-    pattern = f"train {tmp_path}/search/trials/{number}.yaml"
-    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True).stdout
-    return int(found.split()[-1])
-
-
-def test_a_trial_killed_before_its_first_checkpoint_starts_anew(start, tmp_path):
+def test_a_trial_killed_before_its_first_checkpoint_starts_anew(search, kill_held_trials, tmp_path):
     config = config_of(searcher={"name": "random", "max_trials": 1, "max_time": 6}, hold_at=3)
-    process = start(config, jobs=1)
-    wait_for((tmp_path / "search/trials/0/held").exists)
-    os.kill(process_of_trial(tmp_path, 0), signal.SIGKILL)
-    assert "trial 0: finished" in ended(process)
+    kill_held_trials([0])
+    assert "trial 0: finished" in search(config, jobs=1)
     assert batches_of(tmp_path / "search") == {0: [1, 2, 3, 1, 2, 3, 4, 5, 6]}
 
 
@@ -401,7 +412,7 @@ def trial_process(tmp_path):
     program = [sys.executable, "-c", ""]
     process = TrialProcess(program, folder, Place(), {})
     yield process
-    process.wait()
+    wait_for(lambda: process.exit_code() is not None)
 
 
 def line_of(batches, value):

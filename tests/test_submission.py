@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import EXPERIMENT_SCHEMA, ROOT, WITHOUT_LIBRARY, reports, run_model_def
+from conftest import EXPERIMENT_SCHEMA, ROOT, WITHOUT_LIBRARY, other_detectors_are_slow, reports, run_model_def
 from determined.common.context import read_v1_context
 from determined_master import DEFAULTS, LOG_POLICIES, SEARCHER_DEFAULTS, handed_over
 from tiny_models import CONFIGS, DETR_TYPES, trial_classes
@@ -92,6 +92,7 @@ def test_the_context_holds_all_of_shared(detector):
     assert files <= uploaded
 
 
+@other_detectors_are_slow
 def test_the_uploaded_context_trains_by_itself(detector, tmp_path):
     context, size = tmp_path / "context", 0
     for item in read_v1_context(ROOT / detector):
@@ -210,7 +211,7 @@ def draw(space, rng):
     ]()
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_points_of_the_search_train(detector, shapes, train, seed):
     config = load_yaml(ROOT / detector / "adaptive.yaml")
     drawn = {**draw(config["hyperparameters"], random.Random(seed)), **SMALL[detector]}

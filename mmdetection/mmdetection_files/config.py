@@ -151,6 +151,28 @@ def _refuse_code(path: Path, saved: Config, config: Config, own: list[dict[str, 
             )
 
 
+def hyperparameters_of_checkpoint(checkpoint: Path, own: Mapping[str, Any], submitted: Path) -> dict[str, Any]:
+    """What replaces a checkpoint's hyperparameters to detect with it.
+
+    Args:
+        own: the hyperparameters of the user's config. Only they may name code.
+
+    Raises:
+        UserError: the folder is not an MMDetection checkpoint.
+    """
+    if not (checkpoint / RESOLVED_CONFIG).is_file():
+        raise UserError(f"{checkpoint} is no checkpoint of MMDetection's: it holds no {RESOLVED_CONFIG}")
+    return {
+        "config_file": str(checkpoint / RESOLVED_CONFIG),
+        "merge_config": None,
+        "override_mmdet_config": None,
+        "weights": "",  # the checkpoint's own are loaded
+        "use_pretrained": None,
+        "scale_schedule": None,
+        **own_code(checkpoint, own, submitted),
+    }
+
+
 def own_code(checkpoint: Path, own: Mapping[str, Any], submitted: Path) -> dict[str, Any]:
     """The hyperparameters that say which code a checkpoint's config may use: that of the user's own config.
 
@@ -548,6 +570,14 @@ def validation_times(config: Config) -> tuple[Length | None, tuple[tuple[Length,
         Length(unit, int(start)) if start is not None else None,
         tuple((Length(unit, since), Length(unit, interval)) for since, interval in counts),
     )
+
+
+def warmup_batches(config: Config, batches_per_epoch: int) -> float:
+    """For how many batches the schedule raises the learning rate."""
+    lr_config = config.get("lr_config") or {}
+    if not lr_config.get("warmup"):
+        return 0
+    return lr_config.get("warmup_iters", 0) * (batches_per_epoch if lr_config.get("warmup_by_epoch") else 1)
 
 
 def runner_type(config: Config) -> str:

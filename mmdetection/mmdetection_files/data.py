@@ -300,6 +300,22 @@ class LossTransform:
         return None if sample is None else (sample, record.image_id)
 
 
+def loss_transform(config: Any, images: ImageStorage, fast: bool) -> LossTransform:
+    """From a validation image to a training sample without augmentation.
+
+    Raises:
+        UserError: the config trains on segmentation maps, and the validation data has none.
+    """
+    leaf = leaves(config.data.val)[0]
+    pipeline = loss_pipeline(leaf["pipeline"], config.data.train)
+    if any(isinstance(step, dict) and step.get("with_seg") for step in pipeline) and not leaf.get("seg_prefix"):
+        raise UserError(
+            "hyperparameters.validation_loss: the config trains on segmentation maps, and there are none to "
+            "validate on; give config_overrides: {data.val.seg_prefix: FOLDER}, or leave it out"
+        )
+    return LossTransform(pipeline, leaf, images, fast)
+
+
 def trained_images(annotations: CocoAnnotations, leaf: ConfigDict) -> np.ndarray:
     """(images,) whether CocoDataset trains on the image: not on small ones, nor on those without annotations unless
     `filter_empty_gt` of its section says so."""

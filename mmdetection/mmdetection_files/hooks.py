@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,12 @@ class StepRunner(BaseRunner):
         self.call_hook("after_train_iter")
         if self.by_epoch and self._inner_iter + 1 == self.batches_per_epoch:
             self.call_hook("after_train_epoch")
+
+    def note_step(self, losses: Mapping[str, torch.Tensor], data_batch: dict[str, Any], images: int) -> None:
+        """What hooks find of the step: `outputs` and `data_batch`."""
+        log_vars = {name: value.detach() for name, value in losses.items()}
+        self.data_batch = data_batch
+        self.outputs = {"loss": losses["loss"], "log_vars": log_vars, "num_samples": images}
 
     def begin_validation_batch(self, number: int, inputs: dict[str, Any]) -> None:
         """Before validation batch `number`, from 0."""

@@ -1,11 +1,13 @@
-"""`evaluate`: the metrics of a checkpoint, of pretrained weights or of a results.json on data.val."""
+"""`evaluate`: the metrics of a checkpoint, of pretrained weights or of a results.json on data.val or data.test."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,11 @@ from shared.training.trial import DetectionTrial
 
 def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, arguments: argparse.Namespace) -> None:
     """Prints the metrics; writes them, the results and a report if the arguments name folders."""
+    if arguments.split != "val":
+        experiment = experiment.with_val_of(arguments.split)
+        with _named(arguments.split):
+            evaluate(trial_class, experiment, argparse.Namespace(**{**vars(arguments), "split": "val"}))
+        return
     if arguments.results is not None:
         _evaluate_results(experiment, arguments)
         return
@@ -78,6 +85,15 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
             _write_report(arguments, data, found.detections(), trial.iou_types, facts, found.images.tolist())
         elif isinstance(evaluator, CocoEvaluator):
             _print_threshold(evaluator)
+
+
+@contextlib.contextmanager
+def _named(split: str) -> Iterator[None]:
+    """Errors name the split's key instead of data.val."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("data.val", f"data.{split}")) from error
 
 
 def _evaluate_results(experiment: Experiment, arguments: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ from shared.training.context import core_context, make_context, trial_context
 from shared.training.engine import train
 from shared.training.local_run import LocalRun, full_disk_as_error
 from shared.training.loggers import Loggers
-from shared.training.processes import local_processes, on_chief, task_processes
+from shared.training.processes import local_processes, on_chief
 from shared.training.resume import check_resume, read_checkpoint_to_resume
 from shared.training.run_folder import RunFolder
 from shared.training.stopping import End, Outcome
@@ -69,7 +69,7 @@ def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arg
         on_chief(distributed, lambda: loggers.open(names, experiment.config, folder, resumes))
         if trial.rank == 0:
             if checkpoint:
-                logger.info("going on after batch %d, from %s", checkpoint.batches, checkpoint.path)
+                logger.info("resuming after batch %d, from %s", checkpoint.batches, checkpoint.path)
             _begin_folder(trial, folder)
         started = time.monotonic()
         run = LocalRun(folder, loggers, trial.searcher_metric, trial.schedule.checkpoint_policy, trial.rank == 0)
@@ -82,7 +82,7 @@ def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arg
                 logger.info("nothing to do: %s", outcome)
         elif not outcome.is_finished:
             if trial.rank == 0:
-                print(f"{outcome}; go on with --output-dir {folder.path} --resume last", file=sys.stderr)
+                print(f"{outcome}; continue with --output-dir {folder.path} --resume last", file=sys.stderr)
             sys.exit(outcome.exit_status)
         elif trial.rank == 0:
             results = Results(trial, folder, outcome, time.monotonic() - started)
@@ -98,7 +98,7 @@ def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
     info = det.get_cluster_info()
     experiment = experiment_of(task_config(), info.trial.hparams, trial_class.sections())
     with (
-        task_processes(len(info.gpu_uuids), experiment.hang_minutes) as (distributed, device),
+        local_processes(experiment.hang_minutes, len(info.gpu_uuids)) as (distributed, device),
         core_context(distributed) as core,
     ):
         _check_batch_size(experiment, distributed.size)

@@ -20,7 +20,7 @@ from shared.data import array_cache
 from shared.data.annotations import CocoAnnotations
 from shared.data.file_lock import once
 from shared.data.image_list import Look, look_once
-from shared.data.images import darkness
+from shared.data.images import darkness, value_range
 from shared.data.storage import DiskImages, ImageStorage
 from shared.errors import UserError
 
@@ -164,14 +164,14 @@ def refuse_names_outside(annotations: CocoAnnotations, where: str, folder: Path 
 
 
 def first_dark_image(annotations: CocoAnnotations, images: ImageStorage) -> str:
-    """What `darkness` says of the first dark one of a few images, spread over the file."""
+    """The warning about the first dark image of a few, spread over the file; "" for none."""
     some = np.linspace(0, len(annotations) - 1, _TRIED_FOR_DARKNESS).astype(int)
-    said = (darkness(images, annotations.file_name(i)) for i in np.unique(some).tolist())
-    return next(filter(None, said), "")
+    names = (annotations.file_name(i) for i in np.unique(some).tolist())
+    return next(filter(None, (darkness(name, value_range(images, name)) for name in names)), "")
 
 
 def _found_instead(folder: Path, name: str) -> str:
-    """What the folder holds instead of a missing image, and what to do; "" for nothing."""
+    """Names the file that a missing image may be, and what to do; "" if there is none."""
     wanted = PurePosixPath(name.replace("\\", "/"))
     above = PurePosixPath(*wanted.parts[1:])
     if len(wanted.parts) > 1 and folder.name == wanted.parts[0] and (folder / above).is_file():
@@ -223,8 +223,8 @@ _EMPTY = len(b"[]")  # bytes of an empty list; an absent segmentation has none
 
 
 def wrong_segmentation(segmentation: Any, height: int, width: int) -> str | None:
-    """What is wrong with a decoded segmentation of an image of that size, as the end of a sentence. None if it is
-    polygons or RLE that every detector and the evaluator accept."""
+    """The fault of a decoded segmentation of an image of that size, as the end of a sentence. None if it is polygons or
+    RLE that every detector and the evaluator accept."""
     if segmentation in ([], {}):
         return "is empty"
     if isinstance(segmentation, list):
@@ -286,7 +286,7 @@ def wrong_rows(annotations: CocoAnnotations) -> np.ndarray:
 
 
 def why_wrong(annotations: CocoAnnotations, row: int) -> str:
-    """What is wrong with the segmentation of an annotation, "" for nothing."""
+    """The fault of an annotation's segmentation; "" if it is right."""
     columns = annotations.columns
     image = int(np.searchsorted(columns["offsets"], row, side="right")) - 1
     height, width = (int(columns[name][image]) for name in ("heights", "widths"))

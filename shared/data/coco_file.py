@@ -215,7 +215,7 @@ def _fill_areas(annotations: list[_Annotation], boxes: np.ndarray, notes: list[s
 
 
 def _mask_area(raw: msgspec.Raw) -> float:
-    """Pixels of polygons or RLE; 0 if there is none, or a wrong one."""
+    """Pixels of polygons or RLE; 0 if they are missing or wrong."""
     try:
         segmentation = msgspec.json.decode(_present(raw) or b"[]")
         if isinstance(segmentation, dict):

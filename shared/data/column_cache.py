@@ -70,6 +70,7 @@ def cached(
     def make() -> Opened:
         parsed = parse()
         for cache in caches:
+            array_cache.mark_as_cache(cache.parent)
             if array_cache.save(cache, parsed.columns, {"categories": parsed.categories, "notes": parsed.notes}):
                 _remove_older(cache)
                 return load(cache) or (parsed, None)

@@ -53,8 +53,8 @@ class _Store:
 
     Attributes:
         package: that pip installs.
-        if_refused: what the user can do if the store refuses.
-        open: the file system, of which fsspec keeps one per process and thread.
+        if_refused: the fix, if the store refuses.
+        open: gives the file system. fsspec keeps one per process and thread.
         list_page: the files below a bucket's prefix, from a page's token on; None if the store has no list.
     """
 

@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, PngImagePlugin
 from pycocotools import mask as coco_mask
 
@@ -312,6 +309,11 @@ def _scale(image: Image.Image) -> float:
 
 def _write_pdf(path: Path, image: Image.Image, objects: Objects, scale: float) -> None:
     """Write a page of `scale` times the image's pixels at 72 per inch. Masks are pixels."""
+    # here, because every run loads this module, and hardly any writes a PDF
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.patches import Rectangle
+
     pixels = with_masks(image, objects, scale)
     figure = Figure(figsize=(pixels.width / 72, pixels.height / 72), dpi=72)
     axes = figure.add_axes((0, 0, 1, 1))

@@ -204,6 +204,8 @@ class CocoEvaluator(ChiefReducer):
     def metrics_of(self, shares: list[GatheredDetections]) -> dict[str, float]:
         self.open_truth()
         self.found = merge(shares)
+        if len(self.found.skipped) and not len(self._evaluated(self.found)):
+            raise UserError("data.val.images: no image can be read. Fix: look at the lines above, each names an image")
         metrics: dict[str, float] = {}
         for iou_type in self.iou_types:
             if iou_type == "bbox":

@@ -335,7 +335,9 @@ class _Run:
             rows = np.flatnonzero(labels >= 0)
             masks = None if found.masks is None else [found.masks[row] for row in rows]
             points = None if found.keypoints is None else found.keypoints[rows]
-            kept.append(Detections(found.image_id, found.boxes[rows], found.scores[rows], labels[rows], masks, points))
+            sizes = None if found.sizes is None else found.sizes[rows]
+            boxes, scores = found.boxes[rows], found.scores[rows]
+            kept.append(Detections(found.image_id, boxes, scores, labels[rows], masks, points, sizes))
         return kept
 
 

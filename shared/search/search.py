@@ -103,7 +103,7 @@ class _Search:
     places: list[Place]  # free ones
     running: list[_Run] = field(default_factory=list)
     waiting: list[optuna.Trial] = field(default_factory=list)
-    delayed: set[int] = field(default_factory=set)  # numbers of trials in whose folder a run goes on
+    delayed: set[int] = field(default_factory=set)  # numbers of trials whose folder another process uses
     restarts: dict[int, int] = field(default_factory=dict)  # by number
     signal: int | None = None  # that asked the search to stop
 

@@ -1,4 +1,4 @@
-"""What a search draws: the `searcher` section, Determined's hyperparameter ranges, and the samplers for Optuna."""
+"""How a search draws: the `searcher` section, Determined's hyperparameter ranges, and the samplers for Optuna."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -58,9 +58,9 @@ class Searcher(SearcherSection):
 
     Attributes:
         metric: compares the trials.
-        length: of a trial of `adaptive_asha`, in batches, epochs or records.
-        points: of a grid, one per trial.
-        max_restarts: of a trial that was killed.
+        length: the length of a trial of `adaptive_asha`, in batches, epochs or records.
+        points: the grid's points, one per trial.
+        max_restarts: how often a killed trial restarts.
     """
 
     metric: SearcherMetric
@@ -124,12 +124,7 @@ def _check(value: Range, name: str) -> None:
 
 
 def draw(trial: optuna.Trial, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The hyperparameters of a trial: a value that Optuna draws instead of each range.
-
-    Raises:
-        UserError: a range is not valid.
-    """
-    ranges_of(hyperparameters)  # checks all before one is drawn
+    """The hyperparameters of a trial: a value that Optuna draws instead of each range. `ranges_of` has checked them."""
     return without_ranges(hyperparameters, lambda keys, value: _draw(trial, ".".join(keys), value))
 
 
@@ -159,20 +154,15 @@ def _grid_values(value: Range, name: str) -> list[Any]:
     kind, count = value["type"], value.get("count")
     if kind == "categorical":
         return [json.dumps(each) for each in value["vals"]]
-    low, high = value["minval"], value["maxval"]
-    if kind == "int" and count is None:
-        count = high - low + 1
+    low, high, base = value["minval"], value["maxval"], value.get("base", 10)
+    most = high - low + 1 if kind == "int" else math.inf
+    count = most if kind == "int" and count is None else count
     if type(count) is not int or count < 1:
         raise UserError(f"hyperparameters.{name}.count: it is {count!r}. Fix: give the number of values on the grid")
-    if kind == "int":
-        count = min(count, high - low + 1)
-    return list(dict.fromkeys(_spread(kind, low, high, count, value.get("base", 10))))
-
-
-def _spread(kind: str, low: float, high: float, count: int, base: float) -> Iterator[float]:
-    for i in range(count):
-        at = low + (high - low) * (i / (count - 1) if count > 1 else 0.5)
-        yield round(at) if kind == "int" else base**at if kind == "log" else at
+    count = min(count, most)
+    values = [low + (high - low) * (i / (count - 1) if count > 1 else 0.5) for i in range(count)]
+    values = [round(each) if kind == "int" else base**each if kind == "log" else each for each in values]
+    return list(dict.fromkeys(values))
 
 
 # --- samplers ---------------------------------------------------------------------------------------
@@ -184,7 +174,7 @@ def trial_numbers(trials: Sequence[FrozenTrial]) -> list[int]:
     Optuna counts a trial that another machine repeats as a new one; here both have the same number.
 
     Args:
-        trials: all of the study, in Optuna's order. A new trial may not have its attribute yet.
+        trials: all trials of the study, in Optuna's order. A new trial may not have its attribute yet.
     """
     numbers, begun = [], 0
     for trial in trials:

@@ -131,7 +131,7 @@ class Study:
         ]
 
     def ask(self) -> optuna.Trial | None:
-        """Returns the next trial to train; None if there is none now."""
+        """Returns the next trial to train, or None."""
         trials = self._all()
         is_waiting = any(trial.state == TrialState.WAITING for trial in trials)
         if not is_waiting and len(set(trial_numbers(trials))) >= self.max_trials:

@@ -66,7 +66,7 @@ class TrialProcess:
 
     Args:
         program: the command to which `train CONFIG …` is added.
-        folder: of the run, in which no other process trains. The run resumes from a checkpoint in it.
+        folder: the folder of the run, in which no other process trains. The run resumes from a checkpoint in it.
         variables: for its environment, if this process has no such variables.
 
     Attributes:
@@ -96,9 +96,6 @@ class TrialProcess:
     def exit_code(self) -> int | None:
         """None while it runs; negative for a signal."""
         return self._process.poll()
-
-    def wait(self) -> int:
-        return self._process.wait()
 
     def stop(self) -> None:
         """Lets the run save a checkpoint after its batch and exit."""

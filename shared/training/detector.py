@@ -45,7 +45,7 @@ class Detector(PyTorchTrial):
     """What a detector defines, and what it finds.
 
     Attributes:
-        experiment: the experiment config, of which `hparams` and `data` are sections.
+        experiment: the experiment config. `hparams` and `data` are two of its sections.
         train_data, val_data, categories: what the data opens to; a category's position is its label.
         model: the training model on its device, in DDP if there are several slots; `plain_model` is it without DDP.
         optimizer, ema: that train it; `ema` is None without averaged weights.
@@ -172,7 +172,7 @@ class Detector(PyTorchTrial):
         return None, ()
 
     def reported_metrics(self) -> list[str] | None:
-        """The names that a validation reports, one of which steers the searcher; None if they are not known."""
+        """The names that a validation reports, or None if they are not known. One of them steers the searcher."""
         names = [f"{iou_type}_{name}" for iou_type in self.iou_types for name in summary_metrics(iou_type)]
         return [*names, *([TOTAL] if self.validates_loss else [])]
 

@@ -2,7 +2,7 @@
 
 Training changes some options of an optimizer itself, such as the learning rate. A config changes others. A checkpoint
 therefore also holds the options as its run's config built them. If an option differs from them, the config changed it,
-and this run's value wins. Every other option continues as it was saved.
+and this run's value wins. Every other option continues with its saved value.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def merged(own: Mapping[str, Any], began: Mapping[str, Any], saved: Mapping[str,
     """Saved values, with this run's values for all that its config changed.
 
     Args:
-        own, began: as this run's config and the checkpoint's say it.
-        saved: as it was after training.
+        own, began: the values of this run's config and of the checkpoint's.
+        saved: the values after training.
     """
     removed = began.keys() - own.keys()
     return {

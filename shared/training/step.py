@@ -29,9 +29,7 @@ def wrap_model(context: PyTorchTrialContext, model: nn.Module, find_unused_param
 def accumulating(model: nn.Module, ends_step: bool) -> AbstractContextManager:
     """For the forward and backward pass of a batch: DDP averages gradients over slots only in the batch that ends an
     optimizer step."""
-    if ends_step or not isinstance(model, DistributedDataParallel):
-        return nullcontext()
-    return model.no_sync()
+    return nullcontext() if ends_step or not hasattr(model, "no_sync") else model.no_sync()
 
 
 def step(

@@ -111,8 +111,8 @@ class ReportFigures:
 
 
 def picture_of(trial: DetectionTrial, validation: Validation, width: int = 1400) -> Image.Image | None:
-    """Detections on the first images of a validation beside the truth, `width` pixels wide. None if there are none, or
-    the detector's library evaluates data of its own."""
+    """Detections on the first images of a validation beside the truth, `width` pixels wide. None without detections, or
+    if the detector's library evaluates data of its own."""
     if not validation.pictured or not isinstance(trial.val_data, SplitData):
         return None
     annotations, images = trial.val_data.annotations, trial.val_data.images

@@ -16,11 +16,10 @@ import torch
 from determined.pytorch import PyTorchTrialContext
 from tabulate import tabulate
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from shared.config.experiment import Experiment, experiment_of, per_slot_batch_size
-from shared.data.dataset import BadImages, seed_all
+from shared.data.dataset import BadImages, CocoDetection, seed_all
 from shared.data.loading import Batch, PrefetchLoader, start_workers, to_device
 from shared.data.open import SplitData
 from shared.data.samplers import EvaluationBatchSampler, described, size_groups
@@ -130,8 +129,8 @@ class DetectionTrial(Detector):
                 keep_freed_memory()
         seed_all(self.seed)  # the same initial weights on every slot
         self.scaler = self._build_scaler()
-        self.model = wrap_model(self.context, self._switched(self.build_model()), self.find_unused_parameters)
-        self.plain_model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        self.plain_model = self._switched(self.build_model())
+        self.model = wrap_model(self.context, self.plain_model, self.find_unused_parameters)
         self.ema = self.build_ema(self.plain_model)
         if self.for_training:
             self._build_training()
@@ -145,7 +144,7 @@ class DetectionTrial(Detector):
         if self.hparams.early_stopping is not None and not self.periods.validates_before_the_end:
             raise UserError(
                 "hyperparameters.early_stopping: the only validation is at the end. Fix: give min_validation_period, "
-                "or leave it out"
+                "or omit early_stopping"
             )
 
     def _build_training(self) -> None:
@@ -207,20 +206,27 @@ class DetectionTrial(Detector):
         return self.plain_model if self.ema is None else self.ema.module
 
     def evaluation_loader(
-        self, data: SplitData, with_losses: bool = False, stop: Callable[[], bool] = lambda: False
+        self,
+        data: SplitData,
+        with_losses: bool = False,
+        stop: Callable[[], bool] = lambda: False,
+        all_images: bool = False,
     ) -> DataLoader:
         """This slot's share of the images to evaluate on, as batches on the host.
 
         Args:
             stop: asked before each batch but the first; True omits the rest.
+            all_images: also those that `evaluated_images` omits.
         """
         dataset, collate = self.evaluation_dataset(data), self.collate(training=False)
+        if isinstance(dataset, CocoDetection):
+            dataset = replace(dataset, replaces=False)
         if with_losses:
             dataset, collate = self._with_losses(dataset, data), CollateWithLoss(collate, self.collate(training=True))
         groups = None
         if self.batches_of_one_size:
             groups = size_groups(data.annotations.columns["widths"], data.annotations.columns["heights"])
-        images = self.evaluated_images(len(dataset))
+        images = range(len(dataset)) if all_images else self.evaluated_images(len(dataset))
         batches = EvaluationBatchSampler(images, self.evaluation_batch_size, self.rank, self.slots, stop, groups)
         return self._loader(dataset, batches, collate)
 
@@ -230,7 +236,9 @@ class DetectionTrial(Detector):
 
     @torch.no_grad()
     def detect_on_host_batch(self, batch: Batch) -> list[Detections]:
-        """The detections of a batch of the evaluation loader."""
+        """The detections of a batch of the evaluation loader. It is empty if none of its images can be read."""
+        if not len(batch):
+            return []
         model = self.evaluation_model.eval()
         with out_of_memory_as(lambda _: self._evaluation_out_of_memory(batch)):
             prepared = self.prepare(to_device(batch, self.context.device), None)
@@ -305,7 +313,7 @@ class DetectionTrial(Detector):
 
     def summary_lines(self) -> list[tuple[str, object]]:
         """What is printed at the start, name and value."""
-        resumed = f"; goes on after batch {self.first_batch}" if self.first_batch else ""
+        resumed = f"; resumes after batch {self.first_batch}" if self.first_batch else ""
         return [
             *self.summary(),
             ("precision", self.hparams.amp or "float32"),

@@ -82,7 +82,7 @@ class Validation:
 def computing_losses(
     model: nn.Module, attributes: Mapping[str, Sequence[str]], state: Mapping[str, Any] | None = None
 ) -> Iterator[None]:
-    """For the losses of one validation image: in one process, with random numbers of its own; nothing of it stays.
+    """For the losses of one validation image: in one process, with its own random numbers, without a lasting effect.
 
     Args:
         as those of `giving_losses`.
@@ -134,7 +134,7 @@ def _is_at_rest(module: nn.Module) -> bool:
 @contextlib.contextmanager
 def as_one_process() -> Iterator[None]:
     """torch.distributed reports no process group. The libraries' losses average their divisor over all processes. Each
-    of them is at another image, and one that has fewer images would make the others wait for ever."""
+    of them is at another image, and one that has fewer images would make the others wait without end."""
     asked = torch.distributed.is_initialized
     torch.distributed.is_initialized = lambda: False
     try:
@@ -159,9 +159,7 @@ def check_losses(samples: Iterator[Any], compute: Callable[[Any], object]) -> No
     # a pipeline that makes no sample of the first images most likely makes none of any
     sample = next((sample for sample in itertools.islice(samples, 100) if sample is not None), None)
     if sample is None:
-        raise UserError(
-            "hyperparameters.validation_loss: of no image of data.val would a training make a sample; leave it out"
-        )
+        raise UserError("hyperparameters.validation_loss: no image of data.val gives a training sample. Fix: omit it")
     try:
         compute(sample)
     except UserError:
@@ -169,7 +167,7 @@ def check_losses(samples: Iterator[Any], compute: Callable[[Any], object]) -> No
     except Exception as error:  # a library's losses may need anything that a training has
         raise UserError(
             "hyperparameters.validation_loss: the losses of this model cannot be computed on the validation images "
-            f"({type(error).__name__}: {error}); leave it out"
+            f"({type(error).__name__}: {error}). Fix: omit it"
         ) from error
 
 
@@ -183,7 +181,7 @@ class ValidationLoss(ChiefReducer):
     0, as in the image's total. What is no loss (an accuracy) is averaged over the images that have it.
 
     Args:
-        image_ids: of the images that count.
+        image_ids: the images that count.
     """
 
     def __init__(self, image_ids: np.ndarray, gather: Gather):

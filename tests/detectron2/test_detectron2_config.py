@@ -176,7 +176,7 @@ def test_the_scaling_rule_goes_by_the_images_of_a_batch_in_both_kinds_of_config(
     ],
 )
 def test_the_batch_is_the_config_s_own_where_none_is_given(config_file, batch, monkeypatch, unbuilt):
-    monkeypatch.setattr(load_model_def("detectron2"), "group_processes_of_machine", lambda count: None)
+    monkeypatch.setattr("detectron2_files.model.group_processes_of_machine", lambda count: None)
     trial_class = load_model_def("detectron2").Detectron2Trial
     config = {"hyperparameters": {"config_file": config_file, "weights": ""}, "data": {"backend": "fake"}}
     assert unbuilt(trial_class, config).global_batch_size == batch

@@ -153,7 +153,7 @@ def test_test_time_augmentation_is_of_evaluation_and_prediction(shapes, trial_cl
             trial = trial_class(context, for_training=False)
         (found[on],) = trial.detect_on_host_batch(next(iter(trial.evaluation_loader(trial.open_val()))))
     assert len(found[True]) == len(found[True].masks) > 0
-    assert found[True].scores.tolist() != found[False].scores.tolist()
+    assert found[True].boxes.tolist() != found[False].boxes.tolist()
 
 
 def test_precise_batch_statistics_are_those_of_the_weights_at_a_validation(shapes, train, trial_class, tmp_path):

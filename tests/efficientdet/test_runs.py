@@ -280,7 +280,8 @@ def test_two_processes_need_a_batch_that_divides_and_no_port_of_another_run(run_
         with contextlib.suppress(OSError):  # it is another run's indeed
             another_run.bind(("", INTER_TRAIN_PROCESS_COMM_PORT_1))
             another_run.listen()
-        done = run_model_def("train", config, "--output-dir", tmp_path / "run", processes=2, check=False)
+        arguments = ("train", config, "--output-dir", tmp_path / "run")
+        done = run_model_def(*arguments, processes=2, torchrun=True, check=False)
     assert "3 images do not divide by 2 slots; use 2 or 4" in done.stderr
 
 
@@ -317,7 +318,7 @@ def test_a_last_checkpoint_that_was_changed_is_said_and_best_goes_on(trained, ru
     longer = run_config(searcher__max_length={"batches": 16})
     done = run_model_def("train", longer, "--output-dir", run, "--resume", "last")
     assert "checkpoints/last is not what was saved: state_dict.pth has changed since; going on from" in done.stderr
-    assert f"going on after batch {best}" in done.stderr
+    assert f"resuming after batch {best}" in done.stderr
     assert [r["batches"] for r in reports(run, "val")] == [4, 8, 12, 16]
 
 
