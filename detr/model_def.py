@@ -28,10 +28,11 @@ from torch import nn
 from transformers import PreTrainedConfig, get_scheduler
 
 from detr_files.data import DetrCollate, DetrTransform, makes_one_size
-from detr_files.model import TrainedDetr, build_detector, image_processor, is_on_hub, model_config
+from detr_files.model import TrainedDetr, build_detector, image_processor, input_scale, is_on_hub, model_config
 from detr_files.optimizer import build_optimizer
 from detr_files.weights import load_start_weights
 from shared.data.dataset import CocoDetection
+from shared.data.images import InputScale
 from shared.data.loading import Batch
 from shared.data.open import SplitData
 from shared.errors import UserError
@@ -60,6 +61,10 @@ class DetrTrial(DetectionTrial):
     @classmethod
     def hyperparameters_of_checkpoint(cls, checkpoint: Path, own: Mapping[str, Any]) -> dict[str, Any]:
         return {**cls.without_pretrained, "model": str(checkpoint), "config": {}, "processor": {}}
+
+    @classmethod
+    def input_scale(cls, hparams: DetrHyperparameters) -> InputScale | None:
+        return None if is_on_hub(hparams.model) else input_scale(hparams)
 
     @cached_property
     def config(self) -> PreTrainedConfig:

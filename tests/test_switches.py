@@ -19,8 +19,10 @@ SMALL_RATES = {
     "efficientdet": {"lr": 0.0002},
     "mmdetection": {"optimizer.lr": 0.002},
     "detectron2": {"SOLVER.BASE_LR": 0.0002},
+    "detr": {"lr": 0.00002},
 }
 FROZEN = {"efficientdet": "backbone.blocks", "mmdetection": "backbone.layer1", "detectron2": "backbone.bottom_up.res2"}
+FROZEN["detr"] = "model.backbone.model.encoder.stages.1"
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def small(detector: str, shapes, **hyperparameters) -> dict:
     """A run of 12 batches without workers, at a small learning rate."""
     config = CONFIGS[detector](shapes)
     own = config["hyperparameters"]
-    (own if detector == "efficientdet" else own["config_overrides"]).update(SMALL_RATES[detector])
+    own.get("config_overrides", own).update(SMALL_RATES[detector])
     own.update(hyperparameters)
     config["data"]["workers"] = 0
     return config

@@ -26,6 +26,7 @@ from transformers import (
 
 from detr_files.losses import all_boxes, scaled_to_all_ranks
 from detr_hyperparameters import DetrHyperparameters
+from shared.data.images import InputScale
 from shared.errors import UserError, nearest
 
 # the model types that transformers has losses for, and the image processor of a model without a folder
@@ -142,6 +143,16 @@ def image_processor(hparams: DetrHyperparameters, model_type: str) -> Any:
 
 def _lacks_processor(model: str) -> bool:
     return not is_on_hub(model) and not Path(model, "preprocessor_config.json").is_file()
+
+
+def input_scale(hparams: DetrHyperparameters) -> InputScale | None:
+    """The finest stride of the features and the size of the input; None if the model's config does not say them."""
+    config = model_config(hparams)
+    size = image_processor(hparams, config.model_type).size
+    sides = size.get("height"), size.get("width")
+    if not hasattr(config, "feat_strides") or None in sides:
+        return None
+    return InputScale(min(config.feat_strides), "stride", min(sides), max(sides))
 
 
 def build_detector(config: PreTrainedConfig, categories: list[dict]) -> PreTrainedModel:
