@@ -15,7 +15,7 @@ FLOORS = (
     *("config", "durable", "redaction", "errors", "environment"),
 )
 BY_ITSELF = ("container",)  # runs before anything is installed
-LIBRARIES = ("effdet", "timm", "mmdet", "mmcv", "detectron2", "model_def")
+LIBRARIES = ("effdet", "timm", "mmdet", "mmcv", "detectron2", "transformers", "model_def")
 
 
 def imports_of(path: Path) -> list[str]:

@@ -6,13 +6,14 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import leave_out_figures, reports, run_command, stop_workers
+from conftest import reports, run_command, stop_workers
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from test_resume import assert_same_bits, final_state
 from tiny_models import DETR_TYPES, detr_config, trial_classes
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
+from without_figures import leave_out_figures
 
 from detr_files.export import export
 from shared.commands.train import train_locally
@@ -70,7 +71,7 @@ def trained(shapes, trial_class, tmp_path_factory):
             (folder / "config.yaml").write_text(yaml.safe_dump(config))
             steps, detected = [], []
             with pytest.MonkeyPatch.context() as patch:
-                leave_out_figures(patch)
+                leave_out_figures(patch.setattr)
                 watched = watching(trial_class, steps, detected)
                 run_command(train_locally, watched, folder / "config.yaml", output_dir=folder / "run", resume=None)
             stop_workers()
