@@ -1,5 +1,7 @@
-"""The contents of a data set, and the problems that would stop a training on it: the counts, tables and remarks of
-`check`."""
+"""The contents of a data set, and the problems that would stop a training on it.
+
+It shows the counts, tables and remarks of `check`.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""The contract of a detector. Its `model_def.py` subclasses `shared.training.trial.DetectionTrial`, which is a
-`Detector`.
+"""The contract of a detector.
 
-The abstract methods come first, then the hooks by topic; each hook has a default.
+Its `model_def.py` subclasses `shared.training.trial.DetectionTrial`, which is a `Detector`. The abstract methods come first, then the hooks by topic; each hook has a default.
 """
 
 from __future__ import annotations
