@@ -1,6 +1,7 @@
 """The contract of a detector.
 
-Its `model_def.py` subclasses `shared.training.trial.DetectionTrial`, which is a `Detector`. The abstract methods come first, then the hooks by topic; each hook has a default.
+Its `model_def.py` subclasses `shared.training.trial.DetectionTrial`, which is a `Detector`. The
+abstract methods come first, then the hooks by topic; each hook has a default.
 """
 
 from __future__ import annotations
