@@ -62,7 +62,7 @@ def read_command(module: str, sections: Sections) -> Command | None:
     exit the program. A `model_def.py` calls it before it imports torch.
 
     Args:
-        module: the caller's `__name__`. If it is not the program, or if this is a cluster's task, the result is None.
+        module: the caller's `__name__`. The result is None in a cluster's task, and if it is not the program.
     """
     if module != "__main__" or on_cluster():
         return None

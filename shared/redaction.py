@@ -55,7 +55,7 @@ def filled_in(clean: Any, config: Any) -> Any:
 
 
 def redact_yaml_files(folder: Path) -> None:
-    """Rewrites the YAML files below a folder that hold secrets. A file without any stays as it is."""
+    """Rewrites the YAML files below a folder that hold secrets. A file without any stays unchanged."""
     for path in sorted((*folder.rglob("*.yaml"), *folder.rglob("*.yml"))):
         text = path.read_text(encoding="utf-8", errors="replace")
         try:
@@ -74,7 +74,7 @@ def _clean(value: Any, key: Any, secret: str) -> Any:
     """A copy of a value without secrets.
 
     Args:
-        key: whose value it is, or that of the list that it is in.
+        key: whose value it is, or the key of its list.
         secret: the innermost key around it that makes it a secret; empty if none does.
     """
     if isinstance(key, str) and _is_secret(key):

@@ -342,8 +342,8 @@ def training_images(annotations: CocoAnnotations, train_set: TrainingSet, seed: 
 
 
 def _repeats(count: int, dicts: Callable[[], list[dict]], train_set: TrainingSet, seed: int) -> np.ndarray:
-    """The positions to train on, by the config's sampler. What a RepeatFactorTrainingSampler draws anew in each epoch,
-    whether a factor's fraction counts, is drawn once here."""
+    """The positions to train on, by the config's sampler. A RepeatFactorTrainingSampler draws in each epoch whether a
+    factor's fraction counts; here it is drawn once."""
     generator = np.random.default_rng([seed, 0])
     if train_set.repeat_threshold is not None:
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
@@ -455,7 +455,7 @@ def open_registered(
 
 
 def check_for_rotated_evaluation(data: RegisteredData) -> None:
-    """Raises UserError where there are crowds, which Detectron2's evaluator of rotated boxes cannot match."""
+    """Raises UserError for crowds, which Detectron2's evaluator of rotated boxes cannot match."""
     for dataset_dict in data.dicts:
         if any(annotation.get("iscrowd") for annotation in dataset_dict["annotations"]):
             raise UserError(

@@ -32,7 +32,7 @@ class LazyConfigFile:
     """A LazyConfig, `cfg`, of Detectron2's sections: model, optimizer, lr_multiplier, dataloader, train.
 
     Args:
-        places: the folder submitted, and that of the configs that the library ships.
+        places: the submitted folder, and the folder of the configs that the library ships.
         modules: the user's own, which a checkpoint's config may name too.
         find_functions: gives the config of the user's own that a checkpoint's functions may come from, or None.
     """

@@ -47,7 +47,7 @@ def open_train(config: Any, data: DataConfig, evaluates_coco: bool) -> Opened:
     """The data to train on: `data.train`, else the config's data sets by name.
 
     Raises:
-        UserError: there is none, or it cannot be opened.
+        UserError: no data is named, or it cannot be opened.
     """
     names = config.train_set.names
     if evaluates_coco and (data.train is not None or not data.reads_files):

@@ -1,4 +1,4 @@
-"""Weights to start from: of the model zoo, a file, a URL or a checkpoint, without executing pickled code."""
+"""Weights to start from, in the model zoo, a file, a URL or a checkpoint, without executing pickled code."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def zoo_weights(config: Path) -> str:
 
 
 def start_of(given: str | None, config: Any, for_training: bool, submitted: Path) -> tuple[str, str] | None:
-    """What a model starts from, and the key that names it; None for initial weights.
+    """The weights that a model starts from, and the key that names them; None for initial weights.
 
     Args:
         given: `hyperparameters.weights`.
@@ -88,7 +88,7 @@ def start_of(given: str | None, config: Any, for_training: bool, submitted: Path
 
 
 def find_weights(source: str, key: str, places: Sequence[Path]) -> str:
-    """A URL as it is, the path of a file or of a checkpoint's `state_dict.pth`.
+    """The URL, the path of a file or of a checkpoint's `state_dict.pth`.
 
     Args:
         places: folders that a relative path may be relative to, beside the one that the run was started in.

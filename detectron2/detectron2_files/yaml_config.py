@@ -272,7 +272,7 @@ def _refuse_base(path: Path) -> None:
 
 
 def _semantic_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
-    """What the scripts of PointRend and DeepLab train semantic segmentation with."""
+    """The mapper with which the scripts of PointRend and DeepLab train semantic segmentation."""
     inputs = cfg.INPUT
     augmentations = [T.ResizeShortestEdge(inputs.MIN_SIZE_TRAIN, inputs.MAX_SIZE_TRAIN, inputs.MIN_SIZE_TRAIN_SAMPLING)]
     if crop := inputs.CROP if inputs.CROP.ENABLED else None:

@@ -141,7 +141,7 @@ def adapt_head(
 
     Args:
         initial: the state dict of the model that the weights are for.
-        known: the categories of the weights' rows; None where they do not say: COCO's, where there are 90 rows.
+        known: the categories of the weights' rows; None where they do not say: COCO's if it has 90 rows.
     """
     adapted = dict(weights)
     heads = [name for name in initial if name.startswith("class_net.predict.") and name in weights]

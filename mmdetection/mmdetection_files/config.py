@@ -101,7 +101,7 @@ def load_mmdet_config(hparams: MMDetectionHyperparameters, submitted: Path) -> C
 
 
 def _merged(hparams: MMDetectionHyperparameters, submitted: Path) -> tuple[Config, Path]:
-    """The config as it is merged, its modules imported, and the path of `config_file`."""
+    """The merged config, its modules imported, and the path of `config_file`."""
     modules = import_custom_modules(hparams.custom_imports)
     path = find_config(hparams.config_file, submitted, "config_file")
     is_saved = path.name == RESOLVED_CONFIG
@@ -204,7 +204,7 @@ def own_code(checkpoint: Path, own: Mapping[str, Any], submitted: Path) -> dict[
 
 
 def _at(section: Any, place: Sequence[str]) -> Any:
-    """The value at keys and positions below a section; None where there is none."""
+    """The value at keys and positions below a section; None without one."""
     return functools.reduce(_item, place, section)
 
 
@@ -426,7 +426,7 @@ def _possible_keys(section: Mapping[str, Any], path: str) -> set[str] | None:
 
 
 def _taken_by(section: Mapping[str, Any], name: str) -> list[Callable | None]:
-    """What is called with the section as its arguments; [None] where that is not known."""
+    """The callables that take the section as arguments; [None] where that is not known."""
     if "type" in section:
         return list(_registered(section["type"])) or [None]
     if name == "lr_config":

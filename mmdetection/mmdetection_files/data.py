@@ -194,8 +194,7 @@ def _unflipped(scale: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]
 
 
 def decoder(load: dict[str, Any]) -> Callable[[bytes], np.ndarray]:
-    """What a pipeline's LoadImageFromFile makes of a file's bytes: (height, width, 3), BGR where it says nothing
-    else."""
+    """The array that a pipeline's LoadImageFromFile makes from a file's bytes: (height, width, 3), BGR by default."""
     return functools.partial(
         _decode, load.get("color_type", "color"), load.get("channel_order", "bgr"), load.get("to_float32", False)
     )

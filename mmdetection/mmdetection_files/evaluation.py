@@ -122,7 +122,7 @@ _OF_THE_HOOK = (
 
 
 def own_arguments(config: Config) -> dict[str, Any]:
-    """What the config's `evaluation` section gives to `evaluate`."""
+    """The arguments that the config's `evaluation` section gives to `evaluate`."""
     return {key: value for key, value in (config.get("evaluation") or {}).items() if key not in _OF_THE_HOOK}
 
 

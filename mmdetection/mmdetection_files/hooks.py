@@ -132,7 +132,7 @@ class StepRunner(BaseRunner):
         self.call_hook("before_val_iter")
 
     def begin_validation(self, batches: int, dataset: Any) -> None:
-        """Before the first of so many batches of a validation."""
+        """Before the first batch of a validation, given the number of batches."""
         self.mode, self.data_loader = "val", _Batches(batches, dataset)
         self.call_hook("before_val_epoch")
 
@@ -200,7 +200,7 @@ class MomentumEma(AveragedWeights):
         torch._foreach_add_(owns, values, alpha=momentum)
 
     def _momentum(self, number: int) -> float | None:
-        """What the hook's after_train_iter would take for this batch; None where it leaves the average."""
+        """The value that the hook's after_train_iter would take for this batch; None where it leaves the average."""
         if self.is_mmcv:
             if number % self.hook.interval != 0:
                 return None

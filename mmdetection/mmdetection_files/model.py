@@ -130,7 +130,7 @@ def move_teacher(model: nn.Module, device: torch.device) -> None:
 
 
 class _OneProcess:
-    """In the place of a group of processes."""
+    """Replaces a group of processes."""
 
     def size(self) -> int:
         return 1

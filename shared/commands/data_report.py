@@ -1,4 +1,7 @@
-"""What is in a data set, and what would stop a training on it: the counts, tables and remarks of `check`."""
+"""The contents of a data set, and the problems that would stop a training on it.
+
+It shows the counts, tables and remarks of `check`.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ _PERCENTILES = (1, 10, 50, 90, 99)
 
 @dataclass
 class Report:
-    """What is in the data.
+    """The contents of the data.
 
     Attributes:
         stops: what would stop a training.

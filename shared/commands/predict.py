@@ -171,7 +171,7 @@ class _Prediction:
         self.results[detections.image_id] = [{**result, **about} for result in results]
 
     def _write_videos(self, found: dict[int, Detections]) -> None:
-        """A video with the same frames for each video. A frame without detections stays as it is."""
+        """A video with the same frames for each video. A frame without detections stays unchanged."""
         of_video: dict[tuple[str, str], list[int]] = {}
         for image_id, picture in self.pictures.items():
             if picture.frame is not None:

@@ -155,7 +155,7 @@ def _begin_folder(trial: DetectionTrial, folder: RunFolder) -> None:
 
 
 class Results:
-    """What a finished training shows, logs and reports.
+    """The results that a finished training shows, logs and reports.
 
     Args:
         seconds: that this start trained for.

@@ -171,7 +171,7 @@ def first_dark_image(annotations: CocoAnnotations, images: ImageStorage) -> str:
 
 
 def _found_instead(folder: Path, name: str) -> str:
-    """Names the file that a missing image may be, and what to do; "" if there is none."""
+    """Names the file that a missing image may be, and what to do; "" without one."""
     wanted = PurePosixPath(name.replace("\\", "/"))
     above = PurePosixPath(*wanted.parts[1:])
     if len(wanted.parts) > 1 and folder.name == wanted.parts[0] and (folder / above).is_file():

@@ -106,7 +106,7 @@ class CocoDetection(torch.utils.data.Dataset):
             not) replaces it: the same image for all of that size, because a batch may have one size.
         decode: takes the bytes of an 8-bit image, and returns what `transform` takes. None for a PIL image in RGB.
         in_use: indices that may replace another; None for all.
-        replaces: replace a skipped image. Without it, the sample of a skipped image is None.
+        replaces: replace a skipped image. Without it, a skipped image gives None.
     """
 
     annotations: CocoAnnotations

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def once(locks: Sequence[Path], find: Callable[[], T | None], make: Callable[[], T]) -> T:
-    """What `find` returns. If that is None, one process calls `make`, and the others wait and find its result.
+    """What `find` returns. If it finds nothing, one process calls `make`, and the others wait and find its result.
 
     The lock is released when its process dies. If no lock file can be written or locked, each process calls `make`.
 

@@ -42,7 +42,7 @@ class Batch:
 
 @dataclass
 class NotingSkipped:
-    """A collate function that notes in the batch which images were skipped for it. It omits samples that are None.
+    """A collate function that notes in the batch which images were skipped for it. It omits None.
 
     Attributes:
         collate: the detector's.

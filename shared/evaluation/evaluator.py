@@ -79,7 +79,7 @@ def evaluate(
 
     Returns:
         {"bbox_mAP": …, "bbox_mAP_50": …, …, "bbox_AP/<category name>": …, "segm_mAP": …}, fractions in
-        [0, 1], nan where there is nothing to score. Categories without ground truth are left out.
+        [0, 1], nan without ground truth. Categories without ground truth are left out.
 
     Raises:
         UserError: an image of the detections or of `image_ids` is not in the file, an image comes twice, a label is
@@ -379,7 +379,7 @@ def to_hotcoco(annotations: CocoAnnotations, masks: bool = True, keypoints: bool
 
 
 def _segmentations(annotations: CocoAnnotations) -> list[list | dict]:
-    """The mask of each annotation as compressed RLE, [] where there is none. hotcoco would rasterize polygons at each
+    """The mask of each annotation as compressed RLE, [] without one. hotcoco would rasterize polygons at each
     evaluation again. Polygons of less than three points enclose nothing and are omitted."""
     segmentations = []
     for record in annotations:
@@ -425,7 +425,7 @@ def metrics_table(metrics: dict[str, float], iou_types: tuple[str, ...]) -> str:
 
 
 def for_json(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """With None in the place of nan and infinity, which JSON does not have."""
+    """With None instead of nan and infinity, which JSON lacks."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in numbers.items()

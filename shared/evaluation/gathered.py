@@ -43,7 +43,7 @@ class ChiefReducer(MetricReducer):
     which `raise_if_failed` raises on every slot.
 
     Args:
-        gather: the way to the chief; `alone` where there is one process.
+        gather: the way to the chief; `alone` for one process.
     """
 
     def __init__(self, gather: Gather = alone):

@@ -186,7 +186,7 @@ class _PlainValues(pickle.Unpickler):
 
 
 def _plain_values(path: Path) -> Any:
-    """What a checkpoint's own pickle holds.
+    """The content of a checkpoint's own pickle.
 
     Raises:
         UserError: more than plain values.
@@ -199,7 +199,8 @@ def _plain_values(path: Path) -> Any:
 
 
 def read_weights(source: str, key: str, choices: str) -> tuple[Mapping[str, Any], Checkpoint | None]:
-    """What a file, a URL or a checkpoint of ours holds: a state dict, or what a library wrote around one. Also the
+    """The content of a file, a URL or one of our checkpoints: a state dict, or what a library wrote around one. Also
+    the
     checkpoint, if it is one.
 
     Args:

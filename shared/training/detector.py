@@ -1,6 +1,7 @@
-"""What a detector defines. Its `model_def.py` subclasses `shared.training.trial.DetectionTrial`, which is a `Detector`.
+"""The contract of a detector.
 
-The abstract methods come first, then the hooks by topic; each hook has a default.
+Its `model_def.py` subclasses `shared.training.trial.DetectionTrial`, which is a `Detector`. The
+abstract methods come first, then the hooks by topic; each hook has a default.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class Detector(PyTorchTrial):
-    """What a detector defines, and what it finds.
+    """The methods that a detector defines, and the attributes that it can use.
 
     Attributes:
         experiment: the experiment config. `hparams` and `data` are two of its sections.

@@ -1,4 +1,4 @@
-"""What a Determined 0.38.1 master does not do by itself. tests/test_determined_fixes.py shows each."""
+"""Corrections for what a Determined 0.38.1 master does not do by itself. tests/test_determined_fixes.py shows each."""
 
 from __future__ import annotations
 

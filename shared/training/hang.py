@@ -46,7 +46,7 @@ _WAITING = tuple(
 
 
 class Phase(enum.Enum):
-    """What a rank does. All ranks mark the same phases in the same order."""
+    """The activity of a rank. All ranks mark the same phases in the same order."""
 
     BEGINNING = "beginning"
     LOADING = "loading a batch"
@@ -86,7 +86,7 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True)
 class Standing:
-    """What a rank reports of itself at each of its ticks.
+    """The state that a rank reports at each of its ticks.
 
     Attributes:
         quiet: seconds since its last mark, by its own ticks.

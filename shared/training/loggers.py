@@ -57,7 +57,7 @@ class WandbRun:
         kept: the id of the run to continue; None for a new one.
 
     Attributes:
-        id: None if W&B keeps nothing of the run.
+        id: None if W&B does not keep the run.
         place: where its numbers are, for a human.
     """
 

@@ -1,4 +1,4 @@
-"""What the engine needs of a run: a place for its reports and checkpoints."""
+"""The interface that the engine needs from a run: a place for its reports and checkpoints."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Run:
         """The writer of TensorBoard's files."""
 
     def set_status(self, status: str) -> None:
-        """What the training does now, in a word."""
+        """The current activity of the training, in a word."""
 
     @abstractmethod
     def report_training(self, batches: int, epochs: int, metrics: dict[str, float], steering: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and its copy in the host's memory: training waits for the copy, not for the writing."""
+"""The content of a checkpoint, and its copy in the host's memory: training waits for the copy, not for the writing."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class FiniteCheck:
 
 
 def python_state(model: nn.Module, attributes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """What a resumed run needs of the model besides its weights and buffers, as plain numbers.
+    """The state of the model that a resumed run needs besides its weights and buffers, as plain numbers.
 
     Args:
         attributes: by the name of a module's class, the dotted attributes that it keeps. Those that are not there yet

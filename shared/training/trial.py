@@ -291,7 +291,7 @@ class DetectionTrial(Detector):
         return validation
 
     def training_state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the trial besides weights, buffers and the optimizer's state."""
+        """The trial's state in a checkpoint, besides weights, buffers and the optimizer's state."""
         return {
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "ema_steps": None if self.ema is None else self.ema.steps,
@@ -312,7 +312,7 @@ class DetectionTrial(Detector):
         self.load_own_state(state["own"])
 
     def summary_lines(self) -> list[tuple[str, object]]:
-        """What is printed at the start, name and value."""
+        """The lines printed at the start, name and value."""
         resumed = f"; resumes after batch {self.first_batch}" if self.first_batch else ""
         return [
             *self.summary(),

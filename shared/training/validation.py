@@ -30,7 +30,7 @@ TOTAL = f"{PREFIX}loss"
 
 @dataclass(frozen=True)
 class Validation:
-    """What a validation found.
+    """The results of a validation.
 
     Attributes:
         batches: trained before it.
@@ -154,7 +154,7 @@ def check_losses(samples: Iterator[Any], compute: Callable[[Any], object]) -> No
     """Computes the losses of the first sample that is not None, before the training.
 
     Raises:
-        UserError: there is none among the first hundred, or the detector's library cannot compute them.
+        UserError: the first hundred have none, or the detector's library cannot compute them.
     """
     # a pipeline that makes no sample of the first images most likely makes none of any
     sample = next((sample for sample in itertools.islice(samples, 100) if sample is not None), None)
@@ -178,7 +178,7 @@ class ValidationLoss(ChiefReducer):
     """Means over images of what `update` was given, with "val_" before the names.
 
     An image that several slots saw counts once. The sums are in the order of ids. A loss that an image lacks counts as
-    0, as in the image's total. What is no loss (an accuracy) is averaged over the images that have it.
+    0, as in the image's total. Other values, such as an accuracy, are averaged over the images that have it.
 
     Args:
         image_ids: the images that count.
