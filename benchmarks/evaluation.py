@@ -1,17 +1,13 @@
-"""COCO's numbers by this project's evaluator and by others: CPU seconds, memory, and whether the numbers are equal.
+"""An evaluation between the model's output and the report: COCO's numbers, masks, batches, reports."""
 
-Each has its truth open and takes the same `Detections`, in turns, with one thread. The seconds are the least of the
-repeats. The memory is what one evaluation adds at its peak, in a process of its own. An evaluator that is not installed
-is skipped: `pip install ultrafast-pycocotools vernier faster-coco-eval`.
-"""
-
-import argparse
 import contextlib
 import importlib
 import io
 import multiprocessing
 import os
+import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,13 +16,15 @@ from pathlib import Path
 os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1")  # before NumPy and the evaluators start their threads
 import hotcoco
 import numpy as np
-import psutil
+import torch
+from coco_files import data_folder
+from command_line import main
+from memory import added_mib
 from pycocotools import mask as coco_mask
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from side_by_side import config_of, device_name, in_turns, local_context, ratio, trial_class_of
 
 from shared.data.annotations import CocoAnnotations
-from shared.evaluation.detections import Detections
+from shared.evaluation.detections import Detections, encode_masks
 from shared.evaluation.evaluator import CocoEvaluator, summarize
 from shared.evaluation.gathered import GatheredDetections
 
@@ -35,8 +33,8 @@ NAMES = [f"category {label}" for label in range(CATEGORIES)]
 Run = Callable[[list[Detections]], dict[str, float]]
 
 
-def make(images: int, masks: bool) -> tuple[dict, list[Detections]]:
-    """A COCO data set whose ids are positions, and detections near its objects."""
+def make(images: int, masks: bool = False, objects: int = BOXES) -> tuple[dict, list[Detections]]:
+    """A COCO data set whose ids are positions, and BOXES detections per image, the first of them near its objects."""
     rng = np.random.default_rng(0)
     annotations, detections = [], []
     for image in range(images):
@@ -47,12 +45,14 @@ def make(images: int, masks: bool) -> tuple[dict, list[Detections]]:
         labels, crowd = rng.integers(0, CATEGORIES, BOXES), (rng.uniform(size=BOXES) < 0.01).astype(int)
         rles = [{**r, "counts": r["counts"].decode()} for r in masks_in(rng, truth)] if masks else [None] * BOXES
         columns = truth.tolist(), sides.prod(axis=1).tolist(), labels.tolist(), crowd.tolist(), rles
-        for row in zip(*columns, strict=True):
+        for row in list(zip(*columns, strict=True))[:objects]:
             annotation = dict(zip(("bbox", "area", "category_id", "iscrowd", "segmentation"), row, strict=True))
             annotations.append({"id": len(annotations) + 1, "image_id": image, **annotation})
         corners = np.hstack([found[:, :2], found[:, :2] + found[:, 2:]])
         found_masks = masks_in(rng, found) if masks else None
-        detections.append(Detections(image, corners, rng.uniform(size=BOXES), labels, found_masks))
+        scores = rng.uniform(size=BOXES)
+        scores[objects:] *= 0.5  # they find nothing
+        detections.append(Detections(image, corners, scores, labels, found_masks))
     coco_images = [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(images)]
     categories = [{"id": label, "name": name} for label, name in enumerate(NAMES)]
     return {"info": {}, "images": coco_images, "annotations": annotations, "categories": categories}, detections
@@ -154,43 +154,164 @@ EVALUATORS = {
 }
 
 
-def added_mib(name: str, iou_type: str) -> int:
-    """Of `DATA`, in a forked process."""
-    run = EVALUATORS[name](DATA[0], iou_type)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    before = psutil.Process().memory_info().rss
-    run(DATA[1])
-    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    return round((peak - before) / 2**20)
+def added_by(name: str, iou_type: str, coco: dict, detections: list[Detections], queue) -> None:
+    """Puts the MiB that an evaluation adds; None without the package."""
+    try:
+        run = EVALUATORS[name](coco, iou_type)
+    except ImportError as error:
+        print(f"{name} is skipped: {error}", file=sys.stderr)
+        queue.put(None)
+        return
+    with added_mib() as added:
+        run(detections)
+    queue.put(added[0])
 
 
-def main() -> None:
-    global DATA
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--masks", action="store_true", help="evaluate masks instead of boxes")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=EVALUATORS, default=[*EVALUATORS])
-    arguments = parser.parse_args()
-    iou_type = "segm" if arguments.masks else "bbox"
-    DATA = coco, detections = make(arguments.images, arguments.masks)
-    mib, runs, seconds, metrics = {}, {}, {}, {}
-    for name in arguments.only:
-        try:
-            with multiprocessing.get_context("fork").Pool(1) as pool:
-                mib[name] = pool.apply(added_mib, (name, iou_type))
-        except ImportError as error:
-            print(f"{name} is skipped: {error}", file=sys.stderr)
-    for name in mib:
-        runs[name], seconds[name] = EVALUATORS[name](coco, iou_type), []
-    for name, run in [*runs.items()] * arguments.repeats:
+def in_process(function: Callable, *arguments, start: str = "fork"):
+    """What a function puts into its last argument, a queue, in a new process."""
+    context = multiprocessing.get_context(start)
+    queue = context.Queue()
+    process = context.Process(target=function, args=(*arguments, queue))
+    process.start()
+    result = queue.get()
+    process.join()
+    return result
+
+
+def coco_numbers(images: int = 5000, masks: bool = False, repeats: int = 5, only: list[str] = [*EVALUATORS]) -> None:  # noqa: B006
+    """COCO's numbers by this project's evaluator and by others: CPU seconds, memory, and whether they are equal.
+
+    Each has its truth open and takes the same `Detections`, in turns, with one thread. The seconds are the least of the
+    repeats. The memory is what one evaluation adds at its peak, in a process of its own. An evaluator that is not
+    installed is skipped: `pip install ultrafast-pycocotools vernier faster-coco-eval`.
+
+    masks: evaluate masks instead of boxes
+    only: evaluators; default all
+    """
+    iou_type = "segm" if masks else "bbox"
+    coco, detections = make(images, masks)
+    mib = {name: in_process(added_by, name, iou_type, coco, detections) for name in only}
+    runs = {name: EVALUATORS[name](coco, iou_type) for name in only if mib[name] is not None}
+    seconds, metrics = {name: [] for name in runs}, {}
+    for name, run in [*runs.items()] * repeats:
         started = time.process_time()
         metrics[name] = run(detections)
         seconds[name].append(time.process_time() - started)
-    for name, of_it in metrics.items():
-        differences = [abs(of_it.get(key, np.inf) - value) for key, value in metrics[arguments.only[0]].items()]
-        print(f"{name:17} {min(seconds[name]):7.3f} s {mib[name]:5} MiB, largest difference {max(differences):.1g}")
+    for name, found in metrics.items():
+        difference = max(abs(found.get(key, np.inf) - value) for key, value in metrics[only[0]].items())
+        print(f"{name:17} {min(seconds[name]):7.3f} s {mib[name]:5.0f} MiB, largest difference {difference:.1g}")
+
+
+# --- masks --------------------------------------------------------------------------------------------------
+
+
+def encoding(turns: int = 5) -> dict:
+    """CPU milliseconds per image for the RLE of 100 masks: ours, hotcoco's and pycocotools'.
+
+    Beside them is what Detectron2 takes to paste the masks. The sides take turns; reported are the medians.
+    """
+    from detectron2.layers.mask_ops import paste_masks_in_image
+
+    generator, measured = torch.Generator().manual_seed(0), {}
+    for height, width in ((480, 640), (800, 1333)):
+        size = torch.tensor([width, height])
+        # sides of 3 to 50 % of the image's, some partly outside of it
+        sides = torch.exp(torch.empty(100, 2).uniform_(np.log(0.03), np.log(0.5), generator=generator)) * size
+        centers = torch.rand(100, 2, generator=generator) * size
+        boxes = torch.cat([(centers - sides / 2).clamp(min=0), torch.minimum(centers + sides / 2, size)], dim=1)
+        blobs = torch.rand(100, 1, 7, 7, generator=generator)
+        blobs = torch.nn.functional.interpolate(blobs, size=(28, 28), mode="bilinear")[:, 0]
+        pasted = paste_masks_in_image(blobs, boxes, (height, width)).numpy()
+        ways = {
+            "paste": lambda b=blobs, at=boxes, s=(height, width): paste_masks_in_image(b, at, s),
+            "ours": lambda p=pasted: encode_masks(p),
+            "hotcoco": lambda p=pasted: [hotcoco.mask.encode(mask) for mask in p],
+            "pycocotools": lambda p=pasted: [coco_mask.encode(np.asfortranarray(m, dtype=np.uint8)) for m in p],
+        }
+        assert ways["ours"]() == ways["pycocotools"]()
+        taken = in_turns(ways, turns)
+        measured[f"{width}x{height}, ms"] = {name: round(1000 * statistics.median(t), 1) for name, t in taken.items()}
+    return measured
+
+
+# --- batches ------------------------------------------------------------------------------------------------
+
+UNTRAINED = {
+    "detectron2": {"config_file": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "weights": ""},
+    "mmdetection": {
+        "config_file": "retinanet/retinanet_r50_fpn_1x_coco.py",
+        "config_overrides": {"model.backbone.init_cfg": None, "model.test_cfg.score_thr": 0.001},
+    },
+}
+
+
+def batches(detector: str = "mmdetection", batch_size: int = 4, pixels: int = 320, turns: int = 5) -> dict:
+    """Images per CPU second of a library's model, on images of one size: batches of one, and of several.
+
+    The two take turns. On a GPU the seconds are the clock's. Reported too is how far their scores differ.
+
+    detector: mmdetection (RetinaNet R50-FPN) or detectron2 (Mask R-CNN R50-FPN)
+    pixels: a side of the images before the test's resize
+    """
+
+    class Batching(trial_class_of(detector)):
+        batches_evaluations = True  # on a CPU too
+
+    with tempfile.TemporaryDirectory() as name:
+        folder, found, sides = Path(name) / "coco", {}, {}
+        data_folder(None, folder, train=1, val=batch_size, size=pixels)
+        for size in (1, batch_size):
+            config = config_of(folder, {"global_batch_size": size, **UNTRAINED[detector]}, fast_images=True)
+            with local_context(config) as context:
+                trial = Batching(context, for_training=False)
+                loaded = list(trial.evaluation_loader(trial.open_val()))
+            assert {len(batch) for batch in loaded} == {size}
+
+            def run(size: int = size, trial=trial, loaded: list = loaded) -> None:
+                found[size] = {d.image_id: d for batch in loaded for d in trial.detect_on_host_batch(batch)}
+
+            sides[size] = run
+        taken = in_turns(sides, turns)
+    one, several = taken.values()
+    alone, together = found.values()
+    same = [i for i in alone if np.array_equal(alone[i].labels, together[i].labels)]
+    return {
+        "device": device_name(context.device),
+        "images_per_second": {size: round(len(alone) / statistics.median(t), 2) for size, t in taken.items()},
+        **ratio([a / b for a, b in zip(one, several, strict=True)]),
+        "detections": sum(map(len, alone.values())),
+        "images_with_the_same_labels": f"{len(same)} of {len(alone)}",
+        "largest_difference_of_a_score": max(
+            (float(abs(alone[i].scores - together[i].scores).max(initial=0)) for i in same), default=None
+        ),
+    }
+
+
+# --- reports ------------------------------------------------------------------------------------------------
+
+
+def report(images: int = 5000, objects: int = 7, resamples: int = 200) -> None:
+    """Seconds and peak memory of a report, without and with intervals, each in a new process.
+
+    objects: per image, as in COCO; 60 detections
+    resamples: for the intervals
+    """
+    for count in (0, resamples):
+        print(in_process(report_once, images, objects, count, start="spawn"), flush=True)
+
+
+def report_once(images: int, objects: int, resamples: int, queue) -> None:
+    from shared.report.report import report as write_report
+
+    coco, detections = make(images, objects=objects)
+    annotations = CocoAnnotations.from_dict(coco)
+    del coco
+    with tempfile.TemporaryDirectory() as folder, added_mib() as added:
+        output, started = Path(folder) / "report.html", time.perf_counter()
+        write_report(annotations, detections, output, resamples=resamples)
+        seconds, page = time.perf_counter() - started, output.stat().st_size / 2**20
+    queue.put(f"{resamples} resamples: {seconds:.1f} s, {added[0]:.0f} MiB added, page of {page:.2f} MiB")
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, coco_numbers, encoding, batches, report)

@@ -1,27 +1,24 @@
-"""The way of an evaluation's results to the process that computes: 5,000 images with 100 masks each, 8 processes.
+"""How an evaluation's results reach the chief: 5,000 images with 100 masks each, from 8 processes.
 
-Beside it what `CocoEvaluator` did at first: rows and a dict a mask, by Determined's allgather to every process. Both
-run over Determined's own `DistributedContext`, each in 8 fresh processes of this machine, from the detections in memory
-to what hotcoco takes (metrics are not computed). Bytes are those that all sockets send, a broadcast once for each
-receiver; seconds are the chief's, from a common start until every process may go on; memory is what a process adds at
-its peak.
+The other side sends arrays and one dict per mask to every process, by Determined's allgather. Both run over Determined's
+`DistributedContext`, from the detections in memory to what hotcoco takes. Metrics are not computed. Bytes are those that
+all sockets send; a broadcast counts once per receiver. Seconds are the chief's, until every process may continue. Memory
+is what a process adds at its peak.
 """
 
-import argparse
+import json
 import multiprocessing
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import zmq
+from command_line import main
 from determined.core import DistributedContext
+from memory import added_mib
 from pycocotools import mask as coco_mask
 from tabulate import tabulate
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from shared.data.annotations import CocoAnnotations
 from shared.evaluation.detections import Detections
@@ -40,13 +37,11 @@ class Exchange(CocoEvaluator):
         return {"detections": len(found.rows()), "masks": len(found.rles())}
 
 
-def at_first(evaluator: CocoEvaluator, distributed: DistributedContext) -> dict[str, float]:
+def to_all(collected: list[Detections], distributed: DistributedContext) -> dict[str, float]:
     """Rows and masks to every process, merged on the chief."""
-    collected = [evaluator._detections[image_id] for image_id in sorted(evaluator._detections)]
-    counts = [len(detections) for detections in collected]
     boxes = np.concatenate([detections.boxes for detections in collected]).astype(np.float64)
-    rows = np.empty((sum(counts), 7))
-    rows[:, 0] = np.repeat([detections.image_id for detections in collected], counts)
+    rows = np.empty((len(boxes), 7))
+    rows[:, 0] = np.repeat([d.image_id for d in collected], [len(d) for d in collected])
     rows[:, 1:3] = boxes[:, :2]
     rows[:, 3:5] = boxes[:, 2:] - boxes[:, :2]
     rows[:, 5] = np.concatenate([detections.scores for detections in collected])
@@ -57,8 +52,7 @@ def at_first(evaluator: CocoEvaluator, distributed: DistributedContext) -> dict[
     merged = np.concatenate([rows for rows, _ in slots])
     masks = [mask for _, masks in slots for mask in masks]
     order = np.argsort(merged[:, 0], kind="stable")
-    merged, masks = merged[order], [masks[i] for i in order.tolist()]
-    return {"detections": len(merged), "masks": len(masks)}
+    return {"detections": len(merged[order]), "masks": len([masks[i] for i in order.tolist()])}
 
 
 def make_masks() -> list[bytes]:
@@ -75,12 +69,12 @@ def make_masks() -> list[bytes]:
     return masks
 
 
-def make_detections(images: range, count: int, rank: int, masks: list[bytes]) -> list[Detections]:
-    rng = np.random.default_rng(rank)
+def make_detections(images: range, count: int, masks: list[bytes]) -> list[Detections]:
+    rng = np.random.default_rng(images.start)
     detections = []
     for image in images:
         boxes = np.sort(rng.uniform(0, 400, (count, 2, 2)), axis=1).reshape(count, 4)
-        # bytes of their own, as a detector's are: pickle sends what it has seen once more as a number
+        # bytes of their own, as a detector's are: pickle sends the same object only once
         counts = [bytes(bytearray(masks[i])) for i in rng.integers(len(masks), size=count)]
         rles = [{"size": [HEIGHT, WIDTH], "counts": piece} for piece in counts]
         labels = rng.integers(CATEGORIES, size=count)
@@ -88,22 +82,15 @@ def make_detections(images: range, count: int, rank: int, masks: list[bytes]) ->
     return detections
 
 
-def process(way: str, rank: int, arguments: argparse.Namespace, path: Path, masks: list[bytes], queue) -> None:
-    size = arguments.processes
-    distributed = DistributedContext(
-        rank=rank,
-        size=size,
-        local_rank=rank,
-        local_size=size,
-        cross_rank=0,
-        cross_size=1,
-        pub_port=PORTS[way][0],
-        pull_port=PORTS[way][1],
-    )
+def process(way: str, rank: int, size: int, path: Path, count: int, masks: list[bytes], queue) -> None:
+    """One rank of a way."""
+    alone = {"local_rank": rank, "local_size": size, "cross_rank": 0, "cross_size": 1}
+    pub_port, pull_port = PORTS[way]
+    distributed = DistributedContext(rank=rank, size=size, pub_port=pub_port, pull_port=pull_port, **alone)
     annotations = CocoAnnotations.open(path)
+    detections = make_detections(range(rank, len(annotations), size), count, masks)
     evaluator = Exchange(annotations, ("segm",), gather=distributed.gather)
-    evaluator.update(make_detections(range(rank, arguments.images, size), arguments.detections, rank, masks))
-
+    evaluator.update(detections)
     sent, send = [0], zmq.Socket.send
 
     def counting(socket, data, *rest, **options):
@@ -112,68 +99,50 @@ def process(way: str, rank: int, arguments: argparse.Namespace, path: Path, mask
 
     distributed.allgather(None)
     zmq.Socket.send = counting
-    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
-    before = psutil.Process().memory_info().rss
-    started = time.perf_counter()
-    if way == "to all":
-        metrics = at_first(evaluator, distributed)
-    else:
-        metrics = evaluator.cross_slot_reduce(distributed.allgather(evaluator.per_slot_reduce()))
-    sent_bytes = sent[0]
-    distributed.allgather(None)
-    seconds = time.perf_counter() - started
+    with added_mib() as added:
+        started = time.perf_counter()
+        if way == "to all":
+            metrics = to_all(detections, distributed)
+        else:
+            metrics = evaluator.cross_slot_reduce(distributed.allgather(evaluator.per_slot_reduce()))
+        sent_bytes = sent[0]
+        distributed.allgather(None)
+        seconds = time.perf_counter() - started
     evaluator.raise_if_failed()
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-    queue.put((rank, metrics, sent_bytes, seconds, (peak - before) / 2**20))
+    queue.put((rank, metrics, sent_bytes, seconds, added[0]))
     distributed.close()
 
 
-def measure(way: str, arguments: argparse.Namespace, path: Path, masks: list[bytes]) -> list:
+def gather(images: int = 5000, detections: int = 100, processes: int = 8) -> None:
+    """
+    detections: per image
+    """
+    masks, rows = make_masks(), []
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [
-        context.Process(target=process, args=(way, rank, arguments, path, masks, queue))
-        for rank in range(arguments.processes)
-    ]
-    for one in processes:
-        one.start()
-    results = sorted((queue.get() for _ in processes), key=lambda result: result[0])
-    for one in processes:
-        one.join()
-    (_, metrics, _, seconds, chief), *others = results
-    assert metrics["masks"] == metrics["detections"] == arguments.images * arguments.detections
-    sent = sum(result[2] for result in results) / 2**20
-    return [way, sent, seconds, chief, max(other[-1] for other in others)]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--detections", type=int, default=100, help="an image")
-    parser.add_argument("--processes", type=int, default=8)
-    arguments = parser.parse_args()
-    masks = make_masks()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "val.json"
-        images = ",".join(
-            f'{{"id": {i + 1}, "file_name": "{i}.jpg", "height": {HEIGHT}, "width": {WIDTH}}}'
-            for i in range(arguments.images)
-        )
-        categories = ",".join(f'{{"id": {i + 1}, "name": "category {i + 1}"}}' for i in range(CATEGORIES))
-        path.write_text(f'{{"images": [{images}], "annotations": [], "categories": [{categories}]}}')
+        files = [{"id": i + 1, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(images)]
+        categories = [{"id": i + 1, "name": f"category {i + 1}"} for i in range(CATEGORIES)]
+        path.write_text(json.dumps({"images": files, "annotations": [], "categories": categories}))
         CocoAnnotations.open(path)
-        rows = [measure(way, arguments, path, masks) for way in PORTS]
-    lengths = [len(mask) for mask in masks]
-    print(f"masks of {min(lengths)} to {max(lengths)} bytes, {np.mean(lengths):.0f} on average")
-    print(
-        tabulate(
-            rows,
-            headers=["results", "MiB sent", "seconds", "MiB of the chief", "MiB of another process"],
-            floatfmt=("", ".1f", ".2f", ".0f", ".0f"),
-        )
-    )
+        for way in PORTS:
+            queue = context.Queue()
+            ranks = [
+                context.Process(target=process, args=(way, rank, processes, path, detections, masks, queue))
+                for rank in range(processes)
+            ]
+            for rank in ranks:
+                rank.start()
+            results = sorted((queue.get() for _ in ranks), key=lambda result: result[0])
+            for rank in ranks:
+                rank.join()
+            (_, metrics, _, seconds, chief), *others = results
+            assert metrics["masks"] == metrics["detections"] == images * detections
+            sent = sum(result[2] for result in results) / 2**20
+            rows.append([way, sent, seconds, chief, max(other[-1] for other in others)])
+    headers = ["results", "MiB sent", "seconds", "MiB of the chief", "MiB of another process"]
+    print(tabulate(rows, headers=headers, floatfmt=("", ".1f", ".2f", ".0f", ".0f")))
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, gather)

@@ -1,113 +1,88 @@
-"""How long a training stands still for a checkpoint: written beside it, against Determined's own way in line.
+"""How long a training waits for a checkpoint that the engine writes in the background, and for the same one in line.
 
-One run of EfficientDet at 128 pixels, on images that it makes itself, saves after every few batches, in turn by the
-project's loop and by Determined's own `_checkpoint` with the same callbacks. Reported are the medians of how long the
-training stands still for a save, and of how long the batches after it take. `--upload` adds a wait to each, as for a
-store that is so far away.
+One run of EfficientDet at 128 pixels, on images that it makes itself. In turns, the engine saves, and `torch.save` writes
+the same state while the training waits. What a batch without a save waits is subtracted.
 """
 
-import argparse
-import itertools
-import json
+import contextlib
 import logging
-import os
-import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
-from unittest import mock
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "efficientdet")]
+import torch
+from command_line import main
+from side_by_side import BenchmarkRun, config_of, local_context, train_in, trial_class_of
 
-from determined import pytorch
-from interleaved import call_at_batch_end
-
-from model_def import EfficientDetTrial
-from shared.training import loop
-from shared.training.processes import local_processes
+from shared.training.saving import checkpoint_state
 
 
-def experiment(arguments: argparse.Namespace) -> dict:
-    return {
-        "data": {"backend": "fake", "workers": 0},
-        "hyperparameters": {
-            "global_batch_size": 2,
-            "model": arguments.model,
-            "pretrained": "none",
-            "input_size": 128,
-            "opt": "adamw",
-            "lr": 0.0001,
-            "model_ema_decay": 0.9998,
-            "warmup_epochs": 0,
-            "cooldown_epochs": 0,
-        },
-        "searcher": {"max_length": {"batches": arguments.period * (2 * arguments.saves + 2)}, "metric": "bbox_mAP"},
-        "min_checkpoint_period": {"batches": arguments.period},
-        "scheduling_unit": 10**6,
-        "checkpoint_policy": "none",
-    }
+WAYS = ("background", "in_line")  # the engine saves after every second period
 
 
-class Uploaded(pytorch.PyTorchCallback):
-    """Waits as long as an upload takes, and removes the checkpoint."""
-
-    def __init__(self, storage: Path, seconds: float):
-        self.storage, self.seconds = storage, seconds
-
-    def on_checkpoint_upload_end(self, uuid: str) -> None:
-        time.sleep(self.seconds)
-        shutil.rmtree(self.storage / "determined" / uuid)
+class _Measured(Exception):
+    """Both ways have their saves."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tf_efficientdet_d6")
-    parser.add_argument("--saves", type=int, default=7, help="of each way; the first of each warms up")
-    parser.add_argument("--period", type=int, default=6, help="batches between two saves")
-    parser.add_argument("--upload", type=float, default=0.0, metavar="SECONDS")
-    arguments = parser.parse_args()
+def saving(model: str = "tf_efficientdet_d6", saves: int = 7, period: int = 6, upload: float = 0.0) -> dict:
+    """
+    model: whose state is saved
+    saves: of each way; the first of each warms up
+    period: batches between two saves
+    upload: seconds that each save takes longer, as for a store that is far away
+    """
     logging.getLogger("determined").setLevel(logging.ERROR)
-    storage, code = Path(tempfile.mkdtemp()), tempfile.mkdtemp()
-    os.environ["XDG_DATA_HOME"] = str(storage)  # where Determined stores checkpoints
-    os.chdir(code)  # which it copies into each
-    ways = {"beside": loop._Loop._checkpoint, "in_line": pytorch._PyTorchTrialController._checkpoint}
-    stood = {way: [] for way in ways}
-    after = {way: [] for way in ways}
-    saves = itertools.count()
-    ended = 0.0
+    waits = {way: [] for way in (*WAYS, "none")}
+    batches = {way: [] for way in WAYS}  # seconds of the batches until the next save
 
-    def save(self: loop._Loop, already_exiting: bool) -> None:
-        nonlocal ended
-        number = next(saves)
-        way, other = ("beside", "in_line") if number % 2 else ("in_line", "beside")
-        self.trial.saving.wait()  # what is left of the last one
-        started = time.perf_counter()
-        if number:
-            after[other].append(started - ended)
-        ways[way](self, already_exiting)
-        ended = time.perf_counter()
-        stood[way].append(ended - started)
+    class Stored(BenchmarkRun):
+        def store(self, *arguments) -> None:
+            super().store(*arguments)
+            time.sleep(upload)
 
-    config = experiment(arguments)
-    with (
-        mock.patch.object(loop._Loop, "_checkpoint", save),
-        local_processes() as (distributed, device),
-        loop.trial_context(config, distributed, device) as context,
-    ):
-        trial = EfficientDetTrial(context)
-        call_at_batch_end(trial, lambda: None)
-        trial.local_callbacks["uploaded"] = Uploaded(storage, arguments.upload)
-        loop.fit(trial, None, "none")
-    parameters = sum(parameter.numel() for parameter in trial.plain_model.parameters())
-    figures = {"model": arguments.model, "parameters": parameters, "upload_s": arguments.upload}
-    for way in ways:
-        figures[f"{way}_stands_still_s"] = round(statistics.median(stood[way][1 : arguments.saves]), 3)
-        figures[f"{way}_batches_after_s"] = round(statistics.median(after[way][1 : arguments.saves]), 3)
-    print(json.dumps(figures, indent=1))
+    class Watched(trial_class_of("efficientdet")):
+        __module__ = "model_def"  # whose folder a checkpoint copies
+        ended, saved_at, way = time.perf_counter(), 0.0, "none"
+
+        def before_batch(self, number: int) -> None:
+            now = time.perf_counter()
+            waits[self.way].append(now - self.ended)
+            if self.way != "none":
+                self.saved_at, self.way = now, "none"
+            super().before_batch(number)
+
+        def after_batch(self, number: int) -> None:
+            super().after_batch(number)
+            self.ended = time.perf_counter()
+            turn, rest = divmod(number + 1, period)
+            if rest:
+                return
+            if turn > 1:
+                batches[WAYS[(turn - 1) % 2]].append(self.ended - self.saved_at)
+            if turn > 2 * saves:
+                raise _Measured
+            self.way = WAYS[turn % 2]
+            if self.way == "in_line":
+                training = self.training_state()
+                state = checkpoint_state(self.context, self.plain_model, self.scaler, training)
+                torch.save(state, f"{folder}/in_line")
+                time.sleep(upload)
+
+    options = {"global_batch_size": 2, "model": model, "pretrained": "none", "input_size": 128, "opt": "adamw"}
+    options |= {"lr": 0.0001, "model_ema_decay": 0.9998, "warmup_epochs": 0, "cooldown_epochs": 0}
+    config = config_of(None, options) | {"min_checkpoint_period": {"batches": 2 * period}, "scheduling_unit": 10**6}
+    with local_context(config) as context, tempfile.TemporaryDirectory() as folder:
+        trial = Watched(context)
+        with contextlib.suppress(_Measured):
+            train_in(trial, Path(folder), Stored)
+    without = statistics.median(waits["none"])
+    figures = {"model": model, "parameters": sum(p.numel() for p in trial.plain_model.parameters()), "upload_s": upload}
+    for way in WAYS:
+        figures[f"{way}_waits_s"] = round(statistics.median(waits[way][1:]) - without, 3)
+        figures[f"{way}_batches_after_s"] = round(statistics.median(batches[way][1:]), 3)
+    return figures
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, saving)
