@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coco_files import PER_IMAGE, data_folder, diamonds, make_file
 from command_line import main
 from memory import with_workers
 from side_by_side import config_of, time_against
 
+from coco_files import PER_IMAGE, data_folder, diamonds, make_file
 from shared.data.annotations import CocoAnnotations
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.training.trial import DetectionTrial

@@ -19,7 +19,6 @@ Detectron2Trial = trial_class_of("detectron2")
 
 # isort: split
 from against import Evaluation, Library, run
-from coco_files import HEIGHT, WIDTH
 from command_line import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.data.common import DatasetFromList
@@ -31,6 +30,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
+from coco_files import HEIGHT, WIDTH
 from detectron2_files.config import load_detectron2_config
 from detectron2_files.data import CocoSamples
 from detectron2_files.evaluation import to_detections

@@ -20,12 +20,12 @@ MMDetectionTrial = trial_class_of("mmdetection")  # before mmcv.ops, which may h
 
 # isort: split
 from against import Evaluation, Library, run
-from coco_files import CATEGORIES
 from mmcv.parallel import MMDataParallel, _functions
 from mmcv.runner import EpochBasedRunner, build_optimizer
 from mmdet.core import encode_mask_results
 from mmdet.datasets import build_dataloader, build_dataset
 
+from coco_files import CATEGORIES
 from mmdetection_files.data import CocoSamples
 from mmdetection_files.evaluation import to_detections
 from mmdetection_files.model import build_model, without_pretrained_backbone

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from coco_files import make_file, read_source
 from command_line import main
 from memory import together, with_workers
 from tabulate import tabulate
 
+from coco_files import make_file, read_source
 from shared.commands import data_report
 from shared.config.schema import DataConfig, Split
 from shared.data.annotations import CocoAnnotations

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import command_line  # noqa: F401 puts the project on the path
 import numpy as np
 
 from shared.data import synthetic

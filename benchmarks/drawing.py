@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from coco_files import data_folder
 from command_line import main
 from effdet import create_model
 from pycocotools import mask as coco_mask
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+from coco_files import data_folder
 from shared.data.annotations import CocoAnnotations
 from shared.data.images import read_image
 from shared.data.storage import DiskImages

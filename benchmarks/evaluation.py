@@ -17,12 +17,12 @@ os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1")  # before NumPy an
 import hotcoco
 import numpy as np
 import torch
-from coco_files import data_folder
 from command_line import main
 from memory import added_mib
 from pycocotools import mask as coco_mask
 from side_by_side import config_of, device_name, in_turns, local_context, ratio, trial_class_of
 
+from coco_files import data_folder
 from shared.data.annotations import CocoAnnotations
 from shared.evaluation.detections import Detections, encode_masks
 from shared.evaluation.evaluator import CocoEvaluator, summarize

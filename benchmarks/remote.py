@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from coco_files import data_folder
 from command_line import main
 
+from coco_files import data_folder
 from shared.config.schema import StoreOptions
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection, SampleKey

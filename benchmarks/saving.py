@@ -17,7 +17,6 @@ from side_by_side import BenchmarkRun, config_of, local_context, train_in, trial
 
 from shared.training.saving import checkpoint_state
 
-
 WAYS = ("background", "in_line")  # the engine saves after every second period
 
 

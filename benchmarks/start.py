@@ -22,7 +22,7 @@ BATCH = 16
 # --- the first batch ----------------------------------------------------------------------------------------
 
 
-def batch(data: Path = Path("/data/bccd"), only: list[str] = DETECTORS, turns: int = 3) -> None:  # noqa: B006
+def batch(data: Path = Path("/data/bccd"), only: list[str] = DETECTORS, turns: int = 3) -> None:
     """From the command to the first trained batch of each detector's `bccd.yaml`, with a warm cache.
 
     Reported are the medians of wall seconds and of the CPU seconds of all the command's processes. The latter tell more
@@ -40,10 +40,11 @@ def batch(data: Path = Path("/data/bccd"), only: list[str] = DETECTORS, turns: i
 
 
 def on_bccd(data: Path) -> list[str]:
-    """The arguments of `train bccd.yaml` that name the data."""
+    """The arguments of `train bccd.yaml` that name the data: BCCD's folder, or that of synthetic data."""
     folder, arguments = data.absolute(), []
     for split in ("train", "val"):
-        paths = f"{{annotations: {folder / 'annotations' / split}.json, images: {folder / 'images'}}}"
+        images = folder / ("images" if (folder / "images").exists() else split)
+        paths = f"{{annotations: {folder / 'annotations' / split}.json, images: {images}}}"
         arguments += ["--set", f"data.{split}={paths}"]
     return arguments
 
@@ -76,7 +77,7 @@ def first_batch(detector: Path, data: Path) -> tuple[float, float]:
 # --- a container --------------------------------------------------------------------------------------------
 
 
-def container(only: list[str] = DETECTORS, compiled: bool = False, folder: Path | None = None) -> None:  # noqa: B006
+def container(only: list[str] = DETECTORS, compiled: bool = False, folder: Path | None = None) -> None:
     """From a container's start to the first batch of `const_fake.yaml`, by startup-hook.sh and the training.
 
     The container is a new environment with Python, torch, torchvision and determined alone, in the versions of
