@@ -1,4 +1,4 @@
-"""Training on a machine that has other work too: with the threads of `shared/environment.py`, and with torch's defaults.
+"""Training on a machine that has other work too: with the threads of `shared/environment.py`, and with torch's own.
 
 Two processes train the same config and take turns of a few seconds, while the other one is stopped. Reported are the
 batches per second of both and their ratio, on the machine as it is and with two `yes` beside it.

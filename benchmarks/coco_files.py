@@ -1,4 +1,4 @@
-"""COCO files and folders for the benchmarks: a small one or the synthetic data set repeated, and diamonds with masks."""
+"""COCO files and folders for the benchmarks: small or synthetic ones repeated, and diamonds with masks."""
 
 import json
 from collections.abc import Iterator
@@ -72,7 +72,7 @@ def data_folder(source: Path | None, folder: Path, train: int, val: int = 4, siz
 def diamonds(images: int) -> tuple[dict, Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]]:
     """COCO's truth of diamonds, and a detector's jittered masks of them.
 
-    The results are per image its id, (N, 4) boxes as x1 y1 x2 y2, (N,) scores, (N,) labels and (N, height, width) masks.
+    A result is an image's id, (N, 4) boxes as x1 y1 x2 y2, (N,) scores, (N,) labels and (N, height, width) masks.
     """
     rng = np.random.default_rng(0)
     radii = rng.uniform(6, 60, (images, PER_IMAGE))

@@ -3,8 +3,8 @@
     git worktree add /tmp/before COMMIT
     OMP_NUM_THREADS=1 python benchmarks/commits.py step --before /tmp/before
 
-Both run each detector's `bccd.yaml` in processes of their own, in short turns. CPU seconds change less than wall seconds
-when the machine has other work.
+Both run a detector's `bccd.yaml` in their own processes, in short turns. When the machine has other work, CPU seconds
+change less than wall seconds.
 """
 
 import contextlib

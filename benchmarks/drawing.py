@@ -1,6 +1,6 @@
-"""Seconds per picture: ours, by `torchvision.utils`, and a small detector's for the image.
+"""Seconds per picture with its boxes, and with masks too: ours, and by `torchvision.utils`.
 
-All sides take turns on each image in one process, and write PNG files.
+Both take turns on each image in one process, and write PNG files.
 """
 
 import statistics
@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from command_line import main
-from effdet import create_model
 from pycocotools import mask as coco_mask
+from side_by_side import ratio
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
@@ -36,16 +36,14 @@ def drawing(source: Path | None = None, images: int = 24) -> dict:
             folder = out / "coco"
             data_folder(None, folder, train=1, val=images + 1, size=640)
         annotations = CocoAnnotations.open(folder / "annotations/instances_val2017.json", out)
-        stored, options = DiskImages(folder / "val2017"), {"pretrained": False, "pretrained_backbone": False}
-        model = create_model("tf_efficientdet_lite0", bench_task="predict", **options).eval()
+        stored = DiskImages(folder / "val2017")
         return {
-            "masks" if masks else "boxes": measure(annotations, stored, model, masks, images, out)
-            for masks in (False, True)
+            "masks" if masks else "boxes": measure(annotations, stored, masks, images, out) for masks in (False, True)
         }
 
 
-def measure(annotations, images, model, with_masks: bool, count: int, out: Path) -> dict:
-    seconds = {"torchvision": [], "ours": [], "detector": []}
+def measure(annotations: CocoAnnotations, images: DiskImages, with_masks: bool, count: int, out: Path) -> dict:
+    seconds = {"torchvision": [], "ours": []}
     for index in range(min(count + 1, len(annotations))):
         record = annotations[index]
         image = read_image(images, record.file_name)
@@ -53,35 +51,14 @@ def measure(annotations, images, model, with_masks: bool, count: int, out: Path)
         empty = coco_mask.encode(np.zeros((record.height, record.width), np.uint8, order="F"))
         masks = [mask or empty for mask in truth.masks] if with_masks else None
         found = Detections(record.image_id, truth.boxes, np.linspace(1, 0.4, len(truth.labels)), truth.labels, masks)
-        sides = {
-            "torchvision": lambda: draw_with_torchvision(out / "a.png", image, found, annotations.categories),  # noqa: B023
-            "ours": lambda: ours.save_picture_of(out / "b.png", image, found, annotations.categories),  # noqa: B023
-            "detector": lambda: detect(model, image),  # noqa: B023
-        }
-        for side, call in sides.items():
+        for side, draw in (("torchvision", draw_with_torchvision), ("ours", ours.save_picture_of)):
             started = time.perf_counter()
-            call()
+            draw(out / f"{side}.png", image, found, annotations.categories)
             seconds[side].append(time.perf_counter() - started)
     seconds = {side: spent[1:] for side, spent in seconds.items()}  # the first warms up
-
-    def ratio(side: str, other: str) -> list[float]:
-        pairs = [a / b for a, b in zip(seconds[side], seconds[other], strict=True)]
-        return [round(value, 3) for value in (statistics.median(pairs), min(pairs), max(pairs))]
-
-    return {
-        "images": len(seconds["ours"]),
-        "torchvision/ours": ratio("torchvision", "ours"),
-        "ours/detector": ratio("ours", "detector"),
-        "torchvision/detector": ratio("torchvision", "detector"),
-        **{f"{side}_ms": round(1000 * statistics.median(spent), 1) for side, spent in seconds.items()},
-    }
-
-
-@torch.no_grad()
-def detect(model, image) -> None:
-    """EfficientDet-Lite0 at its own 320 × 320 pixels, with the boxes made of its outputs."""
-    pixels = torch.from_numpy(np.array(image.resize((320, 320)))).permute(2, 0, 1)[None].float().div(128).sub(1)
-    model(pixels)
+    pairs = [mine / theirs for theirs, mine in zip(*seconds.values(), strict=True)]
+    milliseconds = {f"{side}_ms": round(1000 * statistics.median(spent), 1) for side, spent in seconds.items()}
+    return {"images": len(pairs), **ratio(pairs), **milliseconds}
 
 
 def draw_with_torchvision(path: Path, image, detections: Detections, categories: list[dict]) -> None:

@@ -1,4 +1,4 @@
-"""An evaluation between the model's output and the report: COCO's numbers, masks, batches, reports."""
+"""An evaluation between the model's output and the report: COCO's numbers, masks, batches, processes, reports."""
 
 import contextlib
 import importlib
@@ -17,27 +17,30 @@ os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1")  # before NumPy an
 import hotcoco
 import numpy as np
 import torch
+import zmq
 from command_line import main
+from determined.core import DistributedContext
 from memory import added_mib
 from pycocotools import mask as coco_mask
-from side_by_side import config_of, device_name, in_turns, local_context, ratio, trial_class_of
+from side_by_side import UNTRAINED, config_of, device_name, in_turns, local_context, ratio, trial_class_of
+from tabulate import tabulate
 
 from coco_files import data_folder
 from shared.data.annotations import CocoAnnotations
 from shared.evaluation.detections import Detections, encode_masks
 from shared.evaluation.evaluator import CocoEvaluator, summarize
-from shared.evaluation.gathered import GatheredDetections
+from shared.evaluation.gathered import GatheredDetections, merge
 
 BOXES, CATEGORIES, HEIGHT, WIDTH = 60, 80, 480, 640
 NAMES = [f"category {label}" for label in range(CATEGORIES)]
 Run = Callable[[list[Detections]], dict[str, float]]
 
 
-def make(images: int, masks: bool = False, objects: int = BOXES) -> tuple[dict, list[Detections]]:
-    """A COCO data set whose ids are positions, and BOXES detections per image, the first of them near its objects."""
-    rng = np.random.default_rng(0)
+def make(images: int, masks: bool = False, objects: int = BOXES, first: int = 0) -> tuple[dict, list[Detections]]:
+    """A COCO data set whose ids count from `first`, and BOXES detections per image, those near its objects first."""
+    rng = np.random.default_rng(first)
     annotations, detections = [], []
-    for image in range(images):
+    for image in range(first, first + images):
         sides = np.exp(rng.uniform(np.log(8), np.log(300), (BOXES, 2)))
         truth = np.hstack([rng.uniform(0, 1, (BOXES, 2)) * np.maximum([WIDTH, HEIGHT] - sides, 1), sides])
         found = truth + rng.normal(size=truth.shape) * 0.08 * np.tile(sides, 2)
@@ -53,7 +56,8 @@ def make(images: int, masks: bool = False, objects: int = BOXES) -> tuple[dict, 
         scores = rng.uniform(size=BOXES)
         scores[objects:] *= 0.5  # they find nothing
         detections.append(Detections(image, corners, scores, labels, found_masks))
-    coco_images = [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(images)]
+    ids = range(first, first + images)
+    coco_images = [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in ids]
     categories = [{"id": label, "name": name} for label, name in enumerate(NAMES)]
     return {"info": {}, "images": coco_images, "annotations": annotations, "categories": categories}, detections
 
@@ -66,7 +70,7 @@ def masks_in(rng: np.random.Generator, boxes: np.ndarray) -> list[dict]:
     return coco_mask.frPyObjects(polygons.reshape(BOXES, -1).tolist(), HEIGHT, WIDTH)
 
 
-def gather(detections: list[Detections], masks: bool) -> GatheredDetections:
+def gathered(detections: list[Detections], masks: bool) -> GatheredDetections:
     images = np.array([found.image_id for found in detections], np.int64)
     return GatheredDetections.of(images, images[:0], detections, masks=masks, keypoints=False)
 
@@ -77,11 +81,11 @@ def numbers(arrays: dict[str, np.ndarray], iou_type: str) -> dict[str, float]:
 
 def of_ours(by_hotcoco: bool, coco: dict, iou_type: str) -> Run:
     evaluator, masks = CocoEvaluator(CocoAnnotations.from_dict(coco), (iou_type,)), iou_type == "segm"
-    evaluator.match(iou_type, gather([], masks)) if by_hotcoco else evaluator.open_truth()
+    evaluator.match(iou_type, gathered([], masks)) if by_hotcoco else evaluator.open_truth()
 
     def run(detections: list[Detections]) -> dict[str, float]:
         if by_hotcoco:
-            return numbers(evaluator.match(iou_type, gather(detections, masks)).eval, iou_type)
+            return numbers(evaluator.match(iou_type, gathered(detections, masks)).eval, iou_type)
         evaluator.reset()
         evaluator.update(detections)
         return evaluator.compute()
@@ -101,7 +105,7 @@ def of_vernier(coco: dict, iou_type: str) -> Run:
     options |= {"dt_area": "mask"} if iou_type == "segm" else {}
 
     def run(detections: list[Detections]) -> dict[str, float]:
-        found = rows = gather(detections, masks=False).rows()
+        found = rows = gathered(detections, masks=False).rows()
         if iou_type == "segm":
             boxes, scores = rows[:, 1:5].copy().reshape(-1, BOXES, 4), rows[:, 5].copy().reshape(-1, BOXES)
             found = [
@@ -124,7 +128,7 @@ def like_pycocotools(coco_class: str, eval_class: str, coco: dict, iou_type: str
         truth.createIndex()
 
     def run(detections: list[Detections]) -> dict[str, float]:
-        found = rows = gather(detections, masks=False).rows()
+        found = rows = gathered(detections, masks=False).rows()
         masks = [rle for d in detections for rle in d.masks] if iou_type == "segm" else []
         if masks:
             found = [
@@ -236,14 +240,6 @@ def encoding(turns: int = 5) -> dict:
 
 # --- batches ------------------------------------------------------------------------------------------------
 
-UNTRAINED = {
-    "detectron2": {"config_file": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "weights": ""},
-    "mmdetection": {
-        "config_file": "retinanet/retinanet_r50_fpn_1x_coco.py",
-        "config_overrides": {"model.backbone.init_cfg": None, "model.test_cfg.score_thr": 0.001},
-    },
-}
-
 
 def batches(detector: str = "mmdetection", batch_size: int = 4, pixels: int = 320, turns: int = 5) -> dict:
     """Images per CPU second of a library's model, on images of one size: batches of one, and of several.
@@ -287,6 +283,87 @@ def batches(detector: str = "mmdetection", batch_size: int = 4, pixels: int = 32
     }
 
 
+# --- processes ----------------------------------------------------------------------------------------------
+
+PORTS = {"to all": (29_420, 29_421), "to the chief": (29_422, 29_423)}
+
+
+class Exchange(CocoEvaluator):
+    """The evaluator up to what hotcoco takes."""
+
+    def metrics_of(self, shares: list) -> dict[str, float]:
+        found = merge(shares)
+        return {"masks": min(len(found.rows()), len(found.rles()))}
+
+
+def gather(images: int = 5000, processes: int = 8) -> None:
+    """How the results of images with 60 masks each, from several processes, reach the chief. Metrics are not computed.
+
+    The other side sends arrays and one dict per mask to every process, by Determined's allgather. Bytes are those that
+    all sockets send; a broadcast counts once per receiver. Seconds are the chief's, until every process may continue.
+    Memory is what a process adds at its peak.
+    """
+    context, rows = multiprocessing.get_context("spawn"), []
+    for way in PORTS:
+        queue = context.Queue()
+        ranks = [context.Process(target=gather_once, args=(way, r, processes, images, queue)) for r in range(processes)]
+        for rank in ranks:
+            rank.start()
+        results = sorted((queue.get() for _ in ranks), key=lambda result: result[0])
+        for rank in ranks:
+            rank.join()
+        (_, metrics, _, seconds, chief), *others = results
+        assert metrics["masks"] == images // processes * processes * BOXES
+        rows.append([way, sum(result[2] for result in results) / 2**20, seconds, chief, max(o[-1] for o in others)])
+    headers = ["results", "MiB sent", "seconds", "MiB of the chief", "MiB of another process"]
+    print(tabulate(rows, headers=headers, floatfmt=("", ".1f", ".2f", ".0f", ".0f")))
+
+
+def gather_once(way: str, rank: int, size: int, images: int, queue) -> None:
+    pub_port, pull_port = PORTS[way]
+    machine = {"local_rank": rank, "local_size": size, "cross_rank": 0, "cross_size": 1}
+    distributed = DistributedContext(rank=rank, size=size, pub_port=pub_port, pull_port=pull_port, **machine)
+    share = images // size
+    _, detections = make(share, masks=True, objects=0, first=rank * share)
+    files = [{"id": i, "file_name": "", "height": HEIGHT, "width": WIDTH} for i in range(images)]
+    categories = [{"id": label, "name": name} for label, name in enumerate(NAMES)]
+    annotations = CocoAnnotations.from_dict({"images": files, "annotations": [], "categories": categories})
+    evaluator = Exchange(annotations, ("segm",), gather=distributed.gather)
+    evaluator.update(detections)
+    sent, send = [0], zmq.Socket.send
+
+    def counting(socket, data, *rest, **options):
+        sent[0] += len(data) * (size - 1 if socket.type == zmq.PUB else 1)
+        return send(socket, data, *rest, **options)
+
+    distributed.allgather(None)
+    zmq.Socket.send = counting
+    with added_mib() as added:
+        started = time.perf_counter()
+        if way == "to all":
+            metrics = to_all(detections, distributed)
+        else:
+            metrics = evaluator.cross_slot_reduce(distributed.allgather(evaluator.per_slot_reduce()))
+        sent_bytes = sent[0]
+        distributed.allgather(None)
+        seconds = time.perf_counter() - started
+    evaluator.raise_if_failed()
+    queue.put((rank, metrics, sent_bytes, seconds, added[0]))
+    distributed.close()
+
+
+def to_all(detections: list[Detections], distributed: DistributedContext) -> dict[str, float]:
+    """Rows and masks to every process, merged on the chief."""
+    rows = gathered(detections, masks=False).rows()
+    slots = distributed.allgather((rows, [mask for found in detections for mask in found.masks]))
+    if distributed.rank > 0:
+        return {}
+    merged = np.concatenate([rows for rows, _ in slots])
+    masks = [mask for _, masks in slots for mask in masks]
+    order = np.argsort(merged[:, 0], kind="stable")
+    return {"masks": min(len(merged[order]), len([masks[i] for i in order.tolist()]))}
+
+
 # --- reports ------------------------------------------------------------------------------------------------
 
 
@@ -314,4 +391,4 @@ def report_once(images: int, objects: int, resamples: int, queue) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__, coco_numbers, encoding, batches, report)
+    main(__doc__, coco_numbers, encoding, batches, gather, report)

@@ -2,12 +2,12 @@
 
     python3 benchmarks/learning.py --data /data/bccd --output runs/learning --ultralytics ~/ultra/bin/python
 
-Each training runs by the command that its user types, with its `bccd.yaml`: on `train`, and the best validation on `val`
-counts, as Ultralytics keeps its `best.pt`. Seconds are the user CPU seconds of all the command's processes, validations
-and report included. `python3 -m shared compare` scores all of them. Its page is `compare.html` in the output folder.
+Each training runs by the command that its user types, with its `bccd.yaml`. Its best validation on `val` counts, as
+Ultralytics keeps its `best.pt`. Seconds are the user CPU seconds of all the command's processes, validations and report
+included. `python3 -m shared compare` scores all of them into `compare.html` in the output folder.
 
-Each side runs with OMP_NUM_THREADS=1, which Ultralytics sets itself. A training that is finished in the output folder is
-not repeated.
+Each side runs with OMP_NUM_THREADS=1, which Ultralytics sets itself. A training that is finished in the output folder
+is not repeated.
 """
 
 import json

@@ -1,8 +1,8 @@
 """MMDetection's models over the operations in PyTorch, against the same over compiled mmcv-full.
 
-`.venv-compiled/bin/python benchmarks/operations.py` (`make test-compiled` makes that environment). A training step is the
-model's loss, its derivatives and the optimizer's step. Then follow the detections of one batch. Blocks of both sides
-alternate in one process, on images of noise with 8 boxes and masks each.
+`make test-compiled` makes the environment for it, `.venv-compiled/bin/python`. A training step is the model's loss, its
+derivatives and the optimizer's step. The detections of one batch follow. Blocks of both sides alternate in one process,
+on images of noise with 8 boxes and masks each.
 """
 
 import statistics

@@ -1,9 +1,9 @@
 """Images per second and core, from the file to the batch: of each library's own loader, of ours, and of ours with
 `data.fast_images: true`.
 
-It does what a loader worker does, in this process: samples by index, and their batch, of the training and of the test.
-The three take turns batch by batch, with the same images and seeds. Reported are images per CPU second, and the ratio to
-the library's. Then the difference of the pixels with the switch to those without, on the scale of 0 to 255.
+It does what a loader worker does, in this process: samples by index, and their batch, for the training and the test. The
+three take turns batch by batch, with the same images and seeds. Reported are images per CPU second, the ratio to the
+library's, and the difference that the switch makes to the pixels, on the scale of 0 to 255.
 """
 
 import contextlib
@@ -24,18 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 from command_line import main
-from side_by_side import config_of, local_context, trial_class_of
+from side_by_side import UNTRAINED, config_of, local_context, trial_class_of
 
 from shared.data.dataset import SampleKey, seed_all
-
-HYPERPARAMETERS = {
-    "efficientdet": {"model": "tf_efficientdet_d0", "pretrained": "none"},
-    "detectron2": {"config_file": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "weights": ""},
-    "mmdetection": {
-        "config_file": "retinanet/retinanet_r50_fpn_1x_coco.py",
-        "config_overrides": {"model.backbone.init_cfg": None},
-    },
-}
 
 
 @dataclass
@@ -199,7 +190,7 @@ def pixels(
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--detector", name], check=True)
         return None
     torch.set_num_threads(1)  # as in a loader's worker
-    hyperparameters = {"global_batch_size": batch_size, **HYPERPARAMETERS[detector]}
+    hyperparameters = {"global_batch_size": batch_size, **UNTRAINED[detector]}
     if detector == "efficientdet":
         hyperparameters["labeler"] = labeler
     trials, trial_class = {}, trial_class_of(detector)
