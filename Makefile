@@ -76,11 +76,12 @@ lint: $(READY)
 	$(abspath $(VENV))/bin/shellcheck */startup-hook.sh .ci/run benchmarks/gpu_kit.sh
 
 bench: $(ALL_READY)
-	$(PY) benchmarks/evaluation.py
-	$(PY) benchmarks/annotations.py
-	$(PY) benchmarks/check.py
-	$(PY) benchmarks/start.py disk annotations
-	OMP_NUM_THREADS=1 $(PY) benchmarks/gather.py
+	$(PY) benchmarks/evaluation.py coco-numbers
+	$(PY) benchmarks/annotations.py memory
+	$(PY) benchmarks/annotations.py check
+	$(PY) benchmarks/annotations.py ranks
+	$(PY) benchmarks/start.py disk
+	OMP_NUM_THREADS=1 $(PY) benchmarks/evaluation.py gather
 	OMP_NUM_THREADS=1 $(PY) benchmarks/remote.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/training_step.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/drawing.py

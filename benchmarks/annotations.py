@@ -1,135 +1,130 @@
-"""`CocoAnnotations` on a file of COCO's size, beside torchvision's `CocoDetection`.
+"""Annotations of COCO's size: 118,287 images with about 1.07 million annotations, which repeat a small COCO file."""
 
-The file repeats a small COCO file (or the synthetic data set) until it has 118,287 images with about 1.07 million
-annotations. Memory is the sum of PSS over the process and its four loader workers, each of which has read every record,
-less what the same processes take without annotations.
-"""
-
-import argparse
+import contextlib
+import io
 import json
-import multiprocessing
-import os
-import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
+from command_line import main
+from memory import together, with_workers
+from tabulate import tabulate
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from coco_files import make_file
+from coco_files import make_file, read_source
+from shared.commands import data_report
+from shared.config.schema import DataConfig, Split
 from shared.data.annotations import CocoAnnotations
-
-WORKERS = 4
-
-
-def pss(processes) -> float:
-    return sum(psutil.Process(pid).memory_full_info().pss for pid in processes) / 2**30
+from shared.data.open import open_split
 
 
-def _read_all(dataset, reader, ready, done) -> None:
-    reader(dataset)
-    ready.release()
-    done.acquire()
+def memory(source: Path | None = None, images: int = 118_287, without_torchvision: bool = False) -> dict:
+    """`CocoAnnotations` beside torchvision's `CocoDetection`: time to open, and memory.
 
+    Memory is the sum of PSS over the process and its four loader workers. Each of them has read every record. What the
+    same processes take without annotations is subtracted.
 
-def memory_with_workers(opener, reader, queue, ranks) -> None:
-    """Opens, forks the workers as a DataLoader does, lets each read everything, measures them all, while the other
-    ranks have theirs."""
+    source: a COCO file to repeat; default: the synthetic data set
+    images: of the repeated file
+    without_torchvision: it takes 5 GB
+    """
+    from torchvision.datasets import CocoDetection
 
-    def measure(dataset, reader):
-        context = multiprocessing.get_context("fork")
-        ready, done = context.Semaphore(0), context.Semaphore(0)
-        workers = [context.Process(target=_read_all, args=(dataset, reader, ready, done)) for _ in range(WORKERS)]
-        for worker in workers:
-            worker.start()
-        for _ in workers:
-            ready.acquire()
-        ranks.wait()
-        total = pss([os.getpid(), *(worker.pid for worker in workers)])
-        ranks.wait()
-        for _ in workers:  # all of them first: it is not said which worker takes which release
-            done.release()
-        for worker in workers:
-            worker.join()
-        return total
+    def open_torchvision() -> CocoDetection:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return CocoDetection(str(path.parent), str(path))
 
-    without = measure(None, lambda dataset: None)
-    started = time.perf_counter()
-    dataset = opener()
-    opened = time.perf_counter() - started
-    queue.put((opened, measure(dataset, reader) - without))
+    def read_ours(annotations: CocoAnnotations) -> None:
+        for index in range(len(annotations)):
+            annotations[index]
 
+    def read_torchvision(dataset: CocoDetection) -> None:
+        for image_id in dataset.ids:
+            dataset.coco.loadAnns(dataset.coco.getAnnIds(image_id))
 
-def in_new_process(opener, reader, ranks=1):
-    """Seconds to open, and GiB that all ranks together add, each a process with workers of its own."""
-    context = multiprocessing.get_context("fork")
-    queue, together = context.Queue(), context.Barrier(ranks)
-    arguments = (opener, reader, queue, together)
-    processes = [context.Process(target=memory_with_workers, args=arguments) for _ in range(ranks)]
-    for process in processes:
-        process.start()
-    seconds, added = zip(*(queue.get() for _ in processes), strict=True)
-    for process in processes:
-        process.join()
-    return max(seconds), sum(added)
-
-
-def read_ours(annotations) -> None:
-    for index in range(len(annotations)):
-        annotations[index]
-
-
-def read_torchvision(dataset) -> None:
-    for image_id in dataset.ids:
-        dataset._load_target(image_id)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--source", type=Path, help="a COCO file to repeat; default: the synthetic data set")
-    parser.add_argument("--without-torchvision", action="store_true", help="it takes 5 GB")
-    arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp())
-    try:
-        path = folder / "instances.json"
-        images, annotations = make_file(arguments.source, path)
-        summary = {"images": images, "annotations": annotations, "file_mb": round(path.stat().st_size / 1e6)}
-
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "instances.json"
+        summary = dict(zip(("images", "annotations"), make_file(source, path, images), strict=True))
+        summary["file_mb"] = round(path.stat().st_size / 1e6)
         started = time.perf_counter()
-        CocoAnnotations.open(path)
-        summary["first_open_seconds"] = round(time.perf_counter() - started, 2)
-        opened, added = in_new_process(lambda: CocoAnnotations.open(path), read_ours)
-        summary["later_open_seconds"] = round(opened, 3)
-        summary["ours_added_gib"] = round(added, 3)
-
         ours = CocoAnnotations.open(path)
+        summary["first_open_seconds"] = round(time.perf_counter() - started, 2)
+        sides = {"ours": (lambda: CocoAnnotations.open(path), read_ours)}
+        if not without_torchvision:
+            sides["torchvision"] = (open_torchvision, read_torchvision)
+        for side, (opener, reader) in sides.items():
+            seconds, gib = with_workers(opener, reader)
+            summary |= {f"{side}_open_seconds": round(seconds, 3), f"{side}_added_gib": round(gib, 3)}
         order = np.random.default_rng(0).integers(len(ours), size=60_000).tolist()
         started = time.perf_counter()
         for index in order:
             ours[index]
         summary["random_records_per_second"] = round(len(order) / (time.perf_counter() - started))
+    return summary
 
-        if not arguments.without_torchvision:
-            import contextlib
-            import io
 
-            from torchvision.datasets import CocoDetection
+def ranks(images: int = 118_287, boxes: int = 10_000_000) -> None:
+    """1 and 16 processes open a new file at once: the first has masks, the second boxes only. The limit is 1.2 times
+    the memory of one process.
 
-            def open_torchvision():
-                with contextlib.redirect_stdout(io.StringIO()):
-                    return CocoDetection(str(folder), str(path))
+    images: of the file with masks
+    boxes: of the file with boxes
+    """
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_file(None, folder / "coco.json", images)
+        write_boxes(folder / "boxes.json", boxes // 10, boxes)
+        for path in (folder / "coco.json", folder / "boxes.json"):
+            gib = {}
+            for count in (1, 16):
+                cache = folder / f"{path.stem}{count}"
+                seconds, gib[count] = together(lambda path=path, cache=cache: CocoAnnotations.open(path, cache), count)
+                annotations = len(CocoAnnotations.open(path, cache).columns["labels"])
+                rows.append([f"{annotations:,}", count, seconds, gib[count], gib[count] / gib[1]])
+    headers = ["annotations", "processes", "seconds", "GiB, all together", "times one process"]
+    print(tabulate(rows, headers=headers, tablefmt="github", floatfmt=("", "", ".1f", ".2f", ".2f")))
 
-            opened, added = in_new_process(open_torchvision, read_torchvision)
-            summary["torchvision_open_seconds"] = round(opened, 1)
-            summary["torchvision_added_gib"] = round(added, 2)
-        print(json.dumps(summary, indent=1))
-    finally:
-        shutil.rmtree(folder)
+
+def check(source: Path | None = None, images: int = 118_287) -> None:
+    """The report of `python3 -m shared check`, without reading images; the limit is 15 s.
+
+    source: a COCO file to repeat; default: the synthetic data set
+    images: of the repeated file
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        counts = make_file(source, folder / "train.json", images)
+        (folder / "val.json").write_text(json.dumps(read_source(source)))
+        print("{:,} images, {:,} annotations".format(*counts))
+        (folder / "images").mkdir()
+        splits = {s: Split(str(folder / f"{s}.json"), str(folder / "images")) for s in ("train", "val")}
+        data = DataConfig(**splits, check_images=False, cache_dir=str(folder / "cache"))
+        for what in ("parsed", "from the cache"):
+            started = time.perf_counter()
+            report = data_report.Report()
+            opened = {split: open_split(data, split) for split in splits}
+            data_report.describe(opened, None, 0, False, report)
+            print(f"annotations {what}: {time.perf_counter() - started:.1f} s, {len(report.remarks)} remarks")
+
+
+def write_boxes(path: Path, images: int, boxes: int) -> None:
+    """A COCO file of boxes without masks."""
+    with path.open("w") as file:
+        file.write('{"categories": [{"id": 1, "name": "thing"}], "images": [')
+        for i in range(images):
+            comma = "," if i else ""
+            file.write(f'{comma}\n{{"id": {i}, "file_name": "{i:012d}.jpg", "width": 640, "height": 480}}')
+        file.write('], "annotations": [')
+        for i in range(boxes):
+            comma, image = "," if i else "", i * images // boxes
+            file.write(
+                f'{comma}\n{{"id": {i}, "image_id": {image}, "category_id": 1, "bbox": [{i % 600}.5, 20, 30.25, 40], '
+                '"area": 1210.0, "iscrowd": 0}'
+            )
+        file.write("]}")
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, memory, ranks, check)

@@ -1,13 +1,10 @@
-"""Training on a machine that has other work too, as `shared/environment.py` has it and as torch does by itself.
+"""Training on a machine that has other work too: with the threads of `shared/environment.py`, and with torch's own.
 
-Two processes train the same config by `model_def.py train`, and take turns of a few seconds: the other one is stopped.
-Reported are the batches a second of both and their ratio, on the machine as it is and with two `yes` beside it.
+Two processes train the same config and take turns of a few seconds, while the other one is stopped. Reported are the
+batches per second of both and their ratio, on the machine as it is and with two `yes` beside it.
 """
 
-import argparse
 import contextlib
-import importlib.util
-import json
 import os
 import signal
 import statistics
@@ -18,54 +15,71 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import psutil
+from command_line import ROOT, main
+from start import on_bccd
 
 from shared import environment as threads
 from shared.data import synthetic
 
-LIBRARIES = {"mmdetection": "mmdet", "efficientdet": "effdet"}
-TORCH_S = {"GOMP_SPINCOUNT": "300000"}  # GNU's OpenMP's own: some milliseconds before a thread sleeps
-SECONDS = 600  # for a batch, where threads spin and much other work runs
+TORCH_DEFAULTS = {"GOMP_SPINCOUNT": "300000"}  # of GNU's OpenMP: some milliseconds until a thread sleeps
+SECONDS = 600  # for a batch, while threads spin and much other work runs
 
 
 class Run:
-    """A training in a process of its own, with its loader's workers, that stands still between its turns."""
+    """A training in its own process, with its loader's workers, that is stopped between its turns.
 
-    def __init__(self, config: Path, folder: Path, changes: list[str], environment: dict[str, str]):
-        left_out = (*threads.WAITING, *threads.COUNTS)
-        others = {name: value for name, value in os.environ.items() if name not in left_out}
-        self.metrics, self.log = folder / "metrics.jsonl", folder.with_suffix(".log")
+    Args:
+        detector: the folder with model_def.py and bccd.yaml.
+        folder: of the run.
+        period: batches between two reports.
+    """
+
+    def __init__(self, detector: Path, folder: Path, data: Path, environment: dict[str, str], period: int = 1):
+        inherited = {n: v for n, v in os.environ.items() if n not in (*threads.WAITING, *threads.COUNTS)}
+        self.metrics, self.log, self.period = folder / "metrics.jsonl", folder.with_suffix(".log"), period
+        changes = [f"scheduling_unit={period}", f"data.cache_dir={folder}-cache"]
+        changes += ["searcher.max_length={batches: 1000000}"]
+        changes += [f"min_{what}_period={{batches: 1000000}}" for what in ("validation", "checkpoint")]
+        command = [sys.executable, "model_def.py", "train", "bccd.yaml", "--output-dir", str(folder), *on_bccd(data)]
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "model_def.py", "train", config.name, "--output-dir", str(folder)]
-                + [argument for change in changes for argument in ("--set", change)],
-                cwd=config.parent,
-                env={**others, **environment},
+            self.process = psutil.Popen(
+                [*command, *(argument for change in changes for argument in ("--set", change))],
+                cwd=detector,
+                env={**inherited, **environment},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
 
-    def wait_for(self, batches: int) -> None:
-        end = time.monotonic() + SECONDS
-        while self.batches() < batches:
+    def batches(self) -> int:
+        reports = self.metrics.read_bytes().count(b"\n") if self.metrics.exists() else 0
+        return reports * self.period
+
+    def wait_for_report(self) -> int:
+        """Returns the number of batches at the next report."""
+        before, end = self.batches(), time.monotonic() + SECONDS
+        while (now := self.batches()) == before:
             if self.process.poll() is not None or time.monotonic() > end:
                 sys.exit(f"the training does not train:\n{self.log.read_text()[-2000:]}")
-            time.sleep(0.005)
+            time.sleep(0.002)
+        return now
 
-    def batches(self) -> int:  # a line each
-        return self.metrics.read_bytes().count(b"\n") if self.metrics.exists() else 0
+    def cpu_seconds(self) -> float:
+        """Of the process and its workers."""
+        family = [self.process, *self.process.children(recursive=True)]
+        return sum(sum(each.cpu_times()[:2]) for each in family)
 
-    def turn(self, seconds: float) -> float:
-        """Trains for so long, and to the end of a batch; returns batches a second."""
-        first, started = self.batches(), time.monotonic()
+    def turn(self, seconds: float) -> tuple[float, float]:
+        """Trains at least for `seconds`, from a report to another. Returns batches per second, and CPU seconds per
+        batch."""
         self.send(signal.SIGCONT)
+        first, started, cpu = self.wait_for_report(), time.monotonic(), self.cpu_seconds()
         time.sleep(seconds)
-        self.wait_for(self.batches() + 1)
-        took = time.monotonic() - started
+        batches = self.wait_for_report() - first
+        took, cpu = time.monotonic() - started, self.cpu_seconds() - cpu
         self.send(signal.SIGSTOP)
-        return (self.batches() - first) / took
+        return batches / took, cpu / batches
 
     def send(self, number: signal.Signals) -> None:
         os.killpg(self.process.pid, number)
@@ -75,7 +89,7 @@ class Run:
 def training(*arguments) -> Iterator[Run]:
     run = Run(*arguments)
     try:
-        run.wait_for(1)  # the first one is slower
+        run.wait_for_report()  # the first one is slower
         run.send(signal.SIGSTOP)
         yield run
     finally:
@@ -84,7 +98,7 @@ def training(*arguments) -> Iterator[Run]:
 
 
 @contextlib.contextmanager
-def busy(processes: int) -> Iterator[None]:
+def other_work(processes: int) -> Iterator[None]:
     beside = [subprocess.Popen(["yes"], stdout=subprocess.DEVNULL) for _ in range(processes)]
     try:
         yield
@@ -94,62 +108,41 @@ def busy(processes: int) -> Iterator[None]:
             process.wait()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--detector", choices=LIBRARIES, help="default: the first whose library is here")
-    parser.add_argument("--data", type=Path, help="BCCD in COCO's format; default: shapes of the same size")
-    parser.add_argument(
-        "--ours", metavar="NAME=VALUE", nargs="*", default=[], help="variables to try in the place of those that we set"
-    )
-    parser.add_argument("--yes", type=int, nargs="*", default=[0, 2], help="how many run beside it; default 0 2")
-    parser.add_argument("--turns", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=5, help="of a turn, at least")
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no process that stands still
-    here = [name for name, library in LIBRARIES.items() if importlib.util.find_spec(library)]
-    if not here:
-        parser.error(f"none of the libraries {', '.join(LIBRARIES.values())} is here")
-    config = ROOT / (arguments.detector or here[0]) / "bccd.yaml"
-
-    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
-        scratch = Path(scratch)
-        data, images = arguments.data and arguments.data.absolute(), {"train": "images", "val": "images"}
+def busy(
+    detector: str = "efficientdet",
+    data: Path | None = None,
+    yes: list[int] = [0, 2],  # noqa: B006
+    turns: int = 8,
+    seconds: float = 5,
+) -> dict:
+    """
+    data: BCCD in COCO's format; default: synthetic images of its size
+    yes: how many run beside it; default 0 2
+    seconds: of a turn, at least
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no stopped process
+    results = {}
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        scratch = Path(name)
         if data is None:
-            data, images = scratch / "shapes", {"train": "train", "val": "val"}
+            data = scratch / "shapes"
             synthetic.write(data, train=200, val=4, size=320)
-        changes = [
-            f"data.{split}={{annotations: {data / 'annotations' / split}.json, images: {data / folder}}}"
-            for split, folder in images.items()
-        ]
-        changes += [
-            f"data.cache_dir={scratch / 'cache'}",
-            "scheduling_unit=1",
-            "searcher.max_length={batches: 1000000}",
-        ]
-        changes += [f"min_{what}_period={{batches: 1000000}}" for what in ("validation", "checkpoint")]
         sides = {
-            name: stack.enter_context(training(config, scratch / name, changes, environment))
-            for name, environment in (
-                ("ours", dict(each.split("=", 1) for each in arguments.ours)),
-                ("torch", TORCH_S),
-            )
+            side: stack.enter_context(training(ROOT / detector, scratch / side, data, environment))
+            for side, environment in (("ours", {}), ("torch", TORCH_DEFAULTS))
         }
-        for yes in arguments.yes:
-            with busy(yes):
-                rates = {name: [] for name in sides}
-                for turn in range(arguments.turns):
-                    for name in list(sides)[:: -1 if turn % 2 else 1]:
-                        rates[name].append(sides[name].turn(arguments.seconds))
-            pairs = [ours / theirs for ours, theirs in zip(*rates.values(), strict=True)]
-            result = {
-                "config": str(config.relative_to(ROOT)),
-                "yes": yes,
-                "ratio_median": round(statistics.median(pairs), 3),
-                "ratio_min_max": [round(min(pairs), 3), round(max(pairs), 3)],
-                **{f"{name}_batches_a_second": round(statistics.median(side), 3) for name, side in rates.items()},
-            }
-            print(json.dumps(result), flush=True)
+        for count in yes:
+            rates = {side: [] for side in sides}
+            with other_work(count):
+                for turn in range(turns):
+                    for side in list(sides)[:: -1 if turn % 2 else 1]:
+                        rates[side].append(sides[side].turn(seconds)[0])
+            pairs = [ours / torch for ours, torch in zip(*rates.values(), strict=True)]
+            medians = {f"{side}_batches_per_second": round(statistics.median(of), 3) for side, of in rates.items()}
+            spread = [round(min(pairs), 3), round(max(pairs), 3)]
+            results[f"{count} yes"] = {"ratio": round(statistics.median(pairs), 3), "min_max": spread, **medians}
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, busy)

@@ -1,97 +1,64 @@
-"""The time of a picture: ours against `torchvision.utils`, and both against a small detector's time for the image.
+"""Seconds per picture with its boxes, and with masks too: ours, and by `torchvision.utils`.
 
-    OMP_NUM_THREADS=1 python3 benchmarks/drawing.py [COCO_FOLDER]
-
-One process, all sides in turn on each image, PNG files included. COCO_FOLDER has annotations/instances_val2017.json
-and val2017/. The default is synthetic images.
+Both take turns on each image in one process, and write PNG files.
 """
 
-import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "efficientdet")]
-
 import numpy as np
 import torch
-from effdet import create_model
+from command_line import main
 from pycocotools import mask as coco_mask
+from side_by_side import ratio
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from shared.data import synthetic
+from coco_files import data_folder
 from shared.data.annotations import CocoAnnotations
 from shared.data.images import read_image
 from shared.data.storage import DiskImages
-from shared.evaluation import drawing
+from shared.evaluation import drawing as ours
 from shared.evaluation.detections import Detections
-from shared.evaluation.drawing import objects_of_truth
 from shared.evaluation.lettering import DEFAULT_FONT, color_of
 
-IMAGES = 24
 
-
-def main(source: Path | None) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
+def drawing(source: Path | None = None, images: int = 24) -> dict:
+    """
+    source: a COCO folder; default: synthetic images
+    images: of its val2017
+    """
+    with tempfile.TemporaryDirectory() as name:
+        out, folder = Path(name), source
         if source is None:
-            synthetic.write(out, train=0, val=IMAGES, size=640)
-            source, file, name = out, "annotations/val.json", "val"
-        else:
-            file, name = "annotations/instances_val2017.json", "val2017"
-        annotations, images = CocoAnnotations.open(source / file, out), DiskImages(source / name)
-        model = create_model(
-            "tf_efficientdet_lite0", bench_task="predict", pretrained=False, pretrained_backbone=False
-        ).eval()
-        for with_masks in (False, True):
-            print(
-                json.dumps(
-                    {"with": "masks" if with_masks else "boxes", **measure(annotations, images, model, with_masks, out)}
-                )
-            )
+            folder = out / "coco"
+            data_folder(None, folder, train=1, val=images + 1, size=640)
+        annotations = CocoAnnotations.open(folder / "annotations/instances_val2017.json", out)
+        stored = DiskImages(folder / "val2017")
+        return {
+            "masks" if masks else "boxes": measure(annotations, stored, masks, images, out) for masks in (False, True)
+        }
 
 
-def measure(annotations, images, model, with_masks: bool, out: Path) -> dict:
-    seconds = {"torchvision": [], "ours": [], "detector": []}
-    for index in range(min(IMAGES + 1, len(annotations))):
+def measure(annotations: CocoAnnotations, images: DiskImages, with_masks: bool, count: int, out: Path) -> dict:
+    seconds = {"torchvision": [], "ours": []}
+    for index in range(min(count + 1, len(annotations))):
         record = annotations[index]
         image = read_image(images, record.file_name)
-        truth = objects_of_truth(record, annotations.categories, with_masks=True)
+        truth = ours.objects_of_truth(record, annotations.categories, with_masks=True)
         empty = coco_mask.encode(np.zeros((record.height, record.width), np.uint8, order="F"))
         masks = [mask or empty for mask in truth.masks] if with_masks else None
         found = Detections(record.image_id, truth.boxes, np.linspace(1, 0.4, len(truth.labels)), truth.labels, masks)
-        sides = {
-            "torchvision": lambda: draw_with_torchvision(out / "a.png", image, found, annotations.categories),  # noqa: B023
-            "ours": lambda: drawing.save_picture_of(out / "b.png", image, found, annotations.categories),  # noqa: B023
-            "detector": lambda: detect(model, image),  # noqa: B023
-        }
-        for side, call in sides.items():
+        for side, draw in (("torchvision", draw_with_torchvision), ("ours", ours.save_picture_of)):
             started = time.perf_counter()
-            call()
+            draw(out / f"{side}.png", image, found, annotations.categories)
             seconds[side].append(time.perf_counter() - started)
     seconds = {side: spent[1:] for side, spent in seconds.items()}  # the first warms up
-
-    def ratio(side: str, other: str) -> list[float]:
-        pairs = [a / b for a, b in zip(seconds[side], seconds[other], strict=True)]
-        return [round(value, 3) for value in (statistics.median(pairs), min(pairs), max(pairs))]
-
-    return {
-        "images": len(seconds["ours"]),
-        "torchvision/ours": ratio("torchvision", "ours"),
-        "ours/detector": ratio("ours", "detector"),
-        "torchvision/detector": ratio("torchvision", "detector"),
-        **{f"{side}_ms": round(1000 * statistics.median(spent), 1) for side, spent in seconds.items()},
-    }
-
-
-@torch.no_grad()
-def detect(model, image) -> None:
-    """EfficientDet-Lite0 at its own 320 × 320 pixels, with the boxes made of its outputs."""
-    pixels = torch.from_numpy(np.array(image.resize((320, 320)))).permute(2, 0, 1)[None].float().div(128).sub(1)
-    model(pixels)
+    pairs = [mine / theirs for theirs, mine in zip(*seconds.values(), strict=True)]
+    milliseconds = {f"{side}_ms": round(1000 * statistics.median(spent), 1) for side, spent in seconds.items()}
+    return {"images": len(pairs), **ratio(pairs), **milliseconds}
 
 
 def draw_with_torchvision(path: Path, image, detections: Detections, categories: list[dict]) -> None:
@@ -105,11 +72,11 @@ def draw_with_torchvision(path: Path, image, detections: Detections, categories:
         f"{categories[label]['name']} {score:.2f}"
         for label, score in zip(detections.labels.tolist(), detections.scores.tolist(), strict=True)
     ]
-    size = drawing.letter_size(image.size)
+    size = ours.letter_size(image.size)
     boxes = torch.from_numpy(detections.boxes)
     font = {"font": DEFAULT_FONT, "font_size": size, "fill_labels": True}
-    drawing.save(to_pil_image(draw_bounding_boxes(pixels, boxes, captions, colors, width=2, **font)), path)
+    ours.save(to_pil_image(draw_bounding_boxes(pixels, boxes, captions, colors, width=2, **font)), path)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    main(__doc__, drawing)

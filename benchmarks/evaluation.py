@@ -1,17 +1,13 @@
-"""COCO's numbers by this project's evaluator and by others: CPU seconds, memory, and whether the numbers are equal.
+"""An evaluation between the model's output and the report: COCO's numbers, masks, batches, processes, reports."""
 
-Each has its truth open and takes the same `Detections`, in turns, with one thread. The seconds are the least of the
-repeats. The memory is what one evaluation adds at its peak, in a process of its own. An evaluator that is not installed
-is skipped: `pip install ultrafast-pycocotools vernier faster-coco-eval`.
-"""
-
-import argparse
 import contextlib
 import importlib
 import io
 import multiprocessing
 import os
+import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,26 +16,31 @@ from pathlib import Path
 os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1")  # before NumPy and the evaluators start their threads
 import hotcoco
 import numpy as np
-import psutil
+import torch
+import zmq
+from command_line import main
+from determined.core import DistributedContext
+from memory import added_mib
 from pycocotools import mask as coco_mask
+from side_by_side import UNTRAINED, config_of, device_name, in_turns, local_context, ratio, trial_class_of
+from tabulate import tabulate
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+from coco_files import data_folder
 from shared.data.annotations import CocoAnnotations
-from shared.evaluation.detections import Detections
+from shared.evaluation.detections import Detections, encode_masks
 from shared.evaluation.evaluator import CocoEvaluator, summarize
-from shared.evaluation.gathered import GatheredDetections
+from shared.evaluation.gathered import GatheredDetections, merge
 
 BOXES, CATEGORIES, HEIGHT, WIDTH = 60, 80, 480, 640
 NAMES = [f"category {label}" for label in range(CATEGORIES)]
 Run = Callable[[list[Detections]], dict[str, float]]
 
 
-def make(images: int, masks: bool) -> tuple[dict, list[Detections]]:
-    """A COCO data set whose ids are positions, and detections near its objects."""
-    rng = np.random.default_rng(0)
+def make(images: int, masks: bool = False, objects: int = BOXES, first: int = 0) -> tuple[dict, list[Detections]]:
+    """A COCO data set whose ids count from `first`, and BOXES detections per image, those near its objects first."""
+    rng = np.random.default_rng(first)
     annotations, detections = [], []
-    for image in range(images):
+    for image in range(first, first + images):
         sides = np.exp(rng.uniform(np.log(8), np.log(300), (BOXES, 2)))
         truth = np.hstack([rng.uniform(0, 1, (BOXES, 2)) * np.maximum([WIDTH, HEIGHT] - sides, 1), sides])
         found = truth + rng.normal(size=truth.shape) * 0.08 * np.tile(sides, 2)
@@ -47,13 +48,16 @@ def make(images: int, masks: bool) -> tuple[dict, list[Detections]]:
         labels, crowd = rng.integers(0, CATEGORIES, BOXES), (rng.uniform(size=BOXES) < 0.01).astype(int)
         rles = [{**r, "counts": r["counts"].decode()} for r in masks_in(rng, truth)] if masks else [None] * BOXES
         columns = truth.tolist(), sides.prod(axis=1).tolist(), labels.tolist(), crowd.tolist(), rles
-        for row in zip(*columns, strict=True):
+        for row in list(zip(*columns, strict=True))[:objects]:
             annotation = dict(zip(("bbox", "area", "category_id", "iscrowd", "segmentation"), row, strict=True))
             annotations.append({"id": len(annotations) + 1, "image_id": image, **annotation})
         corners = np.hstack([found[:, :2], found[:, :2] + found[:, 2:]])
         found_masks = masks_in(rng, found) if masks else None
-        detections.append(Detections(image, corners, rng.uniform(size=BOXES), labels, found_masks))
-    coco_images = [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(images)]
+        scores = rng.uniform(size=BOXES)
+        scores[objects:] *= 0.5  # they find nothing
+        detections.append(Detections(image, corners, scores, labels, found_masks))
+    ids = range(first, first + images)
+    coco_images = [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in ids]
     categories = [{"id": label, "name": name} for label, name in enumerate(NAMES)]
     return {"info": {}, "images": coco_images, "annotations": annotations, "categories": categories}, detections
 
@@ -66,7 +70,7 @@ def masks_in(rng: np.random.Generator, boxes: np.ndarray) -> list[dict]:
     return coco_mask.frPyObjects(polygons.reshape(BOXES, -1).tolist(), HEIGHT, WIDTH)
 
 
-def gather(detections: list[Detections], masks: bool) -> GatheredDetections:
+def gathered(detections: list[Detections], masks: bool) -> GatheredDetections:
     images = np.array([found.image_id for found in detections], np.int64)
     return GatheredDetections.of(images, images[:0], detections, masks=masks, keypoints=False)
 
@@ -77,11 +81,11 @@ def numbers(arrays: dict[str, np.ndarray], iou_type: str) -> dict[str, float]:
 
 def of_ours(by_hotcoco: bool, coco: dict, iou_type: str) -> Run:
     evaluator, masks = CocoEvaluator(CocoAnnotations.from_dict(coco), (iou_type,)), iou_type == "segm"
-    evaluator.match(iou_type, gather([], masks)) if by_hotcoco else evaluator.open_truth()
+    evaluator.match(iou_type, gathered([], masks)) if by_hotcoco else evaluator.open_truth()
 
     def run(detections: list[Detections]) -> dict[str, float]:
         if by_hotcoco:
-            return numbers(evaluator.match(iou_type, gather(detections, masks)).eval, iou_type)
+            return numbers(evaluator.match(iou_type, gathered(detections, masks)).eval, iou_type)
         evaluator.reset()
         evaluator.update(detections)
         return evaluator.compute()
@@ -101,7 +105,7 @@ def of_vernier(coco: dict, iou_type: str) -> Run:
     options |= {"dt_area": "mask"} if iou_type == "segm" else {}
 
     def run(detections: list[Detections]) -> dict[str, float]:
-        found = rows = gather(detections, masks=False).rows()
+        found = rows = gathered(detections, masks=False).rows()
         if iou_type == "segm":
             boxes, scores = rows[:, 1:5].copy().reshape(-1, BOXES, 4), rows[:, 5].copy().reshape(-1, BOXES)
             found = [
@@ -124,7 +128,7 @@ def like_pycocotools(coco_class: str, eval_class: str, coco: dict, iou_type: str
         truth.createIndex()
 
     def run(detections: list[Detections]) -> dict[str, float]:
-        found = rows = gather(detections, masks=False).rows()
+        found = rows = gathered(detections, masks=False).rows()
         masks = [rle for d in detections for rle in d.masks] if iou_type == "segm" else []
         if masks:
             found = [
@@ -154,43 +158,237 @@ EVALUATORS = {
 }
 
 
-def added_mib(name: str, iou_type: str) -> int:
-    """Of `DATA`, in a forked process."""
-    run = EVALUATORS[name](DATA[0], iou_type)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    before = psutil.Process().memory_info().rss
-    run(DATA[1])
-    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    return round((peak - before) / 2**20)
+def added_by(name: str, iou_type: str, coco: dict, detections: list[Detections], queue) -> None:
+    """Puts the MiB that an evaluation adds; None without the package."""
+    try:
+        run = EVALUATORS[name](coco, iou_type)
+    except ImportError as error:
+        print(f"{name} is skipped: {error}", file=sys.stderr)
+        queue.put(None)
+        return
+    with added_mib() as added:
+        run(detections)
+    queue.put(added[0])
 
 
-def main() -> None:
-    global DATA
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--masks", action="store_true", help="evaluate masks instead of boxes")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=EVALUATORS, default=[*EVALUATORS])
-    arguments = parser.parse_args()
-    iou_type = "segm" if arguments.masks else "bbox"
-    DATA = coco, detections = make(arguments.images, arguments.masks)
-    mib, runs, seconds, metrics = {}, {}, {}, {}
-    for name in arguments.only:
-        try:
-            with multiprocessing.get_context("fork").Pool(1) as pool:
-                mib[name] = pool.apply(added_mib, (name, iou_type))
-        except ImportError as error:
-            print(f"{name} is skipped: {error}", file=sys.stderr)
-    for name in mib:
-        runs[name], seconds[name] = EVALUATORS[name](coco, iou_type), []
-    for name, run in [*runs.items()] * arguments.repeats:
+def in_process(function: Callable, *arguments, start: str = "fork"):
+    """What a function puts into its last argument, a queue, in a new process."""
+    context = multiprocessing.get_context(start)
+    queue = context.Queue()
+    process = context.Process(target=function, args=(*arguments, queue))
+    process.start()
+    result = queue.get()
+    process.join()
+    return result
+
+
+def coco_numbers(images: int = 5000, masks: bool = False, repeats: int = 5, only: list[str] = [*EVALUATORS]) -> None:  # noqa: B006
+    """COCO's numbers by this project's evaluator and by others: CPU seconds, memory, and whether they are equal.
+
+    Each has its truth open and takes the same `Detections`, in turns, with one thread. The seconds are the least of the
+    repeats. The memory is what one evaluation adds at its peak, in a process of its own. An evaluator that is not
+    installed is skipped: `pip install ultrafast-pycocotools vernier faster-coco-eval`.
+
+    masks: evaluate masks instead of boxes
+    only: evaluators; default all
+    """
+    iou_type = "segm" if masks else "bbox"
+    coco, detections = make(images, masks)
+    mib = {name: in_process(added_by, name, iou_type, coco, detections) for name in only}
+    runs = {name: EVALUATORS[name](coco, iou_type) for name in only if mib[name] is not None}
+    seconds, metrics = {name: [] for name in runs}, {}
+    for name, run in [*runs.items()] * repeats:
         started = time.process_time()
         metrics[name] = run(detections)
         seconds[name].append(time.process_time() - started)
-    for name, of_it in metrics.items():
-        differences = [abs(of_it.get(key, np.inf) - value) for key, value in metrics[arguments.only[0]].items()]
-        print(f"{name:17} {min(seconds[name]):7.3f} s {mib[name]:5} MiB, largest difference {max(differences):.1g}")
+    for name, found in metrics.items():
+        difference = max(abs(found.get(key, np.inf) - value) for key, value in metrics[only[0]].items())
+        print(f"{name:17} {min(seconds[name]):7.3f} s {mib[name]:5.0f} MiB, largest difference {difference:.1g}")
+
+
+# --- masks --------------------------------------------------------------------------------------------------
+
+
+def encoding(turns: int = 5) -> dict:
+    """CPU milliseconds per image for the RLE of 100 masks: ours, hotcoco's and pycocotools'.
+
+    Beside them is what Detectron2 takes to paste the masks. The sides take turns; reported are the medians.
+    """
+    from detectron2.layers.mask_ops import paste_masks_in_image
+
+    generator, measured = torch.Generator().manual_seed(0), {}
+    for height, width in ((480, 640), (800, 1333)):
+        size = torch.tensor([width, height])
+        # sides of 3 to 50 % of the image's, some partly outside of it
+        sides = torch.exp(torch.empty(100, 2).uniform_(np.log(0.03), np.log(0.5), generator=generator)) * size
+        centers = torch.rand(100, 2, generator=generator) * size
+        boxes = torch.cat([(centers - sides / 2).clamp(min=0), torch.minimum(centers + sides / 2, size)], dim=1)
+        blobs = torch.rand(100, 1, 7, 7, generator=generator)
+        blobs = torch.nn.functional.interpolate(blobs, size=(28, 28), mode="bilinear")[:, 0]
+        pasted = paste_masks_in_image(blobs, boxes, (height, width)).numpy()
+        ways = {
+            "paste": lambda b=blobs, at=boxes, s=(height, width): paste_masks_in_image(b, at, s),
+            "ours": lambda p=pasted: encode_masks(p),
+            "hotcoco": lambda p=pasted: [hotcoco.mask.encode(mask) for mask in p],
+            "pycocotools": lambda p=pasted: [coco_mask.encode(np.asfortranarray(m, dtype=np.uint8)) for m in p],
+        }
+        assert ways["ours"]() == ways["pycocotools"]()
+        taken = in_turns(ways, turns)
+        measured[f"{width}x{height}, ms"] = {name: round(1000 * statistics.median(t), 1) for name, t in taken.items()}
+    return measured
+
+
+# --- batches ------------------------------------------------------------------------------------------------
+
+
+def batches(detector: str = "mmdetection", batch_size: int = 4, pixels: int = 320, turns: int = 5) -> dict:
+    """Images per CPU second of a library's model, on images of one size: batches of one, and of several.
+
+    The two take turns. On a GPU the seconds are the clock's. Reported too is how far their scores differ.
+
+    detector: mmdetection (RetinaNet R50-FPN) or detectron2 (Mask R-CNN R50-FPN)
+    pixels: a side of the images before the test's resize
+    """
+
+    class Batching(trial_class_of(detector)):
+        batches_evaluations = True  # on a CPU too
+
+    with tempfile.TemporaryDirectory() as name:
+        folder, found, sides = Path(name) / "coco", {}, {}
+        data_folder(None, folder, train=1, val=batch_size, size=pixels)
+        for size in (1, batch_size):
+            config = config_of(folder, {"global_batch_size": size, **UNTRAINED[detector]}, fast_images=True)
+            with local_context(config) as context:
+                trial = Batching(context, for_training=False)
+                loaded = list(trial.evaluation_loader(trial.open_val()))
+            assert {len(batch) for batch in loaded} == {size}
+
+            def run(size: int = size, trial=trial, loaded: list = loaded) -> None:
+                found[size] = {d.image_id: d for batch in loaded for d in trial.detect_on_host_batch(batch)}
+
+            sides[size] = run
+        taken = in_turns(sides, turns)
+    one, several = taken.values()
+    alone, together = found.values()
+    same = [i for i in alone if np.array_equal(alone[i].labels, together[i].labels)]
+    return {
+        "device": device_name(context.device),
+        "images_per_second": {size: round(len(alone) / statistics.median(t), 2) for size, t in taken.items()},
+        **ratio([a / b for a, b in zip(one, several, strict=True)]),
+        "detections": sum(map(len, alone.values())),
+        "images_with_the_same_labels": f"{len(same)} of {len(alone)}",
+        "largest_difference_of_a_score": max(
+            (float(abs(alone[i].scores - together[i].scores).max(initial=0)) for i in same), default=None
+        ),
+    }
+
+
+# --- processes ----------------------------------------------------------------------------------------------
+
+PORTS = {"to all": (29_420, 29_421), "to the chief": (29_422, 29_423)}
+
+
+class Exchange(CocoEvaluator):
+    """The evaluator up to what hotcoco takes."""
+
+    def metrics_of(self, shares: list) -> dict[str, float]:
+        found = merge(shares)
+        return {"masks": min(len(found.rows()), len(found.rles()))}
+
+
+def gather(images: int = 5000, processes: int = 8) -> None:
+    """How the results of images with 60 masks each, from several processes, reach the chief. Metrics are not computed.
+
+    The other side sends arrays and one dict per mask to every process, by Determined's allgather. Bytes are those that
+    all sockets send; a broadcast counts once per receiver. Seconds are the chief's, until every process may continue.
+    Memory is what a process adds at its peak.
+    """
+    context, rows = multiprocessing.get_context("spawn"), []
+    for way in PORTS:
+        queue = context.Queue()
+        ranks = [context.Process(target=gather_once, args=(way, r, processes, images, queue)) for r in range(processes)]
+        for rank in ranks:
+            rank.start()
+        results = sorted((queue.get() for _ in ranks), key=lambda result: result[0])
+        for rank in ranks:
+            rank.join()
+        (_, metrics, _, seconds, chief), *others = results
+        assert metrics["masks"] == images // processes * processes * BOXES
+        rows.append([way, sum(result[2] for result in results) / 2**20, seconds, chief, max(o[-1] for o in others)])
+    headers = ["results", "MiB sent", "seconds", "MiB of the chief", "MiB of another process"]
+    print(tabulate(rows, headers=headers, floatfmt=("", ".1f", ".2f", ".0f", ".0f")))
+
+
+def gather_once(way: str, rank: int, size: int, images: int, queue) -> None:
+    pub_port, pull_port = PORTS[way]
+    machine = {"local_rank": rank, "local_size": size, "cross_rank": 0, "cross_size": 1}
+    distributed = DistributedContext(rank=rank, size=size, pub_port=pub_port, pull_port=pull_port, **machine)
+    share = images // size
+    _, detections = make(share, masks=True, objects=0, first=rank * share)
+    files = [{"id": i, "file_name": "", "height": HEIGHT, "width": WIDTH} for i in range(images)]
+    categories = [{"id": label, "name": name} for label, name in enumerate(NAMES)]
+    annotations = CocoAnnotations.from_dict({"images": files, "annotations": [], "categories": categories})
+    evaluator = Exchange(annotations, ("segm",), gather=distributed.gather)
+    evaluator.update(detections)
+    sent, send = [0], zmq.Socket.send
+
+    def counting(socket, data, *rest, **options):
+        sent[0] += len(data) * (size - 1 if socket.type == zmq.PUB else 1)
+        return send(socket, data, *rest, **options)
+
+    distributed.allgather(None)
+    zmq.Socket.send = counting
+    with added_mib() as added:
+        started = time.perf_counter()
+        if way == "to all":
+            metrics = to_all(detections, distributed)
+        else:
+            metrics = evaluator.cross_slot_reduce(distributed.allgather(evaluator.per_slot_reduce()))
+        sent_bytes = sent[0]
+        distributed.allgather(None)
+        seconds = time.perf_counter() - started
+    evaluator.raise_if_failed()
+    queue.put((rank, metrics, sent_bytes, seconds, added[0]))
+    distributed.close()
+
+
+def to_all(detections: list[Detections], distributed: DistributedContext) -> dict[str, float]:
+    """Rows and masks to every process, merged on the chief."""
+    rows = gathered(detections, masks=False).rows()
+    slots = distributed.allgather((rows, [mask for found in detections for mask in found.masks]))
+    if distributed.rank > 0:
+        return {}
+    merged = np.concatenate([rows for rows, _ in slots])
+    masks = [mask for _, masks in slots for mask in masks]
+    order = np.argsort(merged[:, 0], kind="stable")
+    return {"masks": min(len(merged[order]), len([masks[i] for i in order.tolist()]))}
+
+
+# --- reports ------------------------------------------------------------------------------------------------
+
+
+def report(images: int = 5000, objects: int = 7, resamples: int = 200) -> None:
+    """Seconds and peak memory of a report, without and with intervals, each in a new process.
+
+    objects: per image, as in COCO; 60 detections
+    resamples: for the intervals
+    """
+    for count in (0, resamples):
+        print(in_process(report_once, images, objects, count, start="spawn"), flush=True)
+
+
+def report_once(images: int, objects: int, resamples: int, queue) -> None:
+    from shared.report.report import report as write_report
+
+    coco, detections = make(images, objects=objects)
+    annotations = CocoAnnotations.from_dict(coco)
+    del coco
+    with tempfile.TemporaryDirectory() as folder, added_mib() as added:
+        output, started = Path(folder) / "report.html", time.perf_counter()
+        write_report(annotations, detections, output, resamples=resamples)
+        seconds, page = time.perf_counter() - started, output.stat().st_size / 2**20
+    queue.put(f"{resamples} resamples: {seconds:.1f} s, {added[0]:.0f} MiB added, page of {page:.2f} MiB")
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, coco_numbers, encoding, batches, gather, report)

@@ -4,18 +4,15 @@ Each conversion runs in a new process. Memory is the peak, less the peak after t
 JPEG file, so the disk is warm.
 """
 
-import argparse
 import json
 import multiprocessing
 import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+from command_line import main
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from shared.data.convert.conversion import FORMATS, convert
 
@@ -93,12 +90,13 @@ def measure(kind, folder, queue):
     queue.put(f"| {kind} | {seconds:.1f} | {cpu:.1f} | {peak() - before:.0f} |")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=10_000)
-    stems = [f"{i:06}" for i in range(parser.parse_args().images)]
+def formats(images: int = 10_000, only: list[str] = [*FORMATS]) -> None:  # noqa: B006
+    """
+    only: formats; default all
+    """
+    stems = [f"{i:06}" for i in range(images)]
     print("| format | seconds | CPU seconds | peak MiB |\n|---|---|---|---|")
-    for kind in FORMATS:
+    for kind in only:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             (folder / "images").mkdir()
@@ -117,4 +115,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, formats)

@@ -1,18 +1,15 @@
-"""How well each detector learns from scratch in the same CPU seconds, and Ultralytics' YOLO11n where it is installed.
+"""How well each detector learns from scratch in the same CPU seconds, and Ultralytics' YOLO11n if it is installed.
 
     python3 benchmarks/learning.py --data /data/bccd --output runs/learning --ultralytics ~/ultra/bin/python
 
-One training after the other, each by the command that its user types, with its `bccd.yaml`: trained on `train`, and of
-its validations on `val` the best is taken, as Ultralytics takes its `best.pt`. Seconds are those that the CPU was busy
-with the command's processes (`time`'s user), loader workers, validations and report included. All are scored by one
-evaluator, `python3 -m shared compare`, whose page is `compare.html` in the output folder, and a table is printed.
+Each training runs by the command that its user types, with its `bccd.yaml`. Its best validation on `val` counts, as
+Ultralytics keeps its `best.pt`. Seconds are the user CPU seconds of all the command's processes, validations and report
+included. `python3 -m shared compare` scores all of them into `compare.html` in the output folder.
 
-Each side runs with OMP_NUM_THREADS=1, which Ultralytics sets itself: threads that wait for each other spend seconds and
-learn nothing. `--data` has annotations/train.json, annotations/val.json and images/. What is finished in the output
-folder is not trained again.
+Each side runs with OMP_NUM_THREADS=1, which Ultralytics sets itself. A training that is finished in the output folder
+is not repeated.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -22,10 +19,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from command_line import DETECTORS, ROOT, main
+from start import on_bccd
 from tabulate import tabulate
 
-ROOT = Path(__file__).parent.parent
-DETECTORS = ("efficientdet", "mmdetection", "detectron2")
 YOLO = "yolo11n"
 
 # In the interpreter that has Ultralytics' package: nothing of it is part of the project.
@@ -41,55 +38,54 @@ YOLO(sys.argv[1]).val(**json.loads(sys.argv[2]))
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("/data/bccd"), help="default /data/bccd")
-    parser.add_argument("--output", type=Path, default=Path("runs/learning"), help="default runs/learning")
-    parser.add_argument("--only", choices=(*DETECTORS, YOLO), nargs="+", help="default all")
-    parser.add_argument("--seconds", type=float, default=677, help="what each may take, user; default 677")
-    parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS; default 1")
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="as train's, such as hyperparameters.amp=bf16"
-    )
-    parser.add_argument("--ultralytics", metavar="PYTHON", help="an interpreter that imports ultralytics")
-    parser.add_argument("--epochs", type=int, default=36, help="of YOLO; default 36")
-    parser.add_argument(
-        "--yolo", metavar="KEY=VALUE", nargs="*", default=[], help="more of YOLO's settings, such as lr0=0.002"
-    )
-    given = parser.parse_args()
-    data, output = given.data.absolute(), given.output.absolute()
+def learning(
+    data: Path = Path("/data/bccd"),
+    output: Path = Path("runs/learning"),
+    only: list[str] = [*DETECTORS, YOLO],  # noqa: B006
+    seconds: float = 677,
+    set_: list[str] = [],  # noqa: B006
+    ultralytics: str = "",
+    epochs: int = 36,
+    yolo: dict = {},  # noqa: B006
+) -> None:
+    """
+    data: with annotations/train.json, annotations/val.json and images/; default /data/bccd
+    only: detectors and yolo11n; default all
+    seconds: the budget of each, user
+    set_: as train's, such as hyperparameters.amp=bf16
+    ultralytics: a Python that imports ultralytics
+    epochs: of YOLO
+    yolo: more of YOLO's settings, such as lr0=0.002
+    """
+    data, output = data.absolute(), output.absolute()
     output.mkdir(parents=True, exist_ok=True)
-    sides = [name for name in (*DETECTORS, YOLO) if not given.only or name in given.only]
-    if YOLO in sides and not imports_ultralytics(given.ultralytics):
-        print(f"{YOLO}: left out, `--ultralytics` names no interpreter that imports ultralytics", file=sys.stderr)
+    sides = list(only)
+    if YOLO in sides and not imports_ultralytics(ultralytics):
+        print(f"{YOLO} is skipped: `--ultralytics` names no Python that imports ultralytics", file=sys.stderr)
         sides.remove(YOLO)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(given.threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in sides:
         if seconds_of(output, name) is None:
             if name == YOLO:
-                settings = dict(each.split("=", 1) for each in given.yolo)
-                seconds = train_yolo(given.ultralytics, data, output, given.epochs, settings, environment)
+                took = train_yolo(ultralytics, data, output, epochs, dict(yolo), environment)
             else:
-                seconds = train(name, data, output, given.set, environment)
-            (output / f"{name}.seconds").write_text(f"{seconds:.1f}\n")
-    print_table(output, sides, data, given.seconds)
+                took = train(name, data, output, set_, environment)
+            (output / f"{name}.seconds").write_text(f"{took:.1f}\n")
+    print_table(output, sides, data, seconds)
 
 
 def train(detector: str, data: Path, output: Path, changes: list[str], environment: dict[str, str]) -> float:
-    """As its user does, with changes to its config; returns user seconds."""
+    """Trains as its user does, with changes to its config. Returns user seconds."""
     folder = output / detector
-    shutil.rmtree(folder, ignore_errors=True)  # of a training that was cut off
-    command = [sys.executable, "model_def.py", "train", "bccd.yaml", "--output-dir", str(folder)]
-    for split in ("train", "val"):
-        paths = f"{{annotations: {data / 'annotations' / split}.json, images: {data / 'images'}}}"
-        command += ["--set", f"data.{split}={paths}"]
+    shutil.rmtree(folder, ignore_errors=True)  # of a training that was stopped
+    command = [sys.executable, "model_def.py", "train", "bccd.yaml", "--output-dir", str(folder), *on_bccd(data)]
     for change in changes:
         command += ["--set", change]
     return user_seconds(command, ROOT / detector, environment, output / f"{detector}.log")
 
 
 def train_yolo(
-    python: str, data: Path, output: Path, epochs: int, settings: dict[str, str], environment: dict[str, str]
+    python: str, data: Path, output: Path, epochs: int, settings: dict, environment: dict[str, str]
 ) -> float:
     """Trains from scratch, and writes the detections of its best weights on `val`; returns the training's seconds."""
     folder = output / YOLO
@@ -105,7 +101,7 @@ def train_yolo(
             "pretrained": False,
             "name": YOLO,
             "plots": False,
-            **{key: json.loads(value) for key, value in settings.items()},
+            **settings,
         }
         command = [python, "-c", YOLO_TRAIN, json.dumps(arguments)]
         seconds = user_seconds(command, Path(scratch), environment, output / f"{YOLO}.log")
@@ -163,9 +159,9 @@ def user_seconds(command: list[str], folder: Path, environment: dict[str, str], 
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
 
 
-def imports_ultralytics(python: str | None) -> bool:
+def imports_ultralytics(python: str) -> bool:
     found = "import importlib.util, sys; sys.exit(importlib.util.find_spec('ultralytics') is None)"
-    return python is not None and subprocess.run([python, "-c", found]).returncode == 0
+    return bool(python) and subprocess.run([python, "-c", found]).returncode == 0
 
 
 def seconds_of(output: Path, name: str) -> float | None:
@@ -201,4 +197,4 @@ def print_table(output: Path, sides: list[str], data: Path, budget: float) -> No
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, learning)

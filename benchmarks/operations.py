@@ -1,30 +1,27 @@
-"""A training step of MMDetection's models over the operations in PyTorch, against the same over compiled mmcv-full.
+"""MMDetection's models over the operations in PyTorch, against the same over compiled mmcv-full.
 
-`.venv-compiled/bin/python benchmarks/operations.py` (`make test-compiled` makes that environment): the model's loss,
-its derivatives and the optimizer's step in one process, in blocks of steps that alternate; then the same for the
-detections of one batch. Both see the same images of noise with 8 boxes and masks each.
+`make test-compiled` makes the environment for it, `.venv-compiled/bin/python`. A training step is the model's loss, its
+derivatives and the optimizer's step. The detections of one batch follow. Blocks of both sides alternate in one process,
+on images of noise with 8 boxes and masks each.
 """
 
-import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
+from command_line import ROOT, main
+from side_by_side import in_turns, trial_class_of
 from tabulate import tabulate
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "mmdetection")]
-
-from mmdetection_files import operations  # before mmcv.ops
+trial_class_of("mmdetection")  # before mmcv.ops
 
 # isort: split
 from mmdet.core import BitmapMasks
 
+from mmdetection_files import operations
 from mmdetection_files.config import load_mmdet_config
 from mmdetection_files.model import build_model, build_optimizer, without_pretrained_backbone
 from mmdetection_hyperparameters import MMDetectionHyperparameters
@@ -36,22 +33,27 @@ CONFIGS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=9, help="pairs of blocks")
-    parser.add_argument("--block", type=int, default=2, help="steps a block")
-    parser.add_argument("--images", type=int, default=2, help="images a batch")
-    parser.add_argument("--size", type=int, nargs=2, default=(320, 416), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--only", choices=CONFIGS)
-    arguments = parser.parse_args()
+def compare(
+    pairs: int = 9,
+    block: int = 2,
+    images: int = 2,
+    height: int = 320,
+    width: int = 416,
+    only: list[str] = [*CONFIGS],  # noqa: B006
+) -> None:
+    """
+    pairs: of blocks
+    block: steps per block
+    images: per batch
+    only: models; default all
+    """
     if not operations.are_compiled():
-        sys.exit("error: needs compiled mmcv-full beside the operations in PyTorch: make test-compiled")
+        sys.exit("error: mmcv has no compiled operations. Fix: run `make test-compiled`, and use .venv-compiled")
     rows = []
-    for name, config in CONFIGS.items():
-        if arguments.only in (None, name):
-            for what, run in steps(config, arguments.images, tuple(arguments.size)).items():
-                rows.append([name, what, *compare(run, arguments.pairs, arguments.block)])
-                print(*rows[-1], file=sys.stderr, flush=True)
+    for name in only:
+        for what, run in steps(CONFIGS[name], images, (height, width)).items():
+            rows.append([name, what, *ratios_of(run, pairs, block)])
+            print(*rows[-1], file=sys.stderr, flush=True)
     headers = ["model", "what", "PyTorch's, of the compiled one's time", "smallest to largest", "ms compiled"]
     print(torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads")
     print(tabulate(rows, headers=headers, tablefmt="github"))
@@ -107,27 +109,20 @@ def noise(images: int, size: tuple[int, int], device: torch.device) -> dict:
     return {"img": image, "img_metas": metas, "gt_bboxes": boxes, "gt_labels": labels, "gt_masks": masks}
 
 
-def compare(run: Callable[[], None], pairs: int, block: int) -> tuple[str, str, str]:
-    """The time over PyTorch by that over the compiled ones, of blocks that alternate, after one of each to warm up."""
-    ratios, compiled = [], []
-    for pair in range(pairs + 1):
-        # which is first alternates too
-        seconds = {}
-        for in_pytorch in (False, True) if pair % 2 else (True, False):
-            with operations_in_use(in_pytorch):
-                started = time.perf_counter()
-                for _ in range(block):
-                    run()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                seconds[in_pytorch] = time.perf_counter() - started
-        if pair:
-            ratios.append(seconds[True] / seconds[False])
-            compiled.append(seconds[False] / block)
+def ratios_of(run: Callable[[], None], pairs: int, block: int) -> tuple[str, str, str]:
+    """The seconds over PyTorch's operations divided by those over the compiled ones."""
+
+    def over(in_pytorch: bool) -> None:
+        with operations_in_use(in_pytorch):
+            for _ in range(block):
+                run()
+
+    taken = in_turns({in_pytorch: lambda given=in_pytorch: over(given) for in_pytorch in (True, False)}, pairs)
+    ratios = [ours / compiled for ours, compiled in zip(taken[True], taken[False], strict=True)]
     return (
         f"{statistics.median(ratios):.3f}",
         f"{min(ratios):.2f} to {max(ratios):.2f}",
-        f"{1000 * statistics.median(compiled):.0f}",
+        f"{1000 * statistics.median(taken[False]) / block:.0f}",
     )
 
 
@@ -146,4 +141,4 @@ def operations_in_use(in_pytorch: bool) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, compare)

@@ -1,17 +1,15 @@
-"""Images a second and core, from the file to the batch, of each detector's library's own loader, of the one here, and
-of the one here with `data.fast_images: true`: the training's pipeline and the test's.
+"""Images per second and core, from the file to the batch: of each library's own loader, of ours, and of ours with
+`data.fast_images: true`.
 
-What a loader worker does, in this process and without workers: samples by index, and their batch. The three take turns
-batch by batch, with the same images and the same seeds; reported are images a CPU second, and the ratio to the
-library's of so many images, with its least and greatest. Then the difference of the pixels with the switch to those
-without, of 255.
+It does what a loader worker does, in this process: samples by index, and their batch, for the training and the test.
+The
+three take turns batch by batch, with the same images and seeds. Reported are images per CPU second, the ratio to the
+library's, and the difference that the switch makes to the pixels, on the scale of 0 to 255.
 """
 
-import argparse
 import contextlib
 import copy
 import io
-import json
 import logging
 import random
 import statistics
@@ -20,23 +18,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from command_line import main
+from side_by_side import UNTRAINED, config_of, local_context, trial_class_of
 
-ROOT = Path(__file__).parent.parent
-DETECTORS = ("efficientdet", "detectron2", "mmdetection")
-HYPERPARAMETERS = {
-    "efficientdet": {"model": "tf_efficientdet_d0", "pretrained": "none"},
-    "detectron2": {"config_file": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "weights": ""},
-    "mmdetection": {
-        "config_file": "retinanet/retinanet_r50_fpn_1x_coco.py",
-        "config_overrides": {"model.backbone.init_cfg": None},
-    },
-}
+from shared.data.dataset import SampleKey, seed_all
 
 
 @dataclass
@@ -51,11 +42,7 @@ class Side:
 # --- the sides --------------------------------------------------------------------------------------
 
 
-def ours(trial: Any, fast: bool) -> dict[str, Side]:
-    from shared.data.dataset import SampleKey
-
-    trial.data = replace(trial.data, fast_images=fast)
-    trial.train_data, trial.val_data = trial.open_train_and_val()
+def ours(trial: Any) -> dict[str, Side]:
     train, test = trial.training_dataset(), trial.evaluation_dataset(trial.val_data)
     return {
         "train": Side(lambda i: train[SampleKey(0, i)], trial.collate(True), len(train)),
@@ -120,8 +107,6 @@ UPSTREAM = {"efficientdet": efficientdet_s, "detectron2": detectron2_s, "mmdetec
 
 def seconds_a_batch(side: Side, images: list[int]) -> float:
     """CPU seconds."""
-    from shared.data.dataset import seed_all
-
     samples, taken = [], 0.0
     for index in images:
         seed_all(0, 0, index)  # the same flip and scale for all; those here seed themselves again
@@ -133,27 +118,24 @@ def seconds_a_batch(side: Side, images: list[int]) -> float:
     return taken + time.process_time() - started
 
 
-def in_turns(sides: dict[str, Side], arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
+def in_turns(sides: dict[str, Side], images: int, turns: int, batch: int) -> dict[str, Any]:
     count = min(side.count for side in sides.values())
     taken: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(arguments.turns + 1):  # the first warms up
+    for turn in range(turns + 1):  # the first warms up
         seconds = dict.fromkeys(sides, 0.0)
-        for start in range(0, arguments.images, batch):
-            images = [(turn * arguments.images + start + i) % count for i in range(batch)]
-            for name in sorted(sides, key=lambda _: random.random()):  # whoever is first finds the file in no cache
-                seconds[name] += seconds_a_batch(sides[name], images)
+        for start in range(0, images, batch):
+            indices = [(turn * images + start + i) % count for i in range(batch)]
+            for name in random.sample([*sides], len(sides)):  # the first one finds the file in no cache
+                seconds[name] += seconds_a_batch(sides[name], indices)
         for name in sides if turn else ():
-            taken[name].append(seconds[name] / (-(-arguments.images // batch) * batch))
-    upstream = taken["upstream"]
+            taken[name].append(seconds[name] / (-(-images // batch) * batch))
     measured: dict[str, Any] = {}
     for name, seconds in taken.items():
         measured[name] = {"images_per_second_and_core": round(1 / statistics.median(seconds), 1)}
         if name != "upstream":
-            ratios = [theirs / own for theirs, own in zip(upstream, seconds, strict=True)]
-            measured[name] |= {
-                "times_upstream": round(statistics.median(ratios), 2),
-                "min_max": [round(min(ratios), 2), round(max(ratios), 2)],
-            }
+            ratios = [theirs / own for theirs, own in zip(taken["upstream"], seconds, strict=True)]
+            measured[name]["times_upstream"] = round(statistics.median(ratios), 2)
+            measured[name]["min_max"] = [round(min(ratios), 2), round(max(ratios), 2)]
     return measured
 
 
@@ -186,73 +168,50 @@ def differences(trial: Any, detector: str, exact: Side, fast: Side, images: int)
     }
 
 
-def measure(detector: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    sys.path[:0] = [str(ROOT), str(ROOT / detector)]
-    if detector == "mmdetection":
-        import mmdetection_files  # noqa: F401 before mmcv.ops, where mmcv is not compiled
-    from local_context import local_context
-
-    import model_def
-
+def pixels(
+    data: Path,
+    detector: str = "",
+    turns: int = 9,
+    images: int = 40,
+    compared: int = 80,
+    batch_size: int = 4,
+    labeler: str = "device",
+) -> dict | None:
+    """
+    data: a COCO folder: annotations/, train2017/, val2017/
+    detector: one only
+    turns: ratios
+    images: per ratio
+    compared: images whose pixels are compared
+    labeler: where EfficientDet's anchors are labelled: device or loader
+    """
+    logging.getLogger("determined").setLevel(logging.ERROR)
+    if not detector:
+        for name in UPSTREAM:  # each has a model_def of its own
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--detector", name], check=True)
+        return None
     torch.set_num_threads(1)  # as in a loader's worker
-    names = {
-        "efficientdet": "EfficientDetTrial",
-        "detectron2": "Detectron2Trial",
-        "mmdetection": "MMDetectionTrial",
-    }
-    with tempfile.TemporaryDirectory() as scratch:
-        paths = {
-            split: {
-                "annotations": str(arguments.data / f"annotations/instances_{split}2017.json"),
-                "images": str(arguments.data / f"{split}2017"),
-            }
-            for split in ("train", "val")
-        }
-        hyperparameters = {"global_batch_size": arguments.batch_size, **HYPERPARAMETERS[detector]}
-        if detector == "efficientdet":
-            hyperparameters["labeler"] = arguments.labeler
-        config = {
-            "data": {**paths, "cache_dir": scratch, "workers": 0},
-            "hyperparameters": hyperparameters,
-            "searcher": {"max_length": {"batches": 10**6}, "metric": "bbox_mAP", "smaller_is_better": False},
-            "checkpoint_policy": "none",
-        }
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            local_context(config) as context,
-        ):
-            trial = getattr(model_def, names[detector])(context)
-            upstream = UPSTREAM[detector](trial, arguments.data)
-            exact, fast = ours(trial, False), ours(trial, True)
-            measured: dict[str, Any] = {"detector": detector}
-            for split in ("train", "test"):
-                sides = {"upstream": upstream[split], "here": exact[split], "fast_images": fast[split]}
-                # as upstream, MMDetection and Detectron2 test one image at a time
-                batch = 1 if split == "test" and detector != "efficientdet" else arguments.batch_size
-                measured[split] = in_turns(sides, arguments, batch)
-                measured[split]["difference_of_255"] = differences(
-                    trial, detector, exact[split], fast[split], arguments.compared
-                )
+    hyperparameters = {"global_batch_size": batch_size, **UNTRAINED[detector]}
+    if detector == "efficientdet":
+        hyperparameters["labeler"] = labeler
+    trials, trial_class = {}, trial_class_of(detector)
+    with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stdout(io.StringIO()):
+        for fast in (False, True):
+            config = config_of(data.absolute(), hyperparameters, cache_dir=cache, fast_images=fast)
+            with local_context(config) as context:
+                trials[fast] = trial_class(context)
+        upstream, exact, fast = UPSTREAM[detector](trials[False], data), ours(trials[False]), ours(trials[True])
+        measured: dict[str, Any] = {"detector": detector}
+        for split in ("train", "test"):
+            sides = {"upstream": upstream[split], "here": exact[split], "fast_images": fast[split]}
+            # MMDetection and Detectron2 test one image at a time
+            batch = 1 if split == "test" and detector != "efficientdet" else batch_size
+            measured[split] = in_turns(sides, images, turns, batch)
+            measured[split]["difference_of_255"] = differences(
+                trials[False], detector, exact[split], fast[split], compared
+            )
     return measured
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="a COCO folder: annotations/, train2017/, val2017/")
-    parser.add_argument("--detector", choices=DETECTORS, help="one alone")
-    parser.add_argument("--turns", type=int, default=9, help="ratios")
-    parser.add_argument("--images", type=int, default=40, help="a ratio is of so many")
-    parser.add_argument("--compared", type=int, default=80, help="images whose pixels are compared")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--labeler", choices=("loader", "device"), default="device", help="EfficientDet's anchors")
-    arguments = parser.parse_args()
-    logging.getLogger("determined").setLevel(logging.ERROR)
-    if arguments.detector:
-        print(json.dumps(measure(arguments.detector, arguments), indent=1))
-        return
-    for detector in DETECTORS:  # each has a model_def of its own
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--detector", detector], check=True)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, pixels)

@@ -1,23 +1,19 @@
-"""Images from a web server that answers late, beside the disk: how many images/s reach a training step.
+"""Images from a web server that answers late, beside the disk: how many images per second reach a training step.
 
-`python3 benchmarks/remote.py`: steps of 8 images that take 100 ms, 4 loader workers, 20 ms added to each read; the
-limit is 80 % of the disk's.
+Steps of 8 images take 100 ms, with 4 loader workers and 20 ms added to each read. The limit is 80 % of the disk's.
 """
 
-import argparse
 import functools
 import http.server
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import numpy as np
 import torch
+from command_line import main
 
 from coco_files import data_folder
 from shared.config.schema import StoreOptions
@@ -26,29 +22,26 @@ from shared.data.dataset import CocoDetection, SampleKey
 from shared.data.storage import open_images
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--source", type=Path, help="a folder with COCO's train2017; synthetic images without")
-    parser.add_argument("--latency", type=float, default=0.02, help="seconds added to each read")
-    parser.add_argument("--step", type=float, default=0.1, help="seconds of a step")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
+def remote(
+    source: Path | None = None, latency: float = 0.02, step: float = 0.1, steps: int = 60, repeats: int = 5
+) -> None:
+    """
+    source: a folder with COCO's train2017; default: synthetic images
+    latency: seconds added to each read
+    step: seconds of a step
+    """
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        data_folder(arguments.source, 400, folder / "coco")
+        folder = Path(name) / "coco"
+        data_folder(source, folder, train=400)
         ports = multiprocessing.Queue()
-        server = multiprocessing.Process(target=serve, args=(folder / "coco", arguments.latency, ports), daemon=True)
+        server = multiprocessing.Process(target=serve, args=(folder, latency, ports), daemon=True)
         server.start()
-        places = {
-            "disk": str(folder / "coco/train2017"),
-            "web server": f"http://127.0.0.1:{ports.get()}/train2017",
-        }
-        annotations = CocoAnnotations.open(folder / "coco/annotations/instances_train2017.json")
+        places = {"disk": str(folder / "train2017"), "web server": f"http://127.0.0.1:{ports.get()}/train2017"}
+        annotations = CocoAnnotations.open(folder / "annotations/instances_train2017.json")
         speeds: dict[str, list[float]] = {place: [] for place in places}
-        for _ in range(arguments.repeats):
+        for _ in range(repeats):
             for place, images in places.items():
-                speeds[place].append(images_per_second(annotations, images, arguments.steps, arguments.step))
+                speeds[place].append(images_per_second(annotations, images, steps, step))
         server.terminate()
     for place, values in speeds.items():
         print(f"{place}: {statistics.median(values):.1f} images/s ({min(values):.1f} to {max(values):.1f})")
@@ -57,7 +50,7 @@ def main() -> None:
 
 
 def images_per_second(annotations: CocoAnnotations, images: str, steps: int, seconds: float) -> float:
-    """Of steps that do nothing but take their time; the first ones, in which the workers start, do not count."""
+    """Of steps that only wait. The first ones, while the workers start, do not count."""
     storage = open_images(images, "train", StoreOptions())
     storage.look(annotations.file_names)
     data = CocoDetection(annotations, storage, lambda image, record: np.asarray(image).mean(), seed=0, training=True)
@@ -80,7 +73,7 @@ def serve(folder: Path, latency: float, ports: multiprocessing.Queue) -> None:
             super().do_GET()
 
         def log_message(self, *_: object) -> None:
-            pass
+            """Prints nothing."""
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Late, directory=str(folder)))
     ports.put(server.server_port)
@@ -88,4 +81,4 @@ def serve(folder: Path, latency: float, ports: multiprocessing.Queue) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, remote)

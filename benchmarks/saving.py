@@ -1,109 +1,87 @@
-"""How long a training stands still for a checkpoint: written beside it, against in line.
+"""How long a training waits for a checkpoint that the engine writes in the background, and for one in line.
 
-One run of EfficientDet at 128 pixels, on images that it makes itself, saves after every few batches, in turn beside the
-training and in line. It reports the medians of how long the training stands still for a save, and of how long the
-batches after it take. `--upload` adds a wait to each, as for a remote store.
+EfficientDet trains at 128 pixels on synthetic images. In turns, the engine saves, and `torch.save` writes the same
+state while the training waits. What the training waits for a batch without a save is subtracted.
 """
 
-import argparse
-import itertools
-import json
-import shutil
+import contextlib
+import logging
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "efficientdet")]
+import torch
+from command_line import main
+from side_by_side import BenchmarkRun, config_of, local_context, train_in, trial_class_of
 
-from model_def import EfficientDetTrial
-from shared.config.schema import SearcherMetric
-from shared.training.background import Background
-from shared.training.context import trial_context
-from shared.training.engine import train
-from shared.training.local_run import LocalRun
-from shared.training.loggers import Loggers
-from shared.training.processes import local_processes
-from shared.training.run_folder import RunFolder
+from shared.training.saving import checkpoint_state
+
+WAYS = ("background", "in_line")  # the engine saves after every second period
 
 
-def experiment(arguments: argparse.Namespace) -> dict:
-    return {
-        "data": {"backend": "fake", "workers": 0},
-        "hyperparameters": {
-            "global_batch_size": 2,
-            "model": arguments.model,
-            "pretrained": "none",
-            "input_size": 128,
-            "opt": "adamw",
-            "lr": 0.0001,
-            "model_ema_decay": 0.9998,
-            "warmup_epochs": 0,
-            "cooldown_epochs": 0,
-        },
-        "searcher": {"max_length": {"batches": arguments.period * (2 * arguments.saves + 2)}, "metric": "bbox_mAP"},
-        "min_checkpoint_period": {"batches": arguments.period},
-        "scheduling_unit": 10**6,
-        "checkpoint_policy": "none",
-    }
+class _Measured(Exception):
+    """Both ways have their saves."""
 
 
-class Timed(EfficientDetTrial):
-    """Notes when batches begin and end."""
+def saving(model: str = "tf_efficientdet_d6", saves: int = 7, period: int = 6, upload: float = 0.0) -> dict:
+    """
+    model: whose state is saved
+    saves: of each way; the first of each warms up
+    period: batches between two saves
+    upload: seconds that each save takes longer, as for a store that is far away
+    """
+    logging.getLogger("determined").setLevel(logging.ERROR)
+    waits = {way: [] for way in (*WAYS, "none")}
+    batches = {way: [] for way in WAYS}  # seconds of the batches until the next save
 
-    def __init__(self, *arguments: Any, **named: Any):
-        self.begun: list[float] = []
-        self.ended: list[float] = []
-        super().__init__(*arguments, **named)
+    class Stored(BenchmarkRun):
+        def store(self, *arguments) -> None:
+            super().store(*arguments)
+            time.sleep(upload)
 
-    def before_batch(self, number: int) -> None:
-        self.begun.append(time.perf_counter())
-        super().before_batch(number)
+    class Watched(trial_class_of("efficientdet")):
+        __module__ = "model_def"  # whose folder a checkpoint copies
+        ended, saved_at, way = time.perf_counter(), 0.0, "none"
 
-    def after_batch(self, number: int) -> None:
-        super().after_batch(number)
-        self.ended.append(time.perf_counter())
+        def before_batch(self, number: int) -> None:
+            now = time.perf_counter()
+            waits[self.way].append(now - self.ended)
+            if self.way != "none":
+                self.saved_at, self.way = now, "none"
+            super().before_batch(number)
 
+        def after_batch(self, number: int) -> None:
+            super().after_batch(number)
+            self.ended = time.perf_counter()
+            turn, rest = divmod(number + 1, period)
+            if rest:
+                return
+            if turn > 1:
+                batches[WAYS[(turn - 1) % 2]].append(self.ended - self.saved_at)
+            if turn > 2 * saves:
+                raise _Measured
+            self.way = WAYS[turn % 2]
+            if self.way == "in_line":
+                training = self.training_state()
+                state = checkpoint_state(self.context, self.plain_model, self.scaler, training)
+                torch.save(state, f"{folder}/in_line")
+                time.sleep(upload)
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tf_efficientdet_d6")
-    parser.add_argument("--saves", type=int, default=7, help="of each way; the first of each warms up")
-    parser.add_argument("--period", type=int, default=6, help="batches between two saves")
-    parser.add_argument("--upload", type=float, default=0.0, metavar="SECONDS")
-    arguments = parser.parse_args()
-    begin, number = Background.begin, itertools.count()
-
-    def save(background: Background, work: Callable[[], None]) -> None:
-        begin(background, lambda: (work(), time.sleep(arguments.upload)))
-        if next(number) % 2:
-            background.wait()
-
-    config, folder = experiment(arguments), RunFolder(Path(tempfile.mkdtemp()))
-    with (
-        mock.patch.object(Background, "begin", save),
-        local_processes() as processes,
-        trial_context(config, *processes) as context,
-    ):
-        trial = Timed(context)
-        folder.prepare(ROOT / "efficientdet")
-        train(trial, LocalRun(folder, Loggers(), SearcherMetric("bbox_mAP", False), "none", is_chief=True))
-    shutil.rmtree(folder.path)
-    parameters = sum(parameter.numel() for parameter in trial.plain_model.parameters())
-    figures = {"model": arguments.model, "parameters": parameters, "upload_s": arguments.upload}
-    saves = range(arguments.period, len(trial.begun), arguments.period)  # the last one is that of the end
-    for way, first in (("beside", 0), ("in_line", 1)):
-        stood = [trial.begun[at] - trial.ended[at - 1] for at in saves[first::2]][1:]
-        after = [(trial.ended[at + arguments.period - 1] - trial.begun[at]) for at in saves[first::2]][1:-1]
-        figures[f"{way}_stands_still_s"] = round(statistics.median(stood), 3)
-        figures[f"{way}_batches_after_s"] = round(statistics.median(after), 3)
-    print(json.dumps(figures, indent=1))
+    options = {"global_batch_size": 2, "model": model, "pretrained": "none", "input_size": 128, "opt": "adamw"}
+    options |= {"lr": 0.0001, "model_ema_decay": 0.9998, "warmup_epochs": 0, "cooldown_epochs": 0}
+    config = config_of(None, options) | {"min_checkpoint_period": {"batches": 2 * period}, "scheduling_unit": 10**6}
+    with local_context(config) as context, tempfile.TemporaryDirectory() as folder:
+        trial = Watched(context)
+        with contextlib.suppress(_Measured):
+            train_in(trial, Path(folder), Stored)
+    without = statistics.median(waits["none"])
+    figures = {"model": model, "parameters": sum(p.numel() for p in trial.plain_model.parameters()), "upload_s": upload}
+    for way in WAYS:
+        figures[f"{way}_waits_s"] = round(statistics.median(waits[way][1:]) - without, 3)
+        figures[f"{way}_batches_after_s"] = round(statistics.median(batches[way][1:]), 3)
+    return figures
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, saving)

@@ -1,37 +1,26 @@
-"""EfficientDet's training step, in a Determined trial as users run it, against another loop over the same model.
+"""EfficientDet's training step in our engine, against another loop over the same model.
 
-Without `--upstream`: a plain PyTorch loop with the same loader, optimizer, clipping, schedule and EMA. With `--upstream
-DIR`, a checkout of github.com/rwightman/efficientdet-pytorch: the `train_epoch` of its train.py, on its own loader.
-Blocks of batches of the two sides alternate in one process; reported is the ratio of each pair of blocks.
+The other loop is plain PyTorch with the same loader, optimizer, clipping, schedule and EMA. With `--upstream DIR`, a
+checkout of github.com/rwightman/efficientdet-pytorch, it is the `train_epoch` of its train.py, on its own loader.
 """
 
-import argparse
 import contextlib
-import copy
 import importlib.util
 import io
 import itertools
-import json
-import logging
-import sys
-import tempfile
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "efficientdet")]
-
-from interleaved import switch, time_against
-from local_context import local_context
+from against import compare_steps
+from command_line import main
+from side_by_side import trial_class_of
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 
-from coco_files import data_folder
-from model_def import EfficientDetTrial
 from shared.data.loading import PrefetchLoader
+from shared.data.samplers import TrainingBatchSampler
 
 SMALL = {
     "model": "efficientdet_d0",
@@ -40,51 +29,34 @@ SMALL = {
     "input_size": 256,
 }
 FULL = {"model": "tf_efficientdet_d0", "amp": "fp16"}
+COMMON = {"pretrained": "none", "lr": 0.001, "model_ema_decay": 0.9998, "warmup_epochs": 0, "cooldown_epochs": 0}
 
 
-def experiment(arguments, folder: Path, annotations: dict[str, Path], batches: int) -> dict:
-    return {
-        "data": {
-            **{s: {"annotations": str(p), "images": str(folder / f"{s}2017")} for s, p in annotations.items()},
-            "cache_dir": str(folder / "cache"),
-            "workers": arguments.workers,
-        },
-        "hyperparameters": {
-            "global_batch_size": arguments.batch_size,
-            "pretrained": "none",
-            "lr": 0.001,
-            "model_ema_decay": 0.9998,
-            "warmup_epochs": 0,
-            "cooldown_epochs": 0,
-            **(FULL if arguments.full else SMALL),
-            **dict(arguments.set),
-        },
-        "searcher": {"max_length": {"batches": batches}, "metric": "bbox_mAP", "smaller_is_better": False},
-        "scheduling_unit": 100,
-        "checkpoint_policy": "none",
-    }
-
-
-def plain_loop(trial: EfficientDetTrial, amp: str | None):
-    """A loop without any framework, over a model like the trial's, but for its switches. Returns a function that trains
-    `count` batches."""
-    trial = copy.copy(trial)
-    trial.hparams = replace(trial.hparams, amp=amp, channels_last=False, torch_compile=False)
-    model = trial.build_model().to(trial.context.device).train()
+def plain_loop(trial, amp: str | None) -> Callable[[int], None]:
+    """A loop without any framework, over a model like the trial's."""
     hparams, device = trial.hparams, trial.context.device
+    model = trial.build_model().to(device).train()
     optimizer = create_optimizer_v2(
         model, opt=hparams.opt, lr=hparams.lr, weight_decay=hparams.weight_decay, momentum=hparams.momentum
     )
     scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=10, warmup_epochs=0, cooldown_epochs=0)
     ema = ModelEmaV3(model, decay=hparams.model_ema_decay)
-    scaler = torch.amp.GradScaler("cuda", enabled=hparams.amp == "fp16")
-    loader = trial.training_batch_loader(0)
-    batches = iter(PrefetchLoader(loader, device, lambda batch, number: trial.prepare(batch, number)))
+    scaler = torch.amp.GradScaler("cuda", enabled=amp == "fp16")
+    sampler = TrainingBatchSampler(trial.training_groups(), trial.per_slot_batch_size, seed=0)
+    collate = trial.collate(training=True)
+    loader = torch.utils.data.DataLoader(
+        trial.training_dataset(),
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=trial.data.workers,
+        pin_memory=device.type == "cuda",
+    )
+    batches = iter(PrefetchLoader(loader, device, trial.prepare))
     steps = itertools.count(1)
 
     def train(count: int) -> None:
         for batch in itertools.islice(batches, count):
-            with trial.autocast():
+            with torch.autocast("cuda", torch.float16, enabled=amp == "fp16"):
                 loss = model(batch.images, batch.targets)["loss"]
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -99,7 +71,7 @@ def plain_loop(trial: EfficientDetTrial, amp: str | None):
 
 
 class _Limited:
-    """`count` batches of an endless loader, with the length that upstream's loop asks for."""
+    """`count` batches of an endless loader, with the length that upstream's loop needs."""
 
     def __init__(self, batches, count: int):
         self.batches, self.count = batches, count
@@ -111,8 +83,8 @@ class _Limited:
         return self.count
 
 
-def upstream_loop(trial: EfficientDetTrial, checkout: Path, root: Path):
-    """Upstream's train.py: its parser, loader and `train_epoch`, with the options that our trial has."""
+def upstream_loop(trial, checkout: Path, root: Path) -> Callable[[int], None]:
+    """Upstream's train.py: its parser, loader and `train_epoch`, with the trial's options."""
     spec = importlib.util.spec_from_file_location("upstream_train", checkout / "train.py")
     train_py = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(train_py)
@@ -128,69 +100,47 @@ def upstream_loop(trial: EfficientDetTrial, checkout: Path, root: Path):
         args.model, bench_task="train", num_classes=90, pretrained_backbone=False, bench_labeler=False
     )
     model = model.to(device)
-    config = model.config
     optimizer = train_py.create_optimizer(args, model)
     scaler = train_py.utils.NativeScaler() if hparams.amp == "fp16" else None
     autocast = trial.autocast if hparams.amp else contextlib.nullcontext
     ema = train_py.utils.ModelEmaV2(model, decay=hparams.model_ema_decay)
     scheduler, _ = train_py.create_scheduler(args, optimizer)
     with contextlib.redirect_stdout(io.StringIO()):
-        loader, _, _ = train_py.create_datasets_and_loaders(args, config)
-
-    def endless():
-        while True:
-            yield from loader
-
-    batches = endless()
-
-    def train(count: int) -> None:
-        train_py.train_epoch(
-            0,
-            model,
-            _Limited(batches, count),
-            optimizer,
-            args,
-            lr_scheduler=scheduler,
-            amp_autocast=autocast,
-            loss_scaler=scaler,
-            model_ema=ema,
-        )
-
-    return train
+        loader, _, _ = train_py.create_datasets_and_loaders(args, model.config)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    tools = {"lr_scheduler": scheduler, "amp_autocast": autocast, "loss_scaler": scaler, "model_ema": ema}
+    return lambda count: train_py.train_epoch(0, model, _Limited(batches, count), optimizer, args, **tools)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--set", type=switch, nargs="+", default=[], metavar="KEY=VALUE", help="of our side, such as amp=bf16"
-    )
-    parser.add_argument("--full", action="store_true", help="EfficientDet-D0 at 512 pixels with fp16, for a GPU")
-    parser.add_argument("--upstream", type=Path, help="a checkout of upstream; with --full")
-    parser.add_argument("--coco", type=Path, help="a COCO folder (annotations/, train2017/, val2017/) to read from")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--blocks", type=int, default=15)
-    parser.add_argument("--block", type=int, default=10, help="batches a block")
-    parser.add_argument("--images", type=int, default=200)
-    arguments = parser.parse_args()
-    logging.getLogger("determined").setLevel(logging.ERROR)
+def training_step(
+    set_: dict = {},  # noqa: B006
+    full: bool = False,
+    upstream: Path | None = None,
+    source: Path | None = None,
+    batch_size: int = 4,
+    workers: int = 0,
+    blocks: int = 15,
+    block: int = 10,
+    images: int = 200,
+) -> dict:
+    """
+    set_: hyperparameters of our side only, such as amp=bf16
+    full: EfficientDet-D0 at 512 pixels with fp16, for a GPU
+    upstream: a checkout of upstream; with --full
+    source: a COCO folder; default: synthetic images
+    blocks: timed blocks of each side
+    block: batches per block
+    """
     torch.backends.cudnn.benchmark = True  # as upstream's train.py
-    batches = arguments.block * (arguments.blocks + 3)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "coco"
-        annotations = data_folder(arguments.coco, arguments.images, folder)
-        config = experiment(arguments, folder, annotations, batches)
-        with local_context(config) as context:
-            trial = EfficientDetTrial(context)
-            other = (
-                upstream_loop(trial, arguments.upstream, folder)
-                if arguments.upstream
-                else plain_loop(trial, FULL["amp"] if arguments.full else None)
-            )
-            against = "upstream" if arguments.upstream else "plain_loop"
-            measured = time_against(trial, context, other, arguments.blocks, arguments.block, against, 10**8)
-    print(json.dumps({**dict(arguments.set), **measured}, indent=1))
+
+    def loop(trial, folder: Path) -> Callable[[int], None]:
+        return upstream_loop(trial, upstream, folder) if upstream else plain_loop(trial, FULL["amp"] if full else None)
+
+    hyperparameters = {"global_batch_size": batch_size, **COMMON, **(FULL if full else SMALL), **dict(set_)}
+    name, data = "upstream" if upstream else "plain_loop", (source, images, workers)
+    trial_class = trial_class_of("efficientdet")
+    return {**dict(set_), **compare_steps(trial_class, name, loop, hyperparameters, data, (blocks, block))}
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, training_step)

@@ -1,5 +1,6 @@
 """What the documents promise is held by tests that exist."""
 
+import ast
 import re
 import shlex
 import sys
@@ -99,3 +100,44 @@ def test_the_versions_that_contributing_lists_are_those_installed(column, file):
             assert any(name in names and version.startswith(listed) for name, version in pinned), (row[1], listed)
             checked += 1
     assert checked >= 7
+
+
+def benchmark_commands() -> list[tuple[str, str, str]]:
+    """The page, the script and the arguments of each benchmark in the pages and the Makefile."""
+    found = []
+    for page in [*pages(), ROOT / "Makefile"]:
+        text = page.read_text().replace("\\\n", " ")
+        for line in re.findall(r"^    .*\n(?:    .*\n)*|`[^`]+`|.+", text, re.MULTILINE):
+            found += [
+                (str(page.relative_to(ROOT)), script, " ".join(arguments.split()))
+                for script, arguments in re.findall(r"benchmarks/(\w+\.py)([^`|&;<]*)", line)
+            ]
+    return found
+
+
+def options_of_benchmark(script: str) -> dict[str, set[str]]:
+    """The options of each command that a benchmark's `main` takes. A benchmark may use another one's commands."""
+    tree = ast.parse((ROOT / "benchmarks" / script).read_text())
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "main":
+            named = [argument.id for argument in node.args[1:]]
+            return {
+                name.replace("_", "-"): {a.arg.strip("_").replace("_", "-") for a in functions[name].args.args}
+                for name in named
+            }
+    imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return options_of_benchmark(next(f"{name}.py" for name in imported if name == "against"))
+
+
+@pytest.mark.parametrize(("page", "script", "arguments"), benchmark_commands())
+def test_each_benchmark_that_a_page_names_takes_its_arguments(page, script, arguments):
+    assert (ROOT / "benchmarks" / script).exists()
+    if not arguments or "$" in arguments:
+        return
+    commands, words = options_of_benchmark(script), shlex.split(arguments)
+    options = next(iter(commands.values()))
+    if len(commands) > 1:
+        assert words[0] in commands, f"{script} has the commands {', '.join(commands)}"
+        options = commands[words[0]]
+    assert {word.removeprefix("--") for word in words if word.startswith("--")} <= options

@@ -105,14 +105,14 @@ def test_benchmarks_measure_the_device_that_torch_can_use(tmp_path, monkeypatch,
     lists_gpu.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from local_context import device_name, local_context
+    from side_by_side import config_of, device_name, local_context
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: of_torch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     assert len(gpu.get_gpu_uuids()) == (not of_torch)
-    with local_context({"hyperparameters": {"global_batch_size": 2}}) as context:
+    with local_context(config_of(None, {"global_batch_size": 2})) as context:
         assert context.device.type == ("cuda" if of_torch else "cpu")
         assert device_name(context.device) == ("a GPU" if of_torch else "cpu")
 

@@ -29,7 +29,7 @@ from shared.data.loading import map_tensors
 from shared.training.checkpoints import load_state
 
 sys.path.append(str(ROOT / "benchmarks"))
-from synchronisations import site, watch_synchronisations
+from side_by_side import site, watch_synchronisations
 
 pytestmark = [
     pytest.mark.gpu,

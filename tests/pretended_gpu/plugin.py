@@ -18,11 +18,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 install()
 torch.version.cuda = torch.version.cuda or "pretended"
 
-import synchronisations
+import side_by_side
 
 from shared.commands import train
 
-synchronisations.PYTORCH.append(HERE)
+side_by_side.PYTORCH.append(HERE)
 _train_locally = train.train_locally
 
 

@@ -17,7 +17,7 @@ if __name__ == "__main__":
         sys.exit(f"unsupported: {error}")
     del sys.argv[0]
     sys.path[0] = str(Path(sys.argv[0]).parent)
-    import synchronisations
+    import side_by_side
 
-    synchronisations.PYTORCH.append(HERE)  # a benchmark reports the places outside of it where the host waits
+    side_by_side.PYTORCH.append(HERE)  # a benchmark reports the places outside of it where the host waits
     runpy.run_path(sys.argv[0], run_name="__main__")

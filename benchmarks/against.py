@@ -1,0 +1,182 @@
+"""What the benchmarks against a detector's library share: `step`, `memory` and `evaluation`."""
+
+import contextlib
+import io
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from command_line import main
+from memory import with_workers
+from side_by_side import config_of, time_against
+
+from coco_files import PER_IMAGE, data_folder, diamonds, make_file
+from shared.data.annotations import CocoAnnotations
+from shared.evaluation.evaluator import CocoEvaluator
+from shared.training.trial import DetectionTrial
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How one side evaluates the diamonds.
+
+    Attributes:
+        add: takes one image's output of the model.
+        compute: returns the mAP of the last IoU type.
+    """
+
+    add: Callable[[Any, int], None]
+    compute: Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Library:
+    """The other side.
+
+    Attributes:
+        small, full: hyperparameters for a CPU, and for a GPU.
+        loop: takes the trial, the COCO folder and the number of workers; returns what trains as many batches as its
+            argument.
+        data_sets: takes a COCO file; returns how to open and how to read it, of ours and of the library's.
+        output: makes the model's output of an image from boxes, scores, labels, and masks or None.
+        to_detections: ours; takes such an output and the image's id.
+        evaluations: takes a COCO file and the IoU types; returns the library's evaluations by name.
+        ranks: numbers of processes whose memory is measured.
+    """
+
+    name: str
+    trial_class: type[DetectionTrial]
+    small: dict[str, Any]
+    full: dict[str, Any]
+    loop: Callable
+    data_sets: Callable
+    output: Callable
+    to_detections: Callable
+    evaluations: Callable
+    ranks: tuple[int, ...] = (1,)
+
+
+def compare_steps(
+    trial_class: type[DetectionTrial],
+    name: str,
+    loop: Callable,
+    hyperparameters: dict[str, Any],
+    data: tuple[Path | None, int, int],
+    blocks: tuple[int, int],
+) -> dict:
+    """Times the trial's steps against a loop on the same images, see `time_against`.
+
+    Args:
+        loop: takes the trial and the COCO folder; returns what trains as many batches as its argument.
+        data: a COCO folder to repeat or None, how many images to train on, and the workers.
+        blocks: timed blocks of each side, and batches per block.
+    """
+    logging.getLogger("determined").setLevel(logging.ERROR)
+    source, images, workers = data
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "coco"
+        data_folder(source, folder, train=images)
+        config = config_of(folder, hyperparameters, workers=workers)
+        return time_against(trial_class, config, lambda trial: loop(trial, folder), *blocks, name)
+
+
+def run(about: str, library: Library) -> None:
+    """The command line of a comparison with a library."""
+
+    def step(
+        source: Path | None = None,
+        full: bool = False,
+        blocks: int = 7,
+        block: int = 10,
+        batch_size: int = 2,
+        workers: int = 1,
+        images: int = 400,
+        set_: dict = {},  # noqa: B006
+    ) -> dict:
+        """Seconds per training step in our engine, against the library's own loop, data set and loader.
+
+        source: a COCO folder; default: synthetic images
+        full: at the full size, for a GPU
+        blocks: timed blocks of each side
+        block: batches per block
+        set_: hyperparameters of our side only, such as amp=bf16
+        """
+        hyperparameters = {"global_batch_size": batch_size, **(library.full if full else library.small), **dict(set_)}
+
+        def loop(trial: DetectionTrial, folder: Path) -> Callable[[int], None]:
+            return library.loop(trial, folder, workers)
+
+        data = (source, images, workers)
+        measured = compare_steps(library.trial_class, library.name, loop, hyperparameters, data, (blocks, block))
+        return {"config": hyperparameters["config_file"], **dict(set_), **measured}
+
+    def memory(source: Path | None = None, images: int = 118_287) -> dict:
+        """What a data set and the four loader workers of a process add, once each has read every record (sum of PSS).
+
+        source: a COCO file to repeat; default: synthetic data
+        images: of the repeated file
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "instances.json"
+            measured = dict(zip(("images", "annotations"), make_file(source, path, images), strict=True))
+            CocoAnnotations.open(path)
+            for ranks in library.ranks:
+                found = {}
+                for side, (opener, reader) in zip(("ours", library.name), library.data_sets(path), strict=True):
+                    seconds, gib = with_workers(opener, reader, ranks)
+                    found |= {f"{side}_open_seconds": round(seconds, 3), f"{side}_added_gib": round(gib, 3)}
+                measured[f"{ranks} processes"] = found
+        return measured
+
+    def evaluation(images: int = 5000) -> dict:
+        """Seconds from the model's outputs to the metrics, of boxes and masks.
+
+        images: 15 objects each
+        """
+        measured: dict[str, Any] = {"images": images, "detections": images * PER_IMAGE}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "truth.json"
+            path.write_text(json.dumps(diamonds(images)[0]))
+            for iou_types in (("bbox",), ("bbox", "segm")):
+                measured[" and ".join(iou_types)] = _evaluate(library, path, images, iou_types)
+        return measured
+
+    main(about, step, memory, evaluation)
+
+
+def _evaluate(library: Library, path: Path, images: int, iou_types: tuple[str, ...]) -> dict:
+    evaluator = CocoEvaluator(CocoAnnotations.open(path), iou_types)
+    evaluator.open_truth()
+
+    def add(output: Any, image_id: int) -> None:
+        evaluator.update([library.to_detections(output, image_id)])
+
+    sides = {"ours": Evaluation(add, lambda: evaluator.compute()[f"{iou_types[-1]}_mAP"])}
+    with contextlib.redirect_stdout(io.StringIO()):
+        sides |= library.evaluations(path, iou_types)
+        adding, computing, maps = dict.fromkeys(sides, 0.0), {}, {}
+        for image_id, boxes, scores, labels, masks in diamonds(images)[1]:
+            output = library.output(boxes, scores, labels, masks if "segm" in iou_types else None)
+            for name, side in sides.items():
+                started = time.perf_counter()
+                side.add(output, image_id)
+                adding[name] += time.perf_counter() - started
+        for name, side in sides.items():
+            started = time.perf_counter()
+            maps[name] = side.compute()
+            computing[name] = time.perf_counter() - started
+    total = {name: adding[name] + computing[name] for name in sides}
+    return {
+        name: {
+            "encode_seconds": round(adding[name], 3),
+            "compute_seconds": round(computing[name], 3),
+            "times_ours": round(total[name] / total["ours"], 2),
+            "mAP": round(maps[name], 4),
+        }
+        for name in sides
+    }
