@@ -63,6 +63,7 @@ from detectron2_files.model import (
     build_optimizer,
     compiled_parts,
     group_processes_of_machine,
+    keep_detections,
     losses_of_step,
     measure_batch_statistics,
     pool_in_float32,
@@ -70,7 +71,7 @@ from detectron2_files.model import (
 )
 from detectron2_files.pixels import with_quick_resizing
 from detectron2_files.weights import categories_of_checkpoint, find_weights, load_weights_into, zoo_weights
-from shared.config.schema import PUBLISHED, Length, Split
+from shared.config.schema import PUBLISHED, Length, Split, parse_section
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
@@ -312,8 +313,20 @@ class Detectron2Trial(DetectionTrial):
                 raise UserError(f"the data set {data.names[0]} cannot be evaluated here: {error}") from error
         sigmas = self.detectron2_config.keypoint_sigmas or None
         return CocoEvaluator(
-            data.annotations, self.iou_types, keypoint_sigmas=sigmas, gather=self.context.distributed.gather
+            data.annotations,
+            self.iou_types,
+            keypoint_sigmas=sigmas,
+            gather=self.context.distributed.gather,
+            max_detections=self.hparams.max_detections or self.detectron2_config.scored_detections,
         )
+
+    @classmethod
+    def scored_detections(cls, hyperparameters: Mapping[str, Any]) -> int | None:
+        given = super().scored_detections(hyperparameters)
+        if given is not None or not hyperparameters.get("config_file"):
+            return given
+        hparams = parse_section(hyperparameters, cls.hyperparameters_class, "hyperparameters")
+        return load_detectron2_config(hparams, Path(__file__).parent).scored_detections
 
     def collate(self, training: bool) -> Callable[[list], Batch]:
         return collate
@@ -327,6 +340,8 @@ class Detectron2Trial(DetectionTrial):
             counts = self.train_data.class_counts
         set_class_counts(config, counts, self._overridden)
         model = build_model(config)
+        if self.hparams.max_detections is not None:
+            keep_detections(model, self.hparams.max_detections)
         if self.hparams.amp == "bf16":
             pool_in_float32(model)
         if self.first_batch == 0 and (source := self._weights()):

@@ -69,7 +69,16 @@ from mmdetection_files.data import (
     trained_images,
     trains_masks,
 )
-from mmdetection_files.evaluation import OwnEvaluator, OwnResult, own_arguments, to_detections, to_own_result
+from mmdetection_files.evaluation import (
+    OwnEvaluator,
+    OwnResult,
+    check_evaluation,
+    keep_detections,
+    own_arguments,
+    scored_detections,
+    to_detections,
+    to_own_result,
+)
 from mmdetection_files.hooks import EMA_HOOKS, MomentumEma, StepRunner, hook_config, mode_switch
 from mmdetection_files.model import (
     PYTHON_STATE,
@@ -93,7 +102,7 @@ from mmdetection_files.receptive_field import init_receptive_fields, is_searchin
 from mmdetection_files.saved_config import RESOLVED_CONFIG, write_resolved
 from mmdetection_files.switches import take_up_switches
 from shared.config.file import find_path
-from shared.config.schema import PUBLISHED, Split
+from shared.config.schema import PUBLISHED, Split, parse_section
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
@@ -139,6 +148,14 @@ class MMDetectionTrial(DetectionTrial):
             "scale_schedule": None,
             **own_code(checkpoint, own, Path(__file__).parent),
         }
+
+    @classmethod
+    def scored_detections(cls, hyperparameters: Mapping[str, Any]) -> int | None:
+        given = super().scored_detections(hyperparameters)
+        if given is not None or not hyperparameters.get("config_file"):
+            return given
+        hparams = parse_section(hyperparameters, cls.hyperparameters_class, "hyperparameters")
+        return scored_detections(load_mmdet_config(hparams, Path(__file__).parent))
 
     @classmethod
     def input_scale(cls, hparams: MMDetectionHyperparameters) -> InputScale | None:
@@ -193,6 +210,8 @@ class MMDetectionTrial(DetectionTrial):
                 f"hyperparameters.validation_loss: the {what} of the MMDetection config is evaluated by MMDetection's "
                 "own data set, which gives no targets; leave it out"
             )
+        if self.evaluates_coco:
+            check_evaluation(self.mmdet_config)
         self.iou_types = tuple(m for m in ("bbox", "segm") if m in metrics) or ("bbox",)
 
     def default_lengths(self) -> dict[str, Any]:
@@ -338,6 +357,8 @@ class MMDetectionTrial(DetectionTrial):
             self.categories = PROPOSAL_CATEGORIES
         set_num_classes(self.mmdet_config, len(self.categories))
         config = deepcopy(self.mmdet_config)
+        if self.hparams.max_detections is not None:
+            keep_detections(config, self.hparams.max_detections)
         starts_anew = self.for_training and self.first_batch == 0
         if self.hparams.weights is not None or not starts_anew:
             without_pretrained_backbone(config)

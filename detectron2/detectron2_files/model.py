@@ -47,6 +47,20 @@ def build_model(config: Detectron2Config) -> nn.Module:
     return model
 
 
+def keep_detections(model: nn.Module, count: int) -> None:
+    """The model keeps so many detections per image, in each head that has the number.
+
+    Raises:
+        UserError: no head has it.
+    """
+    names = ("test_topk_per_image", "max_detections_per_image")
+    found = [(module, name) for module in model.modules() for name in names if hasattr(module, name)]
+    if not found:
+        raise UserError("hyperparameters.max_detections: the model has no such number. Fix: omit it")
+    for module, name in found:
+        setattr(module, name, count)
+
+
 def build_optimizer(config: Detectron2Config, model: nn.Module) -> torch.optim.Optimizer:
     """The config's optimizer.
 

@@ -176,6 +176,8 @@ class YamlConfig:
     def keypoint_sigmas(self) -> tuple[float, ...]:
         return tuple(self.cfg.TEST.KEYPOINT_OKS_SIGMAS)
 
+    scored_detections = None  # COCOEvaluator takes the number from Python configs only
+
     @property
     def polygon_masks(self) -> bool:
         return self.cfg.MODEL.MASK_ON and self.cfg.INPUT.MASK_FORMAT == "polygon"

@@ -215,6 +215,7 @@ class Results:
                 iou_types=trial.iou_types,
                 image_ids=found.images.tolist(),
                 keypoint_sigmas=trial.evaluator.keypoint_sigmas,
+                max_detections=trial.evaluator.max_detections,
                 about=self._about(shipped),
             )
         except Exception as error:  # whatever it is, the training is complete and saved
