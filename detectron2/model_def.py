@@ -205,9 +205,9 @@ class Detectron2Trial(DetectionTrial):
             elif "segm" in self.iou_types:
                 check_masks(val.annotations, "val")
         mapper = self._mapper(True, describe(train.categories))
-        if "keypoints" in self.iou_types and (swapped := check_keypoint_flips(mapper, train.categories)):
-            if self.rank == 0:
-                logger.info("keypoints that a horizontal flip swaps: %s", swapped)
+        swapped = check_keypoint_flips(mapper, train.categories) if "keypoints" in self.iou_types else ""
+        if swapped and self.rank == 0:
+            logger.info("keypoints that a horizontal flip swaps: %s", swapped)
         self.train_samples = CocoSamples(train, mapper, config.train_set, self.seed, self.bad_images)
         return train, val
 

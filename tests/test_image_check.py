@@ -112,6 +112,8 @@ def test_subfolders_count_and_names_need_not_be_plain(data, looks, tmp_path):
     [
         ("000003.PNG", "000003.png", r"'000003.PNG' is there, and .* says '000003.png': upper and lower case count"),
         ("a/3.png", "a\\3.png", r"'a/3.png' is there, and .*: write / for \\ in its names"),
+        ("3.png", "val\\3.png", r"'3.png' is there, and .*: write / for \\ in its names, and omit val/"),
+        ("é 0.png", "%C3%A9%200.png", r"'é 0.png' is there, and .* %C3%A9 an é\. `python3 .* decodes the names"),
         ("in/3.png", "3.png", r"in/3.png is there: say `images: \S+/val/in`, or put in/ before the names"),
         ("3.png", "val/3.png", r"/val/3.png is there: say `images: \S+/data`, or leave val/ out of the names"),
         ("3.png", "x/y/3.png", r"'3.png' is there, .*: names have the folders below the one of the images"),

@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
+from urllib.parse import unquote
 
 import hotcoco
 import msgspec
@@ -175,6 +176,11 @@ def _found_instead(folder: Path, name: str) -> str:
     wanted = PurePosixPath(name.replace("\\", "/"))
     above = PurePosixPath(*wanted.parts[1:])
     if len(wanted.parts) > 1 and folder.name == wanted.parts[0] and (folder / above).is_file():
+        if "\\" in name:
+            return (
+                f"; {str(above)!r} is there, and the annotation file says {name!r}: write / for \\ in its names, and "
+                f"omit {wanted.parts[0]}/. `python3 -m shared convert coco FILE OUTPUT --images {folder}` does both"
+            )
         return (
             f"; {folder / above} is there: say `images: {folder.parent}`, or leave {wanted.parts[0]}/ out of the names"
         )
@@ -192,6 +198,12 @@ def _found_instead(folder: Path, name: str) -> str:
             if unicodedata.normalize("NFC", str(path)) == unicodedata.normalize("NFC", name):
                 return f"{told}the same letters in other Unicode (NFC and NFD); rename the files or the names"
             return f"{told}upper and lower case count; rename the files or the names"
+        decoded = unquote(wanted.name)
+        if decoded != wanted.name and plain(path.name) == plain(decoded):
+            return (
+                f"{told}%20 is a space there, and %C3%A9 an é. `python3 -m shared convert coco FILE OUTPUT --images "
+                f"{folder}` decodes the names"
+            )
         if plain(path.name) == plain(wanted.name):
             deeper = path.parts[: len(path.parts) - len(wanted.parts)]
             if path.parts[len(deeper) :] == wanted.parts:
