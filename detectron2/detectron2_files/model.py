@@ -133,6 +133,8 @@ def apply_backend_options(config: Detectron2Config, for_training: bool) -> None:
     Raises:
         UserError: the precision is not one of PyTorch's.
     """
+    # its line about is_fx_tracing, one per rank, is for those who write libraries
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     torch.backends.cudnn.benchmark = for_training and config.cudnn_benchmark
     if precision := config.float32_precision:
         if precision not in _PRECISIONS:

@@ -95,6 +95,7 @@ def _boxes_in_use(annotations: CocoAnnotations) -> Iterator[tuple[np.ndarray, np
 
 _LONGEST_PATH = 4096  # bytes
 _TRIED_FOR_DARKNESS = 4
+_SKIP = ". Fix: add them, or give data.on_bad_image: skip to omit them"
 _MAX_SEARCHED = 200_000  # files, for the real name of a missing one
 
 
@@ -120,7 +121,8 @@ def check_images(annotations: CocoAnnotations, images: ImageStorage, where: str,
         look = images.look(annotations.file_names)
         if look.missing and (not skip or look.missing == len(annotations)):
             found = _found_instead(images.folder, look.first_missing) if isinstance(images, DiskImages) else ""
-            raise UserError(message(look) + found)
+            skips = "" if found or look.missing == len(annotations) else _SKIP
+            raise UserError(f"{message(look)}{found}{skips}")
         return look
 
     if annotations.cache is None or images.place is None:
