@@ -361,3 +361,12 @@ def test_max_detections_is_what_the_heads_keep():
     assert head.test_topk_per_image == 300
     with pytest.raises(UserError, match=r"hyperparameters\.max_detections: the model has no such number"):
         keep_detections(torch.nn.Linear(1, 1), 300)
+
+
+@pytest.mark.parametrize("base", ["../COCO-Detection/retinanet_R_50_FPN_1x.yaml", "Base-RetinaNet.yaml"])
+def test_base_of_a_yaml_config_names_one_of_the_zoo(tmp_path, base):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/mine.yaml").write_text(f"_BASE_: {base}\nSOLVER: {{BASE_LR: 0.5}}\n")
+    config = load("configs/mine.yaml", tmp_path)
+    assert config.cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    assert config.learning_rate == 0.5

@@ -535,3 +535,18 @@ def test_max_detections_is_what_the_head_keeps():
     assert config.model.test_cfg.rpn.max_per_img == 1000
     with pytest.raises(UserError, match=r"hyperparameters\.max_detections: test_cfg .* has no max_per_img"):
         keep_detections(Config({"model": {"test_cfg": {}}}), 300)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'\n", "mmdet::"),
+        ("model = dict(type='RetinaNet')\noptim_wrapper = dict(type='OptimWrapper')\n", "optim_wrapper"),
+        ("train_dataloader=dict(batch_size=2)\nmodel = dict(type='RetinaNet')\n", "train_dataloader"),
+    ],
+)
+def test_a_config_of_mmdetection_3_is_named_as_one(tmp_path, text, found):
+    (tmp_path / "three.py").write_text(text)
+    hparams = MMDetectionHyperparameters(config_file=str(tmp_path / "three.py"), global_batch_size=2)
+    with pytest.raises(UserError, match=rf"three\.py is a config of MMDetection 3, which has '{found}'"):
+        load_mmdet_config(hparams, tmp_path)
