@@ -30,7 +30,7 @@ from detectron2_files import model as models
 from detectron2_files.evaluation import OwnEvaluator, OwnResult, detect, own_evaluator
 from detectron2_files.pixels import with_quick_resizing
 from detectron2_files.weights import categories_of_checkpoint, load_weights_into, start_of
-from shared.config.schema import Length
+from shared.config.schema import Length, parse_section
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
@@ -140,6 +140,9 @@ class Detectron2Trial(DetectionTrial):
             return train, val
         opening.check_together(config, train, val, self.validates_loss)
         mapper = self._mapper(True, data_sets.describe(train.categories))
+        swapped = data_sets.check_keypoint_flips(mapper, train.categories) if "keypoints" in self.iou_types else ""
+        if swapped and self.rank == 0:
+            logger.info("keypoints that a horizontal flip swaps: %s", swapped)
         self.train_samples = data_sets.CocoSamples(train, mapper, config.train_set, self.seed, self.bad_images)
         return train, val
 
@@ -218,7 +221,18 @@ class Detectron2Trial(DetectionTrial):
             except AssertionError as error:  # Cityscapes' on several machines
                 raise UserError(f"the data set {data.names[0]} cannot be evaluated here: {error}") from error
         sigmas, gather = self.detectron2_config.keypoint_sigmas or None, self.context.distributed.gather
-        return CocoEvaluator(data.annotations, self.iou_types, keypoint_sigmas=sigmas, gather=gather)
+        limit = self.hparams.max_detections or self.detectron2_config.scored_detections
+        return CocoEvaluator(
+            data.annotations, self.iou_types, keypoint_sigmas=sigmas, gather=gather, max_detections=limit
+        )
+
+    @classmethod
+    def scored_detections(cls, hyperparameters: Mapping[str, Any]) -> int | None:
+        given = super().scored_detections(hyperparameters)
+        if given is not None or not hyperparameters.get("config_file"):
+            return given
+        hparams = parse_section(hyperparameters, cls.hyperparameters_class, "hyperparameters")
+        return configs.load_detectron2_config(hparams, Path(__file__).parent).scored_detections
 
     def collate(self, training: bool) -> Callable[[list], Batch]:
         return data_sets.collate
@@ -232,6 +246,8 @@ class Detectron2Trial(DetectionTrial):
             counts = self.train_data.class_counts
         configs.set_class_counts(config, counts, self._overridden)
         model = models.build_model(config)
+        if self.hparams.max_detections is not None:
+            models.keep_detections(model, self.hparams.max_detections)
         if self.hparams.amp == "bf16":
             models.pool_in_float32(model)
         if self.first_batch == 0 and (source := self._weights()):

@@ -26,16 +26,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmdetection_files import config as configs
 from mmdetection_files import data as data_sets
+from mmdetection_files import evaluation, opening, operations
 from mmdetection_files import model as models
-from mmdetection_files import opening, operations
-from mmdetection_files.evaluation import OwnEvaluator, OwnResult, own_arguments, to_detections, to_own_result
 from mmdetection_files.hooks import EMA_HOOKS, MomentumEma, StepRunner, hook_config, mode_switch
 from mmdetection_files.pixels import Normalization
 from mmdetection_files.receptive_field import init_receptive_fields, is_searching, write_structure
 from mmdetection_files.saved_config import write_resolved
 from mmdetection_files.switches import take_up_switches
 from shared.config.file import find_path
-from shared.config.schema import PUBLISHED
+from shared.config.schema import PUBLISHED, parse_section
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
@@ -69,6 +68,14 @@ class MMDetectionTrial(DetectionTrial):
     @classmethod
     def hyperparameters_of_checkpoint(cls, checkpoint: Path, own: Mapping[str, Any]) -> dict[str, Any]:
         return configs.hyperparameters_of_checkpoint(checkpoint, own, Path(__file__).parent)
+
+    @classmethod
+    def scored_detections(cls, hyperparameters: Mapping[str, Any]) -> int | None:
+        given = super().scored_detections(hyperparameters)
+        if given is not None or not hyperparameters.get("config_file"):
+            return given
+        hparams = parse_section(hyperparameters, cls.hyperparameters_class, "hyperparameters")
+        return evaluation.scored_detections(configs.load_mmdet_config(hparams, Path(__file__).parent))
 
     @classmethod
     def input_scale(cls, hparams: MMDetectionHyperparameters) -> InputScale | None:
@@ -112,6 +119,8 @@ class MMDetectionTrial(DetectionTrial):
                 f"hyperparameters.validation_loss: MMDetection's own data set evaluates the {what} of the config, and "
                 "gives no targets. Fix: remove validation_loss"
             )
+        if self.evaluates_coco:
+            evaluation.check_evaluation(self.mmdet_config)
 
     def default_lengths(self) -> dict[str, Any]:
         return configs.default_lengths(self.mmdet_config)
@@ -197,10 +206,12 @@ class MMDetectionTrial(DetectionTrial):
     def _own_evaluation_batch_size(self) -> int | None:
         return self.mmdet_config.data.get("val_dataloader", {}).get("samples_per_gpu")
 
-    def build_evaluator(self, data: SplitData | data_sets.OwnData) -> CocoEvaluator | OwnEvaluator:
+    def build_evaluator(self, data: SplitData | data_sets.OwnData) -> CocoEvaluator | evaluation.OwnEvaluator:
         if isinstance(data, SplitData):
             return super().build_evaluator(data)
-        return OwnEvaluator(data.dataset, own_arguments(self.mmdet_config), self.context.distributed.gather)
+        return evaluation.OwnEvaluator(
+            data.dataset, evaluation.own_arguments(self.mmdet_config), self.context.distributed.gather
+        )
 
     def collate(self, training: bool) -> Callable[[list], Batch]:
         return data_sets.collate
@@ -215,6 +226,8 @@ class MMDetectionTrial(DetectionTrial):
         on_gpu = self.context.device.type == "cuda"
         keeps_backbone = starts_anew and self.hparams.weights is None
         config = models.config_to_build(self.mmdet_config, keeps_backbone, self.for_training, on_gpu)
+        if self.hparams.max_detections is not None:
+            evaluation.keep_detections(config, self.hparams.max_detections)
         half = bool(config.get("fp16")) or self.hparams.amp == "bf16"
         model = models.build_model(config, initialize=starts_anew or not self.for_training, half=half)
         init_receptive_fields(model, self.mmdet_config)
@@ -370,9 +383,9 @@ class MMDetectionTrial(DetectionTrial):
         models.as_after_epoch(model, max(self.batches_trained - 1, 0) // self.batches_per_epoch, self.mode_switch)
         return models.losses_of_step(model, batch)
 
-    def detect(self, model: nn.Module, batch: Batch) -> list[Detections | OwnResult]:
+    def detect(self, model: nn.Module, batch: Batch) -> list[Detections | evaluation.OwnResult]:
         results = model(img=batch.images, return_loss=False, rescale=True, **batch.targets)
-        convert = to_own_result if self.detects_for_own_dataset else to_detections
+        convert = evaluation.to_own_result if self.detects_for_own_dataset else evaluation.to_detections
         return [convert(result, image_id) for result, image_id in zip(results, batch.image_ids, strict=True)]
 
 

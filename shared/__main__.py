@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from shared.environment import prepare_process
+from shared.environment import prepare_process, quiet_if_output_is_closed
 from shared.errors import UserError
 
 prepare_process()  # before torch, and before packages that may be missing
@@ -42,7 +42,8 @@ def main() -> None:
         sys.exit(f"error: unknown command {name!r}; there are {', '.join(_COMMANDS)}")
     module, function, _ = _COMMANDS[name]
     try:
-        getattr(importlib.import_module(module), function)(arguments)
+        with quiet_if_output_is_closed():
+            getattr(importlib.import_module(module), function)(arguments)
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import select
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +19,40 @@ _INSTALL = (
 )
 
 
+_PACKAGES = {"cv2": "opencv-python-headless", "PIL": "pillow", "sklearn": "scikit-learn", "yaml": "PyYAML"}
+
+
+def _how_to_install(module: str | None) -> str:
+    """The line of pip for one module; "" for those that are built for a version of torch."""
+    package = (module or "").split(".")[0]
+    if package in ("", "detectron2", "mmcv", "mmdet", "shared", "torch", "torchvision", "determined"):
+        return ""
+    return f"{sys.executable} -m pip install {_PACKAGES.get(package, package)}. Or: "
+
+
 def _say_what_is_missing(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     if isinstance(error, ModuleNotFoundError):
-        print(f"error: {sys.executable} lacks the package {error.name!r}. Fix: {_INSTALL}", file=sys.stderr)
+        fix = _how_to_install(error.name) + _INSTALL
+        print(f"error: {sys.executable} lacks the package {error.name!r}. Fix: {fix}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
+
+
+@contextlib.contextmanager
+def quiet_if_output_is_closed() -> Iterator[None]:
+    """Exits without a traceback when the reader of the output, such as `head`, closes it."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(sys.stdout.fileno(), select.POLLOUT)
+        if not any(events & select.POLLERR for _, events in output.poll(0)):
+            raise  # another pipe's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again
+        sys.exit(128 + signal.SIGPIPE)
 
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")

@@ -24,7 +24,7 @@ from shared.config.experiment import Experiment, Sections, read_experiment
 from shared.config.file import fixed_hyperparameters
 from shared.config.reference import help_text
 from shared.config.schema import TrainingHyperparameters, parse_section
-from shared.environment import on_cluster, task_config, use_available_cores
+from shared.environment import on_cluster, quiet_if_output_is_closed, task_config, use_available_cores
 from shared.errors import DivergedError, UserError, tell_torchrun
 from shared.log import show_log
 from shared.redaction import redacted
@@ -98,7 +98,7 @@ def main(trial_class: type[DetectionTrial], command: Command | None = None) -> N
     from shared.training.memory import out_of_memory_anywhere, out_of_memory_as
 
     use_available_cores()
-    with exit_on_errors(), out_of_memory_as(out_of_memory_anywhere):
+    with quiet_if_output_is_closed(), exit_on_errors(), out_of_memory_as(out_of_memory_anywhere):
         if on_cluster():
             train_on_cluster = _load("shared.commands.train", "train_on_cluster")
             show_log()

@@ -170,6 +170,25 @@ def pycocotools_on(coco, results):
     return {**numbers, "bbox_AP/a": numbers["bbox_mAP"]}
 
 
+@pytest.mark.parametrize(("most", "mean"), [(None, 0.634), (5, 0.04), (160, 1.0), (1000, 1.0)])
+def test_max_detections_is_how_many_are_scored(most, mean):
+    places = [(12 * (i % 20), 12 * (i // 20)) for i in range(160)]
+    objects = [
+        {"id": i, "image_id": 1, "category_id": 1, "bbox": [x, y, 10, 10], "area": 100, "iscrowd": 0}
+        for i, (x, y) in enumerate(places, 1)
+    ]
+    image = {"id": 1, "file_name": "a.png", "width": 240, "height": 96}
+    coco = {"images": [image], "annotations": objects, "categories": [{"id": 1, "name": "a"}]}
+    annotations = CocoAnnotations.from_dict(coco)
+    boxes = annotations[0].boxes
+    masks = box_masks(boxes, 96, 240)
+    found = [Detections(1, boxes, np.linspace(1, 0.5, 160), np.zeros(160, int), masks)]
+    metrics = evaluate(annotations, found, max_detections=most)
+    assert metrics["bbox_mAP"] == metrics["bbox_mAP_50"] == pytest.approx(mean, abs=0.02)
+    assert metrics["bbox_AR_100"] == min(most or 100, 100) / 160
+    assert metrics["bbox_AR_s"] == min(most or 100, 160) / 160
+
+
 def test_keypoints():
     coco = with_keypoints(shapes_with())
     detections = noisy_keypoints(CocoAnnotations.from_dict(coco))

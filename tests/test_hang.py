@@ -100,6 +100,16 @@ def test_nobody_hangs_while_one_comes_further():
     assert standings.hang()
 
 
+@pytest.mark.parametrize("phase", [Phase.EVALUATING, Phase.SAVING, Phase.BEGINNING])
+def test_a_rank_that_does_not_answer_has_hung_whatever_it_was_doing(phase):
+    processes = [Process(rank, phase, 6, passed=20, waits=rank == 0) for rank in range(2)]
+    standings = after(LIMIT - INTERVAL, processes, stopped=[1], standings=Standings(INTERVAL, LIMIT))
+    assert not standings.hang()
+    after(INTERVAL, processes, stopped=[1], standings=standings)
+    assert standings.hang()
+    assert "rank 1 does not answer since batch 6" in standings.message()
+
+
 def test_a_process_that_is_stopped_is_named_and_a_job_that_is_stopped_as_a_whole_loses_no_time():
     processes = [Process(0, Phase.BACKWARD, 6, passed=5), Process(1, Phase.LOADING, 7, passed=9)]
     standings = after(55, processes, stopped=[1])

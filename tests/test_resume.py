@@ -1,7 +1,9 @@
 """A killed run taken up again, and what a checkpoint holds, of each detector."""
 
 import itertools
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from tiny_models import CONFIGS
 
 from shared.errors import DivergedError, UserError
 from shared.training.checkpoints import load_state, read_checkpoint
+from shared.training.stopping import Clock
 from shared.training.training_metrics import TrainingMetrics
 
 
@@ -207,6 +210,32 @@ def test_averages_and_running_statistics_that_are_not_finite_are_not_saved(tiny,
     with pytest.raises(DivergedError, match="are not finite, and were not saved"):
         train(Poisoned, tiny)
     assert read_checkpoint(tmp_path / "run/checkpoints/last").batches == 4
+
+
+def test_the_time_of_a_resumed_run_counts_all_its_pieces(tiny, train, monkeypatch, capsys):
+    minutes = itertools.count(0, 60)
+    monkeypatch.setattr(Clock, "now", staticmethod(lambda: next(minutes)))
+
+    def trained(batches, **options):
+        tiny["searcher"]["max_length"] = {"batches": batches}
+        train(trial(), tiny, **options)
+        hours, minutes, _ = re.search(r"trained for (\d+):(\d+):(\d+)", capsys.readouterr().out).groups()
+        return 60 * int(hours) + int(minutes)
+
+    first = trained(4)
+    assert trained(8, resume="last") > 1.5 * first
+
+
+def test_an_error_of_a_training_names_the_last_checkpoint_if_there_is_one(tiny, train):
+    class Diverging(trial()):
+        def losses(self, model, batch):
+            losses = super().losses(model, batch)
+            return {**losses, "loss": losses["loss"] * (math.nan if self.batches_trained >= at else 1)}
+
+    Diverging.__module__ = "model_def"
+    for at, named in ((1, ""), (5, r"\. The last checkpoint is of batch 4")):
+        with pytest.raises(DivergedError, match=rf"look at its annotations{named}$"):
+            train(Diverging, tiny, f"run-{at}")
 
 
 def test_a_run_that_was_trained_to_its_end_says_what_to_give_to_go_on(tiny, train):

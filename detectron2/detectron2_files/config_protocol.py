@@ -50,6 +50,7 @@ class Detectron2Config(Protocol):
     val_proposal_files: tuple[str, ...]
     iou_types: tuple[str, ...]
     keypoint_sigmas: tuple[float, ...]
+    scored_detections: int | None
     polygon_masks: bool
     detects_instances: bool
     semantic: bool

@@ -201,6 +201,13 @@ class LazyConfigFile:
         return tuple(evaluator.get("kpt_oks_sigmas") or ()) if isinstance(evaluator, DictConfig) else ()
 
     @property
+    def scored_detections(self) -> int | None:
+        """`max_dets_per_image` of COCOEvaluator: one number, or several of which the last counts for mAP."""
+        evaluator = self.cfg.dataloader.get("evaluator") or {}
+        most = evaluator.get("max_dets_per_image") if isinstance(evaluator, DictConfig) else None
+        return most if most is None or isinstance(most, int) else int(most[-1])
+
+    @property
     def polygon_masks(self) -> bool:
         mapper = self.cfg.dataloader.train.get("mapper") or {}
         return bool(mapper.get("use_instance_mask")) and mapper.get("instance_mask_format", "polygon") == "polygon"

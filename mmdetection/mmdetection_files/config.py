@@ -7,6 +7,7 @@ import contextlib
 import functools
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -244,12 +245,26 @@ def _say_fp16_once(config: Config) -> None:
 
 
 def _read(path: Path, key: str) -> Config:
+    _refuse_version_3(path, key)
     try:
         with _shipped_bases():
             return Config.fromfile(path)
     except Exception as error:  # a Python config may raise anything
         reason = str(error) or str(error.__context__)
         raise UserError(f"hyperparameters.{key}: {path} cannot be read: {type(error).__name__}: {reason}") from error
+
+
+def _refuse_version_3(path: Path, key: str) -> None:
+    """Raises UserError if a Python config is one of MMDetection 3."""
+    text = path.read_text(errors="replace") if path.suffix == ".py" else ""
+    found = re.search(r"mmdet::|^(?:train_dataloader|val_evaluator|optim_wrapper)(?=\s*=)", text, re.MULTILINE)
+    if found and (found[0] == "mmdet::" or not re.search(r"^data\s*=", text, re.MULTILINE)):
+        raise UserError(
+            f"hyperparameters.{key}: {path} is a config of MMDetection 3, which has {found[0]!r}, and this is "
+            f"MMDetection {mmdet.__version__}. Fix: start from a config in {shipped_configs()}. `data` has what "
+            "train_dataloader and val_dataloader say, `optimizer` what optim_wrapper says, `evaluation` what "
+            "val_evaluator says; `_base_` is a path without mmdet::"
+        )
 
 
 @contextlib.contextmanager

@@ -550,7 +550,23 @@ class TrainingSamples(torch.utils.data.Dataset):
         if self.mode_switch is not None and key.epoch >= self.mode_switch[0] and self.mixes:
             self.dataset.update_skip_type_keys(self.mode_switch[1])
         seed_all(self.seed, *key.seeds)
-        return self.dataset[key.index], image_id_of(self.dataset, key.index)
+        sample, image_id = self.dataset[key.index], image_id_of(self.dataset, key.index)
+        check_counts(sample, image_id)
+        return sample, image_id
+
+
+def check_counts(sample: Any, image_id: Any) -> None:
+    """Raises UserError if a training sample has not as many labels and masks as boxes."""
+    if not isinstance(sample, dict):
+        return
+    names = ("gt_bboxes", "gt_labels", "gt_masks", "gt_keypoints")
+    counts = {name: len(sample[name].data) for name in names if hasattr(sample.get(name), "data")}
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise UserError(
+            f"the train pipeline of the MMDetection config: it makes {found} of image id {image_id}. Fix: remove the "
+            "transform that changes only some of them: Mosaic and MixUp do not move masks"
+        )
 
 
 class OwnEvaluationSamples(torch.utils.data.Dataset):

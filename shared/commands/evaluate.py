@@ -40,7 +40,8 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
             evaluate(trial_class, experiment, argparse.Namespace(**{**vars(arguments), "split": "val"}))
         return
     if arguments.results is not None:
-        _evaluate_results(experiment, arguments)
+        most = trial_class.scored_detections(experiment.config.get("hyperparameters") or {})
+        _evaluate_results(experiment, arguments, most)
         return
     experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments)
     with local_processes() as processes, detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
@@ -82,7 +83,7 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
                 **software(Path(sys.argv[0]).parent),
             }
             found = evaluator.found_by_id()
-            _write_report(arguments, data, found.detections(), trial.iou_types, facts, found.images.tolist())
+            _write_report(arguments, data, found.detections(), evaluator, facts, found.images.tolist())
         elif isinstance(evaluator, CocoEvaluator):
             _print_threshold(evaluator)
 
@@ -96,7 +97,7 @@ def _named(split: str) -> Iterator[None]:
         raise UserError(str(error).replace("data.val", f"data.{split}")) from error
 
 
-def _evaluate_results(experiment: Experiment, arguments: argparse.Namespace) -> None:
+def _evaluate_results(experiment: Experiment, arguments: argparse.Namespace, max_detections: int | None) -> None:
     """Scores a file: boxes; masks and keypoints if every result and the data have them."""
     if arguments.checkpoint:
         raise UserError("--results: it scores a file, and no model. Fix: remove --checkpoint")
@@ -106,12 +107,13 @@ def _evaluate_results(experiment: Experiment, arguments: argparse.Namespace) -> 
     data = open_split(dataclasses.replace(experiment.data, check_images=False), "val", images=images)
     detections = from_coco_results(arguments.results, data.annotations)
     _make_output_folders(arguments, data)
-    evaluator = CocoEvaluator(data.annotations, iou_types_of(detections, data.annotations))
+    iou_types = iou_types_of(detections, data.annotations)
+    evaluator = CocoEvaluator(data.annotations, iou_types, max_detections=max_detections)
     evaluator.update(detections)
     _print_metrics(evaluator.compute(), evaluator.iou_types, arguments.output)
     if arguments.report:
         facts = {"detections": arguments.results.absolute(), "validation data": data.annotations.path}
-        _write_report(arguments, data, detections, evaluator.iou_types, facts)
+        _write_report(arguments, data, detections, evaluator, facts)
     else:
         _print_threshold(evaluator)
 
@@ -147,7 +149,7 @@ def _write_report(
     arguments: argparse.Namespace,
     data: SplitData,
     detections: list[Detections],
-    iou_types: tuple[str, ...],
+    evaluator: CocoEvaluator,
     facts: dict[str, Any],
     image_ids: list[int] | None = None,
 ) -> None:
@@ -159,7 +161,8 @@ def _write_report(
         detections,
         path,
         images=data.images,
-        iou_types=iou_types,
+        iou_types=evaluator.iou_types,
+        max_detections=evaluator.max_detections,
         image_ids=image_ids,
         min_score=None if arguments.min_score == "best" else arguments.min_score,
         about=About(

@@ -71,7 +71,6 @@ def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arg
             if checkpoint:
                 logger.info("resuming after batch %d, from %s", checkpoint.batches, checkpoint.path)
             _begin_folder(trial, folder)
-        started = time.monotonic()
         run = LocalRun(folder, loggers, trial.searcher_metric, trial.schedule.checkpoint_policy, trial.rank == 0)
         outcome = train(trial, run, checkpoint, _draw_figures)
         if outcome.end is End.NOTHING_TO_DO:
@@ -85,7 +84,7 @@ def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arg
                 print(f"{outcome}; continue with --output-dir {folder.path} --resume last", file=sys.stderr)
             sys.exit(outcome.exit_status)
         elif trial.rank == 0:
-            results = Results(trial, folder, outcome, time.monotonic() - started)
+            results = Results(trial, folder, outcome)
             results.show()
             picture = folder.predictions if folder.predictions.exists() else None
             loggers.conclude(outcome.batches, results.best_numbers(), picture)
@@ -157,15 +156,12 @@ def _begin_folder(trial: DetectionTrial, folder: RunFolder) -> None:
 class Results:
     """The results that a finished training shows, logs and reports.
 
-    Args:
-        seconds: that this start trained for.
-
     Attributes:
         validations: of the checkpoints `best` and `last`, as far as this run saved and validated them.
     """
 
-    def __init__(self, trial: DetectionTrial, folder: RunFolder, outcome: Outcome, seconds: float):
-        self.trial, self.folder, self.outcome, self.seconds = trial, folder, outcome, seconds
+    def __init__(self, trial: DetectionTrial, folder: RunFolder, outcome: Outcome):
+        self.trial, self.folder, self.outcome = trial, folder, outcome
         self.metric = trial.searcher_metric.name
         found = {name: _validation_of(name, folder) for name in ("best", "last")}
         self.validations = {name: report for name, report in found.items() if report}
@@ -183,7 +179,7 @@ class Results:
             print(f"{name}: {self.metric} {number} at batch {report['batches']}, {self.folder.checkpoints / name}")
         if self.outcome.why:
             print(self.outcome)
-        print(f"trained for {duration(self.seconds)}; all of it is in {self.folder.path}")
+        print(f"trained for {duration(self.outcome.seconds)}; all of it is in {self.folder.path}")
         if figure := picture_of(self.trial, self.outcome.validation):
             drawing.save(figure, self.folder.predictions)
             print(f"predictions beside the ground truth: {self.folder.predictions}")
@@ -215,6 +211,7 @@ class Results:
                 iou_types=trial.iou_types,
                 image_ids=found.images.tolist(),
                 keypoint_sigmas=trial.evaluator.keypoint_sigmas,
+                max_detections=trial.evaluator.max_detections,
                 about=self._about(shipped),
             )
         except Exception as error:  # whatever it is, the training is complete and saved
@@ -242,7 +239,7 @@ class Results:
                 **({} if best is None else {"best checkpoint": f"batch {best} of {outcome.total}"}),
                 **({"ended by": outcome.why} if outcome.why else {}),
                 "device": trial.context.device,
-                "time": duration(self.seconds) + (f", from batch {trial.first_batch} on" if trial.first_batch else ""),
+                "time": duration(self.outcome.seconds),
                 **speed(reports),
                 **software(shipped.parent),
             },

@@ -28,6 +28,7 @@ from shared.config.schema import (
 from shared.errors import UserError, count_of, nearest, nearest_path
 
 _SPLITS = ("train", "val", "test")
+_SEARCHERS = ("adaptive_asha", "custom", "grid", "random", "single")  # Determined's
 _NOT_GIVEN = (None, 0, {}, *({unit: 0} for unit in UNITS))  # a period, as the master fills it in
 
 
@@ -283,6 +284,8 @@ def parse_searcher_metric(config: Mapping[str, Any], reported: Iterable[str] | N
         UserError: a validation does not report the metric, or `smaller_is_better` contradicts it.
     """
     searcher = config.get("searcher") or {}
+    if (name := searcher.get("name") or "single") not in _SEARCHERS:
+        raise UserError(f"searcher.name: {name!r} is unknown; {nearest(str(name), _SEARCHERS)}")
     metric = searcher.get("metric") or "bbox_mAP"
     if reported is not None and metric not in (reported := list(reported)):
         hint = nearest(metric, reported)

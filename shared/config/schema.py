@@ -278,6 +278,9 @@ class TrainingHyperparameters:
     checkpoint_every_minutes: Positive | None = key(None, "also save when the last checkpoint is this many minutes old")
     hang_minutes: Positive | None = key(10.0, "minutes without progress after which a run stops; `null` for never")
     validation_loss: bool = key(False, "also compute the training's losses at each validation")
+    max_detections: Annotated[int, Meta(ge=1)] | None = key(
+        None, "detections per image that are kept, and per category scored; default the model's own and COCO's, 100"
+    )
     loggers: list[str] = key([], "where to log off a cluster: `wandb`, `mlflow`")
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
+from urllib.parse import unquote
 
 import hotcoco
 import msgspec
@@ -94,6 +95,7 @@ def _boxes_in_use(annotations: CocoAnnotations) -> Iterator[tuple[np.ndarray, np
 
 _LONGEST_PATH = 4096  # bytes
 _TRIED_FOR_DARKNESS = 4
+_SKIP = ". Fix: add them, or give data.on_bad_image: skip to omit them"
 _MAX_SEARCHED = 200_000  # files, for the real name of a missing one
 
 
@@ -119,7 +121,8 @@ def check_images(annotations: CocoAnnotations, images: ImageStorage, where: str,
         look = images.look(annotations.file_names)
         if look.missing and (not skip or look.missing == len(annotations)):
             found = _found_instead(images.folder, look.first_missing) if isinstance(images, DiskImages) else ""
-            raise UserError(message(look) + found)
+            skips = "" if found or look.missing == len(annotations) else _SKIP
+            raise UserError(f"{message(look)}{found}{skips}")
         return look
 
     if annotations.cache is None or images.place is None:
@@ -175,6 +178,11 @@ def _found_instead(folder: Path, name: str) -> str:
     wanted = PurePosixPath(name.replace("\\", "/"))
     above = PurePosixPath(*wanted.parts[1:])
     if len(wanted.parts) > 1 and folder.name == wanted.parts[0] and (folder / above).is_file():
+        if "\\" in name:
+            return (
+                f"; {str(above)!r} is there, and the annotation file says {name!r}: write / for \\ in its names, and "
+                f"omit {wanted.parts[0]}/. `python3 -m shared convert coco FILE OUTPUT --images {folder}` does both"
+            )
         return (
             f"; {folder / above} is there: say `images: {folder.parent}`, or leave {wanted.parts[0]}/ out of the names"
         )
@@ -192,6 +200,12 @@ def _found_instead(folder: Path, name: str) -> str:
             if unicodedata.normalize("NFC", str(path)) == unicodedata.normalize("NFC", name):
                 return f"{told}the same letters in other Unicode (NFC and NFD); rename the files or the names"
             return f"{told}upper and lower case count; rename the files or the names"
+        decoded = unquote(wanted.name)
+        if decoded != wanted.name and plain(path.name) == plain(decoded):
+            return (
+                f"{told}%20 is a space there, and %C3%A9 an é. `python3 -m shared convert coco FILE OUTPUT --images "
+                f"{folder}` decodes the names"
+            )
         if plain(path.name) == plain(wanted.name):
             deeper = path.parts[: len(path.parts) - len(wanted.parts)]
             if path.parts[len(deeper) :] == wanted.parts:

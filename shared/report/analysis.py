@@ -209,12 +209,13 @@ def analyse(
     image_ids: Iterable[int] | None = None,
     keypoint_sigmas: Sequence[float] | None = None,
     resamples: int = RESAMPLES,
+    max_detections: int | None = None,
 ) -> Analyses:
     """All numbers of a report.
 
     Args:
         iou_types: "bbox", and "segm" and "keypoints" if the detections have them.
-        image_ids, keypoint_sigmas: see `evaluate`.
+        image_ids, keypoint_sigmas, max_detections: see `evaluate`.
         resamples: how often images are drawn again for the intervals; 0 for no intervals.
 
     Raises:
@@ -223,7 +224,8 @@ def analyse(
     detections = list(detections)
     image_ids = None if image_ids is None else list(image_ids)
     check_detections(annotations, detections, image_ids)
-    evaluator = CocoEvaluator(annotations, ("bbox", *(t for t in iou_types if t != "bbox")), image_ids, keypoint_sigmas)
+    iou_types = ("bbox", *(t for t in iou_types if t != "bbox"))
+    evaluator = CocoEvaluator(annotations, iou_types, image_ids, keypoint_sigmas, max_detections=max_detections)
     evaluator.update(detections)
     found = evaluator.share()
     index_of = {image_id: index for index, image_id in enumerate(annotations.image_ids.tolist())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from shared.training.run import Run
 from shared.training.saving import Snapshot
 from shared.training.tensorboard import TensorBoard
 from shared.training.validation import Validation
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_UPLOADS = 1.1  # Determined uploads TensorBoard's files once a second at most
 
@@ -54,6 +57,8 @@ class ClusterRun(Run):
         best_before = self.core.train.get_experiment_best_validation()
         batches = self._validated_at = validation.batches
         self.core.train.report_validation_metrics(batches, {**metrics, "batches": batches, "epochs": epochs})
+        value = validation.metrics[self.metric.name]
+        logger.info("batch %d: %s %.4f%s", batches, self.metric.name, value, " (best so far)" if is_best else "")
         is_best_of_experiment = self.metric.is_better(metrics[self.metric.name], best_before)
         return self.policy == "all" or (self.policy == "best" and is_best_of_experiment)
 

@@ -247,7 +247,23 @@ class Detector(PyTorchTrial):
     def build_evaluator(self, data: SplitData) -> ChiefReducer:
         """The evaluator over the images of `evaluated_images`. Its `update` takes what `detect` returns."""
         gather = self.context.distributed.gather
-        return CocoEvaluator(data.annotations, self.iou_types, self.evaluated_ids(data), gather=gather)
+        return CocoEvaluator(
+            data.annotations,
+            self.iou_types,
+            self.evaluated_ids(data),
+            gather=gather,
+            max_detections=self.scored_detections(self.experiment.config["hyperparameters"]),
+        )
+
+    @classmethod
+    def scored_detections(cls, hyperparameters: Mapping[str, Any]) -> int | None:
+        """Detections per image and category that are scored; None for COCO's number.
+
+        Args:
+            hyperparameters: of the config, not parsed: a file of results is scored without a model.
+        """
+        given = hyperparameters.get("max_detections")
+        return given if isinstance(given, int) else None
 
     def loss_transform(self, data: SplitData) -> Transform:
         """From a validation image to a training sample without augmentation, at the size of the evaluation; None for an

@@ -19,6 +19,7 @@ from typing import Any
 import determined as det
 import torch
 
+from shared.errors import DivergedError
 from shared.redaction import without_secrets
 from shared.training.background import Background
 from shared.training.checkpoints import CATEGORIES_FILE, Checkpoint
@@ -105,7 +106,7 @@ class _Training:
                 if not self._ask(lambda: run.holds(checkpoint.path)):
                     self.best.forget()  # this run's place has no best checkpoint yet
             with self.watch.watching(self.batches):
-                with self.saving:
+                with self.saving, self._naming_last_checkpoint():
                     self._train(batches)
                     self._mark(Phase.SAVING)
                 self._mark(Phase.REPORTING)
@@ -116,6 +117,16 @@ class _Training:
             if outcome.is_finished:
                 trial.end_training()
         return outcome
+
+    @contextlib.contextmanager
+    def _naming_last_checkpoint(self) -> Iterator[None]:
+        """An error of a training that diverged names its last checkpoint, if there is one."""
+        try:
+            yield
+        except DivergedError as error:
+            if self.saved_at <= 0:
+                raise
+            raise DivergedError(f"{error}. The last checkpoint is of batch {self.saved_at}") from error
 
     def _train(self, batches: Iterator[Any]) -> None:
         trial, periods, stopping = self.trial, self.periods, self.stopping
@@ -319,7 +330,7 @@ class _Training:
         elif self.validated_at == self.batches and stopping.ended is not None:
             end, why = End.ENDED, stopping.ended
         number = stopping.stopped_by if end is End.STOPPED else None
-        return Outcome(end, self.batches, self.periods.total, why, number, self.validation)
+        return Outcome(end, self.batches, self.periods.total, why, number, self.validation, self.clock.seconds)
 
     def _close(self) -> None:
         if self.is_chief:

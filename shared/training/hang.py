@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import faulthandler
+import math
 import multiprocessing
 import os
 import signal
@@ -118,10 +119,12 @@ class Standings:
 
     Args:
         interval: seconds per tick.
+        limit: seconds after which a rank that does not answer has hung, whatever it was doing.
     """
 
-    def __init__(self, interval: float):
+    def __init__(self, interval: float, limit: float = math.inf):
         self.interval = interval
+        self.limit = limit
         self.of: dict[int, Standing] = {}
         self._unheard: dict[int, int] = {}  # ticks
 
@@ -151,7 +154,10 @@ class Standings:
 
     def hang(self) -> bool:
         """Whether no rank makes progress. While one does, the others may wait for it."""
-        return bool(self.present) and all(self.quiet(each) >= each.patience for each in self.present)
+        present = self.present
+        is_silent = any(self.interval * self._unheard[each.rank] >= self.limit for each in present)
+        longest = self.limit if is_silent else math.inf
+        return bool(present) and all(self.quiet(each) >= min(each.patience, longest) for each in present)
 
     def peer_reported_hang(self) -> bool:
         return any(each.reported for each in self.present)
@@ -300,7 +306,7 @@ class _Watcher:
         self.rank, size = watch.distributed.rank, watch.distributed.size
         self.exchange = Exchange(watch.distributed) if size > 1 else None
         self.interval = min(self.limit / _TICKS, _LONGEST_TICK)
-        self.standings = Standings(self.interval)
+        self.standings = Standings(self.interval, self.limit)
         self.ticks = self.marked_at = 0
         self.seen: Mark | None = None
         self.reported = self.left = False

@@ -87,8 +87,7 @@ class FiniteCheck:
         # the largest of each: one number per tensor, and one synchronisation in all
         if not torch.stack([tensor.abs().max().float() for tensor in checked]).isfinite().all():
             raise DivergedError(
-                "the weights, their averages or the running statistics are not finite, and were not saved; the last "
-                "checkpoint is from before"
+                "the weights, their averages or the running statistics are not finite, and were not saved"
             )
 
     def _tensors(self) -> Iterator[tuple[tuple[int, str], torch.Tensor]]:

@@ -43,6 +43,7 @@ class Outcome:
         why: what the log, the report and the command line show; empty for a complete training.
         signal: the one that stopped it on some rank; None without.
         validation: the last one of this start; None without.
+        seconds: of training, those before a resume included.
     """
 
     end: End
@@ -51,6 +52,7 @@ class Outcome:
     why: str = ""
     signal: signal.Signals | None = None
     validation: Validation | None = None
+    seconds: float = 0.0
 
     @property
     def is_finished(self) -> bool:

@@ -173,8 +173,8 @@ def diverged(batch_number: int, image_ids: Sequence[int]) -> DivergedError:
     """The error of a batch, counted from 0, whose loss is not finite."""
     return DivergedError(
         f"the loss is not finite since batch {batch_number + 1} (image ids {', '.join(map(str, image_ids))}). "
-        "The last checkpoint is from before. Fix: lower hyperparameters.lr, clip the gradients, or use bf16 instead "
-        "of fp16. If it is always this batch, look at its annotations"
+        "Fix: lower the learning rate, clip the gradients, or use bf16 instead of fp16. If it is always this batch, "
+        "look at its annotations"
     )
 
 

@@ -6,12 +6,15 @@ import re
 import pytest
 import torch
 import yaml
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from omegaconf import OmegaConf
 from tiny_models import DETECTRON2, load_model_def
 
 from detectron2_files.config import config_of_checkpoint, load_detectron2_config, set_class_counts, shipped_configs
 from detectron2_files.data import describe, training_images
-from detectron2_files.model import apply_backend_options, build_model
+from detectron2_files.model import apply_backend_options, build_model, keep_detections
 from detectron2_hyperparameters import Detectron2Hyperparameters
 from shared.config.schema import Length
 from shared.data.annotations import CocoAnnotations
@@ -349,3 +352,21 @@ def test_keypoints_of_a_python_config_flip_as_the_data_s_names_say():
     config = load("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.py")
     names = describe([{"name": "hand", "keypoints": ["tip", "left_side", "right_side"]}])
     assert list(config.mapper(True, names).keypoint_hflip_indices) == [0, 2, 1]
+
+
+def test_max_detections_is_what_the_heads_keep():
+    box = Box2BoxTransform((10, 10, 5, 5))
+    head = FastRCNNOutputLayers(ShapeSpec(channels=4), box2box_transform=box, num_classes=1)
+    keep_detections(torch.nn.Sequential(head), 300)
+    assert head.test_topk_per_image == 300
+    with pytest.raises(UserError, match=r"hyperparameters\.max_detections: the model has no such number"):
+        keep_detections(torch.nn.Linear(1, 1), 300)
+
+
+@pytest.mark.parametrize("base", ["../COCO-Detection/retinanet_R_50_FPN_1x.yaml", "Base-RetinaNet.yaml"])
+def test_base_of_a_yaml_config_names_one_of_the_zoo(tmp_path, base):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/mine.yaml").write_text(f"_BASE_: {base}\nSOLVER: {{BASE_LR: 0.5}}\n")
+    config = load("configs/mine.yaml", tmp_path)
+    assert config.cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    assert config.learning_rate == 0.5

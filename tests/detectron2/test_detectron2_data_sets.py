@@ -3,16 +3,19 @@
 import json
 import pickle
 import textwrap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from conftest import SHARED_DATA, reports, run_model_def
+from detectron2.data import MetadataCatalog
+from detectron2.data.transforms import AugmentationList, RandomFlip
 from panoptic_shapes import REGISTER_PANOPTIC, write_panoptic_shapes
 from PIL import Image
 from tiny_models import DETECTRON2, detectron2_config, detectron2_config_by_name, load_model_def
 
-from detectron2_files.data import MapperTransform, read_proposals
+from detectron2_files.data import MapperTransform, check_keypoint_flips, describe, read_proposals
 from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
 
@@ -309,3 +312,37 @@ main(Probe)
     folders = [line for line in done.stdout.splitlines() if line.startswith("FOLDER")]
     assert len(folders) == 2
     assert len(set(folders)) == 1
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("left_eye", "right_eye"),
+        ("LEFT_EYE", "RIGHT_EYE"),
+        ("L_eye", "R_eye"),
+        ("eye_l", "eye_r"),
+        ("lefteye", "righteye"),
+        ("eyeleft", "eyeright"),
+        ("EyeLeft", "EyeRight"),
+        ("LEye", "REye"),
+        ("Left-Eye 2", "Right-Eye 2"),
+        ("l", "r"),
+    ],
+)
+def test_keypoints_of_two_sides_are_swapped_by_a_flip(left, right):
+    categories = [{"id": 1, "name": "face", "keypoints": ["nose", left, "bright", right, "tail_1"]}]
+    metadata = MetadataCatalog.get(*describe(categories))
+    assert metadata.keypoint_flip_map == [(left, right)]
+    assert check_keypoint_flips(flipping(), categories) == f"{left} ↔ {right}; unchanged: nose, bright, tail_1"
+
+
+@pytest.mark.parametrize("name", ["left_eye", "R_EYE", "wing.l", "rightwing"])
+def test_a_keypoint_without_its_other_side_is_an_error(name):
+    categories = [{"id": 1, "name": "face", "keypoints": ["nose", name]}]
+    with pytest.raises(UserError, match=f"the keypoint '{name}' looks like a side"):
+        check_keypoint_flips(flipping(), categories)
+    assert check_keypoint_flips(SimpleNamespace(augmentations=AugmentationList([])), categories) == ""
+
+
+def flipping():
+    return SimpleNamespace(augmentations=AugmentationList([RandomFlip()]))

@@ -361,3 +361,8 @@ def test_every_model_of_effdet_builds(name):
 def test_torch_compile_trains(run_config, tmp_path):
     config = run_config(searcher__max_length=2, hyperparameters__torch_compile=True)
     run_model_def("train", config, "--output-dir", tmp_path / "run")
+
+
+def test_max_detections_is_what_the_model_keeps():
+    hparams = EfficientDetHyperparameters(model="tf_efficientdet_d0", global_batch_size=2, max_detections=300)
+    assert model_config(hparams, 1).max_det_per_image == 300

@@ -281,6 +281,16 @@ def test_mosaic_stops_at_the_same_epoch_in_each_worker(shapes):
     assert skipped == [None, None, ("Mosaic",), ("Mosaic",)]
 
 
+def test_a_sample_with_more_boxes_than_masks_is_an_error():
+    from mmdetection_files.data import TrainingSamples
+
+    samples = TrainingSamples([{"gt_bboxes": torch.zeros(8, 4), "gt_labels": torch.zeros(8), "gt_masks": None}], 0)
+    assert len(samples[SampleKey(0, 0)][0]["gt_bboxes"]) == 8
+    samples.dataset[0]["gt_masks"] = torch.zeros(2, 9, 9)
+    with pytest.raises(UserError, match=r"8 gt_bboxes, 8 gt_labels, 2 gt_masks .* Mosaic and MixUp"):
+        samples[SampleKey(0, 0)]
+
+
 class _Labelled:
     """A data set that says which classes its images have."""
 
