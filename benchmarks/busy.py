@@ -71,7 +71,7 @@ class Run:
         return sum(sum(each.cpu_times()[:2]) for each in family)
 
     def turn(self, seconds: float) -> tuple[float, float]:
-        """Trains at least for `seconds`, from a report to another. Returns batches per second, and CPU seconds per
+        """Trains for at least `seconds`, from a report to a later one. Returns batches per second, and CPU seconds per
         batch."""
         self.send(signal.SIGCONT)
         first, started, cpu = self.wait_for_report(), time.monotonic(), self.cpu_seconds()

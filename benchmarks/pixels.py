@@ -1,8 +1,8 @@
 """Images per second and core, from the file to the batch: of each library's own loader, of ours, and of ours with
 `data.fast_images: true`.
 
-It does what a loader worker does, in this process: samples by index, and their batch, for the training and the test. The
-three take turns batch by batch, with the same images and seeds. Reported are images per CPU second, the ratio to the
+It does what a loader worker does, in this process: samples by index, and their batch, to train and to test. The three
+take turns batch by batch, with the same images and seeds. Reported are images per CPU second, the ratio to the
 library's, and the difference that the switch makes to the pixels, on the scale of 0 to 255.
 """
 
