@@ -1,7 +1,7 @@
 """Training on a machine that has other work too: with the threads of `shared/environment.py`, and with torch's own.
 
-Two processes train the same config and take turns of a few seconds, while the other one is stopped. Reported are the
-batches per second of both and their ratio, on the machine as it is and with two `yes` beside it.
+Two processes train the same config and take turns of a few seconds, while the other one is stopped. The result is the
+batches per second of both and their ratio, on the machine alone and with two `yes` beside it.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ class Run:
         return now
 
     def cpu_seconds(self) -> float:
-        """Of the process and its workers."""
+        """CPU seconds of the process and its workers so far."""
         family = [self.process, *self.process.children(recursive=True)]
         return sum(sum(each.cpu_times()[:2]) for each in family)
 

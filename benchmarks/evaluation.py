@@ -119,7 +119,7 @@ def of_vernier(coco: dict, iou_type: str) -> Run:
 
 
 def like_pycocotools(coco_class: str, eval_class: str, coco: dict, iou_type: str) -> Run:
-    """Of a package with pycocotools' interface; the classes are named `module.Class`."""
+    """A package with pycocotools' interface; the classes are named `module.Class`."""
     classes = (name.rsplit(".", 1) for name in (coco_class, eval_class))
     of_data, of_evaluation = (getattr(importlib.import_module(module), name) for module, name in classes)
     with contextlib.redirect_stdout(io.StringIO()):

@@ -142,7 +142,7 @@ def write_yolo(data: Path, folder: Path) -> tuple[Path, list[int]]:
 
 
 def user_seconds(command: list[str], folder: Path, environment: dict[str, str], log: Path) -> float:
-    """Of the command and all processes that it waited for."""
+    """User CPU seconds of the command and all processes that it waited for."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     with log.open("w") as file:
         ended = subprocess.run(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT)

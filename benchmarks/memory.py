@@ -30,7 +30,7 @@ def _mib(name: str) -> float:
 
 
 def in_process(function: Callable, *arguments: object, start: str = "fork") -> object:
-    """What a function puts into its last argument, a queue, in a new process."""
+    """Runs a function in a new process. Returns what it puts into its last argument, a queue."""
     context = multiprocessing.get_context(start)
     queue = context.Queue()
     process = context.Process(target=function, args=(*arguments, queue))
