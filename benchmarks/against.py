@@ -1,4 +1,4 @@
-"""What the benchmarks against a detector's library share: `step`, `memory` and `evaluation`."""
+"""The benchmarks against a detector's library: `step`, `memory` and `evaluation`."""
 
 import contextlib
 import io
@@ -116,7 +116,7 @@ def run(about: str, library: Library) -> None:
         return {"config": hyperparameters["config_file"], **dict(set_), **measured}
 
     def memory(source: Path | None = None, images: int = 118_287) -> dict:
-        """What a data set and the four loader workers of a process add, once each has read every record (sum of PSS).
+        """The memory (PSS) of a data set and the four loader workers of a process, after each has read every record.
 
         source: a COCO file to repeat; default: synthetic data
         images: of the repeated file

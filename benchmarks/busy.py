@@ -1,7 +1,7 @@
 """Training on a machine that has other work too: with the threads of `shared/environment.py`, and with torch's own.
 
-Two processes train the same config and take turns of a few seconds, while the other one is stopped. Reported are the
-batches per second of both and their ratio, on the machine as it is and with two `yes` beside it.
+Two processes train the same config and take turns of a few seconds, while the other one is stopped. The result is the
+batches per second of both and their ratio, on the machine alone and with two `yes` beside it.
 """
 
 import contextlib
@@ -66,12 +66,12 @@ class Run:
         return now
 
     def cpu_seconds(self) -> float:
-        """Of the process and its workers."""
+        """CPU seconds of the process and its workers so far."""
         family = [self.process, *self.process.children(recursive=True)]
         return sum(sum(each.cpu_times()[:2]) for each in family)
 
     def turn(self, seconds: float) -> tuple[float, float]:
-        """Trains at least for `seconds`, from a report to another. Returns batches per second, and CPU seconds per
+        """Trains for at least `seconds`, from a report to a later one. Returns batches per second, and CPU seconds per
         batch."""
         self.send(signal.SIGCONT)
         first, started, cpu = self.wait_for_report(), time.monotonic(), self.cpu_seconds()

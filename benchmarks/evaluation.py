@@ -20,7 +20,7 @@ import torch
 import zmq
 from command_line import main
 from determined.core import DistributedContext
-from memory import added_mib
+from memory import added_mib, in_process
 from pycocotools import mask as coco_mask
 from side_by_side import UNTRAINED, config_of, device_name, in_turns, local_context, ratio, trial_class_of
 from tabulate import tabulate
@@ -119,7 +119,7 @@ def of_vernier(coco: dict, iou_type: str) -> Run:
 
 
 def like_pycocotools(coco_class: str, eval_class: str, coco: dict, iou_type: str) -> Run:
-    """Of a package with pycocotools' interface; the classes are named `module.Class`."""
+    """A package with pycocotools' interface; the classes are named `module.Class`."""
     classes = (name.rsplit(".", 1) for name in (coco_class, eval_class))
     of_data, of_evaluation = (getattr(importlib.import_module(module), name) for module, name in classes)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -169,17 +169,6 @@ def added_by(name: str, iou_type: str, coco: dict, detections: list[Detections],
     with added_mib() as added:
         run(detections)
     queue.put(added[0])
-
-
-def in_process(function: Callable, *arguments, start: str = "fork"):
-    """What a function puts into its last argument, a queue, in a new process."""
-    context = multiprocessing.get_context(start)
-    queue = context.Queue()
-    process = context.Process(target=function, args=(*arguments, queue))
-    process.start()
-    result = queue.get()
-    process.join()
-    return result
 
 
 def coco_numbers(images: int = 5000, masks: bool = False, repeats: int = 5, only: list[str] = [*EVALUATORS]) -> None:  # noqa: B006

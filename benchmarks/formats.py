@@ -1,17 +1,16 @@
 """`convert` on data sets of 10,000 images with 4 boxes each, per format: seconds and peak memory.
 
-Each conversion runs in a new process. Memory is the peak, less the peak after the imports. The images are links to one
+Each conversion runs in a new process. Memory is what it adds at its peak. The images are links to one
 JPEG file, so the disk is warm.
 """
 
 import json
-import multiprocessing
-import resource
 import tempfile
 import time
 from pathlib import Path
 
 from command_line import main
+from memory import added_mib, in_process
 from PIL import Image
 
 from shared.data.convert.conversion import FORMATS, convert
@@ -78,16 +77,13 @@ def files_of(kind, stems):
     raise ValueError(kind)
 
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
-
-
 def measure(kind, folder, queue):
-    before, started, cpu = peak(), time.perf_counter(), time.process_time()
-    (written,) = convert(None, folder, folder / "out/a.json", boxes="xywh" * (kind == "huggingface"), say=str)
+    started, cpu = time.perf_counter(), time.process_time()
+    with added_mib() as added:
+        (written,) = convert(None, folder, folder / "out/a.json", boxes="xywh" * (kind == "huggingface"), say=str)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     assert sum(len(image["annotations"]) for image in written.part.images) == len(BOXES) * len(written.part.images)
-    queue.put(f"| {kind} | {seconds:.1f} | {cpu:.1f} | {peak() - before:.0f} |")
+    queue.put(f"| {kind} | {seconds:.1f} | {cpu:.1f} | {added[0]:.0f} |")
 
 
 def formats(images: int = 10_000, only: list[str] = [*FORMATS]) -> None:  # noqa: B006
@@ -106,12 +102,7 @@ def formats(images: int = 10_000, only: list[str] = [*FORMATS]) -> None:  # noqa
             for name, text in files_of(kind, stems).items():
                 (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_text(text)
-            context = multiprocessing.get_context("spawn")
-            queue = context.Queue()
-            process = context.Process(target=measure, args=(kind, folder, queue))
-            process.start()
-            print(queue.get(), flush=True)
-            process.join()
+            print(in_process(measure, kind, folder, start="spawn"), flush=True)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ TESTS = (*("-m", "pytest", "-q", "-p", "gpu_kit_plugin", "-p", "no:cacheprovider
 
 
 def trees(kit: Path) -> None:
-    """Writes `trees.tar.gz`: the pure-Python packages as they are installed here, without what was compiled."""
+    """Writes `trees.tar.gz`: the pure-Python packages installed here, without compiled files."""
     checkout, upstream = os.environ.get("DETECTRON2"), os.environ.get("EFFDET")
     with tarfile.open(kit / "trees.tar.gz", "w:gz") as tar:
         for name in PURE_PYTHON:
@@ -95,7 +95,7 @@ class Report:
 
 
 def facts(what: str) -> dict:
-    """What is measured on. Exits with one line if there is no GPU, or if the kit is not complete."""
+    """The device and the software. Exits with one line if there is no GPU, or if the kit is not complete."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(

@@ -93,31 +93,23 @@ def train_yolo(
     environment = {**environment, "YOLO_AUTOINSTALL": "false", "YOLO_CONFIG_DIR": str(output)}
     with tempfile.TemporaryDirectory() as scratch:
         file, ids = write_yolo(data, Path(scratch))
-        common = {"data": str(file), "imgsz": 320, "device": "cpu", "project": str(output), "exist_ok": True}
-        arguments = {
-            **common,
-            "epochs": epochs,
-            "optimizer": "AdamW",
-            "pretrained": False,
-            "name": YOLO,
+        common = {
+            "data": str(file),
+            "imgsz": 320,
+            "device": "cpu",
+            "project": str(output),
+            "exist_ok": True,
             "plots": False,
-            **settings,
         }
+        arguments = {**common, "name": YOLO, "epochs": epochs, "optimizer": "AdamW", "pretrained": False, **settings}
         command = [python, "-c", YOLO_TRAIN, json.dumps(arguments)]
         seconds = user_seconds(command, Path(scratch), environment, output / f"{YOLO}.log")
-        arguments = {**common, "conf": 0.001, "max_det": 300, "save_json": True, "plots": False, "name": f"{YOLO}_val"}
+        arguments = {**common, "conf": 0.001, "max_det": 300, "save_json": True, "name": f"{YOLO}_val"}
         command = [python, "-c", YOLO_VAL, str(folder / "weights" / "best.pt"), json.dumps(arguments)]
         user_seconds(command, Path(scratch), environment, output / f"{YOLO}_val.log")
     results = json.loads((output / f"{YOLO}_val" / "predictions.json").read_text())
-    results = [  # its categories count from 1; its files are the links
-        {
-            "image_id": row["image_id"],
-            "category_id": ids[row["category_id"] - 1],
-            "bbox": row["bbox"],
-            "score": row["score"],
-        }
-        for row in results
-    ]
+    for row in results:
+        row["category_id"] = ids[row["category_id"] - 1]  # its own count from 1
     (output / f"{YOLO}.json").write_text(json.dumps(results))
     return seconds
 
@@ -150,7 +142,7 @@ def write_yolo(data: Path, folder: Path) -> tuple[Path, list[int]]:
 
 
 def user_seconds(command: list[str], folder: Path, environment: dict[str, str], log: Path) -> float:
-    """Of the command and all processes that it waited for."""
+    """User CPU seconds of the command and all processes that it waited for."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     with log.open("w") as file:
         ended = subprocess.run(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT)
@@ -170,30 +162,23 @@ def seconds_of(output: Path, name: str) -> float | None:
 
 
 def print_table(output: Path, sides: list[str], data: Path, budget: float) -> None:
-    """By `compare`: its page, and of its numbers mAP and AP50 of each."""
+    """mAP and AP50 of each, as `compare` finds them, which also writes its page."""
     runs = [str(output / (f"{YOLO}.json" if name == YOLO else name)) for name in sides]
+    numbers = {}
     if len(runs) > 1:
         page = output / "compare.html"
-        command = [sys.executable, "-m", "shared", "compare", *runs]
+        command = [sys.executable, "-m", "shared", "compare", *runs, "--output", str(page)]
         command += ["--annotations", str(data / "annotations" / "val.json"), "--images", str(data / "images")]
-        subprocess.run([*command, "--output", str(page)], cwd=ROOT, check=True)
-        comparisons = json.loads(page.with_suffix(".json").read_text())
-        numbers = {comparisons[0]["a"]: {row["name"]: row["a"] for row in comparisons[0]["metrics"]}}
-        numbers |= {one["b"]: {row["name"]: row["b"] for row in one["metrics"]} for one in comparisons}
-    else:
-        numbers = {}
+        subprocess.run(command, cwd=ROOT, check=True)
+        for one in json.loads(page.with_suffix(".json").read_text()):
+            numbers |= {one[side]: {row["name"]: row[side] for row in one["metrics"]} for side in ("a", "b")}
     rows = []
     for name in sides:
         seconds, found = seconds_of(output, name), numbers.get(name, {})
         over = f"{seconds - budget:.0f} s over" if seconds > budget else ""
         rows.append([name, round(seconds), found.get("mAP"), found.get("mAP_50"), over])
-    print(
-        tabulate(
-            rows,
-            headers=["", "user seconds", "mAP", "AP50", f"of {budget:.0f} s"],
-            floatfmt=(".0f", ".0f", ".3f", ".3f"),
-        )
-    )
+    headers = ["", "user seconds", "mAP", "AP50", f"of {budget:.0f} s"]
+    print(tabulate(rows, headers=headers, floatfmt=(".0f", ".0f", ".3f", ".3f")))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,17 @@ def _mib(name: str) -> float:
     return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 2**10
 
 
+def in_process(function: Callable, *arguments: object, start: str = "fork") -> object:
+    """Runs a function in a new process. Returns what it puts into its last argument, a queue."""
+    context = multiprocessing.get_context(start)
+    queue = context.Queue()
+    process = context.Process(target=function, args=(*arguments, queue))
+    process.start()
+    result = queue.get()
+    process.join()
+    return result
+
+
 def together(work: Callable[[], object], ranks: int, interval: float = 0.05) -> tuple[float, float]:
     """Forks processes that all start `work` at once and keep what it returns until the last has finished.
 

@@ -128,7 +128,7 @@ def ratios_of(run: Callable[[], None], pairs: int, block: int) -> tuple[str, str
 
 @contextmanager
 def operations_in_use(in_pytorch: bool) -> Iterator[None]:
-    """mmcv.ops over the operations in PyTorch, or as they are."""
+    """mmcv.ops over the operations in PyTorch, or over the compiled ones."""
     modules = [module for name, module in sys.modules.items() if name.startswith("mmcv.ops.")]
     kept = {module: module.ext_module for module in modules if hasattr(module, "ext_module")}
     for module in kept if in_pytorch else ():

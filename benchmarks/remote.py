@@ -3,9 +3,7 @@
 Steps of 8 images take 100 ms, with 4 loader workers and 20 ms added to each read. The limit is 80 % of the disk's.
 """
 
-import functools
 import http.server
-import multiprocessing
 import statistics
 import tempfile
 import time
@@ -14,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from command_line import main
+from web_server import served
 
 from coco_files import data_folder
 from shared.config.schema import StoreOptions
@@ -33,16 +32,13 @@ def remote(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "coco"
         data_folder(source, folder, train=400)
-        ports = multiprocessing.Queue()
-        server = multiprocessing.Process(target=serve, args=(folder, latency, ports), daemon=True)
-        server.start()
-        places = {"disk": str(folder / "train2017"), "web server": f"http://127.0.0.1:{ports.get()}/train2017"}
         annotations = CocoAnnotations.open(folder / "annotations/instances_train2017.json")
-        speeds: dict[str, list[float]] = {place: [] for place in places}
-        for _ in range(repeats):
-            for place, images in places.items():
-                speeds[place].append(images_per_second(annotations, images, steps, step))
-        server.terminate()
+        with served(handler_after(latency), directory=str(folder)) as url:
+            places = {"disk": str(folder / "train2017"), "web server": f"{url}/train2017"}
+            speeds: dict[str, list[float]] = {place: [] for place in places}
+            for _ in range(repeats):
+                for place, images in places.items():
+                    speeds[place].append(images_per_second(annotations, images, steps, step))
     for place, values in speeds.items():
         print(f"{place}: {statistics.median(values):.1f} images/s ({min(values):.1f} to {max(values):.1f})")
     shares = [late / disk for disk, late in zip(*speeds.values(), strict=True)]
@@ -63,21 +59,13 @@ def images_per_second(annotations: CocoAnnotations, images: str, steps: int, sec
     return 8 * (number - 9) / (time.perf_counter() - started)
 
 
-def serve(folder: Path, latency: float, ports: multiprocessing.Queue) -> None:
+def handler_after(latency: float) -> type[http.server.SimpleHTTPRequestHandler]:
     class Late(http.server.SimpleHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
         def do_GET(self) -> None:
             time.sleep(latency)
             super().do_GET()
 
-        def log_message(self, *_: object) -> None:
-            """Prints nothing."""
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Late, directory=str(folder)))
-    ports.put(server.server_port)
-    server.serve_forever()
+    return Late
 
 
 if __name__ == "__main__":

@@ -142,8 +142,8 @@ def time_against(
         name: the other side's, in the result's keys.
 
     Returns:
-        Times, images per second and the ratio of our seconds to the other side's: below 1 is faster. On a GPU also the
-        memory of a step of each side, above what was allocated before its block, and our waits per step, by place.
+        Times, images per second and the ratio of our seconds to the other side's: below 1 is faster. On a GPU also each
+        side's memory per step, above what was allocated before its block. And our waits per step, by place.
     """
     stacks, steps, waiting = [], itertools.count(1), [0.0]  # a report sets the loader's waiting to 0
     watch = contextlib.ExitStack()

@@ -1,7 +1,6 @@
 """How long a training takes to start: to its first batch, in a new container, and with very many images."""
 
 import http.server
-import multiprocessing
 import os
 import shutil
 import statistics
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from command_line import DETECTORS, ROOT, main
 from tabulate import tabulate
+from web_server import served
 
 BYTES = 1000  # of each image in the bucket
 BATCH = 16
@@ -146,14 +146,8 @@ def disk(images: int = 2_000_000, folder: Path | None = None) -> None:
 
 def bucket(images: int = 2_000_000) -> None:
     """The same with a bucket, which a server on loopback lists a thousand keys at a time, as S3 does."""
-    ports = multiprocessing.Queue()
-    server = multiprocessing.Process(target=serve_bucket, args=(images, ports), daemon=True)
-    server.start()
-    with tempfile.TemporaryDirectory() as name:
-        _open_with_many(
-            "bucket", "s3://bucket/images", Path(name), images, endpoint_url=f"http://127.0.0.1:{ports.get()}"
-        )
-    server.terminate()
+    with tempfile.TemporaryDirectory() as name, served(bucket_of(images)) as url:
+        _open_with_many("bucket", "s3://bucket/images", Path(name), images, endpoint_url=url)
 
 
 def _open_with_many(place: str, where: str, folder: Path, images: int, **options) -> None:
@@ -180,13 +174,10 @@ def _open_with_many(place: str, where: str, folder: Path, images: int, **options
     print(tabulate(rows, headers=headers, tablefmt="github", floatfmt=("", "", "", "", ".1f", ".2f")))
 
 
-def serve_bucket(images: int, ports: multiprocessing.Queue) -> None:
-    """An S3 of one folder, which lists its keys a thousand per page, and whose objects are zeros."""
+def bucket_of(images: int) -> type[http.server.BaseHTTPRequestHandler]:
+    """Answers as an S3 of one folder, which lists its keys a thousand per page, and whose objects are zeros."""
 
     class Bucket(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
         def do_GET(self) -> None:
             asked = urllib.parse.parse_qs(self.path.partition("?")[2])
             body = bytes(BYTES)
@@ -198,12 +189,7 @@ def serve_bucket(images: int, ports: multiprocessing.Queue) -> None:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None:
-            """Prints nothing."""
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
-    ports.put(server.server_port)
-    server.serve_forever()
+    return Bucket
 
 
 def page_of_keys(prefix: str, first: int, end: int, images: int) -> str:
