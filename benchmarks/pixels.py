@@ -1,16 +1,9 @@
 """Images per second and core, from the file to the batch: of each library's own loader, of ours, and of ours with
 `data.fast_images: true`.
 
-<<<<<<< HEAD
-It does what a loader worker does, in this process: samples by index, and their batch, for the training and the test.
-The
-three take turns batch by batch, with the same images and seeds. Reported are images per CPU second, the ratio to the
-library's, and the difference that the switch makes to the pixels, on the scale of 0 to 255.
-=======
 It does what a loader worker does, in this process: samples by index, and their batch, to train and to test. The three
 take turns batch by batch, with the same images and seeds. The result is images per CPU second and the ratio
 to the library's. Then follows how much the switch changes the pixels, on the scale of 0 to 255.
->>>>>>> r-bench
 """
 
 import contextlib
