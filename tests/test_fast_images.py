@@ -256,6 +256,8 @@ def detections_by_image(trial, data):
     """Of each image, and the sizes of each batch's images as the model sees them."""
     found, sizes = {}, []
     for batch in trial.evaluation_loader(data):
+        if not batch.image_ids:  # its only image cannot be read
+            continue
         metas = batch.targets["img_metas"][0] if isinstance(batch.targets, dict) else None
         shapes = [meta["img_shape"][:2] for meta in metas] if metas else [image.shape[1:] for image in batch.images]
         sizes.append([tuple(shape) for shape in shapes])

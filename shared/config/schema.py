@@ -279,7 +279,7 @@ class TrainingHyperparameters:
     hang_minutes: Positive | None = key(10.0, "minutes without progress after which a run stops; `null` for never")
     validation_loss: bool = key(False, "also compute the training's losses at each validation")
     max_detections: Annotated[int, Meta(ge=1)] | None = key(
-        None, "detections per image that are kept, and per category scored; default the model's own and COCO's, 100"
+        None, "detections that are kept per image, and scored per category; default: the model's, and 100"
     )
     loggers: list[str] = key([], "where to log off a cluster: `wandb`, `mlflow`")
 
