@@ -281,7 +281,7 @@ def test_libraries_detect_on_batches_of_one_size_and_only_round_otherwise(detect
         assert all(len(batch) == 1 for batch in batches)
         monkeypatch.setattr(type(trial), "batches_evaluations", True)
         found, batches = detections_by_image(trial, data)
-        assert max(map(len, batches)) == 4
+        assert max(map(len, batches)) == 3  # one of each four images cannot be read
         assert all(len(set(batch)) == 1 for batch in batches)
     bad = {list(sizes)[i] for i in (0, 1, 9)}
     assert found.keys() == alone.keys() == sizes.keys() - bad
