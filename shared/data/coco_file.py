@@ -303,6 +303,8 @@ def _at_id(data: JSONBytes, error: Exception) -> str:
 
 
 def _why_not_json(data: JSONBytes, source: object, error: Exception) -> str:
+    if "UTF-8" in str(error):  # msgspec 0.23 raises no UnicodeDecodeError
+        return f"{source} is not JSON: it is not in UTF-8"
     # Python writes NaN and Infinity, which JSON does not have: name the annotation instead of a byte
     at = max(data.find(word) for word in (b"NaN", b"Infinity"))
     if at >= 0:

@@ -192,6 +192,8 @@ def _decode_results(results: str | os.PathLike | list[dict], source: str) -> lis
         is_of_another_type = isinstance(error, msgspec.ValidationError) and "out of range" not in str(error)
         if not is_of_another_type and (number := wrong_number_in(data)):
             raise UserError(f"{source} has the number {number}. Fix: write finite numbers only") from error
+        if "UTF-8" in str(error):  # msgspec 0.23 raises no UnicodeDecodeError
+            raise UserError(f"{source} is not JSON: it is not in UTF-8") from error
         if not isinstance(error, msgspec.ValidationError):
             raise UserError(f"{source} is not JSON: {error}") from error
         if "got `object`" in str(error) and "$" not in str(error):

@@ -134,7 +134,7 @@ class _DeviceContext(contextlib.AbstractContextManager):
 _HOST_GENERATOR = torch.Generator
 
 
-class _AnyGenerator(type):
+class _AnyGenerator(type(_HOST_GENERATOR)):  # torch 2.15's has a metaclass
     def __instancecheck__(cls, value):
         return isinstance(value, _HOST_GENERATOR)
 
