@@ -83,7 +83,8 @@ def test_a_path_that_is_nearly_right_is_met_by_the_right_one(looked, shapes, tmp
     assert line_for(shapes / "VAL").endswith(f"did you mean {shapes}/val?")
     (tmp_path / unicodedata.normalize("NFD", "Zähler")).mkdir()
     assert "did you mean" in line_for(tmp_path / unicodedata.normalize("NFC", "Zähler"))
-    assert line_for(shapes.parent / "val").endswith(f"did you mean {shapes}/val?")  # one folder deeper
+    (tmp_path / "outer/inner/val").mkdir(parents=True)
+    assert line_for(tmp_path / "outer/val").endswith(f"did you mean {tmp_path}/outer/inner/val?")
     assert f"in {shapes} there is no zzz" in line_for(shapes / "zzz/val")
 
 
