@@ -19,8 +19,9 @@ $(READY): setup.cfg shared/requirements.txt efficientdet/requirements.txt $(CONS
 # As a container is made ready: MMDetection over mmcv without compiled operations, and Detectron2's Python, where GitHub
 # can be reached: it is on no package index.
 READY_FOR = $(PY) -m shared.container --constraint $(CONSTRAINTS)
-$(ALL_READY): $(READY) mmdetection/requirements.txt detectron2/requirements.txt
+$(ALL_READY): $(READY) mmdetection/requirements.txt detectron2/requirements.txt detr/requirements.txt
 	$(READY_FOR) mmdetection/requirements.txt
+	$(READY_FOR) detr/requirements.txt
 	timeout 600 $(READY_FOR) detectron2/requirements.txt || echo "Detectron2 could not be fetched: its tests will be skipped"
 	touch $@
 
@@ -43,9 +44,10 @@ demo: $(READY)
 	rm -rf demo/run
 	cd efficientdet && $(PY) model_def.py train demo.yaml --output-dir ../demo/run
 
-# two at a time: most of a test's time is the start of a process
+# two at a time; a file's tests stay together, so that they share its trained run
+TWO = -n 2 --dist worksteal
 test: lint $(ALL_READY)
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest $(TWO)
 
 # The same tests in the versions of Determined's default task image, on Python 3.10 where there is one.
 test-oldest:
@@ -66,7 +68,7 @@ gpu-kit: $(ALL_READY)
 
 .PHONY: pytest
 pytest: $(ALL_READY)
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest $(TWO)
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -103,7 +105,7 @@ docs-serve: $(DOCS_READY)
 
 # Determined uploads a detector's folder and follows no link to a folder: shared/ is in it as a link a file.
 links:
-	for detector in efficientdet mmdetection detectron2; do \
+	for detector in efficientdet mmdetection detectron2 detr; do \
 		rm -rf $$detector/shared && \
 		for file in $$(cd shared && find . -name '*.py' -o -name '*.jinja' -o -name requirements.txt | sort); do \
 			link=$$detector/shared/$${file#./} && mkdir -p "$$(dirname $$link)" && \

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from shared.config.schema import TrainingHyperparameters, key
+from shared.config.schema import PUBLISHED, TrainingHyperparameters, key
 from shared.errors import UserError
-from shared.library import PUBLISHED
 
 
 @dataclass

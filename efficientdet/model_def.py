@@ -67,13 +67,9 @@ class EfficientDetTrial(DetectionTrial):
         self.mean = torch.tensor(self.inputs["mean"], device=device).mul(255).view(1, 3, 1, 1)
         self.std = torch.tensor(self.inputs["std"], device=device).mul(255).view(1, 3, 1, 1)
         self.random_erasing = None
-        if self.hparams.random_erasing > 0:
-            self.random_erasing = RandomErasing(
-                self.hparams.random_erasing,
-                mode=self.hparams.random_erasing_mode,
-                max_count=self.hparams.random_erasing_count,
-                device=device,
-            )
+        if (probability := self.hparams.random_erasing) > 0:
+            mode, count = self.hparams.random_erasing_mode, self.hparams.random_erasing_count
+            self.random_erasing = RandomErasing(probability, mode=mode, max_count=count, device=device)
         self.predictors: dict[nn.Module, DetBenchPredict] = {}
         return bench
 
@@ -225,14 +221,10 @@ class EfficientDetTrial(DetectionTrial):
         if model not in self.predictors:
             self.predictors[model] = DetBenchPredict(model.model).to(self.context.device).eval()
         rows = self.predictors[model](batch.images, batch.targets).float().cpu().numpy()
+        found = [of_image[of_image[:, 4] > 0] for of_image in rows]  # effdet fills up to 100 with zeros
         return [
-            Detections(
-                image_id=image_id,
-                boxes=found[found[:, 4] > 0, :4],  # effdet fills up to 100 with zeros
-                scores=found[found[:, 4] > 0, 4],
-                labels=found[found[:, 4] > 0, 5].astype(int) - 1,
-            )
-            for image_id, found in zip(batch.image_ids, rows, strict=True)
+            Detections(image_id, boxes=of_image[:, :4], scores=of_image[:, 4], labels=of_image[:, 5].astype(int) - 1)
+            for image_id, of_image in zip(batch.image_ids, found, strict=True)
         ]
 
     def summary(self) -> list[tuple[str, object]]:
@@ -241,10 +233,7 @@ class EfficientDetTrial(DetectionTrial):
             ("model", f"{hparams.model} over {backbone}, {len(self.categories)} categories"),
             ("weights", f"pretrained: {hparams.pretrained}" if self.first_batch == 0 else "the checkpoint's"),
             ("input", "×".join(map(str, reversed(self.model_config.image_size)))),
-            (
-                "training data",
-                f"{data.path or 'fake'}, {len(data)} images",
-            ),
+            ("training data", f"{data.path or 'fake'}, {len(data)} images"),
             ("optimizer", f"{hparams.opt}, lr {hparams.scaled_lr:g}"),
             ("schedule", f"{hparams.sched}, warm-up of {hparams.warmup_epochs:g} epochs"),
         ]

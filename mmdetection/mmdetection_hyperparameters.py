@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from shared.config.schema import BACKEND_ALIASES, BACKENDS, DataConfig, TrainingHyperparameters, key
+from shared.config.schema import BACKEND_ALIASES, BACKENDS, PUBLISHED, DataConfig, TrainingHyperparameters, key
 from shared.errors import UserError, nearest
-from shared.library import PUBLISHED
 
 
 @dataclass

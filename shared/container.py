@@ -1,7 +1,7 @@
 """`python3 -m shared.container`: installs what a detector needs and this Python lacks.
 
 In a detector's folder it reads `requirements.txt` there and `shared/requirements.txt`. startup-hook.sh, the images and
-the Makefile call it, and setup.cfg reads the same files. torch, torchvision and NumPy stay as they are: torch may be
+the Makefile call it, and setup.cfg reads the same files. torch, torchvision and NumPy stay unchanged: torch may be
 one that pip takes for older than it is (2.3.0a0+…), and what is compiled is compiled for it.
 
 Nothing is compiled unless asked for: mmcv is pure Python without `-full`, and Detectron2 is its Python tree alone; the

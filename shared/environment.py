@@ -1,9 +1,12 @@
-"""What the environment of a process says: threads, missing packages, whether it is a cluster's task."""
+"""The environment of a process: threads, missing packages, whether it is a cluster's task."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import select
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,16 +14,45 @@ from types import TracebackType
 from typing import Any
 
 _INSTALL = (
-    "`make demo` in the project's folder sets up an environment with all that is needed (.venv/bin/python); into your "
-    "own, with torch, torchvision and determined in it: python3 -m shared.container, in the detector's folder"
+    "`make demo` in the project's folder makes a complete environment (.venv/bin/python). To use your own, which needs "
+    "torch, torchvision and determined: python3 -m shared.container, in the detector's folder"
 )
+
+
+_PACKAGES = {"cv2": "opencv-python-headless", "PIL": "pillow", "sklearn": "scikit-learn", "yaml": "PyYAML"}
+
+
+def _how_to_install(module: str | None) -> str:
+    """The line of pip for one module; "" for those that are built for a version of torch."""
+    package = (module or "").split(".")[0]
+    if package in ("", "detectron2", "mmcv", "mmdet", "shared", "torch", "torchvision", "determined"):
+        return ""
+    return f"{sys.executable} -m pip install {_PACKAGES.get(package, package)}. Or: "
 
 
 def _say_what_is_missing(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     if isinstance(error, ModuleNotFoundError):
-        print(f"error: {sys.executable} lacks the package {error.name!r}; {_INSTALL}", file=sys.stderr)
+        fix = _how_to_install(error.name) + _INSTALL
+        print(f"error: {sys.executable} lacks the package {error.name!r}. Fix: {fix}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
+
+
+@contextlib.contextmanager
+def quiet_if_output_is_closed() -> Iterator[None]:
+    """Exits without a traceback when the reader of the output, such as `head`, closes it."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(sys.stdout.fileno(), select.POLLOUT)
+        if not any(events & select.POLLERR for _, events in output.poll(0)):
+            raise  # another pipe's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again
+        sys.exit(128 + signal.SIGPIPE)
 
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -37,7 +69,9 @@ def prepare_process() -> None:
     Loader workers keep their cores: they sleep for most of a step.
     """
     if sys.version_info < (3, 10):  # noqa: UP036 the code runs from its folders, which no installer looked at
-        sys.exit(f"error: Python 3.10 or later is needed, and {sys.executable} is {sys.version.split()[0]}; {_INSTALL}")
+        sys.exit(
+            f"error: Python 3.10 or later is needed, and {sys.executable} is {sys.version.split()[0]}. Fix: {_INSTALL}"
+        )
     sys.excepthook = _say_what_is_missing
     if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -47,9 +81,9 @@ def prepare_process() -> None:
 
 
 def use_available_cores() -> None:
-    """Gives torch no more threads than this process has cores, where the user has not said how many.
+    """Gives torch no more threads than this process has cores, unless the user sets a number.
 
-    torchrun says `OMP_NUM_THREADS=1` for several processes on a machine, which looks like the user's own, and stays.
+    torchrun sets `OMP_NUM_THREADS=1` for several processes on a machine. It looks like the user's own, and stays.
     """
     import torch
 
@@ -58,11 +92,11 @@ def use_available_cores() -> None:
 
 
 def available_cores(root: Path = Path("/")) -> int:
-    """The cores of this process: those it may run on, as far as its control groups give it their time, divided by the
-    processes that torchrun started on the machine; at least 1.
+    """The cores of this process, at least 1: those on which it may run and for which its control groups give it time,
+    divided by the processes that torchrun started on the machine.
 
     Args:
-        root: of the file system, with proc and sys.
+        root: the file system with proc and sys.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = min([cores, *_quotas(root)])
@@ -70,7 +104,7 @@ def available_cores(root: Path = Path("/")) -> int:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """The cores' worth of time that each control group above this process allows, of version 1 or 2."""
+    """The number of cores whose time each control group above this process allows. Reads versions 1 and 2."""
     own = root / "proc/self/cgroup"
     for line in own.read_text().splitlines() if own.exists() else ():
         _, controllers, path = line.split(":", 2)
@@ -78,7 +112,7 @@ def _quotas(root: Path) -> Iterator[float]:
             continue
         mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
         group = mount / path.lstrip("/")
-        # in a container the path may be the host's, and of it only the mount, which is the container's, is there
+        # in a container the path may be the host's; then only the mount, which is the container's, exists
         while group.is_relative_to(mount):
             names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
             if all((group / name).exists() for name in names):

@@ -1,4 +1,4 @@
-"""What a user can put right: shown as a single line, without a traceback."""
+"""Errors that a user can fix: shown as a single line, without a traceback."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Bad input. The message says what is wrong, where (file, key, image id) and what to do."""
+    """Bad input. The message names the problem, its place (file, key, image id) and the fix."""
 
 
 class DivergedError(ArithmeticError):
-    """The loss is not finite; training on would only spoil the weights."""
+    """The loss is not finite. More training would only destroy the weights."""
 
 
 def nearest(name: str, valid: Iterable[str], otherwise: str | None = None) -> str:
@@ -33,7 +33,7 @@ def nearest(name: str, valid: Iterable[str], otherwise: str | None = None) -> st
 
 
 def nearest_path(path: str) -> str:
-    """The end of an error message about a path that does not exist: what there is in its place."""
+    """The end of an error message about a path that does not exist: a similar path that does."""
     missing = Path(path)
     folder = next(parent for parent in missing.absolute().parents if parent.is_dir())
     name = missing.absolute().relative_to(folder).parts[0]
@@ -47,8 +47,8 @@ def nearest_path(path: str) -> str:
 
 
 def same_on_any_disk(name: str) -> str:
-    """The same for two names that are one file on some disks: without upper case, with accents encoded in one way, as
-    macOS and others do it."""
+    """The name without upper case, and with accents encoded in one way. Two names with the same result are one file on
+    some disks, as on macOS."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
@@ -56,8 +56,8 @@ def check_outputs(option: str, outputs: Iterable[Path], inputs: Iterable[str | o
     """Raises UserError if one of the files to write is an input.
 
     Args:
-        option: of the command line, for the error.
-        inputs: files, folders, URLs and None.
+        option: the command line's option, for the error.
+        inputs: files, folders, URLs or None.
     """
     there = [os.fspath(path) for path in inputs if path is not None and os.path.exists(path)]
     for output in outputs:
@@ -71,7 +71,7 @@ def count_of(number: int, what: str) -> str:
 
 
 def tell_torchrun(line: str) -> None:
-    """Has torchrun's report, which comes last, show the line that this process ends with; where it is torchrun's."""
+    """Hands the line with which this process exits to torchrun, if it started the process: its report comes last."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         failure = {"message": line, "extraInfo": {"timestamp": int(time.time())}}
         Path(path).write_text(json.dumps({"message": failure}))

@@ -24,7 +24,7 @@ from shared.config.experiment import Experiment, Sections, read_experiment
 from shared.config.file import fixed_hyperparameters
 from shared.config.reference import help_text
 from shared.config.schema import TrainingHyperparameters, parse_section
-from shared.environment import on_cluster, task_config, use_available_cores
+from shared.environment import on_cluster, quiet_if_output_is_closed, task_config, use_available_cores
 from shared.errors import DivergedError, UserError, tell_torchrun
 from shared.log import show_log
 from shared.redaction import redacted
@@ -62,7 +62,7 @@ def read_command(module: str, sections: Sections) -> Command | None:
     exit the program. A `model_def.py` calls it before it imports torch.
 
     Args:
-        module: the caller's `__name__`. If it is not the program, or if this is a cluster's task, the result is None.
+        module: the caller's `__name__`. The result is None in a cluster's task, and if it is not the program.
     """
     if module != "__main__" or on_cluster():
         return None
@@ -98,7 +98,7 @@ def main(trial_class: type[DetectionTrial], command: Command | None = None) -> N
     from shared.training.memory import out_of_memory_anywhere, out_of_memory_as
 
     use_available_cores()
-    with exit_on_errors(), out_of_memory_as(out_of_memory_anywhere):
+    with quiet_if_output_is_closed(), exit_on_errors(), out_of_memory_as(out_of_memory_anywhere):
         if on_cluster():
             train_on_cluster = _load("shared.commands.train", "train_on_cluster")
             show_log()
@@ -138,7 +138,7 @@ def _check(arguments: argparse.Namespace, experiment: Experiment) -> None:
         experiment.searcher_metric(None)
         _check_run(arguments)
     if command in ("train", "search", "evaluate"):
-        splits = ("val",) if command == "evaluate" else ("train", "val")
+        splits = (arguments.split,) if command == "evaluate" else ("train", "val")
         experiment.check_paths(splits, submitted=Path(sys.argv[0]).parent)
 
 
@@ -209,7 +209,8 @@ def read_arguments() -> argparse.Namespace:
     )
     search.add_argument("--status", action="store_true", help="only print the search's progress")
 
-    evaluate = add("evaluate", "Compute COCO metrics on data.val.")
+    evaluate = add("evaluate", "Compute COCO metrics on data.val, or on data.test.")
+    evaluate.add_argument("--split", choices=("val", "test"), default="val", help="of the data; default val")
     evaluate.add_argument("--output", type=Path, metavar="DIR", help="write metrics.json and results.json there")
     evaluate.add_argument("--report", type=Path, metavar="DIR", help="write report.html and report.json there")
     evaluate.add_argument("--results", type=Path, metavar="FILE", help="score a results.json in COCO's format instead")

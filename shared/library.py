@@ -18,8 +18,6 @@ from shared.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
-# `weights`: what the library publishes for `config_file`
-PUBLISHED = "published"
 _LEAST = 0.25  # of a model's weights: a backbone is more
 
 
@@ -68,7 +66,7 @@ def log_loaded(loaded: int, total: int, source: str, anew: Mapping[str, list[str
         anew: names of weights, by the reason.
 
     Raises:
-        UserError: they are so few that the weights are another model's, of which some names are the same by chance.
+        UserError: they are so few that the weights are another model's, and some names are the same by chance.
     """
     parts = [
         f"; {len(names)} {reason} and start anew ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
@@ -84,13 +82,13 @@ def log_loaded(loaded: int, total: int, source: str, anew: Mapping[str, list[str
 
 
 class KeptByShape:
-    """In the place of a function whose lists of tensors follow from its arguments; a tensor among them counts by its
+    """Replaces a function whose lists of tensors follow from its arguments; a tensor among them counts by its
     shape, data type and device. Its last results are kept, and given again.
 
     One that somebody wrote into is built anew. A copy of it, and so an averaged model's, starts with nothing kept.
 
     Args:
-        function: gives a list of tensors, or of objects that hold one as `tensor`, as Detectron2's boxes do.
+        function: gives a list of tensors, or of objects that hold one as `tensor`.
         count: results that are kept: of 200,000 anchors, as many as 800 × 1333 pixels have, 3 MB each.
     """
 

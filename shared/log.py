@@ -1,4 +1,4 @@
-"""What of the log a user sees: what this project says, and of the libraries one line where something is wrong."""
+"""The log that a user sees: this project's messages, and one line per warning of a library."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tqdm import tqdm
 from shared.redaction import redacted
 
 _OURS = ("shared", "__main__", "model_def")
-_FILES = "_files"  # of a detector: efficientdet_files, …
+_FILES = "_files"  # the end of the name of a detector's package
 
 
 def show_log(verbose: bool = False) -> None:
-    """Logs to stderr, above a progress bar where there is one.
+    """Logs to stderr, above the progress bar.
 
     Args:
-        verbose: also what the libraries say that is no warning, all lines of their warnings, and Python's own.
+        verbose: also show the libraries' information, all lines of their warnings, and Python's warnings.
     """
     logging.basicConfig(level=logging.INFO, handlers=[_AboveTheBar(verbose)])
     warnings.showwarning = _log_warning
@@ -55,6 +55,6 @@ def _log_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Python's own warnings are meant for whoever wrote the library; those of a module of the user's are shown."""
+    """Logs a warning of Python. One in an installed library is for its authors, and shown only with --verbose."""
     level = logging.INFO if "site-packages" in filename else logging.WARNING
     logging.getLogger("warnings").log(level, "%s (%s, %s:%d)", message, category.__name__, filename, lineno)

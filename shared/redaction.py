@@ -1,4 +1,4 @@
-"""Passwords, keys and tokens: nothing that is written, logged or uploaded holds them."""
+"""Removes passwords, keys and tokens from everything that is written, logged or uploaded."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def redacted(text: str) -> str:
 def without_secrets(config: Mapping[str, Any], but: Collection[str] = ()) -> dict[str, Any]:
     """A copy of a config with `REDACTED` instead of each secret.
 
-    A secret is the value of a key such as `password`, `secret_key` or `api_token`, everything in Determined's
-    `registry_auth` and `environment_variables` (their names stay), and what `redacted` finds in a text.
+    Secrets are the values of keys such as `password`, `secret_key` or `api_token`, and the passwords that `redacted`
+    finds. All values in Determined's `registry_auth` and `environment_variables` are secrets too; their names stay.
 
     Args:
-        but: sections at the top that stay as they are.
+        but: top-level sections to copy unchanged.
     """
     return {key: value if key in but else _clean(value, key, "") for key, value in config.items()}
 
 
 def filled_in(clean: Any, config: Any) -> Any:
-    """What `without_secrets` returned, with a config's own values where it holds `REDACTED`."""
+    """The result of `without_secrets`, with a config's own values instead of `REDACTED`."""
     if isinstance(clean, Mapping):
         own = config if isinstance(config, Mapping) else {}
         return {key: filled_in(value, own.get(key)) for key, value in clean.items()}
@@ -55,7 +55,7 @@ def filled_in(clean: Any, config: Any) -> Any:
 
 
 def redact_yaml_files(folder: Path) -> None:
-    """Rewrites the YAML files below a folder that hold secrets. A file without any stays as it is."""
+    """Rewrites the YAML files below a folder that hold secrets. A file without any stays unchanged."""
     for path in sorted((*folder.rglob("*.yaml"), *folder.rglob("*.yml"))):
         text = path.read_text(encoding="utf-8", errors="replace")
         try:
@@ -74,7 +74,7 @@ def _clean(value: Any, key: Any, secret: str) -> Any:
     """A copy of a value without secrets.
 
     Args:
-        key: whose value it is, or that of the list that it is in.
+        key: whose value it is, or the key of its list.
         secret: the innermost key around it that makes it a secret; empty if none does.
     """
     if isinstance(key, str) and _is_secret(key):

@@ -1,8 +1,10 @@
 """Paths to the code, data for tests, and how the tests start a run."""
 
 import argparse
+import contextlib
 import gc
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -21,7 +23,7 @@ from tiny_models import efficientdet_config
 
 ROOT = Path(__file__).parent.parent
 # as in a submitted folder: `model_def` and `<name>_files` beside `shared`; of the model_defs this finds EfficientDet's
-sys.path[:0] = [str(ROOT), str(ROOT / "efficientdet"), str(ROOT / "mmdetection"), str(ROOT / "detectron2")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("", "efficientdet", "mmdetection", "detectron2", "detr")]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 EXPERIMENT_SCHEMA = ROOT.parent / "shared" / "expconf"
 
@@ -38,15 +40,30 @@ try:
     import detectron2.config  # noqa: F401 without the library, `detectron2` is the folder
 except Exception as error:
     WITHOUT_LIBRARY["detectron2"] = f"the library Detectron2 cannot be imported: {error}"
+try:
+    from transformers import is_torch_available
+
+    if not is_torch_available():
+        raise ImportError("it needs torch 2.6")
+except Exception as error:
+    WITHOUT_LIBRARY["detr"] = f"transformers cannot be imported: {error}"
 collect_ignore = list(WITHOUT_LIBRARY)
 
 
-@pytest.fixture(params=["efficientdet", "mmdetection", "detectron2"])
+@pytest.fixture(params=["efficientdet", "mmdetection", "detectron2", "detr"])
 def detector(request) -> str:
     """Each detector whose library is here."""
     if request.param in WITHOUT_LIBRARY:
         pytest.skip(WITHOUT_LIBRARY[request.param])
     return request.param
+
+
+# for a promise that one code keeps for every detector: the default tests hold it with the quickest of them
+other_detectors_are_slow = pytest.mark.parametrize(
+    "detector",
+    ["efficientdet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mmdetection", "detectron2"))],
+    indirect=True,
+)
 
 
 def without_gpus(count: int = 1) -> str | None:
@@ -69,6 +86,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     marker = item.get_closest_marker("gpu")
     if marker is not None and (reason := without_gpus(*marker.args)):
         pytest.skip(reason)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what the libraries hold: a collection in a test no longer walks through two million objects
 
 
 def pytest_report_header() -> list[str]:
@@ -123,12 +145,20 @@ def run_model_def(
     env: dict | None = None,
     check: bool = True,
     script: str | Path = "model_def.py",
+    figures: bool = True,
+    torchrun: bool = False,
 ) -> subprocess.CompletedProcess:
-    """`model_def.py ARGUMENTS`, or a script in its place, as a user runs it: under torchrun where there are several
-    processes."""
+    """`model_def.py ARGUMENTS`, or a script in its place, in a new process.
+
+    Args:
+        figures: False for a training of which nobody reads the report. Several processes never draw figures.
+        torchrun: starts several processes by torchrun, as a user does, instead of the quicker tests/launcher.py.
+    """
     program = [sys.executable]
-    if processes > 1:
+    if torchrun:
         program += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    elif processes > 1 or not figures:
+        program += [str(ROOT / "tests/launcher.py"), str(processes)]
     done = subprocess.run(
         [*program, script, *map(str, arguments)],
         cwd=cwd,
@@ -146,7 +176,8 @@ def run_command(function: Callable, trial_class: type, config: Path, overrides: 
     """Calls a command's function in this process, with the arguments that the command line has."""
     from shared.launch import experiment_for
 
-    given = argparse.Namespace(command=None, config=str(config), overrides=[*overrides], **arguments)
+    given = {"command": None, "config": str(config), "overrides": [*overrides], "split": "val", **arguments}
+    given = argparse.Namespace(**given)
     function(trial_class, experiment_for(given, trial_class.sections()), given)
 
 
@@ -190,6 +221,33 @@ def trial_class() -> type:
 
 
 @pytest.fixture
+def unbuilt():
+    """Makes a trial that has read its config and opened nothing."""
+    import torch
+    from determined.core import DistributedContext
+
+    from shared.training.context import trial_context
+
+    class Slots(DistributedContext):
+        """The first of so many slots, which hears nothing of the others."""
+
+        def __init__(self, size: int):
+            super().__init__(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
+            self.size = self.local_size = size
+
+        def close(self) -> None:
+            pass
+
+    with contextlib.ExitStack() as stack:
+
+        def make(trial_class: type, config: dict, slots: int = 1, **named: object):
+            context = stack.enter_context(trial_context(config, Slots(slots), torch.device("cpu")))
+            return trial_class(context, begin=False, **named)
+
+        yield make
+
+
+@pytest.fixture
 def program(tmp_path):
     """Writes a program that takes the place of `model_def.py`, beside which it is run; returns its path."""
 
@@ -206,14 +264,23 @@ def program(tmp_path):
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """Trains in this process and returns the run's folder, `name` in the test's own."""
+    """Trains in this process and returns the run's folder, `name` in the test's own.
 
-    def call(trial_class: type, config: dict, name: str = "run", resume: str | None = None) -> Path:
+    It draws nothing and writes no report, which take most of the time of so small a run; `report=True` does both.
+    """
+
+    def call(
+        trial_class: type, config: dict, name: str = "run", resume: str | None = None, report: bool = False
+    ) -> Path:
+        from without_figures import leave_out_figures
+
         from shared.commands.train import train_locally
 
         path, folder = tmp_path / f"{name}.yaml", tmp_path / name
         path.write_text(yaml.safe_dump(config))
         with monkeypatch.context() as patch:
+            if not report:
+                leave_out_figures(patch.setattr)
             patch.chdir(tmp_path)
             try:
                 run_command(train_locally, trial_class, path, output_dir=folder, resume=resume)
@@ -226,26 +293,39 @@ def train(tmp_path, monkeypatch):
 
 def stop_workers() -> None:
     """Stops the workers of loaders that are in no use any more. Python's garbage collection takes 5 s for each."""
+    if not multiprocessing.active_children():
+        return
     for loader in gc.get_objects():
         if type(loader).__name__ == "_MultiProcessingDataLoaderIter":
             loader._shutdown_workers()
 
 
 @pytest.fixture
-def refused(monkeypatch):
-    """Calls `model_def.py ARGUMENTS` in this process, and returns the line that it ends with."""
-    from model_def import EfficientDetTrial
+def command(monkeypatch):
+    """Runs `model_def.py ARGUMENTS` of a trial's folder in this process. `run_model_def` starts a new process, which
+    first loads torch and the detector's library for five seconds."""
     from shared.launch import main
 
-    def call(*arguments: object) -> str:
+    def call(trial_class: type, *arguments: object) -> None:
         with monkeypatch.context() as patch:
-            patch.chdir(ROOT / "efficientdet")
+            patch.chdir(Path(sys.modules[trial_class.__module__].__file__).parent)
             patch.setattr(sys, "argv", ["model_def.py", *map(str, arguments)])
             try:
-                with pytest.raises(SystemExit) as ended:
-                    main(EfficientDetTrial)
+                main(trial_class)
             finally:
                 stop_workers()
+
+    return call
+
+
+@pytest.fixture
+def refused(command):
+    """Runs a command of EfficientDet's in this process, and returns the line that it ends with."""
+    from model_def import EfficientDetTrial
+
+    def call(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as ended:
+            command(EfficientDetTrial, *arguments)
         return ended.value.code
 
     return call
@@ -253,9 +333,10 @@ def refused(monkeypatch):
 
 @pytest.fixture
 def without_figures(monkeypatch):
-    """They take most of the time of runs as small as these."""
-    monkeypatch.setattr("shared.training.tensorboard.ReportFigures.draw", lambda *_: None)
-    monkeypatch.setattr("shared.commands.train._write_report", lambda *_: None)
+    """For a training that starts in this process by another way than `train`."""
+    from without_figures import leave_out_figures
+
+    leave_out_figures(monkeypatch.setattr)
 
 
 @pytest.fixture

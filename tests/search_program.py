@@ -5,6 +5,8 @@ and `search` searches with itself.
     python search_program.py search CONFIG OUTPUT JOBS [STORAGE]
 """
 
+import argparse
+import dataclasses
 import errno
 import json
 import logging
@@ -76,7 +78,7 @@ def train(config: dict, run: Path) -> None:
         new = folder.saving / "last"
         new.mkdir(parents=True)
         (new / "batches").write_text(str(batch))
-        folder.replace("last", new)
+        folder.keep(new, is_best=False)
 
     with (run / "batches.log").open("a") as log:
         while batch < total and not stops:
@@ -105,16 +107,23 @@ def is_recorded(run: Path, batch: int, total: int) -> bool:
     return f'"trial_id":{run.name},"step":{batch * 10**6 // total},' in journal
 
 
+def experiment_from(config: dict):
+    """The experiment of a config that has keys for this program, which no experiment file may have."""
+    from shared.config.experiment import Sections, experiment_of
+
+    return dataclasses.replace(experiment_of(config, {}, Sections()), config=config)
+
+
 def search(config: dict, output: Path, jobs: int, storage: str | None) -> None:
     from shared.errors import UserError
     from shared.search import search as module
     from shared.search import study
-    from shared.search.space import parse_searcher
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    module.SECONDS_BETWEEN_LOOKS, study.SECONDS_BETWEEN_SIGNS, study.SECONDS_OF_SILENCE = 0.05, 0.2, 3
+    module.SECONDS_BETWEEN_LOOKS, study.SECONDS_BETWEEN_HEARTBEATS, study.SECONDS_OF_SILENCE = 0.05, 0.2, 3
+    arguments = argparse.Namespace(config="config.yaml", output_dir=output, storage=storage, jobs=jobs, status=False)
     try:
-        module.run_search(config, parse_searcher(config), output, [sys.executable, __file__], storage, jobs)
+        module.search(None, experiment_from(config), arguments)
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -15,10 +15,11 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from shared.config.experiment import parse_data
 from shared.data import checks, coco_file, synthetic
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.checks import check_box_format
-from shared.data.open import check_masks, check_trainable
+from shared.data.open import check_masks, check_trainable, notes_on, open_split
 from shared.errors import UserError
 
 
@@ -159,7 +160,13 @@ def test_of_the_caches_of_a_file_that_changes_the_last_two_stay(coco, tmp_path):
         (caches[0].parent / f".killed{number}").mkdir()  # as a process leaves it that is killed while it writes
         os.utime(tmp_path / "a.json", ns=(number, number))
         caches.append(CocoAnnotations.open(tmp_path / "a.json").cache)
-    assert {p for p in caches[0].parent.iterdir() if p.name != "lock"} == {*caches[-2:]}
+    assert {p for p in caches[0].parent.iterdir() if p.is_dir()} == {*caches[-2:]}
+
+
+def test_git_and_backups_skip_the_cache(coco, tmp_path):
+    place = CocoAnnotations.open(write(tmp_path / "a.json", coco)).cache.parent
+    assert (place / ".gitignore").read_text() == "*\n"
+    assert (place / "CACHEDIR.TAG").read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55\n")
 
 
 def test_keypoints_are_the_file_s_and_go_with_their_annotations(coco, tmp_path):
@@ -189,10 +196,65 @@ def test_area_and_iscrowd_may_be_missing(coco):
     assert set(record.segmentations) == {None}
 
 
-def broken(change):
-    coco = synthetic.coco_split(3, 8)
-    change(coco)
-    return coco
+def test_numbers_in_quotes_and_whole_floats_are_read(coco):
+    expected = CocoAnnotations.from_dict(coco)
+    for image in coco["images"]:
+        image |= {"id": str(image["id"]), "width": f"{image['width']}.0", "height": float(image["height"])}
+    for a in coco["annotations"]:
+        a |= {"image_id": str(a["image_id"]), "id": float(a["id"]), "category_id": str(a["category_id"])}
+        a |= {"bbox": [f"{number:.4f}" for number in a["bbox"]], "area": str(a["area"]), "iscrowd": str(a["iscrowd"])}
+    coco["categories"] = [{**category, "id": str(category["id"])} for category in coco["categories"]]
+    quoted = CocoAnnotations.from_dict(coco)
+    assert quoted.category_ids == expected.category_ids
+    for name, column in expected.columns.items():
+        np.testing.assert_array_equal(quoted.columns[name], column)
+
+
+def test_a_category_without_annotations_and_with_another_s_name_is_omitted(coco):
+    coco["categories"] = [{"id": 0, "name": "circle", "supercategory": "none"}, *coco["categories"]]
+    annotations = CocoAnnotations.from_dict(coco)
+    assert annotations.category_ids == [1, 2, 3]
+    assert annotations.notes == ["category 0 is omitted: it has no annotations, and another has its name 'circle'"]
+    coco["annotations"] = [a for a in coco["annotations"] if a["category_id"] != 2]  # a small split uses neither
+    assert CocoAnnotations.from_dict(coco).category_ids == [1, 2, 3]
+
+
+def test_an_area_of_zero_becomes_that_of_the_mask_or_the_box(coco):
+    right = CocoAnnotations.from_dict(coco)
+    for annotation in coco["annotations"]:
+        annotation["area"] = 0
+    coco["annotations"][0]["segmentation"] = None
+    coco["annotations"][1]["bbox"] = [5, 5, 0, 5]
+    filled = CocoAnnotations.from_dict(coco)
+    width, height = coco["annotations"][0]["bbox"][2:]
+    assert filled.columns["areas"][:2].tolist() == [width * height, 0]
+    np.testing.assert_allclose(filled.columns["areas"][2:], right.columns["areas"][2:], rtol=0.1)  # drawn pixels
+    count = len(coco["annotations"]) - 1
+    assert filled.notes == [f"{count} boxes have `area: 0`; the area of the mask or the box is used"]
+
+
+def test_annotations_to_ignore_are_not_trained_on_and_counted(shapes, tmp_path, caplog):
+    coco = json.loads((shapes / "annotations/val.json").read_text())
+    for annotation in coco["annotations"]:
+        annotation["ignore"] = int(annotation["category_id"] == 1)
+    ignored = sum(annotation["ignore"] for annotation in coco["annotations"])
+    split = {"annotations": str(write(tmp_path / "a.json", coco)), "images": str(shapes / "val")}
+    data = parse_data({"data": {"train": split, "val": split}})
+    for _ in range(2):  # parsed, and mapped
+        train, val = (open_split(data, name).annotations for name in ("train", "val"))
+        assert len(val.columns["labels"]) - len(train.columns["labels"]) == ignored > 0
+        assert 0 not in train.columns["labels"]
+    assert f"data.train.annotations: training omits {ignored} annotations with `ignore: 1`" in caplog.text
+    assert len(train) == len(val)
+
+
+def test_an_annotation_id_of_zero_is_a_note_on_validation_data_alone(coco):
+    assert notes_on(CocoAnnotations.from_dict(coco), "val") == []
+    coco["annotations"][0]["id"] = 0
+    zero = CocoAnnotations.from_dict(coco)
+    assert notes_on(zero, "train") == []
+    (note,) = notes_on(zero, "val")
+    assert "pycocotools counts as not found" in note
 
 
 BROKEN = {
@@ -201,12 +263,17 @@ BROKEN = {
     "image ids occur more than once": lambda c: c["images"][1].update(id=1),
     "annotation ids occur more than once": lambda c: c["annotations"][1].update(id=1),
     "category ids occur more than once": lambda c: c["categories"].append({"id": 1, "name": "x"}),
-    "two categories have the name 'circle'": lambda c: c["categories"].append({"id": 9, "name": "circle"}),
+    "two categories have the name 'circle'": lambda c: c.update(
+        categories=[{"id": i, "name": "circle"} for i in (1, 2, 3)]
+    ),
     "annotation 1 has a non-finite bbox": lambda c: c["annotations"][0].update(bbox=[0, 0, float("nan"), 1]),
     "annotation 2 has a non-finite bbox": lambda c: c["annotations"][1].update(bbox=[0, float("inf"), 1, 1]),
     "missing required field `bbox`": lambda c: c["annotations"][0].pop("bbox"),
-    r"got `str` - at `\$.annotations\[0\].bbox": lambda c: c["annotations"][0].update(bbox=["a", 0, 1, 1]),
+    r"annotation 1: Expected `float`, got `str` - at `\$.annotations\[0\].bbox": lambda c: c["annotations"][0].update(
+        bbox=["a", 0, 1, 1]
+    ),
     "missing required field `categories`": lambda c: c.pop("categories"),
+    'image "img_7": Expected `int`, got `str`': lambda c: c["images"][0].update(id="img_7"),
     "has no images": lambda c: c["images"].clear(),
     "has the size 0×": lambda c: c["images"][0].update(width=0),
 }

@@ -124,8 +124,7 @@ def test_a_batch_of_more_images_than_there_are_is_said(caplog):
     for _ in range(2):
         TrainingBatchSampler(np.zeros(7), per_slot_batch_size=9, seed=0, slots=2)
     assert [record.message for record in caplog.records] == [
-        "hyperparameters.global_batch_size: 18 is more than the 7 images that are trained on; a batch has each several "
-        "times"
+        "hyperparameters.global_batch_size: 18 is more than the 7 training images; each batch has images several times"
     ]
 
 
@@ -190,7 +189,7 @@ def test_the_training_is_begun_whose_model_says_how_small_boxes_may_be(detector,
     code, said = check_as_user(detector, config, tmp_path, capsys)
     assert code == 0, said
     assert "box side, pixels of the model's input" in said
-    assert "under the model's smallest " + ("stride" if detector == "mmdetection" else "anchor") in said
+    assert "under the model's smallest " + ("stride" if detector in ("mmdetection", "detr") else "anchor") in said
     assert re.search(r"samples made of them +3 +3", said)
     assert os.listdir(tmp_path) == ["anywhere.yaml"]
 
@@ -209,7 +208,7 @@ def test_what_stops_the_training_of_a_detector_is_a_line_with_what_to_do(detecto
     change(data, lambda coco: coco["annotations"][4].update(segmentation="mask"))
     wrong = "have a segmentation that is wrong, the first has id 5: it is neither polygons nor RLE"
     code, said = check_as_user(detector, config, tmp_path, capsys)
-    assert code == (0 if detector == "efficientdet" else 1)
+    assert code == (0 if detector in ("efficientdet", "detr") else 1)
     assert (f"stops the training: data.train.annotations: 1 annotations of {data}" in said) is (code == 1)
     assert (wrong in said) is (code == 1)
     change(data, lambda coco: coco["annotations"][4].update(segmentation=[]))

@@ -52,7 +52,7 @@ WHY = "early stopping: bbox_mAP has not been better than 0.3 at batch 4 for 2 va
 
 def test_a_run_without_better_validations_ends_as_a_finished_one_and_says_why(config, train, trial_class, capsys):
     config["hyperparameters"]["early_stopping"] = {"patience": 2}
-    run = train(trial_class, config)
+    run = train(trial_class, config, report=True)
     assert [report["batches"] for report in reports(run, "val")] == [2, 4, 6, 8]
     assert [read_checkpoint(run / "checkpoints" / name).batches for name in ("best", "last")] == [4, 8]
     printed = capsys.readouterr().out
@@ -67,7 +67,9 @@ def test_a_run_that_has_so_ended_goes_on_with_more_patience_alone_and_to_the_sam
     whole = train(trial_class, config, name="whole")
     config["hyperparameters"]["early_stopping"] = {"patience": 2}
     run = train(trial_class, config)
-    with pytest.raises(UserError, match=f"last has ended by {WHY}; give a patience of more than 2, or leave hyperp"):
+    with pytest.raises(
+        UserError, match=rf"last has ended by {WHY}\. Fix: give a patience of more than 2, or omit hyperp"
+    ):
         train(trial_class, config, resume="last")
     assert read_checkpoint(run / "checkpoints/last").batches == 8
     config["hyperparameters"]["early_stopping"] = {"patience": 4}
@@ -170,9 +172,7 @@ def test_an_early_stopping_that_is_none_is_refused_by_its_key(config, section, m
 def test_early_stopping_without_a_validation_to_stop_at_is_refused(config, train, trial_class):
     del config["min_validation_period"]
     config["hyperparameters"]["early_stopping"] = {"patience": 2}
-    with pytest.raises(
-        UserError, match="early_stopping: the only validation is at the end. Fix: give min_validation_per"
-    ):
+    with pytest.raises(UserError, match=r"early_stopping: the only validation is at the end\. Fix: give min_v"):
         train(trial_class, config)
 
 
@@ -201,7 +201,7 @@ def test_a_run_ends_when_its_hours_are_over_those_before_a_resume_counted_too(
     assert read_checkpoint(run / "checkpoints/last").batches == 6
     assert "ended after batch 6 of 12: max_hours: 1 h of training are over" in capsys.readouterr().out
     with pytest.raises(
-        UserError, match=r"last has ended by max_hours: 1 h of training are over; give more of them, or lea"
+        UserError, match=r"last has ended by max_hours: 1 h of training are over\. Fix: give more hours, or omit"
     ):
         train(timed, config, resume="last")
     config["hyperparameters"]["max_hours"] = 1.5

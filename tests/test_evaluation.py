@@ -17,7 +17,7 @@ from tiny_models import with_keypoints
 from shared.data import synthetic
 from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
-from shared.evaluation.detections import Detections, to_coco_results
+from shared.evaluation.detections import Detections, from_coco_results, to_coco_results
 from shared.evaluation.evaluator import CocoEvaluator, evaluate, summary_metrics
 
 
@@ -121,6 +121,72 @@ def test_crowds():
 def test_ties_in_score():
     coco = shapes_with()
     assert_like_pycocotools(coco, noisy(CocoAnnotations.from_dict(coco), tied=True, copies=3))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_results_of_a_file_give_the_numbers_of_pycocotools(seed):
+    """Boxes of one decimal have IoUs that lie on a threshold."""
+    rng = np.random.default_rng(seed)
+
+    def box():
+        return [*(rng.integers(0, 300, 2) / 10).tolist(), *(rng.integers(100, 400, 2) / 10).tolist()]
+
+    objects = [{"id": i, "image_id": i % 20 + 1, "category_id": 1, "bbox": box(), "iscrowd": 0} for i in range(1, 101)]
+    for row in objects:
+        row["area"] = row["bbox"][2] * row["bbox"][3]
+    coco = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 100, "height": 100} for i in range(1, 21)],
+        "annotations": objects,
+        "categories": [{"id": 1, "name": "a"}],
+    }
+    results = []
+    for row in objects:
+        x, y, width, height = row["bbox"]
+        share = rng.choice([0.5, 0.6, 0.7, 0.75, 0.8, 0.9])  # the box's IoU with the object
+        narrow = [x, y, round(float(width * share), 3), height]
+        row = {"image_id": row["image_id"], "category_id": 1, "score": float(rng.random()), "bbox": narrow}
+        results.append(row)
+    annotations = CocoAnnotations.from_dict(coco)
+    detections = from_coco_results(results, annotations)
+    ours = evaluate(annotations, detections)
+    assert ours == pytest.approx(pycocotools_on(coco, results), abs=1e-12, nan_ok=True)
+    assert [result for found in detections for result in to_coco_results(found, [1])] == sorted(
+        results, key=lambda result: result["image_id"]
+    )
+
+
+def pycocotools_on(coco, results):
+    """The twelve numbers, and the AP of the only category."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = {"info": {}, **json.loads(json.dumps(coco))}
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(json.loads(json.dumps(results))), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    numbers = dict(zip((f"bbox_{name}" for name in summary_metrics("bbox")), evaluation.stats.tolist(), strict=True))
+    numbers = {name: math.nan if value == -1 else value for name, value in numbers.items()}
+    return {**numbers, "bbox_AP/a": numbers["bbox_mAP"]}
+
+
+@pytest.mark.parametrize(("most", "mean"), [(None, 0.634), (5, 0.04), (160, 1.0), (1000, 1.0)])
+def test_max_detections_is_how_many_are_scored(most, mean):
+    places = [(12 * (i % 20), 12 * (i // 20)) for i in range(160)]
+    objects = [
+        {"id": i, "image_id": 1, "category_id": 1, "bbox": [x, y, 10, 10], "area": 100, "iscrowd": 0}
+        for i, (x, y) in enumerate(places, 1)
+    ]
+    image = {"id": 1, "file_name": "a.png", "width": 240, "height": 96}
+    coco = {"images": [image], "annotations": objects, "categories": [{"id": 1, "name": "a"}]}
+    annotations = CocoAnnotations.from_dict(coco)
+    boxes = annotations[0].boxes
+    masks = box_masks(boxes, 96, 240)
+    found = [Detections(1, boxes, np.linspace(1, 0.5, 160), np.zeros(160, int), masks)]
+    metrics = evaluate(annotations, found, max_detections=most)
+    assert metrics["bbox_mAP"] == metrics["bbox_mAP_50"] == pytest.approx(mean, abs=0.02)
+    assert metrics["bbox_AR_100"] == min(most or 100, 100) / 160
+    assert metrics["bbox_AR_s"] == min(most or 100, 160) / 160
 
 
 def test_keypoints():

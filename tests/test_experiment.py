@@ -194,3 +194,8 @@ def test_a_master_s_config_gives_the_experiment_of_its_yaml_file(shapes, tmp_pat
 def test_a_section_that_is_no_section_is_named(tmp_path, name):
     with pytest.raises(UserError, match=f"{name}: 5 is no section"):
         config(tmp_path, f"{name}: 5")
+
+
+def test_an_unknown_searcher_is_an_error():
+    with pytest.raises(UserError, match=r"searcher\.name: 'adaptive_ash' is unknown; did you mean 'adaptive_asha'"):
+        parse_searcher_metric({"searcher": {"name": "adaptive_ash", "metric": "bbox_mAP"}}, None)

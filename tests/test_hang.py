@@ -62,17 +62,17 @@ def test_the_rank_that_has_passed_least_is_named():
     after(5, processes, standings=standings)
     assert standings.hang()
     assert standings.message() == (
-        "no process has come further for 60 seconds: rank 2 is behind (batch 6, loading a batch, at step.py:2; the "
-        "others have come to batch 6, computing the gradients and the step)"
+        "no progress for 60 seconds: rank 2 is stuck at batch 6 (loading a batch, at step.py:2); the other ranks wait "
+        "at batch 6 (computing the gradients and the step)"
     )
 
 
 def test_of_two_that_have_passed_as_much_the_one_that_does_not_wait_is_behind():
     evaluating = [Process(rank, Phase.EVALUATING, 6, passed=20, waits=rank > 0) for rank in range(3)]
-    behind = "rank 0 is behind (batch 6, evaluating the detections, at step.py:0; the others have to wait)"
+    behind = "rank 0 is stuck at batch 6 (evaluating the detections, at step.py:0); the other ranks wait"
     assert after(600, evaluating).message().endswith(behind)
     all_wait = [Process(rank, Phase.BACKWARD, 6, passed=20, waits=True) for rank in range(3)]
-    assert "ranks 0, 1, 2 wait in the same place (batch 6, computing" in after(60, all_wait).message()
+    assert "ranks 0, 1, 2 wait in the same place, batch 6 (computing" in after(60, all_wait).message()
 
 
 def test_a_long_evaluation_or_checkpoint_of_the_chief_is_no_hang_to_those_that_wait():
@@ -100,19 +100,29 @@ def test_nobody_hangs_while_one_comes_further():
     assert standings.hang()
 
 
+@pytest.mark.parametrize("phase", [Phase.EVALUATING, Phase.SAVING, Phase.BEGINNING])
+def test_a_rank_that_does_not_answer_has_hung_whatever_it_was_doing(phase):
+    processes = [Process(rank, phase, 6, passed=20, waits=rank == 0) for rank in range(2)]
+    standings = after(LIMIT - INTERVAL, processes, stopped=[1], standings=Standings(INTERVAL, LIMIT))
+    assert not standings.hang()
+    after(INTERVAL, processes, stopped=[1], standings=standings)
+    assert standings.hang()
+    assert "rank 1 does not answer since batch 6" in standings.message()
+
+
 def test_a_process_that_is_stopped_is_named_and_a_job_that_is_stopped_as_a_whole_loses_no_time():
     processes = [Process(0, Phase.BACKWARD, 6, passed=5), Process(1, Phase.LOADING, 7, passed=9)]
     standings = after(55, processes, stopped=[1])
     assert not standings.hang()  # whatever the clock says meanwhile: nobody ticks
     after(5, processes, stopped=[1], standings=standings)
     assert standings.hang()
-    assert standings.message().endswith("rank 1 does not answer any more (last heard of at batch 7, loading a batch)")
+    assert standings.message().endswith("rank 1 does not answer since batch 7 (loading a batch, at step.py:1)")
 
 
 def test_without_the_chief_nothing_is_heard_of_the_others_and_it_alone_is_named():
     processes = [Process(rank, Phase.BACKWARD, 6) for rank in range(3)]
     message = after(60, processes, stopped=[0, 2]).message()
-    assert "rank 0 does not answer any more" in message
+    assert "rank 0 does not answer since batch 6" in message
 
 
 def test_a_process_whose_training_has_ended_holds_nobody_up_and_is_not_behind():
@@ -146,11 +156,11 @@ def test_processes_hear_of_each_other_and_a_stranger_cannot_report_a_hang(machin
         (port,) = listening().keys() - before.keys()
         assert listening()[port] == interface
         for socket in stack.enter_context(strangers([port])):
-            socket.send(msgspec.json.encode([dataclasses.replace(each, told=True) for each in standings]))
+            socket.send(msgspec.json.encode([dataclasses.replace(each, reported=True) for each in standings]))
         heard = []
         for _ in range(100):
             on_chief = exchanges[0].swap(standings[0])
-            assert not any(each.told for each in on_chief)
+            assert not any(each.reported for each in on_chief)
             heard = exchanges[1].swap(standings[1]) or heard
             time.sleep(0.01)
         assert {each.rank for each in heard} == {each.rank for each in on_chief} == {0, 1}
@@ -208,28 +218,29 @@ def sleeping(run_config, tmp_path):
         saved = {"min_validation_period": None, "min_checkpoint_period": {"batches": 4}}
         config = run_config(data__workers=workers, hyperparameters__hang_minutes=0.1, **saved)
         arguments = ("train", config, "--output-dir", tmp_path / "run")
-        return run_model_def(*arguments, processes=processes, env={"WHERE": where}, check=False, script=script)
+        started = {"processes": processes, "torchrun": processes > 1, "env": {"WHERE": where}, "script": script}
+        return run_model_def(*arguments, check=False, **started)
 
     return call
 
 
 def test_one_of_two_that_sleeps_is_named_with_its_batch_and_the_run_goes_on_from_its_last_checkpoint(
-    sleeping, train, trial_class, tmp_path, monkeypatch
+    sleeping, train, trial_class, tmp_path
 ):
     done = sleeping("losses", processes=2)
     assert done.returncode != 0
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: no process")]
-    assert ": rank 1 is behind (batch 6, computing the losses, at sleeping.py:10 in losses; the other has " in line
-    assert line.endswith("the stacks of all processes are above; go on with --resume last")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: no progress")]
+    assert ": rank 1 is stuck at batch 6 (computing the losses, at sleeping.py:10 in losses); the other rank " in line
+    assert "The stacks of all ranks are above" in line
+    assert line.endswith("continue with --resume last")
     for rank in (0, 1):
-        assert f"[rank {rank}] batch 6, " in done.stderr
+        assert f"[rank {rank}] batch 6 (" in done.stderr
         assert f"[rank {rank}] thread MainThread" in done.stderr
     assert '[rank 1]   File "' + str(tmp_path / "sleeping.py") + '", line 10 in losses' in done.stderr
     run = tmp_path / "run"
     assert read_checkpoint(run / "checkpoints/last").batches == 4
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     del config["hyperparameters"]["hang_minutes"]  # seconds, which would end this process too
-    monkeypatch.setattr("shared.commands.train._write_report", lambda *_: None)  # most of the time of so small a run
     train(trial_class, config, resume="last")
     assert reports(run)[-1]["batches"] == 12
 
@@ -238,8 +249,8 @@ def test_a_loader_worker_that_sleeps_is_shown_and_does_not_outlive_the_run(sleep
     done = sleeping("data", processes=1, workers=1)
     assert done.returncode == 1
     line = done.stderr.splitlines()[-1]
-    assert line.startswith("error: the training has not come further for ")
-    assert ", loading a batch, at " in line
+    assert line.startswith("error: no progress for ")
+    assert " (loading a batch, at " in line
     assert "its worker " in done.stderr
     assert f'File "{tmp_path / "sleeping.py"}", line 25 in __getitem__' in done.stderr
     left = [" ".join(each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])]
@@ -287,7 +298,7 @@ def test_a_process_that_is_stopped_is_named_also_where_it_is_the_chief(run_confi
     _, errors = process.communicate(timeout=600)  # torchrun kills the one that is stopped after 30 seconds
     assert process.returncode != 0
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert f": rank {rank} does not answer any more (last heard of at batch " in line
+    assert f": rank {rank} does not answer since batch " in line
     assert f"[rank {1 - rank}] thread MainThread" in errors
 
 

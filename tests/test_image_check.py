@@ -65,7 +65,7 @@ def test_a_folder_that_was_looked_at_is_looked_at_again_only_when_it_has_changed
     assert looks() == 2
     os.unlink(f"{images_of(data)}/000003.png")
     for _ in range(2):  # what failed is not remembered
-        with pytest.raises(UserError, match=r"1 of the 10 images .* are not there, the first is 000003\.png"):
+        with pytest.raises(UserError, match=r"1 of the 10 .* is 000003\.png\. Fix: .* data\.on_bad_image: skip"):
             opened(data)
     assert looks() == 4
 
@@ -112,12 +112,14 @@ def test_subfolders_count_and_names_need_not_be_plain(data, looks, tmp_path):
     [
         ("000003.PNG", "000003.png", r"'000003.PNG' is there, and .* says '000003.png': upper and lower case count"),
         ("a/3.png", "a\\3.png", r"'a/3.png' is there, and .*: write / for \\ in its names"),
+        ("3.png", "val\\3.png", r"'3.png' is there, and .*: write / for \\ in its names, and omit val/"),
+        ("é 0.png", "%C3%A9%200.png", r"'é 0.png' is there, and .* %C3%A9 an é\. `python3 .* decodes the names"),
         ("in/3.png", "3.png", r"in/3.png is there: say `images: \S+/val/in`, or put in/ before the names"),
         ("3.png", "val/3.png", r"/val/3.png is there: say `images: \S+/data`, or leave val/ out of the names"),
         ("3.png", "x/y/3.png", r"'3.png' is there, .*: names have the folders below the one of the images"),
         ("e\u0301.png", "\u00e9.png", r"is there, .* the same letters in other Unicode \(NFC and NFD\)"),
         ("3.jpeg", "3.png", r"'3.jpeg' is there, .*: correct the endings"),
-        ("another.png", "3.png", r"the first is 3.png$"),
+        ("another.png", "3.png", r"the first is 3.png\. Fix: add them"),
     ],
 )
 def test_what_is_there_in_the_place_of_a_missing_image_is_named_with_what_to_do(data, file, named, said):

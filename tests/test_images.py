@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import reports
+from conftest import other_detectors_are_slow, reports
 from PIL import Image
 from tiny_models import CONFIGS, efficientdet_config, trial_classes
 
@@ -102,6 +102,75 @@ def test_twelve_bits_in_sixteen_are_named_once_and_stay_as_they_are(shapes, tmp_
     assert (pixels == (levels >> 8)[..., None]).all()
     (folder / "000000.png").write_bytes(b"no image")  # which is another's to say
     open_split(parse_data({"data": {"val": {**split(shapes), "images": str(folder)}}}), "val")
+
+
+@pytest.mark.parametrize(
+    ("levels", "scale"),
+    [
+        (np.linspace(0, 1, 1200, dtype=np.float32), 255),
+        (np.linspace(0, 255, 1200, dtype=np.float32), 1),
+        (np.linspace(0, 255, 1200).astype(np.uint16), 1),
+        (np.linspace(0, 65535, 1200).astype(np.int32), 1 / 256),
+    ],
+    ids=["floats to 1", "floats to 255", "8 bits in 16", "16 bits in 32"],
+)
+@pytest.mark.parametrize("decode", [None, opencv], ids=["pillow", "opencv"])
+def test_grey_of_more_than_8_bits_is_not_read_as_black(tmp_path, levels, scale, decode):
+    image = Image.fromarray(levels.reshape(30, 40))
+    pixels = np.asarray(read(tmp_path, encoded(image, "TIFF"), image.size, decode))
+    assert abs(pixels - (levels.reshape(30, 40, 1).astype(float) * scale)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("levels", "said"),
+    [
+        (np.linspace(-3, 2, 1200, dtype=np.float32), "its values are from -3 to 2, of mode float32. Fix: save it"),
+        (np.full(1200, np.nan, np.float32), "its values are from nan to nan"),
+        (np.linspace(0, 10**6, 1200).astype(np.int32), r"its values are from 0 to 1e\+06, of mode int32"),
+    ],
+)
+def test_an_image_whose_range_is_not_known_is_named_with_its_values(tmp_path, levels, said):
+    with pytest.raises(BadImageError, match=f"image .*image id 7.*{said}"):
+        read(tmp_path, encoded(Image.fromarray(levels.reshape(30, 40)), "TIFF"), (40, 30))
+
+
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+def test_12_bits_per_color_channel_in_16_are_named_and_16_are_read(tmp_path, ending):
+    cv2 = pytest.importorskip("cv2")
+    levels = np.linspace(0, 65535, 3600).astype(np.uint16).reshape(30, 40, 3)
+    pixels = np.asarray(read(tmp_path, cv2.imencode(ending, levels[..., ::-1])[1].tobytes(), (40, 30)))
+    assert (pixels == levels >> 8).all()
+    with pytest.raises(
+        BadImageError, match=r"16 bits per channel and no value above 4095, .* multiply its values by 16"
+    ):
+        read(tmp_path, cv2.imencode(ending, levels >> 4)[1].tobytes(), (40, 30))
+
+
+def test_a_key_allows_images_that_look_like_decompression_bombs(shapes, tmp_path):
+    with pytest.raises(BadImageError, match=r"decompression bomb.* Fix: if you trust it, set data.max_image_pixels"):
+        read(tmp_path, png_of_size(15_000, 15_000))
+    open_split(parse_data({"data": {"val": split(shapes), "max_image_pixels": 15_000**2}}), "val")
+    with pytest.raises(BadImageError, match=r"cannot be read as an image: (?!.*bomb)"):
+        read(tmp_path, png_of_size(15_000, 15_000))
+    with pytest.raises(BadImageError, match="bomb"):
+        read(tmp_path, png_of_size(15_000, 15_002))
+    open_split(parse_data({"data": {"val": split(shapes)}}), "val")
+    with pytest.raises(BadImageError, match="bomb"):
+        read(tmp_path, png_of_size(15_000, 15_000))
+
+
+def test_images_in_a_hugging_face_cache_are_links_to_its_blobs(shapes, tmp_path):
+    snapshot, blobs = tmp_path / "datasets--a--b/snapshots/0123/val", tmp_path / "datasets--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(shapes / "val", blobs)
+    for blob in blobs.iterdir():
+        (snapshot / blob.name).symlink_to(f"../../../blobs/{blob.name}")
+    open_split(parse_data({"data": {"val": {**split(shapes), "images": str(snapshot)}}}), "val")
+    (tmp_path / "other.png").write_bytes((blobs / "000003.png").read_bytes())
+    (snapshot / "000003.png").unlink()
+    (snapshot / "000003.png").symlink_to(tmp_path / "other.png")
+    with pytest.raises(UserError, match="is a link out of"):
+        open_split(parse_data({"data": {"val": {**split(shapes), "images": str(snapshot)}}}), "val")
 
 
 def test_an_image_of_one_pixel_is_one(tmp_path):
@@ -204,6 +273,7 @@ def trial_class(detector):
     return trial_classes()[detector]
 
 
+@other_detectors_are_slow
 def test_a_bad_image_ends_the_run_with_its_name_or_is_left_out(detector, trial_class, shapes, train, tmp_path, caplog):
     config = CONFIGS[detector](spoiled(shapes, tmp_path / "data"))
     config["searcher"]["max_length"] = {"batches": 8}

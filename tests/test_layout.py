@@ -11,11 +11,11 @@ from conftest import ROOT
 
 # each may import from those after it, and from its own room
 FLOORS = (
-    *("__main__", "launch", "commands", "log", "search", "training", "report", "evaluation", "library", "data"),
+    *("__main__", "launch", "commands", "log", "search", "report", "training", "evaluation", "library", "data"),
     *("config", "durable", "redaction", "errors", "environment"),
 )
 BY_ITSELF = ("container",)  # runs before anything is installed
-LIBRARIES = ("effdet", "timm", "mmdet", "mmcv", "detectron2", "model_def")
+LIBRARIES = ("effdet", "timm", "mmdet", "mmcv", "detectron2", "transformers", "model_def")
 
 
 def imports_of(path: Path) -> list[str]:
@@ -58,6 +58,23 @@ def test_no_file_imports_a_detector_s_library():
         assert not libraries, f"{path} imports {libraries}"
 
 
+def test_a_config_is_read_in_one_place():
+    callers = []
+    for path in files():
+        calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+        callers += [path.name for function in calls if isinstance(function, ast.Name) and function.id == "load_config"]
+    assert callers == ["experiment.py"]
+
+
+def test_no_backend_is_compared_by_its_name():
+    """The table in config/schema.py says what a backend needs."""
+    for path in [*files(), *ROOT.glob("*/model_def.py"), *ROOT.glob("*/*_files/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                compared = [side.value for side in (node.left, *node.comparators) if isinstance(side, ast.Constant)]
+                assert "fake" not in compared, f"{path}: {ast.unparse(node)}"
+
+
 def test_python_without_the_packages_says_in_one_line_what_to_do(tmp_path):
     venv.create(tmp_path / "bare", with_pip=False)
     for arguments in (["model_def.py", "--help"], ["-m", "shared", "check", "bccd.yaml"]):
@@ -83,3 +100,41 @@ def test_no_files_import_each_other_in_a_circle(package):
         for module, path in modules.items()
     }
     graphlib.TopologicalSorter(graph).prepare()  # a CycleError names the circle
+
+
+# objects of libraries, by the module that sets their attributes: sockets' options, modules and functions of PyTorch
+SET_BY = {
+    "checkpoints.py": ["plain"],  # a state dict's versions
+    "hang.py": ["self._context"],
+    "local_run.py": ["threading"],  # what prints the errors of threads
+    "processes.py": ["self._context", "self._socket"],
+    "sockets.py": ["socket"],
+    "stopping.py": ["_before_fork"],
+    "switches.py": ["TrainedInFloat32", "module", "probe"],
+    "trial.py": ["with_losses"],  # its own copy of a data set
+    "validation.py": ["module", "torch.distributed"],
+}
+# names of libraries that are private, and why they are used
+PRIVATE = {
+    "_current_frames": "Python documents it",
+    "_exit": "Python documents it",
+    "_foreach_copy_": "the averages of a small detector take as long as its step without it",
+    "_foreach_lerp_": "the same",
+    "_metadata": "the versions of a state dict's modules have no other name",
+}
+
+
+def test_no_object_of_the_training_changes_the_attributes_of_another():
+    for path in sorted((ROOT / "shared/training").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                owner = ast.unparse(node.value)
+                assert owner in ("self", *SET_BY.get(path.name, ())), f"{path}: {ast.unparse(node)}"
+
+
+def test_the_training_uses_public_names_of_libraries():
+    for path in sorted((ROOT / "shared/training").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                is_own = ast.unparse(node.value) in ("self", "cls")
+                assert is_own or node.attr in PRIVATE, f"{path}: {ast.unparse(node)}"

@@ -56,7 +56,7 @@ def trial_class(monkeypatch):
     from model_def import EfficientDetTrial
 
     monkeypatch.setattr("shared.training.tensorboard.ReportFigures.draw", lambda *_: None)
-    monkeypatch.setattr("shared.commands.train._write_report", lambda *_: None)
+    monkeypatch.setattr("shared.commands.train.Results.write_report", lambda *_: None)
     return EfficientDetTrial
 
 
@@ -156,7 +156,7 @@ def test_both_have_what_metrics_jsonl_has_and_a_killed_run_goes_on_in_the_same_r
     assert mlflow_numbers(run) == written(first)
     assert mlflow_client(run).get_run(began["mlflow"]).info.status == "FAILED"
 
-    train(trial_class, config, resume="last")
+    train(trial_class, config, resume="last", report=True)
     twice = [line for line in first if line["batches"] > 2]
     assert len(twice) == 1
     assert ids(run) == began
@@ -257,7 +257,7 @@ def test_a_logger_that_fails_ends_no_training_and_the_other_goes_on(config, trai
     run = train(trial_class, config)
     assert [line["batches"] for line in reports(run)] == [1, 2, 2]
     warnings = [record.message for record in caplog.records if "fails" in record.message]
-    assert warnings == ["wandb fails, and the training goes on: ConnectionError: no network"]
+    assert warnings == ["wandb fails, and the training continues: ConnectionError: no network"]
     failing, fake = Fake.opened
     assert failing.told == [0]
     assert [told[0] for told in fake.told[:-1]] == [1, 2, 2, 2]
@@ -280,11 +280,11 @@ def test_the_runs_end_as_the_program_does(fakes, tmp_path, error, code):
 
 def test_a_run_that_cannot_begin_is_an_error_and_one_that_goes_on_is_trained_without(fakes, tmp_path, caplog):
     fakes(wandb=Fake, mlflow=Unreachable)
-    with pytest.raises(UserError, match=r"mlflow cannot begin a run \(ConnectionError: no network\); take it out"):
+    with pytest.raises(UserError, match=r"mlflow cannot begin a run \(ConnectionError: no network\)\. Fix: remove it"):
         opened(tmp_path, ["wandb", "mlflow"])
     assert Fake.opened[0].told == [1]
     logged = opened(tmp_path, ["wandb", "mlflow"], goes_on=True)
-    assert "mlflow does not go on with its run: ConnectionError: no network" in caplog.text
+    assert "mlflow does not continue its run: ConnectionError: no network" in caplog.text
     logged.finish(0)
     logged.finish(1)  # once
     assert Fake.opened[1].told == [0]
@@ -316,7 +316,7 @@ def test_wandb_without_a_key_is_an_error_before_anything_is_loaded(config, tmp_p
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(
-        "error: hyperparameters.loggers: wandb has no API key; `wandb login` asks for it, WANDB_API_"
+        "error: hyperparameters.loggers: wandb has no API key. Fix: run `wandb login`, or set WANDB_API_"
     )
     assert "WANDB_MODE=offline" in line
     assert not (tmp_path / "run").exists()

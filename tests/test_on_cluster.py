@@ -14,6 +14,7 @@ from conftest import reports
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import efficientdet_config
 from torch.torch_version import TorchVersion
+from without_figures import leave_out_figures
 
 from shared import launch
 from shared.training.checkpoints import load_state, read_checkpoint, write_manifest
@@ -29,9 +30,11 @@ def config(shapes):
 
 @pytest.fixture
 def run_task(monkeypatch, tmp_path, trial_class):
-    """Trains as a task, in this process; its master."""
+    """Trains as a task, in this process; its master. `figures=True` draws them, which takes half of the time."""
 
-    def call(config, name="task", trial_class=trial_class, **of_the_task):
+    def call(config, name="task", trial_class=trial_class, figures=False, **of_the_task):
+        if not figures:
+            leave_out_figures(monkeypatch.setattr)
         folder = tmp_path / name
         master = become_a_task(monkeypatch, folder, config, **of_the_task)
         monkeypatch.chdir(folder)
@@ -78,7 +81,7 @@ def test_of_the_losses_of_a_validation_the_master_gets_the_total_and_tensorboard
 
 
 def test_tensorboard_has_groups_pictures_and_the_last_validation_and_is_uploaded_after_it(config, run_task):
-    master = run_task(config)
+    master = run_task(config, figures=True)
     events = EventAccumulator(str(master.tensorboard))
     events.Reload()
     scalars = events.Tags()["scalars"]
@@ -135,7 +138,7 @@ def test_a_restarted_task_goes_on_where_its_checkpoint_is(config, run_task, capl
     first = run_task(config, "restarted")
     saved = next(path for path in first.checkpoints if read_checkpoint(path).batches == 4)
     again = run_task(config, "restarted", latest_checkpoint=saved.name, steps_completed=4)
-    assert "goes on after batch 4" in caplog.text
+    assert "resumes after batch 4" in caplog.text
     assert list(again.of("validation")) == [8, 12]
     expected = whole.of("validation")
     assert again.of("validation") == {batches: expected[batches] for batches in (8, 12)}

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,6 @@ from shared.data.loading import Batch
 from shared.errors import UserError
 from shared.evaluation.detections import Detections, to_coco_results
 from shared.evaluation.evaluator import evaluate
-from shared.training.checkpoints import Checkpoint
 from shared.training.trial import DetectionTrial
 
 SEARCHER = {"metric": "bbox_mAP", "max_length": {"batches": 1}}
@@ -109,7 +109,7 @@ def test_a_folder_files_and_a_glob_together_each_image_once(predict, tmp_path, c
     assert files(tmp_path / "out") == ["in/b.jpg.png", "results.json", "sub/a.PNG.png", "x/b.jpg.png", "x[1].png.png"]
     assert [r["image_id"] for r in results] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert results[0]["category_id"] == 7
-    assert "broken.png is left out: it is no image" in caplog.text
+    assert "broken.png is skipped: it is no image" in caplog.text
     said = capsys.readouterr().out
     assert "8 detections on 4 images in" in said
     assert "the 4 of at least 0.3 are drawn" in said
@@ -204,7 +204,7 @@ def test_what_an_earlier_run_has_drawn_is_no_input_and_its_folder_is_not_written
     caplog.set_level("INFO")
     assert names(predict("in", output="in/second")) == ["a.jpg"]
     assert "in/first, which holds the results.json" in caplog.text
-    assert "1 pictures that an earlier run has drawn" in caplog.text
+    assert "1 pictures that an earlier run drew" in caplog.text
     before = files(tmp_path)
     for output in ("in/first", "in"):
         with pytest.raises(UserError, match="is not empty"):
@@ -247,9 +247,7 @@ def test_the_threshold_of_the_run_s_report_is_drawn_with(predict, tmp_path, monk
     with pytest.raises(UserError, match=r"--min-score best: .* is of no run with a report; `evaluate` says"):
         predict("a.png", min_score="best")
     path = tmp_path / "run/checkpoints/best"
-    checkpoint = Checkpoint(
-        path, {}, {}, config={}, hparams={}, categories=None, batches=1, optimizer_groups=[], training={}
-    )
+    checkpoint = SimpleNamespace(path=path, hparams={}, categories=None, weights=None)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/report.json").write_text('{"best_threshold": 0.05}')
     monkeypatch.setattr(detection, "find_checkpoint", Path)
@@ -375,6 +373,30 @@ def test_a_results_file_is_scored_on_data_beside_the_yaml_file(shapes, tmp_path,
     assert json.loads((tmp_path / "scored/metrics.json").read_text())["bbox_mAP"] == 0
 
 
+def test_split_test_scores_the_test_data(shapes, tmp_path, capsys):
+    annotations = CocoAnnotations.open(shapes / "annotations/val.json")
+    found = [Detections(r.image_id, r.boxes, np.ones(len(r.boxes)), r.labels) for r in annotations]
+    written = [result for d in found for result in to_coco_results(d, annotations.category_ids)]
+    (tmp_path / "results.json").write_text(json.dumps(written))
+    splits = {
+        name: {"annotations": str(shapes / f"annotations/{name}.json"), "images": "x"} for name in ("train", "val")
+    }
+    config = tmp_path / "config.yaml"
+    arguments = {"checkpoint": None, "results": tmp_path / "results.json", "output": tmp_path / "scored"}
+    arguments |= {"report": None, "split": "test"}
+
+    config.write_text(yaml.safe_dump({"data": {"val": splits["train"], "test": splits["val"]}}))
+    run_command(evaluate_command, FindsTwo, config, **arguments)
+    assert json.loads((tmp_path / "scored/metrics.json").read_text())["bbox_mAP"] > 0.99
+
+    config.write_text(yaml.safe_dump({"data": {"val": splits["val"]}}))
+    with pytest.raises(UserError, match=r"data\.test is missing\. Fix: give its `annotations`"):
+        run_command(evaluate_command, FindsTwo, config, **arguments)
+    config.write_text(yaml.safe_dump({"data": {"test": {"annotations": "none.json", "images": "x"}}}))
+    with pytest.raises(UserError, match=r"data\.test\.annotations: "):
+        run_command(evaluate_command, FindsTwo, config, **arguments)
+
+
 def test_evaluate_does_not_replace_what_it_scores(score, tmp_path):
     (tmp_path / "scored").mkdir()
     (tmp_path / "scored/metrics.json").write_text("[]")
@@ -435,3 +457,51 @@ def test_a_home_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     image(tmp_path / "a.png")
     assert [name for _, name in _find("~/a.png", None)] == ["a.png"]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:700] if path.suffix == ".jpg" else b"")
+    return path
+
+
+def test_an_image_without_another_of_its_shape_is_skipped(predict, tmp_path, caplog):
+    cut(image(tmp_path / "in/tall.jpg", (300, 400)))
+    image(tmp_path / "in/wide.png")
+    assert names(predict("in")) == ["wide.png"]
+    assert "tall.jpg" in caplog.text
+    assert "skipped: 1 of 2 images" in caplog.text
+
+
+@pytest.mark.parametrize(("broken", "mean"), [(["tall.png"], 1.0), (["tall.png", "wide.png"], None)])
+def test_an_evaluation_omits_images_that_cannot_be_read(tmp_path, monkeypatch, broken, mean):
+    monkeypatch.chdir(tmp_path)
+    image(tmp_path / "in/tall.png", (30, 40))
+    image(tmp_path / "in/wide.png")
+    for name in broken:
+        cut(tmp_path / "in" / name)
+    Path("val.json").write_text(json.dumps(two_images()))
+    val = {"annotations": "val.json", "images": "in"}
+    data = {"workers": 0, "val": val, "on_bad_image": "skip", "check_images": False}
+    Path("config.yaml").write_text(yaml.safe_dump({"data": data, "searcher": SEARCHER}))
+
+    def run():
+        outputs = {"output": Path("out"), "report": None, "results": None}
+        run_command(evaluate_command, FindsTwo, Path("config.yaml"), checkpoint=None, **outputs)
+        return json.loads(Path("out/metrics.json").read_text())
+
+    if mean is None:
+        with pytest.raises(UserError, match=r"data\.val\.images: no image can be read"):
+            run()
+    else:
+        metrics = run()
+        assert metrics["skipped_images"] == 1
+        assert metrics["bbox_mAP"] == pytest.approx(mean)
+
+
+def two_images():
+    """A square of 16 pixels on a tall and on a wide image."""
+    sizes = {"tall.png": (30, 40), "wide.png": (40, 30)}
+    images = [{"id": i, "file_name": n, "width": w, "height": h} for i, (n, (w, h)) in enumerate(sizes.items(), 1)]
+    square = {"category_id": 7, "bbox": [4, 4, 16, 16], "area": 256, "iscrowd": 0}
+    annotations = [{"id": i, "image_id": i, **square} for i in (1, 2)]
+    return {"images": images, "annotations": annotations, "categories": [{"id": 7, "name": "square"}]}

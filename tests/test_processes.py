@@ -196,7 +196,7 @@ with local_processes() as (distributed, _), Watch(distributed, 10).watching(0):
 def test_on_one_machine_no_process_listens_to_the_network(tmp_path):
     script = tmp_path / "listening.py"
     script.write_text(LISTENING.replace("ROOT", repr(str(ROOT))))
-    addresses = json.loads(run_model_def(processes=2, script=script).stdout)
+    addresses = json.loads(run_model_def(processes=2, torchrun=True, script=script).stdout)
     assert len(addresses) == 2
     assert all(addresses)
     assert {address for each in addresses for address in each} == {"127.0.0.1"}

@@ -9,7 +9,6 @@ import sys
 import pytest
 import yaml
 from cluster_task import become_a_task
-from conftest import run_model_def
 from stores import http_store
 from tiny_models import efficientdet_config
 
@@ -132,8 +131,10 @@ def test_a_checkpoint_s_redacted_hyperparameters_are_filled_in_from_the_config()
     assert filled_in(clean, {}) == clean
 
 
-def test_a_run_leaves_no_password_in_its_folder_and_is_evaluated_and_resumed(config, train, trial_class, tmp_path):
-    run = train(trial_class, config)
+def test_a_run_leaves_no_password_in_its_folder_and_is_evaluated_and_resumed(
+    config, train, command, trial_class, tmp_path, capsys
+):
+    run = train(trial_class, config, report=True)
     assert (run / "report.html").exists()
     assert not holding_the_password(run)
     kept = yaml.safe_load((run / "config.yaml").read_text())
@@ -146,7 +147,8 @@ def test_a_run_leaves_no_password_in_its_folder_and_is_evaluated_and_resumed(con
     assert json.loads((checkpoint / "metadata.json").read_text())["steps_completed"] == 4
     assert not holding_the_password(run)
     arguments = ("evaluate", tmp_path / "run.yaml", "--checkpoint", checkpoint, "--report", tmp_path / "report")
-    assert "mAP_50" in run_model_def(*arguments).stdout
+    command(trial_class, *arguments)
+    assert "mAP_50" in capsys.readouterr().out
     assert not holding_the_password(tmp_path / "report")
 
 

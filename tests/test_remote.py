@@ -350,7 +350,13 @@ def test_a_smaller_limit_keeps_what_is_there_and_copies_that_were_deleted_are_co
 
 
 def copies(folder):
-    return [file for file in (folder / "cache").rglob("*") if file.is_file() and file.name != "total"]
+    return list((folder / "cache").glob("[0-9a-f][0-9a-f]/*"))
+
+
+def test_git_and_backups_skip_the_copies(tmp_path):
+    CachedImages(Counting(), tmp_path / "cache", limit=10**6).read("a.png")
+    assert (tmp_path / "cache/.gitignore").read_text() == "*\n"
+    assert (tmp_path / "cache/CACHEDIR.TAG").is_file()
 
 
 def test_a_copy_that_is_not_whole_does_not_count(tmp_path):

@@ -7,20 +7,18 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from shared.training import tensorboard
 from shared.training.tensorboard import ReportFigures
 
 
-def test_a_writer_that_is_closed_while_a_figure_is_drawn_loses_none(monkeypatch, tmp_path):
+def test_a_writer_that_is_closed_while_a_figure_is_drawn_loses_none(tmp_path):
     uploaded = threading.Event()
 
     def draw(*_):
         assert uploaded.wait(600)
         return {"report_bbox/Calibration": np.zeros((8, 8, 3), np.uint8)}
 
-    monkeypatch.setattr(tensorboard, "_draw", draw)
     writer = SummaryWriter(str(tmp_path))
-    figures = ReportFigures(writer)
+    figures = ReportFigures(writer, draw)
     figures.draw(SimpleNamespace(found=None), 20, is_last=False)
     writer.close()  # as Determined does at each upload
     uploaded.set()

@@ -1,7 +1,9 @@
 """A killed run taken up again, and what a checkpoint holds, of each detector."""
 
 import itertools
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from tiny_models import CONFIGS
 
 from shared.errors import DivergedError, UserError
 from shared.training.checkpoints import load_state, read_checkpoint
+from shared.training.stopping import Clock
 from shared.training.training_metrics import TrainingMetrics
 
 
@@ -89,8 +92,9 @@ def kill_between_checkpoints(detector, config, run, processes):
 
 @pytest.fixture
 def config(detector, shapes, tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(CONFIGS[detector](shapes)))
+    path, of_detector = tmp_path / "config.yaml", CONFIGS[detector](shapes)
+    of_detector["searcher"]["max_length"] = {"batches": 8}
+    path.write_text(yaml.safe_dump(of_detector))
     return path
 
 
@@ -108,11 +112,12 @@ def config(detector, shapes, tmp_path):
 )
 def test_a_killed_run_resumes_to_the_same_bits(detector, config, tmp_path, processes):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run_model_def("train", config, "--output-dir", whole, processes=processes, cwd=ROOT / detector)
+    started = {"processes": processes, "figures": False, "cwd": ROOT / detector}
+    run_model_def("train", config, "--output-dir", whole, **started)
     assert_tensors_and_little_more(whole / "checkpoints/last")
     kill_between_checkpoints(detector, config, killed, processes)
     resume = ("--output-dir", killed, "--resume", "last")
-    run_model_def("train", config, *resume, processes=processes, cwd=ROOT / detector)
+    run_model_def("train", config, *resume, **started)
 
     assert_same_bits(final_state(killed), final_state(whole))
     ours, expected = reports(killed), reports(whole)
@@ -207,18 +212,42 @@ def test_averages_and_running_statistics_that_are_not_finite_are_not_saved(tiny,
     assert read_checkpoint(tmp_path / "run/checkpoints/last").batches == 4
 
 
+def test_the_time_of_a_resumed_run_counts_all_its_pieces(tiny, train, monkeypatch, capsys):
+    minutes = itertools.count(0, 60)
+    monkeypatch.setattr(Clock, "now", staticmethod(lambda: next(minutes)))
+
+    def trained(batches, **options):
+        tiny["searcher"]["max_length"] = {"batches": batches}
+        train(trial(), tiny, **options)
+        hours, minutes, _ = re.search(r"trained for (\d+):(\d+):(\d+)", capsys.readouterr().out).groups()
+        return 60 * int(hours) + int(minutes)
+
+    first = trained(4)
+    assert trained(8, resume="last") > 1.5 * first
+
+
+def test_an_error_of_a_training_names_the_last_checkpoint_if_there_is_one(tiny, train):
+    class Diverging(trial()):
+        def losses(self, model, batch):
+            losses = super().losses(model, batch)
+            return {**losses, "loss": losses["loss"] * (math.nan if self.batches_trained >= at else 1)}
+
+    Diverging.__module__ = "model_def"
+    for at, named in ((1, ""), (5, r"\. The last checkpoint is of batch 4")):
+        with pytest.raises(DivergedError, match=rf"look at its annotations{named}$"):
+            train(Diverging, tiny, f"run-{at}")
+
+
 def test_a_run_that_was_trained_to_its_end_says_what_to_give_to_go_on(tiny, train):
     tiny["searcher"]["max_length"] = {"batches": 4}
     train(trial(), tiny)
     with pytest.raises(
-        UserError, match=r"has been trained for 4 batches, and searcher.max_length is 4; give a greater"
+        UserError, match=r"has been trained for 4 batches, and searcher.max_length is 4\. Fix: give a greater"
     ):
         train(trial(), tiny, resume="last")
 
 
-def test_auto_begins_anew_without_a_checkpoint_goes_on_with_one_and_leaves_a_run_at_its_end(tiny, train, monkeypatch):
-    monkeypatch.setattr("shared.training.tensorboard.ReportFigures.draw", lambda *_: None)
-    monkeypatch.setattr("shared.commands.train._write_report", lambda *_: None)
+def test_auto_begins_anew_without_a_checkpoint_goes_on_with_one_and_leaves_a_run_at_its_end(tiny, train):
     tiny["searcher"]["max_length"], tiny["perform_initial_validation"] = {"batches": 8}, True
 
     def killed_after(batch):
@@ -279,7 +308,7 @@ def test_a_killed_rank_under_torchrun_s_restarts_costs_what_came_since_the_check
     )
     assert done.returncode == 0, done.stderr
     assert mark.exists()
-    assert "going on after batch 4" in done.stderr
+    assert "resuming after batch 4" in done.stderr
     assert [report["batches"] for report in reports(run)] == [2, 4, 4, 6, 8, 8, 10, 12, 12]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cluster_task import become_a_task
-from conftest import reports
+from conftest import other_detectors_are_slow, reports
 from test_resume import assert_same_bits, final_state
 from test_switches import FROZEN, small
 from tiny_models import trial_classes
@@ -20,7 +20,7 @@ from shared.errors import UserError
 from shared.training.checkpoints import load_state, read_checkpoint
 from shared.training.optimizer_state import BuiltOptimizer, merged
 
-pytestmark = pytest.mark.usefixtures("without_figures")
+pytestmark = pytest.mark.usefixtures("without_figures")  # for tasks; `train` draws none
 
 
 @pytest.fixture
@@ -54,11 +54,13 @@ def efficientdet():
     return trial_classes()["efficientdet"]
 
 
-def overridden(detector, config, efficientdet, mmdetection, detectron2):
+def overridden(detector, config, efficientdet, mmdetection, detectron2, detr=None):
     """Changes the detector's own part of the config."""
     own = config["hyperparameters"]
-    changes = {"efficientdet": efficientdet, "mmdetection": mmdetection, "detectron2": detectron2}[detector]
-    (own if detector == "efficientdet" else own["config_overrides"]).update(changes)
+    changes = {"efficientdet": efficientdet, "mmdetection": mmdetection, "detectron2": detectron2, "detr": detr}[
+        detector
+    ]
+    own.get("config_overrides", own).update(changes)
 
 
 def last(run):
@@ -80,12 +82,19 @@ def as_of_an_older_version(run):
 # --- averaged weights ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("switch", ["model_ema_decay", "EMAHook"])
+@pytest.mark.parametrize(
+    ("detector", "switch"),
+    [
+        ("efficientdet", "model_ema_decay"),
+        ("mmdetection", "EMAHook"),
+        pytest.param("mmdetection", "model_ema_decay", marks=pytest.mark.slow),
+        pytest.param("detectron2", "model_ema_decay", marks=pytest.mark.slow),
+    ],
+    indirect=["detector"],
+)
 def test_averaging_switched_on_at_a_resume_starts_from_the_trained_weights(
     detector, config, trial_class, train, switch
 ):
-    if switch == "EMAHook" and detector != "mmdetection":
-        pytest.skip("a hook of MMDetection's")
     before = last(train(trial_class, config)).training_weights
     if switch == "EMAHook":
         config["hyperparameters"]["config_overrides"]["custom_hooks"] = [{"type": "EMAHook", "momentum": 0.02}]
@@ -186,6 +195,7 @@ def files_of(run):
     return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and "code" not in path.parts}
 
 
+@other_detectors_are_slow
 def test_a_resume_with_other_categories_is_refused_and_changes_nothing(config, trial_class, train, tmp_path):
     run = train(trial_class, config)
     saved = files_of(run)
@@ -251,6 +261,7 @@ def rates(run):
     return {report["batches"]: report["metrics"]["lr"] for report in reports(run, "train")}
 
 
+@other_detectors_are_slow
 def test_weight_decay_and_learning_rate_of_a_resume_win(detector, config, trial_class, train):
     train(trial_class, config)
     overridden(
@@ -259,6 +270,7 @@ def test_weight_decay_and_learning_rate_of_a_resume_win(detector, config, trial_
         {"weight_decay": 0.3, "lr": 0.0004},
         {"optimizer.weight_decay": 0.3, "optimizer.lr": 0.004},
         {"SOLVER.WEIGHT_DECAY": 0.3, "SOLVER.BASE_LR": 0.0004},
+        {"weight_decay": 0.3, "lr": 0.0004},
     )
     whole = train(trial_class, of_length(8, config), "whole")
     run = train(trial_class, config, resume="last")
@@ -272,7 +284,10 @@ def test_weight_decay_and_learning_rate_of_a_resume_win(detector, config, trial_
     )
 
 
+@other_detectors_are_slow
 def test_an_optimizer_that_cannot_take_the_state_is_refused(detector, config, trial_class, train):
+    if detector == "detr":
+        pytest.skip("AdamW is its only optimizer")
     if detector == "detectron2":
         config["hyperparameters"]["config_file"] = "configs/small_retinanet.py"
         config["hyperparameters"]["config_overrides"] = {}
@@ -301,6 +316,7 @@ def test_gradient_clipping_switched_on_at_a_resume_keeps_the_optimizer(config, t
     assert last(run).batches == 6
 
 
+@other_detectors_are_slow
 def test_parts_frozen_at_a_resume_stay_and_the_rest_keeps_its_momentum(detector, config, trial_class, train):
     before = last(train(trial_class, config)).training_weights
     config["hyperparameters"]["freeze"] = [FROZEN[detector]]
@@ -356,7 +372,9 @@ def test_an_older_checkpoint_takes_this_run_s_weight_decay_and_refuses_freeze(ti
     assert 0.3 in {group["weight_decay"] for group in last(run).optimizer_groups}
 
 
-@pytest.mark.parametrize("detector", ["efficientdet", "mmdetection"], indirect=True)
+@pytest.mark.parametrize(
+    "detector", ["efficientdet", pytest.param("mmdetection", marks=pytest.mark.slow)], indirect=True
+)
 def test_an_older_checkpoint_resumes_to_the_same_bits(config, trial_class, train):
     config["hyperparameters"]["model_ema_decay"] = 0.9
     whole = train(trial_class, of_length(6, config), "whole")
@@ -389,7 +407,7 @@ def test_a_length_that_the_checkpoint_is_past_is_refused(tiny, efficientdet, tra
     Killed.__module__ = "model_def"
     with pytest.raises(RuntimeError, match="killed"):
         train(Killed, tiny)
-    with pytest.raises(UserError, match=r"trained for 3 batches, and searcher.max_length is 2; give a greater"):
+    with pytest.raises(UserError, match=r"trained for 3 batches, and searcher.max_length is 2\. Fix: give a greater"):
         train(efficientdet, of_length(2, tiny), resume="last")
 
 

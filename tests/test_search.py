@@ -1,5 +1,6 @@
-"""A search without a cluster: what it draws, gives up, goes on with, and shares between machines."""
+"""A search without a cluster: what it draws, stops early and continues, and how machines share it."""
 
+import argparse
 import json
 import os
 import random
@@ -10,13 +11,14 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import run_model_def
-from search_program import RANGES, share_of_better_points
+from search_program import RANGES, experiment_from, share_of_better_points
 from tiny_models import efficientdet_config
 
 pytest.importorskip("optuna")
@@ -24,13 +26,13 @@ pytest.importorskip("optuna")
 import optuna
 from optuna.trial import TrialState
 
+from shared.config.experiment import Sections, read_experiment
 from shared.errors import UserError
+from shared.search import search as search_module
 from shared.search import study as study_module
-from shared.search.halving import bracket_of, brackets_of
 from shared.search.page import write_search_page
-from shared.search.search import run_search
-from shared.search.space import draw, grid_of, parse_searcher, points_of, ranges_of
-from shared.search.study import Study, TakenOver
+from shared.search.space import draw, grid_points, parse_searcher, ranges_of
+from shared.search.study import Study, TakenOver, trial_brackets
 from shared.search.trial_process import Place, TrialProcess
 
 PROGRAM = Path(__file__).parent / "search_program.py"
@@ -51,8 +53,9 @@ def config_of(**changed):
 
 
 @pytest.fixture
-def start(tmp_path):
-    """Begins a search in a process of its own."""
+def start(tmp_path, monkeypatch):
+    """Starts a search in its own process, for tests that stop or kill it."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # without importing torch to count GPUs
     started = []
 
     def call(config, output="search", jobs=2, storage=None):
@@ -76,15 +79,32 @@ def start(tmp_path):
         process.kill()
 
 
+@pytest.fixture
+def search(tmp_path, monkeypatch, caplog, capsys):
+    """Runs a search in this process, and returns what it logs and prints. Its trials are processes of their own."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sys, "argv", [str(PROGRAM)])
+    monkeypatch.setattr(search_module, "SECONDS_BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr(study_module, "SECONDS_BETWEEN_HEARTBEATS", 0.2)
+    monkeypatch.setattr(study_module, "SECONDS_OF_SILENCE", 3)
+
+    def call(config, output="search", jobs=2, storage=None, status=False):
+        caplog.clear()
+        capsys.readouterr()
+        arguments = argparse.Namespace(
+            config="config.yaml", output_dir=tmp_path / output, storage=storage, jobs=jobs, status=status
+        )
+        with caplog.at_level("INFO"):
+            search_module.search(None, experiment_from(config), arguments)
+        return "\n".join([*caplog.messages, capsys.readouterr().out])
+
+    return call
+
+
 def ended(process, code=0):
-    said, _ = process.communicate(timeout=600)
-    assert process.returncode == code, said
-    return said
-
-
-def ended_page(process, output):
-    ended(process)
-    return (output / "search.html").read_text()
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == code, printed
+    return printed
 
 
 def batches_of(output):
@@ -96,11 +116,8 @@ def batches_of(output):
 
 
 def open_study(storage, config, owner="here"):
-    return Study(str(storage), config["name"], config, parse_searcher(config), owner)
-
-
-def status_of(config, output, storage=None):
-    run_search(config, parse_searcher(config), output, [], storage, status=True)
+    experiment = experiment_from(config)
+    return Study(str(storage), experiment, parse_searcher(experiment), owner)
 
 
 def wait_for(condition, seconds=600):
@@ -133,47 +150,51 @@ def test_each_of_determined_s_types_is_drawn_from_nested_ones_too():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"type": "int", "minval": 2}, "hyperparameters.a.b: a range of type int needs minval and maxval; maxval is"),
         ({"type": "double", "minval": 2, "maxval": 1}, "hyperparameters.a.b: minval 2 and maxval 1 are no range"),
-        ({"type": "categorical", "vals": []}, "hyperparameters.a.b.vals: give a list"),
-        ({"type": "log", "minval": 1, "maxval": 2, "base": 1}, "hyperparameters.a.b.base: 1 is not above 1"),
+        ({"type": "categorical", "vals": []}, r"hyperparameters.a.b.vals: \[\] has no values. Fix: give a list"),
+        (
+            {"type": "log", "minval": 1, "maxval": 2, "base": 1},
+            "hyperparameters.a.b.base: it is 1. Fix: give a number > 1",
+        ),
     ],
 )
-def test_a_range_that_is_none_is_said(wrong, said):
-    with pytest.raises(UserError, match=said):
+def test_an_invalid_range_is_an_error_with_its_key(wrong, message):
+    with pytest.raises(UserError, match=message):
         ranges_of({"a": {"b": wrong}})
 
 
 def test_a_grid_has_every_point():
-    grid = grid_of(
+    points = grid_points(
         {
             "lr": {"type": "log", "base": 10, "minval": -4, "maxval": -2, "count": 3},
             "n": {"type": "int", "minval": 1, "maxval": 2},
             "c": {"type": "categorical", "vals": ["x", ["y"]]},
         }
     )
-    assert grid["lr"] == pytest.approx([1e-4, 1e-3, 1e-2])
-    assert len(points_of(grid)) == 3 * 2 * 2
-    with pytest.raises(UserError, match=r"hyperparameters.d.count: a grid needs how many"):
-        grid_of({"d": {"type": "double", "minval": 0, "maxval": 1}})
+    assert sorted({point["lr"] for point in points}) == pytest.approx([1e-4, 1e-3, 1e-2])
+    assert len({json.dumps(point) for point in points}) == 3 * 2 * 2
+    with pytest.raises(UserError, match=r"hyperparameters.d.count: it is None. Fix: give the number of values"):
+        grid_points({"d": {"type": "double", "minval": 0, "maxval": 1}})
 
 
 @pytest.mark.parametrize(
-    ("section", "said"),
+    ("section", "message"),
     [
-        ({"name": "adaptive"}, "searcher.name: 'adaptive'; did you mean 'adaptive_asha'"),
-        ({"max_trials": None}, "searcher.max_trials is missing"),
-        ({"max_trials": 0}, "searcher.max_trials: 0 is not a whole number of at least 1"),
-        ({"divisor": 1}, "searcher.divisor: 1 is not a whole number of at least 2"),
-        ({"mode": "fast"}, "searcher.mode: 'fast'"),
-        ({"max_time": None}, "searcher.max_length is missing"),
+        ({"name": "adaptive"}, "searcher.name: 'adaptive' is none of adaptive_asha, grid, random, single"),
+        ({"max_trials": None}, "searcher.max_trials: it is missing. Fix: "),
+        ({"max_trials": 0}, "searcher.max_trials: it is 0. Fix: give a number >= 1"),
+        ({"divisor": 1}, "searcher.divisor: it is 1. Fix: give a number >= 2"),
+        ({"mode": "fast"}, "searcher.mode: 'fast' is none of aggressive, standard, conservative"),
+        ({"bracket_rungs": [0]}, r"searcher.bracket_rungs: \[0\] has a number below 1. Fix: "),
+        ({"max_time": None}, "searcher.max_length: it is missing. Fix: "),
     ],
 )
-def test_a_searcher_that_is_not_understood_is_said(section, said):
-    with pytest.raises(UserError, match=said):
-        parse_searcher(config_of(searcher=section))
+def test_an_invalid_searcher_is_an_error_with_its_key(section, message):
+    with pytest.raises(UserError, match=message):
+        parse_searcher(experiment_from(config_of(searcher=section)))
 
 
 @pytest.mark.parametrize(
@@ -192,128 +213,143 @@ def test_a_searcher_that_is_not_understood_is_said(section, said):
     ],
 )
 def test_brackets_are_determined_s(mode, max_rungs, divisor, length, max_trials, expected):
-    brackets = brackets_of(mode, max_rungs, divisor, length, max_trials)
-    numbers = [bracket_of(number, brackets) for number in range(max_trials)]
-    assert {bracket.rungs: numbers.count(i) for i, bracket in enumerate(brackets)} == expected
+    section = {"mode": mode, "max_rungs": max_rungs, "divisor": divisor, "max_time": length, "max_trials": max_trials}
+    brackets = trial_brackets(parse_searcher(experiment_from(config_of(searcher=section))))
+    assert {rungs: brackets.count(rungs) for rungs in set(brackets)} == expected
 
 
-def test_bracket_rungs_are_taken_as_they_are_said():
-    brackets = brackets_of("standard", 5, divisor=4, length=64, max_trials=10, bracket_rungs=[2, 3])
-    assert [bracket.rungs for bracket in brackets] == [3, 2]
-    assert parse_searcher(config_of(searcher={"bracket_rungs": [2, 3]})).bracket_rungs == [2, 3]
-    with pytest.raises(UserError, match=r"searcher.bracket_rungs: \[0\] is no list of whole numbers of at least 1"):
-        parse_searcher(config_of(searcher={"bracket_rungs": [0]}))
+def test_bracket_rungs_replace_the_mode():
+    section = {"max_time": 64, "max_trials": 10, "bracket_rungs": [2, 3]}
+    brackets = trial_brackets(parse_searcher(experiment_from(config_of(searcher=section))))
+    assert set(brackets) == {2, 3}
 
 
 # --- a search -------------------------------------------------------------------------------------------
 
 
-def test_most_of_the_training_is_saved_and_one_of_the_best_points_is_found(start, tmp_path):
-    config = config_of(searcher={"max_trials": 32}, seconds_a_batch=0, in_step=True)
-    said = ended(start(config, jobs=4))
+def test_most_training_is_saved_and_one_of_the_best_points_is_found(search, tmp_path):
+    # validations at the rungs, after 4, 16 and 64 batches, and between them
+    config = config_of(
+        searcher={"max_trials": 32}, min_validation_period={"batches": 4}, seconds_a_batch=0, in_step=True
+    )
+    printed = search(config, jobs=4)
     trained = batches_of(tmp_path / "search")
     assert sorted(trained) == list(range(32))
-    # 60 % are saved on average, here as by a master; what TPE draws later is better, and more or less of it goes on
+    # on average 60 % is saved, as by a master; the points that TPE draws later are better, and more of them continue
     assert sum(map(len, trained.values())) <= 0.5 * 32 * 64
     best = yaml.safe_load((tmp_path / "search/best.yaml").read_text())
     assert share_of_better_points(best["hyperparameters"]) < 0.1
-    assert "given up" in said
-    assert f"its config: {tmp_path / 'search/best.yaml'}" in said
+    assert "stopped early" in printed
+    assert f"its config: {tmp_path / 'search/best.yaml'}" in printed
     page = (tmp_path / "search/search.html").read_text()
     for title in ("History", "Parallel coordinates", "Importance", "Curves of all trials"):
         assert title in page
 
 
-def test_random_and_grid_train_every_trial_to_its_end(start, tmp_path):
-    ranges = {"lr": {**RANGES["lr"], "count": 3}, "opt": RANGES["opt"]}
-    for name, count in (("random", 4), ("grid", 6)):
-        config = config_of(searcher={"name": name, "max_trials": 4, "max_time": 4}, hyperparameters=ranges)
-        ended(start(config, output=name))
-        assert {number: len(done) for number, done in batches_of(tmp_path / name).items()} == dict.fromkeys(
-            range(count), 4
-        )
+@pytest.mark.parametrize(("name", "count"), [("random", 3), ("grid", 4)])
+def test_random_and_grid_train_each_trial_to_its_end(search, tmp_path, name, count):
+    ranges = {"lr": {**RANGES["lr"], "count": 2}, "opt": RANGES["opt"]}
+    search(config_of(searcher={"name": name, "max_trials": 3, "max_time": 2}, hyperparameters=ranges))
+    assert {number: len(done) for number, done in batches_of(tmp_path / "search").items()} == dict.fromkeys(
+        range(count), 2
+    )
 
 
-def test_a_search_that_was_killed_goes_on_and_trains_nothing_twice(start, tmp_path):
-    config = config_of(searcher={"name": "random", "max_trials": 6, "max_time": 20})
-    draws = random.Random(1)
-    for kill in range(3):
+def test_a_killed_search_continues_and_trains_no_batch_twice(start, search, tmp_path):
+    config = config_of(
+        searcher={"name": "random", "max_trials": 4, "max_time": 20}, min_validation_period={"batches": 5}
+    )
+    draws, lock = random.Random(1), tmp_path / "search/search.journal.lock"
+    for kill in range(2):
         process = start(config)
         wait_for(lambda kill=kill: sum(map(len, batches_of(tmp_path / "search").values())) > 15 * (kill + 1))
         time.sleep(draws.uniform(0, 0.3))
+        wait_for(lambda: not os.path.lexists(lock))  # Optuna waits 30 seconds for a lock whose holder was killed
         process.kill()
         process.wait()
-    ended(start(config))
-    trained = batches_of(tmp_path / "search")
-    # a run that loses its search saves a checkpoint, and goes on from it
-    assert trained == {number: list(range(1, 21)) for number in range(6)}
+    search(config)
+    # a run whose search was killed saves a checkpoint, and resumes from it
+    assert batches_of(tmp_path / "search") == {number: list(range(1, 21)) for number in range(4)}
 
 
-def test_two_searches_in_one_folder_are_refused(start, tmp_path):
+def test_a_second_search_in_a_folder_is_refused(start, search, tmp_path):
     config = config_of(searcher={"name": "random", "max_time": 2000})
     start(config, jobs=1)
     wait_for(lambda: batches_of(tmp_path / "search"))
-    assert "a search is going on in" in ended(start(config, jobs=1), 1)
+    with pytest.raises(UserError, match=r"--output-dir: a search is already running in .* Fix: --status"):
+        search(config, jobs=1)
 
 
-def test_ctrl_c_ends_all_trials_with_checkpoints(start, tmp_path):
+def test_ctrl_c_stops_all_trials_with_checkpoints(start, tmp_path):
     process = start(config_of(searcher={"name": "random", "max_time": 2000}))
     wait_for(lambda: len(batches_of(tmp_path / "search")) == 2 and all(batches_of(tmp_path / "search").values()))
     process.send_signal(signal.SIGINT)
-    said = ended(process, 130)
-    assert "stopped; the same command goes on" in said
+    assert "stopped; the same command continues the search" in ended(process, 130)
     for number, trained in batches_of(tmp_path / "search").items():
         assert (tmp_path / f"search/trials/{number}/checkpoints/last/batches").read_text() == str(trained[-1])
 
 
-def test_a_trial_that_diverges_ends_alone_and_is_told(start, tmp_path):
+def test_a_trial_that_diverges_fails_alone_with_its_error(search, tmp_path):
     ranges = {**RANGES, "diverges": {"type": "categorical", "vals": [True, False]}}
-    config = config_of(hyperparameters=ranges, searcher={"name": "random", "max_trials": 8, "max_time": 3})
-    said = ended(start(config))
-    assert "ended with an error: error: the loss is not finite since batch 3" in said
-    assert 0 < len(batches_of(tmp_path / "search")) < 8
-    assert "best: trial" in said
+    config = config_of(hyperparameters=ranges, searcher={"name": "random", "max_trials": 4, "max_time": 2})
+    printed = search(config)
+    assert "failed: error: the loss is not finite since batch 3" in printed
+    assert 0 < len(batches_of(tmp_path / "search")) < 4
+    assert "best: trial" in printed
 
 
-def test_trials_killed_after_a_checkpoint_continue_and_the_search_too(start, tmp_path):
-    config = config_of(searcher={"name": "random", "max_trials": 3, "max_time": 30}, checkpoint_at=4, hold_at=12)
-    process = start(config)
-    for number in range(3):  # the run forgets the reports of the batches 5 to 12, and writes them anew
+@pytest.fixture
+def kill_held_trials(tmp_path):
+    """Kills trials of a search in this process, each when it waits at its `hold_at`."""
+    threads = []
+
+    def kill(number):
         wait_for((tmp_path / f"search/trials/{number}/held").exists)
         pattern = f"train {tmp_path}/search/trials/{number}.yaml"
         found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True).stdout
         os.kill(int(found.split()[-1]), signal.SIGKILL)
-    said = ended(process)
-    assert all(f"trial {number} was killed by SIGKILL; it goes on" in said for number in range(3))
-    expected = [*range(1, 13), *range(5, 31)]
-    assert batches_of(tmp_path / "search") == dict.fromkeys(range(3), expected)
+
+    def call(numbers):
+        threads.extend(threading.Thread(target=kill, args=(number,)) for number in numbers)
+        for thread in threads:
+            thread.start()
+
+    yield call
+    for thread in threads:
+        thread.join()
+
+
+def test_trials_killed_after_a_checkpoint_continue(search, kill_held_trials, tmp_path):
+    config = config_of(searcher={"name": "random", "max_trials": 2, "max_time": 30}, checkpoint_at=4, hold_at=12)
+    kill_held_trials(range(2))  # the runs forget the reports of the batches 5 to 12, and write them again
+    printed = search(config)
+    assert all(f"trial {number} was killed by SIGKILL and continues" in printed for number in range(2))
+    assert batches_of(tmp_path / "search") == {number: [*range(1, 13), *range(5, 31)] for number in range(2)}
     trials = open_study(tmp_path / "search/search.journal", config).trials()
-    assert [len(trial.intermediate_values) for trial in trials] == [30, 30, 30]
+    assert [len(trial.intermediate_values) for trial in trials.values()] == [30, 30]
 
 
-def test_a_trial_killed_before_its_first_checkpoint_begins_anew(start, tmp_path):
+def test_a_trial_killed_before_its_first_checkpoint_starts_anew(search, kill_held_trials, tmp_path):
     config = config_of(searcher={"name": "random", "max_trials": 1, "max_time": 6}, hold_at=3)
-    process = start(config, jobs=1)
-    wait_for((tmp_path / "search/trials/0/held").exists)
-    pattern = f"train {tmp_path}/search/trials/0.yaml"
-    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True).stdout
-    os.kill(int(found.split()[-1]), signal.SIGKILL)
-    assert "trial 0: finished" in ended(process)
+    kill_held_trials([0])
+    assert "trial 0: finished" in search(config, jobs=1)
     assert batches_of(tmp_path / "search") == {0: [1, 2, 3, 1, 2, 3, 4, 5, 6]}
 
 
-def test_a_trial_that_meets_a_full_disk_is_not_lost(start, tmp_path):
+def test_a_trial_that_meets_a_full_disk_is_not_lost(search, tmp_path):
     config = config_of(searcher={"name": "random", "max_trials": 2, "max_time": 3})
-    said = ended(start({**config, "full_disk": True}, jobs=1), 1)
-    assert f"error: {tmp_path}/search: [Errno 28] No space left on device" in said
-    assert "continue with the same command" in said
-    assert "2 trials: 2 trained to their end" in ended_page(start(config, jobs=1), tmp_path / "search")
+    with pytest.raises(UserError) as error:
+        search({**config, "full_disk": True}, jobs=1)
+    assert f"{tmp_path}/search: [Errno 28] No space left on device" in str(error.value)
+    assert "continue with the same command" in str(error.value)
+    search(config, jobs=1)
+    assert "2 trials: 2 finished" in (tmp_path / "search/search.html").read_text()
 
 
-def test_each_trial_has_its_share_of_the_machine(start, tmp_path, monkeypatch):
+def test_each_trial_has_its_share_of_the_machine(search, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "my own")
-    ended(start(config_of(searcher={"name": "random", "max_trials": 2, "max_time": 3})))
+    search(config_of(searcher={"name": "random", "max_trials": 2, "max_time": 3}))
     seen = [json.loads((tmp_path / f"search/trials/{i}/environment.json").read_text()) for i in range(2)]
     assert sorted(one["CUDA_VISIBLE_DEVICES"] for one in seen) == ["3", "5"]
     assert {(one["WANDB_RUN_GROUP"], one["MLFLOW_EXPERIMENT_NAME"]) for one in seen} == {("search", "my own")}
@@ -323,14 +359,14 @@ def test_each_trial_has_its_share_of_the_machine(start, tmp_path, monkeypatch):
         assert not cores[0] & cores[1]
 
 
-def test_only_its_owner_reads_a_trial_s_config_and_it_holds_no_password_of_a_cluster(start, tmp_path):
+def test_a_trial_s_config_is_private_and_lacks_the_cluster_s_passwords(search, tmp_path):
     url = "http://user:hunter2@127.0.0.1:9"
     config = config_of(
         searcher={"name": "random", "max_trials": 1},
         checkpoint_storage={"type": "s3", "secret_key": "hunter2"},
         data={"endpoint_url": url},
     )
-    ended(start(config, jobs=1))
+    search(config, jobs=1)
     file = tmp_path / "search/trials/0.yaml"
     written = yaml.safe_load(file.read_text())
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -338,27 +374,26 @@ def test_only_its_owner_reads_a_trial_s_config_and_it_holds_no_password_of_a_clu
     assert written["data"] == {"endpoint_url": url}
 
 
-def test_a_search_of_another_config_is_refused(start, tmp_path):
-    config = config_of(searcher={"name": "random", "max_trials": 1, "max_time": 2})
-    ended(start(config))
+def test_a_search_with_another_config_is_refused(tmp_path):
+    config = config_of(searcher={"name": "random", "max_trials": 1})
+    open_study(tmp_path / "search.journal", config)
     config["hyperparameters"] = {"lr": RANGES["lr"]}
-    assert "begun with other hyperparameters: go on with the same file" in ended(start(config), 1)
+    with pytest.raises(UserError, match=r"began with other hyperparameters. Fix: continue with the same file"):
+        open_study(tmp_path / "search.journal", config)
 
 
-def test_status_after_a_kill_names_the_last_progress_and_no_machine(start, tmp_path, capsys):
+def test_status_after_a_kill_shows_the_last_progress_and_no_machine(start, search, tmp_path):
     config = config_of(searcher={"name": "random", "max_trials": 1, "max_time": 2000})
     process = start(config, jobs=1)
     journal = tmp_path / "search/search.journal"
     wait_for(lambda: journal.exists() and '"progress":1' in journal.read_text())
-    status_of(config, tmp_path / "search")
-    before = capsys.readouterr().out
+    before = search(config, status=True)
     assert "under way" in before
     assert "at work: 1 machine; last progress: 2" in before
     process.kill()
     process.wait()
     written = journal.read_bytes()
-    status_of(config, tmp_path / "search")
-    after = capsys.readouterr().out
+    after = search(config, status=True)
     assert "interrupted" in after
     assert "under way" not in after
     assert "no machine is at work on this search; last progress: 2" in after
@@ -375,9 +410,9 @@ def trial_process(tmp_path):
     folder = tmp_path / "trials/0"
     folder.mkdir(parents=True)
     program = [sys.executable, "-c", ""]
-    process = TrialProcess(program, tmp_path / "0.yaml", folder, tmp_path / "0.log", Place(None, ()), {})
+    process = TrialProcess(program, folder, Place(), {})
     yield process
-    process.process.wait()
+    wait_for(lambda: process.exit_code() is not None)
 
 
 def line_of(batches, value):
@@ -406,7 +441,7 @@ def test_without_a_whole_length_there_is_no_report_yet(trial_process, length):
     assert trial_process.validations("bbox_mAP") == [(100_000, 0.1)]
 
 
-def test_lines_that_are_no_reports_are_skipped(trial_process):
+def test_lines_that_are_not_reports_are_skipped(trial_process):
     folder = trial_process.folder
     folder.write_length(10, 5)
     broken = ['{"batches": 2, "spl\n', "\0\0\n", "17\n", '{"batches": 3, "split": "val"}\n', "\xff\n"]
@@ -432,13 +467,13 @@ def test_a_journal_that_a_full_disk_cut_off_is_repaired(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not journal.read_bytes().endswith(b"\n")
     again = open_study(journal, config)
-    (resumed,) = again.mine()
+    (resumed,) = again.own_trials()
     again.report(resumed, 2000, 0.5)
     study.report(trial, 3000, 0.5)  # the process that met the full disk writes on
     assert [*open_study(journal, config).trials()[0].intermediate_values] == [2000, 3000]
 
 
-def test_values_with_formulas_that_are_none_are_drawn(tmp_path):
+def test_the_page_shows_names_and_values_with_dollar_signs(tmp_path):
     values = ["$\\bad{$", "$x$", "a\\$", "$", "_"]
     ranges = {"path $ a": {"type": "categorical", "vals": values}, "lr": RANGES["lr"]}
     config = config_of(hyperparameters=ranges, searcher={"name": "random", "max_trials": 12})
@@ -447,7 +482,7 @@ def test_values_with_formulas_that_are_none_are_drawn(tmp_path):
         trial = study.ask()
         draw(trial, ranges)
         study.finish(trial, TrialState.COMPLETE, i / 12)
-    assert {json.loads(trial.params["path $ a"]) for trial in study.trials()} == set(values)
+    assert {json.loads(trial.params["path $ a"]) for trial in study.trials().values()} == set(values)
     page = write_search_page(study, tmp_path).read_text()
     for title in ("History", "Parallel coordinates", "Importance"):
         assert f"<figcaption>{title}</figcaption>" in page
@@ -501,101 +536,98 @@ def test_a_search_killed_while_it_begins_a_trial_draws_the_same_point(tmp_path, 
     study.study.ask()  # killed here: the trial has no owner, and no value yet
     killed = study.study.ask()
     killed.suggest_categorical("opt", ['"sgd"', '"adamw"'])  # and here it has one of its two values
-    monkeypatch.setattr(study_module, "SECONDS_BETWEEN_SIGNS", 0)
+    monkeypatch.setattr(study_module, "SECONDS_BETWEEN_HEARTBEATS", 0)
     monkeypatch.setattr(study_module, "SECONDS_OF_SILENCE", 0.2)
     other = open_study(journal, config, "other")
-    while any(trial.state == TrialState.RUNNING for trial in other.trials()):
-        other.beat()
+    while any(trial.state == TrialState.RUNNING for trial in other.trials().values()):
+        other.heartbeat()
     drawn = {}
     while (trial := other.ask()) is not None:
         drawn[trial.user_attrs["first_number"]] = draw(trial, RANGES)
     assert drawn == dict(enumerate(expected))
 
 
-def test_what_a_machine_does_with_a_trial_taken_over_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(study_module, "SECONDS_BETWEEN_SIGNS", 0)
+def test_a_machine_cannot_change_a_trial_that_was_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_module, "SECONDS_BETWEEN_HEARTBEATS", 0)
     monkeypatch.setattr(study_module, "SECONDS_OF_SILENCE", 0.2)
     config = config_of(searcher={"name": "random", "max_trials": 1})
     silent = open_study(tmp_path / "journal", config, "silent")
     trial = silent.ask()
     other = open_study(tmp_path / "journal", config, "other")
     while silent.is_running(trial):
-        other.beat()
+        other.heartbeat()
     with pytest.raises(TakenOver), silent.owning(trial):
         draw(trial, RANGES)
     with pytest.raises(TakenOver):
         silent.report(trial, 1000, 0.5)
     with pytest.raises(TakenOver):
         silent.finish(trial, TrialState.COMPLETE, 0.5)
-    assert silent.has_unfinished()
+    assert not silent.is_complete()
     other.finish(other.ask(), TrialState.COMPLETE, 0.5)
     assert silent.is_complete()
 
 
-def test_a_take_over_that_was_interrupted_is_done_at_the_next_start(tmp_path):
+def test_an_interrupted_takeover_is_completed_at_the_next_start(tmp_path):
     config = config_of(searcher={"name": "random", "max_trials": 1})
     study = open_study(tmp_path / "search.journal", config)
     trial = study.ask()
     point = draw(trial, RANGES)
-    study.study.tell(trial, state=TrialState.FAIL)  # killed here: nobody has begun it again
+    study.study.tell(trial, state=TrialState.FAIL)  # killed here, before the trial is repeated
     again = open_study(tmp_path / "search.journal", config)
-    again.begin_lost_ones_again()
+    again.repeat_lost_trials()
     assert draw(again.ask(), RANGES) == point
     assert len(again.trials()) == 1
 
 
-def test_status_counts_other_machines_whose_sign_is_recent(tmp_path, capsys, monkeypatch):
+def test_status_counts_other_machines_with_a_recent_heartbeat(search, tmp_path, monkeypatch):
     config, storage = config_of(searcher={"name": "random", "max_trials": 1}), str(tmp_path / "shared.journal")
     other = open_study(storage, config, "other")
     draw(other.ask(), RANGES)
-    other.beat()
+    other.heartbeat()
     (tmp_path / "here").mkdir()
-    status_of(config, tmp_path / "here", storage)
-    assert "at work: 1 machine" in capsys.readouterr().out
+    assert "at work: 1 machine" in search(config, "here", storage=storage, status=True)
     other.leave()
-    status_of(config, tmp_path / "here", storage)
-    assert "no machine is at work" in capsys.readouterr().out
-    monkeypatch.setattr(study_module, "SECONDS_BETWEEN_SIGNS", 0)
-    other.beat()
+    assert "no machine is at work" in search(config, "here", storage=storage, status=True)
+    monkeypatch.setattr(study_module, "SECONDS_BETWEEN_HEARTBEATS", 0)
+    other.heartbeat()
     monkeypatch.setattr(study_module, "SECONDS_OF_SILENCE", -1)
-    status_of(config, tmp_path / "here", storage)
-    assert "no machine is at work" in capsys.readouterr().out
+    assert "no machine is at work" in search(config, "here", storage=storage, status=True)
 
 
-def test_status_of_no_search_says_so_and_makes_no_file(tmp_path):
+def test_status_without_a_search_is_an_error_and_creates_no_file(search, tmp_path):
     config = config_of(searcher={"name": "random"})
     with pytest.raises(UserError, match=r"--status: .*search.journal does not exist. Fix: "):
-        status_of(config, tmp_path)
-    open_study(tmp_path / "search.journal", {**config, "name": "another"})
+        search(config, status=True)
+    assert not (tmp_path / "search").exists()
+    open_study(tmp_path / "search/search.journal", {**config, "name": "another"})
     with pytest.raises(UserError, match="holds no search named tiny"):
-        status_of(config, tmp_path)
+        search(config, status=True)
 
 
-def test_a_machine_that_was_silent_drops_its_trial_and_continues(start, tmp_path):
+def test_a_machine_that_was_silent_drops_its_trials(start, search, tmp_path):
     config = config_of(searcher={"name": "random", "max_trials": 2, "max_time": 10}, hold_at=3)
     storage, held = str(tmp_path / "shared.journal"), [tmp_path / f"silent/trials/{i}/held" for i in range(2)]
     silent = start(config, "silent", 2, storage)
     wait_for(lambda: all(file.exists() for file in held))
     silent.send_signal(signal.SIGSTOP)
-    held[1].unlink()  # this one ends while its search is silent; the other one is stopped when it comes back
+    held[1].unlink()  # this trial ends while its search is silent; the other one is stopped when the search is back
     for i in range(2):
         (tmp_path / f"other/trials/{i}").mkdir(parents=True)
         (tmp_path / f"other/trials/{i}/held").touch()
-    other = start(config, "other", 1, storage)
-    said = ended(other)  # it has taken over both
-    assert said.split("trial    state")[-1].count("finished") == 2
+    printed = search(config, "other", 1, storage)  # takes over both
+    assert printed.split("trial    state")[-1].count("finished") == 2
     assert batches_of(tmp_path / "silent") == {0: [1, 2, 3], 1: list(range(1, 11))}
     silent.send_signal(signal.SIGCONT)
-    assert ended(silent).count("another machine has taken it over") == 2
+    assert ended(silent).count("another one has taken the trial over") == 2
 
 
 def share(start, tmp_path, storage):
-    """Two machines with a folder each; one dies, and the other one ends what it was at."""
+    """Two machines, each with its folder. One dies, and the other finishes its trial."""
     config = config_of(searcher={"name": "random", "max_trials": 6, "max_time": 60})
     one, other = (start(config, output, 1, storage) for output in ("one", "other"))
     wait_for(lambda: batches_of(tmp_path / "one") and batches_of(tmp_path / "other"))
     one.kill()
-    said = ended(other)
+    printed = ended(other)
     finished = {
         number
         for machine in ("one", "other")
@@ -603,12 +635,12 @@ def share(start, tmp_path, storage):
         if done[-1] == 60
     }
     assert finished == set(range(6))
-    assert "the machine that was at work on it gives no sign of life" in said
-    assert said.split("trial    state")[-1].count("finished") == 6
+    assert "starts again: its machine was silent for 3 seconds" in printed
+    assert printed.split("trial    state")[-1].count("finished") == 6
 
 
 @pytest.mark.slow
-def test_machines_share_a_search_by_a_file_and_take_over_from_one_that_died(start, tmp_path):
+def test_machines_share_a_search_by_a_file_and_outlive_one(start, tmp_path):
     share(start, tmp_path, str(tmp_path / "shared.journal"))
 
 
@@ -645,28 +677,28 @@ def postgres(tmp_path):
 
 
 @pytest.mark.slow
-def test_machines_share_a_search_by_postgresql(start, tmp_path, postgres):
+def test_machines_share_a_search_by_postgresql_and_outlive_one(start, tmp_path, postgres):
     share(start, tmp_path, postgres)
 
 
-def test_a_storage_that_cannot_be_used_is_one_line(start):
-    said = ended(start(config_of(), storage="nosuch://here"), 1)
-    assert "error: --storage: nosuch://here cannot be used" in said
+def test_a_storage_that_cannot_be_used_is_an_error(search):
+    with pytest.raises(UserError, match="--storage: nosuch://here cannot be used"):
+        search(config_of(), storage="nosuch://here")
 
 
 # --- with a detector --------------------------------------------------------------------------------------
 
 
-def test_a_detector_s_search_leaves_a_config_that_trains(shapes, tmp_path):
+def test_a_detector_s_search_leaves_its_best_config(shapes, tmp_path):
     config = efficientdet_config(shapes)
     config["hyperparameters"]["lr"] = {"type": "log", "base": 10, "minval": -4, "maxval": -2}
-    config["searcher"] |= {"name": "random", "max_trials": 2, "max_length": {"batches": 2}}
+    config["searcher"] |= {"name": "random", "max_trials": 1, "max_length": {"batches": 1}}
     file = tmp_path / "search.yaml"
     file.write_text(yaml.safe_dump(config))
-    done = run_model_def("search", file, "--output-dir", tmp_path / "search", "--jobs", 2)
-    assert "best: trial" in done.stdout
-    best = yaml.safe_load((tmp_path / "search/best.yaml").read_text())
-    assert 1e-4 <= best["hyperparameters"]["lr"] <= 1e-2
+    done = run_model_def("search", file, "--output-dir", tmp_path / "search")
+    assert "best: trial 0" in done.stdout
     assert (tmp_path / "search/trials/0/checkpoints/best").is_dir()
-    done = run_model_def("search", file, "--output-dir", tmp_path / "search", "--status")
-    assert done.stdout.count("finished") == 2
+    from efficientdet_hyperparameters import EfficientDetHyperparameters
+
+    best = read_experiment(tmp_path / "search/best.yaml", (), Sections(EfficientDetHyperparameters))
+    assert 1e-4 <= best.hyperparameters.lr <= 1e-2

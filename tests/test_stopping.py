@@ -102,11 +102,23 @@ def whole(shapes, tmp_path_factory):
     config["scheduling_unit"] = 3  # some stops cut a report short
     folder = tmp_path_factory.mktemp("whole")
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    run_model_def("train", folder / "config.yaml", "--output-dir", folder / "run")
+    run_model_def("train", folder / "config.yaml", "--output-dir", folder / "run", figures=False)
     return config, folder / "run"
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "phase",
+    [
+        *("in a step", "in a validation", "in the copy for a checkpoint", "in the last validation"),
+        *(
+            pytest.param(phase, marks=pytest.mark.slow)
+            for phase in (
+                *("in the first batch", "between a step and its validation"),
+                "between the last step and its validation",
+            )
+        ),
+    ],
+)
 def test_a_signal_in_any_phase_leaves_a_checkpoint_from_which_the_run_goes_on_as_if_there_had_been_none(
     whole, train, trial_class, tmp_path, phase
 ):
@@ -204,7 +216,7 @@ def signalled_run(run_config, tmp_path):
         config, run = run_config(scheduling_unit=3, data__workers=0), tmp_path / "run"
         env = {"PHASE": phase, "TESTS": str(ROOT / "tests")}
         arguments = ("train", config, "--output-dir", run)
-        done = run_model_def(*arguments, processes=2, env=env, check=False, script=script)
+        done = run_model_def(*arguments, processes=2, torchrun=True, env=env, check=False, script=script)
         assert done.returncode != 0
         assert f"--output-dir {run} --resume last" in done.stderr
         return config, run

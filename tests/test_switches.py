@@ -1,10 +1,11 @@
 """The switches of `hyperparameters` that every detector has: precision, memory format, averages, clipping, freezing."""
 
 import copy
+import sys
 
 import pytest
 import torch
-from conftest import WITHOUT_LIBRARY, reports
+from conftest import WITHOUT_LIBRARY, other_detectors_are_slow, reports
 from test_resume import assert_same_bits, final_state
 from tiny_models import CONFIGS, trial_classes
 from torch import nn
@@ -13,15 +14,15 @@ from shared.errors import UserError
 from shared.training.checkpoints import read_checkpoint
 from shared.training.switches import AveragedWeights, freeze, train_depthwise_in_float32
 
-pytestmark = pytest.mark.usefixtures("without_figures")
-
 # so small that rounding does not grow from step to step
 SMALL_RATES = {
     "efficientdet": {"lr": 0.0002},
     "mmdetection": {"optimizer.lr": 0.002},
     "detectron2": {"SOLVER.BASE_LR": 0.0002},
+    "detr": {"lr": 0.00002},
 }
 FROZEN = {"efficientdet": "backbone.blocks", "mmdetection": "backbone.layer1", "detectron2": "backbone.bottom_up.res2"}
+FROZEN["detr"] = "model.backbone.model.encoder.stages.1"
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def small(detector: str, shapes, **hyperparameters) -> dict:
     """A run of 12 batches without workers, at a small learning rate."""
     config = CONFIGS[detector](shapes)
     own = config["hyperparameters"]
-    (own if detector == "efficientdet" else own["config_overrides"]).update(SMALL_RATES[detector])
+    own.get("config_overrides", own).update(SMALL_RATES[detector])
     own.update(hyperparameters)
     config["data"]["workers"] = 0
     return config
@@ -54,17 +55,18 @@ def losses(run) -> list[float]:
     return [report["metrics"]["loss"] for report in reports(run, "train")]
 
 
+@other_detectors_are_slow
 def test_bf16_has_the_losses_of_float32(detector, config, trial_class, train):
     draw_no_regions(detector, config)
     if detector == "efficientdet":
         config["hyperparameters"]["global_batch_size"] = 8  # the loss of four images moves by more with one of them
-    config["searcher"]["max_length"] = config["min_validation_period"] = {"batches": 20}
-    config["min_checkpoint_period"], config["scheduling_unit"] = {"batches": 20}, 1
+    config["searcher"]["max_length"] = config["min_validation_period"] = {"batches": 10}
+    config["min_checkpoint_period"], config["scheduling_unit"] = {"batches": 10}, 1
     expected = losses(train(trial_class, config, "float32"))
     for name, switches in (("bf16", {}), ("bf16_channels_last", {"channels_last": True})):
         config["hyperparameters"].update(amp="bf16", **switches)
         found = losses(train(trial_class, config, name))
-        assert len(found) == 20
+        assert len(found) == 10
         assert found != expected
         assert found == pytest.approx(expected, rel=0.02)
 
@@ -114,6 +116,7 @@ def test_detectron2_s_regions_keep_their_corners_in_bf16(shapes, train):
     torch.testing.assert_close(pooled[0], pooled[1], rtol=0.01, atol=0)
 
 
+@other_detectors_are_slow
 def test_channels_last_changes_the_memory_alone(detector, config, trial_class, train):
     draw_no_regions(detector, config)
     formats = []
@@ -162,6 +165,7 @@ def test_frozen_parts_and_their_statistics_stay_and_the_rest_is_trained(detector
     assert "parameters are trained" in caplog.text
 
 
+@other_detectors_are_slow
 def test_a_run_with_every_switch_resumes_to_the_same_bits(detector, shapes, trial_class, train, crash_and_resume):
     switches = {"amp": "bf16", "channels_last": True, "model_ema_decay": 0.9, "clip_grad": 1.0}
     config = small(detector, shapes, freeze=[FROZEN[detector]], **switches)
@@ -319,16 +323,17 @@ def test_clip_grad_and_fp16_are_mmdetection_s_own_words(own):
 
 def test_fp16_without_a_gpu_says_what_to_take(config, trial_class, train):
     config["hyperparameters"]["amp"] = "fp16"
-    with pytest.raises(UserError, match=r"hyperparameters.amp: fp16 needs a GPU; take it out, or say .* bf16"):
+    with pytest.raises(UserError, match=r"hyperparameters.amp: fp16 needs a GPU. Fix: remove it, or give .* bf16"):
         train(trial_class, config)
 
 
-def test_sync_bn_of_several_processes_without_gpus_is_refused(config, trial_class):
-    trial = object.__new__(trial_class)
-    trial.hparams, trial.slots = trial_class.hyperparameters_class(**{**config["hyperparameters"], "sync_bn": True}), 2
-    trial.context = type("Context", (), {"device": torch.device("cpu")})
+def test_sync_bn_of_several_processes_without_gpus_is_refused(config, trial_class, unbuilt, monkeypatch):
+    config["hyperparameters"]["sync_bn"] = True
+    if models := sys.modules.get("detectron2_files.model"):  # it needs torch's processes
+        monkeypatch.setattr(models, "group_processes_of_machine", lambda count: None)
+    trial = unbuilt(trial_class, config, slots=2, for_training=False, categories=[{"id": 1, "name": "circle"}])
     with pytest.raises(UserError, match="sync_bn: PyTorch synchronises batch norm on GPUs only"):
-        trial.switched(parts())
+        trial.build()
 
 
 @pytest.mark.parametrize(

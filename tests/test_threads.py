@@ -32,6 +32,7 @@ def test_every_model_def_looks_at_the_command_line_before_torch_is_loaded_with_t
     before = model_def.read_text().partition("\ncommand = read_command(__name__")[0]
     program = before + "\nimport sys; assert 'torch' not in sys.modules; import torch"
     done = subprocess.run([sys.executable, "-c", program], cwd=model_def.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert spins(done.stderr) == {"3000"}, done.stderr
 
 
@@ -94,3 +95,23 @@ def test_the_processes_of_a_machine_share_its_cores(nothing_said, tmp_path, monk
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert environment.available_cores(tmp_path) == 5
+
+
+def test_a_reader_that_closes_the_output_is_no_error():
+    script = "from shared.environment import quiet_if_output_is_closed\nwith quiet_if_output_is_closed():\n"
+    script += "    for i in range(100000): print(i)"
+    program = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert program.stdout.readline() == "0\n"
+    program.stdout.close()
+    assert program.stderr.read() == ""
+    assert program.wait(60) == 141
+    program.stderr.close()
+
+
+def test_a_missing_package_names_its_pip_line():
+    script = "from shared.environment import prepare_process\nprepare_process()\n"
+    script += "raise ModuleNotFoundError('no module', name='yaml.cyaml')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert f"Fix: {sys.executable} -m pip install PyYAML. Or: `make demo`" in done.stderr

@@ -14,6 +14,7 @@ from PIL import Image
 from test_resume import assert_same_bits, final_state
 from tiny_models import CONFIGS, trial_classes
 
+from shared.data.dataset import seed_all
 from shared.errors import UserError
 from shared.training.checkpoints import read_checkpoint
 from shared.training.validation import giving_losses
@@ -122,10 +123,31 @@ def detectron2_s_losses(trial, path, images):
         yield {**losses, "loss": sum(losses.values())}
 
 
+def detr_s_losses(trial, path, images):
+    """transformers' image processor with annotations, and its model as it trains, but for batch norm."""
+    model = trial.evaluation_model.detector.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    coco = json.loads(path.read_text())
+    for image in coco["images"]:
+        of_image = [
+            {**a, "category_id": a["category_id"] - 1} for a in coco["annotations"] if a["image_id"] == image["id"]
+        ]
+        pixels = Image.open(images / image["file_name"]).convert("RGB")
+        target = {"image_id": image["id"], "annotations": of_image}
+        inputs = trial.processor(images=pixels, annotations=target, return_tensors="pt")
+        seed_all(trial.seed, image["id"], 3)  # the noise of its denoising queries
+        outputs = model(pixel_values=inputs["pixel_values"], labels=inputs["labels"])
+        terms = ("loss_vfl", "loss_bbox", "loss_giou")
+        yield {"loss": outputs.loss.item(), **{name: outputs.loss_dict[name].item() for name in terms}}
+
+
 BY_HAND = {
     "efficientdet": efficientdet_s_losses,
     "mmdetection": mmdetection_s_losses,
     "detectron2": detectron2_s_losses,
+    "detr": detr_s_losses,
 }
 
 
@@ -140,7 +162,8 @@ def test_it_is_the_mean_over_images_of_the_library_s_own_losses(detector, shapes
     )
     with torch.no_grad():
         of_images = list(BY_HAND[detector](started[0], odd_val[0], shapes / "val"))
-    assert len(of_images) == (7 if detector == "efficientdet" else 6)  # which alone trains on images without objects
+    # the others do not train on images without objects
+    assert len(of_images) == (7 if detector in ("efficientdet", "detr") else 6)
     (reported,) = reports(run, "val")
     found = {name: value for name, value in reported["metrics"].items() if name.startswith("val_")}
     means = {f"val_{name}": sum(losses[name] for losses in of_images) / len(of_images) for name in of_images[0]}
@@ -280,7 +303,7 @@ def test_where_it_cannot_be_had_one_line_says_so_before_the_training(detector, c
             "model.backbone.init_cfg": None,
         }
         config["hyperparameters"]["config_overrides"].update({"model.bbox_head.num_feat_levels": 1})
-    with pytest.raises(UserError, match=r"^hyperparameters\.validation_loss: .*leave it out"):
+    with pytest.raises(UserError, match=r"^hyperparameters\.validation_loss: .*(leave it out|Fix: omit it)"):
         train(trial_classes()[detector], config)
 
 

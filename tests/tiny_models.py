@@ -34,6 +34,8 @@ SMALL_BACKBONE = {
     "data.test.pipeline.1.img_scale": [128, 128],
 }
 DENSE_HEAD = {
+    "model.test_cfg.nms_pre": 200,
+    "model.test_cfg.max_per_img": 30,
     "model.bbox_head.in_channels": 32,
     "model.bbox_head.feat_channels": 32,
     "model.bbox_head.stacked_convs": 1,
@@ -44,7 +46,11 @@ ROI_HEAD = {
     "model.roi_head.bbox_roi_extractor.out_channels": 32,
     "model.roi_head.bbox_head.in_channels": 32,
     "model.roi_head.bbox_head.fc_out_channels": 64,
+    "model.train_cfg.rpn_proposal.nms_pre": 200,
     "model.train_cfg.rpn_proposal.max_per_img": 100,
+    "model.test_cfg.rpn.nms_pre": 200,
+    "model.test_cfg.rpn.max_per_img": 100,
+    "model.test_cfg.rcnn.max_per_img": 30,
     "model.train_cfg.rcnn.sampler.num": 64,
 }
 MASK_HEAD = {
@@ -108,8 +114,12 @@ SMALL_YAML = {
     "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
     "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
     "MODEL.FPN.OUT_CHANNELS": 16,
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 200,
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": 200,
     "MODEL.RPN.POST_NMS_TOPK_TRAIN": 100,
     "MODEL.RPN.POST_NMS_TOPK_TEST": 100,
+    "MODEL.RETINANET.TOPK_CANDIDATES_TEST": 200,
+    "TEST.DETECTIONS_PER_IMAGE": 30,
     "MODEL.RETINANET.NUM_CONVS": 1,
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 32,
     "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
@@ -127,6 +137,92 @@ SMALL_LAZY = {
         {"_target_": "detectron2.data.transforms.RandomFlip", "horizontal": True}
     ],
     "dataloader.test.mapper.augmentations": [],
+}
+
+# transformers' models, by model type
+_SMALL_ENDS = {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}
+_STAGES = {"out_features": ["stage2", "stage3", "stage4"]}
+_RT_DETR_RESNET = {"model_type": "rt_detr_resnet", **_SMALL_ENDS, "layer_type": "basic", **_STAGES}
+_RESNET = {"model_type": "resnet", **_SMALL_ENDS, "layer_type": "basic", **_STAGES}
+_HGNET = {
+    "model_type": "hgnet_v2",
+    **_SMALL_ENDS,
+    **_STAGES,
+    "stem_channels": [3, 8, 8],
+    "stage_in_channels": [8, 8, 16, 16],
+    "stage_mid_channels": [8, 8, 8, 8],
+    "stage_out_channels": [8, 16, 16, 16],
+    "stage_num_blocks": [1, 1, 1, 1],
+    "stage_numb_of_layers": [1, 1, 1, 1],
+}
+_WINDOWED = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 128,
+    "patch_size": 16,
+    "out_features": ["stage1", "stage2"],
+}
+_DINO = {"model_type": "rf_detr_dinov2", **_WINDOWED, "num_windows": 2}
+_VIT = {
+    "model_type": "lw_detr_vit",
+    **_WINDOWED,
+    "pretrain_image_size": 128,
+    "num_windows": 4,
+    "window_block_indices": [0],
+}
+_RT_DETR = {
+    "freeze_backbone_batch_norms": False,
+    "encoder_hidden_dim": 32,
+    "encoder_in_channels": [16, 16, 16],
+    "encoder_ffn_dim": 32,
+    "encoder_attention_heads": 2,
+    "d_model": 32,
+    "num_queries": 20,
+    "decoder_in_channels": [32, 32, 32],
+    "decoder_ffn_dim": 32,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 2,
+    "num_denoising": 10,
+}
+_DETR = {
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "num_queries": 20,
+    "backbone_config": _RESNET,
+}
+_LW_DETR = {
+    "d_model": 32,
+    "decoder_layers": 2,
+    "decoder_ffn_dim": 32,
+    "decoder_self_attention_heads": 2,
+    "decoder_cross_attention_heads": 2,
+    "num_queries": 20,
+    "group_detr": 2,
+}
+DETR_TYPES = {
+    "rt_detr_v2": {**_RT_DETR, "backbone_config": _RT_DETR_RESNET},
+    "rt_detr": {**_RT_DETR, "backbone_config": _RT_DETR_RESNET},
+    "d_fine": {**_RT_DETR, "backbone_config": _HGNET, "lqe_hidden_dim": 8},
+    "deimv2": {**_RT_DETR, "backbone_config": _HGNET, "lqe_hidden_dim": 8},
+    "detr": {**_DETR, "d_model": 32, "auxiliary_loss": True},
+    "conditional_detr": {**_DETR, "d_model": 32, "auxiliary_loss": True},
+    "dab-detr": {**_DETR, "hidden_size": 32, "auxiliary_loss": True},
+    "deformable_detr": {**_DETR, "d_model": 32, "auxiliary_loss": True, "disable_custom_kernels": True},
+    "lw_detr": {**_LW_DETR, "backbone_config": _VIT, "projector_scale_factors": [1.0]},
+    "rf_detr": {**_LW_DETR, "backbone_config": _DINO},
+    "yolos": {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "image_size": [128, 128],
+        "num_detection_tokens": 20,
+    },
 }
 
 
@@ -180,6 +276,20 @@ def detectron2_config(
     )
 
 
+def detr_config(shapes: Path, model_type: str = "rt_detr_v2", **changes: object) -> dict:
+    """The same of one of transformers' model types."""
+    return _experiment(
+        shapes,
+        {
+            "global_batch_size": 4,
+            "config": {"model_type": model_type, **DETR_TYPES[model_type], **changes},
+            "processor": {"size": {"height": 128, "width": 128}},
+            "lr": 0.001,
+            "backbone_lr": None,
+        },
+    )
+
+
 def detectron2_config_by_name(config_file, train, val, metric, **overrides):
     """The config of two batches on data sets that are registered."""
     names = {"DATASETS.TRAIN": [train], "DATASETS.TEST": [val]}
@@ -198,10 +308,17 @@ def trial_classes() -> dict[str, type]:
         trials["mmdetection"] = load_model_def().MMDetectionTrial
     with contextlib.suppress(ImportError, SystemExit):
         trials["detectron2"] = load_model_def("detectron2").Detectron2Trial
+    with contextlib.suppress(ImportError, SystemExit):
+        trials["detr"] = load_model_def("detr").DetrTrial
     return trials
 
 
-CONFIGS = {"efficientdet": efficientdet_config, "mmdetection": mmdet_config, "detectron2": detectron2_config}
+CONFIGS = {
+    "efficientdet": efficientdet_config,
+    "mmdetection": mmdet_config,
+    "detectron2": detectron2_config,
+    "detr": detr_config,
+}
 
 
 def _experiment(shapes: Path, hyperparameters: dict) -> dict:
@@ -210,7 +327,7 @@ def _experiment(shapes: Path, hyperparameters: dict) -> dict:
         "data": {
             "train": {"annotations": str(shapes / "annotations/train.json"), "images": str(shapes / "train")},
             "val": {"annotations": str(shapes / "annotations/val.json"), "images": str(shapes / "val")},
-            "workers": 2,
+            "workers": 0,
         },
         "hyperparameters": hyperparameters,
         "searcher": {

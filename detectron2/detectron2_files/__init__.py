@@ -1,4 +1,4 @@
-"""What is Detectron2's own: adapters over the detectron2 package."""
+"""Adapters over Detectron2: adapters over the detectron2 package."""
 
 import sys
 

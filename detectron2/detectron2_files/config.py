@@ -71,7 +71,7 @@ def set_class_counts(config: Detectron2Config, in_data: Mapping[str, int], overr
     """Gives the model the data's number of classes, where the config has COCO's.
 
     Args:
-        in_data: how many "things" and "stuff" the data has, as far as it is known.
+        in_data: how many "things" and "stuff" the data has, if it is known.
 
     Raises:
         UserError: the config says another number, which is neither the data's nor the zoo's for COCO; or the data

@@ -1,4 +1,4 @@
-"""What the trial asks of a Detectron2 config, whichever its kind."""
+"""The interface that a trial needs from a Detectron2 config of any kind."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TrainingSet:
 
 
 class Detectron2Config(Protocol):
-    """What the trial asks of a config; `YamlConfig` and `LazyConfigFile` answer."""
+    """The interface that a trial needs from a config; `YamlConfig` and `LazyConfigFile` answer."""
 
     path: Path
     weights: str
@@ -50,6 +50,7 @@ class Detectron2Config(Protocol):
     val_proposal_files: tuple[str, ...]
     iou_types: tuple[str, ...]
     keypoint_sigmas: tuple[float, ...]
+    scored_detections: int | None
     polygon_masks: bool
     detects_instances: bool
     semantic: bool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from detectron2.data.common import DatasetFromList
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.data.samplers import RepeatFactorTrainingSampler
+from detectron2.data.transforms import RandomFlip
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, Keypoints, RotatedBoxes
 from detectron2.utils.file_io import PathHandler, PathManager
 from PIL import Image
@@ -342,8 +344,8 @@ def training_images(annotations: CocoAnnotations, train_set: TrainingSet, seed: 
 
 
 def _repeats(count: int, dicts: Callable[[], list[dict]], train_set: TrainingSet, seed: int) -> np.ndarray:
-    """The positions to train on, by the config's sampler. What a RepeatFactorTrainingSampler draws anew in each epoch,
-    whether a factor's fraction counts, is drawn once here."""
+    """The positions to train on, by the config's sampler. A RepeatFactorTrainingSampler draws in each epoch whether a
+    factor's fraction counts; here it is drawn once."""
     generator = np.random.default_rng([seed, 0])
     if train_set.repeat_threshold is not None:
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
@@ -455,7 +457,7 @@ def open_registered(
 
 
 def check_for_rotated_evaluation(data: RegisteredData) -> None:
-    """Raises UserError where there are crowds, which Detectron2's evaluator of rotated boxes cannot match."""
+    """Raises UserError for crowds, which Detectron2's evaluator of rotated boxes cannot match."""
     for dataset_dict in data.dicts:
         if any(annotation.get("iscrowd") for annotation in dataset_dict["annotations"]):
             raise UserError(
@@ -505,12 +507,52 @@ def register_json(name: str, annotations: str, images: str) -> None:
 
 
 def _flipped(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Left and right of the same point, by their names."""
-    return [
-        (name, other)
-        for name in names
-        if "left" in name.lower() and (other := name.replace("left", "right").replace("Left", "Right")) in names
-    ]
+    """Left and right of the same point, by their names: `left_eye`, `LEFT_EYE`, `L_eye`, `eye_l`, `lefteye`."""
+    rights = {rest: name for name in names for side, rest in _sides(name, "startswith", "endswith") if side == "right"}
+    pairs: dict[str, str] = {}
+    for name in names:
+        for side, rest in _sides(name, "startswith", "endswith"):
+            if side == "left" and rest in rights:
+                pairs.setdefault(name, rights[rest])
+    return list(pairs.items())
+
+
+def _sides(name: str, *tests: str) -> list[tuple[str, tuple[str, ...]]]:
+    """The sides that a name may say, and the rest of it: its words say one, or how it begins or ends.
+
+    Args:
+        tests: "startswith" and "endswith", if they count: `bright` ends with a side, and has none.
+    """
+    words = [word.lower() for word in re.findall(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])|\d+", name)]
+    sides = {"left": "left", "l": "left", "right": "right", "r": "right"}
+    found = [(sides[w], (*words[:i], "", *words[i + 1 :])) for i, w in enumerate(words) if w in sides]
+    whole = name.lower()
+    for side in ("left", "right"):
+        found += [(side, (test, whole.replace(side, "", 1))) for test in tests if getattr(whole, test)(side)]
+    return found
+
+
+def check_keypoint_flips(mapper: Any, categories: Sequence[dict]) -> str:
+    """The keypoints that a horizontal flip of the mapper swaps, in words; "" if it does not flip keypoints.
+
+    Raises:
+        UserError: a name looks like a side, and the other side is missing.
+    """
+    names = next((category["keypoints"] for category in categories if category.get("keypoints")), [])
+    augmentations = getattr(getattr(mapper, "augmentations", None), "augs", ())
+    if not names or not any(isinstance(each, RandomFlip) and each.horizontal for each in augmentations):
+        return ""
+    pairs = _flipped(names)
+    swapped = {name for pair in pairs for name in pair}
+    for name in names:
+        if name not in swapped and _sides(name, "startswith"):
+            raise UserError(
+                f"data.train.annotations: the keypoint {name!r} looks like a side, and no keypoint is its other side. "
+                "A horizontal flip would train a wrong point. Fix: name both sides alike, such as left_eye and "
+                "right_eye, or remove the flip from the config"
+            )
+    others = ", ".join(name for name in names if name not in swapped)
+    return f"{', '.join(' ↔ '.join(pair) for pair in pairs) or 'none'}; unchanged: {others or 'none'}"
 
 
 # --- batches ----------------------------------------------------------------------------------------

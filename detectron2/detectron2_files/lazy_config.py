@@ -32,7 +32,7 @@ class LazyConfigFile:
     """A LazyConfig, `cfg`, of Detectron2's sections: model, optimizer, lr_multiplier, dataloader, train.
 
     Args:
-        places: the folder submitted, and that of the configs that the library ships.
+        places: the submitted folder, and the folder of the configs that the library ships.
         modules: the user's own, which a checkpoint's config may name too.
         find_functions: gives the config of the user's own that a checkpoint's functions may come from, or None.
     """
@@ -199,6 +199,13 @@ class LazyConfigFile:
     def keypoint_sigmas(self) -> tuple[float, ...]:
         evaluator = self.cfg.dataloader.get("evaluator") or {}
         return tuple(evaluator.get("kpt_oks_sigmas") or ()) if isinstance(evaluator, DictConfig) else ()
+
+    @property
+    def scored_detections(self) -> int | None:
+        """`max_dets_per_image` of COCOEvaluator: one number, or several of which the last counts for mAP."""
+        evaluator = self.cfg.dataloader.get("evaluator") or {}
+        most = evaluator.get("max_dets_per_image") if isinstance(evaluator, DictConfig) else None
+        return most if most is None or isinstance(most, int) else int(most[-1])
 
     @property
     def polygon_masks(self) -> bool:

@@ -47,6 +47,20 @@ def build_model(config: Detectron2Config) -> nn.Module:
     return model
 
 
+def keep_detections(model: nn.Module, count: int) -> None:
+    """The model keeps so many detections per image, in each head that has the number.
+
+    Raises:
+        UserError: no head has it.
+    """
+    names = ("test_topk_per_image", "max_detections_per_image")
+    found = [(module, name) for module in model.modules() for name in names if hasattr(module, name)]
+    if not found:
+        raise UserError("hyperparameters.max_detections: the model has no such number. Fix: omit it")
+    for module, name in found:
+        setattr(module, name, count)
+
+
 def build_optimizer(config: Detectron2Config, model: nn.Module) -> torch.optim.Optimizer:
     """The config's optimizer.
 
@@ -119,6 +133,8 @@ def apply_backend_options(config: Detectron2Config, for_training: bool) -> None:
     Raises:
         UserError: the precision is not one of PyTorch's.
     """
+    # its line about is_fx_tracing, one per rank, is for those who write libraries
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     torch.backends.cudnn.benchmark = for_training and config.cudnn_benchmark
     if precision := config.float32_precision:
         if precision not in _PRECISIONS:

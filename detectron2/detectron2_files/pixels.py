@@ -24,7 +24,7 @@ def with_quick_resizing(mapper: Any, fast: bool) -> Any:
     """The mapper, or where it is one of Detectron2's with a list of augmentations a copy that resizes quicker.
 
     Args:
-        fast: by `shared.data.fast_images`; else to the same bits.
+        fast: by `shared.data.fast_images`; else bit for bit.
     """
     augmentations = getattr(mapper, "augmentations", None)
     if not isinstance(mapper, DatasetMapper) or type(augmentations) is not AugmentationList:
@@ -39,7 +39,7 @@ def with_quick_resizing(mapper: Any, fast: bool) -> Any:
 
 
 class QuickAugmentations(AugmentationList):
-    """Augmentations as they are, on an input that resizes and flips by itself. What they draw, and the transforms that
+    """The given augmentations on an input that resizes and flips by itself. What they draw, and the transforms that
     move boxes and masks, are theirs."""
 
     def __init__(self, augmentations: AugmentationList, fast: bool):

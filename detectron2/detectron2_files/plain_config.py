@@ -185,7 +185,7 @@ def _plain(value: Any) -> Any:
 
 
 def _name_of(value: Any) -> str:
-    """The dotted name under which a class or a function is found again; ValueError where there is none."""
+    """The dotted name under which a class or a function is found again; ValueError: the name leads to nothing."""
     name = f"{getattr(value, '__module__', None)}.{getattr(value, '__qualname__', None)}"
     try:
         found = locate(name)
@@ -201,13 +201,13 @@ def _name_of(value: Any) -> str:
 
 @dataclasses.dataclass
 class _Names:
-    """What a file may name: what makes detectors, and what is defined in the user's `modules`."""
+    """Names that a file may contain: what makes detectors, and what is defined in the user's `modules`."""
 
     path: Path
     modules: tuple[str, ...]
 
     def found(self, name: Any, key: str, is_called: bool = True) -> Any:
-        """What a dotted name stands for.
+        """The object of a dotted name.
 
         Args:
             is_called: whether something is built of it.

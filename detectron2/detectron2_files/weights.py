@@ -1,4 +1,4 @@
-"""Weights to start from: of the model zoo, a file, a URL or a checkpoint, without executing pickled code."""
+"""Weights to start from, in the model zoo, a file, a URL or a checkpoint, without executing pickled code."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import nn
 
 from detectron2_files.config import shipped_configs
 from detectron2_files.plain_pickle import unpickle_arrays
+from shared.config.schema import PUBLISHED
 from shared.errors import UserError, nearest
 from shared.library import log_loaded
 from shared.training.checkpoint_folder import find_checkpoint
@@ -67,8 +68,27 @@ def zoo_weights(config: Path) -> str:
         ) from error
 
 
+def start_of(given: str | None, config: Any, for_training: bool, submitted: Path) -> tuple[str, str] | None:
+    """The weights that a model starts from, and the key that names them; None for initial weights.
+
+    Args:
+        given: `hyperparameters.weights`.
+        submitted: the detector's folder, in which a relative path is looked for.
+
+    Raises:
+        UserError: the file does not exist, or nothing is published for the config.
+    """
+    if given == PUBLISHED:
+        return zoo_weights(config.path), "hyperparameters.weights"
+    source = config.weights if given is None else given
+    if not source or (not for_training and "ImageNetPretrained" in source):
+        return None
+    key = "hyperparameters.weights" if given else "the config's weights"
+    return find_weights(source, key, (submitted, config.path.parent)), key
+
+
 def find_weights(source: str, key: str, places: Sequence[Path]) -> str:
-    """A URL as it is, the path of a file or of a checkpoint's `state_dict.pth`.
+    """The URL, the path of a file or of a checkpoint's `state_dict.pth`.
 
     Args:
         places: folders that a relative path may be relative to, beside the one that the run was started in.

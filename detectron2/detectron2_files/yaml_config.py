@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
+from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.solver import LRMultiplier, build_lr_scheduler, build_optimizer
+from detectron2.utils.file_io import PathManager
 from fvcore.common.config import BASE_KEY
 from torch import nn
 
 from detectron2_files.config_protocol import TrainingSet, check_sampler
 from detectron2_files.rotated import RotatedMapper
+from shared.config.schema import is_url
 from shared.data.images import InputScale
 from shared.durable import write_file
 from shared.errors import UserError, nearest
@@ -37,6 +42,24 @@ _CLASS_COUNTS = (
 _ADDS_KEYS = re.compile(r"add_(\w+_)?config")
 _OF_STUFF = ("SemanticSegmentor", "PanopticFPN")
 _WITHOUT_ROI_HEADS = ("RetinaNet", "SemanticSegmentor", "ProposalNetwork", "TensorMask")
+
+
+@contextlib.contextmanager
+def _zoo_bases() -> Iterator[None]:
+    """Lets `_BASE_` of a user's config name one of the model zoo, as it would stand in the zoo's folder."""
+    zoo, opened = Path(model_zoo.__file__).parent / "configs", CfgNode.__dict__.get("_open_cfg")
+
+    def open_where_it_is(cls: type[CfgNode], name: str) -> IO[str]:
+        parts = Path(os.path.normpath(name)).parts
+        below = (zoo.joinpath(*parts[-count:]) for count in (3, 2, 1) if count <= len(parts))
+        shipped = None if is_url(name) or Path(name).is_file() else next((p for p in below if p.is_file()), None)
+        return PathManager.open(str(shipped or name), "r")
+
+    CfgNode._open_cfg = classmethod(open_where_it_is)
+    try:
+        yield
+    finally:
+        CfgNode._open_cfg = opened
 
 
 class YamlConfig:
@@ -61,7 +84,8 @@ class YamlConfig:
             is_saved = path.name == self.resolved_name
             if is_saved:
                 _refuse_base(path)
-            self.cfg.merge_from_file(str(path), allow_unsafe=not is_saved)
+            with _zoo_bases():
+                self.cfg.merge_from_file(str(path), allow_unsafe=not is_saved)
         except UserError:
             raise
         except Exception as error:  # yaml's and yacs' own
@@ -176,6 +200,8 @@ class YamlConfig:
     def keypoint_sigmas(self) -> tuple[float, ...]:
         return tuple(self.cfg.TEST.KEYPOINT_OKS_SIGMAS)
 
+    scored_detections = None  # COCOEvaluator takes the number from Python configs only
+
     @property
     def polygon_masks(self) -> bool:
         return self.cfg.MODEL.MASK_ON and self.cfg.INPUT.MASK_FORMAT == "polygon"
@@ -272,7 +298,7 @@ def _refuse_base(path: Path) -> None:
 
 
 def _semantic_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
-    """What the scripts of PointRend and DeepLab train semantic segmentation with."""
+    """The mapper with which the scripts of PointRend and DeepLab train semantic segmentation."""
     inputs = cfg.INPUT
     augmentations = [T.ResizeShortestEdge(inputs.MIN_SIZE_TRAIN, inputs.MAX_SIZE_TRAIN, inputs.MIN_SIZE_TRAIN_SAMPLING)]
     if crop := inputs.CROP if inputs.CROP.ENABLED else None:

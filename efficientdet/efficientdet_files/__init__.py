@@ -1,1 +1,1 @@
-"""What is EfficientDet's own: adapters over the effdet and timm packages."""
+"""Adapters over effdet: adapters over the effdet and timm packages."""

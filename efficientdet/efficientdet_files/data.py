@@ -37,8 +37,8 @@ class EfficientDetTransform:
 
     Args:
         annotated: give the target boxes also where nothing is augmented.
-        fast: take an encoded image, and make its pixels with `shared.data.fast_images`; else a PIL image, of which the
-            pixels are effdet's to the bit.
+        fast: take an encoded image, and make its pixels with `shared.data.fast_images`; else a PIL image, with
+        effdet's pixels bit for bit.
     """
 
     def __init__(

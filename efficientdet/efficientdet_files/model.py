@@ -38,6 +38,8 @@ def model_config(hparams: EfficientDetHyperparameters, num_classes: int) -> Any:
     config = get_efficientdet_config(hparams.model)
     if hparams.backbone is not None:
         config.backbone_name, config.backbone_args = hparams.backbone, {}
+    if hparams.max_detections is not None:
+        config.max_det_per_image = hparams.max_detections
     for key, value in hparams.model_config.items():
         if key not in config:
             raise UserError(f"hyperparameters.model_config: unknown key {key!r}; {nearest(key, map(str, config))}")
@@ -141,7 +143,7 @@ def adapt_head(
 
     Args:
         initial: the state dict of the model that the weights are for.
-        known: the categories of the weights' rows; None where they do not say: COCO's, where there are 90 rows.
+        known: the categories of the weights' rows; None where they do not say: COCO's if it has 90 rows.
     """
     adapted = dict(weights)
     heads = [name for name in initial if name.startswith("class_net.predict.") and name in weights]

@@ -1,4 +1,4 @@
-"""What is MMDetection's own: adapters over the mmdet and mmcv packages."""
+"""Adapters over MMDetection: adapters over the mmdet and mmcv packages."""
 
 import sys
 import warnings

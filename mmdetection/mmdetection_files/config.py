@@ -7,6 +7,7 @@ import contextlib
 import functools
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -101,7 +102,7 @@ def load_mmdet_config(hparams: MMDetectionHyperparameters, submitted: Path) -> C
 
 
 def _merged(hparams: MMDetectionHyperparameters, submitted: Path) -> tuple[Config, Path]:
-    """The config as it is merged, its modules imported, and the path of `config_file`."""
+    """The merged config, its modules imported, and the path of `config_file`."""
     modules = import_custom_modules(hparams.custom_imports)
     path = find_config(hparams.config_file, submitted, "config_file")
     is_saved = path.name == RESOLVED_CONFIG
@@ -151,6 +152,28 @@ def _refuse_code(path: Path, saved: Config, config: Config, own: list[dict[str, 
             )
 
 
+def hyperparameters_of_checkpoint(checkpoint: Path, own: Mapping[str, Any], submitted: Path) -> dict[str, Any]:
+    """What replaces a checkpoint's hyperparameters to detect with it.
+
+    Args:
+        own: the hyperparameters of the user's config. Only they may name code.
+
+    Raises:
+        UserError: the folder is not an MMDetection checkpoint.
+    """
+    if not (checkpoint / RESOLVED_CONFIG).is_file():
+        raise UserError(f"{checkpoint} is no checkpoint of MMDetection's: it holds no {RESOLVED_CONFIG}")
+    return {
+        "config_file": str(checkpoint / RESOLVED_CONFIG),
+        "merge_config": None,
+        "override_mmdet_config": None,
+        "weights": "",  # the checkpoint's own are loaded
+        "use_pretrained": None,
+        "scale_schedule": None,
+        **own_code(checkpoint, own, submitted),
+    }
+
+
 def own_code(checkpoint: Path, own: Mapping[str, Any], submitted: Path) -> dict[str, Any]:
     """The hyperparameters that say which code a checkpoint's config may use: that of the user's own config.
 
@@ -182,7 +205,7 @@ def own_code(checkpoint: Path, own: Mapping[str, Any], submitted: Path) -> dict[
 
 
 def _at(section: Any, place: Sequence[str]) -> Any:
-    """The value at keys and positions below a section; None where there is none."""
+    """The value at keys and positions below a section; None without one."""
     return functools.reduce(_item, place, section)
 
 
@@ -222,12 +245,26 @@ def _say_fp16_once(config: Config) -> None:
 
 
 def _read(path: Path, key: str) -> Config:
+    _refuse_version_3(path, key)
     try:
         with _shipped_bases():
             return Config.fromfile(path)
     except Exception as error:  # a Python config may raise anything
         reason = str(error) or str(error.__context__)
         raise UserError(f"hyperparameters.{key}: {path} cannot be read: {type(error).__name__}: {reason}") from error
+
+
+def _refuse_version_3(path: Path, key: str) -> None:
+    """Raises UserError if a Python config is one of MMDetection 3."""
+    text = path.read_text(errors="replace") if path.suffix == ".py" else ""
+    found = re.search(r"mmdet::|^(?:train_dataloader|val_evaluator|optim_wrapper)(?=\s*=)", text, re.MULTILINE)
+    if found and (found[0] == "mmdet::" or not re.search(r"^data\s*=", text, re.MULTILINE)):
+        raise UserError(
+            f"hyperparameters.{key}: {path} is a config of MMDetection 3, which has {found[0]!r}, and this is "
+            f"MMDetection {mmdet.__version__}. Fix: start from a config in {shipped_configs()}. `data` has what "
+            "train_dataloader and val_dataloader say, `optimizer` what optim_wrapper says, `evaluation` what "
+            "val_evaluator says; `_base_` is a path without mmdet::"
+        )
 
 
 @contextlib.contextmanager
@@ -404,7 +441,7 @@ def _possible_keys(section: Mapping[str, Any], path: str) -> set[str] | None:
 
 
 def _taken_by(section: Mapping[str, Any], name: str) -> list[Callable | None]:
-    """What is called with the section as its arguments; [None] where that is not known."""
+    """The callables that take the section as arguments; [None] where that is not known."""
     if "type" in section:
         return list(_registered(section["type"])) or [None]
     if name == "lr_config":
@@ -548,6 +585,14 @@ def validation_times(config: Config) -> tuple[Length | None, tuple[tuple[Length,
         Length(unit, int(start)) if start is not None else None,
         tuple((Length(unit, since), Length(unit, interval)) for since, interval in counts),
     )
+
+
+def warmup_batches(config: Config, batches_per_epoch: int) -> float:
+    """For how many batches the schedule raises the learning rate."""
+    lr_config = config.get("lr_config") or {}
+    if not lr_config.get("warmup"):
+        return 0
+    return lr_config.get("warmup_iters", 0) * (batches_per_epoch if lr_config.get("warmup_by_epoch") else 1)
 
 
 def runner_type(config: Config) -> str:

@@ -194,8 +194,7 @@ def _unflipped(scale: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]
 
 
 def decoder(load: dict[str, Any]) -> Callable[[bytes], np.ndarray]:
-    """What a pipeline's LoadImageFromFile makes of a file's bytes: (height, width, 3), BGR where it says nothing
-    else."""
+    """The array that a pipeline's LoadImageFromFile makes from a file's bytes: (height, width, 3), BGR by default."""
     return functools.partial(
         _decode, load.get("color_type", "color"), load.get("channel_order", "bgr"), load.get("to_float32", False)
     )
@@ -298,6 +297,22 @@ class LossTransform:
     def __call__(self, image: np.ndarray, record: ImageRecord) -> tuple[Any, int] | None:
         sample = self.transform(image.copy(), record)  # the evaluation's pipeline has the image too
         return None if sample is None else (sample, record.image_id)
+
+
+def loss_transform(config: Any, images: ImageStorage, fast: bool) -> LossTransform:
+    """From a validation image to a training sample without augmentation.
+
+    Raises:
+        UserError: the config trains on segmentation maps, and the validation data has none.
+    """
+    leaf = leaves(config.data.val)[0]
+    pipeline = loss_pipeline(leaf["pipeline"], config.data.train)
+    if any(isinstance(step, dict) and step.get("with_seg") for step in pipeline) and not leaf.get("seg_prefix"):
+        raise UserError(
+            "hyperparameters.validation_loss: the config trains on segmentation maps, and there are none to "
+            "validate on; give config_overrides: {data.val.seg_prefix: FOLDER}, or leave it out"
+        )
+    return LossTransform(pipeline, leaf, images, fast)
 
 
 def trained_images(annotations: CocoAnnotations, leaf: ConfigDict) -> np.ndarray:
@@ -535,7 +550,23 @@ class TrainingSamples(torch.utils.data.Dataset):
         if self.mode_switch is not None and key.epoch >= self.mode_switch[0] and self.mixes:
             self.dataset.update_skip_type_keys(self.mode_switch[1])
         seed_all(self.seed, *key.seeds)
-        return self.dataset[key.index], image_id_of(self.dataset, key.index)
+        sample, image_id = self.dataset[key.index], image_id_of(self.dataset, key.index)
+        check_counts(sample, image_id)
+        return sample, image_id
+
+
+def check_counts(sample: Any, image_id: Any) -> None:
+    """Raises UserError if a training sample has not as many labels and masks as boxes."""
+    if not isinstance(sample, dict):
+        return
+    names = ("gt_bboxes", "gt_labels", "gt_masks", "gt_keypoints")
+    counts = {name: len(sample[name].data) for name in names if hasattr(sample.get(name), "data")}
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise UserError(
+            f"the train pipeline of the MMDetection config: it makes {found} of image id {image_id}. Fix: remove the "
+            "transform that changes only some of them: Mosaic and MixUp do not move masks"
+        )
 
 
 class OwnEvaluationSamples(torch.utils.data.Dataset):

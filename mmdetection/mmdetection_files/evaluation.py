@@ -13,6 +13,7 @@ from mmdet.core import INSTANCE_OFFSET
 from mmdet.core.evaluation import recall
 from mmdet.datasets import CustomDataset
 
+from shared.errors import UserError
 from shared.evaluation.detections import Detections, encode_masks
 from shared.evaluation.gathered import ChiefReducer, Gather
 
@@ -122,8 +123,55 @@ _OF_THE_HOOK = (
 
 
 def own_arguments(config: Config) -> dict[str, Any]:
-    """What the config's `evaluation` section gives to `evaluate`."""
+    """The arguments that the config's `evaluation` section gives to `evaluate`."""
     return {key: value for key, value in (config.get("evaluation") or {}).items() if key not in _OF_THE_HOOK}
+
+
+def scored_detections(config: Config) -> int | None:
+    """The detections per image and category that `evaluation.proposal_nums` scores; None if it is not given.
+
+    Raises:
+        UserError: it is no number and no list of them.
+    """
+    numbers = (config.get("evaluation") or {}).get("proposal_nums")
+    if numbers is None:
+        return None
+    numbers = [numbers] if isinstance(numbers, int) else numbers
+    if not numbers or not all(isinstance(number, int) and number > 0 for number in numbers):
+        raise UserError(f"evaluation.proposal_nums: {numbers!r} are no numbers. Fix: give [100, 300, 1000]")
+    return numbers[-1]
+
+
+def check_evaluation(config: Config) -> None:
+    """Raises UserError if the config's `evaluation` asks for what the shared evaluator does not do."""
+    evaluation = config.get("evaluation") or {}
+    if evaluation.get("iou_thrs") is not None:
+        raise UserError(
+            "evaluation.iou_thrs: COCO's ten thresholds are scored, and no others. Fix: omit it; bbox_mAP_50 and "
+            "bbox_mAP_75 have one threshold each"
+        )
+    if (best := evaluation.get("save_best")) not in (None, "auto"):
+        raise UserError(
+            f"evaluation.save_best: searcher.metric chooses the best checkpoint. Fix: omit save_best, and "
+            f"give searcher.metric: {best}"
+        )
+
+
+def keep_detections(config: Config, count: int) -> None:
+    """The model's head keeps so many detections per image.
+
+    Raises:
+        UserError: its test_cfg has no such number.
+    """
+    test = config.model.get("test_cfg") or config.get("test_cfg") or {}
+    sections = [section for section in (test, test.get("rcnn") or {}) if "max_per_img" in section]
+    if not sections:
+        raise UserError(
+            "hyperparameters.max_detections: test_cfg of the MMDetection config has no max_per_img. Fix: omit it, and "
+            "give the model's own number by config_overrides"
+        )
+    for section in sections:
+        section["max_per_img"] = count
 
 
 class OwnEvaluator(ChiefReducer):

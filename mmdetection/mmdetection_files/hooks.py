@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -120,13 +120,19 @@ class StepRunner(BaseRunner):
         if self.by_epoch and self._inner_iter + 1 == self.batches_per_epoch:
             self.call_hook("after_train_epoch")
 
+    def note_step(self, losses: Mapping[str, torch.Tensor], data_batch: dict[str, Any], images: int) -> None:
+        """What hooks find of the step: `outputs` and `data_batch`."""
+        log_vars = {name: value.detach() for name, value in losses.items()}
+        self.data_batch = data_batch
+        self.outputs = {"loss": losses["loss"], "log_vars": log_vars, "num_samples": images}
+
     def begin_validation_batch(self, number: int, inputs: dict[str, Any]) -> None:
         """Before validation batch `number`, from 0."""
         self._inner_iter, self.data_batch = number, inputs
         self.call_hook("before_val_iter")
 
     def begin_validation(self, batches: int, dataset: Any) -> None:
-        """Before the first of so many batches of a validation."""
+        """Before the first batch of a validation, given the number of batches."""
         self.mode, self.data_loader = "val", _Batches(batches, dataset)
         self.call_hook("before_val_epoch")
 
@@ -194,7 +200,7 @@ class MomentumEma(AveragedWeights):
         torch._foreach_add_(owns, values, alpha=momentum)
 
     def _momentum(self, number: int) -> float | None:
-        """What the hook's after_train_iter would take for this batch; None where it leaves the average."""
+        """The value that the hook's after_train_iter would take for this batch; None where it leaves the average."""
         if self.is_mmcv:
             if number % self.hook.interval != 0:
                 return None

@@ -7,7 +7,8 @@ import functools
 import logging
 import urllib.error
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from mmdet.models import build_detector
 from torch import nn
 
 from mmdetection_files.config import shipped_configs
+from shared.config.schema import PUBLISHED
 from shared.data.loading import Batch
 from shared.errors import UserError, nearest
-from shared.library import COCO_CATEGORIES, PUBLISHED, KeptByShape, log_loaded
+from shared.library import COCO_CATEGORIES, KeptByShape, log_loaded
 from shared.training.checkpoints import read_weights, without_ddp
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,18 @@ for _library in ("mmcv", "mmdet"):  # a line for each layer that is initialised
     logging.getLogger(_library).setLevel(logging.WARNING)
 _quiet = logging.getLogger(f"{__name__}.mmcv")  # what mmcv says of weights that do not fit; our own line says it
 _quiet.setLevel(logging.CRITICAL + 1)
+
+
+def config_to_build(config: Config, keeps_backbone: bool, for_training: bool, on_gpu: bool) -> Config:
+    """A copy of the config that loads no weights which are replaced, and no half precision without a GPU."""
+    config = deepcopy(config)
+    if not keeps_backbone:
+        without_pretrained_backbone(config)
+    if not for_training:
+        without_teacher_weights(config)
+    if not on_gpu:
+        config.fp16 = None  # a model that was trained in half precision detects in single here
+    return config
 
 
 def build_model(config: Config, initialize: bool, half: bool = False) -> nn.Module:
@@ -116,7 +130,7 @@ def move_teacher(model: nn.Module, device: torch.device) -> None:
 
 
 class _OneProcess:
-    """In the place of a group of processes."""
+    """Replaces a group of processes."""
 
     def size(self) -> int:
         return 1
@@ -148,6 +162,30 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         return mmdet.core.build_optimizer(model, config.optimizer)
     except (KeyError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
         raise UserError(f"optimizer of the MMDetection config: {type(error).__name__}: {error}") from error
+
+
+def gradient_clipping(config: Config) -> Callable[[Any], None] | None:
+    """What clips gradients as mmcv's OptimizerHook does; None if the config clips none.
+
+    Raises:
+        UserError: the config names an optimizer hook with a loop of its own.
+    """
+    optimizer_config = config.get("optimizer_config") or {}
+    if optimizer_config.get("type", "OptimizerHook") != "OptimizerHook":
+        raise UserError(
+            f"optimizer_config.type: {optimizer_config['type']} is a loop of its own; to add up gradients use "
+            "`optimizations: {aggregation_frequency: N}` of the experiment config"
+        )
+    if not optimizer_config.get("grad_clip"):
+        return None
+    arguments = dict(optimizer_config["grad_clip"])
+
+    def clip(parameters: Any) -> None:
+        with_gradient = [p for p in parameters if p.requires_grad and p.grad is not None]
+        if with_gradient:
+            nn.utils.clip_grad_norm_(with_gradient, **arguments)
+
+    return clip
 
 
 def without_pretrained_backbone(config: Config) -> None:

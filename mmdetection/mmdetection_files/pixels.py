@@ -1,6 +1,6 @@
-"""The end of a pipeline, Normalize, Pad and DefaultFormatBundle, in one step: MMDetection's numbers to the bit.
+"""The end of a pipeline, Normalize, Pad and DefaultFormatBundle, in one step: MMDetection's numbers, bit for bit.
 
-Of an image of 8 bits a channel has at most 256 values after Normalize. With `data.fast_images` even these are made on
+A channel of an 8-bit image has at most 256 values after Normalize. With `data.fast_images` even these are made on
 the device, and the host's samples stay of 8 bits.
 """
 
@@ -25,7 +25,7 @@ _META = ("img_shape", "img_norm_cfg")  # of an image, of which the device makes 
 
 
 def with_quick_end(pipeline: Sequence[Any], fast: bool, where: str) -> list[Any]:
-    """A pipeline's configs with those three steps as one, within MultiScaleFlipAug too; as it is where they do not
+    """A pipeline's configs with those three steps as one, within MultiScaleFlipAug too; unchanged if they do not
     follow each other.
 
     Args:

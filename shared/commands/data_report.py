@@ -1,4 +1,7 @@
-"""What is in a data set, and what would stop a training on it: the counts, tables and remarks of `check`."""
+"""The contents of a data set, and the problems that would stop a training on it.
+
+It shows the counts, tables and remarks of `check`.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ from tabulate import tabulate
 from shared.config.schema import DataConfig
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.checks import image_sizes, is_absent, under_a_pixel, why_wrong, wrong_rows
-from shared.data.images import BadImageError, InputScale, darkness, read_image
-from shared.data.open import SplitData, check_evaluable, check_trainable, open_split
+from shared.data.images import BadImageError, InputScale, darkness, read_image, value_range
+from shared.data.open import SplitData, check_evaluable, check_trainable, notes_on, open_split
 from shared.errors import UserError
 
 _SPLITS = ("train", "val")
@@ -30,7 +33,7 @@ _PERCENTILES = (1, 10, 50, 90, 99)
 
 @dataclass
 class Report:
-    """What is in the data.
+    """The contents of the data.
 
     Attributes:
         stops: what would stop a training.
@@ -67,6 +70,7 @@ def open_named(data: DataConfig, report: Report) -> dict[str, SplitData]:
         if not data.reads_files or getattr(data, split) is not None:
             try:
                 opened[split] = open_split(dataclasses.replace(data, check_images=True), split)
+                report.remarks += [f"data.{split}: {note}" for note in notes_on(opened[split].annotations, split)]
             except UserError as error:
                 report.stop(error)
     return opened
@@ -179,13 +183,14 @@ def _read_images(opened: Mapping[str, SplitData], images: int | None, skip: bool
     """Reads some images of each split. The report gets those that cannot be read, and those that are in both splits."""
     names: dict[str, dict[str, str]] = {}
     counts: dict[str, int] = {}
+    ranges: dict[str, dict[str, tuple[float, float]]] = {split: {} for split in opened}
     for split, data in opened.items():
         wanted = spread(len(data.annotations), images)
         with ThreadPoolExecutor(_READERS) as readers:
             read = list(readers.map(lambda index, data=data: _read(data, index), wanted))
         counts[split] = len(wanted)
         names[split] = {}
-        for name, digest, _, _ in reversed(read):  # the first image of several equal ones counts
+        for name, digest, *_ in reversed(read):  # the first image of several equal ones counts
             if digest:
                 names[split][digest] = name
         bad, dark = ([one[i] for one in read if one[i]] for i in (2, 3))
@@ -195,20 +200,29 @@ def _read_images(opened: Mapping[str, SplitData], images: int | None, skip: bool
             (report.remarks if skip else report.stops).append(message)
         if dark:
             report.remarks.append(f"{which.format(len(dark))}: {dark[0]}")
+        for mode, low, high in filter(None, (one[4] for one in read)):
+            before = ranges[split].get(mode, (low, high))
+            ranges[split][mode] = min(before[0], low), max(before[1], high)
     report.rows += _side_by_side({split: {"images read": count} for split, count in counts.items()})
+    in_words = {
+        split: {f"  values of mode {mode}": f"{low:g} to {high:g}" for mode, (low, high) in of_modes.items()}
+        for split, of_modes in ranges.items()
+    }
+    report.rows += _side_by_side(in_words)
     if len(opened) == 2:
         _remark_on_both("images that were read", names["train"], names["val"], report)
 
 
-def _read(data: SplitData, index: int) -> tuple[str, str, str, str]:
-    """The image's name, a digest of its pixels, why it is bad, and why it is dark; each may be empty."""
+def _read(data: SplitData, index: int) -> tuple[str, str, str, str, tuple[str, float, float] | None]:
+    """The image's name, a digest of its pixels, why it is bad, why it is dark, and its `value_range`; each may be
+    empty."""
     record = data.annotations[index]
     try:
         image = read_image(data.images, record.file_name, (record.width, record.height), f"image id {record.image_id}")
     except BadImageError as error:
-        return record.file_name, "", str(error), ""
-    dark = darkness(data.images, record.file_name)
-    return record.file_name, hashlib.sha256(image.tobytes()).hexdigest(), "", dark
+        return record.file_name, "", str(error), "", value_range(data.images, record.file_name)
+    found = value_range(data.images, record.file_name)
+    return record.file_name, hashlib.sha256(image.tobytes()).hexdigest(), "", darkness(record.file_name, found), found
 
 
 def _by_boxes(annotations: CocoAnnotations) -> dict[bytes, str]:

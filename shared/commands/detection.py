@@ -92,15 +92,16 @@ def detecting_trial(
 
 
 def detect_all(
-    trial: DetectionTrial, data: SplitData, seconds: dict[str, float] | None = None
+    trial: DetectionTrial, data: SplitData, seconds: dict[str, float] | None = None, all_images: bool = False
 ) -> Iterator[tuple[Batch, list[Any]]]:
     """The batches of this process's share, and their detections.
 
     Args:
         seconds: adds up the time for "loading" and "detecting".
+        all_images: also those that a validation omits.
     """
     seconds = {"loading": 0.0, "detecting": 0.0} if seconds is None else seconds
-    batches = iter(trial.evaluation_loader(data))
+    batches = iter(trial.evaluation_loader(data, all_images=all_images))
     while True:
         started = time.perf_counter()
         batch = next(batches, None)

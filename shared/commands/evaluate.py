@@ -1,11 +1,13 @@
-"""`evaluate`: the metrics of a checkpoint, of pretrained weights or of a results.json on data.val."""
+"""`evaluate`: the metrics of a checkpoint, of pretrained weights or of a results.json on data.val or data.test."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,14 @@ from shared.training.trial import DetectionTrial
 
 def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, arguments: argparse.Namespace) -> None:
     """Prints the metrics; writes them, the results and a report if the arguments name folders."""
+    if arguments.split != "val":
+        experiment = experiment.with_val_of(arguments.split)
+        with _named(arguments.split):
+            evaluate(trial_class, experiment, argparse.Namespace(**{**vars(arguments), "split": "val"}))
+        return
     if arguments.results is not None:
-        _evaluate_results(experiment, arguments)
+        most = trial_class.scored_detections(experiment.config.get("hyperparameters") or {})
+        _evaluate_results(experiment, arguments, most)
         return
     experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments)
     with local_processes() as processes, detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
@@ -75,12 +83,21 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
                 **software(Path(sys.argv[0]).parent),
             }
             found = evaluator.found_by_id()
-            _write_report(arguments, data, found.detections(), trial.iou_types, facts, found.images.tolist())
+            _write_report(arguments, data, found.detections(), evaluator, facts, found.images.tolist())
         elif isinstance(evaluator, CocoEvaluator):
             _print_threshold(evaluator)
 
 
-def _evaluate_results(experiment: Experiment, arguments: argparse.Namespace) -> None:
+@contextlib.contextmanager
+def _named(split: str) -> Iterator[None]:
+    """Errors name the split's key instead of data.val."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("data.val", f"data.{split}")) from error
+
+
+def _evaluate_results(experiment: Experiment, arguments: argparse.Namespace, max_detections: int | None) -> None:
     """Scores a file: boxes; masks and keypoints if every result and the data have them."""
     if arguments.checkpoint:
         raise UserError("--results: it scores a file, and no model. Fix: remove --checkpoint")
@@ -90,12 +107,13 @@ def _evaluate_results(experiment: Experiment, arguments: argparse.Namespace) -> 
     data = open_split(dataclasses.replace(experiment.data, check_images=False), "val", images=images)
     detections = from_coco_results(arguments.results, data.annotations)
     _make_output_folders(arguments, data)
-    evaluator = CocoEvaluator(data.annotations, iou_types_of(detections, data.annotations))
+    iou_types = iou_types_of(detections, data.annotations)
+    evaluator = CocoEvaluator(data.annotations, iou_types, max_detections=max_detections)
     evaluator.update(detections)
     _print_metrics(evaluator.compute(), evaluator.iou_types, arguments.output)
     if arguments.report:
         facts = {"detections": arguments.results.absolute(), "validation data": data.annotations.path}
-        _write_report(arguments, data, detections, evaluator.iou_types, facts)
+        _write_report(arguments, data, detections, evaluator, facts)
     else:
         _print_threshold(evaluator)
 
@@ -131,7 +149,7 @@ def _write_report(
     arguments: argparse.Namespace,
     data: SplitData,
     detections: list[Detections],
-    iou_types: tuple[str, ...],
+    evaluator: CocoEvaluator,
     facts: dict[str, Any],
     image_ids: list[int] | None = None,
 ) -> None:
@@ -143,7 +161,8 @@ def _write_report(
         detections,
         path,
         images=data.images,
-        iou_types=iou_types,
+        iou_types=evaluator.iou_types,
+        max_detections=evaluator.max_detections,
         image_ids=image_ids,
         min_score=None if arguments.min_score == "best" else arguments.min_score,
         about=About(

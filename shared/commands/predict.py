@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from shared.commands import videos
@@ -18,7 +19,7 @@ from shared.commands.predict_inputs import GivenImages, Picture, drawn_as, find_
 from shared.config.experiment import Experiment
 from shared.config.schema import DataConfig
 from shared.data.annotations import CocoAnnotations
-from shared.data.images import read_image
+from shared.data.images import allow_pixels, read_image
 from shared.data.open import SplitData
 from shared.data.storage import DiskImages
 from shared.errors import UserError
@@ -35,8 +36,11 @@ logger = logging.getLogger(__name__)
 def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments: argparse.Namespace) -> None:
     """Detects on images and videos, and draws what has at least `--min-score`."""
     experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments)
+    # as the inputs whose header cannot be read
+    experiment = replace(experiment, data=replace(experiment.data, on_bad_image="skip"))
     min_score = _best_threshold(checkpoint) if arguments.min_score == "best" else arguments.min_score
     options = experiment.data.store_options
+    allow_pixels(experiment.data.max_image_pixels)
     with local_processes() as processes, contextlib.ExitStack() as stack:
         distributed = processes[0]
         if distributed.rank == 0:  # not in data.cache_dir: a training reads its images again, a prediction does not
@@ -131,17 +135,17 @@ class _Prediction:
 
     def run(self) -> None:
         distributed = self.trial.context.distributed
-        self.trial.bad_images.skip = True  # as the inputs whose header cannot be read
-        self.trial.evaluated_images = range  # a validation may omit some
         progress = Progress(0, -(-len(self.pictures) // distributed.size), "image")
         with contextlib.closing(progress):
-            for _, detected in detect_all(self.trial, self.data, self.seconds):
+            for batch, detected in detect_all(self.trial, self.data, self.seconds, all_images=True):
                 with self._drawing():
                     for detections in detected:
                         self._take(detections)
-                progress.update(len(detected))
+                progress.update(len(detected) + len(batch.skipped))
         gathered = distributed.gather((self.results, self.frames))
         if self.trial.rank == 0:
+            if not any(results for results, _ in gathered):
+                raise UserError("--images: none of the images can be read, see the lines above. Fix: give others")
             with self._drawing():
                 self._write_videos({image_id: found for _, frames in gathered for image_id, found in frames.items()})
             self._print_summary(write_results(self.output, [results for results, _ in gathered]))
@@ -167,7 +171,7 @@ class _Prediction:
         self.results[detections.image_id] = [{**result, **about} for result in results]
 
     def _write_videos(self, found: dict[int, Detections]) -> None:
-        """A video with the same frames for each video. A frame without detections stays as it is."""
+        """A video with the same frames for each video. A frame without detections stays unchanged."""
         of_video: dict[tuple[str, str], list[int]] = {}
         for image_id, picture in self.pictures.items():
             if picture.frame is not None:

@@ -1,9 +1,10 @@
-"""What `predict --images` names: files, folders, globs, URLs and videos, as a data set without annotations."""
+"""The inputs of `predict --images`: files, folders, globs, URLs and videos."""
 
 from __future__ import annotations
 
 import glob
 import io
+import itertools
 import logging
 import warnings
 from collections import Counter
@@ -36,9 +37,9 @@ class Picture:
     """An image to detect on, or a frame of a video.
 
     Attributes:
-        name: of the file: no two are alike, on a disk that ignores case neither, and none leads out of a folder.
-        location: the file's path, or its URL.
-        frame: of a video, from 0 on; None of an image.
+        name: the file's own name below --output: unique, also on a disk that ignores case, and inside the folder.
+        location: the file's path or URL.
+        frame: the number of a video's frame, from 0; None for an image.
     """
 
     name: str
@@ -55,11 +56,11 @@ class Picture:
 
 @dataclass
 class GivenImages:
-    """The bytes of images by the name that each was given, wherever they are.
+    """The bytes of the images by their names.
 
     Attributes:
-        locations: by name.
-        copies: an empty folder for those from a URL: each is read to tell its size, to detect and to draw.
+        locations: paths and URLs by name.
+        copies: an empty folder for images from URLs: each is read for its size, to detect and to draw.
     """
 
     locations: dict[str, str]
@@ -88,73 +89,61 @@ class GivenImages:
 
 
 def drawn_as(name: str, picture_format: str) -> str:
-    """The file below --output that the picture, or the video, of an input is written to."""
+    """The name below --output of the picture or the video that is drawn for an input."""
     if videos.is_video(name):
         return name if name.lower().endswith(".mp4") else f"{name}.mp4"
     return f"{name}.{picture_format}"
 
 
 def find_files(given: Sequence[str], options: StoreOptions, picture_format: str = "png") -> dict[str, str]:
-    """The location of each image and video that is named, by a name of its own: its path below the folder that was
-    given, with folders before it where two files would have the same.
+    """The location of each image and video by a unique name: its path below the given folder, with more of its folders
+    if two files would have the same name.
 
     Args:
-        picture_format: the ending of what is drawn of images.
+        picture_format: the ending of the pictures that are drawn.
 
     Raises:
-        UserError: something that is named is not there, or has no images.
+        UserError: an input does not exist, or has no images.
     """
     below: dict[str, str] = {}  # by location, which counts once
     for one in given:
         for location, name in _find(one, options):
             below.setdefault(location, _inside(name))
-    outputs = _Outputs(picture_format)
-    names: dict[str, str] = {}
-    same = Counter(map(same_on_any_disk, below.values()))
-    for location, name in below.items():
-        parts = PurePosixPath(_inside(unquote(location.partition("://")[2]) or location)).parts
-        length = len(PurePosixPath(name).parts)
-        while (same[same_on_any_disk(name)] > 1 or not outputs.has_room_for(name)) and length < len(parts):
-            length += 1
-            name = "/".join(parts[-length:])
-        numbered, number = name, 1
-        while not outputs.has_room_for(numbered):  # the same path here and in a bucket
-            number += 1
-            numbered = f"{number}/{name}"
-        outputs.take(numbered)
-        names[numbered] = location
-    return names
+    files, folders = {"results.json"}, set()  # below --output
+    counts = Counter(map(same_on_any_disk, below.values()))
+
+    def take(name: str) -> bool:
+        """Reserves the output of a name; False if another output is in its way."""
+        path = PurePosixPath(same_on_any_disk(drawn_as(name, picture_format)))
+        parents = {str(folder) for folder in path.parents}
+        if str(path) in files | folders or not files.isdisjoint(parents):
+            return False
+        files.add(str(path))
+        folders.update(parents)
+        return True
+
+    return {next(filter(take, _names(location, name, counts))): location for location, name in below.items()}
+
+
+def _names(location: str, name: str, counts: Counter[str]) -> Iterator[str]:
+    """Names for an input, the best first: its own unless others have it too, then with more of its folders, then with a
+    number, for the same path on disk and in a bucket."""
+    parts = PurePosixPath(_inside(unquote(location.partition("://")[2]) or location)).parts
+    longer = range(len(PurePosixPath(name).parts) + 1, len(parts) + 1)
+    names = [name, *("/".join(parts[-length:]) for length in longer)]
+    yield from (name for name in names if counts[same_on_any_disk(name)] < 2)
+    yield names[-1]
+    yield from (f"{number}/{names[-1]}" for number in itertools.count(2))
 
 
 def _inside(path: str) -> str:
-    """The path as one that leads out of no folder."""
+    """The path without parts that lead out of a folder."""
     parts = path.replace("\0", "").split("/")
     return "/".join(part for part in parts if part not in ("", ".", "..")) or "input"
 
 
-class _Outputs:
-    """What will be written below --output, no file in the place of another or of a folder."""
-
-    def __init__(self, picture_format: str):
-        self.picture_format = picture_format
-        self.files, self.folders = {"results.json"}, set()
-
-    def has_room_for(self, name: str) -> bool:
-        file, folders = self._of(name)
-        return file not in self.files and file not in self.folders and self.files.isdisjoint(folders)
-
-    def take(self, name: str) -> None:
-        file, folders = self._of(name)
-        self.files.add(file)
-        self.folders.update(folders)
-
-    def _of(self, name: str) -> tuple[str, set[str]]:
-        path = PurePosixPath(same_on_any_disk(drawn_as(name, self.picture_format)))
-        return str(path), {str(folder) for folder in path.parents}
-
-
 def _find(given: str, options: StoreOptions) -> Iterator[tuple[str, str]]:
-    """Locations, and each one's path below what was given."""
+    """The locations of an input's files, and the path of each below the input."""
     if is_url(given):
         yield from _find_remote(given, options)
         return
@@ -177,16 +166,16 @@ def _find(given: str, options: StoreOptions) -> Iterator[tuple[str, str]]:
 
 
 def _located(file: Path) -> str:
-    """The file's path without links and `..` in its folder. A link keeps its own name."""
+    """The file's path without links and `..` in its folder. A link keeps its name."""
     return str(file.parent.resolve() / file.name)
 
 
 def _find_in(folder: Path) -> Iterator[tuple[str, str]]:
     folder = folder.resolve()
-    # there may be pictures and videos beside it, that an earlier predict has drawn
+    # pictures and videos that an earlier run drew may be beside it
     written = {file.parent for file in folder.rglob("results.json")} - {folder}
     for earlier in sorted(written):
-        logger.info("left out: %s, which holds the results.json of an earlier run", earlier)
+        logger.info("skipped: %s, which holds the results.json of an earlier run", earlier)
     for file in sorted(folder.rglob("*")):
         if _is_input(file.name) and file.is_file() and written.isdisjoint(file.parents):
             yield str(file), file.relative_to(folder).as_posix()
@@ -203,8 +192,8 @@ def _find_remote(url: str, options: StoreOptions) -> Iterator[tuple[str, str]]:
         return
     if url.startswith("http"):
         raise UserError(
-            f"--images: {url} is no image by its name, and a web server has no list of its files; give the URL of each "
-            f"image"
+            f"--images: {url} is no image by its name, and a web server has no list of its files. Fix: give the URL of "
+            "each image"
         )
     folder, count = RemoteImages(url, options), 0
     for page in folder.pages(""):
@@ -217,10 +206,10 @@ def _find_remote(url: str, options: StoreOptions) -> Iterator[tuple[str, str]]:
 
 
 def look_at(files: dict[str, str], images: GivenImages) -> list[Picture]:
-    """Those that can be read, with their sizes; a line for each that cannot, and one for pictures that were drawn.
+    """The files that can be read, with their sizes. Logs a line for each other file, and one for earlier results.
 
     Raises:
-        UserError: none can be read.
+        UserError: no file can be read.
     """
     with ThreadPoolExecutor(_AT_ONCE) as threads:
         looked = list(threads.map(lambda name: _look_at(name, files[name], images), files))
@@ -228,13 +217,13 @@ def look_at(files: dict[str, str], images: GivenImages) -> list[Picture]:
     drawn = 0
     for name, found in zip(files, looked, strict=True):
         if isinstance(found, str):
-            logger.warning("%s is left out: %s", files[name], found)
+            logger.warning("%s is skipped: %s", files[name], found)
         elif found is None:
             drawn += 1
         else:
             pictures += found
     if drawn:
-        logger.info("left out: %d pictures that an earlier run has drawn", drawn)
+        logger.info("skipped: %d pictures that an earlier run drew", drawn)
     if not pictures and len(files) == 1 and isinstance(looked[0], str):
         raise UserError(f"--images: {next(iter(files.values()))}: {looked[0]}")
     if not pictures:
@@ -243,7 +232,7 @@ def look_at(files: dict[str, str], images: GivenImages) -> list[Picture]:
 
 
 def _look_at(name: str, location: str, images: GivenImages) -> list[Picture] | str | None:
-    """The image, or the video's frames; what is wrong; None where it was drawn by us."""
+    """The image, or a video's frames. A text if it cannot be read; None if an earlier run drew it."""
     try:
         if videos.is_video(location):
             if is_url(location):

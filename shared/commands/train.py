@@ -1,4 +1,4 @@
-"""The `train` command: here, alone or under torchrun, or as a task of a cluster."""
+"""`train`: without a cluster, in one process or under torchrun; and as a task of a cluster."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import determined as det
+import numpy as np
 
 from shared.commands.data_report import save_page
 from shared.config.experiment import Experiment, experiment_of, per_slot_batch_size, read_experiment
@@ -22,7 +23,7 @@ from shared.environment import task_config
 from shared.errors import UserError
 from shared.evaluation import drawing
 from shared.evaluation.evaluator import CocoEvaluator, metrics_table
-from shared.evaluation.gathered import load_detections
+from shared.evaluation.gathered import GatheredDetections, load_detections
 from shared.report.about import About, changed_keys, software, speed
 from shared.report.report import summary_of
 from shared.training.checkpoints import read_checkpoint
@@ -31,7 +32,7 @@ from shared.training.context import core_context, make_context, trial_context
 from shared.training.engine import train
 from shared.training.local_run import LocalRun, full_disk_as_error
 from shared.training.loggers import Loggers
-from shared.training.processes import local_processes, on_chief, task_processes
+from shared.training.processes import local_processes, on_chief
 from shared.training.resume import check_resume, read_checkpoint_to_resume
 from shared.training.run_folder import RunFolder
 from shared.training.stopping import End, Outcome
@@ -51,17 +52,15 @@ def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arg
     if int(os.environ.get("RANK", 0)) == 0:
         logger.info("run: %s", output_dir.absolute())
     with local_processes(experiment.hang_minutes) as (distributed, device), contextlib.ExitStack() as stack:
-        if (batch_size := experiment.hyperparameters.global_batch_size) is not None:
-            per_slot_batch_size(batch_size, distributed.size)
+        _check_batch_size(experiment, distributed.size)
         folder = RunFolder(distributed.broadcast(output_dir).absolute())
         stack.callback(folder.free)
         on_chief(distributed, lambda: _take(folder, arguments.resume))
         stack.enter_context(full_disk_as_error(folder))
         checkpoint = read_checkpoint_to_resume(distributed, arguments.resume, folder)
         on_chief(distributed, lambda: folder.prepare(source))
-        context = stack.enter_context(
-            trial_context(experiment.config, distributed, device, checkpoint.batches if checkpoint else 0)
-        )
+        first_batch = checkpoint.batches if checkpoint else 0
+        context = stack.enter_context(trial_context(experiment.config, distributed, device, first_batch))
         trial = trial_class(context, experiment)
         if checkpoint:
             check_resume(trial, checkpoint)
@@ -69,10 +68,11 @@ def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arg
         names, resumes = trial.hparams.loggers, checkpoint is not None
         on_chief(distributed, lambda: loggers.open(names, experiment.config, folder, resumes))
         if trial.rank == 0:
-            _begin_reports(trial, folder, experiment.config, checkpoint)
-        started = time.monotonic()
+            if checkpoint:
+                logger.info("resuming after batch %d, from %s", checkpoint.batches, checkpoint.path)
+            _begin_folder(trial, folder)
         run = LocalRun(folder, loggers, trial.searcher_metric, trial.schedule.checkpoint_policy, trial.rank == 0)
-        outcome = train(trial, run, checkpoint)
+        outcome = train(trial, run, checkpoint, _draw_figures)
         if outcome.end is End.NOTHING_TO_DO:
             loggers.finish(0)
             if arguments.resume != "auto":
@@ -81,128 +81,15 @@ def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arg
                 logger.info("nothing to do: %s", outcome)
         elif not outcome.is_finished:
             if trial.rank == 0:
-                print(f"{outcome}; go on with --output-dir {folder.path} --resume last", file=sys.stderr)
+                print(f"{outcome}; continue with --output-dir {folder.path} --resume last", file=sys.stderr)
             sys.exit(outcome.exit_status)
         elif trial.rank == 0:
-            seconds = time.monotonic() - started
-            _end_reports(trial, folder, outcome, seconds)
-            _conclude(loggers, trial, folder)
-            named_alike = source / Path(arguments.config).name
-            shipped = named_alike if named_alike.exists() else source / "const.yaml"
-            _write_report(trial, folder, outcome, experiment.config, shipped, seconds)
-
-
-def _take(folder: RunFolder, resume: str | None) -> None:
-    folder.take()
-    folder.restore_interrupted_rename()
-    if resume is None:
-        folder.refuse_other_run()
-
-
-def _begin_reports(trial: DetectionTrial, folder: RunFolder, config: dict[str, Any], checkpoint: Any) -> None:
-    if checkpoint:
-        logger.info("going on after batch %d, from %s", checkpoint.batches, checkpoint.path)
-    folder.write_config(config)
-    folder.write_length(trial.total_batches, trial.batches_per_epoch)
-    trial.save_own_config(folder.path)
-    opened = {"train": trial.train_data, "val": trial.val_data}
-    opened = {split: data for split, data in opened.items() if isinstance(data, SplitData)}
-    if opened and not folder.labels.exists():
-        save_page(opened, folder.labels, _LABELS)
-
-
-def _end_reports(trial: DetectionTrial, folder: RunFolder, outcome: Outcome, seconds: float) -> None:
-    reports = {name: report for name in ("best", "last") if (report := _validation_of(name, folder))}
-    for name, report in list(reports.items())[:1]:
-        numbers = {key: math.nan if value is None else value for key, value in report["metrics"].items()}
-        print(f"\n{name}, batch {report['batches']} of {trial.total_batches}:\n")
-        print(metrics_table(numbers, trial.iou_types), end="\n\n")
-    wanted = trial.searcher_metric.name
-    for name, report in reports.items():
-        value = report["metrics"].get(wanted)
-        number = "undefined" if value is None else f"{value:.4f}"
-        loss = report["metrics"].get("val_loss")
-        number += "" if loss is None or wanted == "val_loss" else f", val_loss {loss:.4f}"
-        print(f"{name}: {wanted} {number} at batch {report['batches']}, {folder.checkpoints / name}")
-    if outcome.why:
-        print(outcome)
-    print(f"trained for {duration(seconds)}; all of it is in {folder.path}")
-    if figure := picture_of(trial, outcome.validation):
-        drawing.save(figure, folder.predictions)
-        print(f"predictions beside the ground truth: {folder.predictions}")
-
-
-def _conclude(loggers: Loggers, trial: DetectionTrial, folder: RunFolder) -> None:
-    best, metric = _validation_of("best", folder), trial.searcher_metric.name
-    value = best and best["metrics"].get(metric)
-    numbers = {} if value is None else {f"best/{metric}": value, "best/batches": best["batches"]}
-    picture = folder.predictions if folder.predictions.exists() else None
-    loggers.conclude(trial.batches_trained, numbers, picture)
-
-
-def _write_report(
-    trial: DetectionTrial, folder: RunFolder, outcome: Outcome, config: dict[str, Any], shipped: Path, seconds: float
-) -> None:
-    """report.html, of the best validation; not where the detector's library evaluates data of its own."""
-    if not (isinstance(trial.evaluator, CocoEvaluator) and folder.detections.exists()):
-        return
-    from shared.report.report import report  # matplotlib's figures take half a second to import
-
-    try:
-        found, _ = load_detections(folder.detections)
-        analyses = report(
-            trial.val_data.annotations,
-            found.detections(),
-            folder.report,
-            images=trial.val_data.images,
-            iou_types=trial.iou_types,
-            image_ids=found.images.tolist(),
-            keypoint_sigmas=trial.evaluator.keypoint_sigmas,
-            about=_about(trial, folder, outcome, config, shipped, seconds),
-        )
-    except Exception as error:  # whatever it is, the training has come to its end, and all of it is saved
-        logger.exception("the report could not be written (%s); `evaluate --report` makes one", type(error).__name__)
-        return
-    print(f"\n{summary_of(analyses)}\nthe report: {folder.report}")
-
-
-def _about(
-    trial: DetectionTrial, folder: RunFolder, outcome: Outcome, config: dict[str, Any], shipped: Path, seconds: float
-) -> About:
-    from shared.report.plots import learning_curves
-
-    original = None
-    if shipped.is_file():
-        original = read_experiment(shipped, (), type(trial).sections(), with_hyperparameters=False).config
-
-    reports = folder.reports()
-    best = _validation_of("best", folder)
-    return About(
-        title=f"{config.get('name') or folder.path.name}: {shipped.parent.name}",
-        facts={
-            "run": folder.path,
-            **dict(trial.summary_lines()),
-            "validation data": f"{trial.val_data.annotations.path or 'fake'}, {len(trial.val_data.annotations)} images",
-            **({"best checkpoint": f"batch {best['batches']} of {trial.total_batches}"} if best else {}),
-            **({"ended by": outcome.why} if outcome.why else {}),
-            "device": trial.context.device,
-            "time": f"{duration(seconds)}" + (f", from batch {trial.first_batch} on" if trial.first_batch else ""),
-            **speed(reports),
-            **software(shipped.parent),
-        },
-        changed=changed_keys(config, original) if original else [],
-        shipped=shipped.name,
-        curves=learning_curves(reports, trial.searcher_metric.name, best and best["batches"]),
-    )
-
-
-def _validation_of(checkpoint: str, folder: RunFolder) -> dict[str, Any] | None:
-    """The report of the validation that a checkpoint was saved at; None where there is no such checkpoint, or where
-    another run made it."""
-    metadata = folder.checkpoints / checkpoint / "metadata.json"
-    if not metadata.exists():
-        return None
-    return folder.validation_after(json.loads(metadata.read_text())["steps_completed"])
+            results = Results(trial, folder, outcome)
+            results.show()
+            picture = folder.predictions if folder.predictions.exists() else None
+            loggers.conclude(outcome.batches, results.best_numbers(), picture)
+            same_name = source / Path(arguments.config).name
+            results.write_report(same_name if same_name.exists() else source / "const.yaml")
 
 
 def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
@@ -210,11 +97,10 @@ def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
     info = det.get_cluster_info()
     experiment = experiment_of(task_config(), info.trial.hparams, trial_class.sections())
     with (
-        task_processes(len(info.gpu_uuids), experiment.hang_minutes) as (distributed, device),
+        local_processes(experiment.hang_minutes, len(info.gpu_uuids)) as (distributed, device),
         core_context(distributed) as core,
     ):
-        if (batch_size := experiment.hyperparameters.global_batch_size) is not None:
-            per_slot_batch_size(batch_size, distributed.size)
+        _check_batch_size(experiment, distributed.size)
         checkpoint = None
         if info.latest_checkpoint is not None:
             with core.checkpoint.restore_path(info.latest_checkpoint) as path:
@@ -229,9 +115,144 @@ def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
         if trial.rank == 0 and trial.hparams.loggers:
             logger.info("hyperparameters.loggers: not used on a cluster, where the master has the numbers")
         run = ClusterRun(core, info.trial.trial_id, trial.searcher_metric, trial.schedule.checkpoint_policy)
-        outcome = train(trial, run, checkpoint)
+        outcome = train(trial, run, checkpoint, _draw_figures)
         if trial.rank > 0:
             return
         if outcome.is_finished:
             print(metrics_table({**outcome.validation.metrics, **outcome.validation.category_ap}, trial.iou_types))
         print(outcome, flush=True)
+
+
+def _check_batch_size(experiment: Experiment, slots: int) -> None:
+    """Raises UserError if the batch does not divide by the slots, before anything is opened or written."""
+    batch_size = experiment.hyperparameters.global_batch_size
+    if batch_size is not None:  # else the detector's own config has it
+        per_slot_batch_size(batch_size, slots)
+
+
+def _draw_figures(evaluator: CocoEvaluator, found: GatheredDetections) -> dict[str, np.ndarray]:
+    from shared.report.plots import pictures_of  # matplotlib takes half a second to import
+
+    return pictures_of(evaluator, found)
+
+
+def _take(folder: RunFolder, resume: str | None) -> None:
+    folder.take()
+    folder.restore_interrupted_rename()
+    if resume is None:
+        folder.refuse_other_run()
+
+
+def _begin_folder(trial: DetectionTrial, folder: RunFolder) -> None:
+    folder.write_config(trial.experiment.config)
+    folder.write_length(trial.total_batches, trial.batches_per_epoch)
+    trial.save_own_config(folder.path)
+    both = {"train": trial.train_data, "val": trial.val_data}
+    opened = {split: data for split, data in both.items() if isinstance(data, SplitData)}
+    if opened and not folder.labels.exists():
+        save_page(opened, folder.labels, _LABELS)
+
+
+class Results:
+    """The results that a finished training shows, logs and reports.
+
+    Attributes:
+        validations: of the checkpoints `best` and `last`, as far as this run saved and validated them.
+    """
+
+    def __init__(self, trial: DetectionTrial, folder: RunFolder, outcome: Outcome):
+        self.trial, self.folder, self.outcome = trial, folder, outcome
+        self.metric = trial.searcher_metric.name
+        found = {name: _validation_of(name, folder) for name in ("best", "last")}
+        self.validations = {name: report for name, report in found.items() if report}
+
+    def show(self) -> None:
+        """Prints the metrics and where the results are; draws the last validation."""
+        for name, report in list(self.validations.items())[:1]:
+            numbers = {key: math.nan if value is None else value for key, value in report["metrics"].items()}
+            print(f"\n{name}, batch {report['batches']} of {self.outcome.total}:\n")
+            print(metrics_table(numbers, self.trial.iou_types), end="\n\n")
+        for name, report in self.validations.items():
+            value, loss = (report["metrics"].get(key) for key in (self.metric, "val_loss"))
+            number = "undefined" if value is None else f"{value:.4f}"
+            number += "" if loss is None or self.metric == "val_loss" else f", val_loss {loss:.4f}"
+            print(f"{name}: {self.metric} {number} at batch {report['batches']}, {self.folder.checkpoints / name}")
+        if self.outcome.why:
+            print(self.outcome)
+        print(f"trained for {duration(self.outcome.seconds)}; all of it is in {self.folder.path}")
+        if figure := picture_of(self.trial, self.outcome.validation):
+            drawing.save(figure, self.folder.predictions)
+            print(f"predictions beside the ground truth: {self.folder.predictions}")
+
+    def best_numbers(self) -> dict[str, float]:
+        """The best validation's searcher metric and batch."""
+        best = self.validations.get("best")
+        value = best and best["metrics"].get(self.metric)
+        return {} if value is None else {f"best/{self.metric}": value, "best/batches": best["batches"]}
+
+    def write_report(self, shipped: Path) -> None:
+        """Writes report.html of the best validation, unless the detector's library evaluates data of its own.
+
+        Args:
+            shipped: the config file that the run's config is compared with.
+        """
+        trial, folder = self.trial, self.folder
+        if not (isinstance(trial.evaluator, CocoEvaluator) and folder.detections.exists()):
+            return
+        from shared.report.report import report  # importing matplotlib takes half a second
+
+        try:
+            found, _ = load_detections(folder.detections)
+            analyses = report(
+                trial.val_data.annotations,
+                found.detections(),
+                folder.report,
+                images=trial.val_data.images,
+                iou_types=trial.iou_types,
+                image_ids=found.images.tolist(),
+                keypoint_sigmas=trial.evaluator.keypoint_sigmas,
+                max_detections=trial.evaluator.max_detections,
+                about=self._about(shipped),
+            )
+        except Exception as error:  # whatever it is, the training is complete and saved
+            name = type(error).__name__
+            logger.exception("the report could not be written (%s); `evaluate --report` makes one", name)
+            return
+        print(f"\n{summary_of(analyses)}\nthe report: {folder.report}")
+
+    def _about(self, shipped: Path) -> About:
+        from shared.report.plots import learning_curves
+
+        trial, folder, outcome = self.trial, self.folder, self.outcome
+        config, annotations = trial.experiment.config, trial.val_data.annotations
+        original = config
+        if shipped.is_file():
+            original = read_experiment(shipped, (), trial.sections(), with_hyperparameters=False).config
+        reports = folder.reports()
+        best = self.validations["best"]["batches"] if "best" in self.validations else None
+        return About(
+            title=f"{config.get('name') or folder.path.name}: {shipped.parent.name}",
+            facts={
+                "run": folder.path,
+                **dict(trial.summary_lines()),
+                "validation data": f"{annotations.path or 'fake'}, {len(annotations)} images",
+                **({} if best is None else {"best checkpoint": f"batch {best} of {outcome.total}"}),
+                **({"ended by": outcome.why} if outcome.why else {}),
+                "device": trial.context.device,
+                "time": duration(self.outcome.seconds),
+                **speed(reports),
+                **software(shipped.parent),
+            },
+            changed=changed_keys(config, original),
+            shipped=shipped.name,
+            curves=learning_curves(reports, self.metric, best),
+        )
+
+
+def _validation_of(checkpoint: str, folder: RunFolder) -> dict[str, Any] | None:
+    """The report of the validation at which a checkpoint was saved; None if there is no such checkpoint, or if another
+    run saved it."""
+    metadata = folder.checkpoints / checkpoint / "metadata.json"
+    if not metadata.exists():
+        return None
+    return folder.validation_after(json.loads(metadata.read_text())["steps_completed"])

@@ -1,4 +1,4 @@
-"""The frames of a video file, by OpenCV, and a video of the pictures drawn of them."""
+"""Reads the frames of a video file, and writes a video, with OpenCV."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from shared.errors import UserError
 
 SUFFIXES = frozenset((".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv"))
-_FRAMES_A_SECOND = 25.0  # where a file does not say
+_FRAMES_PER_SECOND = 25.0  # if the file has no rate
 
 
 def is_video(name: str) -> bool:
@@ -23,7 +23,7 @@ def is_video(name: str) -> bool:
 
 
 def measure(path: str) -> tuple[int, int, int]:
-    """How many frames there are, by counting: what a file says of itself is often wrong; their width and height.
+    """The number of frames, their width and height. Counts the frames: a file's own number is often wrong.
 
     Raises:
         UserError: OpenCV is not installed, or cannot read the video.
@@ -41,7 +41,7 @@ def measure(path: str) -> tuple[int, int, int]:
 
 
 class FrameReader:
-    """Frames in rising order, as a loader worker asks for its share of them."""
+    """Reads frames in rising order, as a loader worker asks for its share of them."""
 
     def __init__(self, path: str):
         self.path = path
@@ -51,7 +51,7 @@ class FrameReader:
         """The frame as the bytes of an image file.
 
         Raises:
-            OSError: there is none.
+            OSError: the video has no such frame.
         """
         if self.process != os.getpid() or index < self.following:  # a fork must not share its parent's decoder
             self.capture, self.process, self.following = _open(self.path), os.getpid(), 0
@@ -76,13 +76,13 @@ def frames(path: str) -> Iterator[Image.Image]:
 
 
 class VideoWriter:
-    """An MPEG-4 file with as many frames a second as the video `like` has, and of its size; of an odd side OpenCV
-    leaves out the last pixel. A context."""
+    """A context that writes an MPEG-4 file with the frame rate of the video `like`. OpenCV drops the last pixel of an
+    odd side."""
 
     def __init__(self, path: Path, like: str):
         self.cv2, self.path, self.writer = _cv2(like), path, None
         rate = _open(like).get(self.cv2.CAP_PROP_FPS)
-        self.rate = rate if math.isfinite(rate) and rate > 0 else _FRAMES_A_SECOND
+        self.rate = rate if math.isfinite(rate) and rate > 0 else _FRAMES_PER_SECOND
 
     def write(self, picture: Image.Image) -> None:
         if self.writer is None:

@@ -27,7 +27,8 @@ from shared.config.schema import (
 )
 from shared.errors import UserError, count_of, nearest, nearest_path
 
-_SPLITS = ("train", "val")
+_SPLITS = ("train", "val", "test")
+_SEARCHERS = ("adaptive_asha", "custom", "grid", "random", "single")  # Determined's
 _NOT_GIVEN = (None, 0, {}, *({unit: 0} for unit in UNITS))  # a period, as the master fills it in
 
 
@@ -90,6 +91,16 @@ class Experiment:
         parsed = parse_section(resolved, self.sections.hyperparameters, "hyperparameters")
         return replace(self, config={**self.config, "hyperparameters": resolved}, hyperparameters=parsed)
 
+    def with_val_of(self, split: str) -> Experiment:
+        """The experiment whose `data.val` is another split.
+
+        Raises:
+            UserError: the config does not have it.
+        """
+        if getattr(self.data, split) is None:
+            raise UserError(f"data.{split} is missing. Fix: give its `annotations` and `images`, as those of data.val")
+        return replace(self, data=replace(self.data, val=getattr(self.data, split)))
+
     def check_paths(self, splits: Iterable[str], submitted: Path) -> None:
         """Raises UserError if annotations or images of the splits exist neither on disk nor in the folder submitted.
         Opens nothing, and asks no store."""
@@ -98,6 +109,8 @@ class Experiment:
             if paths is None or not self.data.reads_files:
                 continue
             for name in ("annotations", "images") if self.data.images_on_disk else ("annotations",):
+                if not getattr(paths, name):
+                    continue
                 path = self.data.located(getattr(paths, name))
                 if not is_url(path) and not Path(path).exists() and not (submitted / path).exists():
                     raise UserError(f"data.{split}.{name}: {path} does not exist; {nearest_path(path)}")
@@ -188,7 +201,9 @@ def parse_data(
     Raises:
         UserError: a key is unknown, missing or of the wrong type.
     """
-    data = parse_section(config.get("data"), into, "data")
+    section = dict(config.get("data") or {})
+    section |= {split: {"annotations": section[split]} for split in _SPLITS if isinstance(section.get(split), str)}
+    data = parse_section(section, into, "data")
     data.backend = BACKEND_ALIASES.get(data.backend, data.backend)
     if data.backend not in BACKENDS:
         raise UserError(f"data.backend: {data.backend!r} is not available; {nearest(data.backend, BACKENDS)}")
@@ -198,11 +213,16 @@ def parse_data(
     located: list[str] = []
     for split in _SPLITS:
         if (given := getattr(data, split)) is not None:
-            paths = [expanded(path, f"data.{split}.{name}") for name, path in dataclasses.asdict(given).items()]
+            paths = [expanded(path, f"data.{split}.{name}") for name, path in dataclasses.asdict(given).items() if path]
             if not in_bucket:  # in a bucket, relative paths are relative to it
                 paths = [str(find_path(path, places) or path) for path in paths]
             setattr(data, split, Split(*paths))
             located += paths
+            if not given.images and getattr(data, split).is_coco:
+                raise UserError(
+                    f"data.{split}.images is missing. Fix: give the folder that the file names of {paths[0]} are "
+                    "relative to"
+                )
     if in_bucket and data.bucket is None and not (located and all(map(is_url, located))):
         raise UserError(
             f"data.bucket is missing, and data.backend is {data.backend}. Fix: give it, or URLs: s3://bucket/folder"
@@ -264,6 +284,8 @@ def parse_searcher_metric(config: Mapping[str, Any], reported: Iterable[str] | N
         UserError: a validation does not report the metric, or `smaller_is_better` contradicts it.
     """
     searcher = config.get("searcher") or {}
+    if (name := searcher.get("name") or "single") not in _SEARCHERS:
+        raise UserError(f"searcher.name: {name!r} is unknown; {nearest(str(name), _SEARCHERS)}")
     metric = searcher.get("metric") or "bbox_mAP"
     if reported is not None and metric not in (reported := list(reported)):
         hint = nearest(metric, reported)

@@ -22,6 +22,7 @@ Positive = Annotated[float, Meta(gt=0)]
 
 UNITS = ("batches", "epochs", "records")
 LOGGERS = ("wandb", "mlflow")
+PUBLISHED = "published"  # `weights`: what the library publishes for `config_file`
 _UNDEFINED = 1e30  # a metric of this size or larger has no value
 
 
@@ -67,8 +68,16 @@ def key(default: Any = MISSING, text: str = "", *, is_path: bool = False, upstre
 class Split:
     """One split of the data."""
 
-    annotations: str = key(text="the COCO annotation file: a path or a URL")
-    images: str = key(text="the folder that the annotations' file names are relative to: a path or a URL")
+    annotations: str = key(
+        text="the COCO annotation file: a path or a URL; or YOLO's data.yaml, or a folder of another format"
+    )
+    images: str = key("", "the folder that the annotations' file names are relative to: a path or a URL")
+
+    @property
+    def is_coco(self) -> bool:
+        """Whether the annotations are a COCO file; else another format, on disk, that `convert` reads too."""
+        path = Path(self.annotations)
+        return is_url(self.annotations) or not (path.suffix.lower() in (".yaml", ".yml") or path.is_dir())
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,7 @@ class DataConfig:
 
     train: Split | None = key(None, "the data to train on: `annotations` and `images`")
     val: Split | None = key(None, "the data to validate on: `annotations` and `images`")
+    test: Split | None = key(None, "the data of `evaluate --split test`: `annotations` and `images`")
     backend: str = key("disk", "where the data is: `disk`, `s3`, `gcs`, `http`, or `fake`, which draws shapes")
     bucket: str | None = key(None, "the bucket of `s3` and `gcs`; URLs such as `s3://bucket/folder` need none")
     endpoint_url: str | None = key(None, "the URL of another S3-compatible store, or of a GCS emulator")
@@ -105,6 +115,9 @@ class DataConfig:
     cache_gb: Positive = key(50.0, "GiB that the copies of remote images may take")
     workers: Annotated[int, Meta(ge=0)] = key(4, "loader processes per slot")
     on_bad_image: Literal["error", "skip"] = key("error", "stop at images that cannot be read, or skip them")
+    max_image_pixels: Annotated[int, Meta(ge=1)] | None = key(
+        None, "pixels that an image may have; Pillow's limit of 179 million without it"
+    )
     check_images: bool = key(True, "check at the start that the images exist")
     repeat_threshold: Annotated[float, Meta(gt=0, le=1)] | None = key(
         None, "repeat images of categories that a smaller share of the images has; LVIS uses 0.001"
@@ -131,7 +144,7 @@ class DataConfig:
         if not self.reads_files or self.val is None:
             return not self.reads_files
         annotations = self.located(self.val.annotations)
-        return is_url(annotations) or Path(annotations).is_file()
+        return is_url(annotations) or Path(annotations).exists()
 
     def located(self, path: str) -> str:
         """A path of the config; its URL if it is in the bucket."""
@@ -265,6 +278,9 @@ class TrainingHyperparameters:
     checkpoint_every_minutes: Positive | None = key(None, "also save when the last checkpoint is this many minutes old")
     hang_minutes: Positive | None = key(10.0, "minutes without progress after which a run stops; `null` for never")
     validation_loss: bool = key(False, "also compute the training's losses at each validation")
+    max_detections: Annotated[int, Meta(ge=1)] | None = key(
+        None, "detections per image that are kept, and per category scored; default the model's own and COCO's, 100"
+    )
     loggers: list[str] = key([], "where to log off a cluster: `wandb`, `mlflow`")
 
     def __post_init__(self) -> None:

@@ -84,26 +84,28 @@ class CocoAnnotations:
     boxes are x y width height in float64.
 
     Attributes:
-        path: the file or its URL; None for annotations made in memory.
-        categories: [{"id": 1, "name": "person", …}, …], as in the file, sorted by id.
         columns: array by name. The annotations of image i are rows `offsets[i]` to `offsets[i + 1]`.
+        categories: [{"id": 1, "name": "person", …}, …], as in the file, sorted by id.
+        notes: sentences on what was changed in reading the file.
         cache: the folder that the columns are mapped from; None if they are in memory.
-        selected_from: set by `select_categories`: the annotations with all categories, and (annotations,) bool for
-            the selected ones.
+        path: the file or its URL; None for annotations made in memory.
+        selected_from: set by `select`: all annotations, and (annotations,) bool for the selected ones.
     """
 
     def __init__(
         self,
         columns: Columns,
         categories: list[dict],
+        notes: Sequence[str] = (),
         cache: Path | None = None,
         path: Path | str | None = None,
         selected_from: tuple[CocoAnnotations, np.ndarray] | None = None,
     ):
         self.columns = columns
         self.categories = categories
-        self.path = path
+        self.notes = notes
         self.cache = cache
+        self.path = path
         self.selected_from = selected_from
 
     @classmethod
@@ -124,8 +126,8 @@ class CocoAnnotations:
         """
         path = os.fspath(path) if is_url(os.fspath(path)) else Path(path)
         version = coco_file.version_of(path, options)
-        parsed = column_cache.cached(path, version, cache_dir, lambda: coco_file.read(path, version, options))
-        return cls(*parsed, path=path)
+        parsed, cache = column_cache.cached(path, version, cache_dir, lambda: coco_file.read(path, version, options))
+        return cls(*parsed, cache, path)
 
     @classmethod
     def from_dict(cls, coco: dict) -> CocoAnnotations:
@@ -140,7 +142,7 @@ class CocoAnnotations:
         # loader workers that are not forked map the cache, instead of receiving a copy
         if self.cache is not None:
             return _map_again, (self.cache, self.path)
-        return CocoAnnotations, (self.columns, self.categories, None, self.path)
+        return CocoAnnotations, (self.columns, self.categories, self.notes, None, self.path)
 
     def __len__(self) -> int:
         return len(self.columns["image_ids"])
@@ -203,6 +205,20 @@ class CocoAnnotations:
         """(annotations,) bool: boxes without width or height, which cannot be trained on."""
         return (self.columns["boxes"][:, 2:] <= 0).any(axis=1)
 
+    def select(self, kept: np.ndarray) -> CocoAnnotations:
+        """The same images with some of the annotations, given as (annotations,) bool; held in memory."""
+        columns = dict(self.columns)
+        image_rows = np.repeat(np.arange(len(self)), np.diff(columns["offsets"]))[kept]
+        columns["offsets"] = offsets_of(np.bincount(image_rows, minlength=len(self)))
+        starts, ends = columns["segmentation_offsets"][:-1][kept], columns["segmentation_offsets"][1:][kept]
+        pieces = [columns["segmentations"][start:end] for start, end in zip(starts, ends, strict=True)]
+        columns["segmentations"] = np.concatenate([np.empty(0, np.uint8), *pieces])
+        columns["segmentation_offsets"] = offsets_of(ends - starts)
+        for name in ("annotation_ids", "boxes", "labels", "areas", "iscrowd", "ignore", "keypoints"):
+            if name in columns:
+                columns[name] = columns[name][kept]
+        return CocoAnnotations(columns, self.categories, self.notes, None, self.path, (self, kept))
+
     def select_categories(self, names: Sequence[str]) -> CocoAnnotations:
         """The same images with the annotations of these categories only, held in memory.
 
@@ -212,20 +228,12 @@ class CocoAnnotations:
         for name in names:
             if name not in self.category_names:
                 raise UserError(f"{name!r} is no category of {self.path}; {nearest(name, self.category_names)}")
-        categories = [category for category in self.categories if category["name"] in names]
-        labels = [self.category_names.index(category["name"]) for category in categories]
-        columns, kept = dict(self.columns), np.isin(self.columns["labels"], labels)
-        image_rows = np.repeat(np.arange(len(self)), np.diff(columns["offsets"]))[kept]
-        columns["offsets"] = offsets_of(np.bincount(image_rows, minlength=len(self)))
-        starts, ends = columns["segmentation_offsets"][:-1][kept], columns["segmentation_offsets"][1:][kept]
-        pieces = [columns["segmentations"][start:end] for start, end in zip(starts, ends, strict=True)]
-        columns["segmentations"] = np.concatenate([np.empty(0, np.uint8), *pieces])
-        columns["segmentation_offsets"] = offsets_of(ends - starts)
-        for name in ("annotation_ids", "boxes", "areas", "iscrowd", "keypoints"):
-            if name in columns:
-                columns[name] = columns[name][kept]
-        columns["labels"] = np.searchsorted(labels, columns["labels"][kept]).astype(np.int32)
-        return CocoAnnotations(columns, categories, None, self.path, (self, kept))
+        labels = [label for label, name in enumerate(self.category_names) if name in names]
+        kept = np.isin(self.columns["labels"], labels)
+        columns = self.select(kept).columns
+        columns["labels"] = np.searchsorted(labels, columns["labels"]).astype(np.int32)
+        categories = [self.categories[label] for label in labels]
+        return CocoAnnotations(columns, categories, self.notes, None, self.path, (self, kept))
 
 
 class _LazyBytes:
@@ -257,4 +265,5 @@ def check_same_categories(train: CocoAnnotations, val: CocoAnnotations) -> None:
 
 
 def _map_again(cache: Path, path: Path | str | None) -> CocoAnnotations:
-    return CocoAnnotations(*column_cache.load(cache), path=path)
+    parsed, cache = column_cache.load(cache)
+    return CocoAnnotations(*parsed, cache, path)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -17,6 +18,19 @@ import numpy as np
 from shared.durable import write_file
 
 Arrays = dict[str, np.ndarray]
+
+_TAG = """Signature: 8a477f597d28d172789f06886806bc55
+# This directory is a cache, see https://bford.info/cachedir/
+"""
+
+
+def mark_as_cache(folder: Path) -> None:
+    """Creates a folder whose content Git and backups skip, if it can be written."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in ((".gitignore", "*\n"), ("CACHEDIR.TAG", _TAG)):
+            if not (folder / name).exists():
+                (folder / name).write_text(content)
 
 
 def load(folder: Path) -> tuple[Arrays, Any] | None:

@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
+from urllib.parse import unquote
 
 import hotcoco
 import msgspec
@@ -20,7 +21,7 @@ from shared.data import array_cache
 from shared.data.annotations import CocoAnnotations
 from shared.data.file_lock import once
 from shared.data.image_list import Look, look_once
-from shared.data.images import darkness
+from shared.data.images import darkness, value_range
 from shared.data.storage import DiskImages, ImageStorage
 from shared.errors import UserError
 
@@ -94,6 +95,7 @@ def _boxes_in_use(annotations: CocoAnnotations) -> Iterator[tuple[np.ndarray, np
 
 _LONGEST_PATH = 4096  # bytes
 _TRIED_FOR_DARKNESS = 4
+_SKIP = ". Fix: add them, or give data.on_bad_image: skip to omit them"
 _MAX_SEARCHED = 200_000  # files, for the real name of a missing one
 
 
@@ -119,7 +121,8 @@ def check_images(annotations: CocoAnnotations, images: ImageStorage, where: str,
         look = images.look(annotations.file_names)
         if look.missing and (not skip or look.missing == len(annotations)):
             found = _found_instead(images.folder, look.first_missing) if isinstance(images, DiskImages) else ""
-            raise UserError(message(look) + found)
+            skips = "" if found or look.missing == len(annotations) else _SKIP
+            raise UserError(f"{message(look)}{found}{skips}")
         return look
 
     if annotations.cache is None or images.place is None:
@@ -164,17 +167,22 @@ def refuse_names_outside(annotations: CocoAnnotations, where: str, folder: Path 
 
 
 def first_dark_image(annotations: CocoAnnotations, images: ImageStorage) -> str:
-    """What `darkness` says of the first dark one of a few images, spread over the file."""
+    """The warning about the first dark image of a few, spread over the file; "" for none."""
     some = np.linspace(0, len(annotations) - 1, _TRIED_FOR_DARKNESS).astype(int)
-    said = (darkness(images, annotations.file_name(i)) for i in np.unique(some).tolist())
-    return next(filter(None, said), "")
+    names = (annotations.file_name(i) for i in np.unique(some).tolist())
+    return next(filter(None, (darkness(name, value_range(images, name)) for name in names)), "")
 
 
 def _found_instead(folder: Path, name: str) -> str:
-    """What the folder holds instead of a missing image, and what to do; "" for nothing."""
+    """Names the file that a missing image may be, and what to do; "" without one."""
     wanted = PurePosixPath(name.replace("\\", "/"))
     above = PurePosixPath(*wanted.parts[1:])
     if len(wanted.parts) > 1 and folder.name == wanted.parts[0] and (folder / above).is_file():
+        if "\\" in name:
+            return (
+                f"; {str(above)!r} is there, and the annotation file says {name!r}: write / for \\ in its names, and "
+                f"omit {wanted.parts[0]}/. `python3 -m shared convert coco FILE OUTPUT --images {folder}` does both"
+            )
         return (
             f"; {folder / above} is there: say `images: {folder.parent}`, or leave {wanted.parts[0]}/ out of the names"
         )
@@ -192,6 +200,12 @@ def _found_instead(folder: Path, name: str) -> str:
             if unicodedata.normalize("NFC", str(path)) == unicodedata.normalize("NFC", name):
                 return f"{told}the same letters in other Unicode (NFC and NFD); rename the files or the names"
             return f"{told}upper and lower case count; rename the files or the names"
+        decoded = unquote(wanted.name)
+        if decoded != wanted.name and plain(path.name) == plain(decoded):
+            return (
+                f"{told}%20 is a space there, and %C3%A9 an é. `python3 -m shared convert coco FILE OUTPUT --images "
+                f"{folder}` decodes the names"
+            )
         if plain(path.name) == plain(wanted.name):
             deeper = path.parts[: len(path.parts) - len(wanted.parts)]
             if path.parts[len(deeper) :] == wanted.parts:
@@ -223,8 +237,8 @@ _EMPTY = len(b"[]")  # bytes of an empty list; an absent segmentation has none
 
 
 def wrong_segmentation(segmentation: Any, height: int, width: int) -> str | None:
-    """What is wrong with a decoded segmentation of an image of that size, as the end of a sentence. None if it is
-    polygons or RLE that every detector and the evaluator accept."""
+    """The fault of a decoded segmentation of an image of that size, as the end of a sentence. None if it is polygons or
+    RLE that every detector and the evaluator accept."""
     if segmentation in ([], {}):
         return "is empty"
     if isinstance(segmentation, list):
@@ -286,7 +300,7 @@ def wrong_rows(annotations: CocoAnnotations) -> np.ndarray:
 
 
 def why_wrong(annotations: CocoAnnotations, row: int) -> str:
-    """What is wrong with the segmentation of an annotation, "" for nothing."""
+    """The fault of an annotation's segmentation; "" if it is right."""
     columns = annotations.columns
     image = int(np.searchsorted(columns["offsets"], row, side="right")) - 1
     height, width = (int(columns[name][image]) for name in ("heights", "widths"))

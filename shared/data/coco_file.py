@@ -10,17 +10,19 @@ import itertools
 import json
 import math
 import mmap
+import re
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import hotcoco
 import msgspec
 import numpy as np
 
 from shared.config.schema import StoreOptions
 from shared.data import remote
-from shared.data.numbers import FARTHEST, as_ids, wrong_number_in
+from shared.data.numbers import FARTHEST, as_ids, shown, wrong_number_in
 from shared.errors import UserError
 
 _MAX_PADDING = 10  # zero keypoints per keypoint in the file
@@ -44,6 +46,14 @@ Columns = dict[str, np.ndarray]
 JSONBytes = bytes | mmap.mmap
 
 
+class Parsed(NamedTuple):
+    """A parsed file: its columns, its categories sorted by id, and sentences on what was changed in reading it."""
+
+    columns: Columns
+    categories: list[dict]
+    notes: list[str]
+
+
 class _Image(msgspec.Struct, gc=False):
     id: int
     file_name: str
@@ -58,6 +68,7 @@ class _Annotation(msgspec.Struct, gc=False):
     bbox: tuple[float, float, float, float]
     area: float | None = None
     iscrowd: int | bool | None = 0
+    ignore: int | bool | None = 0
     segmentation: msgspec.Raw = msgspec.Raw(b"")
     keypoints: msgspec.Raw = msgspec.Raw(b"")
 
@@ -89,8 +100,8 @@ def version_of(path: Path | str, options: StoreOptions) -> dict[str, Any]:
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-def read(path: Path | str, version: dict[str, Any], options: StoreOptions) -> tuple[Columns, list[dict]]:
-    """What `parse` gives for a file or a URL of that version."""
+def read(path: Path | str, version: dict[str, Any], options: StoreOptions) -> Parsed:
+    """Reads and parses a file or a URL of that version."""
     if isinstance(path, str):
         size = int(version["size"]) if "size" in version else None
         with _must_exist(path):
@@ -114,19 +125,21 @@ def _must_exist(url: str) -> Iterator[None]:
         raise remote.StoreError(f"{url} does not exist") from error
 
 
-def parse(data: JSONBytes, source: object) -> tuple[Columns, list[dict]]:
-    """The columns and the categories, sorted by id.
+def parse(data: JSONBytes, source: object) -> Parsed:
+    """Parses the content of a file.
+
+    Numbers may be in quotes. An `area` that is missing, or 0 for a box with an area, becomes the area of the mask or
+    the box. A category without annotations is omitted if another has its name.
 
     Args:
-        data: the file's content. It may be packed with gzip, or begin with a byte order mark.
+        data: may be packed with gzip, or begin with a byte order mark.
         source: the file's name for errors.
 
     Raises:
         UserError: the content is not JSON, is not COCO, or contradicts itself.
     """
     coco = _decode(_unpack(data, source), source)
-    categories = check_categories(coco.categories, source)
-    images, annotations = coco.images, coco.annotations
+    images, annotations, notes = coco.images, coco.annotations, []
     if not images:
         raise UserError(f"{source} has no images")
     image_ids = as_ids([image.id for image in images], "image id", source)
@@ -138,6 +151,7 @@ def parse(data: JSONBytes, source: object) -> tuple[Columns, list[dict]]:
     for image in images:
         if min(image.height, image.width) <= 0 or max(image.height, image.width) >= 2**31:
             raise UserError(f"{source}: image {image.id} has the size {image.width}×{image.height}")
+    categories = check_categories(_without_namesakes(coco.categories, category_of, notes), source)
     image_rows = _rows_of(image_of, image_ids, annotation_ids, "image", source)
     category_ids = np.array([category["id"] for category in categories], np.int64)
     labels = _rows_of(category_of, category_ids, annotation_ids, "category", source)
@@ -145,8 +159,7 @@ def parse(data: JSONBytes, source: object) -> tuple[Columns, list[dict]]:
     boxes = np.fromiter(itertools.chain.from_iterable(a.bbox for a in annotations), np.float64, 4 * len(annotations))
     boxes = boxes.reshape(-1, 4)
     _check_reach(boxes, "bbox", annotation_ids, source)
-    areas = np.array([math.nan if a.area is None else a.area for a in annotations], np.float64)
-    areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
+    areas = _fill_areas(annotations, boxes, notes)
     _check_reach(areas[:, None], "area", annotation_ids, source, FARTHEST**2)
 
     order = np.argsort(image_rows, kind="stable")
@@ -164,9 +177,54 @@ def parse(data: JSONBytes, source: object) -> tuple[Columns, list[dict]]:
     }
     columns["file_names"], columns["file_name_offsets"] = _joined([image.file_name.encode() for image in images])
     columns["segmentations"], columns["segmentation_offsets"] = _joined([_present(a.segmentation) for a in ordered])
+    if any(a.ignore for a in annotations):
+        columns["ignore"] = np.array([bool(a.ignore) for a in ordered], np.bool_)
+        notes.append(
+            f"training omits {columns['ignore'].sum()} annotations with `ignore: 1`; an evaluation counts them"
+        )
     if any(_present(a.keypoints) for a in annotations):
         columns["keypoints"] = _parse_keypoints(ordered, source)
-    return columns, categories
+    return Parsed(columns, categories, notes)
+
+
+def _without_namesakes(categories: list[dict], category_of: np.ndarray, notes: list[str]) -> list[dict]:
+    """The categories without those that have no annotations and another's name, as Roboflow's root category."""
+    ids_by_name: dict[str, list[int]] = {}
+    for category in categories:
+        with contextlib.suppress(KeyError, msgspec.ValidationError):  # `check_categories` reports these
+            category["id"] = msgspec.convert(category["id"], int, strict=False)
+            ids_by_name.setdefault(str(category["name"]), []).append(category["id"])
+    omitted: set[object] = set()
+    for name, ids in ids_by_name.items():
+        unused = sorted(set(ids) - set(category_of.tolist())) if len(ids) > 1 else []
+        for category_id in unused if len(unused) < len(ids) else unused[:-1]:
+            omitted.add(category_id)
+            notes.append(f"category {category_id} is omitted: it has no annotations, and another has its name {name!r}")
+    return [category for category in categories if category.get("id") not in omitted]
+
+
+def _fill_areas(annotations: list[_Annotation], boxes: np.ndarray, notes: list[str]) -> np.ndarray:
+    """(annotations,) float64: areas, of the mask or the box if the file has none."""
+    areas = np.array([math.nan if a.area is None else a.area for a in annotations], np.float64)
+    is_zero = (areas <= 0) & (boxes[:, 2:] > 0).all(axis=1)
+    for i in np.flatnonzero(np.isnan(areas) | is_zero).tolist():
+        areas[i] = _mask_area(annotations[i].segmentation) or boxes[i, 2] * boxes[i, 3]
+    if is_zero.any():
+        notes.append(f"{is_zero.sum()} boxes have `area: 0`; the area of the mask or the box is used")
+    return areas
+
+
+def _mask_area(raw: msgspec.Raw) -> float:
+    """Pixels of polygons or RLE; 0 if they are missing or wrong."""
+    try:
+        segmentation = msgspec.json.decode(_present(raw) or b"[]")
+        if isinstance(segmentation, dict):
+            return float(hotcoco.mask.area(segmentation))
+        points = [np.reshape(np.array(polygon, np.float64), (-1, 2)).T for polygon in segmentation]
+        area = sum(abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2 for x, y in points)
+        return float(area) if area < FARTHEST**2 else 0.0
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return 0.0
 
 
 def check_categories(categories: list[dict], source: object) -> list[dict]:
@@ -219,17 +277,29 @@ def _gunzip(data: JSONBytes, source: object) -> bytes:
 
 def _decode(data: JSONBytes, source: object) -> _CocoFile:
     try:
-        return msgspec.json.decode(data, type=_CocoFile)
+        return msgspec.json.decode(data, type=_CocoFile, strict=False)  # numbers may be in quotes, and 1.0 is an id
     except msgspec.ValidationError as error:
         number = wrong_number_in(data) if "out of range" in str(error) else ""
         found = f" ({number})" if number else ""
-        raise UserError(f"{source} is not a COCO detection file: {error}{found}") from error
+        raise UserError(f"{source} is not a COCO detection file: {_at_id(data, error)}{error}{found}") from error
     except msgspec.DecodeError as error:
         raise UserError(_why_not_json(data, source, error)) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{source} is not JSON: it is not in UTF-8 ({error})") from error
     except RecursionError as error:
         raise UserError(f"{source} is not a COCO detection file: its lists are nested too deep") from error
+
+
+def _at_id(data: JSONBytes, error: Exception) -> str:
+    """Names the image or annotation that an error is about by its id; "" if it has none."""
+    found = re.search(r"\$\.(image|annotation)s\[(\d+)\]", str(error))
+    try:
+        rows = msgspec.json.decode(data, type=dict[str, msgspec.Raw])[f"{found[1]}s"]
+        row = msgspec.json.decode(rows, type=list[msgspec.Raw])[int(found[2])]
+        row_id = bytes(msgspec.json.decode(row, type=dict[str, msgspec.Raw])["id"])
+        return f"{found[1]} {shown(row_id.decode())}: "
+    except (TypeError, ValueError, LookupError, RecursionError):
+        return ""
 
 
 def _why_not_json(data: JSONBytes, source: object, error: Exception) -> str:
@@ -263,7 +333,7 @@ def _parse_keypoints(annotations: list[_Annotation], source: object) -> np.ndarr
     for annotation in annotations:
         raw, where = _present(annotation.keypoints), f"{source}: annotation {annotation.id}"
         try:
-            rows.append(np.array(msgspec.json.decode(raw, type=list[float]) if raw else []))
+            rows.append(np.array(msgspec.json.decode(raw, type=list[float], strict=False) if raw else []))
         except msgspec.ValidationError as error:
             raise UserError(f"{where} has keypoints that are not numbers: {error}") from error
         if len(rows[-1]) % 3:

@@ -18,13 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shared.data import array_cache
-from shared.data.coco_file import Columns, check_categories
+from shared.data.coco_file import Columns, Parsed, check_categories
 from shared.data.file_lock import once, user_cache
 from shared.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _DTYPES = {
     "image_ids": "<i8",
     "heights": "<i4",
@@ -39,55 +39,58 @@ _DTYPES = {
     "iscrowd": "|b1",
     "segmentations": "|u1",
     "segmentation_offsets": "<i8",
+    "ignore": "|b1",
     "keypoints": "<f8",
 }
-Parsed = tuple[Columns, list[dict], Path | None]  # columns, categories, and the folder that they are mapped from
+_OPTIONAL = {"ignore", "keypoints"}
+Opened = tuple[Parsed, Path | None]  # and the folder that the columns are mapped from
 
 
 def cached(
     path: Path | str,
     version: dict,
     cache_dir: str | os.PathLike | None,
-    parse: Callable[[], tuple[Columns, list[dict]]],
-) -> Parsed:
-    """The columns of an annotation file. One process parses a new version; the others wait and map its result.
+    parse: Callable[[], Parsed],
+) -> Opened:
+    """A parsed annotation file. One process parses a new version; the others wait and map its result.
 
     The cache is in `cache_dir`. By default, it is beside the file, or in the user's cache directory. If no folder can
     be written, a warning is logged and the columns stay in memory.
 
     Args:
         version: changes when the file changes.
-        parse: returns columns and categories.
     """
     text = json.dumps({"version": FORMAT_VERSION, **version}, sort_keys=True)
     places = _cache_places(path, cache_dir)
     caches = [place / hashlib.sha256(text.encode()).hexdigest()[:12] for place in places]
 
-    def find() -> Parsed | None:
+    def find() -> Opened | None:
         return next(filter(None, map(load, caches)), None)
 
-    def make() -> Parsed:
-        columns, categories = parse()
+    def make() -> Opened:
+        parsed = parse()
         for cache in caches:
-            if array_cache.save(cache, columns, categories):
+            array_cache.mark_as_cache(cache.parent)
+            if array_cache.save(cache, parsed.columns, {"categories": parsed.categories, "notes": parsed.notes}):
                 _remove_older(cache)
-                return load(cache) or (columns, categories, None)
+                return load(cache) or (parsed, None)
         logger.warning(
             "%s: the annotation cache cannot be written in %s; set data.cache_dir to a folder with room. "
             "Going on with the annotations in memory.",
             path,
             " or ".join(str(place.parent) for place in places) or "a home directory, for there is none",
         )
-        return columns, categories, None
+        return parsed, None
 
     return once([place / "lock" for place in places], find, make)
 
 
-def load(cache: Path) -> Parsed | None:
+def load(cache: Path) -> Opened | None:
     """Maps a cache folder. Returns None if it is missing or damaged."""
     try:
-        columns, categories = array_cache.load(cache)
-        return (columns, categories, cache) if _is_sound(columns, check_categories(categories, cache)) else None
+        columns, about = array_cache.load(cache)
+        parsed = Parsed(columns, **about)
+        return (parsed, cache) if _is_sound(columns, check_categories(parsed.categories, cache)) else None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None
 
@@ -112,13 +115,13 @@ def _is_sound(columns: Columns, categories: list[dict]) -> bool:
         "file_name_offsets": (images, len(columns["file_names"])),
         "segmentation_offsets": (annotations, len(columns["segmentations"])),
     }
-    sound = columns.keys() | {"keypoints"} == _DTYPES.keys()
+    sound = columns.keys() | _OPTIONAL == _DTYPES.keys()
     sound &= all(column.dtype == _DTYPES[name] for name, column in columns.items())
     for name, (count, end) in ends.items():
         offsets = columns[name]
         sound &= offsets.shape == (count + 1,) and offsets[0] == 0 and offsets[-1] == end
         sound &= bool((offsets[1:] >= offsets[:-1]).all())
-    of_annotations = ("boxes", "labels", "areas", "iscrowd", "keypoints")
+    of_annotations = ("boxes", "labels", "areas", "iscrowd", *_OPTIONAL)
     sound &= all(len(columns[name]) == images for name in ("heights", "widths"))
     sound &= all(len(columns[name]) == annotations for name in of_annotations if name in columns)
     sound &= columns["boxes"].shape[1:] == (4,)

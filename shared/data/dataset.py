@@ -102,10 +102,11 @@ class CocoDetection(torch.utils.data.Dataset):
         transform: takes an image, as `decode` returns it, and its `ImageRecord`.
         training: omit boxes without area from the records.
         bad_images: what happens to images that cannot be read. The next image of the same size replaces a skipped one,
-            so that batches keep their size, and are the same in every run. If there is none of that size, an image of
-            the same shape (wide or not) does, the same for all of that size, because a batch may have one size.
+            so batches keep their size, and are the same in every run. Without one, an image of the same shape (wide or
+            not) replaces it: the same image for all of that size, because a batch may have one size.
         decode: takes the bytes of an 8-bit image, and returns what `transform` takes. None for a PIL image in RGB.
         in_use: indices that may replace another; None for all.
+        replaces: replace a skipped image. Without it, a skipped image gives None.
     """
 
     annotations: CocoAnnotations
@@ -116,6 +117,7 @@ class CocoDetection(torch.utils.data.Dataset):
     bad_images: BadImages | None = None
     decode: Callable[[bytes], Any] | None = None
     in_use: np.ndarray | None = None
+    replaces: bool = True
 
     def __post_init__(self) -> None:
         self.bad_images = self.bad_images or BadImages()
@@ -132,6 +134,8 @@ class CocoDetection(torch.utils.data.Dataset):
                 return transformed(self.transform, image, record)
             except BadImageError as error:
                 self.bad_images.leave_out(error, int(self.annotations.image_ids[candidate]))
+                if not self.replaces:
+                    return None
         raise UserError(f"{self.annotations.path}: none of the images that it names can be read, see the lines above")
 
     def load(self, index: int) -> tuple[Any, ImageRecord]:

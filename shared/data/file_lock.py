@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import IO, BinaryIO, TypeVar
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def once(locks: Sequence[Path], find: Callable[[], T | None], make: Callable[[], T]) -> T:
-    """What `find` returns. If that is None, one process calls `make`, and the others wait and find its result.
+    """What `find` returns. If it finds nothing, one process calls `make`, and the others wait and find its result.
 
     The lock is released when its process dies. If no lock file can be written or locked, each process calls `make`.
 
@@ -56,6 +56,38 @@ def locked(path: Path, log_waiting: bool = False) -> Iterator[BinaryIO]:
         finally:
             file.flush()
             fcntl.flock(file, fcntl.LOCK_UN)  # a process that was forked meanwhile has the file open too
+
+
+def try_lock(path: Path) -> IO | None:
+    """Locks a file until it is closed or this process ends; None if another process has the lock.
+
+    A forked process does not share the lock: a run's loader workers may outlive it by some seconds.
+
+    Raises:
+        OSError: the file cannot be written, or its file system has no locks.
+    """
+    file = path.open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        return None
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process has a file locked with `try_lock`. Creates no file."""
+    try:
+        with path.open("r+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except (BlockingIOError, PermissionError):
+        return True
+    return False
 
 
 def user_cache() -> Path | None:

@@ -17,7 +17,7 @@ _INCOMPLETE_IS_GOOD_FOR = 3600  # seconds until a bucket that lacks images is li
 
 @dataclass
 class Look:
-    """What a storage has of the images of an annotation file.
+    """Which images of an annotation file a storage has.
 
     Attributes:
         missing: how many images are not there.

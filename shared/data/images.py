@@ -21,6 +21,7 @@ _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "BMP": None, "WEBP": None, "TIFF": None}
 _SIXTEEN_BITS = (".png", ".tif", ".tiff", ".pgm", ".jp2")  # formats that can have them
 _TWELVE_BITS = 4096
+_DEFAULT_PIXELS = Image.MAX_IMAGE_PIXELS  # Pillow refuses images of more than twice as many
 DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
 
 
@@ -34,6 +35,11 @@ class SizeMismatch(ValueError):
     def __init__(self, width: int, height: int):
         super().__init__(f"{width}×{height}")
         self.width, self.height = width, height
+
+
+def allow_pixels(count: int | None) -> None:
+    """Sets how many pixels an image may have, in this process and its forks; None for Pillow's 179 million."""
+    Image.MAX_IMAGE_PIXELS = _DEFAULT_PIXELS if count is None else math.ceil(count / 2)
 
 
 def is_image_name(name: str) -> bool:
@@ -77,14 +83,16 @@ def read_image(
 
 def unreadable(file_name: str, name: str, reason: object) -> BadImageError:
     """The error for an image that cannot be decoded."""
+    if isinstance(reason, Image.DecompressionBombError):
+        reason = f"{reason}. Fix: if you trust it, set data.max_image_pixels"
     return BadImageError(f"{file_name} ({name}) cannot be read as an image: {str(reason) or type(reason).__name__}")
 
 
 def plain_bytes(data: bytes, size: tuple[int, int] | None = None) -> bytes:
     """The bytes themselves if all libraries decode them to the same pixels, else a PNG for which they do.
 
-    A PNG replaces 16-bit grey, palettes, CMYK, the first frame of an animation, and images that EXIF would rotate away
-    from `size`.
+    A PNG replaces grey of more than 8 bits, palettes, CMYK and animations (their first frame). It also replaces images
+    that EXIF would rotate away from `size`.
 
     Args:
         size: (width, height) in the annotation file. EXIF rotates the image sideways only if the result has this size.
@@ -92,17 +100,21 @@ def plain_bytes(data: bytes, size: tuple[int, int] | None = None) -> bytes:
 
     Raises:
         SizeMismatch: the image has another size in both orientations.
+        ValueError: its values do not show what is black and what is white.
         OSError, SyntaxError, PIL's DecompressionBombError and others: it cannot be decoded.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about transparent palettes and large images
         with Image.open(io.BytesIO(data)) as image:
+            is_deep = _has_16_bit_channels(image)
             turned = image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
             away = turned and size is not None and image.size == tuple(size) and image.width != image.height
             width, height = image.size[::-1] if turned and not away else image.size
             if size is not None and (width, height) != tuple(size):
                 raise SizeMismatch(width, height)
             still = not getattr(image, "is_animated", False)
+            if is_deep:
+                _check_brightness(image)
             if image.format in _ENDINGS and image.mode in ("RGB", "L") and still and not away:
                 ending = _ENDINGS[image.format]
                 if ending is None or not data.endswith(ending):
@@ -114,18 +126,30 @@ def plain_bytes(data: bytes, size: tuple[int, int] | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def darkness(images: ImageStorage, file_name: str) -> str:
-    """A warning about a 16-bit image whose values have 12, 10 or 9 bits, as microscopes and X-ray detectors write them:
-    its upper 8 bits are nearly empty. "" for other images and those that cannot be read."""
+def value_range(images: ImageStorage, file_name: str) -> tuple[str, float, float] | None:
+    """The mode, the lowest and the highest value of a grey image with more than 8 bits. None for other images and those
+    that cannot be read."""
     if not file_name.lower().endswith(_SIXTEEN_BITS):
-        return ""
+        return None
     try:
         with Image.open(io.BytesIO(images.read(file_name))) as image:
-            levels = np.asarray(image) if image.mode.startswith("I") else np.zeros(1)
+            if not image.mode.startswith(("I", "F")):
+                return None
+            levels = np.asarray(image)
+            return image.mode, levels.min().item(), levels.max().item()
     except Exception:  # whatever a store's client raises: the real read reports it
-        return ""
-    brightest = int(levels.max())
-    if not 255 < brightest < _TWELVE_BITS:
+        return None
+
+
+def darkness(file_name: str, found: tuple[str, float, float] | None) -> str:
+    """A warning about a 16-bit image whose values have 9 to 12 bits, as microscopes and X-ray detectors write them: its
+    upper 8 bits are nearly empty. "" for other images.
+
+    Args:
+        found: see `value_range`.
+    """
+    mode, _, brightest = found or ("", 0, 0)
+    if not mode.startswith("I") or not 255 < brightest < _TWELVE_BITS:
         return ""
     return (
         f"{file_name} has 16 bits a pixel and no value above {brightest}: of 16 bits the upper 8 are taken, so that it "
@@ -146,12 +170,39 @@ def decode_rgb(data: bytes) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # Pillow's own conversion of 16 bits makes most values white
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-        grey = Image.fromarray(levels.astype(np.uint8))
+    if image.mode.startswith(("I", "F")):  # Pillow's own conversion makes most values white or black
+        grey = Image.fromarray(_as_8_bits(np.asarray(image)))
         grey.info.update(image.info)  # which has its orientation
         return grey.convert("RGB")
     return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+
+
+def _as_8_bits(levels: np.ndarray) -> np.ndarray:
+    """Floats from 0 to 1 or to 255, and integers of 8 or 16 bits, as uint8. Raises ValueError for others."""
+    low, high = levels.min().item(), levels.max().item()
+    is_float = levels.dtype.kind == "f"
+    if not 0 <= low <= high <= (255 if is_float else 65535):  # NaN too
+        fix = "as floats from 0 to 1, or as integers of 8 or 16 bits"
+        raise ValueError(f"its values are from {low:g} to {high:g}, of mode {levels.dtype}. Fix: save it {fix}")
+    if is_float:
+        return np.rint(levels * 255 if high <= 1 else levels).astype(np.uint8)
+    return (levels if high <= 255 else levels >> 8).astype(np.uint8)
+
+
+def _has_16_bit_channels(image: Image.Image) -> bool:
+    """Whether a color image that was opened and not yet loaded has 16 bits per channel."""
+    arguments = image.tile[0][3] if image.tile and image.mode in ("RGB", "RGBA") else ""
+    return ";16" in str(arguments[0] if isinstance(arguments, tuple) else arguments)
+
+
+def _check_brightness(image: Image.Image) -> None:
+    """Raises ValueError if 16 bits per channel hold 12 or fewer: Pillow reads the upper 8 bits alone."""
+    brightest = max(high for _, high in image.getextrema()[:3])
+    if brightest < _TWELVE_BITS >> 8:
+        raise ValueError(
+            f"it has 16 bits per channel and no value above {_TWELVE_BITS - 1}, so that it is nearly black (0 to "
+            f"{brightest} of 255). Fix: multiply its values by 16, or save it with 8 bits per channel"
+        )
 
 
 # --- resizing ---------------------------------------------------------------------------------------

@@ -16,13 +16,13 @@ from shared.data.dataset import BadImages
 
 @dataclass
 class Batch:
-    """What a detector trains and detects on.
+    """The input that a detector trains and detects on.
 
     Attributes:
         images: the detector's images, usually (B, 3, H, W).
         targets: the detector's targets.
         image_ids: B of COCO's image ids, kept on the host.
-        skipped: ids of images that cannot be read and were replaced.
+        skipped: ids of images that cannot be read. A training replaces them, and a detection omits them.
         for_loss: in a validation with losses, the images whose losses are computed, in a batch of one each.
     """
 
@@ -42,7 +42,7 @@ class Batch:
 
 @dataclass
 class NotingSkipped:
-    """A collate function that notes in the batch which images were skipped for it.
+    """A collate function that notes in the batch which images were skipped for it. It omits None.
 
     Attributes:
         collate: the detector's.
@@ -53,7 +53,8 @@ class NotingSkipped:
     bad_images: BadImages
 
     def __call__(self, samples: list) -> Batch:
-        batch = self.collate(samples)
+        samples = [sample for sample in samples if sample is not None]
+        batch = self.collate(samples) if samples else Batch(None, None, [])
         batch.skipped = self.bad_images.take()
         return batch
 
@@ -81,10 +82,10 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 class PrefetchLoader:
     """Copies each batch to the device, and prepares it there, while the device still trains on the previous one.
 
-    On a GPU, batch N + 1 is taken from the loader, and its copy and preparation are enqueued on a side stream, before
-    batch N is yielded. So a step that makes the host wait for the device does not delay them. The results are bit for
-    bit the same as without prefetching, if `prepare` draws its random numbers from the batch's number. An error in
-    batch N + 1 is raised after batch N has been trained on.
+    On a GPU, the copy and preparation of batch N + 1 are enqueued on a side stream before batch N is yielded. So a step
+    that makes the host wait for the device does not delay them. The results are bit for bit the same as without
+    prefetching, if `prepare` draws its random numbers from the batch's number. An error in batch N + 1 is raised after
+    batch N has been trained on.
 
     Attributes:
         loader: yields `Batch` on the host. Copies are asynchronous only from pinned memory.

@@ -40,7 +40,7 @@ def is_in_reach(numbers: npt.ArrayLike) -> np.ndarray:
 
 
 def wrong_number_in(data: bytes | mmap.mmap) -> str:
-    """The first number in JSON that is not finite as a float64; "" if there is none."""
+    """The first number in JSON that is not finite as a float64; "" without one."""
     found = (match[0].decode() for match in _SUSPICIOUS.finditer(data))
     return next((shown(number) for number in found if not np.isfinite(float(number))), "")
 

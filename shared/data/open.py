@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -12,9 +13,11 @@ from shared.config.schema import DataConfig, Split
 from shared.data import checks, synthetic
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.checks import check_box_format, check_images, first_dark_image, refuse_names_outside, under_a_pixel
+from shared.data.convert.conversion import annotations_of
+from shared.data.images import allow_pixels
 from shared.data.remote import StoreError
 from shared.data.storage import ImageStorage, open_images
-from shared.errors import UserError
+from shared.errors import UserError, count_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +35,7 @@ class SplitData:
 
 
 def open_split(data: DataConfig, split: str, images: ImageStorage | None = None) -> SplitData:
-    """Opens and checks the annotations and images of "train" or "val".
+    """Opens and checks the annotations and images of "train", "val" or "test".
 
     Args:
         images: replaces the folder in `data`.
@@ -49,10 +52,11 @@ def _open_files(data: DataConfig, split: str, images: ImageStorage | None) -> Sp
     if paths is None:
         raise UserError(f"data.{split} is missing; it needs the keys `annotations` and `images`")
     try:
-        annotations = CocoAnnotations.open(data.located(paths.annotations), data.cache_dir, data.store_options)
+        annotations, found = _open_annotations(data, split, paths)
     except UserError as error:
         raise UserError(f"data.{split}.annotations: {error}") from error
-    folder = data.located(paths.images)
+    allow_pixels(data.max_image_pixels)
+    folder = data.located(paths.images or found)
     if images is None:
         images = open_images(folder, split, data.store_options, data.cache_dir, int(data.cache_gb * 2**30))
     where = f"data.{split}.images ({folder})"
@@ -65,7 +69,38 @@ def _open_files(data: DataConfig, split: str, images: ImageStorage | None) -> Sp
                 logger.warning("data.%s: %s", split, dark)
     except StoreError as error:
         raise StoreError(f"data.{split}.images: {error}") from error
+    if _is_first_process():
+        for note in notes_on(annotations, split):
+            logger.warning("data.%s.annotations: %s", split, note)
+    if split == "train" and "ignore" in annotations.columns:
+        annotations = annotations.select(~annotations.columns["ignore"])
     return SplitData(annotations, images)
+
+
+def _open_annotations(data: DataConfig, split: str, paths: Split) -> tuple[CocoAnnotations, str]:
+    """A split's annotations in any format, and the folder of its images if the format names it."""
+    if paths.is_coco or data.located(paths.annotations) != paths.annotations:
+        return CocoAnnotations.open(data.located(paths.annotations), data.cache_dir, data.store_options), ""
+    source = Path(paths.annotations)
+    coco, folder = annotations_of(source, split, Path(paths.images) if paths.images else None)
+    if folder is None and not paths.images:
+        raise UserError(f"{source}: does not name its images' folder. Fix: give data.{split}.images")
+    annotations = CocoAnnotations.from_dict(coco)
+    annotations.path = str(source)
+    if _is_first_process():
+        logger.info("data.%s: %s is converted at each start: %s", split, source, count_of(len(annotations), "image"))
+    return annotations, str(folder)
+
+
+def notes_on(annotations: CocoAnnotations, split: str) -> list[str]:
+    """Sentences about what was changed in reading the annotations, and about numbers that others compute from them."""
+    notes = list(annotations.notes)
+    if split == "val" and (annotations.columns["annotation_ids"] == 0).any():
+        notes.append(
+            "an annotation has the id 0, which pycocotools counts as not found: its mAP is too low. The results here "
+            "are right"
+        )
+    return notes
 
 
 def _open_fake(data: DataConfig, split: str, images: ImageStorage | None) -> SplitData:

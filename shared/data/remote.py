@@ -47,19 +47,15 @@ class StoreError(UserError):
     """A store that does not answer, or refuses."""
 
 
-# --- one kind of store each -------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Store:
     """A kind of store.
 
     Attributes:
         package: that pip installs.
-        if_refused: what the user can do if the store refuses.
-        open: the file system; fsspec keeps one per process and thread.
-        list_page: the files in a folder, given the bucket, the folder's prefix and a page's token; None if the store
-            has no list.
+        if_refused: the fix, if the store refuses.
+        open: gives the file system. fsspec keeps one per process and thread.
+        list_page: the files below a bucket's prefix, from a page's token on; None if the store has no list.
     """
 
     package: str
@@ -110,15 +106,9 @@ def _open_http(options: StoreOptions) -> AsyncFileSystem:
     return HTTPFileSystem(use_listings_cache=False)
 
 
-_S3 = _Store(
-    "s3fs",
-    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or data.anonymous: true for a public one",
-    _open_s3,
-    _list_s3,
-)
-_GCS = _Store(
-    "gcsfs", "set GOOGLE_APPLICATION_CREDENTIALS, or data.anonymous: true for a public one", _open_gcs, _list_gcs
-)
+_PUBLIC = "or data.anonymous: true for a public one"
+_S3 = _Store("s3fs", f"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, {_PUBLIC}", _open_s3, _list_s3)
+_GCS = _Store("gcsfs", f"set GOOGLE_APPLICATION_CREDENTIALS, {_PUBLIC}", _open_gcs, _list_gcs)
 _HTTP = _Store("aiohttp", "the server must let everybody read", _open_http)
 _STORES = {"s3": _S3, "gs": _GCS, "gcs": _GCS, "http": _HTTP, "https": _HTTP}
 
@@ -131,9 +121,6 @@ def _store_of(url: str) -> _Store:
         known = ", ".join(f"{known}://" for known in _STORES)
         raise StoreError(f"{url}: nothing is read from {scheme}://; these are: {known}, and paths on disk")
     return _STORES[scheme]
-
-
-# --- files ------------------------------------------------------------------------------------------
 
 
 def read_url(url: str, options: StoreOptions, size: int | None = None, seconds: float = 0) -> bytes:
@@ -158,7 +145,7 @@ def read_url(url: str, options: StoreOptions, size: int | None = None, seconds: 
 
 
 def version_of(url: str, options: StoreOptions) -> dict[str, str]:
-    """What the store says of a file's version: size, ETag, time. The errors are those of `read_url`."""
+    """The size, ETag and time that the store reports for a file. The errors are those of `read_url`."""
     info = _request(lambda files: files.info(url, timeout=_attempt_seconds(options)), url, options)
     return {key: str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None}
 
@@ -212,8 +199,8 @@ class RemoteImages:
         self._sizes = sizes
 
     def look(self, names: np.ndarray) -> Look:
-        """Lists the folders of a bucket, and keeps the sizes of the files. A web server has no list, so some images are
-        tried. The errors are those of `read_url`; each page of a list has its own `data.store_timeout`."""
+        """Lists the folders of a bucket, and keeps the sizes of the files. A web server has no list, so some images
+        are tried. The errors are those of `read_url`; each page of a list has its own `data.store_timeout`."""
         if self.is_web_server:
             return self._try_some(names)
         pages = (
@@ -262,9 +249,6 @@ class RemoteImages:
             except FileNotFoundError:
                 absent.append(name.decode())
         return Look(len(absent), absent[0] if absent else "", whole=False)
-
-
-# --- requests and their errors ----------------------------------------------------------------------
 
 
 def _request(request: Callable[[AsyncFileSystem], T], url: str, options: StoreOptions) -> T:

@@ -22,6 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from shared.config.schema import StoreOptions, is_url
+from shared.data.array_cache import mark_as_cache
 from shared.data.file_lock import locked
 from shared.data.image_list import Look, Sizes, find, folders_of, modified
 from shared.data.remote import RemoteImages
@@ -77,7 +78,7 @@ def open_images(
 
 @dataclass(frozen=True)
 class DiskImages:
-    """Images in a folder and its subfolders, without links that lead out of it."""
+    """Images in a folder and its subfolders, without links that lead out of it, except into a Hugging Face cache."""
 
     folder: Path
 
@@ -117,7 +118,10 @@ class DiskImages:
 
 
 def _refuse_link_out(path: Path, root: Path) -> None:
-    if not (target := path.resolve()).is_relative_to(root):
+    target = path.resolve()
+    # a Hugging Face cache has links in <repository>/snapshots/<revision>/ to files in <repository>/blobs/
+    repositories = [parent.parent for parent in (root, *root.parents) if parent.name == "snapshots"]
+    if not any(target.is_relative_to(folder) for folder in (root, *(r / "blobs" for r in repositories))):
         raise UserError(f"{path} is a link out of {root}, to {target}; put the file itself there")
 
 
@@ -201,7 +205,9 @@ class CachedImages:
             return False
 
     def _keep(self, copy: Path, data: bytes, version: bytes) -> None:
-        copy.parent.mkdir(parents=True, exist_ok=True)
+        if not copy.parent.exists():
+            mark_as_cache(self.folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
         before = copy.stat().st_size if copy.exists() else 0
         if self._reserve(len(data) + len(version) + _CHECKSUM_BYTES - before):
             _write_copy(copy, data, version)

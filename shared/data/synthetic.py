@@ -152,7 +152,7 @@ def _inside(polygon: list[tuple[float, float]], size: int) -> np.ndarray:
 
 
 def _annotation(category: int, inside: np.ndarray, segmentation: list | dict, iscrowd: int = 0) -> dict:
-    """Of the pixels that are drawn: pixel i reaches from i to i + 1."""
+    """The annotation of the drawn pixels. Pixel i reaches from i to i + 1."""
     columns, rows = (np.flatnonzero(inside.any(axis=axis)) for axis in (0, 1))
     left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
     return {

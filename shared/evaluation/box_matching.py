@@ -7,6 +7,7 @@ pass takes one pair of a detection and an object from every cell at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,16 +86,22 @@ class Objects(Boxes):
 
 
 def precision_and_recall(
-    objects: Objects, images: np.ndarray, labels: np.ndarray, scores: np.ndarray, boxes: np.ndarray
+    objects: Objects,
+    images: np.ndarray,
+    labels: np.ndarray,
+    scores: np.ndarray,
+    boxes: np.ndarray,
+    max_detections: Sequence[int] = MAX_DETECTIONS,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Match M detections, on images in ascending order, as pycocotools' `evaluate` and `accumulate` do.
 
     Args:
         images, labels: (M,) integers from 0 on.
         boxes: (M, 4) float64, x y width height.
+        max_detections: per image and category, ascending.
 
     Returns:
-        Precision (thresholds, recalls, categories, areas) of at most 100 detections, and recall (thresholds,
+        Precision (thresholds, recalls, categories, areas) of the last of `max_detections`, and recall (thresholds,
         categories, areas, max detections); -1 for a category without objects.
     """
     order = np.argsort(-scores, kind="stable")
@@ -103,7 +110,7 @@ def precision_and_recall(
     cells = (images[order].astype(np.int64) * objects.categories + labels[order])[to_cells]
     begins = np.flatnonzero(np.diff(cells, prepend=-1))
     places = np.arange(len(cells)) - np.repeat(begins, np.diff(begins, append=len(cells)))  # in their cells
-    kept = places < MAX_DETECTIONS[-1]
+    kept = places < max_detections[-1]
     to_cells, cells = to_cells[kept], cells[kept]
     corners, box_areas = _corners_and_areas(boxes[order[to_cells]])
     detections = Boxes(cells, corners, box_areas, _outside(box_areas))
@@ -111,7 +118,7 @@ def precision_and_recall(
 
     back = np.argsort(to_cells)
     labels, places = cells[back] % objects.categories, places[kept][back]
-    return _accumulate(objects, labels, places, found[back], ignored[back])
+    return _accumulate(objects, labels, places, found[back], ignored[back], max_detections)
 
 
 def _stable_order(values: np.ndarray) -> np.ndarray:
@@ -187,12 +194,17 @@ def _pairs(detections: Boxes, objects: Objects) -> tuple[np.ndarray, np.ndarray,
 
 
 def _accumulate(
-    objects: Objects, labels: np.ndarray, places: np.ndarray, found: np.ndarray, ignored: np.ndarray
+    objects: Objects,
+    labels: np.ndarray,
+    places: np.ndarray,
+    found: np.ndarray,
+    ignored: np.ndarray,
+    max_detections: Sequence[int],
 ) -> tuple[np.ndarray, np.ndarray]:
     """The curves. Detections are sorted by category, then score."""
     categories = objects.categories
     precision = np.full((_THRESHOLDS, len(RECALLS), categories, len(AREAS)), -1.0)
-    recall = np.full((_THRESHOLDS, categories, len(AREAS), len(MAX_DETECTIONS)), -1.0)
+    recall = np.full((_THRESHOLDS, categories, len(AREAS), len(max_detections)), -1.0)
     category_begins = np.searchsorted(labels, np.arange(categories))
     for area, of_area in enumerate(_OF_AREA):
         counted = objects.cells[(objects.outside & of_area) == 0] % categories
@@ -215,7 +227,7 @@ def _accumulate(
             best = np.maximum.reduceat(precisions, places_of.ravel()).reshape(places_of.shape) if len(scored) else 0.0
             best = np.where(needed < rights[scored, None], best, 0)
             precision[threshold, :, scored, area] = np.maximum.accumulate(best[:, ::-1], axis=1)[:, ::-1]
-            for i, most in enumerate(MAX_DETECTIONS):
+            for i, most in enumerate(max_detections):
                 of_most = np.bincount(label[places[kept[right]] < most], minlength=categories)
                 recall[threshold, scored, area, i] = of_most[scored] / positives[:, 0]
     return precision, recall

@@ -31,6 +31,8 @@ class Detections:
         labels: (M,) int64, 0 to K-1 in the order of category ids.
         masks: M of COCO's RLE dicts ({"size": [height, width], "counts": …}), or None.
         keypoints: (M, K, 3) float32, x y score as COCO has them (whole numbers are the pixels' centres), or None.
+        sizes: (M, 2) float64, width and height as a file has them, or None. With sizes, all numbers are float64: an IoU
+            that lies on a threshold must not be rounded.
     """
 
     image_id: int
@@ -39,14 +41,16 @@ class Detections:
     labels: np.ndarray
     masks: list[dict] | None = None
     keypoints: np.ndarray | None = None
+    sizes: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        self.boxes = np.asarray(self.boxes, dtype=np.float32)
+        dtype = np.float32 if self.sizes is None else np.float64
+        self.boxes = np.asarray(self.boxes, dtype)
         if self.boxes.size == 0:
             self.boxes = self.boxes.reshape(0, 4)
         if self.boxes.ndim != 2 or self.boxes.shape[1] != 4:
             raise ValueError(f"image {self.image_id}: boxes {self.boxes.shape}, and they are (M, 4): x1 y1 x2 y2")
-        self.scores = np.asarray(self.scores, dtype=np.float32)
+        self.scores = np.asarray(self.scores, dtype)
         self.labels = np.asarray(self.labels, dtype=np.int64)
         count = len(self.boxes)
         if self.scores.shape != (count,) or self.labels.shape != (count,):
@@ -55,8 +59,10 @@ class Detections:
             )
         if self.masks is not None and len(self.masks) != count:
             raise ValueError(f"image {self.image_id}: {count} boxes, but {len(self.masks)} masks")
+        if self.sizes is not None and self.sizes.shape != (count, 2):
+            raise ValueError(f"image {self.image_id}: {count} boxes, but sizes {self.sizes.shape}")
         if self.keypoints is not None:
-            self.keypoints = np.asarray(self.keypoints, dtype=np.float32)
+            self.keypoints = np.asarray(self.keypoints, dtype)
             if self.keypoints.ndim != 3 or len(self.keypoints) != count or self.keypoints.shape[2] != 3:
                 raise ValueError(f"image {self.image_id}: {count} boxes, but keypoints {self.keypoints.shape}")
 
@@ -64,10 +70,17 @@ class Detections:
         return len(self.boxes)
 
 
+def sizes_of(detections: Detections) -> np.ndarray:
+    """(M, 2) float64, widths and heights."""
+    if detections.sizes is not None:
+        return detections.sizes
+    boxes = detections.boxes.astype(np.float64)
+    return boxes[:, 2:] - boxes[:, :2]
+
+
 def to_coco_results(detections: Detections, category_ids: list[int]) -> list[dict]:
     """The detections in COCO's result format: one dict each, `bbox` as x y width height."""
-    boxes = detections.boxes.astype(np.float64)
-    boxes[:, 2:] -= boxes[:, :2]
+    boxes = np.hstack([detections.boxes[:, :2], sizes_of(detections)])
     results = []
     for i, (box, score, label) in enumerate(
         zip(boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True)
@@ -149,7 +162,8 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
     found = []
     for image_id, of_image in zip(images.tolist(), np.split(order, ends), strict=False):
         own = [rows[i] for i in of_image]
-        boxes = np.array([row.bbox for row in own])
+        boxes = np.array([row.bbox for row in own], dtype=np.float64)
+        sizes = boxes[:, 2:].copy()
         boxes[:, 2:] += boxes[:, :2]
         found.append(
             Detections(
@@ -159,6 +173,7 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
                 [label_of[row.category_id] for row in own],
                 masks=[masks[i] for i in of_image] if with_masks else None,
                 keypoints=np.reshape([row.keypoints for row in own], (len(own), -1, 3)) if with_keypoints else None,
+                sizes=sizes,
             )
         )
     return found

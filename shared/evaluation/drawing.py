@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, PngImagePlugin
 from pycocotools import mask as coco_mask
 
@@ -103,7 +100,7 @@ def objects_of_detections(
 def objects_of_truth(
     record: ImageRecord, categories: Sequence[dict], with_masks: bool = False, with_keypoints: bool = False
 ) -> Objects:
-    """The annotated objects. Crowds are below the others and their captions say so."""
+    """The annotated objects. Crowds are below the others, with “(crowd)” in their captions."""
     masks = [_fillable(segmentation, record) for segmentation in record.segmentations] if with_masks else None
     return Objects(
         boxes=record.boxes,
@@ -312,6 +309,11 @@ def _scale(image: Image.Image) -> float:
 
 def _write_pdf(path: Path, image: Image.Image, objects: Objects, scale: float) -> None:
     """Write a page of `scale` times the image's pixels at 72 per inch. Masks are pixels."""
+    # here, because every run loads this module, and hardly any writes a PDF
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.patches import Rectangle
+
     pixels = with_masks(image, objects, scale)
     figure = Figure(figsize=(pixels.width / 72, pixels.height / 72), dpi=72)
     axes = figure.add_axes((0, 0, 1, 1))

@@ -15,25 +15,25 @@ from tabulate import tabulate
 from shared.data.annotations import CocoAnnotations
 from shared.data.checks import wrong_segmentation
 from shared.errors import UserError
-from shared.evaluation.box_matching import Objects, precision_and_recall
+from shared.evaluation.box_matching import MAX_DETECTIONS, Objects, precision_and_recall
 from shared.evaluation.detections import Detections, as_rle
 from shared.evaluation.gathered import ChiefReducer, Gather, GatheredDetections, alone, merge
 
-# name, recall instead of precision, IoU index (None: all), area index, index in max_dets (1, 10, 100): the twelve lines
-# of pycocotools' summary
+# name, recall instead of precision, IoU index (None: all), area index, index in max_dets (1, 10, 100, …): the twelve
+# lines of pycocotools' summary. -1 is the most detections, 100 unless `max_detections` says another number.
 _SUMMARY = (
-    ("mAP", False, None, 0, 2),
-    ("mAP_50", False, 0, 0, 2),
-    ("mAP_75", False, 5, 0, 2),
-    ("mAP_s", False, None, 1, 2),
-    ("mAP_m", False, None, 2, 2),
-    ("mAP_l", False, None, 3, 2),
+    ("mAP", False, None, 0, -1),
+    ("mAP_50", False, 0, 0, -1),
+    ("mAP_75", False, 5, 0, -1),
+    ("mAP_s", False, None, 1, -1),
+    ("mAP_m", False, None, 2, -1),
+    ("mAP_l", False, None, 3, -1),
     ("AR_1", True, None, 0, 0),
     ("AR_10", True, None, 0, 1),
     ("AR_100", True, None, 0, 2),
-    ("AR_s", True, None, 1, 2),
-    ("AR_m", True, None, 2, 2),
-    ("AR_l", True, None, 3, 2),
+    ("AR_s", True, None, 1, -1),
+    ("AR_m", True, None, 2, -1),
+    ("AR_l", True, None, 3, -1),
 )
 # of keypoints the ten lines: there are no small ones, and at most 20 detections an image
 _KEYPOINT_SUMMARY = (
@@ -67,6 +67,7 @@ def evaluate(
     iou_types: Sequence[str] | str = ("bbox",),
     image_ids: Iterable[int] | None = None,
     keypoint_sigmas: Sequence[float] | None = None,
+    max_detections: int | None = None,
 ) -> dict[str, float]:
     """COCO's twelve numbers and the AP of each category, by each of `iou_types` ("bbox", "segm", "keypoints"); of
     keypoints COCO has ten.
@@ -76,10 +77,12 @@ def evaluate(
         image_ids: the images to evaluate on; all of the file where None.
         keypoint_sigmas: how far each of the K keypoints may lie off, as a share of the object's size; those of COCO's
             17 of a person where None.
+        max_detections: of a category and image that count, those of the highest scores; None for COCO's 100, and 20 of
+            keypoints.
 
     Returns:
         {"bbox_mAP": …, "bbox_mAP_50": …, …, "bbox_AP/<category name>": …, "segm_mAP": …}, fractions in
-        [0, 1], nan where there is nothing to score. Categories without ground truth are left out.
+        [0, 1], nan without ground truth. Categories without ground truth are left out.
 
     Raises:
         UserError: an image of the detections or of `image_ids` is not in the file, an image comes twice, a label is
@@ -90,7 +93,7 @@ def evaluate(
     image_ids = None if image_ids is None else list(image_ids)
     detections = list(detections)
     check_detections(annotations, detections, image_ids)
-    evaluator = CocoEvaluator(annotations, iou_types, image_ids, keypoint_sigmas=keypoint_sigmas)
+    evaluator = CocoEvaluator(annotations, iou_types, image_ids, keypoint_sigmas, max_detections=max_detections)
     evaluator.update(detections)
     return evaluator.compute()
 
@@ -131,7 +134,7 @@ class CocoEvaluator(ChiefReducer):
     An image that several slots have seen counts once.
 
     Args:
-        image_ids, keypoint_sigmas: as of `evaluate`.
+        image_ids, keypoint_sigmas, max_detections: as of `evaluate`.
         gather: the way to the chief, see `ChiefReducer`.
 
     Attributes:
@@ -145,6 +148,7 @@ class CocoEvaluator(ChiefReducer):
         image_ids: Iterable[int] | None = None,
         keypoint_sigmas: Sequence[float] | None = None,
         gather: Gather = alone,
+        max_detections: int | None = None,
     ):
         super().__init__(gather)
         iou_types = (iou_types,) if isinstance(iou_types, str) else iou_types
@@ -154,6 +158,7 @@ class CocoEvaluator(ChiefReducer):
         if "keypoints" in iou_types:
             _check_keypoints(annotations, keypoint_sigmas)
         self.keypoint_sigmas = keypoint_sigmas
+        self.max_detections = max_detections
         self.annotations = annotations
         self.iou_types = tuple(iou_types)
         self._all_ids = np.sort(annotations.image_ids)
@@ -204,6 +209,8 @@ class CocoEvaluator(ChiefReducer):
     def metrics_of(self, shares: list[GatheredDetections]) -> dict[str, float]:
         self.open_truth()
         self.found = merge(shares)
+        if len(self.found.skipped) and not len(self._evaluated(self.found)):
+            raise UserError("data.val.images: no image can be read. Fix: look at the lines above, each names an image")
         metrics: dict[str, float] = {}
         for iou_type in self.iou_types:
             if iou_type == "bbox":
@@ -234,7 +241,12 @@ class CocoEvaluator(ChiefReducer):
             kept = np.isin(rows[:, 0], evaluated)
             rows, scores = rows[kept], scores[kept]
         images, labels = rows[:, [0, 6]].astype(np.int64).T
-        return precision_and_recall(objects, images, labels, scores, rows[:, 1:5])
+        return precision_and_recall(objects, images, labels, scores, rows[:, 1:5], self._most_detections())
+
+    def _most_detections(self) -> list[int]:
+        """The numbers of detections that COCO's summary counts, ascending."""
+        most = self.max_detections
+        return [*MAX_DETECTIONS] if most is None else [*(min(each, most) for each in MAX_DETECTIONS), most]
 
     def _evaluated(self, found: GatheredDetections) -> np.ndarray:
         """The positions of the images that count, sorted."""
@@ -262,6 +274,8 @@ class CocoEvaluator(ChiefReducer):
         params.img_ids = self._evaluated(found).tolist()
         if iou_type == "keypoints" and self.keypoint_sigmas:
             params.kpt_oks_sigmas = list(self.keypoint_sigmas)
+        if self.max_detections is not None:
+            params.max_dets = [self.max_detections] if iou_type == "keypoints" else self._most_detections()
         evaluation.params = params
         evaluation.evaluate()
         evaluation.accumulate()
@@ -377,7 +391,7 @@ def to_hotcoco(annotations: CocoAnnotations, masks: bool = True, keypoints: bool
 
 
 def _segmentations(annotations: CocoAnnotations) -> list[list | dict]:
-    """The mask of each annotation as compressed RLE, [] where there is none. hotcoco would rasterize polygons at each
+    """The mask of each annotation as compressed RLE, [] without one. hotcoco would rasterize polygons at each
     evaluation again. Polygons of less than three points enclose nothing and are omitted."""
     segmentations = []
     for record in annotations:
@@ -423,7 +437,7 @@ def metrics_table(metrics: dict[str, float], iou_types: tuple[str, ...]) -> str:
 
 
 def for_json(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """With None in the place of nan and infinity, which JSON does not have."""
+    """With None instead of nan and infinity, which JSON lacks."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in numbers.items()

@@ -15,7 +15,7 @@ from determined.pytorch import MetricReducer
 
 from shared.durable import writing
 from shared.errors import UserError
-from shared.evaluation.detections import Detections
+from shared.evaluation.detections import Detections, sizes_of
 
 Gather = Callable[[Any], "list | None"]
 """Sends a slot's value to the chief, which gets all slots' values in the order of ranks; the others get None. Every
@@ -43,7 +43,7 @@ class ChiefReducer(MetricReducer):
     which `raise_if_failed` raises on every slot.
 
     Args:
-        gather: the way to the chief; `alone` where there is one process.
+        gather: the way to the chief; `alone` for one process.
     """
 
     def __init__(self, gather: Gather = alone):
@@ -110,13 +110,14 @@ class GatheredDetections:
         images: (images,) int64 positions among the data's image ids, sorted; in a file the ids themselves.
         counts: (images,) int64, each image's detections.
         skipped: (skipped,) int64, as `images`: those that cannot be read.
-        boxes: (M, 4) float32, x1 y1 x2 y2.
-        scores: (M,) float32.
+        boxes: (M, 4) float32, x1 y1 x2 y2; float64 with `sizes`.
+        scores: (M,) float32; float64 with `sizes`.
         labels: (M,) int32.
         keypoints: (M, 3K) float32 where they are evaluated.
         mask_sizes: (M, 2) int32, height and width; this and the next two where masks are evaluated.
         mask_bytes: (bytes,) uint8, the masks' compressed RLE, one after the other.
         mask_lengths: (M,) int32, bytes of each.
+        sizes: (M, 2) float64, see `Detections`; None if no image has them.
     """
 
     images: np.ndarray
@@ -129,6 +130,7 @@ class GatheredDetections:
     mask_sizes: np.ndarray | None = None
     mask_bytes: np.ndarray | None = None
     mask_lengths: np.ndarray | None = None
+    sizes: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -143,6 +145,8 @@ class GatheredDetections:
             scores=np.concatenate([np.empty(0, np.float32), *(d.scores for d in detections)]),
             labels=np.concatenate([np.empty(0, np.int64), *(d.labels for d in detections)]).astype(np.int32),
         )
+        if any(detection.sizes is not None for detection in detections):
+            share.sizes = np.concatenate([sizes_of(detection) for detection in detections])
         if keypoints:
             share.keypoints = np.concatenate(
                 [d.keypoints.reshape(len(d), -1) for d in detections if len(d)] or [np.empty((0, 0), np.float32)]
@@ -160,7 +164,7 @@ class GatheredDetections:
         rows = np.empty((len(self.boxes), 7), dtype=np.float64)
         rows[:, 0] = np.repeat(self.images, self.counts)
         rows[:, 1:5] = self.boxes
-        rows[:, 3:5] -= rows[:, 1:3]
+        rows[:, 3:5] = rows[:, 3:5] - rows[:, 1:3] if self.sizes is None else self.sizes
         rows[:, 5] = self.scores
         rows[:, 6] = self.labels
         return rows
@@ -192,6 +196,7 @@ class GatheredDetections:
                     self.labels[start:end],
                     masks=None if rles is None else rles[start:end],
                     keypoints=None if points is None else points.reshape(end - start, -1, 3),
+                    sizes=None if self.sizes is None else self.sizes[start:end],
                 )
             )
         return found
@@ -258,6 +263,7 @@ def merge(shares: list[GatheredDetections]) -> GatheredDetections:
         keypoints=rows_of("keypoints"),
         mask_sizes=rows_of("mask_sizes"),
         mask_lengths=rows_of("mask_lengths"),
+        sizes=rows_of("sizes"),
     )
     if merged.mask_sizes is not None:
         ends = _offsets(np.concatenate([share.mask_lengths for share in shares]))

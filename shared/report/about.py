@@ -21,14 +21,14 @@ _NOT_THERE = "–"
 
 @dataclass
 class About:
-    """What a report says besides its numbers.
+    """The run that a report describes.
 
     Attributes:
         title: of the page.
         facts: name and value, the first table.
         changed: keys of the config that differ from the shipped file: key, the file's value, this one's.
         shipped: the name of that file.
-        curves: of the training, by title.
+        curves: learning curves by title.
     """
 
     title: str = "Detections"

@@ -1,4 +1,4 @@
-"""The numbers of a report: hotcoco's, and what is wrong on each image."""
+"""The numbers of a report: hotcoco's, and the errors on each image."""
 
 from __future__ import annotations
 
@@ -42,16 +42,14 @@ _OBJECTS_PER_IMAGE = {
 
 @dataclass(frozen=True)
 class ThresholdCurve:
-    """Precision, recall and F1 of the detections of at least each score.
+    """The F1 score of the detections of at least each score.
 
     Attributes:
         thresholds: (T,) float64, each score that occurs, the highest first.
-        precision, recall, f1: (T,) float64.
+        f1: (T,) float64.
     """
 
     thresholds: np.ndarray
-    precision: np.ndarray
-    recall: np.ndarray
     f1: np.ndarray
 
     @property
@@ -75,12 +73,7 @@ def threshold_curve(scores: np.ndarray, is_right: np.ndarray, objects: int) -> T
     scores = scores[order].astype(np.float64)
     last = np.flatnonzero(np.append(np.diff(scores) != 0, True)) if len(scores) else np.empty(0, np.int64)
     right, found = np.cumsum(is_right[order])[last], last + 1.0
-    return ThresholdCurve(
-        thresholds=scores[last],
-        precision=right / found,
-        recall=right / objects if objects else np.zeros(len(last)),
-        f1=2 * right / (found + objects),
-    )
+    return ThresholdCurve(scores[last], f1=2 * right / (found + objects))
 
 
 def interval_around(value: float, standard_error: float, least: float, most: float) -> tuple[float, float]:
@@ -149,7 +142,7 @@ class Analysis:
     Attributes:
         metrics: those of `evaluate`, without the prefix of the IoU type and without categories.
         intervals: the ends of their 95 % bootstrap intervals; {} without a bootstrap.
-        curve: of all categories together, at an IoU (for keypoints, OKS) of 0.5.
+        curve: for all categories together, at an IoU (for keypoints, OKS) of 0.5.
         category_curves: by label, of each category that has objects.
         by_count: by the number of objects in an image.
         errors: hotcoco's `tide_errors`: "delta_ap" and "counts" by type, "ap_base"; None for keypoints.
@@ -216,13 +209,14 @@ def analyse(
     image_ids: Iterable[int] | None = None,
     keypoint_sigmas: Sequence[float] | None = None,
     resamples: int = RESAMPLES,
+    max_detections: int | None = None,
 ) -> Analyses:
     """All numbers of a report.
 
     Args:
         iou_types: "bbox", and "segm" and "keypoints" if the detections have them.
-        image_ids, keypoint_sigmas: see `evaluate`.
-        resamples: of images, with replacement, for the intervals; 0 for none.
+        image_ids, keypoint_sigmas, max_detections: see `evaluate`.
+        resamples: how often images are drawn again for the intervals; 0 for no intervals.
 
     Raises:
         UserError: see `evaluate`.
@@ -230,7 +224,8 @@ def analyse(
     detections = list(detections)
     image_ids = None if image_ids is None else list(image_ids)
     check_detections(annotations, detections, image_ids)
-    evaluator = CocoEvaluator(annotations, ("bbox", *(t for t in iou_types if t != "bbox")), image_ids, keypoint_sigmas)
+    iou_types = ("bbox", *(t for t in iou_types if t != "bbox"))
+    evaluator = CocoEvaluator(annotations, iou_types, image_ids, keypoint_sigmas, max_detections=max_detections)
     evaluator.update(detections)
     found = evaluator.share()
     index_of = {image_id: index for index, image_id in enumerate(annotations.image_ids.tolist())}

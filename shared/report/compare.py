@@ -45,7 +45,7 @@ class Difference:
     """By how much B is above A; nan if one of them has nothing to score.
 
     Attributes:
-        name: of the metric or the category.
+        name: a metric or a category.
         a, b, delta: the numbers, and b - a.
         lower, upper: the ends of the 95 % interval around delta, see `interval_around`; nan without a bootstrap.
         better: the probability that B is above A, by the interval's normal distribution; nan without a bootstrap, and
@@ -117,7 +117,7 @@ def compare(
         images: the folder of the images, for pictures; None for no pictures.
         iou_types: None for boxes, and masks and keypoints if all sets have them.
         image_ids: the images to evaluate on; None for all of the file.
-        resamples: of the images, for the intervals; 0 for none.
+        resamples: how often images are drawn again for the intervals; 0 for no intervals.
 
     Returns:
         Each further set against the first, by each IoU type.
@@ -174,7 +174,7 @@ def _compare(a: Analyses, b: Analyses, name_a: str, name_b: str, iou_type: str, 
 
 
 def _standard_errors(one: hotcoco.COCOeval, other: hotcoco.COCOeval, resamples: int) -> dict[str, float]:
-    """Of each number's difference, by hotcoco's name: by a bootstrap over images, the same for both."""
+    """The standard error of each difference, by hotcoco's name, from a bootstrap over images."""
     if resamples < 2 or len(one.params.img_ids) < 2:
         return {}
     compared = hotcoco.compare(one, other, n_bootstrap=resamples, seed=SEED)
@@ -335,7 +335,9 @@ class _Run:
             rows = np.flatnonzero(labels >= 0)
             masks = None if found.masks is None else [found.masks[row] for row in rows]
             points = None if found.keypoints is None else found.keypoints[rows]
-            kept.append(Detections(found.image_id, found.boxes[rows], found.scores[rows], labels[rows], masks, points))
+            sizes = None if found.sizes is None else found.sizes[rows]
+            boxes, scores = found.boxes[rows], found.scores[rows]
+            kept.append(Detections(found.image_id, boxes, scores, labels[rows], masks, points, sizes))
         return kept
 
 

@@ -1,4 +1,4 @@
-"""What is wrong on each image, by the error types of TIDE."""
+"""The errors on each image, by TIDE's types."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ TITLES = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints"}
 
 
 def write_page(template: str, path: Path, numbers: Any = None, **content: Any) -> None:
-    """Fill a template of `templates/`. What is not `Markup` is escaped.
+    """Fill a template of `templates/`. All text but `Markup` is escaped.
 
     Args:
         numbers: for the JSON file beside the page; None for no file.
@@ -67,7 +67,7 @@ def signed(value: float | None, digits: int = 3) -> str:
 
 
 def parse_page_options(parser: argparse.ArgumentParser, output: str, arguments: Sequence[str]) -> argparse.Namespace:
-    """Read a command line: what the parser has already, and --images, --output and --resamples.
+    """Read a command line, with --images, --output and --resamples besides the parser's own options.
 
     Raises:
         UserError: the images' folder is not there; a number of resamples that gives no interval.

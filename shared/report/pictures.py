@@ -75,7 +75,7 @@ def picture_of_difference(a: Analyses, b: Analyses, images: ImageStorage | None,
 
 
 def picture_of_suspect(analyses: Analyses, images: ImageStorage | None, suspect: Suspect) -> str | None:
-    """What is annotated around a place, beside what was detected there."""
+    """The annotations around a place, beside the detection there."""
     annotations = analyses.annotations
     record = annotations[suspect.image]
     detected = Objects(

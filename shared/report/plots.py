@@ -13,9 +13,12 @@ import hotcoco.plot
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from shared.report.analysis import Analysis, ThresholdCurve
+from shared.evaluation.evaluator import CocoEvaluator
+from shared.evaluation.gathered import GatheredDetections
+from shared.report.analysis import Analysis, ThresholdCurve, analyse_one
 
 _LIGHT, _DARK = "cyanotype", "cyanotype-dark"
 _LONGEST_NAME = 22
@@ -28,12 +31,12 @@ def figures_of(analysis: Analysis, names: Sequence[str]) -> dict[str, Figure]:
     """The figures by title, in the order of a report.
 
     Args:
-        names: of the categories, by label.
+        names: the categories by label.
     """
     names = [short_name(name) for name in names]
     figures = {}
     with styled():
-        if analysis.curve.recall.max(initial=0) > 0:
+        if analysis.curve.best is not None:
             figures["Precision and recall"] = _precision_of_all(analysis)
             figures["Precision and recall of categories"] = _precision_of_categories(analysis, names)
         if len(analysis.curve.thresholds):
@@ -47,6 +50,18 @@ def figures_of(analysis: Analysis, names: Sequence[str]) -> dict[str, Figure]:
         if analysis.calibration["num_detections"]:
             figures["Calibration"] = _of_hotcoco(hotcoco.plot.reliability_diagram, analysis.calibration)
     return figures
+
+
+def pictures_of(evaluator: CocoEvaluator, found: GatheredDetections) -> dict[str, np.ndarray]:
+    """The figures of an evaluation as (height, width, 3) pictures, by TensorBoard's tags."""
+    pictures = {}
+    for iou_type in evaluator.iou_types:
+        figures = figures_of(analyse_one(evaluator, iou_type, found), evaluator.annotations.category_names)
+        for title, figure in figures.items():
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            pictures[f"report_{iou_type}/{title}"] = np.asarray(canvas.buffer_rgba())[..., :3]
+    return pictures
 
 
 def learning_curves(reports: Sequence[Mapping[str, Any]], metric: str, best: int | None) -> dict[str, Figure]:
@@ -177,15 +192,14 @@ def short_name(name: str) -> str:
     return f"\u200b{name}" if name.startswith("_") else name
 
 
-def svg_of(figure: Figure, salt: str, has_math: bool = False) -> str:
+def svg_of(figure: Figure, salt: str) -> str:
     """The figure as an element of a page, in the colors of `style_sheet` and in the page's font.
 
     Args:
         salt: unique on the page: the names of the figure's parts follow from it.
-        has_math: whether $…$ is a formula, such as a power on a logarithmic axis, instead of part of a name.
     """
     buffer = io.StringIO()
-    options = {"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": has_math}
+    options = {"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False}
     with matplotlib.rc_context(options), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         without = dict.fromkeys(("Creator", "Date", "Format", "Type"))

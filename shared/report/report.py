@@ -49,6 +49,7 @@ def report(
     min_score: float | None = None,
     resamples: int = RESAMPLES,
     about: About | None = None,
+    max_detections: int | None = None,
 ) -> Analyses:
     """Write a page on how good the detections are, and `<name>.json` with its numbers.
 
@@ -57,9 +58,9 @@ def report(
         output: the HTML file.
         images: the folder of the images, for pictures; None for no pictures.
         iou_types: None for boxes, and masks and keypoints if all detections have them.
-        image_ids, keypoint_sigmas: see `evaluate`.
+        image_ids, keypoint_sigmas, max_detections: see `evaluate`.
         min_score: the lowest score that is drawn; None for the best threshold.
-        resamples: of the images, for the intervals; 0 for none.
+        resamples: how often images are drawn again for the intervals; 0 for no intervals.
 
     Returns:
         The numbers.
@@ -75,7 +76,7 @@ def report(
     images = open_pictures(images, annotations)
     detections = list(detections)
     iou_types = iou_types_of(detections, annotations) if iou_types is None else iou_types
-    analyses = analyse(annotations, detections, iou_types, image_ids, keypoint_sigmas, resamples)
+    analyses = analyse(annotations, detections, iou_types, image_ids, keypoint_sigmas, resamples, max_detections)
     if min_score is None:
         min_score = 0.3 if math.isnan(analyses.best_threshold) else analyses.best_threshold
     write_page(
@@ -177,7 +178,7 @@ def _numbers(analyses: Analyses) -> dict[str, Any]:
 
 
 def summary_of(analyses: Analyses) -> str:
-    """What is found, what costs most, and which annotations are worth a look."""
+    """The result in words: the metrics, the costliest errors, and annotations worth a look."""
     boxes = analyses.of["bbox"]
     counted = [row.objects for row in boxes.categories if row.objects]
     size = f"{count_of(len(analyses.indices), 'image')} with {count_of(sum(counted), 'object')}"

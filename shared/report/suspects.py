@@ -86,7 +86,7 @@ def find_suspects(
     Args:
         rows_of: by image, its rows in `found`.
         images: indices in the annotations.
-        min_score: of the detections that may contradict.
+        min_score: a detection needs it to contradict an annotation.
     """
     odds, least = _log_odds(found.scores)
     all_rows, categories, missing = np.arange(len(odds)), [], []

@@ -1,4 +1,4 @@
-"""A search as a page, `search.html`: history, what the hyperparameters did, every trial."""
+"""A search as text and as a page, `search.html`: its curves, what the hyperparameters did, and every trial."""
 
 from __future__ import annotations
 
@@ -11,182 +11,128 @@ import matplotlib.pyplot as plt
 import optuna
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from matplotlib.ticker import LogFormatter
+from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
 from tabulate import tabulate
 
 from shared.report.page import write_page
 from shared.report.plots import styled, svg_of
-from shared.search.halving import WHOLE, first_number
 from shared.search.study import ERROR, Study
+from shared.search.trial_process import WHOLE
 
 _STATES = {
     TrialState.COMPLETE: "finished",
-    TrialState.PRUNED: "given up",
+    TrialState.PRUNED: "stopped early",
     TrialState.FAIL: "error",
     TrialState.RUNNING: "under way",
     TrialState.WAITING: "waiting",
 }
 
 
-def rows_of(study: Study) -> tuple[list[str], list[list[Any]]]:
-    """Heads, and a row a trial: the best first, those that say nothing last."""
-    metric = study.searcher.metric
-    trials = study.trials()
-    names = list(dict.fromkeys(name for trial in trials for name in trial.params))
-
-    def best(trial: FrozenTrial) -> float:
-        return metric.best_of(trial.intermediate_values.values())
-
-    def order(trial: FrozenTrial) -> tuple[bool, float]:
-        value = best(trial)
-        return math.isnan(value), value if metric.smaller_is_better else -value
-
-    rows = []
-    for trial in sorted(trials, key=order):
-        done = max(trial.intermediate_values, default=0) / WHOLE
-        values = [trial.params.get(name) for name in names]
-        state = "interrupted" if study.is_interrupted(trial) else _STATES[trial.state]
-        rows.append([first_number(trial), state, f"{done:.0%}", best(trial), *values])
-    return ["trial", "state", "done", metric.name, *names], rows
-
-
 def table_of_trials(study: Study) -> str:
-    """With the errors of those that ended with one below it."""
-    heads, rows = rows_of(study)
-    shown = [[_short(cell) for cell in row] for row in rows]
-    table = tabulate(shown, headers=heads, disable_numparse=True)
-    failed = [t for t in study.trials() if t.state == TrialState.FAIL and ERROR in t.user_attrs]
-    errors = [f"trial {first_number(t)}: {t.user_attrs[ERROR]}" for t in failed]
-    return "\n".join([table, *errors])
-
-
-def _short(cell: Any) -> str:
-    if isinstance(cell, float):
-        return "" if math.isnan(cell) else f"{cell:.4g}"
-    return "" if cell is None else str(cell)
-
-
-_CURVES = "Curves of all trials"
+    """The trials as text, with the errors of failed ones below."""
+    heads, rows = _rows(study, undefined="")
+    failed = {number: trial for number, trial in study.trials().items() if trial.state == TrialState.FAIL}
+    errors = [f"trial {number}: {t.user_attrs[ERROR]}" for number, t in failed.items() if ERROR in t.user_attrs]
+    return "\n".join([tabulate(rows, headers=heads, disable_numparse=True), *errors])
 
 
 def write_search_page(study: Study, output: Path) -> Path:
-    """Returns the file."""
-    heads, rows = rows_of(study)
-    figures = [
-        # Optuna's have colours of their own, that dark pages cannot change, and logarithmic axes
-        (title, Markup(svg_of(figure, title, has_math=title != _CURVES)), title != _CURVES)
-        for title, figure in _figures(study).items()
-        if figure is not None
-    ]
-    write_page(
-        "search.html.jinja",
-        output / "search.html",
-        title=f"{study.study.study_name}: search",
-        summary=_summary(study),
-        figures=figures,
-        heads=heads,
-        rows=[[_cell(cell) for cell in row] for row in rows],
-    )
-    return output / "search.html"
+    """Writes `search.html` and returns its path."""
+    heads, rows = _rows(study, undefined="–")
+    # all but the first are Optuna's, and have colors that a dark page cannot change
+    drawn = [("Curves of all trials", _curves(study)), *_optuna_figures(study)]
+    figures = [(title, Markup(svg_of(figure, title)), i > 0) for i, (title, figure) in enumerate(drawn)]
+    page = output / "search.html"
+    title = f"{study.name}: search"
+    write_page("search.html.jinja", page, title=title, summary=_summary(study), figures=figures, heads=heads, rows=rows)
+    return page
+
+
+def _rows(study: Study, undefined: str) -> tuple[list[str], list[list[str]]]:
+    """Heads, and a row per trial, the best first, and trials without a value last."""
+    metric, trials = study.metric, study.trials()
+    names = list(dict.fromkeys(name for trial in trials.values() for name in trial.params))
+    best = {number: metric.best_of(trial.intermediate_values.values()) for number, trial in trials.items()}
+
+    def order(number: int) -> tuple[bool, float]:
+        return math.isnan(best[number]), best[number] if metric.smaller_is_better else -best[number]
+
+    def text(value: Any) -> str:
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return undefined
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    rows = []
+    for number in sorted(trials, key=order):
+        trial = trials[number]
+        state = "interrupted" if study.is_interrupted(trial) else _STATES[trial.state]
+        values = [text(trial.params.get(name)) for name in names]
+        rows.append([str(number), state, f"{_trained(trial):.0%}", text(best[number]), *values])
+    return ["trial", "state", "done", metric.name, *names], rows
+
+
+def _trained(trial: FrozenTrial) -> float:
+    """The part of the whole training that a trial had at its last validation."""
+    return max(trial.intermediate_values, default=0) / WHOLE
 
 
 def _summary(study: Study) -> str:
-    trials = study.trials()
-    counts = {state: sum(trial.state == state for trial in trials) for state in TrialState}
-    interrupted = sum(map(study.is_interrupted, trials))
-    trained = sum(max(trial.intermediate_values, default=0) for trial in trials) / WHOLE
-    under_way = f"{counts[TrialState.RUNNING] - interrupted} under way"
-    if interrupted:
-        under_way += f", {interrupted} interrupted"
-    text = (
-        f"{len(trials)} trials: {counts[TrialState.COMPLETE]} trained to their end, {counts[TrialState.PRUNED]} given "
-        f"up before, {counts[TrialState.FAIL]} ended with an error, {under_way}. They were trained for as long as "
-        f"{trained:.1f} whole trainings."
-    )
-    if counts[TrialState.COMPLETE]:
-        best = study.study.best_trial
-        text += f" The best is trial {first_number(best)}, {study.searcher.metric.name} {best.value:.4f}."
+    trials = study.trials().values()
+    states = ["interrupted" if study.is_interrupted(trial) else _STATES[trial.state] for trial in trials]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    trained = sum(map(_trained, trials))
+    text = f"{len(trials)} trials: {counts}. Together they trained as long as {trained:.1f} whole trials."
+    if (best := study.best()) is not None:
+        text += f" The best is trial {best[0]}, {study.metric.name} {best[1]:.4f}."
     return text
 
 
-def _figures(study: Study) -> dict[str, Figure | None]:
-    figures: dict[str, Figure | None] = {_CURVES: _curves(study)}
-    drawn = _without_formulas(study)
-    finished = drawn.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if finished:
-        figures["History"] = _of_optuna(plots.plot_optimization_history, drawn)
-        if len(finished) > 1 and len(finished[0].params) > 1:
-            figures["Parallel coordinates"] = _of_optuna(plots.plot_parallel_coordinate, drawn)
-        if len(finished) > 1 and finished[0].params:
-            figures["Importance"] = _of_optuna(plots.plot_param_importances, drawn)
-    return figures
-
-
-def _without_formulas(study: Study) -> optuna.Study:
-    """A copy for Optuna's figures, which have powers as formulas: a $ in a name or in a value begins none."""
-
-    def plain(text: Any) -> Any:
-        return text.replace("$", r"\$") if isinstance(text, str) else text
-
-    def plain_choices(distribution: BaseDistribution) -> BaseDistribution:
-        if isinstance(distribution, CategoricalDistribution):
-            return CategoricalDistribution([plain(choice) for choice in distribution.choices])
-        return distribution
-
-    copy = optuna.create_study(direction=study.study.direction)
-    for trial in study.trials():
-        copy.add_trial(
-            create_trial(
-                state=trial.state,
-                value=trial.value,
-                params={plain(name): plain(value) for name, value in trial.params.items()},
-                distributions={plain(name): plain_choices(each) for name, each in trial.distributions.items()},
-            )
-        )
-    return copy
-
-
-def _of_optuna(plot: Any, study: optuna.Study) -> Figure | None:
-    before = dict(plt.rcParams)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            figure = plot(study).figure
-        except (ValueError, RuntimeError, ImportError):  # nothing that it could tell, of trials that are all alike
-            return None
-        finally:
-            plt.rcParams.update(before)  # it sets a style of its own
-    plt.close(figure)
-    for axes in figure.axes:
-        axes.set_title("")  # the page has it
-    return figure
+# --- figures ----------------------------------------------------------------------------------------
 
 
 def _curves(study: Study) -> Figure:
-    metric = study.searcher.metric
     with styled():
         figure = Figure(figsize=(6.5, 4.0), layout="constrained")
         axes = figure.subplots()
-        for trial in study.trials():
-            values = trial.intermediate_values
-            points = sorted((step, value) for step, value in values.items() if metric.is_defined(value))
-            if points:
-                given_up = trial.state == TrialState.PRUNED
-                axes.plot(
-                    [100 * step / WHOLE for step, _ in points],
-                    [value for _, value in points],
-                    linewidth=1.2,
-                    marker="o",
-                    markersize=2.5,
-                    alpha=0.4 if given_up else 0.9,
-                )
-        axes.set(xlabel="trained, % of the whole length", ylabel=metric.name)
+        axes.set(xlabel="trained, % of the whole length", ylabel=study.metric.name)
+        for trial in study.trials().values():
+            values = sorted(trial.intermediate_values.items())
+            points = [(100 * step / WHOLE, value) for step, value in values if study.metric.is_defined(value)]
+            alpha = 0.4 if trial.state == TrialState.PRUNED else 0.9
+            steps, values = [step for step, _ in points], [value for _, value in points]
+            axes.plot(steps, values, linewidth=1.2, marker="o", markersize=2.5, alpha=alpha)
     return figure
 
 
-def _cell(cell: Any) -> str:
-    if isinstance(cell, float):
-        return "–" if math.isnan(cell) else f"{cell:.4g}"
-    return "–" if cell is None else str(cell)
+def _optuna_figures(study: Study) -> list[tuple[str, Figure]]:
+    """Title and figure. Empty if no trial has finished."""
+    finished = study.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if not finished:
+        return []
+    plot_by_title = {"History": plots.plot_optimization_history}
+    if len(finished) > 1 and len(finished[0].params) > 1:
+        plot_by_title["Parallel coordinates"] = plots.plot_parallel_coordinate
+    if len(finished) > 1 and finished[0].params:
+        plot_by_title["Importance"] = plots.plot_param_importances
+    figures = [(title, _optuna_figure(plot, study.study)) for title, plot in plot_by_title.items()]
+    return [(title, figure) for title, figure in figures if figure is not None]
+
+
+def _optuna_figure(plot: Any, study: optuna.Study) -> Figure | None:
+    """The figure; None if Optuna cannot draw it, such as importances of equal trials."""
+    # Optuna sets its own style. A $ in a name or a value starts no formula
+    with plt.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            figure = plot(study).figure
+        except (ValueError, RuntimeError, ImportError):
+            return None
+        plt.close(figure)
+        for axes in figure.axes:
+            axes.set_title("")  # the page has it
+            for axis in (axes.xaxis, axes.yaxis):
+                if axis.get_scale() == "log":  # by default, labels are formulas
+                    axis.set_major_formatter(LogFormatter())
+    return figure

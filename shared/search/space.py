@@ -1,133 +1,131 @@
-"""Determined's hyperparameter types as Optuna's: what a search draws, and the grid of all values."""
+"""How a search draws: the `searcher` section, Determined's hyperparameter ranges, and the samplers for Optuna."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import optuna
+from msgspec import Meta
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial
 
-from shared.config.experiment import parse_schedule, parse_searcher_metric
+from shared.config.experiment import Experiment
 from shared.config.file import without_ranges
-from shared.config.schema import SearcherMetric
-from shared.errors import UserError, nearest
+from shared.config.schema import SearcherMetric, key, key_names, parse_section
+from shared.errors import UserError
 
-NAMES = ("adaptive_asha", "grid", "random", "single")
-_MODES = ("aggressive", "standard", "conservative")
+# user attributes of Optuna's trials: their number in the search, and whether they repeat a trial of a silent machine
+NUMBER, REPEATS = "first_number", "retried"
+_RANDOM_TRIALS = 10  # that TPE draws at random before it uses their results
+_SEED_STEP = 2654435769  # 2 ** 32 / golden ratio: neighboring trials get distant seeds
+
+Range = Mapping[str, Any]
+Count = Annotated[int, Meta(ge=1)]
 
 
-@dataclass(frozen=True)
-class Searcher:
-    """
+# --- the searcher -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearcherSection:
+    """The keys of `searcher` that decide which trials there are and which of them continue."""
+
+    name: Literal["adaptive_asha", "grid", "random", "single"] = key("single", "the method")
+    max_trials: Count | None = key(None, "trials of the search; a grid has one per point")
+    max_concurrent_trials: Annotated[int, Meta(ge=0)] = key(0, "the most trials at once; 0 for no limit")
+    mode: Literal["aggressive", "standard", "conservative"] = key("standard", "how many brackets there are")
+    max_rungs: Count = key(5, "the most rungs of a bracket")
+    bracket_rungs: list[int] = key([], "the rungs of each bracket, instead of `mode` and `max_rungs`")
+    divisor: Annotated[int, Meta(ge=2)] = key(4, "at a rung, one of this number of trials continues")
+
+    def __post_init__(self) -> None:
+        if self.name in ("adaptive_asha", "random") and self.max_trials is None:
+            raise UserError("searcher.max_trials: it is missing. Fix: give the number of trials")
+        if any(rungs < 1 for rungs in self.bracket_rungs):
+            raise UserError(f"searcher.bracket_rungs: {self.bracket_rungs} has a number below 1. Fix: give 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Searcher(SearcherSection):
+    """How a search draws and compares its trials.
+
     Attributes:
-        metric: by which trials are compared.
-        max_trials: None of a grid, which has its own.
-        max_concurrent: trials at once; None for as many as there is room for.
-        length: of a trial of `adaptive_asha`, in batches, epochs or records.
+        metric: compares the trials.
+        length: the length of a trial of `adaptive_asha`, in batches, epochs or records.
+        points: the grid's points, one per trial.
+        max_restarts: how often a killed trial restarts.
     """
 
-    name: str
     metric: SearcherMetric
-    max_trials: int | None
-    max_concurrent: int | None
-    length: float
-    mode: str
-    max_rungs: int
-    bracket_rungs: list[int]
-    divisor: int
+    length: int
+    points: list[dict[str, Any]]
     seed: int
     max_restarts: int
 
 
-def parse_searcher(config: dict[str, Any]) -> Searcher:
-    """
+def parse_searcher(experiment: Experiment) -> Searcher:
+    """The searcher of an experiment.
+
     Raises:
-        UserError: the searcher is none of `NAMES`, or a key of it is missing or not understood.
+        UserError: a key of `searcher` is missing, or its value is not valid.
     """
-    section = config.get("searcher") or {}
-    name = section.get("name") or "single"
-    if name not in NAMES:
-        raise UserError(f"searcher.name: {name!r}; {nearest(str(name), NAMES)}")
-
-    def number(key: str, default: int | None, least: int = 1) -> int | None:
-        value = section.get(key)
-        value = default if value is None else value
-        if value is not None and (type(value) is not int or value < least):
-            raise UserError(f"searcher.{key}: {value!r} is not a whole number of at least {least}")
-        return value
-
-    if name in ("adaptive_asha", "random") and section.get("max_trials") is None:
-        raise UserError("searcher.max_trials is missing: how many trials the search has")
-    mode = section.get("mode") or "standard"
-    if mode not in _MODES:
-        raise UserError(f"searcher.mode: {mode!r}; {nearest(str(mode), _MODES)}")
-    rungs = section.get("bracket_rungs") or []
-    if not isinstance(rungs, list) or not all(type(count) is int and count >= 1 for count in rungs):
-        raise UserError(f"searcher.bracket_rungs: {rungs!r} is no list of whole numbers of at least 1")
-    restarts = config.get("max_restarts")
+    section, restarts = experiment.config.get("searcher") or {}, experiment.config.get("max_restarts")
+    given = {name: section[name] for name in key_names(SearcherSection) if section.get(name) is not None}
+    keys = vars(parse_section(given, SearcherSection, "searcher"))
+    name = keys["name"]
+    points = grid_points(experiment.config.get("hyperparameters") or {}) if name == "grid" else []
     return Searcher(
-        name=name,
-        metric=parse_searcher_metric(config, None),
-        max_trials=1 if name == "single" else None if name == "grid" else number("max_trials", None),
-        max_concurrent=number("max_concurrent_trials", None, 0) or None,
-        length=parse_schedule(config).with_defaults().max_length.count if name == "adaptive_asha" else 1,
-        mode=mode,
-        max_rungs=number("max_rungs", 5),
-        bracket_rungs=rungs,
-        divisor=number("divisor", 4, 2),
-        seed=(config.get("reproducibility") or {}).get("experiment_seed") or 0,
+        **keys | {"max_trials": {"grid": len(points), "single": 1}.get(name, keys["max_trials"])},
+        metric=experiment.searcher_metric(None),
+        length=experiment.schedule().max_length.count if name == "adaptive_asha" else 1,
+        points=points,
+        seed=experiment.seed,
         max_restarts=5 if restarts is None else restarts,
     )
 
 
-Range = Mapping[str, Any]
+# --- ranges -----------------------------------------------------------------------------------------
 
 
-def ranges_of(hyperparameters: Mapping[str, Any]) -> dict[tuple[str, ...], Range]:
-    """The searched hyperparameters by where they are: ("config_overrides", "optimizer.lr").
+def ranges_of(hyperparameters: Mapping[str, Any]) -> dict[str, Range]:
+    """The hyperparameters to search, by dotted name: `config_overrides.optimizer.lr`.
 
     Raises:
-        UserError: a range is not what Determined takes.
+        UserError: Determined would not accept a range.
     """
-    ranges: dict[tuple[str, ...], Range] = {}
-
-    def note(at: tuple[str, ...], value: Range) -> None:
-        _check(value, at)
-        ranges[at] = value
-
-    without_ranges(hyperparameters, note)
+    ranges: dict[str, Range] = {}
+    without_ranges(hyperparameters, lambda keys, value: ranges.update({".".join(keys): value}))
+    for name, value in ranges.items():
+        _check(value, f"hyperparameters.{name}")
     return ranges
 
 
-def name_of(at: tuple[str, ...]) -> str:
-    """As Optuna, the tables and the pages have it."""
-    return ".".join(at)
-
-
-def _check(value: Range, at: tuple[str, ...]) -> None:
-    name, kind = f"hyperparameters.{name_of(at)}", value["type"]
+def _check(value: Range, name: str) -> None:
+    kind = value["type"]
     needed = ("vals",) if kind == "categorical" else ("minval", "maxval")
-    if missing := [key for key in needed if value.get(key) is None]:
+    if missing := [bound for bound in needed if value.get(bound) is None]:
         raise UserError(f"{name}: a range of type {kind} needs {' and '.join(needed)}; {', '.join(missing)} is missing")
     if kind == "categorical":
         if not isinstance(value["vals"], list) or not value["vals"]:
-            raise UserError(f"{name}.vals: give a list of values")
+            raise UserError(f"{name}.vals: {value['vals']!r} has no values. Fix: give a list of values")
         return
     low, high = value["minval"], value["maxval"]
     if not all(isinstance(bound, int | float) and math.isfinite(bound) for bound in (low, high)) or low > high:
-        raise UserError(f"{name}: minval {low!r} and maxval {high!r} are no range")
+        raise UserError(f"{name}: minval {low!r} and maxval {high!r} are no range. Fix: give two numbers in order")
     if kind == "log" and not value.get("base", 10) > 1:
-        raise UserError(f"{name}.base: {value['base']!r} is not above 1")
+        raise UserError(f"{name}.base: it is {value['base']!r}. Fix: give a number > 1")
 
 
 def draw(trial: optuna.Trial, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The hyperparameters of a trial: each range has a value that Optuna draws in its place."""
-    ranges_of(hyperparameters)  # what it refuses, before anything is drawn
-    return without_ranges(hyperparameters, lambda at, value: _draw(trial, name_of(at), value))
+    """The hyperparameters of a trial: a value that Optuna draws instead of each range. `ranges_of` has checked them."""
+    return without_ranges(hyperparameters, lambda keys, value: _draw(trial, ".".join(keys), value))
 
 
 def _draw(trial: optuna.Trial, name: str, value: Range) -> Any:
@@ -138,39 +136,82 @@ def _draw(trial: optuna.Trial, name: str, value: Range) -> Any:
     if value["type"] == "log":
         base = value.get("base", 10)
         return trial.suggest_float(name, base ** value["minval"], base ** value["maxval"], log=True)
-    # lists and dicts too, which Optuna's storages cannot hold
+    # as JSON, because Optuna's storages hold no lists or dicts
     return json.loads(trial.suggest_categorical(name, [json.dumps(each) for each in value["vals"]]))
 
 
-def grid_of(hyperparameters: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The values of each searched hyperparameter on a grid, as `draw` suggests them: `count` of a range of numbers.
+def grid_points(hyperparameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The points of a grid, as `draw` suggests them: all values of a category, `count` values of a range of numbers.
 
     Raises:
-        UserError: a range has no `count`.
+        UserError: a range is not valid, or has no `count`.
     """
-    grid = {}
-    for at, value in ranges_of(hyperparameters).items():
-        kind, count = value["type"], value.get("count")
-        if kind == "categorical":
-            grid[name_of(at)] = [json.dumps(each) for each in value["vals"]]
-            continue
-        low, high = value["minval"], value["maxval"]
-        if kind == "int" and count is None:
-            count = high - low + 1
-        if type(count) is not int or count < 1:
-            raise UserError(f"hyperparameters.{name_of(at)}.count: a grid needs how many values to take, not {count!r}")
-        if kind == "int":
-            count = min(count, high - low + 1)
-        grid[name_of(at)] = list(dict.fromkeys(_spread(kind, low, high, count, value.get("base", 10))))
-    return grid
-
-
-def _spread(kind: str, low: float, high: float, count: int, base: float) -> Iterator[float]:
-    for i in range(count):
-        at = low + (high - low) * (i / (count - 1) if count > 1 else 0.5)
-        yield round(at) if kind == "int" else base**at if kind == "log" else at
-
-
-def points_of(grid: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    """Each point of a grid."""
+    grid = {name: _grid_values(value, name) for name, value in ranges_of(hyperparameters).items()}
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def _grid_values(value: Range, name: str) -> list[Any]:
+    kind, count = value["type"], value.get("count")
+    if kind == "categorical":
+        return [json.dumps(each) for each in value["vals"]]
+    low, high, base = value["minval"], value["maxval"], value.get("base", 10)
+    most = high - low + 1 if kind == "int" else math.inf
+    count = most if kind == "int" and count is None else count
+    if type(count) is not int or count < 1:
+        raise UserError(f"hyperparameters.{name}.count: it is {count!r}. Fix: give the number of values on the grid")
+    count = min(count, most)
+    values = [low + (high - low) * (i / (count - 1) if count > 1 else 0.5) for i in range(count)]
+    values = [round(each) if kind == "int" else base**each if kind == "log" else each for each in values]
+    return list(dict.fromkeys(values))
+
+
+# --- samplers ---------------------------------------------------------------------------------------
+
+
+def trial_numbers(trials: Sequence[FrozenTrial]) -> list[int]:
+    """The number in the search of each of Optuna's trials, from 0.
+
+    Optuna counts a trial that another machine repeats as a new one; here both have the same number.
+
+    Args:
+        trials: all trials of the study, in Optuna's order. A new trial may not have its attribute yet.
+    """
+    numbers, begun = [], 0
+    for trial in trials:
+        numbers.append(trial.user_attrs.get(NUMBER, begun))
+        begun += REPEATS not in trial.user_attrs
+    return numbers
+
+
+class NumberedSampler(BaseSampler):
+    """Draws each trial by its number, so that several machines and restarts draw what one machine draws."""
+
+    def __init__(self, searcher: Searcher):
+        self._searcher = searcher
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._sampler(study, trial).infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._sampler(study, trial).sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        # a seed per hyperparameter: a search killed between two of them draws the same value for the second later
+        sampler = self._sampler(study, trial, param_name)
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def _sampler(self, study: optuna.Study, trial: FrozenTrial, name: str = "") -> BaseSampler:
+        """The sampler of one trial and one hyperparameter; without a name, of all together."""
+        number = trial_numbers(study.get_trials(deepcopy=False))[trial.number]
+        first = int.from_bytes(hashlib.sha256(f"{self._searcher.seed} {name}".encode()).digest()[:4], "big")
+        seed = (first + number * _SEED_STEP) % 2**32  # the step is odd: no two trials have the same seed
+        if self._searcher.name == "adaptive_asha":
+            return TPESampler(seed=seed, n_startup_trials=_RANDOM_TRIALS, multivariate=True, constant_liar=True)
+        # Optuna's GridSampler may draw a point twice if machines share the search
+        points = self._searcher.points
+        fixed = points[number % len(points)] if points else {}
+        return PartialFixedSampler(fixed, RandomSampler(seed))

@@ -1,23 +1,32 @@
-"""Where Optuna keeps a search: an SQL database, Redis or a journal file."""
+"""Where a search is kept: Optuna's storage, and the files by which a machine knows its part of it."""
 
 from __future__ import annotations
 
-import os
+import contextlib
+import socket
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock, JournalRedisBackend
 
-from shared.durable import repair_last_line, sync_folder
+from shared.durable import repair_last_line, sync_folder, write_file
+from shared.errors import UserError
 
 
 def open_storage(storage: str) -> BaseStorage | str:
-    """What Optuna takes: an SQL URL, a journal in Redis or in a file."""
+    """The storage as Optuna accepts it.
+
+    Args:
+        storage: an SQL URL, `redis://…`, or the path of a journal file, also on NFS.
+    """
     if storage.startswith(("redis://", "rediss://", "unix://")):
         return JournalStorage(JournalRedisBackend(storage))
-    if "://" in storage:
-        return storage
     path = journal_file(storage)
+    if path is None:
+        return storage
     path.parent.mkdir(parents=True, exist_ok=True)
     backend = JournalFileBackend(str(path), lock_obj=_RepairingLock(path))
     sync_folder(path.parent)
@@ -25,13 +34,15 @@ def open_storage(storage: str) -> BaseStorage | str:
 
 
 def journal_file(storage: str) -> Path | None:
-    """The file of a storage that is one."""
+    """The file of a storage; None for a URL."""
     return None if "://" in storage else Path(storage).expanduser().absolute()
 
 
 class _RepairingLock(JournalFileSymlinkLock):
-    """The lock that each writer of the journal takes. Its holder first deletes the part of a line that a full disk or
-    a crash left: the next line would be appended to that part, and no search could read the journal again."""
+    """The lock for writing to the journal. It first deletes a line that a full disk or a crash cut off.
+
+    Otherwise the next line would be appended to that part, and no search could read the journal again.
+    """
 
     def __init__(self, journal: Path):
         super().__init__(str(journal))
@@ -40,12 +51,37 @@ class _RepairingLock(JournalFileSymlinkLock):
     def acquire(self) -> bool:
         super().acquire()
         try:
-            descriptor = os.open(self._journal, os.O_RDWR)
-            try:
-                repair_last_line(descriptor)
-            finally:
-                os.close(descriptor)
+            with self._journal.open("r+b", buffering=0) as file:
+                repair_last_line(file.fileno())
         except BaseException:
             self.release()
             raise
         return True
+
+
+@contextlib.contextmanager
+def storage_errors(output: Path) -> Iterator[None]:
+    """Raises UserError if the disk or the storage of a search fails."""
+    try:
+        yield
+    except (OSError, StorageInternalError) as error:
+        raise UserError(
+            f"{output}: {error}. The search stopped, and no trial is lost. Fix: remove the cause (free some space if "
+            "the disk is full), then continue with the same command"
+        ) from error
+
+
+def lock_file(output: Path) -> Path:
+    """The file that a search locks while it runs on this machine."""
+    # not the owner's file: its replacement is a new file, which nobody has locked
+    return output / f".lock-{socket.gethostname()}"
+
+
+def owner_of(output: Path, create: bool = False) -> str:
+    """The name of this machine's part of the search, the same after a restart. Empty if it has none."""
+    file = output / f".owner-{socket.gethostname()}"
+    owner = file.read_text() if file.exists() else ""
+    if create and not owner:
+        owner = uuid.uuid4().hex
+        write_file(file, owner)
+    return owner

@@ -1,4 +1,4 @@
-"""The search as Optuna keeps it: where, whose trials, how far, and which machine is at work on each."""
+"""A search in Optuna's storage: its trials, the machines that train them, and the brackets in which trials compete."""
 
 from __future__ import annotations
 
@@ -6,49 +6,53 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import optuna
+from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
 from optuna.trial import FrozenTrial, TrialState
 
+from shared.config.experiment import Experiment
 from shared.errors import UserError
-from shared.search.halving import FIRST_NUMBER, RETRIED, BracketPruner, brackets_of, is_first, number_among
-from shared.search.sampler import GridSampler, SamplerByNumber
-from shared.search.space import Searcher, grid_of, points_of
+from shared.search.space import NUMBER, REPEATS, NumberedSampler, Searcher, trial_numbers
 from shared.search.storage import journal_file, open_storage
+from shared.search.trial_process import WHOLE
 
-SECONDS_OF_SILENCE = 180  # after which a machine is taken for dead
-SECONDS_BETWEEN_SIGNS = 20
-_OWNER, ERROR = "owner", "error"
-_SIGN = "alive "  # begins the key of a machine's sign of life
-_START_UP_TRIALS = 10  # of TPE: before, it draws at random
+SECONDS_BETWEEN_HEARTBEATS = 20
+SECONDS_OF_SILENCE = 180  # after which another machine repeats a machine's trials
+ERROR = "error"  # the user attribute of a failed trial with its error
+_OWNER = "owner"  # the user attribute of a trial with the machine that trains it
+_HEARTBEAT = "alive "  # starts the study's attribute of each machine
+
+logger = logging.getLogger(__name__)
 
 
 class TakenOver(Exception):
-    """Another machine works on the trial now, because this one was silent for too long."""
+    """Another machine repeats the trial, because this machine was silent for too long."""
 
 
 class Study:
-    """A search that one machine or several are at work on.
+    """A search that one or several machines work on.
 
     Args:
-        storage: of Optuna: an SQL URL, redis://…, or the path of a file, on NFS too.
-        name: of the search in it.
-        owner: names this machine's part of the search: the same at its next start.
-        is_at_work: whether a process of this machine trains trials of the search.
-        only_read: opens a search that exists, and writes nothing.
+        storage: as `open_storage` takes it.
+        owner: the name of this machine's part of the search, the same after a restart.
+        is_at_work: whether a process of this machine trains trials.
+        only_read: opens an existing search and writes nothing.
+
+    Raises:
+        UserError: the storage cannot be used, or holds a search with another config.
     """
 
     def __init__(
         self,
         storage: str,
-        name: str,
-        config: Mapping[str, Any],
+        experiment: Experiment,
         searcher: Searcher,
         owner: str,
         is_at_work: bool = True,
@@ -56,107 +60,90 @@ class Study:
     ):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        self.searcher, self.owner, self._is_at_work = searcher, owner, is_at_work
-        self.max_trials = searcher.max_trials
-        direction = "minimize" if searcher.metric.smaller_is_better else "maximize"
+        self.name = str(experiment.config.get("name") or "search")
+        self.metric, self.max_trials = searcher.metric, searcher.max_trials
+        self.owner, self._is_at_work = owner, is_at_work
         file = journal_file(storage)
         if only_read and file is not None and not file.exists():
             raise UserError(f"--status: {file} does not exist. Fix: name the --output-dir or --storage of a search")
-        begin = partial(optuna.create_study, direction=direction, load_if_exists=True)
+        direction = "minimize" if self.metric.smaller_is_better else "maximize"
+        options = {} if only_read else {"direction": direction, "load_if_exists": True}
         try:
-            self.study = (optuna.load_study if only_read else begin)(
+            self.study = (optuna.load_study if only_read else optuna.create_study)(
                 storage=open_storage(storage),
-                study_name=name,
-                sampler=self._sampler(config["hyperparameters"]),
-                pruner=self._pruner(),
+                study_name=self.name,
+                sampler=NumberedSampler(searcher),
+                pruner=BracketPruner(searcher) if searcher.name == "adaptive_asha" else NopPruner(),
+                **options,
             )
-            self._check_same(config, only_read)
+            self._check_config(experiment.config, only_read)
         except UserError:
             raise
-        except Exception as error:  # each kind of storage has its own
+        except Exception as error:  # each storage has its own errors
             if only_read and isinstance(error, KeyError):
-                raise UserError(f"--status: {storage} holds no search named {name}. Fix: name another one") from error
+                raise UserError(
+                    f"--status: {storage} holds no search named {self.name}. Fix: name another one"
+                ) from error
             raise UserError(f"--storage: {storage} cannot be used: {type(error).__name__}: {error}") from error
-        self._seen: dict[str, tuple[Any, float]] = {}
-        self._beat_at = 0.0
-        self._progress_at = (self._signs().get(owner) or {}).get("progress")
+        self._seen: dict[str | None, tuple[Any, float]] = {}  # the last heartbeat of each machine, and when it was new
+        self._heartbeat_at = 0.0
+        self._progress_at = self._heartbeats().get(owner, {}).get("progress")
 
-    def _sampler(self, hyperparameters: Mapping[str, Any]) -> optuna.samplers.BaseSampler:
-        seed = self.searcher.seed
-        if self.searcher.name == "grid":
-            points = points_of(grid_of(hyperparameters))
-            self.max_trials = len(points)
-            return GridSampler(points)
-        if self.searcher.name == "adaptive_asha":
-            return SamplerByNumber(_tpe_sampler, seed)
-        return SamplerByNumber(optuna.samplers.RandomSampler, seed)
-
-    def _pruner(self) -> optuna.pruners.BasePruner:
-        searcher = self.searcher
-        if searcher.name != "adaptive_asha":
-            return optuna.pruners.NopPruner()
-        brackets = brackets_of(
-            searcher.mode,
-            searcher.max_rungs,
-            searcher.divisor,
-            searcher.length,
-            searcher.max_trials,
-            searcher.bracket_rungs,
-        )
-        return BracketPruner(brackets, searcher.divisor)
-
-    def _check_same(self, config: Mapping[str, Any], only_read: bool) -> None:
-        """A search goes on with the config that it began with."""
-        told = {key: config.get(key) for key in ("hyperparameters", "searcher", "data")}
+    def _check_config(self, config: Mapping[str, Any], only_read: bool) -> None:
+        """Raises UserError if the search began with other hyperparameters or another searcher. Data may have moved."""
         digests = {
-            key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for key, value in told.items()
+            section: hashlib.sha256(json.dumps(config.get(section), sort_keys=True).encode()).hexdigest()
+            for section in ("hyperparameters", "searcher")
         }
-        digests.pop("data")  # machines may have it in other places
         known = self.study.user_attrs.get("config")
         if known is None:
             if not only_read:
                 self.study.set_user_attr("config", digests)
-        elif changed := [key for key in digests if known.get(key) != digests[key]]:
+        elif changed := [section for section in digests if known.get(section) != digests[section]]:
             raise UserError(
-                f"this search was begun with other {' and '.join(changed)}: go on with the same file, or name another "
-                "--output-dir"
+                f"--output-dir: this search began with other {' and '.join(changed)}. Fix: continue with the same "
+                "file, or name another --output-dir"
             )
 
     # --- trials -------------------------------------------------------------------------------------
 
-    def trials(self) -> list[FrozenTrial]:
-        """Those that count, by their first numbers: of a trial that was taken over the last that it became."""
-        every = self.study.get_trials(deepcopy=False)
-        last = {number_among(trial, every): trial for trial in every}
-        return [last[number] for number in sorted(last) if number < self.max_trials]
+    def trials(self) -> dict[int, FrozenTrial]:
+        """The trials by number. For a trial that was repeated, the last repetition."""
+        trials = self._all()
+        last = dict(zip(trial_numbers(trials), trials, strict=True))
+        return {number: last[number] for number in sorted(last) if number < self.max_trials}
 
-    def is_complete(self) -> bool:
-        """Whether all trials have ended."""
-        return len(self.trials()) >= self.max_trials and not self.has_unfinished()
+    def _all(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)
 
-    def mine(self) -> list[optuna.Trial]:
-        """Trials under way that this machine was at work on before it was stopped."""
+    def best(self) -> tuple[int, float] | None:
+        """The number and the metric of the best trial that finished; None if none did."""
+        finished = {number: t.value for number, t in self.trials().items() if t.state == TrialState.COMPLETE}
+        best = min if self.metric.smaller_is_better else max
+        return best(finished.items(), key=lambda item: item[1], default=None)
+
+    def own_trials(self) -> list[optuna.Trial]:
+        """The unfinished trials of this machine, from before it was stopped."""
         return [
             optuna.trial.Trial(self.study, trial._trial_id)
-            for trial in self.trials()
+            for trial in self.trials().values()
             if trial.state == TrialState.RUNNING and trial.user_attrs.get(_OWNER) == self.owner
         ]
 
     def ask(self) -> optuna.Trial | None:
-        """The next trial; None where there is none to begin now."""
-        trials = self.study.get_trials(deepcopy=False)
-        waits = any(trial.state == TrialState.WAITING for trial in trials)
-        if not waits and sum(map(is_first, trials)) >= self.max_trials:
+        """Returns the next trial to train, or None."""
+        trials = self._all()
+        is_waiting = any(trial.state == TrialState.WAITING for trial in trials)
+        if not is_waiting and len(set(trial_numbers(trials))) >= self.max_trials:
             return None
         trial = self.study.ask()
-        every = self.study.get_trials(deepcopy=False)
-        number = number_among(every[trial.number], every)
+        number = trial_numbers(self._all())[trial.number]
         if number >= self.max_trials:  # another machine was faster
             self.study.tell(trial, state=TrialState.FAIL)
             return None
         try:
             with self.owning(trial):
-                trial.set_user_attr(FIRST_NUMBER, number)
+                trial.set_user_attr(NUMBER, number)
                 trial.set_user_attr(_OWNER, self.owner)
         except TakenOver:
             return None
@@ -164,7 +151,7 @@ class Study:
         return trial
 
     def report(self, trial: optuna.Trial, step: int, value: float) -> bool:
-        """Records a validation; returns whether the trial should be given up.
+        """Records a validation. Returns whether to stop the trial, because others are better.
 
         Raises:
             TakenOver
@@ -179,7 +166,7 @@ class Study:
 
         Args:
             value: the metric, for COMPLETE.
-            error: what went wrong, for FAIL.
+            error: for FAIL.
 
         Raises:
             TakenOver
@@ -191,116 +178,171 @@ class Study:
         self._progress_at = time.time()
 
     def is_running(self, trial: optuna.Trial) -> bool:
-        """False once another machine has taken the trial over."""
-        return self.study.get_trials(deepcopy=False)[trial.number].state == TrialState.RUNNING
+        """False if another machine repeats the trial."""
+        return self._all()[trial.number].state == TrialState.RUNNING
 
     @contextlib.contextmanager
     def owning(self, trial: optuna.Trial) -> Iterator[None]:
-        """Raises TakenOver if Optuna refuses what is done with a trial because another machine has taken it over."""
+        """Raises TakenOver if Optuna refuses a change of the trial because another machine repeats it."""
         try:
             yield
-        except (RuntimeError, ValueError) as error:  # Optuna has no single class for a trial that has ended
+        except (RuntimeError, ValueError) as error:  # Optuna has no single class for a change of a finished trial
             if self.is_running(trial):
                 raise
             raise TakenOver from error
 
-    def reported(self, trial: optuna.Trial) -> Mapping[int, float]:
-        """What a trial has reported so far."""
-        return self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+    def reported(self, trial: optuna.Trial) -> dict[int, float]:
+        """The values that a trial has reported, by step."""
+        return dict(self._all()[trial.number].intermediate_values)
 
-    def has_unfinished(self) -> bool:
-        """Whether a trial is trained, or waits to be trained, on any machine."""
-        return not all(trial.state.is_finished() for trial in self.trials())
+    def is_complete(self) -> bool:
+        """Whether all trials have ended, on any machine."""
+        trials = self.trials().values()
+        return len(trials) >= self.max_trials and all(trial.state.is_finished() for trial in trials)
 
-    # --- other machines -----------------------------------------------------------------------------
+    # --- machines -----------------------------------------------------------------------------------
+    #
+    # Optuna's own heartbeat (`RDBStorage(heartbeat_interval=…)`) cannot replace this one. Optuna 5.0 has it for SQL,
+    # and not for journal files and Redis. Only `Study.optimize` sends it. A machine that dies between failing a silent
+    # trial and repeating it loses the trial.
 
-    def beat(self) -> bool:
-        """Gives a sign of life when it is time for one, and takes over the trials of machines that give none any more.
-        Their clocks do not count: a sign is a new number.
+    def heartbeat(self) -> bool:
+        """Shows that this machine is alive, and repeats the trials of silent machines, if it is time to.
+
+        Clocks of different machines are never compared: a machine is alive if its heartbeat changes.
 
         Returns:
             Whether it was time.
         """
         now = time.monotonic()
-        if now - self._beat_at < SECONDS_BETWEEN_SIGNS:
+        if now - self._heartbeat_at < SECONDS_BETWEEN_HEARTBEATS:
             return False
-        if now - self._beat_at > SECONDS_OF_SILENCE:
-            self._seen.clear()  # this machine was silent itself, and saw no signs meanwhile
-        self._beat_at = now
-        self._give_sign(at_work=True)
-        signs = self._signs()
-        for trial in self.trials():
+        if now - self._heartbeat_at > SECONDS_OF_SILENCE:
+            self._seen.clear()  # this machine was silent itself and missed heartbeats
+        self._heartbeat_at = now
+        self._write_heartbeat(at_work=True)
+        heartbeats = self._heartbeats()
+        for number, trial in self.trials().items():
             owner = trial.user_attrs.get(_OWNER)
             if trial.state != TrialState.RUNNING or owner == self.owner:
                 continue
-            sign, since = self._seen.get(str(owner), (None, now))
-            if sign != signs.get(owner):
-                self._seen[str(owner)] = (signs.get(owner), now)
+            last, since = self._seen.setdefault(owner, (heartbeats.get(owner), now))
+            if last != heartbeats.get(owner):
+                self._seen[owner] = (heartbeats.get(owner), now)
             elif now - since > SECONDS_OF_SILENCE:
-                self._take_over(trial)
-            else:
-                self._seen.setdefault(str(owner), (sign, since))
+                self._take_over(number, trial)
         return True
 
     def leave(self) -> None:
-        """Tells that this machine stops its work; its trials wait for its next start, or for other machines."""
-        self._give_sign(at_work=False)
+        """Shows that this machine stops. Its trials wait until it starts again, or another machine takes them over."""
+        self._write_heartbeat(at_work=False)
 
-    def _give_sign(self, at_work: bool) -> None:
-        # the times are for people: clocks that differ between machines change no decision
-        sign = {"id": uuid.uuid4().hex, "at_work": at_work, "time": time.time(), "progress": self._progress_at}
-        self.study.set_user_attr(_SIGN + self.owner, sign)
+    def _write_heartbeat(self, at_work: bool) -> None:
+        # the times are shown to users, and decide nothing
+        beat = {"id": uuid.uuid4().hex, "at_work": at_work, "time": time.time(), "progress": self._progress_at}
+        self.study.set_user_attr(_HEARTBEAT + self.owner, beat)
 
-    def _signs(self) -> dict[str, Any]:
+    def _heartbeats(self) -> dict[str, dict[str, Any]]:
         attributes = self.study.user_attrs.items()
-        # versions before 0.2 wrote an id alone
-        signs = {key.removeprefix(_SIGN): value for key, value in attributes if key.startswith(_SIGN)}
-        return {owner: sign if isinstance(sign, dict) else {"id": sign} for owner, sign in signs.items()}
+        beats = {key.removeprefix(_HEARTBEAT): value for key, value in attributes if key.startswith(_HEARTBEAT)}
+        # versions before 0.2 wrote only the id
+        return {owner: beat if isinstance(beat, dict) else {"id": beat} for owner, beat in beats.items()}
 
     def machines_at_work(self) -> set[str]:
-        """The owners that train trials now: of other machines those whose last sign is not too old."""
+        """The machines that train trials now."""
         now = time.time()
         others = {
             owner
-            for owner, sign in self._signs().items()
-            if owner != self.owner and sign.get("at_work") and abs(now - sign["time"]) <= SECONDS_OF_SILENCE
+            for owner, beat in self._heartbeats().items()
+            if owner != self.owner and beat.get("at_work") and abs(now - beat["time"]) <= SECONDS_OF_SILENCE
         }
         return others | ({self.owner} if self._is_at_work else set())
 
     def is_interrupted(self, trial: FrozenTrial) -> bool:
-        """Whether a trial is neither finished nor trained by any machine."""
+        """Whether a trial has not ended, and no machine trains it."""
         return trial.state == TrialState.RUNNING and trial.user_attrs.get(_OWNER) not in self.machines_at_work()
 
     def last_progress(self) -> float | None:
-        """When a trial was begun, validated or finished last, as time.time() has it; None if no machine noted it."""
-        times = [sign["progress"] for sign in self._signs().values() if sign.get("progress")]
-        return max(times, default=None)
+        """When a trial last started, validated or ended, as `time.time()`; None if no machine recorded it."""
+        return max((beat["progress"] for beat in self._heartbeats().values() if beat.get("progress")), default=None)
 
-    def _take_over(self, trial: FrozenTrial) -> None:
+    def _take_over(self, number: int, trial: FrozenTrial) -> None:
         try:
-            self.study.tell(trial.number, state=TrialState.FAIL)  # one machine only can
-        except (RuntimeError, ValueError, KeyError):  # another one did
+            self.study.tell(trial.number, state=TrialState.FAIL)  # only one machine succeeds
+        except (RuntimeError, ValueError, KeyError):
             return
-        logging.getLogger(__name__).warning(
-            "trial %d is begun again: the machine that was at work on it gives no sign of life", self._number(trial)
-        )
-        self._begin_again(trial)
+        logger.warning("trial %d starts again: its machine was silent for %d seconds", number, SECONDS_OF_SILENCE)
+        self._repeat(number, trial)
 
-    def begin_lost_ones_again(self) -> None:
-        """Enqueues trials whose take-over was interrupted: they have failed without an error."""
-        for trial in self.trials():
+    def repeat_lost_trials(self) -> None:
+        """Repeats trials that failed without an error: a machine died while it took them over."""
+        for number, trial in self.trials().items():
             if trial.state == TrialState.FAIL and ERROR not in trial.user_attrs:
-                self._begin_again(trial)
+                self._repeat(number, trial)
 
-    def _begin_again(self, trial: FrozenTrial) -> None:
-        number = self._number(trial)
-        self.study.enqueue_trial(trial.params, user_attrs={FIRST_NUMBER: number, RETRIED: True})
-
-    def _number(self, trial: FrozenTrial) -> int:
-        return number_among(trial, self.study.get_trials(deepcopy=False))
+    def _repeat(self, number: int, trial: FrozenTrial) -> None:
+        self.study.enqueue_trial(trial.params, user_attrs={NUMBER: number, REPEATS: True})
 
 
-def _tpe_sampler(seed: int) -> optuna.samplers.TPESampler:
-    return optuna.samplers.TPESampler(
-        seed=seed, n_startup_trials=_START_UP_TRIALS, multivariate=True, constant_liar=True
-    )
+# --- brackets ---------------------------------------------------------------------------------------
+
+
+def trial_brackets(searcher: Searcher) -> list[int]:
+    """The bracket of each trial by number, as in Determined. A bracket is named by the number of its rungs.
+
+    At each rung, a bracket's trials are compared. Their end is the last rung. `aggressive` has one bracket,
+    `conservative` one for each number of rungs, and `standard` the half with more rungs. More rungs get more trials.
+    """
+    divisor, max_trials = searcher.divisor, searcher.max_trials
+    # no rung is shorter than one unit of the length, and one trial reaches the last rung
+    limits = (int(math.log(max(count, 1), divisor) + 1e-9) + 1 for count in (searcher.length, max_trials))
+    most = min(searcher.max_rungs, *limits)
+    fewest = {"aggressive": most, "standard": (most - 1) // 2 + 1, "conservative": 1}[searcher.mode]
+    brackets = sorted(set(searcher.bracket_rungs), reverse=True) or range(most, fewest - 1, -1)
+    weights = {rungs: divisor ** (rungs - 1) / rungs for rungs in brackets}
+    sizes = {rungs: max(int(weight / sum(weights.values()) * max_trials), 1) for rungs, weight in weights.items()}
+    sizes[brackets[0]] += max(max_trials - sum(sizes.values()), 0)
+    total, begun, chosen = sum(sizes.values()), dict.fromkeys(brackets, 0), []
+    for number in range(1, max_trials + 1):  # from the first trial on, each bracket is filled at its share
+        lacking = {rungs: size / total * number - begun[rungs] for rungs, size in sizes.items()}
+        chosen.append(max(lacking, key=lacking.get))
+        begun[chosen[-1]] += 1
+    return chosen
+
+
+class BracketPruner(BasePruner):
+    """Stops a trial at a rung if it is not among the best 1 / divisor of its bracket: ASHA in brackets.
+
+    Li et al., "A System for Massively Parallel Hyperparameter Tuning", MLSys 2020.
+    """
+
+    def __init__(self, searcher: Searcher):
+        self._bracket_of = dict(enumerate(trial_brackets(searcher)))
+        self._pruners = {
+            rungs: SuccessiveHalvingPruner(
+                min_resource=max(WHOLE // searcher.divisor ** (rungs - 1), 1), reduction_factor=searcher.divisor
+            )
+            for rungs in set(self._bracket_of.values())
+        }
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        if (trial.last_step or 0) >= WHOLE:  # trained to its end
+            return False
+        trials = study.get_trials(deepcopy=False)
+        brackets = [self._bracket_of.get(number) for number in trial_numbers(trials)]
+        bracket = brackets[trial.number]
+        rivals = [rival for rival, other in zip(trials, brackets, strict=True) if other == bracket]
+        return self._pruners[bracket].prune(_StudyOf(study, rivals), trial)
+
+
+class _StudyOf:
+    """A study with some of its trials, for a pruner."""
+
+    def __init__(self, study: optuna.Study, trials: list[FrozenTrial]):
+        self._whole, self._trials = study, trials
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+    def get_trials(self, deepcopy: bool = True, states: Any = None) -> list[FrozenTrial]:
+        return self._trials

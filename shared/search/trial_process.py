@@ -1,4 +1,4 @@
-"""A trial of a search: an ordinary run, in a process of its own, on its share of the machine."""
+"""A trial of a search: an ordinary run, in its own process, on its share of the machine."""
 
 from __future__ import annotations
 
@@ -12,109 +12,121 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from shared.search.halving import WHOLE
 from shared.training.run_folder import RunFolder
 
+WHOLE = 10**6  # the length of a training: validations are counted in millionths, the same for batches and epochs
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a trial may use.
+    """The part of the machine that a trial may use.
 
     Attributes:
-        gpu: of CUDA_VISIBLE_DEVICES; None on a machine without.
+        gpu: for CUDA_VISIBLE_DEVICES; None on a machine without GPUs.
         cores: ids of CPU cores; empty for all.
     """
 
-    gpu: str | None
-    cores: tuple[int, ...]
+    gpu: str | None = None
+    cores: tuple[int, ...] = ()
 
 
-def places_for(jobs: int, gpus: Sequence[str]) -> list[Place]:
-    """A place for each of so many trials at once: a GPU each, the cores shared out."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+def places_for(jobs: int | None, at_most: int) -> list[Place]:
+    """A place for each of the trials that run at once. They have a GPU each and share the cores.
+
+    Args:
+        jobs: the number of trials; None for one per GPU, or one.
+        at_most: limits the number; 0 for no limit.
+    """
+    gpus = _gpus()
+    jobs = jobs or max(len(gpus), 1)
+    jobs = min(jobs, at_most or jobs)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") and jobs > 1 else []
     places = []
     for job in range(jobs):
-        # where there are more jobs than cores, several have the same one
-        mine = cores[job * len(cores) // jobs : (job + 1) * len(cores) // jobs] or cores[job % len(cores or [0]) :][:1]
-        places.append(Place(gpus[job % len(gpus)] if gpus else None, tuple(mine) if jobs > 1 else ()))
+        own = cores[job * len(cores) // jobs : (job + 1) * len(cores) // jobs]
+        if cores and not own:  # there are more jobs than cores
+            own = [cores[job % len(cores)]]
+        places.append(Place(gpus[job % len(gpus)] if gpus else None, tuple(own)))
     return places
 
 
+def _gpus() -> list[str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")]
+    import torch  # takes seconds
+
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
 class TrialProcess:
-    """A run that is under way.
+    """A run that is under way. Its config and its log are beside its folder: `N.yaml`, `N.log`.
 
     Args:
-        program: what `train CONFIG …` is given to.
-        config: the trial's YAML file.
-        folder: of the run, in which no other process trains; one with a checkpoint goes on from it.
-        log: what the run prints goes there.
-        variables: of its environment, where this process's says nothing.
+        program: the command to which `train CONFIG …` is added.
+        folder: the folder of the run, in which no other process trains. The run resumes from a checkpoint in it.
+        variables: for its environment, if this process has no such variables.
 
     Attributes:
-        stopped: whether it was asked to stop.
+        is_stopping: whether it was asked to stop.
     """
 
-    def __init__(
-        self,
-        program: Sequence[str],
-        config: Path,
-        folder: Path,
-        log: Path,
-        place: Place,
-        variables: Mapping[str, str],
-    ):
-        self.folder, self.log, self.place = RunFolder(folder), log, place
-        # `auto`: a run that was killed before its first checkpoint begins anew, and a complete one is no error
+    def __init__(self, program: Sequence[str], folder: Path, place: Place, variables: Mapping[str, str]):
+        self.folder, self.place = RunFolder(folder), place
+        self.log = folder.with_suffix(".log")
+        # `auto`: a run that was killed before its first checkpoint starts anew, and a complete run is no error
+        config = folder.with_suffix(".yaml")
         command = [*program, "train", str(config), "--output-dir", str(folder), "--resume", "auto"]
         gpu = {"CUDA_VISIBLE_DEVICES": place.gpu} if place.gpu is not None else {}
-        environment = {**variables, **os.environ, **gpu}
-        with log.open("ab") as output:
-            self.process = subprocess.Popen(
+        with self.log.open("ab") as output:
+            self._process = subprocess.Popen(
                 command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is the search's, which tells its trials
-                preexec_fn=_at_start(place.cores),
+                env={**variables, **os.environ, **gpu},
+                start_new_session=True,  # Ctrl-C reaches the search, which stops its trials
+                preexec_fn=_before_start(place.cores),
             )
-        self.stopped = False
+        self.is_stopping = False
         self._text = ""
 
+    def exit_code(self) -> int | None:
+        """None while it runs; negative for a signal."""
+        return self._process.poll()
+
     def stop(self) -> None:
-        """Lets the run save a checkpoint after its batch, and end."""
-        if not self.stopped and self.process.poll() is None:
-            self.stopped = True
-            self.process.send_signal(signal.SIGTERM)
+        """Lets the run save a checkpoint after its batch and exit."""
+        if not self.is_stopping and self.exit_code() is None:
+            self.is_stopping = True
+            self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Ends it at once, with its loader workers."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """Kills it with its loader workers."""
+        if self.exit_code() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def validations(self, metric: str) -> list[tuple[int, float]]:
-        """(millionths of the whole training, value) of each validation in metrics.jsonl; nan if the value is undefined.
+        """(millionths of the whole training, value) of each validation in metrics.jsonl; nan for an undefined value.
 
-        Empty if nothing has been reported since the last call. Reads the whole file, because a resumed run rewrites it.
-        Skips lines that are not complete, and reads nothing before the run has written its length.
+        Empty if nothing is new since the last call, or the run has not written its length yet. Reads the whole file,
+        because a resumed run rewrites it. Skips incomplete lines.
         """
         try:
             text = self.folder.metrics.read_text(errors="replace")
-            total = self.folder.total_batches()
-        except (OSError, ValueError, KeyError, TypeError):  # not there yet, or not complete
+            total = int(self.folder.total_batches())
+        except (OSError, ValueError, KeyError, TypeError):  # not there yet, or incomplete
             return []
-        if text == self._text:
+        if text == self._text or total < 1:
             return []
         self._text = text
-        reports = filter(None, map(_validation_in, text.splitlines()))
-        return [(batches * WHOLE // total, _number(metrics.get(metric))) for batches, metrics in reports]
+        found = filter(None, (_validation_in(line, metric) for line in text.splitlines()))
+        return [(batches * WHOLE // total, value) for batches, value in found]
 
-    def last_words(self) -> str:
-        """The last line that says what went wrong, of what it printed."""
+    def last_error(self) -> str:
+        """The last line of its log that looks like an error; else the last line."""
         try:
             lines = self.log.read_text(errors="replace").splitlines()
         except OSError:
@@ -123,26 +135,26 @@ class TrialProcess:
         return (errors or [line for line in lines if line.strip()] or ["it printed nothing"])[-1].strip()
 
 
-def _validation_in(line: str) -> tuple[int, Mapping[str, Any]] | None:
-    """Batches and metrics of a validation's line of metrics.jsonl; None for any other line."""
+def _validation_in(line: str, metric: str) -> tuple[int, float] | None:
+    """The batches and the metric of a validation's line in metrics.jsonl; None for any other line."""
     try:
         report = json.loads(line)
-        return (int(report["batches"]), dict(report["metrics"])) if report["split"] == "val" else None
-    except (ValueError, KeyError, TypeError):
+        if report["split"] != "val":
+            return None
+        value = dict(report["metrics"]).get(metric)
+        is_number = isinstance(value, int | float) and math.isfinite(value)
+        return int(report["batches"]), float(value) if is_number else math.nan
+    except (ArithmeticError, ValueError, KeyError, TypeError):
         return None
 
 
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
-
-
-def _at_start(cores: tuple[int, ...]) -> Callable[[], None]:
+def _before_start(cores: tuple[int, ...]) -> Callable[[], None]:
     search = os.getpid()
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
     def prepare() -> None:
         if prctl is not None:
-            # a search that is killed leaves no run behind: each saves its checkpoint and ends
+            # if the search is killed, its runs save a checkpoint and exit
             prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
             if os.getppid() != search:
                 os._exit(1)

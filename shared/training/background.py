@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class Background:
-    """Does work in a thread, in the order in which it is given. The thread stops when there is none left.
+    """Does work in a thread, in the order in which it is given. The thread stops when no work is left.
 
     It is a daemon thread: a second Ctrl-C stops the process without waiting for it. Leaving the context waits.
 

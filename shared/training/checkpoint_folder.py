@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a folder here, or on a cluster, by its UUID."""
+"""Finds a checkpoint: a folder here, or one of a cluster by its UUID."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def checkpoint_here(name: str) -> Path | None:
 
 
 def _example(path: Path) -> str:
-    """A checkpoint that was perhaps meant: of the run that `path` is, or of the newest one below runs/."""
+    """A checkpoint that the user may mean: in the run `path`, or in the newest run below runs/."""
     if path.name in ("best", "last"):
         found = sorted(Path("runs").glob(f"*/checkpoints/{path.name}"), key=lambda folder: folder.stat().st_mtime)
         return f"the folder, of the newest run here {found[-1]}" if found else "the folder: RUN/checkpoints/best"
@@ -54,8 +54,7 @@ def _example(path: Path) -> str:
 
 
 def _downloaded(checkpoint: str) -> Path:
-    """The folder of a cluster's checkpoint in the user's cache, downloaded once. A download that is cut off is never
-    there, and nobody else can put weights in its place."""
+    """The folder of a cluster's checkpoint in the user's private cache, downloaded once and completely."""
     folder = private_cache("detection_checkpoints")
     place = folder / checkpoint
 

@@ -1,4 +1,4 @@
-"""Checkpoints read back, without executing pickled code: our own, and a cluster's by its UUID."""
+"""Reads checkpoints and weights without executing code in them; writes and checks a checkpoint's manifest."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _WEIGHTS = "state_dict.pth"
 
 
 def write_manifest(folder: Path, batches: int) -> None:
-    """Notes size and SHA-256 of each file in a checkpoint's folder, and the batches trained.
+    """Writes the size and SHA-256 of each file in a checkpoint's folder, and the batches trained.
 
-    Determined writes metadata.json after this, so that the manifest holds what must be in it, and not its digest.
+    Determined writes metadata.json later, so that the manifest holds its number of batches instead of its digest.
     """
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
@@ -68,7 +68,7 @@ def check_manifest(folder: Path) -> None:
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 of a checkpoint's state_dict.pth; from the manifest, where there is one."""
+    """SHA-256 of a checkpoint's state_dict.pth; from the manifest if there is one."""
     try:
         return json.loads((folder / MANIFEST).read_text())["files"][_WEIGHTS]["sha256"]
     except FileNotFoundError:
@@ -125,7 +125,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint's weights and what it says of itself.
+    """A checkpoint's weights and what is saved with them.
 
     Raises:
         UserError: it is not a checkpoint of this project, is cut off, changed, or holds code.
@@ -158,7 +158,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `torch.save` wrote, tensors and plain values only.
+    """What `torch.save` wrote: tensors and plain values only.
 
     Raises:
         UserError: the file is cut off or would execute code.
@@ -186,7 +186,7 @@ class _PlainValues(pickle.Unpickler):
 
 
 def _plain_values(path: Path) -> Any:
-    """What a checkpoint's own pickle holds.
+    """The content of a checkpoint's own pickle.
 
     Raises:
         UserError: more than plain values.
@@ -199,14 +199,16 @@ def _plain_values(path: Path) -> Any:
 
 
 def read_weights(source: str, key: str, choices: str) -> tuple[Mapping[str, Any], Checkpoint | None]:
-    """What a file, a URL or a checkpoint of ours holds: a state dict, or what a library wrote around one; and the
-    checkpoint where it is one.
+    """The content of a file, a URL or one of our checkpoints: a state dict, or what a library wrote around one. Also
+    the
+    checkpoint, if it is one.
 
     Args:
-        key: the hyperparameter that names the source; choices: what else it may be. Both for the error.
+        key: the hyperparameter that names the source, for an error.
+        choices: what else the hyperparameter may be, for an error.
 
     Raises:
-        UserError: it cannot be had, is cut off, or holds code.
+        UserError: the source cannot be read, is cut off, or holds code.
     """
     if "://" in source:
         try:
@@ -226,8 +228,8 @@ def read_url(url: str) -> Mapping[str, Any]:
     """The weights of a URL. A download that cannot be read is deleted.
 
     Raises:
-        OSError: it cannot be had.
-        UserError: it is cut off, or holds code.
+        OSError: the download failed.
+        UserError: the file is cut off, or holds code.
     """
     path = downloaded(url)
     try:
@@ -255,8 +257,8 @@ def read_weights_file(path: Path) -> Mapping[str, Any]:
 
 
 def without_ddp(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict without the prefix that DistributedDataParallel gives its keys; `_metadata`, the versions of its
-    modules, too, by which they know names of theirs that have changed."""
+    """The state dict without the prefix that DistributedDataParallel gives its keys. `_metadata`, the versions of its
+    modules, loses it too: modules use them to load older names."""
     plain = OrderedDict((name.removeprefix("module."), tensor) for name, tensor in weights.items())
     if versions := getattr(weights, "_metadata", None):
         plain._metadata = OrderedDict(
@@ -266,10 +268,10 @@ def without_ddp(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: object) -> None:
-    """Load all of a state dict.
+    """Loads all of a state dict.
 
     Raises:
-        UserError: the weights are of another model; says which parameters differ.
+        UserError: the weights are another model's. The message names parameters that differ.
     """
     own = model.state_dict()
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())

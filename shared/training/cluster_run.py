@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,21 +15,22 @@ from shared.config.schema import SearcherMetric
 from shared.evaluation.gathered import ChiefReducer
 from shared.training.checkpoints import write_manifest
 from shared.training.determined_fixes import last_validation, trial_is_stopping
+from shared.training.run import Run
 from shared.training.saving import Snapshot
 from shared.training.tensorboard import TensorBoard
 from shared.training.validation import Validation
 
+logger = logging.getLogger(__name__)
+
 SECONDS_BETWEEN_UPLOADS = 1.1  # Determined uploads TensorBoard's files once a second at most
 
 
-class ClusterRun:
-    """The `Run` of a trial.
+class ClusterRun(Run):
+    """A trial's run.
 
     Args:
         policy: `checkpoint_policy`: "best", "all" or "none".
     """
-
-    handles_signals = False  # the master asks by its API
 
     def __init__(self, opened: core.Context, trial_id: int, metric: SearcherMetric, policy: str):
         self.core, self.trial_id, self.metric, self.policy = opened, trial_id, metric, policy
@@ -55,17 +57,13 @@ class ClusterRun:
         best_before = self.core.train.get_experiment_best_validation()
         batches = self._validated_at = validation.batches
         self.core.train.report_validation_metrics(batches, {**metrics, "batches": batches, "epochs": epochs})
+        value = validation.metrics[self.metric.name]
+        logger.info("batch %d: %s %.4f%s", batches, self.metric.name, value, " (best so far)" if is_best else "")
         is_best_of_experiment = self.metric.is_better(metrics[self.metric.name], best_before)
         return self.policy == "all" or (self.policy == "best" and is_best_of_experiment)
 
     def last_validation(self) -> int | None:
         return last_validation(self.trial_id)
-
-    def earlier_value(self, batches: int, metric: str) -> None:
-        return None
-
-    def holds(self, checkpoint: Path) -> bool:
-        return True
 
     def store(self, snapshot: Snapshot, write_own: Callable[[Path], None]) -> None:
         with self.core.checkpoint.store_path(snapshot.metadata) as (path, _):
@@ -85,9 +83,6 @@ class ClusterRun:
     def finish(self, tensorboard: TensorBoard | None) -> None:
         time.sleep(SECONDS_BETWEEN_UPLOADS)
         self._upload(tensorboard)
-
-    def close(self, is_saved: bool) -> None:
-        """The core context is its maker's."""
 
     def _upload(self, board: TensorBoard | None) -> None:
         if board is not None:

@@ -1,4 +1,4 @@
-"""What a Determined 0.38.1 master does not do by itself. tests/test_determined_fixes.py shows each."""
+"""Corrections for what a Determined 0.38.1 master does not do by itself. tests/test_determined_fixes.py shows each."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def trial_is_stopping(trial_id: int, validated_at: int) -> bool:
     """Whether the searcher stopped the trial.
 
     `adaptive_asha` marks a trial as stopping in the master, and nothing signals the trial: without this question, all
-    trials of a search train to the end. Determined sends a report in a thread of its own. Who asks before the master has
-    the report learns of the decision at the next one. If that is a validation, the master counts it as another trial's,
+    trials of a search train to the end. Determined sends a report in a thread of its own. If the question comes before
+    the report, the answer comes with the next one. If that is a validation, the master counts it as another trial's,
     and begins one more trial for it, beyond max_concurrent_trials.
 
     Args:

@@ -13,8 +13,6 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import torch
-
 from shared.data.file_lock import once, user_cache
 from shared.durable import replace_folder
 from shared.errors import UserError
@@ -39,13 +37,15 @@ def downloaded(url: str) -> Path:
         DownloadError: the server does not send it, sends a part, or sends other bytes than its name says.
         UserError: there is no place for it.
     """
+    from torch import hub  # here, because the command line is read with this module and without torch
+
     parts = urlsplit(url)
     if parts.scheme == "file":
         return Path(urllib.request.url2pathname(parts.path))
     name = re.sub(r"[^\w.-]", "_", Path(parts.path).name)[-100:].lstrip(".") or "weights"
     folder = private_cache("detection_weights")
     place = _place(folder, url)
-    of_hub = Path(torch.hub.get_dir(), "checkpoints", name)
+    of_hub = Path(hub.get_dir(), "checkpoints", name)
 
     def find() -> Path | None:
         if (place / name).is_file():

@@ -14,21 +14,21 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import determined as det
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
-from shared.evaluation.gathered import ChiefReducer
+from shared.errors import DivergedError
 from shared.redaction import without_secrets
 from shared.training.background import Background
 from shared.training.checkpoints import CATEGORIES_FILE, Checkpoint
 from shared.training.hang import Phase
 from shared.training.resume import load_checkpoint
+from shared.training.run import Run
 from shared.training.saving import FiniteCheck, HostCopy, Snapshot, checkpoint_state
 from shared.training.stopping import BestSoFar, Clock, End, Outcome, Stopping
-from shared.training.tensorboard import TensorBoard
+from shared.training.tensorboard import DrawFigures, TensorBoard
 from shared.training.training_metrics import Progress, summary_of
 from shared.training.trial import DetectionTrial
 from shared.training.validation import Validation
@@ -36,79 +36,27 @@ from shared.training.validation import Validation
 logger = logging.getLogger(__name__)
 
 
-class Run(Protocol):
-    """What takes a training's reports and checkpoints. The chief calls its methods; those of every rank say so.
-
-    Attributes:
-        trial_id: of the cluster's trial, 0 off a cluster. A checkpoint of another trial starts a new count of batches.
-        handles_signals: whether SIGTERM and Ctrl-C stop the training after a batch.
-        folder: for what a detector's library writes.
-        code: the folder of the code that a checkpoint holds.
-    """
-
-    trial_id: int
-    handles_signals: bool
-    folder: Path
-    code: Path
-
-    def begin(self, first_batch: int, profiling: bool) -> None:
-        """Before the first batch, on every rank."""
-
-    def open_tensorboard(self, first_batch: int) -> SummaryWriter:
-        """The writer of TensorBoard's files."""
-
-    def set_status(self, status: str) -> None:
-        """What the training does now, in a word."""
-
-    def report_training(self, batches: int, epochs: int, metrics: dict[str, float], steering: dict[str, float]) -> None:
-        """The numbers since the last report. `steering` are the losses and the learning rate."""
-
-    def report_validation(self, validation: Validation, epochs: int, evaluator: ChiefReducer, is_best: bool) -> bool:
-        """The numbers of a validation. Returns whether `checkpoint_policy` asks for a checkpoint of it."""
-
-    def last_validation(self) -> int | None:
-        """The batches of the last validation that an earlier start reported; None if unknown."""
-
-    def earlier_value(self, batches: int, metric: str) -> float | None:
-        """The value of a metric in the validation after `batches`; None if unknown."""
-
-    def holds(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is this run's own."""
-
-    def store(self, snapshot: Snapshot, write_own: Callable[[Path], None]) -> None:
-        """Writes a checkpoint; called in a thread. `write_own` adds the detector's own files to a folder."""
-
-    def is_stopped_elsewhere(self) -> bool:
-        """Whether the searcher stopped the trial."""
-
-    def at_boundary(self, progress: float, tensorboard: TensorBoard | None) -> bool:
-        """After reports and checkpoints, on every rank. Returns whether the cluster pauses the trial."""
-
-    def finish(self, tensorboard: TensorBoard | None) -> None:
-        """After the last checkpoint of this start, on every rank."""
-
-    def close(self, is_saved: bool) -> None:
-        """At the end, also of an error. `is_saved`: no checkpoint is being written."""
-
-
-def train(trial: DetectionTrial, run: Run, checkpoint: Checkpoint | None = None) -> Outcome:
+def train(
+    trial: DetectionTrial, run: Run, checkpoint: Checkpoint | None = None, draw: DrawFigures = lambda *_: {}
+) -> Outcome:
     """Trains to the end, or until it is stopped.
 
     Args:
         checkpoint: to continue from; `check_resume` allows it.
+        draw: draws the figures of each validation, for TensorBoard.
 
     Raises:
         DivergedError: a loss or the weights are not finite.
         UserError: the evaluation, a save or the GPU's memory failed in a way that the user can fix.
     """
-    return _Training(trial, run).train(checkpoint)
+    return _Training(trial, run, draw).train(checkpoint)
 
 
 class _Training:
     """One start of a training, on one rank."""
 
-    def __init__(self, trial: DetectionTrial, run: Run):
-        self.trial, self.run = trial, run
+    def __init__(self, trial: DetectionTrial, run: Run, draw: DrawFigures):
+        self.trial, self.run, self.draw = trial, run, draw
         self.context, self.periods, self.watch = trial.context, trial.periods, trial.watch
         self.is_chief = trial.rank == 0
         self.best = BestSoFar(trial.hparams.early_stopping, trial.searcher_metric)
@@ -146,8 +94,10 @@ class _Training:
             trial.begin_training(run.folder)
             batches = iter(trial.build_training_data_loader())  # the workers start here, before any other thread
             self.validation_loader = trial.build_validation_data_loader(self.stopping.cuts_validation)
-            self.tensorboard = TensorBoard(run.open_tensorboard(trial.first_batch)) if self.is_chief else None
-            self.progress = Progress(trial.first_batch, self.periods.total) if self.is_chief else None
+            self.tensorboard = self.progress = None
+            if self.is_chief:
+                self.tensorboard = TensorBoard(run.open_tensorboard(trial.first_batch), self.draw)
+                self.progress = Progress(trial.first_batch, self.periods.total)
             stack.callback(self._close)
             if checkpoint is not None:
                 self._load(checkpoint)
@@ -156,7 +106,7 @@ class _Training:
                 if not self._ask(lambda: run.holds(checkpoint.path)):
                     self.best.forget()  # this run's place has no best checkpoint yet
             with self.watch.watching(self.batches):
-                with self.saving:
+                with self.saving, self._naming_last_checkpoint():
                     self._train(batches)
                     self._mark(Phase.SAVING)
                 self._mark(Phase.REPORTING)
@@ -167,6 +117,16 @@ class _Training:
             if outcome.is_finished:
                 trial.end_training()
         return outcome
+
+    @contextlib.contextmanager
+    def _naming_last_checkpoint(self) -> Iterator[None]:
+        """An error of a training that diverged names its last checkpoint, if there is one."""
+        try:
+            yield
+        except DivergedError as error:
+            if self.saved_at <= 0:
+                raise
+            raise DivergedError(f"{error}. The last checkpoint is of batch {self.saved_at}") from error
 
     def _train(self, batches: Iterator[Any]) -> None:
         trial, periods, stopping = self.trial, self.periods, self.stopping
@@ -197,7 +157,8 @@ class _Training:
             if saves and self.saved_at != self.batches:
                 self._save()
             stops = self._stops()
-            self._begin_window()
+            if not stops:
+                self._begin_window()
 
         if self.saved_at != self.batches:
             self._save()
@@ -205,7 +166,7 @@ class _Training:
     # --- its parts ----------------------------------------------------------------------------------------
 
     def _begin_window(self) -> None:
-        """Until the next report, validation or save."""
+        """Begins the batches until the next report, validation or save."""
         self._mark(Phase.LOADING, self.batches + 1)
         if self.is_chief:
             self.run.set_status("training")
@@ -229,7 +190,7 @@ class _Training:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Validates and reports; saves if `checkpoint_policy` asks for it. If a signal cuts it short, reports nothing."""
+        """Validates, reports, and saves if `checkpoint_policy` asks for it. A signal cuts it short without a report."""
         self._mark(Phase.VALIDATING)
         trial, run = self.trial, self.run
         if self.is_chief:
@@ -318,7 +279,7 @@ class _Training:
         self.trial.save_own_config(folder)
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        """Continues from a checkpoint. One of another trial gives weights only, and the counts start from 0."""
+        """Continues from a checkpoint. After one of another trial, all counts start from 0."""
         trial, training, counts = self.trial, checkpoint.training, checkpoint.counts
         best = {**(training.get("patience") or {}), **checkpoint.best_of_older_version}
         load_checkpoint(trial, checkpoint)
@@ -347,19 +308,16 @@ class _Training:
             return None
         if self.batches > total or (self.batches == total and is_validated):
             return (
-                f"{checkpoint.path} has been trained for {self.batches} batches, and searcher.max_length is {total}; "
-                "give a greater one to go on"
+                f"{checkpoint.path} has been trained for {self.batches} batches, and searcher.max_length is {total}. "
+                "Fix: give a greater one"
             )
         if why := self.best.why_over():
             return (
-                f"{checkpoint.path} has ended by {why}; give a patience of more than {self.best.without_improvement}, "
-                "or leave hyperparameters.early_stopping out, to go on"
+                f"{checkpoint.path} has ended by {why}. Fix: give a patience of more than "
+                f"{self.best.without_improvement}, or omit hyperparameters.early_stopping"
             )
         if is_validated and (why := self.clock.why_over()):
-            return (
-                f"{checkpoint.path} has ended by {why}; give more of them, or leave hyperparameters.max_hours out, to "
-                "go on"
-            )
+            return f"{checkpoint.path} has ended by {why}. Fix: give more hours, or omit hyperparameters.max_hours"
         return None
 
     def _outcome(self) -> Outcome:
@@ -372,7 +330,7 @@ class _Training:
         elif self.validated_at == self.batches and stopping.ended is not None:
             end, why = End.ENDED, stopping.ended
         number = stopping.stopped_by if end is End.STOPPED else None
-        return Outcome(end, self.batches, self.periods.total, why, number, self.validation)
+        return Outcome(end, self.batches, self.periods.total, why, number, self.validation, self.clock.seconds)
 
     def _close(self) -> None:
         if self.is_chief:

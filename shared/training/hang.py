@@ -1,11 +1,15 @@
-"""What a hang is, and which process is behind: told from what each process says of itself."""
+"""Ends a training in which no rank makes progress, and names the rank that the others wait for.
+
+Each rank marks how far it is. A thread counts its ticks since the last mark and exchanges them with the other ranks. If
+all ranks are quiet for too long, each writes its stacks, the first one writes the error, and the processes exit.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import enum
 import faulthandler
+import math
 import multiprocessing
 import os
 import signal
@@ -29,12 +33,21 @@ from shared.errors import count_of, tell_torchrun
 from shared.training.sockets import connect, host_of_chief, listen
 
 LONGER = 6  # how many times as long a phase may last that is no training or validation batch
-_TICKS_UNHEARD = 5  # then a process does not answer: news takes two at most
+_LONGEST_TICK = 5.0  # seconds
+_TICKS = 10  # in the shortest limit
+_TICKS_UNHEARD = 5  # after which a rank does not answer: news takes two at most
+_SECONDS_TO_WRITE = 5.0  # a pipe may be full, and that may be the hang
 _NAMED = 8  # ranks in a message
+_OF_WORKERS = signal.SIGUSR1
+# where Python is while a rank waits for others: a `ProcessContext`, torch's collectives, DDP and its backward pass
+_WAITING = tuple(
+    str(Path(module.__file__).parent) + os.sep
+    for module in (determined, zmq, torch.distributed, torch.nn.parallel, torch.autograd)
+)
 
 
 class Phase(enum.Enum):
-    """What a process does. Each marks the same phases, one after the other, as every other process."""
+    """The activity of a rank. All ranks mark the same phases in the same order."""
 
     BEGINNING = "beginning"
     LOADING = "loading a batch"
@@ -47,16 +60,15 @@ class Phase(enum.Enum):
     SAVING = "saving a checkpoint"
 
 
-# in these the chief works while the others wait
-_LONG = {Phase.BEGINNING, Phase.REPORTING, Phase.EVALUATING, Phase.SAVING}
+_LONG = {Phase.BEGINNING, Phase.REPORTING, Phase.EVALUATING, Phase.SAVING}  # the chief works while the others wait
 
 
 class Mark(NamedTuple):
-    """Where a process has come to.
+    """How far a rank is.
 
     Attributes:
-        batch: that it trains, from 1; outside of the training, the batches trained.
-        passed: how often phase or batch have changed. It grows alike on every process: the least is behind.
+        batch: that it trains, from 1; outside of a step, the batches trained.
+        passed: how often phase or batch changed, alike on every rank. The rank with the least is behind.
     """
 
     phase: Phase
@@ -64,27 +76,26 @@ class Mark(NamedTuple):
     passed: int = 0
 
     def followed_by(self, phase: Phase, batch: int) -> Mark:
-        """The next one; a new object also where it says the same, of the next validation batch for one."""
+        """The next mark. It is a new object even if it equals this one, as for the next validation batch."""
         return Mark(phase, batch, self.passed + (phase is not self.phase or batch != self.batch))
 
     def patience(self, limit: float, first_batch: int) -> float:
-        """The seconds without another mark after which it is a hang, where `limit` is that of a usual batch;
-        `first_batch` is the first one that is trained since the start, when libraries compile and caches fill."""
+        """The seconds without another mark that are a hang, if `limit` seconds are one in a usual batch. In the first
+        batch of a start, libraries compile and caches fill."""
         return limit * (LONGER if self.phase in _LONG or self.batch <= first_batch else 1)
 
 
 @dataclass(frozen=True)
 class Standing:
-    """What a process says of itself at each of its ticks.
+    """The state that a rank reports at each of its ticks.
 
     Attributes:
-        mark: its last one.
-        quiet: seconds since then, by its own ticks.
+        quiet: seconds since its last mark, by its own ticks.
         patience: seconds after which that is too long.
         tick: how many it has counted.
-        waits: whether it is in an exchange with the others, as far as Python can tell.
-        where: file, line and function that it is in.
-        told: whether it has found a hang, and written its stacks.
+        waits: whether it waits for other ranks, as far as Python shows.
+        where: the file, line and function that it is in.
+        reported: whether it found a hang, and wrote its stacks.
         left: whether its training has ended.
     """
 
@@ -95,33 +106,35 @@ class Standing:
     tick: int = 0
     waits: bool = False
     where: str = ""
-    told: bool = False
+    reported: bool = False
     left: bool = False
 
     def __str__(self) -> str:
-        return f"batch {self.mark.batch}, {self.mark.phase.value}"
+        return f"batch {self.mark.batch} ({self.mark.phase.value}{self.where and f', at {self.where}'})"
 
 
 class Standings:
-    """What one process knows of all, itself among them; time is counted in its own ticks, not by the clock: a job that
-    is stopped as a whole, and goes on, has lost none.
+    """What one rank knows of all. It counts time in its own ticks, not by the clock: a job that is stopped and resumed
+    as a whole loses none.
 
     Args:
-        interval: seconds of a tick.
+        interval: seconds per tick.
+        limit: seconds after which a rank that does not answer has hung, whatever it was doing.
     """
 
-    def __init__(self, interval: float):
+    def __init__(self, interval: float, limit: float = math.inf):
         self.interval = interval
+        self.limit = limit
         self.of: dict[int, Standing] = {}
         self._unheard: dict[int, int] = {}  # ticks
 
     def tick(self) -> None:
-        """This process has waited one interval."""
+        """This rank waited one interval."""
         for rank in self._unheard:
             self._unheard[rank] += 1
 
     def hear(self, standing: Standing) -> None:
-        """What a process says of itself. It counts as heard of only where it has ticked since."""
+        """Takes a rank's report. It is a sign of life only if the rank ticked since its last one."""
         known = self.of.get(standing.rank)
         if known is None or known.tick != standing.tick:
             self._unheard[standing.rank] = 0
@@ -129,60 +142,55 @@ class Standings:
 
     @property
     def present(self) -> list[Standing]:
-        """All whose training has not ended, by rank."""
+        """Those whose training has not ended, by rank."""
         return [self.of[rank] for rank in sorted(self.of) if not self.of[rank].left]
 
     def quiet(self, standing: Standing) -> float:
-        """Seconds since a process's last mark, with those in which nothing was heard of it."""
+        """Seconds since a rank's last mark, including those since its last report."""
         return standing.quiet + self.interval * self._unheard[standing.rank]
 
     def answers(self, standing: Standing) -> bool:
         return self._unheard[standing.rank] < _TICKS_UNHEARD
 
     def hang(self) -> bool:
-        """Whether no process comes further: while one does, the others may wait for it."""
-        return bool(self.present) and all(self.quiet(each) >= each.patience for each in self.present)
+        """Whether no rank makes progress. While one does, the others may wait for it."""
+        present = self.present
+        is_silent = any(self.interval * self._unheard[each.rank] >= self.limit for each in present)
+        longest = self.limit if is_silent else math.inf
+        return bool(present) and all(self.quiet(each) >= min(each.patience, longest) for each in present)
 
-    def someone_has_told(self) -> bool:
-        """Whether another process has found the hang before this one."""
-        return any(each.told for each in self.present)
+    def peer_reported_hang(self) -> bool:
+        return any(each.reported for each in self.present)
 
     def message(self) -> str:
-        """Which process is behind, in a line."""
-        waited = span(min(map(self.quiet, self.present)))
-        if len(self.of) == 1:
-            (only,) = self.of.values()
-            return f"the training has not come further for {waited}: {only}{_at(only)}"
-        return f"no process has come further for {waited}: {self._who()}"
+        """In one line, the rank that the others wait for."""
+        return f"no progress for {span(min(map(self.quiet, self.present)))}: {self._who()}"
 
     def _who(self) -> str:
         present = self.present
+        if len(self.of) == 1:
+            return f"stuck at {present[0]}"
         silent = [each for each in present if not self.answers(each)]
         if silent:
-            if silent[0].rank == 0:  # by way of which the others are heard of
-                silent = silent[:1]
+            # the chief forwards the reports: without it, nothing is known of the others
+            silent = silent[:1] if silent[0].rank == 0 else silent
             does = "does" if len(silent) == 1 else "do"
-            return f"{_ranks(silent)} {does} not answer any more (last heard of at {silent[0]})"
-        # of those that have come as far, one that does not wait for the others is what they wait for
+            return f"{_ranks(silent)} {does} not answer since {silent[0]}"
+        # of those that are least far, the ones that do not wait are what all wait for
         least = min((each.mark.passed, each.waits) for each in present)
         behind = [each for each in present if (each.mark.passed, each.waits) == least]
         others = [each for each in present if each not in behind]
         if not others:
-            return f"{_ranks(present)} wait in the same place ({present[0]}{_at(present[0])})"
+            return f"{_ranks(present)} wait in the same place, {present[0]}"
+        is_stuck = f"{_ranks(behind)} {'is' if len(behind) == 1 else 'are'} stuck at {behind[0]}"
         furthest = max(others, key=lambda each: each.mark.passed)
-        have = "the other has" if len(others) == 1 else "the others have"
-        # where they are as far, the ones wait there for the others
-        they = f"{have} come to {furthest}" if furthest.mark.passed > least[0] else f"{have} to wait"
-        return f"{_ranks(behind)} {'is' if len(behind) == 1 else 'are'} behind ({behind[0]}{_at(behind[0])}; {they})"
+        ahead = f" at batch {furthest.mark.batch} ({furthest.mark.phase.value})" * (furthest.mark.passed > least[0])
+        return f"{is_stuck}; {'the other rank waits' if len(others) == 1 else 'the other ranks wait'}{ahead}"
 
 
 def span(seconds: float) -> str:
     """ "45 seconds", "10 minutes"."""
     return count_of(round(seconds / 60), "minute") if seconds >= 120 else count_of(round(seconds), "second")
-
-
-def _at(standing: Standing) -> str:
-    return f", at {standing.where}" if standing.where else ""
 
 
 def _ranks(standings: Sequence[Standing]) -> str:
@@ -191,38 +199,35 @@ def _ranks(standings: Sequence[Standing]) -> str:
     return f"rank{'' if len(standings) == 1 else 's'} {named}{more}"
 
 
-_MILLISECONDS_FOR_THE_LAST = 200  # to send what is not sent yet, where somebody is there to take it
-
-
 class Exchange:
-    """Goes by way of the chief: each process sends it its own standing, and is sent all that the chief knows.
+    """Each rank sends the chief its own standing, and the chief sends back all that it knows.
 
-    Made by all processes together, and then of one thread alone, which need not be the one that made it.
+    All ranks create it together. Then one thread of each uses it.
     """
 
     def __init__(self, distributed: DistributedContext):
         self.rank = distributed.rank
         self._context = zmq.Context()
-        self._context.linger = _MILLISECONDS_FOR_THE_LAST
+        self._context.linger = 200  # milliseconds, to send the rest
         self._socket = self._context.socket(zmq.DEALER if self.rank else zmq.ROUTER)
         host = host_of_chief(distributed.get_num_agents())
         chief = distributed.broadcast(None if self.rank else listen(self._socket, host))
         if self.rank:
             connect(self._socket, chief)
         self._heard: dict[int, Standing] = {}  # by the chief
-        self._others: dict[int, bytes] = {}  # how the chief sends to them
+        self._senders: dict[int, bytes] = {}  # how the chief addresses the others
 
     def swap(self, own: Standing) -> list[Standing]:
-        """Says how this process stands; what it has heard of all since the last time, its own too. Never waits."""
+        """Sends this rank's standing. Returns what it heard of all since the last call, without waiting."""
         if self.rank:
             self._send(msgspec.json.encode([own]))
             return [standing for (message,) in self._received(1) for standing in _decoded(message)]
         for sender, message in self._received(2):
             for standing in _decoded(message):
-                self._heard[standing.rank], self._others[standing.rank] = standing, sender
+                self._heard[standing.rank], self._senders[standing.rank] = standing, sender
         self._heard[0] = own
         table = msgspec.json.encode(list(self._heard.values()))
-        for sender in self._others.values():
+        for sender in self._senders.values():
             self._send(sender, table)
         return list(self._heard.values())
 
@@ -230,7 +235,7 @@ class Exchange:
         self._context.destroy()
 
     def _send(self, *parts: bytes) -> None:
-        with contextlib.suppress(zmq.ZMQError):  # the other one does not take any more
+        with contextlib.suppress(zmq.ZMQError):  # the other side accepts no more
             self._socket.send_multipart(parts, zmq.NOBLOCK)
 
     def _received(self, parts: int) -> Iterator[list[bytes]]:
@@ -246,48 +251,33 @@ class Exchange:
 def _decoded(message: bytes) -> list[Standing]:
     try:
         return msgspec.json.decode(message, type=list[Standing])
-    except msgspec.MsgspecError:  # from somebody else
+    except msgspec.MsgspecError:  # from a stranger
         return []
 
 
-_LONGEST_TICK = 5.0  # seconds
-_TICKS = 10  # in the shortest limit
-_SECONDS_TO_WRITE = 5.0  # a pipe may be full, and that the hang
-# where Python is while a process waits for others: in a `ProcessContext`, in torch's exchange, in DDP and its backward
-# pass
-_WAITING = tuple(
-    str(Path(module.__file__).parent) + os.sep
-    for module in (determined, zmq, torch.distributed, torch.nn.parallel, torch.autograd)
-)
-_OF_WORKERS = signal.SIGUSR1
-
-
 class Watch:
-    """Notes how far this process is, and finds out when none comes further.
+    """Marks how far this rank is, and ends the process if no rank makes progress.
 
     Args:
-        hang_minutes: of the config's hyperparameters; None to find out nothing.
+        hang_minutes: as in the config's hyperparameters; None to watch nothing.
     """
 
     def __init__(self, distributed: DistributedContext, hang_minutes: float | None):
         self.distributed = distributed
         self.limit = None if hang_minutes is None else 60 * hang_minutes
-        self._mark = Mark(Phase.BEGINNING, 0)
-        self._over = threading.Event()
-        self._first_batch = 0
-        self._watched = 0
+        self.last_mark = Mark(Phase.BEGINNING, 0)
 
     def mark(self, phase: Phase, batch: int) -> None:
-        """This process has come to here: costs about a microsecond.
+        """Notes how far this rank is; costs about a microsecond.
 
         Args:
-            batch: that it trains, from 1; outside of the training, the batches trained.
+            batch: that it trains, from 1; outside of a step, the batches trained.
         """
-        self._mark = self._mark.followed_by(phase, batch)
+        self.last_mark = self.last_mark.followed_by(phase, batch)
 
     @contextlib.contextmanager
     def watching(self, batches: int) -> Iterator[None]:
-        """Watches the thread that calls this, on every process: once the loaders' workers are there.
+        """Watches the calling thread, on every rank. The loaders' workers are started.
 
         Args:
             batches: trained before this start.
@@ -296,52 +286,39 @@ class Watch:
             yield
             return
         self.mark(Phase.BEGINNING, batches)
-        self._first_batch, self._watched = batches + 1, threading.get_ident()
-        self._over.clear()
-        exchange = Exchange(self.distributed) if self.distributed.size > 1 else None
-        thread = threading.Thread(target=_Watcher(self, exchange).run, name="watch", daemon=True)
+        watcher = _Watcher(self, batches + 1)
+        thread = threading.Thread(target=watcher.run, name="watch", daemon=True)
         thread.start()
         try:
             yield
         finally:
-            self._over.set()
+            watcher.over.set()
             thread.join()
-
-    def standing(self, tick: int, quiet: float, mark: Mark) -> Standing:
-        """What this process says of itself."""
-        frame = sys._current_frames().get(self._watched)
-        return Standing(
-            rank=self.distributed.rank,
-            mark=mark,
-            quiet=quiet,
-            patience=mark.patience(self.limit, self._first_batch),
-            tick=tick,
-            waits=frame is not None and frame.f_code.co_filename.startswith(_WAITING),
-            where="" if frame is None else _place(frame),
-        )
 
 
 class _Watcher:
-    """The thread's own part of a `Watch`."""
+    """The thread of a `Watch`."""
 
-    def __init__(self, watch: Watch, exchange: Exchange | None):
-        self.watch = watch
-        self.exchange = exchange
-        self.interval = min(watch.limit / _TICKS, _LONGEST_TICK)
-        self.standings = Standings(self.interval)
-        self.rank = watch.distributed.rank
-        self.ticks = 0
-        self.marked_at = 0
+    def __init__(self, watch: Watch, first_batch: int):
+        self.watch, self.limit, self.first_batch = watch, watch.limit, first_batch
+        self.watched = threading.get_ident()
+        self.over = threading.Event()
+        self.rank, size = watch.distributed.rank, watch.distributed.size
+        self.exchange = Exchange(watch.distributed) if size > 1 else None
+        self.interval = min(self.limit / _TICKS, _LONGEST_TICK)
+        self.standings = Standings(self.interval, self.limit)
+        self.ticks = self.marked_at = 0
         self.seen: Mark | None = None
-        self.told = self.left = False
+        self.reported = self.left = False
+        begun = Mark(Phase.BEGINNING, first_batch - 1)  # of those that have not reported yet
+        for rank in range(size):
+            self.standings.hear(Standing(rank, begun, 0.0, begun.patience(self.limit, 0), tick=-1))
 
     def run(self) -> None:
-        watch = self.watch
-        self._expect_others()
         try:
-            while not watch._over.wait(self.interval):
+            while not self.over.wait(self.interval):
                 self._tick()
-                if self.standings.hang() or self.standings.someone_has_told():
+                if self.standings.hang() or self.standings.peer_reported_hang():
                     self._end_the_process()
             self.left = True
             self._tick()
@@ -349,21 +326,25 @@ class _Watcher:
             if self.exchange is not None:
                 self.exchange.close()
 
-    def _expect_others(self) -> None:
-        # who was never heard of begins
-        begun = Mark(Phase.BEGINNING, self.watch._first_batch - 1)
-        for rank in range(self.watch.distributed.size):
-            self.standings.hear(Standing(rank, begun, 0.0, begun.patience(self.watch.limit, 0), tick=-1))
-
     def _tick(self) -> None:
         self.ticks += 1
-        mark = self.watch._mark
+        mark = self.watch.last_mark
         if mark is not self.seen:
             self.seen, self.marked_at = mark, self.ticks
-        own = self.watch.standing(self.ticks, self.interval * (self.ticks - self.marked_at), mark)
-        own = dataclasses.replace(own, told=self.told, left=self.left)
+        frame = sys._current_frames().get(self.watched)
+        own = Standing(
+            rank=self.rank,
+            mark=mark,
+            quiet=self.interval * (self.ticks - self.marked_at),
+            patience=mark.patience(self.limit, self.first_batch),
+            tick=self.ticks,
+            waits=frame is not None and frame.f_code.co_filename.startswith(_WAITING),
+            where="" if frame is None else _place(frame),
+            reported=self.reported,
+            left=self.left,
+        )
         self.standings.tick()
-        for standing in self.exchange.swap(own) if self.exchange is not None else [own]:
+        for standing in self.exchange.swap(own) if self.exchange is not None else ():
             if standing.rank != self.rank:
                 self.standings.hear(standing)
         self.standings.hear(own)
@@ -372,21 +353,21 @@ class _Watcher:
         standings = self.standings
         message, own = standings.message(), standings.of[self.rank]
         answering = [each.rank for each in standings.present if standings.answers(each)]
-        stacks = _stacks(self.rank, own, self.watch._watched)
+        stacks = _stacks(self.rank, own, self.watched)
         _within(_SECONDS_TO_WRITE, lambda: _write(stacks))
         _within(_SECONDS_TO_WRITE, lambda: _show_workers(self.rank))
-        self.told = True
+        self.reported = True
         until = time.monotonic() + _SECONDS_TO_WRITE + 2 * self.interval
         while True:  # until all others that answer have written theirs
             self._tick()
-            if all(standings.of[rank].told for rank in answering) or time.monotonic() > until:
+            if all(standings.of[rank].reported for rank in answering) or time.monotonic() > until:
                 break
             time.sleep(self.interval / _TICKS)
-        line = (
-            f"error: {message}. hyperparameters.hang_minutes is how long to wait; the stacks {_whose(standings)} above"
-        )
-        line += "" if on_cluster() else "; go on with --resume last"
-        # the others wait for its line: the first one that ends has torchrun end them all
+        of_ranks = "of all ranks " if all(each.reported for each in standings.present) else "of the ranks that answer "
+        line = f"error: {message}. The stacks {of_ranks if len(standings.of) > 1 else ''}are above. "
+        line += "hyperparameters.hang_minutes sets how long to wait"
+        line += "" if on_cluster() else ". Fix: correct the cause, then continue with --resume last"
+        # the others wait for its line: torchrun ends all processes as soon as one exits
         if self.rank == min(answering):
             _within(_SECONDS_TO_WRITE, lambda: _write(f"{line}\n"))
         else:
@@ -429,22 +410,15 @@ def _place(frame: FrameType) -> str:
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
-def _whose(standings: Standings) -> str:
-    if len(standings.of) == 1:
-        return "are"
-    everybody = all(each.told for each in standings.present)
-    return "of all processes are" if everybody else "of the processes that answer are"
-
-
 def _write(text: str) -> None:
-    # past Python's own stream, whose lock the thread that hangs may have
+    # past Python's own stream, whose lock the thread that hangs may hold
     data = text.encode(errors="replace")
     while data:
         data = data[os.write(2, data) :]
 
 
 def _within(seconds: float, function: Callable[[], object]) -> None:
-    """Waits so long for a function, and no longer."""
+    """Waits for a function, but no longer than that."""
     thread = threading.Thread(target=function, daemon=True)
     thread.start()
     thread.join(seconds)

@@ -19,22 +19,21 @@ from shared.evaluation.evaluator import CocoEvaluator, for_json
 from shared.evaluation.gathered import ChiefReducer, save_detections
 from shared.training.checkpoints import METADATA, write_manifest
 from shared.training.loggers import Loggers
+from shared.training.run import Run
 from shared.training.run_folder import RunFolder
 from shared.training.saving import Snapshot
-from shared.training.tensorboard import TensorBoard
 from shared.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
 
-class LocalRun:
-    """The `Run` of a folder. It keeps the last checkpoint and the best one.
+class LocalRun(Run):
+    """A folder's run. It keeps the last checkpoint and the best one.
 
     Args:
         policy: `checkpoint_policy`. "best" saves after each validation too: the last one is kept as well.
     """
 
-    trial_id = 0
     handles_signals = True
 
     def __init__(self, folder: RunFolder, loggers: Loggers, metric: SearcherMetric, policy: str, is_chief: bool):
@@ -50,9 +49,6 @@ class LocalRun:
     def open_tensorboard(self, first_batch: int) -> SummaryWriter:
         return SummaryWriter(str(self.run_folder.tensorboard), purge_step=first_batch + 1 if first_batch else 0)
 
-    def set_status(self, status: str) -> None:
-        """Nobody reads it here."""
-
     def report_training(self, batches: int, epochs: int, metrics: dict[str, float], steering: dict[str, float]) -> None:
         self._report(batches, "train", metrics)
 
@@ -64,9 +60,6 @@ class LocalRun:
         value, best = validation.metrics[self.metric.name], " (best so far)" if is_best else ""
         logger.info("batch %d: %s %.4f%s", validation.batches, self.metric.name, value, best)
         return self.policy != "none"
-
-    def last_validation(self) -> None:
-        return None
 
     def earlier_value(self, batches: int, metric: str) -> float | None:
         report = self.run_folder.validation_after(batches)
@@ -83,15 +76,6 @@ class LocalRun:
         (new / METADATA).write_text(json.dumps(metadata))
         write_manifest(new, metadata["steps_completed"])
         self.run_folder.keep(new, is_best=snapshot.is_best)
-
-    def is_stopped_elsewhere(self) -> bool:
-        return False
-
-    def at_boundary(self, progress: float, tensorboard: TensorBoard | None) -> bool:
-        return False
-
-    def finish(self, tensorboard: TensorBoard | None) -> None:
-        """All is written."""
 
     def close(self, is_saved: bool) -> None:
         # a second Ctrl-C does not wait for a checkpoint, and its thread may be about to rename the folder

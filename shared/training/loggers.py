@@ -1,36 +1,35 @@
-"""The lines of metrics.jsonl, as they are written, in W&B and MLflow too."""
+"""Sends each line of metrics.jsonl to W&B and MLflow."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import inspect
 import itertools
 import json
 import logging
 import os
-import queue
 import re
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from shared.data.file_lock import locked
 from shared.durable import write_file
 from shared.errors import UserError
 from shared.redaction import redacted, without_secrets
+from shared.training.background import Background
 from shared.training.run_folder import RunFolder
 
-# where no variable says otherwise; finish_timeout in seconds: what is not sent by then stays in the run's folder
+# unless a variable is set; finish_timeout in seconds: the run's folder keeps what is not sent by then
 _SETTINGS = {"silent": True, "console": "off", "finish_timeout": 120.0}
 
 
 def check_login() -> None:
-    """Raises UserError where wandb would ask for an API key."""
+    """Raises UserError if wandb would ask for an API key."""
     import wandb
 
     if "prompt" not in inspect.signature(wandb.login).parameters:
@@ -41,24 +40,24 @@ def check_login() -> None:
         return
     if not wandb.login(prompt=False, verify=False):
         raise UserError(
-            "hyperparameters.loggers: wandb has no API key; `wandb login` asks for it, WANDB_API_KEY gives it, and "
-            "WANDB_MODE=offline does without"
+            "hyperparameters.loggers: wandb has no API key. Fix: run `wandb login`, or set WANDB_API_KEY, or "
+            "WANDB_MODE=offline"
         )
 
 
 def project_name(name: str) -> str:
-    """The name without what W&B allows in no project's."""
+    """The name without the characters that W&B forbids in a project's name."""
     return re.sub(r"[/\\#?%:]", "-", name)[:128]
 
 
 class WandbRun:
     """
     Args:
-        folder: of the run; its name is the run's.
-        kept: the id of the run to go on with; None for a new one.
+        folder: the run's; its name is the run's too.
+        kept: the id of the run to continue; None for a new one.
 
     Attributes:
-        id: None where W&B keeps nothing of it.
+        id: None if W&B does not keep the run.
         place: where its numbers are, for a human.
     """
 
@@ -76,7 +75,7 @@ class WandbRun:
             # said once more: wandb has read the environment before `keep_places`
             **{key: os.environ.get(variable) or value for variable, (key, value) in ours.items()},
             config=config,
-            allow_val_change=True,  # of a run that goes on: a greater length
+            allow_val_change=True,  # a continued run may have a greater length
             reinit="create_new",  # a program's own run is left alone
             settings=_settings(),
         )
@@ -121,8 +120,8 @@ _OF_A_NAME, _OF_A_VALUE, _PARAMS, _METRICS = 250, 6000, 100, 1000
 class MlflowRun:
     """
     Args:
-        folder: of the run; its name is the run's.
-        kept: the id of the run to go on with; None for a new one.
+        folder: the run's; its name is the run's too.
+        kept: the id of the run to continue; None for a new one.
 
     Attributes:
         place: where its numbers are, for a human.
@@ -138,7 +137,7 @@ class MlflowRun:
                 # MLflow's own default is SQLite, for which mlflow-skinny has no package
                 uri = (folder.parent / "mlruns").as_uri()
                 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-                stack.enter_context(_alone(folder.parent / ".mlruns.lock"))
+                stack.enter_context(locked(folder.parent / ".mlruns.lock"))  # trials that begin at once
             self.client = MlflowClient(uri)
             run = self._kept(os.environ.get("MLFLOW_RUN_ID") or kept)
             if run is None:
@@ -229,7 +228,7 @@ def _chunks(items: list, size: int) -> Iterator[list]:
 
 @contextlib.contextmanager
 def _few_retries() -> Iterator[None]:
-    """A server that does not answer is said within seconds: MLflow asks it for minutes."""
+    """Fails within seconds if a server does not answer: by default MLflow retries for minutes."""
     key = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
     if key in os.environ:
         yield
@@ -241,27 +240,19 @@ def _few_retries() -> Iterator[None]:
         del os.environ[key]
 
 
-@contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Trials that begin at once would each make the experiment."""
-    with lock.open("a") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
-
-
 logger = logging.getLogger(__name__)
 
 _RUNS: dict[str, type] = {"wandb": WandbRun, "mlflow": MlflowRun}
 _PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
-_SECONDS_AT_END = 150  # that a logger has to send what is left
-_OF_A_MASTER = ("environment", "checkpoint_storage")  # sections that mean nothing here
+_SECONDS_AT_END = 150  # to send the rest
+_OF_A_MASTER = ("environment", "checkpoint_storage")  # sections that have no effect off a cluster
 
 
 def check_loggers(names: Iterable[str]) -> None:
-    """Raises UserError where the package or the login of a logger is missing. Loads no torch."""
+    """Raises UserError if the package or the login of a logger is missing. Does not import torch."""
     for name in names:
         spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # the latter for a folder that W&B has written
+        if spec is None or spec.origin is None:  # the latter for a folder named wandb
             raise UserError(
                 f"hyperparameters.loggers: {name} is not installed; python3 -m pip install {_PACKAGES[name]}, or take "
                 "it out"
@@ -271,19 +262,19 @@ def check_loggers(names: Iterable[str]) -> None:
 
 
 class Loggers:
-    """Those of a run, of which the chief alone opens any. What goes wrong with one after that is a warning."""
+    """The loggers of a run; only the chief opens any. An error of an opened one is a warning."""
 
     def __init__(self) -> None:
-        self._opened: list[_Background] = []
+        self._opened: list[_Opened] = []
 
-    def open(self, names: Iterable[str], config: dict[str, Any], folder: RunFolder, goes_on: bool) -> None:
-        """Begins a run in each, or goes on with the one that the folder names.
+    def open(self, names: Iterable[str], config: dict[str, Any], folder: RunFolder, resumes: bool) -> None:
+        """Begins a run in each, or continues the one that the folder names.
 
         Args:
-            goes_on: the training goes on from a checkpoint; then a logger that cannot be opened ends nothing.
+            resumes: the training resumes. Then it does without a logger that cannot be opened.
 
         Raises:
-            UserError: a package or a login is missing, or a run cannot be begun.
+            UserError: a package or a login is missing, or a run cannot begin.
         """
         if not names:
             return
@@ -295,37 +286,37 @@ class Loggers:
             try:
                 run = _RUNS[name](shown, project, folder.path, ids.get(name))
             except Exception as error:  # of the network, of the server, of a file system
-                if not goes_on:
+                if not resumes:
                     self.finish(1)
                     raise UserError(
-                        f"hyperparameters.loggers: {name} cannot begin a run ({_in_a_line(error)}); take it out to "
-                        f"train without{', or set WANDB_MODE=offline' if name == 'wandb' else ''}"
+                        f"hyperparameters.loggers: {name} cannot begin a run ({_in_a_line(error)}). Fix: remove it"
+                        f"{', or set WANDB_MODE=offline' if name == 'wandb' else ''}"
                     ) from error
-                logger.warning("%s does not go on with its run: %s", name, _in_a_line(error))
+                logger.warning("%s does not continue its run: %s", name, _in_a_line(error))
                 continue
-            self._opened.append(_Background(name, run))
+            self._opened.append(_Opened(name, run))
             ids[name] = run.id
             logger.info("%s: %s", name, run.place)
         write_file(folder.loggers, json.dumps(ids))
 
     def report(self, batches: int, split: str, metrics: dict[str, float | None]) -> None:
-        """A line of metrics.jsonl: its names below `train/` or `val/`; what is null there is left out."""
+        """Sends a line of metrics.jsonl, with its names below `train/` or `val/` and without null values."""
         values = {f"{split}/{name}": value for name, value in metrics.items() if value is not None}
         for each in self._opened:
             each.do(lambda run: run.report(batches, values))
 
     def conclude(self, batches: int, best: dict[str, float], picture: Path | None) -> None:
-        """The end of a whole training, after `batches`.
+        """Sends the results of a whole training.
 
         Args:
-            best: numbers of the best validation, by the names that they are to have.
-            picture: of the last one; None where there is none.
+            best: numbers of the best validation, by their names in the logger.
+            picture: of the last validation; None without.
         """
         for each in self._opened:
             each.do(lambda run: run.conclude(batches, best, picture))
 
     def finish(self, code: int) -> None:
-        """Ends the runs with the program's exit status; once."""
+        """Ends the runs with the program's exit status."""
         for each in self._opened:
             each.do(lambda run: run.finish(code))
         for each in self._opened:
@@ -343,33 +334,25 @@ class Loggers:
         self.finish(code)
 
 
-class _Background:
+class _Opened:
     """A logger's run with a thread of its own: the training does not wait for a server, nor end by its errors."""
 
     def __init__(self, name: str, run: Any):
         self.name, self.run = name, run
-        self._calls: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
+        self._background = Background(f"logger {name}", self._warn)
         self._has_warned = False
-        self._thread = threading.Thread(target=self._work, name=f"logger {name}", daemon=True)
-        self._thread.start()
 
     def do(self, call: Callable[[Any], None]) -> None:
-        self._calls.put(call)
+        self._background.begin(lambda: call(self.run))
 
     def end(self) -> None:
-        self._calls.put(None)
-        self._thread.join(_SECONDS_AT_END)
-        if self._thread.is_alive():
-            logger.warning("%s has not sent all after %d s; the rest is left", self.name, _SECONDS_AT_END)
+        if not self._background.wait(_SECONDS_AT_END):
+            logger.warning("%s has not sent everything after %d s, and is stopped", self.name, _SECONDS_AT_END)
 
-    def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            try:
-                call(self.run)
-            except Exception as error:  # whatever it is, the training goes on, and metrics.jsonl has the numbers
-                if not self._has_warned:
-                    logger.warning("%s fails, and the training goes on: %s", self.name, _in_a_line(error))
-                self._has_warned = True
+    def _warn(self, error: Exception) -> None:
+        if not self._has_warned:  # metrics.jsonl has the numbers
+            logger.warning("%s fails, and the training continues: %s", self.name, _in_a_line(error))
+        self._has_warned = True
 
 
 def _in_a_line(error: Exception) -> str:

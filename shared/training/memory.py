@@ -1,4 +1,4 @@
-"""A GPU's memory that was not enough: what took it, and the smaller batch that learns the same."""
+"""The error if a GPU's memory is not enough: what takes it, and a smaller batch that trains the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shared.errors import UserError
 
 @contextlib.contextmanager
 def out_of_memory_as(explain: Callable[[torch.cuda.OutOfMemoryError], UserError]) -> Iterator[None]:
-    """Raises what `explain` returns if the GPU's memory is not enough meanwhile."""
+    """Raises what `explain` returns if the GPU's memory is not enough."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
@@ -33,8 +33,8 @@ def out_of_memory(
     """The error of a batch.
 
     Args:
-        where: which batch, and of what.
-        images: of the batch: (B, …, height, width), or a list of (…, height, width).
+        where: which batch.
+        images: (B, …, height, width), or a list of (…, height, width).
         fix: what to do.
     """
     kept, peak = bytes_kept(model, optimizers), torch.cuda.max_memory_allocated(device)
@@ -48,7 +48,7 @@ def out_of_memory(
 
 
 def out_of_memory_anywhere(error: torch.cuda.OutOfMemoryError) -> UserError:
-    """The error of what belongs to no batch: a model on its way to the device, say."""
+    """The error outside of a batch: when a model is moved to the device, for example."""
     said = str(error).strip().partition("\n")[0].partition(" If reserved but")[0].rstrip(".")
     return UserError(
         f"{said}. Fix: stop other programs that use this GPU (`nvidia-smi` lists them), or give a smaller "
@@ -57,10 +57,10 @@ def out_of_memory_anywhere(error: torch.cuda.OutOfMemoryError) -> UserError:
 
 
 def smaller_batch(per_slot_batch_size: int, slots: int, aggregation_frequency: int | None) -> str:
-    """What to do about a batch.
+    """What to do about a batch that is too large.
 
     Args:
-        aggregation_frequency: of a training, whose smaller batch learns the same; None to evaluate or predict.
+        aggregation_frequency: batches per optimizer step; None to evaluate or predict.
     """
     smaller = max((n for n in range(1, per_slot_batch_size) if per_slot_batch_size % n == 0), default=None)
     if smaller is None:
@@ -75,7 +75,7 @@ def smaller_batch(per_slot_batch_size: int, slots: int, aggregation_frequency: i
 
 
 def bytes_kept(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> int:
-    """Of weights, buffers, gradients and optimizer state."""
+    """Bytes of weights, buffers, gradients and optimizer state."""
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     for optimizer in optimizers:
@@ -103,10 +103,10 @@ _USERS_OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PA
 
 
 def keep_freed_memory() -> None:
-    """Has GNU's C library keep what a training on the CPU frees, for its next step.
+    """Makes GNU's C library keep the memory that a training on the CPU frees, for its next step.
 
-    By itself it gives free memory at its end back to the system, which is most of what a step took: the next step has
-    it mapped and zeroed anew, a page of 4 kB at a time. What is taken at most is the same.
+    By default it returns free memory at the end of its heap to the system, which is most of a step's memory. The next
+    step then waits until the system has mapped and zeroed it again, 4 kB at a time. The peak stays the same.
     """
     if any(name in os.environ for name in _USERS_OWN):
         return

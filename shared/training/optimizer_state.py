@@ -1,19 +1,22 @@
 """How a resumed run continues its optimizer: what it takes from the checkpoint, and what from its own config.
 
 Training changes some options of an optimizer itself, such as the learning rate. A config changes others. A checkpoint
-therefore also holds the options as its run's config built them. If an option differs from that value, the config changed
-it, and this run's value wins. Every other option continues as it was saved.
+therefore also holds the options as its run's config built them. If an option differs from them, the config changed it,
+and this run's value wins. Every other option continues with its saved value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+
+from shared.errors import UserError
 
 # what schedulers copy from an option before they change it, by the options that it is copied from
 _COPIES = {"initial_lr": {"lr"}, "initial_momentum": {"momentum", "betas"}}
@@ -101,8 +104,8 @@ def merged(own: Mapping[str, Any], began: Mapping[str, Any], saved: Mapping[str,
     """Saved values, with this run's values for all that its config changed.
 
     Args:
-        own, began: as this run's config and the checkpoint's say it.
-        saved: as it was after training.
+        own, began: the values of this run's config and of the checkpoint's.
+        saved: the values after training.
     """
     removed = began.keys() - own.keys()
     return {
@@ -130,3 +133,16 @@ def _kind(optimizer: Optimizer) -> list[str]:
 def _share_a_class(one: list[str], other: list[str]) -> bool:
     # gradient clipping makes a subclass of an optimizer, and newer versions of PyTorch make AdamW one of Adam
     return bool(set(one) & set(other))
+
+
+@contextlib.contextmanager
+def refused_values(what: str) -> Iterator[None]:
+    """Raises UserError if a library refuses the values of the config."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AssertionError, ZeroDivisionError) as error:
+        raise UserError(
+            f"hyperparameters: the {what} cannot be made of these values ({type(error).__name__}: {error})"
+        ) from error

@@ -1,4 +1,4 @@
-"""The processes of a run, the device of each, and what one of them does for the others."""
+"""The processes of a run: how they talk, the device of each, and what one of them does for the others."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class ProcessContext(DistributedContext):
 
 
 class _Star:
-    """Processes of which the one with number 0, the hub, is connected to each of the others."""
+    """Processes that are all connected to the one with number 0, the hub."""
 
     def __init__(self, number: int, size: int):
         self.number, self.size = number, size
@@ -159,14 +159,14 @@ _BYTES_OF_ADDRESS = 2 + 40  # a port and a key
 
 
 def choose_device(local_rank: int, local_size: int, gpus_given: int = 0) -> torch.device:
-    """The device of this process: a GPU of its own where torch can use one, else the CPU; said in one line.
+    """The device of this process: a GPU of its own if torch can use one, else the CPU. Logs which.
 
     Args:
         local_rank, local_size: which process of this machine it is, and of how many.
-        gpus_given: GPUs that a cluster has set aside for the processes of this machine.
+        gpus_given: GPUs that a cluster reserved for the processes of this machine.
 
     Raises:
-        UserError: there are fewer GPUs than processes, or torch cannot use those that are set aside.
+        UserError: there are fewer GPUs than processes, or torch cannot use the reserved ones.
     """
     if not torch.cuda.is_available():
         reason = _why_no_gpu()
@@ -201,21 +201,18 @@ def _why_no_gpu() -> str:
 
 
 @contextlib.contextmanager
-def local_processes(hang_minutes: float | None = None) -> Iterator[tuple[DistributedContext, torch.device]]:
-    """The processes that torchrun started, or this one alone, and this one's device; `hang_minutes` of a training."""
-    with task_processes(0, hang_minutes) as processes:
-        yield processes
-
-
-@contextlib.contextmanager
-def task_processes(
-    gpus_given: int, hang_minutes: float | None = None
+def local_processes(
+    hang_minutes: float | None = None, gpus_given: int = 0
 ) -> Iterator[tuple[DistributedContext, torch.device]]:
-    """The processes of this task of a cluster, which Determined's launcher started, and this one's device."""
+    """The processes that torchrun or Determined's launcher started, or this one alone; and this one's device.
+
+    Args:
+        hang_minutes: a training's; None without a watch.
+        gpus_given: GPUs that a cluster reserved for the processes of this machine.
+    """
     if "RANK" not in os.environ:
         device = choose_device(0, 1, gpus_given)
-        alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
-        yield alone, device
+        yield DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1), device
         return
     machines = int(os.environ["GROUP_WORLD_SIZE"])
     device = _join_group(machines, gpus_given, hang_minutes)
@@ -253,8 +250,8 @@ def loopback_interface() -> str:
 
 
 def _address_from_chief(host: str, device: torch.device, address: Address | None) -> Address:
-    """The chief's address, on all processes. The host is what each of them knows by itself: torchrun's port is open to
-    strangers, and one of them might pass for the chief. Bytes are sent, for the same reason: they cannot hold code."""
+    """The chief's address, on all processes. Each knows the host itself: torchrun's port is open to strangers, and one
+    of them might pose as the chief. The message is plain bytes for the same reason: they cannot hold code."""
     sent = bytes(_BYTES_OF_ADDRESS) if address is None else address.port.to_bytes(2, "big") + address.key
     tensor = torch.frombuffer(bytearray(sent), dtype=torch.uint8).to(device)
     torch.distributed.broadcast(tensor, src=0)
@@ -263,7 +260,7 @@ def _address_from_chief(host: str, device: torch.device, address: Address | None
 
 
 def _collective_timeout(hang_minutes: float | None) -> timedelta | None:
-    """So long that the watch comes first, and names who is behind; torch's own where there is none."""
+    """Long enough for the watch to come first: it names the rank that is stuck. None for torch's own timeout."""
     if hang_minutes is None:
         return None
     return timedelta(minutes=min(max(2 * LONGER * hang_minutes, _MINUTES_A_COLLECTIVE_MAY_WAIT), _MOST_MINUTES))
@@ -275,8 +272,8 @@ def _closing(distributed: DistributedContext) -> Iterator[None]:
         yield
     except (UserError, DivergedError):
         if distributed.rank > 0:
-            # the chief mostly has the same error, and may still be in a collective with this process: leaving it
-            # alone there would put a lost connection in the place of the message
+            # the chief mostly has the same error, and may still be in a collective with this process: without it, a
+            # lost connection would replace the message
             time.sleep(_SECONDS_FOR_CHIEF)
         raise
     finally:
@@ -284,36 +281,36 @@ def _closing(distributed: DistributedContext) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def on_chief(distributed: DistributedContext, function: Callable[[], T]) -> T:
-    """What the chief's call returns, or the UserError that it raises, on every process: what one of them does
-    to the run's folder, the others must not see half-done."""
-    result, error = _attempt(function) if distributed.rank == 0 else (None, None)
-    result, error = distributed.broadcast((result, error))
-    if error is not None:
-        raise UserError(error)
-    return result
-
-
-def first_on_each_machine(distributed: DistributedContext, function: Callable[[], T]) -> T:
-    """`function` on one process of each machine and then on the others, which find what it left: a parsed annotation
-    file, a checked folder, a download. An error of the first ones is everybody's, and nobody tries again."""
-    is_first = distributed.local_rank == 0
-    result = on_every_rank(distributed, lambda: function() if is_first else None)
-    return result if is_first else function()
-
-
 def on_every_rank(distributed: DistributedContext, function: Callable[[], T]) -> T:
     """`function` on each rank. If it raises UserError on one of them, every rank raises that error."""
-    result, error = _attempt(function)
+    result = error = None
+    try:
+        result = function()
+    except UserError as own:
+        error = str(own)
     if errors := [each for each in distributed.allgather(error) if each is not None]:
         raise UserError(errors[0])
     return result
 
 
+def on_chief(distributed: DistributedContext, function: Callable[[], T]) -> T:
+    """The chief's result of `function`, on every rank, or its UserError. The others wait until it is done."""
+    is_chief = distributed.rank == 0
+    return distributed.broadcast(on_every_rank(distributed, lambda: function() if is_chief else None))
+
+
+def first_on_each_machine(distributed: DistributedContext, function: Callable[[], T]) -> T:
+    """`function` on one rank of each machine, and then on the others. They find what the first one left: a parsed
+    annotation file, a checked folder, a download. Every rank raises the UserError of a first one."""
+    is_first = distributed.local_rank == 0
+    result = on_every_rank(distributed, lambda: function() if is_first else None)
+    return result if is_first else function()
+
+
 @torch.no_grad()
 def broadcast_from_chief(tensors: Iterable[torch.Tensor]) -> None:
     """Writes the chief's values into each rank's tensors, in one broadcast per data type instead of one per tensor: a
-    model has hundreds of small buffers. To be called on every rank, with tensors of the same shapes."""
+    model has hundreds of small buffers. Every rank calls this with tensors of the same shapes."""
     by_type: dict[torch.dtype, list[torch.Tensor]] = {}
     for tensor in tensors:
         by_type.setdefault(tensor.dtype, []).append(tensor)
@@ -322,10 +319,3 @@ def broadcast_from_chief(tensors: Iterable[torch.Tensor]) -> None:
         torch.distributed.broadcast(flat, src=0)
         for tensor, values in zip(together, flat.split([tensor.numel() for tensor in together]), strict=True):
             tensor.copy_(values.view(tensor.shape))
-
-
-def _attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
-    try:
-        return function(), None
-    except UserError as error:
-        return None, str(error)

@@ -1,8 +1,7 @@
-"""The folder of a run off the cluster: where everything lies that it leaves."""
+"""The folder of a run off the cluster, which holds everything that the run writes."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ from typing import IO, Any
 
 import yaml
 
+from shared.data.file_lock import is_locked, try_lock
 from shared.durable import append_line, delete_unfinished, replace_folder, restore_folder, write_file
 from shared.errors import UserError
 from shared.redaction import redact_yaml_files, without_secrets
@@ -21,8 +21,8 @@ _SOURCES = (".py", ".yaml", ".yml", ".sh", ".md", ".jinja")
 
 class RunFolder:
     """The layout of `--output-dir`: metrics.jsonl, config.yaml, length.json (in batches), checkpoints/best and last,
-    tensorboard/, code/, labels.png, predictions.png, detections.npz (of the best validation), report.html and .json,
-    loggers.json (the ids of the runs that W&B and MLflow have of it)."""
+    tensorboard/, code/, labels.png, predictions.png, report.html and .json. detections.npz is of the best validation.
+    loggers.json has the ids of its runs in W&B and MLflow."""
 
     def __init__(self, path: Path):
         self.path = path.absolute()
@@ -43,24 +43,20 @@ class RunFolder:
         self._is_new = not self.path.exists()
 
     def take(self) -> None:
-        """Makes the folder this process's, until `free` or its end.
+        """Locks the folder for this process, until `free` or its exit.
 
         Raises:
-            UserError: a run is going on in it, or it cannot be made.
+            UserError: another process has the lock, or the folder cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = self._lock.open("a")
+            lock = try_lock(self._lock)
         except PermissionError as error:
             raise UserError(f"--output-dir: {self.path} cannot be written: {error.strerror}") from error
         except OSError as error:
             raise UserError(f"--output-dir: {self.path} cannot be made a folder: {error.strerror}") from error
-        try:
-            # this kind of lock is not the loader workers' too, which may outlive the process for some seconds
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise UserError(f"--output-dir: a run is going on in {self.path}; wait for it, or name another") from error
+        if lock is None:
+            raise UserError(f"--output-dir: a run is going on in {self.path}; wait for it, or name another")
         if not self._is_lock(lock):  # the process that had it has just deleted the folder, see `free`
             lock.close()
             return self.take()
@@ -73,22 +69,15 @@ class RunFolder:
             return False
 
     def is_free(self) -> bool:
-        """Whether no run is going on in the folder."""
-        try:
-            with self._lock.open("r+") as lock:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return True
-        except (BlockingIOError, PermissionError):
-            return False
-        return True
+        """Whether no process has locked the folder."""
+        return not is_locked(self._lock)
 
     def total_batches(self) -> int:
-        """Of the whole training."""
+        """The length of the whole training."""
         return json.loads(self.length.read_text())["batches"]
 
     def free(self) -> None:
-        """Lets others have the folder; one that was made for a run that never began is deleted."""
+        """Unlocks the folder. Deletes it if it was made for a run that never began."""
         if self._locked is not None:
             if self._is_new and not self.config.exists():
                 shutil.rmtree(self.path, ignore_errors=True)  # while it is locked: nobody else has begun in it
@@ -100,10 +89,10 @@ class RunFolder:
         return self.metrics.exists() or any((self.checkpoints / name).exists() for name in ("best", "last"))
 
     def checkpoints_to_resume(self, which: str) -> list[Path]:
-        """The run's checkpoints that `--resume last`, `best` or `auto` may read: the first complete one counts.
+        """The run's checkpoints for `--resume last`, `best` or `auto`. The first complete one counts.
 
         Raises:
-            UserError: `last` or `best` is asked for, and there is none.
+            UserError: `last` or `best` is asked for and does not exist.
         """
         # a run killed in its first save may have `best` alone: `last` would be the same
         names = ("best",) if which == "best" else ("last", "best")
@@ -113,7 +102,7 @@ class RunFolder:
         return found
 
     def prepare(self, source: Path) -> None:
-        """Makes the folders, clears what a killed run left half-written, and copies the code in `source`."""
+        """Makes the folders, deletes what a killed run left unfinished, and copies the code in `source`."""
         self.restore_interrupted_rename()
         delete_unfinished(self.path)
         for leftover in (self.saving, self.code):
@@ -123,12 +112,12 @@ class RunFolder:
         redact_yaml_files(self.code)  # each checkpoint has a copy of them
 
     def restore_interrupted_rename(self) -> None:
-        """Puts back a checkpoint that a run killed in `replace` left under another name."""
+        """Restores a checkpoint that a run killed in `keep` left under another name."""
         for name in ("best", "last"):
             restore_folder(self.checkpoints / name)
 
     def keep(self, new: Path, is_best: bool) -> None:
-        """Makes the checkpoint folder `new` the last one, and a copy of it the best one, once all of it is on the disk."""
+        """Makes the checkpoint folder `new` the last one, and a copy of it the best one, once all is on the disk."""
         if is_best:
             # before `last`: after a kill in between, the resumed run comes by here again
             copy = self.saving / "best"
@@ -144,7 +133,7 @@ class RunFolder:
         write_file(self.length, json.dumps({"batches": batches, "batches_per_epoch": batches_per_epoch}))
 
     def append_report(self, batches: int, split: str, metrics: dict[str, float | None]) -> None:
-        """Appends a line to metrics.jsonl; nan is None in `metrics`."""
+        """Appends a line to metrics.jsonl. `metrics` has None for nan."""
         append_line(self.metrics, json.dumps({"batches": batches, "split": split, "metrics": metrics}))
 
     def reports(self) -> list[dict[str, Any]]:
@@ -158,11 +147,11 @@ class RunFolder:
         return found
 
     def validation_after(self, batches: int) -> dict[str, Any] | None:
-        """The report of the validation after so many batches; None if there is none."""
+        """The report of the validation after `batches`; None without one."""
         return next((r for r in self.reports() if (r["split"], r["batches"]) == ("val", batches)), None)
 
     def forget_metrics_after(self, batches: int) -> None:
-        """Drops the reports of batches that a resumed run trains again, and a line that was cut off."""
+        """Deletes the reports of batches that a resumed run trains again, and a line that is cut off."""
         if self.metrics.exists():
             kept = [report for report in self.reports() if report["batches"] <= batches]
             write_file(self.metrics, "".join(json.dumps(report) + "\n" for report in kept))
@@ -170,13 +159,13 @@ class RunFolder:
     def refuse_other_run(self) -> None:
         if self.holds_a_run():
             raise UserError(
-                f"--output-dir: {self.path} holds a run already; add `--resume last` to go on with it, or name "
+                f"--output-dir: {self.path} holds a run already; add `--resume last` to continue it, or name "
                 "another folder"
             )
 
 
 def _copy_sources(source: Path, target: Path) -> None:
-    """Copies what a cluster would get: the code and configs, of which each checkpoint holds a copy."""
+    """Copies the code and configs that a cluster would get. Each checkpoint holds a copy of them."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in _SOURCES:

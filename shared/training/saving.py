@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and the copy of it in the host's memory: training waits for the copy, not for the writing."""
+"""The content of a checkpoint, and its copy in the host's memory: training waits for the copy, not for the writing."""
 
 from __future__ import annotations
 
@@ -87,8 +87,7 @@ class FiniteCheck:
         # the largest of each: one number per tensor, and one synchronisation in all
         if not torch.stack([tensor.abs().max().float() for tensor in checked]).isfinite().all():
             raise DivergedError(
-                "the weights, their averages or the running statistics are not finite, and were not saved; the last "
-                "checkpoint is from before"
+                "the weights, their averages or the running statistics are not finite, and were not saved"
             )
 
     def _tensors(self) -> Iterator[tuple[tuple[int, str], torch.Tensor]]:
@@ -99,7 +98,7 @@ class FiniteCheck:
 
 
 def python_state(model: nn.Module, attributes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """What a resumed run needs of the model besides its weights and buffers, as plain numbers.
+    """The state of the model that a resumed run needs besides its weights and buffers, as plain numbers.
 
     Args:
         attributes: by the name of a module's class, the dotted attributes that it keeps. Those that are not there yet
@@ -136,8 +135,8 @@ def _plain(value: Any) -> Any:
 
 
 class HostCopy:
-    """Copies states into the host's memory, where nothing changes them. The next copy uses the same memory: pages that are
-    new to a process cost several times the copying."""
+    """Copies states into the host's memory, where nothing changes them. The next copy uses the same memory: pages that
+    are new to a process cost several times the copying."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple, torch.Tensor] = {}

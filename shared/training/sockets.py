@@ -28,7 +28,7 @@ class Address(NamedTuple):
 
 
 def host_of_chief(machines: int) -> str:
-    """The host at which the other processes of a run on so many machines find the chief."""
+    """The host at which the other processes of a run find the chief."""
     return LOOPBACK if machines == 1 else os.environ.get("MASTER_ADDR", LOOPBACK)
 
 

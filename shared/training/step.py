@@ -16,8 +16,8 @@ Clip = Callable[[Sequence[nn.Parameter]], object]
 def wrap_model(context: PyTorchTrialContext, model: nn.Module, find_unused_parameters: bool) -> nn.Module:
     """The model on its device; in DDP if there are several slots.
 
-    `context.wrap_model` passes no option to DDP. Without `find_unused_parameters`, a model that leaves parameters unused
-    in some steps fails with "Expected to have finished reduction in the prior iteration".
+    `context.wrap_model` passes no option to DDP. Without `find_unused_parameters`, a model that does not use all of its
+    parameters in each step fails with "Expected to have finished reduction in the prior iteration".
     """
     if context.distributed.size == 1 or not find_unused_parameters:
         return context.wrap_model(model)
@@ -29,9 +29,7 @@ def wrap_model(context: PyTorchTrialContext, model: nn.Module, find_unused_param
 def accumulating(model: nn.Module, ends_step: bool) -> AbstractContextManager:
     """For the forward and backward pass of a batch: DDP averages gradients over slots only in the batch that ends an
     optimizer step."""
-    if ends_step or not isinstance(model, DistributedDataParallel):
-        return nullcontext()
-    return model.no_sync()
+    return nullcontext() if ends_step or not hasattr(model, "no_sync") else model.no_sync()
 
 
 def step(

@@ -1,7 +1,7 @@
 """When a training stops before its length: after the same batch on every rank, with a checkpoint.
 
-A signal (off a cluster), the searcher or a pause (on a cluster) stops it; it can continue. The config ends it; then it is
-complete. `Outcome` is the one value that says which of these it was.
+A signal (off a cluster), the searcher or a pause (on a cluster) stops it; it can continue. If the config ends it, it is
+complete. `Outcome` is the one value that says what happened.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Outcome:
         why: what the log, the report and the command line show; empty for a complete training.
         signal: the one that stopped it on some rank; None without.
         validation: the last one of this start; None without.
+        seconds: of training, those before a resume included.
     """
 
     end: End
@@ -51,6 +52,7 @@ class Outcome:
     why: str = ""
     signal: signal.Signals | None = None
     validation: Validation | None = None
+    seconds: float = 0.0
 
     @property
     def is_finished(self) -> bool:
@@ -119,8 +121,8 @@ class Clock:
 
 
 class BestSoFar:
-    """The best validation so far, and the validations without improvement since. Both are counted without early stopping
-    too, so that a resume can switch it on.
+    """The best validation so far, and the validations without improvement since. Both are counted also without early
+    stopping, so that a resume can switch it on.
 
     Attributes:
         best, best_at: the best value of the searcher metric, and its batch; None and -1 before the first.
@@ -256,8 +258,8 @@ class Stopping:
         return self.after is not None
 
     def cuts_validation(self) -> bool:
-        """Whether this rank omits the rest of its validation. Asked before each batch of it but the first, without which
-        there is nothing to reduce."""
+        """Whether this rank omits the rest of its validation. Asked before each of its batches but the first, without
+        which there is nothing to reduce."""
         self._cut = self._cut or self.signal is not None
         return self._cut
 
@@ -332,8 +334,8 @@ os.register_at_fork(before=_block_signals, after_in_parent=_unblock_signals, aft
 
 
 def outlive_signals(worker_id: int) -> None:
-    """Keeps a loader worker alive when its whole group receives a signal, as by torchrun and Ctrl-C. The process that it
-    loads for stops it."""
+    """Keeps a loader worker alive when its whole group receives a signal, as by torchrun and Ctrl-C. The process that
+    it loads for stops it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # tells who sent the signal; on macOS the worker stops
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -22,14 +23,16 @@ from shared.training.validation import Validation
 logger = logging.getLogger(__name__)
 
 _WIDTH = 700  # pixels, of a validation's picture
+DrawFigures = Callable[[CocoEvaluator, GatheredDetections], dict[str, np.ndarray]]
+"""Draws the figures of an evaluation: (height, width, 3) pictures by their tags."""
 
 
 class TensorBoard:
     """TensorBoard's groups train, val, categories and report_…, and a picture of each validation; on the chief."""
 
-    def __init__(self, writer: SummaryWriter):
+    def __init__(self, writer: SummaryWriter, draw: DrawFigures):
         self._writer = writer
-        self._figures = ReportFigures(writer)
+        self._figures = ReportFigures(writer, draw)
         self._file_since = time.time()
 
     def write(self, group: str, metrics: dict[str, float], batches: int) -> None:
@@ -49,8 +52,8 @@ class TensorBoard:
         self._figures.write()
 
     def flush(self) -> None:
-        """Makes all that was written ready for an upload. A new file for each upload keeps uploads small. Files have the
-        second in their names, so that there is no new one before the next second."""
+        """Makes all that was written ready for an upload. A new file for each upload keeps uploads small. Files have
+        the second in their names, so that there is no new one before the next second."""
         now = time.time()
         if int(now) > int(self._file_since):
             self._writer.close()
@@ -68,16 +71,17 @@ class TensorBoard:
 
 
 class ReportFigures:
-    """Draws in a thread of its own. A validation that ends while earlier figures are being drawn gets none, unless it is
-    the last one.
+    """Draws in a thread of its own. A validation that ends while earlier figures are being drawn gets none, unless it
+    is the last one.
 
     The training writes what is drawn, at its next report: each upload closes the writer's file, and what another thread
     adds at that moment would be lost.
     """
 
-    def __init__(self, writer: SummaryWriter) -> None:
+    def __init__(self, writer: SummaryWriter, draw: DrawFigures):
         self._writer = writer
-        self._background = Background("figures")
+        self._draw = draw
+        self._background = Background("figures", self._warn)
         self._drawn: deque[tuple[int, dict[str, np.ndarray]]] = deque()
 
     def draw(self, evaluator: CocoEvaluator, batches: int, is_last: bool) -> None:
@@ -85,7 +89,7 @@ class ReportFigures:
         self.write()
         if is_last or self._background.is_idle:
             found = evaluator.found
-            self._background.begin(lambda: self._drawn.append((batches, _draw(evaluator, found, batches))))
+            self._background.begin(lambda: self._drawn.append((batches, self._draw(evaluator, found))))
 
     def write(self) -> None:
         """Writes what was drawn since the last call."""
@@ -102,32 +106,13 @@ class ReportFigures:
         self._background.wait()
         self.write()
 
-
-def _draw(evaluator: CocoEvaluator, found: GatheredDetections, batches: int) -> dict[str, np.ndarray]:
-    """(height, width, 3) pictures by their tags; none where they cannot be drawn."""
-    try:
-        # matplotlib takes half a second to import
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-        from shared.report.analysis import analyse_one
-        from shared.report.plots import figures_of
-
-        names = evaluator.annotations.category_names
-        pictures = {}
-        for iou_type in evaluator.iou_types:
-            for title, figure in figures_of(analyse_one(evaluator, iou_type, found), names).items():
-                canvas = FigureCanvasAgg(figure)
-                canvas.draw()
-                pictures[f"report_{iou_type}/{title}"] = np.asarray(canvas.buffer_rgba())[..., :3]
-        return pictures
-    except Exception:  # no figure is worth a training
-        logger.exception("the figures of the validation at batch %d could not be drawn", batches)
-        return {}
+    def _warn(self, error: Exception) -> None:
+        logger.error("the figures of a validation could not be drawn", exc_info=error)  # none is worth a training
 
 
 def picture_of(trial: DetectionTrial, validation: Validation, width: int = 1400) -> Image.Image | None:
-    """Detections on the first images of a validation beside the truth, `width` pixels wide. None if there are none, or
-    the detector's library evaluates data of its own."""
+    """Detections on the first images of a validation beside the truth, `width` pixels wide. None without detections, or
+    if the detector's library evaluates data of its own."""
     if not validation.pictured or not isinstance(trial.val_data, SplitData):
         return None
     annotations, images = trial.val_data.annotations, trial.val_data.images

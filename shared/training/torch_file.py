@@ -150,7 +150,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def _callables() -> dict[tuple[str, str], Callable]:
-    """What a file may call, by its names for them."""
+    """The functions that a file may call, by its names for them."""
 
     def tensor(
         storage: _Storage,

@@ -1,4 +1,4 @@
-"""Loss and speed since the last report, added up on the device: one synchronisation a report, none a step."""
+"""Loss and speed since the last report, summed on the device: one synchronisation per report, none per step."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class TrainingMetrics(MetricReducer):
         counts_skipped: report how many images were left out too.
 
     Attributes:
-        last: all numbers of the last report, on every slot. A reduction returns the part that steers, of which the
-            master draws one chart per name: the losses and the learning rate.
+        last: all numbers of the last report, on every slot. A reduction returns those that steer, the losses
+            and the learning rate: the master draws one chart per name.
     """
 
     def __init__(self, counts_skipped: bool = False) -> None:
@@ -140,7 +140,7 @@ class TrainingMetrics(MetricReducer):
         return steering
 
     def raise_if_diverged(self) -> None:
-        """Raises DivergedError, on every slot alike, where a batch since the last report had no finite loss."""
+        """Raises DivergedError on every slot if a batch since the last report had no finite loss."""
         bad = [slot.first_bad for slot in self._slots if slot.first_bad is not None]
         if bad:
             raise diverged(*min(bad))
@@ -173,8 +173,8 @@ def diverged(batch_number: int, image_ids: Sequence[int]) -> DivergedError:
     """The error of a batch, counted from 0, whose loss is not finite."""
     return DivergedError(
         f"the loss is not finite since batch {batch_number + 1} (image ids {', '.join(map(str, image_ids))}). "
-        "The last checkpoint is from before. Lower hyperparameters.lr, clip the gradients, or use bf16 in "
-        "place of fp16; if it is always this batch, look at its annotations"
+        "Fix: lower the learning rate, clip the gradients, or use bf16 instead of fp16. If it is always this batch, "
+        "look at its annotations"
     )
 
 
@@ -184,7 +184,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
-    """The bar or the lines of one training, or of another work in as many steps.
+    """The progress bar or lines of a training, or of other work in steps.
 
     Args:
         first, total: batches trained before, and at the end.
@@ -209,7 +209,7 @@ class Progress:
         )
 
     def update(self, count: int = 1) -> None:
-        """So many more batches are trained."""
+        """Counts `count` more batches."""
         self.batches += count
         self.bar.update(count)
         now = time.monotonic()
@@ -227,7 +227,7 @@ class Progress:
             )
 
     def describe(self, text: str) -> None:
-        """What the bar or the line says beside the batches."""
+        """Sets the text of the bar or the line, besides the batches."""
         self.text = text
         self.bar.set_postfix_str(text)
 
@@ -236,7 +236,7 @@ class Progress:
 
 
 def summary_of(metrics: Mapping[str, float]) -> str:
-    """What a report of the training says in short."""
+    """A training report in a few words."""
     return f"loss {metrics['loss']:.3f}, {metrics['images_per_second']:.1f} images/s"
 
 

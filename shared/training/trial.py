@@ -5,28 +5,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from copy import copy, deepcopy
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from determined.pytorch import PyTorchTrialContext
 from tabulate import tabulate
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from shared.config.experiment import Experiment, experiment_of, per_slot_batch_size
-from shared.data.dataset import BadImages, seed_all
+from shared.data.dataset import BadImages, CocoDetection, seed_all
 from shared.data.loading import Batch, PrefetchLoader, start_workers, to_device
 from shared.data.open import SplitData
-from shared.data.samplers import EvaluationBatchSampler, described, repeat_factors, size_groups
+from shared.data.samplers import EvaluationBatchSampler, described, size_groups
 from shared.environment import on_cluster
 from shared.errors import UserError, count_of
 from shared.evaluation.detections import Detections
@@ -35,7 +31,7 @@ from shared.training.detector import Detector
 from shared.training.hang import Phase, Watch
 from shared.training.loaders import CollateWithLoss, WithLossSample, make_loader
 from shared.training.memory import keep_freed_memory, out_of_memory, out_of_memory_as, smaller_batch
-from shared.training.optimizer_state import BuiltOptimizer
+from shared.training.optimizer_state import BuiltOptimizer, refused_values
 from shared.training.processes import first_on_each_machine, on_chief
 from shared.training.saving import python_state
 from shared.training.schedule import periods_of
@@ -133,8 +129,8 @@ class DetectionTrial(Detector):
                 keep_freed_memory()
         seed_all(self.seed)  # the same initial weights on every slot
         self.scaler = self._build_scaler()
-        self.model = wrap_model(self.context, self._switched(self.build_model()), self.find_unused_parameters)
-        self.plain_model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        self.plain_model = self._switched(self.build_model())
+        self.model = wrap_model(self.context, self.plain_model, self.find_unused_parameters)
         self.ema = self.build_ema(self.plain_model)
         if self.for_training:
             self._build_training()
@@ -148,14 +144,14 @@ class DetectionTrial(Detector):
         if self.hparams.early_stopping is not None and not self.periods.validates_before_the_end:
             raise UserError(
                 "hyperparameters.early_stopping: the only validation is at the end. Fix: give min_validation_period, "
-                "or leave it out"
+                "or omit early_stopping"
             )
 
     def _build_training(self) -> None:
         context, distributed = self.context, self.context.distributed
         metrics = TrainingMetrics(counts_skipped=self.bad_images.skip)
         self.training_metrics = context.wrap_reducer(metrics, for_validation=False)
-        with _refused_values("optimizer or the learning rate's schedule"):
+        with refused_values("optimizer or the learning rate's schedule"):
             self.optimizer = context.wrap_optimizer(fuse(self.build_optimizer(self.plain_model)))
             self.built_optimizer = BuiltOptimizer.of(self.optimizer, self.plain_model)
             self.built_scaler = None if self.scaler is None else self.scaler.state_dict()
@@ -209,43 +205,28 @@ class DetectionTrial(Detector):
         """The model that validates, is saved as the best and predicts: the averaged one if there is one."""
         return self.plain_model if self.ema is None else self.ema.module
 
-    @cached_property
-    def repeats(self) -> np.ndarray | None:
-        """(samples,) how often each training sample comes per epoch; None for once each."""
-        if self.data.repeat_threshold is None:
-            return None
-        return repeat_factors(*self.training_labels(), len(self.training_groups()), self.data.repeat_threshold)
-
-    @property
-    def batches_evaluations(self) -> bool:
-        """Whether a library that evaluates one image at a time gets batches of one size, which need no padding. They
-        round otherwise, and only a GPU is faster: a CPU took 1.13 times as long for 4 images of 800 pixels by a
-        ResNet-50."""
-        return self.data.fast_images and self.context.device.type == "cuda"
-
-    def evaluated_ids(self, data: SplitData) -> np.ndarray:
-        """The ids of `evaluated_images`."""
-        return data.annotations.image_ids[list(self.evaluated_images(len(data.annotations)))]
-
-    def seed_image(self, number: int, position: int) -> None:
-        """Seeds random numbers for the image at a position of this slot's part of training batch `number`."""
-        seed_all(self.seed, number, self.rank * self.per_slot_batch_size + position, 2)
-
     def evaluation_loader(
-        self, data: SplitData, with_losses: bool = False, stop: Callable[[], bool] = lambda: False
+        self,
+        data: SplitData,
+        with_losses: bool = False,
+        stop: Callable[[], bool] = lambda: False,
+        all_images: bool = False,
     ) -> DataLoader:
         """This slot's share of the images to evaluate on, as batches on the host.
 
         Args:
             stop: asked before each batch but the first; True omits the rest.
+            all_images: also those that `evaluated_images` omits.
         """
         dataset, collate = self.evaluation_dataset(data), self.collate(training=False)
+        if isinstance(dataset, CocoDetection):
+            dataset = replace(dataset, replaces=False)
         if with_losses:
             dataset, collate = self._with_losses(dataset, data), CollateWithLoss(collate, self.collate(training=True))
         groups = None
         if self.batches_of_one_size:
             groups = size_groups(data.annotations.columns["widths"], data.annotations.columns["heights"])
-        images = self.evaluated_images(len(dataset))
+        images = range(len(dataset)) if all_images else self.evaluated_images(len(dataset))
         batches = EvaluationBatchSampler(images, self.evaluation_batch_size, self.rank, self.slots, stop, groups)
         return self._loader(dataset, batches, collate)
 
@@ -255,7 +236,9 @@ class DetectionTrial(Detector):
 
     @torch.no_grad()
     def detect_on_host_batch(self, batch: Batch) -> list[Detections]:
-        """The detections of a batch of the evaluation loader."""
+        """The detections of a batch of the evaluation loader. It is empty if none of its images can be read."""
+        if not len(batch):
+            return []
         model = self.evaluation_model.eval()
         with out_of_memory_as(lambda _: self._evaluation_out_of_memory(batch)):
             prepared = self.prepare(to_device(batch, self.context.device), None)
@@ -308,7 +291,7 @@ class DetectionTrial(Detector):
         return validation
 
     def training_state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the trial besides weights, buffers and the optimizer's state."""
+        """The trial's state in a checkpoint, besides weights, buffers and the optimizer's state."""
         return {
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "ema_steps": None if self.ema is None else self.ema.steps,
@@ -329,8 +312,8 @@ class DetectionTrial(Detector):
         self.load_own_state(state["own"])
 
     def summary_lines(self) -> list[tuple[str, object]]:
-        """What is printed at the start, name and value."""
-        resumed = f"; goes on after batch {self.first_batch}" if self.first_batch else ""
+        """The lines printed at the start, name and value."""
+        resumed = f"; resumes after batch {self.first_batch}" if self.first_batch else ""
         return [
             *self.summary(),
             ("precision", self.hparams.amp or "float32"),
@@ -457,16 +440,3 @@ class DetectionTrial(Detector):
         trained = self.trained_images(data.annotations)
         samples = (dataset[i][1] for i in self.evaluated_images(len(dataset)) if trained[i])
         check_losses(samples, lambda sample: self.losses_of_image(collate([sample])))
-
-
-@contextlib.contextmanager
-def _refused_values(what: str) -> Iterator[None]:
-    """Raises UserError if a library refuses the values of the config."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, TypeError, KeyError, AssertionError, ZeroDivisionError) as error:
-        raise UserError(
-            f"hyperparameters: the {what} cannot be made of these values ({type(error).__name__}: {error})"
-        ) from error

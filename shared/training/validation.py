@@ -30,7 +30,7 @@ TOTAL = f"{PREFIX}loss"
 
 @dataclass(frozen=True)
 class Validation:
-    """What a validation found.
+    """The results of a validation.
 
     Attributes:
         batches: trained before it.
@@ -82,7 +82,7 @@ class Validation:
 def computing_losses(
     model: nn.Module, attributes: Mapping[str, Sequence[str]], state: Mapping[str, Any] | None = None
 ) -> Iterator[None]:
-    """For the losses of one validation image: in one process, with random numbers of its own; nothing of it stays.
+    """For the losses of one validation image: in one process, with its own random numbers, without a lasting effect.
 
     Args:
         as those of `giving_losses`.
@@ -107,8 +107,7 @@ def giving_losses(
         (module, name, buffer, buffer.clone())
         for module, _ in kept
         if not _is_at_rest(module)  # a norm's buffers are many and cannot change
-        for name, buffer in module._buffers.items()
-        if buffer is not None
+        for name, buffer in module.named_buffers(recurse=False)
     ]
     own_state = python_state(model, attributes)
     try:
@@ -121,23 +120,21 @@ def giving_losses(
             module.__dict__.clear()
             module.__dict__.update(before)
         for module, name, buffer, before in buffers:
-            module._buffers[name] = buffer.copy_(before)
+            setattr(module, name, buffer.copy_(before))
         restore_python_state(model, own_state)
 
 
 def _is_at_rest(module: nn.Module) -> bool:
     """Whether a module differs between evaluation and training: normalisation, dropout, random paths. PyTorch, timm,
     mmcv and Detectron2 have classes of their own for each."""
-    if isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.MultiheadAttention)):
-        return True
-    name = type(module).__name__.lower()
-    return any(part in name for part in ("norm", "drop", "stochasticdepth", "rrelu"))
+    name, parts = type(module).__name__.lower(), ("norm", "drop", "stochasticdepth", "rrelu")
+    return isinstance(module, nn.MultiheadAttention) or any(part in name for part in parts)
 
 
 @contextlib.contextmanager
 def as_one_process() -> Iterator[None]:
     """torch.distributed reports no process group. The libraries' losses average their divisor over all processes. Each
-    of them is at another image, and one that has fewer images would make the others wait for ever."""
+    of them is at another image, and one that has fewer images would make the others wait without end."""
     asked = torch.distributed.is_initialized
     torch.distributed.is_initialized = lambda: False
     try:
@@ -157,14 +154,12 @@ def check_losses(samples: Iterator[Any], compute: Callable[[Any], object]) -> No
     """Computes the losses of the first sample that is not None, before the training.
 
     Raises:
-        UserError: there is none among the first hundred, or the detector's library cannot compute them.
+        UserError: the first hundred have none, or the detector's library cannot compute them.
     """
     # a pipeline that makes no sample of the first images most likely makes none of any
     sample = next((sample for sample in itertools.islice(samples, 100) if sample is not None), None)
     if sample is None:
-        raise UserError(
-            "hyperparameters.validation_loss: of no image of data.val would a training make a sample; leave it out"
-        )
+        raise UserError("hyperparameters.validation_loss: no image of data.val gives a training sample. Fix: omit it")
     try:
         compute(sample)
     except UserError:
@@ -172,7 +167,7 @@ def check_losses(samples: Iterator[Any], compute: Callable[[Any], object]) -> No
     except Exception as error:  # a library's losses may need anything that a training has
         raise UserError(
             "hyperparameters.validation_loss: the losses of this model cannot be computed on the validation images "
-            f"({type(error).__name__}: {error}); leave it out"
+            f"({type(error).__name__}: {error}). Fix: omit it"
         ) from error
 
 
@@ -182,11 +177,11 @@ def check_losses(samples: Iterator[Any], compute: Callable[[Any], object]) -> No
 class ValidationLoss(ChiefReducer):
     """Means over images of what `update` was given, with "val_" before the names.
 
-    An image that several slots saw counts once. The sums are in the order of ids. A loss that an image lacks is 0 there,
-    as it is in the image's total. What is no loss (an accuracy) is averaged over the images that have it.
+    An image that several slots saw counts once. The sums are in the order of ids. A loss that an image lacks counts as
+    0, as in the image's total. Other values, such as an accuracy, are averaged over the images that have it.
 
     Args:
-        image_ids: of the images that count.
+        image_ids: the images that count.
     """
 
     def __init__(self, image_ids: np.ndarray, gather: Gather):

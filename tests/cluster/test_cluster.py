@@ -197,7 +197,7 @@ def test_a_killed_container_goes_on_from_the_last_checkpoint(whole, folder, cont
     experiment = submit(context, "killed.yaml")
     assert wait(experiment) == "COMPLETED"
     trial = the_trial(experiment)
-    assert any("goes on after batch 40" in line for line in trial.logs())
+    assert any("resumes after batch 40" in line for line in trial.logs())
     assert_same_metrics(validations(trial), validations(whole))
 
 

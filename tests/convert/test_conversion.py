@@ -1,5 +1,7 @@
 """`python3 -m shared convert` with any format: COCO files that a training takes."""
 
+from pathlib import Path
+
 import hotcoco
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from shared.config.experiment import parse_data
 from shared.data.annotations import CocoAnnotations
 from shared.data.convert.command_line import main
 from shared.data.convert.conversion import annotations_of, convert
-from shared.data.open import open_split
+from shared.data.open import open_split, open_train_and_val
 from shared.errors import UserError
 
 
@@ -106,7 +108,7 @@ def test_a_test_split_is_written_and_its_path_printed_outside_the_config(tmp_pat
         f"the test split is {tmp_path / 'instances_test.json'}, its images are in {tmp_path / 'in/images/test'}" in said
     )
     assert "instances_train.json" in config
-    assert "test" not in config.replace(str(tmp_path), "")
+    assert f"  test: {{annotations: {tmp_path / 'instances_test.json'}, images: " in config
     assert boxes_of(tmp_path / "instances_test.json") == {"a.png": [("cat", 40, 15, 20, 20)]}
 
 
@@ -175,3 +177,33 @@ def test_annotations_of_a_source_without_splits_are_all(tmp_path):
     coco, images = annotations_of(tmp_path / "in", "train")
     assert [image["file_name"] for image in coco["images"]] == ["a.png"]
     assert images is None
+
+
+@pytest.mark.parametrize("section", ["data.yaml", {"annotations": "data.yaml"}])
+def test_a_config_names_a_yolo_data_set_directly(tmp_path, monkeypatch, caplog, section):
+    caplog.set_level("INFO")
+    pets(tmp_path)
+    write(tmp_path / "data.yaml", "train: images/train\nval: images/val\nnames: [dog, cat]\n")
+    monkeypatch.chdir(tmp_path)
+    data = parse_data({"data": {"train": section, "val": section}})
+    train, val = open_train_and_val(data)
+    assert train.categories == val.categories
+    assert len(train.annotations) > 0
+    assert all(Path(train.images.folder, record.file_name).is_file() for record in train.annotations)
+    assert "data.train: data.yaml is converted at each start" in caplog.text
+
+
+def test_a_config_names_a_voc_folder_directly(tmp_path):
+    draw(tmp_path / "images/a.png")
+    box = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>30</xmax><ymax>40</ymax></bndbox>"
+    head = "<filename>a.png</filename><size><width>100</width><height>50</height></size>"
+    write(tmp_path / "labels/a.xml", f"<annotation>{head}<object><name>dog</name>{box}</object></annotation>")
+    given = {"annotations": str(tmp_path / "labels"), "images": str(tmp_path / "images")}
+    val = open_split(parse_data({"data": {"val": given}}), "val")
+    assert [category["name"] for category in val.categories] == ["dog"]
+    assert len(val.annotations[0].boxes) == 1
+
+
+def test_a_coco_file_needs_the_folder_of_its_images(tmp_path):
+    with pytest.raises(UserError, match=r"data\.val\.images is missing"):
+        parse_data({"data": {"val": {"annotations": "a.json"}}})

@@ -82,7 +82,7 @@ def without_script(monkeypatch):
     monkeypatch.setattr(retinanet, "sigmoid_focal_loss_jit", sigmoid_focal_loss)
 
 
-@pytest.mark.usefixtures("without_script", "without_figures")
+@pytest.mark.usefixtures("without_script")
 @both_precisions
 @pytest.mark.parametrize("config_file", CONFIGS)
 def test_training_is_that_of_plain_train_net(persons, train, trial_class, config_file, dtype):
@@ -208,6 +208,7 @@ def test_the_learning_rate_is_detectron2_s_over_the_whole_schedule_also_after_a_
 
 def test_detections_are_those_of_default_predictor(coco_tiny, shapes, train, trial_class, tmp_path):
     config = detectron2_config(shapes, MASK_RCNN, **{"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0001})
+    config["searcher"]["max_length"] = {"batches": 4}
     checkpoint = read_checkpoint(train(trial_class, config) / "checkpoints/last")
     in_float64, *_ = recording(trial_class, torch.float64)
     with pytorch.init(hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False) as context:

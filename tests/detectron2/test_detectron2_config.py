@@ -2,19 +2,20 @@
 
 import copy
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from omegaconf import OmegaConf
 from tiny_models import DETECTRON2, load_model_def
 
 from detectron2_files.config import config_of_checkpoint, load_detectron2_config, set_class_counts, shipped_configs
 from detectron2_files.data import describe, training_images
-from detectron2_files.model import apply_backend_options, build_model
+from detectron2_files.model import apply_backend_options, build_model, keep_detections
 from detectron2_hyperparameters import Detectron2Hyperparameters
-from shared.config.experiment import parse_data
 from shared.config.schema import Length
 from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
@@ -177,18 +178,12 @@ def test_the_scaling_rule_goes_by_the_images_of_a_batch_in_both_kinds_of_config(
         ("new_baselines/mask_rcnn_R_50_FPN_50ep_LSJ.py", 64),
     ],
 )
-def test_the_batch_is_the_config_s_own_where_none_is_given(config_file, batch, monkeypatch):
-    monkeypatch.setattr(load_model_def("detectron2"), "group_processes_of_machine", lambda count: None)
-    trial = object.__new__(load_model_def("detectron2").Detectron2Trial)
-    trial.hparams, trial.data = Detectron2Hyperparameters(config_file, weights=""), parse_data({"data": {}})
-    trial.for_training, trial.slots = True, 3
-    trial.context = SimpleNamespace(distributed=SimpleNamespace(local_size=3))
-    trial._val_paths = lambda: None
-    trial.read_own_config()
-    assert trial.hparams.global_batch_size == batch
-    trial.for_training, trial.hparams.global_batch_size = False, None
-    trial.read_own_config()
-    assert trial.hparams.global_batch_size % 3 == 0
+def test_the_batch_is_the_config_s_own_where_none_is_given(config_file, batch, monkeypatch, unbuilt):
+    monkeypatch.setattr("detectron2_files.model.group_processes_of_machine", lambda count: None)
+    trial_class = load_model_def("detectron2").Detectron2Trial
+    config = {"hyperparameters": {"config_file": config_file, "weights": ""}, "data": {"backend": "fake"}}
+    assert unbuilt(trial_class, config).global_batch_size == batch
+    assert unbuilt(trial_class, config, slots=3, for_training=False).global_batch_size % 3 == 0
 
 
 def test_a_length_that_ends_at_a_step_of_the_schedule_trains():
@@ -251,9 +246,10 @@ def test_what_is_commented_in_a_shipped_file_is_valid_where_it_is_uncommented(pa
         assert {"host_path": "/data/coco", "container_path": "/data/coco", "read_only": True} in before["bind_mounts"]
 
 
-def test_the_config_s_lengths_are_the_defaults():
-    trial = object.__new__(load_model_def("detectron2").Detectron2Trial)
-    trial.detectron2_config = load(config_overrides={"TEST.EVAL_PERIOD": 500})
+def test_the_config_s_lengths_are_the_defaults(unbuilt):
+    overrides = {"TEST.EVAL_PERIOD": 500}
+    config = {"hyperparameters": {"config_file": MASK_RCNN, "config_overrides": overrides}, "data": {"backend": "fake"}}
+    trial = unbuilt(load_model_def("detectron2").Detectron2Trial, config)
     assert trial.default_lengths() == {
         "searcher.max_length": Length("batches", 90000),
         "min_validation_period": Length("batches", 500),
@@ -356,3 +352,21 @@ def test_keypoints_of_a_python_config_flip_as_the_data_s_names_say():
     config = load("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.py")
     names = describe([{"name": "hand", "keypoints": ["tip", "left_side", "right_side"]}])
     assert list(config.mapper(True, names).keypoint_hflip_indices) == [0, 2, 1]
+
+
+def test_max_detections_is_what_the_heads_keep():
+    box = Box2BoxTransform((10, 10, 5, 5))
+    head = FastRCNNOutputLayers(ShapeSpec(channels=4), box2box_transform=box, num_classes=1)
+    keep_detections(torch.nn.Sequential(head), 300)
+    assert head.test_topk_per_image == 300
+    with pytest.raises(UserError, match=r"hyperparameters\.max_detections: the model has no such number"):
+        keep_detections(torch.nn.Linear(1, 1), 300)
+
+
+@pytest.mark.parametrize("base", ["../COCO-Detection/retinanet_R_50_FPN_1x.yaml", "Base-RetinaNet.yaml"])
+def test_base_of_a_yaml_config_names_one_of_the_zoo(tmp_path, base):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/mine.yaml").write_text(f"_BASE_: {base}\nSOLVER: {{BASE_LR: 0.5}}\n")
+    config = load("configs/mine.yaml", tmp_path)
+    assert config.cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    assert config.learning_rate == 0.5

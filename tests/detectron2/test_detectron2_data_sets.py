@@ -3,16 +3,19 @@
 import json
 import pickle
 import textwrap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from conftest import SHARED_DATA, reports, run_model_def
+from detectron2.data import MetadataCatalog
+from detectron2.data.transforms import AugmentationList, RandomFlip
 from panoptic_shapes import REGISTER_PANOPTIC, write_panoptic_shapes
 from PIL import Image
 from tiny_models import DETECTRON2, detectron2_config, detectron2_config_by_name, load_model_def
 
-from detectron2_files.data import MapperTransform, read_proposals
+from detectron2_files.data import MapperTransform, check_keypoint_flips, describe, read_proposals
 from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
 
@@ -116,7 +119,7 @@ def test_coco_data_by_name_goes_through_the_shared_loader_and_evaluator(shapes, 
     )
     config = detectron2_config_by_name(FASTER_RCNN, "shapes_train", "shapes_val", "bbox_mAP")
     config["hyperparameters"]["custom_imports"] = imports
-    run = train(trial_class, config)
+    run = train(trial_class, config, report=True)
     assert "bbox_AR_100" in reports(run, "val")[-1]["metrics"]
     assert (run / "predictions.png").exists()
 
@@ -127,7 +130,7 @@ def panoptic_shapes(tmp_path_factory):
     return write_panoptic_shapes(tmp_path_factory.mktemp("panoptic"))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_panoptic_segmentation_is_evaluated_the_same_on_any_number_of_slots(panoptic_shapes, tmp_path, processes):
     pytest.importorskip("panopticapi")
     (tmp_path / "register_panoptic.py").write_text(REGISTER_PANOPTIC.format(folder=str(panoptic_shapes)))
@@ -147,7 +150,7 @@ def test_panoptic_segmentation_is_evaluated_the_same_on_any_number_of_slots(pano
     assert json.loads((tmp_path / "again/metrics.json").read_text()) == metrics
 
 
-def test_semantic_segmentation_trains_and_is_drawn(panoptic_shapes, train, trial_class, module, tmp_path):
+def test_semantic_segmentation_trains_and_is_drawn(panoptic_shapes, train, command, trial_class, module, tmp_path):
     imports = module("register_semantic", REGISTER_PANOPTIC.format(folder=str(panoptic_shapes)))
     names = ("pan_train_stuffonly", "pan_val_stuffonly")
     from detectron2.data import MetadataCatalog
@@ -162,7 +165,7 @@ def test_semantic_segmentation_trains_and_is_drawn(panoptic_shapes, train, trial
     path.write_text(yaml.safe_dump(config))
     images = panoptic_shapes / "val"
     predict = ("predict", path, "--checkpoint", run / "checkpoints/last", "--images", images, "--output", out)
-    run_model_def(*predict, "--format", "png", cwd=DETECTRON2, env={"PYTHONPATH": str(tmp_path)})
+    command(trial_class, *predict, "--format", "png")
     results = json.loads((out / "results.json").read_text())
     assert {result["category_id"] for result in results} <= {0, 4}
     assert Image.open(out / "000000.jpg.png").size == (128, 128)
@@ -222,7 +225,7 @@ def test_proposals_of_other_images_are_refused(tmp_path):
         read_proposals([str(tmp_path / "none.pkl")], [1])
 
 
-def test_rotated_boxes_train_and_are_evaluated_as_such(shapes, train, trial_class, tmp_path):
+def test_rotated_boxes_train_and_are_evaluated_as_such(shapes, train, command, trial_class, tmp_path):
     config = detectron2_config(shapes, FASTER_RCNN)
     config["searcher"].update(metric="bbox_AP", max_length={"batches": 2})
     config["data"]["workers"] = 0
@@ -262,7 +265,7 @@ def test_rotated_boxes_train_and_are_evaluated_as_such(shapes, train, trial_clas
     path, out = tmp_path / "c.yaml", tmp_path / "out"
     path.write_text(yaml.safe_dump(config))
     predict = ("predict", path, "--checkpoint", run / "checkpoints/last", "--images", shapes / "val", "--output", out)
-    run_model_def(*predict, cwd=DETECTRON2)
+    command(trial_class, *predict)
     assert json.loads((out / "results.json").read_text())
 
 
@@ -309,3 +312,37 @@ main(Probe)
     folders = [line for line in done.stdout.splitlines() if line.startswith("FOLDER")]
     assert len(folders) == 2
     assert len(set(folders)) == 1
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("left_eye", "right_eye"),
+        ("LEFT_EYE", "RIGHT_EYE"),
+        ("L_eye", "R_eye"),
+        ("eye_l", "eye_r"),
+        ("lefteye", "righteye"),
+        ("eyeleft", "eyeright"),
+        ("EyeLeft", "EyeRight"),
+        ("LEye", "REye"),
+        ("Left-Eye 2", "Right-Eye 2"),
+        ("l", "r"),
+    ],
+)
+def test_keypoints_of_two_sides_are_swapped_by_a_flip(left, right):
+    categories = [{"id": 1, "name": "face", "keypoints": ["nose", left, "bright", right, "tail_1"]}]
+    metadata = MetadataCatalog.get(*describe(categories))
+    assert metadata.keypoint_flip_map == [(left, right)]
+    assert check_keypoint_flips(flipping(), categories) == f"{left} ↔ {right}; unchanged: nose, bright, tail_1"
+
+
+@pytest.mark.parametrize("name", ["left_eye", "R_EYE", "wing.l", "rightwing"])
+def test_a_keypoint_without_its_other_side_is_an_error(name):
+    categories = [{"id": 1, "name": "face", "keypoints": ["nose", name]}]
+    with pytest.raises(UserError, match=f"the keypoint '{name}' looks like a side"):
+        check_keypoint_flips(flipping(), categories)
+    assert check_keypoint_flips(SimpleNamespace(augmentations=AugmentationList([])), categories) == ""
+
+
+def flipping():
+    return SimpleNamespace(augmentations=AugmentationList([RandomFlip()]))

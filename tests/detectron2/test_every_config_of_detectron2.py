@@ -203,7 +203,7 @@ def schedule_upstream(state: SimpleNamespace) -> Any:
     return _rates(LRMultiplier(state.optimizer, instantiate(state.cfg.lr_multiplier), length), length)
 
 
-def train_sample_upstream(state: SimpleNamespace) -> Any:
+def training_sample_upstream(state: SimpleNamespace) -> Any:
     cfg = state.cfg
     if isinstance(cfg, CfgNode):
         dicts = get_detection_dataset_dicts(
@@ -219,7 +219,7 @@ def train_sample_upstream(state: SimpleNamespace) -> Any:
     return _plain(mapper(dicts[0]))
 
 
-def test_sample_upstream(state: SimpleNamespace) -> Any:
+def evaluation_sample_upstream(state: SimpleNamespace) -> Any:
     cfg = state.cfg
     if isinstance(cfg, CfgNode):
         proposals = cfg.DATASETS.PROPOSAL_FILES_TEST if cfg.MODEL.LOAD_PROPOSALS else None
@@ -331,11 +331,11 @@ def schedule_ours(state: SimpleNamespace) -> Any:
     return rates
 
 
-def train_sample_ours(state: SimpleNamespace) -> Any:
+def training_sample_ours(state: SimpleNamespace) -> Any:
     return _plain(state.trial.training_dataset()[SampleKey(0, 0)])
 
 
-def test_sample_ours(state: SimpleNamespace) -> Any:
+def evaluation_sample_ours(state: SimpleNamespace) -> Any:
     return _plain(state.trial.evaluation_dataset(state.trial.val_data)[0])
 
 
@@ -364,8 +364,8 @@ UPSTREAM = {
     "load": load_upstream,
     "data paths": data_upstream,
     "written and read": written_upstream,
-    "train sample": train_sample_upstream,
-    "test sample": test_sample_upstream,
+    "train sample": training_sample_upstream,
+    "test sample": evaluation_sample_upstream,
     "model": model_upstream,
     "optimizer": optimizer_upstream,
     "schedule": schedule_upstream,
@@ -374,8 +374,8 @@ OURS = {
     "load": load_ours,
     "data paths": data_ours,
     "written and read": written_ours,
-    "train sample": train_sample_ours,
-    "test sample": test_sample_ours,
+    "train sample": training_sample_ours,
+    "test sample": evaluation_sample_ours,
     "model": model_ours,
     "optimizer": optimizer_ours,
     "schedule": schedule_ours,

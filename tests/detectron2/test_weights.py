@@ -14,7 +14,6 @@ from detectron2_files.config import load_detectron2_config, shipped_configs
 from detectron2_files.plain_pickle import unpickle_arrays
 from detectron2_files.weights import find_weights, load_weights_into, zoo_weights
 from detectron2_hyperparameters import Detectron2Hyperparameters
-from shared.config.experiment import parse_data
 from shared.errors import UserError
 
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
@@ -227,14 +226,14 @@ def test_a_backbone_alone_does_not_detect(model, tmp_path):
         ("PascalVOC-Detection/faster_rcnn_R_50_FPN.yaml", None, True, ["aeroplane", "bicycle"]),
     ],
 )
-def test_categories_are_those_of_the_weights_not_of_other_data(shapes, config_file, classes, with_data, names):
-    trial = object.__new__(load_model_def("detectron2").Detectron2Trial)
+def test_categories_are_those_of_the_weights_not_of_other_data(shapes, config_file, classes, with_data, names, unbuilt):
     overrides = {} if classes is None else {"MODEL.RETINANET.NUM_CLASSES": classes}
-    trial.hparams = Detectron2Hyperparameters(config_file, config_overrides=overrides, weights="")
-    trial.detectron2_config = load_detectron2_config(trial.hparams, DETECTRON2)
-    trial.for_training, trial.evaluates_coco = False, True
     section = {"annotations": str(shapes / "annotations/val.json"), "images": str(shapes / "val")}
-    trial.data = parse_data({"data": {"val": section} if with_data else {}})
+    config = {
+        "hyperparameters": {"config_file": config_file, "config_overrides": overrides, "weights": ""},
+        "data": {"val": section} if with_data else {},
+    }
+    trial = unbuilt(load_model_def("detectron2").Detectron2Trial, config, for_training=False)
     assert [category["name"] for category in trial.known_categories()][: len(names)] == names
 
 

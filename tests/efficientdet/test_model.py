@@ -89,9 +89,10 @@ def test_all_80_coco_categories_keep_their_rows(tmp_path):
         torch.testing.assert_close(a, b)
 
 
-def test_a_checkpoint_of_ours_is_a_start_by_its_category_names(shapes, run_config, tmp_path, caplog):
-    run_model_def("train", run_config(searcher__max_length=2), "--output-dir", tmp_path / "run")
-    checkpoint = tmp_path / "run/checkpoints/last"
+def test_a_checkpoint_of_ours_is_a_start_by_its_category_names(shapes, train, trial_class, tmp_path, caplog):
+    config = efficientdet_config(shapes)
+    config["searcher"]["max_length"] = {"batches": 2}
+    checkpoint = train(trial_class, config) / "checkpoints/last"
     categories = [{"id": 1, "name": "triangle"}, {"id": 2, "name": "star"}]
     caplog.set_level("INFO")
     model = build_model(tiny(pretrained=str(checkpoint)), categories)
@@ -184,7 +185,7 @@ def test_the_labeler_in_the_loader_and_on_the_device_give_the_same_loss(trial):
         torch.testing.assert_close(losses[0][name], losses[1][name])
 
 
-def test_every_option_trains_together(run_config, tmp_path):
+def test_every_option_trains_together(command, without_figures, trial_class, run_config, tmp_path):
     config = run_config(
         searcher__max_length=4,
         hyperparameters__amp="bf16",
@@ -206,7 +207,7 @@ def test_every_option_trains_together(run_config, tmp_path):
         hyperparameters__input_size=[128, 256],
         optimizations={"aggregation_frequency": 2},
     )
-    run_model_def("train", config, "--output-dir", tmp_path / "run")
+    command(trial_class, "train", config, "--output-dir", tmp_path / "run")
     assert reports(tmp_path / "run", "train")[-1]["metrics"]["loss"] > 0
 
 
@@ -360,3 +361,8 @@ def test_every_model_of_effdet_builds(name):
 def test_torch_compile_trains(run_config, tmp_path):
     config = run_config(searcher__max_length=2, hyperparameters__torch_compile=True)
     run_model_def("train", config, "--output-dir", tmp_path / "run")
+
+
+def test_max_detections_is_what_the_model_keeps():
+    hparams = EfficientDetHyperparameters(model="tf_efficientdet_d0", global_batch_size=2, max_detections=300)
+    assert model_config(hparams, 1).max_det_per_image == 300

@@ -164,31 +164,34 @@ def test_two_processes_keep_the_same_weights_and_draw_different_numbers(run_conf
 
 
 @pytest.mark.parametrize("processes", [1, *(pytest.param(count, marks=pytest.mark.slow) for count in (2, 3))])
-def test_evaluate_gives_the_run_s_numbers_with_any_number_of_processes(trained, tmp_path, processes):
+def test_evaluate_gives_the_run_s_numbers_with_any_number_of_processes(trained, command, capfd, tmp_path, processes):
     run, config, _ = trained
-    done = run_model_def(
-        *("evaluate", config, "--checkpoint", run / "checkpoints/last", "--output", tmp_path, "--report", tmp_path),
-        processes=processes,
-    )
+    checkpoint = run / "checkpoints/last"
+    arguments = ("evaluate", config, "--checkpoint", checkpoint, "--output", tmp_path, "--report", tmp_path)
+    if processes == 1:
+        command(EfficientDetTrial, *arguments)
+        printed = capfd.readouterr().out
+    else:
+        printed = run_model_def(*arguments, processes=processes).stdout
     numbers = json.loads((tmp_path / "report.json").read_text())
     assert numbers["bbox"]["metrics"]["mAP"] == reports(run, "val")[-1]["metrics"]["bbox_mAP"]
-    assert "F1 is greatest" in done.stdout or "No detection is right" in done.stdout
-    assert "AP/circle" in done.stdout
+    assert "F1 is greatest" in printed or "No detection is right" in printed
+    assert "AP/circle" in printed
     assert json.loads((tmp_path / "metrics.json").read_text()) == reports(run, "val")[-1]["metrics"]
     results = json.loads((tmp_path / "results.json").read_text())
     assert {r["image_id"] for r in results} == set(range(1, 11))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it detects in half precision")
-def test_what_was_trained_in_half_precision_evaluates_without_a_gpu(trained, tmp_path):
+def test_what_was_trained_in_half_precision_evaluates_without_a_gpu(trained, command, tmp_path):
     run, config, _ = trained
     checkpoint = ("--checkpoint", run / "checkpoints/last", "--set", "hyperparameters.amp=fp16")
-    run_model_def("evaluate", config, *checkpoint, "--output", tmp_path)
+    command(EfficientDetTrial, "evaluate", config, *checkpoint, "--output", tmp_path)
     assert json.loads((tmp_path / "metrics.json").read_text()) == reports(run, "val")[-1]["metrics"]
 
 
 @pytest.mark.parametrize("picture_format", ["png", pytest.param("pdf", marks=pytest.mark.slow)])
-def test_predict_draws_each_image_and_writes_coco_results(trained, shapes, tmp_path, picture_format):
+def test_predict_draws_each_image_and_writes_coco_results(trained, command, caplog, shapes, tmp_path, picture_format):
     run, config, _ = trained
     images = tmp_path / "images"
     (images / "sub").mkdir(parents=True)
@@ -197,11 +200,12 @@ def test_predict_draws_each_image_and_writes_coco_results(trained, shapes, tmp_p
     (images / "notes.txt").write_text("no image")
     (images / "broken.png").write_bytes(b"no image")
     out = tmp_path / "out"
-    done = run_model_def(
+    command(
+        EfficientDetTrial,
         *("predict", config, "--checkpoint", run / "checkpoints/best", "--images", images, "--output", out),
         *("--format", picture_format, "--min-score", "0.0", "--set", "data.val=null", "--set", "data.train=null"),
     )
-    assert "broken.png is left out" in done.stderr
+    assert "broken.png is skipped" in caplog.text
     assert (out / f"b.jpg.{picture_format}").is_file()
     assert (out / f"sub/a.PNG.{picture_format}").is_file()
     results = json.loads((out / "results.json").read_text())
@@ -213,12 +217,11 @@ def test_predict_draws_each_image_and_writes_coco_results(trained, shapes, tmp_p
     assert (boxes[:, 1] + boxes[:, 3] <= 90.1).all()
 
 
-def test_predict_takes_image_ids_from_the_data_set(trained, shapes, tmp_path):
+def test_predict_takes_image_ids_from_the_data_set(trained, command, shapes, tmp_path):
     run, config, _ = trained
     out = tmp_path / "out"
-    run_model_def(
-        "predict", config, "--checkpoint", run / "checkpoints/best", "--images", shapes / "val", "--output", out
-    )
+    arguments = ("--checkpoint", run / "checkpoints/best", "--images", shapes / "val", "--output", out)
+    command(EfficientDetTrial, "predict", config, *arguments)
     results = json.loads((out / "results.json").read_text())
     assert {r["image_id"] for r in results} == set(range(1, 11))
 
@@ -226,7 +229,7 @@ def test_predict_takes_image_ids_from_the_data_set(trained, shapes, tmp_path):
 WRONG = {
     "hyperparameters: unknown key 'learning_rate'; did you mean": ["hyperparameters.learning_rate=1"],
     "data.val.annotations: /x/val.json does not exist": ["data.val.annotations=/x/val.json"],
-    "data.train.images: /x is not a folder": ["data.train.images=/x"],
+    "data.train.images: /x does not exist": ["data.train.images=/x"],
     "hyperparameters.model: 'efficientdet_d77' is not a model of effdet; did you mean": [
         "hyperparameters.model=efficientdet_d77"
     ],
@@ -239,7 +242,7 @@ WRONG = {
     ],
     "hyperparameters.pretrained: nowhere.pth is not a checkpoint": ["hyperparameters.pretrained=nowhere.pth"],
     "hyperparameters.amp: fp16 needs a GPU": ["hyperparameters.amp=fp16"],
-    "--set x: write it as key=value": ["x"],
+    "--set x: it has no value. Fix: write key=value": ["x"],
 }
 
 
@@ -270,13 +273,15 @@ def test_categories_that_differ_and_nothing_to_train_on_are_refused(refused, run
         assert message in refused("train", config, "--output-dir", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_two_processes_need_a_batch_that_divides_and_no_port_of_another_run(run_config, tmp_path):
     config = run_config(hyperparameters__global_batch_size=3)
     with socket.socket() as another_run:
         with contextlib.suppress(OSError):  # it is another run's indeed
             another_run.bind(("", INTER_TRAIN_PROCESS_COMM_PORT_1))
             another_run.listen()
-        done = run_model_def("train", config, "--output-dir", tmp_path / "run", processes=2, check=False)
+        arguments = ("train", config, "--output-dir", tmp_path / "run")
+        done = run_model_def(*arguments, processes=2, torchrun=True, check=False)
     assert "3 images do not divide by 2 slots; use 2 or 4" in done.stderr
 
 
@@ -313,31 +318,27 @@ def test_a_last_checkpoint_that_was_changed_is_said_and_best_goes_on(trained, ru
     longer = run_config(searcher__max_length={"batches": 16})
     done = run_model_def("train", longer, "--output-dir", run, "--resume", "last")
     assert "checkpoints/last is not what was saved: state_dict.pth has changed since; going on from" in done.stderr
-    assert f"going on after batch {best}" in done.stderr
+    assert f"resuming after batch {best}" in done.stderr
     assert [r["batches"] for r in reports(run, "val")] == [4, 8, 12, 16]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(run_config, tmp_path):
-    probe = tmp_path / "probe.py"
-    probe.write_text(
-        "import sys; sys.path.insert(0, '.')\n"
-        "import model_def\n"
-        "from shared.launch import main\n"
-        "class Probe(model_def.EfficientDetTrial):\n"
-        "    def losses(self, model, batch):\n"
-        "        losses = super().losses(model, batch)\n"
-        "        if self.batches_trained == 6:\n"
-        "            print('BAD', *batch.image_ids, flush=True)\n"
-        "            losses = {name: value * float('nan') for name, value in losses.items()}\n"
-        "        return losses\n"
-        "main(Probe)\n"
-    )
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(command, run_config, tmp_path):
+    bad = []
+
+    class Probe(EfficientDetTrial):
+        def losses(self, model, batch):
+            losses = super().losses(model, batch)
+            if self.batches_trained == 6:
+                bad.extend(batch.image_ids)
+                losses = {name: value * float("nan") for name, value in losses.items()}
+            return losses
+
+    Probe.__module__ = "model_def"
     run = tmp_path / "run"
-    config = run_config(scheduling_unit=4)
-    done = run_model_def("train", config, "--output-dir", run, check=False, script=probe)
-    assert done.returncode == 1
-    ids = next(line for line in done.stdout.splitlines() if line.startswith("BAD")).split()[1:]
-    assert f"the loss is not finite since batch 7 (image ids {', '.join(ids)})" in done.stderr
+    with pytest.raises(SystemExit) as ended:
+        command(Probe, "train", run_config(scheduling_unit=4), "--output-dir", run)
+    ids = ", ".join(str(number) for number in bad)
+    assert f"the loss is not finite since batch 7 (image ids {ids})" in ended.value.code
     checkpoint = read_checkpoint(run / "checkpoints/last")
     assert checkpoint.batches == 4
     assert all(weights.isfinite().all() for weights in checkpoint.weights.values())
@@ -408,7 +409,7 @@ def test_out_of_memory_of_an_evaluation_says_how_to_detect_on_less(refused, trai
 
 
 def test_out_of_memory_before_any_batch_is_one_line_with_advice(refused, run_config, tmp_path, small_gpu):
-    small_gpu("switched")
+    small_gpu("build_model")
     line = refused("train", run_config(), "--output-dir", tmp_path / "run")
     assert line.startswith("error: CUDA out of memory. Tried to allocate 20.00 MiB. Fix: stop other programs")
     assert "global_batch_size" in line

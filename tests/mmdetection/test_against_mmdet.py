@@ -70,7 +70,6 @@ class Recorder(Hook):
         )
 
 
-@pytest.mark.usefixtures("without_figures")
 @both_precisions
 @pytest.mark.parametrize("config_file", TINY)
 def test_training_is_that_of_mmdetection_s_runner(shapes, train, config_file, dtype):
@@ -193,6 +192,7 @@ def test_the_learning_rate_is_that_of_mmcv_s_hooks_also_after_a_resume(policy, r
 def test_detections_are_those_of_inference_detector(shapes, train, tmp_path):
     overrides = {"model.test_cfg.rcnn.score_thr": 0.01}
     config = mmdet_config(shapes, **overrides)
+    config["searcher"]["max_length"] = {"batches": 4}
     trial_class = load_model_def().MMDetectionTrial
     checkpoint = read_checkpoint(train(trial_class, config) / "checkpoints/last")
     in_float64, *_ = recording(trial_class, torch.float64)

@@ -10,7 +10,7 @@ import torch
 import yaml
 from mmcv import Config
 from mmdet.models import build_detector
-from tiny_models import MMDETECTION
+from tiny_models import MMDETECTION, load_model_def
 
 from mmdetection_files.config import (
     default_lengths,
@@ -24,6 +24,7 @@ from mmdetection_files.config import (
     shipped_configs,
     validation_times,
 )
+from mmdetection_files.evaluation import check_evaluation, keep_detections
 from mmdetection_files.model import (
     StartWeights,
     build_model,
@@ -504,3 +505,48 @@ def test_a_head_that_does_not_fit_is_an_error_where_nothing_is_trained_and_start
     del weights["bbox_head.retina_cls.bias"]
     with pytest.raises(UserError, match=r"mine.pth has no bbox_head.retina_cls.bias, which this model has"):
         load_start(model, start, for_training=False)
+
+
+def test_the_library_s_numbers_of_scored_detections_are_honoured():
+    hyperparameters = {"config_file": "retinanet/retinanet_r18_fpn_1x_coco.py", "global_batch_size": 2}
+    scored = load_model_def().MMDetectionTrial.scored_detections
+    assert scored(hyperparameters) is None
+    assert scored({**hyperparameters, "config_overrides": {"evaluation.proposal_nums": [100, 300, 1000]}}) == 1000
+    assert scored({**hyperparameters, "max_detections": 7}) == 7
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "error"),
+    [
+        ({"iou_thrs": [0.5]}, r"evaluation\.iou_thrs: COCO's ten thresholds"),
+        ({"save_best": "bbox_mAP_50"}, r"evaluation\.save_best: searcher\.metric chooses"),
+    ],
+)
+def test_evaluation_words_without_effect_are_refused(evaluation, error):
+    with pytest.raises(UserError, match=error):
+        check_evaluation(Config({"evaluation": evaluation}))
+    check_evaluation(Config({"evaluation": {"save_best": "auto", "metric": "bbox"}}))
+
+
+def test_max_detections_is_what_the_head_keeps():
+    config = Config({"model": {"test_cfg": {"rpn": {"max_per_img": 1000}, "rcnn": {"max_per_img": 100}}}})
+    keep_detections(config, 300)
+    assert config.model.test_cfg.rcnn.max_per_img == 300
+    assert config.model.test_cfg.rpn.max_per_img == 1000
+    with pytest.raises(UserError, match=r"hyperparameters\.max_detections: test_cfg .* has no max_per_img"):
+        keep_detections(Config({"model": {"test_cfg": {}}}), 300)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'\n", "mmdet::"),
+        ("model = dict(type='RetinaNet')\noptim_wrapper = dict(type='OptimWrapper')\n", "optim_wrapper"),
+        ("train_dataloader=dict(batch_size=2)\nmodel = dict(type='RetinaNet')\n", "train_dataloader"),
+    ],
+)
+def test_a_config_of_mmdetection_3_is_named_as_one(tmp_path, text, found):
+    (tmp_path / "three.py").write_text(text)
+    hparams = MMDetectionHyperparameters(config_file=str(tmp_path / "three.py"), global_batch_size=2)
+    with pytest.raises(UserError, match=rf"three\.py is a config of MMDetection 3, which has '{found}'"):
+        load_mmdet_config(hparams, tmp_path)

@@ -256,13 +256,13 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (torch.Tensor, np.ndarray)) else None
 
 
-def train_sample_upstream(state: SimpleNamespace) -> Any:
+def training_sample_upstream(state: SimpleNamespace) -> Any:
     dataset = build_dataset(copy.deepcopy(state.cfg.data.train))
     seed_all(0, 0, 0)
     return _plain(dataset[0])
 
 
-def test_sample_upstream(state: SimpleNamespace) -> Any:
+def evaluation_sample_upstream(state: SimpleNamespace) -> Any:
     section = copy.deepcopy(state.cfg.data.val)
     section.pop("samples_per_gpu", None)  # as train_detector
     return _images(build_dataset(section, {"test_mode": True})[0])
@@ -354,13 +354,13 @@ def schedule_ours(state: SimpleNamespace) -> Any:
     return rates
 
 
-def train_sample_ours(state: SimpleNamespace) -> Any:
+def training_sample_ours(state: SimpleNamespace) -> Any:
     state.trial.open_train_and_val()
     sample, _ = state.trial.training_dataset()[SampleKey(0, 0)]
     return _plain(sample)
 
 
-def test_sample_ours(state: SimpleNamespace) -> Any:
+def evaluation_sample_ours(state: SimpleNamespace) -> Any:
     sample, _ = state.trial.evaluation_dataset(state.trial.open_val())[0]
     return _images(sample)
 
@@ -386,8 +386,8 @@ def model_of_3_classes(state: SimpleNamespace) -> None:
 UPSTREAM = {
     "load": load_upstream,
     "data paths": data_upstream,
-    "train sample": train_sample_upstream,
-    "test sample": test_sample_upstream,
+    "train sample": training_sample_upstream,
+    "test sample": evaluation_sample_upstream,
     "model": model_upstream,
     "optimizer": optimizer_upstream,
     "schedule": schedule_upstream,
@@ -396,8 +396,8 @@ UPSTREAM = {
 OURS = {
     "load": load_ours,
     "data paths": data_ours,
-    "train sample": train_sample_ours,
-    "test sample": test_sample_ours,
+    "train sample": training_sample_ours,
+    "test sample": evaluation_sample_ours,
     "model": model_ours,
     "optimizer": optimizer_ours,
     "schedule": schedule_ours,

@@ -57,6 +57,7 @@ def trial_class():
     return load_model_def().MMDetectionTrial
 
 
+@pytest.mark.slow
 def test_a_step_of_two_processes_is_plain_ddp_over_mmdetection_s_model(shapes, tmp_path):
     probe, config = tmp_path / "probe.py", tmp_path / "config.yaml"
     probe.write_text(
@@ -101,7 +102,9 @@ main(Probe)
     assert max(worst) < 1e-5
 
 
-def test_a_run_is_evaluated_and_predicts_masks_by_the_config_in_its_checkpoint(shapes, train, trial_class, tmp_path):
+def test_a_run_is_evaluated_and_predicts_masks_by_the_config_in_its_checkpoint(
+    shapes, train, command, trial_class, tmp_path
+):
     config = in_process(mmdet_config(shapes, **{"model.test_cfg.rcnn.score_thr": 0.01}), batches=4)
     config["searcher"]["metric"] = "segm_mAP"
     run = train(trial_class, config)
@@ -112,7 +115,7 @@ def test_a_run_is_evaluated_and_predicts_masks_by_the_config_in_its_checkpoint(s
     path = tmp_path / "later.yaml"
     path.write_text(yaml.safe_dump(config))
     arguments = ("evaluate", path, "--checkpoint", last, "--output", tmp_path / "evaluated")
-    run_model_def(*arguments, processes=2, cwd=MMDETECTION)
+    command(trial_class, *arguments)
     metrics = json.loads((tmp_path / "evaluated/metrics.json").read_text())
     assert metrics == reports(run, "val")[-1]["metrics"]
     assert "segm_AP/circle" in metrics
@@ -278,6 +281,16 @@ def test_mosaic_stops_at_the_same_epoch_in_each_worker(shapes):
     assert skipped == [None, None, ("Mosaic",), ("Mosaic",)]
 
 
+def test_a_sample_with_more_boxes_than_masks_is_an_error():
+    from mmdetection_files.data import TrainingSamples
+
+    samples = TrainingSamples([{"gt_bboxes": torch.zeros(8, 4), "gt_labels": torch.zeros(8), "gt_masks": None}], 0)
+    assert len(samples[SampleKey(0, 0)][0]["gt_bboxes"]) == 8
+    samples.dataset[0]["gt_masks"] = torch.zeros(2, 9, 9)
+    with pytest.raises(UserError, match=r"8 gt_bboxes, 8 gt_labels, 2 gt_masks .* Mosaic and MixUp"):
+        samples[SampleKey(0, 0)]
+
+
 class _Labelled:
     """A data set that says which classes its images have."""
 
@@ -361,7 +374,7 @@ def test_a_teacher_is_where_its_pupil_is():
     assert pupil.teacher_model.weight.is_meta
 
 
-def test_lists_of_data_sets_train_validate_and_predict(shapes, train, trial_class, tmp_path):
+def test_lists_of_data_sets_train_validate_and_predict(shapes, train, command, trial_class, tmp_path):
     config = in_process(mmdet_config(shapes, RETINANET, **{"model.test_cfg.score_thr": 0.0}), batches=1)
     shipped = load_mmdet_config(MMDetectionHyperparameters(RETINANET), MMDETECTION)
     small = {}
@@ -379,7 +392,7 @@ def test_lists_of_data_sets_train_validate_and_predict(shapes, train, trial_clas
     run = train(trial_class, config)
     assert {"0_bbox_mAP", "1_bbox_mAP"} <= reports(run, "val")[-1]["metrics"].keys()
     arguments = ("--checkpoint", run / "checkpoints/last", "--output", tmp_path / "out", "--images", shapes / "val")
-    run_model_def("predict", tmp_path / "run.yaml", *arguments, cwd=MMDETECTION)
+    command(trial_class, "predict", tmp_path / "run.yaml", *arguments)
     assert json.loads((tmp_path / "out/results.json").read_text())
 
 
@@ -648,7 +661,7 @@ def test_pretrained_weights_of_another_head_start_anew_in_one_line(
     torch.testing.assert_close(started["weights"]["backbone.conv1.weight"], weights["backbone.conv1.weight"])
 
 
-def test_weights_detect_the_categories_that_they_name_themselves(shapes, train, trial_class, tmp_path):
+def test_weights_detect_the_categories_that_they_name_themselves(shapes, train, command, trial_class, tmp_path):
     config = in_process(mmdet_config(shapes, RETINANET, **{"model.test_cfg.score_thr": 0.0}), batches=1)
     run = train(trial_class, config)
     weights = torch.load(run / "checkpoints/last/state_dict.pth", weights_only=True)["models_state_dict"][0]
@@ -658,7 +671,7 @@ def test_weights_detect_the_categories_that_they_name_themselves(shapes, train, 
     config["hyperparameters"]["weights"] = str(tmp_path / "mine.pth")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     predict = ("predict", tmp_path / "config.yaml", "--images", shapes / "val", "--output", tmp_path / "out")
-    run_model_def(*predict, cwd=MMDETECTION)
+    command(trial_class, *predict)
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert {result["category_id"] for result in results} <= {1, 2, 3}
     assert results

@@ -16,8 +16,8 @@ _NAME = "detectron2._C"
 def complete_layers() -> None:
     """Imports `detectron2.layers` with the real classes `DeformConv` and `ModulatedDeformConv`, over our functions.
 
-    The module makes dummies of them where `from detectron2 import _C` fails: so it finds a stand-in, for as long as it
-    is imported. After that there is none again, by which detectron2.evaluation falls back to pycocotools.
+    The module makes dummies of them where `from detectron2 import _C` fails: so it finds a stand-in, during the
+    import. Afterwards the stand-in is removed, so that detectron2.evaluation falls back to pycocotools.
     """
     early = "detectron2.layers" in sys.modules
     with _stand_in():

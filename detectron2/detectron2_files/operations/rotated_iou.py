@@ -41,7 +41,7 @@ def box_iou_rotated(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         boxes2: (M, 5), the same.
 
     Returns:
-        (N, M) in [0, 1]; 0 where a box has no area. Of the boxes' type, float32 at least (upstream: float32 always).
+        (N, M) in [0, 1]; 0 where a box has no area. In the boxes' type, float32 at least (upstream: float32 always).
     """
     columns1, columns2 = _columns(boxes1), _columns(boxes2)
     result = columns1.x.new_zeros(len(boxes1), len(boxes2))
@@ -52,7 +52,7 @@ def box_iou_rotated(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
 
 def rows_at_once(columns: int) -> int:
-    """How many rows of a matrix with so many columns are computed at once."""
+    """How many rows of a matrix with this number of columns are computed at once."""
     return max(_PAIRS // max(columns, 1), 1)
 
 

@@ -46,7 +46,7 @@ def install() -> str | None:
     """Makes `mmcv.ops` importable; to be called before its first import.
 
     Returns:
-        Why a compiled module that is there is not taken; None where there is none, or where it is in use.
+        Why a compiled module that is there is not taken; None if it is absent or in use.
     """
     try:
         compiled = importlib.import_module("mmcv._ext")
@@ -79,7 +79,7 @@ class _Loader(Loader):
 
 
 class InPyTorch(ModuleType):
-    """`mmcv._ext`; what is not there says so when it is called, as mmcv asks for every name when it is imported."""
+    """`mmcv._ext`; a missing operation raises when it is called, because mmcv asks for every name at import."""
 
     def __init__(self) -> None:
         super().__init__("mmcv._ext", __doc__)

@@ -74,7 +74,7 @@ def softmax_focal_loss_backward(
 
 
 def _positives(target: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """(N, 1) whether the target is a class, and the class, 0 where it is none. On a GPU the host waits for no count."""
+    """(N, 1) whether the target is a class, and the class, else 0. On a GPU the host waits for no count."""
     positive = ((target >= 0) & (target < classes))[:, None]
     return positive, torch.where(positive, target[:, None], 0)
 

@@ -191,7 +191,7 @@ def deform_roi_pool_backward(
     sampling_ratio: int,
     gamma: float,
 ) -> None:
-    """Writes the derivatives by the features and, where there are any, by the offsets, into the zeros given.
+    """Writes the derivatives by the features and by the offsets, if given, into the zeros given.
 
     A point off the features by less than a pixel counts as at their edge; as in mmcv, its offset's derivative does not.
     """

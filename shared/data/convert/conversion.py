@@ -203,7 +203,6 @@ def as_config(written: Sequence[Written]) -> str:
     """The lines for an experiment config."""
     lines = ["data:"]
     for one in written:
-        if one.split != "test":
-            images = one.part.folder.absolute() if one.part.folder else "FOLDER OF THE IMAGES"
-            lines.append(f"  {one.split or 'train'}: {{annotations: {one.path.absolute()}, images: {images}}}")
+        images = one.part.folder.absolute() if one.part.folder else "FOLDER OF THE IMAGES"
+        lines.append(f"  {one.split or 'train'}: {{annotations: {one.path.absolute()}, images: {images}}}")
     return "\n".join(lines)

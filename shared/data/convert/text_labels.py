@@ -14,7 +14,7 @@ _TRIED = 10  # files, for one with a line
 
 
 def looks_like(source: Path, is_line: Callable[[list[str]], bool]) -> str:
-    """What was seen, if the first lines of the text files in a folder are the format's; else ""."""
+    """A description, if the first lines of the text files in a folder are the format's; else ""."""
     files = files_below(source, (".txt",)) if source.is_dir() else []
     for file in files[:_TRIED] + files[_TRIED :: max(len(files) // _TRIED, 1)]:
         try:

@@ -41,7 +41,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Kind:
-    """What the numbers mean.
+    """The meaning of the numbers.
 
     Attributes:
         name: "boxes", "polygons", "oriented" or "keypoints".
@@ -57,7 +57,7 @@ class Kind:
 
     @property
     def length(self) -> int:
-        """Of a line with keypoints."""
+        """For a line with keypoints."""
         return _BOX + self.points * self.numbers
 
 

@@ -1,0 +1,99 @@
+"""From image and record to what the models of transformers take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from shared.data import fast_images
+from shared.data.annotations import ImageRecord
+from shared.data.images import DECODING_ERRORS, unreadable
+from shared.data.loading import Batch
+
+Sample = tuple[torch.Tensor, dict[str, torch.Tensor], int, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class DetrTransform:
+    """The image processor, and a random flip. A sample is (pixels, labels, image id, size).
+
+    pixels are (3, h, w) float32. labels have `class_labels` (N,) int64 and `boxes` (N, 4) float32: x and y of the
+    centre, width and height, from 0 to 1 of the image without padding. size is the image's own (height, width).
+
+    Attributes:
+        processor: an image processor of transformers.
+        flip: the probability of a horizontal flip.
+        fast: take an encoded image, and decode it with `shared.data.fast_images`; else a PIL image.
+    """
+
+    processor: Any
+    flip: float = 0.0
+    fast: bool = False
+
+    def __call__(self, image: Image.Image | bytes, record: ImageRecord) -> Sample:
+        if self.fast:
+            try:
+                image = fast_images.decode(image, None)
+            except DECODING_ERRORS as error:
+                raise unreadable(record.file_name, f"image id {record.image_id}", error) from error
+        # padding depends on the other images of the batch
+        pixels = self.processor(images=image, do_pad=False, return_tensors="pt")["pixel_values"][0]
+        boxes, classes = relative_boxes(record)
+        if self.flip and torch.rand(()) < self.flip:
+            pixels = pixels.flip(-1)
+            boxes[:, 0] = 1 - boxes[:, 0]
+        labels = {"class_labels": classes, "boxes": boxes}
+        return pixels, labels, record.image_id, (record.height, record.width)
+
+
+def makes_one_size(processor: Any) -> bool:
+    """Whether an image processor resizes all images to one height and width."""
+    return processor.do_resize and bool(processor.size.get("height") and processor.size.get("width"))
+
+
+def relative_boxes(record: ImageRecord) -> tuple[torch.Tensor, torch.Tensor]:
+    """Boxes (N, 4) float32, relative to the image, and labels (N,) int64, as transformers' image processors compute
+    them: without crowds, cut at the image's border."""
+    size = np.array([record.width, record.height] * 2, dtype=np.float32)
+    boxes = np.clip(record.boxes, 0, size)
+    keep = ~record.iscrowd & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    low, high = boxes[keep, :2], boxes[keep, 2:]
+    relative = np.concatenate([(low + high) / 2, high - low], axis=1) / size
+    return torch.from_numpy(relative), torch.from_numpy(record.labels[keep])
+
+
+@dataclass(frozen=True)
+class DetrCollate:
+    """A batch of samples, padded below and to the right.
+
+    Attributes:
+        pad_size: (height, width) to which all images are padded; None for the largest of the batch.
+    """
+
+    pad_size: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, processor: Any) -> DetrCollate:
+        """The collate function that pads as an image processor does."""
+        size = processor.pad_size if processor.do_pad else None
+        return cls(None if size is None else (size["height"], size["width"]))
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        pixels, labels, image_ids, sizes = zip(*samples, strict=True)
+        heights, widths = [each.shape[1] for each in pixels], [each.shape[2] for each in pixels]
+        height, width = self.pad_size or (max(heights), max(widths))
+        mask = None
+        if min(heights) < height or min(widths) < width:
+            images = torch.zeros(len(pixels), 3, height, width)
+            mask = torch.zeros(len(pixels), height, width, dtype=torch.int64)
+            for i, each in enumerate(pixels):
+                images[i, :, : each.shape[1], : each.shape[2]] = each
+                mask[i, : each.shape[1], : each.shape[2]] = 1
+        else:
+            images = torch.stack(pixels)
+        targets = {"labels": list(labels), "mask": mask, "sizes": torch.tensor(sizes)}
+        return Batch(images, targets, list(image_ids))

@@ -1,0 +1,187 @@
+"""The DETR family as a Determined trial: `python3 model_def.py --help`."""
+
+from __future__ import annotations
+
+from shared.environment import prepare_process
+
+prepare_process()  # before torch, and before packages that may be missing
+from detr_hyperparameters import BACKBONE, DetrHyperparameters
+from shared.config.experiment import Sections
+from shared.launch import exit_on_errors, main, read_command
+
+# errors in the command line and the config appear before torch and the library are loaded
+command = read_command(__name__, Sections(DetrHyperparameters))
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from detr_files import check_torch
+
+with exit_on_errors():
+    check_torch()
+
+from torch import nn
+from transformers import PreTrainedConfig, get_scheduler
+
+from detr_files.data import DetrCollate, DetrTransform, makes_one_size
+from detr_files.model import TrainedDetr, build_detector, image_processor, input_scale, is_on_hub, model_config
+from detr_files.optimizer import build_optimizer
+from detr_files.weights import load_start_weights
+from shared.data.dataset import CocoDetection
+from shared.data.images import InputScale
+from shared.data.loading import Batch
+from shared.data.open import SplitData
+from shared.errors import UserError
+from shared.evaluation.detections import Detections
+from shared.library import COCO_CATEGORIES
+from shared.training.trial import DetectionTrial
+
+_SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
+
+
+class DetrTrial(DetectionTrial):
+    """The DETR family, over the package transformers.
+
+    Attributes:
+        config, processor: transformers' config of the model, and its image processor; from the Hub at first use.
+    """
+
+    hyperparameters_class = DetrHyperparameters
+    optimizer_key = "hyperparameters.lr"
+    without_pretrained: ClassVar = {"weights": None}
+    pretrained_categories: ClassVar = COCO_CATEGORIES
+    find_unused_parameters = True  # images without objects train no embedding of classes
+
+    # --- the config -----------------------------------------------------------------------------------
+
+    @classmethod
+    def hyperparameters_of_checkpoint(cls, checkpoint: Path, own: Mapping[str, Any]) -> dict[str, Any]:
+        return {**cls.without_pretrained, "model": str(checkpoint), "config": {}, "processor": {}}
+
+    @classmethod
+    def input_scale(cls, hparams: DetrHyperparameters) -> InputScale | None:
+        return None if is_on_hub(hparams.model) else input_scale(hparams)
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        return model_config(self.hparams)
+
+    @cached_property
+    def processor(self) -> Any:
+        return image_processor(self.hparams, self.config.model_type)
+
+    def read_own_config(self) -> None:
+        if not is_on_hub(self.hparams.model):  # what it refuses, before the data is opened
+            self.processor  # noqa: B018
+
+    def save_own_config(self, folder: Path) -> None:
+        self.config.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    def summary(self) -> list[tuple[str, object]]:
+        hparams, data = self.hparams, self.train_data.annotations
+        return [
+            ("model", f"{hparams.model or self.config.model_type}, {len(self.categories)} categories"),
+            ("weights", hparams.weights or "random" if self.first_batch == 0 else "the checkpoint's"),
+            ("training data", f"{data.path or 'fake'}, {len(data)} images"),
+            ("optimizer", f"AdamW, lr {hparams.lr:g}"),
+            ("schedule", f"{hparams.sched}, warm-up of {hparams.warmup_batches} batches"),
+        ]
+
+    def check_pretrained(self) -> None:
+        if self.hparams.weights in (None, BACKBONE):
+            raise UserError(
+                f"hyperparameters.weights: {self.hparams.weights or 'null'} detects nothing. Fix: give --checkpoint, "
+                "or --set hyperparameters.weights=published"
+            )
+
+    # --- model and optimizer --------------------------------------------------------------------------
+
+    def build_model(self) -> nn.Module:
+        detector = build_detector(self.config, self.categories)
+        if self.first_batch == 0:
+            load_start_weights(detector, self.hparams, self.categories)
+        return TrainedDetr(detector)
+
+    def detector(self, model: nn.Module) -> nn.Module:
+        return model.detector
+
+    def compiled_parts(self, model: nn.Module) -> list[nn.Module]:
+        # the losses assign boxes on the CPU, image by image
+        return [module for name, module in model.named_modules() if name.endswith(".backbone")][:1] or [model.detector]
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(model, self.hparams)
+
+    def prepare_schedule(self) -> None:
+        self.scheduler = get_scheduler(
+            _SCHEDULES[self.hparams.sched],
+            self.optimizer,
+            num_warmup_steps=self.hparams.warmup_batches,
+            num_training_steps=self.total_batches,
+        )
+
+    def warmup_batches(self) -> float:
+        return self.hparams.warmup_batches
+
+    def before_batch(self, number: int) -> None:
+        scheduler = self.scheduler
+        for group, lr, factor in zip(
+            self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = lr * factor(number)
+
+    # --- data -----------------------------------------------------------------------------------------
+
+    def training_dataset(self) -> CocoDetection:
+        return self._dataset(self.train_data, training=True)
+
+    def evaluation_dataset(self, data: SplitData) -> CocoDetection:
+        return self._dataset(data, training=False)
+
+    def _dataset(self, data: SplitData, training: bool) -> CocoDetection:
+        fast = self.data.fast_images
+        transform = DetrTransform(self.processor, self.hparams.horizontal_flip if training else 0.0, fast)
+        decode = bytes if fast else None
+        return CocoDetection(data.annotations, data.images, transform, self.seed, training, self.bad_images, decode)
+
+    def loss_transform(self, data: SplitData) -> DetrTransform:
+        return DetrTransform(self.processor, fast=self.data.fast_images)
+
+    def collate(self, training: bool) -> DetrCollate:
+        return DetrCollate.of(self.processor)
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        # padding changes what some models detect
+        return self.per_slot_batch_size if makes_one_size(self.processor) else 1
+
+    # --- the step -------------------------------------------------------------------------------------
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        return model(batch.images, batch.targets["mask"], batch.targets["labels"], self.slots)
+
+    def image_losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        return model(batch.images, batch.targets["mask"], batch.targets["labels"], 1)
+
+    def detect(self, model: nn.Module, batch: Batch) -> list[Detections]:
+        outputs = model.outputs(batch.images, batch.targets["mask"])
+        outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
+        found = self.processor.post_process_object_detection(outputs, 0.0, batch.targets["sizes"])
+        return [
+            Detections(
+                image_id=image_id,
+                boxes=each["boxes"].cpu().numpy(),
+                scores=each["scores"].cpu().numpy(),
+                labels=each["labels"].cpu().numpy(),
+            )
+            for image_id, each in zip(batch.image_ids, found, strict=True)
+        ]
+
+
+if __name__ == "__main__":
+    main(DetrTrial, command)

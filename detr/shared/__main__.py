@@ -1,0 +1,1 @@
+../../shared/__main__.py

@@ -1,0 +1,1 @@
+../../../shared/commands/__init__.py

@@ -1,0 +1,1 @@
+../../../shared/commands/data_report.py

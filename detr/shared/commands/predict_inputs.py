@@ -1,0 +1,1 @@
+../../../shared/commands/predict_inputs.py

@@ -1,0 +1,1 @@
+../../../shared/data/array_cache.py

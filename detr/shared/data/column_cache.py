@@ -1,0 +1,1 @@
+../../../shared/data/column_cache.py

@@ -1,0 +1,1 @@
+../../../../shared/data/convert/__init__.py

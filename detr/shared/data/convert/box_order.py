@@ -1,0 +1,1 @@
+../../../../shared/data/convert/box_order.py

@@ -1,0 +1,1 @@
+../../../../shared/data/convert/hugging_face.py

@@ -1,0 +1,1 @@
+../../../../shared/data/convert/label_studio.py

@@ -1,0 +1,1 @@
+../../../shared/data/fast_images.py

@@ -1,0 +1,1 @@
+../../../shared/data/file_lock.py

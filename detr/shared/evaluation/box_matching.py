@@ -1,0 +1,1 @@
+../../../shared/evaluation/box_matching.py

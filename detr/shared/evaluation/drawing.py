@@ -1,0 +1,1 @@
+../../../shared/evaluation/drawing.py

@@ -1,0 +1,1 @@
+../../../shared/report/about.py

@@ -1,0 +1,1 @@
+../../../shared/report/image_errors.py

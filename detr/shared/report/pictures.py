@@ -1,0 +1,1 @@
+../../../shared/report/pictures.py

@@ -1,0 +1,1 @@
+../../../shared/search/__init__.py

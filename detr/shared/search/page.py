@@ -1,0 +1,1 @@
+../../../shared/search/page.py

@@ -1,0 +1,1 @@
+../../../shared/search/storage.py

@@ -1,0 +1,1 @@
+../../../shared/search/study.py

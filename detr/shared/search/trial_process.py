@@ -1,0 +1,1 @@
+../../../shared/search/trial_process.py

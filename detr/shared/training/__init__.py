@@ -1,0 +1,1 @@
+../../../shared/training/__init__.py

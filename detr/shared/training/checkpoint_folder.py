@@ -1,0 +1,1 @@
+../../../shared/training/checkpoint_folder.py

@@ -1,0 +1,1 @@
+../../../shared/training/cluster_run.py

@@ -1,0 +1,1 @@
+../../../shared/training/determined_fixes.py

@@ -1,0 +1,1 @@
+../../../shared/training/downloads.py

@@ -1,0 +1,1 @@
+../../../shared/training/local_run.py

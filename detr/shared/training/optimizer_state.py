@@ -1,0 +1,1 @@
+../../../shared/training/optimizer_state.py

@@ -1,0 +1,1 @@
+../../../shared/training/step.py

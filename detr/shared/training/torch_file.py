@@ -1,0 +1,1 @@
+../../../shared/training/torch_file.py

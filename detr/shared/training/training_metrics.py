@@ -1,0 +1,1 @@
+../../../shared/training/training_metrics.py
