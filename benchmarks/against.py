@@ -22,19 +22,6 @@ from shared.training.trial import DetectionTrial
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """How one side evaluates the diamonds.
-
-    Attributes:
-        add: takes one image's output of the model.
-        compute: returns the mAP of the last IoU type.
-    """
-
-    add: Callable[[Any, int], None]
-    compute: Callable[[], float]
-
-
-@dataclass(frozen=True)
 class Library:
     """The other side.
 
@@ -45,7 +32,8 @@ class Library:
         data_sets: takes a COCO file; returns how to open and how to read it, of ours and of the library's.
         output: makes the model's output of an image from boxes, scores, labels, and masks or None.
         to_detections: ours; takes such an output and the image's id.
-        evaluations: takes a COCO file and the IoU types; returns the library's evaluations by name.
+        evaluations: takes a COCO file and the IoU types; returns the library's evaluations by name, each a pair: what
+            takes such an output and the image's id, and what returns the mAP of the last IoU type.
         ranks: numbers of processes whose memory is measured.
     """
 
@@ -156,19 +144,19 @@ def _evaluate(library: Library, path: Path, images: int, iou_types: tuple[str, .
     def add(output: Any, image_id: int) -> None:
         evaluator.update([library.to_detections(output, image_id)])
 
-    sides = {"ours": Evaluation(add, lambda: evaluator.compute()[f"{iou_types[-1]}_mAP"])}
+    sides = {"ours": (add, lambda: evaluator.compute()[f"{iou_types[-1]}_mAP"])}
     with contextlib.redirect_stdout(io.StringIO()):
         sides |= library.evaluations(path, iou_types)
         adding, computing, maps = dict.fromkeys(sides, 0.0), {}, {}
         for image_id, boxes, scores, labels, masks in diamonds(images)[1]:
             output = library.output(boxes, scores, labels, masks if "segm" in iou_types else None)
-            for name, side in sides.items():
+            for name, (add_output, _) in sides.items():
                 started = time.perf_counter()
-                side.add(output, image_id)
+                add_output(output, image_id)
                 adding[name] += time.perf_counter() - started
-        for name, side in sides.items():
+        for name, (_, compute) in sides.items():
             started = time.perf_counter()
-            maps[name] = side.compute()
+            maps[name] = compute()
             computing[name] = time.perf_counter() - started
     total = {name: adding[name] + computing[name] for name in sides}
     return {

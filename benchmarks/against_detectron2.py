@@ -18,7 +18,7 @@ from side_by_side import trial_class_of
 Detectron2Trial = trial_class_of("detectron2")
 
 # isort: split
-from against import Evaluation, Library, run
+from against import Library, run
 from command_line import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.data.common import DatasetFromList
@@ -119,16 +119,16 @@ def output(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, masks: np.
     return instances
 
 
-def evaluations(path: Path, iou_types: tuple[str, ...]) -> dict[str, Evaluation]:
+def evaluations(path: Path, iou_types: tuple[str, ...]) -> dict[str, tuple]:
     name = f"benchmark_val_{len(iou_types)}"
     register_coco_instances(name, {}, str(path), str(path.parent))
     DatasetCatalog.get(name)
     MetadataCatalog.get(name).set(evaluator_type="coco")
 
-    def of(fast: bool) -> Evaluation:
+    def of(fast: bool) -> tuple:
         evaluator = COCOEvaluator(name, iou_types, distributed=False, use_fast_impl=fast)
         evaluator.reset()
-        return Evaluation(
+        return (
             lambda found, image_id: evaluator.process([{"image_id": image_id}], [{"instances": found}]),
             lambda: evaluator.evaluate()[iou_types[-1]]["AP"] / 100,
         )

@@ -19,7 +19,7 @@ from side_by_side import trial_class_of
 MMDetectionTrial = trial_class_of("mmdetection")  # before mmcv.ops, which may have no compiled operations
 
 # isort: split
-from against import Evaluation, Library, run
+from against import Library, run
 from mmcv.parallel import MMDataParallel, _functions
 from mmcv.runner import EpochBasedRunner, build_optimizer
 from mmdet.core import encode_mask_results
@@ -116,15 +116,16 @@ def output(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, masks: np.
     return by_class if masks is None else (by_class, [list(masks[labels == label]) for label in range(CATEGORIES)])
 
 
-def evaluations(path: Path, iou_types: tuple[str, ...]) -> dict[str, Evaluation]:
+def evaluations(path: Path, iou_types: tuple[str, ...]) -> dict[str, tuple]:
     dataset, results = data_set(path, [], test_mode=True), []
 
     def add(result, _: int) -> None:
         results.append((result[0], encode_mask_results(result[1])) if isinstance(result, tuple) else result)
 
-    return {
-        "mmdetection": Evaluation(add, lambda: dataset.evaluate(results, metric=[*iou_types])[f"{iou_types[-1]}_mAP"])
-    }
+    def compute() -> float:
+        return dataset.evaluate(results, metric=[*iou_types])[f"{iou_types[-1]}_mAP"]
+
+    return {"mmdetection": (add, compute)}
 
 
 if __name__ == "__main__":
