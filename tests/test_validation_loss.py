@@ -281,7 +281,8 @@ def test_a_library_that_gives_no_losses_here_is_an_error_before_the_training(sha
 
 
 def test_as_the_searcher_s_metric_it_asks_for_the_hyperparameter(refused, run_config, tmp_path):
-    line = refused("train", run_config(), "--output-dir", tmp_path / "run", "--set", "searcher.metric=val_loss")
+    metric = ("--set", "searcher.metric=val_loss", "--set", "searcher.smaller_is_better=true")
+    line = refused("train", run_config(), "--output-dir", tmp_path / "run", *metric)
     assert "'val_loss' is not reported; hyperparameters.validation_loss: true" in line
 
 
@@ -303,7 +304,7 @@ def test_where_it_cannot_be_had_one_line_says_so_before_the_training(detector, c
             "model.backbone.init_cfg": None,
         }
         config["hyperparameters"]["config_overrides"].update({"model.bbox_head.num_feat_levels": 1})
-    with pytest.raises(UserError, match=r"^hyperparameters\.validation_loss: .*(leave it out|Fix: omit it)"):
+    with pytest.raises(UserError, match=r"^hyperparameters\.validation_loss: .*(leave it out|Fix: omit it|Fix: remove validation_loss)"):
         train(trial_classes()[detector], config)
 
 
