@@ -13,7 +13,6 @@ from shared.config.schema import DataConfig, Split
 from shared.data import checks, synthetic
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.checks import check_box_format, check_images, first_dark_image, refuse_names_outside, under_a_pixel
-from shared.data.convert.conversion import annotations_of
 from shared.data.images import allow_pixels
 from shared.data.remote import StoreError
 from shared.data.storage import ImageStorage, open_images
@@ -81,6 +80,8 @@ def _open_annotations(data: DataConfig, split: str, paths: Split) -> tuple[CocoA
     """A split's annotations in any format, and the folder of its images if the format names it."""
     if paths.is_coco or data.located(paths.annotations) != paths.annotations:
         return CocoAnnotations.open(data.located(paths.annotations), data.cache_dir, data.store_options), ""
+    from shared.data.convert.conversion import annotations_of  # COCO files need no reader of other formats
+
     source = Path(paths.annotations)
     coco, folder = annotations_of(source, split, Path(paths.images) if paths.images else None)
     if folder is None and not paths.images:
