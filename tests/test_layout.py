@@ -58,6 +58,31 @@ def test_no_file_imports_a_detector_s_library():
         assert not libraries, f"{path} imports {libraries}"
 
 
+def imported_at_start(path: Path) -> set[str]:
+    """What importing a file of `shared/` imports, also through other files of it."""
+    found, to_read = set(), [path]
+    while to_read:
+        tree = ast.parse(to_read.pop().read_text())
+        for node in tree.body:
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                parts = name.split(".")
+                files = [ROOT.joinpath(*parts[:count]).with_suffix(".py") for count in (len(parts), len(parts) - 1)]
+                to_read += [file for file in files if name not in found and parts[0] == "shared" and file.is_file()]
+                found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
+def test_a_command_starts_without_matplotlib_s_figures(command):
+    """Importing them takes half a second. Only a report needs them."""
+    names = imported_at_start(ROOT / f"shared/commands/{command}.py")
+    assert "shared.training.trial.DetectionTrial" in names
+    slow = ("matplotlib.figure", "matplotlib.pyplot", "matplotlib.axes", "matplotlib.backends")
+    assert not [name for name in names if name.startswith(slow)]
+
+
 def test_a_config_is_read_in_one_place():
     callers = []
     for path in files():

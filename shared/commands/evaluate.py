@@ -27,7 +27,6 @@ from shared.evaluation.detections import Detections, from_coco_results, to_coco_
 from shared.evaluation.evaluator import CocoEvaluator, for_json, iou_types_of, metrics_table
 from shared.report.about import About, software
 from shared.report.analysis import best_of_boxes
-from shared.report.report import summary_of
 from shared.training.processes import local_processes
 from shared.training.trial import DetectionTrial
 
@@ -153,7 +152,7 @@ def _write_report(
     facts: dict[str, Any],
     image_ids: list[int] | None = None,
 ) -> None:
-    from shared.report.report import report  # importing matplotlib takes half a second
+    from shared.report.report import report, summary_of  # importing matplotlib takes half a second
 
     path = arguments.report / "report.html"
     analyses = report(

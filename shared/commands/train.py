@@ -25,7 +25,6 @@ from shared.evaluation import drawing
 from shared.evaluation.evaluator import CocoEvaluator, metrics_table
 from shared.evaluation.gathered import GatheredDetections, load_detections
 from shared.report.about import About, changed_keys, software, speed
-from shared.report.report import summary_of
 from shared.training.checkpoints import read_checkpoint
 from shared.training.cluster_run import ClusterRun
 from shared.training.context import core_context, make_context, trial_context
@@ -199,7 +198,7 @@ class Results:
         trial, folder = self.trial, self.folder
         if not (isinstance(trial.evaluator, CocoEvaluator) and folder.detections.exists()):
             return
-        from shared.report.report import report  # importing matplotlib takes half a second
+        from shared.report.report import report, summary_of  # importing matplotlib takes half a second
 
         try:
             found, _ = load_detections(folder.detections)

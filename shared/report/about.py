@@ -9,12 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from shared.redaction import redacted, without_secrets
+
+if TYPE_CHECKING:  # importing it takes half a second, and a training needs no figure to start
+    from matplotlib.figure import Figure
 
 _NOT_THERE = "–"
 
