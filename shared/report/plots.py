@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.evaluation.gathered import GatheredDetections
@@ -198,6 +199,9 @@ def svg_of(figure: Figure, salt: str) -> str:
     Args:
         salt: unique on the page: the names of the figure's parts follow from it.
     """
+    for text in figure.findobj(Text):
+        if text.get_weight() == 400:  # as hotcoco sets it; matplotlib before 3.10 writes names only
+            text.set_weight("normal")
     buffer = io.StringIO()
     options = {"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False}
     with matplotlib.rc_context(options), warnings.catch_warnings():
