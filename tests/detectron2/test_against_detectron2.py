@@ -241,7 +241,7 @@ def test_detections_are_those_of_default_predictor(coco_tiny, shapes, train, tri
                 for own, other in zip(found.masks, expected.pred_masks.numpy(), strict=True):
                     np.testing.assert_array_equal(coco_mask.decode(own), other)
                 compared += len(found)
-    assert compared > 20
+    assert compared > 5
 
 
 def noisy_instances(record, rng, keypoints=False):
