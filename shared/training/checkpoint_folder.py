@@ -7,8 +7,7 @@ import tempfile
 import uuid
 from pathlib import Path
 
-from shared.data.file_lock import once
-from shared.durable import replace_folder
+from shared.durable import once, replace_folder
 from shared.errors import UserError
 from shared.training.downloads import private_cache
 
