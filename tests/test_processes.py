@@ -179,7 +179,7 @@ def test_a_stranger_cannot_have_a_process_run_code(machines, tmp_path):
 
 
 LISTENING = """
-import json, sys, psutil
+import json, os, sys, psutil
 sys.path[:0] = [ROOT]
 from shared.training.processes import (local_processes)
 from shared.training.hang import Watch
@@ -187,7 +187,9 @@ from shared.training.hang import Watch
 with local_processes() as (distributed, _), Watch(distributed, 10).watching(0):
     distributed.allgather(None)
     sockets = psutil.Process().net_connections("tcp")
-    addresses = [each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN]
+    listening = [each.laddr for each in sockets if each.status == psutil.CONN_LISTEN]
+    # torch 2.3 opens its store in rank 0 as torchrun does, on all interfaces: see SECURITY.md
+    addresses = [address.ip for address in listening if address.port != int(os.environ["MASTER_PORT"])]
     for addresses in filter(None, [distributed.gather(addresses)]):
         print(json.dumps(addresses))
 """

@@ -1,6 +1,8 @@
 """The copy of a training's state that is written while it goes on, and the thread that writes it."""
 
+import functools
 import threading
+import time
 from collections import OrderedDict
 
 import pytest
@@ -101,6 +103,21 @@ def test_what_was_begun_is_done_before_the_next_and_before_the_end():
         may_go_on.set()
         background.begin(lambda: done.append(2))
     assert done == [1, 2]
+
+
+def test_no_thread_frees_tensors_after_the_end_of_background_work():
+    """A program that exits at such a moment is aborted."""
+    threads = []
+
+    class Tensors:
+        def __del__(self):
+            time.sleep(0.2)
+            threads.append(threading.current_thread())
+
+    with Background() as background:
+        background.begin(functools.partial(id, Tensors()))
+    assert threads
+    assert not threads[0].is_alive()
 
 
 def test_what_is_being_written_as_a_run_is_interrupted_is_left_to_the_next_start(tmp_path):

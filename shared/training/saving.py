@@ -294,6 +294,7 @@ class Background:
         self._changed = threading.Condition()
         self._waiting: deque[Callable[[], None]] = deque()
         self._works = False
+        self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
     @property
@@ -306,12 +307,15 @@ class Background:
             self._waiting.append(work)
             if not self._works:
                 self._works = True
-                threading.Thread(target=self._work, name=self.name, daemon=True).start()
+                self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
+                self._thread.start()
 
     def wait(self, seconds: float | None = None) -> bool:
         """Waits until all work is done, at most `seconds`. Returns whether it is."""
         with self._changed:
-            is_done = self._changed.wait_for(lambda: not self._works, seconds)
+            is_done, thread = self._changed.wait_for(lambda: not self._works, seconds), self._thread
+        if is_done and thread is not None:
+            thread.join()  # a program that exits while a thread frees tensors is aborted
         self.raise_if_failed()
         return is_done
 
@@ -335,6 +339,7 @@ class Background:
                 work()
             except Exception as error:
                 self._on_error(error)
+            del work  # and the tensors that it holds, before the work counts as done
 
     def __enter__(self) -> Background:
         return self
