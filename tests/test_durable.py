@@ -17,9 +17,10 @@ from tiny_models import efficientdet_config
 
 from shared import durable
 from shared.errors import UserError
-from shared.training.checkpoints import read_checkpoint, write_manifest
+from shared.training.checkpoints import read_checkpoint
 from shared.training.resume import read_checkpoint_to_resume
 from shared.training.run_folder import RunFolder
+from shared.training.saving import write_manifest
 
 
 @pytest.fixture

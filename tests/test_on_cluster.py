@@ -17,7 +17,8 @@ from torch.torch_version import TorchVersion
 from without_figures import leave_out_figures
 
 from shared import launch
-from shared.training.checkpoints import load_state, read_checkpoint, write_manifest
+from shared.training.checkpoints import load_state, read_checkpoint
+from shared.training.saving import write_manifest
 
 
 @pytest.fixture

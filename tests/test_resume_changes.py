@@ -18,7 +18,7 @@ from torch import nn
 from shared import launch
 from shared.errors import UserError
 from shared.training.checkpoints import load_state, read_checkpoint
-from shared.training.optimizer_state import BuiltOptimizer, merged
+from shared.training.resume import BuiltOptimizer, merged
 
 pytestmark = pytest.mark.usefixtures("without_figures")  # for tasks; `train` draws none
 

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from shared.config.schema import SearcherMetric
-from shared.training.background import Background
-from shared.training.local_run import LocalRun
 from shared.training.loggers import Loggers
+from shared.training.run import LocalRun
 from shared.training.run_folder import RunFolder
-from shared.training.saving import HostCopy
+from shared.training.saving import Background, HostCopy
 
 
 def trained(model, optimizer):

@@ -41,7 +41,7 @@ from shared.config.experiment import Sections, parse_data, parse_schedule, read_
 from shared.config.schema import Length, Split
 from shared.errors import UserError
 from shared.library import find_library_config
-from shared.training.schedule import periods_of
+from shared.training.stopping import periods_of
 
 MASK_RCNN = "mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py"
 
