@@ -30,7 +30,7 @@ from shared.config.schema import TrainingHyperparameters, parse_section
 from shared.environment import on_cluster, quiet_if_output_is_closed, task_config, use_available_cores
 from shared.errors import DivergedError, UserError, tell_torchrun
 from shared.redaction import redacted
-from shared.training.checkpoint_folder import checkpoint_here
+from shared.training.downloads import checkpoint_here
 from shared.training.loggers import check_loggers
 from shared.training.run_folder import OF_THE_RUN, RunFolder
 

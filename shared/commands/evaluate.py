@@ -27,10 +27,9 @@ from shared.evaluation.detections import Detections, from_coco_results, to_coco_
 from shared.evaluation.evaluator import CocoEvaluator, for_json, iou_types_of, metrics_table
 from shared.redaction import filled_in
 from shared.report.analysis import best_of_boxes
-from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import Checkpoint, load_weights, read_checkpoint
-from shared.training.context import trial_context
-from shared.training.processes import local_processes
+from shared.training.downloads import find_checkpoint
+from shared.training.processes import local_processes, trial_context
 from shared.training.trial import DetectionTrial
 
 
