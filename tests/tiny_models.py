@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MMDETECTION, DETECTRON2 = ROOT / "mmdetection", ROOT / "detectron2"
+EFFICIENTDET, MMDETECTION, DETECTRON2 = ROOT / "efficientdet", ROOT / "mmdetection", ROOT / "detectron2"
 
 
 def load_model_def(detector: str = "mmdetection"):
@@ -319,6 +319,8 @@ CONFIGS = {
     "detectron2": detectron2_config,
     "detr": detr_config,
 }
+# detr has tests of its own for most promises
+MAIN_DETECTORS = [name for name in CONFIGS if name != "detr"]
 
 
 def _experiment(shapes: Path, hyperparameters: dict) -> dict:
