@@ -135,7 +135,6 @@ SET_BY = {
     "processes.py": ["self._context", "self._socket", "socket"],
     "stopping.py": ["_before_fork"],
     "switches.py": ["TrainedInFloat32", "module", "probe"],
-    "trial.py": ["with_losses"],  # its own copy of a data set
     "validation.py": ["module", "torch.distributed"],
 }
 # names of libraries that are private, and why they are used
