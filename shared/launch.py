@@ -28,7 +28,7 @@ from shared.environment import on_cluster, quiet_if_output_is_closed, task_confi
 from shared.errors import DivergedError, UserError, tell_torchrun
 from shared.log import show_log
 from shared.redaction import redacted
-from shared.training.checkpoint_folder import checkpoint_here
+from shared.training.downloads import checkpoint_here
 from shared.training.loggers import check_loggers
 from shared.training.run_folder import OF_THE_RUN, RunFolder
 

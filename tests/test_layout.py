@@ -131,9 +131,8 @@ def test_no_files_import_each_other_in_a_circle(package):
 SET_BY = {
     "checkpoints.py": ["plain"],  # a state dict's versions
     "hang.py": ["self._context"],
-    "local_run.py": ["threading"],  # what prints the errors of threads
-    "processes.py": ["self._context", "self._socket"],
-    "sockets.py": ["socket"],
+    "run.py": ["threading"],  # what prints the errors of threads
+    "processes.py": ["self._context", "self._socket", "socket"],
     "stopping.py": ["_before_fork"],
     "switches.py": ["TrainedInFloat32", "module", "probe"],
     "trial.py": ["with_losses"],  # its own copy of a data set

@@ -21,9 +21,9 @@ from shared.data.loading import Batch
 from shared.data.open import SplitData
 from shared.errors import UserError
 from shared.redaction import filled_in
-from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import Checkpoint, load_weights, read_checkpoint
-from shared.training.context import trial_context
+from shared.training.downloads import find_checkpoint
+from shared.training.processes import trial_context
 from shared.training.trial import DetectionTrial
 
 

@@ -27,12 +27,11 @@ from shared.evaluation.gathered import GatheredDetections, load_detections
 from shared.report.about import About, changed_keys, software, speed
 from shared.training.checkpoints import read_checkpoint
 from shared.training.cluster_run import ClusterRun
-from shared.training.context import core_context, make_context, trial_context
-from shared.training.engine import train
-from shared.training.local_run import LocalRun, full_disk_as_error
+from shared.training.engine import check_resume, train
 from shared.training.loggers import Loggers
-from shared.training.processes import local_processes, on_chief
-from shared.training.resume import check_resume, read_checkpoint_to_resume
+from shared.training.processes import core_context, local_processes, make_context, on_chief, trial_context
+from shared.training.resume import read_checkpoint_to_resume
+from shared.training.run import LocalRun, full_disk_as_error
 from shared.training.run_folder import RunFolder
 from shared.training.stopping import End, Outcome
 from shared.training.tensorboard import picture_of

@@ -35,8 +35,7 @@ from shared.evaluation.evaluator import CocoEvaluator, summary_metrics
 from shared.evaluation.gathered import ChiefReducer
 from shared.training.processes import broadcast_from_chief
 from shared.training.saving import python_state, restore_python_state
-from shared.training.step import Clip
-from shared.training.switches import AveragedWeights, autocast
+from shared.training.switches import AveragedWeights, Clip, autocast
 from shared.training.validation import TOTAL
 
 logger = logging.getLogger(__name__)

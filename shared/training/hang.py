@@ -30,9 +30,8 @@ from determined.core import DistributedContext
 
 from shared.environment import on_cluster
 from shared.errors import count_of, tell_torchrun
-from shared.training.sockets import connect, host_of_chief, listen
+from shared.training.processes import LONGER, connect, host_of_chief, listen
 
-LONGER = 6  # how many times as long a phase may last that is no training or validation batch
 _LONGEST_TICK = 5.0  # seconds
 _TICKS = 10  # in the shortest limit
 _TICKS_UNHEARD = 5  # after which a rank does not answer: news takes two at most

@@ -20,25 +20,31 @@ from torch.utils.data import DataLoader, Dataset
 
 from shared.config.experiment import Experiment, experiment_of, per_slot_batch_size
 from shared.data.dataset import BadImages, CocoDetection, seed_all
-from shared.data.loading import Batch, PrefetchLoader, start_workers, to_device
+from shared.data.loading import Batch, NotingSkipped, PrefetchLoader, start_workers, to_device
 from shared.data.open import SplitData
 from shared.data.samplers import EvaluationBatchSampler, described, size_groups
 from shared.environment import on_cluster
 from shared.errors import UserError, count_of
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
+from shared.training import switches
 from shared.training.detector import Detector
 from shared.training.hang import Phase, Watch
-from shared.training.loaders import CollateWithLoss, WithLossSample, make_loader
 from shared.training.memory import keep_freed_memory, out_of_memory, out_of_memory_as, smaller_batch
-from shared.training.optimizer_state import BuiltOptimizer, refused_values
 from shared.training.processes import first_on_each_machine, on_chief
+from shared.training.resume import BuiltOptimizer, refused_values
 from shared.training.saving import python_state
-from shared.training.schedule import periods_of
-from shared.training.step import accumulating, step, wrap_model
-from shared.training.switches import freeze, fuse, lay_out_channels_last, train_depthwise_in_float32
+from shared.training.stopping import begin_worker, periods_of
 from shared.training.training_metrics import STEPS_A_SCALE_MAY_SKIP, TrainingMetrics, diverged
-from shared.training.validation import Validation, ValidationLoss, check_losses, computing_losses, uncompiled
+from shared.training.validation import (
+    CollateWithLoss,
+    Validation,
+    ValidationLoss,
+    WithLossSample,
+    check_losses,
+    computing_losses,
+    uncompiled,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +136,7 @@ class DetectionTrial(Detector):
         seed_all(self.seed)  # the same initial weights on every slot
         self.scaler = self._build_scaler()
         self.plain_model = self._switched(self.build_model())
-        self.model = wrap_model(self.context, self.plain_model, self.find_unused_parameters)
+        self.model = switches.wrap_model(self.context, self.plain_model, self.find_unused_parameters)
         self.ema = self.build_ema(self.plain_model)
         if self.for_training:
             self._build_training()
@@ -152,7 +158,7 @@ class DetectionTrial(Detector):
         metrics = TrainingMetrics(counts_skipped=self.bad_images.skip)
         self.training_metrics = context.wrap_reducer(metrics, for_validation=False)
         with refused_values("optimizer or the learning rate's schedule"):
-            self.optimizer = context.wrap_optimizer(fuse(self.build_optimizer(self.plain_model)))
+            self.optimizer = context.wrap_optimizer(switches.fuse(self.build_optimizer(self.plain_model)))
             self.built_optimizer = BuiltOptimizer.of(self.optimizer, self.plain_model)
             self.built_scaler = None if self.scaler is None else self.scaler.state_dict()
             self.prepare_schedule()
@@ -160,8 +166,7 @@ class DetectionTrial(Detector):
             logger.warning(
                 "the warm-up has %d batches and the training %d: the learning rate never becomes what the config says; "
                 "train longer, or warm up for less",
-                self.warmup_batches(),
-                self.total_batches,
+                *(self.warmup_batches(), self.total_batches),
             )
         self.evaluator = context.wrap_reducer(self.build_evaluator(self.val_data), for_training=False)
         if isinstance(self.evaluator, CocoEvaluator):
@@ -184,15 +189,15 @@ class DetectionTrial(Detector):
         """The model with `amp`, `channels_last`, `sync_bn`, `freeze` and `torch_compile`."""
         hparams, device = self.hparams, self.context.device
         if hparams.channels_last:
-            lay_out_channels_last(model)
+            switches.lay_out_channels_last(model)
         if hparams.amp == "bf16" and device.type == "cpu" and self.for_training:
-            train_depthwise_in_float32(model)
+            switches.train_depthwise_in_float32(model)
         if hparams.sync_bn and self.slots > 1:
             if device.type != "cuda":
                 raise UserError("hyperparameters.sync_bn: PyTorch synchronises batch norm on GPUs only. Fix: false")
             model = self.with_sync_bn(model)
         if hparams.freeze and self.for_training:
-            self.frozen = freeze(self.detector(model), hparams.freeze)
+            self.frozen = switches.freeze(self.detector(model), hparams.freeze)
         if hparams.torch_compile and self.for_training:
             for part in self.compiled_parts(model):
                 part.compile()
@@ -348,29 +353,23 @@ class DetectionTrial(Detector):
         ends_step = (batch_idx + 1) % self.aggregation_frequency == 0
         try:
             with out_of_memory_as(lambda _: self.out_of_memory(f"batch {batch_idx + 1}", batch)):
-                with accumulating(self.model, ends_step):
+                with switches.accumulating(self.model, ends_step):
                     with self.autocast():
                         losses = self.losses(self.model, batch)
                     self.watch.mark(Phase.BACKWARD, batch_idx + 1)
                     loss = losses["loss"]
                     (loss if self.scaler is None else self.scaler.scale(loss)).backward()
                 if ends_step:
-                    step(self.optimizer, self.aggregation_frequency, self.clip_gradients(), self.scaler)
+                    switches.step(self.optimizer, self.aggregation_frequency, self.clip_gradients(), self.scaler)
                     if self.ema is not None:
                         self.ema.update(self.plain_model)
         except FloatingPointError as error:  # a library looks itself
             raise diverged(batch_idx, batch.image_ids) from error
         self.watch.mark(Phase.STEPPED, batch_idx + 1)
         lr = float(self.optimizer.param_groups[0]["lr"])
-        self.training_metrics.update(
-            losses,
-            batch_idx,
-            batch.image_ids,
-            skipped=len(batch.skipped),
-            may_skip=0 if self.scaler is None else STEPS_A_SCALE_MAY_SKIP,
-            lr=lr,
-            waited=self.training_loader.waiting,
-        )
+        may_skip = 0 if self.scaler is None else STEPS_A_SCALE_MAY_SKIP
+        waited, skipped = self.training_loader.waiting, len(batch.skipped)
+        self.training_metrics.update(losses, batch_idx, batch.image_ids, skipped, may_skip, lr, waited)
         self.batches_trained = batch_idx + 1
         self.after_batch(batch_idx)
         self.watch.mark(Phase.LOADING, batch_idx + 2)
@@ -420,8 +419,15 @@ class DetectionTrial(Detector):
         return self.out_of_memory(where, batch, fix)
 
     def _loader(self, dataset: Dataset, batches: Any, collate: Callable[[list], Batch]) -> DataLoader:
-        pin_memory = self.context.device.type == "cuda"
-        return make_loader(dataset, batches, collate, self.bad_images, self.data.workers, pin_memory)
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=self.data.workers,
+            persistent_workers=self.data.workers > 0,  # or each validation forks again: slow, and see start_workers
+            collate_fn=NotingSkipped(collate, self.bad_images),
+            pin_memory=self.context.device.type == "cuda",
+            worker_init_fn=begin_worker,
+        )
 
     def _prepare_training_batch(self, batch: Batch, number: int) -> Batch:
         seed_all(self.seed, self.rank, number, 0)
