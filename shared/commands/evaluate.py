@@ -27,7 +27,7 @@ from shared.evaluation.detections import Detections, from_coco_results, to_coco_
 from shared.evaluation.evaluator import CocoEvaluator, for_json, iou_types_of, metrics_table
 from shared.report.about import About, software
 from shared.report.analysis import best_of_boxes
-from shared.training.processes import local_processes
+from shared.training.meeting import local_processes
 from shared.training.trial import DetectionTrial
 
 

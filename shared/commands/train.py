@@ -29,7 +29,8 @@ from shared.training.checkpoints import read_checkpoint
 from shared.training.cluster_run import ClusterRun
 from shared.training.engine import check_resume, train
 from shared.training.loggers import Loggers
-from shared.training.processes import core_context, local_processes, make_context, on_chief, trial_context
+from shared.training.meeting import local_processes
+from shared.training.processes import core_context, make_context, on_chief, trial_context
 from shared.training.resume import read_checkpoint_to_resume
 from shared.training.run import LocalRun, full_disk_as_error
 from shared.training.run_folder import RunFolder
