@@ -197,7 +197,7 @@ def test_images_of_a_web_server_leave_no_copies_in_the_cache(predict, tmp_path):
     assert not (tmp_path / "cache/images").exists()
 
 
-def test_what_an_earlier_run_has_drawn_is_no_input_and_its_folder_is_not_written_to(predict, tmp_path, caplog):
+def test_pictures_of_an_earlier_predict_are_no_input(predict, tmp_path, caplog):
     image(tmp_path / "in/a.jpg")
     predict("in", output="in/first")
     shutil.copy(tmp_path / "in/first/a.jpg.png", tmp_path / "in/moved.png")
