@@ -157,8 +157,10 @@ def _check_run(arguments: argparse.Namespace) -> None:
     """Raises UserError if no run can start with --output-dir and --resume."""
     if arguments.resume in OF_THE_RUN and arguments.output_dir is None:
         raise UserError(f"--resume {arguments.resume}: it needs a run. Fix: name the run's folder with --output-dir")
-    if arguments.resume not in (None, *OF_THE_RUN) and int(os.environ.get("RANK", 0)) == 0:
-        _check_checkpoint(arguments.resume, "--resume")  # rank 0 sends it to machines that do not have it
+    if "RANK" in os.environ:  # rank 0 alone needs the checkpoint, and all ranks exit with its error
+        return
+    if arguments.resume not in (None, *OF_THE_RUN):
+        _check_checkpoint(arguments.resume, "--resume")
     if arguments.output_dir is not None and arguments.resume is None:
         RunFolder(arguments.output_dir).refuse_other_run()
 

@@ -110,17 +110,21 @@ class ProcessContext(DistributedContext):
         self.local_rank, self.local_size = local_rank, local_size
         self.cross_rank, self.cross_size = cross_rank, cross_size
         self.hosts, self.stop_start_watch = hosts, stop_start_watch
-        self._of_all = self._of_machine = _Star(rank, size)
+        self._of_all = self._of_machine = self._of_firsts = _Star(rank, size)
         self._of_all.meet(from_chief(self._of_all.listen(chief_host) if rank == 0 else None))
         if cross_size > 1:
             self._of_machine = _Star(local_rank, local_size)
+            self._of_firsts = _Star(cross_rank, cross_size)
             own = self._of_machine.listen(LOOPBACK) if local_rank == 0 else None
-            hubs = {machine: address for machine, address in self.allgather((cross_rank, own)) if address}
-            self._of_machine.meet(hubs[cross_rank])
+            hub = self._of_firsts.listen(chief_host) if rank == 0 else None
+            of_ranks = self.allgather((cross_rank, own, hub))
+            self._of_machine.meet({machine: address for machine, address, _ in of_ranks if address}[cross_rank])
+            if local_rank == 0:
+                self._of_firsts.meet(of_ranks[0][2])
 
     def close(self) -> None:
-        self._of_all.close()
-        self._of_machine.close()
+        for star in {self._of_all, self._of_machine, self._of_firsts}:
+            star.close()
 
     def gather(self, stuff: Any) -> list | None:
         return self._of_all.gather(stuff)
@@ -139,6 +143,10 @@ class ProcessContext(DistributedContext):
 
     def broadcast_local(self, stuff: Any = None) -> Any:
         return self._of_machine.broadcast(stuff)
+
+    def relay(self, stuff: Any, machine: int) -> Any:
+        """The stuff of one machine, on the first rank of each. It waits until all have taken the last one."""
+        return self._of_firsts.relay(stuff, machine)
 
 
 class _Star:
@@ -183,6 +191,11 @@ class _Star:
             for number in range(1, self.size):
                 self._socket.send_multipart([_name(number), message], copy=False)
         return stuff
+
+    def relay(self, stuff: Any, number: int) -> Any:
+        """The stuff of one process, on all of them."""
+        collected = self._collect(stuff if self.number == number else None)
+        return self.broadcast(None if collected is None else collected[number])
 
     def close(self) -> None:
         self._context.destroy()
