@@ -29,6 +29,7 @@ from shared.config.reference import help_text
 from shared.config.schema import TrainingHyperparameters, parse_section
 from shared.environment import on_cluster, quiet_if_output_is_closed, task_config, use_available_cores
 from shared.errors import DivergedError, UserError, tell_torchrun
+from shared.launchers import adopt_launcher
 from shared.redaction import redacted
 from shared.training.downloads import checkpoint_here
 from shared.training.loggers import check_loggers
@@ -50,6 +51,7 @@ _COMMANDS = {
     "predict": ("shared.commands.predict", "predict"),
     "check": ("shared.commands.check", "check_with_detector"),
 }
+_ON_ALL_RANKS = ("train", "evaluate", "predict")
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def read_command(module: str, sections: Sections) -> Command | None:
             )
             sys.exit()
         arguments = read_arguments()
+        if arguments.command in _ON_ALL_RANKS:
+            adopt_launcher()
         experiment = experiment_for(arguments, sections)
         _check(arguments, experiment)
         return Command(arguments, experiment)
@@ -156,6 +160,8 @@ def _check_run(arguments: argparse.Namespace) -> None:
     """Raises UserError if no run can start with --output-dir and --resume."""
     if arguments.resume in OF_THE_RUN and arguments.output_dir is None:
         raise UserError(f"--resume {arguments.resume}: it needs a run. Fix: name the run's folder with --output-dir")
+    if "RANK" in os.environ:  # rank 0 alone needs the checkpoint, and all ranks exit with its error
+        return
     if arguments.resume not in (None, *OF_THE_RUN):
         _check_checkpoint(arguments.resume, "--resume")
     if arguments.output_dir is not None and arguments.resume is None:

@@ -167,6 +167,8 @@ def full_disk_as_error(folder: RunFolder) -> Iterator[None]:
         of_torch = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
         if not (of_disk or of_copy or of_torch):
             raise
+        if not folder.path.exists():  # of a rank on another machine, which writes none of the run's files
+            raise
         free = shutil.disk_usage(folder.path).free / 2**20
         reason = error.strerror if of_disk else "a checkpoint was not written to its end"
         raise UserError(

@@ -45,7 +45,9 @@ class RunFolder:
         self.code = self.path / "code"
         self.checkpoints = self.path / "checkpoints"
         self.saving = self.checkpoints / ".saving"
+        self.received = self.path / ".received"  # from another machine
         self._lock = self.path / ".lock"
+        self.of_one_machine = (self.code.name, self.saving.name, self.received.name, self._lock.name)
         self._locked: IO | None = None
         self._is_new = not self.path.exists()
 
@@ -112,7 +114,7 @@ class RunFolder:
         """Makes the folders, deletes what a killed run left unfinished, and copies the code in `source`."""
         self.restore_interrupted_rename()
         delete_unfinished(self.path)
-        for leftover in (self.saving, self.code):
+        for leftover in (self.saving, self.code, self.received):
             shutil.rmtree(leftover, ignore_errors=True)
         self.saving.mkdir(parents=True, exist_ok=True)
         _copy_sources(source, self.code)
@@ -132,6 +134,22 @@ class RunFolder:
             shutil.copytree(new, copy)  # no links: damage to one must leave the other
             replace_folder(copy, self.checkpoints / "best")
         replace_folder(new, self.checkpoints / "last")
+
+    def adopt_received(self) -> None:
+        """Replaces this machine's files of the run by those of another machine. `last` comes at the end: after a kill
+        in between, the next start copies them again."""
+        new = self.received / self.checkpoints.name
+        for path in sorted(self.received.iterdir()):
+            if path.is_dir() and path != new:
+                replace_folder(path, self.path / path.name)
+            elif path.is_file():
+                write_file(self.path / path.name, path.read_bytes())
+        self.checkpoints.mkdir(exist_ok=True)
+        shutil.rmtree(self.checkpoints / "best", ignore_errors=True)
+        for name in ("best", "last"):
+            if (new / name).exists():
+                replace_folder(new / name, self.checkpoints / name)
+        shutil.rmtree(self.received)
 
     def write_config(self, config: dict[str, Any]) -> None:
         write_file(self.config, yaml.safe_dump(without_secrets(config), sort_keys=False))
