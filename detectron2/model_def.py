@@ -34,9 +34,8 @@ from shared.config.schema import Length, parse_section
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
-from shared.data.loading import Batch, to_device
+from shared.data.loading import Batch, aspect_ratio_groups, to_device
 from shared.data.open import SplitData
-from shared.data.samplers import aspect_ratio_groups
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator

@@ -38,9 +38,8 @@ from shared.config.schema import PUBLISHED, parse_section
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
-from shared.data.loading import Batch
+from shared.data.loading import Batch, TrainingBatchSampler
 from shared.data.open import SplitData
-from shared.data.samplers import TrainingBatchSampler
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator

@@ -45,7 +45,7 @@ def join(monkeypatch, asked, **environment):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_each_of_two_processes_has_a_device_of_its_own_before_the_first_collective(gpus, monkeypatch, rank):
+def test_each_process_has_its_own_device_before_the_first_collective(gpus, monkeypatch, rank):
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     join(monkeypatch, gpus, GROUP_WORLD_SIZE=1, **environment)
     with local_processes() as (_, device):
@@ -115,14 +115,14 @@ class Machine:
         return self.told
 
 
-def test_work_that_all_processes_share_is_done_on_the_first_and_found_by_the_others():
+def test_shared_work_is_done_by_the_first_process_only():
     told, calls = [], []
     for rank in (0, 1, 2):
         assert first_on_each_machine(Machine(rank, told), lambda rank=rank: calls.append(rank) or rank) == rank
     assert calls == [0, 1, 2]
 
 
-def test_an_error_on_the_first_process_is_the_error_of_all_and_nobody_tries_again():
+def test_an_error_on_the_first_process_is_raised_on_all():
     told, calls = [], []
 
     def refuse():

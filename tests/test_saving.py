@@ -47,7 +47,7 @@ def test_what_is_trained_after_a_copy_does_not_change_it(training, tmp_path):
     assert copied["models"][0]._metadata == state["models"][0]._metadata
 
 
-def test_tensors_that_share_memory_are_one_in_the_copy_and_views_stay_views():
+def test_tensors_that_share_memory_share_it_in_the_copy():
     weight = torch.arange(6.0)
     copied = HostCopy().of(
         {"one": weight, "same": weight.detach(), "transposed": weight.view(2, 3).T, "none": weight[:0]}
@@ -120,7 +120,7 @@ def test_no_thread_frees_tensors_after_the_end_of_background_work():
     assert not threads[0].is_alive()
 
 
-def test_what_is_being_written_as_a_run_is_interrupted_is_left_to_the_next_start(tmp_path):
+def test_a_half_written_checkpoint_is_left_to_the_next_start(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.saving.mkdir(parents=True)
     run = LocalRun(folder, Loggers(), SearcherMetric("bbox_mAP", smaller_is_better=False), "best", is_chief=True)

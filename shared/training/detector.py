@@ -26,9 +26,8 @@ from shared.config.schema import DataConfig, Length, SearcherMetric, TrainingHyp
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import Transform, seed_all
 from shared.data.images import InputScale
-from shared.data.loading import Batch
+from shared.data.loading import Batch, TrainingBatchSampler, labels_of, repeat_factors
 from shared.data.open import SplitData, open_split, open_train_and_val
-from shared.data.samplers import TrainingBatchSampler, labels_of, repeat_factors
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator, summary_metrics

@@ -20,9 +20,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from shared.config.experiment import Experiment, experiment_of, per_slot_batch_size
 from shared.data.dataset import BadImages, CocoDetection, seed_all
-from shared.data.loading import Batch, NotingSkipped, PrefetchLoader, start_workers, to_device
+from shared.data.loading import (
+    Batch,
+    EvaluationBatchSampler,
+    NotingSkipped,
+    PrefetchLoader,
+    described,
+    size_groups,
+    start_workers,
+    to_device,
+)
 from shared.data.open import SplitData
-from shared.data.samplers import EvaluationBatchSampler, described, size_groups
 from shared.environment import on_cluster
 from shared.errors import UserError, count_of
 from shared.evaluation.detections import Detections
