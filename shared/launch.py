@@ -73,12 +73,8 @@ def read_command(module: str, sections: Sections) -> Command | None:
         return None
     with exit_on_errors():
         if sys.argv[1:2] == ["--help-config"]:
-            print(
-                help_text(
-                    {"hyperparameters": sections.hyperparameters, "data": sections.data},
-                    sys.argv[2] if len(sys.argv) > 2 else None,
-                )
-            )
+            of_detector = {"hyperparameters": sections.hyperparameters, "data": sections.data}
+            print(help_text(of_detector, sys.argv[2] if len(sys.argv) > 2 else None))
             sys.exit()
         arguments = read_arguments()
         if arguments.command in _ON_ALL_RANKS:
@@ -275,9 +271,8 @@ def exit_on_errors() -> Iterator[None]:
     except (UserError, DivergedError) as error:
         _exit_with(error)
     except KeyboardInterrupt:
-        print(
-            "stopped; to continue a training from its last checkpoint: --output-dir DIR --resume last", file=sys.stderr
-        )
+        how = "to continue a training from its last checkpoint: --output-dir DIR --resume last"
+        print(f"stopped; {how}", file=sys.stderr)
         _exit_at_once(128 + signal.SIGINT)
 
 

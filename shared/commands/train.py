@@ -25,13 +25,12 @@ from shared.evaluation import drawing
 from shared.evaluation.evaluator import CocoEvaluator, metrics_table
 from shared.evaluation.gathered import GatheredDetections, load_detections
 from shared.training.checkpoints import read_checkpoint
-from shared.training.cluster_run import ClusterRun
 from shared.training.engine import check_resume, train
 from shared.training.loggers import Loggers
 from shared.training.meeting import local_processes
 from shared.training.processes import core_context, make_context, on_chief, on_every_rank, trial_context
 from shared.training.resume import read_checkpoint_to_resume
-from shared.training.run import LocalRun, full_disk_as_error
+from shared.training.run import ClusterRun, LocalRun, full_disk_as_error
 from shared.training.run_folder import RunFolder
 from shared.training.stopping import End, Outcome
 from shared.training.tensorboard import picture_of
