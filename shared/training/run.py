@@ -20,6 +20,7 @@ from shared.evaluation.evaluator import CocoEvaluator, for_json
 from shared.evaluation.gathered import ChiefReducer, save_detections
 from shared.training.loggers import Loggers
 from shared.training.run_folder import RunFolder
+from shared.training.run_store import RunStore
 from shared.training.saving import METADATA, Snapshot, write_manifest
 from shared.training.tensorboard import TensorBoard
 from shared.training.validation import Validation
@@ -96,13 +97,22 @@ class LocalRun(Run):
 
     Args:
         policy: `checkpoint_policy`. "best" saves after each validation too: the last one is kept as well.
+        run_store: for a copy of the folder; None without, and on other ranks than the chief.
     """
 
     handles_signals = True
 
-    def __init__(self, folder: RunFolder, loggers: Loggers, metric: SearcherMetric, policy: str, is_chief: bool):
+    def __init__(
+        self,
+        folder: RunFolder,
+        loggers: Loggers,
+        metric: SearcherMetric,
+        policy: str,
+        is_chief: bool,
+        run_store: RunStore | None = None,
+    ):
         self.run_folder, self.loggers, self.metric, self.policy = folder, loggers, metric, policy
-        self.is_chief = is_chief
+        self.is_chief, self.run_store = is_chief, run_store
         self.folder, self.code = folder.path, folder.code
 
     def begin(self, first_batch: int, profiling: bool) -> None:
@@ -123,6 +133,8 @@ class LocalRun(Run):
         self._report(validation.batches, "val", {**validation.metrics, **validation.category_ap})
         value, best = validation.metrics[self.metric.name], " (best so far)" if is_best else ""
         logger.info("batch %d: %s %.4f%s", validation.batches, self.metric.name, value, best)
+        if self.run_store is not None:
+            self.run_store.send()
         return self.policy != "none"
 
     def earlier_value(self, batches: int, metric: str) -> float | None:
@@ -140,6 +152,13 @@ class LocalRun(Run):
         (new / METADATA).write_text(json.dumps(metadata))
         write_manifest(new, metadata["steps_completed"])
         self.run_folder.keep(new, is_best=snapshot.is_best)
+        if self.run_store is not None:
+            self.run_store.add_checkpoint(snapshot.is_best)
+
+    def at_boundary(self, progress: float, tensorboard: TensorBoard | None) -> bool:
+        if self.run_store is not None:
+            self.run_store.raise_if_failed()
+        return False
 
     def close(self, is_saved: bool) -> None:
         # a second Ctrl-C does not wait for a checkpoint, and its thread may be about to rename the folder
