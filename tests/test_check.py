@@ -16,7 +16,7 @@ from tiny_models import CONFIGS, trial_classes
 from shared.commands.check import check_with_detector, main
 from shared.commands.data_report import Report, describe, open_both
 from shared.config.experiment import parse_data
-from shared.data.samplers import TrainingBatchSampler
+from shared.data.loading import TrainingBatchSampler
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from conftest import run_command
 from PIL import Image
 from stores import BUCKET, http_store, s3_store
 
-from shared.commands import detection
+from shared.commands import evaluate as evaluate_module
 from shared.commands.evaluate import evaluate as evaluate_command
 from shared.commands.predict import predict as predict_command
 from shared.commands.predict_inputs import _find
@@ -250,9 +250,9 @@ def test_the_threshold_of_the_run_s_report_is_drawn_with(predict, tmp_path, monk
     checkpoint = SimpleNamespace(path=path, hparams={}, categories=None, weights=None)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/report.json").write_text('{"best_threshold": 0.05}')
-    monkeypatch.setattr(detection, "find_checkpoint", Path)
-    monkeypatch.setattr(detection, "read_checkpoint", lambda _: checkpoint)
-    monkeypatch.setattr(detection, "load_weights", lambda *_: None)
+    monkeypatch.setattr(evaluate_module, "find_checkpoint", Path)
+    monkeypatch.setattr(evaluate_module, "read_checkpoint", lambda _: checkpoint)
+    monkeypatch.setattr(evaluate_module, "load_weights", lambda *_: None)
     monkeypatch.setattr(FindsTwo, "batches", 0, raising=False)
     predict("a.png", min_score="best", checkpoint=str(path))
     assert "the 2 of at least 0.05 are drawn" in capsys.readouterr().out

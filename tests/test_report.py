@@ -18,10 +18,9 @@ from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
 from shared.evaluation.detections import Detections, from_coco_results
 from shared.evaluation.evaluator import evaluate
-from shared.report.about import About
 from shared.report.analysis import analyse
 from shared.report.plots import figures_of, learning_curves
-from shared.report.report import report
+from shared.report.report import About, report
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
 

@@ -37,9 +37,8 @@ from shared.config.schema import is_url
 from shared.data.annotations import CocoAnnotations, ImageRecord
 from shared.data.dataset import BadImages, CocoDetection, SampleKey, seed_all
 from shared.data.images import BadImageError
-from shared.data.loading import Batch, map_tensors
+from shared.data.loading import Batch, labels_of, map_tensors
 from shared.data.open import SplitData, check_masks
-from shared.data.samplers import labels_of
 from shared.data.storage import DiskImages
 from shared.errors import UserError, nearest
 

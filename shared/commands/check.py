@@ -109,7 +109,7 @@ def _begin_training(
             try:
                 trial.open_data()
             except UserError:
-                if getattr(trial, "evaluates_coco", True):  # what is wrong in the other split too
+                if trial.evaluates_coco:  # what is wrong in the other split too
                     opened = open_named(trial.data, report)
                 raise
             both = {"train": trial.train_data, "val": trial.val_data}

@@ -21,7 +21,7 @@ import tenacity
 from fsspec.asyn import AsyncFileSystem
 
 from shared.config.schema import StoreOptions
-from shared.data.image_list import Look, Sizes, find, folders_of
+from shared.data.cache import Look, Sizes, find, folders_of
 from shared.errors import UserError
 
 logger = logging.getLogger(__name__)

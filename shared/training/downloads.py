@@ -14,8 +14,7 @@ import uuid
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from shared.data.file_lock import once, user_cache
-from shared.durable import replace_folder
+from shared.durable import once, replace_folder, user_cache
 from shared.errors import UserError
 
 logger = logging.getLogger(__name__)

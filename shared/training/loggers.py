@@ -17,8 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from shared.data.file_lock import locked
-from shared.durable import write_file
+from shared.durable import locked, write_file
 from shared.errors import UserError
 from shared.redaction import redacted, without_secrets
 from shared.training.run_folder import RunFolder

@@ -85,9 +85,7 @@ class ProcessContext(DistributedContext):
     """The processes of a run, and what they exchange. All of them create it together.
 
     Args:
-        rank, size: which process this is, and of how many.
-        local_rank, local_size: the same among the processes of this machine.
-        cross_rank, cross_size: which machine this is, and of how many.
+        rank, size: which process this is, and of how many; local_… of this machine, cross_… counts machines.
         chief_host: at which the others find the chief.
         from_chief: given the chief's address on the chief and None elsewhere, returns it on all processes.
     """
@@ -214,7 +212,6 @@ def choose_device(local_rank: int, local_size: int, gpus_given: int = 0) -> torc
     """The device of this process: a GPU of its own if torch can use one, else the CPU. Logs which.
 
     Args:
-        local_rank, local_size: which process of this machine it is, and of how many.
         gpus_given: GPUs that a cluster reserved for the processes of this machine.
 
     Raises:
@@ -260,7 +257,7 @@ def local_processes(
 
     Args:
         hang_minutes: a training's; None without a watch.
-        gpus_given: GPUs that a cluster reserved for the processes of this machine.
+        gpus_given: as for `choose_device`.
     """
     if "RANK" not in os.environ:
         device = choose_device(0, 1, gpus_given)
@@ -376,18 +373,6 @@ def broadcast_from_chief(tensors: Iterable[torch.Tensor]) -> None:
 # --- the context of a trial -------------------------------------------------------------------------
 
 
-class TrialContext(pytorch.PyTorchTrialContext):
-    """Determined's context of a trial.
-
-    Attributes:
-        core: its core context, for which Determined's own class has no public name.
-    """
-
-    def __init__(self, core_context: core.Context, **arguments: Any):
-        super().__init__(core_context=core_context, **arguments)
-        self.core = core_context
-
-
 def core_context(distributed: DistributedContext) -> core.Context:
     """The core context of these processes; off a cluster it reports to nobody."""
     return core.init(
@@ -399,15 +384,11 @@ def core_context(distributed: DistributedContext) -> core.Context:
 
 @contextlib.contextmanager
 def trial_context(
-    config: dict[str, Any],
-    distributed: DistributedContext,
-    device: torch.device,
-    first_batch: int = 0,
-    trial_seed: int | None = None,
-) -> Iterator[TrialContext]:
+    config: dict[str, Any], distributed: DistributedContext, device: torch.device, first_batch: int = 0
+) -> Iterator[pytorch.PyTorchTrialContext]:
     """The context of a trial with a core context of its own, see `make_context`."""
     with core_context(distributed) as opened:
-        yield make_context(opened, config, device, first_batch, trial_seed)
+        yield make_context(opened, config, device, first_batch)
 
 
 def make_context(
@@ -416,15 +397,10 @@ def make_context(
     device: torch.device,
     first_batch: int = 0,
     trial_seed: int | None = None,
-) -> TrialContext:
+) -> pytorch.PyTorchTrialContext:
     """What `pytorch.init` makes, with two differences: the device is the one that torch can use instead of the one that
-    nvidia-smi lists, and a resumed run counts its earlier batches off the cluster too.
-
-    Args:
-        config: the experiment config, with fixed hyperparameters.
-        first_batch: batches that were trained before this start.
-    """
-    return TrialContext(
+    nvidia-smi lists, and a resumed run counts its earlier batches, `first_batch`, off the cluster too."""
+    return pytorch.PyTorchTrialContext(
         core_context=opened,
         trial_seed=trial_seed,
         hparams=config["hyperparameters"],

@@ -28,21 +28,14 @@ from shared.training.validation import Validation
 
 @dataclass(frozen=True)
 class Periods:
-    """When something is due, in batches from 1 over the whole training.
-
-    Attributes:
-        report: batches between two reports.
-        validation, checkpoint: batches between two of them; None for the end only.
-        validation_start: the first validation, from which the others are counted; 0 for one period after the start.
-        validation_changes: (batch, period): from this batch on, the validation period is another.
-    """
+    """When something is due, in batches from 1 over the whole training."""
 
     total: int
-    report: int
-    validation: int | None
+    report: int  # batches between two reports
+    validation: int | None  # batches between two of them; None for the end only
     checkpoint: int | None
-    validation_start: int = 0
-    validation_changes: tuple[tuple[int, int], ...] = ()
+    validation_start: int = 0  # the first validation, from which the others are counted
+    validation_changes: tuple[tuple[int, int], ...] = ()  # (batch, period): from this batch on, another period
 
     @property
     def validates_before_the_end(self) -> bool:
@@ -113,23 +106,15 @@ class End(enum.Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where and why a training stopped.
-
-    Attributes:
-        batches, total: trained, and of the whole length.
-        why: what the log, the report and the command line show; empty for a complete training.
-        signal: the one that stopped it on some rank; None without.
-        validation: the last one of this start; None without.
-        seconds: of training, those before a resume included.
-    """
+    """Where and why a training stopped."""
 
     end: End
     batches: int
-    total: int
-    why: str = ""
-    signal: signal.Signals | None = None
-    validation: Validation | None = None
-    seconds: float = 0.0
+    total: int  # batches of the whole length
+    why: str = ""  # what the log, the report and the command line show; empty for a complete training
+    signal: signal.Signals | None = None  # the one that stopped it on some rank
+    validation: Validation | None = None  # the last one of this start
+    seconds: float = 0.0  # of training, those before a resume included
 
     @property
     def is_finished(self) -> bool:
@@ -151,11 +136,7 @@ class Outcome:
 
 
 class Clock:
-    """Seconds of training from the first batch on, with validations and saves. Those before a resume count too.
-
-    Args:
-        max_hours, minutes_between_saves: as in the config's hyperparameters; None where it has none.
-    """
+    """Seconds of training from the first batch on, with validations and saves. Those before a resume count too."""
 
     now = staticmethod(time.monotonic)
 
@@ -167,7 +148,7 @@ class Clock:
         self._saved = math.inf  # nothing to save before the first batch
 
     def resume(self, seconds: float) -> None:
-        """Counts the seconds of training before this start."""
+        """Adds the seconds of earlier starts."""
         self._before = seconds
 
     def begin(self) -> None:

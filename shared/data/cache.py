@@ -1,16 +1,80 @@
-"""Which images of a data set are there: looked up once per machine, and remembered beside the annotation cache."""
+"""What one process of a machine finds out and all use: arrays on disk, and which images of a data set are there.
+
+Processes map the arrays, so that they take their memory once.
+
+<folder>/header.json    names the folder of the arrays and describes them; it is replaced as a whole
+         arrays.…/      one .npy file per array; never changed, because a process may map them
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from shared.data import array_cache
-from shared.data.file_lock import once
+from shared.durable import once, write_file
+
+Arrays = dict[str, np.ndarray]
+
+_TAG = """Signature: 8a477f597d28d172789f06886806bc55
+# This directory is a cache, see https://bford.info/cachedir/
+"""
+
+
+def mark_as_cache(folder: Path) -> None:
+    """Creates a folder whose content Git and backups skip, if it can be written."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in ((".gitignore", "*\n"), ("CACHEDIR.TAG", _TAG)):
+            if not (folder / name).exists():
+                (folder / name).write_text(content)
+
+
+def load_arrays(folder: Path) -> tuple[Arrays, Any] | None:
+    """The arrays, mapped, and what was saved about them. None if they are missing, cut off or damaged."""
+    try:
+        header = json.loads((folder / "header.json").read_bytes())
+        arrays = {}
+        for name, (dtype, shape) in header["arrays"].items():
+            # asarray keeps the mapped pages, and drops the slow indexing of np.memmap
+            array = np.asarray(np.load(folder / header["folder"] / f"{name}.npy", mmap_mode="r"))
+            if (array.dtype.str, list(array.shape)) != (dtype, shape):
+                return None
+            arrays[name] = array
+        return arrays, header["about"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def save_arrays(folder: Path, arrays: Arrays, about: Any) -> bool:
+    """Whether the arrays could be written.
+
+    Args:
+        about: anything that JSON can hold.
+    """
+    new = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(dir=folder, prefix="arrays."))
+        new.chmod(0o755)
+        for name, array in arrays.items():
+            np.save(new / f"{name}.npy", array)
+        described = {name: (array.dtype.str, array.shape) for name, array in arrays.items()}
+        write_file(folder / "header.json", json.dumps({"folder": new.name, "arrays": described, "about": about}))
+        return True
+    except OSError:
+        if new is not None:
+            shutil.rmtree(new, ignore_errors=True)
+        return False
+
 
 _INCOMPLETE_IS_GOOD_FOR = 3600  # seconds until a bucket that lacks images is listed again
 
@@ -63,7 +127,7 @@ class Sizes:
 
 
 def _map_sizes(folder: Path) -> Sizes:
-    return Sizes(**array_cache.load(folder)[0], folder=folder)
+    return Sizes(**load_arrays(folder)[0], folder=folder)
 
 
 def folders_of(names: np.ndarray) -> list[str]:
@@ -100,7 +164,7 @@ def look_once(folder: Path, look: Callable[[], Look], allow_missing: bool) -> Lo
 
     def remembered() -> Look | None:
         try:
-            arrays, (missing, first_missing, folders) = array_cache.load(folder)
+            arrays, (missing, first_missing, folders) = load_arrays(folder)
             if missing:
                 age = time.time() - (folder / "header.json").stat().st_mtime
                 if not allow_missing or (arrays and age > _INCOMPLETE_IS_GOOD_FOR):
@@ -116,7 +180,7 @@ def look_once(folder: Path, look: Callable[[], Look], allow_missing: bool) -> Lo
     def remember() -> Look:
         new = look()
         arrays = {} if new.sizes is None else {"names": new.sizes.names, "sizes": new.sizes.sizes}
-        if new.whole and array_cache.save(folder, arrays, (new.missing, new.first_missing, new.folders)):
+        if new.whole and save_arrays(folder, arrays, (new.missing, new.first_missing, new.folders)):
             return remembered() or new
         return new
 
