@@ -119,7 +119,16 @@ def one_in_ten(number):
     return ("error", "reset", "lost")[number // 10 % 3] if number % 10 == 0 else None
 
 
-def test_a_run_in_a_bucket_that_fails_one_request_in_ten(train, trial_class, config, whole, s3):
+def test_a_bucket_that_fails_one_request_in_ten_keeps_a_run(s3, tmp_path):
+    faults = Faults(one_in_ten, counted=lambda path, command: True)
+    with with_faults(s3, faults) as endpoint:
+        options = StoreOptions(endpoint_url=endpoint, timeout=20)
+        assert_a_run_is_kept(open_place(f"s3://{BUCKET}/runs/a", options), tmp_path)
+    assert len(faults.made) >= 3
+
+
+@pytest.mark.slow
+def test_a_fresh_machine_continues_from_a_bucket_with_faults(train, trial_class, config, whole, s3):
     faults = Faults(one_in_ten, counted=lambda path, command: True)
     with with_faults(s3, faults) as endpoint:
         config["data"] |= {"endpoint_url": endpoint}
