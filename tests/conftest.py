@@ -176,8 +176,8 @@ def run_command(function: Callable, trial_class: type, config: Path, overrides: 
     """Calls a command's function in this process, with the arguments that the command line has."""
     from shared.launch import experiment_for
 
-    given = {"command": None, "config": str(config), "overrides": [*overrides], "split": "val", **arguments}
-    given = argparse.Namespace(**given)
+    defaults = {"command": None, "config": str(config), "overrides": [*overrides], "split": "val", "store": None}
+    given = argparse.Namespace(**{**defaults, **arguments})
     function(trial_class, experiment_for(given, trial_class.sections()), given)
 
 
@@ -285,7 +285,12 @@ def train(tmp_path, monkeypatch):
     """
 
     def call(
-        trial_class: type, config: dict, name: str = "run", resume: str | None = None, report: bool = False
+        trial_class: type,
+        config: dict,
+        name: str = "run",
+        resume: str | None = None,
+        report: bool = False,
+        store: str | None = None,
     ) -> Path:
         from without_figures import leave_out_figures
 
@@ -298,7 +303,7 @@ def train(tmp_path, monkeypatch):
                 leave_out_figures(patch.setattr)
             patch.chdir(tmp_path)
             try:
-                run_command(train_locally, trial_class, path, output_dir=folder, resume=resume)
+                run_command(train_locally, trial_class, path, output_dir=folder, resume=resume, store=store)
             finally:
                 stop_workers()
         return folder

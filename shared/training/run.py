@@ -29,6 +29,7 @@ from shared.evaluation.evaluator import CocoEvaluator, for_json
 from shared.evaluation.gathered import ChiefReducer, save_detections
 from shared.training.loggers import Loggers
 from shared.training.run_folder import RunFolder
+from shared.training.run_store import RunStore
 from shared.training.saving import METADATA, Snapshot
 from shared.training.tensorboard import TensorBoard
 from shared.training.validation import Validation
@@ -98,14 +99,26 @@ class Run:
 
 
 class LocalRun(Run):
-    """A folder's run. It keeps the last checkpoint and the best one: with `checkpoint_policy` "best" each validation
-    saves too."""
+    """A folder's run. It keeps the last checkpoint and the best one.
+
+    Args:
+        policy: `checkpoint_policy`. "best" saves after each validation too: the last one is kept as well.
+        run_store: for a copy of the folder; None without, and on other ranks than the chief.
+    """
 
     handles_signals = True
 
-    def __init__(self, folder: RunFolder, loggers: Loggers, metric: SearcherMetric, policy: str, is_chief: bool):
+    def __init__(
+        self,
+        folder: RunFolder,
+        loggers: Loggers,
+        metric: SearcherMetric,
+        policy: str,
+        is_chief: bool,
+        run_store: RunStore | None = None,
+    ):
         self.run_folder, self.loggers, self.metric, self.policy = folder, loggers, metric, policy
-        self.is_chief = is_chief
+        self.is_chief, self.run_store = is_chief, run_store
         self.folder, self.code = folder.path, folder.code
 
     def begin(self, first_batch: int, profiling: bool) -> None:
@@ -124,6 +137,8 @@ class LocalRun(Run):
             names = evaluator.annotations.category_names
             save_detections(self.run_folder.detections, evaluator.found_by_id(), names)
         self._report(validation.batches, "val", {**validation.metrics, **validation.category_ap})
+        if self.run_store is not None:
+            self.run_store.send()
         return self.policy != "none"
 
     def earlier_value(self, batches: int, metric: str) -> float | None:
@@ -139,6 +154,13 @@ class LocalRun(Run):
         snapshot.write(new, self.code)
         (new / METADATA).write_text(json.dumps(snapshot.metadata))
         self.run_folder.keep(new, is_best=snapshot.is_best)
+        if self.run_store is not None:
+            self.run_store.add_checkpoint(snapshot.is_best)
+
+    def at_boundary(self, progress: float, tensorboard: TensorBoard | None) -> bool:
+        if self.run_store is not None:
+            self.run_store.raise_if_failed()
+        return False
 
     def close(self, is_saved: bool) -> None:
         # a second Ctrl-C does not wait for a checkpoint, and its thread may be about to rename the folder
