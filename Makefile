@@ -72,7 +72,7 @@ pytest: $(ALL_READY)
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(abspath $(VENV))/bin/shellcheck */startup-hook.sh .ci/run benchmarks/gpu_kit.sh
+	$(abspath $(VENV))/bin/shellcheck */startup-hook.sh .ci/run benchmarks/gpu_kit.sh deploy/slurm/train.sbatch
 
 bench: $(ALL_READY)
 	$(PY) benchmarks/evaluation.py coco-numbers

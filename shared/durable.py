@@ -121,7 +121,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_folder(new: Path, place: Path) -> None:
-    """Puts the folder `new`, with all below it, in the place of the folder `place`.
+    """Replaces the folder `place`, with all below it, by the folder `new`.
 
     The old folder is deleted once the new one is on the disk. One that cannot be deleted (on NFS while somebody reads
     from it) stays under a name of its own, for `restore_folder`. Between the two renames `place` does not exist.

@@ -70,7 +70,7 @@ class MapperTransform:
 
     Args:
         proposals: what `read_proposals` gives.
-        folder: of the images, where they are on disk: a mapper of the user's may open them by itself.
+        folder: the folder of the images if they are on disk: a user's own mapper may open them itself.
     """
 
     def __init__(

@@ -316,7 +316,7 @@ def loss_transform(config: Any, images: ImageStorage, fast: bool) -> LossTransfo
 
 def trained_images(annotations: CocoAnnotations, leaf: ConfigDict) -> np.ndarray:
     """(images,) whether CocoDataset trains on the image: not on small ones, nor on those without annotations unless
-    `filter_empty_gt` of its section says so."""
+    `filter_empty_gt` is off."""
     columns = annotations.columns
     used = np.minimum(columns["widths"], columns["heights"]) >= _MIN_SIDE
     if leaf.get("filter_empty_gt", True):

@@ -42,8 +42,8 @@ class _Description:
     """What data.yaml, or another file, says of a data set.
 
     Attributes:
-        names: of the classes, by number.
-        places: of each split: folders of images, or lists of their names.
+        names: class names, by number.
+        places: by split: folders of images, or lists of their names.
     """
 
     file: Path
