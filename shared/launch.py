@@ -29,7 +29,7 @@ from shared.config.reference import help_text
 from shared.config.schema import TrainingHyperparameters, parse_section
 from shared.environment import on_cluster, quiet_if_output_is_closed, task_config, use_available_cores
 from shared.errors import DivergedError, UserError, tell_torchrun
-from shared.launchers import adopt_launcher
+from shared.launchers import STOP_SIGNALS, adopt_launcher, parse_signals
 from shared.redaction import redacted
 from shared.training.downloads import checkpoint_here
 from shared.training.loggers import check_loggers
@@ -208,6 +208,20 @@ def read_arguments() -> argparse.Namespace:
         help="`last` or `best` of --output-dir; `auto`: `last` if it exists, else a new run; a checkpoint's path",
     )
 
+    train.add_argument(
+        "--stop-signals",
+        type=_signals,
+        default=STOP_SIGNALS,
+        metavar="NAMES",
+        help="signals after which it saves and stops, besides Ctrl-C; default TERM,USR1,USR2,HUP",
+    )
+    train.add_argument(
+        "--stop-status",
+        type=_status,
+        metavar="STATUS",
+        help="the exit status after such a signal; default 128 and its number, as 143 for TERM",
+    )
+
     search = add("search", "Search hyperparameters with the config's `searcher`, as a cluster would.")
     search.add_argument("--output-dir", type=Path, help="folder for trials, table and best.yaml; default runs/search")
     search.add_argument("--jobs", type=_count, metavar="N", help="trials at once; default one per GPU, or one")
@@ -253,6 +267,19 @@ def _count(text: str) -> int:
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+
+
+def _signals(text: str) -> tuple[signal.Signals, ...]:
+    try:
+        return parse_signals(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _status(text: str) -> int:
+    if text.isdecimal() and int(text) < 256:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 255")
 
 
 def _share_or_best(text: str) -> float | str:

@@ -133,7 +133,7 @@ SET_BY = {
     "hang.py": ["self._context"],
     "run.py": ["threading"],  # what prints the errors of threads
     "processes.py": ["self._context", "self._socket", "socket"],
-    "stopping.py": ["_before_fork"],
+    "signals.py": ["_before_fork"],
     "switches.py": ["TrainedInFloat32", "module", "probe"],
     "validation.py": ["module", "torch.distributed"],
 }

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -33,6 +34,7 @@ from shared.training.processes import core_context, make_context, on_chief, on_e
 from shared.training.resume import read_checkpoint_to_resume
 from shared.training.run import LocalRun, full_disk_as_error
 from shared.training.run_folder import RunFolder
+from shared.training.signals import StoppedBeforeTraining, StopSignals
 from shared.training.stopping import End, Outcome
 from shared.training.tensorboard import picture_of
 from shared.training.training_metrics import duration
@@ -47,7 +49,19 @@ _LABELS = 6  # images of each split in labels.png
 
 
 def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arguments: argparse.Namespace) -> None:
-    """Trains without a cluster. Writes everything into one folder."""
+    """Trains without a cluster. Writes everything into one folder. A signal stops it, with a checkpoint and a mark."""
+    with StopSignals(arguments.stop_signals, arguments.stop_status) as signals:
+        try:
+            _train_locally(trial_class, experiment, arguments, signals)
+        except StoppedBeforeTraining as stopped:
+            if arguments.output_dir is not None and int(os.environ.get("RANK", 0)) == 0:
+                RunFolder(arguments.output_dir).mark_requeue(stopped.signal, None)
+            raise
+
+
+def _train_locally(
+    trial_class: type[DetectionTrial], experiment: Experiment, arguments: argparse.Namespace, signals: StopSignals
+) -> None:
     source = Path(sys.modules[trial_class.__module__].__file__).parent
     output_dir = arguments.output_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     if int(os.environ.get("RANK", 0)) == 0:
@@ -74,7 +88,8 @@ def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arg
             if checkpoint:
                 logger.info("resuming after batch %d, from %s", checkpoint.batches, checkpoint.path)
             _begin_folder(trial, folder)
-        run = LocalRun(folder, loggers, trial.searcher_metric, trial.schedule.checkpoint_policy, trial.rank == 0)
+        policy, is_chief = trial.schedule.checkpoint_policy, trial.rank == 0
+        run = LocalRun(folder, loggers, trial.searcher_metric, policy, is_chief, signals)
         outcome = train(trial, run, checkpoint, _draw_figures)
         if outcome.end is End.NOTHING_TO_DO:
             loggers.finish(0)
@@ -85,7 +100,9 @@ def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arg
         elif not outcome.is_finished:
             if trial.rank == 0:
                 print(f"{outcome}; continue with --output-dir {folder.path} --resume last", file=sys.stderr)
-            sys.exit(outcome.exit_status)
+                if outcome.signal != signal.SIGINT:
+                    folder.mark_requeue(outcome.signal, outcome.batches)
+            sys.exit(signals.exit_status(outcome.signal))
         elif trial.rank == 0:
             results = Results(trial, folder, outcome)
             results.show()

@@ -73,6 +73,7 @@ class _Training:
             run.is_stopped_elsewhere,
             self.clock,
             self.periods.total,
+            run.signals,
         )
         self.saving = Background("saving")
         self.host_copy = HostCopy()
@@ -94,8 +95,8 @@ class _Training:
     def train(self, checkpoint: Checkpoint | None) -> Outcome:
         trial, run = self.trial, self.run
         with contextlib.ExitStack() as stack:
-            if run.handles_signals:
-                stack.enter_context(self.stopping)
+            if run.signals is not None:
+                stack.callback(run.signals.end)
             run.begin(trial.first_batch, trial.schedule.profiling)
             trial.begin_training(run.folder)
             batches = iter(trial.build_training_data_loader())  # the workers start here, before any other thread

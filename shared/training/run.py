@@ -21,6 +21,7 @@ from shared.evaluation.gathered import ChiefReducer, save_detections
 from shared.training.loggers import Loggers
 from shared.training.run_folder import RunFolder
 from shared.training.saving import METADATA, Snapshot, write_manifest
+from shared.training.signals import StopSignals
 from shared.training.tensorboard import TensorBoard
 from shared.training.validation import Validation
 
@@ -32,13 +33,13 @@ class Run:
 
     Attributes:
         trial_id: of the cluster's trial, 0 off a cluster. A checkpoint of another trial starts a new count of batches.
-        handles_signals: whether SIGTERM and Ctrl-C stop the training after a batch.
+        signals: those that stop the training after a batch; None if there are none.
         folder: for what a detector's library writes.
         code: the folder of the code that a checkpoint holds.
     """
 
     trial_id: int = 0
-    handles_signals: bool = False
+    signals: StopSignals | None = None
     folder: Path
     code: Path
 
@@ -96,13 +97,20 @@ class LocalRun(Run):
 
     Args:
         policy: `checkpoint_policy`. "best" saves after each validation too: the last one is kept as well.
+        signals: those that stop the training.
     """
 
-    handles_signals = True
-
-    def __init__(self, folder: RunFolder, loggers: Loggers, metric: SearcherMetric, policy: str, is_chief: bool):
+    def __init__(
+        self,
+        folder: RunFolder,
+        loggers: Loggers,
+        metric: SearcherMetric,
+        policy: str,
+        is_chief: bool,
+        signals: StopSignals | None = None,
+    ):
         self.run_folder, self.loggers, self.metric, self.policy = folder, loggers, metric, policy
-        self.is_chief = is_chief
+        self.is_chief, self.signals = is_chief, signals
         self.folder, self.code = folder.path, folder.code
 
     def begin(self, first_batch: int, profiling: bool) -> None:

@@ -42,7 +42,8 @@ from shared.training.memory import keep_freed_memory, out_of_memory, out_of_memo
 from shared.training.processes import first_on_each_machine, on_chief
 from shared.training.resume import BuiltOptimizer, refused_values
 from shared.training.saving import python_state
-from shared.training.stopping import begin_worker, periods_of
+from shared.training.signals import begin_worker
+from shared.training.stopping import periods_of
 from shared.training.training_metrics import STEPS_A_SCALE_MAY_SKIP, TrainingMetrics, diverged
 from shared.training.validation import (
     CollateWithLoss,
