@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,7 +94,7 @@ def why_none() -> str | None:
         if shutil.which(tool) is None:
             return f"{tool} is missing"
     tried = subprocess.run(
-        ["unshare", "-Urnmu", "sh", "-c", "ip link add a type veth peer name b && mount -t tmpfs none /mnt"],
+        ["unshare", "-Urnmu", "sh", "-c", "ip link add left type veth peer name right && mount -t tmpfs none /mnt"],
         capture_output=True,
         text=True,
     )
@@ -103,8 +102,8 @@ def why_none() -> str | None:
 
 
 @contextlib.contextmanager
-def machines(folder: Path, count: int = 2, shown: Path | None = None) -> Iterator[list[Machine]]:
-    """Machines named node-0, node-1 …, whose disks are in `folder`. The chief of a run is node-0."""
+def machines(folder: Path, count: int = 2) -> Iterator[list[Machine]]:
+    """Machines named node-0, node-1 …, whose disks are in `folder`."""
     disks, disk = folder / "disks", folder / "disk"
     disk.mkdir()
     names = [f"node-{number}" for number in range(count)]
@@ -156,19 +155,9 @@ def _do(holder: int, script: str) -> None:
 
 
 def copy_code(machine: Machine, detector: str, *others: Path) -> None:
-    """Copies a detector's folder and files beside it, as a user does for each machine."""
+    """Copies a detector's folder, and files beside it, as a user does for each machine."""
     ignored = shutil.ignore_patterns("__pycache__", "runs", "*.md")
     shutil.copytree(ROOT / detector, machine.own / "code", dirs_exist_ok=True, ignore=ignored)
     for other in others:
         copy = shutil.copytree if other.is_dir() else shutil.copy
         copy(other, machine.own / "code" / other.name)
-
-
-def wait_until(happens, seconds: float = 300, *, of: tuple[Machine, ...] = ()) -> None:
-    """Waits for something that programs of these machines do. Fails if they end before it."""
-    until = time.monotonic() + seconds
-    while not happens():
-        logs = "\n".join(machine.log for machine in of)
-        assert time.monotonic() < until, logs
-        assert not of or any(machine.process.poll() is None for machine in of), logs
-        time.sleep(0.05)
