@@ -177,9 +177,9 @@ def run_command(function: Callable, trial_class: type, config: Path, overrides: 
     from shared.launch import experiment_for
     from shared.launchers import STOP_SIGNALS
 
-    given = {"command": None, "config": str(config), "overrides": [*overrides], "split": "val"}
-    given |= {"stop_signals": STOP_SIGNALS, "stop_status": None, **arguments}
-    given = argparse.Namespace(**given)
+    defaults = {"command": None, "config": str(config), "overrides": [*overrides], "split": "val", "store": None}
+    defaults |= {"stop_signals": STOP_SIGNALS, "stop_status": None}
+    given = argparse.Namespace(**{**defaults, **arguments})
     function(trial_class, experiment_for(given, trial_class.sections()), given)
 
 
@@ -220,6 +220,21 @@ def trial_class() -> type:
     from model_def import EfficientDetTrial
 
     return EfficientDetTrial
+
+
+@pytest.fixture
+def voc(tmp_path) -> Path:
+    """A folder in VOC2007's layout with real images, twelve of which are the split `some`."""
+    bccd = SHARED_DATA / "bccd"
+    if not bccd.is_dir():
+        pytest.skip(f"{bccd} is not here: real data is no part of the project")
+    folder = tmp_path / "VOC2007"
+    (folder / "ImageSets/Main").mkdir(parents=True)
+    (folder / "JPEGImages").symlink_to(bccd / "images")
+    (folder / "Annotations").symlink_to(bccd / "annotations_voc")
+    names = sorted(path.stem for path in (bccd / "annotations_voc").glob("*.xml"))
+    (folder / "ImageSets/Main/some.txt").write_text("\n".join(names[:12]))
+    return folder
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -161,3 +162,13 @@ def copy_code(machine: Machine, detector: str, *others: Path) -> None:
     for other in others:
         copy = shutil.copytree if other.is_dir() else shutil.copy
         copy(other, machine.own / "code" / other.name)
+
+
+def wait_until(happens: Callable[[], bool], seconds: float = 300, *, of: Sequence[Machine] = ()) -> None:
+    """Waits for something that programs of these machines do. Fails once none of them runs any more."""
+    until = time.monotonic() + seconds
+    while not happens():
+        logs = "\n".join(machine.log for machine in of)
+        assert time.monotonic() < until, logs
+        assert not of or any(machine.process.poll() is None for machine in of), logs
+        time.sleep(0.05)

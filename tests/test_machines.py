@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 from conftest import ROOT, WITHOUT_LIBRARY, reports, run_model_def
-from machines import copy_code, machines, why_none
+from machines import copy_code, machines, wait_until, why_none
 from tiny_models import CONFIGS
 
 from shared.training.checkpoints import read_checkpoint
@@ -19,6 +19,7 @@ from shared.training.checkpoints import read_checkpoint
 pytestmark = pytest.mark.skipif(why_none() is not None, reason=str(why_none()))
 
 PORT = 29611
+WITHOUT_FIGURES = ROOT / "tests/without_figures.py"
 # a model_def.py that draws nothing, and prints which images are in which batch
 NOTING = """
 import os, sys
@@ -177,21 +178,14 @@ def test_torchrun_continues_with_the_machines_that_are_left_and_with_new_ones(no
         found = batches_in(nodes[0].log)
         return max(found, default=0)
 
-    def wait_for(happens):
-        until = time.monotonic() + 300
-        while not happens():
-            assert nodes[0].process.poll() is None, nodes[0].log
-            assert time.monotonic() < until, nodes[0].log
-            time.sleep(0.2)
-
     logs = []
     for node in nodes:
         join(node)
-    wait_for(lambda: batches() >= 20)
+    wait_until(lambda: batches() >= 20, of=nodes[:1])
     logs.append(nodes[1].log)
     nodes[1].lose()
     at_loss = batches()
-    wait_for(lambda: batches() >= at_loss + 20)
+    wait_until(lambda: batches() >= at_loss + 20, of=nodes[:1])
     assert nodes[0].log.count("resuming after batch") == 1
     join(nodes[1])
     assert nodes[0].wait() == 0, nodes[0].log

@@ -40,17 +40,11 @@ _OF_CONFIG = ("weight_decay", "momentum", "betas", "eps")
 
 @dataclass(frozen=True)
 class BuiltOptimizer:
-    """An optimizer as a config builds it, before the first step: plain values, for a checkpoint.
+    """An optimizer as a config builds it, before the first step: plain values, for a checkpoint."""
 
-    Attributes:
-        kinds: names of its class and base classes; also those of an optimizer that it wraps.
-        parameters: names of the model's parameters, per group.
-        options: the other entries of each group.
-    """
-
-    kinds: list[list[str]]
-    parameters: list[list[str]]
-    options: list[dict[str, Any]]
+    kinds: list[list[str]]  # names of its class and base classes; also those of an optimizer that it wraps
+    parameters: list[list[str]]  # names of the model's parameters, per group
+    options: list[dict[str, Any]]  # the other entries of each group
 
     @classmethod
     def of(cls, optimizer: Optimizer, model: nn.Module) -> BuiltOptimizer:
@@ -67,13 +61,12 @@ class BuiltOptimizer:
         return " over ".join(kind[0] for kind in self.kinds)
 
     def resumed(self, saved: dict[str, Any], began: BuiltOptimizer | None) -> dict[str, Any]:
-        """The state to load: that of each parameter by its name, and the options.
-
-        Parameters that the checkpoint's run did not train have no state yet.
+        """The state to load: that of each parameter by its name, and the options. Parameters that the checkpoint's run
+        did not train have no state yet.
 
         Args:
             saved: the checkpoint's optimizer state.
-            began: the checkpoint's optimizer as its config built it; None in older checkpoints.
+            began: its optimizer as its config built it; None in older checkpoints.
 
         Raises:
             ValueError: this optimizer cannot continue from the state.
@@ -115,18 +108,10 @@ class BuiltOptimizer:
 
 
 def merged(own: Mapping[str, Any], began: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved values, with this run's values for all that its config changed.
-
-    Args:
-        own, began: the values of this run's config and of the checkpoint's.
-        saved: the values after training.
-    """
-    removed = began.keys() - own.keys()
-    return {
-        **own,
-        **{name: value for name, value in saved.items() if name not in removed},
-        **{name: own[name] for name in _changed(own, began)},
-    }
+    """The values `saved` after training, with this run's values for all that its config changed since it `began`."""
+    removed, changed = began.keys() - own.keys(), _changed(own, began)
+    kept = {name: value for name, value in saved.items() if name not in removed}
+    return {**own, **kept, **{name: own[name] for name in changed}}
 
 
 def _changed(own: Mapping[str, Any], began: Mapping[str, Any]) -> set[str]:
@@ -163,11 +148,8 @@ def refused_values(what: str) -> Iterator[None]:
 
 
 def check_categories(own: Sequence[dict], checkpoint: Checkpoint, weights_key: str) -> None:
-    """Checks that each label means the same category. The ids may differ: a model does not know them.
-
-    Raises:
-        UserError: the names differ, or their order does.
-    """
+    """Checks that each label means the same category. The ids may differ: a model does not know them. Raises UserError
+    if the names differ, or their order does."""
     names = [[category["name"] for category in categories] for categories in (own, checkpoint.categories)]
     if names[0] == names[1]:
         return

@@ -55,11 +55,7 @@ class RunFolder:
         self._is_new = not self.path.exists()
 
     def take(self) -> None:
-        """Locks the folder for this process, until `free` or its exit.
-
-        Raises:
-            UserError: another process has the lock, or the folder cannot be made.
-        """
+        """Locks the folder for this process, until `free` or its exit. Raises UserError if another process has it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = try_lock(self._lock)
@@ -96,16 +92,8 @@ class RunFolder:
             self._locked.close()
             self._locked = None
 
-    def holds_a_run(self) -> bool:
-        # a folder that was made before the config was found wrong holds none
-        return self.metrics.exists() or any((self.checkpoints / name).exists() for name in ("best", "last"))
-
     def checkpoints_to_resume(self, which: str) -> list[Path]:
-        """The run's checkpoints for `--resume last`, `best` or `auto`. The first complete one counts.
-
-        Raises:
-            UserError: `last` or `best` is asked for and does not exist.
-        """
+        """The run's checkpoints for `--resume last`, `best` or `auto`. The first complete one counts."""
         # a run killed in its first save may have `best` alone: `last` would be the same
         names = ("best",) if which == "best" else ("last", "best")
         found = [path for name in names if (path := self.checkpoints / name).exists()]
@@ -195,7 +183,8 @@ class RunFolder:
         write_file(self.requeue, json.dumps({"signal": number.name, "batches": batches}))
 
     def refuse_other_run(self) -> None:
-        if self.holds_a_run():
+        # a folder that was made before the config was found wrong holds none
+        if self.metrics.exists() or any((self.checkpoints / name).exists() for name in ("best", "last")):
             raise UserError(
                 f"--output-dir: {self.path} holds a run already; add `--resume last` to continue it, or name "
                 "another folder"
@@ -205,12 +194,9 @@ class RunFolder:
 def _copy_sources(source: Path, target: Path) -> None:
     """Copies the code and configs that a cluster would get. Each checkpoint holds a copy of them."""
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in _SOURCES:
-            shutil.copy2(path, target / path.name)
-        elif path.is_dir() and any(path.glob("*.py")) and not path.name.startswith("."):
-            for file in sorted(path.rglob("*")):
-                if file.is_file() and file.suffix in _SOURCES:
-                    copy = target / file.relative_to(source)
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy2(file, copy)
+    packages = [path for path in source.iterdir() if any(path.glob("*.py")) and not path.name.startswith(".")]
+    for file in (*source.iterdir(), *(file for package in packages for file in package.rglob("*"))):
+        if file.is_file() and file.suffix in _SOURCES:
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, copy)
