@@ -24,8 +24,7 @@ from tqdm import tqdm
 
 from shared.commands.check import add_check_options
 from shared.config.experiment import Experiment, Sections, read_experiment
-from shared.config.file import fixed_hyperparameters
-from shared.config.reference import help_text
+from shared.config.file import fixed_hyperparameters, help_text
 from shared.config.schema import StoreOptions, TrainingHyperparameters, parse_section
 from shared.environment import on_cluster, quiet_if_output_is_closed, task_config, use_available_cores
 from shared.errors import DivergedError, UserError, tell_torchrun

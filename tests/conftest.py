@@ -19,11 +19,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import psutil
 import pytest
 import yaml
-from tiny_models import efficientdet_config
+from tiny_models import CONFIGS, EFFICIENTDET, MAIN_DETECTORS, efficientdet_config
 
 ROOT = Path(__file__).parent.parent
 # as in a submitted folder: `model_def` and `<name>_files` beside `shared`; of the model_defs this finds EfficientDet's
-sys.path[:0] = [str(ROOT / folder) for folder in ("", "efficientdet", "mmdetection", "detectron2", "detr")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("", *CONFIGS)]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 EXPERIMENT_SCHEMA = ROOT.parent / "shared" / "expconf"
 
@@ -50,7 +50,7 @@ except Exception as error:
 collect_ignore = list(WITHOUT_LIBRARY)
 
 
-@pytest.fixture(params=["efficientdet", "mmdetection", "detectron2", "detr"])
+@pytest.fixture(params=[*CONFIGS])
 def detector(request) -> str:
     """Each detector whose library is here."""
     if request.param in WITHOUT_LIBRARY:
@@ -61,7 +61,7 @@ def detector(request) -> str:
 # for a promise that one code keeps for every detector: the default tests hold it with the quickest of them
 other_detectors_are_slow = pytest.mark.parametrize(
     "detector",
-    ["efficientdet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mmdetection", "detectron2"))],
+    [MAIN_DETECTORS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in MAIN_DETECTORS[1:])],
     indirect=True,
 )
 
@@ -141,7 +141,7 @@ def run_config(shapes, tmp_path):
 def run_model_def(
     *arguments: object,
     processes: int = 1,
-    cwd: Path = ROOT / "efficientdet",
+    cwd: Path = EFFICIENTDET,
     env: dict | None = None,
     check: bool = True,
     script: str | Path = "model_def.py",
@@ -190,7 +190,7 @@ def start_run(config: Path, run: Path, processes: int = 1, resume: tuple = (), s
         program += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.Popen(
         [*program, str(script), "train", str(config), "--output-dir", str(run), *resume],
-        cwd=ROOT / "efficientdet",
+        cwd=EFFICIENTDET,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
