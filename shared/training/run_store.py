@@ -1,9 +1,10 @@
 """`--store`: a copy of a run's folder that outlives the machine, and from which another machine continues the run.
 
-    owner.json                  the start that may write; the latest start replaces it
-    metrics.jsonl, config.yaml, report.html, tensorboard/…          as in the folder
-    checkpoints/index.json      the folders of `best` and `last`
-    checkpoints/batch-400-1a2b3c4d/…                                as in the folder's `best` and `last`
+The place holds the folder's files (metrics.jsonl, config.yaml, report.html, …), besides:
+
+    owner.json                          the start that may write; the latest start replaces it
+    checkpoints/index.json              the folders of `best` and `last`
+    checkpoints/batch-400-1a2b3c4d/     a checkpoint
 
 A checkpoint gets a folder of its own, manifest last. Then one write of the index makes it `last`, or `best` and `last`.
 Then the folders that the index no longer names are deleted. So the index always names complete checkpoints.
