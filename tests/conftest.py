@@ -221,6 +221,21 @@ def trial_class() -> type:
 
 
 @pytest.fixture
+def voc(tmp_path) -> Path:
+    """A folder in VOC2007's layout with real images, twelve of which are the split `some`."""
+    bccd = SHARED_DATA / "bccd"
+    if not bccd.is_dir():
+        pytest.skip(f"{bccd} is not here: real data is no part of the project")
+    folder = tmp_path / "VOC2007"
+    (folder / "ImageSets/Main").mkdir(parents=True)
+    (folder / "JPEGImages").symlink_to(bccd / "images")
+    (folder / "Annotations").symlink_to(bccd / "annotations_voc")
+    names = sorted(path.stem for path in (bccd / "annotations_voc").glob("*.xml"))
+    (folder / "ImageSets/Main/some.txt").write_text("\n".join(names[:12]))
+    return folder
+
+
+@pytest.fixture
 def unbuilt():
     """Makes a trial that has read its config and opened nothing."""
     import torch

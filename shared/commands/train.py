@@ -26,12 +26,12 @@ from shared.evaluation import drawing
 from shared.evaluation.evaluator import CocoEvaluator, metrics_table
 from shared.evaluation.gathered import GatheredDetections, load_detections
 from shared.training.checkpoints import read_checkpoint
-from shared.training.cluster_run import ClusterRun
 from shared.training.engine import check_resume, train
 from shared.training.loggers import Loggers
-from shared.training.processes import core_context, local_processes, make_context, on_chief, trial_context
+from shared.training.meeting import local_processes
+from shared.training.processes import core_context, make_context, on_chief, on_every_rank, trial_context
 from shared.training.resume import read_checkpoint_to_resume
-from shared.training.run import LocalRun, full_disk_as_error
+from shared.training.run import ClusterRun, LocalRun, full_disk_as_error
 from shared.training.run_folder import RunFolder
 from shared.training.run_store import RunStore
 from shared.training.stopping import End, Outcome
@@ -58,6 +58,8 @@ def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arg
         _check_batch_size(experiment, distributed.size)
         folder = RunFolder(distributed.broadcast(output_dir).absolute())
         stack.callback(folder.free)
+        if arguments.resume is None:
+            on_every_rank(distributed, folder.refuse_other_run)  # also one of another machine
         run_store = None
         if arguments.store is not None and distributed.rank == 0:
             run_store = RunStore(open_place(arguments.store, experiment.data.store_options), folder)
