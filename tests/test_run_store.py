@@ -8,7 +8,7 @@ import time
 import pytest
 import yaml
 from conftest import reports, run_command
-from stores import BUCKET, Faults, gcs_store, s3_store, with_faults
+from stores import BUCKET, Faults, gcs_store, one_in_ten, s3_store, with_faults
 from test_resume import assert_same_bits, final_state
 from tiny_models import efficientdet_config
 from without_figures import leave_out_figures
@@ -113,11 +113,6 @@ def test_a_fresh_machine_continues_from_another_disk_to_the_same_bits(train, tri
     assert folders == {entry["folder"] for entry in index.values()}
     assert {"metrics.jsonl", "config.yaml", "tensorboard"} <= {path.name for path in place.iterdir()}
     assert not list((tmp_path / "machine_c/checkpoints").glob(".uploading/*"))
-
-
-def one_in_ten(number):
-    """Kinds of faults in turn, for each tenth request."""
-    return ("error", "reset", "lost")[number // 10 % 3] if number % 10 == 0 else None
 
 
 def test_a_bucket_that_fails_one_request_in_ten_keeps_a_run(s3, tmp_path):

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 INDEX = "checkpoints/index.json"
 OWNER = "owner.json"
 _TO_CONTINUE = ("metrics.jsonl", "loggers.json", "detections.npz")  # besides the checkpoints
-_NOT_STORED = ("checkpoints", "code")  # each checkpoint has a copy of the code
+_NOT_STORED = ("checkpoints", "code", "requeue")  # of this machine; each checkpoint has a copy of the code
 _PAUSE = 10.0  # seconds until a store that failed is tried again
 
 
@@ -268,9 +268,9 @@ class RunStore:
         for parent, folders, names in os.walk(self.folder.path):
             above = Path(parent).relative_to(self.folder.path)
             excluded = _NOT_STORED if above == Path() else ()
-            folders[:] = sorted(name for name in folders if name not in excluded and not name.startswith("."))
-            found += [(above / name).as_posix() for name in sorted(names) if not name.startswith(".")]
-        return found
+            folders[:] = [name for name in folders if name not in excluded and not name.startswith(".")]
+            found += [above / name for name in names if name not in excluded and not name.startswith(".")]
+        return sorted(path.as_posix() for path in found)
 
     def _send_file(self, name: str) -> None:
         """Sends a file if it has changed. It may be replaced or continued at the same time."""
