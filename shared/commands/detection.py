@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +30,38 @@ from shared.training.trial import DetectionTrial
 def with_checkpoint(
     trial_class: type[DetectionTrial], experiment: Experiment, arguments: argparse.Namespace
 ) -> tuple[Experiment, Checkpoint | None]:
-    """The experiment and the checkpoint to detect with.
+    """The experiment and the checkpoint to detect with, see `experiment_of_checkpoint`."""
+    checkpoint = read_checkpoint(find_checkpoint(arguments.checkpoint)) if arguments.checkpoint else None
+    names = [o.split("=")[0].split(".")[1] for o in arguments.overrides if o.startswith("hyperparameters.")]
+    return experiment_of_checkpoint(trial_class, experiment, checkpoint, names), checkpoint
 
-    The hyperparameters are the checkpoint's, with --set applied; without a checkpoint the config's.
+
+def experiment_of_checkpoint(
+    trial_class: type[DetectionTrial], experiment: Experiment, checkpoint: Checkpoint | None, changed: Sequence[str]
+) -> Experiment:
+    """The experiment to detect with. The hyperparameters are the checkpoint's; without one, the config's.
+
+    Args:
+        changed: hyperparameters of the config that replace the checkpoint's.
     """
     own = hyperparameters = experiment.config["hyperparameters"]
-    checkpoint = None
-    if arguments.checkpoint:
-        checkpoint = read_checkpoint(find_checkpoint(arguments.checkpoint))
+    if checkpoint is not None:
         if other := checkpoint.hparams.keys() - set(key_names(trial_class.hyperparameters_class)):
             raise UserError(
                 f"--checkpoint: {checkpoint.path} is another detector's: its hyperparameters have "
                 f"{', '.join(sorted(other))}. Fix: run the command in that detector's folder"
             )
-        names = [o.split("=")[0].split(".")[1] for o in arguments.overrides if o.startswith("hyperparameters.")]
         hyperparameters = {
             **filled_in(checkpoint.hparams, own),
             **_own_imports(checkpoint, own),
             **trial_class.hyperparameters_of_checkpoint(checkpoint.path, own),
-            **{name: own[name] for name in names},
+            **{name: own[name] for name in changed},
         }
     slots = int(os.environ.get("WORLD_SIZE", 1))
     batch_size = hyperparameters.get("global_batch_size")
     if type(batch_size) is int:  # any number of processes can detect
         hyperparameters = {**hyperparameters, "global_batch_size": -(-batch_size // slots) * slots}
-    return experiment.with_hyperparameters(hyperparameters), checkpoint
+    return experiment.with_hyperparameters(hyperparameters)
 
 
 def _own_imports(checkpoint: Checkpoint, own: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -239,17 +239,35 @@ def _look_at(name: str, location: str, images: GivenImages) -> list[Picture] | s
                 return "a video is read from disk only; download it"
             count, width, height = videos.measure(location)
             return [Picture(name, location, width, height, frame) for frame in range(count)]
+        found = size_of(name, location, images)
+        return None if found is None else [Picture(name, location, *found)]
+    except remote.StoreError:
+        raise
+    except (UnreadableError, UserError) as error:
+        return str(error).removeprefix(location).lstrip(": ")
+
+
+class UnreadableError(Exception):
+    """An input that is no image, in a few words."""
+
+
+def size_of(name: str, location: str, images: GivenImages) -> tuple[int, int] | None:
+    """The (width, height) of an image, rotated as its EXIF says, from its header; None if an earlier run drew it.
+
+    Raises:
+        UnreadableError: it cannot be read as an image.
+    """
+    try:
         file = io.BytesIO(images.read(name)) if is_url(location) else location
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file) as image:
                 if is_drawn(image):
                     return None
-                width, height = ImageOps.exif_transpose(image).size if image.getexif() else image.size
-        return [Picture(name, location, width, height)]
+                return ImageOps.exif_transpose(image).size if image.getexif() else image.size
     except remote.StoreError:
         raise
-    except UnidentifiedImageError:
-        return "it is no image"
+    except UnidentifiedImageError as error:
+        raise UnreadableError("it is no image") from error
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        return str(error).removeprefix(location).lstrip(": ")
+        raise UnreadableError(str(error).removeprefix(location).lstrip(": ")) from error
