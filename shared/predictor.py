@@ -21,6 +21,7 @@ from pycocotools import mask as coco_mask
 
 from shared.commands.detection import detect_all, detecting_trial, experiment_of_checkpoint
 from shared.commands.predict_inputs import GivenImages, UnreadableError, size_of
+from shared.commands.score_limits import score_limits
 from shared.commands.trial_classes import trial_class_of
 from shared.config.experiment import experiment_of
 from shared.config.schema import StoreOptions, is_url
@@ -111,6 +112,7 @@ class Predictor:
         changes = dict(hyperparameters or {})
         experiment = experiment_of(checkpoint.config, changes, trial_class.sections(), with_hyperparameters=False)
         experiment = experiment_of_checkpoint(trial_class, experiment, checkpoint, list(changes))
+        self._checkpoint = checkpoint.path
         self._options = experiment.data.store_options
         allow_pixels(experiment.data.max_image_pixels)
         experiment = replace(experiment, data=replace(experiment.data, on_bad_image="error", workers=0))
@@ -125,13 +127,13 @@ class Predictor:
         return self._trial.categories
 
     def __call__(
-        self, images: Given | Sequence[Given], min_score: float = 0.0
+        self, images: Given | Sequence[Given], min_score: float | str = 0.0
     ) -> ImageDetections | list[ImageDetections]:
         """The detections of one image, or a list with those of each image.
 
         Args:
             images: a path, a URL, a Pillow image, or a (height, width, 3) uint8 array in RGB; or a list of these.
-            min_score: the lowest score that is returned.
+            min_score: the lowest score that is returned; or "best" or "best-per-category", from the run's report.
 
         Raises:
             UserError: an image cannot be read.
@@ -140,6 +142,7 @@ class Predictor:
             return self([images], min_score)[0]
         if not images:
             return []
+        limits = score_limits(min_score, self._checkpoint, self.categories)
         with _OpenedImages(images, self._options) as opened:
             sizes = [opened.size(i) for i in range(len(images))]
             rows = [
@@ -149,7 +152,7 @@ class Predictor:
             annotations = CocoAnnotations.from_dict({"images": rows, "annotations": [], "categories": self.categories})
             detected = detect_all(self._trial, SplitData(annotations, opened), all_images=True)
             by_id = {found.image_id: found for _, of_batch in detected for found in of_batch}
-        return [self._of_image(by_id[i].only(by_id[i].scores >= min_score), image) for i, image in enumerate(images)]
+        return [self._of_image(by_id[i].only(limits.allow(by_id[i])), image) for i, image in enumerate(images)]
 
     def _of_image(self, found: Detections, image: Given) -> ImageDetections:
         return ImageDetections(**vars(found), categories=self.categories, image=image, options=self._options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from shared.commands import videos
 from shared.commands.detection import detect_all, detecting_trial, make_folder, with_checkpoint, write_results
 from shared.commands.predict_inputs import GivenImages, Picture, drawn_as, find_files, look_at
+from shared.commands.score_limits import ScoreLimits, score_limits
 from shared.config.experiment import Experiment
 from shared.config.schema import DataConfig
 from shared.data.annotations import CocoAnnotations
@@ -25,7 +25,6 @@ from shared.data.storage import DiskImages
 from shared.errors import UserError
 from shared.evaluation import drawing
 from shared.evaluation.detections import Detections, to_coco_results
-from shared.training.checkpoints import Checkpoint
 from shared.training.processes import local_processes, on_chief
 from shared.training.training_metrics import Progress
 from shared.training.trial import DetectionTrial
@@ -38,7 +37,7 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
     experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments)
     # as the inputs whose header cannot be read
     experiment = replace(experiment, data=replace(experiment.data, on_bad_image="skip"))
-    min_score = _best_threshold(checkpoint) if arguments.min_score == "best" else arguments.min_score
+    score_limits(arguments.min_score, checkpoint and checkpoint.path, [])  # what it refuses, before the model is built
     options = experiment.data.store_options
     allow_pixels(experiment.data.max_image_pixels)
     with local_processes() as processes, contextlib.ExitStack() as stack:
@@ -57,25 +56,13 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
         pictures, images = on_chief(distributed, open_inputs)
         with detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
             data = pictures_as_data(pictures, images, arguments.images, trial)
-            prediction = _Prediction(trial, data, pictures, arguments.output, arguments.format, min_score)
+            limits = score_limits(arguments.min_score, checkpoint and checkpoint.path, trial.categories)
+            prediction = _Prediction(trial, data, pictures, arguments.output, arguments.format, limits)
             try:
                 prediction.run()
             except KeyboardInterrupt:
                 prediction.write_interrupted()
                 sys.exit(130)
-
-
-def _best_threshold(checkpoint: Checkpoint | None) -> float:
-    """The best threshold in the report of the run that saved the checkpoint."""
-    written = checkpoint and checkpoint.path.parent.parent / "report.json"
-    if written is None or not written.is_file():
-        raise UserError(
-            f"--min-score best: {checkpoint.path if checkpoint else 'the pretrained weight file'} is of no run with a "
-            "report; `evaluate` says which score is best: give that number"
-        )
-    if (best := json.loads(written.read_text())["best_threshold"]) is None:
-        raise UserError(f"--min-score best: no detection is correct in {written}. Fix: give a number")
-    return best
 
 
 def _check_is_empty(output: Path) -> None:
@@ -124,12 +111,13 @@ class _Prediction:
         pictures: list[Picture],
         output: Path,
         picture_format: str,
-        min_score: float,
+        limits: ScoreLimits,
     ):
         self.trial, self.data = trial, data
-        self.output, self.format, self.min_score = output, picture_format, min_score
+        self.output, self.format, self.limits = output, picture_format, limits
         self.pictures = dict(zip(data.annotations.image_ids.tolist(), pictures, strict=True))
         self.results: dict[int, list[dict]] = {}
+        self.drawn = 0
         self.frames: dict[int, Detections] = {}
         self.seconds = dict.fromkeys(("loading", "detecting", "drawing"), 0.0)
 
@@ -142,13 +130,14 @@ class _Prediction:
                     for detections in detected:
                         self._take(detections)
                 progress.update(len(detected) + len(batch.skipped))
-        gathered = distributed.gather((self.results, self.frames))
+        gathered = distributed.gather((self.results, self.frames, self.drawn))
         if self.trial.rank == 0:
-            if not any(results for results, _ in gathered):
+            if not any(results for results, *_ in gathered):
                 raise UserError("--images: none of the images can be read, see the lines above. Fix: give others")
             with self._drawing():
-                self._write_videos({image_id: found for _, frames in gathered for image_id, found in frames.items()})
-            self._print_summary(write_results(self.output, [results for results, _ in gathered]))
+                self._write_videos({image_id: found for _, frames, _ in gathered for image_id, found in frames.items()})
+            written = write_results(self.output, [results for results, *_ in gathered])
+            self._print_summary(written, sum(drawn for *_, drawn in gathered))
 
     @contextlib.contextmanager
     def _drawing(self) -> Iterator[None]:
@@ -160,6 +149,7 @@ class _Prediction:
         picture = self.pictures[detections.image_id]
         if detections.image_id in self.results:  # it replaces an image that cannot be read
             return
+        self.drawn += int(self.limits.allow(detections).sum())
         about = {"file_name": picture.name} | ({} if picture.frame is None else {"frame": picture.frame})
         results = to_coco_results(detections, self.data.annotations.category_ids)
         if picture.frame is not None:  # drawn at the end, in order
@@ -167,7 +157,7 @@ class _Prediction:
         else:
             image = read_image(self.data.images, picture.key)
             with self._writing(picture) as path:
-                drawing.save_picture_of(path, image, detections, self.data.annotations.categories, self.min_score)
+                drawing.save_picture_of(path, image, detections, self.data.annotations.categories, self.limits.scores)
         self.results[detections.image_id] = [{**result, **about} for result in results]
 
     def _write_videos(self, found: dict[int, Detections]) -> None:
@@ -181,7 +171,7 @@ class _Prediction:
             with self._writing(self.pictures[image_ids[0]]) as path, videos.VideoWriter(path, location) as writer:
                 for image_id, frame in zip(image_ids, videos.frames(location), strict=False):
                     if (detections := found.get(image_id)) is not None:
-                        objects = drawing.objects_of_detections(detections, categories, self.min_score)
+                        objects = drawing.objects_of_detections(detections, categories, self.limits.scores)
                         frame = drawing.draw(frame, objects)
                     writer.write(frame)
 
@@ -198,14 +188,12 @@ class _Prediction:
                 raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
             raise
 
-    def _print_summary(self, by_image: dict[int, list[dict]]) -> None:
+    def _print_summary(self, by_image: dict[int, list[dict]], drawn: int) -> None:
         if skipped := len(self.pictures) - len(by_image):
             logger.warning("skipped: %d of %d images, see the lines above", skipped, len(self.pictures))
-        scores = [result["score"] for found in by_image.values() for result in found]
         print(
-            f"{len(scores)} detections on {len(by_image)} images in {self.output / 'results.json'}; the "
-            f"{sum(score >= self.min_score for score in scores)} of at least {self.min_score:g} are drawn in the "
-            "pictures beside it"
+            f"{sum(map(len, by_image.values()))} detections on {len(by_image)} images in "
+            f"{self.output / 'results.json'}; the {drawn} {self.limits.text} are drawn in the pictures beside it"
         )
         each = 1000 * sum(self.seconds.values()) / max(len(self.results), 1)
         print(
