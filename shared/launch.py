@@ -241,6 +241,12 @@ def read_arguments() -> argparse.Namespace:
             "the lowest score that is drawn, 0 to 1; default 0.3; `best` or `best-per-category`: from the run's report",
         ),
     ):
+        command.add_argument(
+            "--tiles", type=_count, metavar="PIXELS", help="detect in tiles of so many pixels, for large images"
+        )
+        command.add_argument(
+            "--overlap", type=_share, default=0.2, help="the share of a tile that the next one shows too; default 0.2"
+        )
         command.add_argument("--min-score", type=kind, default=default, help=help)
         command.add_argument(
             "--checkpoint",
@@ -254,6 +260,13 @@ def _count(text: str) -> int:
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+
+
+def _share(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 0.9:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not between 0 and 0.9")
 
 
 def _share_or_best(text: str, words: tuple[str, ...] = ("best",)) -> float | str:

@@ -28,6 +28,7 @@ from shared.config.schema import StoreOptions, is_url
 from shared.data.annotations import CocoAnnotations
 from shared.data.images import allow_pixels, read_image
 from shared.data.open import SplitData
+from shared.data.tiles import Tiling
 from shared.errors import UserError
 from shared.evaluation import drawing
 from shared.evaluation.detections import Detections, to_coco_results
@@ -127,30 +128,37 @@ class Predictor:
         return self._trial.categories
 
     def __call__(
-        self, images: Given | Sequence[Given], min_score: float | str = 0.0
+        self,
+        images: Given | Sequence[Given],
+        min_score: float | str = 0.0,
+        tiles: int | None = None,
+        overlap: float = 0.2,
     ) -> ImageDetections | list[ImageDetections]:
         """The detections of one image, or a list with those of each image.
 
         Args:
             images: a path, a URL, a Pillow image, or a (height, width, 3) uint8 array in RGB; or a list of these.
             min_score: the lowest score that is returned; or "best" or "best-per-category", from the run's report.
+            tiles: pixels of a tile's side, for large images; None detects in the whole image.
+            overlap: the share of a tile that the next one shows too.
 
         Raises:
             UserError: an image cannot be read.
         """
         if not isinstance(images, (list, tuple)):
-            return self([images], min_score)[0]
+            return self([images], min_score, tiles, overlap)[0]
         if not images:
             return []
         limits = score_limits(min_score, self._checkpoint, self.categories)
         with _OpenedImages(images, self._options) as opened:
-            sizes = [opened.size(i) for i in range(len(images))]
+            tiling = None if tiles is None else Tiling(tiles, overlap)
+            sizes = [opened.size(i, in_tiles=tiles is not None) for i in range(len(images))]
             rows = [
                 {"id": i, "file_name": str(i), "width": width, "height": height}
                 for i, (width, height) in enumerate(sizes)
             ]
             annotations = CocoAnnotations.from_dict({"images": rows, "annotations": [], "categories": self.categories})
-            detected = detect_all(self._trial, SplitData(annotations, opened), all_images=True)
+            detected = detect_all(self._trial, SplitData(annotations, opened), all_images=True, tiling=tiling)
             by_id = {found.image_id: found for _, of_batch in detected for found in of_batch}
         return [self._of_image(by_id[i].only(limits.allow(by_id[i])), image) for i, image in enumerate(images)]
 
@@ -187,13 +195,13 @@ class _OpenedImages(GivenImages):
         super().__init__(locations, options, Path(self._folder.name))
         self._given = given
 
-    def size(self, position: int) -> tuple[int, int]:
+    def size(self, position: int, in_tiles: bool) -> tuple[int, int]:
         """(width, height), rotated as EXIF says."""
         name = str(position)
         if name not in self.locations:
             return _upright(self._given[position], position).size
         try:
-            size = size_of(name, self.locations[name], self)
+            size = size_of(name, self.locations[name], self, in_tiles)
         except UnreadableError as error:
             raise UserError(f"{self.locations[name]}: {error}") from error
         if size is None:

@@ -176,8 +176,15 @@ def run_command(function: Callable, trial_class: type, config: Path, overrides: 
     """Calls a command's function in this process, with the arguments that the command line has."""
     from shared.launch import experiment_for
 
-    given = {"command": None, "config": str(config), "overrides": [*overrides], "split": "val", **arguments}
-    given = argparse.Namespace(**given)
+    given = {
+        "command": None,
+        "config": str(config),
+        "overrides": [*overrides],
+        "split": "val",
+        "tiles": None,
+        "overlap": 0.2,
+    }
+    given = argparse.Namespace(**{**given, **arguments})
     function(trial_class, experiment_for(given, trial_class.sections()), given)
 
 

@@ -63,6 +63,19 @@ def test_a_path_an_array_and_a_pillow_image_give_the_same(run, shapes):
     assert set(found[0].names) <= {category["name"] for category in predictor.categories}
 
 
+def test_python_detects_in_tiles_as_predict_does(run, command, shapes, tmp_path):
+    large = Image.new("RGB", (300, 200), "gray")
+    for i, path in enumerate(sorted((shapes / "val").iterdir())[:2]):
+        large.paste(Image.open(path), (20 + 140 * i, 40))
+    large.save(tmp_path / "large.png")
+    arguments = ("--checkpoint", run / "checkpoints/best", "--images", tmp_path / "large.png", "--tiles", 128)
+    command(trial_classes()["efficientdet"], "predict", run / "config.yaml", *arguments, "--output", tmp_path / "out")
+    written = json.loads((tmp_path / "out/results.json").read_text())
+    found = Predictor(run)(large, tiles=128)
+    assert [result["bbox"] for result in written] == [result["bbox"] for result in found.to_coco()]
+    assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
+
+
 def test_the_lines_of_the_predict_page_run_as_written(run, shapes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()

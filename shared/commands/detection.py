@@ -7,7 +7,8 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from shared.config.experiment import Experiment
 from shared.config.schema import key_names
 from shared.data.loading import Batch
 from shared.data.open import SplitData
+from shared.data.tiles import Tile, Tiling, cut
 from shared.errors import UserError
+from shared.evaluation.merging import merge
 from shared.redaction import filled_in
 from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import Checkpoint, load_weights, read_checkpoint
@@ -98,17 +101,58 @@ def detecting_trial(
         yield trial
 
 
+def tiling_of(arguments: argparse.Namespace) -> Tiling | None:
+    """How the arguments cut images; None if they do not."""
+    return None if arguments.tiles is None else Tiling(arguments.tiles, arguments.overlap)
+
+
 def detect_all(
-    trial: DetectionTrial, data: SplitData, seconds: dict[str, float] | None = None, all_images: bool = False
+    trial: DetectionTrial,
+    data: SplitData,
+    seconds: dict[str, float] | None = None,
+    all_images: bool = False,
+    tiling: Tiling | None = None,
 ) -> Iterator[tuple[Batch, list[Any]]]:
     """The batches of this process's share, and their detections.
 
     Args:
         seconds: adds up the time for "loading" and "detecting".
         all_images: also those that a validation omits.
+        tiling: detects in tiles. A batch is then one image, without its pixels.
     """
     seconds = {"loading": 0.0, "detecting": 0.0} if seconds is None else seconds
-    batches = iter(trial.evaluation_loader(data, all_images=all_images))
+    if tiling is None:
+        yield from _detected(trial, trial.evaluation_loader(data, all_images=all_images), seconds)
+        return
+    annotations = data.annotations
+    images = list(range(len(annotations)) if all_images else trial.evaluated_images(len(annotations)))
+    cut_up = cut(data, images[trial.rank :: trial.slots] or images[:1], tiling)
+    loader = trial.evaluation_loader(cut_up.data, all_images=True, is_share=True)
+    missing = Counter(tile.image for tile in cut_up.tiles)
+    found: dict[int, list[tuple[Tile, Any]]] = defaultdict(list)
+    unread: set[int] = set()
+    for batch, detected in _detected(trial, loader, seconds):
+        tiles = [cut_up.tiles[number] for number in [*batch.image_ids, *batch.skipped]]
+        unread.update(cut_up.tiles[number].image for number in batch.skipped)
+        for tile, detections in zip(tiles, detected, strict=False):
+            found[tile.image].append((tile, detections))
+        missing.subtract(tile.image for tile in tiles)
+        for image in dict.fromkeys(tile.image for tile in tiles):
+            if missing[image] > 0:
+                continue
+            image_id, parts = int(annotations.image_ids[image]), found.pop(image, [])
+            if image in unread:
+                yield Batch(None, None, [], skipped=[image_id]), []
+                continue
+            size = int(annotations.columns["widths"][image]), int(annotations.columns["heights"][image])
+            parts.sort(key=lambda part: (part[0].is_view, part[0].box))  # batches come in any order
+            yield Batch(None, None, [image_id]), [merge(image_id, size, parts, tiling, trial.max_iou)]
+
+
+def _detected(
+    trial: DetectionTrial, batches: Iterable[Batch], seconds: dict[str, float]
+) -> Iterator[tuple[Batch, list[Any]]]:
+    batches = iter(batches)
     while True:
         started = time.perf_counter()
         batch = next(batches, None)

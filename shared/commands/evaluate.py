@@ -15,6 +15,7 @@ from shared.commands.detection import (
     detect_all,
     detecting_trial,
     make_folder,
+    tiling_of,
     with_checkpoint,
     write_json,
     write_results,
@@ -55,9 +56,12 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
         evaluator = trial.build_evaluator(data)
         if arguments.report and not isinstance(evaluator, CocoEvaluator):
             raise UserError("--report: the detector's library evaluates this data, and not by COCO's rules")
+        tiling = tiling_of(arguments)
+        if tiling is not None and not isinstance(data, SplitData):
+            raise UserError("--tiles: the detector's library reads and evaluates this data. Fix: remove --tiles")
         category_ids = [category["id"] for category in data.categories]
         results = {}
-        for batch, detected in detect_all(trial, data):
+        for batch, detected in detect_all(trial, data, tiling=tiling):
             evaluator.update(detected)
             if batch.skipped:
                 evaluator.skip(batch.skipped)

@@ -12,8 +12,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from shared.commands import videos
-from shared.commands.detection import detect_all, detecting_trial, make_folder, with_checkpoint, write_results
+from shared.commands.detection import (
+    detect_all,
+    detecting_trial,
+    make_folder,
+    tiling_of,
+    with_checkpoint,
+    write_results,
+)
 from shared.commands.predict_inputs import GivenImages, Picture, drawn_as, find_files, look_at
 from shared.commands.score_limits import ScoreLimits, score_limits
 from shared.config.experiment import Experiment
@@ -22,6 +32,7 @@ from shared.data.annotations import CocoAnnotations
 from shared.data.images import allow_pixels, read_image
 from shared.data.open import SplitData
 from shared.data.storage import DiskImages
+from shared.data.tiles import Tiling, open_image
 from shared.errors import UserError
 from shared.evaluation import drawing
 from shared.evaluation.detections import Detections, to_coco_results
@@ -38,7 +49,7 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
     # as the inputs whose header cannot be read
     experiment = replace(experiment, data=replace(experiment.data, on_bad_image="skip"))
     score_limits(arguments.min_score, checkpoint and checkpoint.path, [])  # what it refuses, before the model is built
-    options = experiment.data.store_options
+    options, tiling = experiment.data.store_options, tiling_of(arguments)
     allow_pixels(experiment.data.max_image_pixels)
     with local_processes() as processes, contextlib.ExitStack() as stack:
         distributed = processes[0]
@@ -49,7 +60,7 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
             _check_is_empty(arguments.output)
             files = find_files(arguments.images, options, arguments.format)
             images = GivenImages(files, options, copies)
-            pictures = look_at(files, images)
+            pictures = look_at(files, images, in_tiles=tiling is not None)
             make_folder(arguments.output, "--output")
             return pictures, images
 
@@ -57,7 +68,7 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
         with detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
             data = pictures_as_data(pictures, images, arguments.images, trial)
             limits = score_limits(arguments.min_score, checkpoint and checkpoint.path, trial.categories)
-            prediction = _Prediction(trial, data, pictures, arguments.output, arguments.format, limits)
+            prediction = _Prediction(trial, data, pictures, arguments.output, arguments.format, limits, tiling)
             try:
                 prediction.run()
             except KeyboardInterrupt:
@@ -112,8 +123,9 @@ class _Prediction:
         output: Path,
         picture_format: str,
         limits: ScoreLimits,
+        tiling: Tiling | None,
     ):
-        self.trial, self.data = trial, data
+        self.trial, self.data, self.tiling = trial, data, tiling
         self.output, self.format, self.limits = output, picture_format, limits
         self.pictures = dict(zip(data.annotations.image_ids.tolist(), pictures, strict=True))
         self.results: dict[int, list[dict]] = {}
@@ -125,7 +137,7 @@ class _Prediction:
         distributed = self.trial.context.distributed
         progress = Progress(0, -(-len(self.pictures) // distributed.size), "image")
         with contextlib.closing(progress):
-            for batch, detected in detect_all(self.trial, self.data, self.seconds, all_images=True):
+            for batch, detected in detect_all(self.trial, self.data, self.seconds, True, self.tiling):
                 with self._drawing():
                     for detections in detected:
                         self._take(detections)
@@ -155,10 +167,24 @@ class _Prediction:
         if picture.frame is not None:  # drawn at the end, in order
             self.frames[detections.image_id] = detections
         else:
-            image = read_image(self.data.images, picture.key)
+            image, shown = self._to_draw(picture, detections)
             with self._writing(picture) as path:
-                drawing.save_picture_of(path, image, detections, self.data.annotations.categories, self.limits.scores)
+                drawing.save_picture_of(path, image, shown, self.data.annotations.categories, self.limits.scores)
         self.results[detections.image_id] = [{**result, **about} for result in results]
+
+    def _to_draw(self, picture: Picture, detections: Detections) -> tuple[Image.Image, Detections]:
+        """The image and what is drawn on it. An image that is read by windows is drawn reduced, without masks."""
+        if self.tiling is None:
+            return read_image(self.data.images, picture.key), detections
+        image = open_image(self.data.images, picture.key, (picture.width, picture.height))
+        if isinstance(image, Image.Image):
+            return image, detections
+        factor = -(-max(image.size) // drawing.LARGEST_SIDE)
+        points = detections.keypoints
+        if points is not None:
+            points = np.dstack([(points[..., :2] + 0.5) / factor - 0.5, points[..., 2]])
+        small = replace(detections, boxes=detections.boxes / factor, masks=None, keypoints=points)
+        return image.reduced(factor), small
 
     def _write_videos(self, found: dict[int, Detections]) -> None:
         """A video with the same frames for each video. A frame without detections stays unchanged."""

@@ -21,7 +21,7 @@ from shared.evaluation.detections import Detections, as_rle
 from shared.evaluation.lettering import Color, color_of, lettering, on_color, runs_of
 
 MADE_BY = "detection-on-determined"  # PNG's "Software": `predict` skips such a file
-_LARGEST_SIDE = 4000  # pixels of a picture
+LARGEST_SIDE = 4000  # pixels of a picture
 _MASK_OPACITY = 0.45
 _LEAST_KEYPOINT_SCORE = 0.05
 _MARGIN = 8  # pixels between the images of a page
@@ -313,7 +313,7 @@ def save_picture_of(
 
 
 def _scale(image: Image.Image) -> float:
-    return min(_LARGEST_SIDE / max(image.size), 1.0)
+    return min(LARGEST_SIDE / max(image.size), 1.0)
 
 
 def _write_pdf(path: Path, image: Image.Image, objects: Objects, scale: float) -> None:
