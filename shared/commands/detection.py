@@ -126,8 +126,8 @@ def detect_all(
         return
     annotations = data.annotations
     images = list(range(len(annotations)) if all_images else trial.evaluated_images(len(annotations)))
-    cut_up = cut(data, images[trial.rank :: trial.slots] or images[:1], tiling)
-    loader = trial.evaluation_loader(cut_up.data, all_images=True, is_share=True)
+    cut_up = cut(annotations, data.images, images[trial.rank :: trial.slots] or images[:1], tiling)
+    loader = trial.evaluation_loader(SplitData(cut_up.annotations, cut_up.images), all_images=True, is_share=True)
     missing = Counter(tile.image for tile in cut_up.tiles)
     found: dict[int, list[tuple[Tile, Any]]] = defaultdict(list)
     unread: set[int] = set()

@@ -13,9 +13,9 @@ from PIL import Image
 from shared.data.annotations import CocoAnnotations
 from shared.data.image_list import Look
 from shared.data.images import read_image
-from shared.data.open import SplitData
 from shared.data.storage import DiskImages, ImageStorage
 from shared.data.windows import Box, Windows, open_windows
+from shared.errors import UserError
 
 _LARGEST_VIEW = 4096  # pixels of a side of the whole image's view
 
@@ -31,6 +31,13 @@ class Tiling:
 
     size: int
     overlap: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or not 0 <= self.overlap <= 0.9:
+            raise UserError(
+                f"--tiles: {self.size} pixels that overlap by {self.overlap:g}. Fix: give one pixel or more, and an "
+                "overlap between 0 and 0.9"
+            )
 
     def starts(self, length: int) -> list[int]:
         """Where the tiles start along a side of that many pixels. All tiles have one size, and the last one ends with
@@ -87,16 +94,16 @@ class TiledData:
     """The tiles as data without annotations.
 
     Attributes:
-        data: the image id of a tile is its index in `tiles`.
+        annotations: the image id of a tile is its index in `tiles`.
     """
 
-    data: SplitData
+    annotations: CocoAnnotations
+    images: TileImages
     tiles: list[Tile]
 
 
-def cut(data: SplitData, images: Sequence[int], tiling: Tiling) -> TiledData:
+def cut(annotations: CocoAnnotations, storage: ImageStorage, images: Sequence[int], tiling: Tiling) -> TiledData:
     """The tiles of some images, given by index."""
-    annotations = data.annotations
     widths, heights = annotations.columns["widths"], annotations.columns["heights"]
     tiles = [tile for i in images for tile in tiles_of(i, int(widths[i]), int(heights[i]), tiling)]
     names = {i: annotations.file_name(i) for i in images}
@@ -109,7 +116,7 @@ def cut(data: SplitData, images: Sequence[int], tiling: Tiling) -> TiledData:
     cut_up = CocoAnnotations.from_dict({"images": rows, "annotations": [], "categories": annotations.categories})
     cut_up.path = annotations.path
     sizes = {i: (int(widths[i]), int(heights[i])) for i in images}
-    return TiledData(SplitData(cut_up, TileImages(data.images, names, sizes, parts)), tiles)
+    return TiledData(cut_up, TileImages(storage, names, sizes, parts), tiles)
 
 
 @dataclass

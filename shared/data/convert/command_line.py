@@ -38,10 +38,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--boxes", default="", choices=["xywh", "xyxy"], help="csv, huggingface: what the four numbers of a box are"
     )
+    parser.add_argument("--tiles", type=int, default=640, metavar="PIXELS", help="tiles: their side; default 640")
+    parser.add_argument(
+        "--overlap", type=float, default=0.2, help="tiles: the share that the next tile shows too; default 0.2"
+    )
     given = parser.parse_intermixed_args(arguments)
     try:
         written = convert(
-            given.kind, given.source, given.output, given.images, given.val, given.labels, given.boxes, given.categories
+            given.kind,
+            given.source,
+            given.output,
+            given.images,
+            given.val,
+            given.labels,
+            given.boxes,
+            given.categories,
+            tiling=(given.tiles, given.overlap),
         )
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -21,6 +21,7 @@ from shared.data.convert import (
     labelme,
     openimages,
     table,
+    tiles,
     voc,
     yolo,
 )
@@ -43,6 +44,7 @@ FORMATS: dict[str, ModuleType] = {
     "huggingface": hugging_face,
     "kitti": kitti,
     "dota": dota,
+    "tiles": tiles,
 }
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
@@ -58,6 +60,7 @@ def convert(
     boxes: str = "",
     categories: Path | None = None,
     say: Callable[[str], object] = print,
+    tiling: tuple[int, float] = (640, 0.2),
 ) -> list[Written]:
     """Writes a COCO file, or one per split: `…_train.json`, `…_val.json`, `…_test.json`.
 
@@ -68,6 +71,7 @@ def convert(
         labels, boxes: as in `Options`.
         categories: a text file with a name per line, or a COCO file: the categories and their order.
         say: gets lines for the user: what was recognised, and the notes of the reader.
+        tiling: pixels of a tile's side, and the overlap.
 
     Raises:
         UserError: the source does not exist, is of another format, or contradicts itself.
@@ -78,7 +82,7 @@ def convert(
         raise UserError(
             f"--val: {val_share:g} is no share. Fix: give a share of the images from 0 to 1, 0.2 for example"
         )
-    options = Options(images, labels, boxes, val_share > 0, output.with_name(f"{output.stem}_images"))
+    options = Options(images, labels, boxes, val_share > 0, output.with_name(f"{output.stem}_images"), *tiling)
     contents = _read(kind, source, options, say)
     if categories is not None:
         contents.categories = _given_categories(categories, contents)
