@@ -14,10 +14,13 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from tqdm import tqdm
 
 from shared.commands.check import add_check_options
 from shared.config.experiment import Experiment, Sections, read_experiment
@@ -26,14 +29,14 @@ from shared.config.reference import help_text
 from shared.config.schema import TrainingHyperparameters, parse_section
 from shared.environment import on_cluster, quiet_if_output_is_closed, task_config, use_available_cores
 from shared.errors import DivergedError, UserError, tell_torchrun
-from shared.log import show_log
 from shared.redaction import redacted
-from shared.training.checkpoint_folder import checkpoint_here
+from shared.training.downloads import checkpoint_here
 from shared.training.loggers import check_loggers
 from shared.training.run_folder import OF_THE_RUN, RunFolder
 
 if TYPE_CHECKING:
     from shared.training.trial import DetectionTrial
+
 
 logger = logging.getLogger(__name__)
 
@@ -322,3 +325,54 @@ def _exit_with(error: Exception) -> NoReturn:
         logger.info("Determined may start this trial again: its config lacks the `log_policies` of the shipped files")
     logger.error("%s", line)
     sys.exit(1)
+
+
+# --- the log ----------------------------------------------------------------------------------------
+
+_OURS = ("shared", "__main__", "model_def")  # packages
+_FILES = "_files"  # the end of the name of a detector's package
+
+
+def show_log(verbose: bool = False) -> None:
+    """Logs to stderr, above the progress bar.
+
+    Args:
+        verbose: also show the libraries' information, all lines of their warnings, and Python's warnings.
+    """
+    logging.basicConfig(level=logging.INFO, handlers=[_AboveTheBar(verbose)])
+    warnings.showwarning = _log_warning
+
+
+class _AboveTheBar(logging.Handler):
+    def __init__(self, verbose: bool):
+        super().__init__()
+        self.verbose = verbose
+        self.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        ours = _is_ours(record)
+        if not (ours or self.verbose or record.levelno >= logging.WARNING):
+            return
+        text = redacted(self.format(record))
+        first, *more = text.splitlines() or [""]
+        if more and not (ours or self.verbose or record.exc_info):
+            text = f"{first} (and {len(more)} more lines, with --verbose)"
+        tqdm.write(text, file=sys.stderr)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    package = record.name.split(".")[0]
+    return package in _OURS or package.endswith(_FILES)
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type,
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Logs a warning of Python. One in an installed library is for its authors, and shown only with --verbose."""
+    level = logging.INFO if "site-packages" in filename else logging.WARNING
+    logging.getLogger("warnings").log(level, "%s (%s, %s:%d)", message, category.__name__, filename, lineno)

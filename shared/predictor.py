@@ -19,7 +19,7 @@ from determined.core import DistributedContext
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
-from shared.commands.detection import detect_all, detecting_trial, experiment_of_checkpoint
+from shared.commands.evaluate import detect_all, detecting_trial, experiment_of_checkpoint
 from shared.commands.predict_inputs import GivenImages, UnreadableError, size_of
 from shared.commands.score_limits import score_limits
 from shared.commands.trial_classes import trial_class_of
@@ -32,8 +32,8 @@ from shared.data.tiles import Tiling
 from shared.errors import UserError
 from shared.evaluation import drawing
 from shared.evaluation.detections import Detections, to_coco_results
-from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import read_checkpoint
+from shared.training.downloads import find_checkpoint
 from shared.training.processes import choose_device
 
 Given = str | Path | Image.Image | np.ndarray

@@ -233,7 +233,7 @@ def unbuilt():
     import torch
     from determined.core import DistributedContext
 
-    from shared.training.context import trial_context
+    from shared.training.processes import trial_context
 
     class Slots(DistributedContext):
         """The first of so many slots, which hears nothing of the others."""

@@ -6,6 +6,7 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -72,18 +73,21 @@ class Recorder:
             self._on_disk[status.st_dev, status.st_ino] = (status.st_size, status.st_mtime_ns)
 
         monkeypatch.setattr(os, "fsync", fsync)
-        for module, name in ((os, "rename"), (os, "replace"), (shutil, "rmtree")):
-            self._keep_before(module, name, monkeypatch)
+        renames = [(os, "rename"), (os, "replace")]
+        if sys.version_info < (3, 11):  # its pathlib took them from `os` when it was imported
+            renames += [(Path, "rename"), (Path, "replace")]
+        for owner, name in (*renames, (shutil, "rmtree")):
+            self._keep_before(owner, name, monkeypatch)
 
-    def _keep_before(self, module: object, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        real = getattr(module, name)
+    def _keep_before(self, owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = getattr(owner, name)
 
         def call(path: object, *arguments: object, **named: object) -> object:
             if not self._busy and Path(path).is_relative_to(self.folder):
                 self.keep()
             return real(path, *arguments, **named)
 
-        monkeypatch.setattr(module, name, call)
+        monkeypatch.setattr(owner, name, call)
 
     def keep(self) -> None:
         """Adds an image of the disk as it is now."""

@@ -101,7 +101,7 @@ def _open_and_hold(path, results, done):
     results.put(float(sum(record.boxes.sum() for record in opened)))
 
 
-def test_of_processes_that_open_a_new_file_at_once_one_parses_and_all_map_the_same_pages(coco, tmp_path, monkeypatch):
+def test_one_process_parses_a_new_file_and_all_map_the_same_pages(coco, tmp_path, monkeypatch):
     path, parsed = write(tmp_path / "a.json", coco), tmp_path / "parsed"
     parse = coco_file.parse
 

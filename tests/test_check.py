@@ -16,7 +16,7 @@ from tiny_models import CONFIGS, trial_classes
 from shared.commands.check import check_with_detector, main
 from shared.commands.data_report import Report, describe, open_both
 from shared.config.experiment import parse_data
-from shared.data.samplers import TrainingBatchSampler
+from shared.data.loading import TrainingBatchSampler
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_what_is_odd_in_the_annotations_is_named_with_its_annotation(data, spoil
     assert report.stops == []
 
 
-def test_images_in_both_splits_are_found_by_their_pixels_and_by_their_boxes(data):
+def test_images_in_both_splits_are_found_by_pixels_and_boxes(data):
     shutil.copy(data / "val/000002.png", data / "train/000005.png")
     assert any("1 images that were read are in data.train and in data.val" in r for r in checked(data).remarks)
 
@@ -151,7 +151,7 @@ def run_main(*arguments):
     return ended.value.code
 
 
-def test_the_command_reports_in_a_table_draws_a_page_of_both_splits_and_ends_with_a_status(data, tmp_path, capsys):
+def test_check_prints_a_table_draws_a_page_and_sets_the_exit_status(data, tmp_path, capsys):
     config, page = tmp_path / "config.yaml", tmp_path / "page.png"
     config.write_text(yaml.safe_dump({"data": section(data)}))
     assert run_main(config, "--images", "all", "--page", page) == 0

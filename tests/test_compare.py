@@ -215,9 +215,7 @@ def test_a_run_on_other_categories_is_refused(annotations, tmp_path, monkeypatch
         shared_main()
 
 
-def test_runs_on_different_subsets_of_the_categories_are_compared_by_the_common_ones(
-    annotations, tmp_path, monkeypatch, capsys
-):
+def test_runs_on_category_subsets_are_compared_by_the_common_ones(annotations, tmp_path, monkeypatch, capsys):
     for name, categories in (("all", ["circle", "rectangle", "triangle"]), ("some", ["triangle", "rectangle"])):
         own = annotations.select_categories(categories)
         evaluator = CocoEvaluator(own)

@@ -17,9 +17,10 @@ from tiny_models import efficientdet_config
 
 from shared import durable
 from shared.errors import UserError
-from shared.training.checkpoints import read_checkpoint, write_manifest
+from shared.training.checkpoints import read_checkpoint
 from shared.training.resume import read_checkpoint_to_resume
 from shared.training.run_folder import RunFolder
+from shared.training.saving import write_manifest
 
 
 @pytest.fixture
@@ -217,7 +218,7 @@ def test_a_checkpoint_that_a_reader_keeps_on_nfs_makes_no_save_fail(folder, monk
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == [".saving", "best", "last"]
 
 
-def test_a_save_that_was_killed_between_its_renames_is_put_right_by_the_next_start(folder):
+def test_a_save_killed_between_renames_is_repaired_by_the_next_start(folder):
     for batches in (4, 8):
         save(folder, batches)
     old = folder.checkpoints / ".last.1.old"  # left by an earlier save
@@ -419,7 +420,7 @@ def machines(tmp_path):
     return folders
 
 
-def test_ranks_that_would_resume_from_different_checkpoints_stop_with_one_error(machines):
+def test_ranks_with_different_checkpoints_stop_with_one_error(machines):
     save(machines[0], 8)
     save(machines[1], 4)
     first, second = resume_on_both(machines)

@@ -142,7 +142,7 @@ def test_a_metric_knows_which_values_are_better(metric, smaller):
         parse_searcher_metric({"searcher": {"metric": metric, "smaller_is_better": not smaller}}, None)
 
 
-def test_a_metric_whose_name_tells_nothing_needs_to_be_told_which_values_are_better():
+def test_an_unknown_metric_needs_smaller_is_better():
     with pytest.raises(UserError, match="smaller_is_better is missing"):
         parse_searcher_metric({"searcher": {"metric": "speed"}}, None)
     assert parse_searcher_metric({"searcher": {"metric": "speed", "smaller_is_better": True}}, None).smaller_is_better

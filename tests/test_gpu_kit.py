@@ -15,7 +15,7 @@ from determined import gpu
 WITHOUT_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PY": sys.executable}
 
 
-def test_without_a_gpu_its_tests_are_collected_and_skipped_with_what_is_missing():
+def test_without_a_gpu_its_tests_are_skipped_with_the_reason():
     program = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu"]
     done = subprocess.run(program, cwd=ROOT, env=WITHOUT_GPU, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -24,7 +24,7 @@ def test_without_a_gpu_its_tests_are_collected_and_skipped_with_what_is_missing(
     assert " passed" not in done.stdout.splitlines()[-1]
 
 
-def test_without_a_gpu_the_benchmarks_end_with_one_line_and_leave_no_report(tmp_path):
+def test_without_a_gpu_benchmarks_print_one_line_and_write_no_report(tmp_path):
     done = subprocess.run(
         ["benchmarks/gpu_kit.sh", "run", "benchmarks"],
         cwd=ROOT,

@@ -14,7 +14,7 @@ from conftest import run_command
 from PIL import Image
 from stores import BUCKET, http_store, s3_store
 
-from shared.commands import detection
+from shared.commands import evaluate as evaluate_module
 from shared.commands.evaluate import evaluate as evaluate_command
 from shared.commands.predict import predict as predict_command
 from shared.commands.predict_inputs import _find
@@ -198,7 +198,7 @@ def test_images_of_a_web_server_leave_no_copies_in_the_cache(predict, tmp_path):
     assert not (tmp_path / "cache/images").exists()
 
 
-def test_what_an_earlier_run_has_drawn_is_no_input_and_its_folder_is_not_written_to(predict, tmp_path, caplog):
+def test_pictures_of_an_earlier_predict_are_no_input(predict, tmp_path, caplog):
     image(tmp_path / "in/a.jpg")
     predict("in", output="in/first")
     shutil.copy(tmp_path / "in/first/a.jpg.png", tmp_path / "in/moved.png")
@@ -253,9 +253,9 @@ def test_the_threshold_of_the_run_s_report_is_drawn_with(predict, tmp_path, monk
     per_category = [{"name": "square", "threshold": 0.5}, {"name": "circle", "threshold": None}]
     report = {"best_threshold": 0.05, "bbox": {"categories": per_category}}
     (tmp_path / "run/report.json").write_text(json.dumps(report))
-    monkeypatch.setattr(detection, "find_checkpoint", Path)
-    monkeypatch.setattr(detection, "read_checkpoint", lambda _: checkpoint)
-    monkeypatch.setattr(detection, "load_weights", lambda *_: None)
+    monkeypatch.setattr(evaluate_module, "find_checkpoint", Path)
+    monkeypatch.setattr(evaluate_module, "read_checkpoint", lambda _: checkpoint)
+    monkeypatch.setattr(evaluate_module, "load_weights", lambda *_: None)
     monkeypatch.setattr(FindsTwo, "batches", 0, raising=False)
     predict("a.png", min_score="best", checkpoint=str(path))
     assert "the 2 of at least 0.05 are drawn" in capsys.readouterr().out

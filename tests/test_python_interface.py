@@ -74,7 +74,7 @@ def test_boxes_of_a_wrong_shape_are_an_error(boxes):
         Detections(7, boxes, [0.5], [0])
 
 
-def test_results_become_detections_in_the_order_of_images_with_all_that_they_have(annotations):
+def test_results_become_detections_in_the_order_of_images(annotations):
     result = {"category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5, "keypoints": [1, 2, 1]}
     square = [[10, 10, 20, 10, 20, 20, 10, 20]]
     results = [{**result, "image_id": image_id, "segmentation": square} for image_id in (2, 1, 2)]

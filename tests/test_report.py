@@ -18,10 +18,9 @@ from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
 from shared.evaluation.detections import Detections, from_coco_results
 from shared.evaluation.evaluator import evaluate
-from shared.report.about import About
 from shared.report.analysis import analyse
 from shared.report.plots import figures_of, learning_curves
-from shared.report.report import report
+from shared.report.report import About, report
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
 
@@ -176,7 +175,7 @@ def test_intervals_are_those_of_images_drawn_again_with_replacement(noisy):
 # --- what is wrong --------------------------------------------------------------------------------------
 
 
-def test_swapped_categories_and_boxes_left_out_of_the_annotations_are_found(coco_tiny, tmp_path):
+def test_swapped_categories_and_missing_boxes_are_found(coco_tiny, tmp_path):
     data = json.loads((coco_tiny / "annotations/instances_val2017.json").read_text())
     rng = np.random.default_rng(3)
     objects = [row for row in data["annotations"] if not row["iscrowd"]]
@@ -482,7 +481,7 @@ REPORTS = [
 ]
 
 
-def test_each_learning_curve_is_a_figure_that_does_not_shrink_below_three_quarters(tmp_path):
+def test_each_learning_curve_keeps_a_readable_size(tmp_path):
     annotations = data_set(tmp_path, [(1, 3, [10, 10, 20, 20])])
     found = [Detections(1, [[10, 10, 30, 30]], [0.9], [0])]
     curves = learning_curves(REPORTS, "bbox_mAP", 20)

@@ -119,9 +119,7 @@ def whole(shapes, tmp_path_factory):
         ),
     ],
 )
-def test_a_signal_in_any_phase_leaves_a_checkpoint_from_which_the_run_goes_on_as_if_there_had_been_none(
-    whole, train, trial_class, tmp_path, phase
-):
+def test_resume_after_a_signal_in_any_phase_equals_an_unstopped_run(whole, train, trial_class, tmp_path, phase):
     config, unstopped = whole
     with pytest.raises(SystemExit) as exit_status:
         train(signalled(trial_class, phase), config)
@@ -163,7 +161,7 @@ def test_a_signal_while_a_checkpoint_is_written_stops_after_the_batch(whole, tra
     assert_same_run(tmp_path / "run", unstopped)
 
 
-def test_a_signal_before_the_training_ends_the_process_and_leaves_the_folder_free(shapes, train, trial_class, tmp_path):
+def test_a_signal_before_the_training_leaves_the_folder_free(shapes, train, trial_class, tmp_path):
     config = efficientdet_config(shapes)
     config["data"]["workers"] = 0
 
@@ -231,7 +229,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(signalled_run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", [phase for phase in PHASES if phase != "in the copy for a checkpoint"])  # the chief's
-def test_two_processes_of_which_one_was_sent_a_signal_go_on_as_if_none_had_been(signalled_run, tmp_path, phase):
+def test_two_processes_resume_after_a_signal_to_one_of_them(signalled_run, tmp_path, phase):
     config, run = signalled_run(phase)
     run_model_def("train", config, "--output-dir", run, "--resume", "last", processes=2)
     run_model_def("train", config, "--output-dir", tmp_path / "unstopped", processes=2)
@@ -269,7 +267,7 @@ class Hostile:
         return os.mkdir, (str(self.trace),)
 
 
-def test_a_checkpoint_whose_pickle_would_execute_code_is_refused_before_it_does(shapes, train, trial_class, tmp_path):
+def test_a_checkpoint_that_would_execute_code_is_refused(shapes, train, trial_class, tmp_path):
     config = efficientdet_config(shapes)
     config["data"]["workers"] = 0
     config["searcher"]["max_length"] = {"batches": 2}

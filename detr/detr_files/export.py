@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoImageProcessor
 from detr_files.model import build_detector
 from detr_files.weights import PREFIX
 from shared.launch import exit_on_errors
-from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import CATEGORIES_FILE, load_weights, read_checkpoint
+from shared.training.downloads import find_checkpoint
 
 
 def export(checkpoint: Path, folder: Path) -> None:

@@ -158,7 +158,7 @@ def check_evaluation(config: Config) -> None:
 
 
 def keep_detections(config: Config, count: int) -> None:
-    """The model's head keeps so many detections per image.
+    """Sets the number of detections per image that the model's head keeps.
 
     Raises:
         UserError: its test_cfg has no such number.

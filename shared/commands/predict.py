@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shared.commands import videos
-from shared.commands.detection import (
+from shared.commands.evaluate import (
     detect_all,
     detecting_trial,
     make_folder,
@@ -24,7 +23,15 @@ from shared.commands.detection import (
     with_checkpoint,
     write_results,
 )
-from shared.commands.predict_inputs import GivenImages, Picture, drawn_as, find_files, look_at
+from shared.commands.predict_inputs import (
+    GivenImages,
+    Picture,
+    VideoWriter,
+    drawn_as,
+    find_files,
+    look_at,
+    video_frames,
+)
 from shared.commands.score_limits import ScoreLimits, score_limits
 from shared.config.experiment import Experiment
 from shared.config.schema import DataConfig
@@ -194,8 +201,8 @@ class _Prediction:
                 of_video.setdefault((picture.name, picture.location), []).append(image_id)
         categories = self.data.annotations.categories
         for (_, location), image_ids in of_video.items():
-            with self._writing(self.pictures[image_ids[0]]) as path, videos.VideoWriter(path, location) as writer:
-                for image_id, frame in zip(image_ids, videos.frames(location), strict=False):
+            with self._writing(self.pictures[image_ids[0]]) as path, VideoWriter(path, location) as writer:
+                for image_id, frame in zip(image_ids, video_frames(location), strict=False):
                     if (detections := found.get(image_id)) is not None:
                         objects = drawing.objects_of_detections(detections, categories, self.limits.scores)
                         frame = drawing.draw(frame, objects)

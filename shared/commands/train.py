@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import determined as det
 import numpy as np
@@ -24,20 +24,21 @@ from shared.errors import UserError
 from shared.evaluation import drawing
 from shared.evaluation.evaluator import CocoEvaluator, metrics_table
 from shared.evaluation.gathered import GatheredDetections, load_detections
-from shared.report.about import About, changed_keys, software, speed
 from shared.training.checkpoints import read_checkpoint
 from shared.training.cluster_run import ClusterRun
-from shared.training.context import core_context, make_context, trial_context
-from shared.training.engine import train
-from shared.training.local_run import LocalRun, full_disk_as_error
+from shared.training.engine import check_resume, train
 from shared.training.loggers import Loggers
-from shared.training.processes import local_processes, on_chief
-from shared.training.resume import check_resume, read_checkpoint_to_resume
+from shared.training.processes import core_context, local_processes, make_context, on_chief, trial_context
+from shared.training.resume import read_checkpoint_to_resume
+from shared.training.run import LocalRun, full_disk_as_error
 from shared.training.run_folder import RunFolder
 from shared.training.stopping import End, Outcome
 from shared.training.tensorboard import picture_of
 from shared.training.training_metrics import duration
 from shared.training.trial import DetectionTrial
+
+if TYPE_CHECKING:
+    from shared.report.report import About
 
 logger = logging.getLogger(__name__)
 
@@ -221,6 +222,7 @@ class Results:
 
     def _about(self, shipped: Path) -> About:
         from shared.report.plots import learning_curves
+        from shared.report.report import About, changed_keys, software, speed
 
         trial, folder, outcome = self.trial, self.folder, self.outcome
         config, annotations = trial.experiment.config, trial.val_data.annotations

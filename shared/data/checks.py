@@ -17,12 +17,11 @@ import msgspec
 import numpy as np
 
 from shared.config.schema import is_url
-from shared.data import array_cache
 from shared.data.annotations import CocoAnnotations
-from shared.data.file_lock import once
-from shared.data.image_list import Look, look_once
+from shared.data.cache import Look, load_arrays, look_once, save_arrays
 from shared.data.images import darkness, value_range
 from shared.data.storage import DiskImages, ImageStorage
+from shared.durable import once
 from shared.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -287,13 +286,13 @@ def wrong_rows(annotations: CocoAnnotations) -> np.ndarray:
     folder, count = annotations.cache / "segmentations", len(annotations.columns["annotation_ids"])
 
     def remembered() -> np.ndarray | None:
-        loaded = array_cache.load(folder)
+        loaded = load_arrays(folder)
         rows = loaded[0].get("wrong") if loaded else None
         return rows if rows is not None and (not len(rows) or 0 <= rows.min() <= rows.max() < count) else None
 
     def remember() -> np.ndarray:
         rows = _find_wrong_rows(annotations)
-        array_cache.save(folder, {"wrong": rows}, about=None)  # else the next start looks again
+        save_arrays(folder, {"wrong": rows}, about=None)  # else the next start looks again
         return rows
 
     return once([folder / "lock"], remembered, remember)

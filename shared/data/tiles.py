@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from shared.data.annotations import CocoAnnotations
-from shared.data.image_list import Look
+from shared.data.cache import Look
 from shared.data.images import read_image
 from shared.data.storage import DiskImages, ImageStorage
 from shared.data.windows import Box, Windows, open_windows

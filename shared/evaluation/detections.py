@@ -17,7 +17,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 from shared.data.annotations import CocoAnnotations
-from shared.data.numbers import as_ids, is_in_reach, wrong_number_in
+from shared.data.coco_file import as_ids, is_in_reach, wrong_number_in
 from shared.errors import UserError
 
 

@@ -31,8 +31,7 @@ from shared.report.analysis import (
     image_of_annotations,
     interval_around,
 )
-from shared.report.page import TITLES, check_page, parse_page_options, write_page
-from shared.report.pictures import open_pictures, picture_of_difference
+from shared.report.page import TITLES, check_page, open_pictures, parse_page_options, picture_of_difference, write_page
 from shared.report.plots import short_name, styled, svg_of
 
 _IMAGES = 8

@@ -26,17 +26,15 @@ from shared.config.schema import DataConfig, Length, SearcherMetric, TrainingHyp
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import Transform, seed_all
 from shared.data.images import InputScale
-from shared.data.loading import Batch
+from shared.data.loading import Batch, TrainingBatchSampler, labels_of, repeat_factors
 from shared.data.open import SplitData, open_split, open_train_and_val
-from shared.data.samplers import TrainingBatchSampler, labels_of, repeat_factors
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator, summary_metrics
 from shared.evaluation.gathered import ChiefReducer
 from shared.training.processes import broadcast_from_chief
 from shared.training.saving import python_state, restore_python_state
-from shared.training.step import Clip
-from shared.training.switches import AveragedWeights, autocast
+from shared.training.switches import AveragedWeights, Clip, autocast
 from shared.training.validation import TOTAL
 
 logger = logging.getLogger(__name__)
@@ -99,6 +97,8 @@ class Detector(PyTorchTrial):
     """What COCO's evaluation compares: of "bbox", "segm" and "keypoints"."""
     find_unused_parameters: bool = False
     """Whether a step may leave parameters without a gradient, so that DDP has to look for them."""
+    evaluates_coco: bool = True
+    """Whether `CocoEvaluator` scores a validation; False if the detector's library does, on data of its own."""
     fp16_key: str = "hyperparameters.amp"
     """Where fp16 is switched on; like the next two, for error messages."""
     optimizer_key: str = "hyperparameters.opt"
@@ -162,6 +162,10 @@ class Detector(PyTorchTrial):
     def read_own_config(self) -> None:
         """Reads the detector's own configuration, which `hparams` names. `data` is there too."""
 
+    def repeats_by_itself(self) -> str | None:
+        """What of the detector's own configuration repeats training images; None without."""
+        return None
+
     def default_lengths(self) -> dict[str, Length]:
         """The detector's own `searcher.max_length`, `min_validation_period` and `min_checkpoint_period`. The experiment
         config wins."""
@@ -174,6 +178,8 @@ class Detector(PyTorchTrial):
 
     def reported_metrics(self) -> list[str] | None:
         """The names that a validation reports, or None if they are not known. One of them steers the searcher."""
+        if not self.evaluates_coco:
+            return None
         names = [f"{iou_type}_{name}" for iou_type in self.iou_types for name in summary_metrics(iou_type)]
         return [*names, *([TOTAL] if self.validates_loss else [])]
 
@@ -358,6 +364,13 @@ class Detector(PyTorchTrial):
         """After the last batch of the whole training, once it is validated and saved."""
 
     # --- what a detector can use ---------------------------------------------------------------------------
+
+    def fill_in_batch_size(self, own: Callable[[], int]) -> None:
+        """Takes the batch size of the detector's own configuration if the experiment config gives none. To detect, any
+        number of slots is allowed: it is rounded up to a multiple of them."""
+        if self.hparams.global_batch_size is None:
+            slots = 1 if self.for_training else self.slots
+            self.hparams.global_batch_size = -(-own() // slots) * slots
 
     @cached_property
     def repeats(self) -> np.ndarray | None:

@@ -19,14 +19,20 @@ from typing import Any
 import determined as det
 import torch
 
-from shared.errors import DivergedError
+from shared.errors import DivergedError, UserError
 from shared.redaction import without_secrets
-from shared.training.background import Background
-from shared.training.checkpoints import CATEGORIES_FILE, Checkpoint
+from shared.training.checkpoints import CATEGORIES_FILE, Checkpoint, load_weights
 from shared.training.hang import Phase
-from shared.training.resume import load_checkpoint
+from shared.training.resume import BuiltOptimizer, check_categories, merged
 from shared.training.run import Run
-from shared.training.saving import FiniteCheck, HostCopy, Snapshot, checkpoint_state
+from shared.training.saving import (
+    Background,
+    FiniteCheck,
+    HostCopy,
+    Snapshot,
+    checkpoint_state,
+    set_random_state,
+)
 from shared.training.stopping import BestSoFar, Clock, End, Outcome, Stopping
 from shared.training.tensorboard import DrawFigures, TensorBoard
 from shared.training.training_metrics import Progress, summary_of
@@ -340,3 +346,60 @@ class _Training:
 
     def _mark(self, phase: Phase, batch: int | None = None) -> None:
         self.watch.mark(phase, self.batches if batch is None else batch)
+
+
+# --- the state of a checkpoint ----------------------------------------------------------------------
+
+
+def check_resume(trial: DetectionTrial, checkpoint: Checkpoint) -> None:
+    """Checks that a run can continue from a checkpoint, before anything of either is changed.
+
+    Raises:
+        UserError: the checkpoint has other categories, another model or another optimizer.
+    """
+    check_categories(trial.categories, checkpoint, trial.weights_key)
+    load_weights(trial.plain_model, checkpoint.training_weights, checkpoint.path)
+    _resumed_optimizer(trial, {"state": {}, "param_groups": checkpoint.optimizer_groups}, checkpoint.training)
+    before, now = checkpoint.training.get("batches_per_epoch"), trial.batches_per_epoch
+    if trial.rank == 0 and trial.first_batch and before not in (None, now):
+        logger.warning(
+            "an epoch now has %d batches instead of %d: the training images or hyperparameters.global_batch_size "
+            "changed. The %d batches so far count as %.1f epochs, not %.1f",
+            *(now, before, trial.first_batch, trial.first_batch / now, trial.first_batch / before),
+        )
+
+
+def load_checkpoint(trial: DetectionTrial, checkpoint: Checkpoint) -> None:
+    """Continues from a checkpoint that `check_resume` allows: weights, optimizer, random numbers, and the trial's own
+    state. This run's config wins over what the checkpoint's config said. Empties `checkpoint.state`, whose memory a
+    training needs."""
+    state, training = checkpoint.state, checkpoint.training
+    trial.plain_model.load_state_dict(checkpoint.training_weights)
+    (saved,) = state["optimizers_state_dict"]
+    trial.optimizer.load_state_dict(_resumed_optimizer(trial, saved, training))
+    if trial.scaler is not None and "scaler_state_dict" in state:
+        began = training.get("scaler") or trial.built_scaler
+        trial.scaler.load_state_dict(merged(trial.built_scaler, began, state["scaler_state_dict"]))
+    set_random_state(state["rng_state"], trial.context.distributed.local_rank)
+    trial.load_training_state({**training, "ema": checkpoint.averaged_weights})
+    state.clear()
+
+
+def _resumed_optimizer(trial: DetectionTrial, saved: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer state to load, see `BuiltOptimizer.resumed`.
+
+    Args:
+        saved: the checkpoint's.
+        training: its `Checkpoint.training`.
+
+    Raises:
+        UserError: this run's optimizer cannot continue from it.
+    """
+    began = BuiltOptimizer(**training["optimizer"]) if "optimizer" in training else None
+    try:
+        return trial.built_optimizer.resumed(saved, began)
+    except ValueError as problem:
+        raise UserError(
+            f"{trial.optimizer_key}: {problem}. Fix: keep the checkpoint's value, or start a new run with "
+            f"{trial.weights_key}: <the checkpoint's path>"
+        ) from problem

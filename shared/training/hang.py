@@ -30,13 +30,13 @@ from determined.core import DistributedContext
 
 from shared.environment import on_cluster
 from shared.errors import count_of, tell_torchrun
-from shared.training.sockets import connect, host_of_chief, listen
+from shared.training.processes import LONGER, connect, host_of_chief, listen
 
-LONGER = 6  # how many times as long a phase may last that is no training or validation batch
 _LONGEST_TICK = 5.0  # seconds
 _TICKS = 10  # in the shortest limit
 _TICKS_UNHEARD = 5  # after which a rank does not answer: news takes two at most
 _SECONDS_TO_WRITE = 5.0  # a pipe may be full, and that may be the hang
+_SECONDS_TO_FLUSH = 0.5
 _NAMED = 8  # ranks in a message
 _OF_WORKERS = signal.SIGUSR1
 # where Python is while a rank waits for others: a `ProcessContext`, torch's collectives, DDP and its backward pass
@@ -87,27 +87,17 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True)
 class Standing:
-    """The state that a rank reports at each of its ticks.
-
-    Attributes:
-        quiet: seconds since its last mark, by its own ticks.
-        patience: seconds after which that is too long.
-        tick: how many it has counted.
-        waits: whether it waits for other ranks, as far as Python shows.
-        where: the file, line and function that it is in.
-        reported: whether it found a hang, and wrote its stacks.
-        left: whether its training has ended.
-    """
+    """The state that a rank reports at each of its ticks."""
 
     rank: int
     mark: Mark
-    quiet: float
-    patience: float
-    tick: int = 0
-    waits: bool = False
-    where: str = ""
-    reported: bool = False
-    left: bool = False
+    quiet: float  # seconds since its last mark, by its own ticks
+    patience: float  # seconds after which that is too long
+    tick: int = 0  # how many it has counted
+    waits: bool = False  # for other ranks, as far as Python shows
+    where: str = ""  # the file, line and function that it is in
+    reported: bool = False  # it found a hang, and wrote its stacks
+    left: bool = False  # its training has ended
 
     def __str__(self) -> str:
         return f"batch {self.mark.batch} ({self.mark.phase.value}{self.where and f', at {self.where}'})"
@@ -256,11 +246,8 @@ def _decoded(message: bytes) -> list[Standing]:
 
 
 class Watch:
-    """Marks how far this rank is, and ends the process if no rank makes progress.
-
-    Args:
-        hang_minutes: as in the config's hyperparameters; None to watch nothing.
-    """
+    """Marks how far this rank is, and ends the process if no rank makes progress. Without `hang_minutes` it watches
+    nothing."""
 
     def __init__(self, distributed: DistributedContext, hang_minutes: float | None):
         self.distributed = distributed
@@ -268,20 +255,12 @@ class Watch:
         self.last_mark = Mark(Phase.BEGINNING, 0)
 
     def mark(self, phase: Phase, batch: int) -> None:
-        """Notes how far this rank is; costs about a microsecond.
-
-        Args:
-            batch: that it trains, from 1; outside of a step, the batches trained.
-        """
+        """Notes how far this rank is, see `Mark`; costs about a microsecond."""
         self.last_mark = self.last_mark.followed_by(phase, batch)
 
     @contextlib.contextmanager
     def watching(self, batches: int) -> Iterator[None]:
-        """Watches the calling thread, on every rank. The loaders' workers are started.
-
-        Args:
-            batches: trained before this start.
-        """
+        """Watches the calling thread, on every rank, after `batches` of earlier starts. The loaders' workers run."""
         if self.limit is None:
             yield
             return
@@ -364,15 +343,17 @@ class _Watcher:
                 break
             time.sleep(self.interval / _TICKS)
         of_ranks = "of all ranks " if all(each.reported for each in standings.present) else "of the ranks that answer "
-        line = f"error: {message}. The stacks {of_ranks if len(standings.of) > 1 else ''}are above. "
-        line += "hyperparameters.hang_minutes sets how long to wait"
-        line += "" if on_cluster() else ". Fix: correct the cause, then continue with --resume last"
-        # the others wait for its line: torchrun ends all processes as soon as one exits
+        level, fix = "error", ". Fix: correct the cause, then continue with --resume last"
+        if on_cluster():  # which reads the level from the line, and continues by itself
+            level, fix = "ERROR", ""
+        line = f"{level}: {message}. The stacks {of_ranks if len(standings.of) > 1 else ''}are above. "
+        line += f"hyperparameters.hang_minutes sets how long to wait{fix}"
+        _within(_SECONDS_TO_FLUSH, sys.stdout.flush)  # before the line, which is the last one
         if self.rank == min(answering):
             _within(_SECONDS_TO_WRITE, lambda: _write(f"{line}\n"))
-        else:
-            time.sleep(1)
-        _within(_SECONDS_TO_WRITE, lambda: (tell_torchrun(line), sys.stdout.flush()))
+        _within(_SECONDS_TO_WRITE, lambda: tell_torchrun(line))
+        # torchrun ends all processes as soon as one exits, and the others log that its connection is lost
+        time.sleep(2 * _SECONDS_TO_FLUSH)
         for worker in multiprocessing.active_children():
             worker.kill()  # one that hangs would outlive its parent
         os._exit(1)  # the thread that hangs may be anywhere, and cannot be interrupted

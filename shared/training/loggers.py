@@ -17,11 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from shared.data.file_lock import locked
-from shared.durable import write_file
+from shared.durable import locked, write_file
 from shared.errors import UserError
 from shared.redaction import redacted, without_secrets
-from shared.training.background import Background
 from shared.training.run_folder import RunFolder
 
 # unless a variable is set; finish_timeout in seconds: the run's folder keeps what is not sent by then
@@ -338,6 +336,8 @@ class _Opened:
     """A logger's run with a thread of its own: the training does not wait for a server, nor end by its errors."""
 
     def __init__(self, name: str, run: Any):
+        from shared.training.saving import Background  # the command line is checked without torch
+
         self.name, self.run = name, run
         self._background = Background(f"logger {name}", self._warn)
         self._has_warned = False

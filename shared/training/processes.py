@@ -1,4 +1,9 @@
-"""The processes of a run: how they talk, the device of each, and what one of them does for the others."""
+"""The processes of a run: how they talk, the device of each, and what one of them does for the others.
+
+They exchange data over ZeroMQ sockets that no other process can use. A socket that listens has a key, made anew for
+each run. ZeroMQ refuses a connection that does not know the key, before it delivers any message (CURVE, which also
+encrypts). On one machine the socket listens on the loopback interface only.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +17,75 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import zmq
+from determined import core, pytorch
 from determined.core import DistributedContext
 
 from shared.errors import DivergedError, UserError
-from shared.training.hang import LONGER
-from shared.training.sockets import LOOPBACK, Address, connect, host_of_chief, listen
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+LONGER = 6  # how many times hang_minutes a phase may last that is no training or validation batch
 _MILLISECONDS_TO_SEND_THE_REST = 5000
+LOOPBACK = "127.0.0.1"
+_SECONDS_BETWEEN_PROBES = 60  # of an idle connection, which routers between machines forget
+
+
+class Address(NamedTuple):
+    """Where a socket listens.
+
+    Attributes:
+        key: 40 bytes. ZeroMQ calls it a public key, but it never goes over the connection: only who knows it connects.
+    """
+
+    host: str
+    port: int
+    key: bytes
+
+
+def host_of_chief(machines: int) -> str:
+    """The host at which the other processes of a run find the chief."""
+    return LOOPBACK if machines == 1 else os.environ.get("MASTER_ADDR", LOOPBACK)
+
+
+def listen(socket: zmq.Socket, host: str) -> Address:
+    """Makes a socket listen at a free port.
+
+    Args:
+        host: at which the others find this machine. If it is not `LOOPBACK`, the socket listens on all interfaces:
+            many machines' own names resolve to an address that no other machine reaches.
+    """
+    key, socket.curve_secretkey = zmq.curve_keypair()
+    socket.curve_server = True
+    _keep_alive(socket)
+    port = socket.bind_to_random_port(f"tcp://{LOOPBACK if host == LOOPBACK else '*'}")
+    return Address(host, port, key)
+
+
+def connect(socket: zmq.Socket, address: Address) -> None:
+    """Connects a socket to one that listens. A wrong key is no error: the messages are never delivered."""
+    socket.curve_serverkey = address.key
+    socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
+    _keep_alive(socket)
+    socket.connect(f"tcp://{address.host}:{address.port}")
+
+
+def _keep_alive(socket: zmq.Socket) -> None:
+    # by the kernel, which answers also for a process that is stopped
+    socket.tcp_keepalive = 1
+    socket.tcp_keepalive_idle = socket.tcp_keepalive_intvl = _SECONDS_BETWEEN_PROBES
 
 
 class ProcessContext(DistributedContext):
     """The processes of a run, and what they exchange. All of them create it together.
 
     Args:
-        rank, size: which process this is, and of how many.
-        local_rank, local_size: the same among the processes of this machine.
-        cross_rank, cross_size: which machine this is, and of how many.
+        rank, size: which process this is, and of how many; local_… of this machine, cross_… counts machines.
         chief_host: at which the others find the chief.
         from_chief: given the chief's address on the chief and None elsewhere, returns it on all processes.
     """
@@ -148,10 +202,6 @@ def _name(number: int) -> bytes:
     return str(number).encode()
 
 
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
 _SECONDS_FOR_CHIEF = 3
 _MINUTES_A_COLLECTIVE_MAY_WAIT = 30  # at least; torch's own are 30 with Gloo and 10 with NCCL
 _MOST_MINUTES = 7 * 24 * 60
@@ -162,7 +212,6 @@ def choose_device(local_rank: int, local_size: int, gpus_given: int = 0) -> torc
     """The device of this process: a GPU of its own if torch can use one, else the CPU. Logs which.
 
     Args:
-        local_rank, local_size: which process of this machine it is, and of how many.
         gpus_given: GPUs that a cluster reserved for the processes of this machine.
 
     Raises:
@@ -208,7 +257,7 @@ def local_processes(
 
     Args:
         hang_minutes: a training's; None without a watch.
-        gpus_given: GPUs that a cluster reserved for the processes of this machine.
+        gpus_given: as for `choose_device`.
     """
     if "RANK" not in os.environ:
         device = choose_device(0, 1, gpus_given)
@@ -319,3 +368,48 @@ def broadcast_from_chief(tensors: Iterable[torch.Tensor]) -> None:
         torch.distributed.broadcast(flat, src=0)
         for tensor, values in zip(together, flat.split([tensor.numel() for tensor in together]), strict=True):
             tensor.copy_(values.view(tensor.shape))
+
+
+# --- the context of a trial -------------------------------------------------------------------------
+
+
+def core_context(distributed: DistributedContext) -> core.Context:
+    """The core context of these processes; off a cluster it reports to nobody."""
+    return core.init(
+        distributed=distributed,
+        preempt_mode=core.PreemptMode.WorkersAskChief,
+        tensorboard_mode=core.TensorboardMode.MANUAL,
+    )
+
+
+@contextlib.contextmanager
+def trial_context(
+    config: dict[str, Any], distributed: DistributedContext, device: torch.device, first_batch: int = 0
+) -> Iterator[pytorch.PyTorchTrialContext]:
+    """The context of a trial with a core context of its own, see `make_context`."""
+    with core_context(distributed) as opened:
+        yield make_context(opened, config, device, first_batch)
+
+
+def make_context(
+    opened: core.Context,
+    config: dict[str, Any],
+    device: torch.device,
+    first_batch: int = 0,
+    trial_seed: int | None = None,
+) -> pytorch.PyTorchTrialContext:
+    """What `pytorch.init` makes, with two differences: the device is the one that torch can use instead of the one that
+    nvidia-smi lists, and a resumed run counts its earlier batches, `first_batch`, off the cluster too."""
+    return pytorch.PyTorchTrialContext(
+        core_context=opened,
+        trial_seed=trial_seed,
+        hparams=config["hyperparameters"],
+        slots_per_trial=opened.distributed.size,
+        num_gpus=opened.distributed.local_size if device.type == "cuda" else 0,
+        exp_conf=config,
+        aggregation_frequency=1,  # the trial makes its own optimizer steps
+        steps_completed=first_batch,
+        managed_training=True,
+        debug_enabled=False,
+        enable_tensorboard_logging=False,
+    )

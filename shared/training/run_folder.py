@@ -10,8 +10,15 @@ from typing import IO, Any
 
 import yaml
 
-from shared.data.file_lock import is_locked, try_lock
-from shared.durable import append_line, delete_unfinished, replace_folder, restore_folder, write_file
+from shared.durable import (
+    append_line,
+    delete_unfinished,
+    is_locked,
+    replace_folder,
+    restore_folder,
+    try_lock,
+    write_file,
+)
 from shared.errors import UserError
 from shared.redaction import redact_yaml_files, without_secrets
 

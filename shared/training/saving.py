@@ -1,14 +1,18 @@
-"""The content of a checkpoint, and its copy in the host's memory: training waits for the copy, not for the writing."""
+"""The content of a checkpoint, its copy in the host's memory, and the thread that writes it beside the training."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import logging
 import operator
 import pickle
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,15 @@ import torch
 from determined.pytorch import PyTorchTrialContext
 from torch import nn
 
-from shared.errors import DivergedError
+from shared.durable import write_file
+from shared.errors import DivergedError, UserError
 from shared.redaction import redact_yaml_files
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+METADATA = "metadata.json"
+_WEIGHTS = "state_dict.pth"
 
 # --- the state --------------------------------------------------------------------------------------------
 
@@ -202,3 +213,141 @@ class Snapshot:
             torch.save(self.state, file)
         (folder / "trial_state.pkl").write_bytes(pickle.dumps(self.counts))
         (folder / "load_data.json").write_text(json.dumps(self.load_data))
+
+
+def write_manifest(folder: Path, batches: int) -> None:
+    """Writes the size and SHA-256 of each file in a checkpoint's folder, and the batches trained.
+
+    Determined writes metadata.json later, so that the manifest holds its number of batches instead of its digest.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (MANIFEST, METADATA)
+    }
+    write_file(folder / MANIFEST, json.dumps({"batches": batches, "files": files}, indent=1))
+
+
+def check_manifest(folder: Path) -> None:
+    """Checks each file against the manifest. A checkpoint without a manifest passes: those of version 0.1 have none.
+
+    Raises:
+        UserError: a file is missing, cut off or changed.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        return
+    try:
+        noted_at_save = json.loads(manifest.read_text())
+        for name, noted in noted_at_save["files"].items():
+            file = folder / name
+            if not file.is_file():
+                raise UserError(f"{folder} is not whole: {name} is missing")
+            if (size := file.stat().st_size) != noted["bytes"]:
+                raise UserError(f"{folder} is not whole: {name} has {size} bytes, and {noted['bytes']} were saved")
+            if _digest(file) != noted["sha256"]:
+                raise UserError(f"{folder} is not what was saved: {name} has changed since")
+        batches = noted_at_save.get("batches")  # manifests of version 0.1 lack it
+        if batches is not None and json.loads((folder / METADATA).read_text())["steps_completed"] != batches:
+            raise UserError(f"{folder} is not what was saved: {METADATA} is not of batch {batches}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder} is not whole: {MANIFEST} or {METADATA} cannot be read ({error!r})") from error
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of a checkpoint's state_dict.pth; from the manifest if there is one."""
+    try:
+        return json.loads((folder / MANIFEST).read_text())["files"][_WEIGHTS]["sha256"]
+    except FileNotFoundError:
+        return _digest(folder / _WEIGHTS)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        if hasattr(hashlib, "file_digest"):  # of Python 3.11 on
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+# --- the thread -------------------------------------------------------------------------------------
+
+
+class Background:
+    """Does work in a thread, in the order in which it is given. The thread stops when no work is left.
+
+    It is a daemon thread: a second Ctrl-C stops the process without waiting for it. Leaving the context waits.
+
+    Args:
+        name: of the thread.
+        on_error: receives each error, in the thread. Without it `wait`, `raise_if_failed` or the end of the context
+            raises the first error, once. If another error leaves the context, the first error is logged.
+    """
+
+    def __init__(self, name: str = "saving", on_error: Callable[[Exception], None] | None = None):
+        self.name = name
+        self._on_error = on_error or self._keep
+        self._changed = threading.Condition()
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._works = False
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._works
+
+    def begin(self, work: Callable[[], None]) -> None:
+        """Does `work` after what was given before."""
+        with self._changed:
+            self._waiting.append(work)
+            if not self._works:
+                self._works = True
+                self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
+                self._thread.start()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Waits until all work is done, at most `seconds`. Returns whether it is."""
+        with self._changed:
+            is_done, thread = self._changed.wait_for(lambda: not self._works, seconds), self._thread
+        if is_done and thread is not None:
+            thread.join()  # a program that exits while a thread frees tensors is aborted
+        self.raise_if_failed()
+        return is_done
+
+    def raise_if_failed(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _keep(self, error: Exception) -> None:
+        self._error = self._error or error
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                if not self._waiting:
+                    self._works = False
+                    self._changed.notify_all()
+                    return
+                work = self._waiting.popleft()
+            try:
+                work()
+            except Exception as error:
+                self._on_error(error)
+            del work  # and the tensors that it holds, before the work counts as done
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        try:
+            self.wait()
+        except Exception as own:
+            if error is None:
+                raise
+            logger.error("%s failed: %s: %s", self.name, type(own).__name__, own)

@@ -1,4 +1,4 @@
-"""When a training stops before its length: after the same batch on every rank, with a checkpoint.
+"""When a training reports, validates and saves; and when it stops, after the same batch on every rank.
 
 A signal (off a cluster), the searcher or a pause (on a cluster) stops it; it can continue. If the config ends it, it is
 complete. `Outcome` is the one value that says what happened.
@@ -20,9 +20,79 @@ from typing import Any
 
 from determined.core import DistributedContext
 
-from shared.config.schema import EarlyStopping, SearcherMetric
-from shared.errors import count_of
+from shared.config.schema import EarlyStopping, Length, Schedule, SearcherMetric
+from shared.errors import UserError, count_of
+from shared.training.hang import show_stacks_when_asked
 from shared.training.validation import Validation
+
+
+@dataclass(frozen=True)
+class Periods:
+    """When something is due, in batches from 1 over the whole training."""
+
+    total: int
+    report: int  # batches between two reports
+    validation: int | None  # batches between two of them; None for the end only
+    checkpoint: int | None
+    validation_start: int = 0  # the first validation, from which the others are counted
+    validation_changes: tuple[tuple[int, int], ...] = ()  # (batch, period): from this batch on, another period
+
+    @property
+    def validates_before_the_end(self) -> bool:
+        return self.validation is not None or bool(self.validation_changes)
+
+    def validates(self, batch: int) -> bool:
+        period = self.validation
+        for since, changed in self.validation_changes:
+            period = changed if batch >= since else period
+        after_start = batch - self.validation_start
+        return batch == self.total or (period is not None and after_start >= 0 and after_start % period == 0)
+
+    def saves(self, batch: int) -> bool:
+        return batch == self.total or (self.checkpoint is not None and batch % self.checkpoint == 0)
+
+    def reports(self, batch: int) -> bool:
+        return batch % self.report == 0 or self.validates(batch) or self.saves(batch)
+
+
+def periods_of(
+    schedule: Schedule, batches_per_epoch: int, global_batch_size: int, aggregation_frequency: int
+) -> Periods:
+    """The schedule in batches. Reports are due at whole optimizer steps.
+
+    Args:
+        aggregation_frequency: batches per optimizer step.
+
+    Raises:
+        UserError: the training, a validation or a checkpoint would end in the middle of an optimizer step.
+    """
+    window = aggregation_frequency
+
+    def batches(length: Length | None, key: str) -> int | None:
+        if length is None:
+            return None
+        count = length.batches(batches_per_epoch, global_batch_size)
+        if count % window:
+            raise UserError(
+                f"{key}: {count} batches are not a multiple of optimizations.aggregation_frequency, {window}, and end "
+                f"in the middle of an optimizer step. Fix: give {{batches: {-(-count // window) * window}}}"
+            )
+        return count
+
+    total = batches(schedule.max_length, "searcher.max_length")
+    changes = [
+        (since.batches(batches_per_epoch, global_batch_size), period) for since, period in schedule.validation_changes
+    ]
+    return Periods(
+        total=total,
+        report=-(-schedule.reporting_batches // window) * window,
+        validation=batches(schedule.validation_period, "min_validation_period"),
+        checkpoint=batches(schedule.checkpoint_period, "min_checkpoint_period"),
+        validation_start=batches(schedule.validation_start, "the first validation") or 0,
+        validation_changes=tuple(
+            (since, batches(period, "a later validation period")) for since, period in changes if since <= total
+        ),
+    )
 
 
 class End(enum.Enum):
@@ -36,23 +106,15 @@ class End(enum.Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where and why a training stopped.
-
-    Attributes:
-        batches, total: trained, and of the whole length.
-        why: what the log, the report and the command line show; empty for a complete training.
-        signal: the one that stopped it on some rank; None without.
-        validation: the last one of this start; None without.
-        seconds: of training, those before a resume included.
-    """
+    """Where and why a training stopped."""
 
     end: End
     batches: int
-    total: int
-    why: str = ""
-    signal: signal.Signals | None = None
-    validation: Validation | None = None
-    seconds: float = 0.0
+    total: int  # batches of the whole length
+    why: str = ""  # what the log, the report and the command line show; empty for a complete training
+    signal: signal.Signals | None = None  # the one that stopped it on some rank
+    validation: Validation | None = None  # the last one of this start
+    seconds: float = 0.0  # of training, those before a resume included
 
     @property
     def is_finished(self) -> bool:
@@ -74,11 +136,7 @@ class Outcome:
 
 
 class Clock:
-    """Seconds of training from the first batch on, with validations and saves. Those before a resume count too.
-
-    Args:
-        max_hours, minutes_between_saves: as in the config's hyperparameters; None where it has none.
-    """
+    """Seconds of training from the first batch on, with validations and saves. Those before a resume count too."""
 
     now = staticmethod(time.monotonic)
 
@@ -90,7 +148,7 @@ class Clock:
         self._saved = math.inf  # nothing to save before the first batch
 
     def resume(self, seconds: float) -> None:
-        """Counts the seconds of training before this start."""
+        """Adds the seconds of earlier starts."""
         self._before = seconds
 
     def begin(self) -> None:
@@ -333,9 +391,10 @@ def _leave_signals_to_forks() -> None:
 os.register_at_fork(before=_block_signals, after_in_parent=_unblock_signals, after_in_child=_leave_signals_to_forks)
 
 
-def outlive_signals(worker_id: int) -> None:
+def begin_worker(worker_id: int) -> None:
     """Keeps a loader worker alive when its whole group receives a signal, as by torchrun and Ctrl-C. The process that
-    it loads for stops it."""
+    it loads for stops it, and asks for its stacks when that process hangs."""
+    show_stacks_when_asked()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # tells who sent the signal; on macOS the worker stops
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -1,15 +1,18 @@
-"""The switches of `hyperparameters`: averaged weights, freezing, precision, fused optimizers."""
+"""The switches of `hyperparameters`, such as averaged weights and precision; and the optimizer step."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import Any
 
 import torch
+from determined.pytorch import PyTorchTrialContext
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from shared.errors import UserError, nearest
@@ -254,3 +257,53 @@ def _lay_out_state(optimizer: Optimizer) -> None:
             of_parameter = isinstance(value, torch.Tensor) and value.shape == parameter.shape
             if of_parameter and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+# --- the step ---------------------------------------------------------------------------------------
+
+Clip = Callable[[Sequence[nn.Parameter]], object]
+
+
+def wrap_model(context: PyTorchTrialContext, model: nn.Module, find_unused_parameters: bool) -> nn.Module:
+    """The model on its device; in DDP if there are several slots.
+
+    `context.wrap_model` passes no option to DDP. Without `find_unused_parameters`, a model that does not use all of its
+    parameters in each step fails with "Expected to have finished reduction in the prior iteration".
+    """
+    if context.distributed.size == 1 or not find_unused_parameters:
+        return context.wrap_model(model)
+    wrapped = DistributedDataParallel(model.to(context.device), find_unused_parameters=True)
+    context.models.append(wrapped)
+    return wrapped
+
+
+def accumulating(model: nn.Module, ends_step: bool) -> AbstractContextManager:
+    """For the forward and backward pass of a batch: DDP averages gradients over slots only in the batch that ends an
+    optimizer step."""
+    return nullcontext() if ends_step or not hasattr(model, "no_sync") else model.no_sync()
+
+
+def step(
+    optimizer: torch.optim.Optimizer, batches: int, clip: Clip | None, scaler: torch.amp.GradScaler | None
+) -> None:
+    """One optimizer step with the mean gradients of `batches` batches; then zeroes the gradients.
+
+    Args:
+        clip: clips the gradients of the parameters that it is given, in place.
+        scaler: what scaled the loss. It may skip the step.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if batches > 1:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(float(batches))
+    if clip is not None:
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        clip(parameters)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad()

@@ -16,7 +16,7 @@ from shared.data.open import SplitData
 from shared.evaluation import drawing
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.evaluation.gathered import GatheredDetections
-from shared.training.background import Background
+from shared.training.saving import Background
 from shared.training.trial import DetectionTrial
 from shared.training.validation import Validation
 

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,9 @@ import torch
 from torch import nn
 
 from shared.config.schema import SearcherMetric
-from shared.data.dataset import kept_random_state
+from shared.data.annotations import ImageRecord
+from shared.data.dataset import Transform, kept_random_state
+from shared.data.loading import Batch
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.gathered import ChiefReducer, Gather
@@ -73,6 +75,39 @@ class Validation:
             if math.isfinite(value) and "_AR_" not in name and (name == TOTAL or not name.startswith(PREFIX))
         }
         return {**kept, metric.name: metric.value_or_worst(self.metrics[metric.name])}
+
+
+# --- the samples ------------------------------------------------------------------------------------
+
+
+class WithLossSample:
+    """A transform that gives an image's evaluation sample, and beside it the sample whose losses are computed; None for
+    an image that the training would leave out.
+
+    Args:
+        evaluation: the transform to detect on.
+        loss: the same without augmentation, with the training's targets. It may give None.
+        left_out: ids of the images that the training would leave out.
+    """
+
+    def __init__(self, evaluation: Transform, loss: Transform, left_out: frozenset[int]):
+        self.evaluation, self.loss, self.left_out = evaluation, loss, left_out
+
+    def __call__(self, image: Any, record: ImageRecord) -> tuple[Any, Any]:
+        for_loss = None if record.image_id in self.left_out else self.loss(image, record)
+        return self.evaluation(image, record), for_loss
+
+
+class CollateWithLoss:
+    """A collate function for `WithLossSample`: the evaluation's batch. Its `for_loss` has a batch of one for each image
+    whose losses are computed."""
+
+    def __init__(self, evaluation: Callable[[list], Batch], training: Callable[[list], Batch]):
+        self.evaluation, self.training = evaluation, training
+
+    def __call__(self, samples: list[tuple[Any, Any]]) -> Batch:
+        batch = self.evaluation([sample for sample, _ in samples])
+        return replace(batch, for_loss=[self.training([sample]) for _, sample in samples if sample is not None])
 
 
 # --- the model ------------------------------------------------------------------------------------------

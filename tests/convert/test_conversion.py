@@ -9,8 +9,7 @@ from data_sets import boxes_of, converted, draw, write
 
 from shared.config.experiment import parse_data
 from shared.data.annotations import CocoAnnotations
-from shared.data.convert.command_line import main
-from shared.data.convert.conversion import annotations_of, convert
+from shared.data.convert.conversion import annotations_of, convert, main
 from shared.data.open import open_split, open_train_and_val
 from shared.errors import UserError
 

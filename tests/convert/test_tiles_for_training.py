@@ -8,7 +8,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from shared.data.annotations import CocoAnnotations
-from shared.data.convert.command_line import main
+from shared.data.convert.conversion import main
 from shared.evaluation.detections import as_rle
 
 SIZE = (200, 120)

@@ -4,8 +4,7 @@ import pytest
 from data_sets import annotations_in, converted, draw
 
 from shared.data.annotations import CocoAnnotations
-from shared.data.convert.command_line import main
-from shared.data.convert.conversion import convert
+from shared.data.convert.conversion import convert, main
 from shared.errors import UserError
 
 

@@ -72,7 +72,7 @@ def test_pascal_voc_is_evaluated_as_pascal_voc(train, trial_class, tmp_path, mod
         train(trial_class, config, "second")
 
 
-def test_data_of_the_user_s_own_is_trained_on_by_the_name_it_is_registered_under(shapes, train, trial_class, module):
+def test_a_registered_data_set_is_trained_by_its_name(shapes, train, trial_class, module):
     imports = module(
         "register_mine",
         f"""
@@ -131,7 +131,7 @@ def panoptic_shapes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_panoptic_segmentation_is_evaluated_the_same_on_any_number_of_slots(panoptic_shapes, tmp_path, processes):
+def test_panoptic_evaluation_is_the_same_on_any_number_of_slots(panoptic_shapes, tmp_path, processes):
     pytest.importorskip("panopticapi")
     (tmp_path / "register_panoptic.py").write_text(REGISTER_PANOPTIC.format(folder=str(panoptic_shapes)))
     config = detectron2_config_by_name(PANOPTIC, "pan_train_separated", "pan_val_separated", "panoptic_seg_PQ")

@@ -102,9 +102,7 @@ main(Probe)
     assert max(worst) < 1e-5
 
 
-def test_a_run_is_evaluated_and_predicts_masks_by_the_config_in_its_checkpoint(
-    shapes, train, command, trial_class, tmp_path
-):
+def test_evaluate_and_predict_use_the_config_in_the_checkpoint(shapes, train, command, trial_class, tmp_path):
     config = in_process(mmdet_config(shapes, **{"model.test_cfg.rcnn.score_thr": 0.01}), batches=4)
     config["searcher"]["metric"] = "segm_mAP"
     run = train(trial_class, config)
@@ -317,7 +315,7 @@ def test_the_labels_of_samples_are_found_within_wrappers():
     assert repeats_by_itself(Config({"train": {"type": "RepeatDataset", "dataset": {"type": "CocoDataset"}}})) is None
 
 
-def test_a_class_aware_sampler_draws_each_class_as_often_on_any_number_of_slots():
+def test_a_class_aware_sampler_is_the_same_on_any_number_of_slots():
     class Labelled:
         labels = [[0]] * 90 + [[1]] * 9 + [[2, 1]]
 
@@ -408,7 +406,7 @@ def test_images_are_read_from_a_client_that_joins_no_paths(monkeypatch):
     assert MmcvImages({"backend": "tiny_lmdb"}, "").read("1.jpg") == b"1.jpg"
 
 
-def test_a_hook_of_one_s_own_is_called_everywhere_and_sees_what_mmcv_s_runner_has(shapes, train, trial_class):
+def test_a_custom_hook_is_called_everywhere_with_mmcv_s_runner_values(shapes, train, trial_class):
     called = []
 
     @HOOKS.register_module(force=True)
@@ -507,7 +505,7 @@ def rates_of(model):
     return {name: m.dilation_rates for name, m in model.named_modules() if isinstance(m, BaseConvRFSearchOp)}
 
 
-def test_a_search_of_receptive_fields_goes_on_after_a_resume_and_is_in_its_checkpoint(shapes, train, trial_class):
+def test_a_search_of_receptive_fields_resumes_from_its_checkpoint(shapes, train, trial_class):
     def trained(name, batches, resume=None):
         config = in_process(mmdet_config(shapes, RETINANET), batches)
         config["hyperparameters"]["config_overrides"]["custom_hooks"] = rf_search()

@@ -11,7 +11,7 @@ import numpy as np
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Options, Split, errors_in
 from shared.data.convert.files import SPLITS, files_in, finder_for, folders_in, json_outline, read_json, split_of
-from shared.data.numbers import parse_number, parse_whole_number
+from shared.data.convert.shapes import parse_number, parse_whole_number
 from shared.errors import UserError
 
 ABOUT = "a COCO file of Roboflow or Label Studio, or a folder with one per split"

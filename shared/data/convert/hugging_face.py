@@ -14,11 +14,11 @@ import msgspec
 import numpy as np
 from PIL import Image
 
+from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
-from shared.data.convert.box_order import box_order
 from shared.data.convert.contents import Contents, Options, Split, errors_in
 from shared.data.convert.files import SPLITS, ImageFinder, files_below, image_size, read_text, split_of
-from shared.data.numbers import FARTHEST, parse_number
+from shared.data.convert.shapes import box_order, parse_number
 from shared.errors import UserError
 
 ABOUT = "an imagefolder with metadata.jsonl or metadata.csv, Parquet files, or a folder of save_to_disk"

@@ -9,11 +9,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 
+from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Options, Split, errors_in
 from shared.data.convert.files import ImageFinder, files_in, finder_for, json_outline, read_json
+from shared.data.convert.shapes import parse_number
 from shared.data.images import is_image_name
-from shared.data.numbers import FARTHEST, parse_number
 from shared.errors import UserError
 
 ABOUT = "the JSON or JSON-MIN file that Label Studio exports"

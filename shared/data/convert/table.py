@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
-from shared.data.convert.box_order import box_order
 from shared.data.convert.contents import Contents, Options, Split, errors_in
 from shared.data.convert.files import (
     SPLITS,
@@ -24,7 +24,7 @@ from shared.data.convert.files import (
     split_of,
 )
 from shared.data.convert.openimages import COLUMNS as OPEN_IMAGES
-from shared.data.numbers import FARTHEST, parse_number, parse_whole_number
+from shared.data.convert.shapes import box_order, parse_number, parse_whole_number
 from shared.errors import UserError
 
 ABOUT = "a CSV file with a row per box, or a folder with one per split"

@@ -8,10 +8,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Options, Split, errors_in
 from shared.data.convert.files import ImageFinder, by_split, files_below, finder_for, folders_in, read_text
-from shared.data.numbers import FARTHEST, parse_number, parse_whole_number
+from shared.data.convert.shapes import parse_number, parse_whole_number
 from shared.errors import UserError
 
 ABOUT = "a folder of XML files; a folder per split; or the folder with Annotations, JPEGImages and ImageSets"

@@ -23,9 +23,9 @@ from shared.data.convert.files import (
     read_text,
     split_of,
 )
+from shared.data.convert.shapes import parse_whole_number
 from shared.data.convert.yolo_labels import Labels
 from shared.data.images import is_image_name
-from shared.data.numbers import parse_whole_number
 from shared.errors import UserError
 
 ABOUT = "data.yaml, its folder, obj.data, or a folder with labels and classes.txt"
@@ -42,8 +42,8 @@ class _Description:
     """What data.yaml, or another file, says of a data set.
 
     Attributes:
-        names: of the classes, by number.
-        places: of each split: folders of images, or lists of their names.
+        names: class names, by number.
+        places: by split: folders of images, or lists of their names.
     """
 
     file: Path
