@@ -195,6 +195,10 @@ class Detectron2Trial(DetectionTrial):
     def evaluation_batch_size(self) -> int:
         return self.per_slot_batch_size if self.batches_of_one_size else 1
 
+    @property
+    def max_iou(self) -> float:
+        return models.max_iou(self.plain_model)
+
     def build_evaluator(self, data: opening.Opened) -> CocoEvaluator | OwnEvaluator:
         if isinstance(data, data_sets.RegisteredData):
             evaluator = own_evaluator(data.names[0], self.iou_types, self.detectron2_config.rotated)

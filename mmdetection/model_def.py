@@ -190,6 +190,10 @@ class MMDetectionTrial(DetectionTrial):
     def _own_evaluation_batch_size(self) -> int | None:
         return self.mmdet_config.data.get("val_dataloader", {}).get("samples_per_gpu")
 
+    @property
+    def max_iou(self) -> float:
+        return evaluation.max_iou(self.mmdet_config)
+
     def build_evaluator(self, data: SplitData | data_sets.OwnData) -> CocoEvaluator | evaluation.OwnEvaluator:
         if isinstance(data, SplitData):
             return super().build_evaluator(data)

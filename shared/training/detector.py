@@ -239,6 +239,11 @@ class Detector(PyTorchTrial):
         """Whether all images of a batch to detect on must have one size."""
         return False
 
+    @property
+    def max_iou(self) -> float:
+        """The IoU above which the detector drops the less sure of two detections of a category."""
+        return 0.5
+
     def build_evaluator(self, data: SplitData) -> ChiefReducer:
         """The evaluator over the images of `evaluated_images`. Its `update` takes what `detect` returns."""
         gather = self.context.distributed.gather

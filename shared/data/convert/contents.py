@@ -23,7 +23,8 @@ class Options:
         labels: "" or what the numbers of YOLO's labels mean: "boxes", "polygons", "oriented" or "keypoints:17x3".
         boxes: "" or what the four numbers of a table's boxes are: "xywh" or "xyxy".
         without_val: a validation split that the source names, and that does not exist, is a note instead of an error.
-        extracted: the folder for images that the source holds inside its own files.
+        extracted: the folder for images that are written: those inside the source's own files, or tiles.
+        tiles, overlap: pixels of a tile's side, and the share of it that the next one shows too.
     """
 
     images: Path | None = None
@@ -31,6 +32,8 @@ class Options:
     boxes: str = ""
     without_val: bool = False
     extracted: Path | None = None
+    tiles: int = 640
+    overlap: float = 0.2
 
 
 @dataclass
