@@ -5,12 +5,12 @@ from __future__ import annotations
 from shared.environment import prepare_process
 
 prepare_process()  # before torch, and before packages that may be missing
-from detectron2_hyperparameters import Detectron2Hyperparameters
+from detectron2_hyperparameters import Detectron2Data, Detectron2Hyperparameters
 from shared.config.experiment import Sections
 from shared.launch import main, read_command
 
 # errors in the command line and the config appear before torch and the library are loaded
-command = read_command(__name__, Sections(Detectron2Hyperparameters))
+command = read_command(__name__, Sections(Detectron2Hyperparameters, Detectron2Data))
 
 import logging
 from collections.abc import Callable, Mapping
@@ -54,6 +54,7 @@ class Detectron2Trial(DetectionTrial):
     """
 
     hyperparameters_class = Detectron2Hyperparameters
+    data_class = Detectron2Data
     for_training, slots = True, 1
     warned_of_masks = False
     without_pretrained: ClassVar = {"use_pretrained": False, "weights": ""}
