@@ -29,7 +29,7 @@ from shared.data.annotations import CocoAnnotations
 from shared.data.images import allow_pixels, read_image
 from shared.data.open import SplitData
 from shared.data.storage import DiskImages
-from shared.errors import UserError
+from shared.errors import UserError, count_of
 from shared.evaluation import drawing
 from shared.evaluation.detections import Detections, to_coco_results
 from shared.training.checkpoints import Checkpoint
@@ -210,9 +210,9 @@ class _Prediction:
             logger.warning("skipped: %d of %d images, see the lines above", skipped, len(self.pictures))
         scores = [result["score"] for found in by_image.values() for result in found]
         print(
-            f"{len(scores)} detections on {len(by_image)} images in {self.output / 'results.json'}; the "
-            f"{sum(score >= self.min_score for score in scores)} of at least {self.min_score:g} are drawn in the "
-            "pictures beside it"
+            f"{count_of(len(scores), 'detection')} on {count_of(len(by_image), 'image')} in "
+            f"{self.output / 'results.json'}; the {sum(score >= self.min_score for score in scores)} of at least "
+            f"{self.min_score:g} are drawn in the pictures beside it"
         )
         each = 1000 * sum(self.seconds.values()) / max(len(self.results), 1)
         print(
@@ -223,7 +223,7 @@ class _Prediction:
 
     def write_interrupted(self) -> None:
         """After Ctrl-C: writes what is done to results.json, if this is the only process."""
-        done = f"stopped: {len(self.results)} of {len(self.pictures)} images are done"
+        done = f"stopped: {len(self.results)} of {count_of(len(self.pictures), 'image')} are done"
         if self.trial.slots > 1:
             print(f"{done} by process {self.trial.rank}, drawn in {self.output}; no results.json", file=sys.stderr)
             return

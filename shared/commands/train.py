@@ -20,7 +20,7 @@ from shared.commands.data_report import save_page
 from shared.config.experiment import Experiment, experiment_of, per_slot_batch_size, read_experiment
 from shared.data.open import SplitData
 from shared.environment import task_config
-from shared.errors import UserError
+from shared.errors import UserError, count_of
 from shared.evaluation import drawing
 from shared.evaluation.evaluator import CocoEvaluator, metrics_table
 from shared.evaluation.gathered import GatheredDetections, load_detections
@@ -202,7 +202,7 @@ class Results:
         from shared.report.report import report, summary_of  # importing matplotlib takes half a second
 
         try:
-            found, _ = load_detections(folder.detections)
+            found, *_ = load_detections(folder.detections)
             analyses = report(
                 trial.val_data.annotations,
                 found.detections(),
@@ -236,7 +236,7 @@ class Results:
             facts={
                 "run": folder.path,
                 **dict(trial.summary_lines()),
-                "validation data": f"{annotations.path or 'fake'}, {len(annotations)} images",
+                "validation data": f"{annotations.path or 'fake'}, {count_of(len(annotations), 'image')}",
                 **({} if best is None else {"best checkpoint": f"batch {best} of {outcome.total}"}),
                 **({"ended by": outcome.why} if outcome.why else {}),
                 "device": trial.context.device,

@@ -119,7 +119,7 @@ class LocalRun(Run):
     def report_validation(self, validation: Validation, epochs: int, evaluator: ChiefReducer, is_best: bool) -> bool:
         if is_best and isinstance(evaluator, CocoEvaluator):
             names = evaluator.annotations.category_names
-            save_detections(self.run_folder.detections, evaluator.found_by_id(), names)
+            save_detections(self.run_folder.detections, evaluator.found_by_id(), names, evaluator.max_detections)
         self._report(validation.batches, "val", {**validation.metrics, **validation.category_ap})
         value, best = validation.metrics[self.metric.name], " (best so far)" if is_best else ""
         logger.info("batch %d: %s %.4f%s", validation.batches, self.metric.name, value, best)
