@@ -36,7 +36,7 @@ from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
 from shared.data.loading import Batch, aspect_ratio_groups, to_device
 from shared.data.open import SplitData
-from shared.errors import UserError
+from shared.errors import UserError, count_of
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.library import COCO_CATEGORIES
@@ -278,9 +278,9 @@ class Detectron2Trial(DetectionTrial):
         config = self.detectron2_config
         return [
             ("config", self.hparams.config_file),
-            ("model", f"{type(self.plain_model).__name__}, {len(self.categories)} categories"),
+            ("model", f"{type(self.plain_model).__name__}, {count_of(len(self.categories), 'category')}"),
             ("weights", (self._weights() or ("initial",))[0] if self.first_batch == 0 else "the checkpoint's"),
-            ("training data", f"{self._training_data_name()}, {len(self.train_samples)} samples"),
+            ("training data", f"{self._training_data_name()}, {count_of(len(self.train_samples), 'sample')}"),
             ("validation", ", ".join(self.iou_types) if self.evaluates_coco else "by Detectron2's own evaluator"),
             ("optimizer", f"{type(self.optimizer).__name__}, lr {config.learning_rate:g}"),
             ("schedule", config.schedule_name),

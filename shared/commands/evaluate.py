@@ -24,7 +24,7 @@ from shared.data.loading import Batch
 from shared.data.open import SplitData, open_split
 from shared.data.storage import DiskImages
 from shared.data.tiles import Tile, Tiling, cut
-from shared.errors import UserError, check_outputs
+from shared.errors import UserError, check_outputs, count_of
 from shared.evaluation.detections import Detections, from_coco_results, to_coco_results
 from shared.evaluation.evaluator import CocoEvaluator, for_json, iou_types_of, metrics_table
 from shared.evaluation.merging import merge
@@ -88,7 +88,7 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
             facts = {
                 "config": Path(arguments.config).absolute(),
                 "weights": checkpoint.path if checkpoint else "pretrained, as the config names them",
-                "validation data": f"{data.annotations.path or 'fake'}, {len(data.annotations)} images",
+                "validation data": f"{data.annotations.path or 'fake'}, {count_of(len(data.annotations), 'image')}",
                 "device": trial.context.device,
                 **software(Path(sys.argv[0]).parent),
             }

@@ -40,7 +40,7 @@ from shared.data.images import allow_pixels, read_image
 from shared.data.open import SplitData
 from shared.data.storage import DiskImages
 from shared.data.tiles import Tiling, open_image
-from shared.errors import UserError
+from shared.errors import UserError, count_of
 from shared.evaluation import drawing
 from shared.evaluation.detections import Detections, to_coco_results
 from shared.training.meeting import local_processes
@@ -226,7 +226,7 @@ class _Prediction:
         if skipped := len(self.pictures) - len(by_image):
             logger.warning("skipped: %d of %d images, see the lines above", skipped, len(self.pictures))
         print(
-            f"{sum(map(len, by_image.values()))} detections on {len(by_image)} images in "
+            f"{count_of(sum(map(len, by_image.values())), 'detection')} on {count_of(len(by_image), 'image')} in "
             f"{self.output / 'results.json'}; the {drawn} {self.limits.text} are drawn in the pictures beside it"
         )
         each = 1000 * sum(self.seconds.values()) / max(len(self.results), 1)
@@ -238,7 +238,7 @@ class _Prediction:
 
     def write_interrupted(self) -> None:
         """After Ctrl-C: writes what is done to results.json, if this is the only process."""
-        done = f"stopped: {len(self.results)} of {len(self.pictures)} images are done"
+        done = f"stopped: {len(self.results)} of {count_of(len(self.pictures), 'image')} are done"
         if self.trial.slots > 1:
             print(f"{done} by process {self.trial.rank}, drawn in {self.output}; no results.json", file=sys.stderr)
             return
