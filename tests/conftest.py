@@ -175,8 +175,10 @@ def run_model_def(
 def run_command(function: Callable, trial_class: type, config: Path, overrides: Sequence = (), **arguments) -> None:
     """Calls a command's function in this process, with the arguments that the command line has."""
     from shared.launch import experiment_for
+    from shared.launchers import STOP_SIGNALS
 
     defaults = {"command": None, "config": str(config), "overrides": [*overrides], "split": "val", "store": None}
+    defaults |= {"stop_signals": STOP_SIGNALS, "stop_status": None, "tiles": None, "overlap": 0.2}
     given = argparse.Namespace(**{**defaults, **arguments})
     function(trial_class, experiment_for(given, trial_class.sections()), given)
 
@@ -282,6 +284,7 @@ def train(tmp_path, monkeypatch):
     """Trains in this process and returns the run's folder, `name` in the test's own.
 
     It draws nothing and writes no report, which take most of the time of so small a run; `report=True` does both.
+    `arguments` are those of the command line.
     """
 
     def call(
@@ -290,7 +293,7 @@ def train(tmp_path, monkeypatch):
         name: str = "run",
         resume: str | None = None,
         report: bool = False,
-        store: str | None = None,
+        **arguments: object,
     ) -> Path:
         from without_figures import leave_out_figures
 
@@ -303,7 +306,7 @@ def train(tmp_path, monkeypatch):
                 leave_out_figures(patch.setattr)
             patch.chdir(tmp_path)
             try:
-                run_command(train_locally, trial_class, path, output_dir=folder, resume=resume, store=store)
+                run_command(train_locally, trial_class, path, output_dir=folder, resume=resume, **arguments)
             finally:
                 stop_workers()
         return folder

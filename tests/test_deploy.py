@@ -49,8 +49,8 @@ def train_commands():
     sky = documents(DEPLOY / "skypilot/train.yaml")[0]
     for name, text in (("train.sbatch", (DEPLOY / "slurm/train.sbatch").read_text()), ("skypilot", sky["run"])):
         (line,) = re.findall(r"^ +model_def\.py (.*?)(?: &)?$", text, re.MULTILINE)
-        variables = {**sky["envs"], "@": "const.yaml --store s3://bucket/runs/a"}
-        line = re.sub(r'"\$(\w+|@)"', lambda match, variables=variables: variables[match[1]], line)
+        for variable, value in {**sky["envs"], "@": "const.yaml --store s3://bucket/runs/a"}.items():
+            line = line.replace(f'"${variable}"', value)
         yield name, shlex.split(line)
 
 

@@ -123,6 +123,7 @@ class DataConfig:
         None, "repeat images of categories that a smaller share of the images has; LVIS uses 0.001"
     )
     fast_images: bool = key(False, "decode and resize faster, with pixels that differ slightly")
+    augment: Any = key(None, "random changes of training images: `light`, `medium`, `strong`, or keys of their own")
 
     @property
     def store_options(self) -> StoreOptions:
