@@ -95,7 +95,7 @@ def why_none() -> str | None:
         if shutil.which(tool) is None:
             return f"{tool} is missing"
     tried = subprocess.run(
-        ["unshare", "-Urnmu", "sh", "-c", "ip link add a type veth peer name b && mount -t tmpfs none /mnt"],
+        ["unshare", "-Urnmu", "sh", "-c", "ip link add veth0 type veth peer name veth1 && mount -t tmpfs none /mnt"],
         capture_output=True,
         text=True,
     )
