@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from tiny_models import CONFIGS
 
 from shared.launch import read_arguments
 
@@ -96,7 +97,7 @@ def test_a_trainjob_uses_the_runtime_of_its_file():
     assert job["spec"]["runtimeRef"]["kind"] == runtime["kind"]
 
 
-@pytest.mark.parametrize("detector", ["efficientdet", "mmdetection", "detectron2", "detr"])
+@pytest.mark.parametrize("detector", CONFIGS)
 def test_the_dockerfile_copies_what_exists_and_is_not_ignored(detector):
     text = (DEPLOY / "docker/Dockerfile").read_text().replace("${DETECTOR}", detector)
     lines = (DEPLOY / "docker/Dockerfile.dockerignore").read_text().splitlines()
