@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from shared.config.reference import markdown_table
+from shared.config.file import markdown_table
 from shared.config.schema import DataConfig
 
 

@@ -40,7 +40,7 @@ from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
 from shared.data.loading import Batch, TrainingBatchSampler
 from shared.data.open import SplitData
-from shared.errors import UserError
+from shared.errors import UserError, count_of
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.library import COCO_CATEGORIES
@@ -190,6 +190,10 @@ class MMDetectionTrial(DetectionTrial):
     def _own_evaluation_batch_size(self) -> int | None:
         return self.mmdet_config.data.get("val_dataloader", {}).get("samples_per_gpu")
 
+    @property
+    def max_iou(self) -> float:
+        return evaluation.max_iou(self.mmdet_config)
+
     def build_evaluator(self, data: SplitData | data_sets.OwnData) -> CocoEvaluator | evaluation.OwnEvaluator:
         if isinstance(data, SplitData):
             return super().build_evaluator(data)
@@ -330,9 +334,9 @@ class MMDetectionTrial(DetectionTrial):
         lr_config = dict(config.get("lr_config") or {})
         return [
             ("config", self.hparams.config_file),
-            ("model", f"{config.model.type}, {len(self.categories)} categories"),
+            ("model", f"{config.model.type}, {count_of(len(self.categories), 'category')}"),
             ("weights", self._start()),
-            ("training data", f"{configs.kind_of(config.data.train)}, {len(self.train_samples)} samples"),
+            ("training data", f"{configs.kind_of(config.data.train)}, {count_of(len(self.train_samples), 'sample')}"),
             (
                 "validation",
                 ", ".join(self.iou_types) if self.evaluates_coco else f"{configs.kind_of(config.data.val)}.evaluate",

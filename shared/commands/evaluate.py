@@ -9,7 +9,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,17 @@ from shared.config.schema import key_names
 from shared.data.loading import Batch
 from shared.data.open import SplitData, open_split
 from shared.data.storage import DiskImages
-from shared.errors import UserError, check_outputs
+from shared.data.tiles import Tile, Tiling, cut
+from shared.errors import UserError, check_outputs, count_of
 from shared.evaluation.detections import Detections, from_coco_results, to_coco_results
 from shared.evaluation.evaluator import CocoEvaluator, for_json, iou_types_of, metrics_table
+from shared.evaluation.merging import merge
 from shared.redaction import filled_in
 from shared.report.analysis import best_of_boxes
 from shared.training.checkpoints import Checkpoint, load_weights, read_checkpoint
 from shared.training.downloads import find_checkpoint
-from shared.training.processes import local_processes, trial_context
+from shared.training.meeting import local_processes
+from shared.training.processes import trial_context
 from shared.training.trial import DetectionTrial
 
 
@@ -57,9 +61,12 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
         evaluator = trial.build_evaluator(data)
         if arguments.report and not isinstance(evaluator, CocoEvaluator):
             raise UserError("--report: the detector's library evaluates this data, and not by COCO's rules")
+        tiling = tiling_of(arguments)
+        if tiling is not None and not isinstance(data, SplitData):
+            raise UserError("--tiles: the detector's library reads and evaluates this data. Fix: remove --tiles")
         category_ids = [category["id"] for category in data.categories]
         results = {}
-        for batch, detected in detect_all(trial, data):
+        for batch, detected in detect_all(trial, data, tiling=tiling):
             evaluator.update(detected)
             if batch.skipped:
                 evaluator.skip(batch.skipped)
@@ -81,7 +88,7 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
             facts = {
                 "config": Path(arguments.config).absolute(),
                 "weights": checkpoint.path if checkpoint else "pretrained, as the config names them",
-                "validation data": f"{data.annotations.path or 'fake'}, {len(data.annotations)} images",
+                "validation data": f"{data.annotations.path or 'fake'}, {count_of(len(data.annotations), 'image')}",
                 "device": trial.context.device,
                 **software(Path(sys.argv[0]).parent),
             }
@@ -181,31 +188,38 @@ def _write_report(
 def with_checkpoint(
     trial_class: type[DetectionTrial], experiment: Experiment, arguments: argparse.Namespace
 ) -> tuple[Experiment, Checkpoint | None]:
-    """The experiment and the checkpoint to detect with.
+    """The experiment and the checkpoint to detect with, see `experiment_of_checkpoint`."""
+    checkpoint = read_checkpoint(find_checkpoint(arguments.checkpoint)) if arguments.checkpoint else None
+    names = [o.split("=")[0].split(".")[1] for o in arguments.overrides if o.startswith("hyperparameters.")]
+    return experiment_of_checkpoint(trial_class, experiment, checkpoint, names), checkpoint
 
-    The hyperparameters are the checkpoint's, with --set applied; without a checkpoint the config's.
+
+def experiment_of_checkpoint(
+    trial_class: type[DetectionTrial], experiment: Experiment, checkpoint: Checkpoint | None, changed: Sequence[str]
+) -> Experiment:
+    """The experiment to detect with. The hyperparameters are the checkpoint's; without one, the config's.
+
+    Args:
+        changed: hyperparameters of the config that replace the checkpoint's.
     """
     own = hyperparameters = experiment.config["hyperparameters"]
-    checkpoint = None
-    if arguments.checkpoint:
-        checkpoint = read_checkpoint(find_checkpoint(arguments.checkpoint))
+    if checkpoint is not None:
         if other := checkpoint.hparams.keys() - set(key_names(trial_class.hyperparameters_class)):
             raise UserError(
                 f"--checkpoint: {checkpoint.path} is another detector's: its hyperparameters have "
                 f"{', '.join(sorted(other))}. Fix: run the command in that detector's folder"
             )
-        names = [o.split("=")[0].split(".")[1] for o in arguments.overrides if o.startswith("hyperparameters.")]
         hyperparameters = {
             **filled_in(checkpoint.hparams, own),
             **_own_imports(checkpoint, own),
             **trial_class.hyperparameters_of_checkpoint(checkpoint.path, own),
-            **{name: own[name] for name in names},
+            **{name: own[name] for name in changed},
         }
     slots = int(os.environ.get("WORLD_SIZE", 1))
     batch_size = hyperparameters.get("global_batch_size")
     if type(batch_size) is int:  # any number of processes can detect
         hyperparameters = {**hyperparameters, "global_batch_size": -(-batch_size // slots) * slots}
-    return experiment.with_hyperparameters(hyperparameters), checkpoint
+    return experiment.with_hyperparameters(hyperparameters)
 
 
 def _own_imports(checkpoint: Checkpoint, own: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -242,17 +256,58 @@ def detecting_trial(
         yield trial
 
 
+def tiling_of(arguments: argparse.Namespace) -> Tiling | None:
+    """How the arguments cut images; None if they do not."""
+    return None if arguments.tiles is None else Tiling(arguments.tiles, arguments.overlap)
+
+
 def detect_all(
-    trial: DetectionTrial, data: SplitData, seconds: dict[str, float] | None = None, all_images: bool = False
+    trial: DetectionTrial,
+    data: SplitData,
+    seconds: dict[str, float] | None = None,
+    all_images: bool = False,
+    tiling: Tiling | None = None,
 ) -> Iterator[tuple[Batch, list[Any]]]:
     """The batches of this process's share, and their detections.
 
     Args:
         seconds: adds up the time for "loading" and "detecting".
         all_images: also those that a validation omits.
+        tiling: detects in tiles. A batch is then one image, without its pixels.
     """
     seconds = {"loading": 0.0, "detecting": 0.0} if seconds is None else seconds
-    batches = iter(trial.evaluation_loader(data, all_images=all_images))
+    if tiling is None:
+        yield from _detected(trial, trial.evaluation_loader(data, all_images=all_images), seconds)
+        return
+    annotations = data.annotations
+    images = list(range(len(annotations)) if all_images else trial.evaluated_images(len(annotations)))
+    cut_up = cut(annotations, data.images, images[trial.rank :: trial.slots] or images[:1], tiling)
+    loader = trial.evaluation_loader(SplitData(cut_up.annotations, cut_up.images), all_images=True, is_share=True)
+    missing = Counter(tile.image for tile in cut_up.tiles)
+    found: dict[int, list[tuple[Tile, Any]]] = defaultdict(list)
+    unread: set[int] = set()
+    for batch, detected in _detected(trial, loader, seconds):
+        tiles = [cut_up.tiles[number] for number in [*batch.image_ids, *batch.skipped]]
+        unread.update(cut_up.tiles[number].image for number in batch.skipped)
+        for tile, detections in zip(tiles, detected, strict=False):
+            found[tile.image].append((tile, detections))
+        missing.subtract(tile.image for tile in tiles)
+        for image in dict.fromkeys(tile.image for tile in tiles):
+            if missing[image] > 0:
+                continue
+            image_id, parts = int(annotations.image_ids[image]), found.pop(image, [])
+            if image in unread:
+                yield Batch(None, None, [], skipped=[image_id]), []
+                continue
+            size = int(annotations.columns["widths"][image]), int(annotations.columns["heights"][image])
+            parts.sort(key=lambda part: (part[0].is_view, part[0].box))  # batches come in any order
+            yield Batch(None, None, [image_id]), [merge(image_id, size, parts, tiling, trial.max_iou)]
+
+
+def _detected(
+    trial: DetectionTrial, batches: Iterable[Batch], seconds: dict[str, float]
+) -> Iterator[tuple[Batch, list[Any]]]:
+    batches = iter(batches)
     while True:
         started = time.perf_counter()
         batch = next(batches, None)

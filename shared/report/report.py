@@ -296,7 +296,7 @@ def summary_of(analyses: Analyses) -> str:
 
 
 def _crowded_images(analyses: Analyses) -> list[str]:
-    """A sentence if images hold more objects than COCO scores detections."""
+    """Sentences if images hold more objects than detections are scored."""
     annotations, boxes = analyses.annotations, analyses.of["bbox"]
     limit = max(boxes.evaluation.params.max_dets)
     objects = boxes.verdicts.objects
@@ -306,8 +306,11 @@ def _crowded_images(analyses: Analyses) -> list[str]:
     if not images:
         return []
     hold = "image holds" if images == 1 else "images hold"
-    most = f"COCO scores at most {limit} detections of a category per image, so that it counts some objects as missed."
-    return [f"{images} {hold} more than {limit} objects of one category, and {most}"]
+    return [
+        f"{images} {hold} more than {limit} objects of one category.",
+        f"Only {limit} detections of a category are scored per image, so that some objects count as missed; "
+        "max_detections sets another number.",
+    ]
 
 
 def _number(name: str, of: Analysis, called: str | None = None) -> str:
@@ -365,6 +368,14 @@ def report_main(arguments: Sequence[str]) -> None:
     detections = from_coco_results(given.results, annotations)
     facts = {"annotations": given.annotations, "detections": given.results}
     about = About(title=f"{given.results.name} on {given.annotations.name}", facts=facts)
-    analyses = report(annotations, detections, given.output, given.images, resamples=given.resamples, about=about)
+    analyses = report(
+        annotations,
+        detections,
+        given.output,
+        given.images,
+        resamples=given.resamples,
+        about=about,
+        max_detections=given.max_detections,
+    )
     print(summary_of(analyses))
     print(f"the page: {given.output}; its numbers: {given.output.with_suffix('.json')}")

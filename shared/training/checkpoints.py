@@ -46,6 +46,7 @@ class Checkpoint:
     averaged_weights: dict[str, torch.Tensor] | None
     state: dict[str, Any]  # all of `state_dict.pth`
     counts: dict[str, Any]  # batches, epochs and the last validation, by the names of Determined's own loop
+    trial_class: str  # the name of the detector's class
 
     @property
     def best_of_older_version(self) -> dict[str, Any]:
@@ -78,6 +79,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             averaged_weights=averaged,
             state=state,
             counts=pickles.get("trial_state.pkl", {}),
+            trial_class=str(load_data.get("trial_cls_spec", "")).rpartition(":")[2],
         )
     except (OSError, KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{path} is not a checkpoint of this project, or is not whole: {error!r}") from error

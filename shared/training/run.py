@@ -29,7 +29,9 @@ from shared.evaluation.evaluator import CocoEvaluator, for_json
 from shared.evaluation.gathered import ChiefReducer, save_detections
 from shared.training.loggers import Loggers
 from shared.training.run_folder import RunFolder
+from shared.training.run_store import RunStore
 from shared.training.saving import METADATA, Snapshot
+from shared.training.signals import StopSignals
 from shared.training.tensorboard import TensorBoard
 from shared.training.validation import Validation
 
@@ -44,7 +46,7 @@ class Run:
     """Takes a training's reports and checkpoints. Only the chief calls a method, unless it says "on every rank"."""
 
     trial_id: int = 0  # of the cluster's trial. A checkpoint of another trial starts a new count of batches
-    handles_signals: bool = False  # whether SIGTERM and Ctrl-C stop the training after a batch
+    signals: StopSignals | None = None  # those that stop the training after a batch
     folder: Path  # for what a detector's library writes
     code: Path  # the folder of the code that a checkpoint holds
 
@@ -98,14 +100,26 @@ class Run:
 
 
 class LocalRun(Run):
-    """A folder's run. It keeps the last checkpoint and the best one: with `checkpoint_policy` "best" each validation
-    saves too."""
+    """A folder's run. It keeps the last checkpoint and the best one.
 
-    handles_signals = True
+    Args:
+        policy: `checkpoint_policy`. "best" saves after each validation too: the last one is kept as well.
+        signals: those that stop the training.
+        run_store: for a copy of the folder; None without, and on other ranks than the chief.
+    """
 
-    def __init__(self, folder: RunFolder, loggers: Loggers, metric: SearcherMetric, policy: str, is_chief: bool):
+    def __init__(
+        self,
+        folder: RunFolder,
+        loggers: Loggers,
+        metric: SearcherMetric,
+        policy: str,
+        is_chief: bool,
+        signals: StopSignals | None = None,
+        run_store: RunStore | None = None,
+    ):
         self.run_folder, self.loggers, self.metric, self.policy = folder, loggers, metric, policy
-        self.is_chief = is_chief
+        self.is_chief, self.signals, self.run_store = is_chief, signals, run_store
         self.folder, self.code = folder.path, folder.code
 
     def begin(self, first_batch: int, profiling: bool) -> None:
@@ -122,8 +136,10 @@ class LocalRun(Run):
     def report_validation(self, validation: Validation, epochs: int, evaluator: ChiefReducer, is_best: bool) -> bool:
         if is_best and isinstance(evaluator, CocoEvaluator):
             names = evaluator.annotations.category_names
-            save_detections(self.run_folder.detections, evaluator.found_by_id(), names)
+            save_detections(self.run_folder.detections, evaluator.found_by_id(), names, evaluator.max_detections)
         self._report(validation.batches, "val", {**validation.metrics, **validation.category_ap})
+        if self.run_store is not None:
+            self.run_store.send()
         return self.policy != "none"
 
     def earlier_value(self, batches: int, metric: str) -> float | None:
@@ -139,6 +155,13 @@ class LocalRun(Run):
         snapshot.write(new, self.code)
         (new / METADATA).write_text(json.dumps(snapshot.metadata))
         self.run_folder.keep(new, is_best=snapshot.is_best)
+        if self.run_store is not None:
+            self.run_store.add_checkpoint(snapshot.is_best)
+
+    def at_boundary(self, progress: float, tensorboard: TensorBoard | None) -> bool:
+        if self.run_store is not None:
+            self.run_store.raise_if_failed()
+        return False
 
     def close(self, is_saved: bool) -> None:
         # a second Ctrl-C does not wait for a checkpoint, and its thread may be about to rename the folder
@@ -165,6 +188,8 @@ def full_disk_as_error(folder: RunFolder) -> Iterator[None]:
         of_copy = isinstance(error, shutil.Error) and "[Errno" in str(error)
         of_torch = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
         if not (of_disk or of_copy or of_torch):
+            raise
+        if not folder.path.exists():  # of a rank on another machine, which writes none of the run's files
             raise
         free = shutil.disk_usage(folder.path).free / 2**20
         reason = error.strerror if of_disk else "a checkpoint was not written to its end"

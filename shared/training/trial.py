@@ -42,7 +42,8 @@ from shared.training.memory import keep_freed_memory, out_of_memory, out_of_memo
 from shared.training.processes import first_on_each_machine, on_chief
 from shared.training.resume import BuiltOptimizer, refused_values
 from shared.training.saving import python_state
-from shared.training.stopping import begin_worker, periods_of
+from shared.training.signals import begin_worker
+from shared.training.stopping import periods_of
 from shared.training.training_metrics import STEPS_A_SCALE_MAY_SKIP, TrainingMetrics, diverged
 from shared.training.validation import (
     CollateWithLoss,
@@ -221,12 +222,14 @@ class DetectionTrial(Detector):
         with_losses: bool = False,
         stop: Callable[[], bool] = lambda: False,
         all_images: bool = False,
+        is_share: bool = False,
     ) -> DataLoader:
         """This slot's share of the images to evaluate on, as batches on the host.
 
         Args:
             stop: asked before each batch but the first; True omits the rest.
             all_images: also those that `evaluated_images` omits.
+            is_share: `data` has this slot's share alone.
         """
         dataset, collate = self.evaluation_dataset(data), self.collate(training=False)
         if isinstance(dataset, CocoDetection):
@@ -237,7 +240,8 @@ class DetectionTrial(Detector):
         if self.batches_of_one_size:
             groups = size_groups(data.annotations.columns["widths"], data.annotations.columns["heights"])
         images = range(len(dataset)) if all_images else self.evaluated_images(len(dataset))
-        batches = EvaluationBatchSampler(images, self.evaluation_batch_size, self.rank, self.slots, stop, groups)
+        rank, slots = (0, 1) if is_share else (self.rank, self.slots)
+        batches = EvaluationBatchSampler(images, self.evaluation_batch_size, rank, slots, stop, groups)
         return self._loader(dataset, batches, collate)
 
     def training_batch_loader(self, first_batch: int | None = None) -> DataLoader:
@@ -320,7 +324,8 @@ class DetectionTrial(Detector):
             ("precision", self.hparams.amp or "float32"),
             *([] if self.frozen is None else [("frozen", self.frozen)]),
             ("global batch", f"{self.global_batch_size} on {count_of(self.slots, 'slot')}"),
-            ("length", f"{self.total_batches} batches, {self.batches_per_epoch} an epoch{resumed}"),
+            ("length", f"{self.total_batches} batches, {self.batches_per_epoch} per epoch{resumed}"),
+            *([] if self.data.augment is None else [("augmentation", self.data.augment)]),
             *([] if self.repeats is None else [("repeated", described(self.repeats))]),
         ]
 
