@@ -16,9 +16,9 @@ from stores import BUCKET, http_store, s3_store
 
 from shared.commands import evaluate as evaluate_module
 from shared.commands.evaluate import evaluate as evaluate_command
+from shared.commands.evaluate import score_limits
 from shared.commands.predict import predict as predict_command
 from shared.commands.predict_inputs import _find
-from shared.commands.score_limits import score_limits
 from shared.config.schema import TrainingHyperparameters
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection
