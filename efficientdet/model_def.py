@@ -26,6 +26,7 @@ from timm.utils import dispatch_clip_grad
 from torch import nn
 
 from efficientdet_files.data import EfficientDetCollate, EfficientDetTransform, input_config, normalize
+from efficientdet_files.export import ExportableEfficientDet
 from efficientdet_files.model import build_model, model_config
 from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
@@ -226,6 +227,9 @@ class EfficientDetTrial(DetectionTrial):
             Detections(image_id, boxes=of_image[:, :4], scores=of_image[:, 4], labels=of_image[:, 5].astype(int) - 1)
             for image_id, of_image in zip(batch.image_ids, found, strict=True)
         ]
+
+    def exportable(self) -> ExportableEfficientDet:
+        return ExportableEfficientDet(self.evaluation_model.model, self.model_config, self.inputs)
 
     def summary(self) -> list[tuple[str, object]]:
         hparams, backbone, data = self.hparams, self.model_config.backbone_name, self.train_data.annotations

@@ -176,7 +176,14 @@ def run_command(function: Callable, trial_class: type, config: Path, overrides: 
     """Calls a command's function in this process, with the arguments that the command line has."""
     from shared.launch import experiment_for
 
-    given = {"command": None, "config": str(config), "overrides": [*overrides], "split": "val", **arguments}
+    given = {
+        "command": None,
+        "config": str(config),
+        "overrides": [*overrides],
+        "split": "val",
+        "model": None,
+        **arguments,
+    }
     given = argparse.Namespace(**given)
     function(trial_class, experiment_for(given, trial_class.sections()), given)
 

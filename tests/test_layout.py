@@ -11,7 +11,19 @@ from conftest import ROOT
 
 # each may import from those after it, and from its own room
 FLOORS = (
-    *("__main__", "launch", "commands", "log", "search", "report", "training", "evaluation", "library", "data"),
+    *(
+        "__main__",
+        "launch",
+        "commands",
+        "log",
+        "search",
+        "export",
+        "report",
+        "training",
+        "evaluation",
+        "library",
+        "data",
+    ),
     *("config", "durable", "redaction", "errors", "environment"),
 )
 BY_ITSELF = ("container",)  # runs before anything is installed

@@ -9,17 +9,24 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from determined.core import DistributedContext
 
 from shared import durable
 from shared.config.experiment import Experiment
 from shared.config.schema import key_names
+from shared.data.dataset import BadImages
+from shared.data.images import BadImageError, read_image
 from shared.data.loading import Batch
-from shared.data.open import SplitData
+from shared.data.open import SplitData, open_split
 from shared.errors import UserError
+from shared.evaluation.detections import Detections
+from shared.evaluation.evaluator import CocoEvaluator
+from shared.export.runtime import ExportedDetector
 from shared.redaction import filled_in
 from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import Checkpoint, load_weights, read_checkpoint
@@ -32,8 +39,13 @@ def with_checkpoint(
 ) -> tuple[Experiment, Checkpoint | None]:
     """The experiment and the checkpoint to detect with.
 
-    The hyperparameters are the checkpoint's, with --set applied; without a checkpoint the config's.
+    The hyperparameters are the checkpoint's, with --set applied; without a checkpoint the config's. An exported file
+    needs neither.
     """
+    if arguments.model is not None:
+        if arguments.checkpoint:
+            raise UserError("--model: it holds the weights itself. Fix: remove --checkpoint")
+        return experiment, None
     own = hyperparameters = experiment.config["hyperparameters"]
     checkpoint = None
     if arguments.checkpoint:
@@ -91,8 +103,84 @@ def detecting_trial(
         yield trial
 
 
+class FileDetector:
+    """Detects with an exported file. It has what `evaluate` and `predict` use of a trial.
+
+    Args:
+        trial_class: of the detector whose folder the command runs in.
+    """
+
+    def __init__(
+        self,
+        trial_class: type[DetectionTrial],
+        experiment: Experiment,
+        model: Path,
+        processes: tuple[DistributedContext, torch.device],
+    ):
+        self.model = ExportedDetector(model)
+        self.data, self.categories = experiment.data, self.model.categories
+        distributed = processes[0]
+        self.context = SimpleNamespace(distributed=distributed, device=self.model.device)
+        self.rank, self.slots = distributed.rank, distributed.size
+        self.iou_types = ("bbox", "segm") if "masks" in self.model.metadata.outputs else ("bbox",)
+        self._max_detections = trial_class.scored_detections(experiment.config.get("hyperparameters") or {})
+
+    def open_val(self) -> SplitData:
+        return open_split(self.data, "val")
+
+    def build_evaluator(self, data: SplitData) -> CocoEvaluator:
+        gather = self.context.distributed.gather
+        return CocoEvaluator(data.annotations, self.iou_types, gather=gather, max_detections=self._max_detections)
+
+    def detect_image(self, data: SplitData, index: int, seconds: dict[str, float]) -> Detections:
+        """The detections of the image at a position.
+
+        Raises:
+            BadImageError: it cannot be read.
+        """
+        started = time.perf_counter()
+        record = data.annotations[index]
+        size, name = (record.width, record.height), f"image id {record.image_id}"
+        image = np.asarray(read_image(data.images, record.file_name, size, name))
+        loaded = time.perf_counter()
+        (found,) = self.model.detect([image], [record.image_id])
+        seconds["loading"] += loaded - started
+        seconds["detecting"] += time.perf_counter() - loaded
+        return found
+
+    def detect_all(self, data: SplitData, seconds: dict[str, float]) -> Iterator[tuple[Batch, list[Detections]]]:
+        bad_images = BadImages(skip=self.data.on_bad_image == "skip")
+        for index in range(self.rank, len(data.annotations), self.slots):
+            image_id = int(data.annotations.image_ids[index])
+            try:
+                found = [self.detect_image(data, index, seconds)]
+            except BadImageError as error:
+                bad_images.leave_out(error, image_id)
+                found = []
+            yield Batch(None, None, [image_id] * len(found), skipped=bad_images.take()), found
+
+
+@contextlib.contextmanager
+def detector_of(
+    trial_class: type[DetectionTrial],
+    experiment: Experiment,
+    checkpoint: Checkpoint | None,
+    model: Path | None,
+    processes: tuple[DistributedContext, torch.device],
+) -> Iterator[DetectionTrial | FileDetector]:
+    """The exported file `model`, or the trial of `detecting_trial` without one."""
+    if model is not None:
+        yield FileDetector(trial_class, experiment, model, processes)
+        return
+    with detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
+        yield trial
+
+
 def detect_all(
-    trial: DetectionTrial, data: SplitData, seconds: dict[str, float] | None = None, all_images: bool = False
+    trial: DetectionTrial | FileDetector,
+    data: SplitData,
+    seconds: dict[str, float] | None = None,
+    all_images: bool = False,
 ) -> Iterator[tuple[Batch, list[Any]]]:
     """The batches of this process's share, and their detections.
 
@@ -101,6 +189,9 @@ def detect_all(
         all_images: also those that a validation omits.
     """
     seconds = {"loading": 0.0, "detecting": 0.0} if seconds is None else seconds
+    if isinstance(trial, FileDetector):
+        yield from trial.detect_all(data, seconds)
+        return
     batches = iter(trial.evaluation_loader(data, all_images=all_images))
     while True:
         started = time.perf_counter()

@@ -13,7 +13,7 @@ from typing import Any
 
 from shared.commands.detection import (
     detect_all,
-    detecting_trial,
+    detector_of,
     make_folder,
     with_checkpoint,
     write_json,
@@ -27,6 +27,7 @@ from shared.evaluation.detections import Detections, from_coco_results, to_coco_
 from shared.evaluation.evaluator import CocoEvaluator, for_json, iou_types_of, metrics_table
 from shared.report.about import About, software
 from shared.report.analysis import best_of_boxes
+from shared.training.checkpoints import Checkpoint
 from shared.training.processes import local_processes
 from shared.training.trial import DetectionTrial
 
@@ -43,13 +44,17 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
         _evaluate_results(experiment, arguments, most)
         return
     experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments)
-    with local_processes() as processes, detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
+    with (
+        local_processes() as processes,
+        detector_of(trial_class, experiment, checkpoint, arguments.model, processes) as trial,
+    ):
         data = trial.open_val()
         _make_output_folders(arguments, data)
+        source = "checkpoint" if arguments.model is None else "exported detector"
         names, in_data = ([category["name"] for category in of.categories] for of in (trial, data))
         if names != in_data:
             raise UserError(
-                f"data.val.annotations: its categories {in_data} are not those that the checkpoint was trained on, "
+                f"data.val.annotations: its categories {in_data} are not those that the {source} was trained on, "
                 f"{names}"
             )
         evaluator = trial.build_evaluator(data)
@@ -76,7 +81,7 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
         if arguments.report:
             facts = {
                 "config": Path(arguments.config).absolute(),
-                "weights": checkpoint.path if checkpoint else "pretrained, as the config names them",
+                "weights": _weights(checkpoint, arguments.model),
                 "validation data": f"{data.annotations.path or 'fake'}, {len(data.annotations)} images",
                 "device": trial.context.device,
                 **software(Path(sys.argv[0]).parent),
@@ -85,6 +90,11 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
             _write_report(arguments, data, found.detections(), evaluator, facts, found.images.tolist())
         elif isinstance(evaluator, CocoEvaluator):
             _print_threshold(evaluator)
+
+
+def _weights(checkpoint: Checkpoint | None, model: Path | None) -> Path | str:
+    """What detects, for the report."""
+    return model or (checkpoint.path if checkpoint else "pretrained, as the config names them")
 
 
 @contextlib.contextmanager
@@ -98,8 +108,9 @@ def _named(split: str) -> Iterator[None]:
 
 def _evaluate_results(experiment: Experiment, arguments: argparse.Namespace, max_detections: int | None) -> None:
     """Scores a file: boxes; masks and keypoints if every result and the data have them."""
-    if arguments.checkpoint:
-        raise UserError("--results: it scores a file, and no model. Fix: remove --checkpoint")
+    if arguments.checkpoint or arguments.model:
+        option = "--checkpoint" if arguments.checkpoint else "--model"
+        raise UserError(f"--results: it scores a file, and no model. Fix: remove {option}")
     if int(os.environ.get("RANK", 0)) > 0:  # one process scores it
         return
     images = None if arguments.report else DiskImages(Path())  # only the report reads images

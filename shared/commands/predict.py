@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from shared.commands import videos
-from shared.commands.detection import detect_all, detecting_trial, make_folder, with_checkpoint, write_results
+from shared.commands.detection import FileDetector, detect_all, detector_of, make_folder, with_checkpoint, write_results
 from shared.commands.predict_inputs import GivenImages, Picture, drawn_as, find_files, look_at
 from shared.config.experiment import Experiment
 from shared.config.schema import DataConfig
@@ -25,6 +25,7 @@ from shared.data.storage import DiskImages
 from shared.errors import UserError
 from shared.evaluation import drawing
 from shared.evaluation.detections import Detections, to_coco_results
+from shared.export.runtime import ExportedDetector
 from shared.training.checkpoints import Checkpoint
 from shared.training.processes import local_processes, on_chief
 from shared.training.training_metrics import Progress
@@ -38,7 +39,7 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
     experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments)
     # as the inputs whose header cannot be read
     experiment = replace(experiment, data=replace(experiment.data, on_bad_image="skip"))
-    min_score = _best_threshold(checkpoint) if arguments.min_score == "best" else arguments.min_score
+    min_score = _best_threshold(checkpoint, arguments.model) if arguments.min_score == "best" else arguments.min_score
     options = experiment.data.store_options
     allow_pixels(experiment.data.max_image_pixels)
     with local_processes() as processes, contextlib.ExitStack() as stack:
@@ -55,7 +56,7 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
             return pictures, images
 
         pictures, images = on_chief(distributed, open_inputs)
-        with detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
+        with detector_of(trial_class, experiment, checkpoint, arguments.model, processes) as trial:
             data = pictures_as_data(pictures, images, arguments.images, trial)
             prediction = _Prediction(trial, data, pictures, arguments.output, arguments.format, min_score)
             try:
@@ -65,8 +66,12 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
                 sys.exit(130)
 
 
-def _best_threshold(checkpoint: Checkpoint | None) -> float:
-    """The best threshold in the report of the run that saved the checkpoint."""
+def _best_threshold(checkpoint: Checkpoint | None, model: Path | None) -> float:
+    """The best threshold in the report of the run that saved the checkpoint, or in an exported file."""
+    if model is not None:
+        if (best := ExportedDetector(model).metadata.best_threshold) is None:
+            raise UserError(f"--min-score best: {model} holds no threshold. Fix: give a number")
+        return best
     written = checkpoint and checkpoint.path.parent.parent / "report.json"
     if written is None or not written.is_file():
         raise UserError(
@@ -87,7 +92,7 @@ def _check_is_empty(output: Path) -> None:
 
 
 def pictures_as_data(
-    pictures: list[Picture], images: GivenImages, given: Sequence[str], trial: DetectionTrial
+    pictures: list[Picture], images: GivenImages, given: Sequence[str], trial: DetectionTrial | FileDetector
 ) -> SplitData:
     """The pictures as data without annotations. The image ids are those in data.val if it has all the file names, else
     the positions."""
@@ -119,7 +124,7 @@ class _Prediction:
 
     def __init__(
         self,
-        trial: DetectionTrial,
+        trial: DetectionTrial | FileDetector,
         data: SplitData,
         pictures: list[Picture],
         output: Path,

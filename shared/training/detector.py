@@ -284,6 +284,14 @@ class Detector(PyTorchTrial):
         """The part of the model whose modules `freeze` names."""
         return model
 
+    def exportable(self) -> nn.Module:
+        """The evaluation model from images to detections, for `export`: a `shared.export.operations.Exportable`.
+
+        Raises:
+            UserError: no exported file can do what the config asks for.
+        """
+        raise UserError("export: this detector has no export. Fix: use its checkpoint")
+
     def compiled_parts(self, model: nn.Module) -> Sequence[nn.Module]:
         """What `torch_compile` compiles: modules that take and return tensors."""
         return [model]
