@@ -26,7 +26,6 @@ from timm.utils import dispatch_clip_grad
 from torch import nn
 
 from efficientdet_files.data import EfficientDetCollate, EfficientDetTransform, input_config, normalize
-from efficientdet_files.export import ExportableEfficientDet
 from efficientdet_files.model import build_model, model_config
 from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
@@ -228,7 +227,9 @@ class EfficientDetTrial(DetectionTrial):
             for image_id, of_image in zip(batch.image_ids, found, strict=True)
         ]
 
-    def exportable(self) -> ExportableEfficientDet:
+    def exportable(self) -> nn.Module:
+        from efficientdet_files.export import ExportableEfficientDet
+
         return ExportableEfficientDet(self.evaluation_model.model, self.model_config, self.inputs)
 
     def summary(self) -> list[tuple[str, object]]:

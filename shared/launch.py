@@ -26,7 +26,7 @@ from shared.config.reference import help_text
 from shared.config.schema import TrainingHyperparameters, parse_section
 from shared.environment import on_cluster, quiet_if_output_is_closed, task_config, use_available_cores
 from shared.errors import DivergedError, UserError, tell_torchrun
-from shared.export.metadata import FORMATS
+from shared.export.metadata import FORMATS, TRANSFORMERS
 from shared.log import show_log
 from shared.redaction import redacted
 from shared.training.checkpoint_folder import checkpoint_here
@@ -247,8 +247,10 @@ def read_arguments() -> argparse.Namespace:
 
 def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", help="a checkpoint's path or UUID; default: the config's pretrained weights")
-    parser.add_argument("--format", choices=FORMATS, default="onnx", help="default onnx; `torch` is a .pt2 file")
+    formats_help = "default onnx; `torch` is a .pt2 file; `transformers` a folder for that package (detr only)"
+    parser.add_argument("--format", choices=[*FORMATS, TRANSFORMERS], default="onnx", help=formats_help)
     parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to write; default exports/FORMAT")
+    parser.set_defaults(model=None)
     parser.add_argument("--images", type=_count, metavar="N", help="check on N images of data.val; default all")
     parser.add_argument(
         "--tolerance",

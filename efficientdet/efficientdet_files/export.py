@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from efficientdet_files.data import normalize
 from shared.errors import UserError
-from shared.export.operations import Exportable, best_boxes, check_filter, inside, resize_as_pillow
+from shared.export.operations import Exportable, best_boxes, check_filter, inside, resize_as_pillow, size_of
 
 _IOU_THRESHOLD = 0.5  # of effdet's NMS
 
@@ -44,19 +44,16 @@ class ExportableEfficientDet(Exportable):
         ):
             self.register_buffer(name, values.view(1, 3, 1, 1))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        height, width = images.shape[-2:]
-        (most_height, most_width) = self.input_size
-        scaled_height, scaled_width = inside(height, width, most_height, most_width)
-        pixels = resize_as_pillow(images, scaled_height, scaled_width, self.filter) - self.fill_color
-        pixels = F.pad(pixels, (0, most_width - scaled_width, 0, most_height - scaled_height)) + self.fill_color
-        scale = torch.sym_max(height / most_height, width / most_width)
-        return self.decode(*self.model(normalize(pixels, self.mean, self.std)), scale, height, width)
+    def prepare(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        most_height, most_width = self.input_size
+        height, width = inside(*images.shape[-2:], most_height, most_width)
+        pixels = resize_as_pillow(images, height, width, self.filter) - self.fill_color
+        pixels = F.pad(pixels, (0, most_width - width, 0, most_height - height)) + self.fill_color
+        return normalize(pixels, self.mean, self.std), size_of(images)
 
-    def decode(
-        self, class_outputs: list[Tensor], box_outputs: list[Tensor], scale: float, height: int, width: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Detections of the network's outputs, in pixels of images that are `scale` times as large as the input."""
+    def detect(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        class_outputs, box_outputs = self.model(pixels)
+        scale = (sizes / torch.tensor(self.input_size, dtype=torch.float32)).max()
         classes = self.config.num_classes
         logits = torch.cat([level.permute(0, 2, 3, 1).flatten(1) for level in class_outputs], 1)
         regressed = torch.cat([level.permute(0, 2, 3, 1).flatten(1) for level in box_outputs], 1).unflatten(1, (-1, 4))
@@ -64,8 +61,7 @@ class ExportableEfficientDet(Exportable):
         places = best // classes
         regressed = regressed.gather(1, places[..., None].expand(-1, -1, 4))
         boxes = decode_box_outputs(regressed.flatten(0, 1), self.anchors[places.flatten()], output_xyxy=True)
-        size = torch.ones(2) * torch.stack([torch.ones(()) * width, torch.ones(()) * height]) / scale
-        boxes = clip_boxes_xyxy(boxes, size).view_as(regressed)
+        boxes = clip_boxes_xyxy(boxes, sizes.flip(0) / scale).view_as(regressed)
         limit = self.config.max_det_per_image
         boxes, scores, labels, _ = best_boxes(boxes, logits.sigmoid(), best % classes, _IOU_THRESHOLD, limit)
         return boxes * scale, scores, labels

@@ -205,6 +205,19 @@ def detect_all(
         yield batch, detected
 
 
+def check_categories(categories: list[dict], data: SplitData, source: str) -> None:
+    """Raises UserError if data.val has other categories than what detects.
+
+    Args:
+        source: what detects, for the error.
+    """
+    names, in_data = ([category["name"] for category in of] for of in (categories, data.categories))
+    if names != in_data:
+        raise UserError(
+            f"data.val.annotations: its categories {in_data} are not those that the {source} was trained on, {names}"
+        )
+
+
 def write_results(folder: Path, of_processes: list[dict[int, list[dict]]]) -> dict[int, list[dict]]:
     """Writes results.json in COCO's format. Returns the results by image id."""
     by_image = {image_id: found for of_process in of_processes for image_id, found in of_process.items()}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.commands.detection import (
+    check_categories,
     detect_all,
     detector_of,
     make_folder,
@@ -50,13 +51,7 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
     ):
         data = trial.open_val()
         _make_output_folders(arguments, data)
-        source = "checkpoint" if arguments.model is None else "exported detector"
-        names, in_data = ([category["name"] for category in of.categories] for of in (trial, data))
-        if names != in_data:
-            raise UserError(
-                f"data.val.annotations: its categories {in_data} are not those that the {source} was trained on, "
-                f"{names}"
-            )
+        check_categories(trial.categories, data, "checkpoint" if arguments.model is None else "exported detector")
         evaluator = trial.build_evaluator(data)
         if arguments.report and not isinstance(evaluator, CocoEvaluator):
             raise UserError("--report: the detector's library evaluates this data, and not by COCO's rules")

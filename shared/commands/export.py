@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import math
 import shutil
@@ -14,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import shared.export
 from shared import durable
-from shared.commands.detection import FileDetector, detecting_trial, with_checkpoint
+from shared.commands.detection import FileDetector, check_categories, detecting_trial, with_checkpoint
 from shared.config.experiment import Experiment
 from shared.data.dataset import CocoDetection
 from shared.data.open import SplitData
@@ -27,7 +27,7 @@ from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import for_json
 from shared.export import formats
 from shared.export.check import Differences, Side, differences, own_peak_memory, peak_memory_of
-from shared.export.metadata import Metadata, known_thresholds, thresholds_of_report, versions_of
+from shared.export.metadata import TRANSFORMERS, Metadata, known_thresholds, thresholds_of_report, versions_of
 from shared.report.compare import Compared, compared, summary_of
 from shared.report.page import write_page
 from shared.training.checkpoints import Checkpoint, weights_digest
@@ -44,53 +44,64 @@ def export(trial_class: type[DetectionTrial], experiment: Experiment, arguments:
     Raises:
         UserError: the detector cannot be exported, or the file detects worse or better than the checkpoint.
     """
-    formats.check_format(arguments.format)
+    if arguments.format != TRANSFORMERS:
+        formats.check_format(arguments.format)
     output = arguments.output or Path("exports") / arguments.format
     _check_output(output)
-    arguments.model = None
     experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments)
     with local_processes() as processes, detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
         if trial.slots > 1:
             raise UserError("export: one process exports. Fix: start it without torchrun")
-        exportable = _on_cpu(trial.exportable())
-        data = trial.open_val()
-        indices = _indices(trial, data, arguments.images)
-        names = {"checkpoint": "checkpoint" if checkpoint else "pretrained", "file": arguments.format}
-        print(f"detecting with the {names['checkpoint']} on {count_of(len(indices), 'image')}")
-        found, speed = _with_trial(trial, data, indices)
-        sides = {names["checkpoint"]: Side(speed, own_peak_memory(), str(trial.context.device))}
-        folder = _new_folder(output)
-        try:
-            print(f"writing {formats.FORMATS[arguments.format]}")
-            metadata = _metadata(exportable, trial, checkpoint, data, found)
-            path = formats.write(exportable, arguments.format, folder, metadata)
-            shutil.copy(Path(shared.export.__file__).with_name("detect.py"), folder)
-            print("detecting with the file")
-            file = FileDetector(trial_class, experiment, path, processes)
-            of_file, speed = _with_file(file, data, [image.image_id for image in found])
-            script = folder / "detect.py"
-            memory = peak_memory_of(script, path, data, indices)
-            sides[names["file"]] = Side(speed, memory, file.context.device)
-            both = {names["checkpoint"]: found, names["file"]: of_file}
-            iou_types = [each for each in trial.iou_types if each in file.iou_types]
-            image_ids = [image.image_id for image in found]
-            most = trial_class.scored_detections(experiment.config["hyperparameters"])
-            comparison = compared(data.annotations, both, iou_types, image_ids, max_detections=most)
-            apart = differences(found, of_file)
-            facts = _facts(path, metadata, len(found), arguments.tolerance)
-            _write_page(folder, comparison, sides, apart, facts)
-            _check_difference(comparison, arguments)
-            durable.replace_folder(folder, output)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        with _replacing(output) as folder:
+            if arguments.format == TRANSFORMERS:
+                trial.save_for_transformers(folder)
+            else:
+                _write_checked(trial, experiment, checkpoint, arguments, folder)
+    print(f"written: {output}")
+
+
+def _write_checked(
+    trial: DetectionTrial,
+    experiment: Experiment,
+    checkpoint: Checkpoint | None,
+    arguments: argparse.Namespace,
+    folder: Path,
+) -> None:
+    """Writes the file, `detect.py`, and the comparison of the file with the checkpoint."""
+    exportable = copy.deepcopy(trial.exportable()).cpu().float().eval()
+    data = trial.open_val()
+    source = "checkpoint" if checkpoint else "pretrained"
+    check_categories(trial.categories, data, source)
+    indices = _indices(trial, data, arguments.images)
+    print(f"detecting with the {source} on {count_of(len(indices), 'image')}")
+    found, speed = _with_trial(trial, data, indices)
+    sides = {source: Side(speed, own_peak_memory(), str(trial.context.device))}
+    print(f"writing {formats.FORMATS[arguments.format]}")
+    metadata = _metadata(exportable, trial, checkpoint, data, found)
+    path = formats.write(exportable, arguments.format, folder, metadata)
+    script = shutil.copy(Path(shared.export.__file__).with_name("detect.py"), folder)
+    print("detecting with the file")
+    processes = (trial.context.distributed, trial.context.device)
+    file = FileDetector(type(trial), experiment, path, processes)
+    image_ids = [image.image_id for image in found]
+    of_file, speed = _with_file(file, data, image_ids)
+    sides[arguments.format] = Side(speed, peak_memory_of(Path(script), path, data, indices), file.context.device)
+    comparison = compared(
+        data.annotations,
+        {source: found, arguments.format: of_file},
+        [each for each in trial.iou_types if each in file.iou_types],
+        image_ids,
+        max_detections=trial.scored_detections(experiment.config["hyperparameters"]),
+    )
+    _check_difference(comparison, arguments)
+    apart = differences(found, of_file)
+    _write_page(folder, comparison, sides, apart, _facts(path, metadata, len(found), arguments.tolerance))
     for one in comparison.comparisons:
         print(summary_of(one))
     print(apart)
     for name, side in sides.items():
         memory = "" if side.peak_memory_mib is None else f", at most {side.peak_memory_mib:.0f} MiB"
         print(f"{name}: {side.images_per_second:.2f} images per second on {side.device}{memory}")
-    print(f"written: {output / path.name}; {output / 'export.html'}")
 
 
 def _check_output(output: Path) -> None:
@@ -101,18 +112,20 @@ def _check_output(output: Path) -> None:
         raise UserError(f"--output: {output} is a file. Fix: give a new folder")
 
 
-def _new_folder(output: Path) -> Path:
-    """A folder beside `output`, which takes its place in the end."""
+@contextlib.contextmanager
+def _replacing(output: Path) -> Iterator[Path]:
+    """A new folder, which takes the place of `output` at the end. An error leaves nothing of it."""
+    folder = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.new")
     try:
-        folder = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.new")
         folder.mkdir(parents=True)
-        return folder
+        yield folder
+        durable.replace_folder(folder, output)
     except OSError as error:
-        raise UserError(f"--output: {output} cannot be made a folder: {error.strerror}") from error
-
-
-def _on_cpu(module: torch.nn.Module) -> torch.nn.Module:
-    return copy.deepcopy(module).cpu().float().eval()
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(f"--output: {output} cannot be written: {error.strerror or error}") from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _indices(trial: DetectionTrial, data: SplitData, count: int | None) -> list[int]:
@@ -213,8 +226,13 @@ def _write_page(
 
 def _check_difference(comparison: Compared, arguments: argparse.Namespace) -> None:
     for one in comparison.comparisons:
+        if math.isnan(one.overall.delta):
+            raise UserError(
+                "data.val: it has no objects to score, so that the file cannot be checked. Fix: give annotations with "
+                "objects, or more --images"
+            )
         if abs(one.overall.delta) > arguments.tolerance:
             raise UserError(
-                f"--format {arguments.format}: {summary_of(one)} The difference is more than {arguments.tolerance:g}. "
-                "Nothing was written. Fix: choose another format, or allow more with --tolerance"
+                f"--format {arguments.format}: {summary_of(one)} The difference is more than {arguments.tolerance:g}, "
+                "so nothing was written. Fix: choose another format, or allow more with --tolerance"
             )

@@ -19,14 +19,15 @@ def load(path):
 
         model = openvino.Core().read_model(path)
         compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        return lambda images: list(compiled(images).values()), {k: str(v) for k, v in model.get_rt_info().items()}
+        metadata = {k: v.value for k, v in model.rt_info.items() if k.startswith("detector.")}
+        return lambda images: list(compiled(images).values()), metadata
     import torch
     import torchvision.ops  # noqa: F401
 
     files = {"metadata.json": ""}
     module = torch.export.load(path, extra_files=files).module()
-    run = lambda images: [output.numpy() for output in module(torch.from_numpy(images))]  # noqa: E731
-    return run, json.loads(files["metadata.json"])
+    metadata = json.loads(files["metadata.json"])
+    return lambda images: [output.numpy() for output in module(torch.from_numpy(images))], metadata
 
 
 if __name__ == "__main__":

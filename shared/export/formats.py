@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,6 +53,11 @@ def write(detector: Exportable, name: str, folder: Path, metadata: Metadata) -> 
     Raises:
         UserError: PyTorch cannot trace or translate the detector.
     """
+    if name == "torch" and detector.input_size is None:
+        raise UserError(
+            "--format torch: the network's size follows from the image's, and torch.export cannot trace that. Fix: "
+            "choose onnx, or resize all images to one height and width"
+        )
     path = folder / FORMATS[name]
     with _quiet(), torch.no_grad():
         try:
@@ -89,20 +95,70 @@ def _write_torch(detector: Exportable, path: Path, metadata: Metadata) -> None:
 
 def _write_onnx(detector: Exportable, path: Path, metadata: Metadata) -> None:
     images, dynamic = _example(detector)
+    if detector.input_size is not None:
+        model = _to_onnx(detector, (images,), (dynamic,), ["images"], list(detector.outputs))
+    else:
+        # the network's size follows from the image's by a rule that the tracer cannot simplify: as inputs of its own,
+        # height and width can be anything
+        first = _to_onnx(_Prepare(detector), (images,), (dynamic,), ["images"], ["pixels", "sizes"])
+        given = _Prepare(detector)(images)
+        second = _to_onnx(_Detect(detector), given, (dynamic, None), ["pixels", "sizes"], list(detector.outputs))
+        model = _joined(first, second)
+    model.metadata_props.extend(
+        onnx_module().StringStringEntryProto(key=name, value=value) for name, value in metadata.strings().items()
+    )
+    onnx_module().save(model, path)
+
+
+class _Prepare(torch.nn.Module):
+    """From images to the network's input, and sizes."""
+
+    def __init__(self, detector: Exportable):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.detector.prepare(images)
+
+
+class _Detect(_Prepare):
+    """From the network's input to detections."""
+
+    def forward(self, pixels: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.detector.detect(pixels, sizes)
+
+
+def _to_onnx(module: torch.nn.Module, given: tuple, dynamic: tuple, inputs: list[str], outputs: list[str]) -> Any:
     with nms_of_onnx():
         program = torch.onnx.export(
-            detector,
-            (images,),
-            dynamic_shapes=(dynamic,),
-            input_names=["images"],
-            output_names=list(detector.outputs),
+            module,
+            given,
+            dynamic_shapes=dynamic,
+            input_names=inputs,
+            output_names=outputs,
             custom_translation_table=onnx_translations(),
             opset_version=_OPSET,
             dynamo=True,
             verbose=False,
         )
-    program.model.metadata_props.update(metadata.strings())
-    program.save(path)
+    return program.model_proto
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """One ONNX model, in which the second takes what the first returns."""
+    compose = onnx_module().compose
+    second = compose.add_prefix(second, "network_", rename_inputs=False, rename_outputs=False)
+    names = [value.name for value in second.graph.input]
+    first.ir_version = second.ir_version
+    return compose.merge_models(first, second, io_map=[(name, name) for name in names])
+
+
+def onnx_module() -> Any:
+    """The package onnx, which only an export needs."""
+    import onnx
+    import onnx.compose
+
+    return onnx
 
 
 def _write_openvino(onnx: Path, path: Path, metadata: Metadata) -> None:

@@ -14,6 +14,7 @@ from shared.errors import UserError
 
 # by name, the file that holds the detector
 FORMATS = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2"}
+TRANSFORMERS = "transformers"  # the format of a folder that the package transformers loads
 PREFIX = "detector."  # of the names in a file, which its format shares with other programs
 
 

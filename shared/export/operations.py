@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -12,9 +13,9 @@ from shared.errors import UserError
 
 
 class Exportable(nn.Module):
-    """A detector from images to detections, for `export`. A detector subclasses it.
+    """A detector from images to detections, for `export`. A detector subclasses it, and defines `prepare` and `detect`.
 
-    `forward` takes (B, 3, H, W) uint8 RGB images of one size, and returns tensors in the order of `outputs`:
+    It takes (B, 3, H, W) uint8 RGB images of one size, and returns tensors in the order of `outputs`:
 
     - boxes: (B, N, 4) float32, x1 y1 x2 y2 in pixels of the images.
     - scores: (B, N) float32, the best first. Rows with score 0 are no detections.
@@ -25,13 +26,42 @@ class Exportable(nn.Module):
         outputs: the names of what `forward` returns.
         any_batch: False if the file can take a single image only.
         input_size: (height, width) of the network's input; None if it follows from the image.
-        score_threshold: the lowest score of a detection.
     """
 
     outputs: tuple[str, ...] = ("boxes", "scores", "labels")
     any_batch: bool = True
     input_size: tuple[int, int] | None = None
-    score_threshold: float = 0.0
+
+    def prepare(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's input, and the sizes that `detect` needs, such as `size_of(images)`: float32."""
+        raise NotImplementedError
+
+    def detect(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        """The detections, of what `prepare` returns."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.detect(*self.prepare(images))
+
+
+def size_of(images: Tensor) -> Tensor:
+    """(2,) float32, height and width of (B, 3, H, W) images."""
+    return as_tensor(*images.shape[-2:])
+
+
+def as_tensor(*numbers: int) -> Tensor:
+    """(numbers,) float32, of numbers that may follow from the image."""
+    return torch.stack([torch.ones(()) * number for number in numbers])
+
+
+def within(height: int, width: int, short: int, long: int) -> tuple[int, int]:
+    """The (height, width) of an image that is resized until its short side is `short`, or its long one `long` if that
+    is smaller. Rounded."""
+    least, most = torch.sym_min(height, width), torch.sym_max(height, width)
+    return tuple(
+        torch.sym_min((2 * side * long + most) // (2 * most), (2 * side * short + least) // (2 * least))
+        for side in (height, width)
+    )
 
 
 # --- resizing ---------------------------------------------------------------------------------------
@@ -102,6 +132,7 @@ _to_onnx = False
 def nms_of_onnx() -> Iterator[None]:
     """In the block, `best_boxes` is traced with the operation that `onnx_translations` translates."""
     global _to_onnx
+    _register()
     _to_onnx = True
     try:
         yield
@@ -147,19 +178,21 @@ def _kept(boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: 
     return flat.index_fill(0, kept, True).reshape(batch, count)
 
 
-@torch.library.custom_op("exported::kept", mutates_args=())
-def _kept_in_onnx(boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: float, limit: int) -> Tensor:
-    return _kept(boxes, scores, iou_threshold, score_threshold, limit)
+@functools.cache
+def _register() -> None:
+    """Defines `exported::kept`, which `onnx_translations` translates. torch 2.3 lacks what it needs."""
+    operation = torch.library.custom_op("exported::kept", _kept, mutates_args=())
 
-
-@_kept_in_onnx.register_fake
-def _(boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: float, limit: int) -> Tensor:
-    return torch.empty_like(scores, dtype=torch.bool)
+    @operation.register_fake
+    def _(boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: float, limit: int) -> Tensor:
+        return torch.empty_like(scores, dtype=torch.bool)
 
 
 def onnx_translations() -> dict:
     """For `torch.onnx.export`: NMS by ONNX's own operation. It handles images by themselves, and stops at `limit`."""
     from onnxscript import opset18 as op
+
+    _register()
 
     def kept(boxes, scores, iou_threshold: float, score_threshold: float, limit: int):  # noqa: ANN001, ANN202
         selected = op.NonMaxSuppression(
@@ -174,4 +207,7 @@ def onnx_translations() -> dict:
         nothing = op.Mul(scores, op.Constant(value_floats=[0.0]))
         return op.Cast(op.ScatterND(nothing, places, ones), to=9)  # BOOL
 
-    return {torch.ops.exported.kept.default: kept}
+    def is_all_true(values):  # noqa: ANN001, ANN202
+        return op.Cast(op.ReduceMin(op.Cast(values, to=6), keepdims=0), to=9)
+
+    return {torch.ops.exported.kept.default: kept, torch.ops.aten._is_all_true.default: is_all_true}

@@ -292,6 +292,14 @@ class Detector(PyTorchTrial):
         """
         raise UserError("export: this detector has no export. Fix: use its checkpoint")
 
+    def save_for_transformers(self, folder: Path) -> None:
+        """Writes the evaluation model as a folder that the package transformers loads.
+
+        Raises:
+            UserError: the detector is no model of that package.
+        """
+        raise UserError("--format transformers: only a model of `detr` has it. Fix: choose onnx, openvino or torch")
+
     def compiled_parts(self, model: nn.Module) -> Sequence[nn.Module]:
         """What `torch_compile` compiles: modules that take and return tensors."""
         return [model]
