@@ -144,6 +144,15 @@ class DetrTrial(DetectionTrial):
         ):
             group["lr"] = lr * factor(number)
 
+    def exportable(self) -> nn.Module:
+        from detr_files.export import ExportableDetr
+
+        return ExportableDetr(self.evaluation_model.detector, self.processor)
+
+    def save_for_transformers(self, folder: Path) -> None:
+        self.evaluation_model.detector.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
     # --- data -----------------------------------------------------------------------------------------
 
     def training_dataset(self) -> CocoDetection:

@@ -243,6 +243,11 @@ class EfficientDetTrial(DetectionTrial):
             for image_id, of_image in zip(batch.image_ids, found, strict=True)
         ]
 
+    def exportable(self) -> nn.Module:
+        from efficientdet_files.export import ExportableEfficientDet
+
+        return ExportableEfficientDet(self.evaluation_model.model, self.model_config, self.inputs)
+
     def summary(self) -> list[tuple[str, object]]:
         hparams, backbone, data = self.hparams, self.model_config.backbone_name, self.train_data.annotations
         return [

@@ -258,6 +258,12 @@ class MMDetectionTrial(DetectionTrial):
                 f"--set hyperparameters.weights={PUBLISHED}"
             )
 
+    def exportable(self) -> nn.Module:
+        from mmdetection_files.export import ExportableMMDetection
+
+        leaf = configs.leaves(self.mmdet_config.data.val)[0]
+        return ExportableMMDetection(self.evaluation_model, data_sets.test_pipeline(leaf))
+
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return models.build_optimizer(model, self.mmdet_config)
 

@@ -285,6 +285,22 @@ class Detector(PyTorchTrial):
         """The part of the model whose modules `freeze` names."""
         return model
 
+    def exportable(self) -> nn.Module:
+        """The evaluation model from images to detections, for `export`: a `shared.export.operations.Exportable`.
+
+        Raises:
+            UserError: no exported file can do what the config asks for.
+        """
+        raise UserError("export: this detector has no export. Fix: use its checkpoint")
+
+    def save_for_transformers(self, folder: Path) -> None:
+        """Writes the evaluation model as a folder that the package transformers loads.
+
+        Raises:
+            UserError: the detector is no model of that package.
+        """
+        raise UserError("--format transformers: only a model of `detr` has it. Fix: choose onnx, openvino or torch")
+
     def compiled_parts(self, model: nn.Module) -> Sequence[nn.Module]:
         """What `torch_compile` compiles: modules that take and return tensors."""
         return [model]
