@@ -73,19 +73,17 @@ pytest: $(ALL_READY)
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(abspath $(VENV))/bin/shellcheck */startup-hook.sh .ci/run benchmarks/gpu_kit.sh
+	$(abspath $(VENV))/bin/shellcheck */startup-hook.sh .ci/run benchmarks/gpu_kit.sh deploy/slurm/train.sbatch
 
 bench: $(ALL_READY)
 	$(PY) benchmarks/evaluation.py coco-numbers
 	$(PY) benchmarks/annotations.py memory
 	$(PY) benchmarks/annotations.py check
 	$(PY) benchmarks/annotations.py ranks
-	$(PY) benchmarks/start.py disk
+	$(PY) benchmarks/annotations.py disk
 	OMP_NUM_THREADS=1 $(PY) benchmarks/evaluation.py gather
 	OMP_NUM_THREADS=1 $(PY) benchmarks/remote.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/training_step.py
-	OMP_NUM_THREADS=1 $(PY) benchmarks/drawing.py
-	$(PY) benchmarks/busy.py
 	for library in mmdetection detectron2; do for what in step memory evaluation; do \
 		OMP_NUM_THREADS=1 $(PY) benchmarks/against_$$library.py $$what || exit 1; \
 	done; done

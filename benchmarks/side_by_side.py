@@ -23,8 +23,9 @@ from determined.pytorch import PyTorchTrialContext
 
 from shared.training.engine import train
 from shared.training.loggers import Loggers
+from shared.training.meeting import local_processes
 from shared.training.memory import LARGEST_MMAP_THRESHOLD, TRIM_THRESHOLD
-from shared.training.processes import local_processes, trial_context
+from shared.training.processes import trial_context
 from shared.training.run import LocalRun
 from shared.training.run_folder import RunFolder
 from shared.training.trial import DetectionTrial

@@ -78,7 +78,7 @@ class Detectron2Trial(DetectionTrial):
 
     def read_own_config(self) -> None:
         self.detectron2_config = config = configs.load_detectron2_config(self.hparams, Path(__file__).parent)
-        self.fill_in_batch_size(lambda: config.batch_size)
+        self.hparams.global_batch_size = self.given_batch_size(lambda: config.batch_size)
         if config.mixed_precision:
             self.fp16_key = "SOLVER.AMP.ENABLED, or train.amp.enabled, of the config"
         models.take_up_switches(config, self.hparams)

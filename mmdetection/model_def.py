@@ -95,7 +95,7 @@ class MMDetectionTrial(DetectionTrial):
             self.hparams.weights = str(find_path(self.hparams.weights, places) or self.hparams.weights)
         if self.mmdet_config.get("cudnn_benchmark"):
             torch.backends.cudnn.benchmark = True
-        self.fill_in_batch_size(lambda: configs.own_batch_size(self.mmdet_config))
+        self.hparams.global_batch_size = self.given_batch_size(lambda: configs.own_batch_size(self.mmdet_config))
         configs.scale_lr(self.mmdet_config, self.hparams)
         if self.mmdet_config.get("fp16"):
             self.fp16_key = "fp16 of the MMDetection config"

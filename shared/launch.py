@@ -26,9 +26,10 @@ from shared.commands.check import add_check_options
 from shared.config.experiment import Experiment, Sections, read_experiment
 from shared.config.file import fixed_hyperparameters
 from shared.config.reference import help_text
-from shared.config.schema import TrainingHyperparameters, parse_section
+from shared.config.schema import StoreOptions, TrainingHyperparameters, parse_section
 from shared.environment import on_cluster, quiet_if_output_is_closed, task_config, use_available_cores
 from shared.errors import DivergedError, UserError, tell_torchrun
+from shared.launchers import adopt_launcher
 from shared.redaction import redacted
 from shared.training.downloads import checkpoint_here
 from shared.training.loggers import check_loggers
@@ -50,6 +51,7 @@ _COMMANDS = {
     "predict": ("shared.commands.predict", "predict"),
     "check": ("shared.commands.check", "check_with_detector"),
 }
+_ON_ALL_RANKS = ("train", "evaluate", "predict")
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,12 @@ def read_command(module: str, sections: Sections) -> Command | None:
         return None
     with exit_on_errors():
         if sys.argv[1:2] == ["--help-config"]:
-            print(
-                help_text(
-                    {"hyperparameters": sections.hyperparameters, "data": sections.data},
-                    sys.argv[2] if len(sys.argv) > 2 else None,
-                )
-            )
+            of_detector = {"hyperparameters": sections.hyperparameters, "data": sections.data}
+            print(help_text(of_detector, sys.argv[2] if len(sys.argv) > 2 else None))
             sys.exit()
         arguments = read_arguments()
+        if arguments.command in _ON_ALL_RANKS:
+            adopt_launcher()
         experiment = experiment_for(arguments, sections)
         _check(arguments, experiment)
         return Command(arguments, experiment)
@@ -154,8 +154,14 @@ def check_loggers_of_search(config: dict[str, Any]) -> None:
 
 def _check_run(arguments: argparse.Namespace) -> None:
     """Raises UserError if no run can start with --output-dir and --resume."""
-    if arguments.resume in OF_THE_RUN and arguments.output_dir is None:
+    if arguments.store is not None:
+        from shared.data.places import open_place  # no other command needs it
+
+        open_place(arguments.store, StoreOptions())
+    elif arguments.resume in OF_THE_RUN and arguments.output_dir is None:
         raise UserError(f"--resume {arguments.resume}: it needs a run. Fix: name the run's folder with --output-dir")
+    if "RANK" in os.environ:  # rank 0 alone needs the checkpoint, and all ranks exit with its error
+        return
     if arguments.resume not in (None, *OF_THE_RUN):
         _check_checkpoint(arguments.resume, "--resume")
     if arguments.output_dir is not None and arguments.resume is None:
@@ -196,6 +202,11 @@ def read_arguments() -> argparse.Namespace:
 
     train = add("train", "Train, as a cluster would.")
     train.add_argument("--output-dir", type=Path, help="the run's folder; default runs/<time>")
+    train.add_argument(
+        "--store",
+        metavar="PLACE",
+        help="keep a copy of the run in s3://bucket/folder, gs://bucket/folder or a path; --resume continues from it",
+    )
     train.add_argument(
         "--resume",
         metavar="CHECKPOINT",
@@ -296,9 +307,8 @@ def exit_on_errors() -> Iterator[None]:
     except (UserError, DivergedError) as error:
         _exit_with(error)
     except KeyboardInterrupt:
-        print(
-            "stopped; to continue a training from its last checkpoint: --output-dir DIR --resume last", file=sys.stderr
-        )
+        how = "to continue a training from its last checkpoint: --output-dir DIR --resume last"
+        print(f"stopped; {how}", file=sys.stderr)
         _exit_at_once(128 + signal.SIGINT)
 
 

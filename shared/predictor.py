@@ -34,7 +34,7 @@ from shared.evaluation import drawing
 from shared.evaluation.detections import Detections, to_coco_results
 from shared.training.checkpoints import read_checkpoint
 from shared.training.downloads import find_checkpoint
-from shared.training.processes import choose_device
+from shared.training.meeting import choose_device
 
 Given = str | Path | Image.Image | np.ndarray
 

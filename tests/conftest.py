@@ -176,15 +176,8 @@ def run_command(function: Callable, trial_class: type, config: Path, overrides: 
     """Calls a command's function in this process, with the arguments that the command line has."""
     from shared.launch import experiment_for
 
-    given = {
-        "command": None,
-        "config": str(config),
-        "overrides": [*overrides],
-        "split": "val",
-        "tiles": None,
-        "overlap": 0.2,
-    }
-    given = argparse.Namespace(**{**given, **arguments})
+    defaults = {"command": None, "config": str(config), "overrides": [*overrides], "split": "val", "store": None}
+    given = argparse.Namespace(**{**defaults, "tiles": None, "overlap": 0.2, **arguments})
     function(trial_class, experiment_for(given, trial_class.sections()), given)
 
 
@@ -225,6 +218,21 @@ def trial_class() -> type:
     from model_def import EfficientDetTrial
 
     return EfficientDetTrial
+
+
+@pytest.fixture
+def voc(tmp_path) -> Path:
+    """A folder in VOC2007's layout with real images, twelve of which are the split `some`."""
+    bccd = SHARED_DATA / "bccd"
+    if not bccd.is_dir():
+        pytest.skip(f"{bccd} is not here: real data is no part of the project")
+    folder = tmp_path / "VOC2007"
+    (folder / "ImageSets/Main").mkdir(parents=True)
+    (folder / "JPEGImages").symlink_to(bccd / "images")
+    (folder / "Annotations").symlink_to(bccd / "annotations_voc")
+    names = sorted(path.stem for path in (bccd / "annotations_voc").glob("*.xml"))
+    (folder / "ImageSets/Main/some.txt").write_text("\n".join(names[:12]))
+    return folder
 
 
 @pytest.fixture
@@ -277,7 +285,12 @@ def train(tmp_path, monkeypatch):
     """
 
     def call(
-        trial_class: type, config: dict, name: str = "run", resume: str | None = None, report: bool = False
+        trial_class: type,
+        config: dict,
+        name: str = "run",
+        resume: str | None = None,
+        report: bool = False,
+        store: str | None = None,
     ) -> Path:
         from without_figures import leave_out_figures
 
@@ -290,7 +303,7 @@ def train(tmp_path, monkeypatch):
                 leave_out_figures(patch.setattr)
             patch.chdir(tmp_path)
             try:
-                run_command(train_locally, trial_class, path, output_dir=folder, resume=resume)
+                run_command(train_locally, trial_class, path, output_dir=folder, resume=resume, store=store)
             finally:
                 stop_workers()
         return folder

@@ -98,7 +98,8 @@ def _begin_training(
     """
     from shared.commands.data_report import Report, describe, open_named
     from shared.data.open import SplitData
-    from shared.training.processes import local_processes, trial_context
+    from shared.training.meeting import local_processes
+    from shared.training.processes import trial_context
 
     experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, check_images=True))
     report, opened, trial, is_built = Report(), {}, None, False

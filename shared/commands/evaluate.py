@@ -32,7 +32,8 @@ from shared.redaction import filled_in
 from shared.report.analysis import best_of_boxes
 from shared.training.checkpoints import Checkpoint, load_weights, read_checkpoint
 from shared.training.downloads import find_checkpoint
-from shared.training.processes import local_processes, trial_context
+from shared.training.meeting import local_processes
+from shared.training.processes import trial_context
 from shared.training.trial import DetectionTrial
 
 

@@ -43,7 +43,8 @@ from shared.data.tiles import Tiling, open_image
 from shared.errors import UserError
 from shared.evaluation import drawing
 from shared.evaluation.detections import Detections, to_coco_results
-from shared.training.processes import local_processes, on_chief
+from shared.training.meeting import local_processes
+from shared.training.processes import on_chief
 from shared.training.training_metrics import Progress
 from shared.training.trial import DetectionTrial
 

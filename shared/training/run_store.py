@@ -28,9 +28,8 @@ from shared.data.places import Place
 from shared.data.remote import StoreError
 from shared.durable import replace_folder, write_file
 from shared.errors import UserError
-from shared.training.background import Background
-from shared.training.checkpoints import MANIFEST, METADATA
 from shared.training.run_folder import OF_THE_RUN, RunFolder
+from shared.training.saving import MANIFEST, METADATA, Background
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +159,10 @@ class RunStore:
             is_queued, self._is_queued = self._is_queued, True
         if not is_queued:
             self._background.begin(self._send_until_stored)
+
+    def wait(self) -> None:
+        """Waits until all is sent, however long the store is away."""
+        self._background.wait()
 
     def raise_if_failed(self) -> None:
         """Raises UserError if another start of the run owns the store."""

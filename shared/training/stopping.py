@@ -58,14 +58,8 @@ class Periods:
 def periods_of(
     schedule: Schedule, batches_per_epoch: int, global_batch_size: int, aggregation_frequency: int
 ) -> Periods:
-    """The schedule in batches. Reports are due at whole optimizer steps.
-
-    Args:
-        aggregation_frequency: batches per optimizer step.
-
-    Raises:
-        UserError: the training, a validation or a checkpoint would end in the middle of an optimizer step.
-    """
+    """The schedule in batches. Reports are due at whole optimizer steps. Raises UserError if the training, a validation
+    or a checkpoint would end in the middle of an optimizer step."""
     window = aggregation_frequency
 
     def batches(length: Length | None, key: str) -> int | None:
@@ -180,17 +174,13 @@ class Clock:
 
 class BestSoFar:
     """The best validation so far, and the validations without improvement since. Both are counted also without early
-    stopping, so that a resume can switch it on.
-
-    Attributes:
-        best, best_at: the best value of the searcher metric, and its batch; None and -1 before the first.
-    """
+    stopping, so that a resume can switch it on."""
 
     def __init__(self, config: EarlyStopping | None, metric: SearcherMetric):
         self.patience = None if config is None else config.patience
         self.metric = metric
-        self.best: float | None = None
-        self.best_at = -1
+        self.best: float | None = None  # value of the searcher metric
+        self.best_at = -1  # its batch
         self.without_improvement = 0
 
     def update(self, value: float, batch: int) -> bool:
@@ -212,19 +202,11 @@ class BestSoFar:
         )
 
     def state(self) -> dict[str, Any]:
-        return {
-            "metric": self.metric.name,
-            "best": self.best,
-            "best_at": self.best_at,
-            "without_better": self.without_improvement,
-        }
+        best = {"metric": self.metric.name, "best": self.best, "best_at": self.best_at}
+        return {**best, "without_better": self.without_improvement}
 
     def load(self, state: dict[str, Any], earlier_value: float | None = None) -> None:
-        """Continues from what `state` gave.
-
-        Args:
-            earlier_value: of this metric in the best validation; counts if `state` is of another metric.
-        """
+        """Continues from what `state` gave. If it is of another metric, `earlier_value` of this one counts."""
         named = state.get("metric")  # older checkpoints do not name it
         if named == self.metric.name or (named is None and earlier_value is None):
             self.best, self.best_at = state["best"], state["best_at"]
@@ -249,16 +231,7 @@ class Stopping:
     Args:
         aggregation_frequency: batches per optimizer step; a training stops after whole steps only.
         asked_elsewhere: the chief calls it at each boundary: did the searcher stop the trial?
-        clock: says when the time is over, and when a checkpoint is due.
         total: batches of the whole length, at which nothing ends early.
-
-    Attributes:
-        signal: the one that this rank received.
-        stopped_by: the one that some rank received, once all ranks know.
-        after: the batch after which all ranks stop.
-        ended: why the config ends the training before its length.
-        ended_after: the batch of that end, which is validated.
-        saves_after: the last batch after which the clock asked for a checkpoint.
     """
 
     def __init__(
@@ -269,19 +242,15 @@ class Stopping:
         clock: Clock | None = None,
         total: int | None = None,
     ):
-        self.distributed = distributed
-        self.asked_elsewhere = asked_elsewhere
-        self.clock = clock or Clock()
-        self.total = total
-        self.signal: signal.Signals | None = None
-        self.stopped_by: signal.Signals | None = None
-        self.after: int | None = None
-        self.saves_after: int | None = None
-        self.ended: str | None = None
-        self.ended_after: int | None = None
-        self._training = False
-        self._cut = False
-        self._handles_signals = False
+        self.distributed, self.asked_elsewhere = distributed, asked_elsewhere
+        self.clock, self.total = clock or Clock(), total
+        self.signal: signal.Signals | None = None  # that this rank received
+        self.stopped_by: signal.Signals | None = None  # the signal of some rank, once all ranks know
+        self.after: int | None = None  # the batch after which all ranks stop
+        self.saves_after: int | None = None  # the last batch after which the clock asked for a checkpoint
+        self.ended: str | None = None  # why the config ends the training before its length
+        self.ended_after: int | None = None  # the batch of that end, which is validated
+        self._training = self._cut = self._handles_signals = False
         windows = 1 if distributed.size == 1 else -(-_BATCHES_BETWEEN_MEETINGS // aggregation_frequency)
         self._between_meetings = windows * aggregation_frequency
 

@@ -62,11 +62,7 @@ _PICTURES = 4  # of a validation, to draw
 class DetectionTrial(Detector):
     """A detector as a Determined trial. Our engine trains it, and so does Determined's own `pytorch.Trainer`.
 
-    Attributes:
-        schedule, periods: when it reports, validates and saves, as the config says and in batches.
-        scaler: of fp16 training; None without.
-        watch: where each step marks how far it is.
-        training_metrics: what the losses add up to until the next report.
+    `schedule` says when it reports, validates and saves; `periods` is the same in batches.
     """
 
     # --- construction -------------------------------------------------------------------------------------
@@ -153,9 +149,8 @@ class DetectionTrial(Detector):
 
     def _read_periods(self) -> None:
         self.batches_per_epoch = len(self.training_batches())
-        self.periods = periods_of(
-            self.schedule, self.batches_per_epoch, self.global_batch_size, self.aggregation_frequency
-        )
+        of_images = self.batches_per_epoch, self.global_batch_size
+        self.periods = periods_of(self.schedule, *of_images, self.aggregation_frequency)
         self.total_batches = self.periods.total
         if self.hparams.early_stopping is not None and not self.periods.validates_before_the_end:
             raise UserError(
@@ -271,11 +266,9 @@ class DetectionTrial(Detector):
         with out_of_memory_as(lambda _: self.out_of_memory("the losses of a validation image", batch, fix)):
             model = self.evaluation_model.eval()
             batch = self.prepare(to_device(batch, self.context.device), None)
-            with (
-                self.autocast(),  # the evaluation's: before the model is in training mode
-                uncompiled(self.hparams.torch_compile),
-                computing_losses(model, self.python_attributes, self._chief_python_state),
-            ):
+            computing = computing_losses(model, self.python_attributes, self._chief_python_state)
+            # the evaluation's precision: before the model is in training mode
+            with self.autocast(), uncompiled(self.hparams.torch_compile), computing:
                 seed_all(self.seed, batch.image_ids[0] % 2**63, 3)
                 try:
                     return self.image_losses(model, batch)

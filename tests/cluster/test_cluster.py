@@ -69,7 +69,7 @@ CURVE = """
 import determined
 from determined import core
 from search_program import value_after
-from shared.training.cluster_run import trial_is_stopping
+from shared.training.run import trial_is_stopping
 
 trial = determined.get_cluster_info().trial
 length = trial._config["searcher"]["max_time"]
