@@ -26,7 +26,7 @@ from timm.utils import dispatch_clip_grad
 from torch import nn
 
 from efficientdet_files.data import EfficientDetCollate, EfficientDetTransform, input_config, normalize
-from efficientdet_files.model import build_model, model_config
+from efficientdet_files.model import WeightedLoss, build_model, model_config
 from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
 from shared.data.loading import Batch
@@ -48,6 +48,7 @@ class EfficientDetTrial(DetectionTrial):
     weights_key = "hyperparameters.pretrained"
     without_pretrained: ClassVar = {"pretrained": "none"}
     pretrained_categories: ClassVar = COCO_CATEGORIES
+    weighs_categories = True
 
     @classmethod
     def input_scale(cls, hparams: EfficientDetHyperparameters) -> InputScale:
@@ -61,6 +62,8 @@ class EfficientDetTrial(DetectionTrial):
     def build_model(self) -> nn.Module:
         torch.backends.cudnn.benchmark = True  # as upstream: all inputs have one size
         bench = build_model(self.hparams, self.categories)
+        if self.class_weights is not None:
+            bench.loss_fn = WeightedLoss(bench.config, self.class_weights)
         self.model_config = bench.config
         self.inputs = input_config(self.hparams, self.model_config)
         device = self.context.device
