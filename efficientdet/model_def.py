@@ -33,7 +33,7 @@ from efficientdet_files.data import (
     normalize,
     sample_of,
 )
-from efficientdet_files.model import build_model, model_config
+from efficientdet_files.model import WeightedLoss, build_model, model_config
 from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
 from shared.data.loading import Batch
@@ -56,6 +56,7 @@ class EfficientDetTrial(DetectionTrial):
     without_pretrained: ClassVar = {"pretrained": "none"}
     pretrained_categories: ClassVar = COCO_CATEGORIES
     replaced_by_augment = ("scale_jitter", "vertical_flip", "random_erasing")
+    weighs_categories = True
 
     @classmethod
     def input_scale(cls, hparams: EfficientDetHyperparameters) -> InputScale:
@@ -74,6 +75,8 @@ class EfficientDetTrial(DetectionTrial):
     def build_model(self) -> nn.Module:
         torch.backends.cudnn.benchmark = True  # as upstream: all inputs have one size
         bench = build_model(self.hparams, self.categories)
+        if self.class_weights is not None:
+            bench.loss_fn = WeightedLoss(bench.config, self.class_weights)
         self.model_config = bench.config
         self.inputs = input_config(self.hparams, self.model_config)
         device = self.context.device
