@@ -30,6 +30,7 @@ from detectron2_files import model as models
 from detectron2_files.evaluation import OwnEvaluator, OwnResult, detect, own_evaluator
 from detectron2_files.pixels import with_quick_resizing
 from detectron2_files.weights import categories_of_checkpoint, load_weights_into, start_of
+from shared.config.file import flattened
 from shared.config.schema import Length, parse_section
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection
@@ -153,7 +154,7 @@ class Detectron2Trial(DetectionTrial):
 
     @property
     def _overridden(self) -> list[str]:
-        return list(configs.flatten(self.hparams.config_overrides))
+        return list(flattened(self.hparams.config_overrides))
 
     def training_groups(self) -> np.ndarray:
         if not self.detectron2_config.train_set.group_by_aspect_ratio:

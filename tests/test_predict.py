@@ -16,9 +16,9 @@ from stores import BUCKET, http_store, s3_store
 
 from shared.commands import evaluate as evaluate_module
 from shared.commands.evaluate import evaluate as evaluate_command
+from shared.commands.evaluate import score_limits
 from shared.commands.predict import predict as predict_command
 from shared.commands.predict_inputs import _find
-from shared.commands.score_limits import score_limits
 from shared.config.schema import TrainingHyperparameters
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection
@@ -435,7 +435,7 @@ RESULT = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
         ([{"image_id": 1, "category_id": 1, "score": 1}], "`bbox` is missing"),
         (
             [{**RESULT, "segmentation": {"size": [1, 1], "counts": "04"}}],
-            "size is \\[1, 1\\], and the image's is \\[128",
+            "RLE of the size \\[1, 1\\], and the image's is \\[128",
         ),
         ([{**RESULT, "file_name": "a.png"}], "its file is a.png, and the annotations' image of this id is 000000.png"),
         ({"images": [], "annotations": []}, "is no list of results, .* but an object, as an annotation file is"),
@@ -450,7 +450,7 @@ RESULT = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
         ([{**RESULT, "score": 1e300}], "result 0, of image 1: .*`score` 1e\\+300"),
         ([{**RESULT, "keypoints": [1, 1e300, 2]}], "result 0, of image 1: `keypoints` .*1e\\+300"),
         ('[{"segmentation": ' + "[" * 100_000, "is not a list of results: lists in lists without end"),
-        (json.dumps([RESULT]).encode("utf-16"), "is not JSON"),
+        (json.dumps([RESULT]).encode("utf-16"), "is in UTF-16"),
         ('[{"file_name": "ü"}]'.encode("latin-1"), "is not JSON: it is not in UTF-8"),
     ],
 )

@@ -16,9 +16,11 @@ import numpy as np
 from PIL import Image
 
 from shared.commands.evaluate import (
+    ScoreLimits,
     detect_all,
     detecting_trial,
     make_folder,
+    score_limits,
     tiling_of,
     with_checkpoint,
     write_results,
@@ -32,7 +34,6 @@ from shared.commands.predict_inputs import (
     look_at,
     video_frames,
 )
-from shared.commands.score_limits import ScoreLimits, score_limits
 from shared.config.experiment import Experiment
 from shared.config.schema import DataConfig
 from shared.data.annotations import CocoAnnotations
