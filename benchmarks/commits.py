@@ -1,25 +1,147 @@
-"""CPU seconds here, divided by those of another checkout: of a training step, of a start, of an evaluation.
+"""How long a training takes to its first batch; and CPU seconds here, divided by those of another checkout: of a
+training step, of a start, of an evaluation.
 
     git worktree add /tmp/before COMMIT
     OMP_NUM_THREADS=1 python benchmarks/commits.py step --before /tmp/before
 
-Both run a detector's `bccd.yaml` in their own processes, in short turns. When the machine has other work, CPU seconds
-change less than wall seconds.
+Both checkouts run a detector's `bccd.yaml` in their own processes, in short turns. When the machine has other work, CPU
+seconds change less than wall seconds.
 """
 
 import contextlib
+import os
 import resource
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from busy import training
-from command_line import ROOT, main
-from start import first_batch, on_bccd
+import psutil
+from command_line import DETECTORS, ROOT, main
+from tabulate import tabulate
+
+SECONDS = 600  # for a batch
+
+
+class Run:
+    """A training in its own process, with its loader's workers, that is stopped between its turns.
+
+    Args:
+        detector: the folder with model_def.py and bccd.yaml.
+        folder: of the run.
+        period: batches between two reports.
+    """
+
+    def __init__(self, detector: Path, folder: Path, data: Path, period: int):
+        self.metrics, self.log, self.period = folder / "metrics.jsonl", folder.with_suffix(".log"), period
+        changes = [f"scheduling_unit={period}", f"data.cache_dir={folder}-cache"]
+        changes += ["searcher.max_length={batches: 1000000}"]
+        changes += [f"min_{what}_period={{batches: 1000000}}" for what in ("validation", "checkpoint")]
+        command = [sys.executable, "model_def.py", "train", "bccd.yaml", "--output-dir", str(folder), *on_bccd(data)]
+        with self.log.open("w") as log:
+            self.process = psutil.Popen(
+                [*command, *(argument for change in changes for argument in ("--set", change))],
+                cwd=detector,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def batches(self) -> int:
+        reports = self.metrics.read_bytes().count(b"\n") if self.metrics.exists() else 0
+        return reports * self.period
+
+    def wait_for_report(self) -> int:
+        """Returns the number of batches at the next report."""
+        before, end = self.batches(), time.monotonic() + SECONDS
+        while (now := self.batches()) == before:
+            if self.process.poll() is not None or time.monotonic() > end:
+                sys.exit(f"the training does not train:\n{self.log.read_text()[-2000:]}")
+            time.sleep(0.002)
+        return now
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds of the process and its workers so far."""
+        family = [self.process, *self.process.children(recursive=True)]
+        return sum(sum(each.cpu_times()[:2]) for each in family)
+
+    def turn(self) -> float:
+        """Trains from a report to the next one. Returns CPU seconds per batch."""
+        self.send(signal.SIGCONT)
+        first, cpu = self.wait_for_report(), self.cpu_seconds()
+        batches = self.wait_for_report() - first
+        cpu = self.cpu_seconds() - cpu
+        self.send(signal.SIGSTOP)
+        return cpu / batches
+
+    def send(self, number: signal.Signals) -> None:
+        os.killpg(self.process.pid, number)
+
+
+@contextlib.contextmanager
+def training(*arguments) -> Iterator[Run]:
+    run = Run(*arguments)
+    try:
+        run.wait_for_report()  # the first one is slower
+        run.send(signal.SIGSTOP)
+        yield run
+    finally:
+        run.send(signal.SIGKILL)
+        run.process.wait()
+
+
+def batch(data: Path = Path("/data/bccd"), only: list[str] = DETECTORS, turns: int = 3) -> None:
+    """From the command to the first trained batch of each detector's `bccd.yaml`, with a warm cache.
+
+    Reported are the medians of wall seconds and of the CPU seconds of all the command's processes. The latter tell more
+    on a busy machine.
+
+    data: BCCD's folder; default /data/bccd
+    only: detectors; default all
+    """
+    rows = []
+    for detector in only:
+        first_batch(ROOT / detector, data)  # parses the annotations
+        measured = [first_batch(ROOT / detector, data) for _ in range(turns)]
+        rows.append([detector, *(statistics.median(column) for column in zip(*measured, strict=True))])
+    print(tabulate(rows, headers=["", "wall s", "CPU s"], floatfmt=".1f"))
+
+
+def on_bccd(data: Path) -> list[str]:
+    """The arguments of `train bccd.yaml` that name the data: BCCD's folder, or that of synthetic data."""
+    folder, arguments = data.absolute(), []
+    for split in ("train", "val"):
+        images = folder / ("images" if (folder / "images").exists() else split)
+        paths = f"{{annotations: {folder / 'annotations' / split}.json, images: {images}}}"
+        arguments += ["--set", f"data.{split}={paths}"]
+    return arguments
+
+
+def first_batch(detector: Path, data: Path) -> tuple[float, float]:
+    """Wall and CPU seconds of one start in a detector's folder. The training is stopped then."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder, "run")
+        command = [sys.executable, "model_def.py", "train", "bccd.yaml", "--output-dir", str(run), *on_bccd(data)]
+        command += ["--set", "scheduling_unit=1"]  # a report per batch
+        with Path(folder, "log").open("w+") as log:
+            started = time.monotonic()
+            process = psutil.Popen(command, cwd=detector, stdout=log, stderr=subprocess.STDOUT)
+            while not (run / "metrics.jsonl").exists():
+                if process.poll() is not None:
+                    log.seek(0)
+                    sys.exit(f"{' '.join(command[:3])}: exit status {process.returncode}\n{log.read()[-2000:]}")
+                time.sleep(0.02)
+            seconds = time.monotonic() - started
+            family = [process, *process.children(recursive=True)]
+            busy = sum(sum(each.cpu_times()[:2]) for each in family)
+            for each in family:
+                each.kill()
+            process.wait()
+    return seconds, busy
 
 
 def step(before: Path, data: Path = Path("/data/bccd"), detector: str = "efficientdet", turns: int = 12) -> dict:
@@ -30,12 +152,10 @@ def step(before: Path, data: Path = Path("/data/bccd"), detector: str = "efficie
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no stopped process
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         runs = {
-            checkout: stack.enter_context(
-                training(checkout / detector, Path(scratch) / name, data, {"OMP_NUM_THREADS": "1"}, 10)
-            )
+            checkout: stack.enter_context(training(checkout / detector, Path(scratch) / name, data, 10))
             for name, checkout in (("here", ROOT), ("before", before))
         }
-        return in_pairs(lambda checkout: runs[checkout].turn(0)[1], before, turns)
+        return in_pairs(lambda checkout: runs[checkout].turn(), before, turns)
 
 
 def start(before: Path, data: Path = Path("/data/bccd"), detector: str = "efficientdet", turns: int = 8) -> dict:
@@ -84,4 +204,4 @@ def in_pairs(seconds_of: Callable[[Path], float], before: Path, turns: int) -> d
 
 
 if __name__ == "__main__":
-    main(__doc__, step, start, evaluation)
+    main(__doc__, batch, step, start, evaluation)

@@ -30,9 +30,19 @@ from typing import Any
 import numpy as np
 import torch
 from command_line import main
-from side_by_side import UNTRAINED, config_of, local_context, trial_class_of
+from side_by_side import config_of, local_context, trial_class_of
 
 from shared.data.dataset import SampleKey, seed_all
+
+UNTRAINED = {
+    "efficientdet": {"model": "tf_efficientdet_d0", "pretrained": "none"},
+    "detectron2": {"config_file": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "weights": ""},
+    "mmdetection": {
+        "config_file": "retinanet/retinanet_r50_fpn_1x_coco.py",
+        "config_overrides": {"model.backbone.init_cfg": None, "model.test_cfg.score_thr": 0.001},
+    },
+}
+"""Hyperparameters of published models, with random weights."""
 
 
 @dataclass

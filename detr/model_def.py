@@ -43,7 +43,7 @@ from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
 from shared.data.loading import Batch
 from shared.data.open import SplitData
-from shared.errors import UserError
+from shared.errors import UserError, count_of
 from shared.evaluation.detections import Detections
 from shared.library import COCO_CATEGORIES
 from shared.training.trial import DetectionTrial
@@ -94,9 +94,9 @@ class DetrTrial(DetectionTrial):
     def summary(self) -> list[tuple[str, object]]:
         hparams, data = self.hparams, self.train_data.annotations
         return [
-            ("model", f"{hparams.model or self.config.model_type}, {len(self.categories)} categories"),
+            ("model", f"{hparams.model or self.config.model_type}, {count_of(len(self.categories), 'category')}"),
             ("weights", hparams.weights or "random" if self.first_batch == 0 else "the checkpoint's"),
-            ("training data", f"{data.path or 'fake'}, {len(data)} images"),
+            ("training data", f"{data.path or 'fake'}, {count_of(len(data), 'image')}"),
             ("optimizer", f"AdamW, lr {hparams.lr:g}"),
             ("schedule", f"{hparams.sched}, warm-up of {hparams.warmup_batches} batches"),
         ]

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from shared.config.augment import Augment
-from shared.config.reference import markdown_table
+from shared.config.file import markdown_table
 from shared.config.schema import DataConfig
 
 

@@ -38,7 +38,7 @@ from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
 from shared.data.loading import Batch
 from shared.data.open import SplitData
-from shared.errors import UserError, nearest
+from shared.errors import UserError, count_of, nearest
 from shared.evaluation.detections import Detections
 from shared.library import COCO_CATEGORIES
 from shared.training.trial import DetectionTrial
@@ -246,10 +246,10 @@ class EfficientDetTrial(DetectionTrial):
     def summary(self) -> list[tuple[str, object]]:
         hparams, backbone, data = self.hparams, self.model_config.backbone_name, self.train_data.annotations
         return [
-            ("model", f"{hparams.model} over {backbone}, {len(self.categories)} categories"),
+            ("model", f"{hparams.model} over {backbone}, {count_of(len(self.categories), 'category')}"),
             ("weights", f"pretrained: {hparams.pretrained}" if self.first_batch == 0 else "the checkpoint's"),
             ("input", "×".join(map(str, reversed(self.model_config.image_size)))),
-            ("training data", f"{data.path or 'fake'}, {len(data)} images"),
+            ("training data", f"{data.path or 'fake'}, {count_of(len(data), 'image')}"),
             ("optimizer", f"{hparams.opt}, lr {hparams.scaled_lr:g}"),
             ("schedule", f"{hparams.sched}, warm-up of {hparams.warmup_epochs:g} epochs"),
         ]

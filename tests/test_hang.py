@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -11,12 +13,13 @@ import msgspec
 import psutil
 import pytest
 import yaml
-from conftest import reports, run_model_def, start_run, wait_for_batch
+from conftest import ROOT, reports, run_model_def, start_run, wait_for_batch
 from in_threads import listening, on_all, processes, strangers
 from tiny_models import efficientdet_config
 
 from shared.training.checkpoints import read_checkpoint
-from shared.training.hang import LONGER, Exchange, Mark, Phase, Standing, Standings, span
+from shared.training.hang import Exchange
+from shared.training.standings import LONGER, Mark, Phase, Standing, Standings, span
 
 LIMIT = 60.0  # seconds, of the processes below
 INTERVAL = 5.0
@@ -241,6 +244,34 @@ def test_a_sleeping_rank_is_named_with_its_batch_and_the_run_resumes(sleeping, t
     del config["hyperparameters"]["hang_minutes"]  # seconds, which would end this process too
     train(trial_class, config, resume="last")
     assert reports(run)[-1]["batches"] == 12
+
+
+# a task of a cluster that hangs, with a line that standard output still holds
+HANGING_TASK = """
+import time
+from types import SimpleNamespace
+import determined
+from determined.core import DistributedContext
+
+determined.get_cluster_info = lambda: SimpleNamespace(task_type="TRIAL")
+from shared.training.hang import Watch
+
+alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
+print("a line of the training")
+with Watch(alone, hang_minutes=0.002).watching(0):
+    time.sleep(100)
+"""
+
+
+def test_on_a_cluster_the_last_line_of_a_hang_is_its_error_at_level_error():
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run([sys.executable, "-c", HANGING_TASK], cwd=ROOT, **output)
+    *before, last = done.stdout.splitlines()
+    assert done.returncode == 1
+    assert last.startswith("ERROR: no progress for ")
+    assert "stuck at batch 0 (beginning, at " in last
+    assert "a line of the training" in before
+    assert not [line for line in before if "no progress" in line]
 
 
 def test_a_loader_worker_that_sleeps_is_shown_and_does_not_outlive_the_run(sleeping, tmp_path):

@@ -13,7 +13,7 @@ from stores import BUCKET, s3_store
 from shared.config.experiment import parse_data
 from shared.config.schema import StoreOptions
 from shared.data import remote, storage
-from shared.data.image_list import find, folders_of
+from shared.data.cache import find, folders_of
 from shared.data.open import open_split
 from shared.data.remote import RemoteImages
 from shared.errors import UserError

@@ -11,8 +11,8 @@ from conftest import ROOT
 
 # each may import from those after it, and from its own room
 FLOORS = (
-    *("__main__", "launch", "commands", "log", "search", "report", "training", "evaluation", "library", "data"),
-    *("config", "durable", "redaction", "errors", "environment"),
+    *("__main__", "launch", "predictor", "commands", "search", "report", "training", "evaluation", "library", "data"),
+    *("config", "launchers", "durable", "redaction", "errors", "environment"),
 )
 BY_ITSELF = ("container",)  # runs before anything is installed
 LIBRARIES = ("effdet", "timm", "mmdet", "mmcv", "detectron2", "transformers", "model_def")
@@ -133,9 +133,8 @@ SET_BY = {
     "hang.py": ["self._context"],
     "run.py": ["threading"],  # what prints the errors of threads
     "processes.py": ["self._context", "self._socket", "socket"],
-    "stopping.py": ["_before_fork"],
+    "signals.py": ["_before_fork"],
     "switches.py": ["TrainedInFloat32", "module", "probe"],
-    "trial.py": ["with_losses"],  # its own copy of a data set
     "validation.py": ["module", "torch.distributed"],
 }
 # names of libraries that are private, and why they are used

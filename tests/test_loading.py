@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader
 from shared.data.annotations import CocoAnnotations
 from shared.data.checks import check_images
 from shared.data.dataset import BadImages, CocoDetection, SampleKey
-from shared.data.loading import Batch, PrefetchLoader, start_workers
-from shared.data.samplers import EvaluationBatchSampler
+from shared.data.loading import Batch, EvaluationBatchSampler, PrefetchLoader, start_workers
 from shared.data.storage import DiskImages, open_images
 from shared.errors import UserError
 

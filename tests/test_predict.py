@@ -14,10 +14,11 @@ from conftest import run_command
 from PIL import Image
 from stores import BUCKET, http_store, s3_store
 
-from shared.commands import detection
+from shared.commands import evaluate as evaluate_module
 from shared.commands.evaluate import evaluate as evaluate_command
 from shared.commands.predict import predict as predict_command
 from shared.commands.predict_inputs import _find
+from shared.commands.score_limits import score_limits
 from shared.config.schema import TrainingHyperparameters
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection
@@ -244,18 +245,24 @@ def test_a_run_cut_off_says_what_is_there(predict, tmp_path, capsys):
 
 def test_the_threshold_of_the_run_s_report_is_drawn_with(predict, tmp_path, monkeypatch, capsys):
     image(tmp_path / "a.png")
-    with pytest.raises(UserError, match=r"--min-score best: .* is of no run with a report; `evaluate` says"):
+    with pytest.raises(UserError, match=r"--min-score best: .* is of no run with a report\. Fix: give a number"):
         predict("a.png", min_score="best")
     path = tmp_path / "run/checkpoints/best"
     checkpoint = SimpleNamespace(path=path, hparams={}, categories=None, weights=None)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/report.json").write_text('{"best_threshold": 0.05}')
-    monkeypatch.setattr(detection, "find_checkpoint", Path)
-    monkeypatch.setattr(detection, "read_checkpoint", lambda _: checkpoint)
-    monkeypatch.setattr(detection, "load_weights", lambda *_: None)
+    per_category = [{"name": "square", "threshold": 0.5}, {"name": "circle", "threshold": None}]
+    report = {"best_threshold": 0.05, "bbox": {"categories": per_category}}
+    (tmp_path / "run/report.json").write_text(json.dumps(report))
+    monkeypatch.setattr(evaluate_module, "find_checkpoint", Path)
+    monkeypatch.setattr(evaluate_module, "read_checkpoint", lambda _: checkpoint)
+    monkeypatch.setattr(evaluate_module, "load_weights", lambda *_: None)
     monkeypatch.setattr(FindsTwo, "batches", 0, raising=False)
     predict("a.png", min_score="best", checkpoint=str(path))
     assert "the 2 of at least 0.05 are drawn" in capsys.readouterr().out
+    predict("a.png", min_score="best-per-category", checkpoint=str(path), output="each")
+    assert "the 1 of at least their category's best score are drawn" in capsys.readouterr().out
+    categories = [{"name": "square"}, {"name": "circle"}]
+    assert score_limits("best-per-category", path, categories).scores.tolist() == [0.5, 0.05]
 
 
 def test_an_image_that_cannot_be_decoded_is_left_out(predict, tmp_path, caplog):

@@ -10,7 +10,7 @@ from tiny_models import CONFIGS, trial_classes
 
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import SampleKey
-from shared.data.samplers import (
+from shared.data.loading import (
     EvaluationBatchSampler,
     TrainingBatchSampler,
     aspect_ratio_groups,

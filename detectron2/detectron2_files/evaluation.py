@@ -133,13 +133,19 @@ class OwnEvaluator(ChiefReducer):
     Args:
         has_share: whether this slot's images are its own; else it was given one that another slot has too.
         gather: the way to the chief, see `ChiefReducer`.
+
+    Raises:
+        UserError: it does not work here: Cityscapes' on several machines.
     """
 
     def __init__(self, evaluator: DatasetEvaluator, has_share: bool, gather: Gather):
         super().__init__(gather)
         self.evaluator = evaluator
         self.has_share = has_share
-        self.reset()
+        try:
+            self.reset()
+        except AssertionError as error:
+            raise UserError(f"the config's data set cannot be evaluated here: {error}") from error
 
     def reset(self) -> None:
         self.evaluator.reset()

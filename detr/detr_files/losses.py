@@ -59,7 +59,7 @@ def all_boxes(labels: list[dict[str, torch.Tensor]], logits: torch.Tensor, slots
 def scaled_to_all_ranks(
     config: PreTrainedConfig, loss: torch.Tensor, terms: Mapping[str, torch.Tensor], counts: Counts
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss and its terms, of which the mean over ranks is that of the whole batch.
+    """The loss and its terms. Their mean over ranks equals the loss of the whole batch.
 
     Args:
         terms: the model's `loss_dict`; in `loss` they are weighted.

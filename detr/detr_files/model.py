@@ -67,7 +67,7 @@ def is_on_hub(model: str | None) -> bool:
 
 
 def from_hub(load: Any, model: str, **options: Any) -> Any:
-    """What a class of transformers loads of a model of the Hub or a folder. Code in it is never executed.
+    """Loads a model of the Hub or a folder by a class of transformers. Code in it is never executed.
 
     Raises:
         UserError: it cannot be had; says which folder to copy.

@@ -166,7 +166,7 @@ class PadThin:
     Args:
         size: (height, width) that the image is fitted into.
         smallest: the least factor of the random scale.
-        fill_color: of the new pixels, RGB.
+        fill_color: RGB color of the new pixels.
     """
 
     def __init__(self, size: tuple[int, int], smallest: float, fill_color: tuple[int, int, int]):

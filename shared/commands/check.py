@@ -100,7 +100,8 @@ def _begin_training(
     """
     from shared.commands.data_report import Report, augmented_samples, describe, open_named
     from shared.data.open import SplitData
-    from shared.training.processes import local_processes, trial_context
+    from shared.training.meeting import local_processes
+    from shared.training.processes import trial_context
 
     experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, check_images=True))
     report, opened, augmented, trial, is_built = Report(), {}, [], None, False
@@ -111,7 +112,7 @@ def _begin_training(
             try:
                 trial.open_data()
             except UserError:
-                if getattr(trial, "evaluates_coco", True):  # what is wrong in the other split too
+                if trial.evaluates_coco:  # what is wrong in the other split too
                     opened = open_named(trial.data, report)
                 raise
             both = {"train": trial.train_data, "val": trial.val_data}

@@ -138,17 +138,21 @@ def read_experiment(
     return experiment.with_hyperparameters(config["hyperparameters"]) if with_hyperparameters else experiment
 
 
-def experiment_of(config: Mapping[str, Any], hyperparameters: Mapping[str, Any], sections: Sections) -> Experiment:
+def experiment_of(
+    config: Mapping[str, Any], hyperparameters: Mapping[str, Any], sections: Sections, with_hyperparameters: bool = True
+) -> Experiment:
     """The experiment of a config that a master hands over or a checkpoint holds.
 
     Args:
         hyperparameters: those of the trial; `config` may have a search's ranges instead.
+        with_hyperparameters: as for `read_experiment`.
 
     Raises:
         UserError: a key or a value is wrong.
     """
     config = interpolated({**config, "hyperparameters": hyperparameters})
-    return _experiment(config, sections, (Path.cwd(),)).with_hyperparameters(config["hyperparameters"])
+    experiment = _experiment(config, sections, (Path.cwd(),))
+    return experiment.with_hyperparameters(config["hyperparameters"]) if with_hyperparameters else experiment
 
 
 def _experiment(config: dict[str, Any], sections: Sections, places: tuple[Path, ...]) -> Experiment:

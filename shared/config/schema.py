@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import msgspec
 from msgspec import Meta
 
-from shared.config.file import refuse_unknown_keys
+from shared.config.file import as_in_yaml, refuse_unknown_keys
 from shared.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -340,7 +340,3 @@ def _choices(into: type, name: str) -> list[str]:
     parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     choices = [str(value) for part in parts if get_origin(part) is Literal for value in get_args(part)]
     return [*choices, *(["null"] if choices and NoneType in parts else [])]
-
-
-def as_in_yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else repr(value)

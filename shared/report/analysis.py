@@ -20,8 +20,7 @@ from shared.evaluation.evaluator import (
     summarize,
 )
 from shared.evaluation.gathered import GatheredDetections
-from shared.report.image_errors import Wrong, errors_of
-from shared.report.suspects import Suspect, find_suspects
+from shared.report.image_errors import Suspect, Wrong, errors_of, find_suspects
 
 RESAMPLES = 200
 SEED = 0

@@ -11,11 +11,11 @@ import shutil
 import tempfile
 import urllib.request
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from shared.data.file_lock import once, user_cache
-from shared.durable import replace_folder
+from shared.durable import once, replace_folder, user_cache
 from shared.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -30,9 +30,8 @@ class DownloadError(OSError):
 
 
 def downloaded(url: str) -> Path:
-    """The file of a URL, which keeps its name there.
-
-    A file of torch.hub's cache is taken if its name has the start of its SHA-256.
+    """The file of a URL, which keeps its name there. A file of torch.hub's cache is taken if its name has the start of
+    its SHA-256.
 
     Raises:
         DownloadError: the server does not send it, sends a part, or sends other bytes than its name says.
@@ -44,39 +43,44 @@ def downloaded(url: str) -> Path:
     if parts.scheme == "file":
         return Path(urllib.request.url2pathname(parts.path))
     name = re.sub(r"[^\w.-]", "_", Path(parts.path).name)[-100:].lstrip(".") or "weights"
-    folder = private_cache("detection_weights")
-    place = _place(folder, url)
-    of_hub = Path(hub.get_dir(), "checkpoints", name)
+    place, of_hub = _place(url), Path(hub.get_dir(), "checkpoints", name)
+    stated = _SHA256_IN_NAME.search(name)
+    if not place.is_dir() and stated and of_hub.is_file() and sha256_of(of_hub).startswith(stated[1]):
+        return of_hub
 
-    def find() -> Path | None:
-        if (place / name).is_file():
-            return place / name
-        stated = _SHA256_IN_NAME.search(name)
-        return of_hub if stated and of_hub.is_file() and _sha256(of_hub).startswith(stated[1]) else None
+    def fill(new: Path) -> None:
+        logger.info("downloading %s", url)
+        new.mkdir()
+        _download(url, new / name)
+
+    return _filled(place, fill) / name
+
+
+def _filled(place: Path, fill: Callable[[Path], None]) -> Path:
+    """The folder `place`. If it does not exist, one process makes it by `fill`, whole or not at all."""
 
     def make() -> Path:
-        logger.info("downloading %s", url)
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            new = Path(aside, "new")
-            new.mkdir()
-            _download(url, new / name)
+        with tempfile.TemporaryDirectory(dir=place.parent) as aside:
+            new = Path(aside, place.name)
+            fill(new)
             replace_folder(new, place)
-        return place / name
+        return place
 
-    return once([folder / f"{place.name}.lock"], find, make)
+    return once([place.with_name(f"{place.name}.lock")], lambda: place if any(place.glob("*")) else None, make)
 
 
 def forget(url: str) -> None:
     """Deletes what was downloaded from a URL, so that the next call downloads it again."""
-    shutil.rmtree(_place(private_cache("detection_weights"), url), ignore_errors=True)
+    shutil.rmtree(_place(url), ignore_errors=True)
+
+
+def _place(url: str) -> Path:
+    return private_cache("detection_weights") / hashlib.sha256(url.encode()).hexdigest()[:32]
 
 
 def private_cache(name: str) -> Path:
-    """A folder in the user's cache into which nobody else can put files.
-
-    Raises:
-        UserError: it cannot be made, or is another user's.
-    """
+    """A folder in the user's cache into which nobody else can put files. Raises UserError if it cannot be made, or is
+    another user's."""
     try:
         folder = (user_cache() or Path(tempfile.mkdtemp())) / name
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -85,10 +89,6 @@ def private_cache(name: str) -> Path:
     except OSError as error:
         raise UserError(f"{error.filename} cannot be made a folder ({error.strerror}); set XDG_CACHE_HOME") from error
     return folder
-
-
-def _place(folder: Path, url: str) -> Path:
-    return folder / hashlib.sha256(url.encode()).hexdigest()[:32]
 
 
 def _download(url: str, path: Path) -> None:
@@ -102,11 +102,12 @@ def _download(url: str, path: Path) -> None:
     if length not in (-1, path.stat().st_size):
         raise DownloadError(f"the connection was lost: {path.stat().st_size} of {length} bytes came")
     stated = _SHA256_IN_NAME.search(path.name)
-    if stated and not (digest := _sha256(path)).startswith(stated[1]):
+    if stated and not (digest := sha256_of(path)).startswith(stated[1]):
         raise DownloadError(f"its SHA-256 begins with {digest[: len(stated[1])]}, and its name says {stated[1]}")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -118,20 +119,14 @@ def _sha256(path: Path) -> str:
 
 
 def find_checkpoint(name: str) -> Path:
-    """The folder of a checkpoint: a path, or the UUID of one on the cluster that DET_MASTER names.
-
-    Raises:
-        UserError: there is no such folder, or the master has no such checkpoint.
-    """
+    """The folder of a checkpoint: a path, or the UUID of one on the cluster that DET_MASTER names. Raises UserError if
+    there is no such folder, or the master has no such checkpoint."""
     return checkpoint_here(name) or _downloaded(name)
 
 
 def checkpoint_here(name: str) -> Path | None:
-    """The folder of a checkpoint on this machine; None where the name is a UUID on a cluster.
-
-    Raises:
-        UserError: there is no such folder, or no cluster to ask.
-    """
+    """The folder of a checkpoint on this machine; None where the name is a UUID on a cluster. Raises UserError if there
+    is no such folder, or no cluster to ask."""
     path = Path(name).expanduser()
     path = path.parent if path.name == "state_dict.pth" else path
     if (path / "state_dict.pth").is_file():
@@ -159,22 +154,15 @@ def _example(path: Path) -> str:
 
 def _downloaded(checkpoint: str) -> Path:
     """The folder of a cluster's checkpoint in the user's private cache, downloaded once and completely."""
-    folder = private_cache("detection_checkpoints")
-    place = folder / checkpoint
 
-    def find() -> Path | None:
-        return place if place.is_dir() else None
-
-    def make() -> Path:
+    def fill(new: Path) -> None:
         from determined.experimental import client
 
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            try:
-                client.get_checkpoint(checkpoint).download(f"{aside}/{checkpoint}")
-            except Exception as error:  # the SDK has no base class for what the network and the master answer
-                master = os.environ["DET_MASTER"]
-                raise UserError(f"checkpoint {checkpoint} cannot be had from {master}: {error}") from error
-            replace_folder(Path(aside, checkpoint), place)
-        return place
+        try:
+            client.get_checkpoint(checkpoint).download(str(new))
+        except Exception as error:  # the SDK has no base class for what the network and the master answer
+            raise UserError(
+                f"checkpoint {checkpoint} cannot be had from {os.environ['DET_MASTER']}: {error}"
+            ) from error
 
-    return once([folder / f"{checkpoint}.lock"], find, make)
+    return _filled(private_cache("detection_checkpoints") / checkpoint, fill)

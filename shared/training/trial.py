@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +20,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from shared.config.experiment import Experiment, experiment_of, per_slot_batch_size
 from shared.data.dataset import BadImages, CocoDetection, seed_all
-from shared.data.loading import Batch, NotingSkipped, PrefetchLoader, start_workers, to_device
+from shared.data.loading import (
+    Batch,
+    EvaluationBatchSampler,
+    NotingSkipped,
+    PrefetchLoader,
+    described,
+    size_groups,
+    start_workers,
+    to_device,
+)
 from shared.data.open import SplitData
-from shared.data.samplers import EvaluationBatchSampler, described, size_groups
 from shared.environment import on_cluster
 from shared.errors import UserError, count_of
 from shared.evaluation.detections import Detections
@@ -34,7 +42,8 @@ from shared.training.memory import keep_freed_memory, out_of_memory, out_of_memo
 from shared.training.processes import first_on_each_machine, on_chief
 from shared.training.resume import BuiltOptimizer, refused_values
 from shared.training.saving import python_state
-from shared.training.stopping import begin_worker, periods_of
+from shared.training.signals import begin_worker
+from shared.training.stopping import periods_of
 from shared.training.training_metrics import STEPS_A_SCALE_MAY_SKIP, TrainingMetrics, diverged
 from shared.training.validation import (
     CollateWithLoss,
@@ -54,11 +63,7 @@ _PICTURES = 4  # of a validation, to draw
 class DetectionTrial(Detector):
     """A detector as a Determined trial. Our engine trains it, and so does Determined's own `pytorch.Trainer`.
 
-    Attributes:
-        schedule, periods: when it reports, validates and saves, as the config says and in batches.
-        scaler: of fp16 training; None without.
-        watch: where each step marks how far it is.
-        training_metrics: what the losses add up to until the next report.
+    `schedule` says when it reports, validates and saves; `periods` is the same in batches.
     """
 
     # --- construction -------------------------------------------------------------------------------------
@@ -74,7 +79,6 @@ class DetectionTrial(Detector):
         """
         Args:
             experiment: None reads the context's, as Determined's own loop needs it.
-            for_training: False to evaluate or predict, which opens no training data.
             categories: to detect, those of the checkpoint; None for `known_categories`.
             begin: calls `open_data` and `build`. Otherwise the caller does.
         """
@@ -90,6 +94,8 @@ class DetectionTrial(Detector):
         self.validates_loss = for_training and self.hparams.validation_loss
         self.data = self.experiment.data
         self.read_own_config()
+        if for_training:
+            self._check_own_config()
         self.schedule = self.experiment.schedule(self.default_lengths(), self.validation_times())
         # detection does not need it
         self.searcher_metric = self.experiment.searcher_metric(self.reported_metrics() if for_training else None)
@@ -111,12 +117,17 @@ class DetectionTrial(Detector):
             self.open_data()
             self.build()
 
-    def open_data(self) -> None:
-        """Opens and checks the data to train and validate on. To detect, looks up the categories only.
+    def _check_own_config(self) -> None:
+        if self.data.repeat_threshold is not None and (own := self.repeats_by_itself()):
+            raise UserError(f"data.repeat_threshold: the config repeats images itself, by {own}; take one of them out")
+        if self.validates_loss and not self.evaluates_coco:
+            raise UserError(
+                "hyperparameters.validation_loss: the detector's own library evaluates this config, on data without "
+                "targets. Fix: omit validation_loss"
+            )
 
-        Raises:
-            UserError: the data cannot be trained or validated on.
-        """
+    def open_data(self) -> None:
+        """Opens and checks the data to train and validate on. To detect, looks up the categories only."""
         if self.for_training:
             self.train_data, self.val_data = first_on_each_machine(self.context.distributed, self.open_train_and_val)
             self.categories = self.train_data.categories
@@ -124,11 +135,7 @@ class DetectionTrial(Detector):
             self.categories = self.known_categories()
 
     def build(self) -> None:
-        """Builds the model; for a training also what trains and validates it. The data is open.
-
-        Raises:
-            UserError: the config's values do not go with the model, the data or the device.
-        """
+        """Builds the model; for a training also what trains and validates it. The data is open."""
         if self.for_training:
             self._read_periods()
             if self.context.device.type == "cpu":
@@ -143,9 +150,8 @@ class DetectionTrial(Detector):
 
     def _read_periods(self) -> None:
         self.batches_per_epoch = len(self.training_batches())
-        self.periods = periods_of(
-            self.schedule, self.batches_per_epoch, self.global_batch_size, self.aggregation_frequency
-        )
+        of_images = self.batches_per_epoch, self.global_batch_size
+        self.periods = periods_of(self.schedule, *of_images, self.aggregation_frequency)
         self.total_batches = self.periods.total
         if self.hparams.early_stopping is not None and not self.periods.validates_before_the_end:
             raise UserError(
@@ -162,11 +168,11 @@ class DetectionTrial(Detector):
             self.built_optimizer = BuiltOptimizer.of(self.optimizer, self.plain_model)
             self.built_scaler = None if self.scaler is None else self.scaler.state_dict()
             self.prepare_schedule()
-        if self.rank == 0 and self.warmup_batches() > self.total_batches:
+        if self.rank == 0 and (warmup := self.warmup_batches()) > self.total_batches:
             logger.warning(
                 "the warm-up has %d batches and the training %d: the learning rate never becomes what the config says; "
                 "train longer, or warm up for less",
-                *(self.warmup_batches(), self.total_batches),
+                *(warmup, self.total_batches),
             )
         self.evaluator = context.wrap_reducer(self.build_evaluator(self.val_data), for_training=False)
         if isinstance(self.evaluator, CocoEvaluator):
@@ -216,12 +222,14 @@ class DetectionTrial(Detector):
         with_losses: bool = False,
         stop: Callable[[], bool] = lambda: False,
         all_images: bool = False,
+        is_share: bool = False,
     ) -> DataLoader:
         """This slot's share of the images to evaluate on, as batches on the host.
 
         Args:
             stop: asked before each batch but the first; True omits the rest.
             all_images: also those that `evaluated_images` omits.
+            is_share: `data` has this slot's share alone.
         """
         dataset, collate = self.evaluation_dataset(data), self.collate(training=False)
         if isinstance(dataset, CocoDetection):
@@ -232,7 +240,8 @@ class DetectionTrial(Detector):
         if self.batches_of_one_size:
             groups = size_groups(data.annotations.columns["widths"], data.annotations.columns["heights"])
         images = range(len(dataset)) if all_images else self.evaluated_images(len(dataset))
-        batches = EvaluationBatchSampler(images, self.evaluation_batch_size, self.rank, self.slots, stop, groups)
+        rank, slots = (0, 1) if is_share else (self.rank, self.slots)
+        batches = EvaluationBatchSampler(images, self.evaluation_batch_size, rank, slots, stop, groups)
         return self._loader(dataset, batches, collate)
 
     def training_batch_loader(self, first_batch: int | None = None) -> DataLoader:
@@ -258,11 +267,9 @@ class DetectionTrial(Detector):
         with out_of_memory_as(lambda _: self.out_of_memory("the losses of a validation image", batch, fix)):
             model = self.evaluation_model.eval()
             batch = self.prepare(to_device(batch, self.context.device), None)
-            with (
-                self.autocast(),  # the evaluation's: before the model is in training mode
-                uncompiled(self.hparams.torch_compile),
-                computing_losses(model, self.python_attributes, self._chief_python_state),
-            ):
+            computing = computing_losses(model, self.python_attributes, self._chief_python_state)
+            # the evaluation's precision: before the model is in training mode
+            with self.autocast(), uncompiled(self.hparams.torch_compile), computing:
                 seed_all(self.seed, batch.image_ids[0] % 2**63, 3)
                 try:
                     return self.image_losses(model, batch)
@@ -279,14 +286,7 @@ class DetectionTrial(Detector):
             self._chief_python_state = self.context.distributed.broadcast(state)
 
     def finish_validation(self, metrics: Mapping[str, Any]) -> Validation:
-        """After a validation, on every slot.
-
-        Args:
-            metrics: all that the evaluator and the losses give.
-
-        Raises:
-            UserError: the evaluation failed on some slot, or the searcher metric is not among the metrics.
-        """
+        """After a validation, on every slot. `metrics` are all that the evaluator and the losses give."""
         self.end_validation()
         self.evaluator.raise_if_failed()
         if self.validates_loss:
@@ -324,7 +324,7 @@ class DetectionTrial(Detector):
             ("precision", self.hparams.amp or "float32"),
             *([] if self.frozen is None else [("frozen", self.frozen)]),
             ("global batch", f"{self.global_batch_size} on {count_of(self.slots, 'slot')}"),
-            ("length", f"{self.total_batches} batches, {self.batches_per_epoch} an epoch{resumed}"),
+            ("length", f"{self.total_batches} batches, {self.batches_per_epoch} per epoch{resumed}"),
             *([] if self.data.augment is None else [("augmentation", self.data.augment)]),
             *([] if self.repeats is None else [("repeated", described(self.repeats))]),
         ]
@@ -395,12 +395,7 @@ class DetectionTrial(Detector):
     # --- details ------------------------------------------------------------------------------------------
 
     def out_of_memory(self, where: str, batch: Batch, fix: str | None = None) -> UserError:
-        """The error of a batch for which the GPU's memory is not enough.
-
-        Args:
-            where: which batch.
-            fix: what to do; a smaller batch if None.
-        """
+        """The error of a batch for which the GPU's memory is not enough. `fix` is a smaller batch if None."""
         if fix is None:
             frequency = self.aggregation_frequency if self.for_training else None
             fix = smaller_batch(self.per_slot_batch_size, self.slots, frequency)
@@ -434,12 +429,10 @@ class DetectionTrial(Detector):
         seed_all(self.seed, self.rank, number, 0)
         return self.prepare(batch, number)
 
-    def _with_losses(self, dataset: Any, data: SplitData) -> Any:
+    def _with_losses(self, dataset: CocoDetection, data: SplitData) -> CocoDetection:
         """The samples to detect on, each beside the one whose losses are computed."""
         left_out = frozenset(data.annotations.image_ids[~self.trained_images(data.annotations)].tolist())
-        with_losses = copy(dataset)
-        with_losses.transform = WithLossSample(dataset.transform, self.loss_transform(data), left_out)
-        return with_losses
+        return replace(dataset, transform=WithLossSample(dataset.transform, self.loss_transform(data), left_out))
 
     def _check_validation_loss(self) -> None:
         data = self.val_data

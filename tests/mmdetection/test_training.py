@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SHARED_DATA, reports, run_model_def
+from conftest import reports, run_model_def
 from mmcv import Config, FileClient
 from mmcv.cnn.rfsearch.operator import BaseConvRFSearchOp
 from mmcv.fileio import BaseStorageBackend
@@ -127,17 +127,7 @@ def test_evaluate_and_predict_use_the_config_in_the_checkpoint(shapes, train, co
     assert Image.open(out / "000000.png.png").size == (128, 128)
 
 
-def test_pascal_voc_data_is_mmdetection_s_own_and_evaluated_by_itself(train, trial_class, tmp_path):
-    bccd = SHARED_DATA / "bccd"
-    if not bccd.is_dir():
-        pytest.skip(f"{bccd} is not here: real data is no part of the project")
-    # VOC2007's layout, by links
-    voc = tmp_path / "VOC2007"
-    (voc / "ImageSets/Main").mkdir(parents=True)
-    (voc / "JPEGImages").symlink_to(bccd / "images")
-    (voc / "Annotations").symlink_to(bccd / "annotations_voc")
-    names = sorted(path.stem for path in (bccd / "annotations_voc").glob("*.xml"))
-    (voc / "ImageSets/Main/some.txt").write_text("\n".join(names[:12]))
+def test_pascal_voc_data_is_mmdetection_s_own_and_evaluated_by_itself(train, trial_class, tmp_path, voc):
     config = in_process(mmdet_config(tmp_path, FASTER_RCNN), batches=2)
     split = {"annotations": str(voc / "ImageSets/Main/some.txt"), "images": str(voc)}
     config["data"].update(train=split, val=split)

@@ -1,0 +1,1 @@
+../../../shared/commands/trial_classes.py

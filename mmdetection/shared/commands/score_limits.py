@@ -1,0 +1,1 @@
+../../../shared/commands/score_limits.py
