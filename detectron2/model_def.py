@@ -27,9 +27,11 @@ from detectron2_files import COMPILED, opening
 from detectron2_files import config as configs
 from detectron2_files import data as data_sets
 from detectron2_files import model as models
+from detectron2_files.class_weights import weigh_categories
 from detectron2_files.evaluation import OwnEvaluator, OwnResult, detect, own_evaluator
 from detectron2_files.pixels import with_quick_resizing
 from detectron2_files.weights import categories_of_checkpoint, load_weights_into, start_of
+from shared.config.file import flattened
 from shared.config.schema import Length, parse_section
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection
@@ -59,6 +61,7 @@ class Detectron2Trial(DetectionTrial):
     warned_of_masks = False
     without_pretrained: ClassVar = {"use_pretrained": False, "weights": ""}
     python_attributes = models.PYTHON_STATE
+    weighs_categories = True
     optimizer_key = "optimizer of the Detectron2 config"
 
     # --- the config -----------------------------------------------------------------------------------
@@ -153,7 +156,7 @@ class Detectron2Trial(DetectionTrial):
 
     @property
     def _overridden(self) -> list[str]:
-        return list(configs.flatten(self.hparams.config_overrides))
+        return list(flattened(self.hparams.config_overrides))
 
     def training_groups(self) -> np.ndarray:
         if not self.detectron2_config.train_set.group_by_aspect_ratio:
@@ -232,6 +235,8 @@ class Detectron2Trial(DetectionTrial):
         model = models.build_model(config)
         if self.hparams.max_detections is not None:
             models.keep_detections(model, self.hparams.max_detections)
+        if self.class_weights is not None:
+            weigh_categories(model, self.class_weights)
         if self.hparams.amp == "bf16":
             models.pool_in_float32(model)
         if self.first_batch == 0 and (source := self._weights()):

@@ -178,7 +178,7 @@ def run_command(function: Callable, trial_class: type, config: Path, overrides: 
     from shared.launchers import STOP_SIGNALS
 
     defaults = {"command": None, "config": str(config), "overrides": [*overrides], "split": "val", "store": None}
-    defaults |= {"stop_signals": STOP_SIGNALS, "stop_status": None, "tiles": None, "overlap": 0.2}
+    defaults |= {"stop_signals": STOP_SIGNALS, "stop_status": None, "tiles": None, "overlap": 0.2, "model": None}
     given = argparse.Namespace(**{**defaults, **arguments})
     function(trial_class, experiment_for(given, trial_class.sections()), given)
 
@@ -277,6 +277,35 @@ def program(tmp_path):
         return path
 
     return write
+
+
+COMPARES_FIRST_STEP = """
+    def after_batch(self, number):
+        super().after_batch(number)
+        if number == 0:
+            ours, theirs = self.plain_model.state_dict(), self.reference.module.state_dict()
+            worst = max((ours[k].double() - theirs[k].double()).abs().max().item() for k in ours)
+            os.write(1, f"WORST {worst}\\n".encode())
+
+main(Probe)
+"""
+
+
+@pytest.fixture
+def distance_from_reference(program, tmp_path):
+    """Trains in two processes by the text of a class `Probe`, which makes `self.reference` in its first batch. Returns
+    how far the weights of both are apart after this batch."""
+
+    def call(folder: Path, config: dict, probe: str) -> float:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        script = program(f"import copy, os\n{probe}{COMPARES_FIRST_STEP}")
+        done = run_model_def("train", path, "--output-dir", tmp_path / "run", processes=2, cwd=folder, script=script)
+        worst = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("WORST")]
+        assert len(worst) == 2
+        return max(worst)
+
+    return call
 
 
 @pytest.fixture

@@ -192,6 +192,15 @@ def without_ranges(
     return filled(hyperparameters, ())
 
 
+def flattened(section: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """{"SOLVER": {"STEPS": [1]}, "A.B": 2} as {"SOLVER.STEPS": [1], "A.B": 2}."""
+    leaves = {}
+    for key, value in section.items():
+        nested = isinstance(value, Mapping) and value
+        leaves.update(flattened(value, f"{before}{key}.") if nested else {f"{before}{key}": value})
+    return leaves
+
+
 def fixed_hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """The hyperparameters of a config that has no ranges.
 

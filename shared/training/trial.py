@@ -51,7 +51,7 @@ from shared.training.validation import (
     ValidationLoss,
     WithLossSample,
     check_losses,
-    computing_losses,
+    giving_losses,
     uncompiled,
 )
 
@@ -138,6 +138,7 @@ class DetectionTrial(Detector):
         """Builds the model; for a training also what trains and validates it. The data is open."""
         if self.for_training:
             self._read_periods()
+            self.class_weights  # noqa: B018 what it refuses, before the model is built
             if self.context.device.type == "cpu":
                 keep_freed_memory()
         seed_all(self.seed)  # the same initial weights on every slot
@@ -267,9 +268,9 @@ class DetectionTrial(Detector):
         with out_of_memory_as(lambda _: self.out_of_memory("the losses of a validation image", batch, fix)):
             model = self.evaluation_model.eval()
             batch = self.prepare(to_device(batch, self.context.device), None)
-            computing = computing_losses(model, self.python_attributes, self._chief_python_state)
+            giving = giving_losses(model, self.python_attributes, self._chief_python_state)
             # the evaluation's precision: before the model is in training mode
-            with self.autocast(), uncompiled(self.hparams.torch_compile), computing:
+            with self.autocast(), uncompiled(self.hparams.torch_compile), giving:
                 seed_all(self.seed, batch.image_ids[0] % 2**63, 3)
                 try:
                     return self.image_losses(model, batch)
