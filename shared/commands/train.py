@@ -22,7 +22,7 @@ from shared.config.experiment import Experiment, experiment_of, per_slot_batch_s
 from shared.data.open import SplitData
 from shared.data.places import open_place
 from shared.environment import task_config
-from shared.errors import UserError
+from shared.errors import UserError, count_of
 from shared.evaluation import drawing
 from shared.evaluation.evaluator import CocoEvaluator, metrics_table
 from shared.evaluation.gathered import GatheredDetections, load_detections
@@ -240,7 +240,7 @@ class Results:
         from shared.report.report import report, summary_of  # importing matplotlib takes half a second
 
         try:
-            found, _ = load_detections(folder.detections)
+            found, *_ = load_detections(folder.detections)
             analyses = report(
                 trial.val_data.annotations,
                 found.detections(),
@@ -274,7 +274,7 @@ class Results:
             facts={
                 "run": folder.path,
                 **dict(trial.summary_lines()),
-                "validation data": f"{annotations.path or 'fake'}, {len(annotations)} images",
+                "validation data": f"{annotations.path or 'fake'}, {count_of(len(annotations), 'image')}",
                 **({} if best is None else {"best checkpoint": f"batch {best} of {outcome.total}"}),
                 **({"ended by": outcome.why} if outcome.why else {}),
                 "device": trial.context.device,

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from shared.errors import UserError
-from shared.training.downloads import downloaded, find_checkpoint, forget
+from shared.training.downloads import downloaded, find_checkpoint, forget, is_bucket
 from shared.training.saving import check_manifest
 
 CATEGORIES_FILE = "categories.json"
@@ -46,6 +46,7 @@ class Checkpoint:
     averaged_weights: dict[str, torch.Tensor] | None
     state: dict[str, Any]  # all of `state_dict.pth`
     counts: dict[str, Any]  # batches, epochs and the last validation, by the names of Determined's own loop
+    trial_class: str  # the name of the detector's class
 
     @property
     def best_of_older_version(self) -> dict[str, Any]:
@@ -78,6 +79,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             averaged_weights=averaged,
             state=state,
             counts=pickles.get("trial_state.pkl", {}),
+            trial_class=str(load_data.get("trial_cls_spec", "")).rpartition(":")[2],
         )
     except (OSError, KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{path} is not a checkpoint of this project, or is not whole: {error!r}") from error
@@ -126,7 +128,7 @@ def read_weights(source: str, key: str, choices: str) -> tuple[Mapping[str, Any]
     Raises:
         UserError: the source cannot be read, is cut off, or holds code.
     """
-    if "://" in source:
+    if "://" in source and not is_bucket(source):
         try:
             return read_url(source), None
         except OSError as error:

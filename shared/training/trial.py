@@ -51,7 +51,7 @@ from shared.training.validation import (
     ValidationLoss,
     WithLossSample,
     check_losses,
-    computing_losses,
+    giving_losses,
     uncompiled,
 )
 
@@ -138,6 +138,7 @@ class DetectionTrial(Detector):
         """Builds the model; for a training also what trains and validates it. The data is open."""
         if self.for_training:
             self._read_periods()
+            self.class_weights  # noqa: B018 what it refuses, before the model is built
             if self.context.device.type == "cpu":
                 keep_freed_memory()
         seed_all(self.seed)  # the same initial weights on every slot
@@ -222,12 +223,14 @@ class DetectionTrial(Detector):
         with_losses: bool = False,
         stop: Callable[[], bool] = lambda: False,
         all_images: bool = False,
+        is_share: bool = False,
     ) -> DataLoader:
         """This slot's share of the images to evaluate on, as batches on the host.
 
         Args:
             stop: asked before each batch but the first; True omits the rest.
             all_images: also those that `evaluated_images` omits.
+            is_share: `data` has this slot's share alone.
         """
         dataset, collate = self.evaluation_dataset(data), self.collate(training=False)
         if isinstance(dataset, CocoDetection):
@@ -238,7 +241,8 @@ class DetectionTrial(Detector):
         if self.batches_of_one_size:
             groups = size_groups(data.annotations.columns["widths"], data.annotations.columns["heights"])
         images = range(len(dataset)) if all_images else self.evaluated_images(len(dataset))
-        batches = EvaluationBatchSampler(images, self.evaluation_batch_size, self.rank, self.slots, stop, groups)
+        rank, slots = (0, 1) if is_share else (self.rank, self.slots)
+        batches = EvaluationBatchSampler(images, self.evaluation_batch_size, rank, slots, stop, groups)
         return self._loader(dataset, batches, collate)
 
     def training_batch_loader(self, first_batch: int | None = None) -> DataLoader:
@@ -264,9 +268,9 @@ class DetectionTrial(Detector):
         with out_of_memory_as(lambda _: self.out_of_memory("the losses of a validation image", batch, fix)):
             model = self.evaluation_model.eval()
             batch = self.prepare(to_device(batch, self.context.device), None)
-            computing = computing_losses(model, self.python_attributes, self._chief_python_state)
+            giving = giving_losses(model, self.python_attributes, self._chief_python_state)
             # the evaluation's precision: before the model is in training mode
-            with self.autocast(), uncompiled(self.hparams.torch_compile), computing:
+            with self.autocast(), uncompiled(self.hparams.torch_compile), giving:
                 seed_all(self.seed, batch.image_ids[0] % 2**63, 3)
                 try:
                     return self.image_losses(model, batch)
@@ -321,7 +325,8 @@ class DetectionTrial(Detector):
             ("precision", self.hparams.amp or "float32"),
             *([] if self.frozen is None else [("frozen", self.frozen)]),
             ("global batch", f"{self.global_batch_size} on {count_of(self.slots, 'slot')}"),
-            ("length", f"{self.total_batches} batches, {self.batches_per_epoch} an epoch{resumed}"),
+            ("length", f"{self.total_batches} batches, {self.batches_per_epoch} per epoch{resumed}"),
+            *([] if self.data.augment is None else [("augmentation", self.data.augment)]),
             *([] if self.repeats is None else [("repeated", described(self.repeats))]),
         ]
 
