@@ -19,6 +19,7 @@ from shared.data import remote
 from shared.data.places import FolderPlace, open_place
 from shared.data.remote import StoreError
 from shared.errors import UserError
+from shared.training.downloads import find_checkpoint
 from shared.training.run_folder import RunFolder
 from shared.training.run_store import RunStore
 from shared.training.saving import check_manifest, write_manifest
@@ -228,6 +229,19 @@ def assert_a_run_is_kept(place, tmp_path):
     folder = fetched(place, tmp_path / "b")
     assert whole_batches(folder) == {"best": 4, "last": 8}
     assert [report["batches"] for report in folder.reports()] == [4, 8]
+
+
+def test_best_and_last_of_a_store_are_checkpoints(s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for number, run in enumerate((f"s3://{BUCKET}/runs/a", str(tmp_path / "disk/a"))):
+        train_and_store(open_place(run, StoreOptions(timeout=20)), RunFolder(tmp_path / f"run_{number}"))
+        for which, batches in (("best", 4), ("last", 8), ("last", 8)):
+            folder = find_checkpoint(f"{run}/checkpoints/{which}")
+            check_manifest(folder)
+            assert json.loads((folder / "metadata.json").read_text())["steps_completed"] == batches
+    with pytest.raises(UserError, match=f"there is no run in s3://{BUCKET}/runs/b"):
+        find_checkpoint(f"s3://{BUCKET}/runs/b/checkpoints/best")
 
 
 class Killed(Exception):

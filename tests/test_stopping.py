@@ -326,7 +326,9 @@ def test_two_runs_never_work_in_one_folder_at_once(shapes, train, trial_class, t
 
     Second.__module__ = "model_def"
     run = train(Second, config)
-    assert refusals == [(1, f"error: --output-dir: a run is going on in {run}; wait for it, or name another")]
+    assert refusals == [
+        (1, f"error: --output-dir: another process uses {run}. Fix: wait for its run, or name another folder")
+    ]
     assert reports(run)[-1]["batches"] == 12
 
 

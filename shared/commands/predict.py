@@ -15,10 +15,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shared.commands.evaluate import (
+from shared.commands.detection import (
+    FileDetector,
+    ScoreLimits,
     detect_all,
-    detecting_trial,
+    detector_of,
     make_folder,
+    score_limits,
     tiling_of,
     with_checkpoint,
     write_results,
@@ -32,7 +35,6 @@ from shared.commands.predict_inputs import (
     look_at,
     video_frames,
 )
-from shared.commands.score_limits import ScoreLimits, score_limits
 from shared.config.experiment import Experiment
 from shared.config.schema import DataConfig
 from shared.data.annotations import CocoAnnotations
@@ -56,7 +58,8 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
     experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments)
     # as the inputs whose header cannot be read
     experiment = replace(experiment, data=replace(experiment.data, on_bad_image="skip"))
-    score_limits(arguments.min_score, checkpoint and checkpoint.path, [])  # what it refuses, before the model is built
+    if arguments.model is None:  # what it refuses, before the model is built
+        score_limits(arguments.min_score, [], checkpoint and checkpoint.path)
     options, tiling = experiment.data.store_options, tiling_of(arguments)
     allow_pixels(experiment.data.max_image_pixels)
     with local_processes() as processes, contextlib.ExitStack() as stack:
@@ -73,9 +76,10 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
             return pictures, images
 
         pictures, images = on_chief(distributed, open_inputs)
-        with detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
+        with detector_of(trial_class, experiment, checkpoint, arguments.model, processes) as trial:
             data = pictures_as_data(pictures, images, arguments.images, trial)
-            limits = score_limits(arguments.min_score, checkpoint and checkpoint.path, trial.categories)
+            exported = trial if isinstance(trial, FileDetector) else None
+            limits = score_limits(arguments.min_score, trial.categories, checkpoint and checkpoint.path, exported)
             prediction = _Prediction(trial, data, pictures, arguments.output, arguments.format, limits, tiling)
             try:
                 prediction.run()
@@ -93,7 +97,7 @@ def _check_is_empty(output: Path) -> None:
 
 
 def pictures_as_data(
-    pictures: list[Picture], images: GivenImages, given: Sequence[str], trial: DetectionTrial
+    pictures: list[Picture], images: GivenImages, given: Sequence[str], trial: DetectionTrial | FileDetector
 ) -> SplitData:
     """The pictures as data without annotations. The image ids are those in data.val if it has all the file names, else
     the positions."""
@@ -125,7 +129,7 @@ class _Prediction:
 
     def __init__(
         self,
-        trial: DetectionTrial,
+        trial: DetectionTrial | FileDetector,
         data: SplitData,
         pictures: list[Picture],
         output: Path,

@@ -156,7 +156,7 @@ class MlflowRun:
         self.client.set_terminated(self.id, "FINISHED" if code == 0 else "KILLED" if code > 128 else "FAILED")
 
     def _kept(self, run_id: str | None) -> Any:
-        """The run of that id, which continues; None if it is no longer there."""
+        """The run of that id, to continue; None if it no longer exists."""
         from mlflow.exceptions import MlflowException
 
         if run_id is None:

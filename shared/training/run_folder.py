@@ -64,7 +64,9 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"--output-dir: {self.path} cannot be made a folder: {error.strerror}") from error
         if lock is None:
-            raise UserError(f"--output-dir: a run is going on in {self.path}; wait for it, or name another")
+            raise UserError(
+                f"--output-dir: another process uses {self.path}. Fix: wait for its run, or name another folder"
+            )
         if not self._is_lock(lock):  # the process that had it has just deleted the folder, see `free`
             lock.close()
             return self.take()

@@ -25,16 +25,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from shared.data.places import Place
+from shared.data.places import Place, fetch_folder
 from shared.data.remote import StoreError
 from shared.durable import replace_folder, write_file
 from shared.errors import UserError
+from shared.training.downloads import INDEX
 from shared.training.run_folder import OF_THE_RUN, RunFolder
 from shared.training.saving import MANIFEST, METADATA, Background
 
 logger = logging.getLogger(__name__)
 
-INDEX = "checkpoints/index.json"
 OWNER = "owner.json"
 _TO_CONTINUE = ("metrics.jsonl", "loggers.json", "detections.npz")  # besides the checkpoints
 _NOT_STORED = ("checkpoints", "code", "requeue")  # of this machine; each checkpoint has a copy of the code
@@ -133,19 +133,8 @@ class RunStore:
                 continue
             new = self.folder.saving / name
             shutil.rmtree(new, ignore_errors=True)
-            self._fetch_checkpoint(stored, new)
+            fetch_folder(self.place, f"checkpoints/{stored.folder}", new)  # the manifest is checked at the reading
             replace_folder(new, self.folder.checkpoints / name)
-
-    def _fetch_checkpoint(self, stored: Stored, new: Path) -> None:
-        """Downloads a checkpoint. Its manifest is checked where it is read."""
-        folder = f"checkpoints/{stored.folder}"
-        new.mkdir(parents=True)
-        for name in self.place.names(folder):
-            if ".." in PurePosixPath(name).parts or name.startswith("/"):
-                raise UserError(f"--store: {self.place}/{folder} holds a file outside of it: {name!r}")
-            (new / name).parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # then the manifest names it
-                self.place.fetch(f"{folder}/{name}", new / name)
 
     # --- during the training ------------------------------------------------------------------------------
 
