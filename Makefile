@@ -13,7 +13,7 @@ ALL_READY = $(READY)-all
 $(READY): setup.cfg shared/requirements.txt efficientdet/requirements.txt $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip 'setuptools<81' wheel
-	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) '.[efficientdet,search,test]'
+	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) '.[efficientdet,export,search,test]'
 	touch $@
 
 # As a container is made ready: MMDetection over mmcv without compiled operations, and Detectron2's Python. A library that

@@ -27,6 +27,7 @@ from detectron2_files import COMPILED, opening
 from detectron2_files import config as configs
 from detectron2_files import data as data_sets
 from detectron2_files import model as models
+from detectron2_files.class_weights import weigh_categories
 from detectron2_files.evaluation import OwnEvaluator, OwnResult, detect, own_evaluator
 from detectron2_files.pixels import with_quick_resizing
 from detectron2_files.weights import categories_of_checkpoint, load_weights_into, start_of
@@ -60,6 +61,7 @@ class Detectron2Trial(DetectionTrial):
     warned_of_masks = False
     without_pretrained: ClassVar = {"use_pretrained": False, "weights": ""}
     python_attributes = models.PYTHON_STATE
+    weighs_categories = True
     optimizer_key = "optimizer of the Detectron2 config"
 
     # --- the config -----------------------------------------------------------------------------------
@@ -233,6 +235,8 @@ class Detectron2Trial(DetectionTrial):
         model = models.build_model(config)
         if self.hparams.max_detections is not None:
             models.keep_detections(model, self.hparams.max_detections)
+        if self.class_weights is not None:
+            weigh_categories(model, self.class_weights)
         if self.hparams.amp == "bf16":
             models.pool_in_float32(model)
         if self.first_batch == 0 and (source := self._weights()):

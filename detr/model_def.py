@@ -63,6 +63,7 @@ class DetrTrial(DetectionTrial):
     without_pretrained: ClassVar = {"weights": None}
     pretrained_categories: ClassVar = COCO_CATEGORIES
     replaced_by_augment = ("horizontal_flip",)
+    weighs_categories = True
     find_unused_parameters = True  # images without objects train no embedding of classes
 
     # --- the config -----------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ class DetrTrial(DetectionTrial):
         detector = build_detector(self.config, self.categories)
         if self.first_batch == 0:
             load_start_weights(detector, self.hparams, self.categories)
-        return TrainedDetr(detector)
+        return TrainedDetr(detector, self.class_weights)
 
     def detector(self, model: nn.Module) -> nn.Module:
         return model.detector
@@ -143,6 +144,15 @@ class DetrTrial(DetectionTrial):
             self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
         ):
             group["lr"] = lr * factor(number)
+
+    def exportable(self) -> nn.Module:
+        from detr_files.export import ExportableDetr
+
+        return ExportableDetr(self.evaluation_model.detector, self.processor)
+
+    def save_for_transformers(self, folder: Path) -> None:
+        self.evaluation_model.detector.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
 
     # --- data -----------------------------------------------------------------------------------------
 

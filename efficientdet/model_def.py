@@ -33,7 +33,7 @@ from efficientdet_files.data import (
     normalize,
     sample_of,
 )
-from efficientdet_files.model import build_model, model_config
+from efficientdet_files.model import WeightedLoss, build_model, model_config
 from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
 from shared.data.loading import Batch
@@ -56,6 +56,7 @@ class EfficientDetTrial(DetectionTrial):
     without_pretrained: ClassVar = {"pretrained": "none"}
     pretrained_categories: ClassVar = COCO_CATEGORIES
     replaced_by_augment = ("scale_jitter", "vertical_flip", "random_erasing")
+    weighs_categories = True
 
     @classmethod
     def input_scale(cls, hparams: EfficientDetHyperparameters) -> InputScale:
@@ -74,6 +75,8 @@ class EfficientDetTrial(DetectionTrial):
     def build_model(self) -> nn.Module:
         torch.backends.cudnn.benchmark = True  # as upstream: all inputs have one size
         bench = build_model(self.hparams, self.categories)
+        if self.class_weights is not None:
+            bench.loss_fn = WeightedLoss(bench.config, self.class_weights)
         self.model_config = bench.config
         self.inputs = input_config(self.hparams, self.model_config)
         device = self.context.device
@@ -242,6 +245,11 @@ class EfficientDetTrial(DetectionTrial):
             Detections(image_id, boxes=of_image[:, :4], scores=of_image[:, 4], labels=of_image[:, 5].astype(int) - 1)
             for image_id, of_image in zip(batch.image_ids, found, strict=True)
         ]
+
+    def exportable(self) -> nn.Module:
+        from efficientdet_files.export import ExportableEfficientDet
+
+        return ExportableEfficientDet(self.evaluation_model.model, self.model_config, self.inputs)
 
     def summary(self) -> list[tuple[str, object]]:
         hparams, backbone, data = self.hparams, self.model_config.backbone_name, self.train_data.annotations

@@ -23,7 +23,7 @@ from determined.core import DistributedContext
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
-from shared.commands.evaluate import detect_all, detecting_trial, experiment_of_checkpoint, score_limits
+from shared.commands.detection import detect_all, detecting_trial, experiment_of_checkpoint, score_limits
 from shared.commands.predict_inputs import GivenImages, UnreadableError, size_of
 from shared.config.experiment import experiment_of
 from shared.config.schema import StoreOptions, is_url
@@ -152,7 +152,7 @@ class Predictor:
             return self([images], min_score, tiles, overlap)[0]
         if not images:
             return []
-        limits = score_limits(min_score, self._checkpoint, self.categories)
+        limits = score_limits(min_score, self.categories, self._checkpoint)
         with _OpenedImages(images, self._options) as opened:
             tiling = None if tiles is None else Tiling(tiles, overlap)
             sizes = [opened.size(i, in_tiles=tiles is not None) for i in range(len(images))]

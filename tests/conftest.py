@@ -178,7 +178,7 @@ def run_command(function: Callable, trial_class: type, config: Path, overrides: 
     from shared.launchers import STOP_SIGNALS
 
     defaults = {"command": None, "config": str(config), "overrides": [*overrides], "split": "val", "store": None}
-    defaults |= {"stop_signals": STOP_SIGNALS, "stop_status": None, "tiles": None, "overlap": 0.2}
+    defaults |= {"stop_signals": STOP_SIGNALS, "stop_status": None, "tiles": None, "overlap": 0.2, "model": None}
     given = argparse.Namespace(**{**defaults, **arguments})
     function(trial_class, experiment_for(given, trial_class.sections()), given)
 

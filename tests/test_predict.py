@@ -15,8 +15,8 @@ from PIL import Image
 from stores import BUCKET, http_store, s3_store
 
 from shared.commands import evaluate as evaluate_module
+from shared.commands.detection import score_limits
 from shared.commands.evaluate import evaluate as evaluate_command
-from shared.commands.evaluate import score_limits
 from shared.commands.predict import predict as predict_command
 from shared.commands.predict_inputs import _find
 from shared.config.schema import TrainingHyperparameters
@@ -262,7 +262,7 @@ def test_the_threshold_of_the_run_s_report_is_drawn_with(predict, tmp_path, monk
     predict("a.png", min_score="best-per-category", checkpoint=str(path), output="each")
     assert "the 1 of at least their category's best score are drawn" in capsys.readouterr().out
     categories = [{"name": "square"}, {"name": "circle"}]
-    assert score_limits("best-per-category", path, categories).scores.tolist() == [0.5, 0.05]
+    assert score_limits("best-per-category", categories, path).scores.tolist() == [0.5, 0.05]
 
 
 def test_an_image_that_cannot_be_decoded_is_left_out(predict, tmp_path, caplog):

@@ -24,6 +24,7 @@ from transformers import (
     YolosImageProcessor,
 )
 
+from detr_files.class_weights import weigh_categories
 from detr_files.losses import all_boxes, scaled_to_all_ranks
 from detr_hyperparameters import DetrHyperparameters
 from shared.data.images import InputScale
@@ -182,10 +183,14 @@ class TrainedDetr(nn.Module):
 
     Attributes:
         detector: the model.
+        class_weights: (K,) of the categories; None for 1.
     """
 
-    def __init__(self, detector: PreTrainedModel):
+    def __init__(self, detector: PreTrainedModel, class_weights: torch.Tensor | None = None):
         super().__init__()
+        self.class_weights = class_weights
+        if class_weights is not None:
+            weigh_categories(detector, class_weights)
         self.detector = detector
         self.takes_mask = "pixel_mask" in inspect.signature(detector.forward).parameters
 
@@ -209,7 +214,7 @@ class TrainedDetr(nn.Module):
         losses = {name: value for name, value in outputs.loss_dict.items() if name.startswith("loss_")}
         loss = outputs.loss
         if slots > 1:
-            counts = all_boxes(labels, outputs.logits, slots)
+            counts = all_boxes(labels, outputs.logits, slots, self.class_weights)
             loss, losses = scaled_to_all_ranks(self.detector.config, loss, losses, counts)
         parts = {name: value.detach() for name, value in losses.items() if name.count("_") == 1}
         return {"loss": loss, **parts}

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shared.commands.evaluate import (
+from shared.commands.detection import (
+    FileDetector,
     ScoreLimits,
     detect_all,
-    detecting_trial,
+    detector_of,
     make_folder,
     score_limits,
     tiling_of,
@@ -57,7 +58,8 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
     experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments)
     # as the inputs whose header cannot be read
     experiment = replace(experiment, data=replace(experiment.data, on_bad_image="skip"))
-    score_limits(arguments.min_score, checkpoint and checkpoint.path, [])  # what it refuses, before the model is built
+    if arguments.model is None:  # what it refuses, before the model is built
+        score_limits(arguments.min_score, [], checkpoint and checkpoint.path)
     options, tiling = experiment.data.store_options, tiling_of(arguments)
     allow_pixels(experiment.data.max_image_pixels)
     with local_processes() as processes, contextlib.ExitStack() as stack:
@@ -74,9 +76,10 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
             return pictures, images
 
         pictures, images = on_chief(distributed, open_inputs)
-        with detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
+        with detector_of(trial_class, experiment, checkpoint, arguments.model, processes) as trial:
             data = pictures_as_data(pictures, images, arguments.images, trial)
-            limits = score_limits(arguments.min_score, checkpoint and checkpoint.path, trial.categories)
+            exported = trial if isinstance(trial, FileDetector) else None
+            limits = score_limits(arguments.min_score, trial.categories, checkpoint and checkpoint.path, exported)
             prediction = _Prediction(trial, data, pictures, arguments.output, arguments.format, limits, tiling)
             try:
                 prediction.run()
@@ -94,7 +97,7 @@ def _check_is_empty(output: Path) -> None:
 
 
 def pictures_as_data(
-    pictures: list[Picture], images: GivenImages, given: Sequence[str], trial: DetectionTrial
+    pictures: list[Picture], images: GivenImages, given: Sequence[str], trial: DetectionTrial | FileDetector
 ) -> SplitData:
     """The pictures as data without annotations. The image ids are those in data.val if it has all the file names, else
     the positions."""
@@ -126,7 +129,7 @@ class _Prediction:
 
     def __init__(
         self,
-        trial: DetectionTrial,
+        trial: DetectionTrial | FileDetector,
         data: SplitData,
         pictures: list[Picture],
         output: Path,

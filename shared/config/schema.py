@@ -282,12 +282,18 @@ class TrainingHyperparameters:
     max_detections: Annotated[int, Meta(ge=1)] | None = key(
         None, "detections that are kept per image, and scored per category; default: the model's, and 100"
     )
+    class_weights: Literal["balanced"] | dict[str, float] | None = key(
+        None, "how much objects count in the classification loss: `balanced`, or `{name: weight}`, 1 for the others"
+    )
     loggers: list[str] = key([], "where to log off a cluster: `wandb`, `mlflow`")
 
     def __post_init__(self) -> None:
         for name in self.loggers:
             if name not in LOGGERS:
                 raise UserError(f"hyperparameters.loggers: {name!r} is unknown; {nearest(name, LOGGERS)}")
+        for name, weight in self.class_weights.items() if isinstance(self.class_weights, dict) else ():
+            if not 0 < weight < math.inf:
+                raise UserError(f"hyperparameters.class_weights.{name}: it is {weight:g}. Fix: give a number above 0")
 
 
 def key_names(section: type) -> list[str]:

@@ -34,6 +34,7 @@ from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator, summary_metrics
 from shared.evaluation.gathered import ChiefReducer
+from shared.training.class_weights import class_weights, refused
 from shared.training.processes import broadcast_from_chief
 from shared.training.saving import python_state, restore_python_state
 from shared.training.switches import AveragedWeights, Clip, autocast
@@ -92,6 +93,8 @@ class Detector(PyTorchTrial):
     """Whether `CocoEvaluator` scores a validation; False if the detector's library does, on data of its own."""
     replaced_by_augment: Sequence[str] = ()
     """Hyperparameters that have no effect with `data.augment`."""
+    weighs_categories: bool = False
+    """Whether `build_model` puts `class_weights` into the model's loss."""
     fp16_key: str = "hyperparameters.amp"
     """Where fp16 is switched on; like the next two, for error messages."""
     optimizer_key: str = "hyperparameters.opt"
@@ -285,6 +288,22 @@ class Detector(PyTorchTrial):
         """The part of the model whose modules `freeze` names."""
         return model
 
+    def exportable(self) -> nn.Module:
+        """The evaluation model from images to detections, for `export`: a `shared.export.operations.Exportable`.
+
+        Raises:
+            UserError: no exported file can do what the config asks for.
+        """
+        raise UserError("export: this detector has no export. Fix: use its checkpoint")
+
+    def save_for_transformers(self, folder: Path) -> None:
+        """Writes the evaluation model as a folder that the package transformers loads.
+
+        Raises:
+            UserError: the detector is no model of that package.
+        """
+        raise UserError("--format transformers: only a model of `detr` has it. Fix: choose onnx, openvino or torch")
+
     def compiled_parts(self, model: nn.Module) -> Sequence[nn.Module]:
         """What `torch_compile` compiles: modules that take and return tensors."""
         return [model]
@@ -397,6 +416,22 @@ class Detector(PyTorchTrial):
         if augment is None or (last is not None and number // self.batches_per_epoch >= last):
             return 1.0
         return float(np.random.default_rng([self.seed, number, 6]).uniform(*augment.multi_scale))
+
+    @cached_property
+    def class_weights(self) -> torch.Tensor | None:
+        """(K,) float32 on the device: how much the objects of each label count in the classification loss; None for
+        all alike.
+
+        Raises:
+            UserError: a name is no category, or this detector cannot weigh categories.
+        """
+        given = self.hparams.class_weights
+        if given is None or not self.for_training:
+            return None
+        if not self.weighs_categories:
+            raise refused("this detector")
+        weights = class_weights(given, self.categories, self.training_labels()[1])
+        return None if weights is None else weights.to(self.context.device)
 
     @property
     def batches_evaluations(self) -> bool:

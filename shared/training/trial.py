@@ -138,6 +138,7 @@ class DetectionTrial(Detector):
         """Builds the model; for a training also what trains and validates it. The data is open."""
         if self.for_training:
             self._read_periods()
+            self.class_weights  # noqa: B018 what it refuses, before the model is built
             if self.context.device.type == "cpu":
                 keep_freed_memory()
         seed_all(self.seed)  # the same initial weights on every slot
