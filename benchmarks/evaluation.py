@@ -1,4 +1,4 @@
-"""An evaluation between the model's output and the report: COCO's numbers, batches, processes, reports."""
+"""An evaluation between the model's output and the metrics: COCO's numbers, batches, processes."""
 
 import contextlib
 import importlib
@@ -301,31 +301,5 @@ def gather_once(rank: int, size: int, images: int, queue) -> None:
     distributed.close()
 
 
-# --- reports ------------------------------------------------------------------------------------------------
-
-
-def report(images: int = 5000, objects: int = 7, resamples: int = 200) -> None:
-    """Seconds and peak memory of a report, without and with intervals, each in a new process.
-
-    objects: per image, as in COCO; 60 detections
-    resamples: for the intervals
-    """
-    for count in (0, resamples):
-        print(in_process(report_once, images, objects, count, start="spawn"), flush=True)
-
-
-def report_once(images: int, objects: int, resamples: int, queue) -> None:
-    from shared.report.report import report as write_report
-
-    coco, detections = make(images, objects=objects)
-    annotations = CocoAnnotations.from_dict(coco)
-    del coco
-    with tempfile.TemporaryDirectory() as folder, added_mib() as added:
-        output, started = Path(folder) / "report.html", time.perf_counter()
-        write_report(annotations, detections, output, resamples=resamples)
-        seconds, page = time.perf_counter() - started, output.stat().st_size / 2**20
-    queue.put(f"{resamples} resamples: {seconds:.1f} s, {added[0]:.0f} MiB added, page of {page:.2f} MiB")
-
-
 if __name__ == "__main__":
-    main(__doc__, coco_numbers, batches, gather, report)
+    main(__doc__, coco_numbers, batches, gather)

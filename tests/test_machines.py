@@ -137,8 +137,8 @@ def test_a_machine_killed_at_random_moments_changes_no_sample(nodes, prepare, tm
             lost.wait(chance.uniform(0.2, 1.0) * seconds)
         except subprocess.TimeoutExpired:
             lost.lose()
-        for node in on:  # what is left ends by itself, and says which machine is missing
-            assert node is lost or node.wait() is not None
+        for node in on:  # what is left ends by itself
+            node.wait()
         logs += [node.log for node in on]
     for chief in (0, 1):  # with one machine, and at last with two
         on = train(count=1 + chief, chief=chief)

@@ -11,7 +11,7 @@ from torch.distributed import PrefixStore
 from shared.errors import UserError
 from shared.training import meeting
 from shared.training.hang import watching_start
-from shared.training.meeting import Arrival, StoreExchange, open_store, place_of, roll_call
+from shared.training.meeting import Arrival, StoreExchange, lost_connection_as_error, open_store, place_of, roll_call
 from shared.training.standings import Mark, Phase, Standing, Standings
 
 SECONDS = 20.0
@@ -86,7 +86,7 @@ def test_a_port_that_is_in_use_is_one_error(port):
 
 
 def arrivals(*machines):
-    return [Arrival(name, name, f"10.0.0.{rank}", str(rank)) for rank, name in enumerate(machines)]
+    return [Arrival(name, name, f"10.0.0.{rank}", "10.0.0.0", str(rank)) for rank, name in enumerate(machines)]
 
 
 def test_the_place_of_a_rank_follows_from_the_machines_of_all():
@@ -103,9 +103,30 @@ def test_the_place_that_torchrun_gives_counts(monkeypatch):
 
 
 def test_a_chief_s_own_loopback_name_is_not_its_address():
-    ranks = [Arrival("a", "a", "127.0.1.1", "0"), Arrival("b", "b", "10.0.0.7", "1")]
+    ranks = [Arrival("a", "a", "127.0.1.1", "127.0.1.1", "0"), Arrival("b", "b", "10.0.0.8", "10.0.0.7", "1")]
     assert [place_of(rank, ranks).chief for rank in (0, 1)] == ["10.0.0.7"] * 2
     assert place_of(0, ranks[:1]).chief == ""
+    assert place_of(0, ranks).names == {"127.0.1.1": "a", "10.0.0.7": "a", "10.0.0.8": "b"}
+
+
+@pytest.mark.parametrize(
+    ("of_torch", "named"),
+    [
+        ("[…/pair.cc:545] Read error [10.0.0.8]:9912: Connection reset by peer. GLHF!", "a process on node-b is lost"),
+        ("[…/pair.cc:553] Connection closed by peer [10.0.0.9]:9912", "a process on 10.0.0.9 is lost"),
+        ("[…/pair.cc:553] Connection closed by peer [127.0.0.1]:9912", "another process is lost"),
+        ("NCCL error: … ncclRemoteError: A call failed possibly due to a network error", "another process is lost"),
+    ],
+)
+def test_a_process_that_is_gone_is_one_error_that_names_its_machine(of_torch, named):
+    message = rf"^rank 0: the connection to {named}.*Fix: look at its own output"
+    with pytest.raises(UserError, match=message), lost_connection_as_error(0, {"10.0.0.8": "node-b"}):
+        raise RuntimeError(of_torch)
+
+
+def test_another_error_of_torch_stays_what_it_is():
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2$"), lost_connection_as_error(0, {}):
+        raise RuntimeError("mat1 and mat2")
 
 
 def test_a_rank_that_ends_in_the_start_is_named_with_its_machine(stores):

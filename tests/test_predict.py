@@ -14,7 +14,7 @@ from conftest import run_command
 from PIL import Image
 from stores import BUCKET, http_store, s3_store
 
-from shared.commands import evaluate as evaluate_module
+from shared.commands import detection as detection_module
 from shared.commands.detection import score_limits
 from shared.commands.evaluate import evaluate as evaluate_command
 from shared.commands.predict import predict as predict_command
@@ -253,9 +253,9 @@ def test_the_threshold_of_the_run_s_report_is_drawn_with(predict, tmp_path, monk
     per_category = [{"name": "square", "threshold": 0.5}, {"name": "circle", "threshold": None}]
     report = {"best_threshold": 0.05, "bbox": {"categories": per_category}}
     (tmp_path / "run/report.json").write_text(json.dumps(report))
-    monkeypatch.setattr(evaluate_module, "find_checkpoint", Path)
-    monkeypatch.setattr(evaluate_module, "read_checkpoint", lambda _: checkpoint)
-    monkeypatch.setattr(evaluate_module, "load_weights", lambda *_: None)
+    monkeypatch.setattr(detection_module, "find_checkpoint", Path)
+    monkeypatch.setattr(detection_module, "read_checkpoint", lambda _: checkpoint)
+    monkeypatch.setattr(detection_module, "load_weights", lambda *_: None)
     monkeypatch.setattr(FindsTwo, "batches", 0, raising=False)
     predict("a.png", min_score="best", checkpoint=str(path))
     assert "the 2 of at least 0.05 are drawn" in capsys.readouterr().out

@@ -41,7 +41,9 @@ def join(monkeypatch, asked, **environment):
     collective = torch.distributed
     monkeypatch.setattr(collective, "init_process_group", lambda backend, **_: asked.append(("init", backend)))
     monkeypatch.setattr(collective, "destroy_process_group", lambda: None)
-    arrivals = [Arrival("node", "node", "127.0.0.1", str(rank)) for rank in range(environment["WORLD_SIZE"])]
+    arrivals = [
+        Arrival("node", "node", "127.0.0.1", "127.0.0.1", str(rank)) for rank in range(environment["WORLD_SIZE"])
+    ]
     monkeypatch.setattr(meeting, "open_store", lambda *_: torch.distributed.HashStore())
     monkeypatch.setattr(meeting, "roll_call", lambda *_: ("start", arrivals))
     context = SimpleNamespace(rank=environment["RANK"], close=lambda: None)

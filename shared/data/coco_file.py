@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from shared.config.schema import StoreOptions
 from shared.data import remote
-from shared.errors import UserError
+from shared.errors import UserError, count_of
 
 FARTHEST = 2.0**31  # pixels; images are smaller, and float32 becomes infinite only beyond 3e38
 _MOST_SHOWN = 40  # digits
@@ -183,9 +183,8 @@ def parse(data: JSONBytes, source: object) -> Parsed:
     columns["segmentations"], columns["segmentation_offsets"] = _joined([_present(a.segmentation) for a in ordered])
     if any(a.ignore for a in annotations):
         columns["ignore"] = np.array([bool(a.ignore) for a in ordered], np.bool_)
-        notes.append(
-            f"training omits {columns['ignore'].sum()} annotations with `ignore: 1`; an evaluation counts them"
-        )
+        ignored = count_of(int(columns["ignore"].sum()), "annotation")
+        notes.append(f"training omits {ignored} with `ignore: 1`; an evaluation counts them")
     if any(_present(a.keypoints) for a in annotations):
         columns["keypoints"] = _parse_keypoints(ordered, source)
     return Parsed(columns, categories, notes)
@@ -214,7 +213,8 @@ def _fill_areas(annotations: list[_Annotation], boxes: np.ndarray, notes: list[s
     for i in np.flatnonzero(np.isnan(areas) | is_zero).tolist():
         areas[i] = _mask_area(annotations[i].segmentation) or boxes[i, 2] * boxes[i, 3]
     if is_zero.any():
-        notes.append(f"{is_zero.sum()} boxes have `area: 0`; the area of the mask or the box is used")
+        count = count_of(int(is_zero.sum()), "box")
+        notes.append(f"{count} with `area: 0`; the area of the mask or the box is used")
     return areas
 
 

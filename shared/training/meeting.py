@@ -12,11 +12,12 @@ import fcntl
 import functools
 import logging
 import os
+import re
 import socket
 import struct
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ import torch
 from determined.core import DistributedContext
 from torch.distributed import PrefixStore, Store, TCPStore
 
+from shared.environment import on_cluster
 from shared.errors import DivergedError, UserError
 from shared.training.hang import watching_start
 from shared.training.processes import LONGER, Address, ProcessContext, host_of_chief
@@ -39,6 +41,8 @@ _MOST_MINUTES = 7 * 24 * 60
 _BYTES_OF_ADDRESS = 2 + 40  # a port and a key
 _SECONDS_UNTIL_LOGGED = 10.0  # that the chief waits for others
 _POLLS = 0.02, 0.5  # seconds between looks at the store, at first and at most
+# how Gloo and NCCL report a process that is gone
+_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited|ncclRemoteError")
 _SIOCGIFADDR = 0x8915  # of Linux' ioctl: the address of an interface
 
 
@@ -51,12 +55,14 @@ class Arrival(NamedTuple):
     Attributes:
         host: the name of its machine, for messages.
         machine: equal for two ranks on one machine.
+        address: of the machine, as it reaches rank 0.
         chief: the address that MASTER_ADDR has there.
         token: new for each process.
     """
 
     host: str
     machine: str
+    address: str
     chief: str
     token: str
 
@@ -100,7 +106,8 @@ def roll_call(store: Store, rank: int, size: int, seconds: float) -> tuple[str, 
     Raises:
         UserError: a rank did not come in time. Every rank names it.
     """
-    own = Arrival(socket.gethostname(), _machine(), _address_of(os.environ["MASTER_ADDR"]), uuid.uuid4().hex)
+    chief = _address_of(os.environ["MASTER_ADDR"])
+    own = Arrival(socket.gethostname(), _machine(), own_address(chief), chief, uuid.uuid4().hex)
     try:
         return _call(store, size, seconds, own) if rank == 0 else _answer(store, rank, seconds, own)
     except RuntimeError as error:
@@ -188,6 +195,14 @@ def _address_of(host: str) -> str:
     return ""
 
 
+def own_address(other: str) -> str:
+    """The address that this machine has towards another one; empty if it cannot reach it."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((other, 9))  # sends nothing
+        return probe.getsockname()[0]
+    return ""
+
+
 class StoreExchange:
     """Each rank writes its standing into the store and reads those of the others, for the watch over a start."""
 
@@ -218,6 +233,7 @@ class Place(NamedTuple):
     Attributes:
         machine, machines: which machine it is on, and of how many.
         hosts: the names of the machines, by rank.
+        names: the names of the machines, by address.
         chief: the address of the chief's machine in the network; empty if no rank knows it.
     """
 
@@ -228,6 +244,7 @@ class Place(NamedTuple):
     machine: int
     machines: int
     hosts: Sequence[str]
+    names: Mapping[str, str]
     chief: str
 
 
@@ -244,8 +261,9 @@ def place_of(rank: int, arrivals: Sequence[Arrival]) -> Place:
     given = {name: int(os.environ[name]) for name in derived if name in os.environ}
     found = given if given.keys() == derived.keys() else derived
     # many hosts' own name leads to a loopback address there, but not on the other machines
-    chiefs = [arrival.chief for arrival in arrivals if not arrival.chief.startswith("127.")]
-    return Place(rank, len(arrivals), *found.values(), [arrival.host for arrival in arrivals], (*chiefs, "")[0])
+    chief, *_ = [*(each.chief for each in arrivals if not each.chief.startswith("127.")), ""]
+    names = {each.address: each.host for each in arrivals} | {chief: arrivals[0].host}
+    return Place(rank, len(arrivals), *found.values(), [each.host for each in arrivals], names, chief)
 
 
 @contextlib.contextmanager
@@ -292,6 +310,7 @@ def local_processes(
             stop_start_watch=stop_start_watch,
         )
         stack.enter_context(_closing(distributed))
+        stack.enter_context(lost_connection_as_error(rank, place.names))
         yield distributed, device
 
 
@@ -321,9 +340,8 @@ def loopback_interface() -> str:
 
 def interface_towards(address: str) -> str | None:
     """The network interface over which this machine reaches an IPv4 address; None if that is unknown."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 9))  # sends nothing
-        own = probe.getsockname()[0]
+    own = own_address(address)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # an interface without an address
                 request = struct.pack("256s", name.encode()[:15])
@@ -389,6 +407,29 @@ def _collective_timeout(hang_minutes: float | None) -> timedelta | None:
     if hang_minutes is None:
         return None
     return timedelta(minutes=min(max(2 * LONGER * hang_minutes, _MINUTES_A_COLLECTIVE_MAY_WAIT), _MOST_MINUTES))
+
+
+@contextlib.contextmanager
+def lost_connection_as_error(rank: int, names: Mapping[str, str]) -> Iterator[None]:
+    """Raises UserError if torch's exchange fails because another process is gone. On a cluster the error stays what it
+    is: the master starts the trial again.
+
+    Args:
+        names: of the machines, by address.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if on_cluster() or not _LOST.search(str(error)):
+            raise
+        found = re.search(r"\[([\d.]+)\]:\d+", str(error))
+        other = "another process" if found is None or found[1].startswith("127.") else f"a process on {found[1]}"
+        if found is not None and found[1] in names:
+            other = f"a process on {names[found[1]]}"
+        raise UserError(
+            f"rank {rank}: the connection to {other} is lost, because it ended or its machine did. Fix: look at its "
+            "own output, then start the command again; a training continues with --resume auto"
+        ) from error
 
 
 @contextlib.contextmanager
