@@ -1,4 +1,4 @@
-"""An evaluation between the model's output and the report: COCO's numbers, masks, batches, processes, reports."""
+"""An evaluation between the model's output and the metrics: COCO's numbers, batches, processes."""
 
 import contextlib
 import importlib
@@ -16,18 +16,17 @@ from pathlib import Path
 os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1")  # before NumPy and the evaluators start their threads
 import hotcoco
 import numpy as np
-import torch
 import zmq
 from command_line import main
 from determined.core import DistributedContext
 from memory import added_mib, in_process
+from pixels import UNTRAINED
 from pycocotools import mask as coco_mask
-from side_by_side import UNTRAINED, config_of, device_name, in_turns, local_context, ratio, trial_class_of
-from tabulate import tabulate
+from side_by_side import config_of, device_name, in_turns, local_context, ratio, trial_class_of
 
 from coco_files import data_folder
 from shared.data.annotations import CocoAnnotations
-from shared.evaluation.detections import Detections, encode_masks
+from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator, summarize
 from shared.evaluation.gathered import GatheredDetections, merge
 
@@ -195,38 +194,6 @@ def coco_numbers(images: int = 5000, masks: bool = False, repeats: int = 5, only
         print(f"{name:17} {min(seconds[name]):7.3f} s {mib[name]:5.0f} MiB, largest difference {difference:.1g}")
 
 
-# --- masks --------------------------------------------------------------------------------------------------
-
-
-def encoding(turns: int = 5) -> dict:
-    """CPU milliseconds per image for the RLE of 100 masks: ours, hotcoco's and pycocotools'.
-
-    Beside them is what Detectron2 takes to paste the masks. The sides take turns; reported are the medians.
-    """
-    from detectron2.layers.mask_ops import paste_masks_in_image
-
-    generator, measured = torch.Generator().manual_seed(0), {}
-    for height, width in ((480, 640), (800, 1333)):
-        size = torch.tensor([width, height])
-        # sides of 3 to 50 % of the image's, some partly outside of it
-        sides = torch.exp(torch.empty(100, 2).uniform_(np.log(0.03), np.log(0.5), generator=generator)) * size
-        centers = torch.rand(100, 2, generator=generator) * size
-        boxes = torch.cat([(centers - sides / 2).clamp(min=0), torch.minimum(centers + sides / 2, size)], dim=1)
-        blobs = torch.rand(100, 1, 7, 7, generator=generator)
-        blobs = torch.nn.functional.interpolate(blobs, size=(28, 28), mode="bilinear")[:, 0]
-        pasted = paste_masks_in_image(blobs, boxes, (height, width)).numpy()
-        ways = {
-            "paste": lambda b=blobs, at=boxes, s=(height, width): paste_masks_in_image(b, at, s),
-            "ours": lambda p=pasted: encode_masks(p),
-            "hotcoco": lambda p=pasted: [hotcoco.mask.encode(mask) for mask in p],
-            "pycocotools": lambda p=pasted: [coco_mask.encode(np.asfortranarray(m, dtype=np.uint8)) for m in p],
-        }
-        assert ways["ours"]() == ways["pycocotools"]()
-        taken = in_turns(ways, turns)
-        measured[f"{width}x{height}, ms"] = {name: round(1000 * statistics.median(t), 1) for name, t in taken.items()}
-    return measured
-
-
 # --- batches ------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +241,7 @@ def batches(detector: str = "mmdetection", batch_size: int = 4, pixels: int = 32
 
 # --- processes ----------------------------------------------------------------------------------------------
 
-PORTS = {"to all": (29_420, 29_421), "to the chief": (29_422, 29_423)}
+PORTS = {"pub_port": 29_420, "pull_port": 29_421}
 
 
 class Exchange(CocoEvaluator):
@@ -285,33 +252,29 @@ class Exchange(CocoEvaluator):
         return {"masks": min(len(found.rows()), len(found.rles()))}
 
 
-def gather(images: int = 5000, processes: int = 8) -> None:
+def gather(images: int = 5000, processes: int = 8) -> dict:
     """How the results of images with 60 masks each, from several processes, reach the chief. Metrics are not computed.
 
-    The other side sends arrays and one dict per mask to every process, by Determined's allgather. Bytes are those that
-    all sockets send; a broadcast counts once per receiver. Seconds are the chief's, until every process may continue.
-    Memory is what a process adds at its peak.
+    Bytes are those that all sockets send; a broadcast counts once per receiver. Seconds are the chief's, until every
+    process may continue. Memory is what a process adds at its peak.
     """
-    context, rows = multiprocessing.get_context("spawn"), []
-    for way in PORTS:
-        queue = context.Queue()
-        ranks = [context.Process(target=gather_once, args=(way, r, processes, images, queue)) for r in range(processes)]
-        for rank in ranks:
-            rank.start()
-        results = sorted((queue.get() for _ in ranks), key=lambda result: result[0])
-        for rank in ranks:
-            rank.join()
-        (_, metrics, _, seconds, chief), *others = results
-        assert metrics["masks"] == images // processes * processes * BOXES
-        rows.append([way, sum(result[2] for result in results) / 2**20, seconds, chief, max(o[-1] for o in others)])
-    headers = ["results", "MiB sent", "seconds", "MiB of the chief", "MiB of another process"]
-    print(tabulate(rows, headers=headers, floatfmt=("", ".1f", ".2f", ".0f", ".0f")))
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    ranks = [context.Process(target=gather_once, args=(r, processes, images, queue)) for r in range(processes)]
+    for rank in ranks:
+        rank.start()
+    (_, masks, _, seconds, chief), *others = results = sorted(queue.get() for _ in ranks)
+    for rank in ranks:
+        rank.join()
+    assert masks == images // processes * processes * BOXES
+    sent, most = sum(result[2] for result in results) / 2**20, max(other[-1] for other in others)
+    figures = {"sent_mib": sent, "seconds": seconds, "chief_added_mib": chief, "another_added_mib": most}
+    return {name: round(value, 1) for name, value in figures.items()}
 
 
-def gather_once(way: str, rank: int, size: int, images: int, queue) -> None:
-    pub_port, pull_port = PORTS[way]
+def gather_once(rank: int, size: int, images: int, queue) -> None:
     machine = {"local_rank": rank, "local_size": size, "cross_rank": 0, "cross_size": 1}
-    distributed = DistributedContext(rank=rank, size=size, pub_port=pub_port, pull_port=pull_port, **machine)
+    distributed = DistributedContext(rank=rank, size=size, **PORTS, **machine)
     share = images // size
     _, detections = make(share, masks=True, objects=0, first=rank * share)
     files = [{"id": i, "file_name": "", "height": HEIGHT, "width": WIDTH} for i in range(images)]
@@ -329,55 +292,14 @@ def gather_once(way: str, rank: int, size: int, images: int, queue) -> None:
     zmq.Socket.send = counting
     with added_mib() as added:
         started = time.perf_counter()
-        if way == "to all":
-            metrics = to_all(detections, distributed)
-        else:
-            metrics = evaluator.cross_slot_reduce(distributed.allgather(evaluator.per_slot_reduce()))
+        metrics = evaluator.cross_slot_reduce(distributed.allgather(evaluator.per_slot_reduce()))
         sent_bytes = sent[0]
         distributed.allgather(None)
         seconds = time.perf_counter() - started
     evaluator.raise_if_failed()
-    queue.put((rank, metrics, sent_bytes, seconds, added[0]))
+    queue.put((rank, metrics.get("masks"), sent_bytes, seconds, added[0]))
     distributed.close()
 
 
-def to_all(detections: list[Detections], distributed: DistributedContext) -> dict[str, float]:
-    """Rows and masks to every process, merged on the chief."""
-    rows = gathered(detections, masks=False).rows()
-    slots = distributed.allgather((rows, [mask for found in detections for mask in found.masks]))
-    if distributed.rank > 0:
-        return {}
-    merged = np.concatenate([rows for rows, _ in slots])
-    masks = [mask for _, masks in slots for mask in masks]
-    order = np.argsort(merged[:, 0], kind="stable")
-    return {"masks": min(len(merged[order]), len([masks[i] for i in order.tolist()]))}
-
-
-# --- reports ------------------------------------------------------------------------------------------------
-
-
-def report(images: int = 5000, objects: int = 7, resamples: int = 200) -> None:
-    """Seconds and peak memory of a report, without and with intervals, each in a new process.
-
-    objects: per image, as in COCO; 60 detections
-    resamples: for the intervals
-    """
-    for count in (0, resamples):
-        print(in_process(report_once, images, objects, count, start="spawn"), flush=True)
-
-
-def report_once(images: int, objects: int, resamples: int, queue) -> None:
-    from shared.report.report import report as write_report
-
-    coco, detections = make(images, objects=objects)
-    annotations = CocoAnnotations.from_dict(coco)
-    del coco
-    with tempfile.TemporaryDirectory() as folder, added_mib() as added:
-        output, started = Path(folder) / "report.html", time.perf_counter()
-        write_report(annotations, detections, output, resamples=resamples)
-        seconds, page = time.perf_counter() - started, output.stat().st_size / 2**20
-    queue.put(f"{resamples} resamples: {seconds:.1f} s, {added[0]:.0f} MiB added, page of {page:.2f} MiB")
-
-
 if __name__ == "__main__":
-    main(__doc__, coco_numbers, encoding, batches, gather, report)
+    main(__doc__, coco_numbers, batches, gather)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from shared.environment import prepare_process
 
 prepare_process()  # before torch, and before packages that may be missing
-from detectron2_hyperparameters import Detectron2Hyperparameters
+from detectron2_hyperparameters import Detectron2Data, Detectron2Hyperparameters
 from shared.config.experiment import Sections
 from shared.launch import main, read_command
 
 # errors in the command line and the config appear before torch and the library are loaded
-command = read_command(__name__, Sections(Detectron2Hyperparameters))
+command = read_command(__name__, Sections(Detectron2Hyperparameters, Detectron2Data))
 
 import logging
 from collections.abc import Callable, Mapping
@@ -27,9 +27,11 @@ from detectron2_files import COMPILED, opening
 from detectron2_files import config as configs
 from detectron2_files import data as data_sets
 from detectron2_files import model as models
+from detectron2_files.class_weights import weigh_categories
 from detectron2_files.evaluation import OwnEvaluator, OwnResult, detect, own_evaluator
 from detectron2_files.pixels import with_quick_resizing
 from detectron2_files.weights import categories_of_checkpoint, load_weights_into, start_of
+from shared.config.file import flattened
 from shared.config.schema import Length, parse_section
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection
@@ -54,10 +56,12 @@ class Detectron2Trial(DetectionTrial):
     """
 
     hyperparameters_class = Detectron2Hyperparameters
+    data_class = Detectron2Data
     for_training, slots = True, 1
     warned_of_masks = False
     without_pretrained: ClassVar = {"use_pretrained": False, "weights": ""}
     python_attributes = models.PYTHON_STATE
+    weighs_categories = True
     optimizer_key = "optimizer of the Detectron2 config"
 
     # --- the config -----------------------------------------------------------------------------------
@@ -78,7 +82,7 @@ class Detectron2Trial(DetectionTrial):
 
     def read_own_config(self) -> None:
         self.detectron2_config = config = configs.load_detectron2_config(self.hparams, Path(__file__).parent)
-        self.fill_in_batch_size(lambda: config.batch_size)
+        self.hparams.global_batch_size = self.given_batch_size(lambda: config.batch_size)
         if config.mixed_precision:
             self.fp16_key = "SOLVER.AMP.ENABLED, or train.amp.enabled, of the config"
         models.take_up_switches(config, self.hparams)
@@ -152,7 +156,7 @@ class Detectron2Trial(DetectionTrial):
 
     @property
     def _overridden(self) -> list[str]:
-        return list(configs.flatten(self.hparams.config_overrides))
+        return list(flattened(self.hparams.config_overrides))
 
     def training_groups(self) -> np.ndarray:
         if not self.detectron2_config.train_set.group_by_aspect_ratio:
@@ -195,6 +199,10 @@ class Detectron2Trial(DetectionTrial):
     def evaluation_batch_size(self) -> int:
         return self.per_slot_batch_size if self.batches_of_one_size else 1
 
+    @property
+    def max_iou(self) -> float:
+        return models.max_iou(self.plain_model)
+
     def build_evaluator(self, data: opening.Opened) -> CocoEvaluator | OwnEvaluator:
         limit = self.hparams.max_detections or self.detectron2_config.scored_detections
         if isinstance(data, data_sets.RegisteredData):
@@ -227,6 +235,8 @@ class Detectron2Trial(DetectionTrial):
         model = models.build_model(config)
         if self.hparams.max_detections is not None:
             models.keep_detections(model, self.hparams.max_detections)
+        if self.class_weights is not None:
+            weigh_categories(model, self.class_weights)
         if self.hparams.amp == "bf16":
             models.pool_in_float32(model)
         if self.first_batch == 0 and (source := self._weights()):

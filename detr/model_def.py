@@ -27,8 +27,16 @@ with exit_on_errors():
 from torch import nn
 from transformers import PreTrainedConfig, get_scheduler
 
-from detr_files.data import DetrCollate, DetrTransform, makes_one_size
-from detr_files.model import TrainedDetr, build_detector, image_processor, input_scale, is_on_hub, model_config
+from detr_files.data import DetrCollate, DetrTransform, layout, makes_one_size, resized
+from detr_files.model import (
+    TrainedDetr,
+    build_detector,
+    image_processor,
+    input_scale,
+    input_step,
+    is_on_hub,
+    model_config,
+)
 from detr_files.optimizer import build_optimizer
 from detr_files.weights import load_start_weights
 from shared.data.dataset import CocoDetection
@@ -54,6 +62,8 @@ class DetrTrial(DetectionTrial):
     optimizer_key = "hyperparameters.lr"
     without_pretrained: ClassVar = {"weights": None}
     pretrained_categories: ClassVar = COCO_CATEGORIES
+    replaced_by_augment = ("horizontal_flip",)
+    weighs_categories = True
     find_unused_parameters = True  # images without objects train no embedding of classes
 
     # --- the config -----------------------------------------------------------------------------------
@@ -105,7 +115,7 @@ class DetrTrial(DetectionTrial):
         detector = build_detector(self.config, self.categories)
         if self.first_batch == 0:
             load_start_weights(detector, self.hparams, self.categories)
-        return TrainedDetr(detector)
+        return TrainedDetr(detector, self.class_weights)
 
     def detector(self, model: nn.Module) -> nn.Module:
         return model.detector
@@ -135,6 +145,15 @@ class DetrTrial(DetectionTrial):
         ):
             group["lr"] = lr * factor(number)
 
+    def exportable(self) -> nn.Module:
+        from detr_files.export import ExportableDetr
+
+        return ExportableDetr(self.evaluation_model.detector, self.processor)
+
+    def save_for_transformers(self, folder: Path) -> None:
+        self.evaluation_model.detector.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
     # --- data -----------------------------------------------------------------------------------------
 
     def training_dataset(self) -> CocoDetection:
@@ -144,10 +163,14 @@ class DetrTrial(DetectionTrial):
         return self._dataset(data, training=False)
 
     def _dataset(self, data: SplitData, training: bool) -> CocoDetection:
-        fast = self.data.fast_images
-        transform = DetrTransform(self.processor, self.hparams.horizontal_flip if training else 0.0, fast)
-        decode = bytes if fast else None
-        return CocoDetection(data.annotations, data.images, transform, self.seed, training, self.bad_images, decode)
+        fast, augmenter = self.data.fast_images, self.augmenter(layout(self.processor)) if training else None
+        if augmenter is not None:
+            transform, decode = DetrTransform(self.processor), augmenter.decode
+        else:
+            transform = DetrTransform(self.processor, self.hparams.horizontal_flip if training else 0.0, fast)
+            decode = bytes if fast else None
+        of_data = (data.annotations, data.images, transform, self.seed, training, self.bad_images, decode)
+        return CocoDetection(*of_data, augmenter=augmenter)
 
     def loss_transform(self, data: SplitData) -> DetrTransform:
         return DetrTransform(self.processor, fast=self.data.fast_images)
@@ -159,6 +182,11 @@ class DetrTrial(DetectionTrial):
     def evaluation_batch_size(self) -> int:
         # padding changes what some models detect
         return self.per_slot_batch_size if makes_one_size(self.processor) else 1
+
+    def prepare(self, batch: Batch, number: int | None) -> Batch:
+        if number is not None and (scale := self.input_scale_of_batch(number)) != 1:
+            batch = resized(batch, scale, input_step(self.config))
+        return super().prepare(batch, number)
 
     # --- the step -------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from mmdetection_files import config as configs
 from mmdetection_files import data as data_sets
 from mmdetection_files import evaluation, opening, operations
 from mmdetection_files import model as models
+from mmdetection_files.class_weights import weigh_categories
 from mmdetection_files.hooks import EMA_HOOKS, MomentumEma, StepRunner, hook_config, mode_switch
 from mmdetection_files.pixels import Normalization
 from mmdetection_files.receptive_field import init_receptive_fields, write_structure
@@ -60,6 +61,7 @@ class MMDetectionTrial(DetectionTrial):
     python_attributes = models.PYTHON_STATE
     optimizer_key = "optimizer of the MMDetection config"
     pretrained_categories: ClassVar = COCO_CATEGORIES
+    weighs_categories = True
 
     # --- the config -----------------------------------------------------------------------------------
 
@@ -95,7 +97,7 @@ class MMDetectionTrial(DetectionTrial):
             self.hparams.weights = str(find_path(self.hparams.weights, places) or self.hparams.weights)
         if self.mmdet_config.get("cudnn_benchmark"):
             torch.backends.cudnn.benchmark = True
-        self.fill_in_batch_size(lambda: configs.own_batch_size(self.mmdet_config))
+        self.hparams.global_batch_size = self.given_batch_size(lambda: configs.own_batch_size(self.mmdet_config))
         configs.scale_lr(self.mmdet_config, self.hparams)
         if self.mmdet_config.get("fp16"):
             self.fp16_key = "fp16 of the MMDetection config"
@@ -190,6 +192,10 @@ class MMDetectionTrial(DetectionTrial):
     def _own_evaluation_batch_size(self) -> int | None:
         return self.mmdet_config.data.get("val_dataloader", {}).get("samples_per_gpu")
 
+    @property
+    def max_iou(self) -> float:
+        return evaluation.max_iou(self.mmdet_config)
+
     def build_evaluator(self, data: SplitData | data_sets.OwnData) -> CocoEvaluator | evaluation.OwnEvaluator:
         if isinstance(data, SplitData):
             return super().build_evaluator(data)
@@ -214,6 +220,8 @@ class MMDetectionTrial(DetectionTrial):
             evaluation.keep_detections(config, self.hparams.max_detections)
         half = bool(config.get("fp16")) or self.hparams.amp == "bf16"
         model = models.build_model(config, initialize=starts_anew or not self.for_training, half=half)
+        if self.class_weights is not None:
+            weigh_categories(model, self.class_weights)
         init_receptive_fields(model, self.mmdet_config)
         models.move_teacher(model, self.context.device)
         if self.hparams.weights and self.first_batch == 0:
@@ -253,6 +261,12 @@ class MMDetectionTrial(DetectionTrial):
                 "hyperparameters.weights says nothing, and an untrained model detects nothing; give --checkpoint, or "
                 f"--set hyperparameters.weights={PUBLISHED}"
             )
+
+    def exportable(self) -> nn.Module:
+        from mmdetection_files.export import ExportableMMDetection
+
+        leaf = configs.leaves(self.mmdet_config.data.val)[0]
+        return ExportableMMDetection(self.evaluation_model, data_sets.test_pipeline(leaf))
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return models.build_optimizer(model, self.mmdet_config)

@@ -1,4 +1,4 @@
-"""The command line of every `model_def.py`: train · search · evaluate · predict · check. On a cluster, the task.
+"""The command line of every `model_def.py`: train, search, evaluate, predict, export, check. On a cluster, the task.
 
 `read_command` needs no torch, so that --help and most errors appear at once.
 """
@@ -24,11 +24,12 @@ from tqdm import tqdm
 
 from shared.commands.check import add_check_options
 from shared.config.experiment import Experiment, Sections, read_experiment
-from shared.config.file import fixed_hyperparameters
-from shared.config.reference import help_text
-from shared.config.schema import TrainingHyperparameters, parse_section
+from shared.config.file import fixed_hyperparameters, help_text
+from shared.config.schema import StoreOptions, TrainingHyperparameters, parse_section
 from shared.environment import on_cluster, quiet_if_output_is_closed, task_config, use_available_cores
 from shared.errors import DivergedError, UserError, tell_torchrun
+from shared.export.metadata import FORMATS, TRANSFORMERS
+from shared.launchers import STOP_SIGNALS, adopt_launcher, parse_signals
 from shared.redaction import redacted
 from shared.training.downloads import checkpoint_here
 from shared.training.loggers import check_loggers
@@ -48,8 +49,10 @@ _COMMANDS = {
     "search": ("shared.search.search", "search"),
     "evaluate": ("shared.commands.evaluate", "evaluate"),
     "predict": ("shared.commands.predict", "predict"),
+    "export": ("shared.commands.export", "export"),
     "check": ("shared.commands.check", "check_with_detector"),
 }
+_ON_ALL_RANKS = ("train", "evaluate", "predict")
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,12 @@ def read_command(module: str, sections: Sections) -> Command | None:
         return None
     with exit_on_errors():
         if sys.argv[1:2] == ["--help-config"]:
-            print(
-                help_text(
-                    {"hyperparameters": sections.hyperparameters, "data": sections.data},
-                    sys.argv[2] if len(sys.argv) > 2 else None,
-                )
-            )
+            of_detector = {"hyperparameters": sections.hyperparameters, "data": sections.data}
+            print(help_text(of_detector, sys.argv[2] if len(sys.argv) > 2 else None))
             sys.exit()
         arguments = read_arguments()
+        if arguments.command in _ON_ALL_RANKS:
+            adopt_launcher()
         experiment = experiment_for(arguments, sections)
         _check(arguments, experiment)
         return Command(arguments, experiment)
@@ -87,7 +88,7 @@ def read_command(module: str, sections: Sections) -> Command | None:
 def experiment_for(arguments: argparse.Namespace, sections: Sections) -> Experiment:
     """The experiment of a command, without hyperparameters if the config's are not used: a search draws them, a
     checkpoint has its own, and a file of results needs none."""
-    has_others = any(getattr(arguments, name, None) for name in ("checkpoint", "results"))
+    has_others = any(getattr(arguments, name, None) for name in ("checkpoint", "results", "model"))
     is_fixed = arguments.command != "search" and not has_others
     return read_experiment(arguments.config, arguments.overrides, sections, with_hyperparameters=is_fixed)
 
@@ -140,8 +141,8 @@ def _check(arguments: argparse.Namespace, experiment: Experiment) -> None:
     if command == "train":
         experiment.searcher_metric(None)
         _check_run(arguments)
-    if command in ("train", "search", "evaluate"):
-        splits = (arguments.split,) if command == "evaluate" else ("train", "val")
+    if command in ("train", "search", "evaluate", "export"):
+        splits = {"evaluate": (getattr(arguments, "split", ""),), "export": ("val",)}.get(command, ("train", "val"))
         experiment.check_paths(splits, submitted=Path(sys.argv[0]).parent)
 
 
@@ -154,8 +155,14 @@ def check_loggers_of_search(config: dict[str, Any]) -> None:
 
 def _check_run(arguments: argparse.Namespace) -> None:
     """Raises UserError if no run can start with --output-dir and --resume."""
-    if arguments.resume in OF_THE_RUN and arguments.output_dir is None:
+    if arguments.store is not None:
+        from shared.data.places import open_place  # no other command needs it
+
+        open_place(arguments.store, StoreOptions())
+    elif arguments.resume in OF_THE_RUN and arguments.output_dir is None:
         raise UserError(f"--resume {arguments.resume}: it needs a run. Fix: name the run's folder with --output-dir")
+    if "RANK" in os.environ:  # rank 0 alone needs the checkpoint, and all ranks exit with its error
+        return
     if arguments.resume not in (None, *OF_THE_RUN):
         _check_checkpoint(arguments.resume, "--resume")
     if arguments.output_dir is not None and arguments.resume is None:
@@ -176,7 +183,8 @@ def read_arguments() -> argparse.Namespace:
     """The command line; `command` is what to do."""
     parser = argparse.ArgumentParser(
         prog="model_def.py",
-        description="Train, evaluate, predict or check without a cluster. `--help-config [KEY]` explains the config.",
+        description="Train, evaluate, predict, export or check without a cluster. `--help-config [KEY]` explains the "
+        "config.",
     )
     commands = parser.add_subparsers(required=True, dest="command", metavar=" | ".join(_COMMANDS))
 
@@ -197,9 +205,28 @@ def read_arguments() -> argparse.Namespace:
     train = add("train", "Train, as a cluster would.")
     train.add_argument("--output-dir", type=Path, help="the run's folder; default runs/<time>")
     train.add_argument(
+        "--store",
+        metavar="PLACE",
+        help="keep a copy of the run in s3://bucket/folder, gs://bucket/folder or a path; --resume continues from it",
+    )
+    train.add_argument(
         "--resume",
         metavar="CHECKPOINT",
         help="`last` or `best` of --output-dir; `auto`: `last` if it exists, else a new run; a checkpoint's path",
+    )
+
+    train.add_argument(
+        "--stop-signals",
+        type=_signals,
+        default=STOP_SIGNALS,
+        metavar="NAMES",
+        help="signals after which it saves and stops, besides Ctrl-C; default TERM,USR1,USR2,HUP",
+    )
+    train.add_argument(
+        "--stop-status",
+        type=_status,
+        metavar="STATUS",
+        help="the exit status after such a signal; default 128 and its number, as 143 for TERM",
     )
 
     search = add("search", "Search hyperparameters with the config's `searcher`, as a cluster would.")
@@ -230,17 +257,57 @@ def read_arguments() -> argparse.Namespace:
     predict.add_argument(
         "--format", choices=("png", "pdf"), default="png", help="of the pictures; default png; pdf keeps lines sharp"
     )
-    for command, default, help in (
-        (evaluate, "best", "the lowest score that the report draws, 0 to 1; default `best`, with the greatest F1"),
-        (predict, 0.3, "the lowest score that is drawn, 0 to 1; default 0.3; `best`: from the run's report"),
+    for command, default, kind, help in (
+        (
+            evaluate,
+            "best",
+            _share_or_best,
+            "the lowest score that the report draws, 0 to 1; default `best`, with the greatest F1",
+        ),
+        (
+            predict,
+            0.3,
+            _share_or_any_best,
+            "the lowest score that is drawn, 0 to 1; default 0.3; `best` or `best-per-category`: from the run's report",
+        ),
     ):
-        command.add_argument("--min-score", type=_share_or_best, default=default, help=help)
+        command.add_argument(
+            "--tiles", type=_count, metavar="PIXELS", help="detect in tiles of so many pixels, for large images"
+        )
+        command.add_argument(
+            "--overlap", type=_share, default=0.2, help="the share of a tile that the next one shows too; default 0.2"
+        )
+        command.add_argument("--min-score", type=kind, default=default, help=help)
         command.add_argument(
             "--checkpoint",
             help="a checkpoint's path or, with DET_MASTER set, its UUID; default: the config's pretrained weights",
         )
+        command.add_argument("--model", type=Path, metavar="FILE", help="an exported file, instead of a checkpoint")
+    add_export_options(add("export", "Write a detector to a file for ONNX Runtime or others, and check it on data."))
     add_check_options(add("check", "Show what would stop a training, and what is odd in its data."))
     return parser.parse_args()
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", help="a checkpoint's path or UUID; default: the config's pretrained weights")
+    formats_help = "default onnx; `torch` is a .pt2 file; `transformers` a folder for that package (detr only)"
+    parser.add_argument("--format", choices=[*FORMATS, TRANSFORMERS], default="onnx", help=formats_help)
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to write; default exports/FORMAT")
+    parser.set_defaults(model=None)
+    parser.add_argument("--images", type=_count, metavar="N", help="check on N images of data.val; default all")
+    parser.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        default=0.001,
+        help="the largest difference of mAP between checkpoint and file; default 0.001",
+    )
+
+
+def _tolerance(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
 
 
 def _count(text: str) -> int:
@@ -249,13 +316,37 @@ def _count(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
 
 
-def _share_or_best(text: str) -> float | str:
-    if text == "best":
+def _signals(text: str) -> tuple[signal.Signals, ...]:
+    try:
+        return parse_signals(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _status(text: str) -> int:
+    if text.isdecimal() and int(text) < 256:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 255")
+
+
+def _share(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 0.9:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not between 0 and 0.9")
+
+
+def _share_or_best(text: str, words: tuple[str, ...] = ("best",)) -> float | str:
+    if text in words:
         return text
     with contextlib.suppress(ValueError):
         if 0 <= float(text) <= 1:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is neither between 0 and 1, nor `best`")
+    raise argparse.ArgumentTypeError(f"{text} is neither between 0 and 1, nor {' nor '.join(f'`{w}`' for w in words)}")
+
+
+def _share_or_any_best(text: str) -> float | str:
+    return _share_or_best(text, ("best", "best-per-category"))
 
 
 # --- errors -----------------------------------------------------------------------------------------
@@ -269,9 +360,8 @@ def exit_on_errors() -> Iterator[None]:
     except (UserError, DivergedError) as error:
         _exit_with(error)
     except KeyboardInterrupt:
-        print(
-            "stopped; to continue a training from its last checkpoint: --output-dir DIR --resume last", file=sys.stderr
-        )
+        how = "to continue a training from its last checkpoint: --output-dir DIR --resume last"
+        print(f"stopped; {how}", file=sys.stderr)
         _exit_at_once(128 + signal.SIGINT)
 
 

@@ -189,7 +189,8 @@ def test_the_training_is_begun_whose_model_says_how_small_boxes_may_be(detector,
     code, said = check_as_user(detector, config, tmp_path, capsys)
     assert code == 0, said
     assert "box side, pixels of the model's input" in said
-    assert "under the model's smallest " + ("stride" if detector in ("mmdetection", "detr") else "anchor") in said
+    kind = "anchor" if detector in ("efficientdet", "detectron2") else "stride"
+    assert f"under the model's smallest {kind}" in said
     assert re.search(r"samples made of them +3 +3", said)
     assert os.listdir(tmp_path) == ["anywhere.yaml"]
 

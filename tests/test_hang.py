@@ -18,7 +18,8 @@ from in_threads import listening, on_all, processes, strangers
 from tiny_models import efficientdet_config
 
 from shared.training.checkpoints import read_checkpoint
-from shared.training.hang import LONGER, Exchange, Mark, Phase, Standing, Standings, span
+from shared.training.hang import Exchange
+from shared.training.standings import LONGER, Mark, Phase, Standing, Standings, span
 
 LIMIT = 60.0  # seconds, of the processes below
 INTERVAL = 5.0

@@ -61,6 +61,12 @@ def keep_detections(model: nn.Module, count: int) -> None:
         setattr(module, name, count)
 
 
+def max_iou(model: nn.Module) -> float:
+    """The IoU above which the last of the model's heads drops a detection; 0.5 if none does."""
+    found = [module.test_nms_thresh for module in model.modules() if hasattr(module, "test_nms_thresh")]
+    return found[-1] if found else 0.5
+
+
 def build_optimizer(config: Detectron2Config, model: nn.Module) -> torch.optim.Optimizer:
     """The config's optimizer.
 

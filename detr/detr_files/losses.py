@@ -14,6 +14,8 @@ import torch
 from torch import distributed
 from transformers import PreTrainedConfig
 
+from shared.training.class_weights import weights_of
+
 # transformers divides by the boxes of all ranks itself
 _REDUCED = ("lw_detr", "rf_detr")
 # the class loss is a mean, weighted by class, over all queries
@@ -28,28 +30,39 @@ class Counts:
 
     Attributes:
         boxes, matched, queries: on this rank: boxes, queries that a box is assigned to, queries.
-        all_boxes, all_matched, all_queries: the same on all ranks.
+        weighted: `matched`, each by the weight of its category.
+        all_boxes, all_matched, all_queries, all_weighted: the same on all ranks.
         slots: the number of ranks.
     """
 
     boxes: torch.Tensor
     matched: torch.Tensor
     queries: torch.Tensor
+    weighted: torch.Tensor
     all_boxes: torch.Tensor
     all_matched: torch.Tensor
     all_queries: torch.Tensor
+    all_weighted: torch.Tensor
     slots: int
 
 
-def all_boxes(labels: list[dict[str, torch.Tensor]], logits: torch.Tensor, slots: int) -> Counts:
+def all_boxes(
+    labels: list[dict[str, torch.Tensor]], logits: torch.Tensor, slots: int, weights: torch.Tensor | None = None
+) -> Counts:
     """The counts of a step. All ranks call it together, once per step.
 
     Args:
         logits: (B, Q, K) of the last layer.
+        weights: (K,) of the categories; None for 1.
     """
     images, queries = logits.shape[:2]
     boxes = [len(label["class_labels"]) for label in labels]
-    counts = (sum(boxes), sum(min(count, queries) for count in boxes), images * queries)
+    matched = [min(count, queries) for count in boxes]
+    weighted = list(matched)
+    if weights is not None:  # of more boxes than queries, those that are matched are not known here
+        means = [weights_of(label["class_labels"].cpu(), weights.cpu()).mean().item() for label in labels]
+        weighted = [count * mean if count else 0 for count, mean in zip(matched, means, strict=True)]
+    counts = (sum(boxes), sum(matched), images * queries, sum(weighted))
     own = torch.tensor(counts, dtype=torch.float32, device=logits.device)
     everywhere = own.clone()
     distributed.all_reduce(everywhere)
@@ -91,8 +104,9 @@ def _box_scale(config: PreTrainedConfig, counts: Counts) -> torch.Tensor:
 
 
 def _class_scale(config: PreTrainedConfig, counts: Counts) -> torch.Tensor:
-    def weight(matched: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-        return matched + config.eos_coefficient * (queries - matched)
+    def weight(weighted: torch.Tensor, matched: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        return weighted + config.eos_coefficient * (queries - matched)
 
-    own, everywhere = weight(counts.matched, counts.queries), weight(counts.all_matched, counts.all_queries)
+    own = weight(counts.weighted, counts.matched, counts.queries)
+    everywhere = weight(counts.all_weighted, counts.all_matched, counts.all_queries)
     return counts.slots * own / everywhere

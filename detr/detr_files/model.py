@@ -24,6 +24,7 @@ from transformers import (
     YolosImageProcessor,
 )
 
+from detr_files.class_weights import weigh_categories
 from detr_files.losses import all_boxes, scaled_to_all_ranks
 from detr_hyperparameters import DetrHyperparameters
 from shared.data.images import InputScale
@@ -155,6 +156,16 @@ def input_scale(hparams: DetrHyperparameters) -> InputScale | None:
     return InputScale(min(config.feat_strides), "stride", min(sides), max(sides))
 
 
+def input_step(config: PreTrainedConfig) -> int:
+    """The number of pixels of which the sides of an input must be a multiple."""
+    backbone = getattr(config, "backbone_config", None) or config
+    patch = getattr(backbone, "patch_size", None)
+    if patch is None:
+        return 32
+    patch = patch if isinstance(patch, int) else max(patch)
+    return patch * getattr(backbone, "num_windows_side", getattr(backbone, "num_windows", 1))
+
+
 def build_detector(config: PreTrainedConfig, categories: list[dict]) -> PreTrainedModel:
     """transformers' model for these categories, with random weights. Changes the labels of `config`.
 
@@ -172,10 +183,14 @@ class TrainedDetr(nn.Module):
 
     Attributes:
         detector: the model.
+        class_weights: (K,) of the categories; None for 1.
     """
 
-    def __init__(self, detector: PreTrainedModel):
+    def __init__(self, detector: PreTrainedModel, class_weights: torch.Tensor | None = None):
         super().__init__()
+        self.class_weights = class_weights
+        if class_weights is not None:
+            weigh_categories(detector, class_weights)
         self.detector = detector
         self.takes_mask = "pixel_mask" in inspect.signature(detector.forward).parameters
 
@@ -199,7 +214,7 @@ class TrainedDetr(nn.Module):
         losses = {name: value for name, value in outputs.loss_dict.items() if name.startswith("loss_")}
         loss = outputs.loss
         if slots > 1:
-            counts = all_boxes(labels, outputs.logits, slots)
+            counts = all_boxes(labels, outputs.logits, slots, self.class_weights)
             loss, losses = scaled_to_all_ranks(self.detector.config, loss, losses, counts)
         parts = {name: value.detach() for name, value in losses.items() if name.count("_") == 1}
         return {"loss": loss, **parts}

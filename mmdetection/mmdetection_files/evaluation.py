@@ -174,6 +174,13 @@ def keep_detections(config: Config, count: int) -> None:
         section["max_per_img"] = count
 
 
+def max_iou(config: Config) -> float:
+    """The IoU above which the config's non-maximum suppression drops a detection; 0.5 if it has none."""
+    test = config.model.get("test_cfg") or config.get("test_cfg") or {}
+    suppression = (test.get("rcnn") or test).get("nms") or {}
+    return suppression.get("iou_threshold", suppression.get("iou_thr", 0.5))
+
+
 class OwnEvaluator(ChiefReducer):
     """Collects the results of all slots for `evaluate` of one of mmdet's data sets, each image once.
 

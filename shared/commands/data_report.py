@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tabulate import tabulate
 
 from shared.config.schema import DataConfig
-from shared.data.annotations import CocoAnnotations, check_same_categories
+from shared.data.annotations import CocoAnnotations, ImageRecord, check_same_categories
 from shared.data.checks import image_sizes, is_absent, under_a_pixel, why_wrong, wrong_rows
+from shared.data.dataset import SampleKey
 from shared.data.images import BadImageError, InputScale, darkness, read_image, value_range
 from shared.data.open import SplitData, check_evaluable, check_trainable, notes_on, open_split
 from shared.errors import UserError, count_of
+
+Drawn = tuple[Image.Image, ImageRecord]
 
 _SPLITS = ("train", "val")
 _ON_THE_PAGE = 9  # images of each split
@@ -250,8 +254,30 @@ def _remark_on_both(what: str, train: Mapping[Any, str], val: Mapping[Any, str],
         )
 
 
-def save_page(opened: Mapping[str, SplitData], path: Path, count: int = _ON_THE_PAGE) -> None:
-    """Draws some images of each split, spread over the file, with their labels, as PNG or PDF."""
+def augmented_samples(dataset: Any, count: int = _ON_THE_PAGE) -> list[Drawn]:
+    """Some training images as `data.augment` changes them in the first epoch; empty without it."""
+    augmenter = getattr(dataset, "augmenter", None)
+    if augmenter is None:
+        return []
+    with_masks, samples = dataclasses.replace(dataset, augmenter=augmenter.with_masks()), []
+    for index in spread(len(dataset), count):
+        try:
+            pixels, record = with_masks.augmented(index, SampleKey(0, index))
+        except BadImageError:  # the report has it
+            continue
+        named = dataclasses.replace(record, file_name=f"train, augmented: {record.file_name}")
+        samples.append((Image.fromarray(pixels), named))
+    return samples
+
+
+def save_page(
+    opened: Mapping[str, SplitData], path: Path, augmented: Sequence[Drawn] = (), count: int = _ON_THE_PAGE
+) -> None:
+    """Draws some images of each split, spread over the file, with their labels, as PNG or PDF.
+
+    Args:
+        augmented: images and records to draw after them.
+    """
     from shared.evaluation import drawing  # importing it takes a while
 
     samples = []
@@ -267,6 +293,7 @@ def save_page(opened: Mapping[str, SplitData], path: Path, count: int = _ON_THE_
                 continue
             named = dataclasses.replace(record, file_name=f"{split}: {record.file_name}", raw_segmentations=masks)
             samples.append((image, named))
+    samples += augmented
     if not samples:
         raise UserError("none of the images can be read, to draw their labels")
     categories = next(iter(opened.values())).categories

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import sys
 import tempfile
@@ -13,7 +12,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from shared.commands.evaluate import detect_all, detecting_trial, make_folder, with_checkpoint, write_results
+import numpy as np
+from PIL import Image
+
+from shared.commands.detection import (
+    FileDetector,
+    ScoreLimits,
+    detect_all,
+    detector_of,
+    make_folder,
+    score_limits,
+    tiling_of,
+    with_checkpoint,
+    write_results,
+)
 from shared.commands.predict_inputs import (
     GivenImages,
     Picture,
@@ -29,11 +41,12 @@ from shared.data.annotations import CocoAnnotations
 from shared.data.images import allow_pixels, read_image
 from shared.data.open import SplitData
 from shared.data.storage import DiskImages
+from shared.data.tiles import Tiling, open_image
 from shared.errors import UserError, count_of
 from shared.evaluation import drawing
 from shared.evaluation.detections import Detections, to_coco_results
-from shared.training.checkpoints import Checkpoint
-from shared.training.processes import local_processes, on_chief
+from shared.training.meeting import local_processes
+from shared.training.processes import on_chief
 from shared.training.training_metrics import Progress
 from shared.training.trial import DetectionTrial
 
@@ -45,8 +58,9 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
     experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments)
     # as the inputs whose header cannot be read
     experiment = replace(experiment, data=replace(experiment.data, on_bad_image="skip"))
-    min_score = _best_threshold(checkpoint) if arguments.min_score == "best" else arguments.min_score
-    options = experiment.data.store_options
+    if arguments.model is None:  # what it refuses, before the model is built
+        score_limits(arguments.min_score, [], checkpoint and checkpoint.path)
+    options, tiling = experiment.data.store_options, tiling_of(arguments)
     allow_pixels(experiment.data.max_image_pixels)
     with local_processes() as processes, contextlib.ExitStack() as stack:
         distributed = processes[0]
@@ -57,32 +71,21 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
             _check_is_empty(arguments.output)
             files = find_files(arguments.images, options, arguments.format)
             images = GivenImages(files, options, copies)
-            pictures = look_at(files, images)
+            pictures = look_at(files, images, in_tiles=tiling is not None)
             make_folder(arguments.output, "--output")
             return pictures, images
 
         pictures, images = on_chief(distributed, open_inputs)
-        with detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
+        with detector_of(trial_class, experiment, checkpoint, arguments.model, processes) as trial:
             data = pictures_as_data(pictures, images, arguments.images, trial)
-            prediction = _Prediction(trial, data, pictures, arguments.output, arguments.format, min_score)
+            exported = trial if isinstance(trial, FileDetector) else None
+            limits = score_limits(arguments.min_score, trial.categories, checkpoint and checkpoint.path, exported)
+            prediction = _Prediction(trial, data, pictures, arguments.output, arguments.format, limits, tiling)
             try:
                 prediction.run()
             except KeyboardInterrupt:
                 prediction.write_interrupted()
                 sys.exit(130)
-
-
-def _best_threshold(checkpoint: Checkpoint | None) -> float:
-    """The best threshold in the report of the run that saved the checkpoint."""
-    written = checkpoint and checkpoint.path.parent.parent / "report.json"
-    if written is None or not written.is_file():
-        raise UserError(
-            f"--min-score best: {checkpoint.path if checkpoint else 'the pretrained weight file'} is of no run with a "
-            "report; `evaluate` says which score is best: give that number"
-        )
-    if (best := json.loads(written.read_text())["best_threshold"]) is None:
-        raise UserError(f"--min-score best: no detection is correct in {written}. Fix: give a number")
-    return best
 
 
 def _check_is_empty(output: Path) -> None:
@@ -94,7 +97,7 @@ def _check_is_empty(output: Path) -> None:
 
 
 def pictures_as_data(
-    pictures: list[Picture], images: GivenImages, given: Sequence[str], trial: DetectionTrial
+    pictures: list[Picture], images: GivenImages, given: Sequence[str], trial: DetectionTrial | FileDetector
 ) -> SplitData:
     """The pictures as data without annotations. The image ids are those in data.val if it has all the file names, else
     the positions."""
@@ -126,17 +129,19 @@ class _Prediction:
 
     def __init__(
         self,
-        trial: DetectionTrial,
+        trial: DetectionTrial | FileDetector,
         data: SplitData,
         pictures: list[Picture],
         output: Path,
         picture_format: str,
-        min_score: float,
+        limits: ScoreLimits,
+        tiling: Tiling | None,
     ):
-        self.trial, self.data = trial, data
-        self.output, self.format, self.min_score = output, picture_format, min_score
+        self.trial, self.data, self.tiling = trial, data, tiling
+        self.output, self.format, self.limits = output, picture_format, limits
         self.pictures = dict(zip(data.annotations.image_ids.tolist(), pictures, strict=True))
         self.results: dict[int, list[dict]] = {}
+        self.drawn = 0
         self.frames: dict[int, Detections] = {}
         self.seconds = dict.fromkeys(("loading", "detecting", "drawing"), 0.0)
 
@@ -144,18 +149,19 @@ class _Prediction:
         distributed = self.trial.context.distributed
         progress = Progress(0, -(-len(self.pictures) // distributed.size), "image")
         with contextlib.closing(progress):
-            for batch, detected in detect_all(self.trial, self.data, self.seconds, all_images=True):
+            for batch, detected in detect_all(self.trial, self.data, self.seconds, True, self.tiling):
                 with self._drawing():
                     for detections in detected:
                         self._take(detections)
                 progress.update(len(detected) + len(batch.skipped))
-        gathered = distributed.gather((self.results, self.frames))
+        gathered = distributed.gather((self.results, self.frames, self.drawn))
         if self.trial.rank == 0:
-            if not any(results for results, _ in gathered):
+            if not any(results for results, *_ in gathered):
                 raise UserError("--images: none of the images can be read, see the lines above. Fix: give others")
             with self._drawing():
-                self._write_videos({image_id: found for _, frames in gathered for image_id, found in frames.items()})
-            self._print_summary(write_results(self.output, [results for results, _ in gathered]))
+                self._write_videos({image_id: found for _, frames, _ in gathered for image_id, found in frames.items()})
+            written = write_results(self.output, [results for results, *_ in gathered])
+            self._print_summary(written, sum(drawn for *_, drawn in gathered))
 
     @contextlib.contextmanager
     def _drawing(self) -> Iterator[None]:
@@ -167,15 +173,30 @@ class _Prediction:
         picture = self.pictures[detections.image_id]
         if detections.image_id in self.results:  # it replaces an image that cannot be read
             return
+        self.drawn += int(self.limits.allow(detections).sum())
         about = {"file_name": picture.name} | ({} if picture.frame is None else {"frame": picture.frame})
         results = to_coco_results(detections, self.data.annotations.category_ids)
         if picture.frame is not None:  # drawn at the end, in order
             self.frames[detections.image_id] = detections
         else:
-            image = read_image(self.data.images, picture.key)
+            image, shown = self._to_draw(picture, detections)
             with self._writing(picture) as path:
-                drawing.save_picture_of(path, image, detections, self.data.annotations.categories, self.min_score)
+                drawing.save_picture_of(path, image, shown, self.data.annotations.categories, self.limits.scores)
         self.results[detections.image_id] = [{**result, **about} for result in results]
+
+    def _to_draw(self, picture: Picture, detections: Detections) -> tuple[Image.Image, Detections]:
+        """The image and what is drawn on it. An image that is read by windows is drawn reduced, without masks."""
+        if self.tiling is None:
+            return read_image(self.data.images, picture.key), detections
+        image = open_image(self.data.images, picture.key, (picture.width, picture.height))
+        if isinstance(image, Image.Image):
+            return image, detections
+        factor = -(-max(image.size) // drawing.LARGEST_SIDE)
+        points = detections.keypoints
+        if points is not None:
+            points = np.dstack([(points[..., :2] + 0.5) / factor - 0.5, points[..., 2]])
+        small = replace(detections, boxes=detections.boxes / factor, masks=None, keypoints=points)
+        return image.reduced(factor), small
 
     def _write_videos(self, found: dict[int, Detections]) -> None:
         """A video with the same frames for each video. A frame without detections stays unchanged."""
@@ -188,7 +209,7 @@ class _Prediction:
             with self._writing(self.pictures[image_ids[0]]) as path, VideoWriter(path, location) as writer:
                 for image_id, frame in zip(image_ids, video_frames(location), strict=False):
                     if (detections := found.get(image_id)) is not None:
-                        objects = drawing.objects_of_detections(detections, categories, self.min_score)
+                        objects = drawing.objects_of_detections(detections, categories, self.limits.scores)
                         frame = drawing.draw(frame, objects)
                     writer.write(frame)
 
@@ -205,14 +226,12 @@ class _Prediction:
                 raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
             raise
 
-    def _print_summary(self, by_image: dict[int, list[dict]]) -> None:
+    def _print_summary(self, by_image: dict[int, list[dict]], drawn: int) -> None:
         if skipped := len(self.pictures) - len(by_image):
             logger.warning("skipped: %d of %d images, see the lines above", skipped, len(self.pictures))
-        scores = [result["score"] for found in by_image.values() for result in found]
         print(
-            f"{count_of(len(scores), 'detection')} on {count_of(len(by_image), 'image')} in "
-            f"{self.output / 'results.json'}; the {sum(score >= self.min_score for score in scores)} of at least "
-            f"{self.min_score:g} are drawn in the pictures beside it"
+            f"{count_of(sum(map(len, by_image.values())), 'detection')} on {count_of(len(by_image), 'image')} in "
+            f"{self.output / 'results.json'}; the {drawn} {self.limits.text} are drawn in the pictures beside it"
         )
         each = 1000 * sum(self.seconds.values()) / max(len(self.results), 1)
         print(

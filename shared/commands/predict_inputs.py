@@ -26,6 +26,7 @@ from shared.data.cache import Look
 from shared.data.images import is_image_name
 from shared.data.remote import RemoteImages
 from shared.data.storage import CachedImages, ImageStorage
+from shared.data.tiles import HOW_TO_READ, open_windows
 from shared.errors import UserError, same_on_any_disk
 from shared.evaluation.drawing import is_drawn
 
@@ -85,6 +86,11 @@ class GivenImages:
         if folder not in self._opened:
             self._opened[folder] = CachedImages(RemoteImages(folder, self.options), self.copies, 2**40, since=None)
         return self._opened[folder].read(unquote(name) if location.startswith("http") else name)
+
+    def path_of(self, file_name: str) -> Path | None:
+        """The file on this machine; None for a URL and for a video's frame."""
+        location = self.locations.get(file_name)
+        return None if location is None or is_url(location) else Path(location)
 
     def look(self, names: np.ndarray) -> Look:
         return Look()
@@ -207,14 +213,17 @@ def _find_remote(url: str, options: StoreOptions) -> Iterator[tuple[str, str]]:
         raise UserError(f"--images: {url} holds no image")
 
 
-def look_at(files: dict[str, str], images: GivenImages) -> list[Picture]:
+def look_at(files: dict[str, str], images: GivenImages, in_tiles: bool = False) -> list[Picture]:
     """The files that can be read, with their sizes. Logs a line for each other file, and one for earlier results.
+
+    Args:
+        in_tiles: an image may be too large to be decoded.
 
     Raises:
         UserError: no file can be read.
     """
     with ThreadPoolExecutor(_AT_ONCE) as threads:
-        looked = list(threads.map(lambda name: _look_at(name, files[name], images), files))
+        looked = list(threads.map(lambda name: _look_at(name, files[name], images, in_tiles), files))
     pictures: list[Picture] = []
     drawn = 0
     for name, found in zip(files, looked, strict=True):
@@ -233,7 +242,7 @@ def look_at(files: dict[str, str], images: GivenImages) -> list[Picture]:
     return pictures
 
 
-def _look_at(name: str, location: str, images: GivenImages) -> list[Picture] | str | None:
+def _look_at(name: str, location: str, images: GivenImages, in_tiles: bool) -> list[Picture] | str | None:
     """The image, or a video's frames. A text if it cannot be read; None if an earlier run drew it."""
     try:
         if is_video(location):
@@ -241,20 +250,47 @@ def _look_at(name: str, location: str, images: GivenImages) -> list[Picture] | s
                 return "a video is read from disk only; download it"
             count, width, height = _measure_video(location)
             return [Picture(name, location, width, height, frame) for frame in range(count)]
+        found = size_of(name, location, images, in_tiles)
+        return None if found is None else [Picture(name, location, *found)]
+    except remote.StoreError:
+        raise
+    except (UnreadableError, UserError) as error:
+        return str(error).removeprefix(location).lstrip(": ")
+
+
+class UnreadableError(Exception):
+    """An input that is no image, in a few words."""
+
+
+def size_of(name: str, location: str, images: GivenImages, in_tiles: bool = False) -> tuple[int, int] | None:
+    """The (width, height) of an image, rotated as its EXIF says, from its header; None if an earlier run drew it.
+
+    Args:
+        in_tiles: the image may be too large to be decoded.
+
+    Raises:
+        UnreadableError: it cannot be read as an image.
+    """
+    try:
         file = io.BytesIO(images.read(name)) if is_url(location) else location
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file) as image:
                 if is_drawn(image):
                     return None
-                width, height = ImageOps.exif_transpose(image).size if image.getexif() else image.size
-        return [Picture(name, location, width, height)]
+                return ImageOps.exif_transpose(image).size if image.getexif() else image.size
     except remote.StoreError:
         raise
-    except UnidentifiedImageError:
-        return "it is no image"
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        return str(error).removeprefix(location).lstrip(": ")
+    except UnidentifiedImageError as error:
+        raise UnreadableError("it is no image") from error
+    except Image.DecompressionBombError as error:
+        if not in_tiles:
+            raise UnreadableError(f"{error}. Fix: if you trust it, set data.max_image_pixels") from error
+        if (opened := open_windows(images.path_of(name))) is None:
+            raise UnreadableError(f"{error}. {HOW_TO_READ}") from error
+        return opened.size
+    except (OSError, ValueError) as error:
+        raise UnreadableError(str(error).removeprefix(location).lstrip(": ")) from error
 
 
 # --- videos -----------------------------------------------------------------------------------------

@@ -343,7 +343,8 @@ def _request(request: Callable[[AsyncFileSystem], T], url: str, options: StoreOp
         except FileNotFoundError as error:
             # fsspec also raises it for a web server that does not answer
             cause = error.__cause__
-            if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (404, 410):
+            is_absent = _status(cause) in (404, 410) and not _is_about_bucket(cause)
+            if cause is None or isinstance(cause, FileNotFoundError) or is_absent:
                 raise
             raise cause from None
 
@@ -355,7 +356,7 @@ def _request(request: Callable[[AsyncFileSystem], T], url: str, options: StoreOp
         reason = f"{type(error).__name__}: {error}".strip(": ").split("\n")[0]
         if _may_pass(error):
             message = f"{url} cannot be {purpose}, for {options.timeout:g} seconds ({reason})"
-        elif type(error).__name__ == "NoSuchBucket":
+        elif _is_about_bucket(error):
             message = f"{url} cannot be {purpose}: there is no bucket {urlsplit(url).netloc!r}"
         else:
             fix = f"; {store.if_refused}{store.if_private if purpose == 'read' else ''}" if _is_refusal(error) else ""
@@ -412,7 +413,11 @@ def _is_refusal(error: BaseException) -> bool:
     return named or isinstance(error, PermissionError) or _status(error) in (401, 403)
 
 
-def _status(error: BaseException) -> int | None:
+def _is_about_bucket(error: BaseException | None) -> bool:
+    return type(error).__name__ == "NoSuchBucket"
+
+
+def _status(error: BaseException | None) -> int | None:
     """HTTP's status, if the store's library gives it."""
     response: Any = getattr(error, "response", None)  # botocore's
     if isinstance(response, dict):

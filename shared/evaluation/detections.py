@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -72,6 +73,16 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    def only(self, rows: np.ndarray | Sequence[int]) -> Detections:
+        """Some of the detections, given by position or as (M,) bool."""
+        rows = np.arange(len(self))[rows]
+        arrays = ("boxes", "scores", "labels", "keypoints", "sizes")
+        return dataclasses.replace(
+            self,
+            masks=None if self.masks is None else [self.masks[row] for row in rows],
+            **{name: value[rows] for name in arrays if (value := getattr(self, name)) is not None},
+        )
 
 
 def sizes_of(detections: Detections) -> np.ndarray:

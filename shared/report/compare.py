@@ -99,6 +99,55 @@ class Comparison:
         return self.metrics[0]
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Each further set of detections against the first, by each IoU type.
+
+    Attributes:
+        of: the numbers of each set by itself, by name.
+    """
+
+    of: dict[str, Analyses]
+    comparisons: list[Comparison]
+
+    def numbers(self) -> list[dict[str, Any]]:
+        """For JSON."""
+        return [_numbers(comparison) for comparison in self.comparisons]
+
+    def content(self, images: ImageStorage | None) -> dict[str, Any]:
+        """What the template `compare.html.jinja` shows."""
+        first, *others = self.of
+        sections = [
+            {"comparison": one, "summary": summary_of(one), "figures": _figures(one)} for one in self.comparisons
+        ]
+        pictures = {name: _pictures(self.of[first], self.of[name], images) for name in others}
+        return {"of": self.of, "sections": sections, "pictures": pictures}
+
+
+def compared(
+    annotations: CocoAnnotations,
+    detections: Mapping[str, Sequence[Detections]],
+    iou_types: Sequence[str],
+    image_ids: Sequence[int] | None = None,
+    resamples: int = RESAMPLES,
+    max_detections: int | None = None,
+) -> Compared:
+    """As `compare`, without a page."""
+    of = {
+        name: analyse(annotations, found, iou_types, image_ids, resamples=0, max_detections=max_detections)
+        for name, found in detections.items()
+    }
+    first, *others = of
+    return Compared(
+        of,
+        [
+            _compare(of[first], of[name], first, name, iou_type, resamples)
+            for name in others
+            for iou_type in of[first].of
+        ],
+    )
+
+
 def compare(
     annotations: CocoAnnotations | str | os.PathLike,
     detections: Mapping[str, Sequence[Detections]],
@@ -137,24 +186,16 @@ def compare(
     if iou_types is None:
         scored = [iou_types_of(list(found), annotations) for found in detections.values()]
         iou_types = [iou_type for iou_type in scored[0] if all(iou_type in each for each in scored)]
-    of = {
-        name: analyse(annotations, found, iou_types, image_ids, resamples=0, max_detections=max_detections)
-        for name, found in detections.items()
-    }
-    first, *others = of
-    comparisons = [
-        _compare(of[first], of[name], first, name, iou_type, resamples) for name in others for iou_type in of[first].of
-    ]
+    found = compared(annotations, detections, iou_types, image_ids, resamples, max_detections)
+    first, *others = found.of
     write_page(
         "compare.html.jinja",
         output,
-        numbers=[_numbers(comparison) for comparison in comparisons],
+        numbers=found.numbers(),
         title=f"{', '.join(others)} against {first}",
-        of=of,
-        sections=[{"comparison": one, "summary": summary_of(one), "figures": _figures(one)} for one in comparisons],
-        pictures={name: _pictures(of[first], of[name], images) for name in others},
+        **found.content(images),
     )
-    return comparisons
+    return found.comparisons
 
 
 def _compare(a: Analyses, b: Analyses, name_a: str, name_b: str, iou_type: str, resamples: int) -> Comparison:

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
+from shared.config.file import flattened
 from shared.data.annotations import CocoAnnotations
 from shared.data.storage import ImageStorage
 from shared.errors import count_of
@@ -114,17 +115,9 @@ def speed(reports: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def changed_keys(config: Mapping[str, Any], original: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """What differs between two resolved configs: the key, the original's value, this one's."""
-    there, here = dict(_flat(without_secrets(original))), dict(_flat(without_secrets(config)))
+    there, here = flattened(without_secrets(original)), flattened(without_secrets(config))
     rows = [(key, there.get(key, _NOT_THERE), here.get(key, _NOT_THERE)) for key in sorted(there.keys() | here.keys())]
     return [row for row in rows if row[1] != row[2]]
-
-
-def _flat(section: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
 
 
 _IMAGES_PER_TYPE = 4

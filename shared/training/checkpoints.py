@@ -21,9 +21,10 @@ from typing import IO, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from shared.errors import UserError
-from shared.training.downloads import downloaded, find_checkpoint, forget
+from shared.training.downloads import downloaded, find_checkpoint, forget, is_bucket
 from shared.training.saving import check_manifest
 
 CATEGORIES_FILE = "categories.json"
@@ -31,33 +32,21 @@ CATEGORIES_FILE = "categories.json"
 
 @dataclass
 class Checkpoint:
-    """A checkpoint of a `DetectionTrial`.
-
-    Attributes:
-        weights: the model's state dict; the averaged one where the run had one.
-        training_weights: the state dict of the model that was trained.
-        config: the experiment config; hparams: its hyperparameters, as the run had them.
-        categories: COCO categories; the position is the label.
-        batches: trained so far.
-        optimizer_groups: the parameter groups of the optimizer's state.
-        training: what the training kept besides weights and optimizer, without the averaged weights.
-        averaged_weights: None without.
-        state: all of `state_dict.pth`.
-        counts: batches, epochs and the last validation, by the names of Determined's own loop.
-    """
+    """A checkpoint of a `DetectionTrial`."""
 
     path: Path
-    weights: dict[str, torch.Tensor]
-    training_weights: dict[str, torch.Tensor]
-    config: dict[str, Any]
-    hparams: dict[str, Any]
-    categories: list[dict]
-    batches: int
-    optimizer_groups: list[dict[str, Any]]
-    training: dict[str, Any]
+    weights: dict[str, torch.Tensor]  # of the model that evaluates: the averaged one if the run had one
+    training_weights: dict[str, torch.Tensor]  # of the model that was trained
+    config: dict[str, Any]  # the experiment config
+    hparams: dict[str, Any]  # its hyperparameters, as the run had them
+    categories: list[dict]  # COCO categories; the position is the label
+    batches: int  # trained so far
+    optimizer_groups: list[dict[str, Any]]  # of the optimizer's state
+    training: dict[str, Any]  # what the training kept besides weights, averaged weights and optimizer
     averaged_weights: dict[str, torch.Tensor] | None
-    state: dict[str, Any]
-    counts: dict[str, Any]
+    state: dict[str, Any]  # all of `state_dict.pth`
+    counts: dict[str, Any]  # batches, epochs and the last validation, by the names of Determined's own loop
+    trial_class: str  # the name of the detector's class
 
     @property
     def best_of_older_version(self) -> dict[str, Any]:
@@ -66,11 +55,8 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint's weights and what is saved with them.
-
-    Raises:
-        UserError: it is not a checkpoint of this project, is cut off, changed, or holds code.
-    """
+    """A checkpoint's weights and what is saved with them. Raises UserError if it is not a checkpoint of this project,
+    is cut off, changed, or holds code."""
     check_manifest(path)
     state = load_state(path / "state_dict.pth")
     pickles = {pickled.name: _plain_values(pickled) for pickled in path.glob("*.pkl")}
@@ -93,17 +79,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
             averaged_weights=averaged,
             state=state,
             counts=pickles.get("trial_state.pkl", {}),
+            trial_class=str(load_data.get("trial_cls_spec", "")).rpartition(":")[2],
         )
     except (OSError, KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{path} is not a checkpoint of this project, or is not whole: {error!r}") from error
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `torch.save` wrote: tensors and plain values only.
-
-    Raises:
-        UserError: the file is cut off or would execute code.
-    """
+    """What `torch.save` wrote: tensors and plain values only. Raises UserError if the file is cut off or would execute
+    code."""
     try:
         if not _loads_weights_only():
             return read_torch_file(path)
@@ -111,9 +95,8 @@ def load_state(path: Path) -> dict[str, Any]:
     except Exception as error:  # a file that is cut off or hostile fails in many ways
         called = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own words advise to execute it
         reason = f"it calls {called[1]}" if called else str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{path} cannot be read as weights ({reason}); it is cut off, or holds more than tensors"
-        ) from (error)
+        problem = f"{path} cannot be read as weights ({reason}); it is cut off, or holds more than tensors"
+        raise UserError(problem) from error
 
 
 def _loads_weights_only() -> bool:
@@ -127,11 +110,7 @@ class _PlainValues(pickle.Unpickler):
 
 
 def _plain_values(path: Path) -> Any:
-    """The content of a checkpoint's own pickle.
-
-    Raises:
-        UserError: more than plain values.
-    """
+    """The content of a checkpoint's own pickle. Raises UserError if it is more than plain values."""
     try:
         with path.open("rb") as file:
             return _PlainValues(file).load()
@@ -141,17 +120,15 @@ def _plain_values(path: Path) -> Any:
 
 def read_weights(source: str, key: str, choices: str) -> tuple[Mapping[str, Any], Checkpoint | None]:
     """The content of a file, a URL or one of our checkpoints: a state dict, or what a library wrote around one. Also
-    the
-    checkpoint, if it is one.
+    the checkpoint, if it is one.
 
     Args:
-        key: the hyperparameter that names the source, for an error.
-        choices: what else the hyperparameter may be, for an error.
+        key, choices: for an error, the hyperparameter that names the source, and what else it may be.
 
     Raises:
         UserError: the source cannot be read, is cut off, or holds code.
     """
-    if "://" in source:
+    if "://" in source and not is_bucket(source):
         try:
             return read_url(source), None
         except OSError as error:
@@ -181,11 +158,7 @@ def read_url(url: str) -> Mapping[str, Any]:
 
 
 def read_weights_file(path: Path) -> Mapping[str, Any]:
-    """The weights of a file: safetensors, or what `torch.save` wrote.
-
-    Raises:
-        UserError: it is cut off, or holds code.
-    """
+    """The weights of a file: safetensors, or what `torch.save` wrote. Raises UserError as `load_state` does."""
     if path.suffix != ".safetensors":
         return load_state(path)
     from safetensors import SafetensorError
@@ -198,13 +171,12 @@ def read_weights_file(path: Path) -> Mapping[str, Any]:
 
 
 def without_ddp(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict without the prefix that DistributedDataParallel gives its keys. `_metadata`, the versions of its
-    modules, loses it too: modules use them to load older names."""
-    plain = OrderedDict((name.removeprefix("module."), tensor) for name, tensor in weights.items())
+    """The state dict without the prefix that DistributedDataParallel gives its keys, also in `_metadata`: modules use
+    these versions to load older names."""
+    plain = OrderedDict(weights)
     if versions := getattr(weights, "_metadata", None):
-        plain._metadata = OrderedDict(
-            ("" if name == "module" else name.removeprefix("module."), value) for name, value in versions.items()
-        )
+        plain._metadata = OrderedDict(versions)
+    consume_prefix_in_state_dict_if_present(plain, "module.")
     return plain
 
 
@@ -271,11 +243,8 @@ class _Storage:
 
 
 def read_torch_file(path: Path) -> Any:
-    """What `torch.save` wrote, on the CPU, with the same bits as `torch.load` gives.
-
-    Raises:
-        Exception: of any kind, if the file is cut off, damaged or holds more than tensors and plain values.
-    """
+    """What `torch.save` wrote, on the CPU, with the same bits as `torch.load` gives. Raises an exception of any kind
+    if the file is cut off, damaged or holds more than tensors and plain values."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if file.read(4) == b"PK\3\4":
@@ -329,11 +298,7 @@ def _read_pickles(file: IO[bytes], size: int) -> Any:
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """
-    Args:
-        most_bytes: of all storages together.
-        made: called with the key of each storage and the storage, once.
-    """
+    """Reads storages of `most_bytes` together. Calls `made` with the key of each, and the storage."""
 
     def __init__(self, file: IO[bytes], most_bytes: int, made: Callable[[str, _Storage], None]):
         super().__init__(file, encoding="utf-8")

@@ -67,13 +67,9 @@ class _Training:
         self.is_chief = trial.rank == 0
         self.best = BestSoFar(trial.hparams.early_stopping, trial.searcher_metric)
         self.clock = Clock(trial.hparams.max_hours, trial.hparams.checkpoint_every_minutes)
-        self.stopping = Stopping(
-            trial.context.distributed,
-            trial.aggregation_frequency,
-            run.is_stopped_elsewhere,
-            self.clock,
-            self.periods.total,
-        )
+        asked, total = run.is_stopped_elsewhere, self.periods.total
+        frequency, distributed = trial.aggregation_frequency, self.context.distributed
+        self.stopping = Stopping(distributed, frequency, asked, self.clock, total, run.signals)
         self.saving = Background("saving")
         self.host_copy = HostCopy()
         self.finite = FiniteCheck(trial.plain_model, trial.evaluation_model)
@@ -94,8 +90,8 @@ class _Training:
     def train(self, checkpoint: Checkpoint | None) -> Outcome:
         trial, run = self.trial, self.run
         with contextlib.ExitStack() as stack:
-            if run.handles_signals:
-                stack.enter_context(self.stopping)
+            if run.signals is not None:
+                stack.callback(run.signals.end)
             run.begin(trial.first_batch, trial.schedule.profiling)
             trial.begin_training(run.folder)
             batches = iter(trial.build_training_data_loader())  # the workers start here, before any other thread
@@ -117,7 +113,7 @@ class _Training:
                     self._mark(Phase.SAVING)
                 self._mark(Phase.REPORTING)
                 if self.is_chief:
-                    self.tensorboard.close_figures()
+                    self.tensorboard.figures.close()
                 run.finish(self.tensorboard)
             outcome = self._outcome()
             if outcome.is_finished:
@@ -192,7 +188,7 @@ class _Training:
             self.tensorboard.write("train", metrics.last, self.batches)
             self.progress.describe(summary_of(metrics.last))
         if self.is_chief:
-            self.tensorboard.write_figures()
+            self.tensorboard.figures.write()
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -214,7 +210,8 @@ class _Training:
         validation = trial.finish_validation(metrics)
         self.validated_at = self.batches
         self.validation = validation
-        is_best = self.best.update(validation.metrics[trial.searcher_metric.name], self.batches)
+        name = trial.searcher_metric.name
+        is_best = self.best.update(validation.metrics[name], self.batches)
         if why := self.best.why_over() or self.stopping.why_time_is_over():
             self.stopping.end(self.batches, why)
         saves = False
@@ -222,6 +219,8 @@ class _Training:
             is_last = self.batches == self.periods.total or self.stopping.ended is not None
             self.tensorboard.write_validation(trial, validation, is_last)
             saves = run.report_validation(validation, self.epochs, trial.evaluator, is_best)
+            best = " (best so far)" if is_best else ""
+            logger.info("batch %d: %s %.4f%s", self.batches, name, validation.metrics[name], best)
         if self.context.distributed.broadcast(saves) and self.saved_at != self.batches:
             self._save()
 
@@ -233,7 +232,7 @@ class _Training:
         if self.is_chief:
             self.run.set_status("checkpointing")
             self.saving.wait()  # for the memory of the last copy
-            self.saving.begin(functools.partial(self.run.store, self._snapshot(), self._write_own))
+            self.saving.begin(functools.partial(self.run.store, self._snapshot()))
 
     def _stops(self) -> bool:
         """Whether this is the last batch, on every rank alike."""
@@ -278,6 +277,7 @@ class _Training:
                 "format": "pickle",
             },
             is_best=self.best.best_at == self.batches,
+            write_own=self._write_own,
         )
 
     def _write_own(self, folder: Path) -> None:
@@ -352,11 +352,8 @@ class _Training:
 
 
 def check_resume(trial: DetectionTrial, checkpoint: Checkpoint) -> None:
-    """Checks that a run can continue from a checkpoint, before anything of either is changed.
-
-    Raises:
-        UserError: the checkpoint has other categories, another model or another optimizer.
-    """
+    """Checks that a run can continue from a checkpoint, before anything of either is changed. Raises UserError if the
+    checkpoint has other categories, another model or another optimizer."""
     check_categories(trial.categories, checkpoint, trial.weights_key)
     load_weights(trial.plain_model, checkpoint.training_weights, checkpoint.path)
     _resumed_optimizer(trial, {"state": {}, "param_groups": checkpoint.optimizer_groups}, checkpoint.training)
@@ -386,15 +383,7 @@ def load_checkpoint(trial: DetectionTrial, checkpoint: Checkpoint) -> None:
 
 
 def _resumed_optimizer(trial: DetectionTrial, saved: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer state to load, see `BuiltOptimizer.resumed`.
-
-    Args:
-        saved: the checkpoint's.
-        training: its `Checkpoint.training`.
-
-    Raises:
-        UserError: this run's optimizer cannot continue from it.
-    """
+    """The optimizer state to load, see `BuiltOptimizer.resumed`. `training` is `Checkpoint.training`."""
     began = BuiltOptimizer(**training["optimizer"]) if "optimizer" in training else None
     try:
         return trial.built_optimizer.resumed(saved, began)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
-import itertools
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from shared.config.file import flattened
 from shared.durable import locked, write_file
 from shared.errors import UserError
 from shared.redaction import redacted, without_secrets
@@ -49,9 +49,9 @@ def project_name(name: str) -> str:
 
 
 class WandbRun:
-    """
+    """A run of W&B. It has the name of the folder.
+
     Args:
-        folder: the run's; its name is the run's too.
         kept: the id of the run to continue; None for a new one.
 
     Attributes:
@@ -95,10 +95,7 @@ class WandbRun:
             self.run.log({picture.stem: wandb.Image(str(picture)), "batches": batches})
 
     def finish(self, code: int) -> None:
-        """
-        Args:
-            code: the program's exit status.
-        """
+        """The program exits with the status `code`."""
         self.run.finish(exit_code=code)
 
 
@@ -116,14 +113,7 @@ _OF_A_NAME, _OF_A_VALUE, _PARAMS, _METRICS = 250, 6000, 100, 1000
 
 
 class MlflowRun:
-    """
-    Args:
-        folder: the run's; its name is the run's too.
-        kept: the id of the run to continue; None for a new one.
-
-    Attributes:
-        place: where its numbers are, for a human.
-    """
+    """A run of MLflow, see `WandbRun`."""
 
     def __init__(self, config: dict[str, Any], project: str, folder: Path, kept: str | None):
         from mlflow import MlflowClient
@@ -144,28 +134,24 @@ class MlflowRun:
             self.place = f"{redacted(uri)}, experiment {run.info.experiment_id}, run {self.id}"
             # MLflow lets no parameter change: what the run began with stays
             params = [Param(key, value) for key, value in _flat(config).items() if key not in run.data.params]
-            for some in _chunks(params, _PARAMS):
-                self.client.log_batch(self.id, params=some)
+            for begin in range(0, len(params), _PARAMS):
+                self.client.log_batch(self.id, params=params[begin : begin + _PARAMS])
 
     def report(self, batches: int, values: dict[str, float]) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         metrics = [Metric(metric_name(name), value, now, batches) for name, value in values.items()]
-        for some in _chunks(metrics, _METRICS):
-            self.client.log_batch(self.id, metrics=some)
+        for begin in range(0, len(metrics), _METRICS):
+            self.client.log_batch(self.id, metrics=metrics[begin : begin + _METRICS])
 
     def conclude(self, batches: int, best: dict[str, float], picture: Path | None) -> None:
-        """The best validation's numbers, and the picture of the last one, after `batches`."""
         self.report(batches, best)
         if picture is not None:
             self.client.log_artifact(self.id, str(picture))
 
     def finish(self, code: int) -> None:
-        """
-        Args:
-            code: the program's exit status; above 128 by a signal.
-        """
+        # above 128 a signal stopped it
         self.client.set_terminated(self.id, "FINISHED" if code == 0 else "KILLED" if code > 128 else "FAILED")
 
     def _kept(self, run_id: str | None) -> Any:
@@ -205,23 +191,13 @@ def _allowed(name: str) -> str:
     return re.sub(r"[^/\w.\- :]", "_", name)[:_OF_A_NAME]
 
 
-def _flat(config: dict[str, Any], before: str = "") -> dict[str, str]:
+def _flat(config: dict[str, Any]) -> dict[str, str]:
     """`{"searcher.metric": "bbox_mAP", …}`: the leaves of the config as text."""
-    leaves: dict[str, str] = {}
-    for key, value in config.items():
-        name = f"{before}{key}"
-        if isinstance(value, dict) and value:
-            leaves.update(_flat(value, f"{name}."))
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-            leaves[_allowed(name.replace("/", "_"))] = text[:_OF_A_VALUE]
+    leaves = {}
+    for name, value in flattened(config).items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        leaves[_allowed(name.replace("/", "_"))] = text[:_OF_A_VALUE]
     return leaves
-
-
-def _chunks(items: list, size: int) -> Iterator[list]:
-    rest = iter(items)
-    while some := list(itertools.islice(rest, size)):
-        yield some
 
 
 @contextlib.contextmanager
@@ -266,10 +242,8 @@ class Loggers:
         self._opened: list[_Opened] = []
 
     def open(self, names: Iterable[str], config: dict[str, Any], folder: RunFolder, resumes: bool) -> None:
-        """Begins a run in each, or continues the one that the folder names.
-
-        Args:
-            resumes: the training resumes. Then it does without a logger that cannot be opened.
+        """Begins a run in each, or continues the one that the folder names. A training that resumes omits a logger that
+        cannot be opened.
 
         Raises:
             UserError: a package or a login is missing, or a run cannot begin.
@@ -304,12 +278,7 @@ class Loggers:
             each.do(lambda run: run.report(batches, values))
 
     def conclude(self, batches: int, best: dict[str, float], picture: Path | None) -> None:
-        """Sends the results of a whole training.
-
-        Args:
-            best: numbers of the best validation, by their names in the logger.
-            picture: of the last validation; None without.
-        """
+        """Sends the results of a whole training: numbers of the best validation, and the picture of the last one."""
         for each in self._opened:
             each.do(lambda run: run.conclude(batches, best, picture))
 

@@ -8,11 +8,13 @@ and this run's value wins. Every other option continues with its saved value.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import logging
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from determined.core import DistributedContext
@@ -22,9 +24,10 @@ from torch.optim import Optimizer
 from shared.errors import UserError
 from shared.training.checkpoints import Checkpoint, read_checkpoint
 from shared.training.downloads import find_checkpoint
-from shared.training.processes import first_on_each_machine, on_chief, on_every_rank
+from shared.training.processes import on_chief, on_every_rank
 from shared.training.run_folder import OF_THE_RUN, RunFolder
-from shared.training.saving import weights_digest
+from shared.training.saving import METADATA, check_manifest
+from shared.training.transfer import on_each_machine, send
 
 logger = logging.getLogger(__name__)
 
@@ -37,17 +40,11 @@ _OF_CONFIG = ("weight_decay", "momentum", "betas", "eps")
 
 @dataclass(frozen=True)
 class BuiltOptimizer:
-    """An optimizer as a config builds it, before the first step: plain values, for a checkpoint.
+    """An optimizer as a config builds it, before the first step: plain values, for a checkpoint."""
 
-    Attributes:
-        kinds: names of its class and base classes; also those of an optimizer that it wraps.
-        parameters: names of the model's parameters, per group.
-        options: the other entries of each group.
-    """
-
-    kinds: list[list[str]]
-    parameters: list[list[str]]
-    options: list[dict[str, Any]]
+    kinds: list[list[str]]  # names of its class and base classes; also those of an optimizer that it wraps
+    parameters: list[list[str]]  # names of the model's parameters, per group
+    options: list[dict[str, Any]]  # the other entries of each group
 
     @classmethod
     def of(cls, optimizer: Optimizer, model: nn.Module) -> BuiltOptimizer:
@@ -64,13 +61,12 @@ class BuiltOptimizer:
         return " over ".join(kind[0] for kind in self.kinds)
 
     def resumed(self, saved: dict[str, Any], began: BuiltOptimizer | None) -> dict[str, Any]:
-        """The state to load: that of each parameter by its name, and the options.
-
-        Parameters that the checkpoint's run did not train have no state yet.
+        """The state to load: that of each parameter by its name, and the options. Parameters that the checkpoint's run
+        did not train have no state yet.
 
         Args:
             saved: the checkpoint's optimizer state.
-            began: the checkpoint's optimizer as its config built it; None in older checkpoints.
+            began: its optimizer as its config built it; None in older checkpoints.
 
         Raises:
             ValueError: this optimizer cannot continue from the state.
@@ -112,18 +108,10 @@ class BuiltOptimizer:
 
 
 def merged(own: Mapping[str, Any], began: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved values, with this run's values for all that its config changed.
-
-    Args:
-        own, began: the values of this run's config and of the checkpoint's.
-        saved: the values after training.
-    """
-    removed = began.keys() - own.keys()
-    return {
-        **own,
-        **{name: value for name, value in saved.items() if name not in removed},
-        **{name: own[name] for name in _changed(own, began)},
-    }
+    """The values `saved` after training, with this run's values for all that its config changed since it `began`."""
+    removed, changed = began.keys() - own.keys(), _changed(own, began)
+    kept = {name: value for name, value in saved.items() if name not in removed}
+    return {**own, **kept, **{name: own[name] for name in changed}}
 
 
 def _changed(own: Mapping[str, Any], began: Mapping[str, Any]) -> set[str]:
@@ -160,11 +148,8 @@ def refused_values(what: str) -> Iterator[None]:
 
 
 def check_categories(own: Sequence[dict], checkpoint: Checkpoint, weights_key: str) -> None:
-    """Checks that each label means the same category. The ids may differ: a model does not know them.
-
-    Raises:
-        UserError: the names differ, or their order does.
-    """
+    """Checks that each label means the same category. The ids may differ: a model does not know them. Raises UserError
+    if the names differ, or their order does."""
     names = [[category["name"] for category in categories] for categories in (own, checkpoint.categories)]
     if names[0] == names[1]:
         return
@@ -189,31 +174,57 @@ def read_checkpoint_to_resume(
 ) -> Checkpoint | None:
     """The checkpoint that `--resume` names; None if the training starts from its first batch.
 
-    The chief chooses between `last` and `best` of the run's folder. Every rank calls this.
+    The chief chooses it and reads it. Other machines get a copy from the chief. Every rank calls this.
 
     Raises:
-        UserError: no checkpoint is complete, or the ranks read different ones. Every rank raises the same error.
+        UserError: no checkpoint is complete, or a machine did not get it whole. Every rank raises the same error.
     """
     if resume is None:
         return None
+    if resume in OF_THE_RUN and distributed.cross_size > 1:
+        _bring_newest(distributed, folder)
     read_by_chief: list[Checkpoint] = []
+
+    def choose() -> Path | None:
+        found = _first_complete(resume, folder) if resume in OF_THE_RUN else read_checkpoint(find_checkpoint(resume))
+        read_by_chief.extend([] if found is None else [found])
+        return found and found.path
+
+    path = on_chief(distributed, choose)
+    if path is None:
+        return None
     if resume in OF_THE_RUN:
+        path = folder.checkpoints / path.name  # on this machine
+    with on_each_machine(distributed, path) as own:
+        checkpoint = on_every_rank(distributed, lambda: read_by_chief[0] if read_by_chief else read_checkpoint(own))
+    return dataclasses.replace(checkpoint, path=path)
 
-        def choose() -> str | None:
-            if checkpoint := _first_complete(resume, folder):
-                read_by_chief.append(checkpoint)
-                return checkpoint.path.name
-            return None
 
-        name = on_chief(distributed, choose)
-        if name is None:
-            return None
-        path = folder.checkpoints / name
-    else:
-        path = first_on_each_machine(distributed, lambda: find_checkpoint(resume))
-    checkpoint = on_every_rank(distributed, lambda: read_by_chief[0] if read_by_chief else read_checkpoint(path))
-    _check_same_on_all_ranks(distributed, resume, checkpoint)
-    return checkpoint
+def _bring_newest(distributed: DistributedContext, folder: RunFolder) -> None:
+    """Copies the run's folder to the chief's machine if another one has a newer checkpoint: the run had its chief
+    there."""
+    is_first = distributed.local_rank == 0
+    own = _newest(folder) if is_first else -1
+    batches, machine = max(
+        (batches, -machine) for batches, machine in distributed.allgather((own, distributed.cross_rank))
+    )
+    if machine == 0 or batches < 0:
+        return
+    is_chief = distributed.rank == 0
+    if is_chief:
+        logger.info("the run's newest checkpoint, of batch %d, is on another machine: copying the folder here", batches)
+    send(distributed, -machine, folder.path, folder.received if is_chief else None, folder.of_one_machine)
+    on_chief(distributed, folder.adopt_received)
+
+
+def _newest(folder: RunFolder) -> int:
+    """The batches of the newest complete checkpoint in a run's folder; -1 without one."""
+    found = [-1]
+    for path in folder.checkpoints_to_resume("auto"):
+        with contextlib.suppress(UserError, OSError, ValueError, KeyError):
+            check_manifest(path)
+            found.append(int(json.loads((path / METADATA).read_text())["steps_completed"]))
+    return max(found)
 
 
 def _first_complete(resume: str, folder: RunFolder) -> Checkpoint | None:
@@ -230,16 +241,3 @@ def _first_complete(resume: str, folder: RunFolder) -> Checkpoint | None:
     if errors:
         raise errors[0]
     return None
-
-
-def _check_same_on_all_ranks(distributed: DistributedContext, resume: str, checkpoint: Checkpoint) -> None:
-    """Raises UserError if a rank has read another checkpoint than the chief: machines may have disks of their own."""
-    own = (checkpoint.batches, weights_digest(checkpoint.path), socket.gethostname())
-    of_chief, *others = distributed.allgather(own)
-    for rank, other in enumerate(others, start=1):
-        if other[:2] != of_chief[:2]:
-            raise UserError(
-                f"--resume {resume}: rank 0 on {of_chief[2]} read batch {of_chief[0]} and rank {rank} on {other[2]} "
-                f"read batch {other[0]} (SHA-256 {of_chief[1][:8]} and {other[1][:8]}). "
-                "Fix: put --output-dir on a disk that all machines share, or copy the checkpoint to each of them"
-            )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import hashlib
 import json
 import logging
 import operator
@@ -25,6 +25,7 @@ from torch import nn
 from shared.durable import write_file
 from shared.errors import DivergedError, UserError
 from shared.redaction import redact_yaml_files
+from shared.training.downloads import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +39,7 @@ _WEIGHTS = "state_dict.pth"
 def checkpoint_state(
     context: PyTorchTrialContext, model: nn.Module, scaler: torch.amp.GradScaler | None, training: dict[str, Any]
 ) -> dict[str, Any]:
-    """What `state_dict.pth` holds, by the names of Determined's own loop. Not a copy yet.
-
-    Args:
-        model: without DDP.
-        training: what a training keeps besides weights and optimizer.
-    """
+    """What `state_dict.pth` holds, by the names of Determined's own loop. Not a copy yet. `model` is without DDP."""
     return {
         "models_state_dict": [model.state_dict()],
         "optimizers_state_dict": [optimizer.state_dict() for optimizer in context.optimizers],
@@ -83,11 +79,7 @@ def set_random_state(state: Mapping[str, Any], local_rank: int) -> None:
 
 class FiniteCheck:
     """Refuses weights, averages and running statistics that are not finite, but for those that began so: an attention
-    mask of -inf, for example.
-
-    Args:
-        models: what trains and what validates; perhaps the same.
-    """
+    mask of -inf, for example."""
 
     def __init__(self, *models: nn.Module):
         self.models = tuple(dict.fromkeys(models))
@@ -112,16 +104,13 @@ def python_state(model: nn.Module, attributes: Mapping[str, Sequence[str]]) -> d
     """The state of the model that a resumed run needs besides its weights and buffers, as plain numbers.
 
     Args:
-        attributes: by the name of a module's class, the dotted attributes that it keeps. Those that are not there yet
-            are omitted.
+        attributes: by the name of a module's class, the dotted attributes that it keeps, if they are there yet.
     """
     state = {}
     for name, module in model.named_modules():
         for path in attributes.get(type(module).__name__, ()):
-            try:
+            with contextlib.suppress(AttributeError):
                 state[f"{name}:{path}"] = _plain(operator.attrgetter(path)(module))
-            except AttributeError:
-                continue
     return state
 
 
@@ -129,11 +118,9 @@ def restore_python_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Continues from what `python_state` gave."""
     for key, value in state.items():
         name, path = key.split(":")
-        *owners, attribute = path.split(".")
-        owner = model.get_submodule(name)
-        for part in owners:
-            owner = getattr(owner, part)
-        setattr(owner, attribute, value)
+        owner, _, attribute = path.rpartition(".")
+        module = model.get_submodule(name)
+        setattr(operator.attrgetter(owner)(module) if owner else module, attribute, value)
 
 
 def _plain(value: Any) -> Any:
@@ -187,24 +174,18 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A checkpoint that is not written yet.
+    """A checkpoint that is not written yet."""
 
-    Attributes:
-        state: `checkpoint_state`, on the host.
-        counts: batches and epochs, by the names of Determined's own loop.
-        load_data: the trial's class, config and hyperparameters, as `load_trial_from_checkpoint_path` reads them.
-        metadata: what the master knows of it.
-        is_best: whether it is of the best validation so far.
-    """
-
-    state: dict[str, Any]
-    counts: dict[str, Any]
-    load_data: dict[str, Any]
-    metadata: dict[str, Any]
-    is_best: bool
+    state: dict[str, Any]  # `checkpoint_state`, on the host
+    counts: dict[str, Any]  # batches and epochs, by the names of Determined's own loop
+    load_data: dict[str, Any]  # the trial's class, config and hyperparameters, for `load_trial_from_checkpoint_path`
+    metadata: dict[str, Any]  # what the master knows of it
+    is_best: bool  # of the best validation so far
+    write_own: Callable[[Path], None]  # adds the detector's own files
 
     def write(self, folder: Path, code: Path) -> None:
-        """Writes the files of Determined's names, and a copy of the folder `code`, without secrets."""
+        """Writes the files of Determined's names, a copy of the folder `code` without secrets, the detector's own files
+        and the manifest."""
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copytree(code, folder / "code")
         redact_yaml_files(folder / "code")
@@ -213,6 +194,8 @@ class Snapshot:
             torch.save(self.state, file)
         (folder / "trial_state.pkl").write_bytes(pickle.dumps(self.counts))
         (folder / "load_data.json").write_text(json.dumps(self.load_data))
+        self.write_own(folder)
+        write_manifest(folder, self.metadata["steps_completed"])
 
 
 def write_manifest(folder: Path, batches: int) -> None:
@@ -221,7 +204,7 @@ def write_manifest(folder: Path, batches: int) -> None:
     Determined writes metadata.json later, so that the manifest holds its number of batches instead of its digest.
     """
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in (MANIFEST, METADATA)
     }
@@ -230,10 +213,7 @@ def write_manifest(folder: Path, batches: int) -> None:
 
 def check_manifest(folder: Path) -> None:
     """Checks each file against the manifest. A checkpoint without a manifest passes: those of version 0.1 have none.
-
-    Raises:
-        UserError: a file is missing, cut off or changed.
-    """
+    Raises UserError if a file is missing, cut off or changed."""
     manifest = folder / MANIFEST
     if not manifest.exists():
         return
@@ -245,7 +225,7 @@ def check_manifest(folder: Path) -> None:
                 raise UserError(f"{folder} is not whole: {name} is missing")
             if (size := file.stat().st_size) != noted["bytes"]:
                 raise UserError(f"{folder} is not whole: {name} has {size} bytes, and {noted['bytes']} were saved")
-            if _digest(file) != noted["sha256"]:
+            if sha256_of(file) != noted["sha256"]:
                 raise UserError(f"{folder} is not what was saved: {name} has changed since")
         batches = noted_at_save.get("batches")  # manifests of version 0.1 lack it
         if batches is not None and json.loads((folder / METADATA).read_text())["steps_completed"] != batches:
@@ -261,17 +241,7 @@ def weights_digest(folder: Path) -> str:
     try:
         return json.loads((folder / MANIFEST).read_text())["files"][_WEIGHTS]["sha256"]
     except FileNotFoundError:
-        return _digest(folder / _WEIGHTS)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        if hasattr(hashlib, "file_digest"):  # of Python 3.11 on
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-        return digest.hexdigest()
+        return sha256_of(folder / _WEIGHTS)
 
 
 # --- the thread -------------------------------------------------------------------------------------
@@ -283,7 +253,6 @@ class Background:
     It is a daemon thread: a second Ctrl-C stops the process without waiting for it. Leaving the context waits.
 
     Args:
-        name: of the thread.
         on_error: receives each error, in the thread. Without it `wait`, `raise_if_failed` or the end of the context
             raises the first error, once. If another error leaves the context, the first error is logged.
     """

@@ -25,7 +25,6 @@ class AveragedWeights:
     average of a short run does not stay at its initial weights.
 
     Args:
-        decay: of the average, in [0, 1).
         steps: optimizer steps that it has averaged before this start.
 
     Attributes:
@@ -34,8 +33,7 @@ class AveragedWeights:
 
     def __init__(self, model: nn.Module, decay: float, steps: int = 0):
         self.module = deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-        self.steps = steps
+        self.decay, self.steps = decay, steps
         state = model.state_dict()
         self._averaged = [name.rpartition(".") for name in state if state[name].is_floating_point()]
         self._copied = [name.rpartition(".") for name in state if not state[name].is_floating_point()]
@@ -48,11 +46,7 @@ class AveragedWeights:
         self.steps = 0
 
     def load(self, weights: Mapping[str, Any], steps: int | None) -> None:
-        """Continues the average of a checkpoint.
-
-        Args:
-            steps: that it has averaged; None in older checkpoints, whose average began with the run.
-        """
+        """Continues the average of a checkpoint. `steps` is None in older ones, whose average began with the run."""
         self.module.load_state_dict(weights)
         self.steps = self.steps if steps is None else steps
 
@@ -265,11 +259,7 @@ Clip = Callable[[Sequence[nn.Parameter]], object]
 
 
 def wrap_model(context: PyTorchTrialContext, model: nn.Module, find_unused_parameters: bool) -> nn.Module:
-    """The model on its device; in DDP if there are several slots.
-
-    `context.wrap_model` passes no option to DDP. Without `find_unused_parameters`, a model that does not use all of its
-    parameters in each step fails with "Expected to have finished reduction in the prior iteration".
-    """
+    """The model on its device; in DDP if there are several slots. `context.wrap_model` passes no option to DDP."""
     if context.distributed.size == 1 or not find_unused_parameters:
         return context.wrap_model(model)
     wrapped = DistributedDataParallel(model.to(context.device), find_unused_parameters=True)
@@ -286,12 +276,8 @@ def accumulating(model: nn.Module, ends_step: bool) -> AbstractContextManager:
 def step(
     optimizer: torch.optim.Optimizer, batches: int, clip: Clip | None, scaler: torch.amp.GradScaler | None
 ) -> None:
-    """One optimizer step with the mean gradients of `batches` batches; then zeroes the gradients.
-
-    Args:
-        clip: clips the gradients of the parameters that it is given, in place.
-        scaler: what scaled the loss. It may skip the step.
-    """
+    """One optimizer step with the mean gradients of `batches` batches; then zeroes the gradients. `scaler` is what
+    scaled the loss, and may skip the step."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if batches > 1:
         for parameter in parameters:

@@ -42,7 +42,8 @@ from shared.training.memory import keep_freed_memory, out_of_memory, out_of_memo
 from shared.training.processes import first_on_each_machine, on_chief
 from shared.training.resume import BuiltOptimizer, refused_values
 from shared.training.saving import python_state
-from shared.training.stopping import begin_worker, periods_of
+from shared.training.signals import begin_worker
+from shared.training.stopping import periods_of
 from shared.training.training_metrics import STEPS_A_SCALE_MAY_SKIP, TrainingMetrics, diverged
 from shared.training.validation import (
     CollateWithLoss,
@@ -50,7 +51,7 @@ from shared.training.validation import (
     ValidationLoss,
     WithLossSample,
     check_losses,
-    computing_losses,
+    giving_losses,
     uncompiled,
 )
 
@@ -62,11 +63,7 @@ _PICTURES = 4  # of a validation, to draw
 class DetectionTrial(Detector):
     """A detector as a Determined trial. Our engine trains it, and so does Determined's own `pytorch.Trainer`.
 
-    Attributes:
-        schedule, periods: when it reports, validates and saves, as the config says and in batches.
-        scaler: of fp16 training; None without.
-        watch: where each step marks how far it is.
-        training_metrics: what the losses add up to until the next report.
+    `schedule` says when it reports, validates and saves; `periods` is the same in batches.
     """
 
     # --- construction -------------------------------------------------------------------------------------
@@ -141,6 +138,7 @@ class DetectionTrial(Detector):
         """Builds the model; for a training also what trains and validates it. The data is open."""
         if self.for_training:
             self._read_periods()
+            self.class_weights  # noqa: B018 what it refuses, before the model is built
             if self.context.device.type == "cpu":
                 keep_freed_memory()
         seed_all(self.seed)  # the same initial weights on every slot
@@ -153,9 +151,8 @@ class DetectionTrial(Detector):
 
     def _read_periods(self) -> None:
         self.batches_per_epoch = len(self.training_batches())
-        self.periods = periods_of(
-            self.schedule, self.batches_per_epoch, self.global_batch_size, self.aggregation_frequency
-        )
+        of_images = self.batches_per_epoch, self.global_batch_size
+        self.periods = periods_of(self.schedule, *of_images, self.aggregation_frequency)
         self.total_batches = self.periods.total
         if self.hparams.early_stopping is not None and not self.periods.validates_before_the_end:
             raise UserError(
@@ -226,12 +223,14 @@ class DetectionTrial(Detector):
         with_losses: bool = False,
         stop: Callable[[], bool] = lambda: False,
         all_images: bool = False,
+        is_share: bool = False,
     ) -> DataLoader:
         """This slot's share of the images to evaluate on, as batches on the host.
 
         Args:
             stop: asked before each batch but the first; True omits the rest.
             all_images: also those that `evaluated_images` omits.
+            is_share: `data` has this slot's share alone.
         """
         dataset, collate = self.evaluation_dataset(data), self.collate(training=False)
         if isinstance(dataset, CocoDetection):
@@ -242,7 +241,8 @@ class DetectionTrial(Detector):
         if self.batches_of_one_size:
             groups = size_groups(data.annotations.columns["widths"], data.annotations.columns["heights"])
         images = range(len(dataset)) if all_images else self.evaluated_images(len(dataset))
-        batches = EvaluationBatchSampler(images, self.evaluation_batch_size, self.rank, self.slots, stop, groups)
+        rank, slots = (0, 1) if is_share else (self.rank, self.slots)
+        batches = EvaluationBatchSampler(images, self.evaluation_batch_size, rank, slots, stop, groups)
         return self._loader(dataset, batches, collate)
 
     def training_batch_loader(self, first_batch: int | None = None) -> DataLoader:
@@ -268,11 +268,9 @@ class DetectionTrial(Detector):
         with out_of_memory_as(lambda _: self.out_of_memory("the losses of a validation image", batch, fix)):
             model = self.evaluation_model.eval()
             batch = self.prepare(to_device(batch, self.context.device), None)
-            with (
-                self.autocast(),  # the evaluation's: before the model is in training mode
-                uncompiled(self.hparams.torch_compile),
-                computing_losses(model, self.python_attributes, self._chief_python_state),
-            ):
+            giving = giving_losses(model, self.python_attributes, self._chief_python_state)
+            # the evaluation's precision: before the model is in training mode
+            with self.autocast(), uncompiled(self.hparams.torch_compile), giving:
                 seed_all(self.seed, batch.image_ids[0] % 2**63, 3)
                 try:
                     return self.image_losses(model, batch)
@@ -328,6 +326,7 @@ class DetectionTrial(Detector):
             *([] if self.frozen is None else [("frozen", self.frozen)]),
             ("global batch", f"{self.global_batch_size} on {count_of(self.slots, 'slot')}"),
             ("length", f"{count_of(self.total_batches, 'batch')}, {self.batches_per_epoch} per epoch{resumed}"),
+            *([] if self.data.augment is None else [("augmentation", self.data.augment)]),
             *([] if self.repeats is None else [("repeated", described(self.repeats))]),
         ]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SHARED_DATA, reports, run_model_def
+from conftest import reports, run_model_def
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.transforms import AugmentationList, RandomFlip
 from detectron2.structures import Boxes, BoxMode, Instances
@@ -44,16 +44,7 @@ def module(tmp_path, monkeypatch):
     return write
 
 
-def test_pascal_voc_is_evaluated_as_pascal_voc(train, trial_class, tmp_path, module):
-    bccd = SHARED_DATA / "bccd"
-    if not bccd.is_dir():
-        pytest.skip(f"{bccd} is not here: real data is no part of the project")
-    voc = tmp_path / "VOC2007"
-    (voc / "ImageSets/Main").mkdir(parents=True)
-    (voc / "JPEGImages").symlink_to(bccd / "images")
-    (voc / "Annotations").symlink_to(bccd / "annotations_voc")
-    names = sorted(path.stem for path in (bccd / "annotations_voc").glob("*.xml"))
-    (voc / "ImageSets/Main/some.txt").write_text("\n".join(names[:12]))
+def test_pascal_voc_is_evaluated_as_pascal_voc(train, trial_class, voc, module):
     imports = module(
         "register_cells",
         f"""

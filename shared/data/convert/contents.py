@@ -25,7 +25,8 @@ class Options:
         boxes: "" or what the four numbers of a table's boxes are: "xywh" or "xyxy".
         categories: a file of names, for a source that has numbers alone.
         without_val: a validation split that the source names, and that does not exist, is a note instead of an error.
-        extracted: the folder for images that the source holds inside its own files.
+        extracted: the folder for images that are written: those inside the source's own files, or tiles.
+        tiles, overlap: pixels of a tile's side, and the share of it that the next one shows too.
     """
 
     images: Path | None = None
@@ -34,6 +35,8 @@ class Options:
     categories: Path | None = None
     without_val: bool = False
     extracted: Path | None = None
+    tiles: int = 640
+    overlap: float = 0.2
 
 
 @dataclass

@@ -25,6 +25,7 @@ from shared.data.convert import (
     labelme,
     openimages,
     table,
+    tiles,
     voc,
     yolo,
 )
@@ -47,6 +48,7 @@ FORMATS: dict[str, ModuleType] = {
     "huggingface": hugging_face,
     "kitti": kitti,
     "dota": dota,
+    "tiles": tiles,
 }
 
 _DEPTH = 2  # folders below the source that are looked into
@@ -65,6 +67,7 @@ def convert(
     boxes: str = "",
     categories: Path | None = None,
     say: Callable[[str], object] = print,
+    tiling: tuple[int, float] = (640, 0.2),
 ) -> list[Written]:
     """Writes a COCO file, or one per split: `…_train.json`, `…_val.json`, `…_test.json`.
 
@@ -75,6 +78,7 @@ def convert(
         labels, boxes: as in `Options`.
         categories: a text file with a name per line, or a COCO file: the categories and their order.
         say: gets lines for the user: what was recognised, and the notes of the reader.
+        tiling: pixels of a tile's side, and the overlap.
 
     Raises:
         UserError: the source does not exist, is of another format, or contradicts itself.
@@ -85,7 +89,9 @@ def convert(
         raise UserError(
             f"--val: {val_share:g} is no share. Fix: give a share of the images from 0 to 1, 0.2 for example"
         )
-    options = Options(images, labels, boxes, categories, val_share > 0, output.with_name(f"{output.stem}_images"))
+    options = Options(
+        images, labels, boxes, categories, val_share > 0, output.with_name(f"{output.stem}_images"), *tiling
+    )
     contents = _read(kind, source, options, say)
     if categories is not None:
         contents.categories = _given_categories(categories, contents)
@@ -278,10 +284,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--boxes", default="", choices=["xywh", "xyxy"], help="csv, huggingface: what the four numbers of a box are"
     )
+    parser.add_argument("--tiles", type=int, default=640, metavar="PIXELS", help="tiles: their side; default 640")
+    parser.add_argument(
+        "--overlap", type=float, default=0.2, help="tiles: the share that the next tile shows too; default 0.2"
+    )
     given = parser.parse_intermixed_args(arguments)
     try:
         written = convert(
-            given.kind, given.source, given.output, given.images, given.val, given.labels, given.boxes, given.categories
+            given.kind,
+            given.source,
+            given.output,
+            given.images,
+            given.val,
+            given.labels,
+            given.boxes,
+            given.categories,
+            tiling=(given.tiles, given.overlap),
         )
     except UserError as error:
         sys.exit(f"error: {error}")

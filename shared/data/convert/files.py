@@ -68,24 +68,6 @@ def split_of(name: str) -> str:
     return next((split for split, names in SPLITS.items() if name.lower() in names), "")
 
 
-def split_folders(folder: Path) -> dict[str, Path]:
-    """The folders of the splits in a folder, in the order train, val, test.
-
-    Raises:
-        UserError: two folders are named after one split.
-    """
-    found: dict[str, Path] = {}
-    for path in folders_in(folder):
-        if split := split_of(path.name):
-            if split in found:
-                raise UserError(
-                    f"{folder}: both {found[split].name} and {path.name} may be the {split} split. Fix: convert each "
-                    "by itself, or move one away"
-                )
-            found[split] = path
-    return {split: found[split] for split in SPLITS if split in found}
-
-
 def by_split(files: Iterable[Path], root: Path) -> dict[str, list[Path]]:
     """Files by the split that a folder of their path, below the root, is named after.
 
