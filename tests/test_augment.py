@@ -21,8 +21,8 @@ from shared.data.annotations import CocoAnnotations
 from shared.data.augment.augmenter import DataAugmenter
 from shared.data.augment.placement import Layout, mirrored_keypoints
 from shared.data.dataset import BadImages, CocoDetection, SampleKey
+from shared.data.loading import TrainingBatchSampler
 from shared.data.open import open_split
-from shared.data.samplers import TrainingBatchSampler
 from shared.errors import UserError
 
 SIZE = (96, 80)
@@ -118,10 +118,10 @@ def test_boxes_and_masks_stay_on_their_objects(augment, rle):
         for i, box in enumerate(record.boxes):
             mask = mask_of(record, i)
             rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-            assert (columns[0] > box[0] - 2)
-            assert (rows[0] > box[1] - 2)
-            assert (columns[-1] < box[2] + 1)
-            assert (rows[-1] < box[3] + 1)
+            assert columns[0] > box[0] - 2
+            assert rows[0] > box[1] - 2
+            assert columns[-1] < box[2] + 1
+            assert rows[-1] < box[3] + 1
             inner = mask & np.roll(mask, 2, 0) & np.roll(mask, -2, 0) & np.roll(mask, 2, 1) & np.roll(mask, -2, 1)
             if inner.sum() > 8:  # the color under the mask is the category's
                 color = SQUARE_COLORS[int(record.labels[i]) + 1]
