@@ -177,7 +177,7 @@ def run_command(function: Callable, trial_class: type, config: Path, overrides: 
     from shared.launch import experiment_for
 
     defaults = {"command": None, "config": str(config), "overrides": [*overrides], "split": "val", "store": None}
-    given = argparse.Namespace(**{**defaults, "tiles": None, "overlap": 0.2, **arguments})
+    given = argparse.Namespace(**{**defaults, "tiles": None, "overlap": 0.2, "track": False, **arguments})
     function(trial_class, experiment_for(given, trial_class.sections()), given)
 
 
