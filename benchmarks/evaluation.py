@@ -20,8 +20,9 @@ import zmq
 from command_line import main
 from determined.core import DistributedContext
 from memory import added_mib, in_process
+from pixels import UNTRAINED
 from pycocotools import mask as coco_mask
-from side_by_side import UNTRAINED, config_of, device_name, in_turns, local_context, ratio, trial_class_of
+from side_by_side import config_of, device_name, in_turns, local_context, ratio, trial_class_of
 
 from coco_files import data_folder
 from shared.data.annotations import CocoAnnotations

@@ -33,16 +33,6 @@ from shared.training.trial import DetectionTrial
 PYTORCH = [str(Path(torch.__file__).parent) + "/"]
 """Folders of PyTorch's own frames, which `site` skips. torchvision's is not among them."""
 
-UNTRAINED = {
-    "efficientdet": {"model": "tf_efficientdet_d0", "pretrained": "none"},
-    "detectron2": {"config_file": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "weights": ""},
-    "mmdetection": {
-        "config_file": "retinanet/retinanet_r50_fpn_1x_coco.py",
-        "config_overrides": {"model.backbone.init_cfg": None, "model.test_cfg.score_thr": 0.001},
-    },
-}
-"""Hyperparameters of published models, with random weights."""
-
 
 # --- a trial ------------------------------------------------------------------------------------------------
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from shared.environment import prepare_process
 
 prepare_process()  # before torch, and before packages that may be missing
-from detectron2_hyperparameters import Detectron2Hyperparameters
+from detectron2_hyperparameters import Detectron2Data, Detectron2Hyperparameters
 from shared.config.experiment import Sections
 from shared.launch import main, read_command
 
 # errors in the command line and the config appear before torch and the library are loaded
-command = read_command(__name__, Sections(Detectron2Hyperparameters))
+command = read_command(__name__, Sections(Detectron2Hyperparameters, Detectron2Data))
 
 import logging
 from collections.abc import Callable, Mapping
@@ -31,13 +31,14 @@ from detectron2_files.class_weights import weigh_categories
 from detectron2_files.evaluation import OwnEvaluator, OwnResult, detect, own_evaluator
 from detectron2_files.pixels import with_quick_resizing
 from detectron2_files.weights import categories_of_checkpoint, load_weights_into, start_of
+from shared.config.file import flattened
 from shared.config.schema import Length, parse_section
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
 from shared.data.loading import Batch, aspect_ratio_groups, to_device
 from shared.data.open import SplitData
-from shared.errors import UserError
+from shared.errors import UserError, count_of
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.library import COCO_CATEGORIES
@@ -55,6 +56,7 @@ class Detectron2Trial(DetectionTrial):
     """
 
     hyperparameters_class = Detectron2Hyperparameters
+    data_class = Detectron2Data
     for_training, slots = True, 1
     warned_of_masks = False
     without_pretrained: ClassVar = {"use_pretrained": False, "weights": ""}
@@ -154,7 +156,7 @@ class Detectron2Trial(DetectionTrial):
 
     @property
     def _overridden(self) -> list[str]:
-        return list(configs.flatten(self.hparams.config_overrides))
+        return list(flattened(self.hparams.config_overrides))
 
     def training_groups(self) -> np.ndarray:
         if not self.detectron2_config.train_set.group_by_aspect_ratio:
@@ -281,9 +283,9 @@ class Detectron2Trial(DetectionTrial):
         config = self.detectron2_config
         return [
             ("config", self.hparams.config_file),
-            ("model", f"{type(self.plain_model).__name__}, {len(self.categories)} categories"),
+            ("model", f"{type(self.plain_model).__name__}, {count_of(len(self.categories), 'category')}"),
             ("weights", (self._weights() or ("initial",))[0] if self.first_batch == 0 else "the checkpoint's"),
-            ("training data", f"{self._training_data_name()}, {len(self.train_samples)} samples"),
+            ("training data", f"{self._training_data_name()}, {count_of(len(self.train_samples), 'sample')}"),
             ("validation", ", ".join(self.iou_types) if self.evaluates_coco else "by Detectron2's own evaluator"),
             ("optimizer", f"{type(self.optimizer).__name__}, lr {config.learning_rate:g}"),
             ("schedule", config.schedule_name),

@@ -27,15 +27,23 @@ with exit_on_errors():
 from torch import nn
 from transformers import PreTrainedConfig, get_scheduler
 
-from detr_files.data import DetrCollate, DetrTransform, makes_one_size
-from detr_files.model import TrainedDetr, build_detector, image_processor, input_scale, is_on_hub, model_config
+from detr_files.data import DetrCollate, DetrTransform, layout, makes_one_size, resized
+from detr_files.model import (
+    TrainedDetr,
+    build_detector,
+    image_processor,
+    input_scale,
+    input_step,
+    is_on_hub,
+    model_config,
+)
 from detr_files.optimizer import build_optimizer
 from detr_files.weights import load_start_weights
 from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
 from shared.data.loading import Batch
 from shared.data.open import SplitData
-from shared.errors import UserError
+from shared.errors import UserError, count_of
 from shared.evaluation.detections import Detections
 from shared.library import COCO_CATEGORIES
 from shared.training.trial import DetectionTrial
@@ -54,6 +62,7 @@ class DetrTrial(DetectionTrial):
     optimizer_key = "hyperparameters.lr"
     without_pretrained: ClassVar = {"weights": None}
     pretrained_categories: ClassVar = COCO_CATEGORIES
+    replaced_by_augment = ("horizontal_flip",)
     weighs_categories = True
     find_unused_parameters = True  # images without objects train no embedding of classes
 
@@ -86,9 +95,9 @@ class DetrTrial(DetectionTrial):
     def summary(self) -> list[tuple[str, object]]:
         hparams, data = self.hparams, self.train_data.annotations
         return [
-            ("model", f"{hparams.model or self.config.model_type}, {len(self.categories)} categories"),
+            ("model", f"{hparams.model or self.config.model_type}, {count_of(len(self.categories), 'category')}"),
             ("weights", hparams.weights or "random" if self.first_batch == 0 else "the checkpoint's"),
-            ("training data", f"{data.path or 'fake'}, {len(data)} images"),
+            ("training data", f"{data.path or 'fake'}, {count_of(len(data), 'image')}"),
             ("optimizer", f"AdamW, lr {hparams.lr:g}"),
             ("schedule", f"{hparams.sched}, warm-up of {hparams.warmup_batches} batches"),
         ]
@@ -136,6 +145,15 @@ class DetrTrial(DetectionTrial):
         ):
             group["lr"] = lr * factor(number)
 
+    def exportable(self) -> nn.Module:
+        from detr_files.export import ExportableDetr
+
+        return ExportableDetr(self.evaluation_model.detector, self.processor)
+
+    def save_for_transformers(self, folder: Path) -> None:
+        self.evaluation_model.detector.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
     # --- data -----------------------------------------------------------------------------------------
 
     def training_dataset(self) -> CocoDetection:
@@ -145,10 +163,14 @@ class DetrTrial(DetectionTrial):
         return self._dataset(data, training=False)
 
     def _dataset(self, data: SplitData, training: bool) -> CocoDetection:
-        fast = self.data.fast_images
-        transform = DetrTransform(self.processor, self.hparams.horizontal_flip if training else 0.0, fast)
-        decode = bytes if fast else None
-        return CocoDetection(data.annotations, data.images, transform, self.seed, training, self.bad_images, decode)
+        fast, augmenter = self.data.fast_images, self.augmenter(layout(self.processor)) if training else None
+        if augmenter is not None:
+            transform, decode = DetrTransform(self.processor), augmenter.decode
+        else:
+            transform = DetrTransform(self.processor, self.hparams.horizontal_flip if training else 0.0, fast)
+            decode = bytes if fast else None
+        of_data = (data.annotations, data.images, transform, self.seed, training, self.bad_images, decode)
+        return CocoDetection(*of_data, augmenter=augmenter)
 
     def loss_transform(self, data: SplitData) -> DetrTransform:
         return DetrTransform(self.processor, fast=self.data.fast_images)
@@ -160,6 +182,11 @@ class DetrTrial(DetectionTrial):
     def evaluation_batch_size(self) -> int:
         # padding changes what some models detect
         return self.per_slot_batch_size if makes_one_size(self.processor) else 1
+
+    def prepare(self, batch: Batch, number: int | None) -> Batch:
+        if number is not None and (scale := self.input_scale_of_batch(number)) != 1:
+            batch = resized(batch, scale, input_step(self.config))
+        return super().prepare(batch, number)
 
     # --- the step -------------------------------------------------------------------------------------
 

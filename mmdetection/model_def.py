@@ -41,7 +41,7 @@ from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
 from shared.data.loading import Batch, TrainingBatchSampler
 from shared.data.open import SplitData
-from shared.errors import UserError
+from shared.errors import UserError, count_of
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.library import COCO_CATEGORIES
@@ -262,6 +262,12 @@ class MMDetectionTrial(DetectionTrial):
                 f"--set hyperparameters.weights={PUBLISHED}"
             )
 
+    def exportable(self) -> nn.Module:
+        from mmdetection_files.export import ExportableMMDetection
+
+        leaf = configs.leaves(self.mmdet_config.data.val)[0]
+        return ExportableMMDetection(self.evaluation_model, data_sets.test_pipeline(leaf))
+
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return models.build_optimizer(model, self.mmdet_config)
 
@@ -338,9 +344,9 @@ class MMDetectionTrial(DetectionTrial):
         lr_config = dict(config.get("lr_config") or {})
         return [
             ("config", self.hparams.config_file),
-            ("model", f"{config.model.type}, {len(self.categories)} categories"),
+            ("model", f"{config.model.type}, {count_of(len(self.categories), 'category')}"),
             ("weights", self._start()),
-            ("training data", f"{configs.kind_of(config.data.train)}, {len(self.train_samples)} samples"),
+            ("training data", f"{configs.kind_of(config.data.train)}, {count_of(len(self.train_samples), 'sample')}"),
             (
                 "validation",
                 ", ".join(self.iou_types) if self.evaluates_coco else f"{configs.kind_of(config.data.val)}.evaluate",

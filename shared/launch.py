@@ -1,4 +1,4 @@
-"""The command line of every `model_def.py`: train · search · evaluate · predict · check. On a cluster, the task.
+"""The command line of every `model_def.py`: train, search, evaluate, predict, export, check. On a cluster, the task.
 
 `read_command` needs no torch, so that --help and most errors appear at once.
 """
@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from shared.commands.check import add_check_options
 from shared.config.experiment import Experiment, Sections, read_experiment
-from shared.config.file import fixed_hyperparameters
-from shared.config.reference import help_text
+from shared.config.file import fixed_hyperparameters, help_text
 from shared.config.schema import StoreOptions, TrainingHyperparameters, parse_section
 from shared.environment import on_cluster, quiet_if_output_is_closed, task_config, use_available_cores
 from shared.errors import DivergedError, UserError, tell_torchrun
-from shared.launchers import adopt_launcher
+from shared.export.metadata import FORMATS, TRANSFORMERS
+from shared.launchers import STOP_SIGNALS, adopt_launcher, parse_signals
 from shared.redaction import redacted
 from shared.training.downloads import checkpoint_here
 from shared.training.loggers import check_loggers
@@ -49,6 +49,7 @@ _COMMANDS = {
     "search": ("shared.search.search", "search"),
     "evaluate": ("shared.commands.evaluate", "evaluate"),
     "predict": ("shared.commands.predict", "predict"),
+    "export": ("shared.commands.export", "export"),
     "check": ("shared.commands.check", "check_with_detector"),
 }
 _ON_ALL_RANKS = ("train", "evaluate", "predict")
@@ -87,7 +88,7 @@ def read_command(module: str, sections: Sections) -> Command | None:
 def experiment_for(arguments: argparse.Namespace, sections: Sections) -> Experiment:
     """The experiment of a command, without hyperparameters if the config's are not used: a search draws them, a
     checkpoint has its own, and a file of results needs none."""
-    has_others = any(getattr(arguments, name, None) for name in ("checkpoint", "results"))
+    has_others = any(getattr(arguments, name, None) for name in ("checkpoint", "results", "model"))
     is_fixed = arguments.command != "search" and not has_others
     return read_experiment(arguments.config, arguments.overrides, sections, with_hyperparameters=is_fixed)
 
@@ -140,8 +141,8 @@ def _check(arguments: argparse.Namespace, experiment: Experiment) -> None:
     if command == "train":
         experiment.searcher_metric(None)
         _check_run(arguments)
-    if command in ("train", "search", "evaluate"):
-        splits = (arguments.split,) if command == "evaluate" else ("train", "val")
+    if command in ("train", "search", "evaluate", "export"):
+        splits = {"evaluate": (getattr(arguments, "split", ""),), "export": ("val",)}.get(command, ("train", "val"))
         experiment.check_paths(splits, submitted=Path(sys.argv[0]).parent)
 
 
@@ -182,7 +183,8 @@ def read_arguments() -> argparse.Namespace:
     """The command line; `command` is what to do."""
     parser = argparse.ArgumentParser(
         prog="model_def.py",
-        description="Train, evaluate, predict or check without a cluster. `--help-config [KEY]` explains the config.",
+        description="Train, evaluate, predict, export or check without a cluster. `--help-config [KEY]` explains the "
+        "config.",
     )
     commands = parser.add_subparsers(required=True, dest="command", metavar=" | ".join(_COMMANDS))
 
@@ -211,6 +213,20 @@ def read_arguments() -> argparse.Namespace:
         "--resume",
         metavar="CHECKPOINT",
         help="`last` or `best` of --output-dir; `auto`: `last` if it exists, else a new run; a checkpoint's path",
+    )
+
+    train.add_argument(
+        "--stop-signals",
+        type=_signals,
+        default=STOP_SIGNALS,
+        metavar="NAMES",
+        help="signals after which it saves and stops, besides Ctrl-C; default TERM,USR1,USR2,HUP",
+    )
+    train.add_argument(
+        "--stop-status",
+        type=_status,
+        metavar="STATUS",
+        help="the exit status after such a signal; default 128 and its number, as 143 for TERM",
     )
 
     search = add("search", "Search hyperparameters with the config's `searcher`, as a cluster would.")
@@ -269,14 +285,51 @@ def read_arguments() -> argparse.Namespace:
             "--checkpoint",
             help="a checkpoint's path or, with DET_MASTER set, its UUID; default: the config's pretrained weights",
         )
+        command.add_argument("--model", type=Path, metavar="FILE", help="an exported file, instead of a checkpoint")
+    add_export_options(add("export", "Write a detector to a file for ONNX Runtime or others, and check it on data."))
     add_check_options(add("check", "Show what would stop a training, and what is odd in its data."))
     return parser.parse_args()
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", help="a checkpoint's path or UUID; default: the config's pretrained weights")
+    formats_help = "default onnx; `torch` is a .pt2 file; `transformers` a folder for that package (detr only)"
+    parser.add_argument("--format", choices=[*FORMATS, TRANSFORMERS], default="onnx", help=formats_help)
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to write; default exports/FORMAT")
+    parser.set_defaults(model=None)
+    parser.add_argument("--images", type=_count, metavar="N", help="check on N images of data.val; default all")
+    parser.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        default=0.001,
+        help="the largest difference of mAP between checkpoint and file; default 0.001",
+    )
+
+
+def _tolerance(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
 
 
 def _count(text: str) -> int:
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+
+
+def _signals(text: str) -> tuple[signal.Signals, ...]:
+    try:
+        return parse_signals(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _status(text: str) -> int:
+    if text.isdecimal() and int(text) < 256:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 255")
 
 
 def _share(text: str) -> float:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple
 
 from shared.errors import UserError
 
-# torchrun sets all of them; the last three follow from where the ranks are, if a launcher does not give them
+# what SLURM, submitit, Kubernetes and a terminal that closes send before they kill
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+_MAY_STOP = {each.name.removeprefix("SIG"): each for each in (*STOP_SIGNALS, signal.SIGQUIT, signal.SIGXCPU)}
+# torchrun sets all numbers; if another launcher does not give the last three, they follow from where the ranks are
 _REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
 _DEFAULT_PORT = 29500  # torchrun's
@@ -64,6 +68,19 @@ def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
         return
     _check({**environment, **found}, launcher)
     environment.update(found)
+
+
+def parse_signals(text: str) -> tuple[signal.Signals, ...]:
+    """The signals of a list such as "TERM,USR1".
+
+    Raises:
+        ValueError: a name is not one of a signal that may stop a training.
+    """
+    names = [name.strip().upper().removeprefix("SIG") for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in _MAY_STOP:
+            raise ValueError(f"{name} is not one of {', '.join(_MAY_STOP)}")
+    return tuple(_MAY_STOP[name] for name in names)
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:

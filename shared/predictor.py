@@ -5,13 +5,17 @@ It detects by the code of `predict`, so its numbers are the same.
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import importlib.util
 import io
 import os
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,11 +23,15 @@ from determined.core import DistributedContext
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
-from shared.commands.evaluate import detect_all, detecting_trial, experiment_of_checkpoint
+from shared.commands.detection import (
+    FileDetector,
+    detect_all,
+    detecting_trial,
+    experiment_of_checkpoint,
+    score_limits,
+)
 from shared.commands.predict_inputs import GivenImages, UnreadableError, size_of
-from shared.commands.score_limits import score_limits
-from shared.commands.trial_classes import trial_class_of
-from shared.config.experiment import experiment_of
+from shared.config.experiment import Experiment, Sections, experiment_of
 from shared.config.schema import StoreOptions, is_url
 from shared.data.annotations import CocoAnnotations
 from shared.data.images import allow_pixels, read_image
@@ -32,9 +40,11 @@ from shared.data.tiles import Tiling
 from shared.errors import UserError
 from shared.evaluation import drawing
 from shared.evaluation.detections import Detections, to_coco_results
-from shared.training.checkpoints import read_checkpoint
+from shared.export.runtime import ENDINGS
+from shared.training.checkpoints import Checkpoint, read_checkpoint
 from shared.training.downloads import find_checkpoint
 from shared.training.meeting import choose_device
+from shared.training.trial import DetectionTrial
 
 Given = str | Path | Image.Image | np.ndarray
 
@@ -93,7 +103,8 @@ class Predictor:
     """Detects in images with a trained detector.
 
     Args:
-        source: a run's folder (its best checkpoint), a checkpoint's folder or, with DET_MASTER set, its UUID.
+        source: a run's folder (its best checkpoint), a checkpoint's folder or, with DET_MASTER set, its UUID; or a
+            file of `export`, which needs no detector's folder.
         detector: the detector's folder, with its model_def.py. Default: found by the checkpoint's class in the working
             directory or the repository.
         hyperparameters: values that replace the checkpoint's, such as `{"max_detections": 300}`.
@@ -108,19 +119,24 @@ class Predictor:
         detector: str | Path | None = None,
         hyperparameters: Mapping[str, Any] | None = None,
     ):
-        checkpoint = read_checkpoint(find_checkpoint(_checkpoint_of(source)))
-        trial_class = trial_class_of(checkpoint, detector)
-        changes = dict(hyperparameters or {})
-        experiment = experiment_of(checkpoint.config, changes, trial_class.sections(), with_hyperparameters=False)
-        experiment = experiment_of_checkpoint(trial_class, experiment, checkpoint, list(changes))
-        self._checkpoint = checkpoint.path
+        self._opened, self._checkpoint = contextlib.ExitStack(), None
+        alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
+        processes, changes = (alone, choose_device(0, 1)), dict(hyperparameters or {})
+        if Path(source).suffix in ENDINGS:
+            if changes:
+                raise UserError(f"{source}: an exported file has no hyperparameters. Fix: give the checkpoint")
+            experiment = _in_this_process(experiment_of({}, {}, Sections(), with_hyperparameters=False))
+            self._trial = FileDetector(DetectionTrial, experiment, Path(source).expanduser(), processes)
+        else:
+            checkpoint = read_checkpoint(find_checkpoint(_checkpoint_of(source)))
+            trial_class = trial_class_of(checkpoint, detector)
+            experiment = experiment_of(checkpoint.config, changes, trial_class.sections(), with_hyperparameters=False)
+            experiment = experiment_of_checkpoint(trial_class, experiment, checkpoint, list(changes))
+            experiment = _in_this_process(experiment)
+            self._checkpoint = checkpoint.path
+            self._trial = self._opened.enter_context(detecting_trial(trial_class, experiment, checkpoint, processes))
         self._options = experiment.data.store_options
         allow_pixels(experiment.data.max_image_pixels)
-        experiment = replace(experiment, data=replace(experiment.data, on_bad_image="error", workers=0))
-        alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
-        self._opened = contextlib.ExitStack()
-        processes = alone, choose_device(0, 1)
-        self._trial = self._opened.enter_context(detecting_trial(trial_class, experiment, checkpoint, processes))
 
     @property
     def categories(self) -> list[dict]:
@@ -149,7 +165,10 @@ class Predictor:
             return self([images], min_score, tiles, overlap)[0]
         if not images:
             return []
-        limits = score_limits(min_score, self._checkpoint, self.categories)
+        exported = self._trial if isinstance(self._trial, FileDetector) else None
+        if exported is not None and tiles is not None:
+            raise UserError("tiles: an exported file detects in whole images. Fix: give the checkpoint to Predictor")
+        limits = score_limits(min_score, self.categories, self._checkpoint, exported)
         with _OpenedImages(images, self._options) as opened:
             tiling = None if tiles is None else Tiling(tiles, overlap)
             sizes = [opened.size(i, in_tiles=tiles is not None) for i in range(len(images))]
@@ -174,6 +193,11 @@ class Predictor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _in_this_process(experiment: Experiment) -> Experiment:
+    """Without loader workers. An image that cannot be read is an error."""
+    return replace(experiment, data=replace(experiment.data, on_bad_image="error", workers=0))
 
 
 def _checkpoint_of(source: str | Path) -> str:
@@ -234,3 +258,80 @@ def _upright(given: Any, position: int) -> Image.Image:
     raise UserError(
         f"image {position}: it is {shape}. Fix: give a path, a Pillow image or a (height, width, 3) uint8 array in RGB"
     )
+
+
+# --- a checkpoint's detector: the class in a model_def.py here. The checkpoint's own code never runs.
+
+_FILE = "model_def.py"
+
+
+def trial_class_of(checkpoint: Checkpoint, folder: str | Path | None = None) -> type[DetectionTrial]:
+    """The trial's class, from the detector's folder.
+
+    Args:
+        folder: the detector's folder. None looks in the working directory, in the repository of this file, and in the
+            folders of both.
+
+    Raises:
+        UserError: no `model_def.py` there has the class, or a package of the detector is not installed.
+    """
+    name = checkpoint.trial_class
+    places = _places() if folder is None else [Path(folder).expanduser()]
+    file = next((place / _FILE for place in places if name in _classes_in(place / _FILE)), None)
+    if file is None:
+        where = " or ".join(dict.fromkeys(str(place) for place in (places[:1] if folder else _roots())))
+        raise UserError(
+            f"{checkpoint.path}: no {_FILE} in {where} has its detector, the class {name}. Fix: give the detector's "
+            "folder, Predictor(…, detector=FOLDER)"
+        )
+    return getattr(_module(file.resolve()), name)
+
+
+def _roots() -> list[Path]:
+    return [Path.cwd(), Path(__file__).resolve().parents[1]]
+
+
+def _places() -> list[Path]:
+    """The folders to look in: not the `code` that a run and a checkpoint keep, which may come from strangers."""
+    below = {root: sorted(file.parent for file in root.glob(f"*/{_FILE}")) for root in _roots()}
+    return [place for root, folders in below.items() for place in (root, *folders) if place.name != "code"]
+
+
+def _classes_in(file: Path) -> set[str]:
+    """The classes that a file defines, without running it."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):  # not the detector that is looked for
+        return set()
+    return {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _module(file: Path) -> ModuleType:
+    """The module of a file, imported once."""
+    for module in list(sys.modules.values()):
+        if (known := getattr(module, "__file__", None)) and known.endswith(_FILE) and Path(known).resolve() == file:
+            return module
+    name = f"{file.parent.name}_model_def"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # loader workers pickle by it
+    sys.path.insert(0, str(file.parent))  # what stands beside it
+    try:
+        with _own_excepthook():
+            spec.loader.exec_module(module)
+    except (ImportError, SystemExit) as error:
+        del sys.modules[name]
+        raise UserError(
+            f"{file}: the detector cannot be imported: {error}. Fix: pip install -r {file.parent / 'requirements.txt'}"
+        ) from error
+    return module
+
+
+@contextlib.contextmanager
+def _own_excepthook() -> Iterator[None]:
+    """Restores `sys.excepthook`: a detector replaces that of its program, and this program is the user's."""
+    kept = sys.excepthook
+    try:
+        yield
+    finally:
+        sys.excepthook = kept

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -95,7 +95,7 @@ def why_none() -> str | None:
         if shutil.which(tool) is None:
             return f"{tool} is missing"
     tried = subprocess.run(
-        ["unshare", "-Urnmu", "sh", "-c", "ip link add a type veth peer name b && mount -t tmpfs none /mnt"],
+        ["unshare", "-Urnmu", "sh", "-c", "ip link add left type veth peer name right && mount -t tmpfs none /mnt"],
         capture_output=True,
         text=True,
     )
@@ -103,8 +103,8 @@ def why_none() -> str | None:
 
 
 @contextlib.contextmanager
-def machines(folder: Path, count: int = 2, shown: Path | None = None) -> Iterator[list[Machine]]:
-    """Machines named node-0, node-1 …, whose disks are in `folder`. The chief of a run is node-0."""
+def machines(folder: Path, count: int = 2) -> Iterator[list[Machine]]:
+    """Machines named node-0, node-1 …, whose disks are in `folder`."""
     disks, disk = folder / "disks", folder / "disk"
     disk.mkdir()
     names = [f"node-{number}" for number in range(count)]
@@ -156,7 +156,7 @@ def _do(holder: int, script: str) -> None:
 
 
 def copy_code(machine: Machine, detector: str, *others: Path) -> None:
-    """Copies a detector's folder and files beside it, as a user does for each machine."""
+    """Copies a detector's folder, and files beside it, as a user does for each machine."""
     ignored = shutil.ignore_patterns("__pycache__", "runs", "*.md")
     shutil.copytree(ROOT / detector, machine.own / "code", dirs_exist_ok=True, ignore=ignored)
     for other in others:
@@ -164,8 +164,8 @@ def copy_code(machine: Machine, detector: str, *others: Path) -> None:
         copy(other, machine.own / "code" / other.name)
 
 
-def wait_until(happens, seconds: float = 300, *, of: tuple[Machine, ...] = ()) -> None:
-    """Waits for something that programs of these machines do. Fails if they end before it."""
+def wait_until(happens: Callable[[], bool], seconds: float = 300, *, of: Sequence[Machine] = ()) -> None:
+    """Waits for something that programs of these machines do. Fails once none of them runs any more."""
     until = time.monotonic() + seconds
     while not happens():
         logs = "\n".join(machine.log for machine in of)

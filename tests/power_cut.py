@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 _EXT4_IOC_SHUTDOWN = 2 << 30 | 4 << 16 | ord("X") << 8 | 125
 _WITHOUT_FLUSHING_THE_JOURNAL = 2
+_SECONDS_TO_DETACH = 10
 
 
 class Ext4:
@@ -31,6 +33,9 @@ class Ext4:
             os.close(descriptor)
         kill()
         _run("umount", self.path)
+        deadline = time.monotonic() + _SECONDS_TO_DETACH
+        while _run("losetup", "--associated", self.image) and time.monotonic() < deadline:
+            time.sleep(0.05)  # another program may still look at the old device, and its errors are read from it
         _run("mount", "-o", "loop", self.image, self.path)
 
 
@@ -52,8 +57,8 @@ def ext4(folder: Path, megabytes: int) -> Iterator[Ext4]:
         _run("umount", "--lazy", mounted)
 
 
-def _run(*command: object) -> None:
-    subprocess.run([*map(str, command)], check=True, capture_output=True)
+def _run(*command: object) -> bytes:
+    return subprocess.run([*map(str, command)], check=True, capture_output=True).stdout
 
 
 class Recorder:

@@ -23,12 +23,12 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def _serving(handler):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+def _serving(handler, host="127.0.0.1", port=0):
+    server = http.server.ThreadingHTTPServer((host, port), handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"http://{host}:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
@@ -130,6 +130,11 @@ def _files(folder: Path):
     return [path for path in sorted(folder.rglob("*")) if path.is_file() and hidden.isdisjoint((path, *path.parents))]
 
 
+def one_in_ten(number: int) -> str | None:
+    """The fault of a request: each tenth has one, of each kind in turn."""
+    return ("error", "reset", "lost")[number // 10 % 3] if number % 10 == 0 else None
+
+
 class Faults:
     """What a proxy does to the reads of images: `of(number)` is a kind of fault, or None, for each read.
 
@@ -163,8 +168,8 @@ class Faults:
 
 
 @contextlib.contextmanager
-def with_faults(endpoint: str, faults: Faults):
-    """The endpoint of a proxy before a store."""
+def with_faults(endpoint: str, faults: Faults, *listens):
+    """The endpoint of a proxy before a store; `listens` is a host and a port."""
     host = endpoint.removeprefix("http://")
 
     class Proxy(_Quiet):
@@ -201,5 +206,5 @@ def with_faults(endpoint: str, faults: Faults):
 
         do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 
-    with _serving(Proxy) as url:
+    with _serving(Proxy, *listens) as url:
         yield url

@@ -411,7 +411,7 @@ def test_boxes_under_a_pixel_are_a_warning_and_nothing_else_an_error(coco, caplo
         check_trainable(tiny)
     coco["annotations"][0]["bbox"] = [5, 5, 0.5, 3]
     check_trainable(CocoAnnotations.from_dict(coco))
-    assert "data.train: 1 boxes are less than a pixel wide or high" in caplog.text
+    assert "data.train: 1 box less than a pixel wide or high" in caplog.text
 
 
 WRONG_MASKS = {

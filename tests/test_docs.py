@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from shared.__main__ import _COMMANDS as COMMANDS
-from shared.config.reference import keys_of
+from shared.config.file import keys_of
 from shared.config.schema import key_names
 from shared.launch import read_arguments
 

@@ -360,7 +360,7 @@ def test_a_run_that_is_refused_leaves_the_folder_of_the_other(tmp_path):
                 both[1].take()
             except UserError as error:
                 both[1].free()
-                os._exit(3 if "a run is going on" in str(error) else 4)
+                os._exit(3 if "another process uses" in str(error) else 4)
             os._exit(5)
         in_other_process.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from determined import gpu
+from tiny_models import MAIN_DETECTORS
 
 WITHOUT_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PY": sys.executable}
 
@@ -54,7 +55,7 @@ def packages_in(path):
 
 
 def test_the_kit_has_every_package_that_the_detectors_require(gpu_kit):
-    folders = ("shared", "efficientdet", "mmdetection", "detectron2")
+    folders = ("shared", *MAIN_DETECTORS)
     required = set().union(*(packages_in(ROOT / folder / "requirements.txt") for folder in folders))
     of_torchvision = {"fsspec", "jinja2", "numpy", "pillow", "torch", "torchvision"}
     small, rest = (packages_in(ROOT / "benchmarks" / name) for name in ("gpu_kit.txt", "gpu_kit_all.txt"))

@@ -11,8 +11,8 @@ from conftest import ROOT
 
 # each may import from those after it, and from its own room
 FLOORS = (
-    *("__main__", "launch", "predictor", "commands", "search", "report", "training", "evaluation", "library", "data"),
-    *("config", "launchers", "durable", "redaction", "errors", "environment"),
+    *("__main__", "launch", "predictor", "commands", "search", "export", "report", "training", "evaluation"),
+    *("library", "data", "config", "launchers", "durable", "redaction", "errors", "environment"),
 )
 BY_ITSELF = ("container",)  # runs before anything is installed
 LIBRARIES = ("effdet", "timm", "mmdet", "mmcv", "detectron2", "transformers", "model_def")
@@ -133,7 +133,7 @@ SET_BY = {
     "hang.py": ["self._context"],
     "run.py": ["threading"],  # what prints the errors of threads
     "processes.py": ["self._context", "self._socket", "socket"],
-    "stopping.py": ["_before_fork"],
+    "signals.py": ["_before_fork"],
     "switches.py": ["TrainedInFloat32", "module", "probe"],
     "validation.py": ["module", "torch.distributed"],
 }

@@ -14,11 +14,11 @@ from conftest import run_command
 from PIL import Image
 from stores import BUCKET, http_store, s3_store
 
-from shared.commands import evaluate as evaluate_module
+from shared.commands import detection
+from shared.commands.detection import score_limits
 from shared.commands.evaluate import evaluate as evaluate_command
 from shared.commands.predict import predict as predict_command
 from shared.commands.predict_inputs import _find
-from shared.commands.score_limits import score_limits
 from shared.config.schema import TrainingHyperparameters
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection
@@ -262,16 +262,16 @@ def test_the_threshold_of_the_run_s_report_is_drawn_with(predict, tmp_path, monk
     per_category = [{"name": "square", "threshold": 0.5}, {"name": "circle", "threshold": None}]
     report = {"best_threshold": 0.05, "bbox": {"categories": per_category}}
     (tmp_path / "run/report.json").write_text(json.dumps(report))
-    monkeypatch.setattr(evaluate_module, "find_checkpoint", Path)
-    monkeypatch.setattr(evaluate_module, "read_checkpoint", lambda _: checkpoint)
-    monkeypatch.setattr(evaluate_module, "load_weights", lambda *_: None)
+    monkeypatch.setattr(detection, "find_checkpoint", Path)
+    monkeypatch.setattr(detection, "read_checkpoint", lambda _: checkpoint)
+    monkeypatch.setattr(detection, "load_weights", lambda *_: None)
     monkeypatch.setattr(FindsTwo, "batches", 0, raising=False)
     predict("a.png", min_score="best", checkpoint=str(path))
     assert "the 2 of at least 0.05 are drawn" in capsys.readouterr().out
     predict("a.png", min_score="best-per-category", checkpoint=str(path), output="each")
     assert "the 1 of at least their category's best score are drawn" in capsys.readouterr().out
     categories = [{"name": "square"}, {"name": "circle"}]
-    assert score_limits("best-per-category", path, categories).scores.tolist() == [0.5, 0.05]
+    assert score_limits("best-per-category", categories, path).scores.tolist() == [0.5, 0.05]
 
 
 def test_an_image_that_cannot_be_decoded_is_left_out(predict, tmp_path, caplog):
@@ -502,7 +502,7 @@ RESULT = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
         ([{"image_id": 1, "category_id": 1, "score": 1}], "`bbox` is missing"),
         (
             [{**RESULT, "segmentation": {"size": [1, 1], "counts": "04"}}],
-            "size is \\[1, 1\\], and the image's is \\[128",
+            "RLE of the size \\[1, 1\\], and the image's is \\[128",
         ),
         ([{**RESULT, "file_name": "a.png"}], "its file is a.png, and the annotations' image of this id is 000000.png"),
         ({"images": [], "annotations": []}, "is no list of results, .* but an object, as an annotation file is"),
@@ -517,7 +517,7 @@ RESULT = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
         ([{**RESULT, "score": 1e300}], "result 0, of image 1: .*`score` 1e\\+300"),
         ([{**RESULT, "keypoints": [1, 1e300, 2]}], "result 0, of image 1: `keypoints` .*1e\\+300"),
         ('[{"segmentation": ' + "[" * 100_000, "is not a list of results: lists in lists without end"),
-        (json.dumps([RESULT]).encode("utf-16"), "is not JSON"),
+        (json.dumps([RESULT]).encode("utf-16"), "is in UTF-16"),
         ('[{"file_name": "ü"}]'.encode("latin-1"), "is not JSON: it is not in UTF-8"),
     ],
 )

@@ -456,7 +456,23 @@ def test_the_summary_counts_images_with_more_objects_than_are_scored(tmp_path):
     found = [Detections(r.image_id, r.boxes, np.linspace(1, 0.5, len(r.boxes)), r.labels) for r in annotations]
     report(annotations, found, tmp_path / "report.html", resamples=0)
     text = Page(tmp_path / "report.html").text
-    assert "1 image holds more than 100 objects of one category, and COCO scores at most 100 detections" in text
+    assert "1 image holds more than 100 objects of one category. Only 100 detections of a category are scored" in text
+
+
+def test_the_report_scores_as_many_detections_as_the_option_says(tmp_path, monkeypatch):
+    data_set(tmp_path, [(1, 3, [i % 40 * 2, i // 40 * 2, 1, 1]) for i in range(120)])
+    annotations, results = tmp_path / "annotations.json", tmp_path / "found.json"
+    rows = json.loads(annotations.read_text())["annotations"]
+    results.write_text(json.dumps([{**row, "score": 0.9} for row in rows]))
+    values = []
+    for option in ([], ["--max-detections", "200"]):
+        output = tmp_path / "report.html"
+        arguments = [str(annotations), str(results), "--output", str(output), "--resamples", "0"]
+        monkeypatch.setattr("sys.argv", ["shared", "report", *arguments, *option])
+        shared_main()
+        values.append(json.loads(output.with_suffix(".json").read_text())["bbox"]["metrics"]["mAP"])
+    assert values[0] < 0.9
+    assert values[1] == pytest.approx(1)
 
 
 # --- figures --------------------------------------------------------------------------------------------

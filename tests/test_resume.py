@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, reports, run_model_def
-from tiny_models import CONFIGS
+from tiny_models import CONFIGS, MAIN_DETECTORS
 
 from shared.errors import DivergedError, UserError
 from shared.training.checkpoints import load_state, read_checkpoint
@@ -104,7 +104,7 @@ def config(detector, shapes, tmp_path):
         ("efficientdet", 2),
         *(
             pytest.param(*others, marks=pytest.mark.slow)
-            for others in itertools.product(("efficientdet", "mmdetection", "detectron2"), (1, 2))
+            for others in itertools.product(MAIN_DETECTORS, (1, 2))
             if others != ("efficientdet", 2)
         ),
     ],

@@ -11,8 +11,8 @@ import torch
 from cluster_task import become_a_task
 from conftest import other_detectors_are_slow, reports
 from test_resume import assert_same_bits, final_state
-from test_switches import FROZEN, small
-from tiny_models import trial_classes
+from test_switches import small
+from tiny_models import FROZEN, trial_classes
 from torch import nn
 
 from shared import launch

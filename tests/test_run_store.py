@@ -8,7 +8,7 @@ import time
 import pytest
 import yaml
 from conftest import reports, run_command
-from stores import BUCKET, Faults, gcs_store, s3_store, with_faults
+from stores import BUCKET, Faults, gcs_store, one_in_ten, s3_store, with_faults
 from test_resume import assert_same_bits, final_state
 from tiny_models import efficientdet_config
 from without_figures import leave_out_figures
@@ -19,6 +19,7 @@ from shared.data import remote
 from shared.data.places import FolderPlace, open_place
 from shared.data.remote import StoreError
 from shared.errors import UserError
+from shared.training.downloads import find_checkpoint
 from shared.training.run_folder import RunFolder
 from shared.training.run_store import RunStore
 from shared.training.saving import check_manifest, write_manifest
@@ -70,11 +71,12 @@ def whole(shapes, tmp_path_factory):
     return folder / "run"
 
 
-def crash_after(trial_class, number):
+def crash_after(trial_class, number, before_crash=lambda: None):
     class Crashing(trial_class):
         def after_batch(self, batch):
             super().after_batch(batch)
             if batch == number:
+                before_crash()
                 raise RuntimeError("crash")
 
     Crashing.__module__ = trial_class.__module__
@@ -89,10 +91,10 @@ def numbers(run):
     ]
 
 
-def assert_a_fresh_machine_continues(train, trial_class, config, store, whole):
+def assert_a_fresh_machine_continues(train, trial_class, config, store, whole, before_crash=lambda: None):
     """Crashes after batch 6 on one machine, continues in another folder, and compares with a run without a store."""
     with pytest.raises(RuntimeError, match="crash"):
-        train(crash_after(trial_class, 6), config, "machine_a", store=store)
+        train(crash_after(trial_class, 6, before_crash), config, "machine_a", store=store)
     run = train(trial_class, config, "machine_b", resume="auto", store=store)
     assert_same_bits(final_state(run), final_state(whole))
     assert numbers(run) == numbers(whole)
@@ -114,11 +116,6 @@ def test_a_fresh_machine_continues_from_another_disk_to_the_same_bits(train, tri
     assert not list((tmp_path / "machine_c/checkpoints").glob(".uploading/*"))
 
 
-def one_in_ten(number):
-    """Kinds of faults in turn, for each tenth request."""
-    return ("error", "reset", "lost")[number // 10 % 3] if number % 10 == 0 else None
-
-
 def test_a_bucket_that_fails_one_request_in_ten_keeps_a_run(s3, tmp_path):
     faults = Faults(one_in_ten, counted=lambda path, command: True)
     with with_faults(s3, faults) as endpoint:
@@ -138,11 +135,21 @@ def test_a_fresh_machine_continues_from_a_bucket_with_faults(train, trial_class,
 
 @pytest.mark.slow
 def test_a_store_that_is_cut_off_in_a_save_delays_nothing(train, trial_class, config, whole, s3, caplog):
-    """It is away for 20 s, which is five times the time for which one request is repeated."""
-    cut_off = []
+    """It is away for 20 s, more than twice the time for which one request is repeated."""
+    cut_off, was_away = [], []
+
+    def is_away():
+        return bool(cut_off) and time.monotonic() < cut_off[0] + 20
 
     def of(number):
-        return "away" if cut_off and time.monotonic() < cut_off[0] + 20 else None
+        return "away" if is_away() else None
+
+    def wait_until_it_is_back():  # two batches after the save
+        while not cut_off:
+            time.sleep(0.1)
+        was_away.append(is_away())
+        while is_away():
+            time.sleep(0.1)
 
     def is_weights(path, command):
         if command == "PUT" and path.endswith("state_dict.pth") and not cut_off:
@@ -150,9 +157,10 @@ def test_a_store_that_is_cut_off_in_a_save_delays_nothing(train, trial_class, co
         return True
 
     with with_faults(s3, Faults(of, counted=is_weights)) as endpoint:
-        config["data"] |= {"endpoint_url": endpoint, "store_timeout": 4}
-        assert_a_fresh_machine_continues(train, trial_class, config, f"s3://{BUCKET}/runs/a", whole)
-    assert cut_off
+        config["data"] |= {"endpoint_url": endpoint, "store_timeout": 8}
+        place = f"s3://{BUCKET}/runs/a"
+        assert_a_fresh_machine_continues(train, trial_class, config, place, whole, wait_until_it_is_back)
+    assert was_away == [True]
     assert "uploads are repeated until it answers" in caplog.text
 
 
@@ -221,6 +229,19 @@ def assert_a_run_is_kept(place, tmp_path):
     folder = fetched(place, tmp_path / "b")
     assert whole_batches(folder) == {"best": 4, "last": 8}
     assert [report["batches"] for report in folder.reports()] == [4, 8]
+
+
+def test_best_and_last_of_a_store_are_checkpoints(s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for number, run in enumerate((f"s3://{BUCKET}/runs/a", str(tmp_path / "disk/a"))):
+        train_and_store(open_place(run, StoreOptions(timeout=20)), RunFolder(tmp_path / f"run_{number}"))
+        for which, batches in (("best", 4), ("last", 8), ("last", 8)):
+            folder = find_checkpoint(f"{run}/checkpoints/{which}")
+            check_manifest(folder)
+            assert json.loads((folder / "metadata.json").read_text())["steps_completed"] == batches
+    with pytest.raises(UserError, match=f"there is no run in s3://{BUCKET}/runs/b"):
+        find_checkpoint(f"s3://{BUCKET}/runs/b/checkpoints/best")
 
 
 class Killed(Exception):

@@ -18,8 +18,7 @@ from shared.commands.predict import predict
 from shared.config.schema import TrainingHyperparameters
 from shared.data.dataset import CocoDetection
 from shared.data.loading import Batch
-from shared.data.tiles import Tiling
-from shared.data.windows import open_windows
+from shared.data.tiles import Tiling, open_windows
 from shared.errors import UserError
 from shared.evaluation.detections import Detections, encode_masks
 from shared.training.trial import DetectionTrial

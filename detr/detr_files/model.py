@@ -156,6 +156,16 @@ def input_scale(hparams: DetrHyperparameters) -> InputScale | None:
     return InputScale(min(config.feat_strides), "stride", min(sides), max(sides))
 
 
+def input_step(config: PreTrainedConfig) -> int:
+    """The number of pixels of which the sides of an input must be a multiple."""
+    backbone = getattr(config, "backbone_config", None) or config
+    patch = getattr(backbone, "patch_size", None)
+    if patch is None:
+        return 32
+    patch = patch if isinstance(patch, int) else max(patch)
+    return patch * getattr(backbone, "num_windows_side", getattr(backbone, "num_windows", 1))
+
+
 def build_detector(config: PreTrainedConfig, categories: list[dict]) -> PreTrainedModel:
     """transformers' model for these categories, with random weights. Changes the labels of `config`.
 

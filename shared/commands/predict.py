@@ -15,10 +15,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shared.commands.evaluate import (
+from shared.commands.detection import (
+    FileDetector,
+    ScoreLimits,
     detect_all,
-    detecting_trial,
+    detector_of,
     make_folder,
+    score_limits,
     tiling_of,
     with_checkpoint,
     write_results,
@@ -30,7 +33,6 @@ from shared.commands.predict_inputs import (
     find_files,
     look_at,
 )
-from shared.commands.score_limits import ScoreLimits, score_limits
 from shared.commands.videos import Video, VideoWriter, detect_frames, tracker
 from shared.config.experiment import Experiment
 from shared.config.schema import DataConfig
@@ -39,7 +41,7 @@ from shared.data.images import allow_pixels, read_image
 from shared.data.open import SplitData
 from shared.data.storage import DiskImages
 from shared.data.tiles import open_image
-from shared.errors import UserError
+from shared.errors import UserError, count_of
 from shared.evaluation import drawing
 from shared.evaluation.detections import Detections, to_coco_results
 from shared.training.meeting import local_processes
@@ -55,7 +57,8 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
     experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments)
     # as the inputs whose header cannot be read
     experiment = replace(experiment, data=replace(experiment.data, on_bad_image="skip"))
-    score_limits(arguments.min_score, checkpoint and checkpoint.path, [])  # what it refuses, before the model is built
+    if arguments.model is None:  # what it refuses, before the model is built
+        score_limits(arguments.min_score, [], checkpoint and checkpoint.path)
     options, tiling = experiment.data.store_options, tiling_of(arguments)
     allow_pixels(experiment.data.max_image_pixels)
     with local_processes() as processes, contextlib.ExitStack() as stack:
@@ -74,8 +77,9 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
             return pictures, images
 
         pictures, images = on_chief(distributed, open_inputs)
-        with detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
-            limits = score_limits(arguments.min_score, checkpoint and checkpoint.path, trial.categories)
+        with detector_of(trial_class, experiment, checkpoint, arguments.model, processes) as trial:
+            exported = trial if isinstance(trial, FileDetector) else None
+            limits = score_limits(arguments.min_score, trial.categories, checkpoint and checkpoint.path, exported)
             still = [picture for picture in pictures if picture.frames is None]
             data = pictures_as_data(still, images, arguments.images, trial) if still else None
             prediction = _Prediction(trial, data, pictures, arguments, limits)
@@ -95,7 +99,7 @@ def _check_is_empty(output: Path) -> None:
 
 
 def pictures_as_data(
-    pictures: list[Picture], images: GivenImages, given: Sequence[str], trial: DetectionTrial
+    pictures: list[Picture], images: GivenImages, given: Sequence[str], trial: DetectionTrial | FileDetector
 ) -> SplitData:
     """The images as data without annotations. The image ids are those in data.val if it has all the file names, else
     the positions."""
@@ -131,7 +135,7 @@ class _Prediction:
 
     def __init__(
         self,
-        trial: DetectionTrial,
+        trial: DetectionTrial | FileDetector,
         data: SplitData | None,
         pictures: list[Picture],
         arguments: argparse.Namespace,
@@ -249,8 +253,8 @@ class _Prediction:
         rows = [row for found in by_image.values() for row in found]
         drawn = sum(np.float32(row["score"]) >= limits[row["category_id"]] for row in rows)
         print(
-            f"{len(rows)} detections on {len(by_image)} images in {self.output / 'results.json'}; the {drawn} "
-            f"{self.limits.text} are drawn in the pictures beside it"
+            f"{count_of(len(rows), 'detection')} on {count_of(len(by_image), 'image')} in "
+            f"{self.output / 'results.json'}; the {drawn} {self.limits.text} are drawn in the pictures beside it"
         )
         each = 1000 * sum(self.seconds.values()) / max(len(self.results), 1)
         print(
@@ -262,7 +266,7 @@ class _Prediction:
     def write_interrupted(self) -> None:
         """After Ctrl-C: writes what is done to results.json, if this is the only process."""
         count = len(self.positions) + sum(picture.frames or 0 for picture in self.pictures)
-        done = f"stopped: {len(self.results)} of {count} images are done"
+        done = f"stopped: {len(self.results)} of {count_of(count, 'image')} are done"
         if self.trial.slots > 1:
             print(f"{done} by process {self.trial.rank}, drawn in {self.output}; no results.json", file=sys.stderr)
             return

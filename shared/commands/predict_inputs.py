@@ -24,7 +24,7 @@ from shared.data.cache import Look
 from shared.data.images import is_image_name
 from shared.data.remote import RemoteImages
 from shared.data.storage import CachedImages, ImageStorage
-from shared.data.windows import HOW_TO_READ, open_windows
+from shared.data.tiles import HOW_TO_READ, open_windows
 from shared.errors import UserError, same_on_any_disk
 from shared.evaluation.drawing import is_drawn
 

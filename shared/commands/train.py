@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path, PurePosixPath
@@ -21,7 +22,7 @@ from shared.config.experiment import Experiment, experiment_of, per_slot_batch_s
 from shared.data.open import SplitData
 from shared.data.places import open_place
 from shared.environment import task_config
-from shared.errors import UserError
+from shared.errors import UserError, count_of
 from shared.evaluation import drawing
 from shared.evaluation.evaluator import CocoEvaluator, metrics_table
 from shared.evaluation.gathered import GatheredDetections, load_detections
@@ -34,6 +35,7 @@ from shared.training.resume import read_checkpoint_to_resume
 from shared.training.run import ClusterRun, LocalRun, full_disk_as_error
 from shared.training.run_folder import RunFolder
 from shared.training.run_store import RunStore
+from shared.training.signals import StoppedBeforeTraining, StopSignals
 from shared.training.stopping import End, Outcome
 from shared.training.tensorboard import picture_of
 from shared.training.training_metrics import duration
@@ -48,10 +50,29 @@ _LABELS = 6  # images of each split in labels.png
 
 
 def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arguments: argparse.Namespace) -> None:
-    """Trains without a cluster. Writes everything into one folder, and a copy of it where `--store` says."""
-    source = Path(sys.modules[trial_class.__module__].__file__).parent
+    """Trains without a cluster. Writes everything into one folder, and a copy of it where `--store` says.
+
+    A signal stops it, with a checkpoint and a mark in the folder.
+    """
     name = time.strftime("%Y%m%d-%H%M%S") if arguments.store is None else PurePosixPath(arguments.store).name
     output_dir = arguments.output_dir or Path("runs", name)
+    with StopSignals(arguments.stop_signals, arguments.stop_status) as signals:
+        try:
+            _train_in(output_dir, trial_class, experiment, arguments, signals)
+        except StoppedBeforeTraining as stopped:
+            if int(os.environ.get("RANK", 0)) == 0:
+                RunFolder(output_dir).mark_requeue(stopped.signal, None)
+            raise
+
+
+def _train_in(
+    output_dir: Path,
+    trial_class: type[DetectionTrial],
+    experiment: Experiment,
+    arguments: argparse.Namespace,
+    signals: StopSignals,
+) -> None:
+    source = Path(sys.modules[trial_class.__module__].__file__).parent
     if int(os.environ.get("RANK", 0)) == 0:
         logger.info("run: %s", output_dir.absolute())
     with local_processes(experiment.hang_minutes) as (distributed, device), contextlib.ExitStack() as stack:
@@ -84,7 +105,7 @@ def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arg
             if run_store is not None:
                 run_store.begin()
         policy, is_chief = trial.schedule.checkpoint_policy, trial.rank == 0
-        run = LocalRun(folder, loggers, trial.searcher_metric, policy, is_chief, run_store)
+        run = LocalRun(folder, loggers, trial.searcher_metric, policy, is_chief, signals, run_store)
         outcome = train(trial, run, checkpoint, _draw_figures)
         if outcome.end is End.NOTHING_TO_DO:
             loggers.finish(0)
@@ -95,7 +116,9 @@ def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arg
         elif not outcome.is_finished:
             if trial.rank == 0:
                 print(f"{outcome}; continue with --output-dir {folder.path} --resume last", file=sys.stderr)
-            sys.exit(outcome.exit_status)
+                if outcome.signal != signal.SIGINT:
+                    folder.mark_requeue(outcome.signal, outcome.batches)
+            sys.exit(signals.exit_status(outcome.signal))
         elif trial.rank == 0:
             results = Results(trial, folder, outcome)
             results.show()
@@ -217,7 +240,7 @@ class Results:
         from shared.report.report import report, summary_of  # importing matplotlib takes half a second
 
         try:
-            found, _ = load_detections(folder.detections)
+            found, *_ = load_detections(folder.detections)
             analyses = report(
                 trial.val_data.annotations,
                 found.detections(),
@@ -251,7 +274,7 @@ class Results:
             facts={
                 "run": folder.path,
                 **dict(trial.summary_lines()),
-                "validation data": f"{annotations.path or 'fake'}, {len(annotations)} images",
+                "validation data": f"{annotations.path or 'fake'}, {count_of(len(annotations), 'image')}",
                 **({} if best is None else {"best checkpoint": f"batch {best} of {outcome.total}"}),
                 **({"ended by": outcome.why} if outcome.why else {}),
                 "device": trial.context.device,

@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-from shared.commands.evaluate import detect_all
+from shared.commands.detection import FileDetector, detect_all
 from shared.data.annotations import CocoAnnotations
 from shared.data.cache import Look
 from shared.data.open import SplitData
@@ -119,7 +119,7 @@ def _cv2(path: str) -> ModuleType:
 
 
 def detect_frames(
-    trial: DetectionTrial, video: Video, tiling: Tiling | None, seconds: dict[str, float]
+    trial: DetectionTrial | FileDetector, video: Video, tiling: Tiling | None, seconds: dict[str, float]
 ) -> Iterator[tuple[Image.Image, Detections]]:
     """Each frame with its detections, in order. The image id is the frame's number, from 0."""
     per_batch = trial.evaluation_batch_size

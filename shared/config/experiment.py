@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from shared.config.augment import parse_augment
 from shared.config.file import expanded, find_path, fixed_hyperparameters, interpolated, load_config
 from shared.config.schema import (
     BACKEND_ALIASES,
@@ -208,6 +209,7 @@ def parse_data(
     section = dict(config.get("data") or {})
     section |= {split: {"annotations": section[split]} for split in _SPLITS if isinstance(section.get(split), str)}
     data = parse_section(section, into, "data")
+    data.augment = parse_augment(data.augment)
     data.backend = BACKEND_ALIASES.get(data.backend, data.backend)
     if data.backend not in BACKENDS:
         raise UserError(f"data.backend: {data.backend!r} is not available; {nearest(data.backend, BACKENDS)}")

@@ -333,8 +333,8 @@ def _cached(
                 _remove_older(cache)
                 return _map_columns(cache) or (parsed, None)
         logger.warning(
-            "%s: the annotation cache cannot be written in %s; set data.cache_dir to a folder with room. "
-            "Going on with the annotations in memory.",
+            "%s: the annotation cache cannot be written in %s; set data.cache_dir to a folder with room. The "
+            "annotations stay in memory",
             path,
             " or ".join(str(place.parent) for place in places) or "a home directory, for there is none",
         )

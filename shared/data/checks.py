@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 from urllib.parse import unquote
@@ -42,9 +42,19 @@ _AT_ONCE = 2**12  # images in memory at once
 def check_box_format(annotations: CocoAnnotations, where: str) -> None:
     """Raises UserError if all boxes are shares of the image's size, or corners, instead of x y width height in
     pixels."""
+    check_boxes(_boxes_in_use(annotations), f"{where}: {annotations.path}" if annotations.path else where)
+
+
+def check_boxes(parts: Iterable[tuple[np.ndarray, np.ndarray]], where: str) -> None:
+    """The same for boxes of any source.
+
+    Args:
+        parts: (N, 4) boxes with an area, and (N, 2) width and height of each one's image.
+        where: the source, for errors.
+    """
     count = largest_side = reaching_over = fitting = 0
     within_one, has_fractions = True, False
-    for boxes, sizes in _boxes_in_use(annotations):
+    for boxes, sizes in parts:
         count += len(boxes)
         largest_side = max(largest_side, int(sizes.max()))
         within_one &= bool(boxes.min() >= 0 and boxes.max() <= 1)
@@ -56,14 +66,14 @@ def check_box_format(annotations: CocoAnnotations, where: str) -> None:
     # an image of a few pixels may have such boxes rightly; whole numbers are boxes in an image's first pixel
     if count and within_one and largest_side > 8 and has_fractions:
         raise UserError(
-            f"{where}: all {count} boxes of {annotations.path} lie between 0 and 1: they are shares of the "
-            "image's size, and COCO has pixels; multiply x and width by the image's width, y and height by its height"
+            f"{where}: all {count} boxes lie between 0 and 1: they are shares of the image's size, and COCO "
+            "has pixels. Fix: multiply x and width by the image's width, y and height by its height"
         )
     if count >= _FEWEST and reaching_over / count >= _REACH_OVER and fitting / count >= _FIT_AS_CORNERS:
         raise UserError(
-            f"{where}: the boxes of {annotations.path} look like corners, x1 y1 x2 y2, and COCO has x y width height: "
+            f"{where}: its boxes look like corners, x1 y1 x2 y2, and COCO has x y width height: "
             f"{reaching_over / count:.0%} of them reach far over the edge of their image as COCO's, and "
-            f"{fitting / count:.0%} fit as corners; write [x1, y1, x2 - x1, y2 - y1]"
+            f"{fitting / count:.0%} fit as corners. Fix: write [x1, y1, x2 - x1, y2 - y1]"
         )
 
 

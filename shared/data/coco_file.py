@@ -142,7 +142,7 @@ def parse(data: JSONBytes, source: object) -> Parsed:
     Raises:
         UserError: the content is not JSON, is not COCO, or contradicts itself.
     """
-    coco = _decode(_unpack(data, source), source)
+    coco = _decode(unpack(data, source), source)
     images, annotations, notes = coco.images, coco.annotations, []
     if not images:
         raise UserError(f"{source} has no images")
@@ -251,7 +251,7 @@ def offsets_of(counts: Collection[int] | np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
-def _unpack(data: JSONBytes, source: object) -> JSONBytes:
+def unpack(data: JSONBytes, source: object) -> JSONBytes:
     """JSON without gzip and the byte order mark that Windows programs write."""
     if data[:2] == b"\x1f\x8b":
         data = _gunzip(data, source)

@@ -21,6 +21,11 @@ from shared.data.dataset import BadImages, SampleKey
 
 logger = logging.getLogger(__name__)
 
+# Samples are combined with neighbors in the batches 0, 4 and 8 before. One, two or four workers have decoded them.
+_NEIGHBORS = 4
+_BATCHES_BACK = 3
+_STEP_BACK = 4
+
 
 @dataclass
 class Batch:
@@ -189,6 +194,7 @@ class TrainingBatchSampler(Sampler):
         rank, slots: which part of each global batch is for this slot.
         first_batch: batches already trained, to continue after.
         repeats: (images,) how often an epoch has each image, 1 or more; None for once.
+        others: how many other images a sample is combined with: see `_others`.
     """
 
     groups: np.ndarray
@@ -198,6 +204,7 @@ class TrainingBatchSampler(Sampler):
     slots: int = 1
     first_batch: int = 0
     repeats: np.ndarray | None = None
+    others: int = 0
 
     def __post_init__(self) -> None:
         if self.rank == 0 and self.per_slot_batch_size * self.slots > len(self.groups):
@@ -210,10 +217,16 @@ class TrainingBatchSampler(Sampler):
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch, first = divmod(self.first_batch, len(self))
         while True:
-            own = self._epoch(epoch)[first:, self.rank].copy()  # a view would keep the parts of all slots
-            for batch in own:  # lists of a whole epoch would take five times the memory
-                numbers = batch.tolist()
-                yield [SampleKey(epoch, number % len(self.groups), number // len(self.groups)) for number in numbers]
+            whole = self._epoch(epoch)
+            # views would keep the parts of all slots
+            others = self._others(whole, epoch)[first:, self.rank].copy()
+            own = whole[first:, self.rank].copy()
+            del whole
+            for batch, of_batch in zip(own, others, strict=True):  # a whole epoch's lists take five times the memory
+                yield [
+                    SampleKey(epoch, number % len(self.groups), number // len(self.groups), tuple(of_sample))
+                    for number, of_sample in zip(batch.tolist(), of_batch.tolist(), strict=True)
+                ]
             epoch, first = epoch + 1, 0
 
     def _batches_of(self, group: int) -> int:
@@ -233,6 +246,25 @@ class TrainingBatchSampler(Sampler):
         ]
         batches = generator.permutation(np.concatenate(batches)) if len(batches) > 1 else batches[0]
         return batches.reshape(len(self), self.slots, self.per_slot_batch_size)
+
+    def _others(self, whole: np.ndarray, epoch: int) -> np.ndarray:
+        """(batches, slots, per_slot_batch_size, others) the images that each sample is combined with, such as in a
+        mosaic.
+
+        They are samples of the same part of earlier batches, which a loader worker has decoded shortly before. In a
+        short epoch they are any samples of it.
+        """
+        generator = np.random.default_rng([self.seed, epoch, 1])
+        numbers = whole.reshape(len(whole), -1)
+        count, size = numbers.shape
+        shape = (count, size, self.others)
+        if count < _BATCHES_BACK * _STEP_BACK:
+            found = numbers.ravel()[generator.integers(0, numbers.size, shape)]
+        else:
+            back = generator.integers(0, _BATCHES_BACK, shape) * _STEP_BACK
+            beside = np.arange(size)[:, None] // _NEIGHBORS * _NEIGHBORS + generator.integers(0, _NEIGHBORS, shape)
+            found = numbers[np.arange(count)[:, None, None] - back, beside % size]
+        return (found % len(self.groups)).reshape(*whole.shape, self.others)
 
     def _drawn(self, generator: np.random.Generator) -> np.ndarray:
         """One number for each sample of an epoch: index + copy * images."""

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from shared.config.schema import StoreOptions, is_url
@@ -67,6 +67,21 @@ def open_place(store: str, options: StoreOptions) -> Place:
             f"--store: {store!r} is no folder in a bucket. Fix: give s3://bucket/folder, gs://bucket/folder or a path"
         )
     return BucketPlace(store.rstrip("/"), dataclasses.replace(options, anonymous=False))
+
+
+def fetch_folder(place: Place, folder: str, new: Path) -> None:
+    """Copies a folder of a place to this machine. `new` is made. A file that is deleted meanwhile is omitted.
+
+    Raises:
+        UserError: a name leads out of the folder.
+    """
+    new.mkdir(parents=True)
+    for name in place.names(folder):
+        if ".." in PurePosixPath(name).parts or name.startswith("/"):
+            raise UserError(f"{place}/{folder} holds a file outside of it: {name!r}. Fix: delete that file")
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            place.fetch(f"{folder}/{name}", new / name)
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def signed(value: float | None, digits: int = 3) -> str:
 
 
 def parse_page_options(parser: argparse.ArgumentParser, output: str, arguments: Sequence[str]) -> argparse.Namespace:
-    """Read a command line, with --images, --output and --resamples besides the parser's own options.
+    """Read a command line, with the options that all pages have besides the parser's own.
 
     Raises:
         UserError: the images' folder is not there; a number of resamples that gives no interval.
@@ -91,7 +91,15 @@ def parse_page_options(parser: argparse.ArgumentParser, output: str, arguments: 
     parser.add_argument("--output", type=Path, default=Path(output), metavar="FILE", help=f"default {output}")
     resamples_help = f"of the images, for the intervals; 0 for none; default {RESAMPLES}"
     parser.add_argument("--resamples", type=int, default=RESAMPLES, metavar="N", help=resamples_help)
+    parser.add_argument(
+        "--max-detections",
+        type=int,
+        metavar="N",
+        help="detections of a category that are scored per image; default: the runs' number, else COCO's 100",
+    )
     given = parser.parse_args(arguments)
+    if given.max_detections is not None and given.max_detections < 1:
+        raise UserError(f"--max-detections: {given.max_detections} scores nothing. Fix: give 1 or more")
     if given.images is not None and not given.images.is_dir():
         raise UserError(f"--images: {given.images} is no folder. Fix: give the folder that holds the images")
     if given.resamples < 0 or given.resamples == 1:

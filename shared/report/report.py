@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
+from shared.config.file import flattened
 from shared.data.annotations import CocoAnnotations
 from shared.data.storage import ImageStorage
 from shared.errors import count_of
@@ -114,17 +115,9 @@ def speed(reports: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def changed_keys(config: Mapping[str, Any], original: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """What differs between two resolved configs: the key, the original's value, this one's."""
-    there, here = dict(_flat(without_secrets(original))), dict(_flat(without_secrets(config)))
+    there, here = flattened(without_secrets(original)), flattened(without_secrets(config))
     rows = [(key, there.get(key, _NOT_THERE), here.get(key, _NOT_THERE)) for key in sorted(there.keys() | here.keys())]
     return [row for row in rows if row[1] != row[2]]
-
-
-def _flat(section: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
 
 
 _IMAGES_PER_TYPE = 4
@@ -303,7 +296,7 @@ def summary_of(analyses: Analyses) -> str:
 
 
 def _crowded_images(analyses: Analyses) -> list[str]:
-    """A sentence if images hold more objects than COCO scores detections."""
+    """Sentences if images hold more objects than detections are scored."""
     annotations, boxes = analyses.annotations, analyses.of["bbox"]
     limit = max(boxes.evaluation.params.max_dets)
     objects = boxes.verdicts.objects
@@ -313,8 +306,11 @@ def _crowded_images(analyses: Analyses) -> list[str]:
     if not images:
         return []
     hold = "image holds" if images == 1 else "images hold"
-    most = f"COCO scores at most {limit} detections of a category per image, so that it counts some objects as missed."
-    return [f"{images} {hold} more than {limit} objects of one category, and {most}"]
+    return [
+        f"{images} {hold} more than {limit} objects of one category.",
+        f"Only {limit} detections of a category are scored per image, so that some objects count as missed; "
+        "max_detections sets another number.",
+    ]
 
 
 def _number(name: str, of: Analysis, called: str | None = None) -> str:
@@ -372,6 +368,14 @@ def report_main(arguments: Sequence[str]) -> None:
     detections = from_coco_results(given.results, annotations)
     facts = {"annotations": given.annotations, "detections": given.results}
     about = About(title=f"{given.results.name} on {given.annotations.name}", facts=facts)
-    analyses = report(annotations, detections, given.output, given.images, resamples=given.resamples, about=about)
+    analyses = report(
+        annotations,
+        detections,
+        given.output,
+        given.images,
+        resamples=given.resamples,
+        about=about,
+        max_detections=given.max_detections,
+    )
     print(summary_of(analyses))
     print(f"the page: {given.output}; its numbers: {given.output.with_suffix('.json')}")

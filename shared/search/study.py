@@ -7,7 +7,9 @@ import hashlib
 import json
 import logging
 import math
+import os
 import socket
+import threading
 import time
 import uuid
 import warnings
@@ -35,6 +37,8 @@ _OWNER = "owner"  # the user attribute of a trial with the machine that trains i
 _HEARTBEAT = "alive "  # starts the study's attribute of each machine
 
 logger = logging.getLogger(__name__)
+
+_SILENT_WAIT = 1.0  # seconds for the lock of the journal
 
 
 class TakenOver(Exception):
@@ -389,7 +393,13 @@ class _RepairingLock(JournalFileSymlinkLock):
         self._journal = journal
 
     def acquire(self) -> bool:
-        super().acquire()
+        waiting = threading.Timer(_SILENT_WAIT, self._say_why_it_waits)
+        if os.path.lexists(self._lock_file):
+            waiting.start()
+        try:
+            super().acquire()
+        finally:
+            waiting.cancel()
         try:
             with self._journal.open("r+b", buffering=0) as file:
                 repair_last_line(file.fileno())
@@ -397,6 +407,14 @@ class _RepairingLock(JournalFileSymlinkLock):
             self.release()
             raise
         return True
+
+    def _say_why_it_waits(self) -> None:
+        logger.warning(
+            "waiting for %s: another search is writing, or was killed while writing. After %d seconds without change "
+            "the lock is removed, and this search continues",
+            self._lock_file,
+            self.grace_period,
+        )
 
 
 @contextlib.contextmanager

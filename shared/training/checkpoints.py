@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from shared.errors import UserError
-from shared.training.downloads import downloaded, find_checkpoint, forget
+from shared.training.downloads import downloaded, find_checkpoint, forget, is_bucket
 from shared.training.saving import check_manifest
 
 CATEGORIES_FILE = "categories.json"
@@ -128,7 +128,7 @@ def read_weights(source: str, key: str, choices: str) -> tuple[Mapping[str, Any]
     Raises:
         UserError: the source cannot be read, is cut off, or holds code.
     """
-    if "://" in source:
+    if "://" in source and not is_bucket(source):
         try:
             return read_url(source), None
         except OSError as error:

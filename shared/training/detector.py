@@ -24,6 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 from shared.config.experiment import Experiment, Sections
 from shared.config.schema import DataConfig, Length, SearcherMetric, TrainingHyperparameters
 from shared.data.annotations import CocoAnnotations
+from shared.data.augment.augmenter import DataAugmenter
+from shared.data.augment.placement import Layout, mirrored_keypoints
 from shared.data.dataset import Transform, seed_all
 from shared.data.images import InputScale
 from shared.data.loading import Batch, TrainingBatchSampler, labels_of, repeat_factors
@@ -89,6 +91,8 @@ class Detector(PyTorchTrial):
     """Whether a step may leave parameters without a gradient, so that DDP has to look for them."""
     evaluates_coco: bool = True
     """Whether `CocoEvaluator` scores a validation; False if the detector's library does, on data of its own."""
+    replaced_by_augment: Sequence[str] = ()
+    """Hyperparameters that have no effect with `data.augment`."""
     weighs_categories: bool = False
     """Whether `build_model` puts `class_weights` into the model's loss."""
     fp16_key: str = "hyperparameters.amp"
@@ -211,7 +215,8 @@ class Detector(PyTorchTrial):
         """This slot's batches from `first_batch` on, without end. None for the run's first batch."""
         first = self.first_batch if first_batch is None else first_batch
         of_slot = (self.per_slot_batch_size, self.seed, self.rank, self.slots)
-        return TrainingBatchSampler(self.training_groups(), *of_slot, first, self.repeats)
+        others = 0 if self.data.augment is None else self.data.augment.others
+        return TrainingBatchSampler(self.training_groups(), *of_slot, first, self.repeats, others)
 
     def trained_images(self, annotations: CocoAnnotations) -> np.ndarray:
         """(images,) whether a training on these annotations uses the image."""
@@ -282,6 +287,22 @@ class Detector(PyTorchTrial):
     def detector(self, model: nn.Module) -> nn.Module:
         """The part of the model whose modules `freeze` names."""
         return model
+
+    def exportable(self) -> nn.Module:
+        """The evaluation model from images to detections, for `export`: a `shared.export.operations.Exportable`.
+
+        Raises:
+            UserError: no exported file can do what the config asks for.
+        """
+        raise UserError("export: this detector has no export. Fix: use its checkpoint")
+
+    def save_for_transformers(self, folder: Path) -> None:
+        """Writes the evaluation model as a folder that the package transformers loads.
+
+        Raises:
+            UserError: the detector is no model of that package.
+        """
+        raise UserError("--format transformers: only a model of `detr` has it. Fix: choose onnx, openvino or torch")
 
     def compiled_parts(self, model: nn.Module) -> Sequence[nn.Module]:
         """What `torch_compile` compiles: modules that take and return tensors."""
@@ -367,6 +388,34 @@ class Detector(PyTorchTrial):
         if self.data.repeat_threshold is None:
             return None
         return repeat_factors(*self.training_labels(), len(self.training_groups()), self.data.repeat_threshold)
+
+    def augmenter(self, layout: Layout) -> DataAugmenter | None:
+        """What changes the training images as `data.augment` says; None without it."""
+        augment = self.data.augment
+        if augment is None:
+            return None
+        given = [name for name in self.replaced_by_augment if name in self.experiment.config["hyperparameters"]]
+        if given and self.rank == 0:
+            logger.warning("data.augment replaces hyperparameters.%s, which has no effect", " and ".join(given))
+        if self.only_flips_from == 0 and self.rank == 0:
+            logger.warning("data.augment.off_for_last has as many epochs as the training, which only flips images")
+        return DataAugmenter(augment, layout, self.only_flips_from, mirrored_keypoints(self.categories))
+
+    @property
+    def only_flips_from(self) -> int | None:
+        """The first epoch of `data.augment.off_for_last`; None without it."""
+        augment = self.data.augment
+        if augment is None or augment.off_for_last is None:
+            return None
+        return max(self.total_batches // self.batches_per_epoch - augment.off_for_last.epochs, 0)
+
+    def input_scale_of_batch(self, number: int) -> float:
+        """The factor of the input's size in training batch `number`: `data.augment.multi_scale`. All slots have the
+        same."""
+        augment, last = self.data.augment, self.only_flips_from
+        if augment is None or (last is not None and number // self.batches_per_epoch >= last):
+            return 1.0
+        return float(np.random.default_rng([self.seed, number, 6]).uniform(*augment.multi_scale))
 
     @cached_property
     def class_weights(self) -> torch.Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import json
 import logging
 import os
 import re
@@ -118,19 +119,32 @@ def sha256_of(path: Path) -> str:
 # --- checkpoints ------------------------------------------------------------------------------------
 
 
+INDEX = "checkpoints/index.json"  # of a run in a store: the folders of `best` and `last`
+
+
 def find_checkpoint(name: str) -> Path:
-    """The folder of a checkpoint: a path, or the UUID of one on the cluster that DET_MASTER names. Raises UserError if
-    there is no such folder, or the master has no such checkpoint."""
-    return checkpoint_here(name) or _downloaded(name)
+    """The folder of a checkpoint: a path, `best` or `last` of a run in a store (s3://bucket/run/checkpoints/best), or
+    the UUID of one on the cluster that DET_MASTER names. Raises UserError if there is no such folder, or the store or
+    the master has no such checkpoint."""
+    return checkpoint_here(name) or (_from_bucket(name) if is_bucket(name) else _downloaded(name))
+
+
+def is_bucket(name: str) -> bool:
+    """Whether a name is in a bucket."""
+    return name.startswith(("s3://", "gs://", "gcs://"))
 
 
 def checkpoint_here(name: str) -> Path | None:
-    """The folder of a checkpoint on this machine; None where the name is a UUID on a cluster. Raises UserError if there
-    is no such folder, or no cluster to ask."""
+    """The folder of a checkpoint on this machine; None where the name is in a bucket, or a UUID on a cluster. Raises
+    UserError if there is no such folder, or no cluster to ask."""
+    if is_bucket(name):
+        return None
     path = Path(name).expanduser()
     path = path.parent if path.name == "state_dict.pth" else path
     if (path / "state_dict.pth").is_file():
         return path.absolute()
+    if path.name in ("best", "last") and (index := path.parent / Path(INDEX).name).is_file():  # of a store on a disk
+        return (path.parent / _folder_of(path.name, index.read_bytes(), name)).absolute()
     try:
         uuid.UUID(name)
     except ValueError:
@@ -141,6 +155,35 @@ def checkpoint_here(name: str) -> Path | None:
     if not os.environ.get("DET_MASTER"):
         raise UserError(f"checkpoint {name} looks like a UUID on a cluster; set DET_MASTER to its address")
     return None
+
+
+def _from_bucket(url: str) -> Path:
+    """The folder of a checkpoint of a run that `train --store` keeps in a bucket, downloaded once and completely."""
+    from shared.config.schema import StoreOptions
+    from shared.data.places import fetch_folder, open_place  # no other source needs them
+
+    run, _, which = url.rstrip("/").rpartition("/checkpoints/")
+    if which not in ("best", "last"):
+        raise UserError(f"{url} is not a checkpoint. Fix: give the folder of the run and /checkpoints/best")
+    place = open_place(run, StoreOptions())
+    index = place.read(INDEX)
+    if index is None:
+        raise UserError(f"{url}: there is no run in {run}. Fix: give the place that `train --store` got")
+    folder = _folder_of(which, index, url)
+    return _filled(
+        private_cache("detection_checkpoints") / folder, lambda new: fetch_folder(place, f"checkpoints/{folder}", new)
+    )
+
+
+def _folder_of(which: str, index: bytes, name: str) -> str:
+    """The folder of `best` or `last` in a store's index, which others may have written."""
+    try:
+        folder = json.loads(index)[which]["folder"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{name}: its index.json names no such checkpoint ({error!r})") from error
+    if not isinstance(folder, str) or not re.fullmatch(r"[\w-]+", folder):
+        raise UserError(f"{name}: its index.json names {folder!r}, which is no folder's name")
+    return folder
 
 
 def _example(path: Path) -> str:

@@ -68,7 +68,8 @@ class _Training:
         self.best = BestSoFar(trial.hparams.early_stopping, trial.searcher_metric)
         self.clock = Clock(trial.hparams.max_hours, trial.hparams.checkpoint_every_minutes)
         asked, total = run.is_stopped_elsewhere, self.periods.total
-        self.stopping = Stopping(self.context.distributed, trial.aggregation_frequency, asked, self.clock, total)
+        frequency, distributed = trial.aggregation_frequency, self.context.distributed
+        self.stopping = Stopping(distributed, frequency, asked, self.clock, total, run.signals)
         self.saving = Background("saving")
         self.host_copy = HostCopy()
         self.finite = FiniteCheck(trial.plain_model, trial.evaluation_model)
@@ -89,8 +90,8 @@ class _Training:
     def train(self, checkpoint: Checkpoint | None) -> Outcome:
         trial, run = self.trial, self.run
         with contextlib.ExitStack() as stack:
-            if run.handles_signals:
-                stack.enter_context(self.stopping)
+            if run.signals is not None:
+                stack.callback(run.signals.end)
             run.begin(trial.first_batch, trial.schedule.profiling)
             trial.begin_training(run.folder)
             batches = iter(trial.build_training_data_loader())  # the workers start here, before any other thread

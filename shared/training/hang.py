@@ -34,7 +34,7 @@ _LONGEST_TICK = 5.0  # seconds
 _TICKS = 10  # in the shortest limit
 _SECONDS_TO_WRITE = 5.0  # a pipe may be full, and that may be the hang
 _SECONDS_TO_FLUSH = 0.5
-_OF_WORKERS = signal.SIGUSR1
+_OF_WORKERS = signal.SIGURG  # which no launcher sends, and which stops no process
 # where Python is while a rank waits for others: a `ProcessContext`, torch's collectives, DDP and its backward pass
 _WAITING = tuple(
     str(Path(module.__file__).parent) + os.sep

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from shared.config.file import flattened
 from shared.durable import locked, write_file
 from shared.errors import UserError
 from shared.redaction import redacted, without_secrets
@@ -154,7 +155,7 @@ class MlflowRun:
         self.client.set_terminated(self.id, "FINISHED" if code == 0 else "KILLED" if code > 128 else "FAILED")
 
     def _kept(self, run_id: str | None) -> Any:
-        """The run of that id, which continues; None if it is no longer there."""
+        """The run of that id, to continue; None if it no longer exists."""
         from mlflow.exceptions import MlflowException
 
         if run_id is None:
@@ -190,16 +191,12 @@ def _allowed(name: str) -> str:
     return re.sub(r"[^/\w.\- :]", "_", name)[:_OF_A_NAME]
 
 
-def _flat(config: dict[str, Any], before: str = "") -> dict[str, str]:
+def _flat(config: dict[str, Any]) -> dict[str, str]:
     """`{"searcher.metric": "bbox_mAP", …}`: the leaves of the config as text."""
-    leaves: dict[str, str] = {}
-    for key, value in config.items():
-        name = f"{before}{key}"
-        if isinstance(value, dict) and value:
-            leaves.update(_flat(value, f"{name}."))
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-            leaves[_allowed(name.replace("/", "_"))] = text[:_OF_A_VALUE]
+    leaves = {}
+    for name, value in flattened(config).items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        leaves[_allowed(name.replace("/", "_"))] = text[:_OF_A_VALUE]
     return leaves
 
 

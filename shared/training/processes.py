@@ -284,8 +284,8 @@ def make_context(
     first_batch: int = 0,
     trial_seed: int | None = None,
 ) -> pytorch.PyTorchTrialContext:
-    """What `pytorch.init` makes, with two differences: the device is the one that torch can use instead of the one that
-    nvidia-smi lists, and a resumed run counts its earlier batches, `first_batch`, off the cluster too."""
+    """What `pytorch.init` makes, with two differences. The device is the one that torch can use instead of the one that
+    nvidia-smi lists. A resumed run counts its earlier batches, `first_batch`, off the cluster too."""
     return pytorch.PyTorchTrialContext(
         core_context=opened,
         trial_seed=trial_seed,

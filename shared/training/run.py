@@ -31,6 +31,7 @@ from shared.training.loggers import Loggers
 from shared.training.run_folder import RunFolder
 from shared.training.run_store import RunStore
 from shared.training.saving import METADATA, Snapshot
+from shared.training.signals import StopSignals
 from shared.training.tensorboard import TensorBoard
 from shared.training.validation import Validation
 
@@ -45,7 +46,7 @@ class Run:
     """Takes a training's reports and checkpoints. Only the chief calls a method, unless it says "on every rank"."""
 
     trial_id: int = 0  # of the cluster's trial. A checkpoint of another trial starts a new count of batches
-    handles_signals: bool = False  # whether SIGTERM and Ctrl-C stop the training after a batch
+    signals: StopSignals | None = None  # those that stop the training after a batch
     folder: Path  # for what a detector's library writes
     code: Path  # the folder of the code that a checkpoint holds
 
@@ -103,10 +104,9 @@ class LocalRun(Run):
 
     Args:
         policy: `checkpoint_policy`. "best" saves after each validation too: the last one is kept as well.
+        signals: those that stop the training.
         run_store: for a copy of the folder; None without, and on other ranks than the chief.
     """
-
-    handles_signals = True
 
     def __init__(
         self,
@@ -115,10 +115,11 @@ class LocalRun(Run):
         metric: SearcherMetric,
         policy: str,
         is_chief: bool,
+        signals: StopSignals | None = None,
         run_store: RunStore | None = None,
     ):
         self.run_folder, self.loggers, self.metric, self.policy = folder, loggers, metric, policy
-        self.is_chief, self.run_store = is_chief, run_store
+        self.is_chief, self.signals, self.run_store = is_chief, signals, run_store
         self.folder, self.code = folder.path, folder.code
 
     def begin(self, first_batch: int, profiling: bool) -> None:
@@ -135,7 +136,7 @@ class LocalRun(Run):
     def report_validation(self, validation: Validation, epochs: int, evaluator: ChiefReducer, is_best: bool) -> bool:
         if is_best and isinstance(evaluator, CocoEvaluator):
             names = evaluator.annotations.category_names
-            save_detections(self.run_folder.detections, evaluator.found_by_id(), names)
+            save_detections(self.run_folder.detections, evaluator.found_by_id(), names, evaluator.max_detections)
         self._report(validation.batches, "val", {**validation.metrics, **validation.category_ap})
         if self.run_store is not None:
             self.run_store.send()

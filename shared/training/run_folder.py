@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,7 +30,8 @@ _SOURCES = (".py", ".yaml", ".yml", ".sh", ".md", ".jinja")
 class RunFolder:
     """The layout of `--output-dir`: metrics.jsonl, config.yaml, length.json (in batches), checkpoints/best and last,
     tensorboard/, code/, labels.png, predictions.png, report.html and .json. detections.npz is of the best validation.
-    loggers.json has the ids of its runs in W&B and MLflow."""
+    loggers.json has the ids of its runs in W&B and MLflow. `requeue` is there while a run that a signal stopped waits
+    for its next start."""
 
     def __init__(self, path: Path):
         self.path = path.absolute()
@@ -46,6 +48,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.saving = self.checkpoints / ".saving"
         self.received = self.path / ".received"  # from another machine
+        self.requeue = self.path / "requeue"  # a signal stopped the run: start it again
         self._lock = self.path / ".lock"
         self.of_one_machine = (self.code.name, self.saving.name, self.received.name, self._lock.name)
         self._locked: IO | None = None
@@ -61,7 +64,9 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"--output-dir: {self.path} cannot be made a folder: {error.strerror}") from error
         if lock is None:
-            raise UserError(f"--output-dir: a run is going on in {self.path}; wait for it, or name another")
+            raise UserError(
+                f"--output-dir: another process uses {self.path}. Fix: wait for its run, or name another folder"
+            )
         if not self._is_lock(lock):  # the process that had it has just deleted the folder, see `free`
             lock.close()
             return self.take()
@@ -102,6 +107,7 @@ class RunFolder:
         """Makes the folders, deletes what a killed run left unfinished, and copies the code in `source`."""
         self.restore_interrupted_rename()
         delete_unfinished(self.path)
+        self.requeue.unlink(missing_ok=True)
         for leftover in (self.saving, self.code, self.received):
             shutil.rmtree(leftover, ignore_errors=True)
         self.saving.mkdir(parents=True, exist_ok=True)
@@ -168,6 +174,15 @@ class RunFolder:
         if self.metrics.exists():
             kept = [report for report in self.reports() if report["batches"] <= batches]
             write_file(self.metrics, "".join(json.dumps(report) + "\n" for report in kept))
+
+    def mark_requeue(self, number: signal.Signals, batches: int | None) -> None:
+        """Leaves the mark that a batch system's script looks for.
+
+        Args:
+            batches: that are saved; None if the run had not begun.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_file(self.requeue, json.dumps({"signal": number.name, "batches": batches}))
 
     def refuse_other_run(self) -> None:
         # a folder that was made before the config was found wrong holds none

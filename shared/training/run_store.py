@@ -1,9 +1,10 @@
 """`--store`: a copy of a run's folder that outlives the machine, and from which another machine continues the run.
 
-    owner.json                  the start that may write; the latest start replaces it
-    metrics.jsonl, config.yaml, report.html, tensorboard/…          as in the folder
-    checkpoints/index.json      the folders of `best` and `last`
-    checkpoints/batch-400-1a2b3c4d/…                                as in the folder's `best` and `last`
+The place holds the folder's files (metrics.jsonl, config.yaml, report.html, …), besides:
+
+    owner.json                          the start that may write; the latest start replaces it
+    checkpoints/index.json              the folders of `best` and `last`
+    checkpoints/batch-400-1a2b3c4d/     a checkpoint
 
 A checkpoint gets a folder of its own, manifest last. Then one write of the index makes it `last`, or `best` and `last`.
 Then the folders that the index no longer names are deleted. So the index always names complete checkpoints.
@@ -24,19 +25,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from shared.data.places import Place
+from shared.data.places import Place, fetch_folder
 from shared.data.remote import StoreError
 from shared.durable import replace_folder, write_file
 from shared.errors import UserError
+from shared.training.downloads import INDEX
 from shared.training.run_folder import OF_THE_RUN, RunFolder
 from shared.training.saving import MANIFEST, METADATA, Background
 
 logger = logging.getLogger(__name__)
 
-INDEX = "checkpoints/index.json"
 OWNER = "owner.json"
 _TO_CONTINUE = ("metrics.jsonl", "loggers.json", "detections.npz")  # besides the checkpoints
-_NOT_STORED = ("checkpoints", "code")  # each checkpoint has a copy of the code
+_NOT_STORED = ("checkpoints", "code", "requeue")  # of this machine; each checkpoint has a copy of the code
 _PAUSE = 10.0  # seconds until a store that failed is tried again
 
 
@@ -132,19 +133,8 @@ class RunStore:
                 continue
             new = self.folder.saving / name
             shutil.rmtree(new, ignore_errors=True)
-            self._fetch_checkpoint(stored, new)
+            fetch_folder(self.place, f"checkpoints/{stored.folder}", new)  # the manifest is checked at the reading
             replace_folder(new, self.folder.checkpoints / name)
-
-    def _fetch_checkpoint(self, stored: Stored, new: Path) -> None:
-        """Downloads a checkpoint. Its manifest is checked where it is read."""
-        folder = f"checkpoints/{stored.folder}"
-        new.mkdir(parents=True)
-        for name in self.place.names(folder):
-            if ".." in PurePosixPath(name).parts or name.startswith("/"):
-                raise UserError(f"--store: {self.place}/{folder} holds a file outside of it: {name!r}")
-            (new / name).parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # then the manifest names it
-                self.place.fetch(f"{folder}/{name}", new / name)
 
     # --- during the training ------------------------------------------------------------------------------
 
@@ -267,9 +257,9 @@ class RunStore:
         for parent, folders, names in os.walk(self.folder.path):
             above = Path(parent).relative_to(self.folder.path)
             excluded = _NOT_STORED if above == Path() else ()
-            folders[:] = sorted(name for name in folders if name not in excluded and not name.startswith("."))
-            found += [(above / name).as_posix() for name in sorted(names) if not name.startswith(".")]
-        return found
+            folders[:] = [name for name in folders if name not in excluded and not name.startswith(".")]
+            found += [above / name for name in names if name not in excluded and not name.startswith(".")]
+        return sorted(path.as_posix() for path in found)
 
     def _send_file(self, name: str) -> None:
         """Sends a file if it has changed. It may be replaced or continued at the same time."""

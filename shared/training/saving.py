@@ -236,6 +236,14 @@ def check_manifest(folder: Path) -> None:
         raise UserError(f"{folder} is not whole: {MANIFEST} or {METADATA} cannot be read ({error!r})") from error
 
 
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of a checkpoint's state_dict.pth; from the manifest if there is one."""
+    try:
+        return json.loads((folder / MANIFEST).read_text())["files"][_WEIGHTS]["sha256"]
+    except FileNotFoundError:
+        return sha256_of(folder / _WEIGHTS)
+
+
 # --- the thread -------------------------------------------------------------------------------------
 
 

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import enum
 import math
-import os
 import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from determined.core import DistributedContext
 
 from shared.config.schema import EarlyStopping, Length, Schedule, SearcherMetric
 from shared.errors import UserError, count_of
-from shared.training.hang import show_stacks_when_asked
+from shared.training.signals import StopSignals
 from shared.training.validation import Validation
 
 
@@ -114,10 +110,6 @@ class Outcome:
     def is_finished(self) -> bool:
         """Whether this start trained to the end and validated there."""
         return self.end in (End.COMPLETE, End.ENDED)
-
-    @property
-    def exit_status(self) -> int:
-        return 0 if self.signal is None else 128 + self.signal
 
     def __str__(self) -> str:
         if self.end is End.COMPLETE:
@@ -232,6 +224,7 @@ class Stopping:
         aggregation_frequency: batches per optimizer step; a training stops after whole steps only.
         asked_elsewhere: the chief calls it at each boundary: did the searcher stop the trial?
         total: batches of the whole length, at which nothing ends early.
+        signals: those that stop the training; None on a cluster, which sends none.
     """
 
     def __init__(
@@ -241,29 +234,35 @@ class Stopping:
         asked_elsewhere: Callable[[], bool] = lambda: False,
         clock: Clock | None = None,
         total: int | None = None,
+        signals: StopSignals | None = None,
     ):
         self.distributed, self.asked_elsewhere = distributed, asked_elsewhere
-        self.clock, self.total = clock or Clock(), total
-        self.signal: signal.Signals | None = None  # that this rank received
+        self.clock, self.total, self.signals = clock or Clock(), total, signals
         self.stopped_by: signal.Signals | None = None  # the signal of some rank, once all ranks know
         self.after: int | None = None  # the batch after which all ranks stop
         self.saves_after: int | None = None  # the last batch after which the clock asked for a checkpoint
         self.ended: str | None = None  # why the config ends the training before its length
         self.ended_after: int | None = None  # the batch of that end, which is validated
-        self._training = self._cut = self._handles_signals = False
+        self._cut = False
         windows = 1 if distributed.size == 1 else -(-_BATCHES_BETWEEN_MEETINGS // aggregation_frequency)
         self._between_meetings = windows * aggregation_frequency
 
     # --- what the ranks agree on --------------------------------------------------------------------------
 
+    @property
+    def signal(self) -> signal.Signals | None:
+        """The one that this rank received."""
+        return None if self.signals is None else self.signals.received
+
     def begin(self) -> None:
-        """From here on a signal stops the training after a batch. Before, it stops the process at once."""
-        self._training = True
+        """The first batch of this start begins."""
+        if self.signals is not None:
+            self.signals.begin()
         self.clock.begin()
 
     def after_batch(self, batch: int) -> bool:
         """Whether to stop after `batch`, counted from 1, which this rank just trained."""
-        if (self._handles_signals or self.clock.is_asked) and batch % self._between_meetings == 0:
+        if (self.signals is not None or self.clock.is_asked) and batch % self._between_meetings == 0:
             own = (self.signal, (self.clock.why_over(), self.clock.save_is_due()))
             of_ranks = self.distributed.allgather(own)
             why_over, save_is_due = of_ranks[0][1]  # the chief's clock counts
@@ -313,64 +312,3 @@ class Stopping:
         received = [number for number in signals if number is not None]
         self.stopped_by = received[0] if received else self.stopped_by
         return bool(received)
-
-    # --- signals -------------------------------------------------------------------------------------
-
-    def __enter__(self) -> Stopping:
-        """Handles SIGTERM and Ctrl-C. A second Ctrl-C stops the process at once."""
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        self._handles_signals = True
-        _handling.append(self)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        _handling.remove(self)
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._handles_signals = False
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and (self.signal is not None or not self._training):
-            raise KeyboardInterrupt
-        if not self._training:
-            sys.exit(128 + number)
-        self.signal = signal.Signals(number)
-
-
-_handling: list[Stopping] = []
-_before_fork = threading.local()
-
-
-def _block_signals() -> None:
-    # a library's pool stops its processes by SIGTERM, and Python forgets a signal that arrives during a fork
-    handled = {signal.SIGTERM, signal.SIGINT} if _handling else set()
-    _before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, handled)
-
-
-def _unblock_signals() -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, _before_fork.mask)
-
-
-def _leave_signals_to_forks() -> None:
-    for stopping in list(_handling):
-        stopping.__exit__()
-    _unblock_signals()
-
-
-os.register_at_fork(before=_block_signals, after_in_parent=_unblock_signals, after_in_child=_leave_signals_to_forks)
-
-
-def begin_worker(worker_id: int) -> None:
-    """Keeps a loader worker alive when its whole group receives a signal, as by torchrun and Ctrl-C. The process that
-    it loads for stops it, and asks for its stacks when that process hangs."""
-    show_stacks_when_asked()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # tells who sent the signal; on macOS the worker stops
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_stop_at_the_parent_s_signal, daemon=True).start()
-
-
-def _stop_at_the_parent_s_signal() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)

@@ -42,7 +42,8 @@ from shared.training.memory import keep_freed_memory, out_of_memory, out_of_memo
 from shared.training.processes import first_on_each_machine, on_chief
 from shared.training.resume import BuiltOptimizer, refused_values
 from shared.training.saving import python_state
-from shared.training.stopping import begin_worker, periods_of
+from shared.training.signals import begin_worker
+from shared.training.stopping import periods_of
 from shared.training.training_metrics import STEPS_A_SCALE_MAY_SKIP, TrainingMetrics, diverged
 from shared.training.validation import (
     CollateWithLoss,
@@ -50,7 +51,7 @@ from shared.training.validation import (
     ValidationLoss,
     WithLossSample,
     check_losses,
-    computing_losses,
+    giving_losses,
     uncompiled,
 )
 
@@ -269,9 +270,9 @@ class DetectionTrial(Detector):
         with out_of_memory_as(lambda _: self.out_of_memory("the losses of a validation image", batch, fix)):
             model = self.evaluation_model.eval()
             batch = self.prepare(to_device(batch, self.context.device), None)
-            computing = computing_losses(model, self.python_attributes, self._chief_python_state)
+            giving = giving_losses(model, self.python_attributes, self._chief_python_state)
             # the evaluation's precision: before the model is in training mode
-            with self.autocast(), uncompiled(self.hparams.torch_compile), computing:
+            with self.autocast(), uncompiled(self.hparams.torch_compile), giving:
                 seed_all(self.seed, batch.image_ids[0] % 2**63, 3)
                 try:
                     return self.image_losses(model, batch)
@@ -326,7 +327,8 @@ class DetectionTrial(Detector):
             ("precision", self.hparams.amp or "float32"),
             *([] if self.frozen is None else [("frozen", self.frozen)]),
             ("global batch", f"{self.global_batch_size} on {count_of(self.slots, 'slot')}"),
-            ("length", f"{self.total_batches} batches, {self.batches_per_epoch} an epoch{resumed}"),
+            ("length", f"{self.total_batches} batches, {self.batches_per_epoch} per epoch{resumed}"),
+            *([] if self.data.augment is None else [("augmentation", self.data.augment)]),
             *([] if self.repeats is None else [("repeated", described(self.repeats))]),
         ]
 

@@ -100,20 +100,12 @@ class CollateWithLoss:
 
 
 @contextlib.contextmanager
-def computing_losses(
-    model: nn.Module, attributes: Mapping[str, Sequence[str]], state: Mapping[str, Any] | None = None
-) -> Iterator[None]:
-    """For the losses of one validation image: in one process, with its own random numbers, see `giving_losses`."""
-    with kept_random_state(), as_one_process(), giving_losses(model, attributes, state):
-        yield
-
-
-@contextlib.contextmanager
 def giving_losses(
     model: nn.Module, attributes: Mapping[str, Sequence[str]], state: Mapping[str, Any] | None = None
 ) -> Iterator[None]:
-    """The model in training mode, in which the libraries' models give losses. Normalisation and dropout stay in
-    evaluation mode. Afterwards all that its modules keep (modes, buffers, plain attributes) is as before.
+    """For the losses of one image: the model in training mode, in which the libraries' models give losses, in one
+    process. Normalisation and dropout stay in evaluation mode. Afterwards all that its modules keep (modes, buffers,
+    plain attributes) is as before, and so are the random generators.
 
     Args:
         attributes: as for `python_state`: a module may keep a list that grows, or an object that is no module.
@@ -131,7 +123,8 @@ def giving_losses(
         for module, _ in kept:  # not by train(), which some detectors override
             module.training = not _is_at_rest(module)
         restore_python_state(model, state or {})
-        yield
+        with kept_random_state(), as_one_process():
+            yield
     finally:
         for module, before in kept:
             module.__dict__.clear()

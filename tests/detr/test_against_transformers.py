@@ -15,7 +15,6 @@ from tiny_models import DETR_TYPES, detr_config, trial_classes
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 from without_figures import leave_out_figures
 
-from detr_files.export import export
 from shared.commands.train import train_locally
 
 each_type = pytest.mark.parametrize("model_type", DETR_TYPES)
@@ -113,9 +112,12 @@ def test_a_step_has_the_losses_and_gradients_of_transformers(model_type, shapes,
 
 
 @each_type
-def test_detections_are_those_of_the_exported_model_in_plain_transformers(model_type, shapes, trained, tmp_path):
+def test_detections_are_those_of_the_exported_model_in_plain_transformers(
+    model_type, shapes, trained, tmp_path, command, trial_class
+):
     run, _, detected = trained(model_type)
-    export(run / "checkpoints/last", tmp_path)
+    of_checkpoint = ["--checkpoint", run / "checkpoints/last", "--format", "transformers", "--output", tmp_path]
+    command(trial_class, "export", run / "config.yaml", *of_checkpoint)
     assert (tmp_path / "model.safetensors").is_file()
     model = AutoModelForObjectDetection.from_pretrained(tmp_path).eval()
     processor = AutoImageProcessor.from_pretrained(tmp_path)

@@ -58,17 +58,10 @@ def trial_class():
 
 
 @pytest.mark.slow
-def test_a_step_of_two_processes_is_plain_ddp_over_mmdetection_s_model(shapes, tmp_path):
-    probe, config = tmp_path / "probe.py", tmp_path / "config.yaml"
-    probe.write_text(
-        """
-import copy, os, sys
-sys.path.insert(0, ".")
-import torch
+def test_a_step_of_two_processes_is_plain_ddp_over_mmdetection_s_model(shapes, distance_from_reference):
+    probe = """
 from torch.nn.parallel import DistributedDataParallel
-import model_def
 from mmdetection_files.model import build_optimizer
-from shared.launch import main
 from shared.data.dataset import seed_all
 
 class Probe(model_def.MMDetectionTrial):
@@ -84,22 +77,8 @@ class Probe(model_def.MMDetectionTrial):
             optimizer.step()
             seed_all(self.seed, self.rank, 0, 1)  # the samplers draw the same again
         return super().losses(model, batch)
-
-    def after_batch(self, number):
-        super().after_batch(number)
-        if number == 0:
-            ours, theirs = self.plain_model.state_dict(), self.reference.module.state_dict()
-            worst = max((ours[k].double() - theirs[k].double()).abs().max().item() for k in ours)
-            os.write(1, f"WORST {worst}\\n".encode())
-
-main(Probe)
 """
-    )
-    config.write_text(yaml.safe_dump(in_process(mmdet_config(shapes))))
-    done = run_model_def("train", config, "--output-dir", tmp_path / "run", processes=2, cwd=MMDETECTION, script=probe)
-    worst = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("WORST")]
-    assert len(worst) == 2
-    assert max(worst) < 1e-5
+    assert distance_from_reference(MMDETECTION, in_process(mmdet_config(shapes)), probe) < 1e-5
 
 
 def test_evaluate_and_predict_use_the_config_in_the_checkpoint(shapes, train, command, trial_class, tmp_path):

@@ -108,7 +108,9 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
 
 def _cells(file: Path) -> Iterator[dict[str, Any]]:
     """Rows whose cells are text, or JSON."""
-    for number, row in enumerate(csv.DictReader(read_text(file).splitlines()), 1):
+    with errors_in(file):
+        rows = list(csv.DictReader(read_text(file).splitlines()))
+    for number, row in enumerate(rows, 1):
         with errors_in(f"{file}: row {number}", "correct the row, or delete it"):
             yield {k: json.loads(v) if v and v[0] in "[{" else v for k, v in row.items()}
 

@@ -112,7 +112,8 @@ def _rows(file: Path) -> tuple[list[str], list[list[str]]]:
     lines = read_text(file).splitlines()
     first = lines[0] if lines else ""
     delimiter = max(",;\t", key=first.count)
-    rows = [row for row in csv.reader(lines, delimiter=delimiter) if any(cell.strip() for cell in row)]
+    with errors_in(file):
+        rows = [row for row in csv.reader(lines, delimiter=delimiter) if any(cell.strip() for cell in row)]
     if rows and len(rows[0]) == len(_WITHOUT_HEADER) and _is_plain(rows[0]):
         return list(_WITHOUT_HEADER), rows
     return [cell.strip().lower() for cell in rows[0]] if rows else [], rows[1:]

@@ -12,8 +12,7 @@ from pycocotools import mask as coco_mask
 from shared.data.convert import coco, shapes
 from shared.data.convert.contents import Contents, Options, Split
 from shared.data.storage import DiskImages
-from shared.data.tiles import Tile, Tiling, open_image, part_of
-from shared.data.windows import Box
+from shared.data.tiles import Box, Tile, Tiling, open_image, part_of
 from shared.errors import UserError
 
 ABOUT = "a COCO file and its large images, cut into tiles for a training; see --tiles and --overlap"

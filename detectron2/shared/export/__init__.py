@@ -1,0 +1,1 @@
+../../../shared/export/__init__.py

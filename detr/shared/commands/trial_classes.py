@@ -1,1 +1,0 @@
-../../../shared/commands/trial_classes.py

@@ -1,1 +1,0 @@
-../../../shared/commands/score_limits.py

@@ -1,0 +1,186 @@
+"""Writes a detector to a file: ONNX, OpenVINO's IR or PyTorch's ExportedProgram."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.errors import UserError
+from shared.export.metadata import FORMATS, Metadata
+from shared.export.operations import Exportable, nms_of_onnx, onnx_translations
+
+_PACKAGES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "torch": (),
+}
+_OLDEST_TORCH = (2, 6)
+_OPSET = 18
+_EXAMPLE = (480, 640)  # of the images that a detector is traced with: height, width
+
+
+def check_format(name: str) -> None:
+    """Raises UserError if this environment cannot write the format."""
+    found = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if found < _OLDEST_TORCH:
+        oldest = ".".join(map(str, _OLDEST_TORCH))
+        raise UserError(
+            f"export: it needs torch {oldest}, and this is {torch.__version__}. Fix: use a newer environment to export"
+        )
+    missing = [package for package in _PACKAGES[name] if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"--format {name}: the package {missing[0]} is missing. Fix: pip install '.[export]', in the project's "
+            "folder"
+        )
+
+
+def write(detector: Exportable, name: str, folder: Path, metadata: Metadata) -> Path:
+    """Writes the file of a format, and returns its path.
+
+    Args:
+        detector: on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: PyTorch cannot trace or translate the detector.
+    """
+    if name == "torch" and detector.input_size is None:
+        raise UserError(
+            "--format torch: the network's size follows from the image's, and torch.export cannot trace that. Fix: "
+            "choose onnx, or resize all images to one height and width"
+        )
+    path = folder / FORMATS[name]
+    with _quiet(), torch.no_grad():
+        try:
+            if name == "torch":
+                _write_torch(detector, path, metadata)
+            else:
+                onnx = path.with_suffix(".onnx")
+                _write_onnx(detector, onnx, metadata)
+                if name == "openvino":
+                    _write_openvino(onnx, path, metadata)
+                    onnx.unlink()
+        except UserError:
+            raise
+        except Exception as error:  # tracing fails in many ways
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"--format {name}: PyTorch cannot export this detector ({reason}). Fix: choose another format; "
+                "docs/export.md lists what works"
+            ) from error
+    return path
+
+
+def _example(detector: Exportable) -> tuple[torch.Tensor, dict]:
+    """Images to trace with, and which of their dimensions vary."""
+    dynamic = torch.export.Dim.DYNAMIC
+    images = torch.zeros(2 if detector.any_batch else 1, 3, *_EXAMPLE, dtype=torch.uint8)
+    return images, {2: dynamic, 3: dynamic} | ({0: dynamic} if detector.any_batch else {})
+
+
+def _write_torch(detector: Exportable, path: Path, metadata: Metadata) -> None:
+    images, dynamic = _example(detector)
+    program = torch.export.export(detector, (images,), dynamic_shapes=(dynamic,), strict=False)
+    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata.strings())})
+
+
+def _write_onnx(detector: Exportable, path: Path, metadata: Metadata) -> None:
+    images, dynamic = _example(detector)
+    if detector.input_size is not None:
+        model = _to_onnx(detector, (images,), (dynamic,), ["images"], list(detector.outputs))
+    else:
+        # the network's size follows from the image's by a rule that the tracer cannot simplify: as inputs of its own,
+        # height and width can be anything
+        first = _to_onnx(_Prepare(detector), (images,), (dynamic,), ["images"], ["pixels", "sizes"])
+        given = _Prepare(detector)(images)
+        second = _to_onnx(_Detect(detector), given, (dynamic, None), ["pixels", "sizes"], list(detector.outputs))
+        model = _joined(first, second)
+    model.metadata_props.extend(
+        onnx_module().StringStringEntryProto(key=name, value=value) for name, value in metadata.strings().items()
+    )
+    onnx_module().save(model, path)
+
+
+class _Prepare(torch.nn.Module):
+    """From images to the network's input, and sizes."""
+
+    def __init__(self, detector: Exportable):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.detector.prepare(images)
+
+
+class _Detect(_Prepare):
+    """From the network's input to detections."""
+
+    def forward(self, pixels: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.detector.detect(pixels, sizes)
+
+
+def _to_onnx(module: torch.nn.Module, given: tuple, dynamic: tuple, inputs: list[str], outputs: list[str]) -> Any:
+    with nms_of_onnx():
+        program = torch.onnx.export(
+            module,
+            given,
+            dynamic_shapes=dynamic,
+            input_names=inputs,
+            output_names=outputs,
+            custom_translation_table=onnx_translations(),
+            opset_version=_OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    return program.model_proto
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """One ONNX model, in which the second takes what the first returns."""
+    compose = onnx_module().compose
+    second = compose.add_prefix(second, "network_", rename_inputs=False, rename_outputs=False)
+    names = [value.name for value in second.graph.input]
+    first.ir_version = second.ir_version
+    return compose.merge_models(first, second, io_map=[(name, name) for name in names])
+
+
+def onnx_module() -> Any:
+    """The package onnx, which only an export needs."""
+    import onnx
+    import onnx.compose
+
+    return onnx
+
+
+def _write_openvino(onnx: Path, path: Path, metadata: Metadata) -> None:
+    import openvino
+
+    model = openvino.convert_model(onnx)
+    for name, value in metadata.strings().items():
+        model.set_rt_info(value, name)
+    openvino.save_model(model, path, compress_to_fp16=False)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' warnings about their own parts."""
+    noisy = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch.fx")]
+    levels = [logger.level for logger in noisy]
+    for logger in noisy:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(noisy, levels, strict=True):
+            logger.setLevel(level)

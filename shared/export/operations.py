@@ -1,0 +1,213 @@
+"""What an exported detector computes around its network, in operations that every runtime has: resizing, NMS."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from shared.errors import UserError
+
+
+class Exportable(nn.Module):
+    """A detector from images to detections, for `export`. A detector subclasses it, and defines `prepare` and `detect`.
+
+    It takes (B, 3, H, W) uint8 RGB images of one size, and returns tensors in the order of `outputs`:
+
+    - boxes: (B, N, 4) float32, x1 y1 x2 y2 in pixels of the images.
+    - scores: (B, N) float32, the best first. Rows with score 0 are no detections.
+    - labels: (B, N) int64, 0 to K-1.
+    - masks: (B, N, S, S) float32, the probability that a point of the box belongs to the object.
+
+    Attributes:
+        outputs: the names of what `forward` returns.
+        any_batch: False if the file can take a single image only.
+        input_size: (height, width) of the network's input; None if it follows from the image.
+    """
+
+    outputs: tuple[str, ...] = ("boxes", "scores", "labels")
+    any_batch: bool = True
+    input_size: tuple[int, int] | None = None
+
+    def prepare(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's input, and the sizes that `detect` needs, such as `size_of(images)`: float32."""
+        raise NotImplementedError
+
+    def detect(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        """The detections, of what `prepare` returns."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.detect(*self.prepare(images))
+
+
+def size_of(images: Tensor) -> Tensor:
+    """(2,) float32, height and width of (B, 3, H, W) images."""
+    return as_tensor(*images.shape[-2:])
+
+
+def as_tensor(*numbers: int) -> Tensor:
+    """(numbers,) float32, of numbers that may follow from the image."""
+    return torch.stack([torch.ones(()) * number for number in numbers])
+
+
+def within(height: int, width: int, short: int, long: int) -> tuple[int, int]:
+    """The (height, width) of an image that is resized until its short side is `short`, or its long one `long` if that
+    is smaller. Rounded."""
+    least, most = torch.sym_min(height, width), torch.sym_max(height, width)
+    return tuple(
+        torch.sym_min((2 * side * long + most) // (2 * most), (2 * side * short + least) // (2 * least))
+        for side in (height, width)
+    )
+
+
+# --- resizing ---------------------------------------------------------------------------------------
+
+_FILTERS = {"bilinear": 1.0, "bicubic": 2.0}  # of Pillow, and their reach in pixels
+
+
+def check_filter(name: str, key: str) -> None:
+    """Raises UserError if no exported file can resize by that filter of Pillow."""
+    if name not in _FILTERS:
+        raise UserError(f"{key}: an exported file cannot resize by {name!r}. Fix: {' or '.join(_FILTERS)}")
+
+
+def resize_as_pillow(images: Tensor, height: int, width: int, name: str = "bilinear") -> Tensor:
+    """(B, 3, H, W) of whole numbers to (B, 3, height, width), as Pillow resizes: columns, then rows, each rounded to 8
+    bits. A level of a pixel can differ by 1, because Pillow's weights are rounded.
+
+    A resize is two matrix products. So it has the same result in every runtime, for images of any size.
+    """
+    wide = images.float() @ _pillow_weights(images.shape[-1], width, name).T
+    wide = (wide + 0.5).floor().clamp(0, 255)
+    return (_pillow_weights(images.shape[-2], height, name) @ wide + 0.5).floor().clamp(0, 255)
+
+
+def _pillow_weights(size: int, new: int, name: str) -> Tensor:
+    """(new, size) how much each pixel of a row counts for each new one."""
+    scale = size / new
+    centers = (torch.arange(new, dtype=torch.float32) + 0.5) * scale
+    pixels = torch.arange(size, dtype=torch.float32) + 0.5
+    away = (pixels[None] - centers[:, None]).abs() / torch.sym_max(scale, 1.0)
+    if name == "bilinear":
+        weights = (1 - away).clamp(min=0)
+    else:
+        near = (1.5 * away - 2.5) * away * away + 1
+        far = ((-0.5 * away + 2.5) * away - 4) * away + 2
+        weights = torch.where(away < 1, near, torch.where(away < 2, far, torch.zeros_like(away)))
+    return weights / weights.sum(1, keepdim=True)
+
+
+def resize_as_opencv(images: Tensor, height: int, width: int) -> Tensor:
+    """The same as OpenCV resizes with INTER_LINEAR: between the two nearest pixels of each row and column."""
+    wide = images.float() @ _opencv_weights(images.shape[-1], width).T
+    return (_opencv_weights(images.shape[-2], height) @ wide + 0.5).floor().clamp(0, 255)
+
+
+def _opencv_weights(size: int, new: int) -> Tensor:
+    at = (torch.arange(new, dtype=torch.float32) + 0.5) * (size / new) - 0.5
+    at = torch.minimum(at.clamp(min=0), torch.ones(1) * (size - 1))
+    pixels = torch.arange(size, dtype=torch.float32)
+    return (1 - (pixels[None] - at[:, None]).abs()).clamp(min=0)
+
+
+def inside(height: int, width: int, most_height: int, most_width: int) -> tuple[int, int]:
+    """The largest (height, width) of an image's shape that fits into another one."""
+    fitted = (
+        torch.sym_min(most_height, height * most_width // width),
+        torch.sym_min(most_width, width * most_height // height),
+    )
+    return torch.sym_max(fitted[0], 1), torch.sym_max(fitted[1], 1)
+
+
+# --- non-maximum suppression ------------------------------------------------------------------------
+
+_to_onnx = False
+
+
+@contextlib.contextmanager
+def nms_of_onnx() -> Iterator[None]:
+    """In the block, `best_boxes` is traced with the operation that `onnx_translations` translates."""
+    global _to_onnx
+    _register()
+    _to_onnx = True
+    try:
+        yield
+    finally:
+        _to_onnx = False
+
+
+def best_boxes(
+    boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, limit: int, score_threshold: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Greedy NMS within each image and label, and the `limit` best of what stays.
+
+    Args:
+        boxes: (B, N, 4) x1 y1 x2 y2, none below 0.
+        scores, labels: (B, N).
+        limit: at most N.
+        score_threshold: detections must be above it.
+
+    Returns:
+        boxes (B, limit, 4), scores (B, limit) with 0 for no detection, labels (B, limit), and which of the N they
+        were, (B, limit).
+    """
+    # boxes of different labels do not overlap: each label has its own rows
+    down = labels.to(boxes.dtype) * (boxes.max() + 1)
+    apart = torch.stack([boxes[..., 0], boxes[..., 1] + down, boxes[..., 2], boxes[..., 3] + down], -1)
+    find = torch.ops.exported.kept if _to_onnx else _kept
+    kept = find(apart, scores, iou_threshold, score_threshold, limit)
+    kept_scores = torch.where(kept & (scores > score_threshold), scores, torch.zeros_like(scores))
+    top_scores, top = kept_scores.topk(limit, dim=1)
+    return boxes.gather(1, top[..., None].expand(-1, -1, 4)), top_scores, labels.gather(1, top), top
+
+
+def _kept(boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: float, limit: int) -> Tensor:
+    """(B, N) bool: whether no box with a higher score suppresses the box. By torchvision's operation."""
+    from torchvision.ops import nms
+
+    batch, count = scores.shape
+    # nor do boxes of different images: each has its own columns
+    across = torch.arange(batch, device=boxes.device, dtype=boxes.dtype) * (boxes.max() + 1)
+    across = torch.stack([across, torch.zeros_like(across)] * 2, -1)
+    kept = nms((boxes + across[:, None]).reshape(-1, 4), scores.reshape(-1), iou_threshold)
+    flat = torch.zeros(batch * count, dtype=torch.bool, device=boxes.device)
+    return flat.index_fill(0, kept, True).reshape(batch, count)
+
+
+@functools.cache
+def _register() -> None:
+    """Defines `exported::kept`, which `onnx_translations` translates. torch 2.3 lacks what it needs."""
+    operation = torch.library.custom_op("exported::kept", _kept, mutates_args=())
+
+    @operation.register_fake
+    def _(boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: float, limit: int) -> Tensor:
+        return torch.empty_like(scores, dtype=torch.bool)
+
+
+def onnx_translations() -> dict:
+    """For `torch.onnx.export`: NMS by ONNX's own operation. It handles images by themselves, and stops at `limit`."""
+    from onnxscript import opset18 as op
+
+    _register()
+
+    def kept(boxes, scores, iou_threshold: float, score_threshold: float, limit: int):  # noqa: ANN001, ANN202
+        selected = op.NonMaxSuppression(
+            boxes,
+            op.Unsqueeze(scores, op.Constant(value_ints=[1])),
+            op.Constant(value_ints=[limit]),
+            op.Constant(value_floats=[iou_threshold]),
+            op.Constant(value_floats=[score_threshold]),
+        )
+        places = op.Gather(selected, op.Constant(value_ints=[0, 2]), axis=1)
+        ones = op.Expand(op.Constant(value_floats=[1.0]), op.Shape(places, end=1))
+        nothing = op.Mul(scores, op.Constant(value_floats=[0.0]))
+        return op.Cast(op.ScatterND(nothing, places, ones), to=9)  # BOOL
+
+    def is_all_true(values):  # noqa: ANN001, ANN202
+        return op.Cast(op.ReduceMin(op.Cast(values, to=6), keepdims=0), to=9)
+
+    return {torch.ops.exported.kept.default: kept, torch.ops.aten._is_all_true.default: is_all_true}

@@ -1,0 +1,242 @@
+"""`export`: the file detects what the checkpoint detects, and says so; `evaluate` and `predict` take it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, run_command
+from PIL import Image
+from tiny_models import efficientdet_config
+
+pytest.importorskip("onnxruntime", reason="export needs the packages of `pip install '.[export]'`")
+pytest.importorskip("onnxscript", reason="export needs the packages of `pip install '.[export]'`")
+import torch
+
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+    pytest.skip("export needs torch 2.6", allow_module_level=True)
+
+EXPORT = {"format": "onnx", "images": None, "tolerance": 0.001, "checkpoint": None, "output": None}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, shapes):
+    """A tiny EfficientDet: its config, its checkpoint, and the folder of its ONNX file."""
+    from model_def import EfficientDetTrial
+    from shared.commands.export import export
+    from shared.commands.train import train_locally
+
+    folder = tmp_path_factory.mktemp("export")
+    config = efficientdet_config(shapes)
+    config["searcher"]["max_length"] = config["min_validation_period"] = {"batches": 24}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_command(train_locally, EfficientDetTrial, folder / "config.yaml", output_dir=folder / "run", resume=None)
+        checkpoint = folder / "run/checkpoints/best"
+        arguments = EXPORT | {"checkpoint": str(checkpoint), "output": folder / "onnx"}
+        run_command(export, EfficientDetTrial, folder / "config.yaml", **arguments)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def numbers(exported):
+    """What is in export.json."""
+    return json.loads((exported / "onnx/export.json").read_text())
+
+
+def test_exported_file_has_the_map_of_its_checkpoint(numbers):
+    (of_boxes,) = numbers["comparisons"]
+    overall = of_boxes["metrics"][0]
+    assert overall["name"] == "mAP"
+    assert overall["a"] == pytest.approx(overall["b"], abs=0.001)
+    assert overall["lower"] <= 0 <= overall["upper"]
+
+
+def test_export_reports_largest_differences_speed_and_memory(numbers):
+    found = numbers["differences"]
+    assert found["matched"] == found["detections"] > 0
+    assert found["box"] < 0.5
+    assert found["score"] < 0.01
+    for side in numbers["sides"].values():
+        assert side["images_per_second"] > 0
+        assert side["peak_memory_mib"] > 0
+
+
+def test_exported_file_names_categories_thresholds_and_checkpoint(exported, shapes):
+    import onnxruntime
+
+    from shared.training.saving import weights_digest
+
+    strings = onnxruntime.InferenceSession(exported / "onnx/model.onnx").get_modelmeta().custom_metadata_map
+    metadata = {name.removeprefix("detector."): json.loads(value) for name, value in strings.items()}
+    annotations = json.loads((shapes / "annotations/val.json").read_text())
+    report = json.loads((exported / "run/report.json").read_text())
+    assert metadata["categories"] == annotations["categories"]
+    assert metadata["best_threshold"] == report["best_threshold"]
+    assert metadata["thresholds"].keys() <= {category["name"] for category in annotations["categories"]}
+    assert metadata["input_size"] == [128, 128]
+    assert metadata["checkpoint"] == weights_digest(exported / "run/checkpoints/best")
+    assert metadata["versions"]["torch"] == torch.__version__.split("+")[0] or metadata["versions"]["torch"]
+
+
+def test_exported_file_takes_images_of_any_size_in_a_batch(exported):
+    from shared.export.runtime import ExportedDetector
+
+    detector = ExportedDetector(exported / "onnx/model.onnx")
+    images = [np.random.default_rng(i).integers(0, 256, (90, 160, 3), dtype=np.uint8) for i in range(3)]
+    images.append(images[0][:50, :40].copy())
+    together = detector.detect(images)
+    for image, found in zip(images, together, strict=True):
+        (alone,) = detector.detect([image])
+        np.testing.assert_allclose(found.scores, alone.scores, atol=1e-5)
+        assert (found.boxes <= [image.shape[1], image.shape[0]] * 2).all()
+
+
+def test_evaluate_of_an_exported_file_gives_the_checkpoint_s_metrics(exported, command, trial_class):
+    config, output = exported / "config.yaml", exported / "evaluated"
+    for name, given in {
+        "model": ["--model", exported / "onnx/model.onnx"],
+        "checkpoint": ["--checkpoint", exported / "run/checkpoints/best"],
+    }.items():
+        command(trial_class, "evaluate", config, *given, "--output", output / name)
+    of_file, of_checkpoint = (
+        json.loads((output / name / "metrics.json").read_text()) for name in ("model", "checkpoint")
+    )
+    assert of_file.keys() == of_checkpoint.keys()
+    assert of_file["bbox_mAP"] == pytest.approx(of_checkpoint["bbox_mAP"], abs=0.001)
+
+
+def test_predict_draws_what_an_exported_file_detects(exported, command, trial_class, shapes, tmp_path):
+    arguments = ["--model", exported / "onnx/model.onnx", "--images", shapes / "val", "--min-score", "best"]
+    command(trial_class, "predict", exported / "config.yaml", *arguments, "--output", tmp_path / "found")
+    assert len(json.loads((tmp_path / "found/results.json").read_text())) > 0
+    assert len(list((tmp_path / "found").glob("*.png"))) == 10
+
+
+def test_predictor_detects_with_an_exported_file(exported, shapes):
+    from shared.export.runtime import ExportedDetector
+    from shared.predictor import Predictor
+
+    paths = sorted((shapes / "val").iterdir())[:2]
+    found = Predictor(exported / "onnx/model.onnx")(paths)
+    expected = ExportedDetector(exported / "onnx/model.onnx").detect([np.asarray(Image.open(path)) for path in paths])
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.boxes, other.boxes)
+        np.testing.assert_array_equal(one.scores, other.scores)
+        assert len(one.names) == len(one)
+    assert Predictor(exported / "onnx/model.onnx")(paths[0], min_score="best-per-category").draw().size == (128, 128)
+
+
+def test_detect_py_needs_no_torch(exported, shapes):
+    image = next((shapes / "val").iterdir())
+    without_torch = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'torchvision', 'shared')))\n"
+        "import runpy; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    script = (
+        (exported / "onnx/detect.py")
+        .read_text()
+        .replace('"detector.best_threshold"]) or 0.3', '"detector.best_threshold"]) * 0')
+    )
+    changed = exported / "detect_all.py"
+    changed.write_text(script)
+    command = [sys.executable, "-c", without_torch, str(changed), str(exported / "onnx/model.onnx"), str(image)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert str(image) in done.stdout
+    assert len((exported / "onnx/detect.py").read_text().splitlines()) <= 40
+
+
+def test_export_leaves_nothing_where_the_file_differs(exported, monkeypatch, trial_class, tmp_path):
+    from shared.commands.export import export
+    from shared.errors import UserError
+    from shared.export import formats
+    from shared.export.runtime import ExportedDetector
+
+    def copied(detector, name, folder, metadata):
+        return Path(folder / "model.onnx").write_bytes((exported / "onnx/model.onnx").read_bytes()) and (
+            folder / "model.onnx"
+        )
+
+    def detects_nothing(self, images, image_ids=None):
+        from shared.evaluation.detections import Detections
+
+        return [Detections(i, np.zeros((0, 4)), [], []) for i in image_ids]
+
+    monkeypatch.setattr(formats, "write", copied)
+    monkeypatch.setattr(ExportedDetector, "detect", detects_nothing)
+    monkeypatch.chdir(tmp_path)
+    arguments = EXPORT | {"checkpoint": str(exported / "run/checkpoints/best"), "output": tmp_path / "out"}
+    with pytest.raises(UserError, match=r"--tolerance"):
+        run_command(export, trial_class, exported / "config.yaml", **{**arguments, "tolerance": 0.0})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.h5", b"", "is not an exported file. Fix: give a file that ends in .onnx, .xml, .pt2"),
+        ("model.onnx", b"nothing", "cannot be read"),
+        ("model.onnx", None, "does not exist. Fix: write it with `model_def.py export`"),
+    ],
+)
+def test_a_file_that_is_no_detector_is_refused(name, content, said, refused, exported, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    line = refused("evaluate", exported / "config.yaml", "--model", tmp_path / name)
+    assert said in line
+
+
+def test_onnx_files_of_others_are_refused(refused, exported, tmp_path):
+    import onnx
+    from onnx import TensorProto, helper
+
+    value = helper.make_tensor_value_info("images", TensorProto.FLOAT, [1])
+    same = helper.make_tensor_value_info("same", TensorProto.FLOAT, [1])
+    graph = helper.make_graph([helper.make_node("Identity", ["images"], ["same"])], "graph", [value], [same])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, tmp_path / "other.onnx")
+    line = refused("evaluate", exported / "config.yaml", "--model", tmp_path / "other.onnx")
+    assert "has no metadata of a detector" in line
+
+
+def test_model_and_checkpoint_together_are_refused(refused, exported):
+    line = refused(
+        "evaluate", exported / "config.yaml", "--model", "model.onnx", "--checkpoint", exported / "run/checkpoints/best"
+    )
+    assert line == "error: --model: it holds the weights itself. Fix: remove --checkpoint"
+
+
+def test_output_that_holds_other_files_is_refused(refused, exported):
+    line = refused("export", exported / "config.yaml", "--output", exported / "run")
+    assert "is not empty. Fix: give a new folder" in line
+
+
+def test_pixels_of_an_exported_file_are_pillow_s():
+    from shared.export.operations import resize_as_pillow
+
+    image = np.random.default_rng(0).integers(0, 256, (3, 83, 111), dtype=np.uint8)
+    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    for name, method in filters.items():
+        for size in ((40, 53), (120, 140)):
+            ours = resize_as_pillow(torch.from_numpy(image)[None], *size, name)[0].numpy()
+            theirs = [np.asarray(Image.fromarray(plane).resize(size[::-1], method)) for plane in image]
+            assert np.abs(ours - np.stack(theirs)).max() <= 1
+
+
+def test_pixels_of_an_exported_file_are_opencv_s():
+    cv2 = pytest.importorskip("cv2")
+    from shared.export.operations import resize_as_opencv
+
+    image = np.random.default_rng(0).integers(0, 256, (83, 111, 3), dtype=np.uint8)
+    for size in ((40, 53), (120, 140)):
+        ours = resize_as_opencv(torch.from_numpy(image.transpose(2, 0, 1))[None], *size)[0].numpy()
+        theirs = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR).transpose(2, 0, 1)
+        assert np.abs(ours - theirs).max() <= 1
+
+
+assert ROOT  # the folder with the detectors comes on the path first
