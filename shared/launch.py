@@ -257,6 +257,9 @@ def read_arguments() -> argparse.Namespace:
     predict.add_argument(
         "--format", choices=("png", "pdf"), default="png", help="of the pictures; default png; pdf keeps lines sharp"
     )
+    predict.add_argument(
+        "--track", action="store_true", help="number the objects of a video, with the package trackers"
+    )
     for command, default, kind, help in (
         (
             evaluate,

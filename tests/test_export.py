@@ -117,6 +117,20 @@ def test_predict_draws_what_an_exported_file_detects(exported, command, trial_cl
     assert len(list((tmp_path / "found").glob("*.png"))) == 10
 
 
+def test_predictor_detects_with_an_exported_file(exported, shapes):
+    from shared.export.runtime import ExportedDetector
+    from shared.predictor import Predictor
+
+    paths = sorted((shapes / "val").iterdir())[:2]
+    found = Predictor(exported / "onnx/model.onnx")(paths)
+    expected = ExportedDetector(exported / "onnx/model.onnx").detect([np.asarray(Image.open(path)) for path in paths])
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.boxes, other.boxes)
+        np.testing.assert_array_equal(one.scores, other.scores)
+        assert len(one.names) == len(one)
+    assert Predictor(exported / "onnx/model.onnx")(paths[0], min_score="best-per-category").draw().size == (128, 128)
+
+
 def test_detect_py_needs_no_torch(exported, shapes):
     image = next((shapes / "val").iterdir())
     without_torch = (
