@@ -89,9 +89,7 @@ class Detectron2Trial(DetectionTrial):
         if self.hparams.scale_schedule:
             config.scale_schedule(self.hparams.global_batch_size)
         if config.augments_tests and self.for_training:
-            logger.info(
-                "TEST.AUG: `evaluate` and `predict` detect in augmented images; a training's validations do not"
-            )
+            logger.info("TEST.AUG: `evaluate` and `predict` detect in augmented images; validations do not")
         models.apply_backend_options(config, self.for_training)
         self.find_unused_parameters = config.find_unused_parameters
         if self.slots > 1:
@@ -147,16 +145,13 @@ class Detectron2Trial(DetectionTrial):
         stated = configs.stated_class_count(config)
         if self.data.has_val_annotations:
             in_data = self.open_val().categories
-            free = stated is not None and stated[1] == configs.COCO_CLASSES and stated[0] not in self._overridden
+            given = flattened(self.hparams.config_overrides)
+            free = stated is not None and stated[1] == configs.COCO_CLASSES and stated[0] not in given
             if stated is None or free or len(in_data) == stated[1]:
                 return in_data
         if stated is None or len(named) == stated[1] or config.semantic:
             return named
         return [{"id": i + 1, "name": f"class {i + 1}"} for i in range(stated[1])]
-
-    @property
-    def _overridden(self) -> list[str]:
-        return list(flattened(self.hparams.config_overrides))
 
     def training_groups(self) -> np.ndarray:
         if not self.detectron2_config.train_set.group_by_aspect_ratio:
@@ -231,7 +226,7 @@ class Detectron2Trial(DetectionTrial):
         counts = {"things": len(self.categories)}
         if self.for_training and isinstance(self.train_data, data_sets.RegisteredData):
             counts = self.train_data.class_counts
-        configs.set_class_counts(config, counts, self._overridden)
+        configs.set_class_counts(config, counts, flattened(self.hparams.config_overrides))
         model = models.build_model(config)
         if self.hparams.max_detections is not None:
             models.keep_detections(model, self.hparams.max_detections)
@@ -280,22 +275,19 @@ class Detectron2Trial(DetectionTrial):
             group["lr"] = lr
 
     def summary(self) -> list[tuple[str, object]]:
-        config = self.detectron2_config
+        config, data = self.detectron2_config, self.train_data
+        registered = isinstance(data, data_sets.RegisteredData)
+        named = ", ".join(data.names) if registered else data.annotations.path or "fake"
         return [
             ("config", self.hparams.config_file),
             ("model", f"{type(self.plain_model).__name__}, {count_of(len(self.categories), 'category')}"),
             ("weights", (self._weights() or ("initial",))[0] if self.first_batch == 0 else "the checkpoint's"),
-            ("training data", f"{self._training_data_name()}, {count_of(len(self.train_samples), 'sample')}"),
+            ("training data", f"{named}, {count_of(len(self.train_samples), 'sample')}"),
             ("validation", ", ".join(self.iou_types) if self.evaluates_coco else "by Detectron2's own evaluator"),
             ("optimizer", f"{type(self.optimizer).__name__}, lr {config.learning_rate:g}"),
             ("schedule", config.schedule_name),
             ("operations", "compiled (detectron2._C)" if COMPILED else "PyTorch and torchvision"),
         ]
-
-    def _training_data_name(self) -> str:
-        if isinstance(self.train_data, data_sets.RegisteredData):
-            return ", ".join(self.train_data.names)
-        return str(self.train_data.annotations.path or "fake")
 
     def synchronize_buffers(self) -> None:
         if count := self.detectron2_config.precise_bn_batches:
