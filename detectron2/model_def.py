@@ -243,6 +243,12 @@ class Detectron2Trial(DetectionTrial):
         submitted = Path(__file__).parent.absolute()
         return start_of(self.hparams.weights, self.detectron2_config, self.for_training, submitted)
 
+    def exportable(self) -> nn.Module:
+        from detectron2_files.export import ExportableRetinaNet
+
+        mapper = self._mapper(False, data_sets.describe(self.categories))
+        return ExportableRetinaNet(self.evaluation_model, mapper)
+
     def check_pretrained(self) -> None:
         if self._weights() is None:
             raise UserError(

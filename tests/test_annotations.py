@@ -263,9 +263,9 @@ def test_an_annotation_id_of_zero_is_a_note_on_validation_data_alone(coco):
 BROKEN = {
     "points to image 99": lambda c: c["annotations"][0].update(image_id=99),
     "points to category 99": lambda c: c["annotations"][0].update(category_id=99),
-    "image ids occur more than once": lambda c: c["images"][1].update(id=1),
-    "annotation ids occur more than once": lambda c: c["annotations"][1].update(id=1),
-    "category ids occur more than once": lambda c: c["categories"].append({"id": 1, "name": "x"}),
+    "the image id 1 occurs more than once": lambda c: c["images"][1].update(id=1),
+    "the annotation id 1 occurs more than once": lambda c: c["annotations"][1].update(id=1),
+    "the category id 1 occurs more than once": lambda c: c["categories"].append({"id": 1, "name": "x"}),
     "two categories have the name 'circle'": lambda c: c.update(
         categories=[{"id": i, "name": "circle"} for i in (1, 2, 3)]
     ),

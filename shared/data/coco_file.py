@@ -377,7 +377,8 @@ def _refuse_duplicates(ids: np.ndarray, what: str, source: object) -> None:
     ordered = np.sort(ids)
     twice = np.flatnonzero(ordered[1:] == ordered[:-1])
     if len(twice):
-        raise UserError(f"{source}: {len(twice)} {what} ids occur more than once, the first is {ordered[twice[0]]}")
+        more = f", and so do {len(twice) - 1} more" if len(twice) > 1 else ""
+        raise UserError(f"{source}: the {what} id {ordered[twice[0]]} occurs more than once{more}. Fix: renumber them")
 
 
 def _rows_of(wanted: np.ndarray, ids: np.ndarray, annotation_ids: np.ndarray, what: str, source: object) -> np.ndarray:
