@@ -28,7 +28,7 @@ from detectron2_files import config as configs
 from detectron2_files import data as data_sets
 from detectron2_files import model as models
 from detectron2_files.class_weights import weigh_categories
-from detectron2_files.evaluation import OwnEvaluator, OwnResult, detect, own_evaluator
+from detectron2_files.evaluation import OwnEvaluator, OwnResult, detect, own_evaluator, warn_of_masks
 from detectron2_files.pixels import with_quick_resizing
 from detectron2_files.weights import categories_of_checkpoint, load_weights_into, start_of
 from shared.config.file import flattened
@@ -315,20 +315,13 @@ class Detectron2Trial(DetectionTrial):
             inputs = [{**given, "image": given["image"].cpu()} for given in inputs]
         if not self.detects_for_own_evaluator:
             detected = list(detect(model, inputs))
-            self._warn_of_unscored_masks(detected)
+            if self.rank == 0 and self.evaluates_coco and "segm" not in self.iou_types and not self.warned_of_masks:
+                self.warned_of_masks = warn_of_masks(detected)
             return detected
         return [
             OwnResult({key: value for key, value in given.items() if key != "image"}, output)
             for given, output in zip(inputs, model(inputs), strict=True)
         ]
-
-    def _warn_of_unscored_masks(self, detected: list[Detections]) -> None:
-        if self.evaluates_coco and "segm" not in self.iou_types and any(found.masks is not None for found in detected):
-            if not self.warned_of_masks and self.rank == 0:
-                logger.warning(
-                    "the model detects masks, and no `mask_head` of its config says so: the boxes alone are evaluated"
-                )
-            self.warned_of_masks = True
 
 
 if __name__ == "__main__":
