@@ -80,7 +80,6 @@ bench: $(ALL_READY)
 	$(PY) benchmarks/annotations.py check
 	$(PY) benchmarks/annotations.py ranks
 	$(PY) benchmarks/annotations.py disk
-	OMP_NUM_THREADS=1 $(PY) benchmarks/evaluation.py gather
 	OMP_NUM_THREADS=1 $(PY) benchmarks/remote.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/scale.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/training_step.py

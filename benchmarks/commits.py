@@ -1,5 +1,4 @@
-"""How long a training takes to its first batch; and CPU seconds here, divided by those of another checkout: of a
-training step, of a start, of an evaluation.
+"""CPU seconds here, divided by those of another checkout: of a training step, of a start, of an evaluation.
 
     git worktree add /tmp/before COMMIT
     OMP_NUM_THREADS=1 python benchmarks/commits.py step --before /tmp/before
@@ -21,8 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
-from command_line import DETECTORS, ROOT, main
-from tabulate import tabulate
+from command_line import ROOT, main
 
 SECONDS = 600  # for a batch
 
@@ -94,23 +92,6 @@ def training(*arguments) -> Iterator[Run]:
         run.process.wait()
 
 
-def batch(data: Path = Path("/data/bccd"), only: list[str] = DETECTORS, turns: int = 3) -> None:
-    """From the command to the first trained batch of each detector's `bccd.yaml`, with a warm cache.
-
-    Reported are the medians of wall seconds and of the CPU seconds of all the command's processes. The latter tell more
-    on a busy machine.
-
-    data: BCCD's folder; default /data/bccd
-    only: detectors; default all
-    """
-    rows = []
-    for detector in only:
-        first_batch(ROOT / detector, data)  # parses the annotations
-        measured = [first_batch(ROOT / detector, data) for _ in range(turns)]
-        rows.append([detector, *(statistics.median(column) for column in zip(*measured, strict=True))])
-    print(tabulate(rows, headers=["", "wall s", "CPU s"], floatfmt=".1f"))
-
-
 def on_bccd(data: Path) -> list[str]:
     """The arguments of `train bccd.yaml` that name the data: BCCD's folder, or that of synthetic data."""
     folder, arguments = data.absolute(), []
@@ -121,27 +102,25 @@ def on_bccd(data: Path) -> list[str]:
     return arguments
 
 
-def first_batch(detector: Path, data: Path) -> tuple[float, float]:
-    """Wall and CPU seconds of one start in a detector's folder. The training is stopped then."""
+def first_batch(detector: Path, data: Path) -> float:
+    """CPU seconds of one start in a detector's folder, until the first batch. The training is stopped then."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
         command = [sys.executable, "model_def.py", "train", "bccd.yaml", "--output-dir", str(run), *on_bccd(data)]
         command += ["--set", "scheduling_unit=1"]  # a report per batch
         with Path(folder, "log").open("w+") as log:
-            started = time.monotonic()
             process = psutil.Popen(command, cwd=detector, stdout=log, stderr=subprocess.STDOUT)
             while not (run / "metrics.jsonl").exists():
                 if process.poll() is not None:
                     log.seek(0)
                     sys.exit(f"{' '.join(command[:3])}: exit status {process.returncode}\n{log.read()[-2000:]}")
                 time.sleep(0.02)
-            seconds = time.monotonic() - started
             family = [process, *process.children(recursive=True)]
             busy = sum(sum(each.cpu_times()[:2]) for each in family)
             for each in family:
                 each.kill()
             process.wait()
-    return seconds, busy
+    return busy
 
 
 def step(before: Path, data: Path = Path("/data/bccd"), detector: str = "efficientdet", turns: int = 12) -> dict:
@@ -163,7 +142,7 @@ def start(before: Path, data: Path = Path("/data/bccd"), detector: str = "effici
 
     turns: of each side
     """
-    return in_pairs(lambda checkout: first_batch(checkout / detector, data)[1], before, turns)
+    return in_pairs(lambda checkout: first_batch(checkout / detector, data), before, turns)
 
 
 def evaluation(before: Path, data: Path = Path("/data/bccd"), detector: str = "efficientdet", turns: int = 8) -> dict:
@@ -204,4 +183,4 @@ def in_pairs(seconds_of: Callable[[Path], float], before: Path, turns: int) -> d
 
 
 if __name__ == "__main__":
-    main(__doc__, batch, step, start, evaluation)
+    main(__doc__, step, start, evaluation)

@@ -204,11 +204,11 @@ class Detectron2Trial(DetectionTrial):
         return models.max_iou(self.plain_model)
 
     def build_evaluator(self, data: opening.Opened) -> CocoEvaluator | OwnEvaluator:
+        limit = self.hparams.max_detections or self.detectron2_config.scored_detections
         if isinstance(data, data_sets.RegisteredData):
-            evaluator = own_evaluator(data.names[0], self.iou_types, self.detectron2_config.rotated)
+            evaluator = own_evaluator(data.names[0], self.iou_types, self.detectron2_config.rotated, limit)
             return OwnEvaluator(evaluator, self.rank < len(data.dicts), self.context.distributed.gather)
         sigmas, gather = self.detectron2_config.keypoint_sigmas or None, self.context.distributed.gather
-        limit = self.hparams.max_detections or self.detectron2_config.scored_detections
         return CocoEvaluator(
             data.annotations, self.iou_types, keypoint_sigmas=sigmas, gather=gather, max_detections=limit
         )
@@ -247,6 +247,12 @@ class Detectron2Trial(DetectionTrial):
         """What to start from, and the key that names it; None for the initial weights."""
         submitted = Path(__file__).parent.absolute()
         return start_of(self.hparams.weights, self.detectron2_config, self.for_training, submitted)
+
+    def exportable(self) -> nn.Module:
+        from detectron2_files.export import ExportableRetinaNet
+
+        mapper = self._mapper(False, data_sets.describe(self.categories))
+        return ExportableRetinaNet(self.evaluation_model, mapper)
 
     def check_pretrained(self) -> None:
         if self._weights() is None:

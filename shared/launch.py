@@ -257,6 +257,9 @@ def read_arguments() -> argparse.Namespace:
     predict.add_argument(
         "--format", choices=("png", "pdf"), default="png", help="of the pictures; default png; pdf keeps lines sharp"
     )
+    predict.add_argument(
+        "--track", action="store_true", help="number the objects of a video, with the package trackers"
+    )
     for command, default, kind, help in (
         (
             evaluate,
@@ -292,14 +295,25 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", help="a checkpoint's path or UUID; default: the config's pretrained weights")
     formats_help = "default onnx; `torch` is a .pt2 file; `transformers` a folder for that package (detr only)"
     parser.add_argument("--format", choices=[*FORMATS, TRANSFORMERS], default="onnx", help=formats_help)
+    precisions = parser.add_mutually_exclusive_group()
+    precisions.add_argument(
+        "--half", dest="precision", action="store_const", const="float16", help="weights of 16 bits (openvino only)"
+    )
+    precisions.add_argument(
+        "--int8",
+        dest="precision",
+        action="store_const",
+        const="int8",
+        default="float32",
+        help="convolutions in 8 bits (onnx, openvino), calibrated on images of data.train",
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to write; default exports/FORMAT")
     parser.set_defaults(model=None)
     parser.add_argument("--images", type=_count, metavar="N", help="check on N images of data.val; default all")
     parser.add_argument(
         "--tolerance",
         type=_tolerance,
-        default=0.001,
-        help="the largest difference of mAP between checkpoint and file; default 0.001",
+        help="the largest difference of mAP between checkpoint and file; default 0.001; with --half and --int8, none",
     )
 
 

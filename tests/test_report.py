@@ -545,3 +545,11 @@ def test_what_the_command_cannot_read_is_one_line(tmp_path, monkeypatch, argumen
         shared_main()
     assert "\n" not in str(ended.value)
     assert (tmp_path / "r.json").read_text() == "[]"
+
+
+def test_scores_that_are_no_shares_are_one_line(tmp_path):
+    annotations = data_set(tmp_path, [(1, 3, [10, 10, 20, 20])])
+    found = from_coco_results([{"image_id": 1, "category_id": 3, "bbox": [10, 10, 20, 20], "score": 90}], annotations)
+    with pytest.raises(UserError, match="the scores are 90 to 90, and must be 0 to 1"):
+        report(annotations, found, tmp_path / "report.html", resamples=0)
+    assert evaluate(annotations, found)["bbox_mAP"] == pytest.approx(1)

@@ -549,7 +549,16 @@ class TrainingSamples(torch.utils.data.Dataset):
         if self.mode_switch is not None and key.epoch >= self.mode_switch[0] and self.mixes:
             self.dataset.update_skip_type_keys(self.mode_switch[1])
         seed_all(self.seed, *key.seeds)
-        sample, image_id = self.dataset[key.index], image_id_of(self.dataset, key.index)
+        image_id = image_id_of(self.dataset, key.index)
+        try:
+            sample = self.dataset[key.index]
+        except (ValueError, IndexError) as error:
+            if not self.mixes:
+                raise
+            raise UserError(
+                f"the train pipeline of the MMDetection config: image id {image_id}: {error}. Fix: remove the "
+                "transform that raises it, or the one before it: Mosaic and MixUp do not move masks"
+            ) from error
         check_counts(sample, image_id)
         return sample, image_id
 

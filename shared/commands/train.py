@@ -188,7 +188,7 @@ def _begin_folder(trial: DetectionTrial, folder: RunFolder) -> None:
     both = {"train": trial.train_data, "val": trial.val_data}
     opened = {split: data for split, data in both.items() if isinstance(data, SplitData)}
     if opened and not folder.labels.exists():
-        save_page(opened, folder.labels, _LABELS)
+        save_page(opened, folder.labels, count=_LABELS)
 
 
 class Results:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from shared.config.schema import StoreOptions
 from shared.data import remote
-from shared.errors import UserError
+from shared.errors import UserError, count_of
 
 FARTHEST = 2.0**31  # pixels; images are smaller, and float32 becomes infinite only beyond 3e38
 _MOST_SHOWN = 40  # digits
@@ -183,9 +183,8 @@ def parse(data: JSONBytes, source: object) -> Parsed:
     columns["segmentations"], columns["segmentation_offsets"] = _joined([_present(a.segmentation) for a in ordered])
     if any(a.ignore for a in annotations):
         columns["ignore"] = np.array([bool(a.ignore) for a in ordered], np.bool_)
-        notes.append(
-            f"training omits {columns['ignore'].sum()} annotations with `ignore: 1`; an evaluation counts them"
-        )
+        ignored = count_of(int(columns["ignore"].sum()), "annotation")
+        notes.append(f"training omits {ignored} with `ignore: 1`; an evaluation counts them")
     if any(_present(a.keypoints) for a in annotations):
         columns["keypoints"] = _parse_keypoints(ordered, source)
     return Parsed(columns, categories, notes)
@@ -214,7 +213,8 @@ def _fill_areas(annotations: list[_Annotation], boxes: np.ndarray, notes: list[s
     for i in np.flatnonzero(np.isnan(areas) | is_zero).tolist():
         areas[i] = _mask_area(annotations[i].segmentation) or boxes[i, 2] * boxes[i, 3]
     if is_zero.any():
-        notes.append(f"{is_zero.sum()} boxes have `area: 0`; the area of the mask or the box is used")
+        count = count_of(int(is_zero.sum()), "box")
+        notes.append(f"{count} with `area: 0`; the area of the mask or the box is used")
     return areas
 
 
@@ -377,7 +377,8 @@ def _refuse_duplicates(ids: np.ndarray, what: str, source: object) -> None:
     ordered = np.sort(ids)
     twice = np.flatnonzero(ordered[1:] == ordered[:-1])
     if len(twice):
-        raise UserError(f"{source}: {len(twice)} {what} ids occur more than once, the first is {ordered[twice[0]]}")
+        more = f", and so do {len(twice) - 1} more" if len(twice) > 1 else ""
+        raise UserError(f"{source}: the {what} id {ordered[twice[0]]} occurs more than once{more}. Fix: renumber them")
 
 
 def _rows_of(wanted: np.ndarray, ids: np.ndarray, annotation_ids: np.ndarray, what: str, source: object) -> np.ndarray:

@@ -245,7 +245,10 @@ def load_detections(path: Path) -> tuple[GatheredDetections, list[str], int | No
         most = arrays.pop("max_detections", None)
         return GatheredDetections(**arrays), names, None if most is None else int(most)
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} has no detections of a run: {error}") from error
+        raise UserError(
+            f"{path} has no detections of a run: it is damaged, or another program's. Fix: validate the run again, or "
+            "give a results.json"
+        ) from error
 
 
 def merge(shares: list[GatheredDetections]) -> GatheredDetections:

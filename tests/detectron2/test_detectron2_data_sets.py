@@ -7,15 +7,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import reports, run_model_def
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.transforms import AugmentationList, RandomFlip
+from detectron2.structures import Boxes, BoxMode, Instances
 from panoptic_shapes import REGISTER_PANOPTIC, write_panoptic_shapes
 from PIL import Image
 from tiny_models import DETECTRON2, detectron2_config, detectron2_config_by_name, load_model_def
 
 from detectron2_files.data import MapperTransform, check_keypoint_flips, describe, read_proposals
+from detectron2_files.evaluation import own_evaluator
 from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
 
@@ -282,7 +285,7 @@ def test_detectron2_knows_which_processes_share_a_machine(shapes, tmp_path):
 import os, sys
 sys.path.insert(0, {str(DETECTRON2)!r})
 import model_def
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import CityscapesSemSegEvaluator
 from shared.launch import main
 
@@ -337,3 +340,28 @@ def test_a_keypoint_without_its_other_side_is_an_error(name):
 
 def flipping():
     return SimpleNamespace(augmentations=AugmentationList([RandomFlip()]))
+
+
+def test_detectron2_s_own_evaluator_scores_max_detections():
+    boxes = [[i % 20 * 10, i // 20 * 10, 8, 8] for i in range(120)]
+    rows = [{"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "iscrowd": 0} for box in boxes]
+    dicts = [{"file_name": "a.png", "image_id": 1, "height": 100, "width": 200, "annotations": rows}]
+    DatasetCatalog.register("crowded", lambda: dicts)
+    MetadataCatalog.get("crowded").thing_classes = ["pig"]
+    try:
+        found = Instances((100, 200), pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32)))
+        found.pred_boxes.tensor[:, 2:] += found.pred_boxes.tensor[:, :2]
+        found.scores, found.pred_classes = torch.linspace(1, 0.5, 120), torch.zeros(120, dtype=torch.int64)
+        values = []
+        for most in (None, 200):
+            evaluator = own_evaluator("crowded", ("bbox",), rotated=False, max_detections=most)
+            evaluator.reset()
+            evaluator.process(dicts, [{"instances": found}])
+            values.append(evaluator.evaluate()["bbox"]["AP"])
+        assert values[0] < 90
+        assert values[1] == pytest.approx(100)
+        with pytest.raises(UserError, match=r"hyperparameters\.max_detections: .* of rotated boxes scores 100"):
+            own_evaluator("crowded", ("bbox",), rotated=True, max_detections=200)
+    finally:
+        DatasetCatalog.remove("crowded")
+        MetadataCatalog.remove("crowded")

@@ -426,3 +426,24 @@ def test_a_uuid_needs_a_master(refused, run_config, monkeypatch):
     monkeypatch.setenv("DET_MASTER", "")
     uuid = "12345678-1234-1234-1234-123456789abc"
     assert "set DET_MASTER" in refused("evaluate", run_config(), "--checkpoint", uuid)
+
+
+def test_check_says_what_reading_the_annotations_changed(command, run_config, shapes, tmp_path, capsys):
+    data = {"workers": 0}
+    for split in ("train", "val"):
+        data[split] = {"annotations": str(tmp_path / f"{split}.json"), "images": str(shapes / split)}
+        coco = json.loads((shapes / f"annotations/{split}.json").read_text())
+        coco["annotations"][0] |= {"id": 0, "ignore": 1}
+        coco["annotations"][1]["area"] = 0
+        (tmp_path / f"{split}.json").write_text(json.dumps(coco))
+    data = {
+        split: {"annotations": str(tmp_path / f"{split}.json"), "images": str(shapes / split)}
+        for split in ("train", "val")
+    }
+    config = run_config(data={**data, "workers": 0})
+    with pytest.raises(SystemExit):
+        command(EfficientDetTrial, "check", config, "--images", "2")
+    said = capsys.readouterr().out
+    assert "look at: data.train: training omits 1 annotation with `ignore: 1`" in said
+    assert "look at: data.train: 1 box with `area: 0`" in said
+    assert "look at: data.val: an annotation has the id 0, which pycocotools counts as not found" in said

@@ -17,7 +17,8 @@ from mmcv.cnn.rfsearch.operator import BaseConvRFSearchOp
 from mmcv.fileio import BaseStorageBackend
 from mmcv.runner import BaseRunner
 from mmcv.runner.hooks import HOOKS, Hook
-from mmdet.datasets import DATASETS
+from mmdet.core import BitmapMasks
+from mmdet.datasets import DATASETS, MultiImageMixDataset
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tiny_models import MMDETECTION, SMALL_BACKBONE, load_model_def, mmdet_config
@@ -256,6 +257,55 @@ def test_a_sample_with_more_boxes_than_masks_is_an_error():
     samples.dataset[0]["gt_masks"] = torch.zeros(2, 9, 9)
     with pytest.raises(UserError, match=r"8 gt_bboxes, 8 gt_labels, 2 gt_masks .* Mosaic and MixUp"):
         samples[SampleKey(0, 0)]
+
+
+class _Squares:
+    """Images of two squares with masks, as a pipeline of MMDetection loads them."""
+
+    CLASSES, PALETTE = ("a", "b"), None
+
+    def __init__(self):
+        self.flag = np.zeros(len(self), dtype=np.uint8)
+
+    def __len__(self):
+        return 4
+
+    def get_ann_info(self, index):
+        return {"bboxes": self[index]["gt_bboxes"]}
+
+    def __getitem__(self, index):
+        boxes = np.array([[4, 4, 20, 20], [30, 30, 60, 60]], dtype=np.float32)
+        masks = np.zeros((2, 64, 64), dtype=np.uint8)
+        masks[0, 4:20, 4:20] = masks[1, 30:60, 30:60] = 1
+        image = np.zeros((64, 64, 3), dtype=np.uint8)
+        fields = {"img_fields": ["img"], "bbox_fields": ["gt_bboxes"], "mask_fields": ["gt_masks"]}
+        truth = {"gt_bboxes": boxes, "gt_labels": np.arange(2), "gt_masks": BitmapMasks(masks, 64, 64)}
+        return {"img": image, "img_shape": image.shape, "filename": f"{index}.png", **fields, **truth}
+
+
+@pytest.mark.parametrize("names", [["CopyPaste", "MixUp"], ["MixUp", "CopyPaste"]])
+def test_copy_paste_with_mixup_names_what_moves_no_masks(names):
+    from mmdetection_files.data import TrainingSamples
+
+    options = {"CopyPaste": {}, "MixUp": {"img_scale": (64, 64), "pad_val": 114.0}}
+    pipeline = [{"type": name, **options[name]} for name in names] + [{"type": "DefaultFormatBundle"}]
+    samples = TrainingSamples(MultiImageMixDataset(_Squares(), pipeline), 0)
+    with pytest.raises(UserError, match=r"of image id \d\. Fix: .*Mosaic and MixUp do not move masks"):
+        [samples[SampleKey(0, index)] for index in range(4)]
+
+
+def test_an_array_that_a_mixing_pipeline_cannot_combine_names_the_image():
+    from mmdetection_files.data import TrainingSamples
+
+    class Mixed(_Squares):
+        def update_skip_type_keys(self, keys):
+            pass
+
+        def __getitem__(self, index):
+            return np.zeros((2, 4)) + np.zeros((4, 4))
+
+    with pytest.raises(UserError, match=r"image id 3: operands could not be broadcast .* Fix: .*do not move masks"):
+        TrainingSamples(Mixed(), 0)[SampleKey(0, 3)]
 
 
 class _Labelled:
