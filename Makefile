@@ -16,27 +16,26 @@ $(READY): setup.cfg shared/requirements.txt efficientdet/requirements.txt $(CONS
 	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) '.[efficientdet,export,search,test]'
 	touch $@
 
-# As a container is made ready: MMDetection over mmcv without compiled operations, and Detectron2's Python, where GitHub
-# can be reached: it is on no package index.
-READY_FOR = $(PY) -m shared.container --constraint $(CONSTRAINTS)
-$(ALL_READY): $(READY) mmdetection/requirements.txt detectron2/requirements.txt detr/requirements.txt
-	$(READY_FOR) mmdetection/requirements.txt
-	$(READY_FOR) detr/requirements.txt
-	timeout 600 $(READY_FOR) detectron2/requirements.txt || echo "Detectron2 could not be fetched: its tests will be skipped"
+# As a container is made ready: MMDetection over mmcv without compiled operations, and Detectron2's Python. A library that
+# is on no package index is skipped where GitHub cannot be reached.
+LIBRARIES = $(filter-out shared/% docs/% efficientdet/%, $(wildcard */requirements.txt))
+READY_FOR = PATH="$(abspath $(VENV))/bin:$$PATH" timeout 1800 $(PY) -m shared.container --constraint $(CONSTRAINTS)
+install = for file in $(LIBRARIES); do $(READY_FOR) $(1) $$file || { grep -q github.com $$file && \
+		echo "$$file: GitHub cannot be reached: the detector's tests will be skipped"; } || exit 1; done
+$(ALL_READY): $(READY) $(LIBRARIES)
+	$(call install,)
 	touch $@
 
 # With the operations compiled, in a place of their own, for some minutes.
 COMPILED_READY = .venv-compiled/.ready-compiled
-$(COMPILED_READY): mmdetection/requirements.txt detectron2/requirements.txt
+$(COMPILED_READY): $(LIBRARIES)
 	$(MAKE) .venv-compiled/.ready-$(notdir $(CONSTRAINTS)) VENV=.venv-compiled
 	$(MAKE) compiled VENV=.venv-compiled
 	touch $@
 
 .PHONY: compiled
 compiled:
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(READY_FOR) --compiled mmdetection/requirements.txt
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(READY_FOR) --compiled detectron2/requirements.txt || \
-		echo "Detectron2 could not be fetched and compiled: its tests will be skipped"
+	$(call install,--compiled)
 
 # Writes a synthetic data set, trains a small EfficientDet on it and draws what it finds.
 demo: $(READY)
@@ -73,21 +72,19 @@ pytest: $(ALL_READY)
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(abspath $(VENV))/bin/shellcheck */startup-hook.sh .ci/run benchmarks/gpu_kit.sh
+	$(abspath $(VENV))/bin/shellcheck */startup-hook.sh .ci/run benchmarks/gpu_kit.sh deploy/slurm/train.sbatch
 
 bench: $(ALL_READY)
 	$(PY) benchmarks/evaluation.py coco-numbers
 	$(PY) benchmarks/annotations.py memory
 	$(PY) benchmarks/annotations.py check
 	$(PY) benchmarks/annotations.py ranks
-	$(PY) benchmarks/start.py disk
-	OMP_NUM_THREADS=1 $(PY) benchmarks/evaluation.py gather
+	$(PY) benchmarks/annotations.py disk
 	OMP_NUM_THREADS=1 $(PY) benchmarks/remote.py
+	OMP_NUM_THREADS=1 $(PY) benchmarks/scale.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/training_step.py
-	OMP_NUM_THREADS=1 $(PY) benchmarks/drawing.py
-	$(PY) benchmarks/busy.py
-	for library in mmdetection detectron2; do for what in step memory evaluation; do \
-		OMP_NUM_THREADS=1 $(PY) benchmarks/against_$$library.py $$what || exit 1; \
+	for script in benchmarks/against_*.py; do for what in step memory evaluation; do \
+		OMP_NUM_THREADS=1 $(PY) $$script $$what || exit 1; \
 	done; done
 
 # The documentation, in an environment of its own: it imports none of the code.
@@ -105,7 +102,7 @@ docs-serve: $(DOCS_READY)
 
 # Determined uploads a detector's folder and follows no link to a folder: shared/ is in it as a link a file.
 links:
-	for detector in efficientdet mmdetection detectron2 detr; do \
+	for detector in $$(dirname */model_def.py); do \
 		rm -rf $$detector/shared && \
 		for file in $$(cd shared && find . -name '*.py' -o -name '*.jinja' -o -name requirements.txt | sort); do \
 			link=$$detector/shared/$${file#./} && mkdir -p "$$(dirname $$link)" && \

@@ -7,8 +7,8 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from command_line import main
@@ -19,34 +19,6 @@ from coco_files import PER_IMAGE, data_folder, diamonds, make_file
 from shared.data.annotations import CocoAnnotations
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.training.trial import DetectionTrial
-
-
-@dataclass(frozen=True)
-class Library:
-    """The other side.
-
-    Attributes:
-        small, full: hyperparameters for a CPU, and for a GPU.
-        loop: takes the trial, the COCO folder and the number of workers; returns what trains as many batches as its
-            argument.
-        data_sets: takes a COCO file; returns how to open and how to read it, of ours and of the library's.
-        output: makes the model's output of an image from boxes, scores, labels, and masks or None.
-        to_detections: ours; takes such an output and the image's id.
-        evaluations: takes a COCO file and the IoU types; returns the library's evaluations by name, each a pair: what
-            takes such an output and the image's id, and what returns the mAP of the last IoU type.
-        ranks: numbers of processes whose memory is measured.
-    """
-
-    name: str
-    trial_class: type[DetectionTrial]
-    small: dict[str, Any]
-    full: dict[str, Any]
-    loop: Callable
-    data_sets: Callable
-    output: Callable
-    to_detections: Callable
-    evaluations: Callable
-    ranks: tuple[int, ...] = (1,)
 
 
 def compare_steps(
@@ -73,8 +45,22 @@ def compare_steps(
         return time_against(trial_class, config, lambda trial: loop(trial, folder), *blocks, name)
 
 
-def run(about: str, library: Library) -> None:
-    """The command line of a comparison with a library."""
+def run(library: ModuleType) -> None:
+    """The command line of a comparison with a library.
+
+    Args:
+        library: the program, with these names:
+            NAME, TRIAL_CLASS: the other side's name, and our trial.
+            SMALL, FULL: hyperparameters for a CPU, and for a GPU.
+            RANKS: numbers of processes whose memory is measured.
+            loop: takes the trial, the COCO folder and the number of workers; returns what trains as many batches as
+                its argument.
+            data_sets: takes a COCO file; returns how to open and how to read it, of ours and of the library's.
+            output: makes the model's output of an image from boxes, scores, labels, and masks or None.
+            to_detections: ours; takes such an output and the image's id.
+            evaluations: takes a COCO file and the IoU types; returns the library's evaluations by name, each a pair:
+                what takes such an output and the image's id, and what returns the mAP of the last IoU type.
+    """
 
     def step(
         source: Path | None = None,
@@ -94,13 +80,13 @@ def run(about: str, library: Library) -> None:
         block: batches per block
         set_: hyperparameters of our side only, such as amp=bf16
         """
-        hyperparameters = {"global_batch_size": batch_size, **(library.full if full else library.small), **dict(set_)}
+        hyperparameters = {"global_batch_size": batch_size, **(library.FULL if full else library.SMALL), **dict(set_)}
 
         def loop(trial: DetectionTrial, folder: Path) -> Callable[[int], None]:
             return library.loop(trial, folder, workers)
 
         data = (source, images, workers)
-        measured = compare_steps(library.trial_class, library.name, loop, hyperparameters, data, (blocks, block))
+        measured = compare_steps(library.TRIAL_CLASS, library.NAME, loop, hyperparameters, data, (blocks, block))
         return {"config": hyperparameters["config_file"], **dict(set_), **measured}
 
     def memory(source: Path | None = None, images: int = 118_287) -> dict:
@@ -113,9 +99,9 @@ def run(about: str, library: Library) -> None:
             path = Path(folder) / "instances.json"
             measured = dict(zip(("images", "annotations"), make_file(source, path, images), strict=True))
             CocoAnnotations.open(path)
-            for ranks in library.ranks:
+            for ranks in library.RANKS:
                 found = {}
-                for side, (opener, reader) in zip(("ours", library.name), library.data_sets(path), strict=True):
+                for side, (opener, reader) in zip(("ours", library.NAME), library.data_sets(path), strict=True):
                     seconds, gib = with_workers(opener, reader, ranks)
                     found |= {f"{side}_open_seconds": round(seconds, 3), f"{side}_added_gib": round(gib, 3)}
                 measured[f"{ranks} processes"] = found
@@ -134,10 +120,10 @@ def run(about: str, library: Library) -> None:
                 measured[" and ".join(iou_types)] = _evaluate(library, path, images, iou_types)
         return measured
 
-    main(about, step, memory, evaluation)
+    main(library.__doc__, step, memory, evaluation)
 
 
-def _evaluate(library: Library, path: Path, images: int, iou_types: tuple[str, ...]) -> dict:
+def _evaluate(library: ModuleType, path: Path, images: int, iou_types: tuple[str, ...]) -> dict:
     evaluator = CocoEvaluator(CocoAnnotations.open(path), iou_types)
     evaluator.open_truth()
 

@@ -8,6 +8,7 @@ with pycocotools and with its compiled fast path.
 import contextlib
 import io
 import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from side_by_side import trial_class_of
 Detectron2Trial = trial_class_of("detectron2")
 
 # isort: split
-from against import Library, run
+from against import run
 from command_line import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.data.common import DatasetFromList
@@ -33,12 +34,13 @@ from detectron2.utils.events import EventStorage
 from coco_files import HEIGHT, WIDTH
 from detectron2_files.config import load_detectron2_config
 from detectron2_files.data import CocoSamples
-from detectron2_files.evaluation import to_detections
+from detectron2_files.evaluation import to_detections  # noqa: F401 `run` takes it from here
 from detectron2_hyperparameters import Detectron2Hyperparameters
 from shared.data.annotations import CocoAnnotations
 from shared.data.open import SplitData
 from shared.data.storage import DiskImages
 
+NAME, TRIAL_CLASS, RANKS = "detectron2", Detectron2Trial, (1, 2)
 SMALL = {
     "config_file": "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
     "weights": "",
@@ -56,7 +58,7 @@ FULL = {
 }
 
 
-def plain_loop(trial: Detectron2Trial, folder: Path, workers: int) -> Callable[[int], None]:
+def loop(trial: Detectron2Trial, folder: Path, workers: int) -> Callable[[int], None]:
     """plain_train_net's loop over Detectron2's own data set, with the trial's weights."""
     annotations = folder / "annotations/instances_train2017.json"
     register_coco_instances("benchmark_train", {}, str(annotations), str(folder / "train2017"))
@@ -137,18 +139,4 @@ def evaluations(path: Path, iou_types: tuple[str, ...]) -> dict[str, tuple]:
 
 
 if __name__ == "__main__":
-    run(
-        __doc__,
-        Library(
-            name="detectron2",
-            trial_class=Detectron2Trial,
-            small=SMALL,
-            full=FULL,
-            loop=plain_loop,
-            data_sets=data_sets,
-            output=output,
-            to_detections=to_detections,
-            evaluations=evaluations,
-            ranks=(1, 2),
-        ),
-    )
+    run(sys.modules["__main__"])

@@ -8,6 +8,7 @@ import contextlib
 import io
 import itertools
 import logging
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from side_by_side import trial_class_of
 MMDetectionTrial = trial_class_of("mmdetection")  # before mmcv.ops, which may have no compiled operations
 
 # isort: split
-from against import Library, run
+from against import run
 from mmcv.parallel import MMDataParallel, _functions
 from mmcv.runner import EpochBasedRunner, build_optimizer
 from mmdet.core import encode_mask_results
@@ -27,11 +28,12 @@ from mmdet.datasets import build_dataloader, build_dataset
 
 from coco_files import CATEGORIES
 from mmdetection_files.data import CocoSamples
-from mmdetection_files.evaluation import to_detections
+from mmdetection_files.evaluation import to_detections  # noqa: F401 `run` takes it from here
 from mmdetection_files.model import build_model, without_pretrained_backbone
 from shared.data.annotations import CocoAnnotations
 from shared.data.storage import DiskImages
 
+NAME, TRIAL_CLASS, RANKS = "mmdetection", MMDetectionTrial, (1,)
 SMALL = {
     "config_file": "retinanet/retinanet_r18_fpn_1x_coco.py",
     "config_overrides": {
@@ -51,7 +53,7 @@ _get_stream = _functions._get_stream
 _functions._get_stream = lambda gpu: _get_stream(torch.device("cuda", gpu))
 
 
-def runner_loop(trial: MMDetectionTrial, folder: Path, workers: int) -> Callable[[int], None]:
+def loop(trial: MMDetectionTrial, folder: Path, workers: int) -> Callable[[int], None]:
     """mmcv's runner over mmdet's own data set, with the trial's weights."""
     config = trial.mmdet_config
     config.data.train.classes = [category["name"] for category in trial.categories]
@@ -129,17 +131,4 @@ def evaluations(path: Path, iou_types: tuple[str, ...]) -> dict[str, tuple]:
 
 
 if __name__ == "__main__":
-    run(
-        __doc__,
-        Library(
-            name="mmdetection",
-            trial_class=MMDetectionTrial,
-            small=SMALL,
-            full=FULL,
-            loop=runner_loop,
-            data_sets=data_sets,
-            output=output,
-            to_detections=to_detections,
-            evaluations=evaluations,
-        ),
-    )
+    run(sys.modules["__main__"])

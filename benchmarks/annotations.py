@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +18,8 @@ from shared.commands import data_report
 from shared.config.schema import DataConfig, Split
 from shared.data.annotations import CocoAnnotations
 from shared.data.open import open_split
+
+BATCH = 16
 
 
 def memory(source: Path | None = None, images: int = 118_287, without_torchvision: bool = False) -> dict:
@@ -109,6 +112,35 @@ def check(source: Path | None = None, images: int = 118_287) -> None:
             print(f"annotations {what}: {time.perf_counter() - started:.1f} s, {len(report.remarks)} remarks")
 
 
+def disk(images: int = 2_000_000, folder: Path | None = None) -> None:
+    """From the start to the read files of a batch, by 1 and 8 processes, and their memory; `again`: at most 5 s.
+
+    images: empty files; they need as many inodes
+    folder: for the files, which are deleted at the end
+    """
+
+    def open_and_read(data: DataConfig) -> object:
+        split = open_split(data, "train")
+        for index in range(0, len(split.annotations), len(split.annotations) // BATCH):
+            split.images.read(split.annotations[index].file_name)
+        return split
+
+    rows = []
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        (Path(name) / "images").mkdir()
+        for number in range(images):
+            os.mknod(f"{name}/images/{number:012d}.jpg")
+        write_boxes(Path(name) / "train.json", images, images)
+        split = Split(f"{name}/train.json", f"{name}/images")
+        for ranks in (1, 8):
+            for start in ("first", "again", "check_images: false"):
+                checks = start != "check_images: false"
+                data = DataConfig(train=split, cache_dir=f"{name}/cache{ranks}", check_images=checks)
+                rows.append([f"{images:,}", ranks, start, *together(lambda data=data: open_and_read(data), ranks)])
+    headers = ["images", "processes", "start", "seconds", "GiB, all together"]
+    print(tabulate(rows, headers=headers, tablefmt="github", floatfmt=("", "", "", ".1f", ".2f")))
+
+
 def write_boxes(path: Path, images: int, boxes: int) -> None:
     """A COCO file of boxes without masks."""
     with path.open("w") as file:
@@ -127,4 +159,4 @@ def write_boxes(path: Path, images: int, boxes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__, memory, ranks, check)
+    main(__doc__, memory, ranks, check, disk)

@@ -3,23 +3,124 @@
     git worktree add /tmp/before COMMIT
     OMP_NUM_THREADS=1 python benchmarks/commits.py step --before /tmp/before
 
-Both run a detector's `bccd.yaml` in their own processes, in short turns. When the machine has other work, CPU seconds
-change less than wall seconds.
+Both checkouts run a detector's `bccd.yaml` in their own processes, in short turns. When the machine has other work, CPU
+seconds change less than wall seconds.
 """
 
 import contextlib
+import os
 import resource
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from busy import training
+import psutil
 from command_line import ROOT, main
-from start import first_batch, on_bccd
+
+SECONDS = 600  # for a batch
+
+
+class Run:
+    """A training in its own process, with its loader's workers, that is stopped between its turns.
+
+    Args:
+        detector: the folder with model_def.py and bccd.yaml.
+        folder: of the run.
+        period: batches between two reports.
+    """
+
+    def __init__(self, detector: Path, folder: Path, data: Path, period: int):
+        self.metrics, self.log, self.period = folder / "metrics.jsonl", folder.with_suffix(".log"), period
+        changes = [f"scheduling_unit={period}", f"data.cache_dir={folder}-cache"]
+        changes += ["searcher.max_length={batches: 1000000}"]
+        changes += [f"min_{what}_period={{batches: 1000000}}" for what in ("validation", "checkpoint")]
+        command = [sys.executable, "model_def.py", "train", "bccd.yaml", "--output-dir", str(folder), *on_bccd(data)]
+        with self.log.open("w") as log:
+            self.process = psutil.Popen(
+                [*command, *(argument for change in changes for argument in ("--set", change))],
+                cwd=detector,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def batches(self) -> int:
+        reports = self.metrics.read_bytes().count(b"\n") if self.metrics.exists() else 0
+        return reports * self.period
+
+    def wait_for_report(self) -> int:
+        """Returns the number of batches at the next report."""
+        before, end = self.batches(), time.monotonic() + SECONDS
+        while (now := self.batches()) == before:
+            if self.process.poll() is not None or time.monotonic() > end:
+                sys.exit(f"the training does not train:\n{self.log.read_text()[-2000:]}")
+            time.sleep(0.002)
+        return now
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds of the process and its workers so far."""
+        family = [self.process, *self.process.children(recursive=True)]
+        return sum(sum(each.cpu_times()[:2]) for each in family)
+
+    def turn(self) -> float:
+        """Trains from a report to the next one. Returns CPU seconds per batch."""
+        self.send(signal.SIGCONT)
+        first, cpu = self.wait_for_report(), self.cpu_seconds()
+        batches = self.wait_for_report() - first
+        cpu = self.cpu_seconds() - cpu
+        self.send(signal.SIGSTOP)
+        return cpu / batches
+
+    def send(self, number: signal.Signals) -> None:
+        os.killpg(self.process.pid, number)
+
+
+@contextlib.contextmanager
+def training(*arguments) -> Iterator[Run]:
+    run = Run(*arguments)
+    try:
+        run.wait_for_report()  # the first one is slower
+        run.send(signal.SIGSTOP)
+        yield run
+    finally:
+        run.send(signal.SIGKILL)
+        run.process.wait()
+
+
+def on_bccd(data: Path) -> list[str]:
+    """The arguments of `train bccd.yaml` that name the data: BCCD's folder, or that of synthetic data."""
+    folder, arguments = data.absolute(), []
+    for split in ("train", "val"):
+        images = folder / ("images" if (folder / "images").exists() else split)
+        paths = f"{{annotations: {folder / 'annotations' / split}.json, images: {images}}}"
+        arguments += ["--set", f"data.{split}={paths}"]
+    return arguments
+
+
+def first_batch(detector: Path, data: Path) -> float:
+    """CPU seconds of one start in a detector's folder, until the first batch. The training is stopped then."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder, "run")
+        command = [sys.executable, "model_def.py", "train", "bccd.yaml", "--output-dir", str(run), *on_bccd(data)]
+        command += ["--set", "scheduling_unit=1"]  # a report per batch
+        with Path(folder, "log").open("w+") as log:
+            process = psutil.Popen(command, cwd=detector, stdout=log, stderr=subprocess.STDOUT)
+            while not (run / "metrics.jsonl").exists():
+                if process.poll() is not None:
+                    log.seek(0)
+                    sys.exit(f"{' '.join(command[:3])}: exit status {process.returncode}\n{log.read()[-2000:]}")
+                time.sleep(0.02)
+            family = [process, *process.children(recursive=True)]
+            busy = sum(sum(each.cpu_times()[:2]) for each in family)
+            for each in family:
+                each.kill()
+            process.wait()
+    return busy
 
 
 def step(before: Path, data: Path = Path("/data/bccd"), detector: str = "efficientdet", turns: int = 12) -> dict:
@@ -30,12 +131,10 @@ def step(before: Path, data: Path = Path("/data/bccd"), detector: str = "efficie
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no stopped process
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         runs = {
-            checkout: stack.enter_context(
-                training(checkout / detector, Path(scratch) / name, data, {"OMP_NUM_THREADS": "1"}, 10)
-            )
+            checkout: stack.enter_context(training(checkout / detector, Path(scratch) / name, data, 10))
             for name, checkout in (("here", ROOT), ("before", before))
         }
-        return in_pairs(lambda checkout: runs[checkout].turn(0)[1], before, turns)
+        return in_pairs(lambda checkout: runs[checkout].turn(), before, turns)
 
 
 def start(before: Path, data: Path = Path("/data/bccd"), detector: str = "efficientdet", turns: int = 8) -> dict:
@@ -43,7 +142,7 @@ def start(before: Path, data: Path = Path("/data/bccd"), detector: str = "effici
 
     turns: of each side
     """
-    return in_pairs(lambda checkout: first_batch(checkout / detector, data)[1], before, turns)
+    return in_pairs(lambda checkout: first_batch(checkout / detector, data), before, turns)
 
 
 def evaluation(before: Path, data: Path = Path("/data/bccd"), detector: str = "efficientdet", turns: int = 8) -> dict:

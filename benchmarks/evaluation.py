@@ -1,9 +1,8 @@
-"""An evaluation between the model's output and the report: COCO's numbers, masks, batches, processes, reports."""
+"""An evaluation between the model's output and the metrics: COCO's numbers, batches."""
 
 import contextlib
 import importlib
 import io
-import multiprocessing
 import os
 import statistics
 import sys
@@ -16,31 +15,28 @@ from pathlib import Path
 os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1")  # before NumPy and the evaluators start their threads
 import hotcoco
 import numpy as np
-import torch
-import zmq
 from command_line import main
-from determined.core import DistributedContext
 from memory import added_mib, in_process
+from pixels import UNTRAINED
 from pycocotools import mask as coco_mask
-from side_by_side import UNTRAINED, config_of, device_name, in_turns, local_context, ratio, trial_class_of
-from tabulate import tabulate
+from side_by_side import config_of, device_name, in_turns, local_context, ratio, trial_class_of
 
 from coco_files import data_folder
 from shared.data.annotations import CocoAnnotations
-from shared.evaluation.detections import Detections, encode_masks
+from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator, summarize
-from shared.evaluation.gathered import GatheredDetections, merge
+from shared.evaluation.gathered import GatheredDetections
 
 BOXES, CATEGORIES, HEIGHT, WIDTH = 60, 80, 480, 640
 NAMES = [f"category {label}" for label in range(CATEGORIES)]
 Run = Callable[[list[Detections]], dict[str, float]]
 
 
-def make(images: int, masks: bool = False, objects: int = BOXES, first: int = 0) -> tuple[dict, list[Detections]]:
-    """A COCO data set whose ids count from `first`, and BOXES detections per image, those near its objects first."""
-    rng = np.random.default_rng(first)
+def make(images: int, masks: bool) -> tuple[dict, list[Detections]]:
+    """A COCO data set, and BOXES detections per image, near its objects."""
+    rng = np.random.default_rng(0)
     annotations, detections = [], []
-    for image in range(first, first + images):
+    for image in range(images):
         sides = np.exp(rng.uniform(np.log(8), np.log(300), (BOXES, 2)))
         truth = np.hstack([rng.uniform(0, 1, (BOXES, 2)) * np.maximum([WIDTH, HEIGHT] - sides, 1), sides])
         found = truth + rng.normal(size=truth.shape) * 0.08 * np.tile(sides, 2)
@@ -48,16 +44,13 @@ def make(images: int, masks: bool = False, objects: int = BOXES, first: int = 0)
         labels, crowd = rng.integers(0, CATEGORIES, BOXES), (rng.uniform(size=BOXES) < 0.01).astype(int)
         rles = [{**r, "counts": r["counts"].decode()} for r in masks_in(rng, truth)] if masks else [None] * BOXES
         columns = truth.tolist(), sides.prod(axis=1).tolist(), labels.tolist(), crowd.tolist(), rles
-        for row in list(zip(*columns, strict=True))[:objects]:
+        for row in zip(*columns, strict=True):
             annotation = dict(zip(("bbox", "area", "category_id", "iscrowd", "segmentation"), row, strict=True))
             annotations.append({"id": len(annotations) + 1, "image_id": image, **annotation})
         corners = np.hstack([found[:, :2], found[:, :2] + found[:, 2:]])
         found_masks = masks_in(rng, found) if masks else None
-        scores = rng.uniform(size=BOXES)
-        scores[objects:] *= 0.5  # they find nothing
-        detections.append(Detections(image, corners, scores, labels, found_masks))
-    ids = range(first, first + images)
-    coco_images = [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in ids]
+        detections.append(Detections(image, corners, rng.uniform(size=BOXES), labels, found_masks))
+    coco_images = [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(images)]
     categories = [{"id": label, "name": name} for label, name in enumerate(NAMES)]
     return {"info": {}, "images": coco_images, "annotations": annotations, "categories": categories}, detections
 
@@ -195,38 +188,6 @@ def coco_numbers(images: int = 5000, masks: bool = False, repeats: int = 5, only
         print(f"{name:17} {min(seconds[name]):7.3f} s {mib[name]:5.0f} MiB, largest difference {difference:.1g}")
 
 
-# --- masks --------------------------------------------------------------------------------------------------
-
-
-def encoding(turns: int = 5) -> dict:
-    """CPU milliseconds per image for the RLE of 100 masks: ours, hotcoco's and pycocotools'.
-
-    Beside them is what Detectron2 takes to paste the masks. The sides take turns; reported are the medians.
-    """
-    from detectron2.layers.mask_ops import paste_masks_in_image
-
-    generator, measured = torch.Generator().manual_seed(0), {}
-    for height, width in ((480, 640), (800, 1333)):
-        size = torch.tensor([width, height])
-        # sides of 3 to 50 % of the image's, some partly outside of it
-        sides = torch.exp(torch.empty(100, 2).uniform_(np.log(0.03), np.log(0.5), generator=generator)) * size
-        centers = torch.rand(100, 2, generator=generator) * size
-        boxes = torch.cat([(centers - sides / 2).clamp(min=0), torch.minimum(centers + sides / 2, size)], dim=1)
-        blobs = torch.rand(100, 1, 7, 7, generator=generator)
-        blobs = torch.nn.functional.interpolate(blobs, size=(28, 28), mode="bilinear")[:, 0]
-        pasted = paste_masks_in_image(blobs, boxes, (height, width)).numpy()
-        ways = {
-            "paste": lambda b=blobs, at=boxes, s=(height, width): paste_masks_in_image(b, at, s),
-            "ours": lambda p=pasted: encode_masks(p),
-            "hotcoco": lambda p=pasted: [hotcoco.mask.encode(mask) for mask in p],
-            "pycocotools": lambda p=pasted: [coco_mask.encode(np.asfortranarray(m, dtype=np.uint8)) for m in p],
-        }
-        assert ways["ours"]() == ways["pycocotools"]()
-        taken = in_turns(ways, turns)
-        measured[f"{width}x{height}, ms"] = {name: round(1000 * statistics.median(t), 1) for name, t in taken.items()}
-    return measured
-
-
 # --- batches ------------------------------------------------------------------------------------------------
 
 
@@ -272,112 +233,5 @@ def batches(detector: str = "mmdetection", batch_size: int = 4, pixels: int = 32
     }
 
 
-# --- processes ----------------------------------------------------------------------------------------------
-
-PORTS = {"to all": (29_420, 29_421), "to the chief": (29_422, 29_423)}
-
-
-class Exchange(CocoEvaluator):
-    """The evaluator up to what hotcoco takes."""
-
-    def metrics_of(self, shares: list) -> dict[str, float]:
-        found = merge(shares)
-        return {"masks": min(len(found.rows()), len(found.rles()))}
-
-
-def gather(images: int = 5000, processes: int = 8) -> None:
-    """How the results of images with 60 masks each, from several processes, reach the chief. Metrics are not computed.
-
-    The other side sends arrays and one dict per mask to every process, by Determined's allgather. Bytes are those that
-    all sockets send; a broadcast counts once per receiver. Seconds are the chief's, until every process may continue.
-    Memory is what a process adds at its peak.
-    """
-    context, rows = multiprocessing.get_context("spawn"), []
-    for way in PORTS:
-        queue = context.Queue()
-        ranks = [context.Process(target=gather_once, args=(way, r, processes, images, queue)) for r in range(processes)]
-        for rank in ranks:
-            rank.start()
-        results = sorted((queue.get() for _ in ranks), key=lambda result: result[0])
-        for rank in ranks:
-            rank.join()
-        (_, metrics, _, seconds, chief), *others = results
-        assert metrics["masks"] == images // processes * processes * BOXES
-        rows.append([way, sum(result[2] for result in results) / 2**20, seconds, chief, max(o[-1] for o in others)])
-    headers = ["results", "MiB sent", "seconds", "MiB of the chief", "MiB of another process"]
-    print(tabulate(rows, headers=headers, floatfmt=("", ".1f", ".2f", ".0f", ".0f")))
-
-
-def gather_once(way: str, rank: int, size: int, images: int, queue) -> None:
-    pub_port, pull_port = PORTS[way]
-    machine = {"local_rank": rank, "local_size": size, "cross_rank": 0, "cross_size": 1}
-    distributed = DistributedContext(rank=rank, size=size, pub_port=pub_port, pull_port=pull_port, **machine)
-    share = images // size
-    _, detections = make(share, masks=True, objects=0, first=rank * share)
-    files = [{"id": i, "file_name": "", "height": HEIGHT, "width": WIDTH} for i in range(images)]
-    categories = [{"id": label, "name": name} for label, name in enumerate(NAMES)]
-    annotations = CocoAnnotations.from_dict({"images": files, "annotations": [], "categories": categories})
-    evaluator = Exchange(annotations, ("segm",), gather=distributed.gather)
-    evaluator.update(detections)
-    sent, send = [0], zmq.Socket.send
-
-    def counting(socket, data, *rest, **options):
-        sent[0] += len(data) * (size - 1 if socket.type == zmq.PUB else 1)
-        return send(socket, data, *rest, **options)
-
-    distributed.allgather(None)
-    zmq.Socket.send = counting
-    with added_mib() as added:
-        started = time.perf_counter()
-        if way == "to all":
-            metrics = to_all(detections, distributed)
-        else:
-            metrics = evaluator.cross_slot_reduce(distributed.allgather(evaluator.per_slot_reduce()))
-        sent_bytes = sent[0]
-        distributed.allgather(None)
-        seconds = time.perf_counter() - started
-    evaluator.raise_if_failed()
-    queue.put((rank, metrics, sent_bytes, seconds, added[0]))
-    distributed.close()
-
-
-def to_all(detections: list[Detections], distributed: DistributedContext) -> dict[str, float]:
-    """Rows and masks to every process, merged on the chief."""
-    rows = gathered(detections, masks=False).rows()
-    slots = distributed.allgather((rows, [mask for found in detections for mask in found.masks]))
-    if distributed.rank > 0:
-        return {}
-    merged = np.concatenate([rows for rows, _ in slots])
-    masks = [mask for _, masks in slots for mask in masks]
-    order = np.argsort(merged[:, 0], kind="stable")
-    return {"masks": min(len(merged[order]), len([masks[i] for i in order.tolist()]))}
-
-
-# --- reports ------------------------------------------------------------------------------------------------
-
-
-def report(images: int = 5000, objects: int = 7, resamples: int = 200) -> None:
-    """Seconds and peak memory of a report, without and with intervals, each in a new process.
-
-    objects: per image, as in COCO; 60 detections
-    resamples: for the intervals
-    """
-    for count in (0, resamples):
-        print(in_process(report_once, images, objects, count, start="spawn"), flush=True)
-
-
-def report_once(images: int, objects: int, resamples: int, queue) -> None:
-    from shared.report.report import report as write_report
-
-    coco, detections = make(images, objects=objects)
-    annotations = CocoAnnotations.from_dict(coco)
-    del coco
-    with tempfile.TemporaryDirectory() as folder, added_mib() as added:
-        output, started = Path(folder) / "report.html", time.perf_counter()
-        write_report(annotations, detections, output, resamples=resamples)
-        seconds, page = time.perf_counter() - started, output.stat().st_size / 2**20
-    queue.put(f"{resamples} resamples: {seconds:.1f} s, {added[0]:.0f} MiB added, page of {page:.2f} MiB")
-
-
 if __name__ == "__main__":
-    main(__doc__, coco_numbers, encoding, batches, gather, report)
+    main(__doc__, coco_numbers, batches)

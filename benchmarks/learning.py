@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 from command_line import DETECTORS, ROOT, main
-from start import on_bccd
+from commits import on_bccd
 from tabulate import tabulate
 
 YOLO = "yolo11n"

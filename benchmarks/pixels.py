@@ -4,13 +4,19 @@
 It does what a loader worker does, in this process: samples by index, and their batch, to train and to test. The three
 take turns batch by batch, with the same images and seeds. The result is images per CPU second and the ratio
 to the library's. Then follows how much the switch changes the pixels, on the scale of 0 to 255.
+
+`mosaic` compares `data.augment` with the loader of Ultralytics instead: mosaic in each sample, scale, color and flip.
 """
 
+import collections
 import contextlib
 import copy
 import io
+import itertools
+import json
 import logging
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,9 +30,19 @@ from typing import Any
 import numpy as np
 import torch
 from command_line import main
-from side_by_side import UNTRAINED, config_of, local_context, trial_class_of
+from side_by_side import config_of, local_context, trial_class_of
 
 from shared.data.dataset import SampleKey, seed_all
+
+UNTRAINED = {
+    "efficientdet": {"model": "tf_efficientdet_d0", "pretrained": "none"},
+    "detectron2": {"config_file": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "weights": ""},
+    "mmdetection": {
+        "config_file": "retinanet/retinanet_r50_fpn_1x_coco.py",
+        "config_overrides": {"model.backbone.init_cfg": None, "model.test_cfg.score_thr": 0.001},
+    },
+}
+"""Hyperparameters of published models, with random weights."""
 
 
 @dataclass
@@ -212,5 +228,82 @@ def pixels(
     return measured
 
 
+# --- mosaic -----------------------------------------------------------------------------------------
+
+
+def copied(data: Path, folder: Path, copies: int) -> Path:
+    """A COCO folder and Ultralytics' labels. Each training image has several names, so that no cache holds all."""
+    coco = json.loads((data / "annotations/instances_train2017.json").read_text())
+    position = {category["id"]: i for i, category in enumerate(coco["categories"])}
+    images, annotations, labels = [], [], collections.defaultdict(list)
+    for part in ("images/train2017", "labels/train2017", "annotations"):
+        (folder / part).mkdir(parents=True)
+    sizes = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}
+    for each in coco["annotations"]:
+        (x, y, w, h), (width, height) = each["bbox"], sizes[each["image_id"]]
+        box = ((x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
+        labels[each["image_id"]].append(" ".join(map(str, (position[each["category_id"]], *box))))
+    for copy_ in range(copies):
+        for image in coco["images"]:
+            name, identity = f"{copy_}_{image['file_name']}", image["id"] + copy_ * 10**7
+            shutil.copy(data / "train2017" / image["file_name"], folder / "images/train2017" / name)
+            (folder / "labels/train2017" / name).with_suffix(".txt").write_text("\n".join(labels[image["id"]]))
+            images.append({**image, "file_name": name, "id": identity})
+        annotations += [
+            {**each, "image_id": each["image_id"] + copy_ * 10**7, "id": each["id"] + copy_ * 10**9}
+            for each in coco["annotations"]
+        ]
+    (folder / "annotations/instances_train2017.json").write_text(
+        json.dumps({**coco, "images": images, "annotations": annotations})
+    )
+    for shared in ("val2017", "annotations/instances_val2017.json"):
+        (folder / shared).symlink_to((data / shared).absolute())
+    (folder / "train2017").symlink_to(folder / "images/train2017")
+    return folder
+
+
+def ultralytics_s(folder: Path, names: list[str], input_size: int, batch: int) -> Side:
+    import cv2
+    from ultralytics.cfg import get_cfg
+    from ultralytics.data.dataset import YOLODataset
+
+    cv2.setNumThreads(1)  # as in a loader's worker
+    data = {"names": dict(enumerate(names)), "nc": len(names), "channels": 3}
+    images, settings = str(folder / "images/train2017"), get_cfg()  # mosaic 1, scale 0.5, HSV, flip 0.5
+    dataset = YOLODataset(img_path=images, imgsz=input_size, augment=True, hyp=settings, data=data, batch_size=batch)
+    return Side(dataset.__getitem__, dataset.collate_fn, len(dataset))
+
+
+def mosaic(
+    data: Path, turns: int = 9, images: int = 64, copies: int = 10, input_size: int = 640, batch: int = 16
+) -> dict:
+    """
+    data: a COCO folder: annotations/, train2017/, val2017/
+    turns: ratios
+    images: per ratio
+    copies: names of each image
+    input_size: pixels per side
+    batch: images per batch
+    """
+    logging.getLogger("determined").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    augment = {"mosaic": 1.0, "flip": 0.5, "scale": [0.8, 1.25], "color": 0.5}
+    hyperparameters = {"global_batch_size": batch, **UNTRAINED["efficientdet"], "input_size": input_size}
+    with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stdout(io.StringIO()):
+        folder = copied(data.absolute(), Path(cache) / "data", copies)
+        config = config_of(folder, {**hyperparameters, "labeler": "device"}, cache_dir=cache, augment=augment)
+        with local_context(config) as context:
+            trial = trial_class_of("efficientdet")(context)
+        train = trial.training_dataset()
+        keys = [key for keys in itertools.islice(trial.training_batches(), len(train) // batch) for key in keys]
+        own = Side(lambda i: train[keys[i]], trial.collate(True), len(keys))
+        names = [category["name"] for category in trial.categories]
+        sides = {"upstream": ultralytics_s(folder, names, input_size, batch), "here": own}
+        for side in sides.values():  # fills their caches of decoded images
+            for index in range(-8 * batch, 0):
+                side.sample(index % side.count)
+        return in_turns(sides, images, turns, batch)
+
+
 if __name__ == "__main__":
-    main(__doc__, pixels)
+    main(__doc__, pixels, mosaic)

@@ -21,27 +21,17 @@ import torch
 from command_line import DETECTORS, ROOT
 from determined.pytorch import PyTorchTrialContext
 
-from shared.training.context import trial_context
 from shared.training.engine import train
-from shared.training.local_run import LocalRun
 from shared.training.loggers import Loggers
+from shared.training.meeting import local_processes
 from shared.training.memory import LARGEST_MMAP_THRESHOLD, TRIM_THRESHOLD
-from shared.training.processes import local_processes
+from shared.training.processes import trial_context
+from shared.training.run import LocalRun
 from shared.training.run_folder import RunFolder
 from shared.training.trial import DetectionTrial
 
 PYTORCH = [str(Path(torch.__file__).parent) + "/"]
 """Folders of PyTorch's own frames, which `site` skips. torchvision's is not among them."""
-
-UNTRAINED = {
-    "efficientdet": {"model": "tf_efficientdet_d0", "pretrained": "none"},
-    "detectron2": {"config_file": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "weights": ""},
-    "mmdetection": {
-        "config_file": "retinanet/retinanet_r50_fpn_1x_coco.py",
-        "config_overrides": {"model.backbone.init_cfg": None, "model.test_cfg.score_thr": 0.001},
-    },
-}
-"""Hyperparameters of published models, with random weights."""
 
 
 # --- a trial ------------------------------------------------------------------------------------------------

@@ -19,8 +19,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 
-from shared.data.loading import PrefetchLoader
-from shared.data.samplers import TrainingBatchSampler
+from shared.data.loading import PrefetchLoader, TrainingBatchSampler
 
 SMALL = {
     "model": "efficientdet_d0",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from shared.config.schema import PUBLISHED, TrainingHyperparameters, key
+from shared.config.augment import refuse_augment
+from shared.config.schema import PUBLISHED, DataConfig, TrainingHyperparameters, key
 from shared.errors import UserError
 
 
@@ -33,3 +34,11 @@ class Detectron2Hyperparameters(TrainingHyperparameters):
             )
         if self.use_pretrained:
             self.weights = PUBLISHED
+
+
+@dataclass
+class Detectron2Data(DataConfig):
+    """The `data` section, without `augment`: the library has its own."""
+
+    def __post_init__(self) -> None:
+        refuse_augment(self.augment, "INPUT in hyperparameters.config_overrides")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from shared.environment import prepare_process
 
 prepare_process()  # before torch, and before packages that may be missing
-from detectron2_hyperparameters import Detectron2Hyperparameters
+from detectron2_hyperparameters import Detectron2Data, Detectron2Hyperparameters
 from shared.config.experiment import Sections
 from shared.launch import main, read_command
 
 # errors in the command line and the config appear before torch and the library are loaded
-command = read_command(__name__, Sections(Detectron2Hyperparameters))
+command = read_command(__name__, Sections(Detectron2Hyperparameters, Detectron2Data))
 
 import logging
 from collections.abc import Callable, Mapping
@@ -27,17 +27,18 @@ from detectron2_files import COMPILED, opening
 from detectron2_files import config as configs
 from detectron2_files import data as data_sets
 from detectron2_files import model as models
+from detectron2_files.class_weights import weigh_categories
 from detectron2_files.evaluation import OwnEvaluator, OwnResult, detect, own_evaluator
 from detectron2_files.pixels import with_quick_resizing
 from detectron2_files.weights import categories_of_checkpoint, load_weights_into, start_of
+from shared.config.file import flattened
 from shared.config.schema import Length, parse_section
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
-from shared.data.loading import Batch, to_device
+from shared.data.loading import Batch, aspect_ratio_groups, to_device
 from shared.data.open import SplitData
-from shared.data.samplers import aspect_ratio_groups
-from shared.errors import UserError
+from shared.errors import UserError, count_of
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.library import COCO_CATEGORIES
@@ -52,14 +53,15 @@ class Detectron2Trial(DetectionTrial):
 
     Attributes:
         detectron2_config: the resolved config, of either kind.
-        evaluates_coco: whether validation is by the shared evaluator; else by one of Detectron2's own.
     """
 
     hyperparameters_class = Detectron2Hyperparameters
+    data_class = Detectron2Data
     for_training, slots = True, 1
     warned_of_masks = False
     without_pretrained: ClassVar = {"use_pretrained": False, "weights": ""}
     python_attributes = models.PYTHON_STATE
+    weighs_categories = True
     optimizer_key = "optimizer of the Detectron2 config"
 
     # --- the config -----------------------------------------------------------------------------------
@@ -80,18 +82,7 @@ class Detectron2Trial(DetectionTrial):
 
     def read_own_config(self) -> None:
         self.detectron2_config = config = configs.load_detectron2_config(self.hparams, Path(__file__).parent)
-        if self.hparams.global_batch_size is None:
-            slots = 1 if self.for_training else self.slots  # to detect, any number of them will do
-            self.hparams.global_batch_size = -(-config.batch_size // slots) * slots
-        if (
-            self.for_training
-            and self.data.repeat_threshold is not None
-            and config.train_set.repeat_threshold is not None
-        ):
-            raise UserError(
-                "data.repeat_threshold: the config repeats images itself, by its RepeatFactorTrainingSampler; take one "
-                "of the two out"
-            )
+        self.hparams.global_batch_size = self.given_batch_size(lambda: config.batch_size)
         if config.mixed_precision:
             self.fp16_key = "SOLVER.AMP.ENABLED, or train.amp.enabled, of the config"
         models.take_up_switches(config, self.hparams)
@@ -108,11 +99,10 @@ class Detectron2Trial(DetectionTrial):
         self.iou_types = config.iou_types
         self.val_paths = opening.coco_paths_of_val(config, self.data)
         self.evaluates_coco = self.val_paths is not None
-        if self.validates_loss and not self.evaluates_coco:
-            raise UserError(
-                "hyperparameters.validation_loss: the config is evaluated by one of Detectron2's own evaluators, whose "
-                "data have no targets; leave it out"
-            )
+
+    def repeats_by_itself(self) -> str | None:
+        repeats = self.detectron2_config.train_set.repeat_threshold is not None
+        return "its RepeatFactorTrainingSampler" if repeats else None
 
     def default_lengths(self) -> dict[str, Length]:
         config = self.detectron2_config
@@ -122,9 +112,6 @@ class Detectron2Trial(DetectionTrial):
             "min_checkpoint_period": config.checkpoint_period,
         }
         return {key: Length("batches", count) for key, count in lengths.items() if count}
-
-    def reported_metrics(self) -> list[str] | None:
-        return super().reported_metrics() if self.evaluates_coco else None
 
     def save_own_config(self, folder: Path) -> None:
         self.detectron2_config.write(folder)
@@ -153,9 +140,8 @@ class Detectron2Trial(DetectionTrial):
         """Those of the checkpoint that the weights are; else the data's or the config's metadata's, whichever has as
         many as the model."""
         config = self.detectron2_config
-        if (source := self._weights()) is not None and (
-            of_checkpoint := categories_of_checkpoint(source[0])
-        ) is not None:
+        source = self._weights()
+        if source is not None and (of_checkpoint := categories_of_checkpoint(source[0])) is not None:
             return of_checkpoint
         named = (config.val_names and data_sets.categories_of(config.val_names[0], config.semantic)) or COCO_CATEGORIES
         stated = configs.stated_class_count(config)
@@ -170,7 +156,7 @@ class Detectron2Trial(DetectionTrial):
 
     @property
     def _overridden(self) -> list[str]:
-        return list(configs.flatten(self.hparams.config_overrides))
+        return list(flattened(self.hparams.config_overrides))
 
     def training_groups(self) -> np.ndarray:
         if not self.detectron2_config.train_set.group_by_aspect_ratio:
@@ -213,15 +199,16 @@ class Detectron2Trial(DetectionTrial):
     def evaluation_batch_size(self) -> int:
         return self.per_slot_batch_size if self.batches_of_one_size else 1
 
+    @property
+    def max_iou(self) -> float:
+        return models.max_iou(self.plain_model)
+
     def build_evaluator(self, data: opening.Opened) -> CocoEvaluator | OwnEvaluator:
-        if isinstance(data, data_sets.RegisteredData):
-            evaluator = own_evaluator(data.names[0], self.iou_types, self.detectron2_config.rotated)
-            try:
-                return OwnEvaluator(evaluator, self.rank < len(data.dicts), self.context.distributed.gather)
-            except AssertionError as error:  # Cityscapes' on several machines
-                raise UserError(f"the data set {data.names[0]} cannot be evaluated here: {error}") from error
-        sigmas, gather = self.detectron2_config.keypoint_sigmas or None, self.context.distributed.gather
         limit = self.hparams.max_detections or self.detectron2_config.scored_detections
+        if isinstance(data, data_sets.RegisteredData):
+            evaluator = own_evaluator(data.names[0], self.iou_types, self.detectron2_config.rotated, limit)
+            return OwnEvaluator(evaluator, self.rank < len(data.dicts), self.context.distributed.gather)
+        sigmas, gather = self.detectron2_config.keypoint_sigmas or None, self.context.distributed.gather
         return CocoEvaluator(
             data.annotations, self.iou_types, keypoint_sigmas=sigmas, gather=gather, max_detections=limit
         )
@@ -248,6 +235,8 @@ class Detectron2Trial(DetectionTrial):
         model = models.build_model(config)
         if self.hparams.max_detections is not None:
             models.keep_detections(model, self.hparams.max_detections)
+        if self.class_weights is not None:
+            weigh_categories(model, self.class_weights)
         if self.hparams.amp == "bf16":
             models.pool_in_float32(model)
         if self.first_batch == 0 and (source := self._weights()):
@@ -300,9 +289,9 @@ class Detectron2Trial(DetectionTrial):
         config = self.detectron2_config
         return [
             ("config", self.hparams.config_file),
-            ("model", f"{type(self.plain_model).__name__}, {len(self.categories)} categories"),
+            ("model", f"{type(self.plain_model).__name__}, {count_of(len(self.categories), 'category')}"),
             ("weights", (self._weights() or ("initial",))[0] if self.first_batch == 0 else "the checkpoint's"),
-            ("training data", f"{self._training_data_name()}, {len(self.train_samples)} samples"),
+            ("training data", f"{self._training_data_name()}, {count_of(len(self.train_samples), 'sample')}"),
             ("validation", ", ".join(self.iou_types) if self.evaluates_coco else "by Detectron2's own evaluator"),
             ("optimizer", f"{type(self.optimizer).__name__}, lr {config.learning_rate:g}"),
             ("schedule", config.schedule_name),

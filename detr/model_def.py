@@ -27,15 +27,24 @@ with exit_on_errors():
 from torch import nn
 from transformers import PreTrainedConfig, get_scheduler
 
-from detr_files.data import DetrCollate, DetrTransform, makes_one_size
-from detr_files.model import TrainedDetr, build_detector, image_processor, input_scale, is_on_hub, model_config
+from detr_files.data import DetrCollate, DetrTransform, layout, makes_one_size, resized
+from detr_files.denoising import Ranks
+from detr_files.model import (
+    TrainedDetr,
+    build_detector,
+    image_processor,
+    input_scale,
+    input_step,
+    is_on_hub,
+    model_config,
+)
 from detr_files.optimizer import build_optimizer
 from detr_files.weights import load_start_weights
-from shared.data.dataset import CocoDetection
+from shared.data.dataset import CocoDetection, kept_random_state, seed_all
 from shared.data.images import InputScale
 from shared.data.loading import Batch
 from shared.data.open import SplitData
-from shared.errors import UserError
+from shared.errors import UserError, count_of
 from shared.evaluation.detections import Detections
 from shared.library import COCO_CATEGORIES
 from shared.training.trial import DetectionTrial
@@ -54,6 +63,8 @@ class DetrTrial(DetectionTrial):
     optimizer_key = "hyperparameters.lr"
     without_pretrained: ClassVar = {"weights": None}
     pretrained_categories: ClassVar = COCO_CATEGORIES
+    replaced_by_augment = ("horizontal_flip",)
+    weighs_categories = True
     find_unused_parameters = True  # images without objects train no embedding of classes
 
     # --- the config -----------------------------------------------------------------------------------
@@ -85,9 +96,9 @@ class DetrTrial(DetectionTrial):
     def summary(self) -> list[tuple[str, object]]:
         hparams, data = self.hparams, self.train_data.annotations
         return [
-            ("model", f"{hparams.model or self.config.model_type}, {len(self.categories)} categories"),
+            ("model", f"{hparams.model or self.config.model_type}, {count_of(len(self.categories), 'category')}"),
             ("weights", hparams.weights or "random" if self.first_batch == 0 else "the checkpoint's"),
-            ("training data", f"{data.path or 'fake'}, {len(data)} images"),
+            ("training data", f"{data.path or 'fake'}, {count_of(len(data), 'image')}"),
             ("optimizer", f"AdamW, lr {hparams.lr:g}"),
             ("schedule", f"{hparams.sched}, warm-up of {hparams.warmup_batches} batches"),
         ]
@@ -105,7 +116,7 @@ class DetrTrial(DetectionTrial):
         detector = build_detector(self.config, self.categories)
         if self.first_batch == 0:
             load_start_weights(detector, self.hparams, self.categories)
-        return TrainedDetr(detector)
+        return TrainedDetr(detector, self.class_weights)
 
     def detector(self, model: nn.Module) -> nn.Module:
         return model.detector
@@ -153,10 +164,14 @@ class DetrTrial(DetectionTrial):
         return self._dataset(data, training=False)
 
     def _dataset(self, data: SplitData, training: bool) -> CocoDetection:
-        fast = self.data.fast_images
-        transform = DetrTransform(self.processor, self.hparams.horizontal_flip if training else 0.0, fast)
-        decode = bytes if fast else None
-        return CocoDetection(data.annotations, data.images, transform, self.seed, training, self.bad_images, decode)
+        fast, augmenter = self.data.fast_images, self.augmenter(layout(self.processor)) if training else None
+        if augmenter is not None:
+            transform, decode = DetrTransform(self.processor), augmenter.decode
+        else:
+            transform = DetrTransform(self.processor, self.hparams.horizontal_flip if training else 0.0, fast)
+            decode = bytes if fast else None
+        of_data = (data.annotations, data.images, transform, self.seed, training, self.bad_images, decode)
+        return CocoDetection(*of_data, augmenter=augmenter)
 
     def loss_transform(self, data: SplitData) -> DetrTransform:
         return DetrTransform(self.processor, fast=self.data.fast_images)
@@ -169,13 +184,26 @@ class DetrTrial(DetectionTrial):
         # padding changes what some models detect
         return self.per_slot_batch_size if makes_one_size(self.processor) else 1
 
+    def prepare(self, batch: Batch, number: int | None) -> Batch:
+        if number is not None and (scale := self.input_scale_of_batch(number)) != 1:
+            batch = resized(batch, scale, input_step(self.config))
+        return super().prepare(batch, number)
+
     # --- the step -------------------------------------------------------------------------------------
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        return model(batch.images, batch.targets["mask"], batch.targets["labels"], self.slots)
+        ranks = None if self.slots == 1 else Ranks(self.rank, self.slots, self._random_state_of_one_rank())
+        return model(batch.images, batch.targets["mask"], batch.targets["labels"], ranks)
+
+    def _random_state_of_one_rank(self) -> torch.Tensor:
+        """Of the device's generator before the losses of this batch, if rank 0 computes all of it."""
+        is_on_gpu = self.context.device.type == "cuda"
+        with kept_random_state():
+            seed_all(self.seed, 0, self.batches_trained, 1)  # as `train_batch` does
+            return torch.cuda.get_rng_state(self.context.device) if is_on_gpu else torch.get_rng_state()
 
     def image_losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        return model(batch.images, batch.targets["mask"], batch.targets["labels"], 1)
+        return model(batch.images, batch.targets["mask"], batch.targets["labels"])
 
     def detect(self, model: nn.Module, batch: Batch) -> list[Detections]:
         outputs = model.outputs(batch.images, batch.targets["mask"])

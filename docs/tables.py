@@ -13,13 +13,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from shared.config.reference import markdown_table
+from shared.config.augment import Augment
+from shared.config.file import markdown_table
 from shared.config.schema import DataConfig
+from shared.search.space import SearcherSection
 
 
 def sections() -> dict[Path, tuple[str, type]]:
     """Per page, the name of its table and the dataclass. A detector's page has the name of its folder."""
-    found = {ROOT / "docs/reference/data.md": ("data keys", DataConfig)}
+    found = {
+        ROOT / "docs/reference/data.md": ("data keys", DataConfig),
+        ROOT / "docs/search.md": ("searcher keys", SearcherSection),
+        ROOT / "docs/train/augment.md": ("augment keys", Augment),
+    }
     for file in sorted(ROOT.glob("*/*_hyperparameters.py")):
         sys.path.insert(0, str(file.parent))
         module = importlib.import_module(file.stem)

@@ -25,13 +25,20 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import dispatch_clip_grad
 from torch import nn
 
-from efficientdet_files.data import EfficientDetCollate, EfficientDetTransform, input_config, normalize
-from efficientdet_files.model import build_model, model_config
+from efficientdet_files.data import (
+    EfficientDetCollate,
+    EfficientDetTransform,
+    input_config,
+    layout,
+    normalize,
+    sample_of,
+)
+from efficientdet_files.model import WeightedLoss, build_model, model_config
 from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
 from shared.data.loading import Batch
 from shared.data.open import SplitData
-from shared.errors import UserError, nearest
+from shared.errors import UserError, count_of, nearest
 from shared.evaluation.detections import Detections
 from shared.library import COCO_CATEGORIES
 from shared.training.trial import DetectionTrial
@@ -48,6 +55,8 @@ class EfficientDetTrial(DetectionTrial):
     weights_key = "hyperparameters.pretrained"
     without_pretrained: ClassVar = {"pretrained": "none"}
     pretrained_categories: ClassVar = COCO_CATEGORIES
+    replaced_by_augment = ("scale_jitter", "vertical_flip", "random_erasing")
+    weighs_categories = True
 
     @classmethod
     def input_scale(cls, hparams: EfficientDetHyperparameters) -> InputScale:
@@ -57,17 +66,24 @@ class EfficientDetTrial(DetectionTrial):
 
     def read_own_config(self) -> None:
         model_config(self.hparams, num_classes=1)  # what it refuses, before the data is opened
+        if self.data.augment is not None and self.data.augment.multi_scale != (1, 1):
+            raise UserError(
+                "data.augment.multi_scale: effdet builds its anchors and features for one input size. Fix: remove it, "
+                "and widen data.augment.scale"
+            )
 
     def build_model(self) -> nn.Module:
         torch.backends.cudnn.benchmark = True  # as upstream: all inputs have one size
         bench = build_model(self.hparams, self.categories)
+        if self.class_weights is not None:
+            bench.loss_fn = WeightedLoss(bench.config, self.class_weights)
         self.model_config = bench.config
         self.inputs = input_config(self.hparams, self.model_config)
         device = self.context.device
         self.mean = torch.tensor(self.inputs["mean"], device=device).mul(255).view(1, 3, 1, 1)
         self.std = torch.tensor(self.inputs["std"], device=device).mul(255).view(1, 3, 1, 1)
         self.random_erasing = None
-        if (probability := self.hparams.random_erasing) > 0:
+        if (probability := self.hparams.random_erasing) > 0 and self.data.augment is None:
             mode, count = self.hparams.random_erasing_mode, self.hparams.random_erasing_count
             self.random_erasing = RandomErasing(probability, mode=mode, max_count=count, device=device)
         self.predictors: dict[nn.Module, DetBenchPredict] = {}
@@ -189,8 +205,11 @@ class EfficientDetTrial(DetectionTrial):
     def _dataset(self, data: SplitData, training: bool) -> CocoDetection:
         fast = self.data.fast_images
         transform = EfficientDetTransform(self.hparams, self.inputs, training, fast=fast)
-        decode = bytes if fast else None
-        return CocoDetection(data.annotations, data.images, transform, self.seed, training, self.bad_images, decode)
+        decode, augmenter = bytes if fast else None, self.augmenter(layout(self.inputs)) if training else None
+        if augmenter is not None:
+            transform, decode = sample_of, augmenter.decode
+        of_data = (data.annotations, data.images, transform, self.seed, training, self.bad_images, decode)
+        return CocoDetection(*of_data, augmenter=augmenter)
 
     def loss_transform(self, data: SplitData) -> EfficientDetTransform:
         fast = self.data.fast_images
@@ -235,10 +254,10 @@ class EfficientDetTrial(DetectionTrial):
     def summary(self) -> list[tuple[str, object]]:
         hparams, backbone, data = self.hparams, self.model_config.backbone_name, self.train_data.annotations
         return [
-            ("model", f"{hparams.model} over {backbone}, {len(self.categories)} categories"),
+            ("model", f"{hparams.model} over {backbone}, {count_of(len(self.categories), 'category')}"),
             ("weights", f"pretrained: {hparams.pretrained}" if self.first_batch == 0 else "the checkpoint's"),
             ("input", "×".join(map(str, reversed(self.model_config.image_size)))),
-            ("training data", f"{data.path or 'fake'}, {len(data)} images"),
+            ("training data", f"{data.path or 'fake'}, {count_of(len(data), 'image')}"),
             ("optimizer", f"{hparams.opt}, lr {hparams.scaled_lr:g}"),
             ("schedule", f"{hparams.sched}, warm-up of {hparams.warmup_epochs:g} epochs"),
         ]

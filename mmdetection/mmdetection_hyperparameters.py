@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from shared.config.augment import refuse_augment
 from shared.config.schema import BACKEND_ALIASES, BACKENDS, PUBLISHED, DataConfig, TrainingHyperparameters, key
 from shared.errors import UserError, nearest
 
@@ -68,6 +69,7 @@ class MMDetectionData(DataConfig):
 
     def __post_init__(self) -> None:
         self.file_client: dict[str, Any] | None = None
+        refuse_augment(self.augment, "data.train.pipeline in hyperparameters.config_overrides")
         if self.file_client_args is None:
             return
         options = dict(self.file_client_args)

@@ -28,9 +28,10 @@ from mmdetection_files import config as configs
 from mmdetection_files import data as data_sets
 from mmdetection_files import evaluation, opening, operations
 from mmdetection_files import model as models
+from mmdetection_files.class_weights import weigh_categories
 from mmdetection_files.hooks import EMA_HOOKS, MomentumEma, StepRunner, hook_config, mode_switch
 from mmdetection_files.pixels import Normalization
-from mmdetection_files.receptive_field import init_receptive_fields, is_searching, write_structure
+from mmdetection_files.receptive_field import init_receptive_fields, write_structure
 from mmdetection_files.saved_config import write_resolved
 from mmdetection_files.switches import take_up_switches
 from shared.config.file import find_path
@@ -38,10 +39,9 @@ from shared.config.schema import PUBLISHED, parse_section
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
-from shared.data.loading import Batch
+from shared.data.loading import Batch, TrainingBatchSampler
 from shared.data.open import SplitData
-from shared.data.samplers import TrainingBatchSampler
-from shared.errors import UserError
+from shared.errors import UserError, count_of
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.library import COCO_CATEGORIES
@@ -54,7 +54,6 @@ class MMDetectionTrial(DetectionTrial):
 
     Attributes:
         mmdet_config: the resolved config.
-        evaluates_coco: whether validation is by the shared evaluator; else by `evaluate` of the config's data set.
     """
 
     hyperparameters_class = MMDetectionHyperparameters
@@ -62,6 +61,7 @@ class MMDetectionTrial(DetectionTrial):
     python_attributes = models.PYTHON_STATE
     optimizer_key = "optimizer of the MMDetection config"
     pretrained_categories: ClassVar = COCO_CATEGORIES
+    weighs_categories = True
 
     # --- the config -----------------------------------------------------------------------------------
 
@@ -87,11 +87,6 @@ class MMDetectionTrial(DetectionTrial):
         client = configs.file_client_of(self.mmdet_config)
         if client is not None and self.data.backend == "disk" and self.data.file_client_args is None:
             self.data = replace(self.data, file_client_args=client)
-        repeats = self.for_training and self.data.repeat_threshold is not None
-        if repeats and (own := data_sets.repeats_by_itself(self.mmdet_config.data)):
-            raise UserError(
-                f"data.repeat_threshold: the MMDetection config repeats images itself, by {own}; take one of them out"
-            )
         configs.set_paths(self.mmdet_config, self.data, submitted)
         places = (submitted, *self.experiment.places)
         configs.find_weights_files(self.mmdet_config, places)
@@ -102,10 +97,7 @@ class MMDetectionTrial(DetectionTrial):
             self.hparams.weights = str(find_path(self.hparams.weights, places) or self.hparams.weights)
         if self.mmdet_config.get("cudnn_benchmark"):
             torch.backends.cudnn.benchmark = True
-        if self.hparams.global_batch_size is None:
-            self.hparams.global_batch_size = configs.own_batch_size(self.mmdet_config)
-            if not self.for_training:  # any number of processes
-                self.hparams.global_batch_size = -(-self.hparams.global_batch_size // self.slots) * self.slots
+        self.hparams.global_batch_size = self.given_batch_size(lambda: configs.own_batch_size(self.mmdet_config))
         configs.scale_lr(self.mmdet_config, self.hparams)
         if self.mmdet_config.get("fp16"):
             self.fp16_key = "fp16 of the MMDetection config"
@@ -113,23 +105,17 @@ class MMDetectionTrial(DetectionTrial):
         self.find_unused_parameters = self.mmdet_config.get("find_unused_parameters", False)
         self.proposes = self.mmdet_config.model.type == "RPN"
         self.iou_types, self.evaluates_coco = opening.how_to_evaluate(self.mmdet_config, self.data)
-        if self.validates_loss and not self.evaluates_coco:
-            what = "RPN" if self.proposes else configs.kind_of(self.mmdet_config.data.val)
-            raise UserError(
-                f"hyperparameters.validation_loss: MMDetection's own data set evaluates the {what} of the config, and "
-                "gives no targets. Fix: remove validation_loss"
-            )
         if self.evaluates_coco:
             evaluation.check_evaluation(self.mmdet_config)
+
+    def repeats_by_itself(self) -> str | None:
+        return data_sets.repeats_by_itself(self.mmdet_config.data)
 
     def default_lengths(self) -> dict[str, Any]:
         return configs.default_lengths(self.mmdet_config)
 
     def validation_times(self) -> Any:
         return configs.validation_times(self.mmdet_config)
-
-    def reported_metrics(self) -> list[str] | None:
-        return super().reported_metrics() if self.evaluates_coco else None
 
     def save_own_config(self, folder: Path) -> None:
         write_structure(self.plain_model, self.mmdet_config, folder)
@@ -206,6 +192,10 @@ class MMDetectionTrial(DetectionTrial):
     def _own_evaluation_batch_size(self) -> int | None:
         return self.mmdet_config.data.get("val_dataloader", {}).get("samples_per_gpu")
 
+    @property
+    def max_iou(self) -> float:
+        return evaluation.max_iou(self.mmdet_config)
+
     def build_evaluator(self, data: SplitData | data_sets.OwnData) -> CocoEvaluator | evaluation.OwnEvaluator:
         if isinstance(data, SplitData):
             return super().build_evaluator(data)
@@ -230,6 +220,8 @@ class MMDetectionTrial(DetectionTrial):
             evaluation.keep_detections(config, self.hparams.max_detections)
         half = bool(config.get("fp16")) or self.hparams.amp == "bf16"
         model = models.build_model(config, initialize=starts_anew or not self.for_training, half=half)
+        if self.class_weights is not None:
+            weigh_categories(model, self.class_weights)
         init_receptive_fields(model, self.mmdet_config)
         models.move_teacher(model, self.context.device)
         if self.hparams.weights and self.first_batch == 0:
@@ -291,11 +283,6 @@ class MMDetectionTrial(DetectionTrial):
 
     def build_ema(self, model: nn.Module) -> AveragedWeights | MomentumEma | None:
         hook = hook_config(self.mmdet_config, EMA_HOOKS)
-        if is_searching(self.mmdet_config) and (hook or self.hparams.model_ema_decay is not None):
-            said_by = f"custom_hooks: {hook['type']}" if hook else "hyperparameters.model_ema_decay"
-            raise UserError(
-                f"{said_by} averages the weights of a model whose layers RFSearchHook changes; take one of them out"
-            )
         if hook is None:
             return super().build_ema(model)
         return MomentumEma(model, hook, self.first_batch // self.aggregation_frequency)
@@ -357,9 +344,9 @@ class MMDetectionTrial(DetectionTrial):
         lr_config = dict(config.get("lr_config") or {})
         return [
             ("config", self.hparams.config_file),
-            ("model", f"{config.model.type}, {len(self.categories)} categories"),
+            ("model", f"{config.model.type}, {count_of(len(self.categories), 'category')}"),
             ("weights", self._start()),
-            ("training data", f"{configs.kind_of(config.data.train)}, {len(self.train_samples)} samples"),
+            ("training data", f"{configs.kind_of(config.data.train)}, {count_of(len(self.train_samples), 'sample')}"),
             (
                 "validation",
                 ", ".join(self.iou_types) if self.evaluates_coco else f"{configs.kind_of(config.data.val)}.evaluate",

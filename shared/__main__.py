@@ -22,7 +22,7 @@ _COMMANDS = {
         "compare_main",
         "compare two detectors: runs, or any results in COCO's format",
     ),
-    "convert": ("shared.data.convert.command_line", "main", "write annotations of other formats as COCO files"),
+    "convert": ("shared.data.convert.conversion", "main", "write annotations of other formats as COCO files"),
     "report": (
         "shared.report.report",
         "report_main",

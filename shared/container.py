@@ -12,6 +12,7 @@ takes minutes; pip keeps what it built in PIP_CACHE_DIR.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -57,9 +58,8 @@ def install_missing(files: Iterable[Path], constraints: Iterable[str] = (), comp
     """Installs those of the requirements that are not there.
 
     Args:
-        files: requirements, one a line.
         constraints: files of pip's, with the versions to take.
-        compiled: compiles the operations of mmcv and of Detectron2, where they are required and do not import.
+        compiled: compiles the operations of mmcv and of Detectron2, if they are required and do not import.
 
     Raises:
         subprocess.CalledProcessError: pip or git failed; what it printed says why.
@@ -93,20 +93,16 @@ def _read(files: Iterable[Path]) -> list[Requirement]:
 
 def _is_there(need: Requirement) -> bool:
     for name in (need.name, *_OTHER_NAMES.get(need.name, ())):
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             if need.specifier.contains(version(name), prereleases=True):
                 return True
-        except PackageNotFoundError:
-            continue
     return False
 
 
 def _pinned(*names: str) -> Iterable[str]:
     for name in names:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             yield f"{name}=={version(name)}\n"
-        except PackageNotFoundError:
-            continue
 
 
 def _compile(need: Requirement, limits: list[str], folder: Path) -> None:
@@ -154,15 +150,10 @@ def main() -> None:
         prog="python3 -m shared.container", description="Installs what a detector needs and this Python lacks."
     )
     parser.add_argument("files", nargs="*", type=Path, default=[Path("requirements.txt")], metavar="REQUIREMENTS")
-    parser.add_argument(
-        "--constraint", action="append", default=[], metavar="FILE", help="versions to take, as for pip"
-    )
-    parser.add_argument(
-        "--compiled",
-        action="store_true",
-        default=os.environ.get("COMPILED_OPERATIONS", "0") not in ("", "0"),
-        help="compile the operations of mmcv and Detectron2 (or COMPILED_OPERATIONS=1)",
-    )
+    add, compiled = parser.add_argument, os.environ.get("COMPILED_OPERATIONS", "0") not in ("", "0")
+    add("--constraint", action="append", default=[], metavar="FILE", help="versions to take, as for pip")
+    about = "compile the operations of mmcv and Detectron2 (or COMPILED_OPERATIONS=1)"
+    add("--compiled", action="store_true", default=compiled, help=about)
     arguments = parser.parse_args()
     try:
         install_missing([_SHARED, *arguments.files], arguments.constraint, arguments.compiled)

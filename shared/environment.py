@@ -17,25 +17,18 @@ _INSTALL = (
     "`make demo` in the project's folder makes a complete environment (.venv/bin/python). To use your own, which needs "
     "torch, torchvision and determined: python3 -m shared.container, in the detector's folder"
 )
-
-
 _PACKAGES = {"cv2": "opencv-python-headless", "PIL": "pillow", "sklearn": "scikit-learn", "yaml": "PyYAML"}
+# not installed by their name alone: each must go with the version of torch
+_OF_TORCH = ("", "detectron2", "mmcv", "mmdet", "shared", "torch", "torchvision", "determined")
 
 
-def _how_to_install(module: str | None) -> str:
-    """The line of pip for one module; "" for those that are built for a version of torch."""
-    package = (module or "").split(".")[0]
-    if package in ("", "detectron2", "mmcv", "mmdet", "shared", "torch", "torchvision", "determined"):
-        return ""
-    return f"{sys.executable} -m pip install {_PACKAGES.get(package, package)}. Or: "
-
-
-def _say_what_is_missing(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    if isinstance(error, ModuleNotFoundError):
-        fix = _how_to_install(error.name) + _INSTALL
-        print(f"error: {sys.executable} lacks the package {error.name!r}. Fix: {fix}", file=sys.stderr)
-    else:
+def _print_what_is_missing(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    if not isinstance(error, ModuleNotFoundError):
         sys.__excepthook__(kind, error, traceback)
+        return
+    package = (error.name or "").split(".")[0]
+    pip = "" if package in _OF_TORCH else f"{sys.executable} -m pip install {_PACKAGES.get(package, package)}. Or: "
+    print(f"error: {sys.executable} lacks the package {error.name!r}. Fix: {pip}{_INSTALL}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -65,14 +58,12 @@ def prepare_process() -> None:
     - A missing package ends the program in one line that says how to install it.
     - A thread of torch's OpenMP that waits yields its core. By default it spins for milliseconds; on a busy machine the
       threads then spin through the time that the slowest of them needs. OpenMP reads this when torch loads it.
-
-    Loader workers keep their cores: they sleep for most of a step.
     """
     if sys.version_info < (3, 10):  # noqa: UP036 the code runs from its folders, which no installer looked at
         sys.exit(
             f"error: Python 3.10 or later is needed, and {sys.executable} is {sys.version.split()[0]}. Fix: {_INSTALL}"
         )
-    sys.excepthook = _say_what_is_missing
+    sys.excepthook = _print_what_is_missing
     if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         # GNU's OpenMP, which torch's wheels have, would wake its threads thousands of times a step: they spin for some
@@ -93,11 +84,7 @@ def use_available_cores() -> None:
 
 def available_cores(root: Path = Path("/")) -> int:
     """The cores of this process, at least 1: those on which it may run and for which its control groups give it time,
-    divided by the processes that torchrun started on the machine.
-
-    Args:
-        root: the file system with proc and sys.
-    """
+    divided by the processes that torchrun started on the machine. `root` has the folders proc and sys."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = min([cores, *_quotas(root)])
     return max(1, math.floor(cores / int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

@@ -66,8 +66,12 @@ def check_outputs(option: str, outputs: Iterable[Path], inputs: Iterable[str | o
 
 
 def count_of(number: int, what: str) -> str:
-    """ "1 slot", "2 slots"."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
+    """ "1 slot", "2 slots", "2 boxes", "2 batches", "2 categories"."""
+    if number == 1:
+        return f"1 {what}"
+    if what.endswith("y"):
+        return f"{number} {what[:-1]}ies"
+    return f"{number} {what}{'es' if what.endswith(('x', 'ch')) else 's'}"
 
 
 def tell_torchrun(line: str) -> None:

@@ -14,27 +14,30 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from tqdm import tqdm
 
 from shared.commands.check import add_check_options
 from shared.config.experiment import Experiment, Sections, read_experiment
-from shared.config.file import fixed_hyperparameters
-from shared.config.reference import help_text
-from shared.config.schema import TrainingHyperparameters, parse_section
+from shared.config.file import fixed_hyperparameters, help_text
+from shared.config.schema import StoreOptions, TrainingHyperparameters, parse_section
 from shared.environment import on_cluster, quiet_if_output_is_closed, task_config, use_available_cores
 from shared.errors import DivergedError, UserError, tell_torchrun
 from shared.export.metadata import FORMATS, TRANSFORMERS
-from shared.log import show_log
+from shared.launchers import STOP_SIGNALS, adopt_launcher, parse_signals
 from shared.redaction import redacted
-from shared.training.checkpoint_folder import checkpoint_here
+from shared.training.downloads import checkpoint_here
 from shared.training.loggers import check_loggers
 from shared.training.run_folder import OF_THE_RUN, RunFolder
 
 if TYPE_CHECKING:
     from shared.training.trial import DetectionTrial
+
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ _COMMANDS = {
     "export": ("shared.commands.export", "export"),
     "check": ("shared.commands.check", "check_with_detector"),
 }
+_ON_ALL_RANKS = ("train", "evaluate", "predict")
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,12 @@ def read_command(module: str, sections: Sections) -> Command | None:
         return None
     with exit_on_errors():
         if sys.argv[1:2] == ["--help-config"]:
-            print(
-                help_text(
-                    {"hyperparameters": sections.hyperparameters, "data": sections.data},
-                    sys.argv[2] if len(sys.argv) > 2 else None,
-                )
-            )
+            of_detector = {"hyperparameters": sections.hyperparameters, "data": sections.data}
+            print(help_text(of_detector, sys.argv[2] if len(sys.argv) > 2 else None))
             sys.exit()
         arguments = read_arguments()
+        if arguments.command in _ON_ALL_RANKS:
+            adopt_launcher()
         experiment = experiment_for(arguments, sections)
         _check(arguments, experiment)
         return Command(arguments, experiment)
@@ -153,8 +155,14 @@ def check_loggers_of_search(config: dict[str, Any]) -> None:
 
 def _check_run(arguments: argparse.Namespace) -> None:
     """Raises UserError if no run can start with --output-dir and --resume."""
-    if arguments.resume in OF_THE_RUN and arguments.output_dir is None:
+    if arguments.store is not None:
+        from shared.data.places import open_place  # no other command needs it
+
+        open_place(arguments.store, StoreOptions())
+    elif arguments.resume in OF_THE_RUN and arguments.output_dir is None:
         raise UserError(f"--resume {arguments.resume}: it needs a run. Fix: name the run's folder with --output-dir")
+    if "RANK" in os.environ:  # rank 0 alone needs the checkpoint, and all ranks exit with its error
+        return
     if arguments.resume not in (None, *OF_THE_RUN):
         _check_checkpoint(arguments.resume, "--resume")
     if arguments.output_dir is not None and arguments.resume is None:
@@ -197,9 +205,28 @@ def read_arguments() -> argparse.Namespace:
     train = add("train", "Train, as a cluster would.")
     train.add_argument("--output-dir", type=Path, help="the run's folder; default runs/<time>")
     train.add_argument(
+        "--store",
+        metavar="PLACE",
+        help="keep a copy of the run in s3://bucket/folder, gs://bucket/folder or a path; --resume continues from it",
+    )
+    train.add_argument(
         "--resume",
         metavar="CHECKPOINT",
         help="`last` or `best` of --output-dir; `auto`: `last` if it exists, else a new run; a checkpoint's path",
+    )
+
+    train.add_argument(
+        "--stop-signals",
+        type=_signals,
+        default=STOP_SIGNALS,
+        metavar="NAMES",
+        help="signals after which it saves and stops, besides Ctrl-C; default TERM,USR1,USR2,HUP",
+    )
+    train.add_argument(
+        "--stop-status",
+        type=_status,
+        metavar="STATUS",
+        help="the exit status after such a signal; default 128 and its number, as 143 for TERM",
     )
 
     search = add("search", "Search hyperparameters with the config's `searcher`, as a cluster would.")
@@ -230,11 +257,30 @@ def read_arguments() -> argparse.Namespace:
     predict.add_argument(
         "--format", choices=("png", "pdf"), default="png", help="of the pictures; default png; pdf keeps lines sharp"
     )
-    for command, default, help in (
-        (evaluate, "best", "the lowest score that the report draws, 0 to 1; default `best`, with the greatest F1"),
-        (predict, 0.3, "the lowest score that is drawn, 0 to 1; default 0.3; `best`: from the run's report"),
+    predict.add_argument(
+        "--track", action="store_true", help="number the objects of a video, with the package trackers"
+    )
+    for command, default, kind, help in (
+        (
+            evaluate,
+            "best",
+            _share_or_best,
+            "the lowest score that the report draws, 0 to 1; default `best`, with the greatest F1",
+        ),
+        (
+            predict,
+            0.3,
+            _share_or_any_best,
+            "the lowest score that is drawn, 0 to 1; default 0.3; `best` or `best-per-category`: from the run's report",
+        ),
     ):
-        command.add_argument("--min-score", type=_share_or_best, default=default, help=help)
+        command.add_argument(
+            "--tiles", type=_count, metavar="PIXELS", help="detect in tiles of so many pixels, for large images"
+        )
+        command.add_argument(
+            "--overlap", type=_share, default=0.2, help="the share of a tile that the next one shows too; default 0.2"
+        )
+        command.add_argument("--min-score", type=kind, default=default, help=help)
         command.add_argument(
             "--checkpoint",
             help="a checkpoint's path or, with DET_MASTER set, its UUID; default: the config's pretrained weights",
@@ -284,13 +330,37 @@ def _count(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
 
 
-def _share_or_best(text: str) -> float | str:
-    if text == "best":
+def _signals(text: str) -> tuple[signal.Signals, ...]:
+    try:
+        return parse_signals(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _status(text: str) -> int:
+    if text.isdecimal() and int(text) < 256:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 255")
+
+
+def _share(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 0.9:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not between 0 and 0.9")
+
+
+def _share_or_best(text: str, words: tuple[str, ...] = ("best",)) -> float | str:
+    if text in words:
         return text
     with contextlib.suppress(ValueError):
         if 0 <= float(text) <= 1:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is neither between 0 and 1, nor `best`")
+    raise argparse.ArgumentTypeError(f"{text} is neither between 0 and 1, nor {' nor '.join(f'`{w}`' for w in words)}")
+
+
+def _share_or_any_best(text: str) -> float | str:
+    return _share_or_best(text, ("best", "best-per-category"))
 
 
 # --- errors -----------------------------------------------------------------------------------------
@@ -304,9 +374,8 @@ def exit_on_errors() -> Iterator[None]:
     except (UserError, DivergedError) as error:
         _exit_with(error)
     except KeyboardInterrupt:
-        print(
-            "stopped; to continue a training from its last checkpoint: --output-dir DIR --resume last", file=sys.stderr
-        )
+        how = "to continue a training from its last checkpoint: --output-dir DIR --resume last"
+        print(f"stopped; {how}", file=sys.stderr)
         _exit_at_once(128 + signal.SIGINT)
 
 
@@ -333,3 +402,54 @@ def _exit_with(error: Exception) -> NoReturn:
         logger.info("Determined may start this trial again: its config lacks the `log_policies` of the shipped files")
     logger.error("%s", line)
     sys.exit(1)
+
+
+# --- the log ----------------------------------------------------------------------------------------
+
+_OURS = ("shared", "__main__", "model_def")  # packages
+_FILES = "_files"  # the end of the name of a detector's package
+
+
+def show_log(verbose: bool = False) -> None:
+    """Logs to stderr, above the progress bar.
+
+    Args:
+        verbose: also show the libraries' information, all lines of their warnings, and Python's warnings.
+    """
+    logging.basicConfig(level=logging.INFO, handlers=[_AboveTheBar(verbose)])
+    warnings.showwarning = _log_warning
+
+
+class _AboveTheBar(logging.Handler):
+    def __init__(self, verbose: bool):
+        super().__init__()
+        self.verbose = verbose
+        self.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        ours = _is_ours(record)
+        if not (ours or self.verbose or record.levelno >= logging.WARNING):
+            return
+        text = redacted(self.format(record))
+        first, *more = text.splitlines() or [""]
+        if more and not (ours or self.verbose or record.exc_info):
+            text = f"{first} (and {len(more)} more lines, with --verbose)"
+        tqdm.write(text, file=sys.stderr)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    package = record.name.split(".")[0]
+    return package in _OURS or package.endswith(_FILES)
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type,
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Logs a warning of Python. One in an installed library is for its authors, and shown only with --verbose."""
+    level = logging.INFO if "site-packages" in filename else logging.WARNING
+    logging.getLogger("warnings").log(level, "%s (%s, %s:%d)", message, category.__name__, filename, lineno)

@@ -22,11 +22,8 @@ _LEAST = 0.25  # of a model's weights: a backbone is more
 
 
 def find_library_config(name: str, submitted: Path, shipped: Path, key: str) -> Path:
-    """The path of a detector library's config: in the folder submitted, else among those that the library ships.
-
-    Raises:
-        UserError: it is in neither; says where it was looked for, and near names.
-    """
+    """The path of a detector library's config: in the folder submitted, else among those that the library ships. If it
+    is in neither, a UserError names the nearest."""
     for place in (submitted, shipped):
         if (place / name).is_file():
             return (place / name).absolute()
@@ -42,11 +39,7 @@ def find_library_config(name: str, submitted: Path, shipped: Path, key: str) -> 
 
 def import_custom_modules(names: Iterable[str]) -> list[ModuleType]:
     """The user's own modules, of `hyperparameters.custom_imports`: files of the folder submitted (`my_data.py`), or
-    names of modules.
-
-    Raises:
-        UserError: one cannot be imported.
-    """
+    names of modules. Raises UserError if one cannot be imported."""
     modules = []
     for name in names:
         try:
@@ -93,8 +86,7 @@ class KeptByShape:
     """
 
     def __init__(self, function: Callable[..., list[Any]], count: int = 32):
-        self.function = function
-        self.count = count
+        self.function, self.count = function, count
         self._kept: OrderedDict[Hashable, tuple[list[Any], list[int]]] = OrderedDict()
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from determined.common import storage
 from determined_master import handed_over
 
 from shared.config.file import fixed_hyperparameters
-from shared.training import cluster_run, context, determined_fixes
+from shared.training import processes, run
 
 TRIAL_ID = 7
 
@@ -137,15 +137,15 @@ def become_a_task(
             profiler=core.DummyProfilerContext(),
         )
 
-    monkeypatch.setattr(context.core, "init", init)
+    monkeypatch.setattr(processes.core, "init", init)
 
     def get_trial(trial_id: int) -> SimpleNamespace:
         state = SimpleNamespace(name="STOPPING_COMPLETED" if master.has_stopped else "ACTIVE")
         validations = {"batches": {"last": max(master.of("validation"), default=-1)}}
         return SimpleNamespace(state=state, summary_metrics={"validation_metrics": validations})
 
-    monkeypatch.setattr(determined_fixes.client, "get_trial", get_trial)
+    monkeypatch.setattr(run.client, "get_trial", get_trial)
     (folder / "model").mkdir(exist_ok=True)  # the code that was submitted, which each checkpoint holds
     monkeypatch.setattr(det.constants, "MANAGED_TRAINING_MODEL_COPY", str(folder / "model"))
-    monkeypatch.setattr(cluster_run, "SECONDS_BETWEEN_UPLOADS", 0.0)
+    monkeypatch.setattr(run, "SECONDS_BETWEEN_UPLOADS", 0.0)
     return master

@@ -19,11 +19,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import psutil
 import pytest
 import yaml
-from tiny_models import efficientdet_config
+from tiny_models import CONFIGS, EFFICIENTDET, MAIN_DETECTORS, efficientdet_config
 
 ROOT = Path(__file__).parent.parent
 # as in a submitted folder: `model_def` and `<name>_files` beside `shared`; of the model_defs this finds EfficientDet's
-sys.path[:0] = [str(ROOT / folder) for folder in ("", "efficientdet", "mmdetection", "detectron2", "detr")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("", *CONFIGS)]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 EXPERIMENT_SCHEMA = ROOT.parent / "shared" / "expconf"
 
@@ -50,7 +50,7 @@ except Exception as error:
 collect_ignore = list(WITHOUT_LIBRARY)
 
 
-@pytest.fixture(params=["efficientdet", "mmdetection", "detectron2", "detr"])
+@pytest.fixture(params=[*CONFIGS])
 def detector(request) -> str:
     """Each detector whose library is here."""
     if request.param in WITHOUT_LIBRARY:
@@ -61,7 +61,7 @@ def detector(request) -> str:
 # for a promise that one code keeps for every detector: the default tests hold it with the quickest of them
 other_detectors_are_slow = pytest.mark.parametrize(
     "detector",
-    ["efficientdet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mmdetection", "detectron2"))],
+    [MAIN_DETECTORS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in MAIN_DETECTORS[1:])],
     indirect=True,
 )
 
@@ -141,7 +141,7 @@ def run_config(shapes, tmp_path):
 def run_model_def(
     *arguments: object,
     processes: int = 1,
-    cwd: Path = ROOT / "efficientdet",
+    cwd: Path = EFFICIENTDET,
     env: dict | None = None,
     check: bool = True,
     script: str | Path = "model_def.py",
@@ -175,16 +175,11 @@ def run_model_def(
 def run_command(function: Callable, trial_class: type, config: Path, overrides: Sequence = (), **arguments) -> None:
     """Calls a command's function in this process, with the arguments that the command line has."""
     from shared.launch import experiment_for
+    from shared.launchers import STOP_SIGNALS
 
-    given = {
-        "command": None,
-        "config": str(config),
-        "overrides": [*overrides],
-        "split": "val",
-        "model": None,
-        **arguments,
-    }
-    given = argparse.Namespace(**given)
+    defaults = {"command": None, "config": str(config), "overrides": [*overrides], "split": "val", "store": None}
+    defaults |= {"stop_signals": STOP_SIGNALS, "stop_status": None, "tiles": None, "overlap": 0.2, "model": None}
+    given = argparse.Namespace(**{**defaults, "track": False, **arguments})
     function(trial_class, experiment_for(given, trial_class.sections()), given)
 
 
@@ -195,7 +190,7 @@ def start_run(config: Path, run: Path, processes: int = 1, resume: tuple = (), s
         program += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.Popen(
         [*program, str(script), "train", str(config), "--output-dir", str(run), *resume],
-        cwd=ROOT / "efficientdet",
+        cwd=EFFICIENTDET,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -228,12 +223,27 @@ def trial_class() -> type:
 
 
 @pytest.fixture
+def voc(tmp_path) -> Path:
+    """A folder in VOC2007's layout with real images, twelve of which are the split `some`."""
+    bccd = SHARED_DATA / "bccd"
+    if not bccd.is_dir():
+        pytest.skip(f"{bccd} is not here: real data is no part of the project")
+    folder = tmp_path / "VOC2007"
+    (folder / "ImageSets/Main").mkdir(parents=True)
+    (folder / "JPEGImages").symlink_to(bccd / "images")
+    (folder / "Annotations").symlink_to(bccd / "annotations_voc")
+    names = sorted(path.stem for path in (bccd / "annotations_voc").glob("*.xml"))
+    (folder / "ImageSets/Main/some.txt").write_text("\n".join(names[:12]))
+    return folder
+
+
+@pytest.fixture
 def unbuilt():
     """Makes a trial that has read its config and opened nothing."""
     import torch
     from determined.core import DistributedContext
 
-    from shared.training.context import trial_context
+    from shared.training.processes import trial_context
 
     class Slots(DistributedContext):
         """The first of so many slots, which hears nothing of the others."""
@@ -269,15 +279,50 @@ def program(tmp_path):
     return write
 
 
+COMPARES_FIRST_STEP = """
+    def after_batch(self, number):
+        super().after_batch(number)
+        if number == 0:
+            ours, theirs = self.plain_model.state_dict(), self.reference.module.state_dict()
+            worst = max((ours[k].double() - theirs[k].double()).abs().max().item() for k in ours)
+            os.write(1, f"WORST {worst}\\n".encode())
+
+main(Probe)
+"""
+
+
+@pytest.fixture
+def distance_from_reference(program, tmp_path):
+    """Trains in two processes by the text of a class `Probe`, which makes `self.reference` in its first batch. Returns
+    how far the weights of both are apart after this batch."""
+
+    def call(folder: Path, config: dict, probe: str) -> float:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        script = program(f"import copy, os\n{probe}{COMPARES_FIRST_STEP}")
+        done = run_model_def("train", path, "--output-dir", tmp_path / "run", processes=2, cwd=folder, script=script)
+        worst = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("WORST")]
+        assert len(worst) == 2
+        return max(worst)
+
+    return call
+
+
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """Trains in this process and returns the run's folder, `name` in the test's own.
 
     It draws nothing and writes no report, which take most of the time of so small a run; `report=True` does both.
+    `arguments` are those of the command line.
     """
 
     def call(
-        trial_class: type, config: dict, name: str = "run", resume: str | None = None, report: bool = False
+        trial_class: type,
+        config: dict,
+        name: str = "run",
+        resume: str | None = None,
+        report: bool = False,
+        **arguments: object,
     ) -> Path:
         from without_figures import leave_out_figures
 
@@ -290,7 +335,7 @@ def train(tmp_path, monkeypatch):
                 leave_out_figures(patch.setattr)
             patch.chdir(tmp_path)
             try:
-                run_command(train_locally, trial_class, path, output_dir=folder, resume=resume)
+                run_command(train_locally, trial_class, path, output_dir=folder, resume=resume, **arguments)
             finally:
                 stop_workers()
         return folder

@@ -14,8 +14,7 @@ from unittest import mock
 import psutil
 import zmq
 
-from shared.training.processes import ProcessContext
-from shared.training.sockets import host_of_chief
+from shared.training.processes import ProcessContext, host_of_chief
 
 SECONDS = 30  # after which a thread that waits is an error
 

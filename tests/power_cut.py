@@ -6,6 +6,8 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 
 _EXT4_IOC_SHUTDOWN = 2 << 30 | 4 << 16 | ord("X") << 8 | 125
 _WITHOUT_FLUSHING_THE_JOURNAL = 2
+_SECONDS_TO_DETACH = 10
 
 
 class Ext4:
@@ -30,6 +33,9 @@ class Ext4:
             os.close(descriptor)
         kill()
         _run("umount", self.path)
+        deadline = time.monotonic() + _SECONDS_TO_DETACH
+        while _run("losetup", "--associated", self.image) and time.monotonic() < deadline:
+            time.sleep(0.05)  # another program may still look at the old device, and its errors are read from it
         _run("mount", "-o", "loop", self.image, self.path)
 
 
@@ -51,8 +57,8 @@ def ext4(folder: Path, megabytes: int) -> Iterator[Ext4]:
         _run("umount", "--lazy", mounted)
 
 
-def _run(*command: object) -> None:
-    subprocess.run([*map(str, command)], check=True, capture_output=True)
+def _run(*command: object) -> bytes:
+    return subprocess.run([*map(str, command)], check=True, capture_output=True).stdout
 
 
 class Recorder:
@@ -72,18 +78,21 @@ class Recorder:
             self._on_disk[status.st_dev, status.st_ino] = (status.st_size, status.st_mtime_ns)
 
         monkeypatch.setattr(os, "fsync", fsync)
-        for module, name in ((os, "rename"), (os, "replace"), (shutil, "rmtree")):
-            self._keep_before(module, name, monkeypatch)
+        renames = [(os, "rename"), (os, "replace")]
+        if sys.version_info < (3, 11):  # its pathlib took them from `os` when it was imported
+            renames += [(Path, "rename"), (Path, "replace")]
+        for owner, name in (*renames, (shutil, "rmtree")):
+            self._keep_before(owner, name, monkeypatch)
 
-    def _keep_before(self, module: object, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        real = getattr(module, name)
+    def _keep_before(self, owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = getattr(owner, name)
 
         def call(path: object, *arguments: object, **named: object) -> object:
             if not self._busy and Path(path).is_relative_to(self.folder):
                 self.keep()
             return real(path, *arguments, **named)
 
-        monkeypatch.setattr(module, name, call)
+        monkeypatch.setattr(owner, name, call)
 
     def keep(self) -> None:
         """Adds an image of the disk as it is now."""

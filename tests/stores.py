@@ -23,12 +23,12 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def _serving(handler):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+def _serving(handler, host="127.0.0.1", port=0):
+    server = http.server.ThreadingHTTPServer((host, port), handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"http://{host}:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
@@ -130,23 +130,33 @@ def _files(folder: Path):
     return [path for path in sorted(folder.rglob("*")) if path.is_file() and hidden.isdisjoint((path, *path.parents))]
 
 
+def one_in_ten(number: int) -> str | None:
+    """The fault of a request: each tenth has one, of each kind in turn."""
+    return ("error", "reset", "lost")[number // 10 % 3] if number % 10 == 0 else None
+
+
 class Faults:
     """What a proxy does to the reads of images: `of(number)` is a kind of fault, or None, for each read.
 
     Kinds: "error" answers 500, "reset" closes the connection, "late" answers after `late` seconds, "cut" sends half of
-    what it announced and "short" half as if it were all, "away" closes every connection.
+    what it announced and "short" half as if it were all, "away" closes every connection. "lost" does what was asked and
+    closes the connection without an answer.
+
+    Args:
+        counted: whether a request counts, by its path and method; by default the reads of images.
     """
 
-    def __init__(self, of, late=30.0):
+    def __init__(self, of, late=30.0, counted=lambda path, command: path.endswith((".png", ".jpg"))):
         self.of = of
         self.late = late
+        self.counted = counted
         self.reads = 0  # requests
         self.downloads = 0  # of these, those of the whole image
         self.made = []
         self.lock = threading.Lock()
 
     def next(self, path, command):
-        if not path.endswith((".png", ".jpg")):
+        if not self.counted(path, command):
             return self.of(0) if self.of(0) == "away" else None
         with self.lock:
             self.reads += 1
@@ -158,8 +168,8 @@ class Faults:
 
 
 @contextlib.contextmanager
-def with_faults(endpoint: str, faults: Faults):
-    """The endpoint of a proxy before a store."""
+def with_faults(endpoint: str, faults: Faults, *listens):
+    """The endpoint of a proxy before a store; `listens` is a host and a port."""
     host = endpoint.removeprefix("http://")
 
     class Proxy(_Quiet):
@@ -174,10 +184,15 @@ def with_faults(endpoint: str, faults: Faults):
                 return
             if kind == "late":
                 time.sleep(faults.late)
+            content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             store = http.client.HTTPConnection(host, timeout=600)
-            store.request(self.command, self.path, headers=dict(self.headers))
+            store.request(self.command, self.path, content or None, headers=dict(self.headers))
             answer = store.getresponse()
             body = answer.read()
+            if kind == "lost":
+                self.close_connection = True
+                self.connection.close()
+                return
             sent = body[: len(body) // 2] if kind in ("cut", "short") else body
             self.send_response(answer.status)
             for name, value in answer.getheaders():
@@ -189,7 +204,7 @@ def with_faults(endpoint: str, faults: Faults):
             self.wfile.write(sent)
             self.close_connection = kind == "cut"
 
-        do_HEAD = do_GET
+        do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 
-    with _serving(Proxy) as url:
+    with _serving(Proxy, *listens) as url:
         yield url

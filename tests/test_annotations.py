@@ -101,7 +101,7 @@ def _open_and_hold(path, results, done):
     results.put(float(sum(record.boxes.sum() for record in opened)))
 
 
-def test_of_processes_that_open_a_new_file_at_once_one_parses_and_all_map_the_same_pages(coco, tmp_path, monkeypatch):
+def test_one_process_parses_a_new_file_and_all_map_the_same_pages(coco, tmp_path, monkeypatch):
     path, parsed = write(tmp_path / "a.json", coco), tmp_path / "parsed"
     parse = coco_file.parse
 
@@ -230,7 +230,7 @@ def test_an_area_of_zero_becomes_that_of_the_mask_or_the_box(coco):
     assert filled.columns["areas"][:2].tolist() == [width * height, 0]
     np.testing.assert_allclose(filled.columns["areas"][2:], right.columns["areas"][2:], rtol=0.1)  # drawn pixels
     count = len(coco["annotations"]) - 1
-    assert filled.notes == [f"{count} boxes have `area: 0`; the area of the mask or the box is used"]
+    assert filled.notes == [f"{count} boxes with `area: 0`; the area of the mask or the box is used"]
 
 
 def test_annotations_to_ignore_are_not_trained_on_and_counted(shapes, tmp_path, caplog):
@@ -244,7 +244,10 @@ def test_annotations_to_ignore_are_not_trained_on_and_counted(shapes, tmp_path, 
         train, val = (open_split(data, name).annotations for name in ("train", "val"))
         assert len(val.columns["labels"]) - len(train.columns["labels"]) == ignored > 0
         assert 0 not in train.columns["labels"]
-    assert f"data.train.annotations: training omits {ignored} annotations with `ignore: 1`" in caplog.text
+    assert (
+        f"data.train.annotations: training omits {ignored} annotation{'s' * (ignored > 1)} with `ignore: 1`"
+        in caplog.text
+    )
     assert len(train) == len(val)
 
 
@@ -260,9 +263,9 @@ def test_an_annotation_id_of_zero_is_a_note_on_validation_data_alone(coco):
 BROKEN = {
     "points to image 99": lambda c: c["annotations"][0].update(image_id=99),
     "points to category 99": lambda c: c["annotations"][0].update(category_id=99),
-    "image ids occur more than once": lambda c: c["images"][1].update(id=1),
-    "annotation ids occur more than once": lambda c: c["annotations"][1].update(id=1),
-    "category ids occur more than once": lambda c: c["categories"].append({"id": 1, "name": "x"}),
+    "the image id 1 occurs more than once": lambda c: c["images"][1].update(id=1),
+    "the annotation id 1 occurs more than once": lambda c: c["annotations"][1].update(id=1),
+    "the category id 1 occurs more than once": lambda c: c["categories"].append({"id": 1, "name": "x"}),
     "two categories have the name 'circle'": lambda c: c.update(
         categories=[{"id": i, "name": "circle"} for i in (1, 2, 3)]
     ),
@@ -411,7 +414,7 @@ def test_boxes_under_a_pixel_are_a_warning_and_nothing_else_an_error(coco, caplo
         check_trainable(tiny)
     coco["annotations"][0]["bbox"] = [5, 5, 0.5, 3]
     check_trainable(CocoAnnotations.from_dict(coco))
-    assert "data.train: 1 boxes are less than a pixel wide or high" in caplog.text
+    assert "data.train: 1 box less than a pixel wide or high" in caplog.text
 
 
 WRONG_MASKS = {

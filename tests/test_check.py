@@ -16,7 +16,7 @@ from tiny_models import CONFIGS, trial_classes
 from shared.commands.check import check_with_detector, main
 from shared.commands.data_report import Report, describe, open_both
 from shared.config.experiment import parse_data
-from shared.data.samplers import TrainingBatchSampler
+from shared.data.loading import TrainingBatchSampler
 
 
 @pytest.fixture
@@ -60,17 +60,17 @@ def test_sound_data_has_nothing_that_stops_a_training(data):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda c: c["annotations"][0].update(bbox=[5, 5, 0, 9]), "1 boxes have no width or no height"),
-        (lambda c: c["annotations"][0].update(bbox=[500, 5, 9, 9]), "1 boxes lie outside of their image"),
-        (lambda c: c["annotations"][0].update(bbox=[100, 100, 90, 9]), "1 boxes reach over the edge"),
+        (lambda c: c["annotations"][0].update(bbox=[5, 5, 0, 9]), "1 box without width or height"),
+        (lambda c: c["annotations"][0].update(bbox=[500, 5, 9, 9]), "1 box outside of the image"),
+        (lambda c: c["annotations"][0].update(bbox=[100, 100, 90, 9]), "1 box over the edge of the image"),
         (
             lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3, 4]]),
             "1 segmentations are wrong; that of annotation 1 has a polygon of 4",
         ),
-        (lambda c: c["annotations"][0].update(bbox=[5, 5, 0.5, 9]), "1 boxes are less than a pixel wide or high"),
+        (lambda c: c["annotations"][0].update(bbox=[5, 5, 0.5, 9]), "1 box less than a pixel wide or high"),
         (
             lambda c: c["categories"].extend({"id": 90 + i, "name": name} for i, name in enumerate("xyz")),
-            "3 categories have no box to train on: x, y, z",
+            "3 categories without a box to train on: x, y, z",
         ),
     ],
 )
@@ -82,9 +82,9 @@ def test_what_is_odd_in_the_annotations_is_named_with_its_annotation(data, spoil
     assert report.stops == []
 
 
-def test_images_in_both_splits_are_found_by_their_pixels_and_by_their_boxes(data):
+def test_images_in_both_splits_are_found_by_pixels_and_boxes(data):
     shutil.copy(data / "val/000002.png", data / "train/000005.png")
-    assert any("1 images that were read are in data.train and in data.val" in r for r in checked(data).remarks)
+    assert any("data.train and data.val share 1 image of those that were read" in r for r in checked(data).remarks)
 
     def as_in_val(coco):
         val = json.loads((data / "annotations/val.json").read_text())
@@ -96,7 +96,7 @@ def test_images_in_both_splits_are_found_by_their_pixels_and_by_their_boxes(data
                enumerate(own[: len(own) // 2]))]), "val")  # fmt: skip
 
     change(data, as_in_val)
-    assert any("1 images with the very same boxes" in remark for remark in checked(data, images=0).remarks)
+    assert any("share 1 image with the same boxes" in remark for remark in checked(data, images=0).remarks)
 
 
 def test_what_would_stop_a_training_stops_it_here(data, capsys):
@@ -151,7 +151,7 @@ def run_main(*arguments):
     return ended.value.code
 
 
-def test_the_command_reports_in_a_table_draws_a_page_of_both_splits_and_ends_with_a_status(data, tmp_path, capsys):
+def test_check_prints_a_table_draws_a_page_and_sets_the_exit_status(data, tmp_path, capsys):
     config, page = tmp_path / "config.yaml", tmp_path / "page.png"
     config.write_text(yaml.safe_dump({"data": section(data)}))
     assert run_main(config, "--images", "all", "--page", page) == 0
@@ -189,7 +189,8 @@ def test_the_training_is_begun_whose_model_says_how_small_boxes_may_be(detector,
     code, said = check_as_user(detector, config, tmp_path, capsys)
     assert code == 0, said
     assert "box side, pixels of the model's input" in said
-    assert "under the model's smallest " + ("stride" if detector in ("mmdetection", "detr") else "anchor") in said
+    kind = "anchor" if detector in ("efficientdet", "detectron2") else "stride"
+    assert f"under the model's smallest {kind}" in said
     assert re.search(r"samples made of them +3 +3", said)
     assert os.listdir(tmp_path) == ["anywhere.yaml"]
 

@@ -9,7 +9,7 @@ import pytest
 from determined.experimental import client
 
 from shared.errors import UserError
-from shared.training.checkpoint_folder import find_checkpoint
+from shared.training.downloads import find_checkpoint
 
 UUID = str(uuid.UUID(int=7))
 

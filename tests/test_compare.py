@@ -215,9 +215,7 @@ def test_a_run_on_other_categories_is_refused(annotations, tmp_path, monkeypatch
         shared_main()
 
 
-def test_runs_on_different_subsets_of_the_categories_are_compared_by_the_common_ones(
-    annotations, tmp_path, monkeypatch, capsys
-):
+def test_runs_on_category_subsets_are_compared_by_the_common_ones(annotations, tmp_path, monkeypatch, capsys):
     for name, categories in (("all", ["circle", "rectangle", "triangle"]), ("some", ["triangle", "rectangle"])):
         own = annotations.select_categories(categories)
         evaluator = CocoEvaluator(own)
@@ -251,3 +249,22 @@ def test_a_size_of_image_that_is_not_there_draws_nothing(annotations, tmp_path):
     both = {"a": found_by(annotations, 1), "b": found_by(annotations, 2)}
     compare(annotations, both, tmp_path / "c.html", images=tmp_path, resamples=0)
     assert "data:image" not in (tmp_path / "c.html").read_text()
+
+
+def test_runs_are_compared_by_the_detections_that_they_scored(annotations, tmp_path, monkeypatch):
+    evaluator = CocoEvaluator(annotations, max_detections=1)
+    evaluator.update(found_by(annotations, 1, noise=0, missing=0))
+    mean = evaluator.compute()["bbox_mAP"]
+    for name, most in (("a", 1), ("b", 1), ("c", None)):
+        (tmp_path / name).mkdir()
+        found = evaluator.found_by_id()
+        save_detections(tmp_path / name / "detections.npz", found, annotations.category_names, most)
+    options = ["--annotations", str(annotations.path), "--output", str(tmp_path / "c.html"), "--resamples", "0"]
+    monkeypatch.setattr("sys.argv", ["shared", "compare", str(tmp_path / "a"), str(tmp_path / "b"), *options])
+    shared_main()
+    (comparison,) = json.loads((tmp_path / "c.json").read_text())
+    overall = next(row for row in comparison["metrics"] if row["name"] == "mAP")
+    assert overall["a"] == overall["b"] == pytest.approx(mean)
+    monkeypatch.setattr("sys.argv", ["shared", "compare", str(tmp_path / "a"), str(tmp_path / "c"), *options])
+    with pytest.raises(SystemExit, match=r"different numbers of detections .*c: the default.* Fix: pass --max-"):
+        shared_main()

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from shared.config.schema import SearcherMetric
-from shared.training import determined_fixes
-from shared.training.determined_fixes import trial_is_stopping
+from shared.training import run
+from shared.training.run import trial_is_stopping
 from shared.training.saving import random_state, set_random_state
 from shared.training.validation import Validation
 
@@ -56,20 +56,20 @@ def answer(state, validated_at=None):
 
 @pytest.mark.parametrize(("state", "stops"), [("STOPPING_COMPLETED", True), ("ACTIVE", False)])
 def test_the_master_is_asked_whether_the_searcher_has_stopped_the_trial(monkeypatch, state, stops):
-    monkeypatch.setattr(determined_fixes.client, "get_trial", lambda trial_id: answer(state, 20))
+    monkeypatch.setattr(run.client, "get_trial", lambda trial_id: answer(state, 20))
     assert trial_is_stopping(7, validated_at=20) is stops
 
 
 @pytest.mark.parametrize("before", [None, 20])
 def test_the_master_s_answer_counts_when_it_has_the_last_validation(monkeypatch, before):
     answers = [answer("ACTIVE", before), answer("ACTIVE", before), answer("STOPPING_COMPLETED", 40)]
-    monkeypatch.setattr(determined_fixes.client, "get_trial", lambda trial_id: answers.pop(0))
+    monkeypatch.setattr(run.client, "get_trial", lambda trial_id: answers.pop(0))
     assert trial_is_stopping(7, validated_at=40) is True
 
 
 def test_a_report_that_never_comes_to_the_master_is_not_waited_for_long(monkeypatch):
-    monkeypatch.setattr(determined_fixes, "SECONDS_FOR_A_REPORT", 0.1)
-    monkeypatch.setattr(determined_fixes.client, "get_trial", lambda trial_id: answer("ACTIVE", 20))
+    monkeypatch.setattr(run, "SECONDS_FOR_A_REPORT", 0.1)
+    monkeypatch.setattr(run.client, "get_trial", lambda trial_id: answer("ACTIVE", 20))
     assert trial_is_stopping(7, validated_at=40) is False
 
 
@@ -77,7 +77,7 @@ def test_a_master_that_does_not_answer_ends_nothing(monkeypatch, caplog):
     def unreachable(trial_id):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(determined_fixes.client, "get_trial", unreachable)
+    monkeypatch.setattr(run.client, "get_trial", unreachable)
     assert trial_is_stopping(7, validated_at=-1) is False
     assert "no route" in caplog.text
 

@@ -5,21 +5,23 @@ import json
 import os
 import random
 import shutil
-import threading
+import tempfile
 import time
 
 import pytest
 import torch
 import yaml
 from conftest import kill_run, reports, run_model_def, start_run, wait_for_batch
+from in_threads import on_all, processes
 from power_cut import Recorder, ext4
 from tiny_models import efficientdet_config
 
 from shared import durable
 from shared.errors import UserError
-from shared.training.checkpoints import read_checkpoint, write_manifest
+from shared.training.checkpoints import read_checkpoint
 from shared.training.resume import read_checkpoint_to_resume
 from shared.training.run_folder import RunFolder
+from shared.training.saving import write_manifest
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def config(shapes):
 class Alone:
     """The only rank."""
 
-    rank, size, local_rank = 0, 1, 0
+    rank, size, local_rank, cross_size = 0, 1, 0, 1
 
     def broadcast(self, value):
         return value
@@ -217,7 +219,7 @@ def test_a_checkpoint_that_a_reader_keeps_on_nfs_makes_no_save_fail(folder, monk
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == [".saving", "best", "last"]
 
 
-def test_a_save_that_was_killed_between_its_renames_is_put_right_by_the_next_start(folder):
+def test_a_save_killed_between_renames_is_repaired_by_the_next_start(folder):
     for batches in (4, 8):
         save(folder, batches)
     old = folder.checkpoints / ".last.1.old"  # left by an earlier save
@@ -358,7 +360,7 @@ def test_a_run_that_is_refused_leaves_the_folder_of_the_other(tmp_path):
                 both[1].take()
             except UserError as error:
                 both[1].free()
-                os._exit(3 if "a run is going on" in str(error) else 4)
+                os._exit(3 if "another process uses" in str(error) else 4)
             os._exit(5)
         in_other_process.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
@@ -373,72 +375,73 @@ def test_a_run_that_is_refused_leaves_the_folder_of_the_other(tmp_path):
 # --- several ranks ------------------------------------------------------------------------------------
 
 
-class Rank:
-    """One of two ranks, each in a thread."""
-
-    def __init__(self, rank, shared):
-        self.rank = self.local_rank = 0 if rank == 0 else rank
-        self.size = 2
-        self.shared = shared
-
-    def allgather(self, value):
-        values, barrier = self.shared
-        values[self.rank] = value
-        barrier.wait(600)
-        result = list(values)
-        barrier.wait(600)
-        return result
-
-    def broadcast(self, value):
-        return self.allgather(value)[0]
-
-
-def resume_on_both(folders, which="last"):
-    """What each rank resumes from, or the error that it ends with."""
-    shared, results = ([None, None], threading.Barrier(2)), [None, None]
-
-    def work(rank):
-        try:
-            results[rank] = read_checkpoint_to_resume(Rank(rank, shared), which, folders[rank]).batches
-        except UserError as error:
-            results[rank] = str(error)
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
-
-
 @pytest.fixture
 def machines(tmp_path):
+    """The run's folder on each of two machines that share no disk."""
     folders = [RunFolder(tmp_path / f"machine-{number}" / "run") for number in range(2)]
     for folder in folders:
         folder.saving.mkdir(parents=True)
     return folders
 
 
-def test_ranks_that_would_resume_from_different_checkpoints_stop_with_one_error(machines):
+def resume_on_both(folders, which="last"):
+    """What each of three ranks resumes from, or the error that it ends with. The last two are on one machine."""
+
+    def work(context):
+        try:
+            checkpoint = read_checkpoint_to_resume(context, which, folders[context.cross_rank])
+            return checkpoint and (checkpoint.batches, float(checkpoint.weights["weight"][0]))
+        except UserError as error:
+            return str(error)
+
+    with processes(4, 2) as contexts:
+        return on_all(work, contexts)
+
+
+def files_in(folder):
+    return sorted(path.relative_to(folder.path) for path in folder.path.rglob("*") if path.is_file())
+
+
+def test_a_machine_without_the_checkpoint_gets_it_from_the_chief(machines):
+    save(machines[0], 8)
+    assert resume_on_both(machines) == [(8, 8.0)] * 4
+    assert not files_in(machines[1])
+
+
+def test_an_older_checkpoint_of_another_machine_does_not_count(machines):
     save(machines[0], 8)
     save(machines[1], 4)
-    first, second = resume_on_both(machines)
-    assert first == second
-    assert "rank 0 on" in first
-    assert "read batch 8 and rank 1 on" in first
-    assert "read batch 4" in first
+    assert resume_on_both(machines) == [(8, 8.0)] * 4
 
 
-def test_a_rank_that_lacks_the_checkpoint_stops_all_ranks(machines):
+@pytest.mark.parametrize("which", ["last", "auto"])
+def test_a_run_continues_where_its_newest_checkpoint_is(machines, which):
+    save(machines[0], 4)
+    save(machines[1], 6)
+    save(machines[1], 8, is_best=False)
+    machines[1].append_report(8, "val", {"bbox_mAP": 0.5})
+    assert resume_on_both(machines, which) == [(8, 8.0)] * 4
+    machines[1].path.rename(machines[1].path.with_name("lost"))  # the chief has all of it now
+    assert read_checkpoint(machines[0].checkpoints / "best").batches == 6
+    assert machines[0].validation_after(8)["metrics"] == {"bbox_mAP": 0.5}
+
+
+def test_machines_without_a_checkpoint_start_a_run_or_all_say_so(machines):
+    assert resume_on_both(machines, "auto") == [None] * 4
+    (error,) = set(resume_on_both(machines, "last"))
+    assert "has no checkpoint yet" in error
+
+
+def test_a_machine_that_cannot_write_a_copy_stops_all_ranks(machines, monkeypatch, tmp_path):
     save(machines[0], 8)
-    first, second = resume_on_both(machines)
-    assert first == second
-    assert str(machines[1].checkpoints / "last") in first
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    (error,) = set(resume_on_both(machines))
+    assert f"{tmp_path / 'missing'}" in error
+    assert error.endswith("cannot be written (No such file or directory). Fix: make room there, or set TMPDIR")
 
 
 def test_all_ranks_fall_back_to_the_checkpoint_that_the_chief_chose(machines):
-    for folder in machines:
-        save(folder, 4)
-        save(folder, 8, is_best=False)
+    save(machines[0], 4)
+    save(machines[0], 8, is_best=False)
     (machines[0].checkpoints / "last/metadata.json").write_text("")
-    assert resume_on_both(machines) == [4, 4]
+    assert resume_on_both(machines) == [(4, 4.0)] * 4

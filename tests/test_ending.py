@@ -50,7 +50,7 @@ def config(shapes):
 WHY = "early stopping: bbox_mAP has not been better than 0.3 at batch 4 for 2 validations"
 
 
-def test_a_run_without_better_validations_ends_as_a_finished_one_and_says_why(config, train, trial_class, capsys):
+def test_an_early_stop_is_a_finished_run_with_a_reason(config, train, trial_class, capsys):
     config["hyperparameters"]["early_stopping"] = {"patience": 2}
     run = train(trial_class, config, report=True)
     assert [report["batches"] for report in reports(run, "val")] == [2, 4, 6, 8]
@@ -63,7 +63,7 @@ def test_a_run_without_better_validations_ends_as_a_finished_one_and_says_why(co
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_figures")
-def test_a_run_that_has_so_ended_goes_on_with_more_patience_alone_and_to_the_same_bits(config, train, trial_class):
+def test_an_early_stopped_run_continues_with_more_patience_bit_for_bit(config, train, trial_class):
     whole = train(trial_class, config, name="whole")
     config["hyperparameters"]["early_stopping"] = {"patience": 2}
     run = train(trial_class, config)
@@ -189,9 +189,7 @@ def ticking(trial_class, monkeypatch):
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_a_run_ends_when_its_hours_are_over_those_before_a_resume_counted_too(
-    config, train, trial_class, monkeypatch, capsys
-):
+def test_max_hours_includes_the_time_before_a_resume(config, train, trial_class, monkeypatch, capsys):
     config["min_validation_period"] = {"batches": 8}
     config["scheduling_unit"] = 4
     whole, timed = train(trial_class, config, name="whole"), ticking(trial_class, monkeypatch)
@@ -214,9 +212,7 @@ def test_a_run_ends_when_its_hours_are_over_those_before_a_resume_counted_too(
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_a_checkpoint_by_the_clock_changes_nothing_and_a_killed_run_goes_on_from_it(
-    config, train, trial_class, monkeypatch
-):
+def test_a_timed_checkpoint_changes_nothing_and_a_killed_run_resumes(config, train, trial_class, monkeypatch):
     config["min_validation_period"] = {"batches": 8}
     config["scheduling_unit"] = 4
     whole, timed = train(trial_class, config, name="whole"), ticking(trial_class, monkeypatch)
@@ -254,7 +250,7 @@ class _SecondOfTwo:
         return [(None, self.chief_says), here]
 
 
-def test_the_chief_s_clock_decides_for_all_slots_and_at_a_batch_at_which_they_meet(monkeypatch):
+def test_the_chief_s_clock_stops_all_slots_at_the_same_batch(monkeypatch):
     monkeypatch.setattr(Clock, "now", staticmethod(lambda: 0.0))
     for chief_says, ended_after, saves_after in [
         ((None, False), None, None),

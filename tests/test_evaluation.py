@@ -323,7 +323,7 @@ def on_slots(evaluators):
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("iou_types", [("bbox", "segm"), ("bbox", "keypoints")])
-def test_any_number_of_slots_gives_the_same_bits_and_counts_each_image_once(slots, iou_types):
+def test_any_number_of_slots_gives_identical_metrics(slots, iou_types):
     annotations = CocoAnnotations.from_dict(with_keypoints(shapes_with(16)))
     detections = noisy(annotations) if "segm" in iou_types else noisy_keypoints(annotations)
     whole = evaluate(annotations, detections, iou_types)
@@ -420,7 +420,7 @@ def rle(height, width, counts=None):
         (7, "neither polygons nor RLE"),
     ],
 )
-def test_a_segmentation_that_cannot_be_scored_is_refused_when_the_truth_is_opened(segmentation, message):
+def test_an_invalid_segmentation_is_an_error_when_the_truth_is_opened(segmentation, message):
     coco = shapes_with(4)
     wrong = coco["annotations"][3]
     wrong["segmentation"] = segmentation

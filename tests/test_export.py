@@ -76,7 +76,7 @@ def test_export_reports_largest_differences_speed_and_memory(numbers):
 def test_exported_file_names_categories_thresholds_and_checkpoint(exported, shapes):
     import onnxruntime
 
-    from shared.training.checkpoints import weights_digest
+    from shared.training.saving import weights_digest
 
     strings = onnxruntime.InferenceSession(exported / "onnx/model.onnx").get_modelmeta().custom_metadata_map
     metadata = {name.removeprefix("detector."): json.loads(value) for name, value in strings.items()}
@@ -122,6 +122,20 @@ def test_predict_draws_what_an_exported_file_detects(exported, command, trial_cl
     command(trial_class, "predict", exported / "config.yaml", *arguments, "--output", tmp_path / "found")
     assert len(json.loads((tmp_path / "found/results.json").read_text())) > 0
     assert len(list((tmp_path / "found").glob("*.png"))) == 10
+
+
+def test_predictor_detects_with_an_exported_file(exported, shapes):
+    from shared.export.runtime import ExportedDetector
+    from shared.predictor import Predictor
+
+    paths = sorted((shapes / "val").iterdir())[:2]
+    found = Predictor(exported / "onnx/model.onnx")(paths)
+    expected = ExportedDetector(exported / "onnx/model.onnx").detect([np.asarray(Image.open(path)) for path in paths])
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.boxes, other.boxes)
+        np.testing.assert_array_equal(one.scores, other.scores)
+        assert len(one.names) == len(one)
+    assert Predictor(exported / "onnx/model.onnx")(paths[0], min_score="best-per-category").draw().size == (128, 128)
 
 
 def test_detect_py_needs_no_torch(exported, shapes):

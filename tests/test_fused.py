@@ -210,6 +210,6 @@ def test_parameters_whose_first_gradient_comes_late_are_trained():
 
 
 @fused_here
-def test_parameters_with_gaps_in_memory_are_stepped_as_pytorch_does_by_itself():
+def test_non_contiguous_parameters_are_stepped_as_by_pytorch():
     optimizer = fuse(KINDS["SGD"]([nn.Parameter(torch.zeros(4, 4)[:, :2])]))
     assert not optimizer.param_groups[0]["fused"]

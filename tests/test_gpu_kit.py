@@ -11,11 +11,12 @@ import pytest
 import torch
 from conftest import ROOT
 from determined import gpu
+from tiny_models import MAIN_DETECTORS
 
 WITHOUT_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PY": sys.executable}
 
 
-def test_without_a_gpu_its_tests_are_collected_and_skipped_with_what_is_missing():
+def test_without_a_gpu_its_tests_are_skipped_with_the_reason():
     program = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu"]
     done = subprocess.run(program, cwd=ROOT, env=WITHOUT_GPU, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -24,7 +25,7 @@ def test_without_a_gpu_its_tests_are_collected_and_skipped_with_what_is_missing(
     assert " passed" not in done.stdout.splitlines()[-1]
 
 
-def test_without_a_gpu_the_benchmarks_end_with_one_line_and_leave_no_report(tmp_path):
+def test_without_a_gpu_benchmarks_print_one_line_and_write_no_report(tmp_path):
     done = subprocess.run(
         ["benchmarks/gpu_kit.sh", "run", "benchmarks"],
         cwd=ROOT,
@@ -54,7 +55,7 @@ def packages_in(path):
 
 
 def test_the_kit_has_every_package_that_the_detectors_require(gpu_kit):
-    folders = ("shared", "efficientdet", "mmdetection", "detectron2")
+    folders = ("shared", *MAIN_DETECTORS)
     required = set().union(*(packages_in(ROOT / folder / "requirements.txt") for folder in folders))
     of_torchvision = {"fsspec", "jinja2", "numpy", "pillow", "torch", "torchvision"}
     small, rest = (packages_in(ROOT / "benchmarks" / name) for name in ("gpu_kit.txt", "gpu_kit_all.txt"))

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -11,12 +13,13 @@ import msgspec
 import psutil
 import pytest
 import yaml
-from conftest import reports, run_model_def, start_run, wait_for_batch
+from conftest import ROOT, reports, run_model_def, start_run, wait_for_batch
 from in_threads import listening, on_all, processes, strangers
 from tiny_models import efficientdet_config
 
 from shared.training.checkpoints import read_checkpoint
-from shared.training.hang import LONGER, Exchange, Mark, Phase, Standing, Standings, span
+from shared.training.hang import Exchange
+from shared.training.standings import LONGER, Mark, Phase, Standing, Standings, span
 
 LIMIT = 60.0  # seconds, of the processes below
 INTERVAL = 5.0
@@ -67,7 +70,7 @@ def test_the_rank_that_has_passed_least_is_named():
     )
 
 
-def test_of_two_that_have_passed_as_much_the_one_that_does_not_wait_is_behind():
+def test_of_two_equal_ranks_the_one_that_does_not_wait_is_behind():
     evaluating = [Process(rank, Phase.EVALUATING, 6, passed=20, waits=rank > 0) for rank in range(3)]
     behind = "rank 0 is stuck at batch 6 (evaluating the detections, at step.py:0); the other ranks wait"
     assert after(600, evaluating).message().endswith(behind)
@@ -75,7 +78,7 @@ def test_of_two_that_have_passed_as_much_the_one_that_does_not_wait_is_behind():
     assert "ranks 0, 1, 2 wait in the same place, batch 6 (computing" in after(60, all_wait).message()
 
 
-def test_a_long_evaluation_or_checkpoint_of_the_chief_is_no_hang_to_those_that_wait():
+def test_a_long_evaluation_or_checkpoint_of_the_chief_is_no_hang():
     for phase in (Phase.EVALUATING, Phase.SAVING):
         chief, other = Process(0, phase, 6, passed=20), Process(1, Phase.BACKWARD, 6, passed=20, waits=True)
         standings = after(LONGER * LIMIT - INTERVAL, [chief, other])
@@ -110,7 +113,7 @@ def test_a_rank_that_does_not_answer_has_hung_whatever_it_was_doing(phase):
     assert "rank 1 does not answer since batch 6" in standings.message()
 
 
-def test_a_process_that_is_stopped_is_named_and_a_job_that_is_stopped_as_a_whole_loses_no_time():
+def test_a_stopped_process_is_named_and_a_stopped_job_is_no_hang():
     processes = [Process(0, Phase.BACKWARD, 6, passed=5), Process(1, Phase.LOADING, 7, passed=9)]
     standings = after(55, processes, stopped=[1])
     assert not standings.hang()  # whatever the clock says meanwhile: nobody ticks
@@ -119,13 +122,13 @@ def test_a_process_that_is_stopped_is_named_and_a_job_that_is_stopped_as_a_whole
     assert standings.message().endswith("rank 1 does not answer since batch 7 (loading a batch, at step.py:1)")
 
 
-def test_without_the_chief_nothing_is_heard_of_the_others_and_it_alone_is_named():
+def test_without_the_chief_only_the_chief_is_named():
     processes = [Process(rank, Phase.BACKWARD, 6) for rank in range(3)]
     message = after(60, processes, stopped=[0, 2]).message()
     assert "rank 0 does not answer since batch 6" in message
 
 
-def test_a_process_whose_training_has_ended_holds_nobody_up_and_is_not_behind():
+def test_a_finished_process_is_not_behind():
     processes = [Process(rank, Phase.REPORTING, 6, passed=20) for rank in range(2)]
     standings = after(LONGER * LIMIT, processes[:1])
     standings.hear(Standing(1, Mark(Phase.REPORTING, 6, 3), 0.0, LIMIT, tick=9, left=True))
@@ -133,7 +136,7 @@ def test_a_process_whose_training_has_ended_holds_nobody_up_and_is_not_behind():
     assert "rank 1" not in standings.message()
 
 
-def test_the_same_validation_batch_again_is_a_mark_and_none_that_is_counted():
+def test_a_repeated_validation_batch_is_a_mark_that_is_not_counted():
     first = Mark(Phase.VALIDATING, 4, 7)
     second = first.followed_by(Phase.VALIDATING, 4)
     assert second is not first
@@ -224,9 +227,7 @@ def sleeping(run_config, tmp_path):
     return call
 
 
-def test_one_of_two_that_sleeps_is_named_with_its_batch_and_the_run_goes_on_from_its_last_checkpoint(
-    sleeping, train, trial_class, tmp_path
-):
+def test_a_sleeping_rank_is_named_with_its_batch_and_the_run_resumes(sleeping, train, trial_class, tmp_path):
     done = sleeping("losses", processes=2)
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: no progress")]
@@ -245,6 +246,34 @@ def test_one_of_two_that_sleeps_is_named_with_its_batch_and_the_run_goes_on_from
     assert reports(run)[-1]["batches"] == 12
 
 
+# a task of a cluster that hangs, with a line that standard output still holds
+HANGING_TASK = """
+import time
+from types import SimpleNamespace
+import determined
+from determined.core import DistributedContext
+
+determined.get_cluster_info = lambda: SimpleNamespace(task_type="TRIAL")
+from shared.training.hang import Watch
+
+alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
+print("a line of the training")
+with Watch(alone, hang_minutes=0.002).watching(0):
+    time.sleep(100)
+"""
+
+
+def test_on_a_cluster_the_last_line_of_a_hang_is_its_error_at_level_error():
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run([sys.executable, "-c", HANGING_TASK], cwd=ROOT, **output)
+    *before, last = done.stdout.splitlines()
+    assert done.returncode == 1
+    assert last.startswith("ERROR: no progress for ")
+    assert "stuck at batch 0 (beginning, at " in last
+    assert "a line of the training" in before
+    assert not [line for line in before if "no progress" in line]
+
+
 def test_a_loader_worker_that_sleeps_is_shown_and_does_not_outlive_the_run(sleeping, tmp_path):
     done = sleeping("data", processes=1, workers=1)
     assert done.returncode == 1
@@ -258,7 +287,7 @@ def test_a_loader_worker_that_sleeps_is_shown_and_does_not_outlive_the_run(sleep
 
 
 @pytest.mark.parametrize("minutes", [10, None])
-def test_a_training_has_a_thread_that_watches_but_with_null_and_leaves_none_behind(shapes, train, trial_class, minutes):
+def test_the_watch_thread_ends_with_the_training_and_null_starts_none(shapes, train, trial_class, minutes):
     config = efficientdet_config(shapes)
     config["data"]["workers"] = 0
     config["hyperparameters"]["hang_minutes"] = minutes

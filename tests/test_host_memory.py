@@ -31,4 +31,4 @@ def test_the_next_step_finds_its_memory_mapped(own, monkeypatch):
         monkeypatch.setenv(name, value)
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True)
     pages = int(done.stdout)
-    assert pages > 10_000 if own else pages < 1_000, pages
+    assert pages > 10_000 if own else pages < 5_000, pages  # of 51,200

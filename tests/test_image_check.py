@@ -13,7 +13,7 @@ from stores import BUCKET, s3_store
 from shared.config.experiment import parse_data
 from shared.config.schema import StoreOptions
 from shared.data import remote, storage
-from shared.data.image_list import find, folders_of
+from shared.data.cache import find, folders_of
 from shared.data.open import open_split
 from shared.data.remote import RemoteImages
 from shared.errors import UserError
@@ -55,7 +55,7 @@ def images_of(data):
     return data["val"]["images"]
 
 
-def test_a_folder_that_was_looked_at_is_looked_at_again_only_when_it_has_changed(data, looks):
+def test_a_checked_folder_is_checked_again_only_after_a_change(data, looks):
     for _ in range(3):
         opened(data)
     assert looks() == 1
@@ -122,7 +122,7 @@ def test_subfolders_count_and_names_need_not_be_plain(data, looks, tmp_path):
         ("another.png", "3.png", r"the first is 3.png\. Fix: add them"),
     ],
 )
-def test_what_is_there_in_the_place_of_a_missing_image_is_named_with_what_to_do(data, file, named, said):
+def test_the_error_of_a_missing_image_names_similar_files(data, file, named, said):
     folder = images_of(data)
     os.makedirs(os.path.dirname(f"{folder}/{file}"), exist_ok=True)
     os.rename(f"{folder}/000003.png", f"{folder}/{file}")
@@ -146,7 +146,7 @@ def test_an_absolute_name_in_the_images_folder_is_told_what_is_wanted(data):
         opened(data)
 
 
-def test_missing_images_that_are_left_out_are_remembered_but_not_for_runs_that_need_them(data, looks, caplog):
+def test_skipped_missing_images_are_remembered_only_for_runs_that_skip(data, looks, caplog):
     os.unlink(f"{images_of(data)}/000003.png")
     for _ in range(2):
         opened(data, on_bad_image="skip")

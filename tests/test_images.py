@@ -179,7 +179,7 @@ def test_an_image_of_one_pixel_is_one(tmp_path):
 
 @pytest.mark.parametrize("decode", [None, opencv], ids=["pillow", "opencv"])
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_exif_turns_an_image_only_where_that_makes_its_size_the_annotations(tmp_path, decode, orientation):
+def test_exif_rotates_an_image_only_to_the_size_in_the_annotations(tmp_path, decode, orientation):
     image = gradient()
     data = with_orientation(image, orientation)
     assert (np.asarray(read(tmp_path, data, (40, 30), decode)) == np.asarray(image)).all()

@@ -11,20 +11,8 @@ from conftest import ROOT
 
 # each may import from those after it, and from its own room
 FLOORS = (
-    *(
-        "__main__",
-        "launch",
-        "commands",
-        "log",
-        "search",
-        "export",
-        "report",
-        "training",
-        "evaluation",
-        "library",
-        "data",
-    ),
-    *("config", "durable", "redaction", "errors", "environment"),
+    *("__main__", "launch", "predictor", "commands", "search", "export", "report", "training", "evaluation"),
+    *("library", "data", "config", "launchers", "durable", "redaction", "errors", "environment"),
 )
 BY_ITSELF = ("container",)  # runs before anything is installed
 LIBRARIES = ("effdet", "timm", "mmdet", "mmcv", "detectron2", "transformers", "model_def")
@@ -143,12 +131,10 @@ def test_no_files_import_each_other_in_a_circle(package):
 SET_BY = {
     "checkpoints.py": ["plain"],  # a state dict's versions
     "hang.py": ["self._context"],
-    "local_run.py": ["threading"],  # what prints the errors of threads
-    "processes.py": ["self._context", "self._socket"],
-    "sockets.py": ["socket"],
-    "stopping.py": ["_before_fork"],
+    "run.py": ["threading"],  # what prints the errors of threads
+    "processes.py": ["self._context", "self._socket", "socket"],
+    "signals.py": ["_before_fork"],
     "switches.py": ["TrainedInFloat32", "module", "probe"],
-    "trial.py": ["with_losses"],  # its own copy of a data set
     "validation.py": ["module", "torch.distributed"],
 }
 # names of libraries that are private, and why they are used

@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader
 from shared.data.annotations import CocoAnnotations
 from shared.data.checks import check_images
 from shared.data.dataset import BadImages, CocoDetection, SampleKey
-from shared.data.loading import Batch, PrefetchLoader, start_workers
-from shared.data.samplers import EvaluationBatchSampler
+from shared.data.loading import Batch, EvaluationBatchSampler, PrefetchLoader, start_workers
 from shared.data.storage import DiskImages, open_images
 from shared.errors import UserError
 
@@ -70,7 +69,7 @@ def test_an_image_that_cannot_be_decoded_is_named(shapes, tmp_path):
         data[1]
 
 
-def test_the_stand_ins_of_a_bad_image_are_the_next_of_its_size_then_of_its_shape_that_are_in_use():
+def test_a_bad_image_is_replaced_by_the_next_of_its_size_or_shape():
     rng = np.random.default_rng(0)
     widths = rng.integers(5, 15, 60).tolist()
     images = [{"id": i, "file_name": str(i), "width": width, "height": 10} for i, width in enumerate(widths)]
@@ -113,7 +112,7 @@ def test_batches_come_prepared_in_order_and_numbered():
     assert loader.waiting > 0
 
 
-def test_workers_that_were_started_ahead_give_every_batch_in_each_validation():
+def test_workers_started_ahead_give_every_validation_batch():
     loader = DataLoader(
         range(5), batch_sampler=EvaluationBatchSampler(range(5), 2), num_workers=2, persistent_workers=True
     )

@@ -132,9 +132,7 @@ def written(lines: list[dict]) -> list[tuple[str, int, float]]:
     )
 
 
-def test_both_have_what_metrics_jsonl_has_and_a_killed_run_goes_on_in_the_same_runs(
-    config, train, trial_class, tmp_path
-):
+def test_loggers_equal_metrics_jsonl_and_continue_their_runs(config, train, trial_class, tmp_path):
     pytest.importorskip("wandb", reason="the package wandb is not installed")
     pytest.importorskip("mlflow", reason="neither mlflow-skinny nor mlflow is installed")
     config["hyperparameters"]["loggers"] = ["wandb", "mlflow"]
@@ -278,7 +276,7 @@ def test_the_runs_end_as_the_program_does(fakes, tmp_path, error, code):
     assert (fake.config, fake.project) == ({"searcher": {}}, "runs")
 
 
-def test_a_run_that_cannot_begin_is_an_error_and_one_that_goes_on_is_trained_without(fakes, tmp_path, caplog):
+def test_a_logger_that_fails_stops_a_new_run_but_not_a_running_one(fakes, tmp_path, caplog):
     fakes(wandb=Fake, mlflow=Unreachable)
     with pytest.raises(UserError, match=r"mlflow cannot begin a run \(ConnectionError: no network\)\. Fix: remove it"):
         opened(tmp_path, ["wandb", "mlflow"])

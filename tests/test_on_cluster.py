@@ -17,7 +17,8 @@ from torch.torch_version import TorchVersion
 from without_figures import leave_out_figures
 
 from shared import launch
-from shared.training.checkpoints import load_state, read_checkpoint, write_manifest
+from shared.training.checkpoints import load_state, read_checkpoint
+from shared.training.saving import write_manifest
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def run_task(monkeypatch, tmp_path, trial_class):
     return call
 
 
-def test_a_task_trains_validates_and_saves_with_the_defaults_that_a_master_fills_in(config, run_task, capsys):
+def test_a_task_trains_with_the_defaults_that_a_master_fills_in(config, run_task, capsys):
     del config["min_validation_period"]
     master = run_task(config)
     assert list(master.of("validation")) == [12]
@@ -68,7 +69,7 @@ def test_the_master_gets_the_numbers_that_steer_and_none_that_is_undefined(confi
         assert isinstance(float(metrics["lr"]), float)
 
 
-def test_of_the_losses_of_a_validation_the_master_gets_the_total_and_tensorboard_all(config, run_task):
+def test_the_master_gets_the_total_validation_loss_and_tensorboard_all(config, run_task):
     config["hyperparameters"]["validation_loss"] = True
     config["searcher"].update(metric="val_loss", smaller_is_better=True)
     master = run_task(config)
@@ -80,7 +81,7 @@ def test_of_the_losses_of_a_validation_the_master_gets_the_total_and_tensorboard
     assert {"val/val_loss", "val/val_class_loss", "val/val_box_loss"} <= set(events.Tags()["scalars"])
 
 
-def test_tensorboard_has_groups_pictures_and_the_last_validation_and_is_uploaded_after_it(config, run_task):
+def test_tensorboard_has_groups_pictures_and_the_last_validation(config, run_task):
     master = run_task(config, figures=True)
     events = EventAccumulator(str(master.tensorboard))
     events.Reload()
@@ -102,7 +103,7 @@ def test_progress_is_told_also_of_a_run_that_is_shorter_than_a_report(config, ru
     assert master.progress[-1] == 1.0
 
 
-def test_a_trial_that_the_searcher_has_stopped_trains_no_batch_after_that_validation(config, run_task):
+def test_a_trial_stopped_by_the_searcher_trains_no_further_batch(config, run_task):
     master = run_task(config, stops_at=8)
     assert list(master.of("validation")) == [4, 8]
     assert max(master.of("training")) == 8
@@ -186,7 +187,7 @@ SEARCH = {"name": "adaptive_asha", "max_trials": 2, "time_metric": "batches", "m
 
 
 @pytest.mark.parametrize("searcher", [{}, SEARCH], ids=["single", "search"])
-def test_what_no_restart_mends_ends_in_one_line_at_error_that_the_log_policy_knows(config, run_task, caplog, searcher):
+def test_an_error_that_no_restart_fixes_is_one_line_for_the_log_policy(config, run_task, caplog, searcher):
     config["data"]["val"]["annotations"] = "/x/val.json"
     config["searcher"].update(searcher)
     caplog.set_level("INFO")
@@ -225,9 +226,7 @@ def test_gpus_that_torch_cannot_use_are_said_and_not_trained_without(config, run
     assert "the cluster gave this task 2 GPUs, and torch cannot use them" in errors(caplog)[-1]
 
 
-def test_a_checkpoint_of_a_cluster_goes_on_off_it_with_the_same_count_of_batches(
-    config, run_task, train, trial_class, monkeypatch
-):
+def test_a_cluster_s_checkpoint_resumes_locally_at_the_same_batch(config, run_task, train, trial_class, monkeypatch):
     master = run_task(config)
     saved = next(path for path in master.checkpoints if read_checkpoint(path).batches == 8)
     monkeypatch.undo()  # off the cluster

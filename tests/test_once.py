@@ -5,7 +5,7 @@ import os
 import signal
 import time
 
-from shared.data.file_lock import once
+from shared.durable import once
 
 CONTEXT = multiprocessing.get_context("fork")
 

@@ -157,7 +157,7 @@ def test_who_stops_early_leaves_the_rest_unread(streams):
     assert read == [0, 1]
 
 
-def test_a_batch_s_random_numbers_are_those_of_its_number_with_and_without_a_batch_ahead(streams):
+def test_a_batch_s_random_numbers_follow_from_its_number(streams):
     def prepare(batch, number):
         seed_all(3, 0, number, 0)
         return Batch(torch.tensor(number), random.random(), batch.image_ids)

@@ -15,8 +15,9 @@ from in_threads import listening, on_all, strangers
 from in_threads import processes as processes_in_threads
 
 from shared.errors import UserError
-from shared.training import processes
-from shared.training.processes import broadcast_from_chief, choose_device, first_on_each_machine, local_processes
+from shared.training import meeting
+from shared.training.meeting import Arrival, choose_device, local_processes
+from shared.training.processes import broadcast_from_chief, first_on_each_machine
 
 
 @pytest.fixture
@@ -35,17 +36,22 @@ def join(monkeypatch, asked, **environment):
     for name in ("USE_TORCH_DISTRIBUTED", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    for name, value in {**environment, "GROUP_RANK": 0, "MASTER_ADDR": "localhost"}.items():
+    for name, value in {**environment, "GROUP_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     collective = torch.distributed
-    monkeypatch.setattr(collective, "init_process_group", lambda backend, timeout: asked.append(("init", backend)))
+    monkeypatch.setattr(collective, "init_process_group", lambda backend, **_: asked.append(("init", backend)))
     monkeypatch.setattr(collective, "destroy_process_group", lambda: None)
+    arrivals = [
+        Arrival("node", "node", "127.0.0.1", "127.0.0.1", str(rank)) for rank in range(environment["WORLD_SIZE"])
+    ]
+    monkeypatch.setattr(meeting, "open_store", lambda *_: torch.distributed.HashStore())
+    monkeypatch.setattr(meeting, "roll_call", lambda *_: ("start", arrivals))
     context = SimpleNamespace(rank=environment["RANK"], close=lambda: None)
-    monkeypatch.setattr(processes, "ProcessContext", lambda **arguments: context)
+    monkeypatch.setattr(meeting, "ProcessContext", lambda **arguments: context)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_each_of_two_processes_has_a_device_of_its_own_before_the_first_collective(gpus, monkeypatch, rank):
+def test_each_process_has_its_own_device_before_the_first_collective(gpus, monkeypatch, rank):
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     join(monkeypatch, gpus, GROUP_WORLD_SIZE=1, **environment)
     with local_processes() as (_, device):
@@ -53,7 +59,7 @@ def test_each_of_two_processes_has_a_device_of_its_own_before_the_first_collecti
     assert gpus == [("set_device", device), ("init", "nccl")]
 
 
-@pytest.mark.parametrize(("machines", "interface"), [(1, processes.loopback_interface()), (2, None)])
+@pytest.mark.parametrize(("machines", "interface"), [(1, meeting.loopback_interface()), (2, None)])
 def test_torch_s_own_exchange_stays_on_one_machine(gpus, monkeypatch, machines, interface):
     ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2 * machines, "LOCAL_WORLD_SIZE": 2}
     join(monkeypatch, gpus, GROUP_WORLD_SIZE=machines, **ranks)
@@ -115,14 +121,14 @@ class Machine:
         return self.told
 
 
-def test_work_that_all_processes_share_is_done_on_the_first_and_found_by_the_others():
+def test_shared_work_is_done_by_the_first_process_only():
     told, calls = [], []
     for rank in (0, 1, 2):
         assert first_on_each_machine(Machine(rank, told), lambda rank=rank: calls.append(rank) or rank) == rank
     assert calls == [0, 1, 2]
 
 
-def test_an_error_on_the_first_process_is_the_error_of_all_and_nobody_tries_again():
+def test_an_error_on_the_first_process_is_raised_on_all():
     told, calls = [], []
 
     def refuse():
@@ -179,15 +185,17 @@ def test_a_stranger_cannot_have_a_process_run_code(machines, tmp_path):
 
 
 LISTENING = """
-import json, sys, psutil
+import json, os, sys, psutil
 sys.path[:0] = [ROOT]
-from shared.training.processes import (local_processes)
 from shared.training.hang import Watch
+from shared.training.meeting import local_processes
 
 with local_processes() as (distributed, _), Watch(distributed, 10).watching(0):
     distributed.allgather(None)
     sockets = psutil.Process().net_connections("tcp")
-    addresses = [each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN]
+    listening = [each.laddr for each in sockets if each.status == psutil.CONN_LISTEN]
+    # torch 2.3 opens its store in rank 0 as torchrun does, on all interfaces: see SECURITY.md
+    addresses = [address.ip for address in listening if address.port != int(os.environ["MASTER_PORT"])]
     for addresses in filter(None, [distributed.gather(addresses)]):
         print(json.dumps(addresses))
 """

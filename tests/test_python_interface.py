@@ -1,5 +1,6 @@
 """`shared` from your own program: docs/reference/python.md, and what is wrong."""
 
+import json
 import re
 
 import numpy as np
@@ -74,7 +75,7 @@ def test_boxes_of_a_wrong_shape_are_an_error(boxes):
         Detections(7, boxes, [0.5], [0])
 
 
-def test_results_become_detections_in_the_order_of_images_with_all_that_they_have(annotations):
+def test_results_become_detections_in_the_order_of_images(annotations):
     result = {"category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5, "keypoints": [1, 2, 1]}
     square = [[10, 10, 20, 10, 20, 20, 10, 20]]
     results = [{**result, "image_id": image_id, "segmentation": square} for image_id in (2, 1, 2)]
@@ -86,3 +87,45 @@ def test_results_become_detections_in_the_order_of_images_with_all_that_they_hav
     assert second.masks[0]["size"] == [128, 128]
     assert {"bbox_mAP", "segm_mAP"} <= evaluate(annotations, [first, second], ("bbox", "segm")).keys()
     assert from_coco_results([], annotations) == []
+
+
+def test_results_of_other_tools_are_read_as_they_write_numbers(annotations, tmp_path):
+    plain = {"image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}
+    others = [
+        {**plain, "image_id": 1.0, "category_id": 3.0},
+        {**plain, "image_id": "1", "category_id": "3", "score": "0.5", "bbox": ["1", "2", "3", "4"]},
+        {"file_name": annotations.file_name(0), "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5},
+    ]
+    for other in (plain, *others):
+        for mark in (b"", b"\xef\xbb\xbf"):
+            (tmp_path / "results.json").write_bytes(mark + json.dumps([other]).encode())
+            (found,) = from_coco_results(tmp_path / "results.json", annotations)
+            assert (found.image_id, found.boxes.tolist(), found.scores.tolist()) == (1, [[1, 2, 4, 6]], [0.5])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"segmentation": {"size": [128, 128], "counts": "!!!"}}, "result 0, of image 1: `segmentation` is no mask"),
+        ({"segmentation": {"size": [128, 128], "counts": [5]}}, "`segmentation` is no mask of the image"),
+        ({"image_id": 1.5}, "result 0: `image_id` is 1.5. Fix: name images by id or by file"),
+        ({"image_id": None}, "result 0: `image_id` is None"),
+        ({"bbox": [0.1, 0.2, 0.3, 0.4]}, "all 1 boxes lie between 0 and 1"),
+    ],
+)
+def test_results_that_cannot_be_meant_are_one_line(changes, message, annotations):
+    result = {"image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5, **changes}
+    with pytest.raises(UserError, match=re.escape(message)):
+        from_coco_results([result], annotations)
+
+
+def test_results_with_corners_for_sizes_are_refused(annotations):
+    rows = [{"image_id": 1, "category_id": 3, "bbox": [x, x, x + 30, x + 30], "score": 0.5} for x in range(20, 98, 10)]
+    with pytest.raises(UserError, match="its boxes look like corners, x1 y1 x2 y2, and COCO has x y width height"):
+        from_coco_results(rows, annotations)
+
+
+def test_a_negative_size_in_results_is_a_warning(annotations, caplog):
+    result = {"image_id": 1, "category_id": 3, "bbox": [1, 2, -3, 4], "score": 0.5}
+    from_coco_results([result], annotations)
+    assert "1 have a negative width or height" in caplog.text

@@ -16,9 +16,9 @@ from shared import launch
 from shared.data.annotations import CocoAnnotations
 from shared.data.synthetic import coco_split
 from shared.durable import write_file
-from shared.log import show_log
+from shared.launch import show_log
 from shared.redaction import REDACTED, filled_in, redacted, without_secrets
-from shared.report.about import About, changed_keys
+from shared.report.report import About, changed_keys
 from shared.training.run_folder import RunFolder
 
 PASSWORD = "hunter2"
@@ -66,7 +66,7 @@ def holding_the_password(folder):
     return [path for path in folder.rglob("*") if path.is_file() and PASSWORD.encode() in path.read_bytes()]
 
 
-def test_a_config_without_secrets_has_all_of_its_keys_and_none_of_its_passwords():
+def test_a_redacted_config_keeps_its_keys_and_no_password():
     before = copy.deepcopy(SECRETS)
     clean = without_secrets(SECRETS)
     assert before == SECRETS
@@ -123,7 +123,7 @@ def test_passwords_in_a_text_are_redacted(text, clean):
     assert redacted(text) == clean
 
 
-def test_a_checkpoint_s_redacted_hyperparameters_are_filled_in_from_the_config():
+def test_redacted_hyperparameters_are_filled_in_from_the_config():
     hparams = {"lr": 0.1, "weights": "https://u:p@host/w.pth", "client": {"token": "t", "list": ["http://u@h"]}}
     clean = without_secrets(hparams)
     assert clean != hparams
@@ -131,9 +131,7 @@ def test_a_checkpoint_s_redacted_hyperparameters_are_filled_in_from_the_config()
     assert filled_in(clean, {}) == clean
 
 
-def test_a_run_leaves_no_password_in_its_folder_and_is_evaluated_and_resumed(
-    config, train, command, trial_class, tmp_path, capsys
-):
+def test_a_run_folder_has_no_password_and_can_be_resumed(config, train, command, trial_class, tmp_path, capsys):
     run = train(trial_class, config, report=True)
     assert (run / "report.html").exists()
     assert not holding_the_password(run)
@@ -165,7 +163,7 @@ def test_a_checkpoint_of_a_cluster_s_task_holds_no_password(config, trial_class,
     assert not holding_the_password(checkpoint)
 
 
-def test_a_run_s_copy_of_the_code_has_no_password_and_is_the_same_otherwise(config, tmp_path):
+def test_a_run_s_copy_of_the_code_has_no_password(config, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     (source / "mine.yaml").write_text(yaml.safe_dump(config))
@@ -178,7 +176,7 @@ def test_a_run_s_copy_of_the_code_has_no_password_and_is_the_same_otherwise(conf
     assert (folder.code / "const.yaml").read_text() == "a: 1  # a comment\n"
 
 
-def test_a_report_shows_that_a_secret_differs_from_the_shipped_file_and_not_which_it_is(config):
+def test_a_report_shows_that_a_secret_changed_but_not_its_value(config):
     rows = changed_keys(config, {key: value for key, value in config.items() if key != "checkpoint_storage"})
     assert ("checkpoint_storage.secret_key", "–", REDACTED) in rows
     assert PASSWORD not in str(rows)

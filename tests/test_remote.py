@@ -87,9 +87,7 @@ def test_a_store_gives_what_the_disk_gives(kind, shapes):
             np.testing.assert_array_equal(a, b)
 
 
-def test_annotations_on_disk_go_with_images_in_a_bucket_and_a_public_bucket_needs_no_credentials(
-    shapes, monkeypatch, tmp_path
-):
+def test_local_annotations_with_images_in_a_public_bucket(shapes, monkeypatch, tmp_path):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -189,7 +187,7 @@ def test_training_through_faults_ends_with_the_same_weights(shapes, train):
 
 
 @pytest.mark.slow
-def test_a_store_that_stays_away_is_an_error_in_bounded_time_and_the_run_goes_on_from_its_checkpoint(shapes, train):
+def test_an_unreachable_store_is_an_error_and_the_run_resumes_later(shapes, train):
     from model_def import EfficientDetTrial
 
     config = efficientdet_config(shapes)
@@ -319,7 +317,7 @@ def test_a_copy_without_a_version_is_read_again_from_a_web_server(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9])
-def test_a_full_folder_keeps_what_it_has_so_that_an_epoch_finds_as_much_as_there_is_room_for(share, tmp_path):
+def test_a_full_cache_keeps_its_files(share, tmp_path):
     store, names = Counting(), [f"{number}.png" for number in range(100)]
     rng = np.random.default_rng(0)
     for epoch in range(3):
@@ -332,7 +330,7 @@ def test_a_full_folder_keeps_what_it_has_so_that_an_epoch_finds_as_much_as_there
     assert sum(file.stat().st_size for file in copies(tmp_path)) == share * 100 * 1004
 
 
-def test_a_smaller_limit_keeps_what_is_there_and_copies_that_were_deleted_are_counted_anew_after_a_day(tmp_path):
+def test_a_smaller_limit_keeps_copies_and_recounts_them_after_a_day(tmp_path):
     store = Counting()
     for number in range(10):
         CachedImages(store, tmp_path / "cache", limit=10_040).read(f"{number}.png")
@@ -390,7 +388,7 @@ def test_processes_that_fill_the_folder_at_once_agree(tmp_path):
     assert sum(file.stat().st_size for file in copies(tmp_path)) <= 20_000
 
 
-def test_a_folder_that_cannot_be_written_is_a_warning_and_the_images_come_from_the_store(tmp_path, caplog):
+def test_without_a_writable_cache_images_come_from_the_store(tmp_path, caplog):
     (tmp_path / "file").write_text("no folder")
     cached = CachedImages(Counting(), tmp_path / "file" / "cache", limit=10**6)
     assert [len(cached.read(name)) for name in ("a.png", "b.png")] == [1000, 1000]

@@ -18,10 +18,9 @@ from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
 from shared.evaluation.detections import Detections, from_coco_results
 from shared.evaluation.evaluator import evaluate
-from shared.report.about import About
 from shared.report.analysis import analyse
 from shared.report.plots import figures_of, learning_curves
-from shared.report.report import report
+from shared.report.report import About, report
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
 
@@ -176,7 +175,7 @@ def test_intervals_are_those_of_images_drawn_again_with_replacement(noisy):
 # --- what is wrong --------------------------------------------------------------------------------------
 
 
-def test_swapped_categories_and_boxes_left_out_of_the_annotations_are_found(coco_tiny, tmp_path):
+def test_swapped_categories_and_missing_boxes_are_found(coco_tiny, tmp_path):
     data = json.loads((coco_tiny / "annotations/instances_val2017.json").read_text())
     rng = np.random.default_rng(3)
     objects = [row for row in data["annotations"] if not row["iscrowd"]]
@@ -457,7 +456,23 @@ def test_the_summary_counts_images_with_more_objects_than_are_scored(tmp_path):
     found = [Detections(r.image_id, r.boxes, np.linspace(1, 0.5, len(r.boxes)), r.labels) for r in annotations]
     report(annotations, found, tmp_path / "report.html", resamples=0)
     text = Page(tmp_path / "report.html").text
-    assert "1 image holds more than 100 objects of one category, and COCO scores at most 100 detections" in text
+    assert "1 image holds more than 100 objects of one category. Only 100 detections of a category are scored" in text
+
+
+def test_the_report_scores_as_many_detections_as_the_option_says(tmp_path, monkeypatch):
+    data_set(tmp_path, [(1, 3, [i % 40 * 2, i // 40 * 2, 1, 1]) for i in range(120)])
+    annotations, results = tmp_path / "annotations.json", tmp_path / "found.json"
+    rows = json.loads(annotations.read_text())["annotations"]
+    results.write_text(json.dumps([{**row, "score": 0.9} for row in rows]))
+    values = []
+    for option in ([], ["--max-detections", "200"]):
+        output = tmp_path / "report.html"
+        arguments = [str(annotations), str(results), "--output", str(output), "--resamples", "0"]
+        monkeypatch.setattr("sys.argv", ["shared", "report", *arguments, *option])
+        shared_main()
+        values.append(json.loads(output.with_suffix(".json").read_text())["bbox"]["metrics"]["mAP"])
+    assert values[0] < 0.9
+    assert values[1] == pytest.approx(1)
 
 
 # --- figures --------------------------------------------------------------------------------------------
@@ -482,7 +497,7 @@ REPORTS = [
 ]
 
 
-def test_each_learning_curve_is_a_figure_that_does_not_shrink_below_three_quarters(tmp_path):
+def test_each_learning_curve_keeps_a_readable_size(tmp_path):
     annotations = data_set(tmp_path, [(1, 3, [10, 10, 20, 20])])
     found = [Detections(1, [[10, 10, 30, 30]], [0.9], [0])]
     curves = learning_curves(REPORTS, "bbox_mAP", 20)
@@ -530,3 +545,11 @@ def test_what_the_command_cannot_read_is_one_line(tmp_path, monkeypatch, argumen
         shared_main()
     assert "\n" not in str(ended.value)
     assert (tmp_path / "r.json").read_text() == "[]"
+
+
+def test_scores_that_are_no_shares_are_one_line(tmp_path):
+    annotations = data_set(tmp_path, [(1, 3, [10, 10, 20, 20])])
+    found = from_coco_results([{"image_id": 1, "category_id": 3, "bbox": [10, 10, 20, 20], "score": 90}], annotations)
+    with pytest.raises(UserError, match="the scores are 90 to 90, and must be 0 to 1"):
+        report(annotations, found, tmp_path / "report.html", resamples=0)
+    assert evaluate(annotations, found)["bbox_mAP"] == pytest.approx(1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, reports, run_model_def
-from tiny_models import CONFIGS
+from tiny_models import CONFIGS, MAIN_DETECTORS
 
 from shared.errors import DivergedError, UserError
 from shared.training.checkpoints import load_state, read_checkpoint
@@ -104,7 +104,7 @@ def config(detector, shapes, tmp_path):
         ("efficientdet", 2),
         *(
             pytest.param(*others, marks=pytest.mark.slow)
-            for others in itertools.product(("efficientdet", "mmdetection", "detectron2"), (1, 2))
+            for others in itertools.product(MAIN_DETECTORS, (1, 2))
             if others != ("efficientdet", 2)
         ),
     ],
@@ -142,7 +142,7 @@ def trial():
     return EfficientDetTrial
 
 
-def test_a_stop_ends_after_a_whole_optimizer_step_and_the_resume_is_in_phase(tiny, train, tmp_path):
+def test_a_stop_waits_for_a_whole_optimizer_step(tiny, train, tmp_path):
     tiny["optimizations"] = {"aggregation_frequency": 2}
 
     class Signalled(trial()):
@@ -247,7 +247,7 @@ def test_a_run_that_was_trained_to_its_end_says_what_to_give_to_go_on(tiny, trai
         train(trial(), tiny, resume="last")
 
 
-def test_auto_begins_anew_without_a_checkpoint_goes_on_with_one_and_leaves_a_run_at_its_end(tiny, train):
+def test_resume_auto_starts_continues_or_keeps_a_finished_run(tiny, train):
     tiny["searcher"]["max_length"], tiny["perform_initial_validation"] = {"batches": 8}, True
 
     def killed_after(batch):
@@ -292,7 +292,7 @@ main(Killed)
 
 
 @pytest.mark.slow
-def test_a_killed_rank_under_torchrun_s_restarts_costs_what_came_since_the_checkpoint_and_no_command(tiny, tmp_path):
+def test_torchrun_restarts_a_killed_rank_from_the_last_checkpoint(tiny, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny))
     script, mark, run = tmp_path / "killed.py", tmp_path / "mark", tmp_path / "run"
     script.write_text(KILLED_ONCE)
@@ -312,7 +312,7 @@ def test_a_killed_rank_under_torchrun_s_restarts_costs_what_came_since_the_check
     assert [report["batches"] for report in reports(run)] == [2, 4, 4, 6, 8, 8, 10, 12, 12]
 
 
-def test_a_step_that_the_scale_of_fp16_skips_ends_no_run_and_one_that_diverges_is_ended():
+def test_a_skipped_fp16_step_continues_and_a_diverging_one_stops():
     def report(losses, may_skip):
         for number, loss in enumerate(losses):
             metrics.update({"loss": torch.tensor(loss)}, number, [number], may_skip=may_skip)

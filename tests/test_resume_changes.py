@@ -11,14 +11,14 @@ import torch
 from cluster_task import become_a_task
 from conftest import other_detectors_are_slow, reports
 from test_resume import assert_same_bits, final_state
-from test_switches import FROZEN, small
-from tiny_models import trial_classes
+from test_switches import small
+from tiny_models import FROZEN, trial_classes
 from torch import nn
 
 from shared import launch
 from shared.errors import UserError
 from shared.training.checkpoints import load_state, read_checkpoint
-from shared.training.optimizer_state import BuiltOptimizer, merged
+from shared.training.resume import BuiltOptimizer, merged
 
 pytestmark = pytest.mark.usefixtures("without_figures")  # for tasks; `train` draws none
 
@@ -359,7 +359,7 @@ def test_what_training_changed_continues_and_what_the_config_changed_wins():
     assert merged({**scale, "scale": 1024.0}, scale, saved)["scale"] == 1024.0
 
 
-def test_an_older_checkpoint_takes_this_run_s_weight_decay_and_refuses_freeze(tiny, efficientdet, train):
+def test_an_older_checkpoint_takes_a_new_weight_decay_but_not_freeze(tiny, efficientdet, train):
     as_of_an_older_version(train(efficientdet, tiny))
     tiny["hyperparameters"]["freeze"] = ["backbone"]
     with pytest.raises(UserError, match=r"older version does not name them. Fix: keep"):
@@ -384,7 +384,7 @@ def test_an_older_checkpoint_resumes_to_the_same_bits(config, trial_class, train
     assert rates(run) == rates(whole)
 
 
-def test_a_plateau_schedule_continues_with_the_decay_and_the_rate_of_a_resume(tiny, scripted, train):
+def test_a_plateau_schedule_continues_after_a_resume(tiny, scripted, train):
     plateau = {"sched": "plateau", "sched_on_updates": False, "patience_epochs": 0, "decay_rate": 0.5, "min_lr": 0}
     tiny["hyperparameters"].update(plateau)
     tiny["min_validation_period"], tiny["scheduling_unit"] = {"epochs": 1}, 6

@@ -10,7 +10,7 @@ from tiny_models import CONFIGS, trial_classes
 
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import SampleKey
-from shared.data.samplers import (
+from shared.data.loading import (
     EvaluationBatchSampler,
     TrainingBatchSampler,
     aspect_ratio_groups,
@@ -33,7 +33,7 @@ def test_an_epoch_has_every_image_once_and_the_next_another_order():
     assert {key.epoch for batch in batches[5:] for key in batch} == {1}
 
 
-def test_an_epoch_that_is_gone_through_keeps_the_numbers_of_its_own_slot_alone():
+def test_a_slot_keeps_only_its_own_numbers_of_an_epoch():
     def kept(slots):
         tracemalloc.start()
         batches = iter(TrainingBatchSampler(np.zeros(100_000, np.uint8), 4, seed=1, slots=slots))
@@ -133,7 +133,7 @@ def test_the_labels_of_images_are_those_of_their_records(shapes):
 REPEATS = np.random.default_rng(3).choice([1.0, 1.0, 1.3, 2.5, 4.2], 40)
 
 
-def test_each_epoch_has_as_many_batches_and_each_image_as_often_as_its_factor_says():
+def test_each_epoch_repeats_each_image_by_its_factor():
     sampler = TrainingBatchSampler(np.zeros(40), 1, 1, repeats=REPEATS)
     assert len(sampler) == int(np.ceil(REPEATS.sum()))
     assert len(TrainingBatchSampler(np.zeros(40), 4, 1, repeats=REPEATS)) == -(-len(sampler) // 4)
@@ -227,7 +227,7 @@ def test_evaluation_sees_every_image_and_leaves_no_slot_without_a_batch(slots):
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 7])
-def test_an_evaluation_s_batches_are_of_one_size_and_slots_share_each_size_evenly(slots):
+def test_evaluation_batches_have_one_size_shared_evenly_by_slots(slots):
     widths, heights = np.array([4, 6, 4, 4, 6, 9, 4, 6, 4, 4]), np.array([3, 3, 3, 8, 3, 9, 3, 3, 8, 3])
     groups = size_groups(widths, heights)
     indices = range(1, 10)

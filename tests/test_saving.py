@@ -1,6 +1,8 @@
 """The copy of a training's state that is written while it goes on, and the thread that writes it."""
 
+import functools
 import threading
+import time
 from collections import OrderedDict
 
 import pytest
@@ -8,11 +10,10 @@ import torch
 from torch import nn
 
 from shared.config.schema import SearcherMetric
-from shared.training.background import Background
-from shared.training.local_run import LocalRun
 from shared.training.loggers import Loggers
+from shared.training.run import LocalRun
 from shared.training.run_folder import RunFolder
-from shared.training.saving import HostCopy
+from shared.training.saving import Background, HostCopy
 
 
 def trained(model, optimizer):
@@ -46,7 +47,7 @@ def test_what_is_trained_after_a_copy_does_not_change_it(training, tmp_path):
     assert copied["models"][0]._metadata == state["models"][0]._metadata
 
 
-def test_tensors_that_share_memory_are_one_in_the_copy_and_views_stay_views():
+def test_tensors_that_share_memory_share_it_in_the_copy():
     weight = torch.arange(6.0)
     copied = HostCopy().of(
         {"one": weight, "same": weight.detach(), "transposed": weight.view(2, 3).T, "none": weight[:0]}
@@ -104,7 +105,22 @@ def test_what_was_begun_is_done_before_the_next_and_before_the_end():
     assert done == [1, 2]
 
 
-def test_what_is_being_written_as_a_run_is_interrupted_is_left_to_the_next_start(tmp_path):
+def test_no_thread_frees_tensors_after_the_end_of_background_work():
+    """A program that exits at such a moment is aborted."""
+    threads = []
+
+    class Tensors:
+        def __del__(self):
+            time.sleep(0.2)
+            threads.append(threading.current_thread())
+
+    with Background() as background:
+        background.begin(functools.partial(id, Tensors()))
+    assert threads
+    assert not threads[0].is_alive()
+
+
+def test_a_half_written_checkpoint_is_left_to_the_next_start(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.saving.mkdir(parents=True)
     run = LocalRun(folder, Loggers(), SearcherMetric("bbox_mAP", smaller_is_better=False), "best", is_chief=True)

@@ -454,6 +454,23 @@ def test_lines_that_are_not_reports_are_skipped(trial_process):
     assert len(trial_process.validations("bbox_mAP")) == 2
 
 
+def test_a_lock_left_by_a_killed_search_is_named(tmp_path, caplog):
+    journal, config = tmp_path / "search.journal", config_of(searcher={"name": "random"})
+    open_study(journal, config)
+    lock = Path(f"{journal}.lock")
+    lock.symlink_to(journal)  # as a search leaves it that is killed in the middle of a write
+
+    def remove_once_named():
+        wait_for(lambda: "search.journal.lock: another search is writing, or was killed" in caplog.text)
+        lock.unlink()
+
+    remover = threading.Thread(target=remove_once_named)
+    remover.start()
+    open_study(journal, config)
+    remover.join()
+    assert "After 30 seconds without change the lock is removed" in caplog.text
+
+
 def test_a_journal_that_a_full_disk_cut_off_is_repaired(tmp_path):
     journal, config = tmp_path / "search.journal", config_of(searcher={"name": "random"})
     study = open_study(journal, config)

@@ -1,5 +1,6 @@
 """Signals and hostile checkpoints: what a run leaves, and that it goes on from there."""
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -16,8 +17,10 @@ from test_resume import assert_same_bits, final_state
 from tiny_models import efficientdet_config
 
 from shared.errors import UserError
+from shared.launchers import STOP_SIGNALS
 from shared.training import training_metrics
 from shared.training.checkpoints import read_checkpoint
+from shared.training.signals import StopSignals, begin_worker
 from shared.training.stopping import Stopping
 
 
@@ -58,7 +61,7 @@ def test_a_second_ctrl_c_in_a_save_ends_the_run_at_once_with_130(run_config, tmp
     assert process.returncode == 128 + signal.SIGINT
 
 
-def _send(number=signal.SIGTERM):
+def send(number=signal.SIGTERM):
     os.kill(os.getpid(), number)
 
 
@@ -74,14 +77,14 @@ PHASES = {
 }
 
 
-def signalled(trial_class, phase):
-    """The trial class, sent SIGTERM once in that phase."""
+def signalled(trial_class, phase, number=signal.SIGTERM):
+    """The trial class, sent a signal once in that phase."""
     method, batches, _ = PHASES[phase]
 
     def call(self, *arguments):
         if self.batches_trained == batches and not self.sent and self.for_training:
             type(self).sent = True
-            _send()
+            send(number)
         return getattr(trial_class, method)(self, *arguments)
 
     return type(trial_class.__name__, (trial_class,), {method: call, "sent": False, "__module__": "model_def"})
@@ -119,9 +122,7 @@ def whole(shapes, tmp_path_factory):
         ),
     ],
 )
-def test_a_signal_in_any_phase_leaves_a_checkpoint_from_which_the_run_goes_on_as_if_there_had_been_none(
-    whole, train, trial_class, tmp_path, phase
-):
+def test_resume_after_a_signal_in_any_phase_equals_an_unstopped_run(whole, train, trial_class, tmp_path, phase):
     config, unstopped = whole
     with pytest.raises(SystemExit) as exit_status:
         train(signalled(trial_class, phase), config)
@@ -147,7 +148,7 @@ def test_a_signal_while_a_checkpoint_is_written_stops_after_the_batch(whole, tra
         def save_own_config(self, folder):
             super().save_own_config(folder)
             if not is_sent.is_set() and self.batches_trained >= 4:
-                _send()
+                send()
                 is_sent.set()
 
         def after_batch(self, number):
@@ -163,13 +164,13 @@ def test_a_signal_while_a_checkpoint_is_written_stops_after_the_batch(whole, tra
     assert_same_run(tmp_path / "run", unstopped)
 
 
-def test_a_signal_before_the_training_ends_the_process_and_leaves_the_folder_free(shapes, train, trial_class, tmp_path):
+def test_a_signal_before_the_training_leaves_the_folder_free(shapes, train, trial_class, tmp_path):
     config = efficientdet_config(shapes)
     config["data"]["workers"] = 0
 
     class Signalled(trial_class):
         def build_training_data_loader(self):
-            _send()
+            send()
             return super().build_training_data_loader()
 
     Signalled.__module__ = "model_def"
@@ -186,7 +187,7 @@ def test_a_signal_in_the_last_save_changes_nothing_any_more(whole, train, trial_
     class Signalled(trial_class):
         def save_own_config(self, folder):
             if self.batches_trained == 12:
-                _send()
+                send()
             super().save_own_config(folder)
 
     Signalled.__module__ = "model_def"
@@ -231,12 +232,96 @@ def test_a_signal_to_one_of_two_processes_stops_both(signalled_run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", [phase for phase in PHASES if phase != "in the copy for a checkpoint"])  # the chief's
-def test_two_processes_of_which_one_was_sent_a_signal_go_on_as_if_none_had_been(signalled_run, tmp_path, phase):
+def test_two_processes_resume_after_a_signal_to_one_of_them(signalled_run, tmp_path, phase):
     config, run = signalled_run(phase)
     run_model_def("train", config, "--output-dir", run, "--resume", "last", processes=2)
     run_model_def("train", config, "--output-dir", tmp_path / "unstopped", processes=2)
     assert_same_bits(final_state(run), final_state(tmp_path / "unstopped"))
     assert without_times(reports(run)) == without_times(reports(tmp_path / "unstopped"))
+
+
+@pytest.mark.parametrize(("status", "expected"), [(None, 128 + signal.SIGUSR1), (0, 0)])
+def test_the_warning_of_a_batch_system_saves_and_leaves_a_mark(shapes, train, trial_class, tmp_path, status, expected):
+    config = efficientdet_config(shapes)
+    with pytest.raises(SystemExit) as exit_status:
+        train(signalled(trial_class, "in a step", signal.SIGUSR1), config, stop_status=status)
+    assert exit_status.value.code == expected
+    run = tmp_path / "run"
+    assert json.loads((run / "requeue").read_text()) == {"signal": "SIGUSR1", "batches": 6}
+    assert read_checkpoint(run / "checkpoints/last").batches == 6
+    config["searcher"]["max_length"] = {"batches": 8}
+    train(trial_class, config, resume="auto")
+    assert not (run / "requeue").exists()
+
+
+def test_a_signal_before_the_training_leaves_the_mark_too(shapes, train, trial_class, tmp_path):
+    class Signalled(trial_class):
+        def open_data(self):
+            send(signal.SIGHUP)
+            super().open_data()
+
+    Signalled.__module__ = "model_def"
+    with pytest.raises(SystemExit) as exit_status:
+        train(Signalled, efficientdet_config(shapes))
+    assert exit_status.value.code == 128 + signal.SIGHUP
+    assert json.loads((tmp_path / "run/requeue").read_text()) == {"signal": "SIGHUP", "batches": None}
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_torchrun_that_a_signal_kills_save_and_stop(run_config, tmp_path):
+    length = {"searcher__max_length": {"batches": 4000}, "min_validation_period": {"batches": 4000}}
+    run = tmp_path / "run"
+    process = start_run(run_config(**length), run, processes=2)
+    wait_for_batch(run, process, 6)
+    process.send_signal(signal.SIGUSR1)  # torchrun does not forward it by itself
+    process.communicate(timeout=600)  # until its processes have closed their output
+    assert process.returncode == -signal.SIGUSR1
+    mark = json.loads((run / "requeue").read_text())
+    assert mark["signal"] == "SIGTERM"
+    assert read_checkpoint(run / "checkpoints/last").batches == mark["batches"] >= 6
+
+
+@pytest.fixture
+def hangup_is_ignored():
+    """As `nohup` starts a program."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_that_is_ignored_at_the_start_stays_so(hangup_is_ignored):
+    with StopSignals() as signals:
+        signals.begin()
+        send(signal.SIGHUP)
+        assert signals.received is None
+        send(signal.SIGUSR2)
+        assert signals.received == signal.SIGUSR2
+
+
+@pytest.mark.parametrize("number", [each for each in STOP_SIGNALS if each != signal.SIGTERM])
+def test_a_loader_worker_outlives_a_signal_to_its_group(number):
+    worker = multiprocessing.get_context("fork").Process(target=outlive, args=(number,))
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == 0
+
+
+def outlive(number):
+    begin_worker(0)
+    send(number)
+
+
+@pytest.mark.parametrize(
+    ("option", "problem"),
+    [
+        ("--stop-signals=KILL", "KILL is not one of TERM, USR1, USR2, HUP, QUIT, XCPU"),
+        ("--stop-status=300", "300 is not a whole number from 0 to 255"),
+    ],
+)
+def test_a_signal_or_status_that_cannot_be_is_refused(command, trial_class, run_config, capsys, option, problem):
+    with pytest.raises(SystemExit):
+        command(trial_class, "train", run_config(), option)
+    assert problem in capsys.readouterr().err
 
 
 def test_two_runs_never_work_in_one_folder_at_once(shapes, train, trial_class, tmp_path):
@@ -255,7 +340,9 @@ def test_two_runs_never_work_in_one_folder_at_once(shapes, train, trial_class, t
 
     Second.__module__ = "model_def"
     run = train(Second, config)
-    assert refusals == [(1, f"error: --output-dir: a run is going on in {run}; wait for it, or name another")]
+    assert refusals == [
+        (1, f"error: --output-dir: another process uses {run}. Fix: wait for its run, or name another folder")
+    ]
     assert reports(run)[-1]["batches"] == 12
 
 
@@ -269,7 +356,7 @@ class Hostile:
         return os.mkdir, (str(self.trace),)
 
 
-def test_a_checkpoint_whose_pickle_would_execute_code_is_refused_before_it_does(shapes, train, trial_class, tmp_path):
+def test_a_checkpoint_that_would_execute_code_is_refused(shapes, train, trial_class, tmp_path):
     config = efficientdet_config(shapes)
     config["data"]["workers"] = 0
     config["searcher"]["max_length"] = {"batches": 2}
@@ -314,20 +401,18 @@ def test_resident_memory_does_not_grow(run_config, tmp_path):
 
 
 def test_processes_that_a_library_forks_meanwhile_end_as_ever():
-    alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
     for _ in range(20):  # a SIGTERM may come at any moment of a process's start
-        with Stopping(alone) as stopping, multiprocessing.get_context("fork").Pool(2) as pool:
-            stopping.begin()
+        with StopSignals() as signals, multiprocessing.get_context("fork").Pool(2) as pool:
+            signals.begin()
             assert pool.map(abs, [-1, -2]) == [1, 2]
             pool.terminate()
             pool.join()
-        assert stopping.signal is None
+        assert signals.received is None
 
 
 def test_a_process_that_is_ended_while_it_is_forked_ends():
-    alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
-    with Stopping(alone) as stopping:
-        stopping.begin()
+    with StopSignals() as signals:
+        signals.begin()
         for _ in range(40):
             process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
             process.start()

@@ -17,41 +17,13 @@ import yaml
 from conftest import EXPERIMENT_SCHEMA, ROOT, WITHOUT_LIBRARY, other_detectors_are_slow, reports, run_model_def
 from determined.common.context import read_v1_context
 from determined_master import DEFAULTS, LOG_POLICIES, SEARCHER_DEFAULTS, handed_over
-from tiny_models import CONFIGS, DETR_TYPES, trial_classes
+from tiny_models import BYTES_OF_AN_IMAGE, CONFIGS, EFFICIENTDET, SMALL_POINT, trial_classes
 
 from shared.config.experiment import experiment_of, parse_schedule, per_slot_batch_size
 from shared.config.schema import Length
 
-DETECTORS = ["efficientdet", "mmdetection", "detectron2", "detr"]
-SHIPPED = [path for detector in DETECTORS for path in sorted((ROOT / detector).glob("*.yaml"))]
+SHIPPED = [path for detector in CONFIGS for path in sorted((ROOT / detector).glob("*.yaml"))]
 shipped = pytest.mark.parametrize("path", SHIPPED, ids=[f"{path.parent.name}/{path.name}" for path in SHIPPED])
-# bytes of the tensors of an image in a batch, at most: to train on and to validate on
-BYTES = {
-    "efficientdet": (1_965_000, 787_000),  # uint8 and the labelled anchors, 512 x 512
-    "mmdetection": (3 * 1344 * 800 * 4, 3 * 1344 * 800 * 4),  # float32
-    "detectron2": (3 * 1333 * 800, 3 * 1333 * 800),  # uint8
-    "detr": (3 * 640 * 640 * 4, 3 * 640 * 640 * 4),  # float32
-}
-# what makes any point of a search small
-SMALL = {
-    "efficientdet": {
-        "backbone": "mobilenetv3_small_050",
-        "model_config": {"fpn_channels": 16, "fpn_cell_repeats": 1},
-        "input_size": 128,
-        "pretrained": "none",
-        "amp": "bf16",
-        "global_batch_size": 4,
-    },
-    "mmdetection": {"weights": None, "global_batch_size": 4},
-    "detectron2": {"use_pretrained": False, "weights": "", "global_batch_size": 4},
-    "detr": {
-        "model": None,
-        "config": {"model_type": "rt_detr_v2", **DETR_TYPES["rt_detr_v2"]},
-        "processor": {"size": {"height": 128, "width": 128}},
-        "weights": None,
-        "global_batch_size": 4,
-    },
-}
 
 
 def load_yaml(path):
@@ -76,7 +48,7 @@ def experiment_schema():
     return jsonschema.Draft7Validator(root, registry=registry)
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("detector", CONFIGS)
 def test_the_folder_holds_a_link_to_each_file_of_shared(detector):
     folder = ROOT / detector / "shared"
     links = {str(path.relative_to(folder)): path for path in folder.rglob("*.py")}
@@ -85,7 +57,7 @@ def test_the_folder_holds_a_link_to_each_file_of_shared(detector):
     assert all(path.is_symlink() and path.resolve() == ROOT / "shared" / name for name, path in links.items())
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("detector", CONFIGS)
 def test_the_context_holds_all_of_shared(detector):
     uploaded = {item.path for item in read_v1_context(ROOT / detector)}
     files = {str(path.relative_to(ROOT)) for path in (ROOT / "shared").rglob("*.py")}
@@ -190,9 +162,9 @@ def test_the_batches_that_wait_fit_into_dev_shm(path):
     batch = config["hyperparameters"]["global_batch_size"]
     batch = max(batch["vals"]) if isinstance(batch, dict) else batch
     slots = config["resources"]["slots_per_trial"]
-    to_train, to_validate = BYTES[path.parent.name]
+    to_train, to_validate = BYTES_OF_AN_IMAGE[path.parent.name]
     # MMDetection and Detectron2 detect on one image a slot
-    validated = batch if path.parent.name in ("efficientdet", "detr") else slots
+    validated = slots if path.parent.name in ("mmdetection", "detectron2") else batch
     # two a worker wait in each loader; the slots of an agent share a container
     waiting = 2 * config["data"]["workers"] * (batch * to_train + validated * to_validate)
     assert waiting < 0.75 * config["resources"].get("shm_size", 4 * 2**30)
@@ -214,7 +186,7 @@ def draw(space, rng):
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_points_of_the_search_train(detector, shapes, train, seed):
     config = load_yaml(ROOT / detector / "adaptive.yaml")
-    drawn = {**draw(config["hyperparameters"], random.Random(seed)), **SMALL[detector]}
+    drawn = {**draw(config["hyperparameters"], random.Random(seed)), **SMALL_POINT[detector]}
     if overrides := {"mmdetection": "config_overrides", "detectron2": "config_overrides"}.get(detector):
         tiny = CONFIGS[detector](shapes, drawn["config_file"])["hyperparameters"][overrides]
         drawn[overrides] = {**tiny, **drawn[overrides]}
@@ -331,7 +303,7 @@ def write_installed(site, name, version):
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-def source_hook(home, detector="efficientdet", **env):
+def source_hook(home, detector=EFFICIENTDET.name, **env):
     return subprocess.run(
         ["bash", "-c", "set -ex; . ./startup-hook.sh; . ./startup-hook.sh; echo AFTER"],
         cwd=ROOT / detector,
@@ -489,12 +461,12 @@ def test_the_hook_makes_a_fresh_environment_ready(tmp_path):
     assert done.returncode == 0, done.stderr
     check = "import torch, model_def; print(torch.__version__)"
     printed = subprocess.run(
-        [home / "bin/python", "-c", check], cwd=ROOT / "efficientdet", check=True, capture_output=True, text=True
+        [home / "bin/python", "-c", check], cwd=EFFICIENTDET, check=True, capture_output=True, text=True
     ).stdout
     assert printed.split("+")[0].strip() == version("torch").split("+")[0]
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("detector", CONFIGS)
 def test_the_hook_passes_shellcheck(detector):
     shellcheck = shutil.which("shellcheck") or str(Path(sys.executable).parent / "shellcheck")
     if not Path(shellcheck).exists():

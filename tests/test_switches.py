@@ -7,22 +7,12 @@ import pytest
 import torch
 from conftest import WITHOUT_LIBRARY, other_detectors_are_slow, reports
 from test_resume import assert_same_bits, final_state
-from tiny_models import CONFIGS, trial_classes
+from tiny_models import CONFIGS, EFFICIENTDET, FROZEN, SMALL_RATES, trial_classes
 from torch import nn
 
 from shared.errors import UserError
 from shared.training.checkpoints import read_checkpoint
 from shared.training.switches import AveragedWeights, freeze, train_depthwise_in_float32
-
-# so small that rounding does not grow from step to step
-SMALL_RATES = {
-    "efficientdet": {"lr": 0.0002},
-    "mmdetection": {"optimizer.lr": 0.002},
-    "detectron2": {"SOLVER.BASE_LR": 0.0002},
-    "detr": {"lr": 0.00002},
-}
-FROZEN = {"efficientdet": "backbone.blocks", "mmdetection": "backbone.layer1", "detectron2": "backbone.bottom_up.res2"}
-FROZEN["detr"] = "model.backbone.model.encoder.stages.1"
 
 
 @pytest.fixture
@@ -58,7 +48,7 @@ def losses(run) -> list[float]:
 @other_detectors_are_slow
 def test_bf16_has_the_losses_of_float32(detector, config, trial_class, train):
     draw_no_regions(detector, config)
-    if detector == "efficientdet":
+    if detector == EFFICIENTDET.name:
         config["hyperparameters"]["global_batch_size"] = 8  # the loss of four images moves by more with one of them
     config["searcher"]["max_length"] = config["min_validation_period"] = {"batches": 10}
     config["min_checkpoint_period"], config["scheduling_unit"] = {"batches": 10}, 1

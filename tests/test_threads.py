@@ -26,9 +26,7 @@ def spins(stderr: str) -> set[str]:
 
 
 @pytest.mark.parametrize("model_def", ROOT.glob("*/model_def.py"), ids=lambda path: path.parent.name)
-def test_every_model_def_looks_at_the_command_line_before_torch_is_loaded_with_threads_that_sleep_soon(
-    model_def, nothing_said
-):
+def test_every_model_def_reads_the_command_line_before_it_loads_torch(model_def, nothing_said):
     before = model_def.read_text().partition("\ncommand = read_command(__name__")[0]
     program = before + "\nimport sys; assert 'torch' not in sys.modules; import torch"
     done = subprocess.run([sys.executable, "-c", program], cwd=model_def.parent, capture_output=True, text=True)

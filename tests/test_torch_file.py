@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import other_detectors_are_slow
 from tiny_models import CONFIGS, trial_classes
 from torch.torch_version import TorchVersion
 
@@ -73,11 +74,7 @@ def test_weights_are_read_bit_for_bit_on_old_torch(tmp_path, old_torch, as_zip):
     assert matrix.data_ptr() == transposed.data_ptr()
 
 
-@pytest.mark.parametrize(
-    "detector",
-    ["efficientdet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mmdetection", "detectron2"))],
-    indirect=True,
-)
+@other_detectors_are_slow
 def test_a_checkpoint_resumes_bit_for_bit_on_old_torch(detector, shapes, train, without_figures, monkeypatch):
     config = CONFIGS[detector](shapes)
     config["data"]["workers"] = 0

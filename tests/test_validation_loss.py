@@ -215,7 +215,7 @@ def test_what_is_trained_is_the_same_bits_without_it(detector, make, shapes, tra
     assert beside[0] == beside[1]
 
 
-def test_a_validation_that_a_stop_cut_short_gives_the_same_losses_after_the_resume(shapes, train, tmp_path):
+def test_an_interrupted_validation_gives_the_same_losses_after_a_resume(shapes, train, tmp_path):
     trial_class = trial_classes().get("detectron2")
     if trial_class is None:
         pytest.skip("Detectron2 is not here, whose losses have a state of their own")
@@ -270,7 +270,7 @@ def test_images_that_are_skipped_or_cannot_be_read_do_not_count(shapes, train, t
     assert with_broken == without
 
 
-def test_a_library_that_gives_no_losses_here_is_an_error_before_the_training(shapes, train):
+def test_a_library_without_validation_losses_is_an_early_error(shapes, train):
     trial_class = trial_classes()["efficientdet"]
 
     def image_losses(self, *arguments):

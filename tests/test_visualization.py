@@ -107,7 +107,7 @@ def test_a_caption_is_whole_in_the_picture(box, name, monkeypatch):
     assert 8 < height <= 60 - top
 
 
-def test_lines_and_letters_grow_with_the_image_and_one_of_many_pixels_is_drawn_smaller():
+def test_lines_and_letters_scale_with_the_image():
     colored = []
     for scale in (2, 5, 15):
         width, height = 600 * scale, 200 * scale
@@ -147,7 +147,7 @@ def test_a_name_in_any_script_is_drawn_and_what_no_font_has_is_said_once(name, m
         assert re.search(expected[name], caplog.text)
 
 
-def test_letters_that_the_default_font_lacks_come_from_another_of_the_machine(monkeypatch):
+def test_missing_letters_come_from_another_font(monkeypatch):
     other = str(Path(lettering.DEFAULT_FONT).with_name("STIXGeneral.ttf"))
     lacking = set(FT2Font(other).get_charmap()) - set(FT2Font(lettering.DEFAULT_FONT).get_charmap())
     letter = next(chr(code) for code in sorted(lacking) if chr(code).isalpha())

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MMDETECTION, DETECTRON2 = ROOT / "mmdetection", ROOT / "detectron2"
+EFFICIENTDET, MMDETECTION, DETECTRON2 = ROOT / "efficientdet", ROOT / "mmdetection", ROOT / "detectron2"
 
 
 def load_model_def(detector: str = "mmdetection"):
@@ -318,6 +318,44 @@ CONFIGS = {
     "mmdetection": mmdet_config,
     "detectron2": detectron2_config,
     "detr": detr_config,
+}
+# detr has tests of its own for most promises
+MAIN_DETECTORS = [name for name in CONFIGS if name != "detr"]
+# so small that rounding does not grow from step to step
+SMALL_RATES = {
+    "efficientdet": {"lr": 0.0002},
+    "mmdetection": {"optimizer.lr": 0.002},
+    "detectron2": {"SOLVER.BASE_LR": 0.0002},
+    "detr": {"lr": 0.00002},
+}
+FROZEN = {"efficientdet": "backbone.blocks", "mmdetection": "backbone.layer1", "detectron2": "backbone.bottom_up.res2"}
+FROZEN["detr"] = "model.backbone.model.encoder.stages.1"
+# bytes of the tensors of an image in a batch, at most: to train on and to validate on
+BYTES_OF_AN_IMAGE = {
+    "efficientdet": (1_965_000, 787_000),  # uint8 and the labelled anchors, 512 x 512
+    "mmdetection": (3 * 1344 * 800 * 4, 3 * 1344 * 800 * 4),  # float32
+    "detectron2": (3 * 1333 * 800, 3 * 1333 * 800),  # uint8
+    "detr": (3 * 640 * 640 * 4, 3 * 640 * 640 * 4),  # float32
+}
+# what makes any point of a search small
+SMALL_POINT = {
+    "efficientdet": {
+        "backbone": "mobilenetv3_small_050",
+        "model_config": {"fpn_channels": 16, "fpn_cell_repeats": 1},
+        "input_size": 128,
+        "pretrained": "none",
+        "amp": "bf16",
+        "global_batch_size": 4,
+    },
+    "mmdetection": {"weights": None, "global_batch_size": 4},
+    "detectron2": {"use_pretrained": False, "weights": "", "global_batch_size": 4},
+    "detr": {
+        "model": None,
+        "config": {"model_type": "rt_detr_v2", **DETR_TYPES["rt_detr_v2"]},
+        "processor": {"size": {"height": 128, "width": 128}},
+        "weights": None,
+        "global_batch_size": 4,
+    },
 }
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import detectron2.config
 
@@ -12,6 +11,7 @@ from detectron2_files.config_protocol import Detectron2Config
 from detectron2_files.lazy_config import LazyConfigFile
 from detectron2_files.yaml_config import YamlConfig
 from detectron2_hyperparameters import Detectron2Hyperparameters
+from shared.config.file import flattened
 from shared.errors import UserError
 from shared.library import find_library_config, import_custom_modules
 
@@ -35,7 +35,7 @@ def load_detectron2_config(hparams: Detectron2Hyperparameters, submitted: Path) 
     if path.name in (YamlConfig.resolved_name, LazyConfigFile.resolved_name):
         _refuse_modules_of(path.parent, modules, submitted)
     imported = import_custom_modules(hparams.custom_imports)
-    overrides = flatten(hparams.config_overrides)
+    overrides = flattened(hparams.config_overrides)
     if path.suffix == ".py" or path.name == LazyConfigFile.resolved_name:
         places = (submitted.resolve(), shipped_configs().resolve())
         return LazyConfigFile(path, overrides, places, modules, lambda: _functions_config(hparams, submitted))
@@ -52,19 +52,6 @@ def config_of_checkpoint(checkpoint: Path) -> Path:
         if (checkpoint / name).is_file():
             return checkpoint / name
     raise UserError(f"{checkpoint} holds no Detectron2 config; it is no checkpoint of detectron2/model_def.py")
-
-
-def flatten(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """{"SOLVER": {"STEPS": [1]}, "A.B": 2} as {"SOLVER.STEPS": [1], "A.B": 2}."""
-
-    def walk(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in section.items():
-            if isinstance(value, Mapping) and value:
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", value
-
-    return dict(walk(overrides, ""))
 
 
 def set_class_counts(config: Detectron2Config, in_data: Mapping[str, int], overridden: Sequence[str]) -> None:

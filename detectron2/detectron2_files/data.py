@@ -37,9 +37,8 @@ from shared.config.schema import is_url
 from shared.data.annotations import CocoAnnotations, ImageRecord
 from shared.data.dataset import BadImages, CocoDetection, SampleKey, seed_all
 from shared.data.images import BadImageError
-from shared.data.loading import Batch, map_tensors
+from shared.data.loading import Batch, labels_of, map_tensors
 from shared.data.open import SplitData, check_masks
-from shared.data.samplers import labels_of
 from shared.data.storage import DiskImages
 from shared.errors import UserError, nearest
 
@@ -71,7 +70,7 @@ class MapperTransform:
 
     Args:
         proposals: what `read_proposals` gives.
-        folder: of the images, where they are on disk: a mapper of the user's may open them by itself.
+        folder: the folder of the images if they are on disk: a user's own mapper may open them itself.
     """
 
     def __init__(

@@ -133,13 +133,19 @@ class OwnEvaluator(ChiefReducer):
     Args:
         has_share: whether this slot's images are its own; else it was given one that another slot has too.
         gather: the way to the chief, see `ChiefReducer`.
+
+    Raises:
+        UserError: it does not work here: Cityscapes' on several machines.
     """
 
     def __init__(self, evaluator: DatasetEvaluator, has_share: bool, gather: Gather):
         super().__init__(gather)
         self.evaluator = evaluator
         self.has_share = has_share
-        self.reset()
+        try:
+            self.reset()
+        except AssertionError as error:
+            raise UserError(f"the config's data set cannot be evaluated here: {error}") from error
 
     def reset(self) -> None:
         self.evaluator.reset()
@@ -166,14 +172,24 @@ def flat_metrics(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]
     }
 
 
-def own_evaluator(name: str, iou_types: tuple[str, ...], rotated: bool) -> DatasetEvaluator:
+def own_evaluator(
+    name: str, iou_types: tuple[str, ...], rotated: bool, max_detections: int | None = None
+) -> DatasetEvaluator:
     """What Detectron2 evaluates a registered data set with, by its metadata.
 
+    Args:
+        max_detections: per image, for COCO's and LVIS' rules; the others score all.
+
     Raises:
-        UserError: the package that it needs is missing.
+        UserError: the package that it needs is missing, or it scores another number of detections.
     """
-    kind = MetadataCatalog.get(name).get("evaluator_type")
+    if rotated and max_detections is not None:
+        raise UserError(
+            "hyperparameters.max_detections: Detectron2's evaluator of rotated boxes scores 100. Fix: omit it"
+        )
     output = tempfile.mkdtemp(prefix="detectron2-")  # for data that is not a COCO file, and is made one
+    of_coco = {"output_dir": output, "max_dets_per_image": max_detections}
+    kind = MetadataCatalog.get(name).get("evaluator_type")
     try:
         if rotated:
             return RotatedCOCOEvaluator(name, output_dir=output)
@@ -181,16 +197,16 @@ def own_evaluator(name: str, iou_types: tuple[str, ...], rotated: bool) -> Datas
             "cityscapes_instance": lambda: CityscapesInstanceEvaluator(name),
             "cityscapes_sem_seg": lambda: CityscapesSemSegEvaluator(name),
             "pascal_voc": lambda: PascalVOCDetectionEvaluator(name),
-            "lvis": lambda: LVISEvaluator(name, distributed=True, output_dir=output),
+            "lvis": lambda: LVISEvaluator(name, distributed=True, **of_coco),
             "sem_seg": lambda: SemSegEvaluator(name, distributed=True),
             "coco_panoptic_seg": lambda: DatasetEvaluators(
                 [
                     SemSegEvaluator(name, distributed=True),
-                    COCOEvaluator(name, iou_types, output_dir=output),
+                    COCOEvaluator(name, iou_types, **of_coco),
                     COCOPanopticEvaluator(name),
                 ]
             ),
         }
-        return evaluators.get(kind, lambda: COCOEvaluator(name, iou_types, output_dir=output))()
+        return evaluators.get(kind, lambda: COCOEvaluator(name, iou_types, **of_coco))()
     except ImportError as error:
         raise UserError(f"the data set {name} is evaluated with a package that is not installed: {error}") from error

@@ -202,7 +202,7 @@ class LazyConfigFile:
 
     @property
     def scored_detections(self) -> int | None:
-        """`max_dets_per_image` of COCOEvaluator: one number, or several of which the last counts for mAP."""
+        """`max_dets_per_image` of COCOEvaluator: one number, or several: the last counts for mAP."""
         evaluator = self.cfg.dataloader.get("evaluator") or {}
         most = evaluator.get("max_dets_per_image") if isinstance(evaluator, DictConfig) else None
         return most if most is None or isinstance(most, int) else int(most[-1])

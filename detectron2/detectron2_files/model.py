@@ -48,7 +48,7 @@ def build_model(config: Detectron2Config) -> nn.Module:
 
 
 def keep_detections(model: nn.Module, count: int) -> None:
-    """The model keeps so many detections per image, in each head that has the number.
+    """Sets the number of detections per image, in each head that has it.
 
     Raises:
         UserError: no head has it.
@@ -59,6 +59,12 @@ def keep_detections(model: nn.Module, count: int) -> None:
         raise UserError("hyperparameters.max_detections: the model has no such number. Fix: omit it")
     for module, name in found:
         setattr(module, name, count)
+
+
+def max_iou(model: nn.Module) -> float:
+    """The IoU above which the last of the model's heads drops a detection; 0.5 if none does."""
+    found = [module.test_nms_thresh for module in model.modules() if hasattr(module, "test_nms_thresh")]
+    return found[-1] if found else 0.5
 
 
 def build_optimizer(config: Detectron2Config, model: nn.Module) -> torch.optim.Optimizer:
@@ -119,8 +125,10 @@ def losses_of_step(model: nn.Module, inputs: list[dict[str, Any]], number: int) 
 
 
 def measure_batch_statistics(model: nn.Module, batches: Iterable[list[dict[str, Any]]], count: int) -> None:
-    """What Detectron2's trainer does before a validation for `TEST.PRECISE_BN`: running means and variances become
-    those of `count` batches by the weights as they are."""
+    """Computes running means and variances over `count` batches with the current weights.
+
+    Detectron2's trainer does the same before a validation, for `TEST.PRECISE_BN`.
+    """
     model.train()
     if get_bn_modules(model):
         with EventStorage():

@@ -20,9 +20,8 @@ from detectron2_files.plain_pickle import unpickle_arrays
 from shared.config.schema import PUBLISHED
 from shared.errors import UserError, nearest
 from shared.library import log_loaded
-from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import CATEGORIES_FILE, load_state, without_ddp
-from shared.training.downloads import downloaded
+from shared.training.downloads import downloaded, find_checkpoint
 
 logging.getLogger("fvcore.common.checkpoint").setLevel(logging.ERROR)  # a line for each weight
 logging.getLogger("detectron2.checkpoint").setLevel(logging.ERROR)

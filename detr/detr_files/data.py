@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional
 
 from shared.data import fast_images
 from shared.data.annotations import ImageRecord
+from shared.data.augment.placement import Layout
 from shared.data.images import DECODING_ERRORS, unreadable
 from shared.data.loading import Batch
 
@@ -27,14 +30,14 @@ class DetrTransform:
     Attributes:
         processor: an image processor of transformers.
         flip: the probability of a horizontal flip.
-        fast: take an encoded image, and decode it with `shared.data.fast_images`; else a PIL image.
+        fast: take an encoded image, and decode it with `shared.data.fast_images`; else a PIL image, or (H, W, 3) uint8.
     """
 
     processor: Any
     flip: float = 0.0
     fast: bool = False
 
-    def __call__(self, image: Image.Image | bytes, record: ImageRecord) -> Sample:
+    def __call__(self, image: Image.Image | bytes | np.ndarray, record: ImageRecord) -> Sample:
         if self.fast:
             try:
                 image = fast_images.decode(image, None)
@@ -48,6 +51,36 @@ class DetrTransform:
             boxes[:, 0] = 1 - boxes[:, 0]
         labels = {"class_labels": classes, "boxes": boxes}
         return pixels, labels, record.image_id, (record.height, record.width)
+
+
+def layout(processor: Any) -> Layout:
+    """How an image processor fits an image into the input."""
+    size = (processor.size["width"], processor.size["height"]) if makes_one_size(processor) else None
+    return Layout(functools.partial(_resized_size, size=dict(processor.size), resizes=processor.do_resize), size)
+
+
+def _resized_size(width: int, height: int, size: dict[str, int], resizes: bool) -> tuple[int, int]:
+    if not resizes:
+        return width, height
+    if size.get("height") and size.get("width"):
+        return size["width"], size["height"]
+    if size.get("max_height"):
+        scale = min(size["max_height"] / height, size["max_width"] / width)
+    else:
+        scale = size["shortest_edge"] / min(width, height)
+        if size.get("longest_edge"):
+            scale = min(scale, size["longest_edge"] / max(width, height))
+    return max(round(width * scale), 1), max(round(height * scale), 1)
+
+
+def resized(batch: Batch, scale: float, step: int) -> Batch:
+    """A batch whose images are `scale` times as large, to a multiple of `step` pixels. Boxes are relative, and stay."""
+    size = [max(round(side * scale / step), 1) * step for side in batch.images.shape[2:]]
+    images = functional.interpolate(batch.images, size, mode="bilinear", antialias=True)
+    mask = batch.targets["mask"]
+    if mask is not None:
+        mask = functional.interpolate(mask[:, None].float(), size).squeeze(1).to(mask.dtype)
+    return replace(batch, images=images, targets={**batch.targets, "mask": mask})
 
 
 def makes_one_size(processor: Any) -> bool:

@@ -24,7 +24,9 @@ from transformers import (
     YolosImageProcessor,
 )
 
-from detr_files.losses import all_boxes, scaled_to_all_ranks
+from detr_files.class_weights import weigh_categories
+from detr_files.denoising import Ranks, denoising_as_one_rank
+from detr_files.losses import all_boxes, counted_matches, distillation_over_all_ranks, scaled_to_all_ranks
 from detr_hyperparameters import DetrHyperparameters
 from shared.data.images import InputScale
 from shared.errors import UserError, nearest
@@ -67,7 +69,7 @@ def is_on_hub(model: str | None) -> bool:
 
 
 def from_hub(load: Any, model: str, **options: Any) -> Any:
-    """What a class of transformers loads of a model of the Hub or a folder. Code in it is never executed.
+    """Loads a model of the Hub or a folder by a class of transformers. Code in it is never executed.
 
     Raises:
         UserError: it cannot be had; says which folder to copy.
@@ -155,6 +157,16 @@ def input_scale(hparams: DetrHyperparameters) -> InputScale | None:
     return InputScale(min(config.feat_strides), "stride", min(sides), max(sides))
 
 
+def input_step(config: PreTrainedConfig) -> int:
+    """The number of pixels of which the sides of an input must be a multiple."""
+    backbone = getattr(config, "backbone_config", None) or config
+    patch = getattr(backbone, "patch_size", None)
+    if patch is None:
+        return 32
+    patch = patch if isinstance(patch, int) else max(patch)
+    return patch * getattr(backbone, "num_windows_side", getattr(backbone, "num_windows", 1))
+
+
 def build_detector(config: PreTrainedConfig, categories: list[dict]) -> PreTrainedModel:
     """transformers' model for these categories, with random weights. Changes the labels of `config`.
 
@@ -172,10 +184,14 @@ class TrainedDetr(nn.Module):
 
     Attributes:
         detector: the model.
+        class_weights: (K,) of the categories; None for 1.
     """
 
-    def __init__(self, detector: PreTrainedModel):
+    def __init__(self, detector: PreTrainedModel, class_weights: torch.Tensor | None = None):
         super().__init__()
+        self.class_weights = class_weights
+        if class_weights is not None:
+            weigh_categories(detector, class_weights)
         self.detector = detector
         self.takes_mask = "pixel_mask" in inspect.signature(detector.forward).parameters
 
@@ -185,7 +201,11 @@ class TrainedDetr(nn.Module):
         return self.detector(pixel_values=images, **masks, **labels)
 
     def forward(
-        self, images: torch.Tensor, mask: torch.Tensor | None, labels: list[dict[str, torch.Tensor]], slots: int
+        self,
+        images: torch.Tensor,
+        mask: torch.Tensor | None,
+        labels: list[dict[str, torch.Tensor]],
+        ranks: Ranks | None = None,
     ) -> dict[str, torch.Tensor]:
         """Losses of a batch: "loss", and the terms of the last layer.
 
@@ -193,13 +213,21 @@ class TrainedDetr(nn.Module):
             images: (B, 3, H, W) float32, as the image processor returns them.
             mask: (B, H, W) int64, 1 on the image and 0 on the padding; None without padding.
             labels: per image `class_labels` (N,) int64 and `boxes` (N, 4), x y width height of the image from 0 to 1.
-            slots: ranks that compute their parts of one batch; 1 does not ask the others.
+            ranks: that compute their parts of one batch, more than one; None does not ask others.
         """
-        outputs = self.outputs(images, mask, labels=labels)
+        if ranks is None:
+            outputs = self.outputs(images, mask, labels=labels)
+        else:
+            with (
+                denoising_as_one_rank(self.detector, labels, ranks),
+                distillation_over_all_ranks(ranks.slots),
+                counted_matches() as matches,
+            ):
+                outputs = self.outputs(images, mask, labels=labels)
         losses = {name: value for name, value in outputs.loss_dict.items() if name.startswith("loss_")}
         loss = outputs.loss
-        if slots > 1:
-            counts = all_boxes(labels, outputs.logits, slots)
+        if ranks is not None:
+            counts = all_boxes(labels, outputs.logits, ranks.slots, self.class_weights, sum(matches))
             loss, losses = scaled_to_all_ranks(self.detector.config, loss, losses, counts)
         parts = {name: value.detach() for name, value in losses.items() if name.count("_") == 1}
         return {"loss": loss, **parts}

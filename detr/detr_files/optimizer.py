@@ -13,7 +13,7 @@ def build_optimizer(model: nn.Module, hparams: DetrHyperparameters) -> torch.opt
     """The optimizer of the parameters that are not frozen.
 
     Raises:
-        UserError: the rate of the backbone is 0 and nothing else is left.
+        UserError: the rate of the backbone is 0 and no other parameter is trained.
     """
     backbone_lr = hparams.lr if hparams.backbone_lr is None else hparams.backbone_lr
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

@@ -128,7 +128,7 @@ def with_rows_for(
     """The weights with the rows of these categories, by name. Other categories keep their initial row.
 
     Args:
-        names: of the rows of `weights`; None takes rows for categories in order, if there are as many.
+        names: category names of the rows of `weights`; None takes rows for categories in order, if there are as many.
         initial: the state dict of the model that the weights are for.
         rows: as `class_rows` returns it.
     """

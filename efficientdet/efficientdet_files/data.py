@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +18,11 @@ from PIL import Image
 from efficientdet_hyperparameters import EfficientDetHyperparameters
 from shared.data import fast_images, images
 from shared.data.annotations import ImageRecord
+from shared.data.augment.placement import Layout
 from shared.data.images import DECODING_ERRORS, unreadable
 from shared.data.loading import Batch
+
+Sample = tuple[np.ndarray, dict[str, Any], int]
 
 
 def input_config(hparams: EfficientDetHyperparameters, config: Any) -> dict[str, Any]:
@@ -27,6 +31,17 @@ def input_config(hparams: EfficientDetHyperparameters, config: Any) -> dict[str,
     inputs = resolve_input_config(given, model_config=config)
     inputs["fill_color"] = resolve_fill_color(inputs["fill_color"], inputs["mean"])
     return inputs
+
+
+def layout(inputs: dict[str, Any]) -> Layout:
+    """How effdet fits an image into the input: at the upper left, with its aspect ratio."""
+    height, width = inputs["input_size"][-2:]
+    return Layout(functools.partial(_fitted, width=width, height=height), (width, height), tuple(inputs["fill_color"]))
+
+
+def _fitted(image_width: int, image_height: int, width: int, height: int) -> tuple[int, int]:
+    scale = min(width / image_width, height / image_height)
+    return max(int(image_width * scale), 1), max(int(image_height * scale), 1)
 
 
 class EfficientDetTransform:
@@ -61,14 +76,10 @@ class EfficientDetTransform:
             steps = [ResizePad(self.size, inputs["interpolation"], self.fill_color)]
         self.transform = Compose(steps)
 
-    def __call__(self, image: Image.Image | bytes, record: ImageRecord) -> tuple[np.ndarray, dict[str, Any], int]:
+    def __call__(self, image: Image.Image | bytes, record: ImageRecord) -> Sample:
         target: dict[str, Any] = {"img_size": (record.width, record.height)}
         if self.annotated:
-            # effdet's parser leaves out crowds and what is under a pixel wide or high
-            sides = record.boxes[:, 2:] - record.boxes[:, :2]
-            keep = ~record.iscrowd & (sides >= 1).all(axis=1)
-            target["bbox"] = record.boxes[keep][:, [1, 0, 3, 2]]
-            target["cls"] = record.labels[keep] + 1
+            target |= objects_of(record)
         size = self.pad.padded(record.width, record.height)
         plan = Plan(size, self.training)
         _, target = self.transform(plan, target)
@@ -101,6 +112,19 @@ class EfficientDetTransform:
             plane[height:] = color
             plane[:height, width:] = color
         return filled
+
+
+def sample_of(pixels: np.ndarray, record: ImageRecord) -> Sample:
+    """The sample of a whole input, (H, W, 3) uint8, as `data.augment` makes it."""
+    target = {"img_size": (record.width, record.height), "img_scale": 1.0, **objects_of(record)}
+    return pixels.transpose(2, 0, 1), target, record.image_id
+
+
+def objects_of(record: ImageRecord) -> dict[str, np.ndarray]:
+    """`bbox` and `cls` of a target. effdet's parser omits crowds and what is under a pixel wide or high."""
+    sides = record.boxes[:, 2:] - record.boxes[:, :2]
+    keep = ~record.iscrowd & (sides >= 1).all(axis=1)
+    return {"bbox": record.boxes[keep][:, [1, 0, 3, 2]], "cls": record.labels[keep] + 1}
 
 
 class Plan:
@@ -142,7 +166,7 @@ class PadThin:
     Args:
         size: (height, width) that the image is fitted into.
         smallest: the least factor of the random scale.
-        fill_color: of the new pixels, RGB.
+        fill_color: RGB color of the new pixels.
     """
 
     def __init__(self, size: tuple[int, int], smallest: float, fill_color: tuple[int, int, int]):
@@ -174,11 +198,12 @@ class EfficientDetCollate:
             labeler = AnchorLabeler(Anchors.from_config(config), config.num_classes, match_threshold=0.5)
         self.collate = DetectionFastCollate(anchor_labeler=labeler)
 
-    def __call__(self, samples: list[tuple[np.ndarray, dict[str, Any], int]]) -> Batch:
-        # effdet's adds each image to zeros
-        images = torch.from_numpy(np.stack([image for image, _, _ in samples]))
+    def __call__(self, samples: list[Sample]) -> Batch:
+        # effdet's adds each image to zeros; without `out`, the layout of the images would become the batch's
+        images = np.empty((len(samples), *samples[0][0].shape), dtype=np.uint8)
+        np.stack([image for image, _, _ in samples], out=images)
         _, targets = self.collate([(_NO_PIXELS, target) for _, target, _ in samples])
-        return Batch(images, targets, [image_id for _, _, image_id in samples])
+        return Batch(torch.from_numpy(images), targets, [image_id for _, _, image_id in samples])
 
 
 _NO_PIXELS = np.zeros(0, dtype=np.uint8)

@@ -12,11 +12,13 @@ from effdet import create_model_from_config, get_efficientdet_config
 from effdet.anchors import get_feat_sizes
 from effdet.bench import DetBenchTrain
 from effdet.config.model_config import efficientdet_model_param_dict
+from effdet.loss import DetectionLoss, focal_loss_legacy, new_focal_loss, one_hot
 
 from efficientdet_hyperparameters import EfficientDetHyperparameters
 from shared.errors import UserError, nearest
 from shared.library import COCO_CATEGORIES
 from shared.training.checkpoints import load_weights, read_weights, without_ddp
+from shared.training.class_weights import weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +96,48 @@ def build_model(hparams: EfficientDetHyperparameters, categories: list[dict]) ->
     if hparams.pretrained not in ("none", "backbone"):
         load_pretrained(bench, hparams, config, categories)
     return bench
+
+
+class WeightedLoss(DetectionLoss):
+    """effdet's loss, in which an anchor's classification counts by the category of its object.
+
+    Args:
+        weights: (K,) by label.
+    """
+
+    def __init__(self, config: Any, weights: torch.Tensor):
+        super().__init__(config)
+        self.register_buffer("weights", weights, persistent=False)
+
+    def forward(
+        self,
+        cls_outputs: list[torch.Tensor],
+        box_outputs: list[torch.Tensor],
+        cls_targets: list[torch.Tensor],
+        box_targets: list[torch.Tensor],
+        num_positives: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The total, the classification's and the boxes' loss."""
+        _, _, boxes = super().forward(cls_outputs, box_outputs, cls_targets, box_targets, num_positives)
+        normalizer = (num_positives.sum() + 1.0).float()
+        classes = torch.stack(
+            [self._of_level(*level, normalizer) for level in zip(cls_outputs, cls_targets, strict=False)]
+        ).sum()
+        return classes + self.box_loss_weight * boxes, classes, boxes
+
+    def _of_level(self, outputs: torch.Tensor, targets: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            outputs: (B, A·K, H, W) logits.
+            targets: (B, H, W, A) labels from 0; -1 is background, -2 is ignored.
+        """
+        classes = one_hot(targets, self.num_classes)
+        logits = outputs.permute(0, 2, 3, 1).float().view(classes.shape)
+        if self.legacy_focal:
+            loss = focal_loss_legacy(logits, classes, self.alpha, self.gamma, normalizer)
+        else:
+            loss = new_focal_loss(logits, classes, self.alpha, self.gamma, normalizer, self.label_smoothing)
+        return (loss * ((targets != -2) * weights_of(targets, self.weights)).unsqueeze(-1)).sum()
 
 
 def load_pretrained(

@@ -133,8 +133,8 @@ def _refuse_code(path: Path, saved: Config, config: Config, own: list[dict[str, 
     """Raises UserError if a saved config names code that the user does not name too.
 
     Args:
-        saved: as it is in the file; config: with what the user merged over it.
-        own: what the user merged; imported: the modules that the user imported.
+        saved: the config in the file; config: the same with the user's values merged over it.
+        own: the user's values; imported: the modules that the user imported.
     """
     if unknown := [name for name in imported_modules(saved) if name not in imported]:
         raise UserError(
@@ -175,7 +175,7 @@ def hyperparameters_of_checkpoint(checkpoint: Path, own: Mapping[str, Any], subm
 
 
 def own_code(checkpoint: Path, own: Mapping[str, Any], submitted: Path) -> dict[str, Any]:
-    """The hyperparameters that say which code a checkpoint's config may use: that of the user's own config.
+    """The hyperparameters that name the code that a checkpoint's config may use. They come from the user's own config.
 
     Args:
         own: the hyperparameters of the user's experiment config.

@@ -31,12 +31,11 @@ from mmdetection_files.pixels import with_quick_end
 from mmdetection_hyperparameters import MMDetectionData
 from shared.config.schema import is_url
 from shared.data.annotations import CocoAnnotations, ImageRecord
+from shared.data.cache import Look
 from shared.data.dataset import BadImages, CocoDetection, SampleKey, seed_all, transformed
-from shared.data.image_list import Look
 from shared.data.images import BadImageError
-from shared.data.loading import Batch
+from shared.data.loading import Batch, TrainingBatchSampler, aspect_ratio_groups, labels_of
 from shared.data.open import check_masks
-from shared.data.samplers import TrainingBatchSampler, aspect_ratio_groups, labels_of
 from shared.data.storage import ImageStorage
 from shared.errors import UserError
 
@@ -317,7 +316,7 @@ def loss_transform(config: Any, images: ImageStorage, fast: bool) -> LossTransfo
 
 def trained_images(annotations: CocoAnnotations, leaf: ConfigDict) -> np.ndarray:
     """(images,) whether CocoDataset trains on the image: not on small ones, nor on those without annotations unless
-    `filter_empty_gt` of its section says so."""
+    `filter_empty_gt` is off."""
     columns = annotations.columns
     used = np.minimum(columns["widths"], columns["heights"]) >= _MIN_SIDE
     if leaf.get("filter_empty_gt", True):
@@ -550,7 +549,16 @@ class TrainingSamples(torch.utils.data.Dataset):
         if self.mode_switch is not None and key.epoch >= self.mode_switch[0] and self.mixes:
             self.dataset.update_skip_type_keys(self.mode_switch[1])
         seed_all(self.seed, *key.seeds)
-        sample, image_id = self.dataset[key.index], image_id_of(self.dataset, key.index)
+        image_id = image_id_of(self.dataset, key.index)
+        try:
+            sample = self.dataset[key.index]
+        except (ValueError, IndexError) as error:
+            if not self.mixes:
+                raise
+            raise UserError(
+                f"the train pipeline of the MMDetection config: image id {image_id}: {error}. Fix: remove the "
+                "transform that raises it, or the one before it: Mosaic and MixUp do not move masks"
+            ) from error
         check_counts(sample, image_id)
         return sample, image_id
 

@@ -158,7 +158,7 @@ def check_evaluation(config: Config) -> None:
 
 
 def keep_detections(config: Config, count: int) -> None:
-    """The model's head keeps so many detections per image.
+    """Sets the number of detections per image that the model's head keeps.
 
     Raises:
         UserError: its test_cfg has no such number.
@@ -172,6 +172,13 @@ def keep_detections(config: Config, count: int) -> None:
         )
     for section in sections:
         section["max_per_img"] = count
+
+
+def max_iou(config: Config) -> float:
+    """The IoU above which the config's non-maximum suppression drops a detection; 0.5 if it has none."""
+    test = config.model.get("test_cfg") or config.get("test_cfg") or {}
+    suppression = (test.get("rcnn") or test).get("nms") or {}
+    return suppression.get("iou_threshold", suppression.get("iou_thr", 0.5))
 
 
 class OwnEvaluator(ChiefReducer):

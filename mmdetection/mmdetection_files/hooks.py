@@ -42,7 +42,7 @@ class StepRunner(BaseRunner):
     """An mmcv runner whose loop is ours: `begin` and `end` call the hooks around one training batch.
 
     Args:
-        batches_per_epoch, total_batches: of all slots together.
+        batches_per_epoch, total_batches: counted over all slots together.
         dataset: MMDetection's training samples.
 
     Attributes:

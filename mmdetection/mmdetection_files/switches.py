@@ -8,6 +8,7 @@ from typing import Any
 from mmcv import Config, ConfigDict
 
 from mmdetection_files.hooks import EMA_HOOKS, hook_config
+from mmdetection_files.receptive_field import is_searching
 from mmdetection_hyperparameters import MMDetectionHyperparameters
 from shared.errors import UserError
 
@@ -16,7 +17,7 @@ def take_up_switches(config: Config, hparams: MMDetectionHyperparameters) -> Non
     """`amp` and `clip_grad` as the config's own words, and the config's `fp16` as `amp`.
 
     Raises:
-        UserError: both say something, and not the same.
+        UserError: both say something, and not the same; or the weights of a model that changes would be averaged.
     """
     if config.get("fp16"):
         if hparams.amp == "bf16":
@@ -46,6 +47,11 @@ def take_up_switches(config: Config, hparams: MMDetectionHyperparameters) -> Non
                 f"{hook['type']} with a momentum of {momentum:g}, which is a decay of {1 - momentum:g},",
                 "custom_hooks: […]",
             )
+    if is_searching(config) and (hook or hparams.model_ema_decay is not None):
+        said_by = f"custom_hooks: {hook['type']}" if hook else "hyperparameters.model_ema_decay"
+        raise UserError(
+            f"{said_by} averages the weights of a model whose layers RFSearchHook changes; take one of them out"
+        )
 
 
 def _contradiction(key: str, own: str, without: str) -> UserError:

@@ -22,7 +22,7 @@ from shared.errors import UserError
 if TYPE_CHECKING:  # they load torch or take a while
     from torch.utils.data import Dataset
 
-    from shared.commands.data_report import Report
+    from shared.commands.data_report import Drawn, Report
     from shared.data.open import SplitData
     from shared.training.trial import DetectionTrial
 
@@ -34,7 +34,9 @@ _SPLITS = ("train", "val")
 def add_check_options(parser: argparse.ArgumentParser) -> None:
     """The options of `check` besides the config and --set."""
     parser.add_argument("--images", default=str(_SAMPLE), help=f"images to read per split, or `all`; default {_SAMPLE}")
-    parser.add_argument("--page", type=Path, metavar="PNG", help="draw images of both splits with their labels there")
+    parser.add_argument(
+        "--page", type=Path, metavar="PNG", help="draw images with their labels there, also augmented ones"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,7 +78,7 @@ def _check_data(arguments: argparse.Namespace) -> NoReturn:
         opened = open_both(data, report)
     describe(opened, None, images, data.on_bad_image == "skip", report)
     print(f"the data alone; {hint} also checks the detector\n")
-    _finish(report, opened, page)
+    _finish(report, opened, [], page)
 
 
 def check_with_detector(
@@ -84,25 +86,25 @@ def check_with_detector(
 ) -> NoReturn:
     """Prints what is in the data and what would stop the detector's training. Exits with 1 if something would."""
     images, page = _parsed(arguments)
-    report, opened = _begin_training(trial_class, experiment, images)
-    _finish(report, opened, page)
+    _finish(*_begin_training(trial_class, experiment, images, draws=page is not None), page)
 
 
 def _begin_training(
-    trial_class: type[DetectionTrial], experiment: Experiment, images: int | None
-) -> tuple[Report, dict[str, SplitData]]:
+    trial_class: type[DetectionTrial], experiment: Experiment, images: int | None, draws: bool
+) -> tuple[Report, dict[str, SplitData], list[Drawn]]:
     """Builds a training's trial, and makes samples of some of its images.
 
     Args:
         images: how many to read of each split; None for all.
+        draws: also make augmented images to draw.
     """
-    from shared.commands.data_report import Report, describe, open_named
+    from shared.commands.data_report import Report, augmented_samples, describe, open_named
     from shared.data.open import SplitData
-    from shared.training.context import trial_context
-    from shared.training.processes import local_processes
+    from shared.training.meeting import local_processes
+    from shared.training.processes import trial_context
 
     experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, check_images=True))
-    report, opened, trial, is_built = Report(), {}, None, False
+    report, opened, augmented, trial, is_built = Report(), {}, [], None, False
     with _quiet(), contextlib.ExitStack() as stack:
         try:
             context = stack.enter_context(trial_context(experiment.config, *stack.enter_context(local_processes())))
@@ -110,7 +112,7 @@ def _begin_training(
             try:
                 trial.open_data()
             except UserError:
-                if getattr(trial, "evaluates_coco", True):  # what is wrong in the other split too
+                if trial.evaluates_coco:  # what is wrong in the other split too
                     opened = open_named(trial.data, report)
                 raise
             both = {"train": trial.train_data, "val": trial.val_data}
@@ -128,9 +130,11 @@ def _begin_training(
         describe(opened, scale, images, experiment.data.on_bad_image == "skip", report)
         if is_built:
             _make_samples(trial, images, opened, report)
+            if draws and not report.stops:
+                augmented = augmented_samples(trial.training_dataset())
         elif opened:
             report.remarks.append("the training stops before its first sample, so none was made. Fix that, then check")
-    return report, opened
+    return report, opened, augmented
 
 
 @contextlib.contextmanager
@@ -217,17 +221,18 @@ def _parsed(arguments: argparse.Namespace) -> tuple[int | None, Path | None]:
     return None if images == "all" else int(images), page
 
 
-def _finish(report: Report, opened: dict[str, SplitData], page: Path | None) -> NoReturn:
+def _finish(report: Report, opened: dict[str, SplitData], augmented: list[Drawn], page: Path | None) -> NoReturn:
     print(report)
     if page is not None and not opened:
         print("\nno page: the data could not be opened, or a detector's library opened it")
     elif page is not None:
-        _save_page(opened, page)
-        print(f"\nlabels of {' and '.join(f'data.{split}' for split in opened)}: {page}")
+        _save_page(opened, augmented, page)
+        after = ", then augmented training images" if augmented else ""
+        print(f"\nlabels of {' and '.join(f'data.{split}' for split in opened)}{after}: {page}")
     sys.exit(1 if report.stops else 0)
 
 
-def _save_page(opened: dict[str, SplitData], page: Path) -> None:
+def _save_page(opened: dict[str, SplitData], augmented: list[Drawn], page: Path) -> None:
     from shared.commands.data_report import save_page
     from shared.data.storage import DiskImages
 
@@ -235,6 +240,6 @@ def _save_page(opened: dict[str, SplitData], page: Path) -> None:
     if page.exists() and any(page.resolve().is_relative_to(folder) for folder in folders):
         raise UserError(f"--page: {page} is a file among the images and would be replaced. Fix: give another name")
     try:
-        save_page(opened, page)
+        save_page(opened, page, augmented)
     except OSError as error:
         raise UserError(f"--page: {page} cannot be written: {error.strerror or error}") from error

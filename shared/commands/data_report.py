@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tabulate import tabulate
 
 from shared.config.schema import DataConfig
-from shared.data.annotations import CocoAnnotations, check_same_categories
+from shared.data.annotations import CocoAnnotations, ImageRecord, check_same_categories
 from shared.data.checks import image_sizes, is_absent, under_a_pixel, why_wrong, wrong_rows
+from shared.data.dataset import SampleKey
 from shared.data.images import BadImageError, InputScale, darkness, read_image, value_range
 from shared.data.open import SplitData, check_evaluable, check_trainable, notes_on, open_split
-from shared.errors import UserError
+from shared.errors import UserError, count_of
+
+Drawn = tuple[Image.Image, ImageRecord]
 
 _SPLITS = ("train", "val")
 _ON_THE_PAGE = 9  # images of each split
@@ -70,7 +74,6 @@ def open_named(data: DataConfig, report: Report) -> dict[str, SplitData]:
         if not data.reads_files or getattr(data, split) is not None:
             try:
                 opened[split] = open_split(dataclasses.replace(data, check_images=True), split)
-                report.remarks += [f"data.{split}: {note}" for note in notes_on(opened[split].annotations, split)]
             except UserError as error:
                 report.stop(error)
     return opened
@@ -102,18 +105,22 @@ def describe(
         images: how many to read of each split; None for all.
         skip: whether a training skips bad images.
     """
+    for split, of in opened.items():
+        report.remarks += [f"data.{split}: {note}" for note in notes_on(of.annotations, split)]
     described = {split: _describe(f"data.{split}", of.annotations, scale, report) for split, of in opened.items()}
     report.rows += _side_by_side(described)
     report.categories = _side_by_side({split: _boxes_by_category(of.annotations) for split, of in opened.items()})
     if empty := [name for name, boxes, _ in report.categories if boxes == 0]:
-        what = "1 category has" if len(empty) == 1 else f"{len(empty)} categories have"
         more = f", and {len(empty) - _NAMES} more" if len(empty) > _NAMES else ""
-        report.remarks.append(f"data.train: {what} no box to train on: {', '.join(empty[:_NAMES])}{more}")
+        named = ", ".join(empty[:_NAMES])
+        report.remarks.append(
+            f"data.train: {count_of(len(empty), 'category')} without a box to train on: {named}{more}"
+        )
     if opened:
         _read_images(opened, images, skip, report)
     if len(opened) == 2:
         train, val = (_by_boxes(opened[split].annotations) for split in _SPLITS)
-        _remark_on_both("images with the very same boxes", train, val, report)
+        _remark_on_both("with the same boxes", train, val, report)
 
 
 def _side_by_side(of_splits: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
@@ -129,17 +136,18 @@ def _describe(where: str, annotations: CocoAnnotations, scale: InputScale | None
     widths, heights = image_sizes(annotations).T
 
     def remark(found: np.ndarray, what: str) -> None:
-        if found.any():
-            report.remarks.append(f"{where}: {int(found.sum())} {what}, the first is annotation {ids[found.argmax()]}")
+        if count := int(found.sum()):
+            first = ids[found.argmax()]
+            report.remarks.append(f"{where}: {count_of(count, 'box')} {what}, the first is annotation {first}")
 
     left, top, right, bottom = boxes[:, 0], boxes[:, 1], boxes[:, 0] + boxes[:, 2], boxes[:, 1] + boxes[:, 3]
     flat = annotations.without_area
     outside = (right <= 0) | (bottom <= 0) | (left >= widths) | (top >= heights)
     over_the_edge = (left < -1) | (top < -1) | (right > widths + 1) | (bottom > heights + 1)
-    remark(flat, "boxes have no width or no height; a training omits them")
-    remark(~flat & outside, "boxes lie outside of their image")
-    remark(~flat & over_the_edge, "boxes reach over the edge of their image by more than a pixel")
-    remark(under_a_pixel(annotations), "boxes are less than a pixel wide or high")
+    remark(flat, "without width or height, which a training omits")
+    remark(~flat & outside, "outside of the image")
+    remark(~flat & over_the_edge, "over the edge of the image by more than a pixel")
+    remark(under_a_pixel(annotations), "less than a pixel wide or high")
     wrong = wrong_rows(annotations)
     if len(wrong) and not any(stop.startswith(where) and "segmentation" in stop for stop in report.stops):
         report.remarks.append(
@@ -210,7 +218,7 @@ def _read_images(opened: Mapping[str, SplitData], images: int | None, skip: bool
     }
     report.rows += _side_by_side(in_words)
     if len(opened) == 2:
-        _remark_on_both("images that were read", names["train"], names["val"], report)
+        _remark_on_both("of those that were read", names["train"], names["val"], report)
 
 
 def _read(data: SplitData, index: int) -> tuple[str, str, str, str, tuple[str, float, float] | None]:
@@ -241,11 +249,35 @@ def _by_boxes(annotations: CocoAnnotations) -> dict[bytes, str]:
 def _remark_on_both(what: str, train: Mapping[Any, str], val: Mapping[Any, str], report: Report) -> None:
     if both := [(train[key], val[key]) for key in train.keys() & val]:
         first = " and ".join(min(both))
-        report.remarks.append(f"{len(both)} {what} are in data.train and in data.val, the first is {first}")
+        report.remarks.append(
+            f"data.train and data.val share {count_of(len(both), 'image')} {what}, the first is {first}"
+        )
 
 
-def save_page(opened: Mapping[str, SplitData], path: Path, count: int = _ON_THE_PAGE) -> None:
-    """Draws some images of each split, spread over the file, with their labels, as PNG or PDF."""
+def augmented_samples(dataset: Any, count: int = _ON_THE_PAGE) -> list[Drawn]:
+    """Some training images as `data.augment` changes them in the first epoch; empty without it."""
+    augmenter = getattr(dataset, "augmenter", None)
+    if augmenter is None:
+        return []
+    with_masks, samples = dataclasses.replace(dataset, augmenter=augmenter.with_masks()), []
+    for index in spread(len(dataset), count):
+        try:
+            pixels, record = with_masks.augmented(index, SampleKey(0, index))
+        except BadImageError:  # the report has it
+            continue
+        named = dataclasses.replace(record, file_name=f"train, augmented: {record.file_name}")
+        samples.append((Image.fromarray(pixels), named))
+    return samples
+
+
+def save_page(
+    opened: Mapping[str, SplitData], path: Path, augmented: Sequence[Drawn] = (), count: int = _ON_THE_PAGE
+) -> None:
+    """Draws some images of each split, spread over the file, with their labels, as PNG or PDF.
+
+    Args:
+        augmented: images and records to draw after them.
+    """
     from shared.evaluation import drawing  # importing it takes a while
 
     samples = []
@@ -261,6 +293,7 @@ def save_page(opened: Mapping[str, SplitData], path: Path, count: int = _ON_THE_
                 continue
             named = dataclasses.replace(record, file_name=f"{split}: {record.file_name}", raw_segmentations=masks)
             samples.append((image, named))
+    samples += augmented
     if not samples:
         raise UserError("none of the images can be read, to draw their labels")
     categories = next(iter(opened.values())).categories

@@ -1,4 +1,4 @@
-"""What `evaluate` and `predict` share: the trial that detects, its weights, and the files with what it detected."""
+"""Detections of a checkpoint or an exported file, for `evaluate`, `predict`, `export` and the Python interface."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,50 +25,60 @@ from shared.data.dataset import BadImages
 from shared.data.images import BadImageError, read_image
 from shared.data.loading import Batch
 from shared.data.open import SplitData, open_split
+from shared.data.tiles import Tile, Tiling, cut
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
+from shared.evaluation.merging import merge
+from shared.export.metadata import thresholds_of_report
 from shared.export.runtime import ExportedDetector
 from shared.redaction import filled_in
-from shared.training.checkpoint_folder import find_checkpoint
 from shared.training.checkpoints import Checkpoint, load_weights, read_checkpoint
-from shared.training.context import trial_context
+from shared.training.downloads import find_checkpoint
+from shared.training.processes import trial_context
 from shared.training.trial import DetectionTrial
 
 
 def with_checkpoint(
     trial_class: type[DetectionTrial], experiment: Experiment, arguments: argparse.Namespace
 ) -> tuple[Experiment, Checkpoint | None]:
-    """The experiment and the checkpoint to detect with.
-
-    The hyperparameters are the checkpoint's, with --set applied; without a checkpoint the config's. An exported file
-    needs neither.
-    """
+    """The experiment and the checkpoint to detect with, see `experiment_of_checkpoint`. An exported file needs
+    neither."""
     if arguments.model is not None:
         if arguments.checkpoint:
             raise UserError("--model: it holds the weights itself. Fix: remove --checkpoint")
         return experiment, None
+    checkpoint = read_checkpoint(find_checkpoint(arguments.checkpoint)) if arguments.checkpoint else None
+    names = [o.split("=")[0].split(".")[1] for o in arguments.overrides if o.startswith("hyperparameters.")]
+    return experiment_of_checkpoint(trial_class, experiment, checkpoint, names), checkpoint
+
+
+def experiment_of_checkpoint(
+    trial_class: type[DetectionTrial], experiment: Experiment, checkpoint: Checkpoint | None, changed: Sequence[str]
+) -> Experiment:
+    """The experiment to detect with. The hyperparameters are the checkpoint's; without one, the config's.
+
+    Args:
+        changed: hyperparameters of the config that replace the checkpoint's.
+    """
     own = hyperparameters = experiment.config["hyperparameters"]
-    checkpoint = None
-    if arguments.checkpoint:
-        checkpoint = read_checkpoint(find_checkpoint(arguments.checkpoint))
+    if checkpoint is not None:
         if other := checkpoint.hparams.keys() - set(key_names(trial_class.hyperparameters_class)):
             raise UserError(
                 f"--checkpoint: {checkpoint.path} is another detector's: its hyperparameters have "
                 f"{', '.join(sorted(other))}. Fix: run the command in that detector's folder"
             )
-        names = [o.split("=")[0].split(".")[1] for o in arguments.overrides if o.startswith("hyperparameters.")]
         hyperparameters = {
             **filled_in(checkpoint.hparams, own),
             **_own_imports(checkpoint, own),
             **trial_class.hyperparameters_of_checkpoint(checkpoint.path, own),
-            **{name: own[name] for name in names},
+            **{name: own[name] for name in changed},
         }
     slots = int(os.environ.get("WORLD_SIZE", 1))
     batch_size = hyperparameters.get("global_batch_size")
     if type(batch_size) is int:  # any number of processes can detect
         hyperparameters = {**hyperparameters, "global_batch_size": -(-batch_size // slots) * slots}
-    return experiment.with_hyperparameters(hyperparameters), checkpoint
+    return experiment.with_hyperparameters(hyperparameters)
 
 
 def _own_imports(checkpoint: Checkpoint, own: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -110,6 +122,8 @@ class FileDetector:
         trial_class: of the detector whose folder the command runs in.
     """
 
+    evaluation_batch_size = 1
+
     def __init__(
         self,
         trial_class: type[DetectionTrial],
@@ -148,9 +162,13 @@ class FileDetector:
         seconds["detecting"] += time.perf_counter() - loaded
         return found
 
-    def detect_all(self, data: SplitData, seconds: dict[str, float]) -> Iterator[tuple[Batch, list[Detections]]]:
+    def detect_all(
+        self, data: SplitData, seconds: dict[str, float], in_process: bool = False
+    ) -> Iterator[tuple[Batch, list[Detections]]]:
+        """See `detect_all`."""
         bad_images = BadImages(skip=self.data.on_bad_image == "skip")
-        for index in range(self.rank, len(data.annotations), self.slots):
+        rank, slots = (0, 1) if in_process else (self.rank, self.slots)
+        for index in range(rank, len(data.annotations), slots):
             image_id = int(data.annotations.image_ids[index])
             try:
                 found = [self.detect_image(data, index, seconds)]
@@ -176,35 +194,6 @@ def detector_of(
         yield trial
 
 
-def detect_all(
-    trial: DetectionTrial | FileDetector,
-    data: SplitData,
-    seconds: dict[str, float] | None = None,
-    all_images: bool = False,
-) -> Iterator[tuple[Batch, list[Any]]]:
-    """The batches of this process's share, and their detections.
-
-    Args:
-        seconds: adds up the time for "loading" and "detecting".
-        all_images: also those that a validation omits.
-    """
-    seconds = {"loading": 0.0, "detecting": 0.0} if seconds is None else seconds
-    if isinstance(trial, FileDetector):
-        yield from trial.detect_all(data, seconds)
-        return
-    batches = iter(trial.evaluation_loader(data, all_images=all_images))
-    while True:
-        started = time.perf_counter()
-        batch = next(batches, None)
-        loaded = time.perf_counter()
-        seconds["loading"] += loaded - started
-        if batch is None:
-            return
-        detected = trial.detect_on_host_batch(batch)
-        seconds["detecting"] += time.perf_counter() - loaded
-        yield batch, detected
-
-
 def check_categories(categories: list[dict], data: SplitData, source: str) -> None:
     """Raises UserError if data.val has other categories than what detects.
 
@@ -216,6 +205,80 @@ def check_categories(categories: list[dict], data: SplitData, source: str) -> No
         raise UserError(
             f"data.val.annotations: its categories {in_data} are not those that the {source} was trained on, {names}"
         )
+
+
+def tiling_of(arguments: argparse.Namespace) -> Tiling | None:
+    """How the arguments cut images; None if they do not."""
+    if arguments.tiles is not None and arguments.model is not None:
+        raise UserError("--tiles: an exported file detects in whole images. Fix: give --checkpoint, not --model")
+    return None if arguments.tiles is None else Tiling(arguments.tiles, arguments.overlap)
+
+
+def detect_all(
+    trial: DetectionTrial | FileDetector,
+    data: SplitData,
+    seconds: dict[str, float] | None = None,
+    all_images: bool = False,
+    tiling: Tiling | None = None,
+    in_process: bool = False,
+) -> Iterator[tuple[Batch, list[Any]]]:
+    """The batches of this process's share, and their detections.
+
+    Args:
+        seconds: adds up the time for "loading" and "detecting".
+        all_images: also those that a validation omits.
+        tiling: detects in tiles. A batch is then one image, without its pixels.
+        in_process: all of the images, by this process alone and without loader workers.
+    """
+    seconds = {"loading": 0.0, "detecting": 0.0} if seconds is None else seconds
+    if isinstance(trial, FileDetector):
+        yield from trial.detect_all(data, seconds, in_process)
+        return
+    if tiling is None:
+        loader = trial.evaluation_loader(data, all_images=all_images, in_process=in_process)
+        yield from _detected(trial, loader, seconds)
+        return
+    annotations = data.annotations
+    images = list(range(len(annotations)) if all_images else trial.evaluated_images(len(annotations)))
+    own = images if in_process else images[trial.rank :: trial.slots] or images[:1]
+    cut_up = cut(annotations, data.images, own, tiling)
+    of_tiles = SplitData(cut_up.annotations, cut_up.images)
+    loader = trial.evaluation_loader(of_tiles, all_images=True, is_share=True, in_process=in_process)
+    missing = Counter(tile.image for tile in cut_up.tiles)
+    found: dict[int, list[tuple[Tile, Any]]] = defaultdict(list)
+    unread: set[int] = set()
+    for batch, detected in _detected(trial, loader, seconds):
+        tiles = [cut_up.tiles[number] for number in [*batch.image_ids, *batch.skipped]]
+        unread.update(cut_up.tiles[number].image for number in batch.skipped)
+        for tile, detections in zip(tiles, detected, strict=False):
+            found[tile.image].append((tile, detections))
+        missing.subtract(tile.image for tile in tiles)
+        for image in dict.fromkeys(tile.image for tile in tiles):
+            if missing[image] > 0:
+                continue
+            image_id, parts = int(annotations.image_ids[image]), found.pop(image, [])
+            if image in unread:
+                yield Batch(None, None, [], skipped=[image_id]), []
+                continue
+            size = int(annotations.columns["widths"][image]), int(annotations.columns["heights"][image])
+            parts.sort(key=lambda part: (part[0].is_view, part[0].box))  # batches come in any order
+            yield Batch(None, None, [image_id]), [merge(image_id, size, parts, tiling, trial.max_iou)]
+
+
+def _detected(
+    trial: DetectionTrial, batches: Iterable[Batch], seconds: dict[str, float]
+) -> Iterator[tuple[Batch, list[Any]]]:
+    batches = iter(batches)
+    while True:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        loaded = time.perf_counter()
+        seconds["loading"] += loaded - started
+        if batch is None:
+            return
+        detected = trial.detect_on_host_batch(batch)
+        seconds["detecting"] += time.perf_counter() - loaded
+        yield batch, detected
 
 
 def write_results(folder: Path, of_processes: list[dict[int, list[dict]]]) -> dict[int, list[dict]]:
@@ -237,3 +300,65 @@ def make_folder(path: Path, option: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{option}: {path} cannot be made a folder: {error.strerror}") from error
+
+
+# --- the lowest scores that are drawn: a number, or the best thresholds in the report of the checkpoint's run
+
+BEST, PER_CATEGORY = "best", "best-per-category"
+
+
+@dataclass(frozen=True)
+class ScoreLimits:
+    """The lowest score of each category.
+
+    Attributes:
+        scores: (K,) float64 by label.
+        text: which detections have at least these, in words.
+    """
+
+    scores: np.ndarray
+    text: str
+
+    def allow(self, detections: Detections) -> np.ndarray:
+        """(M,) bool: which detections have the lowest score or more."""
+        return detections.scores >= self.scores.astype(detections.scores.dtype)[detections.labels]
+
+
+def score_limits(
+    given: float | str, categories: Sequence[dict], checkpoint: Path | None, exported: FileDetector | None = None
+) -> ScoreLimits:
+    """The limits of `--min-score`.
+
+    Args:
+        given: a number; "best", the threshold with the greatest F1; or "best-per-category", that of each category. A
+            category without a correct detection has the threshold over all categories.
+        checkpoint: its folder, in a run with a report; None for pretrained weights.
+        exported: an exported file holds the thresholds itself.
+
+    Raises:
+        UserError: the checkpoint is of no run with a report, or no detection in the report is correct.
+    """
+    if isinstance(given, str):
+        if exported is None:
+            source, (best, known) = _thresholds_of_run(given, checkpoint)
+        else:
+            metadata = exported.model.metadata
+            source, best, known = exported.model.path, metadata.best_threshold, metadata.thresholds
+        if best is None:
+            raise UserError(f"--min-score {given}: no detection is correct in {source}. Fix: give a number")
+        if given == PER_CATEGORY:
+            scores = np.array([known.get(category["name"], best) for category in categories], np.float64)
+            return ScoreLimits(scores, "of at least their category's best score")
+        given = best
+    return ScoreLimits(np.full(len(categories), given, np.float64), f"of at least {given:g}")
+
+
+def _thresholds_of_run(given: str, checkpoint: Path | None) -> tuple[Path, tuple[float | None, dict[str, float]]]:
+    report = (checkpoint or Path()).parent.parent / "report.json"
+    thresholds = None if checkpoint is None else thresholds_of_report(report)
+    if thresholds is None:
+        raise UserError(
+            f"--min-score {given}: {checkpoint or 'the pretrained weight file'} is of no run with "
+            "a report. Fix: give a number; `evaluate` prints the best one"
+        )
+    return report, thresholds

@@ -16,6 +16,7 @@ from shared.commands.detection import (
     detect_all,
     detector_of,
     make_folder,
+    tiling_of,
     with_checkpoint,
     write_json,
     write_results,
@@ -23,13 +24,12 @@ from shared.commands.detection import (
 from shared.config.experiment import Experiment
 from shared.data.open import SplitData, open_split
 from shared.data.storage import DiskImages
-from shared.errors import UserError, check_outputs
+from shared.errors import UserError, check_outputs, count_of
 from shared.evaluation.detections import Detections, from_coco_results, to_coco_results
 from shared.evaluation.evaluator import CocoEvaluator, for_json, iou_types_of, metrics_table
-from shared.report.about import About, software
 from shared.report.analysis import best_of_boxes
 from shared.training.checkpoints import Checkpoint
-from shared.training.processes import local_processes
+from shared.training.meeting import local_processes
 from shared.training.trial import DetectionTrial
 
 
@@ -55,9 +55,12 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
         evaluator = trial.build_evaluator(data)
         if arguments.report and not isinstance(evaluator, CocoEvaluator):
             raise UserError("--report: the detector's library evaluates this data, and not by COCO's rules")
+        tiling = tiling_of(arguments)
+        if tiling is not None and not isinstance(data, SplitData):
+            raise UserError("--tiles: the detector's library reads and evaluates this data. Fix: remove --tiles")
         category_ids = [category["id"] for category in data.categories]
         results = {}
-        for batch, detected in detect_all(trial, data):
+        for batch, detected in detect_all(trial, data, tiling=tiling):
             evaluator.update(detected)
             if batch.skipped:
                 evaluator.skip(batch.skipped)
@@ -74,10 +77,12 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
         if arguments.output:
             write_results(arguments.output, gathered)
         if arguments.report:
+            from shared.report.report import software  # importing matplotlib takes half a second
+
             facts = {
                 "config": Path(arguments.config).absolute(),
                 "weights": _weights(checkpoint, arguments.model),
-                "validation data": f"{data.annotations.path or 'fake'}, {len(data.annotations)} images",
+                "validation data": f"{data.annotations.path or 'fake'}, {count_of(len(data.annotations), 'image')}",
                 "device": trial.context.device,
                 **software(Path(sys.argv[0]).parent),
             }
@@ -158,7 +163,7 @@ def _write_report(
     facts: dict[str, Any],
     image_ids: list[int] | None = None,
 ) -> None:
-    from shared.report.report import report, summary_of  # importing matplotlib takes half a second
+    from shared.report.report import About, report, summary_of  # importing matplotlib takes half a second
 
     path = arguments.report / "report.html"
     analyses = report(

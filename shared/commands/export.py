@@ -32,8 +32,9 @@ from shared.export.metadata import TRANSFORMERS, Metadata, known_thresholds, thr
 from shared.export.quantization import IMAGES
 from shared.report.compare import Compared, compared, summary_of
 from shared.report.page import write_page
-from shared.training.checkpoints import Checkpoint, weights_digest
-from shared.training.processes import local_processes
+from shared.training.checkpoints import Checkpoint
+from shared.training.meeting import local_processes
+from shared.training.saving import weights_digest
 from shared.training.trial import DetectionTrial
 
 _NUMBERS = "export.json"

@@ -20,10 +20,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from shared.commands import videos
 from shared.config.schema import StoreOptions, is_url
 from shared.data import remote
-from shared.data.image_list import Look
+from shared.data.cache import Look
 from shared.data.images import is_image_name
 from shared.data.remote import RemoteImages
 from shared.data.storage import CachedImages, ImageStorage
+from shared.data.tiles import HOW_TO_READ, open_windows
 from shared.errors import UserError, same_on_any_disk
 from shared.evaluation.drawing import is_drawn
 
@@ -34,24 +35,19 @@ _AT_ONCE = 16  # reads from a store
 
 @dataclass(frozen=True)
 class Picture:
-    """An image to detect on, or a frame of a video.
+    """An image or a video to detect on.
 
     Attributes:
         name: the file's own name below --output: unique, also on a disk that ignores case, and inside the folder.
         location: the file's path or URL.
-        frame: the number of a video's frame, from 0; None for an image.
+        frames: how many frames a video has, as its file says, which may be wrong; None for an image.
     """
 
     name: str
     location: str
     width: int
     height: int
-    frame: int | None = None
-
-    @property
-    def key(self) -> str:
-        """The file name in the data set."""
-        return self.name if self.frame is None else f"{self.name}/{self.frame}"
+    frames: int | None = None
 
 
 @dataclass
@@ -67,22 +63,24 @@ class GivenImages:
     options: StoreOptions
     copies: Path
     place = None
-    _opened: dict[str, ImageStorage | videos.FrameReader] = field(default_factory=dict, repr=False)
+    _opened: dict[str, ImageStorage] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         return "--images"
 
     def read(self, file_name: str) -> bytes:
-        if (location := self.locations.get(file_name)) is None:  # a video's frame
-            name, _, frame = file_name.rpartition("/")
-            video = self.locations[name]
-            return self._opened.setdefault(video, videos.FrameReader(video)).read(int(frame))
+        location = self.locations[file_name]
         if not is_url(location):
             return Path(location).read_bytes()
         folder, _, name = location.rpartition("/")
         if folder not in self._opened:
             self._opened[folder] = CachedImages(RemoteImages(folder, self.options), self.copies, 2**40, since=None)
         return self._opened[folder].read(unquote(name) if location.startswith("http") else name)
+
+    def path_of(self, file_name: str) -> Path | None:
+        """The file on this machine; None for a URL and an image in memory."""
+        location = self.locations.get(file_name)
+        return None if location is None or is_url(location) else Path(location)
 
     def look(self, names: np.ndarray) -> Look:
         return Look()
@@ -205,14 +203,17 @@ def _find_remote(url: str, options: StoreOptions) -> Iterator[tuple[str, str]]:
         raise UserError(f"--images: {url} holds no image")
 
 
-def look_at(files: dict[str, str], images: GivenImages) -> list[Picture]:
+def look_at(files: dict[str, str], images: GivenImages, in_tiles: bool = False) -> list[Picture]:
     """The files that can be read, with their sizes. Logs a line for each other file, and one for earlier results.
+
+    Args:
+        in_tiles: an image may be too large to be decoded.
 
     Raises:
         UserError: no file can be read.
     """
     with ThreadPoolExecutor(_AT_ONCE) as threads:
-        looked = list(threads.map(lambda name: _look_at(name, files[name], images), files))
+        looked = list(threads.map(lambda name: _look_at(name, files[name], images, in_tiles), files))
     pictures: list[Picture] = []
     drawn = 0
     for name, found in zip(files, looked, strict=True):
@@ -221,7 +222,7 @@ def look_at(files: dict[str, str], images: GivenImages) -> list[Picture]:
         elif found is None:
             drawn += 1
         else:
-            pictures += found
+            pictures.append(found)
     if drawn:
         logger.info("skipped: %d pictures that an earlier run drew", drawn)
     if not pictures and len(files) == 1 and isinstance(looked[0], str):
@@ -231,25 +232,52 @@ def look_at(files: dict[str, str], images: GivenImages) -> list[Picture]:
     return pictures
 
 
-def _look_at(name: str, location: str, images: GivenImages) -> list[Picture] | str | None:
-    """The image, or a video's frames. A text if it cannot be read; None if an earlier run drew it."""
+def _look_at(name: str, location: str, images: GivenImages, in_tiles: bool) -> Picture | str | None:
+    """The image or video. A text if it cannot be read; None if an earlier run drew it."""
     try:
         if videos.is_video(location):
             if is_url(location):
                 return "a video is read from disk only; download it"
-            count, width, height = videos.measure(location)
-            return [Picture(name, location, width, height, frame) for frame in range(count)]
+            with videos.Video(location) as video:
+                return Picture(name, location, *video.size, frames=video.about)
+        found = size_of(name, location, images, in_tiles)
+        return None if found is None else Picture(name, location, *found)
+    except remote.StoreError:
+        raise
+    except (UnreadableError, UserError) as error:
+        return str(error).removeprefix(location).lstrip(": ")
+
+
+class UnreadableError(Exception):
+    """An input that is no image, in a few words."""
+
+
+def size_of(name: str, location: str, images: GivenImages, in_tiles: bool = False) -> tuple[int, int] | None:
+    """The (width, height) of an image, rotated as its EXIF says, from its header; None if an earlier run drew it.
+
+    Args:
+        in_tiles: the image may be too large to be decoded.
+
+    Raises:
+        UnreadableError: it cannot be read as an image.
+    """
+    try:
         file = io.BytesIO(images.read(name)) if is_url(location) else location
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file) as image:
                 if is_drawn(image):
                     return None
-                width, height = ImageOps.exif_transpose(image).size if image.getexif() else image.size
-        return [Picture(name, location, width, height)]
+                return ImageOps.exif_transpose(image).size if image.getexif() else image.size
     except remote.StoreError:
         raise
-    except UnidentifiedImageError:
-        return "it is no image"
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        return str(error).removeprefix(location).lstrip(": ")
+    except UnidentifiedImageError as error:
+        raise UnreadableError("it is no image") from error
+    except Image.DecompressionBombError as error:
+        if not in_tiles:
+            raise UnreadableError(f"{error}. Fix: if you trust it, set data.max_image_pixels") from error
+        if (opened := open_windows(images.path_of(name))) is None:
+            raise UnreadableError(f"{error}. {HOW_TO_READ}") from error
+        return opened.size
+    except (OSError, ValueError) as error:
+        raise UnreadableError(str(error).removeprefix(location).lstrip(": ")) from error

@@ -8,10 +8,11 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import time
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 import determined as det
 import numpy as np
@@ -19,25 +20,29 @@ import numpy as np
 from shared.commands.data_report import save_page
 from shared.config.experiment import Experiment, experiment_of, per_slot_batch_size, read_experiment
 from shared.data.open import SplitData
+from shared.data.places import open_place
 from shared.environment import task_config
-from shared.errors import UserError
+from shared.errors import UserError, count_of
 from shared.evaluation import drawing
 from shared.evaluation.evaluator import CocoEvaluator, metrics_table
 from shared.evaluation.gathered import GatheredDetections, load_detections
-from shared.report.about import About, changed_keys, software, speed
 from shared.training.checkpoints import read_checkpoint
-from shared.training.cluster_run import ClusterRun
-from shared.training.context import core_context, make_context, trial_context
-from shared.training.engine import train
-from shared.training.local_run import LocalRun, full_disk_as_error
+from shared.training.engine import check_resume, train
 from shared.training.loggers import Loggers
-from shared.training.processes import local_processes, on_chief
-from shared.training.resume import check_resume, read_checkpoint_to_resume
+from shared.training.meeting import local_processes
+from shared.training.processes import core_context, make_context, on_chief, on_every_rank, trial_context
+from shared.training.resume import read_checkpoint_to_resume
+from shared.training.run import ClusterRun, LocalRun, full_disk_as_error
 from shared.training.run_folder import RunFolder
+from shared.training.run_store import RunStore
+from shared.training.signals import StoppedBeforeTraining, StopSignals
 from shared.training.stopping import End, Outcome
 from shared.training.tensorboard import picture_of
 from shared.training.training_metrics import duration
 from shared.training.trial import DetectionTrial
+
+if TYPE_CHECKING:
+    from shared.report.report import About
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +50,43 @@ _LABELS = 6  # images of each split in labels.png
 
 
 def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arguments: argparse.Namespace) -> None:
-    """Trains without a cluster. Writes everything into one folder."""
+    """Trains without a cluster. Writes everything into one folder, and a copy of it where `--store` says.
+
+    A signal stops it, with a checkpoint and a mark in the folder.
+    """
+    name = time.strftime("%Y%m%d-%H%M%S") if arguments.store is None else PurePosixPath(arguments.store).name
+    output_dir = arguments.output_dir or Path("runs", name)
+    with StopSignals(arguments.stop_signals, arguments.stop_status) as signals:
+        try:
+            _train_in(output_dir, trial_class, experiment, arguments, signals)
+        except StoppedBeforeTraining as stopped:
+            if int(os.environ.get("RANK", 0)) == 0:
+                RunFolder(output_dir).mark_requeue(stopped.signal, None)
+            raise
+
+
+def _train_in(
+    output_dir: Path,
+    trial_class: type[DetectionTrial],
+    experiment: Experiment,
+    arguments: argparse.Namespace,
+    signals: StopSignals,
+) -> None:
     source = Path(sys.modules[trial_class.__module__].__file__).parent
-    output_dir = arguments.output_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     if int(os.environ.get("RANK", 0)) == 0:
         logger.info("run: %s", output_dir.absolute())
     with local_processes(experiment.hang_minutes) as (distributed, device), contextlib.ExitStack() as stack:
         _check_batch_size(experiment, distributed.size)
         folder = RunFolder(distributed.broadcast(output_dir).absolute())
         stack.callback(folder.free)
-        on_chief(distributed, lambda: _take(folder, arguments.resume))
+        if arguments.resume is None:
+            on_every_rank(distributed, folder.refuse_other_run)  # also one of another machine
+        run_store = None
+        if arguments.store is not None and distributed.rank == 0:
+            run_store = RunStore(open_place(arguments.store, experiment.data.store_options), folder)
+        on_chief(distributed, lambda: _take(folder, arguments.resume, run_store))
+        if run_store is not None:
+            stack.enter_context(run_store)
         stack.enter_context(full_disk_as_error(folder))
         checkpoint = read_checkpoint_to_resume(distributed, arguments.resume, folder)
         on_chief(distributed, lambda: folder.prepare(source))
@@ -70,7 +102,10 @@ def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arg
             if checkpoint:
                 logger.info("resuming after batch %d, from %s", checkpoint.batches, checkpoint.path)
             _begin_folder(trial, folder)
-        run = LocalRun(folder, loggers, trial.searcher_metric, trial.schedule.checkpoint_policy, trial.rank == 0)
+            if run_store is not None:
+                run_store.begin()
+        policy, is_chief = trial.schedule.checkpoint_policy, trial.rank == 0
+        run = LocalRun(folder, loggers, trial.searcher_metric, policy, is_chief, signals, run_store)
         outcome = train(trial, run, checkpoint, _draw_figures)
         if outcome.end is End.NOTHING_TO_DO:
             loggers.finish(0)
@@ -81,7 +116,9 @@ def train_locally(trial_class: type[DetectionTrial], experiment: Experiment, arg
         elif not outcome.is_finished:
             if trial.rank == 0:
                 print(f"{outcome}; continue with --output-dir {folder.path} --resume last", file=sys.stderr)
-            sys.exit(outcome.exit_status)
+                if outcome.signal != signal.SIGINT:
+                    folder.mark_requeue(outcome.signal, outcome.batches)
+            sys.exit(signals.exit_status(outcome.signal))
         elif trial.rank == 0:
             results = Results(trial, folder, outcome)
             results.show()
@@ -135,11 +172,13 @@ def _draw_figures(evaluator: CocoEvaluator, found: GatheredDetections) -> dict[s
     return pictures_of(evaluator, found)
 
 
-def _take(folder: RunFolder, resume: str | None) -> None:
+def _take(folder: RunFolder, resume: str | None, run_store: RunStore | None) -> None:
     folder.take()
     folder.restore_interrupted_rename()
     if resume is None:
         folder.refuse_other_run()
+    if run_store is not None:
+        run_store.take(resume)
 
 
 def _begin_folder(trial: DetectionTrial, folder: RunFolder) -> None:
@@ -149,7 +188,7 @@ def _begin_folder(trial: DetectionTrial, folder: RunFolder) -> None:
     both = {"train": trial.train_data, "val": trial.val_data}
     opened = {split: data for split, data in both.items() if isinstance(data, SplitData)}
     if opened and not folder.labels.exists():
-        save_page(opened, folder.labels, _LABELS)
+        save_page(opened, folder.labels, count=_LABELS)
 
 
 class Results:
@@ -201,7 +240,7 @@ class Results:
         from shared.report.report import report, summary_of  # importing matplotlib takes half a second
 
         try:
-            found, _ = load_detections(folder.detections)
+            found, *_ = load_detections(folder.detections)
             analyses = report(
                 trial.val_data.annotations,
                 found.detections(),
@@ -221,6 +260,7 @@ class Results:
 
     def _about(self, shipped: Path) -> About:
         from shared.report.plots import learning_curves
+        from shared.report.report import About, changed_keys, software, speed
 
         trial, folder, outcome = self.trial, self.folder, self.outcome
         config, annotations = trial.experiment.config, trial.val_data.annotations
@@ -234,7 +274,7 @@ class Results:
             facts={
                 "run": folder.path,
                 **dict(trial.summary_lines()),
-                "validation data": f"{annotations.path or 'fake'}, {len(annotations)} images",
+                "validation data": f"{annotations.path or 'fake'}, {count_of(len(annotations), 'image')}",
                 **({} if best is None else {"best checkpoint": f"batch {best} of {outcome.total}"}),
                 **({"ended by": outcome.why} if outcome.why else {}),
                 "device": trial.context.device,

@@ -1,88 +1,93 @@
-"""Reads the frames of a video file, and writes a video, with OpenCV."""
+"""Videos: frames decoded once by OpenCV, tracks by the package trackers, and the video that is drawn."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path, PurePath
 from types import ModuleType
 
 import numpy as np
 from PIL import Image
 
+from shared.commands.detection import FileDetector, detect_all
+from shared.data.annotations import CocoAnnotations
+from shared.data.cache import Look
+from shared.data.open import SplitData
+from shared.data.tiles import Tiling
 from shared.errors import UserError
+from shared.evaluation.detections import Detections
+from shared.training.trial import DetectionTrial
 
-SUFFIXES = frozenset((".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv"))
+_SUFFIXES = frozenset((".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv"))
 _FRAMES_PER_SECOND = 25.0  # if the file has no rate
+_FRAMES_AT_ONCE = 8  # or more, in whole batches: decoded while the detector works on those before them
 
 
 def is_video(name: str) -> bool:
-    return PurePath(name).suffix.lower() in SUFFIXES
+    return PurePath(name).suffix.lower() in _SUFFIXES
 
 
-def measure(path: str) -> tuple[int, int, int]:
-    """The number of frames, their width and height. Counts the frames: a file's own number is often wrong.
+class Video:
+    """An opened video file. A context.
+
+    Attributes:
+        size: (width, height).
+        rate: frames per second.
+        about: the number of frames, as the file says, which may be wrong.
 
     Raises:
-        UserError: OpenCV is not installed, or cannot read the video.
+        UserError: OpenCV is not installed, or finds no frame.
     """
-    count, size = 0, (0, 0)
-    capture = _open(path)
-    while capture.grab():
-        if count == 0:
-            _, pixels = capture.retrieve()
-            size = pixels.shape[1::-1]
-        count += 1
-    if not count:
-        raise UserError(f"{path} cannot be read as a video: OpenCV finds no frame in it")
-    return count, *size
-
-
-class FrameReader:
-    """Reads frames in rising order, as a loader worker asks for its share of them."""
 
     def __init__(self, path: str):
-        self.path = path
-        self.process, self.following = None, 0
+        cv2 = _cv2(path)
+        self._capture = cv2.VideoCapture(path)
+        if not self._capture.isOpened():
+            raise UserError(f"{path} cannot be read as a video: OpenCV does not know its format, or it is cut off")
+        self._first = self._read()
+        if self._first is None:
+            raise UserError(f"{path} cannot be read as a video: OpenCV finds no frame in it")
+        self.size = self._first.size
+        rate, count = (self._capture.get(name) for name in (cv2.CAP_PROP_FPS, cv2.CAP_PROP_FRAME_COUNT))
+        self.rate = rate if math.isfinite(rate) and rate > 0 else _FRAMES_PER_SECOND
+        self.about = int(count) if math.isfinite(count) and count > 0 else 1
 
-    def read(self, index: int) -> bytes:
-        """The frame as the bytes of an image file.
+    def batches(self, size: int) -> Iterator[list[Image.Image]]:
+        """All frames in order, so many at once; a thread decodes ahead."""
+        with ThreadPoolExecutor(1) as thread:
+            ahead = thread.submit(self._some, size)
+            while frames := ahead.result():
+                ahead = thread.submit(self._some, size)
+                yield frames
 
-        Raises:
-            OSError: the video has no such frame.
-        """
-        if self.process != os.getpid() or index < self.following:  # a fork must not share its parent's decoder
-            self.capture, self.process, self.following = _open(self.path), os.getpid(), 0
-        while self.following < index and self.capture.grab():
-            self.following += 1
-        there, pixels = self.capture.read()
-        self.following += 1
-        if not there:
-            raise OSError(f"{self.path} has no frame {index}")
-        buffer = io.BytesIO()
-        _image(pixels).save(buffer, format="BMP")
-        return buffer.getvalue()
+    def _some(self, count: int) -> list[Image.Image]:
+        frames = []
+        while len(frames) < count and (frame := self._first or self._read()) is not None:
+            self._first = None
+            frames.append(frame)
+        return frames
 
-    def __getstate__(self) -> dict:
-        return {"path": self.path, "process": None, "following": 0}
+    def _read(self) -> Image.Image | None:
+        there, pixels = self._capture.read()
+        return Image.fromarray(np.ascontiguousarray(pixels[:, :, ::-1])) if there else None
 
+    def __enter__(self) -> Video:
+        return self
 
-def frames(path: str) -> Iterator[Image.Image]:
-    capture = _open(path)
-    while (read := capture.read())[0]:
-        yield _image(read[1])
+    def __exit__(self, *_: object) -> None:
+        self._capture.release()
 
 
 class VideoWriter:
-    """A context that writes an MPEG-4 file with the frame rate of the video `like`. OpenCV drops the last pixel of an
-    odd side."""
+    """A context that writes an MPEG-4 file. OpenCV drops the last pixel of an odd side."""
 
-    def __init__(self, path: Path, like: str):
-        self.cv2, self.path, self.writer = _cv2(like), path, None
-        rate = _open(like).get(self.cv2.CAP_PROP_FPS)
-        self.rate = rate if math.isfinite(rate) and rate > 0 else _FRAMES_PER_SECOND
+    def __init__(self, path: Path, rate: float):
+        self.cv2, self.path, self.rate, self.writer = _cv2(str(path)), path, rate, None
 
     def write(self, picture: Image.Image) -> None:
         if self.writer is None:
@@ -100,13 +105,6 @@ class VideoWriter:
             self.writer.release()
 
 
-def _open(path: str) -> object:
-    capture = _cv2(path).VideoCapture(path)
-    if not capture.isOpened():
-        raise UserError(f"{path} cannot be read as a video: OpenCV does not know its format, or it is cut off")
-    return capture
-
-
 def _cv2(path: str) -> ModuleType:
     try:
         import cv2
@@ -117,6 +115,81 @@ def _cv2(path: str) -> ModuleType:
     return cv2
 
 
-def _image(pixels: np.ndarray) -> Image.Image:
-    """Of OpenCV's (height, width, 3) BGR."""
-    return Image.fromarray(np.ascontiguousarray(pixels[:, :, ::-1]))
+# --- detection --------------------------------------------------------------------------------------
+
+
+def detect_frames(
+    trial: DetectionTrial | FileDetector, video: Video, tiling: Tiling | None, seconds: dict[str, float]
+) -> Iterator[tuple[Image.Image, Detections]]:
+    """Each frame with its detections, in order. The image id is the frame's number, from 0."""
+    per_batch = trial.evaluation_batch_size
+    number = 0
+    for frames in video.batches(-(-_FRAMES_AT_ONCE // per_batch) * per_batch):
+        data = SplitData(_annotations(frames, trial.categories), _Frames(frames))
+        detected = detect_all(trial, data, seconds, True, tiling, in_process=True)
+        found = {each.image_id: each for _, of_batch in detected for each in of_batch}
+        for i, frame in enumerate(frames):
+            yield frame, replace(found[i], image_id=number)
+            number += 1
+
+
+def _annotations(frames: Sequence[Image.Image], categories: list[dict]) -> CocoAnnotations:
+    rows = [{"id": i, "file_name": str(i), "width": f.width, "height": f.height} for i, f in enumerate(frames)]
+    return CocoAnnotations.from_dict({"images": rows, "annotations": [], "categories": categories})
+
+
+class _Frames:
+    """Frames as the bytes of image files."""
+
+    place = None
+
+    def __init__(self, frames: Sequence[Image.Image]):
+        self._frames = frames
+
+    def __str__(self) -> str:
+        return "the video"
+
+    def read(self, file_name: str) -> bytes:
+        buffer = io.BytesIO()
+        self._frames[int(file_name)].save(buffer, format="BMP")
+        return buffer.getvalue()
+
+    def look(self, names: np.ndarray) -> Look:
+        return Look()
+
+
+# --- tracking ---------------------------------------------------------------------------------------
+
+
+def tracker(rate: float, least_score: float) -> Callable[[Detections], Detections]:
+    """A function that gives the detections of one frame after the other the ids of their tracks, by ByteTrack.
+
+    Args:
+        rate: frames per second.
+        least_score: a detection of this score begins a track; a less sure one may continue it.
+
+    Raises:
+        UserError: the package trackers is not installed.
+    """
+    try:
+        import supervision
+        from trackers import ByteTrackTracker
+    except ImportError as error:
+        raise UserError(
+            f"--track: it needs the package trackers ({error}). Fix: pip install trackers opencv-python-headless"
+        ) from error
+    by_bytetrack = ByteTrackTracker(
+        frame_rate=rate, track_activation_threshold=least_score, high_conf_det_threshold=least_score
+    )
+
+    def track(detections: Detections) -> Detections:
+        given = supervision.Detections(
+            xyxy=detections.boxes, confidence=detections.scores, data={"row": np.arange(len(detections))}
+        )
+        tracked = by_bytetrack.update(given)
+        ids = np.full(len(detections), -1)
+        with contextlib.suppress(KeyError):  # without detections it has no rows
+            ids[tracked.data["row"]] = tracked.tracker_id
+        return replace(detections, track_ids=ids)
+
+    return track

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from shared.config.augment import parse_augment
 from shared.config.file import expanded, find_path, fixed_hyperparameters, interpolated, load_config
 from shared.config.schema import (
     BACKEND_ALIASES,
@@ -137,17 +138,21 @@ def read_experiment(
     return experiment.with_hyperparameters(config["hyperparameters"]) if with_hyperparameters else experiment
 
 
-def experiment_of(config: Mapping[str, Any], hyperparameters: Mapping[str, Any], sections: Sections) -> Experiment:
+def experiment_of(
+    config: Mapping[str, Any], hyperparameters: Mapping[str, Any], sections: Sections, with_hyperparameters: bool = True
+) -> Experiment:
     """The experiment of a config that a master hands over or a checkpoint holds.
 
     Args:
         hyperparameters: those of the trial; `config` may have a search's ranges instead.
+        with_hyperparameters: as for `read_experiment`.
 
     Raises:
         UserError: a key or a value is wrong.
     """
     config = interpolated({**config, "hyperparameters": hyperparameters})
-    return _experiment(config, sections, (Path.cwd(),)).with_hyperparameters(config["hyperparameters"])
+    experiment = _experiment(config, sections, (Path.cwd(),))
+    return experiment.with_hyperparameters(config["hyperparameters"]) if with_hyperparameters else experiment
 
 
 def _experiment(config: dict[str, Any], sections: Sections, places: tuple[Path, ...]) -> Experiment:
@@ -204,6 +209,7 @@ def parse_data(
     section = dict(config.get("data") or {})
     section |= {split: {"annotations": section[split]} for split in _SPLITS if isinstance(section.get(split), str)}
     data = parse_section(section, into, "data")
+    data.augment = parse_augment(data.augment)
     data.backend = BACKEND_ALIASES.get(data.backend, data.backend)
     if data.backend not in BACKENDS:
         raise UserError(f"data.backend: {data.backend!r} is not available; {nearest(data.backend, BACKENDS)}")

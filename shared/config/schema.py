@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import msgspec
 from msgspec import Meta
 
-from shared.config.file import refuse_unknown_keys
+from shared.config.file import as_in_yaml, refuse_unknown_keys
 from shared.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -123,6 +123,7 @@ class DataConfig:
         None, "repeat images of categories that a smaller share of the images has; LVIS uses 0.001"
     )
     fast_images: bool = key(False, "decode and resize faster, with pixels that differ slightly")
+    augment: Any = key(None, "random changes of training images: `light`, `medium`, `strong`, or keys of their own")
 
     @property
     def store_options(self) -> StoreOptions:
@@ -281,12 +282,18 @@ class TrainingHyperparameters:
     max_detections: Annotated[int, Meta(ge=1)] | None = key(
         None, "detections that are kept per image, and scored per category; default: the model's, and 100"
     )
+    class_weights: Literal["balanced"] | dict[str, float] | None = key(
+        None, "how much objects count in the classification loss: `balanced`, or `{name: weight}`, 1 for the others"
+    )
     loggers: list[str] = key([], "where to log off a cluster: `wandb`, `mlflow`")
 
     def __post_init__(self) -> None:
         for name in self.loggers:
             if name not in LOGGERS:
                 raise UserError(f"hyperparameters.loggers: {name!r} is unknown; {nearest(name, LOGGERS)}")
+        for name, weight in self.class_weights.items() if isinstance(self.class_weights, dict) else ():
+            if not 0 < weight < math.inf:
+                raise UserError(f"hyperparameters.class_weights.{name}: it is {weight:g}. Fix: give a number above 0")
 
 
 def key_names(section: type) -> list[str]:
@@ -339,7 +346,3 @@ def _choices(into: type, name: str) -> list[str]:
     parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     choices = [str(value) for part in parts if get_origin(part) is Literal for value in get_args(part)]
     return [*choices, *(["null"] if choices and NoneType in parts else [])]
-
-
-def as_in_yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else repr(value)

@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 from urllib.parse import unquote
@@ -17,12 +17,11 @@ import msgspec
 import numpy as np
 
 from shared.config.schema import is_url
-from shared.data import array_cache
 from shared.data.annotations import CocoAnnotations
-from shared.data.file_lock import once
-from shared.data.image_list import Look, look_once
+from shared.data.cache import Look, load_arrays, look_once, save_arrays
 from shared.data.images import darkness, value_range
 from shared.data.storage import DiskImages, ImageStorage
+from shared.durable import once
 from shared.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -43,9 +42,19 @@ _AT_ONCE = 2**12  # images in memory at once
 def check_box_format(annotations: CocoAnnotations, where: str) -> None:
     """Raises UserError if all boxes are shares of the image's size, or corners, instead of x y width height in
     pixels."""
+    check_boxes(_boxes_in_use(annotations), f"{where}: {annotations.path}" if annotations.path else where)
+
+
+def check_boxes(parts: Iterable[tuple[np.ndarray, np.ndarray]], where: str) -> None:
+    """The same for boxes of any source.
+
+    Args:
+        parts: (N, 4) boxes with an area, and (N, 2) width and height of each one's image.
+        where: the source, for errors.
+    """
     count = largest_side = reaching_over = fitting = 0
     within_one, has_fractions = True, False
-    for boxes, sizes in _boxes_in_use(annotations):
+    for boxes, sizes in parts:
         count += len(boxes)
         largest_side = max(largest_side, int(sizes.max()))
         within_one &= bool(boxes.min() >= 0 and boxes.max() <= 1)
@@ -57,14 +66,14 @@ def check_box_format(annotations: CocoAnnotations, where: str) -> None:
     # an image of a few pixels may have such boxes rightly; whole numbers are boxes in an image's first pixel
     if count and within_one and largest_side > 8 and has_fractions:
         raise UserError(
-            f"{where}: all {count} boxes of {annotations.path} lie between 0 and 1: they are shares of the "
-            "image's size, and COCO has pixels; multiply x and width by the image's width, y and height by its height"
+            f"{where}: all {count} boxes lie between 0 and 1: they are shares of the image's size, and COCO "
+            "has pixels. Fix: multiply x and width by the image's width, y and height by its height"
         )
     if count >= _FEWEST and reaching_over / count >= _REACH_OVER and fitting / count >= _FIT_AS_CORNERS:
         raise UserError(
-            f"{where}: the boxes of {annotations.path} look like corners, x1 y1 x2 y2, and COCO has x y width height: "
+            f"{where}: its boxes look like corners, x1 y1 x2 y2, and COCO has x y width height: "
             f"{reaching_over / count:.0%} of them reach far over the edge of their image as COCO's, and "
-            f"{fitting / count:.0%} fit as corners; write [x1, y1, x2 - x1, y2 - y1]"
+            f"{fitting / count:.0%} fit as corners. Fix: write [x1, y1, x2 - x1, y2 - y1]"
         )
 
 
@@ -287,13 +296,13 @@ def wrong_rows(annotations: CocoAnnotations) -> np.ndarray:
     folder, count = annotations.cache / "segmentations", len(annotations.columns["annotation_ids"])
 
     def remembered() -> np.ndarray | None:
-        loaded = array_cache.load(folder)
+        loaded = load_arrays(folder)
         rows = loaded[0].get("wrong") if loaded else None
         return rows if rows is not None and (not len(rows) or 0 <= rows.min() <= rows.max() < count) else None
 
     def remember() -> np.ndarray:
         rows = _find_wrong_rows(annotations)
-        array_cache.save(folder, {"wrong": rows}, about=None)  # else the next start looks again
+        save_arrays(folder, {"wrong": rows}, about=None)  # else the next start looks again
         return rows
 
     return once([folder / "lock"], remembered, remember)

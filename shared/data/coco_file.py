@@ -19,12 +19,16 @@ from typing import Any, NamedTuple
 import hotcoco
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from shared.config.schema import StoreOptions
 from shared.data import remote
-from shared.data.numbers import FARTHEST, as_ids, shown, wrong_number_in
-from shared.errors import UserError
+from shared.errors import UserError, count_of
 
+FARTHEST = 2.0**31  # pixels; images are smaller, and float32 becomes infinite only beyond 3e38
+_MOST_SHOWN = 40  # digits
+# Python writes the first two, and JSON does not have them; the others are out of a float64's range, for the most part
+_SUSPICIOUS = re.compile(rb"(?<=[:\[,\s])(?:NaN|-?Infinity|-?\d+(?:\.\d+)?[eE]\+?\d{3,}|-?\d{309,})(?=[\s,\]}])")
 _MAX_PADDING = 10  # zero keypoints per keypoint in the file
 _MAX_COMPRESSION = 200  # plus 64 MiB. JSON compresses 5 to 40 times; gzip's limit is 1,032
 _UTF_16 = "is in UTF-16; save it in UTF-8"
@@ -138,7 +142,7 @@ def parse(data: JSONBytes, source: object) -> Parsed:
     Raises:
         UserError: the content is not JSON, is not COCO, or contradicts itself.
     """
-    coco = _decode(_unpack(data, source), source)
+    coco = _decode(unpack(data, source), source)
     images, annotations, notes = coco.images, coco.annotations, []
     if not images:
         raise UserError(f"{source} has no images")
@@ -179,9 +183,8 @@ def parse(data: JSONBytes, source: object) -> Parsed:
     columns["segmentations"], columns["segmentation_offsets"] = _joined([_present(a.segmentation) for a in ordered])
     if any(a.ignore for a in annotations):
         columns["ignore"] = np.array([bool(a.ignore) for a in ordered], np.bool_)
-        notes.append(
-            f"training omits {columns['ignore'].sum()} annotations with `ignore: 1`; an evaluation counts them"
-        )
+        ignored = count_of(int(columns["ignore"].sum()), "annotation")
+        notes.append(f"training omits {ignored} with `ignore: 1`; an evaluation counts them")
     if any(_present(a.keypoints) for a in annotations):
         columns["keypoints"] = _parse_keypoints(ordered, source)
     return Parsed(columns, categories, notes)
@@ -210,7 +213,8 @@ def _fill_areas(annotations: list[_Annotation], boxes: np.ndarray, notes: list[s
     for i in np.flatnonzero(np.isnan(areas) | is_zero).tolist():
         areas[i] = _mask_area(annotations[i].segmentation) or boxes[i, 2] * boxes[i, 3]
     if is_zero.any():
-        notes.append(f"{is_zero.sum()} boxes have `area: 0`; the area of the mask or the box is used")
+        count = count_of(int(is_zero.sum()), "box")
+        notes.append(f"{count} with `area: 0`; the area of the mask or the box is used")
     return areas
 
 
@@ -247,7 +251,7 @@ def offsets_of(counts: Collection[int] | np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
-def _unpack(data: JSONBytes, source: object) -> JSONBytes:
+def unpack(data: JSONBytes, source: object) -> JSONBytes:
     """JSON without gzip and the byte order mark that Windows programs write."""
     if data[:2] == b"\x1f\x8b":
         data = _gunzip(data, source)
@@ -373,7 +377,8 @@ def _refuse_duplicates(ids: np.ndarray, what: str, source: object) -> None:
     ordered = np.sort(ids)
     twice = np.flatnonzero(ordered[1:] == ordered[:-1])
     if len(twice):
-        raise UserError(f"{source}: {len(twice)} {what} ids occur more than once, the first is {ordered[twice[0]]}")
+        more = f", and so do {len(twice) - 1} more" if len(twice) > 1 else ""
+        raise UserError(f"{source}: the {what} id {ordered[twice[0]]} occurs more than once{more}. Fix: renumber them")
 
 
 def _rows_of(wanted: np.ndarray, ids: np.ndarray, annotation_ids: np.ndarray, what: str, source: object) -> np.ndarray:
@@ -388,3 +393,36 @@ def _rows_of(wanted: np.ndarray, ids: np.ndarray, annotation_ids: np.ndarray, wh
             f"({int(unknown.sum())} annotations do)"
         )
     return rows
+
+
+def as_ids(ids: Collection[int], what: str, source: object) -> np.ndarray:
+    """(N,) int64.
+
+    Args:
+        what: the error's name for one, "category id".
+
+    Raises:
+        UserError: an id does not fit in 64 bits.
+    """
+    try:
+        return np.fromiter(ids, np.int64, len(ids))
+    except OverflowError as error:
+        wrong = next(one for one in ids if not -(2**63) <= one < 2**63)
+        raise UserError(f"{source}: the {what} {shown(wrong)} does not fit in 64 bits. Fix: give it another") from error
+
+
+def is_in_reach(numbers: npt.ArrayLike) -> np.ndarray:
+    """Bool of the same shape: a coordinate or a size in pixels that an image can have; not NaN, not infinite."""
+    return np.abs(numbers) < FARTHEST
+
+
+def wrong_number_in(data: bytes | mmap.mmap) -> str:
+    """The first number in JSON that is not finite as a float64; "" without one."""
+    found = (match[0].decode() for match in _SUSPICIOUS.finditer(data))
+    return next((shown(number) for number in found if not np.isfinite(float(number))), "")
+
+
+def shown(value: object) -> str:
+    """The value for an error message, shortened."""
+    text = str(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"

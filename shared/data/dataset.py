@@ -7,13 +7,14 @@ workers or another number of slots draws the same numbers for the same sample.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from shared.errors import UserError
 logger = logging.getLogger(__name__)
 
 Transform = Callable[[Any, ImageRecord], Any]
+Loaded = tuple[Any, ImageRecord]
 
 
 def seed_all(*key: int) -> None:
@@ -51,12 +53,40 @@ def kept_random_state() -> Iterator[None]:
             np.random.set_state(of_numpy)
 
 
+class Augmenter(Protocol):
+    """What changes training images at random."""
+
+    def loaded(self, index: int, load: Callable[[int], Loaded]) -> Loaded:
+        """`load(index)`, or what it gave lately."""
+
+    def __call__(
+        self,
+        image: Any,
+        record: ImageRecord,
+        key: SampleKey,
+        seed: int,
+        other: Callable[[int], Loaded | None],
+        count: int,
+    ) -> Loaded:
+        """The changed image and its record.
+
+        Args:
+            image, record: what `loaded` gives.
+            other: gives the same of another image.
+            count: the number of images.
+        """
+
+
 class SampleKey(NamedTuple):
-    """The epoch, the image's index, and which of its copies in the epoch: the seeds of a sample."""
+    """The epoch, the image's index, and which of its copies in the epoch: the seeds of a sample.
+
+    `others` are indices of images that the sample may be combined with.
+    """
 
     epoch: int
     index: int
     copy: int = 0
+    others: tuple[int, ...] = ()
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -107,6 +137,7 @@ class CocoDetection(torch.utils.data.Dataset):
         decode: takes the bytes of an 8-bit image, and returns what `transform` takes. None for a PIL image in RGB.
         in_use: indices that may replace another; None for all.
         replaces: replace a skipped image. Without it, a skipped image gives None.
+        augmenter: changes images and records before `transform`, see `shared.data.augment.augmenter`.
     """
 
     annotations: CocoAnnotations
@@ -118,6 +149,7 @@ class CocoDetection(torch.utils.data.Dataset):
     decode: Callable[[bytes], Any] | None = None
     in_use: np.ndarray | None = None
     replaces: bool = True
+    augmenter: Augmenter | None = None
 
     def __post_init__(self) -> None:
         self.bad_images = self.bad_images or BadImages()
@@ -127,11 +159,33 @@ class CocoDetection(torch.utils.data.Dataset):
 
     def __getitem__(self, key: SampleKey | int) -> Any:
         key = key if isinstance(key, SampleKey) else SampleKey(0, key)
-        for candidate in self._candidates(key.index):
+        return self._first_readable(key.index, lambda index: self._sample(index, key))
+
+    def augmented(self, index: int, key: SampleKey) -> Loaded:
+        """What the transform of a sample receives. Afterwards the global generators are seeded for the sample.
+
+        Args:
+            index: of the image, which is `key.index` unless it replaces that one.
+        """
+        image, record = self.load(index) if self.augmenter is None else self.augmenter.loaded(index, self.load)
+        seed_all(self.seed, *key.seeds)
+        if self.augmenter is None:
+            return image, record
+
+        def other(index: int) -> Loaded | None:
+            return self._first_readable(index, lambda index: self.augmenter.loaded(index, self.load))
+
+        changed = functools.partial(self.augmenter, key=key, seed=self.seed, other=other, count=len(self))
+        return transformed(changed, image, record)
+
+    def _sample(self, index: int, key: SampleKey) -> Any:
+        return transformed(self.transform, *self.augmented(index, key))
+
+    def _first_readable(self, index: int, get: Callable[[int], Any]) -> Any:
+        """`get(index)`. If the image is bad and `bad_images` skips it, that of its replacement, or None without one."""
+        for candidate in self._candidates(index):
             try:
-                image, record = self.load(candidate)
-                seed_all(self.seed, *key.seeds)
-                return transformed(self.transform, image, record)
+                return get(candidate)
             except BadImageError as error:
                 self.bad_images.leave_out(error, int(self.annotations.image_ids[candidate]))
                 if not self.replaces:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -22,12 +23,13 @@ _REDUCTIONS = (8, 4, 2)  # of libjpeg
 _MIN_REDUCED = 2  # times the wanted size: the difference would show below
 
 
-def decode(data: bytes, wanted: tuple[int, int] | None = None) -> np.ndarray:
+def decode(data: bytes, wanted: tuple[int, int] | Callable[[int, int], tuple[int, int]] | None = None) -> np.ndarray:
     """The image of `plain_bytes`, (height, width, 3) uint8 RGB, rotated as its EXIF orientation says.
 
     Args:
         wanted: (width, height) that it will be resized to. A JPEG whose sides divide evenly is decoded at a half, a
-            quarter or an eighth of its size, if that is at least twice the wanted size.
+            quarter or an eighth of its size, if that is at least twice the wanted size. Or a function from its
+            (width, height) to that.
 
     Raises:
         OSError, SyntaxError and others: it cannot be decoded.
@@ -37,6 +39,7 @@ def decode(data: bytes, wanted: tuple[int, int] | None = None) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             plain = image.format == "JPEG" and image.mode in ("RGB", "L")
             if plain and image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+                wanted = wanted(*image.size) if callable(wanted) else wanted
                 reduction = _reduction(image.size, wanted) if wanted else 1
                 if reduction > 1:
                     image.draft(image.mode, (image.width // reduction, image.height // reduction))
@@ -90,10 +93,10 @@ def _interpolated(image: torch.Tensor, size: tuple[int, int], mode: str) -> torc
 
 
 def _tensor(pixels: np.ndarray) -> torch.Tensor:
-    """(1, 3, H, W) with channels last, which PyTorch resizes fastest."""
+    """(1, 3, H, W) with channels last, also by its first stride, which PyTorch resizes fastest."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about read-only arrays; nothing writes to them
-        return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        return torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
 
 
 def _pixels(image: torch.Tensor) -> np.ndarray:

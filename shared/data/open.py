@@ -139,7 +139,7 @@ def check_trainable(annotations: CocoAnnotations) -> None:
             "than a pixel wide or high; COCO's boxes are x y width height in pixels"
         )
     if small.any() and _is_first_process():
-        logger.warning("data.train: %d boxes are less than a pixel wide or high", small.sum())
+        logger.warning("data.train: %s less than a pixel wide or high", count_of(int(small.sum()), "box"))
 
 
 def _is_first_process() -> bool:

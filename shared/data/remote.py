@@ -1,7 +1,8 @@
-"""Files in buckets and on web servers, through fsspec. Failed reads are repeated for a bounded time."""
+"""Files in buckets and on web servers, through fsspec. A failed request is repeated for a bounded time."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -11,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
@@ -19,7 +21,7 @@ import tenacity
 from fsspec.asyn import AsyncFileSystem
 
 from shared.config.schema import StoreOptions
-from shared.data.image_list import Look, Sizes, find, folders_of
+from shared.data.cache import Look, Sizes, find, folders_of
 from shared.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class _Store:
     Attributes:
         package: that pip installs.
         if_refused: the fix, if the store refuses.
+        if_private: what else helps to read, if the store refuses.
         open: gives the file system. fsspec keeps one per process and thread.
         list_page: the files below a bucket's prefix, from a page's token on; None if the store has no list.
     """
@@ -62,6 +65,7 @@ class _Store:
     if_refused: str
     open: Callable[[StoreOptions], AsyncFileSystem]
     list_page: Callable[[AsyncFileSystem, str, str, str | None, float], Page] | None = None
+    if_private: str = ""
 
 
 def _open_s3(options: StoreOptions) -> AsyncFileSystem:
@@ -106,9 +110,10 @@ def _open_http(options: StoreOptions) -> AsyncFileSystem:
     return HTTPFileSystem(use_listings_cache=False)
 
 
-_PUBLIC = "or data.anonymous: true for a public one"
-_S3 = _Store("s3fs", f"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, {_PUBLIC}", _open_s3, _list_s3)
-_GCS = _Store("gcsfs", f"set GOOGLE_APPLICATION_CREDENTIALS, {_PUBLIC}", _open_gcs, _list_gcs)
+_PUBLIC = ", or data.anonymous: true for a public one"
+_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
+_S3 = _Store("s3fs", _KEYS, _open_s3, _list_s3, _PUBLIC)
+_GCS = _Store("gcsfs", "set GOOGLE_APPLICATION_CREDENTIALS", _open_gcs, _list_gcs, _PUBLIC)
 _HTTP = _Store("aiohttp", "the server must let everybody read", _open_http)
 _STORES = {"s3": _S3, "gs": _GCS, "gcs": _GCS, "http": _HTTP, "https": _HTTP}
 
@@ -148,6 +153,60 @@ def version_of(url: str, options: StoreOptions) -> dict[str, str]:
     """The size, ETag and time that the store reports for a file. The errors are those of `read_url`."""
     info = _request(lambda files: files.info(url, timeout=_attempt_seconds(options)), url, options)
     return {key: str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None}
+
+
+def write_url(url: str, data: bytes, options: StoreOptions) -> None:
+    """Replaces a file in a bucket as a whole. Readers get the old content or the new one.
+
+    Raises:
+        StoreError: the store does not answer, or refuses.
+    """
+    seconds = _attempt_seconds(options) + len(data) / 2**20
+    _written(lambda files: files.pipe_file(url, data, timeout=seconds), url, options)
+
+
+def send_file(path: Path, url: str, options: StoreOptions) -> None:
+    """The same with the content of a file on disk, which is not read into memory as a whole."""
+    seconds = _attempt_seconds(options) + path.stat().st_size / 2**20
+    _written(lambda files: files.put_file(str(path), url, timeout=seconds), url, options)
+
+
+def fetch_file(url: str, path: Path, options: StoreOptions) -> None:
+    """Copies a file of a bucket to the disk. The errors are those of `read_url`."""
+
+    def fetch(files: AsyncFileSystem) -> None:
+        size = files.info(url, timeout=_attempt_seconds(options))["size"]
+        files.get_file(url, str(path), timeout=_attempt_seconds(options) + size / 2**20)
+
+    _request(fetch, url, options)
+
+
+def files_below(url: str, options: StoreOptions) -> list[str]:
+    """The names of the files in a folder of a bucket and in its subfolders, relative to it. The errors are those of
+    `read_url`, without the first."""
+
+    def find(files: AsyncFileSystem) -> list[str]:
+        prefix = "/".join(files.split_path(url)[:2]) + "/"
+        found = files.find(url, timeout=_attempt_seconds(options))
+        return [name.removeprefix(prefix) for name in found if name.startswith(prefix)]
+
+    try:
+        return _request(find, url, options)
+    except FileNotFoundError:
+        return []
+
+
+def delete_folder(url: str, options: StoreOptions) -> None:
+    """Deletes the files in a folder of a bucket and in its subfolders. The errors are those of `write_url`."""
+    with contextlib.suppress(FileNotFoundError):
+        _request(lambda files: files.rm(url, recursive=True, timeout=options.timeout), url, options, "deleted")
+
+
+def _written(request: Callable[[AsyncFileSystem], None], url: str, options: StoreOptions) -> None:
+    try:
+        _request(request, url, options, "written")
+    except FileNotFoundError as error:
+        raise StoreError(f"{url} cannot be written: there is no bucket {urlsplit(url).netloc!r}") from error
 
 
 @dataclass
@@ -251,8 +310,11 @@ class RemoteImages:
         return Look(len(absent), absent[0] if absent else "", whole=False)
 
 
-def _request(request: Callable[[AsyncFileSystem], T], url: str, options: StoreOptions) -> T:
+def _request(request: Callable[[AsyncFileSystem], T], url: str, options: StoreOptions, purpose: str = "read") -> T:
     """The answer to a request, which is repeated if it fails.
+
+    Args:
+        purpose: what happens to the file, for an error.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -275,13 +337,14 @@ def _request(request: Callable[[AsyncFileSystem], T], url: str, options: StoreOp
             files = store.open(options)
         except ImportError as error:
             package = store.package
-            raise UserError(f"{url}: reading from there needs the package {package}: pip install {package}") from error
+            raise UserError(f"{url}: this store needs the package {package}: pip install {package}") from error
         try:
             return request(files)
         except FileNotFoundError as error:
             # fsspec also raises it for a web server that does not answer
             cause = error.__cause__
-            if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (404, 410):
+            is_absent = _status(cause) in (404, 410) and not _is_about_bucket(cause)
+            if cause is None or isinstance(cause, FileNotFoundError) or is_absent:
                 raise
             raise cause from None
 
@@ -292,11 +355,12 @@ def _request(request: Callable[[AsyncFileSystem], T], url: str, options: StoreOp
     except Exception as error:  # each store's library has errors of its own
         reason = f"{type(error).__name__}: {error}".strip(": ").split("\n")[0]
         if _may_pass(error):
-            message = f"{url} cannot be read, for {options.timeout:g} seconds ({reason})"
-        elif type(error).__name__ == "NoSuchBucket":
-            message = f"{url} cannot be read: there is no bucket {urlsplit(url).netloc!r}"
+            message = f"{url} cannot be {purpose}, for {options.timeout:g} seconds ({reason})"
+        elif _is_about_bucket(error):
+            message = f"{url} cannot be {purpose}: there is no bucket {urlsplit(url).netloc!r}"
         else:
-            message = f"{url} cannot be read ({reason}){f'; {store.if_refused}' if _is_refusal(error) else ''}"
+            fix = f"; {store.if_refused}{store.if_private if purpose == 'read' else ''}" if _is_refusal(error) else ""
+            message = f"{url} cannot be {purpose} ({reason}){fix}"
         raise StoreError(message) from error
 
 
@@ -349,7 +413,11 @@ def _is_refusal(error: BaseException) -> bool:
     return named or isinstance(error, PermissionError) or _status(error) in (401, 403)
 
 
-def _status(error: BaseException) -> int | None:
+def _is_about_bucket(error: BaseException | None) -> bool:
+    return type(error).__name__ == "NoSuchBucket"
+
+
+def _status(error: BaseException | None) -> int | None:
     """HTTP's status, if the store's library gives it."""
     response: Any = getattr(error, "response", None)  # botocore's
     if isinstance(response, dict):

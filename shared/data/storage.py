@@ -22,10 +22,9 @@ from typing import Protocol
 import numpy as np
 
 from shared.config.schema import StoreOptions, is_url
-from shared.data.array_cache import mark_as_cache
-from shared.data.file_lock import locked
-from shared.data.image_list import Look, Sizes, find, folders_of, modified
+from shared.data.cache import Look, Sizes, find, folders_of, mark_as_cache, modified
 from shared.data.remote import RemoteImages
+from shared.durable import locked
 from shared.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from shared.data.image_list import Look
+from shared.data.cache import Look
 
 CATEGORIES = [
     {"id": 1, "name": "rectangle", "supercategory": "shape"},

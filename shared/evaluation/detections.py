@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -16,8 +18,11 @@ import torch
 from pycocotools import mask as coco_mask
 
 from shared.data.annotations import CocoAnnotations
-from shared.data.numbers import as_ids, is_in_reach, wrong_number_in
+from shared.data.checks import check_boxes, wrong_segmentation
+from shared.data.coco_file import as_ids, is_in_reach, unpack, wrong_number_in
 from shared.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -33,6 +38,7 @@ class Detections:
         keypoints: (M, K, 3) float32, x y score as COCO has them (whole numbers are the pixels' centres), or None.
         sizes: (M, 2) float64, width and height as a file has them, or None. With sizes, all numbers are float64: an IoU
             that lies on a threshold must not be rounded.
+        track_ids: (M,) int64: the same number for the same object in a video's frames, -1 without; or None.
     """
 
     image_id: int
@@ -42,6 +48,7 @@ class Detections:
     masks: list[dict] | None = None
     keypoints: np.ndarray | None = None
     sizes: np.ndarray | None = None
+    track_ids: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         dtype = np.float32 if self.sizes is None else np.float64
@@ -69,6 +76,16 @@ class Detections:
     def __len__(self) -> int:
         return len(self.boxes)
 
+    def only(self, rows: np.ndarray | Sequence[int]) -> Detections:
+        """Some of the detections, given by position or as (M,) bool."""
+        rows = np.arange(len(self))[rows]
+        arrays = ("boxes", "scores", "labels", "keypoints", "sizes", "track_ids")
+        return dataclasses.replace(
+            self,
+            masks=None if self.masks is None else [self.masks[row] for row in rows],
+            **{name: value[rows] for name in arrays if (value := getattr(self, name)) is not None},
+        )
+
 
 def sizes_of(detections: Detections) -> np.ndarray:
     """(M, 2) float64, widths and heights."""
@@ -90,6 +107,8 @@ def to_coco_results(detections: Detections, category_ids: list[int]) -> list[dic
             counts = detections.masks[i]["counts"]
             counts = counts.decode() if isinstance(counts, bytes) else counts
             result["segmentation"] = {"size": list(detections.masks[i]["size"]), "counts": counts}
+        if detections.track_ids is not None and detections.track_ids[i] >= 0:
+            result["track_id"] = int(detections.track_ids[i])
         if detections.keypoints is not None:
             result["keypoints"] = detections.keypoints[i].astype(np.float64).ravel().tolist()
         results.append(result)
@@ -97,11 +116,11 @@ def to_coco_results(detections: Detections, category_ids: list[int]) -> list[dic
 
 
 class _Result(msgspec.Struct, gc=False):
-    """One of COCO's results. Other tools name images by file."""
+    """One of COCO's results. Other tools name images by file, and write numbers in quotes."""
 
-    image_id: int | str
     category_id: int
     score: float
+    image_id: Any = None  # a whole number, or a name
     bbox: list[float] | None = None
     segmentation: Any = None
     keypoints: list[float] | None = None
@@ -144,7 +163,10 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
         if with_masks or (row.bbox is None and row.segmentation):
             try:
                 index = index_of[row.image_id]
-                masks[position] = as_rle(row.segmentation, int(heights[index]), int(widths[index]))
+                size = int(heights[index]), int(widths[index])
+                if wrong := wrong_segmentation(_in_text(row.segmentation), *size):
+                    raise ValueError(f"it {wrong}")
+                masks[position] = as_rle(row.segmentation, *size)
             except (TypeError, ValueError, KeyError, AttributeError) as error:
                 refuse(position, f"`segmentation` is no mask of the image ({error})")
         if row.bbox is None and masks[position] is None:
@@ -157,6 +179,7 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
         if with_keypoints and not is_in_reach(row.keypoints).all():
             refuse(position, f"`keypoints` {row.keypoints}: all must be finite, in pixels")
 
+    _check_format(rows, index_of, annotations, source)
     order = np.argsort(image_of.ravel(), kind="stable")
     ends = np.cumsum(np.bincount(image_of.ravel(), minlength=len(images)))[:-1] if rows else []
     found = []
@@ -179,13 +202,31 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
     return found
 
 
+def _in_text(segmentation: Any) -> Any:
+    """RLE with its counts as text, which is bytes in the memory of pycocotools."""
+    counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
+    return {**segmentation, "counts": counts.decode()} if isinstance(counts, bytes) else segmentation
+
+
+def _check_format(rows: list[_Result], index_of: dict[int, int], annotations: CocoAnnotations, source: str) -> None:
+    """Raises UserError if the boxes are shares of the image's size or corners; warns of negative sizes."""
+    boxes = np.array([row.bbox for row in rows], dtype=np.float64).reshape(-1, 4)
+    if negative := int((boxes[:, 2:] < 0).any(axis=1).sum()):
+        logger.warning("%s: of its boxes, %d have a negative width or height, and so no area", source, negative)
+    indices = [index_of[row.image_id] for row in rows]
+    sizes = np.stack([annotations.columns["widths"][indices], annotations.columns["heights"][indices]], axis=1)
+    in_use = (boxes[:, 2:] > 0).all(axis=1)
+    if in_use.any():
+        check_boxes([(boxes[in_use], sizes[in_use])], source)
+
+
 def _decode_results(results: str | os.PathLike | list[dict], source: str) -> list[_Result]:
     data = b""
     try:
         if isinstance(results, list):
-            return msgspec.convert(results, list[_Result])
-        data = Path(results).read_bytes()
-        return msgspec.json.decode(data, type=list[_Result])
+            return msgspec.convert(results, list[_Result], strict=False)
+        data = unpack(Path(results).read_bytes(), source)
+        return msgspec.json.decode(data, type=list[_Result], strict=False)
     except OSError as error:
         raise UserError(f"{source} cannot be read: {error.strerror}") from error
     except msgspec.DecodeError as error:
@@ -211,6 +252,15 @@ def _decode_results(results: str | os.PathLike | list[dict], source: str) -> lis
 
 def _find_named_images(rows: list[_Result], annotations: CocoAnnotations, source: str) -> None:
     """Replace each `image_id` that is a name, or does not fit the `file_name` beside it, by the image's id."""
+    for position, row in enumerate(rows):
+        if row.image_id is None and row.file_name:
+            row.image_id = row.file_name
+        if isinstance(row.image_id, float) and row.image_id.is_integer():
+            row.image_id = int(row.image_id)
+        if type(row.image_id) not in (int, str):
+            raise UserError(
+                f"{source}: result {position}: `image_id` is {row.image_id!r}. Fix: name images by id or by file"
+            )
     if not any(row.file_name or isinstance(row.image_id, str) for row in rows):
         return
     files = dict(zip(annotations.image_ids.tolist(), map(bytes.decode, annotations.file_names.tolist()), strict=True))

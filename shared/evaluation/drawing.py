@@ -21,7 +21,7 @@ from shared.evaluation.detections import Detections, as_rle
 from shared.evaluation.lettering import Color, color_of, lettering, on_color, runs_of
 
 MADE_BY = "detection-on-determined"  # PNG's "Software": `predict` skips such a file
-_LARGEST_SIDE = 4000  # pixels of a picture
+LARGEST_SIDE = 4000  # pixels of a picture
 _MASK_OPACITY = 0.45
 _LEAST_KEYPOINT_SCORE = 0.05
 _MARGIN = 8  # pixels between the images of a page
@@ -73,24 +73,32 @@ class Objects:
 
 
 def objects_of_detections(
-    detections: Detections, categories: Sequence[dict], min_score: float, rows: Sequence[int] | None = None
+    detections: Detections,
+    categories: Sequence[dict],
+    min_score: float | np.ndarray,
+    rows: Sequence[int] | None = None,
 ) -> Objects:
     """The detections with a score of at least `min_score`, the best score last.
 
     Args:
         categories: COCO categories by label. "skeleton" holds pairs of keypoints, counted from 1.
+        min_score: for all categories, or (K,) by label.
         rows: which detections to choose from; None for all.
     """
     points = detections.keypoints
     if points is not None:
         points = np.dstack([points[..., :2], points[..., 2] > _LEAST_KEYPOINT_SCORE])
+    numbers = [""] * len(detections)
+    if detections.track_ids is not None:
+        numbers = [f" #{number}" if number >= 0 else "" for number in detections.track_ids.tolist()]
     shown = np.arange(len(detections)) if rows is None else np.asarray(rows)
-    shown = shown[detections.scores[shown] >= min_score]
+    limits = np.broadcast_to(np.asarray(min_score, detections.scores.dtype), len(categories))
+    shown = shown[detections.scores[shown] >= limits[detections.labels[shown]]]
     return Objects(
         boxes=detections.boxes,
         labels=detections.labels.tolist(),
         names=[str(categories[label]["name"]) for label in detections.labels.tolist()],
-        endings=[f" {score:.2f}" for score in detections.scores.tolist()],
+        endings=[f"{a} {score:.2f}" for a, score in zip(numbers, detections.scores.tolist(), strict=True)],
         masks=detections.masks,
         keypoints=points,
         skeletons=_skeletons(categories),
@@ -281,20 +289,24 @@ def _place_of_caption(
 
 
 def picture_of(
-    image: Image.Image, detections: Detections, categories: Sequence[dict], min_score: float = 0.3
+    image: Image.Image, detections: Detections, categories: Sequence[dict], min_score: float | np.ndarray = 0.3
 ) -> Image.Image:
     """The image with the detections that have a score of at least `min_score`, each with its category and score.
 
     An image with more than 4,000 pixels on a side is drawn smaller.
 
     Args:
-        categories: see `objects_of_detections`.
+        categories, min_score: see `objects_of_detections`.
     """
     return draw(image, objects_of_detections(detections, categories, min_score), _scale(image))
 
 
 def save_picture_of(
-    path: Path, image: Image.Image, detections: Detections, categories: Sequence[dict], min_score: float = 0.3
+    path: Path,
+    image: Image.Image,
+    detections: Detections,
+    categories: Sequence[dict],
+    min_score: float | np.ndarray = 0.3,
 ) -> None:
     """Save `picture_of` as PNG or, if the path ends so, as PDF. Lines and letters of a PDF stay sharp."""
     if path.suffix == ".pdf":
@@ -304,7 +316,7 @@ def save_picture_of(
 
 
 def _scale(image: Image.Image) -> float:
-    return min(_LARGEST_SIDE / max(image.size), 1.0)
+    return min(LARGEST_SIDE / max(image.size), 1.0)
 
 
 def _write_pdf(path: Path, image: Image.Image, objects: Objects, scale: float) -> None:

@@ -19,8 +19,8 @@ from shared.evaluation.box_matching import MAX_DETECTIONS, Objects, precision_an
 from shared.evaluation.detections import Detections, as_rle
 from shared.evaluation.gathered import ChiefReducer, Gather, GatheredDetections, alone, merge
 
-# name, recall instead of precision, IoU index (None: all), area index, index in max_dets (1, 10, 100, …): the twelve
-# lines of pycocotools' summary. -1 is the most detections, 100 unless `max_detections` says another number.
+# the twelve lines of pycocotools' summary: name, recall instead of precision, IoU index (None: all), area index, index
+# in max_dets (1, 10, 100). -1 is the largest number of detections: 100, or `max_detections`
 _SUMMARY = (
     ("mAP", False, None, 0, -1),
     ("mAP_50", False, 0, 0, -1),
@@ -35,7 +35,7 @@ _SUMMARY = (
     ("AR_m", True, None, 2, -1),
     ("AR_l", True, None, 3, -1),
 )
-# of keypoints the ten lines: there are no small ones, and at most 20 detections an image
+# the ten lines of keypoints: no small objects, and at most 20 detections per image
 _KEYPOINT_SUMMARY = (
     ("mAP", False, None, 0, 0),
     ("mAP_50", False, 0, 0, 0),
@@ -69,24 +69,21 @@ def evaluate(
     keypoint_sigmas: Sequence[float] | None = None,
     max_detections: int | None = None,
 ) -> dict[str, float]:
-    """COCO's twelve numbers and the AP of each category, by each of `iou_types` ("bbox", "segm", "keypoints"); of
-    keypoints COCO has ten.
+    """COCO's summary (twelve numbers, ten for keypoints) and the AP of each category, by each of `iou_types`.
 
     Args:
-        detections: one for each image; an image without any counts as one on which nothing is found.
-        image_ids: the images to evaluate on; all of the file where None.
-        keypoint_sigmas: how far each of the K keypoints may lie off, as a share of the object's size; those of COCO's
-            17 of a person where None.
-        max_detections: of a category and image that count, those of the highest scores; None for COCO's 100, and 20 of
-            keypoints.
+        detections: one per image. On an image without one nothing is found.
+        iou_types: of "bbox", "segm" and "keypoints".
+        image_ids: the images to evaluate on; None for all images of the file.
+        keypoint_sigmas: the tolerance of each of the K keypoints, as a share of the object's size; None for COCO's 17.
+        max_detections: per image and category, the best scores first; None for COCO's 100, and 20 for keypoints.
 
     Returns:
         {"bbox_mAP": …, "bbox_mAP_50": …, …, "bbox_AP/<category name>": …, "segm_mAP": …}, fractions in
-        [0, 1], nan without ground truth. Categories without ground truth are left out.
+        [0, 1], nan without ground truth. Categories without ground truth are omitted.
 
     Raises:
-        UserError: an image of the detections or of `image_ids` is not in the file, an image comes twice, a label is
-            not in the file, or a box or score is not finite.
+        UserError: an image or a label is not in the file, an image occurs twice, or a box or a score is not finite.
     """
     if not isinstance(annotations, CocoAnnotations):
         annotations = CocoAnnotations.open(annotations)
@@ -101,7 +98,7 @@ def evaluate(
 def check_detections(
     annotations: CocoAnnotations, detections: Sequence[Detections], image_ids: Sequence[int] | None
 ) -> None:
-    """Raises UserError as `evaluate` does, but for labels."""
+    """Raises the errors of `evaluate`, except those about labels."""
     known = set(annotations.image_ids.tolist())
     named = f"{annotations.path or 'the annotations'}"
     for image_id in image_ids or ():
@@ -121,8 +118,7 @@ def check_detections(
 
 
 def iou_types_of(detections: Sequence[Detections], annotations: CocoAnnotations) -> tuple[str, ...]:
-    """What can be scored: "bbox", "segm" where all detections have masks, "keypoints" where they and the data have
-    some."""
+    """What can be scored: "bbox"; "segm" if all detections have masks; "keypoints" if they and the data have some."""
     masks = bool(detections) and all(found.masks is not None for found in detections)
     points = bool(detections) and all(found.keypoints is not None for found in detections)
     return ("bbox",) + ("segm",) * masks + ("keypoints",) * (points and "keypoints" in annotations.columns)

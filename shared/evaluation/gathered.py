@@ -215,16 +215,25 @@ class GatheredDetections:
         ]
 
 
-def save_detections(path: Path, found: GatheredDetections, category_names: Sequence[str]) -> None:
-    """Writes an npz file as a whole; `images` and `skipped` of `found` are ids."""
+def save_detections(
+    path: Path, found: GatheredDetections, category_names: Sequence[str], max_detections: int | None = None
+) -> None:
+    """Writes an npz file as a whole.
+
+    Args:
+        found: its `images` and `skipped` are ids.
+        max_detections: as of `evaluate`.
+    """
     arrays = {name: value for name, value in vars(found).items() if value is not None}
+    if max_detections is not None:
+        arrays["max_detections"] = np.int64(max_detections)
     names = np.frombuffer(json.dumps(list(category_names)).encode(), np.uint8)
     with writing(path) as file:
         np.savez(file, category_names=names, **arrays)
 
 
-def load_detections(path: Path) -> tuple[GatheredDetections, list[str]]:
-    """What `save_detections` wrote.
+def load_detections(path: Path) -> tuple[GatheredDetections, list[str], int | None]:
+    """What `save_detections` wrote: detections, the names of the categories, and `max_detections`.
 
     Raises:
         UserError: it is no such file, or cannot be read.
@@ -233,9 +242,13 @@ def load_detections(path: Path) -> tuple[GatheredDetections, list[str]]:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         names = json.loads(arrays.pop("category_names").tobytes())
-        return GatheredDetections(**arrays), names
+        most = arrays.pop("max_detections", None)
+        return GatheredDetections(**arrays), names, None if most is None else int(most)
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} has no detections of a run: {error}") from error
+        raise UserError(
+            f"{path} has no detections of a run: it is damaged, or another program's. Fix: validate the run again, or "
+            "give a results.json"
+        ) from error
 
 
 def merge(shares: list[GatheredDetections]) -> GatheredDetections:

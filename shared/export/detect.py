@@ -24,8 +24,7 @@ def load(path):
     import torch
     import torchvision.ops  # noqa: F401
 
-    files = {"metadata.json": ""}
-    module = torch.export.load(path, extra_files=files).module()
+    module = torch.export.load(path, extra_files=(files := {"metadata.json": ""})).module()
     metadata = json.loads(files["metadata.json"])
     return lambda images: [output.numpy() for output in module(torch.from_numpy(images))], metadata
 

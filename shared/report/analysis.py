@@ -11,6 +11,7 @@ import hotcoco
 import numpy as np
 
 from shared.data.annotations import CocoAnnotations
+from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import (
     CocoEvaluator,
@@ -20,8 +21,7 @@ from shared.evaluation.evaluator import (
     summarize,
 )
 from shared.evaluation.gathered import GatheredDetections
-from shared.report.image_errors import Wrong, errors_of
-from shared.report.suspects import Suspect, find_suspects
+from shared.report.image_errors import Suspect, Wrong, errors_of, find_suspects
 
 RESAMPLES = 200
 SEED = 0
@@ -228,6 +228,11 @@ def analyse(
     evaluator = CocoEvaluator(annotations, iou_types, image_ids, keypoint_sigmas, max_detections=max_detections)
     evaluator.update(detections)
     found = evaluator.share()
+    if len(found.scores) and not 0 <= found.scores.min() <= found.scores.max() <= 1:
+        raise UserError(
+            f"the scores are {found.scores.min():g} to {found.scores.max():g}, and must be 0 to 1. Fix: divide percent "
+            "by 100; apply a sigmoid or softmax to logits"
+        )
     index_of = {image_id: index for index, image_id in enumerate(annotations.image_ids.tolist())}
     by_index = {index_of[one.image_id]: one for one in detections}
     indices = np.array(sorted(index_of[image_id] for image_id in evaluator.image_ids.tolist()), np.int64)

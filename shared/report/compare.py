@@ -31,8 +31,7 @@ from shared.report.analysis import (
     image_of_annotations,
     interval_around,
 )
-from shared.report.page import TITLES, check_page, parse_page_options, write_page
-from shared.report.pictures import open_pictures, picture_of_difference
+from shared.report.page import TITLES, check_page, open_pictures, parse_page_options, picture_of_difference, write_page
 from shared.report.plots import short_name, styled, svg_of
 
 _IMAGES = 8
@@ -157,6 +156,7 @@ def compare(
     iou_types: Sequence[str] | None = None,
     image_ids: Sequence[int] | None = None,
     resamples: int = RESAMPLES,
+    max_detections: int | None = None,
 ) -> list[Comparison]:
     """Write a page on how far each further set of detections is from the first, and `<name>.json` with its numbers.
 
@@ -167,6 +167,7 @@ def compare(
         iou_types: None for boxes, and masks and keypoints if all sets have them.
         image_ids: the images to evaluate on; None for all of the file.
         resamples: how often images are drawn again for the intervals; 0 for no intervals.
+        max_detections: see `evaluate`.
 
     Returns:
         Each further set against the first, by each IoU type.
@@ -185,7 +186,7 @@ def compare(
     if iou_types is None:
         scored = [iou_types_of(list(found), annotations) for found in detections.values()]
         iou_types = [iou_type for iou_type in scored[0] if all(iou_type in each for each in scored)]
-    found = compared(annotations, detections, iou_types, image_ids, resamples)
+    found = compared(annotations, detections, iou_types, image_ids, resamples, max_detections)
     first, *others = found.of
     write_page(
         "compare.html.jinja",
@@ -349,7 +350,13 @@ def compare_main(arguments: Sequence[str]) -> None:
     image_ids = sorted(set.intersection(*evaluated)) if evaluated else None
     detections = {name: run.of(categories) for name, run in zip(_names(given.detections), runs, strict=True)}
     comparisons = compare(
-        annotations, detections, given.output, given.images, image_ids=image_ids, resamples=given.resamples
+        annotations,
+        detections,
+        given.output,
+        given.images,
+        image_ids=image_ids,
+        resamples=given.resamples,
+        max_detections=given.max_detections or _max_detections(given.detections, runs),
     )
     print("\n".join(summary_of(comparison) for comparison in comparisons))
     print(f"the page: {given.output}; its numbers: {given.output.with_suffix('.json')}")
@@ -362,11 +369,13 @@ class _Run:
     Attributes:
         category_names: by label.
         image_ids: the images that were evaluated; None for all.
+        max_detections: per image and category, that the run scored; None for COCO's number.
     """
 
     detections: list[Detections]
     category_names: list[str]
     image_ids: list[int] | None
+    max_detections: int | None = None
 
     def of(self, categories: Sequence[str]) -> list[Detections]:
         """The detections of some categories, whose labels are their order."""
@@ -388,13 +397,13 @@ class _Run:
 def _open(path: Path, annotations: CocoAnnotations) -> _Run:
     saved, results = (path / name for name in _FILES_OF_A_RUN)
     if saved.exists():
-        found, names = load_detections(saved)
+        found, names, most = load_detections(saved)
         if unknown := [name for name in names if name not in annotations.category_names]:
             raise UserError(
                 f"{path} has detections of the categories {unknown}, and {annotations.path} has only "
                 f"{annotations.category_names}. Fix: give the annotations that the run was validated on"
             )
-        return _Run(found.detections(), names, found.images.tolist())
+        return _Run(found.detections(), names, found.images.tolist(), most)
     if path.is_dir() and not results.exists():
         raise UserError(
             f"{path} has neither {saved.name}, which a run with a validation writes, nor {results.name}. Fix: write "
@@ -402,6 +411,17 @@ def _open(path: Path, annotations: CocoAnnotations) -> _Run:
         )
     found = from_coco_results(results if path.is_dir() else path, annotations)
     return _Run(found, annotations.category_names, None)
+
+
+def _max_detections(paths: Sequence[Path], runs: Sequence[_Run]) -> int | None:
+    """The number that all runs scored with; files of results have none."""
+    scored = {path: run.max_detections for path, run in zip(paths, runs, strict=True) if run.image_ids is not None}
+    if len(set(scored.values())) > 1:
+        numbers = ", ".join(f"{path}: {most or 'the default'}" for path, most in scored.items())
+        raise UserError(
+            f"compare: the runs scored different numbers of detections ({numbers}). Fix: pass --max-detections"
+        )
+    return next(iter(scored.values()), None)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

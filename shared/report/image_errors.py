@@ -1,13 +1,16 @@
-"""The errors on each image, by TIDE's types."""
+"""The errors on each image, by TIDE's types, and the annotations that detections contradict."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+from shared.data.annotations import CocoAnnotations
 from shared.evaluation.detections import Detections
+from shared.evaluation.gathered import GatheredDetections
 
 # Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV 2020
 ERROR_TYPES = {
@@ -114,3 +117,238 @@ def worst_images(wrong: Sequence[Wrong], kind: str, count: int) -> list[tuple[in
         return -sum(one.score if one.detection is not None else 1.0 for one in item[1]), item[0]
 
     return sorted(of_image.items(), key=weight)[:count]
+
+
+# --- suspects ---------------------------------------------------------------------------------------
+#
+# Annotations worth a look: detections contradict them, with more certainty than the detector has when it errs.
+#
+# A detector that errs is seldom certain. A wrong annotation does not depend on that certainty. So the share of
+# contradicted annotations falls as the certainty grows, down to the share of annotations that are wrong:
+#
+#     P(contradicted | x) = q(x) + (1 - q(x)) · e,    q(x) = 1 / (1 + exp(a + b · x))
+#
+# x is the certainty in log-odds. Expectation maximization fits a, b and e to all detections. The chance that a
+# contradiction is the detector's own mistake is then q / (q + (1 - q) · e). The model is the psychometric function with
+# a lapse rate: Wichmann and Hill, "The psychometric function", Perception & Psychophysics 63, 2001.
+
+_MOST_CHANCE_FALSE = 0.5
+_APART = 0.3  # IoU: a box between two objects overlaps each of them more
+_LEAST_SCORE, _MOST_SCORE = 0.02, 0.999  # lower scores carry no information
+_BINS = 200
+_ROUNDS = 500
+# of a and b: normal distributions around a detector whose scores are probabilities, for data with few mistakes
+_MEAN = np.array([0.0, 1.0])
+_PRECISIONS = {"category": np.array([1e6, 9.0]), "missing": np.array([0.04, 1.0])}  # one of two equal scores is right
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """An annotation that may be wrong, or missing.
+
+    Attributes:
+        kind: "category" or "missing".
+        image: index in the annotations.
+        label, score, box: the detection's. The box is (4,) x1 y1 x2 y2 in pixels.
+        annotation: row of the annotation with another category; None for a missing one.
+        chance_false: probability that the detector is wrong instead of the annotation.
+    """
+
+    kind: str
+    image: int
+    label: int
+    score: float
+    box: np.ndarray
+    annotation: int | None
+    chance_false: float
+
+
+class _Cases(NamedTuple):
+    """On one image or on all, what the detections say about the annotations.
+
+    Attributes:
+        agreeing: certainty, for each annotation that they agree with.
+        contradicting: certainty, for each of the M contradictions.
+        evidence: (M,) certainty against the annotation, which takes the second guess into account.
+        rows: (M,) of the detections.
+        annotations: (M,) rows of the annotations, -1 for none.
+        images: (M,) indices.
+    """
+
+    agreeing: np.ndarray
+    contradicting: np.ndarray
+    evidence: np.ndarray
+    rows: np.ndarray
+    annotations: np.ndarray
+    images: np.ndarray
+
+
+def find_suspects(
+    annotations: CocoAnnotations,
+    found: GatheredDetections,
+    rows_of: Mapping[int, slice],
+    images: Iterable[int],
+    min_score: float,
+) -> list[Suspect]:
+    """The annotations that are more likely wrong than the detections that contradict them, the likeliest first.
+
+    Args:
+        rows_of: by image, its rows in `found`.
+        images: indices in the annotations.
+        min_score: a detection needs it to contradict an annotation.
+    """
+    odds, least = _log_odds(found.scores)
+    all_rows, categories, missing = np.arange(len(odds)), [], []
+    for image in images:
+        rows = all_rows[rows_of.get(image, slice(0))]
+        rows = rows[odds[rows] > least]
+        one, other = _cases_of(image, annotations, found, rows[np.argsort(-odds[rows], kind="stable")], odds, least)
+        categories.append(one)
+        missing.append(other)
+    suspects = []
+    for kind, per_image in (("category", categories), ("missing", missing)):
+        if not per_image:
+            continue
+        cases = _Cases(*map(np.concatenate, zip(*per_image, strict=True)))
+        chances = chances_false(cases.agreeing, cases.contradicting, cases.evidence, kind)
+        for i in np.flatnonzero((chances <= _MOST_CHANCE_FALSE) & (found.scores[cases.rows] >= min_score)).tolist():
+            row, annotation = int(cases.rows[i]), int(cases.annotations[i])
+            suspects.append(
+                Suspect(
+                    kind=kind,
+                    image=int(cases.images[i]),
+                    label=int(found.labels[row]),
+                    score=float(found.scores[row]),
+                    box=found.boxes[row],
+                    annotation=None if annotation < 0 else annotation,
+                    chance_false=float(chances[i]),
+                )
+            )
+    return sorted(suspects, key=lambda suspect: (suspect.chance_false, -suspect.score))
+
+
+def _log_odds(scores: np.ndarray) -> tuple[np.ndarray, float]:
+    """(M,) float64, and the value from which on a detection carries information.
+
+    Scores that are not probabilities count as log-odds in units of their standard deviation.
+    """
+    scores = scores.astype(np.float64)
+    if not len(scores) or (scores.min() >= 0 and scores.max() <= 1):
+        shares = scores.clip(_LEAST_SCORE, _MOST_SCORE)
+        return np.log(shares / (1 - shares)), float(np.log(_LEAST_SCORE / (1 - _LEAST_SCORE)))
+    odds = (scores - scores.mean()) / max(float(scores.std()), 1e-9)
+    return odds, float(odds.min()) - 1.0
+
+
+def _cases_of(
+    image: int,
+    annotations: CocoAnnotations,
+    found: GatheredDetections,
+    rows: np.ndarray,
+    odds: np.ndarray,
+    least: float,
+) -> tuple[_Cases, _Cases]:
+    """The cases of "category" and "missing" on an image. `rows` are its detections, the most certain first."""
+    columns = annotations.columns
+    first, last = int(columns["offsets"][image]), int(columns["offsets"][image + 1])
+    truth = columns["boxes"][first:last].astype(np.float64)
+    truth[:, 2:] += truth[:, :2]
+    is_crowd, truth_labels = columns["iscrowd"][first:last], columns["labels"][first:last]
+    boxes, labels, certainty = found.boxes[rows], found.labels[rows], odds[rows]
+    ious = box_ious(boxes, truth)
+    objects = np.flatnonzero(~is_crowd)
+
+    # for each object, the certainty of the annotated category, of the best other guess, and of the next one; a
+    # detection belongs to one object, to one of its own category if possible
+    own, other, third = np.full((3, len(objects)), least)
+    best = np.full(len(objects), -1)
+    if len(objects):
+        on_objects = ious[:, objects]
+        matches = on_objects >= _MATCHES
+        agrees = labels[:, None] == truth_labels[objects]
+        owner = (on_objects + (agrees & matches)).argmax(axis=1)
+        for position in np.flatnonzero(matches[np.arange(len(rows)), owner])[::-1].tolist():  # the best one last
+            at = owner[position]
+            if agrees[position, at]:
+                own[at] = certainty[position]
+            else:
+                if labels[best[at]] != labels[position]:
+                    third[at] = other[at]
+                other[at], best[at] = certainty[position], position
+    top = np.maximum(own, other)
+    is_found, contradicted = top > least, other > own
+    wrong_category = _Cases(
+        agreeing=(own - other)[is_found & ~contradicted],
+        contradicting=(other - np.maximum(own, third))[contradicted],
+        evidence=(other - own)[contradicted],
+        rows=rows[best[contradicted]],
+        annotations=first + objects[contradicted],
+        images=np.full(int(contradicted.sum()), image),
+    )
+
+    is_alone = ~(ious >= _APART).any(axis=1) & ~_lie_in(boxes, truth[is_crowd])
+    alone = _spread_out(boxes, np.flatnonzero(is_alone))
+    missing = _Cases(
+        agreeing=top[is_found],
+        contradicting=certainty[alone],
+        evidence=certainty[alone],
+        rows=rows[alone],
+        annotations=np.full(len(alone), -1),
+        images=np.full(len(alone), image),
+    )
+    return wrong_category, missing
+
+
+def _lie_in(boxes: np.ndarray, crowds: np.ndarray) -> np.ndarray:
+    """(M,) bool: at least half of the box is in one of the crowds."""
+    boxes = boxes.astype(np.float64)
+    shared = np.minimum(boxes[:, None, 2:], crowds[:, 2:]) - np.maximum(boxes[:, None, :2], crowds[:, :2])
+    areas = (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(axis=1)
+    return (shared.clip(0).prod(axis=2) >= _MATCHES * areas[:, None]).any(axis=1)
+
+
+def _spread_out(boxes: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """The positions whose boxes do not overlap an earlier one of them: one per object."""
+    overlaps = box_ious(boxes[positions], boxes[positions]) >= _APART
+    is_free, kept = np.ones(len(positions), bool), []
+    for i in range(len(positions)):
+        if is_free[i]:
+            kept.append(i)
+            is_free &= ~overlaps[i]
+    return positions[kept]
+
+
+def chances_false(agreeing: np.ndarray, contradicting: np.ndarray, evidence: np.ndarray, kind: str) -> np.ndarray:
+    """The probability of each contradiction that it is the detector's mistake.
+
+    Args:
+        agreeing, contradicting: (N,), (M,) certainty of the detector, in log-odds.
+        evidence: (M,) certainty that the annotation is wrong.
+        kind: "category" or "missing".
+    """
+    if not len(contradicting):
+        return np.empty(0)
+    both = np.concatenate([agreeing, contradicting])
+    edges = np.linspace(both.min(), both.max(), _BINS + 1)
+    right, wrong = (np.histogram(part, edges)[0].astype(np.float64) for part in (agreeing, contradicting))
+    centers = np.stack([np.ones(_BINS), (edges[1:] + edges[:-1]) / 2])
+    parameters, precision = _MEAN.copy(), _PRECISIONS[kind]
+    share = 0.5 * wrong.sum() / len(both)  # of annotations that are wrong: e
+    for _ in range(_ROUNDS):
+        mistaken = _mistaken(parameters, centers)
+        own = wrong * mistaken / (mistaken + (1 - mistaken) * share)  # contradictions that are the detector's mistakes
+        for _ in range(2):
+            mistaken = _mistaken(parameters, centers)
+            slope = centers @ ((right + wrong) * mistaken - own) - precision * (parameters - _MEAN)
+            curvature = (centers * ((right + wrong) * mistaken * (1 - mistaken))) @ centers.T + np.diag(precision)
+            parameters = parameters + np.linalg.solve(curvature, slope).clip(-1, 1)
+        before, share = share, max(float((wrong - own).sum() / (right + wrong - own).sum()), 1e-9)
+        if abs(share - before) < 1e-7:
+            break
+    mistaken = _mistaken(parameters, np.stack([np.ones(len(evidence)), evidence]))
+    return mistaken / (mistaken + (1 - mistaken) * share)
+
+
+def _mistaken(parameters: np.ndarray, certainty: np.ndarray) -> np.ndarray:
+    """q: the probability that the detector is wrong."""
+    return 1 / (1 + np.exp((parameters @ certainty).clip(-30, 30)))

@@ -5,25 +5,120 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Iterable, Sequence
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
 
+from shared.config.file import flattened
 from shared.data.annotations import CocoAnnotations
 from shared.data.storage import ImageStorage
 from shared.errors import count_of
 from shared.evaluation.detections import Detections, from_coco_results
 from shared.evaluation.evaluator import for_json, iou_types_of
-from shared.report.about import About
+from shared.redaction import redacted, without_secrets
 from shared.report.analysis import NAMES, RESAMPLES, Analyses, Analysis, analyse, image_of_annotations
-from shared.report.image_errors import ERROR_TYPES, worst_images
-from shared.report.page import TITLES, check_page, parse_page_options, write_page
-from shared.report.pictures import open_pictures, picture_of_errors, picture_of_suspect
+from shared.report.image_errors import ERROR_TYPES, Suspect, worst_images
+from shared.report.page import (
+    TITLES,
+    check_page,
+    open_pictures,
+    parse_page_options,
+    picture_of_errors,
+    picture_of_suspect,
+    write_page,
+)
 from shared.report.plots import figures_of, svg_of
-from shared.report.suspects import Suspect
+
+if TYPE_CHECKING:  # importing it takes half a second, and a training needs no figure to start
+    from matplotlib.figure import Figure
+
+
+_NOT_THERE = "–"
+
+
+@dataclass
+class About:
+    """The run that a report describes.
+
+    Attributes:
+        title: of the page.
+        facts: name and value, the first table.
+        changed: keys of the config that differ from the shipped file: key, the file's value, this one's.
+        shipped: the name of that file.
+        curves: learning curves by title.
+    """
+
+    title: str = "Detections"
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    changed: Sequence[tuple[str, Any, Any]] = ()
+    shipped: str = ""
+    curves: Mapping[str, Figure] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.title = redacted(self.title)
+        self.facts = {name: redacted(value) if isinstance(value, str) else value for name, value in self.facts.items()}
+
+
+def software(code: Path) -> dict[str, str]:
+    """The versions of the packages, and the git commit if the folder is part of a repository.
+
+    Args:
+        code: the detector's folder, whose requirements.txt names the packages of the detector.
+    """
+    requirements = code / "requirements.txt"
+    own = re.findall(r"^[\w.-]+", requirements.read_text(), re.MULTILINE) if requirements.is_file() else []
+    found = [f"Python {sys.version.split()[0]}"]
+    for package in ("torch", "torchvision", "determined", "hotcoco", *own):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:  # not installed, or without metadata
+            continue
+    facts = {"versions": ", ".join(found)}
+    if commit := _git(code, "rev-parse", "--short=12", "HEAD"):
+        changed = _git(code, "status", "--porcelain", "--untracked-files=no")
+        facts["git commit"] = f"{commit}{', with changes' if changed else ''}"
+    return facts
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", folder, *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def speed(reports: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Images per second, and the share of the time that the training waited for data: the medians of the reports."""
+
+    def median(name: str) -> float | None:
+        values = [report["metrics"].get(name) for report in reports if report["split"] == "train"]
+        values = [value for value in values if value is not None]
+        return float(np.median(values)) if values else None
+
+    facts = {}
+    if (images := median("images_per_second")) is not None:
+        facts["images/s in training"] = f"{images:.1f}"
+    if (waiting := median("data_wait")) is not None:
+        facts["waiting for data"] = f"{100 * waiting:.1f} % of the time"
+    return facts
+
+
+def changed_keys(config: Mapping[str, Any], original: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What differs between two resolved configs: the key, the original's value, this one's."""
+    there, here = flattened(without_secrets(original)), flattened(without_secrets(config))
+    rows = [(key, there.get(key, _NOT_THERE), here.get(key, _NOT_THERE)) for key in sorted(there.keys() | here.keys())]
+    return [row for row in rows if row[1] != row[2]]
+
 
 _IMAGES_PER_TYPE = 4
 _SUSPECTS = 24
@@ -201,7 +296,7 @@ def summary_of(analyses: Analyses) -> str:
 
 
 def _crowded_images(analyses: Analyses) -> list[str]:
-    """A sentence if images hold more objects than COCO scores detections."""
+    """Sentences if images hold more objects than detections are scored."""
     annotations, boxes = analyses.annotations, analyses.of["bbox"]
     limit = max(boxes.evaluation.params.max_dets)
     objects = boxes.verdicts.objects
@@ -211,8 +306,11 @@ def _crowded_images(analyses: Analyses) -> list[str]:
     if not images:
         return []
     hold = "image holds" if images == 1 else "images hold"
-    most = f"COCO scores at most {limit} detections of a category per image, so that it counts some objects as missed."
-    return [f"{images} {hold} more than {limit} objects of one category, and {most}"]
+    return [
+        f"{images} {hold} more than {limit} objects of one category.",
+        f"Only {limit} detections of a category are scored per image, so that some objects count as missed; "
+        "max_detections sets another number.",
+    ]
 
 
 def _number(name: str, of: Analysis, called: str | None = None) -> str:
@@ -270,6 +368,14 @@ def report_main(arguments: Sequence[str]) -> None:
     detections = from_coco_results(given.results, annotations)
     facts = {"annotations": given.annotations, "detections": given.results}
     about = About(title=f"{given.results.name} on {given.annotations.name}", facts=facts)
-    analyses = report(annotations, detections, given.output, given.images, resamples=given.resamples, about=about)
+    analyses = report(
+        annotations,
+        detections,
+        given.output,
+        given.images,
+        resamples=given.resamples,
+        about=about,
+        max_detections=given.max_detections,
+    )
     print(summary_of(analyses))
     print(f"the page: {given.output}; its numbers: {given.output.with_suffix('.json')}")

@@ -23,13 +23,11 @@ import yaml
 from optuna.trial import TrialState
 
 from shared.config.experiment import Experiment
-from shared.data.file_lock import is_locked, try_lock
-from shared.durable import sync_folder, write_file
+from shared.durable import is_locked, sync_folder, try_lock, write_file
 from shared.errors import UserError, count_of
 from shared.redaction import without_secrets
 from shared.search.space import NUMBER, Searcher, draw, parse_searcher, ranges_of
-from shared.search.storage import lock_file, owner_of, storage_errors
-from shared.search.study import Study, TakenOver
+from shared.search.study import Study, TakenOver, lock_file, owner_of, storage_errors
 from shared.search.trial_process import WHOLE, Place, TrialProcess, places_for
 from shared.training.loggers import project_name
 from shared.training.run_folder import RunFolder

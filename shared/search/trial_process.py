@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.launchers import without_launcher
 from shared.training.run_folder import RunFolder
 
 WHOLE = 10**6  # the length of a training: validations are counted in millionths, the same for batches and epochs
@@ -86,7 +87,7 @@ class TrialProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**variables, **os.environ, **gpu},
+                env={**variables, **without_launcher(os.environ), **gpu},  # it trains alone
                 start_new_session=True,  # Ctrl-C reaches the search, which stops its trials
                 preexec_fn=_before_start(place.cores),
             )

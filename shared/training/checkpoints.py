@@ -1,122 +1,52 @@
-"""Reads checkpoints and weights without executing code in them; writes and checks a checkpoint's manifest."""
+"""Reads checkpoints and weights without executing code in them.
+
+Before torch 2.6, `torch.load(weights_only=True)` runs code from some files (CVE-2025-32434): TorchScript and tar
+archives. The reader for it is the last part here. It knows two containers: the ZIP file, and the sequence of pickles
+that `torch.save` wrote before torch 1.6 and that model zoos still publish. It calls only what builds tensors and plain
+containers.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import re
+import struct
+import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from shared.durable import write_file
 from shared.errors import UserError
-from shared.training.checkpoint_folder import find_checkpoint
-from shared.training.downloads import downloaded, forget
-from shared.training.torch_file import read_torch_file
-
-MANIFEST = "manifest.json"
-METADATA = "metadata.json"
-_WEIGHTS = "state_dict.pth"
-
-
-def write_manifest(folder: Path, batches: int) -> None:
-    """Writes the size and SHA-256 of each file in a checkpoint's folder, and the batches trained.
-
-    Determined writes metadata.json later, so that the manifest holds its number of batches instead of its digest.
-    """
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (MANIFEST, METADATA)
-    }
-    write_file(folder / MANIFEST, json.dumps({"batches": batches, "files": files}, indent=1))
-
-
-def check_manifest(folder: Path) -> None:
-    """Checks each file against the manifest. A checkpoint without a manifest passes: those of version 0.1 have none.
-
-    Raises:
-        UserError: a file is missing, cut off or changed.
-    """
-    manifest = folder / MANIFEST
-    if not manifest.exists():
-        return
-    try:
-        noted_at_save = json.loads(manifest.read_text())
-        for name, noted in noted_at_save["files"].items():
-            file = folder / name
-            if not file.is_file():
-                raise UserError(f"{folder} is not whole: {name} is missing")
-            if (size := file.stat().st_size) != noted["bytes"]:
-                raise UserError(f"{folder} is not whole: {name} has {size} bytes, and {noted['bytes']} were saved")
-            if _digest(file) != noted["sha256"]:
-                raise UserError(f"{folder} is not what was saved: {name} has changed since")
-        batches = noted_at_save.get("batches")  # manifests of version 0.1 lack it
-        if batches is not None and json.loads((folder / METADATA).read_text())["steps_completed"] != batches:
-            raise UserError(f"{folder} is not what was saved: {METADATA} is not of batch {batches}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{folder} is not whole: {MANIFEST} or {METADATA} cannot be read ({error!r})") from error
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of a checkpoint's state_dict.pth; from the manifest if there is one."""
-    try:
-        return json.loads((folder / MANIFEST).read_text())["files"][_WEIGHTS]["sha256"]
-    except FileNotFoundError:
-        return _digest(folder / _WEIGHTS)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        if hasattr(hashlib, "file_digest"):  # of Python 3.11 on
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-        return digest.hexdigest()
-
+from shared.training.downloads import downloaded, find_checkpoint, forget, is_bucket
+from shared.training.saving import check_manifest
 
 CATEGORIES_FILE = "categories.json"
 
 
 @dataclass
 class Checkpoint:
-    """A checkpoint of a `DetectionTrial`.
-
-    Attributes:
-        weights: the model's state dict; the averaged one where the run had one.
-        training_weights: the state dict of the model that was trained.
-        config: the experiment config; hparams: its hyperparameters, as the run had them.
-        categories: COCO categories; the position is the label.
-        batches: trained so far.
-        optimizer_groups: the parameter groups of the optimizer's state.
-        training: what the training kept besides weights and optimizer, without the averaged weights.
-        averaged_weights: None without.
-        state: all of `state_dict.pth`.
-        counts: batches, epochs and the last validation, by the names of Determined's own loop.
-    """
+    """A checkpoint of a `DetectionTrial`."""
 
     path: Path
-    weights: dict[str, torch.Tensor]
-    training_weights: dict[str, torch.Tensor]
-    config: dict[str, Any]
-    hparams: dict[str, Any]
-    categories: list[dict]
-    batches: int
-    optimizer_groups: list[dict[str, Any]]
-    training: dict[str, Any]
+    weights: dict[str, torch.Tensor]  # of the model that evaluates: the averaged one if the run had one
+    training_weights: dict[str, torch.Tensor]  # of the model that was trained
+    config: dict[str, Any]  # the experiment config
+    hparams: dict[str, Any]  # its hyperparameters, as the run had them
+    categories: list[dict]  # COCO categories; the position is the label
+    batches: int  # trained so far
+    optimizer_groups: list[dict[str, Any]]  # of the optimizer's state
+    training: dict[str, Any]  # what the training kept besides weights, averaged weights and optimizer
     averaged_weights: dict[str, torch.Tensor] | None
-    state: dict[str, Any]
-    counts: dict[str, Any]
+    state: dict[str, Any]  # all of `state_dict.pth`
+    counts: dict[str, Any]  # batches, epochs and the last validation, by the names of Determined's own loop
+    trial_class: str  # the name of the detector's class
 
     @property
     def best_of_older_version(self) -> dict[str, Any]:
@@ -125,11 +55,8 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint's weights and what is saved with them.
-
-    Raises:
-        UserError: it is not a checkpoint of this project, is cut off, changed, or holds code.
-    """
+    """A checkpoint's weights and what is saved with them. Raises UserError if it is not a checkpoint of this project,
+    is cut off, changed, or holds code."""
     check_manifest(path)
     state = load_state(path / "state_dict.pth")
     pickles = {pickled.name: _plain_values(pickled) for pickled in path.glob("*.pkl")}
@@ -152,17 +79,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
             averaged_weights=averaged,
             state=state,
             counts=pickles.get("trial_state.pkl", {}),
+            trial_class=str(load_data.get("trial_cls_spec", "")).rpartition(":")[2],
         )
     except (OSError, KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{path} is not a checkpoint of this project, or is not whole: {error!r}") from error
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `torch.save` wrote: tensors and plain values only.
-
-    Raises:
-        UserError: the file is cut off or would execute code.
-    """
+    """What `torch.save` wrote: tensors and plain values only. Raises UserError if the file is cut off or would execute
+    code."""
     try:
         if not _loads_weights_only():
             return read_torch_file(path)
@@ -170,9 +95,8 @@ def load_state(path: Path) -> dict[str, Any]:
     except Exception as error:  # a file that is cut off or hostile fails in many ways
         called = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own words advise to execute it
         reason = f"it calls {called[1]}" if called else str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{path} cannot be read as weights ({reason}); it is cut off, or holds more than tensors"
-        ) from (error)
+        problem = f"{path} cannot be read as weights ({reason}); it is cut off, or holds more than tensors"
+        raise UserError(problem) from error
 
 
 def _loads_weights_only() -> bool:
@@ -186,11 +110,7 @@ class _PlainValues(pickle.Unpickler):
 
 
 def _plain_values(path: Path) -> Any:
-    """The content of a checkpoint's own pickle.
-
-    Raises:
-        UserError: more than plain values.
-    """
+    """The content of a checkpoint's own pickle. Raises UserError if it is more than plain values."""
     try:
         with path.open("rb") as file:
             return _PlainValues(file).load()
@@ -200,17 +120,15 @@ def _plain_values(path: Path) -> Any:
 
 def read_weights(source: str, key: str, choices: str) -> tuple[Mapping[str, Any], Checkpoint | None]:
     """The content of a file, a URL or one of our checkpoints: a state dict, or what a library wrote around one. Also
-    the
-    checkpoint, if it is one.
+    the checkpoint, if it is one.
 
     Args:
-        key: the hyperparameter that names the source, for an error.
-        choices: what else the hyperparameter may be, for an error.
+        key, choices: for an error, the hyperparameter that names the source, and what else it may be.
 
     Raises:
         UserError: the source cannot be read, is cut off, or holds code.
     """
-    if "://" in source:
+    if "://" in source and not is_bucket(source):
         try:
             return read_url(source), None
         except OSError as error:
@@ -240,11 +158,7 @@ def read_url(url: str) -> Mapping[str, Any]:
 
 
 def read_weights_file(path: Path) -> Mapping[str, Any]:
-    """The weights of a file: safetensors, or what `torch.save` wrote.
-
-    Raises:
-        UserError: it is cut off, or holds code.
-    """
+    """The weights of a file: safetensors, or what `torch.save` wrote. Raises UserError as `load_state` does."""
     if path.suffix != ".safetensors":
         return load_state(path)
     from safetensors import SafetensorError
@@ -257,13 +171,12 @@ def read_weights_file(path: Path) -> Mapping[str, Any]:
 
 
 def without_ddp(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict without the prefix that DistributedDataParallel gives its keys. `_metadata`, the versions of its
-    modules, loses it too: modules use them to load older names."""
-    plain = OrderedDict((name.removeprefix("module."), tensor) for name, tensor in weights.items())
+    """The state dict without the prefix that DistributedDataParallel gives its keys, also in `_metadata`: modules use
+    these versions to load older names."""
+    plain = OrderedDict(weights)
     if versions := getattr(weights, "_metadata", None):
-        plain._metadata = OrderedDict(
-            ("" if name == "module" else name.removeprefix("module."), value) for name, value in versions.items()
-        )
+        plain._metadata = OrderedDict(versions)
+    consume_prefix_in_state_dict_if_present(plain, "module.")
     return plain
 
 
@@ -287,3 +200,169 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: 
             "Use the config that it was trained with"
         )
     model.load_state_dict(weights)
+
+
+# --- what `torch.save` wrote, without `torch.load` --------------------------------------------------
+
+_MAGIC_NUMBER, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the sequence of pickles
+_STORAGES = {
+    "BFloat16Storage": torch.bfloat16,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "ComplexDoubleStorage": torch.complex128,
+    "ComplexFloatStorage": torch.complex64,
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+    "ShortStorage": torch.int16,
+}
+
+
+@dataclass
+class _Storage:
+    """The numbers that tensors are views of."""
+
+    dtype: torch.dtype
+    count: int
+
+    def __post_init__(self) -> None:
+        self.bytes = torch.empty(self.count * self.dtype.itemsize, dtype=torch.uint8)
+
+    def fill(self, file: IO[bytes]) -> None:
+        buffer = memoryview(self.bytes.numpy())
+        while buffer:
+            if not (read := file.readinto(buffer)):
+                raise EOFError("it is cut off")
+            buffer = buffer[read:]
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it changes a storage")
+
+
+def read_torch_file(path: Path) -> Any:
+    """What `torch.save` wrote, on the CPU, with the same bits as `torch.load` gives. Raises an exception of any kind
+    if the file is cut off, damaged or holds more than tensors and plain values."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(4) == b"PK\3\4":
+            return _read_zip(file, size)
+        file.seek(0)
+        return _read_pickles(file, size)
+
+
+def _read_zip(file: IO[bytes], size: int) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        records = {record.filename: record for record in archive.infolist()}
+        root = next(iter(records)).partition("/")[0]
+        if f"{root}/constants.pkl" in records:
+            raise pickle.UnpicklingError("it is a TorchScript archive, which holds code")
+        plain = all(record.compress_type == zipfile.ZIP_STORED for record in records.values())
+        if not plain or sum(record.file_size for record in records.values()) > size:
+            raise pickle.UnpicklingError("it unpacks to more than its own size, which torch.save never writes")
+        if f"{root}/byteorder" in records and archive.read(f"{root}/byteorder") != b"little":
+            raise pickle.UnpicklingError("it is of a big-endian machine")
+
+        def filled(key: str, storage: _Storage) -> None:
+            record = records[f"{root}/data/{key}"]
+            if record.file_size != len(storage.bytes):
+                raise pickle.UnpicklingError(f"storage {key} has {record.file_size} bytes, not {len(storage.bytes)}")
+            with archive.open(record) as content:
+                storage.fill(content)
+
+        with archive.open(f"{root}/data.pkl") as content:
+            return _TensorUnpickler(content, size, filled).load()
+
+
+def _read_pickles(file: IO[bytes], size: int) -> Any:
+    """Magic number, protocol, the system, the object, its storages' keys; then each storage's count and bytes."""
+
+    def plain_value() -> Any:
+        return _TensorUnpickler(file, 0, lambda key, storage: None).load()
+
+    if plain_value() != _MAGIC_NUMBER or plain_value() != _PROTOCOL:
+        raise pickle.UnpicklingError("torch.save did not write it")
+    if plain_value().get("little_endian") is not True:
+        raise pickle.UnpicklingError("it is of a big-endian machine")
+    storages: dict[str, _Storage] = {}
+    loaded = _TensorUnpickler(file, size, storages.__setitem__).load()
+    if set(keys := plain_value()) != storages.keys():
+        raise pickle.UnpicklingError("it does not hold the storages of its tensors")
+    for key in keys:
+        if struct.unpack("<q", file.read(8))[0] != storages[key].count:
+            raise pickle.UnpicklingError(f"storage {key} does not have the size of its tensors")
+        storages[key].fill(file)
+    return loaded
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Reads storages of `most_bytes` together. Calls `made` with the key of each, and the storage."""
+
+    def __init__(self, file: IO[bytes], most_bytes: int, made: Callable[[str, _Storage], None]):
+        super().__init__(file, encoding="utf-8")
+        self.left, self.made = most_bytes, made
+        self.storages: dict[str, _Storage] = {}
+        self.known = _callables()  # new ones for each file: a pickle can set attributes of what it is given
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+            return dtype
+        if (module, name) in self.known:
+            return self.known[module, name]
+        raise pickle.UnpicklingError(f"it calls {module}.{name}")
+
+    def persistent_load(self, saved: Any) -> _Storage:
+        kind, dtype, key, _, count, *view = saved
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or any(part is not None for part in view):
+            raise pickle.UnpicklingError(f"it refers to {saved!r}, which is no storage")
+        if key not in self.storages:
+            self.left -= count * dtype.itemsize
+            if count < 0 or self.left < 0:
+                raise pickle.UnpicklingError("its tensors are larger than the file")
+            self.storages[key] = _Storage(dtype, count)
+            self.made(key, self.storages[key])
+        return self.storages[key]
+
+
+def _callables() -> dict[tuple[str, str], Callable]:
+    """The functions that a file may call, by its names for them."""
+
+    def tensor(
+        storage: _Storage,
+        offset: int,
+        size: tuple[int, ...],
+        stride: tuple[int, ...],
+        requires_grad: bool = False,
+        hooks: Any = None,
+        metadata: Any = None,
+    ) -> torch.Tensor:
+        if not isinstance(storage, _Storage) or metadata or min((offset, *size, *stride)) < 0:
+            raise pickle.UnpicklingError("it holds a tensor of an unknown kind")
+        last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+        if 0 not in size and last >= storage.count:
+            raise pickle.UnpicklingError("a tensor lies outside its storage")
+        view = torch.empty(0, dtype=storage.dtype)
+        view.set_(storage.bytes.untyped_storage(), offset, tuple(size), tuple(stride))
+        return view.requires_grad_(requires_grad)
+
+    def parameter(data: torch.Tensor, requires_grad: bool, hooks: Any) -> torch.nn.Parameter:
+        return torch.nn.Parameter(data, requires_grad)
+
+    def encoded(text: str, encoding: str) -> bytes:  # how pickle's protocol 2 writes bytes
+        return text.encode("latin1")
+
+    return {
+        ("__builtin__", "set"): set,
+        ("_codecs", "encode"): encoded,
+        ("builtins", "set"): set,
+        ("collections", "OrderedDict"): OrderedDict,
+        ("torch", "Size"): torch.Size,
+        ("torch", "device"): torch.device,
+        ("torch._utils", "_rebuild_parameter"): parameter,
+        ("torch._utils", "_rebuild_tensor"): tensor,
+        ("torch._utils", "_rebuild_tensor_v2"): tensor,
+    }

@@ -24,64 +24,54 @@ from torch.utils.data import DataLoader, Dataset
 from shared.config.experiment import Experiment, Sections
 from shared.config.schema import DataConfig, Length, SearcherMetric, TrainingHyperparameters
 from shared.data.annotations import CocoAnnotations
+from shared.data.augment.augmenter import DataAugmenter
+from shared.data.augment.placement import Layout, mirrored_keypoints
 from shared.data.dataset import Transform, seed_all
 from shared.data.images import InputScale
-from shared.data.loading import Batch
+from shared.data.loading import Batch, TrainingBatchSampler, labels_of, repeat_factors
 from shared.data.open import SplitData, open_split, open_train_and_val
-from shared.data.samplers import TrainingBatchSampler, labels_of, repeat_factors
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator, summary_metrics
 from shared.evaluation.gathered import ChiefReducer
+from shared.training.class_weights import class_weights, refused
 from shared.training.processes import broadcast_from_chief
 from shared.training.saving import python_state, restore_python_state
-from shared.training.step import Clip
-from shared.training.switches import AveragedWeights, autocast
+from shared.training.switches import AveragedWeights, Clip, autocast
 from shared.training.validation import TOTAL
 
 logger = logging.getLogger(__name__)
 
 
 class Detector(PyTorchTrial):
-    """The methods that a detector defines, and the attributes that it can use.
-
-    Attributes:
-        experiment: the experiment config. `hparams` and `data` are two of its sections.
-        train_data, val_data, categories: what the data opens to; a category's position is its label.
-        model: the training model on its device, in DDP if there are several slots; `plain_model` is it without DDP.
-        optimizer, ema: that train it; `ema` is None without averaged weights.
-        searcher_metric, last_validation: the metric that steers; the numbers of the last validation.
-        first_batch: batches that were trained before this start; `batches_trained` so far; `total_batches` at the end.
-        rank, slots: which process this is, and of how many.
-        for_training: False to evaluate or predict.
-    """
+    """The methods that a detector defines, and the attributes that it can use."""
 
     context: PyTorchTrialContext
     experiment: Experiment
-    hparams: TrainingHyperparameters
+    hparams: TrainingHyperparameters  # two of the experiment's sections
     data: DataConfig
     train_data: SplitData
     val_data: SplitData
-    categories: list[dict]
-    model: nn.Module
-    plain_model: nn.Module
-    ema: Any
+    categories: list[dict]  # a category's position is its label
+    model: nn.Module  # that trains, on its device, in DDP if there are several slots
+    plain_model: nn.Module  # it without DDP
+    ema: Any  # None without averaged weights
     optimizer: torch.optim.Optimizer
     evaluator: ChiefReducer
-    searcher_metric: SearcherMetric
+    searcher_metric: SearcherMetric  # that steers
     last_validation: dict[str, float]
-    first_batch: int
-    batches_trained: int
+    first_batch: int  # batches that were trained before this start
+    batches_trained: int  # so far
     batches_per_epoch: int
     total_batches: int
-    aggregation_frequency: int
+    aggregation_frequency: int  # batches per optimizer step
     global_batch_size: int
     per_slot_batch_size: int
     seed: int
     rank: int
-    slots: int
+    slots: int  # how many processes there are
     on_cluster: bool
-    for_training: bool
+    for_training: bool  # False to evaluate or predict
     validates_loss: bool
 
     # --- what a detector declares -------------------------------------------------------------------------
@@ -99,6 +89,12 @@ class Detector(PyTorchTrial):
     """What COCO's evaluation compares: of "bbox", "segm" and "keypoints"."""
     find_unused_parameters: bool = False
     """Whether a step may leave parameters without a gradient, so that DDP has to look for them."""
+    evaluates_coco: bool = True
+    """Whether `CocoEvaluator` scores a validation; False if the detector's library does, on data of its own."""
+    replaced_by_augment: Sequence[str] = ()
+    """Hyperparameters that have no effect with `data.augment`."""
+    weighs_categories: bool = False
+    """Whether `build_model` puts `class_weights` into the model's loss."""
     fp16_key: str = "hyperparameters.amp"
     """Where fp16 is switched on; like the next two, for error messages."""
     optimizer_key: str = "hyperparameters.opt"
@@ -162,6 +158,10 @@ class Detector(PyTorchTrial):
     def read_own_config(self) -> None:
         """Reads the detector's own configuration, which `hparams` names. `data` is there too."""
 
+    def repeats_by_itself(self) -> str | None:
+        """What of the detector's own configuration repeats training images; None without."""
+        return None
+
     def default_lengths(self) -> dict[str, Length]:
         """The detector's own `searcher.max_length`, `min_validation_period` and `min_checkpoint_period`. The experiment
         config wins."""
@@ -174,6 +174,8 @@ class Detector(PyTorchTrial):
 
     def reported_metrics(self) -> list[str] | None:
         """The names that a validation reports, or None if they are not known. One of them steers the searcher."""
+        if not self.evaluates_coco:
+            return None
         names = [f"{iou_type}_{name}" for iou_type in self.iou_types for name in summary_metrics(iou_type)]
         return [*names, *([TOTAL] if self.validates_loss else [])]
 
@@ -213,7 +215,8 @@ class Detector(PyTorchTrial):
         """This slot's batches from `first_batch` on, without end. None for the run's first batch."""
         first = self.first_batch if first_batch is None else first_batch
         of_slot = (self.per_slot_batch_size, self.seed, self.rank, self.slots)
-        return TrainingBatchSampler(self.training_groups(), *of_slot, first, self.repeats)
+        others = 0 if self.data.augment is None else self.data.augment.others
+        return TrainingBatchSampler(self.training_groups(), *of_slot, first, self.repeats, others)
 
     def trained_images(self, annotations: CocoAnnotations) -> np.ndarray:
         """(images,) whether a training on these annotations uses the image."""
@@ -244,6 +247,11 @@ class Detector(PyTorchTrial):
         """Whether all images of a batch to detect on must have one size."""
         return False
 
+    @property
+    def max_iou(self) -> float:
+        """The IoU above which the detector drops the less sure of two detections of a category."""
+        return 0.5
+
     def build_evaluator(self, data: SplitData) -> ChiefReducer:
         """The evaluator over the images of `evaluated_images`. Its `update` takes what `detect` returns."""
         gather = self.context.distributed.gather
@@ -267,11 +275,7 @@ class Detector(PyTorchTrial):
 
     def loss_transform(self, data: SplitData) -> Transform:
         """From a validation image to a training sample without augmentation, at the size of the evaluation; None for an
-        image that gives none.
-
-        Raises:
-            UserError: the detector's configuration does not allow that.
-        """
+        image that gives none. Raises UserError if the detector's configuration does not allow that."""
         raise UserError("hyperparameters.validation_loss: this detector has none")
 
     def image_losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
@@ -370,6 +374,14 @@ class Detector(PyTorchTrial):
 
     # --- what a detector can use ---------------------------------------------------------------------------
 
+    def given_batch_size(self, own: Callable[[], int]) -> int:
+        """The global batch size; `own()` if the experiment config gives none. To detect, any number of slots is
+        allowed, and it is rounded up to a multiple of them."""
+        if self.hparams.global_batch_size is not None:
+            return self.hparams.global_batch_size
+        slots = 1 if self.for_training else self.slots
+        return -(-own() // slots) * slots
+
     @cached_property
     def repeats(self) -> np.ndarray | None:
         """(samples,) how often each training sample comes per epoch; None for once each."""
@@ -377,11 +389,54 @@ class Detector(PyTorchTrial):
             return None
         return repeat_factors(*self.training_labels(), len(self.training_groups()), self.data.repeat_threshold)
 
+    def augmenter(self, layout: Layout) -> DataAugmenter | None:
+        """What changes the training images as `data.augment` says; None without it."""
+        augment = self.data.augment
+        if augment is None:
+            return None
+        given = [name for name in self.replaced_by_augment if name in self.experiment.config["hyperparameters"]]
+        if given and self.rank == 0:
+            logger.warning("data.augment replaces hyperparameters.%s, which has no effect", " and ".join(given))
+        if self.only_flips_from == 0 and self.rank == 0:
+            logger.warning("data.augment.off_for_last has as many epochs as the training, which only flips images")
+        return DataAugmenter(augment, layout, self.only_flips_from, mirrored_keypoints(self.categories))
+
+    @property
+    def only_flips_from(self) -> int | None:
+        """The first epoch of `data.augment.off_for_last`; None without it."""
+        augment = self.data.augment
+        if augment is None or augment.off_for_last is None:
+            return None
+        return max(self.total_batches // self.batches_per_epoch - augment.off_for_last.epochs, 0)
+
+    def input_scale_of_batch(self, number: int) -> float:
+        """The factor of the input's size in training batch `number`: `data.augment.multi_scale`. All slots have the
+        same."""
+        augment, last = self.data.augment, self.only_flips_from
+        if augment is None or (last is not None and number // self.batches_per_epoch >= last):
+            return 1.0
+        return float(np.random.default_rng([self.seed, number, 6]).uniform(*augment.multi_scale))
+
+    @cached_property
+    def class_weights(self) -> torch.Tensor | None:
+        """(K,) float32 on the device: how much the objects of each label count in the classification loss; None for
+        all alike.
+
+        Raises:
+            UserError: a name is no category, or this detector cannot weigh categories.
+        """
+        given = self.hparams.class_weights
+        if given is None or not self.for_training:
+            return None
+        if not self.weighs_categories:
+            raise refused("this detector")
+        weights = class_weights(given, self.categories, self.training_labels()[1])
+        return None if weights is None else weights.to(self.context.device)
+
     @property
     def batches_evaluations(self) -> bool:
-        """Whether a library that evaluates one image at a time gets batches of one size, which need no padding. They
-        round otherwise, and only a GPU is faster: a CPU took 1.13 times as long for 4 images of 800 pixels by a
-        ResNet-50."""
+        """Whether a library that evaluates one image at a time gets batches of one size, which need no padding. Only a
+        GPU is faster with them."""
         return self.data.fast_images and self.context.device.type == "cuda"
 
     def evaluated_ids(self, data: SplitData) -> np.ndarray:

@@ -1,20 +1,22 @@
-"""Weights from URLs: downloaded once, whole, and kept under a hash of the whole URL."""
+"""Weights from URLs and checkpoints of a cluster: downloaded once and whole. Imports no torch at the top."""
 
 from __future__ import annotations
 
 import hashlib
 import http.client
+import json
 import logging
 import os
 import re
 import shutil
 import tempfile
 import urllib.request
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from shared.data.file_lock import once, user_cache
-from shared.durable import replace_folder
+from shared.durable import once, replace_folder, user_cache
 from shared.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -29,9 +31,8 @@ class DownloadError(OSError):
 
 
 def downloaded(url: str) -> Path:
-    """The file of a URL, which keeps its name there.
-
-    A file of torch.hub's cache is taken if its name has the start of its SHA-256.
+    """The file of a URL, which keeps its name there. A file of torch.hub's cache is taken if its name has the start of
+    its SHA-256.
 
     Raises:
         DownloadError: the server does not send it, sends a part, or sends other bytes than its name says.
@@ -43,39 +44,44 @@ def downloaded(url: str) -> Path:
     if parts.scheme == "file":
         return Path(urllib.request.url2pathname(parts.path))
     name = re.sub(r"[^\w.-]", "_", Path(parts.path).name)[-100:].lstrip(".") or "weights"
-    folder = private_cache("detection_weights")
-    place = _place(folder, url)
-    of_hub = Path(hub.get_dir(), "checkpoints", name)
+    place, of_hub = _place(url), Path(hub.get_dir(), "checkpoints", name)
+    stated = _SHA256_IN_NAME.search(name)
+    if not place.is_dir() and stated and of_hub.is_file() and sha256_of(of_hub).startswith(stated[1]):
+        return of_hub
 
-    def find() -> Path | None:
-        if (place / name).is_file():
-            return place / name
-        stated = _SHA256_IN_NAME.search(name)
-        return of_hub if stated and of_hub.is_file() and _sha256(of_hub).startswith(stated[1]) else None
+    def fill(new: Path) -> None:
+        logger.info("downloading %s", url)
+        new.mkdir()
+        _download(url, new / name)
+
+    return _filled(place, fill) / name
+
+
+def _filled(place: Path, fill: Callable[[Path], None]) -> Path:
+    """The folder `place`. If it does not exist, one process makes it by `fill`, whole or not at all."""
 
     def make() -> Path:
-        logger.info("downloading %s", url)
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            new = Path(aside, "new")
-            new.mkdir()
-            _download(url, new / name)
+        with tempfile.TemporaryDirectory(dir=place.parent) as aside:
+            new = Path(aside, place.name)
+            fill(new)
             replace_folder(new, place)
-        return place / name
+        return place
 
-    return once([folder / f"{place.name}.lock"], find, make)
+    return once([place.with_name(f"{place.name}.lock")], lambda: place if any(place.glob("*")) else None, make)
 
 
 def forget(url: str) -> None:
     """Deletes what was downloaded from a URL, so that the next call downloads it again."""
-    shutil.rmtree(_place(private_cache("detection_weights"), url), ignore_errors=True)
+    shutil.rmtree(_place(url), ignore_errors=True)
+
+
+def _place(url: str) -> Path:
+    return private_cache("detection_weights") / hashlib.sha256(url.encode()).hexdigest()[:32]
 
 
 def private_cache(name: str) -> Path:
-    """A folder in the user's cache into which nobody else can put files.
-
-    Raises:
-        UserError: it cannot be made, or is another user's.
-    """
+    """A folder in the user's cache into which nobody else can put files. Raises UserError if it cannot be made, or is
+    another user's."""
     try:
         folder = (user_cache() or Path(tempfile.mkdtemp())) / name
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -84,10 +90,6 @@ def private_cache(name: str) -> Path:
     except OSError as error:
         raise UserError(f"{error.filename} cannot be made a folder ({error.strerror}); set XDG_CACHE_HOME") from error
     return folder
-
-
-def _place(folder: Path, url: str) -> Path:
-    return folder / hashlib.sha256(url.encode()).hexdigest()[:32]
 
 
 def _download(url: str, path: Path) -> None:
@@ -101,13 +103,109 @@ def _download(url: str, path: Path) -> None:
     if length not in (-1, path.stat().st_size):
         raise DownloadError(f"the connection was lost: {path.stat().st_size} of {length} bytes came")
     stated = _SHA256_IN_NAME.search(path.name)
-    if stated and not (digest := _sha256(path)).startswith(stated[1]):
+    if stated and not (digest := sha256_of(path)).startswith(stated[1]):
         raise DownloadError(f"its SHA-256 begins with {digest[: len(stated[1])]}, and its name says {stated[1]}")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+# --- checkpoints ------------------------------------------------------------------------------------
+
+
+INDEX = "checkpoints/index.json"  # of a run in a store: the folders of `best` and `last`
+
+
+def find_checkpoint(name: str) -> Path:
+    """The folder of a checkpoint: a path, `best` or `last` of a run in a store (s3://bucket/run/checkpoints/best), or
+    the UUID of one on the cluster that DET_MASTER names. Raises UserError if there is no such folder, or the store or
+    the master has no such checkpoint."""
+    return checkpoint_here(name) or (_from_bucket(name) if is_bucket(name) else _downloaded(name))
+
+
+def is_bucket(name: str) -> bool:
+    """Whether a name is in a bucket."""
+    return name.startswith(("s3://", "gs://", "gcs://"))
+
+
+def checkpoint_here(name: str) -> Path | None:
+    """The folder of a checkpoint on this machine; None where the name is in a bucket, or a UUID on a cluster. Raises
+    UserError if there is no such folder, or no cluster to ask."""
+    if is_bucket(name):
+        return None
+    path = Path(name).expanduser()
+    path = path.parent if path.name == "state_dict.pth" else path
+    if (path / "state_dict.pth").is_file():
+        return path.absolute()
+    if path.name in ("best", "last") and (index := path.parent / Path(INDEX).name).is_file():  # of a store on a disk
+        return (path.parent / _folder_of(path.name, index.read_bytes(), name)).absolute()
+    try:
+        uuid.UUID(name)
+    except ValueError:
+        raise UserError(
+            f"{name} is not a checkpoint: give {_example(path)}, or the UUID of a checkpoint on the cluster that "
+            "DET_MASTER names"
+        ) from None
+    if not os.environ.get("DET_MASTER"):
+        raise UserError(f"checkpoint {name} looks like a UUID on a cluster; set DET_MASTER to its address")
+    return None
+
+
+def _from_bucket(url: str) -> Path:
+    """The folder of a checkpoint of a run that `train --store` keeps in a bucket, downloaded once and completely."""
+    from shared.config.schema import StoreOptions
+    from shared.data.places import fetch_folder, open_place  # no other source needs them
+
+    run, _, which = url.rstrip("/").rpartition("/checkpoints/")
+    if which not in ("best", "last"):
+        raise UserError(f"{url} is not a checkpoint. Fix: give the folder of the run and /checkpoints/best")
+    place = open_place(run, StoreOptions())
+    index = place.read(INDEX)
+    if index is None:
+        raise UserError(f"{url}: there is no run in {run}. Fix: give the place that `train --store` got")
+    folder = _folder_of(which, index, url)
+    return _filled(
+        private_cache("detection_checkpoints") / folder, lambda new: fetch_folder(place, f"checkpoints/{folder}", new)
+    )
+
+
+def _folder_of(which: str, index: bytes, name: str) -> str:
+    """The folder of `best` or `last` in a store's index, which others may have written."""
+    try:
+        folder = json.loads(index)[which]["folder"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{name}: its index.json names no such checkpoint ({error!r})") from error
+    if not isinstance(folder, str) or not re.fullmatch(r"[\w-]+", folder):
+        raise UserError(f"{name}: its index.json names {folder!r}, which is no folder's name")
+    return folder
+
+
+def _example(path: Path) -> str:
+    """A checkpoint that the user may mean: in the run `path`, or in the newest run below runs/."""
+    if path.name in ("best", "last"):
+        found = sorted(Path("runs").glob(f"*/checkpoints/{path.name}"), key=lambda folder: folder.stat().st_mtime)
+        return f"the folder, of the newest run here {found[-1]}" if found else "the folder: RUN/checkpoints/best"
+    of_run = [folder for which in ("best", "last") if (folder := path / "checkpoints" / which).is_dir()]
+    return str(of_run[0]) if of_run else "the folder that holds state_dict.pth"
+
+
+def _downloaded(checkpoint: str) -> Path:
+    """The folder of a cluster's checkpoint in the user's private cache, downloaded once and completely."""
+
+    def fill(new: Path) -> None:
+        from determined.experimental import client
+
+        try:
+            client.get_checkpoint(checkpoint).download(str(new))
+        except Exception as error:  # the SDK has no base class for what the network and the master answer
+            raise UserError(
+                f"checkpoint {checkpoint} cannot be had from {os.environ['DET_MASTER']}: {error}"
+            ) from error
+
+    return _filled(private_cache("detection_checkpoints") / checkpoint, fill)

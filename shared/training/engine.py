@@ -19,14 +19,20 @@ from typing import Any
 import determined as det
 import torch
 
-from shared.errors import DivergedError
+from shared.errors import DivergedError, UserError
 from shared.redaction import without_secrets
-from shared.training.background import Background
-from shared.training.checkpoints import CATEGORIES_FILE, Checkpoint
+from shared.training.checkpoints import CATEGORIES_FILE, Checkpoint, load_weights
 from shared.training.hang import Phase
-from shared.training.resume import load_checkpoint
+from shared.training.resume import BuiltOptimizer, check_categories, merged
 from shared.training.run import Run
-from shared.training.saving import FiniteCheck, HostCopy, Snapshot, checkpoint_state
+from shared.training.saving import (
+    Background,
+    FiniteCheck,
+    HostCopy,
+    Snapshot,
+    checkpoint_state,
+    set_random_state,
+)
 from shared.training.stopping import BestSoFar, Clock, End, Outcome, Stopping
 from shared.training.tensorboard import DrawFigures, TensorBoard
 from shared.training.training_metrics import Progress, summary_of
@@ -61,13 +67,9 @@ class _Training:
         self.is_chief = trial.rank == 0
         self.best = BestSoFar(trial.hparams.early_stopping, trial.searcher_metric)
         self.clock = Clock(trial.hparams.max_hours, trial.hparams.checkpoint_every_minutes)
-        self.stopping = Stopping(
-            trial.context.distributed,
-            trial.aggregation_frequency,
-            run.is_stopped_elsewhere,
-            self.clock,
-            self.periods.total,
-        )
+        asked, total = run.is_stopped_elsewhere, self.periods.total
+        frequency, distributed = trial.aggregation_frequency, self.context.distributed
+        self.stopping = Stopping(distributed, frequency, asked, self.clock, total, run.signals)
         self.saving = Background("saving")
         self.host_copy = HostCopy()
         self.finite = FiniteCheck(trial.plain_model, trial.evaluation_model)
@@ -88,8 +90,8 @@ class _Training:
     def train(self, checkpoint: Checkpoint | None) -> Outcome:
         trial, run = self.trial, self.run
         with contextlib.ExitStack() as stack:
-            if run.handles_signals:
-                stack.enter_context(self.stopping)
+            if run.signals is not None:
+                stack.callback(run.signals.end)
             run.begin(trial.first_batch, trial.schedule.profiling)
             trial.begin_training(run.folder)
             batches = iter(trial.build_training_data_loader())  # the workers start here, before any other thread
@@ -111,7 +113,7 @@ class _Training:
                     self._mark(Phase.SAVING)
                 self._mark(Phase.REPORTING)
                 if self.is_chief:
-                    self.tensorboard.close_figures()
+                    self.tensorboard.figures.close()
                 run.finish(self.tensorboard)
             outcome = self._outcome()
             if outcome.is_finished:
@@ -186,7 +188,7 @@ class _Training:
             self.tensorboard.write("train", metrics.last, self.batches)
             self.progress.describe(summary_of(metrics.last))
         if self.is_chief:
-            self.tensorboard.write_figures()
+            self.tensorboard.figures.write()
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -208,7 +210,8 @@ class _Training:
         validation = trial.finish_validation(metrics)
         self.validated_at = self.batches
         self.validation = validation
-        is_best = self.best.update(validation.metrics[trial.searcher_metric.name], self.batches)
+        name = trial.searcher_metric.name
+        is_best = self.best.update(validation.metrics[name], self.batches)
         if why := self.best.why_over() or self.stopping.why_time_is_over():
             self.stopping.end(self.batches, why)
         saves = False
@@ -216,6 +219,8 @@ class _Training:
             is_last = self.batches == self.periods.total or self.stopping.ended is not None
             self.tensorboard.write_validation(trial, validation, is_last)
             saves = run.report_validation(validation, self.epochs, trial.evaluator, is_best)
+            best = " (best so far)" if is_best else ""
+            logger.info("batch %d: %s %.4f%s", self.batches, name, validation.metrics[name], best)
         if self.context.distributed.broadcast(saves) and self.saved_at != self.batches:
             self._save()
 
@@ -227,7 +232,7 @@ class _Training:
         if self.is_chief:
             self.run.set_status("checkpointing")
             self.saving.wait()  # for the memory of the last copy
-            self.saving.begin(functools.partial(self.run.store, self._snapshot(), self._write_own))
+            self.saving.begin(functools.partial(self.run.store, self._snapshot()))
 
     def _stops(self) -> bool:
         """Whether this is the last batch, on every rank alike."""
@@ -272,6 +277,7 @@ class _Training:
                 "format": "pickle",
             },
             is_best=self.best.best_at == self.batches,
+            write_own=self._write_own,
         )
 
     def _write_own(self, folder: Path) -> None:
@@ -340,3 +346,49 @@ class _Training:
 
     def _mark(self, phase: Phase, batch: int | None = None) -> None:
         self.watch.mark(phase, self.batches if batch is None else batch)
+
+
+# --- the state of a checkpoint ----------------------------------------------------------------------
+
+
+def check_resume(trial: DetectionTrial, checkpoint: Checkpoint) -> None:
+    """Checks that a run can continue from a checkpoint, before anything of either is changed. Raises UserError if the
+    checkpoint has other categories, another model or another optimizer."""
+    check_categories(trial.categories, checkpoint, trial.weights_key)
+    load_weights(trial.plain_model, checkpoint.training_weights, checkpoint.path)
+    _resumed_optimizer(trial, {"state": {}, "param_groups": checkpoint.optimizer_groups}, checkpoint.training)
+    before, now = checkpoint.training.get("batches_per_epoch"), trial.batches_per_epoch
+    if trial.rank == 0 and trial.first_batch and before not in (None, now):
+        logger.warning(
+            "an epoch now has %d batches instead of %d: the training images or hyperparameters.global_batch_size "
+            "changed. The %d batches so far count as %.1f epochs, not %.1f",
+            *(now, before, trial.first_batch, trial.first_batch / now, trial.first_batch / before),
+        )
+
+
+def load_checkpoint(trial: DetectionTrial, checkpoint: Checkpoint) -> None:
+    """Continues from a checkpoint that `check_resume` allows: weights, optimizer, random numbers, and the trial's own
+    state. This run's config wins over what the checkpoint's config said. Empties `checkpoint.state`, whose memory a
+    training needs."""
+    state, training = checkpoint.state, checkpoint.training
+    trial.plain_model.load_state_dict(checkpoint.training_weights)
+    (saved,) = state["optimizers_state_dict"]
+    trial.optimizer.load_state_dict(_resumed_optimizer(trial, saved, training))
+    if trial.scaler is not None and "scaler_state_dict" in state:
+        began = training.get("scaler") or trial.built_scaler
+        trial.scaler.load_state_dict(merged(trial.built_scaler, began, state["scaler_state_dict"]))
+    set_random_state(state["rng_state"], trial.context.distributed.local_rank)
+    trial.load_training_state({**training, "ema": checkpoint.averaged_weights})
+    state.clear()
+
+
+def _resumed_optimizer(trial: DetectionTrial, saved: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer state to load, see `BuiltOptimizer.resumed`. `training` is `Checkpoint.training`."""
+    began = BuiltOptimizer(**training["optimizer"]) if "optimizer" in training else None
+    try:
+        return trial.built_optimizer.resumed(saved, began)
+    except ValueError as problem:
+        raise UserError(
+            f"{trial.optimizer_key}: {problem}. Fix: keep the checkpoint's value, or start a new run with "
+            f"{trial.weights_key}: <the checkpoint's path>"
+        ) from problem

@@ -1,4 +1,4 @@
-"""Ends a training in which no rank makes progress, and names the rank that the others wait for.
+"""Ends a run in which no rank makes progress, and names the rank that the others wait for, and its machine.
 
 Each rank marks how far it is. A thread counts its ticks since the last mark and exchanges them with the other ranks. If
 all ranks are quiet for too long, each writes its stacks, the first one writes the error, and the processes exit.
@@ -7,9 +7,7 @@ all ranks are quiet for too long, each writes its stacks, the first one writes t
 from __future__ import annotations
 
 import contextlib
-import enum
 import faulthandler
-import math
 import multiprocessing
 import os
 import signal
@@ -17,10 +15,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Protocol
 
 import determined
 import msgspec
@@ -29,174 +26,20 @@ import zmq
 from determined.core import DistributedContext
 
 from shared.environment import on_cluster
-from shared.errors import count_of, tell_torchrun
-from shared.training.sockets import connect, host_of_chief, listen
+from shared.errors import tell_torchrun
+from shared.training.processes import ProcessContext, connect, host_of_chief, listen
+from shared.training.standings import Mark, Phase, Standing, Standings
 
-LONGER = 6  # how many times as long a phase may last that is no training or validation batch
 _LONGEST_TICK = 5.0  # seconds
 _TICKS = 10  # in the shortest limit
-_TICKS_UNHEARD = 5  # after which a rank does not answer: news takes two at most
 _SECONDS_TO_WRITE = 5.0  # a pipe may be full, and that may be the hang
-_NAMED = 8  # ranks in a message
-_OF_WORKERS = signal.SIGUSR1
+_SECONDS_TO_FLUSH = 0.5
+_OF_WORKERS = signal.SIGURG  # which no launcher sends, and which stops no process
 # where Python is while a rank waits for others: a `ProcessContext`, torch's collectives, DDP and its backward pass
 _WAITING = tuple(
     str(Path(module.__file__).parent) + os.sep
     for module in (determined, zmq, torch.distributed, torch.nn.parallel, torch.autograd)
 )
-
-
-class Phase(enum.Enum):
-    """The activity of a rank. All ranks mark the same phases in the same order."""
-
-    BEGINNING = "beginning"
-    LOADING = "loading a batch"
-    FORWARD = "computing the losses"
-    BACKWARD = "computing the gradients and the step"
-    STEPPED = "after the step"
-    REPORTING = "reporting"
-    VALIDATING = "detecting on the validation images"
-    EVALUATING = "evaluating the detections"
-    SAVING = "saving a checkpoint"
-
-
-_LONG = {Phase.BEGINNING, Phase.REPORTING, Phase.EVALUATING, Phase.SAVING}  # the chief works while the others wait
-
-
-class Mark(NamedTuple):
-    """How far a rank is.
-
-    Attributes:
-        batch: that it trains, from 1; outside of a step, the batches trained.
-        passed: how often phase or batch changed, alike on every rank. The rank with the least is behind.
-    """
-
-    phase: Phase
-    batch: int
-    passed: int = 0
-
-    def followed_by(self, phase: Phase, batch: int) -> Mark:
-        """The next mark. It is a new object even if it equals this one, as for the next validation batch."""
-        return Mark(phase, batch, self.passed + (phase is not self.phase or batch != self.batch))
-
-    def patience(self, limit: float, first_batch: int) -> float:
-        """The seconds without another mark that are a hang, if `limit` seconds are one in a usual batch. In the first
-        batch of a start, libraries compile and caches fill."""
-        return limit * (LONGER if self.phase in _LONG or self.batch <= first_batch else 1)
-
-
-@dataclass(frozen=True)
-class Standing:
-    """The state that a rank reports at each of its ticks.
-
-    Attributes:
-        quiet: seconds since its last mark, by its own ticks.
-        patience: seconds after which that is too long.
-        tick: how many it has counted.
-        waits: whether it waits for other ranks, as far as Python shows.
-        where: the file, line and function that it is in.
-        reported: whether it found a hang, and wrote its stacks.
-        left: whether its training has ended.
-    """
-
-    rank: int
-    mark: Mark
-    quiet: float
-    patience: float
-    tick: int = 0
-    waits: bool = False
-    where: str = ""
-    reported: bool = False
-    left: bool = False
-
-    def __str__(self) -> str:
-        return f"batch {self.mark.batch} ({self.mark.phase.value}{self.where and f', at {self.where}'})"
-
-
-class Standings:
-    """What one rank knows of all. It counts time in its own ticks, not by the clock: a job that is stopped and resumed
-    as a whole loses none.
-
-    Args:
-        interval: seconds per tick.
-        limit: seconds after which a rank that does not answer has hung, whatever it was doing.
-    """
-
-    def __init__(self, interval: float, limit: float = math.inf):
-        self.interval = interval
-        self.limit = limit
-        self.of: dict[int, Standing] = {}
-        self._unheard: dict[int, int] = {}  # ticks
-
-    def tick(self) -> None:
-        """This rank waited one interval."""
-        for rank in self._unheard:
-            self._unheard[rank] += 1
-
-    def hear(self, standing: Standing) -> None:
-        """Takes a rank's report. It is a sign of life only if the rank ticked since its last one."""
-        known = self.of.get(standing.rank)
-        if known is None or known.tick != standing.tick:
-            self._unheard[standing.rank] = 0
-        self.of[standing.rank] = standing
-
-    @property
-    def present(self) -> list[Standing]:
-        """Those whose training has not ended, by rank."""
-        return [self.of[rank] for rank in sorted(self.of) if not self.of[rank].left]
-
-    def quiet(self, standing: Standing) -> float:
-        """Seconds since a rank's last mark, including those since its last report."""
-        return standing.quiet + self.interval * self._unheard[standing.rank]
-
-    def answers(self, standing: Standing) -> bool:
-        return self._unheard[standing.rank] < _TICKS_UNHEARD
-
-    def hang(self) -> bool:
-        """Whether no rank makes progress. While one does, the others may wait for it."""
-        present = self.present
-        is_silent = any(self.interval * self._unheard[each.rank] >= self.limit for each in present)
-        longest = self.limit if is_silent else math.inf
-        return bool(present) and all(self.quiet(each) >= min(each.patience, longest) for each in present)
-
-    def peer_reported_hang(self) -> bool:
-        return any(each.reported for each in self.present)
-
-    def message(self) -> str:
-        """In one line, the rank that the others wait for."""
-        return f"no progress for {span(min(map(self.quiet, self.present)))}: {self._who()}"
-
-    def _who(self) -> str:
-        present = self.present
-        if len(self.of) == 1:
-            return f"stuck at {present[0]}"
-        silent = [each for each in present if not self.answers(each)]
-        if silent:
-            # the chief forwards the reports: without it, nothing is known of the others
-            silent = silent[:1] if silent[0].rank == 0 else silent
-            does = "does" if len(silent) == 1 else "do"
-            return f"{_ranks(silent)} {does} not answer since {silent[0]}"
-        # of those that are least far, the ones that do not wait are what all wait for
-        least = min((each.mark.passed, each.waits) for each in present)
-        behind = [each for each in present if (each.mark.passed, each.waits) == least]
-        others = [each for each in present if each not in behind]
-        if not others:
-            return f"{_ranks(present)} wait in the same place, {present[0]}"
-        is_stuck = f"{_ranks(behind)} {'is' if len(behind) == 1 else 'are'} stuck at {behind[0]}"
-        furthest = max(others, key=lambda each: each.mark.passed)
-        ahead = f" at batch {furthest.mark.batch} ({furthest.mark.phase.value})" * (furthest.mark.passed > least[0])
-        return f"{is_stuck}; {'the other rank waits' if len(others) == 1 else 'the other ranks wait'}{ahead}"
-
-
-def span(seconds: float) -> str:
-    """ "45 seconds", "10 minutes"."""
-    return count_of(round(seconds / 60), "minute") if seconds >= 120 else count_of(round(seconds), "second")
-
-
-def _ranks(standings: Sequence[Standing]) -> str:
-    named = ", ".join(str(each.rank) for each in standings[:_NAMED])
-    more = f" and {len(standings) - _NAMED} more" if len(standings) > _NAMED else ""
-    return f"rank{'' if len(standings) == 1 else 's'} {named}{more}"
 
 
 class Exchange:
@@ -256,11 +99,8 @@ def _decoded(message: bytes) -> list[Standing]:
 
 
 class Watch:
-    """Marks how far this rank is, and ends the process if no rank makes progress.
-
-    Args:
-        hang_minutes: as in the config's hyperparameters; None to watch nothing.
-    """
+    """Marks how far this rank is, and ends the process if no rank makes progress. Without `hang_minutes` it watches
+    nothing."""
 
     def __init__(self, distributed: DistributedContext, hang_minutes: float | None):
         self.distributed = distributed
@@ -268,51 +108,98 @@ class Watch:
         self.last_mark = Mark(Phase.BEGINNING, 0)
 
     def mark(self, phase: Phase, batch: int) -> None:
-        """Notes how far this rank is; costs about a microsecond.
-
-        Args:
-            batch: that it trains, from 1; outside of a step, the batches trained.
-        """
+        """Notes how far this rank is, see `Mark`; costs about a microsecond."""
         self.last_mark = self.last_mark.followed_by(phase, batch)
 
     @contextlib.contextmanager
     def watching(self, batches: int) -> Iterator[None]:
-        """Watches the calling thread, on every rank. The loaders' workers are started.
-
-        Args:
-            batches: trained before this start.
-        """
+        """Watches the calling thread, on every rank, after `batches` of earlier starts. The loaders' workers run."""
         if self.limit is None:
             yield
             return
         self.mark(Phase.BEGINNING, batches)
-        watcher = _Watcher(self, batches + 1)
-        thread = threading.Thread(target=watcher.run, name="watch", daemon=True)
-        thread.start()
-        try:
+        distributed = self.distributed
+        exchange = Exchange(distributed) if distributed.size > 1 else None
+        hosts, stop_start_watch = (), lambda: None
+        if isinstance(distributed, ProcessContext):
+            hosts, stop_start_watch = distributed.hosts, distributed.stop_start_watch
+        watcher = _Watcher(
+            lambda: self.last_mark, distributed.rank, distributed.size, hosts, self.limit, batches + 1, exchange
+        )
+        with watcher.running():
+            stop_start_watch()
             yield
-        finally:
-            watcher.over.set()
-            thread.join()
+
+
+@contextlib.contextmanager
+def watching_start(
+    rank: int, size: int, hosts: Sequence[str], limit: float, exchange: AnyExchange
+) -> Iterator[Callable[[], None]]:
+    """Watches the calling thread from the roll call on. Gives the function that stops it when the training begins."""
+    begun = Mark(Phase.BEGINNING, 0)
+    watcher = _Watcher(lambda: begun, rank, size, hosts, limit, 1, exchange)
+    with watcher.running():
+        yield watcher.leave
+
+
+class AnyExchange(Protocol):
+    """How the watches of the ranks exchange their standings."""
+
+    def swap(self, own: Standing) -> list[Standing]: ...
+
+    def close(self) -> None: ...
 
 
 class _Watcher:
-    """The thread of a `Watch`."""
+    """A thread that watches the calling one.
 
-    def __init__(self, watch: Watch, first_batch: int):
-        self.watch, self.limit, self.first_batch = watch, watch.limit, first_batch
+    Args:
+        last_mark: how far this rank is.
+        first_batch: of this start, from 1.
+        exchange: None for a single rank.
+    """
+
+    def __init__(
+        self,
+        last_mark: Callable[[], Mark],
+        rank: int,
+        size: int,
+        hosts: Sequence[str],
+        limit: float,
+        first_batch: int,
+        exchange: AnyExchange | None,
+    ):
+        self.last_mark, self.rank, self.limit, self.first_batch = last_mark, rank, limit, first_batch
+        self.exchange = exchange
         self.watched = threading.get_ident()
         self.over = threading.Event()
-        self.rank, size = watch.distributed.rank, watch.distributed.size
-        self.exchange = Exchange(watch.distributed) if size > 1 else None
+        self.thread = threading.Thread(target=self.run, name="watch", daemon=True)
         self.interval = min(self.limit / _TICKS, _LONGEST_TICK)
-        self.standings = Standings(self.interval, self.limit)
+        self.standings = Standings(self.interval, self.limit, hosts)
         self.ticks = self.marked_at = 0
         self.seen: Mark | None = None
         self.reported = self.left = False
         begun = Mark(Phase.BEGINNING, first_batch - 1)  # of those that have not reported yet
-        for rank in range(size):
-            self.standings.hear(Standing(rank, begun, 0.0, begun.patience(self.limit, 0), tick=-1))
+        for each in range(size):
+            self.standings.hear(Standing(each, begun, 0.0, begun.patience(self.limit, 0), tick=-1))
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """After an error this rank does not leave: to the others it is one that does not answer any more."""
+        self.thread.start()
+        try:
+            yield
+            self.leave()
+        finally:
+            self.over.set()
+            self.thread.join()
+
+    def leave(self) -> None:
+        """Stops watching. The others need not wait for this rank."""
+        if not self.over.is_set():
+            self.left = True
+            self.over.set()
+            self.thread.join()
 
     def run(self) -> None:
         try:
@@ -320,15 +207,15 @@ class _Watcher:
                 self._tick()
                 if self.standings.hang() or self.standings.peer_reported_hang():
                     self._end_the_process()
-            self.left = True
-            self._tick()
+            if self.left:
+                self._tick()
         finally:
             if self.exchange is not None:
                 self.exchange.close()
 
     def _tick(self) -> None:
         self.ticks += 1
-        mark = self.watch.last_mark
+        mark = self.last_mark()
         if mark is not self.seen:
             self.seen, self.marked_at = mark, self.ticks
         frame = sys._current_frames().get(self.watched)
@@ -364,15 +251,17 @@ class _Watcher:
                 break
             time.sleep(self.interval / _TICKS)
         of_ranks = "of all ranks " if all(each.reported for each in standings.present) else "of the ranks that answer "
-        line = f"error: {message}. The stacks {of_ranks if len(standings.of) > 1 else ''}are above. "
-        line += "hyperparameters.hang_minutes sets how long to wait"
-        line += "" if on_cluster() else ". Fix: correct the cause, then continue with --resume last"
-        # the others wait for its line: torchrun ends all processes as soon as one exits
+        level, fix = "error", ". Fix: correct the cause, then continue with --resume last"
+        if on_cluster():  # which reads the level from the line, and continues by itself
+            level, fix = "ERROR", ""
+        line = f"{level}: {message}. The stacks {of_ranks if len(standings.of) > 1 else ''}are above. "
+        line += f"hyperparameters.hang_minutes sets how long to wait{fix}"
+        _within(_SECONDS_TO_FLUSH, sys.stdout.flush)  # before the line, which is the last one
         if self.rank == min(answering):
             _within(_SECONDS_TO_WRITE, lambda: _write(f"{line}\n"))
-        else:
-            time.sleep(1)
-        _within(_SECONDS_TO_WRITE, lambda: (tell_torchrun(line), sys.stdout.flush()))
+        _within(_SECONDS_TO_WRITE, lambda: tell_torchrun(line))
+        # torchrun ends all processes as soon as one exits, and the others log that its connection is lost
+        time.sleep(2 * _SECONDS_TO_FLUSH)
         for worker in multiprocessing.active_children():
             worker.kill()  # one that hangs would outlive its parent
         os._exit(1)  # the thread that hangs may be anywhere, and cannot be interrupted

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import inspect
-import itertools
 import json
 import logging
 import os
@@ -17,11 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from shared.data.file_lock import locked
-from shared.durable import write_file
+from shared.config.file import flattened
+from shared.durable import locked, write_file
 from shared.errors import UserError
 from shared.redaction import redacted, without_secrets
-from shared.training.background import Background
 from shared.training.run_folder import RunFolder
 
 # unless a variable is set; finish_timeout in seconds: the run's folder keeps what is not sent by then
@@ -51,9 +50,9 @@ def project_name(name: str) -> str:
 
 
 class WandbRun:
-    """
+    """A run of W&B. It has the name of the folder.
+
     Args:
-        folder: the run's; its name is the run's too.
         kept: the id of the run to continue; None for a new one.
 
     Attributes:
@@ -97,10 +96,7 @@ class WandbRun:
             self.run.log({picture.stem: wandb.Image(str(picture)), "batches": batches})
 
     def finish(self, code: int) -> None:
-        """
-        Args:
-            code: the program's exit status.
-        """
+        """The program exits with the status `code`."""
         self.run.finish(exit_code=code)
 
 
@@ -118,14 +114,7 @@ _OF_A_NAME, _OF_A_VALUE, _PARAMS, _METRICS = 250, 6000, 100, 1000
 
 
 class MlflowRun:
-    """
-    Args:
-        folder: the run's; its name is the run's too.
-        kept: the id of the run to continue; None for a new one.
-
-    Attributes:
-        place: where its numbers are, for a human.
-    """
+    """A run of MLflow, see `WandbRun`."""
 
     def __init__(self, config: dict[str, Any], project: str, folder: Path, kept: str | None):
         from mlflow import MlflowClient
@@ -146,32 +135,28 @@ class MlflowRun:
             self.place = f"{redacted(uri)}, experiment {run.info.experiment_id}, run {self.id}"
             # MLflow lets no parameter change: what the run began with stays
             params = [Param(key, value) for key, value in _flat(config).items() if key not in run.data.params]
-            for some in _chunks(params, _PARAMS):
-                self.client.log_batch(self.id, params=some)
+            for begin in range(0, len(params), _PARAMS):
+                self.client.log_batch(self.id, params=params[begin : begin + _PARAMS])
 
     def report(self, batches: int, values: dict[str, float]) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         metrics = [Metric(metric_name(name), value, now, batches) for name, value in values.items()]
-        for some in _chunks(metrics, _METRICS):
-            self.client.log_batch(self.id, metrics=some)
+        for begin in range(0, len(metrics), _METRICS):
+            self.client.log_batch(self.id, metrics=metrics[begin : begin + _METRICS])
 
     def conclude(self, batches: int, best: dict[str, float], picture: Path | None) -> None:
-        """The best validation's numbers, and the picture of the last one, after `batches`."""
         self.report(batches, best)
         if picture is not None:
             self.client.log_artifact(self.id, str(picture))
 
     def finish(self, code: int) -> None:
-        """
-        Args:
-            code: the program's exit status; above 128 by a signal.
-        """
+        # above 128 a signal stopped it
         self.client.set_terminated(self.id, "FINISHED" if code == 0 else "KILLED" if code > 128 else "FAILED")
 
     def _kept(self, run_id: str | None) -> Any:
-        """The run of that id, going on; None where it is no longer there."""
+        """The run of that id, to continue; None if it no longer exists."""
         from mlflow.exceptions import MlflowException
 
         if run_id is None:
@@ -207,23 +192,13 @@ def _allowed(name: str) -> str:
     return re.sub(r"[^/\w.\- :]", "_", name)[:_OF_A_NAME]
 
 
-def _flat(config: dict[str, Any], before: str = "") -> dict[str, str]:
+def _flat(config: dict[str, Any]) -> dict[str, str]:
     """`{"searcher.metric": "bbox_mAP", …}`: the leaves of the config as text."""
-    leaves: dict[str, str] = {}
-    for key, value in config.items():
-        name = f"{before}{key}"
-        if isinstance(value, dict) and value:
-            leaves.update(_flat(value, f"{name}."))
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-            leaves[_allowed(name.replace("/", "_"))] = text[:_OF_A_VALUE]
+    leaves = {}
+    for name, value in flattened(config).items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        leaves[_allowed(name.replace("/", "_"))] = text[:_OF_A_VALUE]
     return leaves
-
-
-def _chunks(items: list, size: int) -> Iterator[list]:
-    rest = iter(items)
-    while some := list(itertools.islice(rest, size)):
-        yield some
 
 
 @contextlib.contextmanager
@@ -262,20 +237,22 @@ def check_loggers(names: Iterable[str]) -> None:
 
 
 class Loggers:
-    """The loggers of a run; only the chief opens any. An error of an opened one is a warning."""
+    """The loggers of a run; only the chief opens any. Each has a thread of its own: the training does not wait for a
+    server, nor end by its errors, the first of which is a warning."""
 
     def __init__(self) -> None:
-        self._opened: list[_Opened] = []
+        self._opened: list[tuple[str, Any, Any]] = []  # names, runs and threads
+        self._warned: set[str] = set()
 
     def open(self, names: Iterable[str], config: dict[str, Any], folder: RunFolder, resumes: bool) -> None:
-        """Begins a run in each, or continues the one that the folder names.
-
-        Args:
-            resumes: the training resumes. Then it does without a logger that cannot be opened.
+        """Begins a run in each, or continues the one that the folder names. A training that resumes omits a logger that
+        cannot be opened.
 
         Raises:
             UserError: a package or a login is missing, or a run cannot begin.
         """
+        from shared.training.saving import Background  # the command line is checked without torch
+
         if not names:
             return
         check_loggers(names)
@@ -294,7 +271,7 @@ class Loggers:
                     ) from error
                 logger.warning("%s does not continue its run: %s", name, _in_a_line(error))
                 continue
-            self._opened.append(_Opened(name, run))
+            self._opened.append((name, run, Background(f"logger {name}", functools.partial(self._warn, name))))
             ids[name] = run.id
             logger.info("%s: %s", name, run.place)
         write_file(folder.loggers, json.dumps(ids))
@@ -302,26 +279,28 @@ class Loggers:
     def report(self, batches: int, split: str, metrics: dict[str, float | None]) -> None:
         """Sends a line of metrics.jsonl, with its names below `train/` or `val/` and without null values."""
         values = {f"{split}/{name}": value for name, value in metrics.items() if value is not None}
-        for each in self._opened:
-            each.do(lambda run: run.report(batches, values))
+        self._do(lambda run: run.report(batches, values))
 
     def conclude(self, batches: int, best: dict[str, float], picture: Path | None) -> None:
-        """Sends the results of a whole training.
-
-        Args:
-            best: numbers of the best validation, by their names in the logger.
-            picture: of the last validation; None without.
-        """
-        for each in self._opened:
-            each.do(lambda run: run.conclude(batches, best, picture))
+        """Sends the results of a whole training: numbers of the best validation, and the picture of the last one."""
+        self._do(lambda run: run.conclude(batches, best, picture))
 
     def finish(self, code: int) -> None:
         """Ends the runs with the program's exit status."""
-        for each in self._opened:
-            each.do(lambda run: run.finish(code))
-        for each in self._opened:
-            each.end()
+        self._do(lambda run: run.finish(code))
+        for name, _, background in self._opened:
+            if not background.wait(_SECONDS_AT_END):
+                logger.warning("%s has not sent everything after %d s, and is stopped", name, _SECONDS_AT_END)
         self._opened = []
+
+    def _do(self, call: Callable[[Any], None]) -> None:
+        for _, run, background in self._opened:
+            background.begin(functools.partial(call, run))
+
+    def _warn(self, name: str, error: Exception) -> None:
+        if name not in self._warned:  # metrics.jsonl has the numbers
+            logger.warning("%s fails, and the training continues: %s", name, _in_a_line(error))
+        self._warned.add(name)
 
     def __enter__(self) -> Loggers:
         return self
@@ -332,27 +311,6 @@ class Loggers:
         else:
             code = 0 if error is None else 130 if isinstance(error, KeyboardInterrupt) else 1
         self.finish(code)
-
-
-class _Opened:
-    """A logger's run with a thread of its own: the training does not wait for a server, nor end by its errors."""
-
-    def __init__(self, name: str, run: Any):
-        self.name, self.run = name, run
-        self._background = Background(f"logger {name}", self._warn)
-        self._has_warned = False
-
-    def do(self, call: Callable[[Any], None]) -> None:
-        self._background.begin(lambda: call(self.run))
-
-    def end(self) -> None:
-        if not self._background.wait(_SECONDS_AT_END):
-            logger.warning("%s has not sent everything after %d s, and is stopped", self.name, _SECONDS_AT_END)
-
-    def _warn(self, error: Exception) -> None:
-        if not self._has_warned:  # metrics.jsonl has the numbers
-            logger.warning("%s fails, and the training continues: %s", self.name, _in_a_line(error))
-        self._has_warned = True
 
 
 def _in_a_line(error: Exception) -> str:

@@ -30,13 +30,7 @@ def out_of_memory(
     optimizers: Iterable[torch.optim.Optimizer],
     device: torch.device,
 ) -> UserError:
-    """The error of a batch.
-
-    Args:
-        where: which batch.
-        images: (B, …, height, width), or a list of (…, height, width).
-        fix: what to do.
-    """
+    """The error of a batch, with what to do. `images` are (B, …, height, width), or a list of (…, height, width)."""
     kept, peak = bytes_kept(model, optimizers), torch.cuda.max_memory_allocated(device)
     whole = torch.cuda.get_device_properties(device).total_memory
     sizes = _sizes_of(images)
@@ -57,11 +51,7 @@ def out_of_memory_anywhere(error: torch.cuda.OutOfMemoryError) -> UserError:
 
 
 def smaller_batch(per_slot_batch_size: int, slots: int, aggregation_frequency: int | None) -> str:
-    """What to do about a batch that is too large.
-
-    Args:
-        aggregation_frequency: batches per optimizer step; None to evaluate or predict.
-    """
+    """What to do about a batch that is too large. `aggregation_frequency` is None to evaluate or predict."""
     smaller = max((n for n in range(1, per_slot_batch_size) if per_slot_batch_size % n == 0), default=None)
     if smaller is None:
         return "a slot has one image already; give smaller images, or hyperparameters.amp"

@@ -1,39 +1,91 @@
-"""The processes of a run: how they talk, the device of each, and what one of them does for the others."""
+"""The processes of a run: how they talk, and what one of them does for the others.
+
+They exchange data over ZeroMQ sockets that no other process can use. A socket that listens has a key, made anew for
+each run. ZeroMQ refuses a connection that does not know the key, before it delivers any message (CURVE, which also
+encrypts). On one machine the socket listens on the loopback interface only.
+"""
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import logging
 import os
 import pickle
-import socket
-import time
-from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import zmq
+from determined import core, pytorch
 from determined.core import DistributedContext
 
-from shared.errors import DivergedError, UserError
-from shared.training.hang import LONGER
-from shared.training.sockets import LOOPBACK, Address, connect, host_of_chief, listen
+from shared.errors import UserError
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+LONGER = 6  # how many times hang_minutes a phase may last that is no training or validation batch
 _MILLISECONDS_TO_SEND_THE_REST = 5000
+LOOPBACK = "127.0.0.1"
+_SECONDS_BETWEEN_PROBES = 60  # of an idle connection, which routers between machines forget
+
+
+class Address(NamedTuple):
+    """Where a socket listens.
+
+    Attributes:
+        key: 40 bytes. ZeroMQ calls it a public key, but it never goes over the connection: only who knows it connects.
+    """
+
+    host: str
+    port: int
+    key: bytes
+
+
+def host_of_chief(machines: int) -> str:
+    """The host at which the other processes of a run find the chief."""
+    return LOOPBACK if machines == 1 else os.environ.get("MASTER_ADDR", LOOPBACK)
+
+
+def listen(socket: zmq.Socket, host: str) -> Address:
+    """Makes a socket listen at a free port.
+
+    Args:
+        host: at which the others find this machine. If it is not `LOOPBACK`, the socket listens on all interfaces:
+            many machines' own names resolve to an address that no other machine reaches.
+    """
+    key, socket.curve_secretkey = zmq.curve_keypair()
+    socket.curve_server = True
+    _keep_alive(socket)
+    port = socket.bind_to_random_port(f"tcp://{LOOPBACK if host == LOOPBACK else '*'}")
+    return Address(host, port, key)
+
+
+def connect(socket: zmq.Socket, address: Address) -> None:
+    """Connects a socket to one that listens. A wrong key is no error: the messages are never delivered."""
+    socket.curve_serverkey = address.key
+    socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
+    _keep_alive(socket)
+    socket.connect(f"tcp://{address.host}:{address.port}")
+
+
+def _keep_alive(socket: zmq.Socket) -> None:
+    # by the kernel, which answers also for a process that is stopped
+    socket.tcp_keepalive = 1
+    socket.tcp_keepalive_idle = socket.tcp_keepalive_intvl = _SECONDS_BETWEEN_PROBES
 
 
 class ProcessContext(DistributedContext):
     """The processes of a run, and what they exchange. All of them create it together.
 
     Args:
-        rank, size: which process this is, and of how many.
-        local_rank, local_size: the same among the processes of this machine.
-        cross_rank, cross_size: which machine this is, and of how many.
+        rank, size: which process this is, and of how many; local_… of this machine, cross_… counts machines.
         chief_host: at which the others find the chief.
         from_chief: given the chief's address on the chief and None elsewhere, returns it on all processes.
+        hosts: the names of the machines, by rank; empty on one machine.
+        stop_start_watch: stops the watch over the start, as a training has one of its own.
     """
 
     def __init__(
@@ -47,23 +99,30 @@ class ProcessContext(DistributedContext):
         cross_size: int,
         chief_host: str,
         from_chief: Callable[[Address | None], Address],
+        hosts: Sequence[str] = (),
+        stop_start_watch: Callable[[], None] = lambda: None,
     ):
         # of a single process, Determined's own opens no port
         super().__init__(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
         self.rank, self.size = rank, size
         self.local_rank, self.local_size = local_rank, local_size
         self.cross_rank, self.cross_size = cross_rank, cross_size
-        self._of_all = self._of_machine = _Star(rank, size)
+        self.hosts, self.stop_start_watch = hosts, stop_start_watch
+        self._of_all = self._of_machine = self._of_firsts = _Star(rank, size)
         self._of_all.meet(from_chief(self._of_all.listen(chief_host) if rank == 0 else None))
         if cross_size > 1:
             self._of_machine = _Star(local_rank, local_size)
+            self._of_firsts = _Star(cross_rank, cross_size)
             own = self._of_machine.listen(LOOPBACK) if local_rank == 0 else None
-            hubs = {machine: address for machine, address in self.allgather((cross_rank, own)) if address}
-            self._of_machine.meet(hubs[cross_rank])
+            hub = self._of_firsts.listen(chief_host) if rank == 0 else None
+            of_ranks = self.allgather((cross_rank, own, hub))
+            self._of_machine.meet({machine: address for machine, address, _ in of_ranks if address}[cross_rank])
+            if local_rank == 0:
+                self._of_firsts.meet(of_ranks[0][2])
 
     def close(self) -> None:
-        self._of_all.close()
-        self._of_machine.close()
+        for star in {self._of_all, self._of_machine, self._of_firsts}:
+            star.close()
 
     def gather(self, stuff: Any) -> list | None:
         return self._of_all.gather(stuff)
@@ -82,6 +141,10 @@ class ProcessContext(DistributedContext):
 
     def broadcast_local(self, stuff: Any = None) -> Any:
         return self._of_machine.broadcast(stuff)
+
+    def relay(self, stuff: Any, machine: int) -> Any:
+        """The stuff of one machine, on the first rank of each. It waits until all have taken the last one."""
+        return self._of_firsts.relay(stuff, machine)
 
 
 class _Star:
@@ -127,6 +190,11 @@ class _Star:
                 self._socket.send_multipart([_name(number), message], copy=False)
         return stuff
 
+    def relay(self, stuff: Any, number: int) -> Any:
+        """The stuff of one process, on all of them."""
+        collected = self._collect(stuff if self.number == number else None)
+        return self.broadcast(None if collected is None else collected[number])
+
     def close(self) -> None:
         self._context.destroy()
 
@@ -146,139 +214,6 @@ class _Star:
 
 def _name(number: int) -> bytes:
     return str(number).encode()
-
-
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-_SECONDS_FOR_CHIEF = 3
-_MINUTES_A_COLLECTIVE_MAY_WAIT = 30  # at least; torch's own are 30 with Gloo and 10 with NCCL
-_MOST_MINUTES = 7 * 24 * 60
-_BYTES_OF_ADDRESS = 2 + 40  # a port and a key
-
-
-def choose_device(local_rank: int, local_size: int, gpus_given: int = 0) -> torch.device:
-    """The device of this process: a GPU of its own if torch can use one, else the CPU. Logs which.
-
-    Args:
-        local_rank, local_size: which process of this machine it is, and of how many.
-        gpus_given: GPUs that a cluster reserved for the processes of this machine.
-
-    Raises:
-        UserError: there are fewer GPUs than processes, or torch cannot use the reserved ones.
-    """
-    if not torch.cuda.is_available():
-        reason = _why_no_gpu()
-        if gpus_given:
-            raise UserError(f"the cluster gave this task {gpus_given} GPUs, and torch cannot use them: {reason}")
-        if local_rank == 0:
-            logger.info("device: the CPU (%s)", reason)
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if local_size > count:
-        raise UserError(
-            f"{local_size} processes on a machine where torch sees {count} GPUs: start one a GPU "
-            f"(--nproc-per-node {count}), or none on a GPU with CUDA_VISIBLE_DEVICES="
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)  # before the first collective, which would put every process on the first GPU
-    if local_rank == 0:
-        logger.info("device: %d of %d GPUs, %s", local_size, count, torch.cuda.get_device_name(device))
-    return device
-
-
-def _why_no_gpu() -> str:
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return "CUDA_VISIBLE_DEVICES hides the GPUs"
-    if not torch.backends.cuda.is_built():
-        return f"torch {torch.__version__} is built without CUDA"
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return str(error).split("\n")[0].split(". ")[0]
-    return "torch finds no GPU"
-
-
-@contextlib.contextmanager
-def local_processes(
-    hang_minutes: float | None = None, gpus_given: int = 0
-) -> Iterator[tuple[DistributedContext, torch.device]]:
-    """The processes that torchrun or Determined's launcher started, or this one alone; and this one's device.
-
-    Args:
-        hang_minutes: a training's; None without a watch.
-        gpus_given: GPUs that a cluster reserved for the processes of this machine.
-    """
-    if "RANK" not in os.environ:
-        device = choose_device(0, 1, gpus_given)
-        yield DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1), device
-        return
-    machines = int(os.environ["GROUP_WORLD_SIZE"])
-    device = _join_group(machines, gpus_given, hang_minutes)
-    host = host_of_chief(machines)
-    distributed = ProcessContext(
-        rank=int(os.environ["RANK"]),
-        size=int(os.environ["WORLD_SIZE"]),
-        local_rank=int(os.environ["LOCAL_RANK"]),
-        local_size=int(os.environ["LOCAL_WORLD_SIZE"]),
-        cross_rank=int(os.environ["GROUP_RANK"]),
-        cross_size=machines,
-        chief_host=host,
-        from_chief=functools.partial(_address_from_chief, host, device),
-    )
-    with _closing(distributed):
-        yield distributed, device
-
-
-def _join_group(machines: int, gpus_given: int, hang_minutes: float | None) -> torch.device:
-    device = choose_device(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), gpus_given)
-    os.environ["USE_TORCH_DISTRIBUTED"] = "True"  # what determined.launch.torch_distributed sets
-    if machines == 1:
-        # Gloo and NCCL would listen where the rest of the network reaches them
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, loopback_interface())
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, timeout=_collective_timeout(hang_minutes))
-    return device
-
-
-def loopback_interface() -> str:
-    """Its name: "lo", on macOS "lo0"."""
-    names = [name for _, name in socket.if_nameindex()]
-    return "lo0" if "lo0" in names else "lo"
-
-
-def _address_from_chief(host: str, device: torch.device, address: Address | None) -> Address:
-    """The chief's address, on all processes. Each knows the host itself: torchrun's port is open to strangers, and one
-    of them might pose as the chief. The message is plain bytes for the same reason: they cannot hold code."""
-    sent = bytes(_BYTES_OF_ADDRESS) if address is None else address.port.to_bytes(2, "big") + address.key
-    tensor = torch.frombuffer(bytearray(sent), dtype=torch.uint8).to(device)
-    torch.distributed.broadcast(tensor, src=0)
-    received = bytes(tensor.tolist())
-    return Address(host, int.from_bytes(received[:2], "big"), received[2:])
-
-
-def _collective_timeout(hang_minutes: float | None) -> timedelta | None:
-    """Long enough for the watch to come first: it names the rank that is stuck. None for torch's own timeout."""
-    if hang_minutes is None:
-        return None
-    return timedelta(minutes=min(max(2 * LONGER * hang_minutes, _MINUTES_A_COLLECTIVE_MAY_WAIT), _MOST_MINUTES))
-
-
-@contextlib.contextmanager
-def _closing(distributed: DistributedContext) -> Iterator[None]:
-    try:
-        yield
-    except (UserError, DivergedError):
-        if distributed.rank > 0:
-            # the chief mostly has the same error, and may still be in a collective with this process: without it, a
-            # lost connection would replace the message
-            time.sleep(_SECONDS_FOR_CHIEF)
-        raise
-    finally:
-        distributed.close()
-        torch.distributed.destroy_process_group()
 
 
 def on_every_rank(distributed: DistributedContext, function: Callable[[], T]) -> T:
@@ -319,3 +254,48 @@ def broadcast_from_chief(tensors: Iterable[torch.Tensor]) -> None:
         torch.distributed.broadcast(flat, src=0)
         for tensor, values in zip(together, flat.split([tensor.numel() for tensor in together]), strict=True):
             tensor.copy_(values.view(tensor.shape))
+
+
+# --- the context of a trial -------------------------------------------------------------------------
+
+
+def core_context(distributed: DistributedContext) -> core.Context:
+    """The core context of these processes; off a cluster it reports to nobody."""
+    return core.init(
+        distributed=distributed,
+        preempt_mode=core.PreemptMode.WorkersAskChief,
+        tensorboard_mode=core.TensorboardMode.MANUAL,
+    )
+
+
+@contextlib.contextmanager
+def trial_context(
+    config: dict[str, Any], distributed: DistributedContext, device: torch.device, first_batch: int = 0
+) -> Iterator[pytorch.PyTorchTrialContext]:
+    """The context of a trial with a core context of its own, see `make_context`."""
+    with core_context(distributed) as opened:
+        yield make_context(opened, config, device, first_batch)
+
+
+def make_context(
+    opened: core.Context,
+    config: dict[str, Any],
+    device: torch.device,
+    first_batch: int = 0,
+    trial_seed: int | None = None,
+) -> pytorch.PyTorchTrialContext:
+    """What `pytorch.init` makes, with two differences. The device is the one that torch can use instead of the one that
+    nvidia-smi lists. A resumed run counts its earlier batches, `first_batch`, off the cluster too."""
+    return pytorch.PyTorchTrialContext(
+        core_context=opened,
+        trial_seed=trial_seed,
+        hparams=config["hyperparameters"],
+        slots_per_trial=opened.distributed.size,
+        num_gpus=opened.distributed.local_size if device.type == "cuda" else 0,
+        exp_conf=config,
+        aggregation_frequency=1,  # the trial makes its own optimizer steps
+        steps_completed=first_batch,
+        managed_training=True,
+        debug_enabled=False,
+        enable_tensorboard_logging=False,
+    )

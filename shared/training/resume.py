@@ -1,88 +1,155 @@
-"""The checkpoint that a run continues from: which one, whether the run can, and how it is taken up."""
+"""How a run continues from a checkpoint: which one, and what it takes from it instead of from its own config.
+
+Training changes some options of an optimizer itself, such as the learning rate. A config changes others. A checkpoint
+therefore also holds the options as its run's config built them. If an option differs from them, the config changed it,
+and this run's value wins. Every other option continues with its saved value.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import logging
-import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from determined.core import DistributedContext
+from torch import nn
+from torch.optim import Optimizer
 
 from shared.errors import UserError
-from shared.training.checkpoint_folder import find_checkpoint
-from shared.training.checkpoints import Checkpoint, load_weights, read_checkpoint, weights_digest
-from shared.training.optimizer_state import BuiltOptimizer, merged
-from shared.training.processes import first_on_each_machine, on_chief, on_every_rank
+from shared.training.checkpoints import Checkpoint, read_checkpoint
+from shared.training.downloads import find_checkpoint
+from shared.training.processes import on_chief, on_every_rank
 from shared.training.run_folder import OF_THE_RUN, RunFolder
-from shared.training.saving import set_random_state
-from shared.training.trial import DetectionTrial
+from shared.training.saving import METADATA, check_manifest
+from shared.training.transfer import on_each_machine, send
 
 logger = logging.getLogger(__name__)
 
 _LISTED = 8  # category names in an error, around the first that differs
+# what schedulers copy from an option before they change it, by the options that it is copied from
+_COPIES = {"initial_lr": {"lr"}, "initial_momentum": {"momentum", "betas"}}
+# what a config says and most schedules leave alone; older checkpoints do not hold what their config built
+_OF_CONFIG = ("weight_decay", "momentum", "betas", "eps")
 
 
-def check_resume(trial: DetectionTrial, checkpoint: Checkpoint) -> None:
-    """Checks that a run can continue from a checkpoint, before anything of either is changed.
+@dataclass(frozen=True)
+class BuiltOptimizer:
+    """An optimizer as a config builds it, before the first step: plain values, for a checkpoint."""
 
-    Raises:
-        UserError: the checkpoint has other categories, another model or another optimizer.
-    """
-    check_categories(trial.categories, checkpoint, trial.weights_key)
-    load_weights(trial.plain_model, checkpoint.training_weights, checkpoint.path)
-    _resumed_optimizer(trial, {"state": {}, "param_groups": checkpoint.optimizer_groups}, checkpoint.training)
-    before, now = checkpoint.training.get("batches_per_epoch"), trial.batches_per_epoch
-    if trial.rank == 0 and trial.first_batch and before not in (None, now):
-        logger.warning(
-            "an epoch now has %d batches instead of %d: the training images or hyperparameters.global_batch_size "
-            "changed. The %d batches so far count as %.1f epochs, not %.1f",
-            *(now, before, trial.first_batch, trial.first_batch / now, trial.first_batch / before),
+    kinds: list[list[str]]  # names of its class and base classes; also those of an optimizer that it wraps
+    parameters: list[list[str]]  # names of the model's parameters, per group
+    options: list[dict[str, Any]]  # the other entries of each group
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, model: nn.Module) -> BuiltOptimizer:
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        groups = optimizer.param_groups
+        return cls(
+            kinds=[_kind(each) for each in (optimizer, *vars(optimizer).values()) if isinstance(each, Optimizer)],
+            parameters=[[names[id(parameter)] for parameter in group["params"]] for group in groups],
+            options=[deepcopy({name: group[name] for name in group if name != "params"}) for group in groups],
         )
 
+    @property
+    def name(self) -> str:
+        return " over ".join(kind[0] for kind in self.kinds)
 
-def load_checkpoint(trial: DetectionTrial, checkpoint: Checkpoint) -> None:
-    """Continues from a checkpoint that `check_resume` allows: weights, optimizer, random numbers, and the trial's own
-    state. This run's config wins over what the checkpoint's config said. Empties `checkpoint.state`, whose memory a
-    training needs."""
-    state, training = checkpoint.state, checkpoint.training
-    trial.plain_model.load_state_dict(checkpoint.training_weights)
-    (saved,) = state["optimizers_state_dict"]
-    trial.optimizer.load_state_dict(_resumed_optimizer(trial, saved, training))
-    if trial.scaler is not None and "scaler_state_dict" in state:
-        began = training.get("scaler") or trial.built_scaler
-        trial.scaler.load_state_dict(merged(trial.built_scaler, began, state["scaler_state_dict"]))
-    set_random_state(state["rng_state"], trial.context.distributed.local_rank)
-    trial.load_training_state({**training, "ema": checkpoint.averaged_weights})
-    state.clear()
+    def resumed(self, saved: dict[str, Any], began: BuiltOptimizer | None) -> dict[str, Any]:
+        """The state to load: that of each parameter by its name, and the options. Parameters that the checkpoint's run
+        did not train have no state yet.
+
+        Args:
+            saved: the checkpoint's optimizer state.
+            began: its optimizer as its config built it; None in older checkpoints.
+
+        Raises:
+            ValueError: this optimizer cannot continue from the state.
+        """
+        began = began or self._as_began(saved["param_groups"])
+        if len(began.kinds) != len(self.kinds) or not all(map(_share_a_class, began.kinds, self.kinds)):
+            raise ValueError(f"{self.name} cannot continue from the state of {began.name}, the checkpoint's optimizer")
+        group_of, index_of = {}, {}
+        for number, (names, group) in enumerate(zip(began.parameters, saved["param_groups"], strict=True)):
+            group_of.update(dict.fromkeys(names, number))
+            index_of.update(zip(names, group["params"], strict=True))
+        state, groups = {}, []
+        for names, options in zip(self.parameters, self.options, strict=True):
+            begin = sum(len(group["params"]) for group in groups)
+            for index, name in enumerate(names, begin):
+                if index_of.get(name) in saved["state"]:
+                    state[index] = saved["state"][index_of[name]]
+            source = next((group_of[name] for name in names if name in group_of), None)
+            if source is not None:
+                options = _resumed_options(options, began.options[source], saved["param_groups"][source])
+            groups.append({**options, "params": list(range(begin, begin + len(names)))})
+        return {"state": state, "param_groups": groups}
+
+    def _as_began(self, groups: list[dict[str, Any]]) -> BuiltOptimizer:
+        """How an older checkpoint's optimizer was built, as far as its state shows it."""
+        if [len(names) for names in self.parameters] != [len(group["params"]) for group in groups]:
+            raise ValueError(
+                "hyperparameters.freeze or the weight decay changed which parameters are in which group, and this "
+                "checkpoint of an older version does not name them"
+            )
+        options = []
+        for own, group in zip(self.options, groups, strict=True):
+            saved = group.keys() - _COPIES.keys() - {"params"}
+            if saved - own.keys() and own.keys() - saved:
+                raise ValueError(f"{self.name} cannot continue from the state of the checkpoint's optimizer")
+            stated = {name: group[name] for name in _OF_CONFIG if name in group}
+            options.append({**own, **stated, "lr": group.get("initial_lr", own["lr"])})
+        return BuiltOptimizer(self.kinds, self.parameters, options)
 
 
-def _resumed_optimizer(trial: DetectionTrial, saved: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer state to load, see `BuiltOptimizer.resumed`.
+def merged(own: Mapping[str, Any], began: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The values `saved` after training, with this run's values for all that its config changed since it `began`."""
+    removed, changed = began.keys() - own.keys(), _changed(own, began)
+    kept = {name: value for name, value in saved.items() if name not in removed}
+    return {**own, **kept, **{name: own[name] for name in changed}}
 
-    Args:
-        saved: the checkpoint's.
-        training: its `Checkpoint.training`.
 
-    Raises:
-        UserError: this run's optimizer cannot continue from it.
-    """
-    began = BuiltOptimizer(**training["optimizer"]) if "optimizer" in training else None
+def _changed(own: Mapping[str, Any], began: Mapping[str, Any]) -> set[str]:
+    return {name for name in own.keys() & began.keys() if own[name] != began[name]}
+
+
+def _resumed_options(own: dict[str, Any], began: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    options, changed = merged(own, began, saved), _changed(own, began)
+    # a scheduler copies the new value again
+    outdated = {copy for copy, sources in _COPIES.items() if changed & sources}
+    return {name: value for name, value in options.items() if name not in outdated}
+
+
+def _kind(optimizer: Optimizer) -> list[str]:
+    return [each.__name__ for each in type(optimizer).__mro__ if issubclass(each, Optimizer) and each is not Optimizer]
+
+
+def _share_a_class(one: list[str], other: list[str]) -> bool:
+    # gradient clipping makes a subclass of an optimizer, and newer versions of PyTorch make AdamW one of Adam
+    return bool(set(one) & set(other))
+
+
+@contextlib.contextmanager
+def refused_values(what: str) -> Iterator[None]:
+    """Raises UserError if a library refuses the values of the config."""
     try:
-        return trial.built_optimizer.resumed(saved, began)
-    except ValueError as problem:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AssertionError, ZeroDivisionError) as error:
         raise UserError(
-            f"{trial.optimizer_key}: {problem}. Fix: keep the checkpoint's value, or start a new run with "
-            f"{trial.weights_key}: <the checkpoint's path>"
-        ) from problem
+            f"hyperparameters: the {what} cannot be made of these values ({type(error).__name__}: {error})"
+        ) from error
 
 
 def check_categories(own: Sequence[dict], checkpoint: Checkpoint, weights_key: str) -> None:
-    """Checks that each label means the same category. The ids may differ: a model does not know them.
-
-    Raises:
-        UserError: the names differ, or their order does.
-    """
+    """Checks that each label means the same category. The ids may differ: a model does not know them. Raises UserError
+    if the names differ, or their order does."""
     names = [[category["name"] for category in categories] for categories in (own, checkpoint.categories)]
     if names[0] == names[1]:
         return
@@ -107,31 +174,57 @@ def read_checkpoint_to_resume(
 ) -> Checkpoint | None:
     """The checkpoint that `--resume` names; None if the training starts from its first batch.
 
-    The chief chooses between `last` and `best` of the run's folder. Every rank calls this.
+    The chief chooses it and reads it. Other machines get a copy from the chief. Every rank calls this.
 
     Raises:
-        UserError: no checkpoint is complete, or the ranks read different ones. Every rank raises the same error.
+        UserError: no checkpoint is complete, or a machine did not get it whole. Every rank raises the same error.
     """
     if resume is None:
         return None
+    if resume in OF_THE_RUN and distributed.cross_size > 1:
+        _bring_newest(distributed, folder)
     read_by_chief: list[Checkpoint] = []
+
+    def choose() -> Path | None:
+        found = _first_complete(resume, folder) if resume in OF_THE_RUN else read_checkpoint(find_checkpoint(resume))
+        read_by_chief.extend([] if found is None else [found])
+        return found and found.path
+
+    path = on_chief(distributed, choose)
+    if path is None:
+        return None
     if resume in OF_THE_RUN:
+        path = folder.checkpoints / path.name  # on this machine
+    with on_each_machine(distributed, path) as own:
+        checkpoint = on_every_rank(distributed, lambda: read_by_chief[0] if read_by_chief else read_checkpoint(own))
+    return dataclasses.replace(checkpoint, path=path)
 
-        def choose() -> str | None:
-            if checkpoint := _first_complete(resume, folder):
-                read_by_chief.append(checkpoint)
-                return checkpoint.path.name
-            return None
 
-        name = on_chief(distributed, choose)
-        if name is None:
-            return None
-        path = folder.checkpoints / name
-    else:
-        path = first_on_each_machine(distributed, lambda: find_checkpoint(resume))
-    checkpoint = on_every_rank(distributed, lambda: read_by_chief[0] if read_by_chief else read_checkpoint(path))
-    _check_same_on_all_ranks(distributed, resume, checkpoint)
-    return checkpoint
+def _bring_newest(distributed: DistributedContext, folder: RunFolder) -> None:
+    """Copies the run's folder to the chief's machine if another one has a newer checkpoint: the run had its chief
+    there."""
+    is_first = distributed.local_rank == 0
+    own = _newest(folder) if is_first else -1
+    batches, machine = max(
+        (batches, -machine) for batches, machine in distributed.allgather((own, distributed.cross_rank))
+    )
+    if machine == 0 or batches < 0:
+        return
+    is_chief = distributed.rank == 0
+    if is_chief:
+        logger.info("the run's newest checkpoint, of batch %d, is on another machine: copying the folder here", batches)
+    send(distributed, -machine, folder.path, folder.received if is_chief else None, folder.of_one_machine)
+    on_chief(distributed, folder.adopt_received)
+
+
+def _newest(folder: RunFolder) -> int:
+    """The batches of the newest complete checkpoint in a run's folder; -1 without one."""
+    found = [-1]
+    for path in folder.checkpoints_to_resume("auto"):
+        with contextlib.suppress(UserError, OSError, ValueError, KeyError):
+            check_manifest(path)
+            found.append(int(json.loads((path / METADATA).read_text())["steps_completed"]))
+    return max(found)
 
 
 def _first_complete(resume: str, folder: RunFolder) -> Checkpoint | None:
@@ -148,16 +241,3 @@ def _first_complete(resume: str, folder: RunFolder) -> Checkpoint | None:
     if errors:
         raise errors[0]
     return None
-
-
-def _check_same_on_all_ranks(distributed: DistributedContext, resume: str, checkpoint: Checkpoint) -> None:
-    """Raises UserError if a rank has read another checkpoint than the chief: machines may have disks of their own."""
-    own = (checkpoint.batches, weights_digest(checkpoint.path), socket.gethostname())
-    of_chief, *others = distributed.allgather(own)
-    for rank, other in enumerate(others, start=1):
-        if other[:2] != of_chief[:2]:
-            raise UserError(
-                f"--resume {resume}: rank 0 on {of_chief[2]} read batch {of_chief[0]} and rank {rank} on {other[2]} "
-                f"read batch {other[0]} (SHA-256 {of_chief[1][:8]} and {other[1][:8]}). "
-                "Fix: put --output-dir on a disk that all machines share, or copy the checkpoint to each of them"
-            )

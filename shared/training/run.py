@@ -1,33 +1,54 @@
-"""The interface that the engine needs from a run: a place for its reports and checkpoints."""
+"""A run: the place for reports and checkpoints that the engine needs. One is in a folder, the other on a cluster.
+
+The last functions correct what a Determined 0.38.1 master does not do by itself. tests/test_determined_fixes.py shows
+each.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
+import logging
+import math
+import shutil
+import threading
+import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
+import determined as det
+from determined import core, tensorboard
+from determined.experimental import client
 from torch.utils.tensorboard import SummaryWriter
 
-from shared.evaluation.gathered import ChiefReducer
-from shared.training.saving import Snapshot
+from shared.config.schema import SearcherMetric
+from shared.errors import UserError
+from shared.evaluation.evaluator import CocoEvaluator, for_json
+from shared.evaluation.gathered import ChiefReducer, save_detections
+from shared.training.loggers import Loggers
+from shared.training.run_folder import RunFolder
+from shared.training.run_store import RunStore
+from shared.training.saving import METADATA, Snapshot
+from shared.training.signals import StopSignals
 from shared.training.tensorboard import TensorBoard
 from shared.training.validation import Validation
 
+logger = logging.getLogger(__name__)
+
+SECONDS_FOR_A_REPORT = 10  # in which the master has what the trial reported
+_BETWEEN_QUESTIONS = 0.05
+SECONDS_BETWEEN_UPLOADS = 1.1  # Determined uploads TensorBoard's files once a second at most
+
 
 class Run:
-    """Takes a training's reports and checkpoints. Only the chief calls a method, unless it says "on every rank".
+    """Takes a training's reports and checkpoints. Only the chief calls a method, unless it says "on every rank"."""
 
-    Attributes:
-        trial_id: of the cluster's trial, 0 off a cluster. A checkpoint of another trial starts a new count of batches.
-        handles_signals: whether SIGTERM and Ctrl-C stop the training after a batch.
-        folder: for what a detector's library writes.
-        code: the folder of the code that a checkpoint holds.
-    """
-
-    trial_id: int = 0
-    handles_signals: bool = False
-    folder: Path
-    code: Path
+    trial_id: int = 0  # of the cluster's trial. A checkpoint of another trial starts a new count of batches
+    signals: StopSignals | None = None  # those that stop the training after a batch
+    folder: Path  # for what a detector's library writes
+    code: Path  # the folder of the code that a checkpoint holds
 
     def begin(self, first_batch: int, profiling: bool) -> None:
         """Before the first batch, on every rank."""
@@ -60,8 +81,8 @@ class Run:
         return True
 
     @abstractmethod
-    def store(self, snapshot: Snapshot, write_own: Callable[[Path], None]) -> None:
-        """Writes a checkpoint; called in a thread. `write_own` adds the detector's own files to a folder."""
+    def store(self, snapshot: Snapshot) -> None:
+        """Writes a checkpoint; called in a thread."""
 
     def is_stopped_elsewhere(self) -> bool:
         """Whether the searcher stopped the trial."""
@@ -76,3 +97,216 @@ class Run:
 
     def close(self, is_saved: bool) -> None:
         """At the end, also of an error. `is_saved`: no checkpoint is being written."""
+
+
+class LocalRun(Run):
+    """A folder's run. It keeps the last checkpoint and the best one.
+
+    Args:
+        policy: `checkpoint_policy`. "best" saves after each validation too: the last one is kept as well.
+        signals: those that stop the training.
+        run_store: for a copy of the folder; None without, and on other ranks than the chief.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        loggers: Loggers,
+        metric: SearcherMetric,
+        policy: str,
+        is_chief: bool,
+        signals: StopSignals | None = None,
+        run_store: RunStore | None = None,
+    ):
+        self.run_folder, self.loggers, self.metric, self.policy = folder, loggers, metric, policy
+        self.is_chief, self.signals, self.run_store = is_chief, signals, run_store
+        self.folder, self.code = folder.path, folder.code
+
+    def begin(self, first_batch: int, profiling: bool) -> None:
+        if self.is_chief:
+            # a run that starts again from batch 0 repeats the validation before its first batch
+            self.run_folder.forget_metrics_after(first_batch or -1)
+
+    def open_tensorboard(self, first_batch: int) -> SummaryWriter:
+        return SummaryWriter(str(self.run_folder.tensorboard), purge_step=first_batch + 1 if first_batch else 0)
+
+    def report_training(self, batches: int, epochs: int, metrics: dict[str, float], steering: dict[str, float]) -> None:
+        self._report(batches, "train", metrics)
+
+    def report_validation(self, validation: Validation, epochs: int, evaluator: ChiefReducer, is_best: bool) -> bool:
+        if is_best and isinstance(evaluator, CocoEvaluator):
+            names = evaluator.annotations.category_names
+            save_detections(self.run_folder.detections, evaluator.found_by_id(), names, evaluator.max_detections)
+        self._report(validation.batches, "val", {**validation.metrics, **validation.category_ap})
+        if self.run_store is not None:
+            self.run_store.send()
+        return self.policy != "none"
+
+    def earlier_value(self, batches: int, metric: str) -> float | None:
+        report = self.run_folder.validation_after(batches)
+        return report and report["metrics"].get(metric)
+
+    def holds(self, checkpoint: Path) -> bool:
+        return checkpoint.parent == self.run_folder.checkpoints
+
+    def store(self, snapshot: Snapshot) -> None:
+        new = self.run_folder.saving / "last"
+        shutil.rmtree(new, ignore_errors=True)
+        snapshot.write(new, self.code)
+        (new / METADATA).write_text(json.dumps(snapshot.metadata))
+        self.run_folder.keep(new, is_best=snapshot.is_best)
+        if self.run_store is not None:
+            self.run_store.add_checkpoint(snapshot.is_best)
+
+    def at_boundary(self, progress: float, tensorboard: TensorBoard | None) -> bool:
+        if self.run_store is not None:
+            self.run_store.raise_if_failed()
+        return False
+
+    def close(self, is_saved: bool) -> None:
+        # a second Ctrl-C does not wait for a checkpoint, and its thread may be about to rename the folder
+        if is_saved:
+            shutil.rmtree(self.run_folder.saving, ignore_errors=True)
+
+    def _report(self, batches: int, split: str, metrics: dict[str, float]) -> None:
+        plain = for_json(metrics)
+        self.run_folder.append_report(batches, split, plain)
+        self.loggers.report(batches, split, plain)
+
+
+@contextlib.contextmanager
+def full_disk_as_error(folder: RunFolder) -> Iterator[None]:
+    """Raises UserError if a checkpoint, a report or another file of the run cannot be written."""
+    print_of_thread = threading.excepthook
+    # TensorBoard's thread: what it raises there is raised here too, at the next report
+    threading.excepthook = lambda ended: None if _is_of_disk(ended.exc_value) else print_of_thread(ended)
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        of_disk = _is_of_disk(error)
+        # shutil.copytree gathers what went wrong as text; torch.save says where in its own code
+        of_copy = isinstance(error, shutil.Error) and "[Errno" in str(error)
+        of_torch = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
+        if not (of_disk or of_copy or of_torch):
+            raise
+        if not folder.path.exists():  # of a rank on another machine, which writes none of the run's files
+            raise
+        free = shutil.disk_usage(folder.path).free / 2**20
+        reason = error.strerror if of_disk else "a checkpoint was not written to its end"
+        raise UserError(
+            f"--output-dir: {folder.path} cannot be written ({reason}; {free:,.0f} MiB are free there). Its "
+            "checkpoints are complete. Fix: make room, and run the same command with --resume auto"
+        ) from error
+    finally:
+        threading.excepthook = print_of_thread
+
+
+def _is_of_disk(error: BaseException | None) -> bool:
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+# --- on a cluster ------------------------------------------------------------------------------------
+
+
+class ClusterRun(Run):
+    """A trial's run. `policy` is `checkpoint_policy`: "best", "all" or "none"."""
+
+    def __init__(self, opened: core.Context, trial_id: int, metric: SearcherMetric, policy: str):
+        self.core, self.trial_id, self.metric, self.policy = opened, trial_id, metric, policy
+        self.is_chief = opened.distributed.rank == 0
+        self.folder = Path.cwd()
+        self.code = Path(det.constants.MANAGED_TRAINING_MODEL_COPY)
+        self._validated_at = -1  # by this start
+
+    def begin(self, first_batch: int, profiling: bool) -> None:
+        if profiling:
+            self.core.profiler.on()
+
+    def open_tensorboard(self, first_batch: int) -> SummaryWriter:
+        return SummaryWriter(str(self.core.train.get_tensorboard_path()))
+
+    def set_status(self, status: str) -> None:
+        self.core.train.set_status(status)
+
+    def report_training(self, batches: int, epochs: int, metrics: dict[str, float], steering: dict[str, float]) -> None:
+        self.core.train.report_training_metrics(batches, {**steering, "batches": batches, "epochs": epochs})
+
+    def report_validation(self, validation: Validation, epochs: int, evaluator: ChiefReducer, is_best: bool) -> bool:
+        metrics = validation.for_master(self.metric)
+        best_before = self.core.train.get_experiment_best_validation()
+        batches = self._validated_at = validation.batches
+        self.core.train.report_validation_metrics(batches, {**metrics, "batches": batches, "epochs": epochs})
+        is_best_of_experiment = self.metric.is_better(metrics[self.metric.name], best_before)
+        return self.policy == "all" or (self.policy == "best" and is_best_of_experiment)
+
+    def last_validation(self) -> int | None:
+        return last_validation(self.trial_id)
+
+    def store(self, snapshot: Snapshot) -> None:
+        with self.core.checkpoint.store_path(snapshot.metadata) as (path, _):
+            snapshot.write(path, self.code)
+
+    def is_stopped_elsewhere(self) -> bool:
+        return trial_is_stopping(self.trial_id, self._validated_at)
+
+    def at_boundary(self, progress: float, tensorboard: TensorBoard | None) -> bool:
+        self._upload(tensorboard)
+        if self.is_chief:
+            self.core.train.report_progress(progress)
+        return self.core.preempt.should_preempt()
+
+    def finish(self, tensorboard: TensorBoard | None) -> None:
+        time.sleep(SECONDS_BETWEEN_UPLOADS)
+        self._upload(tensorboard)
+
+    def _upload(self, board: TensorBoard | None) -> None:
+        if board is not None:
+            board.flush()
+        self.core.train.upload_tensorboard_files(
+            (lambda _: True) if self.is_chief else (lambda path: not path.match("*tfevents*")),
+            tensorboard.util.get_rank_aware_path,
+        )
+
+
+def trial_is_stopping(trial_id: int, validated_at: int) -> bool:
+    """Whether the searcher stopped the trial.
+
+    `adaptive_asha` marks a trial as stopping in the master, and nothing signals the trial: without this question, all
+    trials of a search train to the end. Determined sends a report in a thread of its own. If the question comes before
+    the report, the answer comes with the next one. If that is a validation, the master counts it as another trial's,
+    and begins one more trial for it, beyond max_concurrent_trials.
+
+    Args:
+        validated_at: batches of the last validation, which the master should know; -1 before the first.
+    """
+    until = time.monotonic() + SECONDS_FOR_A_REPORT
+    try:
+        while True:
+            trial = client.get_trial(trial_id)
+            if trial.state is not None and trial.state.name.startswith("STOPPING"):
+                return True
+            if _last_validation_of(trial) >= validated_at or time.monotonic() > until:
+                return False
+            time.sleep(_BETWEEN_QUESTIONS)
+    except Exception as error:  # whatever the network does, it must not end the training
+        logger.warning("the master could not be asked whether trial %d shall stop: %s", trial_id, error)
+        return False
+
+
+def last_validation(trial_id: int) -> int | None:
+    """The batches of the last validation that the master knows of a trial; None without one.
+
+    `det.get_cluster_info()` has no public name for it.
+    """
+    try:
+        batches = _last_validation_of(client.get_trial(trial_id))
+    except Exception as error:  # then a validation is repeated
+        logger.warning("the master could not be asked for the validations of trial %d: %s", trial_id, error)
+        return None
+    return int(batches) if 0 <= batches < math.inf else None
+
+
+def _last_validation_of(trial: client.Trial) -> float:
+    """-1 without a validation."""
+    reported = (trial.summary_metrics or {}).get("validation_metrics")
+    return reported.get("batches", {}).get("last", math.inf) if reported else -1

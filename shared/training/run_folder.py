@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
-from shared.data.file_lock import is_locked, try_lock
-from shared.durable import append_line, delete_unfinished, replace_folder, restore_folder, write_file
+from shared.durable import (
+    append_line,
+    delete_unfinished,
+    is_locked,
+    replace_folder,
+    restore_folder,
+    try_lock,
+    write_file,
+)
 from shared.errors import UserError
 from shared.redaction import redact_yaml_files, without_secrets
 
@@ -22,7 +30,8 @@ _SOURCES = (".py", ".yaml", ".yml", ".sh", ".md", ".jinja")
 class RunFolder:
     """The layout of `--output-dir`: metrics.jsonl, config.yaml, length.json (in batches), checkpoints/best and last,
     tensorboard/, code/, labels.png, predictions.png, report.html and .json. detections.npz is of the best validation.
-    loggers.json has the ids of its runs in W&B and MLflow."""
+    loggers.json has the ids of its runs in W&B and MLflow. `requeue` is there while a run that a signal stopped waits
+    for its next start."""
 
     def __init__(self, path: Path):
         self.path = path.absolute()
@@ -38,16 +47,15 @@ class RunFolder:
         self.code = self.path / "code"
         self.checkpoints = self.path / "checkpoints"
         self.saving = self.checkpoints / ".saving"
+        self.received = self.path / ".received"  # from another machine
+        self.requeue = self.path / "requeue"  # a signal stopped the run: start it again
         self._lock = self.path / ".lock"
+        self.of_one_machine = (self.code.name, self.saving.name, self.received.name, self._lock.name)
         self._locked: IO | None = None
         self._is_new = not self.path.exists()
 
     def take(self) -> None:
-        """Locks the folder for this process, until `free` or its exit.
-
-        Raises:
-            UserError: another process has the lock, or the folder cannot be made.
-        """
+        """Locks the folder for this process, until `free` or its exit. Raises UserError if another process has it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = try_lock(self._lock)
@@ -56,7 +64,9 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"--output-dir: {self.path} cannot be made a folder: {error.strerror}") from error
         if lock is None:
-            raise UserError(f"--output-dir: a run is going on in {self.path}; wait for it, or name another")
+            raise UserError(
+                f"--output-dir: another process uses {self.path}. Fix: wait for its run, or name another folder"
+            )
         if not self._is_lock(lock):  # the process that had it has just deleted the folder, see `free`
             lock.close()
             return self.take()
@@ -84,16 +94,8 @@ class RunFolder:
             self._locked.close()
             self._locked = None
 
-    def holds_a_run(self) -> bool:
-        # a folder that was made before the config was found wrong holds none
-        return self.metrics.exists() or any((self.checkpoints / name).exists() for name in ("best", "last"))
-
     def checkpoints_to_resume(self, which: str) -> list[Path]:
-        """The run's checkpoints for `--resume last`, `best` or `auto`. The first complete one counts.
-
-        Raises:
-            UserError: `last` or `best` is asked for and does not exist.
-        """
+        """The run's checkpoints for `--resume last`, `best` or `auto`. The first complete one counts."""
         # a run killed in its first save may have `best` alone: `last` would be the same
         names = ("best",) if which == "best" else ("last", "best")
         found = [path for name in names if (path := self.checkpoints / name).exists()]
@@ -105,7 +107,8 @@ class RunFolder:
         """Makes the folders, deletes what a killed run left unfinished, and copies the code in `source`."""
         self.restore_interrupted_rename()
         delete_unfinished(self.path)
-        for leftover in (self.saving, self.code):
+        self.requeue.unlink(missing_ok=True)
+        for leftover in (self.saving, self.code, self.received):
             shutil.rmtree(leftover, ignore_errors=True)
         self.saving.mkdir(parents=True, exist_ok=True)
         _copy_sources(source, self.code)
@@ -125,6 +128,22 @@ class RunFolder:
             shutil.copytree(new, copy)  # no links: damage to one must leave the other
             replace_folder(copy, self.checkpoints / "best")
         replace_folder(new, self.checkpoints / "last")
+
+    def adopt_received(self) -> None:
+        """Replaces this machine's files of the run by those of another machine. `last` comes at the end: after a kill
+        in between, the next start copies them again."""
+        new = self.received / self.checkpoints.name
+        for path in sorted(self.received.iterdir()):
+            if path.is_dir() and path != new:
+                replace_folder(path, self.path / path.name)
+            elif path.is_file():
+                write_file(self.path / path.name, path.read_bytes())
+        self.checkpoints.mkdir(exist_ok=True)
+        shutil.rmtree(self.checkpoints / "best", ignore_errors=True)
+        for name in ("best", "last"):
+            if (new / name).exists():
+                replace_folder(new / name, self.checkpoints / name)
+        shutil.rmtree(self.received)
 
     def write_config(self, config: dict[str, Any]) -> None:
         write_file(self.config, yaml.safe_dump(without_secrets(config), sort_keys=False))
@@ -156,8 +175,18 @@ class RunFolder:
             kept = [report for report in self.reports() if report["batches"] <= batches]
             write_file(self.metrics, "".join(json.dumps(report) + "\n" for report in kept))
 
+    def mark_requeue(self, number: signal.Signals, batches: int | None) -> None:
+        """Leaves the mark that a batch system's script looks for.
+
+        Args:
+            batches: that are saved; None if the run had not begun.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_file(self.requeue, json.dumps({"signal": number.name, "batches": batches}))
+
     def refuse_other_run(self) -> None:
-        if self.holds_a_run():
+        # a folder that was made before the config was found wrong holds none
+        if self.metrics.exists() or any((self.checkpoints / name).exists() for name in ("best", "last")):
             raise UserError(
                 f"--output-dir: {self.path} holds a run already; add `--resume last` to continue it, or name "
                 "another folder"
@@ -167,12 +196,9 @@ class RunFolder:
 def _copy_sources(source: Path, target: Path) -> None:
     """Copies the code and configs that a cluster would get. Each checkpoint holds a copy of them."""
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in _SOURCES:
-            shutil.copy2(path, target / path.name)
-        elif path.is_dir() and any(path.glob("*.py")) and not path.name.startswith("."):
-            for file in sorted(path.rglob("*")):
-                if file.is_file() and file.suffix in _SOURCES:
-                    copy = target / file.relative_to(source)
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy2(file, copy)
+    packages = [path for path in source.iterdir() if any(path.glob("*.py")) and not path.name.startswith(".")]
+    for file in (*source.iterdir(), *(file for package in packages for file in package.rglob("*"))):
+        if file.is_file() and file.suffix in _SOURCES:
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, copy)

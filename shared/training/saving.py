@@ -1,14 +1,18 @@
-"""The content of a checkpoint, and its copy in the host's memory: training waits for the copy, not for the writing."""
+"""The content of a checkpoint, its copy in the host's memory, and the thread that writes it beside the training."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import logging
 import operator
 import pickle
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,16 @@ import torch
 from determined.pytorch import PyTorchTrialContext
 from torch import nn
 
-from shared.errors import DivergedError
+from shared.durable import write_file
+from shared.errors import DivergedError, UserError
 from shared.redaction import redact_yaml_files
+from shared.training.downloads import sha256_of
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+METADATA = "metadata.json"
+_WEIGHTS = "state_dict.pth"
 
 # --- the state --------------------------------------------------------------------------------------------
 
@@ -27,12 +39,7 @@ from shared.redaction import redact_yaml_files
 def checkpoint_state(
     context: PyTorchTrialContext, model: nn.Module, scaler: torch.amp.GradScaler | None, training: dict[str, Any]
 ) -> dict[str, Any]:
-    """What `state_dict.pth` holds, by the names of Determined's own loop. Not a copy yet.
-
-    Args:
-        model: without DDP.
-        training: what a training keeps besides weights and optimizer.
-    """
+    """What `state_dict.pth` holds, by the names of Determined's own loop. Not a copy yet. `model` is without DDP."""
     return {
         "models_state_dict": [model.state_dict()],
         "optimizers_state_dict": [optimizer.state_dict() for optimizer in context.optimizers],
@@ -72,11 +79,7 @@ def set_random_state(state: Mapping[str, Any], local_rank: int) -> None:
 
 class FiniteCheck:
     """Refuses weights, averages and running statistics that are not finite, but for those that began so: an attention
-    mask of -inf, for example.
-
-    Args:
-        models: what trains and what validates; perhaps the same.
-    """
+    mask of -inf, for example."""
 
     def __init__(self, *models: nn.Module):
         self.models = tuple(dict.fromkeys(models))
@@ -101,16 +104,13 @@ def python_state(model: nn.Module, attributes: Mapping[str, Sequence[str]]) -> d
     """The state of the model that a resumed run needs besides its weights and buffers, as plain numbers.
 
     Args:
-        attributes: by the name of a module's class, the dotted attributes that it keeps. Those that are not there yet
-            are omitted.
+        attributes: by the name of a module's class, the dotted attributes that it keeps, if they are there yet.
     """
     state = {}
     for name, module in model.named_modules():
         for path in attributes.get(type(module).__name__, ()):
-            try:
+            with contextlib.suppress(AttributeError):
                 state[f"{name}:{path}"] = _plain(operator.attrgetter(path)(module))
-            except AttributeError:
-                continue
     return state
 
 
@@ -118,11 +118,9 @@ def restore_python_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Continues from what `python_state` gave."""
     for key, value in state.items():
         name, path = key.split(":")
-        *owners, attribute = path.split(".")
-        owner = model.get_submodule(name)
-        for part in owners:
-            owner = getattr(owner, part)
-        setattr(owner, attribute, value)
+        owner, _, attribute = path.rpartition(".")
+        module = model.get_submodule(name)
+        setattr(operator.attrgetter(owner)(module) if owner else module, attribute, value)
 
 
 def _plain(value: Any) -> Any:
@@ -176,24 +174,18 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A checkpoint that is not written yet.
+    """A checkpoint that is not written yet."""
 
-    Attributes:
-        state: `checkpoint_state`, on the host.
-        counts: batches and epochs, by the names of Determined's own loop.
-        load_data: the trial's class, config and hyperparameters, as `load_trial_from_checkpoint_path` reads them.
-        metadata: what the master knows of it.
-        is_best: whether it is of the best validation so far.
-    """
-
-    state: dict[str, Any]
-    counts: dict[str, Any]
-    load_data: dict[str, Any]
-    metadata: dict[str, Any]
-    is_best: bool
+    state: dict[str, Any]  # `checkpoint_state`, on the host
+    counts: dict[str, Any]  # batches and epochs, by the names of Determined's own loop
+    load_data: dict[str, Any]  # the trial's class, config and hyperparameters, for `load_trial_from_checkpoint_path`
+    metadata: dict[str, Any]  # what the master knows of it
+    is_best: bool  # of the best validation so far
+    write_own: Callable[[Path], None]  # adds the detector's own files
 
     def write(self, folder: Path, code: Path) -> None:
-        """Writes the files of Determined's names, and a copy of the folder `code`, without secrets."""
+        """Writes the files of Determined's names, a copy of the folder `code` without secrets, the detector's own files
+        and the manifest."""
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copytree(code, folder / "code")
         redact_yaml_files(folder / "code")
@@ -202,3 +194,129 @@ class Snapshot:
             torch.save(self.state, file)
         (folder / "trial_state.pkl").write_bytes(pickle.dumps(self.counts))
         (folder / "load_data.json").write_text(json.dumps(self.load_data))
+        self.write_own(folder)
+        write_manifest(folder, self.metadata["steps_completed"])
+
+
+def write_manifest(folder: Path, batches: int) -> None:
+    """Writes the size and SHA-256 of each file in a checkpoint's folder, and the batches trained.
+
+    Determined writes metadata.json later, so that the manifest holds its number of batches instead of its digest.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (MANIFEST, METADATA)
+    }
+    write_file(folder / MANIFEST, json.dumps({"batches": batches, "files": files}, indent=1))
+
+
+def check_manifest(folder: Path) -> None:
+    """Checks each file against the manifest. A checkpoint without a manifest passes: those of version 0.1 have none.
+    Raises UserError if a file is missing, cut off or changed."""
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        return
+    try:
+        noted_at_save = json.loads(manifest.read_text())
+        for name, noted in noted_at_save["files"].items():
+            file = folder / name
+            if not file.is_file():
+                raise UserError(f"{folder} is not whole: {name} is missing")
+            if (size := file.stat().st_size) != noted["bytes"]:
+                raise UserError(f"{folder} is not whole: {name} has {size} bytes, and {noted['bytes']} were saved")
+            if sha256_of(file) != noted["sha256"]:
+                raise UserError(f"{folder} is not what was saved: {name} has changed since")
+        batches = noted_at_save.get("batches")  # manifests of version 0.1 lack it
+        if batches is not None and json.loads((folder / METADATA).read_text())["steps_completed"] != batches:
+            raise UserError(f"{folder} is not what was saved: {METADATA} is not of batch {batches}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder} is not whole: {MANIFEST} or {METADATA} cannot be read ({error!r})") from error
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of a checkpoint's state_dict.pth; from the manifest if there is one."""
+    try:
+        return json.loads((folder / MANIFEST).read_text())["files"][_WEIGHTS]["sha256"]
+    except FileNotFoundError:
+        return sha256_of(folder / _WEIGHTS)
+
+
+# --- the thread -------------------------------------------------------------------------------------
+
+
+class Background:
+    """Does work in a thread, in the order in which it is given. The thread stops when no work is left.
+
+    It is a daemon thread: a second Ctrl-C stops the process without waiting for it. Leaving the context waits.
+
+    Args:
+        on_error: receives each error, in the thread. Without it `wait`, `raise_if_failed` or the end of the context
+            raises the first error, once. If another error leaves the context, the first error is logged.
+    """
+
+    def __init__(self, name: str = "saving", on_error: Callable[[Exception], None] | None = None):
+        self.name = name
+        self._on_error = on_error or self._keep
+        self._changed = threading.Condition()
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._works = False
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._works
+
+    def begin(self, work: Callable[[], None]) -> None:
+        """Does `work` after what was given before."""
+        with self._changed:
+            self._waiting.append(work)
+            if not self._works:
+                self._works = True
+                self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
+                self._thread.start()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Waits until all work is done, at most `seconds`. Returns whether it is."""
+        with self._changed:
+            is_done, thread = self._changed.wait_for(lambda: not self._works, seconds), self._thread
+        if is_done and thread is not None:
+            thread.join()  # a program that exits while a thread frees tensors is aborted
+        self.raise_if_failed()
+        return is_done
+
+    def raise_if_failed(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _keep(self, error: Exception) -> None:
+        self._error = self._error or error
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                if not self._waiting:
+                    self._works = False
+                    self._changed.notify_all()
+                    return
+                work = self._waiting.popleft()
+            try:
+                work()
+            except Exception as error:
+                self._on_error(error)
+            del work  # and the tensors that it holds, before the work counts as done
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        try:
+            self.wait()
+        except Exception as own:
+            if error is None:
+                raise
+            logger.error("%s failed: %s: %s", self.name, type(own).__name__, own)

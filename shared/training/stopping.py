@@ -1,4 +1,4 @@
-"""When a training stops before its length: after the same batch on every rank, with a checkpoint.
+"""When a training reports, validates and saves; and when it stops, after the same batch on every rank.
 
 A signal (off a cluster), the searcher or a pause (on a cluster) stops it; it can continue. If the config ends it, it is
 complete. `Outcome` is the one value that says what happened.
@@ -8,21 +8,81 @@ from __future__ import annotations
 
 import enum
 import math
-import os
 import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from determined.core import DistributedContext
 
-from shared.config.schema import EarlyStopping, SearcherMetric
-from shared.errors import count_of
+from shared.config.schema import EarlyStopping, Length, Schedule, SearcherMetric
+from shared.errors import UserError, count_of
+from shared.training.signals import StopSignals
 from shared.training.validation import Validation
+
+
+@dataclass(frozen=True)
+class Periods:
+    """When something is due, in batches from 1 over the whole training."""
+
+    total: int
+    report: int  # batches between two reports
+    validation: int | None  # batches between two of them; None for the end only
+    checkpoint: int | None
+    validation_start: int = 0  # the first validation, from which the others are counted
+    validation_changes: tuple[tuple[int, int], ...] = ()  # (batch, period): from this batch on, another period
+
+    @property
+    def validates_before_the_end(self) -> bool:
+        return self.validation is not None or bool(self.validation_changes)
+
+    def validates(self, batch: int) -> bool:
+        period = self.validation
+        for since, changed in self.validation_changes:
+            period = changed if batch >= since else period
+        after_start = batch - self.validation_start
+        return batch == self.total or (period is not None and after_start >= 0 and after_start % period == 0)
+
+    def saves(self, batch: int) -> bool:
+        return batch == self.total or (self.checkpoint is not None and batch % self.checkpoint == 0)
+
+    def reports(self, batch: int) -> bool:
+        return batch % self.report == 0 or self.validates(batch) or self.saves(batch)
+
+
+def periods_of(
+    schedule: Schedule, batches_per_epoch: int, global_batch_size: int, aggregation_frequency: int
+) -> Periods:
+    """The schedule in batches. Reports are due at whole optimizer steps. Raises UserError if the training, a validation
+    or a checkpoint would end in the middle of an optimizer step."""
+    window = aggregation_frequency
+
+    def batches(length: Length | None, key: str) -> int | None:
+        if length is None:
+            return None
+        count = length.batches(batches_per_epoch, global_batch_size)
+        if count % window:
+            raise UserError(
+                f"{key}: {count} batches are not a multiple of optimizations.aggregation_frequency, {window}, and end "
+                f"in the middle of an optimizer step. Fix: give {{batches: {-(-count // window) * window}}}"
+            )
+        return count
+
+    total = batches(schedule.max_length, "searcher.max_length")
+    changes = [
+        (since.batches(batches_per_epoch, global_batch_size), period) for since, period in schedule.validation_changes
+    ]
+    return Periods(
+        total=total,
+        report=-(-schedule.reporting_batches // window) * window,
+        validation=batches(schedule.validation_period, "min_validation_period"),
+        checkpoint=batches(schedule.checkpoint_period, "min_checkpoint_period"),
+        validation_start=batches(schedule.validation_start, "the first validation") or 0,
+        validation_changes=tuple(
+            (since, batches(period, "a later validation period")) for since, period in changes if since <= total
+        ),
+    )
 
 
 class End(enum.Enum):
@@ -36,32 +96,20 @@ class End(enum.Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where and why a training stopped.
-
-    Attributes:
-        batches, total: trained, and of the whole length.
-        why: what the log, the report and the command line show; empty for a complete training.
-        signal: the one that stopped it on some rank; None without.
-        validation: the last one of this start; None without.
-        seconds: of training, those before a resume included.
-    """
+    """Where and why a training stopped."""
 
     end: End
     batches: int
-    total: int
-    why: str = ""
-    signal: signal.Signals | None = None
-    validation: Validation | None = None
-    seconds: float = 0.0
+    total: int  # batches of the whole length
+    why: str = ""  # what the log, the report and the command line show; empty for a complete training
+    signal: signal.Signals | None = None  # the one that stopped it on some rank
+    validation: Validation | None = None  # the last one of this start
+    seconds: float = 0.0  # of training, those before a resume included
 
     @property
     def is_finished(self) -> bool:
         """Whether this start trained to the end and validated there."""
         return self.end in (End.COMPLETE, End.ENDED)
-
-    @property
-    def exit_status(self) -> int:
-        return 0 if self.signal is None else 128 + self.signal
 
     def __str__(self) -> str:
         if self.end is End.COMPLETE:
@@ -74,11 +122,7 @@ class Outcome:
 
 
 class Clock:
-    """Seconds of training from the first batch on, with validations and saves. Those before a resume count too.
-
-    Args:
-        max_hours, minutes_between_saves: as in the config's hyperparameters; None where it has none.
-    """
+    """Seconds of training from the first batch on, with validations and saves. Those before a resume count too."""
 
     now = staticmethod(time.monotonic)
 
@@ -90,7 +134,7 @@ class Clock:
         self._saved = math.inf  # nothing to save before the first batch
 
     def resume(self, seconds: float) -> None:
-        """Counts the seconds of training before this start."""
+        """Adds the seconds of earlier starts."""
         self._before = seconds
 
     def begin(self) -> None:
@@ -122,17 +166,13 @@ class Clock:
 
 class BestSoFar:
     """The best validation so far, and the validations without improvement since. Both are counted also without early
-    stopping, so that a resume can switch it on.
-
-    Attributes:
-        best, best_at: the best value of the searcher metric, and its batch; None and -1 before the first.
-    """
+    stopping, so that a resume can switch it on."""
 
     def __init__(self, config: EarlyStopping | None, metric: SearcherMetric):
         self.patience = None if config is None else config.patience
         self.metric = metric
-        self.best: float | None = None
-        self.best_at = -1
+        self.best: float | None = None  # value of the searcher metric
+        self.best_at = -1  # its batch
         self.without_improvement = 0
 
     def update(self, value: float, batch: int) -> bool:
@@ -154,19 +194,11 @@ class BestSoFar:
         )
 
     def state(self) -> dict[str, Any]:
-        return {
-            "metric": self.metric.name,
-            "best": self.best,
-            "best_at": self.best_at,
-            "without_better": self.without_improvement,
-        }
+        best = {"metric": self.metric.name, "best": self.best, "best_at": self.best_at}
+        return {**best, "without_better": self.without_improvement}
 
     def load(self, state: dict[str, Any], earlier_value: float | None = None) -> None:
-        """Continues from what `state` gave.
-
-        Args:
-            earlier_value: of this metric in the best validation; counts if `state` is of another metric.
-        """
+        """Continues from what `state` gave. If it is of another metric, `earlier_value` of this one counts."""
         named = state.get("metric")  # older checkpoints do not name it
         if named == self.metric.name or (named is None and earlier_value is None):
             self.best, self.best_at = state["best"], state["best_at"]
@@ -191,16 +223,8 @@ class Stopping:
     Args:
         aggregation_frequency: batches per optimizer step; a training stops after whole steps only.
         asked_elsewhere: the chief calls it at each boundary: did the searcher stop the trial?
-        clock: says when the time is over, and when a checkpoint is due.
         total: batches of the whole length, at which nothing ends early.
-
-    Attributes:
-        signal: the one that this rank received.
-        stopped_by: the one that some rank received, once all ranks know.
-        after: the batch after which all ranks stop.
-        ended: why the config ends the training before its length.
-        ended_after: the batch of that end, which is validated.
-        saves_after: the last batch after which the clock asked for a checkpoint.
+        signals: those that stop the training; None on a cluster, which sends none.
     """
 
     def __init__(
@@ -210,33 +234,35 @@ class Stopping:
         asked_elsewhere: Callable[[], bool] = lambda: False,
         clock: Clock | None = None,
         total: int | None = None,
+        signals: StopSignals | None = None,
     ):
-        self.distributed = distributed
-        self.asked_elsewhere = asked_elsewhere
-        self.clock = clock or Clock()
-        self.total = total
-        self.signal: signal.Signals | None = None
-        self.stopped_by: signal.Signals | None = None
-        self.after: int | None = None
-        self.saves_after: int | None = None
-        self.ended: str | None = None
-        self.ended_after: int | None = None
-        self._training = False
+        self.distributed, self.asked_elsewhere = distributed, asked_elsewhere
+        self.clock, self.total, self.signals = clock or Clock(), total, signals
+        self.stopped_by: signal.Signals | None = None  # the signal of some rank, once all ranks know
+        self.after: int | None = None  # the batch after which all ranks stop
+        self.saves_after: int | None = None  # the last batch after which the clock asked for a checkpoint
+        self.ended: str | None = None  # why the config ends the training before its length
+        self.ended_after: int | None = None  # the batch of that end, which is validated
         self._cut = False
-        self._handles_signals = False
         windows = 1 if distributed.size == 1 else -(-_BATCHES_BETWEEN_MEETINGS // aggregation_frequency)
         self._between_meetings = windows * aggregation_frequency
 
     # --- what the ranks agree on --------------------------------------------------------------------------
 
+    @property
+    def signal(self) -> signal.Signals | None:
+        """The one that this rank received."""
+        return None if self.signals is None else self.signals.received
+
     def begin(self) -> None:
-        """From here on a signal stops the training after a batch. Before, it stops the process at once."""
-        self._training = True
+        """The first batch of this start begins."""
+        if self.signals is not None:
+            self.signals.begin()
         self.clock.begin()
 
     def after_batch(self, batch: int) -> bool:
         """Whether to stop after `batch`, counted from 1, which this rank just trained."""
-        if (self._handles_signals or self.clock.is_asked) and batch % self._between_meetings == 0:
+        if (self.signals is not None or self.clock.is_asked) and batch % self._between_meetings == 0:
             own = (self.signal, (self.clock.why_over(), self.clock.save_is_due()))
             of_ranks = self.distributed.allgather(own)
             why_over, save_is_due = of_ranks[0][1]  # the chief's clock counts
@@ -286,63 +312,3 @@ class Stopping:
         received = [number for number in signals if number is not None]
         self.stopped_by = received[0] if received else self.stopped_by
         return bool(received)
-
-    # --- signals -------------------------------------------------------------------------------------
-
-    def __enter__(self) -> Stopping:
-        """Handles SIGTERM and Ctrl-C. A second Ctrl-C stops the process at once."""
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        self._handles_signals = True
-        _handling.append(self)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        _handling.remove(self)
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._handles_signals = False
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and (self.signal is not None or not self._training):
-            raise KeyboardInterrupt
-        if not self._training:
-            sys.exit(128 + number)
-        self.signal = signal.Signals(number)
-
-
-_handling: list[Stopping] = []
-_before_fork = threading.local()
-
-
-def _block_signals() -> None:
-    # a library's pool stops its processes by SIGTERM, and Python forgets a signal that arrives during a fork
-    handled = {signal.SIGTERM, signal.SIGINT} if _handling else set()
-    _before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, handled)
-
-
-def _unblock_signals() -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, _before_fork.mask)
-
-
-def _leave_signals_to_forks() -> None:
-    for stopping in list(_handling):
-        stopping.__exit__()
-    _unblock_signals()
-
-
-os.register_at_fork(before=_block_signals, after_in_parent=_unblock_signals, after_in_child=_leave_signals_to_forks)
-
-
-def outlive_signals(worker_id: int) -> None:
-    """Keeps a loader worker alive when its whole group receives a signal, as by torchrun and Ctrl-C. The process that
-    it loads for stops it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # tells who sent the signal; on macOS the worker stops
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_stop_at_the_parent_s_signal, daemon=True).start()
-
-
-def _stop_at_the_parent_s_signal() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)

@@ -1,15 +1,18 @@
-"""The switches of `hyperparameters`: averaged weights, freezing, precision, fused optimizers."""
+"""The switches of `hyperparameters`, such as averaged weights and precision; and the optimizer step."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import Any
 
 import torch
+from determined.pytorch import PyTorchTrialContext
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from shared.errors import UserError, nearest
@@ -22,7 +25,6 @@ class AveragedWeights:
     average of a short run does not stay at its initial weights.
 
     Args:
-        decay: of the average, in [0, 1).
         steps: optimizer steps that it has averaged before this start.
 
     Attributes:
@@ -31,8 +33,7 @@ class AveragedWeights:
 
     def __init__(self, model: nn.Module, decay: float, steps: int = 0):
         self.module = deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-        self.steps = steps
+        self.decay, self.steps = decay, steps
         state = model.state_dict()
         self._averaged = [name.rpartition(".") for name in state if state[name].is_floating_point()]
         self._copied = [name.rpartition(".") for name in state if not state[name].is_floating_point()]
@@ -45,11 +46,7 @@ class AveragedWeights:
         self.steps = 0
 
     def load(self, weights: Mapping[str, Any], steps: int | None) -> None:
-        """Continues the average of a checkpoint.
-
-        Args:
-            steps: that it has averaged; None in older checkpoints, whose average began with the run.
-        """
+        """Continues the average of a checkpoint. `steps` is None in older ones, whose average began with the run."""
         self.module.load_state_dict(weights)
         self.steps = self.steps if steps is None else steps
 
@@ -254,3 +251,45 @@ def _lay_out_state(optimizer: Optimizer) -> None:
             of_parameter = isinstance(value, torch.Tensor) and value.shape == parameter.shape
             if of_parameter and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+# --- the step ---------------------------------------------------------------------------------------
+
+Clip = Callable[[Sequence[nn.Parameter]], object]
+
+
+def wrap_model(context: PyTorchTrialContext, model: nn.Module, find_unused_parameters: bool) -> nn.Module:
+    """The model on its device; in DDP if there are several slots. `context.wrap_model` passes no option to DDP."""
+    if context.distributed.size == 1 or not find_unused_parameters:
+        return context.wrap_model(model)
+    wrapped = DistributedDataParallel(model.to(context.device), find_unused_parameters=True)
+    context.models.append(wrapped)
+    return wrapped
+
+
+def accumulating(model: nn.Module, ends_step: bool) -> AbstractContextManager:
+    """For the forward and backward pass of a batch: DDP averages gradients over slots only in the batch that ends an
+    optimizer step."""
+    return nullcontext() if ends_step or not hasattr(model, "no_sync") else model.no_sync()
+
+
+def step(
+    optimizer: torch.optim.Optimizer, batches: int, clip: Clip | None, scaler: torch.amp.GradScaler | None
+) -> None:
+    """One optimizer step with the mean gradients of `batches` batches; then zeroes the gradients. `scaler` is what
+    scaled the loss, and may skip the step."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if batches > 1:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(float(batches))
+    if clip is not None:
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        clip(parameters)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad()

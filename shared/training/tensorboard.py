@@ -16,7 +16,7 @@ from shared.data.open import SplitData
 from shared.evaluation import drawing
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.evaluation.gathered import GatheredDetections
-from shared.training.background import Background
+from shared.training.saving import Background
 from shared.training.trial import DetectionTrial
 from shared.training.validation import Validation
 
@@ -32,7 +32,7 @@ class TensorBoard:
 
     def __init__(self, writer: SummaryWriter, draw: DrawFigures):
         self._writer = writer
-        self._figures = ReportFigures(writer, draw)
+        self.figures = ReportFigures(writer, draw)
         self._file_since = time.time()
 
     def write(self, group: str, metrics: dict[str, float], batches: int) -> None:
@@ -45,11 +45,7 @@ class TensorBoard:
         if picture := picture_of(trial, validation, _WIDTH):
             self._writer.add_image("val/detections", np.asarray(picture), validation.batches, dataformats="HWC")
         if isinstance(trial.evaluator, CocoEvaluator):
-            self._figures.draw(trial.evaluator, validation.batches, is_last)
-
-    def write_figures(self) -> None:
-        """Writes the figures that were drawn since the last call."""
-        self._figures.write()
+            self.figures.draw(trial.evaluator, validation.batches, is_last)
 
     def flush(self) -> None:
         """Makes all that was written ready for an upload. A new file for each upload keeps uploads small. Files have
@@ -61,12 +57,8 @@ class TensorBoard:
         else:
             self._writer.flush()
 
-    def close_figures(self) -> None:
-        """Waits for the figures that are being drawn, and writes them."""
-        self._figures.close()
-
     def close(self) -> None:
-        self._figures.close()
+        self.figures.close()
         self._writer.close()
 
 

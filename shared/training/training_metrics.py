@@ -31,12 +31,11 @@ class _SlotReport:
 
 
 class TrainingMetrics(MetricReducer):
-    """Means of the losses, images/s over all slots, and the first batch whose loss was not finite.
-
-    Batches whose step a GradScaler skipped are left out of the means.
+    """Means of the losses, images/s over all slots, and the first batch whose loss was not finite. The means omit
+    batches whose step a GradScaler skipped.
 
     Args:
-        counts_skipped: report how many images were left out too.
+        counts_skipped: report how many images were skipped too.
 
     Attributes:
         last: all numbers of the last report, on every slot. A reduction returns those that steer, the losses
@@ -45,8 +44,7 @@ class TrainingMetrics(MetricReducer):
 
     def __init__(self, counts_skipped: bool = False) -> None:
         self.counts_skipped = counts_skipped
-        self._lr = 0.0
-        self._waited = 0.0
+        self._lr = self._waited = 0.0
         self.last: dict[str, float] = {}
         self._slots: list[_SlotReport] = []
         self._begun: dict[str, Any] | None = None
@@ -58,10 +56,8 @@ class TrainingMetrics(MetricReducer):
         self._names: list[str] = []
         self._first_bad: torch.Tensor | None = None
         self._image_ids: list[list[int]] = []
-        self._first_batch = 0
         self._dropped: torch.Tensor | None = None
-        self._skipped = 0
-        self._before = 0
+        self._first_batch = self._skipped = self._before = 0
         self._started = time.perf_counter()
         self._waited_before = self._waited
 
@@ -78,9 +74,8 @@ class TrainingMetrics(MetricReducer):
         """Adds one batch. Nothing is read from the device.
 
         Args:
-            skipped: images that were left out for it.
+            skipped: images that it lacks.
             may_skip: how many batches in a row may have no finite loss: a GradScaler skips their steps.
-            lr: its learning rate.
             waited: seconds that this process has spent waiting for data, in all.
         """
         self._lr, self._waited = lr, waited
@@ -184,29 +179,15 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
-    """The progress bar or lines of a training, or of other work in steps.
-
-    Args:
-        first, total: batches trained before, and at the end.
-        unit: what is counted.
-    """
+    """The progress bar of a training, or of other work in steps from `first` to `total`. Without a terminal, lines."""
 
     def __init__(self, first: int, total: int, unit: str = "batch"):
-        self.first, self.total = first, total
-        self.unit = unit
-        self.batches = first
-        self.text = ""
+        self.first, self.total, self.unit = first, total, unit
+        self.batches, self.text = first, ""
         self.started = self.last_line = time.monotonic()
         self.on_terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            initial=first,
-            total=total,
-            unit=unit,
-            file=sys.stderr,
-            mininterval=0.5,
-            dynamic_ncols=True,
-            disable=not self.on_terminal,
-        )
+        shown = {"file": sys.stderr, "mininterval": 0.5, "dynamic_ncols": True, "disable": not self.on_terminal}
+        self.bar = tqdm(initial=first, total=total, unit=unit, **shown)
 
     def update(self, count: int = 1) -> None:
         """Counts `count` more batches."""
@@ -215,16 +196,9 @@ class Progress:
         now = time.monotonic()
         if not self.on_terminal and now - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = now
-            done = self.batches - self.first
-            left = (now - self.started) / done * (self.total - self.batches)
-            logger.info(
-                "%s %d of %d%s, %s left",
-                self.unit,
-                self.batches,
-                self.total,
-                self.text and f", {self.text}",
-                duration(left),
-            )
+            left = duration((now - self.started) / (self.batches - self.first) * (self.total - self.batches))
+            text = self.text and f", {self.text}"
+            logger.info("%s %d of %d%s, %s left", self.unit, self.batches, self.total, text, left)
 
     def describe(self, text: str) -> None:
         """Sets the text of the bar or the line, besides the batches."""

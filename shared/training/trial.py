@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -20,25 +20,40 @@ from torch.utils.data import DataLoader, Dataset
 
 from shared.config.experiment import Experiment, experiment_of, per_slot_batch_size
 from shared.data.dataset import BadImages, CocoDetection, seed_all
-from shared.data.loading import Batch, PrefetchLoader, start_workers, to_device
+from shared.data.loading import (
+    Batch,
+    EvaluationBatchSampler,
+    NotingSkipped,
+    PrefetchLoader,
+    described,
+    size_groups,
+    start_workers,
+    to_device,
+)
 from shared.data.open import SplitData
-from shared.data.samplers import EvaluationBatchSampler, described, size_groups
 from shared.environment import on_cluster
 from shared.errors import UserError, count_of
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
+from shared.training import switches
 from shared.training.detector import Detector
 from shared.training.hang import Phase, Watch
-from shared.training.loaders import CollateWithLoss, WithLossSample, make_loader
 from shared.training.memory import keep_freed_memory, out_of_memory, out_of_memory_as, smaller_batch
-from shared.training.optimizer_state import BuiltOptimizer, refused_values
 from shared.training.processes import first_on_each_machine, on_chief
+from shared.training.resume import BuiltOptimizer, refused_values
 from shared.training.saving import python_state
-from shared.training.schedule import periods_of
-from shared.training.step import accumulating, step, wrap_model
-from shared.training.switches import freeze, fuse, lay_out_channels_last, train_depthwise_in_float32
+from shared.training.signals import begin_worker
+from shared.training.stopping import periods_of
 from shared.training.training_metrics import STEPS_A_SCALE_MAY_SKIP, TrainingMetrics, diverged
-from shared.training.validation import Validation, ValidationLoss, check_losses, computing_losses, uncompiled
+from shared.training.validation import (
+    CollateWithLoss,
+    Validation,
+    ValidationLoss,
+    WithLossSample,
+    check_losses,
+    giving_losses,
+    uncompiled,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +63,7 @@ _PICTURES = 4  # of a validation, to draw
 class DetectionTrial(Detector):
     """A detector as a Determined trial. Our engine trains it, and so does Determined's own `pytorch.Trainer`.
 
-    Attributes:
-        schedule, periods: when it reports, validates and saves, as the config says and in batches.
-        scaler: of fp16 training; None without.
-        watch: where each step marks how far it is.
-        training_metrics: what the losses add up to until the next report.
+    `schedule` says when it reports, validates and saves; `periods` is the same in batches.
     """
 
     # --- construction -------------------------------------------------------------------------------------
@@ -68,7 +79,6 @@ class DetectionTrial(Detector):
         """
         Args:
             experiment: None reads the context's, as Determined's own loop needs it.
-            for_training: False to evaluate or predict, which opens no training data.
             categories: to detect, those of the checkpoint; None for `known_categories`.
             begin: calls `open_data` and `build`. Otherwise the caller does.
         """
@@ -84,6 +94,8 @@ class DetectionTrial(Detector):
         self.validates_loss = for_training and self.hparams.validation_loss
         self.data = self.experiment.data
         self.read_own_config()
+        if for_training:
+            self._check_own_config()
         self.schedule = self.experiment.schedule(self.default_lengths(), self.validation_times())
         # detection does not need it
         self.searcher_metric = self.experiment.searcher_metric(self.reported_metrics() if for_training else None)
@@ -105,12 +117,17 @@ class DetectionTrial(Detector):
             self.open_data()
             self.build()
 
-    def open_data(self) -> None:
-        """Opens and checks the data to train and validate on. To detect, looks up the categories only.
+    def _check_own_config(self) -> None:
+        if self.data.repeat_threshold is not None and (own := self.repeats_by_itself()):
+            raise UserError(f"data.repeat_threshold: the config repeats images itself, by {own}; take one of them out")
+        if self.validates_loss and not self.evaluates_coco:
+            raise UserError(
+                "hyperparameters.validation_loss: the detector's own library evaluates this config, on data without "
+                "targets. Fix: omit validation_loss"
+            )
 
-        Raises:
-            UserError: the data cannot be trained or validated on.
-        """
+    def open_data(self) -> None:
+        """Opens and checks the data to train and validate on. To detect, looks up the categories only."""
         if self.for_training:
             self.train_data, self.val_data = first_on_each_machine(self.context.distributed, self.open_train_and_val)
             self.categories = self.train_data.categories
@@ -118,28 +135,24 @@ class DetectionTrial(Detector):
             self.categories = self.known_categories()
 
     def build(self) -> None:
-        """Builds the model; for a training also what trains and validates it. The data is open.
-
-        Raises:
-            UserError: the config's values do not go with the model, the data or the device.
-        """
+        """Builds the model; for a training also what trains and validates it. The data is open."""
         if self.for_training:
             self._read_periods()
+            self.class_weights  # noqa: B018 what it refuses, before the model is built
             if self.context.device.type == "cpu":
                 keep_freed_memory()
         seed_all(self.seed)  # the same initial weights on every slot
         self.scaler = self._build_scaler()
         self.plain_model = self._switched(self.build_model())
-        self.model = wrap_model(self.context, self.plain_model, self.find_unused_parameters)
+        self.model = switches.wrap_model(self.context, self.plain_model, self.find_unused_parameters)
         self.ema = self.build_ema(self.plain_model)
         if self.for_training:
             self._build_training()
 
     def _read_periods(self) -> None:
         self.batches_per_epoch = len(self.training_batches())
-        self.periods = periods_of(
-            self.schedule, self.batches_per_epoch, self.global_batch_size, self.aggregation_frequency
-        )
+        of_images = self.batches_per_epoch, self.global_batch_size
+        self.periods = periods_of(self.schedule, *of_images, self.aggregation_frequency)
         self.total_batches = self.periods.total
         if self.hparams.early_stopping is not None and not self.periods.validates_before_the_end:
             raise UserError(
@@ -152,16 +165,15 @@ class DetectionTrial(Detector):
         metrics = TrainingMetrics(counts_skipped=self.bad_images.skip)
         self.training_metrics = context.wrap_reducer(metrics, for_validation=False)
         with refused_values("optimizer or the learning rate's schedule"):
-            self.optimizer = context.wrap_optimizer(fuse(self.build_optimizer(self.plain_model)))
+            self.optimizer = context.wrap_optimizer(switches.fuse(self.build_optimizer(self.plain_model)))
             self.built_optimizer = BuiltOptimizer.of(self.optimizer, self.plain_model)
             self.built_scaler = None if self.scaler is None else self.scaler.state_dict()
             self.prepare_schedule()
-        if self.rank == 0 and self.warmup_batches() > self.total_batches:
+        if self.rank == 0 and (warmup := self.warmup_batches()) > self.total_batches:
             logger.warning(
                 "the warm-up has %d batches and the training %d: the learning rate never becomes what the config says; "
                 "train longer, or warm up for less",
-                self.warmup_batches(),
-                self.total_batches,
+                *(warmup, self.total_batches),
             )
         self.evaluator = context.wrap_reducer(self.build_evaluator(self.val_data), for_training=False)
         if isinstance(self.evaluator, CocoEvaluator):
@@ -184,15 +196,15 @@ class DetectionTrial(Detector):
         """The model with `amp`, `channels_last`, `sync_bn`, `freeze` and `torch_compile`."""
         hparams, device = self.hparams, self.context.device
         if hparams.channels_last:
-            lay_out_channels_last(model)
+            switches.lay_out_channels_last(model)
         if hparams.amp == "bf16" and device.type == "cpu" and self.for_training:
-            train_depthwise_in_float32(model)
+            switches.train_depthwise_in_float32(model)
         if hparams.sync_bn and self.slots > 1:
             if device.type != "cuda":
                 raise UserError("hyperparameters.sync_bn: PyTorch synchronises batch norm on GPUs only. Fix: false")
             model = self.with_sync_bn(model)
         if hparams.freeze and self.for_training:
-            self.frozen = freeze(self.detector(model), hparams.freeze)
+            self.frozen = switches.freeze(self.detector(model), hparams.freeze)
         if hparams.torch_compile and self.for_training:
             for part in self.compiled_parts(model):
                 part.compile()
@@ -211,12 +223,16 @@ class DetectionTrial(Detector):
         with_losses: bool = False,
         stop: Callable[[], bool] = lambda: False,
         all_images: bool = False,
+        is_share: bool = False,
+        in_process: bool = False,
     ) -> DataLoader:
         """This slot's share of the images to evaluate on, as batches on the host.
 
         Args:
             stop: asked before each batch but the first; True omits the rest.
             all_images: also those that `evaluated_images` omits.
+            is_share: `data` has this slot's share alone.
+            in_process: the same, and without loader workers.
         """
         dataset, collate = self.evaluation_dataset(data), self.collate(training=False)
         if isinstance(dataset, CocoDetection):
@@ -227,8 +243,9 @@ class DetectionTrial(Detector):
         if self.batches_of_one_size:
             groups = size_groups(data.annotations.columns["widths"], data.annotations.columns["heights"])
         images = range(len(dataset)) if all_images else self.evaluated_images(len(dataset))
-        batches = EvaluationBatchSampler(images, self.evaluation_batch_size, self.rank, self.slots, stop, groups)
-        return self._loader(dataset, batches, collate)
+        rank, slots = (0, 1) if is_share or in_process else (self.rank, self.slots)
+        batches = EvaluationBatchSampler(images, self.evaluation_batch_size, rank, slots, stop, groups)
+        return self._loader(dataset, batches, collate, 0 if in_process else self.data.workers)
 
     def training_batch_loader(self, first_batch: int | None = None) -> DataLoader:
         """This slot's training batches on the host, see `training_batches`."""
@@ -253,11 +270,9 @@ class DetectionTrial(Detector):
         with out_of_memory_as(lambda _: self.out_of_memory("the losses of a validation image", batch, fix)):
             model = self.evaluation_model.eval()
             batch = self.prepare(to_device(batch, self.context.device), None)
-            with (
-                self.autocast(),  # the evaluation's: before the model is in training mode
-                uncompiled(self.hparams.torch_compile),
-                computing_losses(model, self.python_attributes, self._chief_python_state),
-            ):
+            giving = giving_losses(model, self.python_attributes, self._chief_python_state)
+            # the evaluation's precision: before the model is in training mode
+            with self.autocast(), uncompiled(self.hparams.torch_compile), giving:
                 seed_all(self.seed, batch.image_ids[0] % 2**63, 3)
                 try:
                     return self.image_losses(model, batch)
@@ -274,14 +289,7 @@ class DetectionTrial(Detector):
             self._chief_python_state = self.context.distributed.broadcast(state)
 
     def finish_validation(self, metrics: Mapping[str, Any]) -> Validation:
-        """After a validation, on every slot.
-
-        Args:
-            metrics: all that the evaluator and the losses give.
-
-        Raises:
-            UserError: the evaluation failed on some slot, or the searcher metric is not among the metrics.
-        """
+        """After a validation, on every slot. `metrics` are all that the evaluator and the losses give."""
         self.end_validation()
         self.evaluator.raise_if_failed()
         if self.validates_loss:
@@ -319,7 +327,8 @@ class DetectionTrial(Detector):
             ("precision", self.hparams.amp or "float32"),
             *([] if self.frozen is None else [("frozen", self.frozen)]),
             ("global batch", f"{self.global_batch_size} on {count_of(self.slots, 'slot')}"),
-            ("length", f"{self.total_batches} batches, {self.batches_per_epoch} an epoch{resumed}"),
+            ("length", f"{count_of(self.total_batches, 'batch')}, {self.batches_per_epoch} per epoch{resumed}"),
+            *([] if self.data.augment is None else [("augmentation", self.data.augment)]),
             *([] if self.repeats is None else [("repeated", described(self.repeats))]),
         ]
 
@@ -348,29 +357,23 @@ class DetectionTrial(Detector):
         ends_step = (batch_idx + 1) % self.aggregation_frequency == 0
         try:
             with out_of_memory_as(lambda _: self.out_of_memory(f"batch {batch_idx + 1}", batch)):
-                with accumulating(self.model, ends_step):
+                with switches.accumulating(self.model, ends_step):
                     with self.autocast():
                         losses = self.losses(self.model, batch)
                     self.watch.mark(Phase.BACKWARD, batch_idx + 1)
                     loss = losses["loss"]
                     (loss if self.scaler is None else self.scaler.scale(loss)).backward()
                 if ends_step:
-                    step(self.optimizer, self.aggregation_frequency, self.clip_gradients(), self.scaler)
+                    switches.step(self.optimizer, self.aggregation_frequency, self.clip_gradients(), self.scaler)
                     if self.ema is not None:
                         self.ema.update(self.plain_model)
         except FloatingPointError as error:  # a library looks itself
             raise diverged(batch_idx, batch.image_ids) from error
         self.watch.mark(Phase.STEPPED, batch_idx + 1)
         lr = float(self.optimizer.param_groups[0]["lr"])
-        self.training_metrics.update(
-            losses,
-            batch_idx,
-            batch.image_ids,
-            skipped=len(batch.skipped),
-            may_skip=0 if self.scaler is None else STEPS_A_SCALE_MAY_SKIP,
-            lr=lr,
-            waited=self.training_loader.waiting,
-        )
+        may_skip = 0 if self.scaler is None else STEPS_A_SCALE_MAY_SKIP
+        waited, skipped = self.training_loader.waiting, len(batch.skipped)
+        self.training_metrics.update(losses, batch_idx, batch.image_ids, skipped, may_skip, lr, waited)
         self.batches_trained = batch_idx + 1
         self.after_batch(batch_idx)
         self.watch.mark(Phase.LOADING, batch_idx + 2)
@@ -395,12 +398,7 @@ class DetectionTrial(Detector):
     # --- details ------------------------------------------------------------------------------------------
 
     def out_of_memory(self, where: str, batch: Batch, fix: str | None = None) -> UserError:
-        """The error of a batch for which the GPU's memory is not enough.
-
-        Args:
-            where: which batch.
-            fix: what to do; a smaller batch if None.
-        """
+        """The error of a batch for which the GPU's memory is not enough. `fix` is a smaller batch if None."""
         if fix is None:
             frequency = self.aggregation_frequency if self.for_training else None
             fix = smaller_batch(self.per_slot_batch_size, self.slots, frequency)
@@ -419,20 +417,28 @@ class DetectionTrial(Detector):
             fix = "give fewer images per validation batch in the detector's config"
         return self.out_of_memory(where, batch, fix)
 
-    def _loader(self, dataset: Dataset, batches: Any, collate: Callable[[list], Batch]) -> DataLoader:
-        pin_memory = self.context.device.type == "cuda"
-        return make_loader(dataset, batches, collate, self.bad_images, self.data.workers, pin_memory)
+    def _loader(
+        self, dataset: Dataset, batches: Any, collate: Callable[[list], Batch], workers: int | None = None
+    ) -> DataLoader:
+        workers = self.data.workers if workers is None else workers
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            persistent_workers=workers > 0,  # or each validation forks again: slow, and see start_workers
+            collate_fn=NotingSkipped(collate, self.bad_images),
+            pin_memory=self.context.device.type == "cuda",
+            worker_init_fn=begin_worker,
+        )
 
     def _prepare_training_batch(self, batch: Batch, number: int) -> Batch:
         seed_all(self.seed, self.rank, number, 0)
         return self.prepare(batch, number)
 
-    def _with_losses(self, dataset: Any, data: SplitData) -> Any:
+    def _with_losses(self, dataset: CocoDetection, data: SplitData) -> CocoDetection:
         """The samples to detect on, each beside the one whose losses are computed."""
         left_out = frozenset(data.annotations.image_ids[~self.trained_images(data.annotations)].tolist())
-        with_losses = copy(dataset)
-        with_losses.transform = WithLossSample(dataset.transform, self.loss_transform(data), left_out)
-        return with_losses
+        return replace(dataset, transform=WithLossSample(dataset.transform, self.loss_transform(data), left_out))
 
     def _check_validation_loss(self) -> None:
         data = self.val_data

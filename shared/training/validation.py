@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,9 @@ import torch
 from torch import nn
 
 from shared.config.schema import SearcherMetric
-from shared.data.dataset import kept_random_state
+from shared.data.annotations import ImageRecord
+from shared.data.dataset import Transform, kept_random_state
+from shared.data.loading import Batch
 from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.gathered import ChiefReducer, Gather
@@ -30,30 +32,17 @@ TOTAL = f"{PREFIX}loss"
 
 @dataclass(frozen=True)
 class Validation:
-    """The results of a validation.
+    """The results of a validation."""
 
-    Attributes:
-        batches: trained before it.
-        metrics: the numbers by their names; nan if undefined.
-        category_ap: the AP of each category.
-        pictured: detections on the chief's first images, to draw.
-    """
-
-    batches: int
-    metrics: dict[str, float]
+    batches: int  # trained before it
+    metrics: dict[str, float]  # by their names; nan if undefined
     category_ap: dict[str, float]
-    pictured: list[Detections]
+    pictured: list[Detections]  # on the chief's first images, to draw
 
     @classmethod
     def of(cls, batches: int, reduced: Mapping[str, Any], wanted: str, pictured: list[Detections]) -> Validation:
-        """
-        Args:
-            reduced: all that the evaluator and the losses give.
-            wanted: the searcher metric.
-
-        Raises:
-            UserError: the searcher metric is not among them.
-        """
+        """Splits all that the evaluator and the losses give. Raises UserError if the searcher metric, `wanted`, is not
+        among them."""
         if wanted not in reduced:
             raise UserError(
                 f"searcher.metric: {wanted!r} is not among the metrics of a validation. Fix: choose one of "
@@ -75,28 +64,48 @@ class Validation:
         return {**kept, metric.name: metric.value_or_worst(self.metrics[metric.name])}
 
 
-# --- the model ------------------------------------------------------------------------------------------
+# --- the samples ------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def computing_losses(
-    model: nn.Module, attributes: Mapping[str, Sequence[str]], state: Mapping[str, Any] | None = None
-) -> Iterator[None]:
-    """For the losses of one validation image: in one process, with its own random numbers, without a lasting effect.
+class WithLossSample:
+    """A transform that gives an image's evaluation sample, and beside it the sample whose losses are computed; None for
+    an image that the training would omit.
 
     Args:
-        as those of `giving_losses`.
+        loss: as `evaluation`, with the training's targets. It may give None.
+        left_out: ids of the images that the training would omit.
     """
-    with kept_random_state(), as_one_process(), giving_losses(model, attributes, state):
-        yield
+
+    def __init__(self, evaluation: Transform, loss: Transform, left_out: frozenset[int]):
+        self.evaluation, self.loss, self.left_out = evaluation, loss, left_out
+
+    def __call__(self, image: Any, record: ImageRecord) -> tuple[Any, Any]:
+        for_loss = None if record.image_id in self.left_out else self.loss(image, record)
+        return self.evaluation(image, record), for_loss
+
+
+class CollateWithLoss:
+    """A collate function for `WithLossSample`: the evaluation's batch. Its `for_loss` has a batch of one for each image
+    whose losses are computed."""
+
+    def __init__(self, evaluation: Callable[[list], Batch], training: Callable[[list], Batch]):
+        self.evaluation, self.training = evaluation, training
+
+    def __call__(self, samples: list[tuple[Any, Any]]) -> Batch:
+        batch = self.evaluation([sample for sample, _ in samples])
+        return replace(batch, for_loss=[self.training([sample]) for _, sample in samples if sample is not None])
+
+
+# --- the model ------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def giving_losses(
     model: nn.Module, attributes: Mapping[str, Sequence[str]], state: Mapping[str, Any] | None = None
 ) -> Iterator[None]:
-    """The model in training mode, in which the libraries' models give losses. Normalisation and dropout stay in
-    evaluation mode. Afterwards all that its modules keep (modes, buffers, plain attributes) is as before.
+    """For the losses of one image: the model in training mode, in which the libraries' models give losses, in one
+    process. Normalisation and dropout stay in evaluation mode. Afterwards all that its modules keep (modes, buffers,
+    plain attributes) is as before, and so are the random generators.
 
     Args:
         attributes: as for `python_state`: a module may keep a list that grows, or an object that is no module.
@@ -114,7 +123,8 @@ def giving_losses(
         for module, _ in kept:  # not by train(), which some detectors override
             module.training = not _is_at_rest(module)
         restore_python_state(model, state or {})
-        yield
+        with kept_random_state(), as_one_process():
+            yield
     finally:
         for module, before in kept:
             module.__dict__.clear()
@@ -147,15 +157,12 @@ def uncompiled(compiles: bool) -> contextlib.AbstractContextManager:
     """Evaluations do not compile anew what `torch_compile` compiled for the training's batches: their images have many
     sizes. PyTorch can do this from 2.6 on."""
     set_stance = getattr(torch.compiler, "set_stance", None)
-    return contextlib.nullcontext() if not compiles or set_stance is None else set_stance("force_eager")
+    return set_stance("force_eager") if compiles and set_stance else contextlib.nullcontext()
 
 
 def check_losses(samples: Iterator[Any], compute: Callable[[Any], object]) -> None:
-    """Computes the losses of the first sample that is not None, before the training.
-
-    Raises:
-        UserError: the first hundred have none, or the detector's library cannot compute them.
-    """
+    """Computes the losses of the first sample that is not None, before the training. Raises UserError if the first
+    hundred have none, or the detector's library cannot compute them."""
     # a pipeline that makes no sample of the first images most likely makes none of any
     sample = next((sample for sample in itertools.islice(samples, 100) if sample is not None), None)
     if sample is None:
@@ -175,13 +182,10 @@ def check_losses(samples: Iterator[Any], compute: Callable[[Any], object]) -> No
 
 
 class ValidationLoss(ChiefReducer):
-    """Means over images of what `update` was given, with "val_" before the names.
+    """Means over the images `image_ids` of what `update` was given, with "val_" before the names.
 
     An image that several slots saw counts once. The sums are in the order of ids. A loss that an image lacks counts as
     0, as in the image's total. Other values, such as an accuracy, are averaged over the images that have it.
-
-    Args:
-        image_ids: the images that count.
     """
 
     def __init__(self, image_ids: np.ndarray, gather: Gather):

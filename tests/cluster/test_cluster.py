@@ -23,6 +23,7 @@ from determined.common.api import bindings
 from determined.experimental import client
 from determined_master import OF_THE_CLUSTER, handed_over
 from search_program import RANGES, share_of_better_points
+from tiny_models import MAIN_DETECTORS
 
 from shared.data import synthetic
 
@@ -30,8 +31,7 @@ pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(not os.environ.get("DET_MASTER"), reason="DET_MASTER names no Determined cluster"),
 ]
-TRIALS = {"efficientdet": "EfficientDetTrial", "mmdetection": "MMDetectionTrial", "detectron2": "Detectron2Trial"}
-SHIPPED = [path for detector in TRIALS for path in sorted((ROOT / detector).glob("*.yaml"))]
+SHIPPED = [path for detector in MAIN_DETECTORS for path in sorted((ROOT / detector).glob("*.yaml"))]
 LIMIT = 180  # seconds from its start in which const_fake.yaml must end
 SEARCH = {
     "name": "adaptive_asha",
@@ -69,7 +69,7 @@ CURVE = """
 import determined
 from determined import core
 from search_program import value_after
-from shared.training.determined_fixes import trial_is_stopping
+from shared.training.run import trial_is_stopping
 
 trial = determined.get_cluster_info().trial
 length = trial._config["searcher"]["max_time"]
@@ -143,7 +143,7 @@ def assert_ends_with_its_error(trial, message: str) -> None:
     assert re.search(rf"ERROR: (.*\b)?not retried: error: .*{re.escape(message)}", last), last
 
 
-@pytest.fixture(scope="module", params=list(TRIALS))
+@pytest.fixture(scope="module", params=MAIN_DETECTORS)
 def folder(request) -> Path:
     """What a user submits, of each detector."""
     return ROOT / request.param
@@ -190,7 +190,8 @@ def test_two_slots_complete(folder):
 
 
 def test_a_killed_container_goes_on_from_the_last_checkpoint(whole, folder, context):
-    (context / "killed.py").write_text(KILLED.replace("TRIAL", TRIALS[folder.name]))
+    (trial,) = re.findall(r"^class (\w+Trial)\(", (folder / "model_def.py").read_text(), re.MULTILINE)
+    (context / "killed.py").write_text(KILLED.replace("TRIAL", trial))
     config = yaml.safe_load((context / "const_fake.yaml").read_text())
     config["entrypoint"] = config["entrypoint"].replace("model_def.py", "killed.py")
     (context / "killed.yaml").write_text(yaml.safe_dump(config))

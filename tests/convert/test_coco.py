@@ -6,6 +6,7 @@ import pytest
 from data_sets import annotations_in, converted, draw, write
 
 from shared.data.annotations import CocoAnnotations
+from shared.data.convert.conversion import convert
 from shared.errors import UserError
 
 
@@ -88,3 +89,16 @@ def test_coco_an_output_that_is_the_input_is_refused(tmp_path):
     file = write(tmp_path / "a.json", coco())
     with pytest.raises(UserError, match=r"OUTPUT: .*a\.json would be replaced, and is an input\. Fix: "):
         converted("coco", file, file)
+
+
+def test_coco_images_lie_in_the_folders_of_the_splits_as_coco_has_them(tmp_path):
+    for split in ("train", "val"):
+        draw(tmp_path / f"in/set/{split}2017/a.png", size=(64, 48))
+        write(tmp_path / f"in/set/annotations/instances_{split}2017.json", coco())
+    for source in (tmp_path / "in", tmp_path / "in/set"):
+        written = convert(None, source, tmp_path / "o.json")
+        assert [one.part.folder for one in written] == [
+            tmp_path / f"in/set/{name}" for name in ("train2017", "val2017")
+        ]
+    (one,) = convert("coco", tmp_path / "in/set/annotations/instances_val2017.json", tmp_path / "o.json")
+    assert one.part.folder == tmp_path / "in/set/val2017"

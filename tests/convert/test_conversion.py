@@ -9,8 +9,7 @@ from data_sets import boxes_of, converted, draw, write
 
 from shared.config.experiment import parse_data
 from shared.data.annotations import CocoAnnotations
-from shared.data.convert.command_line import main
-from shared.data.convert.conversion import annotations_of, convert
+from shared.data.convert.conversion import annotations_of, convert, main
 from shared.data.open import open_split, open_train_and_val
 from shared.errors import UserError
 
@@ -207,3 +206,29 @@ def test_a_config_names_a_voc_folder_directly(tmp_path):
 def test_a_coco_file_needs_the_folder_of_its_images(tmp_path):
     with pytest.raises(UserError, match=r"data\.val\.images is missing"):
         parse_data({"data": {"val": {"annotations": "a.json"}}})
+
+
+def test_the_only_folder_with_a_format_is_read(tmp_path):
+    pets(tmp_path / "in/download/pets")
+    (tmp_path / "in/code").mkdir()
+    splits, said = converted(None, tmp_path / "in", tmp_path / "pets.json")
+    assert list(splits) == ["train", "val", "test"]
+    assert f"{tmp_path / 'in/download/pets'}: read as yolo" in said
+
+
+def test_several_folders_with_a_format_are_named(tmp_path):
+    for name in ("cats", "dogs"):
+        pets(tmp_path / "in" / name)
+    with pytest.raises(UserError, match=r"Fix: give one of .*in/cats \(yolo\), .*in/dogs"):
+        convert(None, tmp_path / "in", tmp_path / "pets.json")
+
+
+def test_a_source_without_a_val_split_says_how_to_make_one(tmp_path, capsys):
+    main([str(pets(tmp_path / "in", ("train", "test"))), str(tmp_path / "pets.json")])
+    assert "a training also needs data.val: `--val 0.2` makes it" in capsys.readouterr().out
+
+
+def test_an_image_in_two_splits_is_said(tmp_path):
+    root = pets(tmp_path / "in")
+    write(root / "data.yaml", "train: images/train\nval: images/train\nnames: [cat]")
+    assert "train and val have 1 image in common" in converted("yolo", root, tmp_path / "pets.json")[1]

@@ -5,8 +5,7 @@ import pytest
 from data_sets import annotations_in, converted, draw, write
 from pycocotools import mask as coco_mask
 
-from shared.data.convert.command_line import main
-from shared.data.convert.conversion import convert
+from shared.data.convert.conversion import convert, main
 from shared.errors import UserError
 
 

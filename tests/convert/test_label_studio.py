@@ -112,3 +112,17 @@ def test_label_studio_runs_of_a_brush_may_be_long_or_of_single_values():
     bits += "0" * (-len(bits) % 8)
     data = [int(bits[at : at + 8], 2) for at in range(0, len(bits), 8)]
     assert decode_rle(data).tolist() == [255] * 6 + [1, 2, 3]
+
+
+def test_label_studio_a_storage_has_a_file_per_annotation(tmp_path):
+    for number in (7, 8):
+        one = {
+            "id": number,
+            "result": [BOX],
+            "task": {"id": number, "data": {"image": f"/data/local-files/?d={number}.png"}},
+        }
+        write(tmp_path / f"in/export/{number}", one)
+        draw(tmp_path / f"in/images/{number}.png", size=(200, 100))
+    splits, said = converted(None, tmp_path / "in/export", tmp_path / "o.json", images=tmp_path / "in/images")
+    assert splits[""] == {f"{number}.png": [("cat", 20, 20, 50, 40)] for number in (7, 8)}
+    assert "read as labelstudio: 2 files of an annotation with its task" in said

@@ -77,3 +77,10 @@ def test_labelme_a_wrong_shape_is_named(tmp_path):
     labelme_file(tmp_path / "in/a.json", shape("rectangle", [[1, 2]]))
     with pytest.raises(UserError, match=r"a\.json: shape 1 \(rectangle\): 1 points, and 2 are needed\. Fix: "):
         converted("labelme", tmp_path / "in", tmp_path / "o.json")
+
+
+def test_labelme_a_file_that_is_cut_off_is_named(tmp_path):
+    labelme_file(tmp_path / "in/a.json", shape("rectangle", [[1, 2], [3, 4]]))
+    write(tmp_path / "in/b.json", (tmp_path / "in/a.json").read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"b\.json: is not the JSON that was expected .* Fix: export it again"):
+        converted("labelme", tmp_path / "in", tmp_path / "o.json")

@@ -167,3 +167,16 @@ def test_hugging_face_without_datasets_says_what_to_install(tmp_path, monkeypatc
     write(tmp_path / "in/train.parquet", b"PAR1")
     with pytest.raises(UserError, match=r"is not installed\. Fix: pip install datasets"):
         converted(None, tmp_path / "in", tmp_path / "o.json")
+
+
+@pytest.mark.parametrize("kind", ["csv", "openimages", "huggingface"])
+def test_a_table_with_a_cell_without_end_is_named(kind, tmp_path):
+    header = {
+        "csv": "image,x1,y1,x2,y2",
+        "openimages": "ImageID,LabelName,XMin,XMax,YMin,YMax",
+        "huggingface": "file_name",
+    }
+    file = "metadata.csv" if kind == "huggingface" else "boxes.csv"
+    write(tmp_path / f"in/{file}", f'{header.get(kind, "file_name")}\n"{"x" * 140_000}\n')
+    with pytest.raises(UserError, match=rf"{file}.*field larger than field limit"):
+        converted(kind, tmp_path / "in", tmp_path / "o.json")

@@ -4,8 +4,7 @@ import pytest
 from data_sets import annotations_in, converted, draw
 
 from shared.data.annotations import CocoAnnotations
-from shared.data.convert.command_line import main
-from shared.data.convert.conversion import convert
+from shared.data.convert.conversion import convert, main
 from shared.errors import UserError
 
 
@@ -69,11 +68,27 @@ def test_voc_only_images_count_as_images_in_a_folder_of_both(tmp_path):
 
 
 def test_voc_an_image_that_two_files_claim_is_an_error(tmp_path):
-    draw(tmp_path / "voc/a.png", tmp_path / "voc/b.png")
+    draw(tmp_path / "voc/a.png")
     for stem in ("a", "b"):
         write_voc(tmp_path / f"voc/{stem}.xml", voc_object(), filename="a.png")
     with pytest.raises(UserError, match=r"b\.xml: its image is 'a\.png', which a\.xml has too\. Fix: correct"):
         voc_names(tmp_path)
+
+
+def test_voc_an_xml_file_keeps_the_image_with_its_own_name(tmp_path):
+    draw(tmp_path / "voc/a.png", tmp_path / "voc/b.png")
+    write_voc(tmp_path / "voc/a.xml", voc_object("cat"), filename="b.png")
+    write_voc(tmp_path / "voc/b.xml", voc_object("dog"), filename="a.png")
+    splits, said = converted("voc", tmp_path / "voc", tmp_path / "o.json")
+    assert {name: rows[0][0] for name, rows in splits[""].items()} == {"a.png": "cat", "b.png": "dog"}
+    assert "`filename`s of another image (the image with the XML file's name is taken) 2" in said
+
+
+def test_voc_drawings_beside_the_images_are_not_the_images(tmp_path):
+    draw(tmp_path / "in/JPEGImages/a.png", tmp_path / "in/AnnotationsVisualization/a.png")
+    write_voc(tmp_path / "in/Annotations/a.xml", voc_object(), filename="a.png")
+    (written,) = convert("voc", tmp_path / "in", tmp_path / "o.json")
+    assert written.part.folder == tmp_path / "in/JPEGImages"
 
 
 def test_voc_two_images_that_may_be_meant_are_an_error(tmp_path):

@@ -321,3 +321,22 @@ def test_yolo_paths_of_another_machine_are_found_by_their_end(tmp_path):
     root = yolo_folder(tmp_path, ["0 0.5 0.5 0.2 0.4"], path="/content/pets", **places)
     splits, _ = converted("yolo", root, tmp_path / "o.json")
     assert splits["val"]["a0.png"] == [PLATE]
+
+
+def test_yolo_without_names_takes_those_of_the_categories_option(tmp_path):
+    root = yolo_folder(tmp_path, ["1 0.5 0.5 0.2 0.4"])
+    (root / "data.yaml").unlink()
+    with pytest.raises(UserError, match=r"which names the categories\. Fix: pass --categories FILE"):
+        converted(None, root, tmp_path / "o.json")
+    names = write(tmp_path / "names.txt", "frame\nplate\n")
+    splits, said = converted(None, root, tmp_path / "o.json", categories=names)
+    assert splits["train"]["a0.png"][0][0] == "plate"
+    assert "read as yolo: " in said
+
+
+def test_yolo_a_name_that_no_disk_can_have_is_a_missing_image(tmp_path):
+    root = yolo_folder(tmp_path, ["0 0.5 0.5 0.2 0.4"], train="train.txt")
+    write(root / "train.txt", f"images/train/a0.png\n{'x' * 5000}.png\n")
+    splits, said = converted("yolo", root, tmp_path / "o.json")
+    assert list(splits["train"]) == ["a0.png"]
+    assert "not there" in said

@@ -173,7 +173,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_learning_rate_is_detectron2_s_over_the_whole_schedule_also_after_a_resume(trial_class, schedule):
+def test_the_learning_rate_equals_detectron2_s_also_after_a_resume(trial_class, schedule):
     length = 900
     overrides = {"SOLVER.STEPS": [600, 800], "SOLVER.WARMUP_ITERS": 100, **SCHEDULES[schedule]}
     cfg = get_cfg()

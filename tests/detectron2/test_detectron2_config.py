@@ -37,7 +37,7 @@ def test_a_config_of_the_folder_comes_before_one_of_the_zoo(tmp_path):
     assert load(submitted=tmp_path).max_iter == 7
 
 
-def test_a_config_that_is_not_found_says_where_it_was_looked_for_and_what_is_near(tmp_path):
+def test_a_missing_config_is_an_error_with_places_and_near_names(tmp_path):
     with pytest.raises(
         UserError, match=r"mask_rcnn_R_50_FPN_1x.yaml is neither in .* nor in .*; did you mean"
     ) as error:
@@ -101,7 +101,7 @@ def test_anchors_of_a_size_are_built_once_and_are_detectron2_s(config_file):
     assert averaged.forward.function.__self__ is averaged
 
 
-def test_the_optimizer_of_a_yaml_config_steps_as_is_quickest_and_a_python_config_s_as_it_says():
+def test_yaml_configs_use_the_fused_optimizer_and_python_configs_their_own():
     layer = torch.nn.Linear(2, 2)
     assert load(MASK_RCNN).build_optimizer(layer).param_groups[0]["foreach"] is None
     own = load(LAZY_RETINANET, config_overrides={"optimizer.foreach": True}).build_optimizer(layer)
@@ -119,7 +119,7 @@ def test_part_of_a_python_config_is_not_a_whole_one():
         load("common/train.py")
 
 
-def test_a_function_that_a_python_config_defines_is_there_again_in_a_checkpoint(tmp_path):
+def test_a_function_of_a_python_config_is_restored_from_a_checkpoint(tmp_path):
     key, config = "roi_heads.box_head.conv_norm", load("new_baselines/mask_rcnn_R_50_FPN_200ep_LSJ.py")
     for folder in (tmp_path / "first", tmp_path / "second"):  # a run, and one that starts from its checkpoint
         folder.mkdir()
@@ -129,7 +129,7 @@ def test_a_function_that_a_python_config_defines_is_there_again_in_a_checkpoint(
         assert config.max_iter == 368750
 
 
-def test_a_checkpoint_whose_config_s_functions_are_gone_names_the_file_that_had_them(tmp_path):
+def test_a_missing_config_function_is_an_error_that_names_its_file(tmp_path):
     own = tmp_path / "configs/own.py"
     own.parent.mkdir()
     zoo = "new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py"
@@ -158,7 +158,7 @@ def test_a_python_config_of_another_task_is_said_to_be_no_detector_s():
         config.mapper(True, ())
 
 
-def test_the_scaling_rule_goes_by_the_images_of_a_batch_in_both_kinds_of_config():
+def test_the_learning_rate_scales_with_the_images_per_batch():
     config = load()
     config.scale_schedule(4)
     solver = config.cfg.SOLVER
@@ -235,7 +235,7 @@ def test_the_default_is_detectron_s_comparison_without_augmentation():
 
 
 @pytest.mark.parametrize("path", sorted(DETECTRON2.glob("*.yaml")), ids=lambda path: path.name)
-def test_what_is_commented_in_a_shipped_file_is_valid_where_it_is_uncommented(path):
+def test_commented_lines_of_shipped_files_are_valid(path):
     written = path.read_text()
     head, tail = written.split("\nresources:", 1)
     text = f"{head}\nresources:" + re.sub(r"(?m)^( *)# ", r"\1", tail)
@@ -302,7 +302,7 @@ INSTALLED = "detectron2.projects."
 PROJECT = "_BASE_: {base}\nMODEL: {{ROI_HEADS: {{NUM_CLASSES: 80}}, WEIGHTS: '', {model}}}\n"
 
 
-def test_a_project_of_detectron2_s_is_had_by_custom_imports_with_its_class_counts(tmp_path):
+def test_a_detectron2_project_is_loaded_by_custom_imports(tmp_path):
     base = shipped_configs() / "Base-RCNN-FPN.yaml"
     head = "{NAME: PointRendMaskHead, POINT_HEAD_ON: true, POOLER_TYPE: '', OUTPUT_SIDE_RESOLUTION: 7}"
     point = f"MASK_ON: true, ROI_MASK_HEAD: {head}"

@@ -7,15 +7,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
-from conftest import SHARED_DATA, reports, run_model_def
-from detectron2.data import MetadataCatalog
+from conftest import reports, run_model_def
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.transforms import AugmentationList, RandomFlip
+from detectron2.structures import Boxes, BoxMode, Instances
 from panoptic_shapes import REGISTER_PANOPTIC, write_panoptic_shapes
 from PIL import Image
 from tiny_models import DETECTRON2, detectron2_config, detectron2_config_by_name, load_model_def
 
 from detectron2_files.data import MapperTransform, check_keypoint_flips, describe, read_proposals
+from detectron2_files.evaluation import own_evaluator
 from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
 
@@ -41,16 +44,7 @@ def module(tmp_path, monkeypatch):
     return write
 
 
-def test_pascal_voc_is_evaluated_as_pascal_voc(train, trial_class, tmp_path, module):
-    bccd = SHARED_DATA / "bccd"
-    if not bccd.is_dir():
-        pytest.skip(f"{bccd} is not here: real data is no part of the project")
-    voc = tmp_path / "VOC2007"
-    (voc / "ImageSets/Main").mkdir(parents=True)
-    (voc / "JPEGImages").symlink_to(bccd / "images")
-    (voc / "Annotations").symlink_to(bccd / "annotations_voc")
-    names = sorted(path.stem for path in (bccd / "annotations_voc").glob("*.xml"))
-    (voc / "ImageSets/Main/some.txt").write_text("\n".join(names[:12]))
+def test_pascal_voc_is_evaluated_as_pascal_voc(train, trial_class, voc, module):
     imports = module(
         "register_cells",
         f"""
@@ -72,7 +66,7 @@ def test_pascal_voc_is_evaluated_as_pascal_voc(train, trial_class, tmp_path, mod
         train(trial_class, config, "second")
 
 
-def test_data_of_the_user_s_own_is_trained_on_by_the_name_it_is_registered_under(shapes, train, trial_class, module):
+def test_a_registered_data_set_is_trained_by_its_name(shapes, train, trial_class, module):
     imports = module(
         "register_mine",
         f"""
@@ -131,7 +125,7 @@ def panoptic_shapes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_panoptic_segmentation_is_evaluated_the_same_on_any_number_of_slots(panoptic_shapes, tmp_path, processes):
+def test_panoptic_evaluation_is_the_same_on_any_number_of_slots(panoptic_shapes, tmp_path, processes):
     pytest.importorskip("panopticapi")
     (tmp_path / "register_panoptic.py").write_text(REGISTER_PANOPTIC.format(folder=str(panoptic_shapes)))
     config = detectron2_config_by_name(PANOPTIC, "pan_train_separated", "pan_val_separated", "panoptic_seg_PQ")
@@ -291,7 +285,7 @@ def test_detectron2_knows_which_processes_share_a_machine(shapes, tmp_path):
 import os, sys
 sys.path.insert(0, {str(DETECTRON2)!r})
 import model_def
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import CityscapesSemSegEvaluator
 from shared.launch import main
 
@@ -346,3 +340,28 @@ def test_a_keypoint_without_its_other_side_is_an_error(name):
 
 def flipping():
     return SimpleNamespace(augmentations=AugmentationList([RandomFlip()]))
+
+
+def test_detectron2_s_own_evaluator_scores_max_detections():
+    boxes = [[i % 20 * 10, i // 20 * 10, 8, 8] for i in range(120)]
+    rows = [{"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "iscrowd": 0} for box in boxes]
+    dicts = [{"file_name": "a.png", "image_id": 1, "height": 100, "width": 200, "annotations": rows}]
+    DatasetCatalog.register("crowded", lambda: dicts)
+    MetadataCatalog.get("crowded").thing_classes = ["pig"]
+    try:
+        found = Instances((100, 200), pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32)))
+        found.pred_boxes.tensor[:, 2:] += found.pred_boxes.tensor[:, :2]
+        found.scores, found.pred_classes = torch.linspace(1, 0.5, 120), torch.zeros(120, dtype=torch.int64)
+        values = []
+        for most in (None, 200):
+            evaluator = own_evaluator("crowded", ("bbox",), rotated=False, max_detections=most)
+            evaluator.reset()
+            evaluator.process(dicts, [{"instances": found}])
+            values.append(evaluator.evaluate()["bbox"]["AP"])
+        assert values[0] < 90
+        assert values[1] == pytest.approx(100)
+        with pytest.raises(UserError, match=r"hyperparameters\.max_detections: .* of rotated boxes scores 100"):
+            own_evaluator("crowded", ("bbox",), rotated=True, max_detections=200)
+    finally:
+        DatasetCatalog.remove("crowded")
+        MetadataCatalog.remove("crowded")

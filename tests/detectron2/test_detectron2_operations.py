@@ -393,7 +393,7 @@ def test_the_first_version_is_upstream_s(dtype, random):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=CLOSE[dtype])
 
 
-def test_an_empty_batch_is_convolved_and_leaves_no_parameter_without_a_gradient(random):
+def test_an_empty_batch_gives_every_parameter_a_gradient(random):
     (input, offset, mask, weight, bias), how, groups = tensors_of("groups", random)
     parameters = [weight.requires_grad_(), bias.requires_grad_()]
     output = modulated_deform_conv(input[:0], offset[:0], mask[:0], *parameters, *how, *groups)
@@ -486,7 +486,7 @@ sys.meta_path.insert(0, Finder())
     return environment
 
 
-def test_deformable_and_rotated_models_train_and_detect_without_the_compiled_part(without_compiled):
+def test_deformable_and_rotated_models_work_without_compiled_operations(without_compiled):
     environment = without_compiled("ModuleNotFoundError(name, name=name)")
     arguments = (json.dumps({**SMALL_YAML, "MODEL.ROI_HEADS.NUM_CLASSES": 3}), json.dumps(ROTATED))
     done = run_model_def("-c", STEPS, *arguments, cwd=ROOT, env=environment, script="-u")
@@ -507,9 +507,7 @@ def test_deformable_and_rotated_models_train_and_detect_without_the_compiled_par
 
 
 @pytest.mark.slow
-def test_a_compiled_part_that_does_not_load_is_a_warning_and_the_run_says_what_it_used(
-    shapes, tmp_path, without_compiled
-):
+def test_a_compiled_part_that_fails_to_load_is_a_warning(shapes, tmp_path, without_compiled):
     environment = without_compiled("ImportError('_C.so: undefined symbol: _ZN5torch')")
     changes = {"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, False, False, True]}
     config = detectron2_config(shapes, "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", **changes)

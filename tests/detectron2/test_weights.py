@@ -148,7 +148,7 @@ def test_a_cut_off_file_is_named(model, tmp_path):
         find_weights(str(tmp_path / "nowhere.pkl"), KEY, ())
 
 
-def test_a_relative_path_of_weights_is_found_beside_the_config_or_in_the_folder_submitted(tmp_path, monkeypatch):
+def test_relative_weights_are_found_beside_the_config_or_the_submission(tmp_path, monkeypatch):
     (tmp_path / "start").mkdir()
     monkeypatch.chdir(tmp_path / "start")
     (tmp_path / "mine/run").mkdir(parents=True)
@@ -184,7 +184,7 @@ def test_a_head_for_other_classes_starts_anew_in_one_line(model, tmp_path, caplo
 @pytest.mark.parametrize(
     "overrides", [{"MODEL.RESNETS.DEPTH": 101}, {"MODEL.RESNETS.RES2_OUT_CHANNELS": 32}, {"MODEL.FPN.OUT_CHANNELS": 24}]
 )
-def test_weights_of_another_architecture_are_an_error_that_says_how_many_do_not_fit(model, tmp_path, overrides):
+def test_weights_of_another_architecture_are_an_error_with_counts(model, tmp_path, overrides):
     torch.save({"model": model.state_dict()}, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"of another architecture: \d+ parameters do not fit \(.*backbone\."):
         load_weights_into(build(**overrides), str(tmp_path / "other.pth"), KEY)

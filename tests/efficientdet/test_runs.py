@@ -274,7 +274,7 @@ def test_categories_that_differ_and_nothing_to_train_on_are_refused(refused, run
 
 
 @pytest.mark.slow
-def test_two_processes_need_a_batch_that_divides_and_no_port_of_another_run(run_config, tmp_path):
+def test_two_processes_need_a_divisible_batch_and_a_free_port(run_config, tmp_path):
     config = run_config(hyperparameters__global_batch_size=3)
     with socket.socket() as another_run:
         with contextlib.suppress(OSError):  # it is another run's indeed
@@ -322,7 +322,7 @@ def test_a_last_checkpoint_that_was_changed_is_said_and_best_goes_on(trained, ru
     assert [r["batches"] for r in reports(run, "val")] == [4, 8, 12, 16]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(command, run_config, tmp_path):
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(command, run_config, tmp_path):
     bad = []
 
     class Probe(EfficientDetTrial):
@@ -363,9 +363,7 @@ def small_gpu(monkeypatch):
     return out_of_memory
 
 
-def test_out_of_memory_says_what_took_it_and_the_smaller_batch_and_keeps_the_checkpoint(
-    refused, run_config, tmp_path, small_gpu
-):
+def test_out_of_memory_suggests_a_smaller_batch_and_keeps_the_checkpoint(refused, run_config, tmp_path, small_gpu):
     small_gpu("losses", batches=6)
     line = refused("train", run_config(), "--output-dir", tmp_path / "run")
     assert (
@@ -428,3 +426,24 @@ def test_a_uuid_needs_a_master(refused, run_config, monkeypatch):
     monkeypatch.setenv("DET_MASTER", "")
     uuid = "12345678-1234-1234-1234-123456789abc"
     assert "set DET_MASTER" in refused("evaluate", run_config(), "--checkpoint", uuid)
+
+
+def test_check_says_what_reading_the_annotations_changed(command, run_config, shapes, tmp_path, capsys):
+    data = {"workers": 0}
+    for split in ("train", "val"):
+        data[split] = {"annotations": str(tmp_path / f"{split}.json"), "images": str(shapes / split)}
+        coco = json.loads((shapes / f"annotations/{split}.json").read_text())
+        coco["annotations"][0] |= {"id": 0, "ignore": 1}
+        coco["annotations"][1]["area"] = 0
+        (tmp_path / f"{split}.json").write_text(json.dumps(coco))
+    data = {
+        split: {"annotations": str(tmp_path / f"{split}.json"), "images": str(shapes / split)}
+        for split in ("train", "val")
+    }
+    config = run_config(data={**data, "workers": 0})
+    with pytest.raises(SystemExit):
+        command(EfficientDetTrial, "check", config, "--images", "2")
+    said = capsys.readouterr().out
+    assert "look at: data.train: training omits 1 annotation with `ignore: 1`" in said
+    assert "look at: data.train: 1 box with `area: 0`" in said
+    assert "look at: data.val: an annotation has the id 0, which pycocotools counts as not found" in said

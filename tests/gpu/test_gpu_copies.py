@@ -73,7 +73,7 @@ def test_the_host_does_not_wait_for_a_copy():
     torch.cuda.synchronize()
 
 
-def test_the_copy_for_a_checkpoint_holds_what_the_device_had_when_it_was_made():
+def test_the_copy_for_a_checkpoint_holds_the_state_at_its_creation():
     host_copy, weight = HostCopy(), torch.zeros(1 << 24, device="cuda")
     for number in range(1, 4):
         weight += 1

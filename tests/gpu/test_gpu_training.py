@@ -428,7 +428,7 @@ main(Probe)
 
 @pytest.mark.gpu(2)
 @pytest.mark.parametrize("case", ONE_EACH, indirect=True)
-def test_two_processes_train_on_a_gpu_each_with_common_statistics_and_evaluate_as_one(case, shapes, tmp_path, request):
+def test_two_processes_train_on_a_gpu_each_and_evaluate_as_one(case, shapes, tmp_path, request):
     detector, config = case[0], case[1](shapes)
     for section, values in SYNC_BN[request.node.callspec.params["case"]].items():
         target = config["hyperparameters"] if section == "hyperparameters" else config["hyperparameters"][section]

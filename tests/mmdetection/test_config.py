@@ -41,7 +41,7 @@ from shared.config.experiment import Sections, parse_data, parse_schedule, read_
 from shared.config.schema import Length, Split
 from shared.errors import UserError
 from shared.library import find_library_config
-from shared.training.schedule import periods_of
+from shared.training.stopping import periods_of
 
 MASK_RCNN = "mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py"
 
@@ -72,7 +72,7 @@ def test_a_config_by_its_path_in_model_hub_s_image_is_the_shipped_one():
     assert resolve(config_file=f"/mmdetection/configs/{MASK_RCNN}")._cfg_dict == resolve()._cfg_dict
 
 
-def test_a_config_that_is_not_found_says_where_it_was_looked_for_and_what_is_near(tmp_path):
+def test_a_missing_config_is_an_error_with_places_and_near_names(tmp_path):
     with pytest.raises(UserError) as raised:
         resolve(tmp_path, "mask_rcnn_r50_fpn_1x_coco.py")
     message = str(raised.value)
@@ -180,7 +180,7 @@ def test_what_mmdetection_takes_is_taken(overrides):
     resolve(config_overrides=overrides)
 
 
-def test_a_dotted_override_of_a_parameter_s_learning_rate_keeps_the_dots_of_its_name():
+def test_a_dotted_override_keeps_the_dots_of_a_parameter_s_name():
     config = resolve(config_overrides={"optimizer.paramwise_cfg.custom_keys.backbone.layer1.lr_mult": 0.1})
     assert config.optimizer.paramwise_cfg == {"custom_keys": {"backbone.layer1": {"lr_mult": 0.1}}}
 
@@ -242,7 +242,7 @@ def test_the_config_s_lengths_are_the_defaults():
     assert lengths["min_validation_period"] == Length("batches", 5000)
 
 
-def test_the_config_s_start_and_changes_of_its_validation_interval_hold_where_the_yaml_gives_none():
+def test_the_library_config_sets_the_validation_interval_by_default():
     intervals = {"evaluation": {"interval": 4, "start": 2, "dynamic_intervals": [[10, 1]]}}
     times = validation_times(resolve(config_overrides=intervals))
     config = {"searcher": {"max_length": {"epochs": 12}}}
@@ -314,7 +314,7 @@ def test_an_optimizer_constructor_of_mmdetection_s_own_is_found():
     assert build_optimizer(model, config).param_groups
 
 
-def test_data_wins_over_the_config_s_paths_and_those_are_relative_to_the_folder(tmp_path):
+def test_the_data_section_overrides_the_library_config_s_paths(tmp_path):
     config = resolve()
     data = MMDetectionData(train=Split("/x/train.json", "/x/images"))
     set_paths(config, data, tmp_path)
@@ -381,7 +381,7 @@ def test_a_backbone_s_weights_are_not_downloaded_where_others_are_loaded(config_
     assert config.model.backbone.init_cfg is None
 
 
-def test_a_relative_path_of_weights_is_found_in_the_folder_submitted_and_beside_the_yaml_file(tmp_path, monkeypatch):
+def test_relative_weights_are_found_in_the_submission_or_beside_yaml(tmp_path, monkeypatch):
     submitted, beside = tmp_path / "submitted", tmp_path / "beside"
     for file in (submitted / "backbone.pth", beside / "start.pth"):
         file.parent.mkdir()
@@ -395,7 +395,7 @@ def test_a_relative_path_of_weights_is_found_in_the_folder_submitted_and_beside_
     assert config.load_from == str(beside / "start.pth")
 
 
-def test_a_teacher_is_found_among_mmdetection_s_configs_and_its_weights_are_for_training_alone(tmp_path, monkeypatch):
+def test_a_teacher_is_found_among_mmdetection_s_configs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = resolve(config_file="ld/ld_r18_gflv1_r101_fpn_coco_1x.py")
     assert config.model.teacher_config.model.bbox_head.num_classes == 80
@@ -489,7 +489,7 @@ def test_weights_of_an_older_version_s_names_are_loaded_whole(caplog):
     assert f"weights: {len(saved)} of the model's {len(saved)} from" in caplog.text
 
 
-def test_a_head_that_does_not_fit_is_an_error_where_nothing_is_trained_and_starts_anew_in_a_training(caplog):
+def test_a_head_of_other_classes_is_new_in_training_an_error_elsewhere(caplog):
     config = resolve(config_file="retinanet/retinanet_r50_fpn_1x_coco.py", config_overrides=SMALL)
     model = build_model(config, initialize=False)
     weights = model.state_dict()

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SHARED_DATA, reports, run_model_def
+from conftest import reports, run_model_def
 from mmcv import Config, FileClient
 from mmcv.cnn.rfsearch.operator import BaseConvRFSearchOp
 from mmcv.fileio import BaseStorageBackend
 from mmcv.runner import BaseRunner
 from mmcv.runner.hooks import HOOKS, Hook
-from mmdet.datasets import DATASETS
+from mmdet.core import BitmapMasks
+from mmdet.datasets import DATASETS, MultiImageMixDataset
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tiny_models import MMDETECTION, SMALL_BACKBONE, load_model_def, mmdet_config
@@ -58,17 +59,10 @@ def trial_class():
 
 
 @pytest.mark.slow
-def test_a_step_of_two_processes_is_plain_ddp_over_mmdetection_s_model(shapes, tmp_path):
-    probe, config = tmp_path / "probe.py", tmp_path / "config.yaml"
-    probe.write_text(
-        """
-import copy, os, sys
-sys.path.insert(0, ".")
-import torch
+def test_a_step_of_two_processes_is_plain_ddp_over_mmdetection_s_model(shapes, distance_from_reference):
+    probe = """
 from torch.nn.parallel import DistributedDataParallel
-import model_def
 from mmdetection_files.model import build_optimizer
-from shared.launch import main
 from shared.data.dataset import seed_all
 
 class Probe(model_def.MMDetectionTrial):
@@ -84,27 +78,11 @@ class Probe(model_def.MMDetectionTrial):
             optimizer.step()
             seed_all(self.seed, self.rank, 0, 1)  # the samplers draw the same again
         return super().losses(model, batch)
-
-    def after_batch(self, number):
-        super().after_batch(number)
-        if number == 0:
-            ours, theirs = self.plain_model.state_dict(), self.reference.module.state_dict()
-            worst = max((ours[k].double() - theirs[k].double()).abs().max().item() for k in ours)
-            os.write(1, f"WORST {worst}\\n".encode())
-
-main(Probe)
 """
-    )
-    config.write_text(yaml.safe_dump(in_process(mmdet_config(shapes))))
-    done = run_model_def("train", config, "--output-dir", tmp_path / "run", processes=2, cwd=MMDETECTION, script=probe)
-    worst = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("WORST")]
-    assert len(worst) == 2
-    assert max(worst) < 1e-5
+    assert distance_from_reference(MMDETECTION, in_process(mmdet_config(shapes)), probe) < 1e-5
 
 
-def test_a_run_is_evaluated_and_predicts_masks_by_the_config_in_its_checkpoint(
-    shapes, train, command, trial_class, tmp_path
-):
+def test_evaluate_and_predict_use_the_config_in_the_checkpoint(shapes, train, command, trial_class, tmp_path):
     config = in_process(mmdet_config(shapes, **{"model.test_cfg.rcnn.score_thr": 0.01}), batches=4)
     config["searcher"]["metric"] = "segm_mAP"
     run = train(trial_class, config)
@@ -129,17 +107,7 @@ def test_a_run_is_evaluated_and_predicts_masks_by_the_config_in_its_checkpoint(
     assert Image.open(out / "000000.png.png").size == (128, 128)
 
 
-def test_pascal_voc_data_is_mmdetection_s_own_and_evaluated_by_itself(train, trial_class, tmp_path):
-    bccd = SHARED_DATA / "bccd"
-    if not bccd.is_dir():
-        pytest.skip(f"{bccd} is not here: real data is no part of the project")
-    # VOC2007's layout, by links
-    voc = tmp_path / "VOC2007"
-    (voc / "ImageSets/Main").mkdir(parents=True)
-    (voc / "JPEGImages").symlink_to(bccd / "images")
-    (voc / "Annotations").symlink_to(bccd / "annotations_voc")
-    names = sorted(path.stem for path in (bccd / "annotations_voc").glob("*.xml"))
-    (voc / "ImageSets/Main/some.txt").write_text("\n".join(names[:12]))
+def test_pascal_voc_data_is_mmdetection_s_own_and_evaluated_by_itself(train, trial_class, tmp_path, voc):
     config = in_process(mmdet_config(tmp_path, FASTER_RCNN), batches=2)
     split = {"annotations": str(voc / "ImageSets/Main/some.txt"), "images": str(voc)}
     config["data"].update(train=split, val=split)
@@ -291,6 +259,55 @@ def test_a_sample_with_more_boxes_than_masks_is_an_error():
         samples[SampleKey(0, 0)]
 
 
+class _Squares:
+    """Images of two squares with masks, as a pipeline of MMDetection loads them."""
+
+    CLASSES, PALETTE = ("a", "b"), None
+
+    def __init__(self):
+        self.flag = np.zeros(len(self), dtype=np.uint8)
+
+    def __len__(self):
+        return 4
+
+    def get_ann_info(self, index):
+        return {"bboxes": self[index]["gt_bboxes"]}
+
+    def __getitem__(self, index):
+        boxes = np.array([[4, 4, 20, 20], [30, 30, 60, 60]], dtype=np.float32)
+        masks = np.zeros((2, 64, 64), dtype=np.uint8)
+        masks[0, 4:20, 4:20] = masks[1, 30:60, 30:60] = 1
+        image = np.zeros((64, 64, 3), dtype=np.uint8)
+        fields = {"img_fields": ["img"], "bbox_fields": ["gt_bboxes"], "mask_fields": ["gt_masks"]}
+        truth = {"gt_bboxes": boxes, "gt_labels": np.arange(2), "gt_masks": BitmapMasks(masks, 64, 64)}
+        return {"img": image, "img_shape": image.shape, "filename": f"{index}.png", **fields, **truth}
+
+
+@pytest.mark.parametrize("names", [["CopyPaste", "MixUp"], ["MixUp", "CopyPaste"]])
+def test_copy_paste_with_mixup_names_what_moves_no_masks(names):
+    from mmdetection_files.data import TrainingSamples
+
+    options = {"CopyPaste": {}, "MixUp": {"img_scale": (64, 64), "pad_val": 114.0}}
+    pipeline = [{"type": name, **options[name]} for name in names] + [{"type": "DefaultFormatBundle"}]
+    samples = TrainingSamples(MultiImageMixDataset(_Squares(), pipeline), 0)
+    with pytest.raises(UserError, match=r"of image id \d\. Fix: .*Mosaic and MixUp do not move masks"):
+        [samples[SampleKey(0, index)] for index in range(4)]
+
+
+def test_an_array_that_a_mixing_pipeline_cannot_combine_names_the_image():
+    from mmdetection_files.data import TrainingSamples
+
+    class Mixed(_Squares):
+        def update_skip_type_keys(self, keys):
+            pass
+
+        def __getitem__(self, index):
+            return np.zeros((2, 4)) + np.zeros((4, 4))
+
+    with pytest.raises(UserError, match=r"image id 3: operands could not be broadcast .* Fix: .*do not move masks"):
+        TrainingSamples(Mixed(), 0)[SampleKey(0, 3)]
+
+
 class _Labelled:
     """A data set that says which classes its images have."""
 
@@ -317,7 +334,7 @@ def test_the_labels_of_samples_are_found_within_wrappers():
     assert repeats_by_itself(Config({"train": {"type": "RepeatDataset", "dataset": {"type": "CocoDataset"}}})) is None
 
 
-def test_a_class_aware_sampler_draws_each_class_as_often_on_any_number_of_slots():
+def test_a_class_aware_sampler_is_the_same_on_any_number_of_slots():
     class Labelled:
         labels = [[0]] * 90 + [[1]] * 9 + [[2, 1]]
 
@@ -408,7 +425,7 @@ def test_images_are_read_from_a_client_that_joins_no_paths(monkeypatch):
     assert MmcvImages({"backend": "tiny_lmdb"}, "").read("1.jpg") == b"1.jpg"
 
 
-def test_a_hook_of_one_s_own_is_called_everywhere_and_sees_what_mmcv_s_runner_has(shapes, train, trial_class):
+def test_a_custom_hook_is_called_everywhere_with_mmcv_s_runner_values(shapes, train, trial_class):
     called = []
 
     @HOOKS.register_module(force=True)
@@ -507,7 +524,7 @@ def rates_of(model):
     return {name: m.dilation_rates for name, m in model.named_modules() if isinstance(m, BaseConvRFSearchOp)}
 
 
-def test_a_search_of_receptive_fields_goes_on_after_a_resume_and_is_in_its_checkpoint(shapes, train, trial_class):
+def test_a_search_of_receptive_fields_resumes_from_its_checkpoint(shapes, train, trial_class):
     def trained(name, batches, resume=None):
         config = in_process(mmdet_config(shapes, RETINANET), batches)
         config["hyperparameters"]["config_overrides"]["custom_hooks"] = rf_search()

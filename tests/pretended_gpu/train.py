@@ -135,7 +135,7 @@ def without_figures():
     ReportFigures.draw = lambda *_: None
     train_command.Results.write_report = lambda *_: None
     for name in ("save_page", "picture_of"):
-        setattr(train_command, name, lambda *_: None)
+        setattr(train_command, name, lambda *_, **__: None)
 
 
 def train(trial_class, name, shapes, run, waits=None, config_file=None):
@@ -143,7 +143,8 @@ def train(trial_class, name, shapes, run, waits=None, config_file=None):
     path = config_file or run.with_suffix(".yaml")
     for batches, resume in ((4, None), (6, "last")):
         path.write_text(yaml.safe_dump(config_of(name, shapes, batches)))
-        arguments = argparse.Namespace(output_dir=run, resume=resume, config=str(path))
+        arguments = argparse.Namespace(output_dir=run, resume=resume, store=None, config=str(path))
+        vars(arguments).update(stop_signals=(), stop_status=None)
         train_command.train_locally(trial_class, read_experiment(path, [], trial_class.sections()), arguments)
         if waits is not None:
             waits.next_batch()

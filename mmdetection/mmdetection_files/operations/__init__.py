@@ -7,6 +7,7 @@ arguments of mmcv's (mmcv/ops/csrc/pytorch/pybind.cpp): most write their result 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -17,29 +18,13 @@ from typing import Any, NoReturn
 
 import torch
 
-from mmdetection_files.operations import (
-    attention,
-    carafe,
-    deformable_convolution,
-    focal_loss,
-    masked_convolution,
-    overlaps,
-    region_pooling,
-    suppression,
-    sync_batch_norm,
-)
-
-_PARTS = (
-    attention,
-    carafe,
-    deformable_convolution,
-    focal_loss,
-    masked_convolution,
-    overlaps,
-    region_pooling,
-    suppression,
-    sync_batch_norm,
-)
+_PARTS = [
+    importlib.import_module(f"{__name__}.{name}")
+    for name in (
+        *("attention", "carafe", "deformable_convolution", "focal_loss", "masked_convolution", "overlaps"),
+        *("region_pooling", "suppression", "sync_batch_norm"),
+    )
+]
 
 
 def install() -> str | None:

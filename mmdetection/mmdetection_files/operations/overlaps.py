@@ -16,7 +16,7 @@ def bbox_overlaps(boxes1: Tensor, boxes2: Tensor, ious: Tensor, mode: int, align
         boxes2: (M, 4); N = M where `aligned`.
         ious: (N, M), or (N,) where `aligned`.
         mode: 0 for the intersection over the union, 1 for it over the first box's area.
-        offset: what is added to x2 - x1 for a width: 1 where x2 is the last pixel.
+        offset: added to x2 - x1 for a width: 1 if x2 is the last pixel.
     """
     if not aligned:
         boxes1 = boxes1[:, None]

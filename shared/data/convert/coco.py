@@ -11,7 +11,7 @@ import numpy as np
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Options, Split, errors_in
 from shared.data.convert.files import SPLITS, files_in, finder_for, folders_in, json_outline, read_json, split_of
-from shared.data.numbers import parse_number, parse_whole_number
+from shared.data.convert.shapes import parse_number, parse_whole_number
 from shared.errors import UserError
 
 ABOUT = "a COCO file of Roboflow or Label Studio, or a folder with one per split"
@@ -37,8 +37,7 @@ def read(source: Path, options: Options) -> Contents:
     categories = _categories(contents, files, notes)
     splits = {}
     for split, content in contents.items():
-        folder = files[split].parent if source.is_dir() and len(files) > 1 else source
-        splits[split] = _split(content, files[split], {c["id"]: c["name"] for c in categories}, folder, options)
+        splits[split] = _split(content, files[split], {c["id"]: c["name"] for c in categories}, source, options, split)
     return Contents(splits, categories, notes)
 
 
@@ -50,11 +49,14 @@ def _files(source: Path) -> dict[str, Path]:
     for folder in (source, *folders_in(source)):
         for file in files_in(folder, (".json",))[:_TRIED]:
             split = split_of(folder.name) if folder != source else ""
-            words = file.stem.replace("-", "_").replace(".", "_").split("_")
-            split = split or next(filter(None, map(split_of, words)), "")
+            split = split or next(filter(None, map(split_of, _words(file))), "")
             if split not in found and _is_coco(file):
                 found[split] = file
     return {split: found[split] for split in ("", *SPLITS) if split in found}
+
+
+def _words(file: Path) -> list[str]:
+    return file.stem.replace("-", "_").replace(".", "_").split("_")
 
 
 def _is_coco(file: Path) -> bool:
@@ -89,8 +91,11 @@ def _categories(contents: dict[str, dict], files: dict[str, Path], notes: list[s
     return kept
 
 
-def _split(content: dict, file: Path, names: dict[int, str], source: Path, options: Options) -> Split:
+def _split(content: dict, file: Path, names: dict[int, str], source: Path, options: Options, split: str) -> Split:
     part, finder = Split(), finder_for(source, options.images)
+    near = split or next(filter(None, map(split_of, _words(file))), "")
+    if finder.folder is not None and file.absolute().is_relative_to(finder.folder):
+        near = f"{file.absolute().parent.relative_to(finder.folder).as_posix()}/{near}"
     of_image: dict[int, list[dict]] = {}
     for position, annotation in enumerate(content.get("annotations", [])):
         with errors_in(f"{file}: annotation {annotation.get('id', f'number {position}')}"):
@@ -117,7 +122,7 @@ def _split(content: dict, file: Path, names: dict[int, str], source: Path, optio
         with errors_in(f"{file}: image {image.get('id', f'number {position}')}"):
             number = _whole(image["id"], "id")
             more = {k: v for k, v in image.items() if k not in ("file_name", "width", "height", "id")}
-            name = part.find_image(finder, str(image["file_name"]))
+            name = part.find_image(finder, str(image["file_name"]), near)
             size = finder.size(name) if not (image.get("width") and image.get("height")) else None
             size = size or (_whole(image["width"], "width"), _whole(image["height"], "height"))
             part.add_image(name, size, of_image.pop(number, []), id=number, **more)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -22,15 +23,20 @@ class Options:
         images: the folder of the images.
         labels: "" or what the numbers of YOLO's labels mean: "boxes", "polygons", "oriented" or "keypoints:17x3".
         boxes: "" or what the four numbers of a table's boxes are: "xywh" or "xyxy".
+        categories: a file of names, for a source that has numbers alone.
         without_val: a validation split that the source names, and that does not exist, is a note instead of an error.
-        extracted: the folder for images that the source holds inside its own files.
+        extracted: the folder for images that are written: those inside the source's own files, or tiles.
+        tiles, overlap: pixels of a tile's side, and the share of it that the next one shows too.
     """
 
     images: Path | None = None
     labels: str = ""
     boxes: str = ""
+    categories: Path | None = None
     without_val: bool = False
     extracted: Path | None = None
+    tiles: int = 640
+    overlap: float = 0.2
 
 
 @dataclass
@@ -126,6 +132,11 @@ def names_in_use(splits: Iterable[Split]) -> list[str]:
     return sorted({a["category"] for split in splits for image in split.images for a in image["annotations"]})
 
 
+# what readers and libraries raise about the content of a file
+_WRONG_CONTENT = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, SyntaxError, RecursionError)
+_WRONG_CONTENT += (MemoryError, csv.Error)
+
+
 @contextlib.contextmanager
 def errors_in(place: object, fix: str = "correct the file, or move it away") -> Iterator[None]:
     """Raises what goes wrong with a file as a UserError that names the place."""
@@ -139,5 +150,5 @@ def errors_in(place: object, fix: str = "correct the file, or move it away") -> 
         ) from error
     except KeyError as error:
         raise UserError(f"{place}: {error} is missing. Fix: {fix}") from error
-    except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError, SyntaxError, RecursionError) as error:
+    except _WRONG_CONTENT as error:
         raise UserError(f"{place}: {error}. Fix: {fix}") from error

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import itertools
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,13 +25,14 @@ from shared.data.convert import (
     labelme,
     openimages,
     table,
+    tiles,
     voc,
     yolo,
 )
 from shared.data.convert.contents import Contents, Options, Split
-from shared.data.convert.files import files_below, read_json, read_text
+from shared.data.convert.files import files_below, folders_in, read_json, read_text
 from shared.data.convert.writer import Written, path_of, to_coco, write
-from shared.errors import UserError, check_outputs, nearest, nearest_path
+from shared.errors import UserError, check_outputs, count_of, nearest, nearest_path
 
 # each has `ABOUT`, the source in a few words; `recognise(source)`, what it saw there or ""; `read(source, options)`
 FORMATS: dict[str, ModuleType] = {
@@ -43,8 +48,12 @@ FORMATS: dict[str, ModuleType] = {
     "huggingface": hugging_face,
     "kitti": kitti,
     "dota": dota,
+    "tiles": tiles,
 }
 
+_DEPTH = 2  # folders below the source that are looked into
+_MOST_FOLDERS = 50
+_NAMED = 3
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 
 
@@ -58,6 +67,7 @@ def convert(
     boxes: str = "",
     categories: Path | None = None,
     say: Callable[[str], object] = print,
+    tiling: tuple[int, float] = (640, 0.2),
 ) -> list[Written]:
     """Writes a COCO file, or one per split: `…_train.json`, `…_val.json`, `…_test.json`.
 
@@ -68,6 +78,7 @@ def convert(
         labels, boxes: as in `Options`.
         categories: a text file with a name per line, or a COCO file: the categories and their order.
         say: gets lines for the user: what was recognised, and the notes of the reader.
+        tiling: pixels of a tile's side, and the overlap.
 
     Raises:
         UserError: the source does not exist, is of another format, or contradicts itself.
@@ -78,7 +89,9 @@ def convert(
         raise UserError(
             f"--val: {val_share:g} is no share. Fix: give a share of the images from 0 to 1, 0.2 for example"
         )
-    options = Options(images, labels, boxes, val_share > 0, output.with_name(f"{output.stem}_images"))
+    options = Options(
+        images, labels, boxes, categories, val_share > 0, output.with_name(f"{output.stem}_images"), *tiling
+    )
     contents = _read(kind, source, options, say)
     if categories is not None:
         contents.categories = _given_categories(categories, contents)
@@ -87,6 +100,7 @@ def convert(
         contents.splits = _with_val(contents.splits, val_share, source)
     check_outputs("OUTPUT", [path_of(output, split) for split in contents.splits], [source])
     written = write(contents, source, output)
+    contents.notes += _shared_images(contents.splits)
     for note in contents.notes:
         say(note)
     return written
@@ -110,26 +124,23 @@ def annotations_of(path: Path, split: str = "", images: Path | None = None) -> t
     return to_coco(contents, path)[name], splits[name].folder
 
 
-def recognise(source: Path) -> tuple[str, str]:
-    """The format of a source, and what shows it.
+def recognise(source: Path) -> tuple[str, Path, str]:
+    """The format of a source, the source or the only folder in it that has a format, and what shows it.
 
     Raises:
         UserError: its format is unknown, or it may be several.
     """
-    seen, refused = {}, []
-    for kind, module in FORMATS.items():
-        try:
-            if said := module.recognise(source):
-                seen[kind] = said
-        except UserError as error:
-            refused.append(error)
-    if refused and not seen:
-        raise refused[0]
+    seen = _seen(source, _DEPTH)
+    if not seen and (said := yolo.recognise_labels(source)):
+        return "yolo", source, said
     if len(seen) == 1:
-        return next(iter(seen.items()))
+        return seen[0]
+    if len({folder for _, folder, _ in seen}) > 1:
+        folders = ", ".join(f"{folder} ({kind})" for kind, folder, _ in seen[:_NAMED])
+        raise UserError(f"{source}: several folders in it have a format. Fix: give one of {folders}")
     if seen:
-        found = "; ".join(f"{kind}: {said}" for kind, said in seen.items())
-        raise UserError(f"{source}: may be several formats ({found}). Fix: name one, `convert {next(iter(seen))} …`")
+        found = "; ".join(f"{kind}: {said}" for kind, _, said in seen)
+        raise UserError(f"{source}: may be several formats ({found}). Fix: name one, `convert {seen[0][0]} …`")
     if source.suffix.lower() in _ARCHIVES:
         raise UserError(f"{source}: is an archive. Fix: unpack it, and give the folder")
     files = files_below(source) if source.is_dir() else [source]
@@ -141,11 +152,29 @@ def recognise(source: Path) -> tuple[str, str]:
     )
 
 
+def _seen(source: Path, depth: int) -> list[tuple[str, Path, str]]:
+    """The formats of a source; else those of the folders in it."""
+    seen, refused = [], []
+    for kind, module in FORMATS.items():
+        try:
+            if said := module.recognise(source):
+                seen.append((kind, source, said))
+        except UserError as error:
+            refused.append(error)
+    if refused and not seen:
+        raise refused[0]
+    if not seen and depth:
+        for folder in folders_in(source)[:_MOST_FOLDERS]:
+            with contextlib.suppress(UserError):
+                seen += _seen(folder, depth - 1)
+    return seen
+
+
 def _read(kind: str | None, source: Path, options: Options, say: Callable[[str], object]) -> Contents:
     if not source.exists():
         raise UserError(f"{source}: does not exist ({nearest_path(str(source))}). Fix: correct the path")
     if kind is None:
-        kind, said = recognise(source)
+        kind, source, said = recognise(source)
         say(f"{source}: read as {kind}: {said}")
     elif kind not in FORMATS:
         raise UserError(f"{kind}: is no format ({nearest(kind, FORMATS)}). Fix: name one of {', '.join(FORMATS)}")
@@ -159,6 +188,19 @@ def _read(kind: str | None, source: Path, options: Options, say: Callable[[str],
     if not any(part.images for part in contents.splits.values()):
         raise UserError(f"{source}: has no annotations that can be read as {kind}. Fix: name another format or path")
     return contents
+
+
+def _shared_images(splits: dict[str, Split]) -> list[str]:
+    """Sentences about images that are in two splits."""
+    files = {
+        split: {(part.folder, image["file_name"]) for image in part.images}
+        for split, part in splits.items()
+        if part.folder is not None
+    }
+    both = {(one, other): len(files[one] & files[other]) for one, other in itertools.combinations(files, 2)}
+    return [
+        f"{one} and {other} have {count_of(count, 'image')} in common" for (one, other), count in both.items() if count
+    ]
 
 
 def _given_categories(file: Path, contents: Contents) -> list[dict[str, Any]]:
@@ -200,9 +242,69 @@ def _with_val(splits: dict[str, Split], share: float, source: Path) -> dict[str,
 
 
 def as_config(written: Sequence[Written]) -> str:
-    """The lines for an experiment config."""
+    """The lines for an experiment config, and what a training needs besides."""
     lines = ["data:"]
     for one in written:
         images = one.part.folder.absolute() if one.part.folder else "FOLDER OF THE IMAGES"
         lines.append(f"  {one.split or 'train'}: {{annotations: {one.path.absolute()}, images: {images}}}")
+    splits = {one.split or "train" for one in written}
+    if "train" in splits and "val" not in splits:
+        lines += ["", "a training also needs data.val: `--val 0.2` makes it of a fifth of the images"]
     return "\n".join(lines)
+
+
+# --- the command line -------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`python3 -m shared convert [FORMAT] INPUT OUTPUT`."""
+    formats = "\n".join(f"  {kind:14} {module.ABOUT}" for kind, module in FORMATS.items())
+    parser = argparse.ArgumentParser(
+        prog="python3 -m shared convert",
+        description="Writes annotations of other formats as COCO files.",
+        epilog=f"formats:\n{formats}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("kind", nargs="?", metavar="FORMAT", help="see below; without it the layout is recognised")
+    parser.add_argument("source", type=Path, metavar="INPUT", help="the folder or file of the annotations")
+    parser.add_argument(
+        "output", type=Path, metavar="OUTPUT", help="the COCO file to write; splits add _train, _val and _test"
+    )
+    parser.add_argument("--images", type=Path, help="the folder of the images")
+    parser.add_argument("--val", type=float, default=0.0, metavar="SHARE", help="split off 0.2, for example, as val")
+    parser.add_argument(
+        "--categories", type=Path, metavar="FILE", help="the categories in order: a name per line, or a COCO file"
+    )
+    parser.add_argument(
+        "--labels",
+        default="",
+        metavar="KIND",
+        help="yolo: what the numbers are, if data.yaml does not say it: boxes, polygons, oriented or keypoints:17x3",
+    )
+    parser.add_argument(
+        "--boxes", default="", choices=["xywh", "xyxy"], help="csv, huggingface: what the four numbers of a box are"
+    )
+    parser.add_argument("--tiles", type=int, default=640, metavar="PIXELS", help="tiles: their side; default 640")
+    parser.add_argument(
+        "--overlap", type=float, default=0.2, help="tiles: the share that the next tile shows too; default 0.2"
+    )
+    given = parser.parse_intermixed_args(arguments)
+    try:
+        written = convert(
+            given.kind,
+            given.source,
+            given.output,
+            given.images,
+            given.val,
+            given.labels,
+            given.boxes,
+            given.categories,
+            tiling=(given.tiles, given.overlap),
+        )
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print("\n".join(map(str, written)))
+    for one in written:
+        if one.split == "test":
+            print(f"\nthe test split is {one.path.absolute()}, its images are in {one.part.folder}")
+    print(f"\nfor the experiment config:\n\n{as_config(written)}")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Options, Split, errors_in
 from shared.data.convert.files import SPLITS, files_below, finder_for, json_outline, read_json, split_of
-from shared.data.numbers import FARTHEST, parse_number
+from shared.data.convert.shapes import parse_number
 
 ABOUT = "a JSON file of CreateML, or a folder with one per split"
 

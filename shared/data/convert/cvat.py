@@ -10,10 +10,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Options, Split, errors_in
 from shared.data.convert.files import SPLITS, ImageFinder, files_in, finder_for, split_of
-from shared.data.numbers import FARTHEST, parse_number, parse_whole_number
+from shared.data.convert.shapes import parse_number, parse_whole_number
 from shared.errors import UserError
 
 ABOUT = "an XML file, CVAT for images 1.1, or the folder that has one"

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Options, Split
+from shared.data.convert.shapes import parse_number
 from shared.data.convert.text_labels import looks_like, read_folder
-from shared.data.numbers import FARTHEST, parse_number
 
 ABOUT = "a folder with labelTxt and images, or one per split"
 

@@ -68,24 +68,6 @@ def split_of(name: str) -> str:
     return next((split for split, names in SPLITS.items() if name.lower() in names), "")
 
 
-def split_folders(folder: Path) -> dict[str, Path]:
-    """The folders of the splits in a folder, in the order train, val, test.
-
-    Raises:
-        UserError: two folders are named after one split.
-    """
-    found: dict[str, Path] = {}
-    for path in folders_in(folder):
-        if split := split_of(path.name):
-            if split in found:
-                raise UserError(
-                    f"{folder}: both {found[split].name} and {path.name} may be the {split} split. Fix: convert each "
-                    "by itself, or move one away"
-                )
-            found[split] = path
-    return {split: found[split] for split in SPLITS if split in found}
-
-
 def by_split(files: Iterable[Path], root: Path) -> dict[str, list[Path]]:
     """Files by the split that a folder of their path, below the root, is named after.
 
@@ -164,6 +146,14 @@ def image_size(path: Path) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file or folder exists; False also for a name that no disk can have."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or with a character 0
+        return False
+
+
 def common_folder(files: Iterable[Path]) -> Path | None:
     """The deepest folder that holds all the files; None if there are no files."""
     folders = {file.parent for file in files}
@@ -221,12 +211,15 @@ class ImageFinder:
 
 
 def finder_for(source: Path, images: Path | None) -> ImageFinder:
-    """The images of `--images`; else those in the source's folder and below; else those of `images` beside it."""
+    """The images of `--images`; else those in the source's folder and below; else those of `images` beside it; else
+    those of `train2017` and `val2017` beside it."""
     if images is not None:
         return ImageFinder(images)
     folder = source.absolute() if source.is_dir() else source.absolute().parent
-    beside = (path for path in folders_in(folder.parent) if path.name.lower() in _IMAGES)
-    finders = (ImageFinder(place) for place in (folder, *beside))
+    places = folders_in(folder.parent)
+    beside = [path for path in places if path.name.lower() in _IMAGES]
+    above = [folder.parent] if any(split_of(path.name) for path in places) else []
+    finders = (ImageFinder(place) for place in (folder, *beside, *above))
     return next(filter(None, finders), None) or ImageFinder(folder)
 
 
@@ -258,6 +251,8 @@ def _nearest(found: list[str], wanted: str, near: str) -> str:
 
     closest = max(map(alike, found))
     best = [name for name in found if alike(name) == closest]
+    usual = [name for name in best if any(part.lower() in _IMAGES for part in name.split("/")[:-1])]
+    best = usual if len(usual) == 1 else best
     if len(best) > 1:
         raise ValueError(f"the image {wanted!r} may be {' or '.join(best[:3])}")
     return best[0]

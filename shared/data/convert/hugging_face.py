@@ -14,11 +14,11 @@ import msgspec
 import numpy as np
 from PIL import Image
 
+from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
-from shared.data.convert.box_order import box_order
 from shared.data.convert.contents import Contents, Options, Split, errors_in
 from shared.data.convert.files import SPLITS, ImageFinder, files_below, image_size, read_text, split_of
-from shared.data.numbers import FARTHEST, parse_number
+from shared.data.convert.shapes import box_order, parse_number
 from shared.errors import UserError
 
 ABOUT = "an imagefolder with metadata.jsonl or metadata.csv, Parquet files, or a folder of save_to_disk"
@@ -108,7 +108,9 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
 
 def _cells(file: Path) -> Iterator[dict[str, Any]]:
     """Rows whose cells are text, or JSON."""
-    for number, row in enumerate(csv.DictReader(read_text(file).splitlines()), 1):
+    with errors_in(file):
+        rows = list(csv.DictReader(read_text(file).splitlines()))
+    for number, row in enumerate(rows, 1):
         with errors_in(f"{file}: row {number}", "correct the row, or delete it"):
             yield {k: json.loads(v) if v and v[0] in "[{" else v for k, v in row.items()}
 

@@ -9,11 +9,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 
+from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Options, Split, errors_in
 from shared.data.convert.files import ImageFinder, files_in, finder_for, json_outline, read_json
+from shared.data.convert.shapes import parse_number
 from shared.data.images import is_image_name
-from shared.data.numbers import FARTHEST, parse_number
 from shared.errors import UserError
 
 ABOUT = "the JSON or JSON-MIN file that Label Studio exports"
@@ -24,17 +25,20 @@ _LABELS = "labels"
 
 
 def recognise(source: Path) -> str:
-    file = _file(source)
-    return f"{file.name} is a list of tasks" if file else ""
+    if file := _file(source):
+        return f"{file.name} is a list of tasks"
+    saved = _saved(source)
+    return f"{len(saved)} files of an annotation with its task, {saved[0].name} for example" if saved else ""
 
 
 def read(source: Path, options: Options) -> Contents:
     file = _file(source)
-    if file is None:
+    tasks = read_json(file, list) if file else _tasks_of(_saved(source))
+    if not tasks:
         raise UserError(f"{source}: has no list of Label Studio's tasks. Fix: export the project as JSON")
     finder, part = finder_for(source, options.images), Split()
-    for position, task in enumerate(read_json(file, list)):
-        with errors_in(f"{file}: task {task.get('id', f'number {position + 1}')}"):
+    for position, task in enumerate(tasks):
+        with errors_in(f"{file or source}: task {_name_of(task, position)}"):
             results = _results(task, part)
             if results is not None:
                 _add_image(task, results, finder, part)
@@ -48,6 +52,33 @@ def _file(source: Path) -> Path | None:
         if is_list and _is_task(keys):
             return file
     return None
+
+
+def _saved(source: Path) -> list[Path]:
+    """The files that Label Studio writes into a storage: one per annotation, with or without ending."""
+    files = files_in(source, ("", ".json"))
+    if not any(_is_annotation(json_outline(file)[1]) for file in files[:_TRIED]):
+        return []
+    return [file for file in files if _is_annotation(json_outline(file)[1])]
+
+
+def _tasks_of(files: list[Path]) -> list[dict[str, Any]]:
+    """The tasks of the annotations in such files, as an export has them."""
+    tasks: dict[Any, dict[str, Any]] = {}
+    for file in files:
+        with errors_in(file):
+            annotation = read_json(file, dict)
+            task = annotation.pop("task")
+            tasks.setdefault(task.get("id", file), {**task, "annotations": []})["annotations"].append(annotation)
+    return list(tasks.values())
+
+
+def _name_of(task: Any, position: int) -> str:
+    return str(task["id"]) if isinstance(task, dict) and "id" in task else f"number {position + 1}"
+
+
+def _is_annotation(keys: dict[str, Any]) -> bool:
+    return keys.keys() >= {"task", "result"}
 
 
 def _is_task(keys: dict[str, Any]) -> bool:

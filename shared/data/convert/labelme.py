@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Options, Split, errors_in
 from shared.data.convert.files import ImageFinder, by_split, files_below, finder_for, json_outline, read_json
-from shared.data.numbers import FARTHEST, parse_number, parse_whole_number
-from shared.errors import UserError
+from shared.data.convert.shapes import parse_number, parse_whole_number
 
 ABOUT = "a folder of LabelMe's JSON files, or one per split"
 
@@ -46,10 +46,7 @@ def read(source: Path, options: Options) -> Contents:
 
 
 def _content(file: Path) -> dict[str, Any] | None:
-    try:
-        content = read_json(file)
-    except UserError:
-        return None
+    content = read_json(file)
     return content if isinstance(content, dict) and isinstance(content.get("shapes"), list) else None
 
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Options, Split, errors_in
 from shared.data.convert.files import SPLITS, files_below, finder_for, split_of
-from shared.data.numbers import FARTHEST, parse_number
+from shared.data.convert.shapes import parse_number
 from shared.errors import UserError
 
 ABOUT = "the folder with …-annotations-bbox.csv, class-descriptions….csv and the images"

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
-from shared.data.convert.box_order import box_order
 from shared.data.convert.contents import Contents, Options, Split, errors_in
 from shared.data.convert.files import (
     SPLITS,
@@ -24,7 +24,7 @@ from shared.data.convert.files import (
     split_of,
 )
 from shared.data.convert.openimages import COLUMNS as OPEN_IMAGES
-from shared.data.numbers import FARTHEST, parse_number, parse_whole_number
+from shared.data.convert.shapes import box_order, parse_number, parse_whole_number
 from shared.errors import UserError
 
 ABOUT = "a CSV file with a row per box, or a folder with one per split"
@@ -112,7 +112,8 @@ def _rows(file: Path) -> tuple[list[str], list[list[str]]]:
     lines = read_text(file).splitlines()
     first = lines[0] if lines else ""
     delimiter = max(",;\t", key=first.count)
-    rows = [row for row in csv.reader(lines, delimiter=delimiter) if any(cell.strip() for cell in row)]
+    with errors_in(file):
+        rows = [row for row in csv.reader(lines, delimiter=delimiter) if any(cell.strip() for cell in row)]
     if rows and len(rows[0]) == len(_WITHOUT_HEADER) and _is_plain(rows[0]):
         return list(_WITHOUT_HEADER), rows
     return [cell.strip().lower() for cell in rows[0]] if rows else [], rows[1:]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
+from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 
+from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Options, Split, errors_in
 from shared.data.convert.files import ImageFinder, by_split, files_below, finder_for, folders_in, read_text
-from shared.data.numbers import FARTHEST, parse_number, parse_whole_number
-from shared.errors import UserError
+from shared.data.convert.shapes import parse_number, parse_whole_number
+from shared.errors import UserError, same_on_any_disk
 
 ABOUT = "a folder of XML files; a folder per split; or the folder with Annotations, JPEGImages and ImageSets"
 
@@ -25,7 +27,7 @@ def recognise(source: Path) -> str:
     for file in files[:20]:  # a folder may hold other XML files too
         try:
             root = ElementTree.parse(file).getroot()
-        except (OSError, ElementTree.ParseError):
+        except (OSError, ValueError, LookupError, ElementTree.ParseError):
             continue
         if root.tag == "annotation":
             return f"{len(files)} XML files with <annotation>, {file.relative_to(source)} for example"
@@ -110,7 +112,7 @@ def _read_split(files: list[Path], folder: Path, finder: ImageFinder) -> Split:
                 continue
             near = _folder_in(file, folder, finder)
             # spaces at the ends are the indentation of the XML
-            name = part.find_image(finder, (root.findtext("filename") or "").strip(), near, file.stem)
+            name = _image_of(file, (root.findtext("filename") or "").strip(), near, finder, part)
             if (other := claimed.setdefault(name, file)) != file:
                 raise UserError(
                     f"{file}: its image is {name!r}, which {other.name} has too. Fix: correct the `filename` of one of "
@@ -119,6 +121,19 @@ def _read_split(files: list[Path], folder: Path, finder: ImageFinder) -> Split:
             size = _size(root, finder, name)
             part.add_image(name, size, [row for item in root.iter("object") if (row := _object(item, part))])
     return part
+
+
+def _image_of(file: Path, given: str, near: str, finder: ImageFinder, part: Split) -> str:
+    """The image's name. If `filename` is another image's, the image with the XML file's own name counts, as for
+    torchvision, MMDetection and Detectron2."""
+    found = finder.find(given, near) if given else None
+    if found is not None and same_on_any_disk(PurePosixPath(found).stem) != same_on_any_disk(file.stem):
+        with contextlib.suppress(ValueError):  # several images have the XML file's name
+            if own := finder.find_stem(file.stem, near):
+                part.counts["`filename`s of another image (the image with the XML file's name is taken)"] += 1
+                path = PurePosixPath(own)
+                given, near = path.name, path.parent.as_posix()
+    return part.find_image(finder, given, near, file.stem)
 
 
 def _folder_in(file: Path, folder: Path, finder: ImageFinder) -> str:

@@ -20,12 +20,14 @@ from shared.data.convert.files import (
     files_in,
     image_size,
     images_below,
+    is_there,
     read_text,
     split_of,
 )
+from shared.data.convert.shapes import parse_whole_number
+from shared.data.convert.text_labels import looks_like
 from shared.data.convert.yolo_labels import Labels
 from shared.data.images import is_image_name
-from shared.data.numbers import parse_whole_number
 from shared.errors import UserError
 
 ABOUT = "data.yaml, its folder, obj.data, or a folder with labels and classes.txt"
@@ -42,8 +44,8 @@ class _Description:
     """What data.yaml, or another file, says of a data set.
 
     Attributes:
-        names: of the classes, by number.
-        places: of each split: folders of images, or lists of their names.
+        names: class names, by number.
+        places: by split: folders of images, or lists of their names.
     """
 
     file: Path
@@ -70,12 +72,17 @@ def recognise(source: Path) -> str:
     return f"{file.name} and {len(labels)} label files" if labels else ""
 
 
+def recognise_labels(source: Path) -> str:
+    """Label files without a file that names the classes."""
+    return looks_like(source, _is_line)
+
+
 def read(source: Path, options: Options) -> Contents:
-    file = _description_file(source, options.images)
+    file = _description_file(source, options.images) or options.categories
     if file is None:
         raise UserError(
-            f"{source}: has no data.yaml, classes.txt or obj.data, which names the categories. Fix: write a data.yaml "
-            "with `names: [cat, dog]`"
+            f"{source}: has no data.yaml, classes.txt or obj.data, which names the categories. Fix: pass --categories "
+            "FILE with a name per line, or write a data.yaml with `names: [cat, dog]`"
         )
     described = _describe(file)
     notes: list[str] = []
@@ -103,6 +110,15 @@ def read(source: Path, options: Options) -> Contents:
             part.add_image(image.relative_to(folder).as_posix(), size, rows)
     points = _points(described, kind, notes)
     return Contents(splits, [{"name": name, **points} for name in described.names.values()], notes)
+
+
+def _is_line(words: list[str]) -> bool:
+    """A whole number, and shares of an image's size."""
+    try:
+        values = [float(word) for word in words[1:]]
+    except ValueError:
+        return False
+    return words[0].isdecimal() and len(values) >= 4 and all(0 <= value <= 1 for value in values[:4])
 
 
 def _kind_given(described: _Description, options: Options) -> str:
@@ -217,7 +233,7 @@ def _found(place: str, folders: Sequence[Path]) -> Path | None:
     parts = plain.split("/")[1:] if plain.startswith("/") else []
     ends = ["/".join(parts[at:]) for at in range(1, len(parts)) if len(parts) - at > 1 or split_of(parts[at])]
     paths = (folder / name for name in (plain, below, *ends) for folder in folders)
-    return next((Path(os.path.abspath(path)) for path in paths if path.exists()), None)
+    return next((Path(os.path.abspath(path)) for path in paths if is_there(path)), None)
 
 
 def _found_listed(line: str, folders: Sequence[Path]) -> Path | None:
@@ -256,7 +272,7 @@ def _images_by_split(
                     notes.append(f"{problem}; there is no {split} split")
                     break
                 fix = " and pass --val 0.2" if split == "val" else ""
-                raise UserError(f"{problem}. Fix: correct the path, or delete the line{fix}")
+                raise UserError(f"{problem}. Fix: correct the path; or delete the line{fix}; or pass --images FOLDER")
             if found.is_dir():
                 files += images_below(found)
                 roots.append(found)

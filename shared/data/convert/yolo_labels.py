@@ -18,7 +18,7 @@ import numpy as np
 
 from shared.data.convert import shapes
 from shared.data.convert.files import read_text
-from shared.data.numbers import parse_number, parse_whole_number
+from shared.data.convert.shapes import parse_number, parse_whole_number
 from shared.errors import UserError
 
 _BOX = 4  # numbers

@@ -1,1 +1,0 @@
-../../../shared/data/column_cache.py

@@ -1,1 +1,0 @@
-../../shared/log.py

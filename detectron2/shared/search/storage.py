@@ -1,1 +1,0 @@
-../../../shared/search/storage.py

@@ -1,0 +1,1 @@
+../../../shared/training/run_store.py

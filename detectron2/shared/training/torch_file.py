@@ -1,1 +1,0 @@
-../../../shared/training/torch_file.py

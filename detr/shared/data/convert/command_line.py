@@ -1,1 +1,0 @@
-../../../../shared/data/convert/command_line.py

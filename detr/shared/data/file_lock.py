@@ -1,1 +1,0 @@
-../../../shared/data/file_lock.py

@@ -1,1 +1,0 @@
-../../../shared/data/image_list.py

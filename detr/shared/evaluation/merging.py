@@ -1,0 +1,1 @@
+../../../shared/evaluation/merging.py

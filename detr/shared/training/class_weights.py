@@ -1,0 +1,1 @@
+../../../shared/training/class_weights.py

@@ -1,1 +1,0 @@
-../../../shared/data/array_cache.py

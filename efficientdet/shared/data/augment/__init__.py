@@ -1,0 +1,1 @@
+../../../../shared/data/augment/__init__.py

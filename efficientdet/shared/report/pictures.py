@@ -1,1 +1,0 @@
-../../../shared/report/pictures.py

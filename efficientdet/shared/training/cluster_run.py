@@ -1,1 +1,0 @@
-../../../shared/training/cluster_run.py

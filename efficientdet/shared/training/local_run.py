@@ -1,1 +1,0 @@
-../../../shared/training/local_run.py

@@ -1,1 +1,0 @@
-../../../shared/training/checkpoint_folder.py

@@ -1,1 +1,0 @@
-../../../shared/training/determined_fixes.py

@@ -1,1 +1,0 @@
-../../../shared/training/optimizer_state.py

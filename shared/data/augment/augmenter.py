@@ -1,0 +1,239 @@
+"""`data.augment` on training images: each sample is a function of (seed, epoch, image).
+
+Flips, scales, crops and mosaics decide where the pixels go before any pixel moves. So each image is resized once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shared.config.augment import Augment
+from shared.data import fast_images
+from shared.data.annotations import ImageRecord
+from shared.data.augment.pixels import change_color, erase, mix, paste_objects
+from shared.data.augment.placement import Layout, Picture, Placement, Size, filled, joined
+from shared.data.dataset import Loaded, SampleKey
+
+Other = Callable[[int], Loaded | None]
+Drawn = tuple[np.ndarray, ImageRecord]
+
+_CACHE_BYTES = 192 * 2**20  # of decoded images, per process
+_MOSAIC_CENTER = (0.3, 0.7)  # the range of the point where the four images meet, as a share of the canvas
+_MOSAIC_SCALE = (0.4, 1.0)  # the range of the size of an image in a mosaic, as a share of its size alone
+_CROPPED = (0.3, 1.0)  # the range of the sides of a crop, as a share of the image's
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where one side of an image goes: pixels `start` to `end` of the image to `first` to `last` of the canvas."""
+
+    start: int
+    end: int
+    first: int
+    last: int
+
+
+def span(source: tuple[int, int], length: float, room: tuple[int, int], side: float, at: float) -> Span:
+    """Fits a part of an image, which would have `length` pixels on the canvas, into a room of the canvas.
+
+    Args:
+        source: the first and last pixel of the part.
+        room: the first and last pixel of the room.
+        side: where a shorter part lies in the room, from 0 to 1.
+        at: which piece of a longer part is shown, from 0 to 1.
+    """
+    space, pixels = room[1] - room[0], source[1] - source[0]
+    if length <= space:
+        shown = min(max(round(length), 1), space)
+        first = room[0] + round(side * (space - shown))
+        return Span(*source, first, first + shown)
+    shown = min(max(round(pixels * space / length), 1), pixels)
+    start = source[0] + round(at * (pixels - shown))
+    return Span(start, start + shown, *room)
+
+
+@dataclass(eq=False)
+class DataAugmenter:
+    """Changes images and records as `data.augment` says.
+
+    A record on a canvas has boxes, labels, crowds and keypoints. It has masks if `masks` is set.
+
+    Attributes:
+        settings: the section.
+        layout: how the detector fits images into its input.
+        last: the section for the epochs from `last_epoch` on.
+        last_epoch: the first epoch of `off_for_last`; None for no such epoch.
+        mirrored: by label, the order of the keypoints in a mirrored image.
+        masks: carry the segmentations along.
+    """
+
+    settings: Augment
+    layout: Layout
+    last_epoch: int | None = None
+    mirrored: Sequence[np.ndarray] | None = None
+    masks: bool = False
+    cache: OrderedDict[int, Loaded] = field(default_factory=OrderedDict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.cached_bytes = 0
+        self.named = None
+        if self.settings.transforms:
+            from shared.data.augment.named import NamedTransforms  # importing torchvision's transforms takes a while
+
+            self.named = NamedTransforms(self.settings.named_transforms, self.layout)
+
+    def __reduce__(self):
+        # loader workers that are not forked begin with an empty cache
+        return DataAugmenter, (self.settings, self.layout, self.last_epoch, self.mirrored, self.masks)
+
+    def with_masks(self) -> DataAugmenter:
+        """The same changes, with masks on the records."""
+        return dataclasses.replace(self, masks=True, cache=OrderedDict())
+
+    # --- what the data set calls ----------------------------------------------------------------------
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """The pixels of an image file, at a fraction of their number if the input is much smaller."""
+        return np.ascontiguousarray(fast_images.decode(data, self.layout.fit))
+
+    def loaded(self, index: int, load: Callable[[int], Loaded]) -> tuple[Picture, ImageRecord]:
+        """The decoded image and its record, which may be cached."""
+        if index in self.cache:
+            self.cache.move_to_end(index)
+            return self.cache[index]
+        pixels, record = load(index)
+        found = Picture(pixels, max(record.width // pixels.shape[1], 1)), record
+        if self.settings.others:
+            self.cache[index] = found
+            self.cached_bytes += pixels.nbytes
+            while self.cached_bytes > _CACHE_BYTES and len(self.cache) > 1:
+                _, (oldest, _) = self.cache.popitem(last=False)
+                self.cached_bytes -= oldest.pixels.nbytes
+        return found
+
+    def __call__(
+        self, image: Picture, record: ImageRecord, key: SampleKey, seed: int, other: Other, count: int
+    ) -> Drawn:
+        is_last = self.last_epoch is not None and key.epoch >= self.last_epoch
+        settings = self.settings.at_the_end if is_last else self.settings
+        sample = _Sample(self, settings, np.random.default_rng([seed, *key.seeds, 5]), key, other, count)
+        return sample.drawn(image, record)
+
+
+class _Sample:
+    """The changes of one sample."""
+
+    def __init__(
+        self,
+        augmenter: DataAugmenter,
+        settings: Augment,
+        rng: np.random.Generator,
+        key: SampleKey,
+        other: Other,
+        count: int,
+    ):
+        self.augmenter, self.settings, self.rng, self.layout = augmenter, settings, rng, augmenter.layout
+        self.other, self.count = other, count
+        # what is drawn does not depend on what else is on: the data set's other images come in a fixed order
+        self.others = list(key.others)
+
+    def drawn(self, image: Picture, record: ImageRecord) -> Drawn:
+        settings, rng = self.settings, self.rng
+        of_mosaic, mixes, pastes, erases = rng.random(4) < (
+            settings.mosaic,
+            settings.mixup,
+            settings.copy_paste,
+            settings.erase,
+        )
+        self.masks = self.augmenter.masks or bool(pastes)
+        canvas = self.layout.canvas(record.width, record.height)
+        if of_mosaic:
+            pixels, changed = self._mosaic(image, record, canvas)
+        else:
+            pixels, changed = self._alone(image, record, canvas)
+        if pastes and (found := self._other()) is not None:
+            pixels, changed = paste_objects(pixels, changed, *self._alone(*found, canvas), rng)
+        if mixes and (found := self._other()) is not None:
+            pixels, changed = mix(pixels, changed, *self._alone(*found, canvas), rng)
+        if settings.color:
+            pixels = change_color(pixels, settings.color, rng)
+        if settings.transforms:
+            pixels, changed = self.augmenter.named(pixels, changed, int(rng.integers(2**31)))
+        if erases:
+            pixels = erase(pixels, rng)
+        return pixels, changed
+
+    def _other(self) -> tuple[Picture, ImageRecord] | None:
+        index = self.others.pop() if self.others else int(self.rng.integers(self.count))
+        return self.other(index)
+
+    def _scale(self) -> float:
+        low, high = np.log(self.settings.scale)
+        return float(np.exp(self.rng.uniform(low, high)))
+
+    def _flips(self) -> tuple[bool, bool]:
+        along_x, along_y = self.rng.random(2) < (self.settings.flip, self.settings.vertical_flip)
+        return bool(along_x), bool(along_y)
+
+    def _alone(self, image: Picture, record: ImageRecord, canvas: Size) -> Drawn:
+        """The image on a canvas of its own: cropped, scaled, flipped, and somewhere on it."""
+        window = (0, 0, *image.size)
+        if self.rng.random() < self.settings.crop:
+            window = self._crop(image, record)
+        scale = self._scale()
+        is_plain = window == (0, 0, *image.size) and scale == 1
+        side = np.zeros(2) if is_plain else self.rng.random(2)  # as the detector places an image that is not scaled
+        room = (0, 0, *canvas)
+        return self._composed([(image, record, self._placed(image, window, scale, room, side))], canvas)
+
+    def _mosaic(self, image: Picture, record: ImageRecord, canvas: Size) -> Drawn:
+        """The image and three others in the corners of a canvas. They meet in one point."""
+        x, y = (np.array(canvas) * self.rng.uniform(*_MOSAIC_CENTER, 2)).round().astype(int).tolist()
+        rooms = [(0, 0, x, y), (x, 0, canvas[0], y), (0, y, x, canvas[1]), (x, y, *canvas)]
+        sides = [(1, 1), (0, 1), (1, 0), (0, 0)]
+        images = [(image, record)]
+        images += [found for _ in range(3) if (found := self._other()) is not None]
+        parts = []
+        for corner, (each, of_each) in zip(self.rng.permutation(4), images, strict=False):
+            scale = self._scale() * self.rng.uniform(*_MOSAIC_SCALE)
+            placed = self._placed(each, (0, 0, *each.size), scale, rooms[corner], np.array(sides[corner]))
+            parts.append((each, of_each, placed))
+        return self._composed(parts, canvas)
+
+    def _placed(
+        self, image: Picture, window: tuple[int, int, int, int], scale: float, room: tuple, side: np.ndarray
+    ) -> Placement:
+        size, at, flips = (
+            self.layout.fit(window[2] - window[0], window[3] - window[1]),
+            self.rng.random(2),
+            self._flips(),
+        )
+        x, y = (span(window[axis::2], size[axis] * scale, room[axis::2], side[axis], at[axis]) for axis in (0, 1))
+        return Placement((x.start, y.start, x.end, y.end), (x.first, y.first, x.last, y.last), image.reduction, flips)
+
+    def _composed(self, parts: Sequence[tuple[Picture, ImageRecord, Placement]], canvas: Size) -> Drawn:
+        pixels, records = filled(canvas, self.layout.fill), []
+        for image, record, placement in parts:
+            placement.draw(image, pixels)
+            records.append(placement.record(record, canvas, self.masks, self.augmenter.mirrored))
+        return pixels, joined(records)
+
+    def _crop(self, image: Picture, record: ImageRecord) -> tuple[int, int, int, int]:
+        """A part of the decoded image that keeps one of its objects whole."""
+        whole = np.array(image.size)
+        sides = (whole * self.rng.uniform(*_CROPPED, 2)).round().astype(int).clip(1)
+        kept = np.flatnonzero(~record.iscrowd)
+        low, high = np.zeros(2, dtype=int), whole - sides
+        if len(kept):
+            box = record.boxes[self.rng.choice(kept)] / image.reduction
+            first, last = np.floor(box[:2]).astype(int).clip(0), np.minimum(np.ceil(box[2:]).astype(int), whole)
+            first = np.minimum(first, last - 1).clip(0)
+            sides = np.maximum(sides, last - first)
+            low, high = (last - sides).clip(0), np.minimum(first, whole - sides)
+        start = self.rng.integers(low, np.maximum(high, low) + 1)
+        return (*start.tolist(), *(start + sides).tolist())

@@ -1,0 +1,326 @@
+"""`--store`: a copy of a run's folder that outlives the machine, and from which another machine continues the run.
+
+The place holds the folder's files (metrics.jsonl, config.yaml, report.html, …), besides:
+
+    owner.json                          the start that may write; the latest start replaces it
+    checkpoints/index.json              the folders of `best` and `last`
+    checkpoints/batch-400-1a2b3c4d/     a checkpoint
+
+A checkpoint gets a folder of its own, manifest last. Then one write of the index makes it `last`, or `best` and `last`.
+Then the folders that the index no longer names are deleted. So the index always names complete checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+import threading
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from shared.data.places import Place, fetch_folder
+from shared.data.remote import StoreError
+from shared.durable import replace_folder, write_file
+from shared.errors import UserError
+from shared.training.downloads import INDEX
+from shared.training.run_folder import OF_THE_RUN, RunFolder
+from shared.training.saving import MANIFEST, METADATA, Background
+
+logger = logging.getLogger(__name__)
+
+OWNER = "owner.json"
+_TO_CONTINUE = ("metrics.jsonl", "loggers.json", "detections.npz")  # besides the checkpoints
+_NOT_STORED = ("checkpoints", "code", "requeue")  # of this machine; each checkpoint has a copy of the code
+_PAUSE = 10.0  # seconds until a store that failed is tried again
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint in the store.
+
+    Attributes:
+        folder: its name in `checkpoints/`.
+        batches: trained.
+        manifest: the SHA-256 of its manifest, which holds those of its files.
+    """
+
+    folder: str
+    batches: int
+    manifest: str
+
+
+class RunStore:
+    """Keeps a run's copy in a place. Only the chief has one.
+
+    Uploads run in a thread of their own, and training never waits for them. If the store fails, they are repeated until
+    it answers. An upload that has waited for long is of the newest checkpoint.
+    """
+
+    def __init__(self, place: Place, folder: RunFolder):
+        self.place, self.folder = place, folder
+        self._owner = json.dumps({"start": uuid.uuid4().hex, "host": socket.gethostname()})
+        self._changed = threading.Lock()
+        self._wanted: dict[str, Stored] = {}
+        self._is_queued = False
+        # the thread's own
+        self._index: dict[str, Stored] = {}
+        self._in_store: set[str] = set()  # folders of checkpoints, perhaps incomplete ones
+        self._partly_sent: dict[str, set[str]] = {}  # the files of a checkpoint that are there, by its folder
+        self._sent: dict[str, tuple[int, int]] = {}  # the time and the size of each other file, as it was sent
+        self._complains = False
+        self._ending = threading.Event()
+        self._background = Background("uploading")
+
+    # --- the start ----------------------------------------------------------------------------------------
+
+    def take(self, resume: str | None) -> None:
+        """Makes this start the store's owner. Fetches the run if the store has more of it than the folder.
+
+        Args:
+            resume: as `--resume`.
+
+        Raises:
+            UserError: the store cannot be read or written, or holds a run and `resume` is None.
+        """
+        if resume is None and any(self.place.read(name) is not None for name in (INDEX, "metrics.jsonl")):
+            raise UserError(
+                f"--store: {self.place} holds a run already. Fix: add `--resume auto` to continue it, or name "
+                "another folder"
+            )
+        self.place.write(OWNER, self._owner.encode())
+        self._index = self._read_index()
+        self._wanted = dict(self._index)
+        self._in_store = {PurePosixPath(name).parts[0] for name in self.place.names("checkpoints")}
+        self._in_store.discard(PurePosixPath(INDEX).name)
+        if resume in OF_THE_RUN and "last" in self._index:
+            batches = _batches(self.folder.checkpoints / "last")
+            if self._index["last"].batches > batches:
+                logger.info("continuing batch %d of %s", self._index["last"].batches, self.place)
+                self._fetch()
+
+    def begin(self) -> None:
+        """Takes the checkpoints that the folder holds. What the store lacks is sent with the first validation."""
+        shutil.rmtree(self._kept, ignore_errors=True)
+        for name in ("best", "last"):
+            if (self.folder.checkpoints / name).exists():
+                self._want(name)
+
+    def _read_index(self) -> dict[str, Stored]:
+        data = self.place.read(INDEX)
+        try:
+            return {} if data is None else {name: Stored(**entry) for name, entry in json.loads(data).items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"--store: {self.place}/{INDEX} cannot be read ({error})") from error
+
+    def _fetch(self) -> None:
+        """Replaces the folder's checkpoints and reports by the store's, `last` at the end."""
+        for name in _TO_CONTINUE:
+            data = self.place.read(name)
+            if data is None:
+                (self.folder.path / name).unlink(missing_ok=True)
+            else:
+                write_file(self.folder.path / name, data)
+        for name in ("best", "last"):
+            stored = self._index.get(name)
+            if stored is None or stored.manifest == _digest(self.folder.checkpoints / name):
+                continue
+            new = self.folder.saving / name
+            shutil.rmtree(new, ignore_errors=True)
+            fetch_folder(self.place, f"checkpoints/{stored.folder}", new)  # the manifest is checked at the reading
+            replace_folder(new, self.folder.checkpoints / name)
+
+    # --- during the training ------------------------------------------------------------------------------
+
+    def add_checkpoint(self, is_best: bool) -> None:
+        """Sends the folder's `last`, and `best` if it is the same. Nothing replaces them during this call."""
+        self._want(*(("last", "best") if is_best else ("last",)))
+        self.send()
+
+    def send(self) -> None:
+        """Begins to send what the store lacks."""
+        with self._changed:
+            is_queued, self._is_queued = self._is_queued, True
+        if not is_queued:
+            self._background.begin(self._send_until_stored)
+
+    def wait(self) -> None:
+        """Waits until all is sent, however long the store is away."""
+        self._background.wait()
+
+    def raise_if_failed(self) -> None:
+        """Raises UserError if another start of the run owns the store."""
+        self._background.raise_if_failed()
+
+    def __enter__(self) -> RunStore:
+        return self
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        """Finishes, also after an error and a signal. A second Ctrl-C does not wait."""
+        if isinstance(error, KeyboardInterrupt):
+            return
+        try:
+            self.finish()
+        except UserError as own:
+            if error is None:
+                raise
+            logger.error("%s", own)
+
+    def finish(self) -> None:
+        """Sends what is not there yet, and waits for it.
+
+        Raises:
+            UserError: the store fails. It names what is missing there.
+        """
+        self._ending.set()
+        self.send()
+        try:
+            self._background.wait()
+        except StoreError as error:
+            raise UserError(
+                f"--store: {', '.join(self._missing())}: not in {self.place} ({error}). Nothing is lost: "
+                f"{self.folder.path} has all of it. Fix: run the same command with --resume auto once the store answers"
+            ) from error
+        logger.info("all of the run is in %s", self.place)
+
+    # --- the upload ---------------------------------------------------------------------------------------
+
+    @property
+    def _kept(self) -> Path:
+        """Checkpoints that wait for their upload."""
+        return self.folder.checkpoints / ".uploading"
+
+    def _want(self, *names: str) -> None:
+        """Wants a checkpoint of the folder in the store, under these names at once. Keeps its files for the upload: no
+        file of a checkpoint is ever changed in place."""
+        checkpoint = self.folder.checkpoints / names[0]
+        digest, batches = _digest(checkpoint), _batches(checkpoint)
+        with self._changed:
+            stored = next((known for known in self._wanted.values() if known.manifest == digest), None)
+            if stored is None:
+                stored = Stored(f"batch-{batches}-{uuid.uuid4().hex[:8]}", batches, digest)
+                shutil.copytree(checkpoint, self._kept / stored.folder, copy_function=_link)
+            self._wanted |= dict.fromkeys(names, stored)
+
+    def _send_until_stored(self) -> None:
+        while True:
+            is_last_try = self._ending.is_set()
+            try:
+                self._send()
+                break
+            except StoreError as error:
+                if is_last_try:
+                    raise
+                if not self._complains:
+                    logger.warning("--store: %s; training continues, and uploads are repeated until it answers", error)
+                self._complains = True
+                self._ending.wait(_PAUSE)
+        if self._complains:
+            logger.info("--store: %s answers again, and has all checkpoints", self.place)
+        self._complains = False
+
+    def _send(self) -> None:
+        """Sends what the store lacks. After an error, the next call continues."""
+        with self._changed:
+            self._is_queued = False
+            wanted = dict(self._wanted)
+        self._check_owner()
+        for name in self._files():
+            self._send_file(name)
+        if wanted != self._index:
+            for stored in dict.fromkeys(wanted.values()):
+                if stored not in self._index.values():
+                    self._send_checkpoint(stored)
+            self._check_owner()
+            index = {name: asdict(stored) for name, stored in wanted.items()}
+            self.place.write(INDEX, json.dumps(index, indent=1).encode())
+            self._index = wanted
+        in_index = {stored.folder for stored in self._index.values()}
+        for folder in sorted(self._in_store - in_index):
+            self.place.delete(f"checkpoints/{folder}")
+            self._in_store.discard(folder)
+        with self._changed:
+            waiting = {stored.folder for stored in self._wanted.values()} - in_index
+            for kept in self._kept.iterdir() if self._kept.exists() else ():
+                if kept.name not in waiting:
+                    shutil.rmtree(kept, ignore_errors=True)
+            with contextlib.suppress(OSError):  # unless some wait
+                self._kept.rmdir()
+
+    def _files(self) -> list[str]:
+        """The run's files that the store keeps, besides its checkpoints."""
+        found = []
+        for parent, folders, names in os.walk(self.folder.path):
+            above = Path(parent).relative_to(self.folder.path)
+            excluded = _NOT_STORED if above == Path() else ()
+            folders[:] = [name for name in folders if name not in excluded and not name.startswith(".")]
+            found += [above / name for name in names if name not in excluded and not name.startswith(".")]
+        return sorted(path.as_posix() for path in found)
+
+    def _send_file(self, name: str) -> None:
+        """Sends a file if it has changed. It may be replaced or continued at the same time."""
+        path = self.folder.path / name
+        with contextlib.suppress(FileNotFoundError):
+            state = path.stat()
+            version = (state.st_mtime_ns, state.st_size)
+            if self._sent.get(name) != version:
+                self.place.write(name, path.read_bytes())
+                self._sent[name] = version
+
+    def _send_checkpoint(self, stored: Stored) -> None:
+        source = self._kept / stored.folder
+        self._in_store.add(stored.folder)
+        done = self._partly_sent.setdefault(stored.folder, set())
+        names = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
+        for name in sorted(names, key=lambda name: name == MANIFEST):
+            if name not in done:
+                self.place.send(source / name, f"checkpoints/{stored.folder}/{name}")
+                done.add(name)
+
+    def _check_owner(self) -> None:
+        owner = (self.place.read(OWNER) or b"").decode()
+        if owner != self._owner:
+            raise UserError(
+                f"--store: a later start of the run owns {self.place}: {owner or 'its owner.json is gone'}. "
+                "Fix: run one at a time"
+            )
+
+    def _missing(self) -> list[str]:
+        with self._changed:
+            late = [
+                f"{name} (batch {stored.batches})"
+                for name, stored in sorted(self._wanted.items())
+                if self._index.get(name) != stored
+            ]
+        for name in self._files():
+            state = (self.folder.path / name).stat()
+            if self._sent.get(name) != (state.st_mtime_ns, state.st_size):
+                late.append(name)
+        return late
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a disk without hard links
+        shutil.copy2(source, target)
+
+
+def _batches(checkpoint: Path) -> int:
+    """Batches trained; -1 without a checkpoint that can be read."""
+    try:
+        return int(json.loads((checkpoint / METADATA).read_text())["steps_completed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+
+
+def _digest(checkpoint: Path) -> str:
+    """SHA-256 of the manifest; of nothing, if there is none."""
+    manifest = checkpoint / MANIFEST
+    return hashlib.sha256(manifest.read_bytes() if manifest.exists() else b"").hexdigest()

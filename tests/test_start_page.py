@@ -1,0 +1,48 @@
+"""The commands of the docs' first page, run as a user runs them."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import tiny_formats
+from conftest import ROOT
+
+
+def code_blocks(page, language=""):
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    return [block for kind, block in found if kind == language]
+
+
+def commands_of(page):
+    """The block that converts the user's annotations and goes on to predictions."""
+    return next(block for block in code_blocks(page) if "shared convert" in block)
+
+
+def test_the_start_page_s_commands_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_formats, "PICTURES", 16)
+    tiny_formats.write_xml(tmp_path / "cells", ["rectangle", "circle", "triangle"], "JPEGImages")
+    folder = shutil.copytree(ROOT / "efficientdet", tmp_path / "efficientdet")  # links become files, as in a submission
+    (config,) = (block for block in code_blocks("docs/index.md", "yaml") if "name: cells" in block)
+    shorter = config.replace("epochs: 24", "epochs: 1").replace("epochs: 6", "epochs: 1")
+    assert shorter.count("epochs: 1}") == 2
+    (folder / "cells.yaml").write_text(shorter)
+    subprocess.run(
+        ["bash", "-exc", f'python3() {{ "{sys.executable}" "$@"; }}\n{commands_of("docs/index.md")}'],
+        cwd=folder,
+        env={**os.environ, "HOME": str(tmp_path)},
+        check=True,
+    )
+    assert (folder / "labels.png").exists()
+    assert (folder / "runs/cells/evaluation/report.html").exists()
+    assert {result["image_id"] for result in json.loads((folder / "found/results.json").read_text())}
+
+
+def test_the_readme_has_the_start_page_s_commands():
+    readme, start = (
+        [line.split("  #")[0].strip() for line in commands_of(page).splitlines() if line.startswith("python3")]
+        for page in ("README.md", "docs/index.md")
+    )
+    assert readme == start
