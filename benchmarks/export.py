@@ -27,7 +27,7 @@ def measure(detector: str, config: str, checkpoint: str, files: list[str], image
     from shared.export import detect
     from shared.export.check import own_peak_memory, peak_memory_of
     from shared.launch import experiment_for
-    from shared.training.processes import local_processes
+    from shared.training.meeting import local_processes
 
     given = argparse.Namespace(command="evaluate", config=config, overrides=[], checkpoint=checkpoint, model=None)
     trial_class = trial_class_of(detector)

@@ -196,7 +196,9 @@ def _write_openvino(onnx: Path, path: Path, metadata: Metadata) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the libraries' warnings about their own parts."""
-    noisy = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch.fx")]
+    noisy = [
+        logging.getLogger(name) for name in ("", "torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch.fx")
+    ]
     levels = [logger.level for logger in noisy]
     for logger in noisy:
         logger.setLevel(logging.ERROR)
