@@ -19,7 +19,7 @@ $(READY): setup.cfg shared/requirements.txt efficientdet/requirements.txt $(CONS
 # As a container is made ready: MMDetection over mmcv without compiled operations, and Detectron2's Python. A library that
 # is on no package index is skipped where GitHub cannot be reached.
 LIBRARIES = $(filter-out shared/% docs/% efficientdet/%, $(wildcard */requirements.txt))
-READY_FOR = PATH="$(abspath $(VENV))/bin:$$PATH" timeout 1800 $(PY) -m shared.container --constraint $(CONSTRAINTS)
+READY_FOR = PATH="$(abspath $(VENV))/bin:$$PATH" timeout 600 $(PY) -m shared.container --constraint $(CONSTRAINTS)
 install = for file in $(LIBRARIES); do $(READY_FOR) $(1) $$file || { grep -q github.com $$file && \
 		echo "$$file: GitHub cannot be reached: the detector's tests will be skipped"; } || exit 1; done
 $(ALL_READY): $(READY) $(LIBRARIES)
@@ -80,8 +80,8 @@ bench: $(ALL_READY)
 	$(PY) benchmarks/annotations.py check
 	$(PY) benchmarks/annotations.py ranks
 	$(PY) benchmarks/annotations.py disk
-	OMP_NUM_THREADS=1 $(PY) benchmarks/evaluation.py gather
 	OMP_NUM_THREADS=1 $(PY) benchmarks/remote.py
+	OMP_NUM_THREADS=1 $(PY) benchmarks/scale.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/training_step.py
 	for script in benchmarks/against_*.py; do for what in step memory evaluation; do \
 		OMP_NUM_THREADS=1 $(PY) $$script $$what || exit 1; \

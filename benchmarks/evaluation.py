@@ -1,9 +1,8 @@
-"""An evaluation between the model's output and the metrics: COCO's numbers, batches, processes."""
+"""An evaluation between the model's output and the metrics: COCO's numbers, batches."""
 
 import contextlib
 import importlib
 import io
-import multiprocessing
 import os
 import statistics
 import sys
@@ -16,9 +15,7 @@ from pathlib import Path
 os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1")  # before NumPy and the evaluators start their threads
 import hotcoco
 import numpy as np
-import zmq
 from command_line import main
-from determined.core import DistributedContext
 from memory import added_mib, in_process
 from pixels import UNTRAINED
 from pycocotools import mask as coco_mask
@@ -28,18 +25,18 @@ from coco_files import data_folder
 from shared.data.annotations import CocoAnnotations
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator, summarize
-from shared.evaluation.gathered import GatheredDetections, merge
+from shared.evaluation.gathered import GatheredDetections
 
 BOXES, CATEGORIES, HEIGHT, WIDTH = 60, 80, 480, 640
 NAMES = [f"category {label}" for label in range(CATEGORIES)]
 Run = Callable[[list[Detections]], dict[str, float]]
 
 
-def make(images: int, masks: bool = False, objects: int = BOXES, first: int = 0) -> tuple[dict, list[Detections]]:
-    """A COCO data set whose ids count from `first`, and BOXES detections per image, those near its objects first."""
-    rng = np.random.default_rng(first)
+def make(images: int, masks: bool) -> tuple[dict, list[Detections]]:
+    """A COCO data set, and BOXES detections per image, near its objects."""
+    rng = np.random.default_rng(0)
     annotations, detections = [], []
-    for image in range(first, first + images):
+    for image in range(images):
         sides = np.exp(rng.uniform(np.log(8), np.log(300), (BOXES, 2)))
         truth = np.hstack([rng.uniform(0, 1, (BOXES, 2)) * np.maximum([WIDTH, HEIGHT] - sides, 1), sides])
         found = truth + rng.normal(size=truth.shape) * 0.08 * np.tile(sides, 2)
@@ -47,16 +44,13 @@ def make(images: int, masks: bool = False, objects: int = BOXES, first: int = 0)
         labels, crowd = rng.integers(0, CATEGORIES, BOXES), (rng.uniform(size=BOXES) < 0.01).astype(int)
         rles = [{**r, "counts": r["counts"].decode()} for r in masks_in(rng, truth)] if masks else [None] * BOXES
         columns = truth.tolist(), sides.prod(axis=1).tolist(), labels.tolist(), crowd.tolist(), rles
-        for row in list(zip(*columns, strict=True))[:objects]:
+        for row in zip(*columns, strict=True):
             annotation = dict(zip(("bbox", "area", "category_id", "iscrowd", "segmentation"), row, strict=True))
             annotations.append({"id": len(annotations) + 1, "image_id": image, **annotation})
         corners = np.hstack([found[:, :2], found[:, :2] + found[:, 2:]])
         found_masks = masks_in(rng, found) if masks else None
-        scores = rng.uniform(size=BOXES)
-        scores[objects:] *= 0.5  # they find nothing
-        detections.append(Detections(image, corners, scores, labels, found_masks))
-    ids = range(first, first + images)
-    coco_images = [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in ids]
+        detections.append(Detections(image, corners, rng.uniform(size=BOXES), labels, found_masks))
+    coco_images = [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(images)]
     categories = [{"id": label, "name": name} for label, name in enumerate(NAMES)]
     return {"info": {}, "images": coco_images, "annotations": annotations, "categories": categories}, detections
 
@@ -239,67 +233,5 @@ def batches(detector: str = "mmdetection", batch_size: int = 4, pixels: int = 32
     }
 
 
-# --- processes ----------------------------------------------------------------------------------------------
-
-PORTS = {"pub_port": 29_420, "pull_port": 29_421}
-
-
-class Exchange(CocoEvaluator):
-    """The evaluator up to what hotcoco takes."""
-
-    def metrics_of(self, shares: list) -> dict[str, float]:
-        found = merge(shares)
-        return {"masks": min(len(found.rows()), len(found.rles()))}
-
-
-def gather(images: int = 5000, processes: int = 8) -> dict:
-    """How the results of images with 60 masks each, from several processes, reach the chief. Metrics are not computed.
-
-    Bytes are those that all sockets send; a broadcast counts once per receiver. Seconds are the chief's, until every
-    process may continue. Memory is what a process adds at its peak.
-    """
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    ranks = [context.Process(target=gather_once, args=(r, processes, images, queue)) for r in range(processes)]
-    for rank in ranks:
-        rank.start()
-    (_, masks, _, seconds, chief), *others = results = sorted(queue.get() for _ in ranks)
-    for rank in ranks:
-        rank.join()
-    assert masks == images // processes * processes * BOXES
-    sent, most = sum(result[2] for result in results) / 2**20, max(other[-1] for other in others)
-    figures = {"sent_mib": sent, "seconds": seconds, "chief_added_mib": chief, "another_added_mib": most}
-    return {name: round(value, 1) for name, value in figures.items()}
-
-
-def gather_once(rank: int, size: int, images: int, queue) -> None:
-    machine = {"local_rank": rank, "local_size": size, "cross_rank": 0, "cross_size": 1}
-    distributed = DistributedContext(rank=rank, size=size, **PORTS, **machine)
-    share = images // size
-    _, detections = make(share, masks=True, objects=0, first=rank * share)
-    files = [{"id": i, "file_name": "", "height": HEIGHT, "width": WIDTH} for i in range(images)]
-    categories = [{"id": label, "name": name} for label, name in enumerate(NAMES)]
-    annotations = CocoAnnotations.from_dict({"images": files, "annotations": [], "categories": categories})
-    evaluator = Exchange(annotations, ("segm",), gather=distributed.gather)
-    evaluator.update(detections)
-    sent, send = [0], zmq.Socket.send
-
-    def counting(socket, data, *rest, **options):
-        sent[0] += len(data) * (size - 1 if socket.type == zmq.PUB else 1)
-        return send(socket, data, *rest, **options)
-
-    distributed.allgather(None)
-    zmq.Socket.send = counting
-    with added_mib() as added:
-        started = time.perf_counter()
-        metrics = evaluator.cross_slot_reduce(distributed.allgather(evaluator.per_slot_reduce()))
-        sent_bytes = sent[0]
-        distributed.allgather(None)
-        seconds = time.perf_counter() - started
-    evaluator.raise_if_failed()
-    queue.put((rank, metrics.get("masks"), sent_bytes, seconds, added[0]))
-    distributed.close()
-
-
 if __name__ == "__main__":
-    main(__doc__, coco_numbers, batches, gather)
+    main(__doc__, coco_numbers, batches)

@@ -28,6 +28,7 @@ from torch import nn
 from transformers import PreTrainedConfig, get_scheduler
 
 from detr_files.data import DetrCollate, DetrTransform, layout, makes_one_size, resized
+from detr_files.denoising import Ranks
 from detr_files.model import (
     TrainedDetr,
     build_detector,
@@ -39,7 +40,7 @@ from detr_files.model import (
 )
 from detr_files.optimizer import build_optimizer
 from detr_files.weights import load_start_weights
-from shared.data.dataset import CocoDetection
+from shared.data.dataset import CocoDetection, kept_random_state, seed_all
 from shared.data.images import InputScale
 from shared.data.loading import Batch
 from shared.data.open import SplitData
@@ -191,10 +192,18 @@ class DetrTrial(DetectionTrial):
     # --- the step -------------------------------------------------------------------------------------
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        return model(batch.images, batch.targets["mask"], batch.targets["labels"], self.slots)
+        ranks = None if self.slots == 1 else Ranks(self.rank, self.slots, self._random_state_of_one_rank())
+        return model(batch.images, batch.targets["mask"], batch.targets["labels"], ranks)
+
+    def _random_state_of_one_rank(self) -> torch.Tensor:
+        """Of the device's generator before the losses of this batch, if rank 0 computes all of it."""
+        is_on_gpu = self.context.device.type == "cuda"
+        with kept_random_state():
+            seed_all(self.seed, 0, self.batches_trained, 1)  # as `train_batch` does
+            return torch.cuda.get_rng_state(self.context.device) if is_on_gpu else torch.get_rng_state()
 
     def image_losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        return model(batch.images, batch.targets["mask"], batch.targets["labels"], 1)
+        return model(batch.images, batch.targets["mask"], batch.targets["labels"])
 
     def detect(self, model: nn.Module, batch: Batch) -> list[Detections]:
         outputs = model.outputs(batch.images, batch.targets["mask"])

@@ -1,7 +1,7 @@
 """The rank of this process among those of a run, as its launcher gives it.
 
 torchrun's variables are the contract: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. `adopt_launcher` sets
-them from those of mpirun, SLURM's srun and Kubeflow. Nothing else reads another launcher's variables.
+them from those of mpirun, SLURM's srun and Kubeflow. No other module reads another launcher's variables.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def parse_signals(text: str) -> tuple[signal.Signals, ...]:
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a program that trains alone, whatever started this process."""
+    """The environment of a program that trains alone: the variables of all launchers are removed."""
     return {name: value for name, value in environment.items() if not _OF_LAUNCHERS.match(name)}
 
 

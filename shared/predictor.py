@@ -23,9 +23,15 @@ from determined.core import DistributedContext
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
-from shared.commands.detection import detect_all, detecting_trial, experiment_of_checkpoint, score_limits
+from shared.commands.detection import (
+    FileDetector,
+    detect_all,
+    detecting_trial,
+    experiment_of_checkpoint,
+    score_limits,
+)
 from shared.commands.predict_inputs import GivenImages, UnreadableError, size_of
-from shared.config.experiment import experiment_of
+from shared.config.experiment import Experiment, Sections, experiment_of
 from shared.config.schema import StoreOptions, is_url
 from shared.data.annotations import CocoAnnotations
 from shared.data.images import allow_pixels, read_image
@@ -34,6 +40,7 @@ from shared.data.tiles import Tiling
 from shared.errors import UserError
 from shared.evaluation import drawing
 from shared.evaluation.detections import Detections, to_coco_results
+from shared.export.runtime import ENDINGS
 from shared.training.checkpoints import Checkpoint, read_checkpoint
 from shared.training.downloads import find_checkpoint
 from shared.training.meeting import choose_device
@@ -96,7 +103,8 @@ class Predictor:
     """Detects in images with a trained detector.
 
     Args:
-        source: a run's folder (its best checkpoint), a checkpoint's folder or, with DET_MASTER set, its UUID.
+        source: a run's folder (its best checkpoint), a checkpoint's folder or, with DET_MASTER set, its UUID; or a
+            file of `export`, which needs no detector's folder.
         detector: the detector's folder, with its model_def.py. Default: found by the checkpoint's class in the working
             directory or the repository.
         hyperparameters: values that replace the checkpoint's, such as `{"max_detections": 300}`.
@@ -111,19 +119,24 @@ class Predictor:
         detector: str | Path | None = None,
         hyperparameters: Mapping[str, Any] | None = None,
     ):
-        checkpoint = read_checkpoint(find_checkpoint(_checkpoint_of(source)))
-        trial_class = trial_class_of(checkpoint, detector)
-        changes = dict(hyperparameters or {})
-        experiment = experiment_of(checkpoint.config, changes, trial_class.sections(), with_hyperparameters=False)
-        experiment = experiment_of_checkpoint(trial_class, experiment, checkpoint, list(changes))
-        self._checkpoint = checkpoint.path
+        self._opened, self._checkpoint = contextlib.ExitStack(), None
+        alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
+        processes, changes = (alone, choose_device(0, 1)), dict(hyperparameters or {})
+        if Path(source).suffix in ENDINGS:
+            if changes:
+                raise UserError(f"{source}: an exported file has no hyperparameters. Fix: give the checkpoint")
+            experiment = _in_this_process(experiment_of({}, {}, Sections(), with_hyperparameters=False))
+            self._trial = FileDetector(DetectionTrial, experiment, Path(source).expanduser(), processes)
+        else:
+            checkpoint = read_checkpoint(find_checkpoint(_checkpoint_of(source)))
+            trial_class = trial_class_of(checkpoint, detector)
+            experiment = experiment_of(checkpoint.config, changes, trial_class.sections(), with_hyperparameters=False)
+            experiment = experiment_of_checkpoint(trial_class, experiment, checkpoint, list(changes))
+            experiment = _in_this_process(experiment)
+            self._checkpoint = checkpoint.path
+            self._trial = self._opened.enter_context(detecting_trial(trial_class, experiment, checkpoint, processes))
         self._options = experiment.data.store_options
         allow_pixels(experiment.data.max_image_pixels)
-        experiment = replace(experiment, data=replace(experiment.data, on_bad_image="error", workers=0))
-        alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
-        self._opened = contextlib.ExitStack()
-        processes = alone, choose_device(0, 1)
-        self._trial = self._opened.enter_context(detecting_trial(trial_class, experiment, checkpoint, processes))
 
     @property
     def categories(self) -> list[dict]:
@@ -152,7 +165,10 @@ class Predictor:
             return self([images], min_score, tiles, overlap)[0]
         if not images:
             return []
-        limits = score_limits(min_score, self.categories, self._checkpoint)
+        exported = self._trial if isinstance(self._trial, FileDetector) else None
+        if exported is not None and tiles is not None:
+            raise UserError("tiles: an exported file detects in whole images. Fix: give the checkpoint to Predictor")
+        limits = score_limits(min_score, self.categories, self._checkpoint, exported)
         with _OpenedImages(images, self._options) as opened:
             tiling = None if tiles is None else Tiling(tiles, overlap)
             sizes = [opened.size(i, in_tiles=tiles is not None) for i in range(len(images))]
@@ -177,6 +193,11 @@ class Predictor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _in_this_process(experiment: Experiment) -> Experiment:
+    """Without loader workers. An image that cannot be read is an error."""
+    return replace(experiment, data=replace(experiment.data, on_bad_image="error", workers=0))
 
 
 def _checkpoint_of(source: str | Path) -> str:

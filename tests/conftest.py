@@ -179,7 +179,7 @@ def run_command(function: Callable, trial_class: type, config: Path, overrides: 
 
     defaults = {"command": None, "config": str(config), "overrides": [*overrides], "split": "val", "store": None}
     defaults |= {"stop_signals": STOP_SIGNALS, "stop_status": None, "tiles": None, "overlap": 0.2, "model": None}
-    given = argparse.Namespace(**{**defaults, **arguments})
+    given = argparse.Namespace(**{**defaults, "track": False, **arguments})
     function(trial_class, experiment_for(given, trial_class.sections()), given)
 
 

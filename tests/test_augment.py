@@ -21,8 +21,8 @@ from shared.data.annotations import CocoAnnotations
 from shared.data.augment.augmenter import DataAugmenter
 from shared.data.augment.placement import Layout, mirrored_keypoints
 from shared.data.dataset import BadImages, CocoDetection, SampleKey
+from shared.data.loading import TrainingBatchSampler
 from shared.data.open import open_split
-from shared.data.samplers import TrainingBatchSampler
 from shared.errors import UserError
 
 SIZE = (96, 80)

@@ -1,22 +1,26 @@
 """The recipes in deploy/: they parse, agree with each other and with the docs, and start commands that exist."""
 
+import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 from tiny_models import CONFIGS
 
-from shared.launch import read_arguments
+from shared.command_line import read_arguments
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
@@ -170,3 +174,38 @@ def test_the_slurm_script_passes_shellcheck():
     if not Path(shellcheck).exists():
         pytest.skip("shellcheck is not installed")
     subprocess.run([shellcheck, DEPLOY / "slurm/train.sbatch"], check=True)
+
+
+# --- Ray ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(monkeypatch):
+    """deploy/ray/train.py, with Ray's names replaced."""
+    torch_trainer = types.SimpleNamespace(TorchConfig=None, TorchTrainer=None)
+    configs = types.SimpleNamespace(FailureConfig=None, RunConfig=None, ScalingConfig=None, torch=torch_trainer)
+    ray = types.SimpleNamespace(train=configs)
+    for name, module in {"ray": ray, "ray.train": configs, "ray.train.torch": torch_trainer}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda objects, src: None)
+    return types.SimpleNamespace(**runpy.run_path(DEPLOY / "ray/train.py"))
+
+
+def test_a_worker_of_ray_starts_a_training_with_its_rank(adapter, tmp_path, monkeypatch):
+    (tmp_path / "model_def.py").write_text(
+        "import json, os, sys\nfrom pathlib import Path\n"
+        "ports = [os.environ['MASTER_PORT'], os.environ['RANK']]\n"
+        "Path('seen.json').write_text(json.dumps([sys.argv, *ports]))\n"
+        "sys.exit('fails' in sys.argv)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "model_def", raising=False)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    adapter.train_on_worker({"arguments": ["const.yaml", "--store", "s3://bucket/runs/a"]})
+    arguments, port, rank = json.loads((tmp_path / "seen.json").read_text())
+    assert arguments == ["model_def.py", "train", "const.yaml", "--store", "s3://bucket/runs/a", "--resume", "auto"]
+    assert rank == "3"
+    assert port != "1"  # which Ray's own group has
+    with pytest.raises(RuntimeError, match="ended with status 1"):
+        adapter.train_on_worker({"arguments": ["fails"]})

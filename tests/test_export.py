@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, run_command
+from conftest import run_command
 from PIL import Image
 from tiny_models import efficientdet_config
 
@@ -19,7 +19,14 @@ import torch
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
     pytest.skip("export needs torch 2.6", allow_module_level=True)
 
-EXPORT = {"format": "onnx", "images": None, "tolerance": 0.001, "checkpoint": None, "output": None}
+EXPORT = {
+    "format": "onnx",
+    "images": None,
+    "tolerance": None,
+    "precision": "float32",
+    "checkpoint": None,
+    "output": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -117,17 +124,27 @@ def test_predict_draws_what_an_exported_file_detects(exported, command, trial_cl
     assert len(list((tmp_path / "found").glob("*.png"))) == 10
 
 
+def test_predictor_detects_with_an_exported_file(exported, shapes):
+    from shared.export.runtime import ExportedDetector
+    from shared.predictor import Predictor
+
+    paths = sorted((shapes / "val").iterdir())[:2]
+    found = Predictor(exported / "onnx/model.onnx")(paths)
+    expected = ExportedDetector(exported / "onnx/model.onnx").detect([np.asarray(Image.open(path)) for path in paths])
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.boxes, other.boxes)
+        np.testing.assert_array_equal(one.scores, other.scores)
+        assert len(one.names) == len(one)
+    assert Predictor(exported / "onnx/model.onnx")(paths[0], min_score="best-per-category").draw().size == (128, 128)
+
+
 def test_detect_py_needs_no_torch(exported, shapes):
     image = next((shapes / "val").iterdir())
     without_torch = (
         "import sys; sys.modules.update(dict.fromkeys(('torch', 'torchvision', 'shared')))\n"
         "import runpy; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    script = (
-        (exported / "onnx/detect.py")
-        .read_text()
-        .replace('"detector.best_threshold"]) or 0.3', '"detector.best_threshold"]) * 0')
-    )
+    script = (exported / "onnx/detect.py").read_text().replace("(threshold or 0.3)", "0")
     changed = exported / "detect_all.py"
     changed.write_text(script)
     command = [sys.executable, "-c", without_torch, str(changed), str(exported / "onnx/model.onnx"), str(image)]
@@ -143,7 +160,7 @@ def test_export_leaves_nothing_where_the_file_differs(exported, monkeypatch, tri
     from shared.export import formats
     from shared.export.runtime import ExportedDetector
 
-    def copied(detector, name, folder, metadata):
+    def copied(detector, name, folder, metadata, calibration=()):
         return Path(folder / "model.onnx").write_bytes((exported / "onnx/model.onnx").read_bytes()) and (
             folder / "model.onnx"
         )
@@ -225,4 +242,37 @@ def test_pixels_of_an_exported_file_are_opencv_s():
         assert np.abs(ours - theirs).max() <= 1
 
 
-assert ROOT  # the folder with the detectors comes on the path first
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [(["--format", "openvino"], 0.99), (["--format", "torch"], 1.0), (["--format", "openvino", "--half"], 0.9)],
+)
+def test_other_formats_detect_what_the_checkpoint_detects(options, least, exported, command, trial_class, tmp_path):
+    checkpoint = ["--checkpoint", exported / "run/checkpoints/best"]
+    command(trial_class, "export", exported / "config.yaml", *checkpoint, *options, "--output", tmp_path / "out")
+    found = json.loads((tmp_path / "out/export.json").read_text())["differences"]
+    assert found["matched"] >= least * found["detections"] > 0
+
+
+@pytest.mark.slow
+def test_int8_is_calibrated_on_training_images_and_reports_its_cost(exported, command, trial_class, tmp_path):
+    checkpoint = ["--checkpoint", exported / "run/checkpoints/best"]
+    command(trial_class, "export", exported / "config.yaml", *checkpoint, "--int8", "--output", tmp_path / "out")
+    numbers = json.loads((tmp_path / "out/export.json").read_text())
+    assert "int8" in numbers["facts"]["file"]
+    assert numbers["differences"]["score"] > 0
+    size, of_float = ((folder / "model.onnx").stat().st_size for folder in (tmp_path / "out", exported / "onnx"))
+    assert size < 0.8 * of_float
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--half"], "--half: onnx has no 16-bit files here. Fix: --format openvino"),
+        (["--int8", "--format", "torch"], "--int8: torch has no 8-bit files here. Fix: --format onnx or openvino"),
+        (["--format", "transformers"], "--format transformers: only a model of `detr` has it"),
+    ],
+)
+def test_a_format_without_that_precision_is_refused(options, said, refused, exported):
+    checkpoint = ["--checkpoint", exported / "run/checkpoints/best"]
+    assert said in refused("export", exported / "config.yaml", *checkpoint, *options, "--output", exported / "refused")

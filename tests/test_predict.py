@@ -14,7 +14,7 @@ from conftest import run_command
 from PIL import Image
 from stores import BUCKET, http_store, s3_store
 
-from shared.commands import detection as detection_module
+from shared.commands import detection
 from shared.commands.detection import score_limits
 from shared.commands.evaluate import evaluate as evaluate_command
 from shared.commands.predict import predict as predict_command
@@ -74,10 +74,19 @@ def predict(tmp_path, monkeypatch):
     """Predicts in this process; what is in results.json, by file name."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*images, output="out", trial_class=FindsTwo, picture_format="png", min_score=0.3, checkpoint=None, **data):
+    def call(
+        *images,
+        output="out",
+        trial_class=FindsTwo,
+        picture_format="png",
+        min_score=0.3,
+        checkpoint=None,
+        track=False,
+        **data,
+    ):
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump({"data": {"workers": 0, **data}, "searcher": SEARCHER}))
-        outputs = {"output": tmp_path / output, "format": picture_format, "min_score": min_score}
+        outputs = {"output": tmp_path / output, "format": picture_format, "min_score": min_score, "track": track}
         run_command(predict_command, trial_class, path, checkpoint=checkpoint, images=[*map(str, images)], **outputs)
         return json.loads((tmp_path / output / "results.json").read_text())
 
@@ -253,9 +262,9 @@ def test_the_threshold_of_the_run_s_report_is_drawn_with(predict, tmp_path, monk
     per_category = [{"name": "square", "threshold": 0.5}, {"name": "circle", "threshold": None}]
     report = {"best_threshold": 0.05, "bbox": {"categories": per_category}}
     (tmp_path / "run/report.json").write_text(json.dumps(report))
-    monkeypatch.setattr(detection_module, "find_checkpoint", Path)
-    monkeypatch.setattr(detection_module, "read_checkpoint", lambda _: checkpoint)
-    monkeypatch.setattr(detection_module, "load_weights", lambda *_: None)
+    monkeypatch.setattr(detection, "find_checkpoint", Path)
+    monkeypatch.setattr(detection, "read_checkpoint", lambda _: checkpoint)
+    monkeypatch.setattr(detection, "load_weights", lambda *_: None)
     monkeypatch.setattr(FindsTwo, "batches", 0, raising=False)
     predict("a.png", min_score="best", checkpoint=str(path))
     assert "the 2 of at least 0.05 are drawn" in capsys.readouterr().out
@@ -311,6 +320,64 @@ def test_a_video_comes_out_with_the_same_frames(predict, tmp_path):
         assert pixels.shape == (size[1], size[0], 3)
         assert abs(int(pixels[40, 50].mean()) - level) < 12
     assert not drawn.read()[0]
+
+
+def test_a_video_is_decoded_once_and_detected_in_batches(predict, tmp_path, monkeypatch):
+    cv2 = pytest.importorskip("cv2")
+    clip(tmp_path / "clip.avi", range(0, 250, 10))
+    reads, batches, real = [], [], cv2.VideoCapture
+
+    class Counting:
+        def __init__(self, path):
+            self.real = real(path)
+
+        def read(self):
+            reads.append(1)
+            return self.real.read()
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+    class Noting(FindsTwo):
+        def detect(self, model, batch):
+            batches.append(len(batch))
+            return super().detect(model, batch)
+
+    monkeypatch.setattr(cv2, "VideoCapture", Counting)
+    results = predict("clip.avi", trial_class=Noting)
+    assert [result["frame"] for result in results[::2]] == list(range(25))
+    assert len(reads) <= 25 + 3  # a look at the first frame, and the end
+    assert set(batches[:-1]) == {2}
+
+
+def test_tracked_objects_keep_their_number_from_frame_to_frame(predict, tmp_path):
+    pytest.importorskip("trackers")
+    clip(tmp_path / "clip.avi", range(0, 250, 50))
+    results = predict("clip.avi", track=True, min_score=0.5)
+    sure = [result.get("track_id") for result in results if result["score"] > 0.5]
+    assert len(set(sure[1:])) == 1
+    assert sure[-1] is not None
+    assert not any("track_id" in result for result in results if result["score"] < 0.5)
+    image(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"--track: it follows objects in videos, and --images has none"):
+        predict("a.png", track=True, output="other")
+
+
+def test_track_without_its_package_says_what_to_install(predict, tmp_path, monkeypatch):
+    clip(tmp_path / "clip.avi")
+    monkeypatch.setitem(__import__("sys").modules, "trackers", None)
+    with pytest.raises(UserError, match=r"--track: it needs the package trackers .*Fix: pip install trackers"):
+        predict("clip.avi", track=True)
+    assert files(tmp_path / "out") == []
+
+
+def test_frames_and_images_are_numbered_together_in_the_order_given(predict, tmp_path):
+    image(tmp_path / "a.png")
+    clip(tmp_path / "b.avi", (0, 100, 200))
+    image(tmp_path / "c.png")
+    results = predict("a.png", "b.avi", "c.png")
+    seen = {(result["image_id"], result["file_name"], result.get("frame")) for result in results}
+    assert sorted(seen) == [(0, "a.png", None), (1, "b.avi", 0), (2, "b.avi", 1), (3, "b.avi", 2), (4, "c.png", None)]
 
 
 def test_without_opencv_a_video_says_what_to_install(predict, tmp_path, monkeypatch):

@@ -267,6 +267,20 @@ def test_a_signal_before_the_training_leaves_the_mark_too(shapes, train, trial_c
     assert json.loads((tmp_path / "run/requeue").read_text()) == {"signal": "SIGHUP", "batches": None}
 
 
+@pytest.mark.slow
+def test_the_processes_of_a_torchrun_that_a_signal_kills_save_and_stop(run_config, tmp_path):
+    length = {"searcher__max_length": {"batches": 4000}, "min_validation_period": {"batches": 4000}}
+    run = tmp_path / "run"
+    process = start_run(run_config(**length), run, processes=2)
+    wait_for_batch(run, process, 6)
+    process.send_signal(signal.SIGUSR1)  # torchrun does not forward it by itself
+    process.communicate(timeout=600)  # until its processes have closed their output
+    assert process.returncode == -signal.SIGUSR1
+    mark = json.loads((run / "requeue").read_text())
+    assert mark["signal"] == "SIGTERM"
+    assert read_checkpoint(run / "checkpoints/last").batches == mark["batches"] >= 6
+
+
 @pytest.fixture
 def hangup_is_ignored():
     """As `nohup` starts a program."""

@@ -42,9 +42,10 @@ def detector(request):
     return request.param
 
 
-def start(nodes, *arguments):
-    """Starts one process on each of these machines."""
-    meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{nodes[0].name}:29500", "--rdzv-id", "a")
+def start(nodes, number, *arguments):
+    """Starts one process on each of these machines. Each start has a port of its own: a killed one may linger."""
+    port = 29500 + number
+    meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{nodes[0].name}:{port}", "--rdzv-id", "a")
     for node in nodes:
         options = ("--nnodes", str(len(nodes)), "--nproc-per-node", "1", *meeting)
         node.torchrun("train", "config.yaml", "--output-dir", "run", *arguments, options=options, **CREDENTIALS)
@@ -55,6 +56,12 @@ def trained(node):
     with contextlib.suppress(OSError, IndexError, ValueError):
         return json.loads((node.own / "code/run/metrics.jsonl").read_text().splitlines()[-1])["batches"]
     return 0
+
+
+def has_sent_a_checkpoint(node):
+    """Whether the bucket has the last checkpoint of the chief on this machine."""
+    checkpoints = node.own / "code/run/checkpoints"
+    return (checkpoints / "last").exists() and not (checkpoints / ".uploading").exists()
 
 
 def losses(run):
@@ -77,7 +84,7 @@ def test_machines_that_share_a_bucket_alone_lose_nothing_but_batches(detector, s
             copy_code(node, detector, shapes, tmp_path / "config.yaml")
         wait_until(lambda: "serving" in store.log, of=(store,))
 
-        start(nodes)
+        start(nodes, 0)
         assert [node.wait() for node in nodes] == [0, 0], nodes[0].log
         whole = losses(nodes[0].own / "code/run")
 
@@ -86,16 +93,18 @@ def test_machines_that_share_a_bucket_alone_lose_nothing_but_batches(detector, s
             for node in nodes:
                 shutil.rmtree(node.own / "code/run", ignore_errors=True)
             used = nodes if kill % 2 == 0 else nodes[:1]
-            start(used, "--store", f"s3://{BUCKET}/runs/a", "--resume", "auto")
+            start(used, 1 + kill, "--store", f"s3://{BUCKET}/runs/a", "--resume", "auto")
             at = min(begun + choose.randint(3, 7), BATCHES - 1)
             wait_until(lambda used=used, at=at: trained(used[0]) >= at, of=used)
+            if kill % 2 == 0:  # else an upload may be cut off
+                wait_until(lambda used=used: has_sent_a_checkpoint(used[0]), of=used)
             choose.choice(used).lose()
             for node in used:
                 node.lose()
             begun = at - at % 4
         for node in nodes:
             shutil.rmtree(node.own / "code/run", ignore_errors=True)
-        start(nodes, "--store", f"s3://{BUCKET}/runs/a", "--resume", "auto")
+        start(nodes, 1 + KILLS, "--store", f"s3://{BUCKET}/runs/a", "--resume", "auto")
         assert [node.wait() for node in nodes] == [0, 0], nodes[0].log
         assert "continuing batch" in nodes[0].log
         assert losses(nodes[0].own / "code/run") == pytest.approx(whole, rel=1e-4)

@@ -9,5 +9,5 @@ def leave_out_figures(set_attribute=setattr):
     set_attribute(tensorboard.ReportFigures, "draw", lambda *_: None)
     set_attribute(tensorboard, "picture_of", lambda *_: None)
     set_attribute(train, "picture_of", lambda *_: None)
-    set_attribute(train, "save_page", lambda *_: None)
+    set_attribute(train, "save_page", lambda *_, **__: None)
     set_attribute(train.Results, "write_report", lambda *_: None)

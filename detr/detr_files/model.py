@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from detr_files.class_weights import weigh_categories
-from detr_files.losses import all_boxes, scaled_to_all_ranks
+from detr_files.denoising import Ranks, denoising_as_one_rank
+from detr_files.losses import all_boxes, counted_matches, distillation_over_all_ranks, scaled_to_all_ranks
 from detr_hyperparameters import DetrHyperparameters
 from shared.data.images import InputScale
 from shared.errors import UserError, nearest
@@ -200,7 +201,11 @@ class TrainedDetr(nn.Module):
         return self.detector(pixel_values=images, **masks, **labels)
 
     def forward(
-        self, images: torch.Tensor, mask: torch.Tensor | None, labels: list[dict[str, torch.Tensor]], slots: int
+        self,
+        images: torch.Tensor,
+        mask: torch.Tensor | None,
+        labels: list[dict[str, torch.Tensor]],
+        ranks: Ranks | None = None,
     ) -> dict[str, torch.Tensor]:
         """Losses of a batch: "loss", and the terms of the last layer.
 
@@ -208,13 +213,21 @@ class TrainedDetr(nn.Module):
             images: (B, 3, H, W) float32, as the image processor returns them.
             mask: (B, H, W) int64, 1 on the image and 0 on the padding; None without padding.
             labels: per image `class_labels` (N,) int64 and `boxes` (N, 4), x y width height of the image from 0 to 1.
-            slots: ranks that compute their parts of one batch; 1 does not ask the others.
+            ranks: that compute their parts of one batch, more than one; None does not ask others.
         """
-        outputs = self.outputs(images, mask, labels=labels)
+        if ranks is None:
+            outputs = self.outputs(images, mask, labels=labels)
+        else:
+            with (
+                denoising_as_one_rank(self.detector, labels, ranks),
+                distillation_over_all_ranks(ranks.slots),
+                counted_matches() as matches,
+            ):
+                outputs = self.outputs(images, mask, labels=labels)
         losses = {name: value for name, value in outputs.loss_dict.items() if name.startswith("loss_")}
         loss = outputs.loss
-        if slots > 1:
-            counts = all_boxes(labels, outputs.logits, slots, self.class_weights)
+        if ranks is not None:
+            counts = all_boxes(labels, outputs.logits, ranks.slots, self.class_weights, sum(matches))
             loss, losses = scaled_to_all_ranks(self.detector.config, loss, losses, counts)
         parts = {name: value.detach() for name, value in losses.items() if name.count("_") == 1}
         return {"loss": loss, **parts}

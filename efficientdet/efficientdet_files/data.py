@@ -117,7 +117,7 @@ class EfficientDetTransform:
 def sample_of(pixels: np.ndarray, record: ImageRecord) -> Sample:
     """The sample of a whole input, (H, W, 3) uint8, as `data.augment` makes it."""
     target = {"img_size": (record.width, record.height), "img_scale": 1.0, **objects_of(record)}
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), target, record.image_id
+    return pixels.transpose(2, 0, 1), target, record.image_id
 
 
 def objects_of(record: ImageRecord) -> dict[str, np.ndarray]:
@@ -199,10 +199,11 @@ class EfficientDetCollate:
         self.collate = DetectionFastCollate(anchor_labeler=labeler)
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        # effdet's adds each image to zeros
-        images = torch.from_numpy(np.stack([image for image, _, _ in samples]))
+        # effdet's adds each image to zeros; without `out`, the layout of the images would become the batch's
+        images = np.empty((len(samples), *samples[0][0].shape), dtype=np.uint8)
+        np.stack([image for image, _, _ in samples], out=images)
         _, targets = self.collate([(_NO_PIXELS, target) for _, target, _ in samples])
-        return Batch(images, targets, [image_id for _, _, image_id in samples])
+        return Batch(torch.from_numpy(images), targets, [image_id for _, _, image_id in samples])
 
 
 _NO_PIXELS = np.zeros(0, dtype=np.uint8)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from mmdetection_files import data as data_sets
 from shared.errors import UserError
-from shared.export.operations import Exportable, as_tensor, best_boxes, resize_as_opencv, within
+from shared.export.operations import Exportable, as_tensor, best_boxes, best_pairs, resize_as_opencv, within
 
+_MOST = 1000  # detections of an image, without max_per_img
 _KEY = "hyperparameters.config_file"
 
 
@@ -24,7 +25,7 @@ class ExportableMMDetection(Exportable):
 
     Args:
         model: MMDetection's detector.
-        pipeline: of the data to test on.
+        pipeline: prepares the images to test on.
 
     Raises:
         UserError: the config has what an exported file cannot do; says what.
@@ -85,13 +86,13 @@ class ExportableMMDetection(Exportable):
             found = self._of_levels(outputs, new_height, new_width)
         boxes, scores, labels = found
         scale = torch.stack([new_width / width, new_height / height]).repeat(2)
-        boxes, limit = boxes / scale, self.config.get("max_per_img", 100)
-        apart = boxes - boxes.min().clamp(max=0)  # NMS takes none below 0
-        _, scores, labels, kept = best_boxes(apart, scores, labels, self.config.nms["iou_threshold"], limit)
-        return boxes.gather(1, kept[..., None].expand(-1, -1, 4)), scores, labels
+        boxes, limit = boxes / scale, self.config.get("max_per_img")
+        if limit is None:  # MMDetection keeps all, and COCO counts 100 of each class
+            limit = torch.sym_min(boxes.shape[1], _MOST)
+        return best_boxes(boxes, scores, labels, self.config.nms["iou_threshold"], limit)[:3]
 
     def _of_levels(self, outputs: Sequence[Any], height: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The candidates of `BaseDenseHead.get_bboxes`: of each level, the best pairs of a place and a class."""
+        """The candidates of `BaseDenseHead.get_bboxes`: the best pairs of a place and a class, by level."""
         class_levels, box_levels = outputs[:2]
         factor_levels = outputs[2] if len(outputs) > 2 else [None] * len(class_levels)
         shapes = [level.shape[-2:] for level in class_levels]
@@ -112,22 +113,18 @@ class ExportableMMDetection(Exportable):
         batch = classes.shape[0]
         logits = classes.permute(0, 2, 3, 1).reshape(batch, -1, head.cls_out_channels)
         scores = logits.sigmoid() if head.use_sigmoid_cls else logits.softmax(-1)[..., :-1]
-        number = scores.shape[-1]
         regressed = boxes.permute(0, 2, 3, 1)
         if isinstance(head, GFLHead):
             regressed = head.integral(regressed) * head.prior_generator.strides[level][0]
             priors = head.anchor_center(priors)
         regressed = regressed.reshape(batch, -1, 4)
-        # a small level has fewer places than that: zeros are no detections
-        scores, pairs = F.pad(scores.flatten(1), (0, count)).topk(count, dim=1)
-        scores = torch.where(scores > self.config.score_thr, scores, torch.zeros_like(scores))
-        places = torch.minimum(pairs // number, torch.ones_like(pairs) * (regressed.shape[1] - 1))
+        scores, places, labels = best_pairs(scores, count, self.config.score_thr)
         chosen = regressed.gather(1, places[..., None].expand(-1, -1, 4))
         decoded = head.bbox_coder.decode(priors[places.flatten()], chosen.flatten(0, 1)).view(batch, count, 4)
         if factor is not None:
             factor = factor.permute(0, 2, 3, 1).reshape(batch, -1).sigmoid()
             scores = scores * factor.gather(1, places)
-        return decoded, scores, pairs % number
+        return decoded, scores, labels
 
     def _of_yolox(
         self, class_levels: list[Tensor], box_levels: list[Tensor], object_levels: list[Tensor]

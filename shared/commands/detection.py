@@ -122,6 +122,8 @@ class FileDetector:
         trial_class: of the detector whose folder the command runs in.
     """
 
+    evaluation_batch_size = 1
+
     def __init__(
         self,
         trial_class: type[DetectionTrial],
@@ -160,9 +162,13 @@ class FileDetector:
         seconds["detecting"] += time.perf_counter() - loaded
         return found
 
-    def detect_all(self, data: SplitData, seconds: dict[str, float]) -> Iterator[tuple[Batch, list[Detections]]]:
+    def detect_all(
+        self, data: SplitData, seconds: dict[str, float], in_process: bool = False
+    ) -> Iterator[tuple[Batch, list[Detections]]]:
+        """See `detect_all`."""
         bad_images = BadImages(skip=self.data.on_bad_image == "skip")
-        for index in range(self.rank, len(data.annotations), self.slots):
+        rank, slots = (0, 1) if in_process else (self.rank, self.slots)
+        for index in range(rank, len(data.annotations), slots):
             image_id = int(data.annotations.image_ids[index])
             try:
                 found = [self.detect_image(data, index, seconds)]
@@ -214,6 +220,7 @@ def detect_all(
     seconds: dict[str, float] | None = None,
     all_images: bool = False,
     tiling: Tiling | None = None,
+    in_process: bool = False,
 ) -> Iterator[tuple[Batch, list[Any]]]:
     """The batches of this process's share, and their detections.
 
@@ -221,18 +228,22 @@ def detect_all(
         seconds: adds up the time for "loading" and "detecting".
         all_images: also those that a validation omits.
         tiling: detects in tiles. A batch is then one image, without its pixels.
+        in_process: all of the images, by this process alone and without loader workers.
     """
     seconds = {"loading": 0.0, "detecting": 0.0} if seconds is None else seconds
     if isinstance(trial, FileDetector):
-        yield from trial.detect_all(data, seconds)
+        yield from trial.detect_all(data, seconds, in_process)
         return
     if tiling is None:
-        yield from _detected(trial, trial.evaluation_loader(data, all_images=all_images), seconds)
+        loader = trial.evaluation_loader(data, all_images=all_images, in_process=in_process)
+        yield from _detected(trial, loader, seconds)
         return
     annotations = data.annotations
     images = list(range(len(annotations)) if all_images else trial.evaluated_images(len(annotations)))
-    cut_up = cut(annotations, data.images, images[trial.rank :: trial.slots] or images[:1], tiling)
-    loader = trial.evaluation_loader(SplitData(cut_up.annotations, cut_up.images), all_images=True, is_share=True)
+    own = images if in_process else images[trial.rank :: trial.slots] or images[:1]
+    cut_up = cut(annotations, data.images, own, tiling)
+    of_tiles = SplitData(cut_up.annotations, cut_up.images)
+    loader = trial.evaluation_loader(of_tiles, all_images=True, is_share=True, in_process=in_process)
     missing = Counter(tile.image for tile in cut_up.tiles)
     found: dict[int, list[tuple[Tile, Any]]] = defaultdict(list)
     unread: set[int] = set()

@@ -21,13 +21,15 @@ from shared import durable
 from shared.commands.detection import FileDetector, check_categories, detecting_trial, with_checkpoint
 from shared.config.experiment import Experiment
 from shared.data.dataset import CocoDetection
-from shared.data.open import SplitData
+from shared.data.images import read_image
+from shared.data.open import SplitData, open_split
 from shared.errors import UserError, count_of
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import for_json
 from shared.export import formats
 from shared.export.check import Differences, Side, differences, own_peak_memory, peak_memory_of
 from shared.export.metadata import TRANSFORMERS, Metadata, known_thresholds, thresholds_of_report, versions_of
+from shared.export.quantization import IMAGES
 from shared.report.compare import Compared, compared, summary_of
 from shared.report.page import write_page
 from shared.training.checkpoints import Checkpoint
@@ -36,6 +38,7 @@ from shared.training.saving import weights_digest
 from shared.training.trial import DetectionTrial
 
 _NUMBERS = "export.json"
+_TOLERANCE = 0.001  # of mAP, in float32
 _PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "openvino")
 
 
@@ -47,6 +50,7 @@ def export(trial_class: type[DetectionTrial], experiment: Experiment, arguments:
     """
     if arguments.format != TRANSFORMERS:
         formats.check_format(arguments.format)
+        formats.check_precision(arguments.format, arguments.precision)
     output = arguments.output or Path("exports") / arguments.format
     _check_output(output)
     experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments)
@@ -78,8 +82,9 @@ def _write_checked(
     found, speed = _with_trial(trial, data, indices)
     sides = {source: Side(speed, own_peak_memory(), str(trial.context.device))}
     print(f"writing {formats.FORMATS[arguments.format]}")
-    metadata = _metadata(exportable, trial, checkpoint, data, found)
-    path = formats.write(exportable, arguments.format, folder, metadata)
+    metadata = _metadata(exportable, trial, checkpoint, data, found, arguments.precision)
+    calibration = _calibration(experiment) if arguments.precision == "int8" else ()
+    path = formats.write(exportable, arguments.format, folder, metadata, calibration)
     script = shutil.copy(Path(shared.export.__file__).with_name("detect.py"), folder)
     print("detecting with the file")
     processes = (trial.context.distributed, trial.context.device)
@@ -94,9 +99,12 @@ def _write_checked(
         image_ids,
         max_detections=trial.scored_detections(experiment.config["hyperparameters"]),
     )
-    _check_difference(comparison, arguments)
+    tolerance = arguments.tolerance
+    if tolerance is None:
+        tolerance = _TOLERANCE if arguments.precision == "float32" else 1.0
+    _check_difference(comparison, arguments.format, tolerance)
     apart = differences(found, of_file)
-    _write_page(folder, comparison, sides, apart, _facts(path, metadata, len(found), arguments.tolerance))
+    _write_page(folder, comparison, sides, apart, _facts(path, metadata, len(found), tolerance))
     for one in comparison.comparisons:
         print(summary_of(one))
     print(apart)
@@ -106,7 +114,7 @@ def _write_checked(
 
 
 def _check_output(output: Path) -> None:
-    """An earlier export may be replaced, and nothing else."""
+    """Raises UserError if `output` holds anything but an earlier export."""
     if output.is_dir() and any(output.iterdir()) and not (output / _NUMBERS).is_file():
         raise UserError(f"--output: {output} is not empty. Fix: give a new folder")
     if output.exists() and not output.is_dir():
@@ -115,7 +123,7 @@ def _check_output(output: Path) -> None:
 
 @contextlib.contextmanager
 def _replacing(output: Path) -> Iterator[Path]:
-    """A new folder, which takes the place of `output` at the end. An error leaves nothing of it."""
+    """A new folder, which takes the place of `output` at the end. An error deletes it."""
     folder = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.new")
     try:
         folder.mkdir(parents=True)
@@ -135,6 +143,15 @@ def _indices(trial: DetectionTrial, data: SplitData, count: int | None) -> list[
     if count is not None and count < len(indices):
         indices = indices[np.linspace(0, len(indices) - 1, count).astype(int)]
     return indices.tolist()
+
+
+def _calibration(experiment: Experiment) -> Iterator[np.ndarray]:
+    """Images of data.train, evenly spread."""
+    train = open_split(experiment.data, "train")
+    count = len(train.annotations)
+    for index in np.unique(np.linspace(0, count - 1, min(IMAGES, count)).astype(int)).tolist():
+        record = train.annotations[index]
+        yield np.asarray(read_image(train.images, record.file_name, (record.width, record.height)))
 
 
 def _with_trial(trial: DetectionTrial, data: SplitData, indices: list[int]) -> tuple[list[Detections], float]:
@@ -169,7 +186,12 @@ def _timed(found: Iterator[list[Detections]]) -> tuple[list[Detections], float]:
 
 
 def _metadata(
-    exportable: Any, trial: DetectionTrial, checkpoint: Checkpoint | None, data: SplitData, found: list[Detections]
+    exportable: Any,
+    trial: DetectionTrial,
+    checkpoint: Checkpoint | None,
+    data: SplitData,
+    found: list[Detections],
+    precision: str,
 ) -> Metadata:
     thresholds = thresholds_of_report(checkpoint.path.parent.parent / "report.json") if checkpoint else None
     if thresholds is None:  # not of a run: from these images
@@ -183,7 +205,7 @@ def _metadata(
         outputs=exportable.outputs,
         any_batch=exportable.any_batch,
         input_size=exportable.input_size,
-        precision="float32",
+        precision=precision,
         best_threshold=thresholds[0],
         thresholds=thresholds[1],
         checkpoint=weights_digest(checkpoint.path) if checkpoint else None,
@@ -225,15 +247,15 @@ def _write_page(
     )
 
 
-def _check_difference(comparison: Compared, arguments: argparse.Namespace) -> None:
+def _check_difference(comparison: Compared, name: str, tolerance: float) -> None:
     for one in comparison.comparisons:
         if math.isnan(one.overall.delta):
             raise UserError(
                 "data.val: it has no objects to score, so that the file cannot be checked. Fix: give annotations with "
                 "objects, or more --images"
             )
-        if abs(one.overall.delta) > arguments.tolerance:
+        if abs(one.overall.delta) > tolerance:
             raise UserError(
-                f"--format {arguments.format}: {summary_of(one)} The difference is more than {arguments.tolerance:g}, "
+                f"--format {name}: {summary_of(one)} The difference is more than {tolerance:g}, "
                 "so nothing was written. Fix: choose another format, or allow more with --tolerance"
             )

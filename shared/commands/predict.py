@@ -29,19 +29,18 @@ from shared.commands.detection import (
 from shared.commands.predict_inputs import (
     GivenImages,
     Picture,
-    VideoWriter,
     drawn_as,
     find_files,
     look_at,
-    video_frames,
 )
+from shared.commands.videos import Video, VideoWriter, detect_frames, tracker
 from shared.config.experiment import Experiment
 from shared.config.schema import DataConfig
 from shared.data.annotations import CocoAnnotations
 from shared.data.images import allow_pixels, read_image
 from shared.data.open import SplitData
 from shared.data.storage import DiskImages
-from shared.data.tiles import Tiling, open_image
+from shared.data.tiles import open_image
 from shared.errors import UserError, count_of
 from shared.evaluation import drawing
 from shared.evaluation.detections import Detections, to_coco_results
@@ -72,15 +71,18 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
             files = find_files(arguments.images, options, arguments.format)
             images = GivenImages(files, options, copies)
             pictures = look_at(files, images, in_tiles=tiling is not None)
+            if arguments.track and all(picture.frames is None for picture in pictures):
+                raise UserError("--track: it follows objects in videos, and --images has none. Fix: remove --track")
             make_folder(arguments.output, "--output")
             return pictures, images
 
         pictures, images = on_chief(distributed, open_inputs)
         with detector_of(trial_class, experiment, checkpoint, arguments.model, processes) as trial:
-            data = pictures_as_data(pictures, images, arguments.images, trial)
             exported = trial if isinstance(trial, FileDetector) else None
             limits = score_limits(arguments.min_score, trial.categories, checkpoint and checkpoint.path, exported)
-            prediction = _Prediction(trial, data, pictures, arguments.output, arguments.format, limits, tiling)
+            still = [picture for picture in pictures if picture.frames is None]
+            data = pictures_as_data(still, images, arguments.images, trial) if still else None
+            prediction = _Prediction(trial, data, pictures, arguments, limits)
             try:
                 prediction.run()
             except KeyboardInterrupt:
@@ -99,18 +101,18 @@ def _check_is_empty(output: Path) -> None:
 def pictures_as_data(
     pictures: list[Picture], images: GivenImages, given: Sequence[str], trial: DetectionTrial | FileDetector
 ) -> SplitData:
-    """The pictures as data without annotations. The image ids are those in data.val if it has all the file names, else
+    """The images as data without annotations. The image ids are those in data.val if it has all the file names, else
     the positions."""
     known = _val_image_ids(trial.data)
-    in_val = all(picture.key in known for picture in pictures)
+    in_val = all(picture.name in known for picture in pictures)
     rows = [
-        {"id": known[p.key] if in_val else i, "file_name": p.key, "height": p.height, "width": p.width}
+        {"id": known[p.name] if in_val else i, "file_name": p.name, "height": p.height, "width": p.width}
         for i, p in enumerate(pictures)
     ]
     annotations = CocoAnnotations.from_dict({"images": rows, "annotations": [], "categories": trial.categories})
     annotations.path = "--images"
     folder = Path(given[0]).expanduser().resolve()
-    in_folder = all(p.frame is None and p.location == str(folder / p.name) for p in pictures)
+    in_folder = all(p.location == str(folder / p.name) for p in pictures)
     return SplitData(annotations, DiskImages(folder) if in_folder else images)
 
 
@@ -125,43 +127,52 @@ def _val_image_ids(data: DataConfig) -> dict[str, int]:
 
 
 class _Prediction:
-    """The detections of this process's share of the pictures."""
+    """The detections of this process's share of the images and videos.
+
+    Attributes:
+        results: COCO's results by the input's position and, of a video, the frame's number.
+    """
 
     def __init__(
         self,
         trial: DetectionTrial | FileDetector,
-        data: SplitData,
+        data: SplitData | None,
         pictures: list[Picture],
-        output: Path,
-        picture_format: str,
+        arguments: argparse.Namespace,
         limits: ScoreLimits,
-        tiling: Tiling | None,
     ):
-        self.trial, self.data, self.tiling = trial, data, tiling
-        self.output, self.format, self.limits = output, picture_format, limits
-        self.pictures = dict(zip(data.annotations.image_ids.tolist(), pictures, strict=True))
-        self.results: dict[int, list[dict]] = {}
-        self.drawn = 0
-        self.frames: dict[int, Detections] = {}
+        self.trial, self.data, self.pictures = trial, data, pictures
+        self.output, self.format, self.tracks = arguments.output, arguments.format, arguments.track
+        self.tiling, self.limits = tiling_of(arguments), limits
+        self.category_ids = [category["id"] for category in trial.categories]
+        still = [position for position, picture in enumerate(pictures) if picture.frames is None]
+        self.positions = {} if data is None else dict(zip(data.annotations.image_ids.tolist(), still, strict=True))
+        self.results: dict[tuple[int, int], list[dict]] = {}
         self.seconds = dict.fromkeys(("loading", "detecting", "drawing"), 0.0)
 
     def run(self) -> None:
         distributed = self.trial.context.distributed
-        progress = Progress(0, -(-len(self.pictures) // distributed.size), "image")
+        videos = [position for position, picture in enumerate(self.pictures) if picture.frames is not None]
+        own = videos[distributed.rank :: distributed.size]
+        frames = sum(self.pictures[position].frames for position in own)
+        progress = Progress(0, -(-len(self.positions) // distributed.size) + frames, "image")
         with contextlib.closing(progress):
-            for batch, detected in detect_all(self.trial, self.data, self.seconds, True, self.tiling):
-                with self._drawing():
-                    for detections in detected:
-                        self._take(detections)
-                progress.update(len(detected) + len(batch.skipped))
-        gathered = distributed.gather((self.results, self.frames, self.drawn))
+            if self.data is not None:
+                for batch, detected in detect_all(self.trial, self.data, self.seconds, True, self.tiling):
+                    with self._drawing():
+                        for detections in detected:
+                            self._take(detections)
+                    progress.update(len(detected) + len(batch.skipped))
+            for position in own:
+                self._take_video(position, progress)
+        gathered = distributed.gather(self.results)
         if self.trial.rank == 0:
-            if not any(results for results, *_ in gathered):
+            if not any(gathered):
                 raise UserError("--images: none of the images can be read, see the lines above. Fix: give others")
-            with self._drawing():
-                self._write_videos({image_id: found for _, frames, _ in gathered for image_id, found in frames.items()})
-            written = write_results(self.output, [results for results, *_ in gathered])
-            self._print_summary(written, sum(drawn for *_, drawn in gathered))
+            read = {position for results in gathered for position, _ in results}
+            if skipped := len(self.pictures) - len(read):
+                logger.warning("skipped: %d of %d images, see the lines above", skipped, len(self.pictures))
+            self._print_summary(self._write(gathered))
 
     @contextlib.contextmanager
     def _drawing(self) -> Iterator[None]:
@@ -170,25 +181,21 @@ class _Prediction:
         self.seconds["drawing"] += time.perf_counter() - started
 
     def _take(self, detections: Detections) -> None:
-        picture = self.pictures[detections.image_id]
-        if detections.image_id in self.results:  # it replaces an image that cannot be read
+        position = self.positions[detections.image_id]
+        picture = self.pictures[position]
+        if (position, 0) in self.results:  # it replaces an image that cannot be read
             return
-        self.drawn += int(self.limits.allow(detections).sum())
-        about = {"file_name": picture.name} | ({} if picture.frame is None else {"frame": picture.frame})
-        results = to_coco_results(detections, self.data.annotations.category_ids)
-        if picture.frame is not None:  # drawn at the end, in order
-            self.frames[detections.image_id] = detections
-        else:
-            image, shown = self._to_draw(picture, detections)
-            with self._writing(picture) as path:
-                drawing.save_picture_of(path, image, shown, self.data.annotations.categories, self.limits.scores)
-        self.results[detections.image_id] = [{**result, **about} for result in results]
+        image, shown = self._to_draw(picture, detections)
+        with self._writing(picture) as path:
+            drawing.save_picture_of(path, image, shown, self.trial.categories, self.limits.scores)
+        results = to_coco_results(detections, self.category_ids)
+        self.results[position, 0] = [{**result, "file_name": picture.name} for result in results]
 
     def _to_draw(self, picture: Picture, detections: Detections) -> tuple[Image.Image, Detections]:
         """The image and what is drawn on it. An image that is read by windows is drawn reduced, without masks."""
         if self.tiling is None:
-            return read_image(self.data.images, picture.key), detections
-        image = open_image(self.data.images, picture.key, (picture.width, picture.height))
+            return read_image(self.data.images, picture.name), detections
+        image = open_image(self.data.images, picture.name, (picture.width, picture.height))
         if isinstance(image, Image.Image):
             return image, detections
         factor = -(-max(image.size) // drawing.LARGEST_SIDE)
@@ -198,20 +205,35 @@ class _Prediction:
         small = replace(detections, boxes=detections.boxes / factor, masks=None, keypoints=points)
         return image.reduced(factor), small
 
-    def _write_videos(self, found: dict[int, Detections]) -> None:
-        """A video with the same frames for each video. A frame without detections stays unchanged."""
-        of_video: dict[tuple[str, str], list[int]] = {}
-        for image_id, picture in self.pictures.items():
-            if picture.frame is not None:
-                of_video.setdefault((picture.name, picture.location), []).append(image_id)
-        categories = self.data.annotations.categories
-        for (_, location), image_ids in of_video.items():
-            with self._writing(self.pictures[image_ids[0]]) as path, VideoWriter(path, location) as writer:
-                for image_id, frame in zip(image_ids, video_frames(location), strict=False):
-                    if (detections := found.get(image_id)) is not None:
-                        objects = drawing.objects_of_detections(detections, categories, self.limits.scores)
-                        frame = drawing.draw(frame, objects)
-                    writer.write(frame)
+    def _take_video(self, position: int, progress: Progress) -> None:
+        """Detects in all frames of a video, and draws a video with as many."""
+        picture = self.pictures[position]
+        with (
+            Video(picture.location) as video,
+            self._writing(picture) as path,
+            VideoWriter(path, video.rate) as writer,
+        ):
+            track = tracker(video.rate, float(self.limits.scores.min())) if self.tracks else None
+            for frame, detections in detect_frames(self.trial, video, self.tiling, self.seconds):
+                with self._drawing():
+                    found = detections if track is None else track(detections)
+                    objects = drawing.objects_of_detections(found, self.trial.categories, self.limits.scores)
+                    writer.write(drawing.draw(frame, objects) if len(objects.boxes) else frame)
+                about = {"file_name": picture.name, "frame": detections.image_id}
+                results = to_coco_results(found, self.category_ids)
+                self.results[position, detections.image_id] = [{**result, **about} for result in results]
+                progress.update()
+
+    def _write(self, gathered: list[dict[tuple[int, int], list[dict]]]) -> dict[int, list[dict]]:
+        """Writes results.json. The image ids are those of the data, or count images and frames together."""
+        results = dict(sorted((key, found) for of_process in gathered for key, found in of_process.items()))
+        ids = {(position, 0): image_id for image_id, position in self.positions.items()}
+        if len(self.positions) < len(self.pictures):  # the frames of a video are known only now
+            read = {position for position, _ in results}
+            unread = [(position, 0) for position in self.positions.values() if position not in read]
+            ids = {key: number for number, key in enumerate(sorted([*results, *unread]))}
+        by_id = {ids[key]: [{**row, "image_id": ids[key]} for row in rows] for key, rows in results.items()}
+        return write_results(self.output, [by_id])
 
     @contextlib.contextmanager
     def _writing(self, picture: Picture) -> Iterator[Path]:
@@ -226,11 +248,12 @@ class _Prediction:
                 raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
             raise
 
-    def _print_summary(self, by_image: dict[int, list[dict]], drawn: int) -> None:
-        if skipped := len(self.pictures) - len(by_image):
-            logger.warning("skipped: %d of %d images, see the lines above", skipped, len(self.pictures))
+    def _print_summary(self, by_image: dict[int, list[dict]]) -> None:
+        limits = dict(zip(self.category_ids, self.limits.scores.astype(np.float32), strict=True))
+        rows = [row for found in by_image.values() for row in found]
+        drawn = sum(np.float32(row["score"]) >= limits[row["category_id"]] for row in rows)
         print(
-            f"{count_of(sum(map(len, by_image.values())), 'detection')} on {count_of(len(by_image), 'image')} in "
+            f"{count_of(len(rows), 'detection')} on {count_of(len(by_image), 'image')} in "
             f"{self.output / 'results.json'}; the {drawn} {self.limits.text} are drawn in the pictures beside it"
         )
         each = 1000 * sum(self.seconds.values()) / max(len(self.results), 1)
@@ -242,10 +265,11 @@ class _Prediction:
 
     def write_interrupted(self) -> None:
         """After Ctrl-C: writes what is done to results.json, if this is the only process."""
-        done = f"stopped: {len(self.results)} of {count_of(len(self.pictures), 'image')} are done"
+        count = len(self.positions) + sum(picture.frames or 0 for picture in self.pictures)
+        done = f"stopped: {len(self.results)} of {count_of(count, 'image')} are done"
         if self.trial.slots > 1:
             print(f"{done} by process {self.trial.rank}, drawn in {self.output}; no results.json", file=sys.stderr)
             return
-        write_results(self.output, [self.results])
-        of_videos = "; videos are not drawn" if self.frames else ""
+        self._write([self.results])
+        of_videos = "; a video that is not done is not drawn" if len(self.positions) < len(self.pictures) else ""
         print(f"{done}, their detections in {self.output / 'results.json'}{of_videos}", file=sys.stderr)

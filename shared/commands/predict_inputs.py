@@ -6,20 +6,18 @@ import glob
 import io
 import itertools
 import logging
-import math
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath, PurePosixPath
-from types import ModuleType
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from shared.commands import videos
 from shared.config.schema import StoreOptions, is_url
 from shared.data import remote
 from shared.data.cache import Look
@@ -37,24 +35,19 @@ _AT_ONCE = 16  # reads from a store
 
 @dataclass(frozen=True)
 class Picture:
-    """An image to detect on, or a frame of a video.
+    """An image or a video to detect on.
 
     Attributes:
         name: the file's own name below --output: unique, also on a disk that ignores case, and inside the folder.
         location: the file's path or URL.
-        frame: the number of a video's frame, from 0; None for an image.
+        frames: how many frames a video has, as its file says, which may be wrong; None for an image.
     """
 
     name: str
     location: str
     width: int
     height: int
-    frame: int | None = None
-
-    @property
-    def key(self) -> str:
-        """The file name in the data set."""
-        return self.name if self.frame is None else f"{self.name}/{self.frame}"
+    frames: int | None = None
 
 
 @dataclass
@@ -70,16 +63,13 @@ class GivenImages:
     options: StoreOptions
     copies: Path
     place = None
-    _opened: dict[str, ImageStorage | FrameReader] = field(default_factory=dict, repr=False)
+    _opened: dict[str, ImageStorage] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         return "--images"
 
     def read(self, file_name: str) -> bytes:
-        if (location := self.locations.get(file_name)) is None:  # a video's frame
-            name, _, frame = file_name.rpartition("/")
-            video = self.locations[name]
-            return self._opened.setdefault(video, FrameReader(video)).read(int(frame))
+        location = self.locations[file_name]
         if not is_url(location):
             return Path(location).read_bytes()
         folder, _, name = location.rpartition("/")
@@ -88,7 +78,7 @@ class GivenImages:
         return self._opened[folder].read(unquote(name) if location.startswith("http") else name)
 
     def path_of(self, file_name: str) -> Path | None:
-        """The file on this machine; None for a URL and for a video's frame."""
+        """The file on this machine; None for a URL and an image in memory."""
         location = self.locations.get(file_name)
         return None if location is None or is_url(location) else Path(location)
 
@@ -98,7 +88,7 @@ class GivenImages:
 
 def drawn_as(name: str, picture_format: str) -> str:
     """The name below --output of the picture or the video that is drawn for an input."""
-    if is_video(name):
+    if videos.is_video(name):
         return name if name.lower().endswith(".mp4") else f"{name}.mp4"
     return f"{name}.{picture_format}"
 
@@ -190,7 +180,7 @@ def _find_in(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _is_input(name: str) -> bool:
-    return is_video(name) or is_image_name(name)
+    return videos.is_video(name) or is_image_name(name)
 
 
 def _find_remote(url: str, options: StoreOptions) -> Iterator[tuple[str, str]]:
@@ -232,7 +222,7 @@ def look_at(files: dict[str, str], images: GivenImages, in_tiles: bool = False) 
         elif found is None:
             drawn += 1
         else:
-            pictures += found
+            pictures.append(found)
     if drawn:
         logger.info("skipped: %d pictures that an earlier run drew", drawn)
     if not pictures and len(files) == 1 and isinstance(looked[0], str):
@@ -242,16 +232,16 @@ def look_at(files: dict[str, str], images: GivenImages, in_tiles: bool = False) 
     return pictures
 
 
-def _look_at(name: str, location: str, images: GivenImages, in_tiles: bool) -> list[Picture] | str | None:
-    """The image, or a video's frames. A text if it cannot be read; None if an earlier run drew it."""
+def _look_at(name: str, location: str, images: GivenImages, in_tiles: bool) -> Picture | str | None:
+    """The image or video. A text if it cannot be read; None if an earlier run drew it."""
     try:
-        if is_video(location):
+        if videos.is_video(location):
             if is_url(location):
                 return "a video is read from disk only; download it"
-            count, width, height = _measure_video(location)
-            return [Picture(name, location, width, height, frame) for frame in range(count)]
+            with videos.Video(location) as video:
+                return Picture(name, location, *video.size, frames=video.about)
         found = size_of(name, location, images, in_tiles)
-        return None if found is None else [Picture(name, location, *found)]
+        return None if found is None else Picture(name, location, *found)
     except remote.StoreError:
         raise
     except (UnreadableError, UserError) as error:
@@ -291,113 +281,3 @@ def size_of(name: str, location: str, images: GivenImages, in_tiles: bool = Fals
         return opened.size
     except (OSError, ValueError) as error:
         raise UnreadableError(str(error).removeprefix(location).lstrip(": ")) from error
-
-
-# --- videos -----------------------------------------------------------------------------------------
-
-_VIDEO_SUFFIXES = frozenset((".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv"))
-_FRAMES_PER_SECOND = 25.0  # if the file has no rate
-
-
-def is_video(name: str) -> bool:
-    return PurePath(name).suffix.lower() in _VIDEO_SUFFIXES
-
-
-def _measure_video(path: str) -> tuple[int, int, int]:
-    """The number of frames, their width and height. Counts the frames: a file's own number is often wrong.
-
-    Raises:
-        UserError: OpenCV is not installed, or cannot read the video.
-    """
-    count, size = 0, (0, 0)
-    capture = _open_video(path)
-    while capture.grab():
-        if count == 0:
-            _, pixels = capture.retrieve()
-            size = pixels.shape[1::-1]
-        count += 1
-    if not count:
-        raise UserError(f"{path} cannot be read as a video: OpenCV finds no frame in it")
-    return count, *size
-
-
-class FrameReader:
-    """Reads frames in rising order, as a loader worker asks for its share of them."""
-
-    def __init__(self, path: str):
-        self.path = path
-        self.process, self.following = None, 0
-
-    def read(self, index: int) -> bytes:
-        """The frame as the bytes of an image file.
-
-        Raises:
-            OSError: the video has no such frame.
-        """
-        if self.process != os.getpid() or index < self.following:  # a fork must not share its parent's decoder
-            self.capture, self.process, self.following = _open_video(self.path), os.getpid(), 0
-        while self.following < index and self.capture.grab():
-            self.following += 1
-        there, pixels = self.capture.read()
-        self.following += 1
-        if not there:
-            raise OSError(f"{self.path} has no frame {index}")
-        buffer = io.BytesIO()
-        _image_of_frame(pixels).save(buffer, format="BMP")
-        return buffer.getvalue()
-
-    def __getstate__(self) -> dict:
-        return {"path": self.path, "process": None, "following": 0}
-
-
-def video_frames(path: str) -> Iterator[Image.Image]:
-    capture = _open_video(path)
-    while (read := capture.read())[0]:
-        yield _image_of_frame(read[1])
-
-
-class VideoWriter:
-    """A context that writes an MPEG-4 file with the frame rate of the video `like`. OpenCV drops the last pixel of an
-    odd side."""
-
-    def __init__(self, path: Path, like: str):
-        self.cv2, self.path, self.writer = _cv2(like), path, None
-        rate = _open_video(like).get(self.cv2.CAP_PROP_FPS)
-        self.rate = rate if math.isfinite(rate) and rate > 0 else _FRAMES_PER_SECOND
-
-    def write(self, picture: Image.Image) -> None:
-        if self.writer is None:
-            codec = self.cv2.VideoWriter_fourcc(*"mp4v")
-            self.writer = self.cv2.VideoWriter(str(self.path), codec, self.rate, picture.size)
-            if not self.writer.isOpened():
-                raise UserError(f"{self.path} cannot be written as a video")
-        self.writer.write(np.asarray(picture)[:, :, ::-1])
-
-    def __enter__(self) -> VideoWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.writer is not None:
-            self.writer.release()
-
-
-def _open_video(path: str) -> object:
-    capture = _cv2(path).VideoCapture(path)
-    if not capture.isOpened():
-        raise UserError(f"{path} cannot be read as a video: OpenCV does not know its format, or it is cut off")
-    return capture
-
-
-def _cv2(path: str) -> ModuleType:
-    try:
-        import cv2
-    except ImportError as error:
-        raise UserError(
-            f"{path}: videos are read by OpenCV, which is not installed: pip install opencv-python-headless"
-        ) from error
-    return cv2
-
-
-def _image_of_frame(pixels: np.ndarray) -> Image.Image:
-    """The image of OpenCV's (height, width, 3) BGR."""
-    return Image.fromarray(np.ascontiguousarray(pixels[:, :, ::-1]))

@@ -38,6 +38,7 @@ class Detections:
         keypoints: (M, K, 3) float32, x y score as COCO has them (whole numbers are the pixels' centres), or None.
         sizes: (M, 2) float64, width and height as a file has them, or None. With sizes, all numbers are float64: an IoU
             that lies on a threshold must not be rounded.
+        track_ids: (M,) int64: the same number for the same object in a video's frames, -1 without; or None.
     """
 
     image_id: int
@@ -47,6 +48,7 @@ class Detections:
     masks: list[dict] | None = None
     keypoints: np.ndarray | None = None
     sizes: np.ndarray | None = None
+    track_ids: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         dtype = np.float32 if self.sizes is None else np.float64
@@ -77,7 +79,7 @@ class Detections:
     def only(self, rows: np.ndarray | Sequence[int]) -> Detections:
         """Some of the detections, given by position or as (M,) bool."""
         rows = np.arange(len(self))[rows]
-        arrays = ("boxes", "scores", "labels", "keypoints", "sizes")
+        arrays = ("boxes", "scores", "labels", "keypoints", "sizes", "track_ids")
         return dataclasses.replace(
             self,
             masks=None if self.masks is None else [self.masks[row] for row in rows],
@@ -105,6 +107,8 @@ def to_coco_results(detections: Detections, category_ids: list[int]) -> list[dic
             counts = detections.masks[i]["counts"]
             counts = counts.decode() if isinstance(counts, bytes) else counts
             result["segmentation"] = {"size": list(detections.masks[i]["size"]), "counts": counts}
+        if detections.track_ids is not None and detections.track_ids[i] >= 0:
+            result["track_id"] = int(detections.track_ids[i])
         if detections.keypoints is not None:
             result["keypoints"] = detections.keypoints[i].astype(np.float64).ravel().tolist()
         results.append(result)

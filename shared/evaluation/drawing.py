@@ -88,6 +88,9 @@ def objects_of_detections(
     points = detections.keypoints
     if points is not None:
         points = np.dstack([points[..., :2], points[..., 2] > _LEAST_KEYPOINT_SCORE])
+    numbers = [""] * len(detections)
+    if detections.track_ids is not None:
+        numbers = [f" #{number}" if number >= 0 else "" for number in detections.track_ids.tolist()]
     shown = np.arange(len(detections)) if rows is None else np.asarray(rows)
     limits = np.broadcast_to(np.asarray(min_score, detections.scores.dtype), len(categories))
     shown = shown[detections.scores[shown] >= limits[detections.labels[shown]]]
@@ -95,7 +98,7 @@ def objects_of_detections(
         boxes=detections.boxes,
         labels=detections.labels.tolist(),
         names=[str(categories[label]["name"]) for label in detections.labels.tolist()],
-        endings=[f" {score:.2f}" for score in detections.scores.tolist()],
+        endings=[f"{a} {score:.2f}" for a, score in zip(numbers, detections.scores.tolist(), strict=True)],
         masks=detections.masks,
         keypoints=points,
         skeletons=_skeletons(categories),

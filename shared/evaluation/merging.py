@@ -2,8 +2,8 @@
 
 1. A tile's edge cuts objects. A detection at such an edge is dropped if another tile shows all of it.
 2. The detector's own rule drops the less sure of two detections of a category that overlap more than it allows. Here a
-   detection that an edge may cut is less sure than one that no edge cuts.
-3. A detection that an edge may cut is dropped if most of it lies in another one of its category.
+   detection that an edge may cut is half as sure as its score.
+3. A detection that an edge may cut is dropped if most of it lies in a surer one of its category.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torchvision.ops import batched_nms
 from shared.data.tiles import Tile, Tiling
 from shared.evaluation.detections import Detections
 
-_EDGE = 1 / 64  # of a tile: a box that ends so near to an edge may be cut
+_EDGE = 1 / 128  # of a tile: a box that ends so near to an edge may be cut
+_CUT = 0.5  # of the score of a detection that an edge may cut
 _COVERED = 0.5  # of a cut box
 
 
@@ -44,12 +45,13 @@ def merge(
 
     at_edge = np.concatenate([_at_edge(tile, each, size, tiling) for tile, each in found])
     kept = np.flatnonzero(~(at_edge & _is_whole_in_a_tile(boxes, size, tiling)))
-    kept = kept[np.lexsort((-scores[kept], at_edge[kept]))]  # whole ones first
+    sureness = np.where(at_edge, _CUT * scores, scores)
+    kept = kept[np.argsort(-sureness[kept], kind="stable")]
     ranks = torch.arange(len(kept), 0, -1, dtype=torch.float32)
     kept = kept[batched_nms(torch.from_numpy(boxes[kept]), ranks, torch.from_numpy(labels[kept]), max_iou).numpy()]
     cut, whole = kept[at_edge[kept]], kept[~at_edge[kept]]
-    cut = cut[~_are_covered(boxes[cut], labels[cut], boxes[whole], labels[whole])]
-    kept = np.concatenate([whole, cut])
+    cut = [row for row in cut.tolist() if not _is_covered(row, whole, boxes, labels, sureness)]
+    kept = np.concatenate([whole, np.array(cut, np.int64)])
     kept = kept[np.argsort(-scores[kept], kind="stable")]
 
     masks = keypoints = None
@@ -107,15 +109,16 @@ def _is_whole_in_a_tile(boxes: np.ndarray, size: tuple[int, int], tiling: Tiling
     return whole
 
 
-def _are_covered(boxes: np.ndarray, labels: np.ndarray, by: np.ndarray, by_labels: np.ndarray) -> np.ndarray:
-    """(M,) bool: boxes of which most lies in another one of their category."""
-    covered = np.zeros(len(boxes), bool)
-    for row, (box, label) in enumerate(zip(boxes, labels, strict=True)):
-        others = by[by_labels == label]
-        sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
-        shared = sides.clip(0).prod(axis=1)
-        covered[row] = (shared > _COVERED * (box[2:] - box[:2]).prod()).any()
-    return covered
+def _is_covered(row: int, by: np.ndarray, boxes: np.ndarray, labels: np.ndarray, sureness: np.ndarray) -> bool:
+    """Whether most of a box lies in a surer one of its category.
+
+    Args:
+        by: the rows of the others.
+    """
+    others = by[(labels[by] == labels[row]) & (sureness[by] >= sureness[row])]
+    sides = np.minimum(boxes[row, 2:], boxes[others, 2:]) - np.maximum(boxes[row, :2], boxes[others, :2])
+    area = (boxes[row, 2:] - boxes[row, :2]).prod()
+    return bool((sides.clip(0).prod(axis=1) > _COVERED * area).any())
 
 
 def _mask_in_image(tile: Tile, mask: dict, size: tuple[int, int]) -> dict:

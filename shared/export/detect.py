@@ -31,10 +31,9 @@ def load(path):
 
 if __name__ == "__main__":
     run, metadata = load(sys.argv[1])
-    names = [category["name"] for category in json.loads(metadata["detector.categories"])]
-    threshold = json.loads(metadata["detector.best_threshold"]) or 0.3
+    categories, threshold = (json.loads(metadata[f"detector.{name}"]) for name in ("categories", "best_threshold"))
     for path in sys.argv[2:]:
         image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
         boxes, scores, labels, *_ = (output[0] for output in run(np.asarray(image).transpose(2, 0, 1)[None].copy()))
-        for i in np.flatnonzero(scores >= threshold):
-            print(path, names[labels[i]], f"{scores[i]:.3f}", *boxes[i].round(1))
+        for i in np.flatnonzero(scores >= (threshold or 0.3)):
+            print(path, categories[labels[i]]["name"], f"{scores[i]:.3f}", *boxes[i].round(1))

@@ -8,15 +8,17 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from shared.errors import UserError
 from shared.export.metadata import FORMATS, Metadata
 from shared.export.operations import Exportable, nms_of_onnx, onnx_translations
+from shared.export.quantization import quantize
 
 _PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
@@ -44,11 +46,27 @@ def check_format(name: str) -> None:
         )
 
 
-def write(detector: Exportable, name: str, folder: Path, metadata: Metadata) -> Path:
+def check_precision(name: str, precision: str) -> None:
+    """Raises UserError if a format has no files of that precision."""
+    if precision == "float16" and name != "openvino":
+        raise UserError(f"--half: {name} has no 16-bit files here. Fix: --format openvino")
+    if precision == "int8" and name not in ("onnx", "openvino"):
+        raise UserError(f"--int8: {name} has no 8-bit files here. Fix: --format onnx or openvino")
+    if precision == "int8" and importlib.util.find_spec("onnxruntime") is None:
+        raise UserError(
+            "--int8: the package onnxruntime is missing. Fix: pip install '.[export]', in the project's folder"
+        )
+
+
+def write(
+    detector: Exportable, name: str, folder: Path, metadata: Metadata, calibration: Iterable[np.ndarray] = ()
+) -> Path:
     """Writes the file of a format, and returns its path.
 
     Args:
         detector: on the CPU, in evaluation mode.
+        metadata: also says in which precision the network computes, see `check_precision`.
+        calibration: images for INT8, see `quantize`.
 
     Raises:
         UserError: PyTorch cannot trace or translate the detector.
@@ -66,6 +84,8 @@ def write(detector: Exportable, name: str, folder: Path, metadata: Metadata) -> 
             else:
                 onnx = path.with_suffix(".onnx")
                 _write_onnx(detector, onnx, metadata)
+                if metadata.precision == "int8":
+                    quantize(onnx, calibration)
                 if name == "openvino":
                     _write_openvino(onnx, path, metadata)
                     onnx.unlink()
@@ -104,6 +124,9 @@ def _write_onnx(detector: Exportable, path: Path, metadata: Metadata) -> None:
         given = _Prepare(detector)(images)
         second = _to_onnx(_Detect(detector), given, (dynamic, None), ["pixels", "sizes"], list(detector.outputs))
         model = _joined(first, second)
+    versions = {each.domain: each.version for each in model.opset_import}  # a translated operation adds one again
+    del model.opset_import[:]
+    model.opset_import.extend(onnx_module().helper.make_opsetid(*each) for each in versions.items())
     model.metadata_props.extend(
         onnx_module().StringStringEntryProto(key=name, value=value) for name, value in metadata.strings().items()
     )
@@ -167,13 +190,15 @@ def _write_openvino(onnx: Path, path: Path, metadata: Metadata) -> None:
     model = openvino.convert_model(onnx)
     for name, value in metadata.strings().items():
         model.set_rt_info(value, name)
-    openvino.save_model(model, path, compress_to_fp16=False)
+    openvino.save_model(model, path, compress_to_fp16=metadata.precision == "float16")
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the libraries' warnings about their own parts."""
-    noisy = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch.fx")]
+    noisy = [
+        logging.getLogger(name) for name in ("", "torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch.fx")
+    ]
     levels = [logger.level for logger in noisy]
     for logger in noisy:
         logger.setLevel(logging.ERROR)

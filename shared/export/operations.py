@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.errors import UserError
@@ -123,6 +124,26 @@ def inside(height: int, width: int, most_height: int, most_width: int) -> tuple[
     return torch.sym_max(fitted[0], 1), torch.sym_max(fitted[1], 1)
 
 
+# --- boxes of a level of features -------------------------------------------------------------------
+
+
+def best_pairs(scores: Tensor, count: int, score_threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The best pairs of a place and a label, at most `count`.
+
+    Args:
+        scores: (B, places, labels).
+        score_threshold: pairs must be above it.
+
+    Returns:
+        scores with 0 for no pair, places and labels: (B, count) each.
+    """
+    places, labels = scores.shape[1:]
+    # a small level has fewer pairs than that: zeros are no detections
+    best, pairs = F.pad(scores.flatten(1), (0, count)).topk(count, dim=1)
+    best = torch.where(best > score_threshold, best, torch.zeros_like(best))
+    return best, torch.minimum(pairs // labels, torch.ones_like(pairs) * (places - 1)), pairs % labels
+
+
 # --- non-maximum suppression ------------------------------------------------------------------------
 
 _to_onnx = False
@@ -146,7 +167,7 @@ def best_boxes(
     """Greedy NMS within each image and label, and the `limit` best of what stays.
 
     Args:
-        boxes: (B, N, 4) x1 y1 x2 y2, none below 0.
+        boxes: (B, N, 4) x1 y1 x2 y2.
         scores, labels: (B, N).
         limit: at most N.
         score_threshold: detections must be above it.
@@ -156,8 +177,9 @@ def best_boxes(
         were, (B, limit).
     """
     # boxes of different labels do not overlap: each label has its own rows
-    down = labels.to(boxes.dtype) * (boxes.max() + 1)
-    apart = torch.stack([boxes[..., 0], boxes[..., 1] + down, boxes[..., 2], boxes[..., 3] + down], -1)
+    positive = boxes - boxes.min()
+    down = labels.to(boxes.dtype) * (positive.max() + 1)
+    apart = positive + torch.stack([torch.zeros_like(down), down] * 2, -1)
     find = torch.ops.exported.kept if _to_onnx else _kept
     kept = find(apart, scores, iou_threshold, score_threshold, limit)
     kept_scores = torch.where(kept & (scores > score_threshold), scores, torch.zeros_like(scores))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import inspect
 import json
@@ -236,10 +237,12 @@ def check_loggers(names: Iterable[str]) -> None:
 
 
 class Loggers:
-    """The loggers of a run; only the chief opens any. An error of an opened one is a warning."""
+    """The loggers of a run; only the chief opens any. Each has a thread of its own: the training does not wait for a
+    server, nor end by its errors, the first of which is a warning."""
 
     def __init__(self) -> None:
-        self._opened: list[_Opened] = []
+        self._opened: list[tuple[str, Any, Any]] = []  # names, runs and threads
+        self._warned: set[str] = set()
 
     def open(self, names: Iterable[str], config: dict[str, Any], folder: RunFolder, resumes: bool) -> None:
         """Begins a run in each, or continues the one that the folder names. A training that resumes omits a logger that
@@ -248,6 +251,8 @@ class Loggers:
         Raises:
             UserError: a package or a login is missing, or a run cannot begin.
         """
+        from shared.training.saving import Background  # the command line is checked without torch
+
         if not names:
             return
         check_loggers(names)
@@ -266,7 +271,7 @@ class Loggers:
                     ) from error
                 logger.warning("%s does not continue its run: %s", name, _in_a_line(error))
                 continue
-            self._opened.append(_Opened(name, run))
+            self._opened.append((name, run, Background(f"logger {name}", functools.partial(self._warn, name))))
             ids[name] = run.id
             logger.info("%s: %s", name, run.place)
         write_file(folder.loggers, json.dumps(ids))
@@ -274,21 +279,28 @@ class Loggers:
     def report(self, batches: int, split: str, metrics: dict[str, float | None]) -> None:
         """Sends a line of metrics.jsonl, with its names below `train/` or `val/` and without null values."""
         values = {f"{split}/{name}": value for name, value in metrics.items() if value is not None}
-        for each in self._opened:
-            each.do(lambda run: run.report(batches, values))
+        self._do(lambda run: run.report(batches, values))
 
     def conclude(self, batches: int, best: dict[str, float], picture: Path | None) -> None:
         """Sends the results of a whole training: numbers of the best validation, and the picture of the last one."""
-        for each in self._opened:
-            each.do(lambda run: run.conclude(batches, best, picture))
+        self._do(lambda run: run.conclude(batches, best, picture))
 
     def finish(self, code: int) -> None:
         """Ends the runs with the program's exit status."""
-        for each in self._opened:
-            each.do(lambda run: run.finish(code))
-        for each in self._opened:
-            each.end()
+        self._do(lambda run: run.finish(code))
+        for name, _, background in self._opened:
+            if not background.wait(_SECONDS_AT_END):
+                logger.warning("%s has not sent everything after %d s, and is stopped", name, _SECONDS_AT_END)
         self._opened = []
+
+    def _do(self, call: Callable[[Any], None]) -> None:
+        for _, run, background in self._opened:
+            background.begin(functools.partial(call, run))
+
+    def _warn(self, name: str, error: Exception) -> None:
+        if name not in self._warned:  # metrics.jsonl has the numbers
+            logger.warning("%s fails, and the training continues: %s", name, _in_a_line(error))
+        self._warned.add(name)
 
     def __enter__(self) -> Loggers:
         return self
@@ -299,29 +311,6 @@ class Loggers:
         else:
             code = 0 if error is None else 130 if isinstance(error, KeyboardInterrupt) else 1
         self.finish(code)
-
-
-class _Opened:
-    """A logger's run with a thread of its own: the training does not wait for a server, nor end by its errors."""
-
-    def __init__(self, name: str, run: Any):
-        from shared.training.saving import Background  # the command line is checked without torch
-
-        self.name, self.run = name, run
-        self._background = Background(f"logger {name}", self._warn)
-        self._has_warned = False
-
-    def do(self, call: Callable[[Any], None]) -> None:
-        self._background.begin(lambda: call(self.run))
-
-    def end(self) -> None:
-        if not self._background.wait(_SECONDS_AT_END):
-            logger.warning("%s has not sent everything after %d s, and is stopped", self.name, _SECONDS_AT_END)
-
-    def _warn(self, error: Exception) -> None:
-        if not self._has_warned:  # metrics.jsonl has the numbers
-            logger.warning("%s fails, and the training continues: %s", self.name, _in_a_line(error))
-        self._has_warned = True
 
 
 def _in_a_line(error: Exception) -> str:

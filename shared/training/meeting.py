@@ -50,12 +50,12 @@ _SIOCGIFADDR = 0x8915  # of Linux' ioctl: the address of an interface
 
 
 class Arrival(NamedTuple):
-    """What a rank says of itself.
+    """A rank's report about itself.
 
     Attributes:
         host: the name of its machine, for messages.
         machine: equal for two ranks on one machine.
-        address: of the machine, as it reaches rank 0.
+        address: the machine's own, towards rank 0.
         chief: the address that MASTER_ADDR has there.
         token: new for each process.
     """
@@ -101,7 +101,7 @@ def roll_call(store: Store, rank: int, size: int, seconds: float) -> tuple[str, 
     for its own token among those that the chief found.
 
     Returns:
-        The name of this start, and what each rank says of itself.
+        The name of this start, and what each rank reports about itself.
 
     Raises:
         UserError: a rank did not come in time. Every rank names it.
@@ -415,7 +415,7 @@ def lost_connection_as_error(rank: int, names: Mapping[str, str]) -> Iterator[No
     is: the master starts the trial again.
 
     Args:
-        names: of the machines, by address.
+        names: the machines' names, by address.
     """
     try:
         yield

@@ -250,6 +250,8 @@ class RunStore:
             for kept in self._kept.iterdir() if self._kept.exists() else ():
                 if kept.name not in waiting:
                     shutil.rmtree(kept, ignore_errors=True)
+            with contextlib.suppress(OSError):  # unless some wait
+                self._kept.rmdir()
 
     def _files(self) -> list[str]:
         """The run's files that the store keeps, besides its checkpoints."""

@@ -1,4 +1,4 @@
-"""The signals that stop a training after its batch, and who else gets them: forked processes and loader workers."""
+"""The signals that stop a training after its batch. Forked processes and loader workers get them too."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 class StoppedBeforeTraining(SystemExit):
-    """A signal came before there was anything to save.
+    """A signal arrived before there was anything to save.
 
     Attributes:
-        signal: the one that came.
+        signal: which one.
     """
 
     def __init__(self, number: signal.Signals, status: int):
@@ -37,7 +37,7 @@ class StopSignals:
         status: the exit status after one of them; None for 128 and its number, as after Ctrl-C.
 
     Attributes:
-        received: the last one that came while it trained.
+        received: the last one that arrived during the training.
     """
 
     def __init__(self, numbers: Sequence[signal.Signals] = STOP_SIGNALS, status: int | None = None):
@@ -57,7 +57,7 @@ class StopSignals:
         self._training = False
 
     def exit_status(self, number: signal.Signals | None) -> int:
-        """Of a process that a signal stopped."""
+        """The status of a process that a signal stopped."""
         if number is None:
             return 0
         return 128 + number if self.status is None or number == signal.SIGINT else self.status

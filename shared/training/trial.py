@@ -224,6 +224,7 @@ class DetectionTrial(Detector):
         stop: Callable[[], bool] = lambda: False,
         all_images: bool = False,
         is_share: bool = False,
+        in_process: bool = False,
     ) -> DataLoader:
         """This slot's share of the images to evaluate on, as batches on the host.
 
@@ -231,6 +232,7 @@ class DetectionTrial(Detector):
             stop: asked before each batch but the first; True omits the rest.
             all_images: also those that `evaluated_images` omits.
             is_share: `data` has this slot's share alone.
+            in_process: the same, and without loader workers.
         """
         dataset, collate = self.evaluation_dataset(data), self.collate(training=False)
         if isinstance(dataset, CocoDetection):
@@ -241,9 +243,9 @@ class DetectionTrial(Detector):
         if self.batches_of_one_size:
             groups = size_groups(data.annotations.columns["widths"], data.annotations.columns["heights"])
         images = range(len(dataset)) if all_images else self.evaluated_images(len(dataset))
-        rank, slots = (0, 1) if is_share else (self.rank, self.slots)
+        rank, slots = (0, 1) if is_share or in_process else (self.rank, self.slots)
         batches = EvaluationBatchSampler(images, self.evaluation_batch_size, rank, slots, stop, groups)
-        return self._loader(dataset, batches, collate)
+        return self._loader(dataset, batches, collate, 0 if in_process else self.data.workers)
 
     def training_batch_loader(self, first_batch: int | None = None) -> DataLoader:
         """This slot's training batches on the host, see `training_batches`."""
@@ -415,12 +417,15 @@ class DetectionTrial(Detector):
             fix = "give fewer images per validation batch in the detector's config"
         return self.out_of_memory(where, batch, fix)
 
-    def _loader(self, dataset: Dataset, batches: Any, collate: Callable[[list], Batch]) -> DataLoader:
+    def _loader(
+        self, dataset: Dataset, batches: Any, collate: Callable[[list], Batch], workers: int | None = None
+    ) -> DataLoader:
+        workers = self.data.workers if workers is None else workers
         return DataLoader(
             dataset,
             batch_sampler=batches,
-            num_workers=self.data.workers,
-            persistent_workers=self.data.workers > 0,  # or each validation forks again: slow, and see start_workers
+            num_workers=workers,
+            persistent_workers=workers > 0,  # or each validation forks again: slow, and see start_workers
             collate_fn=NotingSkipped(collate, self.bad_images),
             pin_memory=self.context.device.type == "cuda",
             worker_init_fn=begin_worker,

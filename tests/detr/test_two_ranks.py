@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_models import DETR_TYPES
 
-BATCHES = ("uneven", "one-rank", "none", "denoising")
+BATCHES = ("uneven", "one-rank", "none", "alike")
 
 
 @pytest.fixture(scope="module")

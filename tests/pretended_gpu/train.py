@@ -135,7 +135,7 @@ def without_figures():
     ReportFigures.draw = lambda *_: None
     train_command.Results.write_report = lambda *_: None
     for name in ("save_page", "picture_of"):
-        setattr(train_command, name, lambda *_: None)
+        setattr(train_command, name, lambda *_, **__: None)
 
 
 def train(trial_class, name, shapes, run, waits=None, config_file=None):

@@ -1,0 +1,103 @@
+"""Exported files beside their checkpoint: milliseconds per image and peak memory, on one core and on two.
+
+    python benchmarks/export.py efficientdet config.yaml runs/a/checkpoints/best exports/*/model.{onnx,xml,pt2}
+
+Every side detects on each image in turn, from the image's file to its detections. So noise on the machine changes all
+sides. The first image warms up. The memory of an exported file is that of a process that runs `detect.py`.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from command_line import DETECTORS, ROOT
+from tabulate import tabulate
+
+HEADERS = ["", "ms per image", "of PyTorch's", "MiB"]
+
+
+def measure(detector: str, config: str, checkpoint: str, files: list[str], images: int) -> dict[str, dict]:
+    """Milliseconds per image and MiB of each side, in this process."""
+    from shared.commands.detection import FileDetector, detecting_trial, with_checkpoint
+    from shared.export import detect
+    from shared.export.check import own_peak_memory, peak_memory_of
+    from shared.launch import experiment_for
+    from shared.training.meeting import local_processes
+
+    given = argparse.Namespace(command="evaluate", config=config, overrides=[], checkpoint=checkpoint, model=None)
+    trial_class = trial_class_of(detector)
+    experiment, saved = with_checkpoint(trial_class, experiment_for(given, trial_class.sections()), given)
+    with local_processes() as processes, detecting_trial(trial_class, experiment, saved, processes) as trial:
+        data = trial.open_val()
+        indices = [index % len(data.annotations) for index in range(images + 1)]
+        dataset, collate = trial.evaluation_dataset(data), trial.collate(training=False)
+        sides = {"PyTorch": lambda index: trial.detect_on_host_batch(collate([dataset[index]]))}
+        sides["PyTorch"](0)
+        memory = {"PyTorch": own_peak_memory()}
+        for path in files:
+            name = Path(path).suffix
+            file, seconds = FileDetector(trial_class, experiment, Path(path), processes), {"loading": 0, "detecting": 0}
+            sides[name] = lambda index, file=file, seconds=seconds: file.detect_image(data, index, seconds)
+            memory[name] = peak_memory_of(Path(detect.__file__), Path(path).absolute(), data, indices)
+        times = {name: [] for name in sides}
+        for index in indices:
+            for name, detect_image in sides.items():
+                started = time.perf_counter()
+                detect_image(index)
+                times[name].append(1000 * (time.perf_counter() - started))
+    return {name: {"ms": statistics.median(values[1:]), "mib": memory[name]} for name, values in times.items()}
+
+
+def trial_class_of(detector: str) -> type:
+    """The trial of a detector's folder."""
+    sys.path[:0] = [str(ROOT / detector), str(ROOT)]
+    os.chdir(ROOT / detector)
+    import model_def
+
+    return next(found for name, found in vars(model_def).items() if name.endswith("Trial") and name != "DetectionTrial")
+
+
+def on_cores(count: int, arguments: list[str]) -> dict[str, dict]:
+    """`measure` in a new process, on `count` cores."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(count)}
+    cores = sorted(os.sched_getaffinity(0))[:count]
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments, "--here"],
+        env=environment,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("detector", choices=DETECTORS)
+    parser.add_argument("config", type=os.path.abspath)
+    parser.add_argument("checkpoint", type=os.path.abspath)
+    parser.add_argument("files", nargs="+", type=os.path.abspath)
+    parser.add_argument("--images", type=int, default=50)
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.here:
+        print(json.dumps(measure(given.detector, given.config, given.checkpoint, given.files, given.images)))
+        return
+    arguments = [given.detector, given.config, given.checkpoint, *given.files, "--images", str(given.images)]
+    for count in range(1, min(2, len(os.sched_getaffinity(0))) + 1):
+        found = on_cores(count, arguments)
+        pytorch = found["PyTorch"]["ms"]
+        rows = [[name, side["ms"], side["ms"] / pytorch, side["mib"]] for name, side in found.items()]
+        print(f"\n{count} {'core' if count == 1 else 'cores'}, {given.images} images\n")
+        print(tabulate(rows, HEADERS, floatfmt=("", ".1f", ".2f", ".0f"), tablefmt="github"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""`export` of Detectron2's RetinaNet: the file detects what the checkpoint detects."""
+
+import json
+
+import pytest
+import yaml
+from conftest import run_command
+from tiny_models import detectron2_config, load_model_def
+
+pytest.importorskip("onnxruntime", reason="export needs the packages of `pip install '.[export]'`")
+pytest.importorskip("onnxscript", reason="export needs the packages of `pip install '.[export]'`")
+
+from shared.commands.train import train_locally
+
+
+@pytest.fixture(scope="module")
+def trial_class():
+    return load_model_def("detectron2").Detectron2Trial
+
+
+@pytest.mark.slow
+def test_exported_file_detects_what_the_checkpoint_detects(shapes, tmp_path, command, trial_class):
+    class Bold(trial_class):
+        """An untrained model whose scores are high enough to be compared."""
+
+        def build_model(self):
+            model = super().build_model()
+            model.head.cls_score.bias.data.zero_()
+            return model
+
+    Bold.__module__ = trial_class.__module__
+    config = detectron2_config(shapes, "COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    config["searcher"]["max_length"] = {"batches": 1}
+    config["scheduling_unit"] = 1
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    run_command(train_locally, Bold, path, output_dir=tmp_path / "run", resume=None)
+    checkpoint = ["--checkpoint", tmp_path / "run/checkpoints/last"]
+    command(trial_class, "export", path, *checkpoint, "--images", 4, "--output", tmp_path / "out")
+    found = json.loads((tmp_path / "out/export.json").read_text())["differences"]
+    assert found["matched"] >= 0.98 * found["detections"] > 0
+    assert found["score"] < 0.02
+
+
+@pytest.mark.slow
+def test_export_refuses_a_two_stage_detector_with_the_reason(shapes, command, trial_class, train):
+    run = train(trial_class, detectron2_config(shapes), "run")
+    with pytest.raises(SystemExit, match=r"GeneralizedRCNN cannot be exported: only RetinaNet can"):
+        command(trial_class, "export", run / "config.yaml", "--checkpoint", run / "checkpoints/last")

@@ -1,0 +1,64 @@
+"""`export` of MMDetection's one-stage detectors: the file detects what the checkpoint detects."""
+
+import json
+
+import pytest
+import yaml
+from conftest import run_command
+from tiny_models import DENSE_HEAD, SMALL_BACKBONE, load_model_def, mmdet_config
+
+pytest.importorskip("onnxruntime", reason="export needs the packages of `pip install '.[export]'`")
+pytest.importorskip("onnxscript", reason="export needs the packages of `pip install '.[export]'`")
+
+from shared.commands.train import train_locally
+
+_GROUPS = {"model.bbox_head.norm_cfg": {"type": "GN", "num_groups": 8, "requires_grad": True}}
+FAMILIES = {
+    "retinanet/retinanet_r50_fpn_1x_coco.py": {},
+    "gfl/gfl_r50_fpn_1x_coco.py": {},
+    "fcos/fcos_r50_caffe_fpn_gn-head_1x_coco.py": {**SMALL_BACKBONE, **DENSE_HEAD, **_GROUPS},
+    "atss/atss_r50_fpn_1x_coco.py": {**SMALL_BACKBONE, **DENSE_HEAD, **_GROUPS},
+    "yolox/yolox_tiny_8x8_300e_coco.py": {
+        "data.test.pipeline.1.img_scale": [128, 128],
+        "data.val.pipeline.1.img_scale": [128, 128],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def trial_class():
+    return load_model_def().MMDetectionTrial
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config_file", FAMILIES)
+def test_exported_file_detects_what_the_checkpoint_detects(config_file, shapes, tmp_path, command, trial_class):
+    class Bold(trial_class):
+        """An untrained model whose scores are high enough to be compared."""
+
+        def build_model(self):
+            model = super().build_model()
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias") and ("cls" in name or "conv_obj" in name):
+                    parameter.data.zero_()
+            return model
+
+    Bold.__module__ = trial_class.__module__
+    config = mmdet_config(shapes, config_file, **FAMILIES[config_file])
+    config["searcher"]["max_length"] = {"batches": 1}
+    config["scheduling_unit"] = 1
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    run_command(train_locally, Bold, path, output_dir=tmp_path / "run", resume=None)
+    checkpoint = ["--checkpoint", tmp_path / "run/checkpoints/last"]
+    command(trial_class, "export", path, *checkpoint, "--images", 4, "--output", tmp_path / "out")
+    found = json.loads((tmp_path / "out/export.json").read_text())["differences"]
+    assert found["matched"] >= 0.98 * found["detections"] > 0
+    assert found["score"] < 0.02
+
+
+@pytest.mark.slow
+def test_export_refuses_a_two_stage_detector_with_the_reason(shapes, command, trial_class, train):
+    run = train(trial_class, mmdet_config(shapes, "faster_rcnn/faster_rcnn_r50_fpn_1x_coco.py"), "run")
+    with pytest.raises(SystemExit, match=r"FasterRCNN cannot be exported: it is not a one-stage detector of boxes"):
+        command(trial_class, "export", run / "config.yaml", "--checkpoint", run / "checkpoints/last")
