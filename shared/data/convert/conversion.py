@@ -168,7 +168,8 @@ def _seen(source: Path, depth: int) -> list[tuple[str, Path, str]]:
     if not seen and depth:
         for folder in folders_in(source)[:_MOST_FOLDERS]:
             with contextlib.suppress(UserError):
-                seen += _seen(folder, depth - 1)
+                # what describes the files in `labels` lies above, and so was looked at before
+                seen += _seen(folder, depth - 1) if folder.name != "labels" else []
     return seen
 
 
