@@ -58,6 +58,12 @@ def trained(node):
     return 0
 
 
+def has_sent_a_checkpoint(node):
+    """Whether the bucket has the last checkpoint of the chief on this machine."""
+    checkpoints = node.own / "code/run/checkpoints"
+    return (checkpoints / "last").exists() and not (checkpoints / ".uploading").exists()
+
+
 def losses(run):
     found = [(report["batches"], report["metrics"]["loss"]) for report in reports(run) if report["split"] == "train"]
     assert [batch for batch, _ in found] == list(range(2, BATCHES + 1, 2))
@@ -90,6 +96,8 @@ def test_machines_that_share_a_bucket_alone_lose_nothing_but_batches(detector, s
             start(used, 1 + kill, "--store", f"s3://{BUCKET}/runs/a", "--resume", "auto")
             at = min(begun + choose.randint(3, 7), BATCHES - 1)
             wait_until(lambda used=used, at=at: trained(used[0]) >= at, of=used)
+            if kill % 2 == 0:  # else an upload may be cut off
+                wait_until(lambda used=used: has_sent_a_checkpoint(used[0]), of=used)
             choose.choice(used).lose()
             for node in used:
                 node.lose()

@@ -85,6 +85,8 @@ def convert(
     """
     if images is not None and not images.is_dir():
         raise UserError(f"--images: {images} is not a folder. Fix: give the folder of the images")
+    if output.is_dir():
+        raise UserError(f"OUTPUT: {output} is a folder. Fix: name the file to write, {output / 'annotations.json'}")
     if not 0 <= val_share < 1:
         raise UserError(
             f"--val: {val_share:g} is no share. Fix: give a share of the images from 0 to 1, 0.2 for example"
