@@ -2,8 +2,8 @@
 
     python benchmarks/export.py efficientdet config.yaml runs/a/checkpoints/best exports/*/model.{onnx,xml,pt2}
 
-Each image goes from its file on the disk to its detections, by every side in turn, so that noise on the machine changes
-all of them. The first image warms up. The memory of an exported file is that of a process that runs `detect.py`.
+Every side detects on each image in turn, from the image's file to its detections. So noise on the machine changes all
+sides. The first image warms up. The memory of an exported file is that of a process that runs `detect.py`.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def measure(detector: str, config: str, checkpoint: str, files: list[str], image
     from shared.export import detect
     from shared.export.check import own_peak_memory, peak_memory_of
     from shared.launch import experiment_for
-    from shared.training.processes import local_processes
+    from shared.training.meeting import local_processes
 
     given = argparse.Namespace(command="evaluate", config=config, overrides=[], checkpoint=checkpoint, model=None)
     trial_class = trial_class_of(detector)
@@ -63,7 +63,7 @@ def trial_class_of(detector: str) -> type:
 
 
 def on_cores(count: int, arguments: list[str]) -> dict[str, dict]:
-    """`measure` in a process of its own, on so many cores."""
+    """`measure` in a new process, on `count` cores."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(count)}
     cores = sorted(os.sched_getaffinity(0))[:count]
     done = subprocess.run(
