@@ -283,7 +283,7 @@ class TrainingHyperparameters:
         None, "detections that are kept per image, and scored per category; default: the model's, and 100"
     )
     class_weights: Literal["balanced"] | dict[str, float] | None = key(
-        None, "how much objects count in the classification loss: `balanced`, or `{name: weight}`, 1 for the others"
+        None, "how much objects count in the classification loss: `balanced`, or `{name: weight}`, else 1"
     )
     loggers: list[str] = key([], "where to log off a cluster: `wandb`, `mlflow`")
 
