@@ -124,7 +124,7 @@ def test_masks_and_their_metrics_are_those_of_plain_transformers(shapes, trained
         expected = [np.zeros(size, dtype=bool) for _ in masks]
         for i, mask in zip(seen, found["segmentation"].numpy(), strict=True):
             expected[i] = mask
-        assert np.mean(np.array(expected) != np.array(masks)) < 1e-4  # a logit of 0, rounded
+        assert np.mean(np.array(expected) != np.array(masks)) < 1e-4  # rounding decides at a logit of 0
         total += np.sum(expected)
         for mask, score, label in zip(expected, boxes["scores"].tolist(), boxes["labels"].tolist(), strict=True):
             rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
