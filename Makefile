@@ -19,7 +19,7 @@ $(READY): setup.cfg shared/requirements.txt efficientdet/requirements.txt $(CONS
 # As a container is made ready: MMDetection over mmcv without compiled operations, and Detectron2's Python. A library that
 # is on no package index is skipped where GitHub cannot be reached.
 LIBRARIES = $(filter-out shared/% docs/% efficientdet/%, $(wildcard */requirements.txt))
-READY_FOR = PATH="$(abspath $(VENV))/bin:$$PATH" timeout 1800 $(PY) -m shared.container --constraint $(CONSTRAINTS)
+READY_FOR = PATH="$(abspath $(VENV))/bin:$$PATH" timeout 600 $(PY) -m shared.container --constraint $(CONSTRAINTS)
 install = for file in $(LIBRARIES); do $(READY_FOR) $(1) $$file || { grep -q github.com $$file && \
 		echo "$$file: GitHub cannot be reached: the detector's tests will be skipped"; } || exit 1; done
 $(ALL_READY): $(READY) $(LIBRARIES)

@@ -1,9 +1,10 @@
 """Exported files beside their checkpoint: milliseconds per image and peak memory, on one core and on two.
 
-    python benchmarks/export.py efficientdet config.yaml runs/a/checkpoints/best exports/*/model.{onnx,xml,pt2}
+    python benchmarks/export.py --detector efficientdet --config config.yaml --checkpoint runs/a/checkpoints/best \
+        --files exports/*/model.{onnx,xml,pt2}
 
-Each image goes from its file on the disk to its detections, by every side in turn, so that noise on the machine changes
-all of them. The first image warms up. The memory of an exported file is that of a process that runs `detect.py`.
+Every side detects on each image in turn, from the image's file to its detections. So noise on the machine changes all
+sides. The first image warms up. The memory of an exported file is that of a process that runs `detect.py`.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from command_line import DETECTORS, ROOT
+from command_line import ROOT, main
 from tabulate import tabulate
 
 HEADERS = ["", "ms per image", "of PyTorch's", "MiB"]
@@ -27,7 +28,7 @@ def measure(detector: str, config: str, checkpoint: str, files: list[str], image
     from shared.export import detect
     from shared.export.check import own_peak_memory, peak_memory_of
     from shared.launch import experiment_for
-    from shared.training.processes import local_processes
+    from shared.training.meeting import local_processes
 
     given = argparse.Namespace(command="evaluate", config=config, overrides=[], checkpoint=checkpoint, model=None)
     trial_class = trial_class_of(detector)
@@ -63,7 +64,7 @@ def trial_class_of(detector: str) -> type:
 
 
 def on_cores(count: int, arguments: list[str]) -> dict[str, dict]:
-    """`measure` in a process of its own, on so many cores."""
+    """`measure` in a new process, on `count` cores."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(count)}
     cores = sorted(os.sched_getaffinity(0))[:count]
     done = subprocess.run(
@@ -75,29 +76,33 @@ def on_cores(count: int, arguments: list[str]) -> dict[str, dict]:
     )
     if done.returncode != 0:
         sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout[done.stdout.index("{\n") :])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("detector", choices=DETECTORS)
-    parser.add_argument("config", type=os.path.abspath)
-    parser.add_argument("checkpoint", type=os.path.abspath)
-    parser.add_argument("files", nargs="+", type=os.path.abspath)
-    parser.add_argument("--images", type=int, default=50)
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.here:
-        print(json.dumps(measure(given.detector, given.config, given.checkpoint, given.files, given.images)))
-        return
-    arguments = [given.detector, given.config, given.checkpoint, *given.files, "--images", str(given.images)]
+def compare(
+    detector: str, config: Path, checkpoint: Path, files: list[Path], images: int = 50, here: bool = False
+) -> dict[str, dict] | None:
+    """The table of one core, and of two.
+
+    detector: the folder of the detector.
+    config: the experiment config.
+    checkpoint: the folder of a checkpoint.
+    files: exported files of the checkpoint.
+    images: to detect on.
+    here: measure in this process, and print JSON.
+    """
+    config, checkpoint, *files = (str(path.absolute()) for path in (config, checkpoint, *files))
+    if here:
+        return measure(detector, config, checkpoint, files, images)
+    arguments = ["--detector", detector, "--config", config, "--checkpoint", checkpoint, "--images", str(images)]
     for count in range(1, min(2, len(os.sched_getaffinity(0))) + 1):
-        found = on_cores(count, arguments)
+        found = on_cores(count, [*arguments, "--files", *files])
         pytorch = found["PyTorch"]["ms"]
         rows = [[name, side["ms"], side["ms"] / pytorch, side["mib"]] for name, side in found.items()]
-        print(f"\n{count} {'core' if count == 1 else 'cores'}, {given.images} images\n")
+        print(f"\n{count} {'core' if count == 1 else 'cores'}, {images} images\n")
         print(tabulate(rows, HEADERS, floatfmt=("", ".1f", ".2f", ".0f"), tablefmt="github"))
+    return None
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, compare)

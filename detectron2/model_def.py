@@ -28,7 +28,7 @@ from detectron2_files import config as configs
 from detectron2_files import data as data_sets
 from detectron2_files import model as models
 from detectron2_files.class_weights import weigh_categories
-from detectron2_files.evaluation import OwnEvaluator, OwnResult, detect, own_evaluator
+from detectron2_files.evaluation import OwnEvaluator, OwnResult, detect, own_evaluator, warn_of_masks
 from detectron2_files.pixels import with_quick_resizing
 from detectron2_files.weights import categories_of_checkpoint, load_weights_into, start_of
 from shared.config.file import flattened
@@ -89,9 +89,7 @@ class Detectron2Trial(DetectionTrial):
         if self.hparams.scale_schedule:
             config.scale_schedule(self.hparams.global_batch_size)
         if config.augments_tests and self.for_training:
-            logger.info(
-                "TEST.AUG: `evaluate` and `predict` detect in augmented images; a training's validations do not"
-            )
+            logger.info("TEST.AUG: `evaluate` and `predict` detect in augmented images; validations do not")
         models.apply_backend_options(config, self.for_training)
         self.find_unused_parameters = config.find_unused_parameters
         if self.slots > 1:
@@ -147,16 +145,13 @@ class Detectron2Trial(DetectionTrial):
         stated = configs.stated_class_count(config)
         if self.data.has_val_annotations:
             in_data = self.open_val().categories
-            free = stated is not None and stated[1] == configs.COCO_CLASSES and stated[0] not in self._overridden
+            given = flattened(self.hparams.config_overrides)
+            free = stated is not None and stated[1] == configs.COCO_CLASSES and stated[0] not in given
             if stated is None or free or len(in_data) == stated[1]:
                 return in_data
         if stated is None or len(named) == stated[1] or config.semantic:
             return named
         return [{"id": i + 1, "name": f"class {i + 1}"} for i in range(stated[1])]
-
-    @property
-    def _overridden(self) -> list[str]:
-        return list(flattened(self.hparams.config_overrides))
 
     def training_groups(self) -> np.ndarray:
         if not self.detectron2_config.train_set.group_by_aspect_ratio:
@@ -231,7 +226,7 @@ class Detectron2Trial(DetectionTrial):
         counts = {"things": len(self.categories)}
         if self.for_training and isinstance(self.train_data, data_sets.RegisteredData):
             counts = self.train_data.class_counts
-        configs.set_class_counts(config, counts, self._overridden)
+        configs.set_class_counts(config, counts, flattened(self.hparams.config_overrides))
         model = models.build_model(config)
         if self.hparams.max_detections is not None:
             models.keep_detections(model, self.hparams.max_detections)
@@ -286,22 +281,19 @@ class Detectron2Trial(DetectionTrial):
             group["lr"] = lr
 
     def summary(self) -> list[tuple[str, object]]:
-        config = self.detectron2_config
+        config, data = self.detectron2_config, self.train_data
+        registered = isinstance(data, data_sets.RegisteredData)
+        named = ", ".join(data.names) if registered else data.annotations.path or "fake"
         return [
             ("config", self.hparams.config_file),
             ("model", f"{type(self.plain_model).__name__}, {count_of(len(self.categories), 'category')}"),
             ("weights", (self._weights() or ("initial",))[0] if self.first_batch == 0 else "the checkpoint's"),
-            ("training data", f"{self._training_data_name()}, {count_of(len(self.train_samples), 'sample')}"),
+            ("training data", f"{named}, {count_of(len(self.train_samples), 'sample')}"),
             ("validation", ", ".join(self.iou_types) if self.evaluates_coco else "by Detectron2's own evaluator"),
             ("optimizer", f"{type(self.optimizer).__name__}, lr {config.learning_rate:g}"),
             ("schedule", config.schedule_name),
             ("operations", "compiled (detectron2._C)" if COMPILED else "PyTorch and torchvision"),
         ]
-
-    def _training_data_name(self) -> str:
-        if isinstance(self.train_data, data_sets.RegisteredData):
-            return ", ".join(self.train_data.names)
-        return str(self.train_data.annotations.path or "fake")
 
     def synchronize_buffers(self) -> None:
         if count := self.detectron2_config.precise_bn_batches:
@@ -323,20 +315,13 @@ class Detectron2Trial(DetectionTrial):
             inputs = [{**given, "image": given["image"].cpu()} for given in inputs]
         if not self.detects_for_own_evaluator:
             detected = list(detect(model, inputs))
-            self._warn_of_unscored_masks(detected)
+            if self.rank == 0 and self.evaluates_coco and "segm" not in self.iou_types and not self.warned_of_masks:
+                self.warned_of_masks = warn_of_masks(detected)
             return detected
         return [
             OwnResult({key: value for key, value in given.items() if key != "image"}, output)
             for given, output in zip(inputs, model(inputs), strict=True)
         ]
-
-    def _warn_of_unscored_masks(self, detected: list[Detections]) -> None:
-        if self.evaluates_coco and "segm" not in self.iou_types and any(found.masks is not None for found in detected):
-            if not self.warned_of_masks and self.rank == 0:
-                logger.warning(
-                    "the model detects masks, and no `mask_head` of its config says so: the boxes alone are evaluated"
-                )
-            self.warned_of_masks = True
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ class DetrTrial(DetectionTrial):
         return model(batch.images, batch.targets["mask"], batch.targets["labels"], ranks)
 
     def _random_state_of_one_rank(self) -> torch.Tensor:
-        """Of the device's generator before the losses of this batch, if rank 0 computes all of it."""
+        """The state of the device's generator before the losses of this batch, if rank 0 computes all of it."""
         is_on_gpu = self.context.device.type == "cuda"
         with kept_random_state():
             seed_all(self.seed, 0, self.batches_trained, 1)  # as `train_batch` does

@@ -21,7 +21,6 @@ from effdet.bench import DetBenchPredict
 from effdet.data.random_erasing import RandomErasing
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
 from timm.utils import dispatch_clip_grad
 from torch import nn
 
@@ -34,6 +33,7 @@ from efficientdet_files.data import (
     sample_of,
 )
 from efficientdet_files.model import WeightedLoss, build_model, model_config
+from efficientdet_files.schedule import build_scheduler
 from shared.data.dataset import CocoDetection
 from shared.data.images import InputScale
 from shared.data.loading import Batch
@@ -45,7 +45,6 @@ from shared.training.trial import DetectionTrial
 
 # of PyTorch's ReduceLROnPlateau
 _PLATEAU_PROGRESS = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
-_SCHEDULES = ("cosine", "multistep", "plateau", "poly", "step", "tanh")
 
 
 class EfficientDetTrial(DetectionTrial):
@@ -113,39 +112,8 @@ class EfficientDetTrial(DetectionTrial):
         )
 
     def prepare_schedule(self) -> None:
-        hparams = self.hparams
-        if hparams.sched not in _SCHEDULES:
-            raise UserError(
-                f"hyperparameters.sched: {hparams.sched!r} is not a scheduler of timm; "
-                f"{nearest(hparams.sched, _SCHEDULES)}"
-            )
-        epochs = self.total_batches / self.batches_per_epoch - hparams.cooldown_epochs
-        if epochs <= 0:
-            raise UserError(
-                f"hyperparameters.cooldown_epochs: {hparams.cooldown_epochs} are not less than the training's "
-                f"{self.total_batches / self.batches_per_epoch:.1f} epochs"
-            )
-        self.scheduler, _ = create_scheduler_v2(
-            self.optimizer,
-            sched=hparams.sched,
-            num_epochs=epochs,
-            decay_epochs=hparams.decay_epochs,
-            cooldown_epochs=hparams.cooldown_epochs,
-            patience_epochs=hparams.patience_epochs,
-            plateau_mode="min" if self.searcher_metric.smaller_is_better else "max",
-            decay_rate=hparams.decay_rate,
-            min_lr=hparams.min_lr,
-            warmup_lr=hparams.warmup_lr,
-            warmup_epochs=hparams.warmup_epochs,
-            noise=hparams.lr_noise,
-            noise_pct=hparams.lr_noise_pct,
-            noise_std=hparams.lr_noise_std,
-            noise_seed=self.seed,
-            cycle_mul=hparams.lr_cycle_mul,
-            cycle_limit=hparams.lr_cycle_limit,
-            step_on_epochs=not hparams.sched_on_updates,
-            updates_per_epoch=self.batches_per_epoch,
-        )
+        metric, lengths = self.searcher_metric, (self.batches_per_epoch, self.total_batches)
+        self.scheduler = build_scheduler(self.optimizer, self.hparams, *lengths, metric.smaller_is_better, self.seed)
 
     def warmup_batches(self) -> float:
         return self.hparams.warmup_epochs * self.batches_per_epoch

@@ -292,14 +292,8 @@ class MMDetectionTrial(DetectionTrial):
 
     def prepare_schedule(self) -> None:
         self.clip_gradients()  # what it refuses, before training starts
-        self.runner = StepRunner(
-            self.plain_model,
-            self.optimizer,
-            self.mmdet_config,
-            self.batches_per_epoch,
-            self.total_batches,
-            self.train_samples,
-        )
+        lengths = self.batches_per_epoch, self.total_batches
+        self.runner = StepRunner(self.plain_model, self.optimizer, self.mmdet_config, *lengths, self.train_samples)
         self.mode_switch = mode_switch(self.mmdet_config, self.runner.max_epochs)
 
     def warmup_batches(self) -> float:
@@ -341,16 +335,13 @@ class MMDetectionTrial(DetectionTrial):
 
     def summary(self) -> list[tuple[str, object]]:
         config = self.mmdet_config
-        lr_config = dict(config.get("lr_config") or {})
+        lr_config, own = dict(config.get("lr_config") or {}), configs.kind_of(config.data.val)
         return [
             ("config", self.hparams.config_file),
             ("model", f"{config.model.type}, {count_of(len(self.categories), 'category')}"),
             ("weights", self._start()),
             ("training data", f"{configs.kind_of(config.data.train)}, {count_of(len(self.train_samples), 'sample')}"),
-            (
-                "validation",
-                ", ".join(self.iou_types) if self.evaluates_coco else f"{configs.kind_of(config.data.val)}.evaluate",
-            ),
+            ("validation", ", ".join(self.iou_types) if self.evaluates_coco else f"{own}.evaluate"),
             ("optimizer", f"{config.optimizer.type}, lr {config.optimizer.lr:g}"),
             ("schedule", ", ".join(f"{key} {value}" for key, value in lr_config.items()) or "constant"),
             ("gradient clipping", (config.get("optimizer_config") or {}).get("grad_clip") or "none"),

@@ -11,8 +11,19 @@ from conftest import ROOT
 
 # each may import from those after it, and from its own room
 FLOORS = (
-    *("__main__", "launch", "predictor", "commands", "search", "export", "report", "training", "evaluation"),
-    *("library", "data", "config", "launchers", "durable", "redaction", "errors", "environment"),
+    *(
+        "__main__",
+        "launch",
+        "command_line",
+        "predictor",
+        "commands",
+        "search",
+        "export",
+        "report",
+        "training",
+        "evaluation",
+    ),
+    *("library", "data", "config", "launchers", "durable", "log", "redaction", "errors", "environment"),
 )
 BY_ITSELF = ("container",)  # runs before anything is installed
 LIBRARIES = ("effdet", "timm", "mmdet", "mmcv", "detectron2", "transformers", "model_def")

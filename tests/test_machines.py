@@ -23,7 +23,7 @@ PORT = 29611
 WITHOUT_FIGURES = ROOT / "tests/without_figures.py"
 # a model_def.py that draws nothing, and prints which images are in which batch
 NOTING = """
-import os, sys
+import os, sys, time
 sys.path.insert(0, os.getcwd())
 import model_def
 from without_figures import leave_out_figures
@@ -35,6 +35,7 @@ name = next(name for name in dir(model_def) if name.endswith("Trial") and name !
 class Noting(getattr(model_def, name)):
     def losses(self, model, batch):
         os.write(1, f"BATCH {self.batches_trained} {batch.image_ids}\\n".encode())
+        time.sleep(float(os.environ.get("PAUSE", 0)))
         return super().losses(model, batch)
 
 Noting.__module__ = "model_def"
@@ -171,14 +172,14 @@ def test_a_machine_that_never_comes_is_named(nodes, prepare):
 
 @pytest.mark.slow
 def test_torchrun_continues_with_the_machines_that_are_left_and_with_new_ones(nodes, prepare, tmp_path):
-    prepare(searcher={**CONFIGS["efficientdet"](tmp_path)["searcher"], "max_length": {"batches": 200}})
+    prepare(searcher={**CONFIGS["efficientdet"](tmp_path)["searcher"], "max_length": {"batches": 120}})
 
     def join(node):
         elastic = ("--nnodes", "1:2", "--nproc-per-node", 1, "--max-restarts", 5, "--rdzv-backend", "c10d")
         meet = ("--rdzv-id", "a", "--rdzv-endpoint", f"node-0:{PORT}", "--rdzv-conf", "last_call_timeout=5")
         train = ("train", "config.yaml", "--output-dir", "runs/a", "--resume", "auto")
         # with the store that it shares between starts, torchrun leaves a machine waiting that comes later
-        alone = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        alone = {"OMP_NUM_THREADS": "1", "PAUSE": "0.5", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         node.torchrun("noting.py", *train, options=(*elastic, *meet), **alone)
 
     def batches():
@@ -188,15 +189,15 @@ def test_torchrun_continues_with_the_machines_that_are_left_and_with_new_ones(no
     logs = []
     for node in nodes:
         join(node)
-    wait_until(lambda: batches() >= 20, of=nodes[:1])
+    wait_until(lambda: batches() >= 10, of=nodes[:1])
     logs.append(nodes[1].log)
     nodes[1].lose()
     at_loss = batches()
-    wait_until(lambda: batches() >= at_loss + 20, of=nodes[:1])
+    wait_until(lambda: batches() >= at_loss + 10, of=nodes[:1])
     assert nodes[0].log.count("resuming after batch") == 1
     join(nodes[1])
-    assert nodes[0].wait() == 0, nodes[0].log
+    assert nodes[0].wait(900) == 0, nodes[0].log
     assert nodes[0].log.count("resuming after batch") == 2
     images = batches_in(nodes[0].log, *logs, nodes[1].log)
-    assert [len(images[number]) for number in range(200)] == [4] * 200
-    assert len(losses_of(nodes[0].own / "code/runs/a")) == 200
+    assert [len(images[number]) for number in range(120)] == [4] * 120
+    assert len(losses_of(nodes[0].own / "code/runs/a")) == 120

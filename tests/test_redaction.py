@@ -16,7 +16,7 @@ from shared import launch
 from shared.data.annotations import CocoAnnotations
 from shared.data.synthetic import coco_split
 from shared.durable import write_file
-from shared.launch import show_log
+from shared.log import show_log
 from shared.redaction import REDACTED, filled_in, redacted, without_secrets
 from shared.report.report import About, changed_keys
 from shared.training.run_folder import RunFolder

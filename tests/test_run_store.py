@@ -200,7 +200,7 @@ def whole_batches(folder):
 
 
 def train_and_store(place, folder, waits=True):
-    """Two checkpoints, of which the first is the best.
+    """Two checkpoints; the first is the best.
 
     Args:
         waits: until a checkpoint is in the store, before the next one.

@@ -14,7 +14,8 @@ from stores import BUCKET
 from tiny_models import CONFIGS
 
 PORT = 9000
-BATCHES = 24
+BATCHES = 48
+PERIOD = 12  # batches between checkpoints
 KILLS = 5
 # serves an empty bucket, through a proxy that fails one request in ten
 STORE = """
@@ -58,6 +59,12 @@ def trained(node):
     return 0
 
 
+def has_sent_a_checkpoint(node):
+    """Whether the bucket has the last checkpoint of the chief on this machine."""
+    checkpoints = node.own / "code/run/checkpoints"
+    return (checkpoints / "last").exists() and not (checkpoints / ".uploading").exists()
+
+
 def losses(run):
     found = [(report["batches"], report["metrics"]["loss"]) for report in reports(run) if report["split"] == "train"]
     assert [batch for batch, _ in found] == list(range(2, BATCHES + 1, 2))
@@ -72,6 +79,7 @@ def test_machines_that_share_a_bucket_alone_lose_nothing_but_batches(detector, s
         store.start(sys.executable, "store.py", ROOT / "tests", store.address, PORT)
         config = CONFIGS[detector](nodes[0].disk / "code" / shapes.name)
         config["searcher"]["max_length"] = {"batches": BATCHES}
+        config |= {key: {"batches": PERIOD} for key in ("min_validation_period", "min_checkpoint_period")}
         config["data"] |= {"workers": 0, "endpoint_url": f"http://{store.address}:{PORT}"}
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
         for node in nodes:
@@ -88,12 +96,14 @@ def test_machines_that_share_a_bucket_alone_lose_nothing_but_batches(detector, s
                 shutil.rmtree(node.own / "code/run", ignore_errors=True)
             used = nodes if kill % 2 == 0 else nodes[:1]
             start(used, 1 + kill, "--store", f"s3://{BUCKET}/runs/a", "--resume", "auto")
-            at = min(begun + choose.randint(3, 7), BATCHES - 1)
+            at = min(begun + choose.randint(PERIOD, 2 * PERIOD), BATCHES - 1)
             wait_until(lambda used=used, at=at: trained(used[0]) >= at, of=used)
+            if kill % 2 == 0:  # else an upload may be cut off
+                wait_until(lambda used=used: has_sent_a_checkpoint(used[0]), of=used)
             choose.choice(used).lose()
             for node in used:
                 node.lose()
-            begun = at - at % 4
+            begun = at - at % PERIOD
         for node in nodes:
             shutil.rmtree(node.own / "code/run", ignore_errors=True)
         start(nodes, 1 + KILLS, "--store", f"s3://{BUCKET}/runs/a", "--resume", "auto")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from shared.errors import UserError
 from shared.evaluation.detections import Detections, encode, encode_masks, masks_at_once
 from shared.evaluation.gathered import ChiefReducer, Gather
 
+logger = logging.getLogger(__name__)
+
 # --- detections -------------------------------------------------------------------------------------
 
 
@@ -51,6 +54,16 @@ def detect(model: nn.Module, inputs: list[dict[str, Any]]) -> Iterator[Detection
             yield _segments(output["sem_seg"], given["image_id"])
         else:
             raise UserError("this config's model proposes regions only; it detects nothing that could be shown")
+
+
+def warn_of_masks(detected: Iterable[Detections]) -> bool:
+    """Warns of masks that no evaluation asks for. Returns whether there are any."""
+    has_masks = any(found.masks is not None for found in detected)
+    if has_masks:
+        logger.warning(
+            "the model detects masks, and no `mask_head` of its config says so: the boxes alone are evaluated"
+        )
+    return has_masks
 
 
 def to_detections(instances: Instances, image_id: int) -> Detections:

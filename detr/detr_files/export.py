@@ -18,7 +18,7 @@ _FILTERS = {Image.BILINEAR: "bilinear", Image.BICUBIC: "bicubic"}
 
 
 class ExportableDetr(Exportable):
-    """What the image processor does to an image, the model, and `post_process_object_detection`.
+    """The steps of the image processor, the model, and `post_process_object_detection`.
 
     Args:
         detector: transformers' model.
@@ -62,7 +62,7 @@ class ExportableDetr(Exportable):
         least, most = self.size["shortest_edge"], self.size.get("longest_edge")
         if most is None:
             return least * height // short, least * width // short
-        # the long edge is at most so long, the short one rounded
+        # the longest edge limits both sides, and the short one is rounded
         return tuple(
             torch.sym_min(least * side // short, (2 * most * side + long) // (2 * long)) for side in (height, width)
         )

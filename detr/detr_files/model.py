@@ -158,7 +158,7 @@ def input_scale(hparams: DetrHyperparameters) -> InputScale | None:
 
 
 def input_step(config: PreTrainedConfig) -> int:
-    """The number of pixels of which the sides of an input must be a multiple."""
+    """The number of pixels that divides each side of an input."""
     backbone = getattr(config, "backbone_config", None) or config
     patch = getattr(backbone, "patch_size", None)
     if patch is None:

@@ -25,7 +25,7 @@ class ExportableMMDetection(Exportable):
 
     Args:
         model: MMDetection's detector.
-        pipeline: of the data to test on.
+        pipeline: prepares the images to test on.
 
     Raises:
         UserError: the config has what an exported file cannot do; says what.
@@ -92,7 +92,7 @@ class ExportableMMDetection(Exportable):
         return best_boxes(boxes, scores, labels, self.config.nms["iou_threshold"], limit)[:3]
 
     def _of_levels(self, outputs: Sequence[Any], height: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The candidates of `BaseDenseHead.get_bboxes`: of each level, the best pairs of a place and a class."""
+        """The candidates of `BaseDenseHead.get_bboxes`: the best pairs of a place and a class, by level."""
         class_levels, box_levels = outputs[:2]
         factor_levels = outputs[2] if len(outputs) > 2 else [None] * len(class_levels)
         shapes = [level.shape[-2:] for level in class_levels]

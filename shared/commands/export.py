@@ -114,7 +114,7 @@ def _write_checked(
 
 
 def _check_output(output: Path) -> None:
-    """An earlier export may be replaced, and nothing else."""
+    """Raises UserError if `output` holds anything but an earlier export."""
     if output.is_dir() and any(output.iterdir()) and not (output / _NUMBERS).is_file():
         raise UserError(f"--output: {output} is not empty. Fix: give a new folder")
     if output.exists() and not output.is_dir():
@@ -123,7 +123,7 @@ def _check_output(output: Path) -> None:
 
 @contextlib.contextmanager
 def _replacing(output: Path) -> Iterator[Path]:
-    """A new folder, which takes the place of `output` at the end. An error leaves nothing of it."""
+    """A new folder, which takes the place of `output` at the end. An error deletes it."""
     folder = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.new")
     try:
         folder.mkdir(parents=True)

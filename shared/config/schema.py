@@ -85,7 +85,7 @@ class StoreOptions:
     """How to reach a store.
 
     Attributes:
-        endpoint_url: of an S3-compatible store or a GCS emulator; None for the provider's own.
+        endpoint_url: URL of an S3-compatible store or a GCS emulator; None for the provider's own.
         anonymous: read without credentials; False uses the provider's usual chain.
         timeout: seconds that a store may be unreachable before the error.
     """
@@ -283,7 +283,7 @@ class TrainingHyperparameters:
         None, "detections that are kept per image, and scored per category; default: the model's, and 100"
     )
     class_weights: Literal["balanced"] | dict[str, float] | None = key(
-        None, "how much objects count in the classification loss: `balanced`, or `{name: weight}`, 1 for the others"
+        None, "how much objects count in the classification loss: `balanced`, or `{name: weight}`, else 1"
     )
     loggers: list[str] = key([], "where to log off a cluster: `wandb`, `mlflow`")
 

@@ -22,6 +22,7 @@ from shared.evaluation.detections import Detections
 _EDGE = 1 / 128  # of a tile: a box that ends so near to an edge may be cut
 _CUT = 0.5  # of the score of a detection that an edge may cut
 _COVERED = 0.5  # of a cut box
+_AT_ONCE = 64  # cut boxes that are compared with all others
 
 
 def merge(
@@ -31,7 +32,7 @@ def merge(
 
     Args:
         size: (width, height) of the image.
-        found: of each tile, in the tile's pixels.
+        found: detections of each tile, in the tile's pixels.
         max_iou: IoU that two detections of a category may have.
     """
     if len(found) == 1:
@@ -50,8 +51,8 @@ def merge(
     ranks = torch.arange(len(kept), 0, -1, dtype=torch.float32)
     kept = kept[batched_nms(torch.from_numpy(boxes[kept]), ranks, torch.from_numpy(labels[kept]), max_iou).numpy()]
     cut, whole = kept[at_edge[kept]], kept[~at_edge[kept]]
-    cut = [row for row in cut.tolist() if not _is_covered(row, whole, boxes, labels, sureness)]
-    kept = np.concatenate([whole, np.array(cut, np.int64)])
+    cut = cut[~_are_covered(cut, whole, boxes, labels, sureness)]
+    kept = np.concatenate([whole, cut])
     kept = kept[np.argsort(-scores[kept], kind="stable")]
 
     masks = keypoints = None
@@ -109,16 +110,27 @@ def _is_whole_in_a_tile(boxes: np.ndarray, size: tuple[int, int], tiling: Tiling
     return whole
 
 
-def _is_covered(row: int, by: np.ndarray, boxes: np.ndarray, labels: np.ndarray, sureness: np.ndarray) -> bool:
-    """Whether most of a box lies in a surer one of its category.
+def _are_covered(
+    rows: np.ndarray, by: np.ndarray, boxes: np.ndarray, labels: np.ndarray, sureness: np.ndarray
+) -> np.ndarray:
+    """(rows,) bool: boxes that lie mostly inside a surer box of their category.
 
     Args:
         by: the rows of the others.
     """
-    others = by[(labels[by] == labels[row]) & (sureness[by] >= sureness[row])]
-    sides = np.minimum(boxes[row, 2:], boxes[others, 2:]) - np.maximum(boxes[row, :2], boxes[others, :2])
-    area = (boxes[row, 2:] - boxes[row, :2]).prod()
-    return bool((sides.clip(0).prod(axis=1) > _COVERED * area).any())
+    covered = np.zeros(len(rows), bool)
+    for label in np.unique(labels[rows]):
+        others = by[labels[by] == label]
+        x1, y1, x2, y2 = boxes[others].T
+        own = np.flatnonzero(labels[rows] == label)
+        for some in np.array_split(own, -(-len(own) // _AT_ONCE)):
+            left, top, right, bottom = boxes[rows[some]].T[..., None]
+            shared = np.minimum(right, x2) - np.maximum(left, x1)
+            np.clip(shared, 0, None, out=shared)
+            shared *= (np.minimum(bottom, y2) - np.maximum(top, y1)).clip(0)
+            inside = shared > _COVERED * (right - left) * (bottom - top)
+            covered[some] = (inside & (sureness[others] >= sureness[rows[some], None])).any(axis=1)
+    return covered
 
 
 def _mask_in_image(tile: Tile, mask: dict, size: tuple[int, int]) -> dict:

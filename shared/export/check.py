@@ -30,7 +30,7 @@ class Side:
 
     Attributes:
         images_per_second: from the image's file to the detections.
-        peak_memory_mib: of a process that detects; None if the system does not know it.
+        peak_memory_mib: a process that detects needs this much; None if the system does not know it.
     """
 
     images_per_second: float
@@ -43,7 +43,7 @@ class Differences:
     """Detections of at least `SCORE`, and their partners: the same label, an IoU of at least 0.5, the best one first.
 
     Attributes:
-        detections: of the checkpoint.
+        detections: the number that the checkpoint has.
         matched: of them, those with a partner in the file.
         box: the largest difference of a matched box's coordinate, in pixels; 0 without a match.
         score: the same of scores.

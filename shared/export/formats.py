@@ -124,6 +124,9 @@ def _write_onnx(detector: Exportable, path: Path, metadata: Metadata) -> None:
         given = _Prepare(detector)(images)
         second = _to_onnx(_Detect(detector), given, (dynamic, None), ["pixels", "sizes"], list(detector.outputs))
         model = _joined(first, second)
+    versions = {each.domain: each.version for each in model.opset_import}  # a translated operation adds one again
+    del model.opset_import[:]
+    model.opset_import.extend(onnx_module().helper.make_opsetid(*each) for each in versions.items())
     model.metadata_props.extend(
         onnx_module().StringStringEntryProto(key=name, value=value) for name, value in metadata.strings().items()
     )
@@ -193,7 +196,9 @@ def _write_openvino(onnx: Path, path: Path, metadata: Metadata) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the libraries' warnings about their own parts."""
-    noisy = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch.fx")]
+    noisy = [
+        logging.getLogger(name) for name in ("", "torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch.fx")
+    ]
     levels = [logger.level for logger in noisy]
     for logger in noisy:
         logger.setLevel(logging.ERROR)

@@ -30,7 +30,7 @@ class Metadata:
     thresholds: the same of each category, by name, for those that have one.
     checkpoint: the SHA-256 of the checkpoint's weights; None for pretrained weights.
     batches: that the checkpoint was trained for.
-    versions: of the packages that wrote the file.
+    versions: the packages that wrote the file.
     """
 
     categories: list[dict]

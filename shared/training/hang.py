@@ -31,6 +31,7 @@ from shared.training.processes import ProcessContext, connect, host_of_chief, li
 from shared.training.standings import Mark, Phase, Standing, Standings
 
 _LONGEST_TICK = 5.0  # seconds
+_LONGER_IN_START = 6  # times the patience for a phase without batches
 _TICKS = 10  # in the shortest limit
 _SECONDS_TO_WRITE = 5.0  # a pipe may be full, and that may be the hang
 _SECONDS_TO_FLUSH = 0.5
@@ -135,9 +136,12 @@ class Watch:
 def watching_start(
     rank: int, size: int, hosts: Sequence[str], limit: float, exchange: AnyExchange
 ) -> Iterator[Callable[[], None]]:
-    """Watches the calling thread from the roll call on. Gives the function that stops it when the training begins."""
+    """Watches the calling thread from the roll call on. Gives the function that stops it when the training begins.
+
+    A rank that answers may take long, for example to read all images of a large data set.
+    """
     begun = Mark(Phase.BEGINNING, 0)
-    watcher = _Watcher(lambda: begun, rank, size, hosts, limit, 1, exchange)
+    watcher = _Watcher(lambda: begun, rank, size, hosts, limit, 1, exchange, _LONGER_IN_START)
     with watcher.running():
         yield watcher.leave
 
@@ -157,6 +161,7 @@ class _Watcher:
         last_mark: how far this rank is.
         first_batch: of this start, from 1.
         exchange: None for a single rank.
+        longer: how many times the usual patience this rank has.
     """
 
     def __init__(
@@ -168,9 +173,10 @@ class _Watcher:
         limit: float,
         first_batch: int,
         exchange: AnyExchange | None,
+        longer: float = 1,
     ):
         self.last_mark, self.rank, self.limit, self.first_batch = last_mark, rank, limit, first_batch
-        self.exchange = exchange
+        self.exchange, self.longer = exchange, longer
         self.watched = threading.get_ident()
         self.over = threading.Event()
         self.thread = threading.Thread(target=self.run, name="watch", daemon=True)
@@ -181,7 +187,7 @@ class _Watcher:
         self.reported = self.left = False
         begun = Mark(Phase.BEGINNING, first_batch - 1)  # of those that have not reported yet
         for each in range(size):
-            self.standings.hear(Standing(each, begun, 0.0, begun.patience(self.limit, 0), tick=-1))
+            self.standings.hear(Standing(each, begun, 0.0, longer * begun.patience(self.limit, 0), tick=-1))
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -223,7 +229,7 @@ class _Watcher:
             rank=self.rank,
             mark=mark,
             quiet=self.interval * (self.ticks - self.marked_at),
-            patience=mark.patience(self.limit, self.first_batch),
+            patience=self.longer * mark.patience(self.limit, self.first_batch),
             tick=self.ticks,
             waits=frame is not None and frame.f_code.co_filename.startswith(_WAITING),
             where="" if frame is None else _place(frame),

@@ -60,7 +60,7 @@ class RunStore:
     """Keeps a run's copy in a place. Only the chief has one.
 
     Uploads run in a thread of their own, and training never waits for them. If the store fails, they are repeated until
-    it answers. An upload that has waited for long is of the newest checkpoint.
+    it answers. After a long outage only the newest checkpoint is sent.
     """
 
     def __init__(self, place: Place, folder: RunFolder):
@@ -73,7 +73,7 @@ class RunStore:
         self._index: dict[str, Stored] = {}
         self._in_store: set[str] = set()  # folders of checkpoints, perhaps incomplete ones
         self._partly_sent: dict[str, set[str]] = {}  # the files of a checkpoint that are there, by its folder
-        self._sent: dict[str, tuple[int, int]] = {}  # the time and the size of each other file, as it was sent
+        self._sent: dict[str, tuple[int, int]] = {}  # the time and the size at which each other file was sent
         self._complains = False
         self._ending = threading.Event()
         self._background = Background("uploading")
@@ -106,7 +106,7 @@ class RunStore:
                 self._fetch()
 
     def begin(self) -> None:
-        """Takes the checkpoints that the folder holds. What the store lacks is sent with the first validation."""
+        """Takes the checkpoints that the folder holds. The first validation sends those that the store lacks."""
         shutil.rmtree(self._kept, ignore_errors=True)
         for name in ("best", "last"):
             if (self.folder.checkpoints / name).exists():
@@ -321,6 +321,6 @@ def _batches(checkpoint: Path) -> int:
 
 
 def _digest(checkpoint: Path) -> str:
-    """SHA-256 of the manifest; of nothing, if there is none."""
+    """SHA-256 of the manifest, or of no bytes without one."""
     manifest = checkpoint / MANIFEST
     return hashlib.sha256(manifest.read_bytes() if manifest.exists() else b"").hexdigest()

@@ -232,3 +232,16 @@ def test_an_image_in_two_splits_is_said(tmp_path):
     root = pets(tmp_path / "in")
     write(root / "data.yaml", "train: images/train\nval: images/train\nnames: [cat]")
     assert "train and val have 1 image in common" in converted("yolo", root, tmp_path / "pets.json")[1]
+
+
+def test_an_output_that_is_a_folder_is_an_error(tmp_path):
+    root = pets(tmp_path / "in")
+    with pytest.raises(UserError, match=r"OUTPUT: .*in is a folder\. Fix: name the file to write, .*annotations\.json"):
+        convert("yolo", root, root)
+
+
+def test_label_folders_are_not_split_by_a_description_far_above(tmp_path):
+    root = pets(tmp_path / "in")
+    (root / "data.yaml").rename(tmp_path / "another.yaml")
+    splits, _ = converted(None, root, tmp_path / "o.json", categories=write(tmp_path / "names.txt", "cat\ndog\n"))
+    assert list(splits) == ["train", "val", "test"]

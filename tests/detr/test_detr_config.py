@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+import yaml
+from conftest import ROOT
 from tiny_models import DETR_TYPES
 
 from detr_files.model import build_detector, image_processor, model_config
@@ -136,3 +138,13 @@ def test_a_change_of_a_nested_field_keeps_the_others(published):
     backbone = model_config(hparams).backbone_config
     assert backbone.depths == [1, 1, 1, 2]
     assert backbone.hidden_sizes == RT_DETR["backbone_config"]["hidden_sizes"]
+
+
+def test_the_model_of_bccd_yaml_computes_its_losses():
+    hyperparameters = yaml.safe_load((ROOT / "detr/bccd.yaml").read_text())["hyperparameters"]
+    config = model_config(DetrHyperparameters(config=hyperparameters["config"]))
+    detector = build_detector(config, [{"name": name} for name in "abc"]).train()
+    labels = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}]
+    size = hyperparameters["processor"]["size"]
+    outputs = detector(pixel_values=torch.rand(1, 3, size["height"], size["width"]), labels=labels)
+    assert torch.isfinite(outputs.loss)

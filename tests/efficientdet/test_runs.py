@@ -317,7 +317,7 @@ def test_a_last_checkpoint_that_was_changed_is_said_and_best_goes_on(trained, ru
     (run / "checkpoints/last/state_dict.pth").write_bytes(data)
     longer = run_config(searcher__max_length={"batches": 16})
     done = run_model_def("train", longer, "--output-dir", run, "--resume", "last")
-    assert "checkpoints/last is not what was saved: state_dict.pth has changed since; going on from" in done.stderr
+    assert "checkpoints/last is not what was saved: state_dict.pth has changed since; resuming from" in done.stderr
     assert f"resuming after batch {best}" in done.stderr
     assert [r["batches"] for r in reports(run, "val")] == [4, 8, 12, 16]
 

@@ -85,6 +85,8 @@ def convert(
     """
     if images is not None and not images.is_dir():
         raise UserError(f"--images: {images} is not a folder. Fix: give the folder of the images")
+    if output.is_dir():
+        raise UserError(f"OUTPUT: {output} is a folder. Fix: name the file to write, {output / 'annotations.json'}")
     if not 0 <= val_share < 1:
         raise UserError(
             f"--val: {val_share:g} is no share. Fix: give a share of the images from 0 to 1, 0.2 for example"
@@ -166,7 +168,8 @@ def _seen(source: Path, depth: int) -> list[tuple[str, Path, str]]:
     if not seen and depth:
         for folder in folders_in(source)[:_MOST_FOLDERS]:
             with contextlib.suppress(UserError):
-                seen += _seen(folder, depth - 1)
+                # what describes the files in `labels` lies above, and so was looked at before
+                seen += _seen(folder, depth - 1) if folder.name != "labels" else []
     return seen
 
 
