@@ -1,8 +1,5 @@
 """Exported files beside their checkpoint: milliseconds per image and peak memory, on one core and on two.
 
-    python benchmarks/export.py --detector efficientdet --config config.yaml --checkpoint runs/a/checkpoints/best \
-        --files exports/*/model.{onnx,xml,pt2}
-
 Every side detects on each image in turn, from the image's file to its detections. So noise on the machine changes all
 sides. The first image warms up. The memory of an exported file is that of a process that runs `detect.py`.
 """
@@ -18,8 +15,6 @@ from pathlib import Path
 
 from command_line import ROOT, main
 from tabulate import tabulate
-
-HEADERS = ["", "ms per image", "of PyTorch's", "MiB"]
 
 
 def measure(detector: str, config: str, checkpoint: str, files: list[str], images: int) -> dict[str, dict]:
@@ -41,7 +36,7 @@ def measure(detector: str, config: str, checkpoint: str, files: list[str], image
         sides["PyTorch"](0)
         memory = {"PyTorch": own_peak_memory()}
         for path in files:
-            name = Path(path).suffix
+            name = f"{Path(path).parent.name}/{Path(path).name}"
             file, seconds = FileDetector(trial_class, experiment, Path(path), processes), {"loading": 0, "detecting": 0}
             sides[name] = lambda index, file=file, seconds=seconds: file.detect_image(data, index, seconds)
             memory[name] = peak_memory_of(Path(detect.__file__), Path(path).absolute(), data, indices)
@@ -65,12 +60,10 @@ def trial_class_of(detector: str) -> type:
 
 def on_cores(count: int, arguments: list[str]) -> dict[str, dict]:
     """`measure` in a new process, on `count` cores."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(count)}
-    cores = sorted(os.sched_getaffinity(0))[:count]
     done = subprocess.run(
         [sys.executable, __file__, *arguments, "--here"],
-        env=environment,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        env={**os.environ, "OMP_NUM_THREADS": str(count)},
+        preexec_fn=lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count]),
         capture_output=True,
         text=True,
     )
@@ -97,11 +90,10 @@ def compare(
     arguments = ["--detector", detector, "--config", config, "--checkpoint", checkpoint, "--images", str(images)]
     for count in range(1, min(2, len(os.sched_getaffinity(0))) + 1):
         found = on_cores(count, [*arguments, "--files", *files])
-        pytorch = found["PyTorch"]["ms"]
-        rows = [[name, side["ms"], side["ms"] / pytorch, side["mib"]] for name, side in found.items()]
+        rows = [(name, side["ms"], side["ms"] / found["PyTorch"]["ms"], side["mib"]) for name, side in found.items()]
+        headers = ["", "ms per image", "of PyTorch's", "MiB"]
         print(f"\n{count} {'core' if count == 1 else 'cores'}, {images} images\n")
-        print(tabulate(rows, HEADERS, floatfmt=("", ".1f", ".2f", ".0f"), tablefmt="github"))
-    return None
+        print(tabulate(rows, headers, floatfmt=("", ".1f", ".2f", ".0f"), tablefmt="github"))
 
 
 if __name__ == "__main__":

@@ -137,11 +137,10 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         dest="precision",
         action="store_const",
         const="int8",
-        default="float32",
         help="convolutions in 8 bits (onnx, openvino), calibrated on images of data.train",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to write; default exports/FORMAT")
-    parser.set_defaults(model=None)
+    parser.set_defaults(model=None, precision="float32")
     parser.add_argument("--images", type=_count, metavar="N", help="check on N images of data.val; default all")
     parser.add_argument(
         "--tolerance",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.layers import DeformConv, ModulatedDeformConv
 from detectron2.modeling import RetinaNet
 from PIL import Image
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ class ExportableRetinaNet(Exportable):
         super().__init__()
         if type(model) is not RetinaNet:
             raise UserError(f"{_KEY}: {type(model).__name__} cannot be exported: only RetinaNet can. {_FIX}")
+        if any(isinstance(module, (DeformConv, ModulatedDeformConv)) for module in model.modules()):
+            raise UserError(f"{_KEY}: it cannot be exported: an exported file has no deformable convolution. {_FIX}")
         steps = list(getattr(getattr(mapper, "augmentations", None), "augs", [None]))
         plain = all(type(step) is ResizeShortestEdge and step.interp == Image.BILINEAR for step in steps)
         if not plain or len(steps) > 1 or model.backbone.padding_constraints.get("square_size"):

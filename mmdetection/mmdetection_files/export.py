@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mmcv.ops import DeformConv2d, ModulatedDeformConv2d
 from mmdet.models.dense_heads import GFLHead, YOLOXHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.detectors import SingleStageDetector
@@ -158,6 +159,10 @@ def _check(model: nn.Module) -> None:
     )
     if not own and not plain:
         raise UserError(f"{_KEY}: {kind} cannot be exported: it finds boxes by a rule of its own. {_FIX}")
+    if any(isinstance(module, (DeformConv2d, ModulatedDeformConv2d)) for module in model.modules()):
+        raise UserError(
+            f"{_KEY}: {type(model).__name__} cannot be exported: an exported file has no deformable convolution. {_FIX}"
+        )
     nms = model.test_cfg.get("nms", {})
     if nms.get("type") != "nms" or nms.get("class_agnostic") or nms.get("max_num"):
         raise UserError(

@@ -6,10 +6,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -139,8 +138,3 @@ def peak_memory_of(script: Path, model: Path, data: SplitData, indices: Sequence
     if done.returncode != 0:
         raise RuntimeError(f"{script} fails with {model}: {done.stderr}")
     return int(done.stdout.splitlines()[-1]) / 1024
-
-
-def for_page(sides: Mapping[str, Side], found: Differences) -> dict[str, Any]:
-    """The part of `export.json` beside the comparison."""
-    return {"sides": {name: vars(side) for name, side in sides.items()}, "differences": vars(found)}

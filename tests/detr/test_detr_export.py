@@ -30,7 +30,9 @@ def test_exported_file_detects_what_the_checkpoint_detects(model_type, processor
         def build_model(self):
             model = super().build_model()
             torch.manual_seed(0)
-            for parameter in model.parameters():
+            for name, parameter in model.named_parameters():
+                if name.endswith(".class_embed.bias"):  # of LW-DETR and RF-DETR: no score would be worth comparing
+                    parameter.data.zero_()
                 parameter.data.add_(0.1 * torch.randn_like(parameter))
             return model
 

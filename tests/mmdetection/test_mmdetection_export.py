@@ -15,6 +15,8 @@ from shared.commands.train import train_locally
 _GROUPS = {"model.bbox_head.norm_cfg": {"type": "GN", "num_groups": 8, "requires_grad": True}}
 FAMILIES = {
     "retinanet/retinanet_r50_fpn_1x_coco.py": {},
+    "fsaf/fsaf_r50_fpn_1x_coco.py": {**SMALL_BACKBONE, **DENSE_HEAD},
+    "free_anchor/retinanet_free_anchor_r50_fpn_1x_coco.py": {**SMALL_BACKBONE, **DENSE_HEAD},
     "gfl/gfl_r50_fpn_1x_coco.py": {},
     "fcos/fcos_r50_caffe_fpn_gn-head_1x_coco.py": {**SMALL_BACKBONE, **DENSE_HEAD, **_GROUPS},
     "atss/atss_r50_fpn_1x_coco.py": {**SMALL_BACKBONE, **DENSE_HEAD, **_GROUPS},
@@ -58,7 +60,18 @@ def test_exported_file_detects_what_the_checkpoint_detects(config_file, shapes, 
 
 
 @pytest.mark.slow
-def test_export_refuses_a_two_stage_detector_with_the_reason(shapes, command, trial_class, train):
-    run = train(trial_class, mmdet_config(shapes, "faster_rcnn/faster_rcnn_r50_fpn_1x_coco.py"), "run")
-    with pytest.raises(SystemExit, match=r"FasterRCNN cannot be exported: it is not a one-stage detector of boxes"):
+@pytest.mark.parametrize(
+    ("config_file", "changes", "reason"),
+    [
+        ("faster_rcnn/faster_rcnn_r50_fpn_1x_coco.py", {}, "FasterRCNN cannot be exported: it is not a one-stage"),
+        (
+            "vfnet/vfnet_r50_fpn_1x_coco.py",
+            {**SMALL_BACKBONE, **DENSE_HEAD, **_GROUPS},
+            "VFNet cannot be exported: an exported file has no deformable convolution",
+        ),
+    ],
+)
+def test_export_refuses_what_it_cannot_do(config_file, changes, reason, shapes, command, trial_class, train):
+    run = train(trial_class, mmdet_config(shapes, config_file, **changes), "run")
+    with pytest.raises(SystemExit, match=reason):
         command(trial_class, "export", run / "config.yaml", "--checkpoint", run / "checkpoints/last")
