@@ -284,15 +284,15 @@ def test_the_processes_of_a_torchrun_that_a_signal_kills_save_and_stop(run_confi
 @pytest.fixture
 def hangup_is_ignored():
     """As `nohup` starts a program."""
-    before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     yield
-    signal.signal(signal.SIGUSR2, before)
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_that_is_ignored_at_the_start_stays_so(hangup_is_ignored):
     with StopSignals() as signals:
         signals.begin()
-        send(signal.SIGUSR2)
+        send(signal.SIGHUP)
         assert signals.received is None
         send(signal.SIGUSR2)
         assert signals.received == signal.SIGUSR2
