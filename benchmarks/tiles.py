@@ -25,13 +25,13 @@ SIDE, LEAST_SCORE = synthetic.SIZE, 0.05
 PLACES = [(0, 0, 3), (3, 0, 3), *((x, y, 1) for y in range(8) for x in range(10) if x >= 6 or y >= 3)]
 
 
-def scenes(folder: Path, count: int) -> CocoAnnotations:
+def scenes(folder: Path, first: int, count: int) -> CocoAnnotations:
     """Images of 1280 × 1024 pixels, and their objects."""
     images, annotations = [], []
     for number in range(count):
         scene = Image.new("RGB", (10 * SIDE, 8 * SIDE))
         for position, (x, y, scale) in enumerate(PLACES):
-            picture, rows = synthetic.draw_sample(99 + number, 16 * position, scale * SIDE)
+            picture, rows = synthetic.draw_sample(first + number, 16 * position, scale * SIDE)
             scene.paste(picture, (x * SIDE, y * SIDE))
             for row in rows:
                 box = [row["bbox"][0] + x * SIDE, row["bbox"][1] + y * SIDE, *row["bbox"][2:]]
@@ -85,14 +85,17 @@ def with_sahi(predictor: Predictor, tile: int, postprocess: tuple[str, str]) -> 
     return detect
 
 
-def sahi(run: Path, count: int = 6, tile: int = SIDE) -> dict[str, dict[str, float]]:
-    """CPU seconds per image and AP: ours, SAHI's defaults, and SAHI with NMS."""
+def sahi(run: Path, count: int = 6, first: int = 1000, tile: int = SIDE) -> dict[str, dict[str, float]]:
+    """CPU seconds per image and AP: ours, SAHI's defaults, and SAHI with NMS.
+
+    first: number of the first scene; the scenes 99 to 101 chose the constants of `shared/evaluation/merging.py`
+    """
     predictor = Predictor(run)
     ways = {kind: with_sahi(predictor, tile, (kind, by)) for kind, by in (("GREEDYNMM", "IOS"), ("NMS", "IOU"))}
     ways["ours"] = lambda path: predictor(path, LEAST_SCORE, tile)
     seconds, found = {name: [] for name in ways}, {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as folder:
-        truth = scenes(Path(folder), count)
+        truth = scenes(Path(folder), first, count)
         for image_id in range(count):
             for name, detect in ways.items():
                 started = time.process_time()

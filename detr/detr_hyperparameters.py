@@ -29,6 +29,7 @@ class DetrHyperparameters(TrainingHyperparameters):
         "UUID; `null`: random weights",
         is_path=True,
     )
+    masks: bool | None = key(None, "train and detect instance masks (`rf_detr`); `null`: as the model's config says")
     processor: dict[str, Any] = key({}, "fields of the image processor: `{size: {height: 320, width: 320}}`")
 
     lr: Positive = key(1e-4, "the learning rate of AdamW")

@@ -29,6 +29,7 @@ from transformers import PreTrainedConfig, get_scheduler
 
 from detr_files.data import DetrCollate, DetrTransform, layout, makes_one_size, resized
 from detr_files.denoising import Ranks
+from detr_files.masks import found_masks, has_masks
 from detr_files.model import (
     TrainedDetr,
     build_detector,
@@ -43,7 +44,7 @@ from detr_files.weights import load_start_weights
 from shared.data.dataset import CocoDetection, kept_random_state, seed_all
 from shared.data.images import InputScale
 from shared.data.loading import Batch
-from shared.data.open import SplitData
+from shared.data.open import SplitData, check_masks
 from shared.errors import UserError, count_of
 from shared.evaluation.detections import Detections
 from shared.library import COCO_CATEGORIES
@@ -84,6 +85,10 @@ class DetrTrial(DetectionTrial):
     @cached_property
     def processor(self) -> Any:
         return image_processor(self.hparams, self.config.model_type)
+
+    @property
+    def iou_types(self) -> tuple[str, ...]:
+        return ("bbox", "segm") if has_masks(self.config) else ("bbox",)
 
     def read_own_config(self) -> None:
         if not is_on_hub(self.hparams.model):  # what it refuses, before the data is opened
@@ -147,6 +152,8 @@ class DetrTrial(DetectionTrial):
             group["lr"] = lr * factor(number)
 
     def exportable(self) -> nn.Module:
+        if has_masks(self.config):
+            raise UserError("export: a file would have no masks. Fix: use the checkpoint, or --format transformers")
         from detr_files.export import ExportableDetr
 
         return ExportableDetr(self.evaluation_model.detector, self.processor)
@@ -157,6 +164,13 @@ class DetrTrial(DetectionTrial):
 
     # --- data -----------------------------------------------------------------------------------------
 
+    def open_train_and_val(self) -> tuple[SplitData, SplitData]:
+        train, val = super().open_train_and_val()
+        if has_masks(self.config):
+            check_masks(train.annotations, "train")
+            check_masks(val.annotations, "val")
+        return train, val
+
     def training_dataset(self) -> CocoDetection:
         return self._dataset(self.train_data, training=True)
 
@@ -165,16 +179,19 @@ class DetrTrial(DetectionTrial):
 
     def _dataset(self, data: SplitData, training: bool) -> CocoDetection:
         fast, augmenter = self.data.fast_images, self.augmenter(layout(self.processor)) if training else None
+        masks = has_masks(self.config)
         if augmenter is not None:
-            transform, decode = DetrTransform(self.processor), augmenter.decode
+            augmenter = augmenter.with_masks() if masks else augmenter
+            transform, decode = DetrTransform(self.processor, masks=masks), augmenter.decode
         else:
-            transform = DetrTransform(self.processor, self.hparams.horizontal_flip if training else 0.0, fast)
+            flip = self.hparams.horizontal_flip if training else 0.0
+            transform = DetrTransform(self.processor, flip, fast, masks and training)
             decode = bytes if fast else None
         of_data = (data.annotations, data.images, transform, self.seed, training, self.bad_images, decode)
         return CocoDetection(*of_data, augmenter=augmenter)
 
     def loss_transform(self, data: SplitData) -> DetrTransform:
-        return DetrTransform(self.processor, fast=self.data.fast_images)
+        return DetrTransform(self.processor, 0.0, self.data.fast_images, has_masks(self.config))
 
     def collate(self, training: bool) -> DetrCollate:
         return DetrCollate.of(self.processor)
@@ -196,7 +213,7 @@ class DetrTrial(DetectionTrial):
         return model(batch.images, batch.targets["mask"], batch.targets["labels"], ranks)
 
     def _random_state_of_one_rank(self) -> torch.Tensor:
-        """Of the device's generator before the losses of this batch, if rank 0 computes all of it."""
+        """The state of the device's generator before the losses of this batch, if rank 0 computes all of it."""
         is_on_gpu = self.context.device.type == "cuda"
         with kept_random_state():
             seed_all(self.seed, 0, self.batches_trained, 1)  # as `train_batch` does
@@ -209,14 +226,19 @@ class DetrTrial(DetectionTrial):
         outputs = model.outputs(batch.images, batch.targets["mask"])
         outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
         found = self.processor.post_process_object_detection(outputs, 0.0, batch.targets["sizes"])
+        masks = [None] * len(found)
+        if has_masks(self.config):
+            sizes = batch.targets["sizes"].tolist()
+            masks = list(map(found_masks, outputs.logits, outputs.pred_masks, sizes))
         return [
             Detections(
                 image_id=image_id,
                 boxes=each["boxes"].cpu().numpy(),
                 scores=each["scores"].cpu().numpy(),
                 labels=each["labels"].cpu().numpy(),
+                masks=of_image,
             )
-            for image_id, each in zip(batch.image_ids, found, strict=True)
+            for image_id, each, of_image in zip(batch.image_ids, found, masks, strict=True)
         ]
 
 

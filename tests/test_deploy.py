@@ -54,7 +54,7 @@ def train_commands():
     for name, text in (("train.sbatch", (DEPLOY / "slurm/train.sbatch").read_text()), ("skypilot", sky["run"])):
         (line,) = re.findall(r"^ +model_def\.py (.*?)(?: &)?$", text, re.MULTILINE)
         for variable, value in {**sky["envs"], "@": "const.yaml --store s3://bucket/runs/a"}.items():
-            line = line.replace(f'"${variable}"', value)
+            line = line.replace(f'"${variable}"', value).replace(f"${variable}", value)
         yield name, shlex.split(line)
 
 

@@ -49,7 +49,8 @@ def commands() -> list[tuple[str, str]]:
     """Each `python3 …` command in the code blocks of the pages."""
     found = []
     for page in pages():
-        for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+        for block in (block for language, block in blocks if not language):
             for line in block.replace("\\\n", " ").splitlines():
                 command = line.split("   #")[0].strip().removeprefix("$ ")
                 if re.match(r"(python3|torchrun) ", command) and "…" not in command:

@@ -257,14 +257,14 @@ def test_the_warning_of_a_batch_system_saves_and_leaves_a_mark(shapes, train, tr
 def test_a_signal_before_the_training_leaves_the_mark_too(shapes, train, trial_class, tmp_path):
     class Signalled(trial_class):
         def open_data(self):
-            send(signal.SIGHUP)
+            send(signal.SIGUSR2)
             super().open_data()
 
     Signalled.__module__ = "model_def"
     with pytest.raises(SystemExit) as exit_status:
         train(Signalled, efficientdet_config(shapes))
-    assert exit_status.value.code == 128 + signal.SIGHUP
-    assert json.loads((tmp_path / "run/requeue").read_text()) == {"signal": "SIGHUP", "batches": None}
+    assert exit_status.value.code == 128 + signal.SIGUSR2
+    assert json.loads((tmp_path / "run/requeue").read_text()) == {"signal": "SIGUSR2", "batches": None}
 
 
 @pytest.mark.slow
@@ -284,15 +284,15 @@ def test_the_processes_of_a_torchrun_that_a_signal_kills_save_and_stop(run_confi
 @pytest.fixture
 def hangup_is_ignored():
     """As `nohup` starts a program."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     yield
-    signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGUSR2, before)
 
 
 def test_a_signal_that_is_ignored_at_the_start_stays_so(hangup_is_ignored):
     with StopSignals() as signals:
         signals.begin()
-        send(signal.SIGHUP)
+        send(signal.SIGUSR2)
         assert signals.received is None
         send(signal.SIGUSR2)
         assert signals.received == signal.SIGUSR2

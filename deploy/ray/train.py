@@ -1,11 +1,9 @@
 """Trains on a Ray cluster. In a detector's folder:
 
-    python3 ../deploy/ray/train.py 16 const.yaml --store s3://bucket/runs/a
+    python3 ../deploy/ray/train.py 16 distributed.yaml --store s3://bucket/runs/a
 
 Ray Train starts 16 workers, one per GPU, and starts all again if one fails. Each worker starts `model_def.py train`.
 """
-
-from __future__ import annotations
 
 import argparse
 import ctypes

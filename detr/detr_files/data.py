@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from detr_files.masks import masks_of
 from shared.data import fast_images
 from shared.data.annotations import ImageRecord
 from shared.data.augment.placement import Layout
@@ -25,17 +26,20 @@ class DetrTransform:
     """The image processor, and a random flip. A sample is (pixels, labels, image id, size).
 
     pixels are (3, h, w) float32. labels have `class_labels` (N,) int64 and `boxes` (N, 4) float32: x and y of the
-    centre, width and height, from 0 to 1 of the image without padding. size is the image's own (height, width).
+    centre, width and height, from 0 to 1 of the image without padding. With masks, they also have `masks` (N, h, w)
+    bool. size is the image's own (height, width).
 
     Attributes:
         processor: an image processor of transformers.
         flip: the probability of a horizontal flip.
         fast: take an encoded image, and decode it with `shared.data.fast_images`; else a PIL image, or (H, W, 3) uint8.
+        masks: give the objects' masks. Objects without one are omitted.
     """
 
     processor: Any
     flip: float = 0.0
     fast: bool = False
+    masks: bool = False
 
     def __call__(self, image: Image.Image | bytes | np.ndarray, record: ImageRecord) -> Sample:
         if self.fast:
@@ -45,11 +49,16 @@ class DetrTransform:
                 raise unreadable(record.file_name, f"image id {record.image_id}", error) from error
         # padding depends on the other images of the batch
         pixels = self.processor(images=image, do_pad=False, return_tensors="pt")["pixel_values"][0]
-        boxes, classes = relative_boxes(record)
+        rows = trained_objects(record, self.masks)
+        boxes = relative_boxes(record, rows)
+        labels = {"class_labels": torch.from_numpy(record.labels[rows]), "boxes": boxes}
+        if self.masks:
+            labels["masks"] = masks_of(record, rows, tuple(pixels.shape[1:]), self.processor)
         if self.flip and torch.rand(()) < self.flip:
             pixels = pixels.flip(-1)
             boxes[:, 0] = 1 - boxes[:, 0]
-        labels = {"class_labels": classes, "boxes": boxes}
+            if self.masks:
+                labels["masks"] = labels["masks"].flip(-1)
         return pixels, labels, record.image_id, (record.height, record.width)
 
 
@@ -88,15 +97,33 @@ def makes_one_size(processor: Any) -> bool:
     return processor.do_resize and bool(processor.size.get("height") and processor.size.get("width"))
 
 
-def relative_boxes(record: ImageRecord) -> tuple[torch.Tensor, torch.Tensor]:
-    """Boxes (N, 4) float32, relative to the image, and labels (N,) int64, as transformers' image processors compute
-    them: without crowds, cut at the image's border."""
-    size = np.array([record.width, record.height] * 2, dtype=np.float32)
-    boxes = np.clip(record.boxes, 0, size)
+def trained_objects(record: ImageRecord, masks: bool) -> np.ndarray:
+    """Positions of the objects that transformers' image processors keep: no crowds, and some area inside of the image.
+
+    Args:
+        masks: omit objects without a mask too.
+    """
+    boxes = _inside(record)
     keep = ~record.iscrowd & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-    low, high = boxes[keep, :2], boxes[keep, 2:]
-    relative = np.concatenate([(low + high) / 2, high - low], axis=1) / size
-    return torch.from_numpy(relative), torch.from_numpy(record.labels[keep])
+    if masks:
+        keep &= np.array([segmentation is not None for segmentation in record.segmentations], dtype=bool)
+    return np.flatnonzero(keep)
+
+
+def relative_boxes(record: ImageRecord, rows: np.ndarray) -> torch.Tensor:
+    """The boxes (N, 4) float32 of some objects, relative to the image, as transformers' image processors compute them:
+    cut at the image's border."""
+    boxes = _inside(record)[rows]
+    low, high = boxes[:, :2], boxes[:, 2:]
+    return torch.from_numpy(np.concatenate([(low + high) / 2, high - low], axis=1) / _size(record))
+
+
+def _inside(record: ImageRecord) -> np.ndarray:
+    return np.clip(record.boxes, 0, _size(record))
+
+
+def _size(record: ImageRecord) -> np.ndarray:
+    return np.array([record.width, record.height] * 2, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -126,7 +153,15 @@ class DetrCollate:
             for i, each in enumerate(pixels):
                 images[i, :, : each.shape[1], : each.shape[2]] = each
                 mask[i, : each.shape[1], : each.shape[2]] = 1
+            labels = [_padded(of_image, height, width) for of_image in labels]
         else:
             images = torch.stack(pixels)
         targets = {"labels": list(labels), "mask": mask, "sizes": torch.tensor(sizes)}
         return Batch(images, targets, list(image_ids))
+
+
+def _padded(labels: dict[str, torch.Tensor], height: int, width: int) -> dict[str, torch.Tensor]:
+    if "masks" not in labels:
+        return labels
+    masks = labels["masks"]
+    return {**labels, "masks": functional.pad(masks, (0, width - masks.shape[2], 0, height - masks.shape[1]))}

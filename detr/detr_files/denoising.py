@@ -28,7 +28,7 @@ class Ranks:
 
     Attributes:
         rank, slots: which part this is, and of how many.
-        random_state: of the device's generator when one rank computes the whole batch.
+        random_state: state of the device's generator when one rank computes the whole batch.
     """
 
     rank: int

@@ -18,7 +18,7 @@ _FILTERS = {Image.BILINEAR: "bilinear", Image.BICUBIC: "bicubic"}
 
 
 class ExportableDetr(Exportable):
-    """What the image processor does to an image, the model, and `post_process_object_detection`.
+    """The steps of the image processor, the model, and `post_process_object_detection`.
 
     Args:
         detector: transformers' model.

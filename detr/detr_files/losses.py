@@ -73,7 +73,7 @@ def counted_matches() -> Iterator[list[int]]:
 
 @contextmanager
 def distillation_over_all_ranks(slots: int) -> Iterator[None]:
-    """Inside, the mean over ranks of `loss_ddf` is that of the whole batch.
+    """Inside, the mean over ranks of `loss_ddf` equals the loss of the whole batch.
 
     It is a weighted mean of two means, over the matched and over the other queries. The weights are the roots of their
     counts, `num_pos` and `num_neg`. Here they are this rank's shares of both means. All ranks compute the same layers.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModelForInstanceSegmentation,
     AutoModelForObjectDetection,
     ConditionalDetrImageProcessor,
     DeformableDetrImageProcessor,
@@ -27,6 +28,7 @@ from transformers import (
 from detr_files.class_weights import weigh_categories
 from detr_files.denoising import Ranks, denoising_as_one_rank
 from detr_files.losses import all_boxes, counted_matches, distillation_over_all_ranks, scaled_to_all_ranks
+from detr_files.masks import choose_architecture, has_masks, points_as_one_rank, scalar_mask_losses
 from detr_hyperparameters import DetrHyperparameters
 from shared.data.images import InputScale
 from shared.errors import UserError, nearest
@@ -109,7 +111,9 @@ def model_config(hparams: DetrHyperparameters) -> PreTrainedConfig:
     if hparams.model is not None:
         changes = _merged(known, changes)
     with refusing("hyperparameters.config", f"{model_type} does not accept these values"):
-        return AutoConfig.for_model(model_type, **{k: v for k, v in changes.items() if k != "model_type"})
+        config = AutoConfig.for_model(model_type, **{k: v for k, v in changes.items() if k != "model_type"})
+    choose_architecture(config, hparams.masks)
+    return config
 
 
 def _check_type(model_type: str, key: str) -> None:
@@ -158,13 +162,18 @@ def input_scale(hparams: DetrHyperparameters) -> InputScale | None:
 
 
 def input_step(config: PreTrainedConfig) -> int:
-    """The number of pixels of which the sides of an input must be a multiple."""
+    """The number of pixels that divides each side of an input."""
     backbone = getattr(config, "backbone_config", None) or config
     patch = getattr(backbone, "patch_size", None)
     if patch is None:
         return 32
     patch = patch if isinstance(patch, int) else max(patch)
     return patch * getattr(backbone, "num_windows_side", getattr(backbone, "num_windows", 1))
+
+
+def auto_model(config: PreTrainedConfig) -> type:
+    """transformers' class that loads and builds models for this config."""
+    return AutoModelForInstanceSegmentation if has_masks(config) else AutoModelForObjectDetection
 
 
 def build_detector(config: PreTrainedConfig, categories: list[dict]) -> PreTrainedModel:
@@ -176,7 +185,7 @@ def build_detector(config: PreTrainedConfig, categories: list[dict]) -> PreTrain
     config.id2label = {label: category["name"] for label, category in enumerate(categories)}
     config.label2id = {name: label for label, name in config.id2label.items()}
     with refusing("hyperparameters.config", f"a {config.model_type} cannot be built of it"):
-        return AutoModelForObjectDetection.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        return auto_model(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 class TrainedDetr(nn.Module):
@@ -212,22 +221,28 @@ class TrainedDetr(nn.Module):
         Args:
             images: (B, 3, H, W) float32, as the image processor returns them.
             mask: (B, H, W) int64, 1 on the image and 0 on the padding; None without padding.
-            labels: per image `class_labels` (N,) int64 and `boxes` (N, 4), x y width height of the image from 0 to 1.
+            labels: per image `class_labels` (N,) int64 and `boxes` (N, 4), x y width height of the image from 0 to 1;
+                `masks` (N, H, W) bool if the model has them.
             ranks: that compute their parts of one batch, more than one; None does not ask others.
         """
-        if ranks is None:
+        with ExitStack() as patches:
+            if has_masks(self.detector.config):
+                patches.enter_context(scalar_mask_losses())
+                if ranks is not None:
+                    patches.enter_context(points_as_one_rank(labels, self.detector.config.num_queries, ranks))
+            if ranks is not None:
+                patches.enter_context(denoising_as_one_rank(self.detector, labels, ranks))
+                patches.enter_context(distillation_over_all_ranks(ranks.slots))
+                matches = patches.enter_context(counted_matches())
             outputs = self.outputs(images, mask, labels=labels)
-        else:
-            with (
-                denoising_as_one_rank(self.detector, labels, ranks),
-                distillation_over_all_ranks(ranks.slots),
-                counted_matches() as matches,
-            ):
-                outputs = self.outputs(images, mask, labels=labels)
         losses = {name: value for name, value in outputs.loss_dict.items() if name.startswith("loss_")}
         loss = outputs.loss
         if ranks is not None:
             counts = all_boxes(labels, outputs.logits, ranks.slots, self.class_weights, sum(matches))
             loss, losses = scaled_to_all_ranks(self.detector.config, loss, losses, counts)
-        parts = {name: value.detach() for name, value in losses.items() if name.count("_") == 1}
+        parts = {name: value.detach() for name, value in losses.items() if _is_of_last_layer(name)}
         return {"loss": loss, **parts}
+
+
+def _is_of_last_layer(name: str) -> bool:
+    return name.replace("_mask_", "_").count("_") == 1

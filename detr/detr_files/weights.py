@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from detr_files.model import build_detector, from_hub, refusing
+from detr_files.model import auto_model, build_detector, from_hub, refusing
 from detr_hyperparameters import BACKBONE, DetrHyperparameters
 from shared.config.schema import PUBLISHED
 from shared.errors import UserError
@@ -64,7 +64,8 @@ def read_start_weights(
     """
     source = hparams.model if hparams.weights in (PUBLISHED, BACKBONE) else hparams.weights
     if hparams.weights in (PUBLISHED, BACKBONE) or _is_transformers_folder(source):
-        found = from_hub(AutoModelForObjectDetection.from_pretrained, source, use_safetensors=True, dtype=torch.float32)
+        load = auto_model(detector.config).from_pretrained
+        found = from_hub(load, source, use_safetensors=True, dtype=torch.float32)
         return found.state_dict(), names_of(found.config)
     if Path(source).is_file() and Path(source).suffix != ".safetensors":
         raise UserError(f"hyperparameters.weights: {source} is no safetensors file. Fix: save it as safetensors")

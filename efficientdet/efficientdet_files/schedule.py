@@ -23,8 +23,8 @@ def build_scheduler(
     """The scheduler that `hparams.sched` names. Raises UserError if timm has none, or if no epoch is left for it.
 
     Args:
-        smaller_is_better: of the searcher metric, which `plateau` follows.
-        seed: of `lr_noise`.
+        smaller_is_better: direction of the searcher metric, which `plateau` follows.
+        seed: seed of `lr_noise`.
     """
     if hparams.sched not in _SCHEDULES:
         raise UserError(

@@ -46,7 +46,7 @@ class StepRunner(BaseRunner):
         dataset: MMDetection's training samples.
 
     Attributes:
-        outputs: of the last batch, as mmdet's `train_step` returns them; tensors on the device.
+        outputs: result of mmdet's `train_step` for the last batch; tensors on the device.
     """
 
     def __init__(

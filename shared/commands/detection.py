@@ -119,7 +119,7 @@ class FileDetector:
     """Detects with an exported file. It has what `evaluate` and `predict` use of a trial.
 
     Args:
-        trial_class: of the detector whose folder the command runs in.
+        trial_class: the detector whose folder the command runs in.
     """
 
     evaluation_batch_size = 1

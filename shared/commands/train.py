@@ -195,7 +195,7 @@ class Results:
     """The results that a finished training shows, logs and reports.
 
     Attributes:
-        validations: of the checkpoints `best` and `last`, as far as this run saved and validated them.
+        validations: those of the checkpoints `best` and `last` that this run saved and validated.
     """
 
     def __init__(self, trial: DetectionTrial, folder: RunFolder, outcome: Outcome):

@@ -58,7 +58,7 @@ class Video:
         self.about = int(count) if math.isfinite(count) and count > 0 else 1
 
     def batches(self, size: int) -> Iterator[list[Image.Image]]:
-        """All frames in order, so many at once; a thread decodes ahead."""
+        """All frames in order, `size` at once; a thread decodes ahead."""
         with ThreadPoolExecutor(1) as thread:
             ahead = thread.submit(self._some, size)
             while frames := ahead.result():

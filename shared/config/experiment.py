@@ -51,7 +51,7 @@ class Experiment:
     """One experiment config.
 
     Attributes:
-        config: what is saved and shown: overrides applied, `${key}` replaced, paths absolute.
+        config: the dict that is saved and shown: overrides applied, `${key}` replaced, paths absolute.
         sections: the detector's dataclasses.
         hyperparameters: parsed; None if they are a search's ranges, or if a checkpoint's will replace them.
         data: parsed; its paths are absolute, or in its bucket.

@@ -85,7 +85,7 @@ class StoreOptions:
     """How to reach a store.
 
     Attributes:
-        endpoint_url: of an S3-compatible store or a GCS emulator; None for the provider's own.
+        endpoint_url: URL of an S3-compatible store or a GCS emulator; None for the provider's own.
         anonymous: read without credentials; False uses the provider's usual chain.
         timeout: seconds that a store may be unreachable before the error.
     """

@@ -88,7 +88,7 @@ class Look:
         first_missing: the name of the first of them.
         whole: whether every image was looked up; else some were tried.
         folders: st_mtime_ns of each folder on disk that matters, read before it was listed; None if it is missing.
-        sizes: of the images in a bucket.
+        sizes: bytes of each image in a bucket.
     """
 
     missing: int = 0

@@ -149,7 +149,7 @@ def refuse_names_outside(annotations: CocoAnnotations, where: str, folder: Path 
     """Raises UserError if an image's name leads out of the folder of images, or cannot be a file's name.
 
     Args:
-        folder: of the images, if it is on disk.
+        folder: the folder of the images, if it is on disk.
     """
     letters, offsets = annotations.columns["file_names"], annotations.columns["file_name_offsets"]
     lengths, text = np.diff(offsets), letters.tobytes()

@@ -162,10 +162,10 @@ class CocoDetection(torch.utils.data.Dataset):
         return self._first_readable(key.index, lambda index: self._sample(index, key))
 
     def augmented(self, index: int, key: SampleKey) -> Loaded:
-        """What the transform of a sample receives. Afterwards the global generators are seeded for the sample.
+        """The input of a sample's transform. Afterwards the global generators are seeded for the sample.
 
         Args:
-            index: of the image, which is `key.index` unless it replaces that one.
+            index: position of the image: `key.index`, or of the image that replaces it.
         """
         image, record = self.load(index) if self.augmenter is None else self.augmenter.loaded(index, self.load)
         seed_all(self.seed, *key.seeds)

@@ -59,7 +59,7 @@ class NotingSkipped:
 
     Attributes:
         collate: the detector's.
-        bad_images: of the data set in the same process.
+        bad_images: the collection of the data set in the same process.
     """
 
     collate: Callable[[list], Batch]

@@ -165,6 +165,6 @@ def check_masks(annotations: CocoAnnotations, split: str) -> None:
             why = f": it {checks.why_wrong(annotations, rows[0])}" if rows is wrong else ""
             raise UserError(
                 f"data.{split}.annotations: {len(rows)} annotations of {annotations.path} {what}, the first has id "
-                f"{ids[rows[0]]}{why}; hyperparameters.config_file detects masks: choose a config of boxes alone, or "
+                f"{ids[rows[0]]}{why}; the model detects masks. Fix: choose one of boxes alone, or "
                 f"{'correct' if why else 'add'} the masks"
             )

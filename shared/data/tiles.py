@@ -124,7 +124,7 @@ class TileImages:
     """The tiles' bytes. Each process keeps the last image, decoded or opened.
 
     Attributes:
-        names, sizes: of the images, by index.
+        names, sizes: name and size of each image, by index.
         parts: the tiles by name.
     """
 

@@ -134,7 +134,7 @@ class CocoEvaluator(ChiefReducer):
         gather: the way to the chief, see `ChiefReducer`.
 
     Attributes:
-        found: what the last metrics are of; on the chief only.
+        found: the detections behind the last metrics; on the chief only.
     """
 
     def __init__(

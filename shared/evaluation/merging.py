@@ -32,7 +32,7 @@ def merge(
 
     Args:
         size: (width, height) of the image.
-        found: of each tile, in the tile's pixels.
+        found: detections of each tile, in the tile's pixels.
         max_iou: IoU that two detections of a category may have.
     """
     if len(found) == 1:
@@ -113,7 +113,7 @@ def _is_whole_in_a_tile(boxes: np.ndarray, size: tuple[int, int], tiling: Tiling
 def _are_covered(
     rows: np.ndarray, by: np.ndarray, boxes: np.ndarray, labels: np.ndarray, sureness: np.ndarray
 ) -> np.ndarray:
-    """(rows,) bool: boxes of which most lies in a surer one of their category.
+    """(rows,) bool: boxes that lie mostly inside a surer box of their category.
 
     Args:
         by: the rows of the others.

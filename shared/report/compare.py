@@ -115,7 +115,7 @@ class Compared:
         return [_numbers(comparison) for comparison in self.comparisons]
 
     def content(self, images: ImageStorage | None) -> dict[str, Any]:
-        """What the template `compare.html.jinja` shows."""
+        """The values for the template `compare.html.jinja`."""
         first, *others = self.of
         sections = [
             {"comparison": one, "summary": summary_of(one), "figures": _figures(one)} for one in self.comparisons

@@ -226,7 +226,7 @@ class Detector(PyTorchTrial):
         """Work on a batch on the device, before `losses` and `detect`.
 
         Args:
-            number: of the training batch, from 0; None to detect. Random numbers for an image must follow from
+            number: number of the training batch, from 0; None to detect. Random numbers for an image must follow from
                 `seed_image(number, i)`, so that they are the same on any number of slots.
         """
         if self.hparams.channels_last and isinstance(batch.images, torch.Tensor) and batch.images.dim() == 4:
@@ -268,7 +268,7 @@ class Detector(PyTorchTrial):
         """Detections per image and category that are scored; None for COCO's number.
 
         Args:
-            hyperparameters: of the config, not parsed: a file of results is scored without a model.
+            hyperparameters: the config's section, not parsed: a file of results is scored without a model.
         """
         given = hyperparameters.get("max_detections")
         return given if isinstance(given, int) else None

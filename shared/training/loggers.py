@@ -237,8 +237,10 @@ def check_loggers(names: Iterable[str]) -> None:
 
 
 class Loggers:
-    """The loggers of a run; only the chief opens any. Each has a thread of its own: the training does not wait for a
-    server, nor end by its errors, the first of which is a warning."""
+    """The loggers of a run; only the chief opens any.
+
+    Each has its own thread. The training neither waits for a server nor stops at its errors: the first error is a
+    warning."""
 
     def __init__(self) -> None:
         self._opened: list[tuple[str, Any, Any]] = []  # names, runs and threads

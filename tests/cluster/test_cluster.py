@@ -23,7 +23,7 @@ from determined.common.api import bindings
 from determined.experimental import client
 from determined_master import OF_THE_CLUSTER, handed_over
 from search_program import RANGES, share_of_better_points
-from tiny_models import MAIN_DETECTORS
+from tiny_models import CONFIGS
 
 from shared.data import synthetic
 
@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(not os.environ.get("DET_MASTER"), reason="DET_MASTER names no Determined cluster"),
 ]
-SHIPPED = [path for detector in MAIN_DETECTORS for path in sorted((ROOT / detector).glob("*.yaml"))]
+SHIPPED = [path for detector in CONFIGS for path in sorted((ROOT / detector).glob("*.yaml"))]
 LIMIT = 180  # seconds from its start in which const_fake.yaml must end
 SEARCH = {
     "name": "adaptive_asha",
@@ -143,7 +143,7 @@ def assert_ends_with_its_error(trial, message: str) -> None:
     assert re.search(rf"ERROR: (.*\b)?not retried: error: .*{re.escape(message)}", last), last
 
 
-@pytest.fixture(scope="module", params=MAIN_DETECTORS)
+@pytest.fixture(scope="module", params=CONFIGS)
 def folder(request) -> Path:
     """What a user submits, of each detector."""
     return ROOT / request.param

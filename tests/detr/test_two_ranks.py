@@ -21,7 +21,7 @@ def differences() -> dict[tuple[str, str], tuple[float, float]]:
     return {(line[0], line[1]): (float(line[2]), float(line[3])) for line in lines if len(line) == 4}
 
 
-@pytest.mark.parametrize("model_type", DETR_TYPES)
+@pytest.mark.parametrize("model_type", [*DETR_TYPES, "rf_detr-masks"])
 def test_two_ranks_have_the_losses_and_gradients_of_one(model_type, differences):
     for batch in BATCHES:
         of_losses, of_gradients = differences[model_type, batch]

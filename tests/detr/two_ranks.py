@@ -36,6 +36,7 @@ PLAIN = {
     "deformable_detr": NO_DROPOUT,
     "lw_detr": NO_DROPOUT,
     "rf_detr": NO_DROPOUT,
+    "rf_detr masks": NO_DROPOUT,
     "yolos": {},
 }
 # its smallest gradients are sums that cancel, which float32 rounds by 1e-5
@@ -55,6 +56,11 @@ def batch(counts):
     return images, labels
 
 
+def with_masks(labels):
+    sizes = [(len(label["boxes"]), 128, 128) for label in labels]
+    return [{**label, "masks": torch.rand(size) > 0.5} for label, size in zip(labels, sizes, strict=True)]
+
+
 def in_double(images, labels):
     return images.double(), [{**label, "boxes": label["boxes"].double()} for label in labels]
 
@@ -67,9 +73,10 @@ def step(model, images, labels, ranks=None):
     return losses, {name.removeprefix("module."): gradient for name, gradient in gradients.items()}
 
 
-def built(model_type):
-    config = {"model_type": model_type, **DETR_TYPES[model_type], **PLAIN[model_type]}
-    hparams = DetrHyperparameters(config=config)
+def built(name):
+    model_type, *masks = name.split()
+    config = {"model_type": model_type, **DETR_TYPES[model_type], **PLAIN[name]}
+    hparams = DetrHyperparameters(config=config, masks=bool(masks) or None)
     torch.manual_seed(0)
     detector = build_detector(model_config(hparams), [{"name": name} for name in "abc"])
     with torch.no_grad():
@@ -104,6 +111,8 @@ def main():
     for model_type in PLAIN:
         for name, counts in BATCHES.items():
             images, labels = batch(counts)
+            if model_type.endswith("masks"):
+                labels = with_masks(labels)
             if model_type in IN_DOUBLE:
                 images, labels = in_double(images, labels)
             own = slice(2 * rank, 2 * rank + 2)
@@ -122,7 +131,7 @@ def main():
                 difference(gradients.get(key, zero), expected.get(key, zero), least) for key, zero in zeros.items()
             )
             if rank == 0:
-                print(model_type, name, f"{of_losses:.2e}", f"{of_gradients:.2e}", flush=True)
+                print(model_type.replace(" ", "-"), name, f"{of_losses:.2e}", f"{of_gradients:.2e}", flush=True)
     distributed.destroy_process_group()
 
 

@@ -49,7 +49,7 @@ class NamedTransforms:
         """The changed image and its record.
 
         Args:
-            seed: of the libraries that have random numbers of their own.
+            seed: for libraries that have their own random numbers.
         """
         canvas = pixels.shape[1], pixels.shape[0]
         for step in self.steps:

@@ -74,7 +74,7 @@ class Placement:
     Attributes:
         source: left, top, right, bottom in decoded pixels.
         target: left, top, right, bottom in pixels of the canvas.
-        reduction: of the decoded image.
+        reduction: factor by which the decoded image is smaller.
         flips: whether it is flipped along x and y.
     """
 

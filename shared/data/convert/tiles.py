@@ -71,7 +71,7 @@ def clipped(row: dict[str, Any], tile: Box, size: tuple[int, int]) -> dict[str, 
         size: (width, height) of the image.
 
     Returns:
-        None if the tile shows nothing of it, {} if it shows too little.
+        None if the tile does not show it, {} if it shows too little.
     """
     left, top, right, bottom = tile
     x, y, width, height = row["bbox"]
@@ -120,7 +120,7 @@ def _clipped_mask(rle: dict[str, Any], tile: Box, size: tuple[int, int]) -> dict
 
 
 def _clipped_polygons(polygons: Sequence[Sequence[float]], tile: Box) -> dict[str, Any] | None:
-    """The part of polygons in a tile, in its pixels; None if there is none."""
+    """The part of polygons in a tile, in its pixels; None if the tile has no part of them."""
     pieces = [_clipped_polygon(np.array(numbers, np.float64).reshape(-1, 2), tile) for numbers in polygons]
     pieces = [piece - tile[:2] for piece in pieces if len(piece) >= 3]
     found = shapes.polygons(pieces) if pieces else None
