@@ -73,7 +73,9 @@ def read_arguments() -> argparse.Namespace:
     search.add_argument("--status", action="store_true", help="only print the search's progress")
 
     evaluate = add("evaluate", "Compute COCO metrics on data.val, or on data.test.")
-    evaluate.add_argument("--split", choices=("val", "test"), default="val", help="of the data; default val")
+    evaluate.add_argument(
+        "--split", choices=("val", "test"), default="val", help="the section of `data` to evaluate on; default val"
+    )
     evaluate.add_argument("--output", type=Path, metavar="DIR", help="write metrics.json and results.json there")
     evaluate.add_argument("--report", type=Path, metavar="DIR", help="write report.html and report.json there")
     evaluate.add_argument("--results", type=Path, metavar="FILE", help="score a results.json in COCO's format instead")
@@ -108,7 +110,10 @@ def read_arguments() -> argparse.Namespace:
         ),
     ):
         command.add_argument(
-            "--tiles", type=_count, metavar="PIXELS", help="detect in tiles of so many pixels, for large images"
+            "--tiles",
+            type=_count,
+            metavar="PIXELS",
+            help="detect in square tiles with sides of this length, for large images",
         )
         command.add_argument(
             "--overlap", type=_share, default=0.2, help="the share of a tile that the next one shows too; default 0.2"

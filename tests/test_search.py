@@ -180,6 +180,12 @@ def test_a_grid_has_every_point():
         grid_points({"d": {"type": "double", "minval": 0, "maxval": 1}})
 
 
+def test_a_single_searcher_has_one_trial():
+    config = config_of()
+    config["searcher"] = {"name": "single", "metric": "bbox_mAP", "max_length": {"batches": 4}}
+    assert parse_searcher(experiment_from(config)).max_trials == 1
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [

@@ -358,7 +358,7 @@ def _expected_false(suspects: Sequence[Suspect]) -> str:
 def report_main(arguments: Sequence[str]) -> None:
     """`python3 -m shared report`."""
     parser = argparse.ArgumentParser(
-        prog="python3 -m shared report", description="A page on how good detections are: anybody's, in COCO's format."
+        prog="python3 -m shared report", description="Write a page on how good any detections in COCO's format are."
     )
     parser.add_argument("annotations", type=Path, help="COCO annotations")
     parser.add_argument("results", type=Path, help="detections in COCO's result format")

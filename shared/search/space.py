@@ -78,11 +78,12 @@ def parse_searcher(experiment: Experiment) -> Searcher:
     """
     section, restarts = experiment.config.get("searcher") or {}, experiment.config.get("max_restarts")
     given = {name: section[name] for name in key_names(SearcherSection) if section.get(name) is not None}
-    keys = vars(parse_section(given, SearcherSection, "searcher"))
-    name = keys["name"]
+    parsed = parse_section(given, SearcherSection, "searcher")
+    keys = {name: getattr(parsed, name) for name in key_names(SearcherSection)}
+    name = parsed.name
     points = grid_points(experiment.config.get("hyperparameters") or {}) if name == "grid" else []
     return Searcher(
-        **keys | {"max_trials": {"grid": len(points), "single": 1}.get(name, keys["max_trials"])},
+        **keys | {"max_trials": {"grid": len(points), "single": 1}.get(name, parsed.max_trials)},
         metric=experiment.searcher_metric(None),
         length=experiment.schedule().max_length.count if name == "adaptive_asha" else 1,
         points=points,
