@@ -227,7 +227,10 @@ class EfficientDetTrial(DetectionTrial):
             ("input", "×".join(map(str, reversed(self.model_config.image_size)))),
             ("training data", f"{data.path or 'fake'}, {count_of(len(data), 'image')}"),
             ("optimizer", f"{hparams.opt}, lr {hparams.scaled_lr:g}"),
-            ("schedule", f"{hparams.sched}, warm-up of {hparams.warmup_epochs:g} epochs"),
+            (
+                "schedule",
+                f"{hparams.sched}, warm-up of {hparams.warmup_epochs:g} epoch{'s' * (hparams.warmup_epochs != 1)}",
+            ),
         ]
 
     def check_pretrained(self) -> None:
