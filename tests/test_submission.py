@@ -114,7 +114,11 @@ def test_what_the_master_fills_in_is_what_its_schema_says():
 
 
 @shipped
-def test_a_file_is_accepted_as_the_master_hands_it_over(path, unbuilt):
+def test_a_file_is_accepted_as_the_master_hands_it_over(path, unbuilt, monkeypatch):
+    if path.parent.name == "detr" and "detr" not in WITHOUT_LIBRARY:
+        from transformers import AutoConfig  # the Hub gives the config of the model that the files name
+
+        monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: AutoConfig.for_model("rt_detr_v2"))
     written = load_yaml(path)
     trial_class = trial_classes().get(path.parent.name)
     if trial_class is None:
