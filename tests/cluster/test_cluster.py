@@ -156,6 +156,14 @@ def context(folder, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def validated(folder) -> list[int]:
+    """The batches after which const_fake.yaml validates."""
+    config = yaml.safe_load((folder / "const_fake.yaml").read_text())
+    period, length = config["min_validation_period"]["batches"], config["searcher"]["max_length"]["batches"]
+    return list(range(period, length + 1, period))
+
+
+@pytest.fixture(scope="module")
 def whole(folder):
     """const_fake.yaml, never interrupted."""
     started = time.time()
@@ -165,28 +173,28 @@ def whole(folder):
     return the_trial(experiment)
 
 
-def test_one_slot_completes_with_validations_and_checkpoints(whole):
-    assert list(validations(whole)) == [20, 40, 60, 80]
+def test_one_slot_completes_with_validations_and_checkpoints(whole, validated):
+    assert list(validations(whole)) == validated
     saved = {c.metadata["steps_completed"] for c in whole.list_checkpoints()}
-    assert saved == {20, 40, 60, 80}
-    assert not any("AP/" in name for name in validations(whole)[80])
+    assert saved == set(validated)
+    assert not any("AP/" in name for name in validations(whole)[validated[-1]])
     values = [metrics["bbox_mAP"] for metrics in validations(whole).values()]
     assert values[-1] > 2 * values[0]  # the chart rises
 
 
-def test_a_checkpoint_s_uuid_is_evaluated_off_the_cluster(whole, folder, tmp_path):
-    (last,) = [c for c in whole.list_checkpoints() if c.metadata["steps_completed"] == 80]
+def test_a_checkpoint_s_uuid_is_evaluated_off_the_cluster(whole, folder, validated, tmp_path):
+    (last,) = [c for c in whole.list_checkpoints() if c.metadata["steps_completed"] == validated[-1]]
     run_model_def("evaluate", "const_fake.yaml", "--checkpoint", last.uuid, "--output", tmp_path, cwd=folder)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["bbox_mAP"] == validations(whole)[80]["bbox_mAP"]
+    assert metrics["bbox_mAP"] == validations(whole)[validated[-1]]["bbox_mAP"]
 
 
-def test_two_slots_complete(folder):
+def test_two_slots_complete(folder, validated):
     started = time.time()
     experiment = submit(folder, "const_fake.yaml", "resources.slots_per_trial=2")
     assert wait(experiment) == "COMPLETED"
     assert time.time() - started < LIMIT
-    assert list(validations(the_trial(experiment))) == [20, 40, 60, 80]
+    assert list(validations(the_trial(experiment))) == validated
 
 
 def test_a_killed_container_goes_on_from_the_last_checkpoint(whole, folder, context):
@@ -202,29 +210,29 @@ def test_a_killed_container_goes_on_from_the_last_checkpoint(whole, folder, cont
     assert_same_metrics(validations(trial), validations(whole))
 
 
-def test_a_paused_trial_goes_on_when_it_is_activated(whole, folder):
+def test_a_paused_trial_goes_on_when_it_is_activated(whole, folder, validated):
     experiment = submit(folder)
     end = time.time() + 60
     while not experiment.get_trials() and time.time() < end:
         time.sleep(0.5)
     trial = the_trial(experiment)
-    wait_for_validation(trial, 20)
+    wait_for_validation(trial, validated[0])
     experiment.pause()
     time.sleep(15)
-    assert max(validations(trial)) < 80
+    assert max(validations(trial)) < validated[-1]
     experiment.activate()
     assert wait(experiment) == "COMPLETED"
     assert_same_metrics(validations(trial), validations(whole))
 
 
-def test_continue_with_a_greater_length_goes_on_from_the_end(folder):
+def test_continue_with_a_greater_length_goes_on_from_the_end(folder, validated):
     experiment = submit(folder, "const_fake.yaml", "searcher.max_length.batches=40")
     assert wait(experiment) == "COMPLETED"
     longer = ("--config", "searcher.name=single", "--config", "searcher.max_length.batches=60")
     det("experiment", "continue", experiment.id, *longer)
     assert wait(experiment) == "COMPLETED"
     trial = the_trial(experiment)
-    assert list(validations(trial)) == [20, 40, 60]
+    assert list(validations(trial)) == sorted({*range(validated[0], 61, validated[0]), 40, 60})
     reports = [report.steps_completed for report in trial.iter_metrics("training")]
     assert sorted(set(reports)) == reports == list(range(10, 61, 10))
 
