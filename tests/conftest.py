@@ -6,6 +6,7 @@ import gc
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -172,6 +173,12 @@ def run_model_def(
     return done
 
 
+def code_blocks(page: Path, language: str = "") -> list[str]:
+    """The code blocks of a Markdown page in a language; by default those without one, which hold commands."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [block for kind, block in found if kind == language]
+
+
 def run_command(function: Callable, trial_class: type, config: Path, overrides: Sequence = (), **arguments) -> None:
     """Calls a command's function in this process, with the arguments that the command line has."""
     from shared.launch import experiment_for
@@ -262,6 +269,25 @@ def unbuilt():
             return trial_class(context, begin=False, **named)
 
         yield make
+
+
+@pytest.fixture
+def differences_of_export(command, tmp_path):
+    """Trains one batch of a trial class, exports its checkpoint by `detector`, a class of a model_def.py, and returns
+    how far the file's detections on four images are from the checkpoint's."""
+    from shared.commands.train import train_locally
+
+    def call(detector: type, trained: type, config: dict) -> dict:
+        config["searcher"]["max_length"] = {"batches": 1}
+        config["scheduling_unit"] = 1
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        run_command(train_locally, trained, path, output_dir=tmp_path / "run", resume=None)
+        checkpoint = ["--checkpoint", tmp_path / "run/checkpoints/last"]
+        command(detector, "export", path, *checkpoint, "--images", 4, "--output", tmp_path / "out")
+        return json.loads((tmp_path / "out/export.json").read_text())["differences"]
+
+    return call
 
 
 @pytest.fixture

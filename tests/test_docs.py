@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, code_blocks
 
 from shared.__main__ import _COMMANDS as COMMANDS
 from shared.command_line import read_arguments
@@ -49,8 +49,7 @@ def commands() -> list[tuple[str, str]]:
     """Each `python3 …` command in the code blocks of the pages."""
     found = []
     for page in pages():
-        blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
-        for block in (block for language, block in blocks if not language):
+        for block in code_blocks(page):
             for line in block.replace("\\\n", " ").splitlines():
                 command = line.split("   #")[0].strip().removeprefix("$ ")
                 if re.match(r"(python3|torchrun) ", command) and "…" not in command:

@@ -2,30 +2,24 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 
 import tiny_formats
-from conftest import ROOT
-
-
-def code_blocks(page, language=""):
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
-    return [block for kind, block in found if kind == language]
+from conftest import ROOT, code_blocks
 
 
 def commands_of(page):
     """The block that converts the user's annotations and goes on to predictions."""
-    return next(block for block in code_blocks(page) if "shared convert" in block)
+    return next(block for block in code_blocks(ROOT / page) if "shared convert" in block)
 
 
 def test_the_start_page_s_commands_run_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_formats, "PICTURES", 16)
     tiny_formats.write_xml(tmp_path / "cells", ["rectangle", "circle", "triangle"], "JPEGImages")
     folder = shutil.copytree(ROOT / "efficientdet", tmp_path / "efficientdet")  # links become files, as in a submission
-    (config,) = (block for block in code_blocks("docs/index.md", "yaml") if "name: cells" in block)
+    (config,) = (block for block in code_blocks(ROOT / "docs/index.md", "yaml") if "name: cells" in block)
     shorter = config.replace("epochs: 24", "epochs: 1").replace("epochs: 6", "epochs: 1")
     assert shorter.count("epochs: 1}") == 2
     (folder / "cells.yaml").write_text(shorter)

@@ -354,8 +354,8 @@ def score_limits(
 
 
 def _thresholds_of_run(given: str, checkpoint: Path | None) -> tuple[Path, tuple[float | None, dict[str, float]]]:
-    report = (checkpoint or Path()).parent.parent / "report.json"
-    thresholds = None if checkpoint is None else thresholds_of_report(report)
+    report = checkpoint and checkpoint.parent.parent / "report.json"
+    thresholds = report and thresholds_of_report(report)
     if thresholds is None:
         raise UserError(
             f"--min-score {given}: {checkpoint or 'the pretrained weight file'} is of no run with "

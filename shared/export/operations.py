@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from shared.errors import UserError
 
 
-class Exportable(nn.Module):
+class Exportable(nn.Module, ABC):
     """A detector from images to detections, for `export`. A detector subclasses it, and defines `prepare` and `detect`.
 
     It takes (B, 3, H, W) uint8 RGB images of one size, and returns tensors in the order of `outputs`:
@@ -33,13 +34,13 @@ class Exportable(nn.Module):
     any_batch: bool = True
     input_size: tuple[int, int] | None = None
 
+    @abstractmethod
     def prepare(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The network's input, and the sizes that `detect` needs, such as `size_of(images)`: float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def detect(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         """The detections, of what `prepare` returns."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         return self.detect(*self.prepare(images))

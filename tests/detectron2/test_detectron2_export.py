@@ -1,17 +1,11 @@
 """`export` of Detectron2's RetinaNet: the file detects what the checkpoint detects."""
 
-import json
-
 import pytest
 import torch
-import yaml
-from conftest import run_command
 from tiny_models import detectron2_config, load_model_def
 
 pytest.importorskip("onnxruntime", reason="export needs the packages of `pip install '.[export]'`")
 pytest.importorskip("onnxscript", reason="export needs the packages of `pip install '.[export]'`")
-
-from shared.commands.train import train_locally
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +15,7 @@ def trial_class():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("changes", "box"), [({}, 0.001), ({"INPUT.MIN_SIZE_TEST": 100, "INPUT.FORMAT": "RGB"}, 3)])
-def test_exported_file_detects_what_the_checkpoint_detects(changes, box, shapes, tmp_path, command, trial_class):
+def test_exported_file_detects_what_the_checkpoint_detects(changes, box, shapes, differences_of_export, trial_class):
     class Spread(trial_class):
         """An untrained model with many scores between 0 and 1. Equal ones would be in any order."""
 
@@ -35,14 +29,7 @@ def test_exported_file_detects_what_the_checkpoint_detects(changes, box, shapes,
 
     Spread.__module__ = trial_class.__module__
     config = detectron2_config(shapes, "COCO-Detection/retinanet_R_50_FPN_1x.yaml", **changes)
-    config["searcher"]["max_length"] = {"batches": 1}
-    config["scheduling_unit"] = 1
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    run_command(train_locally, Spread, path, output_dir=tmp_path / "run", resume=None)
-    checkpoint = ["--checkpoint", tmp_path / "run/checkpoints/last"]
-    command(trial_class, "export", path, *checkpoint, "--images", 4, "--output", tmp_path / "out")
-    found = json.loads((tmp_path / "out/export.json").read_text())["differences"]
+    found = differences_of_export(trial_class, Spread, config)
     assert found["detections"] > 50
     assert found["matched"] >= 0.98 * found["detections"]
     assert found["box"] < box

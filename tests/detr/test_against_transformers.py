@@ -111,6 +111,18 @@ def test_a_step_has_the_losses_and_gradients_of_transformers(model_type, shapes,
         torch.testing.assert_close(step["gradients"][name] / largest, gradient / largest, rtol=0, atol=1e-6)
 
 
+def assert_reports_pycocotools_numbers(run, coco, results, iou_type):
+    """The only validation of a run has the numbers that pycocotools computes of `results`."""
+    evaluation = COCOeval(coco, coco.loadRes(results), iou_type)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    (reported,) = reports(run, "val")
+    names = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m")
+    found = [reported["metrics"][f"{iou_type}_{name}"] for name in names]
+    assert found == pytest.approx(evaluation.stats[:5].tolist(), abs=1e-6)
+
+
 @each_type
 def test_detections_are_those_of_the_exported_model_in_plain_transformers(
     model_type, shapes, trained, tmp_path, command, trial_class
@@ -141,14 +153,7 @@ def test_detections_are_those_of_the_exported_model_in_plain_transformers(
             bbox = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
             one = {"image_id": image["id"], "category_id": category_ids[label], "bbox": bbox, "score": score}
             results.append(one)
-    evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    (reported,) = reports(run, "val")
-    names = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m")
-    found = [reported["metrics"][f"bbox_{name}"] for name in names]
-    assert found == pytest.approx(evaluation.stats[:5].tolist(), abs=1e-6)
+    assert_reports_pycocotools_numbers(run, coco, results, "bbox")
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,12 @@
 """`export` of the DETR family: the file detects what the checkpoint detects."""
 
-import json
-
 import pytest
 import torch
-import yaml
-from conftest import run_command
 from tiny_models import DETR_TYPES, detr_config, trial_classes
 
 pytest.importorskip("onnxruntime", reason="export needs the packages of `pip install '.[export]'`")
 pytest.importorskip("onnxscript", reason="export needs the packages of `pip install '.[export]'`")
 
-from shared.commands.train import train_locally
 
 ANY_SHAPE = {"shortest_edge": 96, "longest_edge": 160}
 
@@ -21,7 +16,7 @@ ANY_SHAPE = {"shortest_edge": 96, "longest_edge": 160}
     ("model_type", "processor"),
     [*((model_type, None) for model_type in DETR_TYPES), ("detr", {"size": ANY_SHAPE})],
 )
-def test_exported_file_detects_what_the_checkpoint_detects(model_type, processor, shapes, tmp_path, command):
+def test_exported_file_detects_what_the_checkpoint_detects(model_type, processor, shapes, differences_of_export):
     trial_class = trial_classes()["detr"]
 
     class Spread(trial_class):
@@ -40,14 +35,7 @@ def test_exported_file_detects_what_the_checkpoint_detects(model_type, processor
     config = detr_config(shapes, model_type)
     if processor is not None:
         config["hyperparameters"]["processor"] = processor
-    config["searcher"]["max_length"] = {"batches": 1}
-    config["scheduling_unit"] = 1
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    run_command(train_locally, Spread, path, output_dir=tmp_path / "run", resume=None)
-    checkpoint = ["--checkpoint", tmp_path / "run/checkpoints/last"]
-    command(trial_class, "export", path, *checkpoint, "--images", 4, "--output", tmp_path / "out")
-    found = json.loads((tmp_path / "out/export.json").read_text())["differences"]
+    found = differences_of_export(trial_class, Spread, config)
     assert found["matched"] == found["detections"] > 0
     assert found["box"] < 0.01
     assert found["score"] < 1e-4

@@ -10,8 +10,7 @@ from conftest import reports, run_command, stop_workers
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from test_against_transformers import small, watching
+from test_against_transformers import assert_reports_pycocotools_numbers, small, watching
 from test_resume import assert_same_bits, final_state
 from tiny_models import DETR_TYPES, trial_classes
 from transformers import AutoImageProcessor, AutoModelForInstanceSegmentation
@@ -32,6 +31,19 @@ def masks_config(shapes, batches=2, **hyperparameters):
     config = small(shapes, "rf_detr", batches)
     config["hyperparameters"].update(masks=True, processor={"size": SIZE}, horizontal_flip=0.0, **hyperparameters)
     return config
+
+
+def with_its_batches(trial_class):
+    """The trial class, and the list of the batches that it will train."""
+    batches = []
+
+    class Watched(trial_class):
+        def losses(self, model, batch):
+            batches.append(batch)
+            return super().losses(model, batch)
+
+    Watched.__module__ = trial_class.__module__
+    return Watched, batches
 
 
 @pytest.fixture(scope="module")
@@ -131,14 +143,7 @@ def test_masks_and_their_metrics_are_those_of_plain_transformers(shapes, trained
             one = {"image_id": image["id"], "category_id": category_ids[label], "segmentation": rle, "score": score}
             results.append(one)
     assert total > 1000
-    evaluation = COCOeval(coco, coco.loadRes(results), "segm")
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    (reported,) = reports(run, "val")
-    names = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m")
-    found = [reported["metrics"][f"segm_{name}"] for name in names]
-    assert found == pytest.approx(evaluation.stats[:5].tolist(), abs=1e-6)
+    assert_reports_pycocotools_numbers(run, coco, results, "segm")
 
 
 def test_predict_draws_the_masks_of_a_checkpoint(shapes, trained, tmp_path, command, trial_class):
@@ -184,15 +189,8 @@ def test_batches_without_objects_and_of_several_sizes_train(trial_class, train, 
     config["hyperparameters"]["processor"] = {"size": {"shortest_edge": 96, "longest_edge": 128}}
     for split in ("train", "val"):
         config["data"][split] = {"annotations": str(tmp_path / f"{split}.json"), "images": str(tmp_path)}
-    batches = []
-
-    class Watched(trial_class):
-        def losses(self, model, batch):
-            batches.append(batch)
-            return super().losses(model, batch)
-
-    Watched.__module__ = trial_class.__module__
-    (report,) = reports(train(Watched, config), "val")
+    watched, batches = with_its_batches(trial_class)
+    (report,) = reports(train(watched, config), "val")
     objects = [[len(label["masks"]) for label in batch.targets["labels"]] for batch in batches]
     assert sorted(map(sum, objects)) == [0, 1]
     for batch in batches:
@@ -207,15 +205,8 @@ def test_augmented_masks_stay_on_their_boxes(shapes, trial_class, train):
     config = masks_config(shapes, batches=1)
     del config["hyperparameters"]["horizontal_flip"]
     config["data"]["augment"] = {"preset": "light", "flip": 1.0}
-    batches = []
-
-    class Watched(trial_class):
-        def losses(self, model, batch):
-            batches.append(batch)
-            return super().losses(model, batch)
-
-    Watched.__module__ = trial_class.__module__
-    train(Watched, config)
+    watched, batches = with_its_batches(trial_class)
+    train(watched, config)
     labels = [each for batch in batches for each in batch.targets["labels"]]
     boxes = torch.cat([each["boxes"] for each in labels])
     masks = torch.cat([each["masks"] for each in labels])

@@ -1,16 +1,11 @@
 """`export` of MMDetection's one-stage detectors: the file detects what the checkpoint detects."""
 
-import json
-
 import pytest
-import yaml
-from conftest import run_command
 from tiny_models import DENSE_HEAD, SMALL_BACKBONE, load_model_def, mmdet_config
 
 pytest.importorskip("onnxruntime", reason="export needs the packages of `pip install '.[export]'`")
 pytest.importorskip("onnxscript", reason="export needs the packages of `pip install '.[export]'`")
 
-from shared.commands.train import train_locally
 
 _GROUPS = {"model.bbox_head.norm_cfg": {"type": "GN", "num_groups": 8, "requires_grad": True}}
 FAMILIES = {
@@ -34,7 +29,7 @@ def trial_class():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config_file", FAMILIES)
-def test_exported_file_detects_what_the_checkpoint_detects(config_file, shapes, tmp_path, command, trial_class):
+def test_exported_file_detects_what_the_checkpoint_detects(config_file, shapes, differences_of_export, trial_class):
     class Bold(trial_class):
         """An untrained model whose scores are high enough to be compared."""
 
@@ -47,14 +42,7 @@ def test_exported_file_detects_what_the_checkpoint_detects(config_file, shapes, 
 
     Bold.__module__ = trial_class.__module__
     config = mmdet_config(shapes, config_file, **FAMILIES[config_file])
-    config["searcher"]["max_length"] = {"batches": 1}
-    config["scheduling_unit"] = 1
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    run_command(train_locally, Bold, path, output_dir=tmp_path / "run", resume=None)
-    checkpoint = ["--checkpoint", tmp_path / "run/checkpoints/last"]
-    command(trial_class, "export", path, *checkpoint, "--images", 4, "--output", tmp_path / "out")
-    found = json.loads((tmp_path / "out/export.json").read_text())["differences"]
+    found = differences_of_export(trial_class, Bold, config)
     assert found["matched"] >= 0.98 * found["detections"] > 0
     assert found["score"] < 0.02
 
