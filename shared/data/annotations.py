@@ -1,7 +1,7 @@
 """COCO annotations: one record per image. A file is parsed once per machine, into columns that all processes map.
 
-    <file>.columns/lock         held by the process that parses
-                   <version>/   the columns of one version of the file, named after its size and time, or its ETag
+<file>.columns/lock         held by the process that parses
+               <version>/   the columns of one version of the file, named after its size and time, or its ETag
 """
 
 from __future__ import annotations
