@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 import statistics
@@ -386,11 +387,7 @@ class _Run:
         for found in self.detections:
             labels = np.array(new_labels)[found.labels]
             rows = np.flatnonzero(labels >= 0)
-            masks = None if found.masks is None else [found.masks[row] for row in rows]
-            points = None if found.keypoints is None else found.keypoints[rows]
-            sizes = None if found.sizes is None else found.sizes[rows]
-            boxes, scores = found.boxes[rows], found.scores[rows]
-            kept.append(Detections(found.image_id, boxes, scores, labels[rows], masks, points, sizes))
+            kept.append(dataclasses.replace(found.only(rows), labels=labels[rows]))
         return kept
 
 
