@@ -97,9 +97,7 @@ def read_arguments() -> argparse.Namespace:
         "--track", action="store_true", help="number the objects of a video, with the package trackers"
     )
     report_help = "the lowest score that the report draws, 0 to 1; default `best`, with the greatest F1"
-    drawn_help = (
-        "the lowest score that is drawn; default 0.3; `best` or `best-per-category`: from the run's report"
-    )
+    drawn_help = "the lowest score that is drawn; default 0.3; `best` or `best-per-category`: from the run's report"
     evaluate.add_argument("--min-score", type=_number_to(1, "best"), default="best", help=report_help)
     predict.add_argument("--min-score", type=_number_to(1, "best", "best-per-category"), default=0.3, help=drawn_help)
     overlap_help = "the share of a tile that the next one shows too; default 0.2"

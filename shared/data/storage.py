@@ -11,13 +11,14 @@ import hashlib
 import itertools
 import logging
 import os
+import stat
 import tempfile
 import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
@@ -75,6 +76,19 @@ def open_images(
     return DiskImages(folder.absolute())
 
 
+def open_file(path: str | os.PathLike) -> BinaryIO:
+    """Opens a file on disk. Raises OSError if it is a pipe or a device, which may have no end."""
+    return open(path, "rb", opener=_open_plain_file)
+
+
+def _open_plain_file(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path}: it is no plain file")
+    return descriptor
+
+
 @dataclass(frozen=True)
 class DiskImages:
     """Images in a folder and its subfolders, without links that lead out of it, except into a Hugging Face cache."""
@@ -86,7 +100,8 @@ class DiskImages:
         return str(self.folder)
 
     def read(self, file_name: str) -> bytes:
-        return (self.folder / file_name).read_bytes()
+        with open_file(self.folder / file_name) as file:
+            return file.read()
 
     def look(self, names: np.ndarray) -> Look:
         """Lists each folder once: a `stat` of each of 118,287 files takes minutes on a network disk.
