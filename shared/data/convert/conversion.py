@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -288,21 +287,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--overlap", type=float, default=0.2, help="tiles: the share that the next tile shows too; default 0.2"
     )
     given = parser.parse_intermixed_args(arguments)
-    try:
-        written = convert(
-            given.kind,
-            given.source,
-            given.output,
-            given.images,
-            given.val,
-            labels=given.labels,
-            boxes=given.boxes,
-            categories=given.categories,
-            tiles=given.tiles,
-            overlap=given.overlap,
-        )
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    written = convert(
+        given.kind,
+        given.source,
+        given.output,
+        given.images,
+        given.val,
+        labels=given.labels,
+        boxes=given.boxes,
+        categories=given.categories,
+        tiles=given.tiles,
+        overlap=given.overlap,
+    )
     print("\n".join(map(str, written)))
     for one in written:
         if one.split == "test":
