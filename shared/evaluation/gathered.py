@@ -201,19 +201,6 @@ class GatheredDetections:
             )
         return found
 
-    def keypoint_results(self) -> list[dict]:
-        """Of COCO's result format, as hotcoco takes keypoints only."""
-        return [
-            {
-                "image_id": int(row[0]),
-                "category_id": int(row[6]),
-                "bbox": row[1:5].tolist(),
-                "score": row[5],
-                "keypoints": points,
-            }
-            for row, points in zip(self.rows(), self.keypoints.astype(np.float64).tolist(), strict=True)
-        ]
-
 
 def save_detections(
     path: Path, found: GatheredDetections, category_names: Sequence[str], max_detections: int | None = None
