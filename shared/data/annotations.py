@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -29,6 +30,17 @@ from shared.errors import UserError, nearest
 from shared.redaction import redacted
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def rows_of(record: T, rows: np.ndarray | Sequence[int], names: Sequence[str]) -> T:
+    """A dataclass whose attributes of these names, arrays and sequences or None, have some of their rows."""
+
+    def some(values: Any) -> Any:
+        return values[rows] if isinstance(values, np.ndarray) else values and [values[row] for row in rows]
+
+    return dataclasses.replace(record, **{name: some(getattr(record, name)) for name in names})
 
 
 @dataclass
@@ -63,13 +75,8 @@ class ImageRecord:
 
     def only(self, rows: np.ndarray | Sequence[int]) -> ImageRecord:
         """The record with some of its annotations, given by position or as (N,) bool."""
-        rows = np.arange(len(self.boxes))[rows]
-        arrays = ("boxes", "labels", "areas", "iscrowd", "file_boxes", "keypoints")
-        return dataclasses.replace(
-            self,
-            raw_segmentations=[self.raw_segmentations[row] for row in rows],
-            **{name: value[rows] for name in arrays if (value := getattr(self, name)) is not None},
-        )
+        names = ("boxes", "labels", "areas", "iscrowd", "file_boxes", "keypoints", "raw_segmentations")
+        return rows_of(self, np.arange(len(self.boxes))[rows], names)
 
     @cached_property
     def segmentations(self) -> list[list | dict | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import re
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from shared.data.annotations import CocoAnnotations
+from shared.data.annotations import CocoAnnotations, rows_of
 from shared.data.checks import check_boxes, wrong_segmentation
 from shared.data.coco_file import as_ids, decode_json, is_in_reach, unpack, wrong_number_in
 from shared.errors import UserError
@@ -78,13 +77,8 @@ class Detections:
 
     def only(self, rows: np.ndarray | Sequence[int]) -> Detections:
         """Some of the detections, given by position or as (M,) bool."""
-        rows = np.arange(len(self))[rows]
-        arrays = ("boxes", "scores", "labels", "keypoints", "sizes", "track_ids")
-        return dataclasses.replace(
-            self,
-            masks=None if self.masks is None else [self.masks[row] for row in rows],
-            **{name: value[rows] for name in arrays if (value := getattr(self, name)) is not None},
-        )
+        names = ("boxes", "scores", "labels", "masks", "keypoints", "sizes", "track_ids")
+        return rows_of(self, np.arange(len(self))[rows], names)
 
 
 def sizes_of(detections: Detections) -> np.ndarray:
