@@ -140,9 +140,9 @@ def rename_in_file(data, name):
         json.dump(coco, file)
 
 
-def test_an_absolute_name_in_the_images_folder_is_told_what_is_wanted(data):
+def test_an_absolute_name_is_an_error_that_says_what_is_wanted(data):
     rename_in_file(data, f"{images_of(data)}/000003.png")
-    with pytest.raises(UserError, match=r"is absolute, and lies in the images' folder; .*: write '000003.png'"):
+    with pytest.raises(UserError, match=r"000003\.png' leads out of the images' folder, .* Fix: name files relative"):
         opened(data)
 
 

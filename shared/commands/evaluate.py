@@ -28,7 +28,6 @@ from shared.errors import UserError, check_outputs, count_of
 from shared.evaluation.detections import Detections, from_coco_results, to_coco_results
 from shared.evaluation.evaluator import CocoEvaluator, for_json, iou_types_of, metrics_table
 from shared.report.analysis import best_of_boxes
-from shared.training.checkpoints import Checkpoint
 from shared.training.meeting import local_processes
 from shared.training.trial import DetectionTrial
 
@@ -81,7 +80,7 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
 
             facts = {
                 "config": Path(arguments.config).absolute(),
-                "weights": _weights(checkpoint, arguments.model),
+                "weights": arguments.model or (checkpoint.path if checkpoint else "the config's pretrained ones"),
                 "validation data": f"{data.annotations.path or 'fake'}, {count_of(len(data.annotations), 'image')}",
                 "device": trial.context.device,
                 **software(Path(sys.argv[0]).parent),
@@ -90,11 +89,6 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
             _write_report(arguments, data, found.detections(), evaluator, facts, found.images.tolist())
         elif isinstance(evaluator, CocoEvaluator):
             _print_threshold(evaluator)
-
-
-def _weights(checkpoint: Checkpoint | None, model: Path | None) -> Path | str:
-    """What detects, for the report."""
-    return model or (checkpoint.path if checkpoint else "pretrained, as the config names them")
 
 
 @contextlib.contextmanager

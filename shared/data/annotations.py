@@ -213,11 +213,15 @@ class CocoAnnotations:
         """(annotations,) bool: boxes without width or height, which cannot be trained on."""
         return (self.columns["boxes"][:, 2:] <= 0).any(axis=1)
 
+    @property
+    def image_rows(self) -> np.ndarray:
+        """(annotations,) int64: the index of each annotation's image."""
+        return np.repeat(np.arange(len(self)), np.diff(self.columns["offsets"]))
+
     def select(self, kept: np.ndarray) -> CocoAnnotations:
         """The same images with some of the annotations, given as (annotations,) bool; held in memory."""
         columns = dict(self.columns)
-        image_rows = np.repeat(np.arange(len(self)), np.diff(columns["offsets"]))[kept]
-        columns["offsets"] = offsets_of(np.bincount(image_rows, minlength=len(self)))
+        columns["offsets"] = offsets_of(np.bincount(self.image_rows[kept], minlength=len(self)))
         starts, ends = columns["segmentation_offsets"][:-1][kept], columns["segmentation_offsets"][1:][kept]
         pieces = [columns["segmentations"][start:end] for start, end in zip(starts, ends, strict=True)]
         columns["segmentations"] = np.concatenate([np.empty(0, np.uint8), *pieces])

@@ -142,12 +142,8 @@ def check_images(annotations: CocoAnnotations, images: ImageStorage, where: str,
         logger.warning("%s; they are left out", message(look))
 
 
-def refuse_names_outside(annotations: CocoAnnotations, where: str, folder: Path | None = None) -> None:
-    """Raises UserError if an image's name leads out of the folder of images, or cannot be a file's name.
-
-    Args:
-        folder: the folder of the images, if it is on disk.
-    """
+def refuse_names_outside(annotations: CocoAnnotations, where: str) -> None:
+    """Raises UserError if an image's name leads out of the folder of images, or cannot be a file's name."""
     letters, offsets = annotations.columns["file_names"], annotations.columns["file_name_offsets"]
     lengths, text = np.diff(offsets), letters.tobytes()
     first_letters = letters[offsets[:-1][lengths > 0]]
@@ -160,15 +156,10 @@ def refuse_names_outside(annotations: CocoAnnotations, where: str, folder: Path 
     for i in range(len(annotations)):
         name = annotations.file_name(i)
         up = ".." in name.split("/")
-        if folder is not None and name.startswith(f"{folder}/") and not up:
-            raise UserError(
-                f"{where}: the image file name {name[:200]!r} is absolute, and lies in the images' folder; names are "
-                f"relative to it: write {name.removeprefix(f'{folder}/')[:200]!r}"
-            )
         if not 0 < lengths[i] <= _LONGEST_PATH or up or "\0" in name or is_url(name) or name.startswith(("/", "\\")):
             raise UserError(
-                f"{where}: the image file name {name[:200]!r} leads out of the images' folder, or is none; names "
-                "are relative to that folder"
+                f"{where}: the image file name {name[:200]!r} leads out of the images' folder, or is none. Fix: "
+                "name files relative to that folder"
             )
 
 

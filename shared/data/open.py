@@ -60,7 +60,7 @@ def _open_files(data: DataConfig, split: str, images: ImageStorage | None) -> Sp
         images = open_images(folder, split, data.store_options, data.cache_dir, int(data.cache_gb * 2**30))
     where = f"data.{split}.images ({folder})"
     try:
-        refuse_names_outside(annotations, where, getattr(images, "folder", None))
+        refuse_names_outside(annotations, where)
         check_box_format(annotations, f"data.{split}.annotations")
         if data.check_images:
             check_images(annotations, images, where, skip=data.on_bad_image == "skip")

@@ -178,11 +178,6 @@ class Analyses:
         return {"file_name": annotations.file_name(index), "image_id": int(annotations.image_ids[index])}
 
 
-def image_of_annotations(annotations: CocoAnnotations) -> np.ndarray:
-    """(annotations,) int64, the index of each annotation's image."""
-    return np.repeat(np.arange(len(annotations)), np.diff(annotations.columns["offsets"]))
-
-
 def analyse(
     annotations: CocoAnnotations,
     detections: Iterable[Detections],

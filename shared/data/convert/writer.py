@@ -79,13 +79,9 @@ def _of_split(part: Split, categories: list[dict], ids: dict[str, int], source: 
 
 
 def write(contents: Contents, source: Path, output: Path) -> list[Written]:
-    """Writes a COCO file per split that has images: `<output>_train.json` and so on, or `<output>.json` alone."""
+    """Writes a COCO file per split: `<output>_train.json` and so on, or `<output>.json` alone."""
     written = []
-    with_images = Contents({s: part for s, part in contents.splits.items() if part.images}, contents.categories)
-    with_images.categories = with_images.categories or [
-        {"name": name} for name in names_in_use(contents.splits.values())
-    ]
-    for split, coco in to_coco(with_images, source).items():
+    for split, coco in to_coco(contents, source).items():
         path = path_of(output, split)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
