@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shared.commands import videos
 from shared.config.schema import StoreOptions, is_url
 from shared.data import remote
-from shared.data.cache import Look
 from shared.data.images import is_image_name
 from shared.data.remote import RemoteImages
 from shared.data.storage import CachedImages, ImageStorage, open_file
@@ -62,7 +60,6 @@ class GivenImages:
     locations: dict[str, str]
     options: StoreOptions
     copies: Path
-    place = None
     _opened: dict[str, ImageStorage] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
@@ -82,9 +79,6 @@ class GivenImages:
         """The file on this machine; None for a URL and an image in memory."""
         location = self.locations.get(file_name)
         return None if location is None or is_url(location) else Path(location)
-
-    def look(self, names: np.ndarray) -> Look:
-        return Look()
 
 
 def drawn_as(name: str, picture_format: str) -> str:

@@ -18,7 +18,7 @@ from shared.data.annotations import CocoAnnotations
 from shared.data.cache import Look, load_arrays, look_once, save_arrays
 from shared.data.convert.files import ImageFinder
 from shared.data.images import darkness, value_range
-from shared.data.storage import DiskImages, ImageStorage
+from shared.data.storage import DiskImages, ImageStorage, Listed
 from shared.durable import once
 from shared.errors import UserError
 
@@ -105,7 +105,7 @@ _TRIED_FOR_DARKNESS = 4
 _SKIP = ". Fix: add them, or give data.on_bad_image: skip to omit them"
 
 
-def check_images(annotations: CocoAnnotations, images: ImageStorage, where: str, skip: bool = False) -> None:
+def check_images(annotations: CocoAnnotations, images: Listed, where: str, skip: bool = False) -> None:
     """Checks that the images exist, once per version of the annotation file. A folder on disk that has changed is
     checked again; a bucket is not.
 

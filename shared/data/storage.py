@@ -37,18 +37,8 @@ _COUNT_IS_GOOD_FOR = 24 * 3600  # seconds until a full folder is counted again
 
 
 class ImageStorage(Protocol):
-    """
-    Attributes:
-        place: identifies this storage, so that a look at it can be remembered; None if it must not be.
-    """
-
-    place: str | None
-
     def read(self, file_name: str) -> bytes:
         """The bytes of the image file."""
-
-    def look(self, names: np.ndarray) -> Look:
-        """Which of the images are there; `names` is (N,) bytes."""
 
 
 def open_images(
@@ -253,6 +243,11 @@ class CachedImages:
             with contextlib.suppress(FileNotFoundError):
                 taken += path.stat().st_size
         return taken
+
+
+Listed = DiskImages | RemoteImages | CachedImages
+"""Storages that tell which images they have: `look(names)`, (N,) bytes. `place` identifies the storage, so that a look
+can be remembered; None if it must not be."""
 
 
 def _read_copy(copy: Path, version_bytes: int) -> tuple[bytes | None, bytes]:
