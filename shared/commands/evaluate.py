@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +34,10 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
     """Prints the metrics; writes them, the results and a report if the arguments name folders."""
     if arguments.split != "val":
         experiment = experiment.with_val_of(arguments.split)
-        with _named(arguments.split):
+        try:
             evaluate(trial_class, experiment, argparse.Namespace(**{**vars(arguments), "split": "val"}))
+        except UserError as error:
+            raise UserError(str(error).replace("data.val", f"data.{arguments.split}")) from error
         return
     if arguments.results is not None:
         most = trial_class.scored_detections(experiment.config.get("hyperparameters") or {})
@@ -89,15 +89,6 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
             _write_report(arguments, data, found.detections(), evaluator, facts, found.images.tolist())
         elif isinstance(evaluator, CocoEvaluator):
             _print_threshold(evaluator)
-
-
-@contextlib.contextmanager
-def _named(split: str) -> Iterator[None]:
-    """Errors name the split's key instead of data.val."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace("data.val", f"data.{split}")) from error
 
 
 def _evaluate_results(experiment: Experiment, arguments: argparse.Namespace, max_detections: int | None) -> None:
