@@ -138,7 +138,13 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
     _find_named_images(rows, annotations, source)
     ids = as_ids([row.image_id for row in rows], "image_id", source)
     images, image_of = np.unique(ids, return_inverse=True)
-    index_of = _indices_of(images, ids, annotations, source)
+    index_of = {image_id: index for index, image_id in enumerate(annotations.image_ids.tolist())}
+    if unknown := set(images.tolist()) - index_of.keys():
+        first = next(position for position, row in enumerate(rows) if row.image_id in unknown)
+        raise UserError(
+            f"{source}: result {first}: no image of {annotations.path or 'the annotations'} has the id {ids[first]}; "
+            f"{len(unknown)} of the results' {len(images)} images are not there"
+        )
     heights, widths = annotations.columns["heights"], annotations.columns["widths"]
     label_of = {category_id: label for label, category_id in enumerate(annotations.category_ids)}
 
@@ -281,21 +287,6 @@ def _ids_by_name(files: dict[int, str]) -> dict[str, int | None]:
 def _same_file(one: str, other: str) -> bool:
     """One may be named from a folder further up."""
     return f"/{one}".endswith(f"/{other}") or f"/{other}".endswith(f"/{one}")
-
-
-def _indices_of(images: np.ndarray, ids: np.ndarray, annotations: CocoAnnotations, source: str) -> dict[int, int]:
-    """Where each image is in the annotations."""
-    order = np.argsort(annotations.image_ids)
-    known = annotations.image_ids[order]
-    rows = order[np.searchsorted(known, images).clip(max=len(known) - 1)] if len(known) else np.zeros(0, np.int64)
-    unknown = images if not len(known) else images[annotations.image_ids[rows] != images]
-    if len(unknown):
-        first = int(np.flatnonzero(np.isin(ids, unknown))[0])
-        raise UserError(
-            f"{source}: result {first}: no image of {annotations.path or 'the annotations'} has the id {ids[first]}; "
-            f"{len(unknown)} of the results' {len(images)} images are not there"
-        )
-    return dict(zip(images.tolist(), rows.tolist(), strict=True))
 
 
 def as_rle(segmentation: Any, height: int, width: int) -> dict:

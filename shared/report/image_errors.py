@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from pycocotools import mask as coco_mask
+from torchvision.ops import nms
 
 from shared.data.annotations import CocoAnnotations
 from shared.evaluation.detections import Detections
@@ -276,7 +278,9 @@ def _cases_of(
 
     in_a_crowd = (box_ious(boxes, truth[is_crowd], of_one=True) >= _MATCHES).any(axis=1)
     is_alone = ~(ious >= _APART).any(axis=1) & ~in_a_crowd
-    alone = _spread_out(boxes, np.flatnonzero(is_alone))
+    alone = np.flatnonzero(is_alone)
+    of_alone = torch.from_numpy(boxes[alone])
+    alone = alone[nms(of_alone, torch.arange(len(alone), 0, -1).to(of_alone), _APART).numpy()]  # one per object
     missing = _Cases(
         agreeing=top[is_found],
         contradicting=certainty[alone],
@@ -286,17 +290,6 @@ def _cases_of(
         images=np.full(len(alone), image),
     )
     return wrong_category, missing
-
-
-def _spread_out(boxes: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """The positions whose boxes do not overlap an earlier one of them: one per object."""
-    overlaps = box_ious(boxes[positions], boxes[positions]) >= _APART
-    is_free, kept = np.ones(len(positions), bool), []
-    for i in range(len(positions)):
-        if is_free[i]:
-            kept.append(i)
-            is_free &= ~overlaps[i]
-    return positions[kept]
 
 
 def chances_false(agreeing: np.ndarray, contradicting: np.ndarray, evidence: np.ndarray, kind: str) -> np.ndarray:
