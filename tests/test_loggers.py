@@ -55,7 +55,7 @@ def trial_class(monkeypatch):
     """EfficientDet's, without what takes most of the time of runs as small as these."""
     from model_def import EfficientDetTrial
 
-    monkeypatch.setattr("shared.training.tensorboard.ReportFigures.draw", lambda *_: None)
+    monkeypatch.setattr("shared.training.run.ReportFigures.draw", lambda *_: None)
     monkeypatch.setattr("shared.commands.train.Results.write_report", lambda *_: None)
     return EfficientDetTrial
 

@@ -20,7 +20,7 @@ import numpy as np
 from shared.commands.data_report import save_page
 from shared.config.experiment import Experiment, experiment_of, per_slot_batch_size, read_experiment
 from shared.data.open import SplitData
-from shared.data.places import open_place
+from shared.data.storage import open_place
 from shared.environment import task_config
 from shared.errors import UserError, count_of
 from shared.evaluation import drawing
@@ -32,12 +32,10 @@ from shared.training.loggers import Loggers
 from shared.training.meeting import local_processes
 from shared.training.processes import core_context, make_context, on_chief, on_every_rank, trial_context
 from shared.training.resume import read_checkpoint_to_resume
-from shared.training.run import ClusterRun, LocalRun, full_disk_as_error
+from shared.training.run import ClusterRun, LocalRun, full_disk_as_error, picture_of
 from shared.training.run_folder import RunFolder
 from shared.training.run_store import RunStore
-from shared.training.signals import StoppedBeforeTraining, StopSignals
-from shared.training.stopping import End, Outcome
-from shared.training.tensorboard import picture_of
+from shared.training.stopping import End, Outcome, StoppedBeforeTraining, StopSignals
 from shared.training.training_metrics import duration
 from shared.training.trial import DetectionTrial
 

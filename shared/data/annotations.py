@@ -28,7 +28,7 @@ from shared.data.cache import load_arrays, mark_as_cache, save_arrays
 from shared.data.coco_file import Columns, Parsed, check_categories, offsets_of
 from shared.durable import once, user_cache
 from shared.errors import UserError, nearest
-from shared.redaction import redacted
+from shared.log import redacted
 
 logger = logging.getLogger(__name__)
 

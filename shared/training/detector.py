@@ -34,10 +34,9 @@ from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator, summary_metrics
 from shared.evaluation.gathered import ChiefReducer
-from shared.training.class_weights import class_weights, refused
 from shared.training.processes import broadcast_from_chief
 from shared.training.saving import python_state, restore_python_state
-from shared.training.switches import AveragedWeights, Clip, autocast
+from shared.training.switches import AveragedWeights, Clip, autocast, class_weights, no_class_weights
 from shared.training.validation import TOTAL
 
 logger = logging.getLogger(__name__)
@@ -429,7 +428,7 @@ class Detector(PyTorchTrial):
         if given is None or not self.for_training:
             return None
         if not self.weighs_categories:
-            raise refused("this detector")
+            raise no_class_weights("this detector")
         weights = class_weights(given, self.categories, self.training_labels()[1])
         return None if weights is None else weights.to(self.context.device)
 

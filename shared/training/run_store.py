@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from shared.data.places import Place, fetch_folder
 from shared.data.remote import StoreError
+from shared.data.storage import Place, fetch_folder
 from shared.durable import replace_folder, write_file
 from shared.errors import UserError
 from shared.training.downloads import INDEX

@@ -31,19 +31,17 @@ from shared.data.loading import (
     to_device,
 )
 from shared.data.open import SplitData
-from shared.environment import on_cluster
-from shared.errors import UserError, count_of
+from shared.environment import keep_freed_memory, on_cluster
+from shared.errors import UserError, count_of, out_of_memory, out_of_memory_as, smaller_batch
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.training import switches
 from shared.training.detector import Detector
 from shared.training.hang import Phase, Watch
-from shared.training.memory import keep_freed_memory, out_of_memory, out_of_memory_as, smaller_batch
 from shared.training.processes import first_on_each_machine, on_chief
 from shared.training.resume import BuiltOptimizer, refused_values
 from shared.training.saving import python_state
-from shared.training.signals import begin_worker
-from shared.training.stopping import periods_of
+from shared.training.stopping import begin_worker, periods_of
 from shared.training.training_metrics import STEPS_A_SCALE_MAY_SKIP, TrainingMetrics, diverged
 from shared.training.validation import (
     CollateWithLoss,
