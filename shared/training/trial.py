@@ -94,7 +94,7 @@ class DetectionTrial(Detector):
         self.read_own_config()
         if for_training:
             self._check_own_config()
-        self.schedule = self.experiment.schedule(self.default_lengths(), self.validation_times())
+        self.schedule = self.experiment.schedule.with_defaults(self.default_lengths(), self.validation_times())
         # detection does not need it
         self.searcher_metric = self.experiment.searcher_metric(self.reported_metrics() if for_training else None)
         self.global_batch_size = self.hparams.global_batch_size

@@ -8,6 +8,7 @@ import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -63,11 +64,8 @@ def convert(
     output: Path,
     images: Path | None = None,
     val_share: float = 0.0,
-    labels: str = "",
-    boxes: str = "",
-    categories: Path | None = None,
     say: Callable[[str], object] = print,
-    tiling: tuple[int, float] = (640, 0.2),
+    **more: Any,
 ) -> list[Written]:
     """Writes a COCO file, or one per split: `…_train.json`, `…_val.json`, `…_test.json`.
 
@@ -75,10 +73,8 @@ def convert(
         kind: a key of FORMATS; None to recognise it.
         images: the folder of the images, if they are not in the source.
         val_share: the share of the images that becomes the validation split, of a source without one.
-        labels, boxes: as in `Options`.
-        categories: a text file with a name per line, or a COCO file: the categories and their order.
         say: gets lines for the user: what was recognised, and the notes of the reader.
-        tiling: pixels of a tile's side, and the overlap.
+        more: other fields of `Options`.
 
     Raises:
         UserError: the source does not exist, is of another format, or contradicts itself.
@@ -91,12 +87,11 @@ def convert(
         raise UserError(
             f"--val: {val_share:g} is no share. Fix: give a share of the images from 0 to 1, 0.2 for example"
         )
-    options = Options(
-        images, labels, boxes, categories, val_share > 0, output.with_name(f"{output.stem}_images"), *tiling
-    )
+    extracted = output.with_name(f"{output.stem}_images")
+    options = Options(images, without_val=val_share > 0, extracted=extracted, **more)
     contents = _read(kind, source, options, say)
-    if categories is not None:
-        contents.categories = _given_categories(categories, contents)
+    if options.categories is not None:
+        contents.categories = _given_categories(options.categories, contents)
     contents.splits = {split: part for split, part in contents.splits.items() if part.images}
     if val_share:
         contents.splits = _with_val(contents.splits, val_share, source)
@@ -145,8 +140,7 @@ def recognise(source: Path) -> tuple[str, Path, str]:
         raise UserError(f"{source}: may be several formats ({found}). Fix: name one, `convert {seen[0][0]} …`")
     if source.suffix.lower() in _ARCHIVES:
         raise UserError(f"{source}: is an archive. Fix: unpack it, and give the folder")
-    files = files_below(source) if source.is_dir() else [source]
-    endings = Counter(sorted(file.suffix.lower() or "without ending" for file in files)).most_common(5)
+    endings = Counter(sorted(file.suffix.lower() or "without ending" for file in files_below(source))).most_common(5)
     there = ", ".join(f"{count} {ending}" for ending, count in endings) or "nothing"
     raise UserError(
         f"{source}: is no format that is recognised; there is {there}. Fix: give the folder or file of the "
@@ -190,6 +184,8 @@ def _read(kind: str | None, source: Path, options: Options, say: Callable[[str],
     contents = FORMATS[kind].read(source, options)
     if not any(part.images for part in contents.splits.values()):
         raise UserError(f"{source}: has no annotations that can be read as {kind}. Fix: name another format or path")
+    for part in contents.splits.values():
+        part.settle()
     return contents
 
 
@@ -238,8 +234,8 @@ def _with_val(splits: dict[str, Split], share: float, source: Path) -> dict[str,
     val = set(np.random.default_rng(0).permutation(len(part.images))[:count].tolist())
     train, held_out = ([image for i, image in enumerate(part.images) if (i in val) is of] for of in (False, True))
     return {
-        "train": Split(train, part.folder, part.counts, part.crowds),
-        "val": Split(held_out, part.folder, crowds=part.crowds),
+        "train": replace(part, images=train),
+        "val": replace(part, images=held_out, counts=Counter()),
         **splits,
     }
 
@@ -299,10 +295,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.output,
             given.images,
             given.val,
-            given.labels,
-            given.boxes,
-            given.categories,
-            tiling=(given.tiles, given.overlap),
+            labels=given.labels,
+            boxes=given.boxes,
+            categories=given.categories,
+            tiles=given.tiles,
+            overlap=given.overlap,
         )
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -7,12 +7,10 @@ from pathlib import Path
 from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Options, Split, errors_in
-from shared.data.convert.files import SPLITS, files_below, finder_for, json_outline, read_json, split_of
+from shared.data.convert.files import files_near, finder_for, json_outline, one_per_split, read_json
 from shared.data.convert.shapes import parse_number
 
 ABOUT = "a JSON file of CreateML, or a folder with one per split"
-
-_TRIED = 20  # JSON files; a data set with a file per image has thousands
 
 
 def recognise(source: Path) -> str:
@@ -24,10 +22,10 @@ def read(source: Path, options: Options) -> Contents:
     splits = {}
     for split, file in _files(source).items():
         finder = finder_for(file if source.is_file() else file.parent, options.images)
-        part = splits[split] = Split()
+        part = splits[split] = Split(finder)
         for number, image in enumerate(read_json(file, list), 1):
             with errors_in(f"{file}: image {number}"):
-                name = part.find_image(finder, str(image["image"]))
+                name = part.find_image(str(image["image"]))
                 if (size := finder.size(name)) is None:
                     continue
                 rows = []
@@ -37,17 +35,11 @@ def read(source: Path, options: Options) -> Contents:
                     shape = shapes.box(x - w / 2, y - h / 2, w, h)
                     rows.append({"category": str(row["label"]), **shape, "iscrowd": 0})
                 part.add_image(name, size, rows)
-        part.settle(finder, options.images is not None)
     return Contents(splits)
 
 
 def _files(source: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for file in files_below(source, (".json",))[:_TRIED] if source.is_dir() else [source]:
-        if file.suffix.lower() == ".json" and _is_createml(file):
-            folders = file.relative_to(source).parts[:-1] if source.is_dir() else ()
-            found.setdefault(next(filter(None, map(split_of, folders)), ""), file)
-    return {split: found[split] for split in ("", *SPLITS) if split in found}
+    return one_per_split(filter(_is_createml, files_near(source, (".json",))), source)
 
 
 def _is_createml(file: Path) -> bool:

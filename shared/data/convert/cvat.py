@@ -23,8 +23,8 @@ _WITHOUT_BOX = ("polyline", "points", "cuboid", "tag")
 
 
 def recognise(source: Path) -> str:
-    for file in [source] if source.is_file() else files_in(source, (".xml",)):
-        if file.suffix.lower() == ".xml" and _root_tag(file) == "annotations":
+    for file in files_in(source, (".xml",)):
+        if _root_tag(file) == "annotations":
             return f"{file.name} has <annotations>"
     return ""
 
@@ -47,31 +47,29 @@ def read(source: Path, options: Options) -> Contents:
             elif element.tag == "label" and element.find("name") is not None:
                 _add_label(labels, element)
             elif element.tag == "image":
-                part = parts.setdefault(split_of(element.get("subset") or ""), Split())  # of a project
-                _add_image(element, source, finder, part, labels, others)
+                part = parts.setdefault(split_of(element.get("subset") or ""), Split(finder))  # of a project
+                _add_image(element, source, part, labels, others)
                 element.clear()
     except OSError as error:
         raise UserError(f"{source}: cannot be read ({error.strerror}). Fix: check the path and its rights") from error
     except ElementTree.ParseError as error:
         raise UserError(f"{source}: cannot be read as cvat ({error}). Fix: export it again") from error
     if "" in parts:  # not all subsets are splits
-        parts = {"": _together(parts.values())}
+        parts = {"": _together(parts.values(), finder)}
     if others and not any(image["annotations"] for part in parts.values() for image in part.images):
         found = ", ".join(f"{kind} {count}" for kind, count in others.items())
         raise UserError(
             f"{source}: has no boxes, polygons, ellipses, masks or skeletons, but {found} alone. Fix: draw boxes or "
             "polygons in CVAT"
         )
-    for part in parts.values():
-        part.settle(finder, options.images is not None)
     if parts:
         next(iter(parts.values())).counts.update({f"{kind} left out": count for kind, count in others.items()})
     parts = {split: parts[split] for split in ("", *SPLITS) if split in parts}
     return Contents(parts, [{"name": name, **_points(points)} for name, points in labels.items()])
 
 
-def _together(parts: Iterable[Split]) -> Split:
-    whole = Split()
+def _together(parts: Iterable[Split], finder: ImageFinder) -> Split:
+    whole = Split(finder)
     for part in parts:
         whole.images += part.images
         whole.counts.update(part.counts)
@@ -102,12 +100,7 @@ def _add_label(labels: dict[str, list[str]], element: ElementTree.Element) -> No
 
 
 def _add_image(
-    element: ElementTree.Element,
-    source: Path,
-    finder: ImageFinder,
-    part: Split,
-    labels: dict[str, list[str]],
-    others: Counter[str],
+    element: ElementTree.Element, source: Path, part: Split, labels: dict[str, list[str]], others: Counter[str]
 ) -> None:
     given = element.get("name") or ""
     with errors_in(f"{source}: image {given!r}", "correct it, in pixels; or export the task again"):
@@ -124,7 +117,7 @@ def _add_image(
             label = item.get("label") or ""
             labels.setdefault(label, [])
             rows.append({"category": label, **shape, **_attributes(item), "iscrowd": 0})
-        part.add_image(part.find_image(finder, given), size, rows)
+        part.add_image(part.find_image(given), size, rows)
 
 
 def _attributes(item: ElementTree.Element) -> dict[str, Any]:

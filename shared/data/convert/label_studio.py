@@ -19,7 +19,7 @@ from shared.errors import UserError
 
 ABOUT = "the JSON or JSON-MIN file that Label Studio exports"
 
-_TRIED = 20  # JSON files of a folder
+_TRIED = 20  # files of a folder
 _UPLOAD = 8  # hexadecimal digits and a hyphen, which an upload adds before a file name
 _LABELS = "labels"
 
@@ -36,19 +36,18 @@ def read(source: Path, options: Options) -> Contents:
     tasks = read_json(file, list) if file else _tasks_of(_saved(source))
     if not tasks:
         raise UserError(f"{source}: has no list of Label Studio's tasks. Fix: export the project as JSON")
-    finder, part = finder_for(source, options.images), Split()
+    part = Split(finder_for(source, options.images))
     for position, task in enumerate(tasks):
         with errors_in(f"{file or source}: task {_name_of(task, position)}"):
             results = _results(task, part)
             if results is not None:
-                _add_image(task, results, finder, part)
-    part.settle(finder, options.images is not None)
+                _add_image(task, results, part)
     return Contents({"": part})
 
 
 def _file(source: Path) -> Path | None:
-    for file in files_in(source, (".json",))[:_TRIED] if source.is_dir() else [source]:
-        is_list, keys = json_outline(file) if file.suffix.lower() == ".json" else (False, {})
+    for file in files_in(source, (".json",))[:_TRIED]:
+        is_list, keys = json_outline(file)
         if is_list and _is_task(keys):
             return file
     return None
@@ -101,15 +100,15 @@ def _results(task: dict[str, Any], part: Split) -> list[dict] | None:
     return best.get("result") or []
 
 
-def _add_image(task: dict[str, Any], results: list[dict], finder: ImageFinder, part: Split) -> None:
+def _add_image(task: dict[str, Any], results: list[dict], part: Split) -> None:
     data = task.get("data", task)
     key = _image_key(data)
     if key is None:
         part.counts["tasks left out (without an image)"] += 1
         return
-    name = part.find_image(finder, _name(data[key], finder))
+    name = part.find_image(_name(data[key], part.finder))
     sizes = {(row["original_width"], row["original_height"]) for row in results if row.get("original_width")}
-    size = next(iter(sizes), None) or finder.size(name)
+    size = next(iter(sizes), None) or part.finder.size(name)
     if size is None:
         raise ValueError(f"has no original_width, and its image {name!r} is not there; pass --images")
     named = _labels_by_region(results)

@@ -14,14 +14,14 @@ from PIL import Image
 from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Options, Split, errors_in
-from shared.data.convert.files import ImageFinder, by_split, files_below, finder_for, json_outline, read_json
+from shared.data.convert.files import by_split, files_below, finder_for, json_outline, read_json
 from shared.data.convert.shapes import parse_number, parse_whole_number
 
 ABOUT = "a folder of LabelMe's JSON files, or one per split"
 
 
 def recognise(source: Path) -> str:
-    files = files_below(source, (".json",)) if source.is_dir() else [source] if source.suffix == ".json" else []
+    files = files_below(source, (".json",))
     for file in files[:3]:
         is_list, keys = json_outline(file)
         if not is_list and "shapes" in keys:
@@ -30,18 +30,16 @@ def recognise(source: Path) -> str:
 
 
 def read(source: Path, options: Options) -> Contents:
-    files = files_below(source, (".json",)) if source.is_dir() else [source]
     finder = finder_for(source, options.images)
     root = source if source.is_dir() else source.parent
     splits = {}
-    for split, of_split in by_split(files, root).items():
-        part = splits[split] = Split()
+    for split, of_split in by_split(files_below(source, (".json",)), root).items():
+        part = splits[split] = Split(finder)
         for file in of_split:
             if content := _content(file):
-                _add_image(content, file, root, finder, part)
+                _add_image(content, file, root, part)
             else:
                 part.counts["JSON files that are no annotations"] += 1
-        part.settle(finder, options.images is not None)
     return Contents(splits)
 
 
@@ -50,10 +48,11 @@ def _content(file: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) and isinstance(content.get("shapes"), list) else None
 
 
-def _add_image(content: dict[str, Any], file: Path, root: Path, finder: ImageFinder, part: Split) -> None:
+def _add_image(content: dict[str, Any], file: Path, root: Path, part: Split) -> None:
+    finder = part.finder
     with errors_in(file):
         near = file.parent.relative_to(finder.folder if file.is_relative_to(finder.folder) else root).as_posix()
-        name = part.find_image(finder, str(content.get("imagePath") or ""), near, file.stem)
+        name = part.find_image(str(content.get("imagePath") or ""), near, file.stem)
         if content.get("imageWidth") and content.get("imageHeight"):
             size = tuple(parse_whole_number(str(content[f"image{key}"]), f"image{key}") for key in ("Width", "Height"))
         else:

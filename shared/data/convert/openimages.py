@@ -10,7 +10,7 @@ from typing import Any
 from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Options, Split, errors_in
-from shared.data.convert.files import SPLITS, files_below, finder_for, split_of
+from shared.data.convert.files import by_split, files_below, finder_for
 from shared.data.convert.shapes import parse_number
 from shared.errors import UserError
 
@@ -34,7 +34,7 @@ def read(source: Path, options: Options) -> Contents:
     splits = {}
     for split, files in by_split.items():
         finder = finder_for(source, options.images)
-        part = splits[split] = Split(crowds="crowds (IsGroupOf)")
+        part = splits[split] = Split(finder, crowds="crowds (IsGroupOf)")
         rows: dict[str, list[dict[str, Any]]] = {}
         found: dict[str, str | None] = {}  # the name of each image; None if it was not downloaded
         sizes: dict[str, tuple[int, int]] = {}
@@ -55,7 +55,6 @@ def read(source: Path, options: Options) -> Contents:
         for image, of_image in rows.items():
             part.found[found[image]] = found[image].rpartition("/")[2]
             part.add_image(found[image], sizes[image], of_image)
-        part.settle(finder, options.images is not None)
     if not any(part.images for part in splits.values()):
         raise UserError(f"{source}: has none of the images of its boxes. Fix: pass --images FOLDER")
     return Contents(splits, notes=notes)
@@ -63,13 +62,8 @@ def read(source: Path, options: Options) -> Contents:
 
 def _files(source: Path) -> dict[str, list[Path]]:
     """The files of boxes of each split, by a word of their name or a folder."""
-    found: dict[str, list[Path]] = {}
-    for file in files_below(source, (".csv",)) if source.is_dir() else [source]:
-        if file.suffix.lower() == ".csv" and set(COLUMNS) <= set(_header(file)):
-            folders = file.relative_to(source).parts[:-1] if source.is_dir() else ()
-            words = (*folders, *file.stem.replace("_", "-").split("-"))
-            found.setdefault(next(filter(None, map(split_of, words)), ""), []).append(file)
-    return {split: found[split] for split in ("", *SPLITS) if split in found}
+    files = [file for file in files_below(source, (".csv",)) if set(COLUMNS) <= set(_header(file))]
+    return by_split(files, source, by_name=True)
 
 
 def _header(file: Path) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,9 @@ import numpy as np
 from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Options, Split, errors_in
-from shared.data.convert.files import (
-    SPLITS,
-    ImageFinder,
-    files_in,
-    finder_for,
-    folders_in,
-    is_hidden,
-    read_text,
-    split_of,
-)
+from shared.data.convert.files import files_near, finder_for, one_per_split, read_text
 from shared.data.convert.openimages import COLUMNS as OPEN_IMAGES
-from shared.data.convert.shapes import box_order, parse_number, parse_whole_number
+from shared.data.convert.shapes import parse_number, parse_whole_number
 from shared.errors import UserError
 
 ABOUT = "a CSV file with a row per box, or a folder with one per split"
@@ -83,8 +74,9 @@ def read(source: Path, options: Options) -> Contents:
             )
         if columns["category"] is None:
             notes.append(f"{file}: no column names the category ({', '.join(_CATEGORY)}); all boxes are 'object'")
-        splits[split] = _split(file, rows, header, columns, finder, options)
-        splits[split].settle(finder, options.images is not None)
+        splits[split] = Split(finder)
+        images = _images(file, rows, header, columns, splits[split])
+        add_images(splits[split], list(images), columns["order"] or options.boxes, file)
     if not splits:
         raise UserError(f"{source}: has no CSV file. Fix: name one")
     return Contents(splits, notes=notes)
@@ -92,19 +84,11 @@ def read(source: Path, options: Options) -> Contents:
 
 def _files(source: Path) -> dict[str, Path]:
     """The CSV file of each split; "" for the only one."""
+    files = files_near(source, (".csv", ".tsv"))
     if source.is_file():
-        return {"": source} if source.suffix.lower() in (".csv", ".tsv") and not is_hidden(source.name) else {}
-    found: dict[str, Path] = {}
-    for folder in (source, *folders_in(source)):
-        for file in files_in(folder, (".csv", ".tsv")):
-            words = file.stem.replace("-", "_").split("_")
-            split = (split_of(folder.name) if folder != source else "") or next(filter(None, map(split_of, words)), "")
-            header, _ = _rows(file)
-            if split not in found and _columns(header):
-                found[split] = file
-    if len(found) > 1:
-        found.pop("", None)
-    return {split: found[split] for split in ("", *SPLITS) if split in found}
+        return dict.fromkeys([""] * len(files), source)
+    found = one_per_split([file for file in files if _columns(_rows(file)[0])], source)
+    return {split: file for split, file in found.items() if split or len(found) == 1}
 
 
 def _rows(file: Path) -> tuple[list[str], list[list[str]]]:
@@ -140,17 +124,11 @@ def _columns(header: Sequence[str]) -> dict[str, Any] | None:
     return {"image": image, "box": box, "order": order, "size": size, "category": category}
 
 
-def _split(
-    file: Path,
-    rows: Sequence[Sequence[str]],
-    header: Sequence[str],
-    columns: dict[str, Any],
-    finder: ImageFinder,
-    options: Options,
-) -> Split:
-    part = Split()
+def _images(
+    file: Path, rows: Sequence[Sequence[str]], header: Sequence[str], columns: dict[str, Any], part: Split
+) -> Iterator[Image]:
     at = {name: header.index(name) for name in header}
-    boxes: dict[str, list[tuple[str, list[float]]]] = {}  # by image: category, four numbers
+    boxes: dict[str, list[Box]] = {}  # by image
     sizes: dict[str, tuple[int, int] | None] = {}
     for number, row in enumerate(rows, 1):
         with errors_in(f"{file}: row {number}", "correct the row, or delete it"):
@@ -163,28 +141,11 @@ def _split(
             of_image = boxes.setdefault(given, [])
             if numbers:
                 category = row[at[columns["category"]]].strip() if columns["category"] else "object"
-                of_image.append((category, numbers))
-    names = {given: _name(given, finder, part) for given in boxes}
-    sizes = {given: size or finder.size(names[given]) for given, size in sizes.items()}
-    every = np.array([numbers for rows_ in boxes.values() for _, numbers in rows_]).reshape(-1, 4)
-    of_each = np.array([sizes[given] or (0, 0) for given, rows_ in boxes.items() for _ in rows_]).reshape(-1, 2)
-    order = columns["order"] or box_order(every, of_each, options.boxes, file)
-    shares = len(every) > 0 and bool(every.max() <= 1 and (every % 1 > 0).any())
+                of_image.append((category, numbers, {}))
     for given, of_image in boxes.items():
-        if (size := sizes[given]) is None:
-            part.counts["images left out (their size is unknown, and no image is there)"] += 1
-            continue
-        width, height = size
-        scale = np.array([width, height, width, height]) if shares else 1
-        scaled = [(category, (np.array(numbers) * scale).tolist()) for category, numbers in of_image]
-        make = shapes.box if order == "xywh" else shapes.box_of_corners
-        part.add_image(names[given], size, [{"category": c, **make(*n), "iscrowd": 0} for c, n in scaled])
-    return part
-
-
-def _name(given: str, finder: ImageFinder, part: Split) -> str:
-    with errors_in(f"image {given!r}", "pass --images with the folder that is meant"):
-        return part.find_image(finder, given, stem=Path(given).name)
+        with errors_in(f"image {given!r}", "pass --images with the folder that is meant"):
+            name = part.find_image(given, stem=Path(given).name)
+        yield name, sizes[given] or part.finder.size(name), of_image
 
 
 def _size_in(row: Sequence[str], at: dict[str, int], size: Iterable[str] | None) -> tuple[int, int] | None:
@@ -204,3 +165,47 @@ def _numbers(row: Sequence[str], at: dict[str, int], box: Sequence[str]) -> list
     if not any(cells):
         return []
     return [parse_number(cell, "a number of the box", FARTHEST) for cell in cells]
+
+
+# --- boxes of four numbers that have no names -------------------------------------------------------
+
+Box = tuple[str, list[float], dict[str, Any]]  # category, four numbers, more keys of COCO
+Image = tuple[str, "tuple[int, int] | None", list[Box]]  # name, (width, height) if it is known, boxes
+
+
+def add_images(part: Split, images: Sequence[Image], order: str, source: object) -> None:
+    """Adds images to a split. All boxes together show whether their numbers are pixels or shares of the image's size.
+
+    Args:
+        order: "xywh" or "xyxy"; "" to decide from the boxes.
+        source: the file, for the error.
+
+    Raises:
+        UserError: the boxes can be of either order.
+    """
+    boxes = np.array([box for *_, rows in images for _, box, _ in rows], np.float64).reshape(-1, 4)
+    sizes = np.array([size or (0, 0) for _, size, rows in images for _ in rows]).reshape(-1, 2)
+    shares = len(boxes) > 0 and bool(boxes.max() <= 1 and (boxes % 1 > 0).any())
+    make = shapes.box if (order or _order(boxes, sizes, shares, source)) == "xywh" else shapes.box_of_corners
+    for name, size, rows in images:
+        if size is None:
+            part.counts["images left out (their size is unknown, and no image is there)"] += 1
+            continue
+        scale = [*size, *size] if shares else [1, 1, 1, 1]
+        made = [(c, make(*(n * s for n, s in zip(box, scale, strict=True))), more) for c, box, more in rows]
+        part.add_image(name, size, [{"category": c, **shape, "iscrowd": 0, **more} for c, shape, more in made])
+
+
+def _order(boxes: np.ndarray, sizes: np.ndarray, shares: bool, source: object) -> str:
+    """ "xywh" or "xyxy". `sizes` is (N, 2), 0 if the size of a box's image is unknown."""
+    limits, known = (1.0, True) if shares else (sizes, (sizes > 0).all(axis=1))
+    # a pixel more: rounding, and edges that are inside
+    over = ((boxes[:, :2] + boxes[:, 2:]) > limits + (0.01 if shares else 1)).any(axis=1) & known
+    if (boxes[:, 2:] < boxes[:, :2]).any() or not len(boxes):
+        return "xywh"
+    if over.any():
+        return "xyxy"
+    raise UserError(
+        f"{source}: its boxes may be x y width height or x1 y1 x2 y2, {boxes[0].tolist()} for example. Fix: pass "
+        "`--boxes xywh` or `--boxes xyxy`"
+    )

@@ -41,7 +41,7 @@ def read_folder(
     finder = finder_for(source, options.images)
     splits = {}
     for split, files in by_split(files_below(source, (".txt",)), source).items():
-        part = splits[split] = Split(crowds=crowds)
+        part = splits[split] = Split(finder, crowds=crowds)
         for file in files:
             with errors_in(file):
                 near = file.parent.relative_to(source).as_posix()
@@ -56,7 +56,6 @@ def read_folder(
                     with errors_in(f"{file}: line {number}", "correct the line, or delete it"):
                         rows.append(row_of(line.strip(), part))
             part.add_image(name, finder.size(name), [row for row in rows if row is not None])
-        part.settle(finder, options.images is not None)
     if not any(part.images for part in splits.values()):
         raise UserError(f"{source}: no label file has an image with its name. Fix: pass --images FOLDER")
     return Contents(splits)

@@ -29,6 +29,7 @@ def read(source: Path, options: Options) -> Contents:
     contents = coco.read(source, options)
     tiling = Tiling(options.tiles, options.overlap)
     for name, part in contents.splits.items():
+        part.settle()
         if part.folder is None:
             raise UserError(f"{source}: its images are not found. Fix: give their folder, --images DIR")
         folder = options.extracted / name if name else options.extracted

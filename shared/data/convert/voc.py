@@ -44,15 +44,13 @@ def read(source: Path, options: Options) -> Contents:
     files = files_below(folder, (".xml",))
     if not files:
         raise UserError(f"{source}: has no XML files, and so no annotations of Pascal VOC. Fix: give their folder")
-    finder = finder_for(source, options.images)
+    finder, beside = finder_for(source, options.images), folder.parent / "JPEGImages"
     notes: list[str] = []
     splits = {}
     for split, of_split in (_listed(source, folder, files, notes) or by_split(files, source)).items():
-        splits[split] = _read_split(of_split, folder, finder)
-        splits[split].settle(finder, options.images is not None)
-        beside = folder.parent / "JPEGImages"
-        if splits[split].folder is None and beside.is_dir():
-            splits[split].folder = beside
+        part = splits[split] = Split(finder, folder=beside if beside.is_dir() else None)
+        part.crowds = "crowds (VOC's `difficult`)"
+        _read_files(of_split, folder, part)
     return Contents(splits, notes=notes)
 
 
@@ -98,8 +96,8 @@ def _name_in_list(line: str, known: dict[str, Path]) -> str:
     return name if name in known else name.rpartition("/")[2]
 
 
-def _read_split(files: list[Path], folder: Path, finder: ImageFinder) -> Split:
-    part = Split(crowds="crowds (VOC's `difficult`)")
+def _read_files(files: list[Path], folder: Path, part: Split) -> None:
+    finder = part.finder
     claimed: dict[str, Path] = {}  # by the image's name
     for file in files:
         with errors_in(file, "export it again, correct it, or move it away"):
@@ -112,7 +110,7 @@ def _read_split(files: list[Path], folder: Path, finder: ImageFinder) -> Split:
                 continue
             near = _folder_in(file, folder, finder)
             # spaces at the ends are the indentation of the XML
-            name = _image_of(file, (root.findtext("filename") or "").strip(), near, finder, part)
+            name = _image_of(file, (root.findtext("filename") or "").strip(), near, part)
             if (other := claimed.setdefault(name, file)) != file:
                 raise UserError(
                     f"{file}: its image is {name!r}, which {other.name} has too. Fix: correct the `filename` of one of "
@@ -120,20 +118,19 @@ def _read_split(files: list[Path], folder: Path, finder: ImageFinder) -> Split:
                 )
             size = _size(root, finder, name)
             part.add_image(name, size, [row for item in root.iter("object") if (row := _object(item, part))])
-    return part
 
 
-def _image_of(file: Path, given: str, near: str, finder: ImageFinder, part: Split) -> str:
+def _image_of(file: Path, given: str, near: str, part: Split) -> str:
     """The image's name. If `filename` is another image's, the image with the XML file's own name counts, as for
     torchvision, MMDetection and Detectron2."""
-    found = finder.find(given, near) if given else None
+    found = part.finder.find(given, near) if given else None
     if found is not None and same_on_any_disk(PurePosixPath(found).stem) != same_on_any_disk(file.stem):
         with contextlib.suppress(ValueError):  # several images have the XML file's name
-            if own := finder.find_stem(file.stem, near):
+            if own := part.finder.find_stem(file.stem, near):
                 part.counts["`filename`s of another image (the image with the XML file's name is taken)"] += 1
                 path = PurePosixPath(own)
                 given, near = path.name, path.parent.as_posix()
-    return part.find_image(finder, given, near, file.stem)
+    return part.find_image(given, near, file.stem)
 
 
 def _folder_in(file: Path, folder: Path, finder: ImageFinder) -> str:
