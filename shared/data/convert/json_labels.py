@@ -1,37 +1,182 @@
-"""Label Studio: its JSON and JSON-MIN exports, a list of tasks."""
+"""LabelMe, AnyLabeling, CreateML and Label Studio: JSON files of boxes and shapes."""
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
+from PIL import Image
 
 from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
-from shared.data.convert.contents import Contents, Options, Split, errors_in
-from shared.data.convert.files import ImageFinder, files_in, finder_for, json_outline, read_json
-from shared.data.convert.shapes import parse_number
+from shared.data.convert.contents import Contents, Format, Options, Split, errors_in
+from shared.data.convert.files import (
+    ImageFinder,
+    by_split,
+    files_below,
+    files_in,
+    files_near,
+    finder_for,
+    json_outline,
+    one_per_split,
+    read_json,
+)
+from shared.data.convert.shapes import parse_number, parse_whole_number
 from shared.data.images import is_image_name
 from shared.errors import UserError
 
-ABOUT = "the JSON or JSON-MIN file that Label Studio exports"
+# --- LabelMe, AnyLabeling: a JSON file per image, with `shapes` -------------------------------------
+
+
+def _recognise_labelme(source: Path) -> str:
+    files = files_below(source, (".json",))
+    for file in files[:3]:
+        is_list, keys = json_outline(file)
+        if not is_list and "shapes" in keys:
+            return f"{len(files)} JSON files with `shapes` and `imagePath`, {file.name} for example"
+    return ""
+
+
+def _read_labelme(source: Path, options: Options) -> Contents:
+    finder = finder_for(source, options.images)
+    root = source if source.is_dir() else source.parent
+    splits = {}
+    for split, of_split in by_split(files_below(source, (".json",)), root).items():
+        part = splits[split] = Split(finder)
+        for file in of_split:
+            if content := _content(file):
+                _add_labelme_image(content, file, root, part)
+            else:
+                part.counts["JSON files that are no annotations"] += 1
+    return Contents(splits)
+
+
+def _content(file: Path) -> dict[str, Any] | None:
+    content = read_json(file)
+    return content if isinstance(content, dict) and isinstance(content.get("shapes"), list) else None
+
+
+def _add_labelme_image(content: dict[str, Any], file: Path, root: Path, part: Split) -> None:
+    finder = part.finder
+    with errors_in(file):
+        near = file.parent.relative_to(finder.folder if file.is_relative_to(finder.folder) else root).as_posix()
+        name = part.find_image(str(content.get("imagePath") or ""), near, file.stem)
+        if content.get("imageWidth") and content.get("imageHeight"):
+            size = tuple(parse_whole_number(str(content[f"image{key}"]), f"image{key}") for key in ("Width", "Height"))
+        else:
+            size = finder.size(name)
+        if size is None:
+            raise ValueError("has no imageWidth and imageHeight, and its image is not there")
+        together: dict[tuple, list[dict]] = {}  # shapes of one label and group are one object
+        for number, item in enumerate(content["shapes"]):
+            kind = item.get("shape_type") or "polygon"
+            with errors_in(f"{file}: shape {number + 1} ({kind})"):
+                shape = _labelme_shape(kind, item, size)
+            if shape is None:
+                part.counts[f"{kind} left out"] += 1
+                continue
+            group = item.get("group_id")
+            of_object = together.setdefault((str(item["label"]), number if group is None else f"group {group}"), [])
+            of_object.append({**shape, **({"attributes": flags} if (flags := item.get("flags")) else {})})
+        rows = [
+            {"category": label, **row, "iscrowd": 0} for (label, _), pieces in together.items() for row in _one(pieces)
+        ]
+        part.add_image(name, size, rows)
+
+
+def _one(pieces: list[dict]) -> list[dict]:
+    """The shapes of an object as one annotation, if all are polygons; else each by itself."""
+    if len(pieces) == 1 or not all(isinstance(piece.get("segmentation"), list) for piece in pieces):
+        return pieces
+    polygons = [np.array(polygon).reshape(-1, 2) for piece in pieces for polygon in piece["segmentation"]]
+    return [{**pieces[0], **shapes.polygons(polygons)}]
+
+
+def _labelme_shape(kind: str, item: dict[str, Any], size: tuple[int, int]) -> dict[str, Any] | None:
+    """COCO's shape; None of a kind that has no area."""
+    if kind not in ("polygon", "rectangle", "rotation", "circle", "mask"):
+        return None
+    points = np.array([[parse_number(str(n), "a coordinate", FARTHEST) for n in point] for point in item["points"]])
+    if kind in ("polygon", "rotation") or (kind == "rectangle" and len(points) == 4):
+        shape = shapes.polygons([points])
+        return shapes.box(*shape["bbox"]) if kind == "rectangle" else shape
+    if len(points) != 2:
+        raise ValueError(f"{len(points)} points, and 2 are needed")
+    if kind == "circle":  # the middle, and a point of the edge
+        radius = math.dist(*points)
+        return shapes.ellipse(tuple(points[0].tolist()), (radius, radius))
+    (x1, y1), (x2, y2) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
+    if kind == "rectangle":
+        return shapes.box_of_corners(x1, y1, x2, y2)
+    with Image.open(io.BytesIO(base64.b64decode(item["mask"]))) as image:
+        window = np.asarray(image.convert("L")) > 0
+    return shapes.mask(window, round(x1), round(y1), size)
+
+
+LABELME = Format("a folder of LabelMe's JSON files, or one per split", _recognise_labelme, _read_labelme)
+
+
+# --- CreateML: a JSON list of images with boxes by their middle -------------------------------------
+
+
+def _recognise_createml(source: Path) -> str:
+    files = _createml_files(source)
+    return f"{', '.join(file.name for file in files.values())} with `image` and `coordinates`" if files else ""
+
+
+def _read_createml(source: Path, options: Options) -> Contents:
+    splits = {}
+    for split, file in _createml_files(source).items():
+        finder = finder_for(file if source.is_file() else file.parent, options.images)
+        part = splits[split] = Split(finder)
+        for number, image in enumerate(read_json(file, list), 1):
+            with errors_in(f"{file}: image {number}"):
+                name = part.find_image(str(image["image"]))
+                if (size := finder.size(name)) is None:
+                    continue
+                rows = []
+                for row in image.get("annotations", []):
+                    keys = ("x", "y", "width", "height")
+                    x, y, w, h = (parse_number(str(row["coordinates"][key]), key, FARTHEST) for key in keys)
+                    shape = shapes.box(x - w / 2, y - h / 2, w, h)
+                    rows.append({"category": str(row["label"]), **shape, "iscrowd": 0})
+                part.add_image(name, size, rows)
+    return Contents(splits)
+
+
+def _createml_files(source: Path) -> dict[str, Path]:
+    return one_per_split(filter(_is_createml, files_near(source, (".json",))), source)
+
+
+def _is_createml(file: Path) -> bool:
+    is_list, keys = json_outline(file)
+    return is_list and keys.keys() >= {"image", "annotations"}
+
+
+CREATEML = Format("a JSON file of CreateML, or a folder with one per split", _recognise_createml, _read_createml)
+
+
+# --- Label Studio: its JSON and JSON-MIN exports, a list of tasks -----------------------------------
+
 
 _TRIED = 20  # files of a folder
 _UPLOAD = 8  # hexadecimal digits and a hyphen, which an upload adds before a file name
 _LABELS = "labels"
 
 
-def recognise(source: Path) -> str:
+def _recognise_label_studio(source: Path) -> str:
     if file := _file(source):
         return f"{file.name} is a list of tasks"
     saved = _saved(source)
     return f"{len(saved)} files of an annotation with its task, {saved[0].name} for example" if saved else ""
 
 
-def read(source: Path, options: Options) -> Contents:
+def _read_label_studio(source: Path, options: Options) -> Contents:
     file = _file(source)
     tasks = read_json(file, list) if file else _tasks_of(_saved(source))
     if not tasks:
@@ -41,7 +186,7 @@ def read(source: Path, options: Options) -> Contents:
         with errors_in(f"{file or source}: task {_name_of(task, position)}"):
             results = _results(task, part)
             if results is not None:
-                _add_image(task, results, part)
+                _add_label_studio_image(task, results, part)
     return Contents({"": part})
 
 
@@ -100,7 +245,7 @@ def _results(task: dict[str, Any], part: Split) -> list[dict] | None:
     return best.get("result") or []
 
 
-def _add_image(task: dict[str, Any], results: list[dict], part: Split) -> None:
+def _add_label_studio_image(task: dict[str, Any], results: list[dict], part: Split) -> None:
     data = task.get("data", task)
     key = _image_key(data)
     if key is None:
@@ -115,7 +260,7 @@ def _add_image(task: dict[str, Any], results: list[dict], part: Split) -> None:
     rows = []
     for result in results:
         kind, value = str(result.get("type") or _kind_of(result)), result.get("value") or {}
-        shape = _shape(kind.removesuffix(_LABELS), value, size)
+        shape = _label_studio_shape(kind.removesuffix(_LABELS), value, size)
         if shape is None:
             if not kind.endswith(_LABELS) or kind != _LABELS:
                 part.counts[f"{kind} left out"] += 1
@@ -163,7 +308,7 @@ def _kind_of(row: dict[str, Any]) -> str:
     return next((key for key in row if key.endswith(_LABELS)), "region")
 
 
-def _shape(kind: str, value: dict[str, Any], size: tuple[int, int]) -> dict[str, Any] | None:
+def _label_studio_shape(kind: str, value: dict[str, Any], size: tuple[int, int]) -> dict[str, Any] | None:
     """COCO's shape of a region; its numbers are percent of the image's size. None of a kind without an area."""
 
     def pixels(*keys: str) -> list[float]:
@@ -224,3 +369,8 @@ def decode_rle(data: list[int]) -> np.ndarray:
             values[at:end] = [take(length) for _ in range(min(end, total) - at)]
         at = end
     return values
+
+
+LABEL_STUDIO = Format(
+    "the JSON or JSON-MIN file that Label Studio exports", _recognise_label_studio, _read_label_studio
+)
