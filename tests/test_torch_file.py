@@ -65,7 +65,7 @@ def test_a_tar_archive_is_refused_on_old_torch(tmp_path, old_torch):
 
 @CONTAINERS
 def test_a_file_that_is_cut_off_is_refused(tmp_path, as_zip):
-    torch.save({"model": torch.nn.Conv2d(3, 4, 3).state_dict()}, tmp_path / "w.pth", _use_new_zipfile_serialization=as_zip)
+    torch.save(torch.nn.Conv2d(3, 4, 3).state_dict(), tmp_path / "w.pth", _use_new_zipfile_serialization=as_zip)
     whole = (tmp_path / "w.pth").read_bytes()
     for length in (0, 3, 40, len(whole) // 2, len(whole) - 1):
         (tmp_path / "w.pth").write_bytes(whole[:length])

@@ -87,7 +87,8 @@ def load_state(path: Path) -> dict[str, Any]:
         with _refused_archives():
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file that is cut off or hostile fails in many ways
-        called = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))  # torch's own words advise to execute it
+        # torch's own words advise to execute it
+        called = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         reason = f"it calls {called[1]}" if called else str(error).strip().split("\n")[0] or type(error).__name__
         problem = f"{path} cannot be read as weights ({reason}); it is cut off, or holds more than tensors"
         raise UserError(problem) from error
