@@ -28,6 +28,7 @@ from shared.evaluation.evaluator import CocoEvaluator, metrics_table
 from shared.evaluation.gathered import GatheredDetections, load_detections
 from shared.training.checkpoints import read_checkpoint
 from shared.training.engine import check_resume, train
+from shared.training.hang import watching
 from shared.training.loggers import Loggers
 from shared.training.meeting import local_processes
 from shared.training.processes import core_context, make_context, on_chief, on_every_rank, trial_context
@@ -74,6 +75,7 @@ def _train_in(
     if int(os.environ.get("RANK", 0)) == 0:
         logger.info("run: %s", output_dir.absolute())
     with local_processes(experiment.hang_minutes) as (distributed, device), contextlib.ExitStack() as stack:
+        watch = stack.enter_context(watching(distributed, experiment.hang_minutes))
         _check_batch_size(experiment, distributed.size)
         folder = RunFolder(distributed.broadcast(output_dir).absolute())
         stack.callback(folder.free)
@@ -90,7 +92,7 @@ def _train_in(
         on_chief(distributed, lambda: folder.prepare(source))
         first_batch = checkpoint.batches if checkpoint else 0
         context = stack.enter_context(trial_context(experiment.config, distributed, device, first_batch))
-        trial = trial_class(context, experiment)
+        trial = trial_class(context, experiment, watch=watch)
         if checkpoint:
             check_resume(trial, checkpoint)
         loggers = stack.enter_context(Loggers())
@@ -132,6 +134,7 @@ def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
     experiment = experiment_of(task_config(), info.trial.hparams, trial_class.sections())
     with (
         local_processes(experiment.hang_minutes, len(info.gpu_uuids)) as (distributed, device),
+        watching(distributed, experiment.hang_minutes) as watch,
         core_context(distributed) as core,
     ):
         _check_batch_size(experiment, distributed.size)
@@ -143,7 +146,7 @@ def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
         is_own = checkpoint is not None and checkpoint.counts.get("trial_id") == info.trial.trial_id
         first_batch = checkpoint.batches if is_own else 0
         context = make_context(core, experiment.config, device, first_batch, info.trial.trial_seed)
-        trial = trial_class(context, experiment)
+        trial = trial_class(context, experiment, watch=watch)
         if checkpoint:
             check_resume(trial, checkpoint)
         if trial.rank == 0 and trial.hparams.loggers:

@@ -73,12 +73,14 @@ class DetectionTrial(Detector):
         for_training: bool = True,
         categories: list[dict] | None = None,
         begin: bool = True,
+        watch: Watch | None = None,
     ):
         """
         Args:
             experiment: None reads the context's, as Determined's own loop needs it.
             categories: to detect, those of the checkpoint; None for `known_categories`.
             begin: calls `open_data` and `build`. Otherwise the caller does.
+            watch: over hangs, to which the trial reports how far it is.
         """
         self.context = context
         self.experiment = experiment or experiment_of(
@@ -104,7 +106,7 @@ class DetectionTrial(Detector):
         self.aggregation_frequency = self.experiment.aggregation_frequency
         self.last_validation = {}
         self.bad_images = BadImages(skip=self.data.on_bad_image == "skip")
-        self.watch = Watch(distributed, self.hparams.hang_minutes)
+        self.watch = watch or Watch()
         self.categories = categories
         self.frozen: str | None = None
         self._pictured: list[Detections] = []
