@@ -297,15 +297,15 @@ def test_what_contradicts_itself_is_refused_with_the_place(message, tmp_path):
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"{", "not JSON, or is cut off"),
+        (b"{", "not JSON, or is truncated"),
         (b"[1]", "not a COCO"),
         (b'{"a": 1}', "not a COCO"),
         ('{"images": []}'.encode("utf-16"), "is in UTF-16; save it in UTF-8"),
         ('{"images": []}'.encode("utf-16-le"), "is in UTF-16; save it in UTF-8"),
         (b"\n<!DOCTYPE html><html>Sign in</html>", "is a web page, not the file itself"),
-        (b"<annotation></annotation>", "is XML; `python3 -m shared convert`"),
+        (b"<annotation></annotation>", "is XML. Fix: convert it with `python3 -m shared convert`"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS"),
-        (b"PK\x03\x04abc", "is a ZIP archive; unpack it"),
+        (b"PK\x03\x04abc", "is a ZIP archive. Fix: unpack it"),
         (gzip.compress(b"{" * 99)[:-20], "is packed with gzip, and cannot be unpacked"),
     ],
 )

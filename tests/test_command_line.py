@@ -44,15 +44,15 @@ def test_a_sound_command_line_passes(looked):
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("lr=0.1", "'lr' is a key of hyperparameters: --set hyperparameters.lr=0.1"),
+        ("lr=0.1", "'lr' is a key of hyperparameters. Fix: --set hyperparameters.lr=0.1"),
         (
             "warmup_epoch=1",
             "'warmup_epoch' is no key of an experiment config; did you mean 'hyperparameters.warmup_epo",
         ),
-        ("workers=2", "'workers' is a key of data: --set data.workers=2"),
-        ("max_length.batches=2", "'max_length' is a key of searcher: --set searcher.max_length.batches=2"),
-        ("hyperparameters.amp=true", "hyperparameters.amp: true is none of bf16, fp16, null"),
-        ("hyperparameters.clip_mode=l2", "hyperparameters.clip_mode: 'l2' is none of norm, value, agc"),
+        ("workers=2", "'workers' is a key of data. Fix: --set data.workers=2"),
+        ("max_length.batches=2", "'max_length' is a key of searcher. Fix: --set searcher.max_length.batches=2"),
+        ("hyperparameters.amp=true", "hyperparameters.amp: true is unknown. Fix: use one of bf16, fp16, null"),
+        ("hyperparameters.clip_mode=l2", "hyperparameters.clip_mode: 'l2' is unknown. Fix: use one of norm, value, agc"),
         ("hyperparameters.warmup_epoch=1", "unknown key 'warmup_epoch'; did you mean 'warmup_epochs'?"),
         ("searcher.metrc=bbox_mAP", "searcher: unknown key 'metrc'; did you mean 'metric'?"),
         ("searcher.smaller_is_better=true", "a larger 'bbox_mAP' is better. Fix: write false"),
@@ -64,10 +64,10 @@ def test_an_override_that_is_wrong_says_what_was_meant(looked, override, line):
 
 
 def test_what_is_no_config_is_named_for_what_it_is(looked, shapes, tmp_path):
-    assert "looks like an annotation file; give an experiment config" in looked(
+    assert "looks like an annotation file. Fix: give an experiment config" in looked(
         config=shapes / "annotations/train.json"
     )
-    assert "is a folder; give the experiment config itself: c.yaml" in looked(config=tmp_path)
+    assert "is a folder. Fix: give the experiment config itself: c.yaml" in looked(config=tmp_path)
     assert "c.yml does not exist; did you mean" in looked(config="c.yml")
     line = looked(config=ROOT / "mmdetection/const.yaml")
     assert "const.yaml is another detector's: this one has no hyperparameters" in line
@@ -85,7 +85,7 @@ def test_a_path_that_is_nearly_right_is_met_by_the_right_one(looked, shapes, tmp
     assert "did you mean" in line_for(tmp_path / unicodedata.normalize("NFC", "Zähler"))
     (tmp_path / "outer/inner/val").mkdir(parents=True)
     assert line_for(tmp_path / "outer/val").endswith(f"did you mean {tmp_path}/outer/inner/val?")
-    assert f"in {shapes} there is no zzz" in line_for(shapes / "zzz/val")
+    assert f"{shapes} has no zzz" in line_for(shapes / "zzz/val")
 
 
 def test_paths_may_have_a_tilde_a_variable_or_be_beside_the_yaml_file(looked, shapes, tmp_path, monkeypatch):
@@ -123,7 +123,7 @@ def test_a_score_in_percent_is_refused(looked, capsys):
 def test_a_run_s_folder_is_not_written_over(looked, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text(json.dumps({}))
-    assert "holds a run already; add `--resume last`" in looked("train", "c.yaml", "--output-dir", "run")
+    assert "holds a run already. Fix: add `--resume last`" in looked("train", "c.yaml", "--output-dir", "run")
 
 
 @pytest.mark.parametrize(
@@ -140,5 +140,5 @@ def test_help_config_explains_a_key(key, shown, monkeypatch, capsys):
 
 def test_help_config_names_the_nearest_key(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["model_def.py", "--help-config", "learning_rate"])
-    with pytest.raises(SystemExit, match="there is no key 'learning_rate'; did you mean 'lr'"):
+    with pytest.raises(SystemExit, match="there is no key 'learning_rate'; did you mean 'hyperparameters.lr'"):
         read_command("__main__", Sections(EfficientDetHyperparameters))

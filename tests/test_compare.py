@@ -141,7 +141,7 @@ def test_three_at_once_without_detections_or_objects_give_a_page(annotations, tm
     comparisons = compare(annotations, three, tmp_path / "c.html", resamples=5)
     assert [(c.a, c.b) for c in comparisons] == [("a", "b"), ("a", "<b>c</b>")]
     assert "<b>c</b>" not in (tmp_path / "c.html").read_text()
-    with pytest.raises(UserError, match="two sets of detections, or more"):
+    with pytest.raises(UserError, match="fewer than two sets of detections"):
         compare(annotations, {"a": []}, tmp_path / "c.html")
 
 
@@ -168,7 +168,7 @@ def test_the_command_takes_runs_and_results_files(annotations, shapes, tmp_path,
 
     for wrong, message in (
         ([tmp_path, run], "has neither detections.npz"),
-        ([run], "two sets of detections, or more"),
+        ([run], "fewer than two sets of detections"),
         ([run, tmp_path / "none.json"], "none.json cannot be read"),
     ):
         monkeypatch.setattr("sys.argv", ["shared", "compare", *map(str, wrong), "--annotations", str(annotations.path)])

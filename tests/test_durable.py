@@ -97,7 +97,7 @@ def test_without_fsync_a_power_cut_would_leave_nothing(folder, tmp_path, monkeyp
     monkeypatch.setattr(durable, "_sync", lambda descriptor: None)
     save(folder, 4)
     recorder.keep()
-    with pytest.raises(UserError, match=r"is not whole|cannot be read"):
+    with pytest.raises(UserError, match=r"is incomplete|cannot be read"):
         resumed(RunFolder(recorder.disks()[-1]))
 
 

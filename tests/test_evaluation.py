@@ -202,7 +202,7 @@ def test_keypoints_that_are_not_cocos_have_sigmas_of_their_own():
     for annotation in coco["annotations"]:
         annotation["keypoints"] = annotation["keypoints"][:9]
     annotations = CocoAnnotations.from_dict(coco)
-    with pytest.raises(UserError, match="3 keypoints an object, and there are 17 sigmas"):
+    with pytest.raises(UserError, match="3 keypoints per object, but 17 sigmas"):
         evaluate(annotations, [], ("keypoints",))
     detections = noisy_keypoints(annotations)
     sigmas = [0.05, 0.1, 0.02]

@@ -110,14 +110,14 @@ def test_subfolders_count_and_names_need_not_be_plain(data, looks, tmp_path):
 @pytest.mark.parametrize(
     ("file", "named", "said"),
     [
-        ("000003.PNG", "000003.png", r"'000003.PNG' is there, and .* says '000003.png': upper and lower case count"),
-        ("a/3.png", "a\\3.png", r"'a/3.png' is there, and .*: write / for \\ in its names"),
-        ("3.png", "val\\3.png", r"'3.png' is there, and .*: write / for \\ in its names, and omit val/"),
-        ("é 0.png", "%C3%A9%200.png", r"'é 0.png' is there, and .* %C3%A9 an é\. `python3 .* decodes the names"),
-        ("in/3.png", "3.png", r"in/3.png is there: say `images: \S+/val/in`, or put in/ before the names"),
-        ("3.png", "val/3.png", r"/val/3.png is there: say `images: \S+/data`, or leave val/ out of the names"),
-        ("3.png", "x/y/3.png", r"'3.png' is there, .*: names have the folders below the one of the images"),
-        ("e\u0301.png", "\u00e9.png", r"is there, .* the same letters in other Unicode \(NFC and NFD\)"),
+        ("000003.PNG", "000003.png", r"'000003.PNG' is there, not '000003.png'. Fix: rename one of them: upper and lower case count"),
+        ("a/3.png", "a\\3.png", r"'a/3.png' is there, not .* Fix: write / for \\ in its names"),
+        ("3.png", "val\\3.png", r"'3.png' is there, not .* Fix: write / for \\ in the annotation file's names, and omit val/"),
+        ("é 0.png", "%C3%A9%200.png", r"'é 0.png' is there, not .* Fix: decode the names, .*`python3 .* does"),
+        ("in/3.png", "3.png", r"in/3.png is there. Fix: write `images: \S+/val/in`, or put in/ before the names"),
+        ("3.png", "val/3.png", r"/val/3.png is there. Fix: write `images: \S+/data`, or remove val/ from the names"),
+        ("3.png", "x/y/3.png", r"'3.png' is there, .* Fix: write names with the folders below the images' folder"),
+        ("e\u0301.png", "\u00e9.png", r"is there, .* the same letters in two forms of Unicode \(NFC and NFD\)"),
         ("3.jpeg", "3.png", r"'3.jpeg' is there, .*: correct the endings"),
         ("another.png", "3.png", r"the first is 3.png\. Fix: add them"),
     ],
@@ -142,7 +142,7 @@ def rename_in_file(data, name):
 
 def test_an_absolute_name_in_the_images_folder_is_told_what_is_wanted(data):
     rename_in_file(data, f"{images_of(data)}/000003.png")
-    with pytest.raises(UserError, match=r"is absolute, and lies in the images' folder; .*: write '000003.png'"):
+    with pytest.raises(UserError, match=r"is absolute, and lies in the images' folder\. Fix: .* '000003.png'"):
         opened(data)
 
 

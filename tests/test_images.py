@@ -336,5 +336,5 @@ def test_missing_images_may_be_left_out_unless_all_are(shapes, tmp_path, caplog)
         file.unlink()
     with pytest.raises(UserError, match="10 of the 10 images"):
         open_split(parse_data({"data": data}), "val")
-    with pytest.raises(UserError, match=r"data\.on_bad_image: 'ignore' is none of error, skip"):
+    with pytest.raises(UserError, match=r"data\.on_bad_image: 'ignore' is unknown. Fix: use one of error, skip"):
         parse_data(yaml.safe_load("{data: {on_bad_image: ignore}}"))

@@ -68,7 +68,7 @@ def test_torch_s_own_exchange_stays_on_one_machine(gpus, monkeypatch, machines, 
 
 
 def test_more_processes_than_gpus_are_refused(gpus):
-    with pytest.raises(UserError, match="3 processes on a machine where torch sees 2 GPUs"):
+    with pytest.raises(UserError, match="3 processes start on a machine where torch sees 2 GPUs"):
         choose_device(0, 3)
 
 

@@ -119,19 +119,19 @@ def test_what_no_patience_helps_with_ends_at_once_in_one_line(shapes, monkeypatc
     with serving("s3", shapes) as data:
         data |= patient
         wrong = {**data, **splits(f"s3://no{BUCKET}/")}
-        with pytest.raises(UserError, match=f"there is no bucket 'no{BUCKET}'$"):
+        with pytest.raises(UserError, match=f"there is no bucket 'no{BUCKET}'. Fix: correct the bucket$"):
             opened(wrong)
         images = {**data["train"], "images": f"s3://no{BUCKET}/train"}
-        with pytest.raises(UserError, match=rf"data\.train\.images: .* there is no bucket 'no{BUCKET}'$"):
+        with pytest.raises(UserError, match=rf"data\.train\.images: .* there is no bucket 'no{BUCKET}'. Fix: correct the bucket$"):
             opened({**data, "train": images})
     with refusing() as endpoint, pytest.raises(UserError, match=r"Forbidden\); set AWS_ACCESS_KEY_ID and"):
         opened({**data, **patient, "endpoint_url": endpoint})
     for place, port in (("s3://bucket/", {"endpoint_url": "http://127.0.0.1:9"}), ("http://127.0.0.1:9/", {})):
-        with pytest.raises(UserError, match=r"nothing answers at 127.0.0.1, port 9 \(Connection refused\); correct "):
+        with pytest.raises(UserError, match=r"nothing answers at 127.0.0.1, port 9 \(Connection refused\)\. Fix: correct "):
             opened({**splits(place), **port, **patient})
-    with pytest.raises(UserError, match=r"nothing is read from ftp://; these are: s3://, gs://, .*, and paths on disk"):
+    with pytest.raises(UserError, match=r"ftp:// is not supported. Fix: use a path on disk, or one of s3://, gs://"):
         opened(splits("ftp://host/"))
-    with pytest.raises(UserError, match=r"data\.train\.images: az://.* nothing is read from az://"):
+    with pytest.raises(UserError, match=r"data\.train\.images: az://.* az:// is not supported"):
         opened({"train": {"annotations": str(shapes / "annotations/train.json"), "images": "az://container/train"}})
     away = False
     with http_store(shapes) as url, with_faults(url, Faults(lambda number: "away" if away else None)) as proxy:

@@ -110,7 +110,7 @@ def _train_in(
         if outcome.end is End.NOTHING_TO_DO:
             loggers.finish(0)
             if arguments.resume != "auto":
-                raise UserError(f"--resume: {outcome}")
+                raise UserError(f"--resume: {outcome}. Fix: to train longer, raise searcher.max_length")
             if trial.rank == 0:
                 logger.info("nothing to do: %s", outcome)
         elif not outcome.is_finished:

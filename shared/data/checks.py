@@ -130,8 +130,8 @@ def check_images(annotations: CocoAnnotations, images: ImageStorage, where: str,
         look = images.look(annotations.file_names)
         if look.missing and (not skip or look.missing == len(annotations)):
             found = _found_instead(images.folder, look.first_missing) if isinstance(images, DiskImages) else ""
-            skips = "" if found or look.missing == len(annotations) else _SKIP
-            raise UserError(f"{message(look)}{found}{skips}")
+            fix = found or (". Fix: correct the folder" if look.missing == len(annotations) else _SKIP)
+            raise UserError(f"{message(look)}{fix}")
         return look
 
     if annotations.cache is None or images.place is None:
@@ -165,13 +165,13 @@ def refuse_names_outside(annotations: CocoAnnotations, where: str, folder: Path 
         up = ".." in name.split("/")
         if folder is not None and name.startswith(f"{folder}/") and not up:
             raise UserError(
-                f"{where}: the image file name {name[:200]!r} is absolute, and lies in the images' folder; names are "
-                f"relative to it: write {name.removeprefix(f'{folder}/')[:200]!r}"
+                f"{where}: the image file name {name[:200]!r} is absolute, and lies in the images' folder. Fix: write "
+                f"it relative to that folder, {name.removeprefix(f'{folder}/')[:200]!r}"
             )
         if not 0 < lengths[i] <= _LONGEST_PATH or up or "\0" in name or is_url(name) or name.startswith(("/", "\\")):
             raise UserError(
-                f"{where}: the image file name {name[:200]!r} leads out of the images' folder, or is none; names "
-                "are relative to that folder"
+                f"{where}: the image file name {name[:200]!r} is empty or leads out of the images' folder. Fix: write "
+                "names relative to that folder"
             )
 
 
@@ -189,11 +189,12 @@ def _found_instead(folder: Path, name: str) -> str:
     if len(wanted.parts) > 1 and folder.name == wanted.parts[0] and (folder / above).is_file():
         if "\\" in name:
             return (
-                f"; {str(above)!r} is there, and the annotation file says {name!r}: write / for \\ in its names, and "
+                f"; {str(above)!r} is there, not {name!r}. Fix: write / for \\ in the annotation file's names, and "
                 f"omit {wanted.parts[0]}/. `python3 -m shared convert coco FILE OUTPUT --images {folder}` does both"
             )
         return (
-            f"; {folder / above} is there: say `images: {folder.parent}`, or leave {wanted.parts[0]}/ out of the names"
+            f"; {folder / above} is there. Fix: write `images: {folder.parent}`, or remove {wanted.parts[0]}/ from the "
+            "names"
         )
 
     def plain(path: PurePosixPath | str) -> str:
@@ -202,27 +203,27 @@ def _found_instead(folder: Path, name: str) -> str:
     same_stem = ""
     for file in itertools.islice(_files_below(folder), _MAX_SEARCHED):
         path = PurePosixPath(file.relative_to(folder))
-        told = f"; {str(path)!r} is there, and the annotation file says {name!r}: "
+        told = f"; {str(path)!r} is there, not {name!r}. Fix: "
         if plain(path) == plain(wanted):
             if "\\" in name:
                 return f"{told}write / for \\ in its names"
             if unicodedata.normalize("NFC", str(path)) == unicodedata.normalize("NFC", name):
-                return f"{told}the same letters in other Unicode (NFC and NFD); rename the files or the names"
-            return f"{told}upper and lower case count; rename the files or the names"
+                return f"{told}rename one of them: they are the same letters in two forms of Unicode (NFC and NFD)"
+            return f"{told}rename one of them: upper and lower case count"
         decoded = unquote(wanted.name)
         if decoded != wanted.name and plain(path.name) == plain(decoded):
             return (
-                f"{told}%20 is a space there, and %C3%A9 an é. `python3 -m shared convert coco FILE OUTPUT --images "
-                f"{folder}` decodes the names"
+                f"{told}decode the names, where %20 is a space: `python3 -m shared convert coco FILE OUTPUT --images "
+                f"{folder}` does"
             )
         if plain(path.name) == plain(wanted.name):
             deeper = path.parts[: len(path.parts) - len(wanted.parts)]
             if path.parts[len(deeper) :] == wanted.parts:
                 return (
-                    f"; {path} is there: say `images: {folder.joinpath(*deeper)}`, or put {'/'.join(deeper)}/ before "
-                    "the names"
+                    f"; {path} is there. Fix: write `images: {folder.joinpath(*deeper)}`, or put "
+                    f"{'/'.join(deeper)}/ before the names"
                 )
-            return f"{told}names have the folders below the one of the images"
+            return f"{told}write names with the folders below the images' folder"
         if not same_stem and plain(path.stem) == plain(wanted.stem):
             same_stem = f"{told}correct the endings"
     return same_stem

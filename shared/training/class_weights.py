@@ -39,7 +39,7 @@ def class_weights(
         names = [category["name"] for category in categories]
         for name in given:
             if name not in names:
-                raise UserError(f"{KEY}: {name!r} is no category of data.train; {nearest(name, names)}")
+                raise UserError(f"{KEY}: {name!r} is no category of data.train{nearest(name, names)}")
         weights = np.array([given.get(name, 1.0) for name in names])
     return None if (weights == 1).all() else torch.tensor(weights, dtype=torch.float32)
 

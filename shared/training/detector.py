@@ -276,7 +276,7 @@ class Detector(PyTorchTrial):
     def loss_transform(self, data: SplitData) -> Transform:
         """From a validation image to a training sample without augmentation, at the size of the evaluation; None for an
         image that gives none. Raises UserError if the detector's configuration does not allow that."""
-        raise UserError("hyperparameters.validation_loss: this detector has none")
+        raise UserError("hyperparameters.validation_loss: this detector has none. Fix: remove the key")
 
     def image_losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """As `losses`, for a batch of one validation image and the model that validates."""

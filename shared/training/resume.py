@@ -143,7 +143,8 @@ def refused_values(what: str) -> Iterator[None]:
         raise
     except (ValueError, TypeError, KeyError, AssertionError, ZeroDivisionError) as error:
         raise UserError(
-            f"hyperparameters: the {what} cannot be made of these values ({type(error).__name__}: {error})"
+            f"hyperparameters: the {what} cannot be made of these values ({type(error).__name__}: {error}). Fix: "
+            "correct them"
         ) from error
 
 

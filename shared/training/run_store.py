@@ -117,7 +117,9 @@ class RunStore:
         try:
             return {} if data is None else {name: Stored(**entry) for name, entry in json.loads(data).items()}
         except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"--store: {self.place}/{INDEX} cannot be read ({error})") from error
+            raise UserError(
+                f"--store: {self.place}/{INDEX} cannot be read ({error}). Fix: check the place and its permissions"
+            ) from error
 
     def _fetch(self) -> None:
         """Replaces the folder's checkpoints and reports by the store's, `last` at the end."""

@@ -119,7 +119,9 @@ class DetectionTrial(Detector):
 
     def _check_own_config(self) -> None:
         if self.data.repeat_threshold is not None and (own := self.repeats_by_itself()):
-            raise UserError(f"data.repeat_threshold: the config repeats images itself, by {own}; take one of them out")
+            raise UserError(
+                f"data.repeat_threshold: the config repeats images itself, by {own}. Fix: remove one of the two"
+            )
         if self.validates_loss and not self.evaluates_coco:
             raise UserError(
                 "hyperparameters.validation_loss: the detector's own library evaluates this config, on data without "

@@ -165,7 +165,7 @@ def test_relative_weights_are_found_beside_the_config_or_the_submission(tmp_path
 def test_use_pretrained_is_another_way_to_say_published():
     assert Detectron2Hyperparameters(RETINANET, use_pretrained=True).weights == "published"
     assert Detectron2Hyperparameters(RETINANET, use_pretrained=True, weights="published").weights == "published"
-    with pytest.raises(UserError, match=r"use_pretrained: true is weights: published, and weights is 'x.pkl'"):
+    with pytest.raises(UserError, match=r"use_pretrained: true means weights: published, but weights is 'x.pkl'"):
         Detectron2Hyperparameters(RETINANET, use_pretrained=True, weights="x.pkl")
 
 

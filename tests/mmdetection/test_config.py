@@ -135,8 +135,8 @@ WRONG = {
         "optimizer.paramwise_cfg.custom_keys.backbone.layer1.lr_mul": 0.1
     },
     "optimizer.type changes from SGD to AdamW, which does not take 'momentum' of the section that it is merged into; "
-    "say `_delete_: true`": {"optimizer": {"type": "AdamW", "lr": 0.0001}},
-    "data.train.pipeline is a list of 8; '20' is no position in it": {"data.train.pipeline.20.type": "x"},
+    "write `_delete_: true`": {"optimizer": {"type": "AdamW", "lr": 0.0001}},
+    "data.train.pipeline is a list of 8. Fix: give a position from 0 to 7 instead of '20'": {"data.train.pipeline.20.type": "x"},
 }
 
 
