@@ -52,10 +52,16 @@ def test_a_sound_command_line_passes(looked):
         ("workers=2", "'workers' is a key of data. Fix: --set data.workers=2"),
         ("max_length.batches=2", "'max_length' is a key of searcher. Fix: --set searcher.max_length.batches=2"),
         ("hyperparameters.amp=true", "hyperparameters.amp: true is unknown. Fix: use one of bf16, fp16, null"),
-        ("hyperparameters.clip_mode=l2", "hyperparameters.clip_mode: 'l2' is unknown. Fix: use one of norm, value, agc"),
+        (
+            "hyperparameters.clip_mode=l2",
+            "hyperparameters.clip_mode: 'l2' is unknown. Fix: use one of norm, value, agc",
+        ),
         ("hyperparameters.warmup_epoch=1", "unknown key 'warmup_epoch'; did you mean 'warmup_epochs'?"),
         ("searcher.metrc=bbox_mAP", "searcher: unknown key 'metrc'; did you mean 'metric'?"),
         ("searcher.smaller_is_better=true", "a larger 'bbox_mAP' is better. Fix: write false"),
+        ("hyperparameters.fast_images=true", "fast_images: it is a key of data. Fix: write data.fast_images"),
+        ("data.mosaic=1", "data.mosaic: it is a key of data.augment. Fix: write data.augment.mosaic"),
+        ("foo=1", "'foo' is no key of an experiment config. Fix: `python3 model_def.py --help-config` lists all keys"),
         ("data.train.images=$NOWHERE/x", "data.train.images: the variable $NOWHERE of $NOWHERE/x is not set"),
     ],
 )
@@ -128,7 +134,15 @@ def test_a_run_s_folder_is_not_written_over(looked, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "shown"),
-    [("lr", "default: 0.01, upstream: --lr"), ("data.workers", "default: 4, ≥ 0"), ("amp", "one of `bf16`, `fp16`")],
+    [
+        ("lr", "default: 0.01, upstream: --lr"),
+        ("data.workers", "default: 4, ≥ 0"),
+        ("amp", "one of `bf16`, `fp16`"),
+        ("searcher.max_length", "length of the training"),
+        ("data.augment.mosaic", "the probability of combining"),
+        ("min_validation_period", "how often to validate"),
+        ("patience", "hyperparameters.early_stopping.patience"),
+    ],
 )
 def test_help_config_explains_a_key(key, shown, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["model_def.py", "--help-config", key])
@@ -138,7 +152,15 @@ def test_help_config_explains_a_key(key, shown, monkeypatch, capsys):
     assert shown in capsys.readouterr().out
 
 
-def test_help_config_names_the_nearest_key(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["model_def.py", "--help-config", "learning_rate"])
-    with pytest.raises(SystemExit, match="there is no key 'learning_rate'; did you mean 'hyperparameters.lr'"):
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("learning_rate", "hyperparameters.lr"),
+        ("searcher.metrik", "searcher.metric"),
+        ("data.augment.mozaic", "data.augment.mosaic"),
+    ],
+)
+def test_help_config_names_the_nearest_key(key, near, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["model_def.py", "--help-config", key])
+    with pytest.raises(SystemExit, match=f"there is no key '{key}'; did you mean '{near}'"):
         read_command("__main__", Sections(EfficientDetHyperparameters))

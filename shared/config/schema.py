@@ -306,7 +306,7 @@ class TrainingHyperparameters:
     sync_bn: bool = key(False, "compute batch norm over the images of all slots (GPUs)")
     clip_grad: Positive | None = key(None, "the norm to which the gradient of all parameters is clipped")
     model_ema_decay: Annotated[float, Meta(ge=0, lt=1)] | None = key(
-        None, "average the weights; the averaged ones validate, predict and are `best`"
+        None, "average the weights; validations, `predict` and `best` use the average"
     )
     freeze: list[str] = key([], "modules or parameters that stay unchanged, such as `[backbone]`")
     early_stopping: EarlyStopping | None = key(
