@@ -34,8 +34,17 @@ def similar_names(name: str, valid: Iterable[str]) -> list[str]:
     parts = [name_ for name_ in valid if name_.startswith(f"{name}_") or name_.endswith(f"_{name}")]
     parts += [name_ for name_ in valid if name_ == initials and len(initials) > 1]  # learning_rate: lr
     other_case = [name_ for name_ in valid if name_.casefold() == name.casefold()]
-    found = other_case or parts or difflib.get_close_matches(name, valid, n=1, cutoff=0.75)
-    return (found or difflib.get_close_matches(name, valid, n=3, cutoff=0.5))[:3]
+    if found := other_case or parts:
+        return found[:3]
+    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.6)
+    likeness = [difflib.SequenceMatcher(None, each, name).ratio() for each in close]
+    return [each for each, like in zip(close, likeness, strict=True) if like > likeness[0] - 0.1]
+
+
+def any_of(names: Iterable[object]) -> str:
+    """ "'a', 'b' or 'c'"."""
+    *first, last = map(repr, names)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def nearest(name: str, valid: Iterable[str], otherwise: str | None = None) -> str:
@@ -43,7 +52,7 @@ def nearest(name: str, valid: Iterable[str], otherwise: str | None = None) -> st
     few valid ones."""
     valid = sorted(set(valid))
     if close := similar_names(name, valid):
-        return f"; did you mean {' or '.join(map(repr, close))}?"
+        return f"; did you mean {any_of(close)}?"
     if otherwise is None and len(valid) > _FEW:
         valid = [*difflib.get_close_matches(name, valid, n=3, cutoff=0), "…"]
     return f". Fix: {otherwise or 'use one of ' + ', '.join(valid)}"

@@ -120,7 +120,7 @@ def test_a_length_that_is_none_is_refused(length):
 
 def test_a_batch_that_does_not_divide_by_the_slots_is_refused():
     assert per_slot_batch_size(12, 4) == 3
-    with pytest.raises(UserError, match="10 images do not divide by 4 slots. Fix: use 8 or 12"):
+    with pytest.raises(UserError, match=r"10 images do not divide by 4 slots. Fix: use 8 or 12"):
         per_slot_batch_size(10, 4)
 
 

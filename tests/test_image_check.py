@@ -110,9 +110,9 @@ def test_subfolders_count_and_names_need_not_be_plain(data, looks, tmp_path):
 @pytest.mark.parametrize(
     ("file", "named", "said"),
     [
-        ("000003.PNG", "000003.png", r"'000003.PNG' is there, not '000003.png'. Fix: rename one of them: upper and lower case count"),
+        ("000003.PNG", "000003.png", r"'000003.PNG' is there, .* rename one of them: upper and lower case"),
         ("a/3.png", "a\\3.png", r"'a/3.png' is there, not .* Fix: write / for \\ in its names"),
-        ("3.png", "val\\3.png", r"'3.png' is there, not .* Fix: write / for \\ in the annotation file's names, and omit val/"),
+        ("3.png", "val\\3.png", r"'3.png' is there, .* / for \\ in the annotation file's names, and omit val/"),
         ("é 0.png", "%C3%A9%200.png", r"'é 0.png' is there, not .* Fix: decode the names, .*`python3 .* does"),
         ("in/3.png", "3.png", r"in/3.png is there. Fix: write `images: \S+/val/in`, or put in/ before the names"),
         ("3.png", "val/3.png", r"/val/3.png is there. Fix: write `images: \S+/data`, or remove val/ from the names"),

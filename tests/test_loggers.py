@@ -294,7 +294,9 @@ def test_a_missing_package_and_an_unknown_name_are_errors(monkeypatch, shapes):
         check_loggers(["wandb"])
     message = "hyperparameters.loggers: wandb is not installed; python3 -m pip install wandb, or take it out"
     assert str(error.value) == message
-    with pytest.raises(UserError, match="mlflow is not installed. Fix: python3 -m pip install mlflow-skinny, or remove"):
+    with pytest.raises(
+        UserError, match=r"mlflow is not installed. Fix: python3 -m pip install mlflow-skinny, or remove"
+    ):
         check_loggers(["mlflow"])
     ranges = {"lr": {"type": "log", "minval": -4, "maxval": -2, "base": 10}, "loggers": ["wandb"]}
     with pytest.raises(UserError, match="wandb is not installed"):

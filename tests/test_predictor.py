@@ -142,7 +142,7 @@ def test_a_run_without_checkpoint_is_one_line(tmp_path):
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match=r"run: the run has no checkpoint yet\. Fix: wait"):
         Predictor(tmp_path / "run")
-    with pytest.raises(UserError, match="is not a checkpoint\. Fix: give"):
+    with pytest.raises(UserError, match=r"is not a checkpoint\. Fix: give"):
         Predictor(tmp_path / "nothing")
 
 

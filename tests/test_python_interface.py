@@ -48,7 +48,10 @@ BOX = [1, 2, 3, 4]
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (Detections(1, [BOX] * 2, [0.5, 0.5], [0, 3]), "image 1: the label 3 is not valid. Fix: give labels from 0 to 2"),
+        (
+            Detections(1, [BOX] * 2, [0.5, 0.5], [0, 3]),
+            "image 1: the label 3 is not valid. Fix: give labels from 0 to 2",
+        ),
         (Detections(2, [BOX], [0.5], [-1]), "image 2: the label -1"),
         (Detections(99, [BOX], [0.5], [0]), "image 99: no image of the annotations has this id"),
         (Detections("1", [BOX], [0.5], [0]), "image '1': no image"),

@@ -122,12 +122,16 @@ def test_what_no_patience_helps_with_ends_at_once_in_one_line(shapes, monkeypatc
         with pytest.raises(UserError, match=f"there is no bucket 'no{BUCKET}'. Fix: correct the bucket$"):
             opened(wrong)
         images = {**data["train"], "images": f"s3://no{BUCKET}/train"}
-        with pytest.raises(UserError, match=rf"data\.train\.images: .* there is no bucket 'no{BUCKET}'. Fix: correct the bucket$"):
+        with pytest.raises(
+            UserError, match=rf"data\.train\.images: .* there is no bucket 'no{BUCKET}'. Fix: correct the bucket$"
+        ):
             opened({**data, "train": images})
     with refusing() as endpoint, pytest.raises(UserError, match=r"Forbidden\); set AWS_ACCESS_KEY_ID and"):
         opened({**data, **patient, "endpoint_url": endpoint})
     for place, port in (("s3://bucket/", {"endpoint_url": "http://127.0.0.1:9"}), ("http://127.0.0.1:9/", {})):
-        with pytest.raises(UserError, match=r"nothing answers at 127.0.0.1, port 9 \(Connection refused\)\. Fix: correct "):
+        with pytest.raises(
+            UserError, match=r"nothing answers at 127.0.0.1, port 9 \(Connection refused\)\. Fix: correct "
+        ):
             opened({**splits(place), **port, **patient})
     with pytest.raises(UserError, match=r"ftp:// is not supported. Fix: use a path on disk, or one of s3://, gs://"):
         opened(splits("ftp://host/"))

@@ -152,7 +152,10 @@ def test_each_of_determined_s_types_is_drawn_from_nested_ones_too():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"type": "int", "minval": 2}, "hyperparameters.a.b: a range of type int needs minval and maxval. Fix: add maxval"),
+        (
+            {"type": "int", "minval": 2},
+            "hyperparameters.a.b: a range of type int needs minval and maxval. Fix: add maxval",
+        ),
         ({"type": "double", "minval": 2, "maxval": 1}, "hyperparameters.a.b: minval 2 and maxval 1 are no range"),
         ({"type": "categorical", "vals": []}, r"hyperparameters.a.b.vals: \[\] has no values. Fix: give a list"),
         (
@@ -189,7 +192,10 @@ def test_a_single_searcher_has_one_trial():
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"name": "adaptive"}, "searcher.name: 'adaptive' is unknown. Fix: use one of adaptive_asha, grid, random, single"),
+        (
+            {"name": "adaptive"},
+            "searcher.name: 'adaptive' is unknown. Fix: use one of adaptive_asha, grid, random, single",
+        ),
         ({"max_trials": None}, "searcher.max_trials: it is missing. Fix: "),
         ({"max_trials": 0}, "searcher.max_trials: it is 0. Fix: give a number >= 1"),
         ({"divisor": 1}, "searcher.divisor: it is 1. Fix: give a number >= 2"),

@@ -17,7 +17,7 @@ from msgspec import Meta
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from shared.errors import UserError, nearest, nearest_path, similar_names
+from shared.errors import UserError, any_of, nearest, nearest_path, similar_names
 
 # what Determined 0.38 accepts at the top of an experiment config, and in its `searcher`
 _TOP_KEYS = (
@@ -146,7 +146,7 @@ def _nearest_whole(name: str, wholes: Iterable[str]) -> str:
     near = similar_names(name, wholes) if "." in name else []
     near = near or similar_names(name.rpartition(".")[2], {whole.rpartition(".")[2] for whole in wholes})
     found = [whole for last in near for whole in wholes if whole == last or whole.endswith(f".{last}")][:3]
-    return f"; did you mean {' or '.join(map(repr, found))}? {_LIST_KEYS}" if found else f". Fix: {_LIST_KEYS}"
+    return f"; did you mean {any_of(found)}? {_LIST_KEYS}" if found else f". Fix: {_LIST_KEYS}"
 
 
 def refuse_misplaced_keys(section: Mapping[str, Any], name: str, keys: Mapping[str, Sequence[str]]) -> None:
@@ -216,7 +216,8 @@ def refuse_unknown_keys(section: Mapping[str, Any], valid: Iterable[str], where:
         if key not in valid:
             if len(valid) <= _MOST_LISTED:
                 raise UserError(f"{where}: unknown key {key!r}{nearest(str(key), valid)}")
-            raise UserError(f"{where}: unknown key {key!r}{nearest(str(key), valid, _LIST_KEYS)}")
+            near = nearest(str(key), valid, _LIST_KEYS)
+            raise UserError(f"{where}: unknown key {key!r}{near}{'' if 'Fix:' in near else f' {_LIST_KEYS}'}")
 
 
 def without_ranges(

@@ -213,7 +213,7 @@ def test_proposals_of_other_images_are_refused(tmp_path):
     file = tmp_path / "proposals.pkl"
     file.write_bytes(pickle.dumps({"boxes": [boxes], "objectness_logits": [logits], "ids": [1]}))
     assert set(read_proposals([str(file)], [1])) == {1}
-    with pytest.raises(UserError, match=r"proposals.pkl: there are none for image id '2'. Fix: compute them on the same data"):
+    with pytest.raises(UserError, match=r"proposals.pkl: there are none for image id '2'. Fix: compute them"):
         read_proposals([str(file)], [1, 2])
     with pytest.raises(UserError, match=r"none.pkl: they cannot be loaded: FileNotFoundError"):
         read_proposals([str(tmp_path / "none.pkl")], [1])

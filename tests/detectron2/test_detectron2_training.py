@@ -299,7 +299,7 @@ def test_masks_cannot_be_trained_on_boxes_alone(shapes, train, trial_class, tmp_
 def test_an_untrained_model_is_not_evaluated(shapes, command, trial_class, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(detectron2_config(shapes)))
-    with pytest.raises(SystemExit, match="error: an untrained model detects nothing. Fix: give --checkpoint"):
+    with pytest.raises(SystemExit, match=r"error: an untrained model detects nothing. Fix: give --checkpoint"):
         command(trial_class, "evaluate", path)
 
 

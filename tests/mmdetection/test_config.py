@@ -134,9 +134,9 @@ WRONG = {
     "unknown key 'optimizer.paramwise_cfg.custom_keys.backbone.layer1.lr_mul'; did you mean 'lr_mult'?": {
         "optimizer.paramwise_cfg.custom_keys.backbone.layer1.lr_mul": 0.1
     },
-    "optimizer.type changes from SGD to AdamW, which does not take 'momentum' of the section that it is merged into; "
-    "write `_delete_: true`": {"optimizer": {"type": "AdamW", "lr": 0.0001}},
-    "data.train.pipeline is a list of 8. Fix: give a position from 0 to 7 instead of '20'": {"data.train.pipeline.20.type": "x"},
+    "optimizer.type changes from SGD to AdamW, which does not take 'momentum' of the section that it is merged into. "
+    "Fix: write `_delete_: true`": {"optimizer": {"type": "AdamW", "lr": 0.0001}},
+    "data.train.pipeline is a list of 8. Fix: give a position from 0 to 7": {"data.train.pipeline.20.type": "x"},
 }
 
 
