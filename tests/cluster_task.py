@@ -1,4 +1,4 @@
-"""What a task of a cluster finds, without a master: the information about it, and a core context that keeps reports."""
+"""A cluster's task without a master: its information, and a core context that keeps reports."""
 
 from __future__ import annotations
 

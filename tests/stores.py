@@ -65,7 +65,7 @@ def changing_store(contents: list[bytes], length: int | None = None):
 
 @contextlib.contextmanager
 def refusing():
-    """The endpoint of a store that refuses everybody."""
+    """The endpoint of a store that refuses every request."""
 
     class Refusing(_Quiet):
         def do_GET(self):
@@ -131,7 +131,7 @@ def _files(folder: Path):
 
 
 def one_in_ten(number: int) -> str | None:
-    """The fault of a request: each tenth has one, of each kind in turn."""
+    """The fault of a request: one in ten fails, with each kind of fault in turn."""
     return ("error", "reset", "lost")[number // 10 % 3] if number % 10 == 0 else None
 
 

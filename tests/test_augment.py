@@ -1,4 +1,4 @@
-"""`data.augment`: what it does to images and objects, and which random numbers it draws."""
+"""`data.augment`: its effects on images and objects, and its random numbers."""
 
 import importlib
 import io

@@ -16,7 +16,7 @@ UUID = str(uuid.UUID(int=7))
 
 @pytest.fixture
 def downloads(monkeypatch, tmp_path):
-    """A master with one checkpoint; the folders that it was downloaded to. The first download is cut off."""
+    """A master with one checkpoint. Returns the folders of its downloads. The first download is truncated."""
     folders = []
 
     def download(folder):

@@ -1,4 +1,4 @@
-"""`hyperparameters.class_weights` changes the classification loss of each detector, and nothing else."""
+"""`hyperparameters.class_weights` changes only the classification loss of each detector."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ MODELS = {
 
 @pytest.fixture
 def losses(shapes, unbuilt):
-    """The losses of a model's first training batch, with these weights; the trial."""
+    """The losses of a model's first training batch with these weights; and the trial."""
 
     def of(detector, make, weights):
         config = make(shapes)

@@ -1,4 +1,4 @@
-"""What is wrong with a command line is one line, before torch is loaded, and says what to do."""
+"""A mistake on the command line is one line with a fix, before torch is loaded."""
 
 import json
 import sys
@@ -15,8 +15,8 @@ from shared.launch import read_command
 
 @pytest.fixture
 def looked(monkeypatch, shapes, tmp_path):
-    """Calls what a model_def.py calls first, in a folder with the config of the shapes; the line that it ends with,
-    or None."""
+    """Parses a command line as a model_def.py does first, beside a config of the shapes. Returns the error line, or
+    None."""
     monkeypatch.chdir(tmp_path)
     data = {
         split: {"annotations": str(shapes / f"annotations/{split}.json"), "images": str(shapes / split)}

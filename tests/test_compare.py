@@ -1,4 +1,4 @@
-"""The comparison of detectors: what is the same is no better, what is better is said to be, whatever it is made of."""
+"""The comparison of detectors: equal ones are not better, better ones are, whatever their source."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def annotations(shapes):
 
 
 def found_by(annotations, seed, noise=0.1, missing=0.2):
-    """A made-up detector: the truth, some of it, each box off by a share `noise` of its size."""
+    """A made-up detector: a part of the truth, with each box moved by a share `noise` of its size."""
     rng = np.random.default_rng(seed)
     found = []
     for record in annotations:
@@ -96,7 +96,7 @@ def test_its_numbers_are_hotcoco_s(annotations, tmp_path):
 
 
 def test_an_interval_holds_its_number_even_for_rare_categories(coco_tiny, tmp_path):
-    """80 categories on 80 images: the bootstrap forgets what is wrongly detected of a category that is not drawn."""
+    """80 categories on 80 images. The bootstrap omits false detections of categories that it does not draw."""
     annotations = CocoAnnotations.open(coco_tiny / "annotations/instances_val2017.json")
     both = {"a": found_by(annotations, 1), "b": found_by(annotations, 2)}
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Weights from URLs: those that are named, and whole."""
+"""Weights from URLs are the named ones, and complete."""
 
 import hashlib
 import io
@@ -14,7 +14,7 @@ from shared.training.checkpoints import read_weights
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
-    """The user's cache, empty."""
+    """An empty user cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     return tmp_path / "cache"

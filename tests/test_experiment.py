@@ -1,4 +1,4 @@
-"""The experiment config: what it says, and errors that name the key."""
+"""The experiment config: its values, and errors that name the key."""
 
 import dataclasses
 from dataclasses import dataclass

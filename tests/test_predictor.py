@@ -1,4 +1,4 @@
-"""`Predictor`: detections of a run from a Python program, as `predict` gives them."""
+"""`Predictor`: detections of a run from a Python program, equal to `predict`."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from shared.predictor import Predictor
 
 
 def train_a_batch(folder, shapes, detector="efficientdet", trial_class=None):
-    """Trains a tiny detector for a batch; the run's folder."""
+    """Trains a tiny detector for one batch. Returns the run's folder."""
     config = CONFIGS[detector](shapes)
     config["searcher"]["max_length"] = {"batches": 1}
     (folder / "run.yaml").write_text(yaml.safe_dump(config))

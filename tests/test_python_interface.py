@@ -1,4 +1,4 @@
-"""`shared` from your own program: docs/reference/python.md, and what is wrong."""
+"""`shared` in your own program: docs/reference/python.md, and errors."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Data in buckets and behind a web server: what is read, what goes wrong, what is kept."""
+"""Data in buckets and behind a web server: reads, failures, copies."""
 
 import contextlib
 import os
@@ -34,7 +34,7 @@ def credentials(monkeypatch, tmp_path):
 
 @contextlib.contextmanager
 def serving(kind, folder):
-    """The `data` section for what is in `folder`, on that kind of store."""
+    """The `data` section for the content of `folder` in that kind of store."""
     packages = {"s3": ("s3fs", "moto", "boto3"), "gcs": ("gcsfs", "gcp_storage_emulator"), "http": ("aiohttp",)}[kind]
     for package in packages:
         pytest.importorskip(package)
@@ -112,8 +112,8 @@ def test_what_is_not_in_the_store_is_named_before_training(kind, shapes):
 
 
 def test_what_no_patience_helps_with_ends_at_once_in_one_line(shapes, monkeypatch):
-    """A bucket that is not there, a refused login, a protocol that is not read, a port where nothing listens: it says
-    which. A store that has answered before is waited for."""
+    """A missing bucket, a refused login, an unsupported protocol, a port without a server. A store that has answered
+    before is retried."""
     monkeypatch.setattr(remote, "_PAUSES_TO_CONNECT", (0.01, 0))
     patient = {"store_timeout": 3600}  # whoever waits for these stores waits for longer than this test may take
     with serving("s3", shapes) as data:
@@ -234,7 +234,7 @@ def test_each_detector_trains_from_a_bucket(detector, shapes, train):
 
 
 class Counting(RemoteImages):
-    """Files of 1,000 bytes, which counts how often each is read."""
+    """Files of 1,000 bytes that count their reads."""
 
     def __init__(self):
         super().__init__("s3://store", StoreOptions())
@@ -258,7 +258,7 @@ def test_the_second_epoch_reads_from_disk(shapes, tmp_path):
 
 
 def reading(url, tmp_path, limit=10**6, **since):
-    """As a run reads them: what is opened later is another run."""
+    """The images as a new run reads them, with the copies of earlier runs."""
     return CachedImages(RemoteImages(url, StoreOptions()), tmp_path / "cache", limit, **since)
 
 
@@ -310,7 +310,7 @@ def test_a_copy_of_another_version_leaves_a_full_folder(tmp_path):
 
 
 def test_a_copy_without_a_version_is_read_again_from_a_web_server(tmp_path):
-    """As an earlier release left it."""
+    """Earlier releases left such copies."""
     (tmp_path / "web").mkdir()
     (tmp_path / "web/a.png").write_bytes(b"." * 100)
     with http_store(tmp_path / "web") as url:

@@ -1,4 +1,4 @@
-"""The switches of `hyperparameters` that every detector has: precision, memory format, averages, clipping, freezing."""
+"""The hyperparameters that every detector has: precision, memory format, averages, clipping, freezing."""
 
 import copy
 import sys
@@ -36,7 +36,7 @@ def small(detector: str, shapes, **hyperparameters) -> dict:
 
 
 def draw_no_regions(detector: str, config: dict) -> None:
-    """Those that Detectron2 draws at random are others with any rounding."""
+    """Removes Detectron2's random choice of regions, which depends on rounding."""
     if detector == "detectron2":
         config["hyperparameters"]["config_file"] = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 

@@ -1,4 +1,4 @@
-"""Weights and checkpoints on torch before 2.6, whose `weights_only` executes code: the same bits, and no code."""
+"""Weights and checkpoints on torch before 2.6, whose `weights_only` executes code: bit-for-bit equal, without code."""
 
 import io
 import os
@@ -20,7 +20,7 @@ from shared.training.checkpoints import load_state, read_weights_file
 
 @pytest.fixture
 def old_torch(monkeypatch):
-    """torch says that it is the version of Determined's default image."""
+    """Pretends the torch version of Determined's default image."""
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.3.0a0+ebedce2"))
 
 
@@ -151,7 +151,7 @@ def test_a_file_that_is_cut_off_is_refused_on_old_torch(tmp_path, old_torch, as_
 
 
 def packed(pickled: bytes, storage: bytes = b"\0" * 8, compression: int = zipfile.ZIP_STORED) -> bytes:
-    """A file as of `torch.save`, of a pickle and one storage, "0"."""
+    """A file in the format of `torch.save`, from a pickle and one storage, "0"."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", compression) as archive:
         archive.writestr("w/data.pkl", pickled)
@@ -160,7 +160,7 @@ def packed(pickled: bytes, storage: bytes = b"\0" * 8, compression: int = zipfil
 
 
 def tensor_of(count: int, offset: int = 0, size: int = 2, change: bytes = b"") -> bytes:
-    """The pickle of a tensor of float32, at `offset` of a storage that says that it has `count` numbers."""
+    """The pickle of a float32 tensor at `offset` of a storage that states `count` numbers."""
 
     def number(value):
         return b"\x8a\x08" + struct.pack("<q", value)

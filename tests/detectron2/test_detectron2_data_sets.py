@@ -1,4 +1,4 @@
-"""Data sets by name, of Detectron2 and of the user, evaluated by what Detectron2 evaluates them with."""
+"""Data sets by name, of Detectron2 and of the user, with Detectron2's own evaluators."""
 
 import json
 import pickle
@@ -34,7 +34,7 @@ def trial_class():
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """Writes the user's Python file beside the YAML, under a name of the test's own."""
+    """Writes the user's Python file beside the YAML file, under a name of the test's own."""
 
     def write(name, text):
         (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))

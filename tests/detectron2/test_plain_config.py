@@ -1,4 +1,4 @@
-"""The Python config that lies in a checkpoint: whole, plain, and nothing that executes."""
+"""The plain Python config in a checkpoint, which executes nothing."""
 
 import functools
 import pickle

@@ -90,12 +90,12 @@ def built(name):
 
 
 def difference(gradient, expected, least):
-    """The largest, over the parameter's largest gradient or `least`."""
+    """The largest difference, divided by the parameter's largest gradient or `least`."""
     return (gradient - expected).abs().max().item() / max(expected.abs().max().item(), least)
 
 
 def reductions_alone(run):
-    """What a single process computes. LW-DETR and RF-DETR ask torch.distributed."""
+    """The reductions of a single process. LW-DETR and RF-DETR ask torch.distributed."""
     asked = distributed.is_initialized
     distributed.is_initialized = lambda: False
     try:

@@ -1,4 +1,4 @@
-"""Runs off the cluster, started as a user starts them."""
+"""Runs outside a cluster, started as a user starts them."""
 
 import contextlib
 import json
@@ -346,7 +346,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(command, 
 
 @pytest.fixture
 def small_gpu(monkeypatch):
-    """What an error about a GPU of 4 GiB reads of it; and what raises one in a method, from a batch of the run on."""
+    """Pretends a GPU of 4 GiB. Returns a function that makes a method run out of memory, from a batch on."""
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 3 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=4 * 2**30))
 

@@ -1,4 +1,4 @@
-"""Which config is trained: found, merged, overridden, checked, saved; and who decides what in it."""
+"""The config that is trained: how it is found, merged, overridden, checked and saved."""
 
 import shutil
 from copy import deepcopy
