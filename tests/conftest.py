@@ -149,10 +149,10 @@ def run_model_def(
     figures: bool = True,
     torchrun: bool = False,
 ) -> subprocess.CompletedProcess:
-    """`model_def.py ARGUMENTS`, or a script in its place, in a new process.
+    """`model_def.py ARGUMENTS`, or another script, in a new process.
 
     Args:
-        figures: False for a training of which nobody reads the report. Several processes never draw figures.
+        figures: False for a training whose report is not read. Several processes never draw figures.
         torchrun: starts several processes by torchrun, as a user does, instead of the quicker tests/launcher.py.
     """
     program = [sys.executable]
@@ -273,8 +273,8 @@ def unbuilt():
 
 @pytest.fixture
 def differences_of_export(command, tmp_path):
-    """Trains one batch of a trial class, exports its checkpoint by `detector`, a class of a model_def.py, and returns
-    how far the file's detections on four images are from the checkpoint's."""
+    """Trains one batch of a trial class and exports its checkpoint by `detector`, a class of a model_def.py. Returns
+    the differences between the detections of file and checkpoint on four images."""
     from shared.commands.train import train_locally
 
     def call(detector: type, trained: type, config: dict) -> dict:
@@ -319,8 +319,8 @@ main(Probe)
 
 @pytest.fixture
 def distance_from_reference(program, tmp_path):
-    """Trains in two processes by the text of a class `Probe`, which makes `self.reference` in its first batch. Returns
-    how far the weights of both are apart after this batch."""
+    """Trains in two processes with the class `Probe` in a text, which makes `self.reference` in its first batch.
+    Returns the largest difference of the weights after this batch."""
 
     def call(folder: Path, config: dict, probe: str) -> float:
         path = tmp_path / "config.yaml"

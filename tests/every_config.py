@@ -1,8 +1,8 @@
-"""Every config that a library ships: what the library makes of it against what this project makes.
+"""Compares the library and this project on every config that the library ships.
 
-No pretrained weights are downloaded, and layers are not initialised: that takes nine tenths of the time. If both sides
-succeed, the results must be equal: the config, names and shapes of parameters, the optimizer's groups, the
-learning rates of the whole training, and the first sample of each pipeline, bit for bit.
+If both sides succeed, the results must be bit-for-bit equal: the config, names and shapes of parameters, the
+optimizer's groups, the learning rates of the whole training, and the first sample of each pipeline. No weights are downloaded, and
+layers are not initialised, which would take nine tenths of the time.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ Stage = Callable[[SimpleNamespace], Any]
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of one stage of one config; the errors are None where it went well.
+    """The outcome of one stage of one config. The errors are None if it succeeded.
 
     Attributes:
         cause: the stage that failed first, and this one with it.

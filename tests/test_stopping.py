@@ -209,7 +209,7 @@ main(signalled(model_def.EfficientDetTrial, os.environ["PHASE"]) if rank == 1 el
 
 @pytest.fixture
 def signalled_run(run_config, tmp_path):
-    """A run of two processes, one of which gets a signal in a phase. Returns its config and folder."""
+    """A run of two processes. One gets a signal in a phase. Returns its config and folder."""
 
     def train(phase):
         script = tmp_path / "signalled.py"

@@ -1,7 +1,7 @@
-"""On a real Determined cluster, the one that DET_MASTER names: CPU slots do. Skipped where there is none.
+"""Tests on the Determined cluster that DET_MASTER names; CPU slots suffice. Skipped without DET_MASTER.
 
-Takes about ten minutes a detector on two slots, a minute or two for each shipped file, whose data are mounted from this
-machine, and ten for the two searches that are compared. The task that is to be killed kills itself, once.
+On two slots, a detector takes about ten minutes, a shipped file a minute or two, the two compared searches ten. The
+data are mounted from this machine. The task that a test kills kills itself, once.
 """
 
 import functools

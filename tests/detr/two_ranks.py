@@ -1,4 +1,4 @@
-"""Under torchrun: losses and gradients of each model type, and of which the mean over ranks is compared with one rank.
+"""Under torchrun: compares each model type's losses and gradients, averaged over ranks, with those of one rank.
 
     torchrun --nproc-per-node 2 two_ranks.py
 

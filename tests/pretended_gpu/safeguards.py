@@ -1,9 +1,9 @@
-"""A program: what the pretended GPU finds where a safeguard of the product is taken away.
+"""A program: prints what the pretended GPU finds without each safeguard of the product.
 
     cd tests; python -m pretended_gpu.safeguards
 
-It prints as JSON: `races`, those of the prefetcher and the saver as they are and without each safeguard; `refused`, the
-errors for collectives that break NCCL's rules.
+It prints JSON: `races` of the prefetcher and the saver, with all safeguards and without each; `refused`, the errors for
+collectives that break NCCL's rules.
 """
 
 import contextlib

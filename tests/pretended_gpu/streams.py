@@ -1,8 +1,8 @@
 """The order of reads and writes on the pretended GPU, by vector clocks.
 
 A clock maps a stream's number to how many operations of that stream have certainly ended. Each operation raises its
-stream's own count. Waiting for a stream or an event merges clocks. Two accesses to memory of which at least one writes
-are a race unless the later one's clock covers the earlier one.
+stream's own count. Waiting for a stream or an event merges clocks. Two accesses to memory are a race if one
+writes, and the later one's clock does not cover the earlier one.
 """
 
 import collections
@@ -43,7 +43,7 @@ class Record:
     """What happened on the pretended GPU.
 
     Attributes:
-        waits: of the host, since it was last emptied.
+        waits: the host's waits since the list was last emptied.
         races, unpinned, mixed: texts, with how often each happened.
         operations: how many there were.
         allocated, peak: bytes of memory in use, now and at most.
