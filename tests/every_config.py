@@ -1,8 +1,8 @@
 """Compares the library and this project on every config that the library ships.
 
 If both sides succeed, the results must be bit-for-bit equal: the config, names and shapes of parameters, the
-optimizer's groups, the learning rates of the whole training, and the first sample of each pipeline. No weights are downloaded, and
-layers are not initialised, which would take nine tenths of the time.
+optimizer's groups, the learning rates of the whole training, and the first sample of each pipeline. No weights are
+downloaded, and layers are not initialised, which would take nine tenths of the time.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """Every detector on one GPU, and on two if there are two: what only a GPU can show.
 
 Two equal runs show whether a detector's kernels are deterministic. If they are, a resumed run must be bit-for-bit
-equal. If not, as with RoIAlign's backward, its losses may differ as much as those of the two equal runs. A warning then names
-the detector.
+equal. If not, as with RoIAlign's backward, its losses may differ as much as those of the two equal runs. A warning then
+names the detector.
 """
 
 import contextlib
