@@ -181,8 +181,8 @@ def code_blocks(page: Path, language: str = "") -> list[str]:
 
 def run_command(function: Callable, trial_class: type, config: Path, overrides: Sequence = (), **arguments) -> None:
     """Calls a command's function in this process with command-line arguments."""
+    from shared.environment import STOP_SIGNALS
     from shared.launch import experiment_for
-    from shared.launchers import STOP_SIGNALS
 
     defaults = {"command": None, "config": str(config), "overrides": [*overrides], "split": "val", "store": None}
     defaults |= {"stop_signals": STOP_SIGNALS, "stop_status": None, "tiles": None, "overlap": 0.2, "model": None}

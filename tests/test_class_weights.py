@@ -9,7 +9,7 @@ from tiny_models import detectron2_config, detr_config, efficientdet_config, mmd
 from shared.data.dataset import seed_all
 from shared.data.loading import to_device
 from shared.errors import UserError
-from shared.training.class_weights import class_weights, weights_of
+from shared.training.switches import class_weights, weights_of
 
 NAMES = ("rectangle", "circle", "triangle")
 RETINANET = "retinanet/retinanet_r50_fpn_1x_coco.py"

@@ -20,7 +20,7 @@ import yaml
 from conftest import ROOT
 from tiny_models import CONFIGS
 
-from shared.command_line import read_arguments
+from shared.launch import read_arguments
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES = sorted((DEPLOY / "kubernetes").glob("*.yaml"))

@@ -11,7 +11,7 @@ from conftest import ROOT
 PROGRAM = """
 import resource, sys
 import torch
-from shared.training.memory import keep_freed_memory
+from shared.environment import keep_freed_memory
 
 keep_freed_memory()
 steps = []

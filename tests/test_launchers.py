@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from shared.environment import adopt_launcher, first_host, parse_signals, without_launcher
 from shared.errors import UserError
-from shared.launchers import adopt_launcher, first_host, parse_signals, without_launcher
 
 TORCHRUN = {
     **{"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},

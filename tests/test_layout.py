@@ -14,7 +14,6 @@ FLOORS = (
     *(
         "__main__",
         "launch",
-        "command_line",
         "predictor",
         "commands",
         "search",
@@ -23,7 +22,7 @@ FLOORS = (
         "training",
         "evaluation",
     ),
-    *("library", "data", "config", "launchers", "durable", "log", "redaction", "errors", "environment"),
+    *("library", "data", "config", "durable", "log", "environment", "errors"),
 )
 BY_ITSELF = ("container",)  # runs before anything is installed
 LIBRARIES = ("effdet", "timm", "mmdet", "mmcv", "detectron2", "transformers", "model_def")
@@ -144,7 +143,7 @@ SET_BY = {
     "hang.py": ["self._context"],
     "run.py": ["threading"],  # what prints the errors of threads
     "processes.py": ["self._context", "self._socket", "socket"],
-    "signals.py": ["_before_fork"],
+    "stopping.py": ["_before_fork"],
     "switches.py": ["TrainedInFloat32", "module", "probe"],
     "validation.py": ["module", "torch.distributed"],
 }

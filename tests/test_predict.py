@@ -119,7 +119,7 @@ def test_a_folder_files_and_a_glob_together_each_image_once(predict, tmp_path, c
     assert files(tmp_path / "out") == ["in/b.jpg.png", "results.json", "sub/a.PNG.png", "x/b.jpg.png", "x[1].png.png"]
     assert [r["image_id"] for r in results] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert results[0]["category_id"] == 7
-    assert "broken.png is skipped: it is no image" in caplog.text
+    assert "broken.png is skipped: it is not an image" in caplog.text
     said = capsys.readouterr().out
     assert "8 detections on 4 images in" in said
     assert "the 4 of at least 0.3 are drawn" in said
@@ -228,7 +228,7 @@ def test_pictures_of_an_earlier_predict_are_no_input(predict, tmp_path, caplog):
         ("nowhere", "--images: nowhere does not exist"),
         ("*.tif", "no file matches '\\*.tif'"),
         ("empty", "none of the 0 files"),
-        ("a.txt", "--images: .*a.txt: it is no image"),
+        ("a.txt", "--images: .*a.txt: it is not an image"),
         ("https://example.org/pictures", "a web server has no list of its files"),
         ("broken.mp4", "--images: .*broken.mp4.* cannot be read as a video"),
     ],
@@ -516,7 +516,7 @@ RESULT = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
         ([{**RESULT, "bbox": [1, 2, 1e300, 4]}], "result 0, of image 1: `bbox` .*1e\\+300.* all finite"),
         ([{**RESULT, "score": 1e300}], "result 0, of image 1: .*`score` 1e\\+300"),
         ([{**RESULT, "keypoints": [1, 1e300, 2]}], "result 0, of image 1: `keypoints` .*1e\\+300"),
-        ('[{"segmentation": ' + "[" * 100_000, "is not a list of results: its lists are nested too deep"),
+        ('[{"segmentation": ' + "[" * 100_000, "is not JSON that can be read: its lists are nested too deep"),
         (json.dumps([RESULT]).encode("utf-16"), "is in UTF-16"),
         ('[{"file_name": "ü"}]'.encode("latin-1"), "is not JSON: it is not in UTF-8"),
     ],

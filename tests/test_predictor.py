@@ -128,7 +128,7 @@ def test_the_code_in_a_checkpoint_is_not_run(run, tmp_path, monkeypatch):
     ("given", "message"),
     [
         ("nowhere.png", "nowhere.png: .*No such file"),
-        (__file__, "test_predictor.py: it is no image"),
+        (__file__, "test_predictor.py: it is not an image"),
         (np.zeros((3, 64, 64), np.float32), r"image 0: it is an array \(3, 64, 64\) of float32\. Fix: give a path"),
         (7, "image 0: it is 'int'. Fix: give a path, a Pillow image"),
     ],

@@ -187,10 +187,10 @@ def test_a_stranger_cannot_have_a_process_run_code(machines, tmp_path):
 LISTENING = """
 import json, os, sys, psutil
 sys.path[:0] = [ROOT]
-from shared.training.hang import Watch
+from shared.training.hang import watching
 from shared.training.meeting import local_processes
 
-with local_processes() as (distributed, _), Watch(distributed, 10).watching(0):
+with local_processes() as (distributed, _), watching(distributed, 10):
     distributed.allgather(None)
     sockets = psutil.Process().net_connections("tcp")
     listening = [each.laddr for each in sockets if each.status == psutil.CONN_LISTEN]

@@ -16,8 +16,7 @@ from shared import launch
 from shared.data.annotations import CocoAnnotations
 from shared.data.synthetic import coco_split
 from shared.durable import write_file
-from shared.log import show_log
-from shared.redaction import REDACTED, filled_in, redacted, without_secrets
+from shared.log import REDACTED, filled_in, redacted, show_log, without_secrets
 from shared.report.report import About, changed_keys
 from shared.training.run_folder import RunFolder
 

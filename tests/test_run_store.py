@@ -16,8 +16,8 @@ from without_figures import leave_out_figures
 from shared.commands.train import train_locally
 from shared.config.schema import StoreOptions
 from shared.data import remote
-from shared.data.places import FolderPlace, open_place
 from shared.data.remote import StoreError
+from shared.data.storage import FolderPlace, open_place
 from shared.errors import UserError
 from shared.training.downloads import find_checkpoint
 from shared.training.run_folder import RunFolder

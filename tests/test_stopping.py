@@ -16,12 +16,11 @@ from determined.core import DistributedContext
 from test_resume import assert_same_bits, final_state
 from tiny_models import efficientdet_config
 
+from shared.environment import STOP_SIGNALS
 from shared.errors import UserError
-from shared.launchers import STOP_SIGNALS
 from shared.training import training_metrics
 from shared.training.checkpoints import read_checkpoint
-from shared.training.signals import StopSignals, begin_worker
-from shared.training.stopping import Stopping
+from shared.training.stopping import Stopping, StopSignals, begin_worker
 
 
 def test_ctrl_c_to_the_whole_group_ends_the_run_after_the_batch(run_config, tmp_path):

@@ -27,7 +27,7 @@ from torch import nn
 
 from shared.durable import write_file
 from shared.errors import UserError
-from shared.redaction import without_secrets
+from shared.log import without_secrets
 
 OF_CONFIG = "_value_of_config_"
 _NAMED, _TUPLE, _PARTIAL, _KEYWORDS = "_named_", "_tuple_", "_partial_", "keywords"

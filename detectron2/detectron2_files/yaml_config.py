@@ -30,7 +30,7 @@ from shared.config.schema import is_url
 from shared.data.images import InputScale
 from shared.durable import write_file
 from shared.errors import UserError, nearest
-from shared.redaction import redacted
+from shared.log import redacted
 
 _CLASS_COUNTS = (
     "MODEL.ROI_HEADS.NUM_CLASSES",

@@ -18,7 +18,7 @@ from efficientdet_hyperparameters import EfficientDetHyperparameters
 from shared.errors import UserError, nearest
 from shared.library import COCO_CATEGORIES
 from shared.training.checkpoints import load_weights, read_weights, without_ddp
-from shared.training.class_weights import weights_of
+from shared.training.switches import weights_of
 
 logger = logging.getLogger(__name__)
 

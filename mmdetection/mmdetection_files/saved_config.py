@@ -11,7 +11,7 @@ from mmcv import Config
 
 from shared.durable import write_file
 from shared.errors import UserError
-from shared.redaction import without_secrets
+from shared.log import without_secrets
 
 RESOLVED_CONFIG = "mmdet_config.py"
 # mmcv.load unpickles some files, and a YAML file may call any function there

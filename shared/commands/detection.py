@@ -32,7 +32,7 @@ from shared.evaluation.evaluator import CocoEvaluator
 from shared.evaluation.merging import merge
 from shared.export.metadata import thresholds_of_report
 from shared.export.runtime import ExportedDetector
-from shared.redaction import filled_in
+from shared.log import filled_in
 from shared.training.checkpoints import Checkpoint, load_weights, read_checkpoint
 from shared.training.downloads import find_checkpoint
 from shared.training.processes import trial_context

@@ -226,7 +226,8 @@ def look_at(files: dict[str, str], images: GivenImages, in_tiles: bool = False) 
     if drawn:
         logger.info("skipped: %d pictures that an earlier run drew", drawn)
     if not pictures and len(files) == 1 and isinstance(looked[0], str):
-        raise UserError(f"--images: {next(iter(files.values()))}: {looked[0]}. Fix: give images or videos")
+        reason = looked[0] if "Fix: " in looked[0] else f"{looked[0]}. Fix: give images or videos"
+        raise UserError(f"--images: {next(iter(files.values()))}: {reason}")
     if not pictures:
         raise UserError(f"--images: none of the {len(files)} files can be read as an image. Fix: give images or videos")
     return pictures
@@ -272,7 +273,7 @@ def size_of(name: str, location: str, images: GivenImages, in_tiles: bool = Fals
     except remote.StoreError:
         raise
     except UnidentifiedImageError as error:
-        raise UnreadableError("it is no image") from error
+        raise UnreadableError("it is not an image") from error
     except Image.DecompressionBombError as error:
         if not in_tiles:
             raise UnreadableError(f"{error}. Fix: if you trust it, set data.max_image_pixels") from error

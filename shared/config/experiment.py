@@ -66,7 +66,7 @@ class Experiment:
         hyperparameters: parsed; None if they are a search's ranges, or if a checkpoint's will replace them.
         data: parsed; its paths are absolute, or in its bucket.
         places: the folders in which a relative path is looked for: where the command was run, the YAML file's.
-        written_schedule: the lengths that the config itself sets.
+        schedule: the lengths that the config itself sets.
         seed: of initial weights, order and augmentation.
         aggregation_frequency: batches per optimizer step.
     """
@@ -76,21 +76,13 @@ class Experiment:
     hyperparameters: TrainingHyperparameters | None
     data: DataConfig
     places: tuple[Path, ...]
-    written_schedule: Schedule
+    schedule: Schedule
     seed: int
     aggregation_frequency: int
 
     @property
     def hang_minutes(self) -> float | None:
         return self.hyperparameters.hang_minutes
-
-    def schedule(
-        self,
-        defaults: Mapping[str, Length] | None = None,
-        validation_times: tuple[Length | None, tuple[tuple[Length, Length], ...]] = (None, ()),
-    ) -> Schedule:
-        """How long to train, and how often to validate and save, see `Schedule.with_defaults`."""
-        return self.written_schedule.with_defaults(defaults, validation_times)
 
     def searcher_metric(self, reported: Iterable[str] | None) -> SearcherMetric:
         """The metric that decides which checkpoint is the best, see `parse_searcher_metric`."""
@@ -186,7 +178,7 @@ def _experiment(config: dict[str, Any], sections: Sections, places: tuple[Path, 
         hyperparameters=None,
         data=data,
         places=places,
-        written_schedule=parse_schedule(config),
+        schedule=parse_schedule(config),
         seed=int((config.get("reproducibility") or {}).get("experiment_seed") or 0),
         aggregation_frequency=(config.get("optimizations") or {}).get("aggregation_frequency") or 1,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import re
@@ -12,7 +11,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from msgspec import Meta
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -34,7 +32,6 @@ _LIST_KEYS = "`python3 model_def.py --help-config` lists all keys"
 _MOST_LISTED = 12  # keys that the error about an unknown one lists
 _LENGTHS = ("searcher.max_length", "min_validation_period", "min_checkpoint_period")
 _SECTIONS = ("data", "hyperparameters", "searcher")
-_MOST_VALUES = 100_000
 # Determined's hyperparameter types from which a searcher draws
 _RANGES = ("int", "double", "log", "categorical")
 _LARGEST_CONFIG = 2**20  # bytes
@@ -100,24 +97,6 @@ def _check_is_config_file(path: Path) -> None:
             f"{path} is no experiment config: it has {size / 2**20:.0f} MiB. Fix: give the experiment config, such as "
             "const.yaml"
         )
-    with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):  # OmegaConf says what is wrong with the file
-        if _values_below(yaml.compose(path.read_text())) > _MOST_VALUES:
-            raise UserError(f"{path}: its aliases make more than {_MOST_VALUES:,} values. Fix: write them once")
-
-
-def _values_below(node: yaml.Node | None) -> int:
-    """The values of a YAML document once its aliases are copies."""
-    counted: dict[int, int] = {}
-
-    def count(node: Any) -> int:
-        if isinstance(node, tuple):  # key and value
-            return count(node[0]) + count(node[1])
-        if id(node) not in counted:
-            counted[id(node)] = 1  # also an alias in itself
-            counted[id(node)] += sum(map(count, node.value)) if isinstance(node, yaml.CollectionNode) else 0
-        return counted[id(node)]
-
-    return count(node)
 
 
 def _is_annotations(path: str | Path) -> str:
@@ -310,22 +289,6 @@ def keys_of(section: type) -> list[Key]:
         for field in dataclasses.fields(section)
         if field.metadata.get("help")
     ]
-
-
-def markdown_table(section: type) -> str:
-    """The keys of a section as a Markdown table: those of the section itself, then those that all detectors have."""
-    own = section.__annotations__
-    keys = sorted(keys_of(section), key=lambda key: key.name not in own)
-    with_upstream = any(key.upstream for key in keys)
-    heads = ["key", "default", *(["upstream"] if with_upstream else []), "what"]
-    rows = []
-    for key in keys:
-        text = f"{key.text} ({key.allowed})" if key.allowed else key.text
-        upstream = [f"`{key.upstream}`" if key.upstream else "–"] if with_upstream else []
-        default = key.default if key.default in ("required", "–") else f"`{key.default}`"
-        rows.append([f"`{key.name}`", default, *upstream, text.replace("|", "\\|")])
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" if line[0] != "---" else f"|{'|'.join(line)}|" for line in lines)
 
 
 def help_text(sections: Mapping[str, type], name: str | None) -> str:

@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import hotcoco
 import msgspec
@@ -46,6 +46,7 @@ _OTHER_KINDS = {
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself. Fix: run `git lfs pull`",
 }
 
+T = TypeVar("T")
 Columns = dict[str, np.ndarray]
 JSONBytes = bytes | mmap.mmap
 
@@ -290,20 +291,31 @@ def _gunzip(data: JSONBytes, source: object) -> bytes:
 
 def _decode(data: JSONBytes, source: object) -> _CocoFile:
     try:
-        return msgspec.json.decode(data, type=_CocoFile, strict=False)  # numbers may be in quotes, and 1.0 is an id
+        return decode_json(data, _CocoFile, source)
     except msgspec.ValidationError as error:
         number = wrong_number_in(data) if "out of range" in str(error) else ""
         found = f" ({number})" if number else ""
         raise UserError(
             f"{source} is not a COCO detection file: {_at_id(data, error)}{error}{found}. Fix: correct it"
         ) from error
-    except msgspec.DecodeError as error:
+
+
+def decode_json(data: JSONBytes, into: type[T], source: object) -> T:
+    """The content of a file. Numbers may be in quotes, and 1.0 is a whole number.
+
+    Raises:
+        UserError: it is not JSON.
+        msgspec.ValidationError: it is of another type.
+    """
+    try:
+        return msgspec.json.decode(data, type=into, strict=False)
+    except msgspec.ValidationError:
+        raise
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(_why_not_json(data, source, error)) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not JSON: it is not in UTF-8 ({error}). Fix: save it as UTF-8") from error
     except RecursionError as error:
         raise UserError(
-            f"{source} is not a COCO detection file: its lists are nested too deep. Fix: give a COCO JSON file"
+            f"{source} is not JSON that can be read: its lists are nested too deep. Fix: give a COCO JSON file"
         ) from error
 
 
@@ -320,7 +332,7 @@ def _at_id(data: JSONBytes, error: Exception) -> str:
 
 
 def _why_not_json(data: JSONBytes, source: object, error: Exception) -> str:
-    if "UTF-8" in str(error):  # msgspec 0.23 raises no UnicodeDecodeError
+    if "UTF-8" in str(error) or isinstance(error, UnicodeDecodeError):  # msgspec 0.23 raises a DecodeError
         return f"{source} is not JSON: it is not in UTF-8. Fix: save it as UTF-8"
     # Python writes NaN and Infinity, which JSON does not have: name the annotation instead of a byte
     at = max(data.find(word) for word in (b"NaN", b"Infinity"))

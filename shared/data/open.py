@@ -107,7 +107,7 @@ def notes_on(annotations: CocoAnnotations, split: str) -> list[str]:
 def _open_fake(data: DataConfig, split: str, images: ImageStorage | None) -> SplitData:
     """A small synthetic data set."""
     if getattr(data, split) is not None:
-        logger.warning("data.%s is not read: data.backend is fake, which makes its data up; say disk", split)
+        logger.warning("data.%s is not read, because data.backend: fake draws its own data. Fix: write disk", split)
     return SplitData(CocoAnnotations.from_dict(synthetic.fake_split(split)), synthetic.FakeImages(split))
 
 

@@ -273,7 +273,7 @@ class RemoteImages:
             if not isinstance(error.__cause__, PermissionError):
                 raise
             look = self._try_some(names)  # it raises if reading is refused too
-            logger.warning("%s cannot be listed: that all images are there is not checked", self.url)
+            logger.warning("%s cannot be listed, so missing images are not found before the training", self.url)
             return look
         self._sizes = look.sizes
         return look

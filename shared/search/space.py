@@ -67,7 +67,7 @@ def parse_searcher(experiment: Experiment) -> Searcher:
             "max_trials": {"grid": len(points), "single": 1}.get(name, parsed.max_trials),
             "metric": experiment.searcher_metric(None),
         },
-        length=experiment.schedule().max_length.count if name == "adaptive_asha" else 1,
+        length=experiment.schedule.with_defaults().max_length.count if name == "adaptive_asha" else 1,
         points=points,
         seed=experiment.seed,
         max_restarts=5 if restarts is None else restarts,

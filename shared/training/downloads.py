@@ -164,7 +164,7 @@ def checkpoint_here(name: str) -> Path | None:
 def _from_bucket(url: str) -> Path:
     """The folder of a checkpoint of a run that `train --store` keeps in a bucket, downloaded once and completely."""
     from shared.config.schema import StoreOptions
-    from shared.data.places import fetch_folder, open_place  # no other source needs them
+    from shared.data.storage import fetch_folder, open_place  # no other source needs them
 
     run, _, which = url.rstrip("/").rpartition("/checkpoints/")
     if which not in ("best", "last"):

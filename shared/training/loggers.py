@@ -20,7 +20,7 @@ from typing import Any
 from shared.config.file import flattened
 from shared.durable import locked, write_file
 from shared.errors import UserError
-from shared.redaction import redacted, without_secrets
+from shared.log import redacted, without_secrets
 from shared.training.run_folder import RunFolder
 
 # unless a variable is set; finish_timeout in seconds: the run's folder keeps what is not sent by then

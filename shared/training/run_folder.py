@@ -21,7 +21,7 @@ from shared.durable import (
     write_file,
 )
 from shared.errors import UserError
-from shared.redaction import redact_yaml_files, without_secrets
+from shared.log import redact_yaml_files, without_secrets
 
 OF_THE_RUN = ("last", "best", "auto")  # what --resume may say of the folder's own checkpoints
 _SOURCES = (".py", ".yaml", ".yml", ".sh", ".md", ".jinja")

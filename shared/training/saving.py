@@ -24,7 +24,7 @@ from torch import nn
 
 from shared.durable import write_file
 from shared.errors import DivergedError, UserError
-from shared.redaction import redact_yaml_files
+from shared.log import redact_yaml_files
 from shared.training.downloads import sha256_of
 
 logger = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from pretended_gpu.streams import RECORD, place_of
 from pretended_gpu.tensors import Generator
 from shared.commands import train as train_command
 from shared.config.experiment import read_experiment
-from shared.training.tensorboard import ReportFigures
+from shared.training.run import ReportFigures
 
 MMDET_RETINANET = "retinanet/retinanet_r50_fpn_1x_coco.py"
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
