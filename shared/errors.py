@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+_FEW = 10  # valid names that an error lists
+
 
 class UserError(ValueError):
     """Bad input. The message names the problem, its place (file, key, image id) and the fix."""
@@ -25,16 +27,40 @@ class DivergedError(ArithmeticError):
     """The loss is not finite. More training would only destroy the weights."""
 
 
-def nearest(name: str, valid: Iterable[str], otherwise: str | None = None) -> str:
-    """The end of an error message about an unknown name: the nearest valid one, else `otherwise`, else all of them."""
-    valid = sorted(valid)
-    ending = [name_ for name_ in valid if name_.endswith(f"_{name}")]
+def problem_of(error: Exception) -> str:
+    """An error's message without its fix, for a message that has another one."""
+    return str(error).partition(". Fix: ")[0]
+
+
+def similar_names(name: str, valid: Iterable[str]) -> list[str]:
+    """At most three valid names that may be meant by an unknown one, the nearest first."""
+    valid = sorted(set(valid))
     initials = "".join(word[:1] for word in name.split("_"))
-    ending += [name_ for name_ in valid if name_ == initials and len(initials) > 1]  # learning_rate: lr
-    close = ending or difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return otherwise or f"valid ones: {', '.join(valid)}"
+    parts = [name_ for name_ in valid if name_.startswith(f"{name}_") or name_.endswith(f"_{name}")]
+    parts += [name_ for name_ in valid if name_ == initials and len(initials) > 1]  # learning_rate: lr
+    other_case = [name_ for name_ in valid if name_.casefold() == name.casefold()]
+    if found := other_case or parts:
+        return found[:3]
+    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.6)
+    likeness = [difflib.SequenceMatcher(None, each, name).ratio() for each in close]
+    return [each for each, like in zip(close, likeness, strict=True) if like > likeness[0] - 0.1]
+
+
+def any_of(names: Iterable[object]) -> str:
+    """ "'a', 'b' or 'c'"."""
+    *first, last = map(repr, names)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def nearest(name: str, valid: Iterable[str], otherwise: str | None = None) -> str:
+    """The end of an error message about an unknown name: at most three similar ones, else `otherwise`, else all of a
+    few valid ones."""
+    valid = sorted(set(valid))
+    if close := similar_names(name, valid):
+        return f"; did you mean {any_of(close)}?"
+    if otherwise is None and len(valid) > _FEW:
+        valid = [*difflib.get_close_matches(name, valid, n=3, cutoff=0), "…"]
+    return f". Fix: {otherwise or 'use one of ' + ', '.join(valid)}"
 
 
 def nearest_path(path: str) -> str:
@@ -48,7 +74,7 @@ def nearest_path(path: str) -> str:
     deeper = sorted(str(found) for found in folder.glob(f"*/{glob.escape(name)}"))
     if alike or deeper:
         return f"did you mean {folder / alike[0] if alike else deeper[0]}?"
-    return f"in {folder} there {'is no ' + name if others else 'is nothing'}"
+    return f"{folder} {'has no ' + name if others else 'is empty'}. Fix: correct the path"
 
 
 def same_on_any_disk(name: str) -> str:

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shared.commands.check import add_check_options
+from shared.config.augment import Augment
 from shared.config.experiment import Experiment, Sections, read_experiment
 from shared.config.file import fixed_hyperparameters, help_text
-from shared.config.schema import StoreOptions, TrainingHyperparameters, parse_section
+from shared.config.schema import SearcherSection, StoreOptions, TopLevelKeys, TrainingHyperparameters, parse_section
 from shared.environment import (
     STOP_SIGNALS,
     adopt_launcher,
@@ -78,7 +79,13 @@ def read_command(module: str, sections: Sections) -> Command | None:
         return None
     with exit_on_errors():
         if sys.argv[1:2] == ["--help-config"]:
-            of_detector = {"hyperparameters": sections.hyperparameters, "data": sections.data}
+            of_detector = {
+                "": TopLevelKeys,
+                "searcher": SearcherSection,
+                "hyperparameters": sections.hyperparameters,
+                "data": sections.data,
+                "data.augment": Augment,
+            }
             print(help_text(of_detector, sys.argv[2] if len(sys.argv) > 2 else None))
             sys.exit()
         arguments = read_arguments()

@@ -1,4 +1,4 @@
-"""`data.augment`: what it does to images and objects, and which random numbers it draws."""
+"""`data.augment`: its effects on images and objects, and its random numbers."""
 
 import importlib
 import io
@@ -325,7 +325,7 @@ def test_a_wrong_key_is_an_error_that_names_the_nearest(augment, message):
 @pytest.mark.parametrize(
     ("transforms", "message"),
     [
-        (["GausianBlur"], "'GausianBlur' is no transform of torchvision; did you mean 'GaussianBlur'?"),
+        (["GausianBlur"], "'GausianBlur' is not a transform of torchvision; did you mean 'GaussianBlur'?"),
         ([{"GaussianBlur": {"kernel": 3}}], "GaussianBlur has no argument 'kernel'; did you mean 'kernel_size'?"),
         ([{"Normalize": {"mean": [0.5], "std": [0.5]}}], "Normalize cannot change an image with boxes"),
         ([{"ToDtype": {"dtype": "float"}}], "ToDtype"),

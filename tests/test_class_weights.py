@@ -1,4 +1,4 @@
-"""`hyperparameters.class_weights` changes the classification loss of each detector, and nothing else."""
+"""`hyperparameters.class_weights` changes only the classification loss of each detector."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ MODELS = {
 
 @pytest.fixture
 def losses(shapes, unbuilt):
-    """The losses of a model's first training batch, with these weights; the trial."""
+    """The losses of a model's first training batch with these weights; and the trial."""
 
     def of(detector, make, weights):
         config = make(shapes)
@@ -107,7 +107,7 @@ def test_a_category_without_objects_has_the_weight_one():
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"circel": 2.0}, r"hyperparameters\.class_weights: 'circel' is no category of data\.train; .*circle"),
+        ({"circel": 2.0}, r"hyperparameters\.class_weights: 'circel' is no category of data\.train.*circle"),
         ({"circle": 0.0}, r"hyperparameters\.class_weights\.circle: it is 0\. Fix: give a number above 0"),
         ({"circle": "many"}, r"hyperparameters\.class_weights"),
         ("balancd", r"hyperparameters\.class_weights"),

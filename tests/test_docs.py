@@ -1,4 +1,4 @@
-"""What the documents promise is held by tests that exist."""
+"""The tests that the documentation names exist, and its commands and links work."""
 
 import ast
 import re

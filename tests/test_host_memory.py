@@ -1,4 +1,4 @@
-"""What a training on the CPU frees stays with the process, for its next step."""
+"""Memory that a training on the CPU frees stays with the process for the next step."""
 
 import platform
 import subprocess

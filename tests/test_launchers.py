@@ -34,7 +34,7 @@ KUBEFLOW = {
 
 
 def adopted(environment):
-    """The rank, the number of ranks, the rank on the machine, and where rank 0 is."""
+    """The rank, the number of ranks, the rank on the machine, and rank 0's address."""
     environment = dict(environment)
     adopt_launcher(environment)
     return tuple(environment.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))

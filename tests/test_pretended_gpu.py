@@ -1,4 +1,4 @@
-"""The GPU branches of the code on a pretended GPU, see tests/pretended_gpu: no test here needs a GPU."""
+"""The GPU branches of the code on a pretended GPU (tests/pretended_gpu). No test needs a GPU."""
 
 import json
 import os
@@ -41,7 +41,7 @@ WAITS = [
 
 
 def run_program(module, *arguments, processes=1):
-    """A program of tests/pretended_gpu, where no real GPU is seen; its standard output."""
+    """Runs a program of tests/pretended_gpu without real GPUs. Returns its standard output."""
     program = [sys.executable]
     if processes > 1:
         program += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

@@ -1,4 +1,4 @@
-"""Passwords of a config: no file, page, log line or logger has them, and everything works without."""
+"""No file, page, log line or logger has a config's passwords, and everything works without them."""
 
 import copy
 import json
@@ -54,7 +54,7 @@ SECRETS = {
 
 @pytest.fixture
 def config(shapes):
-    """Two batches and a validation, of a config with a password in every place."""
+    """A config of two batches and a validation, with a password in every place."""
     config = {**efficientdet_config(shapes), **copy.deepcopy(SECRETS)}
     config["data"] |= {"workers": 0, "endpoint_url": f"http://user:{PASSWORD}@127.0.0.1:9"}
     config["searcher"]["max_length"] = {"batches": 2}

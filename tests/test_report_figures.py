@@ -1,4 +1,4 @@
-"""The report's figures in TensorBoard, drawn beside the training."""
+"""The report's figures in TensorBoard, drawn during training."""
 
 import threading
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""A resume after the config or the data changed: this run's values win, or one error says what to do."""
+"""A resume after changes of config or data: the new values win, or one error gives the fix."""
 
 import contextlib
 import json
@@ -35,12 +35,12 @@ def config(detector, shapes):
 
 @pytest.fixture
 def tiny(shapes):
-    """The same of EfficientDet alone, without averaged weights."""
+    """The same for EfficientDet alone, without averaged weights."""
     return of_length(4, small("efficientdet", shapes), "efficientdet")
 
 
 def of_length(batches, config, detector=None, **hyperparameters):
-    """Trains for so many batches."""
+    """The config with a length of `batches` batches."""
     config["searcher"]["max_length"] = {"batches": batches}
     config["hyperparameters"].update(hyperparameters)
     if detector == "efficientdet":
@@ -179,7 +179,7 @@ def test_best_of_an_older_checkpoint_stays(tiny, scripted, train):
 
 
 def with_ids(config, ids, folder):
-    """The same annotations, exported again with other category ids."""
+    """The same annotations with other category ids."""
     for split in ("train", "val"):
         coco = json.loads(Path(config["data"][split]["annotations"]).read_text())
         new = {category["id"]: ids[category["name"]] for category in coco["categories"]}
@@ -218,7 +218,7 @@ def test_a_resume_with_other_ids_of_the_same_categories_continues(tiny, efficien
 
 @pytest.fixture
 def run_task(monkeypatch, tmp_path, efficientdet):
-    """Trains as a task of a cluster; its master."""
+    """Trains as a task of a cluster. Returns its master."""
 
     def call(config, **of_the_task):
         master = become_a_task(monkeypatch, tmp_path / "task", config, **of_the_task)

@@ -1,4 +1,4 @@
-"""What `det experiment create -f const.yaml .` uploads, and the experiment files."""
+"""The files that `det experiment create -f const.yaml .` uploads, and the experiment files."""
 
 import base64
 import json
@@ -247,7 +247,7 @@ setup(name="mmcv", version=get_version(), packages=["mmcv"], install_requires=["
 
 
 def pack_mmcv(folder):
-    """A source distribution of the same name and version as mmcv's, and with its way to read the version."""
+    """A source distribution with mmcv's name, version and way to read the version."""
     source = folder / "mmcv-1.7.2"
     (source / "mmcv").mkdir(parents=True)
     (source / "mmcv/__init__.py").write_text("")
@@ -365,7 +365,7 @@ def test_the_hook_installs_mmcv_without_compiling(container):
 
 
 def test_detectron2_is_its_python_of_one_commit(container, tmp_path):
-    """Its setup.py always compiles; here, what no compiler takes."""
+    """Its setup.py always compiles. Here it cannot."""
     home, site, _ = container
     source = tmp_path / "source"
     (source / "detectron2").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The switches of `hyperparameters` that every detector has: precision, memory format, averages, clipping, freezing."""
+"""The hyperparameters that every detector has: precision, memory format, averages, clipping, freezing."""
 
 import copy
 import sys
@@ -36,7 +36,7 @@ def small(detector: str, shapes, **hyperparameters) -> dict:
 
 
 def draw_no_regions(detector: str, config: dict) -> None:
-    """Those that Detectron2 draws at random are others with any rounding."""
+    """Removes Detectron2's random choice of regions, which depends on rounding."""
     if detector == "detectron2":
         config["hyperparameters"]["config_file"] = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 
@@ -240,7 +240,7 @@ def test_freeze_names_modules_and_parameters_by_their_whole_names():
     ("message", "names"),
     {
         "the model has no part 'bakbone'; did you mean 'backbone'": ["bakbone"],
-        "the model has no part 'zzz'; its parts are backbone, backbone_norm, head": ["zzz"],
+        "the model has no part 'zzz'. Fix: name one of its parts: backbone, backbone_norm, head": ["zzz"],
         "backbone, backbone_norm, head is the whole model": ["backbone", "backbone_norm", "head"],
     }.items(),
 )
@@ -331,7 +331,7 @@ def test_sync_bn_of_several_processes_without_gpus_is_refused(config, trial_clas
     [
         ("clip_grad", 0.0, "hyperparameters.clip_grad: it is 0. Fix: give a number > 0"),
         ("model_ema_decay", 1.0, r"hyperparameters.model_ema_decay: it is 1. Fix: give a number < 1"),
-        ("amp", "bf8", "hyperparameters.amp: 'bf8' is none of bf16, fp16, null"),
+        ("amp", "bf8", "hyperparameters.amp: 'bf8' is unknown. Fix: use one of bf16, fp16, null"),
     ],
 )
 def test_a_switch_of_a_wrong_value_is_an_error_that_names_it(config, trial_class, train, key, value, message):

@@ -1,4 +1,4 @@
-"""The detectors made small: what the tests train."""
+"""Small versions of the detectors, for the tests."""
 
 import contextlib
 import importlib.util
@@ -11,7 +11,7 @@ EFFICIENTDET, MMDETECTION, DETECTRON2 = ROOT / "efficientdet", ROOT / "mmdetecti
 
 
 def load_model_def(detector: str = "mmdetection"):
-    """A detector's model_def.py under a name of its own: each has one."""
+    """A detector's model_def.py under a module name of its own."""
     name = f"{detector}_model_def"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, ROOT / detector / "model_def.py")
@@ -83,8 +83,8 @@ KEYPOINT_NAMES = [
 
 
 def with_keypoints(coco: dict) -> dict:
-    """The same COCO annotations with 17 points around each box's middle; some are not visible or not labelled, and
-    crowds and each seventh object have none."""
+    """The same COCO annotations with 17 points around each box's center. Some are invisible or unlabelled; crowds and
+    each seventh object have none."""
     annotations = []
     for annotation in coco["annotations"]:
         x, y, width, height = annotation["bbox"]
@@ -250,7 +250,7 @@ def efficientdet_config(shapes: Path) -> dict:
 def mmdet_config(
     shapes: Path, config_file: str = "mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py", **overrides: object
 ) -> dict:
-    """The same of one of MMDetection's configs."""
+    """The same for one of MMDetection's configs."""
     return _experiment(
         shapes,
         {
@@ -264,7 +264,7 @@ def mmdet_config(
 def detectron2_config(
     shapes: Path, config_file: str = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", **overrides: object
 ) -> dict:
-    """The same of one of Detectron2's configs."""
+    """The same for one of Detectron2's configs."""
     return _experiment(
         shapes,
         {
@@ -277,7 +277,7 @@ def detectron2_config(
 
 
 def detr_config(shapes: Path, model_type: str = "rt_detr_v2", **changes: object) -> dict:
-    """The same of one of transformers' model types."""
+    """The same for one of transformers' model types."""
     return _experiment(
         shapes,
         {
@@ -291,7 +291,7 @@ def detr_config(shapes: Path, model_type: str = "rt_detr_v2", **changes: object)
 
 
 def detectron2_config_by_name(config_file, train, val, metric, **overrides):
-    """The config of two batches on data sets that are registered."""
+    """A config of two batches on registered data sets."""
     names = {"DATASETS.TRAIN": [train], "DATASETS.TEST": [val]}
     config = detectron2_config(Path(), config_file, **names, **overrides)
     config["data"] = {"workers": 0}
@@ -300,7 +300,7 @@ def detectron2_config_by_name(config_file, train, val, metric, **overrides):
 
 
 def trial_classes() -> dict[str, type]:
-    """Each detector's trial; those alone whose library is here."""
+    """The trial of each detector whose library is installed."""
     from model_def import EfficientDetTrial
 
     trials = {"efficientdet": EfficientDetTrial}
@@ -382,7 +382,7 @@ def _experiment(shapes: Path, hyperparameters: dict) -> dict:
 
 
 def use_operations_in_pytorch(monkeypatch):
-    """mmcv.ops over the operations in PyTorch, also where mmcv-full is installed."""
+    """mmcv.ops over the operations in PyTorch, even if mmcv-full is installed."""
     from mmdetection_files import operations
 
     for name, module in list(sys.modules.items()):

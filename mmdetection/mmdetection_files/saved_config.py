@@ -37,7 +37,10 @@ def read_resolved(path: Path) -> Config:
         statements = ast.parse(path.read_text()).body
         return Config({statement.targets[0].id: ast.literal_eval(statement.value) for statement in statements})
     except (SyntaxError, ValueError, AttributeError, TypeError, OSError, RecursionError, MemoryError) as error:
-        raise UserError(f"{path} is not a resolved config of this project: {error}") from error
+        raise UserError(
+            f"{path} is not a resolved config of this project: {error}. Fix: give a checkpoint of "
+            "mmdetection/model_def.py"
+        ) from error
 
 
 def imported_modules(config: Config) -> list[str]:

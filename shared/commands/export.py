@@ -132,7 +132,9 @@ def _replacing(output: Path) -> Iterator[Path]:
         durable.replace_folder(folder, output)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(f"--output: {output} cannot be written: {error.strerror or error}") from error
+        raise UserError(
+            f"--output: {output} cannot be written: {error.strerror or error}. Fix: give another folder"
+        ) from error
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -110,7 +110,7 @@ def _train_in(
         if outcome.end is End.NOTHING_TO_DO:
             loggers.finish(0)
             if arguments.resume != "auto":
-                raise UserError(f"--resume: {outcome}")
+                raise UserError(f"--resume: {outcome}. Fix: to train longer, raise searcher.max_length")
             if trial.rank == 0:
                 logger.info("nothing to do: %s", outcome)
         elif not outcome.is_finished:
@@ -218,7 +218,7 @@ class Results:
             print(f"{name}: {self.metric} {number} at batch {report['batches']}, {self.folder.checkpoints / name}")
         if self.outcome.why:
             print(self.outcome)
-        print(f"trained for {duration(self.outcome.seconds)}; all of it is in {self.folder.path}")
+        print(f"trained for {duration(self.outcome.seconds)}; the run's folder is {self.folder.path}")
         if figure := picture_of(self.trial, self.outcome.validation):
             drawing.save(figure, self.folder.predictions)
             print(f"predictions beside the ground truth: {self.folder.predictions}")

@@ -82,7 +82,7 @@ def open_images(
         return CachedImages(remote, Path(cache_dir).absolute() / "images", cache_bytes) if cache_dir else remote
     folder = Path(images)
     if not folder.is_dir():
-        raise UserError(f"data.{split}.images: {images} is not a folder")
+        raise UserError(f"data.{split}.images: {images} is not a folder. Fix: give the folder of the images")
     return DiskImages(folder.absolute())
 
 
@@ -132,7 +132,7 @@ def _refuse_link_out(path: Path, root: Path) -> None:
     # a Hugging Face cache has links in <repository>/snapshots/<revision>/ to files in <repository>/blobs/
     repositories = [parent.parent for parent in (root, *root.parents) if parent.name == "snapshots"]
     if not any(target.is_relative_to(folder) for folder in (root, *(r / "blobs" for r in repositories))):
-        raise UserError(f"{path} is a link out of {root}, to {target}; put the file itself there")
+        raise UserError(f"{path} is a link out of {root}, to {target}. Fix: put the file itself there")
 
 
 def _plain(names: np.ndarray) -> np.ndarray:
@@ -437,4 +437,6 @@ class FolderPlace:
         try:
             yield
         except OSError as error:
-            raise StoreError(f"{self.root} cannot be {purpose} ({error.strerror or error})") from error
+            raise StoreError(
+                f"{self.root} cannot be {purpose} ({error.strerror or error}). Fix: check the path and its permissions"
+            ) from error

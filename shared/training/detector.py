@@ -191,7 +191,7 @@ class Detector(PyTorchTrial):
         """The data to train and to validate on, checked."""
         train, val = open_train_and_val(self.data)
         if self.rank == 0 and (count := int(train.annotations.without_area.sum())):
-            logger.warning("data.train: %d boxes without area are left out of the training targets", count)
+            logger.warning("data.train: %d boxes without area are omitted from the training targets", count)
         return train, val
 
     def open_val(self) -> SplitData:
@@ -275,7 +275,7 @@ class Detector(PyTorchTrial):
     def loss_transform(self, data: SplitData) -> Transform:
         """From a validation image to a training sample without augmentation, at the size of the evaluation; None for an
         image that gives none. Raises UserError if the detector's configuration does not allow that."""
-        raise UserError("hyperparameters.validation_loss: this detector has none")
+        raise UserError("hyperparameters.validation_loss: this detector has none. Fix: remove the key")
 
     def image_losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """As `losses`, for a batch of one validation image and the model that validates."""

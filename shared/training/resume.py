@@ -26,7 +26,7 @@ from determined.core import DistributedContext
 from torch import nn
 from torch.optim import Optimizer
 
-from shared.errors import UserError
+from shared.errors import UserError, problem_of
 from shared.training.checkpoints import Checkpoint, read_checkpoint
 from shared.training.downloads import find_checkpoint
 from shared.training.processes import on_chief, on_every_rank
@@ -147,7 +147,8 @@ def refused_values(what: str) -> Iterator[None]:
         raise
     except (ValueError, TypeError, KeyError, AssertionError, ZeroDivisionError) as error:
         raise UserError(
-            f"hyperparameters: the {what} cannot be made of these values ({type(error).__name__}: {error})"
+            f"hyperparameters: the {what} cannot be made of these values ({type(error).__name__}: {error}). Fix: "
+            "correct them"
         ) from error
 
 
@@ -240,7 +241,7 @@ def _first_complete(resume: str, folder: RunFolder) -> Checkpoint | None:
             errors.append(error)
             continue
         if errors:
-            logger.warning("--resume %s: %s; resuming from %s", resume, errors[0], path)
+            logger.warning("--resume %s: %s; resuming from %s", resume, problem_of(errors[0]), path)
         return checkpoint
     if errors:
         raise errors[0]

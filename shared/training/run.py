@@ -388,7 +388,7 @@ def trial_is_stopping(trial_id: int, validated_at: int) -> bool:
                 return False
             time.sleep(_BETWEEN_QUESTIONS)
     except Exception as error:  # whatever the network does, it must not end the training
-        logger.warning("the master could not be asked whether trial %d shall stop: %s", trial_id, error)
+        logger.warning("cannot ask the master whether trial %d should stop: %s", trial_id, error)
         return False
 
 
@@ -400,7 +400,7 @@ def last_validation(trial_id: int) -> int | None:
     try:
         batches = _last_validation_of(client.get_trial(trial_id))
     except Exception as error:  # then a validation is repeated
-        logger.warning("the master could not be asked for the validations of trial %d: %s", trial_id, error)
+        logger.warning("cannot ask the master for the validations of trial %d: %s", trial_id, error)
         return None
     return int(batches) if 0 <= batches < math.inf else None
 

@@ -88,9 +88,9 @@ def freeze(model: nn.Module, names: Sequence[str]) -> str:
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     for name in names:
         if name not in parameters and name not in modules:
-            parts = f"its parts are {', '.join(part for part, _ in model.named_children())}"
+            parts = f"name one of its parts: {', '.join(part for part, _ in model.named_children())}"
             raise UserError(
-                f"hyperparameters.freeze: the model has no part {name!r}; "
+                f"hyperparameters.freeze: the model has no part {name!r}"
                 f"{nearest(name, [*modules, *parameters], otherwise=parts)}"
             )
         if name in modules:
@@ -103,7 +103,10 @@ def freeze(model: nn.Module, names: Sequence[str]) -> str:
             parameters[name].requires_grad_(False)
     trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
     if not trained:
-        raise UserError(f"hyperparameters.freeze: {', '.join(names)} is the whole model, and nothing is left to train")
+        raise UserError(
+            f"hyperparameters.freeze: {', '.join(names)} is the whole model, and nothing is left to train. Fix: freeze "
+            "less"
+        )
     whole = sum(p.numel() for p in parameters.values())
     return f"{', '.join(names)}; {trained:,} of {whole:,} parameters are trained"
 
@@ -325,7 +328,7 @@ def class_weights(
         names = [category["name"] for category in categories]
         for name in given:
             if name not in names:
-                raise UserError(f"{_WEIGHTS}: {name!r} is no category of data.train; {nearest(name, names)}")
+                raise UserError(f"{_WEIGHTS}: {name!r} is no category of data.train{nearest(name, names)}")
         weights = np.array([given.get(name, 1.0) for name in names])
     return None if (weights == 1).all() else torch.tensor(weights, dtype=torch.float32)
 

@@ -119,7 +119,9 @@ class DetectionTrial(Detector):
 
     def _check_own_config(self) -> None:
         if self.data.repeat_threshold is not None and (own := self.repeats_by_itself()):
-            raise UserError(f"data.repeat_threshold: the config repeats images itself, by {own}; take one of them out")
+            raise UserError(
+                f"data.repeat_threshold: the config repeats images itself, by {own}. Fix: remove one of the two"
+            )
         if self.validates_loss and not self.evaluates_coco:
             raise UserError(
                 "hyperparameters.validation_loss: the detector's own library evaluates this config, on data without "
@@ -171,8 +173,8 @@ class DetectionTrial(Detector):
             self.prepare_schedule()
         if self.rank == 0 and (warmup := self.warmup_batches()) > self.total_batches:
             logger.warning(
-                "the warm-up has %d batches and the training %d: the learning rate never becomes what the config says; "
-                "train longer, or warm up for less",
+                "the warm-up has %d batches and the training %d, so the learning rate never reaches the config's. Fix: "
+                "train longer, or shorten the warm-up",
                 *(warmup, self.total_batches),
             )
         self.evaluator = context.wrap_reducer(self.build_evaluator(self.val_data), for_training=False)

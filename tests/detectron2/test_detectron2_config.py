@@ -1,4 +1,4 @@
-"""Which config counts, what it says, and what is wrong with it."""
+"""The choice of the config, its values, and its errors."""
 
 import copy
 import re

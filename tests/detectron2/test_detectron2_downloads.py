@@ -1,4 +1,4 @@
-"""Detectron2's weights from URLs: those that are named."""
+"""Detectron2's weights from URLs."""
 
 import torch
 from stores import http_store

@@ -1,4 +1,4 @@
-"""Configs of the model zoo, of each kind, train two batches and validate."""
+"""Configs of each kind in the model zoo train two batches and validate."""
 
 import json
 

@@ -20,7 +20,7 @@ def test_exported_file_detects_what_the_checkpoint_detects(model_type, processor
     trial_class = trial_classes()["detr"]
 
     class Spread(trial_class):
-        """Random weights whose scores differ: equal ones would be in any order."""
+        """Random weights with different scores: equal scores have no order."""
 
         def build_model(self):
             model = super().build_model()

@@ -1,4 +1,4 @@
-"""What stands in for compiled operations does on a GPU what it does on the CPU."""
+"""The replacements of compiled operations give the same on a GPU as on the CPU."""
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
-"""Every detector on one GPU and, where there are two, on both: what only a GPU can show.
+"""Every detector on one GPU, and on two if there are two: what only a GPU can show.
 
-Two equal runs tell whether a detector's kernels are deterministic. Where they are, a resumed run must end with their
-bits; where they are not (RoIAlign's backward adds up in any order), its losses must be theirs as nearly as the two
-agree with each other, and a warning says so.
+Two equal runs show whether a detector's kernels are deterministic. If they are, a resumed run must be bit-for-bit
+equal. If not, as with RoIAlign's backward, its losses may differ as much as those of the two equal runs. A warning then
+names the detector.
 """
 
 import contextlib
@@ -91,7 +91,7 @@ def case(request):
 
 @pytest.fixture
 def reproducible(monkeypatch):
-    """Kernels that are deterministic, where there are such, and without TF32."""
+    """Deterministic kernels, if they exist, without TF32."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,4 +1,4 @@
-"""The same losses, gradients, weights, learning rates, detections and metrics as MMDetection's own code gives."""
+"""Losses, gradients, weights, learning rates, detections and metrics equal those of MMDetection's own code."""
 
 import copy
 import logging
@@ -40,7 +40,7 @@ from shared.training.checkpoints import read_checkpoint
 
 
 class UpstreamData(torch.utils.data.Dataset):
-    """mmdet's own data set, with the random numbers that ours draws."""
+    """mmdet's own data set, with our random numbers."""
 
     def __init__(self, config, seed):
         self.dataset, self.seed = build_dataset(config), seed
@@ -87,7 +87,7 @@ def test_training_is_that_of_mmdetection_s_runner(shapes, train, config_file, dt
 
 
 def train_by_runner(trial, weights, batches, dtype):
-    """MMDetection's own training: the records of its steps, and the weights after them."""
+    """MMDetection's own training. Returns the records of its steps and the final weights."""
     resolved, records = trial.mmdet_config, []
     resolved.data.train.classes = [category["name"] for category in trial.categories]
     data = UpstreamData(resolved.data.train, trial.seed)
@@ -132,7 +132,7 @@ POLICIES = {
 
 
 class Bare(torch.nn.Module):
-    """As little as a runner takes."""
+    """The least that a runner accepts."""
 
     def __init__(self):
         super().__init__()
@@ -227,7 +227,7 @@ def test_detections_are_those_of_inference_detector(shapes, train, tmp_path):
 
 
 def noisy_results(annotations, rng):
-    """Results as a detector gives them: jittered truth and some nonsense, with masks."""
+    """Results like a detector's: jittered truth and false detections, with masks."""
     results = []
     for record in annotations:
         per_class = [np.zeros((0, 5), np.float32) for _ in annotations.categories]

@@ -1,4 +1,4 @@
-"""Which config is trained: found, merged, overridden, checked, saved; and who decides what in it."""
+"""The config that is trained: how it is found, merged, overridden, checked and saved."""
 
 import shutil
 from copy import deepcopy
@@ -134,9 +134,9 @@ WRONG = {
     "unknown key 'optimizer.paramwise_cfg.custom_keys.backbone.layer1.lr_mul'; did you mean 'lr_mult'?": {
         "optimizer.paramwise_cfg.custom_keys.backbone.layer1.lr_mul": 0.1
     },
-    "optimizer.type changes from SGD to AdamW, which does not take 'momentum' of the section that it is merged into; "
-    "say `_delete_: true`": {"optimizer": {"type": "AdamW", "lr": 0.0001}},
-    "data.train.pipeline is a list of 8; '20' is no position in it": {"data.train.pipeline.20.type": "x"},
+    "optimizer.type changes from SGD to AdamW, which does not take 'momentum' of the section that it is merged into. "
+    "Fix: write `_delete_: true`": {"optimizer": {"type": "AdamW", "lr": 0.0001}},
+    "data.train.pipeline is a list of 8. Fix: give a position from 0 to 7": {"data.train.pipeline.20.type": "x"},
 }
 
 

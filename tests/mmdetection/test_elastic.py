@@ -1,4 +1,4 @@
-"""Another number of processes at each start: whoever loses a GPU goes on with what is left."""
+"""Each start of a run has another number of processes, as after the loss of a GPU."""
 
 import collections
 import os

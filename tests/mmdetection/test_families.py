@@ -95,8 +95,7 @@ def pictures(tmp_path_factory):
 
 
 def made_small(section, path=""):
-    """Overrides that give every size in a config's pipelines `SIZE` pixels, few proposals and no weights to
-    download."""
+    """Overrides: `SIZE` pixels in all pipelines, few proposals, no weights to download."""
     if isinstance(section, (list, tuple)):
         return {k: v for i, part in enumerate(section) for k, v in made_small(part, f"{path}.{i}").items()}
     if not isinstance(section, dict):

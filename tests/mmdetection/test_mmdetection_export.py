@@ -31,7 +31,7 @@ def trial_class():
 @pytest.mark.parametrize("config_file", FAMILIES)
 def test_exported_file_detects_what_the_checkpoint_detects(config_file, shapes, differences_of_export, trial_class):
     class Bold(trial_class):
-        """An untrained model whose scores are high enough to be compared."""
+        """An untrained model with scores that are high enough to compare."""
 
         def build_model(self):
             model = super().build_model()

@@ -1,4 +1,4 @@
-"""A checkpoint's config is data: it imports no modules, and names no pickle and no Python file that is read."""
+"""A checkpoint's config is data: it imports no modules, and names no pickle and no Python file."""
 
 import json
 import pickle
@@ -60,7 +60,7 @@ def honest(experiment, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def checkpoint(honest, tmp_path, monkeypatch) -> Path:
-    """A copy of it, to change. Modules of the test's folder can be imported."""
+    """A copy of it, to change. Modules in the test's folder can be imported."""
     monkeypatch.syspath_prepend(tmp_path)
     copy = tmp_path / "checkpoint"
     shutil.copytree(honest, copy)
@@ -77,7 +77,7 @@ class Harmful:
 
 
 def harmful_files(folder: Path, trace: Path) -> None:
-    """In every format in which mmcv would execute it."""
+    """Harmful files in every format that mmcv would execute."""
     (folder / "evil").mkdir()
     for name in ("evil_module.py", "evil/mc.py", "evil/config.py"):
         (folder / name).write_text(EXECUTES.format(str(trace)))
@@ -159,7 +159,7 @@ def test_a_checkpoint_whose_hyperparameters_import_modules_is_refused(checkpoint
 
 @pytest.fixture
 def own_neck(tmp_path, monkeypatch) -> Path:
-    """A config of the user's that imports a module of the user's, which registers its neck."""
+    """A user's config that imports a user's module, which registers a neck."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_necks_of_a_user.py").write_text(
         "from mmdet.models import NECKS\nfrom mmdet.models.necks import FPN\n"
@@ -187,7 +187,7 @@ def test_a_run_whose_config_imports_modules_is_evaluated_by_that_config(own_neck
 
 
 def detecting(checkpoint: Path, **own):
-    """The config that a checkpoint is evaluated with, by the user's own hyperparameters."""
+    """The config that evaluates a checkpoint, with the user's own hyperparameters."""
     hparams = load_model_def().MMDetectionTrial.hyperparameters_of_checkpoint(checkpoint, own)
     return load_mmdet_config(MMDetectionHyperparameters(**hparams), MMDETECTION)
 

@@ -260,7 +260,7 @@ def test_a_sample_with_more_boxes_than_masks_is_an_error():
 
 
 class _Squares:
-    """Images of two squares with masks, as a pipeline of MMDetection loads them."""
+    """Images of two squares with masks, as MMDetection's pipeline loads them."""
 
     CLASSES, PALETTE = ("a", "b"), None
 
@@ -309,7 +309,7 @@ def test_an_array_that_a_mixing_pipeline_cannot_combine_names_the_image():
 
 
 class _Labelled:
-    """A data set that says which classes its images have."""
+    """A data set that knows which classes its images have."""
 
     CLASSES, PALETTE = ("a", "b", "c"), None
 

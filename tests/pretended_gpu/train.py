@@ -88,7 +88,7 @@ _KEPT: list = []
 
 
 class Waits:
-    """How often each place of our code, or of Determined, makes the host wait between two batches, at most."""
+    """How often each place in our code or Determined's makes the host wait between two batches, at most."""
 
     def __init__(self):
         self.most = collections.Counter()
@@ -131,7 +131,7 @@ def watched(trial_class, waits):
 
 
 def without_figures():
-    """The figures and the report take most of the time of runs as small as these."""
+    """Skips figures and reports, which take most of the time of such small runs."""
     ReportFigures.draw = lambda *_: None
     train_command.Results.write_report = lambda *_: None
     for name in ("save_page", "picture_of"):
@@ -139,7 +139,7 @@ def without_figures():
 
 
 def train(trial_class, name, shapes, run, waits=None, config_file=None):
-    """Trains 4 batches, and 2 more after a resume; the lines of metrics.jsonl."""
+    """Trains 4 batches, and 2 more after a resume. Returns the lines of metrics.jsonl."""
     path = config_file or run.with_suffix(".yaml")
     for batches, resume in ((4, None), (6, "last")):
         path.write_text(yaml.safe_dump(config_of(name, shapes, batches)))

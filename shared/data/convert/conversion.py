@@ -168,7 +168,7 @@ def _read(kind: str | None, source: Path, options: Options, say: Callable[[str],
         kind, source, said = recognise(source)
         say(f"{source}: read as {kind}: {said}")
     elif kind not in FORMATS:
-        raise UserError(f"{kind}: is no format ({nearest(kind, FORMATS)}). Fix: name one of {', '.join(FORMATS)}")
+        raise UserError(f"{kind}: is not a format{nearest(kind, FORMATS)} Formats: {', '.join(FORMATS)}")
     for option, value, kinds in (
         ("labels", options.labels, ("yolo",)),
         ("boxes", options.boxes, ("csv", "huggingface")),
@@ -209,8 +209,7 @@ def _given_categories(file: Path, contents: Contents) -> list[dict[str, Any]]:
     used = {a["category"] for part in contents.splits.values() for image in part.images for a in image["annotations"]}
     if unknown := sorted(used - known.keys()):
         raise UserError(
-            f"--categories: {file} lacks {unknown[0]!r}, which the annotations have ({nearest(unknown[0], known)}). "
-            "Fix: add the name to the file"
+            f"--categories: {file} lacks {unknown[0]!r}, which the annotations have. Fix: add the name to the file"
         )
     without_id = ({k: v for k, v in described.get(name, {}).items() if k != "id"} for name in known)
     return [{**more, **row} for more, row in zip(without_id, known.values(), strict=True)]
@@ -366,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--labels",
         default="",
         metavar="KIND",
-        help="yolo: what the numbers are, if data.yaml does not say it: boxes, polygons, oriented or keypoints:17x3",
+        help="yolo: what the numbers are, if data.yaml does not show it: boxes, polygons, oriented or keypoints:17x3",
     )
     parser.add_argument(
         "--boxes", default="", choices=["xywh", "xyxy"], help="csv, huggingface: what the four numbers of a box are"
