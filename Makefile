@@ -100,11 +100,12 @@ docs: $(DOCS_READY)
 docs-serve: $(DOCS_READY)
 	.venv-docs/bin/mkdocs serve
 
-# Determined uploads a detector's folder and follows no link to a folder: shared/ is in it as a link a file.
+# Determined uploads a detector's folder and follows no link to a folder: shared/ is in it as a link a file. Python needs
+# no __init__.py in its folders. The documentation's API pages do.
 links:
 	for detector in $$(dirname */model_def.py); do \
 		rm -rf $$detector/shared && \
-		for file in $$(cd shared && find . -name '*.py' -o -name '*.jinja' -o -name requirements.txt | sort); do \
+		for file in $$(cd shared && find . -name '*.py' ! -path './*/__init__.py' -o -name '*.jinja' -o -name requirements.txt | sort); do \
 			link=$$detector/shared/$${file#./} && mkdir -p "$$(dirname $$link)" && \
 			ln -s --relative "shared/$${file#./}" "$$link" || exit 1; \
 		done; \
