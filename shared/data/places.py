@@ -13,7 +13,7 @@ from typing import Protocol
 
 from shared.config.schema import StoreOptions, is_url
 from shared.data.remote import StoreError, delete_folder, fetch_file, files_below, read_url, send_file, write_url
-from shared.durable import sync_folder, write_file, writing
+from shared.durable import sync_path, write_file, writing
 from shared.errors import UserError
 
 _BUCKETS = ("s3", "gs", "gcs")
@@ -162,7 +162,7 @@ class FolderPlace:
         missing = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         for folder in reversed(missing):
-            sync_folder(folder.parent)
+            sync_path(folder.parent)
         return path
 
     @contextlib.contextmanager

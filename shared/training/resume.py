@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -26,7 +25,7 @@ from shared.training.checkpoints import Checkpoint, read_checkpoint
 from shared.training.downloads import find_checkpoint
 from shared.training.processes import on_chief, on_every_rank
 from shared.training.run_folder import OF_THE_RUN, RunFolder
-from shared.training.saving import METADATA, check_manifest
+from shared.training.saving import check_manifest, saved_batches
 from shared.training.transfer import on_each_machine, send
 
 logger = logging.getLogger(__name__)
@@ -221,9 +220,9 @@ def _newest(folder: RunFolder) -> int:
     """The batches of the newest complete checkpoint in a run's folder; -1 without one."""
     found = [-1]
     for path in folder.checkpoints_to_resume("auto"):
-        with contextlib.suppress(UserError, OSError, ValueError, KeyError):
+        with contextlib.suppress(UserError):
             check_manifest(path)
-            found.append(int(json.loads((path / METADATA).read_text())["steps_completed"]))
+            found.append(saved_batches(path))
     return max(found)
 
 

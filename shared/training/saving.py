@@ -228,12 +228,20 @@ def check_manifest(folder: Path) -> None:
             if sha256_of(file) != noted["sha256"]:
                 raise UserError(f"{folder} is not what was saved: {name} has changed since")
         batches = noted_at_save.get("batches")  # manifests of version 0.1 lack it
-        if batches is not None and json.loads((folder / METADATA).read_text())["steps_completed"] != batches:
+        if batches is not None and saved_batches(folder) != batches:
             raise UserError(f"{folder} is not what was saved: {METADATA} is not of batch {batches}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{folder} is not whole: {MANIFEST} or {METADATA} cannot be read ({error!r})") from error
+        raise UserError(f"{folder} is not whole: {MANIFEST} cannot be read ({error!r})") from error
+
+
+def saved_batches(folder: Path) -> int:
+    """The batches trained of a checkpoint; -1 without one that can be read."""
+    try:
+        return int(json.loads((folder / METADATA).read_text())["steps_completed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
 
 
 def weights_digest(folder: Path) -> str:
