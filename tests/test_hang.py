@@ -1,4 +1,4 @@
-"""A process that hangs: the run ends, says which one and where, and can be gone on with."""
+"""A run with a hanging process stops, names the process and the place, and can continue."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ INTERVAL = 5.0
 
 
 class Process:
-    """What the thread of a process would say."""
+    """The state that a process's thread would report."""
 
     def __init__(self, rank, phase=Phase.LOADING, batch=1, passed=1, waits=False):
         self.rank, self.waits, self.ticks, self.since = rank, waits, -1, 0
@@ -44,7 +44,7 @@ class Process:
 
 
 def after(seconds, processes, stopped=(), standings=None):
-    """What all know when none has marked anything for so long; the `stopped` ones have not ticked either."""
+    """The common decision after seconds without progress. The `stopped` processes have not ticked either."""
     standings = standings or Standings(INTERVAL)
     if not standings.of:
         for process in processes:
@@ -253,7 +253,7 @@ main(Sleeping)
 
 @pytest.fixture
 def sleeping(run_config, tmp_path):
-    """Starts a run that hangs; what it ended as, and its folder."""
+    """Starts a run that hangs. Returns its outcome and its folder."""
 
     def call(where, processes, workers=0):
         script = tmp_path / "sleeping.py"
@@ -348,7 +348,7 @@ def test_the_watch_thread_ends_with_the_training_and_null_starts_none(shapes, tr
 
 
 def processes_of(parent):
-    """The training processes that torchrun has started, by rank."""
+    """The training processes that torchrun started, by rank."""
     found = {}
     for child in psutil.Process(parent.pid).children():
         with contextlib.suppress(psutil.Error, KeyError):

@@ -1,4 +1,4 @@
-"""How the processes of a run find each other, and who is named if one does not come."""
+"""How the processes of a run find each other, and how a missing one is named."""
 
 import socket
 
@@ -14,7 +14,7 @@ SECONDS = 20.0
 
 @pytest.fixture
 def port(monkeypatch):
-    """A free port of this machine, which all ranks know."""
+    """A free port of this machine, known to all ranks."""
     with socket.socket() as any_port:
         any_port.bind(("127.0.0.1", 0))
         number = any_port.getsockname()[1]
@@ -25,12 +25,12 @@ def port(monkeypatch):
 
 @pytest.fixture
 def stores(port):
-    """What three ranks have of the store that rank 0 opens."""
+    """Each of three ranks' view of the store that rank 0 opens."""
     return [open_store(rank, SECONDS, opens=rank == 0) for rank in range(3)]
 
 
 def meet(stores, size=3, seconds=SECONDS, first=0):
-    """What each rank that comes finds: the start and the ranks, or its error."""
+    """The result of each rank that comes: the start and the ranks, or its error."""
 
     def come(rank, store):
         try:

@@ -69,7 +69,7 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path, as_zip):
     whole = (tmp_path / "w.pth").read_bytes()
     for length in (0, 3, 40, len(whole) // 2, len(whole) - 1):
         (tmp_path / "w.pth").write_bytes(whole[:length])
-        with pytest.raises(UserError, match="it is cut off, or holds more than tensors"):
+        with pytest.raises(UserError, match="it is truncated, or holds more than tensors"):
             load_state(tmp_path / "w.pth")
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from shared.commands.data_report import save_page
 from shared.config.experiment import Experiment, experiment_of, per_slot_batch_size, read_experiment
 from shared.data.open import SplitData
-from shared.data.places import open_place
+from shared.data.storage import open_place
 from shared.environment import task_config
 from shared.errors import UserError, count_of
 from shared.evaluation import drawing
@@ -32,13 +32,11 @@ from shared.training.loggers import Loggers
 from shared.training.meeting import local_processes
 from shared.training.processes import core_context, make_context, on_chief, on_every_rank, trial_context
 from shared.training.resume import read_checkpoint_to_resume
-from shared.training.run import ClusterRun, LocalRun, full_disk_as_error
+from shared.training.run import ClusterRun, LocalRun, full_disk_as_error, picture_of
 from shared.training.run_folder import RunFolder
 from shared.training.run_store import RunStore
 from shared.training.saving import saved_batches
-from shared.training.signals import StoppedBeforeTraining, StopSignals
-from shared.training.stopping import End, Outcome
-from shared.training.tensorboard import picture_of
+from shared.training.stopping import End, Outcome, StoppedBeforeTraining, StopSignals
 from shared.training.training_metrics import duration
 from shared.training.trial import DetectionTrial
 
@@ -112,7 +110,7 @@ def _train_in(
         if outcome.end is End.NOTHING_TO_DO:
             loggers.finish(0)
             if arguments.resume != "auto":
-                raise UserError(f"--resume: {outcome}")
+                raise UserError(f"--resume: {outcome}. Fix: to train longer, raise searcher.max_length")
             if trial.rank == 0:
                 logger.info("nothing to do: %s", outcome)
         elif not outcome.is_finished:
@@ -220,7 +218,7 @@ class Results:
             print(f"{name}: {self.metric} {number} at batch {report['batches']}, {self.folder.checkpoints / name}")
         if self.outcome.why:
             print(self.outcome)
-        print(f"trained for {duration(self.outcome.seconds)}; all of it is in {self.folder.path}")
+        print(f"trained for {duration(self.outcome.seconds)}; the run's folder is {self.folder.path}")
         if figure := picture_of(self.trial, self.outcome.validation):
             drawing.save(figure, self.folder.predictions)
             print(f"predictions beside the ground truth: {self.folder.predictions}")

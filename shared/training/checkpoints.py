@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from shared.errors import UserError
+from shared.errors import UserError, problem_of
 from shared.training.downloads import downloaded, find_checkpoint, forget, is_bucket
 from shared.training.saving import check_manifest
 
@@ -77,7 +77,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
             trial_class=str(load_data.get("trial_cls_spec", "")).rpartition(":")[2],
         )
     except (OSError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{path} is not a checkpoint of this project, or is not whole: {error!r}") from error
+        raise UserError(
+            f"{path} is not a complete checkpoint of this project: {error!r}. Fix: give another checkpoint"
+        ) from error
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -90,8 +92,10 @@ def load_state(path: Path) -> dict[str, Any]:
         # torch's own words advise to execute it
         called = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         reason = f"it calls {called[1]}" if called else str(error).strip().split("\n")[0] or type(error).__name__
-        problem = f"{path} cannot be read as weights ({reason}); it is cut off, or holds more than tensors"
-        raise UserError(problem) from error
+        raise UserError(
+            f"{path} cannot be read as weights ({reason}): it is truncated, or holds more than tensors. Fix: give "
+            "another checkpoint"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -117,7 +121,10 @@ def _plain_values(path: Path) -> Any:
         with path.open("rb") as file:
             return _PlainValues(file).load()
     except Exception as error:  # a pickle that is cut off or hostile fails in many ways
-        raise UserError(f"{path} cannot be read ({error}); it is cut off, or holds more than plain values") from error
+        raise UserError(
+            f"{path} cannot be read ({error}): it is truncated, or holds more than plain values. Fix: give another "
+            "checkpoint"
+        ) from error
 
 
 def read_weights(source: str, key: str, choices: str) -> tuple[Mapping[str, Any], Checkpoint | None]:
@@ -134,13 +141,13 @@ def read_weights(source: str, key: str, choices: str) -> tuple[Mapping[str, Any]
         try:
             return read_url(source), None
         except OSError as error:
-            raise UserError(f"{key}: {source} cannot be had: {error}") from error
+            raise UserError(f"{key}: {source} cannot be downloaded: {error}. Fix: give a file") from error
     if Path(source).is_file():
         return read_weights_file(Path(source)), None
     try:
         checkpoint = read_checkpoint(find_checkpoint(source))
     except UserError as error:
-        raise UserError(f"{key}: {error}. Give {choices}, a file, a URL or a checkpoint") from error
+        raise UserError(f"{key}: {problem_of(error)}. Fix: give {choices}, a file, a URL or a checkpoint") from error
     return checkpoint.weights, checkpoint
 
 
@@ -169,7 +176,10 @@ def read_weights_file(path: Path) -> Mapping[str, Any]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as weights ({error}); it is cut off, or no safetensors") from error
+        raise UserError(
+            f"{path} cannot be read as weights ({error}): it is truncated, or not a safetensors file. Fix: download it "
+            "again, or give another file"
+        ) from error
 
 
 def without_ddp(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -199,6 +209,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: 
         ]
         raise UserError(
             f"{source} holds the weights of another model, of {len(own)} parameters and buffers: {', '.join(parts)}. "
-            "Use the config that it was trained with"
+            "Fix: use the config that it was trained with"
         )
     model.load_state_dict(weights)

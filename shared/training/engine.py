@@ -20,11 +20,11 @@ import determined as det
 import torch
 
 from shared.errors import DivergedError, UserError
-from shared.redaction import without_secrets
+from shared.log import without_secrets
 from shared.training.checkpoints import CATEGORIES_FILE, Checkpoint, load_weights
 from shared.training.hang import Phase
 from shared.training.resume import BuiltOptimizer, check_categories, merged
-from shared.training.run import Run
+from shared.training.run import DrawFigures, Run, TensorBoard
 from shared.training.saving import (
     Background,
     FiniteCheck,
@@ -34,7 +34,6 @@ from shared.training.saving import (
     set_random_state,
 )
 from shared.training.stopping import BestSoFar, Clock, End, Outcome, Stopping
-from shared.training.tensorboard import DrawFigures, TensorBoard
 from shared.training.training_metrics import Progress, summary_of
 from shared.training.trial import DetectionTrial
 from shared.training.validation import Validation

@@ -328,15 +328,18 @@ def choose_device(local_rank: int, local_size: int, gpus_given: int = 0) -> torc
     if not torch.cuda.is_available():
         reason = _why_no_gpu()
         if gpus_given:
-            raise UserError(f"the cluster gave this task {gpus_given} GPUs, and torch cannot use them: {reason}")
+            raise UserError(
+                f"the cluster gave this task {gpus_given} GPUs, and torch cannot use them: {reason}. Fix: use an image "
+                "whose CUDA fits the driver"
+            )
         if local_rank == 0:
             logger.info("device: the CPU (%s)", reason)
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_size > count:
         raise UserError(
-            f"{local_size} processes on a machine where torch sees {count} GPUs: start one a GPU "
-            f"(--nproc-per-node {count}), or none on a GPU with CUDA_VISIBLE_DEVICES="
+            f"{local_size} processes start on a machine where torch sees {count} GPUs. Fix: start one per GPU "
+            f"(--nproc-per-node {count}), or use no GPU: CUDA_VISIBLE_DEVICES="
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)  # before the first collective, which would put every process on the first GPU
