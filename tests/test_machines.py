@@ -20,10 +20,11 @@ from shared.training.checkpoints import read_checkpoint
 pytestmark = pytest.mark.skipif(why_none() is not None, reason=str(why_none()))
 
 PORT = 29611
+BATCHES = 120  # that torchrun trains, while machines come and go
 WITHOUT_FIGURES = ROOT / "tests/without_figures.py"
 # a model_def.py that draws nothing, and prints which images are in which batch
 NOTING = """
-import os, sys, time
+import os, signal, sys, time
 sys.path.insert(0, os.getcwd())
 import model_def
 from without_figures import leave_out_figures
@@ -36,6 +37,8 @@ class Noting(getattr(model_def, name)):
     def losses(self, model, batch):
         os.write(1, f"BATCH {self.batches_trained} {batch.image_ids}\\n".encode())
         time.sleep(float(os.environ.get("PAUSE", 0)))
+        if self.batches_trained + 1 == int(os.environ.get("STOP_AFTER", 0)):
+            os.kill(os.getpid(), signal.SIGTERM)
         return super().losses(model, batch)
 
 Noting.__module__ = "model_def"
@@ -171,8 +174,12 @@ def test_a_machine_that_never_comes_is_named(nodes, prepare):
 
 
 @pytest.mark.slow
-def test_torchrun_continues_with_the_machines_that_are_left_and_with_new_ones(nodes, prepare, tmp_path):
-    prepare(searcher={**CONFIGS["efficientdet"](tmp_path)["searcher"], "max_length": {"batches": 120}})
+@pytest.mark.parametrize("detector", ["efficientdet", "mmdetection"])
+def test_torchrun_continues_with_the_machines_that_are_left_and_with_new_ones(nodes, prepare, tmp_path, detector):
+    """The losses are those of a run that is stopped after the same batches, and continued with as many processes."""
+    if detector in WITHOUT_LIBRARY:
+        pytest.skip(WITHOUT_LIBRARY[detector])
+    here = prepare(detector, searcher={**CONFIGS[detector](tmp_path)["searcher"], "max_length": {"batches": BATCHES}})
 
     def join(node):
         elastic = ("--nnodes", "1:2", "--nproc-per-node", 1, "--max-restarts", 5, "--rdzv-backend", "c10d")
@@ -197,7 +204,18 @@ def test_torchrun_continues_with_the_machines_that_are_left_and_with_new_ones(no
     assert nodes[0].log.count("resuming after batch") == 1
     join(nodes[1])
     assert nodes[0].wait(900) == 0, nodes[0].log
-    assert nodes[0].log.count("resuming after batch") == 2
+    resumed = [int(batch) for batch in re.findall(r"resuming after batch (\d+)", nodes[0].log)]
+    assert len(resumed) == 2
     images = batches_in(nodes[0].log, *logs, nodes[1].log)
-    assert [len(images[number]) for number in range(120)] == [4] * 120
-    assert len(losses_of(nodes[0].own / "code/runs/a")) == 120
+    assert [len(images[number]) for number in range(BATCHES)] == [4] * BATCHES
+
+    script, run = tmp_path / "noting.py", tmp_path / "run"
+    for processes, last in ((2, resumed[0]), (1, resumed[1]), (2, BATCHES)):
+        stop = {"STOP_AFTER": str(last % BATCHES), "PYTHONPATH": str(ROOT / "tests")}
+        arguments = ("train", here, "--output-dir", run, "--resume", "auto")
+        run_model_def(
+            *arguments, processes=processes, script=script, env=stop, check=last == BATCHES, cwd=ROOT / detector
+        )
+        assert read_checkpoint(run / "checkpoints/last").batches == last
+    assert len(losses_of(run)) == BATCHES
+    assert losses_of(nodes[0].own / "code/runs/a") == pytest.approx(losses_of(run), rel=1e-4)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import determined
 import msgspec
@@ -27,8 +27,11 @@ from determined.core import DistributedContext
 
 from shared.environment import on_cluster
 from shared.errors import tell_torchrun
+from shared.training import processes
 from shared.training.processes import ProcessContext, connect, host_of_chief, listen
 from shared.training.standings import Mark, Phase, Standing, Standings
+
+T = TypeVar("T")
 
 _LONGEST_TICK = 5.0  # seconds
 _LONGER_IN_START = 6  # times the patience for a phase without batches
@@ -37,9 +40,12 @@ _SECONDS_TO_WRITE = 5.0  # a pipe may be full, and that may be the hang
 _SECONDS_TO_FLUSH = 0.5
 _OF_WORKERS = signal.SIGURG  # which no launcher sends, and which stops no process
 # where Python is while a rank waits for others: a `ProcessContext`, torch's collectives, DDP and its backward pass
-_WAITING = tuple(
-    str(Path(module.__file__).parent) + os.sep
-    for module in (determined, zmq, torch.distributed, torch.nn.parallel, torch.autograd)
+_WAITING = (
+    processes.__file__,
+    *(
+        str(Path(module.__file__).parent) + os.sep
+        for module in (determined, zmq, torch.distributed, torch.nn.parallel, torch.autograd)
+    ),
 )
 
 
@@ -65,9 +71,9 @@ class Exchange:
         """Sends this rank's standing. Returns what it heard of all since the last call, without waiting."""
         if self.rank:
             self._send(msgspec.json.encode([own]))
-            return [standing for (message,) in self._received(1) for standing in _decoded(message)]
+            return [standing for (message,) in self._received(1) for standing in decoded(message, list[Standing]) or ()]
         for sender, message in self._received(2):
-            for standing in _decoded(message):
+            for standing in decoded(message, list[Standing]) or ():
                 self._heard[standing.rank], self._senders[standing.rank] = standing, sender
         self._heard[0] = own
         table = msgspec.json.encode(list(self._heard.values()))
@@ -92,11 +98,12 @@ class Exchange:
                 yield message
 
 
-def _decoded(message: bytes) -> list[Standing]:
+def decoded(message: bytes, kind: type[T]) -> T | None:
+    """A message of another rank; None if it is not of this kind, and so a stranger's."""
     try:
-        return msgspec.json.decode(message, type=list[Standing])
-    except msgspec.MsgspecError:  # from a stranger
-        return []
+        return msgspec.json.decode(message, type=kind)
+    except msgspec.MsgspecError:
+        return None
 
 
 class Watch:

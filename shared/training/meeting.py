@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -29,7 +29,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from shared.environment import on_cluster
 from shared.errors import DivergedError, UserError
-from shared.training.hang import watching_start
+from shared.training.hang import decoded, watching_start
 from shared.training.processes import LONGER, Address, ProcessContext, host_of_chief
 from shared.training.standings import Standing, named_ranks, span
 
@@ -124,7 +124,7 @@ def _call(store: Store, size: int, seconds: float, own: Arrival) -> tuple[str, l
     for waited in _polling():
         for rank in range(1, size):
             if rank not in came and store.check([f"{start}/{rank}"]):
-                arrival = _decoded(store.get(f"{start}/{rank}"), Arrival)
+                arrival = decoded(store.get(f"{start}/{rank}"), Arrival)
                 came |= {} if arrival is None else {rank: arrival}
         missing = [rank for rank in range(size) if rank not in came]
         if not missing:
@@ -154,7 +154,7 @@ def _answer(store: Store, rank: int, seconds: float, own: Arrival) -> tuple[str,
             start = called
             store.set(f"{start}/{rank}", msgspec.json.encode(own).decode())
         if start and store.check([f"{start}/all"]):
-            of_ranks = _decoded(store.get(f"{start}/all"), list[Arrival])
+            of_ranks = decoded(store.get(f"{start}/all"), list[Arrival])
             if of_ranks and own in of_ranks[rank : rank + 1]:
                 return start, of_ranks
         if start and store.check([f"{start}/failed"]):
@@ -174,13 +174,6 @@ def _polling() -> Iterator[float]:
         yield time.monotonic() - began
         time.sleep(interval)
         interval = min(1.5 * interval, _POLLS[1])
-
-
-def _decoded(value: bytes, kind: type) -> Any:
-    try:
-        return msgspec.json.decode(value, type=kind)
-    except msgspec.MsgspecError:  # from a stranger
-        return None
 
 
 def _machine() -> str:
@@ -215,7 +208,7 @@ class StoreExchange:
         try:
             self._store.set(self._keys[self._rank], msgspec.json.encode(own).decode())
             written = [key for key in self._keys if self._store.check([key])]
-            found = [_decoded(self._store.get(key), Standing) for key in written]
+            found = [decoded(self._store.get(key), Standing) for key in written]
         except RuntimeError:  # the store is gone: nothing is heard of the others
             return []
         return [standing for standing in found if standing is not None]
@@ -295,7 +288,7 @@ def local_processes(
             # its own connection: the other one is in use while this process waits
             exchange = StoreExchange(PrefixStore(start, open_store(rank, seconds)), rank, size)
             stop_start_watch = stack.enter_context(watching_start(rank, size, hosts, 60 * hang_minutes, exchange))
-        device = _join_group(place, gpus_given, hang_minutes, PrefixStore(start, store))
+        device, beside = _join_group(place, gpus_given, hang_minutes, PrefixStore(start, store))
         host = host_of_chief(place.machines)
         distributed = ProcessContext(
             rank=rank,
@@ -307,6 +300,7 @@ def local_processes(
             chief_host=host,
             from_chief=functools.partial(_address_from_chief, host, device),
             hosts=hosts,
+            beside=beside,
             stop_start_watch=stop_start_watch,
         )
         stack.enter_context(_closing(distributed))
@@ -314,7 +308,10 @@ def local_processes(
         yield distributed, device
 
 
-def _join_group(place: Place, gpus_given: int, hang_minutes: float | None, store: Store) -> torch.device:
+def _join_group(
+    place: Place, gpus_given: int, hang_minutes: float | None, store: Store
+) -> tuple[torch.device, torch.distributed.ProcessGroup | None]:
+    """This rank's device, and the group for `ProcessContext.begin_max`."""
     device = choose_device(place.local_rank, place.local_size, gpus_given)
     os.environ["USE_TORCH_DISTRIBUTED"] = "True"  # what determined.launch.torch_distributed sets
     if place.machines == 1:
@@ -329,7 +326,8 @@ def _join_group(place: Place, gpus_given: int, hang_minutes: float | None, store
     if timeout is not None:
         store.set_timeout(timeout)
     torch.distributed.init_process_group(backend, timeout=timeout, store=store, rank=place.rank, world_size=place.size)
-    return device
+    # NCCL would make the host wait for the device
+    return device, None if backend == "gloo" else torch.distributed.new_group(backend="gloo", timeout=timeout)
 
 
 def loopback_interface() -> str:

@@ -85,6 +85,7 @@ class ProcessContext(DistributedContext):
         chief_host: at which the others find the chief.
         from_chief: given the chief's address on the chief and None elsewhere, returns it on all processes.
         hosts: the names of the machines, by rank; empty on one machine.
+        beside: a group of Gloo for `begin_max`; None if the default group is one.
         stop_start_watch: stops the watch over the start, as a training has one of its own.
     """
 
@@ -100,6 +101,7 @@ class ProcessContext(DistributedContext):
         chief_host: str,
         from_chief: Callable[[Address | None], Address],
         hosts: Sequence[str] = (),
+        beside: torch.distributed.ProcessGroup | None = None,
         stop_start_watch: Callable[[], None] = lambda: None,
     ):
         # of a single process, Determined's own opens no port
@@ -108,6 +110,7 @@ class ProcessContext(DistributedContext):
         self.local_rank, self.local_size = local_rank, local_size
         self.cross_rank, self.cross_size = cross_rank, cross_size
         self.hosts, self.stop_start_watch = hosts, stop_start_watch
+        self._beside = beside
         self._of_all = self._of_machine = self._of_firsts = _Star(rank, size)
         self._of_all.meet(from_chief(self._of_all.listen(chief_host) if rank == 0 else None))
         if cross_size > 1:
@@ -132,6 +135,18 @@ class ProcessContext(DistributedContext):
 
     def broadcast(self, stuff: Any) -> Any:
         return self._of_all.broadcast(stuff)
+
+    def begin_max(self, numbers: Sequence[int]) -> Callable[[], list[int]]:
+        """Begins to find the greatest number of all ranks at each position, without waiting for any rank. Returns the
+        function that waits for the result. Every rank calls this equally often."""
+        tensor = torch.tensor(numbers)
+        work = torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, self._beside, async_op=True)
+
+        def result() -> list[int]:
+            work.wait()
+            return tensor.tolist()
+
+        return result
 
     def gather_local(self, stuff: Any) -> list | None:
         return self._of_machine.gather(stuff)
