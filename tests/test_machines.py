@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import json
 import random
 import re
 import shutil
@@ -75,14 +76,13 @@ def prepare(nodes, shapes, tmp_path):
     return call
 
 
-def start(nodes, *arguments, processes=1, chief=0):
+def start(nodes, *arguments, processes=1, chief=0, command=("train", "config.yaml", "--output-dir", "runs/a")):
     """Starts torchrun on each of these machines, as one run. `chief` is the place in the list that has rank 0."""
     for number, node in enumerate(nodes):
         rank = (number - chief) % len(nodes)
         place = ("--nnodes", len(nodes), "--nproc-per-node", processes, "--node-rank", rank)
         where = ("--master-addr", nodes[chief].name, "--master-port", PORT)
-        train = ("train", "config.yaml", "--output-dir", "runs/a", *arguments)
-        node.torchrun("noting.py", *train, options=(*place, *where), OMP_NUM_THREADS="1")
+        node.torchrun("noting.py", *command, *arguments, options=(*place, *where), OMP_NUM_THREADS="1")
 
 
 def stop(node, after):
@@ -123,6 +123,26 @@ def test_two_machines_train_as_two_processes_and_the_chief_alone_writes(nodes, p
     written = {name for name in files_below(nodes[1].own / "code") - before if "__pycache__" not in name}
     assert written
     assert all(name.startswith("shapes/annotations/.") for name in written)  # its own caches, beside its own data
+
+
+@pytest.mark.slow
+def test_two_machines_evaluate_a_checkpoint_that_only_the_chief_has(nodes, prepare, tmp_path):
+    here = prepare(searcher={**CONFIGS["efficientdet"](tmp_path)["searcher"], "max_length": {"batches": 4}})
+    run_model_def("train", here, "--output-dir", tmp_path / "run")
+    run_model_def("evaluate", here, "--checkpoint", tmp_path / "run/checkpoints/last", "--output", tmp_path / "here")
+    shutil.copytree(tmp_path / "run/checkpoints/last", nodes[0].own / "code/trained")
+    evaluate = ("evaluate", "config.yaml", "--output", "evaluated", "--checkpoint")
+    start(nodes, "trained", command=evaluate)
+    assert [node.wait() for node in nodes] == [0, 0], nodes[0].log + nodes[1].log
+    metrics = [
+        json.loads((f / "metrics.json").read_text()) for f in (tmp_path / "here", nodes[0].own / "code/evaluated")
+    ]
+    assert metrics[0] == metrics[1]
+    assert not (nodes[1].own / "code/evaluated").exists()
+
+    start(nodes, "missing", command=evaluate)
+    assert [node.wait() for node in nodes] == [1, 1]
+    assert all("missing is not a checkpoint" in node.log for node in nodes), nodes[1].log
 
 
 @pytest.mark.slow

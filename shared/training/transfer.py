@@ -90,7 +90,10 @@ def _messages(folder: Path, omitted: set[str]) -> Iterator[tuple[str, str | byte
                         yield "piece", piece
                 yield "digest", digest.hexdigest()
     except OSError as error:
-        yield "error", f"{error.filename or folder} cannot be read ({error.strerror}). Fix: look at its machine's disk"
+        yield (
+            "error",
+            f"{error.filename or folder}: it cannot be read ({error.strerror}). Fix: look at its machine's disk",
+        )
 
 
 def _write(messages: Iterator[tuple[str, str | bytes]], target: Path | None) -> None:
@@ -99,7 +102,7 @@ def _write(messages: Iterator[tuple[str, str | bytes]], target: Path | None) -> 
     path = file = digest = None
     for kind, content in messages:
         if kind == "error":
-            problem = UserError(f"--resume: {content}")
+            problem = UserError(content)
         if target is None or problem is not None:
             continue
         try:
@@ -113,7 +116,7 @@ def _write(messages: Iterator[tuple[str, str | bytes]], target: Path | None) -> 
             else:
                 file.close()
                 if digest.hexdigest() != content:
-                    problem = UserError(f"--resume: {path} is not what was sent. Fix: try again, and check the network")
+                    problem = UserError(f"{path}: it is not what was sent. Fix: try again, and check the network")
         except OSError as error:
             problem = _unwritable(path, error)
     if problem is not None:
@@ -122,7 +125,7 @@ def _write(messages: Iterator[tuple[str, str | bytes]], target: Path | None) -> 
 
 def _unwritable(path: Path | str | None, error: OSError) -> UserError:
     place = f"{path} on {socket.gethostname()}"
-    return UserError(f"--resume: {place} cannot be written ({error.strerror}). Fix: make room there, or set TMPDIR")
+    return UserError(f"{place}: it cannot be written ({error.strerror}). Fix: make room there, or set TMPDIR")
 
 
 def _read(path: Path) -> bytes | None:
