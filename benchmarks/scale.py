@@ -29,7 +29,7 @@ WHAT = {
     "all-reduce": "gradients of a step",
     "agree": f"agreement to stop, every {STEPS} batches",
     "beside": "its exchange, beside the steps",
-    "report": "agreement at a report",
+    "sockets": "agreement over the run's sockets",
     "gather": f"validation of {IMAGES} images, without its metrics",
     "resume": "checkpoint to the other machine",
 }
@@ -73,19 +73,25 @@ def measure(rank: int, size: int) -> None:
         gradients = torch.zeros(sum(each.numel() for each in trial.plain_model.parameters()))
         timed("all-reduce", lambda: torch.distributed.all_reduce(gradients))
         timed("beside", lambda: distributed.begin_max([0, 0, 0])(), times=20)
-        timed("report", lambda: distributed.allgather((None, False)), times=20)
+        timed("sockets", lambda: distributed.allgather((None, (None, False))), times=20)
 
         def agree():
+            """Seconds that the steps wait for an agreement beside them, and for one over the run's sockets."""
             started = time.perf_counter()
             result = distributed.begin_max([0, 0, 0])
-            begun = time.perf_counter()
+            waited = time.perf_counter() - started
             for _ in range(STEPS):
                 torch.distributed.all_reduce(gradients)
-            trained = time.perf_counter()
+            started = time.perf_counter()
             result()
-            return begun - started + time.perf_counter() - trained
+            waited += time.perf_counter() - started
+            distributed.allgather(None)
+            started = time.perf_counter()
+            distributed.allgather((None, (None, False)))
+            return waited, time.perf_counter() - started
 
-        seconds["agree"], sent["agree"] = statistics.median(agree() for _ in range(20)), sent["beside"]
+        seconds["agree"], seconds["sockets"] = map(statistics.median, zip(*(agree() for _ in range(20)), strict=True))
+        sent["agree"] = sent["beside"]
         share = range(rank, IMAGES, size)
         found = [Detections(i, np.ones((100, 4), np.float32), np.ones(100), np.ones(100, np.int64)) for i in share]
         carried = GatheredDetections.of(np.array(share), np.array([], np.int64), found, masks=False, keypoints=False)
