@@ -1,8 +1,7 @@
 """How the processes of a run meet: a roll call that names those that are missing, torch's group, the device of each.
 
 The roll call uses the store that torchrun or rank 0 has at MASTER_ADDR. Strangers may reach it. Therefore nothing
-secret goes through it, and nothing that could hold code. Until the training begins, each process also reports there
-that it is alive.
+secret goes through it, and nothing that could hold code.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -29,9 +28,8 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from shared.environment import on_cluster
 from shared.errors import DivergedError, UserError
-from shared.training.hang import decoded, watching_start
 from shared.training.processes import LONGER, Address, ProcessContext, host_of_chief
-from shared.training.standings import Standing, named_ranks, span
+from shared.training.standings import named_ranks, span
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +122,7 @@ def _call(store: Store, size: int, seconds: float, own: Arrival) -> tuple[str, l
     for waited in _polling():
         for rank in range(1, size):
             if rank not in came and store.check([f"{start}/{rank}"]):
-                arrival = decoded(store.get(f"{start}/{rank}"), Arrival)
+                arrival = _decoded(store.get(f"{start}/{rank}"), Arrival)
                 came |= {} if arrival is None else {rank: arrival}
         missing = [rank for rank in range(size) if rank not in came]
         if not missing:
@@ -154,7 +152,7 @@ def _answer(store: Store, rank: int, seconds: float, own: Arrival) -> tuple[str,
             start = called
             store.set(f"{start}/{rank}", msgspec.json.encode(own).decode())
         if start and store.check([f"{start}/all"]):
-            of_ranks = decoded(store.get(f"{start}/all"), list[Arrival])
+            of_ranks = _decoded(store.get(f"{start}/all"), list[Arrival])
             if of_ranks and own in of_ranks[rank : rank + 1]:
                 return start, of_ranks
         if start and store.check([f"{start}/failed"]):
@@ -176,6 +174,13 @@ def _polling() -> Iterator[float]:
         interval = min(1.5 * interval, _POLLS[1])
 
 
+def _decoded(value: bytes, kind: type) -> Any:
+    try:
+        return msgspec.json.decode(value, type=kind)
+    except msgspec.MsgspecError:  # from a stranger
+        return None
+
+
 def _machine() -> str:
     boot = Path("/proc/sys/kernel/random/boot_id")  # two containers have it in common, and two hosts may share a name
     return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
@@ -194,27 +199,6 @@ def own_address(other: str) -> str:
         probe.connect((other, 9))  # sends nothing
         return probe.getsockname()[0]
     return ""
-
-
-class StoreExchange:
-    """Each rank writes its standing into the store and reads those of the others, for the watch over a start."""
-
-    def __init__(self, store: Store, rank: int, size: int):
-        self._store, self._rank = store, rank
-        self._keys = [f"standing/{number}" for number in range(size)]
-
-    def swap(self, own: Standing) -> list[Standing]:
-        """Writes this rank's standing. Returns those of all ranks that have written one."""
-        try:
-            self._store.set(self._keys[self._rank], msgspec.json.encode(own).decode())
-            written = [key for key in self._keys if self._store.check([key])]
-            found = [decoded(self._store.get(key), Standing) for key in written]
-        except RuntimeError:  # the store is gone: nothing is heard of the others
-            return []
-        return [standing for standing in found if standing is not None]
-
-    def close(self) -> None:
-        """The store closes with its last user."""
 
 
 # --- the processes ----------------------------------------------------------------------------------
@@ -266,7 +250,7 @@ def local_processes(
     """The processes that a launcher started, or this one alone; and this one's device.
 
     Args:
-        hang_minutes: a training's; None without a watch.
+        hang_minutes: a training's; None without a watch over hangs.
         gpus_given: GPUs that a cluster reserved for the processes of this machine.
 
     Raises:
@@ -281,13 +265,7 @@ def local_processes(
     store = open_store(rank, seconds, rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
     start, arrivals = roll_call(store, rank, size, seconds)
     place = place_of(rank, arrivals)
-    hosts = place.hosts if place.machines > 1 else ()
     with contextlib.ExitStack() as stack:
-        stop_start_watch = lambda: None  # noqa: E731
-        if hang_minutes is not None and size > 1:
-            # its own connection: the other one is in use while this process waits
-            exchange = StoreExchange(PrefixStore(start, open_store(rank, seconds)), rank, size)
-            stop_start_watch = stack.enter_context(watching_start(rank, size, hosts, 60 * hang_minutes, exchange))
         device, beside = _join_group(place, gpus_given, hang_minutes, PrefixStore(start, store))
         host = host_of_chief(place.machines)
         distributed = ProcessContext(
@@ -299,9 +277,8 @@ def local_processes(
             cross_size=place.machines,
             chief_host=host,
             from_chief=functools.partial(_address_from_chief, host, device),
-            hosts=hosts,
+            hosts=place.hosts if place.machines > 1 else (),
             beside=beside,
-            stop_start_watch=stop_start_watch,
         )
         stack.enter_context(_closing(distributed))
         stack.enter_context(lost_connection_as_error(rank, place.names))
@@ -361,15 +338,18 @@ def choose_device(local_rank: int, local_size: int, gpus_given: int = 0) -> torc
     if not torch.cuda.is_available():
         reason = _why_no_gpu()
         if gpus_given:
-            raise UserError(f"the cluster gave this task {gpus_given} GPUs, and torch cannot use them: {reason}")
+            raise UserError(
+                f"the cluster gave this task {gpus_given} GPUs, and torch cannot use them: {reason}. Fix: use an image "
+                "whose CUDA fits the driver"
+            )
         if local_rank == 0:
             logger.info("device: the CPU (%s)", reason)
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_size > count:
         raise UserError(
-            f"{local_size} processes on a machine where torch sees {count} GPUs: start one a GPU "
-            f"(--nproc-per-node {count}), or none on a GPU with CUDA_VISIBLE_DEVICES="
+            f"{local_size} processes start on a machine where torch sees {count} GPUs. Fix: start one per GPU "
+            f"(--nproc-per-node {count}), or use no GPU: CUDA_VISIBLE_DEVICES="
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)  # before the first collective, which would put every process on the first GPU
