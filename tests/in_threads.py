@@ -41,8 +41,11 @@ def _call(future: Future, function: Callable[..., Any], arguments: tuple) -> Non
 
 @contextlib.contextmanager
 def processes(size: int, machines: int = 1, gloo: bool = False) -> Iterator[list[ProcessContext]]:
-    """The contexts of `size` processes, by rank. With several machines, the chief listens on all interfaces. `begin_max`
-    needs `gloo`."""
+    """The contexts of `size` processes, by rank. With several machines, the chief listens on all interfaces.
+
+    Args:
+        gloo: `begin_max` works too.
+    """
     address: Future = Future()
     store, timeout = torch.distributed.HashStore(), timedelta(seconds=SECONDS)
 
