@@ -80,7 +80,7 @@ bench: $(ALL_READY)
 	$(PY) benchmarks/annotations.py check
 	$(PY) benchmarks/annotations.py ranks
 	$(PY) benchmarks/annotations.py disk
-	OMP_NUM_THREADS=1 $(PY) benchmarks/remote.py
+	OMP_NUM_THREADS=1 $(PY) benchmarks/remote.py remote
 	OMP_NUM_THREADS=1 $(PY) benchmarks/scale.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/training_step.py
 	for script in benchmarks/against_*.py; do for what in step memory evaluation; do \

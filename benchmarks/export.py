@@ -5,6 +5,7 @@ sides. The first image warms up. The memory of an exported file is that of a pro
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -27,8 +28,10 @@ def measure(detector: str, config: str, checkpoint: str, files: list[str], image
 
     given = argparse.Namespace(command="evaluate", config=config, overrides=[], checkpoint=checkpoint, model=None)
     trial_class = trial_class_of(detector)
-    experiment, saved = with_checkpoint(trial_class, experiment_for(given, trial_class.sections()), given)
-    with local_processes() as processes, detecting_trial(trial_class, experiment, saved, processes) as trial:
+    with local_processes() as processes, contextlib.ExitStack() as stack:
+        experiment = experiment_for(given, trial_class.sections())
+        experiment, saved = with_checkpoint(trial_class, experiment, given, processes[0])
+        trial = stack.enter_context(detecting_trial(trial_class, experiment, saved, processes))
         data = trial.open_val()
         indices = [index % len(data.annotations) for index in range(images + 1)]
         dataset, collate = trial.evaluation_dataset(data), trial.collate(training=False)

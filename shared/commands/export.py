@@ -54,10 +54,11 @@ def export(trial_class: type[DetectionTrial], experiment: Experiment, arguments:
         formats.check_precision(arguments.format, arguments.precision)
     output = arguments.output or Path("exports") / arguments.format
     _check_output(output)
-    experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments)
-    with local_processes() as processes, detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
-        if trial.slots > 1:
+    with local_processes() as processes, contextlib.ExitStack() as stack:
+        if processes[0].size > 1:
             raise UserError("export: one process exports. Fix: start it without torchrun")
+        experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments, processes[0])
+        trial = stack.enter_context(detecting_trial(trial_class, experiment, checkpoint, processes))
         with _replacing(output) as folder:
             if arguments.format == TRANSFORMERS:
                 trial.save_for_transformers(folder)

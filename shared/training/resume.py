@@ -341,7 +341,7 @@ def _pieces(folder: Path, omitted: set[str]) -> Iterator[tuple[str, bytes | str]
 
 def _unwritable(path: Path | str | None, error: OSError) -> UserError:
     place = f"{path} on {socket.gethostname()}"
-    return UserError(f"--resume: {place} cannot be written ({error.strerror}). Fix: make room there, or set TMPDIR")
+    return UserError(f"{place}: it cannot be written ({error.strerror}). Fix: make room there, or set TMPDIR")
 
 
 def _read(path: Path) -> bytes | None:
