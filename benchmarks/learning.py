@@ -25,7 +25,7 @@ from tabulate import tabulate
 
 YOLO = "yolo11n"
 
-# In the interpreter that has Ultralytics' package: nothing of it is part of the project.
+# Runs in the interpreter that has Ultralytics' package, which is no part of this project.
 YOLO_TRAIN = """
 import json, sys
 from ultralytics import YOLO

@@ -218,7 +218,7 @@ def test_a_time_that_is_none_is_refused_by_its_key(run_config, refused, value):
     )
 
 
-# a model_def.py of which rank 1 sleeps for ever in batch 6, or a loader's worker where it reads its 25th image
+# a model_def.py whose rank 1 sleeps forever in batch 6, or whose loader worker does at its 25th image
 SLEEPING = """
 import os, sys, time
 sys.path[:0] = [os.getcwd()]

@@ -143,7 +143,7 @@ def test_a_machine_killed_at_random_moments_changes_no_sample(nodes, prepare, tm
         on = train(count=2 - kill % 2, chief=chance.randrange(2))
         lost = chance.choice(on)
         stop(lost, after=chance.uniform(0.2, 1.0) * seconds)
-        for node in on:  # what is left ends by itself, unless its torchrun still waits for the other one
+        for node in on:  # the rest stops by itself, unless its torchrun still waits for the other one
             stop(node, after=90)
         logs += [node.log for node in on]
     for chief in (0, 1):  # with one machine, and at last with two

@@ -223,7 +223,7 @@ def test_each_detector_trains_from_a_bucket(detector, shapes, train):
     config["searcher"]["max_length"] = {"batches": 2}
     with serving("s3", shapes) as data:
         config["data"] = {**data, "workers": 0}
-        if detector == "mmdetection":  # as model-hub's users say it
+        if detector == "mmdetection":  # model-hub's name for it
             del config["data"]["backend"], config["data"]["bucket"]
             config["data"]["file_client_args"] = {"backend": "s3", "bucket_name": BUCKET}
         run = train(trial_classes()[detector], config)
@@ -325,7 +325,7 @@ def test_a_full_cache_keeps_its_files(share, tmp_path):
     store, names = Counting(), [f"{number}.png" for number in range(100)]
     rng = np.random.default_rng(0)
     for epoch in range(3):
-        # 1,000 bytes and a checksum each; a run that is started again goes on with the same folder
+        # 1,000 bytes and a checksum each; a restarted run uses the same folder
         cached = CachedImages(store, tmp_path / "cache", limit=int(share * len(names) * 1004))
         for name in rng.permutation(names):
             cached.read(str(name))

@@ -271,7 +271,7 @@ def test_resume_auto_starts_continues_or_keeps_a_finished_run(tiny, train):
     assert not list((run / "checkpoints").glob(".*"))
 
 
-# a model_def.py of which rank 1 is killed once, after the checkpoint of batch 4
+# a model_def.py whose rank 1 is killed once, after the checkpoint of batch 4
 KILLED_ONCE = """
 import os, signal, sys
 from pathlib import Path

@@ -194,7 +194,7 @@ def test_a_signal_in_the_last_save_changes_nothing_any_more(whole, train, trial_
     assert without_times(reports(run)) == without_times(reports(unstopped))
 
 
-# a model_def.py of which one rank is sent a signal in a phase
+# a model_def.py in which one rank gets a signal in a phase
 ONE_RANK = """
 import os, sys
 sys.path[:0] = [os.getcwd(), os.environ["TESTS"]]

@@ -298,7 +298,7 @@ def test_as_the_searcher_s_metric_it_asks_for_the_hyperparameter(refused, run_co
 def test_where_it_cannot_be_had_one_line_says_so_before_the_training(detector, config_file, shapes, train):
     config = config_of(detector, shapes, config_file)
     if "cornernet" in config_file:
-        # of the size alone: what is refused is the pipeline
+        # of the size alone: the error is about the pipeline
         config["hyperparameters"]["config_overrides"] = {
             "model.backbone.num_stacks": 1,
             "model.backbone.init_cfg": None,

@@ -15,7 +15,7 @@ from shared.config.file import flattened
 from shared.errors import UserError
 from shared.library import find_library_config, import_custom_modules
 
-# what a zoo config says of COCO's things, and of its stuff in panoptic segmentation
+# the class counts of zoo configs: COCO's things, and its stuff in panoptic segmentation
 COCO_CLASSES, COCO_STUFF_CLASSES = 80, 54
 
 

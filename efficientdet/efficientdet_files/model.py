@@ -22,7 +22,7 @@ from shared.training.switches import weights_of
 
 logger = logging.getLogger(__name__)
 
-# effdet's COCO heads have a row for each id from 1 to 90, ten of which COCO does not use
+# effdet's COCO heads have a row for each id from 1 to 90; COCO does not use ten of them
 COCO_ROWS = 90
 
 

@@ -529,7 +529,7 @@ def test_overlaps_are_those_of_mmcv_full(against_compiled, dtype, mode, offset):
     )
 
 
-# What is not there
+# Missing operations
 
 
 def test_an_operation_that_is_not_there_says_so_at_its_call(in_pytorch):
