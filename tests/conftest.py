@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import psutil
 import pytest
 import yaml
-from tiny_models import CONFIGS, EFFICIENTDET, MAIN_DETECTORS, efficientdet_config
+from tiny_models import CONFIGS, EFFICIENTDET, MAIN_DETECTORS, TINY_DETECTORS, efficientdet_config
 
 ROOT = Path(__file__).parent.parent
 # as in a submitted folder: `model_def` and `<name>_files` beside `shared`; of the model_defs this finds EfficientDet's
@@ -31,23 +31,11 @@ EXPERIMENT_SCHEMA = ROOT.parent / "shared" / "expconf"
 
 # why a detector's tests are not collected, by its folder
 WITHOUT_LIBRARY: dict[str, str] = {}
-try:
-    import mmdet  # noqa: F401
-
-    import mmdetection_files  # noqa: F401 before mmcv.ops, where mmcv is not compiled
-except Exception as error:  # what does not fit shows in many ways
-    WITHOUT_LIBRARY["mmdetection"] = f"mmdet cannot be imported: {error}"
-try:
-    import detectron2.config  # noqa: F401 without the library, `detectron2` is the folder
-except Exception as error:
-    WITHOUT_LIBRARY["detectron2"] = f"the library Detectron2 cannot be imported: {error}"
-try:
-    from transformers import is_torch_available
-
-    if not is_torch_available():
-        raise ImportError("it needs torch 2.6")
-except Exception as error:
-    WITHOUT_LIBRARY["detr"] = f"transformers cannot be imported: {error}"
+for _name, _tiny in TINY_DETECTORS.items():
+    try:
+        _tiny.import_library()
+    except Exception as error:  # what does not fit shows in many ways
+        WITHOUT_LIBRARY[_name] = f"its library cannot be imported: {error}"
 collect_ignore = list(WITHOUT_LIBRARY)
 
 

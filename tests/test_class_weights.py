@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import WITHOUT_LIBRARY
-from tiny_models import detectron2_config, detr_config, efficientdet_config, mmdet_config, trial_classes
+from tiny_detr import detr_config
+from tiny_mmdetection import RETINANET, mmdet_config
+from tiny_models import TINY_DETECTORS, efficientdet_config, trial_classes
 
 from shared.data.dataset import seed_all
 from shared.data.loading import to_device
@@ -12,25 +14,11 @@ from shared.errors import UserError
 from shared.training.switches import class_weights, weights_of
 
 NAMES = ("rectangle", "circle", "triangle")
-RETINANET = "retinanet/retinanet_r50_fpn_1x_coco.py"
 # the detector, its config and the terms of the loss that weights change
 MODELS = {
-    "efficientdet": ("efficientdet", efficientdet_config, ["class_loss"]),
-    "mask r-cnn of mmdet": ("mmdetection", mmdet_config, ["loss_cls"]),
-    "retinanet of mmdet": ("mmdetection", lambda shapes: mmdet_config(shapes, RETINANET), ["loss_cls"]),
-    "gfl of mmdet": ("mmdetection", lambda shapes: mmdet_config(shapes, "gfl/gfl_r50_fpn_1x_coco.py"), ["loss_cls"]),
-    "mask r-cnn of detectron2": ("detectron2", detectron2_config, ["loss_cls"]),
-    "retinanet of detectron2": (
-        "detectron2",
-        lambda shapes: detectron2_config(shapes, "COCO-Detection/retinanet_R_50_FPN_1x.yaml"),
-        ["loss_cls"],
-    ),
-    "rt-detr": ("detr", detr_config, ["loss_vfl"]),
-    "d-fine": ("detr", lambda shapes: detr_config(shapes, "d_fine"), ["loss_vfl"]),
-    "deimv2": ("detr", lambda shapes: detr_config(shapes, "deimv2"), ["loss_mal"]),
-    "deformable detr": ("detr", lambda shapes: detr_config(shapes, "deformable_detr"), ["loss_ce"]),
-    "lw-detr": ("detr", lambda shapes: detr_config(shapes, "lw_detr"), ["loss_ce"]),
-    "rf-detr": ("detr", lambda shapes: detr_config(shapes, "rf_detr"), ["loss_ce"]),
+    f"{detector} {model}".strip(): (detector, make, terms)
+    for detector, tiny in TINY_DETECTORS.items()
+    for model, (make, terms) in tiny.WEIGHTED_LOSSES.items()
 }
 
 

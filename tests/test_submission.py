@@ -18,7 +18,7 @@ import yaml
 from conftest import EXPERIMENT_SCHEMA, ROOT, WITHOUT_LIBRARY, other_detectors_are_slow, reports, run_model_def
 from determined.common.context import read_v1_context
 from determined_master import DEFAULTS, LOG_POLICIES, SEARCHER_DEFAULTS, handed_over
-from tiny_models import BYTES_OF_AN_IMAGE, CONFIGS, EFFICIENTDET, SMALL_POINT, trial_classes
+from tiny_models import CONFIGS, EFFICIENTDET, TINY_DETECTORS, trial_classes
 
 from shared.config.experiment import experiment_of, parse_schedule, per_slot_batch_size
 from shared.config.schema import Length
@@ -167,7 +167,7 @@ def test_the_batches_that_wait_fit_into_dev_shm(path):
     batch = config["hyperparameters"]["global_batch_size"]
     batch = max(batch["vals"]) if isinstance(batch, dict) else batch
     slots = config["resources"]["slots_per_trial"]
-    to_train, to_validate = BYTES_OF_AN_IMAGE[path.parent.name]
+    to_train, to_validate = TINY_DETECTORS[path.parent.name].BYTES_OF_AN_IMAGE
     # MMDetection and Detectron2 detect on one image a slot
     validated = slots if path.parent.name in ("mmdetection", "detectron2") else batch
     # two a worker wait in each loader; the slots of an agent share a container
@@ -191,7 +191,7 @@ def draw(space, rng):
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_points_of_the_search_train(detector, shapes, train, seed):
     config = load_yaml(ROOT / detector / "adaptive.yaml")
-    drawn = {**draw(config["hyperparameters"], random.Random(seed)), **SMALL_POINT[detector]}
+    drawn = {**draw(config["hyperparameters"], random.Random(seed)), **TINY_DETECTORS[detector].SMALL_POINT}
     if overrides := {"mmdetection": "config_overrides", "detectron2": "config_overrides"}.get(detector):
         tiny = CONFIGS[detector](shapes, drawn["config_file"])["hyperparameters"][overrides]
         drawn[overrides] = {**tiny, **drawn[overrides]}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import WITHOUT_LIBRARY, other_detectors_are_slow, reports
 from test_resume import assert_same_bits, final_state
-from tiny_models import CONFIGS, EFFICIENTDET, FROZEN, SMALL_RATES, trial_classes
+from tiny_models import CONFIGS, EFFICIENTDET, TINY_DETECTORS, trial_classes
 from torch import nn
 
 from shared.errors import UserError
@@ -29,7 +29,7 @@ def small(detector: str, shapes, **hyperparameters) -> dict:
     """A run of 12 batches without workers, at a small learning rate."""
     config = CONFIGS[detector](shapes)
     own = config["hyperparameters"]
-    own.get("config_overrides", own).update(SMALL_RATES[detector])
+    own.get("config_overrides", own).update(TINY_DETECTORS[detector].SMALL_RATE)
     own.update(hyperparameters)
     config["data"]["workers"] = 0
     return config
@@ -132,7 +132,7 @@ def test_channels_last_changes_the_memory_alone(detector, config, trial_class, t
 
 def test_frozen_parts_and_their_statistics_stay_and_the_rest_is_trained(detector, config, trial_class, train, caplog):
     caplog.set_level("INFO")
-    config["hyperparameters"].update(freeze=[FROZEN[detector]], clip_grad=1.0)
+    config["hyperparameters"].update(freeze=[TINY_DETECTORS[detector].FROZEN], clip_grad=1.0)
     config["searcher"]["max_length"] = {"batches": 4}
     initial = {}
 
@@ -145,20 +145,20 @@ def test_frozen_parts_and_their_statistics_stay_and_the_rest_is_trained(detector
     Watched.__module__ = trial_class.__module__
     trained = read_checkpoint(train(Watched, config) / "checkpoints/last").training_weights
     changed = {name for name in trained if not torch.equal(trained[name], initial[name])}
-    frozen = {name for name in trained if FROZEN[detector] in name}
+    frozen = {name for name in trained if TINY_DETECTORS[detector].FROZEN in name}
     assert len(frozen) > 10
     assert any("running_mean" in name for name in frozen)
     assert not changed & frozen
     assert any("running_mean" in name for name in changed)
     assert any("weight" in name for name in changed)
-    assert f"{FROZEN[detector]}; " in caplog.text
+    assert f"{TINY_DETECTORS[detector].FROZEN}; " in caplog.text
     assert "parameters are trained" in caplog.text
 
 
 @other_detectors_are_slow
 def test_a_run_with_every_switch_resumes_to_the_same_bits(detector, shapes, trial_class, train, crash_and_resume):
     switches = {"amp": "bf16", "channels_last": True, "model_ema_decay": 0.9, "clip_grad": 1.0}
-    config = small(detector, shapes, freeze=[FROZEN[detector]], **switches)
+    config = small(detector, shapes, freeze=[TINY_DETECTORS[detector].FROZEN], **switches)
     config["searcher"]["max_length"], config["min_checkpoint_period"] = {"batches": 4}, {"batches": 2}
     whole = train(trial_class, config, "whole")
     resumed = crash_and_resume(trial_class, config, 2)

@@ -31,7 +31,9 @@ from recording import (
     in_dtype,
     recording,
 )
-from tiny_models import detectron2_config, load_model_def, with_keypoints
+from tiny_detectron2 import detectron2_config
+from tiny_experiment import load_model_def
+from tiny_models import with_keypoints
 
 from detectron2_files.config import load_detectron2_config, shipped_configs
 from detectron2_files.data import inputs_of

@@ -15,7 +15,8 @@ from detectron2.data.transforms import AugmentationList, RandomFlip
 from detectron2.structures import Boxes, BoxMode, Instances
 from panoptic_shapes import REGISTER_PANOPTIC, write_panoptic_shapes
 from PIL import Image
-from tiny_models import DETECTRON2, detectron2_config, detectron2_config_by_name, load_model_def
+from tiny_detectron2 import DETECTRON2, detectron2_config, detectron2_config_by_name
+from tiny_experiment import load_model_def
 
 from detectron2_files.data import MapperTransform, check_keypoint_flips, describe, read_proposals
 from detectron2_files.evaluation import own_evaluator

@@ -2,7 +2,7 @@
 
 import torch
 from stores import http_store
-from tiny_models import DETECTRON2, SMALL_YAML
+from tiny_detectron2 import DETECTRON2, SMALL_YAML
 
 from detectron2_files.config import load_detectron2_config
 from detectron2_files.weights import load_weights_into

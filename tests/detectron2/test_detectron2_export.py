@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny_models import detectron2_config, load_model_def
+from tiny_detectron2 import detectron2_config
+from tiny_experiment import load_model_def
 
 pytest.importorskip("onnxruntime", reason="export needs the packages of `pip install '.[export]'`")
 pytest.importorskip("onnxscript", reason="export needs the packages of `pip install '.[export]'`")

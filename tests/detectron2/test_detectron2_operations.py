@@ -10,7 +10,7 @@ import torch
 import torchvision
 import yaml
 from conftest import ROOT, reports, run_model_def
-from tiny_models import DETECTRON2, SMALL_YAML, detectron2_config
+from tiny_detectron2 import DETECTRON2, SMALL_YAML, detectron2_config
 
 import detectron2_files
 from detectron2_files import operations

@@ -10,7 +10,11 @@ import yaml
 from conftest import ROOT, reports, run_model_def
 from PIL import Image
 from pycocotools import mask as coco_mask
-from tiny_models import DETECTRON2, detectron2_config, load_model_def, with_keypoints
+from test_resume_changes import last, of_length
+from test_switches import small
+from tiny_detectron2 import DETECTRON2, detectron2_config
+from tiny_experiment import load_model_def
+from tiny_models import with_keypoints
 
 from shared.errors import DivergedError, UserError
 from shared.training.checkpoints import read_checkpoint
@@ -338,3 +342,11 @@ def test_without_the_library_one_line_says_how_to_install_it(tmp_path):
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("error: Detectron2 cannot be imported")
     assert line.endswith("in the folder detectron2: python3 -m shared.container")
+
+
+def test_gradient_clipping_switched_on_at_a_resume_keeps_the_optimizer(shapes, train):
+    config, trial_class = of_length(4, small("detectron2", shapes)), load_model_def("detectron2").Detectron2Trial
+    train(trial_class, config)
+    config["hyperparameters"]["config_overrides"]["SOLVER.CLIP_GRADIENTS.ENABLED"] = True  # a class of its own
+    run = train(trial_class, of_length(6, config), resume="last")
+    assert last(run).batches == 6

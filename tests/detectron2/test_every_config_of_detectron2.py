@@ -25,8 +25,8 @@ from detectron2.solver import LRMultiplier, build_lr_scheduler, build_optimizer
 from detectron2.structures import Boxes, BoxMode, Instances
 from every_config import check_every_config, groups_of, parameters_of
 from omegaconf import DictConfig, OmegaConf
+from tiny_experiment import load_model_def
 from tiny_formats import PICTURES, coco, write_panoptic, write_pictures, write_semantic
-from tiny_models import load_model_def
 
 from detectron2_files.config import load_detectron2_config, shipped_configs
 from detectron2_hyperparameters import Detectron2Hyperparameters

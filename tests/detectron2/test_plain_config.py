@@ -8,7 +8,8 @@ import torch
 import yaml
 from detectron2.structures import BoxMode
 from omegaconf import OmegaConf
-from tiny_models import DETECTRON2, load_model_def
+from tiny_detectron2 import DETECTRON2
+from tiny_experiment import load_model_def
 
 from detectron2_files.config import config_of_checkpoint, load_detectron2_config, shipped_configs
 from detectron2_files.data import read_proposals

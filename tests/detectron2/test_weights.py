@@ -8,7 +8,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from tiny_models import DETECTRON2, SMALL_YAML, load_model_def
+from tiny_detectron2 import DETECTRON2, SMALL_YAML
+from tiny_experiment import load_model_def
 
 from detectron2_files.config import load_detectron2_config, shipped_configs
 from detectron2_files.plain_pickle import unpickle_arrays

@@ -11,7 +11,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from test_resume import assert_same_bits, final_state
-from tiny_models import DETR_TYPES, detr_config, trial_classes
+from tiny_detr import DETR_TYPES, detr_config
+from tiny_models import trial_classes
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 from without_figures import leave_out_figures
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from tiny_models import DETR_TYPES
+from tiny_detr import DETR_TYPES
 
 from detr_files.model import build_detector, image_processor, model_config
 from detr_files.weights import load_start_weights, names_of

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny_models import DETR_TYPES, detr_config, trial_classes
+from tiny_detr import DETR_TYPES, detr_config
+from tiny_models import trial_classes
 
 pytest.importorskip("onnxruntime", reason="export needs the packages of `pip install '.[export]'`")
 pytest.importorskip("onnxscript", reason="export needs the packages of `pip install '.[export]'`")

@@ -12,7 +12,8 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from test_against_transformers import assert_reports_pycocotools_numbers, small, watching
 from test_resume import assert_same_bits, final_state
-from tiny_models import DETR_TYPES, trial_classes
+from tiny_detr import DETR_TYPES
+from tiny_models import trial_classes
 from transformers import AutoImageProcessor, AutoModelForInstanceSegmentation
 from without_figures import leave_out_figures
 

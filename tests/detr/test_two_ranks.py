@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import DETR_TYPES
+from tiny_detr import DETR_TYPES
 
 BATCHES = ("uneven", "one-rank", "none", "alike")
 

@@ -16,7 +16,7 @@ from torch import distributed
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "detr"), str(ROOT / "tests")]
 
-from tiny_models import DETR_TYPES
+from tiny_detr import DETR_TYPES
 from torch.nn.parallel import DistributedDataParallel
 
 from detr_files.denoising import Ranks

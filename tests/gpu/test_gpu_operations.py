@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import WITHOUT_LIBRARY
-from tiny_models import use_operations_in_pytorch
+from tiny_mmdetection import use_operations_in_pytorch
 
 from shared.evaluation.detections import encode_masks, encode_on_device
 

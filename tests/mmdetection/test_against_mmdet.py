@@ -28,7 +28,8 @@ from recording import (
     in_dtype,
     recording,
 )
-from tiny_models import TINY, load_model_def, mmdet_config
+from tiny_experiment import load_model_def
+from tiny_mmdetection import TINY, mmdet_config
 
 from mmdetection_files.evaluation import to_detections
 from mmdetection_files.hooks import StepRunner
@@ -73,7 +74,7 @@ class Recorder(Hook):
 @both_precisions
 @pytest.mark.parametrize("config_file", TINY)
 def test_training_is_that_of_mmdetection_s_runner(shapes, train, config_file, dtype):
-    trial_class, ours, start = recording(load_model_def().MMDetectionTrial, dtype)
+    trial_class, ours, start = recording(load_model_def("mmdetection").MMDetectionTrial, dtype)
     clip = {"optimizer_config.grad_clip": {"max_norm": 5, "norm_type": 2}, "lr_config.warmup_iters": 5}
     config = mmdet_config(shapes, config_file, **clip)
     config["searcher"]["max_length"] = {"batches": BATCHES[dtype]}
@@ -193,7 +194,7 @@ def test_detections_are_those_of_inference_detector(shapes, train, tmp_path):
     overrides = {"model.test_cfg.rcnn.score_thr": 0.01}
     config = mmdet_config(shapes, **overrides)
     config["searcher"]["max_length"] = {"batches": 4}
-    trial_class = load_model_def().MMDetectionTrial
+    trial_class = load_model_def("mmdetection").MMDetectionTrial
     checkpoint = read_checkpoint(train(trial_class, config) / "checkpoints/last")
     in_float64, *_ = recording(trial_class, torch.float64)
     with pytorch.init(hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False) as context:

@@ -6,7 +6,7 @@ import os
 import pytest
 import yaml
 from conftest import ROOT, reports, run_model_def
-from tiny_models import DENSE_HEAD, SMALL_BACKBONE, mmdet_config
+from tiny_mmdetection import DENSE_HEAD, SMALL_BACKBONE, mmdet_config
 
 # a model_def.py that prints which images are in which batch, and what was drawn at random for them
 NOTING = """

@@ -24,6 +24,7 @@ from mmcv.runner.hooks.momentum_updater import MomentumUpdaterHook
 from mmdet.datasets import DATASETS, build_dataset
 from mmdet.models import build_detector
 from mmdet.utils import compat_cfg, rfnext_init_model
+from tiny_experiment import load_model_def
 from tiny_formats import (
     write_coco,
     write_open_images,
@@ -33,7 +34,6 @@ from tiny_formats import (
     write_semantic,
     write_xml,
 )
-from tiny_models import load_model_def
 
 from mmdetection_files.config import load_mmdet_config, shipped_configs
 from mmdetection_files.model import without_pretrained_backbone, without_teacher_weights
@@ -56,7 +56,7 @@ NEEDS = {
 }
 OTHER_TASKS: dict[str, str] = {}
 FOLDER: Path
-MMDetectionTrial = load_model_def().MMDetectionTrial
+MMDetectionTrial = load_model_def("mmdetection").MMDetectionTrial
 
 
 def prepare(folder: Path) -> None:

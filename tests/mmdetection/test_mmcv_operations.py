@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from tiny_models import MMDETECTION, use_operations_in_pytorch
+from tiny_mmdetection import MMDETECTION, use_operations_in_pytorch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode

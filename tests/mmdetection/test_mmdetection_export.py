@@ -1,7 +1,8 @@
 """`export` of MMDetection's one-stage detectors: the file detects what the checkpoint detects."""
 
 import pytest
-from tiny_models import DENSE_HEAD, SMALL_BACKBONE, load_model_def, mmdet_config
+from tiny_experiment import load_model_def
+from tiny_mmdetection import DENSE_HEAD, SMALL_BACKBONE, mmdet_config
 
 pytest.importorskip("onnxruntime", reason="export needs the packages of `pip install '.[export]'`")
 pytest.importorskip("onnxscript", reason="export needs the packages of `pip install '.[export]'`")
@@ -24,7 +25,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def trial_class():
-    return load_model_def().MMDetectionTrial
+    return load_model_def("mmdetection").MMDetectionTrial
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ import yaml
 from conftest import run_command
 from mmcv.runner import CheckpointLoader
 from stores import http_store
-from tiny_models import MMDETECTION, load_model_def, mmdet_config
+from tiny_experiment import load_model_def
+from tiny_mmdetection import MMDETECTION, mmdet_config
 
 from mmdetection_files.config import load_mmdet_config
 from mmdetection_files.model import build_model, without_pretrained_backbone, without_teacher_weights
@@ -37,7 +38,7 @@ def experiment(shapes) -> dict:
 def run_in_process(do, tmp_path, config, **arguments):
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(config))
-    run_command(do, load_model_def().MMDetectionTrial, path, **arguments)
+    run_command(do, load_model_def("mmdetection").MMDetectionTrial, path, **arguments)
 
 
 def evaluated(tmp_path, config, checkpoint) -> dict:
@@ -176,7 +177,7 @@ def own_neck(tmp_path, monkeypatch) -> Path:
 def test_a_run_whose_config_imports_modules_is_evaluated_by_that_config(own_neck, experiment, train, tmp_path):
     overrides = experiment["hyperparameters"]["config_overrides"]
     own = {**experiment, "hyperparameters": {"config_file": str(own_neck), "config_overrides": overrides}}
-    run = train(load_model_def().MMDetectionTrial, own)
+    run = train(load_model_def("mmdetection").MMDetectionTrial, own)
     last = run / "checkpoints/last"
     assert "bbox_mAP" in evaluated(tmp_path, own, last)
     with pytest.raises(UserError, match=r"custom_imports: \[own_necks_of_a_user\]") as refused:
@@ -188,7 +189,7 @@ def test_a_run_whose_config_imports_modules_is_evaluated_by_that_config(own_neck
 
 def detecting(checkpoint: Path, **own):
     """The config that evaluates a checkpoint, with the user's own hyperparameters."""
-    hparams = load_model_def().MMDetectionTrial.hyperparameters_of_checkpoint(checkpoint, own)
+    hparams = load_model_def("mmdetection").MMDetectionTrial.hyperparameters_of_checkpoint(checkpoint, own)
     return load_mmdet_config(MMDetectionHyperparameters(**hparams), MMDETECTION)
 
 
