@@ -47,11 +47,11 @@ YOLO(sys.argv[1]).val(**json.loads(sys.argv[2]))
 
 @dataclass
 class Learned:
-    """What a training came to.
+    """The cost and the result of a training.
 
     Attributes:
         seconds: user CPU seconds.
-        mAP, AP50: of its best validation.
+        mAP, AP50: metrics of its best validation.
     """
 
     seconds: float
