@@ -55,7 +55,7 @@ SYNC_BN = ("hyperparameters", {"sync_bn": True})
 
 
 def import_library() -> None:
-    """None: the default environment has it."""
+    """Does nothing: the default environment has effdet."""
 
 
 def losses_by_hand(trial, path, images):
