@@ -101,6 +101,6 @@ def _refuse_modules_of(checkpoint: Path, names: Sequence[str], submitted: Path) 
     for name in names:
         if submitted.joinpath(*name.split(".")).resolve().is_relative_to(checkpoint.resolve()):
             raise UserError(
-                f"hyperparameters.custom_imports: {name} comes from the checkpoint, and is not executed. Fix: name it "
-                "in the config too, if you trust it"
+                f"hyperparameters.custom_imports: {name} comes from the checkpoint, and is not executed. Fix: if "
+                "you trust it, copy it into the detector's folder"
             )
