@@ -171,7 +171,7 @@ def test_a_machine_that_never_comes_is_named(nodes, prepare):
 
 
 @pytest.mark.slow
-def test_torchrun_continues_with_the_machines_that_are_left_and_with_new_ones(nodes, prepare, tmp_path):
+def test_torchrun_continues_with_remaining_and_with_new_machines(nodes, prepare, tmp_path):
     prepare(searcher={**CONFIGS["efficientdet"](tmp_path)["searcher"], "max_length": {"batches": 120}})
 
     def join(node):
