@@ -134,7 +134,7 @@ def test_an_archive_is_to_be_unpacked(tmp_path):
 
 
 def test_a_format_that_does_not_exist_names_the_nearest(tmp_path):
-    with pytest.raises(UserError, match=r"yollo: is no format \(did you mean 'yolo'\?\)\. Fix: "):
+    with pytest.raises(UserError, match=r"yollo: is not a format; did you mean 'yolo'\?"):
         converted("yollo", tmp_path, tmp_path / "o.json")
 
 
