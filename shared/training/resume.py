@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 _LISTED = 8  # category names in an error, around the first that differs
 # what schedulers copy from an option before they change it, by the options that it is copied from
 _COPIES = {"initial_lr": {"lr"}, "initial_momentum": {"momentum", "betas"}}
-# what a config says and most schedules leave alone; older checkpoints do not hold what their config built
+# values that the config sets and most schedules keep; older checkpoints lack those that their config built
 _OF_CONFIG = ("weight_decay", "momentum", "betas", "eps")
 
 

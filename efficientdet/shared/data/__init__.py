@@ -1,0 +1,1 @@
+../../../shared/data/__init__.py

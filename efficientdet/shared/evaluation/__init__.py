@@ -1,0 +1,1 @@
+../../../shared/evaluation/__init__.py

@@ -1,0 +1,1 @@
+../../../shared/report/__init__.py
