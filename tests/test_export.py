@@ -125,6 +125,44 @@ def test_predict_draws_what_an_exported_file_detects(exported, command, trial_cl
     assert len(list((tmp_path / "found").glob("*.png"))) == 10
 
 
+def test_tiles_of_an_exported_file_give_the_checkpoint_s_detections(
+    exported, command, trial_class, shapes, tmp_path, monkeypatch
+):
+    """By both commands, on images of three tiles and a view."""
+    from shared.data.annotations import CocoAnnotations
+    from shared.evaluation.detections import from_coco_results
+    from shared.export import check
+
+    monkeypatch.setattr(check, "SCORE", 0.01)  # the tiny detector is not sure of much
+    coco = json.loads((shapes / "annotations/val.json").read_text())
+    (tmp_path / "images").mkdir()
+    for image in coco["images"]:  # twice side by side
+        image["width"] *= 2
+        wide = Image.new("RGB", (image["width"], image["height"]))
+        for left in (0, image["width"] // 2):
+            wide.paste(Image.open(shapes / "val" / image["file_name"]), (left, 0))
+        wide.save(tmp_path / "images" / image["file_name"])
+    (tmp_path / "val.json").write_text(json.dumps(coco))
+    data = {"annotations": str(tmp_path / "val.json"), "images": str(tmp_path / "images")}
+    config = yaml.safe_load((exported / "config.yaml").read_text())
+    config["data"]["val"] = data
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    annotations = CocoAnnotations.open(tmp_path / "val.json")
+    files = {"file": ["--model", exported / "onnx/model.onnx"]}
+    files["checkpoint"] = ["--checkpoint", exported / "run/checkpoints/best"]
+    for name, options in {"predict": ["--images", tmp_path / "images"], "evaluate": []}.items():
+        found = {}
+        for source, given in files.items():
+            output = tmp_path / name / source
+            options_and_output = [*given, *options, "--tiles", 128, "--output", output]
+            command(trial_class, name, tmp_path / "config.yaml", *options_and_output)
+            found[source] = from_coco_results(output / "results.json", annotations)
+        apart = check.differences(found["checkpoint"], found["file"])
+        assert apart.matched >= 0.99 * apart.detections > 50, apart
+        assert apart.box < 0.1
+        assert apart.score < 0.001
+
+
 def test_predictor_detects_with_an_exported_file(exported, shapes):
     from shared.export.runtime import ExportedDetector
     from shared.predictor import Predictor

@@ -211,6 +211,7 @@ def _metadata(
         checkpoint=weights_digest(checkpoint.path) if checkpoint else None,
         batches=checkpoint.batches if checkpoint else None,
         versions=versions_of(_PACKAGES),
+        max_iou=trial.max_iou,
     )
 
 

@@ -31,6 +31,7 @@ class Metadata:
     checkpoint: the SHA-256 of the checkpoint's weights; None for pretrained weights.
     batches: that the checkpoint was trained for.
     versions: the packages that wrote the file.
+    max_iou: the IoU above which the detector drops the less sure of two detections of a category.
     """
 
     categories: list[dict]
@@ -43,6 +44,7 @@ class Metadata:
     checkpoint: str | None
     batches: int | None
     versions: dict[str, str]
+    max_iou: float = 0.5
 
     def strings(self) -> dict[str, str]:
         """For a file: JSON by name."""
@@ -55,7 +57,8 @@ class Metadata:
             UserError: the file is not one of `export`.
         """
         try:
-            values = {field.name: json.loads(strings[PREFIX + field.name]) for field in fields(cls)}
+            names = [field.name for field in fields(cls)]
+            values = {name: json.loads(strings[PREFIX + name]) for name in names if PREFIX + name in strings}
             return cls(**{**values, "outputs": tuple(values["outputs"])})
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(
