@@ -25,6 +25,7 @@ EXPORT = {
     "images": None,
     "tolerance": None,
     "precision": "float32",
+    "raw": False,
     "checkpoint": None,
     "output": None,
 }
@@ -276,6 +277,15 @@ def test_pixels_of_an_exported_file_are_opencv_s():
 
 
 @pytest.mark.slow
+def test_raw_file_and_its_numpy_decoder_detect_what_the_checkpoint_detects(exported, command, trial_class, tmp_path):
+    checkpoint = ["--checkpoint", exported / "run/checkpoints/best"]
+    command(trial_class, "export", exported / "config.yaml", *checkpoint, "--raw", "--output", tmp_path / "raw")
+    found = json.loads((tmp_path / "raw/export.json").read_text())["differences"]
+    assert found["matched"] == found["detections"] > 0
+    assert found["box"] < 0.001
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "least"),
     [(["--format", "openvino"], 0.99), (["--format", "torch"], 1.0), (["--format", "openvino", "--half"], 0.9)],
@@ -304,8 +314,14 @@ def test_int8_is_calibrated_on_training_images_and_reports_its_cost(exported, co
         (["--half"], "--half: onnx has no 16-bit files here. Fix: --format openvino"),
         (["--int8", "--format", "torch"], "--int8: torch has no 8-bit files here. Fix: --format onnx or openvino"),
         (["--format", "transformers"], "--format transformers: only a model of `detr` has it"),
+        (["--raw", "--format", "openvino"], "--raw: openvino has no raw files here. Fix: --format onnx"),
+        (
+            ["--format", "tensorrt"],
+            "Fix: --format onnx --raw, then on the machine with the GPU: trtexec --onnx=model.onnx --minShapes=images:1"
+            "x3x128x128 --optShapes=images:1x3x128x128 --maxShapes=images:8x3x128x128 --saveEngine=model.engine",
+        ),
     ],
 )
-def test_a_format_without_that_precision_is_refused(options, said, refused, exported):
+def test_a_format_that_cannot_do_it_is_refused_with_what_to_do(options, said, refused, exported):
     checkpoint = ["--checkpoint", exported / "run/checkpoints/best"]
     assert said in refused("export", exported / "config.yaml", *checkpoint, *options, "--output", exported / "refused")

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 from transformers.image_transforms import center_to_corners_format
 
 from shared.errors import UserError
-from shared.export.operations import Exportable, check_filter, resize_as_pillow, size_of
+from shared.export.operations import check_filter, resize_as_pillow, size_of
+from shared.export.raw import Decoding, ExportableRaw
 
 _FILTERS = {Image.BILINEAR: "bilinear", Image.BICUBIC: "bicubic"}
 
 
-class ExportableDetr(Exportable):
+class ExportableDetr(ExportableRaw):
     """The steps of the image processor, the model, and `post_process_object_detection`.
 
     Args:
@@ -80,6 +81,24 @@ class ExportableDetr(Exportable):
             rows, labels = places // classes, places % classes
         boxes = center_to_corners_format(boxes).gather(1, rows[..., None].expand(-1, -1, 4))
         return boxes * sizes.flip(0).repeat(2), scores, labels
+
+    def decoding(self) -> Decoding:
+        return Decoding(
+            keeps_ratio=False,
+            filter=self.filter,
+            fill_color=(0, 0, 0),
+            one_label=self.uses_softmax,
+            candidates=self.limit,
+            iou_threshold=None,
+            limit=self.limit,
+            clips=False,
+        )
+
+    def places(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self.detector(pixel_values=(images.float() - self.mean) / self.std)
+        scores = outputs.logits.softmax(-1)[..., :-1] if self.uses_softmax else outputs.logits.sigmoid()
+        size = torch.tensor(self.input_size, dtype=torch.float32).flip(0).repeat(2)
+        return center_to_corners_format(outputs.pred_boxes) * size, scores
 
 
 def _post_processing(processor: Any, detector: PreTrainedModel) -> tuple[bool, int]:

@@ -15,6 +15,7 @@ from shared.errors import UserError
 # by name, the file that holds the detector
 FORMATS = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2"}
 TRANSFORMERS = "transformers"  # the format of a folder that the package transformers loads
+TENSORRT = "tensorrt"  # is refused with the command that makes an engine of an ONNX file
 PREFIX = "detector."  # of the names in a file, which its format shares with other programs
 
 
@@ -22,7 +23,7 @@ PREFIX = "detector."  # of the names in a file, which its format shares with oth
 class Metadata:
     """Attributes:
     categories: COCO categories; the position is the label.
-    outputs: the names of the file's outputs, see `Exportable`.
+    outputs: the names of the file's outputs, see `Exportable` and `Raw`.
     any_batch: False if the file takes a single image only.
     input_size: (height, width) of the network's input; None if it follows from the image.
     precision: "float32", "float16" or "int8".
@@ -32,6 +33,7 @@ class Metadata:
     batches: that the checkpoint was trained for.
     versions: the packages that wrote the file.
     max_iou: the IoU above which the detector drops the less sure of two detections of a category.
+    decoding: a raw file's, see `Decoding`; None if the file finds detections itself.
     """
 
     categories: list[dict]
@@ -45,6 +47,7 @@ class Metadata:
     batches: int | None
     versions: dict[str, str]
     max_iou: float = 0.5
+    decoding: dict[str, Any] | None = None
 
     def strings(self) -> dict[str, str]:
         """For a file: JSON by name."""
