@@ -17,7 +17,7 @@ import torch
 
 from shared.errors import UserError
 from shared.export.metadata import FORMATS, Metadata
-from shared.export.operations import Exportable, nms_of_onnx, onnx_translations
+from shared.export.operations import Exportable, onnx_translations, operations_of_onnx
 from shared.export.quantization import quantize
 from shared.export.raw import Raw
 
@@ -86,7 +86,8 @@ def write(
                 _write_torch(detector, path, metadata)
             else:
                 onnx = path.with_suffix(".onnx")
-                _write_onnx(detector, onnx, metadata)
+                with operations_of_onnx(resizes=name == "onnx"):
+                    _write_onnx(detector, onnx, metadata)
                 if metadata.precision == "int8":
                     quantize(onnx, calibration)
                 if name == "openvino":
@@ -158,18 +159,17 @@ class _Detect(_Prepare):
 
 
 def _to_onnx(module: torch.nn.Module, given: tuple, dynamic: tuple, inputs: list[str], outputs: list[str]) -> Any:
-    with nms_of_onnx():
-        program = torch.onnx.export(
-            module,
-            given,
-            dynamic_shapes=dynamic,
-            input_names=inputs,
-            output_names=outputs,
-            custom_translation_table=onnx_translations(),
-            opset_version=_OPSET,
-            dynamo=True,
-            verbose=False,
-        )
+    program = torch.onnx.export(
+        module,
+        given,
+        dynamic_shapes=dynamic,
+        input_names=inputs,
+        output_names=outputs,
+        custom_translation_table=onnx_translations(),
+        opset_version=_OPSET,
+        dynamo=True,
+        verbose=False,
+    )
     return program.model_proto
 
 
