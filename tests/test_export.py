@@ -1,4 +1,4 @@
-"""`export`: the file detects what the checkpoint detects, and says so; `evaluate` and `predict` take it."""
+"""`export`: the file detects like its checkpoint; `evaluate` and `predict` accept it."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def exported(tmp_path_factory, shapes):
 
 @pytest.fixture(scope="module")
 def numbers(exported):
-    """What is in export.json."""
+    """The content of export.json."""
     return json.loads((exported / "onnx/export.json").read_text())
 
 
@@ -130,11 +130,11 @@ def test_tiles_of_an_exported_file_give_the_checkpoint_s_detections(
     exported, command, trial_class, shapes, tmp_path, monkeypatch
 ):
     """By both commands, on images of three tiles and a view."""
+    from shared.commands import export as of_export
     from shared.data.annotations import CocoAnnotations
     from shared.evaluation.detections import from_coco_results
-    from shared.export import check
 
-    monkeypatch.setattr(check, "SCORE", 0.01)  # the tiny detector is not sure of much
+    monkeypatch.setattr(of_export, "SCORE", 0.01)  # the tiny detector is not sure of much
     coco = json.loads((shapes / "annotations/val.json").read_text())
     (tmp_path / "images").mkdir()
     for image in coco["images"]:  # twice side by side
@@ -158,7 +158,7 @@ def test_tiles_of_an_exported_file_give_the_checkpoint_s_detections(
             options_and_output = [*given, *options, "--tiles", 128, "--output", output]
             command(trial_class, name, tmp_path / "config.yaml", *options_and_output)
             found[source] = from_coco_results(output / "results.json", annotations)
-        apart = check.differences(found["checkpoint"], found["file"])
+        apart = of_export.differences(found["checkpoint"], found["file"])
         assert apart.matched >= 0.99 * apart.detections > 50, apart
         assert apart.box < 0.1
         assert apart.score < 0.001
