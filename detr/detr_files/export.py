@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.image_transforms import center_to_corners_format
 
+from detr_files.masks import has_masks
 from shared.errors import UserError
 from shared.export.operations import Exportable, check_filter, resize_as_pillow, size_of
 
@@ -48,6 +49,8 @@ class ExportableDetr(Exportable):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) / factor)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) / factor)
         self.uses_softmax, self.limit = _post_processing(processor, detector)
+        if has_masks(detector.config):
+            self.outputs = (*self.outputs, "image_masks")
 
     def prepare(self, images: Tensor) -> tuple[Tensor, Tensor]:
         pixels = images.float()
@@ -67,7 +70,7 @@ class ExportableDetr(Exportable):
             torch.sym_min(least * side // short, (2 * most * side + long) // (2 * long)) for side in (height, width)
         )
 
-    def detect(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def detect(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         outputs = self.detector(pixel_values=pixels)
         logits, boxes = outputs.logits, outputs.pred_boxes
         classes = logits.shape[-1]
@@ -79,7 +82,11 @@ class ExportableDetr(Exportable):
             scores, places = logits.sigmoid().flatten(1).topk(self.limit, dim=1)
             rows, labels = places // classes, places % classes
         boxes = center_to_corners_format(boxes).gather(1, rows[..., None].expand(-1, -1, 4))
-        return boxes * sizes.flip(0).repeat(2), scores, labels
+        masks = ()
+        if "image_masks" in self.outputs:
+            of_queries = outputs.pred_masks
+            masks = (of_queries.gather(1, rows[..., None, None].expand(-1, -1, *of_queries.shape[2:])),)
+        return boxes * sizes.flip(0).repeat(2), scores, labels, *masks
 
 
 def _post_processing(processor: Any, detector: PreTrainedModel) -> tuple[bool, int]:

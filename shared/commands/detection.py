@@ -136,7 +136,7 @@ class FileDetector:
         distributed = processes[0]
         self.context = SimpleNamespace(distributed=distributed, device=self.model.device)
         self.rank, self.slots = distributed.rank, distributed.size
-        self.iou_types = ("bbox", "segm") if "masks" in self.model.metadata.outputs else ("bbox",)
+        self.iou_types = self.model.iou_types
         self._max_detections = trial_class.scored_detections(experiment.config.get("hyperparameters") or {})
 
     def open_val(self) -> SplitData:

@@ -74,6 +74,7 @@ def _write_checked(
 ) -> None:
     """Writes the file, `detect.py`, and the comparison of the file with the checkpoint."""
     exportable = copy.deepcopy(trial.exportable()).cpu().float().eval()
+    formats.check_detector(exportable, arguments.format)
     data = trial.open_val()
     source = "checkpoint" if checkpoint else "pretrained"
     check_categories(trial.categories, data, source)
