@@ -20,8 +20,8 @@ from tabulate import tabulate
 def measure(detector: str, config: str, checkpoint: str, files: list[str], images: int) -> dict[str, dict]:
     """Milliseconds per image and MiB of each side, in this process."""
     from shared.commands.detection import FileDetector, detecting_trial, with_checkpoint
+    from shared.commands.export import own_peak_memory, peak_memory_of
     from shared.export import detect
-    from shared.export.check import own_peak_memory, peak_memory_of
     from shared.launch import experiment_for
     from shared.training.meeting import local_processes
 

@@ -43,7 +43,7 @@ def measure(rank: int, size: int) -> None:
     from shared.evaluation.gathered import GatheredDetections
     from shared.training.meeting import local_processes
     from shared.training.processes import trial_context
-    from shared.training.transfer import on_each_machine
+    from shared.training.resume import on_each_machine
 
     seconds, sent = {}, {}
 

@@ -251,8 +251,8 @@ class Detectron2Trial(DetectionTrial):
     def check_pretrained(self) -> None:
         if self._weights() is None:
             raise UserError(
-                "an untrained model detects nothing; give --checkpoint, --set hyperparameters.weights=published, or "
-                "other weights in its place"
+                "an untrained model detects nothing. Fix: give --checkpoint, or weights: --set "
+                "hyperparameters.weights=published"
             )
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:

@@ -14,14 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from shared.config.augment import Augment
-from shared.config.file import markdown_table
-from shared.config.schema import DataConfig
-from shared.search.space import SearcherSection
+from shared.config.file import keys_of
+from shared.config.schema import DataConfig, SearcherSection, TopLevelKeys
 
 
 def sections() -> dict[Path, tuple[str, type]]:
     """Per page, the name of its table and the dataclass. A detector's page has the name of its folder."""
     found = {
+        ROOT / "docs/reference/config.md": ("top-level keys", TopLevelKeys),
         ROOT / "docs/reference/data.md": ("data keys", DataConfig),
         ROOT / "docs/search.md": ("searcher keys", SearcherSection),
         ROOT / "docs/train/augment.md": ("augment keys", Augment),
@@ -40,6 +40,22 @@ def with_table(page: str, name: str, section: type) -> str:
     pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
     assert pattern.search(page), f"{begin} and {end} are missing"
     return pattern.sub(lambda _: f"{begin}\n\n{markdown_table(section)}\n\n{end}", page)
+
+
+def markdown_table(section: type) -> str:
+    """The keys of a section as a Markdown table: those of the section itself, then those that all detectors have."""
+    own = section.__annotations__
+    keys = sorted(keys_of(section), key=lambda key: key.name not in own)
+    with_upstream = any(key.upstream for key in keys)
+    heads = ["key", "default", *(["upstream"] if with_upstream else []), "what"]
+    rows = []
+    for key in keys:
+        text = f"{key.text} ({key.allowed})" if key.allowed else key.text
+        upstream = [f"`{key.upstream}`" if key.upstream else "–"] if with_upstream else []
+        default = key.default if key.default in ("required", "–") else f"`{key.default}`"
+        rows.append([f"`{key.name}`", default, *upstream, text.replace("|", "\\|")])
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" if line[0] != "---" else f"|{'|'.join(line)}|" for line in lines)
 
 
 def main() -> None:

@@ -227,7 +227,8 @@ class _OpenedImages(GivenImages):
         try:
             size = size_of(name, self.locations[name], self, in_tiles)
         except UnreadableError as error:
-            raise UserError(f"{self.locations[name]}: {error}") from error
+            reason = str(error) if "Fix: " in str(error) else f"{error}. Fix: give an image"
+            raise UserError(f"{self.locations[name]}: {reason}") from error
         if size is None:
             raise UserError(
                 f"{self.locations[name]}: it is a picture with drawn detections. Fix: give the image itself"

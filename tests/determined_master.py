@@ -1,4 +1,4 @@
-"""What a Determined 0.38.1 master makes of an experiment config, before a trial reads it."""
+"""Fills in an experiment config as a Determined 0.38.1 master does before a trial reads it."""
 
 from copy import deepcopy
 from typing import Any
@@ -95,7 +95,7 @@ OF_THE_CLUSTER += ("preemption_timeout", "resources.priority", "resources.resour
 
 
 def handed_over(config: dict[str, Any]) -> dict[str, Any]:
-    """An experiment config as a trial gets it, with every default filled in; all but what is `OF_THE_CLUSTER`."""
+    """An experiment config as a trial gets it, with all defaults except those in `OF_THE_CLUSTER`."""
     searcher = {**DEFAULTS["searcher"], **SEARCHER_DEFAULTS[config["searcher"]["name"]]}
     filled = _filled(deepcopy(config), deepcopy({**DEFAULTS, "searcher": searcher}))
     filled["hyperparameters"] = {name: _const(value) for name, value in filled["hyperparameters"].items()}
@@ -114,7 +114,7 @@ def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
 
 
 def _const(value: Any) -> Any:
-    """A hyperparameter as the master writes it: a plain value is a constant, at each depth."""
+    """A hyperparameter as the master writes it: plain values become constants at every depth."""
     if isinstance(value, dict):
         return value if "type" in value else {name: _const(item) for name, item in value.items()}
     return {"type": "const", "val": value}

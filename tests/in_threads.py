@@ -38,7 +38,7 @@ def _call(future: Future, function: Callable[..., Any], arguments: tuple) -> Non
 
 @contextlib.contextmanager
 def processes(size: int, machines: int = 1) -> Iterator[list[ProcessContext]]:
-    """The contexts of `size` processes, by rank. Of several machines, the chief listens on all interfaces."""
+    """The contexts of `size` processes, by rank. With several machines, the chief listens on all interfaces."""
     address: Future = Future()
 
     def from_chief(own: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A COCO file as columns: what a record holds, the cache, and what is refused."""
+"""A COCO file as columns: records, the cache, and refused files."""
 
 import gzip
 import json
@@ -92,7 +92,7 @@ def test_workers_that_are_not_forked_map_the_cache(coco, tmp_path):
 
 
 def _open_and_hold(path, results, done):
-    """Says what is mapped, and later what is read from it."""
+    """Prints what is mapped, and later what is read from it."""
     opened = CocoAnnotations.open(path)
     with open("/proc/self/maps") as maps:
         mapped = {line.split()[4] for line in maps if f"{path.parent}/" in line and "boxes.npy" in line}  # inodes
@@ -297,15 +297,15 @@ def test_what_contradicts_itself_is_refused_with_the_place(message, tmp_path):
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"{", "not JSON, or is cut off"),
+        (b"{", "not JSON, or is truncated"),
         (b"[1]", "not a COCO"),
         (b'{"a": 1}', "not a COCO"),
-        ('{"images": []}'.encode("utf-16"), "is in UTF-16; save it in UTF-8"),
-        ('{"images": []}'.encode("utf-16-le"), "is in UTF-16; save it in UTF-8"),
+        ('{"images": []}'.encode("utf-16"), "is in UTF-16. Fix: save it as UTF-8"),
+        ('{"images": []}'.encode("utf-16-le"), "is in UTF-16. Fix: save it as UTF-8"),
         (b"\n<!DOCTYPE html><html>Sign in</html>", "is a web page, not the file itself"),
-        (b"<annotation></annotation>", "is XML; `python3 -m shared convert`"),
+        (b"<annotation></annotation>", "is XML. Fix: convert it with `python3 -m shared convert`"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS"),
-        (b"PK\x03\x04abc", "is a ZIP archive; unpack it"),
+        (b"PK\x03\x04abc", "is a ZIP archive. Fix: unpack it"),
         (gzip.compress(b"{" * 99)[:-20], "is packed with gzip, and cannot be unpacked"),
     ],
 )
@@ -365,7 +365,7 @@ def test_some_of_the_categories_keep_all_images_and_their_own_annotations(shapes
 
 
 def with_boxes(coco, box_of):
-    """The same with other boxes: `box_of` takes x, y, width, height and the image's width and height."""
+    """The same file with other boxes: `box_of` takes x, y, width, height and the image's width and height."""
     sizes = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}
     changed = [{**a, "bbox": box_of(*a["bbox"], *sizes[a["image_id"]])} for a in coco["annotations"]]
     return CocoAnnotations.from_dict({**coco, "annotations": changed})

@@ -1,4 +1,4 @@
-"""What follows from a shape is built once."""
+"""Values that depend on a shape alone are built once."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""`check`: what it finds, and when it says that a training would stop."""
+"""`check`: its findings, and when it says that a training would stop."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ from shared.data.loading import TrainingBatchSampler
 
 @pytest.fixture
 def data(shapes, tmp_path):
-    """A copy of the shapes, to spoil."""
+    """A copy of the shapes, to damage."""
     return shutil.copytree(shapes, tmp_path / "data")
 
 
@@ -169,14 +169,14 @@ def test_check_prints_a_table_draws_a_page_and_sets_the_exit_status(data, tmp_pa
     assert "is a file among the images and would be replaced" in run_main(config, "--page", first)
     assert first.read_bytes() == before
     assert "x.xyz is no picture. Fix: give a name that ends with .png" in run_main(config, "--page", "x.xyz")
-    assert "--images: 'few' is neither a number nor `all`" in run_main(config, "--images", "few")
+    assert "--images: 'few' is unknown. Fix: give a number or `all`" in run_main(config, "--images", "few")
 
 
 # --- with the detector ------------------------------------------------------------------------------
 
 
 def check_as_user(detector, config, folder, capsys, *overrides):
-    """`python3 model_def.py check` with a config that lies anywhere: its status and what it says."""
+    """`python3 model_def.py check` with a config outside the detector's folder. Returns status and output."""
     path = folder / "anywhere.yaml"
     path.write_text(yaml.safe_dump(config))
     with pytest.raises(SystemExit) as ended:
@@ -204,7 +204,7 @@ def test_a_python_config_s_smallest_anchor_is_known_too():
 
 
 def test_what_stops_the_training_of_a_detector_is_a_line_with_what_to_do(detector, data, tmp_path, capsys):
-    """Masks that are none, in a config of masks; a rate that the optimizer refuses; images that are missing."""
+    """Invalid masks for a mask model, a rate that the optimizer refuses, missing images."""
     config = CONFIGS[detector](data)
     change(data, lambda coco: coco["annotations"][4].update(segmentation="mask"))
     wrong = "have a segmentation that is wrong, the first has id 5: it is neither polygons nor RLE"

@@ -16,7 +16,7 @@ UUID = str(uuid.UUID(int=7))
 
 @pytest.fixture
 def downloads(monkeypatch, tmp_path):
-    """A master with one checkpoint; the folders that it was downloaded to. The first download is cut off."""
+    """A master with one checkpoint. Returns the folders of its downloads. The first download is truncated."""
     folders = []
 
     def download(folder):
@@ -36,7 +36,7 @@ def downloads(monkeypatch, tmp_path):
 
 
 def test_a_download_that_was_cut_off_is_made_anew_and_a_whole_one_is_not(downloads):
-    with pytest.raises(UserError, match=f"checkpoint {UUID} cannot be had from .*the connection was lost"):
+    with pytest.raises(UserError, match=f"checkpoint {UUID} cannot be downloaded from .*the connection was lost"):
         find_checkpoint(UUID)
     place = find_checkpoint(UUID)
     assert (place / "state_dict.pth").read_bytes() == b"whole"

@@ -1,4 +1,4 @@
-"""What Determined does not do by itself. tests/cluster shows the same on a real master."""
+"""Fixes of Determined's faults. tests/cluster shows them on a real master."""
 
 import math
 import pickle
@@ -17,7 +17,7 @@ from shared.training.validation import Validation
 
 
 def determined_s_checkpoint():
-    """The random state as Determined 0.38.1 saves it."""
+    """A checkpoint with the random state as Determined 0.38.1 saves it."""
     state = {
         "cpu_rng_state": torch.random.get_rng_state(),
         "np_rng_state": np.random.get_state(),
@@ -49,7 +49,7 @@ def test_a_checkpoint_from_before_the_fix_is_taken_too():
 
 
 def answer(state, validated_at=None):
-    """What the master says of a trial; None for one without a validation yet."""
+    """The master's record of a trial; None without a validation."""
     validations = {} if validated_at is None else {"validation_metrics": {"batches": {"last": validated_at}}}
     return SimpleNamespace(state=SimpleNamespace(name=state), summary_metrics=validations)
 

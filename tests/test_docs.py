@@ -1,4 +1,4 @@
-"""What the documents promise is held by tests that exist."""
+"""The tests that the documentation names exist, and its commands and links work."""
 
 import ast
 import re
@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT, code_blocks
 
 from shared.__main__ import _COMMANDS as COMMANDS
-from shared.command_line import read_arguments
 from shared.config.file import keys_of
 from shared.config.schema import key_names
+from shared.launch import read_arguments
 
 
 def names_of_tests() -> set[str]:

@@ -1,4 +1,4 @@
-"""What the config ends a run by before its length, and that it goes on from there."""
+"""Config keys that stop a run before its length, and its continuation."""
 
 import json
 import sys
@@ -101,7 +101,7 @@ def test_the_count_of_validations_outlives_a_resume():
 
 @pytest.fixture
 def run_task(monkeypatch, tmp_path, trial_class):
-    """Trains as a task of a cluster; its master."""
+    """Trains as a task of a cluster. Returns its master."""
 
     def call(config, **of_the_task):
         master = become_a_task(monkeypatch, tmp_path / "task", config, **of_the_task)
@@ -177,7 +177,7 @@ def test_early_stopping_without_a_validation_to_stop_at_is_refused(config, train
 
 
 def ticking(trial_class, monkeypatch):
-    """The trial class, of which each batch takes ten minutes."""
+    """The trial class with batches of ten minutes each."""
     clock = {"now": 0.0}
     monkeypatch.setattr(Clock, "now", staticmethod(lambda: clock["now"]))
 
@@ -239,7 +239,7 @@ def test_a_timed_checkpoint_changes_nothing_and_a_killed_run_resumes(config, tra
 
 
 class _SecondOfTwo:
-    """What a process that is not the chief hears of it."""
+    """The exchange of a process that is not the chief."""
 
     rank, size = 1, 2
 

@@ -1,4 +1,4 @@
-"""`export`: the file detects what the checkpoint detects, and says so; `evaluate` and `predict` take it."""
+"""`export`: the file detects like its checkpoint; `evaluate` and `predict` accept it."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def exported(tmp_path_factory, shapes):
 
 @pytest.fixture(scope="module")
 def numbers(exported):
-    """What is in export.json."""
+    """The content of export.json."""
     return json.loads((exported / "onnx/export.json").read_text())
 
 

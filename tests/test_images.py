@@ -1,4 +1,4 @@
-"""Images as users have them: odd ones in the right pixels, bad ones named or left out."""
+"""Unusual images have the right pixels; bad images are named or skipped."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def with_orientation(image, value):
 
 
 def png_of_size(width, height):
-    """A PNG that says it is of that size, and is not."""
+    """A PNG whose header states this size."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -260,7 +260,7 @@ def test_links_that_lead_out_of_the_folder_are_refused(shapes, tmp_path, what):
 
 
 def spoiled(shapes, folder):
-    """The shapes with two bad images to train on and one to validate on."""
+    """The shapes with two bad training images and one bad validation image."""
     shutil.copytree(shapes, folder)
     (folder / "train/000004.png").write_bytes((folder / "train/000004.png").read_bytes()[:200])
     (folder / "train/000009.png").write_bytes(b"")
@@ -336,5 +336,5 @@ def test_missing_images_may_be_left_out_unless_all_are(shapes, tmp_path, caplog)
         file.unlink()
     with pytest.raises(UserError, match="10 of the 10 images"):
         open_split(parse_data({"data": data}), "val")
-    with pytest.raises(UserError, match=r"data\.on_bad_image: 'ignore' is none of error, skip"):
+    with pytest.raises(UserError, match=r"data\.on_bad_image: 'ignore' is unknown. Fix: use one of error, skip"):
         parse_data(yaml.safe_load("{data: {on_bad_image: ignore}}"))

@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from shared.environment import adopt_launcher, first_host, parse_signals, without_launcher
 from shared.errors import UserError
-from shared.launchers import adopt_launcher, first_host, parse_signals, without_launcher
 
 TORCHRUN = {
     **{"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
@@ -34,7 +34,7 @@ KUBEFLOW = {
 
 
 def adopted(environment):
-    """The rank, the number of ranks, the rank on the machine, and where rank 0 is."""
+    """The rank, the number of ranks, the rank on the machine, and rank 0's address."""
     environment = dict(environment)
     adopt_launcher(environment)
     return tuple(environment.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))

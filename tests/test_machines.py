@@ -1,4 +1,4 @@
-"""Trainings on two machines that share no disk. One of them is lost, comes back, or never comes."""
+"""Trainings on two machines without a shared disk. One is lost, returns, or never comes."""
 
 import collections
 import contextlib
@@ -73,7 +73,7 @@ def prepare(nodes, shapes, tmp_path):
 
 
 def start(nodes, *arguments, processes=1, chief=0):
-    """Starts torchrun on each of these machines, as one run. `chief` is the place in the list that has rank 0."""
+    """Starts torchrun on each of these machines as one run. `chief` is the position of rank 0's machine."""
     for number, node in enumerate(nodes):
         rank = (number - chief) % len(nodes)
         place = ("--nnodes", len(nodes), "--nproc-per-node", processes, "--node-rank", rank)
@@ -83,7 +83,7 @@ def start(nodes, *arguments, processes=1, chief=0):
 
 
 def stop(node, after):
-    """Kills a machine's programs after some seconds, if they have not ended."""
+    """Kills a machine's programs after some seconds if they still run."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         node.wait(after)
     node.lose()
@@ -125,7 +125,7 @@ def test_two_machines_train_as_two_processes_and_the_chief_alone_writes(nodes, p
 @pytest.mark.slow
 @pytest.mark.parametrize("detector", ["efficientdet", "mmdetection"])
 def test_a_machine_killed_at_random_moments_changes_no_sample(nodes, prepare, tmp_path, detector):
-    """Two processes at each start: on two machines, or on one of them. A library's statistics are per process."""
+    """Each start has two processes, on two machines or on one. A library's statistics are per process."""
     if detector in WITHOUT_LIBRARY:
         pytest.skip(WITHOUT_LIBRARY[detector])
     here = prepare(detector, hyperparameters={"hang_minutes": 0.5})

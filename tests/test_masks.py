@@ -1,4 +1,4 @@
-"""Masks as COCO's RLE: the bytes that pycocotools gives the whole image."""
+"""Masks as COCO's RLE: the bytes that pycocotools gives for the whole image."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ HEIGHT, WIDTH = 12, 17
 
 
 def drawn() -> np.ndarray:
-    """(N, HEIGHT, WIDTH) masks as they seldom are."""
+    """(N, HEIGHT, WIDTH) masks with unusual shapes."""
     rng = np.random.default_rng(0)
     masks = [rng.random((HEIGHT, WIDTH)) < share for share in (0.02, 0.5, 0.98)]
     covered = [

@@ -1,4 +1,4 @@
-"""`model_def.py` as a task of a cluster, with the config as a master hands it over; tests/cluster has a real one."""
+"""`model_def.py` as a cluster's task, with the config as a master fills it in. tests/cluster has a real master."""
 
 import errno
 import math
@@ -31,7 +31,7 @@ def config(shapes):
 
 @pytest.fixture
 def run_task(monkeypatch, tmp_path, trial_class):
-    """Trains as a task, in this process; its master. `figures=True` draws them, which takes half of the time."""
+    """Trains as a task in this process. Returns its master. `figures=True` draws them, which takes half of the time."""
 
     def call(config, name="task", trial_class=trial_class, figures=False, **of_the_task):
         if not figures:

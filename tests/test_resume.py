@@ -1,4 +1,4 @@
-"""A killed run taken up again, and what a checkpoint holds, of each detector."""
+"""Resuming a killed run, and the content of a checkpoint, for each detector."""
 
 import itertools
 import math
@@ -80,7 +80,7 @@ main(Killed)
 
 
 def kill_between_checkpoints(detector, config, run, processes):
-    """A run whose processes are all killed after batch 7, with a checkpoint of batch 4."""
+    """A run whose processes are killed after batch 7, with a checkpoint of batch 4."""
     script = run.parent / "code" / "killed.py"
     script.parent.mkdir()
     script.write_text(KILLED)

@@ -1,4 +1,4 @@
-"""The copy of a training's state that is written while it goes on, and the thread that writes it."""
+"""The copy of a training's state that a thread writes during the training."""
 
 import functools
 import threading
@@ -106,7 +106,7 @@ def test_what_was_begun_is_done_before_the_next_and_before_the_end():
 
 
 def test_no_thread_frees_tensors_after_the_end_of_background_work():
-    """A program that exits at such a moment is aborted."""
+    """Python aborts a program that exits at such a moment."""
     threads = []
 
     class Tensors:

@@ -11,7 +11,7 @@ from conftest import ROOT, code_blocks
 
 
 def commands_of(page):
-    """The block that converts the user's annotations and goes on to predictions."""
+    """The block of commands from `convert` to `predict`."""
     return next(block for block in code_blocks(ROOT / page) if "shared convert" in block)
 
 

@@ -1,4 +1,4 @@
-"""Machines that share nothing but a bucket: whichever is lost with its disk, the run continues from there."""
+"""Machines that share only a bucket. If one is lost with its disk, the run continues from the bucket."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ def detector(request):
 
 
 def start(nodes, number, *arguments):
-    """Starts one process on each of these machines. Each start has a port of its own: a killed one may linger."""
+    """Starts one process on each of these machines. Each start has a new port, because a killed process may linger."""
     port = 29500 + number
     meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{nodes[0].name}:{port}", "--rdzv-id", "a")
     for node in nodes:

@@ -49,9 +49,13 @@ def unpickle_arrays(path: Path) -> dict[str, Any]:
             f"{path} holds more than arrays of numbers and plain values: {error}. Fix: give a file without it"
         ) from error
     except Exception as error:  # pickle raises what the broken bytes happen to say
-        raise UserError(f"{path} is cut off, or not a pickle of weights: {error}") from error
+        raise UserError(
+            f"{path} is cut off, or not a pickle of weights: {error}. Fix: download it again, or give another file"
+        ) from error
     if not isinstance(loaded, dict):
-        raise UserError(f"{path} is not a pickle of weights: it holds a {type(loaded).__name__}")
+        raise UserError(
+            f"{path} is not a pickle of weights: it holds a {type(loaded).__name__}. Fix: give a file of weights"
+        )
     return loaded
 
 

@@ -67,7 +67,7 @@ def _check_data(arguments: argparse.Namespace) -> NoReturn:
     except UserError as error:
         if "data: unknown key" not in str(error):
             raise
-        raise UserError(f"{error} If it is a detector's own key, use {hint}") from error
+        raise UserError(f"{error}. If it is a detector's own key, use {hint}") from error
     if data.reads_files and data.train is None and data.val is None:
         raise UserError(
             f"{arguments.config} has neither data.train nor data.val. Fix: {hint} checks the data that the detector's "
@@ -210,12 +210,12 @@ def _parsed(arguments: argparse.Namespace) -> tuple[int | None, Path | None]:
     """The number of images to read, None for all, and the page. Checked first, as reading may take minutes."""
     images, page = arguments.images, arguments.page
     if images != "all" and not images.isdecimal():
-        raise UserError(f"--images: {images!r} is neither a number nor `all`")
+        raise UserError(f"--images: {images!r} is unknown. Fix: give a number or `all`")
     if page is not None:
         if page.suffix.lower() not in _PAGES:
             raise UserError(f"--page: {page} is no picture. Fix: give a name that ends with {' or '.join(_PAGES)}")
         if not page.absolute().parent.is_dir():
-            raise UserError(f"--page: {page.absolute().parent} is not a folder")
+            raise UserError(f"--page: {page.absolute().parent} is not a folder. Fix: create it")
         if page.is_dir():
             raise UserError(f"--page: {page} is a folder. Fix: name a file")
     return None if images == "all" else int(images), page
@@ -242,4 +242,6 @@ def _save_page(opened: dict[str, SplitData], augmented: list[Drawn], page: Path)
     try:
         save_page(opened, page, augmented)
     except OSError as error:
-        raise UserError(f"--page: {page} cannot be written: {error.strerror or error}") from error
+        raise UserError(
+            f"--page: {page} cannot be written: {error.strerror or error}. Fix: give another path"
+        ) from error

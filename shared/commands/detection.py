@@ -32,7 +32,7 @@ from shared.evaluation.evaluator import CocoEvaluator
 from shared.evaluation.merging import merge
 from shared.export.metadata import thresholds_of_report
 from shared.export.runtime import ExportedDetector
-from shared.redaction import filled_in
+from shared.log import filled_in
 from shared.training.checkpoints import Checkpoint, load_weights, read_checkpoint
 from shared.training.downloads import find_checkpoint
 from shared.training.processes import trial_context
@@ -203,7 +203,8 @@ def check_categories(categories: list[dict], data: SplitData, source: str) -> No
     names, in_data = ([category["name"] for category in of] for of in (categories, data.categories))
     if names != in_data:
         raise UserError(
-            f"data.val.annotations: its categories {in_data} are not those that the {source} was trained on, {names}"
+            f"data.val.annotations: its categories {in_data} differ from those that the {source} was trained on, "
+            f"{names}. Fix: give data with the same categories"
         )
 
 
@@ -292,14 +293,18 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
     try:
         durable.write_file(path, json.dumps(content, indent=indent))
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}. Fix: free some space, or give another folder"
+        ) from error
 
 
 def make_folder(path: Path, option: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{option}: {path} cannot be made a folder: {error.strerror}") from error
+        raise UserError(
+            f"{option}: {path} cannot be made a folder: {error.strerror}. Fix: give another folder"
+        ) from error
 
 
 # --- the lowest scores that are drawn: a number, or the best thresholds in the report of the checkpoint's run

@@ -54,7 +54,10 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
         check_categories(trial.categories, data, "checkpoint" if arguments.model is None else "exported detector")
         evaluator = trial.build_evaluator(data)
         if arguments.report and not isinstance(evaluator, CocoEvaluator):
-            raise UserError("--report: the detector's library evaluates this data, and not by COCO's rules")
+            raise UserError(
+                "--report: this data is not evaluated by COCO's rules but by the detector's library. Fix: run without "
+                "--report"
+            )
         tiling = tiling_of(arguments)
         if tiling is not None and not isinstance(data, SplitData):
             raise UserError("--tiles: the detector's library reads and evaluates this data. Fix: remove --tiles")

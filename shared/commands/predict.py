@@ -245,7 +245,9 @@ class _Prediction:
         except BaseException as error:
             path.unlink(missing_ok=True)
             if isinstance(error, OSError):
-                raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+                raise UserError(
+                    f"{path} cannot be written: {error.strerror or error}. Fix: free some space, or give another folder"
+                ) from error
             raise
 
     def _print_summary(self, by_image: dict[int, list[dict]]) -> None:

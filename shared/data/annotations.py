@@ -1,9 +1,7 @@
-"""COCO annotations: the images of a file, and one record per image.
+"""COCO annotations: one record per image. A file is parsed once per machine, into columns that all processes map.
 
-The JSON file is parsed once per machine, into columns that all processes map: see `coco_file`.
-
-    <file>.columns/lock         held by the process that parses
-                   <version>/   the columns of one version of the file, named after its size and time, or its ETag
+<file>.columns/lock         held by the process that parses
+               <version>/   the columns of one version of the file, named after its size and time, or its ETag
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from shared.data.cache import load_arrays, mark_as_cache, save_arrays
 from shared.data.coco_file import Columns, Parsed, check_categories, offsets_of
 from shared.durable import once, user_cache
 from shared.errors import UserError, nearest
-from shared.redaction import redacted
+from shared.log import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +83,13 @@ class ImageRecord:
         try:
             return [msgspec.json.decode(raw) if raw else None for raw in self.raw_segmentations]
         except (msgspec.DecodeError, RecursionError) as error:
-            raise UserError(f"{self.file_name} (image id {self.image_id}) has a bad segmentation: {error}") from error
+            raise UserError(
+                f"{self.file_name} (image id {self.image_id}) has a bad segmentation: {error}. Fix: correct or remove "
+                "it"
+            ) from error
 
 
+@dataclass(eq=False, repr=False)
 class CocoAnnotations:
     """The images of a COCO file, each with its annotations. `ann[i]` is an `ImageRecord`.
 
@@ -103,21 +105,12 @@ class CocoAnnotations:
         selected_from: set by `select`: all annotations, and (annotations,) bool for the selected ones.
     """
 
-    def __init__(
-        self,
-        columns: Columns,
-        categories: list[dict],
-        notes: Sequence[str] = (),
-        cache: Path | None = None,
-        path: Path | str | None = None,
-        selected_from: tuple[CocoAnnotations, np.ndarray] | None = None,
-    ):
-        self.columns = columns
-        self.categories = categories
-        self.notes = notes
-        self.cache = cache
-        self.path = path
-        self.selected_from = selected_from
+    columns: Columns
+    categories: list[dict]
+    notes: Sequence[str] = ()
+    cache: Path | None = None
+    path: Path | str | None = None
+    selected_from: tuple[CocoAnnotations, np.ndarray] | None = None
 
     @classmethod
     def open(
@@ -238,7 +231,7 @@ class CocoAnnotations:
         """
         for name in names:
             if name not in self.category_names:
-                raise UserError(f"{name!r} is no category of {self.path}; {nearest(name, self.category_names)}")
+                raise UserError(f"{name!r} is no category of {self.path}{nearest(name, self.category_names)}")
         labels = [label for label, name in enumerate(self.category_names) if name in names]
         kept = np.isin(self.columns["labels"], labels)
         columns = self.select(kept).columns
@@ -271,7 +264,7 @@ def check_same_categories(train: CocoAnnotations, val: CocoAnnotations) -> None:
             first, second = ("absent" if name is None else repr(name) for name in names)
             raise UserError(
                 f"data.train ({train.path}) and data.val ({val.path}) have different categories: id {category_id} is "
-                f"{first} in the first and {second} in the second; both need the same list"
+                f"{first} in the first and {second} in the second. Fix: give both files the same list"
             )
 
 
@@ -283,24 +276,6 @@ def _map_again(cache: Path, path: Path | str | None) -> CocoAnnotations:
 # --- the cache of a parsed file ---------------------------------------------------------------------
 
 FORMAT_VERSION = 5
-_DTYPES = {
-    "image_ids": "<i8",
-    "heights": "<i4",
-    "widths": "<i4",
-    "file_names": "|u1",
-    "file_name_offsets": "<i8",
-    "offsets": "<i8",
-    "annotation_ids": "<i8",
-    "boxes": "<f8",
-    "labels": "<i4",
-    "areas": "<f8",
-    "iscrowd": "|b1",
-    "segmentations": "|u1",
-    "segmentation_offsets": "<i8",
-    "ignore": "|b1",
-    "keypoints": "<f8",
-}
-_OPTIONAL = {"ignore", "keypoints"}
 Opened = tuple[Parsed, Path | None]  # and the folder that the columns are mapped from
 
 
@@ -373,15 +348,14 @@ def _is_sound(columns: Columns, categories: list[dict]) -> bool:
         "file_name_offsets": (images, len(columns["file_names"])),
         "segmentation_offsets": (annotations, len(columns["segmentations"])),
     }
-    sound = columns.keys() | _OPTIONAL == _DTYPES.keys()
-    sound &= all(column.dtype == _DTYPES[name] for name, column in columns.items())
+    sound = True
     for name, (count, end) in ends.items():
         offsets = columns[name]
         sound &= offsets.shape == (count + 1,) and offsets[0] == 0 and offsets[-1] == end
         sound &= bool((offsets[1:] >= offsets[:-1]).all())
-    of_annotations = ("boxes", "labels", "areas", "iscrowd", *_OPTIONAL)
+    of_annotations = ["boxes", "labels", "areas", "iscrowd", *(columns.keys() & {"ignore", "keypoints"})]
     sound &= all(len(columns[name]) == images for name in ("heights", "widths"))
-    sound &= all(len(columns[name]) == annotations for name in of_annotations if name in columns)
+    sound &= all(len(columns[name]) == annotations for name in of_annotations)
     sound &= columns["boxes"].shape[1:] == (4,)
     return sound and (not annotations or 0 <= columns["labels"].min() <= columns["labels"].max() < len(categories))
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 import os
-import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
-from urllib.parse import unquote
 
 import hotcoco
 import msgspec
@@ -19,6 +16,7 @@ import numpy as np
 from shared.config.schema import is_url
 from shared.data.annotations import CocoAnnotations
 from shared.data.cache import Look, load_arrays, look_once, save_arrays
+from shared.data.convert.files import ImageFinder
 from shared.data.images import darkness, value_range
 from shared.data.storage import DiskImages, ImageStorage
 from shared.durable import once
@@ -105,7 +103,6 @@ def _boxes_in_use(annotations: CocoAnnotations) -> Iterator[tuple[np.ndarray, np
 _LONGEST_PATH = 4096  # bytes
 _TRIED_FOR_DARKNESS = 4
 _SKIP = ". Fix: add them, or give data.on_bad_image: skip to omit them"
-_MAX_SEARCHED = 200_000  # files, for the real name of a missing one
 
 
 def check_images(annotations: CocoAnnotations, images: ImageStorage, where: str, skip: bool = False) -> None:
@@ -130,8 +127,8 @@ def check_images(annotations: CocoAnnotations, images: ImageStorage, where: str,
         look = images.look(annotations.file_names)
         if look.missing and (not skip or look.missing == len(annotations)):
             found = _found_instead(images.folder, look.first_missing) if isinstance(images, DiskImages) else ""
-            skips = "" if found or look.missing == len(annotations) else _SKIP
-            raise UserError(f"{message(look)}{found}{skips}")
+            fix = found or (". Fix: correct the folder" if look.missing == len(annotations) else _SKIP)
+            raise UserError(f"{message(look)}{fix}")
         return look
 
     if annotations.cache is None or images.place is None:
@@ -142,7 +139,7 @@ def check_images(annotations: CocoAnnotations, images: ImageStorage, where: str,
         if look.sizes is not None:
             images.take_sizes(look.sizes)
     if look.missing:
-        logger.warning("%s; they are left out", message(look))
+        logger.warning("%s; they are skipped", message(look))
 
 
 def refuse_names_outside(annotations: CocoAnnotations, where: str, folder: Path | None = None) -> None:
@@ -165,13 +162,13 @@ def refuse_names_outside(annotations: CocoAnnotations, where: str, folder: Path 
         up = ".." in name.split("/")
         if folder is not None and name.startswith(f"{folder}/") and not up:
             raise UserError(
-                f"{where}: the image file name {name[:200]!r} is absolute, and lies in the images' folder; names are "
-                f"relative to it: write {name.removeprefix(f'{folder}/')[:200]!r}"
+                f"{where}: the image file name {name[:200]!r} is absolute, and lies in the images' folder. Fix: write "
+                f"it relative to that folder, {name.removeprefix(f'{folder}/')[:200]!r}"
             )
         if not 0 < lengths[i] <= _LONGEST_PATH or up or "\0" in name or is_url(name) or name.startswith(("/", "\\")):
             raise UserError(
-                f"{where}: the image file name {name[:200]!r} leads out of the images' folder, or is none; names "
-                "are relative to that folder"
+                f"{where}: the image file name {name[:200]!r} is empty or leads out of the images' folder. Fix: write "
+                "names relative to that folder"
             )
 
 
@@ -184,54 +181,20 @@ def first_dark_image(annotations: CocoAnnotations, images: ImageStorage) -> str:
 
 def _found_instead(folder: Path, name: str) -> str:
     """Names the file that a missing image may be, and what to do; "" without one."""
-    wanted = PurePosixPath(name.replace("\\", "/"))
-    above = PurePosixPath(*wanted.parts[1:])
-    if len(wanted.parts) > 1 and folder.name == wanted.parts[0] and (folder / above).is_file():
-        if "\\" in name:
-            return (
-                f"; {str(above)!r} is there, and the annotation file says {name!r}: write / for \\ in its names, and "
-                f"omit {wanted.parts[0]}/. `python3 -m shared convert coco FILE OUTPUT --images {folder}` does both"
-            )
-        return (
-            f"; {folder / above} is there: say `images: {folder.parent}`, or leave {wanted.parts[0]}/ out of the names"
-        )
-
-    def plain(path: PurePosixPath | str) -> str:
-        return unicodedata.normalize("NFC", str(path)).casefold()
-
-    same_stem = ""
-    for file in itertools.islice(_files_below(folder), _MAX_SEARCHED):
-        path = PurePosixPath(file.relative_to(folder))
-        told = f"; {str(path)!r} is there, and the annotation file says {name!r}: "
-        if plain(path) == plain(wanted):
-            if "\\" in name:
-                return f"{told}write / for \\ in its names"
-            if unicodedata.normalize("NFC", str(path)) == unicodedata.normalize("NFC", name):
-                return f"{told}the same letters in other Unicode (NFC and NFD); rename the files or the names"
-            return f"{told}upper and lower case count; rename the files or the names"
-        decoded = unquote(wanted.name)
-        if decoded != wanted.name and plain(path.name) == plain(decoded):
-            return (
-                f"{told}%20 is a space there, and %C3%A9 an é. `python3 -m shared convert coco FILE OUTPUT --images "
-                f"{folder}` decodes the names"
-            )
-        if plain(path.name) == plain(wanted.name):
-            deeper = path.parts[: len(path.parts) - len(wanted.parts)]
-            if path.parts[len(deeper) :] == wanted.parts:
-                return (
-                    f"; {path} is there: say `images: {folder.joinpath(*deeper)}`, or put {'/'.join(deeper)}/ before "
-                    "the names"
-                )
-            return f"{told}names have the folders below the one of the images"
-        if not same_stem and plain(path.stem) == plain(wanted.stem):
-            same_stem = f"{told}correct the endings"
-    return same_stem
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    for root, folders, files in os.walk(folder):
-        folders.sort()
-        yield from (Path(root) / file for file in files)
+    finder = ImageFinder(folder)
+    try:
+        found = finder.find(name) or finder.find_stem(PurePosixPath(name.replace("\\", "/")).stem)
+    except ValueError as error:  # several
+        return f"; {error}"
+    if found is None:
+        return ""
+    for place in (folder.parent, folder / found.removesuffix(name)):
+        if (place / name).is_file():
+            return f"; {place / name} is there. Fix: give `images: {place}`"
+    return (
+        f"; {found!r} is there, not {name!r}: folders, case, ending or Unicode differ. Fix: `python3 -m shared convert "
+        f"coco FILE OUTPUT --images {folder}` writes a file with the names that exist"
+    )
 
 
 # --- segmentations ----------------------------------------------------------------------------------

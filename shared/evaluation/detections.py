@@ -19,7 +19,7 @@ from pycocotools import mask as coco_mask
 
 from shared.data.annotations import CocoAnnotations
 from shared.data.checks import check_boxes, wrong_segmentation
-from shared.data.coco_file import as_ids, is_in_reach, unpack, wrong_number_in
+from shared.data.coco_file import as_ids, decode_json, is_in_reach, unpack, wrong_number_in
 from shared.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
     label_of = {category_id: label for label, category_id in enumerate(annotations.category_ids)}
 
     def refuse(position: int, wrong: str) -> None:
-        raise UserError(f"{source}: result {position}, of image {rows[position].image_id}: {wrong}")
+        raise UserError(f"{source}: result {position}, of image {rows[position].image_id}: {wrong}. Fix: correct it")
 
     masks = [None] * len(rows)
     with_masks = bool(rows) and all(row.segmentation for row in rows)
@@ -168,7 +168,7 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
                     raise ValueError(f"it {wrong}")
                 masks[position] = as_rle(row.segmentation, *size)
             except (TypeError, ValueError, KeyError, AttributeError) as error:
-                refuse(position, f"`segmentation` is no mask of the image ({error})")
+                refuse(position, f"`segmentation` is not a mask of the image ({error})")
         if row.bbox is None and masks[position] is None:
             refuse(position, "`bbox` is missing")
         row.bbox = row.bbox if row.bbox is not None else coco_mask.toBbox(masks[position]).tolist()
@@ -212,7 +212,7 @@ def _check_format(rows: list[_Result], index_of: dict[int, int], annotations: Co
     """Raises UserError if the boxes are shares of the image's size or corners; warns of negative sizes."""
     boxes = np.array([row.bbox for row in rows], dtype=np.float64).reshape(-1, 4)
     if negative := int((boxes[:, 2:] < 0).any(axis=1).sum()):
-        logger.warning("%s: of its boxes, %d have a negative width or height, and so no area", source, negative)
+        logger.warning("%s: %d boxes have a negative width or height, so no area", source, negative)
     indices = [index_of[row.image_id] for row in rows]
     sizes = np.stack([annotations.columns["widths"][indices], annotations.columns["heights"][indices]], axis=1)
     in_use = (boxes[:, 2:] > 0).all(axis=1)
@@ -226,28 +226,22 @@ def _decode_results(results: str | os.PathLike | list[dict], source: str) -> lis
         if isinstance(results, list):
             return msgspec.convert(results, list[_Result], strict=False)
         data = unpack(Path(results).read_bytes(), source)
-        return msgspec.json.decode(data, type=list[_Result], strict=False)
+        return decode_json(data, list[_Result], source)
     except OSError as error:
-        raise UserError(f"{source} cannot be read: {error.strerror}") from error
-    except msgspec.DecodeError as error:
-        is_of_another_type = isinstance(error, msgspec.ValidationError) and "out of range" not in str(error)
-        if not is_of_another_type and (number := wrong_number_in(data)):
+        raise UserError(
+            f"{source} cannot be read: {error.strerror}. Fix: correct the path or its permissions"
+        ) from error
+    except msgspec.ValidationError as error:
+        if "out of range" in str(error) and (number := wrong_number_in(data)):
             raise UserError(f"{source} has the number {number}. Fix: write finite numbers only") from error
-        if "UTF-8" in str(error):  # msgspec 0.23 raises no UnicodeDecodeError
-            raise UserError(f"{source} is not JSON: it is not in UTF-8") from error
-        if not isinstance(error, msgspec.ValidationError):
-            raise UserError(f"{source} is not JSON: {error}") from error
         if "got `object`" in str(error) and "$" not in str(error):
             raise UserError(
-                f"{source} is no list of results, as COCO has it, but an object, as an annotation file is"
+                f"{source} is not a list of results but an object, like an annotation file. Fix: give a results file "
+                "in COCO's format"
             ) from error
         said = re.sub(r" - at `\$\[(\d+)\]\.?(.*)`$", lambda at: f" ({at[2] or 'result'})", str(error))
         where = re.search(r"\$\[(\d+)\]", str(error))
-        raise UserError(f"{source}: {f'result {where[1]}: ' if where else ''}{said}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not JSON: it is not in UTF-8 ({error})") from error
-    except RecursionError as error:
-        raise UserError(f"{source} is not a list of results: lists in lists without end") from error
+        raise UserError(f"{source}: {f'result {where[1]}: ' if where else ''}{said}. Fix: correct it") from error
 
 
 def _find_named_images(rows: list[_Result], annotations: CocoAnnotations, source: str) -> None:
@@ -307,8 +301,9 @@ def _indices_of(images: np.ndarray, ids: np.ndarray, annotations: CocoAnnotation
     if len(unknown):
         first = int(np.flatnonzero(np.isin(ids, unknown))[0])
         raise UserError(
-            f"{source}: result {first}: no image of {annotations.path or 'the annotations'} has the id {ids[first]}; "
-            f"{len(unknown)} of the results' {len(images)} images are not there"
+            f"{source}: result {first}: no image of {annotations.path or 'the annotations'} has the id {ids[first]}. "
+            f"This holds for {len(unknown)} of the results' {len(images)} images. Fix: give the annotations that the "
+            "results belong to"
         )
     return dict(zip(images.tolist(), rows.tolist(), strict=True))
 

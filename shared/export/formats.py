@@ -18,7 +18,6 @@ import torch
 from shared.errors import UserError
 from shared.export.metadata import FORMATS, Metadata
 from shared.export.operations import Exportable, nms_of_onnx, onnx_translations
-from shared.export.quantization import quantize
 
 _PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
@@ -213,3 +212,38 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(noisy, levels, strict=True):
             logger.setLevel(level)
+
+
+# --- INT8 -------------------------------------------------------------------------------------------
+
+
+CALIBRATION_IMAGES = 64
+
+
+def quantize(path: Path, images: Iterable[np.ndarray]) -> None:
+    """Replaces an ONNX file by one whose convolutions compute in 8 bits, by ONNX Runtime. Resizing, decoding and NMS
+    stay in 32 bits.
+
+    Args:
+        images: (H, W, 3) uint8 RGB, such as the detector will see. The range of each activation is taken from them.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self._images: Iterator[np.ndarray] = iter(images)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            image = next(self._images, None)
+            return None if image is None else {"images": np.ascontiguousarray(image.transpose(2, 0, 1)[None])}
+
+    quantize_static(
+        path,
+        path,
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=["Conv"],
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )

@@ -23,7 +23,7 @@ from shared.data.storage import ImageStorage
 from shared.errors import count_of
 from shared.evaluation.detections import Detections, from_coco_results
 from shared.evaluation.evaluator import for_json, iou_types_of
-from shared.redaction import redacted, without_secrets
+from shared.log import redacted, without_secrets
 from shared.report.analysis import NAMES, RESAMPLES, Analyses, Analysis, analyse, image_of_annotations
 from shared.report.image_errors import ERROR_TYPES, Suspect, worst_images
 from shared.report.page import (

@@ -25,7 +25,7 @@ from optuna.trial import TrialState
 from shared.config.experiment import Experiment
 from shared.durable import is_locked, sync_folder, try_lock, write_file
 from shared.errors import UserError, count_of
-from shared.redaction import without_secrets
+from shared.log import without_secrets
 from shared.search.space import NUMBER, Searcher, draw, parse_searcher, ranges_of
 from shared.search.study import Study, TakenOver, lock_file, owner_of, storage_errors
 from shared.search.trial_process import WHOLE, Place, TrialProcess, places_for

@@ -93,7 +93,10 @@ class Study:
                 raise UserError(
                     f"--status: {storage} holds no search named {self.name}. Fix: name another one"
                 ) from error
-            raise UserError(f"--storage: {storage} cannot be used: {type(error).__name__}: {error}") from error
+            raise UserError(
+                f"--storage: {storage} cannot be used: {type(error).__name__}: {error}. Fix: correct the URL, or start "
+                "the database"
+            ) from error
         self._seen: dict[str | None, tuple[Any, float]] = {}  # the last heartbeat of each machine, and when it was new
         self._heartbeat_at = 0.0
         self._progress_at = self._heartbeats().get(owner, {}).get("progress")

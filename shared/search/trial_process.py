@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.launchers import without_launcher
+from shared.environment import without_launcher
 from shared.training.run_folder import RunFolder
 
 WHOLE = 10**6  # the length of a training: validations are counted in millionths, the same for batches and epochs

@@ -20,7 +20,7 @@ from typing import Any
 from shared.config.file import flattened
 from shared.durable import locked, write_file
 from shared.errors import UserError
-from shared.redaction import redacted, without_secrets
+from shared.log import redacted, without_secrets
 from shared.training.run_folder import RunFolder
 
 # unless a variable is set; finish_timeout in seconds: the run's folder keeps what is not sent by then
@@ -33,7 +33,7 @@ def check_login() -> None:
 
     if "prompt" not in inspect.signature(wandb.login).parameters:
         raise UserError(
-            f"hyperparameters.loggers: wandb {wandb.__version__} is too old; python3 -m pip install -U wandb"
+            f"hyperparameters.loggers: wandb {wandb.__version__} is too old. Fix: python3 -m pip install -U wandb"
         )
     if wandb.setup(settings=_settings()).settings.mode in ("offline", "dryrun", "disabled"):
         return
@@ -229,8 +229,8 @@ def check_loggers(names: Iterable[str]) -> None:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # the latter for a folder named wandb
             raise UserError(
-                f"hyperparameters.loggers: {name} is not installed; python3 -m pip install {_PACKAGES[name]}, or take "
-                "it out"
+                f"hyperparameters.loggers: {name} is not installed. Fix: python3 -m pip install {_PACKAGES[name]}, or "
+                "remove it"
             )
     if "wandb" in names and int(os.environ.get("RANK", 0)) == 0:
         check_login()

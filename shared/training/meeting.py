@@ -1,8 +1,7 @@
 """How the processes of a run meet: a roll call that names those that are missing, torch's group, the device of each.
 
 The roll call uses the store that torchrun or rank 0 has at MASTER_ADDR. Strangers may reach it. Therefore nothing
-secret goes through it, and nothing that could hold code. Until the training begins, each process also reports there
-that it is alive.
+secret goes through it, and nothing that could hold code.
 """
 
 from __future__ import annotations
@@ -29,9 +28,8 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from shared.environment import on_cluster
 from shared.errors import DivergedError, UserError
-from shared.training.hang import watching_start
 from shared.training.processes import LONGER, Address, ProcessContext, host_of_chief
-from shared.training.standings import Standing, named_ranks, span
+from shared.training.standings import named_ranks, span
 
 logger = logging.getLogger(__name__)
 
@@ -203,27 +201,6 @@ def own_address(other: str) -> str:
     return ""
 
 
-class StoreExchange:
-    """Each rank writes its standing into the store and reads those of the others, for the watch over a start."""
-
-    def __init__(self, store: Store, rank: int, size: int):
-        self._store, self._rank = store, rank
-        self._keys = [f"standing/{number}" for number in range(size)]
-
-    def swap(self, own: Standing) -> list[Standing]:
-        """Writes this rank's standing. Returns those of all ranks that have written one."""
-        try:
-            self._store.set(self._keys[self._rank], msgspec.json.encode(own).decode())
-            written = [key for key in self._keys if self._store.check([key])]
-            found = [_decoded(self._store.get(key), Standing) for key in written]
-        except RuntimeError:  # the store is gone: nothing is heard of the others
-            return []
-        return [standing for standing in found if standing is not None]
-
-    def close(self) -> None:
-        """The store closes with its last user."""
-
-
 # --- the processes ----------------------------------------------------------------------------------
 
 
@@ -273,7 +250,7 @@ def local_processes(
     """The processes that a launcher started, or this one alone; and this one's device.
 
     Args:
-        hang_minutes: a training's; None without a watch.
+        hang_minutes: a training's; None without a watch over hangs.
         gpus_given: GPUs that a cluster reserved for the processes of this machine.
 
     Raises:
@@ -288,13 +265,7 @@ def local_processes(
     store = open_store(rank, seconds, rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
     start, arrivals = roll_call(store, rank, size, seconds)
     place = place_of(rank, arrivals)
-    hosts = place.hosts if place.machines > 1 else ()
     with contextlib.ExitStack() as stack:
-        stop_start_watch = lambda: None  # noqa: E731
-        if hang_minutes is not None and size > 1:
-            # its own connection: the other one is in use while this process waits
-            exchange = StoreExchange(PrefixStore(start, open_store(rank, seconds)), rank, size)
-            stop_start_watch = stack.enter_context(watching_start(rank, size, hosts, 60 * hang_minutes, exchange))
         device = _join_group(place, gpus_given, hang_minutes, PrefixStore(start, store))
         host = host_of_chief(place.machines)
         distributed = ProcessContext(
@@ -306,8 +277,7 @@ def local_processes(
             cross_size=place.machines,
             chief_host=host,
             from_chief=functools.partial(_address_from_chief, host, device),
-            hosts=hosts,
-            stop_start_watch=stop_start_watch,
+            hosts=place.hosts if place.machines > 1 else (),
         )
         stack.enter_context(_closing(distributed))
         stack.enter_context(lost_connection_as_error(rank, place.names))
@@ -363,15 +333,18 @@ def choose_device(local_rank: int, local_size: int, gpus_given: int = 0) -> torc
     if not torch.cuda.is_available():
         reason = _why_no_gpu()
         if gpus_given:
-            raise UserError(f"the cluster gave this task {gpus_given} GPUs, and torch cannot use them: {reason}")
+            raise UserError(
+                f"the cluster gave this task {gpus_given} GPUs, and torch cannot use them: {reason}. Fix: use an image "
+                "whose CUDA fits the driver"
+            )
         if local_rank == 0:
             logger.info("device: the CPU (%s)", reason)
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_size > count:
         raise UserError(
-            f"{local_size} processes on a machine where torch sees {count} GPUs: start one a GPU "
-            f"(--nproc-per-node {count}), or none on a GPU with CUDA_VISIBLE_DEVICES="
+            f"{local_size} processes start on a machine where torch sees {count} GPUs. Fix: start one per GPU "
+            f"(--nproc-per-node {count}), or use no GPU: CUDA_VISIBLE_DEVICES="
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)  # before the first collective, which would put every process on the first GPU

@@ -85,7 +85,6 @@ class ProcessContext(DistributedContext):
         chief_host: at which the others find the chief.
         from_chief: given the chief's address on the chief and None elsewhere, returns it on all processes.
         hosts: the names of the machines, by rank; empty on one machine.
-        stop_start_watch: stops the watch over the start, as a training has one of its own.
     """
 
     def __init__(
@@ -100,14 +99,13 @@ class ProcessContext(DistributedContext):
         chief_host: str,
         from_chief: Callable[[Address | None], Address],
         hosts: Sequence[str] = (),
-        stop_start_watch: Callable[[], None] = lambda: None,
     ):
         # of a single process, Determined's own opens no port
         super().__init__(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
         self.rank, self.size = rank, size
         self.local_rank, self.local_size = local_rank, local_size
         self.cross_rank, self.cross_size = cross_rank, cross_size
-        self.hosts, self.stop_start_watch = hosts, stop_start_watch
+        self.hosts = hosts
         self._of_all = self._of_machine = self._of_firsts = _Star(rank, size)
         self._of_all.meet(from_chief(self._of_all.listen(chief_host) if rank == 0 else None))
         if cross_size > 1:

@@ -21,7 +21,7 @@ from shared.durable import (
     write_file,
 )
 from shared.errors import UserError
-from shared.redaction import redact_yaml_files, without_secrets
+from shared.log import redact_yaml_files, without_secrets
 
 OF_THE_RUN = ("last", "best", "auto")  # what --resume may say of the folder's own checkpoints
 _SOURCES = (".py", ".yaml", ".yml", ".sh", ".md", ".jinja")
@@ -60,9 +60,13 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = try_lock(self._lock)
         except PermissionError as error:
-            raise UserError(f"--output-dir: {self.path} cannot be written: {error.strerror}") from error
+            raise UserError(
+                f"--output-dir: {self.path} cannot be written: {error.strerror}. Fix: give another folder"
+            ) from error
         except OSError as error:
-            raise UserError(f"--output-dir: {self.path} cannot be made a folder: {error.strerror}") from error
+            raise UserError(
+                f"--output-dir: {self.path} cannot be made a folder: {error.strerror}. Fix: give another folder"
+            ) from error
         if lock is None:
             raise UserError(
                 f"--output-dir: another process uses {self.path}. Fix: wait for its run, or name another folder"
@@ -100,7 +104,9 @@ class RunFolder:
         names = ("best",) if which == "best" else ("last", "best")
         found = [path for name in names if (path := self.checkpoints / name).exists()]
         if not found and which != "auto":
-            raise UserError(f"--resume {which}: {self.path} has no checkpoint yet; leave --resume out and start anew")
+            raise UserError(
+                f"--resume {which}: {self.path} has no checkpoint yet. Fix: run without --resume, or with --resume auto"
+            )
         return found
 
     def prepare(self, source: Path) -> None:
@@ -188,7 +194,7 @@ class RunFolder:
         # a folder that was made before the config was found wrong holds none
         if self.metrics.exists() or any((self.checkpoints / name).exists() for name in ("best", "last")):
             raise UserError(
-                f"--output-dir: {self.path} holds a run already; add `--resume last` to continue it, or name "
+                f"--output-dir: {self.path} holds a run already. Fix: add `--resume last` to continue it, or name "
                 "another folder"
             )
 

@@ -25,10 +25,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from shared.data.places import Place, fetch_folder
 from shared.data.remote import StoreError
+from shared.data.storage import Place, fetch_folder
 from shared.durable import replace_folder, write_file
-from shared.errors import UserError
+from shared.errors import UserError, problem_of
 from shared.training.downloads import INDEX
 from shared.training.run_folder import OF_THE_RUN, RunFolder
 from shared.training.saving import MANIFEST, METADATA, Background
@@ -117,7 +117,9 @@ class RunStore:
         try:
             return {} if data is None else {name: Stored(**entry) for name, entry in json.loads(data).items()}
         except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"--store: {self.place}/{INDEX} cannot be read ({error})") from error
+            raise UserError(
+                f"--store: {self.place}/{INDEX} cannot be read ({error}). Fix: check the place and its permissions"
+            ) from error
 
     def _fetch(self) -> None:
         """Replaces the folder's checkpoints and reports by the store's, `last` at the end."""
@@ -187,7 +189,7 @@ class RunStore:
                 f"--store: {', '.join(self._missing())}: not in {self.place} ({error}). Nothing is lost: "
                 f"{self.folder.path} has all of it. Fix: run the same command with --resume auto once the store answers"
             ) from error
-        logger.info("all of the run is in %s", self.place)
+        logger.info("the whole run is in %s", self.place)
 
     # --- the upload ---------------------------------------------------------------------------------------
 
@@ -218,7 +220,9 @@ class RunStore:
                 if is_last_try:
                     raise
                 if not self._complains:
-                    logger.warning("--store: %s; training continues, and uploads are repeated until it answers", error)
+                    logger.warning(
+                        "--store: %s; training continues, and uploads are repeated until it answers", problem_of(error)
+                    )
                 self._complains = True
                 self._ending.wait(_PAUSE)
         if self._complains:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from data_sets import annotations_in, converted, draw, write
 
-from shared.data.convert.label_studio import decode_rle
+from shared.data.convert.json_labels import decode_rle
 from shared.errors import UserError
 
 

@@ -1,4 +1,4 @@
-"""`convert tiles`: a data set cut into tiles, with the objects as far as a tile shows them."""
+"""`convert tiles`: a data set cut into tiles."""
 
 import json
 
@@ -17,7 +17,7 @@ POLYGON = [40, 20, 110, 20, 110, 60, 40, 60]  # 70 wide: the tile from 0 to 100 
 
 @pytest.fixture
 def convert(tmp_path):
-    """`convert tiles` of one image with these annotations; the records of its tiles by name."""
+    """`convert tiles` of one image with these annotations. Returns the tiles' records by name."""
 
     def call(*annotations, tiles=100, overlap=0.0):
         rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Which config counts, what it says, and what is wrong with it."""
+"""The choice of the config, its values, and its errors."""
 
 import copy
 import re
@@ -10,7 +10,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from omegaconf import OmegaConf
-from tiny_models import DETECTRON2, load_model_def
+from tiny_detectron2 import DETECTRON2
+from tiny_experiment import load_model_def
 
 from detectron2_files.config import config_of_checkpoint, load_detectron2_config, set_class_counts, shipped_configs
 from detectron2_files.data import describe, training_images

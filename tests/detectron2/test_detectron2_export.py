@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
-from tiny_models import detectron2_config, load_model_def, with_keypoints
+from tiny_detectron2 import detectron2_config
+from tiny_experiment import load_model_def
+from tiny_models import with_keypoints
 
 pytest.importorskip("onnxruntime", reason="export needs the packages of `pip install '.[export]'`")
 pytest.importorskip("onnxscript", reason="export needs the packages of `pip install '.[export]'`")
@@ -34,7 +36,7 @@ def test_exported_file_detects_what_the_checkpoint_detects(
     config_file, changes, box, shapes, differences_of_export, trial_class
 ):
     class Spread(trial_class):
-        """An untrained model with many scores between 0 and 1. Equal ones would be in any order."""
+        """An untrained model with many different scores between 0 and 1: equal scores have no order."""
 
         def build_model(self):
             model = super().build_model()

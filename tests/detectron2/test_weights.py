@@ -1,4 +1,4 @@
-"""Weights to start from: every format of Detectron's, and nothing that executes."""
+"""Initial weights in every format of Detectron. None executes code."""
 
 import codecs
 import logging
@@ -8,7 +8,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from tiny_models import DETECTRON2, SMALL_YAML, load_model_def
+from tiny_detectron2 import DETECTRON2, SMALL_YAML
+from tiny_experiment import load_model_def
 
 from detectron2_files.config import load_detectron2_config, shipped_configs
 from detectron2_files.plain_pickle import unpickle_arrays
@@ -84,7 +85,7 @@ def test_a_pkl_with_code_is_refused_and_does_not_run(model, tmp_path, monkeypatc
 
 
 class Reduced:
-    """Is pickled as the call of a function, with the state of its result."""
+    """Is pickled as a function call, with the state of its result."""
 
     def __init__(self, function, arguments, *state):
         self.reduced = (function, arguments, *state)
@@ -165,7 +166,7 @@ def test_relative_weights_are_found_beside_the_config_or_the_submission(tmp_path
 def test_use_pretrained_is_another_way_to_say_published():
     assert Detectron2Hyperparameters(RETINANET, use_pretrained=True).weights == "published"
     assert Detectron2Hyperparameters(RETINANET, use_pretrained=True, weights="published").weights == "published"
-    with pytest.raises(UserError, match=r"use_pretrained: true is weights: published, and weights is 'x.pkl'"):
+    with pytest.raises(UserError, match=r"use_pretrained: true means weights: published, but weights is 'x.pkl'"):
         Detectron2Hyperparameters(RETINANET, use_pretrained=True, weights="x.pkl")
 
 
@@ -265,8 +266,7 @@ NAMES_OF_DETECTRON = [
 
 
 def as_of_detectron(model):
-    """Its weights as Detectron would have saved them: the background is the first class, boxes have one too, and each
-    blob has its momentum."""
+    """The weights as Detectron saves them: background comes first and has boxes, and each blob has its momentum."""
     blobs = {}
     for name, weight in arrays(model).items():
         bn = ".norm." in name

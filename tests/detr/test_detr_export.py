@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny_models import DETR_TYPES, detr_config, trial_classes
+from tiny_detr import DETR_TYPES, detr_config
+from tiny_models import trial_classes
 
 pytest.importorskip("onnxruntime", reason="export needs the packages of `pip install '.[export]'`")
 pytest.importorskip("onnxscript", reason="export needs the packages of `pip install '.[export]'`")
@@ -24,7 +25,7 @@ def test_exported_file_detects_what_the_checkpoint_detects(model_type, changes, 
     trial_class = trial_classes()["detr"]
 
     class Spread(trial_class):
-        """Random weights whose scores differ: equal ones would be in any order."""
+        """Random weights with different scores: equal scores have no order."""
 
         def build_model(self):
             model = super().build_model()

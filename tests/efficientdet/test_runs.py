@@ -1,4 +1,4 @@
-"""Runs off the cluster, started as a user starts them."""
+"""Runs outside a cluster, started as a user starts them."""
 
 import contextlib
 import json
@@ -87,7 +87,7 @@ def test_where_a_run_is_started_from_does_not_swell_its_checkpoints(shapes, run_
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(refused, trained):
     run, config, _ = trained
-    assert "holds a run already; add `--resume last`" in refused("train", config, "--output-dir", run)
+    assert "holds a run already. Fix: add `--resume last`" in refused("train", config, "--output-dir", run)
 
 
 @pytest.mark.slow
@@ -301,7 +301,7 @@ def test_a_cut_off_checkpoint_is_refused(refused, trained, tmp_path):
     cut = shutil.copytree(run / "checkpoints/last", tmp_path / "cut")
     data = (cut / "state_dict.pth").read_bytes()
     (cut / "state_dict.pth").write_bytes(data[: len(data) // 2])
-    assert "is not whole: state_dict.pth has" in refused("evaluate", config, "--checkpoint", cut)
+    assert "is incomplete: state_dict.pth has" in refused("evaluate", config, "--checkpoint", cut)
     (cut / "manifest.json").unlink()  # as in checkpoints of before
     assert "cannot be read as weights" in refused("evaluate", config, "--checkpoint", cut)
 
@@ -317,7 +317,7 @@ def test_a_last_checkpoint_that_was_changed_is_said_and_best_goes_on(trained, ru
     (run / "checkpoints/last/state_dict.pth").write_bytes(data)
     longer = run_config(searcher__max_length={"batches": 16})
     done = run_model_def("train", longer, "--output-dir", run, "--resume", "last")
-    assert "checkpoints/last is not what was saved: state_dict.pth has changed since; resuming from" in done.stderr
+    assert "checkpoints/last has changed since it was saved: state_dict.pth differs; resuming from" in done.stderr
     assert f"resuming after batch {best}" in done.stderr
     assert [r["batches"] for r in reports(run, "val")] == [4, 8, 12, 16]
 
@@ -346,7 +346,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(command, 
 
 @pytest.fixture
 def small_gpu(monkeypatch):
-    """What an error about a GPU of 4 GiB reads of it; and what raises one in a method, from a batch of the run on."""
+    """Pretends a GPU of 4 GiB. Returns a function that makes a method run out of memory, from a batch on."""
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 3 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=4 * 2**30))
 

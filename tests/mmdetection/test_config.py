@@ -1,4 +1,4 @@
-"""Which config is trained: found, merged, overridden, checked, saved; and who decides what in it."""
+"""The config that is trained: how it is found, merged, overridden, checked and saved."""
 
 import shutil
 from copy import deepcopy
@@ -10,7 +10,8 @@ import torch
 import yaml
 from mmcv import Config
 from mmdet.models import build_detector
-from tiny_models import MMDETECTION, load_model_def
+from tiny_experiment import load_model_def
+from tiny_mmdetection import MMDETECTION
 
 from mmdetection_files.config import (
     default_lengths,
@@ -134,9 +135,9 @@ WRONG = {
     "unknown key 'optimizer.paramwise_cfg.custom_keys.backbone.layer1.lr_mul'; did you mean 'lr_mult'?": {
         "optimizer.paramwise_cfg.custom_keys.backbone.layer1.lr_mul": 0.1
     },
-    "optimizer.type changes from SGD to AdamW, which does not take 'momentum' of the section that it is merged into; "
-    "say `_delete_: true`": {"optimizer": {"type": "AdamW", "lr": 0.0001}},
-    "data.train.pipeline is a list of 8; '20' is no position in it": {"data.train.pipeline.20.type": "x"},
+    "optimizer.type changes from SGD to AdamW, which does not take 'momentum' of the section that it is merged into. "
+    "Fix: write `_delete_: true`": {"optimizer": {"type": "AdamW", "lr": 0.0001}},
+    "data.train.pipeline is a list of 8. Fix: give a position from 0 to 7": {"data.train.pipeline.20.type": "x"},
 }
 
 
@@ -509,7 +510,7 @@ def test_a_head_of_other_classes_is_new_in_training_an_error_elsewhere(caplog):
 
 def test_the_library_s_numbers_of_scored_detections_are_honoured():
     hyperparameters = {"config_file": "retinanet/retinanet_r18_fpn_1x_coco.py", "global_batch_size": 2}
-    scored = load_model_def().MMDetectionTrial.scored_detections
+    scored = load_model_def("mmdetection").MMDetectionTrial.scored_detections
     assert scored(hyperparameters) is None
     assert scored({**hyperparameters, "config_overrides": {"evaluation.proposal_nums": [100, 300, 1000]}}) == 1000
     assert scored({**hyperparameters, "max_detections": 7}) == 7

@@ -1,7 +1,8 @@
 """`export` of MMDetection's detectors: the file detects what the checkpoint detects."""
 
 import pytest
-from tiny_models import DENSE_HEAD, MASK_HEAD, ROI_HEAD, SMALL_BACKBONE, load_model_def, mmdet_config
+from tiny_experiment import load_model_def
+from tiny_mmdetection import DENSE_HEAD, MASK_HEAD, ROI_HEAD, SMALL_BACKBONE, mmdet_config
 
 pytest.importorskip("onnxruntime", reason="export needs the packages of `pip install '.[export]'`")
 pytest.importorskip("onnxscript", reason="export needs the packages of `pip install '.[export]'`")
@@ -36,14 +37,14 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def trial_class():
-    return load_model_def().MMDetectionTrial
+    return load_model_def("mmdetection").MMDetectionTrial
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config_file", FAMILIES)
 def test_exported_file_detects_what_the_checkpoint_detects(config_file, shapes, differences_of_export, trial_class):
     class Bold(trial_class):
-        """An untrained model whose scores are high enough to be compared."""
+        """An untrained model with scores that are high enough to compare."""
 
         def build_model(self):
             model = super().build_model()

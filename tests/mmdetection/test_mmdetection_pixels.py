@@ -1,5 +1,5 @@
-"""The end of MMDetection's pipelines in one step: the same bits, on the host and, with `data.fast_images`, on the
-device."""
+"""The end of MMDetection's pipelines in one step: bit-for-bit equal on the host, and on the device with
+`data.fast_images`."""
 
 import copy
 import logging
@@ -77,7 +77,7 @@ def annotations():
 
 
 class Upstream(PipelineTransform):
-    """The same results through the pipeline as MMDetection has it."""
+    """The same results through MMDetection's pipeline."""
 
     def __init__(self, pipeline, *arguments, **options):
         super().__init__(pipeline, *arguments, **options)

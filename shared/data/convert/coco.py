@@ -9,14 +9,11 @@ from typing import Any
 import numpy as np
 
 from shared.data.convert import shapes
-from shared.data.convert.contents import Contents, Options, Split, errors_in
-from shared.data.convert.files import SPLITS, files_in, finder_for, folders_in, json_outline, read_json, split_of
+from shared.data.convert.contents import Contents, Format, Options, Split, errors_in
+from shared.data.convert.files import files_near, finder_for, json_outline, one_per_split, read_json, split_of, words_of
 from shared.data.convert.shapes import parse_number, parse_whole_number
 from shared.errors import UserError
 
-ABOUT = "a COCO file of Roboflow or Label Studio, or a folder with one per split"
-
-_TRIED = 20  # JSON files of a folder; one with a file per image has thousands
 _NUMBERS = ("area", "num_keypoints")
 
 
@@ -43,20 +40,8 @@ def read(source: Path, options: Options) -> Contents:
 
 def _files(source: Path) -> dict[str, Path]:
     """The COCO file of each split; "" for the only one."""
-    if source.is_file():
-        return {"": source} if source.suffix.lower() == ".json" and _is_coco(source) else {}
-    found: dict[str, Path] = {}
-    for folder in (source, *folders_in(source)):
-        for file in files_in(folder, (".json",))[:_TRIED]:
-            split = split_of(folder.name) if folder != source else ""
-            split = split or next(filter(None, map(split_of, _words(file))), "")
-            if split not in found and _is_coco(file):
-                found[split] = file
-    return {split: found[split] for split in ("", *SPLITS) if split in found}
-
-
-def _words(file: Path) -> list[str]:
-    return file.stem.replace("-", "_").replace(".", "_").split("_")
+    files = list(filter(_is_coco, files_near(source, (".json",))))
+    return {"": files[0]} if len(files) == 1 else one_per_split(files, source)
 
 
 def _is_coco(file: Path) -> bool:
@@ -92,8 +77,9 @@ def _categories(contents: dict[str, dict], files: dict[str, Path], notes: list[s
 
 
 def _split(content: dict, file: Path, names: dict[int, str], source: Path, options: Options, split: str) -> Split:
-    part, finder = Split(), finder_for(source, options.images)
-    near = split or next(filter(None, map(split_of, _words(file))), "")
+    finder = finder_for(source, options.images)
+    part = Split(finder)
+    near = split or next(filter(None, map(split_of, words_of(file))), "")
     if finder.folder is not None and file.absolute().is_relative_to(finder.folder):
         near = f"{file.absolute().parent.relative_to(finder.folder).as_posix()}/{near}"
     of_image: dict[int, list[dict]] = {}
@@ -122,13 +108,12 @@ def _split(content: dict, file: Path, names: dict[int, str], source: Path, optio
         with errors_in(f"{file}: image {image.get('id', f'number {position}')}"):
             number = _whole(image["id"], "id")
             more = {k: v for k, v in image.items() if k not in ("file_name", "width", "height", "id")}
-            name = part.find_image(finder, str(image["file_name"]), near)
+            name = part.find_image(str(image["file_name"]), near)
             size = finder.size(name) if not (image.get("width") and image.get("height")) else None
             size = size or (_whole(image["width"], "width"), _whole(image["height"], "height"))
             part.add_image(name, size, of_image.pop(number, []), id=number, **more)
     if of_image:
         part.counts["annotations left out (of no image)"] = sum(map(len, of_image.values()))
-    part.settle(finder, options.images is not None)
     return part
 
 
@@ -147,3 +132,6 @@ def _number(value: Any, what: str) -> float:
 
 def _whole(value: Any, what: str) -> int:
     return value if type(value) is int else parse_whole_number(str(value), what)
+
+
+COCO = Format("a COCO file of Roboflow or Label Studio, or a folder with one per split", recognise, read)

@@ -6,10 +6,10 @@ import contextlib
 import csv
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from shared.data.convert.files import ImageFinder
 from shared.errors import UserError
@@ -23,7 +23,7 @@ class Options:
         images: the folder of the images.
         labels: "" or what the numbers of YOLO's labels mean: "boxes", "polygons", "oriented" or "keypoints:17x3".
         boxes: "" or what the four numbers of a table's boxes are: "xywh" or "xyxy".
-        categories: a file of names, for a source that has numbers alone.
+        categories: the categories and their order: a text file with a name per line, or a COCO file.
         without_val: a validation split that the source names, and that does not exist, is a note instead of an error.
         extracted: the folder for images that are written: those inside the source's own files, or tiles.
         tiles, overlap: pixels of a tile's side, and the share of it that the next one shows too.
@@ -44,6 +44,7 @@ class Split:
     """The content of one COCO file.
 
     Attributes:
+        finder: finds the images that the annotation files name; None if their folder is known.
         images: COCO images; "annotations" holds each image's annotations, "category" the category's name in each.
         folder: the folder that the file names are relative to, if it is known.
         counts: how many things the reader omitted or changed, by a phrase for the summary.
@@ -51,13 +52,14 @@ class Split:
         found: the names in the annotation files of images, by the names in the folder.
     """
 
+    finder: ImageFinder | None = field(default=None, compare=False)
     images: list[dict[str, Any]] = field(default_factory=list)
     folder: Path | None = None
     counts: Counter[str] = field(default_factory=Counter)
     crowds: str = "crowds"
     found: dict[str, str] = field(default_factory=dict)
 
-    def find_image(self, finder: ImageFinder, wanted: str, near: str = "", stem: str = "") -> str:
+    def find_image(self, wanted: str, near: str = "", stem: str = "") -> str:
         """The name of an image in the finder's folder. An image that is not there keeps its name, and is counted.
 
         Args:
@@ -67,26 +69,25 @@ class Split:
         Raises:
             ValueError: several images may be meant.
         """
-        found = finder.find(wanted, near) if wanted else None
+        found = self.finder.find(wanted, near) if wanted else None
         name = PurePosixPath(wanted.replace("\\", "/"))
         # an annotation file's own name, then names with another ending, or without one
         for one in filter(None, (stem, name.name, name.stem)):
-            found = found or finder.find_stem(one, near)
+            found = found or self.finder.find_stem(one, near)
         if found is None:
-            if finder:
+            if self.finder:
                 self.counts["images that are not in the folder"] += 1
             return wanted.replace("\\", "/") or stem
         self.found[found] = wanted
         return found
 
-    def settle(self, finder: ImageFinder, is_given: bool) -> None:
-        """Sets the folder to the deepest one that suits all images that were found, and their names to match.
-
-        Args:
-            is_given: the finder's folder is the user's choice, and stays.
-        """
-        self.folder = finder.folder if is_given or self.found else None
-        if is_given or not self.found:
+    def settle(self) -> None:
+        """Sets the folder to the deepest one that suits all images that were found, and their names to match. The
+        folder of `--images` stays."""
+        if self.finder is None or not (self.finder.is_given or self.found):
+            return
+        self.folder = self.finder.folder
+        if self.finder.is_given:
             return
         fit = {name[: -len(wanted)] for name, wanted in self.found.items() if f"/{name}".endswith(f"/{wanted}")}
         if len(fit) != 1 or not all(f"/{name}".endswith(f"/{wanted}") for name, wanted in self.found.items()):
@@ -94,7 +95,7 @@ class Split:
             common = "" if "" in folders else os.path.commonpath(folders)
             fit = {f"{common}/" if common else ""}
         (prefix,) = fit
-        self.folder = finder.folder / prefix
+        self.folder = self.finder.folder / prefix
         for image in self.images:
             if image["file_name"] in self.found:
                 image["file_name"] = image["file_name"][len(prefix) :]
@@ -125,6 +126,20 @@ class Contents:
     splits: dict[str, Split]
     categories: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+class Format(NamedTuple):
+    """A format that can be converted.
+
+    Attributes:
+        about: the source, in a few words.
+        recognise: what it saw in a source, or "".
+        read: reads a source.
+    """
+
+    about: str
+    recognise: Callable[[Path], str]
+    read: Callable[[Path, Options], Contents]
 
 
 def names_in_use(splits: Iterable[Split]) -> list[str]:

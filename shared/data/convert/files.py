@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import itertools
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ _IMAGES = ("images", "image", "imgs", "img", "jpegimages", "image_2", "photos", 
 _NO_DATA = ("__MACOSX", "@eaDir")  # folders that macOS' archives and network disks add
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _MOST_FILES = 1_000_000  # a folder with more is not a data set but a whole disk
+_TRIED = 20  # files of a folder
 _MOST_TAILS = 8  # folders of a name that are tried away, one by one
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -34,13 +36,13 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in _NO_DATA
 
 
-def files_below(folder: Path, endings: Sequence[str] = ()) -> list[Path]:
-    """The visible files in a folder and its subfolders, sorted.
+def files_below(source: Path, endings: Sequence[str] = ()) -> list[Path]:
+    """The visible files in a folder and its subfolders, sorted; or the source, if it is such a file.
 
     Args:
         endings: in lower case, ".xml"; () for all files.
     """
-    return sorted(_walk(folder, lambda name: not endings or name.lower().endswith(tuple(endings))))
+    return sorted(_walk(source, lambda name: not endings or name.lower().endswith(tuple(endings))))
 
 
 def images_below(folder: Path) -> list[Path]:
@@ -48,12 +50,16 @@ def images_below(folder: Path) -> list[Path]:
     return sorted(_walk(folder, is_image_name))
 
 
-def files_in(folder: Path, endings: Sequence[str] = ()) -> list[Path]:
-    """The visible files in a folder itself, sorted; [] if there is no such folder."""
-    if not folder.is_dir():
-        return []
-    files = (path for path in folder.iterdir() if not is_hidden(path.name) and path.is_file())
+def files_in(source: Path, endings: Sequence[str] = ()) -> list[Path]:
+    """The visible files in a folder itself, sorted; or the source, if it is such a file."""
+    paths = source.iterdir() if source.is_dir() else [source]
+    files = (path for path in paths if not is_hidden(path.name) and path.is_file())
     return sorted(path for path in files if not endings or path.suffix.lower() in endings)
+
+
+def files_near(source: Path, endings: Sequence[str]) -> list[Path]:
+    """The same, and the first files of each folder in the source: a data set with a file per image has thousands."""
+    return [file for folder in (source, *folders_in(source)) for file in files_in(folder, endings)[:_TRIED]]
 
 
 def folders_in(folder: Path) -> list[Path]:
@@ -68,22 +74,34 @@ def split_of(name: str) -> str:
     return next((split for split, names in SPLITS.items() if name.lower() in names), "")
 
 
-def by_split(files: Iterable[Path], root: Path) -> dict[str, list[Path]]:
+def by_split(files: Iterable[Path], root: Path, by_name: bool = False) -> dict[str, list[Path]]:
     """Files by the split that a folder of their path, below the root, is named after.
+
+    Args:
+        by_name: a word of a file's own name counts too, and files of no split may be beside others.
 
     Raises:
         UserError: some files are in a split, and others are not.
     """
     parts: dict[str, list[Path]] = {}
     for file in files:
-        names = file.relative_to(root).parts[:-1]
+        names = [*file.relative_to(root).parts[:-1], *(words_of(file) if by_name else ())]
         parts.setdefault(next(filter(None, map(split_of, names)), ""), []).append(file)
-    if len(parts) > 1 and "" in parts:
+    if len(parts) > 1 and "" in parts and not by_name:
         raise UserError(
             f"{root}: {len(parts[''])} files lie in no folder of a split, {parts[''][0]} for example, and "
             f"others are in {', '.join(sorted(parts.keys() - {''}))}. Fix: convert the folders one by one"
         )
     return {split: parts[split] for split in ("", *SPLITS) if split in parts}
+
+
+def one_per_split(files: Iterable[Path], root: Path) -> dict[str, Path]:
+    """The first file of each split, by folder and by name; "" for a file of no split."""
+    return {split: of_split[0] for split, of_split in by_split(files, root, by_name=True).items()}
+
+
+def words_of(file: Path) -> list[str]:
+    return re.split("[-_.]", file.stem)
 
 
 def read_text(path: Path) -> str:
@@ -167,10 +185,11 @@ class ImageFinder:
 
     Attributes:
         folder: None to find nothing.
+        is_given: whether the user chose the folder.
     """
 
-    def __init__(self, folder: Path | None):
-        self.folder = folder
+    def __init__(self, folder: Path | None, is_given: bool = False):
+        self.folder, self.is_given = folder, is_given
         self._names: dict[str, list[str]] = {}  # by the whole name, and by each of its ends
         self._stems: dict[str, list[str]] = {}
         for path in [] if folder is None else images_below(folder):
@@ -214,7 +233,7 @@ def finder_for(source: Path, images: Path | None) -> ImageFinder:
     """The images of `--images`; else those in the source's folder and below; else those of `images` beside it; else
     those of `train2017` and `val2017` beside it."""
     if images is not None:
-        return ImageFinder(images)
+        return ImageFinder(images, is_given=True)
     folder = source.absolute() if source.is_dir() else source.absolute().parent
     places = folders_in(folder.parent)
     beside = [path for path in places if path.name.lower() in _IMAGES]
@@ -223,9 +242,10 @@ def finder_for(source: Path, images: Path | None) -> ImageFinder:
     return next(filter(None, finders), None) or ImageFinder(folder)
 
 
-def _walk(folder: Path, is_wanted: Callable[[str], bool]) -> Iterator[Path]:
+def _walk(source: Path, is_wanted: Callable[[str], bool]) -> Iterator[Path]:
     seen = 0
-    for root, folders, files in os.walk(folder):
+    tree = [(source.parent, [], [source.name])] if source.is_file() else os.walk(source)
+    for root, folders, files in tree:
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         yield from (Path(root, name) for name in files if is_wanted(name) and not is_hidden(name))
         if (seen := seen + len(files)) > _MOST_FILES:

@@ -11,17 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
-from PIL import Image
+import PIL.Image
 
 from shared.data.coco_file import FARTHEST
-from shared.data.convert import shapes
-from shared.data.convert.contents import Contents, Options, Split, errors_in
-from shared.data.convert.files import SPLITS, ImageFinder, files_below, image_size, read_text, split_of
-from shared.data.convert.shapes import box_order, parse_number
+from shared.data.convert.contents import Contents, Format, Options, Split, errors_in
+from shared.data.convert.files import ImageFinder, by_split, files_below, image_size, read_text
+from shared.data.convert.shapes import parse_number
+from shared.data.convert.table import Box, Image, add_images
 from shared.errors import UserError
-
-ABOUT = "an imagefolder with metadata.jsonl or metadata.csv, Parquet files, or a folder of save_to_disk"
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _OBJECTS = ("objects", "annotations", "object", "annotation")
@@ -70,33 +67,17 @@ def read(source: Path, options: Options) -> Contents:
 
 
 def _metadata(source: Path) -> dict[str, Path]:
-    files = files_below(source, (".jsonl", ".csv")) if source.is_dir() else [source]
-    return _by_split([file for file in files if file.name in _METADATA], source)
+    found = by_split([file for file in files_below(source) if file.name in _METADATA], source, by_name=True)
+    for files in found.values():
+        if len(files) > 1:
+            raise UserError(f"{source}: both {files[0]} and {files[1]} may be its metadata. Fix: name one")
+    return {split: file for split, (file,) in found.items()}
 
 
 def _tables(source: Path) -> dict[str, list[Path]]:
-    files = files_below(source, (".parquet", ".arrow")) if source.is_dir() else [source]
-    parts: dict[str, list[Path]] = {}
-    for file in files:
-        if file.suffix == ".parquet" or (file.suffix == ".arrow" and (file.parent / _SAVED).is_file()):
-            parts.setdefault(_split_name(file, source), []).append(file)
-    return {split: parts[split] for split in ("", *SPLITS) if split in parts}
-
-
-def _by_split(files: Iterable[Path], source: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for file in files:
-        split = _split_name(file, source)
-        if split in found:
-            raise UserError(f"{source}: both {found[split]} and {file} may be its metadata. Fix: name one")
-        found[split] = file
-    return {split: found[split] for split in ("", *SPLITS) if split in found}
-
-
-def _split_name(file: Path, source: Path) -> str:
-    """ "train" of train/metadata.jsonl and of data/train-00000-of-00001.parquet."""
-    folders = file.relative_to(source).parts[:-1] if source.is_dir() else ()
-    return next(filter(None, map(split_of, (*folders, *file.stem.split("-")))), "")
+    files = files_below(source, (".parquet", ".arrow"))
+    tables = [file for file in files if file.suffix == ".parquet" or (file.parent / _SAVED).is_file()]
+    return by_split(tables, source, by_name=True)
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -148,39 +129,29 @@ def _split(
     rows: Iterable[dict[str, Any]], source: Path, options: Options, names: list[str], folder: Path, split: str
 ) -> Split:
     root = options.images or folder
-    images, part = None, Split(folder=root)
-    objects: list[list[tuple[str, list[float], dict[str, Any]]]] = []  # of each image: category, four numbers, more
-    sizes: list[tuple[int, int]] = []
-    files: list[str] = []
+    finder, part = None, Split(folder=root)
+    images: list[Image] = []
     for number, row in enumerate(rows):
         with errors_in(f"{source}: row {number + 1}", "correct the row, or delete it"):
             if "file_name" in row:
-                images = images or ImageFinder(root)
-                name = images.find(str(row["file_name"]))
+                finder = finder or ImageFinder(root)
+                name = finder.find(str(row["file_name"]))
                 if name is None:
                     part.counts["rows left out (their image is not there)"] += 1
                     continue
-                sizes.append(images.size(name))
+                size = finder.size(name)
             else:
                 part.folder = _extracted(options, source, split)
                 name = _extract(row, number, part.folder, folder)
-                sizes.append(image_size(part.folder / name))
-            files.append(name)
-            objects.append(list(_objects(row, names)))
-    if not files:
+                size = image_size(part.folder / name)
+            images.append((name, size, list(_objects(row, names))))
+    if not images:
         raise UserError(f"{source}: none of its images is in {root}. Fix: pass --images FOLDER")
-    every = np.array([box for of_image in objects for _, box, _ in of_image], dtype=np.float64).reshape(-1, 4)
-    of_each = np.array([size for size, of_image in zip(sizes, objects, strict=True) for _ in of_image]).reshape(-1, 2)
-    make = shapes.box if box_order(every, of_each, options.boxes, source) == "xywh" else shapes.box_of_corners
-    shares = len(every) > 0 and bool(every.max() <= 1 and (every % 1 > 0).any())
-    for name, size, of_image in zip(files, sizes, objects, strict=True):
-        scale = [*size, *size] if shares else [1, 1, 1, 1]
-        scaled = [(c, make(*(n * s for n, s in zip(box, scale, strict=True))), more) for c, box, more in of_image]
-        part.add_image(name, size, [{"category": c, **shape, "iscrowd": 0, **more} for c, shape, more in scaled])
+    add_images(part, images, options.boxes, source)
     return part
 
 
-def _objects(row: dict[str, Any], names: list[str]) -> Iterator[tuple[str, list[float], dict[str, Any]]]:
+def _objects(row: dict[str, Any], names: list[str]) -> Iterator[Box]:
     """Category, four numbers and other keys of COCO of each object: a list of objects, or an object of lists."""
     given = next((row[key] for key in _OBJECTS if row.get(key) is not None), row)
     if isinstance(given, list):
@@ -210,10 +181,15 @@ def _extract(row: dict[str, Any], number: int, folder: Path, source: Path) -> st
     if image is None:
         raise ValueError(f"it has no image, but {', '.join(row)}")
     data = image["bytes"] or (source / image["path"]).read_bytes()
-    with Image.open(io.BytesIO(data)) as opened:
+    with PIL.Image.open(io.BytesIO(data)) as opened:
         ending = {"JPEG": "jpg", "TIFF": "tif"}.get(opened.format, opened.format.lower())
     stem = Path((image["path"] or "").replace("\\", "/")).stem
     name = f"{number:08}{'_' if stem else ''}{stem}.{ending}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(data)
     return name
+
+
+HUGGING_FACE = Format(
+    "an imagefolder with metadata.jsonl or metadata.csv, Parquet files, or a folder of save_to_disk", recognise, read
+)

@@ -10,7 +10,6 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from shared.data.coco_file import is_in_reach, shown
-from shared.errors import UserError
 
 _CORNERS_OF_ELLIPSE = 64  # a multiple of 4: the polygon reaches the ellipse's own left, top, right and bottom
 _DECIMALS = 6  # sines and cosines leave noise below
@@ -149,32 +148,3 @@ def parse_whole_number(text: str | None, what: str) -> int:
     if number != int(number):
         raise ValueError(f"{what} is {shown(text.strip())!r}, which is not a whole number")
     return int(number)
-
-
-def box_order(boxes: np.ndarray, sizes: np.ndarray, given: str, source: object) -> str:
-    """ "xywh" or "xyxy".
-
-    Args:
-        boxes: (N, 4).
-        sizes: (N, 2) width and height of each box's image; 0 if they are unknown.
-        given: "" or the user's answer.
-        source: the file, for the error.
-
-    Raises:
-        UserError: the boxes can be either.
-    """
-    if given or not len(boxes):
-        return given or "xywh"
-    shares = bool(boxes.max() <= 1 and (boxes % 1 > 0).any())
-    limits, known = (1.0, True) if shares else (sizes, (sizes > 0).all(axis=1))
-    # a pixel more: rounding, and edges that are inside
-    over = ((boxes[:, :2] + boxes[:, 2:]) > limits + (0.01 if shares else 1)).any(axis=1) & known
-    are_corners = (boxes[:, 2:] >= boxes[:, :2]).all()
-    if not are_corners:
-        return "xywh"
-    if over.any():
-        return "xyxy"
-    raise UserError(
-        f"{source}: its boxes may be x y width height or x1 y1 x2 y2, {boxes[0].tolist()} for example. Fix: pass "
-        "`--boxes xywh` or `--boxes xyxy`"
-    )

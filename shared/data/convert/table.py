@@ -1,10 +1,10 @@
-"""CSV files with a row per box: plain ones, Roboflow's, RetinaNet's and Kaggle's."""
+"""CSV files with a row per box: plain ones, Roboflow's, RetinaNet's, Kaggle's and Open Images'."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,12 @@ import numpy as np
 
 from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
-from shared.data.convert.contents import Contents, Options, Split, errors_in
-from shared.data.convert.files import (
-    SPLITS,
-    ImageFinder,
-    files_in,
-    finder_for,
-    folders_in,
-    is_hidden,
-    read_text,
-    split_of,
-)
-from shared.data.convert.openimages import COLUMNS as OPEN_IMAGES
-from shared.data.convert.shapes import box_order, parse_number, parse_whole_number
+from shared.data.convert.contents import Contents, Format, Options, Split, errors_in
+from shared.data.convert.files import by_split, files_below, files_near, finder_for, one_per_split, read_text
+from shared.data.convert.shapes import parse_number, parse_whole_number
 from shared.errors import UserError
 
-ABOUT = "a CSV file with a row per box, or a folder with one per split"
-
+_OPEN_IMAGES_COLUMNS = ("imageid", "labelname", "xmin", "xmax", "ymin", "ymax")  # in lower case
 _IMAGE = (
     "filename",
     "file_name",
@@ -62,7 +51,7 @@ _SIZES = (("width", "height"), ("image_width", "image_height"), ("img_width", "i
 _WITHOUT_HEADER = ("path", "x1", "y1", "x2", "y2", "class")  # of RetinaNet's
 
 
-def recognise(source: Path) -> str:
+def _recognise_csv(source: Path) -> str:
     for file in _files(source).values():
         header, _ = _rows(file)
         if columns := _columns(header):
@@ -70,7 +59,7 @@ def recognise(source: Path) -> str:
     return ""
 
 
-def read(source: Path, options: Options) -> Contents:
+def _read_csv(source: Path, options: Options) -> Contents:
     splits, notes = {}, []
     for split, file in _files(source).items():
         finder = finder_for(file.parent if source.is_dir() else source, options.images)
@@ -83,8 +72,9 @@ def read(source: Path, options: Options) -> Contents:
             )
         if columns["category"] is None:
             notes.append(f"{file}: no column names the category ({', '.join(_CATEGORY)}); all boxes are 'object'")
-        splits[split] = _split(file, rows, header, columns, finder, options)
-        splits[split].settle(finder, options.images is not None)
+        splits[split] = Split(finder)
+        images = _images(file, rows, header, columns, splits[split])
+        add_images(splits[split], list(images), columns["order"] or options.boxes, file)
     if not splits:
         raise UserError(f"{source}: has no CSV file. Fix: name one")
     return Contents(splits, notes=notes)
@@ -92,19 +82,11 @@ def read(source: Path, options: Options) -> Contents:
 
 def _files(source: Path) -> dict[str, Path]:
     """The CSV file of each split; "" for the only one."""
+    files = files_near(source, (".csv", ".tsv"))
     if source.is_file():
-        return {"": source} if source.suffix.lower() in (".csv", ".tsv") and not is_hidden(source.name) else {}
-    found: dict[str, Path] = {}
-    for folder in (source, *folders_in(source)):
-        for file in files_in(folder, (".csv", ".tsv")):
-            words = file.stem.replace("-", "_").split("_")
-            split = (split_of(folder.name) if folder != source else "") or next(filter(None, map(split_of, words)), "")
-            header, _ = _rows(file)
-            if split not in found and _columns(header):
-                found[split] = file
-    if len(found) > 1:
-        found.pop("", None)
-    return {split: found[split] for split in ("", *SPLITS) if split in found}
+        return dict.fromkeys([""] * len(files), source)
+    found = one_per_split([file for file in files if _columns(_rows(file)[0])], source)
+    return {split: file for split, file in found.items() if split or len(found) == 1}
 
 
 def _rows(file: Path) -> tuple[list[str], list[list[str]]]:
@@ -127,7 +109,7 @@ def _is_plain(row: Sequence[str]) -> bool:
 def _columns(header: Sequence[str]) -> dict[str, Any] | None:
     """The names of the columns: "image", "box" with one or four, "order" of these, "category" and "size"."""
     there = set(header)
-    if there.issuperset(OPEN_IMAGES) or ("file_name" in there and "objects" in there):  # another reader's
+    if there.issuperset(_OPEN_IMAGES_COLUMNS) or ("file_name" in there and "objects" in there):  # another reader's
         return None
     image = next((name for name in _IMAGE if name in there), None)
     boxes = [(names, "xyxy") for names in _CORNERS] + [(names, "xywh") for names in _CORNER_AND_SIZE]
@@ -140,17 +122,11 @@ def _columns(header: Sequence[str]) -> dict[str, Any] | None:
     return {"image": image, "box": box, "order": order, "size": size, "category": category}
 
 
-def _split(
-    file: Path,
-    rows: Sequence[Sequence[str]],
-    header: Sequence[str],
-    columns: dict[str, Any],
-    finder: ImageFinder,
-    options: Options,
-) -> Split:
-    part = Split()
+def _images(
+    file: Path, rows: Sequence[Sequence[str]], header: Sequence[str], columns: dict[str, Any], part: Split
+) -> Iterator[Image]:
     at = {name: header.index(name) for name in header}
-    boxes: dict[str, list[tuple[str, list[float]]]] = {}  # by image: category, four numbers
+    boxes: dict[str, list[Box]] = {}  # by image
     sizes: dict[str, tuple[int, int] | None] = {}
     for number, row in enumerate(rows, 1):
         with errors_in(f"{file}: row {number}", "correct the row, or delete it"):
@@ -163,28 +139,11 @@ def _split(
             of_image = boxes.setdefault(given, [])
             if numbers:
                 category = row[at[columns["category"]]].strip() if columns["category"] else "object"
-                of_image.append((category, numbers))
-    names = {given: _name(given, finder, part) for given in boxes}
-    sizes = {given: size or finder.size(names[given]) for given, size in sizes.items()}
-    every = np.array([numbers for rows_ in boxes.values() for _, numbers in rows_]).reshape(-1, 4)
-    of_each = np.array([sizes[given] or (0, 0) for given, rows_ in boxes.items() for _ in rows_]).reshape(-1, 2)
-    order = columns["order"] or box_order(every, of_each, options.boxes, file)
-    shares = len(every) > 0 and bool(every.max() <= 1 and (every % 1 > 0).any())
+                of_image.append((category, numbers, {}))
     for given, of_image in boxes.items():
-        if (size := sizes[given]) is None:
-            part.counts["images left out (their size is unknown, and no image is there)"] += 1
-            continue
-        width, height = size
-        scale = np.array([width, height, width, height]) if shares else 1
-        scaled = [(category, (np.array(numbers) * scale).tolist()) for category, numbers in of_image]
-        make = shapes.box if order == "xywh" else shapes.box_of_corners
-        part.add_image(names[given], size, [{"category": c, **make(*n), "iscrowd": 0} for c, n in scaled])
-    return part
-
-
-def _name(given: str, finder: ImageFinder, part: Split) -> str:
-    with errors_in(f"image {given!r}", "pass --images with the folder that is meant"):
-        return part.find_image(finder, given, stem=Path(given).name)
+        with errors_in(f"image {given!r}", "pass --images with the folder that is meant"):
+            name = part.find_image(given, stem=Path(given).name)
+        yield name, sizes[given] or part.finder.size(name), of_image
 
 
 def _size_in(row: Sequence[str], at: dict[str, int], size: Iterable[str] | None) -> tuple[int, int] | None:
@@ -204,3 +163,149 @@ def _numbers(row: Sequence[str], at: dict[str, int], box: Sequence[str]) -> list
     if not any(cells):
         return []
     return [parse_number(cell, "a number of the box", FARTHEST) for cell in cells]
+
+
+CSV = Format("a CSV file with a row per box, or a folder with one per split", _recognise_csv, _read_csv)
+
+
+# --- boxes of four numbers that have no names -------------------------------------------------------
+
+Box = tuple[str, list[float], dict[str, Any]]  # category, four numbers, more keys of COCO
+Image = tuple[str, "tuple[int, int] | None", list[Box]]  # name, (width, height) if it is known, boxes
+
+
+def add_images(part: Split, images: Sequence[Image], order: str, source: object) -> None:
+    """Adds images to a split. All boxes together show whether their numbers are pixels or shares of the image's size.
+
+    Args:
+        order: "xywh" or "xyxy"; "" to decide from the boxes.
+        source: the file, for the error.
+
+    Raises:
+        UserError: the boxes can be of either order.
+    """
+    boxes = np.array([box for *_, rows in images for _, box, _ in rows], np.float64).reshape(-1, 4)
+    sizes = np.array([size or (0, 0) for _, size, rows in images for _ in rows]).reshape(-1, 2)
+    shares = len(boxes) > 0 and bool(boxes.max() <= 1 and (boxes % 1 > 0).any())
+    make = shapes.box if (order or _order(boxes, sizes, shares, source)) == "xywh" else shapes.box_of_corners
+    for name, size, rows in images:
+        if size is None:
+            part.counts["images left out (their size is unknown, and no image is there)"] += 1
+            continue
+        scale = [*size, *size] if shares else [1, 1, 1, 1]
+        made = [(c, make(*(n * s for n, s in zip(box, scale, strict=True))), more) for c, box, more in rows]
+        part.add_image(name, size, [{"category": c, **shape, "iscrowd": 0, **more} for c, shape, more in made])
+
+
+def _order(boxes: np.ndarray, sizes: np.ndarray, shares: bool, source: object) -> str:
+    """ "xywh" or "xyxy". `sizes` is (N, 2), 0 if the size of a box's image is unknown."""
+    limits, known = (1.0, True) if shares else (sizes, (sizes > 0).all(axis=1))
+    # a pixel more: rounding, and edges that are inside
+    over = ((boxes[:, :2] + boxes[:, 2:]) > limits + (0.01 if shares else 1)).any(axis=1) & known
+    if (boxes[:, 2:] < boxes[:, :2]).any() or not len(boxes):
+        return "xywh"
+    if over.any():
+        return "xyxy"
+    raise UserError(
+        f"{source}: its boxes may be x y width height or x1 y1 x2 y2, {boxes[0].tolist()} for example. Fix: pass "
+        "`--boxes xywh` or `--boxes xyxy`"
+    )
+
+
+# --- Open Images: boxes in shares of the image's size, and a file of the categories' names ----------
+
+
+def _recognise_open_images(source: Path) -> str:
+    files = [file for of_split in _open_images_files(source).values() for file in of_split]
+    return f"{', '.join(file.name for file in files)} with ImageID, LabelName and XMin" if files else ""
+
+
+def _read_open_images(source: Path, options: Options) -> Contents:
+    by_split = _open_images_files(source)
+    if not by_split:
+        raise UserError(f"{source}: has no CSV file with ImageID, LabelName, XMin, … . Fix: name it")
+    names, notes = _category_names(source), []
+    if not names:
+        notes.append(f"{source}: no class-descriptions file names the categories; they keep their codes")
+    splits = {}
+    for split, files in by_split.items():
+        finder = finder_for(source, options.images)
+        part = splits[split] = Split(finder, crowds="crowds (IsGroupOf)")
+        rows: dict[str, list[dict[str, Any]]] = {}
+        found: dict[str, str | None] = {}  # the name of each image; None if it was not downloaded
+        sizes: dict[str, tuple[int, int]] = {}
+        for file in files:
+            for line, row in _open_images_rows(file):
+                with errors_in(f"{file}: line {line}", "correct the line, or delete it"):
+                    image = row["imageid"]
+                    if image not in found:
+                        found[image] = finder.find_stem(image, split)
+                        if found[image] is not None:
+                            sizes[image] = finder.size(found[image])
+                    if found[image] is not None:
+                        rows.setdefault(image, []).append(_open_images_annotation(row, sizes[image], names))
+                    else:
+                        part.counts["boxes left out (of images that are not there)"] += 1
+        missing = sum(name is None for name in found.values())
+        part.counts.update({"images left out (not there)": missing} if missing else {})
+        for image, of_image in rows.items():
+            part.found[found[image]] = found[image].rpartition("/")[2]
+            part.add_image(found[image], sizes[image], of_image)
+    if not any(part.images for part in splits.values()):
+        raise UserError(f"{source}: has none of the images of its boxes. Fix: pass --images FOLDER")
+    return Contents(splits, notes=notes)
+
+
+def _open_images_files(source: Path) -> dict[str, list[Path]]:
+    """The files of boxes of each split, by a word of their name or a folder."""
+    files = [
+        file for file in files_below(source, (".csv",)) if set(_OPEN_IMAGES_COLUMNS) <= set(_open_images_header(file))
+    ]
+    return by_split(files, source, by_name=True)
+
+
+def _open_images_header(file: Path) -> list[str]:
+    try:
+        with file.open(encoding="utf-8-sig") as opened:
+            return [name.strip().lower() for name in opened.readline().split(",")]
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+def _open_images_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line by line: the whole file has 14 million."""
+    header = _open_images_header(file)
+    with errors_in(file), file.open(encoding="utf-8-sig", newline="") as opened:
+        reader = csv.reader(opened)
+        next(reader)
+        for row in reader:
+            if row:
+                if len(row) < len(header):
+                    raise ValueError(f"line {reader.line_num} has {len(row)} cells, and the header {len(header)}")
+                yield reader.line_num, dict(zip(header, row, strict=False))
+
+
+def _category_names(source: Path) -> dict[str, str]:
+    """The names of categories by their codes, /m/011k07."""
+    folder = source if source.is_dir() else source.parent
+    names = {}
+    for file in files_below(folder, (".csv",)):
+        if "class" in file.stem.lower():
+            with errors_in(file), file.open(encoding="utf-8-sig", newline="") as opened:
+                names |= {row[0]: row[1] for row in csv.reader(opened) if len(row) == 2 and row[0].startswith("/")}
+    return names
+
+
+def _open_images_annotation(row: dict[str, str], size: tuple[int, int], names: dict[str, str]) -> dict[str, Any]:
+    x1, x2, y1, y2 = (parse_number(row[key], key, FARTHEST) for key in _OPEN_IMAGES_COLUMNS[2:])
+    width, height = size
+    shape = shapes.box_of_corners(x1 * width, y1 * height, x2 * width, y2 * height)
+    category = row["labelname"]
+    return {"category": names.get(category, category), **shape, "iscrowd": int(row.get("isgroupof") == "1")}
+
+
+OPEN_IMAGES = Format(
+    "the folder with …-annotations-bbox.csv, class-descriptions….csv and the images",
+    _recognise_open_images,
+    _read_open_images,
+)
