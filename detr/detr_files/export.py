@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.image_transforms import center_to_corners_format
 
+from detr_files.masks import has_masks
 from shared.errors import UserError
 from shared.export.operations import check_filter, resize_as_pillow, size_of
 from shared.export.raw import Decoding, ExportableRaw
@@ -49,6 +50,8 @@ class ExportableDetr(ExportableRaw):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) / factor)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) / factor)
         self.uses_softmax, self.limit = _post_processing(processor, detector)
+        if has_masks(detector.config):
+            self.outputs = (*self.outputs, "image_masks")
 
     def prepare(self, images: Tensor) -> tuple[Tensor, Tensor]:
         pixels = images.float()
@@ -68,7 +71,7 @@ class ExportableDetr(ExportableRaw):
             torch.sym_min(least * side // short, (2 * most * side + long) // (2 * long)) for side in (height, width)
         )
 
-    def detect(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def detect(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         outputs = self.detector(pixel_values=pixels)
         logits, boxes = outputs.logits, outputs.pred_boxes
         classes = logits.shape[-1]
@@ -80,7 +83,11 @@ class ExportableDetr(ExportableRaw):
             scores, places = logits.sigmoid().flatten(1).topk(self.limit, dim=1)
             rows, labels = places // classes, places % classes
         boxes = center_to_corners_format(boxes).gather(1, rows[..., None].expand(-1, -1, 4))
-        return boxes * sizes.flip(0).repeat(2), scores, labels
+        masks = ()
+        if "image_masks" in self.outputs:
+            of_queries = outputs.pred_masks
+            masks = (of_queries.gather(1, rows[..., None, None].expand(-1, -1, *of_queries.shape[2:])),)
+        return boxes * sizes.flip(0).repeat(2), scores, labels, *masks
 
     def decoding(self) -> Decoding:
         return Decoding(

@@ -137,7 +137,7 @@ class FileDetector:
         self.context = SimpleNamespace(distributed=distributed, device=self.model.device)
         self.rank, self.slots = distributed.rank, distributed.size
         self.max_iou = self.model.metadata.max_iou
-        self.iou_types = ("bbox", "segm") if "masks" in self.model.metadata.outputs else ("bbox",)
+        self.iou_types = self.model.iou_types
         self._max_detections = trial_class.scored_detections(experiment.config.get("hyperparameters") or {})
 
     def open_val(self) -> SplitData:

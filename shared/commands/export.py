@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from shared import durable
 from shared.commands.detection import FileDetector, check_categories, detecting_trial, with_checkpoint
@@ -89,6 +90,7 @@ def _write_checked(
     exportable = copy.deepcopy(trial.exportable()).cpu().float().eval()
     if arguments.raw:
         exportable = raw_of(exportable)
+    formats.check_detector(exportable, arguments.format)
     data = trial.open_val()
     source = "checkpoint" if checkpoint else "pretrained"
     check_categories(trial.categories, data, source)
@@ -333,6 +335,7 @@ class Differences:
         box: the largest difference of a matched box's coordinate, in pixels; 0 without a match.
         score: the same of scores.
         lone_score: the highest score of a detection without a partner, of either; 0 if all have one.
+        mask: the lowest IoU of the masks of a match; None without masks.
     """
 
     detections: int
@@ -340,19 +343,21 @@ class Differences:
     box: float
     score: float
     lone_score: float
+    mask: float | None = None
 
     def __str__(self) -> str:
         said = (
             f"{self.matched} of {count_of(self.detections, 'detection')} with a score of at least {SCORE} are matched"
         )
         said += f"; the largest differences are {self.box:.2g} pixels and {self.score:.2g} of the score"
+        said += "" if self.mask is None else f"; the lowest IoU of their masks is {self.mask:.3f}"
         return said + (f"; the highest score without a match is {self.lone_score:.2g}" if self.lone_score else "")
 
 
 def differences(one: Sequence[Detections], other: Sequence[Detections]) -> Differences:
     """Compares the detections of two detectors on the same images."""
     others = {found.image_id: found for found in other}
-    count, box, score, alone = 0, 0.0, 0.0, [0.0]
+    count, box, score, alone, overlaps = 0, 0.0, 0.0, [0.0], []
     matched = 0
     for first in one:
         second = others[first.image_id]
@@ -362,9 +367,16 @@ def differences(one: Sequence[Detections], other: Sequence[Detections]) -> Diffe
         for row, partner in pairs:
             box = max(box, float(np.abs(first.boxes[row] - second.boxes[partner]).max()))
             score = max(score, float(abs(first.scores[row] - second.scores[partner])))
+            if first.masks is not None and second.masks is not None:
+                overlaps.append(_overlap(first.masks[row], second.masks[partner]))
         alone += [float(first.scores[row]) for row in lone]
         alone += [float(second.scores[row]) for row in _partners(second, first)[1]]
-    return Differences(count, matched, box, score, max(alone))
+    return Differences(count, matched, box, score, max(alone), min(overlaps, default=None))
+
+
+def _overlap(one: dict, other: dict) -> float:
+    """The IoU of two masks, 1 for two empty ones."""
+    return 1.0 if one == other else float(coco_mask.iou([one], [other], [0])[0, 0])
 
 
 def _partners(one: Detections, other: Detections) -> tuple[list[tuple[int, int]], list[int]]:

@@ -60,6 +60,15 @@ def check_options(name: str, precision: str, raw: bool) -> None:
         )
 
 
+def check_detector(detector: Exportable, name: str) -> None:
+    """Raises UserError if the format cannot hold the detector."""
+    if name == "torch" and detector.input_size is None:
+        raise UserError(
+            "--format torch: the network's size follows from the image's, and torch.export cannot trace that. Fix: "
+            "choose onnx, or resize all images to one height and width"
+        )
+
+
 def write(
     detector: Exportable, name: str, folder: Path, metadata: Metadata, calibration: Iterable[np.ndarray] = ()
 ) -> Path:
@@ -73,11 +82,6 @@ def write(
     Raises:
         UserError: PyTorch cannot trace or translate the detector.
     """
-    if name == "torch" and detector.input_size is None:
-        raise UserError(
-            "--format torch: the network's size follows from the image's, and torch.export cannot trace that. Fix: "
-            "choose onnx, or resize all images to one height and width"
-        )
     path = folder / FORMATS[name]
     with _quiet(), torch.no_grad():
         try:

@@ -79,6 +79,8 @@ def raw_of(detector: Exportable) -> Raw:
     """
     if not isinstance(detector, ExportableRaw):
         raise UserError("--raw: this detector has no decoder in NumPy. Fix: export it without --raw")
+    if detector.outputs != Exportable.outputs:
+        raise UserError("--raw: the decoder in NumPy finds boxes alone. Fix: export it without --raw")
     if detector.input_size is None:
         raise UserError(
             "--raw: the size of the network's input follows from the image's. Fix: export it without --raw, or resize "
