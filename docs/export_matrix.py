@@ -7,6 +7,7 @@ of a file shows what differs. Results are kept in docs/export_matrix.json: a run
 """
 
 import argparse
+import importlib
 import json
 import re
 import sys
@@ -19,7 +20,7 @@ import numpy as np
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "efficientdet")]
+sys.path[:0] = map(str, (ROOT, ROOT / "efficientdet", ROOT / "tests", *ROOT.glob("tests/*/")))
 PAGE, NUMBERS = ROOT / "docs/export.md", ROOT / "docs/export_matrix.json"
 BEGIN, END = "<!-- export matrix: begin -->", "<!-- export matrix: end -->"
 FORMATS = ("onnx", "openvino", "torch", "raw")
@@ -58,16 +59,10 @@ def with_table(page: str, results: dict[str, dict[str, dict]]) -> str:
 
 def detectors(shapes: Path) -> Iterator[tuple[str, str, Callable[[], dict]]]:
     """Name, detector's folder, and a function that makes the experiment config."""
-    from tiny_models import (
-        DENSE_HEAD,
-        DETR_TYPES,
-        SMALL_BACKBONE,
-        TINY,
-        detectron2_config,
-        detr_config,
-        efficientdet_config,
-        mmdet_config,
-    )
+    from tiny_detectron2 import detectron2_config
+    from tiny_detr import DETR_TYPES, detr_config
+    from tiny_efficientdet import config as efficientdet_config
+    from tiny_mmdetection import DENSE_HEAD, SMALL_BACKBONE, TINY, mmdet_config
 
     for i in range(8):
         yield f"EfficientDet-D{i}", "efficientdet", lambda i=i: _efficientdet(efficientdet_config(shapes), i)
@@ -152,12 +147,11 @@ def with_random_weights(trial_class: type) -> type:
 def measure(detector: str, config: dict, folder: Path, names: list[str]) -> Iterator[tuple[str, dict]]:
     """Of each format, what `export` reports, or why it refuses."""
     from conftest import run_command
-    from tiny_models import trial_classes
 
     from shared.commands.export import export
     from shared.errors import UserError
 
-    trial_class = with_random_weights(trial_classes()[detector])
+    trial_class = with_random_weights(importlib.import_module(f"tiny_{detector}").trial_class())
     path = folder / "config.yaml"
     try:
         config["data"]["val"]["annotations"] = own_truth(trial_class, config, folder)
