@@ -25,8 +25,8 @@ BATCH = 16
 def memory(source: Path | None = None, images: int = 118_287, without_torchvision: bool = False) -> dict:
     """`CocoAnnotations` beside torchvision's `CocoDetection`: time to open, and memory.
 
-    Memory is the sum of PSS over the process and its four loader workers. Each of them has read every record. That of
-    the same processes without annotations is subtracted.
+    Memory is the sum of PSS over the process and its four loader workers. Each of them has read every record. The sum
+    for the same processes without annotations is subtracted.
 
     source: a COCO file to repeat; default: the synthetic data set
     images: of the repeated file

@@ -1,4 +1,4 @@
-"""CPU seconds here, divided by those of another checkout: of a training step, of a start, of an evaluation.
+"""CPU seconds of a training step, a start and an evaluation, divided by those of another checkout.
 
     git worktree add /tmp/before COMMIT
     OMP_NUM_THREADS=1 python benchmarks/commits.py step --before /tmp/before

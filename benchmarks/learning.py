@@ -1,10 +1,12 @@
-"""How well each detector learns from scratch in the same CPU seconds, and Ultralytics' YOLO11n if it is installed.
+"""How well a detector learns small data sets from scratch, beside Ultralytics' YOLO11n in the same CPU seconds.
 
-    python3 benchmarks/learning.py --data /data/bccd --output runs/learning --ultralytics ~/ultra/bin/python
+    python3 benchmarks/learning.py --data ~/sets/* --output runs/learning --only mmdetection yolo11n --seeds 3 \\
+        --set "searcher.max_length={batches: 400}" --ultralytics ~/ultra/bin/python
 
-Each training runs by the command that its user types, with its `bccd.yaml`. Its best validation on `val` counts, as
-Ultralytics keeps its `best.pt`. Seconds are the user CPU seconds of all the command's processes, validations and report
-included. `python3 -m shared compare` scores all of them into `compare.html` in the output folder.
+Each training runs by the command that its user types, with its detector's `bccd.yaml` and the set's paths. The best
+validation counts, as Ultralytics keeps its `best.pt`. Its detections are scored by pycocotools, ours by the evaluator
+that gives pycocotools' numbers. Seconds are the user CPU seconds of all the command's processes, validations and report
+included.
 
 Each side runs with OMP_NUM_THREADS=1, which Ultralytics sets itself. A training that is finished in the output folder
 is not repeated.
@@ -14,18 +16,23 @@ import json
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from command_line import DETECTORS, ROOT, main
 from commits import on_bccd
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
 YOLO = "yolo11n"
+YOLO_PIXELS = 320  # per side
 
-# In the interpreter that has Ultralytics' package: nothing of it is part of the project.
+# Runs in the interpreter that has Ultralytics' package, which is no part of this project.
 YOLO_TRAIN = """
 import json, sys
 from ultralytics import YOLO
@@ -38,80 +45,108 @@ YOLO(sys.argv[1]).val(**json.loads(sys.argv[2]))
 """
 
 
+@dataclass
+class Learned:
+    """The cost and the result of a training.
+
+    Attributes:
+        seconds: user CPU seconds.
+        mAP, AP50: metrics of its best validation.
+    """
+
+    seconds: float
+    mAP: float
+    AP50: float
+
+
 def learning(
-    data: Path = Path("/data/bccd"),
+    data: list[Path],
     output: Path = Path("runs/learning"),
     only: list[str] = [*DETECTORS, YOLO],  # noqa: B006
-    seconds: float = 677,
+    seeds: int = 1,
     set_: list[str] = [],  # noqa: B006
     ultralytics: str = "",
-    epochs: int = 36,
+    yolo_images: int = 1500,
     yolo: dict = {},  # noqa: B006
 ) -> None:
     """
-    data: with annotations/train.json, annotations/val.json and images/; default /data/bccd
+    data: folders with annotations/train.json, annotations/val.json and images/
     only: detectors and yolo11n; default all
-    seconds: the budget of each, user
+    seeds: trainings of each, with the seeds 0, 1, 2, …
     set_: as train's, such as hyperparameters.amp=bf16
     ultralytics: a Python that imports ultralytics
-    epochs: of YOLO
+    yolo_images: how many images YOLO sees, which decides its epochs
     yolo: more of YOLO's settings, such as lr0=0.002
     """
-    data, output = data.absolute(), output.absolute()
-    output.mkdir(parents=True, exist_ok=True)
     sides = list(only)
     if YOLO in sides and not imports_ultralytics(ultralytics):
         print(f"{YOLO} is skipped: `--ultralytics` names no Python that imports ultralytics", file=sys.stderr)
         sides.remove(YOLO)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in sides:
-        if seconds_of(output, name) is None:
-            if name == YOLO:
-                took = train_yolo(ultralytics, data, output, epochs, dict(yolo), environment)
-            else:
-                took = train(name, data, output, set_, environment)
-            (output / f"{name}.seconds").write_text(f"{took:.1f}\n")
-    print_table(output, sides, data, seconds)
+    table = []
+    for seed in range(seeds):  # a seed of every side, then the next: a run that is stopped has whole rows
+        for folder in data:
+            for side in sides:
+                run = output.absolute() / folder.name / f"{side}-{seed}"
+                found = run.with_suffix(".json")
+                if found.exists():
+                    continue
+                shutil.rmtree(run, ignore_errors=True)  # of a training that was stopped
+                run.parent.mkdir(parents=True, exist_ok=True)
+                if side == YOLO:
+                    learned = train_yolo(
+                        ultralytics, folder.absolute(), run, seed, yolo_images, dict(yolo), environment
+                    )
+                else:
+                    learned = train(side, folder.absolute(), run, seed, set_, environment)
+                found.write_text(json.dumps(asdict(learned)))
+    for folder in data:
+        for side in sides:
+            files = [output / folder.name / f"{side}-{seed}.json" for seed in range(seeds)]
+            runs = [Learned(**json.loads(file.read_text())) for file in files]
+            table.append([folder.name, side, *(spread(runs, name) for name in ("seconds", "mAP", "AP50"))])
+    print(tabulate(table, headers=["data", "", "CPU seconds", "mAP", "AP50"]))
 
 
-def train(detector: str, data: Path, output: Path, changes: list[str], environment: dict[str, str]) -> float:
-    """Trains as its user does, with changes to its config. Returns user seconds."""
-    folder = output / detector
-    shutil.rmtree(folder, ignore_errors=True)  # of a training that was stopped
-    command = [sys.executable, "model_def.py", "train", "bccd.yaml", "--output-dir", str(folder), *on_bccd(data)]
-    for change in changes:
+def train(detector: str, data: Path, run: Path, seed: int, changes: list[str], environment: dict[str, str]) -> Learned:
+    """Trains as its user does, with changes to its config."""
+    command = [sys.executable, "model_def.py", "train", "bccd.yaml", "--output-dir", str(run), *on_bccd(data)]
+    for change in (f"reproducibility.experiment_seed={seed}", *changes):
         command += ["--set", change]
-    return user_seconds(command, ROOT / detector, environment, output / f"{detector}.log")
+    seconds = user_seconds(command, ROOT / detector, environment, run.with_suffix(".log"))
+    rows = [json.loads(line)["metrics"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    best = max((row for row in rows if "bbox_mAP" in row), key=lambda row: row["bbox_mAP"])
+    return Learned(seconds, best["bbox_mAP"], best["bbox_mAP_50"])
 
 
 def train_yolo(
-    python: str, data: Path, output: Path, epochs: int, settings: dict, environment: dict[str, str]
-) -> float:
-    """Trains from scratch, and writes the detections of its best weights on `val`; returns the training's seconds."""
-    folder = output / YOLO
-    shutil.rmtree(folder, ignore_errors=True)
-    environment = {**environment, "YOLO_AUTOINSTALL": "false", "YOLO_CONFIG_DIR": str(output)}
+    python: str, data: Path, run: Path, seed: int, images: int, settings: dict, environment: dict[str, str]
+) -> Learned:
+    """Trains from scratch, and scores the detections of its best weights on `val`."""
+    environment = {**environment, "YOLO_AUTOINSTALL": "false", "YOLO_CONFIG_DIR": str(run.parent)}
     with tempfile.TemporaryDirectory() as scratch:
         file, ids = write_yolo(data, Path(scratch))
-        common = {
-            "data": str(file),
-            "imgsz": 320,
-            "device": "cpu",
-            "project": str(output),
-            "exist_ok": True,
-            "plots": False,
-        }
-        arguments = {**common, "name": YOLO, "epochs": epochs, "optimizer": "AdamW", "pretrained": False, **settings}
+        epochs = round(images / len(list((Path(scratch) / "images" / "train").iterdir())))
+        common = {"data": str(file), "imgsz": YOLO_PIXELS, "device": "cpu", "exist_ok": True, "plots": False}
+        common |= {"project": str(run.parent), "workers": 1}
+        arguments = {**common, "name": run.name, "epochs": epochs, "optimizer": "AdamW", "pretrained": False}
+        arguments |= {"seed": seed, **settings}
         command = [python, "-c", YOLO_TRAIN, json.dumps(arguments)]
-        seconds = user_seconds(command, Path(scratch), environment, output / f"{YOLO}.log")
-        arguments = {**common, "conf": 0.001, "max_det": 300, "save_json": True, "name": f"{YOLO}_val"}
-        command = [python, "-c", YOLO_VAL, str(folder / "weights" / "best.pt"), json.dumps(arguments)]
-        user_seconds(command, Path(scratch), environment, output / f"{YOLO}_val.log")
-    results = json.loads((output / f"{YOLO}_val" / "predictions.json").read_text())
+        seconds = user_seconds(command, Path(scratch), environment, run.with_suffix(".log"))
+        arguments = {**common, "conf": 0.001, "max_det": 300, "save_json": True, "name": f"{run.name}-val"}
+        command = [python, "-c", YOLO_VAL, str(run / "weights" / "best.pt"), json.dumps(arguments)]
+        user_seconds(command, Path(scratch), environment, run.parent / f"{run.name}-val.log")
+    results = json.loads((run.parent / f"{run.name}-val" / "predictions.json").read_text())
+    if not results:
+        return Learned(seconds, 0.0, 0.0)
     for row in results:
         row["category_id"] = ids[row["category_id"] - 1]  # its own count from 1
-    (output / f"{YOLO}.json").write_text(json.dumps(results))
-    return seconds
+    truth = COCO(str(data / "annotations" / "val.json"))
+    evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return Learned(seconds, float(evaluation.stats[0]), float(evaluation.stats[1]))
 
 
 def write_yolo(data: Path, folder: Path) -> tuple[Path, list[int]]:
@@ -156,29 +191,11 @@ def imports_ultralytics(python: str) -> bool:
     return bool(python) and subprocess.run([python, "-c", found]).returncode == 0
 
 
-def seconds_of(output: Path, name: str) -> float | None:
-    file = output / f"{name}.seconds"
-    return float(file.read_text()) if file.exists() else None
-
-
-def print_table(output: Path, sides: list[str], data: Path, budget: float) -> None:
-    """mAP and AP50 of each, as `compare` finds them, which also writes its page."""
-    runs = [str(output / (f"{YOLO}.json" if name == YOLO else name)) for name in sides]
-    numbers = {}
-    if len(runs) > 1:
-        page = output / "compare.html"
-        command = [sys.executable, "-m", "shared", "compare", *runs, "--output", str(page)]
-        command += ["--annotations", str(data / "annotations" / "val.json"), "--images", str(data / "images")]
-        subprocess.run(command, cwd=ROOT, check=True)
-        for one in json.loads(page.with_suffix(".json").read_text()):
-            numbers |= {one[side]: {row["name"]: row[side] for row in one["metrics"]} for side in ("a", "b")}
-    rows = []
-    for name in sides:
-        seconds, found = seconds_of(output, name), numbers.get(name, {})
-        over = f"{seconds - budget:.0f} s over" if seconds > budget else ""
-        rows.append([name, round(seconds), found.get("mAP"), found.get("mAP_50"), over])
-    headers = ["", "user seconds", "mAP", "AP50", f"of {budget:.0f} s"]
-    print(tabulate(rows, headers=headers, floatfmt=(".0f", ".0f", ".3f", ".3f")))
+def spread(runs: list[Learned], name: str) -> str:
+    """The mean, and the lowest and highest."""
+    values = [getattr(run, name) for run in runs]
+    digits = 0 if name == "seconds" else 3
+    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 if __name__ == "__main__":

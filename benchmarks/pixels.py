@@ -1,4 +1,4 @@
-"""Images per second and core, from the file to the batch: of each library's own loader, of ours, and of ours with
+"""Images per second and core, from the file to the batch: each library's own loader, and ours with and without
 `data.fast_images: true`.
 
 It does what a loader worker does, in this process: samples by index, and their batch, to train and to test. The three

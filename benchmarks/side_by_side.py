@@ -21,10 +21,10 @@ import torch
 from command_line import DETECTORS, ROOT
 from determined.pytorch import PyTorchTrialContext
 
+from shared.environment import LARGEST_MMAP_THRESHOLD, TRIM_THRESHOLD
 from shared.training.engine import train
 from shared.training.loggers import Loggers
 from shared.training.meeting import local_processes
-from shared.training.memory import LARGEST_MMAP_THRESHOLD, TRIM_THRESHOLD
 from shared.training.processes import trial_context
 from shared.training.run import LocalRun
 from shared.training.run_folder import RunFolder

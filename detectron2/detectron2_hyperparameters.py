@@ -29,8 +29,8 @@ class Detectron2Hyperparameters(TrainingHyperparameters):
         super().__post_init__()
         if self.use_pretrained and self.weights not in (None, PUBLISHED):
             raise UserError(
-                f"hyperparameters: use_pretrained: true is weights: {PUBLISHED}, and weights is {self.weights!r}; give "
-                "one"
+                f"hyperparameters.use_pretrained: true means weights: {PUBLISHED}, but weights is {self.weights!r}. "
+                "Fix: remove one of the two"
             )
         if self.use_pretrained:
             self.weights = PUBLISHED

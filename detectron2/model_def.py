@@ -244,16 +244,15 @@ class Detectron2Trial(DetectionTrial):
         return start_of(self.hparams.weights, self.detectron2_config, self.for_training, submitted)
 
     def exportable(self) -> nn.Module:
-        from detectron2_files.export import ExportableRetinaNet
+        from detectron2_files.export import exportable
 
-        mapper = self._mapper(False, data_sets.describe(self.categories))
-        return ExportableRetinaNet(self.evaluation_model, mapper)
+        return exportable(self.evaluation_model, self._mapper(False, data_sets.describe(self.categories)))
 
     def check_pretrained(self) -> None:
         if self._weights() is None:
             raise UserError(
-                "an untrained model detects nothing; give --checkpoint, --set hyperparameters.weights=published, or "
-                "other weights in its place"
+                "an untrained model detects nothing. Fix: give --checkpoint, or weights: --set "
+                "hyperparameters.weights=published"
             )
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:

@@ -15,13 +15,13 @@ sys.path.insert(0, str(ROOT))
 
 from shared.config.augment import Augment
 from shared.config.file import keys_of
-from shared.config.schema import DataConfig
-from shared.search.space import SearcherSection
+from shared.config.schema import DataConfig, SearcherSection, TopLevelKeys
 
 
 def sections() -> dict[Path, tuple[str, type]]:
     """Per page, the name of its table and the dataclass. A detector's page has the name of its folder."""
     found = {
+        ROOT / "docs/reference/config.md": ("top-level keys", TopLevelKeys),
         ROOT / "docs/reference/data.md": ("data keys", DataConfig),
         ROOT / "docs/search.md": ("searcher keys", SearcherSection),
         ROOT / "docs/train/augment.md": ("augment keys", Augment),

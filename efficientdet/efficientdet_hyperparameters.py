@@ -102,9 +102,14 @@ class EfficientDetHyperparameters(TrainingHyperparameters):
         super().__post_init__()
         low, high = self.scale_jitter
         if not 0 < low <= high:
-            raise UserError(f"hyperparameters.scale_jitter: {list(self.scale_jitter)} is not a range above 0")
+            raise UserError(
+                f"hyperparameters.scale_jitter: {list(self.scale_jitter)} is not a range above 0. Fix: give [low, "
+                "high], such as [0.5, 1.5]"
+            )
         if isinstance(self.fill_color, str) and self.fill_color != "mean":
-            raise UserError(f"hyperparameters.fill_color: {self.fill_color!r} is neither 'mean' nor a number 0 to 255")
+            raise UserError(
+                f"hyperparameters.fill_color: {self.fill_color!r} is unknown. Fix: give mean or a number from 0 to 255"
+            )
 
     @property
     def scaled_lr(self) -> float:

@@ -98,7 +98,7 @@ class EfficientDetTrial(DetectionTrial):
         hparams = self.hparams
         if hparams.opt not in list_optimizers():
             raise UserError(
-                f"hyperparameters.opt: {hparams.opt!r} is not an optimizer of timm; "
+                f"hyperparameters.opt: {hparams.opt!r} is not an optimizer of timm"
                 f"{nearest(hparams.opt, list_optimizers())}"
             )
         eps = {} if hparams.opt_eps is None else {"eps": hparams.opt_eps}
@@ -236,8 +236,8 @@ class EfficientDetTrial(DetectionTrial):
     def check_pretrained(self) -> None:
         if self.hparams.pretrained in ("none", "backbone"):
             raise UserError(
-                f"hyperparameters.pretrained is {self.hparams.pretrained!r}, which detects nothing; "
-                "give --checkpoint, or --set hyperparameters.pretrained=effdet"
+                f"hyperparameters.pretrained is {self.hparams.pretrained!r}, which detects nothing. Fix: give "
+                "--checkpoint, or --set hyperparameters.pretrained=effdet"
             )
 
 

@@ -39,8 +39,8 @@ class MMDetectionHyperparameters(TrainingHyperparameters):
         if self.override_mmdet_config:
             if self.config_overrides and self.config_overrides != self.override_mmdet_config:
                 raise UserError(
-                    "hyperparameters: config_overrides and its older name override_mmdet_config say different things; "
-                    "keep config_overrides"
+                    "hyperparameters: config_overrides and its older name override_mmdet_config differ. Fix: keep "
+                    "config_overrides"
                 )
             self.config_overrides = self.override_mmdet_config
             self.overrides_key = "hyperparameters.override_mmdet_config"
@@ -49,7 +49,7 @@ class MMDetectionHyperparameters(TrainingHyperparameters):
             if self.weights is not None and self.weights != meant:
                 raise UserError(
                     f"hyperparameters: weights, {self.weights!r}, and its older name use_pretrained, "
-                    f"{self.use_pretrained!r}, say different things; keep weights"
+                    f"{self.use_pretrained!r}, differ. Fix: keep weights"
                 )
             self.weights, self.weights_key = meant, "hyperparameters.use_pretrained"
 
@@ -81,7 +81,7 @@ class MMDetectionData(DataConfig):
             self.endpoint_url = options.pop("endpoint_url", self.endpoint_url)
             if options:
                 raise UserError(
-                    f"data.file_client_args: the backend {name!r} has no option {next(iter(options))!r}; it has "
+                    f"data.file_client_args: the backend {name!r} has no option {next(iter(options))!r}. Fix: use "
                     "`bucket` and `endpoint_url`"
                 )
             return
@@ -89,14 +89,16 @@ class MMDetectionData(DataConfig):
 
         if name not in FileClient._backends:
             raise UserError(
-                f"data.file_client_args.backend: {name!r} is not available; "
+                f"data.file_client_args.backend: {name!r} is not available"
                 f"{nearest(name, [*BACKENDS, *FileClient._backends])}"
             )
         self.file_client = dict(self.file_client_args)
         try:
             FileClient(**self.file_client)
         except Exception as error:  # each backend imports and connects with a library of its own
-            raise UserError(f"data.file_client_args: {name!r} cannot be used: {error}") from error
+            raise UserError(
+                f"data.file_client_args: {name!r} cannot be used: {error}. Fix: correct its options"
+            ) from error
 
     @property
     def images_on_disk(self) -> bool:

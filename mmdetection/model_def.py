@@ -258,7 +258,7 @@ class MMDetectionTrial(DetectionTrial):
     def check_pretrained(self) -> None:
         if not self.hparams.weights:
             raise UserError(
-                "hyperparameters.weights says nothing, and an untrained model detects nothing; give --checkpoint, or "
+                "hyperparameters.weights is empty, and an untrained model detects nothing. Fix: give --checkpoint, or "
                 f"--set hyperparameters.weights={PUBLISHED}"
             )
 

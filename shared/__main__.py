@@ -39,7 +39,7 @@ def main() -> None:
         print(f"usage: python3 -m shared COMMAND …\n\n{lines}\n\nCOMMAND --help shows its arguments.")
         return
     if name not in _COMMANDS:
-        sys.exit(f"error: unknown command {name!r}; there are {', '.join(_COMMANDS)}")
+        sys.exit(f"error: unknown command {name!r}. Fix: use one of {', '.join(_COMMANDS)}")
     module, function, _ = _COMMANDS[name]
     try:
         with quiet_if_output_is_closed():

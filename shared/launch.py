@@ -19,15 +19,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shared.command_line import read_arguments
+from shared.commands.check import add_check_options
+from shared.config.augment import Augment
 from shared.config.experiment import Experiment, Sections, read_experiment
 from shared.config.file import fixed_hyperparameters, help_text
-from shared.config.schema import StoreOptions, TrainingHyperparameters, parse_section
-from shared.environment import on_cluster, quiet_if_output_is_closed, task_config, use_available_cores
-from shared.errors import DivergedError, UserError, tell_torchrun
-from shared.launchers import adopt_launcher
-from shared.log import show_log
-from shared.redaction import redacted
+from shared.config.schema import SearcherSection, StoreOptions, TopLevelKeys, TrainingHyperparameters, parse_section
+from shared.environment import (
+    STOP_SIGNALS,
+    adopt_launcher,
+    on_cluster,
+    parse_signals,
+    quiet_if_output_is_closed,
+    task_config,
+    use_available_cores,
+)
+from shared.errors import DivergedError, UserError, out_of_memory_anywhere, out_of_memory_as, tell_torchrun
+from shared.export.metadata import FORMATS, TENSORRT, TRANSFORMERS
+from shared.log import redacted, show_log
 from shared.training.downloads import checkpoint_here
 from shared.training.loggers import check_loggers
 from shared.training.run_folder import OF_THE_RUN, RunFolder
@@ -71,7 +79,13 @@ def read_command(module: str, sections: Sections) -> Command | None:
         return None
     with exit_on_errors():
         if sys.argv[1:2] == ["--help-config"]:
-            of_detector = {"hyperparameters": sections.hyperparameters, "data": sections.data}
+            of_detector = {
+                "": TopLevelKeys,
+                "searcher": SearcherSection,
+                "hyperparameters": sections.hyperparameters,
+                "data": sections.data,
+                "data.augment": Augment,
+            }
             print(help_text(of_detector, sys.argv[2] if len(sys.argv) > 2 else None))
             sys.exit()
         arguments = read_arguments()
@@ -96,8 +110,6 @@ def main(trial_class: type[DetectionTrial], command: Command | None = None) -> N
     Args:
         command: what `read_command` returned; None reads the command line now.
     """
-    from shared.training.memory import out_of_memory_anywhere, out_of_memory_as
-
     use_available_cores()
     with quiet_if_output_is_closed(), exit_on_errors(), out_of_memory_as(out_of_memory_anywhere):
         if on_cluster():
@@ -153,7 +165,7 @@ def check_loggers_of_search(config: dict[str, Any]) -> None:
 def _check_run(arguments: argparse.Namespace) -> None:
     """Raises UserError if no run can start with --output-dir and --resume."""
     if arguments.store is not None:
-        from shared.data.places import open_place  # no other command needs it
+        from shared.data.storage import open_place  # no other command needs it
 
         open_place(arguments.store, StoreOptions())
     elif arguments.resume in OF_THE_RUN and arguments.output_dir is None:
@@ -212,3 +224,175 @@ def _exit_with(error: Exception) -> NoReturn:
         logger.info("Determined may start this trial again: its config lacks the `log_policies` of the shipped files")
     logger.error("%s", line)
     sys.exit(1)
+
+
+# --- the arguments ----------------------------------------------------------------------------------
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line; `command` is what to do."""
+    parser = argparse.ArgumentParser(
+        prog="model_def.py",
+        description="Train, evaluate, predict, export or check without a cluster. `--help-config [KEY]` explains the "
+        "config.",
+    )
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
+
+    def add(name: str, about: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=about, description=about)
+        command.add_argument("config", help="the experiment config, such as const.yaml")
+        command.add_argument(
+            "--set",
+            dest="overrides",
+            metavar="KEY=VALUE",
+            action="append",
+            default=[],
+            help="any key of the config, such as hyperparameters.lr=0.01; repeat it for more keys",
+        )
+        command.add_argument("--verbose", action="store_true", help="also show the libraries' log")
+        return command
+
+    train = add("train", "Train, as a cluster would.")
+    train.add_argument("--output-dir", type=Path, help="the run's folder; default runs/<time>")
+    train.add_argument(
+        "--store",
+        metavar="PLACE",
+        help="keep a copy of the run in s3://bucket/folder, gs://bucket/folder or a path; --resume continues from it",
+    )
+    train.add_argument(
+        "--resume",
+        metavar="CHECKPOINT",
+        help="`last` or `best` of --output-dir; `auto`: `last` if it exists, else a new run; a checkpoint's path",
+    )
+
+    train.add_argument(
+        "--stop-signals",
+        type=_signals,
+        default=STOP_SIGNALS,
+        metavar="NAMES",
+        help="signals after which it saves and stops, besides Ctrl-C; default TERM,USR1,USR2,HUP",
+    )
+    train.add_argument(
+        "--stop-status",
+        type=_status,
+        metavar="STATUS",
+        help="the exit status after such a signal; default 128 and its number, as 143 for TERM",
+    )
+
+    search = add("search", "Search hyperparameters with the config's `searcher`, as a cluster would.")
+    search.add_argument("--output-dir", type=Path, help="folder for trials, table and best.yaml; default runs/search")
+    search.add_argument("--jobs", type=_count, metavar="N", help="trials at once; default one per GPU, or one")
+    search.add_argument(
+        "--storage",
+        metavar="URL",
+        help="Optuna's storage for several machines: an SQL or redis URL, or a file on NFS; default in --output-dir",
+    )
+    search.add_argument("--status", action="store_true", help="only print the search's progress")
+
+    evaluate = add("evaluate", "Compute COCO metrics on data.val, or on data.test.")
+    evaluate.add_argument(
+        "--split", choices=("val", "test"), default="val", help="the section of `data` to evaluate on; default val"
+    )
+    evaluate.add_argument("--output", type=Path, metavar="DIR", help="write metrics.json and results.json there")
+    evaluate.add_argument("--report", type=Path, metavar="DIR", help="write report.html and report.json there")
+    evaluate.add_argument("--results", type=Path, metavar="FILE", help="score a results.json in COCO's format instead")
+
+    predict = add("predict", "Detect on images or videos, and draw the detections.")
+    predict.add_argument(
+        "--images",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, folders, globs, URLs of images, folders in buckets, videos",
+    )
+    predict.add_argument("--output", type=Path, required=True, metavar="DIR", help="pictures and results.json go there")
+    predict.add_argument(
+        "--format", choices=("png", "pdf"), default="png", help="of the pictures; default png; pdf keeps lines sharp"
+    )
+    predict.add_argument(
+        "--track", action="store_true", help="number the objects of a video, with the package trackers"
+    )
+    report_help = "the lowest score that the report draws, 0 to 1; default `best`, with the greatest F1"
+    drawn_help = "the lowest score that is drawn; default 0.3; `best` or `best-per-category`: from the run's report"
+    evaluate.add_argument("--min-score", type=_number_to(1, "best"), default="best", help=report_help)
+    predict.add_argument("--min-score", type=_number_to(1, "best", "best-per-category"), default=0.3, help=drawn_help)
+    overlap_help = "the share of a tile that the next one shows too; default 0.2"
+    for command in (evaluate, predict):
+        command.add_argument(
+            "--tiles",
+            type=_count,
+            metavar="PIXELS",
+            help="detect in square tiles with sides of this length, for large images",
+        )
+        command.add_argument("--overlap", type=_number_to(0.9), default=0.2, help=overlap_help)
+        command.add_argument(
+            "--checkpoint",
+            help="a checkpoint's path or, with DET_MASTER set, its UUID; default: the config's pretrained weights",
+        )
+        command.add_argument("--model", type=Path, metavar="FILE", help="an exported file, instead of a checkpoint")
+    add_export_options(add("export", "Write a detector to a file for ONNX Runtime or others, and check it on data."))
+    add_check_options(add("check", "Show what would stop a training, and what is odd in its data."))
+    return parser.parse_args()
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", help="a checkpoint's path or UUID; default: the config's pretrained weights")
+    formats_help = "default onnx; `torch` is a .pt2 file; `transformers` a folder for that package (detr only); "
+    formats_help += "`tensorrt` prints the command that builds an engine"
+    parser.add_argument("--format", choices=[*FORMATS, TRANSFORMERS, TENSORRT], default="onnx", help=formats_help)
+    precisions = parser.add_mutually_exclusive_group()
+    precisions.add_argument(
+        "--half", dest="precision", action="store_const", const="float16", help="weights of 16 bits (openvino only)"
+    )
+    precisions.add_argument(
+        "--int8",
+        dest="precision",
+        action="store_const",
+        const="int8",
+        help="convolutions in 8 bits (onnx, openvino), calibrated on images of data.train",
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help="the network alone (onnx only); detect.py does the rest in NumPy"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to write; default exports/FORMAT")
+    parser.set_defaults(model=None, precision="float32")
+    parser.add_argument("--images", type=_count, metavar="N", help="check on N images of data.val; default all")
+    parser.add_argument(
+        "--tolerance",
+        type=_number_to(1),
+        help="the largest difference of mAP between checkpoint and file; default 0.001; with --half and --int8, none",
+    )
+
+
+def _number_to(most: float, *words: str) -> Callable[[str], float | str]:
+    """What reads a number from 0 to `most`, or one of the words."""
+
+    def read(text: str) -> float | str:
+        if text in words:
+            return text
+        with contextlib.suppress(ValueError):
+            if 0 <= float(text) <= most:
+                return float(text)
+        others = "".join(f", nor `{word}`" for word in words)
+        raise argparse.ArgumentTypeError(f"{text} is {'neither' if words else 'not'} between 0 and {most:g}{others}")
+
+    return read
+
+
+def _count(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+
+
+def _signals(text: str) -> tuple[signal.Signals, ...]:
+    try:
+        return parse_signals(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _status(text: str) -> int:
+    if text.isdecimal() and int(text) < 256:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 255")

@@ -32,9 +32,9 @@ def find_library_config(name: str, submitted: Path, shipped: Path, key: str) -> 
     known = {str(path.relative_to(submitted if folder != shipped else shipped)) for path, folder in files}
     alike = [other for other in known if Path(other).stem == Path(name).stem]
     by_file_name = sorted(alike, key=lambda other: (Path(other).suffix != Path(name).suffix, other))
-    listed = f"they are listed in {shipped}"
-    near = f"did you mean {by_file_name[0]!r}?" if by_file_name else nearest(name, known, otherwise=listed)
-    raise UserError(f"hyperparameters.{key}: {name} is neither in {submitted} nor in {shipped}; {near}")
+    listed = f"give one of {shipped}"
+    near = f"; did you mean {by_file_name[0]!r}?" if by_file_name else nearest(name, known, otherwise=listed)
+    raise UserError(f"hyperparameters.{key}: {name} is neither in {submitted} nor in {shipped}{near}")
 
 
 def import_custom_modules(names: Iterable[str]) -> list[ModuleType]:
@@ -46,8 +46,8 @@ def import_custom_modules(names: Iterable[str]) -> list[ModuleType]:
             modules.append(importlib.import_module(name.removesuffix(".py").replace("/", ".")))
         except Exception as error:  # the user's own module may raise anything
             raise UserError(
-                f"hyperparameters.custom_imports: {name} cannot be imported: {type(error).__name__}: {error}; it must "
-                "lie in the folder that is submitted, or be installed"
+                f"hyperparameters.custom_imports: {name} cannot be imported: {type(error).__name__}: {error}. Fix: put "
+                "it into the detector's folder, or install it"
             ) from error
     return modules
 
@@ -68,8 +68,8 @@ def log_loaded(loaded: int, total: int, source: str, anew: Mapping[str, list[str
     ]
     if loaded < _LEAST * total:
         raise UserError(
-            f"{source} is of another model: only {loaded} of this one's {total} weights are in it{''.join(parts)}; use "
-            "the config that it was trained with"
+            f"{source} is of another model: only {loaded} of this one's {total} weights are in it{''.join(parts)}. "
+            "Fix: use the config that it was trained with"
         )
     logger.info("weights: %d of the model's %d from %s%s", loaded, total, source, "".join(parts))
 
@@ -120,7 +120,7 @@ def _versions(results: list[Any]) -> list[int]:
     return [getattr(result, "tensor", result)._version for result in results]
 
 
-# ids from 1 to 90, ten of which COCO does not use
+# ids from 1 to 90; COCO does not use ten of them
 COCO_CATEGORIES = [
     {"id": category_id, "name": name}
     for category_id, name in enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])

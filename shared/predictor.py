@@ -166,8 +166,6 @@ class Predictor:
         if not images:
             return []
         exported = self._trial if isinstance(self._trial, FileDetector) else None
-        if exported is not None and tiles is not None:
-            raise UserError("tiles: an exported file detects in whole images. Fix: give the checkpoint to Predictor")
         limits = score_limits(min_score, self.categories, self._checkpoint, exported)
         with _OpenedImages(images, self._options) as opened:
             tiling = None if tiles is None else Tiling(tiles, overlap)
@@ -227,7 +225,8 @@ class _OpenedImages(GivenImages):
         try:
             size = size_of(name, self.locations[name], self, in_tiles)
         except UnreadableError as error:
-            raise UserError(f"{self.locations[name]}: {error}") from error
+            reason = str(error) if "Fix: " in str(error) else f"{error}. Fix: give an image"
+            raise UserError(f"{self.locations[name]}: {reason}") from error
         if size is None:
             raise UserError(
                 f"{self.locations[name]}: it is a picture with drawn detections. Fix: give the image itself"

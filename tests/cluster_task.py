@@ -1,4 +1,4 @@
-"""What a task of a cluster finds, without a master: the information about it, and a core context that keeps reports."""
+"""A cluster's task without a master: its information, and a core context that keeps reports."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ TRIAL_ID = 7
 
 @dataclass
 class Master:
-    """What a trial has told it.
+    """The master's side of a trial.
 
     Attributes:
         reports: group, batches and metrics of each report.
-        uploads: how many reports there were at each upload of TensorBoard's files.
-        stops_at: after a validation of so many batches the searcher stops the trial.
+        uploads: the number of reports at each upload of TensorBoard's files.
+        stops_at: the searcher stops the trial after a validation at this batch.
         on_upload: called with the folder of each checkpoint when it is written.
     """
 

@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import psutil
 import pytest
 import yaml
-from tiny_models import CONFIGS, EFFICIENTDET, MAIN_DETECTORS, efficientdet_config
+from tiny_models import CONFIGS, EFFICIENTDET, MAIN_DETECTORS, TINY_DETECTORS, efficientdet_config
 
 ROOT = Path(__file__).parent.parent
 # as in a submitted folder: `model_def` and `<name>_files` beside `shared`; of the model_defs this finds EfficientDet's
@@ -31,29 +31,17 @@ EXPERIMENT_SCHEMA = ROOT.parent / "shared" / "expconf"
 
 # why a detector's tests are not collected, by its folder
 WITHOUT_LIBRARY: dict[str, str] = {}
-try:
-    import mmdet  # noqa: F401
-
-    import mmdetection_files  # noqa: F401 before mmcv.ops, where mmcv is not compiled
-except Exception as error:  # what does not fit shows in many ways
-    WITHOUT_LIBRARY["mmdetection"] = f"mmdet cannot be imported: {error}"
-try:
-    import detectron2.config  # noqa: F401 without the library, `detectron2` is the folder
-except Exception as error:
-    WITHOUT_LIBRARY["detectron2"] = f"the library Detectron2 cannot be imported: {error}"
-try:
-    from transformers import is_torch_available
-
-    if not is_torch_available():
-        raise ImportError("it needs torch 2.6")
-except Exception as error:
-    WITHOUT_LIBRARY["detr"] = f"transformers cannot be imported: {error}"
+for _name, _tiny in TINY_DETECTORS.items():
+    try:
+        _tiny.import_library()
+    except Exception as error:  # what does not fit shows in many ways
+        WITHOUT_LIBRARY[_name] = f"its library cannot be imported: {error}"
 collect_ignore = list(WITHOUT_LIBRARY)
 
 
 @pytest.fixture(params=[*CONFIGS])
 def detector(request) -> str:
-    """Each detector whose library is here."""
+    """Each detector whose library is installed."""
     if request.param in WITHOUT_LIBRARY:
         pytest.skip(WITHOUT_LIBRARY[request.param])
     return request.param
@@ -68,7 +56,7 @@ other_detectors_are_slow = pytest.mark.parametrize(
 
 
 def without_gpus(count: int = 1) -> str | None:
-    """Why a test that needs `count` GPUs cannot run here; None where it can."""
+    """The reason why a test that needs `count` GPUs cannot run here; None if it can."""
     try:
         import torch
     except ImportError as error:
@@ -91,7 +79,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_collection_finish() -> None:
     gc.collect()
-    gc.freeze()  # what the libraries hold: a collection in a test no longer walks through two million objects
+    gc.freeze()  # the libraries' objects: a collection in a test no longer walks through two million of them
 
 
 def pytest_report_header() -> list[str]:
@@ -149,10 +137,10 @@ def run_model_def(
     figures: bool = True,
     torchrun: bool = False,
 ) -> subprocess.CompletedProcess:
-    """`model_def.py ARGUMENTS`, or a script in its place, in a new process.
+    """`model_def.py ARGUMENTS`, or another script, in a new process.
 
     Args:
-        figures: False for a training of which nobody reads the report. Several processes never draw figures.
+        figures: False for a training whose report is not read. Several processes never draw figures.
         torchrun: starts several processes by torchrun, as a user does, instead of the quicker tests/launcher.py.
     """
     program = [sys.executable]
@@ -174,15 +162,15 @@ def run_model_def(
 
 
 def code_blocks(page: Path, language: str = "") -> list[str]:
-    """The code blocks of a Markdown page in a language; by default those without one, which hold commands."""
+    """The code blocks of a Markdown page in a language. The default, without a language, is for commands."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
     return [block for kind, block in found if kind == language]
 
 
 def run_command(function: Callable, trial_class: type, config: Path, overrides: Sequence = (), **arguments) -> None:
-    """Calls a command's function in this process, with the arguments that the command line has."""
+    """Calls a command's function in this process with command-line arguments."""
+    from shared.environment import STOP_SIGNALS
     from shared.launch import experiment_for
-    from shared.launchers import STOP_SIGNALS
 
     defaults = {"command": None, "config": str(config), "overrides": [*overrides], "split": "val", "store": None}
     defaults |= {"stop_signals": STOP_SIGNALS, "stop_status": None, "tiles": None, "overlap": 0.2, "model": None}
@@ -231,7 +219,7 @@ def trial_class() -> type:
 
 @pytest.fixture
 def voc(tmp_path) -> Path:
-    """A folder in VOC2007's layout with real images, twelve of which are the split `some`."""
+    """A folder in VOC2007's layout with real images. Twelve are in the split `some`."""
     bccd = SHARED_DATA / "bccd"
     if not bccd.is_dir():
         pytest.skip(f"{bccd} is not here: real data is no part of the project")
@@ -246,14 +234,14 @@ def voc(tmp_path) -> Path:
 
 @pytest.fixture
 def unbuilt():
-    """Makes a trial that has read its config and opened nothing."""
+    """Makes a trial that has read its config but has not opened anything."""
     import torch
     from determined.core import DistributedContext
 
     from shared.training.processes import trial_context
 
     class Slots(DistributedContext):
-        """The first of so many slots, which hears nothing of the others."""
+        """The first of `size` slots. It hears nothing from the others."""
 
         def __init__(self, size: int):
             super().__init__(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
@@ -273,18 +261,18 @@ def unbuilt():
 
 @pytest.fixture
 def differences_of_export(command, tmp_path):
-    """Trains one batch of a trial class, exports its checkpoint by `detector`, a class of a model_def.py, and returns
-    how far the file's detections on four images are from the checkpoint's."""
+    """Trains one batch of a trial class and exports its checkpoint by `detector`, a class of a model_def.py. Returns
+    the differences between the detections of file and checkpoint on four images."""
     from shared.commands.train import train_locally
 
-    def call(detector: type, trained: type, config: dict) -> dict:
+    def call(detector: type, trained: type, config: dict, *options: str) -> dict:
         config["searcher"]["max_length"] = {"batches": 1}
         config["scheduling_unit"] = 1
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(config))
         run_command(train_locally, trained, path, output_dir=tmp_path / "run", resume=None)
         checkpoint = ["--checkpoint", tmp_path / "run/checkpoints/last"]
-        command(detector, "export", path, *checkpoint, "--images", 4, "--output", tmp_path / "out")
+        command(detector, "export", path, *checkpoint, *options, "--images", 4, "--output", tmp_path / "out")
         return json.loads((tmp_path / "out/export.json").read_text())["differences"]
 
     return call
@@ -292,7 +280,7 @@ def differences_of_export(command, tmp_path):
 
 @pytest.fixture
 def program(tmp_path):
-    """Writes a program that takes the place of `model_def.py`, beside which it is run; returns its path."""
+    """Writes a program that replaces `model_def.py`, and returns its path."""
 
     def write(text: str) -> Path:
         path = tmp_path / "code" / "program.py"
@@ -319,8 +307,8 @@ main(Probe)
 
 @pytest.fixture
 def distance_from_reference(program, tmp_path):
-    """Trains in two processes by the text of a class `Probe`, which makes `self.reference` in its first batch. Returns
-    how far the weights of both are apart after this batch."""
+    """Trains in two processes with the class `Probe` in a text, which makes `self.reference` in its first batch.
+    Returns the largest difference of the weights after this batch."""
 
     def call(folder: Path, config: dict, probe: str) -> float:
         path = tmp_path / "config.yaml"
@@ -370,7 +358,7 @@ def train(tmp_path, monkeypatch):
 
 
 def stop_workers() -> None:
-    """Stops the workers of loaders that are in no use any more. Python's garbage collection takes 5 s for each."""
+    """Stops the workers of unused loaders. Python's garbage collection takes 5 s for each."""
     if not multiprocessing.active_children():
         return
     for loader in gc.get_objects():
@@ -398,7 +386,7 @@ def command(monkeypatch):
 
 @pytest.fixture
 def refused(command):
-    """Runs a command of EfficientDet's in this process, and returns the line that it ends with."""
+    """Runs a command of EfficientDet in this process, and returns its error line."""
     from model_def import EfficientDetTrial
 
     def call(*arguments: object) -> str:
@@ -411,7 +399,7 @@ def refused(command):
 
 @pytest.fixture
 def without_figures(monkeypatch):
-    """For a training that starts in this process by another way than `train`."""
+    """For a training that this process starts without `train`."""
     from without_figures import leave_out_figures
 
     leave_out_figures(monkeypatch.setattr)
@@ -419,7 +407,7 @@ def without_figures(monkeypatch):
 
 @pytest.fixture
 def crash_and_resume(train):
-    """Trains in this process until an error after batch `number`, from 0, then from `last` to the end; the folder."""
+    """Trains in this process until an error after batch `number`, then from `last` to the end. Returns the folder."""
 
     def call(trial_class: type, config: dict, number: int) -> Path:
         class Crashing(trial_class):

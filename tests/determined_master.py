@@ -1,9 +1,9 @@
-"""What a Determined 0.38.1 master makes of an experiment config, before a trial reads it."""
+"""Fills in an experiment config as a Determined 0.38.1 master does before a trial reads it."""
 
 from copy import deepcopy
 from typing import Any
 
-# What the schema fills in where a config says nothing. tests/test_submission.py holds it against the schema's files,
+# The schema's defaults. tests/test_submission.py holds it against the schema's files,
 # tests/cluster against what a master answers.
 DEFAULTS = {
     "bind_mounts": [],
@@ -89,13 +89,13 @@ LOG_POLICIES = [
     {"name": "CUDA OOM", "pattern": ".*CUDA out of memory.*"},
     {"name": "ECC Error", "pattern": ".*uncorrectable ECC error encountered.*"},
 ]
-# What a cluster's administrator says, and the seed, which is the time where none is given.
+# Values of the cluster's administrator, and the seed, whose default is the time.
 OF_THE_CLUSTER = ("bind_mounts", "checkpoint_storage", "environment.image", "environment.environment_variables")
 OF_THE_CLUSTER += ("preemption_timeout", "resources.priority", "resources.resource_pool")
 
 
 def handed_over(config: dict[str, Any]) -> dict[str, Any]:
-    """An experiment config as a trial gets it, with every default filled in; all but what is `OF_THE_CLUSTER`."""
+    """An experiment config as a trial gets it, with all defaults except those in `OF_THE_CLUSTER`."""
     searcher = {**DEFAULTS["searcher"], **SEARCHER_DEFAULTS[config["searcher"]["name"]]}
     filled = _filled(deepcopy(config), deepcopy({**DEFAULTS, "searcher": searcher}))
     filled["hyperparameters"] = {name: _const(value) for name, value in filled["hyperparameters"].items()}
@@ -107,14 +107,14 @@ def handed_over(config: dict[str, Any]) -> dict[str, Any]:
 def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     filled = {**defaults, **{key: value for key, value in given.items() if value is not None}}
     for key, default in defaults.items():
-        # a length is as it is given, in whatever unit
+        # a length keeps its unit
         if default and isinstance(default, dict) and isinstance(given.get(key), dict) and "batches" not in default:
             filled[key] = _filled(given[key], default)
     return filled
 
 
 def _const(value: Any) -> Any:
-    """A hyperparameter as the master writes it: a plain value is a constant, at each depth."""
+    """A hyperparameter as the master writes it: plain values become constants at every depth."""
     if isinstance(value, dict):
         return value if "type" in value else {name: _const(item) for name, item in value.items()}
     return {"type": "const", "val": value}

@@ -1,8 +1,8 @@
-"""Every config that a library ships: what the library makes of it against what this project makes.
+"""Compares the library and this project on every config that the library ships.
 
-No pretrained weights are downloaded, and layers are not initialised: that takes nine tenths of the time. If both sides
-succeed, the results must be equal: the config, names and shapes of parameters, the optimizer's groups, the
-learning rates of the whole training, and the first sample of each pipeline, bit for bit.
+If both sides succeed, the results must be bit-for-bit equal: the config, names and shapes of parameters, the
+optimizer's groups, the learning rates of the whole training, and the first sample of each pipeline. No weights are
+downloaded, and layers are not initialised, which would take nine tenths of the time.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ Stage = Callable[[SimpleNamespace], Any]
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of one stage of one config; the errors are None where it went well.
+    """The outcome of one stage of one config. An error is None without a failure.
 
     Attributes:
         cause: the stage that failed first, and this one with it.
@@ -44,7 +44,7 @@ class Outcome:
 
 
 def sweep(configs: Sequence[str], sides: Any, stages: Sequence[str]) -> list[Outcome]:
-    """All the stages of all the configs."""
+    """All stages of all configs."""
     outcomes = []
     started = time.monotonic()
     for number, config in enumerate(configs):
@@ -112,7 +112,7 @@ def _judged(config: str, stage: str, theirs: _Result | None, ours: _Result | Non
 
 
 def difference(one: Any, other: Any, where: str = "") -> str | None:
-    """The first place at which two values differ; None where they are equal."""
+    """The first place at which two values differ; None if they are equal."""
     if isinstance(one, (torch.Tensor, np.ndarray)) and isinstance(other, (torch.Tensor, np.ndarray)):
         a, b = np.asarray(one), np.asarray(other)
         equal = a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
@@ -133,7 +133,7 @@ def difference(one: Any, other: Any, where: str = "") -> str | None:
 
 @contextlib.contextmanager
 def without_initial_values() -> Iterator[None]:
-    """Layers are made with whatever is in their memory."""
+    """Skips the initialisation of layers."""
     drawing = {name: f for name, f in vars(torch.nn.init).items() if name.endswith("_") and name[0] != "_"}
     for name in drawing:
         setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
@@ -145,7 +145,7 @@ def without_initial_values() -> Iterator[None]:
 
 
 def parameters_of(model: Any) -> dict[str, Any]:
-    """The shape of everything in the model's state, and what of it trains."""
+    """The shape of everything in the model's state, and the names of the parameters that train."""
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     return {name: (list(value.shape), trains.get(name)) for name, value in model.state_dict().items()}
 
@@ -155,7 +155,7 @@ _HOW_IT_STEPS = ("params", "foreach", "fused")
 
 
 def groups_of(optimizer: Any) -> list[Any]:
-    """The optimizer's name, and for each of its groups the settings and how many numbers it trains."""
+    """The optimizer's name, and per group its settings and its number of trained values."""
     groups = [
         {**{k: v for k, v in group.items() if k not in _HOW_IT_STEPS}, "numel": [p.numel() for p in group["params"]]}
         for group in optimizer.param_groups
@@ -167,7 +167,7 @@ def groups_of(optimizer: Any) -> list[Any]:
 
 
 def table(outcomes: Sequence[Outcome], stages: Sequence[str]) -> str:
-    """How many configs get through each stage."""
+    """The number of configs that pass each stage."""
     rows = ["| stage | configs | upstream | ours | upstream only | ours only |", "|---|---|---|---|---|---|"]
     for stage in stages:
         of_stage = [o for o in outcomes if o.stage == stage]
@@ -181,7 +181,7 @@ def table(outcomes: Sequence[Outcome], stages: Sequence[str]) -> str:
 
 
 def listed(outcomes: Sequence[Outcome]) -> str:
-    """The configs that a side cannot do, by the stage at which it stops, with the reason."""
+    """The configs that fail on a side, by the stage at which they fail, with the reason."""
     kinds = {
         "Upstream can, ours cannot": lambda o: o.ours_fails_alone,
         "Neither can": lambda o: o.upstream not in (None, "not asked") and o.ours is not None,

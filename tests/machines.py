@@ -52,29 +52,29 @@ class Machine:
             )
 
     def torchrun(self, *arguments: object, options: tuple = (), **variables: str) -> None:
-        """Starts torchrun with these options and the arguments of `model_def.py`, or of a program in its place."""
+        """Starts torchrun with these options and the arguments of `model_def.py` or of a program that replaces it."""
         program = () if str(arguments[0]).endswith(".py") else ("model_def.py",)
         torchrun = (sys.executable, "-m", "torch.distributed.run", *options)
         self.start(*torchrun, *program, *arguments, **variables)
 
     @property
     def log(self) -> str:
-        """The output of the program that was started last."""
+        """The output of the program that started last."""
         return self._log.read_text(errors="replace")
 
-    def wait(self, seconds: float = 300) -> int:
-        """The exit status of the program that was started last."""
+    def wait(self, seconds: float = 900) -> int:
+        """The exit status of the program that started last."""
         return self.process.wait(seconds)
 
     def lose(self) -> None:
-        """Kills this machine's programs, all at once."""
+        """Kills all programs of this machine at once."""
         for each in self._programs():
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.send_signal(signal.SIGKILL)
         self.process.wait()
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The processes of a training here."""
+        """The training processes on this machine."""
         found = {}
         for each in self._programs():
             with contextlib.suppress(psutil.Error, KeyError):
@@ -90,7 +90,7 @@ class Machine:
 
 
 def why_none() -> str | None:
-    """Why there can be no machines here; None if there can."""
+    """The reason why machines cannot be simulated here; None if they can."""
     for tool in ("unshare", "nsenter", "ip", "mount"):
         if shutil.which(tool) is None:
             return f"{tool} is missing"
@@ -135,7 +135,7 @@ def machines(folder: Path, count: int = 2) -> Iterator[list[Machine]]:
 
 @contextlib.contextmanager
 def _holder(within: int | None = None) -> Iterator[int]:
-    """A process that keeps new namespaces, in those of another."""
+    """A process that keeps new namespaces within those of another."""
     start = ["unshare", "-Urnmu"] if within is None else [*_entering(within), "unshare", "-nmu"]
     process = subprocess.Popen([*start, "sh", "-c", "echo ready && exec sleep infinity"], stdout=subprocess.PIPE)
     try:
@@ -164,8 +164,8 @@ def copy_code(machine: Machine, detector: str, *others: Path) -> None:
         copy(other, machine.own / "code" / other.name)
 
 
-def wait_until(happens: Callable[[], bool], seconds: float = 300, *, of: Sequence[Machine] = ()) -> None:
-    """Waits for something that programs of these machines do. Fails once none of them runs any more."""
+def wait_until(happens: Callable[[], bool], seconds: float = 900, *, of: Sequence[Machine] = ()) -> None:
+    """Waits until a condition holds. Fails when no program of these machines runs any more."""
     until = time.monotonic() + seconds
     while not happens():
         logs = "\n".join(machine.log for machine in of)

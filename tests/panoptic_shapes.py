@@ -9,7 +9,7 @@ from shared.data import synthetic
 
 
 def write_panoptic_shapes(folder):
-    """The shapes with panoptic and semantic annotations: three things and one stuff, the background."""
+    """Writes three things and one stuff class, the background."""
     from panopticapi.utils import id2rgb
     from pycocotools import mask as coco_mask
 

@@ -1,4 +1,4 @@
-"""What a disk holds after a power cut: by a real file system that is cut off, and by a record of fsync and rename."""
+"""The content of a disk after a power cut, from a real file system and from a record of fsync and rename."""
 
 import contextlib
 import fcntl
@@ -25,7 +25,7 @@ class Ext4:
         self.image, self.path = image, mounted
 
     def cut_the_power(self, kill: Callable[[], None] = lambda: None) -> None:
-        """Drops what is not on the disk yet, calls `kill` to end who writes there, and mounts what the disk holds."""
+        """Drops what is not on the disk yet, calls `kill` to stop the writers, and mounts the disk again."""
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.ioctl(descriptor, _EXT4_IOC_SHUTDOWN, struct.pack("I", _WITHOUT_FLUSHING_THE_JOURNAL))
@@ -41,7 +41,7 @@ class Ext4:
 
 @contextlib.contextmanager
 def ext4(folder: Path, megabytes: int) -> Iterator[Ext4]:
-    """Skips the test where file systems cannot be mounted: not as root, in most containers, not on Linux."""
+    """Skips the test if file systems cannot be mounted: not root, most containers, not Linux."""
     image, mounted = folder / "disk.img", folder / "mounted"
     mounted.mkdir()
     with image.open("wb") as file:
@@ -62,8 +62,8 @@ def _run(*command: object) -> bytes:
 
 
 class Recorder:
-    """Keeps, before each rename and deletion below `folder`, the disk as a power cut would leave it there: each name is
-    kept, and of each file the content that was written to the disk by fsync, else nothing."""
+    """Keeps, before each rename and deletion below `folder`, the disk as a power cut would leave it: all names, and for
+    each file the content that fsync wrote, else nothing."""
 
     def __init__(self, folder: Path, images: Path, monkeypatch: pytest.MonkeyPatch):
         self.folder, self.images = folder, images
@@ -95,7 +95,7 @@ class Recorder:
         monkeypatch.setattr(owner, name, call)
 
     def keep(self) -> None:
-        """Adds an image of the disk as it is now."""
+        """Adds an image of the current disk."""
         self._busy = True
         image = self.images / str(self.count)
         shutil.copytree(self.folder, image, copy_function=self._copy_what_is_on_disk)
@@ -108,7 +108,7 @@ class Recorder:
         unchanged = (size, written_at) == (status.st_size, status.st_mtime_ns)
         with open(source, "rb") as file:
             content = file.read()
-        # of a file that was appended to, the beginning is there; of one written anew, nothing
+        # an appended file keeps its beginning; a new one is empty
         Path(target).write_bytes(content if unchanged else content[:size])
 
     def disks(self) -> list[Path]:

@@ -1,4 +1,4 @@
-"""A trial that records what it computes, for a comparison with the library's own loop."""
+"""A trial that records its computations, to compare them with the library's own loop."""
 
 import contextlib
 import copy
@@ -22,7 +22,7 @@ both_precisions = pytest.mark.parametrize(
 
 
 class _NamedFloat32(TorchFunctionMode):
-    """Calls PyTorch with another data type where the caller asks for float32."""
+    """Calls PyTorch with another data type if the caller asks for float32."""
 
     def __init__(self, dtype):
         super().__init__()
@@ -40,8 +40,8 @@ class _NamedFloat32(TorchFunctionMode):
 
 @contextlib.contextmanager
 def computing_in(dtype):
-    """`dtype` takes the place of float32, to which the libraries round boxes, anchors, targets and losses. Both sides
-    run in this context."""
+    """`dtype` replaces float32, to which the libraries round boxes, anchors, targets and losses. Both sides run in this
+    context."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -57,15 +57,15 @@ def in_dtype(value: Any, dtype: torch.dtype) -> Any:
 
 
 def gradients(loss, model):
-    """The gradient of each parameter that trains; None where it has none."""
+    """The gradient of each parameter that trains; None for a parameter without one."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     return [None if g is None else g.clone() for g in found]
 
 
 def recording(trial_class, dtype):
-    """The trial class with a model and inputs of `dtype`, the records of its steps ("losses", "gradients", "lr"), and
-    what it started from ("trial", "weights"), which training fills."""
+    """The trial class with a model and inputs of `dtype`. Training fills the records of its steps ("losses",
+    "gradients", "lr") and of its start ("trial", "weights")."""
     records, start = [], {}
 
     class Recording(trial_class):

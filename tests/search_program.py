@@ -31,18 +31,18 @@ RANGES = {
 
 
 def value_of(hyperparameters: dict) -> float:
-    """In [0, 1]: the greatest with lr 0.001 and adamw."""
+    """In [0, 1], greatest at lr 0.001 with adamw."""
     distance = math.log10(hyperparameters["lr"]) + 3
     return math.exp(-(distance**2)) * (1.0 if hyperparameters.get("opt", "adamw") == "adamw" else 0.9)
 
 
 def value_after(share: float, hyperparameters: dict) -> float:
-    """What a validation after this share of the training reports."""
+    """The validation metric after this share of the training."""
     return value_of(hyperparameters) * (1 - math.exp(-4 * share))
 
 
 def share_of_better_points(hyperparameters: dict) -> float:
-    """Of all that RANGES has."""
+    """The share of all points in RANGES that are better."""
     draws = random.Random(0)
     points = [{"lr": 10 ** draws.uniform(-6, -1), "opt": draws.choice(["sgd", "adamw"])} for _ in range(2000)]
     return sum(value_of(point) > value_of(hyperparameters) for point in points) / len(points)
@@ -108,7 +108,7 @@ def is_recorded(run: Path, batch: int, total: int) -> bool:
 
 
 def experiment_from(config: dict):
-    """The experiment of a config that has keys for this program, which no experiment file may have."""
+    """The experiment of a config with keys for this program, which experiment files cannot have."""
     from shared.config.experiment import Sections, experiment_of
 
     return dataclasses.replace(experiment_of(config, {}, Sections()), config=config)

@@ -46,7 +46,7 @@ def changing_store(contents: list[bytes], length: int | None = None):
     """The URL of a web server that answers with each of the contents in turn, then with the last one.
 
     Args:
-        length: what it says that they have; the connection ends where there is less.
+        length: the announced length; a shorter content ends the connection early.
     """
     left = list(contents)
 
@@ -65,7 +65,7 @@ def changing_store(contents: list[bytes], length: int | None = None):
 
 @contextlib.contextmanager
 def refusing():
-    """The endpoint of a store that refuses everybody."""
+    """The endpoint of a store that refuses every request."""
 
     class Refusing(_Quiet):
         def do_GET(self):
@@ -131,16 +131,18 @@ def _files(folder: Path):
 
 
 def one_in_ten(number: int) -> str | None:
-    """The fault of a request: each tenth has one, of each kind in turn."""
+    """The fault of a request: one in ten fails, with each kind of fault in turn."""
     return ("error", "reset", "lost")[number // 10 % 3] if number % 10 == 0 else None
 
 
 class Faults:
-    """What a proxy does to the reads of images: `of(number)` is a kind of fault, or None, for each read.
+    """A proxy's faults in the reads of images: `of(number)` is a kind of fault, or None, for each read.
 
-    Kinds: "error" answers 500, "reset" closes the connection, "late" answers after `late` seconds, "cut" sends half of
-    what it announced and "short" half as if it were all, "away" closes every connection. "lost" does what was asked and
-    closes the connection without an answer.
+    - "error" answers 500, and "reset" closes the connection.
+    - "late" answers after `late` seconds.
+    - "cut" sends half of what it announced, and "short" announces half.
+    - "lost" does what was asked, and closes the connection without an answer.
+    - "away" closes every connection.
 
     Args:
         counted: whether a request counts, by its path and method; by default the reads of images.

@@ -1,4 +1,4 @@
-"""The detector of docs/design/add-a-detector.md, made from the page."""
+"""The detector of docs/design/add-a-detector.md, built from the page."""
 
 import importlib.util
 import re

@@ -1,4 +1,4 @@
-"""A COCO file as columns: what a record holds, the cache, and what is refused."""
+"""A COCO file as columns: records, the cache, and refused files."""
 
 import gzip
 import json
@@ -61,7 +61,7 @@ def test_the_second_open_maps_the_cache_and_gives_the_same(coco, tmp_path):
         assert a.segmentations == b.segmentations
 
 
-def test_a_changed_file_is_read_anew(coco, tmp_path):
+def test_a_changed_file_is_read_again(coco, tmp_path):
     path = write(tmp_path / "a.json", coco)
     CocoAnnotations.open(path)
     coco["annotations"][0]["bbox"] = [1, 2, 3, 4]
@@ -69,7 +69,7 @@ def test_a_changed_file_is_read_anew(coco, tmp_path):
     assert CocoAnnotations.open(path)[0].boxes[0].tolist() == [1, 2, 4, 6]
 
 
-def test_a_cut_off_cache_is_made_anew(coco, tmp_path):
+def test_a_truncated_cache_is_rebuilt(coco, tmp_path):
     path = write(tmp_path / "a.json", coco)
     CocoAnnotations.open(path)
     (boxes,) = tmp_path.glob(".a.json.columns/*/*/boxes.npy")
@@ -77,7 +77,7 @@ def test_a_cut_off_cache_is_made_anew(coco, tmp_path):
     assert len(CocoAnnotations.open(path)[0].boxes) > 0
 
 
-def test_where_no_cache_can_be_written_the_annotations_stay_in_memory(coco, tmp_path, caplog):
+def test_without_a_writable_cache_annotations_stay_in_memory(coco, tmp_path, caplog):
     path = write(tmp_path / "a.json", coco)
     opened = CocoAnnotations.open(path, cache_dir=os.devnull)
     assert len(opened) == 8
@@ -92,7 +92,7 @@ def test_workers_that_are_not_forked_map_the_cache(coco, tmp_path):
 
 
 def _open_and_hold(path, results, done):
-    """Says what is mapped, and later what is read from it."""
+    """Prints what is mapped, and later what is read from it."""
     opened = CocoAnnotations.open(path)
     with open("/proc/self/maps") as maps:
         mapped = {line.split()[4] for line in maps if f"{path.parent}/" in line and "boxes.npy" in line}  # inodes
@@ -152,7 +152,7 @@ def test_one_process_parses_a_new_file_and_all_map_the_same_pages(coco, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == [".a.json.columns", "a.json", "parsed"]
 
 
-def test_of_the_caches_of_a_file_that_changes_the_last_two_stay(coco, tmp_path):
+def test_the_last_two_caches_of_a_changing_file_stay(coco, tmp_path):
     caches = []
     for number in range(4):
         coco["images"][0]["width"] = 1000 + number
@@ -283,7 +283,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("message", BROKEN)
-def test_what_contradicts_itself_is_refused_with_the_place(message, tmp_path):
+def test_contradictory_annotations_are_refused_with_their_place(message, tmp_path):
     coco = synthetic.coco_split(3, 8)
     coco["categories"] = [dict(category) for category in coco["categories"]]
     BROKEN[message](coco)
@@ -297,19 +297,19 @@ def test_what_contradicts_itself_is_refused_with_the_place(message, tmp_path):
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"{", "not JSON, or is cut off"),
+        (b"{", "not JSON, or is truncated"),
         (b"[1]", "not a COCO"),
         (b'{"a": 1}', "not a COCO"),
-        ('{"images": []}'.encode("utf-16"), "is in UTF-16; save it in UTF-8"),
-        ('{"images": []}'.encode("utf-16-le"), "is in UTF-16; save it in UTF-8"),
+        ('{"images": []}'.encode("utf-16"), "is in UTF-16. Fix: save it as UTF-8"),
+        ('{"images": []}'.encode("utf-16-le"), "is in UTF-16. Fix: save it as UTF-8"),
         (b"\n<!DOCTYPE html><html>Sign in</html>", "is a web page, not the file itself"),
-        (b"<annotation></annotation>", "is XML; `python3 -m shared convert`"),
+        (b"<annotation></annotation>", "is XML. Fix: convert it with `python3 -m shared convert`"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS"),
-        (b"PK\x03\x04abc", "is a ZIP archive; unpack it"),
+        (b"PK\x03\x04abc", "is a ZIP archive. Fix: unpack it"),
         (gzip.compress(b"{" * 99)[:-20], "is packed with gzip, and cannot be unpacked"),
     ],
 )
-def test_what_is_not_coco_is_refused(content, message, tmp_path):
+def test_files_that_are_not_coco_are_refused(content, message, tmp_path):
     path = tmp_path / "file.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -365,7 +365,7 @@ def test_some_of_the_categories_keep_all_images_and_their_own_annotations(shapes
 
 
 def with_boxes(coco, box_of):
-    """The same with other boxes: `box_of` takes x, y, width, height and the image's width and height."""
+    """The same file with other boxes: `box_of` takes x, y, width, height and the image's width and height."""
     sizes = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}
     changed = [{**a, "bbox": box_of(*a["bbox"], *sizes[a["image_id"]])} for a in coco["annotations"]]
     return CocoAnnotations.from_dict({**coco, "annotations": changed})
@@ -408,7 +408,7 @@ def test_a_look_at_the_boxes_takes_less_memory_than_they_do(monkeypatch):
     assert peak < many.columns["boxes"].nbytes / 3
 
 
-def test_boxes_under_a_pixel_are_a_warning_and_nothing_else_an_error(coco, caplog):
+def test_some_boxes_under_a_pixel_are_a_warning_and_only_those_an_error(coco, caplog):
     tiny = with_boxes(coco, lambda x, y, *_: [x, y, 0.5, 3])
     with pytest.raises(UserError, match=r"has no box to train on: all .* are less than a pixel wide or high"):
         check_trainable(tiny)

@@ -1,4 +1,4 @@
-"""`data.augment`: what it does to images and objects, and which random numbers it draws."""
+"""`data.augment`: its effects on images and objects, and its random numbers."""
 
 import importlib
 import io
@@ -12,7 +12,9 @@ import torch
 from conftest import stop_workers
 from PIL import Image
 from pycocotools import mask as coco_mask
-from tiny_models import CONFIGS, detr_config, efficientdet_config, load_model_def, trial_classes, with_keypoints
+from tiny_detr import detr_config
+from tiny_experiment import load_model_def
+from tiny_models import CONFIGS, TINY_DETECTORS, efficientdet_config, trial_classes, with_keypoints
 
 from model_def import EfficientDetTrial
 from shared.config.augment import PRESETS
@@ -325,7 +327,7 @@ def test_a_wrong_key_is_an_error_that_names_the_nearest(augment, message):
 @pytest.mark.parametrize(
     ("transforms", "message"),
     [
-        (["GausianBlur"], "'GausianBlur' is no transform of torchvision; did you mean 'GaussianBlur'?"),
+        (["GausianBlur"], "'GausianBlur' is not a transform of torchvision; did you mean 'GaussianBlur'?"),
         ([{"GaussianBlur": {"kernel": 3}}], "GaussianBlur has no argument 'kernel'; did you mean 'kernel_size'?"),
         ([{"Normalize": {"mean": [0.5], "std": [0.5]}}], "Normalize cannot change an image with boxes"),
         ([{"ToDtype": {"dtype": "float"}}], "ToDtype"),
@@ -357,9 +359,9 @@ def test_albumentations_moves_boxes_masks_and_keypoints():
         assert [mask_of(record, i).sum() for i in range(3)] == [mask_of(of_ours, i).sum() for i in range(3)]
 
 
-@pytest.mark.parametrize(("detector", "instead"), [("detectron2", "INPUT"), ("mmdetection", "pipeline")])
-def test_detectors_with_their_own_pipeline_refuse_it(detector, instead):
-    name = {"detectron2": "Detectron2Data", "mmdetection": "MMDetectionData"}[detector]
+@pytest.mark.parametrize("detector", [name for name, tiny in TINY_DETECTORS.items() if hasattr(tiny, "OWN_PIPELINE")])
+def test_detectors_with_their_own_pipeline_refuse_it(detector):
+    name, instead = TINY_DETECTORS[detector].OWN_PIPELINE
     module = importlib.import_module(f"{detector}_hyperparameters")
     with pytest.raises(UserError, match=rf"^data\.augment: .*{instead}.*config_overrides"):
         parse_data({"data": {"augment": "light"}}, getattr(module, name))

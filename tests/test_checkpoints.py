@@ -16,7 +16,7 @@ UUID = str(uuid.UUID(int=7))
 
 @pytest.fixture
 def downloads(monkeypatch, tmp_path):
-    """A master with one checkpoint; the folders that it was downloaded to. The first download is cut off."""
+    """A master with one checkpoint. Returns the folders of its downloads. The first download is truncated."""
     folders = []
 
     def download(folder):
@@ -35,8 +35,8 @@ def downloads(monkeypatch, tmp_path):
     return folders
 
 
-def test_a_download_that_was_cut_off_is_made_anew_and_a_whole_one_is_not(downloads):
-    with pytest.raises(UserError, match=f"checkpoint {UUID} cannot be had from .*the connection was lost"):
+def test_a_truncated_download_is_repeated_and_a_complete_one_is_not(downloads):
+    with pytest.raises(UserError, match=f"checkpoint {UUID} cannot be downloaded from .*the connection was lost"):
         find_checkpoint(UUID)
     place = find_checkpoint(UUID)
     assert (place / "state_dict.pth").read_bytes() == b"whole"
@@ -44,7 +44,7 @@ def test_a_download_that_was_cut_off_is_made_anew_and_a_whole_one_is_not(downloa
     assert len(downloads) == 2
 
 
-def test_nobody_else_can_put_weights_in_the_place_of_a_download(downloads, tmp_path):
+def test_nobody_else_can_replace_downloaded_weights(downloads, tmp_path):
     with pytest.raises(UserError):
         find_checkpoint(UUID)
     folder = find_checkpoint(UUID).parent

@@ -1,42 +1,30 @@
-"""`hyperparameters.class_weights` changes the classification loss of each detector, and nothing else."""
+"""`hyperparameters.class_weights` changes only the classification loss of each detector."""
 
 import numpy as np
 import pytest
 import torch
 from conftest import WITHOUT_LIBRARY
-from tiny_models import detectron2_config, detr_config, efficientdet_config, mmdet_config, trial_classes
+from tiny_detr import detr_config
+from tiny_mmdetection import RETINANET, mmdet_config
+from tiny_models import TINY_DETECTORS, efficientdet_config, trial_classes
 
 from shared.data.dataset import seed_all
 from shared.data.loading import to_device
 from shared.errors import UserError
-from shared.training.class_weights import class_weights, weights_of
+from shared.training.switches import class_weights, weights_of
 
 NAMES = ("rectangle", "circle", "triangle")
-RETINANET = "retinanet/retinanet_r50_fpn_1x_coco.py"
 # the detector, its config and the terms of the loss that weights change
 MODELS = {
-    "efficientdet": ("efficientdet", efficientdet_config, ["class_loss"]),
-    "mask r-cnn of mmdet": ("mmdetection", mmdet_config, ["loss_cls"]),
-    "retinanet of mmdet": ("mmdetection", lambda shapes: mmdet_config(shapes, RETINANET), ["loss_cls"]),
-    "gfl of mmdet": ("mmdetection", lambda shapes: mmdet_config(shapes, "gfl/gfl_r50_fpn_1x_coco.py"), ["loss_cls"]),
-    "mask r-cnn of detectron2": ("detectron2", detectron2_config, ["loss_cls"]),
-    "retinanet of detectron2": (
-        "detectron2",
-        lambda shapes: detectron2_config(shapes, "COCO-Detection/retinanet_R_50_FPN_1x.yaml"),
-        ["loss_cls"],
-    ),
-    "rt-detr": ("detr", detr_config, ["loss_vfl"]),
-    "d-fine": ("detr", lambda shapes: detr_config(shapes, "d_fine"), ["loss_vfl"]),
-    "deimv2": ("detr", lambda shapes: detr_config(shapes, "deimv2"), ["loss_mal"]),
-    "deformable detr": ("detr", lambda shapes: detr_config(shapes, "deformable_detr"), ["loss_ce"]),
-    "lw-detr": ("detr", lambda shapes: detr_config(shapes, "lw_detr"), ["loss_ce"]),
-    "rf-detr": ("detr", lambda shapes: detr_config(shapes, "rf_detr"), ["loss_ce"]),
+    f"{detector} {model}".strip(): (detector, make, terms)
+    for detector, tiny in TINY_DETECTORS.items()
+    for model, (make, terms) in tiny.WEIGHTED_LOSSES.items()
 }
 
 
 @pytest.fixture
 def losses(shapes, unbuilt):
-    """The losses of a model's first training batch, with these weights; the trial."""
+    """The losses of a model's first training batch with these weights; and the trial."""
 
     def of(detector, make, weights):
         config = make(shapes)
@@ -107,7 +95,7 @@ def test_a_category_without_objects_has_the_weight_one():
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"circel": 2.0}, r"hyperparameters\.class_weights: 'circel' is no category of data\.train; .*circle"),
+        ({"circel": 2.0}, r"hyperparameters\.class_weights: 'circel' is no category of data\.train.*circle"),
         ({"circle": 0.0}, r"hyperparameters\.class_weights\.circle: it is 0\. Fix: give a number above 0"),
         ({"circle": "many"}, r"hyperparameters\.class_weights"),
         ("balancd", r"hyperparameters\.class_weights"),

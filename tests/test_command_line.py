@@ -1,4 +1,4 @@
-"""What is wrong with a command line is one line, before torch is loaded, and says what to do."""
+"""A mistake on the command line is one line with a fix, before torch is loaded."""
 
 import json
 import sys
@@ -15,8 +15,8 @@ from shared.launch import read_command
 
 @pytest.fixture
 def looked(monkeypatch, shapes, tmp_path):
-    """Calls what a model_def.py calls first, in a folder with the config of the shapes; the line that it ends with,
-    or None."""
+    """Parses a command line as a model_def.py does first, beside a config of the shapes. Returns the error line, or
+    None."""
     monkeypatch.chdir(tmp_path)
     data = {
         split: {"annotations": str(shapes / f"annotations/{split}.json"), "images": str(shapes / split)}
@@ -44,30 +44,36 @@ def test_a_sound_command_line_passes(looked):
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("lr=0.1", "'lr' is a key of hyperparameters: --set hyperparameters.lr=0.1"),
+        ("lr=0.1", "'lr' is a key of hyperparameters. Fix: --set hyperparameters.lr=0.1"),
         (
             "warmup_epoch=1",
             "'warmup_epoch' is no key of an experiment config; did you mean 'hyperparameters.warmup_epo",
         ),
-        ("workers=2", "'workers' is a key of data: --set data.workers=2"),
-        ("max_length.batches=2", "'max_length' is a key of searcher: --set searcher.max_length.batches=2"),
-        ("hyperparameters.amp=true", "hyperparameters.amp: true is none of bf16, fp16, null"),
-        ("hyperparameters.clip_mode=l2", "hyperparameters.clip_mode: 'l2' is none of norm, value, agc"),
+        ("workers=2", "'workers' is a key of data. Fix: --set data.workers=2"),
+        ("max_length.batches=2", "'max_length' is a key of searcher. Fix: --set searcher.max_length.batches=2"),
+        ("hyperparameters.amp=true", "hyperparameters.amp: true is unknown. Fix: use one of bf16, fp16, null"),
+        (
+            "hyperparameters.clip_mode=l2",
+            "hyperparameters.clip_mode: 'l2' is unknown. Fix: use one of norm, value, agc",
+        ),
         ("hyperparameters.warmup_epoch=1", "unknown key 'warmup_epoch'; did you mean 'warmup_epochs'?"),
         ("searcher.metrc=bbox_mAP", "searcher: unknown key 'metrc'; did you mean 'metric'?"),
         ("searcher.smaller_is_better=true", "a larger 'bbox_mAP' is better. Fix: write false"),
+        ("hyperparameters.fast_images=true", "fast_images: it is a key of data. Fix: write data.fast_images"),
+        ("data.mosaic=1", "data.mosaic: it is a key of data.augment. Fix: write data.augment.mosaic"),
+        ("foo=1", "'foo' is no key of an experiment config. Fix: `python3 model_def.py --help-config` lists all keys"),
         ("data.train.images=$NOWHERE/x", "data.train.images: the variable $NOWHERE of $NOWHERE/x is not set"),
     ],
 )
-def test_an_override_that_is_wrong_says_what_was_meant(looked, override, line):
+def test_a_wrong_override_is_an_error_with_a_suggestion(looked, override, line):
     assert line in looked("train", "c.yaml", "--set", override)
 
 
-def test_what_is_no_config_is_named_for_what_it_is(looked, shapes, tmp_path):
-    assert "looks like an annotation file; give an experiment config" in looked(
+def test_a_file_that_is_no_config_is_an_error_that_says_what_it_is(looked, shapes, tmp_path):
+    assert "looks like an annotation file. Fix: give an experiment config" in looked(
         config=shapes / "annotations/train.json"
     )
-    assert "is a folder; give the experiment config itself: c.yaml" in looked(config=tmp_path)
+    assert "is a folder. Fix: give the experiment config itself: c.yaml" in looked(config=tmp_path)
     assert "c.yml does not exist; did you mean" in looked(config="c.yml")
     line = looked(config=ROOT / "mmdetection/const.yaml")
     assert "const.yaml is another detector's: this one has no hyperparameters" in line
@@ -75,7 +81,7 @@ def test_what_is_no_config_is_named_for_what_it_is(looked, shapes, tmp_path):
     assert "is no experiment config: it has 2 MiB" in looked(config="large.yaml")
 
 
-def test_a_path_that_is_nearly_right_is_met_by_the_right_one(looked, shapes, tmp_path):
+def test_an_error_about_a_path_suggests_a_similar_one(looked, shapes, tmp_path):
     def line_for(path):
         return looked("train", "c.yaml", "--set", f"data.val.images={path}")
 
@@ -85,7 +91,7 @@ def test_a_path_that_is_nearly_right_is_met_by_the_right_one(looked, shapes, tmp
     assert "did you mean" in line_for(tmp_path / unicodedata.normalize("NFC", "Zähler"))
     (tmp_path / "outer/inner/val").mkdir(parents=True)
     assert line_for(tmp_path / "outer/val").endswith(f"did you mean {tmp_path}/outer/inner/val?")
-    assert f"in {shapes} there is no zzz" in line_for(shapes / "zzz/val")
+    assert f"{shapes} has no zzz" in line_for(shapes / "zzz/val")
 
 
 def test_paths_may_have_a_tilde_a_variable_or_be_beside_the_yaml_file(looked, shapes, tmp_path, monkeypatch):
@@ -101,7 +107,7 @@ def test_paths_may_have_a_tilde_a_variable_or_be_beside_the_yaml_file(looked, sh
     assert looked("train", "elsewhere/d.yaml") is None
 
 
-def test_a_checkpoint_that_is_only_named_best_is_asked_of_which_run(looked, tmp_path):
+def test_a_checkpoint_named_only_best_is_an_error_that_names_a_run(looked, tmp_path):
     assert "--checkpoint: best is not a checkpoint" in looked("evaluate", "c.yaml", "--checkpoint", "best")
     of_run = tmp_path / "runs/a/checkpoints/best"
     of_run.mkdir(parents=True)
@@ -123,12 +129,20 @@ def test_a_score_in_percent_is_refused(looked, capsys):
 def test_a_run_s_folder_is_not_written_over(looked, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text(json.dumps({}))
-    assert "holds a run already; add `--resume last`" in looked("train", "c.yaml", "--output-dir", "run")
+    assert "holds a run already. Fix: add `--resume last`" in looked("train", "c.yaml", "--output-dir", "run")
 
 
 @pytest.mark.parametrize(
     ("key", "shown"),
-    [("lr", "default: 0.01, upstream: --lr"), ("data.workers", "default: 4, ≥ 0"), ("amp", "one of `bf16`, `fp16`")],
+    [
+        ("lr", "default: 0.01, upstream: --lr"),
+        ("data.workers", "default: 4, ≥ 0"),
+        ("amp", "one of `bf16`, `fp16`"),
+        ("searcher.max_length", "length of the training"),
+        ("data.augment.mosaic", "the probability of combining"),
+        ("min_validation_period", "how often to validate"),
+        ("patience", "hyperparameters.early_stopping.patience"),
+    ],
 )
 def test_help_config_explains_a_key(key, shown, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["model_def.py", "--help-config", key])
@@ -138,7 +152,15 @@ def test_help_config_explains_a_key(key, shown, monkeypatch, capsys):
     assert shown in capsys.readouterr().out
 
 
-def test_help_config_names_the_nearest_key(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["model_def.py", "--help-config", "learning_rate"])
-    with pytest.raises(SystemExit, match="there is no key 'learning_rate'; did you mean 'lr'"):
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("learning_rate", "hyperparameters.lr"),
+        ("searcher.metrik", "searcher.metric"),
+        ("data.augment.mozaic", "data.augment.mosaic"),
+    ],
+)
+def test_help_config_names_the_nearest_key(key, near, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["model_def.py", "--help-config", key])
+    with pytest.raises(SystemExit, match=f"there is no key '{key}'; did you mean '{near}'"):
         read_command("__main__", Sections(EfficientDetHyperparameters))

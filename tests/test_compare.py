@@ -1,4 +1,4 @@
-"""The comparison of detectors: what is the same is no better, what is better is said to be, whatever it is made of."""
+"""The comparison of detectors: equal ones are not better, better ones are, whatever their source."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def annotations(shapes):
 
 
 def found_by(annotations, seed, noise=0.1, missing=0.2):
-    """A made-up detector: the truth, some of it, each box off by a share `noise` of its size."""
+    """A made-up detector: a part of the truth, with each box moved by a share `noise` of its size."""
     rng = np.random.default_rng(seed)
     found = []
     for record in annotations:
@@ -48,7 +48,7 @@ def test_a_run_against_itself_is_no_better(annotations, tmp_path):
     assert 'class="better"' not in (tmp_path / "c.html").read_text()
 
 
-def test_of_two_seeds_of_one_detector_neither_is_said_to_be_better(tmp_path):
+def test_neither_of_two_seeds_of_one_detector_is_better(tmp_path):
     annotations = CocoAnnotations.from_dict(synthetic.coco_split(seed=3, count=60))
     covered = 0
     for pair in range(10):
@@ -58,7 +58,7 @@ def test_of_two_seeds_of_one_detector_neither_is_said_to_be_better(tmp_path):
     assert covered >= 9
 
 
-def test_a_better_detector_is_said_to_be_overall_by_category_and_by_size(coco_tiny, tmp_path):
+def test_a_better_detector_is_reported_overall_by_category_and_by_size(coco_tiny, tmp_path):
     annotations = CocoAnnotations.open(coco_tiny / "annotations/instances_val2017.json")
     both = {"worse": found_by(annotations, 1, 0.15, 0.4), "good": found_by(annotations, 2, 0.05, 0.1)}
     images = coco_tiny / "val2017"
@@ -96,7 +96,7 @@ def test_its_numbers_are_hotcoco_s(annotations, tmp_path):
 
 
 def test_an_interval_holds_its_number_even_for_rare_categories(coco_tiny, tmp_path):
-    """80 categories on 80 images: the bootstrap forgets what is wrongly detected of a category that is not drawn."""
+    """80 categories on 80 images. The bootstrap omits false detections of categories that it does not draw."""
     annotations = CocoAnnotations.open(coco_tiny / "annotations/instances_val2017.json")
     both = {"a": found_by(annotations, 1), "b": found_by(annotations, 2)}
     rng = np.random.default_rng(0)
@@ -141,7 +141,7 @@ def test_three_at_once_without_detections_or_objects_give_a_page(annotations, tm
     comparisons = compare(annotations, three, tmp_path / "c.html", resamples=5)
     assert [(c.a, c.b) for c in comparisons] == [("a", "b"), ("a", "<b>c</b>")]
     assert "<b>c</b>" not in (tmp_path / "c.html").read_text()
-    with pytest.raises(UserError, match="two sets of detections, or more"):
+    with pytest.raises(UserError, match="fewer than two sets of detections"):
         compare(annotations, {"a": []}, tmp_path / "c.html")
 
 
@@ -168,7 +168,7 @@ def test_the_command_takes_runs_and_results_files(annotations, shapes, tmp_path,
 
     for wrong, message in (
         ([tmp_path, run], "has neither detections.npz"),
-        ([run], "two sets of detections, or more"),
+        ([run], "fewer than two sets of detections"),
         ([run, tmp_path / "none.json"], "none.json cannot be read"),
     ):
         monkeypatch.setattr("sys.argv", ["shared", "compare", *map(str, wrong), "--annotations", str(annotations.path)])

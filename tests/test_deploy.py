@@ -1,4 +1,4 @@
-"""The recipes in deploy/: they parse, agree with each other and with the docs, and start commands that exist."""
+"""The recipes in deploy/: they parse, agree with each other and the docs, and start existing commands."""
 
 import json
 import os
@@ -20,7 +20,7 @@ import yaml
 from conftest import ROOT
 from tiny_models import CONFIGS
 
-from shared.command_line import read_arguments
+from shared.launch import read_arguments
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
@@ -35,7 +35,7 @@ def of_kind(kind, name):
 
 
 def containers(path):
-    """The containers of a file of Kubernetes; a TrainJob's trainer counts as one."""
+    """The containers of a Kubernetes file, including a TrainJob's trainer."""
     for document in documents(path):
         spec = document["spec"]
         if document["kind"] == "Job":
@@ -121,8 +121,8 @@ def test_the_dockerfile_copies_what_exists_and_is_not_ignored(detector):
 
 @pytest.fixture
 def submit(tmp_path):
-    """Starts train.sbatch with SLURM's commands replaced: srun takes as long as `seconds`, or until scancel, and each
-    command is written to the file `calls`."""
+    """Starts train.sbatch with fake SLURM commands. srun takes `seconds` or until scancel. The file `calls` records
+    each command."""
     commands = {
         "srun": 'for i in $(seq $((SECONDS_OF_RUN * 20))); do [ ! -e term ] || exit 15; sleep 0.05; done; exit "$RC"',
         "scancel": "touch term",

@@ -1,4 +1,4 @@
-"""What Determined does not do by itself. tests/cluster shows the same on a real master."""
+"""Fixes of Determined's faults. tests/cluster shows them on a real master."""
 
 import math
 import pickle
@@ -17,7 +17,7 @@ from shared.training.validation import Validation
 
 
 def determined_s_checkpoint():
-    """The random state as Determined 0.38.1 saves it."""
+    """A checkpoint with the random state as Determined 0.38.1 saves it."""
     state = {
         "cpu_rng_state": torch.random.get_rng_state(),
         "np_rng_state": np.random.get_state(),
@@ -32,7 +32,7 @@ def test_without_the_fix_a_checkpoint_cannot_be_read_back(tmp_path):
         torch.load(tmp_path / "state.pth", weights_only=True)
 
 
-def test_the_random_state_is_read_back_and_goes_on_the_same(tmp_path):
+def test_the_random_state_is_restored(tmp_path):
     np.random.seed(5)
     np.random.standard_normal()  # leaves a second number waiting
     torch.save(random_state(0), tmp_path / "state.pth")
@@ -49,7 +49,7 @@ def test_a_checkpoint_from_before_the_fix_is_taken_too():
 
 
 def answer(state, validated_at=None):
-    """What the master says of a trial; None for one without a validation yet."""
+    """The master's record of a trial; None without a validation."""
     validations = {} if validated_at is None else {"validation_metrics": {"batches": {"last": validated_at}}}
     return SimpleNamespace(state=SimpleNamespace(name=state), summary_metrics=validations)
 
@@ -67,7 +67,7 @@ def test_the_master_s_answer_counts_when_it_has_the_last_validation(monkeypatch,
     assert trial_is_stopping(7, validated_at=40) is True
 
 
-def test_a_report_that_never_comes_to_the_master_is_not_waited_for_long(monkeypatch):
+def test_the_wait_for_the_master_to_have_a_report_is_short(monkeypatch):
     monkeypatch.setattr(run, "SECONDS_FOR_A_REPORT", 0.1)
     monkeypatch.setattr(run.client, "get_trial", lambda trial_id: answer("ACTIVE", 20))
     assert trial_is_stopping(7, validated_at=40) is False

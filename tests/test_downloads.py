@@ -1,4 +1,4 @@
-"""Weights from URLs: those that are named, and whole."""
+"""Weights from URLs are the named ones, and complete."""
 
 import hashlib
 import io
@@ -14,7 +14,7 @@ from shared.training.checkpoints import read_weights
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
-    """The user's cache, empty."""
+    """An empty user cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     return tmp_path / "cache"
@@ -81,11 +81,11 @@ def test_a_file_of_torch_hub_s_cache_is_taken_if_its_name_proves_it(tmp_path):
     (hub / "model.pth").write_bytes(saved(8.0))
     assert read(f"http://127.0.0.1:1/model-{digest}.pth") == 7.0
     for name in ("model.pth", f"other-{digest}.pth"):
-        with pytest.raises(UserError, match="cannot be had"):
+        with pytest.raises(UserError, match="cannot be downloaded"):
             read(f"http://127.0.0.1:1/{name}")
 
 
-def test_nobody_else_can_put_files_in_the_place_of_a_download(cache):
+def test_nobody_else_can_replace_a_download(cache):
     with changing_store([saved(1.0)]) as url:
         read(f"{url}/model.pth")
     assert [folder.stat().st_mode & 0o777 for folder in cache.iterdir()] == [0o700]

@@ -1,4 +1,4 @@
-"""What a power cut, a full disk, a kill or a network disk in a save leaves: a complete checkpoint, and reports."""
+"""A power cut, a full disk, a kill or a network disk in a save leaves a complete checkpoint and reports."""
 
 import errno
 import json
@@ -49,7 +49,7 @@ def resumed(folder: RunFolder, which: str = "last"):
 
 
 def save(folder: RunFolder, batches: int, is_best: bool = True) -> None:
-    """A save as a run off the cluster does it, of a model with one weight."""
+    """A save of a model with one weight, as a run outside a cluster does it."""
     new = folder.saving / "last"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -97,7 +97,7 @@ def test_without_fsync_a_power_cut_would_leave_nothing(folder, tmp_path, monkeyp
     monkeypatch.setattr(durable, "_sync", lambda descriptor: None)
     save(folder, 4)
     recorder.keep()
-    with pytest.raises(UserError, match=r"is not whole|cannot be read"):
+    with pytest.raises(UserError, match=r"is incomplete|cannot be read"):
         resumed(RunFolder(recorder.disks()[-1]))
 
 
@@ -281,7 +281,7 @@ def test_a_full_disk_is_an_error_and_earlier_checkpoints_are_complete(run_config
 
 
 def saved_after_each_batch(run_config):
-    """A config whose run saves all the time, so that most moments are in the writing of a checkpoint."""
+    """A config whose run saves after each batch, so that most moments fall into a save."""
     every = {"searcher__max_length": {"batches": 10_000}, "min_checkpoint_period": {"batches": 1}}
     return run_config(**every, min_validation_period={"batches": 10_000})
 
@@ -349,35 +349,12 @@ def test_two_ranks_train_on_with_an_unusual_disk_and_clock(run_config, tmp_path,
 # --- two processes in one folder ----------------------------------------------------------------------
 
 
-def test_a_run_that_is_refused_leaves_the_folder_of_the_other(tmp_path):
-    both = [RunFolder(tmp_path / "run") for _ in range(2)]  # neither finds the folder
-    in_other_process = []
-
-    def second():
-        pid = os.fork()  # a lock is a process's
-        if pid == 0:
-            try:
-                both[1].take()
-            except UserError as error:
-                both[1].free()
-                os._exit(3 if "another process uses" in str(error) else 4)
-            os._exit(5)
-        in_other_process.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-
-    both[0].take()
-    second()
-    assert in_other_process == [3]
-    assert both[0].path.exists()
-    both[0].free()
-    assert not both[0].path.exists()  # no run has begun in it
-
-
 # --- several ranks ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def machines(tmp_path):
-    """The run's folder on each of two machines that share no disk."""
+    """The run's folder on each of two machines without a shared disk."""
     folders = [RunFolder(tmp_path / f"machine-{number}" / "run") for number in range(2)]
     for folder in folders:
         folder.saving.mkdir(parents=True)
@@ -385,7 +362,7 @@ def machines(tmp_path):
 
 
 def resume_on_both(folders, which="last"):
-    """What each of three ranks resumes from, or the error that it ends with. The last two are on one machine."""
+    """The checkpoint that each of three ranks resumes from, or its error. The last two ranks share a machine."""
 
     def work(context):
         try:

@@ -31,7 +31,7 @@ def box_masks(boxes, height, width):
 
 
 def noisy(annotations, seed=0, copies=2, jitter=0.1, tied=False, masks=True):
-    """Detections like a detector's: the truth, jittered and doubled, some with a wrong label."""
+    """Detections like a detector's: jittered and doubled truth, some with a wrong label."""
     rng = np.random.default_rng(seed)
     detections = []
     for record in annotations:
@@ -51,7 +51,7 @@ def noisy(annotations, seed=0, copies=2, jitter=0.1, tied=False, masks=True):
 
 
 def noisy_keypoints(annotations, seed=0):
-    """`noisy` detections, with the truth's keypoints beside their places."""
+    """`noisy` detections with displaced keypoints."""
     rng = np.random.default_rng(seed)
     detections = []
     for record, detection in zip(annotations, noisy(annotations, masks=False), strict=True):
@@ -125,7 +125,7 @@ def test_ties_in_score():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_results_of_a_file_give_the_numbers_of_pycocotools(seed):
-    """Boxes of one decimal have IoUs that lie on a threshold."""
+    """Boxes with one decimal have IoUs exactly on a threshold."""
     rng = np.random.default_rng(seed)
 
     def box():
@@ -202,7 +202,7 @@ def test_keypoints_that_are_not_cocos_have_sigmas_of_their_own():
     for annotation in coco["annotations"]:
         annotation["keypoints"] = annotation["keypoints"][:9]
     annotations = CocoAnnotations.from_dict(coco)
-    with pytest.raises(UserError, match="3 keypoints an object, and there are 17 sigmas"):
+    with pytest.raises(UserError, match="3 keypoints per object, but 17 sigmas"):
         evaluate(annotations, [], ("keypoints",))
     detections = noisy_keypoints(annotations)
     sigmas = [0.05, 0.1, 0.02]
@@ -234,7 +234,7 @@ def test_crowded_images_with_equal_boxes_and_areas_at_the_limits():
     assert_like_pycocotools(coco, detections, ("bbox",))
 
 
-def test_of_two_objects_with_equal_iou_the_last_is_matched():
+def test_the_last_of_two_objects_with_equal_iou_is_matched():
     objects = [{"id": i + 1, "image_id": 1, "category_id": 1, "bbox": [20 * i, 0, 60, 60]} for i in range(2)]
     coco = shapes_with(1, annotations=[{**one, "area": 3600, "iscrowd": 0} for one in objects])
     between, on_the_last = [10, 0, 70, 60], [20, 0, 80, 60]
@@ -303,7 +303,7 @@ def test_boxes_without_area_stay_in_the_evaluation():
 
 
 def on_slots(evaluators):
-    """What each slot's evaluator gives, with Determined's calls in its order; the chief's comes last to the gather."""
+    """The results of each slot's evaluator, in the order of Determined's calls. The chief reaches the gather last."""
     shares = [None] * len(evaluators)
 
     def gather_of(rank):

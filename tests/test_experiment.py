@@ -1,4 +1,4 @@
-"""The experiment config: what it says, and errors that name the key."""
+"""The experiment config: its values, and errors that name the key."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -113,7 +113,7 @@ def test_a_length_that_is_none_is_refused(length):
 
 def test_a_batch_that_does_not_divide_by_the_slots_is_refused():
     assert per_slot_batch_size(12, 4) == 3
-    with pytest.raises(UserError, match="10 images do not divide by 4 slots; use 8 or 12"):
+    with pytest.raises(UserError, match=r"10 images do not divide by 4 slots. Fix: use 8 or 12"):
         per_slot_batch_size(10, 4)
 
 
@@ -143,7 +143,7 @@ def test_a_metric_knows_which_values_are_better(metric, smaller):
 
 
 def test_an_unknown_metric_needs_smaller_is_better():
-    with pytest.raises(UserError, match="smaller_is_better is missing"):
+    with pytest.raises(UserError, match="smaller_is_better: it is missing"):
         parse_searcher_metric({"searcher": {"metric": "speed"}}, None)
     assert parse_searcher_metric({"searcher": {"metric": "speed", "smaller_is_better": True}}, None).smaller_is_better
 

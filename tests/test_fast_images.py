@@ -1,4 +1,4 @@
-"""`data.fast_images`: other pixels than Pillow's by next to nothing, and all else as without it."""
+"""`data.fast_images`: pixels close to Pillow's, everything else unchanged."""
 
 import io
 import json
@@ -135,14 +135,14 @@ def test_a_jpeg_that_is_much_larger_than_what_is_wanted_is_decoded_smaller():
 
 @pytest.fixture(scope="module")
 def larger_shapes(tmp_path_factory):
-    """Shapes of another size than the models' inputs, so that they are resized."""
+    """Shapes that are larger than the models' inputs, so that they are resized."""
     folder = tmp_path_factory.mktemp("larger_shapes")
     synthetic.write(folder, train=24, val=10, size=160)
     return folder
 
 
 def evaluated(trial_class, run, output, fast, monkeypatch):
-    """The metrics of a run's last checkpoint, and its detections' scores in order."""
+    """The metrics of a run's last checkpoint, and its sorted scores."""
     with monkeypatch.context() as patch:
         patch.chdir(output.parent)
         run_command(
@@ -199,7 +199,7 @@ def test_a_trained_model_has_the_same_ap_with_it(train, tmp_path, without_figure
     assert metrics["bbox_mAP"] == pytest.approx(exact["bbox_mAP"], abs=0.01)
 
 
-def test_bad_images_are_left_out_as_without_it(shapes, tmp_path):
+def test_bad_images_are_skipped_as_without_fast_images(shapes, tmp_path):
     from model_def import EfficientDetTrial
 
     folder = shutil.copytree(shapes, tmp_path / "data")
@@ -236,7 +236,7 @@ UNTRAINED = {  # configs, with scores low enough to detect with
 
 
 def two_sizes(shapes, folder):
-    """Validation images of two sizes, one more of a third; the first of each cannot be read."""
+    """Validation images of two sizes and one of a third. The first of each cannot be read."""
     shutil.copytree(shapes, folder)
     path = folder / "annotations/val.json"
     coco = json.loads(path.read_text())
@@ -253,7 +253,7 @@ def two_sizes(shapes, folder):
 
 
 def detections_by_image(trial, data):
-    """Of each image, and the sizes of each batch's images as the model sees them."""
+    """Detections by image, and the sizes of each batch's images as the model sees them."""
     found, sizes = {}, []
     for batch in trial.evaluation_loader(data):
         if not batch.image_ids:  # its only image cannot be read
@@ -293,7 +293,7 @@ def test_libraries_detect_on_batches_of_one_size_and_only_round_otherwise(detect
 
 
 @pytest.mark.parametrize("detector", ["mmdetection"], indirect=True)
-def test_what_mmdetection_s_config_says_of_an_evaluation_s_batches_holds(detector, shapes, monkeypatch):
+def test_the_evaluation_batch_size_of_mmdetection_s_config_holds(detector, shapes, monkeypatch):
     monkeypatch.chdir(shapes)
     for overrides, expected in (
         ({"data.val_dataloader.samples_per_gpu": 3}, 3),

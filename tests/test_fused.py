@@ -1,4 +1,4 @@
-"""The optimizer's step in one kernel: the same weights but for rounding, through all that a training does with it."""
+"""The optimizer's step in one kernel: the same weights except for rounding."""
 
 import copy
 
@@ -39,7 +39,7 @@ def assert_same_but_for_rounding(a: nn.Module, b: nn.Module) -> None:
 
 
 def assert_goes_on_as_unfused(model, optimizer, saved, plain, kind):
-    """From the state after three steps, for three more; `plain` has the initial weights."""
+    """Trains three more steps from the state after three. `plain` has the initial weights."""
     optimizer.load_state_dict(saved)
     train(model, optimizer, range(3, 6))
     train(plain, KINDS[kind](plain.parameters()), range(6))
@@ -59,7 +59,7 @@ def test_fused_steps_are_the_library_s_but_for_rounding(kind):
 
 
 @pytest.mark.parametrize("said", [{"foreach": True}, {"foreach": False}, {"fused": False}])
-def test_what_the_config_says_of_its_optimizer_wins(said):
+def test_the_config_s_own_optimizer_settings_win(said):
     (group,) = fuse(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, **said)).param_groups
     assert {name: group[name] for name in said} == said
     assert not group["fused"]
@@ -76,7 +76,7 @@ def test_an_optimizer_that_is_not_pytorch_s_steps_as_it_does():
 @fused_here
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("before", "after"), [(False, True), (True, False)], ids=["unfused", "fused"])
-def test_a_checkpoint_goes_on_as_this_run_steps(kind, before, after):
+def test_a_checkpoint_continues_with_this_run_s_kind_of_step(kind, before, after):
     model = small_model()
     plain = copy.deepcopy(model)
     first = KINDS[kind](model.parameters())
@@ -110,8 +110,8 @@ def test_a_resume_of_a_fused_run_is_exact(kind):
 
 @fused_here
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_with_another_memory_format_goes_on(kind):
-    """The fused kernels of the CPU read a momentum by address: laid out otherwise it would be that of other weights."""
+def test_a_checkpoint_with_another_memory_format_continues(kind):
+    """The CPU's fused kernels read a momentum by address. Another layout would assign it to other weights."""
     model = small_model()
     plain = copy.deepcopy(model)
     first = fuse(KINDS[kind](model.parameters()))
@@ -124,7 +124,7 @@ def test_a_checkpoint_with_another_memory_format_goes_on(kind):
 @fused_here
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_that_a_scaler_skips_leaves_weights_and_state(kind):
-    """Also the first one, as a scale that begins too large makes it."""
+    """Includes the first step, with a scale that starts too large."""
     model = small_model()
     plain = copy.deepcopy(model)
     for each, optimizer in ((model, fuse(KINDS[kind](model.parameters()))), (plain, KINDS[kind](plain.parameters()))):
@@ -143,7 +143,7 @@ def test_a_step_that_a_scaler_skips_leaves_weights_and_state(kind):
 @fused_here
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_scaler_asks_the_fused_step_to_skip_without_waiting(kind):
-    """A scaler that decides itself reads from the device whether a gradient overflowed: it does not call the step."""
+    """A scaler that decides itself reads the overflow from the device, and then does not call the step."""
     model, steps = small_model(), []
     before = copy.deepcopy(model)
     optimizer = fuse(KINDS[kind](model.parameters()))
@@ -158,7 +158,7 @@ def test_a_scaler_asks_the_fused_step_to_skip_without_waiting(kind):
 
 @fused_here
 def test_a_custom_step_sees_gradients_without_the_scale():
-    """As Detectron2's, which clips in its step."""
+    """Detectron2's optimizers clip in their step."""
     seen = []
 
     class Clipping(torch.optim.SGD):
@@ -187,7 +187,7 @@ def test_groups_keep_their_own_settings_and_the_defaults_of_the_config():
 @fused_here
 @pytest.mark.parametrize("kind", KINDS)
 def test_groups_decide_where_the_defaults_say_foreach(kind):
-    """As of Detectron2's YAML configs, whose own choice is no word of the config."""
+    """Detectron2's YAML configs set `foreach` only in the defaults."""
     model = small_model()
     optimizer = KINDS[kind](model.parameters())
     optimizer.defaults["foreach"] = True

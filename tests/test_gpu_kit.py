@@ -1,4 +1,4 @@
-"""The GPU kit on a machine without a GPU: what it packs, and what it reports."""
+"""The GPU kit on a machine without a GPU: its contents and its reports."""
 
 import json
 import os
@@ -100,7 +100,7 @@ def test_a_test_that_finds_no_time_left_is_not_run(tmp_path):
 
 @pytest.mark.parametrize("of_torch", [False, True])
 def test_benchmarks_measure_the_device_that_torch_can_use(tmp_path, monkeypatch, of_torch):
-    """nvidia-smi may list a GPU that torch was built without, or be missing where torch has one."""
+    """nvidia-smi may list a GPU that torch does not support, or be missing although torch has one."""
     lists_gpu = tmp_path / "nvidia-smi"
     lists_gpu.write_text("#!/bin/sh\n" if of_torch else "#!/bin/sh\necho 0, GPU-0, 1, 1, 1\n")
     lists_gpu.chmod(0o755)

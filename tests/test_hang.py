@@ -1,4 +1,4 @@
-"""A process that hangs: the run ends, says which one and where, and can be gone on with."""
+"""A run with a hanging process stops, names the process and the place, and can continue."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ from in_threads import listening, on_all, processes, strangers
 from tiny_models import efficientdet_config
 
 from shared.training.checkpoints import read_checkpoint
-from shared.training.hang import Exchange
+from shared.training.hang import Exchange, watching
 from shared.training.standings import LONGER, Mark, Phase, Standing, Standings, span
 
 LIMIT = 60.0  # seconds, of the processes below
@@ -26,7 +26,7 @@ INTERVAL = 5.0
 
 
 class Process:
-    """What the thread of a process would say."""
+    """The state that a process's thread would report."""
 
     def __init__(self, rank, phase=Phase.LOADING, batch=1, passed=1, waits=False):
         self.rank, self.waits, self.ticks, self.since = rank, waits, -1, 0
@@ -44,7 +44,7 @@ class Process:
 
 
 def after(seconds, processes, stopped=(), standings=None):
-    """What all know when none has marked anything for so long; the `stopped` ones have not ticked either."""
+    """The common decision after seconds without progress. The `stopped` processes have not ticked either."""
     standings = standings or Standings(INTERVAL)
     if not standings.of:
         for process in processes:
@@ -70,7 +70,7 @@ def test_the_rank_that_has_passed_least_is_named():
     )
 
 
-def test_of_two_equal_ranks_the_one_that_does_not_wait_is_behind():
+def test_the_rank_that_does_not_wait_is_behind_an_equal_one():
     evaluating = [Process(rank, Phase.EVALUATING, 6, passed=20, waits=rank > 0) for rank in range(3)]
     behind = "rank 0 is stuck at batch 6 (evaluating the detections, at step.py:0); the other ranks wait"
     assert after(600, evaluating).message().endswith(behind)
@@ -169,6 +169,46 @@ def test_processes_hear_of_each_other_and_a_stranger_cannot_report_a_hang(machin
         assert {each.rank for each in heard} == {each.rank for each in on_chief} == {0, 1}
 
 
+def test_a_rank_that_ends_in_the_start_is_named_with_its_machine():
+    standings = Standings(INTERVAL, LIMIT, hosts=["node-a", "node-b", "node-b"])
+    begun = Mark(Phase.STARTING, 0)
+    with processes(3) as contexts:
+        exchanges = on_all(Exchange, contexts)
+
+        def report(rank, tick):
+            return exchanges[rank].swap(Standing(rank, begun, INTERVAL * tick, begun.patience(LIMIT, 1), tick))
+
+        for tick in range(20):
+            for rank in (2, 1, 0) if tick < 5 else (1, 0):  # rank 2 has been killed
+                time.sleep(0.02)  # until it is there
+                for standing in report(rank, tick):
+                    standings.hear(standing)
+            standings.tick()
+        for exchange in exchanges:
+            exchange.close()
+    assert standings.hang()
+    assert standings.message().endswith("rank 2 on node-b does not answer since batch 0 (starting)")
+
+
+@pytest.mark.parametrize("error", [None, KeyError("an error")])
+def test_a_rank_that_ends_by_an_error_is_not_one_that_has_left(error):
+    def join(context):
+        if context.rank == 0:
+            return Exchange(context)
+        with contextlib.suppress(KeyError), watching(context, 0.01) as watch, watch.training(0):
+            time.sleep(0.3)  # until its first reports have come
+            if error is not None:
+                raise error
+        return None
+
+    with processes(2) as contexts:
+        (exchange, _) = on_all(join, contexts)
+        time.sleep(0.1)
+        heard = exchange.swap(Standing(0, Mark(Phase.STARTING, 0), 0.0, LIMIT))
+        exchange.close()
+    assert [each.left for each in heard if each.rank == 1] == [error is None]
+
+
 @pytest.mark.parametrize("value", [0, -1.5])
 def test_a_time_that_is_none_is_refused_by_its_key(run_config, refused, value):
     line = refused("train", run_config(hyperparameters__hang_minutes=value))
@@ -178,7 +218,7 @@ def test_a_time_that_is_none_is_refused_by_its_key(run_config, refused, value):
     )
 
 
-# a model_def.py of which rank 1 sleeps for ever in batch 6, or a loader's worker where it reads its 25th image
+# a model_def.py whose rank 1 sleeps forever in batch 6, or whose loader worker does at its 25th image
 SLEEPING = """
 import os, sys, time
 sys.path[:0] = [os.getcwd()]
@@ -213,7 +253,7 @@ main(Sleeping)
 
 @pytest.fixture
 def sleeping(run_config, tmp_path):
-    """Starts a run that hangs; what it ended as, and its folder."""
+    """Starts a run that hangs. Returns its outcome and its folder."""
 
     def call(where, processes, workers=0):
         script = tmp_path / "sleeping.py"
@@ -254,11 +294,11 @@ import determined
 from determined.core import DistributedContext
 
 determined.get_cluster_info = lambda: SimpleNamespace(task_type="TRIAL")
-from shared.training.hang import Watch
+from shared.training.hang import watching
 
 alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
 print("a line of the training")
-with Watch(alone, hang_minutes=0.002).watching(0):
+with watching(alone, hang_minutes=0.002) as watch, watch.training(0):
     time.sleep(100)
 """
 
@@ -308,7 +348,7 @@ def test_the_watch_thread_ends_with_the_training_and_null_starts_none(shapes, tr
 
 
 def processes_of(parent):
-    """The training processes that torchrun has started, by rank."""
+    """The training processes that torchrun started, by rank."""
     found = {}
     for child in psutil.Process(parent.pid).children():
         with contextlib.suppress(psutil.Error, KeyError):
@@ -333,7 +373,7 @@ def test_a_process_that_is_stopped_is_named_also_where_it_is_the_chief(run_confi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_job_that_is_stopped_as_a_whole_and_goes_on_has_not_hung(run_config, tmp_path, count):
+def test_a_suspended_and_continued_job_has_not_hung(run_config, tmp_path, count):
     config, run = run_config(hyperparameters__hang_minutes=0.1, searcher__max_length={"batches": 40}), tmp_path / "run"
     process = start_run(config, run, processes=count)
     wait_for_batch(run, process, 6)

@@ -1,4 +1,4 @@
-"""What a training on the CPU frees stays with the process, for its next step."""
+"""Memory that a training on the CPU frees stays with the process for the next step."""
 
 import platform
 import subprocess
@@ -11,7 +11,7 @@ from conftest import ROOT
 PROGRAM = """
 import resource, sys
 import torch
-from shared.training.memory import keep_freed_memory
+from shared.environment import keep_freed_memory
 
 keep_freed_memory()
 steps = []

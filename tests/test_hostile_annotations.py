@@ -1,4 +1,4 @@
-"""Annotation files that are broken by chance or by intent: a data set, or an error that names the file."""
+"""Annotation files that are broken by chance or on purpose: a data set, or an error that names the file."""
 
 import json
 import os
@@ -44,7 +44,7 @@ FILES = st.fixed_dictionaries(
 
 
 def open_and_use(path):
-    """Opens without a cache, and reads every record; the errors are those that a user may see."""
+    """Opens without a cache and reads every record. Only errors for users are accepted."""
     error = ""
     try:
         annotations = CocoAnnotations.open(path, cache_dir=os.devnull)
@@ -79,14 +79,14 @@ def test_any_structure_is_a_data_set_or_an_error_with_the_file(coco, tmp_path_fa
         "null",
     ],
 )
-def test_what_parsers_trip_over_is_an_error(text, tmp_path):
+def test_content_that_breaks_parsers_is_an_error(text, tmp_path):
     path = tmp_path / "hostile.json"
     path.write_text(text)
     assert open_and_use(path) is None
 
 
 def one_box(path, **changes):
-    """A COCO file of an image and a box; `changes` are by section: {"images": {"id": "1e400"}}, as JSON text."""
+    """A COCO file of an image and a box. `changes` are by section, as JSON text: {"images": {"id": "1e400"}}."""
     sections = {
         "images": {"id": "1", "file_name": '"a.png"', "height": "50", "width": "100"},
         "annotations": {"id": "1", "image_id": "1", "category_id": "1", "bbox": "[1, 2, 3, 4]"},
@@ -151,7 +151,7 @@ def test_one_annotation_with_many_keypoints_costs_the_others_no_memory(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["offsets", "labels", "segmentation_offsets", "boxes", "file_name_offsets"])
-def test_a_cache_with_other_contents_is_made_anew(name, tmp_path):
+def test_a_cache_with_other_contents_is_rebuilt(name, tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(synthetic.coco_split(0, 8)))
     expected = [record.boxes.tolist() for record in CocoAnnotations.open(path)]
@@ -201,7 +201,7 @@ def test_without_room_for_a_cache_annotations_load_with_one_warning(where, tmp_p
 
 
 def traced(path):
-    """Whether it is a data set, and the most bytes in use at once."""
+    """Whether the file is a data set, and the peak number of allocated bytes."""
     tracemalloc.start()
     opened = open_and_use(path) is not None
     peak = tracemalloc.get_traced_memory()[1]

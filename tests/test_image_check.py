@@ -1,4 +1,4 @@
-"""Whether the images are there: looked at once, remembered, and looked at again when something has changed."""
+"""The check that the images exist: done once, remembered, repeated after a change."""
 
 import json
 import multiprocessing
@@ -21,14 +21,14 @@ from shared.errors import UserError
 
 @pytest.fixture
 def data(shapes, tmp_path):
-    """A `data` section of the validation shapes, in a folder of the test's own."""
+    """A `data` section of the validation shapes, in the test's own folder."""
     folder = shutil.copytree(shapes, tmp_path / "data", ignore=lambda *_: [".val.json.columns", ".train.json.columns"])
     return {"val": {"annotations": str(folder / "annotations/val.json"), "images": str(folder / "val")}}
 
 
 @pytest.fixture
 def looks(monkeypatch, tmp_path):
-    """How often folders and buckets were listed, in whatever process."""
+    """How often folders and buckets were listed, over all processes."""
     file = tmp_path / "looks"
     file.touch()
 
@@ -110,13 +110,13 @@ def test_subfolders_count_and_names_need_not_be_plain(data, looks, tmp_path):
 @pytest.mark.parametrize(
     ("file", "named", "said"),
     [
-        ("000003.PNG", "000003.png", r"'000003.PNG' is there, and .* says '000003.png'"),
-        ("a/3.png", "a\\3.png", r"'a/3.png' is there, and .*`python3 .* convert coco"),
-        ("3.png", "val\\3.png", r"'3.png' is there, and .*`python3 .* convert coco"),
-        ("é 0.png", "%C3%A9%200.png", r"'é 0.png' is there, and .*`python3 .* convert coco"),
+        ("000003.PNG", "000003.png", r"'000003.PNG' is there, not '000003.png'"),
+        ("a/3.png", "a\\3.png", r"'a/3.png' is there, not .*`python3 .* convert coco"),
+        ("3.png", "val\\3.png", r"'3.png' is there, not .*`python3 .* convert coco"),
+        ("é 0.png", "%C3%A9%200.png", r"'é 0.png' is there, not .*`python3 .* convert coco"),
         ("in/3.png", "3.png", r"/val/in/3.png is there\. Fix: give `images: \S+/val/in`"),
         ("3.png", "val/3.png", r"/val/3.png is there\. Fix: give `images: \S+/data`"),
-        ("3.png", "x/y/3.png", r"'3.png' is there, .* with other folders"),
+        ("3.png", "x/y/3.png", r"'3.png' is there, .* folders"),
         ("e\u0301.png", "\u00e9.png", r"is there, .* or Unicode"),
         ("3.jpeg", "3.png", r"'3.jpeg' is there, .* ending"),
         ("another.png", "3.png", r"the first is 3.png\. Fix: add them"),
@@ -132,7 +132,7 @@ def test_the_error_of_a_missing_image_names_similar_files(data, file, named, sai
 
 
 def rename_in_file(data, name):
-    """The annotation file's name for the fourth image."""
+    """Changes the fourth image's name in the annotation file."""
     with open(data["val"]["annotations"]) as file:
         coco = json.load(file)
     coco["images"][3]["file_name"] = name
@@ -140,9 +140,9 @@ def rename_in_file(data, name):
         json.dump(coco, file)
 
 
-def test_an_absolute_name_is_an_error_that_says_what_is_wanted(data):
+def test_an_absolute_name_in_the_images_folder_is_an_error_with_a_fix(data):
     rename_in_file(data, f"{images_of(data)}/000003.png")
-    with pytest.raises(UserError, match=r"000003\.png' leads out of the images' folder, .* Fix: name files relative"):
+    with pytest.raises(UserError, match=r"000003\.png' is empty or leads out of the images' folder\. Fix: write names"):
         opened(data)
 
 
@@ -156,7 +156,7 @@ def test_skipped_missing_images_are_remembered_only_for_runs_that_skip(data, loo
         opened(data)
 
 
-def test_check_images_false_looks_for_none(data, looks):
+def test_check_images_false_skips_the_check(data, looks):
     os.unlink(f"{images_of(data)}/000003.png")
     assert len(opened(data, check_images=False).annotations) == 10
     assert looks() == 0
@@ -190,7 +190,7 @@ def test_one_of_the_processes_of_a_machine_looks(data, looks):
 
 @pytest.fixture
 def bucket(shapes, data, monkeypatch):
-    """The same with the images in an S3 that gives 3 names a page, and the pages that were asked for."""
+    """The same with images in an S3 that lists 3 names per page. Also returns the requested pages."""
     for package in ("s3fs", "moto", "boto3"):
         pytest.importorskip(package)
     from s3fs import S3FileSystem

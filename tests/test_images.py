@@ -1,4 +1,4 @@
-"""Images as users have them: odd ones in the right pixels, bad ones named or left out."""
+"""Unusual images have the right pixels; bad images are named or skipped."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def with_orientation(image, value):
 
 
 def png_of_size(width, height):
-    """A PNG that says it is of that size, and is not."""
+    """A PNG whose header states this size."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -260,7 +260,7 @@ def test_links_that_lead_out_of_the_folder_are_refused(shapes, tmp_path, what):
 
 
 def spoiled(shapes, folder):
-    """The shapes with two bad images to train on and one to validate on."""
+    """The shapes with two bad training images and one bad validation image."""
     shutil.copytree(shapes, folder)
     (folder / "train/000004.png").write_bytes((folder / "train/000004.png").read_bytes()[:200])
     (folder / "train/000009.png").write_bytes(b"")
@@ -274,7 +274,7 @@ def trial_class(detector):
 
 
 @other_detectors_are_slow
-def test_a_bad_image_ends_the_run_with_its_name_or_is_left_out(detector, trial_class, shapes, train, tmp_path, caplog):
+def test_a_bad_image_stops_the_run_with_its_name_or_is_skipped(detector, trial_class, shapes, train, tmp_path, caplog):
     config = CONFIGS[detector](spoiled(shapes, tmp_path / "data"))
     config["searcher"]["max_length"] = {"batches": 8}
     config["data"]["workers"] = 0
@@ -289,7 +289,7 @@ def test_a_bad_image_ends_the_run_with_its_name_or_is_left_out(detector, trial_c
     assert len(left_out) == 3
 
 
-def test_what_is_left_out_is_the_same_in_a_resumed_run(shapes, train, crash_and_resume, tmp_path):
+def test_a_resumed_run_skips_the_same_images(shapes, train, crash_and_resume, tmp_path):
     from model_def import EfficientDetTrial
 
     config = efficientdet_config(spoiled(shapes, tmp_path / "data"))
@@ -302,7 +302,7 @@ def test_what_is_left_out_is_the_same_in_a_resumed_run(shapes, train, crash_and_
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-def test_what_is_left_out_of_the_evaluation_counts_as_no_image(shapes, tmp_path):
+def test_images_skipped_by_an_evaluation_are_not_counted(shapes, tmp_path):
     from shared.evaluation.detections import Detections
     from shared.evaluation.evaluator import CocoEvaluator
 
@@ -326,7 +326,7 @@ def split(shapes, name="val"):
     return {"annotations": str(shapes / f"annotations/{name}.json"), "images": str(shapes / name)}
 
 
-def test_missing_images_may_be_left_out_unless_all_are(shapes, tmp_path, caplog):
+def test_missing_images_can_be_skipped_unless_all_are_missing(shapes, tmp_path, caplog):
     folder = shutil.copytree(shapes / "val", tmp_path / "images")
     (folder / "000003.png").unlink()
     data = {"val": {**split(shapes), "images": str(folder)}, "on_bad_image": "skip"}
@@ -336,5 +336,5 @@ def test_missing_images_may_be_left_out_unless_all_are(shapes, tmp_path, caplog)
         file.unlink()
     with pytest.raises(UserError, match="10 of the 10 images"):
         open_split(parse_data({"data": data}), "val")
-    with pytest.raises(UserError, match=r"data\.on_bad_image: 'ignore' is none of error, skip"):
+    with pytest.raises(UserError, match=r"data\.on_bad_image: 'ignore' is unknown. Fix: use one of error, skip"):
         parse_data(yaml.safe_load("{data: {on_bad_image: ignore}}"))

@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from shared.environment import adopt_launcher, first_host, parse_signals, without_launcher
 from shared.errors import UserError
-from shared.launchers import adopt_launcher, first_host, parse_signals, without_launcher
 
 TORCHRUN = {
     **{"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
@@ -34,7 +34,7 @@ KUBEFLOW = {
 
 
 def adopted(environment):
-    """The rank, the number of ranks, the rank on the machine, and where rank 0 is."""
+    """The rank, the number of ranks, the rank on the machine, and rank 0's address."""
     environment = dict(environment)
     adopt_launcher(environment)
     return tuple(environment.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
@@ -142,7 +142,7 @@ def test_signals_are_named_as_kill_names_them():
     assert parse_signals("") == ()
 
 
-def test_a_task_without_its_variables_says_so_before_torch_is_loaded(run_config):
+def test_a_task_without_its_variables_fails_before_torch_is_loaded(run_config):
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "model_def.py", "train", run_config()],
         cwd=ROOT / "efficientdet",

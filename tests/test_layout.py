@@ -1,4 +1,4 @@
-"""Imports go one way: down the rooms of `shared/`, never round in a circle, and to no detector's library from there."""
+"""Imports in `shared/` go down only, without circles, and never to a detector's library."""
 
 import ast
 import graphlib
@@ -14,7 +14,6 @@ FLOORS = (
     *(
         "__main__",
         "launch",
-        "command_line",
         "predictor",
         "commands",
         "search",
@@ -23,14 +22,14 @@ FLOORS = (
         "training",
         "evaluation",
     ),
-    *("library", "data", "config", "launchers", "durable", "log", "redaction", "errors", "environment"),
+    *("library", "data", "config", "durable", "log", "environment", "errors"),
 )
 BY_ITSELF = ("container",)  # runs before anything is installed
 LIBRARIES = ("effdet", "timm", "mmdet", "mmcv", "detectron2", "transformers", "model_def")
 
 
 def imports_of(path: Path) -> list[str]:
-    """What a file imports, also in its functions; not what only its types are written with."""
+    """The imports of a file, including those in functions, without type-only ones."""
     names, tree = [], ast.parse(path.read_text())
     of_types = [
         node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
@@ -70,7 +69,7 @@ def test_no_file_imports_a_detector_s_library():
 
 
 def imported_at_start(path: Path) -> set[str]:
-    """What importing a file of `shared/` imports, also through other files of it."""
+    """All imports that importing a file of `shared/` causes."""
     found, to_read = set(), [path]
     while to_read:
         tree = ast.parse(to_read.pop().read_text())
@@ -103,7 +102,7 @@ def test_a_config_is_read_in_one_place():
 
 
 def test_no_backend_is_compared_by_its_name():
-    """The table in config/schema.py says what a backend needs."""
+    """The table in config/schema.py has each backend's needs."""
     for path in [*files(), *ROOT.glob("*/model_def.py"), *ROOT.glob("*/*_files/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Compare):
@@ -144,7 +143,7 @@ SET_BY = {
     "hang.py": ["self._context"],
     "run.py": ["threading"],  # what prints the errors of threads
     "processes.py": ["self._context", "self._socket", "socket"],
-    "signals.py": ["_before_fork"],
+    "stopping.py": ["_before_fork"],
     "switches.py": ["TrainedInFloat32", "module", "probe"],
     "validation.py": ["module", "torch.distributed"],
 }

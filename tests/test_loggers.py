@@ -26,7 +26,7 @@ from shared.training.run_folder import RunFolder
 
 @pytest.fixture(autouse=True)
 def without_the_users_own(monkeypatch, tmp_path):
-    """No account, server or home of whoever runs the tests."""
+    """Hides the account, servers and home of whoever runs the tests."""
     for key in [key for key in os.environ if key.startswith(("WANDB_", "MLFLOW_"))]:
         monkeypatch.delenv(key)
     for key, value in {
@@ -41,7 +41,7 @@ def without_the_users_own(monkeypatch, tmp_path):
 
 @pytest.fixture
 def config(shapes):
-    """Four batches, of which each is reported and each second one validated."""
+    """Four batches. Each is reported, each second one validated."""
     config = efficientdet_config(shapes)
     config["data"]["workers"] = 0
     config["scheduling_unit"] = 1
@@ -52,16 +52,16 @@ def config(shapes):
 
 @pytest.fixture
 def trial_class(monkeypatch):
-    """EfficientDet's, without what takes most of the time of runs as small as these."""
+    """EfficientDet's trial, without figures and reports."""
     from model_def import EfficientDetTrial
 
-    monkeypatch.setattr("shared.training.tensorboard.ReportFigures.draw", lambda *_: None)
+    monkeypatch.setattr("shared.training.run.ReportFigures.draw", lambda *_: None)
     monkeypatch.setattr("shared.commands.train.Results.write_report", lambda *_: None)
     return EfficientDetTrial
 
 
 def wandb_records(run: Path) -> list[list]:
-    """What W&B has kept of each start of a run, oldest first."""
+    """W&B's records of each start of a run, oldest first."""
     files = sorted(run.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.parent.name)
     until = time.monotonic() + 60
     # W&B's own process writes it, and does not wait for the end of it when the run is finished
@@ -71,7 +71,7 @@ def wandb_records(run: Path) -> list[list]:
 
 
 def records_in(file: Path) -> list:
-    """The records of a file in LevelDB's log format: in blocks of 32 KiB, after a header of W&B's."""
+    """The records of a file in LevelDB's log format: blocks of 32 KiB after W&B's header."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, whole, records = file.read_bytes(), 7, b"", []
@@ -96,7 +96,7 @@ def of_kind(records: list, kind: str) -> list:
 
 
 def wandb_numbers(run: Path) -> list[tuple[str, int, float]]:
-    """(name, batches, value) as W&B has them."""
+    """(name, batches, value) in W&B's records."""
     numbers = []
     for records in wandb_records(run):
         for history in of_kind(records, "history"):
@@ -201,7 +201,7 @@ def test_w_and_b_gets_no_password_from_the_config_or_the_command_line(trial_clas
 
 
 class Fake:
-    """A logger's run that keeps what it is told."""
+    """A logger's run that keeps its calls."""
 
     place = "here"
     opened: ClassVar[list] = []
@@ -234,7 +234,7 @@ class Unreachable(Fake):
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """Makes the loggers be others, whatever is installed."""
+    """Replaces the loggers, whatever is installed."""
     Fake.opened = []
     monkeypatch.setattr(loggers, "check_loggers", lambda _: None)
     return lambda **classes: [monkeypatch.setitem(loggers._RUNS, name, fake) for name, fake in classes.items()]
@@ -248,7 +248,7 @@ def opened(tmp_path: Path, names: list[str], goes_on: bool = False, **config: ob
     return made
 
 
-def test_a_logger_that_fails_ends_no_training_and_the_other_goes_on(config, train, trial_class, fakes, caplog):
+def test_a_failing_logger_stops_neither_training_nor_other_loggers(config, train, trial_class, fakes, caplog):
     config["hyperparameters"]["loggers"] = ["wandb", "mlflow"]
     config["searcher"]["max_length"] = {"batches": 2}
     fakes(wandb=Failing, mlflow=Fake)
@@ -294,7 +294,9 @@ def test_a_missing_package_and_an_unknown_name_are_errors(monkeypatch, shapes):
         check_loggers(["wandb"])
     message = "hyperparameters.loggers: wandb is not installed; python3 -m pip install wandb, or take it out"
     assert str(error.value) == message
-    with pytest.raises(UserError, match="mlflow is not installed; python3 -m pip install mlflow-skinny, or take"):
+    with pytest.raises(
+        UserError, match=r"mlflow is not installed. Fix: python3 -m pip install mlflow-skinny, or remove"
+    ):
         check_loggers(["mlflow"])
     ranges = {"lr": {"type": "log", "minval": -4, "maxval": -2, "base": 10}, "loggers": ["wandb"]}
     with pytest.raises(UserError, match="wandb is not installed"):

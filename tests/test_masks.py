@@ -1,4 +1,4 @@
-"""Masks as COCO's RLE: the bytes that pycocotools gives the whole image."""
+"""Masks as COCO's RLE: the bytes that pycocotools gives for the whole image."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ HEIGHT, WIDTH = 12, 17
 
 
 def drawn() -> np.ndarray:
-    """(N, HEIGHT, WIDTH) masks as they seldom are."""
+    """(N, HEIGHT, WIDTH) masks with unusual shapes."""
     rng = np.random.default_rng(0)
     masks = [rng.random((HEIGHT, WIDTH)) < share for share in (0.02, 0.5, 0.98)]
     covered = [
@@ -39,7 +39,7 @@ def expected(masks: np.ndarray) -> list[dict]:
 
 @pytest.mark.parametrize("kind", [bool, np.uint8])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_the_bytes_are_those_of_the_whole_mask(kind, order):
+def test_the_bytes_equal_those_of_the_full_mask(kind, order):
     masks = np.asarray(drawn(), dtype=kind, order=order)
     assert encode_masks(masks) == expected(masks)
     assert encode_masks(masks[2:3]) == expected(masks[2:3])

@@ -1,25 +1,20 @@
-"""How the processes of a run find each other, and who is named if one does not come."""
+"""How the processes of a run find each other, and how a missing one is named."""
 
-import contextlib
 import socket
-import threading
 
 import pytest
 from in_threads import on_all
-from torch.distributed import PrefixStore
 
 from shared.errors import UserError
 from shared.training import meeting
-from shared.training.hang import watching_start
-from shared.training.meeting import Arrival, StoreExchange, lost_connection_as_error, open_store, place_of, roll_call
-from shared.training.standings import Mark, Phase, Standing, Standings
+from shared.training.meeting import Arrival, lost_connection_as_error, open_store, place_of, roll_call
 
 SECONDS = 20.0
 
 
 @pytest.fixture
 def port(monkeypatch):
-    """A free port of this machine, which all ranks know."""
+    """A free port of this machine, known to all ranks."""
     with socket.socket() as any_port:
         any_port.bind(("127.0.0.1", 0))
         number = any_port.getsockname()[1]
@@ -30,12 +25,12 @@ def port(monkeypatch):
 
 @pytest.fixture
 def stores(port):
-    """What three ranks have of the store that rank 0 opens."""
+    """Each of three ranks' view of the store that rank 0 opens."""
     return [open_store(rank, SECONDS, opens=rank == 0) for rank in range(3)]
 
 
 def meet(stores, size=3, seconds=SECONDS, first=0):
-    """What each rank that comes finds: the start and the ranks, or its error."""
+    """The result of each rank that comes: the start and the ranks, or its error."""
 
     def come(rank, store):
         try:
@@ -127,48 +122,3 @@ def test_a_process_that_is_gone_is_one_error_that_names_its_machine(of_torch, na
 def test_another_error_of_torch_stays_what_it_is():
     with pytest.raises(RuntimeError, match=r"^mat1 and mat2$"), lost_connection_as_error(0, {}):
         raise RuntimeError("mat1 and mat2")
-
-
-def test_a_rank_that_ends_in_the_start_is_named_with_its_machine(stores):
-    exchanges = [StoreExchange(PrefixStore("x", store), rank, 3) for rank, store in enumerate(stores)]
-    interval, limit = 1.0, 60.0
-    standings = Standings(interval, limit, hosts=["node-a", "node-b", "node-b"])
-    begun = Mark(Phase.BEGINNING, 0)
-
-    def report(rank, tick):
-        return exchanges[rank].swap(Standing(rank, begun, interval * tick, begun.patience(limit, 1), tick))
-
-    for tick in range(70):
-        standings.tick()
-        ranks = (0, 1, 2) if tick < 5 else (0, 1)  # rank 2 has been killed
-        for heard in [report(rank, tick) for rank in ranks]:
-            for standing in heard:
-                standings.hear(standing)
-    assert standings.hang()
-    assert standings.message().endswith("rank 2 on node-b does not answer since batch 0 (beginning)")
-
-
-def test_the_watch_over_the_start_stops_when_the_training_has_its_own(stores):
-    def names():
-        return {thread.name for thread in threading.enumerate()}
-
-    exchange = StoreExchange(PrefixStore("x", stores[1]), 1, 3)
-    with watching_start(1, 3, (), SECONDS, exchange) as stop:
-        assert "watch" in names()
-        stop()
-        assert "watch" not in names()
-
-
-def test_a_rank_that_ends_by_an_error_is_not_one_that_has_left(stores):
-    said = []
-
-    class Noting(StoreExchange):
-        def swap(self, own):
-            said.append(own)
-            return super().swap(own)
-
-    for error in (None, KeyError("an error")):
-        with contextlib.suppress(KeyError), watching_start(0, 3, (), 0.5, Noting(stores[0], 0, 3)):
-            if error is not None:
-                raise error
-    assert [each.left for each in said].count(True) == 1

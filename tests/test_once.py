@@ -1,4 +1,4 @@
-"""Work that processes share: done by one of them, whatever becomes of it."""
+"""Work that processes share: one of them does it, even after a failure."""
 
 import multiprocessing
 import os
@@ -11,7 +11,7 @@ CONTEXT = multiprocessing.get_context("fork")
 
 
 def counted(folder, seconds=0.2):
-    """What several processes make at once: a file, and a line for each time that it was made."""
+    """Functions to find and to make a file that processes share. Each call of the second adds a line to `made`."""
 
     def find():
         result = folder / "result"

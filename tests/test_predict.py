@@ -1,4 +1,4 @@
-"""`predict` on whatever is named, and `evaluate` of a results.json, with a detector that always finds the same."""
+"""`predict` on all kinds of inputs, and `evaluate` of a results.json, with a detector of constant detections."""
 
 import json
 import os
@@ -38,7 +38,7 @@ class Hyperparameters(TrainingHyperparameters):
 
 
 class FindsTwo(DetectionTrial):
-    """A square of score 0.9 and one of 0.1 on every image."""
+    """A detector that finds a square of score 0.9 and one of 0.1 on every image."""
 
     hyperparameters_class = Hyperparameters
     pretrained_categories = ({"id": 7, "name": "square"},)
@@ -72,7 +72,7 @@ FindsTwo.__abstractmethods__ = frozenset()
 
 @pytest.fixture
 def predict(tmp_path, monkeypatch):
-    """Predicts in this process; what is in results.json, by file name."""
+    """Predicts in this process. Returns results.json by file name."""
     monkeypatch.chdir(tmp_path)
 
     def call(
@@ -120,7 +120,7 @@ def test_a_folder_files_and_a_glob_together_each_image_once(predict, tmp_path, c
     assert files(tmp_path / "out") == ["in/b.jpg.png", "results.json", "sub/a.PNG.png", "x/b.jpg.png", "x[1].png.png"]
     assert [r["image_id"] for r in results] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert results[0]["category_id"] == 7
-    assert "broken.png is skipped: it is no image" in caplog.text
+    assert "broken.png is skipped: it is not an image" in caplog.text
     said = capsys.readouterr().out
     assert "8 detections on 4 images in" in said
     assert "the 4 of at least 0.3 are drawn" in said
@@ -128,7 +128,7 @@ def test_a_folder_files_and_a_glob_together_each_image_once(predict, tmp_path, c
 
 
 def clip(path, levels=(0, 200), size=(64, 48)):
-    """A video of grey frames; its bytes."""
+    """A video of grey frames, as bytes."""
     cv2 = pytest.importorskip("cv2")
     path.parent.mkdir(parents=True, exist_ok=True)
     codec = cv2.VideoWriter_fourcc(*("mp4v" if path.suffix == ".mp4" else "MJPG"))
@@ -161,8 +161,8 @@ def test_a_file_that_is_named_in_several_ways_counts_once(predict, tmp_path, giv
     assert files(tmp_path / "out") == ["a.png.png", "results.json"]
 
 
-def test_names_that_differ_in_case_or_accents_only_are_told_apart(predict, tmp_path):
-    """On macOS's and Windows' disks they are the same."""
+def test_names_that_differ_only_in_case_or_accents_stay_apart(predict, tmp_path):
+    """On the disks of macOS and Windows they are the same name."""
     given = ["one/A.png", "two/a.png", "one/caf\u00e9.png", "two/cafe\u0301.png"]
     for name in given:
         image(tmp_path / name)
@@ -173,7 +173,7 @@ def test_names_that_differ_in_case_or_accents_only_are_told_apart(predict, tmp_p
 
 
 def test_no_picture_takes_the_place_of_a_folder_or_of_the_results(predict, tmp_path):
-    """As "a.png.png" would, of "a.png" beside a folder of that name."""
+    """The picture of "a.png" would be "a.png.png", which is a folder here."""
     image(tmp_path / "in/a.png")
     image(tmp_path / "in/a.png.png/b.png")
     image(tmp_path / "other/results.json/c.png")
@@ -227,16 +227,16 @@ def test_pictures_of_an_earlier_predict_are_no_input(predict, tmp_path, caplog):
     ("given", "message"),
     [
         ("nowhere", "--images: nowhere does not exist"),
-        ("*.tif", "no file is matched by '\\*.tif'"),
+        ("*.tif", "no file matches '\\*.tif'"),
         ("empty", "none of the 0 files"),
-        ("a.txt", "--images: .*a.txt: it is no image"),
+        ("a.txt", "--images: .*a.txt: it is not an image"),
         ("https://example.org/pictures", "a web server has no list of its files"),
         ("broken.mp4", "--images: .*broken.mp4.* cannot be read as a video"),
         ("pipe.png", "--images: .*pipe.png: it is no plain file"),
         ("pipe.mp4", "--images: .*pipe.mp4: it is no plain file"),
     ],
 )
-def test_what_cannot_be_predicted_on_is_one_line_and_leaves_nothing(predict, tmp_path, given, message):
+def test_predicting_on_unusable_input_is_one_line_and_leaves_nothing(predict, tmp_path, given, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "broken.mp4").write_bytes(b"no video")
@@ -247,7 +247,7 @@ def test_what_cannot_be_predicted_on_is_one_line_and_leaves_nothing(predict, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_cut_off_says_what_is_there(predict, tmp_path, capsys):
+def test_an_interrupted_prediction_keeps_and_counts_its_results(predict, tmp_path, capsys):
     for i in range(6):
         image(tmp_path / f"in/{i}.png")
     with pytest.raises(SystemExit) as ended:
@@ -279,7 +279,7 @@ def test_the_threshold_of_the_run_s_report_is_drawn_with(predict, tmp_path, monk
     assert score_limits("best-per-category", categories, path).scores.tolist() == [0.5, 0.05]
 
 
-def test_an_image_that_cannot_be_decoded_is_left_out(predict, tmp_path, caplog):
+def test_an_image_that_cannot_be_decoded_is_skipped(predict, tmp_path, caplog):
     image(tmp_path / "in/a.jpg")
     cut = image(tmp_path / "in/b.jpg", (400, 300))
     cut.write_bytes(cut.read_bytes()[:700])
@@ -394,7 +394,7 @@ def test_without_opencv_a_video_says_what_to_install(predict, tmp_path, monkeypa
 
 @pytest.fixture
 def score(shapes, tmp_path):
-    """`evaluate --results` of what is written to the file; metrics.json."""
+    """`evaluate --results` of a file with this content. Returns metrics.json."""
 
     def call(written, checkpoint=None, report=None):
         config, results, out = tmp_path / "config.yaml", tmp_path / "results.json", tmp_path / "scored"
@@ -510,7 +510,7 @@ RESULT = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
             "RLE of the size \\[1, 1\\], and the image's is \\[128",
         ),
         ([{**RESULT, "file_name": "a.png"}], "its file is a.png, and the annotations' image of this id is 000000.png"),
-        ({"images": [], "annotations": []}, "is no list of results, .* but an object, as an annotation file is"),
+        ({"images": [], "annotations": []}, "is not a list of results but an object, like an annotation file"),
         ("[{", "is not JSON"),
         ([{**RESULT, "image_id": 2**64}], f"results.json: the image_id {2**64} does not fit in 64 bits"),
         ([{**RESULT, "image_id": -(2**63) - 1}], f"results.json: the image_id {-(2**63) - 1} does not fit in 64 bits"),
@@ -521,7 +521,7 @@ RESULT = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
         ([{**RESULT, "bbox": [1, 2, 1e300, 4]}], "result 0, of image 1: `bbox` .*1e\\+300.* all finite"),
         ([{**RESULT, "score": 1e300}], "result 0, of image 1: .*`score` 1e\\+300"),
         ([{**RESULT, "keypoints": [1, 1e300, 2]}], "result 0, of image 1: `keypoints` .*1e\\+300"),
-        ('[{"segmentation": ' + "[" * 100_000, "is not JSON that can be read: its lists are nested too deep"),
+        ('[{"segmentation": ' + "[" * 100_000, "its lists are nested too deep"),
         (json.dumps([RESULT]).encode("utf-16"), "is in UTF-16"),
         ('[{"file_name": "ü"}]'.encode("latin-1"), "is not JSON: it is not in UTF-8"),
     ],

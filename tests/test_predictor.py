@@ -1,4 +1,4 @@
-"""`Predictor`: detections of a run from a Python program, as `predict` gives them."""
+"""`Predictor`: detections of a run from a Python program, equal to `predict`."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from shared.predictor import Predictor
 
 
 def train_a_batch(folder, shapes, detector="efficientdet", trial_class=None):
-    """Trains a tiny detector for a batch; the run's folder."""
+    """Trains a tiny detector for one batch. Returns the run's folder."""
     config = CONFIGS[detector](shapes)
     config["searcher"]["max_length"] = {"batches": 1}
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
@@ -128,7 +128,7 @@ def test_the_code_in_a_checkpoint_is_not_run(run, tmp_path, monkeypatch):
     ("given", "message"),
     [
         ("nowhere.png", "nowhere.png: .*No such file"),
-        (__file__, "test_predictor.py: it is no image"),
+        (__file__, "test_predictor.py: it is not an image"),
         (np.zeros((3, 64, 64), np.float32), r"image 0: it is an array \(3, 64, 64\) of float32\. Fix: give a path"),
         (7, "image 0: it is 'int'. Fix: give a path, a Pillow image"),
     ],
@@ -142,7 +142,7 @@ def test_a_run_without_checkpoint_is_one_line(tmp_path):
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match=r"run: the run has no checkpoint yet\. Fix: wait"):
         Predictor(tmp_path / "run")
-    with pytest.raises(UserError, match="is not a checkpoint: give"):
+    with pytest.raises(UserError, match=r"is not a checkpoint\. Fix: give"):
         Predictor(tmp_path / "nothing")
 
 

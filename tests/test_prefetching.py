@@ -1,4 +1,4 @@
-"""Batches one ahead of the step, with a stand-in for CUDA's streams that notes what is enqueued, and when."""
+"""Batches one ahead of the step, with stand-ins for CUDA's streams that record what is enqueued."""
 
 import contextlib
 import random
@@ -28,7 +28,8 @@ class Streams:
         self.log.append((self.current.name, what))
 
     def before(self, stream, event):
-        """What `event` of `stream` waits for: all that lies before it there, and where streams wait for each other."""
+        """Everything that `event` of `stream` waits for: earlier entries of its stream, and of streams that it waits
+        for."""
         position, seen = self.log.index((stream, event)), set()
         self._collect(stream, position, seen)
         return seen

@@ -1,4 +1,4 @@
-"""The GPU branches of the code on a pretended GPU, see tests/pretended_gpu: no test here needs a GPU."""
+"""The GPU branches of the code on a pretended GPU (tests/pretended_gpu). No test needs a GPU."""
 
 import json
 import os
@@ -9,18 +9,19 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, WITHOUT_LIBRARY
+from tiny_models import TINY_DETECTORS
 
 KNOWN_TO_WORK = ("2.11.", "2.15.")  # versions of PyTorch; others are tried
+# by case, its detector and model
+OTHERS = {
+    f"{detector} {model}": (detector, model)
+    for detector, tiny in TINY_DETECTORS.items()
+    for model in getattr(tiny, "GPU_CASES", {})
+    if detector != "efficientdet"
+}
 CASES = [
     "efficientdet",
-    *(
-        pytest.param(case, marks=pytest.mark.slow)
-        for case in (
-            *("efficientdet fp16", "efficientdet bf16"),
-            *("mmdetection retinanet", "mmdetection mask r-cnn"),
-            *("detectron2 retinanet", "detectron2 mask r-cnn"),
-        )
-    ),
+    *(pytest.param(case, marks=pytest.mark.slow) for case in ("efficientdet fp16", "efficientdet bf16", *OTHERS)),
 ]
 # how far losses may be from those of the CPU's training, where the precision is another
 NEAR = {"efficientdet fp16": 0.05, "efficientdet bf16": 0.05}
@@ -32,16 +33,17 @@ WAITS = [
     (".* fp16", "shared/training/saving.py: checkpoint_state", 2, "a checkpoint holds the scaler's two numbers"),
     ("efficientdet|.* retinanet", "shared/training/validation.py: share", 1, "a validation reads its losses"),
     ("efficientdet.*", "efficientdet/model_def.py: detect", 2, "it reads boxes; the first batch moves the predictor"),
-    ("mmdetection mask r-cnn", "shared/training/trial.py: train_batch", 1, "gradients of masked indexing"),
-    ("mmdetection mask r-cnn", "mmdetection/mmdetection_files/masks.py: encode_two_stage", 1, "labels of all masks"),
-    ("detectron2 retinanet", "shared/training/trial.py: train_batch", 2, "gradients of masked indexing"),
-    ("detectron2 mask r-cnn", "shared/training/trial.py: train_batch", 3, "gradients of masked indexing"),
     (".* mask r-cnn", "shared/evaluation/detections.py: _encode_runs", 2, "where the runs of all masks begin"),
+    *(
+        (f"{name} {model}", *wait)
+        for name, tiny in TINY_DETECTORS.items()
+        for model, *wait in getattr(tiny, "GPU_WAITS", [])
+    ),
 ]
 
 
 def run_program(module, *arguments, processes=1):
-    """A program of tests/pretended_gpu, where no real GPU is seen; its standard output."""
+    """Runs a program of tests/pretended_gpu without real GPUs. Returns its standard output."""
     program = [sys.executable]
     if processes > 1:
         program += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -89,7 +91,7 @@ def metrics_of(reports):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_training_on_a_gpu_is_that_of_the_cpu_and_waits_where_listed(case, shapes, tmp_path):
+def test_a_gpu_training_equals_the_cpu_s_and_waits_only_where_listed(case, shapes, tmp_path):
     if (detector := case.split()[0]) in WITHOUT_LIBRARY:
         pytest.skip(WITHOUT_LIBRARY[detector])
     run_program("train", shapes, tmp_path, case)
@@ -125,8 +127,7 @@ def test_a_copy_without_one_of_its_safeguards_is_a_race():
 
 TWO_PROCESSES = [
     "efficientdet",
-    pytest.param("mmdetection mask r-cnn", marks=pytest.mark.slow),
-    pytest.param("detectron2 mask r-cnn", marks=pytest.mark.slow),
+    *(pytest.param(case, marks=pytest.mark.slow) for case, (_, model) in OTHERS.items() if model == "mask r-cnn"),
 ]
 
 

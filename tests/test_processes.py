@@ -1,4 +1,4 @@
-"""The device of each process, what one of them does for all, and who can reach them. `torch.cuda` is a stand-in."""
+"""The device of each process, work that one of them does for all, and who can reach them. `torch.cuda` is replaced."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ from shared.training.processes import broadcast_from_chief, first_on_each_machin
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """A machine with two GPUs; what is asked of it, in order."""
+    """A machine with two GPUs. Returns the calls to it, in order."""
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -32,7 +32,7 @@ def gpus(monkeypatch):
 
 
 def join(monkeypatch, asked, **environment):
-    """What torchrun sets, and a group that joins at once."""
+    """Sets torchrun's variables and joins a group."""
     for name in ("USE_TORCH_DISTRIBUTED", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -40,6 +40,7 @@ def join(monkeypatch, asked, **environment):
         monkeypatch.setenv(name, str(value))
     collective = torch.distributed
     monkeypatch.setattr(collective, "init_process_group", lambda backend, **_: asked.append(("init", backend)))
+    monkeypatch.setattr(collective, "new_group", lambda backend, **_: asked.append(("group", backend)))
     monkeypatch.setattr(collective, "destroy_process_group", lambda: None)
     arrivals = [
         Arrival("node", "node", "127.0.0.1", "127.0.0.1", str(rank)) for rank in range(environment["WORLD_SIZE"])
@@ -56,7 +57,7 @@ def test_each_process_has_its_own_device_before_the_first_collective(gpus, monke
     join(monkeypatch, gpus, GROUP_WORLD_SIZE=1, **environment)
     with local_processes() as (_, device):
         assert device == torch.device("cuda", rank)
-    assert gpus == [("set_device", device), ("init", "nccl")]
+    assert gpus == [("set_device", device), ("init", "nccl"), ("group", "gloo")]
 
 
 @pytest.mark.parametrize(("machines", "interface"), [(1, meeting.loopback_interface()), (2, None)])
@@ -68,7 +69,7 @@ def test_torch_s_own_exchange_stays_on_one_machine(gpus, monkeypatch, machines, 
 
 
 def test_more_processes_than_gpus_are_refused(gpus):
-    with pytest.raises(UserError, match="3 processes on a machine where torch sees 2 GPUs"):
+    with pytest.raises(UserError, match="3 processes start on a machine where torch sees 2 GPUs"):
         choose_device(0, 3)
 
 
@@ -110,7 +111,7 @@ def test_gpus_of_a_cluster_that_torch_cannot_use_are_an_error(monkeypatch):
 
 
 class Machine:
-    """The processes of one machine, one after the other; what they tell each other goes through `told`."""
+    """The processes of one machine, one after the other. Their messages go through `told`."""
 
     def __init__(self, local_rank, told):
         self.local_rank, self.told = local_rank, told
@@ -162,7 +163,7 @@ def test_each_process_gets_what_the_others_send_in_their_order(machines):
 
 
 class Code:
-    """What a stranger would have unpickled."""
+    """An object that a stranger wants to have unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -187,10 +188,10 @@ def test_a_stranger_cannot_have_a_process_run_code(machines, tmp_path):
 LISTENING = """
 import json, os, sys, psutil
 sys.path[:0] = [ROOT]
-from shared.training.hang import Watch
+from shared.training.hang import watching
 from shared.training.meeting import local_processes
 
-with local_processes() as (distributed, _), Watch(distributed, 10).watching(0):
+with local_processes() as (distributed, _), watching(distributed, 10):
     distributed.allgather(None)
     sockets = psutil.Process().net_connections("tcp")
     listening = [each.laddr for each in sockets if each.status == psutil.CONN_LISTEN]
@@ -211,7 +212,7 @@ def test_on_one_machine_no_process_listens_to_the_network(tmp_path):
 
 
 def buffers(value):
-    """Of three data types and both memory formats."""
+    """Buffers of three data types and both memory formats."""
     images = torch.full((2, 3, 4, 5), float(value)) + torch.arange(5)
     images = images.to(memory_format=torch.channels_last) if value else images
     count, flag = torch.tensor(value), torch.tensor([bool(value), True])

@@ -1,4 +1,4 @@
-"""Passwords of a config: no file, page, log line or logger has them, and everything works without."""
+"""No file, page, log line or logger has a config's passwords, and everything works without them."""
 
 import copy
 import json
@@ -16,8 +16,7 @@ from shared import launch
 from shared.data.annotations import CocoAnnotations
 from shared.data.synthetic import coco_split
 from shared.durable import write_file
-from shared.log import show_log
-from shared.redaction import REDACTED, filled_in, redacted, without_secrets
+from shared.log import REDACTED, filled_in, redacted, show_log, without_secrets
 from shared.report.report import About, changed_keys
 from shared.training.run_folder import RunFolder
 
@@ -55,7 +54,7 @@ SECRETS = {
 
 @pytest.fixture
 def config(shapes):
-    """Two batches and a validation, of a config with a password in every place."""
+    """A config of two batches and a validation, with a password in every place."""
     config = {**efficientdet_config(shapes), **copy.deepcopy(SECRETS)}
     config["data"] |= {"workers": 0, "endpoint_url": f"http://user:{PASSWORD}@127.0.0.1:9"}
     config["searcher"]["max_length"] = {"batches": 2}
@@ -103,7 +102,7 @@ def test_a_number_as_a_password_is_redacted_too():
         {"keys": ["a"], "monkey": "b", "keyboard": "c", "bypass": "d", "design": "e"},
     ],
 )
-def test_what_is_no_secret_stays(config):
+def test_values_that_are_not_secret_stay(config):
     assert without_secrets(config) == config
 
 

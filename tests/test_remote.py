@@ -1,4 +1,4 @@
-"""Data in buckets and behind a web server: what is read, what goes wrong, what is kept."""
+"""Data in buckets and behind a web server: reads, failures, copies."""
 
 import contextlib
 import os
@@ -34,7 +34,7 @@ def credentials(monkeypatch, tmp_path):
 
 @contextlib.contextmanager
 def serving(kind, folder):
-    """The `data` section for what is in `folder`, on that kind of store."""
+    """The `data` section for the content of `folder` in that kind of store."""
     packages = {"s3": ("s3fs", "moto", "boto3"), "gcs": ("gcsfs", "gcp_storage_emulator"), "http": ("aiohttp",)}[kind]
     for package in packages:
         pytest.importorskip(package)
@@ -100,7 +100,7 @@ def test_local_annotations_with_images_in_a_public_bucket(shapes, monkeypatch, t
 
 
 @pytest.mark.parametrize("kind", ["s3", "gcs", "http"])
-def test_what_is_not_in_the_store_is_named_before_training(kind, shapes):
+def test_images_missing_in_the_store_are_named_before_training(kind, shapes):
     with serving(kind, shapes) as data:
         place = data["train"]["images"].removesuffix("train")
         wrong = {**data, "train": {**data["train"], "annotations": f"{place}annotations/nope.json"}}
@@ -111,27 +111,31 @@ def test_what_is_not_in_the_store_is_named_before_training(kind, shapes):
             opened(wrong)
 
 
-def test_what_no_patience_helps_with_ends_at_once_in_one_line(shapes, monkeypatch):
-    """A bucket that is not there, a refused login, a protocol that is not read, a port where nothing listens: it says
-    which. A store that has answered before is waited for."""
+def test_permanent_store_errors_stop_at_once_with_one_line(shapes, monkeypatch):
+    """A missing bucket, a refused login, an unsupported protocol, a port without a server. A store that has answered
+    before is retried."""
     monkeypatch.setattr(remote, "_PAUSES_TO_CONNECT", (0.01, 0))
     patient = {"store_timeout": 3600}  # whoever waits for these stores waits for longer than this test may take
     with serving("s3", shapes) as data:
         data |= patient
         wrong = {**data, **splits(f"s3://no{BUCKET}/")}
-        with pytest.raises(UserError, match=f"there is no bucket 'no{BUCKET}'$"):
+        with pytest.raises(UserError, match=f"there is no bucket 'no{BUCKET}'. Fix: correct the bucket$"):
             opened(wrong)
         images = {**data["train"], "images": f"s3://no{BUCKET}/train"}
-        with pytest.raises(UserError, match=rf"data\.train\.images: .* there is no bucket 'no{BUCKET}'$"):
+        with pytest.raises(
+            UserError, match=rf"data\.train\.images: .* there is no bucket 'no{BUCKET}'. Fix: correct the bucket$"
+        ):
             opened({**data, "train": images})
     with refusing() as endpoint, pytest.raises(UserError, match=r"Forbidden\); set AWS_ACCESS_KEY_ID and"):
         opened({**data, **patient, "endpoint_url": endpoint})
     for place, port in (("s3://bucket/", {"endpoint_url": "http://127.0.0.1:9"}), ("http://127.0.0.1:9/", {})):
-        with pytest.raises(UserError, match=r"nothing answers at 127.0.0.1, port 9 \(Connection refused\); correct "):
+        with pytest.raises(
+            UserError, match=r"nothing answers at 127.0.0.1, port 9 \(Connection refused\)\. Fix: correct "
+        ):
             opened({**splits(place), **port, **patient})
-    with pytest.raises(UserError, match=r"nothing is read from ftp://; these are: s3://, gs://, .*, and paths on disk"):
+    with pytest.raises(UserError, match=r"ftp:// is not supported. Fix: use a path on disk, or one of s3://, gs://"):
         opened(splits("ftp://host/"))
-    with pytest.raises(UserError, match=r"data\.train\.images: az://.* nothing is read from az://"):
+    with pytest.raises(UserError, match=r"data\.train\.images: az://.* az:// is not supported"):
         opened({"train": {"annotations": str(shapes / "annotations/train.json"), "images": "az://container/train"}})
     away = False
     with http_store(shapes) as url, with_faults(url, Faults(lambda number: "away" if away else None)) as proxy:
@@ -219,7 +223,7 @@ def test_each_detector_trains_from_a_bucket(detector, shapes, train):
     config["searcher"]["max_length"] = {"batches": 2}
     with serving("s3", shapes) as data:
         config["data"] = {**data, "workers": 0}
-        if detector == "mmdetection":  # as model-hub's users say it
+        if detector == "mmdetection":  # model-hub's name for it
             del config["data"]["backend"], config["data"]["bucket"]
             config["data"]["file_client_args"] = {"backend": "s3", "bucket_name": BUCKET}
         run = train(trial_classes()[detector], config)
@@ -230,7 +234,7 @@ def test_each_detector_trains_from_a_bucket(detector, shapes, train):
 
 
 class Counting(RemoteImages):
-    """Files of 1,000 bytes, which counts how often each is read."""
+    """Files of 1,000 bytes that count their reads."""
 
     def __init__(self):
         super().__init__("s3://store", StoreOptions())
@@ -254,7 +258,7 @@ def test_the_second_epoch_reads_from_disk(shapes, tmp_path):
 
 
 def reading(url, tmp_path, limit=10**6, **since):
-    """As a run reads them: what is opened later is another run."""
+    """The images as a new run reads them, with the copies of earlier runs."""
     return CachedImages(RemoteImages(url, StoreOptions()), tmp_path / "cache", limit, **since)
 
 
@@ -306,7 +310,7 @@ def test_a_copy_of_another_version_leaves_a_full_folder(tmp_path):
 
 
 def test_a_copy_without_a_version_is_read_again_from_a_web_server(tmp_path):
-    """As an earlier release left it."""
+    """Earlier releases left such copies."""
     (tmp_path / "web").mkdir()
     (tmp_path / "web/a.png").write_bytes(b"." * 100)
     with http_store(tmp_path / "web") as url:
@@ -321,7 +325,7 @@ def test_a_full_cache_keeps_its_files(share, tmp_path):
     store, names = Counting(), [f"{number}.png" for number in range(100)]
     rng = np.random.default_rng(0)
     for epoch in range(3):
-        # 1,000 bytes and a checksum each; a run that is started again goes on with the same folder
+        # 1,000 bytes and a checksum each; a restarted run uses the same folder
         cached = CachedImages(store, tmp_path / "cache", limit=int(share * len(names) * 1004))
         for name in rng.permutation(names):
             cached.read(str(name))
@@ -357,7 +361,7 @@ def test_git_and_backups_skip_the_copies(tmp_path):
     assert (tmp_path / "cache/CACHEDIR.TAG").is_file()
 
 
-def test_a_copy_that_is_not_whole_does_not_count(tmp_path):
+def test_an_incomplete_copy_is_ignored(tmp_path):
     store = Counting()
     cached = CachedImages(store, tmp_path / "cache", limit=10**6)
     data = cached.read("a.png")

@@ -1,4 +1,4 @@
-"""The report: its numbers are those of the libraries, planted faults are found, and any data gives a page."""
+"""The report: its numbers equal the libraries', planted faults are found, and any data gives a page."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def data_set(tmp_path, boxes, categories=CATEGORIES, images=1, **more):
 
 @pytest.fixture(scope="module")
 def noisy(coco_tiny, tmp_path_factory):
-    """coco_tiny's validation data, and results that are the truth with noise, swaps, omissions and inventions."""
+    """coco_tiny's validation data, and results with noise, swaps, omissions and inventions."""
     path = coco_tiny / "annotations/instances_val2017.json"
     data, rng = json.loads(path.read_text()), np.random.default_rng(0)
     ids = [category["id"] for category in data["categories"]]
@@ -134,8 +134,8 @@ def test_f1_and_the_best_thresholds_are_those_of_a_few_lines_of_numpy(noisy_anal
     assert (boxes.curve.best_threshold, boxes.curve.best_f1) == (threshold, pytest.approx(f1))
 
 
-def test_what_errors_cost_is_what_tidecv_says(noisy, noisy_analyses):
-    """To a thousandth: where a detection overlaps a crowd, or two objects as much, the two differ in what it is."""
+def test_the_costs_of_errors_equal_tidecv_s(noisy, noisy_analyses):
+    """To a thousandth: the two count a detection that overlaps a crowd, or two objects equally, differently."""
     tidecv = pytest.importorskip("tidecv", reason="needs the package tidecv")
     tide = tidecv.TIDE()
     tide.evaluate_range(
@@ -226,8 +226,8 @@ def test_swapped_categories_and_missing_boxes_are_found(coco_tiny, tmp_path):
 
 
 def unsure_detections(coco, seed):
-    """A detector that errs as often as it says: an object's category is wrong with the probability of the second
-    guess, and a box on background is seldom sure."""
+    """A detector with calibrated scores: its category is wrong with the probability of the second guess, and a box on
+    background has a low score."""
     rng = np.random.default_rng(seed)
     ids, found = [category["id"] for category in coco["categories"]], []
     for row in coco["annotations"]:
@@ -537,7 +537,7 @@ def test_the_command_reports_on_anybody_s_results(noisy, tmp_path, monkeypatch, 
         (["{here}/annotations.json", "{here}/r.json", "--output", "{here}/new.json"], r"give it the ending \.html"),
     ],
 )
-def test_what_the_command_cannot_read_is_one_line(tmp_path, monkeypatch, arguments, said):
+def test_unreadable_input_is_one_line(tmp_path, monkeypatch, arguments, said):
     data_set(tmp_path, [(1, 3, [10, 10, 20, 20])])
     (tmp_path / "r.json").write_text("[]")
     monkeypatch.setattr("sys.argv", ["shared", "report", *(part.format(here=tmp_path) for part in arguments)])

@@ -1,4 +1,4 @@
-"""The report's figures in TensorBoard, drawn beside the training."""
+"""The report's figures in TensorBoard, drawn during training."""
 
 import threading
 from types import SimpleNamespace
@@ -7,10 +7,10 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from shared.training.tensorboard import ReportFigures
+from shared.training.run import ReportFigures
 
 
-def test_a_writer_that_is_closed_while_a_figure_is_drawn_loses_none(tmp_path):
+def test_closing_a_writer_during_a_figure_loses_no_figure(tmp_path):
     uploaded = threading.Event()
 
     def draw(*_):

@@ -1,4 +1,4 @@
-"""The report in a browser: nothing is fetched, nothing fails, tables sort, nothing is wider than the window."""
+"""The report in a browser: it fetches nothing, no script fails, tables sort, nothing is wider than the window."""
 
 import json
 import re
@@ -52,7 +52,7 @@ def pages(tmp_path_factory):
 
 
 def browse(page, folder, *options, width=1400):
-    """The page after its scripts, and what the browser logged."""
+    """The page after its scripts, and the browser's log."""
     log = folder / "net.json"
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
     command += ["--enable-logging=stderr", f"--log-net-log={log}", f"--window-size={width},1200", *options]

@@ -1,6 +1,7 @@
-"""A resume after the config or the data changed: this run's values win, or one error says what to do."""
+"""A resume after changes of config or data: the new values win, or one error gives the fix."""
 
 import contextlib
+import copy
 import json
 import shutil
 import sys
@@ -12,7 +13,7 @@ from cluster_task import become_a_task
 from conftest import other_detectors_are_slow, reports
 from test_resume import assert_same_bits, final_state
 from test_switches import small
-from tiny_models import FROZEN, trial_classes
+from tiny_models import TINY_DETECTORS, trial_classes
 from torch import nn
 
 from shared import launch
@@ -35,12 +36,12 @@ def config(detector, shapes):
 
 @pytest.fixture
 def tiny(shapes):
-    """The same of EfficientDet alone, without averaged weights."""
+    """The same for EfficientDet alone, without averaged weights."""
     return of_length(4, small("efficientdet", shapes), "efficientdet")
 
 
 def of_length(batches, config, detector=None, **hyperparameters):
-    """Trains for so many batches."""
+    """The config with a length of `batches` batches."""
     config["searcher"]["max_length"] = {"batches": batches}
     config["hyperparameters"].update(hyperparameters)
     if detector == "efficientdet":
@@ -54,12 +55,9 @@ def efficientdet():
     return trial_classes()["efficientdet"]
 
 
-def overridden(detector, config, efficientdet, mmdetection, detectron2, detr=None):
+def override(config, changes):
     """Changes the detector's own part of the config."""
     own = config["hyperparameters"]
-    changes = {"efficientdet": efficientdet, "mmdetection": mmdetection, "detectron2": detectron2, "detr": detr}[
-        detector
-    ]
     own.get("config_overrides", own).update(changes)
 
 
@@ -82,26 +80,22 @@ def as_of_an_older_version(run):
 # --- averaged weights ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("detector", "switch"),
-    [
-        ("efficientdet", "model_ema_decay"),
-        ("mmdetection", "EMAHook"),
-        pytest.param("mmdetection", "model_ema_decay", marks=pytest.mark.slow),
-        pytest.param("detectron2", "model_ema_decay", marks=pytest.mark.slow),
-    ],
-    indirect=["detector"],
-)
-def test_averaging_switched_on_at_a_resume_starts_from_the_trained_weights(
-    detector, config, trial_class, train, switch
-):
+@other_detectors_are_slow
+def test_averaging_switched_on_at_a_resume_starts_from_the_trained_weights(config, trial_class, train):
+    switch = {"model_ema_decay": 0.99}
+    check_average(config, trial_class, train, switch, share=0.9)  # the first step of an average counts most
+
+
+@pytest.mark.parametrize("detector", ["mmdetection"], indirect=True)
+def test_a_hook_s_average_switched_on_at_a_resume_starts_from_them_too(config, trial_class, train):
+    overrides = config["hyperparameters"]["config_overrides"]
+    switch = {"config_overrides": {**overrides, "custom_hooks": [{"type": "EMAHook", "momentum": 0.02}]}}
+    check_average(config, trial_class, train, switch, share=0.02)
+
+
+def check_average(config, trial_class, train, switch, share):
     before = last(train(trial_class, config)).training_weights
-    if switch == "EMAHook":
-        config["hyperparameters"]["config_overrides"]["custom_hooks"] = [{"type": "EMAHook", "momentum": 0.02}]
-        share = 0.02
-    else:
-        config["hyperparameters"]["model_ema_decay"] = 0.99
-        share = 0.9  # the first step of an average counts most
+    config["hyperparameters"].update(switch)
     resumed = last(train(trial_class, of_length(5, config), resume="last"))
     trained = [name for name, _ in resumed.weights.items() if name.endswith("weight")]
     assert len(trained) > 10
@@ -152,7 +146,7 @@ def best_after(run):
     return read_checkpoint(run / "checkpoints/best").batches
 
 
-def test_best_is_that_of_the_metric_which_a_resume_names(tiny, scripted, train):
+def test_best_follows_the_metric_of_the_resume(tiny, scripted, train):
     tiny["min_validation_period"] = {"batches": 2}
     assert best_after(train(scripted, tiny)) == 2
     tiny["searcher"]["metric"] = "bbox_mAP_50"
@@ -161,7 +155,7 @@ def test_best_is_that_of_the_metric_which_a_resume_names(tiny, scripted, train):
     assert best_after(train(scripted, of_length(10, tiny), resume="last")) == 6
 
 
-def test_best_starts_anew_with_a_metric_that_was_not_reported_before(tiny, scripted, train):
+def test_best_starts_fresh_with_a_metric_that_was_not_reported_before(tiny, scripted, train):
     tiny["min_validation_period"] = {"batches": 2}
     assert best_after(train(scripted, tiny)) == 2
     tiny["searcher"].update(metric="val_loss", smaller_is_better=True)
@@ -179,7 +173,7 @@ def test_best_of_an_older_checkpoint_stays(tiny, scripted, train):
 
 
 def with_ids(config, ids, folder):
-    """The same annotations, exported again with other category ids."""
+    """The same annotations with other category ids."""
     for split in ("train", "val"):
         coco = json.loads(Path(config["data"][split]["annotations"]).read_text())
         new = {category["id"]: ids[category["name"]] for category in coco["categories"]}
@@ -218,7 +212,7 @@ def test_a_resume_with_other_ids_of_the_same_categories_continues(tiny, efficien
 
 @pytest.fixture
 def run_task(monkeypatch, tmp_path, efficientdet):
-    """Trains as a task of a cluster; its master."""
+    """Trains as a task of a cluster. Returns its master."""
 
     def call(config, **of_the_task):
         master = become_a_task(monkeypatch, tmp_path / "task", config, **of_the_task)
@@ -239,7 +233,7 @@ def run_task(monkeypatch, tmp_path, efficientdet):
         ("model", "holds the weights of another model"),
     ],
 )
-def test_a_task_of_a_cluster_refuses_such_a_checkpoint(tiny, run_task, tmp_path, caplog, changed, message):
+def test_a_cluster_s_task_refuses_an_incompatible_checkpoint(tiny, run_task, tmp_path, caplog, changed, message):
     master = run_task(tiny)
     if changed == "categories":
         names = [category["name"] for category in read_checkpoint(master.checkpoints[-1]).categories]
@@ -264,14 +258,7 @@ def rates(run):
 @other_detectors_are_slow
 def test_weight_decay_and_learning_rate_of_a_resume_win(detector, config, trial_class, train):
     train(trial_class, config)
-    overridden(
-        detector,
-        config,
-        {"weight_decay": 0.3, "lr": 0.0004},
-        {"optimizer.weight_decay": 0.3, "optimizer.lr": 0.004},
-        {"SOLVER.WEIGHT_DECAY": 0.3, "SOLVER.BASE_LR": 0.0004},
-        {"weight_decay": 0.3, "lr": 0.0004},
-    )
+    override(config, TINY_DETECTORS[detector].WEIGHT_DECAY_AND_RATE)
     whole = train(trial_class, of_length(8, config), "whole")
     run = train(trial_class, config, resume="last")
     assert {group["weight_decay"] for group in last(run).optimizer_groups} >= {0.3}
@@ -286,20 +273,11 @@ def test_weight_decay_and_learning_rate_of_a_resume_win(detector, config, trial_
 
 @other_detectors_are_slow
 def test_an_optimizer_that_cannot_take_the_state_is_refused(detector, config, trial_class, train):
-    if detector == "detr":
-        pytest.skip("AdamW is its only optimizer")
-    if detector == "detectron2":
-        config["hyperparameters"]["config_file"] = "configs/small_retinanet.py"
-        config["hyperparameters"]["config_overrides"] = {}
+    of_the_run, changes = TINY_DETECTORS[detector].OTHER_OPTIMIZER
+    config["hyperparameters"].update(copy.deepcopy(of_the_run))
     run = train(trial_class, config)
     saved = files_of(run)
-    overridden(
-        detector,
-        config,
-        {"opt": "sgd"},
-        {"optimizer": {"_delete_": True, "type": "AdamW", "lr": 0.001}},
-        {"optimizer._target_": "torch.optim.NAdam"},
-    )
+    override(config, changes)
     with pytest.raises(UserError) as error:
         train(trial_class, of_length(8, config), resume="last")
     assert str(error.value).startswith(trial_class.optimizer_key)
@@ -308,25 +286,18 @@ def test_an_optimizer_that_cannot_take_the_state_is_refused(detector, config, tr
     assert files_of(run) == saved
 
 
-@pytest.mark.parametrize("detector", ["detectron2"], indirect=True)
-def test_gradient_clipping_switched_on_at_a_resume_keeps_the_optimizer(config, trial_class, train):
-    train(trial_class, config)
-    config["hyperparameters"]["config_overrides"]["SOLVER.CLIP_GRADIENTS.ENABLED"] = True  # a class of its own
-    run = train(trial_class, of_length(6, config), resume="last")
-    assert last(run).batches == 6
-
-
 @other_detectors_are_slow
 def test_parts_frozen_at_a_resume_stay_and_the_rest_keeps_its_momentum(detector, config, trial_class, train):
     before = last(train(trial_class, config)).training_weights
-    config["hyperparameters"]["freeze"] = [FROZEN[detector]]
+    frozen = TINY_DETECTORS[detector].FROZEN
+    config["hyperparameters"]["freeze"] = [frozen]
     after = last(train(trial_class, of_length(6, config), resume="last")).training_weights
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
-    assert not [name for name in changed if FROZEN[detector] in name]
+    assert not [name for name in changed if frozen in name]
     del config["hyperparameters"]["freeze"]
     thawed = last(train(trial_class, of_length(8, config), resume="last")).training_weights
-    assert [name for name in thawed if FROZEN[detector] in name and not torch.equal(thawed[name], after[name])]
+    assert [name for name in thawed if frozen in name and not torch.equal(thawed[name], after[name])]
 
 
 def test_the_state_of_each_parameter_goes_to_the_same_parameter():
@@ -351,7 +322,7 @@ def test_the_state_of_each_parameter_goes_to_the_same_parameter():
     assert [(group["weight_decay"], group["lr"]) for group in parts.param_groups] == [(0.3, 0.05), (0.01, 0.05)]
 
 
-def test_what_training_changed_continues_and_what_the_config_changed_wins():
+def test_trained_values_continue_and_changed_config_values_win():
     scale = {"scale": 65536.0, "growth_interval": 2000}
     saved = {"scale": 512.0, "growth_interval": 2000, "_growth_tracker": 7}
     assert merged(scale, scale, saved) == saved
@@ -411,7 +382,7 @@ def test_a_length_that_the_checkpoint_is_past_is_refused(tiny, efficientdet, tra
         train(efficientdet, of_length(2, tiny), resume="last")
 
 
-def test_another_batch_size_continues_and_says_what_becomes_of_epochs(tiny, efficientdet, train, caplog):
+def test_another_batch_size_continues_and_logs_the_new_epochs(tiny, efficientdet, train, caplog):
     train(efficientdet, tiny)
     tiny["optimizations"] = {"aggregation_frequency": 2}
     run = train(efficientdet, of_length(8, tiny, global_batch_size=2), resume="last")

@@ -1,4 +1,4 @@
-"""`--store`: a run's copy in a bucket or on another disk, and what is left of it after each fault."""
+"""`--store`: a run's copy in a bucket or on another disk, after each kind of fault."""
 
 import hashlib
 import itertools
@@ -16,8 +16,8 @@ from without_figures import leave_out_figures
 from shared.commands.train import train_locally
 from shared.config.schema import StoreOptions
 from shared.data import remote
-from shared.data.places import FolderPlace, open_place
 from shared.data.remote import StoreError
+from shared.data.storage import FolderPlace, open_place
 from shared.errors import UserError
 from shared.training.downloads import find_checkpoint
 from shared.training.run_folder import RunFolder
@@ -60,7 +60,7 @@ def config(shapes):
 
 @pytest.fixture(scope="module")
 def whole(shapes, tmp_path_factory):
-    """The folder of the same run, never stopped and without a store."""
+    """The folder of the same run, uninterrupted and without a store."""
     from model_def import EfficientDetTrial
 
     folder = tmp_path_factory.mktemp("whole")
@@ -84,7 +84,7 @@ def crash_after(trial_class, number, before_crash=lambda: None):
 
 
 def numbers(run):
-    """All that a run reported, without its timings."""
+    """All numbers that a run reported, without timings."""
     return [
         {**report, "metrics": {key: value for key, value in report["metrics"].items() if key not in TIMINGS}}
         for report in reports(run)
@@ -135,7 +135,7 @@ def test_a_fresh_machine_continues_from_a_bucket_with_faults(train, trial_class,
 
 @pytest.mark.slow
 def test_a_store_that_is_cut_off_in_a_save_delays_nothing(train, trial_class, config, whole, s3, caplog):
-    """It is away for 20 s, more than twice the time for which one request is repeated."""
+    """The store is away for 20 s, more than twice the time that one request is repeated."""
     cut_off, was_away = [], []
 
     def is_away():
@@ -249,7 +249,7 @@ class Killed(Exception):
 
 
 class CutOff(FolderPlace):
-    """A disk that fails for ever after a number of writes and deletions."""
+    """A disk that fails after a number of writes and deletions."""
 
     def __init__(self, root, left, error):
         super().__init__(root)
@@ -273,7 +273,7 @@ class CutOff(FolderPlace):
         super().delete(folder)
 
 
-def test_a_run_killed_at_any_write_to_its_store_leaves_complete_checkpoints(tmp_path):
+def test_a_kill_at_any_write_to_a_store_leaves_complete_checkpoints(tmp_path):
     seen = set()
     for number in range(1, 40):
         root = tmp_path / f"store_{number}"
@@ -290,7 +290,7 @@ def test_a_run_killed_at_any_write_to_its_store_leaves_complete_checkpoints(tmp_
     assert seen == {(), (("best", 4), ("last", 4)), (("best", 4), ("last", 8))}
 
 
-def test_what_a_killed_upload_left_is_deleted_by_the_next_start(tmp_path):
+def test_the_next_start_deletes_what_a_killed_upload_left(tmp_path):
     place = FolderPlace(tmp_path / "store")
     folder = RunFolder(tmp_path / "a")
     train_and_store(place, folder)

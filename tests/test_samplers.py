@@ -1,4 +1,4 @@
-"""Which images make up which batch."""
+"""The choice of the images in each batch."""
 
 import json
 import tracemalloc
@@ -54,7 +54,7 @@ def test_slots_share_each_global_batch_of_one_slot():
 
 
 @pytest.mark.parametrize("first_batch", [1, 4, 5, 13])
-def test_it_goes_on_where_it_was(first_batch):
+def test_a_sampler_continues_where_it_stopped(first_batch):
     arguments = {"groups": np.zeros(19), "per_slot_batch_size": 2, "seed": 7, "rank": 1, "slots": 2}
     everything = first_batches(20, **arguments)
     assert first_batches(20 - first_batch, **arguments, first_batch=first_batch) == everything[first_batch:]
@@ -87,7 +87,7 @@ def test_batches_of_one_aspect_are_shared_by_the_slots_and_resumed():
 
 
 def rare(images=200, seed=0):
-    """Labels of each image, some of them rare, several objects of one, and images without any."""
+    """Labels of each image: some rare, some repeated, and images without any."""
     generator = np.random.default_rng(seed)
     return [
         generator.choice(6, generator.integers(0, 5), p=[0.5, 0.3, 0.14, 0.04, 0.015, 0.005]) for _ in range(images)
@@ -211,7 +211,7 @@ def test_a_config_that_repeats_images_itself_is_refused_with_a_threshold(detecto
     config = CONFIGS[detector](shapes, **OWN[detector])
     config["data"].update(workers=0, repeat_threshold=0.5)
     with pytest.raises(
-        UserError, match=r"data.repeat_threshold: the .*onfig repeats images itself, by .*; take one of"
+        UserError, match=r"data.repeat_threshold: the .*onfig repeats images itself, by .*; Fix: remove one"
     ):
         train(trial_classes()[detector], config)
 

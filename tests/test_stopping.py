@@ -1,4 +1,4 @@
-"""Signals and hostile checkpoints: what a run leaves, and that it goes on from there."""
+"""Signals and hostile checkpoints: the files that a run leaves, and its continuation."""
 
 import json
 import multiprocessing
@@ -16,15 +16,14 @@ from determined.core import DistributedContext
 from test_resume import assert_same_bits, final_state
 from tiny_models import efficientdet_config
 
+from shared.environment import STOP_SIGNALS
 from shared.errors import UserError
-from shared.launchers import STOP_SIGNALS
 from shared.training import training_metrics
 from shared.training.checkpoints import read_checkpoint
-from shared.training.signals import StopSignals, begin_worker
-from shared.training.stopping import Stopping
+from shared.training.stopping import Stopping, StopSignals, begin_worker
 
 
-def test_ctrl_c_to_the_whole_group_ends_the_run_after_the_batch(run_config, tmp_path):
+def test_ctrl_c_to_the_process_group_stops_the_run_after_the_batch(run_config, tmp_path):
     length = {"searcher__max_length": {"batches": 4000}, "min_validation_period": {"batches": 4000}}
     config, run = run_config(**length), tmp_path / "run"
     process = start_run(config, run)
@@ -99,7 +98,7 @@ def without_times(lines):
 
 @pytest.fixture(scope="module")
 def whole(shapes, tmp_path_factory):
-    """A run that is never stopped; and its config."""
+    """An uninterrupted run; and its config."""
     config = efficientdet_config(shapes)
     config["data"]["workers"] = 0
     config["scheduling_unit"] = 3  # some stops cut a report short
@@ -181,7 +180,7 @@ def test_a_signal_before_the_training_leaves_the_folder_free(shapes, train, tria
     assert reports(tmp_path / "run")[-1]["batches"] == 12
 
 
-def test_a_signal_in_the_last_save_changes_nothing_any_more(whole, train, trial_class, tmp_path):
+def test_a_signal_in_the_last_save_changes_nothing(whole, train, trial_class, tmp_path):
     config, unstopped = whole
 
     class Signalled(trial_class):
@@ -195,7 +194,7 @@ def test_a_signal_in_the_last_save_changes_nothing_any_more(whole, train, trial_
     assert without_times(reports(run)) == without_times(reports(unstopped))
 
 
-# a model_def.py of which one rank is sent a signal in a phase
+# a model_def.py in which one rank gets a signal in a phase
 ONE_RANK = """
 import os, sys
 sys.path[:0] = [os.getcwd(), os.environ["TESTS"]]
@@ -209,7 +208,7 @@ main(signalled(model_def.EfficientDetTrial, os.environ["PHASE"]) if rank == 1 el
 
 @pytest.fixture
 def signalled_run(run_config, tmp_path):
-    """The config and folder of a run of two processes, one of which is sent a signal in a phase."""
+    """A run of two processes. One gets a signal in a phase. Returns its config and folder."""
 
     def train(phase):
         script = tmp_path / "signalled.py"
@@ -283,7 +282,7 @@ def test_the_processes_of_a_torchrun_that_a_signal_kills_save_and_stop(run_confi
 
 @pytest.fixture
 def hangup_is_ignored():
-    """As `nohup` starts a program."""
+    """Ignores SIGHUP, as `nohup` does."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -347,7 +346,7 @@ def test_two_runs_never_work_in_one_folder_at_once(shapes, train, trial_class, t
 
 
 class Hostile:
-    """A pickle that makes a file where it is loaded."""
+    """A pickle that makes a file when it is loaded."""
 
     def __init__(self, trace):
         self.trace = trace

@@ -1,4 +1,4 @@
-"""The switches of `hyperparameters` that every detector has: precision, memory format, averages, clipping, freezing."""
+"""The hyperparameters that every detector has: precision, memory format, averages, clipping, freezing."""
 
 import copy
 import sys
@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import WITHOUT_LIBRARY, other_detectors_are_slow, reports
 from test_resume import assert_same_bits, final_state
-from tiny_models import CONFIGS, EFFICIENTDET, FROZEN, SMALL_RATES, trial_classes
+from tiny_models import CONFIGS, EFFICIENTDET, TINY_DETECTORS, trial_classes
 from torch import nn
 
 from shared.errors import UserError
@@ -29,14 +29,14 @@ def small(detector: str, shapes, **hyperparameters) -> dict:
     """A run of 12 batches without workers, at a small learning rate."""
     config = CONFIGS[detector](shapes)
     own = config["hyperparameters"]
-    own.get("config_overrides", own).update(SMALL_RATES[detector])
+    own.get("config_overrides", own).update(TINY_DETECTORS[detector].SMALL_RATE)
     own.update(hyperparameters)
     config["data"]["workers"] = 0
     return config
 
 
 def draw_no_regions(detector: str, config: dict) -> None:
-    """Those that Detectron2 draws at random are others with any rounding."""
+    """Removes Detectron2's random choice of regions, which depends on rounding."""
     if detector == "detectron2":
         config["hyperparameters"]["config_file"] = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 
@@ -132,7 +132,7 @@ def test_channels_last_changes_the_memory_alone(detector, config, trial_class, t
 
 def test_frozen_parts_and_their_statistics_stay_and_the_rest_is_trained(detector, config, trial_class, train, caplog):
     caplog.set_level("INFO")
-    config["hyperparameters"].update(freeze=[FROZEN[detector]], clip_grad=1.0)
+    config["hyperparameters"].update(freeze=[TINY_DETECTORS[detector].FROZEN], clip_grad=1.0)
     config["searcher"]["max_length"] = {"batches": 4}
     initial = {}
 
@@ -145,20 +145,20 @@ def test_frozen_parts_and_their_statistics_stay_and_the_rest_is_trained(detector
     Watched.__module__ = trial_class.__module__
     trained = read_checkpoint(train(Watched, config) / "checkpoints/last").training_weights
     changed = {name for name in trained if not torch.equal(trained[name], initial[name])}
-    frozen = {name for name in trained if FROZEN[detector] in name}
+    frozen = {name for name in trained if TINY_DETECTORS[detector].FROZEN in name}
     assert len(frozen) > 10
     assert any("running_mean" in name for name in frozen)
     assert not changed & frozen
     assert any("running_mean" in name for name in changed)
     assert any("weight" in name for name in changed)
-    assert f"{FROZEN[detector]}; " in caplog.text
+    assert f"{TINY_DETECTORS[detector].FROZEN}; " in caplog.text
     assert "parameters are trained" in caplog.text
 
 
 @other_detectors_are_slow
 def test_a_run_with_every_switch_resumes_to_the_same_bits(detector, shapes, trial_class, train, crash_and_resume):
     switches = {"amp": "bf16", "channels_last": True, "model_ema_decay": 0.9, "clip_grad": 1.0}
-    config = small(detector, shapes, freeze=[FROZEN[detector]], **switches)
+    config = small(detector, shapes, freeze=[TINY_DETECTORS[detector].FROZEN], **switches)
     config["searcher"]["max_length"], config["min_checkpoint_period"] = {"batches": 4}, {"batches": 2}
     whole = train(trial_class, config, "whole")
     resumed = crash_and_resume(trial_class, config, 2)
@@ -198,7 +198,7 @@ def test_the_average_is_the_formula_s_with_a_decay_that_warms_up():
     assert not average.module.training
 
 
-def test_what_a_model_holds_anew_is_averaged_too():
+def test_reassigned_buffers_and_shared_modules_are_averaged_too():
     """A buffer that a module sets in each step, and a module under two names."""
     model = nn.Sequential(nn.BatchNorm1d(2))
     model.again = model[0]
@@ -240,11 +240,11 @@ def test_freeze_names_modules_and_parameters_by_their_whole_names():
     ("message", "names"),
     {
         "the model has no part 'bakbone'; did you mean 'backbone'": ["bakbone"],
-        "the model has no part 'zzz'; its parts are backbone, backbone_norm, head": ["zzz"],
+        "the model has no part 'zzz'. Fix: name one of its parts: backbone, backbone_norm, head": ["zzz"],
         "backbone, backbone_norm, head is the whole model": ["backbone", "backbone_norm", "head"],
     }.items(),
 )
-def test_what_cannot_be_frozen_is_an_error_that_names_the_parts(message, names):
+def test_an_unknown_part_to_freeze_is_an_error_that_names_the_parts(message, names):
     with pytest.raises(UserError, match=message):
         freeze(parts(), names)
 
@@ -288,7 +288,7 @@ def test_what_cannot_be_frozen_is_an_error_that_names_the_parts(message, names):
     ],
     indirect=["detector"],
 )
-def test_a_switch_that_the_library_s_config_says_otherwise_is_an_error(
+def test_a_switch_that_contradicts_the_library_s_config_is_an_error(
     detector, shapes, train, trial_class, hyperparameters, overrides, message
 ):
     config = CONFIGS[detector](shapes, **overrides)
@@ -331,7 +331,7 @@ def test_sync_bn_of_several_processes_without_gpus_is_refused(config, trial_clas
     [
         ("clip_grad", 0.0, "hyperparameters.clip_grad: it is 0. Fix: give a number > 0"),
         ("model_ema_decay", 1.0, r"hyperparameters.model_ema_decay: it is 1. Fix: give a number < 1"),
-        ("amp", "bf8", "hyperparameters.amp: 'bf8' is none of bf16, fp16, null"),
+        ("amp", "bf8", "hyperparameters.amp: 'bf8' is unknown. Fix: use one of bf16, fp16, null"),
     ],
 )
 def test_a_switch_of_a_wrong_value_is_an_error_that_names_it(config, trial_class, train, key, value, message):

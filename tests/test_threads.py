@@ -1,4 +1,4 @@
-"""OpenMP's threads sleep while they wait, and are no more than the cores, unless the user says otherwise."""
+"""OpenMP's waiting threads sleep, and are at most as many as the cores, unless the user sets otherwise."""
 
 import os
 import re
@@ -14,14 +14,14 @@ from shared import environment
 
 @pytest.fixture
 def nothing_said(monkeypatch):
-    """As where the user says nothing of threads, and one process runs on the machine."""
+    """No settings of threads by the user, and one process on the machine."""
     for name in (*environment.WAITING, *environment.COUNTS, "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_DISPLAY_ENV", "VERBOSE")
 
 
 def spins(stderr: str) -> set[str]:
-    """How often a thread that waits looks before it sleeps, as GNU's OpenMP tells when it is loaded."""
+    """How often a waiting thread looks before it sleeps, as GNU's OpenMP reports it."""
     return set(re.findall(r"GOMP_SPINCOUNT *= *'(\d+)'", stderr))
 
 
@@ -37,7 +37,7 @@ def test_every_model_def_reads_the_command_line_before_it_loads_torch(model_def,
 @pytest.mark.parametrize(
     ("name", "value", "expected"), [("OMP_WAIT_POLICY", "ACTIVE", "30000000000"), ("GOMP_SPINCOUNT", "5000", "5000")]
 )
-def test_what_the_user_says_of_waiting_stays(name, value, expected, nothing_said):
+def test_the_user_s_own_wait_policy_stays(name, value, expected, nothing_said):
     command = [sys.executable, "-c", "from shared.environment import prepare_process; prepare_process(); import torch"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, name: value}, capture_output=True, text=True)
     assert spins(done.stderr) == {expected}, done.stderr

@@ -1,4 +1,4 @@
-"""`--tiles`: large images are detected in parts, and the parts' detections become those of the image."""
+"""`--tiles`: detections in parts of large images become the image's detections."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ class Hyperparameters(TrainingHyperparameters):
 
 
 class FindsWhite(DetectionTrial):
-    """Finds each white rectangle in what it is shown, cut off where the tile cuts it, with its mask and its middle."""
+    """Finds each white rectangle, cut off where the tile cuts it, with its mask and its center."""
 
     hyperparameters_class = Hyperparameters
     pretrained_categories = ({"id": 7, "name": "rectangle"},)
@@ -62,7 +62,7 @@ class FindsWhite(DetectionTrial):
         boxes = [[x.start, y.start, x.stop, y.stop] for y, x in slices]
         masks = encode_masks([parts == i + 1 for i in range(count)])
         middles = [[[(x1 + x2 - 1) / 2, (y1 + y2 - 1) / 2, 1]] for x1, y1, x2, y2 in boxes]
-        # what is seen in part looks no less sure
+        # partial objects have no lower score
         sizes = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in boxes]
         scores = [0.9 - 0.3 * size / (size + 1000) for size in sizes]
         keypoints = np.reshape(middles, (count, 1, 3))
@@ -102,7 +102,7 @@ def scene(tmp_path):
 
 @pytest.fixture
 def detected(scene):
-    """`predict --tiles`; the results."""
+    """Results of `predict --tiles`."""
 
     def call(batch_size=2, images="images/scene.png", output="out", **arguments):
         FindsWhite.shown = ()
@@ -177,7 +177,7 @@ def test_an_image_that_cannot_be_read_is_skipped_once(scene, detected, caplog):
 
 
 def test_a_large_tiff_is_read_by_windows_alone(scene, detected):
-    """Pillow would refuse it: the limit is lowered here instead of writing gigabytes."""
+    """The test lowers Pillow's limit instead of writing gigabytes."""
     rasterio = pytest.importorskip("rasterio")
     pixels = np.zeros((1000, 5000, 3), np.uint8)
     pixels[100:140, 1000:1060] = 255

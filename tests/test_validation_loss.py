@@ -1,27 +1,20 @@
-"""The training's losses on the validation images: `hyperparameters.validation_loss`, of each detector."""
+"""`hyperparameters.validation_loss` of each detector: the training losses on the validation images."""
 
 import json
 import math
 import os
 import signal
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, reports, run_model_def
-from PIL import Image
+from conftest import ROOT, other_detectors_are_slow, reports, run_model_def
 from test_resume import assert_same_bits, final_state
-from tiny_models import CONFIGS, trial_classes
+from tiny_models import CONFIGS, TINY_DETECTORS, trial_classes
 
-from shared.data.dataset import seed_all
 from shared.errors import UserError
 from shared.training.checkpoints import read_checkpoint
 from shared.training.validation import giving_losses
-
-# with losses of a state of their own (Detectron2's) and of random samples (Mask R-CNN's)
-RETINANET = {"mmdetection": "retinanet/retinanet_r50_fpn_1x_coco.py"}
-RETINANET["detectron2"] = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 
 
 def config_of(detector, shapes, *arguments, batches=2, **hyperparameters):
@@ -34,17 +27,19 @@ def config_of(detector, shapes, *arguments, batches=2, **hyperparameters):
 
 
 def retinanet_of(detector, shapes, **changes):
-    return config_of(detector, shapes, *([RETINANET[detector]] if detector in RETINANET else []), **changes)
+    """With losses of a state of their own (Detectron2's) and without random samples (Mask R-CNN's)."""
+    config_file = getattr(TINY_DETECTORS[detector], "RETINANET", None)
+    return config_of(detector, shapes, *([config_file] if config_file else []), **changes)
 
 
 def of_module(trial_class, **members):
-    """A subclass that is found where its checkpoints say that it is."""
+    """A subclass in the module that its checkpoints name."""
     return type(trial_class.__name__, (trial_class,), {"__module__": trial_class.__module__, **members})
 
 
 @pytest.fixture
 def odd_val(shapes, tmp_path):
-    """A validation set of 7 images, one of which has no annotations; and the ids of the others."""
+    """A validation set of 7 images, one without annotations; and the ids of the others."""
     coco = json.loads((shapes / "annotations/val.json").read_text())
     coco["images"] = coco["images"][:7]
     ids = [image["id"] for image in coco["images"]]
@@ -52,103 +47,6 @@ def odd_val(shapes, tmp_path):
     path = tmp_path / "odd.json"
     path.write_text(json.dumps(coco))
     return path, ids[:2] + ids[3:]
-
-
-def efficientdet_s_losses(trial, path, images):
-    """effdet's training bench, which labels anchors and gives losses in an evaluation too."""
-    from effdet.bench import DetBenchTrain
-
-    bench = DetBenchTrain(trial.evaluation_model.model).eval()
-    coco = json.loads(path.read_text())
-    for image in coco["images"]:
-        scale = 192 / 128  # of the input over the images
-        pixels = np.asarray(Image.open(images / image["file_name"]).resize((192, 192), Image.Resampling.BICUBIC))
-        of_image = [a for a in coco["annotations"] if a["image_id"] == image["id"] and not a["iscrowd"]]
-        boxes = np.array([a["bbox"] for a in of_image], dtype=np.float32).reshape(-1, 4) * scale
-        corners = np.stack([boxes[:, 1], boxes[:, 0], boxes[:, 1] + boxes[:, 3], boxes[:, 0] + boxes[:, 2]], axis=1)
-        target = {
-            "bbox": [torch.tensor(corners.clip(0, 192))],
-            "cls": [torch.tensor([a["category_id"] for a in of_image])],  # the shapes' ids are 1, 2, 3
-            "img_scale": torch.tensor([1 / scale]),
-            "img_size": torch.tensor([[128, 128]]),
-        }
-        inputs = (torch.tensor(pixels).permute(2, 0, 1).float() - trial.mean[0]) / trial.std[0]
-        losses = bench(inputs[None], target)
-        yield {name: losses[name].item() for name in ("loss", "class_loss", "box_loss")}
-
-
-def mmdetection_s_losses(trial, path, images):
-    """mmdet's own data set with a pipeline that augments nothing, and its own step."""
-    from mmcv.parallel import collate
-    from mmdet.datasets import build_dataset
-
-    norm = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], "to_rgb": True}
-    pipeline = [
-        {"type": "LoadImageFromFile"},
-        {"type": "LoadAnnotations", "with_bbox": True},
-        {"type": "Resize", "img_scale": (128, 128), "keep_ratio": True},
-        {"type": "RandomFlip", "flip_ratio": 0.0},
-        {"type": "Normalize", **norm},
-        {"type": "Pad", "size_divisor": 32},
-        {"type": "DefaultFormatBundle"},
-        {"type": "Collect", "keys": ["img", "gt_bboxes", "gt_labels"]},
-    ]
-    classes = [category["name"] for category in trial.categories]
-    section = {"type": "CocoDataset", "ann_file": str(path), "img_prefix": str(images), "classes": classes}
-    for sample in build_dataset({**section, "pipeline": pipeline}):
-        inputs = {key: value.data[0] for key, value in collate([sample], samples_per_gpu=1).items()}
-        yield trial.evaluation_model.eval().train_step(inputs, None)["log_vars"]
-
-
-def detectron2_s_losses(trial, path, images):
-    """Detectron2's own loader and mapper, and its model as it trains, but for batch norm."""
-    from detectron2.config import get_cfg
-    from detectron2.data import DatasetMapper
-    from detectron2.data import transforms as T
-    from detectron2.data.datasets import load_coco_json
-    from detectron2.utils.events import EventStorage
-
-    state = dict(vars(trial.evaluation_model))
-    mapper = DatasetMapper(get_cfg(), is_train=True, augmentations=[T.ResizeShortestEdge(128, 1333)])
-    for of_image in load_coco_json(str(path), str(images), "by_hand"):  # a name, for labels from 0
-        if not of_image["annotations"]:
-            continue
-        vars(trial.evaluation_model).update(state)  # its loss is over a running mean of what was seen before
-        trial.evaluation_model.train()
-        for module in trial.evaluation_model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.eval()
-        with EventStorage():
-            losses = {name: value.item() for name, value in trial.evaluation_model([mapper(of_image)]).items()}
-        yield {**losses, "loss": sum(losses.values())}
-
-
-def detr_s_losses(trial, path, images):
-    """transformers' image processor with annotations, and its model as it trains, but for batch norm."""
-    model = trial.evaluation_model.detector.train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.eval()
-    coco = json.loads(path.read_text())
-    for image in coco["images"]:
-        of_image = [
-            {**a, "category_id": a["category_id"] - 1} for a in coco["annotations"] if a["image_id"] == image["id"]
-        ]
-        pixels = Image.open(images / image["file_name"]).convert("RGB")
-        target = {"image_id": image["id"], "annotations": of_image}
-        inputs = trial.processor(images=pixels, annotations=target, return_tensors="pt")
-        seed_all(trial.seed, image["id"], 3)  # the noise of its denoising queries
-        outputs = model(pixel_values=inputs["pixel_values"], labels=inputs["labels"])
-        terms = ("loss_vfl", "loss_bbox", "loss_giou")
-        yield {"loss": outputs.loss.item(), **{name: outputs.loss_dict[name].item() for name in terms}}
-
-
-BY_HAND = {
-    "efficientdet": efficientdet_s_losses,
-    "mmdetection": mmdetection_s_losses,
-    "detectron2": detectron2_s_losses,
-    "detr": detr_s_losses,
-}
 
 
 def test_it_is_the_mean_over_images_of_the_library_s_own_losses(detector, shapes, train, odd_val):
@@ -161,9 +59,9 @@ def test_it_is_the_mean_over_images_of_the_library_s_own_losses(detector, shapes
         config,
     )
     with torch.no_grad():
-        of_images = list(BY_HAND[detector](started[0], odd_val[0], shapes / "val"))
+        of_images = list(TINY_DETECTORS[detector].losses_by_hand(started[0], odd_val[0], shapes / "val"))
     # the others do not train on images without objects
-    assert len(of_images) == (7 if detector in ("efficientdet", "detr") else 6)
+    assert len(of_images) == (7 if hasattr(TINY_DETECTORS[detector], "TRAINS_WITHOUT_OBJECTS") else 6)
     (reported,) = reports(run, "val")
     found = {name: value for name, value in reported["metrics"].items() if name.startswith("val_")}
     means = {f"val_{name}": sum(losses[name] for losses in of_images) / len(of_images) for name in of_images[0]}
@@ -191,16 +89,9 @@ def test_it_is_the_same_in_two_processes_and_with_loader_workers(detector, shape
     assert all(math.isfinite(value) for value in alone.values())
 
 
-@pytest.mark.parametrize(
-    ("detector", "make"),
-    [
-        ("efficientdet", config_of),
-        pytest.param("mmdetection", config_of, marks=pytest.mark.slow),
-        pytest.param("detectron2", retinanet_of, marks=pytest.mark.slow),
-    ],
-    indirect=["detector"],
-)
-def test_what_is_trained_is_the_same_bits_without_it(detector, make, shapes, train):
+@other_detectors_are_slow
+def test_training_is_bit_for_bit_the_same_without_validation_loss(detector, shapes, train):
+    make = retinanet_of if detector == "detectron2" else config_of
     runs = []
     for validates in (True, False):
         config = make(detector, shapes)
@@ -280,31 +171,31 @@ def test_a_library_without_validation_losses_is_an_early_error(shapes, train):
         train(of_module(trial_class, image_losses=image_losses), config_of("efficientdet", shapes))
 
 
-def test_as_the_searcher_s_metric_it_asks_for_the_hyperparameter(refused, run_config, tmp_path):
+def test_val_loss_as_searcher_metric_needs_the_hyperparameter(refused, run_config, tmp_path):
     metric = ("--set", "searcher.metric=val_loss", "--set", "searcher.smaller_is_better=true")
     line = refused("train", run_config(), "--output-dir", tmp_path / "run", *metric)
-    assert "'val_loss' is not reported; hyperparameters.validation_loss: true" in line
+    assert "'val_loss' is not reported. Fix: hyperparameters.validation_loss: true" in line
 
 
 @pytest.mark.parametrize(
     ("detector", "config_file"),
     [
-        ("mmdetection", "rpn/rpn_r50_fpn_1x_coco.py"),
-        ("mmdetection", "cornernet/cornernet_hourglass104_mstest_32x3_210e_coco.py"),
-        ("detectron2", "Misc/semantic_R_50_FPN_1x.yaml"),
+        (name, config_file)
+        for name, tiny in TINY_DETECTORS.items()
+        for config_file in getattr(tiny, "WITHOUT_VALIDATION_LOSS", [])
     ],
     indirect=["detector"],
 )
-def test_where_it_cannot_be_had_one_line_says_so_before_the_training(detector, config_file, shapes, train):
+def test_an_unavailable_validation_loss_is_one_line_before_training(detector, config_file, shapes, train):
     config = config_of(detector, shapes, config_file)
     if "cornernet" in config_file:
-        # of the size alone: what is refused is the pipeline
+        # of the size alone: the error is about the pipeline
         config["hyperparameters"]["config_overrides"] = {
             "model.backbone.num_stacks": 1,
             "model.backbone.init_cfg": None,
         }
         config["hyperparameters"]["config_overrides"].update({"model.bbox_head.num_feat_levels": 1})
-    with pytest.raises(UserError, match=r"^hyperparameters\.validation_loss: .*(leave it out|Fix: (omit|remove))"):
+    with pytest.raises(UserError, match=r"^hyperparameters\.validation_loss: .*Fix: (omit|remove)"):
         train(trial_classes()[detector], config)
 
 

@@ -16,7 +16,7 @@ PICTURES, SIZE = 4, 128
 
 
 def write_pictures(folder: Path) -> list[list[dict[str, Any]]]:
-    """`folder/000000.jpg` on; returns each one's annotations, of classes 1 to 3, without crowds."""
+    """Writes `folder/000000.jpg` and more. Returns the annotations of each, with classes 1 to 3, without crowds."""
     folder.mkdir(parents=True, exist_ok=True)
     annotations = []
     for index in range(PICTURES):
@@ -27,7 +27,7 @@ def write_pictures(folder: Path) -> list[list[dict[str, Any]]]:
 
 
 def coco(names: Sequence[str], annotations: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """COCO's file, for instances, with what Cityscapes' has beside it."""
+    """COCO's instances file, with Cityscapes' extra keys."""
     images = [
         {"id": i + 1, "file_name": f"{i:06d}.jpg", "height": SIZE, "width": SIZE, "segm_file": f"{i:06d}.png"}
         for i in range(len(annotations))
@@ -50,7 +50,7 @@ def write_coco(path: Path, names: Sequence[str], annotations: list[list[dict[str
 
 
 def write_semantic(folder: Path, classes: int = 3) -> None:
-    """A map of the classes, for each picture."""
+    """A class map for each picture."""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(PICTURES):
         map_ = np.arange(SIZE * SIZE, dtype=np.uint8).reshape(SIZE, SIZE) % classes
@@ -58,7 +58,7 @@ def write_semantic(folder: Path, classes: int = 3) -> None:
 
 
 def write_panoptic(path: Path, segments: Path, things: Sequence[str], stuff: Sequence[str]) -> None:
-    """COCO's panoptic file: each picture is half the first thing, half the first stuff."""
+    """COCO's panoptic file: half of each picture is the first thing, half the first stuff class."""
     segments.mkdir(parents=True, exist_ok=True)
     annotations = []
     for index in range(PICTURES):
@@ -80,7 +80,7 @@ def write_panoptic(path: Path, segments: Path, things: Sequence[str], stuff: Seq
 
 
 def write_xml(folder: Path, names: Sequence[str], image_folder: str) -> Path:
-    """Pascal VOC's and WIDER FACE's layout: returns the list of the pictures."""
+    """Pascal VOC's and WIDER FACE's layout. Returns the list of pictures."""
     annotations = write_pictures(folder / image_folder)
     (folder / "Annotations").mkdir()
     for index, of_image in enumerate(annotations):
@@ -102,7 +102,7 @@ def write_xml(folder: Path, names: Sequence[str], image_folder: str) -> Path:
 
 
 def write_open_images(folder: Path, classes: int, challenge: bool) -> dict[str, str]:
-    """Open Images' files, of its data set or its challenge: the arguments that name them."""
+    """Open Images' files, of the data set or the challenge. Returns the arguments that name them."""
     annotations = write_pictures(folder / "images")
     columns = "ImageID Source LabelName Confidence XMin XMax YMin YMax IsOccluded IsTruncated IsGroupOf IsDepiction"
     with (folder / "boxes.csv").open("w") as file:
@@ -140,6 +140,6 @@ def write_open_images(folder: Path, classes: int, challenge: bool) -> dict[str, 
 
 
 def write_proposals(path: Path) -> None:
-    """MMDetection's proposals: (n, 5) boxes and scores for each picture."""
+    """MMDetection's proposals: (n, 5) boxes and scores per picture."""
     proposals = np.array([[10, 10, 90, 90, 0.9], [20, 30, 60, 70, 0.8]], dtype=np.float32)
     path.write_bytes(pickle.dumps([proposals] * PICTURES))

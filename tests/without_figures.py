@@ -1,13 +1,13 @@
-"""Trainings without the report and the pictures, which take most of the time of so small a run."""
+"""Trainings without report and pictures, which take most of the time of such small runs."""
 
 from shared.commands import train
-from shared.training import tensorboard
+from shared.training import run
 
 
 def leave_out_figures(set_attribute=setattr):
-    """No report, no pictures of detections and labels, no figures. A test gives `monkeypatch.setattr`."""
-    set_attribute(tensorboard.ReportFigures, "draw", lambda *_: None)
-    set_attribute(tensorboard, "picture_of", lambda *_: None)
+    """Removes reports, pictures and figures. A test gives `monkeypatch.setattr`."""
+    set_attribute(run.ReportFigures, "draw", lambda *_: None)
+    set_attribute(run, "picture_of", lambda *_: None)
     set_attribute(train, "picture_of", lambda *_: None)
     set_attribute(train, "save_page", lambda *_, **__: None)
     set_attribute(train.Results, "write_report", lambda *_: None)

@@ -11,7 +11,7 @@ from fvcore.nn import sigmoid_focal_loss
 from torch import nn
 from torch.nn import functional as F
 
-from shared.training.class_weights import refused, weights_of
+from shared.training.switches import no_class_weights, weights_of
 
 
 def weigh_categories(model: nn.Module, weights: torch.Tensor) -> None:
@@ -25,10 +25,10 @@ def weigh_categories(model: nn.Module, weights: torch.Tensor) -> None:
     """
     heads = [module for module in model.modules() if isinstance(module, (FastRCNNOutputLayers, RetinaNet))]
     if not heads:
-        raise refused(f"the loss of {type(model).__name__}")
+        raise no_class_weights(f"the loss of {type(model).__name__}")
     for head in heads:
         if getattr(head, "use_fed_loss", False):
-            raise refused("the federated loss (use_fed_loss) of the config")
+            raise no_class_weights("the federated loss (use_fed_loss) of the config")
         mixin = _WeightedBoxHead if isinstance(head, FastRCNNOutputLayers) else _WeightedRetinaNet
         # the name stays: what a class keeps in plain attributes is looked up by it
         head.__class__ = type(type(head).__name__, (mixin, type(head)), {"__module__": type(head).__module__})

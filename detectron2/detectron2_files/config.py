@@ -15,7 +15,7 @@ from shared.config.file import flattened
 from shared.errors import UserError
 from shared.library import find_library_config, import_custom_modules
 
-# what a zoo config says of COCO's things, and of its stuff in panoptic segmentation
+# the class counts of zoo configs: COCO's things, and its stuff in panoptic segmentation
 COCO_CLASSES, COCO_STUFF_CLASSES = 80, 54
 
 
@@ -51,7 +51,7 @@ def config_of_checkpoint(checkpoint: Path) -> Path:
     for name in (YamlConfig.resolved_name, LazyConfigFile.resolved_name):
         if (checkpoint / name).is_file():
             return checkpoint / name
-    raise UserError(f"{checkpoint} holds no Detectron2 config; it is no checkpoint of detectron2/model_def.py")
+    raise UserError(f"{checkpoint} holds no Detectron2 config. Fix: give a checkpoint of detectron2/model_def.py")
 
 
 def set_class_counts(config: Detectron2Config, in_data: Mapping[str, int], overridden: Sequence[str]) -> None:
@@ -73,13 +73,13 @@ def set_class_counts(config: Detectron2Config, in_data: Mapping[str, int], overr
         if count == 0:
             raise UserError(
                 f"{key} is {stated}, and the data has no {kind}: semantic and panoptic configs train on data sets that "
-                f"are registered, with {kind.removesuffix('s')}_classes in their metadata; name them in "
-                "config_overrides, and leave out data.train and data.val"
+                f"are registered, with {kind.removesuffix('s')}_classes in their metadata. Fix: name them in "
+                "config_overrides, and remove data.train and data.val"
             )
         if stated != of_zoo or key in overridden:
             raise UserError(
-                f"{key} is {stated}, and the data has {count} categories; say config_overrides: {{{key}: {count}}}, or "
-                "correct the data"
+                f"{key} is {stated}, and the data has {count} categories. Fix: set config_overrides: {{{key}: "
+                f"{count}}}, or correct the data"
             )
         config.set_class_count(key, count)
 
@@ -100,4 +100,7 @@ def _refuse_modules_of(checkpoint: Path, names: Sequence[str], submitted: Path) 
     """Raises UserError for a Python file that a checkpoint has brought along and would have imported."""
     for name in names:
         if submitted.joinpath(*name.split(".")).resolve().is_relative_to(checkpoint.resolve()):
-            raise UserError(f"hyperparameters.custom_imports: {name} is of the checkpoint, and is not executed")
+            raise UserError(
+                f"hyperparameters.custom_imports: {name} comes from the checkpoint, and is not executed. Fix: if "
+                "you trust it, copy it into the detector's folder"
+            )

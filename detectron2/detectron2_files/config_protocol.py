@@ -101,8 +101,8 @@ def check_sampler(name: str, key: str) -> None:
     """Raises UserError for a sampler that is not known, or cannot be had from a config."""
     if name in ("WeightedTrainingSampler", "WeightedCategoryTrainingSampler"):
         raise UserError(
-            f"{key}: {name} goes by DATASETS.TRAIN_REPEAT_FACTOR, a key that Detectron2's own configs do not have; use "
-            "RepeatFactorTrainingSampler, or name a data set several times in DATASETS.TRAIN"
+            f"{key}: {name} needs DATASETS.TRAIN_REPEAT_FACTOR, a key that Detectron2's own configs do not have. Fix: "
+            "use RepeatFactorTrainingSampler, or name a data set several times in DATASETS.TRAIN"
         )
     if name not in SAMPLERS:
-        raise UserError(f"{key}: {name!r} is not known here; {nearest(name, SAMPLERS)}")
+        raise UserError(f"{key}: {name!r} is not known here{nearest(name, SAMPLERS)}")

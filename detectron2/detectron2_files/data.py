@@ -124,15 +124,18 @@ def _mapped(mapper: Callable[[dict], dict | None], dataset_dict: dict[str, Any],
     try:
         mapped = mapper(dataset_dict)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImageError(f"{where} cannot be read as an image: {error}") from error
+        raise BadImageError(
+            f"{where} cannot be read as an image: {error}. Fix: replace the file, or set data.on_bad_image: skip"
+        ) from error
     except ImportError as error:  # crops of polygons take shapely, which Detectron2 itself does without
         raise UserError(
-            f"the config's mapper needs a package that is not installed: {error}; python3 -m pip install {error.name}"
+            f"the config's mapper needs a package that is not installed: {error}. Fix: python3 -m pip install "
+            f"{error.name}"
         ) from error
     except SizeMismatchError as error:
-        raise BadImageError(f"{where}: {error}") from error
+        raise BadImageError(f"{where}: {error}. Fix: correct the image or its annotation") from error
     if mapped is None:
-        raise UserError(f"{where}: the mapper gives None for it; leave such images out of the data set")
+        raise UserError(f"{where}: the mapper gives None for it. Fix: remove such images from the data set")
     return mapped
 
 
@@ -224,8 +227,8 @@ def unaugmented(training: Any, test: Any) -> Any:
     for mapper in (training, test):
         if not isinstance(mapper, DatasetMapper):
             raise UserError(
-                f"hyperparameters.validation_loss: the config's mapper, {type(mapper).__name__}, is no DatasetMapper, "
-                "and cannot be told to augment nothing; leave it out"
+                f"hyperparameters.validation_loss: the config's mapper, {type(mapper).__name__}, is not a "
+                "DatasetMapper, so its augmentation cannot be switched off. Fix: remove validation_loss"
             )
     mapper = copy.copy(training)
     mapper.augmentations = test.augmentations
@@ -247,7 +250,9 @@ def read_proposals(files: Sequence[str], image_ids: Sequence[int]) -> dict[int, 
         return {}
     where = f"the config's proposals, {', '.join(files)}"
     if len(files) > 1:
-        raise UserError(f"{where}: data.train and data.val are one data set each, and need one file")
+        raise UserError(
+            f"{where}: data.train and data.val are one data set each, and need one file. Fix: give one file, not a list"
+        )
     dicts = [{"image_id": int(image_id)} for image_id in image_ids]
     try:
         _refuse_code(files)
@@ -255,9 +260,11 @@ def read_proposals(files: Sequence[str], image_ids: Sequence[int]) -> dict[int, 
     except UserError:
         raise
     except KeyError as error:
-        raise UserError(f"{where}: there are none for image id {error}; make them of the data that is used") from error
+        raise UserError(f"{where}: there are none for image id {error}. Fix: compute them on the same data") from error
     except Exception as error:  # a pickle, which may be of anything, from a disk or a server
-        raise UserError(f"{where}: they cannot be had: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"{where}: they cannot be loaded: {type(error).__name__}: {error}. Fix: correct the path or the file"
+        ) from error
     return {proposals.pop("image_id"): proposals for proposals in dicts}
 
 
@@ -295,7 +302,8 @@ class RegisteredSamples(Dataset):
         of_samples = [self.dicts[int(index)].get("annotations") for index in self.indices]
         if None in of_samples:
             raise UserError(
-                "data.repeat_threshold: the data set to train on has images without objects' categories; leave it out"
+                "data.repeat_threshold: the data set to train on has images without objects' categories. Fix: remove "
+                "the key"
             )
         labels = [annotation["category_id"] for annotations in of_samples for annotation in annotations]
         return np.repeat(np.arange(len(self)), list(map(len, of_samples))), np.asarray(labels, dtype=np.int64)
@@ -329,7 +337,8 @@ def training_images(annotations: CocoAnnotations, train_set: TrainingSet, seed: 
     if not len(indices):
         raise UserError(
             f"data.train.annotations: no image of {annotations.path} has what the config trains on (an annotation that "
-            "is no crowd, and visible keypoints for a model of keypoints)"
+            "is no crowd, and visible keypoints for a model of keypoints). Fix: correct the file, or choose a config "
+            "for its annotations"
         )
 
     def dicts() -> list[dict]:
@@ -364,7 +373,10 @@ def check_for_training(
     if "segm" in iou_types:
         check_masks(annotations, split)
     if "keypoints" in iou_types and "keypoints" not in annotations.columns:
-        raise UserError(f"data.{split}.annotations: {annotations.path} has no keypoints, and the config trains them")
+        raise UserError(
+            f"data.{split}.annotations: {annotations.path} has no keypoints, which the config trains. Fix: give "
+            "annotations with keypoints, or a config without"
+        )
     if polygon_masks:
         columns = annotations.columns
         starts = columns["segmentation_offsets"][:-1]
@@ -374,8 +386,8 @@ def check_for_training(
         if is_rle.any():
             raise UserError(
                 f"data.{split}.annotations: {int(is_rle.sum())} masks of {annotations.path} are RLE, the first of "
-                f"annotation {columns['annotation_ids'][is_rle.argmax()]}; say config_overrides: {{INPUT.MASK_FORMAT: "
-                "bitmask}"
+                f"annotation {columns['annotation_ids'][is_rle.argmax()]}. Fix: set config_overrides: "
+                "{INPUT.MASK_FORMAT: bitmask}"
             )
 
 
@@ -432,8 +444,8 @@ def open_registered(
         if name not in DatasetCatalog:
             known = DatasetCatalog.list()
             raise UserError(
-                f"the data set {name!r} is not registered; {nearest(name, known)}; registered are {', '.join(known)}. "
-                "A Python file in hyperparameters.custom_imports registers yours; or give data.train and data.val"
+                f"the data set {name!r} is not registered{nearest(name, known)} Or register it in a Python file, named "
+                "in hyperparameters.custom_imports, or give data.train and data.val"
             )
     files = list(train_set.proposal_files if train_set else proposal_files)
     try:
@@ -449,8 +461,8 @@ def open_registered(
         raise
     except Exception as error:  # each data set's loader reads files of its own format
         raise UserError(
-            f"the data set {', '.join(names)} cannot be read: {type(error).__name__}: {error}. Detectron2's own lie "
-            "below the folder that DETECTRON2_DATASETS names; or give data.train and data.val"
+            f"the data set {', '.join(names)} cannot be read: {type(error).__name__}: {error}. Fix: set "
+            "DETECTRON2_DATASETS to the folder of Detectron2's data sets, or give data.train and data.val"
         ) from error
     return RegisteredData(names, dicts, semantic)
 
@@ -461,7 +473,7 @@ def check_for_rotated_evaluation(data: RegisteredData) -> None:
         if any(annotation.get("iscrowd") for annotation in dataset_dict["annotations"]):
             raise UserError(
                 f"{', '.join(data.names)}: image id {dataset_dict['image_id']} has a crowd (iscrowd: 1), with which "
-                "Detectron2 cannot evaluate rotated boxes; leave such annotations out"
+                "Detectron2 cannot evaluate rotated boxes. Fix: remove such annotations"
             )
 
 
@@ -501,7 +513,7 @@ def register_json(name: str, annotations: str, images: str) -> None:
         on_disk = (
             "is not on disk, where Detectron2's own loader of this kind of data reads" if is_url(annotations) else ""
         )
-        raise UserError(f"{name}.annotations: {annotations} {on_disk or 'does not exist'}")
+        raise UserError(f"{name}.annotations: {annotations} {on_disk or 'does not exist'}. Fix: correct the path")
     register_coco_instances(name, {}, annotations, images)
 
 

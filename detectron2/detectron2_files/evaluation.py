@@ -53,7 +53,10 @@ def detect(model: nn.Module, inputs: list[dict[str, Any]]) -> Iterator[Detection
         elif "sem_seg" in output:
             yield _segments(output["sem_seg"], given["image_id"])
         else:
-            raise UserError("this config's model proposes regions only; it detects nothing that could be shown")
+            raise UserError(
+                "this config's model only proposes regions, and detects nothing that could be drawn. Fix: use a "
+                "config of a detector"
+            )
 
 
 def warn_of_masks(detected: Iterable[Detections]) -> bool:
@@ -158,7 +161,10 @@ class OwnEvaluator(ChiefReducer):
         try:
             self.reset()
         except AssertionError as error:
-            raise UserError(f"the config's data set cannot be evaluated here: {error}") from error
+            raise UserError(
+                f"the config's data set cannot be evaluated here: {error}. Fix: give data.val, which is evaluated by "
+                "COCO's rules"
+            ) from error
 
     def reset(self) -> None:
         self.evaluator.reset()
@@ -222,4 +228,6 @@ def own_evaluator(
         }
         return evaluators.get(kind, lambda: COCOEvaluator(name, iou_types, **of_coco))()
     except ImportError as error:
-        raise UserError(f"the data set {name} is evaluated with a package that is not installed: {error}") from error
+        raise UserError(
+            f"the data set {name} is evaluated with a package that is not installed: {error}. Fix: install the package"
+        ) from error

@@ -57,12 +57,14 @@ class LazyConfigFile:
         except UserError:
             raise
         except Exception as error:  # a Python config may raise anything
-            raise UserError(f"hyperparameters.config_file: {path}: {type(error).__name__}: {error}") from error
+            raise UserError(
+                f"hyperparameters.config_file: {path}: {type(error).__name__}: {error}. Fix: correct the file"
+            ) from error
         missing = {"model", "optimizer", "lr_multiplier", "dataloader", "train"} - set(self.cfg)
         if missing:
             raise UserError(
-                f"hyperparameters.config_file: {path} has no {', '.join(sorted(missing))}; it is a part of configs, "
-                "not a whole one"
+                f"hyperparameters.config_file: {path} has no {', '.join(sorted(missing))}: it is a part of other "
+                "configs. Fix: give a whole config"
             )
         for key, value in overrides.items():
             _check_key(self.cfg, key)
@@ -86,7 +88,9 @@ class LazyConfigFile:
             )
         value = OmegaConf.select(LazyConfig.load(str(file)), key)
         if value is None:
-            raise UserError(f"{self.path}: {key} is a function of {file}, which has none there any more")
+            raise UserError(
+                f"{self.path}: {key} is a function of {file}, which no longer has it. Fix: restore the function"
+            )
         return value
 
     @property
@@ -110,7 +114,7 @@ class LazyConfigFile:
     def batch_size(self) -> int:
         if "total_batch_size" not in self.cfg.dataloader.train:
             raise UserError(
-                f"{self.path} has no dataloader.train.total_batch_size; give hyperparameters.global_batch_size"
+                f"{self.path} has no dataloader.train.total_batch_size. Fix: set hyperparameters.global_batch_size"
             )
         return self.cfg.dataloader.train.total_batch_size
 
@@ -244,8 +248,8 @@ class LazyConfigFile:
         split = "train" if training else "test"
         if "mapper" not in self.cfg.dataloader[split]:
             raise UserError(
-                f"hyperparameters.config_file: {self.path} has no dataloader.{split}.mapper, with which every config "
-                "of a detector makes its inputs; is it one?"
+                f"hyperparameters.config_file: {self.path} has no dataloader.{split}.mapper, which makes a detector's "
+                "inputs. Fix: give the config of a detector"
             )
         section = self.cfg.dataloader[split]
         if training and section.mapper.get("keypoint_hflip_indices") is not None and _has_keypoints(names):
@@ -262,7 +266,7 @@ class LazyConfigFile:
         section.optimizer.params.model = model
         optimizer = _build(section, "optimizer", "")
         for group in (*optimizer.param_groups, optimizer.defaults):
-            # what a checkpoint holds of it must be plain, to be read without executing pickled code
+            # a checkpoint holds plain values only, which are read without executing pickled code
             group.update({key: tuple(value) for key, value in group.items() if isinstance(value, ListConfig)})
         return optimizer
 
@@ -324,7 +328,9 @@ def _build(section: DictConfig, key: str, where: str) -> Any:
         return instantiate(section[key])
     except Exception as error:  # whatever the constructors raise
         place = f"{where}.{key}" if where else key
-        raise UserError(f"{place} of the Detectron2 config: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"{place} of the Detectron2 config: {type(error).__name__}: {error}. Fix: correct that part of the config"
+        ) from error
 
 
 def _class_counts(node: Any, prefix: str) -> Iterator[tuple[str, int]]:
@@ -351,14 +357,14 @@ def _check_key(cfg: DictConfig, key: str) -> None:
         if below is None or not OmegaConf.is_config(below):
             valid = [str(k) for k in node] if isinstance(node, DictConfig) else []
             here = ".".join(sections[: i + 1])
-            raise UserError(f"hyperparameters.config_overrides: unknown key {here!r}; {nearest(part, valid)}")
+            raise UserError(f"hyperparameters.config_overrides: unknown key {here!r}{nearest(part, valid)}")
         node = below
     if isinstance(node, ListConfig):
         valid = set(map(str, range(len(node))))
     else:
         valid = {str(k) for k in node} | _arguments(node.get("_target_"))
     if last not in valid and "*" not in valid:
-        raise UserError(f"hyperparameters.config_overrides: unknown key {key!r}; {nearest(last, valid)}")
+        raise UserError(f"hyperparameters.config_overrides: unknown key {key!r}{nearest(last, valid)}")
 
 
 def _item(node: ListConfig, part: str) -> Any:

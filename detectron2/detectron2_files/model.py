@@ -39,7 +39,8 @@ def build_model(config: Detectron2Config) -> nn.Module:
         raise
     except Exception as error:  # the registries' constructors raise whatever they happen to
         raise UserError(
-            f"hyperparameters.config_file: the model cannot be built: {type(error).__name__}: {error}"
+            f"hyperparameters.config_file: the model cannot be built: {type(error).__name__}: {error}. Fix: correct "
+            "the model's keys"
         ) from error
     for module in model.modules():
         if isinstance(module, (DefaultAnchorGenerator, RotatedAnchorGenerator)):
@@ -76,7 +77,10 @@ def build_optimizer(config: Detectron2Config, model: nn.Module) -> torch.optim.O
     try:
         return config.build_optimizer(model)
     except (KeyError, TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"the config's optimizer cannot be built: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"the config's optimizer cannot be built: {type(error).__name__}: {error}. Fix: correct the optimizer's "
+            "keys"
+        ) from error
 
 
 def take_up_switches(config: Detectron2Config, hparams: Detectron2Hyperparameters) -> None:
@@ -89,13 +93,13 @@ def take_up_switches(config: Detectron2Config, hparams: Detectron2Hyperparameter
         if hparams.amp == "bf16":
             raise UserError(
                 "hyperparameters.amp: bf16: the config's mixed precision, SOLVER.AMP.ENABLED or train.amp.enabled, is "
-                "fp16; switch it off in config_overrides"
+                "fp16. Fix: switch that off in config_overrides"
             )
         hparams.amp = "fp16"
     if hparams.clip_grad is not None and config.clips_gradients:
         raise UserError(
-            "hyperparameters.clip_grad: the config clips each parameter's gradient by itself, SOLVER.CLIP_GRADIENTS; "
-            "switch it off in config_overrides: {SOLVER.CLIP_GRADIENTS.ENABLED: false}, or leave clip_grad out"
+            "hyperparameters.clip_grad: the config clips each parameter's gradient by itself, SOLVER.CLIP_GRADIENTS. "
+            "Fix: set config_overrides: {SOLVER.CLIP_GRADIENTS.ENABLED: false}, or remove clip_grad"
         )
 
 
@@ -146,7 +150,7 @@ def apply_backend_options(config: Detectron2Config, for_training: bool) -> None:
     torch.backends.cudnn.benchmark = for_training and config.cudnn_benchmark
     if precision := config.float32_precision:
         if precision not in _PRECISIONS:
-            raise UserError(f"FLOAT32_PRECISION: {precision!r} is not one of {', '.join(_PRECISIONS)}")
+            raise UserError(f"FLOAT32_PRECISION: {precision!r} is unknown. Fix: use one of {', '.join(_PRECISIONS)}")
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = precision != "highest"
 

@@ -38,7 +38,7 @@ def coco_paths_of_val(config: Any, data: DataConfig) -> tuple[str, str] | None:
     if len(config.val_names) != 1:
         raise UserError(
             f"data.val is missing, and the config names {len(config.val_names)} data sets to validate on "
-            f"({', '.join(config.val_names) or 'none'}); give data.val, or override it with one"
+            f"({', '.join(config.val_names) or 'none'}). Fix: give data.val, or name one data set in config_overrides"
         )
     return as_coco_paths(config.val_names[0])
 
@@ -59,7 +59,7 @@ def open_train(config: Any, data: DataConfig, evaluates_coco: bool) -> Opened:
     if paths:
         return open_split(replace(data, train=Split(*paths)), "train")
     if not names:
-        raise UserError("data.train is missing, and the config names no data set to train on; give data.train")
+        raise UserError("data.train is missing, and the config names no data set to train on. Fix: give data.train")
     return open_registered(names, config.semantic, config.train_set)
 
 
@@ -77,8 +77,8 @@ def open_val(config: Any, data: DataConfig, coco_paths: tuple[str, str] | None) 
     names = config.val_names
     if data.val is None and len(names) > 1:
         raise UserError(
-            f"the config names {len(names)} data sets to validate on ({', '.join(names)}), which would be scored "
-            f"as if they were {names[0]}; override it with one"
+            f"the config names {len(names)} data sets to validate on ({', '.join(names)}), but only one can be scored. "
+            "Fix: name one in config_overrides"
         )
     if data.val is not None:
         register_json(VAL_NAME, data.val.annotations, data.val.images)

@@ -27,7 +27,7 @@ from torch import nn
 
 from shared.durable import write_file
 from shared.errors import UserError
-from shared.redaction import without_secrets
+from shared.log import without_secrets
 
 OF_CONFIG = "_value_of_config_"
 _NAMED, _TUPLE, _PARTIAL, _KEYWORDS = "_named_", "_tuple_", "_partial_", "keywords"
@@ -110,7 +110,7 @@ def read_plain(path: Path, modules: Sequence[str]) -> DictConfig:
             f"{path} is not the plain YAML that a checkpoint holds, and is not read: {reason}. Fix: {_GIVE_OWN}"
         ) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no config; the checkpoint is not whole")
+        raise UserError(f"{path} holds no config: the checkpoint is incomplete. Fix: give another checkpoint")
     names = _Names(path, tuple(modules))
     try:
         cfg = OmegaConf.create(_decoded(content, "", names), flags={"allow_objects": True})
@@ -226,7 +226,10 @@ class _Names:
             value = locate(name)
         except Exception as error:  # it imports, and modules raise anything
             reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{self.path}: {key}: {name} cannot be imported: {reason}") from error
+            raise UserError(
+                f"{self.path}: {key}: {name} cannot be imported: {reason}. Fix: install the package, or put the module "
+                "into the detector's folder"
+            ) from error
         # a module's own imports are found in it too: detectron2.data.build.pickle.loads
         defined = f"{getattr(value, '__module__', None)}.{getattr(value, '__qualname__', None)}"
         if not (_is_of(defined, (*loader_parts, *self.modules)) or _makes_detectors(value, defined)):

@@ -49,9 +49,13 @@ def unpickle_arrays(path: Path) -> dict[str, Any]:
             f"{path} holds more than arrays of numbers and plain values: {error}. Fix: give a file without it"
         ) from error
     except Exception as error:  # pickle raises what the broken bytes happen to say
-        raise UserError(f"{path} is cut off, or not a pickle of weights: {error}") from error
+        raise UserError(
+            f"{path} is cut off, or not a pickle of weights: {error}. Fix: download it again, or give another file"
+        ) from error
     if not isinstance(loaded, dict):
-        raise UserError(f"{path} is not a pickle of weights: it holds a {type(loaded).__name__}")
+        raise UserError(
+            f"{path} is not a pickle of weights: it holds a {type(loaded).__name__}. Fix: give a file of weights"
+        )
     return loaded
 
 
@@ -120,7 +124,7 @@ def _ndarray(*_: Any) -> None:
     raise _NotPlain("a call of numpy.ndarray")  # the class is an argument of `_reconstruct` and is not called
 
 
-# what a file may name, and what is called instead
+# the names that a file may use, and the functions that replace them
 _MAKERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy.core.multiarray", "_reconstruct"): _array,
     ("numpy.core.multiarray", "scalar"): _scalar,

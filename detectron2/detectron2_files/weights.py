@@ -18,7 +18,7 @@ from torch import nn
 from detectron2_files.config import shipped_configs
 from detectron2_files.plain_pickle import unpickle_arrays
 from shared.config.schema import PUBLISHED
-from shared.errors import UserError, nearest
+from shared.errors import UserError, nearest, problem_of
 from shared.library import log_loaded
 from shared.training.checkpoints import CATEGORIES_FILE, load_state, without_ddp
 from shared.training.downloads import downloaded, find_checkpoint
@@ -62,8 +62,8 @@ def zoo_weights(config: Path) -> str:
                 continue
             published.append(str(other.relative_to(zoo)))
         raise UserError(
-            f"hyperparameters.weights: published: the model zoo has no weights for {name}; "
-            f"{nearest(name, published, otherwise='its MODEL_ZOO.md lists those')}; or give a file or a URL"
+            f"hyperparameters.weights: published: the model zoo has no weights for {name}"
+            f"{nearest(name, published, otherwise='give a config that its MODEL_ZOO.md lists, a file or a URL')}"
         ) from error
 
 
@@ -105,10 +105,10 @@ def find_weights(source: str, key: str, places: Sequence[Path]) -> str:
     try:
         return str(find_checkpoint(source) / "state_dict.pth")
     except UserError as error:
-        looked = f"Looked in {', '.join(map(str, places))} (.detignore keeps .pth files out of what is submitted). "
+        looked = f"; looked in {', '.join(map(str, places))} (.detignore keeps .pth files out of the submitted folder)"
         raise UserError(
-            f"{key}: {error}. {'' if Path(path).is_absolute() else looked}Give a file, a URL, a detectron2:// name or "
-            "a checkpoint"
+            f"{key}: {problem_of(error)}{'' if Path(path).is_absolute() else looked}. Fix: give a file, a URL, a "
+            "detectron2:// name or a checkpoint"
         ) from error
 
 
@@ -130,8 +130,8 @@ def load_weights_into(model: nn.Module, source: str, key: str, class_counts: Map
         raise
     except (OSError, urllib.error.URLError, ValueError, AssertionError) as error:
         raise UserError(
-            f"{key}: {source} cannot be had: {error}. Without a way to the internet give a file, "
-            "hyperparameters.weights: PATH, or start from nothing, weights: ''"
+            f"{key}: {source} cannot be downloaded: {error}. Fix: without internet, give a file, "
+            "hyperparameters.weights: PATH, or start from random weights, weights: ''"
         ) from error
     if class_counts is not None:
         _refuse_random_values(model, reader.incompatible, class_counts, source, key)
@@ -151,14 +151,14 @@ def _refuse_random_values(
             classes = theirs[0] - 1 if background else theirs[0] * count // own[0]
             advice += f", or with their number of classes, config_overrides: {{{class_key}: {classes}}}"
         raise UserError(
-            f"{key}: {source} does not fit: {name} is {tuple(theirs)} in it and {tuple(own)} in the model, which "
-            f"would detect with random values there; {advice}"
+            f"{key}: {source} does not fit: {name} is {tuple(theirs)} in it and {tuple(own)} in the model, which would "
+            f"detect with random values there. Fix: {advice}"
         )
     parameters = {name for name, _ in model.named_parameters()}
     if missing := [name for name in incompatible.missing_keys if name in parameters]:
         raise UserError(
             f"{key}: {source} lacks, or has in another shape, {len(missing)} of the model's {len(parameters)} "
-            f"parameters, the first is {missing[0]}, which would detect with random values; {advice}"
+            f"parameters, the first is {missing[0]}, which would detect with random values. Fix: {advice}"
         )
 
 
@@ -217,7 +217,7 @@ def _judge(model: nn.Module, incompatible: _IncompatibleKeys, by_heuristics: boo
         raise UserError(
             f"{key}: {source} is of another architecture: "
             + (f"{len(wrong)} parameters do not fit ({shown})" if loaded else "none of its parameters is this model's")
-            + "; use the config that it was trained with"
+            + ". Fix: use the config that it was trained with"
         )
     absent = [name for name in missing if name not in other_classes]
     log_loaded(loaded, len(own), source, {"are for other classes": other_classes, "are not in it": absent})

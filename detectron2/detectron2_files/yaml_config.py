@@ -30,7 +30,7 @@ from shared.config.schema import is_url
 from shared.data.images import InputScale
 from shared.durable import write_file
 from shared.errors import UserError, nearest
-from shared.redaction import redacted
+from shared.log import redacted
 
 _CLASS_COUNTS = (
     "MODEL.ROI_HEADS.NUM_CLASSES",
@@ -89,17 +89,19 @@ class YamlConfig:
         except UserError:
             raise
         except Exception as error:  # yaml's and yacs' own
-            raise UserError(f"hyperparameters.config_file: {path}: {error}") from error
+            raise UserError(f"hyperparameters.config_file: {path}: {error}. Fix: correct the file") from error
         known = dict(_leaves(self.cfg))
         for key, value in overrides.items():
             if key not in known:
-                raise UserError(f"hyperparameters.config_overrides: unknown key {key!r}; {nearest(key, known)}")
+                raise UserError(f"hyperparameters.config_overrides: unknown key {key!r}{nearest(key, known)}")
             if isinstance(known[key], float) and type(value) is int:
                 value = float(value)  # YAML's 1 for 1.0, which yacs refuses
             try:
                 self.cfg.merge_from_list([key, value])
             except (AssertionError, KeyError, ValueError) as error:
-                raise UserError(f"hyperparameters.config_overrides: {error}") from error
+                raise UserError(
+                    f"hyperparameters.config_overrides: {error}. Fix: correct the key or its value"
+                ) from error
         self.cfg.MODEL.DEVICE = "cpu"  # built on the host, and moved by the trial
 
     @property
@@ -219,7 +221,7 @@ class YamlConfig:
         return "Rotated" in self.cfg.MODEL.ANCHOR_GENERATOR.NAME
 
     def scale_schedule(self, global_batch_size: int) -> None:
-        # upstream's rule, with an image in the place of a worker
+        # upstream's rule, for images instead of workers
         self.cfg.SOLVER.REFERENCE_WORLD_SIZE = self.batch_size
         self.cfg = DefaultTrainer.auto_scale_workers(self.cfg, global_batch_size)
 
@@ -262,7 +264,7 @@ class YamlConfig:
         try:
             return GeneralizedRCNNWithTTA(self.cfg, model)
         except AssertionError as error:
-            raise UserError(f"TEST.AUG.ENABLED: {error}; switch it off in config_overrides") from error
+            raise UserError(f"TEST.AUG.ENABLED: {error}. Fix: switch it off in config_overrides") from error
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         optimizer = build_optimizer(self.cfg, model)
@@ -281,7 +283,8 @@ class YamlConfig:
             return build(cfg, optimizer)
         except ValueError as error:
             raise UserError(
-                f"SOLVER.LR_SCHEDULER_NAME: {error}; a module in custom_imports may have its own"
+                f"SOLVER.LR_SCHEDULER_NAME: {error}. Fix: name one of those, or a module that registers yours in "
+                "custom_imports"
             ) from error
 
     def write(self, folder: Path) -> None:

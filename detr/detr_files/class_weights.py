@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from shared.training.class_weights import weights_of
+from shared.training.switches import weights_of
 
 # the losses of classes, by transformers' names: sums over queries; DETR's own "labels" is a softmax instead
 _SUMS = ("labels", "bce", "focal", "mal", "vfl")

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.loss.loss_d_fine import DFineLoss
 from transformers.loss.loss_deimv2 import Deimv2Loss
 
-from shared.training.class_weights import weights_of
+from shared.training.switches import weights_of
 
 # transformers divides by the boxes of all ranks itself
 _REDUCED = ("lw_detr", "rf_detr")

@@ -57,7 +57,7 @@ def refusing(key: str, what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # transformers checks little, and fails in many ways
-        raise UserError(f"{key}: {what} ({_in_one_line(error)})") from error
+        raise UserError(f"{key}: {what} ({_in_one_line(error)}). Fix: correct the value") from error
 
 
 def _in_one_line(error: Exception) -> str:
@@ -80,7 +80,10 @@ def from_hub(load: Any, model: str, **options: Any) -> Any:
         return load(model, trust_remote_code=False, **options)
     except Exception as error:  # of the network, the Hub, the files
         if not is_on_hub(model):
-            raise UserError(f"hyperparameters.model: {model} cannot be loaded ({_in_one_line(error)})") from error
+            raise UserError(
+                f"hyperparameters.model: {model} cannot be loaded ({_in_one_line(error)}). Fix: give a model of the "
+                "Hugging Face Hub, or a folder with config.json"
+            ) from error
         raise UserError(
             f"hyperparameters.model: {model!r} is no folder, and the Hub does not send it ({type(error).__name__}). "
             "Fix: check the name; without a network, copy the model's folder (config.json, preprocessor_config.json, "
@@ -107,7 +110,7 @@ def model_config(hparams: DetrHyperparameters) -> PreTrainedConfig:
         if name in ("num_labels", "id2label", "label2id"):
             raise UserError(f"hyperparameters.config.{name}: the data gives the categories. Fix: remove it")
         if name not in known:
-            raise UserError(f"hyperparameters.config: unknown field {name!r} of {model_type}; {nearest(name, known)}")
+            raise UserError(f"hyperparameters.config: unknown field {name!r} of {model_type}{nearest(name, known)}")
     if hparams.model is not None:
         changes = _merged(known, changes)
     with refusing("hyperparameters.config", f"{model_type} does not accept these values"):
@@ -118,7 +121,7 @@ def model_config(hparams: DetrHyperparameters) -> PreTrainedConfig:
 
 def _check_type(model_type: str, key: str) -> None:
     if model_type not in PROCESSORS:
-        raise UserError(f"{key}: {model_type!r} is not supported; {nearest(model_type, PROCESSORS)}")
+        raise UserError(f"{key}: {model_type!r} is not supported{nearest(model_type, PROCESSORS)}")
 
 
 def _merged(known: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,7 +145,7 @@ def image_processor(hparams: DetrHyperparameters, model_type: str) -> Any:
     known = processor.to_dict()
     for name in hparams.processor:
         if name not in known:
-            raise UserError(f"hyperparameters.processor: unknown field {name!r}; {nearest(name, known)}")
+            raise UserError(f"hyperparameters.processor: unknown field {name!r}{nearest(name, known)}")
     with refusing("hyperparameters.processor", "the image processor does not accept these values"):
         return type(processor)(**{**known, **hparams.processor})
 

@@ -47,7 +47,10 @@ def load_start_weights(detector: PreTrainedModel, hparams: DetrHyperparameters, 
     absent = sorted(own.keys() - fitting.keys())
     if hparams.weights == BACKBONE:
         if not fitting:
-            raise UserError(f"hyperparameters.weights: {source} has no backbone for this model")
+            raise UserError(
+                f"hyperparameters.weights: {source} has no backbone for this model. Fix: give weights of the same "
+                "backbone"
+            )
         absent = [name for name in absent if "backbone." in name]
         own = {name: value for name, value in own.items() if "backbone." in name}
     log_loaded(len(fitting), len(own), f"hyperparameters.weights: {source}", {"are not in it": absent})

@@ -18,11 +18,11 @@ from efficientdet_hyperparameters import EfficientDetHyperparameters
 from shared.errors import UserError, nearest
 from shared.library import COCO_CATEGORIES
 from shared.training.checkpoints import load_weights, read_weights, without_ddp
-from shared.training.class_weights import weights_of
+from shared.training.switches import weights_of
 
 logger = logging.getLogger(__name__)
 
-# effdet's COCO heads have a row for each id from 1 to 90, ten of which COCO does not use
+# effdet's COCO heads have a row for each id from 1 to 90; COCO does not use ten of them
 COCO_ROWS = 90
 
 
@@ -34,7 +34,7 @@ def model_config(hparams: EfficientDetHyperparameters, num_classes: int) -> Any:
     """
     if hparams.model not in efficientdet_model_param_dict:
         raise UserError(
-            f"hyperparameters.model: {hparams.model!r} is not a model of effdet; "
+            f"hyperparameters.model: {hparams.model!r} is not a model of effdet"
             f"{nearest(hparams.model, efficientdet_model_param_dict)}"
         )
     config = get_efficientdet_config(hparams.model)
@@ -44,11 +44,11 @@ def model_config(hparams: EfficientDetHyperparameters, num_classes: int) -> Any:
         config.max_det_per_image = hparams.max_detections
     for key, value in hparams.model_config.items():
         if key not in config:
-            raise UserError(f"hyperparameters.model_config: unknown key {key!r}; {nearest(key, map(str, config))}")
+            raise UserError(f"hyperparameters.model_config: unknown key {key!r}{nearest(key, map(str, config))}")
         config[key] = value
     if not timm.is_model(str(config.backbone_name).split(".")[0]):
         raise UserError(
-            f"hyperparameters.backbone: {config.backbone_name!r} is not a model of timm; "
+            f"hyperparameters.backbone: {config.backbone_name!r} is not a model of timm"
             f"{nearest(str(config.backbone_name), timm.list_models())}"
         )
     if "checkpoint_path" in (config.backbone_args or {}):
@@ -64,7 +64,10 @@ def model_config(hparams: EfficientDetHyperparameters, num_classes: int) -> Any:
     stride = 2**config.max_level
     for side in config.image_size:
         if side < stride:
-            raise UserError(f"hyperparameters.input_size: {side} is less than {stride}, the coarsest stride")
+            raise UserError(
+                f"hyperparameters.input_size: {side} is less than {stride}, the coarsest stride. Fix: give {stride} or "
+                "more"
+            )
     for name in ("label_smoothing", "legacy_focal", "soft_nms"):
         if getattr(hparams, name) is not None:
             config[name] = getattr(hparams, name)
@@ -91,8 +94,10 @@ def build_model(hparams: EfficientDetHyperparameters, categories: list[dict]) ->
             pretrained_backbone=hparams.pretrained == "backbone",
         )
     except (OSError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
-        what = f" with the weights of {config.backbone_name}" if hparams.pretrained == "backbone" else ""
-        raise UserError(f"hyperparameters.model: {hparams.model} cannot be built{what}: {error}") from error
+        what, fix = "", "correct hyperparameters.model_config"
+        if hparams.pretrained == "backbone":
+            what, fix = f" with the weights of {config.backbone_name}", f"{fix}; without internet, set pretrained: none"
+        raise UserError(f"hyperparameters.model: {hparams.model} cannot be built{what}: {error}. Fix: {fix}") from error
     if hparams.pretrained not in ("none", "backbone"):
         load_pretrained(bench, hparams, config, categories)
     return bench
@@ -150,8 +155,11 @@ def load_pretrained(
     """
     source = config.url if hparams.pretrained == "effdet" else hparams.pretrained
     if not source:
-        names = "; choose a tf_… variant" if not hparams.model.startswith("tf_") else ""
-        raise UserError(f"hyperparameters.pretrained: effdet has no weights for {hparams.model}{names}")
+        other = "name another model" if hparams.model.startswith("tf_") else "choose a tf_… variant"
+        raise UserError(
+            f"hyperparameters.pretrained: effdet has no weights for {hparams.model}. Fix: {other}, or set "
+            "hyperparameters.pretrained: backbone"
+        )
     weights, known = read_detector_weights(source)
     weights = adapt_head(weights, bench.model.state_dict(), known, categories, source)
     load_weights(bench.model, weights, f"hyperparameters.pretrained: {source}")

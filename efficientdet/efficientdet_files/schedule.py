@@ -28,13 +28,13 @@ def build_scheduler(
     """
     if hparams.sched not in _SCHEDULES:
         raise UserError(
-            f"hyperparameters.sched: {hparams.sched!r} is not a scheduler of timm; {nearest(hparams.sched, _SCHEDULES)}"
+            f"hyperparameters.sched: {hparams.sched!r} is not a scheduler of timm{nearest(hparams.sched, _SCHEDULES)}"
         )
     epochs = total_batches / batches_per_epoch - hparams.cooldown_epochs
     if epochs <= 0:
         raise UserError(
-            f"hyperparameters.cooldown_epochs: {hparams.cooldown_epochs} are not less than the training's "
-            f"{total_batches / batches_per_epoch:.1f} epochs"
+            f"hyperparameters.cooldown_epochs: {hparams.cooldown_epochs} is not less than the "
+            f"{total_batches / batches_per_epoch:.1f} epochs of the training. Fix: give fewer, or train longer"
         )
     scheduler, _ = create_scheduler_v2(
         optimizer,

@@ -8,7 +8,7 @@ import torch
 from mmdet.models.losses import CrossEntropyLoss, FocalLoss, QualityFocalLoss, VarifocalLoss
 from torch import nn
 
-from shared.training.class_weights import refused, weights_of
+from shared.training.switches import no_class_weights, weights_of
 
 _LOSSES = (CrossEntropyLoss, FocalLoss, QualityFocalLoss, VarifocalLoss)
 _WEIGHT = 2  # the position among a loss's arguments: prediction, target, weight
@@ -27,10 +27,10 @@ def weigh_categories(model: nn.Module, weights: torch.Tensor) -> None:
     losses = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == "loss_cls"}
     losses = {name: module for name, module in losses.items() if "rpn" not in name}
     if not losses:
-        raise refused(f"the loss of {type(model).__name__}")
+        raise no_class_weights(f"the loss of {type(model).__name__}")
     for name, module in losses.items():
         if not isinstance(module, _LOSSES):
-            raise refused(f"{type(module).__name__} of the config ({name})")
+            raise no_class_weights(f"{type(module).__name__} of the config ({name})")
         module.register_buffer("of_categories", weights, persistent=False)
         module.register_forward_pre_hook(_weigh, with_kwargs=True)
 

@@ -64,7 +64,7 @@ _WITH_REGISTRIES = (
 )
 _ANY_NAME = "custom_keys"  # of an optimizer: parts of parameters' names, each with these
 _OF_A_NAME = {"lr_mult", "decay_mult"}
-# what the builders and loaders take out of a section before they call its class
+# keys that builders and loaders remove from a section before they call its class
 _OF_THE_BUILDERS = {"type", "constructor", "paramwise_cfg", "samples_per_gpu", "workers_per_gpu"}
 _PATHS = ("ann_file", "img_prefix", "seg_prefix", "proposal_file")  # of a data set, below its data_root
 _SIZES = ("img_scale", "scale", "size", "crop_size", "input_size", "target_ratio", "ratio_range")
@@ -88,17 +88,18 @@ def load_mmdet_config(hparams: MMDetectionHyperparameters, submitted: Path) -> C
     config, path = _merged(hparams, submitted)
     if "model" not in config or "data" not in config:
         raise UserError(
-            f"hyperparameters.config_file: {path} has no `model` and `data`; it is a part of configs, not a whole one"
+            f"hyperparameters.config_file: {path} has no `model` and `data`: it is a part of other configs. Fix: give "
+            "a whole config"
         )
     try:
         config = compat_cfg(config)
-        config.data.pop("imgs_per_gpu", None)  # samples_per_gpu says it now, and both would be one too many
+        config.data.pop("imgs_per_gpu", None)  # samples_per_gpu replaces it, and having both is an error
         _say_fp16_once(config)
         _read_teacher(config)
         return config
     except (AssertionError, AttributeError, KeyError) as error:
         reason = str(error) or "runner.max_epochs and total_epochs, or what else is said twice, contradict each other"
-        raise UserError(f"hyperparameters.config_file: {path}: {reason}") from error
+        raise UserError(f"hyperparameters.config_file: {path}: {reason}. Fix: correct the file") from error
 
 
 def _merged(hparams: MMDetectionHyperparameters, submitted: Path) -> tuple[Config, Path]:
@@ -162,7 +163,10 @@ def hyperparameters_of_checkpoint(checkpoint: Path, own: Mapping[str, Any], subm
         UserError: the folder is not an MMDetection checkpoint.
     """
     if not (checkpoint / RESOLVED_CONFIG).is_file():
-        raise UserError(f"{checkpoint} is no checkpoint of MMDetection's: it holds no {RESOLVED_CONFIG}")
+        raise UserError(
+            f"{checkpoint} is not a checkpoint of mmdetection/model_def.py: it has no {RESOLVED_CONFIG}. Fix: give one "
+            "that it wrote"
+        )
     return {
         "config_file": str(checkpoint / RESOLVED_CONFIG),
         "merge_config": None,
@@ -251,7 +255,10 @@ def _read(path: Path, key: str) -> Config:
             return Config.fromfile(path)
     except Exception as error:  # a Python config may raise anything
         reason = str(error) or str(error.__context__)
-        raise UserError(f"hyperparameters.{key}: {path} cannot be read: {type(error).__name__}: {reason}") from error
+        raise UserError(
+            f"hyperparameters.{key}: {path} cannot be read: {type(error).__name__}: {reason}. Fix: correct the path or "
+            "the file"
+        ) from error
 
 
 def _refuse_version_3(path: Path, key: str) -> None:
@@ -290,7 +297,7 @@ def _refuse_other_scaling(hparams: MMDetectionHyperparameters, overrides: Mappin
     if None not in (enabled, hparams.scale_schedule) and enabled != hparams.scale_schedule:
         raise UserError(
             f"hyperparameters.scale_schedule is {hparams.scale_schedule}, and {hparams.overrides_key}: "
-            f"auto_scale_lr.enable {enabled}; keep scale_schedule"
+            f"auto_scale_lr.enable {enabled}. Fix: remove auto_scale_lr.enable"
         )
 
 
@@ -301,8 +308,8 @@ def _refuse_variables(overrides: Mapping[str, Any], path: Path, key: str) -> Non
         if name in overrides:
             instead = {"classes": "data.train.classes and data.val.classes", "data_root": "data.train and data.val"}
             raise UserError(
-                f"{key}: {name!r} is a variable of {path.name}, and overriding it "
-                f"changes nothing; override what it was for, {instead.get(name, 'data.train… and data.val…')}"
+                f"{key}: {name!r} is a variable of {path.name}, and overriding it changes nothing. Fix: override what "
+                f"it was for, {instead.get(name, 'data.train… and data.val…')}"
             )
 
 
@@ -313,8 +320,8 @@ def _import_custom_modules(config: Config) -> None:
         import_modules_from_strings(**config.custom_imports)
     except (ImportError, TypeError) as error:
         raise UserError(
-            f"custom_imports: {error.__context__ or error}; the modules must be importable from the folder that is "
-            "submitted"
+            f"custom_imports: {error.__context__ or error}. Fix: install the modules, or put them into the detector's "
+            "folder"
         ) from error
 
 
@@ -345,7 +352,7 @@ def _merge(config: Config, new: dict[str, Any], key: str, variables: set[str]) -
     try:
         config.merge_from_dict(new)
     except (KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{key}: {error}") from error
+        raise UserError(f"{key}: {error}. Fix: correct the key") from error
 
 
 def _as_mmdet_takes_it(new: Any, old: Any, name: str = "") -> Any:
@@ -386,18 +393,21 @@ def _check_keys(new: Mapping[str, Any], old: Any, path: str, where: str) -> None
         here = f"{path}.{key}" if path else str(key)
         if isinstance(old, (list, tuple)):
             if not str(key).isdigit() or int(key) >= len(old):
-                raise UserError(f"{where}: {path} is a list of {len(old)}; {key!r} is no position in it")
+                raise UserError(
+                    f"{where}: {path} is a list of {len(old)}. Fix: give a position from 0 to {len(old) - 1} instead "
+                    f"of {key!r}"
+                )
         elif key not in old:
             # a type that is merged in brings its own arguments
             chosen = {name: new[name] for name in ("type", "policy") if name in new}
             valid = _possible_keys({**old, **chosen}, path)
             if valid is not None and key not in valid:
-                raise UserError(f"{where}: unknown key {here!r}; {nearest(str(key), {*map(str, old), *valid})}")
+                raise UserError(f"{where}: unknown key {here!r}{nearest(str(key), {*map(str, old), *valid})}")
         below = _item(old, str(key))
         if key == _ANY_NAME and isinstance(value, Mapping):
             for name, arguments in value.items():
                 for wrong in arguments.keys() - _OF_A_NAME if isinstance(arguments, Mapping) else ():
-                    raise UserError(f"{where}: unknown key '{here}.{name}.{wrong}'; {nearest(wrong, _OF_A_NAME)}")
+                    raise UserError(f"{where}: unknown key '{here}.{name}.{wrong}'{nearest(wrong, _OF_A_NAME)}")
         elif isinstance(value, Mapping):
             merges = isinstance(below, (dict, list)) and not value.get(DELETE_KEY)
             _check_keys(value, below if merges else {}, here, where)
@@ -413,8 +423,8 @@ def _refuse_left_over(new: Mapping[str, Any], old: Mapping[str, Any], path: str,
     if left:
         raise UserError(
             f"{where}: {path}.type changes from {old['type']} to {new['type']}, which does not take "
-            f"{', '.join(map(repr, left))} of the section that it is merged into; say `_delete_: true` beside `type`, "
-            "and whatever else the section needs"
+            f"{', '.join(map(repr, left))} of the section that it is merged into. Fix: write `_delete_: true` beside "
+            "`type`, and the keys that the section needs"
         )
 
 
@@ -573,13 +583,13 @@ def validation_times(config: Config) -> tuple[Length | None, tuple[tuple[Length,
             raise ValueError("it is not positive")
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"evaluation of the MMDetection config: start {start!r} is no number of {unit}, or dynamic_intervals "
-            f"{changes!r} are no pairs (since, interval) of them"
+            f"evaluation of the MMDetection config: start {start!r} is not a number of {unit}, or dynamic_intervals "
+            f"{changes!r} are not pairs (since, interval). Fix: correct them"
         ) from error
     if start == 0:
         raise UserError(
-            "evaluation.start of the MMDetection config is 0, a validation before the training; say "
-            "`perform_initial_validation: true` in the experiment config, and take it out (start: null)"
+            "evaluation.start of the MMDetection config is 0, a validation before the training. Fix: write "
+            "`perform_initial_validation: true` in the experiment config, and override start with null"
         )
     return (
         Length(unit, int(start)) if start is not None else None,
@@ -632,7 +642,7 @@ def file_client_of(config: Config) -> dict[str, Any] | None:
     given = [dict(arguments) for arguments in found if arguments and arguments.get("backend", "disk") != "disk"]
     if any(arguments != given[0] for arguments in given):
         raise UserError(
-            "file_client_args of the MMDetection config differ between its data sets; say one for all, "
+            "file_client_args of the MMDetection config differ between its data sets. Fix: give one for all, "
             "data.file_client_args"
         )
     return given[0] if given else None
@@ -680,8 +690,8 @@ def set_paths(config: Config, data: MMDetectionData, submitted: Path) -> None:
         if given is not None:
             if len(found) != 1:
                 raise UserError(
-                    f"data.{split} gives one data set, and the MMDetection config has {len(found)}: leave data.{split} "
-                    f"out and give their paths in the config"
+                    f"data.{split} gives one data set, and the MMDetection config has {len(found)}. Fix: remove "
+                    f"data.{split}, and give their paths in the config"
                 )
             found[0].update(ann_file=given.annotations, img_prefix=given.images)
             found[0].pop("data_root", None)
@@ -740,8 +750,8 @@ def set_num_classes(config: Config, num_classes: int) -> None:
             if counted != num_classes:
                 raise UserError(
                     f"hyperparameters.config_file: model.{name} is for {head['num_things_classes']} things and "
-                    f"{head.get('num_stuff_classes', 0)} stuff classes, and the data has {num_classes} categories; set "
-                    f"them, and the loss's class_weight, with config_overrides"
+                    f"{head.get('num_stuff_classes', 0)} stuff classes, and the data has {num_classes} categories. "
+                    "Fix: set them, and the loss's class_weight, in config_overrides"
                 )
     if any(head.get("num_stuff_classes") for _, head in heads):
         return  # its other heads are for the things alone

@@ -96,7 +96,7 @@ def selected_classes(leaf: dict[str, Any]) -> tuple[str, ...] | None:
     try:
         return None if classes is None else tuple(CustomDataset.get_classes(classes))
     except OSError as error:
-        raise UserError(f"classes: {classes!r} is no file of names; give a list for one class too") from error
+        raise UserError(f"classes: {classes!r} is not a file of names. Fix: give a list, also for one class") from error
 
 
 def loads_masks(leaf: dict[str, Any]) -> bool:
@@ -155,7 +155,7 @@ def loss_pipeline(test: Sequence[Any], train: Any) -> list[Any]:
     if any(step["type"] == "RandomCenterCropPad" for step in geometry):
         raise UserError(
             "hyperparameters.validation_loss: RandomCenterCropPad of the test pipeline does not move the boxes with "
-            "the image; leave it out"
+            "the image. Fix: remove validation_loss"
         )
     trained = _training_steps(train)
     formats = itertools.dropwhile(lambda step: step["type"] not in _FORMATS, trained)
@@ -218,7 +218,9 @@ class PipelineTransform:
         try:
             self.pipeline = Compose(with_quick_end(pipeline[1:], fast, leaf["type"]))
         except Exception as error:  # the builder raises what the transforms' constructors raise
-            raise UserError(f"a pipeline of the MMDetection config cannot be built: {error}") from error
+            raise UserError(
+                f"a pipeline of the MMDetection config cannot be built: {error}. Fix: correct the pipeline"
+            ) from error
         self.folder = str(getattr(images, "folder", ""))
         self.seg_prefix, self.seg_suffix = leaf.get("seg_prefix"), leaf.get("seg_suffix", ".png")
         self.annotated = annotated
@@ -302,8 +304,8 @@ def loss_transform(config: Any, images: ImageStorage, fast: bool) -> LossTransfo
     pipeline = loss_pipeline(leaf["pipeline"], config.data.train)
     if any(isinstance(step, dict) and step.get("with_seg") for step in pipeline) and not leaf.get("seg_prefix"):
         raise UserError(
-            "hyperparameters.validation_loss: the config trains on segmentation maps, and there are none to "
-            "validate on; give config_overrides: {data.val.seg_prefix: FOLDER}, or leave it out"
+            "hyperparameters.validation_loss: the config trains on segmentation maps, and there are none to validate "
+            "on. Fix: set config_overrides: {data.val.seg_prefix: FOLDER}, or remove validation_loss"
         )
     return LossTransform(pipeline, leaf, images, fast)
 
@@ -342,7 +344,10 @@ class CocoSamples:
         columns = annotations.columns
         self.indices = np.flatnonzero(trained_images(annotations, leaf))
         if not len(self.indices):
-            raise UserError(f"data.train: no image of {annotations.path} has annotations and {_MIN_SIDE} pixels a side")
+            raise UserError(
+                f"data.train: no image of {annotations.path} has both annotations and sides of {_MIN_SIDE} pixels. "
+                "Fix: check the file with `check`"
+            )
         self.flag = aspect_ratio_groups(columns["widths"][self.indices], columns["heights"][self.indices])
 
     def __len__(self) -> int:
@@ -359,7 +364,10 @@ class CocoSamples:
                 return sample
             # as CustomDataset: another image of the same aspect
             index = int(np.random.choice(np.flatnonzero(self.flag == self.flag[index])))
-        raise UserError(f"data.train: the pipeline makes a sample of no image of {self.images.annotations.path}")
+        raise UserError(
+            f"data.train: the pipeline skips every image of {self.images.annotations.path}. Fix: check the boxes' "
+            "sizes, and the pipeline's crops and filters"
+        )
 
     def image_id(self, index: int) -> int:
         return int(self.images.annotations.image_ids[self.indices[index]])
@@ -396,7 +404,10 @@ def build_own_dataset(section: Any, data: MMDetectionData, training: bool) -> An
     for leaf in leaves(section):
         leaf.pop("samples_per_gpu", None)
         if is_url(data.located(str(leaf.get("ann_file")))):
-            raise UserError(f"data.{split}: the config's {leaf['type']} reads from disk, not {leaf['ann_file']}")
+            raise UserError(
+                f"data.{split}: the config's {leaf['type']} reads from disk, not {leaf['ann_file']}. Fix: copy the "
+                "annotations to a disk"
+            )
         if leaf["type"] == "CocoDataset" and isinstance(leaf["ann_file"], str):
             annotations = CocoAnnotations.open(leaf["ann_file"], cache_dir=data.cache_dir)
             if not leaf.get("classes"):  # CocoDataset itself looks for COCO's names, whatever the file has
@@ -414,11 +425,11 @@ def build_own_dataset(section: Any, data: MMDetectionData, training: bool) -> An
     except Exception as error:  # each reads files of its own format
         paths = ", ".join(str(leaf.get("ann_file")) for leaf in leaves(section))
         raise UserError(
-            f"data.{split}: the config's {kind_of(section)} cannot be built from {paths}: "
-            f"{type(error).__name__}: {error}"
+            f"data.{split}: the config's {kind_of(section)} cannot be built from {paths}: {type(error).__name__}: "
+            f"{error}. Fix: correct its keys"
         ) from error
     if not dataset.CLASSES:
-        raise UserError(f"data.{split}: the config's {kind_of(section)} has no class names; give it `classes`")
+        raise UserError(f"data.{split}: the config's {kind_of(section)} has no class names. Fix: give it `classes`")
     return dataset
 
 
@@ -455,8 +466,8 @@ def labels_of_samples(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
         return np.concatenate([samples + i * count for i in range(times)]), np.tile(labels, times)
     if not hasattr(dataset, "get_cat_ids"):
         raise UserError(
-            f"data.repeat_threshold: {type(dataset).__name__} of the MMDetection config does not say which classes an "
-            "image has; leave it out"
+            f"data.repeat_threshold: {type(dataset).__name__} of the MMDetection config does not know the classes of "
+            "an image. Fix: remove the key"
         )
     of_samples = [list(dataset.get_cat_ids(index)) for index in range(len(dataset))]
     samples = np.repeat(np.arange(len(of_samples)), list(map(len, of_samples)))
@@ -486,7 +497,7 @@ def images_of_classes(dataset: Any) -> list[np.ndarray]:
     if not hasattr(dataset, "get_cat_ids"):
         raise UserError(
             f"data.train_dataloader.class_aware_sampler of the MMDetection config: {type(dataset).__name__} does not "
-            "say which classes an image has; take one of the two out"
+            "know the classes of an image. Fix: remove the sampler, or use another data set"
         )
     found: dict[int, list[int]] = {}
     for index in range(len(dataset)):

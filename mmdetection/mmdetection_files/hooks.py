@@ -70,7 +70,9 @@ class StepRunner(BaseRunner):
         try:
             self._register(config)
         except (KeyError, TypeError, ValueError, AssertionError, AttributeError) as error:
-            raise UserError(f"lr_config or a hook of the config: {type(error).__name__}: {error}") from error
+            raise UserError(
+                f"lr_config or a hook of the config: {type(error).__name__}: {error}. Fix: correct its keys"
+            ) from error
 
     def _register(self, config: Config) -> None:
         lr_config, momentum_config = deepcopy(config.get("lr_config")), deepcopy(config.get("momentum_config"))
@@ -80,7 +82,7 @@ class StepRunner(BaseRunner):
         self.register_momentum_hook(momentum_config)
         for hook in deepcopy(config.get("custom_hooks") or []):
             if "type" not in hook:
-                raise UserError(f"custom_hooks: {dict(hook)} has no `type`")
+                raise UserError(f"custom_hooks: {dict(hook)} has no `type`. Fix: give its type")
             name = hook["type"]
             if name == "RFSearchHook":
                 arguments = {key: value for key, value in hook.items() if key not in ("type", "priority")}

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 for _library in ("mmcv", "mmdet"):  # a line for each layer that is initialised
     logging.getLogger(_library).setLevel(logging.WARNING)
-_quiet = logging.getLogger(f"{__name__}.mmcv")  # what mmcv says of weights that do not fit; our own line says it
+_quiet = logging.getLogger(f"{__name__}.mmcv")  # mmcv's line about weights that do not fit, which ours replaces
 _quiet.setLevel(logging.CRITICAL + 1)
 
 
@@ -67,17 +67,18 @@ def build_model(config: Config, initialize: bool, half: bool = False) -> nn.Modu
         model = build_detector(section, train_cfg=config.get("train_cfg"), test_cfg=config.get("test_cfg"))
     except Exception as error:  # the builders raise what the modules' constructors raise
         raise UserError(
-            f"hyperparameters.config_file: the model cannot be built: {type(error).__name__}: {error}"
+            f"hyperparameters.config_file: the model cannot be built: {type(error).__name__}: {error}. Fix: correct "
+            "the model's keys"
         ) from error
     if initialize:
         try:
             model.init_weights()
         except (OSError, RuntimeError, urllib.error.URLError) as error:
             raise UserError(
-                f"model.backbone.init_cfg: the backbone's pretrained weights cannot be had ({error}). Without a way to "
-                "the internet give a file, config_overrides: {model.backbone.init_cfg.checkpoint: PATH}, or start "
-                "from nothing, {model.backbone.init_cfg: null}. A relative path is looked for in the folder that is "
-                "submitted, of which .detignore leaves out *.pth, and beside the YAML file"
+                f"model.backbone.init_cfg: the backbone's pretrained weights cannot be downloaded ({error}). Fix: "
+                "without internet, give a file, config_overrides: {model.backbone.init_cfg.checkpoint: PATH}, or "
+                "start from random weights, {model.backbone.init_cfg: null}. A relative path is looked up beside "
+                "the YAML file and in the submitted folder; .detignore keeps *.pth out of the latter"
             ) from error
     if half:
         wrap_fp16_model(model)
@@ -161,7 +162,9 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     try:
         return mmdet.core.build_optimizer(model, config.optimizer)
     except (KeyError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
-        raise UserError(f"optimizer of the MMDetection config: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"optimizer of the MMDetection config: {type(error).__name__}: {error}. Fix: correct the optimizer's keys"
+        ) from error
 
 
 def gradient_clipping(config: Config) -> Callable[[Any], None] | None:
@@ -173,8 +176,8 @@ def gradient_clipping(config: Config) -> Callable[[Any], None] | None:
     optimizer_config = config.get("optimizer_config") or {}
     if optimizer_config.get("type", "OptimizerHook") != "OptimizerHook":
         raise UserError(
-            f"optimizer_config.type: {optimizer_config['type']} is a loop of its own; to add up gradients use "
-            "`optimizations: {aggregation_frequency: N}` of the experiment config"
+            f"optimizer_config.type: {optimizer_config['type']} is a training loop of its own. Fix: to accumulate "
+            "gradients, set `optimizations: {aggregation_frequency: N}` in the experiment config"
         )
     if not optimizer_config.get("grad_clip"):
         return None
@@ -335,8 +338,8 @@ def published_weights(config_file: Path, key: str) -> str:
     shipped = shipped_configs().absolute()
     name = str(config_file.relative_to(shipped) if config_file.is_relative_to(shipped) else config_file)
     if name not in published:
-        near = nearest(name, published, otherwise="they are listed in its metafiles")
-        raise UserError(f"{key}: MMDetection publishes no weights for {name}; {near}; or give a path or a URL")
+        near = nearest(name, published, otherwise="give a config that its metafiles list, a path or a URL")
+        raise UserError(f"{key}: MMDetection publishes no weights for {name}{near}")
     return published[name]
 
 
@@ -374,8 +377,8 @@ def load_start(model: nn.Module, start: StartWeights, for_training: bool) -> Non
     loaded = sum(name in own for name in weights) - len(other_shape)
     if not loaded:
         raise UserError(
-            f"{key}: none of the {len(weights)} weights in {source} is one of this model's {len(own)}; "
-            "use the config that it was trained with"
+            f"{key}: none of the {len(weights)} weights in {source} is one of this model's {len(own)}. Fix: use the "
+            "config that it was trained with"
         )
     if not for_training:
         _refuse_random(model, weights, other_shape, absent, start)
@@ -390,20 +393,20 @@ def _refuse_random(
     start: StartWeights,
 ) -> None:
     instead = (
-        "nothing is trained here that could learn it. Give the config that the weights were trained with (config_file, "
-        "merge_config, config_overrides), or train from them first, which starts such parameters anew"
+        "give the config that the weights were trained with (config_file, merge_config, config_overrides), or train "
+        "from them first"
     )
     own = model.state_dict()
     if other_shape:
         name = other_shape[0]
         raise UserError(
             f"{start.key}: {name} has the shape {tuple(weights[name].shape)} in {start.source}, and "
-            f"{tuple(own[name].shape)} in this model; {instead}"
+            f"{tuple(own[name].shape)} in this model. Fix: {instead}"
         )
     # buffers that older versions did not have are constants; a teacher is asked in a training alone
     of_model = {name for name, _ in model.named_parameters() if not name.startswith("teacher_model.")}
     if missing := [name for name in absent if name in of_model]:
         raise UserError(
             f"{start.key}: {start.source} has no {missing[0]}{f' and {len(missing) - 1} others' * (len(missing) > 1)}, "
-            f"which this model has; {instead}"
+            f"which this model has. Fix: {instead}"
         )

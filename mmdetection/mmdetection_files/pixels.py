@@ -89,7 +89,8 @@ class QuickEnd:
         height, width = image.shape[:2]
         if self.fast and tuple(results["img_shape"][:2]) != (height, width):
             raise UserError(
-                "data.fast_images: a step of the pipeline changes the image's size and not its img_shape; leave it out"
+                "data.fast_images: a step of the pipeline changes the image's size and not its img_shape. Fix: remove "
+                "fast_images"
             )
         results["img_norm_cfg"] = {
             "mean": self.normalize.mean,

@@ -65,11 +65,13 @@ def init_receptive_fields(model: nn.Module, config: Config) -> None:
         search.init_model(model)
     except OSError as error:
         raise UserError(
-            f"custom_hooks: RFSearchHook.rfstructure_file: {error.filename} cannot be read: {error.strerror}; "
-            f"MMDetection's README of RF-Next links to its own, and a search leaves {STRUCTURE_FILE} in its checkpoints"
+            f"custom_hooks: RFSearchHook.rfstructure_file: {error.filename} cannot be read: {error.strerror}. Fix: "
+            f"give a file that MMDetection's README of RF-Next links to, or {STRUCTURE_FILE} of a search's checkpoint"
         ) from error
     except (KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"custom_hooks: RFSearchHook cannot be made: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"custom_hooks: RFSearchHook cannot be made: {type(error).__name__}: {error}. Fix: correct its keys"
+        ) from error
     hook["config"]["structure"], hook["rfstructure_file"] = dict(search.config["structure"]), None
 
 

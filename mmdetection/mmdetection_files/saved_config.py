@@ -11,7 +11,7 @@ from mmcv import Config
 
 from shared.durable import write_file
 from shared.errors import UserError
-from shared.redaction import without_secrets
+from shared.log import without_secrets
 
 RESOLVED_CONFIG = "mmdet_config.py"
 # mmcv.load unpickles some files, and a YAML file may call any function there
@@ -37,7 +37,10 @@ def read_resolved(path: Path) -> Config:
         statements = ast.parse(path.read_text()).body
         return Config({statement.targets[0].id: ast.literal_eval(statement.value) for statement in statements})
     except (SyntaxError, ValueError, AttributeError, TypeError, OSError, RecursionError, MemoryError) as error:
-        raise UserError(f"{path} is not a resolved config of this project: {error}") from error
+        raise UserError(
+            f"{path} is not a resolved config of this project: {error}. Fix: give a checkpoint of "
+            "mmdetection/model_def.py"
+        ) from error
 
 
 def imported_modules(config: Config) -> list[str]:

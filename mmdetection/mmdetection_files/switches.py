@@ -50,12 +50,12 @@ def take_up_switches(config: Config, hparams: MMDetectionHyperparameters) -> Non
     if is_searching(config) and (hook or hparams.model_ema_decay is not None):
         said_by = f"custom_hooks: {hook['type']}" if hook else "hyperparameters.model_ema_decay"
         raise UserError(
-            f"{said_by} averages the weights of a model whose layers RFSearchHook changes; take one of them out"
+            f"{said_by} averages the weights of a model whose layers RFSearchHook changes. Fix: remove one of the two"
         )
 
 
 def _contradiction(key: str, own: str, without: str) -> UserError:
     return UserError(
-        f"hyperparameters.{key}: the MMDetection config says {own} as well; keep one of them. Without the config's: "
+        f"hyperparameters.{key}: the MMDetection config sets {own} as well. Fix: remove the key, or the config's: "
         f"config_overrides: {{{without}}}"
     )

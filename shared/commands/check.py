@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except UserError as error:
         if "data: unknown key" not in str(error):
             raise
-        raise UserError(f"{error} If it is a detector's own key, use {hint}") from error
+        raise UserError(f"{error}. If it is a detector's own key, use {hint}") from error
     if data.reads_files and data.train is None and data.val is None:
         raise UserError(
             f"{given.config} has neither data.train nor data.val. Fix: {hint} checks the data that the detector's "
@@ -105,7 +105,7 @@ def _begin_training(
             try:
                 trial.open_data()
             except UserError:
-                if trial.evaluates_coco:  # what is wrong in the other split too
+                if trial.evaluates_coco:  # continue, to find errors in the other split too
                     opened = open_named(trial.data, report)
                 raise
             both = {"train": trial.train_data, "val": trial.val_data}
@@ -114,7 +114,7 @@ def _begin_training(
             is_built = True
         except Exception as error:  # a detector's library fails in as many ways as configs are wrong
             report.stop(error)
-        if not (opened or is_built):  # what the config names may be data of a library's own format
+        if not (opened or is_built):  # the config may name data in the library's own format
             with contextlib.suppress(UserError):
                 opened = open_named(experiment.data, Report())
         scale = None
@@ -203,12 +203,12 @@ def _parsed(arguments: argparse.Namespace) -> tuple[int | None, Path | None]:
     """The number of images to read, None for all, and the page. Checked first, as reading may take minutes."""
     images, page = arguments.images, arguments.page
     if images != "all" and not images.isdecimal():
-        raise UserError(f"--images: {images!r} is neither a number nor `all`")
+        raise UserError(f"--images: {images!r} is unknown. Fix: give a number or `all`")
     if page is not None:
         if page.suffix.lower() not in _PAGES:
             raise UserError(f"--page: {page} is no picture. Fix: give a name that ends with {' or '.join(_PAGES)}")
         if not page.absolute().parent.is_dir():
-            raise UserError(f"--page: {page.absolute().parent} is not a folder")
+            raise UserError(f"--page: {page.absolute().parent} is not a folder. Fix: create it")
         if page.is_dir():
             raise UserError(f"--page: {page} is a folder. Fix: name a file")
     return None if images == "all" else int(images), page
@@ -235,4 +235,6 @@ def _save_page(opened: dict[str, SplitData], augmented: list[Drawn], page: Path)
     try:
         save_page(opened, page, augmented)
     except OSError as error:
-        raise UserError(f"--page: {page} cannot be written: {error.strerror or error}") from error
+        raise UserError(
+            f"--page: {page} cannot be written: {error.strerror or error}. Fix: give another path"
+        ) from error

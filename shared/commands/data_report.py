@@ -83,7 +83,7 @@ def open_both(data: DataConfig, report: Report) -> dict[str, SplitData]:
     """The splits that can be opened. The report gets what in all their annotations would stop a training."""
     for split in _SPLITS:
         if data.reads_files and getattr(data, split) is None:
-            report.stop(UserError(f"data.{split} is missing; it needs the keys `annotations` and `images`"))
+            report.stop(UserError(f"data.{split} is missing. Fix: give its `annotations` and `images`"))
     opened = open_named(data, report)
     rules = ((check_trainable, ["train"]), (check_evaluable, ["val"]), (check_same_categories, _SPLITS))
     for rule, splits in rules:
@@ -295,7 +295,10 @@ def save_page(
             samples.append((image, named))
     samples += augmented
     if not samples:
-        raise UserError("none of the images can be read, to draw their labels")
+        raise UserError(
+            "none of the images can be read, so no labels can be drawn. Fix: check data.train.images and "
+            "data.val.images"
+        )
     categories = next(iter(opened.values())).categories
     drawing.save(drawing.page_of_truth(samples, categories), path)
 

@@ -148,14 +148,14 @@ def _find(given: str, options: StoreOptions) -> Iterator[tuple[str, str]]:
     elif glob.has_magic(given):
         matches = sorted(glob.glob(str(path), recursive=True))
         if not matches:
-            raise UserError(f"--images: no file is matched by {given!r}")
+            raise UserError(f"--images: no file matches {given!r}. Fix: correct the pattern")
         for match in matches:
             if Path(match).is_dir():
                 yield from _find_in(Path(match))
             elif _is_input(match):
                 yield _located(Path(match)), Path(match).name
     else:
-        raise UserError(f"--images: {given} does not exist")
+        raise UserError(f"--images: {given} does not exist. Fix: correct the path")
 
 
 def _located(file: Path) -> str:
@@ -195,7 +195,7 @@ def _find_remote(url: str, options: StoreOptions) -> Iterator[tuple[str, str]]:
                 count += 1
                 yield f"{folder.url}/{name}", name
     if not count:
-        raise UserError(f"--images: {url} holds no image")
+        raise UserError(f"--images: {url} holds no image. Fix: give a folder or a glob with images")
 
 
 def look_at(files: dict[str, str], images: GivenImages, in_tiles: bool = False) -> list[Picture]:
@@ -221,9 +221,10 @@ def look_at(files: dict[str, str], images: GivenImages, in_tiles: bool = False) 
     if drawn:
         logger.info("skipped: %d pictures that an earlier run drew", drawn)
     if not pictures and len(files) == 1 and isinstance(looked[0], str):
-        raise UserError(f"--images: {next(iter(files.values()))}: {looked[0]}")
+        reason = looked[0] if "Fix: " in looked[0] else f"{looked[0]}. Fix: give images or videos"
+        raise UserError(f"--images: {next(iter(files.values()))}: {reason}")
     if not pictures:
-        raise UserError(f"--images: none of the {len(files)} files is an image that can be read")
+        raise UserError(f"--images: none of the {len(files)} files can be read as an image. Fix: give images or videos")
     return pictures
 
 
@@ -268,7 +269,7 @@ def size_of(name: str, location: str, images: GivenImages, in_tiles: bool = Fals
     except remote.StoreError:
         raise
     except UnidentifiedImageError as error:
-        raise UnreadableError("it is no image") from error
+        raise UnreadableError("it is not an image") from error
     except Image.DecompressionBombError as error:
         if not in_tiles:
             raise UnreadableError(f"{error}. Fix: if you trust it, set data.max_image_pixels") from error

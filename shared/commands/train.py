@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import math
 import os
@@ -20,7 +19,7 @@ import numpy as np
 from shared.commands.data_report import save_page
 from shared.config.experiment import Experiment, experiment_of, per_slot_batch_size, read_experiment
 from shared.data.open import SplitData
-from shared.data.places import open_place
+from shared.data.storage import open_place
 from shared.environment import task_config
 from shared.errors import UserError, count_of
 from shared.evaluation import drawing
@@ -28,16 +27,16 @@ from shared.evaluation.evaluator import CocoEvaluator, metrics_table
 from shared.evaluation.gathered import GatheredDetections, load_detections
 from shared.training.checkpoints import read_checkpoint
 from shared.training.engine import check_resume, train
+from shared.training.hang import watching
 from shared.training.loggers import Loggers
 from shared.training.meeting import local_processes
 from shared.training.processes import core_context, make_context, on_chief, on_every_rank, trial_context
 from shared.training.resume import read_checkpoint_to_resume
-from shared.training.run import ClusterRun, LocalRun, full_disk_as_error
+from shared.training.run import ClusterRun, LocalRun, full_disk_as_error, picture_of
 from shared.training.run_folder import RunFolder
 from shared.training.run_store import RunStore
-from shared.training.signals import StoppedBeforeTraining, StopSignals
-from shared.training.stopping import End, Outcome
-from shared.training.tensorboard import picture_of
+from shared.training.saving import saved_batches
+from shared.training.stopping import End, Outcome, StoppedBeforeTraining, StopSignals
 from shared.training.training_metrics import duration
 from shared.training.trial import DetectionTrial
 
@@ -76,6 +75,7 @@ def _train_in(
     if int(os.environ.get("RANK", 0)) == 0:
         logger.info("run: %s", output_dir.absolute())
     with local_processes(experiment.hang_minutes) as (distributed, device), contextlib.ExitStack() as stack:
+        watch = stack.enter_context(watching(distributed, experiment.hang_minutes))
         _check_batch_size(experiment, distributed.size)
         folder = RunFolder(distributed.broadcast(output_dir).absolute())
         stack.callback(folder.free)
@@ -92,7 +92,7 @@ def _train_in(
         on_chief(distributed, lambda: folder.prepare(source))
         first_batch = checkpoint.batches if checkpoint else 0
         context = stack.enter_context(trial_context(experiment.config, distributed, device, first_batch))
-        trial = trial_class(context, experiment)
+        trial = trial_class(context, experiment, watch=watch)
         if checkpoint:
             check_resume(trial, checkpoint)
         loggers = stack.enter_context(Loggers())
@@ -110,7 +110,7 @@ def _train_in(
         if outcome.end is End.NOTHING_TO_DO:
             loggers.finish(0)
             if arguments.resume != "auto":
-                raise UserError(f"--resume: {outcome}")
+                raise UserError(f"--resume: {outcome}. Fix: to train longer, raise searcher.max_length")
             if trial.rank == 0:
                 logger.info("nothing to do: %s", outcome)
         elif not outcome.is_finished:
@@ -134,6 +134,7 @@ def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
     experiment = experiment_of(task_config(), info.trial.hparams, trial_class.sections())
     with (
         local_processes(experiment.hang_minutes, len(info.gpu_uuids)) as (distributed, device),
+        watching(distributed, experiment.hang_minutes) as watch,
         core_context(distributed) as core,
     ):
         _check_batch_size(experiment, distributed.size)
@@ -145,7 +146,7 @@ def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
         is_own = checkpoint is not None and checkpoint.counts.get("trial_id") == info.trial.trial_id
         first_batch = checkpoint.batches if is_own else 0
         context = make_context(core, experiment.config, device, first_batch, info.trial.trial_seed)
-        trial = trial_class(context, experiment)
+        trial = trial_class(context, experiment, watch=watch)
         if checkpoint:
             check_resume(trial, checkpoint)
         if trial.rank == 0 and trial.hparams.loggers:
@@ -217,7 +218,7 @@ class Results:
             print(f"{name}: {self.metric} {number} at batch {report['batches']}, {self.folder.checkpoints / name}")
         if self.outcome.why:
             print(self.outcome)
-        print(f"trained for {duration(self.outcome.seconds)}; all of it is in {self.folder.path}")
+        print(f"trained for {duration(self.outcome.seconds)}; the run's folder is {self.folder.path}")
         if figure := picture_of(self.trial, self.outcome.validation):
             drawing.save(figure, self.folder.predictions)
             print(f"predictions beside the ground truth: {self.folder.predictions}")
@@ -291,7 +292,4 @@ class Results:
 def _validation_of(checkpoint: str, folder: RunFolder) -> dict[str, Any] | None:
     """The report of the validation at which a checkpoint was saved; None if there is no such checkpoint, or if another
     run saved it."""
-    metadata = folder.checkpoints / checkpoint / "metadata.json"
-    if not metadata.exists():
-        return None
-    return folder.validation_after(json.loads(metadata.read_text())["steps_completed"])
+    return folder.validation_after(saved_batches(folder.checkpoints / checkpoint))

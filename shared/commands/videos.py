@@ -47,10 +47,13 @@ class Video:
         cv2 = _cv2(path)
         self._capture = cv2.VideoCapture(path)
         if not self._capture.isOpened():
-            raise UserError(f"{path} cannot be read as a video: OpenCV does not know its format, or it is cut off")
+            raise UserError(
+                f"{path} cannot be read as a video: OpenCV does not know its format, or it is cut off. Fix: convert it "
+                "to MP4"
+            )
         self._first = self._read()
         if self._first is None:
-            raise UserError(f"{path} cannot be read as a video: OpenCV finds no frame in it")
+            raise UserError(f"{path} cannot be read as a video: OpenCV finds no frame in it. Fix: convert it to MP4")
         self.size = self._first.size
         rate, count = (self._capture.get(name) for name in (cv2.CAP_PROP_FPS, cv2.CAP_PROP_FRAME_COUNT))
         self.rate = rate if math.isfinite(rate) and rate > 0 else _FRAMES_PER_SECOND
@@ -93,7 +96,7 @@ class VideoWriter:
             codec = self.cv2.VideoWriter_fourcc(*"mp4v")
             self.writer = self.cv2.VideoWriter(str(self.path), codec, self.rate, picture.size)
             if not self.writer.isOpened():
-                raise UserError(f"{self.path} cannot be written as a video")
+                raise UserError(f"{self.path} cannot be written as a video. Fix: give another folder for --output")
         self.writer.write(np.asarray(picture)[:, :, ::-1])
 
     def __enter__(self) -> VideoWriter:
@@ -108,9 +111,7 @@ def _cv2(path: str) -> ModuleType:
     try:
         import cv2
     except ImportError as error:
-        raise UserError(
-            f"{path}: videos are read by OpenCV, which is not installed: pip install opencv-python-headless"
-        ) from error
+        raise UserError(f"{path}: reading videos needs OpenCV. Fix: pip install opencv-python-headless") from error
     return cv2
 
 

@@ -113,7 +113,7 @@ def parse_augment(given: Any) -> Augment | None:
     preset = section.get("preset", "none")
     if preset not in PRESETS:
         where = _KEY if isinstance(given, str) else f"{_KEY}.preset"
-        raise UserError(f"{where}: {preset!r} is unknown; {nearest(str(preset), PRESETS)}")
+        raise UserError(f"{where}: {preset!r} is unknown{nearest(str(preset), PRESETS)}")
     return parse_section({**PRESETS[preset], **section}, Augment, _KEY)
 
 

@@ -10,17 +10,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shared.config.augment import parse_augment
-from shared.config.file import expanded, find_path, fixed_hyperparameters, interpolated, load_config
+from shared.config.augment import Augment, parse_augment
+from shared.config.file import (
+    expanded,
+    find_path,
+    fixed_hyperparameters,
+    interpolated,
+    load_config,
+    refuse_misplaced_keys,
+)
 from shared.config.schema import (
     BACKEND_ALIASES,
     BACKENDS,
     UNITS,
     DataConfig,
+    EarlyStopping,
     Length,
     Schedule,
     SearcherMetric,
+    SearcherSection,
     Split,
+    TopLevelKeys,
     TrainingHyperparameters,
     is_url,
     key_names,
@@ -121,11 +131,19 @@ def read_experiment(
     Raises:
         UserError: the file, a key or a value is wrong.
     """
-    keys = {"hyperparameters": key_names(sections.hyperparameters), "data": key_names(sections.data)}
+    keys = {
+        "hyperparameters": key_names(sections.hyperparameters),
+        "data": key_names(sections.data),
+        "searcher": key_names(SearcherSection),
+        "data.augment": key_names(Augment),
+        "hyperparameters.early_stopping": key_names(EarlyStopping),
+    }
     config = load_config(path, overrides, keys)
     if with_hyperparameters:
         config["hyperparameters"] = fixed_hyperparameters(config)
         _check_config_is_for_this_detector(config["hyperparameters"], keys["hyperparameters"], path)
+        for name in ("hyperparameters", "data"):
+            refuse_misplaced_keys(config.get(name) or {}, name, {**keys, "": key_names(TopLevelKeys)})
     experiment = _experiment(config, sections, (Path.cwd(), Path(path).absolute().parent))
     return experiment.with_hyperparameters(config["hyperparameters"]) if with_hyperparameters else experiment
 
@@ -204,7 +222,7 @@ def parse_data(
     data.augment = parse_augment(data.augment)
     data.backend = BACKEND_ALIASES.get(data.backend, data.backend)
     if data.backend not in BACKENDS:
-        raise UserError(f"data.backend: {data.backend!r} is not available; {nearest(data.backend, BACKENDS)}")
+        raise UserError(f"data.backend: {data.backend!r} is not available{nearest(data.backend, BACKENDS)}")
     if data.cache_dir is not None:
         data.cache_dir = str(Path(expanded(data.cache_dir, "data.cache_dir")).absolute())
     in_bucket = BACKENDS[data.backend].bucket_scheme is not None
@@ -246,10 +264,10 @@ def parse_schedule(config: Mapping[str, Any]) -> Schedule:
     )
     policy = config.get("checkpoint_policy") or "best"
     if policy not in ("best", "all", "none"):
-        raise UserError(f"checkpoint_policy: {policy!r} is not one of best, all, none")
+        raise UserError(f"checkpoint_policy: {policy!r} is unknown. Fix: use best, all or none")
     reporting = config.get("scheduling_unit") or 100
     if type(reporting) is not int or reporting < 1:
-        raise UserError(f"scheduling_unit: {reporting!r} is not a number of batches")
+        raise UserError(f"scheduling_unit: {reporting!r} is not a number of batches. Fix: give a whole number above 0")
     return Schedule(
         max_length=max_length,
         validation_period=validation_period,
@@ -268,7 +286,7 @@ def _length(value: Any, key: str) -> Length:
         raise UserError(f"{key}: {value!r} is not a length. Fix: give {{batches: 1000}} or {{epochs: 10}}")
     unit, count = next(iter(value.items()))
     if type(count) is not int or count < 1:
-        raise UserError(f"{key}.{unit}: {count!r} is not a positive whole number")
+        raise UserError(f"{key}.{unit}: {count!r} is not a positive whole number. Fix: give 1 or more")
     return Length(unit, count)
 
 
@@ -283,17 +301,18 @@ def parse_searcher_metric(config: Mapping[str, Any], reported: Iterable[str] | N
     """
     searcher = config.get("searcher") or {}
     if (name := searcher.get("name") or "single") not in _SEARCHERS:
-        raise UserError(f"searcher.name: {name!r} is unknown; {nearest(str(name), _SEARCHERS)}")
+        raise UserError(f"searcher.name: {name!r} is unknown{nearest(str(name), _SEARCHERS)}")
     metric = searcher.get("metric") or "bbox_mAP"
     if reported is not None and metric not in (reported := list(reported)):
         hint = nearest(metric, reported)
         if metric.startswith("val_"):
-            hint = "hyperparameters.validation_loss: true reports a validation's losses; val_loss is their total"
-        raise UserError(f"searcher.metric: {metric!r} is not reported; {hint}")
+            hint = ". Fix: hyperparameters.validation_loss: true reports a validation's losses; val_loss is their total"
+        raise UserError(f"searcher.metric: {metric!r} is not reported{hint}")
     written, known = searcher.get("smaller_is_better"), smaller_is_better(metric)
     if written is None and known is None:
         raise UserError(
-            f"searcher.smaller_is_better is missing, and the name {metric!r} does not show which values are better"
+            f"searcher.smaller_is_better: it is missing, and the name {metric!r} does not show which values are "
+            "better. Fix: give true or false"
         )
     if None not in (written, known) and bool(written) != known:
         raise UserError(
@@ -320,11 +339,14 @@ def per_slot_batch_size(global_batch_size: Any, slots: int) -> int:
         UserError: the global batch does not divide by the slots.
     """
     if type(global_batch_size) is not int or global_batch_size < 1:
-        raise UserError(f"hyperparameters.global_batch_size: {global_batch_size!r} is not a number of images")
+        raise UserError(
+            f"hyperparameters.global_batch_size: {global_batch_size!r} is not a number of images. Fix: give a whole "
+            "number above 0"
+        )
     if global_batch_size % slots:
         lower, upper = (global_batch_size // slots) * slots, math.ceil(global_batch_size / slots) * slots
         raise UserError(
             f"hyperparameters.global_batch_size: {global_batch_size} images do not divide by "
-            f"{count_of(slots, 'slot')}; use {f'{lower} or ' if lower else ''}{upper}"
+            f"{count_of(slots, 'slot')}. Fix: use {f'{lower} or ' if lower else ''}{upper}"
         )
     return global_batch_size // slots

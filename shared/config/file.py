@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -15,7 +15,7 @@ from msgspec import Meta
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from shared.errors import UserError, nearest, nearest_path
+from shared.errors import UserError, any_of, nearest, nearest_path, similar_names
 
 # what Determined 0.38 accepts at the top of an experiment config, and in its `searcher`
 _TOP_KEYS = (
@@ -28,6 +28,8 @@ _SEARCHER_KEYS = (
     "bracket_rungs budget divisor max_concurrent_trials max_length max_rungs max_time max_trials metric mode name "
     "num_rungs smaller_is_better source_checkpoint_uuid source_trial_id stop_once time_metric train_stragglers unit"
 ).split()
+_LIST_KEYS = "`python3 model_def.py --help-config` lists all keys"
+_MOST_LISTED = 12  # keys that the error about an unknown one lists
 _LENGTHS = ("searcher.max_length", "min_validation_period", "min_checkpoint_period")
 _SECTIONS = ("data", "hyperparameters", "searcher")
 # Determined's hyperparameter types from which a searcher draws
@@ -48,7 +50,7 @@ def load_config(path: str | Path, overrides: Sequence[str], keys: Mapping[str, S
     try:
         config = OmegaConf.load(path)
         if not OmegaConf.is_dict(config):
-            raise UserError(f"{path} is not an experiment config: it holds no keys")
+            raise UserError(f"{path} is not an experiment config: it holds no keys. Fix: give one, such as const.yaml")
         for override in overrides:
             if "=" not in override:
                 raise UserError(f"--set {override}: it has no value. Fix: write key=value, as hyperparameters.lr=0.01")
@@ -61,17 +63,19 @@ def load_config(path: str | Path, overrides: Sequence[str], keys: Mapping[str, S
     except UserError:
         raise
     except (OmegaConfBaseException, OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}. Fix: correct the file") from error
     except Exception as error:  # the YAML library's own errors, whichever OmegaConf reads with
         if "yaml" in type(error).__module__:
-            raise UserError(f"{path} is not YAML: {error}") from error
+            raise UserError(f"{path} is not YAML: {error}. Fix: correct that line") from error
         raise
     if "images" in config and "annotations" in config:
         raise UserError(_is_annotations(path))
+    refuse_misplaced_keys(config, "", {**keys, "": _TOP_KEYS})
     refuse_unknown_keys(config, _TOP_KEYS, str(path))
     for name in _SECTIONS:
         if not isinstance(config.get(name), (dict, type(None))):
             raise UserError(f"{name}: {config[name]!r} is no section. Fix: give its keys, one per line")
+    refuse_misplaced_keys(config.get("searcher") or {}, "searcher", {**keys, "searcher": _SEARCHER_KEYS})
     refuse_unknown_keys(config.get("searcher") or {}, _SEARCHER_KEYS, "searcher")
     return config
 
@@ -79,7 +83,9 @@ def load_config(path: str | Path, overrides: Sequence[str], keys: Mapping[str, S
 def _check_is_config_file(path: Path) -> None:
     if path.is_dir():
         configs = ", ".join(sorted(file.name for file in path.glob("*.yaml")))
-        raise UserError(f"{path} is a folder; give the experiment config itself" + (f": {configs}" if configs else ""))
+        raise UserError(
+            f"{path} is a folder. Fix: give the experiment config itself" + (f": {configs}" if configs else "")
+        )
     if not path.is_file():
         raise UserError(f"{path} does not exist; {nearest_path(str(path))}")
     if path.suffix not in (".yaml", ".yml", ".json"):
@@ -87,12 +93,15 @@ def _check_is_config_file(path: Path) -> None:
     if (size := path.stat().st_size) > _LARGEST_CONFIG:
         if path.suffix == ".json":
             raise UserError(_is_annotations(path))
-        raise UserError(f"{path} is no experiment config: it has {size / 2**20:.0f} MiB")
+        raise UserError(
+            f"{path} is no experiment config: it has {size / 2**20:.0f} MiB. Fix: give the experiment config, such as "
+            "const.yaml"
+        )
 
 
 def _is_annotations(path: str | Path) -> str:
     return (
-        f"{path} looks like an annotation file; give an experiment config, const.yaml for example, and name the "
+        f"{path} looks like an annotation file. Fix: give an experiment config, such as const.yaml, and name the "
         f"annotations in it: --set data.train.annotations={path}"
     )
 
@@ -102,15 +111,36 @@ def _check_override(override: str, config: Any, keys: Mapping[str, Sequence[str]
     given = override.partition("=")[0].split(".")[0]
     if given in _TOP_KEYS:
         return
-    sections = {name: {*map(str, section)} for name, section in config.items() if OmegaConf.is_dict(section)}
-    sections = {name: {*keys.get(name, ()), *sections.get(name, ())} for name in (*keys, *sections)}
+    sections = {str(name): [*section] for name, section in config.items() if OmegaConf.is_dict(section)}
+    sections |= {name: [*known, *sections.get(name, ())] for name, known in keys.items()}
     if owner := next((name for name, known in sections.items() if given in known), None):
-        raise UserError(f"--set {override}: {given!r} is a key of {owner}: --set {owner}.{override}")
-    dotted = {key: f"{name}.{key}" for name, known in sections.items() for key in known}
-    hint = nearest(given, [*_TOP_KEYS, *dotted])
-    for key, whole in dotted.items():
-        hint = hint.replace(f"did you mean {key!r}", f"did you mean {whole!r}")
-    raise UserError(f"--set {override}: {given!r} is no key of an experiment config; {hint}")
+        raise UserError(f"--set {override}: {given!r} is a key of {owner}. Fix: --set {owner}.{override}")
+    wholes = [*_TOP_KEYS, *(f"{name}.{key}" for name, known in sections.items() for key in known)]
+    raise UserError(f"--set {override}: {given!r} is no key of an experiment config{_nearest_whole(given, wholes)}")
+
+
+def _nearest_whole(name: str, wholes: Iterable[str]) -> str:
+    """The end of an error message about a key without its section: at most three similar ones, with their sections."""
+    wholes = list(wholes)
+    near = similar_names(name, wholes) if "." in name else []
+    near = near or similar_names(name.rpartition(".")[2], {whole.rpartition(".")[2] for whole in wholes})
+    found = [whole for last in near for whole in wholes if whole == last or whole.endswith(f".{last}")][:3]
+    return f"; did you mean {any_of(found)}? {_LIST_KEYS}" if found else f". Fix: {_LIST_KEYS}"
+
+
+def refuse_misplaced_keys(section: Mapping[str, Any], name: str, keys: Mapping[str, Sequence[str]]) -> None:
+    """Raises UserError for the first key of a section that only another section has; names that section.
+
+    Args:
+        name: of the section; "" for the top of the config.
+        keys: the known keys of each section.
+    """
+    for key in section:
+        owner = None if key in keys[name] else next((other for other, known in keys.items() if key in known), None)
+        if owner is not None:
+            whole = f"{owner}.{key}" if owner else key
+            place = f"of {owner}" if owner else "of the top of the config"
+            raise UserError(f"{name + '.' if name else ''}{key}: it is a key {place}. Fix: write {whole}")
 
 
 def interpolated(config: Any) -> dict[str, Any]:
@@ -163,7 +193,10 @@ def refuse_unknown_keys(section: Mapping[str, Any], valid: Iterable[str], where:
     valid = list(valid)
     for key in section:
         if key not in valid:
-            raise UserError(f"{where}: unknown key {key!r}; {nearest(str(key), valid)}")
+            if len(valid) <= _MOST_LISTED:
+                raise UserError(f"{where}: unknown key {key!r}{nearest(str(key), valid)}")
+            near = nearest(str(key), valid, _LIST_KEYS)
+            raise UserError(f"{where}: unknown key {key!r}{near}{'' if 'Fix:' in near else f' {_LIST_KEYS}'}")
 
 
 def without_ranges(
@@ -213,7 +246,7 @@ def fixed_hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     )
     if searched:
         raise UserError(
-            "this config is for a search: `search` does it here; to train once, choose a value for each key: "
+            "this config is for a search. Fix: run `search`; or, to train once, choose a value for each key: "
             + " ".join(searched)
         )
     return hyperparameters
@@ -262,18 +295,17 @@ def help_text(sections: Mapping[str, type], name: str | None) -> str:
     """What `--help-config [KEY]` prints.
 
     Args:
-        sections: the dataclass of each section of the config.
+        sections: the dataclass of each section of the config; "" for the keys outside of sections.
         name: a key, with or without its section; all keys if None.
 
     Raises:
         UserError: no section has the key.
     """
-    keys = {f"{section}.{key.name}": key for section, into in sections.items() for key in keys_of(into)}
+    keys = {whole: key for section, into in sections.items() for whole, key in _whole_keys(section, into)}
     if name is not None:
-        chosen = [whole for whole in keys if name in (whole, whole.partition(".")[2], whole.partition(".")[0])]
+        chosen = [whole for whole in keys if f".{name}." in f".{whole}."]
         if not chosen:
-            short = [whole.partition(".")[2] for whole in keys]
-            raise UserError(f"--help-config: there is no key {name!r}; {nearest(name, short)}")
+            raise UserError(f"--help-config: there is no key {name!r}{_nearest_whole(name, keys)}")
         keys = {whole: keys[whole] for whole in chosen}
     paragraphs = []
     for whole, key in keys.items():
@@ -281,6 +313,17 @@ def help_text(sections: Mapping[str, type], name: str | None) -> str:
         facts.append(f"upstream: {key.upstream}" if key.upstream else "")
         paragraphs.append(f"{whole}\n    {key.text}\n    {', '.join(fact for fact in facts if fact)}")
     return "\n".join(paragraphs)
+
+
+def _whole_keys(section: str, into: type) -> Iterator[tuple[str, Key]]:
+    """(name with its sections, key) of a section and of the sections in it."""
+    hints = get_type_hints(into)
+    for key in keys_of(into):
+        whole = f"{section}.{key.name}" if section else key.name
+        yield whole, key
+        for part in get_args(hints[key.name]) or (hints[key.name],):
+            if dataclasses.is_dataclass(part):
+                yield from _whole_keys(whole, part)
 
 
 def _default(field: dataclasses.Field) -> str:

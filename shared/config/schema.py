@@ -250,6 +250,43 @@ class SearcherMetric:
         return _UNDEFINED if self.smaller_is_better else -_UNDEFINED
 
 
+@dataclass(kw_only=True)
+class TopLevelKeys:
+    """The keys outside the sections, for `--help-config` and the reference."""
+
+    min_validation_period: Any = key(None, "how often to validate, as `{epochs: 1}`; without it only at the end")
+    min_checkpoint_period: Any = key(None, "how often to save, as `{batches: 500}`; without it only at the end")
+    scheduling_unit: int = key(100, "batches between two reports of the loss")
+    checkpoint_policy: Literal["best", "all", "none"] = key("best", "which checkpoints a cluster keeps")
+    perform_initial_validation: bool = key(False, "validate before the first batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearcherSection:
+    """The `searcher` section: how long to train, what is best, and which trials a search has."""
+
+    metric: str = key("bbox_mAP", "the metric that decides which checkpoint and which trial is best")
+    smaller_is_better: bool | None = key(
+        None, "whether small values are good; always write it, Determined assumes true"
+    )
+    max_length: Any = key(None, "length of the training: `{epochs: 10}`, `{batches: 1000}` or `{records: 50000}`")
+    name: Literal["adaptive_asha", "grid", "random", "single"] = key("single", "the method")
+    time_metric: str | None = key(None, "the unit of `max_time`: `batches`, `epochs` or `records`")
+    max_time: int | None = key(None, "the length of a full trial of `adaptive_asha`, instead of `max_length`")
+    max_trials: Annotated[int, Meta(ge=1)] | None = key(None, "trials of the search; a grid has one per point")
+    max_concurrent_trials: Annotated[int, Meta(ge=0)] = key(0, "the most trials at once; 0 for no limit")
+    mode: Literal["aggressive", "standard", "conservative"] = key("standard", "how many brackets there are")
+    max_rungs: Annotated[int, Meta(ge=1)] = key(5, "the most rungs of a bracket")
+    bracket_rungs: list[int] = key([], "the rungs of each bracket, instead of `mode` and `max_rungs`")
+    divisor: Annotated[int, Meta(ge=2)] = key(4, "at a rung, one of this number of trials continues")
+
+    def __post_init__(self) -> None:
+        if self.name in ("adaptive_asha", "random") and self.max_trials is None:
+            raise UserError("searcher.max_trials: it is missing. Fix: give the number of trials")
+        if any(rungs < 1 for rungs in self.bracket_rungs):
+            raise UserError(f"searcher.bracket_rungs: {self.bracket_rungs} has a number below 1. Fix: give 1 or more")
+
+
 @dataclass
 class EarlyStopping:
     """`hyperparameters.early_stopping`."""
@@ -269,7 +306,7 @@ class TrainingHyperparameters:
     sync_bn: bool = key(False, "compute batch norm over the images of all slots (GPUs)")
     clip_grad: Positive | None = key(None, "the norm to which the gradient of all parameters is clipped")
     model_ema_decay: Annotated[float, Meta(ge=0, lt=1)] | None = key(
-        None, "average the weights; the averaged ones validate, predict and are `best`"
+        None, "average the weights; validations, `predict` and `best` use the average"
     )
     freeze: list[str] = key([], "modules or parameters that stay unchanged, such as `[backbone]`")
     early_stopping: EarlyStopping | None = key(
@@ -290,7 +327,7 @@ class TrainingHyperparameters:
     def __post_init__(self) -> None:
         for name in self.loggers:
             if name not in LOGGERS:
-                raise UserError(f"hyperparameters.loggers: {name!r} is unknown; {nearest(name, LOGGERS)}")
+                raise UserError(f"hyperparameters.loggers: {name!r} is unknown{nearest(name, LOGGERS)}")
         for name, weight in self.class_weights.items() if isinstance(self.class_weights, dict) else ():
             if not 0 < weight < math.inf:
                 raise UserError(f"hyperparameters.class_weights.{name}: it is {weight:g}. Fix: give a number above 0")
@@ -311,7 +348,7 @@ def parse_section(section: Mapping[str, Any] | None, into: type[T], where: str) 
     refuse_unknown_keys(section, key_names(into), where)
     for field in dataclasses.fields(into):
         if field.default is MISSING and field.default_factory is MISSING and field.name not in section:
-            raise UserError(f"{where}.{field.name} is missing")
+            raise UserError(f"{where}.{field.name} is missing. Fix: add it")
     _check_nested_sections(section, into, where)
     try:
         return msgspec.convert(section, into)
@@ -322,10 +359,12 @@ def parse_section(section: Mapping[str, Any] | None, into: type[T], where: str) 
         at = at.rstrip("`")
         name = at.removeprefix(".")
         if choices := _choices(into, name):
-            message = f"{as_in_yaml(section[name])} is none of {', '.join(choices)}"
+            message = f"{as_in_yaml(section[name])} is unknown. Fix: use one of {', '.join(choices)}"
         elif bound := re.fullmatch(r"Expected `(?:int|float)` ([<>]=?) (\S+)", message):
             text = {field.name: field.metadata["help"] for field in dataclasses.fields(into)}[name]
             message = f"it is {section[name]:g}. Fix: give a number {bound[1]} {float(bound[2]):g} ({text})"
+        else:
+            message += ". Fix: give a value of that type"
         raise UserError(f"{where}{at}: {message}") from error
 
 

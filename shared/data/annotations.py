@@ -27,7 +27,7 @@ from shared.data.cache import load_arrays, mark_as_cache, save_arrays
 from shared.data.coco_file import Columns, Parsed, check_categories, offsets_of
 from shared.durable import once, user_cache
 from shared.errors import UserError, nearest
-from shared.redaction import redacted
+from shared.log import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,10 @@ class ImageRecord:
         try:
             return [msgspec.json.decode(raw) if raw else None for raw in self.raw_segmentations]
         except (msgspec.DecodeError, RecursionError) as error:
-            raise UserError(f"{self.file_name} (image id {self.image_id}) has a bad segmentation: {error}") from error
+            raise UserError(
+                f"{self.file_name} (image id {self.image_id}) has a bad segmentation: {error}. Fix: correct or remove "
+                "it"
+            ) from error
 
 
 @dataclass(eq=False, repr=False)
@@ -239,7 +242,7 @@ class CocoAnnotations:
         """
         for name in names:
             if name not in self.category_names:
-                raise UserError(f"{name!r} is no category of {self.path}; {nearest(name, self.category_names)}")
+                raise UserError(f"{name!r} is no category of {self.path}{nearest(name, self.category_names)}")
         labels = [label for label, name in enumerate(self.category_names) if name in names]
         kept = np.isin(self.columns["labels"], labels)
         columns = self.select(kept).columns
@@ -272,7 +275,7 @@ def check_same_categories(train: CocoAnnotations, val: CocoAnnotations) -> None:
             first, second = ("absent" if name is None else repr(name) for name in names)
             raise UserError(
                 f"data.train ({train.path}) and data.val ({val.path}) have different categories: id {category_id} is "
-                f"{first} in the first and {second} in the second; both need the same list"
+                f"{first} in the first and {second} in the second. Fix: give both files the same list"
             )
 
 

@@ -127,8 +127,8 @@ def check_images(annotations: CocoAnnotations, images: Listed, where: str, skip:
         look = images.look(annotations.file_names)
         if look.missing and (not skip or look.missing == len(annotations)):
             found = _found_instead(images.folder, look.first_missing) if isinstance(images, DiskImages) else ""
-            skips = "" if found or look.missing == len(annotations) else _SKIP
-            raise UserError(f"{message(look)}{found}{skips}")
+            fix = found or (". Fix: correct the folder" if look.missing == len(annotations) else _SKIP)
+            raise UserError(f"{message(look)}{fix}")
         return look
 
     if annotations.cache is None or images.place is None:
@@ -139,7 +139,7 @@ def check_images(annotations: CocoAnnotations, images: Listed, where: str, skip:
         if look.sizes is not None:
             images.take_sizes(look.sizes)
     if look.missing:
-        logger.warning("%s; they are left out", message(look))
+        logger.warning("%s; they are skipped", message(look))
 
 
 def refuse_names_outside(annotations: CocoAnnotations, where: str) -> None:
@@ -158,8 +158,8 @@ def refuse_names_outside(annotations: CocoAnnotations, where: str) -> None:
         up = ".." in name.split("/")
         if not 0 < lengths[i] <= _LONGEST_PATH or up or "\0" in name or is_url(name) or name.startswith(("/", "\\")):
             raise UserError(
-                f"{where}: the image file name {name[:200]!r} leads out of the images' folder, or is none. Fix: "
-                "name files relative to that folder"
+                f"{where}: the image file name {name[:200]!r} is empty or leads out of the images' folder. Fix: write "
+                "names relative to that folder"
             )
 
 
@@ -183,9 +183,8 @@ def _found_instead(folder: Path, name: str) -> str:
         if (place / name).is_file():
             return f"; {place / name} is there. Fix: give `images: {place}`"
     return (
-        f"; {found!r} is there, and the annotation file says {name!r}, with other folders, case, ending or Unicode. "
-        f"Fix: `python3 -m shared convert coco FILE OUTPUT --images {folder}` writes a file with the names that are "
-        "there"
+        f"; {found!r} is there, not {name!r}: folders, case, ending or Unicode differ. Fix: `python3 -m shared convert "
+        f"coco FILE OUTPUT --images {folder}` writes a file with the names that exist"
     )
 
 

@@ -31,8 +31,8 @@ _MOST_SHOWN = 40  # digits
 _SUSPICIOUS = re.compile(rb"(?<=[:\[,\s])(?:NaN|-?Infinity|-?\d+(?:\.\d+)?[eE]\+?\d{3,}|-?\d{309,})(?=[\s,\]}])")
 _MAX_PADDING = 10  # zero keypoints per keypoint in the file
 _MAX_COMPRESSION = 200  # plus 64 MiB. JSON compresses 5 to 40 times; gzip's limit is 1,032
-_UTF_16 = "is in UTF-16; save it in UTF-8"
-_WEB_PAGE = "is a web page, not the file itself; download it again, a file behind a login or a form by hand"
+_UTF_16 = "is in UTF-16. Fix: save it as UTF-8"
+_WEB_PAGE = "is a web page, not the file itself. Fix: download it again, in a browser if it needs a login"
 # how other kinds of file begin, in lower case
 _OTHER_KINDS = {
     b"\xff\xfe": _UTF_16,
@@ -41,9 +41,9 @@ _OTHER_KINDS = {
     b"\0{": _UTF_16,
     b"<!doctype html": _WEB_PAGE,
     b"<html": _WEB_PAGE,
-    b"<": "is XML; `python3 -m shared convert` makes COCO's JSON of Pascal VOC and CVAT",
-    b"pk\3\4": "is a ZIP archive; unpack it, and name the JSON file in it",
-    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself; run `git lfs pull`",
+    b"<": "is XML. Fix: convert it with `python3 -m shared convert`, which reads Pascal VOC and CVAT",
+    b"pk\3\4": "is a ZIP archive. Fix: unpack it, and give the JSON file in it",
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself. Fix: run `git lfs pull`",
 }
 
 T = TypeVar("T")
@@ -99,9 +99,11 @@ def version_of(path: Path | str, options: StoreOptions) -> dict[str, Any]:
     try:
         status = path.stat()
     except OSError as error:
-        raise UserError(f"{path} does not exist or cannot be read ({error.strerror})") from error
+        raise UserError(
+            f"{path} does not exist or cannot be read ({error.strerror}). Fix: correct the path or its permissions"
+        ) from error
     if not path.is_file():
-        raise UserError(f"{path} is not a file; give the COCO JSON file itself")
+        raise UserError(f"{path} is not a file. Fix: give the COCO JSON file itself")
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
@@ -116,9 +118,9 @@ def read(path: Path | str, version: dict[str, Any], options: StoreOptions) -> Pa
             # it is not closed here: the undecoded segmentations point into it
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}. Fix: correct the path or its permissions") from error
     except ValueError as error:  # there is nothing to map
-        raise UserError(f"{path} is empty") from error
+        raise UserError(f"{path} is empty. Fix: copy or download it again") from error
     return parse(data, path)
 
 
@@ -146,7 +148,7 @@ def parse(data: JSONBytes, source: object) -> Parsed:
     coco = _decode(unpack(data, source), source)
     images, annotations, notes = coco.images, coco.annotations, []
     if not images:
-        raise UserError(f"{source} has no images")
+        raise UserError(f"{source} has no images. Fix: give a file with `images`")
     image_ids = as_ids([image.id for image in images], "image id", source)
     annotation_ids = as_ids([a.id for a in annotations], "annotation id", source)
     image_of = as_ids([a.image_id for a in annotations], "image id of an annotation", source)
@@ -155,7 +157,10 @@ def parse(data: JSONBytes, source: object) -> Parsed:
     _refuse_duplicates(annotation_ids, "annotation", source)
     for image in images:
         if min(image.height, image.width) <= 0 or max(image.height, image.width) >= 2**31:
-            raise UserError(f"{source}: image {image.id} has the size {image.width}×{image.height}")
+            raise UserError(
+                f"{source}: image {image.id} has the size {image.width}×{image.height}. Fix: give its width and height "
+                "in pixels"
+            )
     categories = check_categories(_without_namesakes(coco.categories, category_of, notes), source)
     image_rows = _rows_of(image_of, image_ids, annotation_ids, "image", source)
     category_ids = np.array([category["id"] for category in categories], np.int64)
@@ -235,15 +240,17 @@ def _mask_area(raw: msgspec.Raw) -> float:
 def check_categories(categories: list[dict], source: object) -> list[dict]:
     """The categories sorted by id. Raises UserError if an id or a name is missing or occurs twice."""
     if not categories:
-        raise UserError(f"{source} has no categories")
+        raise UserError(f"{source} has no categories. Fix: give a file with `categories`")
     for category in categories:
         if type(category.get("id")) is not int or not isinstance(category.get("name"), str):
-            raise UserError(f"{source}: every category needs an integer `id` and a `name`, and one is {category}")
+            raise UserError(
+                f"{source}: every category needs an integer `id` and a `name`, and one is {category}. Fix: add them"
+            )
     _refuse_duplicates(as_ids([category["id"] for category in categories], "category id", source), "category", source)
     names = [category["name"] for category in categories]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{source}: two categories have the name {twice!r}; rename one")
+        raise UserError(f"{source}: two categories have the name {twice!r}. Fix: rename one")
     return sorted(categories, key=lambda category: category["id"])
 
 
@@ -271,7 +278,7 @@ def _gunzip(data: JSONBytes, source: object) -> bytes:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
             pieces = list(itertools.islice(iter(lambda: file.read(2**20), b""), limit + 1))
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{source} is packed with gzip, and cannot be unpacked: {error}") from error
+        raise UserError(f"{source} is packed with gzip, and cannot be unpacked: {error}. Fix: copy it again") from error
     if len(pieces) > limit:
         raise UserError(
             f"{source}: its {len(data):,} bytes unpack with gzip to more than {limit} MiB, which no annotation file "
@@ -286,7 +293,9 @@ def _decode(data: JSONBytes, source: object) -> _CocoFile:
     except msgspec.ValidationError as error:
         number = wrong_number_in(data) if "out of range" in str(error) else ""
         found = f" ({number})" if number else ""
-        raise UserError(f"{source} is not a COCO detection file: {_at_id(data, error)}{error}{found}") from error
+        raise UserError(
+            f"{source} is not a COCO detection file: {_at_id(data, error)}{error}{found}. Fix: correct it"
+        ) from error
 
 
 def decode_json(data: JSONBytes, into: type[T], source: object) -> T:
@@ -303,7 +312,7 @@ def decode_json(data: JSONBytes, into: type[T], source: object) -> T:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(_why_not_json(data, source, error)) from error
     except RecursionError as error:
-        raise UserError(f"{source} is not JSON that can be read: its lists are nested too deep") from error
+        raise UserError(f"{source}: its lists are nested too deep. Fix: give a file in COCO's format") from error
 
 
 def _at_id(data: JSONBytes, error: Exception) -> str:
@@ -320,7 +329,7 @@ def _at_id(data: JSONBytes, error: Exception) -> str:
 
 def _why_not_json(data: JSONBytes, source: object, error: Exception) -> str:
     if "UTF-8" in str(error) or isinstance(error, UnicodeDecodeError):  # msgspec 0.23 raises a DecodeError
-        return f"{source} is not JSON: it is not in UTF-8"
+        return f"{source} is not JSON: it is not in UTF-8. Fix: save it as UTF-8"
     # Python writes NaN and Infinity, which JSON does not have: name the annotation instead of a byte
     at = max(data.find(word) for word in (b"NaN", b"Infinity"))
     if at >= 0:
@@ -328,12 +337,13 @@ def _why_not_json(data: JSONBytes, source: object, error: Exception) -> str:
         try:
             annotation = json.loads(data[start : end + 1])
             if not all(math.isfinite(number) for number in annotation["bbox"]):
-                return f"{source}: annotation {annotation['id']} has a non-finite bbox {annotation['bbox']}; correct it"
+                problem = f"annotation {annotation['id']} has a non-finite bbox {annotation['bbox']}"
+                return f"{source}: {problem}. Fix: correct it"
         except (ValueError, KeyError, TypeError, RecursionError):
             pass  # the number is not in a box: the parser's message says where the file is broken
     if number := wrong_number_in(data):
         return f"{source} has the number {number}, which JSON does not have: {error}. Fix: correct or omit it"
-    return f"{source} is not JSON, or is cut off: {error}"
+    return f"{source} is not JSON, or is truncated: {error}. Fix: download or write it again"
 
 
 def _present(raw: msgspec.Raw) -> bytes:
@@ -353,17 +363,17 @@ def _parse_keypoints(annotations: list[_Annotation], source: object) -> np.ndarr
         try:
             rows.append(np.array(msgspec.json.decode(raw, type=list[float], strict=False) if raw else []))
         except msgspec.ValidationError as error:
-            raise UserError(f"{where} has keypoints that are not numbers: {error}") from error
+            raise UserError(f"{where} has keypoints that are not numbers: {error}. Fix: correct them") from error
         if len(rows[-1]) % 3:
             raise UserError(
-                f"{where} has {len(rows[-1])} numbers in `keypoints`; COCO has x, y and visibility of each point"
+                f"{where} has {len(rows[-1])} numbers in `keypoints`. Fix: give x, y and visibility of each point"
             )
     longest = max(map(len, rows))
     if longest * len(rows) > _MAX_PADDING * (sum(map(len, rows)) + 2**20):
         at = next(i for i, row in enumerate(rows) if len(row) == longest)
         raise UserError(
-            f"{source}: annotation {annotations[at].id} has {longest // 3} keypoints, and others far fewer; all "
-            "of a category have the same number"
+            f"{source}: annotation {annotations[at].id} has {longest // 3} keypoints, and others far fewer. Fix: give "
+            "all annotations of a category the same number"
         )
     keypoints = np.zeros((len(rows), longest))
     for at, row in enumerate(rows):
@@ -402,7 +412,7 @@ def _rows_of(wanted: np.ndarray, ids: np.ndarray, annotation_ids: np.ndarray, wh
         at = int(np.argmax(unknown))
         raise UserError(
             f"{source}: annotation {annotation_ids[at]} points to {what} {wanted[at]}, which is not in the file "
-            f"({int(unknown.sum())} annotations do)"
+            f"({int(unknown.sum())} such annotations). Fix: add it, or remove the annotations"
         )
     return rows
 

@@ -22,7 +22,7 @@ import torch
 from shared.data.annotations import CocoAnnotations, ImageRecord
 from shared.data.images import BadImageError, read_image
 from shared.data.storage import ImageStorage
-from shared.errors import UserError
+from shared.errors import UserError, problem_of
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class BadImages:
         self.skipped.append(image_id)
         if image_id not in self._known:
             self._known.add(image_id)
-            logger.warning("left out: %s", error)
+            logger.warning("skipped: %s", problem_of(error))
 
     def take(self) -> list[int]:
         """The ids noted since the last call."""
@@ -184,7 +184,10 @@ class CocoDetection(torch.utils.data.Dataset):
                 self.bad_images.leave_out(error, int(self.annotations.image_ids[candidate]))
                 if not self.replaces:
                     return None
-        raise UserError(f"{self.annotations.path}: none of the images that it names can be read, see the lines above")
+        raise UserError(
+            f"{self.annotations.path}: none of the images that it names can be read; the lines above show why. Fix: "
+            "check the images' folder"
+        )
 
     def load(self, index: int) -> tuple[Any, ImageRecord]:
         """The decoded image and its record.
@@ -231,6 +234,6 @@ def transformed(transform: Transform, image: Any, record: ImageRecord) -> Any:
         raise
     except Exception as error:  # libraries fail in many ways
         raise UserError(
-            f"{record.file_name} (image id {record.image_id}) cannot be made a sample; look at its annotations "
-            f"({type(error).__name__}: {error})"
+            f"{record.file_name} (image id {record.image_id}) cannot be made a sample ({type(error).__name__}: "
+            f"{error}). Fix: check its annotations"
         ) from error

@@ -75,7 +75,7 @@ def read_image(
     except SizeMismatch as error:
         raise BadImageError(
             f"{file_name} ({name}) has {error.width}×{error.height} pixels, and the annotation file says "
-            f"{size[0]}×{size[1]}; correct the file or the image"
+            f"{size[0]}×{size[1]}. Fix: correct the file or the image"
         ) from error
     except DECODING_ERRORS as error:
         raise unreadable(file_name, name or str(images), error) from error
@@ -83,9 +83,10 @@ def read_image(
 
 def unreadable(file_name: str, name: str, reason: object) -> BadImageError:
     """The error for an image that cannot be decoded."""
-    if isinstance(reason, Image.DecompressionBombError):
-        reason = f"{reason}. Fix: if you trust it, set data.max_image_pixels"
-    return BadImageError(f"{file_name} ({name}) cannot be read as an image: {str(reason) or type(reason).__name__}")
+    is_too_large = isinstance(reason, Image.DecompressionBombError)
+    fix = "if you trust it, set data.max_image_pixels" if is_too_large else "replace it, or set data.on_bad_image: skip"
+    text = str(reason) or type(reason).__name__
+    return BadImageError(f"{file_name} ({name}) cannot be read as an image: {text}. Fix: {fix}")
 
 
 def plain_bytes(data: bytes, size: tuple[int, int] | None = None) -> bytes:

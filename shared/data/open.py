@@ -49,7 +49,7 @@ def _open_files(data: DataConfig, split: str, images: ImageStorage | None) -> Sp
     """A COCO file and a folder, each on disk or in a store."""
     paths: Split | None = getattr(data, split)
     if paths is None:
-        raise UserError(f"data.{split} is missing; it needs the keys `annotations` and `images`")
+        raise UserError(f"data.{split} is missing. Fix: give its `annotations` and `images`")
     try:
         annotations, found = _open_annotations(data, split, paths)
     except UserError as error:
@@ -108,7 +108,7 @@ def notes_on(annotations: CocoAnnotations, split: str) -> list[str]:
 def _open_fake(data: DataConfig, split: str, images: ImageStorage | None) -> SplitData:
     """A small synthetic data set."""
     if getattr(data, split) is not None:
-        logger.warning("data.%s is not read: data.backend is fake, which makes its data up; say disk", split)
+        logger.warning("data.%s is not read, because data.backend: fake draws its own data. Fix: write disk", split)
     return SplitData(CocoAnnotations.from_dict(synthetic.fake_split(split)), synthetic.FakeImages(split))
 
 
@@ -133,11 +133,13 @@ def check_trainable(annotations: CocoAnnotations) -> None:
     """Raises UserError if there is nothing to train on, and warns of boxes smaller than a pixel."""
     objects, small = ~annotations.without_area & ~annotations.columns["iscrowd"], under_a_pixel(annotations)
     if not objects.any():
-        raise UserError(f"data.train.annotations: {annotations.path} has no box to train on")
+        raise UserError(
+            f"data.train.annotations: {annotations.path} has no box to train on. Fix: give a file with boxes"
+        )
     if small[objects].all():
         raise UserError(
             f"data.train.annotations: {annotations.path} has no box to train on: all {int(objects.sum())} are less "
-            "than a pixel wide or high; COCO's boxes are x y width height in pixels"
+            "than a pixel wide or high. Fix: write boxes as x y width height in pixels"
         )
     if small.any() and _is_first_process():
         logger.warning("data.train: %s less than a pixel wide or high", count_of(int(small.sum()), "box"))
@@ -151,7 +153,10 @@ def _is_first_process() -> bool:
 def check_evaluable(annotations: CocoAnnotations) -> None:
     """Raises UserError if there is nothing to validate on."""
     if not (~annotations.columns["iscrowd"]).any():
-        raise UserError(f"data.val.annotations: {annotations.path} has no box to evaluate detections with")
+        raise UserError(
+            f"data.val.annotations: {annotations.path} has no box to evaluate detections with. Fix: give a file with "
+            "boxes"
+        )
 
 
 def check_masks(annotations: CocoAnnotations, split: str) -> None:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Page = tuple[list[tuple[str, int]], str | None]  # keys and sizes, and the token of the next page
 
-# what a store says of a file's version: S3, GCS, web servers
+# keys of a file's version in S3, GCS and web servers
 _VERSION_KEYS = ("size", "ETag", "LastModified", "generation", "md5Hash", "updated", "mtime", "Last-Modified")
 _SPOT_CHECKS = 16
 _PAUSES_TO_CONNECT = (0.5, 1, 2, 0)  # seconds
@@ -114,17 +114,17 @@ _PUBLIC = ", or data.anonymous: true for a public one"
 _KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
 _S3 = _Store("s3fs", _KEYS, _open_s3, _list_s3, _PUBLIC)
 _GCS = _Store("gcsfs", "set GOOGLE_APPLICATION_CREDENTIALS", _open_gcs, _list_gcs, _PUBLIC)
-_HTTP = _Store("aiohttp", "the server must let everybody read", _open_http)
+_HTTP = _Store("aiohttp", "let the server serve it without a login", _open_http)
 _STORES = {"s3": _S3, "gs": _GCS, "gcs": _GCS, "http": _HTTP, "https": _HTTP}
 
 
 def _store_of(url: str) -> _Store:
     scheme = url.partition("://")[0]
     if scheme == "file":
-        raise StoreError(f"{url}: write the path alone, {url.removeprefix('file://')}")
+        raise StoreError(f"{url}: file URLs are not read. Fix: write the path alone, {url.removeprefix('file://')}")
     if scheme not in _STORES:
         known = ", ".join(f"{known}://" for known in _STORES)
-        raise StoreError(f"{url}: nothing is read from {scheme}://; these are: {known}, and paths on disk")
+        raise StoreError(f"{url}: {scheme}:// is not supported. Fix: use a path on disk, or one of {known}")
     return _STORES[scheme]
 
 
@@ -206,7 +206,9 @@ def _written(request: Callable[[AsyncFileSystem], None], url: str, options: Stor
     try:
         _request(request, url, options, "written")
     except FileNotFoundError as error:
-        raise StoreError(f"{url} cannot be written: there is no bucket {urlsplit(url).netloc!r}") from error
+        raise StoreError(
+            f"{url} cannot be written: there is no bucket {urlsplit(url).netloc!r}. Fix: create it, or name another one"
+        ) from error
 
 
 @dataclass
@@ -271,7 +273,7 @@ class RemoteImages:
             if not isinstance(error.__cause__, PermissionError):
                 raise
             look = self._try_some(names)  # it raises if reading is refused too
-            logger.warning("%s cannot be listed: that all images are there is not checked", self.url)
+            logger.warning("%s cannot be listed, so missing images are not found before the training", self.url)
             return look
         self._sizes = look.sizes
         return look
@@ -337,7 +339,7 @@ def _request(request: Callable[[AsyncFileSystem], T], url: str, options: StoreOp
             files = store.open(options)
         except ImportError as error:
             package = store.package
-            raise UserError(f"{url}: this store needs the package {package}: pip install {package}") from error
+            raise UserError(f"{url}: this store needs the package {package}. Fix: pip install {package}") from error
         try:
             return request(files)
         except FileNotFoundError as error:
@@ -355,12 +357,14 @@ def _request(request: Callable[[AsyncFileSystem], T], url: str, options: StoreOp
     except Exception as error:  # each store's library has errors of its own
         reason = f"{type(error).__name__}: {error}".strip(": ").split("\n")[0]
         if _may_pass(error):
-            message = f"{url} cannot be {purpose}, for {options.timeout:g} seconds ({reason})"
+            waited = f"for {options.timeout:g} seconds ({reason}). Fix: check the network, or raise data.store_timeout"
+            message = f"{url} cannot be {purpose}, {waited}"
         elif _is_about_bucket(error):
-            message = f"{url} cannot be {purpose}: there is no bucket {urlsplit(url).netloc!r}"
+            message = f"{url} cannot be {purpose}: there is no bucket {urlsplit(url).netloc!r}. Fix: correct the bucket"
         else:
-            fix = f"; {store.if_refused}{store.if_private if purpose == 'read' else ''}" if _is_refusal(error) else ""
-            message = f"{url} cannot be {purpose} ({reason}){fix}"
+            refused = f"{store.if_refused}{store.if_private if purpose == 'read' else ''}"
+            fix = refused if _is_refusal(error) else "correct the URL"
+            message = f"{url} cannot be {purpose} ({reason}). Fix: {fix}"
         raise StoreError(message) from error
 
 
@@ -382,9 +386,9 @@ def _check_address(address: str, key: str, url: str) -> None:
         parts = urlsplit(address)
         host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError as error:
-        raise StoreError(f"{address} is no address: {error}") from error
+        raise StoreError(f"{address} is not an address: {error}. Fix: correct it") from error
     if host is None:
-        raise StoreError(f"{key}: {address} is no address; write it with http:// or https:// before it")
+        raise StoreError(f"{key}: {address} is not an address. Fix: start it with http:// or https://")
     for pause in _PAUSES_TO_CONNECT:
         try:
             socket.create_connection((host, port), timeout=5).close()
@@ -395,7 +399,7 @@ def _check_address(address: str, key: str, url: str) -> None:
         except OSError:  # it is slow, or a firewall drops packets: the read itself waits longer
             return
     else:
-        raise StoreError(f"{url} cannot be read: nothing answers at {host}, port {port} ({reason}); correct {key}")
+        raise StoreError(f"{url} cannot be read: nothing answers at {host}, port {port} ({reason}). Fix: correct {key}")
     _reachable.add(address)
 
 

@@ -142,14 +142,15 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
     if unknown := set(images.tolist()) - index_of.keys():
         first = next(position for position, row in enumerate(rows) if row.image_id in unknown)
         raise UserError(
-            f"{source}: result {first}: no image of {annotations.path or 'the annotations'} has the id {ids[first]}; "
-            f"{len(unknown)} of the results' {len(images)} images are not there"
+            f"{source}: result {first}: no image of {annotations.path or 'the annotations'} has the id {ids[first]}. "
+            f"This holds for {len(unknown)} of the results' {len(images)} images. Fix: give the annotations that the "
+            "results belong to"
         )
     heights, widths = annotations.columns["heights"], annotations.columns["widths"]
     label_of = {category_id: label for label, category_id in enumerate(annotations.category_ids)}
 
     def refuse(position: int, wrong: str) -> None:
-        raise UserError(f"{source}: result {position}, of image {rows[position].image_id}: {wrong}")
+        raise UserError(f"{source}: result {position}, of image {rows[position].image_id}: {wrong}. Fix: correct it")
 
     masks = [None] * len(rows)
     with_masks = bool(rows) and all(row.segmentation for row in rows)
@@ -168,7 +169,7 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
                     raise ValueError(f"it {wrong}")
                 masks[position] = as_rle(row.segmentation, *size)
             except (TypeError, ValueError, KeyError, AttributeError) as error:
-                refuse(position, f"`segmentation` is no mask of the image ({error})")
+                refuse(position, f"`segmentation` is not a mask of the image ({error})")
         if row.bbox is None and masks[position] is None:
             refuse(position, "`bbox` is missing")
         row.bbox = row.bbox if row.bbox is not None else coco_mask.toBbox(masks[position]).tolist()
@@ -212,7 +213,7 @@ def _check_format(rows: list[_Result], index_of: dict[int, int], annotations: Co
     """Raises UserError if the boxes are shares of the image's size or corners; warns of negative sizes."""
     boxes = np.array([row.bbox for row in rows], dtype=np.float64).reshape(-1, 4)
     if negative := int((boxes[:, 2:] < 0).any(axis=1).sum()):
-        logger.warning("%s: of its boxes, %d have a negative width or height, and so no area", source, negative)
+        logger.warning("%s: %d boxes have a negative width or height, so no area", source, negative)
     indices = [index_of[row.image_id] for row in rows]
     sizes = np.stack([annotations.columns["widths"][indices], annotations.columns["heights"][indices]], axis=1)
     in_use = (boxes[:, 2:] > 0).all(axis=1)
@@ -228,17 +229,20 @@ def _decode_results(results: str | os.PathLike | list[dict], source: str) -> lis
         data = unpack(Path(results).read_bytes(), source)
         return decode_json(data, list[_Result], source)
     except OSError as error:
-        raise UserError(f"{source} cannot be read: {error.strerror}") from error
+        raise UserError(
+            f"{source} cannot be read: {error.strerror}. Fix: correct the path or its permissions"
+        ) from error
     except msgspec.ValidationError as error:
         if "out of range" in str(error) and (number := wrong_number_in(data)):
             raise UserError(f"{source} has the number {number}. Fix: write finite numbers only") from error
         if "got `object`" in str(error) and "$" not in str(error):
             raise UserError(
-                f"{source} is no list of results, as COCO has it, but an object, as an annotation file is"
+                f"{source} is not a list of results but an object, like an annotation file. Fix: give a results file "
+                "in COCO's format"
             ) from error
         said = re.sub(r" - at `\$\[(\d+)\]\.?(.*)`$", lambda at: f" ({at[2] or 'result'})", str(error))
         where = re.search(r"\$\[(\d+)\]", str(error))
-        raise UserError(f"{source}: {f'result {where[1]}: ' if where else ''}{said}") from error
+        raise UserError(f"{source}: {f'result {where[1]}: ' if where else ''}{said}. Fix: correct it") from error
 
 
 def _find_named_images(rows: list[_Result], annotations: CocoAnnotations, source: str) -> None:

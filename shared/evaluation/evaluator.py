@@ -103,18 +103,24 @@ def check_detections(
     named = f"{annotations.path or 'the annotations'}"
     for image_id in image_ids or ():
         if image_id not in known:
-            raise UserError(f"image_ids: no image of {named} has the id {image_id!r}")
+            raise UserError(f"image_ids: no image of {named} has the id {image_id!r}. Fix: give ids of its images")
     seen: set[int] = set()
     for found in detections:
         if found.image_id not in known:
-            raise UserError(f"detections of image {found.image_id!r}: no image of {named} has this id")
+            raise UserError(
+                f"detections of image {found.image_id!r}: no image of {named} has this id. Fix: give detections of its "
+                "images"
+            )
         if found.image_id in seen:
-            raise UserError(f"detections of image {found.image_id}: they come twice; put them into one `Detections`")
+            raise UserError(
+                f"detections of image {found.image_id}: they are given twice. Fix: put them into one `Detections`"
+            )
         seen.add(found.image_id)
         for name, values in (("box", found.boxes), ("score", found.scores)):
             if not np.isfinite(values).all():
                 wrong = values[~np.isfinite(values).reshape(len(values), -1).all(axis=1)][0]
-                raise UserError(f"detections of image {found.image_id}: the {name} {wrong.tolist()} is not finite")
+                where = f"detections of image {found.image_id}"
+                raise UserError(f"{where}: the {name} {wrong.tolist()} is not finite. Fix: remove it")
 
 
 def iou_types_of(detections: Sequence[Detections], annotations: CocoAnnotations) -> tuple[str, ...]:
@@ -130,7 +136,9 @@ class CocoEvaluator(ChiefReducer):
     An image that several slots have seen counts once.
 
     Args:
-        image_ids, keypoint_sigmas, max_detections: as of `evaluate`.
+        image_ids: see `evaluate`.
+        keypoint_sigmas: see `evaluate`.
+        max_detections: see `evaluate`.
         gather: the way to the chief, see `ChiefReducer`.
 
     Attributes:
@@ -197,8 +205,8 @@ class CocoEvaluator(ChiefReducer):
         if len(wrong := np.flatnonzero((share.labels < 0) | (share.labels >= categories))):
             image_id = np.repeat(image_ids, share.counts)[wrong[0]]
             raise UserError(
-                f"detections of image {image_id}: the label {share.labels[wrong[0]]}, and the data has {categories} "
-                f"categories, 0 to {categories - 1}"
+                f"detections of image {image_id}: the label {share.labels[wrong[0]]} is not valid. Fix: give labels "
+                f"from 0 to {categories - 1}, for the {categories} categories"
             )
         return share
 
@@ -337,12 +345,12 @@ def mean_of(values: np.ndarray) -> float:
 
 def _check_keypoints(annotations: CocoAnnotations, sigmas: Sequence[float] | None) -> None:
     if "keypoints" not in annotations.columns:
-        raise UserError(f"{annotations.path} has no keypoints to evaluate on")
+        raise UserError(f"{annotations.path} has no keypoints to evaluate on. Fix: give annotations with keypoints")
     count = annotations.columns["keypoints"].shape[1]
     if count != (len(sigmas) if sigmas else _COCO_KEYPOINTS):
         raise UserError(
-            f"{annotations.path} has {count} keypoints an object, and there are "
-            f"{len(sigmas) if sigmas else _COCO_KEYPOINTS} sigmas to evaluate them with; give one for each"
+            f"{annotations.path} has {count} keypoints per object, but {len(sigmas) if sigmas else _COCO_KEYPOINTS} "
+            "sigmas are given. Fix: give one sigma per keypoint"
         )
 
 
@@ -384,7 +392,9 @@ def to_hotcoco(annotations: CocoAnnotations, masks: bool = True, keypoints: bool
             truth.update_anns([{"id": i, "keypoints": p, "num_keypoints": n} for i, (p, n) in enumerate(rows, 1)])
         return truth
     except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{annotations.path or 'the annotations'} cannot be evaluated on: {error}") from error
+        raise UserError(
+            f"{annotations.path or 'the annotations'} cannot be evaluated on: {error}. Fix: correct the file"
+        ) from error
 
 
 def _segmentations(annotations: CocoAnnotations) -> list[list | dict]:
@@ -399,7 +409,7 @@ def _segmentations(annotations: CocoAnnotations) -> list[list | dict]:
                 annotation_id = annotations.columns["annotation_ids"][len(segmentations)]
                 raise UserError(
                     f"{annotations.path or 'the annotations'}: the segmentation of annotation {annotation_id}, on "
-                    f"image {record.image_id}, {wrong}; correct it, or leave it out"
+                    f"image {record.image_id}, {wrong}. Fix: correct or remove it"
                 )
             segmentations.append(as_rle(piece, record.height, record.width) if piece else [])
     return segmentations

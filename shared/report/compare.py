@@ -177,7 +177,7 @@ def compare(
             the annotations.
     """
     if len(detections) < 2:
-        raise UserError("compare: give two sets of detections, or more")
+        raise UserError("compare: fewer than two sets of detections. Fix: give two or more")
     if not isinstance(annotations, CocoAnnotations):
         annotations = CocoAnnotations.open(annotations)
     output = Path(output)

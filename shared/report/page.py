@@ -62,7 +62,9 @@ def write_page(template: str, path: Path, numbers: Any = None, **content: Any) -
         if numbers is not None:
             write_file(path.with_suffix(".json"), json.dumps(numbers, indent=1).encode())
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}. Fix: free some space, or give another folder"
+        ) from error
 
 
 def check_page(page: Path, inputs: Iterable[str | os.PathLike | None]) -> None:

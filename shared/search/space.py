@@ -8,17 +8,16 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import optuna
-from msgspec import Meta
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
 
 from shared.config.experiment import Experiment
 from shared.config.file import without_ranges
-from shared.config.schema import SearcherMetric, key, key_names, parse_section
+from shared.config.schema import SearcherMetric, SearcherSection, key_names, parse_section
 from shared.errors import UserError
 
 # user attributes of Optuna's trials: their number in the search, and whether they repeat a trial of a silent machine
@@ -27,29 +26,9 @@ _RANDOM_TRIALS = 10  # that TPE draws at random before it uses their results
 _SEED_STEP = 2654435769  # 2 ** 32 / golden ratio: neighboring trials get distant seeds
 
 Range = Mapping[str, Any]
-Count = Annotated[int, Meta(ge=1)]
 
 
 # --- the searcher -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearcherSection:
-    """The keys of `searcher` that decide which trials there are and which of them continue."""
-
-    name: Literal["adaptive_asha", "grid", "random", "single"] = key("single", "the method")
-    max_trials: Count | None = key(None, "trials of the search; a grid has one per point")
-    max_concurrent_trials: Annotated[int, Meta(ge=0)] = key(0, "the most trials at once; 0 for no limit")
-    mode: Literal["aggressive", "standard", "conservative"] = key("standard", "how many brackets there are")
-    max_rungs: Count = key(5, "the most rungs of a bracket")
-    bracket_rungs: list[int] = key([], "the rungs of each bracket, instead of `mode` and `max_rungs`")
-    divisor: Annotated[int, Meta(ge=2)] = key(4, "at a rung, one of this number of trials continues")
-
-    def __post_init__(self) -> None:
-        if self.name in ("adaptive_asha", "random") and self.max_trials is None:
-            raise UserError("searcher.max_trials: it is missing. Fix: give the number of trials")
-        if any(rungs < 1 for rungs in self.bracket_rungs):
-            raise UserError(f"searcher.bracket_rungs: {self.bracket_rungs} has a number below 1. Fix: give 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +62,11 @@ def parse_searcher(experiment: Experiment) -> Searcher:
     name = parsed.name
     points = grid_points(experiment.config.get("hyperparameters") or {}) if name == "grid" else []
     return Searcher(
-        **keys | {"max_trials": {"grid": len(points), "single": 1}.get(name, parsed.max_trials)},
-        metric=experiment.searcher_metric(None),
+        **keys
+        | {
+            "max_trials": {"grid": len(points), "single": 1}.get(name, parsed.max_trials),
+            "metric": experiment.searcher_metric(None),
+        },
         length=experiment.schedule.with_defaults().max_length.count if name == "adaptive_asha" else 1,
         points=points,
         seed=experiment.seed,
@@ -112,7 +94,7 @@ def _check(value: Range, name: str) -> None:
     kind = value["type"]
     needed = ("vals",) if kind == "categorical" else ("minval", "maxval")
     if missing := [bound for bound in needed if value.get(bound) is None]:
-        raise UserError(f"{name}: a range of type {kind} needs {' and '.join(needed)}; {', '.join(missing)} is missing")
+        raise UserError(f"{name}: a range of type {kind} needs {' and '.join(needed)}. Fix: add {', '.join(missing)}")
     if kind == "categorical":
         if not isinstance(value["vals"], list) or not value["vals"]:
             raise UserError(f"{name}.vals: {value['vals']!r} has no values. Fix: give a list of values")

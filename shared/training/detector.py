@@ -34,10 +34,9 @@ from shared.errors import UserError
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator, summary_metrics
 from shared.evaluation.gathered import ChiefReducer
-from shared.training.class_weights import class_weights, refused
 from shared.training.processes import broadcast_from_chief
 from shared.training.saving import python_state, restore_python_state
-from shared.training.switches import AveragedWeights, Clip, autocast
+from shared.training.switches import AveragedWeights, Clip, autocast, class_weights, no_class_weights
 from shared.training.validation import TOTAL
 
 logger = logging.getLogger(__name__)
@@ -192,7 +191,7 @@ class Detector(PyTorchTrial):
         """The data to train and to validate on, checked."""
         train, val = open_train_and_val(self.data)
         if self.rank == 0 and (count := int(train.annotations.without_area.sum())):
-            logger.warning("data.train: %d boxes without area are left out of the training targets", count)
+            logger.warning("data.train: %d boxes without area are omitted from the training targets", count)
         return train, val
 
     def open_val(self) -> SplitData:
@@ -276,7 +275,7 @@ class Detector(PyTorchTrial):
     def loss_transform(self, data: SplitData) -> Transform:
         """From a validation image to a training sample without augmentation, at the size of the evaluation; None for an
         image that gives none. Raises UserError if the detector's configuration does not allow that."""
-        raise UserError("hyperparameters.validation_loss: this detector has none")
+        raise UserError("hyperparameters.validation_loss: this detector has none. Fix: remove the key")
 
     def image_losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """As `losses`, for a batch of one validation image and the model that validates."""
@@ -429,7 +428,7 @@ class Detector(PyTorchTrial):
         if given is None or not self.for_training:
             return None
         if not self.weighs_categories:
-            raise refused("this detector")
+            raise no_class_weights("this detector")
         weights = class_weights(given, self.categories, self.training_labels()[1])
         return None if weights is None else weights.to(self.context.device)
 

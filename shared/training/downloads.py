@@ -86,9 +86,11 @@ def private_cache(name: str) -> Path:
         folder = (user_cache() or Path(tempfile.mkdtemp())) / name
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid != os.getuid():
-            raise UserError(f"{folder} is another user's; set XDG_CACHE_HOME to a folder of yours")
+            raise UserError(f"{folder} is another user's. Fix: set XDG_CACHE_HOME to a folder of yours")
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be made a folder ({error.strerror}); set XDG_CACHE_HOME") from error
+        raise UserError(
+            f"{error.filename} cannot be made a folder ({error.strerror}). Fix: set XDG_CACHE_HOME to a folder of yours"
+        ) from error
     return folder
 
 
@@ -149,18 +151,20 @@ def checkpoint_here(name: str) -> Path | None:
         uuid.UUID(name)
     except ValueError:
         raise UserError(
-            f"{name} is not a checkpoint: give {_example(path)}, or the UUID of a checkpoint on the cluster that "
+            f"{name} is not a checkpoint. Fix: give {_example(path)}, or the UUID of a checkpoint on the cluster that "
             "DET_MASTER names"
         ) from None
     if not os.environ.get("DET_MASTER"):
-        raise UserError(f"checkpoint {name} looks like a UUID on a cluster; set DET_MASTER to its address")
+        raise UserError(
+            f"checkpoint {name} looks like a UUID on a cluster. Fix: set DET_MASTER to the cluster's address"
+        )
     return None
 
 
 def _from_bucket(url: str) -> Path:
     """The folder of a checkpoint of a run that `train --store` keeps in a bucket, downloaded once and completely."""
     from shared.config.schema import StoreOptions
-    from shared.data.places import fetch_folder, open_place  # no other source needs them
+    from shared.data.storage import fetch_folder, open_place  # no other source needs them
 
     run, _, which = url.rstrip("/").rpartition("/checkpoints/")
     if which not in ("best", "last"):
@@ -180,9 +184,13 @@ def _folder_of(which: str, index: bytes, name: str) -> str:
     try:
         folder = json.loads(index)[which]["folder"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{name}: its index.json names no such checkpoint ({error!r})") from error
+        raise UserError(
+            f"{name}: its index.json names no such checkpoint ({error!r}). Fix: correct the name"
+        ) from error
     if not isinstance(folder, str) or not re.fullmatch(r"[\w-]+", folder):
-        raise UserError(f"{name}: its index.json names {folder!r}, which is no folder's name")
+        raise UserError(
+            f"{name}: its index.json names {folder!r}, which is not a folder's name. Fix: give another checkpoint"
+        )
     return folder
 
 
@@ -205,7 +213,8 @@ def _downloaded(checkpoint: str) -> Path:
             client.get_checkpoint(checkpoint).download(str(new))
         except Exception as error:  # the SDK has no base class for what the network and the master answer
             raise UserError(
-                f"checkpoint {checkpoint} cannot be had from {os.environ['DET_MASTER']}: {error}"
+                f"checkpoint {checkpoint} cannot be downloaded from {os.environ['DET_MASTER']}: {error}. Fix: check "
+                "the UUID, the address and `det user login`"
             ) from error
 
     return _filled(private_cache("detection_checkpoints") / checkpoint, fill)

@@ -20,11 +20,11 @@ import determined as det
 import torch
 
 from shared.errors import DivergedError, UserError
-from shared.redaction import without_secrets
+from shared.log import without_secrets
 from shared.training.checkpoints import CATEGORIES_FILE, Checkpoint, load_weights
 from shared.training.hang import Phase
 from shared.training.resume import BuiltOptimizer, check_categories, merged
-from shared.training.run import Run
+from shared.training.run import DrawFigures, Run, TensorBoard
 from shared.training.saving import (
     Background,
     FiniteCheck,
@@ -34,7 +34,6 @@ from shared.training.saving import (
     set_random_state,
 )
 from shared.training.stopping import BestSoFar, Clock, End, Outcome, Stopping
-from shared.training.tensorboard import DrawFigures, TensorBoard
 from shared.training.training_metrics import Progress, summary_of
 from shared.training.trial import DetectionTrial
 from shared.training.validation import Validation
@@ -94,7 +93,7 @@ class _Training:
                 stack.callback(run.signals.end)
             run.begin(trial.first_batch, trial.schedule.profiling)
             trial.begin_training(run.folder)
-            batches = iter(trial.build_training_data_loader())  # the workers start here, before any other thread
+            batches = iter(trial.build_training_data_loader())  # the workers start here, before threads that hold locks
             self.validation_loader = trial.build_validation_data_loader(self.stopping.cuts_validation)
             self.tensorboard = self.progress = None
             if self.is_chief:
@@ -107,7 +106,7 @@ class _Training:
                     return Outcome(End.NOTHING_TO_DO, self.batches, self.periods.total, why)
                 if not self._ask(lambda: run.holds(checkpoint.path)):
                     self.best.forget()  # this run's place has no best checkpoint yet
-            with self.watch.watching(self.batches):
+            with self.watch.training(self.batches):
                 with self.saving, self._naming_last_checkpoint():
                     self._train(batches)
                     self._mark(Phase.SAVING)
@@ -322,7 +321,8 @@ class _Training:
                 f"{checkpoint.path} has ended by {why}. Fix: give a patience of more than "
                 f"{self.best.without_improvement}, or omit hyperparameters.early_stopping"
             )
-        if is_validated and (why := self.clock.why_over()):
+        if is_validated and self.clock.is_over():
+            why = self.clock.why
             return f"{checkpoint.path} has ended by {why}. Fix: give more hours, or omit hyperparameters.max_hours"
         return None
 

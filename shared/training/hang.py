@@ -1,4 +1,4 @@
-"""Ends a run in which no rank makes progress, and names the rank that the others wait for, and its machine.
+"""Ends a training in which no rank makes progress, and names the rank that the others wait for, and its machine.
 
 Each rank marks how far it is. A thread counts its ticks since the last mark and exchanges them with the other ranks. If
 all ranks are quiet for too long, each writes its stacks, the first one writes the error, and the processes exit.
@@ -14,32 +14,34 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
 
 import determined
-import msgspec
 import torch
 import zmq
 from determined.core import DistributedContext
 
 from shared.environment import on_cluster
 from shared.errors import tell_torchrun
-from shared.training.processes import ProcessContext, connect, host_of_chief, listen
+from shared.training import processes
+from shared.training.processes import ProcessContext, Star, host_of_chief
 from shared.training.standings import Mark, Phase, Standing, Standings
 
 _LONGEST_TICK = 5.0  # seconds
-_LONGER_IN_START = 6  # times the patience for a phase without batches
 _TICKS = 10  # in the shortest limit
 _SECONDS_TO_WRITE = 5.0  # a pipe may be full, and that may be the hang
 _SECONDS_TO_FLUSH = 0.5
+_MILLISECONDS_TO_SEND_THE_REST = 200
 _OF_WORKERS = signal.SIGURG  # which no launcher sends, and which stops no process
 # where Python is while a rank waits for others: a `ProcessContext`, torch's collectives, DDP and its backward pass
-_WAITING = tuple(
-    str(Path(module.__file__).parent) + os.sep
-    for module in (determined, zmq, torch.distributed, torch.nn.parallel, torch.autograd)
+_WAITING = (
+    processes.__file__,
+    *(
+        str(Path(module.__file__).parent) + os.sep
+        for module in (determined, zmq, torch.distributed, torch.nn.parallel, torch.autograd)
+    ),
 )
 
 
@@ -50,170 +52,93 @@ class Exchange:
     """
 
     def __init__(self, distributed: DistributedContext):
-        self.rank = distributed.rank
-        self._context = zmq.Context()
-        self._context.linger = 200  # milliseconds, to send the rest
-        self._socket = self._context.socket(zmq.DEALER if self.rank else zmq.ROUTER)
+        self.rank, self.size = distributed.rank, distributed.size
+        self._star = Star(self.rank, self.size, _MILLISECONDS_TO_SEND_THE_REST)
         host = host_of_chief(distributed.get_num_agents())
-        chief = distributed.broadcast(None if self.rank else listen(self._socket, host))
-        if self.rank:
-            connect(self._socket, chief)
+        self._star.meet(distributed.broadcast(None if self.rank else self._star.listen(host)))
         self._heard: dict[int, Standing] = {}  # by the chief
-        self._senders: dict[int, bytes] = {}  # how the chief addresses the others
 
     def swap(self, own: Standing) -> list[Standing]:
         """Sends this rank's standing. Returns what it heard of all since the last call, without waiting."""
+        heard = [standing for table in self._star.arrived() for standing in table]
         if self.rank:
-            self._send(msgspec.json.encode([own]))
-            return [standing for (message,) in self._received(1) for standing in _decoded(message)]
-        for sender, message in self._received(2):
-            for standing in _decoded(message):
-                self._heard[standing.rank], self._senders[standing.rank] = standing, sender
-        self._heard[0] = own
-        table = msgspec.json.encode(list(self._heard.values()))
-        for sender in self._senders.values():
-            self._send(sender, table)
+            self._star.post([own])
+            return heard
+        self._heard |= {standing.rank: standing for standing in [*heard, own]}
+        for number in range(1, self.size):
+            self._star.post(list(self._heard.values()), number)
         return list(self._heard.values())
 
     def close(self) -> None:
-        self._context.destroy()
-
-    def _send(self, *parts: bytes) -> None:
-        with contextlib.suppress(zmq.ZMQError):  # the other side accepts no more
-            self._socket.send_multipart(parts, zmq.NOBLOCK)
-
-    def _received(self, parts: int) -> Iterator[list[bytes]]:
-        while True:
-            try:
-                message = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.ZMQError:
-                return
-            if len(message) == parts:
-                yield message
-
-
-def _decoded(message: bytes) -> list[Standing]:
-    try:
-        return msgspec.json.decode(message, type=list[Standing])
-    except msgspec.MsgspecError:  # from a stranger
-        return []
+        self._star.close()
 
 
 class Watch:
-    """Marks how far this rank is, and ends the process if no rank makes progress. Without `hang_minutes` it watches
-    nothing."""
+    """How far this rank is. `watching` gives one that is watched."""
 
-    def __init__(self, distributed: DistributedContext, hang_minutes: float | None):
-        self.distributed = distributed
-        self.limit = None if hang_minutes is None else 60 * hang_minutes
-        self.last_mark = Mark(Phase.BEGINNING, 0)
+    def __init__(self) -> None:
+        self.last_mark = Mark(Phase.STARTING, 0)
+        self.first_batch = 1  # of this start
+        self.left = False  # whether the training has ended: the other ranks need not wait for this one
+        self.over = threading.Event()
 
     def mark(self, phase: Phase, batch: int) -> None:
         """Notes how far this rank is, see `Mark`; costs about a microsecond."""
         self.last_mark = self.last_mark.followed_by(phase, batch)
 
     @contextlib.contextmanager
-    def watching(self, batches: int) -> Iterator[None]:
-        """Watches the calling thread, on every rank, after `batches` of earlier starts. The loaders' workers run."""
-        if self.limit is None:
-            yield
-            return
+    def training(self, batches: int) -> Iterator[None]:
+        """The training, after `batches` of earlier starts. After an error this rank does not leave: to the others it is
+        one that does not answer any more."""
+        self.first_batch = batches + 1
         self.mark(Phase.BEGINNING, batches)
-        distributed = self.distributed
-        exchange = Exchange(distributed) if distributed.size > 1 else None
-        hosts, stop_start_watch = (), lambda: None
-        if isinstance(distributed, ProcessContext):
-            hosts, stop_start_watch = distributed.hosts, distributed.stop_start_watch
-        watcher = _Watcher(
-            lambda: self.last_mark, distributed.rank, distributed.size, hosts, self.limit, batches + 1, exchange
-        )
-        with watcher.running():
-            stop_start_watch()
+        try:
             yield
+            self.left = True
+        finally:
+            self.over.set()
 
 
 @contextlib.contextmanager
-def watching_start(
-    rank: int, size: int, hosts: Sequence[str], limit: float, exchange: AnyExchange
-) -> Iterator[Callable[[], None]]:
-    """Watches the calling thread from the roll call on. Gives the function that stops it when the training begins.
-
-    A rank that answers may take long, for example to read all images of a large data set.
-    """
-    begun = Mark(Phase.BEGINNING, 0)
-    watcher = _Watcher(lambda: begun, rank, size, hosts, limit, 1, exchange, _LONGER_IN_START)
-    with watcher.running():
-        yield watcher.leave
-
-
-class AnyExchange(Protocol):
-    """How the watches of the ranks exchange their standings."""
-
-    def swap(self, own: Standing) -> list[Standing]: ...
-
-    def close(self) -> None: ...
+def watching(distributed: DistributedContext, hang_minutes: float | None) -> Iterator[Watch]:
+    """Watches the calling thread, on every rank, from here to the end of the training. None watches nothing."""
+    watch = Watch()
+    if hang_minutes is None:
+        yield watch
+        return
+    watcher = _Watcher(watch, distributed, 60 * hang_minutes)
+    try:
+        yield watch
+    finally:
+        watch.over.set()
+        watcher.thread.join()
 
 
 class _Watcher:
-    """A thread that watches the calling one.
+    """A thread that watches the calling one. All ranks create it together."""
 
-    Args:
-        last_mark: how far this rank is.
-        first_batch: of this start, from 1.
-        exchange: None for a single rank.
-        longer: how many times the usual patience this rank has.
-    """
-
-    def __init__(
-        self,
-        last_mark: Callable[[], Mark],
-        rank: int,
-        size: int,
-        hosts: Sequence[str],
-        limit: float,
-        first_batch: int,
-        exchange: AnyExchange | None,
-        longer: float = 1,
-    ):
-        self.last_mark, self.rank, self.limit, self.first_batch = last_mark, rank, limit, first_batch
-        self.exchange, self.longer = exchange, longer
+    def __init__(self, watch: Watch, distributed: DistributedContext, limit: float):
+        self.watch, self.rank, self.limit = watch, distributed.rank, limit
+        self.exchange = Exchange(distributed) if distributed.size > 1 else None
         self.watched = threading.get_ident()
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self.run, name="watch", daemon=True)
-        self.interval = min(self.limit / _TICKS, _LONGEST_TICK)
-        self.standings = Standings(self.interval, self.limit, hosts)
+        self.interval = min(limit / _TICKS, _LONGEST_TICK)
+        hosts = distributed.hosts if isinstance(distributed, ProcessContext) else ()
+        self.standings = Standings(self.interval, limit, hosts)
         self.ticks = self.marked_at = 0
         self.seen: Mark | None = None
-        self.reported = self.left = False
-        begun = Mark(Phase.BEGINNING, first_batch - 1)  # of those that have not reported yet
-        for each in range(size):
-            self.standings.hear(Standing(each, begun, 0.0, longer * begun.patience(self.limit, 0), tick=-1))
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """After an error this rank does not leave: to the others it is one that does not answer any more."""
+        self.reported = False
+        for each in range(distributed.size):  # those that have not reported yet
+            self.standings.hear(Standing(each, watch.last_mark, 0.0, watch.last_mark.patience(limit, 1), tick=-1))
+        self.thread = threading.Thread(target=self.run, name="watch", daemon=True)
         self.thread.start()
-        try:
-            yield
-            self.leave()
-        finally:
-            self.over.set()
-            self.thread.join()
-
-    def leave(self) -> None:
-        """Stops watching. The others need not wait for this rank."""
-        if not self.over.is_set():
-            self.left = True
-            self.over.set()
-            self.thread.join()
 
     def run(self) -> None:
         try:
-            while not self.over.wait(self.interval):
+            while not self.watch.over.wait(self.interval):
                 self._tick()
                 if self.standings.hang() or self.standings.peer_reported_hang():
                     self._end_the_process()
-            if self.left:
+            if self.watch.left:
                 self._tick()
         finally:
             if self.exchange is not None:
@@ -221,7 +146,7 @@ class _Watcher:
 
     def _tick(self) -> None:
         self.ticks += 1
-        mark = self.last_mark()
+        mark = self.watch.last_mark
         if mark is not self.seen:
             self.seen, self.marked_at = mark, self.ticks
         frame = sys._current_frames().get(self.watched)
@@ -229,12 +154,12 @@ class _Watcher:
             rank=self.rank,
             mark=mark,
             quiet=self.interval * (self.ticks - self.marked_at),
-            patience=self.longer * mark.patience(self.limit, self.first_batch),
+            patience=mark.patience(self.limit, self.watch.first_batch),
             tick=self.ticks,
             waits=frame is not None and frame.f_code.co_filename.startswith(_WAITING),
             where="" if frame is None else _place(frame),
             reported=self.reported,
-            left=self.left,
+            left=self.watch.left,
         )
         self.standings.tick()
         for standing in self.exchange.swap(own) if self.exchange is not None else ():

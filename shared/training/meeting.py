@@ -1,39 +1,38 @@
 """How the processes of a run meet: a roll call that names those that are missing, torch's group, the device of each.
 
 The roll call uses the store that torchrun or rank 0 has at MASTER_ADDR. Strangers may reach it. Therefore nothing
-secret goes through it, and nothing that could hold code. Until the training begins, each process also reports there
-that it is alive.
+secret goes through it, and nothing that could hold code.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import logging
 import os
 import re
 import socket
-import struct
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
+import psutil
 import torch
 from determined.core import DistributedContext
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from shared.environment import on_cluster
 from shared.errors import DivergedError, UserError
-from shared.training.hang import watching_start
 from shared.training.processes import LONGER, Address, ProcessContext, host_of_chief
-from shared.training.standings import Standing, named_ranks, span
+from shared.training.standings import named_ranks, span
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _SECONDS_FOR_CHIEF = 3
 _MINUTES_A_COLLECTIVE_MAY_WAIT = 30  # at least; torch's own are 30 with Gloo and 10 with NCCL
@@ -43,7 +42,6 @@ _SECONDS_UNTIL_LOGGED = 10.0  # that the chief waits for others
 _POLLS = 0.02, 0.5  # seconds between looks at the store, at first and at most
 # how Gloo and NCCL report a process that is gone
 _LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited|ncclRemoteError")
-_SIOCGIFADDR = 0x8915  # of Linux' ioctl: the address of an interface
 
 
 # --- the roll call ----------------------------------------------------------------------------------
@@ -176,9 +174,9 @@ def _polling() -> Iterator[float]:
         interval = min(1.5 * interval, _POLLS[1])
 
 
-def _decoded(value: bytes, kind: type) -> Any:
+def _decoded(message: bytes, kind: type[T]) -> T | None:
     try:
-        return msgspec.json.decode(value, type=kind)
+        return msgspec.json.decode(message, type=kind)
     except msgspec.MsgspecError:  # from a stranger
         return None
 
@@ -201,27 +199,6 @@ def own_address(other: str) -> str:
         probe.connect((other, 9))  # sends nothing
         return probe.getsockname()[0]
     return ""
-
-
-class StoreExchange:
-    """Each rank writes its standing into the store and reads those of the others, for the watch over a start."""
-
-    def __init__(self, store: Store, rank: int, size: int):
-        self._store, self._rank = store, rank
-        self._keys = [f"standing/{number}" for number in range(size)]
-
-    def swap(self, own: Standing) -> list[Standing]:
-        """Writes this rank's standing. Returns those of all ranks that have written one."""
-        try:
-            self._store.set(self._keys[self._rank], msgspec.json.encode(own).decode())
-            written = [key for key in self._keys if self._store.check([key])]
-            found = [_decoded(self._store.get(key), Standing) for key in written]
-        except RuntimeError:  # the store is gone: nothing is heard of the others
-            return []
-        return [standing for standing in found if standing is not None]
-
-    def close(self) -> None:
-        """The store closes with its last user."""
 
 
 # --- the processes ----------------------------------------------------------------------------------
@@ -273,7 +250,7 @@ def local_processes(
     """The processes that a launcher started, or this one alone; and this one's device.
 
     Args:
-        hang_minutes: a training's; None without a watch.
+        hang_minutes: a training's; None without a watch over hangs.
         gpus_given: GPUs that a cluster reserved for the processes of this machine.
 
     Raises:
@@ -288,14 +265,8 @@ def local_processes(
     store = open_store(rank, seconds, rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
     start, arrivals = roll_call(store, rank, size, seconds)
     place = place_of(rank, arrivals)
-    hosts = place.hosts if place.machines > 1 else ()
     with contextlib.ExitStack() as stack:
-        stop_start_watch = lambda: None  # noqa: E731
-        if hang_minutes is not None and size > 1:
-            # its own connection: the other one is in use while this process waits
-            exchange = StoreExchange(PrefixStore(start, open_store(rank, seconds)), rank, size)
-            stop_start_watch = stack.enter_context(watching_start(rank, size, hosts, 60 * hang_minutes, exchange))
-        device = _join_group(place, gpus_given, hang_minutes, PrefixStore(start, store))
+        device, beside = _join_group(place, gpus_given, hang_minutes, PrefixStore(start, store))
         host = host_of_chief(place.machines)
         distributed = ProcessContext(
             rank=rank,
@@ -306,15 +277,18 @@ def local_processes(
             cross_size=place.machines,
             chief_host=host,
             from_chief=functools.partial(_address_from_chief, host, device),
-            hosts=hosts,
-            stop_start_watch=stop_start_watch,
+            hosts=place.hosts if place.machines > 1 else (),
+            beside=beside,
         )
         stack.enter_context(_closing(distributed))
         stack.enter_context(lost_connection_as_error(rank, place.names))
         yield distributed, device
 
 
-def _join_group(place: Place, gpus_given: int, hang_minutes: float | None, store: Store) -> torch.device:
+def _join_group(
+    place: Place, gpus_given: int, hang_minutes: float | None, store: Store
+) -> tuple[torch.device, torch.distributed.ProcessGroup | None]:
+    """This rank's device, and the group for `ProcessContext.begin_max`."""
     device = choose_device(place.local_rank, place.local_size, gpus_given)
     os.environ["USE_TORCH_DISTRIBUTED"] = "True"  # what determined.launch.torch_distributed sets
     if place.machines == 1:
@@ -329,7 +303,8 @@ def _join_group(place: Place, gpus_given: int, hang_minutes: float | None, store
     if timeout is not None:
         store.set_timeout(timeout)
     torch.distributed.init_process_group(backend, timeout=timeout, store=store, rank=place.rank, world_size=place.size)
-    return device
+    # NCCL would make the host wait for the device
+    return device, None if backend == "gloo" else torch.distributed.new_group(backend="gloo", timeout=timeout)
 
 
 def loopback_interface() -> str:
@@ -341,13 +316,8 @@ def loopback_interface() -> str:
 def interface_towards(address: str) -> str | None:
     """The network interface over which this machine reaches an IPv4 address; None if that is unknown."""
     own = own_address(address)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # an interface without an address
-                request = struct.pack("256s", name.encode()[:15])
-                if socket.inet_ntoa(fcntl.ioctl(probe, _SIOCGIFADDR, request)[20:24]) == own:
-                    return name
-    return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, addresses in interfaces if own in {each.address for each in addresses}), None)
 
 
 def choose_device(local_rank: int, local_size: int, gpus_given: int = 0) -> torch.device:
@@ -363,15 +333,18 @@ def choose_device(local_rank: int, local_size: int, gpus_given: int = 0) -> torc
     if not torch.cuda.is_available():
         reason = _why_no_gpu()
         if gpus_given:
-            raise UserError(f"the cluster gave this task {gpus_given} GPUs, and torch cannot use them: {reason}")
+            raise UserError(
+                f"the cluster gave this task {gpus_given} GPUs, and torch cannot use them: {reason}. Fix: use an image "
+                "whose CUDA fits the driver"
+            )
         if local_rank == 0:
             logger.info("device: the CPU (%s)", reason)
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_size > count:
         raise UserError(
-            f"{local_size} processes on a machine where torch sees {count} GPUs: start one a GPU "
-            f"(--nproc-per-node {count}), or none on a GPU with CUDA_VISIBLE_DEVICES="
+            f"{local_size} processes start on a machine where torch sees {count} GPUs. Fix: start one per GPU "
+            f"(--nproc-per-node {count}), or use no GPU: CUDA_VISIBLE_DEVICES="
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)  # before the first collective, which would put every process on the first GPU

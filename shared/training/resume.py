@@ -3,15 +3,19 @@
 Training changes some options of an optimizer itself, such as the learning rate. A config changes others. A checkpoint
 therefore also holds the options as its run's config built them. If an option differs from them, the config changed it,
 and this run's value wins. Every other option continues with its saved value.
+
+The last functions copy a checkpoint to the machines of the run, which need not share a disk.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,20 +25,19 @@ from determined.core import DistributedContext
 from torch import nn
 from torch.optim import Optimizer
 
-from shared.errors import UserError
+from shared.errors import UserError, problem_of
 from shared.training.checkpoints import Checkpoint, read_checkpoint
 from shared.training.downloads import find_checkpoint
 from shared.training.processes import on_chief, on_every_rank
 from shared.training.run_folder import OF_THE_RUN, RunFolder
-from shared.training.saving import METADATA, check_manifest
-from shared.training.transfer import on_each_machine, send
+from shared.training.saving import MANIFEST, check_manifest, saved_batches
 
 logger = logging.getLogger(__name__)
 
 _LISTED = 8  # category names in an error, around the first that differs
 # what schedulers copy from an option before they change it, by the options that it is copied from
 _COPIES = {"initial_lr": {"lr"}, "initial_momentum": {"momentum", "betas"}}
-# what a config says and most schedules leave alone; older checkpoints do not hold what their config built
+# values that the config sets and most schedules keep; older checkpoints lack those that their config built
 _OF_CONFIG = ("weight_decay", "momentum", "betas", "eps")
 
 
@@ -143,7 +146,8 @@ def refused_values(what: str) -> Iterator[None]:
         raise
     except (ValueError, TypeError, KeyError, AssertionError, ZeroDivisionError) as error:
         raise UserError(
-            f"hyperparameters: the {what} cannot be made of these values ({type(error).__name__}: {error})"
+            f"hyperparameters: the {what} cannot be made of these values ({type(error).__name__}: {error}). Fix: "
+            "correct them"
         ) from error
 
 
@@ -212,6 +216,7 @@ def _bring_newest(distributed: DistributedContext, folder: RunFolder) -> None:
         return
     is_chief = distributed.rank == 0
     if is_chief:
+        shutil.rmtree(folder.received, ignore_errors=True)  # of a start that was killed
         logger.info("the run's newest checkpoint, of batch %d, is on another machine: copying the folder here", batches)
     send(distributed, -machine, folder.path, folder.received if is_chief else None, folder.of_one_machine)
     on_chief(distributed, folder.adopt_received)
@@ -221,9 +226,9 @@ def _newest(folder: RunFolder) -> int:
     """The batches of the newest complete checkpoint in a run's folder; -1 without one."""
     found = [-1]
     for path in folder.checkpoints_to_resume("auto"):
-        with contextlib.suppress(UserError, OSError, ValueError, KeyError):
+        with contextlib.suppress(UserError):
             check_manifest(path)
-            found.append(int(json.loads((path / METADATA).read_text())["steps_completed"]))
+            found.append(saved_batches(path))
     return max(found)
 
 
@@ -236,8 +241,108 @@ def _first_complete(resume: str, folder: RunFolder) -> Checkpoint | None:
             errors.append(error)
             continue
         if errors:
-            logger.warning("--resume %s: %s; resuming from %s", resume, errors[0], path)
+            logger.warning("--resume %s: %s; resuming from %s", resume, problem_of(errors[0]), path)
         return checkpoint
     if errors:
         raise errors[0]
     return None
+
+
+# --- copies on the run's machines -------------------------------------------------------------------
+
+
+_PIECE = 2**24  # bytes, of which each machine has a few in memory
+
+
+@contextlib.contextmanager
+def on_each_machine(distributed: DistributedContext, folder: Path) -> Iterator[Path]:
+    """The chief's folder of a checkpoint, on every rank: the folder itself, or a copy for the time of the block.
+
+    A machine whose own `folder` has the same manifest, as on a shared disk, needs no copy.
+
+    Raises:
+        UserError: a machine cannot write the copy. Every rank raises it.
+    """
+    manifest = distributed.broadcast(_read(folder / MANIFEST))
+    needs = distributed.cross_rank > 0 and (manifest is None or _read(folder / MANIFEST) != manifest)
+    if not any(distributed.allgather(needs)):
+        yield folder
+        return
+    with contextlib.ExitStack() as stack:
+
+        def make_folder() -> Path | None:
+            if not needs or distributed.local_rank > 0:
+                return None
+            try:
+                return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="checkpoint-")))
+            except OSError as error:
+                raise _unwritable(error.filename, error) from error
+
+        copy = on_every_rank(distributed, make_folder)
+        send(distributed, 0, folder, copy)
+        yield distributed.broadcast_local(copy) if needs else folder
+        distributed.allgather(None)  # every rank has read it
+
+
+def send(
+    distributed: DistributedContext, sender: int, source: Path, target: Path | None, omitted: Iterable[str] = ()
+) -> None:
+    """Copies a folder of one machine to others. Every rank calls this.
+
+    Args:
+        sender: the number of the machine that has `source`.
+        target: an empty folder for the copy, or one that does not exist; None if this rank needs none.
+        omitted: names of files and folders that are not sent.
+
+    Raises:
+        UserError: the folder cannot be read, or a copy cannot be written. Every rank raises it.
+    """
+
+    on_every_rank(
+        distributed,
+        lambda: _copy(distributed, sender, source, target, set(omitted)) if distributed.local_rank == 0 else None,
+    )
+
+
+def _copy(distributed: DistributedContext, sender: int, source: Path, target: Path | None, omitted: set[str]) -> None:
+    """`send` on the first rank of each machine. Takes all pieces, also after an error: the sender waits for each
+    machine."""
+    problem: UserError | None = None
+    pieces = _pieces(source, omitted) if distributed.cross_rank == sender else iter(())
+    while (message := distributed.relay(next(pieces, None), sender)) is not None:
+        name, piece = message
+        if isinstance(piece, str):
+            problem = UserError(f"--resume: {piece}")
+        elif target is not None and problem is None:
+            path = target / name
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("ab") as file:
+                    file.write(piece)
+            except OSError as error:
+                problem = _unwritable(path, error)
+    if problem is not None:
+        raise problem
+
+
+def _pieces(folder: Path, omitted: set[str]) -> Iterator[tuple[str, bytes | str]]:
+    """The name of each file and its content in pieces, or an error as text. ZeroMQ checks that all arrives as sent."""
+    try:
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder)
+            if path.is_file() and not omitted & set(name.parts):
+                yield name.as_posix(), b""  # also of an empty file
+                with path.open("rb") as file:
+                    while piece := file.read(_PIECE):
+                        yield name.as_posix(), piece
+    except OSError as error:
+        yield "", f"{error.filename or folder} cannot be read ({error.strerror}). Fix: look at its machine's disk"
+
+
+def _unwritable(path: Path | str | None, error: OSError) -> UserError:
+    place = f"{path} on {socket.gethostname()}"
+    return UserError(f"{place}: it cannot be written ({error.strerror}). Fix: make room there, or set TMPDIR")
+
+
+def _read(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None

@@ -24,7 +24,7 @@ from torch import nn
 
 from shared.durable import write_file
 from shared.errors import DivergedError, UserError
-from shared.redaction import redact_yaml_files
+from shared.log import redact_yaml_files
 from shared.training.downloads import sha256_of
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,8 @@ class FiniteCheck:
         # the largest of each: one number per tensor, and one synchronisation in all
         if not torch.stack([tensor.abs().max().float() for tensor in checked]).isfinite().all():
             raise DivergedError(
-                "the weights, their averages or the running statistics are not finite, and were not saved"
+                "the weights, their averages or the running statistics are not finite, and were not saved. Fix: lower "
+                "the learning rate, or set hyperparameters.clip_grad"
             )
 
     def _tensors(self) -> Iterator[tuple[tuple[int, str], torch.Tensor]]:
@@ -222,18 +223,34 @@ def check_manifest(folder: Path) -> None:
         for name, noted in noted_at_save["files"].items():
             file = folder / name
             if not file.is_file():
-                raise UserError(f"{folder} is not whole: {name} is missing")
+                raise UserError(f"{folder} is incomplete: {name} is missing. Fix: use another checkpoint")
             if (size := file.stat().st_size) != noted["bytes"]:
-                raise UserError(f"{folder} is not whole: {name} has {size} bytes, and {noted['bytes']} were saved")
+                raise UserError(
+                    f"{folder} is incomplete: {name} has {size} bytes instead of {noted['bytes']}. Fix: use another "
+                    "checkpoint"
+                )
             if sha256_of(file) != noted["sha256"]:
-                raise UserError(f"{folder} is not what was saved: {name} has changed since")
+                raise UserError(f"{folder} has changed since it was saved: {name} differs. Fix: use another checkpoint")
         batches = noted_at_save.get("batches")  # manifests of version 0.1 lack it
-        if batches is not None and json.loads((folder / METADATA).read_text())["steps_completed"] != batches:
-            raise UserError(f"{folder} is not what was saved: {METADATA} is not of batch {batches}")
+        if batches is not None and saved_batches(folder) != batches:
+            raise UserError(
+                f"{folder} has changed since it was saved: {METADATA} is not of batch {batches}. Fix: use another "
+                "checkpoint"
+            )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{folder} is not whole: {MANIFEST} or {METADATA} cannot be read ({error!r})") from error
+        raise UserError(
+            f"{folder} is incomplete: {MANIFEST} cannot be read ({error!r}). Fix: use another checkpoint"
+        ) from error
+
+
+def saved_batches(folder: Path) -> int:
+    """The batches trained of a checkpoint; -1 without one that can be read."""
+    try:
+        return int(json.loads((folder / METADATA).read_text())["steps_completed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
 
 
 def weights_digest(folder: Path) -> str:

@@ -18,6 +18,7 @@ _NAMED = 8  # ranks in a message
 class Phase(enum.Enum):
     """The activity of a rank. All ranks mark the same phases in the same order."""
 
+    STARTING = "starting"
     BEGINNING = "beginning"
     LOADING = "loading a batch"
     FORWARD = "computing the losses"
@@ -49,8 +50,10 @@ class Mark(NamedTuple):
         return Mark(phase, batch, self.passed + (phase is not self.phase or batch != self.batch))
 
     def patience(self, limit: float, first_batch: int) -> float:
-        """The seconds without another mark that are a hang, if `limit` seconds are one in a usual batch. In the first
-        batch of a start, libraries compile and caches fill."""
+        """The seconds without another mark that are a hang, if `limit` seconds are one in a usual batch. A start may
+        read all images of a large data set. In its first batch, libraries compile and caches fill."""
+        if self.phase is Phase.STARTING:
+            return limit * LONGER**2
         return limit * (LONGER if self.phase in _LONG or self.batch <= first_batch else 1)
 
 

@@ -1,25 +1,150 @@
 """When a training reports, validates and saves; and when it stops, after the same batch on every rank.
 
 A signal (off a cluster), the searcher or a pause (on a cluster) stops it; it can continue. If the config ends it, it is
-complete. `Outcome` is the one value that says what happened.
+complete. `Outcome` is the one value that says what happened. Forked processes and loader workers get the signals too.
 """
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import math
+import os
 import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from determined.core import DistributedContext
 
 from shared.config.schema import EarlyStopping, Length, Schedule, SearcherMetric
+from shared.environment import STOP_SIGNALS
 from shared.errors import UserError, count_of
-from shared.training.signals import StopSignals
+from shared.training.hang import show_stacks_when_asked
 from shared.training.validation import Validation
+
+# --- signals ----------------------------------------------------------------------------------------
+
+
+_PR_SET_PDEATHSIG = 1  # of Linux' prctl
+
+
+class StoppedBeforeTraining(SystemExit):
+    """A signal arrived before there was anything to save.
+
+    Attributes:
+        signal: which one.
+    """
+
+    def __init__(self, number: signal.Signals, status: int):
+        super().__init__(status)
+        self.signal = number
+
+
+class StopSignals:
+    """Notes the signals that stop a training, for the time of a block. A second Ctrl-C stops the process at once.
+
+    Args:
+        numbers: the signals besides Ctrl-C.
+        status: the exit status after one of them; None for 128 and its number, as after Ctrl-C.
+
+    Attributes:
+        received: the last one that arrived during the training.
+    """
+
+    def __init__(self, numbers: Sequence[signal.Signals] = STOP_SIGNALS, status: int | None = None):
+        self.numbers, self.status = tuple(numbers), status
+        self.received: signal.Signals | None = None
+        self._training = False
+
+    @property
+    def handled(self) -> set[signal.Signals]:
+        return {signal.SIGINT, *self.numbers}
+
+    def begin(self) -> None:
+        """From here on a signal stops the training after a batch. Before, it stops the process at once."""
+        self._training = True
+
+    def end(self) -> None:
+        self._training = False
+
+    def exit_status(self, number: signal.Signals | None) -> int:
+        """The status of a process that a signal stopped."""
+        if number is None:
+            return 0
+        return 128 + number if self.status is None or number == signal.SIGINT else self.status
+
+    def __enter__(self) -> StopSignals:
+        # one that is ignored stays so: after `nohup`, a terminal that closes stops nothing
+        taken = [each for each in self.handled if each == signal.SIGINT or signal.getsignal(each) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._note) for number in taken}
+        _handling.append(self)
+        _of_workers.update(self.handled)
+        if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+            # a torchrun that is killed, also by a signal that it does not know, would leave this process behind
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        _handling.remove(self)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        number = signal.Signals(number)
+        if number == signal.SIGINT and (self.received is not None or not self._training):
+            raise KeyboardInterrupt
+        if not self._training:
+            raise StoppedBeforeTraining(number, self.exit_status(number))
+        self.received = number
+
+
+_handling: list[StopSignals] = []
+_of_workers = {signal.SIGINT, *STOP_SIGNALS}  # what loader workers outlive
+_before_fork = threading.local()
+
+
+def _block_signals() -> None:
+    # a library's pool stops its processes by SIGTERM, and Python forgets a signal that arrives during a fork
+    handled = set().union(*(each.handled for each in _handling))
+    _before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, handled)
+
+
+def _unblock_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _before_fork.mask)
+
+
+def _leave_signals_to_forks() -> None:
+    for each in list(_handling):
+        each.__exit__()
+    _unblock_signals()
+
+
+os.register_at_fork(before=_block_signals, after_in_parent=_unblock_signals, after_in_child=_leave_signals_to_forks)
+
+
+def begin_worker(worker_id: int) -> None:
+    """Keeps a loader worker alive when its whole group receives a signal, as by torchrun, SLURM and Ctrl-C. The process
+    that it loads for stops it, and asks for its stacks when that process hangs."""
+    show_stacks_when_asked()
+    for number in _of_workers - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # tells who sent the signal; on macOS the worker stops
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_stop_at_the_parent_s_signal, daemon=True).start()
+
+
+def _stop_at_the_parent_s_signal() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+# --- what is due ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -101,7 +226,7 @@ class Outcome:
     end: End
     batches: int
     total: int  # batches of the whole length
-    why: str = ""  # what the log, the report and the command line show; empty for a complete training
+    why: str = ""  # shown in the log, the report and the command line; empty for a complete training
     signal: signal.Signals | None = None  # the one that stopped it on some rank
     validation: Validation | None = None  # the last one of this start
     seconds: float = 0.0  # of training, those before a resume included
@@ -157,10 +282,12 @@ class Clock:
     def save_is_due(self) -> bool:
         return self.minutes_between_saves is not None and self.now() - self._saved >= 60 * self.minutes_between_saves
 
-    def why_over(self) -> str | None:
-        """Why the training ends; None if it does not."""
-        if self.max_hours is None or self.seconds < 3600 * self.max_hours:
-            return None
+    def is_over(self) -> bool:
+        return self.max_hours is not None and self.seconds >= 3600 * self.max_hours
+
+    @property
+    def why(self) -> str:
+        """Why the training ends if the time is over, the same on every rank."""
         return f"max_hours: {self.max_hours:g} h of training are over"
 
 
@@ -211,14 +338,15 @@ class BestSoFar:
         self.best, self.best_at = None, -1
 
 
-_BATCHES_BETWEEN_MEETINGS = 10  # of several ranks: a meeting costs some milliseconds
+_BATCHES_BETWEEN_MEETINGS = 5  # of several ranks
 
 
 class Stopping:
     """Agrees on every rank which batch is the last one, and whether a validation was cut short.
 
     Ranks do not run in step: with NCCL one may have queued several steps more than another. So they agree only where
-    all of them come by: after certain batches, at each report, after each validation.
+    all of them come by: after certain batches, at each report, after each validation. A meeting after a batch takes
+    place beside the next batches, and the next meeting applies its result. So no step waits for it.
 
     Args:
         aggregation_frequency: batches per optimizer step; a training stops after whole steps only.
@@ -244,6 +372,7 @@ class Stopping:
         self.ended: str | None = None  # why the config ends the training before its length
         self.ended_after: int | None = None  # the batch of that end, which is validated
         self._cut = False
+        self._last_meeting: Callable[[], list[int]] = lambda: [0, 0, 0]
         windows = 1 if distributed.size == 1 else -(-_BATCHES_BETWEEN_MEETINGS // aggregation_frequency)
         self._between_meetings = windows * aggregation_frequency
 
@@ -261,15 +390,20 @@ class Stopping:
         self.clock.begin()
 
     def after_batch(self, batch: int) -> bool:
-        """Whether to stop after `batch`, counted from 1, which this rank just trained."""
+        """Whether to stop after `batch`, counted from 1, which this rank just trained. Several ranks act on what they
+        knew at the last meeting. The chief's clock counts."""
         if (self.signals is not None or self.clock.is_asked) and batch % self._between_meetings == 0:
-            own = (self.signal, (self.clock.why_over(), self.clock.save_is_due()))
-            of_ranks = self.distributed.allgather(own)
-            why_over, save_is_due = of_ranks[0][1]  # the chief's clock counts
-            if self._some_received(number for number, _ in of_ranks):
-                self.after = batch
-            elif why_over is not None:
-                self.end(batch, why_over)
+            agreed = self._last_meeting()
+            own = [self.signal or 0, 0, 0]
+            if self.distributed.rank == 0:
+                own[1:] = self.clock.is_over(), self.clock.save_is_due() and not agreed[2]
+            if self.distributed.size > 1:
+                self._last_meeting = self.distributed.begin_max(own)
+            number, is_over, save_is_due = own if self.distributed.size == 1 else agreed
+            if number:
+                self.after, self.stopped_by = batch, signal.Signals(number)
+            elif is_over:
+                self.end(batch, self.clock.why)
             elif save_is_due:
                 self.saves_after = batch
         return self.after == batch
@@ -296,7 +430,8 @@ class Stopping:
 
     def why_time_is_over(self) -> str | None:
         """Why the time is over by the chief's clock; called on every rank, after a validation."""
-        return self.distributed.broadcast(self.clock.why_over()) if self.clock.is_asked else None
+        is_over = self.clock.is_asked and self.distributed.broadcast(self.clock.is_over())
+        return self.clock.why if is_over else None
 
     def validation_was_cut(self, batch: int) -> bool:
         """Whether some rank omitted a part of the validation after `batch`. Then all stop there."""

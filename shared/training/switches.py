@@ -1,4 +1,4 @@
-"""The switches of `hyperparameters`, such as averaged weights and precision; and the optimizer step."""
+"""The switches of `hyperparameters`, such as averaged weights, precision and class weights; and the optimizer step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import torch
 from determined.pytorch import PyTorchTrialContext
 from torch import nn
@@ -87,9 +88,9 @@ def freeze(model: nn.Module, names: Sequence[str]) -> str:
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     for name in names:
         if name not in parameters and name not in modules:
-            parts = f"its parts are {', '.join(part for part, _ in model.named_children())}"
+            parts = f"name one of its parts: {', '.join(part for part, _ in model.named_children())}"
             raise UserError(
-                f"hyperparameters.freeze: the model has no part {name!r}; "
+                f"hyperparameters.freeze: the model has no part {name!r}"
                 f"{nearest(name, [*modules, *parameters], otherwise=parts)}"
             )
         if name in modules:
@@ -102,7 +103,10 @@ def freeze(model: nn.Module, names: Sequence[str]) -> str:
             parameters[name].requires_grad_(False)
     trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
     if not trained:
-        raise UserError(f"hyperparameters.freeze: {', '.join(names)} is the whole model, and nothing is left to train")
+        raise UserError(
+            f"hyperparameters.freeze: {', '.join(names)} is the whole model, and nothing is left to train. Fix: freeze "
+            "less"
+        )
     whole = sum(p.numel() for p in parameters.values())
     return f"{', '.join(names)}; {trained:,} of {whole:,} parameters are trained"
 
@@ -293,3 +297,51 @@ def step(
         scaler.step(optimizer)
         scaler.update()
     optimizer.zero_grad()
+
+
+# --- class weights ----------------------------------------------------------------------------------
+# A detector multiplies the classification loss of each anchor, proposal or query by the weight of its category.
+# Background counts 1. Box losses do not change.
+
+_WEIGHTS = "hyperparameters.class_weights"
+
+
+def class_weights(
+    given: str | Mapping[str, float], categories: Sequence[dict], labels: np.ndarray
+) -> torch.Tensor | None:
+    """(K,) float32: the weight of each label. None if all are 1.
+
+    Args:
+        given: "balanced": all categories count the same, and an average object counts 1. Or weights by category name, 1
+            for the others.
+        labels: (objects,) of the training data.
+
+    Raises:
+        UserError: a name is no category.
+    """
+    if given == "balanced":
+        counts = np.bincount(labels, minlength=len(categories))
+        in_use = counts > 0
+        weights = np.ones(len(categories))
+        weights[in_use] = counts.sum() / (in_use.sum() * counts[in_use])
+    else:
+        names = [category["name"] for category in categories]
+        for name in given:
+            if name not in names:
+                raise UserError(f"{_WEIGHTS}: {name!r} is no category of data.train{nearest(name, names)}")
+        weights = np.array([given.get(name, 1.0) for name in names])
+    return None if (weights == 1).all() else torch.tensor(weights, dtype=torch.float32)
+
+
+def weights_of(labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The weight of each label, in the labels' shape. A label that is no category, as background, has 1."""
+    known = (labels >= 0) & (labels < len(weights))
+    return torch.where(known, weights[labels.where(known, 0)], 1.0)
+
+
+def no_class_weights(loss: str) -> UserError:
+    """The error for a loss that cannot weigh categories."""
+    return UserError(
+        f"{_WEIGHTS}: {loss} takes no weights of categories. Fix: remove it, or repeat images of rare categories with "
+        "data.repeat_threshold"
+    )

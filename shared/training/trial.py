@@ -31,19 +31,17 @@ from shared.data.loading import (
     to_device,
 )
 from shared.data.open import SplitData
-from shared.environment import on_cluster
-from shared.errors import UserError, count_of
+from shared.environment import keep_freed_memory, on_cluster
+from shared.errors import UserError, count_of, out_of_memory, out_of_memory_as, smaller_batch
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.training import switches
 from shared.training.detector import Detector
 from shared.training.hang import Phase, Watch
-from shared.training.memory import keep_freed_memory, out_of_memory, out_of_memory_as, smaller_batch
 from shared.training.processes import first_on_each_machine, on_chief
 from shared.training.resume import BuiltOptimizer, refused_values
 from shared.training.saving import python_state
-from shared.training.signals import begin_worker
-from shared.training.stopping import periods_of
+from shared.training.stopping import begin_worker, periods_of
 from shared.training.training_metrics import STEPS_A_SCALE_MAY_SKIP, TrainingMetrics, diverged
 from shared.training.validation import (
     CollateWithLoss,
@@ -75,12 +73,14 @@ class DetectionTrial(Detector):
         for_training: bool = True,
         categories: list[dict] | None = None,
         begin: bool = True,
+        watch: Watch | None = None,
     ):
         """
         Args:
             experiment: None reads the context's, as Determined's own loop needs it.
             categories: to detect, those of the checkpoint; None for `known_categories`.
             begin: calls `open_data` and `build`. Otherwise the caller does.
+            watch: over hangs, to which the trial reports how far it is.
         """
         self.context = context
         self.experiment = experiment or experiment_of(
@@ -106,7 +106,7 @@ class DetectionTrial(Detector):
         self.aggregation_frequency = self.experiment.aggregation_frequency
         self.last_validation = {}
         self.bad_images = BadImages(skip=self.data.on_bad_image == "skip")
-        self.watch = Watch(distributed, self.hparams.hang_minutes)
+        self.watch = watch or Watch()
         self.categories = categories
         self.frozen: str | None = None
         self._pictured: list[Detections] = []
@@ -119,7 +119,9 @@ class DetectionTrial(Detector):
 
     def _check_own_config(self) -> None:
         if self.data.repeat_threshold is not None and (own := self.repeats_by_itself()):
-            raise UserError(f"data.repeat_threshold: the config repeats images itself, by {own}; take one of them out")
+            raise UserError(
+                f"data.repeat_threshold: the config repeats images itself, by {own}. Fix: remove one of the two"
+            )
         if self.validates_loss and not self.evaluates_coco:
             raise UserError(
                 "hyperparameters.validation_loss: the detector's own library evaluates this config, on data without "
@@ -171,8 +173,8 @@ class DetectionTrial(Detector):
             self.prepare_schedule()
         if self.rank == 0 and (warmup := self.warmup_batches()) > self.total_batches:
             logger.warning(
-                "the warm-up has %d batches and the training %d: the learning rate never becomes what the config says; "
-                "train longer, or warm up for less",
+                "the warm-up has %d batches and the training %d, so the learning rate never reaches the config's. Fix: "
+                "train longer, or shorten the warm-up",
                 *(warmup, self.total_batches),
             )
         self.evaluator = context.wrap_reducer(self.build_evaluator(self.val_data), for_training=False)
@@ -284,7 +286,7 @@ class DetectionTrial(Detector):
         self._pictured = []
         self.begin_validation(loader)
         self.synchronize_buffers()
-        if self.validates_loss and self.slots > 1:  # what the chief's modules keep besides buffers
+        if self.validates_loss and self.slots > 1:  # the state of the chief's modules outside of buffers
             state = python_state(self.evaluation_model, self.python_attributes)
             self._chief_python_state = self.context.distributed.broadcast(state)
 

@@ -1,7 +1,7 @@
-"""On a real Determined cluster, the one that DET_MASTER names: CPU slots do. Skipped where there is none.
+"""Tests on the Determined cluster that DET_MASTER names; CPU slots suffice. Skipped without DET_MASTER.
 
-Takes about ten minutes a detector on two slots, a minute or two for each shipped file, whose data are mounted from this
-machine, and ten for the two searches that are compared. The task that is to be killed kills itself, once.
+On two slots, a detector takes about ten minutes, a shipped file a minute or two, the two compared searches ten. The
+data are mounted from this machine. The task that a test kills kills itself, once.
 """
 
 import functools
@@ -90,14 +90,14 @@ def det(*arguments: object, cwd: Path = ROOT) -> str:
 
 
 def submit(cwd: Path, config: str = "const_fake.yaml", *overrides: str):
-    """`det experiment create CONFIG .`; the experiment, by the SDK."""
+    """`det experiment create CONFIG .`. Returns the experiment of the SDK."""
     options = [part for override in overrides for part in ("--config", override)]
     printed = det("experiment", "create", config, ".", *options, cwd=cwd)
     return client.get_experiment(int(re.search(r"Created experiment (\d+)", printed)[1]))
 
 
 def wait(experiment, seconds: float = 600) -> str:
-    """The state that the experiment ends in."""
+    """The experiment's final state."""
     end = time.time() + seconds
     while time.time() < end:
         experiment.reload()
@@ -138,20 +138,20 @@ def restarts(trial) -> int:
 
 
 def assert_ends_with_its_error(trial, message: str) -> None:
-    """The last line of the first process, at level ERROR, says what was wrong; torchrun's own lines have no rank."""
+    """The last line of the first process, at level ERROR, names the problem. torchrun's own lines have no rank."""
     last = [line for line in trial.logs() if "[rank=0]" in line][-1]
     assert re.search(rf"ERROR: (.*\b)?not retried: error: .*{re.escape(message)}", last), last
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def folder(request) -> Path:
-    """What a user submits, of each detector."""
+    """The folder that a user submits, per detector."""
     return ROOT / request.param
 
 
 @pytest.fixture
 def context(folder, tmp_path) -> Path:
-    """A copy of it, to change."""
+    """A copy of that folder, to change."""
     return shutil.copytree(folder, tmp_path / "context", ignore=shutil.ignore_patterns("runs", "__pycache__"))
 
 
@@ -165,7 +165,7 @@ def validated(folder) -> list[int]:
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    """const_fake.yaml, never interrupted."""
+    """An uninterrupted run of const_fake.yaml."""
     started = time.time()
     experiment = submit(folder)
     assert wait(experiment) == "COMPLETED"
@@ -197,7 +197,7 @@ def test_two_slots_complete(folder, validated):
     assert list(validations(the_trial(experiment))) == validated
 
 
-def test_a_killed_container_goes_on_from_the_last_checkpoint(whole, folder, context):
+def test_a_killed_container_resumes_from_the_last_checkpoint(whole, folder, context):
     (trial,) = re.findall(r"^class (\w+Trial)\(", (folder / "model_def.py").read_text(), re.MULTILINE)
     (context / "killed.py").write_text(KILLED.replace("TRIAL", trial))
     config = yaml.safe_load((context / "const_fake.yaml").read_text())
@@ -210,7 +210,7 @@ def test_a_killed_container_goes_on_from_the_last_checkpoint(whole, folder, cont
     assert_same_metrics(validations(trial), validations(whole))
 
 
-def test_a_paused_trial_goes_on_when_it_is_activated(whole, folder, validated):
+def test_a_paused_trial_resumes_when_it_is_activated(whole, folder, validated):
     experiment = submit(folder)
     end = time.time() + 60
     while not experiment.get_trials() and time.time() < end:
@@ -225,7 +225,7 @@ def test_a_paused_trial_goes_on_when_it_is_activated(whole, folder, validated):
     assert_same_metrics(validations(trial), validations(whole))
 
 
-def test_continue_with_a_greater_length_goes_on_from_the_end(folder, validated):
+def test_det_continue_with_a_greater_length_starts_at_the_end(folder, validated):
     experiment = submit(folder, "const_fake.yaml", "searcher.max_length.batches=40")
     assert wait(experiment) == "COMPLETED"
     longer = ("--config", "searcher.name=single", "--config", "searcher.max_length.batches=60")
@@ -269,8 +269,8 @@ def write_tiny_coco(config: dict, root: Path) -> list[dict]:
 
 
 def made_short(config: dict, detector: str) -> dict:
-    """The config for one batch on CPU slots: one image a slot where the model is big, no weights to download, and
-    without what needs a GPU."""
+    """The config for one batch on CPU slots: one image per slot for a big model, no downloads, nothing that needs a
+    GPU."""
     hyperparameters, searcher = config["hyperparameters"], config["searcher"]
     if searcher["name"] == "single":
         searcher["max_length"] = {"batches": 1}
@@ -315,7 +315,7 @@ def test_a_shipped_file_passes_its_first_validation(path, tmp_path):
 
 
 def without_data(context: Path, **changes: object) -> dict:
-    """const_fake.yaml with a path that is wrong, in the context's wrong.yaml."""
+    """const_fake.yaml with a wrong path, as wrong.yaml in the context."""
     config = yaml.safe_load((context / "const_fake.yaml").read_text())
     nowhere = {"annotations": "/nowhere/train.json", "images": "/nowhere/train"}
     config.update(data={"train": nowhere, "val": nowhere, "workers": 0}, **changes)

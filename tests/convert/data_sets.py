@@ -1,4 +1,4 @@
-"""Small data sets of other formats for the tests of `convert`, and what comes out of them."""
+"""Small data sets of other formats for the tests of `convert`, and its results."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def write(file: Path, content: str | bytes | list | dict) -> Path:
 
 
 def converted(kind, source, output, **options):
-    """Of each split: its file name to (category, x, y, width, height) of each box. And all that was printed."""
+    """Per split, file name to (category, x, y, width, height) of each box; and the printed text."""
     said = []
     written = convert(kind, source, output, say=said.append, **options)
     said += map(str, written)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from data_sets import annotations_in, converted, draw, write
 
-from shared.data.convert.label_studio import decode_rle
+from shared.data.convert.json_labels import decode_rle
 from shared.errors import UserError
 
 
@@ -72,7 +72,7 @@ def test_label_studio_rotated_boxes_ellipses_polygons_and_brushes(tmp_path):
     assert "keypointlabels left out 1" in said
 
 
-def test_label_studio_tasks_without_an_annotation_are_left_out(tmp_path):
+def test_label_studio_tasks_without_an_annotation_are_omitted(tmp_path):
     empty = {"id": 2, "data": {"image": "b.png"}, "annotations": []}
     skipped = {**task(BOX, was_cancelled=True), "id": 3}
     twice = task(BOX)

@@ -91,7 +91,7 @@ def test_yolo_a_class_in_names_that_is_no_whole_number_is_an_error(key, tmp_path
 
 
 def yolo_folder(root, lines, names=("plate", "frame"), **more):
-    """Two images of 200×100 in each of train and val, with these label lines for each."""
+    """Two images of 200×100 in each of train and val, with these label lines."""
     for split in ("train", "val"):
         draw(*(root / f"images/{split}/a{i}.png" for i in range(2)), size=(200, 100))
         for i in range(2):

@@ -1,4 +1,4 @@
-"""The same losses, gradients, learning rates, inputs, detections and metrics as Detectron2's own code gives."""
+"""Losses, gradients, learning rates, inputs, detections and metrics equal those of Detectron2's own code."""
 
 import copy
 import json
@@ -31,7 +31,9 @@ from recording import (
     in_dtype,
     recording,
 )
-from tiny_models import detectron2_config, load_model_def, with_keypoints
+from tiny_detectron2 import detectron2_config
+from tiny_experiment import load_model_def
+from tiny_models import with_keypoints
 
 from detectron2_files.config import load_detectron2_config, shipped_configs
 from detectron2_files.data import inputs_of
@@ -77,7 +79,7 @@ def config_of(shapes, config_file, **overrides):
 
 @pytest.fixture
 def without_script(monkeypatch):
-    """Both sides compute RetinaNet's focal loss by the library's Python function. The compiled one rounds to float32,
+    """Both sides compute RetinaNet's focal loss with the library's Python function. The compiled one rounds to float32,
     and PyTorch optimises it after its first call, which changes its gradient by 2e-6."""
     monkeypatch.setattr(retinanet, "sigmoid_focal_loss_jit", sigmoid_focal_loss)
 
@@ -85,7 +87,7 @@ def without_script(monkeypatch):
 @pytest.mark.usefixtures("without_script")
 @both_precisions
 @pytest.mark.parametrize("config_file", CONFIGS)
-def test_training_is_that_of_plain_train_net(persons, train, trial_class, config_file, dtype):
+def test_training_equals_plain_train_net(persons, train, trial_class, config_file, dtype):
     recorder, ours, start = recording(trial_class, dtype)
     batches = BATCHES[dtype]
     clip = {"SOLVER.CLIP_GRADIENTS.ENABLED": True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 0.5}
@@ -101,7 +103,7 @@ def test_training_is_that_of_plain_train_net(persons, train, trial_class, config
 
 
 def train_plainly(trial, weights, batches, dtype):
-    """do_train of Detectron2's tools/plain_train_net.py: the records of its steps, and the weights after them."""
+    """do_train of Detectron2's tools/plain_train_net.py. Returns the records of its steps and the final weights."""
     cfg, records = trial.detectron2_config.cfg, []
     model = build_model(cfg).to(dtype).train()
     model.load_state_dict(weights)

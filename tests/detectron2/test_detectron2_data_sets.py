@@ -1,4 +1,4 @@
-"""Data sets by name, of Detectron2 and of the user, evaluated by what Detectron2 evaluates them with."""
+"""Data sets by name, of Detectron2 and of the user, with Detectron2's own evaluators."""
 
 import json
 import pickle
@@ -15,7 +15,8 @@ from detectron2.data.transforms import AugmentationList, RandomFlip
 from detectron2.structures import Boxes, BoxMode, Instances
 from panoptic_shapes import REGISTER_PANOPTIC, write_panoptic_shapes
 from PIL import Image
-from tiny_models import DETECTRON2, detectron2_config, detectron2_config_by_name, load_model_def
+from tiny_detectron2 import DETECTRON2, detectron2_config, detectron2_config_by_name
+from tiny_experiment import load_model_def
 
 from detectron2_files.data import MapperTransform, check_keypoint_flips, describe, read_proposals
 from detectron2_files.evaluation import own_evaluator
@@ -34,7 +35,7 @@ def trial_class():
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """Writes the user's Python file beside the YAML, under a name of the test's own."""
+    """Writes the user's Python file beside the YAML file, under a name of the test's own."""
 
     def write(name, text):
         (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
@@ -213,9 +214,9 @@ def test_proposals_of_other_images_are_refused(tmp_path):
     file = tmp_path / "proposals.pkl"
     file.write_bytes(pickle.dumps({"boxes": [boxes], "objectness_logits": [logits], "ids": [1]}))
     assert set(read_proposals([str(file)], [1])) == {1}
-    with pytest.raises(UserError, match=r"proposals.pkl: there are none for image id '2'; make them of the data"):
+    with pytest.raises(UserError, match=r"proposals.pkl: there are none for image id '2'. Fix: compute them"):
         read_proposals([str(file)], [1, 2])
-    with pytest.raises(UserError, match=r"none.pkl: they cannot be had: FileNotFoundError"):
+    with pytest.raises(UserError, match=r"none.pkl: they cannot be loaded: FileNotFoundError"):
         read_proposals([str(tmp_path / "none.pkl")], [1])
 
 

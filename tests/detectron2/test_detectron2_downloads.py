@@ -1,8 +1,8 @@
-"""Detectron2's weights from URLs: those that are named."""
+"""Detectron2's weights from URLs."""
 
 import torch
 from stores import http_store
-from tiny_models import DETECTRON2, SMALL_YAML
+from tiny_detectron2 import DETECTRON2, SMALL_YAML
 
 from detectron2_files.config import load_detectron2_config
 from detectron2_files.weights import load_weights_into

@@ -1,4 +1,4 @@
-"""What stands in for Detectron2's compiled part: against that part where it is there, and against definitions."""
+"""The replacement of Detectron2's compiled part, compared with that part if it is installed, and with definitions."""
 
 import itertools
 import json
@@ -10,7 +10,7 @@ import torch
 import torchvision
 import yaml
 from conftest import ROOT, reports, run_model_def
-from tiny_models import DETECTRON2, SMALL_YAML, detectron2_config
+from tiny_detectron2 import DETECTRON2, SMALL_YAML, detectron2_config
 
 import detectron2_files
 from detectron2_files import operations
@@ -67,7 +67,7 @@ def area_of(polygon):
 
 
 def iou_by_clipping(one, other):
-    """By Sutherland and Hodgman, of two boxes."""
+    """The IoU of two boxes, by Sutherland and Hodgman."""
     other = [other[0] - one[0], other[1] - one[1], *other[2:]]
     one = [0, 0, *one[2:]]
     polygon, window = corners(one), corners(other)
@@ -86,7 +86,7 @@ def iou_by_clipping(one, other):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("extent", "side"), [(100, 200), (800, 200), (10, 3), (0.1, 0.01), (1e6, 1e6)])
-def test_iou_is_that_of_the_clipped_polygons(dtype, extent, side, random):
+def test_iou_equals_that_of_clipped_polygons(dtype, extent, side, random):
     boxes = boxes_within(extent, side, 40, random, dtype)
     expected = [[iou_by_clipping(one, other) for other in boxes.tolist()] for one in boxes.tolist()]
     ious = box_iou_rotated(boxes, boxes)
@@ -162,7 +162,7 @@ def test_iou_is_the_compiled_one_s(random):
 
 @against_compiled
 def test_iou_in_float64_is_the_compiled_one_s(random):
-    """Whose suppression alone takes float64: the threshold at which it begins is the IoU."""
+    """Only the compiled suppression takes float64. The threshold at which it starts is the IoU."""
     boxes = boxes_within(30, 30, 12, random, torch.float64)
     for pair in boxes.split(2):
         low, high = 0.0, 1.0
@@ -196,7 +196,7 @@ def test_nms_is_greedy_and_of_equal_scores_the_first_stays(dtype, threshold, pai
     assert kept.tolist() == expected
 
 
-def test_nms_of_no_boxes_keeps_none():
+def test_nms_of_no_boxes_is_empty():
     kept = nms_rotated(torch.zeros(0, 5), torch.zeros(0), 0.5)
     assert kept.shape == (0,)
     assert kept.dtype == torch.int64
@@ -222,7 +222,7 @@ def test_nms_is_the_compiled_one_s(dtype, threshold, random):
 
 
 def regions(count, images, size, scale, random, dtype):
-    """(count, 6), in the image's pixels: also beyond the features, and of no size."""
+    """(count, 6) in the image's pixels, some beyond the features, some empty."""
     rois = boxes_within(1.0, 1.0, count, random, dtype)
     height, width = size
     rois[:, :2] = (rois[:, :2] * 1.4 - 0.2) * rois.new_tensor([width, height]) / scale
@@ -316,7 +316,7 @@ def test_roi_align_of_nothing(random):
 
 
 def convolve_by_definition(input, offset, mask, weight, bias, stride, padding, dilation, deformable_groups):
-    """A loop over the taps, each a bilinear sample of the input with nothing around it."""
+    """A loop over the taps, each a bilinear sample of the zero-padded input."""
     batch, channels, height, width = input.shape
     out_channels, _, kernel_height, kernel_width = weight.shape
     groups = channels // weight.shape[1]
@@ -466,7 +466,7 @@ print(json.dumps(result))
 
 @pytest.fixture
 def without_compiled(tmp_path):
-    """Environment variables under which `detectron2._C` does not import, and says `error`."""
+    """Environment variables under which importing `detectron2._C` fails with `error`."""
 
     def environment(error):
         (tmp_path / "sitecustomize.py").write_text(
@@ -534,7 +534,7 @@ class Broken:
 
 
 @pytest.mark.parametrize("error", [ImportError("undefined symbol: x"), OSError("libcudart.so: cannot open\nmore")])
-def test_whatever_a_broken_part_raises_one_line_says_it(error, monkeypatch, capsys):
+def test_any_exception_of_a_broken_part_becomes_one_line(error, monkeypatch, capsys):
     import detectron2
 
     called = []

@@ -10,7 +10,11 @@ import yaml
 from conftest import ROOT, reports, run_model_def
 from PIL import Image
 from pycocotools import mask as coco_mask
-from tiny_models import DETECTRON2, detectron2_config, load_model_def, with_keypoints
+from test_resume_changes import last, of_length
+from test_switches import small
+from tiny_detectron2 import DETECTRON2, detectron2_config
+from tiny_experiment import load_model_def
+from tiny_models import with_keypoints
 
 from shared.errors import DivergedError, UserError
 from shared.training.checkpoints import read_checkpoint
@@ -67,7 +71,7 @@ def test_a_python_config_s_options_of_ddp_train_in_two_processes(shapes, tmp_pat
     assert reports(tmp_path / "run", "val")
 
 
-def test_what_detectron2_itself_finds_not_finite_names_the_batch(shapes, train, trial_class):
+def test_detectron2_s_own_error_about_infinite_losses_names_the_batch(shapes, train, trial_class):
     config = in_process(detectron2_config(shapes, **{"SOLVER.BASE_LR": 1e30, "SOLVER.WARMUP_ITERS": 0}))
     with pytest.raises(DivergedError, match=r"the loss is not finite since batch \d \(image ids \d"):
         train(trial_class, config)
@@ -220,7 +224,7 @@ def bad(shapes, **changes):
 
 WRONG = {
     r"hyperparameters: unknown key 'config'; did you mean 'config_file'": {"hyperparameters__config": "x"},
-    r"use_pretrained: true is weights: published, and weights is ''": {"hyperparameters__use_pretrained": True},
+    r"use_pretrained: true means weights: published, but weights is ''": {"hyperparameters__use_pretrained": True},
     r"data.val.annotations: .*nowhere.json does not exist": {"data__val__annotations": "/tmp/nowhere.json"},
     r"MODEL.ROI_HEADS.NUM_CLASSES is 7, and the data has 3 categories": {
         "hyperparameters__config_overrides": {"MODEL.ROI_HEADS.NUM_CLASSES": 7}
@@ -228,14 +232,14 @@ WRONG = {
     r"MODEL.ROI_HEADS.NUM_CLASSES is 80, and the data has 3 categories": {
         "hyperparameters__config_overrides": {"MODEL.ROI_HEADS.NUM_CLASSES": 80}
     },
-    r"data set 'coco_2017_trian' is not registered; did you mean 'coco_2017_train'\?; registered are .*lvis": {
+    r"data set 'coco_2017_trian' is not registered; did you mean 'coco_2017_train'\? Or register it": {
         "data__train": None,
         "hyperparameters__config_overrides": {"DATASETS.TRAIN": ["coco_2017_trian"]},
     },
     r"data.train.annotations: .*datasets/coco/annotations/instances_train2017.json does not exist": {
         "data__train": None
     },
-    r"has no keypoints, and the config trains them": {
+    r"has no keypoints, which the config trains": {
         "hyperparameters__config_file": KEYPOINT_RCNN,
         "hyperparameters__config_overrides": {"MODEL.ROI_HEADS.NUM_CLASSES": 3},
     },
@@ -245,20 +249,20 @@ WRONG = {
     r"DATALOADER.SAMPLER_TRAIN: 'RepeatFactorTrainingSampeler' is not known here; did you mean 'RepeatFactorTra": {
         "hyperparameters__config_overrides": {"DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampeler"}
     },
-    r"DATALOADER.SAMPLER_TRAIN: WeightedTrainingSampler goes by DATASETS.TRAIN_REPEAT_FACTOR": {
+    r"DATALOADER.SAMPLER_TRAIN: WeightedTrainingSampler needs DATASETS.TRAIN_REPEAT_FACTOR": {
         "hyperparameters__config_overrides": {"DATALOADER.SAMPLER_TRAIN": "WeightedTrainingSampler"}
     },
-    r"config names 2 data sets to validate on \(coco_2017_val, coco_2014_val\).* override it with one": {
+    r"config names 2 data sets to validate on \(coco_2017_val, coco_2014_val\).* Fix: .*one": {
         "data__val": None,
         "hyperparameters__config_overrides": {"DATASETS.TEST": ["coco_2017_val", "coco_2014_val"]},
     },
-    r"config names 2 data sets to validate on .*voc_2007_test, voc_2012_val.* override it with one": {
+    r"config names 2 data sets to validate on .*voc_2007_test, voc_2012_val.* Fix: .*one": {
         "data__val": None,
         "hyperparameters__config_file": "COCO-Detection/rpn_R_50_FPN_1x.yaml",
         "hyperparameters__config_overrides": {"DATASETS.TEST": ["voc_2007_test", "voc_2012_val"]},
     },
     r"custom_imports: nothing_here.py cannot be imported": {"hyperparameters__custom_imports": ["nothing_here.py"]},
-    r"the config's weights: .*R-50.pkl cannot be had: .*weights: ''": {"hyperparameters__weights": None},
+    r"the config's weights: .*R-50.pkl cannot be downloaded: .*weights: ''": {"hyperparameters__weights": None},
     r"searcher.metric: 'bbox_map' is not reported; did you mean 'bbox_mAP'": {"searcher__metric": "bbox_map"},
     r"global_batch_size: 0 is not a number of images": {"hyperparameters__global_batch_size": 0},
 }
@@ -299,7 +303,7 @@ def test_masks_cannot_be_trained_on_boxes_alone(shapes, train, trial_class, tmp_
 def test_an_untrained_model_is_not_evaluated(shapes, command, trial_class, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(detectron2_config(shapes)))
-    with pytest.raises(SystemExit, match="error: an untrained model detects nothing; give --checkpoint"):
+    with pytest.raises(SystemExit, match=r"error: an untrained model detects nothing. Fix: give --checkpoint"):
         command(trial_class, "evaluate", path)
 
 
@@ -338,3 +342,11 @@ def test_without_the_library_one_line_says_how_to_install_it(tmp_path):
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("error: Detectron2 cannot be imported")
     assert line.endswith("in the folder detectron2: python3 -m shared.container")
+
+
+def test_gradient_clipping_switched_on_at_a_resume_keeps_the_optimizer(shapes, train):
+    config, trial_class = of_length(4, small("detectron2", shapes)), load_model_def("detectron2").Detectron2Trial
+    train(trial_class, config)
+    config["hyperparameters"]["config_overrides"]["SOLVER.CLIP_GRADIENTS.ENABLED"] = True  # a class of its own
+    run = train(trial_class, of_length(6, config), resume="last")
+    assert last(run).batches == 6

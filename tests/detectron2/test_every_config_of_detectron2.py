@@ -1,4 +1,4 @@
-"""Each config that Detectron2 ships gives here what the library makes of it."""
+"""Each config that Detectron2 ships gives the same here as in the library."""
 
 import copy
 import functools
@@ -25,8 +25,8 @@ from detectron2.solver import LRMultiplier, build_lr_scheduler, build_optimizer
 from detectron2.structures import Boxes, BoxMode, Instances
 from every_config import check_every_config, groups_of, parameters_of
 from omegaconf import DictConfig, OmegaConf
+from tiny_experiment import load_model_def
 from tiny_formats import PICTURES, coco, write_panoptic, write_pictures, write_semantic
-from tiny_models import load_model_def
 
 from detectron2_files.config import load_detectron2_config, shipped_configs
 from detectron2_hyperparameters import Detectron2Hyperparameters
@@ -56,7 +56,7 @@ def prepare(folder: Path) -> None:
 
 
 def config_files() -> list[str]:
-    """All of the zoo but the parts of Python configs."""
+    """All configs of the zoo except the parts of Python configs."""
     folder = shipped_configs()
     names = (str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.suffix in (".yaml", ".py"))
     return [name for name in names if not name.startswith("common/") and name not in OTHER_TASKS]
@@ -67,7 +67,7 @@ def config_files() -> list[str]:
 
 @dataclass
 class TinyData:
-    """A registered data set; `annotations` are COCO's, None where the data is semantic or panoptic."""
+    """A registered data set. `annotations` are COCO's, or None for semantic and panoptic data."""
 
     name: str
     images: Path
@@ -127,7 +127,7 @@ def _class_counts(node: Any) -> Iterator[int]:
 
 
 def _data_of(cfg: Any, classes: int | None = None) -> TinyData:
-    """Tiny data for a config: as many classes as it says, or those."""
+    """Tiny data for a config, with the config's number of classes or the given ones."""
     if isinstance(cfg, CfgNode):
         is_retinanet = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
         count = cfg.MODEL.RETINANET.NUM_CLASSES if is_retinanet else cfg.MODEL.ROI_HEADS.NUM_CLASSES
@@ -262,7 +262,7 @@ def written_upstream(state: SimpleNamespace) -> None:
 
 
 def _check_parameters(cfg: DictConfig, read: DictConfig) -> None:
-    """What is a function in a LazyConfig may be its name in the file: the models that both make must be equal."""
+    """A function in a LazyConfig may be its name in the file, so the two models must be equal."""
     one, other = (parameters_of(instantiate(copy.deepcopy(c.model))) for c in (cfg, read))
     if one != other:
         raise ValueError("what is read back makes another model")
@@ -272,7 +272,7 @@ def _check_parameters(cfg: DictConfig, read: DictConfig) -> None:
 
 
 def _trial(config: str, classes: int | None = None) -> Detectron2Trial:
-    """The trial that a user's experiment config makes, as far as the config's resolution."""
+    """The trial of a user's experiment config, up to the config's resolution."""
     read = load_detectron2_config(Detectron2Hyperparameters(config_file=config), FOLDER)
     data, cfg = _data_of(read.cfg, classes), read.cfg
     overrides: dict[str, Any] = {}
@@ -353,7 +353,7 @@ def written_ours(state: SimpleNamespace) -> None:
 
 
 def model_of_3_classes(state: SimpleNamespace) -> None:
-    """As a user's own data asks for it: the number of classes follows, where the config has COCO's."""
+    """The user's data has 3 categories. The number of classes follows if the config has COCO's."""
     trial = _trial(state.config, 3)
     trial.train_data, trial.val_data = trial.open_train_and_val()
     trial.categories = trial.train_data.categories

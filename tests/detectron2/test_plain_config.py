@@ -1,4 +1,4 @@
-"""The Python config that lies in a checkpoint: whole, plain, and nothing that executes."""
+"""The plain Python config in a checkpoint, which executes nothing."""
 
 import functools
 import pickle
@@ -8,7 +8,8 @@ import torch
 import yaml
 from detectron2.structures import BoxMode
 from omegaconf import OmegaConf
-from tiny_models import DETECTRON2, load_model_def
+from tiny_detectron2 import DETECTRON2
+from tiny_experiment import load_model_def
 
 from detectron2_files.config import config_of_checkpoint, load_detectron2_config, shipped_configs
 from detectron2_files.data import read_proposals
@@ -112,7 +113,7 @@ def test_python_files_in_or_beside_a_checkpoint_are_not_executed(tmp_path):
             for trusted in (None, RETINANET):
                 with pytest.raises(UserError, match="a checkpoint executes no file"):
                     load(path, tmp_path, functions_of=trusted)
-    with pytest.raises(UserError, match=r"runs.best.code.evil is of the checkpoint, and is not executed"):
+    with pytest.raises(UserError, match=r"runs.best.code.evil comes from the checkpoint, and is not executed"):
         load(config_of_checkpoint(checkpoint), tmp_path, custom_imports=["runs.best.code.evil"])
 
 
@@ -167,7 +168,7 @@ def test_a_zoo_config_is_read_back_from_a_checkpoint(tmp_path, config_file):
     assert config_of_checkpoint(tmp_path / "again").read_text() == path.read_text()
 
 
-def test_what_yaml_cannot_hold_is_there_again(tmp_path):
+def test_values_that_yaml_cannot_hold_are_restored(tmp_path):
     values = {
         "dtype": torch.bfloat16,
         "mode": BoxMode.XYWH_ABS,

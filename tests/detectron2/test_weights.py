@@ -1,4 +1,4 @@
-"""Weights to start from: every format of Detectron's, and nothing that executes."""
+"""Initial weights in every format of Detectron. None executes code."""
 
 import codecs
 import logging
@@ -8,7 +8,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from tiny_models import DETECTRON2, SMALL_YAML, load_model_def
+from tiny_detectron2 import DETECTRON2, SMALL_YAML
+from tiny_experiment import load_model_def
 
 from detectron2_files.config import load_detectron2_config, shipped_configs
 from detectron2_files.plain_pickle import unpickle_arrays
@@ -84,7 +85,7 @@ def test_a_pkl_with_code_is_refused_and_does_not_run(model, tmp_path, monkeypatc
 
 
 class Reduced:
-    """Is pickled as the call of a function, with the state of its result."""
+    """Is pickled as a function call, with the state of its result."""
 
     def __init__(self, function, arguments, *state):
         self.reduced = (function, arguments, *state)
@@ -158,18 +159,18 @@ def test_relative_weights_are_found_beside_the_config_or_the_submission(tmp_path
     assert find_weights("mine/a.pkl", KEY, places) == find_weights("a.pkl", KEY, places) == str(tmp_path / "mine/a.pkl")
     assert find_weights("a.pkl?matching_heuristics=True", KEY, places).endswith("a.pkl?matching_heuristics=True")
     assert find_weights("mine/run", KEY, places) == str(tmp_path / "mine/run/state_dict.pth")
-    with pytest.raises(UserError, match=rf"weights: b.pth is not .* Looked in {tmp_path}, {tmp_path}/mine"):
+    with pytest.raises(UserError, match=rf"weights: b.pth is not .* looked in {tmp_path}, {tmp_path}/mine"):
         find_weights("b.pth", KEY, places)
 
 
 def test_use_pretrained_is_another_way_to_say_published():
     assert Detectron2Hyperparameters(RETINANET, use_pretrained=True).weights == "published"
     assert Detectron2Hyperparameters(RETINANET, use_pretrained=True, weights="published").weights == "published"
-    with pytest.raises(UserError, match=r"use_pretrained: true is weights: published, and weights is 'x.pkl'"):
+    with pytest.raises(UserError, match=r"use_pretrained: true means weights: published, but weights is 'x.pkl'"):
         Detectron2Hyperparameters(RETINANET, use_pretrained=True, weights="x.pkl")
 
 
-def test_a_head_for_other_classes_starts_anew_in_one_line(model, tmp_path, caplog):
+def test_a_head_for_other_classes_starts_fresh_with_one_line(model, tmp_path, caplog):
     torch.save({"model": model.state_dict()}, tmp_path / "coco.pth")
     other = build(**{"MODEL.RETINANET.NUM_CLASSES": 5})
     initial = other.head.cls_score.weight.clone()
@@ -265,8 +266,7 @@ NAMES_OF_DETECTRON = [
 
 
 def as_of_detectron(model):
-    """Its weights as Detectron would have saved them: the background is the first class, boxes have one too, and each
-    blob has its momentum."""
+    """The weights as Detectron saves them: background comes first and has boxes, and each blob has its momentum."""
     blobs = {}
     for name, weight in arrays(model).items():
         bn = ".norm." in name
@@ -284,7 +284,7 @@ def as_of_detectron(model):
     return {"blobs": blobs, "cfg": "MODEL: {TYPE: generalized_rcnn}"}
 
 
-def test_a_detectron_1_model_is_whole_in_the_zoo_s_config_for_it(tmp_path):
+def test_a_detectron_1_model_fits_the_zoo_s_config(tmp_path):
     overrides = {**SMALL_YAML, "MODEL.RESNETS.NORM": "FrozenBN", "MODEL.PIXEL_MEAN": [102.9801, 115.9465, 122.7717]}
     hparams = Detectron2Hyperparameters(DETECTRON_1, config_overrides=overrides)
     config = load_detectron2_config(hparams, DETECTRON2)

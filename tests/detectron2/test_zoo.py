@@ -1,11 +1,13 @@
-"""Configs of the model zoo, of each kind, train two batches and validate."""
+"""Configs of each kind in the model zoo train two batches and validate."""
 
 import json
 
 import pytest
 from conftest import reports
 from panoptic_shapes import REGISTER_PANOPTIC, write_panoptic_shapes
-from tiny_models import SMALL_YAML, detectron2_config, detectron2_config_by_name, load_model_def, with_keypoints
+from tiny_detectron2 import SMALL_YAML, detectron2_config, detectron2_config_by_name
+from tiny_experiment import load_model_def
+from tiny_models import with_keypoints
 
 pytestmark = pytest.mark.slow
 
@@ -115,7 +117,7 @@ def test_a_panoptic_config_is_evaluated_by_panoptic_quality(
     assert {"panoptic_seg_PQ", "sem_seg_mIoU"} <= metrics.keys()
 
 
-def test_what_the_tests_make_small_is_in_the_zoo_s_configs():
+def test_the_keys_that_tests_make_small_exist_in_the_zoo_s_configs():
     from detectron2.config import get_cfg
 
     known = get_cfg().dump()

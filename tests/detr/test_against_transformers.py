@@ -1,4 +1,4 @@
-"""Losses, gradients, detections and resumed runs beside transformers' own, of each model type."""
+"""Losses, gradients, detections and resumed runs of each model type, beside transformers' own."""
 
 import copy
 import json
@@ -11,7 +11,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from test_resume import assert_same_bits, final_state
-from tiny_models import DETR_TYPES, detr_config, trial_classes
+from tiny_detr import DETR_TYPES, detr_config
+from tiny_models import trial_classes
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 from without_figures import leave_out_figures
 
@@ -35,7 +36,7 @@ def trial_class():
 
 
 def watching(trial_class, steps, detected):
-    """A trial that notes each step (model before, batch, random state, losses, gradients) and what it detects."""
+    """A trial that records its detections and each step: model, batch, random state, losses, gradients."""
 
     class Watched(trial_class):
         def losses(self, model, batch):
@@ -112,7 +113,7 @@ def test_a_step_has_the_losses_and_gradients_of_transformers(model_type, shapes,
 
 
 def assert_reports_pycocotools_numbers(run, coco, results, iou_type):
-    """The only validation of a run has the numbers that pycocotools computes of `results`."""
+    """The run's only validation reports the numbers that pycocotools computes from `results`."""
     evaluation = COCOeval(coco, coco.loadRes(results), iou_type)
     evaluation.evaluate()
     evaluation.accumulate()
@@ -160,7 +161,7 @@ def test_detections_are_those_of_the_exported_model_in_plain_transformers(
     "model_type",
     [name if name == "rt_detr_v2" else pytest.param(name, marks=pytest.mark.slow) for name in DETR_TYPES],
 )
-def test_a_resumed_run_is_bit_for_bit_the_whole_one(
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     model_type, shapes, trial_class, train, crash_and_resume, without_figures
 ):
     config = small(shapes, model_type, batches=4)

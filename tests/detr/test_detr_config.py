@@ -1,4 +1,4 @@
-"""What the config may say of a model, its weights and its image processor."""
+"""Config values for a model, its weights and its image processor."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from tiny_models import DETR_TYPES
+from tiny_detr import DETR_TYPES
 
 from detr_files.model import build_detector, image_processor, model_config
 from detr_files.weights import load_start_weights, names_of
@@ -24,7 +24,7 @@ def categories(*names):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A folder as the Hub has it, of a detector of the three shapes; and its weights."""
+    """A folder in the Hub's layout with a detector of the three shapes; and its weights."""
     folder = tmp_path_factory.mktemp("published")
     hparams = DetrHyperparameters(config=RT_DETR)
     torch.manual_seed(1)
@@ -35,7 +35,7 @@ def published(tmp_path_factory):
 
 
 def started(hparams, *names):
-    """The state of a model that starts from `hparams.weights`, and what it was before."""
+    """The state of a model that starts from `hparams.weights`, and its state before."""
     torch.manual_seed(2)
     detector = build_detector(model_config(hparams), categories(*names))
     before = {name: value.clone() for name, value in detector.state_dict().items()}

@@ -12,7 +12,8 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from test_against_transformers import assert_reports_pycocotools_numbers, small, watching
 from test_resume import assert_same_bits, final_state
-from tiny_models import DETR_TYPES, trial_classes
+from tiny_detr import DETR_TYPES
+from tiny_models import trial_classes
 from transformers import AutoImageProcessor, AutoModelForInstanceSegmentation
 from without_figures import leave_out_figures
 
@@ -34,7 +35,7 @@ def masks_config(shapes, batches=2, **hyperparameters):
 
 
 def with_its_batches(trial_class):
-    """The trial class, and the list of the batches that it will train."""
+    """The trial class, and the list that its batches are added to."""
     batches = []
 
     class Watched(trial_class):
@@ -53,7 +54,7 @@ def trial_class():
 
 @pytest.fixture(scope="module")
 def trained(shapes, trial_class, tmp_path_factory):
-    """A run of two batches, reported to the searcher by its masks: its folder, its steps and its detections."""
+    """A run of two batches whose searcher metric is of masks: its folder, its steps and its detections."""
     folder = tmp_path_factory.mktemp("masks")
     config = masks_config(shapes)
     config["searcher"]["metric"] = "segm_mAP"
@@ -162,7 +163,7 @@ def test_predict_draws_the_masks_of_a_checkpoint(shapes, trained, tmp_path, comm
 
 
 @pytest.mark.slow
-def test_a_resumed_run_with_masks_is_bit_for_bit_the_whole_one(
+def test_a_resumed_run_with_masks_equals_an_uninterrupted_one(
     shapes, trial_class, train, crash_and_resume, without_figures
 ):
     config = masks_config(shapes, batches=4)
@@ -173,7 +174,7 @@ def test_a_resumed_run_with_masks_is_bit_for_bit_the_whole_one(
 
 
 def test_batches_without_objects_and_of_several_sizes_train(trial_class, train, tmp_path):
-    """Of the two batches with wide and high images, one has no object."""
+    """The two batches have wide and high images. One of them has no object."""
     images, annotations = [], []
     for i in range(8):
         width, height = (128, 96) if i % 2 else (96, 128)
@@ -226,12 +227,6 @@ def test_masks_cannot_be_trained_on_boxes_alone(shapes, train, trial_class, tmp_
     config["data"]["train"]["annotations"] = str(tmp_path / "boxes.json")
     with pytest.raises(UserError, match=r"have no segmentation, the first has id \d+; the model detects masks. Fix: "):
         train(trial_class, config)
-
-
-def test_a_file_without_masks_is_not_exported(trained, tmp_path, command, trial_class):
-    run, _, _ = trained
-    with pytest.raises(SystemExit, match=r"a file would have no masks. Fix: use the checkpoint, or --format transf"):
-        command(trial_class, "export", run / "config.yaml", "--checkpoint", run / "checkpoints/last")
 
 
 def test_the_config_of_a_folder_says_whether_the_model_has_masks(tmp_path):

@@ -1,18 +1,18 @@
-"""Two ranks with half of a batch each compute the loss and the gradients of one rank with all of it."""
+"""Two ranks with half of a batch each compute the loss and the gradients of one rank with the whole batch."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import DETR_TYPES
+from tiny_detr import DETR_TYPES
 
 BATCHES = ("uneven", "one-rank", "none", "alike")
 
 
 @pytest.fixture(scope="module")
 def differences() -> dict[tuple[str, str], tuple[float, float]]:
-    """Of losses and gradients, by model type and batch."""
+    """Largest differences of losses and gradients, by model type and batch."""
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     script = Path(__file__).with_name("two_ranks.py")
     done = subprocess.run([*torchrun, script], capture_output=True, text=True, timeout=600)

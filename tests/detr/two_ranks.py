@@ -1,4 +1,4 @@
-"""Under torchrun: losses and gradients of each model type, and of which the mean over ranks is compared with one rank.
+"""Under torchrun: compares each model type's losses and gradients, averaged over ranks, with those of one rank.
 
     torchrun --nproc-per-node 2 two_ranks.py
 
@@ -16,7 +16,7 @@ from torch import distributed
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "detr"), str(ROOT / "tests")]
 
-from tiny_models import DETR_TYPES
+from tiny_detr import DETR_TYPES
 from torch.nn.parallel import DistributedDataParallel
 
 from detr_files.denoising import Ranks
@@ -90,12 +90,12 @@ def built(name):
 
 
 def difference(gradient, expected, least):
-    """The largest, over the parameter's largest gradient or `least`."""
+    """The largest difference, divided by the parameter's largest gradient or `least`."""
     return (gradient - expected).abs().max().item() / max(expected.abs().max().item(), least)
 
 
 def reductions_alone(run):
-    """What a single process computes. LW-DETR and RF-DETR ask torch.distributed."""
+    """The reductions of a single process. LW-DETR and RF-DETR ask torch.distributed."""
     asked = distributed.is_initialized
     distributed.is_initialized = lambda: False
     try:

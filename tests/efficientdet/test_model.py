@@ -1,4 +1,4 @@
-"""EfficientDet: the model, its weights, and that it trains as upstream does."""
+"""EfficientDet's model and weights, and a training equal to upstream's."""
 
 import json
 import os

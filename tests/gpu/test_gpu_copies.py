@@ -1,4 +1,4 @@
-"""Copies on a stream of their own, while the device lags behind and its memory is short."""
+"""Copies on their own stream, while the device is late and its memory is short."""
 
 import random
 
@@ -16,7 +16,7 @@ LIMIT = 2**30
 
 
 class PinnedBatches:
-    """`count` batches, each of other bytes in new pinned memory; `sums` has what those read add up to."""
+    """`count` batches of different bytes in new pinned memory. `sums` has their expected sums."""
 
     def __init__(self, count):
         self.count = count
@@ -36,7 +36,7 @@ def prepare(batch, number):
 
 @pytest.fixture
 def short_of_memory():
-    """The process may take `LIMIT` bytes: freed blocks are used again at once."""
+    """Limits the process to `LIMIT` bytes, so that freed blocks are used again at once."""
     torch.cuda.empty_cache()
     _, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + LIMIT) / total)
@@ -46,7 +46,7 @@ def short_of_memory():
     torch.cuda.empty_cache()
 
 
-def test_every_batch_is_whole_when_its_step_reads_it_late(short_of_memory):
+def test_every_batch_is_complete_when_its_step_reads_it_late(short_of_memory):
     count, draws = 60, random.Random(0)
     loader = PinnedBatches(count)
     seen = []

@@ -1,9 +1,9 @@
-"""What stands in for compiled operations does on a GPU what it does on the CPU."""
+"""The replacements of compiled operations give the same on a GPU as on the CPU."""
 
 import pytest
 import torch
 from conftest import WITHOUT_LIBRARY
-from tiny_models import use_operations_in_pytorch
+from tiny_mmdetection import use_operations_in_pytorch
 
 from shared.evaluation.detections import encode_masks, encode_on_device
 

@@ -1,11 +1,12 @@
-"""Every detector on one GPU and, where there are two, on both: what only a GPU can show.
+"""Every detector on one GPU, and on two if there are two: what only a GPU can show.
 
-Two equal runs tell whether a detector's kernels are deterministic. Where they are, a resumed run must end with their
-bits; where they are not (RoIAlign's backward adds up in any order), its losses must be theirs as nearly as the two
-agree with each other, and a warning says so.
+Two equal runs show whether a detector's kernels are deterministic. If they are, a resumed run must be bit-for-bit
+equal. If not, as with RoIAlign's backward, its losses may differ as much as those of the two equal runs. A warning then
+names the detector.
 """
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -21,7 +22,7 @@ import torch
 import yaml
 from conftest import ROOT, WITHOUT_LIBRARY, reports, run_model_def
 from test_resume import assert_same_bits, final_state
-from tiny_models import detectron2_config, efficientdet_config, load_model_def, mmdet_config
+from tiny_models import TINY_DETECTORS
 from torchvision.ops import box_iou
 
 from shared.data import loading
@@ -36,48 +37,20 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation"),
 ]
 
-MMDET_RETINANET, MMDET_MASK_RCNN = "retinanet/retinanet_r50_fpn_1x_coco.py", "mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py"
-RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
-MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+ON_GPUS = {name: tiny for name, tiny in TINY_DETECTORS.items() if hasattr(tiny, "GPU_CASES")}
 
 
-def efficientdet(shapes, **hyperparameters):
-    config = efficientdet_config(shapes)
-    config["hyperparameters"].update(hyperparameters)
-    return config
-
-
-# untrained models' scores are low, and detections without a threshold tell more
-ALL_SCORES = {
-    MMDET_RETINANET: {"model.test_cfg.score_thr": 0.0},
-    MMDET_MASK_RCNN: {"model.test_cfg.rcnn.score_thr": 0.0},
-    RETINANET: {"MODEL.RETINANET.SCORE_THRESH_TEST": 0.0},
-    MASK_RCNN: {"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0},
-}
-
-
-def of_mmdetection(config_file, **overrides):
-    return "mmdetection", lambda shapes: mmdet_config(shapes, config_file, **ALL_SCORES[config_file], **overrides)
-
-
-def of_detectron2(config_file, **overrides):
-    return "detectron2", lambda shapes: detectron2_config(shapes, config_file, **ALL_SCORES[config_file], **overrides)
+def named(detector, model):
+    return f"{detector} {model}".strip()
 
 
 # (the detector's folder, its config for the shapes)
-FLOAT32 = {
-    "efficientdet": ("efficientdet", efficientdet),
-    "mmdetection retinanet": of_mmdetection(MMDET_RETINANET),
-    "mmdetection mask r-cnn": of_mmdetection(MMDET_MASK_RCNN),
-    "detectron2 retinanet": of_detectron2(RETINANET),
-    "detectron2 mask r-cnn": of_detectron2(MASK_RCNN),
-}
+FLOAT32 = {named(name, model): (name, make) for name, tiny in ON_GPUS.items() for model, make in tiny.GPU_CASES.items()}
+MAIN = {name: list(tiny.GPU_CASES)[-1] for name, tiny in ON_GPUS.items()}
 FLOAT16 = {
-    "efficientdet fp16": ("efficientdet", lambda shapes: efficientdet(shapes, amp="fp16")),
-    "mmdetection fp16": of_mmdetection(MMDET_MASK_RCNN, fp16={"loss_scale": "dynamic"}),
-    "detectron2 fp16": of_detectron2(MASK_RCNN, **{"SOLVER.AMP.ENABLED": True}),
+    f"{name} fp16": (name, functools.partial(tiny.GPU_CASES[MAIN[name]], **tiny.FP16)) for name, tiny in ON_GPUS.items()
 }
-ONE_EACH = ["efficientdet", "mmdetection mask r-cnn", "detectron2 mask r-cnn"]
+ONE_EACH = [named(*each) for each in MAIN.items()]
 
 
 @pytest.fixture
@@ -91,7 +64,7 @@ def case(request):
 
 @pytest.fixture
 def reproducible(monkeypatch):
-    """Kernels that are deterministic, where there are such, and without TF32."""
+    """Deterministic kernels, if they exist, without TF32."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -113,12 +86,7 @@ class Killed(Exception):
 
 def probe(detector, at_batch_end=lambda trial, batches: None, at_losses=lambda trial, batch, losses: None):
     """The detector's trial, which calls `at_batch_end` after each batch and `at_losses` after each forward pass."""
-    if detector == "efficientdet":
-        from model_def import EfficientDetTrial as trial_class
-    elif detector == "mmdetection":
-        trial_class = load_model_def().MMDetectionTrial
-    else:
-        trial_class = load_model_def("detectron2").Detectron2Trial
+    trial_class = TINY_DETECTORS[detector].trial_class()
 
     class Probe(trial_class):
         def build_model(self):
@@ -394,13 +362,6 @@ def test_a_gpu_evaluates_as_the_cpu_does(case, shapes, train, tmp_path, record_p
     assert_same_evaluation(on_gpu, on_cpu)
 
 
-SYNC_BN = {
-    "efficientdet": {"hyperparameters": {"sync_bn": True}},
-    "mmdetection mask r-cnn": {
-        "config_overrides": {"model.backbone.norm_cfg": {"type": "SyncBN", "requires_grad": True}}
-    },
-    "detectron2 mask r-cnn": {"config_overrides": {"MODEL.RESNETS.NORM": "SyncBN"}},
-}
 PROBE = """
 import os, sys
 sys.path.insert(0, ".")
@@ -428,11 +389,10 @@ main(Probe)
 
 @pytest.mark.gpu(2)
 @pytest.mark.parametrize("case", ONE_EACH, indirect=True)
-def test_two_processes_train_on_a_gpu_each_and_evaluate_as_one(case, shapes, tmp_path, request):
+def test_two_processes_train_on_a_gpu_each_and_evaluate_as_one(case, shapes, tmp_path):
     detector, config = case[0], case[1](shapes)
-    for section, values in SYNC_BN[request.node.callspec.params["case"]].items():
-        target = config["hyperparameters"] if section == "hyperparameters" else config["hyperparameters"][section]
-        target.update(values)
+    section, values = TINY_DETECTORS[detector].SYNC_BN
+    {**config, **config["hyperparameters"]}[section].update(values)
     config["searcher"]["max_length"] = config["min_validation_period"] = {"batches": 4}
     path, script, run = tmp_path / "config.yaml", tmp_path / "probe.py", tmp_path / "run"
     path.write_text(yaml.safe_dump(config))

@@ -1,4 +1,4 @@
-"""The same losses, gradients, weights, learning rates, detections and metrics as MMDetection's own code gives."""
+"""Losses, gradients, weights, learning rates, detections and metrics equal those of MMDetection's own code."""
 
 import copy
 import logging
@@ -28,7 +28,8 @@ from recording import (
     in_dtype,
     recording,
 )
-from tiny_models import TINY, load_model_def, mmdet_config
+from tiny_experiment import load_model_def
+from tiny_mmdetection import TINY, mmdet_config
 
 from mmdetection_files.evaluation import to_detections
 from mmdetection_files.hooks import StepRunner
@@ -40,7 +41,7 @@ from shared.training.checkpoints import read_checkpoint
 
 
 class UpstreamData(torch.utils.data.Dataset):
-    """mmdet's own data set, with the random numbers that ours draws."""
+    """mmdet's own data set, with our random numbers."""
 
     def __init__(self, config, seed):
         self.dataset, self.seed = build_dataset(config), seed
@@ -72,8 +73,8 @@ class Recorder(Hook):
 
 @both_precisions
 @pytest.mark.parametrize("config_file", TINY)
-def test_training_is_that_of_mmdetection_s_runner(shapes, train, config_file, dtype):
-    trial_class, ours, start = recording(load_model_def().MMDetectionTrial, dtype)
+def test_training_equals_mmdetection_s_runner(shapes, train, config_file, dtype):
+    trial_class, ours, start = recording(load_model_def("mmdetection").MMDetectionTrial, dtype)
     clip = {"optimizer_config.grad_clip": {"max_norm": 5, "norm_type": 2}, "lr_config.warmup_iters": 5}
     config = mmdet_config(shapes, config_file, **clip)
     config["searcher"]["max_length"] = {"batches": BATCHES[dtype]}
@@ -87,7 +88,7 @@ def test_training_is_that_of_mmdetection_s_runner(shapes, train, config_file, dt
 
 
 def train_by_runner(trial, weights, batches, dtype):
-    """MMDetection's own training: the records of its steps, and the weights after them."""
+    """MMDetection's own training. Returns the records of its steps and the final weights."""
     resolved, records = trial.mmdet_config, []
     resolved.data.train.classes = [category["name"] for category in trial.categories]
     data = UpstreamData(resolved.data.train, trial.seed)
@@ -132,7 +133,7 @@ POLICIES = {
 
 
 class Bare(torch.nn.Module):
-    """As little as a runner takes."""
+    """The least that a runner accepts."""
 
     def __init__(self):
         super().__init__()
@@ -156,7 +157,7 @@ class Rates(Hook):
 
 @pytest.mark.parametrize("runner", ["EpochBasedRunner", "IterBasedRunner"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_learning_rate_is_that_of_mmcv_s_hooks_also_after_a_resume(policy, runner, monkeypatch):
+def test_the_learning_rate_equals_mmcv_s_hooks_also_after_a_resume(policy, runner, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # mmcv's runners wait two seconds an epoch
     per_epoch, epochs = 47, 14  # 658 batches
     if policy == "yolox" and runner == "IterBasedRunner":
@@ -193,7 +194,7 @@ def test_detections_are_those_of_inference_detector(shapes, train, tmp_path):
     overrides = {"model.test_cfg.rcnn.score_thr": 0.01}
     config = mmdet_config(shapes, **overrides)
     config["searcher"]["max_length"] = {"batches": 4}
-    trial_class = load_model_def().MMDetectionTrial
+    trial_class = load_model_def("mmdetection").MMDetectionTrial
     checkpoint = read_checkpoint(train(trial_class, config) / "checkpoints/last")
     in_float64, *_ = recording(trial_class, torch.float64)
     with pytorch.init(hparams=config["hyperparameters"], exp_conf=config, enable_tensorboard_logging=False) as context:
@@ -227,7 +228,7 @@ def test_detections_are_those_of_inference_detector(shapes, train, tmp_path):
 
 
 def noisy_results(annotations, rng):
-    """Results as a detector gives them: jittered truth and some nonsense, with masks."""
+    """Results like a detector's: jittered truth and false detections, with masks."""
     results = []
     for record in annotations:
         per_class = [np.zeros((0, 5), np.float32) for _ in annotations.categories]

@@ -1,4 +1,4 @@
-"""Which config is trained: found, merged, overridden, checked, saved; and who decides what in it."""
+"""The config that is trained: how it is found, merged, overridden, checked and saved."""
 
 import shutil
 from copy import deepcopy
@@ -10,7 +10,8 @@ import torch
 import yaml
 from mmcv import Config
 from mmdet.models import build_detector
-from tiny_models import MMDETECTION, load_model_def
+from tiny_experiment import load_model_def
+from tiny_mmdetection import MMDETECTION
 
 from mmdetection_files.config import (
     default_lengths,
@@ -134,9 +135,9 @@ WRONG = {
     "unknown key 'optimizer.paramwise_cfg.custom_keys.backbone.layer1.lr_mul'; did you mean 'lr_mult'?": {
         "optimizer.paramwise_cfg.custom_keys.backbone.layer1.lr_mul": 0.1
     },
-    "optimizer.type changes from SGD to AdamW, which does not take 'momentum' of the section that it is merged into; "
-    "say `_delete_: true`": {"optimizer": {"type": "AdamW", "lr": 0.0001}},
-    "data.train.pipeline is a list of 8; '20' is no position in it": {"data.train.pipeline.20.type": "x"},
+    "optimizer.type changes from SGD to AdamW, which does not take 'momentum' of the section that it is merged into. "
+    "Fix: write `_delete_: true`": {"optimizer": {"type": "AdamW", "lr": 0.0001}},
+    "data.train.pipeline is a list of 8. Fix: give a position from 0 to 7": {"data.train.pipeline.20.type": "x"},
 }
 
 
@@ -176,7 +177,7 @@ RIGHT = [
 
 
 @pytest.mark.parametrize("overrides", RIGHT, ids=lambda overrides: next(iter(overrides)))
-def test_what_mmdetection_takes_is_taken(overrides):
+def test_keys_that_mmdetection_accepts_are_accepted(overrides):
     resolve(config_overrides=overrides)
 
 
@@ -286,7 +287,7 @@ def test_fp16_by_the_optimizer_s_hook_is_fp16():
     assert config.optimizer_config == {"grad_clip": {"max_norm": 35}}
 
 
-def test_a_pipeline_s_way_to_read_images_is_that_of_the_data():
+def test_a_pipeline_reads_images_as_the_data_section_says():
     s3 = {"backend": "s3", "bucket": "x"}
     steps = {f"data.{split}.pipeline.0.file_client_args": s3 for split in ("train", "val")}
     assert file_client_of(resolve()) is None
@@ -405,7 +406,7 @@ def test_a_teacher_is_found_among_mmdetection_s_configs(tmp_path, monkeypatch):
     assert model.teacher_model.backbone.depth == 101
 
 
-def test_what_several_processes_normalize_together_one_process_builds_too():
+def test_one_process_also_builds_layers_that_normalize_over_processes():
     config = resolve(config_file="strong_baselines/mask_rcnn_r50_fpn_syncbn-all_rpn-2conv_lsj_100e_coco.py")
     without_pretrained_backbone(config)
     before = deepcopy(config.model)
@@ -509,7 +510,7 @@ def test_a_head_of_other_classes_is_new_in_training_an_error_elsewhere(caplog):
 
 def test_the_library_s_numbers_of_scored_detections_are_honoured():
     hyperparameters = {"config_file": "retinanet/retinanet_r18_fpn_1x_coco.py", "global_batch_size": 2}
-    scored = load_model_def().MMDetectionTrial.scored_detections
+    scored = load_model_def("mmdetection").MMDetectionTrial.scored_detections
     assert scored(hyperparameters) is None
     assert scored({**hyperparameters, "config_overrides": {"evaluation.proposal_nums": [100, 300, 1000]}}) == 1000
     assert scored({**hyperparameters, "max_detections": 7}) == 7

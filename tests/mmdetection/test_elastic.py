@@ -1,4 +1,4 @@
-"""Another number of processes at each start: whoever loses a GPU goes on with what is left."""
+"""Each start of a run has another number of processes, as after the loss of a GPU."""
 
 import collections
 import os
@@ -6,7 +6,7 @@ import os
 import pytest
 import yaml
 from conftest import ROOT, reports, run_model_def
-from tiny_models import DENSE_HEAD, SMALL_BACKBONE, mmdet_config
+from tiny_mmdetection import DENSE_HEAD, SMALL_BACKBONE, mmdet_config
 
 # a model_def.py that prints which images are in which batch, and what was drawn at random for them
 NOTING = """

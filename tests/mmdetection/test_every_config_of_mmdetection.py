@@ -1,4 +1,4 @@
-"""Each config that MMDetection ships gives here what the library makes of it."""
+"""Each config that MMDetection ships gives the same here as in the library."""
 
 import contextlib
 import copy
@@ -24,6 +24,7 @@ from mmcv.runner.hooks.momentum_updater import MomentumUpdaterHook
 from mmdet.datasets import DATASETS, build_dataset
 from mmdet.models import build_detector
 from mmdet.utils import compat_cfg, rfnext_init_model
+from tiny_experiment import load_model_def
 from tiny_formats import (
     write_coco,
     write_open_images,
@@ -33,7 +34,6 @@ from tiny_formats import (
     write_semantic,
     write_xml,
 )
-from tiny_models import load_model_def
 
 from mmdetection_files.config import load_mmdet_config, shipped_configs
 from mmdetection_files.model import without_pretrained_backbone, without_teacher_weights
@@ -56,7 +56,7 @@ NEEDS = {
 }
 OTHER_TASKS: dict[str, str] = {}
 FOLDER: Path
-MMDetectionTrial = load_model_def().MMDetectionTrial
+MMDetectionTrial = load_model_def("mmdetection").MMDetectionTrial
 
 
 def prepare(folder: Path) -> None:
@@ -67,7 +67,7 @@ def prepare(folder: Path) -> None:
 
 
 def config_files() -> list[str]:
-    """The whole configs: with a model and data, or not to be read at all."""
+    """The whole configs, which have a model and data, and those that cannot be read."""
     folder = shipped_configs()
     names = (str(path.relative_to(folder)) for path in sorted(folder.rglob("*.py")))
     return [name for name in names if not name.startswith(("_base_/", "common/"))]
@@ -78,7 +78,7 @@ def config_files() -> list[str]:
 
 @functools.cache
 def _paths_for(kind: str, classes: tuple[str, ...] | None) -> dict[str, str]:
-    """A tiny data set of that kind, of its own classes or those: the arguments that name its files."""
+    """A tiny data set of that kind. Returns the arguments that name its files."""
     folder = FOLDER / f"{kind}-{len(list(FOLDER.iterdir()))}"
     if kind in ("VOCDataset", "WIDERFaceDataset"):
         names = DATASETS.get(kind).CLASSES
@@ -119,7 +119,7 @@ def _leaves(section: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _options(config: Config, classes: tuple[str, ...] | None = None) -> dict[str, dict[str, Any]]:
-    """Dotted keys and paths of a tiny data set, for train and val each."""
+    """Dotted keys and paths of a tiny data set, for train and val."""
     options: dict[str, dict[str, Any]] = {"train": {}, "val": {}}
     for split, of_split in options.items():
         for path, leaf in _leaves(config.data[split], f"data.{split}"):
@@ -138,7 +138,7 @@ def load_upstream(state: SimpleNamespace) -> Any:
     # as tools/train.py, and train_detector and build_dataloader after it
     state.cfg = compat_cfg(state.cfg)
     loaded = state.cfg._cfg_dict.to_dict()
-    loaded["data"].pop("imgs_per_gpu", None)  # samples_per_gpu says it too
+    loaded["data"].pop("imgs_per_gpu", None)  # samples_per_gpu is the same
     return loaded
 
 
@@ -162,7 +162,7 @@ def _without_weights(section: Any) -> None:
 
 @contextlib.contextmanager
 def _in_its_repository() -> Iterator[None]:
-    """The folder in which its tools are run, with the `configs` in it that some configs name."""
+    """Changes into the folder where MMDetection's tools run, with the `configs` that some configs name."""
     before = os.getcwd()
     os.chdir(FOLDER / "repository")
     try:
@@ -196,7 +196,7 @@ class _Loader:
 
 
 def _sampled(cfg: Any) -> list[int]:
-    """Batches at which the learning rate is looked at."""
+    """Batches at which the learning rate is compared."""
     runner, lr = cfg.get("runner") or {}, cfg.get("lr_config") or {}
     if runner.get("type") == "IterBasedRunner":
         steps = lr.get("step", [])
@@ -269,7 +269,7 @@ def evaluation_sample_upstream(state: SimpleNamespace) -> Any:
 
 
 def _images(sample: Any) -> list[Any]:
-    """ImageToTensor, for one image a batch, and DefaultFormatBundle, for several, put it into other containers."""
+    """The images of a sample, in the container of ImageToTensor (one per batch) or DefaultFormatBundle (several)."""
     images = _plain(sample["img"])
     return images if isinstance(images, list) else [images]
 
@@ -285,7 +285,7 @@ def written_upstream(state: SimpleNamespace) -> None:
 
 
 def _trial(config: str, classes: tuple[str, ...] | None = None) -> MMDetectionTrial:
-    """The trial that a user's experiment config makes, as far as the config's resolution."""
+    """The trial of a user's experiment config, up to the config's resolution."""
     read = Config.fromfile(str(shipped_configs() / config))
     sections, overrides = {}, {}
     for split, options in _options(read, classes).items():
@@ -320,7 +320,7 @@ def data_ours(state: SimpleNamespace) -> None:
 
 
 def _known_categories(trial: MMDetectionTrial) -> list[dict]:
-    """The data's categories; where the data set's package is missing, as many as the data set has."""
+    """The data's categories, or as many as the data set has if its package is missing."""
     try:
         return trial.open_val().categories
     except UserError:
@@ -375,7 +375,7 @@ def written_ours(state: SimpleNamespace) -> None:
 
 
 def model_of_3_classes(state: SimpleNamespace) -> None:
-    """As a user's own data asks for it: the number of classes follows."""
+    """The user's data has 3 categories, and the number of classes follows."""
     trial = _trial(state.config)
     without_pretrained_backbone(trial.mmdet_config)
     without_teacher_weights(trial.mmdet_config)

@@ -10,7 +10,8 @@ import pytest
 from conftest import reports
 from mmcv import Config
 from PIL import Image
-from tiny_models import load_model_def, mmdet_config
+from tiny_experiment import load_model_def
+from tiny_mmdetection import mmdet_config
 
 from mmdetection_files import operations
 from mmdetection_files.config import shipped_configs
@@ -95,8 +96,7 @@ def pictures(tmp_path_factory):
 
 
 def made_small(section, path=""):
-    """Overrides that give every size in a config's pipelines `SIZE` pixels, few proposals and no weights to
-    download."""
+    """Overrides: `SIZE` pixels in all pipelines, few proposals, no weights to download."""
     if isinstance(section, (list, tuple)):
         return {k: v for i, part in enumerate(section) for k, v in made_small(part, f"{path}.{i}").items()}
     if not isinstance(section, dict):
@@ -135,7 +135,7 @@ def config_of(pictures, config_file):
 @pytest.mark.slow
 @pytest.mark.parametrize("config_file", FAMILIES)
 def test_a_config_trains_and_validates(pictures, train, config_file):
-    run = train(load_model_def().MMDetectionTrial, config_of(pictures, config_file))
+    run = train(load_model_def("mmdetection").MMDetectionTrial, config_of(pictures, config_file))
     assert np.isfinite(reports(run, "train")[-1]["metrics"]["loss"])
     metrics = reports(run, "val")[-1]["metrics"]
     assert "bbox_mAP" in metrics or "segm_mAP" in metrics
@@ -158,7 +158,7 @@ def test_a_panoptic_config_trains_and_is_evaluated_by_panoptic_quality(pictures,
         config["data"][split] = {"annotations": str(annotations), "images": str(pictures / split)}
         config["hyperparameters"]["config_overrides"][f"data.{split}.seg_prefix"] = str(annotations.with_suffix(""))
     config["searcher"]["metric"] = "PQ"
-    run = train(load_model_def().MMDetectionTrial, config)
+    run = train(load_model_def("mmdetection").MMDetectionTrial, config)
     assert {"PQ", "SQ", "RQ"} <= reports(run, "val")[-1]["metrics"].keys()
 
 

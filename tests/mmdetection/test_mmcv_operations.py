@@ -1,4 +1,4 @@
-"""mmcv's operations without its compiled module: against mmcv-full where it is compiled, else against definitions."""
+"""mmcv's operations without its compiled module, compared with mmcv-full if it is compiled, else with definitions."""
 
 import importlib
 import subprocess
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from tiny_models import MMDETECTION, use_operations_in_pytorch
+from tiny_mmdetection import MMDETECTION, use_operations_in_pytorch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -25,13 +25,13 @@ both_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 @pytest.fixture
 def in_pytorch(monkeypatch):
-    """mmcv.ops over the operations in PyTorch, also where mmcv-full is installed."""
+    """mmcv.ops over the operations in PyTorch, even if mmcv-full is installed."""
     use_operations_in_pytorch(monkeypatch)
 
 
 @pytest.fixture
 def against_compiled(monkeypatch):
-    """Asserts that a function gives the same over both, derivatives by its floating arguments too."""
+    """Asserts that both give the same values and the same derivatives by floating arguments."""
 
     def compare(function, *arguments, tolerance=1e-5):
         results = [_with_derivatives(function, arguments)]
@@ -61,7 +61,7 @@ def _with_derivatives(function, arguments):
 
 
 class HostReads(TorchFunctionMode):
-    """Counts what would make the host wait for a GPU: values that are read, and shapes that follow from values."""
+    """Counts what makes the host wait for a GPU: values that are read, and shapes that depend on values."""
 
     WAITS = ("tolist", "item", "nonzero", "unique", "cpu", "__bool__", "__int__", "__float__", "__index__")
 
@@ -89,7 +89,7 @@ def boxes_and_scores(count, seed=0, grid=False, dtype=torch.float32):
 
 
 def regions(count=7, images=2, dtype=torch.float32, seed=1):
-    """Inside, partly outside, wholly outside, of no size, and as large as the image."""
+    """Regions inside, partly outside and wholly outside the image, empty, and as large as the image."""
     boxes, _ = boxes_and_scores(count, seed, dtype=dtype)
     boxes = torch.cat([boxes, torch.tensor([[90.0, 90, 120, 130], [5, 5, 5, 5], [0, 0, 60, 44], [-1, -2, 3, 4]])])
     index = torch.arange(len(boxes)) % images
@@ -175,7 +175,7 @@ def test_soft_nms_of_boxes_without_an_area_gives_numbers(in_pytorch):
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("sampling", [0, 2])
 @pytest.mark.parametrize("mode", ["avg", "max"])
-def test_roi_align_is_that_of_mmcv_full(against_compiled, dtype, aligned, sampling, mode):
+def test_roi_align_equals_mmcv_full_s(against_compiled, dtype, aligned, sampling, mode):
     for rois in (regions(dtype=dtype), regions(dtype=dtype)[:0]):
         against_compiled(
             lambda image, chosen: mmcv.ops.roi_align(image, chosen.detach(), (3, 2), 0.25, sampling, mode, aligned),
@@ -287,7 +287,7 @@ def convolution(dtype, settings, modulated, kernel=(3, 2)):
 @compiled
 @both_dtypes
 @pytest.mark.parametrize("settings", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_deformable_convolution_is_that_of_mmcv_full(against_compiled, dtype, settings):
+def test_deformable_convolution_equals_mmcv_full_s(against_compiled, dtype, settings):
     against_compiled(
         lambda *given: mmcv.ops.deform_conv2d(*given, *settings.values()),
         *convolution(dtype, settings, modulated=False),
@@ -299,7 +299,7 @@ def test_deformable_convolution_is_that_of_mmcv_full(against_compiled, dtype, se
 @both_dtypes
 @pytest.mark.parametrize("settings", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_modulated_deformable_convolution_is_that_of_mmcv_full(against_compiled, dtype, settings, with_bias):
+def test_modulated_deformable_convolution_equals_mmcv_full_s(against_compiled, dtype, settings, with_bias):
     bias = torch.rand(6, dtype=dtype) if with_bias else None
     against_compiled(
         lambda *given: mmcv.ops.modulated_deform_conv2d(*given, *settings.values()),
@@ -311,7 +311,7 @@ def test_modulated_deformable_convolution_is_that_of_mmcv_full(against_compiled,
 
 @compiled
 def test_offsets_of_another_size_are_read_as_mmcv_full_reads_them(against_compiled):
-    """DyHead gives those of a level of twice the size."""
+    """DyHead gives offsets of a level of twice the size."""
     image, offset, mask, weight = convolution(torch.float64, CONVOLUTIONS["plain"], modulated=True)
     settings = {**CONVOLUTIONS["plain"], "stride": 2}
     against_compiled(
@@ -529,10 +529,10 @@ def test_overlaps_are_those_of_mmcv_full(against_compiled, dtype, mode, offset):
     )
 
 
-# What is not there
+# Missing operations
 
 
-def test_an_operation_that_is_not_there_says_so_at_its_call(in_pytorch):
+def test_calling_a_missing_operation_is_an_error(in_pytorch):
     with pytest.raises(
         NotImplementedError, match=r"mmcv's operation box_iou_rotated .* mmcv-full 1\.7\.2, which has it"
     ):
@@ -540,7 +540,7 @@ def test_an_operation_that_is_not_there_says_so_at_its_call(in_pytorch):
 
 
 def test_mmcv_knows_that_it_has_operations():
-    """Else its optimizers take a deformable convolution's offsets for a plain one's weights."""
+    """Otherwise its optimizers take a deformable convolution's offsets for a plain convolution's weights."""
     model = nn.Sequential(mmcv.ops.DeformConv2dPack(3, 3, 3))
     settings = {"type": "SGD", "lr": 1.0, "paramwise_cfg": {"dcn_offset_lr_mult": 0.1}}
     groups = mmcv.runner.build_optimizer(model, settings).param_groups

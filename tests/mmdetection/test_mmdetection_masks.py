@@ -1,4 +1,4 @@
-"""Masks that MMDetection's models encode where they are: the RLE bytes of the library's own arrays."""
+"""Masks that MMDetection's models encode on the device: the same RLE bytes as from the library's arrays."""
 
 from types import SimpleNamespace
 
@@ -28,7 +28,7 @@ def blobs(count=6, height=HEIGHT, width=WIDTH):
 
 
 def boxes_and_scores():
-    """Inside, partly outside, and as large as the image."""
+    """Boxes inside, partly outside, and as large as the image."""
     boxes = [[3, 4, 20, 30], [-5, -6, 10, 12], [40, 20, 70, 50], [0, 0, 53, 37], [8, 5, 9, 20], [2.3, 1.7, 9.1, 6]]
     return torch.cat([torch.tensor(boxes), torch.linspace(0.9, 0.4, len(boxes))[:, None]], 1)
 

@@ -1,5 +1,5 @@
-"""The end of MMDetection's pipelines in one step: the same bits, on the host and, with `data.fast_images`, on the
-device."""
+"""The end of MMDetection's pipelines in one step: bit-for-bit equal on the host, and on the device with
+`data.fast_images`."""
 
 import copy
 import logging
@@ -77,7 +77,7 @@ def annotations():
 
 
 class Upstream(PipelineTransform):
-    """The same results through the pipeline as MMDetection has it."""
+    """The same results through MMDetection's pipeline."""
 
     def __init__(self, pipeline, *arguments, **options):
         super().__init__(pipeline, *arguments, **options)
@@ -151,7 +151,7 @@ def changed(at, **changes):
         ([*changed(5)[:4], *changed(5)[5:]], "its pipeline has no Normalize, Pad, DefaultFormatBundle one after"),
     ],
 )
-def test_where_the_end_is_another_the_log_says_why_and_the_numbers_stay(annotations, tmp_path, caplog, pipeline, why):
+def test_another_pipeline_end_is_logged_and_keeps_the_numbers(annotations, tmp_path, caplog, pipeline, why):
     upstream = samples(Upstream, pipeline, annotations, tmp_path, 3)
     with caplog.at_level(logging.WARNING):
         found = samples(PipelineTransform, pipeline, annotations, tmp_path, 3, fast=True)

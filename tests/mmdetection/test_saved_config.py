@@ -1,4 +1,4 @@
-"""A checkpoint's config is data: it imports no modules, and names no pickle and no Python file that is read."""
+"""A checkpoint's config is data: it imports no modules, and names no pickle and no Python file."""
 
 import json
 import pickle
@@ -11,7 +11,8 @@ import yaml
 from conftest import run_command
 from mmcv.runner import CheckpointLoader
 from stores import http_store
-from tiny_models import MMDETECTION, load_model_def, mmdet_config
+from tiny_experiment import load_model_def
+from tiny_mmdetection import MMDETECTION, mmdet_config
 
 from mmdetection_files.config import load_mmdet_config
 from mmdetection_files.model import build_model, without_pretrained_backbone, without_teacher_weights
@@ -37,7 +38,7 @@ def experiment(shapes) -> dict:
 def run_in_process(do, tmp_path, config, **arguments):
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(config))
-    run_command(do, load_model_def().MMDetectionTrial, path, **arguments)
+    run_command(do, load_model_def("mmdetection").MMDetectionTrial, path, **arguments)
 
 
 def evaluated(tmp_path, config, checkpoint) -> dict:
@@ -60,7 +61,7 @@ def honest(experiment, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def checkpoint(honest, tmp_path, monkeypatch) -> Path:
-    """A copy of it, to change. Modules of the test's folder can be imported."""
+    """A copy of it, to change. Modules in the test's folder can be imported."""
     monkeypatch.syspath_prepend(tmp_path)
     copy = tmp_path / "checkpoint"
     shutil.copytree(honest, copy)
@@ -77,7 +78,7 @@ class Harmful:
 
 
 def harmful_files(folder: Path, trace: Path) -> None:
-    """In every format in which mmcv would execute it."""
+    """Harmful files in every format that mmcv would execute."""
     (folder / "evil").mkdir()
     for name in ("evil_module.py", "evil/mc.py", "evil/config.py"):
         (folder / name).write_text(EXECUTES.format(str(trace)))
@@ -108,7 +109,7 @@ def file_client(config, path):
     config.data.val.pipeline[0]["file_client_args"] = client
 
 
-# what is changed in the config of a checkpoint, by the place that the error names
+# changes to a checkpoint's config, by the place that the error names
 HARMFUL = {
     "model.teacher_config": lambda config, evil: distilling(config, f"{evil}/config.py"),
     "teacher_config": lambda config, evil: distilling(config, f"{evil}/teacher.json"),
@@ -159,7 +160,7 @@ def test_a_checkpoint_whose_hyperparameters_import_modules_is_refused(checkpoint
 
 @pytest.fixture
 def own_neck(tmp_path, monkeypatch) -> Path:
-    """A config of the user's that imports a module of the user's, which registers its neck."""
+    """A user's config that imports a user's module, which registers a neck."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_necks_of_a_user.py").write_text(
         "from mmdet.models import NECKS\nfrom mmdet.models.necks import FPN\n"
@@ -176,7 +177,7 @@ def own_neck(tmp_path, monkeypatch) -> Path:
 def test_a_run_whose_config_imports_modules_is_evaluated_by_that_config(own_neck, experiment, train, tmp_path):
     overrides = experiment["hyperparameters"]["config_overrides"]
     own = {**experiment, "hyperparameters": {"config_file": str(own_neck), "config_overrides": overrides}}
-    run = train(load_model_def().MMDetectionTrial, own)
+    run = train(load_model_def("mmdetection").MMDetectionTrial, own)
     last = run / "checkpoints/last"
     assert "bbox_mAP" in evaluated(tmp_path, own, last)
     with pytest.raises(UserError, match=r"custom_imports: \[own_necks_of_a_user\]") as refused:
@@ -187,8 +188,8 @@ def test_a_run_whose_config_imports_modules_is_evaluated_by_that_config(own_neck
 
 
 def detecting(checkpoint: Path, **own):
-    """The config that a checkpoint is evaluated with, by the user's own hyperparameters."""
-    hparams = load_model_def().MMDetectionTrial.hyperparameters_of_checkpoint(checkpoint, own)
+    """The config that evaluates a checkpoint, with the user's own hyperparameters."""
+    hparams = load_model_def("mmdetection").MMDetectionTrial.hyperparameters_of_checkpoint(checkpoint, own)
     return load_mmdet_config(MMDetectionHyperparameters(**hparams), MMDETECTION)
 
 

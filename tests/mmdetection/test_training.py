@@ -21,7 +21,8 @@ from mmdet.core import BitmapMasks
 from mmdet.datasets import DATASETS, MultiImageMixDataset
 from PIL import Image
 from pycocotools import mask as coco_mask
-from tiny_models import MMDETECTION, SMALL_BACKBONE, load_model_def, mmdet_config
+from tiny_experiment import load_model_def
+from tiny_mmdetection import MMDETECTION, SMALL_BACKBONE, mmdet_config
 
 from mmdetection_files import model as mmdetection_model
 from mmdetection_files.config import load_mmdet_config
@@ -55,7 +56,7 @@ def in_process(config: dict, batches: int = 2, workers: int = 0) -> dict:
 
 @pytest.fixture
 def trial_class():
-    return load_model_def().MMDetectionTrial
+    return load_model_def("mmdetection").MMDetectionTrial
 
 
 @pytest.mark.slow
@@ -260,7 +261,7 @@ def test_a_sample_with_more_boxes_than_masks_is_an_error():
 
 
 class _Squares:
-    """Images of two squares with masks, as a pipeline of MMDetection loads them."""
+    """Images of two squares with masks, as MMDetection's pipeline loads them."""
 
     CLASSES, PALETTE = ("a", "b"), None
 
@@ -309,7 +310,7 @@ def test_an_array_that_a_mixing_pipeline_cannot_combine_names_the_image():
 
 
 class _Labelled:
-    """A data set that says which classes its images have."""
+    """A data set that knows which classes its images have."""
 
     CLASSES, PALETTE = ("a", "b", "c"), None
 
@@ -579,7 +580,7 @@ WRONG_SEARCHES = {
 
 
 @pytest.mark.parametrize("message", WRONG_SEARCHES)
-def test_a_search_of_receptive_fields_that_cannot_work_says_why(shapes, train, trial_class, message):
+def test_an_impossible_search_of_receptive_fields_is_an_error(shapes, train, trial_class, message):
     config = in_process(mmdet_config(shapes, RETINANET))
     config["hyperparameters"]["config_overrides"]["custom_hooks"] = WRONG_SEARCHES[message]
     with pytest.raises(UserError, match=message):
@@ -650,7 +651,7 @@ def test_an_mmcv_of_another_version_says_how_to_install_the_right_one(tmp_path):
 
 
 @pytest.mark.parametrize("by_load_from", [False, True])
-def test_pretrained_weights_of_another_head_start_anew_in_one_line(
+def test_pretrained_weights_of_another_head_start_fresh_with_one_line(
     shapes, train, trial_class, tmp_path, caplog, by_load_from
 ):
     config = in_process(mmdet_config(shapes, RETINANET))

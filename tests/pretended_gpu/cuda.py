@@ -21,7 +21,7 @@ PROPERTIES = Properties("pretended GPU", 9, 0, 80 << 30, 132, "")
 
 
 class Unsupported(Exception):
-    """This version of PyTorch cannot be given a pretended GPU; says what is missing."""
+    """This version of PyTorch cannot have a pretended GPU. The message names the missing part."""
 
 
 def install(devices=1):
@@ -140,7 +140,7 @@ class _AnyGenerator(type(_HOST_GENERATOR)):  # torch 2.15's has a metaclass
 
 
 class _DeviceGenerator(_HOST_GENERATOR, metaclass=_AnyGenerator):
-    """Stands for `torch.Generator`: on any device it draws the host's numbers."""
+    """Replaces `torch.Generator`: on any device it draws the host's numbers."""
 
     def __new__(cls, device="cpu"):
         return super().__new__(cls, "cpu")

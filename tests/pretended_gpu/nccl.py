@@ -28,7 +28,7 @@ CALLS = collections.Counter()
 
 
 def collective(func, name, given, args, kwargs):
-    """A collective as NCCL takes it, by Gloo."""
+    """A collective with NCCL's rules, through Gloo."""
     CALLS[name] += 1
     current_stream().enqueue()
     for _, tensor in given:
@@ -73,7 +73,7 @@ def install_nccl():
 
 
 class PlainDDP(nn.Module):
-    """Stands for DDP, whose reducer asks for CUDA's events in C++: the same collectives, a tensor at a time."""
+    """Replaces DDP, whose reducer needs CUDA's events in C++: the same collectives, one tensor at a time."""
 
     def __init__(self, module, **_):
         super().__init__()

@@ -1,9 +1,9 @@
-"""A program: what the pretended GPU finds where a safeguard of the product is taken away.
+"""A program: prints what the pretended GPU finds without each safeguard of the product.
 
     cd tests; python -m pretended_gpu.safeguards
 
-It prints as JSON: `races`, those of the prefetcher and the saver as they are and without each safeguard; `refused`, the
-errors for collectives that break NCCL's rules.
+It prints JSON: `races` of the prefetcher and the saver, with all safeguards and without each; `refused`, the errors for
+collectives that break NCCL's rules.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from shared.training.saving import HostCopy
 
 
 def prefetch():
-    """Trains on five batches, which a stream of their own copies and prepares."""
+    """Trains on five batches, which another stream copies and prepares."""
     mean = torch.ones(1, device="cuda")
     weight = torch.ones(8, device="cuda", requires_grad=True)
     on_host = [
@@ -54,7 +54,7 @@ def save():
 
 
 def races(run, safeguard=None):
-    """The races of a run; without a safeguard, which is replaced by nothing."""
+    """The races of a run, optionally without a safeguard."""
     RECORD.races.clear()
     with safeguard or contextlib.nullcontext():
         run()
@@ -64,7 +64,7 @@ def races(run, safeguard=None):
 
 
 def without(target, name, is_kept=lambda owner: False):
-    """Replaces a method by nothing, but for the owners that keep it."""
+    """Replaces a method by a no-op, except for owners that `is_kept` accepts."""
     method = getattr(target, name)
 
     def kept_or_nothing(self, *arguments):
@@ -74,7 +74,7 @@ def without(target, name, is_kept=lambda owner: False):
 
 
 def refused_collectives():
-    """The error of each collective that NCCL refuses."""
+    """The errors of the collectives that NCCL refuses."""
     install_nccl()
     start = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     errors = {"no device": error_of(lambda: dist.init_process_group("nccl", **start))}

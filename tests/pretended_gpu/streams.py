@@ -1,8 +1,8 @@
 """The order of reads and writes on the pretended GPU, by vector clocks.
 
 A clock maps a stream's number to how many operations of that stream have certainly ended. Each operation raises its
-stream's own count. Waiting for a stream or an event merges clocks. Two accesses to memory of which at least one writes
-are a race unless the later one's clock covers the earlier one.
+stream's own count. Waiting for a stream or an event merges clocks. Two accesses to memory are a race if one
+writes, and the later one's clock does not cover the earlier one.
 """
 
 import collections
@@ -43,7 +43,7 @@ class Record:
     """What happened on the pretended GPU.
 
     Attributes:
-        waits: of the host, since it was last emptied.
+        waits: the host's waits since the list was last emptied.
         races, unpinned, mixed: texts, with how often each happened.
         operations: how many there were.
         allocated, peak: bytes of memory in use, now and at most.
@@ -77,13 +77,13 @@ class Record:
 
 
 def stack():
-    """The frames outside of the pretended GPU, the innermost last."""
+    """The frames outside the pretended GPU, innermost last."""
     frames = traceback.StackSummary.extract(traceback.walk_stack(sys._getframe(1)), lookup_lines=False)
     return [frame for frame in reversed(frames) if not frame.filename.startswith(HERE)]
 
 
 def place_of(frames):
-    """The innermost frame outside of PyTorch."""
+    """The innermost frame outside PyTorch."""
     return next((frame for frame in reversed(frames) if not frame.filename.startswith(PYTORCH)), frames[-1])
 
 
@@ -93,7 +93,7 @@ _LOCAL = threading.local()
 
 
 class Stream:
-    """Stands for `torch.cuda.Stream`."""
+    """Replaces `torch.cuda.Stream`."""
 
     all: list["Stream"] = []  # noqa: RUF012 as long as the process
 
@@ -103,7 +103,7 @@ class Stream:
         Stream.all.append(self)
 
     def enqueue(self):
-        """One more operation: after all that the stream has, and after all that the host has waited for."""
+        """Adds an operation after those of the stream and those that the host has waited for."""
         self.count += 1
         self.clock.merge(HOST)
         self.clock[self.number] = self.count
@@ -151,7 +151,7 @@ def set_stream(stream):
 
 
 class StreamContext:
-    """Stands for `torch.cuda.stream(…)`."""
+    """Replaces `torch.cuda.stream(…)`."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -165,7 +165,7 @@ class StreamContext:
 
 
 class Event:
-    """Stands for `torch.cuda.Event`."""
+    """Replaces `torch.cuda.Event`."""
 
     def __init__(self, enable_timing=False, blocking=False, interprocess=False):
         self.clock = Clock()
@@ -188,7 +188,7 @@ class Event:
 
 
 def synchronize(device=None):
-    """Stands for `torch.cuda.synchronize`."""
+    """Replaces `torch.cuda.synchronize`."""
     RECORD.wait("torch.cuda.synchronize", warns=False)
     for stream in Stream.all:
         HOST.merge(stream.clock)
@@ -201,7 +201,8 @@ def host_waits(operation):
 
 
 class Block:
-    """Memory of the device, from one allocation to its end. It belongs to the stream that was current then."""
+    """A block of device memory, from allocation to release. It belongs to the stream that was current at its
+    allocation."""
 
     def __init__(self, size):
         self.owner, self.size = current_stream(), size
@@ -234,7 +235,7 @@ class Block:
 
 
 class PinnedCopy:
-    """A copy from or to pinned memory that the host has not waited for."""
+    """A copy from or to pinned memory that the host has not yet waited for."""
 
     def __init__(self, stream, to_host):
         self.stream, self.count, self.to_host = stream, stream.count, to_host

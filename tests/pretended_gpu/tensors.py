@@ -134,7 +134,7 @@ class GpuTensor(torch.Tensor):
 
 
 class GpuStorage:
-    """Stands for the storage of a tensor on the device."""
+    """Replaces the storage of a tensor on the device."""
 
     device, is_cuda = GPU, True
 
@@ -149,7 +149,7 @@ class GpuStorage:
 
 
 class EveryOperation(TorchDispatchMode):
-    """Sees also what makes tensors on the device out of none, and the host's reads of pinned memory."""
+    """Also sees operations that make device tensors from nothing, and the host's reads of pinned memory."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return dispatch(func, args, kwargs or {})
@@ -162,7 +162,7 @@ def _as_numbers(data):
 
 
 def _on_gpu(index):
-    """An index, as a tensor on the device where it is a list: CUDA copies it, and the host waits."""
+    """An index; a list becomes a tensor on the device, which CUDA copies while the host waits."""
     if isinstance(index, (list, range)) and not any(isinstance(each, torch.Tensor) for each in index):
         return torch.tensor(list(index)).to(GPU)
     return index
@@ -291,14 +291,14 @@ def dispatch(func, args, kwargs):
 
 
 def _check_index(device):
-    """Raises an error where a process would use another's GPU."""
+    """Raises an error if a process uses another process's GPU."""
     index = torch.device(device).index
     if (torch.cuda.current_device() if index is None else index) != GPU.index:
         raise RuntimeError(f"pretended GPU: a tensor on {device} in a process whose device is {GPU}")
 
 
 def _made(value, stream):
-    """The device's tensors of what an operation on `stream` has computed."""
+    """Device tensors for the results of an operation on `stream`."""
     if isinstance(value, (list, tuple)):
         return [_made(each, stream) for each in value]
     if not isinstance(value, torch.Tensor):
@@ -364,7 +364,7 @@ def _send(source, stream, non_blocking):
 
 
 def _check_devices(facts, tensors, args):
-    """Raises the error of CUDA where an operation gets tensors of both devices."""
+    """Raises CUDA's error if an operation gets tensors of both devices."""
     if facts.name == "aten::index" and not isinstance(args[0], GpuTensor):
         raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
     for name, tensor in tensors:
@@ -408,7 +408,7 @@ def _change_view(func, name, args, kwargs):
 
 
 def _as_cuda_computes(name, func):
-    """The operation; softmax's kernel on CUDA takes half precision and gives float32, and the CPU's does not."""
+    """The operation. CUDA's softmax kernel takes half precision and gives float32; the CPU's does not."""
     if name in ("aten::_softmax", "aten::_log_softmax"):
         return lambda given, dim, to_float: func(given.float() if to_float else given, dim, False)
     if name in ("aten::_softmax_backward_data", "aten::_log_softmax_backward_data"):
@@ -417,7 +417,7 @@ def _as_cuda_computes(name, func):
 
 
 class Generator:
-    """The device's generator of random numbers: the CPU's algorithm with a state of its own."""
+    """The device's random number generator: the CPU's algorithm with its own state."""
 
     state = torch.Generator().manual_seed(0).get_state()
 

@@ -16,22 +16,21 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+from tiny_models import CONFIGS, TINY_DETECTORS, efficientdet_config
+
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), *(str(ROOT / detector) for detector in ("efficientdet", "mmdetection", "detectron2"))]
+sys.path[:0] = [str(ROOT), *(str(ROOT / detector) for detector in CONFIGS)]
 
 import torch
 import yaml
-from tiny_models import detectron2_config, efficientdet_config, load_model_def, mmdet_config
 
 from pretended_gpu.cuda import Unsupported, install
 from pretended_gpu.streams import RECORD, place_of
 from pretended_gpu.tensors import Generator
 from shared.commands import train as train_command
 from shared.config.experiment import read_experiment
-from shared.training.tensorboard import ReportFigures
+from shared.training.run import ReportFigures
 
-MMDET_RETINANET = "retinanet/retinanet_r50_fpn_1x_coco.py"
-RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 LIBRARY = re.compile(r"-packages/(effdet|timm|torchvision|mm|detectron2|fvcore)")
 # the detector, its config for the shapes, its hyperparameters, and the case whose training on the CPU is its reference
 CASES = {
@@ -43,20 +42,12 @@ CASES = {
         "efficientdet",  # no CPU trains in fp16
     ),
     "efficientdet bf16": ("efficientdet", efficientdet_config, {"amp": "bf16"}, "efficientdet bf16"),
-    "mmdetection retinanet": (
-        "mmdetection",
-        lambda shapes: mmdet_config(shapes, MMDET_RETINANET, **{"model.test_cfg.score_thr": 0.0}),
-        {"validation_loss": True},
-        "mmdetection retinanet",
-    ),
-    "mmdetection mask r-cnn": ("mmdetection", mmdet_config, {}, "mmdetection mask r-cnn"),
-    "detectron2 retinanet": (
-        "detectron2",
-        lambda shapes: detectron2_config(shapes, RETINANET, **{"MODEL.RETINANET.SCORE_THRESH_TEST": 0.0}),
-        {"validation_loss": True},
-        "detectron2 retinanet",
-    ),
-    "detectron2 mask r-cnn": ("detectron2", detectron2_config, {}, "detectron2 mask r-cnn"),
+}
+CASES |= {
+    f"{detector} {model}": (detector, make, {"validation_loss": model == "retinanet"}, f"{detector} {model}")
+    for detector, tiny in TINY_DETECTORS.items()
+    for model, make in {**getattr(tiny, "GPU_CASES", {}), "mask r-cnn": tiny.config}.items()
+    if model in getattr(tiny, "GPU_CASES", {}) and detector != "efficientdet"
 }
 
 
@@ -73,13 +64,7 @@ def config_of(name, shapes, batches):
 
 
 def trial_class_of(name):
-    detector = CASES[name][0]
-    if detector == "efficientdet":
-        from model_def import EfficientDetTrial
-
-        return EfficientDetTrial
-    module = load_model_def(detector)
-    return module.MMDetectionTrial if detector == "mmdetection" else module.Detectron2Trial
+    return TINY_DETECTORS[CASES[name][0]].trial_class()
 
 
 # Nothing is given back before the process ends: the batch after the last step may still be prepared, and workers of
@@ -88,7 +73,7 @@ _KEPT: list = []
 
 
 class Waits:
-    """How often each place of our code, or of Determined, makes the host wait between two batches, at most."""
+    """How often each place in our code or Determined's makes the host wait between two batches, at most."""
 
     def __init__(self):
         self.most = collections.Counter()
@@ -131,7 +116,7 @@ def watched(trial_class, waits):
 
 
 def without_figures():
-    """The figures and the report take most of the time of runs as small as these."""
+    """Skips figures and reports, which take most of the time of such small runs."""
     ReportFigures.draw = lambda *_: None
     train_command.Results.write_report = lambda *_: None
     for name in ("save_page", "picture_of"):
@@ -139,7 +124,7 @@ def without_figures():
 
 
 def train(trial_class, name, shapes, run, waits=None, config_file=None):
-    """Trains 4 batches, and 2 more after a resume; the lines of metrics.jsonl."""
+    """Trains 4 batches, and 2 more after a resume. Returns the lines of metrics.jsonl."""
     path = config_file or run.with_suffix(".yaml")
     for batches, resume in ((4, None), (6, "last")):
         path.write_text(yaml.safe_dump(config_of(name, shapes, batches)))

@@ -125,8 +125,8 @@ def _of_torchvision(name: str, arguments: dict[str, Any]) -> Callable[[np.ndarra
     known = [each for each, kind in vars(v2).items() if inspect.isclass(kind) and issubclass(kind, v2.Transform)]
     if name not in known:
         raise UserError(
-            f"{_KEY}: {name!r} is no transform of torchvision; {nearest(name, known, 'see torchvision.transforms.v2')} "
-            f"One of Albumentations is written {_ALBUMENTATIONS}{name}"
+            f"{_KEY}: {name!r} is not a transform of torchvision"
+            f"{nearest(name, known, f'name one of torchvision.transforms.v2, or {_ALBUMENTATIONS}NAME')}"
         )
     arguments, kind = dict(arguments), getattr(v2, name)
     has_probability = "p" in inspect.signature(kind).parameters
@@ -179,8 +179,8 @@ def _built(name: str, kind: type, arguments: dict[str, Any]) -> Any:
         known = [each for each in inspect.signature(kind).parameters if each != "self"]
         unknown = next((each for each in arguments if each not in known), None)
         if unknown is not None and "kwargs" not in known:
-            raise UserError(f"{_KEY}: {name} has no argument {unknown!r}; {nearest(unknown, known)}") from error
-        raise UserError(f"{_KEY}: {name} does not accept {arguments} ({error})") from error
+            raise UserError(f"{_KEY}: {name} has no argument {unknown!r}{nearest(unknown, known)}") from error
+        raise UserError(f"{_KEY}: {name} does not accept {arguments} ({error}). Fix: correct the arguments") from error
 
 
 # --- Albumentations -----------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def _of_albumentations(name: str, arguments: dict[str, Any]) -> Callable[[np.nda
     base = albumentations.BasicTransform
     known = [each for each, kind in vars(albumentations).items() if inspect.isclass(kind) and issubclass(kind, base)]
     if short not in known:
-        raise UserError(f"{_KEY}: {short!r} is no transform of Albumentations; {nearest(short, known)}")
+        raise UserError(f"{_KEY}: {short!r} is not a transform of Albumentations{nearest(short, known)}")
     transform = albumentations.Compose(
         [_built(short, getattr(albumentations, short), arguments)],
         bbox_params=albumentations.BboxParams(format="pascal_voc", label_fields=["rows"]),

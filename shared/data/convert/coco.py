@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 
 from shared.data.convert import shapes
-from shared.data.convert.contents import Contents, Options, Split, errors_in
+from shared.data.convert.contents import Contents, Format, Options, Split, errors_in
 from shared.data.convert.files import files_near, finder_for, json_outline, one_per_split, read_json, split_of, words_of
 from shared.data.convert.shapes import parse_number, parse_whole_number
 from shared.errors import UserError
-
-ABOUT = "a COCO file of Roboflow or Label Studio, or a folder with one per split"
 
 _NUMBERS = ("area", "num_keypoints")
 
@@ -134,3 +132,6 @@ def _number(value: Any, what: str) -> float:
 
 def _whole(value: Any, what: str) -> int:
     return value if type(value) is int else parse_whole_number(str(value), what)
+
+
+COCO = Format("a COCO file of Roboflow or Label Studio, or a folder with one per split", recognise, read)

@@ -6,10 +6,10 @@ import contextlib
 import csv
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from shared.data.convert.files import ImageFinder
 from shared.errors import UserError
@@ -126,6 +126,20 @@ class Contents:
     splits: dict[str, Split]
     categories: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+class Format(NamedTuple):
+    """A format that can be converted.
+
+    Attributes:
+        about: the source, in a few words.
+        recognise: what it saw in a source, or "".
+        read: reads a source.
+    """
+
+    about: str
+    recognise: Callable[[Path], str]
+    read: Callable[[Path, Options], Contents]
 
 
 def names_in_use(splits: Iterable[Split]) -> list[str]:

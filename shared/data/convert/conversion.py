@@ -7,48 +7,42 @@ import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from shared.data.convert import (
-    coco,
-    createml,
-    cvat,
-    dota,
-    hugging_face,
-    kitti,
-    label_studio,
-    labelme,
-    openimages,
-    table,
-    tiles,
-    voc,
-    yolo,
-)
-from shared.data.convert.contents import Contents, Options, Split
+from shared import durable
+from shared.data.annotations import CocoAnnotations
+from shared.data.checks import refuse_names_outside
+from shared.data.convert.coco import COCO
+from shared.data.convert.contents import Contents, Options, Split, names_in_use
 from shared.data.convert.files import files_below, folders_in, read_json, read_text
-from shared.data.convert.writer import Written, path_of, to_coco, write
+from shared.data.convert.hugging_face import HUGGING_FACE
+from shared.data.convert.json_labels import CREATEML, LABEL_STUDIO, LABELME
+from shared.data.convert.table import CSV, OPEN_IMAGES
+from shared.data.convert.text_labels import DOTA, KITTI
+from shared.data.convert.tiles import TILES
+from shared.data.convert.xml_labels import CVAT, VOC
+from shared.data.convert.yolo import YOLO, recognise_labels
 from shared.errors import UserError, check_outputs, count_of, nearest, nearest_path
 
-# each has `ABOUT`, the source in a few words; `recognise(source)`, what it saw there or ""; `read(source, options)`
-FORMATS: dict[str, ModuleType] = {
-    "yolo": yolo,
-    "voc": voc,
-    "cvat": cvat,
-    "coco": coco,
-    "labelme": labelme,
-    "labelstudio": label_studio,
-    "createml": createml,
-    "openimages": openimages,
-    "csv": table,
-    "huggingface": hugging_face,
-    "kitti": kitti,
-    "dota": dota,
-    "tiles": tiles,
+FORMATS = {
+    "yolo": YOLO,
+    "voc": VOC,
+    "cvat": CVAT,
+    "coco": COCO,
+    "labelme": LABELME,
+    "labelstudio": LABEL_STUDIO,
+    "createml": CREATEML,
+    "openimages": OPEN_IMAGES,
+    "csv": CSV,
+    "huggingface": HUGGING_FACE,
+    "kitti": KITTI,
+    "dota": DOTA,
+    "tiles": TILES,
 }
 
 _DEPTH = 2  # folders below the source that are looked into
@@ -127,7 +121,7 @@ def recognise(source: Path) -> tuple[str, Path, str]:
         UserError: its format is unknown, or it may be several.
     """
     seen = _seen(source, _DEPTH)
-    if not seen and (said := yolo.recognise_labels(source)):
+    if not seen and (said := recognise_labels(source)):
         return "yolo", source, said
     if len(seen) == 1:
         return seen[0]
@@ -150,9 +144,9 @@ def recognise(source: Path) -> tuple[str, Path, str]:
 def _seen(source: Path, depth: int) -> list[tuple[str, Path, str]]:
     """The formats of a source; else those of the folders in it."""
     seen, refused = [], []
-    for kind, module in FORMATS.items():
+    for kind, form in FORMATS.items():
         try:
-            if said := module.recognise(source):
+            if said := form.recognise(source):
                 seen.append((kind, source, said))
         except UserError as error:
             refused.append(error)
@@ -168,12 +162,12 @@ def _seen(source: Path, depth: int) -> list[tuple[str, Path, str]]:
 
 def _read(kind: str | None, source: Path, options: Options, say: Callable[[str], object]) -> Contents:
     if not source.exists():
-        raise UserError(f"{source}: does not exist ({nearest_path(str(source))}). Fix: correct the path")
+        raise UserError(f"{source}: does not exist; {nearest_path(str(source))}")
     if kind is None:
         kind, source, said = recognise(source)
         say(f"{source}: read as {kind}: {said}")
     elif kind not in FORMATS:
-        raise UserError(f"{kind}: is no format ({nearest(kind, FORMATS)}). Fix: name one of {', '.join(FORMATS)}")
+        raise UserError(f"{kind}: is not a format{nearest(kind, FORMATS, 'use one of ' + ', '.join(FORMATS))}")
     for option, value, kinds in (
         ("labels", options.labels, ("yolo",)),
         ("boxes", options.boxes, ("csv", "huggingface")),
@@ -214,8 +208,7 @@ def _given_categories(file: Path, contents: Contents) -> list[dict[str, Any]]:
     used = {a["category"] for part in contents.splits.values() for image in part.images for a in image["annotations"]}
     if unknown := sorted(used - known.keys()):
         raise UserError(
-            f"--categories: {file} lacks {unknown[0]!r}, which the annotations have ({nearest(unknown[0], known)}). "
-            "Fix: add the name to the file"
+            f"--categories: {file} lacks {unknown[0]!r}, which the annotations have. Fix: add the name to the file"
         )
     without_id = ({k: v for k, v in described.get(name, {}).items() if k != "id"} for name in known)
     return [{**more, **row} for more, row in zip(without_id, known.values(), strict=True)]
@@ -251,12 +244,101 @@ def as_config(written: Sequence[Written]) -> str:
     return "\n".join(lines)
 
 
+# --- COCO's JSON from what the readers return -------------------------------------------------------
+
+
+@dataclass
+class Written:
+    """A COCO file that was written, and its content."""
+
+    path: Path
+    split: str
+    part: Split
+    categories: int
+
+    def __str__(self) -> str:
+        boxes = [annotation for image in self.part.images for annotation in image["annotations"]]
+        optional = {
+            "masks": sum("segmentation" in annotation for annotation in boxes),
+            "boxes with keypoints": sum("keypoints" in annotation for annotation in boxes),
+        }
+        counts = {
+            "images": len(self.part.images),
+            "boxes": len(boxes),
+            "categories": self.categories,
+            "images without boxes": sum(not image["annotations"] for image in self.part.images),
+            self.part.crowds: sum(annotation["iscrowd"] for annotation in boxes),
+            **{what: count for what, count in optional.items() if count},
+            **self.part.counts,
+        }
+        return f"{self.path}: {', '.join(f'{what} {count}' for what, count in counts.items())}"
+
+
+def to_coco(contents: Contents, source: Path) -> dict[str, dict[str, list]]:
+    """COCO's dictionary of each split, all with the same categories.
+
+    Ids that the reader gives stay. The others count from 1.
+
+    Raises:
+        UserError: two images of a split have one name, a name leads out of the images' folder, or a number is not one
+            that a training accepts.
+    """
+    categories = contents.categories or [{"name": name} for name in names_in_use(contents.splits.values())]
+    categories = [{"id": number, **category} for number, category in enumerate(categories, 1)]
+    ids = {category["name"]: category["id"] for category in categories}
+    return {split: _of_split(part, categories, ids, source) for split, part in contents.splits.items()}
+
+
+def _of_split(part: Split, categories: list[dict], ids: dict[str, int], source: Path) -> dict[str, list]:
+    twice = [name for name, count in Counter(image["file_name"] for image in part.images).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"{source}: two images have the file name {twice[0]!r}, so that their boxes cannot be told apart. Fix: "
+            "rename one of the two, or convert each folder by itself"
+        )
+    if not categories:
+        raise UserError(f"{source}: has no boxes, and names no categories. Fix: name another file, or draw boxes")
+    coco: dict[str, list] = {"images": [], "annotations": [], "categories": categories}
+    for number, image in enumerate(part.images, 1):
+        rows = image["annotations"]
+        coco["images"].append({"id": number, **{k: v for k, v in image.items() if k != "annotations"}})
+        for row in rows:
+            plain: dict[str, Any] = {"id": len(coco["annotations"]) + 1, "image_id": coco["images"][-1]["id"]}
+            plain["category_id"] = ids[row["category"]]
+            plain |= {key: value for key, value in row.items() if key != "category"}
+            coco["annotations"].append(plain)
+    # a training would refuse these later
+    refuse_names_outside(CocoAnnotations.from_dict(coco), str(source))
+    return coco
+
+
+def write(contents: Contents, source: Path, output: Path) -> list[Written]:
+    """Writes a COCO file per split: `<output>_train.json` and so on, or `<output>.json` alone."""
+    written = []
+    for split, coco in to_coco(contents, source).items():
+        path = path_of(output, split)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            durable.write_file(path, msgspec.json.encode(coco))
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}). Fix: give another OUTPUT, or make room"
+            ) from error
+        written.append(Written(path, split, contents.splits[split], len(coco["categories"])))
+    return written
+
+
+def path_of(output: Path, split: str) -> Path:
+    """The file of a split."""
+    return output.with_name(f"{output.stem}_{split}.json" if split else f"{output.stem}.json")
+
+
 # --- the command line -------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python3 -m shared convert [FORMAT] INPUT OUTPUT`."""
-    formats = "\n".join(f"  {kind:14} {module.ABOUT}" for kind, module in FORMATS.items())
+    formats = "\n".join(f"  {kind:14} {form.about}" for kind, form in FORMATS.items())
     parser = argparse.ArgumentParser(
         prog="python3 -m shared convert",
         description="Writes annotations of other formats as COCO files.",
@@ -277,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--labels",
         default="",
         metavar="KIND",
-        help="yolo: what the numbers are, if data.yaml does not say it: boxes, polygons, oriented or keypoints:17x3",
+        help="yolo: what the numbers are, if data.yaml does not show it: boxes, polygons, oriented or keypoints:17x3",
     )
     parser.add_argument(
         "--boxes", default="", choices=["xywh", "xyxy"], help="csv, huggingface: what the four numbers of a box are"

@@ -14,13 +14,11 @@ import msgspec
 import PIL.Image
 
 from shared.data.coco_file import FARTHEST
-from shared.data.convert.contents import Contents, Options, Split, errors_in
+from shared.data.convert.contents import Contents, Format, Options, Split, errors_in
 from shared.data.convert.files import ImageFinder, by_split, files_below, image_size, read_text
 from shared.data.convert.shapes import parse_number
 from shared.data.convert.table import Box, Image, add_images
 from shared.errors import UserError
-
-ABOUT = "an imagefolder with metadata.jsonl or metadata.csv, Parquet files, or a folder of save_to_disk"
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _OBJECTS = ("objects", "annotations", "object", "annotation")
@@ -190,3 +188,8 @@ def _extract(row: dict[str, Any], number: int, folder: Path, source: Path) -> st
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(data)
     return name
+
+
+HUGGING_FACE = Format(
+    "an imagefolder with metadata.jsonl or metadata.csv, Parquet files, or a folder of save_to_disk", recognise, read
+)

@@ -1,4 +1,4 @@
-"""CSV files with a row per box: plain ones, Roboflow's, RetinaNet's and Kaggle's."""
+"""CSV files with a row per box: plain ones, Roboflow's, RetinaNet's, Kaggle's and Open Images'."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ import numpy as np
 
 from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
-from shared.data.convert.contents import Contents, Options, Split, errors_in
-from shared.data.convert.files import files_near, finder_for, one_per_split, read_text
-from shared.data.convert.openimages import COLUMNS as OPEN_IMAGES
+from shared.data.convert.contents import Contents, Format, Options, Split, errors_in
+from shared.data.convert.files import by_split, files_below, files_near, finder_for, one_per_split, read_text
 from shared.data.convert.shapes import parse_number, parse_whole_number
 from shared.errors import UserError
 
-ABOUT = "a CSV file with a row per box, or a folder with one per split"
-
+_OPEN_IMAGES_COLUMNS = ("imageid", "labelname", "xmin", "xmax", "ymin", "ymax")  # in lower case
 _IMAGE = (
     "filename",
     "file_name",
@@ -53,7 +51,7 @@ _SIZES = (("width", "height"), ("image_width", "image_height"), ("img_width", "i
 _WITHOUT_HEADER = ("path", "x1", "y1", "x2", "y2", "class")  # of RetinaNet's
 
 
-def recognise(source: Path) -> str:
+def _recognise_csv(source: Path) -> str:
     for file in _files(source).values():
         header, _ = _rows(file)
         if columns := _columns(header):
@@ -61,7 +59,7 @@ def recognise(source: Path) -> str:
     return ""
 
 
-def read(source: Path, options: Options) -> Contents:
+def _read_csv(source: Path, options: Options) -> Contents:
     splits, notes = {}, []
     for split, file in _files(source).items():
         finder = finder_for(file.parent if source.is_dir() else source, options.images)
@@ -111,7 +109,7 @@ def _is_plain(row: Sequence[str]) -> bool:
 def _columns(header: Sequence[str]) -> dict[str, Any] | None:
     """The names of the columns: "image", "box" with one or four, "order" of these, "category" and "size"."""
     there = set(header)
-    if there.issuperset(OPEN_IMAGES) or ("file_name" in there and "objects" in there):  # another reader's
+    if there.issuperset(_OPEN_IMAGES_COLUMNS) or ("file_name" in there and "objects" in there):  # another reader's
         return None
     image = next((name for name in _IMAGE if name in there), None)
     boxes = [(names, "xyxy") for names in _CORNERS] + [(names, "xywh") for names in _CORNER_AND_SIZE]
@@ -167,6 +165,9 @@ def _numbers(row: Sequence[str], at: dict[str, int], box: Sequence[str]) -> list
     return [parse_number(cell, "a number of the box", FARTHEST) for cell in cells]
 
 
+CSV = Format("a CSV file with a row per box, or a folder with one per split", _recognise_csv, _read_csv)
+
+
 # --- boxes of four numbers that have no names -------------------------------------------------------
 
 Box = tuple[str, list[float], dict[str, Any]]  # category, four numbers, more keys of COCO
@@ -209,3 +210,102 @@ def _order(boxes: np.ndarray, sizes: np.ndarray, shares: bool, source: object) -
         f"{source}: its boxes may be x y width height or x1 y1 x2 y2, {boxes[0].tolist()} for example. Fix: pass "
         "`--boxes xywh` or `--boxes xyxy`"
     )
+
+
+# --- Open Images: boxes in shares of the image's size, and a file of the categories' names ----------
+
+
+def _recognise_open_images(source: Path) -> str:
+    files = [file for of_split in _open_images_files(source).values() for file in of_split]
+    return f"{', '.join(file.name for file in files)} with ImageID, LabelName and XMin" if files else ""
+
+
+def _read_open_images(source: Path, options: Options) -> Contents:
+    by_split = _open_images_files(source)
+    if not by_split:
+        raise UserError(f"{source}: has no CSV file with ImageID, LabelName, XMin, … . Fix: name it")
+    names, notes = _category_names(source), []
+    if not names:
+        notes.append(f"{source}: no class-descriptions file names the categories; they keep their codes")
+    splits = {}
+    for split, files in by_split.items():
+        finder = finder_for(source, options.images)
+        part = splits[split] = Split(finder, crowds="crowds (IsGroupOf)")
+        rows: dict[str, list[dict[str, Any]]] = {}
+        found: dict[str, str | None] = {}  # the name of each image; None if it was not downloaded
+        sizes: dict[str, tuple[int, int]] = {}
+        for file in files:
+            for line, row in _open_images_rows(file):
+                with errors_in(f"{file}: line {line}", "correct the line, or delete it"):
+                    image = row["imageid"]
+                    if image not in found:
+                        found[image] = finder.find_stem(image, split)
+                        if found[image] is not None:
+                            sizes[image] = finder.size(found[image])
+                    if found[image] is not None:
+                        rows.setdefault(image, []).append(_open_images_annotation(row, sizes[image], names))
+                    else:
+                        part.counts["boxes left out (of images that are not there)"] += 1
+        missing = sum(name is None for name in found.values())
+        part.counts.update({"images left out (not there)": missing} if missing else {})
+        for image, of_image in rows.items():
+            part.found[found[image]] = found[image].rpartition("/")[2]
+            part.add_image(found[image], sizes[image], of_image)
+    if not any(part.images for part in splits.values()):
+        raise UserError(f"{source}: has none of the images of its boxes. Fix: pass --images FOLDER")
+    return Contents(splits, notes=notes)
+
+
+def _open_images_files(source: Path) -> dict[str, list[Path]]:
+    """The files of boxes of each split, by a word of their name or a folder."""
+    files = [
+        file for file in files_below(source, (".csv",)) if set(_OPEN_IMAGES_COLUMNS) <= set(_open_images_header(file))
+    ]
+    return by_split(files, source, by_name=True)
+
+
+def _open_images_header(file: Path) -> list[str]:
+    try:
+        with file.open(encoding="utf-8-sig") as opened:
+            return [name.strip().lower() for name in opened.readline().split(",")]
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+def _open_images_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line by line: the whole file has 14 million."""
+    header = _open_images_header(file)
+    with errors_in(file), file.open(encoding="utf-8-sig", newline="") as opened:
+        reader = csv.reader(opened)
+        next(reader)
+        for row in reader:
+            if row:
+                if len(row) < len(header):
+                    raise ValueError(f"line {reader.line_num} has {len(row)} cells, and the header {len(header)}")
+                yield reader.line_num, dict(zip(header, row, strict=False))
+
+
+def _category_names(source: Path) -> dict[str, str]:
+    """The names of categories by their codes, /m/011k07."""
+    folder = source if source.is_dir() else source.parent
+    names = {}
+    for file in files_below(folder, (".csv",)):
+        if "class" in file.stem.lower():
+            with errors_in(file), file.open(encoding="utf-8-sig", newline="") as opened:
+                names |= {row[0]: row[1] for row in csv.reader(opened) if len(row) == 2 and row[0].startswith("/")}
+    return names
+
+
+def _open_images_annotation(row: dict[str, str], size: tuple[int, int], names: dict[str, str]) -> dict[str, Any]:
+    x1, x2, y1, y2 = (parse_number(row[key], key, FARTHEST) for key in _OPEN_IMAGES_COLUMNS[2:])
+    width, height = size
+    shape = shapes.box_of_corners(x1 * width, y1 * height, x2 * width, y2 * height)
+    category = row["labelname"]
+    return {"category": names.get(category, category), **shape, "iscrowd": int(row.get("isgroupof") == "1")}
+
+
+OPEN_IMAGES = Format(
+    "the folder with …-annotations-bbox.csv, class-descriptions….csv and the images",
+    _recognise_open_images,
+    _read_open_images,
+)

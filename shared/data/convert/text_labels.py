@@ -1,13 +1,17 @@
-"""Formats with a text file per image, a line per object, in pixels: the files and their images."""
+"""KITTI and DOTA: a text file per image, with a line per object, in pixels. YOLO's are in yolo.py."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shared.data.convert.contents import Contents, Options, Split, errors_in
+from shared.data.coco_file import FARTHEST
+from shared.data.convert import shapes
+from shared.data.convert.contents import Contents, Format, Options, Split, errors_in
 from shared.data.convert.files import by_split, files_below, finder_for, read_text
+from shared.data.convert.shapes import parse_number
 from shared.errors import UserError
 
 _TRIED = 10  # files, for one with a line
@@ -59,3 +63,76 @@ def read_folder(
     if not any(part.images for part in splits.values()):
         raise UserError(f"{source}: no label file has an image with its name. Fix: pass --images FOLDER")
     return Contents(splits)
+
+
+# --- KITTI: 15 words per object, in `label_2`; also as NVIDIA's TAO writes it -----------------------
+
+
+_KITTI_WORDS = (15, 16)  # the last of 16 is the score of a prediction
+_IGNORED = "DontCare"
+
+
+def _is_kitti_line(words: list[str]) -> bool:
+    return len(words) in _KITTI_WORDS and _is_number(words[4]) and not _is_number(words[0])
+
+
+def _is_number(word: str) -> bool:
+    try:
+        parse_number(word, "a number")
+    except ValueError:
+        return False
+    return True
+
+
+def _kitti_row(line: str, part: Split) -> dict[str, Any] | None:
+    words = line.split()
+    if len(words) not in _KITTI_WORDS:
+        raise ValueError(f"{len(words)} words, and an object of KITTI has 15")
+    x1, y1, x2, y2 = (parse_number(word, "an edge of the box", FARTHEST) for word in words[4:8])
+    if words[0] == _IGNORED:  # regions, which have no category
+        part.counts["regions left out (DontCare)"] += 1
+        return None
+    if len(words) == _KITTI_WORDS[1]:
+        part.counts["confidences left out"] += 1
+    return {"category": words[0], **shapes.box_of_corners(x1, y1, x2, y2), "iscrowd": 0}
+
+
+KITTI = Format(
+    "a folder with label_2 and image_2, or with labels and images; or one per split",
+    functools.partial(looks_like, is_line=_is_kitti_line),
+    functools.partial(read_folder, row_of=_kitti_row),
+)
+
+
+# --- DOTA: four corners, a category and `difficult` per object, in `labelTxt` -----------------------
+
+
+_CORNERS = 8  # numbers
+_DOTA_HEADERS = ("imagesource:", "gsd:")
+
+
+def _is_dota_line(words: list[str]) -> bool:
+    if words[0].lower().startswith(_DOTA_HEADERS):
+        return True
+    try:
+        [parse_number(word, "a corner") for word in words[:_CORNERS]]
+    except ValueError:
+        return False
+    return len(words) in (9, 10) and words[_CORNERS][0].isalpha()
+
+
+def _dota_row(line: str, part: Split) -> dict[str, Any] | None:
+    if line.lower().startswith(_DOTA_HEADERS):
+        return None
+    words = line.split()
+    if len(words) not in (9, 10):
+        raise ValueError(f"{len(words)} words, and an object of DOTA has 8 numbers, a category and `difficult`")
+    shape = shapes.polygon([parse_number(word, "a corner", FARTHEST) for word in words[:_CORNERS]])
+    return {"category": words[_CORNERS], **shape, "iscrowd": int(words[9:] not in ([], ["0"]))}
+
+
+DOTA = Format(
+    "a folder with labelTxt and images, or one per split",
+    functools.partial(looks_like, is_line=_is_dota_line),
+    functools.partial(read_folder, row_of=_dota_row, crowds="crowds (DOTA's `difficult`)"),
+)

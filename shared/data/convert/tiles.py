@@ -10,12 +10,10 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from shared.data.convert import coco, shapes
-from shared.data.convert.contents import Contents, Options, Split
+from shared.data.convert.contents import Contents, Format, Options, Split
 from shared.data.storage import DiskImages
 from shared.data.tiles import Box, Tile, Tiling, open_image, part_of
 from shared.errors import UserError
-
-ABOUT = "a COCO file and its large images, cut into tiles for a training; see --tiles and --overlap"
 
 _LEAST_VISIBLE = 0.3  # of an object's area
 _LEFT_OUT = f"parts left out (under {_LEAST_VISIBLE:.0%} of the object)"
@@ -137,3 +135,8 @@ def _clipped_polygon(points: np.ndarray, tile: Box) -> np.ndarray:
                 kept.append(points[i])
         points = np.array(kept).reshape(-1, 2)
     return points
+
+
+TILES = Format(
+    "a COCO file and its large images, cut into tiles for a training; see --tiles and --overlap", recognise, read
+)

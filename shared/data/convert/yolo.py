@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from shared.data.convert import yolo_labels
-from shared.data.convert.contents import Contents, Options, Split, errors_in
+from shared.data.convert.contents import Contents, Format, Options, Split, errors_in
 from shared.data.convert.files import (
     by_split,
     common_folder,
@@ -29,8 +29,6 @@ from shared.data.convert.text_labels import looks_like
 from shared.data.convert.yolo_labels import Labels
 from shared.data.images import is_image_name
 from shared.errors import UserError
-
-ABOUT = "data.yaml, its folder, obj.data, or a folder with labels and classes.txt"
 
 _KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # in a data.yaml
 _NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels")
@@ -420,3 +418,6 @@ def _points(described: _Description, kind: yolo_labels.Kind, notes: list[str]) -
                 names[i], names[other] = f"left_{i + 1}", f"right_{i + 1}"
         notes.append(f"keypoints have no names in {described.file.name}; left_… and right_… follow from its flip_idx")
     return {"keypoints": names, "skeleton": []}
+
+
+YOLO = Format("data.yaml, its folder, obj.data, or a folder with labels and classes.txt", recognise, read)

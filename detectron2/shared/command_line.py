@@ -1,1 +1,0 @@
-../../shared/command_line.py

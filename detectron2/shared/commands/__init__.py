@@ -1,1 +1,0 @@
-../../../shared/commands/__init__.py

@@ -1,0 +1,1 @@
+../../../../shared/data/convert/json_labels.py

@@ -1,1 +1,0 @@
-../../../shared/training/class_weights.py

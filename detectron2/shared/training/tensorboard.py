@@ -1,1 +1,0 @@
-../../../shared/training/tensorboard.py

@@ -1,1 +1,0 @@
-../../../../shared/data/convert/__init__.py

@@ -1,0 +1,1 @@
+../../../../shared/data/convert/xml_labels.py

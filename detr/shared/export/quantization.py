@@ -1,1 +1,0 @@
-../../../shared/export/quantization.py

@@ -1,1 +1,0 @@
-../../../shared/search/__init__.py

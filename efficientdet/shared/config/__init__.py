@@ -1,1 +1,0 @@
-../../../shared/config/__init__.py

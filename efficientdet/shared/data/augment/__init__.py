@@ -1,1 +1,0 @@
-../../../../shared/data/augment/__init__.py

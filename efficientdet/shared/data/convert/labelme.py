@@ -1,1 +1,0 @@
-../../../../shared/data/convert/labelme.py

@@ -1,1 +1,0 @@
-../../../shared/export/__init__.py

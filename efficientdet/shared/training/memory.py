@@ -1,1 +1,0 @@
-../../../shared/training/memory.py

@@ -1,1 +1,0 @@
-../../../shared/training/__init__.py
