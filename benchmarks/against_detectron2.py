@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from side_by_side import trial_class_of
+from command_line import trial_class_of
 
 Detectron2Trial = trial_class_of("detectron2")
 

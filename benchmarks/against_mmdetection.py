@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from side_by_side import trial_class_of
+from command_line import trial_class_of
 
 MMDetectionTrial = trial_class_of("mmdetection")  # before mmcv.ops, which may have no compiled operations
 

@@ -19,6 +19,8 @@ from tabulate import tabulate
 
 def measure(detector: str, config: str, checkpoint: str, files: list[str], images: int) -> dict[str, dict]:
     """Milliseconds per image and MiB of each side, in this process."""
+    from command_line import trial_class_of
+
     from shared.commands.detection import FileDetector, detecting_trial, with_checkpoint
     from shared.commands.export import own_peak_memory, peak_memory_of
     from shared.export import detect
@@ -27,6 +29,7 @@ def measure(detector: str, config: str, checkpoint: str, files: list[str], image
 
     given = argparse.Namespace(command="evaluate", config=config, overrides=[], checkpoint=checkpoint, model=None)
     trial_class = trial_class_of(detector)
+    os.chdir(ROOT / detector)
     experiment, saved = with_checkpoint(trial_class, experiment_for(given, trial_class.sections()), given)
     with local_processes() as processes, detecting_trial(trial_class, experiment, saved, processes) as trial:
         data = trial.open_val()
@@ -47,15 +50,6 @@ def measure(detector: str, config: str, checkpoint: str, files: list[str], image
                 detect_image(index)
                 times[name].append(1000 * (time.perf_counter() - started))
     return {name: {"ms": statistics.median(values[1:]), "mib": memory[name]} for name, values in times.items()}
-
-
-def trial_class_of(detector: str) -> type:
-    """The trial of a detector's folder."""
-    sys.path[:0] = [str(ROOT / detector), str(ROOT)]
-    os.chdir(ROOT / detector)
-    import model_def
-
-    return next(found for name, found in vars(model_def).items() if name.endswith("Trial") and name != "DetectionTrial")
 
 
 def on_cores(count: int, arguments: list[str]) -> dict[str, dict]:

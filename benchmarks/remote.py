@@ -3,19 +3,19 @@
 Steps of 8 images take 100 ms, with 4 loader workers and 20 ms added to each read. The limit is 80 % of the disk's.
 """
 
-import functools
-import http.server
-import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from command_line import main
+from command_line import ROOT, main
+
+sys.path.append(str(ROOT / "tests"))
+
+from stores import http_store
 
 from coco_files import data_folder
 from shared.config.schema import StoreOptions
@@ -36,7 +36,7 @@ def remote(
         folder = Path(name) / "coco"
         data_folder(source, folder, train=400)
         annotations = CocoAnnotations.open(folder / "annotations/instances_train2017.json")
-        with served(folder, latency) as url:
+        with http_store(folder, latency) as url:
             places = {"disk": str(folder / "train2017"), "web server": f"{url}/train2017"}
             speeds: dict[str, list[float]] = {place: [] for place in places}
             for _ in range(repeats):
@@ -60,36 +60,6 @@ def images_per_second(annotations: CocoAnnotations, images: str, steps: int, sec
             started = time.perf_counter()
         time.sleep(seconds)
     return 8 * (number - 9) / (time.perf_counter() - started)
-
-
-@contextmanager
-def served(folder: Path, latency: float) -> Iterator[str]:
-    """The URL of a web server on loopback, in a process of its own, that answers late."""
-    port = multiprocessing.Queue()
-
-    class Late(http.server.SimpleHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
-        def do_GET(self) -> None:
-            time.sleep(latency)
-            super().do_GET()
-
-        def log_message(self, *_: object) -> None:
-            """Prints nothing."""
-
-    def serve() -> None:
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Late, directory=str(folder)))
-        port.put(server.server_port)
-        server.serve_forever()
-
-    process = multiprocessing.get_context("fork").Process(target=serve, daemon=True)
-    process.start()
-    try:
-        yield f"http://127.0.0.1:{port.get()}"
-    finally:
-        process.terminate()
-        process.join()
 
 
 if __name__ == "__main__":

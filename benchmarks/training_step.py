@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 from against import compare_steps
-from command_line import main
-from side_by_side import trial_class_of
+from command_line import main, trial_class_of
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad
