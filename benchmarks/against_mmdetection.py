@@ -53,7 +53,7 @@ _get_stream = _functions._get_stream
 _functions._get_stream = lambda gpu: _get_stream(torch.device("cuda", gpu))
 
 
-def loop(trial: MMDetectionTrial, folder: Path, workers: int) -> Callable[[int], None]:
+def loop(trial: MMDetectionTrial, folder: Path, workers: int, _: dict) -> Callable[[int], None]:
     """mmcv's runner over mmdet's own data set, with the trial's weights."""
     config = trial.mmdet_config
     config.data.train.classes = [category["name"] for category in trial.categories]

@@ -47,7 +47,7 @@ class Coco(torch.utils.data.Dataset):
         return Image.open(self.folder / image["file_name"]).convert("RGB"), annotations
 
 
-def loop(trial: DetrTrial, folder: Path, workers: int) -> Callable[[int], None]:
+def loop(trial: DetrTrial, folder: Path, workers: int, _: dict) -> Callable[[int], None]:
     """Trains as many batches as its argument."""
     processor, device = trial.processor, trial.context.device
     model = copy.deepcopy(trial.plain_model.detector).train()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from command_line import main
-from memory import together, with_workers
+from memory import compare_memory, together
 from tabulate import tabulate
 
 from coco_files import make_file, read_source
@@ -64,9 +64,7 @@ def memory(source: Path | None = None, images: int = 118_287, without_torchvisio
         sides = {"ours": (lambda: CocoAnnotations.open(path), read_ours)}
         if not without_torchvision:
             sides["torchvision"] = (open_torchvision, read_torchvision)
-        for side, (opener, reader) in sides.items():
-            seconds, gib = with_workers(opener, reader)
-            summary |= {f"{side}_open_seconds": round(seconds, 3), f"{side}_added_gib": round(gib, 3)}
+        summary |= compare_memory(sides)
         order = np.random.default_rng(0).integers(len(ours), size=60_000).tolist()
         started = time.perf_counter()
         for index in order:

@@ -119,17 +119,16 @@ EVALUATORS = {
 }
 
 
-def added_by(name: str, iou_type: str, coco: dict, detections: list[Detections], queue) -> None:
-    """Puts the MiB that an evaluation adds; None without the package."""
+def added_by(name: str, iou_type: str, coco: dict, detections: list[Detections]) -> float | None:
+    """The MiB that an evaluation adds; None without the package."""
     try:
         run = EVALUATORS[name](coco, iou_type)
     except ImportError as error:
         print(f"{name} is skipped: {error}", file=sys.stderr)
-        queue.put(None)
-        return
+        return None
     with added_mib() as added:
         run(detections)
-    queue.put(added[0])
+    return added[0]
 
 
 def coco_numbers(images: int = 5000, masks: bool = False, repeats: int = 5, only: list[str] = [*EVALUATORS]) -> None:  # noqa: B006

@@ -5,22 +5,18 @@ sides. The first image warms up. The memory of an exported file is that of a pro
 """
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-from command_line import ROOT, main
+from command_line import ROOT, main, trial_class_of
+from memory import in_process
 from tabulate import tabulate
 
 
 def measure(detector: str, config: str, checkpoint: str, files: list[str], images: int) -> dict[str, dict]:
     """Milliseconds per image and MiB of each side, in this process."""
-    from command_line import trial_class_of
-
     from shared.commands.detection import FileDetector, detecting_trial, with_checkpoint
     from shared.commands.export import own_peak_memory, peak_memory_of
     from shared.export import detect
@@ -52,23 +48,7 @@ def measure(detector: str, config: str, checkpoint: str, files: list[str], image
     return {name: {"ms": statistics.median(values[1:]), "mib": memory[name]} for name, values in times.items()}
 
 
-def on_cores(count: int, arguments: list[str]) -> dict[str, dict]:
-    """`measure` in a new process, on `count` cores."""
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments, "--here"],
-        env={**os.environ, "OMP_NUM_THREADS": str(count)},
-        preexec_fn=lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count]),
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout[done.stdout.index("{\n") :])
-
-
-def compare(
-    detector: str, config: Path, checkpoint: Path, files: list[Path], images: int = 50, here: bool = False
-) -> dict[str, dict] | None:
+def compare(detector: str, config: Path, checkpoint: Path, files: list[Path], images: int = 50) -> None:
     """The table of one core, and of two.
 
     detector: the folder of the detector.
@@ -76,14 +56,13 @@ def compare(
     checkpoint: the folder of a checkpoint.
     files: exported files of the checkpoint.
     images: to detect on.
-    here: measure in this process, and print JSON.
     """
     config, checkpoint, *files = (str(path.absolute()) for path in (config, checkpoint, *files))
-    if here:
-        return measure(detector, config, checkpoint, files, images)
-    arguments = ["--detector", detector, "--config", config, "--checkpoint", checkpoint, "--images", str(images)]
-    for count in range(1, min(2, len(os.sched_getaffinity(0))) + 1):
-        found = on_cores(count, [*arguments, "--files", *files])
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    for count in range(1, len(cores) + 1):
+        os.environ["OMP_NUM_THREADS"] = str(count)
+        os.sched_setaffinity(0, cores[:count])
+        found = in_process(measure, detector, config, checkpoint, files, images, start="spawn")
         rows = [(name, side["ms"], side["ms"] / found["PyTorch"]["ms"], side["mib"]) for name, side in found.items()]
         headers = ["", "ms per image", "of PyTorch's", "MiB"]
         print(f"\n{count} {'core' if count == 1 else 'cores'}, {images} images\n")
