@@ -94,7 +94,7 @@ def test_a_file_is_valid_by_determined_s_schema(path, experiment_schema):
     experiment_schema.validate(load_yaml(path))
 
 
-def test_what_the_master_fills_in_is_what_its_schema_says():
+def test_the_master_s_defaults_equal_its_schema_s():
     def defaults(name):
         found = {}
         for key, of_key in load_schema(name)["properties"].items():
