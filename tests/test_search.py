@@ -341,14 +341,14 @@ def test_trials_killed_after_a_checkpoint_continue(search, kill_held_trials, tmp
     assert [len(trial.intermediate_values) for trial in trials.values()] == [30, 30]
 
 
-def test_a_trial_killed_before_its_first_checkpoint_starts_anew(search, kill_held_trials, tmp_path):
+def test_a_trial_killed_before_its_first_checkpoint_starts_again(search, kill_held_trials, tmp_path):
     config = config_of(searcher={"name": "random", "max_trials": 1, "max_time": 6}, hold_at=3)
     kill_held_trials([0])
     assert "trial 0: finished" in search(config, jobs=1)
     assert batches_of(tmp_path / "search") == {0: [1, 2, 3, 1, 2, 3, 4, 5, 6]}
 
 
-def test_a_trial_that_meets_a_full_disk_is_not_lost(search, tmp_path):
+def test_a_trial_survives_a_full_disk(search, tmp_path):
     config = config_of(searcher={"name": "random", "max_trials": 2, "max_time": 3})
     with pytest.raises(UserError) as error:
         search({**config, "full_disk": True}, jobs=1)
@@ -443,7 +443,7 @@ def test_reports_are_read_after_a_resumed_run_shortened_them(trial_process):
 
 
 @pytest.mark.parametrize("length", [None, "", '{"batches": 1', '{"batches_per_epoch": 5}', "[]", "\0\0\0"])
-def test_without_a_whole_length_there_is_no_report_yet(trial_process, length):
+def test_without_its_length_a_trial_has_no_validations_yet(trial_process, length):
     folder = trial_process.folder
     folder.metrics.write_text(line_of(1, 0.1))
     if length is not None:

@@ -25,6 +25,7 @@ from determined.core import DistributedContext
 
 from shared.environment import on_cluster
 from shared.errors import tell_torchrun
+from shared.training import processes
 from shared.training.processes import ProcessContext, Star, host_of_chief
 from shared.training.standings import Mark, Phase, Standing, Standings
 
@@ -35,9 +36,12 @@ _SECONDS_TO_FLUSH = 0.5
 _MILLISECONDS_TO_SEND_THE_REST = 200
 _OF_WORKERS = signal.SIGURG  # which no launcher sends, and which stops no process
 # where Python is while a rank waits for others: a `ProcessContext`, torch's collectives, DDP and its backward pass
-_WAITING = tuple(
-    str(Path(module.__file__).parent) + os.sep
-    for module in (determined, zmq, torch.distributed, torch.nn.parallel, torch.autograd)
+_WAITING = (
+    processes.__file__,
+    *(
+        str(Path(module.__file__).parent) + os.sep
+        for module in (determined, zmq, torch.distributed, torch.nn.parallel, torch.autograd)
+    ),
 )
 
 

@@ -266,7 +266,7 @@ def local_processes(
     start, arrivals = roll_call(store, rank, size, seconds)
     place = place_of(rank, arrivals)
     with contextlib.ExitStack() as stack:
-        device = _join_group(place, gpus_given, hang_minutes, PrefixStore(start, store))
+        device, beside = _join_group(place, gpus_given, hang_minutes, PrefixStore(start, store))
         host = host_of_chief(place.machines)
         distributed = ProcessContext(
             rank=rank,
@@ -278,13 +278,17 @@ def local_processes(
             chief_host=host,
             from_chief=functools.partial(_address_from_chief, host, device),
             hosts=place.hosts if place.machines > 1 else (),
+            beside=beside,
         )
         stack.enter_context(_closing(distributed))
         stack.enter_context(lost_connection_as_error(rank, place.names))
         yield distributed, device
 
 
-def _join_group(place: Place, gpus_given: int, hang_minutes: float | None, store: Store) -> torch.device:
+def _join_group(
+    place: Place, gpus_given: int, hang_minutes: float | None, store: Store
+) -> tuple[torch.device, torch.distributed.ProcessGroup | None]:
+    """This rank's device, and the group for `ProcessContext.begin_max`."""
     device = choose_device(place.local_rank, place.local_size, gpus_given)
     os.environ["USE_TORCH_DISTRIBUTED"] = "True"  # what determined.launch.torch_distributed sets
     if place.machines == 1:
@@ -299,7 +303,8 @@ def _join_group(place: Place, gpus_given: int, hang_minutes: float | None, store
     if timeout is not None:
         store.set_timeout(timeout)
     torch.distributed.init_process_group(backend, timeout=timeout, store=store, rank=place.rank, world_size=place.size)
-    return device
+    # NCCL would make the host wait for the device
+    return device, None if backend == "gloo" else torch.distributed.new_group(backend="gloo", timeout=timeout)
 
 
 def loopback_interface() -> str:

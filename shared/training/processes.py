@@ -84,6 +84,7 @@ class ProcessContext(DistributedContext):
         chief_host: at which the others find the chief.
         from_chief: given the chief's address on the chief and None elsewhere, returns it on all processes.
         hosts: the names of the machines, by rank; empty on one machine.
+        beside: a group of Gloo for `begin_max`; None if the default group is one.
     """
 
     def __init__(
@@ -98,13 +99,14 @@ class ProcessContext(DistributedContext):
         chief_host: str,
         from_chief: Callable[[Address | None], Address],
         hosts: Sequence[str] = (),
+        beside: torch.distributed.ProcessGroup | None = None,
     ):
         # of a single process, Determined's own opens no port
         super().__init__(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
         self.rank, self.size = rank, size
         self.local_rank, self.local_size = local_rank, local_size
         self.cross_rank, self.cross_size = cross_rank, cross_size
-        self.hosts = hosts
+        self.hosts, self._beside = hosts, beside
         self._of_all = self._of_machine = self._of_firsts = Star(rank, size)
         self._of_all.meet(from_chief(self._of_all.listen(chief_host) if rank == 0 else None))
         if cross_size > 1:
@@ -129,6 +131,18 @@ class ProcessContext(DistributedContext):
 
     def broadcast(self, stuff: Any) -> Any:
         return self._of_all.broadcast(stuff)
+
+    def begin_max(self, numbers: Sequence[int]) -> Callable[[], list[int]]:
+        """Begins to find the greatest number of all ranks at each position, without waiting for any rank. Returns the
+        function that waits for the result. Every rank calls this equally often."""
+        tensor = torch.tensor(numbers)
+        work = torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, self._beside, async_op=True)
+
+        def result() -> list[int]:
+            work.wait()
+            return tensor.tolist()
+
+        return result
 
     def gather_local(self, stuff: Any) -> list | None:
         return self._of_machine.gather(stuff)

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 _LISTED = 8  # category names in an error, around the first that differs
 # what schedulers copy from an option before they change it, by the options that it is copied from
 _COPIES = {"initial_lr": {"lr"}, "initial_momentum": {"momentum", "betas"}}
-# what a config says and most schedules leave alone; older checkpoints do not hold what their config built
+# values that the config sets and most schedules keep; older checkpoints lack those that their config built
 _OF_CONFIG = ("weight_decay", "momentum", "betas", "eps")
 
 
@@ -341,7 +341,7 @@ def _pieces(folder: Path, omitted: set[str]) -> Iterator[tuple[str, bytes | str]
 
 def _unwritable(path: Path | str | None, error: OSError) -> UserError:
     place = f"{path} on {socket.gethostname()}"
-    return UserError(f"--resume: {place} cannot be written ({error.strerror}). Fix: make room there, or set TMPDIR")
+    return UserError(f"{place}: it cannot be written ({error.strerror}). Fix: make room there, or set TMPDIR")
 
 
 def _read(path: Path) -> bytes | None:

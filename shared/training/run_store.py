@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 OWNER = "owner.json"
 _TO_CONTINUE = ("metrics.jsonl", "loggers.json", "detections.npz")  # besides the checkpoints
 _NOT_STORED = ("checkpoints", "code", "requeue")  # of this machine; each checkpoint has a copy of the code
+UPLOADS_AT_ONCE = 8  # small files wait for the store's answer, not for the network
 _PAUSE = 10.0  # seconds until a store that failed is tried again
 
 
@@ -249,11 +250,29 @@ class RunStore:
         return state.st_mtime_ns, state.st_size
 
     def _send_checkpoint(self, stored: Stored) -> None:
+        """Sends the files of a checkpoint, several at once: most of them are small files of code. The manifest follows
+        when the others are there."""
         source = self._kept / stored.folder
         self._in_store.add(stored.folder)
-        names = (path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
-        for name in sorted(names, key=lambda name: name == MANIFEST):
-            self.place.send(source / name, f"checkpoints/{stored.folder}/{name}")
+        done = self._partly_sent.setdefault(stored.folder, set())
+        names = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+        waiting = iter(sorted(names - done - {MANIFEST}))  # the threads share it
+
+        def send() -> None:
+            for name in waiting:
+                self.place.send(source / name, f"checkpoints/{stored.folder}/{name}")
+                done.add(name)
+
+        errors: list[Exception] = []
+        threads = [Background("uploading", errors.append) for _ in range(UPLOADS_AT_ONCE)]
+        for thread in threads:
+            thread.begin(send)
+        for thread in threads:
+            thread.wait()
+        if errors:
+            raise errors[0]
+        if (source / MANIFEST).exists():  # older versions wrote none
+            self.place.send(source / MANIFEST, f"checkpoints/{stored.folder}/{MANIFEST}")
 
     def _check_owner(self) -> None:
         owner = (self.place.read(OWNER) or b"").decode()
