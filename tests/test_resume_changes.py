@@ -197,11 +197,8 @@ def test_a_resume_with_other_categories_is_refused_and_changes_nothing(config, t
     with_ids(config, {name: len(names) - i for i, name in enumerate(names)}, tmp_path)
     with pytest.raises(UserError) as error:
         train(trial_class, of_length(8, config), resume="last")
-    count, last_run = len(names), run / "checkpoints/last"
-    assert str(error.value).startswith(
-        f"data.train: its {count} categories are not the {count} of {last_run}: number 1"
-    )
-    assert f"number 1 is {names[-1]!r} instead of {names[0]!r}. " in str(error.value)
+    first = f"data.train: number 1 of its categories is {names[-1]!r}, and {names[0]!r} in {run / 'checkpoints/last'}. "
+    assert str(error.value).startswith(first)
     assert "Fix: use annotations with the checkpoint's categories in its order, or start a new" in str(error.value)
     assert files_of(run) == saved
 
