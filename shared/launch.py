@@ -33,7 +33,7 @@ from shared.environment import (
     task_config,
     use_available_cores,
 )
-from shared.errors import DivergedError, UserError, out_of_memory_anywhere, out_of_memory_as, tell_torchrun
+from shared.errors import DivergedError, UserError, out_of_memory_as_error, tell_torchrun
 from shared.export.metadata import FORMATS, TENSORRT, TRANSFORMERS
 from shared.log import redacted, show_log
 from shared.training.downloads import checkpoint_here
@@ -111,7 +111,7 @@ def main(trial_class: type[DetectionTrial], command: Command | None = None) -> N
         command: what `read_command` returned; None reads the command line now.
     """
     use_available_cores()
-    with quiet_if_output_is_closed(), exit_on_errors(), out_of_memory_as(out_of_memory_anywhere):
+    with quiet_if_output_is_closed(), exit_on_errors(), out_of_memory_as_error():
         if on_cluster():
             train_on_cluster = _load("shared.commands.train", "train_on_cluster")
             show_log()
