@@ -248,7 +248,7 @@ def opened(tmp_path: Path, names: list[str], goes_on: bool = False, **config: ob
     return made
 
 
-def test_a_logger_that_fails_ends_no_training_and_the_other_goes_on(config, train, trial_class, fakes, caplog):
+def test_a_failing_logger_stops_neither_training_nor_other_loggers(config, train, trial_class, fakes, caplog):
     config["hyperparameters"]["loggers"] = ["wandb", "mlflow"]
     config["searcher"]["max_length"] = {"batches": 2}
     fakes(wandb=Failing, mlflow=Fake)

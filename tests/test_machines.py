@@ -166,7 +166,7 @@ def test_a_machine_killed_at_random_moments_changes_no_sample(nodes, prepare, tm
         on = train(count=2 - kill % 2, chief=chance.randrange(2))
         lost = chance.choice(on)
         stop(lost, after=chance.uniform(0.2, 1.0) * seconds)
-        for node in on:  # what is left ends by itself, unless its torchrun still waits for the other one
+        for node in on:  # the rest stops by itself, unless its torchrun still waits for the other one
             stop(node, after=90)
         logs += [node.log for node in on]
     for chief in (0, 1):  # with one machine, and at last with two
@@ -195,7 +195,7 @@ def test_a_machine_that_never_comes_is_named(nodes, prepare):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("detector", ["efficientdet", "mmdetection"])
-def test_torchrun_continues_with_the_machines_that_are_left_and_with_new_ones(nodes, prepare, tmp_path, detector):
+def test_torchrun_continues_with_remaining_and_with_new_machines(nodes, prepare, tmp_path, detector):
     """The losses are those of a run that is stopped after the same batches, and continued with as many processes."""
     if detector in WITHOUT_LIBRARY:
         pytest.skip(WITHOUT_LIBRARY[detector])

@@ -160,7 +160,7 @@ def test_a_file_that_is_named_in_several_ways_counts_once(predict, tmp_path, giv
     assert files(tmp_path / "out") == ["a.png.png", "results.json"]
 
 
-def test_names_that_differ_in_case_or_accents_only_are_told_apart(predict, tmp_path):
+def test_names_that_differ_only_in_case_or_accents_stay_apart(predict, tmp_path):
     """On the disks of macOS and Windows they are the same name."""
     given = ["one/A.png", "two/a.png", "one/caf\u00e9.png", "two/cafe\u0301.png"]
     for name in given:
@@ -233,7 +233,7 @@ def test_pictures_of_an_earlier_predict_are_no_input(predict, tmp_path, caplog):
         ("broken.mp4", "--images: .*broken.mp4.* cannot be read as a video"),
     ],
 )
-def test_what_cannot_be_predicted_on_is_one_line_and_leaves_nothing(predict, tmp_path, given, message):
+def test_predicting_on_unusable_input_is_one_line_and_leaves_nothing(predict, tmp_path, given, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "broken.mp4").write_bytes(b"no video")
@@ -242,7 +242,7 @@ def test_what_cannot_be_predicted_on_is_one_line_and_leaves_nothing(predict, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_cut_off_says_what_is_there(predict, tmp_path, capsys):
+def test_an_interrupted_prediction_keeps_and_counts_its_results(predict, tmp_path, capsys):
     for i in range(6):
         image(tmp_path / f"in/{i}.png")
     with pytest.raises(SystemExit) as ended:
@@ -274,7 +274,7 @@ def test_the_threshold_of_the_run_s_report_is_drawn_with(predict, tmp_path, monk
     assert score_limits("best-per-category", categories, path).scores.tolist() == [0.5, 0.05]
 
 
-def test_an_image_that_cannot_be_decoded_is_left_out(predict, tmp_path, caplog):
+def test_an_image_that_cannot_be_decoded_is_skipped(predict, tmp_path, caplog):
     image(tmp_path / "in/a.jpg")
     cut = image(tmp_path / "in/b.jpg", (400, 300))
     cut.write_bytes(cut.read_bytes()[:700])
@@ -516,7 +516,7 @@ RESULT = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
         ([{**RESULT, "bbox": [1, 2, 1e300, 4]}], "result 0, of image 1: `bbox` .*1e\\+300.* all finite"),
         ([{**RESULT, "score": 1e300}], "result 0, of image 1: .*`score` 1e\\+300"),
         ([{**RESULT, "keypoints": [1, 1e300, 2]}], "result 0, of image 1: `keypoints` .*1e\\+300"),
-        ('[{"segmentation": ' + "[" * 100_000, "is not JSON that can be read: its lists are nested too deep"),
+        ('[{"segmentation": ' + "[" * 100_000, "its lists are nested too deep"),
         (json.dumps([RESULT]).encode("utf-16"), "is in UTF-16"),
         ('[{"file_name": "ü"}]'.encode("latin-1"), "is not JSON: it is not in UTF-8"),
     ],

@@ -34,7 +34,7 @@ def test_the_python_page_runs_as_it_is_written(shapes, tmp_path, monkeypatch):
     assert names["comparison"].overall.delta > 0
 
 
-def test_what_is_installed_has_all_of_shared_and_nothing_else():
+def test_the_installed_package_is_all_of_shared_and_nothing_else():
     packages = set(read_configuration(ROOT / "setup.cfg")["options"]["packages"])
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "shared").rglob("*.py")}
     assert packages == {".".join(folder.parts) for folder in folders}

@@ -112,7 +112,7 @@ def _begin_training(
             try:
                 trial.open_data()
             except UserError:
-                if trial.evaluates_coco:  # what is wrong in the other split too
+                if trial.evaluates_coco:  # continue, to find errors in the other split too
                     opened = open_named(trial.data, report)
                 raise
             both = {"train": trial.train_data, "val": trial.val_data}
@@ -121,7 +121,7 @@ def _begin_training(
             is_built = True
         except Exception as error:  # a detector's library fails in as many ways as configs are wrong
             report.stop(error)
-        if not (opened or is_built):  # what the config names may be data of a library's own format
+        if not (opened or is_built):  # the config may name data in the library's own format
             with contextlib.suppress(UserError):
                 opened = open_named(experiment.data, Report())
         scale = None

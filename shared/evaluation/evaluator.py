@@ -119,10 +119,8 @@ def check_detections(
         for name, values in (("box", found.boxes), ("score", found.scores)):
             if not np.isfinite(values).all():
                 wrong = values[~np.isfinite(values).reshape(len(values), -1).all(axis=1)][0]
-                raise UserError(
-                    f"detections of image {found.image_id}: the {name} {wrong.tolist()} is not finite. Fix: remove "
-                    "such detections"
-                )
+                where = f"detections of image {found.image_id}"
+                raise UserError(f"{where}: the {name} {wrong.tolist()} is not finite. Fix: remove it")
 
 
 def iou_types_of(detections: Sequence[Detections], annotations: CocoAnnotations) -> tuple[str, ...]:
@@ -138,7 +136,9 @@ class CocoEvaluator(ChiefReducer):
     An image that several slots have seen counts once.
 
     Args:
-        image_ids, keypoint_sigmas, max_detections: as of `evaluate`.
+        image_ids: see `evaluate`.
+        keypoint_sigmas: see `evaluate`.
+        max_detections: see `evaluate`.
         gather: the way to the chief, see `ChiefReducer`.
 
     Attributes:

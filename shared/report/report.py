@@ -153,7 +153,9 @@ def report(
         output: the HTML file.
         images: the folder of the images, for pictures; None for no pictures.
         iou_types: None for boxes, and masks and keypoints if all detections have them.
-        image_ids, keypoint_sigmas, max_detections: see `evaluate`.
+        image_ids: see `evaluate`.
+        keypoint_sigmas: see `evaluate`.
+        max_detections: see `evaluate`.
         min_score: the lowest score that is drawn; None for the best threshold.
         resamples: how often images are drawn again for the intervals; 0 for no intervals.
 

@@ -226,7 +226,7 @@ class Outcome:
     end: End
     batches: int
     total: int  # batches of the whole length
-    why: str = ""  # what the log, the report and the command line show; empty for a complete training
+    why: str = ""  # shown in the log, the report and the command line; empty for a complete training
     signal: signal.Signals | None = None  # the one that stopped it on some rank
     validation: Validation | None = None  # the last one of this start
     seconds: float = 0.0  # of training, those before a resume included

@@ -286,7 +286,7 @@ class DetectionTrial(Detector):
         self._pictured = []
         self.begin_validation(loader)
         self.synchronize_buffers()
-        if self.validates_loss and self.slots > 1:  # what the chief's modules keep besides buffers
+        if self.validates_loss and self.slots > 1:  # the state of the chief's modules outside of buffers
             state = python_state(self.evaluation_model, self.python_attributes)
             self._chief_python_state = self.context.distributed.broadcast(state)
 

@@ -163,7 +163,7 @@ def test_predict_draws_the_masks_of_a_checkpoint(shapes, trained, tmp_path, comm
 
 
 @pytest.mark.slow
-def test_a_resumed_run_with_masks_is_bit_for_bit_the_whole_one(
+def test_a_resumed_run_with_masks_equals_an_uninterrupted_one(
     shapes, trial_class, train, crash_and_resume, without_figures
 ):
     config = masks_config(shapes, batches=4)
@@ -227,12 +227,6 @@ def test_masks_cannot_be_trained_on_boxes_alone(shapes, train, trial_class, tmp_
     config["data"]["train"]["annotations"] = str(tmp_path / "boxes.json")
     with pytest.raises(UserError, match=r"have no segmentation, the first has id \d+; the model detects masks. Fix: "):
         train(trial_class, config)
-
-
-def test_a_file_without_masks_is_not_exported(trained, tmp_path, command, trial_class):
-    run, _, _ = trained
-    with pytest.raises(SystemExit, match=r"a file would have no masks. Fix: use the checkpoint, or --format transf"):
-        command(trial_class, "export", run / "config.yaml", "--checkpoint", run / "checkpoints/last")
 
 
 def test_the_config_of_a_folder_says_whether_the_model_has_masks(tmp_path):

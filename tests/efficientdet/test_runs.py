@@ -73,7 +73,7 @@ def test_a_run_ends_with_a_report_of_its_best_validation(trained):
 
 
 @pytest.mark.slow
-def test_where_a_run_is_started_from_does_not_swell_its_checkpoints(shapes, run_config, tmp_path):
+def test_the_working_directory_does_not_enlarge_checkpoints(shapes, run_config, tmp_path):
     full = tmp_path / "full"
     full.mkdir()
     (full / "photo.bin").write_bytes(os.urandom(3 * 2**20))
@@ -91,7 +91,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(refused, trained):
 
 
 @pytest.mark.slow
-def test_a_finished_run_goes_on_with_a_greater_length(refused, trained, run_config, tmp_path):
+def test_a_finished_run_continues_with_a_greater_length(refused, trained, run_config, tmp_path):
     run = shutil.copytree(trained[0], tmp_path / "run")
     longer = run_config(searcher__max_length={"batches": 16})
     run_model_def("train", longer, "--output-dir", run, "--resume", "last")
@@ -101,7 +101,7 @@ def test_a_finished_run_goes_on_with_a_greater_length(refused, trained, run_conf
 
 
 @pytest.mark.slow
-def test_the_learning_rate_and_epochs_go_on_after_a_resume_by_epochs(shapes, train):
+def test_the_learning_rate_and_epochs_continue_after_a_resume(shapes, train):
     from model_def import EfficientDetTrial
 
     class Stopped(EfficientDetTrial):
@@ -183,7 +183,7 @@ def test_evaluate_gives_the_run_s_numbers_with_any_number_of_processes(trained, 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it detects in half precision")
-def test_what_was_trained_in_half_precision_evaluates_without_a_gpu(trained, command, tmp_path):
+def test_a_half_precision_checkpoint_evaluates_without_a_gpu(trained, command, tmp_path):
     run, config, _ = trained
     checkpoint = ("--checkpoint", run / "checkpoints/last", "--set", "hyperparameters.amp=fp16")
     command(EfficientDetTrial, "evaluate", config, *checkpoint, "--output", tmp_path)
@@ -307,7 +307,7 @@ def test_a_cut_off_checkpoint_is_refused(refused, trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_last_checkpoint_that_was_changed_is_said_and_best_goes_on(trained, run_config, tmp_path):
+def test_a_changed_last_checkpoint_is_reported_and_best_continues(trained, run_config, tmp_path):
     run = shutil.copytree(trained[0], tmp_path / "run")
     best = json.loads((run / "checkpoints/best/metadata.json").read_text())["steps_completed"]
     shutil.rmtree(run / "checkpoints/last")
@@ -389,7 +389,7 @@ def test_out_of_memory_in_a_validation_names_the_smaller_batch(refused, run_conf
     assert "global_batch_size: 2 with optimizations.aggregation_frequency: 2 has the same images in a step" in line
 
 
-def test_out_of_memory_for_a_validation_loss_says_to_leave_it_out(refused, run_config, tmp_path, small_gpu):
+def test_out_of_memory_for_a_validation_loss_says_to_omit_it(refused, run_config, tmp_path, small_gpu):
     small_gpu("image_losses")
     config = run_config(hyperparameters__validation_loss=True)
     line = refused("train", config, "--output-dir", tmp_path / "run")

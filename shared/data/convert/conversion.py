@@ -163,12 +163,12 @@ def _seen(source: Path, depth: int) -> list[tuple[str, Path, str]]:
 
 def _read(kind: str | None, source: Path, options: Options, say: Callable[[str], object]) -> Contents:
     if not source.exists():
-        raise UserError(f"{source}: does not exist ({nearest_path(str(source))}). Fix: correct the path")
+        raise UserError(f"{source}: does not exist; {nearest_path(str(source))}")
     if kind is None:
         kind, source, said = recognise(source)
         say(f"{source}: read as {kind}: {said}")
     elif kind not in FORMATS:
-        raise UserError(f"{kind}: is not a format{nearest(kind, FORMATS)} Formats: {', '.join(FORMATS)}")
+        raise UserError(f"{kind}: is not a format{nearest(kind, FORMATS, 'use one of ' + ', '.join(FORMATS))}")
     for option, value, kinds in (
         ("labels", options.labels, ("yolo",)),
         ("boxes", options.boxes, ("csv", "huggingface")),
