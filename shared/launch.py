@@ -170,15 +170,15 @@ def _check_run(arguments: argparse.Namespace) -> None:
         open_place(arguments.store, StoreOptions())
     elif arguments.resume in OF_THE_RUN and arguments.output_dir is None:
         raise UserError(f"--resume {arguments.resume}: it needs a run. Fix: name the run's folder with --output-dir")
-    if "RANK" in os.environ:  # rank 0 alone needs the checkpoint, and all ranks exit with its error
-        return
     if arguments.resume not in (None, *OF_THE_RUN):
         _check_checkpoint(arguments.resume, "--resume")
-    if arguments.output_dir is not None and arguments.resume is None:
+    if arguments.output_dir is not None and arguments.resume is None and "RANK" not in os.environ:
         RunFolder(arguments.output_dir).refuse_other_run()
 
 
 def _check_checkpoint(name: str, option: str) -> None:
+    if "RANK" in os.environ:  # rank 0 alone needs the checkpoint, and all ranks exit with its error
+        return
     try:
         checkpoint_here(name)
     except UserError as error:
