@@ -33,7 +33,7 @@ from shared.environment import (
     task_config,
     use_available_cores,
 )
-from shared.errors import DivergedError, UserError, out_of_memory_anywhere, out_of_memory_as, tell_torchrun
+from shared.errors import DivergedError, UserError, out_of_memory_as_error, tell_torchrun
 from shared.export.metadata import FORMATS, TENSORRT, TRANSFORMERS
 from shared.log import redacted, show_log
 from shared.training.downloads import checkpoint_here
@@ -111,7 +111,7 @@ def main(trial_class: type[DetectionTrial], command: Command | None = None) -> N
         command: what `read_command` returned; None reads the command line now.
     """
     use_available_cores()
-    with quiet_if_output_is_closed(), exit_on_errors(), out_of_memory_as(out_of_memory_anywhere):
+    with quiet_if_output_is_closed(), exit_on_errors(), out_of_memory_as_error():
         if on_cluster():
             train_on_cluster = _load("shared.commands.train", "train_on_cluster")
             show_log()
@@ -170,15 +170,15 @@ def _check_run(arguments: argparse.Namespace) -> None:
         open_place(arguments.store, StoreOptions())
     elif arguments.resume in OF_THE_RUN and arguments.output_dir is None:
         raise UserError(f"--resume {arguments.resume}: it needs a run. Fix: name the run's folder with --output-dir")
-    if "RANK" in os.environ:  # rank 0 alone needs the checkpoint, and all ranks exit with its error
-        return
     if arguments.resume not in (None, *OF_THE_RUN):
         _check_checkpoint(arguments.resume, "--resume")
-    if arguments.output_dir is not None and arguments.resume is None:
+    if arguments.output_dir is not None and arguments.resume is None and "RANK" not in os.environ:
         RunFolder(arguments.output_dir).refuse_other_run()
 
 
 def _check_checkpoint(name: str, option: str) -> None:
+    if "RANK" in os.environ:  # rank 0 alone needs the checkpoint, and all ranks exit with its error
+        return
     try:
         checkpoint_here(name)
     except UserError as error:
