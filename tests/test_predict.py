@@ -1,11 +1,11 @@
 """`predict` on all kinds of inputs, and `evaluate` of a results.json, with a detector of constant detections."""
 
+import dataclasses
 import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -262,7 +262,8 @@ def test_the_threshold_of_the_run_s_report_is_drawn_with(predict, tmp_path, monk
     with pytest.raises(UserError, match=r"--min-score best: .* is of no run with a report\. Fix: give a number"):
         predict("a.png", min_score="best")
     path = tmp_path / "run/checkpoints/best"
-    checkpoint = SimpleNamespace(path=path, hparams={}, categories=None, weights=None)
+    fields = {"path": path, "hparams": {}, "categories": None, "weights": None}
+    checkpoint = dataclasses.make_dataclass("Checkpoint", fields)(**fields)
     (tmp_path / "run").mkdir()
     per_category = [{"name": "square", "threshold": 0.5}, {"name": "circle", "threshold": None}]
     report = {"best_threshold": 0.05, "bbox": {"categories": per_category}}
@@ -493,7 +494,10 @@ RESULT = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ([RESULT, {**RESULT, "image_id": 99}], "result 1: no image of .*val.json has the id 99; 1 of the results' 2"),
+        (
+            [RESULT, {**RESULT, "image_id": 99}],
+            "result 1: no image of .*val.json has the id 99. This holds for 1 of the results' 2",
+        ),
         (
             [{**RESULT, "category_id": 9}],
             "result 0, of image 1: no category has the id 9; the annotations have 1, 2, 3",
