@@ -80,7 +80,7 @@ bench: $(ALL_READY)
 	$(PY) benchmarks/annotations.py check
 	$(PY) benchmarks/annotations.py ranks
 	$(PY) benchmarks/annotations.py disk
-	OMP_NUM_THREADS=1 $(PY) benchmarks/remote.py
+	OMP_NUM_THREADS=1 $(PY) benchmarks/remote.py remote
 	OMP_NUM_THREADS=1 $(PY) benchmarks/scale.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/training_step.py
 	for script in benchmarks/against_*.py; do for what in step memory evaluation; do \
@@ -100,11 +100,12 @@ docs: $(DOCS_READY)
 docs-serve: $(DOCS_READY)
 	.venv-docs/bin/mkdocs serve
 
-# Determined uploads a detector's folder and follows no link to a folder: shared/ is in it as a link a file.
+# Determined uploads a detector's folder and follows no link to a folder: shared/ is in it as a link a file. Python needs
+# no __init__.py in its folders. The documentation's API pages do.
 links:
 	for detector in $$(dirname */model_def.py); do \
 		rm -rf $$detector/shared && \
-		for file in $$(cd shared && find . -name '*.py' -o -name '*.jinja' -o -name requirements.txt | sort); do \
+		for file in $$(cd shared && find . -name '*.py' ! -path './*/__init__.py' -o -name '*.jinja' -o -name requirements.txt | sort); do \
 			link=$$detector/shared/$${file#./} && mkdir -p "$$(dirname $$link)" && \
 			ln -s --relative "shared/$${file#./}" "$$link" || exit 1; \
 		done; \

@@ -1,10 +1,12 @@
 """Exported files beside their checkpoint: milliseconds per image and peak memory, on one core and on two.
 
 Every side detects on each image in turn, from the image's file to its detections. So noise on the machine changes all
-sides. The first image warms up. The memory of an exported file is that of a process that runs `detect.py`.
+sides. The first image warms up. On one core the times are CPU times, which other processes on the machine change less.
+The memory of an exported file is that of a process that runs `detect.py`.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -21,14 +23,15 @@ def measure(detector: str, config: str, checkpoint: str, files: list[str], image
     """Milliseconds per image and MiB of each side, in this process."""
     from shared.commands.detection import FileDetector, detecting_trial, with_checkpoint
     from shared.commands.export import own_peak_memory, peak_memory_of
-    from shared.export import detect
     from shared.launch import experiment_for
     from shared.training.meeting import local_processes
 
     given = argparse.Namespace(command="evaluate", config=config, overrides=[], checkpoint=checkpoint, model=None)
     trial_class = trial_class_of(detector)
-    experiment, saved = with_checkpoint(trial_class, experiment_for(given, trial_class.sections()), given)
-    with local_processes() as processes, detecting_trial(trial_class, experiment, saved, processes) as trial:
+    with local_processes() as processes, contextlib.ExitStack() as stack:
+        experiment = experiment_for(given, trial_class.sections())
+        experiment, saved = with_checkpoint(trial_class, experiment, given, processes[0])
+        trial = stack.enter_context(detecting_trial(trial_class, experiment, saved, processes))
         data = trial.open_val()
         indices = [index % len(data.annotations) for index in range(images + 1)]
         dataset, collate = trial.evaluation_dataset(data), trial.collate(training=False)
@@ -39,13 +42,14 @@ def measure(detector: str, config: str, checkpoint: str, files: list[str], image
             name = f"{Path(path).parent.name}/{Path(path).name}"
             file, seconds = FileDetector(trial_class, experiment, Path(path), processes), {"loading": 0, "detecting": 0}
             sides[name] = lambda index, file=file, seconds=seconds: file.detect_image(data, index, seconds)
-            memory[name] = peak_memory_of(Path(detect.__file__), Path(path).absolute(), data, indices)
+            memory[name] = peak_memory_of(Path(path).with_name("detect.py"), Path(path), data, indices)
         times = {name: [] for name in sides}
+        clock = time.process_time if len(os.sched_getaffinity(0)) == 1 else time.perf_counter
         for index in indices:
             for name, detect_image in sides.items():
-                started = time.perf_counter()
+                started = clock()
                 detect_image(index)
-                times[name].append(1000 * (time.perf_counter() - started))
+                times[name].append(1000 * (clock() - started))
     return {name: {"ms": statistics.median(values[1:]), "mib": memory[name]} for name, values in times.items()}
 
 
@@ -73,7 +77,13 @@ def on_cores(count: int, arguments: list[str]) -> dict[str, dict]:
 
 
 def compare(
-    detector: str, config: Path, checkpoint: Path, files: list[Path], images: int = 50, here: bool = False
+    detector: str,
+    config: Path,
+    checkpoint: Path,
+    files: list[Path],
+    images: int = 50,
+    cores: int = 2,
+    here: bool = False,
 ) -> dict[str, dict] | None:
     """The table of one core, and of two.
 
@@ -82,13 +92,14 @@ def compare(
     checkpoint: the folder of a checkpoint.
     files: exported files of the checkpoint.
     images: to detect on.
+    cores: at most.
     here: measure in this process, and print JSON.
     """
     config, checkpoint, *files = (str(path.absolute()) for path in (config, checkpoint, *files))
     if here:
         return measure(detector, config, checkpoint, files, images)
     arguments = ["--detector", detector, "--config", config, "--checkpoint", checkpoint, "--images", str(images)]
-    for count in range(1, min(2, len(os.sched_getaffinity(0))) + 1):
+    for count in range(1, min(cores, len(os.sched_getaffinity(0))) + 1):
         found = on_cores(count, [*arguments, "--files", *files])
         rows = [(name, side["ms"], side["ms"] / found["PyTorch"]["ms"], side["mib"]) for name, side in found.items()]
         headers = ["", "ms per image", "of PyTorch's", "MiB"]

@@ -22,11 +22,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "efficientdet")]
 
 PORT = 29622
 IMAGES = 1000  # that a validation gathers, with 100 detections each
+STEPS = 5  # between two agreements
 WHAT = {
     "meet": "all processes meet",
     "start": "data, model and DDP",
     "all-reduce": "gradients of a step",
-    "agree": "agreement to stop, every 10 batches",
+    "agree": f"agreement to stop, every {STEPS} batches",
+    "beside": "its exchange, beside the steps",
+    "sockets": "agreement over the run's sockets",
     "gather": f"validation of {IMAGES} images, without its metrics",
     "resume": "checkpoint to the other machine",
 }
@@ -69,7 +72,26 @@ def measure(rank: int, size: int) -> None:
         trial = timed("start", lambda: EfficientDetTrial(context, experiment), times=1)
         gradients = torch.zeros(sum(each.numel() for each in trial.plain_model.parameters()))
         timed("all-reduce", lambda: torch.distributed.all_reduce(gradients))
-        timed("agree", lambda: distributed.allgather((None, (None, False))), times=20)
+        timed("beside", lambda: distributed.begin_max([0, 0, 0])(), times=20)
+        timed("sockets", lambda: distributed.allgather((None, (None, False))), times=20)
+
+        def agree():
+            """Seconds that the steps wait for an agreement beside them, and for one over the run's sockets."""
+            started = time.perf_counter()
+            result = distributed.begin_max([0, 0, 0])
+            waited = time.perf_counter() - started
+            for _ in range(STEPS):
+                torch.distributed.all_reduce(gradients)
+            started = time.perf_counter()
+            result()
+            waited += time.perf_counter() - started
+            distributed.allgather(None)
+            started = time.perf_counter()
+            distributed.allgather((None, (None, False)))
+            return waited, time.perf_counter() - started
+
+        seconds["agree"], seconds["sockets"] = map(statistics.median, zip(*(agree() for _ in range(20)), strict=True))
+        sent["agree"] = sent["beside"]
         share = range(rank, IMAGES, size)
         found = [Detections(i, np.ones((100, 4), np.float32), np.ones(100), np.ones(100, np.int64)) for i in share]
         carried = GatheredDetections.of(np.array(share), np.array([], np.int64), found, masks=False, keypoints=False)

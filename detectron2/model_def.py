@@ -244,10 +244,9 @@ class Detectron2Trial(DetectionTrial):
         return start_of(self.hparams.weights, self.detectron2_config, self.for_training, submitted)
 
     def exportable(self) -> nn.Module:
-        from detectron2_files.export import ExportableRetinaNet
+        from detectron2_files.export import exportable
 
-        mapper = self._mapper(False, data_sets.describe(self.categories))
-        return ExportableRetinaNet(self.evaluation_model, mapper)
+        return exportable(self.evaluation_model, self._mapper(False, data_sets.describe(self.categories)))
 
     def check_pretrained(self) -> None:
         if self._weights() is None:

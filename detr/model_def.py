@@ -152,8 +152,6 @@ class DetrTrial(DetectionTrial):
             group["lr"] = lr * factor(number)
 
     def exportable(self) -> nn.Module:
-        if has_masks(self.config):
-            raise UserError("export: a file would have no masks. Fix: use the checkpoint, or --format transformers")
         from detr_files.export import ExportableDetr
 
         return ExportableDetr(self.evaluation_model.detector, self.processor)

@@ -34,7 +34,7 @@ from shared.environment import (
     use_available_cores,
 )
 from shared.errors import DivergedError, UserError, out_of_memory_anywhere, out_of_memory_as, tell_torchrun
-from shared.export.metadata import FORMATS, TRANSFORMERS
+from shared.export.metadata import FORMATS, TENSORRT, TRANSFORMERS
 from shared.log import redacted, show_log
 from shared.training.downloads import checkpoint_here
 from shared.training.loggers import check_loggers
@@ -348,8 +348,9 @@ def read_arguments() -> argparse.Namespace:
 
 def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", help="a checkpoint's path or UUID; default: the config's pretrained weights")
-    formats_help = "default onnx; `torch` is a .pt2 file; `transformers` a folder for that package (detr only)"
-    parser.add_argument("--format", choices=[*FORMATS, TRANSFORMERS], default="onnx", help=formats_help)
+    formats_help = "default onnx; `torch` is a .pt2 file; `transformers` a folder for that package (detr only); "
+    formats_help += "`tensorrt` prints the command that builds an engine"
+    parser.add_argument("--format", choices=[*FORMATS, TRANSFORMERS, TENSORRT], default="onnx", help=formats_help)
     precisions = parser.add_mutually_exclusive_group()
     precisions.add_argument(
         "--half", dest="precision", action="store_const", const="float16", help="weights of 16 bits (openvino only)"
@@ -360,6 +361,9 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         action="store_const",
         const="int8",
         help="convolutions in 8 bits (onnx, openvino), calibrated on images of data.train",
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help="the network alone (onnx only); detect.py does the rest in NumPy"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to write; default exports/FORMAT")
     parser.set_defaults(model=None, precision="float32")

@@ -265,14 +265,14 @@ def differences_of_export(command, tmp_path):
     the differences between the detections of file and checkpoint on four images."""
     from shared.commands.train import train_locally
 
-    def call(detector: type, trained: type, config: dict) -> dict:
+    def call(detector: type, trained: type, config: dict, *options: str) -> dict:
         config["searcher"]["max_length"] = {"batches": 1}
         config["scheduling_unit"] = 1
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(config))
         run_command(train_locally, trained, path, output_dir=tmp_path / "run", resume=None)
         checkpoint = ["--checkpoint", tmp_path / "run/checkpoints/last"]
-        command(detector, "export", path, *checkpoint, "--images", 4, "--output", tmp_path / "out")
+        command(detector, "export", path, *checkpoint, *options, "--images", 4, "--output", tmp_path / "out")
         return json.loads((tmp_path / "out/export.json").read_text())["differences"]
 
     return call

@@ -1,6 +1,7 @@
 """The tests that the documentation names exist, and its commands and links work."""
 
 import ast
+import json
 import re
 import shlex
 import sys
@@ -82,6 +83,14 @@ def test_the_tables_of_keys_are_those_of_the_code(monkeypatch):
     for path, (name, section) in tables.sections().items():
         text = path.read_text()
         assert tables.with_table(text, name, section) == text, f"{path}: run .venv/bin/python docs/tables.py"
+
+
+def test_the_table_of_exported_files_is_that_of_its_measurements(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import export_matrix
+
+    page, results = export_matrix.PAGE.read_text(), json.loads(export_matrix.NUMBERS.read_text())
+    assert export_matrix.with_table(page, results) == page, "run .venv/bin/python docs/export_matrix.py --only NOTHING"
 
 
 def test_every_key_of_a_config_has_a_text(monkeypatch):

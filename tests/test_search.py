@@ -453,34 +453,14 @@ def test_without_its_length_a_trial_has_no_validations_yet(trial_process, length
     assert trial_process.validations("bbox_mAP") == [(100_000, 0.1)]
 
 
-def test_lines_that_are_not_reports_are_skipped(trial_process):
+@pytest.mark.parametrize("incomplete", [line_of(5, 0.5)[:20], "\0\0", "\xff"])
+def test_a_line_that_is_not_complete_is_no_report_yet(trial_process, incomplete):
     folder = trial_process.folder
     folder.write_length(10, 5)
-    broken = ['{"batches": 2, "spl\n', "\0\0\n", "17\n", '{"batches": 3, "split": "val"}\n', "\xff\n"]
-    folder.metrics.write_bytes((line_of(1, 0.1) + "".join(broken) + line_of(4, None)).encode("latin-1"))
+    folder.metrics.write_bytes((line_of(1, 0.1) + line_of(4, None) + incomplete).encode("latin-1"))
     (first, second) = trial_process.validations("bbox_mAP")
     assert first == (100_000, 0.1)
     assert second == (400_000, pytest.approx(float("nan"), nan_ok=True))
-    with folder.metrics.open("a") as file:
-        file.write(line_of(5, 0.5)[:20])
-    assert len(trial_process.validations("bbox_mAP")) == 2
-
-
-def test_a_lock_left_by_a_killed_search_is_named(tmp_path, caplog):
-    journal, config = tmp_path / "search.journal", config_of(searcher={"name": "random"})
-    open_study(journal, config)
-    lock = Path(f"{journal}.lock")
-    lock.symlink_to(journal)  # as a search leaves it that is killed in the middle of a write
-
-    def remove_once_named():
-        wait_for(lambda: "search.journal.lock: another search is writing, or was killed" in caplog.text)
-        lock.unlink()
-
-    remover = threading.Thread(target=remove_once_named)
-    remover.start()
-    open_study(journal, config)
-    remover.join()
-    assert "After 30 seconds without change the lock is removed" in caplog.text
 
 
 def test_a_journal_that_a_full_disk_cut_off_is_repaired(tmp_path):

@@ -11,13 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.image_transforms import center_to_corners_format
 
+from detr_files.masks import has_masks
 from shared.errors import UserError
-from shared.export.operations import Exportable, check_filter, resize_as_pillow, size_of
+from shared.export.operations import check_filter, resize_as_pillow, size_of
+from shared.export.raw import Decoding, ExportableRaw
 
 _FILTERS = {Image.BILINEAR: "bilinear", Image.BICUBIC: "bicubic"}
 
 
-class ExportableDetr(Exportable):
+class ExportableDetr(ExportableRaw):
     """The steps of the image processor, the model, and `post_process_object_detection`.
 
     Args:
@@ -48,6 +50,8 @@ class ExportableDetr(Exportable):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) / factor)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) / factor)
         self.uses_softmax, self.limit = _post_processing(processor, detector)
+        if has_masks(detector.config):
+            self.outputs = (*self.outputs, "image_masks")
 
     def prepare(self, images: Tensor) -> tuple[Tensor, Tensor]:
         pixels = images.float()
@@ -67,7 +71,7 @@ class ExportableDetr(Exportable):
             torch.sym_min(least * side // short, (2 * most * side + long) // (2 * long)) for side in (height, width)
         )
 
-    def detect(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def detect(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         outputs = self.detector(pixel_values=pixels)
         logits, boxes = outputs.logits, outputs.pred_boxes
         classes = logits.shape[-1]
@@ -79,7 +83,29 @@ class ExportableDetr(Exportable):
             scores, places = logits.sigmoid().flatten(1).topk(self.limit, dim=1)
             rows, labels = places // classes, places % classes
         boxes = center_to_corners_format(boxes).gather(1, rows[..., None].expand(-1, -1, 4))
-        return boxes * sizes.flip(0).repeat(2), scores, labels
+        masks = ()
+        if "image_masks" in self.outputs:
+            of_queries = outputs.pred_masks
+            masks = (of_queries.gather(1, rows[..., None, None].expand(-1, -1, *of_queries.shape[2:])),)
+        return boxes * sizes.flip(0).repeat(2), scores, labels, *masks
+
+    def decoding(self) -> Decoding:
+        return Decoding(
+            keeps_ratio=False,
+            filter=self.filter,
+            fill_color=(0, 0, 0),
+            one_label=self.uses_softmax,
+            candidates=self.limit,
+            iou_threshold=None,
+            limit=self.limit,
+            clips=False,
+        )
+
+    def places(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self.detector(pixel_values=(images.float() - self.mean) / self.std)
+        scores = outputs.logits.softmax(-1)[..., :-1] if self.uses_softmax else outputs.logits.sigmoid()
+        size = torch.tensor(self.input_size, dtype=torch.float32).flip(0).repeat(2)
+        return center_to_corners_format(outputs.pred_boxes) * size, scores
 
 
 def _post_processing(processor: Any, detector: PreTrainedModel) -> tuple[bool, int]:

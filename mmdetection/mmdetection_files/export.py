@@ -1,4 +1,4 @@
-"""MMDetection's one-stage detectors from images to detections, as `export` writes them."""
+"""MMDetection's detectors from images to detections, as `export` writes them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,27 @@ import torch.nn.functional as F
 from mmcv.ops import DeformConv2d, ModulatedDeformConv2d
 from mmdet.models.dense_heads import GFLHead, YOLOXHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
-from mmdet.models.detectors import SingleStageDetector
+from mmdet.models.dense_heads.rpn_head import RPNHead
+from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
+from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
+from mmdet.models.roi_heads.bbox_heads import BBoxHead
+from mmdet.models.roi_heads.mask_heads import FCNMaskHead
+from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from torch import Tensor, nn
 
 from mmdetection_files import data as data_sets
 from shared.errors import UserError
-from shared.export.operations import Exportable, as_tensor, best_boxes, best_pairs, resize_as_opencv, within
+from shared.export.operations import (
+    Exportable,
+    as_tensor,
+    best_boxes,
+    best_of_classes,
+    best_pairs,
+    of_labels,
+    pool_regions,
+    resize_as_opencv,
+    within,
+)
 
 _MOST = 1000  # detections of an image, without max_per_img
 _KEY = "hyperparameters.config_file"
@@ -35,8 +50,12 @@ class ExportableMMDetection(Exportable):
     def __init__(self, model: nn.Module, pipeline: Sequence[Mapping[str, Any]]):
         super().__init__()
         _check(model)
-        self.model, self.head = model, model.bbox_head
-        self.config = model.test_cfg
+        self.model = model
+        self.regions = model.roi_head if isinstance(model, TwoStageDetector) else None
+        self.head = model.bbox_head if self.regions is None else model.rpn_head
+        self.config = model.test_cfg if self.regions is None else model.test_cfg.rpn
+        if self.regions is not None and self.regions.with_mask:
+            self.outputs = (*self.outputs, "masks")
         self.scale, self.keeps_ratio, self.steps = _test_steps(pipeline)
         if not self.keeps_ratio:
             self.input_size = (self.scale[1], self.scale[0])
@@ -78,9 +97,12 @@ class ExportableMMDetection(Exportable):
             down, right = (-height) % divisor, (-width) % divisor
         return F.pad(pixels, (0, right, 0, down), value=value)
 
-    def detect(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        outputs = self.head(self.model.extract_feat(pixels))
+    def detect(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        features = self.model.extract_feat(pixels)
+        outputs = self.head(features)
         height, width, new_height, new_width = sizes.unbind()
+        if self.regions is not None:
+            return self._of_regions(features, *self._of_levels(outputs, new_height, new_width), sizes)
         if isinstance(self.head, YOLOXHead):
             found = self._of_yolox(*outputs)
         else:
@@ -119,13 +141,56 @@ class ExportableMMDetection(Exportable):
             regressed = head.integral(regressed) * head.prior_generator.strides[level][0]
             priors = head.anchor_center(priors)
         regressed = regressed.reshape(batch, -1, 4)
-        scores, places, labels = best_pairs(scores, count, self.config.score_thr)
+        scores, places, labels = best_pairs(scores, count, self.config.get("score_thr", 0.0))
         chosen = regressed.gather(1, places[..., None].expand(-1, -1, 4))
         decoded = head.bbox_coder.decode(priors[places.flatten()], chosen.flatten(0, 1)).view(batch, count, 4)
         if factor is not None:
             factor = factor.permute(0, 2, 3, 1).reshape(batch, -1).sigmoid()
             scores = scores * factor.gather(1, places)
         return decoded, scores, labels
+
+    def _of_regions(
+        self, features: Sequence[Tensor], boxes: Tensor, scores: Tensor, levels: Tensor, sizes: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The boxes and masks of `roi_head.simple_test`, of the RPN's candidates."""
+        proposals, config = self.config, self.regions.test_cfg
+        is_large = ((boxes[..., 2:] - boxes[..., :2]) > proposals.min_bbox_size).all(-1)
+        scores = torch.where(is_large, scores, torch.zeros_like(scores))
+        boxes, scores = (each.unflatten(1, (-1, proposals.nms_pre)).transpose(1, 2) for each in (boxes, scores))
+        limit = min(proposals.max_per_img, scores.shape[1] * scores.shape[2])
+        boxes, found, _ = best_of_classes(boxes, scores, proposals.nms["iou_threshold"], limit)
+        height, width, new_height, new_width = sizes.unbind()
+        scale, edge = torch.stack([new_width / width, new_height / height]).repeat(2), (new_width, new_height)
+        heads, logits = _as_list(self.regions.bbox_head), []
+        for extractor, head in zip(_as_list(self.regions.bbox_roi_extractor), heads, strict=True):
+            classes, deltas = head(self._pooled(extractor, features, boxes))
+            logits.append(classes)
+            if head is not heads[-1]:
+                deltas = deltas.unflatten(1, (-1, 4))
+                if not head.reg_class_agnostic:
+                    best = classes[:, :-1].argmax(1)[:, None, None].expand(-1, -1, 4)
+                    deltas = deltas.gather(1, best)
+                boxes = _decoded(head, boxes, deltas.flatten(1), edge)[:, :, 0]
+        boxes = _decoded(heads[-1], boxes, deltas, edge) / scale
+        scores = (sum(logits) / len(logits)).softmax(-1)[:, :-1].unflatten(0, boxes.shape[:2])
+        scores = torch.where((found > 0)[..., None], scores, torch.zeros_like(scores))
+        most = scores.shape[1] * scores.shape[2]
+        limit = min(config.max_per_img if config.max_per_img > 0 else _MOST, most)
+        boxes, scores, labels = best_of_classes(boxes, scores, config.nms["iou_threshold"], limit, config.score_thr)
+        if not self.regions.with_mask:
+            return boxes, scores, labels
+        masks = [
+            of_labels(head(self._pooled(extractor, features, boxes * scale)), labels).sigmoid()
+            for extractor, head in zip(
+                _as_list(self.regions.mask_roi_extractor), _as_list(self.regions.mask_head), strict=True
+            )
+        ]
+        return boxes, scores, labels, sum(masks) / len(masks)
+
+    def _pooled(self, extractor: SingleRoIExtractor, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+        bounds = [(2**level - 1e-6) * extractor.finest_scale for level in range(1, extractor.num_inputs)]
+        pooled = pool_regions(features[: extractor.num_inputs], boxes, extractor.roi_layers, bounds)
+        return self.regions.shared_head(pooled) if self.regions.with_shared_head else pooled
 
     def _of_yolox(
         self, class_levels: list[Tensor], box_levels: list[Tensor], object_levels: list[Tensor]
@@ -146,28 +211,71 @@ class ExportableMMDetection(Exportable):
         return boxes, torch.where(scores >= self.config.score_thr, scores, torch.zeros_like(scores)), labels
 
 
+def _as_list(modules: nn.Module | nn.ModuleList) -> list[nn.Module]:
+    """The modules of each stage of a cascade, or the only one."""
+    return list(modules) if isinstance(modules, nn.ModuleList) else [modules]
+
+
+def _decoded(head: BBoxHead, boxes: Tensor, deltas: Tensor, edge: tuple[Tensor, Tensor]) -> Tensor:
+    """(B, N, K, 4) of (B, N, 4) boxes and their (B * N, K * 4) deltas, inside an image whose width and height is
+    `edge`."""
+    decoded = head.bbox_coder.decode(boxes.flatten(0, 1), deltas)
+    decoded = decoded.unflatten(1, (-1, 4)).unflatten(0, boxes.shape[:2])
+    return torch.minimum(decoded.clamp(min=0), torch.stack(edge).repeat(2)) if head.bbox_coder.clip_border else decoded
+
+
+# of each kind of part, the methods that a rule above repeats
+_RULES = {
+    SingleStageDetector: ("simple_test",),
+    TwoStageDetector: ("simple_test",),
+    RPNHead: ("get_bboxes", "_get_bboxes_single", "_bbox_post_process"),
+    StandardRoIHead: ("simple_test", "simple_test_bboxes", "simple_test_mask", "_bbox_forward", "_mask_forward"),
+    CascadeRoIHead: ("simple_test", "_bbox_forward", "_mask_forward"),
+    SingleRoIExtractor: ("forward", "map_roi_levels"),
+    BBoxHead: ("get_bboxes", "regress_by_class"),
+    FCNMaskHead: ("get_seg_masks",),
+    GFLHead: ("get_bboxes", "_get_bboxes_single"),
+    YOLOXHead: ("get_bboxes",),
+    BaseDenseHead: ("get_bboxes", "_get_bboxes_single"),
+}
+
+
+def _check_rule(part: nn.Module) -> None:
+    """Raises UserError if a part of a detector computes in another way than the rules above."""
+    kind = next((kind for kind in _RULES if isinstance(part, kind)), None)
+    is_other = kind is None or any(getattr(type(part), name) is not getattr(kind, name) for name in _RULES[kind])
+    if is_other or (kind is BBoxHead and (part.custom_activation or not part.with_reg)):
+        raise UserError(
+            f"{_KEY}: {type(part).__name__} cannot be exported: it finds boxes or masks by a rule of its own. {_FIX}"
+        )
+
+
 def _check(model: nn.Module) -> None:
-    """Raises UserError if the boxes of a detector are not found by one of the rules above."""
-    head = getattr(model, "bbox_head", None)
-    kind = type(model).__name__
-    if not isinstance(model, SingleStageDetector) or getattr(model, "mask_head", None) is not None:
-        raise UserError(f"{_KEY}: {kind} cannot be exported: it is not a one-stage detector of boxes. {_FIX}")
-    kind = type(head).__name__
-    own = isinstance(head, (GFLHead, YOLOXHead))
-    plain = all(
-        getattr(type(head), name, None) is getattr(BaseDenseHead, name) for name in ("get_bboxes", "_get_bboxes_single")
-    )
-    if not own and not plain:
-        raise UserError(f"{_KEY}: {kind} cannot be exported: it finds boxes by a rule of its own. {_FIX}")
+    """Raises UserError if the detections of a detector are not found by one of the rules above."""
+    is_two_stage = isinstance(model, TwoStageDetector)
+    parts, configs = [model], [model.test_cfg]
+    if is_two_stage and model.roi_head is not None and model.with_rpn:
+        regions = model.roi_head
+        parts += [model.rpn_head, regions, *_as_list(regions.bbox_roi_extractor), *_as_list(regions.bbox_head)]
+        if regions.with_mask:
+            parts += [*_as_list(regions.mask_roi_extractor), *_as_list(regions.mask_head)]
+        configs = [model.test_cfg.rpn, model.test_cfg.rcnn]
+    else:
+        parts.append(model.rpn_head if is_two_stage else getattr(model, "bbox_head", None))
+    for part in parts:
+        _check_rule(part)
     if any(isinstance(module, (DeformConv2d, ModulatedDeformConv2d)) for module in model.modules()):
         raise UserError(
             f"{_KEY}: {type(model).__name__} cannot be exported: an exported file has no deformable convolution. {_FIX}"
         )
-    nms = model.test_cfg.get("nms", {})
-    if nms.get("type") != "nms" or nms.get("class_agnostic") or nms.get("max_num"):
-        raise UserError(
-            f"{_KEY}: test_cfg.nms {dict(nms)} cannot be exported. Fix: use {{type: nms, iou_threshold: …}}"
-        )
+    for config in configs:
+        nms = config.get("nms", {})
+        if nms.get("type") != "nms" or nms.get("class_agnostic") or nms.get("max_num"):
+            raise UserError(
+                f"{_KEY}: test_cfg.nms {dict(nms)} cannot be exported. Fix: use {{type: nms, iou_threshold: …}}"
+            )
+    if is_two_stage and (model.test_cfg.rpn.nms_pre <= 0 or model.test_cfg.rcnn.get("mask_thr_binary", 0.5) != 0.5):
+        raise UserError(f"{_KEY}: test_cfg cannot be exported. Fix: give rpn.nms_pre, and rcnn.mask_thr_binary: 0.5")
 
 
 _FIX = "Fix: use its checkpoint, or a detector that docs/export.md lists"

@@ -30,6 +30,7 @@ from shared.evaluation.evaluator import CocoEvaluator, for_json, iou_types_of, m
 from shared.report.analysis import best_of_boxes
 from shared.training.checkpoints import Checkpoint
 from shared.training.meeting import local_processes
+from shared.training.processes import on_chief
 from shared.training.trial import DetectionTrial
 
 
@@ -44,13 +45,11 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
         most = trial_class.scored_detections(experiment.config.get("hyperparameters") or {})
         _evaluate_results(experiment, arguments, most)
         return
-    experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments)
-    with (
-        local_processes() as processes,
-        detector_of(trial_class, experiment, checkpoint, arguments.model, processes) as trial,
-    ):
+    with local_processes() as processes, contextlib.ExitStack() as stack:
+        experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments, processes[0])
+        trial = stack.enter_context(detector_of(trial_class, experiment, checkpoint, arguments.model, processes))
         data = trial.open_val()
-        _make_output_folders(arguments, data)
+        on_chief(processes[0], lambda: _make_output_folders(arguments, data))
         check_categories(trial.categories, data, "checkpoint" if arguments.model is None else "exported detector")
         evaluator = trial.build_evaluator(data)
         if arguments.report and not isinstance(evaluator, CocoEvaluator):

@@ -35,7 +35,7 @@ from shared.data.remote import (
     send_file,
     write_url,
 )
-from shared.durable import locked, sync_folder, write_file, writing
+from shared.durable import locked, sync_path, write_file, writing
 from shared.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -429,7 +429,7 @@ class FolderPlace:
         missing = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         for folder in reversed(missing):
-            sync_folder(folder.parent)
+            sync_path(folder.parent)
         return path
 
     @contextlib.contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ class Exportable(nn.Module, ABC):
     - scores: (B, N) float32, the best first. Rows with score 0 are no detections.
     - labels: (B, N) int64, 0 to K-1.
     - masks: (B, N, S, S) float32, the probability that a point of the box belongs to the object.
+    - image_masks: instead of these, (B, N, h, w) float32, above 0 if a point of the image belongs to the object.
 
     Attributes:
         outputs: the names of what `forward` returns.
@@ -81,8 +83,11 @@ def resize_as_pillow(images: Tensor, height: int, width: int, name: str = "bilin
     """(B, 3, H, W) of whole numbers to (B, 3, height, width), as Pillow resizes: columns, then rows, each rounded to 8
     bits. A level of a pixel can differ by 1, because Pillow's weights are rounded.
 
-    A resize is two matrix products. So it has the same result in every runtime, for images of any size.
+    A resize is two matrix products. So it has the same result in every runtime, for images of any size. ONNX Runtime
+    has the operation itself, which is five times as fast.
     """
+    if _resizes_in_onnx and name == "bilinear":
+        return torch.ops.exported.resized(images, height, width).float()
     wide = images.float() @ _pillow_weights(images.shape[-1], width, name).T
     wide = (wide + 0.5).floor().clamp(0, 255)
     return (_pillow_weights(images.shape[-2], height, name) @ wide + 0.5).floor().clamp(0, 255)
@@ -145,21 +150,60 @@ def best_pairs(scores: Tensor, count: int, score_threshold: float) -> tuple[Tens
     return best, torch.minimum(pairs // labels, torch.ones_like(pairs) * (places - 1)), pairs % labels
 
 
+# --- features and masks of regions ------------------------------------------------------------------
+
+
+def pool_regions(features: Sequence[Tensor], boxes: Tensor, layers: Sequence[Any], bounds: Sequence[float]) -> Tensor:
+    """(B * N, C, S, S) features of (B, N, 4) boxes, by RoIAlign on one level of a pyramid each.
+
+    Args:
+        features: (B, C, H, W) of each level.
+        layers: the library's RoIAlign of each level.
+        bounds: (levels - 1) how large the square root of a box's area is, at least, on the levels after the first.
+    """
+    from torchvision.ops import roi_align
+
+    images = torch.arange(boxes.shape[0], dtype=boxes.dtype)[:, None, None].expand(-1, boxes.shape[1], 1)
+    images, corners = images.reshape(-1, 1), boxes.reshape(-1, 4)
+    sides = (corners[:, 2:] - corners[:, :2]).prod(1, keepdim=True).sqrt()
+    levels = sum((sides >= bound for bound in bounds), torch.zeros_like(sides, dtype=torch.int64))
+    pooled = []
+    for level, (of_level, layer) in enumerate(zip(features, layers, strict=True)):
+        # boxes of other levels shrink to a pixel, which takes no time
+        is_here = levels == level
+        regions = torch.where(is_here, corners, torch.tensor([0.0, 0.0, 1.0, 1.0]))
+        arguments = layer.output_size, layer.spatial_scale, layer.sampling_ratio, layer.aligned
+        found = roi_align(of_level, torch.cat([images, regions], 1), *arguments)
+        pooled.append(torch.where(is_here[..., None, None], found, torch.zeros_like(found)))
+    return sum(pooled[1:], pooled[0])
+
+
+def of_labels(masks: Tensor, labels: Tensor) -> Tensor:
+    """(B, N, S, S) of (B * N, K, S, S) masks: that of each region's label, or the only one if K is 1."""
+    if masks.shape[1] > 1:
+        masks = masks.gather(1, labels.reshape(-1, 1, 1, 1).expand(-1, 1, *masks.shape[2:]))
+    return masks.reshape(*labels.shape, *masks.shape[2:])
+
+
 # --- non-maximum suppression ------------------------------------------------------------------------
 
-_to_onnx = False
+_to_onnx = _resizes_in_onnx = False
 
 
 @contextlib.contextmanager
-def nms_of_onnx() -> Iterator[None]:
-    """In the block, `best_boxes` is traced with the operation that `onnx_translations` translates."""
-    global _to_onnx
+def operations_of_onnx(resizes: bool) -> Iterator[None]:
+    """In the block, `best_boxes` is traced with the operation that `onnx_translations` translates.
+
+    Args:
+        resizes: so is `resize_as_pillow`. OpenVINO has no such operation.
+    """
+    global _to_onnx, _resizes_in_onnx
     _register()
-    _to_onnx = True
+    _to_onnx, _resizes_in_onnx = True, resizes
     try:
         yield
     finally:
-        _to_onnx = False
+        _to_onnx = _resizes_in_onnx = False
 
 
 def best_boxes(
@@ -181,11 +225,34 @@ def best_boxes(
     positive = boxes - boxes.min()
     down = labels.to(boxes.dtype) * (positive.max() + 1)
     apart = positive + torch.stack([torch.zeros_like(down), down] * 2, -1)
-    find = torch.ops.exported.kept if _to_onnx else _kept
-    kept = find(apart, scores, iou_threshold, score_threshold, limit)
-    kept_scores = torch.where(kept & (scores > score_threshold), scores, torch.zeros_like(scores))
-    top_scores, top = kept_scores.topk(limit, dim=1)
+    top_scores, top = _kept_scores(apart, scores, iou_threshold, score_threshold, limit).topk(limit, dim=1)
     return boxes.gather(1, top[..., None].expand(-1, -1, 4)), top_scores, labels.gather(1, top), top
+
+
+def best_of_classes(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int, score_threshold: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for regions that have a score of each class: NMS within each image and class.
+
+    Args:
+        boxes: (B, N, K, 4), or (B, N, 1, 4) if a region has the same box in all classes.
+        scores: (B, N, K).
+
+    Returns:
+        boxes (B, limit, 4), scores (B, limit) with 0 for no detection, and labels (B, limit).
+    """
+    regions, classes = scores.shape[1:]
+    boxes, scores = boxes.expand(-1, -1, classes, -1).transpose(1, 2), scores.transpose(1, 2)
+    kept = _kept_scores(boxes.flatten(0, 1), scores.flatten(0, 1), iou_threshold, score_threshold, limit)
+    top_scores, top = kept.reshape(-1, classes * regions).topk(limit, dim=1)
+    return boxes.flatten(1, 2).gather(1, top[..., None].expand(-1, -1, 4)), top_scores, top // regions
+
+
+def _kept_scores(boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: float, limit: int) -> Tensor:
+    """(B, N) the scores of boxes that no better one of the row suppresses, and 0 of the others."""
+    find = torch.ops.exported.kept if _to_onnx else _kept
+    kept = find(boxes, scores, iou_threshold, score_threshold, limit)
+    return torch.where(kept & (scores > score_threshold), scores, torch.zeros_like(scores))
 
 
 def _kept(boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: float, limit: int) -> Tensor:
@@ -194,25 +261,38 @@ def _kept(boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: 
 
     batch, count = scores.shape
     # nor do boxes of different images: each has its own columns
-    across = torch.arange(batch, device=boxes.device, dtype=boxes.dtype) * (boxes.max() + 1)
+    across = torch.arange(batch, device=boxes.device, dtype=boxes.dtype) * (boxes.max() - boxes.min() + 1)
     across = torch.stack([across, torch.zeros_like(across)] * 2, -1)
-    kept = nms((boxes + across[:, None]).reshape(-1, 4), scores.reshape(-1), iou_threshold)
+    boxes, scores = (boxes + across[:, None]).reshape(-1, 4), scores.reshape(-1)
+    rows = (scores > score_threshold).nonzero()[:, 0]
+    kept = rows[nms(boxes[rows], scores[rows], iou_threshold)]
     flat = torch.zeros(batch * count, dtype=torch.bool, device=boxes.device)
     return flat.index_fill(0, kept, True).reshape(batch, count)
 
 
 @functools.cache
 def _register() -> None:
-    """Defines `exported::kept`, which `onnx_translations` translates. torch 2.3 lacks what it needs."""
+    """Defines the operations that `onnx_translations` translates. torch 2.3 lacks what it needs."""
     operation = torch.library.custom_op("exported::kept", _kept, mutates_args=())
 
     @operation.register_fake
     def _(boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: float, limit: int) -> Tensor:
         return torch.empty_like(scores, dtype=torch.bool)
 
+    operation = torch.library.custom_op("exported::resized", _resized, mutates_args=())
+
+    @operation.register_fake
+    def _(images: Tensor, height: int, width: int) -> Tensor:
+        return images.new_empty((*images.shape[:2], height, width))
+
+
+def _resized(images: Tensor, height: int, width: int) -> Tensor:
+    return resize_as_pillow(images, height, width).to(images.dtype)
+
 
 def onnx_translations() -> dict:
-    """For `torch.onnx.export`: NMS by ONNX's own operation. It handles images by themselves, and stops at `limit`."""
+    """For `torch.onnx.export`: NMS and Pillow's resizing by ONNX's own operations. That NMS handles images by
+    themselves, and stops at `limit`."""
     from onnxscript import opset18 as op
 
     _register()
@@ -230,7 +310,16 @@ def onnx_translations() -> dict:
         nothing = op.Mul(scores, op.Constant(value_floats=[0.0]))
         return op.Cast(op.ScatterND(nothing, places, ones), to=9)  # BOOL
 
+    def resized(images, height, width):  # noqa: ANN001, ANN202
+        one = op.Constant(value_ints=[1])
+        sizes = op.Concat(op.Shape(images, end=2), op.Reshape(height, one), op.Reshape(width, one), axis=0)
+        return op.Resize(images, None, None, sizes, mode="linear", antialias=1, exclude_outside=1)
+
     def is_all_true(values):  # noqa: ANN001, ANN202
         return op.Cast(op.ReduceMin(op.Cast(values, to=6), keepdims=0), to=9)
 
-    return {torch.ops.exported.kept.default: kept, torch.ops.aten._is_all_true.default: is_all_true}
+    return {
+        torch.ops.exported.kept.default: kept,
+        torch.ops.exported.resized.default: resized,
+        torch.ops.aten._is_all_true.default: is_all_true,
+    }

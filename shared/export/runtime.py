@@ -12,6 +12,7 @@ import numpy as np
 from shared.environment import available_cores
 from shared.errors import UserError
 from shared.evaluation.detections import Detections, encode_masks
+from shared.export import detect_raw
 from shared.export.metadata import PREFIX, Metadata
 
 # from (B, 3, H, W) uint8 images to the outputs, in the order of the metadata
@@ -27,6 +28,7 @@ class ExportedDetector:
         path, metadata: the file, and what it says about itself.
         categories: COCO categories; the position is the label.
         device: where the runtime computes.
+        iou_types: "bbox", and "segm" if the file finds masks.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -50,6 +52,8 @@ class ExportedDetector:
             ) from error
         self.metadata = Metadata.of_strings(strings, self.path)
         self.categories = self.metadata.categories
+        has_masks = any(name.endswith("masks") for name in self.metadata.outputs)
+        self.iou_types = ("bbox", "segm") if has_masks else ("bbox",)
 
     def detect(self, images: Sequence[np.ndarray], image_ids: Sequence[int] | None = None) -> list[Detections]:
         """The detections of (H, W, 3) uint8 RGB images, the best first. Images of one size share a batch.
@@ -58,6 +62,9 @@ class ExportedDetector:
             image_ids: for the detections; None for the positions.
         """
         image_ids = range(len(images)) if image_ids is None else image_ids
+        if self.metadata.decoding is not None:
+            raw = detect_raw.detections(self._run, images, self.metadata.input_size, self.metadata.decoding)
+            return [Detections(image_id, *found) for image_id, found in zip(image_ids, raw, strict=True)]
         groups: dict[tuple[int, ...] | int, list[int]] = {}
         for position, image in enumerate(images):
             groups.setdefault(image.shape if self.metadata.any_batch else position, []).append(position)
@@ -74,16 +81,22 @@ class ExportedDetector:
 def _detections(outputs: dict[str, np.ndarray], image_id: int, size: tuple[int, int]) -> Detections:
     kept = outputs["scores"] > 0
     boxes = outputs["boxes"][kept]
-    masks = paste_masks(outputs["masks"][kept], boxes, *size) if "masks" in outputs else None
+    masks = None
+    if "masks" in outputs:
+        masks = paste_masks(outputs["masks"][kept], boxes, *size)
+    elif "image_masks" in outputs:
+        whole = np.tile(np.float32([0, 0, size[1], size[0]]), (len(boxes), 1))
+        masks = paste_masks(outputs["image_masks"][kept], whole, *size, least=np.finfo(np.float32).tiny)
     return Detections(image_id, boxes, outputs["scores"][kept], outputs["labels"][kept], masks)
 
 
-def paste_masks(masks: np.ndarray, boxes: np.ndarray, height: int, width: int) -> list[dict]:
+def paste_masks(masks: np.ndarray, boxes: np.ndarray, height: int, width: int, least: float = _IN_MASK) -> list[dict]:
     """COCO's RLE dict of each mask at the size of the image.
 
     Args:
-        masks: (M, S, S) float32, probabilities at the cells of each box.
+        masks: (M, h, w) float32, the cells of each box.
         boxes: (M, 4) x1 y1 x2 y2.
+        least: the lowest value of a pixel in a mask. Outside of the box all pixels are 0.
     """
     pasted = []
     for mask, box in zip(masks, boxes, strict=True):
@@ -92,7 +105,7 @@ def paste_masks(masks: np.ndarray, boxes: np.ndarray, height: int, width: int) -
         if left < right and top < bottom:
             rows = _weights(top, bottom, box[1], box[3], mask.shape[0])
             columns = _weights(left, right, box[0], box[2], mask.shape[1])
-            whole[top:bottom, left:right] = rows @ mask @ columns.T >= _IN_MASK
+            whole[top:bottom, left:right] = rows @ mask @ columns.T >= least
         pasted.append(whole)
     return encode_masks(pasted)
 

@@ -321,7 +321,8 @@ class _Training:
                 f"{checkpoint.path} has ended by {why}. Fix: give a patience of more than "
                 f"{self.best.without_improvement}, or omit hyperparameters.early_stopping"
             )
-        if is_validated and (why := self.clock.why_over()):
+        if is_validated and self.clock.is_over():
+            why = self.clock.why
             return f"{checkpoint.path} has ended by {why}. Fix: give more hours, or omit hyperparameters.max_hours"
         return None
 

@@ -14,10 +14,15 @@ ANY_SHAPE = {"shortest_edge": 96, "longest_edge": 160}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model_type", "processor"),
-    [*((model_type, None) for model_type in DETR_TYPES), ("detr", {"size": ANY_SHAPE})],
+    ("model_type", "changes", "options"),
+    [
+        *((model_type, {}, []) for model_type in DETR_TYPES),
+        ("detr", {"processor": {"size": ANY_SHAPE}}, []),
+        ("rf_detr", {"masks": True}, []),
+        *((model_type, {}, ["--raw"]) for model_type in ("rt_detr_v2", "detr")),
+    ],
 )
-def test_exported_file_detects_what_the_checkpoint_detects(model_type, processor, shapes, differences_of_export):
+def test_exported_file_detects_what_the_checkpoint_detects(model_type, changes, options, shapes, differences_of_export):
     trial_class = trial_classes()["detr"]
 
     class Spread(trial_class):
@@ -34,9 +39,10 @@ def test_exported_file_detects_what_the_checkpoint_detects(model_type, processor
 
     Spread.__module__ = trial_class.__module__
     config = detr_config(shapes, model_type)
-    if processor is not None:
-        config["hyperparameters"]["processor"] = processor
-    found = differences_of_export(trial_class, Spread, config)
+    config["hyperparameters"].update(changes)
+    found = differences_of_export(trial_class, Spread, config, *options)
     assert found["matched"] == found["detections"] > 0
     assert found["box"] < 0.01
     assert found["score"] < 1e-4
+    assert (found["mask"] is not None) == changes.get("masks", False)
+    assert found["mask"] is None or found["mask"] > 0.98

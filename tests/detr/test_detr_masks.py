@@ -229,12 +229,6 @@ def test_masks_cannot_be_trained_on_boxes_alone(shapes, train, trial_class, tmp_
         train(trial_class, config)
 
 
-def test_a_file_without_masks_is_not_exported(trained, tmp_path, command, trial_class):
-    run, _, _ = trained
-    with pytest.raises(SystemExit, match=r"a file would have no masks. Fix: use the checkpoint, or --format transf"):
-        command(trial_class, "export", run / "config.yaml", "--checkpoint", run / "checkpoints/last")
-
-
 def test_the_config_of_a_folder_says_whether_the_model_has_masks(tmp_path):
     own = {"model_type": "rf_detr", **DETR_TYPES["rf_detr"]}
     built = build_detector(model_config(DetrHyperparameters(config=own, masks=True)), CATEGORIES)

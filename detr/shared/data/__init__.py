@@ -1,1 +1,0 @@
-../../../shared/data/__init__.py

@@ -1,1 +1,0 @@
-../../../shared/evaluation/__init__.py

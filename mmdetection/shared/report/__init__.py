@@ -1,1 +1,0 @@
-../../../shared/report/__init__.py
