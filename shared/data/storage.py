@@ -13,13 +13,14 @@ import itertools
 import logging
 import os
 import shutil
+import stat
 import tempfile
 import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
@@ -47,18 +48,8 @@ _COUNT_IS_GOOD_FOR = 24 * 3600  # seconds until a full folder is counted again
 
 
 class ImageStorage(Protocol):
-    """
-    Attributes:
-        place: identifies this storage, so that a look at it can be remembered; None if it must not be.
-    """
-
-    place: str | None
-
     def read(self, file_name: str) -> bytes:
         """The bytes of the image file."""
-
-    def look(self, names: np.ndarray) -> Look:
-        """Which of the images are there; `names` is (N,) bytes."""
 
 
 def open_images(
@@ -86,6 +77,19 @@ def open_images(
     return DiskImages(folder.absolute())
 
 
+def open_file(path: str | os.PathLike) -> BinaryIO:
+    """Opens a file on disk. Raises OSError if it is a pipe or a device, which may have no end."""
+    return open(path, "rb", opener=_open_plain_file)
+
+
+def _open_plain_file(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path}: it is no plain file")
+    return descriptor
+
+
 @dataclass(frozen=True)
 class DiskImages:
     """Images in a folder and its subfolders, without links that lead out of it, except into a Hugging Face cache."""
@@ -97,7 +101,8 @@ class DiskImages:
         return str(self.folder)
 
     def read(self, file_name: str) -> bytes:
-        return (self.folder / file_name).read_bytes()
+        with open_file(self.folder / file_name) as file:
+            return file.read()
 
     def look(self, names: np.ndarray) -> Look:
         """Lists each folder once: a `stat` of each of 118,287 files takes minutes on a network disk.
@@ -249,6 +254,11 @@ class CachedImages:
             with contextlib.suppress(FileNotFoundError):
                 taken += path.stat().st_size
         return taken
+
+
+Listed = DiskImages | RemoteImages | CachedImages
+"""Storages that tell which images they have: `look(names)`, (N,) bytes. `place` identifies the storage, so that a look
+can be remembered; None if it must not be."""
 
 
 def _read_copy(copy: Path, version_bytes: int) -> tuple[bytes | None, bytes]:
