@@ -448,5 +448,5 @@ class FolderPlace:
             yield
         except OSError as error:
             raise StoreError(
-                f"{self.root} cannot be {purpose} ({error.strerror or error}). Fix: check the path and its permissions"
+                f"{self.root} cannot be {purpose} ({error.strerror or error}). Fix: check the path"
             ) from error
