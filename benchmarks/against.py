@@ -77,7 +77,7 @@ def run(library: ModuleType) -> None:
         """The memory (PSS) of a data set and the four loader workers of a process, after each has read every record.
 
         source: a COCO file to repeat; default: synthetic data
-        images: of the repeated file
+        images: the number of images in the repeated file
         """
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "instances.json"

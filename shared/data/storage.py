@@ -439,6 +439,4 @@ class FolderPlace:
         try:
             yield
         except OSError as error:
-            raise StoreError(
-                f"{self.root} cannot be {purpose} ({error.strerror or error}). Fix: check the path and its permissions"
-            ) from error
+            raise StoreError(f"{self.root} cannot be {purpose} ({error.strerror or error}). Fix: check it") from error
