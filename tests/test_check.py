@@ -164,7 +164,7 @@ def test_check_prints_a_table_draws_a_page_and_sets_the_exit_status(data, tmp_pa
     assert run_main(config, "--set", "data.val.annotations=/nowhere.json") == 1
     assert "stops the training: data.val.annotations: /nowhere.json does not exist" in capsys.readouterr().out
     assert "has neither data.train nor data.val" in run_main(config, "--set=data.train=", "--set=data.val=")
-    assert run_main(config, "--page", "/nowhere/page.png") == "--page: /nowhere is not a folder"
+    assert run_main(config, "--page", "/nowhere/page.png") == "--page: /nowhere is not a folder. Fix: create it"
     first = sorted((data / "train").iterdir())[0]
     before = first.read_bytes()
     assert "is a file among the images and would be replaced" in run_main(config, "--page", first)

@@ -121,6 +121,15 @@ def parse_number(text: str | None, what: str, limit: float = math.inf) -> float:
     return number
 
 
+def is_number(text: str) -> bool:
+    """Whether `parse_number` reads the text."""
+    try:
+        parse_number(text, "")
+    except ValueError:
+        return False
+    return True
+
+
 def parse_whole_number(text: str | None, what: str) -> int:
     """A whole number, also if it is written as 1.0.
 
