@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import logging
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -76,7 +77,7 @@ def run(library: ModuleType) -> None:
         """The memory (PSS) of a data set and the four loader workers of a process, after each has read every record.
 
         source: a COCO file to repeat; default: synthetic data
-        images: of the repeated file
+        images: the number of images in the repeated file
         """
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "instances.json"
@@ -101,7 +102,9 @@ def run(library: ModuleType) -> None:
                 measured[" and ".join(iou_types)] = _evaluate(library, path, detections, iou_types)
         return measured
 
-    main(library.__doc__, *([step, memory, evaluation] if hasattr(library, "data_sets") else [step]))
+    if sys.argv[1:2] != ["step"] and not hasattr(library, "data_sets"):
+        sys.exit(f"{sys.argv[0]} has one command: step")
+    main(library.__doc__, step, memory, evaluation)
 
 
 def _evaluate(library: ModuleType, path: Path, detections: list[Detections], iou_types: tuple[str, ...]) -> dict:

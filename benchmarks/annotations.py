@@ -37,7 +37,7 @@ def memory(source: Path | None = None, images: int = 118_287, without_torchvisio
     for the same processes without annotations is subtracted.
 
     source: a COCO file to repeat; default: the synthetic data set
-    images: of the repeated file
+    images: the number of images in the repeated file
     without_torchvision: it takes 5 GB
     """
     from torchvision.datasets import CocoDetection
@@ -77,8 +77,8 @@ def ranks(images: int = 118_287, boxes: int = 10_000_000) -> None:
     """1 and 16 processes open a new file at once: the first has masks, the second boxes only. The limit is 1.2 times
     the memory of one process.
 
-    images: of the file with masks
-    boxes: of the file with boxes
+    images: the number of images in the file with masks
+    boxes: the number of boxes in the file with boxes
     """
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -100,7 +100,7 @@ def check(source: Path | None = None, images: int = 118_287) -> None:
     """The report of `python3 -m shared check`, without reading images; the limit is 15 s.
 
     source: a COCO file to repeat; default: the synthetic data set
-    images: of the repeated file
+    images: the number of images in the repeated file
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -32,7 +32,7 @@ class Run:
         detector: the folder with model_def.py and bccd.yaml.
         folder: of the run.
         period: batches between two reports.
-        changes: of the config, KEY=VALUE.
+        changes: changes to the config, KEY=VALUE.
     """
 
     def __init__(self, detector: Path, folder: Path, data: Path, period: int, *changes: str):

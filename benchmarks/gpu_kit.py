@@ -199,12 +199,12 @@ def tests(report: Report, pretended: bool, selection: str | None) -> int:
 
 # at their full size, and on the pretended GPU: the detector, its limit in seconds, its program and arguments
 FULL = (
-    ("EfficientDet", 150, "training_step.py --full --batch-size 16 --workers 6 --blocks 9"),
+    ("EfficientDet", 150, "training_step.py step --full --batch-size 16 --workers 6 --blocks 9"),
     ("MMDetection", 200, "against_mmdetection.py step --full --workers 4"),
     ("Detectron2", 200, "against_detectron2.py step --full --workers 4"),
 )
 SMALL = (
-    ("EfficientDet", 180, "training_step.py --batch-size 1 --block 1 --blocks 1 --images 8 --workers 0"),
+    ("EfficientDet", 180, "training_step.py step --batch-size 1 --block 1 --blocks 1 --images 8 --workers 0"),
     ("MMDetection", 180, "against_mmdetection.py step --batch-size 1 --block 1 --blocks 1"),
     ("Detectron2", 180, "against_detectron2.py step --batch-size 1 --block 1 --blocks 1"),
 )

@@ -32,7 +32,7 @@ def _mib(name: str) -> float:
 
 
 def in_process(function: Callable, *arguments: object, start: str = "fork") -> Any:
-    """What a function returns in a new process."""
+    """The result of a function in a new process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context(start)) as pool:
         return pool.submit(function, *arguments).result()
 

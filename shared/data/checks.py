@@ -158,7 +158,7 @@ def refuse_names_outside(annotations: CocoAnnotations, where: str) -> None:
         up = ".." in name.split("/")
         if not 0 < lengths[i] <= _LONGEST_PATH or up or "\0" in name or is_url(name) or name.startswith(("/", "\\")):
             raise UserError(
-                f"{where}: the image file name {name[:200]!r} is empty or leads out of the images' folder. Fix: write "
+                f"{where}: the image file name {name[:200]!r} leads out of the images' folder, or is empty. Fix: write "
                 "names relative to that folder"
             )
 

@@ -25,17 +25,9 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from shared.config.schema import StoreOptions, is_url
+from shared.data import remote
 from shared.data.cache import Look, Sizes, find, folders_of, mark_as_cache, modified
-from shared.data.remote import (
-    RemoteImages,
-    StoreError,
-    delete_folder,
-    fetch_file,
-    files_below,
-    read_url,
-    send_file,
-    write_url,
-)
+from shared.data.remote import RemoteImages, StoreError
 from shared.durable import locked, sync_path, write_file, writing
 from shared.errors import UserError
 
@@ -69,8 +61,8 @@ def open_images(
         UserError: the folder does not exist.
     """
     if is_url(images):
-        remote = RemoteImages(images, options)
-        return CachedImages(remote, Path(cache_dir).absolute() / "images", cache_bytes) if cache_dir else remote
+        store = RemoteImages(images, options)
+        return CachedImages(store, Path(cache_dir).absolute() / "images", cache_bytes) if cache_dir else store
     folder = Path(images)
     if not folder.is_dir():
         raise UserError(f"data.{split}.images: {images} is not a folder. Fix: give the folder of the images")
@@ -373,24 +365,24 @@ class BucketPlace:
 
     def read(self, name: str) -> bytes | None:
         try:
-            return read_url(f"{self.url}/{name}", self.options)
+            return remote.read_url(f"{self.url}/{name}", self.options)
         except FileNotFoundError:
             return None
 
     def write(self, name: str, data: bytes) -> None:
-        write_url(f"{self.url}/{name}", data, self.options)
+        remote.write_url(f"{self.url}/{name}", data, self.options)
 
     def send(self, path: Path, name: str) -> None:
-        send_file(path, f"{self.url}/{name}", self.options)
+        remote.send_file(path, f"{self.url}/{name}", self.options)
 
     def fetch(self, name: str, path: Path) -> None:
-        fetch_file(f"{self.url}/{name}", path, self.options)
+        remote.fetch_file(f"{self.url}/{name}", path, self.options)
 
     def names(self, folder: str) -> list[str]:
-        return files_below(f"{self.url}/{folder}", self.options)
+        return remote.files_below(f"{self.url}/{folder}", self.options)
 
     def delete(self, folder: str) -> None:
-        delete_folder(f"{self.url}/{folder}", self.options)
+        remote.delete_folder(f"{self.url}/{folder}", self.options)
 
 
 @dataclass(frozen=True)
@@ -447,6 +439,4 @@ class FolderPlace:
         try:
             yield
         except OSError as error:
-            raise StoreError(
-                f"{self.root} cannot be {purpose} ({error.strerror or error}). Fix: check the path and its permissions"
-            ) from error
+            raise StoreError(f"{self.root} cannot be {purpose} ({error.strerror or error}). Fix: check it") from error

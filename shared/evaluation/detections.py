@@ -213,7 +213,7 @@ def _check_format(rows: list[_Result], index_of: dict[int, int], annotations: Co
     """Raises UserError if the boxes are shares of the image's size or corners; warns of negative sizes."""
     boxes = np.array([row.bbox for row in rows], dtype=np.float64).reshape(-1, 4)
     if negative := int((boxes[:, 2:] < 0).any(axis=1).sum()):
-        logger.warning("%s: %d boxes have a negative width or height, so no area", source, negative)
+        logger.warning("%s: boxes with a negative width or height, and so without area: %d", source, negative)
     indices = [index_of[row.image_id] for row in rows]
     sizes = np.stack([annotations.columns["widths"][indices], annotations.columns["heights"][indices]], axis=1)
     in_use = (boxes[:, 2:] > 0).all(axis=1)
