@@ -58,6 +58,7 @@ class RunStore:
         # the thread's own
         self._index: dict[str, Stored] = {}
         self._in_store: set[str] = set()  # folders of checkpoints, perhaps incomplete ones
+        self._partly_sent: dict[str, set[str]] = {}  # the files of a checkpoint that are there, by its folder
         self._sent: dict[str, tuple[int, int]] = {}  # the time and the size at which each other file was sent
         self._complains = False
         self._ending = threading.Event()
