@@ -1,6 +1,7 @@
 """`predict` on all kinds of inputs, and `evaluate` of a results.json, with a detector of constant detections."""
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,12 +232,16 @@ def test_pictures_of_an_earlier_predict_are_no_input(predict, tmp_path, caplog):
         ("a.txt", "--images: .*a.txt: it is not an image"),
         ("https://example.org/pictures", "a web server has no list of its files"),
         ("broken.mp4", "--images: .*broken.mp4.* cannot be read as a video"),
+        ("pipe.png", "--images: .*pipe.png: it is no plain file"),
+        ("pipe.mp4", "--images: .*pipe.mp4: it is no plain file"),
     ],
 )
 def test_predicting_on_unusable_input_is_one_line_and_leaves_nothing(predict, tmp_path, given, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "broken.mp4").write_bytes(b"no video")
+    for pipe in ("pipe.png", "pipe.mp4"):
+        os.mkfifo(tmp_path / pipe)
     with pytest.raises(UserError, match=message):
         predict(given)
     assert not (tmp_path / "out").exists()

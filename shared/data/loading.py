@@ -305,7 +305,7 @@ def labels_of(annotations: CocoAnnotations, images: np.ndarray | None = None) ->
     offsets, labels = annotations.columns["offsets"], np.asarray(annotations.columns["labels"])
     counts = np.diff(offsets)
     if images is None:
-        return np.repeat(np.arange(len(annotations)), counts), labels
+        return annotations.image_rows, labels
     counts = counts[images]
     first = np.cumsum(counts) - counts
     of_objects = np.arange(counts.sum()) + np.repeat(offsets[images] - first, counts)

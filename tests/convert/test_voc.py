@@ -101,7 +101,7 @@ def test_voc_two_images_that_may_be_meant_are_an_error(tmp_path):
 def test_voc_a_name_that_leads_out_of_the_folder_is_refused(tmp_path):
     draw(tmp_path / "private.png", tmp_path / "voc/b.png")
     write_voc(tmp_path / "voc/a.xml", voc_object(), filename="../private.png")
-    with pytest.raises(UserError, match=r"voc: the image file name '\.\./private\.png' leads out"):
+    with pytest.raises(UserError, match=r"voc: the image file name '\.\./private\.png' is empty or leads out"):
         voc_names(tmp_path)
 
 
