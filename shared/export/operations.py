@@ -110,15 +110,8 @@ def _pillow_weights(size: int, new: int, name: str) -> Tensor:
 
 def resize_as_opencv(images: Tensor, height: int, width: int) -> Tensor:
     """The same as OpenCV resizes with INTER_LINEAR: between the two nearest pixels of each row and column."""
-    wide = images.float() @ _opencv_weights(images.shape[-1], width).T
-    return (_opencv_weights(images.shape[-2], height) @ wide + 0.5).floor().clamp(0, 255)
-
-
-def _opencv_weights(size: int, new: int) -> Tensor:
-    at = (torch.arange(new, dtype=torch.float32) + 0.5) * (size / new) - 0.5
-    at = torch.minimum(at.clamp(min=0), torch.ones(1) * (size - 1))
-    pixels = torch.arange(size, dtype=torch.float32)
-    return (1 - (pixels[None] - at[:, None]).abs()).clamp(min=0)
+    resized = F.interpolate(images.float(), (height, width), mode="bilinear", align_corners=False)
+    return (resized + 0.5).floor().clamp(0, 255)
 
 
 def inside(height: int, width: int, most_height: int, most_width: int) -> tuple[int, int]:
