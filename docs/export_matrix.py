@@ -165,6 +165,8 @@ def measure(detector: str, config: dict, folder: Path, names: list[str]) -> Iter
         try:
             run_command(export, trial_class, path, **given)
         except UserError as error:
+            if error.__cause__ is not None:  # no refusal, but a fault
+                traceback.print_exception(error.__cause__, limit=-12)
             yield name, {"reason": _reason(error)}
             continue
         numbers = json.loads((folder / name / "export.json").read_text())
