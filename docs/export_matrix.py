@@ -30,7 +30,8 @@ _TRUTHS = 10  # of each image
 
 
 def table(results: dict[str, dict[str, dict]]) -> str:
-    """The Markdown of the results, with the reasons below."""
+    """The Markdown of the results, with the reasons below. A detector without results has no row."""
+    results = {name: row for name, row in results.items() if row}
     reasons = list(dict.fromkeys(c["reason"] for row in results.values() for c in row.values() if "reason" in c))
     lines = [f"| detector | {' | '.join(FORMATS)} |", "|---" * (len(FORMATS) + 1) + "|"]
     for name, row in results.items():
@@ -224,7 +225,7 @@ def main() -> None:
         shapes = Path(place) / "shapes"
         synthetic.write(shapes, train=4, val=10)
         every = list(detectors(shapes))
-        results = {name: results.get(name, {}) for name, _, _ in every}
+        results = {name: results.get(name, {}) for name, _, _ in every}  # in this order
         for name, detector, make in every:
             if not re.search(given.only, name):
                 continue
