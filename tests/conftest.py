@@ -79,7 +79,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_collection_finish() -> None:
     gc.collect()
-    gc.freeze()  # what the libraries hold: a collection in a test no longer walks through two million objects
+    gc.freeze()  # the libraries' objects: a collection in a test no longer walks through two million of them
 
 
 def pytest_report_header() -> list[str]:

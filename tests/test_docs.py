@@ -12,7 +12,7 @@ from conftest import ROOT, code_blocks
 
 from shared.__main__ import _COMMANDS as COMMANDS
 from shared.config.file import keys_of
-from shared.config.schema import key_names
+from shared.config.schema import TrainingHyperparameters, key_names
 from shared.launch import read_arguments
 
 
@@ -63,6 +63,9 @@ def test_each_command_of_the_docs_is_understood(page, command, monkeypatch):
     words = shlex.split(command)
     if "model_def.py" in words:
         arguments = words[words.index("model_def.py") + 1 :]
+        if arguments[0] == "--help-config":
+            assert arguments[1] in key_names(TrainingHyperparameters)
+            return
         monkeypatch.setattr(sys, "argv", ["model_def.py", *arguments])
         assert read_arguments().command == arguments[0]
     elif words[:3] == ["python3", "-m", "shared"]:

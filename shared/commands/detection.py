@@ -9,7 +9,7 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,22 +35,35 @@ from shared.export.runtime import ExportedDetector
 from shared.log import filled_in
 from shared.training.checkpoints import Checkpoint, load_weights, read_checkpoint
 from shared.training.downloads import find_checkpoint
-from shared.training.processes import trial_context
+from shared.training.processes import on_chief, on_every_rank, trial_context
+from shared.training.resume import on_each_machine
 from shared.training.trial import DetectionTrial
 
 
 def with_checkpoint(
-    trial_class: type[DetectionTrial], experiment: Experiment, arguments: argparse.Namespace
+    trial_class: type[DetectionTrial],
+    experiment: Experiment,
+    arguments: argparse.Namespace,
+    distributed: DistributedContext,
 ) -> tuple[Experiment, Checkpoint | None]:
     """The experiment and the checkpoint to detect with, see `experiment_of_checkpoint`. An exported file needs
-    neither."""
+    neither. The chief finds the checkpoint, and other machines get a copy of it. Every rank raises the same error."""
     if arguments.model is not None:
         if arguments.checkpoint:
             raise UserError("--model: it holds the weights itself. Fix: remove --checkpoint")
         return experiment, None
-    checkpoint = read_checkpoint(find_checkpoint(arguments.checkpoint)) if arguments.checkpoint else None
     names = [o.split("=")[0].split(".")[1] for o in arguments.overrides if o.startswith("hyperparameters.")]
-    return experiment_of_checkpoint(trial_class, experiment, checkpoint, names), checkpoint
+    if not arguments.checkpoint:
+        return experiment_of_checkpoint(trial_class, experiment, None, names), None
+    path = on_chief(distributed, lambda: find_checkpoint(arguments.checkpoint))
+
+    def read() -> tuple[Experiment, Checkpoint]:
+        checkpoint = read_checkpoint(own)
+        found = experiment_of_checkpoint(trial_class, experiment, checkpoint, names)
+        return found, replace(checkpoint, path=path)
+
+    with on_each_machine(distributed, path) as own:
+        return on_every_rank(distributed, read)
 
 
 def experiment_of_checkpoint(

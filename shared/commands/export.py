@@ -39,7 +39,7 @@ from shared.export.metadata import (
     thresholds_of_report,
     versions_of,
 )
-from shared.export.raw import ExportableRaw, Raw, raw_of
+from shared.export.operations import ExportableRaw, Raw, raw_of
 from shared.report.compare import Compared, compared, summary_of
 from shared.report.page import write_page
 from shared.training.checkpoints import Checkpoint
@@ -65,10 +65,11 @@ def export(trial_class: type[DetectionTrial], experiment: Experiment, arguments:
         formats.check_format(arguments.format)
     output = arguments.output or Path("exports") / arguments.format
     _check_output(output)
-    experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments)
-    with local_processes() as processes, detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
-        if trial.slots > 1:
+    with local_processes() as processes, contextlib.ExitStack() as stack:
+        if processes[0].size > 1:
             raise UserError("export: one process exports. Fix: start it without torchrun")
+        experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments, processes[0])
+        trial = stack.enter_context(detecting_trial(trial_class, experiment, checkpoint, processes))
         if arguments.format == TENSORRT:
             raise _tells_to_run_trtexec(trial)
         with _replacing(output) as folder:
