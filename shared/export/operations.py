@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -47,6 +47,24 @@ class Exportable(nn.Module, ABC):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         return self.detect(*self.prepare(images))
+
+
+def check_rules(parts: Sequence[Any], rules: Mapping[type, Sequence[str]], key: str, fix: str) -> None:
+    """Raises UserError if a part of a detector computes in a way that its export does not repeat.
+
+    Args:
+        rules: by kind of part, the methods that the export repeats. The first kind that fits counts.
+    """
+    for part in parts:
+        kind = next((kind for kind in rules if isinstance(part, kind)), None)
+        if kind is None or any(getattr(type(part), name) is not getattr(kind, name) for name in rules[kind]):
+            name = type(parts[0] if part is None else part).__name__
+            raise UserError(f"{key}: {name} cannot be exported: it finds boxes or masks by a rule of its own. {fix}")
+
+
+def as_list(modules: nn.Module | nn.ModuleList) -> list[nn.Module]:
+    """The modules of each stage of a cascade, or the only one."""
+    return list(modules) if isinstance(modules, nn.ModuleList) else [modules]
 
 
 def size_of(images: Tensor) -> Tensor:
@@ -240,6 +258,7 @@ def best_of_classes(
         boxes (B, limit, 4), scores (B, limit) with 0 for no detection, and labels (B, limit).
     """
     regions, classes = scores.shape[1:]
+    limit = min(limit, regions * classes)
     boxes, scores = boxes.expand(-1, -1, classes, -1).transpose(1, 2), scores.transpose(1, 2)
     kept = _kept_scores(boxes.flatten(0, 1), scores.flatten(0, 1), iou_threshold, score_threshold, limit)
     top_scores, top = kept.reshape(-1, classes * regions).topk(limit, dim=1)
