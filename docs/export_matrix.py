@@ -157,7 +157,7 @@ def measure(detector: str, config: dict, folder: Path, names: list[str]) -> Iter
     try:
         config["data"]["val"]["annotations"] = own_truth(trial_class, config, folder)
     except UserError as error:
-        yield from ((name, {"reason": _reason(error)}) for name in names)
+        yield from ((name, {"reason": _reason(error)}) for name in FORMATS)
         return
     path.write_text(yaml.safe_dump(config))
     for name in names:
