@@ -7,15 +7,13 @@ The memory of an exported file is that of a process that runs `detect.py`.
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-from command_line import ROOT, main
+from command_line import ROOT, main, trial_class_of
+from memory import in_process
 from tabulate import tabulate
 
 
@@ -28,6 +26,7 @@ def measure(detector: str, config: str, checkpoint: str, files: list[str], image
 
     given = argparse.Namespace(command="evaluate", config=config, overrides=[], checkpoint=checkpoint, model=None)
     trial_class = trial_class_of(detector)
+    os.chdir(ROOT / detector)
     with local_processes() as processes, contextlib.ExitStack() as stack:
         experiment = experiment_for(given, trial_class.sections())
         experiment, saved = with_checkpoint(trial_class, experiment, given, processes[0])
@@ -53,38 +52,7 @@ def measure(detector: str, config: str, checkpoint: str, files: list[str], image
     return {name: {"ms": statistics.median(values[1:]), "mib": memory[name]} for name, values in times.items()}
 
 
-def trial_class_of(detector: str) -> type:
-    """The trial of a detector's folder."""
-    sys.path[:0] = [str(ROOT / detector), str(ROOT)]
-    os.chdir(ROOT / detector)
-    import model_def
-
-    return next(found for name, found in vars(model_def).items() if name.endswith("Trial") and name != "DetectionTrial")
-
-
-def on_cores(count: int, arguments: list[str]) -> dict[str, dict]:
-    """`measure` in a new process, on `count` cores."""
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments, "--here"],
-        env={**os.environ, "OMP_NUM_THREADS": str(count)},
-        preexec_fn=lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count]),
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout[done.stdout.index("{\n") :])
-
-
-def compare(
-    detector: str,
-    config: Path,
-    checkpoint: Path,
-    files: list[Path],
-    images: int = 50,
-    cores: int = 2,
-    here: bool = False,
-) -> dict[str, dict] | None:
+def compare(detector: str, config: Path, checkpoint: Path, files: list[Path], images: int = 50, cores: int = 2) -> None:
     """The table of one core, and of two.
 
     detector: the folder of the detector.
@@ -93,14 +61,13 @@ def compare(
     files: exported files of the checkpoint.
     images: to detect on.
     cores: at most.
-    here: measure in this process, and print JSON.
     """
     config, checkpoint, *files = (str(path.absolute()) for path in (config, checkpoint, *files))
-    if here:
-        return measure(detector, config, checkpoint, files, images)
-    arguments = ["--detector", detector, "--config", config, "--checkpoint", checkpoint, "--images", str(images)]
-    for count in range(1, min(cores, len(os.sched_getaffinity(0))) + 1):
-        found = on_cores(count, [*arguments, "--files", *files])
+    own = sorted(os.sched_getaffinity(0))[:cores]
+    for count in range(1, len(own) + 1):
+        os.environ["OMP_NUM_THREADS"] = str(count)
+        os.sched_setaffinity(0, own[:count])
+        found = in_process(measure, detector, config, checkpoint, files, images, start="spawn")
         rows = [(name, side["ms"], side["ms"] / found["PyTorch"]["ms"], side["mib"]) for name, side in found.items()]
         headers = ["", "ms per image", "of PyTorch's", "MiB"]
         print(f"\n{count} {'core' if count == 1 else 'cores'}, {images} images\n")

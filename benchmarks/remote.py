@@ -6,8 +6,6 @@ images take 100 ms, with 4 loader workers and 20 ms added to each read. The limi
 `uploads` is a checkpoint to S3, whose files go one by one or several at once.
 """
 
-import functools
-import http.server
 import json
 import multiprocessing
 import os
@@ -28,15 +26,14 @@ from coco_files import data_folder
 from shared.config.schema import StoreOptions
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection, SampleKey
-from shared.data.places import open_place
-from shared.data.storage import open_images
+from shared.data.storage import open_images, open_place
 from shared.training import run_store
 from shared.training.run_folder import RunFolder
 from shared.training.run_store import RunStore
 from shared.training.saving import METADATA, write_manifest
 
 sys.path.insert(0, str(ROOT / "tests"))
-from stores import Faults, s3_store, with_faults
+from stores import Faults, http_store, s3_store, with_faults
 
 
 def remote(
@@ -51,7 +48,7 @@ def remote(
         folder = Path(name) / "coco"
         data_folder(source, folder, train=400)
         annotations = CocoAnnotations.open(folder / "annotations/instances_train2017.json")
-        with served(folder, latency) as url:
+        with http_store(folder, latency) as url:
             places = {"disk": str(folder / "train2017"), "web server": f"{url}/train2017"}
             speeds: dict[str, list[float]] = {place: [] for place in places}
             for _ in range(repeats):
@@ -125,36 +122,6 @@ def images_per_second(annotations: CocoAnnotations, images: str, steps: int, sec
             started = time.perf_counter()
         time.sleep(seconds)
     return 8 * (number - 9) / (time.perf_counter() - started)
-
-
-@contextmanager
-def served(folder: Path, latency: float) -> Iterator[str]:
-    """The URL of a web server on loopback, in a process of its own, that answers late."""
-    port = multiprocessing.Queue()
-
-    class Late(http.server.SimpleHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
-        def do_GET(self) -> None:
-            time.sleep(latency)
-            super().do_GET()
-
-        def log_message(self, *_: object) -> None:
-            """Prints nothing."""
-
-    def serve() -> None:
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Late, directory=str(folder)))
-        port.put(server.server_port)
-        server.serve_forever()
-
-    process = multiprocessing.get_context("fork").Process(target=serve, daemon=True)
-    process.start()
-    try:
-        yield f"http://127.0.0.1:{port.get()}"
-    finally:
-        process.terminate()
-        process.join()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from shared.environment import (
     task_config,
     use_available_cores,
 )
-from shared.errors import DivergedError, UserError, out_of_memory_anywhere, out_of_memory_as, tell_torchrun
+from shared.errors import DivergedError, UserError, out_of_memory_as_error, tell_torchrun
 from shared.export.metadata import FORMATS, TENSORRT, TRANSFORMERS
 from shared.log import redacted, show_log
 from shared.training.downloads import checkpoint_here
@@ -111,7 +111,7 @@ def main(trial_class: type[DetectionTrial], command: Command | None = None) -> N
         command: what `read_command` returned; None reads the command line now.
     """
     use_available_cores()
-    with quiet_if_output_is_closed(), exit_on_errors(), out_of_memory_as(out_of_memory_anywhere):
+    with quiet_if_output_is_closed(), exit_on_errors(), out_of_memory_as_error():
         if on_cluster():
             train_on_cluster = _load("shared.commands.train", "train_on_cluster")
             show_log()
@@ -312,30 +312,19 @@ def read_arguments() -> argparse.Namespace:
     predict.add_argument(
         "--track", action="store_true", help="number the objects of a video, with the package trackers"
     )
-    for command, default, kind, help in (
-        (
-            evaluate,
-            "best",
-            _share_or_best,
-            "the lowest score that the report draws, 0 to 1; default `best`, with the greatest F1",
-        ),
-        (
-            predict,
-            0.3,
-            _share_or_any_best,
-            "the lowest score that is drawn, 0 to 1; default 0.3; `best` or `best-per-category`: from the run's report",
-        ),
-    ):
+    report_help = "the lowest score that the report draws, 0 to 1; default `best`, with the greatest F1"
+    drawn_help = "the lowest score that is drawn; default 0.3; `best` or `best-per-category`: from the run's report"
+    evaluate.add_argument("--min-score", type=_number_to(1, "best"), default="best", help=report_help)
+    predict.add_argument("--min-score", type=_number_to(1, "best", "best-per-category"), default=0.3, help=drawn_help)
+    overlap_help = "the share of a tile that the next one shows too; default 0.2"
+    for command in (evaluate, predict):
         command.add_argument(
             "--tiles",
             type=_count,
             metavar="PIXELS",
             help="detect in square tiles with sides of this length, for large images",
         )
-        command.add_argument(
-            "--overlap", type=_share, default=0.2, help="the share of a tile that the next one shows too; default 0.2"
-        )
-        command.add_argument("--min-score", type=kind, default=default, help=help)
+        command.add_argument("--overlap", type=_number_to(0.9), default=0.2, help=overlap_help)
         command.add_argument(
             "--checkpoint",
             help="a checkpoint's path or, with DET_MASTER set, its UUID; default: the config's pretrained weights",
@@ -370,16 +359,24 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=_count, metavar="N", help="check on N images of data.val; default all")
     parser.add_argument(
         "--tolerance",
-        type=_tolerance,
+        type=_number_to(1),
         help="the largest difference of mAP between checkpoint and file; default 0.001; with --half and --int8, none",
     )
 
 
-def _tolerance(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+def _number_to(most: float, *words: str) -> Callable[[str], float | str]:
+    """What reads a number from 0 to `most`, or one of the words."""
+
+    def read(text: str) -> float | str:
+        if text in words:
+            return text
+        with contextlib.suppress(ValueError):
+            if 0 <= float(text) <= most:
+                return float(text)
+        others = "".join(f", nor `{word}`" for word in words)
+        raise argparse.ArgumentTypeError(f"{text} is {'neither' if words else 'not'} between 0 and {most:g}{others}")
+
+    return read
 
 
 def _count(text: str) -> int:
@@ -399,23 +396,3 @@ def _status(text: str) -> int:
     if text.isdecimal() and int(text) < 256:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 255")
-
-
-def _share(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 0.9:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is not between 0 and 0.9")
-
-
-def _share_or_best(text: str, words: tuple[str, ...] = ("best",)) -> float | str:
-    if text in words:
-        return text
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is neither between 0 and 1, nor {' nor '.join(f'`{w}`' for w in words)}")
-
-
-def _share_or_any_best(text: str) -> float | str:
-    return _share_or_best(text, ("best", "best-per-category"))

@@ -17,6 +17,7 @@ from shared.commands.check import check_with_detector, main
 from shared.commands.data_report import Report, describe, open_both
 from shared.config.experiment import parse_data
 from shared.data.loading import TrainingBatchSampler
+from shared.errors import UserError
 
 
 @pytest.fixture
@@ -146,9 +147,9 @@ def test_paths_beside_the_yaml_file_are_found_without_the_detector(data, tmp_pat
 
 
 def run_main(*arguments):
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises((SystemExit, UserError)) as ended:
         main([str(argument) for argument in arguments])
-    return ended.value.code
+    return ended.value.args[0]
 
 
 def test_check_prints_a_table_draws_a_page_and_sets_the_exit_status(data, tmp_path, capsys):
@@ -163,7 +164,7 @@ def test_check_prints_a_table_draws_a_page_and_sets_the_exit_status(data, tmp_pa
     assert run_main(config, "--set", "data.val.annotations=/nowhere.json") == 1
     assert "stops the training: data.val.annotations: /nowhere.json does not exist" in capsys.readouterr().out
     assert "has neither data.train nor data.val" in run_main(config, "--set=data.train=", "--set=data.val=")
-    assert run_main(config, "--page", "/nowhere/page.png") == "error: --page: /nowhere is not a folder"
+    assert run_main(config, "--page", "/nowhere/page.png") == "--page: /nowhere is not a folder. Fix: create it"
     first = sorted((data / "train").iterdir())[0]
     before = first.read_bytes()
     assert "is a file among the images and would be replaced" in run_main(config, "--page", first)

@@ -285,7 +285,7 @@ def test_a_bad_image_stops_the_run_with_its_name_or_is_skipped(detector, trial_c
     counts = [report["metrics"]["skipped_images"] for report in reports(run, "train")]
     assert sum(counts[:3]) == 2  # both in the first epoch, of six batches
     assert [report["metrics"]["skipped_images"] for report in reports(run, "val")] == [1, 1]
-    left_out = [record.message for record in caplog.records if record.message.startswith("left out")]
+    left_out = [record.message for record in caplog.records if record.message.startswith("skipped: ")]
     assert len(left_out) == 3
 
 

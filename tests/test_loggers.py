@@ -292,7 +292,7 @@ def test_a_missing_package_and_an_unknown_name_are_errors(monkeypatch, shapes):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as error:
         check_loggers(["wandb"])
-    message = "hyperparameters.loggers: wandb is not installed; python3 -m pip install wandb, or take it out"
+    message = "hyperparameters.loggers: wandb is not installed. Fix: python3 -m pip install wandb, or remove it"
     assert str(error.value) == message
     with pytest.raises(
         UserError, match=r"mlflow is not installed. Fix: python3 -m pip install mlflow-skinny, or remove"

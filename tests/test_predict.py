@@ -1,10 +1,11 @@
 """`predict` on all kinds of inputs, and `evaluate` of a results.json, with a detector of constant detections."""
 
+import dataclasses
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -231,12 +232,16 @@ def test_pictures_of_an_earlier_predict_are_no_input(predict, tmp_path, caplog):
         ("a.txt", "--images: .*a.txt: it is not an image"),
         ("https://example.org/pictures", "a web server has no list of its files"),
         ("broken.mp4", "--images: .*broken.mp4.* cannot be read as a video"),
+        ("pipe.png", "--images: .*pipe.png: it is no plain file"),
+        ("pipe.mp4", "--images: .*pipe.mp4: it is no plain file"),
     ],
 )
 def test_predicting_on_unusable_input_is_one_line_and_leaves_nothing(predict, tmp_path, given, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "broken.mp4").write_bytes(b"no video")
+    for pipe in ("pipe.png", "pipe.mp4"):
+        os.mkfifo(tmp_path / pipe)
     with pytest.raises(UserError, match=message):
         predict(given)
     assert not (tmp_path / "out").exists()
@@ -257,7 +262,8 @@ def test_the_threshold_of_the_run_s_report_is_drawn_with(predict, tmp_path, monk
     with pytest.raises(UserError, match=r"--min-score best: .* is of no run with a report\. Fix: give a number"):
         predict("a.png", min_score="best")
     path = tmp_path / "run/checkpoints/best"
-    checkpoint = SimpleNamespace(path=path, hparams={}, categories=None, weights=None)
+    fields = {"path": path, "hparams": {}, "categories": None, "weights": None}
+    checkpoint = dataclasses.make_dataclass("Checkpoint", fields)(**fields)
     (tmp_path / "run").mkdir()
     per_category = [{"name": "square", "threshold": 0.5}, {"name": "circle", "threshold": None}]
     report = {"best_threshold": 0.05, "bbox": {"categories": per_category}}
@@ -488,7 +494,10 @@ RESULT = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ([RESULT, {**RESULT, "image_id": 99}], "result 1: no image of .*val.json has the id 99; 1 of the results' 2"),
+        (
+            [RESULT, {**RESULT, "image_id": 99}],
+            "result 1: no image of .*val.json has the id 99. This holds for 1 of the results' 2",
+        ),
         (
             [{**RESULT, "category_id": 9}],
             "result 0, of image 1: no category has the id 9; the annotations have 1, 2, 3",

@@ -129,4 +129,4 @@ def test_results_with_corners_for_sizes_are_refused(annotations):
 def test_a_negative_size_in_results_is_a_warning(annotations, caplog):
     result = {"image_id": 1, "category_id": 3, "bbox": [1, 2, -3, 4], "score": 0.5}
     from_coco_results([result], annotations)
-    assert "1 have a negative width or height" in caplog.text
+    assert "negative width or height, and so without area: 1" in caplog.text

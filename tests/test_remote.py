@@ -126,7 +126,7 @@ def test_permanent_store_errors_stop_at_once_with_one_line(shapes, monkeypatch):
             UserError, match=rf"data\.train\.images: .* there is no bucket 'no{BUCKET}'. Fix: correct the bucket$"
         ):
             opened({**data, "train": images})
-    with refusing() as endpoint, pytest.raises(UserError, match=r"Forbidden\); set AWS_ACCESS_KEY_ID and"):
+    with refusing() as endpoint, pytest.raises(UserError, match=r"Forbidden\)\. Fix: set AWS_ACCESS_KEY_ID and"):
         opened({**data, **patient, "endpoint_url": endpoint})
     for place, port in (("s3://bucket/", {"endpoint_url": "http://127.0.0.1:9"}), ("http://127.0.0.1:9/", {})):
         with pytest.raises(

@@ -197,8 +197,8 @@ def test_a_resume_with_other_categories_is_refused_and_changes_nothing(config, t
     with_ids(config, {name: len(names) - i for i, name in enumerate(names)}, tmp_path)
     with pytest.raises(UserError) as error:
         train(trial_class, of_length(8, config), resume="last")
-    assert str(error.value).startswith(f"data.train: its categories are [{', '.join(reversed(names))}] ({len(names)}),")
-    assert f"those of {run / 'checkpoints/last'} are [{', '.join(names)}] ({len(names)})" in str(error.value)
+    first = f"data.train: number 1 of its categories is {names[-1]!r}, and {names[0]!r} in {run / 'checkpoints/last'}. "
+    assert str(error.value).startswith(first)
     assert "Fix: use annotations with the checkpoint's categories in its order, or start a new" in str(error.value)
     assert files_of(run) == saved
 
@@ -228,7 +228,7 @@ def run_task(monkeypatch, tmp_path, efficientdet):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ("categories", "error: data.train: its categories are"),
+        ("categories", "error: data.train: number 1 of its categories is"),
         ("optimizer", "error: hyperparameters.opt: SGD cannot continue from the state of AdamW"),
         ("model", "holds the weights of another model"),
     ],

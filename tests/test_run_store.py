@@ -240,7 +240,7 @@ def test_best_and_last_of_a_store_are_checkpoints(s3, tmp_path, monkeypatch):
             folder = find_checkpoint(f"{run}/checkpoints/{which}")
             check_manifest(folder)
             assert json.loads((folder / "metadata.json").read_text())["steps_completed"] == batches
-    with pytest.raises(UserError, match=f"there is no run in s3://{BUCKET}/runs/none"):
+    with pytest.raises(UserError, match=f"s3://{BUCKET}/runs/none holds no checkpoint 'best'"):
         find_checkpoint(f"s3://{BUCKET}/runs/none/checkpoints/best")
 
 

@@ -482,6 +482,18 @@ def test_a_journal_that_a_full_disk_cut_off_is_repaired(tmp_path):
     assert [*open_study(journal, config).trials()[0].intermediate_values] == [2000, 3000]
 
 
+def test_a_lock_that_another_machine_removed_is_no_error(tmp_path, monkeypatch):
+    journal = tmp_path / "search.journal"
+    study = open_study(journal, config_of(searcher={"name": "random"}))
+
+    def while_silent(_):
+        Path(f"{journal}.lock").unlink()
+        return 0
+
+    monkeypatch.setattr(study_module, "repair_last_line", while_silent)
+    assert study.ask() is not None
+
+
 def test_the_page_shows_names_and_values_with_dollar_signs(tmp_path):
     values = ["$\\bad{$", "$x$", "a\\$", "$", "_"]
     ranges = {"path $ a": {"type": "categorical", "vals": values}, "lr": RANGES["lr"]}

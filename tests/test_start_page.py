@@ -13,7 +13,7 @@ from conftest import ROOT, code_blocks
 
 
 def commands_of(page):
-    """The blocks that convert the user's annotations and go on to predictions."""
+    """The blocks of commands from `convert` to `predict`."""
     blocks = code_blocks(ROOT / page)
     (first,) = (number for number, block in enumerate(blocks) if "shared convert" in block)
     (last,) = (number for number, block in enumerate(blocks) if "--output found" in block)

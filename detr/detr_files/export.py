@@ -13,8 +13,7 @@ from transformers.image_transforms import center_to_corners_format
 
 from detr_files.masks import has_masks
 from shared.errors import UserError
-from shared.export.operations import check_filter, resize_as_pillow, size_of
-from shared.export.raw import Decoding, ExportableRaw
+from shared.export.operations import Decoding, ExportableRaw, check_filter, resize_as_pillow, size_of
 
 _FILTERS = {Image.BILINEAR: "bilinear", Image.BICUBIC: "bicubic"}
 

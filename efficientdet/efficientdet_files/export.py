@@ -11,8 +11,15 @@ from torch import Tensor, nn
 
 from efficientdet_files.data import normalize
 from shared.errors import UserError
-from shared.export.operations import best_boxes, check_filter, inside, resize_as_pillow, size_of
-from shared.export.raw import Decoding, ExportableRaw
+from shared.export.operations import (
+    Decoding,
+    ExportableRaw,
+    best_boxes,
+    check_filter,
+    inside,
+    resize_as_pillow,
+    size_of,
+)
 
 _IOU_THRESHOLD = 0.5  # of effdet's NMS
 

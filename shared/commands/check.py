@@ -39,7 +39,7 @@ def add_check_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """`python3 -m shared check`."""
     parser = argparse.ArgumentParser(
         prog="python3 -m shared check",
@@ -51,26 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_check_options(parser)
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        _check_data(given)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-
-
-def _check_data(arguments: argparse.Namespace) -> NoReturn:
     from shared.commands.data_report import Report, describe, open_both
 
-    images, page = _parsed(arguments)
+    images, page = _parsed(given)
     hint = "`python3 model_def.py check` in the detector's folder"
     try:
-        data = read_experiment(arguments.config, arguments.overrides, Sections(), with_hyperparameters=False).data
+        data = read_experiment(given.config, given.overrides, Sections(), with_hyperparameters=False).data
     except UserError as error:
         if "data: unknown key" not in str(error):
             raise
         raise UserError(f"{error}. If it is a detector's own key, use {hint}") from error
     if data.reads_files and data.train is None and data.val is None:
         raise UserError(
-            f"{arguments.config} has neither data.train nor data.val. Fix: {hint} checks the data that the detector's "
+            f"{given.config} has neither data.train nor data.val. Fix: {hint} checks the data that the detector's "
             "own config names"
         )
     report = Report()

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from shared.errors import UserError, check_outputs, count_of
 from shared.evaluation.detections import Detections, from_coco_results, to_coco_results
 from shared.evaluation.evaluator import CocoEvaluator, for_json, iou_types_of, metrics_table
 from shared.report.analysis import best_of_boxes
-from shared.training.checkpoints import Checkpoint
 from shared.training.meeting import local_processes
 from shared.training.processes import on_chief
 from shared.training.trial import DetectionTrial
@@ -38,8 +36,10 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
     """Prints the metrics; writes them, the results and a report if the arguments name folders."""
     if arguments.split != "val":
         experiment = experiment.with_val_of(arguments.split)
-        with _named(arguments.split):
+        try:
             evaluate(trial_class, experiment, argparse.Namespace(**{**vars(arguments), "split": "val"}))
+        except UserError as error:
+            raise UserError(str(error).replace("data.val", f"data.{arguments.split}")) from error
         return
     if arguments.results is not None:
         most = trial_class.scored_detections(experiment.config.get("hyperparameters") or {})
@@ -83,7 +83,7 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
 
             facts = {
                 "config": Path(arguments.config).absolute(),
-                "weights": _weights(checkpoint, arguments.model),
+                "weights": arguments.model or (checkpoint.path if checkpoint else "the config's pretrained ones"),
                 "validation data": f"{data.annotations.path or 'fake'}, {count_of(len(data.annotations), 'image')}",
                 "device": trial.context.device,
                 **software(Path(sys.argv[0]).parent),
@@ -92,20 +92,6 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
             _write_report(arguments, data, found.detections(), evaluator, facts, found.images.tolist())
         elif isinstance(evaluator, CocoEvaluator):
             _print_threshold(evaluator)
-
-
-def _weights(checkpoint: Checkpoint | None, model: Path | None) -> Path | str:
-    """What detects, for the report."""
-    return model or (checkpoint.path if checkpoint else "pretrained, as the config names them")
-
-
-@contextlib.contextmanager
-def _named(split: str) -> Iterator[None]:
-    """Errors name the split's key instead of data.val."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace("data.val", f"data.{split}")) from error
 
 
 def _evaluate_results(experiment: Experiment, arguments: argparse.Namespace, max_detections: int | None) -> None:

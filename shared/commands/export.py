@@ -39,7 +39,7 @@ from shared.export.metadata import (
     thresholds_of_report,
     versions_of,
 )
-from shared.export.raw import ExportableRaw, Raw, raw_of
+from shared.export.operations import ExportableRaw, Raw, raw_of
 from shared.report.compare import Compared, compared, summary_of
 from shared.report.page import write_page
 from shared.training.checkpoints import Checkpoint

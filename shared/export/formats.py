@@ -17,8 +17,7 @@ import torch
 
 from shared.errors import UserError
 from shared.export.metadata import FORMATS, Metadata
-from shared.export.operations import Exportable, onnx_translations, operations_of_onnx
-from shared.export.raw import Raw
+from shared.export.operations import Exportable, Raw, onnx_translations, operations_of_onnx
 
 _PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),

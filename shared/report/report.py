@@ -24,7 +24,7 @@ from shared.errors import count_of
 from shared.evaluation.detections import Detections, from_coco_results
 from shared.evaluation.evaluator import for_json, iou_types_of
 from shared.log import redacted, without_secrets
-from shared.report.analysis import NAMES, RESAMPLES, Analyses, Analysis, analyse, image_of_annotations
+from shared.report.analysis import NAMES, RESAMPLES, Analyses, Analysis, analyse
 from shared.report.image_errors import ERROR_TYPES, Suspect, worst_images
 from shared.report.page import (
     TITLES,
@@ -302,7 +302,7 @@ def _crowded_images(analyses: Analyses) -> list[str]:
     annotations, boxes = analyses.annotations, analyses.of["bbox"]
     limit = max(boxes.evaluation.params.max_dets)
     objects = boxes.verdicts.objects
-    cells = np.stack([image_of_annotations(annotations)[objects], annotations.columns["labels"][objects]])
+    cells = np.stack([annotations.image_rows[objects], annotations.columns["labels"][objects]])
     cells, counts = np.unique(cells, axis=1, return_counts=True)
     images = len(np.unique(cells[0, counts > limit]))
     if not images:

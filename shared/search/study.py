@@ -386,6 +386,10 @@ class _RepairingLock(JournalFileSymlinkLock):
             raise
         return True
 
+    def release(self) -> None:
+        with contextlib.suppress(RuntimeError):  # this machine was silent, and another one has removed the lock
+            super().release()
+
 
 @contextlib.contextmanager
 def storage_errors(output: Path) -> Iterator[None]:

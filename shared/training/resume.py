@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import shutil
 import socket
@@ -34,7 +35,6 @@ from shared.training.saving import MANIFEST, check_manifest, saved_batches
 
 logger = logging.getLogger(__name__)
 
-_LISTED = 8  # category names in an error, around the first that differs
 # what schedulers copy from an option before they change it, by the options that it is copied from
 _COPIES = {"initial_lr": {"lr"}, "initial_momentum": {"momentum", "betas"}}
 # values that the config sets and most schedules keep; older checkpoints lack those that their config built
@@ -157,20 +157,13 @@ def check_categories(own: Sequence[dict], checkpoint: Checkpoint, weights_key: s
     names = [[category["name"] for category in categories] for categories in (own, checkpoint.categories)]
     if names[0] == names[1]:
         return
-    first = next((i for i, pair in enumerate(zip(*names, strict=False)) if pair[0] != pair[1]), min(map(len, names)))
+    first = next(i for i, pair in enumerate(itertools.zip_longest(*names)) if pair[0] != pair[1])
+    own_name, other = (repr(each[first]) if first < len(each) else "missing" for each in names)
     raise UserError(
-        f"data.train: its categories are {_shortened(names[0], first)}, and those of {checkpoint.path} are "
-        f"{_shortened(names[1], first)}. Categories are in the order of their ids, and a label is a position in this "
-        "list. Fix: use annotations with the checkpoint's categories in its order, or start a new run with "
-        f"{weights_key}: {checkpoint.path}"
+        f"data.train: number {first + 1} of its categories is {own_name}, and {other} in {checkpoint.path}. Categories "
+        "are in the order of their ids. Fix: use annotations with the checkpoint's categories in its order, or start a "
+        f"new run with {weights_key}: {checkpoint.path}"
     )
-
-
-def _shortened(names: list[str], around: int) -> str:
-    begin = max(0, min(around - _LISTED // 2, len(names) - _LISTED))
-    shown = names[begin : begin + _LISTED]
-    before, after = (["…"] if begin else []), (["…"] if begin + len(shown) < len(names) else [])
-    return f"[{', '.join([*before, *shown, *after])}] ({len(names)})"
 
 
 def read_checkpoint_to_resume(

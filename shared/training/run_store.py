@@ -21,7 +21,7 @@ import shutil
 import socket
 import threading
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,7 +29,7 @@ from shared.data.remote import StoreError
 from shared.data.storage import Place, fetch_folder
 from shared.durable import write_file
 from shared.errors import UserError, problem_of
-from shared.training.downloads import INDEX
+from shared.training.downloads import INDEX, Stored, stored_checkpoints
 from shared.training.run_folder import OF_THE_RUN, RunFolder
 from shared.training.saving import MANIFEST, Background, saved_batches
 
@@ -40,21 +40,6 @@ _TO_CONTINUE = ("metrics.jsonl", "loggers.json", "detections.npz")  # besides th
 _NOT_STORED = ("checkpoints", "code", "requeue")  # of this machine; each checkpoint has a copy of the code
 UPLOADS_AT_ONCE = 8  # small files wait for the store's answer, not for the network
 _PAUSE = 10.0  # seconds until a store that failed is tried again
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A checkpoint in the store.
-
-    Attributes:
-        folder: its name in `checkpoints/`.
-        batches: trained.
-        manifest: the SHA-256 of its manifest, which holds those of its files.
-    """
-
-    folder: str
-    batches: int
-    manifest: str
 
 
 class RunStore:
@@ -73,6 +58,7 @@ class RunStore:
         # the thread's own
         self._index: dict[str, Stored] = {}
         self._in_store: set[str] = set()  # folders of checkpoints, perhaps incomplete ones
+        self._partly_sent: dict[str, set[str]] = {}  # the files of a checkpoint that are there, by its folder
         self._sent: dict[str, tuple[int, int]] = {}  # the time and the size at which each other file was sent
         self._complains = False
         self._ending = threading.Event()
@@ -95,7 +81,7 @@ class RunStore:
                 "another folder"
             )
         self.place.write(OWNER, self._owner.encode())
-        self._index = self._read_index()
+        self._index = stored_checkpoints(self.place.read(INDEX), self.place)
         self._wanted = dict(self._index)
         self._in_store = {PurePosixPath(name).parts[0] for name in self.place.names("checkpoints")}
         self._in_store.discard(PurePosixPath(INDEX).name)
@@ -112,21 +98,12 @@ class RunStore:
             if (self.folder.checkpoints / name).exists():
                 self._want(name)
 
-    def _read_index(self) -> dict[str, Stored]:
-        data = self.place.read(INDEX)
-        try:
-            return {} if data is None else {name: Stored(**entry) for name, entry in json.loads(data).items()}
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"--store: {self.place}/{INDEX} cannot be read ({error}). Fix: check the place and its permissions"
-            ) from error
-
     def _fetch(self) -> None:
         """Replaces the folder's checkpoints and reports by the store's."""
         received = self.folder.received
         shutil.rmtree(received, ignore_errors=True)
-        for name in self._index.keys() & {"best", "last"}:  # the manifest is checked at the reading
-            fetch_folder(self.place, f"checkpoints/{self._index[name].folder}", received / "checkpoints" / name)
+        for name, stored in self._index.items():  # the manifest is checked at the reading
+            fetch_folder(self.place, f"checkpoints/{stored.folder}", received / "checkpoints" / name)
         for name in _TO_CONTINUE:
             if (data := self.place.read(name)) is not None:
                 write_file(received / name, data)

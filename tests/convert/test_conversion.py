@@ -61,7 +61,7 @@ def test_a_split_has_each_image_once(sources, shapes, tmp_path):
 
 
 def test_a_mistake_in_convert_is_one_line(sources, shapes, tmp_path):
-    with pytest.raises(SystemExit, match="error: /nowhere: does not exist"):
+    with pytest.raises(UserError, match="/nowhere: does not exist"):
         main(["voc", "/nowhere", str(tmp_path / "a.json")])
     with pytest.raises(UserError, match=r"neither `train` nor `val`.*give --images"):
         convert("yolo", sources["yolo"], tmp_path / "a.json")

@@ -97,7 +97,7 @@ def test_cvat_a_mask_that_reaches_over_the_edge_is_cut_off(tmp_path):
 
 def test_cvat_a_file_with_only_points_is_an_error(tmp_path):
     file = cvat_file(tmp_path / "a.xml", ("a.png", [POINTS, POLYLINE]), meta="")
-    with pytest.raises(SystemExit, match=r"a\.xml: has no boxes.*, but points 1, polyline 1 alone\. Fix: "):
+    with pytest.raises(UserError, match=r"a\.xml: has no boxes.*, but points 1, polyline 1 alone\. Fix: "):
         main(["cvat", str(file), str(tmp_path / "o.json")])
 
 

@@ -9,6 +9,7 @@ from pycocotools import mask as coco_mask
 
 from shared.data.annotations import CocoAnnotations
 from shared.data.convert.conversion import main
+from shared.errors import UserError
 from shared.evaluation.detections import as_rle
 
 SIZE = (200, 120)
@@ -90,5 +91,5 @@ def test_an_object_in_the_overlap_is_complete_in_both_tiles(convert):
 
 
 def test_a_tile_size_of_zero_is_one_line(convert):
-    with pytest.raises(SystemExit, match=r"error: --tiles: 0 pixels that overlap by 0\. Fix: give one pixel"):
+    with pytest.raises(UserError, match=r"--tiles: 0 pixels that overlap by 0\. Fix: give one pixel"):
         convert({"bbox": [1, 1, 9, 9]}, tiles=0)

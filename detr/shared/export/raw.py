@@ -1,1 +1,0 @@
-../../../shared/export/raw.py
