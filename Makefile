@@ -48,7 +48,7 @@ TWO = -n 2 --dist worksteal
 test: lint $(ALL_READY)
 	$(PY) -m pytest $(TWO)
 
-# The same tests in the versions of Determined's default task image, on Python 3.10 where there is one.
+# The same tests in the versions of Determined's default task image, on Python 3.10 if it is installed.
 test-oldest:
 	$(MAKE) pytest VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt \
 		PYTHON="$$(python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))"
@@ -61,7 +61,7 @@ test-compiled: $(COMPILED_READY)
 test-gpu: $(if $(filter command,$(origin PY)),,$(ALL_READY))
 	$(PY) -m pytest -m gpu --durations=10 tests/gpu
 
-# What a machine with a GPU, PyTorch and no network lacks for the same tests and the benchmarks, in the folder gpu-kit.
+# Packs into the folder gpu-kit the packages that a GPU machine with PyTorch and no network needs for tests and benchmarks.
 gpu-kit: $(ALL_READY)
 	benchmarks/gpu_kit.sh pack
 
@@ -80,9 +80,9 @@ bench: $(ALL_READY)
 	$(PY) benchmarks/annotations.py check
 	$(PY) benchmarks/annotations.py ranks
 	$(PY) benchmarks/annotations.py disk
-	OMP_NUM_THREADS=1 $(PY) benchmarks/remote.py
+	OMP_NUM_THREADS=1 $(PY) benchmarks/remote.py remote
 	OMP_NUM_THREADS=1 $(PY) benchmarks/scale.py
-	OMP_NUM_THREADS=1 $(PY) benchmarks/training_step.py
+	OMP_NUM_THREADS=1 $(PY) benchmarks/training_step.py step
 	for script in benchmarks/against_*.py; do for what in step memory evaluation; do \
 		OMP_NUM_THREADS=1 $(PY) $$script $$what || exit 1; \
 	done; done
@@ -100,11 +100,12 @@ docs: $(DOCS_READY)
 docs-serve: $(DOCS_READY)
 	.venv-docs/bin/mkdocs serve
 
-# Determined uploads a detector's folder and follows no link to a folder: shared/ is in it as a link a file.
+# Determined uploads a detector's folder and follows no link to a folder: shared/ is in it as a link a file. Python needs
+# no __init__.py in its folders. The documentation's API pages do.
 links:
 	for detector in $$(dirname */model_def.py); do \
 		rm -rf $$detector/shared && \
-		for file in $$(cd shared && find . -name '*.py' -o -name '*.jinja' -o -name requirements.txt | sort); do \
+		for file in $$(cd shared && find . -name '*.py' ! -path './*/__init__.py' -o -name '*.jinja' -o -name requirements.txt | sort); do \
 			link=$$detector/shared/$${file#./} && mkdir -p "$$(dirname $$link)" && \
 			ln -s --relative "shared/$${file#./}" "$$link" || exit 1; \
 		done; \

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import logging
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,37 +13,15 @@ from types import ModuleType
 from typing import Any
 
 from command_line import main
-from memory import with_workers
+from memory import compare_memory
+from pycocotools import mask as coco_mask
 from side_by_side import config_of, time_against
 
-from coco_files import PER_IMAGE, data_folder, diamonds, make_file
+from coco_files import PER_IMAGE, data_folder, make_file, truth_and_detections
 from shared.data.annotations import CocoAnnotations
+from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.training.trial import DetectionTrial
-
-
-def compare_steps(
-    trial_class: type[DetectionTrial],
-    name: str,
-    loop: Callable,
-    hyperparameters: dict[str, Any],
-    data: tuple[Path | None, int, int],
-    blocks: tuple[int, int],
-) -> dict:
-    """Times the trial's steps against a loop on the same images, see `time_against`.
-
-    Args:
-        loop: takes the trial and the COCO folder; returns what trains as many batches as its argument.
-        data: a COCO folder to repeat or None, how many images to train on, and the workers.
-        blocks: timed blocks of each side, and batches per block.
-    """
-    logging.getLogger("determined").setLevel(logging.ERROR)
-    source, images, workers = data
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "coco"
-        data_folder(source, folder, train=images)
-        config = config_of(folder, hyperparameters, workers=workers)
-        return time_against(trial_class, config, lambda trial: loop(trial, folder), *blocks, name)
 
 
 def run(library: ModuleType) -> None:
@@ -52,9 +31,10 @@ def run(library: ModuleType) -> None:
         library: the program, with these names:
             NAME, TRIAL_CLASS: the other side's name, and our trial.
             SMALL, FULL: hyperparameters for a CPU, and for a GPU.
-            RANKS: numbers of processes whose memory is measured.
-            loop: takes the trial, the COCO folder and the number of workers; returns what trains as many batches as
-                its argument.
+            loop: takes the trial, the COCO folder, the number of workers and the hyperparameters without `--set`;
+                returns what trains as many batches as its argument.
+            RANKS: numbers of processes whose memory is measured. This and the next are for `memory` and `evaluation`,
+                which a library may lack.
             data_sets: takes a COCO file; returns how to open and how to read it, of ours and of the library's.
             output: makes the model's output of an image from boxes, scores, labels, and masks or None.
             to_detections: ours; takes such an output and the image's id.
@@ -80,31 +60,32 @@ def run(library: ModuleType) -> None:
         block: batches per block
         set_: hyperparameters of our side only, such as amp=bf16
         """
-        hyperparameters = {"global_batch_size": batch_size, **(library.FULL if full else library.SMALL), **dict(set_)}
+        logging.getLogger("determined").setLevel(logging.ERROR)
+        given = {"global_batch_size": batch_size, **(library.FULL if full else library.SMALL)}
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "coco"
+            data_folder(source, folder, train=images)
+            config = config_of(folder, {**given, **dict(set_)}, workers=workers)
 
-        def loop(trial: DetectionTrial, folder: Path) -> Callable[[int], None]:
-            return library.loop(trial, folder, workers)
+            def other(trial: DetectionTrial) -> Callable[[int], None]:
+                return library.loop(trial, folder, workers, given)
 
-        data = (source, images, workers)
-        measured = compare_steps(library.TRIAL_CLASS, library.NAME, loop, hyperparameters, data, (blocks, block))
-        return {"config": hyperparameters["config_file"], **dict(set_), **measured}
+            measured = time_against(library.TRIAL_CLASS, config, other, blocks, block, library.NAME)
+        return {"config": given.get("config_file"), **dict(set_), **measured}
 
     def memory(source: Path | None = None, images: int = 118_287) -> dict:
         """The memory (PSS) of a data set and the four loader workers of a process, after each has read every record.
 
         source: a COCO file to repeat; default: synthetic data
-        images: of the repeated file
+        images: the number of images in the repeated file
         """
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "instances.json"
             measured = dict(zip(("images", "annotations"), make_file(source, path, images), strict=True))
             CocoAnnotations.open(path)
             for ranks in library.RANKS:
-                found = {}
-                for side, (opener, reader) in zip(("ours", library.NAME), library.data_sets(path), strict=True):
-                    seconds, gib = with_workers(opener, reader, ranks)
-                    found |= {f"{side}_open_seconds": round(seconds, 3), f"{side}_added_gib": round(gib, 3)}
-                measured[f"{ranks} processes"] = found
+                sides = dict(zip(("ours", library.NAME), library.data_sets(path), strict=True))
+                measured[f"{ranks} processes"] = compare_memory(sides, ranks)
         return measured
 
     def evaluation(images: int = 5000) -> dict:
@@ -115,15 +96,18 @@ def run(library: ModuleType) -> None:
         measured: dict[str, Any] = {"images": images, "detections": images * PER_IMAGE}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "truth.json"
-            path.write_text(json.dumps(diamonds(images)[0]))
+            coco, detections = truth_and_detections(images, masks=True)
+            path.write_text(json.dumps(coco))
             for iou_types in (("bbox",), ("bbox", "segm")):
-                measured[" and ".join(iou_types)] = _evaluate(library, path, images, iou_types)
+                measured[" and ".join(iou_types)] = _evaluate(library, path, detections, iou_types)
         return measured
 
+    if sys.argv[1:2] != ["step"] and not hasattr(library, "data_sets"):
+        sys.exit(f"{sys.argv[0]} has one command: step")
     main(library.__doc__, step, memory, evaluation)
 
 
-def _evaluate(library: ModuleType, path: Path, images: int, iou_types: tuple[str, ...]) -> dict:
+def _evaluate(library: ModuleType, path: Path, detections: list[Detections], iou_types: tuple[str, ...]) -> dict:
     evaluator = CocoEvaluator(CocoAnnotations.open(path), iou_types)
     evaluator.open_truth()
 
@@ -134,11 +118,12 @@ def _evaluate(library: ModuleType, path: Path, images: int, iou_types: tuple[str
     with contextlib.redirect_stdout(io.StringIO()):
         sides |= library.evaluations(path, iou_types)
         adding, computing, maps = dict.fromkeys(sides, 0.0), {}, {}
-        for image_id, boxes, scores, labels, masks in diamonds(images)[1]:
-            output = library.output(boxes, scores, labels, masks if "segm" in iou_types else None)
+        for found in detections:
+            masks = coco_mask.decode(found.masks).transpose(2, 0, 1).astype(bool) if "segm" in iou_types else None
+            output = library.output(found.boxes, found.scores, found.labels, masks)
             for name, (add_output, _) in sides.items():
                 started = time.perf_counter()
-                add_output(output, image_id)
+                add_output(output, found.image_id)
                 adding[name] += time.perf_counter() - started
         for name, (_, compute) in sides.items():
             started = time.perf_counter()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from side_by_side import trial_class_of
+from command_line import trial_class_of
 
 Detectron2Trial = trial_class_of("detectron2")
 
@@ -58,7 +58,7 @@ FULL = {
 }
 
 
-def loop(trial: Detectron2Trial, folder: Path, workers: int) -> Callable[[int], None]:
+def loop(trial: Detectron2Trial, folder: Path, workers: int, _: dict) -> Callable[[int], None]:
     """plain_train_net's loop over Detectron2's own data set, with the trial's weights."""
     annotations = folder / "annotations/instances_train2017.json"
     register_coco_instances("benchmark_train", {}, str(annotations), str(folder / "train2017"))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from side_by_side import trial_class_of
+from command_line import trial_class_of
 
 MMDetectionTrial = trial_class_of("mmdetection")  # before mmcv.ops, which may have no compiled operations
 
@@ -53,7 +53,7 @@ _get_stream = _functions._get_stream
 _functions._get_stream = lambda gpu: _get_stream(torch.device("cuda", gpu))
 
 
-def loop(trial: MMDetectionTrial, folder: Path, workers: int) -> Callable[[int], None]:
+def loop(trial: MMDetectionTrial, folder: Path, workers: int, _: dict) -> Callable[[int], None]:
     """mmcv's runner over mmdet's own data set, with the trial's weights."""
     config = trial.mmdet_config
     config.data.train.classes = [category["name"] for category in trial.categories]

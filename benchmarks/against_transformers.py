@@ -4,15 +4,15 @@ torchvision, PyTorch's loader, AdamW and the clipping of gradients. The same con
 
 import copy
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from against import compare_steps
-from command_line import ROOT, main
+from against import run
+from command_line import ROOT, trial_class_of
 from PIL import Image
-from side_by_side import trial_class_of
 
 DetrTrial = trial_class_of("detr")
 
@@ -20,6 +20,12 @@ DetrTrial = trial_class_of("detr")
 import yaml
 
 from detr_files.optimizer import build_optimizer
+
+NAME, TRIAL_CLASS = "transformers", DetrTrial
+SMALL = FULL = {
+    **yaml.safe_load((ROOT / "detr/bccd.yaml").read_text())["hyperparameters"],
+    **{"horizontal_flip": 0.0, "model_ema_decay": None},
+}
 
 
 class Coco(torch.utils.data.Dataset):
@@ -41,7 +47,7 @@ class Coco(torch.utils.data.Dataset):
         return Image.open(self.folder / image["file_name"]).convert("RGB"), annotations
 
 
-def loop(trial: DetrTrial, folder: Path, workers: int) -> Callable[[int], None]:
+def loop(trial: DetrTrial, folder: Path, workers: int, _: dict) -> Callable[[int], None]:
     """Trains as many batches as its argument."""
     processor, device = trial.processor, trial.context.device
     model = copy.deepcopy(trial.plain_model.detector).train()
@@ -70,29 +76,5 @@ def loop(trial: DetrTrial, folder: Path, workers: int) -> Callable[[int], None]:
     return train
 
 
-def step(
-    source: Path | None = None,
-    blocks: int = 7,
-    block: int = 10,
-    batch_size: int = 4,
-    workers: int = 1,
-    images: int = 400,
-) -> dict:
-    """Seconds per training step in our engine, against the plain loop.
-
-    source: a COCO folder; default: synthetic images
-    blocks: timed blocks of each side
-    block: batches per block
-    """
-    hyperparameters = yaml.safe_load((ROOT / "detr/bccd.yaml").read_text())["hyperparameters"]
-    hyperparameters |= {"global_batch_size": batch_size, "horizontal_flip": 0.0, "model_ema_decay": None}
-
-    def plain(trial: DetrTrial, folder: Path) -> Callable[[int], None]:
-        return loop(trial, folder, workers)
-
-    data = (source, images, workers)
-    return compare_steps(DetrTrial, "transformers", plain, hyperparameters, data, (blocks, block))
-
-
 if __name__ == "__main__":
-    main(__doc__, step)
+    run(sys.modules["__main__"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from command_line import main
-from memory import together, with_workers
+from memory import compare_memory, together
 from tabulate import tabulate
 
 from coco_files import make_file, read_source
@@ -20,6 +20,14 @@ from shared.data.annotations import CocoAnnotations
 from shared.data.open import open_split
 
 BATCH = 16
+BOXES = {  # without masks
+    "images": [{"id": 1, "width": 640, "height": 480}],
+    "annotations": [
+        {"id": i, "image_id": 1, "category_id": 1, "bbox": [i + 0.5, 20, 30.25, 40], "area": 1210.0, "iscrowd": 0}
+        for i in range(10)
+    ],
+    "categories": [{"id": 1, "name": "thing"}],
+}
 
 
 def memory(source: Path | None = None, images: int = 118_287, without_torchvision: bool = False) -> dict:
@@ -29,7 +37,7 @@ def memory(source: Path | None = None, images: int = 118_287, without_torchvisio
     for the same processes without annotations is subtracted.
 
     source: a COCO file to repeat; default: the synthetic data set
-    images: of the repeated file
+    images: the number of images in the repeated file
     without_torchvision: it takes 5 GB
     """
     from torchvision.datasets import CocoDetection
@@ -56,9 +64,7 @@ def memory(source: Path | None = None, images: int = 118_287, without_torchvisio
         sides = {"ours": (lambda: CocoAnnotations.open(path), read_ours)}
         if not without_torchvision:
             sides["torchvision"] = (open_torchvision, read_torchvision)
-        for side, (opener, reader) in sides.items():
-            seconds, gib = with_workers(opener, reader)
-            summary |= {f"{side}_open_seconds": round(seconds, 3), f"{side}_added_gib": round(gib, 3)}
+        summary |= compare_memory(sides)
         order = np.random.default_rng(0).integers(len(ours), size=60_000).tolist()
         started = time.perf_counter()
         for index in order:
@@ -71,14 +77,14 @@ def ranks(images: int = 118_287, boxes: int = 10_000_000) -> None:
     """1 and 16 processes open a new file at once: the first has masks, the second boxes only. The limit is 1.2 times
     the memory of one process.
 
-    images: of the file with masks
-    boxes: of the file with boxes
+    images: the number of images in the file with masks
+    boxes: the number of boxes in the file with boxes
     """
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_file(None, folder / "coco.json", images)
-        write_boxes(folder / "boxes.json", boxes // 10, boxes)
+        make_file(BOXES, folder / "boxes.json", boxes // 10, 10)
         for path in (folder / "coco.json", folder / "boxes.json"):
             gib = {}
             for count in (1, 16):
@@ -94,7 +100,7 @@ def check(source: Path | None = None, images: int = 118_287) -> None:
     """The report of `python3 -m shared check`, without reading images; the limit is 15 s.
 
     source: a COCO file to repeat; default: the synthetic data set
-    images: of the repeated file
+    images: the number of images in the repeated file
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -130,7 +136,7 @@ def disk(images: int = 2_000_000, folder: Path | None = None) -> None:
         (Path(name) / "images").mkdir()
         for number in range(images):
             os.mknod(f"{name}/images/{number:012d}.jpg")
-        write_boxes(Path(name) / "train.json", images, images)
+        make_file(BOXES, Path(name) / "train.json", images, 1)
         split = Split(f"{name}/train.json", f"{name}/images")
         for ranks in (1, 8):
             for start in ("first", "again", "check_images: false"):
@@ -139,23 +145,6 @@ def disk(images: int = 2_000_000, folder: Path | None = None) -> None:
                 rows.append([f"{images:,}", ranks, start, *together(lambda data=data: open_and_read(data), ranks)])
     headers = ["images", "processes", "start", "seconds", "GiB, all together"]
     print(tabulate(rows, headers=headers, tablefmt="github", floatfmt=("", "", "", ".1f", ".2f")))
-
-
-def write_boxes(path: Path, images: int, boxes: int) -> None:
-    """A COCO file of boxes without masks."""
-    with path.open("w") as file:
-        file.write('{"categories": [{"id": 1, "name": "thing"}], "images": [')
-        for i in range(images):
-            comma = "," if i else ""
-            file.write(f'{comma}\n{{"id": {i}, "file_name": "{i:012d}.jpg", "width": 640, "height": 480}}')
-        file.write('], "annotations": [')
-        for i in range(boxes):
-            comma, image = "," if i else "", i * images // boxes
-            file.write(
-                f'{comma}\n{{"id": {i}, "image_id": {image}, "category_id": 1, "bbox": [{i % 600}.5, 20, 30.25, 40], '
-                '"area": 1210.0, "iscrowd": 0}'
-            )
-        file.write("]}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""COCO files and folders for the benchmarks: small or synthetic ones repeated, and diamonds with masks."""
+"""COCO files and folders for the benchmarks: small ones repeated, or made, with detections near their objects."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from shared.data import synthetic
+from shared.evaluation.detections import Detections
 
 IMAGES, ANNOTATIONS = 118_287, 1_070_000  # COCO's
-HEIGHT, WIDTH, PER_IMAGE, CATEGORIES = 240, 320, 15, 20  # of the diamonds
+HEIGHT, WIDTH, PER_IMAGE, CATEGORIES = 240, 320, 15, 20  # of what `truth_and_detections` makes
 
 
 def read_source(source: Path | None) -> dict:
@@ -25,12 +26,13 @@ def by_image(coco: dict) -> dict[int, list[dict]]:
     return found
 
 
-def make_file(source: Path | None, path: Path, count: int = IMAGES) -> tuple[int, int]:
+def make_file(
+    source: Path | dict | None, path: Path, count: int = IMAGES, per_image: float = ANNOTATIONS / IMAGES
+) -> tuple[int, int]:
     """Writes a file of COCO's size that repeats `source`. Returns the numbers of its images and annotations."""
-    coco = read_source(source)
+    coco, written = source if isinstance(source, dict) else read_source(source), 0
     images, own = coco["images"], by_image(coco)
     pool = [annotation for annotations in own.values() for annotation in annotations]
-    per_image, written = ANNOTATIONS / IMAGES, 0
     with path.open("w") as file:
         file.write('{"images": [')
         for i in range(count):
@@ -69,31 +71,38 @@ def data_folder(source: Path | None, folder: Path, train: int, val: int = 4, siz
         images.symlink_to((source / images.name).absolute())
 
 
-def diamonds(images: int) -> tuple[dict, Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]]:
-    """COCO's truth of diamonds, and a detector's jittered masks of them.
+def truth_and_detections(
+    images: int,
+    masks: bool,
+    boxes: int = PER_IMAGE,
+    categories: int = CATEGORIES,
+    size: tuple[int, int] = (HEIGHT, WIDTH),
+) -> tuple[dict, list[Detections]]:
+    """A COCO data set, and as many detections per image as objects, near them. Masks are RLE."""
+    rng, (height, width) = np.random.default_rng(0), size
+    annotations, detections = [], []
+    for image in range(images):
+        sides = np.exp(rng.uniform(np.log(8), np.log(300), (boxes, 2)))
+        truth = np.hstack([rng.uniform(0, 1, (boxes, 2)) * np.maximum([width, height] - sides, 1), sides])
+        found = truth + rng.normal(size=truth.shape) * 0.08 * np.tile(sides, 2)
+        found[:, 2:] = np.maximum(found[:, 2:], 1)
+        labels, crowd = rng.integers(0, categories, boxes), (rng.uniform(size=boxes) < 0.01).astype(int)
+        rles = [{**r, "counts": r["counts"].decode()} for r in _ellipses(rng, truth, size)] if masks else [None] * boxes
+        columns = truth.tolist(), sides.prod(axis=1).tolist(), labels.tolist(), crowd.tolist(), rles
+        for row in zip(*columns, strict=True):
+            annotation = dict(zip(("bbox", "area", "category_id", "iscrowd", "segmentation"), row, strict=True))
+            annotations.append({"id": len(annotations) + 1, "image_id": image, **annotation})
+        corners = np.hstack([found[:, :2], found[:, :2] + found[:, 2:]])
+        found_masks = _ellipses(rng, found, size) if masks else None
+        detections.append(Detections(image, corners, rng.uniform(size=boxes), labels, found_masks))
+    rows = [{"id": i, "file_name": f"{i}.jpg", "height": height, "width": width} for i in range(images)]
+    named = [{"id": label, "name": f"category {label}"} for label in range(categories)]
+    return {"info": {}, "images": rows, "annotations": annotations, "categories": named}, detections
 
-    A result is an image's id, (N, 4) boxes as x1 y1 x2 y2, (N,) scores, (N,) labels and (N, height, width) masks.
-    """
-    rng = np.random.default_rng(0)
-    radii = rng.uniform(6, 60, (images, PER_IMAGE))
-    x, y = (rng.uniform(radii, side - radii) for side in (WIDTH, HEIGHT))
-    labels = rng.integers(CATEGORIES, size=radii.shape)
-    rows = []
-    for image, place in np.ndindex(radii.shape):
-        r, cx, cy = (float(values[image, place]) for values in (radii, x, y))
-        rows.append({"id": len(rows) + 1, "image_id": image + 1, "category_id": int(labels[image, place]) + 1})
-        rows[-1] |= {"bbox": [cx - r, cy - r, 2 * r, 2 * r], "area": 2 * r * r, "iscrowd": 0}
-        rows[-1]["segmentation"] = [[cx - r, cy, cx, cy - r, cx + r, cy, cx, cy + r]]
-    sizes = [{"id": i + 1, "file_name": f"{i + 1}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(images)]
-    categories = [{"id": i + 1, "name": f"category {i + 1}"} for i in range(CATEGORIES)]
 
-    def results() -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        row, column = np.ogrid[:HEIGHT, :WIDTH]
-        found_x, found_y = (values + rng.normal(0, 3, values.shape) for values in (x, y))
-        scores = rng.uniform(size=radii.shape)
-        for i, (r, cx, cy) in enumerate(zip(radii, found_x, found_y, strict=True)):
-            away = abs(column - cx[:, None, None]) + abs(row - cy[:, None, None])
-            boxes = np.stack([cx - r, cy - r, cx + r, cy + r], axis=1).astype(np.float32)
-            yield i + 1, boxes, scores[i], labels[i], away < r[:, None, None]
-
-    return {"info": {}, "images": sizes, "annotations": rows, "categories": categories}, results()
+def _ellipses(rng: np.random.Generator, boxes: np.ndarray, size: tuple[int, int]) -> list[dict]:
+    """RLE of 24 corners near the ellipse in each box."""
+    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1) * rng.uniform(0.42, 0.5, (len(boxes), 24, 1)) + 0.5
+    polygons = (boxes[:, None, :2] + circle * boxes[:, None, 2:]).clip(0, size[::-1])
+    return coco_mask.frPyObjects(polygons.reshape(len(boxes), -1).tolist(), *size)

@@ -1,6 +1,7 @@
 """The command line of the benchmarks: each function is a command, and each of its parameters an option."""
 
 import argparse
+import importlib
 import inspect
 import json
 import re
@@ -66,3 +67,14 @@ def switch(given: str) -> tuple[str, Any]:
     """A key and its value, such as `channels_last=true`."""
     key, value = given.split("=", 1)
     return key, yaml.safe_load(value)
+
+
+def trial_class_of(detector: str) -> type:
+    """The trial in a detector's model_def.py. A process can import one detector's only."""
+    assert detector in DETECTORS, detector
+    sys.path.insert(0, str(ROOT / detector))
+    module = importlib.import_module("model_def")
+    from shared.training.trial import DetectionTrial
+
+    classes = (value for value in vars(module).values() if isinstance(value, type))
+    return next(c for c in classes if issubclass(c, DetectionTrial) and c.__module__ == "model_def")

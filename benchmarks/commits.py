@@ -32,12 +32,12 @@ class Run:
         detector: the folder with model_def.py and bccd.yaml.
         folder: of the run.
         period: batches between two reports.
+        changes: changes to the config, KEY=VALUE.
     """
 
-    def __init__(self, detector: Path, folder: Path, data: Path, period: int):
+    def __init__(self, detector: Path, folder: Path, data: Path, period: int, *changes: str):
         self.metrics, self.log, self.period = folder / "metrics.jsonl", folder.with_suffix(".log"), period
-        changes = [f"scheduling_unit={period}", f"data.cache_dir={folder}-cache"]
-        changes += ["searcher.max_length={batches: 1000000}"]
+        changes = [*changes, f"scheduling_unit={period}", "searcher.max_length={batches: 1000000}"]
         changes += [f"min_{what}_period={{batches: 1000000}}" for what in ("validation", "checkpoint")]
         command = [sys.executable, "model_def.py", "train", "bccd.yaml", "--output-dir", str(folder), *on_bccd(data)]
         with self.log.open("w") as log:
@@ -81,11 +81,9 @@ class Run:
 
 
 @contextlib.contextmanager
-def training(*arguments) -> Iterator[Run]:
+def started(*arguments) -> Iterator[Run]:
     run = Run(*arguments)
     try:
-        run.wait_for_report()  # the first one is slower
-        run.send(signal.SIGSTOP)
         yield run
     finally:
         run.send(signal.SIGKILL)
@@ -104,23 +102,9 @@ def on_bccd(data: Path) -> list[str]:
 
 def first_batch(detector: Path, data: Path) -> float:
     """CPU seconds of one start in a detector's folder, until the first batch. The training is stopped then."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder, "run")
-        command = [sys.executable, "model_def.py", "train", "bccd.yaml", "--output-dir", str(run), *on_bccd(data)]
-        command += ["--set", "scheduling_unit=1"]  # a report per batch
-        with Path(folder, "log").open("w+") as log:
-            process = psutil.Popen(command, cwd=detector, stdout=log, stderr=subprocess.STDOUT)
-            while not (run / "metrics.jsonl").exists():
-                if process.poll() is not None:
-                    log.seek(0)
-                    sys.exit(f"{' '.join(command[:3])}: exit status {process.returncode}\n{log.read()[-2000:]}")
-                time.sleep(0.02)
-            family = [process, *process.children(recursive=True)]
-            busy = sum(sum(each.cpu_times()[:2]) for each in family)
-            for each in family:
-                each.kill()
-            process.wait()
-    return busy
+    with tempfile.TemporaryDirectory() as folder, started(detector, Path(folder, "run"), data, 1) as run:
+        run.wait_for_report()
+        return run.cpu_seconds()
 
 
 def step(before: Path, data: Path = Path("/data/bccd"), detector: str = "efficientdet", turns: int = 12) -> dict:
@@ -130,10 +114,13 @@ def step(before: Path, data: Path = Path("/data/bccd"), detector: str = "efficie
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no stopped process
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
-        runs = {
-            checkout: stack.enter_context(training(checkout / detector, Path(scratch) / name, data, 10))
-            for name, checkout in (("here", ROOT), ("before", before))
-        }
+        runs = {}
+        for name, checkout in (("here", ROOT), ("before", before)):
+            cache = f"data.cache_dir={scratch}/{name}-cache"
+            run = stack.enter_context(started(checkout / detector, Path(scratch) / name, data, 10, cache))
+            runs[checkout] = run
+            run.wait_for_report()  # the first one is slower
+            run.send(signal.SIGSTOP)
         return in_pairs(lambda checkout: runs[checkout].turn(), before, turns)
 
 

@@ -15,52 +15,20 @@ from pathlib import Path
 os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1")  # before NumPy and the evaluators start their threads
 import hotcoco
 import numpy as np
-from command_line import main
+from command_line import main, trial_class_of
 from memory import added_mib, in_process
 from pixels import UNTRAINED
-from pycocotools import mask as coco_mask
-from side_by_side import config_of, device_name, in_turns, local_context, ratio, trial_class_of
+from side_by_side import config_of, device_name, in_turns, local_context, ratio
 
-from coco_files import data_folder
+from coco_files import data_folder, truth_and_detections
 from shared.data.annotations import CocoAnnotations
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator, summarize
 from shared.evaluation.gathered import GatheredDetections
 
-BOXES, CATEGORIES, HEIGHT, WIDTH = 60, 80, 480, 640
+BOXES, CATEGORIES = 60, 80
 NAMES = [f"category {label}" for label in range(CATEGORIES)]
 Run = Callable[[list[Detections]], dict[str, float]]
-
-
-def make(images: int, masks: bool) -> tuple[dict, list[Detections]]:
-    """A COCO data set, and BOXES detections per image, near its objects."""
-    rng = np.random.default_rng(0)
-    annotations, detections = [], []
-    for image in range(images):
-        sides = np.exp(rng.uniform(np.log(8), np.log(300), (BOXES, 2)))
-        truth = np.hstack([rng.uniform(0, 1, (BOXES, 2)) * np.maximum([WIDTH, HEIGHT] - sides, 1), sides])
-        found = truth + rng.normal(size=truth.shape) * 0.08 * np.tile(sides, 2)
-        found[:, 2:] = np.maximum(found[:, 2:], 1)
-        labels, crowd = rng.integers(0, CATEGORIES, BOXES), (rng.uniform(size=BOXES) < 0.01).astype(int)
-        rles = [{**r, "counts": r["counts"].decode()} for r in masks_in(rng, truth)] if masks else [None] * BOXES
-        columns = truth.tolist(), sides.prod(axis=1).tolist(), labels.tolist(), crowd.tolist(), rles
-        for row in zip(*columns, strict=True):
-            annotation = dict(zip(("bbox", "area", "category_id", "iscrowd", "segmentation"), row, strict=True))
-            annotations.append({"id": len(annotations) + 1, "image_id": image, **annotation})
-        corners = np.hstack([found[:, :2], found[:, :2] + found[:, 2:]])
-        found_masks = masks_in(rng, found) if masks else None
-        detections.append(Detections(image, corners, rng.uniform(size=BOXES), labels, found_masks))
-    coco_images = [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(images)]
-    categories = [{"id": label, "name": name} for label, name in enumerate(NAMES)]
-    return {"info": {}, "images": coco_images, "annotations": annotations, "categories": categories}, detections
-
-
-def masks_in(rng: np.random.Generator, boxes: np.ndarray) -> list[dict]:
-    """RLE of 24 corners near the ellipse in each box."""
-    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1) * rng.uniform(0.42, 0.5, (BOXES, 24, 1)) + 0.5
-    polygons = (boxes[:, None, :2] + circle * boxes[:, None, 2:]).clip(0, [WIDTH, HEIGHT])
-    return coco_mask.frPyObjects(polygons.reshape(BOXES, -1).tolist(), HEIGHT, WIDTH)
 
 
 def gathered(detections: list[Detections], masks: bool) -> GatheredDetections:
@@ -151,17 +119,16 @@ EVALUATORS = {
 }
 
 
-def added_by(name: str, iou_type: str, coco: dict, detections: list[Detections], queue) -> None:
-    """Puts the MiB that an evaluation adds; None without the package."""
+def added_by(name: str, iou_type: str, coco: dict, detections: list[Detections]) -> float | None:
+    """The MiB that an evaluation adds; None without the package."""
     try:
         run = EVALUATORS[name](coco, iou_type)
     except ImportError as error:
         print(f"{name} is skipped: {error}", file=sys.stderr)
-        queue.put(None)
-        return
+        return None
     with added_mib() as added:
         run(detections)
-    queue.put(added[0])
+    return added[0]
 
 
 def coco_numbers(images: int = 5000, masks: bool = False, repeats: int = 5, only: list[str] = [*EVALUATORS]) -> None:  # noqa: B006
@@ -175,7 +142,7 @@ def coco_numbers(images: int = 5000, masks: bool = False, repeats: int = 5, only
     only: evaluators; default all
     """
     iou_type = "segm" if masks else "bbox"
-    coco, detections = make(images, masks)
+    coco, detections = truth_and_detections(images, masks, BOXES, CATEGORIES, (480, 640))
     mib = {name: in_process(added_by, name, iou_type, coco, detections) for name in only}
     runs = {name: EVALUATORS[name](coco, iou_type) for name in only if mib[name] is not None}
     seconds, metrics = {name: [] for name in runs}, {}

@@ -1,19 +1,19 @@
 """Exported files beside their checkpoint: milliseconds per image and peak memory, on one core and on two.
 
 Every side detects on each image in turn, from the image's file to its detections. So noise on the machine changes all
-sides. The first image warms up. The memory of an exported file is that of a process that runs `detect.py`.
+sides. The first image warms up. On one core the times are CPU times, which other processes on the machine change less.
+The memory of an exported file is that of a process that runs `detect.py`.
 """
 
 import argparse
-import json
+import contextlib
 import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-from command_line import ROOT, main
+from command_line import ROOT, main, trial_class_of
+from memory import in_process
 from tabulate import tabulate
 
 
@@ -21,14 +21,16 @@ def measure(detector: str, config: str, checkpoint: str, files: list[str], image
     """Milliseconds per image and MiB of each side, in this process."""
     from shared.commands.detection import FileDetector, detecting_trial, with_checkpoint
     from shared.commands.export import own_peak_memory, peak_memory_of
-    from shared.export import detect
     from shared.launch import experiment_for
     from shared.training.meeting import local_processes
 
     given = argparse.Namespace(command="evaluate", config=config, overrides=[], checkpoint=checkpoint, model=None)
     trial_class = trial_class_of(detector)
-    experiment, saved = with_checkpoint(trial_class, experiment_for(given, trial_class.sections()), given)
-    with local_processes() as processes, detecting_trial(trial_class, experiment, saved, processes) as trial:
+    os.chdir(ROOT / detector)
+    with local_processes() as processes, contextlib.ExitStack() as stack:
+        experiment = experiment_for(given, trial_class.sections())
+        experiment, saved = with_checkpoint(trial_class, experiment, given, processes[0])
+        trial = stack.enter_context(detecting_trial(trial_class, experiment, saved, processes))
         data = trial.open_val()
         indices = [index % len(data.annotations) for index in range(images + 1)]
         dataset, collate = trial.evaluation_dataset(data), trial.collate(training=False)
@@ -39,42 +41,18 @@ def measure(detector: str, config: str, checkpoint: str, files: list[str], image
             name = f"{Path(path).parent.name}/{Path(path).name}"
             file, seconds = FileDetector(trial_class, experiment, Path(path), processes), {"loading": 0, "detecting": 0}
             sides[name] = lambda index, file=file, seconds=seconds: file.detect_image(data, index, seconds)
-            memory[name] = peak_memory_of(Path(detect.__file__), Path(path).absolute(), data, indices)
+            memory[name] = peak_memory_of(Path(path).with_name("detect.py"), Path(path), data, indices)
         times = {name: [] for name in sides}
+        clock = time.process_time if len(os.sched_getaffinity(0)) == 1 else time.perf_counter
         for index in indices:
             for name, detect_image in sides.items():
-                started = time.perf_counter()
+                started = clock()
                 detect_image(index)
-                times[name].append(1000 * (time.perf_counter() - started))
+                times[name].append(1000 * (clock() - started))
     return {name: {"ms": statistics.median(values[1:]), "mib": memory[name]} for name, values in times.items()}
 
 
-def trial_class_of(detector: str) -> type:
-    """The trial of a detector's folder."""
-    sys.path[:0] = [str(ROOT / detector), str(ROOT)]
-    os.chdir(ROOT / detector)
-    import model_def
-
-    return next(found for name, found in vars(model_def).items() if name.endswith("Trial") and name != "DetectionTrial")
-
-
-def on_cores(count: int, arguments: list[str]) -> dict[str, dict]:
-    """`measure` in a new process, on `count` cores."""
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments, "--here"],
-        env={**os.environ, "OMP_NUM_THREADS": str(count)},
-        preexec_fn=lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count]),
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout[done.stdout.index("{\n") :])
-
-
-def compare(
-    detector: str, config: Path, checkpoint: Path, files: list[Path], images: int = 50, here: bool = False
-) -> dict[str, dict] | None:
+def compare(detector: str, config: Path, checkpoint: Path, files: list[Path], images: int = 50, cores: int = 2) -> None:
     """The table of one core, and of two.
 
     detector: the folder of the detector.
@@ -82,14 +60,14 @@ def compare(
     checkpoint: the folder of a checkpoint.
     files: exported files of the checkpoint.
     images: to detect on.
-    here: measure in this process, and print JSON.
+    cores: at most.
     """
     config, checkpoint, *files = (str(path.absolute()) for path in (config, checkpoint, *files))
-    if here:
-        return measure(detector, config, checkpoint, files, images)
-    arguments = ["--detector", detector, "--config", config, "--checkpoint", checkpoint, "--images", str(images)]
-    for count in range(1, min(2, len(os.sched_getaffinity(0))) + 1):
-        found = on_cores(count, [*arguments, "--files", *files])
+    own = sorted(os.sched_getaffinity(0))[:cores]
+    for count in range(1, len(own) + 1):
+        os.environ["OMP_NUM_THREADS"] = str(count)
+        os.sched_setaffinity(0, own[:count])
+        found = in_process(measure, detector, config, checkpoint, files, images, start="spawn")
         rows = [(name, side["ms"], side["ms"] / found["PyTorch"]["ms"], side["mib"]) for name, side in found.items()]
         headers = ["", "ms per image", "of PyTorch's", "MiB"]
         print(f"\n{count} {'core' if count == 1 else 'cores'}, {images} images\n")

@@ -199,12 +199,12 @@ def tests(report: Report, pretended: bool, selection: str | None) -> int:
 
 # at their full size, and on the pretended GPU: the detector, its limit in seconds, its program and arguments
 FULL = (
-    ("EfficientDet", 150, "training_step.py --full --batch-size 16 --workers 6 --blocks 9"),
+    ("EfficientDet", 150, "training_step.py step --full --batch-size 16 --workers 6 --blocks 9"),
     ("MMDetection", 200, "against_mmdetection.py step --full --workers 4"),
     ("Detectron2", 200, "against_detectron2.py step --full --workers 4"),
 )
 SMALL = (
-    ("EfficientDet", 180, "training_step.py --batch-size 1 --block 1 --blocks 1 --images 8"),
+    ("EfficientDet", 180, "training_step.py step --batch-size 1 --block 1 --blocks 1 --images 8 --workers 0"),
     ("MMDetection", 180, "against_mmdetection.py step --batch-size 1 --block 1 --blocks 1"),
     ("Detectron2", 180, "against_detectron2.py step --batch-size 1 --block 1 --blocks 1"),
 )
@@ -219,22 +219,22 @@ def benchmarks(report: Report, pretended: bool, kit: Path) -> int:
         if detector in LIBRARIES and not _imports(LIBRARIES[detector]):
             result["reason"] = f"{detector} cannot be imported"
         else:
-            program, *arguments = command.split()
+            (program, *arguments), environment = command.split(), {}
             if detector == "EfficientDet" and (kit / "effdet").is_dir() and not pretended:
-                arguments += ["--upstream", str(kit / "effdet")]
+                environment["EFFDET"] = str(kit / "effdet")
             program = [str(ROOT / "benchmarks" / program), *arguments]
             if pretended:
                 program = ["-m", "pretended_gpu.program", *program]
-            result.update(_measure(program, min(limit, report.seconds_left())))
+            result.update(_measure(program, min(limit, report.seconds_left()), environment))
         report.write(results)
         print(json.dumps(result, indent=1), flush=True)
     return 1 if report.content["failed"] else 0
 
 
-def _measure(program: list[str], seconds: float) -> dict:
+def _measure(program: list[str], seconds: float, environment: dict[str, str]) -> dict:
     started = time.time()
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        status = run_program(program, seconds, output, errors)
+        status = run_program(program, seconds, output, errors, **environment)
         for file in (output, errors):
             file.seek(0)
         text, problems = output.read(), errors.read()

@@ -32,7 +32,7 @@ from tabulate import tabulate
 YOLO = "yolo11n"
 YOLO_PIXELS = 320  # per side
 
-# In the interpreter that has Ultralytics' package: nothing of it is part of the project.
+# Runs in the interpreter that has Ultralytics' package, which is no part of this project.
 YOLO_TRAIN = """
 import json, sys
 from ultralytics import YOLO
@@ -47,11 +47,11 @@ YOLO(sys.argv[1]).val(**json.loads(sys.argv[2]))
 
 @dataclass
 class Learned:
-    """What a training came to.
+    """The cost and the result of a training.
 
     Attributes:
         seconds: user CPU seconds.
-        mAP, AP50: of its best validation.
+        mAP, AP50: metrics of its best validation.
     """
 
     seconds: float

@@ -4,8 +4,10 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 WORKERS = 4
 
@@ -29,15 +31,19 @@ def _mib(name: str) -> float:
     return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 2**10
 
 
-def in_process(function: Callable, *arguments: object, start: str = "fork") -> object:
-    """Runs a function in a new process. Returns what it puts into its last argument, a queue."""
-    context = multiprocessing.get_context(start)
-    queue = context.Queue()
-    process = context.Process(target=function, args=(*arguments, queue))
-    process.start()
-    result = queue.get()
-    process.join()
-    return result
+def in_process(function: Callable, *arguments: object, start: str = "fork") -> Any:
+    """The result of a function in a new process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context(start)) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def compare_memory(sides: dict[str, tuple[Callable, Callable]], ranks: int = 1) -> dict[str, float]:
+    """Each side's seconds to open its data set, and the GiB that it adds, see `with_workers`."""
+    found = {}
+    for side, (opener, reader) in sides.items():
+        seconds, gib = with_workers(opener, reader, ranks)
+        found |= {f"{side}_open_seconds": round(seconds, 3), f"{side}_added_gib": round(gib, 3)}
+    return found
 
 
 def together(work: Callable[[], object], ranks: int, interval: float = 0.05) -> tuple[float, float]:

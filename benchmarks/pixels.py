@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from command_line import main
-from side_by_side import config_of, local_context, trial_class_of
+from command_line import main, trial_class_of
+from side_by_side import config_of, local_context
 
 from shared.data.dataset import SampleKey, seed_all
 

@@ -1,27 +1,39 @@
-"""Images from a web server that answers late, beside the disk: how many images per second reach a training step.
+"""Stores that answer late.
 
-Steps of 8 images take 100 ms, with 4 loader workers and 20 ms added to each read. The limit is 80 % of the disk's.
+`remote` is images from a web server beside the disk: how many images per second reach a training step. Steps of 8
+images take 100 ms, with 4 loader workers and 20 ms added to each read. The limit is 80 % of the disk's.
+
+`uploads` is a checkpoint to S3, whose files go one by one or several at once.
 """
 
-import functools
-import http.server
+import json
 import multiprocessing
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
-from command_line import main
+from command_line import ROOT, main
 
 from coco_files import data_folder
 from shared.config.schema import StoreOptions
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection, SampleKey
-from shared.data.storage import open_images
+from shared.data.storage import open_images, open_place
+from shared.training import run_store
+from shared.training.run_folder import RunFolder
+from shared.training.run_store import RunStore
+from shared.training.saving import METADATA, write_manifest
+
+sys.path.insert(0, str(ROOT / "tests"))
+from stores import Faults, http_store, s3_store, with_faults
 
 
 def remote(
@@ -36,7 +48,7 @@ def remote(
         folder = Path(name) / "coco"
         data_folder(source, folder, train=400)
         annotations = CocoAnnotations.open(folder / "annotations/instances_train2017.json")
-        with served(folder, latency) as url:
+        with http_store(folder, latency) as url:
             places = {"disk": str(folder / "train2017"), "web server": f"{url}/train2017"}
             speeds: dict[str, list[float]] = {place: [] for place in places}
             for _ in range(repeats):
@@ -46,6 +58,56 @@ def remote(
         print(f"{place}: {statistics.median(values):.1f} images/s ({min(values):.1f} to {max(values):.1f})")
     shares = [late / disk for disk, late in zip(*speeds.values(), strict=True)]
     print(f"the web server's share of the disk's: {statistics.median(shares):.3f} (limit 0.8)")
+
+
+def uploads(latency: float = 0.05, files: int = 150, at_once: list[int] = (1, 8, 16), repeats: int = 5) -> None:
+    """
+    latency: seconds added to each request
+    files: small ones in a checkpoint, beside 20 MB of weights
+    at_once: uploads at the same time
+    """
+    os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1")
+    took: dict[int, list[float]] = {count: [] for count in at_once}
+    with tempfile.TemporaryDirectory() as name, served_s3(latency) as endpoint:
+        for number in range(repeats):
+            for count in at_once:
+                folder = RunFolder(Path(name) / f"{number}-{count}")
+                store = RunStore(open_place(f"s3://pictures/{number}-{count}", StoreOptions(endpoint)), folder)
+                store.take(None)
+                checkpoint = folder.checkpoints / "last"
+                checkpoint.mkdir(parents=True)
+                (checkpoint / "state_dict.pth").write_bytes(bytes(20_000_000))
+                for each in range(files):
+                    (checkpoint / f"{each}.py").write_bytes(bytes(8_000))
+                (checkpoint / METADATA).write_text(json.dumps({"steps_completed": 1}))
+                write_manifest(checkpoint, 1)
+                with mock.patch.object(run_store, "UPLOADS_AT_ONCE", count):
+                    started = time.perf_counter()
+                    store.add_checkpoint(is_best=True)
+                    store.wait()
+                    took[count].append(time.perf_counter() - started)
+    for count, values in took.items():
+        print(f"{count} at once: {statistics.median(values):.1f} s ({min(values):.1f} to {max(values):.1f})")
+
+
+@contextmanager
+def served_s3(latency: float) -> Iterator[str]:
+    """The endpoint of an empty S3, in a process of its own, that answers late."""
+    endpoint = multiprocessing.Queue()
+
+    def serve() -> None:
+        late = Faults(lambda number: "late", late=latency, counted=lambda path, command: True)
+        with tempfile.TemporaryDirectory() as empty, s3_store(Path(empty)) as s3, with_faults(s3, late) as proxy:
+            endpoint.put(proxy)
+            time.sleep(10**6)
+
+    process = multiprocessing.get_context("fork").Process(target=serve, daemon=True)
+    process.start()
+    try:
+        yield endpoint.get()
+    finally:
+        process.terminate()
+        process.join()
 
 
 def images_per_second(annotations: CocoAnnotations, images: str, steps: int, seconds: float) -> float:
@@ -62,35 +124,5 @@ def images_per_second(annotations: CocoAnnotations, images: str, steps: int, sec
     return 8 * (number - 9) / (time.perf_counter() - started)
 
 
-@contextmanager
-def served(folder: Path, latency: float) -> Iterator[str]:
-    """The URL of a web server on loopback, in a process of its own, that answers late."""
-    port = multiprocessing.Queue()
-
-    class Late(http.server.SimpleHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
-        def do_GET(self) -> None:
-            time.sleep(latency)
-            super().do_GET()
-
-        def log_message(self, *_: object) -> None:
-            """Prints nothing."""
-
-    def serve() -> None:
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Late, directory=str(folder)))
-        port.put(server.server_port)
-        server.serve_forever()
-
-    process = multiprocessing.get_context("fork").Process(target=serve, daemon=True)
-    process.start()
-    try:
-        yield f"http://127.0.0.1:{port.get()}"
-    finally:
-        process.terminate()
-        process.join()
-
-
 if __name__ == "__main__":
-    main(__doc__, remote)
+    main(__doc__, remote, uploads)

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import torch
-from command_line import main
-from side_by_side import BenchmarkRun, config_of, local_context, train_in, trial_class_of
+from command_line import main, trial_class_of
+from side_by_side import BenchmarkRun, config_of, local_context, train_in
 
 from shared.training.saving import checkpoint_state
 

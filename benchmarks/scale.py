@@ -22,11 +22,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "efficientdet")]
 
 PORT = 29622
 IMAGES = 1000  # that a validation gathers, with 100 detections each
+STEPS = 5  # between two agreements
 WHAT = {
     "meet": "all processes meet",
     "start": "data, model and DDP",
     "all-reduce": "gradients of a step",
-    "agree": "agreement to stop, every 10 batches",
+    "agree": f"agreement to stop, every {STEPS} batches",
+    "agree, CPU": "the same, CPU time of rank 0's training thread",
+    "sockets": "agreement over the run's sockets",
+    "sockets, CPU": "the same, CPU time of rank 0's training thread",
     "gather": f"validation of {IMAGES} images, without its metrics",
     "resume": "checkpoint to the other machine",
 }
@@ -69,7 +73,29 @@ def measure(rank: int, size: int) -> None:
         trial = timed("start", lambda: EfficientDetTrial(context, experiment), times=1)
         gradients = torch.zeros(sum(each.numel() for each in trial.plain_model.parameters()))
         timed("all-reduce", lambda: torch.distributed.all_reduce(gradients))
-        timed("agree", lambda: distributed.allgather((None, (None, False))), times=20)
+        timed("agree", lambda: distributed.begin_max([0, 0, 0])(), times=20)
+        timed("sockets", lambda: distributed.allgather((None, (None, False))), times=20)
+
+        def agree(clock):
+            """What the steps wait for an agreement beside them, and for one over the run's sockets."""
+            started = clock()
+            result = distributed.begin_max([0, 0, 0])
+            waited = clock() - started
+            for _ in range(STEPS):
+                torch.distributed.all_reduce(gradients)
+            started = clock()
+            result()
+            waited += clock() - started
+            distributed.allgather(None)
+            started = clock()
+            distributed.allgather((None, (None, False)))
+            return waited, clock() - started
+
+        for suffix, clock in (("", time.perf_counter), (", CPU", time.thread_time)):
+            for name, values in zip(
+                ("agree", "sockets"), zip(*(agree(clock) for _ in range(10)), strict=True), strict=True
+            ):
+                seconds[name + suffix], sent[name + suffix] = statistics.median(values), sent[name]
         share = range(rank, IMAGES, size)
         found = [Detections(i, np.ones((100, 4), np.float32), np.ones(100), np.ones(100, np.int64)) for i in share]
         carried = GatheredDetections.of(np.array(share), np.array([], np.int64), found, masks=False, keypoints=False)
@@ -135,7 +161,7 @@ def compare(ranks: list[int]) -> None:
             print(size, "ranks:", results[-1], flush=True)
     print(f"| what | {' | '.join(f'{size} ranks' for size in ranks)} | slope, seconds | slope, bytes |")
     for name, text in WHAT.items():
-        cells = [f"{1000 * seconds[name]:.1f} ms, {sent[name] / 2**20:.2f} MiB" for seconds, sent in results]
+        cells = [f"{1000 * seconds[name]:.2f} ms, {sent[name] / 2**20:.2f} MiB" for seconds, sent in results]
         slopes = [slope(ranks, [result[side][name] for result in results]) for side in (0, 1)]
         print(f"| {text} | {' | '.join(cells)} | {slopes[0]:.2f} | {slopes[1]:.2f} |")
 

@@ -3,7 +3,6 @@ the machine changes both."""
 
 import contextlib
 import ctypes
-import importlib
 import itertools
 import platform
 import statistics
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import DETECTORS, ROOT
 from determined.pytorch import PyTorchTrialContext
 
 from shared.environment import LARGEST_MMAP_THRESHOLD, TRIM_THRESHOLD
@@ -35,15 +33,6 @@ PYTORCH = [str(Path(torch.__file__).parent) + "/"]
 
 
 # --- a trial ------------------------------------------------------------------------------------------------
-
-
-def trial_class_of(detector: str) -> type[DetectionTrial]:
-    """The trial in a detector's model_def.py. A process can import one detector's only."""
-    assert detector in DETECTORS, detector
-    sys.path.insert(0, str(ROOT / detector))
-    module = importlib.import_module("model_def")
-    classes = (value for value in vars(module).values() if isinstance(value, type))
-    return next(c for c in classes if issubclass(c, DetectionTrial) and c.__module__ == "model_def")
 
 
 def config_of(folder: Path | None, hyperparameters: dict[str, Any], **data: Any) -> dict[str, Any]:

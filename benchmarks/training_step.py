@@ -1,34 +1,38 @@
 """EfficientDet's training step in our engine, against another loop over the same model.
 
-The other loop is plain PyTorch with the same loader, optimizer, clipping, schedule and EMA. With `--upstream DIR`, a
-checkout of github.com/rwightman/efficientdet-pytorch, it is the `train_epoch` of its train.py, on its own loader.
+The other loop is plain PyTorch with the same loader, optimizer, clipping, schedule and EMA. If EFFDET names a checkout
+of github.com/rwightman/efficientdet-pytorch, it is the `train_epoch` of its train.py, on its own loader, with --full.
 """
 
 import contextlib
 import importlib.util
 import io
 import itertools
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from against import compare_steps
-from command_line import main
-from side_by_side import trial_class_of
+from against import run
+from command_line import trial_class_of
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 
 from shared.data.loading import PrefetchLoader, TrainingBatchSampler
 
+UPSTREAM = os.environ.get("EFFDET")
+NAME, TRIAL_CLASS = "upstream" if UPSTREAM else "plain_loop", trial_class_of("efficientdet")
+COMMON = {"pretrained": "none", "lr": 0.001, "model_ema_decay": 0.9998, "warmup_epochs": 0, "cooldown_epochs": 0}
 SMALL = {
+    **COMMON,
     "model": "efficientdet_d0",
     "backbone": "mobilenetv3_small_050",
     "model_config": {"fpn_channels": 64, "fpn_cell_repeats": 2},
     "input_size": 256,
 }
-FULL = {"model": "tf_efficientdet_d0", "amp": "fp16"}
-COMMON = {"pretrained": "none", "lr": 0.001, "model_ema_decay": 0.9998, "warmup_epochs": 0, "cooldown_epochs": 0}
+FULL = {**COMMON, "model": "tf_efficientdet_d0", "amp": "fp16"}
 
 
 def plain_loop(trial, amp: str | None) -> Callable[[int], None]:
@@ -111,35 +115,10 @@ def upstream_loop(trial, checkout: Path, root: Path) -> Callable[[int], None]:
     return lambda count: train_py.train_epoch(0, model, _Limited(batches, count), optimizer, args, **tools)
 
 
-def training_step(
-    set_: dict = {},  # noqa: B006
-    full: bool = False,
-    upstream: Path | None = None,
-    source: Path | None = None,
-    batch_size: int = 4,
-    workers: int = 0,
-    blocks: int = 15,
-    block: int = 10,
-    images: int = 200,
-) -> dict:
-    """
-    set_: hyperparameters of our side only, such as amp=bf16
-    full: EfficientDet-D0 at 512 pixels with fp16, for a GPU
-    upstream: a checkout of upstream; with --full
-    source: a COCO folder; default: synthetic images
-    blocks: timed blocks of each side
-    block: batches per block
-    """
+def loop(trial, folder: Path, workers: int, given: dict) -> Callable[[int], None]:
     torch.backends.cudnn.benchmark = True  # as upstream's train.py
-
-    def loop(trial, folder: Path) -> Callable[[int], None]:
-        return upstream_loop(trial, upstream, folder) if upstream else plain_loop(trial, FULL["amp"] if full else None)
-
-    hyperparameters = {"global_batch_size": batch_size, **COMMON, **(FULL if full else SMALL), **dict(set_)}
-    name, data = "upstream" if upstream else "plain_loop", (source, images, workers)
-    trial_class = trial_class_of("efficientdet")
-    return {**dict(set_), **compare_steps(trial_class, name, loop, hyperparameters, data, (blocks, block))}
+    return upstream_loop(trial, Path(UPSTREAM), folder) if UPSTREAM else plain_loop(trial, given.get("amp"))
 
 
 if __name__ == "__main__":
-    main(__doc__, training_step)
+    run(sys.modules["__main__"])

@@ -53,7 +53,7 @@ def writing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     except BaseException:
         new.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync_path(path.parent)
 
 
 def delete_unfinished(folder: Path) -> None:
@@ -81,7 +81,7 @@ def append_line(path: Path, line: str) -> None:
             os.ftruncate(file.fileno(), end)
             raise
     if is_new:
-        sync_folder(path.parent)
+        sync_path(path.parent)
 
 
 def repair_last_line(descriptor: int) -> int:
@@ -103,17 +103,13 @@ def sync_tree(folder: Path) -> None:
     """Writes all files and folders below `folder`, and itself, to the disk."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
-            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)
-            try:
-                _sync(descriptor)
-            finally:
-                os.close(descriptor)
-        sync_folder(Path(parent))
+            sync_path(Path(parent, name))
+        sync_path(Path(parent))
 
 
-def sync_folder(folder: Path) -> None:
-    """Writes the names in a folder to the disk: files made, renamed and deleted in it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Writes a file to the disk, or the names in a folder: files made, renamed and deleted in it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         _sync(descriptor)
     finally:
@@ -132,7 +128,7 @@ def replace_folder(new: Path, place: Path) -> None:
     if place.exists():
         place.rename(old)
     new.rename(place)
-    sync_folder(place.parent)
+    sync_path(place.parent)
     for leftover in (*leftovers.values(), old):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -142,7 +138,7 @@ def restore_folder(place: Path) -> None:
     leftovers = _leftovers(place)
     if leftovers and not place.exists():
         leftovers.pop(max(leftovers)).rename(place)
-        sync_folder(place.parent)
+        sync_path(place.parent)
     for leftover in leftovers.values():
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -33,8 +33,8 @@ from shared.environment import (
     task_config,
     use_available_cores,
 )
-from shared.errors import DivergedError, UserError, out_of_memory_anywhere, out_of_memory_as, tell_torchrun
-from shared.export.metadata import FORMATS, TRANSFORMERS
+from shared.errors import DivergedError, UserError, out_of_memory_as_error, tell_torchrun
+from shared.export.metadata import FORMATS, TENSORRT, TRANSFORMERS
 from shared.log import redacted, show_log
 from shared.training.downloads import checkpoint_here
 from shared.training.loggers import check_loggers
@@ -111,7 +111,7 @@ def main(trial_class: type[DetectionTrial], command: Command | None = None) -> N
         command: what `read_command` returned; None reads the command line now.
     """
     use_available_cores()
-    with quiet_if_output_is_closed(), exit_on_errors(), out_of_memory_as(out_of_memory_anywhere):
+    with quiet_if_output_is_closed(), exit_on_errors(), out_of_memory_as_error():
         if on_cluster():
             train_on_cluster = _load("shared.commands.train", "train_on_cluster")
             show_log()
@@ -170,15 +170,15 @@ def _check_run(arguments: argparse.Namespace) -> None:
         open_place(arguments.store, StoreOptions())
     elif arguments.resume in OF_THE_RUN and arguments.output_dir is None:
         raise UserError(f"--resume {arguments.resume}: it needs a run. Fix: name the run's folder with --output-dir")
-    if "RANK" in os.environ:  # rank 0 alone needs the checkpoint, and all ranks exit with its error
-        return
     if arguments.resume not in (None, *OF_THE_RUN):
         _check_checkpoint(arguments.resume, "--resume")
-    if arguments.output_dir is not None and arguments.resume is None:
+    if arguments.output_dir is not None and arguments.resume is None and "RANK" not in os.environ:
         RunFolder(arguments.output_dir).refuse_other_run()
 
 
 def _check_checkpoint(name: str, option: str) -> None:
+    if "RANK" in os.environ:  # rank 0 alone needs the checkpoint, and all ranks exit with its error
+        return
     try:
         checkpoint_here(name)
     except UserError as error:
@@ -312,30 +312,19 @@ def read_arguments() -> argparse.Namespace:
     predict.add_argument(
         "--track", action="store_true", help="number the objects of a video, with the package trackers"
     )
-    for command, default, kind, help in (
-        (
-            evaluate,
-            "best",
-            _share_or_best,
-            "the lowest score that the report draws, 0 to 1; default `best`, with the greatest F1",
-        ),
-        (
-            predict,
-            0.3,
-            _share_or_any_best,
-            "the lowest score that is drawn, 0 to 1; default 0.3; `best` or `best-per-category`: from the run's report",
-        ),
-    ):
+    report_help = "the lowest score that the report draws, 0 to 1; default `best`, with the greatest F1"
+    drawn_help = "the lowest score that is drawn; default 0.3; `best` or `best-per-category`: from the run's report"
+    evaluate.add_argument("--min-score", type=_number_to(1, "best"), default="best", help=report_help)
+    predict.add_argument("--min-score", type=_number_to(1, "best", "best-per-category"), default=0.3, help=drawn_help)
+    overlap_help = "the share of a tile that the next one shows too; default 0.2"
+    for command in (evaluate, predict):
         command.add_argument(
             "--tiles",
             type=_count,
             metavar="PIXELS",
             help="detect in square tiles with sides of this length, for large images",
         )
-        command.add_argument(
-            "--overlap", type=_share, default=0.2, help="the share of a tile that the next one shows too; default 0.2"
-        )
-        command.add_argument("--min-score", type=kind, default=default, help=help)
+        command.add_argument("--overlap", type=_number_to(0.9), default=0.2, help=overlap_help)
         command.add_argument(
             "--checkpoint",
             help="a checkpoint's path or, with DET_MASTER set, its UUID; default: the config's pretrained weights",
@@ -348,8 +337,9 @@ def read_arguments() -> argparse.Namespace:
 
 def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", help="a checkpoint's path or UUID; default: the config's pretrained weights")
-    formats_help = "default onnx; `torch` is a .pt2 file; `transformers` a folder for that package (detr only)"
-    parser.add_argument("--format", choices=[*FORMATS, TRANSFORMERS], default="onnx", help=formats_help)
+    formats_help = "default onnx; `torch` is a .pt2 file; `transformers` a folder for that package (detr only); "
+    formats_help += "`tensorrt` prints the command that builds an engine"
+    parser.add_argument("--format", choices=[*FORMATS, TRANSFORMERS, TENSORRT], default="onnx", help=formats_help)
     precisions = parser.add_mutually_exclusive_group()
     precisions.add_argument(
         "--half", dest="precision", action="store_const", const="float16", help="weights of 16 bits (openvino only)"
@@ -361,21 +351,32 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         const="int8",
         help="convolutions in 8 bits (onnx, openvino), calibrated on images of data.train",
     )
+    parser.add_argument(
+        "--raw", action="store_true", help="the network alone (onnx only); detect.py does the rest in NumPy"
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to write; default exports/FORMAT")
     parser.set_defaults(model=None, precision="float32")
     parser.add_argument("--images", type=_count, metavar="N", help="check on N images of data.val; default all")
     parser.add_argument(
         "--tolerance",
-        type=_tolerance,
+        type=_number_to(1),
         help="the largest difference of mAP between checkpoint and file; default 0.001; with --half and --int8, none",
     )
 
 
-def _tolerance(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+def _number_to(most: float, *words: str) -> Callable[[str], float | str]:
+    """What reads a number from 0 to `most`, or one of the words."""
+
+    def read(text: str) -> float | str:
+        if text in words:
+            return text
+        with contextlib.suppress(ValueError):
+            if 0 <= float(text) <= most:
+                return float(text)
+        others = "".join(f", nor `{word}`" for word in words)
+        raise argparse.ArgumentTypeError(f"{text} is {'neither' if words else 'not'} between 0 and {most:g}{others}")
+
+    return read
 
 
 def _count(text: str) -> int:
@@ -395,23 +396,3 @@ def _status(text: str) -> int:
     if text.isdecimal() and int(text) < 256:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 255")
-
-
-def _share(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 0.9:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is not between 0 and 0.9")
-
-
-def _share_or_best(text: str, words: tuple[str, ...] = ("best",)) -> float | str:
-    if text in words:
-        return text
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is neither between 0 and 1, nor {' nor '.join(f'`{w}`' for w in words)}")
-
-
-def _share_or_any_best(text: str) -> float | str:
-    return _share_or_best(text, ("best", "best-per-category"))

@@ -120,7 +120,7 @@ def _versions(results: list[Any]) -> list[int]:
     return [getattr(result, "tensor", result)._version for result in results]
 
 
-# ids from 1 to 90, ten of which COCO does not use
+# ids from 1 to 90; COCO does not use ten of them
 COCO_CATEGORIES = [
     {"id": category_id, "name": name}
     for category_id, name in enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])

@@ -166,8 +166,6 @@ class Predictor:
         if not images:
             return []
         exported = self._trial if isinstance(self._trial, FileDetector) else None
-        if exported is not None and tiles is not None:
-            raise UserError("tiles: an exported file detects in whole images. Fix: give the checkpoint to Predictor")
         limits = score_limits(min_score, self.categories, self._checkpoint, exported)
         with _OpenedImages(images, self._options) as opened:
             tiling = None if tiles is None else Tiling(tiles, overlap)

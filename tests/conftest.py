@@ -81,7 +81,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_collection_finish() -> None:
     gc.collect()
-    gc.freeze()  # what the libraries hold: a collection in a test no longer walks through two million objects
+    gc.freeze()  # the libraries' objects: a collection in a test no longer walks through two million of them
 
 
 def pytest_report_header() -> list[str]:
@@ -269,7 +269,7 @@ def differences_of_export(command, tmp_path):
     The images get grain: in flat areas, many scores are equal, and equal scores have no order."""
     from shared.commands.train import train_locally
 
-    def call(detector: type, trained: type, config: dict) -> dict:
+    def call(detector: type, trained: type, config: dict, *options: str) -> dict:
         config["searcher"]["max_length"] = {"batches": 1}
         config["scheduling_unit"] = 1
         path = tmp_path / "config.yaml"
@@ -283,7 +283,7 @@ def differences_of_export(command, tmp_path):
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / "grain" / source.name)
         config["data"]["val"]["images"] = str(tmp_path / "grain")
         path.write_text(yaml.safe_dump(config))
-        command(detector, "export", path, *checkpoint, "--images", 4, "--output", tmp_path / "out")
+        command(detector, "export", path, *checkpoint, *options, "--images", 4, "--output", tmp_path / "out")
         return json.loads((tmp_path / "out/export.json").read_text())["differences"]
 
     return call

@@ -3,7 +3,7 @@
 from copy import deepcopy
 from typing import Any
 
-# What the schema fills in where a config says nothing. tests/test_submission.py holds it against the schema's files,
+# The schema's defaults. tests/test_submission.py holds it against the schema's files,
 # tests/cluster against what a master answers.
 DEFAULTS = {
     "bind_mounts": [],
@@ -89,7 +89,7 @@ LOG_POLICIES = [
     {"name": "CUDA OOM", "pattern": ".*CUDA out of memory.*"},
     {"name": "ECC Error", "pattern": ".*uncorrectable ECC error encountered.*"},
 ]
-# What a cluster's administrator says, and the seed, which is the time where none is given.
+# Values of the cluster's administrator, and the seed, whose default is the time.
 OF_THE_CLUSTER = ("bind_mounts", "checkpoint_storage", "environment.image", "environment.environment_variables")
 OF_THE_CLUSTER += ("preemption_timeout", "resources.priority", "resources.resource_pool")
 
@@ -107,7 +107,7 @@ def handed_over(config: dict[str, Any]) -> dict[str, Any]:
 def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     filled = {**defaults, **{key: value for key, value in given.items() if value is not None}}
     for key, default in defaults.items():
-        # a length is as it is given, in whatever unit
+        # a length keeps its unit
         if default and isinstance(default, dict) and isinstance(given.get(key), dict) and "batches" not in default:
             filled[key] = _filled(given[key], default)
     return filled

@@ -26,7 +26,7 @@ Stage = Callable[[SimpleNamespace], Any]
 
 @dataclasses.dataclass
 class Outcome:
-    """The outcome of one stage of one config. The errors are None if it succeeded.
+    """The outcome of one stage of one config. Without a failure, an error is None.
 
     Attributes:
         cause: the stage that failed first, and this one with it.

@@ -8,12 +8,15 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from datetime import timedelta
 from typing import Any
 from unittest import mock
 
 import psutil
+import torch
 import zmq
 
+from shared.training.meeting import loopback_interface
 from shared.training.processes import ProcessContext, host_of_chief
 
 SECONDS = 30  # after which a thread that waits is an error
@@ -37,9 +40,14 @@ def _call(future: Future, function: Callable[..., Any], arguments: tuple) -> Non
 
 
 @contextlib.contextmanager
-def processes(size: int, machines: int = 1) -> Iterator[list[ProcessContext]]:
-    """The contexts of `size` processes, by rank. With several machines, the chief listens on all interfaces."""
+def processes(size: int, machines: int = 1, gloo: bool = False) -> Iterator[list[ProcessContext]]:
+    """The contexts of `size` processes, by rank. With several machines, the chief listens on all interfaces.
+
+    Args:
+        gloo: `begin_max` works too.
+    """
     address: Future = Future()
+    store, timeout = torch.distributed.HashStore(), timedelta(seconds=SECONDS)
 
     def from_chief(own: Any) -> Any:
         if own is not None:
@@ -56,9 +64,11 @@ def processes(size: int, machines: int = 1) -> Iterator[list[ProcessContext]]:
             cross_size=machines,
             chief_host=host_of_chief(machines),
             from_chief=from_chief,
+            beside=torch.distributed.ProcessGroupGloo(store, rank, size, timeout) if gloo else None,
         )
 
-    with mock.patch.dict(os.environ, MASTER_ADDR="localhost"), contextlib.ExitStack() as stack:
+    variables = {"MASTER_ADDR": "localhost", "GLOO_SOCKET_IFNAME": loopback_interface()}
+    with mock.patch.dict(os.environ, variables), contextlib.ExitStack() as stack:
         contexts = on_all(join, list(range(size)))
         for context in contexts:
             stack.callback(context.close)

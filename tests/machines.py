@@ -62,7 +62,7 @@ class Machine:
         """The output of the program that started last."""
         return self._log.read_text(errors="replace")
 
-    def wait(self, seconds: float = 300) -> int:
+    def wait(self, seconds: float = 900) -> int:
         """The exit status of the program that started last."""
         return self.process.wait(seconds)
 
@@ -164,7 +164,7 @@ def copy_code(machine: Machine, detector: str, *others: Path) -> None:
         copy(other, machine.own / "code" / other.name)
 
 
-def wait_until(happens: Callable[[], bool], seconds: float = 300, *, of: Sequence[Machine] = ()) -> None:
+def wait_until(happens: Callable[[], bool], seconds: float = 900, *, of: Sequence[Machine] = ()) -> None:
     """Waits until a condition holds. Fails when no program of these machines runs any more."""
     until = time.monotonic() + seconds
     while not happens():

@@ -108,7 +108,7 @@ class Recorder:
         unchanged = (size, written_at) == (status.st_size, status.st_mtime_ns)
         with open(source, "rb") as file:
             content = file.read()
-        # of a file that was appended to, the beginning is there; of one written anew, nothing
+        # an appended file keeps its beginning; a new one is empty
         Path(target).write_bytes(content if unchanged else content[:size])
 
     def disks(self) -> list[Path]:

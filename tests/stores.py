@@ -35,9 +35,15 @@ def _serving(handler, host="127.0.0.1", port=0):
 
 
 @contextlib.contextmanager
-def http_store(folder: Path):
-    """The URL of a web server of the folder."""
-    with _serving(partial(_Quiet, directory=str(folder))) as url:
+def http_store(folder: Path, late: float = 0.0):
+    """The URL of a web server of the folder, which answers after `late` seconds."""
+
+    class Late(_Quiet):
+        def do_GET(self):
+            time.sleep(late)
+            super().do_GET()
+
+    with _serving(partial(Late, directory=str(folder))) as url:
         yield url
 
 

@@ -61,7 +61,7 @@ def test_the_second_open_maps_the_cache_and_gives_the_same(coco, tmp_path):
         assert a.segmentations == b.segmentations
 
 
-def test_a_changed_file_is_read_anew(coco, tmp_path):
+def test_a_changed_file_is_read_again(coco, tmp_path):
     path = write(tmp_path / "a.json", coco)
     CocoAnnotations.open(path)
     coco["annotations"][0]["bbox"] = [1, 2, 3, 4]
@@ -69,7 +69,7 @@ def test_a_changed_file_is_read_anew(coco, tmp_path):
     assert CocoAnnotations.open(path)[0].boxes[0].tolist() == [1, 2, 4, 6]
 
 
-def test_a_cut_off_cache_is_made_anew(coco, tmp_path):
+def test_a_truncated_cache_is_rebuilt(coco, tmp_path):
     path = write(tmp_path / "a.json", coco)
     CocoAnnotations.open(path)
     (boxes,) = tmp_path.glob(".a.json.columns/*/*/boxes.npy")
@@ -77,7 +77,7 @@ def test_a_cut_off_cache_is_made_anew(coco, tmp_path):
     assert len(CocoAnnotations.open(path)[0].boxes) > 0
 
 
-def test_where_no_cache_can_be_written_the_annotations_stay_in_memory(coco, tmp_path, caplog):
+def test_without_a_writable_cache_annotations_stay_in_memory(coco, tmp_path, caplog):
     path = write(tmp_path / "a.json", coco)
     opened = CocoAnnotations.open(path, cache_dir=os.devnull)
     assert len(opened) == 8
@@ -152,7 +152,7 @@ def test_one_process_parses_a_new_file_and_all_map_the_same_pages(coco, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == [".a.json.columns", "a.json", "parsed"]
 
 
-def test_of_the_caches_of_a_file_that_changes_the_last_two_stay(coco, tmp_path):
+def test_the_last_two_caches_of_a_changing_file_stay(coco, tmp_path):
     caches = []
     for number in range(4):
         coco["images"][0]["width"] = 1000 + number
@@ -283,7 +283,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("message", BROKEN)
-def test_what_contradicts_itself_is_refused_with_the_place(message, tmp_path):
+def test_contradictory_annotations_are_refused_with_their_place(message, tmp_path):
     coco = synthetic.coco_split(3, 8)
     coco["categories"] = [dict(category) for category in coco["categories"]]
     BROKEN[message](coco)
@@ -309,7 +309,7 @@ def test_what_contradicts_itself_is_refused_with_the_place(message, tmp_path):
         (gzip.compress(b"{" * 99)[:-20], "is packed with gzip, and cannot be unpacked"),
     ],
 )
-def test_what_is_not_coco_is_refused(content, message, tmp_path):
+def test_files_that_are_not_coco_are_refused(content, message, tmp_path):
     path = tmp_path / "file.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -408,7 +408,7 @@ def test_a_look_at_the_boxes_takes_less_memory_than_they_do(monkeypatch):
     assert peak < many.columns["boxes"].nbytes / 3
 
 
-def test_boxes_under_a_pixel_are_a_warning_and_nothing_else_an_error(coco, caplog):
+def test_some_boxes_under_a_pixel_are_a_warning_and_only_those_an_error(coco, caplog):
     tiny = with_boxes(coco, lambda x, y, *_: [x, y, 0.5, 3])
     with pytest.raises(UserError, match=r"has no box to train on: all .* are less than a pixel wide or high"):
         check_trainable(tiny)

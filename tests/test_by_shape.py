@@ -28,7 +28,7 @@ def grid():
     return grid
 
 
-def test_what_follows_from_a_shape_is_built_once(grid):
+def test_values_that_depend_on_a_shape_are_built_once(grid):
     first, second = grid.points([(2, 3), (1, 1)]), grid.points([torch.Size([2, 3]), [1, 1]])
     assert all(a is b for a, b in zip(first, second, strict=True))
     grid.points([(2, 3), (1, 1)], device="meta")
@@ -51,14 +51,14 @@ def test_the_last_sizes_are_kept(grid):
     assert grid.built == [((1, 1),), ((2, 2),), ((3, 3),), ((2, 2),)]
 
 
-def test_one_that_was_written_into_is_built_anew(grid):
+def test_a_grid_that_was_written_into_is_rebuilt(grid):
     grid.points([(2, 2)])[0][1:] += 5  # through a view
     assert grid.points([(2, 2)])[0].tolist() == [0, 1, 2, 3]
     grid.points([(2, 2)]).clear()
     assert len(grid.points([(2, 2)])) == 1
 
 
-def test_what_inference_mode_builds_is_not_kept_for_a_training(grid):
+def test_values_built_in_inference_mode_are_not_kept_for_training(grid):
     with torch.inference_mode():
         grid.points([(2, 2)])
     weight = torch.ones(4, requires_grad=True)

@@ -17,6 +17,7 @@ from shared.commands.check import check_with_detector, main
 from shared.commands.data_report import Report, describe, open_both
 from shared.config.experiment import parse_data
 from shared.data.loading import TrainingBatchSampler
+from shared.errors import UserError
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_sound_data_has_nothing_that_stops_a_training(data):
         ),
     ],
 )
-def test_what_is_odd_in_the_annotations_is_named_with_its_annotation(data, spoil, message):
+def test_oddities_are_reported_with_their_annotation(data, spoil, message):
     for split in ("train", "val"):
         change(data, spoil, split)
     report = checked(data, images=0)
@@ -99,7 +100,7 @@ def test_images_in_both_splits_are_found_by_pixels_and_boxes(data):
     assert any("share 1 image with the same boxes" in remark for remark in checked(data, images=0).remarks)
 
 
-def test_what_would_stop_a_training_stops_it_here(data, capsys):
+def test_check_fails_where_a_training_would_stop(data, capsys):
     (data / "train/000003.png").write_bytes(b"")
     Image.new("RGB", (5, 5)).save(data / "val/000004.png")
     stops = checked(data).stops
@@ -120,7 +121,7 @@ def test_different_categories_stop_a_training(data):
     assert any("have different categories" in stop for stop in checked(data, images=0).stops)
 
 
-def test_a_batch_of_more_images_than_there_are_is_said(caplog):
+def test_a_batch_larger_than_the_data_is_a_warning(caplog):
     for _ in range(2):
         TrainingBatchSampler(np.zeros(7), per_slot_batch_size=9, seed=0, slots=2)
     assert [record.message for record in caplog.records] == [
@@ -146,9 +147,9 @@ def test_paths_beside_the_yaml_file_are_found_without_the_detector(data, tmp_pat
 
 
 def run_main(*arguments):
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises((SystemExit, UserError)) as ended:
         main([str(argument) for argument in arguments])
-    return ended.value.code
+    return ended.value.args[0]
 
 
 def test_check_prints_a_table_draws_a_page_and_sets_the_exit_status(data, tmp_path, capsys):
@@ -163,7 +164,7 @@ def test_check_prints_a_table_draws_a_page_and_sets_the_exit_status(data, tmp_pa
     assert run_main(config, "--set", "data.val.annotations=/nowhere.json") == 1
     assert "stops the training: data.val.annotations: /nowhere.json does not exist" in capsys.readouterr().out
     assert "has neither data.train nor data.val" in run_main(config, "--set=data.train=", "--set=data.val=")
-    assert run_main(config, "--page", "/nowhere/page.png") == "error: --page: /nowhere is not a folder"
+    assert run_main(config, "--page", "/nowhere/page.png") == "--page: /nowhere is not a folder. Fix: create it"
     first = sorted((data / "train").iterdir())[0]
     before = first.read_bytes()
     assert "is a file among the images and would be replaced" in run_main(config, "--page", first)
@@ -184,7 +185,7 @@ def check_as_user(detector, config, folder, capsys, *overrides):
     return ended.value.code, capsys.readouterr().out
 
 
-def test_the_training_is_begun_whose_model_says_how_small_boxes_may_be(detector, shapes, tmp_path, capsys):
+def test_check_compares_boxes_with_the_model_s_smallest_anchor(detector, shapes, tmp_path, capsys):
     config = CONFIGS[detector](shapes)
     code, said = check_as_user(detector, config, tmp_path, capsys)
     assert code == 0, said
@@ -203,7 +204,7 @@ def test_a_python_config_s_smallest_anchor_is_known_too():
     assert (scale.smallest, scale.kind, scale.short, scale.long) == (16, "anchor", 240, 320)
 
 
-def test_what_stops_the_training_of_a_detector_is_a_line_with_what_to_do(detector, data, tmp_path, capsys):
+def test_check_reports_what_stops_a_training_with_a_fix(detector, data, tmp_path, capsys):
     """Invalid masks for a mask model, a rate that the optimizer refuses, missing images."""
     config = CONFIGS[detector](data)
     change(data, lambda coco: coco["annotations"][4].update(segmentation="mask"))

@@ -35,7 +35,7 @@ def downloads(monkeypatch, tmp_path):
     return folders
 
 
-def test_a_download_that_was_cut_off_is_made_anew_and_a_whole_one_is_not(downloads):
+def test_a_truncated_download_is_repeated_and_a_complete_one_is_not(downloads):
     with pytest.raises(UserError, match=f"checkpoint {UUID} cannot be downloaded from .*the connection was lost"):
         find_checkpoint(UUID)
     place = find_checkpoint(UUID)
@@ -44,7 +44,7 @@ def test_a_download_that_was_cut_off_is_made_anew_and_a_whole_one_is_not(downloa
     assert len(downloads) == 2
 
 
-def test_nobody_else_can_put_weights_in_the_place_of_a_download(downloads, tmp_path):
+def test_nobody_else_can_replace_downloaded_weights(downloads, tmp_path):
     with pytest.raises(UserError):
         find_checkpoint(UUID)
     folder = find_checkpoint(UUID).parent

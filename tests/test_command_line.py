@@ -65,11 +65,11 @@ def test_a_sound_command_line_passes(looked):
         ("data.train.images=$NOWHERE/x", "data.train.images: the variable $NOWHERE of $NOWHERE/x is not set"),
     ],
 )
-def test_an_override_that_is_wrong_says_what_was_meant(looked, override, line):
+def test_a_wrong_override_is_an_error_with_a_suggestion(looked, override, line):
     assert line in looked("train", "c.yaml", "--set", override)
 
 
-def test_what_is_no_config_is_named_for_what_it_is(looked, shapes, tmp_path):
+def test_a_file_that_is_no_config_is_an_error_that_says_what_it_is(looked, shapes, tmp_path):
     assert "looks like an annotation file. Fix: give an experiment config" in looked(
         config=shapes / "annotations/train.json"
     )
@@ -81,7 +81,7 @@ def test_what_is_no_config_is_named_for_what_it_is(looked, shapes, tmp_path):
     assert "is no experiment config: it has 2 MiB" in looked(config="large.yaml")
 
 
-def test_a_path_that_is_nearly_right_is_met_by_the_right_one(looked, shapes, tmp_path):
+def test_an_error_about_a_path_suggests_a_similar_one(looked, shapes, tmp_path):
     def line_for(path):
         return looked("train", "c.yaml", "--set", f"data.val.images={path}")
 
@@ -107,7 +107,7 @@ def test_paths_may_have_a_tilde_a_variable_or_be_beside_the_yaml_file(looked, sh
     assert looked("train", "elsewhere/d.yaml") is None
 
 
-def test_a_checkpoint_that_is_only_named_best_is_asked_of_which_run(looked, tmp_path):
+def test_a_checkpoint_named_only_best_is_an_error_that_names_a_run(looked, tmp_path):
     assert "--checkpoint: best is not a checkpoint" in looked("evaluate", "c.yaml", "--checkpoint", "best")
     of_run = tmp_path / "runs/a/checkpoints/best"
     of_run.mkdir(parents=True)

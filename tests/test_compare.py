@@ -48,7 +48,7 @@ def test_a_run_against_itself_is_no_better(annotations, tmp_path):
     assert 'class="better"' not in (tmp_path / "c.html").read_text()
 
 
-def test_of_two_seeds_of_one_detector_neither_is_said_to_be_better(tmp_path):
+def test_neither_of_two_seeds_of_one_detector_is_better(tmp_path):
     annotations = CocoAnnotations.from_dict(synthetic.coco_split(seed=3, count=60))
     covered = 0
     for pair in range(10):
@@ -58,7 +58,7 @@ def test_of_two_seeds_of_one_detector_neither_is_said_to_be_better(tmp_path):
     assert covered >= 9
 
 
-def test_a_better_detector_is_said_to_be_overall_by_category_and_by_size(coco_tiny, tmp_path):
+def test_a_better_detector_is_reported_overall_by_category_and_by_size(coco_tiny, tmp_path):
     annotations = CocoAnnotations.open(coco_tiny / "annotations/instances_val2017.json")
     both = {"worse": found_by(annotations, 1, 0.15, 0.4), "good": found_by(annotations, 2, 0.05, 0.1)}
     images = coco_tiny / "val2017"

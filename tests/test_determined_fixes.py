@@ -32,7 +32,7 @@ def test_without_the_fix_a_checkpoint_cannot_be_read_back(tmp_path):
         torch.load(tmp_path / "state.pth", weights_only=True)
 
 
-def test_the_random_state_is_read_back_and_goes_on_the_same(tmp_path):
+def test_the_random_state_is_restored(tmp_path):
     np.random.seed(5)
     np.random.standard_normal()  # leaves a second number waiting
     torch.save(random_state(0), tmp_path / "state.pth")
@@ -67,7 +67,7 @@ def test_the_master_s_answer_counts_when_it_has_the_last_validation(monkeypatch,
     assert trial_is_stopping(7, validated_at=40) is True
 
 
-def test_a_report_that_never_comes_to_the_master_is_not_waited_for_long(monkeypatch):
+def test_the_wait_for_the_master_to_have_a_report_is_short(monkeypatch):
     monkeypatch.setattr(run, "SECONDS_FOR_A_REPORT", 0.1)
     monkeypatch.setattr(run.client, "get_trial", lambda trial_id: answer("ACTIVE", 20))
     assert trial_is_stopping(7, validated_at=40) is False

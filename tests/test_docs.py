@@ -1,6 +1,7 @@
 """The tests that the documentation names exist, and its commands and links work."""
 
 import ast
+import json
 import re
 import shlex
 import sys
@@ -11,7 +12,7 @@ from conftest import ROOT, code_blocks
 
 from shared.__main__ import _COMMANDS as COMMANDS
 from shared.config.file import keys_of
-from shared.config.schema import key_names
+from shared.config.schema import TrainingHyperparameters, key_names
 from shared.launch import read_arguments
 
 
@@ -62,6 +63,9 @@ def test_each_command_of_the_docs_is_understood(page, command, monkeypatch):
     words = shlex.split(command)
     if "model_def.py" in words:
         arguments = words[words.index("model_def.py") + 1 :]
+        if arguments[0] == "--help-config":
+            assert arguments[1] in key_names(TrainingHyperparameters)
+            return
         monkeypatch.setattr(sys, "argv", ["model_def.py", *arguments])
         assert read_arguments().command == arguments[0]
     elif words[:3] == ["python3", "-m", "shared"]:
@@ -79,6 +83,14 @@ def test_the_tables_of_keys_are_those_of_the_code(monkeypatch):
     for path, (name, section) in tables.sections().items():
         text = path.read_text()
         assert tables.with_table(text, name, section) == text, f"{path}: run .venv/bin/python docs/tables.py"
+
+
+def test_the_table_of_exported_files_is_that_of_its_measurements(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import export_matrix
+
+    page, results = export_matrix.PAGE.read_text(), json.loads(export_matrix.NUMBERS.read_text())
+    assert export_matrix.with_table(page, results) == page, "run .venv/bin/python docs/export_matrix.py --only NOTHING"
 
 
 def test_every_key_of_a_config_has_a_text(monkeypatch):

@@ -85,7 +85,7 @@ def test_a_file_of_torch_hub_s_cache_is_taken_if_its_name_proves_it(tmp_path):
             read(f"http://127.0.0.1:1/{name}")
 
 
-def test_nobody_else_can_put_files_in_the_place_of_a_download(cache):
+def test_nobody_else_can_replace_a_download(cache):
     with changing_store([saved(1.0)]) as url:
         read(f"{url}/model.pth")
     assert [folder.stat().st_mode & 0o777 for folder in cache.iterdir()] == [0o700]

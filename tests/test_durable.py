@@ -349,29 +349,6 @@ def test_two_ranks_train_on_with_an_unusual_disk_and_clock(run_config, tmp_path,
 # --- two processes in one folder ----------------------------------------------------------------------
 
 
-def test_a_run_that_is_refused_leaves_the_folder_of_the_other(tmp_path):
-    both = [RunFolder(tmp_path / "run") for _ in range(2)]  # neither finds the folder
-    in_other_process = []
-
-    def second():
-        pid = os.fork()  # a lock is a process's
-        if pid == 0:
-            try:
-                both[1].take()
-            except UserError as error:
-                both[1].free()
-                os._exit(3 if "another process uses" in str(error) else 4)
-            os._exit(5)
-        in_other_process.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-
-    both[0].take()
-    second()
-    assert in_other_process == [3]
-    assert both[0].path.exists()
-    both[0].free()
-    assert not both[0].path.exists()  # no run has begun in it
-
-
 # --- several ranks ------------------------------------------------------------------------------------
 
 

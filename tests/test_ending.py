@@ -1,12 +1,15 @@
 """Config keys that stop a run before its length, and its continuation."""
 
 import json
+import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from cluster_task import become_a_task
 from conftest import ROOT, reports, run_model_def
+from in_threads import on_all, processes
 from test_resume import assert_same_bits, final_state
 from test_stopping import without_times
 from tiny_models import efficientdet_config
@@ -238,29 +241,37 @@ def test_a_timed_checkpoint_changes_nothing_and_a_killed_run_resumes(config, tra
     assert without_times(reports(run)) == without_times(reports(whole))
 
 
-class _SecondOfTwo:
-    """The exchange of a process that is not the chief."""
-
-    rank, size = 1, 2
-
-    def __init__(self, chief_says):
-        self.chief_says = chief_says
-
-    def allgather(self, here):
-        return [(None, self.chief_says), here]
-
-
-def test_the_chief_s_clock_stops_all_slots_at_the_same_batch(monkeypatch):
-    monkeypatch.setattr(Clock, "now", staticmethod(lambda: 0.0))
-    for chief_says, ended_after, saves_after in [
-        ((None, False), None, None),
-        (("max_hours: over", True), 20, None),
-        ((None, True), None, 20),
-    ]:
-        stopping = Stopping(_SecondOfTwo(chief_says), clock=Clock(1.0, 1.0), total=100)
-        stopping.begin()
-        assert not any(stopping.after_batch(batch) for batch in range(11, 30))
-        assert (stopping.ended_after, stopping.saves_after) == (ended_after, saves_after)
+@pytest.mark.parametrize(
+    ("received", "limits", "acts"),
+    [
+        (None, (2.0, 120), {}),
+        (signal.SIGUSR1, (None, None), {"after": 20, "stopped_by": signal.SIGUSR1}),
+        (None, (1.0, None), {"ended_after": 20}),
+        (None, (None, 60), {"saves_after": 20}),
+    ],
+)
+def test_two_ranks_act_together_on_what_one_of_them_knows(monkeypatch, received, limits, acts):
+    """At batch 14 rank 1 gets a signal, and an hour is over by the chief's clock, which began first."""
+    now = {"seconds": 0.0}
+    monkeypatch.setattr(Clock, "now", staticmethod(lambda: now["seconds"]))
+    signals = [SimpleNamespace(received=None, begin=lambda: None) for _ in range(2)]
+    with processes(2, gloo=True) as contexts:
+        ranks = [Stopping(contexts[rank], clock=Clock(*limits), total=100, signals=signals[rank]) for rank in range(2)]
+        for rank in ranks:
+            rank.begin()
+            now["seconds"] += 600
+        for batch in range(1, 31):
+            if batch == 14:
+                now["seconds"], signals[1].received = 3600.0, received
+            stops = on_all(Stopping.after_batch, ranks, [batch] * 2)
+            assert stops == [batch == acts.get("after")] * 2
+            if batch in (ranks[0].after, ranks[0].ended_after):
+                break
+            if batch == ranks[0].saves_after:
+                ranks[0].clock.saved()
+    for rank in ranks:
+        found = {name: getattr(rank, name) for name in ("after", "stopped_by", "ended_after", "saves_after")}
+        assert {name: value for name, value in found.items() if value is not None} == acts
 
 
 @pytest.mark.parametrize("key", ["max_hours", "checkpoint_every_minutes"])

@@ -234,7 +234,7 @@ def test_crowded_images_with_equal_boxes_and_areas_at_the_limits():
     assert_like_pycocotools(coco, detections, ("bbox",))
 
 
-def test_of_two_objects_with_equal_iou_the_last_is_matched():
+def test_the_last_of_two_objects_with_equal_iou_is_matched():
     objects = [{"id": i + 1, "image_id": 1, "category_id": 1, "bbox": [20 * i, 0, 60, 60]} for i in range(2)]
     coco = shapes_with(1, annotations=[{**one, "area": 3600, "iscrowd": 0} for one in objects])
     between, on_the_last = [10, 0, 70, 60], [20, 0, 80, 60]

@@ -72,6 +72,13 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
         config(tmp_path, "a: [")
 
 
+def test_aliases_that_multiply_are_refused(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    with pytest.raises(UserError, match=r"c\.yaml: its aliases make more than 100,000 values"):
+        config(tmp_path, "\n".join(lines))
+
+
 def test_data_keys_are_checked():
     with pytest.raises(UserError, match=r"data\.train: unknown key 'annotation'; did you mean 'annotations'"):
         parse_data({"data": {"train": {"annotation": "x", "images": "y"}}})

@@ -25,6 +25,7 @@ EXPORT = {
     "images": None,
     "tolerance": None,
     "precision": "float32",
+    "raw": False,
     "checkpoint": None,
     "output": None,
 }
@@ -123,6 +124,44 @@ def test_predict_draws_what_an_exported_file_detects(exported, command, trial_cl
     command(trial_class, "predict", exported / "config.yaml", *arguments, "--output", tmp_path / "found")
     assert len(json.loads((tmp_path / "found/results.json").read_text())) > 0
     assert len(list((tmp_path / "found").glob("*.png"))) == 10
+
+
+def test_tiles_of_an_exported_file_give_the_checkpoint_s_detections(
+    exported, command, trial_class, shapes, tmp_path, monkeypatch
+):
+    """By both commands, on images of three tiles and a view."""
+    from shared.commands import export as of_export
+    from shared.data.annotations import CocoAnnotations
+    from shared.evaluation.detections import from_coco_results
+
+    monkeypatch.setattr(of_export, "SCORE", 0.01)  # the tiny detector is not sure of much
+    coco = json.loads((shapes / "annotations/val.json").read_text())
+    (tmp_path / "images").mkdir()
+    for image in coco["images"]:  # twice side by side
+        image["width"] *= 2
+        wide = Image.new("RGB", (image["width"], image["height"]))
+        for left in (0, image["width"] // 2):
+            wide.paste(Image.open(shapes / "val" / image["file_name"]), (left, 0))
+        wide.save(tmp_path / "images" / image["file_name"])
+    (tmp_path / "val.json").write_text(json.dumps(coco))
+    data = {"annotations": str(tmp_path / "val.json"), "images": str(tmp_path / "images")}
+    config = yaml.safe_load((exported / "config.yaml").read_text())
+    config["data"]["val"] = data
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    annotations = CocoAnnotations.open(tmp_path / "val.json")
+    files = {"file": ["--model", exported / "onnx/model.onnx"]}
+    files["checkpoint"] = ["--checkpoint", exported / "run/checkpoints/best"]
+    for name, options in {"predict": ["--images", tmp_path / "images"], "evaluate": []}.items():
+        found = {}
+        for source, given in files.items():
+            output = tmp_path / name / source
+            options_and_output = [*given, *options, "--tiles", 128, "--output", output]
+            command(trial_class, name, tmp_path / "config.yaml", *options_and_output)
+            found[source] = from_coco_results(output / "results.json", annotations)
+        apart = of_export.differences(found["checkpoint"], found["file"])
+        assert apart.matched >= 0.99 * apart.detections > 50, apart
+        assert apart.box < 0.1
+        assert apart.score < 0.001
 
 
 def test_predictor_detects_with_an_exported_file(exported, shapes):
@@ -238,6 +277,15 @@ def test_pixels_of_an_exported_file_are_opencv_s():
 
 
 @pytest.mark.slow
+def test_raw_file_and_its_numpy_decoder_detect_what_the_checkpoint_detects(exported, command, trial_class, tmp_path):
+    checkpoint = ["--checkpoint", exported / "run/checkpoints/best"]
+    command(trial_class, "export", exported / "config.yaml", *checkpoint, "--raw", "--output", tmp_path / "raw")
+    found = json.loads((tmp_path / "raw/export.json").read_text())["differences"]
+    assert found["matched"] == found["detections"] > 0
+    assert found["box"] < 0.001
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "least"),
     [(["--format", "openvino"], 0.99), (["--format", "torch"], 1.0), (["--format", "openvino", "--half"], 0.9)],
@@ -266,8 +314,14 @@ def test_int8_is_calibrated_on_training_images_and_reports_its_cost(exported, co
         (["--half"], "--half: onnx has no 16-bit files here. Fix: --format openvino"),
         (["--int8", "--format", "torch"], "--int8: torch has no 8-bit files here. Fix: --format onnx or openvino"),
         (["--format", "transformers"], "--format transformers: only a model of `detr` has it"),
+        (["--raw", "--format", "openvino"], "--raw: openvino has no raw files here. Fix: --format onnx"),
+        (
+            ["--format", "tensorrt"],
+            "Fix: --format onnx --raw, then on the machine with the GPU: trtexec --onnx=model.onnx --minShapes=images:1"
+            "x3x128x128 --optShapes=images:1x3x128x128 --maxShapes=images:8x3x128x128 --saveEngine=model.engine",
+        ),
     ],
 )
-def test_a_format_without_that_precision_is_refused(options, said, refused, exported):
+def test_a_format_that_cannot_do_it_is_refused_with_what_to_do(options, said, refused, exported):
     checkpoint = ["--checkpoint", exported / "run/checkpoints/best"]
     assert said in refused("export", exported / "config.yaml", *checkpoint, *options, "--output", exported / "refused")

@@ -199,7 +199,7 @@ def test_a_trained_model_has_the_same_ap_with_it(train, tmp_path, without_figure
     assert metrics["bbox_mAP"] == pytest.approx(exact["bbox_mAP"], abs=0.01)
 
 
-def test_bad_images_are_left_out_as_without_it(shapes, tmp_path):
+def test_bad_images_are_skipped_as_without_fast_images(shapes, tmp_path):
     from model_def import EfficientDetTrial
 
     folder = shutil.copytree(shapes, tmp_path / "data")
@@ -293,7 +293,7 @@ def test_libraries_detect_on_batches_of_one_size_and_only_round_otherwise(detect
 
 
 @pytest.mark.parametrize("detector", ["mmdetection"], indirect=True)
-def test_what_mmdetection_s_config_says_of_an_evaluation_s_batches_holds(detector, shapes, monkeypatch):
+def test_the_evaluation_batch_size_of_mmdetection_s_config_holds(detector, shapes, monkeypatch):
     monkeypatch.chdir(shapes)
     for overrides, expected in (
         ({"data.val_dataloader.samples_per_gpu": 3}, 3),

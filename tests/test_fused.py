@@ -59,7 +59,7 @@ def test_fused_steps_are_the_library_s_but_for_rounding(kind):
 
 
 @pytest.mark.parametrize("said", [{"foreach": True}, {"foreach": False}, {"fused": False}])
-def test_what_the_config_says_of_its_optimizer_wins(said):
+def test_the_config_s_own_optimizer_settings_win(said):
     (group,) = fuse(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, **said)).param_groups
     assert {name: group[name] for name in said} == said
     assert not group["fused"]
@@ -76,7 +76,7 @@ def test_an_optimizer_that_is_not_pytorch_s_steps_as_it_does():
 @fused_here
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("before", "after"), [(False, True), (True, False)], ids=["unfused", "fused"])
-def test_a_checkpoint_goes_on_as_this_run_steps(kind, before, after):
+def test_a_checkpoint_continues_with_this_run_s_kind_of_step(kind, before, after):
     model = small_model()
     plain = copy.deepcopy(model)
     first = KINDS[kind](model.parameters())
@@ -110,7 +110,7 @@ def test_a_resume_of_a_fused_run_is_exact(kind):
 
 @fused_here
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_with_another_memory_format_goes_on(kind):
+def test_a_checkpoint_with_another_memory_format_continues(kind):
     """The CPU's fused kernels read a momentum by address. Another layout would assign it to other weights."""
     model = small_model()
     plain = copy.deepcopy(model)

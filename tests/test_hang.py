@@ -70,7 +70,7 @@ def test_the_rank_that_has_passed_least_is_named():
     )
 
 
-def test_of_two_equal_ranks_the_one_that_does_not_wait_is_behind():
+def test_the_rank_that_does_not_wait_is_behind_an_equal_one():
     evaluating = [Process(rank, Phase.EVALUATING, 6, passed=20, waits=rank > 0) for rank in range(3)]
     behind = "rank 0 is stuck at batch 6 (evaluating the detections, at step.py:0); the other ranks wait"
     assert after(600, evaluating).message().endswith(behind)
@@ -218,7 +218,7 @@ def test_a_time_that_is_none_is_refused_by_its_key(run_config, refused, value):
     )
 
 
-# a model_def.py of which rank 1 sleeps for ever in batch 6, or a loader's worker where it reads its 25th image
+# a model_def.py whose rank 1 sleeps forever in batch 6, or whose loader worker does at its 25th image
 SLEEPING = """
 import os, sys, time
 sys.path[:0] = [os.getcwd()]
@@ -373,7 +373,7 @@ def test_a_process_that_is_stopped_is_named_also_where_it_is_the_chief(run_confi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_job_that_is_stopped_as_a_whole_and_goes_on_has_not_hung(run_config, tmp_path, count):
+def test_a_suspended_and_continued_job_has_not_hung(run_config, tmp_path, count):
     config, run = run_config(hyperparameters__hang_minutes=0.1, searcher__max_length={"batches": 40}), tmp_path / "run"
     process = start_run(config, run, processes=count)
     wait_for_batch(run, process, 6)

@@ -79,7 +79,7 @@ def test_any_structure_is_a_data_set_or_an_error_with_the_file(coco, tmp_path_fa
         "null",
     ],
 )
-def test_what_parsers_trip_over_is_an_error(text, tmp_path):
+def test_content_that_breaks_parsers_is_an_error(text, tmp_path):
     path = tmp_path / "hostile.json"
     path.write_text(text)
     assert open_and_use(path) is None
@@ -151,7 +151,7 @@ def test_one_annotation_with_many_keypoints_costs_the_others_no_memory(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["offsets", "labels", "segmentation_offsets", "boxes", "file_name_offsets"])
-def test_a_cache_with_other_contents_is_made_anew(name, tmp_path):
+def test_a_cache_with_other_contents_is_rebuilt(name, tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(synthetic.coco_split(0, 8)))
     expected = [record.boxes.tolist() for record in CocoAnnotations.open(path)]

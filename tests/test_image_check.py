@@ -140,9 +140,9 @@ def rename_in_file(data, name):
         json.dump(coco, file)
 
 
-def test_an_absolute_name_in_the_images_folder_is_told_what_is_wanted(data):
+def test_an_absolute_name_in_the_images_folder_is_an_error_with_a_fix(data):
     rename_in_file(data, f"{images_of(data)}/000003.png")
-    with pytest.raises(UserError, match=r"is absolute, and lies in the images' folder\. Fix: .* '000003.png'"):
+    with pytest.raises(UserError, match=r"000003\.png' leads out of the images' folder, .*empty\. Fix: write names"):
         opened(data)
 
 
@@ -156,7 +156,7 @@ def test_skipped_missing_images_are_remembered_only_for_runs_that_skip(data, loo
         opened(data)
 
 
-def test_check_images_false_looks_for_none(data, looks):
+def test_check_images_false_skips_the_check(data, looks):
     os.unlink(f"{images_of(data)}/000003.png")
     assert len(opened(data, check_images=False).annotations) == 10
     assert looks() == 0

@@ -274,7 +274,7 @@ def trial_class(detector):
 
 
 @other_detectors_are_slow
-def test_a_bad_image_ends_the_run_with_its_name_or_is_left_out(detector, trial_class, shapes, train, tmp_path, caplog):
+def test_a_bad_image_stops_the_run_with_its_name_or_is_skipped(detector, trial_class, shapes, train, tmp_path, caplog):
     config = CONFIGS[detector](spoiled(shapes, tmp_path / "data"))
     config["searcher"]["max_length"] = {"batches": 8}
     config["data"]["workers"] = 0
@@ -285,11 +285,11 @@ def test_a_bad_image_ends_the_run_with_its_name_or_is_left_out(detector, trial_c
     counts = [report["metrics"]["skipped_images"] for report in reports(run, "train")]
     assert sum(counts[:3]) == 2  # both in the first epoch, of six batches
     assert [report["metrics"]["skipped_images"] for report in reports(run, "val")] == [1, 1]
-    left_out = [record.message for record in caplog.records if record.message.startswith("left out")]
+    left_out = [record.message for record in caplog.records if record.message.startswith("skipped: ")]
     assert len(left_out) == 3
 
 
-def test_what_is_left_out_is_the_same_in_a_resumed_run(shapes, train, crash_and_resume, tmp_path):
+def test_a_resumed_run_skips_the_same_images(shapes, train, crash_and_resume, tmp_path):
     from model_def import EfficientDetTrial
 
     config = efficientdet_config(spoiled(shapes, tmp_path / "data"))
@@ -302,7 +302,7 @@ def test_what_is_left_out_is_the_same_in_a_resumed_run(shapes, train, crash_and_
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-def test_what_is_left_out_of_the_evaluation_counts_as_no_image(shapes, tmp_path):
+def test_images_skipped_by_an_evaluation_are_not_counted(shapes, tmp_path):
     from shared.evaluation.detections import Detections
     from shared.evaluation.evaluator import CocoEvaluator
 
@@ -326,7 +326,7 @@ def split(shapes, name="val"):
     return {"annotations": str(shapes / f"annotations/{name}.json"), "images": str(shapes / name)}
 
 
-def test_missing_images_may_be_left_out_unless_all_are(shapes, tmp_path, caplog):
+def test_missing_images_can_be_skipped_unless_all_are_missing(shapes, tmp_path, caplog):
     folder = shutil.copytree(shapes / "val", tmp_path / "images")
     (folder / "000003.png").unlink()
     data = {"val": {**split(shapes), "images": str(folder)}, "on_bad_image": "skip"}

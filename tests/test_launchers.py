@@ -142,7 +142,7 @@ def test_signals_are_named_as_kill_names_them():
     assert parse_signals("") == ()
 
 
-def test_a_task_without_its_variables_says_so_before_torch_is_loaded(run_config):
+def test_a_task_without_its_variables_fails_before_torch_is_loaded(run_config):
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "model_def.py", "train", run_config()],
         cwd=ROOT / "efficientdet",

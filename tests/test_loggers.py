@@ -248,7 +248,7 @@ def opened(tmp_path: Path, names: list[str], goes_on: bool = False, **config: ob
     return made
 
 
-def test_a_logger_that_fails_ends_no_training_and_the_other_goes_on(config, train, trial_class, fakes, caplog):
+def test_a_failing_logger_stops_neither_training_nor_other_loggers(config, train, trial_class, fakes, caplog):
     config["hyperparameters"]["loggers"] = ["wandb", "mlflow"]
     config["searcher"]["max_length"] = {"batches": 2}
     fakes(wandb=Failing, mlflow=Fake)
@@ -292,7 +292,7 @@ def test_a_missing_package_and_an_unknown_name_are_errors(monkeypatch, shapes):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as error:
         check_loggers(["wandb"])
-    message = "hyperparameters.loggers: wandb is not installed; python3 -m pip install wandb, or take it out"
+    message = "hyperparameters.loggers: wandb is not installed. Fix: python3 -m pip install wandb, or remove it"
     assert str(error.value) == message
     with pytest.raises(
         UserError, match=r"mlflow is not installed. Fix: python3 -m pip install mlflow-skinny, or remove"

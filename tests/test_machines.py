@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import json
 import random
 import re
 import shutil
@@ -20,10 +21,11 @@ from shared.training.checkpoints import read_checkpoint
 pytestmark = pytest.mark.skipif(why_none() is not None, reason=str(why_none()))
 
 PORT = 29611
+BATCHES = 120  # that torchrun trains, while machines come and go
 WITHOUT_FIGURES = ROOT / "tests/without_figures.py"
 # a model_def.py that draws nothing, and prints which images are in which batch
 NOTING = """
-import os, sys, time
+import os, signal, sys, time
 sys.path.insert(0, os.getcwd())
 import model_def
 from without_figures import leave_out_figures
@@ -36,6 +38,8 @@ class Noting(getattr(model_def, name)):
     def losses(self, model, batch):
         os.write(1, f"BATCH {self.batches_trained} {batch.image_ids}\\n".encode())
         time.sleep(float(os.environ.get("PAUSE", 0)))
+        if self.batches_trained + 1 == int(os.environ.get("STOP_AFTER", 0)):
+            os.kill(os.getpid(), signal.SIGTERM)
         return super().losses(model, batch)
 
 Noting.__module__ = "model_def"
@@ -72,14 +76,13 @@ def prepare(nodes, shapes, tmp_path):
     return call
 
 
-def start(nodes, *arguments, processes=1, chief=0):
+def start(nodes, *arguments, processes=1, chief=0, command=("train", "config.yaml", "--output-dir", "runs/a")):
     """Starts torchrun on each of these machines as one run. `chief` is the position of rank 0's machine."""
     for number, node in enumerate(nodes):
         rank = (number - chief) % len(nodes)
         place = ("--nnodes", len(nodes), "--nproc-per-node", processes, "--node-rank", rank)
         where = ("--master-addr", nodes[chief].name, "--master-port", PORT)
-        train = ("train", "config.yaml", "--output-dir", "runs/a", *arguments)
-        node.torchrun("noting.py", *train, options=(*place, *where), OMP_NUM_THREADS="1")
+        node.torchrun("noting.py", *command, *arguments, options=(*place, *where), OMP_NUM_THREADS="1")
 
 
 def stop(node, after):
@@ -123,6 +126,26 @@ def test_two_machines_train_as_two_processes_and_the_chief_alone_writes(nodes, p
 
 
 @pytest.mark.slow
+def test_two_machines_evaluate_a_checkpoint_that_only_the_chief_has(nodes, prepare, tmp_path):
+    here = prepare(searcher={**CONFIGS["efficientdet"](tmp_path)["searcher"], "max_length": {"batches": 4}})
+    run_model_def("train", here, "--output-dir", tmp_path / "run")
+    run_model_def("evaluate", here, "--checkpoint", tmp_path / "run/checkpoints/last", "--output", tmp_path / "here")
+    shutil.copytree(tmp_path / "run/checkpoints/last", nodes[0].own / "code/trained")
+    evaluate = ("evaluate", "config.yaml", "--output", "evaluated", "--checkpoint")
+    start(nodes, "trained", command=evaluate)
+    assert [node.wait() for node in nodes] == [0, 0], nodes[0].log + nodes[1].log
+    metrics = [
+        json.loads((f / "metrics.json").read_text()) for f in (tmp_path / "here", nodes[0].own / "code/evaluated")
+    ]
+    assert metrics[0] == metrics[1]
+    assert not (nodes[1].own / "code/evaluated").exists()
+
+    start(nodes, "missing", command=evaluate)
+    assert [node.wait() for node in nodes] == [1, 1]
+    assert all("missing is not a checkpoint" in node.log for node in nodes), nodes[1].log
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("detector", ["efficientdet", "mmdetection"])
 def test_a_machine_killed_at_random_moments_changes_no_sample(nodes, prepare, tmp_path, detector):
     """Each start has two processes, on two machines or on one. A library's statistics are per process."""
@@ -143,7 +166,7 @@ def test_a_machine_killed_at_random_moments_changes_no_sample(nodes, prepare, tm
         on = train(count=2 - kill % 2, chief=chance.randrange(2))
         lost = chance.choice(on)
         stop(lost, after=chance.uniform(0.2, 1.0) * seconds)
-        for node in on:  # what is left ends by itself, unless its torchrun still waits for the other one
+        for node in on:  # the rest stops by itself, unless its torchrun still waits for the other one
             stop(node, after=90)
         logs += [node.log for node in on]
     for chief in (0, 1):  # with one machine, and at last with two
@@ -171,8 +194,12 @@ def test_a_machine_that_never_comes_is_named(nodes, prepare):
 
 
 @pytest.mark.slow
-def test_torchrun_continues_with_the_machines_that_are_left_and_with_new_ones(nodes, prepare, tmp_path):
-    prepare(searcher={**CONFIGS["efficientdet"](tmp_path)["searcher"], "max_length": {"batches": 120}})
+@pytest.mark.parametrize("detector", ["efficientdet", "mmdetection"])
+def test_torchrun_continues_with_remaining_and_with_new_machines(nodes, prepare, tmp_path, detector):
+    """The losses are those of a run that is stopped after the same batches, and continued with as many processes."""
+    if detector in WITHOUT_LIBRARY:
+        pytest.skip(WITHOUT_LIBRARY[detector])
+    here = prepare(detector, searcher={**CONFIGS[detector](tmp_path)["searcher"], "max_length": {"batches": BATCHES}})
 
     def join(node):
         elastic = ("--nnodes", "1:2", "--nproc-per-node", 1, "--max-restarts", 5, "--rdzv-backend", "c10d")
@@ -197,7 +224,18 @@ def test_torchrun_continues_with_the_machines_that_are_left_and_with_new_ones(no
     assert nodes[0].log.count("resuming after batch") == 1
     join(nodes[1])
     assert nodes[0].wait(900) == 0, nodes[0].log
-    assert nodes[0].log.count("resuming after batch") == 2
+    resumed = [int(batch) for batch in re.findall(r"resuming after batch (\d+)", nodes[0].log)]
+    assert len(resumed) == 2
     images = batches_in(nodes[0].log, *logs, nodes[1].log)
-    assert [len(images[number]) for number in range(120)] == [4] * 120
-    assert len(losses_of(nodes[0].own / "code/runs/a")) == 120
+    assert [len(images[number]) for number in range(BATCHES)] == [4] * BATCHES
+
+    script, run = tmp_path / "noting.py", tmp_path / "run"
+    for processes, last in ((2, resumed[0]), (1, resumed[1]), (2, BATCHES)):
+        stop = {"STOP_AFTER": str(last % BATCHES), "PYTHONPATH": str(ROOT / "tests")}
+        arguments = ("train", here, "--output-dir", run, "--resume", "auto")
+        run_model_def(
+            *arguments, processes=processes, script=script, env=stop, check=last == BATCHES, cwd=ROOT / detector
+        )
+        assert read_checkpoint(run / "checkpoints/last").batches == last
+    assert len(losses_of(run)) == BATCHES
+    assert losses_of(nodes[0].own / "code/runs/a") == pytest.approx(losses_of(run), rel=1e-4)

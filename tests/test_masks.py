@@ -39,7 +39,7 @@ def expected(masks: np.ndarray) -> list[dict]:
 
 @pytest.mark.parametrize("kind", [bool, np.uint8])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_the_bytes_are_those_of_the_whole_mask(kind, order):
+def test_the_bytes_equal_those_of_the_full_mask(kind, order):
     masks = np.asarray(drawn(), dtype=kind, order=order)
     assert encode_masks(masks) == expected(masks)
     assert encode_masks(masks[2:3]) == expected(masks[2:3])

@@ -96,7 +96,7 @@ def test_tensorboard_has_groups_pictures_and_the_last_validation(config, run_tas
     assert master.uploads[-1] == len(master.reports)
 
 
-def test_progress_is_told_also_of_a_run_that_is_shorter_than_a_report(config, run_task):
+def test_a_run_shorter_than_a_report_logs_its_progress(config, run_task):
     config["scheduling_unit"] = 100
     master = run_task(config)
     assert master.progress[0] == pytest.approx(1 / 3)
@@ -133,7 +133,7 @@ def test_a_task_refuses_a_checkpoint_with_code(name, config, run_task, tmp_path,
     assert not trace.exists()
 
 
-def test_a_restarted_task_goes_on_where_its_checkpoint_is(config, run_task, caplog):
+def test_a_restarted_task_continues_from_its_checkpoint(config, run_task, caplog):
     caplog.set_level("INFO")
     whole = run_task(config, "whole")
     first = run_task(config, "restarted")
@@ -149,7 +149,7 @@ def test_a_restarted_task_goes_on_where_its_checkpoint_is(config, run_task, capl
     assert all((states[0][name] == weight).all() for name, weight in states[1].items())
 
 
-def test_the_training_goes_on_while_a_checkpoint_is_written_and_uploaded(config, run_task, trial_class):
+def test_training_continues_while_a_checkpoint_is_written_and_uploaded(config, run_task, trial_class):
     trained, weights = [threading.Event() for _ in range(12)], {}
 
     class Noting(trial_class):
@@ -207,7 +207,7 @@ def test_a_batch_smaller_than_the_slots_ends_so_too(config, run_task, caplog):
     assert errors(caplog)[-1].startswith("not retried: error: hyperparameters.global_batch_size: 0")
 
 
-def test_a_training_that_diverges_ends_so_too_and_reports_nothing_more(config, run_task, trial_class, caplog):
+def test_a_diverging_training_fails_and_reports_nothing_more(config, run_task, trial_class, caplog):
     class Diverging(trial_class):
         def losses(self, model, batch):
             losses = super().losses(model, batch)
@@ -220,7 +220,7 @@ def test_a_training_that_diverges_ends_so_too_and_reports_nothing_more(config, r
     assert list(master.of("validation")) == [4]
 
 
-def test_gpus_that_torch_cannot_use_are_said_and_not_trained_without(config, run_task, caplog):
+def test_gpus_that_torch_cannot_use_are_an_error(config, run_task, caplog):
     master = run_task(config, gpu_uuids=("GPU-1", "GPU-2"))
     assert master.exit_status == 1
     assert "the cluster gave this task 2 GPUs, and torch cannot use them" in errors(caplog)[-1]

@@ -1,10 +1,11 @@
 """`predict` on all kinds of inputs, and `evaluate` of a results.json, with a detector of constant detections."""
 
+import dataclasses
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -160,7 +161,7 @@ def test_a_file_that_is_named_in_several_ways_counts_once(predict, tmp_path, giv
     assert files(tmp_path / "out") == ["a.png.png", "results.json"]
 
 
-def test_names_that_differ_in_case_or_accents_only_are_told_apart(predict, tmp_path):
+def test_names_that_differ_only_in_case_or_accents_stay_apart(predict, tmp_path):
     """On the disks of macOS and Windows they are the same name."""
     given = ["one/A.png", "two/a.png", "one/caf\u00e9.png", "two/cafe\u0301.png"]
     for name in given:
@@ -231,18 +232,22 @@ def test_pictures_of_an_earlier_predict_are_no_input(predict, tmp_path, caplog):
         ("a.txt", "--images: .*a.txt: it is not an image"),
         ("https://example.org/pictures", "a web server has no list of its files"),
         ("broken.mp4", "--images: .*broken.mp4.* cannot be read as a video"),
+        ("pipe.png", "--images: .*pipe.png: it is no plain file"),
+        ("pipe.mp4", "--images: .*pipe.mp4: it is no plain file"),
     ],
 )
-def test_what_cannot_be_predicted_on_is_one_line_and_leaves_nothing(predict, tmp_path, given, message):
+def test_predicting_on_unusable_input_is_one_line_and_leaves_nothing(predict, tmp_path, given, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "broken.mp4").write_bytes(b"no video")
+    for pipe in ("pipe.png", "pipe.mp4"):
+        os.mkfifo(tmp_path / pipe)
     with pytest.raises(UserError, match=message):
         predict(given)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_cut_off_says_what_is_there(predict, tmp_path, capsys):
+def test_an_interrupted_prediction_keeps_and_counts_its_results(predict, tmp_path, capsys):
     for i in range(6):
         image(tmp_path / f"in/{i}.png")
     with pytest.raises(SystemExit) as ended:
@@ -257,7 +262,8 @@ def test_the_threshold_of_the_run_s_report_is_drawn_with(predict, tmp_path, monk
     with pytest.raises(UserError, match=r"--min-score best: .* is of no run with a report\. Fix: give a number"):
         predict("a.png", min_score="best")
     path = tmp_path / "run/checkpoints/best"
-    checkpoint = SimpleNamespace(path=path, hparams={}, categories=None, weights=None)
+    fields = {"path": path, "hparams": {}, "categories": None, "weights": None}
+    checkpoint = dataclasses.make_dataclass("Checkpoint", fields)(**fields)
     (tmp_path / "run").mkdir()
     per_category = [{"name": "square", "threshold": 0.5}, {"name": "circle", "threshold": None}]
     report = {"best_threshold": 0.05, "bbox": {"categories": per_category}}
@@ -274,7 +280,7 @@ def test_the_threshold_of_the_run_s_report_is_drawn_with(predict, tmp_path, monk
     assert score_limits("best-per-category", categories, path).scores.tolist() == [0.5, 0.05]
 
 
-def test_an_image_that_cannot_be_decoded_is_left_out(predict, tmp_path, caplog):
+def test_an_image_that_cannot_be_decoded_is_skipped(predict, tmp_path, caplog):
     image(tmp_path / "in/a.jpg")
     cut = image(tmp_path / "in/b.jpg", (400, 300))
     cut.write_bytes(cut.read_bytes()[:700])
@@ -488,7 +494,10 @@ RESULT = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ([RESULT, {**RESULT, "image_id": 99}], "result 1: no image of .*val.json has the id 99; 1 of the results' 2"),
+        (
+            [RESULT, {**RESULT, "image_id": 99}],
+            "result 1: no image of .*val.json has the id 99. This holds for 1 of the results' 2",
+        ),
         (
             [{**RESULT, "category_id": 9}],
             "result 0, of image 1: no category has the id 9; the annotations have 1, 2, 3",
@@ -516,7 +525,7 @@ RESULT = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
         ([{**RESULT, "bbox": [1, 2, 1e300, 4]}], "result 0, of image 1: `bbox` .*1e\\+300.* all finite"),
         ([{**RESULT, "score": 1e300}], "result 0, of image 1: .*`score` 1e\\+300"),
         ([{**RESULT, "keypoints": [1, 1e300, 2]}], "result 0, of image 1: `keypoints` .*1e\\+300"),
-        ('[{"segmentation": ' + "[" * 100_000, "is not JSON that can be read: its lists are nested too deep"),
+        ('[{"segmentation": ' + "[" * 100_000, "its lists are nested too deep"),
         (json.dumps([RESULT]).encode("utf-16"), "is in UTF-16"),
         ('[{"file_name": "ü"}]'.encode("latin-1"), "is not JSON: it is not in UTF-8"),
     ],

@@ -91,7 +91,7 @@ def metrics_of(reports):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_training_on_a_gpu_is_that_of_the_cpu_and_waits_where_listed(case, shapes, tmp_path):
+def test_a_gpu_training_equals_the_cpu_s_and_waits_only_where_listed(case, shapes, tmp_path):
     if (detector := case.split()[0]) in WITHOUT_LIBRARY:
         pytest.skip(WITHOUT_LIBRARY[detector])
     run_program("train", shapes, tmp_path, case)

@@ -40,6 +40,7 @@ def join(monkeypatch, asked, **environment):
         monkeypatch.setenv(name, str(value))
     collective = torch.distributed
     monkeypatch.setattr(collective, "init_process_group", lambda backend, **_: asked.append(("init", backend)))
+    monkeypatch.setattr(collective, "new_group", lambda backend, **_: asked.append(("group", backend)))
     monkeypatch.setattr(collective, "destroy_process_group", lambda: None)
     arrivals = [
         Arrival("node", "node", "127.0.0.1", "127.0.0.1", str(rank)) for rank in range(environment["WORLD_SIZE"])
@@ -56,7 +57,7 @@ def test_each_process_has_its_own_device_before_the_first_collective(gpus, monke
     join(monkeypatch, gpus, GROUP_WORLD_SIZE=1, **environment)
     with local_processes() as (_, device):
         assert device == torch.device("cuda", rank)
-    assert gpus == [("set_device", device), ("init", "nccl")]
+    assert gpus == [("set_device", device), ("init", "nccl"), ("group", "gloo")]
 
 
 @pytest.mark.parametrize(("machines", "interface"), [(1, meeting.loopback_interface()), (2, None)])

@@ -34,7 +34,7 @@ def test_the_python_page_runs_as_it_is_written(shapes, tmp_path, monkeypatch):
     assert names["comparison"].overall.delta > 0
 
 
-def test_what_is_installed_has_all_of_shared_and_nothing_else():
+def test_the_installed_package_is_all_of_shared_and_nothing_else():
     packages = set(read_configuration(ROOT / "setup.cfg")["options"]["packages"])
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "shared").rglob("*.py")}
     assert packages == {".".join(folder.parts) for folder in folders}
@@ -129,4 +129,4 @@ def test_results_with_corners_for_sizes_are_refused(annotations):
 def test_a_negative_size_in_results_is_a_warning(annotations, caplog):
     result = {"image_id": 1, "category_id": 3, "bbox": [1, 2, -3, 4], "score": 0.5}
     from_coco_results([result], annotations)
-    assert "1 have a negative width or height" in caplog.text
+    assert "negative width or height, and so without area: 1" in caplog.text

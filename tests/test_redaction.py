@@ -102,7 +102,7 @@ def test_a_number_as_a_password_is_redacted_too():
         {"keys": ["a"], "monkey": "b", "keyboard": "c", "bypass": "d", "design": "e"},
     ],
 )
-def test_what_is_no_secret_stays(config):
+def test_values_that_are_not_secret_stay(config):
     assert without_secrets(config) == config
 
 

@@ -100,7 +100,7 @@ def test_local_annotations_with_images_in_a_public_bucket(shapes, monkeypatch, t
 
 
 @pytest.mark.parametrize("kind", ["s3", "gcs", "http"])
-def test_what_is_not_in_the_store_is_named_before_training(kind, shapes):
+def test_images_missing_in_the_store_are_named_before_training(kind, shapes):
     with serving(kind, shapes) as data:
         place = data["train"]["images"].removesuffix("train")
         wrong = {**data, "train": {**data["train"], "annotations": f"{place}annotations/nope.json"}}
@@ -111,7 +111,7 @@ def test_what_is_not_in_the_store_is_named_before_training(kind, shapes):
             opened(wrong)
 
 
-def test_what_no_patience_helps_with_ends_at_once_in_one_line(shapes, monkeypatch):
+def test_permanent_store_errors_stop_at_once_with_one_line(shapes, monkeypatch):
     """A missing bucket, a refused login, an unsupported protocol, a port without a server. A store that has answered
     before is retried."""
     monkeypatch.setattr(remote, "_PAUSES_TO_CONNECT", (0.01, 0))
@@ -126,7 +126,7 @@ def test_what_no_patience_helps_with_ends_at_once_in_one_line(shapes, monkeypatc
             UserError, match=rf"data\.train\.images: .* there is no bucket 'no{BUCKET}'. Fix: correct the bucket$"
         ):
             opened({**data, "train": images})
-    with refusing() as endpoint, pytest.raises(UserError, match=r"Forbidden\); set AWS_ACCESS_KEY_ID and"):
+    with refusing() as endpoint, pytest.raises(UserError, match=r"Forbidden\)\. Fix: set AWS_ACCESS_KEY_ID and"):
         opened({**data, **patient, "endpoint_url": endpoint})
     for place, port in (("s3://bucket/", {"endpoint_url": "http://127.0.0.1:9"}), ("http://127.0.0.1:9/", {})):
         with pytest.raises(
@@ -223,7 +223,7 @@ def test_each_detector_trains_from_a_bucket(detector, shapes, train):
     config["searcher"]["max_length"] = {"batches": 2}
     with serving("s3", shapes) as data:
         config["data"] = {**data, "workers": 0}
-        if detector == "mmdetection":  # as model-hub's users say it
+        if detector == "mmdetection":  # model-hub's name for it
             del config["data"]["backend"], config["data"]["bucket"]
             config["data"]["file_client_args"] = {"backend": "s3", "bucket_name": BUCKET}
         run = train(trial_classes()[detector], config)
@@ -325,7 +325,7 @@ def test_a_full_cache_keeps_its_files(share, tmp_path):
     store, names = Counting(), [f"{number}.png" for number in range(100)]
     rng = np.random.default_rng(0)
     for epoch in range(3):
-        # 1,000 bytes and a checksum each; a run that is started again goes on with the same folder
+        # 1,000 bytes and a checksum each; a restarted run uses the same folder
         cached = CachedImages(store, tmp_path / "cache", limit=int(share * len(names) * 1004))
         for name in rng.permutation(names):
             cached.read(str(name))
@@ -361,7 +361,7 @@ def test_git_and_backups_skip_the_copies(tmp_path):
     assert (tmp_path / "cache/CACHEDIR.TAG").is_file()
 
 
-def test_a_copy_that_is_not_whole_does_not_count(tmp_path):
+def test_an_incomplete_copy_is_ignored(tmp_path):
     store = Counting()
     cached = CachedImages(store, tmp_path / "cache", limit=10**6)
     data = cached.read("a.png")

@@ -134,7 +134,7 @@ def test_f1_and_the_best_thresholds_are_those_of_a_few_lines_of_numpy(noisy_anal
     assert (boxes.curve.best_threshold, boxes.curve.best_f1) == (threshold, pytest.approx(f1))
 
 
-def test_what_errors_cost_is_what_tidecv_says(noisy, noisy_analyses):
+def test_the_costs_of_errors_equal_tidecv_s(noisy, noisy_analyses):
     """To a thousandth: the two count a detection that overlaps a crowd, or two objects equally, differently."""
     tidecv = pytest.importorskip("tidecv", reason="needs the package tidecv")
     tide = tidecv.TIDE()
@@ -537,7 +537,7 @@ def test_the_command_reports_on_anybody_s_results(noisy, tmp_path, monkeypatch, 
         (["{here}/annotations.json", "{here}/r.json", "--output", "{here}/new.json"], r"give it the ending \.html"),
     ],
 )
-def test_what_the_command_cannot_read_is_one_line(tmp_path, monkeypatch, arguments, said):
+def test_unreadable_input_is_one_line(tmp_path, monkeypatch, arguments, said):
     data_set(tmp_path, [(1, 3, [10, 10, 20, 20])])
     (tmp_path / "r.json").write_text("[]")
     monkeypatch.setattr("sys.argv", ["shared", "report", *(part.format(here=tmp_path) for part in arguments)])

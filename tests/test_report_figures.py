@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from shared.training.run import ReportFigures
 
 
-def test_a_writer_that_is_closed_while_a_figure_is_drawn_loses_none(tmp_path):
+def test_closing_a_writer_during_a_figure_loses_no_figure(tmp_path):
     uploaded = threading.Event()
 
     def draw(*_):

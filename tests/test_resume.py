@@ -176,7 +176,7 @@ def test_a_period_that_ends_in_the_middle_of_an_optimizer_step_is_refused(tiny, 
 
 
 @pytest.mark.slow
-def test_a_schedule_that_follows_the_validations_goes_on_after_a_resume(tiny, train):
+def test_a_schedule_by_validations_continues_after_a_resume(tiny, train):
     tiny["hyperparameters"].update(sched="plateau", sched_on_updates=False, patience_epochs=0, decay_rate=0.5)
     tiny["min_validation_period"] = {"epochs": 1}
 
@@ -238,7 +238,7 @@ def test_an_error_of_a_training_names_the_last_checkpoint_if_there_is_one(tiny, 
             train(Diverging, tiny, f"run-{at}")
 
 
-def test_a_run_that_was_trained_to_its_end_says_what_to_give_to_go_on(tiny, train):
+def test_resuming_a_finished_run_says_how_to_train_longer(tiny, train):
     tiny["searcher"]["max_length"] = {"batches": 4}
     train(trial(), tiny)
     with pytest.raises(
@@ -271,7 +271,7 @@ def test_resume_auto_starts_continues_or_keeps_a_finished_run(tiny, train):
     assert not list((run / "checkpoints").glob(".*"))
 
 
-# a model_def.py of which rank 1 is killed once, after the checkpoint of batch 4
+# a model_def.py whose rank 1 is killed once, after the checkpoint of batch 4
 KILLED_ONCE = """
 import os, signal, sys
 from pathlib import Path

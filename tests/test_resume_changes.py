@@ -146,7 +146,7 @@ def best_after(run):
     return read_checkpoint(run / "checkpoints/best").batches
 
 
-def test_best_is_that_of_the_metric_which_a_resume_names(tiny, scripted, train):
+def test_best_follows_the_metric_of_the_resume(tiny, scripted, train):
     tiny["min_validation_period"] = {"batches": 2}
     assert best_after(train(scripted, tiny)) == 2
     tiny["searcher"]["metric"] = "bbox_mAP_50"
@@ -155,7 +155,7 @@ def test_best_is_that_of_the_metric_which_a_resume_names(tiny, scripted, train):
     assert best_after(train(scripted, of_length(10, tiny), resume="last")) == 6
 
 
-def test_best_starts_anew_with_a_metric_that_was_not_reported_before(tiny, scripted, train):
+def test_best_starts_fresh_with_a_metric_that_was_not_reported_before(tiny, scripted, train):
     tiny["min_validation_period"] = {"batches": 2}
     assert best_after(train(scripted, tiny)) == 2
     tiny["searcher"].update(metric="val_loss", smaller_is_better=True)
@@ -197,8 +197,8 @@ def test_a_resume_with_other_categories_is_refused_and_changes_nothing(config, t
     with_ids(config, {name: len(names) - i for i, name in enumerate(names)}, tmp_path)
     with pytest.raises(UserError) as error:
         train(trial_class, of_length(8, config), resume="last")
-    assert str(error.value).startswith(f"data.train: its categories are [{', '.join(reversed(names))}] ({len(names)}),")
-    assert f"those of {run / 'checkpoints/last'} are [{', '.join(names)}] ({len(names)})" in str(error.value)
+    first = f"data.train: number 1 of its categories is {names[-1]!r}, and {names[0]!r} in {run / 'checkpoints/last'}. "
+    assert str(error.value).startswith(first)
     assert "Fix: use annotations with the checkpoint's categories in its order, or start a new" in str(error.value)
     assert files_of(run) == saved
 
@@ -228,12 +228,12 @@ def run_task(monkeypatch, tmp_path, efficientdet):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ("categories", "error: data.train: its categories are"),
+        ("categories", "error: data.train: number 1 of its categories is"),
         ("optimizer", "error: hyperparameters.opt: SGD cannot continue from the state of AdamW"),
         ("model", "holds the weights of another model"),
     ],
 )
-def test_a_task_of_a_cluster_refuses_such_a_checkpoint(tiny, run_task, tmp_path, caplog, changed, message):
+def test_a_cluster_s_task_refuses_an_incompatible_checkpoint(tiny, run_task, tmp_path, caplog, changed, message):
     master = run_task(tiny)
     if changed == "categories":
         names = [category["name"] for category in read_checkpoint(master.checkpoints[-1]).categories]
@@ -322,7 +322,7 @@ def test_the_state_of_each_parameter_goes_to_the_same_parameter():
     assert [(group["weight_decay"], group["lr"]) for group in parts.param_groups] == [(0.3, 0.05), (0.01, 0.05)]
 
 
-def test_what_training_changed_continues_and_what_the_config_changed_wins():
+def test_trained_values_continue_and_changed_config_values_win():
     scale = {"scale": 65536.0, "growth_interval": 2000}
     saved = {"scale": 512.0, "growth_interval": 2000, "_growth_tracker": 7}
     assert merged(scale, scale, saved) == saved
@@ -382,7 +382,7 @@ def test_a_length_that_the_checkpoint_is_past_is_refused(tiny, efficientdet, tra
         train(efficientdet, of_length(2, tiny), resume="last")
 
 
-def test_another_batch_size_continues_and_says_what_becomes_of_epochs(tiny, efficientdet, train, caplog):
+def test_another_batch_size_continues_and_logs_the_new_epochs(tiny, efficientdet, train, caplog):
     train(efficientdet, tiny)
     tiny["optimizations"] = {"aggregation_frequency": 2}
     run = train(efficientdet, of_length(8, tiny, global_batch_size=2), resume="last")

@@ -240,7 +240,7 @@ def test_best_and_last_of_a_store_are_checkpoints(s3, tmp_path, monkeypatch):
             folder = find_checkpoint(f"{run}/checkpoints/{which}")
             check_manifest(folder)
             assert json.loads((folder / "metadata.json").read_text())["steps_completed"] == batches
-    with pytest.raises(UserError, match=f"there is no run in s3://{BUCKET}/runs/none"):
+    with pytest.raises(UserError, match=f"s3://{BUCKET}/runs/none holds no checkpoint 'best'"):
         find_checkpoint(f"s3://{BUCKET}/runs/none/checkpoints/best")
 
 
@@ -273,7 +273,7 @@ class CutOff(FolderPlace):
         super().delete(folder)
 
 
-def test_a_run_killed_at_any_write_to_its_store_leaves_complete_checkpoints(tmp_path):
+def test_a_kill_at_any_write_to_a_store_leaves_complete_checkpoints(tmp_path):
     seen = set()
     for number in range(1, 40):
         root = tmp_path / f"store_{number}"
@@ -290,7 +290,7 @@ def test_a_run_killed_at_any_write_to_its_store_leaves_complete_checkpoints(tmp_
     assert seen == {(), (("best", 4), ("last", 4)), (("best", 4), ("last", 8))}
 
 
-def test_what_a_killed_upload_left_is_deleted_by_the_next_start(tmp_path):
+def test_the_next_start_deletes_what_a_killed_upload_left(tmp_path):
     place = FolderPlace(tmp_path / "store")
     folder = RunFolder(tmp_path / "a")
     train_and_store(place, folder)

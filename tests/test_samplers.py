@@ -54,7 +54,7 @@ def test_slots_share_each_global_batch_of_one_slot():
 
 
 @pytest.mark.parametrize("first_batch", [1, 4, 5, 13])
-def test_it_goes_on_where_it_was(first_batch):
+def test_a_sampler_continues_where_it_stopped(first_batch):
     arguments = {"groups": np.zeros(19), "per_slot_batch_size": 2, "seed": 7, "rank": 1, "slots": 2}
     everything = first_batches(20, **arguments)
     assert first_batches(20 - first_batch, **arguments, first_batch=first_batch) == everything[first_batch:]

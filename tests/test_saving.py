@@ -29,7 +29,7 @@ def training():
     return model, torch.optim.AdamW(model.parameters(), lr=0.1)
 
 
-def test_what_is_trained_after_a_copy_does_not_change_it(training, tmp_path):
+def test_training_after_a_copy_does_not_change_the_copy(training, tmp_path):
     state = trained(*training)
     torch.save(state, tmp_path / "then.pth")
     copied = HostCopy().of(state)
@@ -82,13 +82,13 @@ def test_an_error_beside_the_training_is_raised_once():
     background.raise_if_failed()
 
 
-def test_an_error_beside_the_training_is_said_where_another_ends_it(caplog):
+def test_an_error_in_the_background_is_logged_if_another_stops_the_run(caplog):
     with pytest.raises(ValueError, match="the loss"):
         leave_after_a_failure(Background(), ValueError("the loss"))
     assert "saving failed: OSError: no space" in caplog.text
 
 
-def test_what_was_begun_is_done_before_the_next_and_before_the_end():
+def test_background_work_finishes_before_the_next_and_before_the_end():
     done, may_go_on = [], threading.Event()
 
     def first():

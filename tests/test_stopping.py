@@ -23,7 +23,7 @@ from shared.training.checkpoints import read_checkpoint
 from shared.training.stopping import Stopping, StopSignals, begin_worker
 
 
-def test_ctrl_c_to_the_whole_group_ends_the_run_after_the_batch(run_config, tmp_path):
+def test_ctrl_c_to_the_process_group_stops_the_run_after_the_batch(run_config, tmp_path):
     length = {"searcher__max_length": {"batches": 4000}, "min_validation_period": {"batches": 4000}}
     config, run = run_config(**length), tmp_path / "run"
     process = start_run(config, run)
@@ -180,7 +180,7 @@ def test_a_signal_before_the_training_leaves_the_folder_free(shapes, train, tria
     assert reports(tmp_path / "run")[-1]["batches"] == 12
 
 
-def test_a_signal_in_the_last_save_changes_nothing_any_more(whole, train, trial_class, tmp_path):
+def test_a_signal_in_the_last_save_changes_nothing(whole, train, trial_class, tmp_path):
     config, unstopped = whole
 
     class Signalled(trial_class):
@@ -194,7 +194,7 @@ def test_a_signal_in_the_last_save_changes_nothing_any_more(whole, train, trial_
     assert without_times(reports(run)) == without_times(reports(unstopped))
 
 
-# a model_def.py of which one rank is sent a signal in a phase
+# a model_def.py in which one rank gets a signal in a phase
 ONE_RANK = """
 import os, sys
 sys.path[:0] = [os.getcwd(), os.environ["TESTS"]]

@@ -17,13 +17,25 @@ PORT = 9000
 BATCHES = 48
 PERIOD = 12  # batches between checkpoints
 KILLS = 5
-# serves an empty bucket, through a proxy that fails one request in ten
+# serves an empty bucket, through a proxy that fails one request in ten, and is cut off for 20 s in the third save
 STORE = """
 import sys, tempfile, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from stores import Faults, one_in_ten, s3_store, with_faults
-faults = Faults(one_in_ten, counted=lambda path, command: True)
+saves = []
+
+def counted(path, command):
+    if command == "PUT" and path.endswith("state_dict.pth"):
+        saves.append(time.monotonic())
+        if len(saves) == 3:
+            print("cut off", flush=True)
+    return True
+
+def fault(number):
+    return "away" if len(saves) >= 3 and time.monotonic() < saves[2] + 20 else one_in_ten(number)
+
+faults = Faults(fault, counted=counted)
 with s3_store(Path(tempfile.mkdtemp())) as s3, with_faults(s3, faults, sys.argv[2], int(sys.argv[3])):
     print("serving", flush=True)
     time.sleep(3600)
@@ -109,4 +121,5 @@ def test_machines_that_share_a_bucket_alone_lose_nothing_but_batches(detector, s
         start(nodes, 1 + KILLS, "--store", f"s3://{BUCKET}/runs/a", "--resume", "auto")
         assert [node.wait() for node in nodes] == [0, 0], nodes[0].log
         assert "continuing batch" in nodes[0].log
+        assert "cut off" in store.log
         assert losses(nodes[0].own / "code/run") == pytest.approx(whole, rel=1e-4)

@@ -54,6 +54,7 @@ def test_the_folder_holds_a_link_to_each_file_of_shared(detector):
     folder = ROOT / detector / "shared"
     links = {str(path.relative_to(folder)): path for path in folder.rglob("*.py")}
     files = {str(path.relative_to(ROOT / "shared")) for path in (ROOT / "shared").rglob("*.py")}
+    files = {name for name in files if not name.endswith("/__init__.py")}  # of folders: Python needs none
     assert links.keys() == files, "run `make links`"
     assert all(path.is_symlink() and path.resolve() == ROOT / "shared" / name for name, path in links.items())
 
@@ -93,7 +94,7 @@ def test_a_file_is_valid_by_determined_s_schema(path, experiment_schema):
     experiment_schema.validate(load_yaml(path))
 
 
-def test_what_the_master_fills_in_is_what_its_schema_says():
+def test_the_master_s_defaults_equal_its_schema_s():
     def defaults(name):
         found = {}
         for key, of_key in load_schema(name)["properties"].items():

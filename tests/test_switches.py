@@ -198,7 +198,7 @@ def test_the_average_is_the_formula_s_with_a_decay_that_warms_up():
     assert not average.module.training
 
 
-def test_what_a_model_holds_anew_is_averaged_too():
+def test_reassigned_buffers_and_shared_modules_are_averaged_too():
     """A buffer that a module sets in each step, and a module under two names."""
     model = nn.Sequential(nn.BatchNorm1d(2))
     model.again = model[0]
@@ -244,7 +244,7 @@ def test_freeze_names_modules_and_parameters_by_their_whole_names():
         "backbone, backbone_norm, head is the whole model": ["backbone", "backbone_norm", "head"],
     }.items(),
 )
-def test_what_cannot_be_frozen_is_an_error_that_names_the_parts(message, names):
+def test_an_unknown_part_to_freeze_is_an_error_that_names_the_parts(message, names):
     with pytest.raises(UserError, match=message):
         freeze(parts(), names)
 
@@ -288,7 +288,7 @@ def test_what_cannot_be_frozen_is_an_error_that_names_the_parts(message, names):
     ],
     indirect=["detector"],
 )
-def test_a_switch_that_the_library_s_config_says_otherwise_is_an_error(
+def test_a_switch_that_contradicts_the_library_s_config_is_an_error(
     detector, shapes, train, trial_class, hyperparameters, overrides, message
 ):
     config = CONFIGS[detector](shapes, **overrides)

@@ -37,7 +37,7 @@ def test_every_model_def_reads_the_command_line_before_it_loads_torch(model_def,
 @pytest.mark.parametrize(
     ("name", "value", "expected"), [("OMP_WAIT_POLICY", "ACTIVE", "30000000000"), ("GOMP_SPINCOUNT", "5000", "5000")]
 )
-def test_what_the_user_says_of_waiting_stays(name, value, expected, nothing_said):
+def test_the_user_s_own_wait_policy_stays(name, value, expected, nothing_said):
     command = [sys.executable, "-c", "from shared.environment import prepare_process; prepare_process(); import torch"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, name: value}, capture_output=True, text=True)
     assert spins(done.stderr) == {expected}, done.stderr

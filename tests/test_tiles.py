@@ -62,7 +62,7 @@ class FindsWhite(DetectionTrial):
         boxes = [[x.start, y.start, x.stop, y.stop] for y, x in slices]
         masks = encode_masks([parts == i + 1 for i in range(count)])
         middles = [[[(x1 + x2 - 1) / 2, (y1 + y2 - 1) / 2, 1]] for x1, y1, x2, y2 in boxes]
-        # what is seen in part looks no less sure
+        # partial objects have no lower score
         sizes = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in boxes]
         scores = [0.9 - 0.3 * size / (size + 1000) for size in sizes]
         keypoints = np.reshape(middles, (count, 1, 3))

@@ -90,7 +90,7 @@ def test_it_is_the_same_in_two_processes_and_with_loader_workers(detector, shape
 
 
 @other_detectors_are_slow
-def test_what_is_trained_is_the_same_bits_without_it(detector, shapes, train):
+def test_training_is_bit_for_bit_the_same_without_validation_loss(detector, shapes, train):
     make = retinanet_of if detector == "detectron2" else config_of
     runs = []
     for validates in (True, False):
@@ -171,7 +171,7 @@ def test_a_library_without_validation_losses_is_an_early_error(shapes, train):
         train(of_module(trial_class, image_losses=image_losses), config_of("efficientdet", shapes))
 
 
-def test_as_the_searcher_s_metric_it_asks_for_the_hyperparameter(refused, run_config, tmp_path):
+def test_val_loss_as_searcher_metric_needs_the_hyperparameter(refused, run_config, tmp_path):
     metric = ("--set", "searcher.metric=val_loss", "--set", "searcher.smaller_is_better=true")
     line = refused("train", run_config(), "--output-dir", tmp_path / "run", *metric)
     assert "'val_loss' is not reported. Fix: hyperparameters.validation_loss: true" in line
@@ -186,10 +186,10 @@ def test_as_the_searcher_s_metric_it_asks_for_the_hyperparameter(refused, run_co
     ],
     indirect=["detector"],
 )
-def test_where_it_cannot_be_had_one_line_says_so_before_the_training(detector, config_file, shapes, train):
+def test_an_unavailable_validation_loss_is_one_line_before_training(detector, config_file, shapes, train):
     config = config_of(detector, shapes, config_file)
     if "cornernet" in config_file:
-        # of the size alone: what is refused is the pipeline
+        # of the size alone: the error is about the pipeline
         config["hyperparameters"]["config_overrides"] = {
             "model.backbone.num_stacks": 1,
             "model.backbone.init_cfg": None,

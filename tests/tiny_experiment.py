@@ -1,4 +1,4 @@
-"""What the tests train with each detector: a small experiment, and the detector's trial."""
+"""A small experiment and the trial, for each detector's tests."""
 
 import importlib.util
 import sys
@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def load_model_def(detector: str):
-    """A detector's model_def.py under a name of its own: each has one."""
+    """A detector's model_def.py under a module name of its own."""
     name = f"{detector}_model_def"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, ROOT / detector / "model_def.py")

@@ -1,4 +1,4 @@
-"""The detectors made small: what the tests train. tests/<detector>/tiny_<detector>.py has one of them each.
+"""Small versions of all detectors. tests/<detector>/tiny_<detector>.py has one each.
 
 Such a file has `config`, an experiment config for the shapes, and `trial_class`, whose library may be missing. Its
 constants say what the tests of all detectors need to know of this one.
@@ -64,7 +64,7 @@ MAIN_DETECTORS = [name for name, tiny in TINY_DETECTORS.items() if not hasattr(t
 
 
 def trial_classes() -> dict[str, type]:
-    """Each detector's trial; those alone whose library is here."""
+    """The trial of each detector whose library is installed."""
     trials = {}
     for name, tiny in TINY_DETECTORS.items():
         with contextlib.suppress(ImportError, SystemExit):

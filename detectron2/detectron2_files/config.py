@@ -15,7 +15,7 @@ from shared.config.file import flattened
 from shared.errors import UserError
 from shared.library import find_library_config, import_custom_modules
 
-# what a zoo config says of COCO's things, and of its stuff in panoptic segmentation
+# the class counts of zoo configs: COCO's things, and its stuff in panoptic segmentation
 COCO_CLASSES, COCO_STUFF_CLASSES = 80, 54
 
 
@@ -101,6 +101,6 @@ def _refuse_modules_of(checkpoint: Path, names: Sequence[str], submitted: Path) 
     for name in names:
         if submitted.joinpath(*name.split(".")).resolve().is_relative_to(checkpoint.resolve()):
             raise UserError(
-                f"hyperparameters.custom_imports: {name} comes from the checkpoint, and is not executed. Fix: name it "
-                "in the config too, if you trust it"
+                f"hyperparameters.custom_imports: {name} comes from the checkpoint, and is not executed. Fix: if "
+                "you trust it, copy it into the detector's folder"
             )

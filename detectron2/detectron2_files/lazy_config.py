@@ -266,7 +266,7 @@ class LazyConfigFile:
         section.optimizer.params.model = model
         optimizer = _build(section, "optimizer", "")
         for group in (*optimizer.param_groups, optimizer.defaults):
-            # what a checkpoint holds of it must be plain, to be read without executing pickled code
+            # a checkpoint holds plain values only, which are read without executing pickled code
             group.update({key: tuple(value) for key, value in group.items() if isinstance(value, ListConfig)})
         return optimizer
 

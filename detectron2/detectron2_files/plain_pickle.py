@@ -124,7 +124,7 @@ def _ndarray(*_: Any) -> None:
     raise _NotPlain("a call of numpy.ndarray")  # the class is an argument of `_reconstruct` and is not called
 
 
-# what a file may name, and what is called instead
+# the names that a file may use, and the functions that replace them
 _MAKERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy.core.multiarray", "_reconstruct"): _array,
     ("numpy.core.multiarray", "scalar"): _scalar,

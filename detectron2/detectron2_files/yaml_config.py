@@ -221,7 +221,7 @@ class YamlConfig:
         return "Rotated" in self.cfg.MODEL.ANCHOR_GENERATOR.NAME
 
     def scale_schedule(self, global_batch_size: int) -> None:
-        # upstream's rule, with an image in the place of a worker
+        # upstream's rule, for images instead of workers
         self.cfg.SOLVER.REFERENCE_WORLD_SIZE = self.batch_size
         self.cfg = DefaultTrainer.auto_scale_workers(self.cfg, global_batch_size)
 

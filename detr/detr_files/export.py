@@ -13,12 +13,12 @@ from transformers.image_transforms import center_to_corners_format
 
 from detr_files.masks import has_masks
 from shared.errors import UserError
-from shared.export.operations import Exportable, check_filter, resize_as_pillow, size_of
+from shared.export.operations import Decoding, ExportableRaw, check_filter, resize_as_pillow, size_of
 
 _FILTERS = {Image.BILINEAR: "bilinear", Image.BICUBIC: "bicubic"}
 
 
-class ExportableDetr(Exportable):
+class ExportableDetr(ExportableRaw):
     """The steps of the image processor, the model, and `post_process_object_detection`.
 
     Args:
@@ -87,6 +87,24 @@ class ExportableDetr(Exportable):
             of_queries = outputs.pred_masks
             masks = (of_queries.gather(1, rows[..., None, None].expand(-1, -1, *of_queries.shape[2:])),)
         return boxes * sizes.flip(0).repeat(2), scores, labels, *masks
+
+    def decoding(self) -> Decoding:
+        return Decoding(
+            keeps_ratio=False,
+            filter=self.filter,
+            fill_color=(0, 0, 0),
+            one_label=self.uses_softmax,
+            candidates=self.limit,
+            iou_threshold=None,
+            limit=self.limit,
+            clips=False,
+        )
+
+    def places(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self.detector(pixel_values=(images.float() - self.mean) / self.std)
+        scores = outputs.logits.softmax(-1)[..., :-1] if self.uses_softmax else outputs.logits.sigmoid()
+        size = torch.tensor(self.input_size, dtype=torch.float32).flip(0).repeat(2)
+        return center_to_corners_format(outputs.pred_boxes) * size, scores
 
 
 def _post_processing(processor: Any, detector: PreTrainedModel) -> tuple[bool, int]:

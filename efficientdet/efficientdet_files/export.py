@@ -11,12 +11,20 @@ from torch import Tensor, nn
 
 from efficientdet_files.data import normalize
 from shared.errors import UserError
-from shared.export.operations import Exportable, best_boxes, check_filter, inside, resize_as_pillow, size_of
+from shared.export.operations import (
+    Decoding,
+    ExportableRaw,
+    best_boxes,
+    check_filter,
+    inside,
+    resize_as_pillow,
+    size_of,
+)
 
 _IOU_THRESHOLD = 0.5  # of effdet's NMS
 
 
-class ExportableEfficientDet(Exportable):
+class ExportableEfficientDet(ExportableRaw):
     """The pixels of effdet's `ResizePad`, the network, and effdet's `DetBenchPredict`.
 
     Args:
@@ -52,11 +60,9 @@ class ExportableEfficientDet(Exportable):
         return normalize(pixels, self.mean, self.std), size_of(images)
 
     def detect(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        class_outputs, box_outputs = self.model(pixels)
+        logits, regressed = self._outputs(pixels)
         scale = (sizes / torch.tensor(self.input_size, dtype=torch.float32)).max()
         classes = self.config.num_classes
-        logits = torch.cat([level.permute(0, 2, 3, 1).flatten(1) for level in class_outputs], 1)
-        regressed = torch.cat([level.permute(0, 2, 3, 1).flatten(1) for level in box_outputs], 1).unflatten(1, (-1, 4))
         logits, best = logits.topk(self.config.max_detection_points, dim=1)
         places = best // classes
         regressed = regressed.gather(1, places[..., None].expand(-1, -1, 4))
@@ -65,3 +71,28 @@ class ExportableEfficientDet(Exportable):
         limit = self.config.max_det_per_image
         boxes, scores, labels, _ = best_boxes(boxes, logits.sigmoid(), best % classes, _IOU_THRESHOLD, limit)
         return boxes * scale, scores, labels
+
+    def _outputs(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Of all anchors: logits (B, N * K), and regressed boxes (B, N, 4)."""
+        class_outputs, box_outputs = (
+            torch.cat([level.permute(0, 2, 3, 1).flatten(1) for level in levels], 1) for levels in self.model(pixels)
+        )
+        return class_outputs, box_outputs.unflatten(1, (-1, 4))
+
+    def decoding(self) -> Decoding:
+        return Decoding(
+            keeps_ratio=True,
+            filter=self.filter,
+            fill_color=tuple(self.fill_color.flatten().int().tolist()),
+            one_label=False,
+            candidates=self.config.max_detection_points,
+            iou_threshold=_IOU_THRESHOLD,
+            limit=self.config.max_det_per_image,
+            clips=True,
+        )
+
+    def places(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        logits, regressed = self._outputs(normalize(images, self.mean, self.std))
+        anchors = self.anchors.expand(regressed.shape[0], -1, -1).flatten(0, 1)
+        boxes = decode_box_outputs(regressed.flatten(0, 1), anchors, output_xyxy=True)
+        return boxes.view_as(regressed), logits.sigmoid().unflatten(1, (-1, self.config.num_classes))

@@ -22,7 +22,7 @@ from shared.training.switches import weights_of
 
 logger = logging.getLogger(__name__)
 
-# effdet's COCO heads have a row for each id from 1 to 90, ten of which COCO does not use
+# effdet's COCO heads have a row for each id from 1 to 90; COCO does not use ten of them
 COCO_ROWS = 90
 
 
@@ -94,11 +94,10 @@ def build_model(hparams: EfficientDetHyperparameters, categories: list[dict]) ->
             pretrained_backbone=hparams.pretrained == "backbone",
         )
     except (OSError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
-        what = f" with the weights of {config.backbone_name}" if hparams.pretrained == "backbone" else ""
-        raise UserError(
-            f"hyperparameters.model: {hparams.model} cannot be built{what}: {error}. Fix: correct "
-            "hyperparameters.model_config"
-        ) from error
+        what, fix = "", "correct hyperparameters.model_config"
+        if hparams.pretrained == "backbone":
+            what, fix = f" with the weights of {config.backbone_name}", f"{fix}; without internet, set pretrained: none"
+        raise UserError(f"hyperparameters.model: {hparams.model} cannot be built{what}: {error}. Fix: {fix}") from error
     if hparams.pretrained not in ("none", "backbone"):
         load_pretrained(bench, hparams, config, categories)
     return bench
@@ -156,10 +155,10 @@ def load_pretrained(
     """
     source = config.url if hparams.pretrained == "effdet" else hparams.pretrained
     if not source:
-        names = "; choose a tf_… variant" if not hparams.model.startswith("tf_") else ""
+        other = "name another model" if hparams.model.startswith("tf_") else "choose a tf_… variant"
         raise UserError(
-            f"hyperparameters.pretrained: effdet has no weights for {hparams.model}{names}. Fix: set "
-            "hyperparameters.pretrained: backbone, or name another model"
+            f"hyperparameters.pretrained: effdet has no weights for {hparams.model}. Fix: {other}, or set "
+            "hyperparameters.pretrained: backbone"
         )
     weights, known = read_detector_weights(source)
     weights = adapt_head(weights, bench.model.state_dict(), known, categories, source)

@@ -64,7 +64,7 @@ _WITH_REGISTRIES = (
 )
 _ANY_NAME = "custom_keys"  # of an optimizer: parts of parameters' names, each with these
 _OF_A_NAME = {"lr_mult", "decay_mult"}
-# what the builders and loaders take out of a section before they call its class
+# keys that builders and loaders remove from a section before they call its class
 _OF_THE_BUILDERS = {"type", "constructor", "paramwise_cfg", "samples_per_gpu", "workers_per_gpu"}
 _PATHS = ("ann_file", "img_prefix", "seg_prefix", "proposal_file")  # of a data set, below its data_root
 _SIZES = ("img_scale", "scale", "size", "crop_size", "input_size", "target_ratio", "ratio_range")
@@ -93,7 +93,7 @@ def load_mmdet_config(hparams: MMDetectionHyperparameters, submitted: Path) -> C
         )
     try:
         config = compat_cfg(config)
-        config.data.pop("imgs_per_gpu", None)  # samples_per_gpu says it now, and both would be one too many
+        config.data.pop("imgs_per_gpu", None)  # samples_per_gpu replaces it, and having both is an error
         _say_fp16_once(config)
         _read_teacher(config)
         return config

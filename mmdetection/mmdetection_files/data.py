@@ -31,7 +31,6 @@ from mmdetection_files.pixels import with_quick_end
 from mmdetection_hyperparameters import MMDetectionData
 from shared.config.schema import is_url
 from shared.data.annotations import CocoAnnotations, ImageRecord
-from shared.data.cache import Look
 from shared.data.dataset import BadImages, CocoDetection, SampleKey, seed_all, transformed
 from shared.data.images import BadImageError
 from shared.data.loading import Batch, TrainingBatchSampler, aspect_ratio_groups, labels_of
@@ -50,8 +49,6 @@ _MIN_SIDE = 32  # pixels; CocoDataset leaves smaller images out of the training
 class MmcvImages:
     """Images through one of mmcv's own file clients (petrel, lmdb, …)."""
 
-    place = None
-
     def __init__(self, file_client_args: dict[str, Any], prefix: str):
         self.file_client_args = file_client_args
         self.prefix = prefix
@@ -62,9 +59,6 @@ class MmcvImages:
             self._client = FileClient(**self.file_client_args)
         # as LoadImageFromFile joins them: not every client has a join_path
         return bytes(self._client.get(os.path.join(self.prefix, file_name)))
-
-    def look(self, names: np.ndarray) -> Look:
-        return Look()  # most of these clients cannot be asked
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_client": None}

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 for _library in ("mmcv", "mmdet"):  # a line for each layer that is initialised
     logging.getLogger(_library).setLevel(logging.WARNING)
-_quiet = logging.getLogger(f"{__name__}.mmcv")  # what mmcv says of weights that do not fit; our own line says it
+_quiet = logging.getLogger(f"{__name__}.mmcv")  # mmcv's line about weights that do not fit, which ours replaces
 _quiet.setLevel(logging.CRITICAL + 1)
 
 

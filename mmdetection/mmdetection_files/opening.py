@@ -97,7 +97,5 @@ def _open_coco(leaf: Any, data: MMDetectionData, split: str) -> SplitData:
         try:
             return SplitData(opened.annotations.select_categories(classes), opened.images)
         except UserError as error:
-            raise UserError(
-                f"data.{split}.classes of the MMDetection config: {error}. Fix: name categories of the annotations"
-            ) from error
+            raise UserError(f"data.{split}.classes of the MMDetection config: {error}") from error
     return opened

@@ -39,7 +39,7 @@ def add_check_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """`python3 -m shared check`."""
     parser = argparse.ArgumentParser(
         prog="python3 -m shared check",
@@ -51,26 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_check_options(parser)
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        _check_data(given)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-
-
-def _check_data(arguments: argparse.Namespace) -> NoReturn:
     from shared.commands.data_report import Report, describe, open_both
 
-    images, page = _parsed(arguments)
+    images, page = _parsed(given)
     hint = "`python3 model_def.py check` in the detector's folder"
     try:
-        data = read_experiment(arguments.config, arguments.overrides, Sections(), with_hyperparameters=False).data
+        data = read_experiment(given.config, given.overrides, Sections(), with_hyperparameters=False).data
     except UserError as error:
         if "data: unknown key" not in str(error):
             raise
         raise UserError(f"{error}. If it is a detector's own key, use {hint}") from error
     if data.reads_files and data.train is None and data.val is None:
         raise UserError(
-            f"{arguments.config} has neither data.train nor data.val. Fix: {hint} checks the data that the detector's "
+            f"{given.config} has neither data.train nor data.val. Fix: {hint} checks the data that the detector's "
             "own config names"
         )
     report = Report()
@@ -112,7 +105,7 @@ def _begin_training(
             try:
                 trial.open_data()
             except UserError:
-                if trial.evaluates_coco:  # what is wrong in the other split too
+                if trial.evaluates_coco:  # continue, to find errors in the other split too
                     opened = open_named(trial.data, report)
                 raise
             both = {"train": trial.train_data, "val": trial.val_data}
@@ -121,7 +114,7 @@ def _begin_training(
             is_built = True
         except Exception as error:  # a detector's library fails in as many ways as configs are wrong
             report.stop(error)
-        if not (opened or is_built):  # what the config names may be data of a library's own format
+        if not (opened or is_built):  # the config may name data in the library's own format
             with contextlib.suppress(UserError):
                 opened = open_named(experiment.data, Report())
         scale = None

@@ -8,8 +8,8 @@ import json
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,22 +35,35 @@ from shared.export.runtime import ExportedDetector
 from shared.log import filled_in
 from shared.training.checkpoints import Checkpoint, load_weights, read_checkpoint
 from shared.training.downloads import find_checkpoint
-from shared.training.processes import trial_context
+from shared.training.processes import on_chief, on_every_rank, trial_context
+from shared.training.resume import on_each_machine
 from shared.training.trial import DetectionTrial
 
 
 def with_checkpoint(
-    trial_class: type[DetectionTrial], experiment: Experiment, arguments: argparse.Namespace
+    trial_class: type[DetectionTrial],
+    experiment: Experiment,
+    arguments: argparse.Namespace,
+    distributed: DistributedContext,
 ) -> tuple[Experiment, Checkpoint | None]:
     """The experiment and the checkpoint to detect with, see `experiment_of_checkpoint`. An exported file needs
-    neither."""
+    neither. The chief finds the checkpoint, and other machines get a copy of it. Every rank raises the same error."""
     if arguments.model is not None:
         if arguments.checkpoint:
             raise UserError("--model: it holds the weights itself. Fix: remove --checkpoint")
         return experiment, None
-    checkpoint = read_checkpoint(find_checkpoint(arguments.checkpoint)) if arguments.checkpoint else None
     names = [o.split("=")[0].split(".")[1] for o in arguments.overrides if o.startswith("hyperparameters.")]
-    return experiment_of_checkpoint(trial_class, experiment, checkpoint, names), checkpoint
+    if not arguments.checkpoint:
+        return experiment_of_checkpoint(trial_class, experiment, None, names), None
+    path = on_chief(distributed, lambda: find_checkpoint(arguments.checkpoint))
+
+    def read() -> tuple[Experiment, Checkpoint]:
+        checkpoint = read_checkpoint(own)
+        found = experiment_of_checkpoint(trial_class, experiment, checkpoint, names)
+        return found, replace(checkpoint, path=path)
+
+    with on_each_machine(distributed, path) as own:
+        return on_every_rank(distributed, read)
 
 
 def experiment_of_checkpoint(
@@ -136,11 +149,15 @@ class FileDetector:
         distributed = processes[0]
         self.context = SimpleNamespace(distributed=distributed, device=self.model.device)
         self.rank, self.slots = distributed.rank, distributed.size
+        self.max_iou = self.model.metadata.max_iou
         self.iou_types = self.model.iou_types
         self._max_detections = trial_class.scored_detections(experiment.config.get("hyperparameters") or {})
 
     def open_val(self) -> SplitData:
         return open_split(self.data, "val")
+
+    def evaluated_images(self, count: int) -> range:
+        return range(count)
 
     def build_evaluator(self, data: SplitData) -> CocoEvaluator:
         gather = self.context.distributed.gather
@@ -163,11 +180,15 @@ class FileDetector:
         return found
 
     def detect_all(
-        self, data: SplitData, seconds: dict[str, float], in_process: bool = False
+        self, data: SplitData, seconds: dict[str, float], is_share: bool
     ) -> Iterator[tuple[Batch, list[Detections]]]:
-        """See `detect_all`."""
+        """See `detect_all`.
+
+        Args:
+            is_share: the data are this process's share of the images.
+        """
         bad_images = BadImages(skip=self.data.on_bad_image == "skip")
-        rank, slots = (0, 1) if in_process else (self.rank, self.slots)
+        rank, slots = (0, 1) if is_share else (self.rank, self.slots)
         for index in range(rank, len(data.annotations), slots):
             image_id = int(data.annotations.image_ids[index])
             try:
@@ -210,8 +231,6 @@ def check_categories(categories: list[dict], data: SplitData, source: str) -> No
 
 def tiling_of(arguments: argparse.Namespace) -> Tiling | None:
     """How the arguments cut images; None if they do not."""
-    if arguments.tiles is not None and arguments.model is not None:
-        raise UserError("--tiles: an exported file detects in whole images. Fix: give --checkpoint, not --model")
     return None if arguments.tiles is None else Tiling(arguments.tiles, arguments.overlap)
 
 
@@ -232,23 +251,18 @@ def detect_all(
         in_process: all of the images, by this process alone and without loader workers.
     """
     seconds = {"loading": 0.0, "detecting": 0.0} if seconds is None else seconds
-    if isinstance(trial, FileDetector):
-        yield from trial.detect_all(data, seconds, in_process)
-        return
     if tiling is None:
-        loader = trial.evaluation_loader(data, all_images=all_images, in_process=in_process)
-        yield from _detected(trial, loader, seconds)
+        yield from _batches(trial, data, seconds, all_images=all_images, in_process=in_process)
         return
     annotations = data.annotations
     images = list(range(len(annotations)) if all_images else trial.evaluated_images(len(annotations)))
     own = images if in_process else images[trial.rank :: trial.slots] or images[:1]
     cut_up = cut(annotations, data.images, own, tiling)
     of_tiles = SplitData(cut_up.annotations, cut_up.images)
-    loader = trial.evaluation_loader(of_tiles, all_images=True, is_share=True, in_process=in_process)
     missing = Counter(tile.image for tile in cut_up.tiles)
     found: dict[int, list[tuple[Tile, Any]]] = defaultdict(list)
     unread: set[int] = set()
-    for batch, detected in _detected(trial, loader, seconds):
+    for batch, detected in _batches(trial, of_tiles, seconds, all_images=True, is_share=True, in_process=in_process):
         tiles = [cut_up.tiles[number] for number in [*batch.image_ids, *batch.skipped]]
         unread.update(cut_up.tiles[number].image for number in batch.skipped)
         for tile, detections in zip(tiles, detected, strict=False):
@@ -266,10 +280,19 @@ def detect_all(
             yield Batch(None, None, [image_id]), [merge(image_id, size, parts, tiling, trial.max_iou)]
 
 
-def _detected(
-    trial: DetectionTrial, batches: Iterable[Batch], seconds: dict[str, float]
+def _batches(
+    trial: DetectionTrial | FileDetector,
+    data: SplitData,
+    seconds: dict[str, float],
+    all_images: bool,
+    in_process: bool,
+    is_share: bool = False,
 ) -> Iterator[tuple[Batch, list[Any]]]:
-    batches = iter(batches)
+    """Batches of whole images, and their detections. See `detect_all` and `DetectionTrial.evaluation_loader`."""
+    if isinstance(trial, FileDetector):
+        yield from trial.detect_all(data, seconds, is_share or in_process)
+        return
+    batches = iter(trial.evaluation_loader(data, all_images=all_images, is_share=is_share, in_process=in_process))
     while True:
         started = time.perf_counter()
         batch = next(batches, None)

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ from shared.errors import UserError, check_outputs, count_of
 from shared.evaluation.detections import Detections, from_coco_results, to_coco_results
 from shared.evaluation.evaluator import CocoEvaluator, for_json, iou_types_of, metrics_table
 from shared.report.analysis import best_of_boxes
-from shared.training.checkpoints import Checkpoint
 from shared.training.meeting import local_processes
+from shared.training.processes import on_chief
 from shared.training.trial import DetectionTrial
 
 
@@ -37,20 +36,20 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
     """Prints the metrics; writes them, the results and a report if the arguments name folders."""
     if arguments.split != "val":
         experiment = experiment.with_val_of(arguments.split)
-        with _named(arguments.split):
+        try:
             evaluate(trial_class, experiment, argparse.Namespace(**{**vars(arguments), "split": "val"}))
+        except UserError as error:
+            raise UserError(str(error).replace("data.val", f"data.{arguments.split}")) from error
         return
     if arguments.results is not None:
         most = trial_class.scored_detections(experiment.config.get("hyperparameters") or {})
         _evaluate_results(experiment, arguments, most)
         return
-    experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments)
-    with (
-        local_processes() as processes,
-        detector_of(trial_class, experiment, checkpoint, arguments.model, processes) as trial,
-    ):
+    with local_processes() as processes, contextlib.ExitStack() as stack:
+        experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments, processes[0])
+        trial = stack.enter_context(detector_of(trial_class, experiment, checkpoint, arguments.model, processes))
         data = trial.open_val()
-        _make_output_folders(arguments, data)
+        on_chief(processes[0], lambda: _make_output_folders(arguments, data))
         check_categories(trial.categories, data, "checkpoint" if arguments.model is None else "exported detector")
         evaluator = trial.build_evaluator(data)
         if arguments.report and not isinstance(evaluator, CocoEvaluator):
@@ -84,7 +83,7 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
 
             facts = {
                 "config": Path(arguments.config).absolute(),
-                "weights": _weights(checkpoint, arguments.model),
+                "weights": arguments.model or (checkpoint.path if checkpoint else "the config's pretrained ones"),
                 "validation data": f"{data.annotations.path or 'fake'}, {count_of(len(data.annotations), 'image')}",
                 "device": trial.context.device,
                 **software(Path(sys.argv[0]).parent),
@@ -93,20 +92,6 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
             _write_report(arguments, data, found.detections(), evaluator, facts, found.images.tolist())
         elif isinstance(evaluator, CocoEvaluator):
             _print_threshold(evaluator)
-
-
-def _weights(checkpoint: Checkpoint | None, model: Path | None) -> Path | str:
-    """What detects, for the report."""
-    return model or (checkpoint.path if checkpoint else "pretrained, as the config names them")
-
-
-@contextlib.contextmanager
-def _named(split: str) -> Iterator[None]:
-    """Errors name the split's key instead of data.val."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace("data.val", f"data.{split}")) from error
 
 
 def _evaluate_results(experiment: Experiment, arguments: argparse.Namespace, max_detections: int | None) -> None:

@@ -30,8 +30,16 @@ from shared.data.open import SplitData, open_split
 from shared.errors import UserError, count_of
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import for_json
-from shared.export import formats
-from shared.export.metadata import TRANSFORMERS, Metadata, known_thresholds, thresholds_of_report, versions_of
+from shared.export import detect, detect_raw, formats
+from shared.export.metadata import (
+    TENSORRT,
+    TRANSFORMERS,
+    Metadata,
+    known_thresholds,
+    thresholds_of_report,
+    versions_of,
+)
+from shared.export.operations import ExportableRaw, Raw, raw_of
 from shared.report.compare import Compared, compared, summary_of
 from shared.report.page import write_page
 from shared.training.checkpoints import Checkpoint
@@ -40,6 +48,7 @@ from shared.training.saving import weights_digest
 from shared.training.trial import DetectionTrial
 
 _NUMBERS = "export.json"
+_MOST_IN_ENGINE = 8  # images of a batch
 _TOLERANCE = 0.001  # of mAP, in float32
 _PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "openvino")
 
@@ -50,15 +59,19 @@ def export(trial_class: type[DetectionTrial], experiment: Experiment, arguments:
     Raises:
         UserError: the detector cannot be exported, or the file detects worse or better than the checkpoint.
     """
-    if arguments.format != TRANSFORMERS:
+    if arguments.format != TENSORRT:
+        formats.check_options(arguments.format, arguments.precision, arguments.raw)
+    if arguments.format in formats.FORMATS:
         formats.check_format(arguments.format)
-        formats.check_precision(arguments.format, arguments.precision)
     output = arguments.output or Path("exports") / arguments.format
     _check_output(output)
-    experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments)
-    with local_processes() as processes, detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
-        if trial.slots > 1:
+    with local_processes() as processes, contextlib.ExitStack() as stack:
+        if processes[0].size > 1:
             raise UserError("export: one process exports. Fix: start it without torchrun")
+        experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments, processes[0])
+        trial = stack.enter_context(detecting_trial(trial_class, experiment, checkpoint, processes))
+        if arguments.format == TENSORRT:
+            raise _tells_to_run_trtexec(trial)
         with _replacing(output) as folder:
             if arguments.format == TRANSFORMERS:
                 trial.save_for_transformers(folder)
@@ -76,6 +89,8 @@ def _write_checked(
 ) -> None:
     """Writes the file, `detect.py`, and the comparison of the file with the checkpoint."""
     exportable = copy.deepcopy(trial.exportable()).cpu().float().eval()
+    if arguments.raw:
+        exportable = raw_of(exportable)
     formats.check_detector(exportable, arguments.format)
     data = trial.open_val()
     source = "checkpoint" if checkpoint else "pretrained"
@@ -86,9 +101,10 @@ def _write_checked(
     sides = {source: Side(speed, own_peak_memory(), str(trial.context.device))}
     print(f"writing {formats.FORMATS[arguments.format]}")
     metadata = _metadata(exportable, trial, checkpoint, data, found, arguments.precision)
-    calibration = _calibration(experiment) if arguments.precision == "int8" else ()
+    calibration = _calibration(experiment, metadata) if arguments.precision == "int8" else ()
     path = formats.write(exportable, arguments.format, folder, metadata, calibration)
-    script = shutil.copy(Path(formats.__file__).with_name("detect.py"), folder)
+    source_of_script = Path(detect_raw.__file__ if arguments.raw else detect.__file__)
+    script = shutil.copy(source_of_script, folder / "detect.py")
     print("detecting with the file")
     processes = (trial.context.distributed, trial.context.device)
     file = FileDetector(type(trial), experiment, path, processes)
@@ -114,6 +130,24 @@ def _write_checked(
     for name, side in sides.items():
         memory = "" if side.peak_memory_mib is None else f", at most {side.peak_memory_mib:.0f} MiB"
         print(f"{name}: {side.images_per_second:.2f} images per second on {side.device}{memory}")
+
+
+def _tells_to_run_trtexec(trial: DetectionTrial) -> UserError:
+    """An engine fits one GPU and one version of TensorRT, so that its own program builds it."""
+    exportable, option = trial.exportable(), ""
+    if isinstance(exportable, ExportableRaw) and exportable.input_size is not None:
+        (height, width), option = exportable.input_size, " --raw"
+    else:  # a file that takes images of any size gets an engine for those of one size
+        first = trial.open_val().annotations[0]
+        height, width = first.height, first.width
+    least, most = (
+        f"images:{count}x3x{height}x{width}" for count in (1, _MOST_IN_ENGINE if exportable.any_batch else 1)
+    )
+    return UserError(
+        f"--format tensorrt: TensorRT's own program builds engines. Fix: --format onnx{option}, then on the machine "
+        f"with the GPU: trtexec --onnx=model.onnx --minShapes={least} --optShapes={least} --maxShapes={most} "
+        "--saveEngine=model.engine"
+    )
 
 
 def _check_output(output: Path) -> None:
@@ -150,13 +184,14 @@ def _indices(trial: DetectionTrial, data: SplitData, count: int | None) -> list[
     return indices.tolist()
 
 
-def _calibration(experiment: Experiment) -> Iterator[np.ndarray]:
-    """Images of data.train, evenly spread."""
+def _calibration(experiment: Experiment, metadata: Metadata) -> Iterator[np.ndarray]:
+    """Images of data.train, evenly spread, as the file takes them."""
     train = open_split(experiment.data, "train")
     count = len(train.annotations)
     for index in np.unique(np.linspace(0, count - 1, min(formats.CALIBRATION_IMAGES, count)).astype(int)).tolist():
         record = train.annotations[index]
-        yield np.asarray(read_image(train.images, record.file_name, (record.width, record.height)))
+        image = np.asarray(read_image(train.images, record.file_name, (record.width, record.height)))
+        yield image if metadata.decoding is None else detect_raw.fitted(image, metadata.input_size, metadata.decoding)
 
 
 def _with_trial(trial: DetectionTrial, data: SplitData, indices: list[int]) -> tuple[list[Detections], float]:
@@ -216,6 +251,8 @@ def _metadata(
         checkpoint=weights_digest(checkpoint.path) if checkpoint else None,
         batches=checkpoint.batches if checkpoint else None,
         versions=versions_of(_PACKAGES),
+        max_iou=trial.max_iou,
+        decoding=exportable.decoding if isinstance(exportable, Raw) else None,
     )
 
 

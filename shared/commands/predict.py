@@ -54,19 +54,22 @@ logger = logging.getLogger(__name__)
 
 def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments: argparse.Namespace) -> None:
     """Detects on images and videos, and draws what has at least `--min-score`."""
-    experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments)
     # as the inputs whose header cannot be read
     experiment = replace(experiment, data=replace(experiment.data, on_bad_image="skip"))
-    if arguments.model is None:  # what it refuses, before the model is built
-        score_limits(arguments.min_score, [], checkpoint and checkpoint.path)
     options, tiling = experiment.data.store_options, tiling_of(arguments)
     allow_pixels(experiment.data.max_image_pixels)
     with local_processes() as processes, contextlib.ExitStack() as stack:
         distributed = processes[0]
+        experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments, distributed)
         if distributed.rank == 0:  # not in data.cache_dir: a training reads its images again, a prediction does not
             copies = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="predict-")))
 
+        def limits_of(categories: Sequence[dict], exported: FileDetector | None = None) -> ScoreLimits:
+            return score_limits(arguments.min_score, categories, checkpoint and checkpoint.path, exported)
+
         def open_inputs() -> tuple[list[Picture], GivenImages]:
+            if arguments.model is None:  # what it refuses, before the model is built
+                limits_of([])
             _check_is_empty(arguments.output)
             files = find_files(arguments.images, options, arguments.format)
             images = GivenImages(files, options, copies)
@@ -79,7 +82,7 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
         pictures, images = on_chief(distributed, open_inputs)
         with detector_of(trial_class, experiment, checkpoint, arguments.model, processes) as trial:
             exported = trial if isinstance(trial, FileDetector) else None
-            limits = score_limits(arguments.min_score, trial.categories, checkpoint and checkpoint.path, exported)
+            limits = on_chief(distributed, lambda: limits_of(trial.categories, exported))  # the report is there
             still = [picture for picture in pictures if picture.frames is None]
             data = pictures_as_data(still, images, arguments.images, trial) if still else None
             prediction = _Prediction(trial, data, pictures, arguments, limits)

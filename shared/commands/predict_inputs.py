@@ -14,16 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shared.commands import videos
 from shared.config.schema import StoreOptions, is_url
 from shared.data import remote
-from shared.data.cache import Look
 from shared.data.images import is_image_name
 from shared.data.remote import RemoteImages
-from shared.data.storage import CachedImages, ImageStorage
+from shared.data.storage import CachedImages, ImageStorage, open_file
 from shared.data.tiles import HOW_TO_READ, open_windows
 from shared.errors import UserError, same_on_any_disk
 from shared.evaluation.drawing import is_drawn
@@ -62,7 +60,6 @@ class GivenImages:
     locations: dict[str, str]
     options: StoreOptions
     copies: Path
-    place = None
     _opened: dict[str, ImageStorage] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
@@ -71,7 +68,8 @@ class GivenImages:
     def read(self, file_name: str) -> bytes:
         location = self.locations[file_name]
         if not is_url(location):
-            return Path(location).read_bytes()
+            with open_file(location) as file:
+                return file.read()
         folder, _, name = location.rpartition("/")
         if folder not in self._opened:
             self._opened[folder] = CachedImages(RemoteImages(folder, self.options), self.copies, 2**40, since=None)
@@ -81,9 +79,6 @@ class GivenImages:
         """The file on this machine; None for a URL and an image in memory."""
         location = self.locations.get(file_name)
         return None if location is None or is_url(location) else Path(location)
-
-    def look(self, names: np.ndarray) -> Look:
-        return Look()
 
 
 def drawn_as(name: str, picture_format: str) -> str:
@@ -239,13 +234,14 @@ def _look_at(name: str, location: str, images: GivenImages, in_tiles: bool) -> P
         if videos.is_video(location):
             if is_url(location):
                 return "a video is read from disk only; download it"
+            open_file(location).close()
             with videos.Video(location) as video:
                 return Picture(name, location, *video.size, frames=video.about)
         found = size_of(name, location, images, in_tiles)
         return None if found is None else Picture(name, location, *found)
     except remote.StoreError:
         raise
-    except (UnreadableError, UserError) as error:
+    except (UnreadableError, UserError, OSError) as error:
         return str(error).removeprefix(location).lstrip(": ")
 
 
@@ -263,10 +259,10 @@ def size_of(name: str, location: str, images: GivenImages, in_tiles: bool = Fals
         UnreadableError: it cannot be read as an image.
     """
     try:
-        file = io.BytesIO(images.read(name)) if is_url(location) else location
-        with warnings.catch_warnings():
+        opened = io.BytesIO(images.read(name)) if is_url(location) else open_file(location)
+        with opened, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(file) as image:
+            with Image.open(opened) as image:
                 if is_drawn(image):
                     return None
                 return ImageOps.exif_transpose(image).size if image.getexif() else image.size
@@ -277,8 +273,8 @@ def size_of(name: str, location: str, images: GivenImages, in_tiles: bool = Fals
     except Image.DecompressionBombError as error:
         if not in_tiles:
             raise UnreadableError(f"{error}. Fix: if you trust it, set data.max_image_pixels") from error
-        if (opened := open_windows(images.path_of(name))) is None:
+        if (windows := open_windows(images.path_of(name))) is None:
             raise UnreadableError(f"{error}. {HOW_TO_READ}") from error
-        return opened.size
+        return windows.size
     except (OSError, ValueError) as error:
         raise UnreadableError(str(error).removeprefix(location).lstrip(": ")) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import math
 import os
@@ -36,6 +35,7 @@ from shared.training.resume import read_checkpoint_to_resume
 from shared.training.run import ClusterRun, LocalRun, full_disk_as_error, picture_of
 from shared.training.run_folder import RunFolder
 from shared.training.run_store import RunStore
+from shared.training.saving import saved_batches
 from shared.training.stopping import End, Outcome, StoppedBeforeTraining, StopSignals
 from shared.training.training_metrics import duration
 from shared.training.trial import DetectionTrial
@@ -292,7 +292,4 @@ class Results:
 def _validation_of(checkpoint: str, folder: RunFolder) -> dict[str, Any] | None:
     """The report of the validation at which a checkpoint was saved; None if there is no such checkpoint, or if another
     run saved it."""
-    metadata = folder.checkpoints / checkpoint / "metadata.json"
-    if not metadata.exists():
-        return None
-    return folder.validation_after(json.loads(metadata.read_text())["steps_completed"])
+    return folder.validation_after(saved_batches(folder.checkpoints / checkpoint))

@@ -16,7 +16,6 @@ from PIL import Image
 
 from shared.commands.detection import FileDetector, detect_all
 from shared.data.annotations import CocoAnnotations
-from shared.data.cache import Look
 from shared.data.open import SplitData
 from shared.data.tiles import Tiling
 from shared.errors import UserError
@@ -142,8 +141,6 @@ def _annotations(frames: Sequence[Image.Image], categories: list[dict]) -> CocoA
 class _Frames:
     """Frames as the bytes of image files."""
 
-    place = None
-
     def __init__(self, frames: Sequence[Image.Image]):
         self._frames = frames
 
@@ -154,9 +151,6 @@ class _Frames:
         buffer = io.BytesIO()
         self._frames[int(file_name)].save(buffer, format="BMP")
         return buffer.getvalue()
-
-    def look(self, names: np.ndarray) -> Look:
-        return Look()
 
 
 # --- tracking ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from msgspec import Meta
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -35,6 +37,7 @@ _SECTIONS = ("data", "hyperparameters", "searcher")
 # Determined's hyperparameter types from which a searcher draws
 _RANGES = ("int", "double", "log", "categorical")
 _LARGEST_CONFIG = 2**20  # bytes
+_MOST_VALUES = 100_000
 
 
 def load_config(path: str | Path, overrides: Sequence[str], keys: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -97,6 +100,20 @@ def _check_is_config_file(path: Path) -> None:
             f"{path} is no experiment config: it has {size / 2**20:.0f} MiB. Fix: give the experiment config, such as "
             "const.yaml"
         )
+    with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):  # OmegaConf reports what is wrong with the file
+        if _values_below(yaml.compose(path.read_text()), {}) > _MOST_VALUES:
+            raise UserError(f"{path}: its aliases make more than {_MOST_VALUES:,} values. Fix: write them once")
+
+
+def _values_below(node: Any, counted: dict[int, int]) -> int:
+    """The values of a YAML node, or of a pair of key and value, once aliases are copies."""
+    if isinstance(node, tuple):
+        return sum(_values_below(each, counted) for each in node)
+    if id(node) not in counted:
+        counted[id(node)] = 1  # also for an alias in itself
+        inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+        counted[id(node)] += sum(_values_below(each, counted) for each in inner)
+    return counted[id(node)]
 
 
 def _is_annotations(path: str | Path) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -29,6 +30,17 @@ from shared.errors import UserError, nearest
 from shared.log import redacted
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def rows_of(record: T, rows: np.ndarray | Sequence[int], names: Sequence[str]) -> T:
+    """A dataclass whose attributes of these names, arrays and sequences or None, have some of their rows."""
+
+    def some(values: Any) -> Any:
+        return values[rows] if isinstance(values, np.ndarray) else values and [values[row] for row in rows]
+
+    return dataclasses.replace(record, **{name: some(getattr(record, name)) for name in names})
 
 
 @dataclass
@@ -63,13 +75,8 @@ class ImageRecord:
 
     def only(self, rows: np.ndarray | Sequence[int]) -> ImageRecord:
         """The record with some of its annotations, given by position or as (N,) bool."""
-        rows = np.arange(len(self.boxes))[rows]
-        arrays = ("boxes", "labels", "areas", "iscrowd", "file_boxes", "keypoints")
-        return dataclasses.replace(
-            self,
-            raw_segmentations=[self.raw_segmentations[row] for row in rows],
-            **{name: value[rows] for name in arrays if (value := getattr(self, name)) is not None},
-        )
+        names = ("boxes", "labels", "areas", "iscrowd", "file_boxes", "keypoints", "raw_segmentations")
+        return rows_of(self, np.arange(len(self.boxes))[rows], names)
 
     @cached_property
     def segmentations(self) -> list[list | dict | None]:
@@ -209,11 +216,15 @@ class CocoAnnotations:
         """(annotations,) bool: boxes without width or height, which cannot be trained on."""
         return (self.columns["boxes"][:, 2:] <= 0).any(axis=1)
 
+    @property
+    def image_rows(self) -> np.ndarray:
+        """(annotations,) int64: the index of each annotation's image."""
+        return np.repeat(np.arange(len(self)), np.diff(self.columns["offsets"]))
+
     def select(self, kept: np.ndarray) -> CocoAnnotations:
         """The same images with some of the annotations, given as (annotations,) bool; held in memory."""
         columns = dict(self.columns)
-        image_rows = np.repeat(np.arange(len(self)), np.diff(columns["offsets"]))[kept]
-        columns["offsets"] = offsets_of(np.bincount(image_rows, minlength=len(self)))
+        columns["offsets"] = offsets_of(np.bincount(self.image_rows[kept], minlength=len(self)))
         starts, ends = columns["segmentation_offsets"][:-1][kept], columns["segmentation_offsets"][1:][kept]
         pieces = [columns["segmentations"][start:end] for start, end in zip(starts, ends, strict=True)]
         columns["segmentations"] = np.concatenate([np.empty(0, np.uint8), *pieces])

@@ -18,7 +18,7 @@ from shared.data.annotations import CocoAnnotations
 from shared.data.cache import Look, load_arrays, look_once, save_arrays
 from shared.data.convert.files import ImageFinder
 from shared.data.images import darkness, value_range
-from shared.data.storage import DiskImages, ImageStorage
+from shared.data.storage import DiskImages, ImageStorage, Listed
 from shared.durable import once
 from shared.errors import UserError
 
@@ -105,7 +105,7 @@ _TRIED_FOR_DARKNESS = 4
 _SKIP = ". Fix: add them, or give data.on_bad_image: skip to omit them"
 
 
-def check_images(annotations: CocoAnnotations, images: ImageStorage, where: str, skip: bool = False) -> None:
+def check_images(annotations: CocoAnnotations, images: Listed, where: str, skip: bool = False) -> None:
     """Checks that the images exist, once per version of the annotation file. A folder on disk that has changed is
     checked again; a bucket is not.
 
@@ -142,12 +142,8 @@ def check_images(annotations: CocoAnnotations, images: ImageStorage, where: str,
         logger.warning("%s; they are skipped", message(look))
 
 
-def refuse_names_outside(annotations: CocoAnnotations, where: str, folder: Path | None = None) -> None:
-    """Raises UserError if an image's name leads out of the folder of images, or cannot be a file's name.
-
-    Args:
-        folder: the folder of the images, if it is on disk.
-    """
+def refuse_names_outside(annotations: CocoAnnotations, where: str) -> None:
+    """Raises UserError if an image's name leads out of the folder of images, or cannot be a file's name."""
     letters, offsets = annotations.columns["file_names"], annotations.columns["file_name_offsets"]
     lengths, text = np.diff(offsets), letters.tobytes()
     first_letters = letters[offsets[:-1][lengths > 0]]
@@ -160,14 +156,9 @@ def refuse_names_outside(annotations: CocoAnnotations, where: str, folder: Path 
     for i in range(len(annotations)):
         name = annotations.file_name(i)
         up = ".." in name.split("/")
-        if folder is not None and name.startswith(f"{folder}/") and not up:
-            raise UserError(
-                f"{where}: the image file name {name[:200]!r} is absolute, and lies in the images' folder. Fix: write "
-                f"it relative to that folder, {name.removeprefix(f'{folder}/')[:200]!r}"
-            )
         if not 0 < lengths[i] <= _LONGEST_PATH or up or "\0" in name or is_url(name) or name.startswith(("/", "\\")):
             raise UserError(
-                f"{where}: the image file name {name[:200]!r} is empty or leads out of the images' folder. Fix: write "
+                f"{where}: the image file name {name[:200]!r} leads out of the images' folder, or is empty. Fix: write "
                 "names relative to that folder"
             )
 

@@ -278,9 +278,7 @@ def _gunzip(data: JSONBytes, source: object) -> bytes:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
             pieces = list(itertools.islice(iter(lambda: file.read(2**20), b""), limit + 1))
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{source} is packed with gzip, and cannot be unpacked: {error}. Fix: copy or download it again"
-        ) from error
+        raise UserError(f"{source} is packed with gzip, and cannot be unpacked: {error}. Fix: copy it again") from error
     if len(pieces) > limit:
         raise UserError(
             f"{source}: its {len(data):,} bytes unpack with gzip to more than {limit} MiB, which no annotation file "
@@ -314,9 +312,7 @@ def decode_json(data: JSONBytes, into: type[T], source: object) -> T:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(_why_not_json(data, source, error)) from error
     except RecursionError as error:
-        raise UserError(
-            f"{source} is not JSON that can be read: its lists are nested too deep. Fix: give a COCO JSON file"
-        ) from error
+        raise UserError(f"{source}: its lists are nested too deep. Fix: give a file in COCO's format") from error
 
 
 def _at_id(data: JSONBytes, error: Exception) -> str:

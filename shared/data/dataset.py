@@ -54,7 +54,7 @@ def kept_random_state() -> Iterator[None]:
 
 
 class Augmenter(Protocol):
-    """What changes training images at random."""
+    """What changes training images at random. `load` and `other` give the image of an index and its record."""
 
     def loaded(self, index: int, load: Callable[[int], Loaded]) -> Loaded:
         """`load(index)`, or what it gave lately."""
@@ -68,13 +68,7 @@ class Augmenter(Protocol):
         other: Callable[[int], Loaded | None],
         count: int,
     ) -> Loaded:
-        """The changed image and its record.
-
-        Args:
-            image, record: what `loaded` gives.
-            other: gives the same of another image.
-            count: the number of images.
-        """
+        """The changed image and its record. `count` is the number of images."""
 
 
 class SampleKey(NamedTuple):

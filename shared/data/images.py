@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 from shared.data.storage import ImageStorage
 from shared.errors import UserError
 
-_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 # formats that OpenCV reads too, with the end of a whole file. A file without that end is decoded to see if it is whole.
 _ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "BMP": None, "WEBP": None, "TIFF": None}
 _SIXTEEN_BITS = (".png", ".tif", ".tiff", ".pgm", ".jp2")  # formats that can have them
@@ -108,7 +108,7 @@ def plain_bytes(data: bytes, size: tuple[int, int] | None = None) -> bytes:
         warnings.simplefilter("ignore")  # about transparent palettes and large images
         with Image.open(io.BytesIO(data)) as image:
             is_deep = _has_16_bit_channels(image)
-            turned = image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+            turned = image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
             away = turned and size is not None and image.size == tuple(size) and image.width != image.height
             width, height = image.size[::-1] if turned and not away else image.size
             if size is not None and (width, height) != tuple(size):

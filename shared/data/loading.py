@@ -104,7 +104,6 @@ class PrefetchLoader:
         loader: yields `Batch` on the host. Copies are asynchronous only from pinned memory.
         prepare: the detector's work on a batch on the device, normalisation for example. It takes the batch and its
             number, counted from `first_batch`, and runs in the thread that trains.
-        explain: the error to raise if the device runs out of memory, given the batch on the host and its number.
         waiting: seconds spent waiting for the loader since it was last set to 0.
     """
 
@@ -112,7 +111,6 @@ class PrefetchLoader:
     device: torch.device
     prepare: Callable[[Batch, int], Batch]
     first_batch: int = 0
-    explain: Callable[[Batch, int], Exception] | None = None
     waiting: float = 0.0
 
     def __len__(self) -> int:
@@ -152,12 +150,7 @@ class PrefetchLoader:
         if fetched is None:
             return None
         number, batch = fetched
-        try:
-            return self.prepare(to_device(batch, self.device), number)
-        except torch.cuda.OutOfMemoryError as error:
-            if self.explain is None:
-                raise
-            raise self.explain(batch, number) from error
+        return self.prepare(to_device(batch, self.device), number)
 
 
 @functools.singledispatch
@@ -312,7 +305,7 @@ def labels_of(annotations: CocoAnnotations, images: np.ndarray | None = None) ->
     offsets, labels = annotations.columns["offsets"], np.asarray(annotations.columns["labels"])
     counts = np.diff(offsets)
     if images is None:
-        return np.repeat(np.arange(len(annotations)), counts), labels
+        return annotations.image_rows, labels
     counts = counts[images]
     first = np.cumsum(counts) - counts
     of_objects = np.arange(counts.sum()) + np.repeat(offsets[images] - first, counts)

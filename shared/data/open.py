@@ -15,7 +15,7 @@ from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.checks import check_box_format, check_images, first_dark_image, refuse_names_outside, under_a_pixel
 from shared.data.images import allow_pixels
 from shared.data.remote import StoreError
-from shared.data.storage import ImageStorage, open_images
+from shared.data.storage import ImageStorage, Listed, open_images
 from shared.errors import UserError, count_of
 
 logger = logging.getLogger(__name__)
@@ -60,10 +60,11 @@ def _open_files(data: DataConfig, split: str, images: ImageStorage | None) -> Sp
         images = open_images(folder, split, data.store_options, data.cache_dir, int(data.cache_gb * 2**30))
     where = f"data.{split}.images ({folder})"
     try:
-        refuse_names_outside(annotations, where, getattr(images, "folder", None))
+        refuse_names_outside(annotations, where)
         check_box_format(annotations, f"data.{split}.annotations")
         if data.check_images:
-            check_images(annotations, images, where, skip=data.on_bad_image == "skip")
+            if isinstance(images, Listed):
+                check_images(annotations, images, where, skip=data.on_bad_image == "skip")
             if _is_first_process() and (dark := first_dark_image(annotations, images)):
                 logger.warning("data.%s: %s", split, dark)
     except StoreError as error:

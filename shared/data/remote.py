@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Page = tuple[list[tuple[str, int]], str | None]  # keys and sizes, and the token of the next page
 
-# what a store says of a file's version: S3, GCS, web servers
+# keys of a file's version in S3, GCS and web servers
 _VERSION_KEYS = ("size", "ETag", "LastModified", "generation", "md5Hash", "updated", "mtime", "Last-Modified")
 _SPOT_CHECKS = 16
 _PAUSES_TO_CONNECT = (0.5, 1, 2, 0)  # seconds

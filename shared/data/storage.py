@@ -13,29 +13,22 @@ import itertools
 import logging
 import os
 import shutil
+import stat
 import tempfile
 import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
 from shared.config.schema import StoreOptions, is_url
+from shared.data import remote
 from shared.data.cache import Look, Sizes, find, folders_of, mark_as_cache, modified
-from shared.data.remote import (
-    RemoteImages,
-    StoreError,
-    delete_folder,
-    fetch_file,
-    files_below,
-    read_url,
-    send_file,
-    write_url,
-)
-from shared.durable import locked, sync_folder, write_file, writing
+from shared.data.remote import RemoteImages, StoreError
+from shared.durable import locked, sync_path, write_file, writing
 from shared.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -47,18 +40,8 @@ _COUNT_IS_GOOD_FOR = 24 * 3600  # seconds until a full folder is counted again
 
 
 class ImageStorage(Protocol):
-    """
-    Attributes:
-        place: identifies this storage, so that a look at it can be remembered; None if it must not be.
-    """
-
-    place: str | None
-
     def read(self, file_name: str) -> bytes:
         """The bytes of the image file."""
-
-    def look(self, names: np.ndarray) -> Look:
-        """Which of the images are there; `names` is (N,) bytes."""
 
 
 def open_images(
@@ -78,12 +61,25 @@ def open_images(
         UserError: the folder does not exist.
     """
     if is_url(images):
-        remote = RemoteImages(images, options)
-        return CachedImages(remote, Path(cache_dir).absolute() / "images", cache_bytes) if cache_dir else remote
+        store = RemoteImages(images, options)
+        return CachedImages(store, Path(cache_dir).absolute() / "images", cache_bytes) if cache_dir else store
     folder = Path(images)
     if not folder.is_dir():
         raise UserError(f"data.{split}.images: {images} is not a folder. Fix: give the folder of the images")
     return DiskImages(folder.absolute())
+
+
+def open_file(path: str | os.PathLike) -> BinaryIO:
+    """Opens a file on disk. Raises OSError if it is a pipe or a device, which may have no end."""
+    return open(path, "rb", opener=_open_plain_file)
+
+
+def _open_plain_file(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path}: it is no plain file")
+    return descriptor
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,8 @@ class DiskImages:
         return str(self.folder)
 
     def read(self, file_name: str) -> bytes:
-        return (self.folder / file_name).read_bytes()
+        with open_file(self.folder / file_name) as file:
+            return file.read()
 
     def look(self, names: np.ndarray) -> Look:
         """Lists each folder once: a `stat` of each of 118,287 files takes minutes on a network disk.
@@ -251,6 +248,11 @@ class CachedImages:
         return taken
 
 
+Listed = DiskImages | RemoteImages | CachedImages
+"""Storages that tell which images they have: `look(names)`, (N,) bytes. `place` identifies the storage, so that a look
+can be remembered; None if it must not be."""
+
+
 def _read_copy(copy: Path, version_bytes: int) -> tuple[bytes | None, bytes]:
     """The image and its version; None if there is no whole copy with a version of that length."""
     try:
@@ -363,24 +365,24 @@ class BucketPlace:
 
     def read(self, name: str) -> bytes | None:
         try:
-            return read_url(f"{self.url}/{name}", self.options)
+            return remote.read_url(f"{self.url}/{name}", self.options)
         except FileNotFoundError:
             return None
 
     def write(self, name: str, data: bytes) -> None:
-        write_url(f"{self.url}/{name}", data, self.options)
+        remote.write_url(f"{self.url}/{name}", data, self.options)
 
     def send(self, path: Path, name: str) -> None:
-        send_file(path, f"{self.url}/{name}", self.options)
+        remote.send_file(path, f"{self.url}/{name}", self.options)
 
     def fetch(self, name: str, path: Path) -> None:
-        fetch_file(f"{self.url}/{name}", path, self.options)
+        remote.fetch_file(f"{self.url}/{name}", path, self.options)
 
     def names(self, folder: str) -> list[str]:
-        return files_below(f"{self.url}/{folder}", self.options)
+        return remote.files_below(f"{self.url}/{folder}", self.options)
 
     def delete(self, folder: str) -> None:
-        delete_folder(f"{self.url}/{folder}", self.options)
+        remote.delete_folder(f"{self.url}/{folder}", self.options)
 
 
 @dataclass(frozen=True)
@@ -429,7 +431,7 @@ class FolderPlace:
         missing = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         for folder in reversed(missing):
-            sync_folder(folder.parent)
+            sync_path(folder.parent)
         return path
 
     @contextlib.contextmanager
@@ -437,6 +439,4 @@ class FolderPlace:
         try:
             yield
         except OSError as error:
-            raise StoreError(
-                f"{self.root} cannot be {purpose} ({error.strerror or error}). Fix: check the path and its permissions"
-            ) from error
+            raise StoreError(f"{self.root} cannot be {purpose} ({error.strerror or error}). Fix: check it") from error

@@ -18,8 +18,6 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from shared.data.cache import Look
-
 CATEGORIES = [
     {"id": 1, "name": "rectangle", "supercategory": "shape"},
     {"id": 2, "name": "circle", "supercategory": "shape"},
@@ -80,16 +78,12 @@ class FakeImages:
     """The pictures of `fake_split`, drawn when they are read."""
 
     split: str
-    place = None
 
     def read(self, file_name: str) -> bytes:
         image, _ = draw_sample(FAKE_SEEDS[self.split], int(Path(file_name).stem))
         buffer = io.BytesIO()
         image.save(buffer, format="PNG", compress_level=1)
         return buffer.getvalue()
-
-    def look(self, names: np.ndarray) -> Look:
-        return Look()
 
 
 def write(out: Path, train: int = 400, val: int = 100, size: int = SIZE, seed: int = 0) -> None:

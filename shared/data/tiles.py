@@ -12,7 +12,6 @@ import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin
 
 from shared.data.annotations import CocoAnnotations
-from shared.data.cache import Look
 from shared.data.images import read_image
 from shared.data.storage import DiskImages, ImageStorage
 from shared.errors import UserError
@@ -132,7 +131,6 @@ class TileImages:
     names: dict[int, str]
     sizes: dict[int, tuple[int, int]]
     parts: dict[str, Tile]
-    place = None
     _last: tuple[int, Image.Image | Windows] | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
@@ -146,9 +144,6 @@ class TileImages:
         buffer = io.BytesIO()
         part_of(self._last[1], tile).save(buffer, format="BMP")
         return buffer.getvalue()
-
-    def look(self, names: np.ndarray) -> Look:
-        return Look()
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_last": None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import re
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from shared.data.annotations import CocoAnnotations
+from shared.data.annotations import CocoAnnotations, rows_of
 from shared.data.checks import check_boxes, wrong_segmentation
 from shared.data.coco_file import as_ids, decode_json, is_in_reach, unpack, wrong_number_in
 from shared.errors import UserError
@@ -78,13 +77,8 @@ class Detections:
 
     def only(self, rows: np.ndarray | Sequence[int]) -> Detections:
         """Some of the detections, given by position or as (M,) bool."""
-        rows = np.arange(len(self))[rows]
-        arrays = ("boxes", "scores", "labels", "keypoints", "sizes", "track_ids")
-        return dataclasses.replace(
-            self,
-            masks=None if self.masks is None else [self.masks[row] for row in rows],
-            **{name: value[rows] for name in arrays if (value := getattr(self, name)) is not None},
-        )
+        names = ("boxes", "scores", "labels", "masks", "keypoints", "sizes", "track_ids")
+        return rows_of(self, np.arange(len(self))[rows], names)
 
 
 def sizes_of(detections: Detections) -> np.ndarray:
@@ -144,7 +138,14 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
     _find_named_images(rows, annotations, source)
     ids = as_ids([row.image_id for row in rows], "image_id", source)
     images, image_of = np.unique(ids, return_inverse=True)
-    index_of = _indices_of(images, ids, annotations, source)
+    index_of = {image_id: index for index, image_id in enumerate(annotations.image_ids.tolist())}
+    if unknown := set(images.tolist()) - index_of.keys():
+        first = next(position for position, row in enumerate(rows) if row.image_id in unknown)
+        raise UserError(
+            f"{source}: result {first}: no image of {annotations.path or 'the annotations'} has the id {ids[first]}. "
+            f"This holds for {len(unknown)} of the results' {len(images)} images. Fix: give the annotations that the "
+            "results belong to"
+        )
     heights, widths = annotations.columns["heights"], annotations.columns["widths"]
     label_of = {category_id: label for label, category_id in enumerate(annotations.category_ids)}
 
@@ -212,7 +213,7 @@ def _check_format(rows: list[_Result], index_of: dict[int, int], annotations: Co
     """Raises UserError if the boxes are shares of the image's size or corners; warns of negative sizes."""
     boxes = np.array([row.bbox for row in rows], dtype=np.float64).reshape(-1, 4)
     if negative := int((boxes[:, 2:] < 0).any(axis=1).sum()):
-        logger.warning("%s: %d boxes have a negative width or height, so no area", source, negative)
+        logger.warning("%s: boxes with a negative width or height, and so without area: %d", source, negative)
     indices = [index_of[row.image_id] for row in rows]
     sizes = np.stack([annotations.columns["widths"][indices], annotations.columns["heights"][indices]], axis=1)
     in_use = (boxes[:, 2:] > 0).all(axis=1)
@@ -290,22 +291,6 @@ def _ids_by_name(files: dict[int, str]) -> dict[str, int | None]:
 def _same_file(one: str, other: str) -> bool:
     """One may be named from a folder further up."""
     return f"/{one}".endswith(f"/{other}") or f"/{other}".endswith(f"/{one}")
-
-
-def _indices_of(images: np.ndarray, ids: np.ndarray, annotations: CocoAnnotations, source: str) -> dict[int, int]:
-    """Where each image is in the annotations."""
-    order = np.argsort(annotations.image_ids)
-    known = annotations.image_ids[order]
-    rows = order[np.searchsorted(known, images).clip(max=len(known) - 1)] if len(known) else np.zeros(0, np.int64)
-    unknown = images if not len(known) else images[annotations.image_ids[rows] != images]
-    if len(unknown):
-        first = int(np.flatnonzero(np.isin(ids, unknown))[0])
-        raise UserError(
-            f"{source}: result {first}: no image of {annotations.path or 'the annotations'} has the id {ids[first]}. "
-            f"This holds for {len(unknown)} of the results' {len(images)} images. Fix: give the annotations that the "
-            "results belong to"
-        )
-    return dict(zip(images.tolist(), rows.tolist(), strict=True))
 
 
 def as_rle(segmentation: Any, height: int, width: int) -> dict:

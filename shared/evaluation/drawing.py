@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import warnings
@@ -10,13 +9,12 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, PngImagePlugin
 from pycocotools import mask as coco_mask
 
-from shared.data.annotations import ImageRecord
+from shared.data.annotations import ImageRecord, rows_of
 from shared.evaluation.detections import Detections, as_rle
 from shared.evaluation.lettering import Color, color_of, lettering, on_color, runs_of
 
@@ -52,12 +50,7 @@ class Objects:
 
     def only(self, rows: Sequence[int] | np.ndarray) -> Objects:
         """Some of the objects, in the order of `rows`."""
-
-        def pick(values: Any) -> Any:
-            return values[rows] if isinstance(values, np.ndarray) else values and [values[i] for i in rows]
-
-        names = ("boxes", "labels", "names", "endings", "masks", "keypoints")
-        return dataclasses.replace(self, **{name: pick(getattr(self, name)) for name in names})
+        return rows_of(self, rows, ("boxes", "labels", "names", "endings", "masks", "keypoints"))
 
     def limbs(self, i: int) -> Iterator[np.ndarray]:
         """(2, 2) x y of the two ends of each line of the skeleton. Both ends exist."""

@@ -119,10 +119,8 @@ def check_detections(
         for name, values in (("box", found.boxes), ("score", found.scores)):
             if not np.isfinite(values).all():
                 wrong = values[~np.isfinite(values).reshape(len(values), -1).all(axis=1)][0]
-                raise UserError(
-                    f"detections of image {found.image_id}: the {name} {wrong.tolist()} is not finite. Fix: remove "
-                    "such detections"
-                )
+                where = f"detections of image {found.image_id}"
+                raise UserError(f"{where}: the {name} {wrong.tolist()} is not finite. Fix: remove it")
 
 
 def iou_types_of(detections: Sequence[Detections], annotations: CocoAnnotations) -> tuple[str, ...]:
@@ -138,7 +136,9 @@ class CocoEvaluator(ChiefReducer):
     An image that several slots have seen counts once.
 
     Args:
-        image_ids, keypoint_sigmas, max_detections: as of `evaluate`.
+        image_ids: see `evaluate`.
+        keypoint_sigmas: see `evaluate`.
+        max_detections: see `evaluate`.
         gather: the way to the chief, see `ChiefReducer`.
 
     Attributes:
@@ -264,15 +264,14 @@ class CocoEvaluator(ChiefReducer):
         """
         truth = self._hotcoco_truth()
         rows = found.rows()
+        masks = found.rles() if iou_type == "segm" and len(rows) else None
+        results = truth.load_res(rows, segmentation=masks)
         if iou_type == "keypoints" and len(rows):
-            results = truth.load_res(found.keypoint_results())
-        elif iou_type == "segm" and len(rows):
-            masks = found.rles()
-            results = truth.load_res(rows, segmentation=masks)
+            points = found.keypoints.astype(np.float64).tolist()
+            results.update_anns([{"id": i, "keypoints": row} for i, row in enumerate(points, 1)])
+        elif masks is not None:
             # small, medium and large are the masks' areas, as MMDetection and Detectron2 have it, not the boxes'
             results.update_anns(ids=np.arange(1, len(rows) + 1), area=hotcoco.mask.area(masks))
-        else:
-            results = truth.load_res(rows)
         evaluation = hotcoco.COCOeval(truth, results, iou_type)
         params = evaluation.params
         params.img_ids = self._evaluated(found).tolist()
@@ -375,21 +374,23 @@ def to_hotcoco(annotations: CocoAnnotations, masks: bool = True, keypoints: bool
         )
     ]
     categories = [{**category, "id": label} for label, category in enumerate(annotations.categories)]
-    image_of = np.repeat(positions, np.diff(columns["offsets"]))
     try:
-        if keypoints:  # which hotcoco takes a dict an annotation only
-            rows = _annotation_dicts(columns, image_of, segmentation)
-            return hotcoco.COCO({"images": images, "categories": categories, "annotations": rows})
-        return hotcoco.COCO.from_arrays(
+        truth = hotcoco.COCO.from_arrays(
             images=images,
             categories=categories,
-            image_ids=image_of,
+            image_ids=np.repeat(positions, np.diff(columns["offsets"])),
             category_ids=columns["labels"],
             boxes=columns["boxes"],
             area=columns["areas"],
             iscrowd=columns["iscrowd"],
             segmentation=segmentation,
         )
+        if keypoints:
+            points = columns["keypoints"]
+            counts = (points[..., 2] > 0).sum(axis=1).tolist()
+            rows = zip(points.reshape(len(points), -1).tolist(), counts, strict=True)
+            truth.update_anns([{"id": i, "keypoints": p, "num_keypoints": n} for i, (p, n) in enumerate(rows, 1)])
+        return truth
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{annotations.path or 'the annotations'} cannot be evaluated on: {error}. Fix: correct the file"
@@ -412,24 +413,6 @@ def _segmentations(annotations: CocoAnnotations) -> list[list | dict]:
                 )
             segmentations.append(as_rle(piece, record.height, record.width) if piece else [])
     return segmentations
-
-
-def _annotation_dicts(columns: dict[str, np.ndarray], image_of: np.ndarray, segmentation: list | None) -> list[dict]:
-    rows = []
-    for i, image in enumerate(image_of.tolist()):
-        points = columns["keypoints"][i]
-        row = {
-            "id": i + 1,
-            "image_id": image,
-            "category_id": int(columns["labels"][i]),
-            "bbox": columns["boxes"][i].tolist(),
-            "area": float(columns["areas"][i]),
-            "iscrowd": int(columns["iscrowd"][i]),
-            "keypoints": points.ravel().tolist(),
-            "num_keypoints": int((points[:, 2] > 0).sum()),
-        }
-        rows.append(row if segmentation is None else {**row, "segmentation": segmentation[i]})
-    return rows
 
 
 def metrics_table(metrics: dict[str, float], iou_types: tuple[str, ...]) -> str:

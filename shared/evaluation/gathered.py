@@ -27,14 +27,6 @@ def alone(share: Any) -> list:
     return [share]
 
 
-@dataclass
-class _Failure:
-    """What went wrong on some slot, as every slot gets it."""
-
-    message: str
-    is_user_error: bool
-
-
 class ChiefReducer(MetricReducer):
     """A metric that the chief computes of what all slots have seen, and that no error of it leaves.
 
@@ -48,7 +40,7 @@ class ChiefReducer(MetricReducer):
 
     def __init__(self, gather: Gather = alone):
         self.gather = gather
-        self._failure: _Failure | None = None
+        self._failure: Exception | None = None
         self._cause: Exception | None = None
 
     @abstractmethod
@@ -59,30 +51,24 @@ class ChiefReducer(MetricReducer):
     def metrics_of(self, shares: list) -> dict[str, float]:
         """The metrics of all slots' shares, in the order of ranks; called on the chief only."""
 
-    def per_slot_reduce(self) -> dict[str, float] | _Failure | None:
-        """The metrics on the chief, None on the other slots; what failed where something did."""
+    def per_slot_reduce(self) -> dict[str, float] | Exception | None:
+        """The metrics on the chief, None on the other slots; the error to raise if something failed."""
         shares = self.gather(self._carried(self.share))
         if shares is None:
             return None
-        failed = [share for share in shares if isinstance(share, _Failure)]
+        failed = [share for share in shares if isinstance(share, Exception)]
         return failed[0] if failed else self._carried(self.metrics_of, shares)
 
-    def cross_slot_reduce(self, per_slot_metrics: Sequence[dict[str, float] | _Failure | None]) -> dict[str, float]:
-        """The metrics, on every slot; {} where they failed, see `raise_if_failed`."""
+    def cross_slot_reduce(self, per_slot_metrics: Sequence[dict[str, float] | Exception | None]) -> dict[str, float]:
+        """The metrics, on every slot; {} if they failed, see `raise_if_failed`."""
         chief = per_slot_metrics[0]
-        self._failure = chief if isinstance(chief, _Failure) else None
+        self._failure = chief if isinstance(chief, Exception) else None
         return {} if self._failure else chief
 
     def raise_if_failed(self) -> None:
-        """Raises on every slot what went wrong on one, after `cross_slot_reduce`.
-
-        Raises:
-            UserError: it was one.
-            RuntimeError: anything else; where it went wrong, from the error itself.
-        """
+        """After `cross_slot_reduce`, raises on every slot what failed on one: its UserError, else a RuntimeError."""
         if self._failure is not None:
-            error = UserError if self._failure.is_user_error else RuntimeError
-            raise error(self._failure.message) from self._cause
+            raise self._failure from self._cause
 
     def compute(self) -> dict[str, float]:
         """The metrics of what a single process has seen."""
@@ -94,12 +80,11 @@ class ChiefReducer(MetricReducer):
         self._cause = None
         try:
             return compute(*arguments)
-        except UserError as error:
-            self._cause = error
-            return _Failure(str(error), is_user_error=True)
         except Exception as error:  # whatever it is, all slots must hear of it
             self._cause = error
-            return _Failure(f"the evaluation failed: {type(error).__name__}: {error}", is_user_error=False)
+            if isinstance(error, UserError):
+                return UserError(str(error))
+            return RuntimeError(f"the evaluation failed: {type(error).__name__}: {error}")
 
 
 @dataclass
@@ -200,19 +185,6 @@ class GatheredDetections:
                 )
             )
         return found
-
-    def keypoint_results(self) -> list[dict]:
-        """Of COCO's result format, as hotcoco takes keypoints only."""
-        return [
-            {
-                "image_id": int(row[0]),
-                "category_id": int(row[6]),
-                "bbox": row[1:5].tolist(),
-                "score": row[5],
-                "keypoints": points,
-            }
-            for row, points in zip(self.rows(), self.keypoints.astype(np.float64).tolist(), strict=True)
-        ]
 
 
 def save_detections(

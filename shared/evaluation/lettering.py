@@ -114,19 +114,13 @@ def _letters_in(path: str) -> frozenset[int]:
 
 
 def _warn_of(missing: set[int], text: str) -> None:
-    letters = "".join(map(chr, sorted(missing)))
-    symbols = ("So", "Sk", "Cn")  # Cn: emoji that are newer than Python
-    scripts = {
-        "EMOJI" if unicodedata.category(letter) in symbols else unicodedata.name(letter, "UNKNOWN").split()[0]
-        for letter in letters
-    }
+    scripts = {unicodedata.name(chr(letter), "UNKNOWN").split()[0] for letter in missing}
     if scripts <= _warned_of:
         return
     _warned_of.update(scripts)
     logger.warning(
-        "no font on this machine has %s of %r (%s). Pictures show an empty box for each. Fix: install fonts, on Debian "
-        "and Ubuntu with `apt-get install fonts-noto-core fonts-noto-cjk fonts-symbola`",
-        letters[:20],
+        "no font on this machine has %s of %r. Pictures show an empty box for each. Fix: install fonts, on Debian and "
+        "Ubuntu with `apt-get install fonts-noto-core fonts-noto-cjk fonts-symbola`",
+        "".join(map(chr, sorted(missing)))[:20],
         text,
-        ", ".join(sorted(scripts)),
     )

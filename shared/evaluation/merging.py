@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import hotcoco
 import numpy as np
@@ -37,7 +38,7 @@ def merge(
     """
     if len(found) == 1:
         (_, detections), *_ = found
-        return _of_image(image_id, detections)
+        return replace(detections, image_id=image_id)
     part_of = np.repeat(np.arange(len(found)), [len(each) for _, each in found])
     row_of = np.concatenate([np.arange(len(each)) for _, each in found])
     boxes = np.concatenate([_boxes_in_image(tile, each, size) for tile, each in found])
@@ -63,10 +64,6 @@ def merge(
         points = [_points_in_image(tile, each.keypoints[row]) for tile, each, row in chosen]
         keypoints = np.stack(points) if points else found[0][1].keypoints[:0]
     return Detections(image_id, boxes[kept], scores[kept], labels[kept], masks, keypoints)
-
-
-def _of_image(image_id: int, detections: Detections) -> Detections:
-    return Detections(**{**vars(detections), "image_id": image_id})
 
 
 def _boxes_in_image(tile: Tile, detections: Detections, size: tuple[int, int]) -> np.ndarray:

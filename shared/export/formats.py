@@ -17,7 +17,7 @@ import torch
 
 from shared.errors import UserError
 from shared.export.metadata import FORMATS, Metadata
-from shared.export.operations import Exportable, nms_of_onnx, onnx_translations
+from shared.export.operations import Exportable, Raw, onnx_translations, operations_of_onnx
 
 _PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
@@ -45,10 +45,12 @@ def check_format(name: str) -> None:
         )
 
 
-def check_precision(name: str, precision: str) -> None:
-    """Raises UserError if a format has no files of that precision."""
+def check_options(name: str, precision: str, raw: bool) -> None:
+    """Raises UserError if a format has no files of that precision, or no raw files."""
     if precision == "float16" and name != "openvino":
         raise UserError(f"--half: {name} has no 16-bit files here. Fix: --format openvino")
+    if raw and name != "onnx":
+        raise UserError(f"--raw: {name} has no raw files here. Fix: --format onnx")
     if precision == "int8" and name not in ("onnx", "openvino"):
         raise UserError(f"--int8: {name} has no 8-bit files here. Fix: --format onnx or openvino")
     if precision == "int8" and importlib.util.find_spec("onnxruntime") is None:
@@ -73,7 +75,7 @@ def write(
 
     Args:
         detector: on the CPU, in evaluation mode.
-        metadata: also says in which precision the network computes, see `check_precision`.
+        metadata: also says in which precision the network computes, see `check_options`.
         calibration: images for INT8, see `quantize`.
 
     Raises:
@@ -86,7 +88,8 @@ def write(
                 _write_torch(detector, path, metadata)
             else:
                 onnx = path.with_suffix(".onnx")
-                _write_onnx(detector, onnx, metadata)
+                with operations_of_onnx(resizes=name == "onnx"):
+                    _write_onnx(detector, onnx, metadata)
                 if metadata.precision == "int8":
                     quantize(onnx, calibration)
                 if name == "openvino":
@@ -106,8 +109,11 @@ def write(
 def _example(detector: Exportable) -> tuple[torch.Tensor, dict]:
     """Images to trace with, and which of their dimensions vary."""
     dynamic = torch.export.Dim.DYNAMIC
-    images = torch.zeros(2 if detector.any_batch else 1, 3, *_EXAMPLE, dtype=torch.uint8)
-    return images, {2: dynamic, 3: dynamic} | ({0: dynamic} if detector.any_batch else {})
+    is_raw = isinstance(detector, Raw)
+    size = detector.input_size if is_raw else _EXAMPLE
+    images = torch.zeros(2 if detector.any_batch else 1, 3, *size, dtype=torch.uint8)
+    varying = ([0] if detector.any_batch else []) + ([] if is_raw else [2, 3])
+    return images, dict.fromkeys(varying, dynamic)
 
 
 def _write_torch(detector: Exportable, path: Path, metadata: Metadata) -> None:
@@ -155,18 +161,17 @@ class _Detect(_Prepare):
 
 
 def _to_onnx(module: torch.nn.Module, given: tuple, dynamic: tuple, inputs: list[str], outputs: list[str]) -> Any:
-    with nms_of_onnx():
-        program = torch.onnx.export(
-            module,
-            given,
-            dynamic_shapes=dynamic,
-            input_names=inputs,
-            output_names=outputs,
-            custom_translation_table=onnx_translations(),
-            opset_version=_OPSET,
-            dynamo=True,
-            verbose=False,
-        )
+    program = torch.onnx.export(
+        module,
+        given,
+        dynamic_shapes=dynamic,
+        input_names=inputs,
+        output_names=outputs,
+        custom_translation_table=onnx_translations(),
+        opset_version=_OPSET,
+        dynamo=True,
+        verbose=False,
+    )
     return program.model_proto
 
 

@@ -15,6 +15,7 @@ from shared.errors import UserError
 # by name, the file that holds the detector
 FORMATS = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2"}
 TRANSFORMERS = "transformers"  # the format of a folder that the package transformers loads
+TENSORRT = "tensorrt"  # is refused with the command that makes an engine of an ONNX file
 PREFIX = "detector."  # of the names in a file, which its format shares with other programs
 
 
@@ -22,7 +23,7 @@ PREFIX = "detector."  # of the names in a file, which its format shares with oth
 class Metadata:
     """Attributes:
     categories: COCO categories; the position is the label.
-    outputs: the names of the file's outputs, see `Exportable`.
+    outputs: the names of the file's outputs, see `Exportable` and `Raw`.
     any_batch: False if the file takes a single image only.
     input_size: (height, width) of the network's input; None if it follows from the image.
     precision: "float32", "float16" or "int8".
@@ -31,6 +32,8 @@ class Metadata:
     checkpoint: the SHA-256 of the checkpoint's weights; None for pretrained weights.
     batches: that the checkpoint was trained for.
     versions: the packages that wrote the file.
+    max_iou: the IoU above which the detector drops the less sure of two detections of a category.
+    decoding: a raw file's, see `Decoding`; None if the file finds detections itself.
     """
 
     categories: list[dict]
@@ -43,6 +46,8 @@ class Metadata:
     checkpoint: str | None
     batches: int | None
     versions: dict[str, str]
+    max_iou: float = 0.5
+    decoding: dict[str, Any] | None = None
 
     def strings(self) -> dict[str, str]:
         """For a file: JSON by name."""
@@ -55,7 +60,8 @@ class Metadata:
             UserError: the file is not one of `export`.
         """
         try:
-            values = {field.name: json.loads(strings[PREFIX + field.name]) for field in fields(cls)}
+            names = [field.name for field in fields(cls)]
+            values = {name: json.loads(strings[PREFIX + name]) for name in names if PREFIX + name in strings}
             return cls(**{**values, "outputs": tuple(values["outputs"])})
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(

@@ -6,6 +6,7 @@ import contextlib
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -101,8 +102,11 @@ def resize_as_pillow(images: Tensor, height: int, width: int, name: str = "bilin
     """(B, 3, H, W) of whole numbers to (B, 3, height, width), as Pillow resizes: columns, then rows, each rounded to 8
     bits. A level of a pixel can differ by 1, because Pillow's weights are rounded.
 
-    A resize is two matrix products. So it has the same result in every runtime, for images of any size.
+    A resize is two matrix products. So it has the same result in every runtime, for images of any size. ONNX Runtime
+    has the operation itself, which is five times as fast.
     """
+    if _resizes_in_onnx and name == "bilinear":
+        return torch.ops.exported.resized(images, height, width).float()
     wide = images.float() @ _pillow_weights(images.shape[-1], width, name).T
     wide = (wide + 0.5).floor().clamp(0, 255)
     return (_pillow_weights(images.shape[-2], height, name) @ wide + 0.5).floor().clamp(0, 255)
@@ -202,19 +206,23 @@ def of_labels(masks: Tensor, labels: Tensor) -> Tensor:
 
 # --- non-maximum suppression ------------------------------------------------------------------------
 
-_to_onnx = False
+_to_onnx = _resizes_in_onnx = False
 
 
 @contextlib.contextmanager
-def nms_of_onnx() -> Iterator[None]:
-    """In the block, `best_boxes` is traced with the operation that `onnx_translations` translates."""
-    global _to_onnx
+def operations_of_onnx(resizes: bool) -> Iterator[None]:
+    """In the block, `best_boxes` is traced with the operation that `onnx_translations` translates.
+
+    Args:
+        resizes: so is `resize_as_pillow`. OpenVINO has no such operation.
+    """
+    global _to_onnx, _resizes_in_onnx
     _register()
-    _to_onnx = True
+    _to_onnx, _resizes_in_onnx = True, resizes
     try:
         yield
     finally:
-        _to_onnx = False
+        _to_onnx = _resizes_in_onnx = False
 
 
 def best_boxes(
@@ -284,16 +292,27 @@ def _kept(boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: 
 
 @functools.cache
 def _register() -> None:
-    """Defines `exported::kept`, which `onnx_translations` translates. torch 2.3 lacks what it needs."""
+    """Defines the operations that `onnx_translations` translates. torch 2.3 lacks what it needs."""
     operation = torch.library.custom_op("exported::kept", _kept, mutates_args=())
 
     @operation.register_fake
     def _(boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: float, limit: int) -> Tensor:
         return torch.empty_like(scores, dtype=torch.bool)
 
+    operation = torch.library.custom_op("exported::resized", _resized, mutates_args=())
+
+    @operation.register_fake
+    def _(images: Tensor, height: int, width: int) -> Tensor:
+        return images.new_empty((*images.shape[:2], height, width))
+
+
+def _resized(images: Tensor, height: int, width: int) -> Tensor:
+    return resize_as_pillow(images, height, width).to(images.dtype)
+
 
 def onnx_translations() -> dict:
-    """For `torch.onnx.export`: NMS by ONNX's own operation. It handles images by themselves, and stops at `limit`."""
+    """For `torch.onnx.export`: NMS and Pillow's resizing by ONNX's own operations. That NMS handles images by
+    themselves, and stops at `limit`."""
     from onnxscript import opset18 as op
 
     _register()
@@ -311,7 +330,96 @@ def onnx_translations() -> dict:
         nothing = op.Mul(scores, op.Constant(value_floats=[0.0]))
         return op.Cast(op.ScatterND(nothing, places, ones), to=9)  # BOOL
 
+    def resized(images, height, width):  # noqa: ANN001, ANN202
+        one = op.Constant(value_ints=[1])
+        sizes = op.Concat(op.Shape(images, end=2), op.Reshape(height, one), op.Reshape(width, one), axis=0)
+        return op.Resize(images, None, None, sizes, mode="linear", antialias=1, exclude_outside=1)
+
     def is_all_true(values):  # noqa: ANN001, ANN202
         return op.Cast(op.ReduceMin(op.Cast(values, to=6), keepdims=0), to=9)
 
-    return {torch.ops.exported.kept.default: kept, torch.ops.aten._is_all_true.default: is_all_true}
+    return {
+        torch.ops.exported.kept.default: kept,
+        torch.ops.exported.resized.default: resized,
+        torch.ops.aten._is_all_true.default: is_all_true,
+    }
+
+
+# --- the network alone, for `export --raw` ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What `detect_raw.py` does before and after the network.
+
+    Attributes:
+        keeps_ratio: an image is resized to fit into the upper left of the input, and not to all of it.
+        filter: Pillow's, "bilinear" or "bicubic".
+        fill_color: RGB of the rest of the input.
+        one_label: a place has its best category only; else each pair of a place and a category counts.
+        candidates: the best ones that are looked at.
+        iou_threshold: of NMS within each category; None without NMS.
+        limit: the detections of an image.
+        clips: boxes end at the image's edge.
+    """
+
+    keeps_ratio: bool
+    filter: str
+    fill_color: tuple[int, int, int]
+    one_label: bool
+    candidates: int
+    iou_threshold: float | None
+    limit: int
+    clips: bool
+
+
+class ExportableRaw(Exportable):
+    """An exportable detector that can also be written as its network alone."""
+
+    @abstractmethod
+    def decoding(self) -> Decoding: ...
+
+    @abstractmethod
+    def places(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Each place's box and scores, before any of them is dropped.
+
+        Args:
+            images: (B, 3, H, W) uint8 RGB at the network's size.
+
+        Returns:
+            boxes (B, N, 4) as x1 y1 x2 y2 in pixels of the input, and scores (B, N, K) of each category.
+        """
+
+
+class Raw(Exportable):
+    """The network alone: images at its size give the boxes and scores of all places."""
+
+    outputs = ("boxes", "scores")
+
+    def __init__(self, detector: ExportableRaw):
+        super().__init__()
+        self.detector, self.input_size = detector, detector.input_size
+        self.decoding: dict[str, Any] = asdict(detector.decoding())
+
+    def prepare(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images, size_of(images)
+
+    def detect(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        return self.detector.places(pixels)
+
+
+def raw_of(detector: Exportable) -> Raw:
+    """
+    Raises:
+        UserError: the detector has no decoder in NumPy, or the size of its input is not fixed.
+    """
+    if not isinstance(detector, ExportableRaw):
+        raise UserError("--raw: this detector has no decoder in NumPy. Fix: export it without --raw")
+    if detector.outputs != Exportable.outputs:
+        raise UserError("--raw: the decoder in NumPy finds boxes alone. Fix: export it without --raw")
+    if detector.input_size is None:
+        raise UserError(
+            "--raw: the size of the network's input follows from the image's. Fix: export it without --raw, or resize "
+            "all images to one height and width"
+        )
+    return Raw(detector)

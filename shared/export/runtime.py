@@ -12,6 +12,7 @@ import numpy as np
 from shared.environment import available_cores
 from shared.errors import UserError
 from shared.evaluation.detections import Detections, encode_masks
+from shared.export import detect_raw
 from shared.export.metadata import PREFIX, Metadata
 
 # from (B, 3, H, W) uint8 images to the outputs, in the order of the metadata
@@ -61,6 +62,9 @@ class ExportedDetector:
             image_ids: for the detections; None for the positions.
         """
         image_ids = range(len(images)) if image_ids is None else image_ids
+        if self.metadata.decoding is not None:
+            raw = detect_raw.detections(self._run, images, self.metadata.input_size, self.metadata.decoding)
+            return [Detections(image_id, *found) for image_id, found in zip(image_ids, raw, strict=True)]
         groups: dict[tuple[int, ...] | int, list[int]] = {}
         for position, image in enumerate(images):
             groups.setdefault(image.shape if self.metadata.any_batch else position, []).append(position)

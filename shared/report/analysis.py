@@ -31,13 +31,6 @@ NAMES = {
     **{"AR_1": "AR1", "AR_10": "AR10", "AR_100": "AR100", "AR_s": "ARs", "AR_m": "ARm", "AR_l": "ARl"},
     **{"AR": "AR", "AR_iou50": "AR50", "AR_iou75": "AR75"},
 }
-_OBJECTS_PER_IMAGE = {
-    "1": (1, 1),
-    "2 to 4": (2, 4),
-    "5 to 9": (5, 9),
-    "10 to 19": (10, 19),
-    "20 and more": (20, math.inf),
-}
 
 
 @dataclass(frozen=True)
@@ -109,16 +102,6 @@ class CategoryNumbers:
 
 
 @dataclass(frozen=True)
-class Group:
-    """AP of the images that hold a number of objects such as "2 to 4"."""
-
-    name: str
-    images: int
-    ap: float
-    ap50: float
-
-
-@dataclass(frozen=True)
 class Verdicts:
     """What matched at an IoU of 0.5.
 
@@ -144,7 +127,6 @@ class Analysis:
         intervals: the ends of their 95 % bootstrap intervals; {} without a bootstrap.
         curve: for all categories together, at an IoU (for keypoints, OKS) of 0.5.
         category_curves: by label, of each category that has objects.
-        by_count: by the number of objects in an image.
         errors: hotcoco's `tide_errors`: "delta_ap" and "counts" by type, "ap_base"; None for keypoints.
         confusion: hotcoco's `confusion_matrix` at the best threshold; None if no detection is right.
         calibration: hotcoco's.
@@ -157,7 +139,6 @@ class Analysis:
     categories: list[CategoryNumbers]
     curve: ThresholdCurve
     category_curves: dict[int, ThresholdCurve]
-    by_count: list[Group]
     errors: dict[str, Any] | None
     confusion: dict[str, Any] | None
     calibration: dict[str, Any]
@@ -195,11 +176,6 @@ class Analyses:
         """An image's file name and id."""
         annotations = self.annotations
         return {"file_name": annotations.file_name(index), "image_id": int(annotations.image_ids[index])}
-
-
-def image_of_annotations(annotations: CocoAnnotations) -> np.ndarray:
-    """(annotations,) int64, the index of each annotation's image."""
-    return np.repeat(np.arange(len(annotations)), np.diff(annotations.columns["offsets"]))
 
 
 def analyse(
@@ -302,7 +278,6 @@ def analyse_one(evaluator: CocoEvaluator, iou_type: str, found: GatheredDetectio
         ],
         curve=curve,
         category_curves=curves,
-        by_count=_by_count(evaluation, annotations, evaluator.image_ids),
         errors=None if iou_type == "keypoints" else evaluation.tide_errors(),
         confusion=None
         if iou_type == "keypoints" or curve.best is None
@@ -345,29 +320,6 @@ def _intervals(
         for name, value in metrics.items()
         if NAMES[name] in found and not math.isnan(value)
     }
-
-
-def _by_count(evaluation: hotcoco.COCOeval, annotations: CocoAnnotations, image_ids: np.ndarray) -> list[Group]:
-    is_object = ~annotations.columns["iscrowd"]
-    per_image = np.bincount(image_of_annotations(annotations)[is_object], minlength=len(annotations))
-    order = np.argsort(annotations.image_ids)
-    evaluated = np.searchsorted(annotations.image_ids[order], image_ids)  # positions, as hotcoco numbers images
-    counts = per_image[order][evaluated]
-    slices = {
-        name: evaluated[(counts >= least) & (counts <= most)].tolist()
-        for name, (least, most) in _OBJECTS_PER_IMAGE.items()
-    }
-    slices = {name: images for name, images in slices.items() if images}
-    sliced = evaluation.slice_by(slices) if slices else {}
-    return [
-        Group(name, len(images), *(_number(sliced[name].get(metric)) for metric in ("AP", "AP50")))
-        for name, images in slices.items()
-    ]
-
-
-def _number(value: float | None) -> float:
-    """COCO's -1 means that there is nothing to score."""
-    return math.nan if value is None or value < 0 else float(value)
 
 
 def _errors_of_images(

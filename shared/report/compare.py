@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 import statistics
@@ -28,7 +29,6 @@ from shared.report.analysis import (
     SEED,
     Analyses,
     analyse,
-    image_of_annotations,
     interval_around,
 )
 from shared.report.page import TITLES, check_page, open_pictures, parse_page_options, picture_of_difference, write_page
@@ -207,7 +207,7 @@ def _compare(a: Analyses, b: Analyses, name_a: str, name_b: str, iou_type: str, 
     ]
     categories = []
     objects = one.verdicts.objects
-    image_of, labels = image_of_annotations(a.annotations)[objects], a.annotations.columns["labels"][objects]
+    image_of, labels = a.annotations.image_rows[objects], a.annotations.columns["labels"][objects]
     for row, there in zip(one.categories, other.categories, strict=True):
         if row.objects:
             # the objects of a single image are all in a resample or all out: nothing varies
@@ -316,7 +316,7 @@ def _pictures(a: Analyses, b: Analyses, images: ImageStorage | None) -> list[dic
 def _f1_of_images(analyses: Analyses) -> np.ndarray:
     """(images,) F1 of boxes of at least the best threshold; 1 if there is nothing and nothing is found."""
     count = len(analyses.annotations)
-    image_of = image_of_annotations(analyses.annotations)
+    image_of = analyses.annotations.image_rows
     objects = np.bincount(image_of[analyses.of["bbox"].verdicts.objects], minlength=count)
     invented = np.bincount([one.image for one in analyses.wrong if one.detection is not None], minlength=count)
     right = np.bincount(image_of[analyses.found_objects], minlength=count)
@@ -386,11 +386,7 @@ class _Run:
         for found in self.detections:
             labels = np.array(new_labels)[found.labels]
             rows = np.flatnonzero(labels >= 0)
-            masks = None if found.masks is None else [found.masks[row] for row in rows]
-            points = None if found.keypoints is None else found.keypoints[rows]
-            sizes = None if found.sizes is None else found.sizes[rows]
-            boxes, scores = found.boxes[rows], found.scores[rows]
-            kept.append(Detections(found.image_id, boxes, scores, labels[rows], masks, points, sizes))
+            kept.append(dataclasses.replace(found.only(rows), labels=labels[rows]))
         return kept
 
 

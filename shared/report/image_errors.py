@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torchvision.ops import nms
 
 from shared.data.annotations import CocoAnnotations
 from shared.evaluation.detections import Detections
@@ -95,15 +99,13 @@ def _kind(overlaps: np.ndarray, same: np.ndarray) -> tuple[str, np.ndarray | Non
     return "Both", ~same
 
 
-def box_ious(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """(A, B) float64 IoU of the boxes (A, 4) and (B, 4), x1 y1 x2 y2."""
-    one, other = one.astype(np.float64), other.astype(np.float64)
-    top_left = np.maximum(one[:, None, :2], other[None, :, :2])
-    bottom_right = np.minimum(one[:, None, 2:], other[None, :, 2:])
-    shared = (bottom_right - top_left).clip(0).prod(axis=2)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).clip(0).prod(axis=1) for boxes in (one, other)]
-    union = areas[0][:, None] + areas[1][None] - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+def box_ious(one: np.ndarray, other: np.ndarray, of_one: bool = False) -> np.ndarray:
+    """(A, B) float64 IoU of the boxes (A, 4) and (B, 4), x1 y1 x2 y2; or the share of each of A that lies in each of
+    B."""
+    if not len(one) or not len(other):
+        return np.zeros((len(one), len(other)))
+    one, other = (np.hstack([b[:, :2], b[:, 2:] - b[:, :2]]) for b in (one.astype(float), other.astype(float)))
+    return coco_mask.iou(one, other, [of_one] * len(other))
 
 
 def worst_images(wrong: Sequence[Wrong], kind: str, count: int) -> list[tuple[int, list[Wrong]]]:
@@ -197,7 +199,8 @@ def find_suspects(
         images: indices in the annotations.
         min_score: a detection needs it to contradict an annotation.
     """
-    odds, least = _log_odds(found.scores)
+    shares = found.scores.astype(np.float64).clip(_LEAST_SCORE, _MOST_SCORE)
+    odds, least = np.log(shares / (1 - shares)), math.log(_LEAST_SCORE / (1 - _LEAST_SCORE))
     all_rows, categories, missing = np.arange(len(odds)), [], []
     for image in images:
         rows = all_rows[rows_of.get(image, slice(0))]
@@ -225,19 +228,6 @@ def find_suspects(
                 )
             )
     return sorted(suspects, key=lambda suspect: (suspect.chance_false, -suspect.score))
-
-
-def _log_odds(scores: np.ndarray) -> tuple[np.ndarray, float]:
-    """(M,) float64, and the value from which on a detection carries information.
-
-    Scores that are not probabilities count as log-odds in units of their standard deviation.
-    """
-    scores = scores.astype(np.float64)
-    if not len(scores) or (scores.min() >= 0 and scores.max() <= 1):
-        shares = scores.clip(_LEAST_SCORE, _MOST_SCORE)
-        return np.log(shares / (1 - shares)), float(np.log(_LEAST_SCORE / (1 - _LEAST_SCORE)))
-    odds = (scores - scores.mean()) / max(float(scores.std()), 1e-9)
-    return odds, float(odds.min()) - 1.0
 
 
 def _cases_of(
@@ -286,8 +276,11 @@ def _cases_of(
         images=np.full(int(contradicted.sum()), image),
     )
 
-    is_alone = ~(ious >= _APART).any(axis=1) & ~_lie_in(boxes, truth[is_crowd])
-    alone = _spread_out(boxes, np.flatnonzero(is_alone))
+    in_a_crowd = (box_ious(boxes, truth[is_crowd], of_one=True) >= _MATCHES).any(axis=1)
+    is_alone = ~(ious >= _APART).any(axis=1) & ~in_a_crowd
+    alone = np.flatnonzero(is_alone)
+    of_alone = torch.from_numpy(boxes[alone])
+    alone = alone[nms(of_alone, torch.arange(len(alone), 0, -1).to(of_alone), _APART).numpy()]  # one per object
     missing = _Cases(
         agreeing=top[is_found],
         contradicting=certainty[alone],
@@ -297,25 +290,6 @@ def _cases_of(
         images=np.full(len(alone), image),
     )
     return wrong_category, missing
-
-
-def _lie_in(boxes: np.ndarray, crowds: np.ndarray) -> np.ndarray:
-    """(M,) bool: at least half of the box is in one of the crowds."""
-    boxes = boxes.astype(np.float64)
-    shared = np.minimum(boxes[:, None, 2:], crowds[:, 2:]) - np.maximum(boxes[:, None, :2], crowds[:, :2])
-    areas = (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(axis=1)
-    return (shared.clip(0).prod(axis=2) >= _MATCHES * areas[:, None]).any(axis=1)
-
-
-def _spread_out(boxes: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """The positions whose boxes do not overlap an earlier one of them: one per object."""
-    overlaps = box_ious(boxes[positions], boxes[positions]) >= _APART
-    is_free, kept = np.ones(len(positions), bool), []
-    for i in range(len(positions)):
-        if is_free[i]:
-            kept.append(i)
-            is_free &= ~overlaps[i]
-    return positions[kept]
 
 
 def chances_false(agreeing: np.ndarray, contradicting: np.ndarray, evidence: np.ndarray, kind: str) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -52,7 +53,7 @@ def write_page(template: str, path: Path, numbers: Any = None, **content: Any) -
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "signed": signed}
+    environment.filters |= {"number": number, "signed": functools.partial(number, sign="+")}
     light, dark = (Markup(declarations) for declarations in style_sheet())
     text = environment.get_template(template).render(light=light, dark=dark, titles=TITLES, **content)
     try:
@@ -73,14 +74,9 @@ def check_page(page: Path, inputs: Iterable[str | os.PathLike | None]) -> None:
     check_outputs("--output", (page, page.with_suffix(".json")), inputs)
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def number(value: float | None, digits: int = 3, sign: str = "") -> str:
     """A cell's text; a dash if there is nothing to score."""
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
-
-
-def signed(value: float | None, digits: int = 3) -> str:
-    """The same, with a plus sign."""
-    return "–" if value is None or math.isnan(value) else f"{value:+.{digits}f}"
+    return "–" if value is None or math.isnan(value) else f"{value:{sign}.{digits}f}"
 
 
 def parse_page_options(parser: argparse.ArgumentParser, output: str, arguments: Sequence[str]) -> argparse.Namespace:
@@ -121,7 +117,7 @@ def open_pictures(images: ImageStorage | str | os.PathLike | None, annotations: 
     if images is None or not isinstance(images, (str, os.PathLike)):
         return images
     opened = DiskImages(Path(images).absolute())
-    refuse_names_outside(annotations, f"--images ({images})", opened.folder)
+    refuse_names_outside(annotations, f"--images ({images})")
     opened.look(annotations.file_names)
     return opened
 

@@ -24,7 +24,7 @@ from shared.errors import count_of
 from shared.evaluation.detections import Detections, from_coco_results
 from shared.evaluation.evaluator import for_json, iou_types_of
 from shared.log import redacted, without_secrets
-from shared.report.analysis import NAMES, RESAMPLES, Analyses, Analysis, analyse, image_of_annotations
+from shared.report.analysis import NAMES, RESAMPLES, Analyses, Analysis, analyse
 from shared.report.image_errors import ERROR_TYPES, Suspect, worst_images
 from shared.report.page import (
     TITLES,
@@ -153,7 +153,9 @@ def report(
         output: the HTML file.
         images: the folder of the images, for pictures; None for no pictures.
         iou_types: None for boxes, and masks and keypoints if all detections have them.
-        image_ids, keypoint_sigmas, max_detections: see `evaluate`.
+        image_ids: see `evaluate`.
+        keypoint_sigmas: see `evaluate`.
+        max_detections: see `evaluate`.
         min_score: the lowest score that is drawn; None for the best threshold.
         resamples: how often images are drawn again for the intervals; 0 for no intervals.
 
@@ -300,7 +302,7 @@ def _crowded_images(analyses: Analyses) -> list[str]:
     annotations, boxes = analyses.annotations, analyses.of["bbox"]
     limit = max(boxes.evaluation.params.max_dets)
     objects = boxes.verdicts.objects
-    cells = np.stack([image_of_annotations(annotations)[objects], annotations.columns["labels"][objects]])
+    cells = np.stack([annotations.image_rows[objects], annotations.columns["labels"][objects]])
     cells, counts = np.unique(cells, axis=1, return_counts=True)
     images = len(np.unique(cells[0, counts > limit]))
     if not images:

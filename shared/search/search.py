@@ -23,7 +23,7 @@ import yaml
 from optuna.trial import TrialState
 
 from shared.config.experiment import Experiment
-from shared.durable import is_locked, sync_folder, try_lock, write_file
+from shared.durable import is_locked, sync_path, try_lock, write_file
 from shared.errors import UserError, count_of
 from shared.log import without_secrets
 from shared.search.space import NUMBER, Searcher, draw, parse_searcher, ranges_of
@@ -61,7 +61,7 @@ def search(_: type[DetectionTrial], experiment: Experiment, arguments: argparse.
             print(_activity(study))
             return
         output.mkdir(parents=True, exist_ok=True)
-        sync_folder(output.parent)
+        sync_path(output.parent)
         lock = try_lock(lock_file(output))
         if lock is None:
             raise UserError(f"--output-dir: a search is already running in {output}. Fix: --status shows its progress")

@@ -7,9 +7,7 @@ import hashlib
 import json
 import logging
 import math
-import os
 import socket
-import threading
 import time
 import uuid
 import warnings
@@ -25,7 +23,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock, 
 from optuna.trial import FrozenTrial, TrialState
 
 from shared.config.experiment import Experiment
-from shared.durable import repair_last_line, sync_folder, write_file
+from shared.durable import repair_last_line, sync_path, write_file
 from shared.errors import UserError
 from shared.search.space import NUMBER, REPEATS, NumberedSampler, Searcher, trial_numbers
 from shared.search.trial_process import WHOLE
@@ -37,8 +35,6 @@ _OWNER = "owner"  # the user attribute of a trial with the machine that trains i
 _HEARTBEAT = "alive "  # starts the study's attribute of each machine
 
 logger = logging.getLogger(__name__)
-
-_SILENT_WAIT = 1.0  # seconds for the lock of the journal
 
 
 class TakenOver(Exception):
@@ -163,26 +159,14 @@ class Study:
         return trial
 
     def report(self, trial: optuna.Trial, step: int, value: float) -> bool:
-        """Records a validation. Returns whether to stop the trial, because others are better.
-
-        Raises:
-            TakenOver
-        """
+        """Records a validation. Returns whether to stop the trial, because others are better. May raise TakenOver."""
         with self.owning(trial):
             trial.report(value, step)
             self._progress_at = time.time()
             return trial.should_prune()
 
     def finish(self, trial: optuna.Trial, state: TrialState, value: float | None = None, error: str = "") -> None:
-        """Records how a trial ended.
-
-        Args:
-            value: the metric, for COMPLETE.
-            error: for FAIL.
-
-        Raises:
-            TakenOver
-        """
+        """Records how a trial ended, with its metric or its error. May raise TakenOver."""
         with self.owning(trial):
             if error:
                 trial.set_user_attr(ERROR, error)
@@ -219,12 +203,9 @@ class Study:
     # trial and repeating it loses the trial.
 
     def heartbeat(self) -> bool:
-        """Shows that this machine is alive, and repeats the trials of silent machines, if it is time to.
+        """Shows that this machine is alive, and repeats the trials of silent machines. Returns whether it was time to.
 
         Clocks of different machines are never compared: a machine is alive if its heartbeat changes.
-
-        Returns:
-            Whether it was time.
         """
         now = time.monotonic()
         if now - self._heartbeat_at < SECONDS_BETWEEN_HEARTBEATS:
@@ -376,7 +357,7 @@ def open_storage(storage: str) -> BaseStorage | str:
         return storage
     path.parent.mkdir(parents=True, exist_ok=True)
     backend = JournalFileBackend(str(path), lock_obj=_RepairingLock(path))
-    sync_folder(path.parent)
+    sync_path(path.parent)
     return JournalStorage(backend)
 
 
@@ -396,13 +377,7 @@ class _RepairingLock(JournalFileSymlinkLock):
         self._journal = journal
 
     def acquire(self) -> bool:
-        waiting = threading.Timer(_SILENT_WAIT, self._say_why_it_waits)
-        if os.path.lexists(self._lock_file):
-            waiting.start()
-        try:
-            super().acquire()
-        finally:
-            waiting.cancel()
+        super().acquire()  # one that a killed search left is removed after 30 seconds
         try:
             with self._journal.open("r+b", buffering=0) as file:
                 repair_last_line(file.fileno())
@@ -411,13 +386,9 @@ class _RepairingLock(JournalFileSymlinkLock):
             raise
         return True
 
-    def _say_why_it_waits(self) -> None:
-        logger.warning(
-            "waiting for %s: another search is writing, or was killed while writing. After %d seconds without change "
-            "the lock is removed, and this search continues",
-            self._lock_file,
-            self.grace_period,
-        )
+    def release(self) -> None:
+        with contextlib.suppress(RuntimeError):  # this machine was silent, and another one has removed the lock
+            super().release()
 
 
 @contextlib.contextmanager

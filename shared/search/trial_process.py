@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 import os
 import signal
@@ -92,7 +91,7 @@ class TrialProcess:
                 preexec_fn=_before_start(place.cores),
             )
         self.is_stopping = False
-        self._text = ""
+        self._reports: list[dict] = []  # those of the last call
 
     def exit_code(self) -> int | None:
         """None while it runs; negative for a signal."""
@@ -113,18 +112,18 @@ class TrialProcess:
         """(millionths of the whole training, value) of each validation in metrics.jsonl; nan for an undefined value.
 
         Empty if nothing is new since the last call, or the run has not written its length yet. Reads the whole file,
-        because a resumed run rewrites it. Skips incomplete lines.
+        because a resumed run rewrites it.
         """
         try:
-            text = self.folder.metrics.read_text(errors="replace")
-            total = int(self.folder.total_batches())
+            reports, total = self.folder.reports(), self.folder.total_batches()
         except (OSError, ValueError, KeyError, TypeError):  # not there yet, or incomplete
             return []
-        if text == self._text or total < 1:
+        if reports == self._reports:
             return []
-        self._text = text
-        found = filter(None, (_validation_in(line, metric) for line in text.splitlines()))
-        return [(batches * WHOLE // total, value) for batches, value in found]
+        self._reports = reports
+        of_validations = (report for report in reports if report["split"] == "val")
+        found = [(report["batches"] * WHOLE // total, report["metrics"].get(metric)) for report in of_validations]
+        return [(step, math.nan if value is None else value) for step, value in found]
 
     def last_error(self) -> str:
         """The last line of its log that looks like an error; else the last line."""
@@ -134,19 +133,6 @@ class TrialProcess:
             lines = []
         errors = [line for line in lines if line.startswith("error") or "Error: " in line]
         return (errors or [line for line in lines if line.strip()] or ["it printed nothing"])[-1].strip()
-
-
-def _validation_in(line: str, metric: str) -> tuple[int, float] | None:
-    """The batches and the metric of a validation's line in metrics.jsonl; None for any other line."""
-    try:
-        report = json.loads(line)
-        if report["split"] != "val":
-            return None
-        value = dict(report["metrics"]).get(metric)
-        is_number = isinstance(value, int | float) and math.isfinite(value)
-        return int(report["batches"]), float(value) if is_number else math.nan
-    except (ArithmeticError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _before_start(cores: tuple[int, ...]) -> Callable[[], None]:

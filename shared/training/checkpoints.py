@@ -37,7 +37,7 @@ class Checkpoint:
     categories: list[dict]  # COCO categories; the position is the label
     batches: int  # trained so far
     optimizer_groups: list[dict[str, Any]]  # of the optimizer's state
-    training: dict[str, Any]  # what the training kept besides weights, averaged weights and optimizer
+    training: dict[str, Any]  # the rest of the training's state, without weights, averages and optimizer
     averaged_weights: dict[str, torch.Tensor] | None
     state: dict[str, Any]  # all of `state_dict.pth`
     counts: dict[str, Any]  # batches, epochs and the last validation, by the names of Determined's own loop

@@ -94,6 +94,10 @@ class Detector(PyTorchTrial):
     """Hyperparameters that have no effect with `data.augment`."""
     weighs_categories: bool = False
     """Whether `build_model` puts `class_weights` into the model's loss."""
+    batches_of_one_size: bool = False
+    """Whether all images of a batch to detect on must have one size."""
+    max_iou: float = 0.5
+    """The IoU above which the detector drops the less sure of two detections of a category."""
     fp16_key: str = "hyperparameters.amp"
     """Where fp16 is switched on; like the next two, for error messages."""
     optimizer_key: str = "hyperparameters.opt"
@@ -240,16 +244,6 @@ class Detector(PyTorchTrial):
     def evaluation_batch_size(self) -> int:
         """Images per batch that a slot detects on."""
         return self.per_slot_batch_size
-
-    @property
-    def batches_of_one_size(self) -> bool:
-        """Whether all images of a batch to detect on must have one size."""
-        return False
-
-    @property
-    def max_iou(self) -> float:
-        """The IoU above which the detector drops the less sure of two detections of a category."""
-        return 0.5
 
     def build_evaluator(self, data: SplitData) -> ChiefReducer:
         """The evaluator over the images of `evaluated_images`. Its `update` takes what `detect` returns."""

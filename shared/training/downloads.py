@@ -13,6 +13,7 @@ import tempfile
 import urllib.request
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -146,7 +147,7 @@ def checkpoint_here(name: str) -> Path | None:
     if (path / "state_dict.pth").is_file():
         return path.absolute()
     if path.name in ("best", "last") and (index := path.parent / Path(INDEX).name).is_file():  # of a store on a disk
-        return (path.parent / _folder_of(path.name, index.read_bytes(), name)).absolute()
+        return (path.parent / _folder_of(path.name, index.read_bytes(), path.parent.parent)).absolute()
     try:
         uuid.UUID(name)
     except ValueError:
@@ -170,28 +171,45 @@ def _from_bucket(url: str) -> Path:
     if which not in ("best", "last"):
         raise UserError(f"{url} is not a checkpoint. Fix: give the folder of the run and /checkpoints/best")
     place = open_place(run, StoreOptions())
-    index = place.read(INDEX)
-    if index is None:
-        raise UserError(f"{url}: there is no run in {run}. Fix: give the place that `train --store` got")
-    folder = _folder_of(which, index, url)
-    return _filled(
-        private_cache("detection_checkpoints") / folder, lambda new: fetch_folder(place, f"checkpoints/{folder}", new)
-    )
+    folder = _folder_of(which, place.read(INDEX), run)
+    copy = private_cache("detection_checkpoints") / folder
+    return _filled(copy, lambda new: fetch_folder(place, f"checkpoints/{folder}", new))
 
 
-def _folder_of(which: str, index: bytes, name: str) -> str:
-    """The folder of `best` or `last` in a store's index, which others may have written."""
+def _folder_of(which: str, index: bytes | None, store: object) -> str:
+    if stored := stored_checkpoints(index, store).get(which):
+        return stored.folder
+    raise UserError(f"{store} holds no checkpoint {which!r}. Fix: give the place that `train --store` got")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint in the store.
+
+    Attributes:
+        folder: its name in `checkpoints/`.
+        batches: trained.
+        manifest: the SHA-256 of its manifest, which holds those of its files.
+    """
+
+    folder: str
+    batches: int
+    manifest: str
+
+
+def stored_checkpoints(index: bytes | None, store: object) -> dict[str, Stored]:
+    """The checkpoints `best` and `last` that a store's index names, by name; empty without an index. Others may have
+    written it. Raises UserError if it cannot be read."""
     try:
-        folder = json.loads(index)[which]["folder"]
-    except (ValueError, KeyError, TypeError) as error:
+        found = {name: Stored(**entry) for name, entry in json.loads(index or b"{}").items()}
+        for name, stored in found.items():
+            if name not in ("best", "last") or not re.fullmatch(r"[\w-]+", stored.folder):
+                raise ValueError(f"it names {stored.folder!r} as {name!r}")
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{name}: its index.json names no such checkpoint ({error!r}). Fix: correct the name"
+            f"{store}/{INDEX} cannot be read ({error}). Fix: check the place and its permissions"
         ) from error
-    if not isinstance(folder, str) or not re.fullmatch(r"[\w-]+", folder):
-        raise UserError(
-            f"{name}: its index.json names {folder!r}, which is not a folder's name. Fix: give another checkpoint"
-        )
-    return folder
+    return found
 
 
 def _example(path: Path) -> str:

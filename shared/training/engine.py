@@ -19,7 +19,7 @@ from typing import Any
 import determined as det
 import torch
 
-from shared.errors import DivergedError, UserError
+from shared.errors import DivergedError, UserError, out_of_memory_as_error
 from shared.log import without_secrets
 from shared.training.checkpoints import CATEGORIES_FILE, Checkpoint, load_weights
 from shared.training.hang import Phase
@@ -107,7 +107,7 @@ class _Training:
                 if not self._ask(lambda: run.holds(checkpoint.path)):
                     self.best.forget()  # this run's place has no best checkpoint yet
             with self.watch.training(self.batches):
-                with self.saving, self._naming_last_checkpoint():
+                with self.saving, self._naming_last_checkpoint(), out_of_memory_as_error(trial.smaller_batch):
                     self._train(batches)
                     self._mark(Phase.SAVING)
                 self._mark(Phase.REPORTING)
@@ -321,7 +321,8 @@ class _Training:
                 f"{checkpoint.path} has ended by {why}. Fix: give a patience of more than "
                 f"{self.best.without_improvement}, or omit hyperparameters.early_stopping"
             )
-        if is_validated and (why := self.clock.why_over()):
+        if is_validated and self.clock.is_over():
+            why = self.clock.why
             return f"{checkpoint.path} has ended by {why}. Fix: give more hours, or omit hyperparameters.max_hours"
         return None
 

@@ -19,25 +19,29 @@ from pathlib import Path
 from types import FrameType
 
 import determined
-import msgspec
 import torch
 import zmq
 from determined.core import DistributedContext
 
 from shared.environment import on_cluster
 from shared.errors import tell_torchrun
-from shared.training.processes import ProcessContext, connect, host_of_chief, listen
+from shared.training import processes
+from shared.training.processes import ProcessContext, Star, host_of_chief
 from shared.training.standings import Mark, Phase, Standing, Standings
 
 _LONGEST_TICK = 5.0  # seconds
 _TICKS = 10  # in the shortest limit
 _SECONDS_TO_WRITE = 5.0  # a pipe may be full, and that may be the hang
 _SECONDS_TO_FLUSH = 0.5
+_MILLISECONDS_TO_SEND_THE_REST = 200
 _OF_WORKERS = signal.SIGURG  # which no launcher sends, and which stops no process
 # where Python is while a rank waits for others: a `ProcessContext`, torch's collectives, DDP and its backward pass
-_WAITING = tuple(
-    str(Path(module.__file__).parent) + os.sep
-    for module in (determined, zmq, torch.distributed, torch.nn.parallel, torch.autograd)
+_WAITING = (
+    processes.__file__,
+    *(
+        str(Path(module.__file__).parent) + os.sep
+        for module in (determined, zmq, torch.distributed, torch.nn.parallel, torch.autograd)
+    ),
 )
 
 
@@ -48,53 +52,25 @@ class Exchange:
     """
 
     def __init__(self, distributed: DistributedContext):
-        self.rank = distributed.rank
-        self._context = zmq.Context()
-        self._context.linger = 200  # milliseconds, to send the rest
-        self._socket = self._context.socket(zmq.DEALER if self.rank else zmq.ROUTER)
+        self.rank, self.size = distributed.rank, distributed.size
+        self._star = Star(self.rank, self.size, _MILLISECONDS_TO_SEND_THE_REST)
         host = host_of_chief(distributed.get_num_agents())
-        chief = distributed.broadcast(None if self.rank else listen(self._socket, host))
-        if self.rank:
-            connect(self._socket, chief)
+        self._star.meet(distributed.broadcast(None if self.rank else self._star.listen(host)))
         self._heard: dict[int, Standing] = {}  # by the chief
-        self._senders: dict[int, bytes] = {}  # how the chief addresses the others
 
     def swap(self, own: Standing) -> list[Standing]:
         """Sends this rank's standing. Returns what it heard of all since the last call, without waiting."""
+        heard = [standing for table in self._star.arrived() for standing in table]
         if self.rank:
-            self._send(msgspec.json.encode([own]))
-            return [standing for (message,) in self._received(1) for standing in _decoded(message)]
-        for sender, message in self._received(2):
-            for standing in _decoded(message):
-                self._heard[standing.rank], self._senders[standing.rank] = standing, sender
-        self._heard[0] = own
-        table = msgspec.json.encode(list(self._heard.values()))
-        for sender in self._senders.values():
-            self._send(sender, table)
+            self._star.post([own])
+            return heard
+        self._heard |= {standing.rank: standing for standing in [*heard, own]}
+        for number in range(1, self.size):
+            self._star.post(list(self._heard.values()), number)
         return list(self._heard.values())
 
     def close(self) -> None:
-        self._context.destroy()
-
-    def _send(self, *parts: bytes) -> None:
-        with contextlib.suppress(zmq.ZMQError):  # the other side accepts no more
-            self._socket.send_multipart(parts, zmq.NOBLOCK)
-
-    def _received(self, parts: int) -> Iterator[list[bytes]]:
-        while True:
-            try:
-                message = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.ZMQError:
-                return
-            if len(message) == parts:
-                yield message
-
-
-def _decoded(message: bytes) -> list[Standing]:
-    try:
-        return msgspec.json.decode(message, type=list[Standing])
-    except msgspec.MsgspecError:  # from a stranger
-        return []
+        self._star.close()
 
 
 class Watch:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import inspect
 import json
 import logging
 import os
@@ -31,10 +30,6 @@ def check_login() -> None:
     """Raises UserError if wandb would ask for an API key."""
     import wandb
 
-    if "prompt" not in inspect.signature(wandb.login).parameters:
-        raise UserError(
-            f"hyperparameters.loggers: wandb {wandb.__version__} is too old. Fix: python3 -m pip install -U wandb"
-        )
     if wandb.setup(settings=_settings()).settings.mode in ("offline", "dryrun", "disabled"):
         return
     if not wandb.login(prompt=False, verify=False):
@@ -71,7 +66,6 @@ class WandbRun:
             "WANDB_RESUME": ("resume", "allow"),
         }
         self.run = wandb.init(
-            # said once more: wandb has read the environment before `keep_places`
             **{key: os.environ.get(variable) or value for variable, (key, value) in ours.items()},
             config=config,
             allow_val_change=True,  # a continued run may have a greater length
@@ -81,8 +75,7 @@ class WandbRun:
         # W&B's own step only grows: what a killed run has trained after its checkpoint would be refused
         self.run.define_metric("*", step_metric="batches")
         self.id = None if self.run.disabled else self.run.id
-        # offline, what `wandb sync` takes
-        self.place = self.run.url or str(Path(self.run.dir).parent)
+        self.place = self.run.url or str(Path(self.run.dir).parent)  # offline, what `wandb sync` takes
 
     def report(self, batches: int, values: dict[str, float]) -> None:
         self.run.log({**values, "batches": batches})

@@ -7,21 +7,20 @@ secret goes through it, and nothing that could hold code.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import logging
 import os
 import re
 import socket
-import struct
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
+import psutil
 import torch
 from determined.core import DistributedContext
 from torch.distributed import PrefixStore, Store, TCPStore
@@ -33,6 +32,8 @@ from shared.training.standings import named_ranks, span
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _SECONDS_FOR_CHIEF = 3
 _MINUTES_A_COLLECTIVE_MAY_WAIT = 30  # at least; torch's own are 30 with Gloo and 10 with NCCL
 _MOST_MINUTES = 7 * 24 * 60
@@ -41,7 +42,6 @@ _SECONDS_UNTIL_LOGGED = 10.0  # that the chief waits for others
 _POLLS = 0.02, 0.5  # seconds between looks at the store, at first and at most
 # how Gloo and NCCL report a process that is gone
 _LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited|ncclRemoteError")
-_SIOCGIFADDR = 0x8915  # of Linux' ioctl: the address of an interface
 
 
 # --- the roll call ----------------------------------------------------------------------------------
@@ -174,9 +174,9 @@ def _polling() -> Iterator[float]:
         interval = min(1.5 * interval, _POLLS[1])
 
 
-def _decoded(value: bytes, kind: type) -> Any:
+def _decoded(message: bytes, kind: type[T]) -> T | None:
     try:
-        return msgspec.json.decode(value, type=kind)
+        return msgspec.json.decode(message, type=kind)
     except msgspec.MsgspecError:  # from a stranger
         return None
 
@@ -266,7 +266,7 @@ def local_processes(
     start, arrivals = roll_call(store, rank, size, seconds)
     place = place_of(rank, arrivals)
     with contextlib.ExitStack() as stack:
-        device = _join_group(place, gpus_given, hang_minutes, PrefixStore(start, store))
+        device, beside = _join_group(place, gpus_given, hang_minutes, PrefixStore(start, store))
         host = host_of_chief(place.machines)
         distributed = ProcessContext(
             rank=rank,
@@ -278,13 +278,17 @@ def local_processes(
             chief_host=host,
             from_chief=functools.partial(_address_from_chief, host, device),
             hosts=place.hosts if place.machines > 1 else (),
+            beside=beside,
         )
         stack.enter_context(_closing(distributed))
         stack.enter_context(lost_connection_as_error(rank, place.names))
         yield distributed, device
 
 
-def _join_group(place: Place, gpus_given: int, hang_minutes: float | None, store: Store) -> torch.device:
+def _join_group(
+    place: Place, gpus_given: int, hang_minutes: float | None, store: Store
+) -> tuple[torch.device, torch.distributed.ProcessGroup | None]:
+    """This rank's device, and the group for `ProcessContext.begin_max`."""
     device = choose_device(place.local_rank, place.local_size, gpus_given)
     os.environ["USE_TORCH_DISTRIBUTED"] = "True"  # what determined.launch.torch_distributed sets
     if place.machines == 1:
@@ -299,7 +303,8 @@ def _join_group(place: Place, gpus_given: int, hang_minutes: float | None, store
     if timeout is not None:
         store.set_timeout(timeout)
     torch.distributed.init_process_group(backend, timeout=timeout, store=store, rank=place.rank, world_size=place.size)
-    return device
+    # NCCL would make the host wait for the device
+    return device, None if backend == "gloo" else torch.distributed.new_group(backend="gloo", timeout=timeout)
 
 
 def loopback_interface() -> str:
@@ -311,13 +316,8 @@ def loopback_interface() -> str:
 def interface_towards(address: str) -> str | None:
     """The network interface over which this machine reaches an IPv4 address; None if that is unknown."""
     own = own_address(address)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # an interface without an address
-                request = struct.pack("256s", name.encode()[:15])
-                if socket.inet_ntoa(fcntl.ioctl(probe, _SIOCGIFADDR, request)[20:24]) == own:
-                    return name
-    return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, addresses in interfaces if own in {each.address for each in addresses}), None)
 
 
 def choose_device(local_rank: int, local_size: int, gpus_given: int = 0) -> torch.device:

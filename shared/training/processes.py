@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LONGER = 6  # how many times hang_minutes a phase may last that is no training or validation batch
-_MILLISECONDS_TO_SEND_THE_REST = 5000
 LOOPBACK = "127.0.0.1"
 _SECONDS_BETWEEN_PROBES = 60  # of an idle connection, which routers between machines forget
 
@@ -85,6 +84,7 @@ class ProcessContext(DistributedContext):
         chief_host: at which the others find the chief.
         from_chief: given the chief's address on the chief and None elsewhere, returns it on all processes.
         hosts: the names of the machines, by rank; empty on one machine.
+        beside: a group of Gloo for `begin_max`; None if the default group is one.
     """
 
     def __init__(
@@ -99,18 +99,19 @@ class ProcessContext(DistributedContext):
         chief_host: str,
         from_chief: Callable[[Address | None], Address],
         hosts: Sequence[str] = (),
+        beside: torch.distributed.ProcessGroup | None = None,
     ):
         # of a single process, Determined's own opens no port
         super().__init__(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
         self.rank, self.size = rank, size
         self.local_rank, self.local_size = local_rank, local_size
         self.cross_rank, self.cross_size = cross_rank, cross_size
-        self.hosts = hosts
-        self._of_all = self._of_machine = self._of_firsts = _Star(rank, size)
+        self.hosts, self._beside = hosts, beside
+        self._of_all = self._of_machine = self._of_firsts = Star(rank, size)
         self._of_all.meet(from_chief(self._of_all.listen(chief_host) if rank == 0 else None))
         if cross_size > 1:
-            self._of_machine = _Star(local_rank, local_size)
-            self._of_firsts = _Star(cross_rank, cross_size)
+            self._of_machine = Star(local_rank, local_size)
+            self._of_firsts = Star(cross_rank, cross_size)
             own = self._of_machine.listen(LOOPBACK) if local_rank == 0 else None
             hub = self._of_firsts.listen(chief_host) if rank == 0 else None
             of_ranks = self.allgather((cross_rank, own, hub))
@@ -131,6 +132,18 @@ class ProcessContext(DistributedContext):
     def broadcast(self, stuff: Any) -> Any:
         return self._of_all.broadcast(stuff)
 
+    def begin_max(self, numbers: Sequence[int]) -> Callable[[], list[int]]:
+        """Begins to find the greatest number of all ranks at each position, without waiting for any rank. Returns the
+        function that waits for the result. Every rank calls this equally often."""
+        tensor = torch.tensor(numbers)
+        work = torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, self._beside, async_op=True)
+
+        def result() -> list[int]:
+            work.wait()
+            return tensor.tolist()
+
+        return result
+
     def gather_local(self, stuff: Any) -> list | None:
         return self._of_machine.gather(stuff)
 
@@ -145,13 +158,17 @@ class ProcessContext(DistributedContext):
         return self._of_firsts.relay(stuff, machine)
 
 
-class _Star:
-    """Processes that are all connected to the one with number 0, the hub."""
+class Star:
+    """Processes that are all connected to the one with number 0, the hub.
 
-    def __init__(self, number: int, size: int):
+    Args:
+        linger: milliseconds that `close` takes at most to send the rest.
+    """
+
+    def __init__(self, number: int, size: int, linger: int = 5000):
         self.number, self.size = number, size
         self._context = zmq.Context()
-        self._context.linger = _MILLISECONDS_TO_SEND_THE_REST
+        self._context.linger = linger
         self._socket = self._context.socket(zmq.DEALER if number else zmq.ROUTER)
         self._socket.sndhwm = self._socket.rcvhwm = 0  # no message is ever dropped
         if number:
@@ -192,6 +209,18 @@ class _Star:
         """The stuff of one process, on all of them."""
         collected = self._collect(stuff if self.number == number else None)
         return self.broadcast(None if collected is None else collected[number])
+
+    def post(self, stuff: Any, number: int = 0) -> None:
+        """Sends something to one process, without waiting. For a star that gathers and broadcasts nothing."""
+        address = [] if self.number else [_name(number)]
+        with contextlib.suppress(zmq.ZMQError):  # the other side accepts no more
+            self._socket.send_multipart([*address, pickle.dumps(stuff)], zmq.NOBLOCK)
+
+    def arrived(self) -> Iterator[Any]:
+        """What was posted to this process."""
+        with contextlib.suppress(zmq.Again):
+            while True:
+                yield pickle.loads(self._socket.recv_multipart(zmq.NOBLOCK)[-1])
 
     def close(self) -> None:
         self._context.destroy()

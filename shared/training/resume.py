@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
+import itertools
 import logging
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,14 +31,13 @@ from shared.training.checkpoints import Checkpoint, read_checkpoint
 from shared.training.downloads import find_checkpoint
 from shared.training.processes import on_chief, on_every_rank
 from shared.training.run_folder import OF_THE_RUN, RunFolder
-from shared.training.saving import MANIFEST, METADATA, check_manifest
+from shared.training.saving import MANIFEST, check_manifest, saved_batches
 
 logger = logging.getLogger(__name__)
 
-_LISTED = 8  # category names in an error, around the first that differs
 # what schedulers copy from an option before they change it, by the options that it is copied from
 _COPIES = {"initial_lr": {"lr"}, "initial_momentum": {"momentum", "betas"}}
-# what a config says and most schedules leave alone; older checkpoints do not hold what their config built
+# values that the config sets and most schedules keep; older checkpoints lack those that their config built
 _OF_CONFIG = ("weight_decay", "momentum", "betas", "eps")
 
 
@@ -158,20 +157,13 @@ def check_categories(own: Sequence[dict], checkpoint: Checkpoint, weights_key: s
     names = [[category["name"] for category in categories] for categories in (own, checkpoint.categories)]
     if names[0] == names[1]:
         return
-    first = next((i for i, pair in enumerate(zip(*names, strict=False)) if pair[0] != pair[1]), min(map(len, names)))
+    first = next(i for i, pair in enumerate(itertools.zip_longest(*names)) if pair[0] != pair[1])
+    own_name, other = (repr(each[first]) if first < len(each) else "missing" for each in names)
     raise UserError(
-        f"data.train: its categories are {_shortened(names[0], first)}, and those of {checkpoint.path} are "
-        f"{_shortened(names[1], first)}. Categories are in the order of their ids, and a label is a position in this "
-        "list. Fix: use annotations with the checkpoint's categories in its order, or start a new run with "
-        f"{weights_key}: {checkpoint.path}"
+        f"data.train: number {first + 1} of its categories is {own_name}, and {other} in {checkpoint.path}. Categories "
+        "are in the order of their ids. Fix: use annotations with the checkpoint's categories in its order, or start a "
+        f"new run with {weights_key}: {checkpoint.path}"
     )
-
-
-def _shortened(names: list[str], around: int) -> str:
-    begin = max(0, min(around - _LISTED // 2, len(names) - _LISTED))
-    shown = names[begin : begin + _LISTED]
-    before, after = (["…"] if begin else []), (["…"] if begin + len(shown) < len(names) else [])
-    return f"[{', '.join([*before, *shown, *after])}] ({len(names)})"
 
 
 def read_checkpoint_to_resume(
@@ -217,6 +209,7 @@ def _bring_newest(distributed: DistributedContext, folder: RunFolder) -> None:
         return
     is_chief = distributed.rank == 0
     if is_chief:
+        shutil.rmtree(folder.received, ignore_errors=True)  # of a start that was killed
         logger.info("the run's newest checkpoint, of batch %d, is on another machine: copying the folder here", batches)
     send(distributed, -machine, folder.path, folder.received if is_chief else None, folder.of_one_machine)
     on_chief(distributed, folder.adopt_received)
@@ -226,9 +219,9 @@ def _newest(folder: RunFolder) -> int:
     """The batches of the newest complete checkpoint in a run's folder; -1 without one."""
     found = [-1]
     for path in folder.checkpoints_to_resume("auto"):
-        with contextlib.suppress(UserError, OSError, ValueError, KeyError):
+        with contextlib.suppress(UserError):
             check_manifest(path)
-            found.append(int(json.loads((path / METADATA).read_text())["steps_completed"]))
+            found.append(saved_batches(path))
     return max(found)
 
 
@@ -261,11 +254,8 @@ def on_each_machine(distributed: DistributedContext, folder: Path) -> Iterator[P
     A machine whose own `folder` has the same manifest, as on a shared disk, needs no copy.
 
     Raises:
-        UserError: a machine cannot write the copy, or it is not what was sent. Every rank raises it.
+        UserError: a machine cannot write the copy. Every rank raises it.
     """
-    if distributed.cross_size == 1:
-        yield folder
-        return
     manifest = distributed.broadcast(_read(folder / MANIFEST))
     needs = distributed.cross_rank > 0 and (manifest is None or _read(folder / MANIFEST) != manifest)
     if not any(distributed.allgather(needs)):
@@ -294,68 +284,57 @@ def send(
 
     Args:
         sender: the number of the machine that has `source`.
-        target: where this rank writes the copy; None if it needs none.
+        target: an empty folder for the copy, or one that does not exist; None if this rank needs none.
         omitted: names of files and folders that are not sent.
 
     Raises:
-        UserError: the folder cannot be read, or a copy cannot be written or is not what was sent. Every rank raises it.
+        UserError: the folder cannot be read, or a copy cannot be written. Every rank raises it.
     """
 
-    def messages() -> Iterator[tuple[str, str | bytes]]:
-        own = _messages(source, set(omitted)) if distributed.cross_rank == sender else iter(())
-        while (message := distributed.relay(next(own, None), sender)) is not None:
-            yield message
-
-    on_every_rank(distributed, lambda: _write(messages(), target) if distributed.local_rank == 0 else None)
+    on_every_rank(
+        distributed,
+        lambda: _copy(distributed, sender, source, target, set(omitted)) if distributed.local_rank == 0 else None,
+    )
 
 
-def _messages(folder: Path, omitted: set[str]) -> Iterator[tuple[str, str | bytes]]:
-    """For each file its name, its pieces and its digest."""
-    try:
-        for path in sorted(folder.rglob("*")):
-            name = path.relative_to(folder)
-            if path.is_file() and not omitted & set(name.parts):
-                yield "file", name.as_posix()
-                digest = hashlib.sha256()
-                with path.open("rb") as file:
-                    while piece := file.read(_PIECE):
-                        digest.update(piece)
-                        yield "piece", piece
-                yield "digest", digest.hexdigest()
-    except OSError as error:
-        yield "error", f"{error.filename or folder} cannot be read ({error.strerror}). Fix: look at its machine's disk"
-
-
-def _write(messages: Iterator[tuple[str, str | bytes]], target: Path | None) -> None:
-    """Writes the files. Takes all messages, also after an error: the sender waits for each machine."""
+def _copy(distributed: DistributedContext, sender: int, source: Path, target: Path | None, omitted: set[str]) -> None:
+    """`send` on the first rank of each machine. Takes all pieces, also after an error: the sender waits for each
+    machine."""
     problem: UserError | None = None
-    path = file = digest = None
-    for kind, content in messages:
-        if kind == "error":
-            problem = UserError(f"--resume: {content}")
-        if target is None or problem is not None:
-            continue
-        try:
-            if kind == "file":
-                path, digest = target / content, hashlib.sha256()
+    pieces = _pieces(source, omitted) if distributed.cross_rank == sender else iter(())
+    while (message := distributed.relay(next(pieces, None), sender)) is not None:
+        name, piece = message
+        if isinstance(piece, str):
+            problem = UserError(f"--resume: {piece}")
+        elif target is not None and problem is None:
+            path = target / name
+            try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                file = path.open("wb")
-            elif kind == "piece":
-                digest.update(content)
-                file.write(content)
-            else:
-                file.close()
-                if digest.hexdigest() != content:
-                    problem = UserError(f"--resume: {path} is not what was sent. Fix: try again, and check the network")
-        except OSError as error:
-            problem = _unwritable(path, error)
+                with path.open("ab") as file:
+                    file.write(piece)
+            except OSError as error:
+                problem = _unwritable(path, error)
     if problem is not None:
         raise problem
 
 
+def _pieces(folder: Path, omitted: set[str]) -> Iterator[tuple[str, bytes | str]]:
+    """The name of each file and its content in pieces, or an error as text. ZeroMQ checks that all arrives as sent."""
+    try:
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder)
+            if path.is_file() and not omitted & set(name.parts):
+                yield name.as_posix(), b""  # also of an empty file
+                with path.open("rb") as file:
+                    while piece := file.read(_PIECE):
+                        yield name.as_posix(), piece
+    except OSError as error:
+        yield "", f"{error.filename or folder} cannot be read ({error.strerror}). Fix: look at its machine's disk"
+
+
 def _unwritable(path: Path | str | None, error: OSError) -> UserError:
     place = f"{path} on {socket.gethostname()}"
-    return UserError(f"--resume: {place} cannot be written ({error.strerror}). Fix: make room there, or set TMPDIR")
+    return UserError(f"{place}: it cannot be written ({error.strerror}). Fix: make room there, or set TMPDIR")
 
 
 def _read(path: Path) -> bytes | None:

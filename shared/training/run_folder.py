@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -47,40 +47,26 @@ class RunFolder:
         self.code = self.path / "code"
         self.checkpoints = self.path / "checkpoints"
         self.saving = self.checkpoints / ".saving"
-        self.received = self.path / ".received"  # from another machine
+        self.received = self.path / ".received"  # from another machine, or a store
         self.requeue = self.path / "requeue"  # a signal stopped the run: start it again
         self._lock = self.path / ".lock"
         self.of_one_machine = (self.code.name, self.saving.name, self.received.name, self._lock.name)
         self._locked: IO | None = None
-        self._is_new = not self.path.exists()
 
     def take(self) -> None:
         """Locks the folder for this process, until `free` or its exit. Raises UserError if another process has it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = try_lock(self._lock)
-        except PermissionError as error:
-            raise UserError(
-                f"--output-dir: {self.path} cannot be written: {error.strerror}. Fix: give another folder"
-            ) from error
         except OSError as error:
             raise UserError(
-                f"--output-dir: {self.path} cannot be made a folder: {error.strerror}. Fix: give another folder"
+                f"--output-dir: {self.path} cannot be written: {error.strerror}. Fix: give another folder"
             ) from error
         if lock is None:
             raise UserError(
                 f"--output-dir: another process uses {self.path}. Fix: wait for its run, or name another folder"
             )
-        if not self._is_lock(lock):  # the process that had it has just deleted the folder, see `free`
-            lock.close()
-            return self.take()
         self._locked = lock
-
-    def _is_lock(self, file: IO) -> bool:
-        try:
-            return os.path.samestat(os.fstat(file.fileno()), self._lock.stat())
-        except FileNotFoundError:
-            return False
 
     def is_free(self) -> bool:
         """Whether no process has locked the folder."""
@@ -91,10 +77,8 @@ class RunFolder:
         return json.loads(self.length.read_text())["batches"]
 
     def free(self) -> None:
-        """Unlocks the folder. Deletes it if it was made for a run that never began."""
+        """Unlocks the folder."""
         if self._locked is not None:
-            if self._is_new and not self.config.exists():
-                shutil.rmtree(self.path, ignore_errors=True)  # while it is locked: nobody else has begun in it
             self._locked.close()
             self._locked = None
 
@@ -136,8 +120,8 @@ class RunFolder:
         replace_folder(new, self.checkpoints / "last")
 
     def adopt_received(self) -> None:
-        """Replaces this machine's files of the run by those of another machine. `last` comes at the end: after a kill
-        in between, the next start copies them again."""
+        """Replaces this machine's files of the run by those in `received`. `last` comes at the end: after a kill in
+        between, the next start copies them again."""
         new = self.received / self.checkpoints.name
         for path in sorted(self.received.iterdir()):
             if path.is_dir() and path != new:
@@ -164,11 +148,9 @@ class RunFolder:
     def reports(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, up to one that a kill cut off."""
         found = []
-        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else ():
-            try:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            for line in self.metrics.read_bytes().splitlines():
                 found.append(json.loads(line))
-            except ValueError:
-                break
         return found
 
     def validation_after(self, batches: int) -> dict[str, Any] | None:

@@ -21,39 +21,25 @@ import shutil
 import socket
 import threading
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from shared.data.remote import StoreError
 from shared.data.storage import Place, fetch_folder
-from shared.durable import replace_folder, write_file
+from shared.durable import write_file
 from shared.errors import UserError, problem_of
-from shared.training.downloads import INDEX
+from shared.training.downloads import INDEX, Stored, stored_checkpoints
 from shared.training.run_folder import OF_THE_RUN, RunFolder
-from shared.training.saving import MANIFEST, METADATA, Background
+from shared.training.saving import MANIFEST, Background, saved_batches
 
 logger = logging.getLogger(__name__)
 
 OWNER = "owner.json"
 _TO_CONTINUE = ("metrics.jsonl", "loggers.json", "detections.npz")  # besides the checkpoints
 _NOT_STORED = ("checkpoints", "code", "requeue")  # of this machine; each checkpoint has a copy of the code
+UPLOADS_AT_ONCE = 8  # small files wait for the store's answer, not for the network
 _PAUSE = 10.0  # seconds until a store that failed is tried again
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A checkpoint in the store.
-
-    Attributes:
-        folder: its name in `checkpoints/`.
-        batches: trained.
-        manifest: the SHA-256 of its manifest, which holds those of its files.
-    """
-
-    folder: str
-    batches: int
-    manifest: str
 
 
 class RunStore:
@@ -95,12 +81,12 @@ class RunStore:
                 "another folder"
             )
         self.place.write(OWNER, self._owner.encode())
-        self._index = self._read_index()
+        self._index = stored_checkpoints(self.place.read(INDEX), self.place)
         self._wanted = dict(self._index)
         self._in_store = {PurePosixPath(name).parts[0] for name in self.place.names("checkpoints")}
         self._in_store.discard(PurePosixPath(INDEX).name)
         if resume in OF_THE_RUN and "last" in self._index:
-            batches = _batches(self.folder.checkpoints / "last")
+            batches = saved_batches(self.folder.checkpoints / "last")
             if self._index["last"].batches > batches:
                 logger.info("continuing batch %d of %s", self._index["last"].batches, self.place)
                 self._fetch()
@@ -112,31 +98,16 @@ class RunStore:
             if (self.folder.checkpoints / name).exists():
                 self._want(name)
 
-    def _read_index(self) -> dict[str, Stored]:
-        data = self.place.read(INDEX)
-        try:
-            return {} if data is None else {name: Stored(**entry) for name, entry in json.loads(data).items()}
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"--store: {self.place}/{INDEX} cannot be read ({error}). Fix: check the place and its permissions"
-            ) from error
-
     def _fetch(self) -> None:
-        """Replaces the folder's checkpoints and reports by the store's, `last` at the end."""
+        """Replaces the folder's checkpoints and reports by the store's."""
+        received = self.folder.received
+        shutil.rmtree(received, ignore_errors=True)
+        for name, stored in self._index.items():  # the manifest is checked at the reading
+            fetch_folder(self.place, f"checkpoints/{stored.folder}", received / "checkpoints" / name)
         for name in _TO_CONTINUE:
-            data = self.place.read(name)
-            if data is None:
-                (self.folder.path / name).unlink(missing_ok=True)
-            else:
-                write_file(self.folder.path / name, data)
-        for name in ("best", "last"):
-            stored = self._index.get(name)
-            if stored is None or stored.manifest == _digest(self.folder.checkpoints / name):
-                continue
-            new = self.folder.saving / name
-            shutil.rmtree(new, ignore_errors=True)
-            fetch_folder(self.place, f"checkpoints/{stored.folder}", new)  # the manifest is checked at the reading
-            replace_folder(new, self.folder.checkpoints / name)
+            if (data := self.place.read(name)) is not None:
+                write_file(received / name, data)
+        self.folder.adopt_received()
 
     # --- during the training ------------------------------------------------------------------------------
 
@@ -202,7 +173,7 @@ class RunStore:
         """Wants a checkpoint of the folder in the store, under these names at once. Keeps its files for the upload: no
         file of a checkpoint is ever changed in place."""
         checkpoint = self.folder.checkpoints / names[0]
-        digest, batches = _digest(checkpoint), _batches(checkpoint)
+        digest, batches = _digest(checkpoint), saved_batches(checkpoint)
         with self._changed:
             stored = next((known for known in self._wanted.values() if known.manifest == digest), None)
             if stored is None:
@@ -269,23 +240,40 @@ class RunStore:
 
     def _send_file(self, name: str) -> None:
         """Sends a file if it has changed. It may be replaced or continued at the same time."""
-        path = self.folder.path / name
         with contextlib.suppress(FileNotFoundError):
-            state = path.stat()
-            version = (state.st_mtime_ns, state.st_size)
+            version = self._version(name)
             if self._sent.get(name) != version:
-                self.place.write(name, path.read_bytes())
+                self.place.write(name, (self.folder.path / name).read_bytes())
                 self._sent[name] = version
 
+    def _version(self, name: str) -> tuple[int, int]:
+        state = (self.folder.path / name).stat()
+        return state.st_mtime_ns, state.st_size
+
     def _send_checkpoint(self, stored: Stored) -> None:
+        """Sends the files of a checkpoint, several at once: most of them are small files of code. The manifest follows
+        when the others are there."""
         source = self._kept / stored.folder
         self._in_store.add(stored.folder)
         done = self._partly_sent.setdefault(stored.folder, set())
-        names = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
-        for name in sorted(names, key=lambda name: name == MANIFEST):
-            if name not in done:
+        names = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+        waiting = iter(sorted(names - done - {MANIFEST}))  # the threads share it
+
+        def send() -> None:
+            for name in waiting:
                 self.place.send(source / name, f"checkpoints/{stored.folder}/{name}")
                 done.add(name)
+
+        errors: list[Exception] = []
+        threads = [Background("uploading", errors.append) for _ in range(UPLOADS_AT_ONCE)]
+        for thread in threads:
+            thread.begin(send)
+        for thread in threads:
+            thread.wait()
+        if errors:
+            raise errors[0]
+        if (source / MANIFEST).exists():  # older versions wrote none
+            self.place.send(source / MANIFEST, f"checkpoints/{stored.folder}/{MANIFEST}")
 
     def _check_owner(self) -> None:
         owner = (self.place.read(OWNER) or b"").decode()
@@ -297,16 +285,9 @@ class RunStore:
 
     def _missing(self) -> list[str]:
         with self._changed:
-            late = [
-                f"{name} (batch {stored.batches})"
-                for name, stored in sorted(self._wanted.items())
-                if self._index.get(name) != stored
-            ]
-        for name in self._files():
-            state = (self.folder.path / name).stat()
-            if self._sent.get(name) != (state.st_mtime_ns, state.st_size):
-                late.append(name)
-        return late
+            late = [(name, stored) for name, stored in sorted(self._wanted.items()) if self._index.get(name) != stored]
+        checkpoints = [f"{name} (batch {stored.batches})" for name, stored in late]
+        return checkpoints + [name for name in self._files() if self._sent.get(name) != self._version(name)]
 
 
 def _link(source: str, target: str) -> None:
@@ -314,14 +295,6 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # a disk without hard links
         shutil.copy2(source, target)
-
-
-def _batches(checkpoint: Path) -> int:
-    """Batches trained; -1 without a checkpoint that can be read."""
-    try:
-        return int(json.loads((checkpoint / METADATA).read_text())["steps_completed"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return -1
 
 
 def _digest(checkpoint: Path) -> str:

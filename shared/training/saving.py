@@ -232,7 +232,7 @@ def check_manifest(folder: Path) -> None:
             if sha256_of(file) != noted["sha256"]:
                 raise UserError(f"{folder} has changed since it was saved: {name} differs. Fix: use another checkpoint")
         batches = noted_at_save.get("batches")  # manifests of version 0.1 lack it
-        if batches is not None and json.loads((folder / METADATA).read_text())["steps_completed"] != batches:
+        if batches is not None and saved_batches(folder) != batches:
             raise UserError(
                 f"{folder} has changed since it was saved: {METADATA} is not of batch {batches}. Fix: use another "
                 "checkpoint"
@@ -241,8 +241,16 @@ def check_manifest(folder: Path) -> None:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{folder} is incomplete: {MANIFEST} or {METADATA} cannot be read ({error!r}). Fix: use another checkpoint"
+            f"{folder} is incomplete: {MANIFEST} cannot be read ({error!r}). Fix: use another checkpoint"
         ) from error
+
+
+def saved_batches(folder: Path) -> int:
+    """The batches trained of a checkpoint; -1 without one that can be read."""
+    try:
+        return int(json.loads((folder / METADATA).read_text())["steps_completed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
 
 
 def weights_digest(folder: Path) -> str:

@@ -226,7 +226,7 @@ class Outcome:
     end: End
     batches: int
     total: int  # batches of the whole length
-    why: str = ""  # what the log, the report and the command line show; empty for a complete training
+    why: str = ""  # shown in the log, the report and the command line; empty for a complete training
     signal: signal.Signals | None = None  # the one that stopped it on some rank
     validation: Validation | None = None  # the last one of this start
     seconds: float = 0.0  # of training, those before a resume included
@@ -282,10 +282,12 @@ class Clock:
     def save_is_due(self) -> bool:
         return self.minutes_between_saves is not None and self.now() - self._saved >= 60 * self.minutes_between_saves
 
-    def why_over(self) -> str | None:
-        """Why the training ends; None if it does not."""
-        if self.max_hours is None or self.seconds < 3600 * self.max_hours:
-            return None
+    def is_over(self) -> bool:
+        return self.max_hours is not None and self.seconds >= 3600 * self.max_hours
+
+    @property
+    def why(self) -> str:
+        """Why the training ends if the time is over, the same on every rank."""
         return f"max_hours: {self.max_hours:g} h of training are over"
 
 
@@ -336,14 +338,15 @@ class BestSoFar:
         self.best, self.best_at = None, -1
 
 
-_BATCHES_BETWEEN_MEETINGS = 10  # of several ranks: a meeting costs some milliseconds
+_BATCHES_BETWEEN_MEETINGS = 5  # of several ranks
 
 
 class Stopping:
     """Agrees on every rank which batch is the last one, and whether a validation was cut short.
 
     Ranks do not run in step: with NCCL one may have queued several steps more than another. So they agree only where
-    all of them come by: after certain batches, at each report, after each validation.
+    all of them come by: after certain batches, at each report, after each validation. A meeting after a batch takes
+    place beside the next batches, and the next meeting applies its result. So no step waits for it.
 
     Args:
         aggregation_frequency: batches per optimizer step; a training stops after whole steps only.
@@ -369,6 +372,7 @@ class Stopping:
         self.ended: str | None = None  # why the config ends the training before its length
         self.ended_after: int | None = None  # the batch of that end, which is validated
         self._cut = False
+        self._last_meeting: Callable[[], list[int]] = lambda: [0, 0, 0]
         windows = 1 if distributed.size == 1 else -(-_BATCHES_BETWEEN_MEETINGS // aggregation_frequency)
         self._between_meetings = windows * aggregation_frequency
 
@@ -386,15 +390,20 @@ class Stopping:
         self.clock.begin()
 
     def after_batch(self, batch: int) -> bool:
-        """Whether to stop after `batch`, counted from 1, which this rank just trained."""
+        """Whether to stop after `batch`, counted from 1, which this rank just trained. Several ranks act on what they
+        knew at the last meeting. The chief's clock counts."""
         if (self.signals is not None or self.clock.is_asked) and batch % self._between_meetings == 0:
-            own = (self.signal, (self.clock.why_over(), self.clock.save_is_due()))
-            of_ranks = self.distributed.allgather(own)
-            why_over, save_is_due = of_ranks[0][1]  # the chief's clock counts
-            if self._some_received(number for number, _ in of_ranks):
-                self.after = batch
-            elif why_over is not None:
-                self.end(batch, why_over)
+            agreed = self._last_meeting()
+            own = [self.signal or 0, 0, 0]
+            if self.distributed.rank == 0:
+                own[1:] = self.clock.is_over(), self.clock.save_is_due() and not agreed[2]
+            if self.distributed.size > 1:
+                self._last_meeting = self.distributed.begin_max(own)
+            number, is_over, save_is_due = own if self.distributed.size == 1 else agreed
+            if number:
+                self.after, self.stopped_by = batch, signal.Signals(number)
+            elif is_over:
+                self.end(batch, self.clock.why)
             elif save_is_due:
                 self.saves_after = batch
         return self.after == batch
@@ -421,7 +430,8 @@ class Stopping:
 
     def why_time_is_over(self) -> str | None:
         """Why the time is over by the chief's clock; called on every rank, after a validation."""
-        return self.distributed.broadcast(self.clock.why_over()) if self.clock.is_asked else None
+        is_over = self.clock.is_asked and self.distributed.broadcast(self.clock.is_over())
+        return self.clock.why if is_over else None
 
     def validation_was_cut(self, batch: int) -> bool:
         """Whether some rank omitted a part of the validation after `batch`. Then all stop there."""

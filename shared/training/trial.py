@@ -32,7 +32,7 @@ from shared.data.loading import (
 )
 from shared.data.open import SplitData
 from shared.environment import keep_freed_memory, on_cluster
-from shared.errors import UserError, count_of, out_of_memory, out_of_memory_as, smaller_batch
+from shared.errors import UserError, count_of, out_of_memory_as_error
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.training import switches
@@ -259,7 +259,7 @@ class DetectionTrial(Detector):
         if not len(batch):
             return []
         model = self.evaluation_model.eval()
-        with out_of_memory_as(lambda _: self._evaluation_out_of_memory(batch)):
+        with out_of_memory_as_error(self.smaller_batch):
             prepared = self.prepare(to_device(batch, self.context.device), None)
             with self.autocast(), uncompiled(self.hparams.torch_compile):
                 return self.detect(model, prepared)
@@ -268,8 +268,7 @@ class DetectionTrial(Detector):
     def losses_of_image(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The losses of one image, as a batch of `for_loss`: scalars on the device. They are not finite if the library
         finds that they would be."""
-        fix = "leave hyperparameters.validation_loss out, or give smaller images"
-        with out_of_memory_as(lambda _: self.out_of_memory("the losses of a validation image", batch, fix)):
+        with out_of_memory_as_error("omit hyperparameters.validation_loss, or give smaller images"):
             model = self.evaluation_model.eval()
             batch = self.prepare(to_device(batch, self.context.device), None)
             giving = giving_losses(model, self.python_attributes, self._chief_python_state)
@@ -286,7 +285,7 @@ class DetectionTrial(Detector):
         self._pictured = []
         self.begin_validation(loader)
         self.synchronize_buffers()
-        if self.validates_loss and self.slots > 1:  # what the chief's modules keep besides buffers
+        if self.validates_loss and self.slots > 1:  # the state of the chief's modules outside of buffers
             state = python_state(self.evaluation_model, self.python_attributes)
             self._chief_python_state = self.context.distributed.broadcast(state)
 
@@ -342,7 +341,6 @@ class DetectionTrial(Detector):
             self.context.device,
             self._prepare_training_batch,
             self.first_batch,
-            lambda batch, number: self.out_of_memory(f"the copy of batch {number + 1} to the GPU", batch),
         )
         return self.training_loader
 
@@ -358,17 +356,16 @@ class DetectionTrial(Detector):
         self.before_batch(batch_idx)
         ends_step = (batch_idx + 1) % self.aggregation_frequency == 0
         try:
-            with out_of_memory_as(lambda _: self.out_of_memory(f"batch {batch_idx + 1}", batch)):
-                with switches.accumulating(self.model, ends_step):
-                    with self.autocast():
-                        losses = self.losses(self.model, batch)
-                    self.watch.mark(Phase.BACKWARD, batch_idx + 1)
-                    loss = losses["loss"]
-                    (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-                if ends_step:
-                    switches.step(self.optimizer, self.aggregation_frequency, self.clip_gradients(), self.scaler)
-                    if self.ema is not None:
-                        self.ema.update(self.plain_model)
+            with switches.accumulating(self.model, ends_step):
+                with self.autocast():
+                    losses = self.losses(self.model, batch)
+                self.watch.mark(Phase.BACKWARD, batch_idx + 1)
+                loss = losses["loss"]
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            if ends_step:
+                switches.step(self.optimizer, self.aggregation_frequency, self.clip_gradients(), self.scaler)
+                if self.ema is not None:
+                    self.ema.update(self.plain_model)
         except FloatingPointError as error:  # a library looks itself
             raise diverged(batch_idx, batch.image_ids) from error
         self.watch.mark(Phase.STEPPED, batch_idx + 1)
@@ -399,25 +396,20 @@ class DetectionTrial(Detector):
 
     # --- details ------------------------------------------------------------------------------------------
 
-    def out_of_memory(self, where: str, batch: Batch, fix: str | None = None) -> UserError:
-        """The error of a batch for which the GPU's memory is not enough. `fix` is a smaller batch if None."""
-        if fix is None:
-            frequency = self.aggregation_frequency if self.for_training else None
-            fix = smaller_batch(self.per_slot_batch_size, self.slots, frequency)
-        if self.for_training:
-            fix = f"{fix}. The last checkpoint is whole"
-        where = f"{where}, {count_of(len(batch), 'image')} a slot"
-        optimizers = [self.optimizer] if self.for_training else []
-        return out_of_memory(where, batch.images, fix, self.plain_model, optimizers, self.context.device)
-
-    def _evaluation_out_of_memory(self, batch: Batch) -> UserError:
-        where = f"the validation after batch {self.batches_trained}" if self.for_training else "detecting"
-        fix = None
-        if len(batch) == 1:
-            fix = "it detects on one image at a time already; give smaller images, or hyperparameters.amp"
-        elif self.evaluation_batch_size != self.per_slot_batch_size:
-            fix = "give fewer images per validation batch in the detector's config"
-        return self.out_of_memory(where, batch, fix)
+    @property
+    def smaller_batch(self) -> str:
+        """What to do if a GPU's memory is not enough for a batch."""
+        size = self.per_slot_batch_size
+        smaller = max((count for count in range(1, size) if size % count == 0), default=None)
+        if smaller is None:
+            return "a slot has one image already; give smaller images, or hyperparameters.amp"
+        if not self.for_training:
+            return f"--set hyperparameters.global_batch_size={smaller * self.slots} detects on fewer images at a time"
+        frequency = self.aggregation_frequency * (size // smaller)
+        return (
+            f"hyperparameters.global_batch_size: {smaller * self.slots} with optimizations.aggregation_frequency: "
+            f"{frequency} has the same images in a step, and hyperparameters.amp takes less"
+        )
 
     def _loader(
         self, dataset: Dataset, batches: Any, collate: Callable[[list], Batch], workers: int | None = None

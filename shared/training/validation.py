@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -123,7 +124,9 @@ def giving_losses(
         for module, _ in kept:  # not by train(), which some detectors override
             module.training = not _is_at_rest(module)
         restore_python_state(model, state or {})
-        with kept_random_state(), as_one_process():
+        # the libraries' losses average their divisor over all processes. Each of them is at another image, and one
+        # that has fewer images would make the others wait without end
+        with kept_random_state(), mock.patch.object(torch.distributed, "is_initialized", return_value=False):
             yield
     finally:
         for module, before in kept:
@@ -139,18 +142,6 @@ def _is_at_rest(module: nn.Module) -> bool:
     mmcv and Detectron2 have classes of their own for each."""
     name, parts = type(module).__name__.lower(), ("norm", "drop", "stochasticdepth", "rrelu")
     return isinstance(module, nn.MultiheadAttention) or any(part in name for part in parts)
-
-
-@contextlib.contextmanager
-def as_one_process() -> Iterator[None]:
-    """torch.distributed reports no process group. The libraries' losses average their divisor over all processes. Each
-    of them is at another image, and one that has fewer images would make the others wait without end."""
-    asked = torch.distributed.is_initialized
-    torch.distributed.is_initialized = lambda: False
-    try:
-        yield
-    finally:
-        torch.distributed.is_initialized = asked
 
 
 def uncompiled(compiles: bool) -> contextlib.AbstractContextManager:

@@ -197,7 +197,7 @@ def test_two_slots_complete(folder, validated):
     assert list(validations(the_trial(experiment))) == validated
 
 
-def test_a_killed_container_goes_on_from_the_last_checkpoint(whole, folder, context):
+def test_a_killed_container_resumes_from_the_last_checkpoint(whole, folder, context):
     (trial,) = re.findall(r"^class (\w+Trial)\(", (folder / "model_def.py").read_text(), re.MULTILINE)
     (context / "killed.py").write_text(KILLED.replace("TRIAL", trial))
     config = yaml.safe_load((context / "const_fake.yaml").read_text())
@@ -210,7 +210,7 @@ def test_a_killed_container_goes_on_from_the_last_checkpoint(whole, folder, cont
     assert_same_metrics(validations(trial), validations(whole))
 
 
-def test_a_paused_trial_goes_on_when_it_is_activated(whole, folder, validated):
+def test_a_paused_trial_resumes_when_it_is_activated(whole, folder, validated):
     experiment = submit(folder)
     end = time.time() + 60
     while not experiment.get_trials() and time.time() < end:
@@ -225,7 +225,7 @@ def test_a_paused_trial_goes_on_when_it_is_activated(whole, folder, validated):
     assert_same_metrics(validations(trial), validations(whole))
 
 
-def test_continue_with_a_greater_length_goes_on_from_the_end(folder, validated):
+def test_det_continue_with_a_greater_length_starts_at_the_end(folder, validated):
     experiment = submit(folder, "const_fake.yaml", "searcher.max_length.batches=40")
     assert wait(experiment) == "COMPLETED"
     longer = ("--config", "searcher.name=single", "--config", "searcher.max_length.batches=60")

@@ -46,7 +46,7 @@ def test_coco_a_folder_of_roboflow_is_read_by_its_path_alone(tmp_path):
     assert "read as coco: " in said
 
 
-def test_coco_a_root_category_with_a_name_that_another_has_is_left_out(tmp_path):
+def test_coco_an_unused_root_category_with_a_duplicate_name_is_omitted(tmp_path):
     content = coco(categories=((1, "fish"), (0, "fish")))
     _, said = converted("coco", write(tmp_path / "a.json", content), tmp_path / "o.json")
     assert CocoAnnotations.open(tmp_path / "o.json").categories == [{"id": 1, "name": "fish"}]

@@ -60,8 +60,8 @@ def test_a_split_has_each_image_once(sources, shapes, tmp_path):
     assert sorted(names[0] + names[1]) == sorted(file.name for file in (shapes / "train").iterdir())
 
 
-def test_what_is_wrong_is_one_line(sources, shapes, tmp_path):
-    with pytest.raises(SystemExit, match="error: /nowhere: does not exist"):
+def test_a_mistake_in_convert_is_one_line(sources, shapes, tmp_path):
+    with pytest.raises(UserError, match="/nowhere: does not exist"):
         main(["voc", "/nowhere", str(tmp_path / "a.json")])
     with pytest.raises(UserError, match=r"neither `train` nor `val`.*give --images"):
         convert("yolo", sources["yolo"], tmp_path / "a.json")
@@ -111,7 +111,7 @@ def test_a_test_split_is_written_and_its_path_printed_outside_the_config(tmp_pat
     assert boxes_of(tmp_path / "instances_test.json") == {"a.png": [("cat", 40, 15, 20, 20)]}
 
 
-def test_a_source_that_may_be_two_formats_says_which_to_name(tmp_path):
+def test_an_ambiguous_source_is_an_error_that_names_both_formats(tmp_path):
     root = pets(tmp_path / "in")
     write(root / "boxes.csv", "filename,xmin,ymin,xmax,ymax,class\na.png,1,2,3,4,cat\n")
     with pytest.raises(
@@ -121,7 +121,7 @@ def test_a_source_that_may_be_two_formats_says_which_to_name(tmp_path):
     converted("yolo", root, tmp_path / "o.json")
 
 
-def test_a_source_of_no_format_says_what_is_there(tmp_path):
+def test_an_error_about_an_unknown_format_counts_the_source_s_files(tmp_path):
     write(tmp_path / "in/notes.docx", "")
     draw(tmp_path / "in/a.png")
     with pytest.raises(UserError, match=r"is no format that is recognised; there is 1 \.docx, 1 \.png\. Fix: "):
@@ -134,7 +134,7 @@ def test_an_archive_is_to_be_unpacked(tmp_path):
 
 
 def test_a_format_that_does_not_exist_names_the_nearest(tmp_path):
-    with pytest.raises(UserError, match=r"yollo: is no format \(did you mean 'yolo'\?\)\. Fix: "):
+    with pytest.raises(UserError, match=r"yollo: is not a format; did you mean 'yolo'\?"):
         converted("yollo", tmp_path, tmp_path / "o.json")
 
 
@@ -228,7 +228,7 @@ def test_a_source_without_a_val_split_says_how_to_make_one(tmp_path, capsys):
     assert "a training also needs data.val: `--val 0.2` makes it" in capsys.readouterr().out
 
 
-def test_an_image_in_two_splits_is_said(tmp_path):
+def test_an_image_in_two_splits_is_reported(tmp_path):
     root = pets(tmp_path / "in")
     write(root / "data.yaml", "train: images/train\nval: images/train\nnames: [cat]")
     assert "train and val have 1 image in common" in converted("yolo", root, tmp_path / "pets.json")[1]

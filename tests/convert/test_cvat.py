@@ -95,9 +95,9 @@ def test_cvat_a_mask_that_reaches_over_the_edge_is_cut_off(tmp_path):
     assert splits[""]["a.png"] == [("road", 98, 0, 2, 1)]
 
 
-def test_cvat_a_file_of_points_alone_is_an_error_that_says_so(tmp_path):
+def test_cvat_a_file_with_only_points_is_an_error(tmp_path):
     file = cvat_file(tmp_path / "a.xml", ("a.png", [POINTS, POLYLINE]), meta="")
-    with pytest.raises(SystemExit, match=r"a\.xml: has no boxes.*, but points 1, polyline 1 alone\. Fix: "):
+    with pytest.raises(UserError, match=r"a\.xml: has no boxes.*, but points 1, polyline 1 alone\. Fix: "):
         main(["cvat", str(file), str(tmp_path / "o.json")])
 
 
@@ -122,7 +122,7 @@ def test_cvat_skeletons_become_keypoints_with_names(tmp_path):
     assert (row["bbox"], row["keypoints"]) == ([20, 10, 10, 50], [20, 10, 2, 30, 60, 1])
 
 
-def test_cvat_a_file_without_boxes_and_labels_says_so(tmp_path):
+def test_cvat_a_file_without_boxes_and_labels_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"a\.xml: has no boxes, and names no categories\. Fix: "):
         converted("cvat", cvat_file(tmp_path / "a.xml", ("a.png", []), meta=""), tmp_path / "o.json")
 

@@ -72,7 +72,7 @@ def test_label_studio_rotated_boxes_ellipses_polygons_and_brushes(tmp_path):
     assert "keypointlabels left out 1" in said
 
 
-def test_label_studio_tasks_without_an_annotation_are_left_out(tmp_path):
+def test_label_studio_tasks_without_an_annotation_are_omitted(tmp_path):
     empty = {"id": 2, "data": {"image": "b.png"}, "annotations": []}
     skipped = {**task(BOX, was_cancelled=True), "id": 3}
     twice = task(BOX)

@@ -62,7 +62,7 @@ def test_csv_four_numbers_that_leave_the_image_as_sizes_are_corners(tmp_path):
     assert splits[""]["a.png"] == [("cat", 10, 5, 20, 20), ("cat", 60, 5, 20, 20)]
 
 
-def test_csv_without_a_category_has_one_and_says_so(tmp_path):
+def test_csv_without_a_category_gets_one_and_logs_it(tmp_path):
     draw(tmp_path / "in/a.png")
     write(tmp_path / "in/boxes.csv", "image,x,y,w,h\na.png,10,5,20,20\n")
     splits, said = converted("csv", tmp_path / "in", tmp_path / "o.json")

@@ -9,6 +9,7 @@ from pycocotools import mask as coco_mask
 
 from shared.data.annotations import CocoAnnotations
 from shared.data.convert.conversion import main
+from shared.errors import UserError
 from shared.evaluation.detections import as_rle
 
 SIZE = (200, 120)
@@ -55,7 +56,7 @@ def test_tiles_hold_the_pixels_and_boxes_are_clipped_to_them(convert, capsys):
     assert "out_images" in said
 
 
-def test_an_object_that_a_tile_hardly_shows_is_left_out_and_counted(convert, capsys):
+def test_an_object_that_a_tile_hardly_shows_is_omitted_and_counted(convert, capsys):
     tiles = convert({"bbox": [10, 20, 95, 30]})  # 5 of 95 pixels are in the other tile
     assert tiles["street/a_0_0.png"].boxes.tolist() == [[10, 20, 100, 50]]
     assert len(tiles["street/a_100_0.png"].boxes) == 0
@@ -82,7 +83,7 @@ def test_keypoints_that_a_tile_does_not_show_are_not_labelled(convert):
     assert tiles["street/a_100_0.png"].keypoints.tolist() == [[[0, 0, 0], [5, 40, 1], [0, 0, 0]]]
 
 
-def test_an_object_in_the_overlap_is_whole_in_both_tiles(convert):
+def test_an_object_in_the_overlap_is_complete_in_both_tiles(convert):
     tiles = convert({"bbox": [50, 20, 20, 20], "area": 123.0}, tiles=120, overlap=0.5)
     whole = [record for record in tiles.values() if len(record.boxes)]
     assert [record.areas.tolist() for record in whole] == [[123.0]] * 2
@@ -90,5 +91,5 @@ def test_an_object_in_the_overlap_is_whole_in_both_tiles(convert):
 
 
 def test_a_tile_size_of_zero_is_one_line(convert):
-    with pytest.raises(SystemExit, match=r"error: --tiles: 0 pixels that overlap by 0\. Fix: give one pixel"):
+    with pytest.raises(UserError, match=r"--tiles: 0 pixels that overlap by 0\. Fix: give one pixel"):
         convert({"bbox": [1, 1, 9, 9]}, tiles=0)

@@ -64,7 +64,7 @@ def test_voc_only_images_count_as_images_in_a_folder_of_both(tmp_path):
     for stem in ("a0", "b0"):
         write_voc(tmp_path / f"voc/{stem}.xml", voc_object(), filename=f"{stem}.xml")
         (tmp_path / f"voc/{stem}.txt").write_text("")
-    assert voc_names(tmp_path) == ["a0.xml", "b0.PNG"]  # the first has no image, and the training says so
+    assert voc_names(tmp_path) == ["a0.xml", "b0.PNG"]  # the first has no image, and the training reports it
 
 
 def test_voc_an_image_that_two_files_claim_is_an_error(tmp_path):

@@ -87,7 +87,7 @@ def without_script(monkeypatch):
 @pytest.mark.usefixtures("without_script")
 @both_precisions
 @pytest.mark.parametrize("config_file", CONFIGS)
-def test_training_is_that_of_plain_train_net(persons, train, trial_class, config_file, dtype):
+def test_training_equals_plain_train_net(persons, train, trial_class, config_file, dtype):
     recorder, ours, start = recording(trial_class, dtype)
     batches = BATCHES[dtype]
     clip = {"SOLVER.CLIP_GRADIENTS.ENABLED": True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 0.5}

@@ -115,7 +115,7 @@ def test_a_key_that_yacs_does_not_know_is_named_with_its_place(tmp_path):
         load("mine.yaml", tmp_path)
 
 
-def test_part_of_a_python_config_is_not_a_whole_one():
+def test_a_part_of_a_python_config_is_an_error():
     with pytest.raises(UserError, match="has no dataloader, lr_multiplier, model, optimizer"):
         load("common/train.py")
 
@@ -153,9 +153,9 @@ def test_a_missing_config_function_is_an_error_that_names_its_file(tmp_path):
         load(path, tmp_path, functions_of="configs/own.py")
 
 
-def test_a_python_config_of_another_task_is_said_to_be_no_detector_s():
+def test_a_python_config_of_another_task_is_an_error():
     config = load("Misc/torchvision_imagenet_R_50.py")
-    with pytest.raises(UserError, match=r"has no dataloader.train.mapper.*is it one\?"):
+    with pytest.raises(UserError, match=r"has no dataloader.train.mapper.*Fix: give the config of a detector"):
         config.mapper(True, ())
 
 
@@ -274,7 +274,7 @@ def test_the_backend_s_options_of_a_config_are_set(monkeypatch):
         torch.set_float32_matmul_precision(before)
 
 
-def test_repeat_factors_are_square_roots_where_the_config_says_so(shapes):
+def test_repeat_factors_are_square_roots_if_the_config_sets_it(shapes):
     annotations = CocoAnnotations.open(str(shapes / "annotations/train.json"))
     common = {"DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler", "DATALOADER.REPEAT_THRESHOLD": 50.0}
     counts = [

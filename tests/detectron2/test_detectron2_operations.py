@@ -86,7 +86,7 @@ def iou_by_clipping(one, other):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("extent", "side"), [(100, 200), (800, 200), (10, 3), (0.1, 0.01), (1e6, 1e6)])
-def test_iou_is_that_of_the_clipped_polygons(dtype, extent, side, random):
+def test_iou_equals_that_of_clipped_polygons(dtype, extent, side, random):
     boxes = boxes_within(extent, side, 40, random, dtype)
     expected = [[iou_by_clipping(one, other) for other in boxes.tolist()] for one in boxes.tolist()]
     ious = box_iou_rotated(boxes, boxes)
@@ -196,7 +196,7 @@ def test_nms_is_greedy_and_of_equal_scores_the_first_stays(dtype, threshold, pai
     assert kept.tolist() == expected
 
 
-def test_nms_of_no_boxes_keeps_none():
+def test_nms_of_no_boxes_is_empty():
     kept = nms_rotated(torch.zeros(0, 5), torch.zeros(0), 0.5)
     assert kept.shape == (0,)
     assert kept.dtype == torch.int64
@@ -534,7 +534,7 @@ class Broken:
 
 
 @pytest.mark.parametrize("error", [ImportError("undefined symbol: x"), OSError("libcudart.so: cannot open\nmore")])
-def test_whatever_a_broken_part_raises_one_line_says_it(error, monkeypatch, capsys):
+def test_any_exception_of_a_broken_part_becomes_one_line(error, monkeypatch, capsys):
     import detectron2
 
     called = []

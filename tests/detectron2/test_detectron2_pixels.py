@@ -66,7 +66,7 @@ def test_samples_are_the_mapper_s_and_fast_ones_next_to_them(data, image_format,
                 assert str(found.gt_masks.polygons) == str(expected["instances"].gt_masks.polygons)
 
 
-def test_another_mapper_stays_as_it_is_and_the_log_says_so(caplog):
+def test_another_mapper_stays_unchanged_and_is_logged(caplog):
     def mapper(dataset_dict):
         return dataset_dict
 

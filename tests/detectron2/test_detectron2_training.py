@@ -71,7 +71,7 @@ def test_a_python_config_s_options_of_ddp_train_in_two_processes(shapes, tmp_pat
     assert reports(tmp_path / "run", "val")
 
 
-def test_what_detectron2_itself_finds_not_finite_names_the_batch(shapes, train, trial_class):
+def test_detectron2_s_own_error_about_infinite_losses_names_the_batch(shapes, train, trial_class):
     config = in_process(detectron2_config(shapes, **{"SOLVER.BASE_LR": 1e30, "SOLVER.WARMUP_ITERS": 0}))
     with pytest.raises(DivergedError, match=r"the loss is not finite since batch \d \(image ids \d"):
         train(trial_class, config)

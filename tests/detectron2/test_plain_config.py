@@ -168,7 +168,7 @@ def test_a_zoo_config_is_read_back_from_a_checkpoint(tmp_path, config_file):
     assert config_of_checkpoint(tmp_path / "again").read_text() == path.read_text()
 
 
-def test_what_yaml_cannot_hold_is_there_again(tmp_path):
+def test_values_that_yaml_cannot_hold_are_restored(tmp_path):
     values = {
         "dtype": torch.bfloat16,
         "mode": BoxMode.XYWH_ABS,

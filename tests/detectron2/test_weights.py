@@ -159,7 +159,7 @@ def test_relative_weights_are_found_beside_the_config_or_the_submission(tmp_path
     assert find_weights("mine/a.pkl", KEY, places) == find_weights("a.pkl", KEY, places) == str(tmp_path / "mine/a.pkl")
     assert find_weights("a.pkl?matching_heuristics=True", KEY, places).endswith("a.pkl?matching_heuristics=True")
     assert find_weights("mine/run", KEY, places) == str(tmp_path / "mine/run/state_dict.pth")
-    with pytest.raises(UserError, match=rf"weights: b.pth is not .* Looked in {tmp_path}, {tmp_path}/mine"):
+    with pytest.raises(UserError, match=rf"weights: b.pth is not .* looked in {tmp_path}, {tmp_path}/mine"):
         find_weights("b.pth", KEY, places)
 
 
@@ -170,7 +170,7 @@ def test_use_pretrained_is_another_way_to_say_published():
         Detectron2Hyperparameters(RETINANET, use_pretrained=True, weights="x.pkl")
 
 
-def test_a_head_for_other_classes_starts_anew_in_one_line(model, tmp_path, caplog):
+def test_a_head_for_other_classes_starts_fresh_with_one_line(model, tmp_path, caplog):
     torch.save({"model": model.state_dict()}, tmp_path / "coco.pth")
     other = build(**{"MODEL.RETINANET.NUM_CLASSES": 5})
     initial = other.head.cls_score.weight.clone()
@@ -284,7 +284,7 @@ def as_of_detectron(model):
     return {"blobs": blobs, "cfg": "MODEL: {TYPE: generalized_rcnn}"}
 
 
-def test_a_detectron_1_model_is_whole_in_the_zoo_s_config_for_it(tmp_path):
+def test_a_detectron_1_model_fits_the_zoo_s_config(tmp_path):
     overrides = {**SMALL_YAML, "MODEL.RESNETS.NORM": "FrozenBN", "MODEL.PIXEL_MEAN": [102.9801, 115.9465, 122.7717]}
     hparams = Detectron2Hyperparameters(DETECTRON_1, config_overrides=overrides)
     config = load_detectron2_config(hparams, DETECTRON2)

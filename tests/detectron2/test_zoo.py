@@ -117,7 +117,7 @@ def test_a_panoptic_config_is_evaluated_by_panoptic_quality(
     assert {"panoptic_seg_PQ", "sem_seg_mIoU"} <= metrics.keys()
 
 
-def test_what_the_tests_make_small_is_in_the_zoo_s_configs():
+def test_the_keys_that_tests_make_small_exist_in_the_zoo_s_configs():
     from detectron2.config import get_cfg
 
     known = get_cfg().dump()

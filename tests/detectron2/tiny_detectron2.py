@@ -1,4 +1,4 @@
-"""Detectron2's models made small, and what the tests of all detectors need to know of them."""
+"""Small Detectron2 models, and what the tests of all detectors need to know about them."""
 
 import functools
 from pathlib import Path
@@ -42,7 +42,7 @@ SMALL_LAZY = {
 def detectron2_config(
     shapes: Path, config_file: str = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", **overrides: object
 ) -> dict:
-    """The same of one of Detectron2's configs."""
+    """The same for one of Detectron2's configs."""
     return experiment(
         shapes,
         {
@@ -55,7 +55,7 @@ def detectron2_config(
 
 
 def detectron2_config_by_name(config_file, train, val, metric, **overrides):
-    """The config of two batches on data sets that are registered."""
+    """A config of two batches on registered data sets."""
     names = {"DATASETS.TRAIN": [train], "DATASETS.TEST": [val]}
     config = detectron2_config(Path(), config_file, **names, **overrides)
     config["data"] = {"workers": 0}
@@ -103,7 +103,7 @@ def import_library() -> None:
 
 
 def losses_by_hand(trial, path, images):
-    """Detectron2's own loader and mapper, and its model as it trains, but for batch norm."""
+    """Losses of Detectron2's own loader, mapper and training model, with batch norm in evaluation mode."""
     import torch
     from detectron2.config import get_cfg
     from detectron2.data import DatasetMapper

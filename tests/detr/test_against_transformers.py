@@ -161,7 +161,7 @@ def test_detections_are_those_of_the_exported_model_in_plain_transformers(
     "model_type",
     [name if name == "rt_detr_v2" else pytest.param(name, marks=pytest.mark.slow) for name in DETR_TYPES],
 )
-def test_a_resumed_run_is_bit_for_bit_the_whole_one(
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     model_type, shapes, trial_class, train, crash_and_resume, without_figures
 ):
     config = small(shapes, model_type, batches=4)

@@ -14,14 +14,15 @@ ANY_SHAPE = {"shortest_edge": 96, "longest_edge": 160}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model_type", "changes"),
+    ("model_type", "changes", "options"),
     [
-        *((model_type, {}) for model_type in DETR_TYPES),
-        ("detr", {"processor": {"size": ANY_SHAPE}}),
-        ("rf_detr", {"masks": True}),
+        *((model_type, {}, []) for model_type in DETR_TYPES),
+        ("detr", {"processor": {"size": ANY_SHAPE}}, []),
+        ("rf_detr", {"masks": True}, []),
+        *((model_type, {}, ["--raw"]) for model_type in ("rt_detr_v2", "detr")),
     ],
 )
-def test_exported_file_detects_what_the_checkpoint_detects(model_type, changes, shapes, differences_of_export):
+def test_exported_file_detects_what_the_checkpoint_detects(model_type, changes, options, shapes, differences_of_export):
     trial_class = trial_classes()["detr"]
 
     class Spread(trial_class):
@@ -39,7 +40,7 @@ def test_exported_file_detects_what_the_checkpoint_detects(model_type, changes, 
     Spread.__module__ = trial_class.__module__
     config = detr_config(shapes, model_type)
     config["hyperparameters"].update(changes)
-    found = differences_of_export(trial_class, Spread, config)
+    found = differences_of_export(trial_class, Spread, config, *options)
     assert found["matched"] == found["detections"] > 0
     assert found["box"] < 0.01
     assert found["score"] < 1e-4

@@ -163,7 +163,7 @@ def test_predict_draws_the_masks_of_a_checkpoint(shapes, trained, tmp_path, comm
 
 
 @pytest.mark.slow
-def test_a_resumed_run_with_masks_is_bit_for_bit_the_whole_one(
+def test_a_resumed_run_with_masks_equals_an_uninterrupted_one(
     shapes, trial_class, train, crash_and_resume, without_figures
 ):
     config = masks_config(shapes, batches=4)

@@ -1,4 +1,4 @@
-"""transformers' models made small, and what the tests of all detectors need to know of them."""
+"""Small transformers models, and what the tests of all detectors need to know about them."""
 
 import functools
 import json
@@ -94,7 +94,7 @@ DETR_TYPES = {
 
 
 def detr_config(shapes: Path, model_type: str = "rt_detr_v2", **changes: object) -> dict:
-    """The same of one of transformers' model types."""
+    """The same for one of transformers' model types."""
     return experiment(
         shapes,
         {
@@ -139,7 +139,7 @@ def import_library() -> None:
 
 
 def losses_by_hand(trial, path, images):
-    """transformers' image processor with annotations, and its model as it trains, but for batch norm."""
+    """Losses of transformers' image processor and training model, with batch norm in evaluation mode."""
     import torch
     from PIL import Image
 

@@ -89,7 +89,7 @@ def test_a_banner_is_padded_the_same(settings):
     assert abs(pixels.astype(int) - expected).max() <= 2
 
 
-def test_what_cannot_be_decoded_is_a_bad_image(settings):
+def test_an_undecodable_file_is_a_bad_image(settings):
     transform = EfficientDetTransform(*settings, True, fast=True)
     with pytest.raises(BadImageError, match=r"a.jpg \(image id 7\) cannot be read as an image"):
         transform(jpeg(100, 75)[:300], record_of(100, 75))

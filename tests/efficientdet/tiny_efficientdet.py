@@ -1,4 +1,4 @@
-"""EfficientDet made small, and what the tests of all detectors need to know of it."""
+"""A small EfficientDet, and what the tests of all detectors need to know about it."""
 
 import json
 from pathlib import Path
@@ -55,11 +55,11 @@ SYNC_BN = ("hyperparameters", {"sync_bn": True})
 
 
 def import_library() -> None:
-    """Nothing is missing: the default environment has it."""
+    """Does nothing: the default environment has effdet."""
 
 
 def losses_by_hand(trial, path, images):
-    """effdet's training bench, which labels anchors and gives losses in an evaluation too."""
+    """Losses of effdet's training bench, which also labels anchors in an evaluation."""
     import numpy as np
     import torch
     from effdet.bench import DetBenchTrain

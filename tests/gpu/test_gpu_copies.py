@@ -46,7 +46,7 @@ def short_of_memory():
     torch.cuda.empty_cache()
 
 
-def test_every_batch_is_whole_when_its_step_reads_it_late(short_of_memory):
+def test_every_batch_is_complete_when_its_step_reads_it_late(short_of_memory):
     count, draws = 60, random.Random(0)
     loader = PinnedBatches(count)
     seen = []

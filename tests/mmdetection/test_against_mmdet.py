@@ -73,7 +73,7 @@ class Recorder(Hook):
 
 @both_precisions
 @pytest.mark.parametrize("config_file", TINY)
-def test_training_is_that_of_mmdetection_s_runner(shapes, train, config_file, dtype):
+def test_training_equals_mmdetection_s_runner(shapes, train, config_file, dtype):
     trial_class, ours, start = recording(load_model_def("mmdetection").MMDetectionTrial, dtype)
     clip = {"optimizer_config.grad_clip": {"max_norm": 5, "norm_type": 2}, "lr_config.warmup_iters": 5}
     config = mmdet_config(shapes, config_file, **clip)
@@ -157,7 +157,7 @@ class Rates(Hook):
 
 @pytest.mark.parametrize("runner", ["EpochBasedRunner", "IterBasedRunner"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_learning_rate_is_that_of_mmcv_s_hooks_also_after_a_resume(policy, runner, monkeypatch):
+def test_the_learning_rate_equals_mmcv_s_hooks_also_after_a_resume(policy, runner, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # mmcv's runners wait two seconds an epoch
     per_epoch, epochs = 47, 14  # 658 batches
     if policy == "yolox" and runner == "IterBasedRunner":

@@ -177,7 +177,7 @@ RIGHT = [
 
 
 @pytest.mark.parametrize("overrides", RIGHT, ids=lambda overrides: next(iter(overrides)))
-def test_what_mmdetection_takes_is_taken(overrides):
+def test_keys_that_mmdetection_accepts_are_accepted(overrides):
     resolve(config_overrides=overrides)
 
 
@@ -287,7 +287,7 @@ def test_fp16_by_the_optimizer_s_hook_is_fp16():
     assert config.optimizer_config == {"grad_clip": {"max_norm": 35}}
 
 
-def test_a_pipeline_s_way_to_read_images_is_that_of_the_data():
+def test_a_pipeline_reads_images_as_the_data_section_says():
     s3 = {"backend": "s3", "bucket": "x"}
     steps = {f"data.{split}.pipeline.0.file_client_args": s3 for split in ("train", "val")}
     assert file_client_of(resolve()) is None
@@ -406,7 +406,7 @@ def test_a_teacher_is_found_among_mmdetection_s_configs(tmp_path, monkeypatch):
     assert model.teacher_model.backbone.depth == 101
 
 
-def test_what_several_processes_normalize_together_one_process_builds_too():
+def test_one_process_also_builds_layers_that_normalize_over_processes():
     config = resolve(config_file="strong_baselines/mask_rcnn_r50_fpn_syncbn-all_rpn-2conv_lsj_100e_coco.py")
     without_pretrained_backbone(config)
     before = deepcopy(config.model)

@@ -138,7 +138,7 @@ def load_upstream(state: SimpleNamespace) -> Any:
     # as tools/train.py, and train_detector and build_dataloader after it
     state.cfg = compat_cfg(state.cfg)
     loaded = state.cfg._cfg_dict.to_dict()
-    loaded["data"].pop("imgs_per_gpu", None)  # samples_per_gpu says it too
+    loaded["data"].pop("imgs_per_gpu", None)  # samples_per_gpu is the same
     return loaded
 
 

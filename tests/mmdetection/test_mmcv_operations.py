@@ -175,7 +175,7 @@ def test_soft_nms_of_boxes_without_an_area_gives_numbers(in_pytorch):
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("sampling", [0, 2])
 @pytest.mark.parametrize("mode", ["avg", "max"])
-def test_roi_align_is_that_of_mmcv_full(against_compiled, dtype, aligned, sampling, mode):
+def test_roi_align_equals_mmcv_full_s(against_compiled, dtype, aligned, sampling, mode):
     for rois in (regions(dtype=dtype), regions(dtype=dtype)[:0]):
         against_compiled(
             lambda image, chosen: mmcv.ops.roi_align(image, chosen.detach(), (3, 2), 0.25, sampling, mode, aligned),
@@ -287,7 +287,7 @@ def convolution(dtype, settings, modulated, kernel=(3, 2)):
 @compiled
 @both_dtypes
 @pytest.mark.parametrize("settings", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_deformable_convolution_is_that_of_mmcv_full(against_compiled, dtype, settings):
+def test_deformable_convolution_equals_mmcv_full_s(against_compiled, dtype, settings):
     against_compiled(
         lambda *given: mmcv.ops.deform_conv2d(*given, *settings.values()),
         *convolution(dtype, settings, modulated=False),
@@ -299,7 +299,7 @@ def test_deformable_convolution_is_that_of_mmcv_full(against_compiled, dtype, se
 @both_dtypes
 @pytest.mark.parametrize("settings", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_modulated_deformable_convolution_is_that_of_mmcv_full(against_compiled, dtype, settings, with_bias):
+def test_modulated_deformable_convolution_equals_mmcv_full_s(against_compiled, dtype, settings, with_bias):
     bias = torch.rand(6, dtype=dtype) if with_bias else None
     against_compiled(
         lambda *given: mmcv.ops.modulated_deform_conv2d(*given, *settings.values()),
@@ -529,10 +529,10 @@ def test_overlaps_are_those_of_mmcv_full(against_compiled, dtype, mode, offset):
     )
 
 
-# What is not there
+# Missing operations
 
 
-def test_an_operation_that_is_not_there_says_so_at_its_call(in_pytorch):
+def test_calling_a_missing_operation_is_an_error(in_pytorch):
     with pytest.raises(
         NotImplementedError, match=r"mmcv's operation box_iou_rotated .* mmcv-full 1\.7\.2, which has it"
     ):

@@ -151,7 +151,7 @@ def changed(at, **changes):
         ([*changed(5)[:4], *changed(5)[5:]], "its pipeline has no Normalize, Pad, DefaultFormatBundle one after"),
     ],
 )
-def test_where_the_end_is_another_the_log_says_why_and_the_numbers_stay(annotations, tmp_path, caplog, pipeline, why):
+def test_another_pipeline_end_is_logged_and_keeps_the_numbers(annotations, tmp_path, caplog, pipeline, why):
     upstream = samples(Upstream, pipeline, annotations, tmp_path, 3)
     with caplog.at_level(logging.WARNING):
         found = samples(PipelineTransform, pipeline, annotations, tmp_path, 3, fast=True)

@@ -109,7 +109,7 @@ def file_client(config, path):
     config.data.val.pipeline[0]["file_client_args"] = client
 
 
-# what is changed in the config of a checkpoint, by the place that the error names
+# changes to a checkpoint's config, by the place that the error names
 HARMFUL = {
     "model.teacher_config": lambda config, evil: distilling(config, f"{evil}/config.py"),
     "teacher_config": lambda config, evil: distilling(config, f"{evil}/teacher.json"),

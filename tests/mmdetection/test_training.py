@@ -580,7 +580,7 @@ WRONG_SEARCHES = {
 
 
 @pytest.mark.parametrize("message", WRONG_SEARCHES)
-def test_a_search_of_receptive_fields_that_cannot_work_says_why(shapes, train, trial_class, message):
+def test_an_impossible_search_of_receptive_fields_is_an_error(shapes, train, trial_class, message):
     config = in_process(mmdet_config(shapes, RETINANET))
     config["hyperparameters"]["config_overrides"]["custom_hooks"] = WRONG_SEARCHES[message]
     with pytest.raises(UserError, match=message):
@@ -651,7 +651,7 @@ def test_an_mmcv_of_another_version_says_how_to_install_the_right_one(tmp_path):
 
 
 @pytest.mark.parametrize("by_load_from", [False, True])
-def test_pretrained_weights_of_another_head_start_anew_in_one_line(
+def test_pretrained_weights_of_another_head_start_fresh_with_one_line(
     shapes, train, trial_class, tmp_path, caplog, by_load_from
 ):
     config = in_process(mmdet_config(shapes, RETINANET))

@@ -1,4 +1,4 @@
-"""MMDetection's models made small, and what the tests of all detectors need to know of them."""
+"""Small MMDetection models, and what the tests of all detectors need to know about them."""
 
 import functools
 import sys
@@ -60,7 +60,7 @@ TINY = {
 def mmdet_config(
     shapes: Path, config_file: str = "mask_rcnn/mask_rcnn_r50_fpn_1x_coco.py", **overrides: object
 ) -> dict:
-    """The same of one of MMDetection's configs."""
+    """The same for one of MMDetection's configs."""
     return experiment(
         shapes,
         {
@@ -113,7 +113,7 @@ def import_library() -> None:
 
 
 def losses_by_hand(trial, path, images):
-    """mmdet's own data set with a pipeline that augments nothing, and its own step."""
+    """Losses of mmdet's own data set without augmentation, and its own step."""
     from mmcv.parallel import collate
     from mmdet.datasets import build_dataset
 
@@ -136,7 +136,7 @@ def losses_by_hand(trial, path, images):
 
 
 def use_operations_in_pytorch(monkeypatch):
-    """mmcv.ops over the operations in PyTorch, also where mmcv-full is installed."""
+    """mmcv.ops over the operations in PyTorch, even if mmcv-full is installed."""
     from mmdetection_files import operations
 
     for name, module in list(sys.modules.items()):

@@ -1,6 +1,6 @@
 """A program: runs a benchmark on the pretended GPU, in one process.
 
-PYTHONPATH=tests python -m pretended_gpu.program benchmarks/training_step.py ARGUMENT …
+PYTHONPATH=tests python -m pretended_gpu.program benchmarks/training_step.py step ARGUMENT …
 """
 
 import runpy

@@ -21,7 +21,7 @@ _OPERATIONS = {
     "roi_align_rotated_backward(Tensor grad, Tensor rois, float spatial_scale, int pooled_height, int pooled_width, "
     "int batch_size, int channels, int height, int width, int sampling_ratio) -> Tensor": roi_align_rotated_backward,
 }
-_library: torch.library.Library | None = None  # what is registered lives as long as this
+_library: torch.library.Library | None = None  # keeps the registrations alive
 
 
 @functools.cache

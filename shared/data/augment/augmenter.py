@@ -150,7 +150,7 @@ class _Sample:
     ):
         self.augmenter, self.settings, self.rng, self.layout = augmenter, settings, rng, augmenter.layout
         self.other, self.count = other, count
-        # what is drawn does not depend on what else is on: the data set's other images come in a fixed order
+        # draws do not depend on other switches: the data set's other images come in a fixed order
         self.others = list(key.others)
 
     def drawn(self, image: Picture, record: ImageRecord) -> Drawn:

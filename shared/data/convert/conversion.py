@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -163,12 +162,12 @@ def _seen(source: Path, depth: int) -> list[tuple[str, Path, str]]:
 
 def _read(kind: str | None, source: Path, options: Options, say: Callable[[str], object]) -> Contents:
     if not source.exists():
-        raise UserError(f"{source}: does not exist ({nearest_path(str(source))}). Fix: correct the path")
+        raise UserError(f"{source}: does not exist; {nearest_path(str(source))}")
     if kind is None:
         kind, source, said = recognise(source)
         say(f"{source}: read as {kind}: {said}")
     elif kind not in FORMATS:
-        raise UserError(f"{kind}: is not a format{nearest(kind, FORMATS)} Formats: {', '.join(FORMATS)}")
+        raise UserError(f"{kind}: is not a format{nearest(kind, FORMATS, 'use one of ' + ', '.join(FORMATS))}")
     for option, value, kinds in (
         ("labels", options.labels, ("yolo",)),
         ("boxes", options.boxes, ("csv", "huggingface")),
@@ -259,14 +258,17 @@ class Written:
 
     def __str__(self) -> str:
         boxes = [annotation for image in self.part.images for annotation in image["annotations"]]
+        optional = {
+            "masks": sum("segmentation" in annotation for annotation in boxes),
+            "boxes with keypoints": sum("keypoints" in annotation for annotation in boxes),
+        }
         counts = {
             "images": len(self.part.images),
             "boxes": len(boxes),
             "categories": self.categories,
             "images without boxes": sum(not image["annotations"] for image in self.part.images),
             self.part.crowds: sum(annotation["iscrowd"] for annotation in boxes),
-            **_if_any("masks", sum("segmentation" in annotation for annotation in boxes)),
-            **_if_any("boxes with keypoints", sum("keypoints" in annotation for annotation in boxes)),
+            **{what: count for what, count in optional.items() if count},
             **self.part.counts,
         }
         return f"{self.path}: {', '.join(f'{what} {count}' for what, count in counts.items())}"
@@ -311,13 +313,9 @@ def _of_split(part: Split, categories: list[dict], ids: dict[str, int], source: 
 
 
 def write(contents: Contents, source: Path, output: Path) -> list[Written]:
-    """Writes a COCO file per split that has images: `<output>_train.json` and so on, or `<output>.json` alone."""
+    """Writes a COCO file per split: `<output>_train.json` and so on, or `<output>.json` alone."""
     written = []
-    with_images = Contents({s: part for s, part in contents.splits.items() if part.images}, contents.categories)
-    with_images.categories = with_images.categories or [
-        {"name": name} for name in names_in_use(contents.splits.values())
-    ]
-    for split, coco in to_coco(with_images, source).items():
+    for split, coco in to_coco(contents, source).items():
         path = path_of(output, split)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -333,10 +331,6 @@ def write(contents: Contents, source: Path, output: Path) -> list[Written]:
 def path_of(output: Path, split: str) -> Path:
     """The file of a split."""
     return output.with_name(f"{output.stem}_{split}.json" if split else f"{output.stem}.json")
-
-
-def _if_any(what: str, count: int) -> dict[str, int]:
-    return {what: count} if count else {}
 
 
 # --- the command line -------------------------------------------------------------------------------
@@ -375,21 +369,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--overlap", type=float, default=0.2, help="tiles: the share that the next tile shows too; default 0.2"
     )
     given = parser.parse_intermixed_args(arguments)
-    try:
-        written = convert(
-            given.kind,
-            given.source,
-            given.output,
-            given.images,
-            given.val,
-            labels=given.labels,
-            boxes=given.boxes,
-            categories=given.categories,
-            tiles=given.tiles,
-            overlap=given.overlap,
-        )
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    written = convert(
+        given.kind,
+        given.source,
+        given.output,
+        given.images,
+        given.val,
+        labels=given.labels,
+        boxes=given.boxes,
+        categories=given.categories,
+        tiles=given.tiles,
+        overlap=given.overlap,
+    )
     print("\n".join(map(str, written)))
     for one in written:
         if one.split == "test":

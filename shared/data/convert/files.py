@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import msgspec
 from PIL import ExifTags, Image
 
-from shared.data.images import is_image_name
+from shared.data.images import SIDEWAYS, is_image_name
 from shared.errors import UserError, same_on_any_disk
 
 SPLITS = {
@@ -24,7 +24,6 @@ SPLITS = {
 }
 _IMAGES = ("images", "image", "imgs", "img", "jpegimages", "image_2", "photos", "pictures")  # usual folders of them
 _NO_DATA = ("__MACOSX", "@eaDir")  # folders that macOS' archives and network disks add
-_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _MOST_FILES = 1_000_000  # a folder with more is not a data set but a whole disk
 _TRIED = 20  # files of a folder
 _MOST_TAILS = 8  # folders of a name that are tried away, one by one
@@ -156,7 +155,7 @@ def image_size(path: Path) -> tuple[int, int]:
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 width, height = image.size
-                turned = image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+                turned = image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path}: cannot be read as an image ({error}). Fix: replace it, or move it away") from error
     finally:

@@ -83,29 +83,12 @@ def mask(window: np.ndarray, left: int, top: int, size: tuple[int, int]) -> dict
         size: (width, height) of the image; what lies outside is cut off.
     """
     width, height = size
-    window = window[max(-top, 0) : max(height - top, 0), max(-left, 0) : max(width - left, 0)]
-    columns, rows = np.nonzero(window.T)
-    if not len(rows):
-        return box(0.0, 0.0, 0.0, 0.0)
-    columns, rows = columns + max(left, 0), rows + max(top, 0)
-    x, y = int(columns.min()), int(rows.min())
-    return {
-        "bbox": [x, y, int(columns.max()) - x + 1, int(rows.max()) - y + 1],
-        "area": len(rows),
-        "segmentation": _rle(columns * height + rows, width * height, size),
-    }
-
-
-def _rle(pixels: np.ndarray, total: int, size: tuple[int, int]) -> dict[str, Any]:
-    """COCO's compressed RLE of the sorted positions of a mask's pixels, column by column."""
-    first = np.flatnonzero(np.diff(pixels, prepend=-2) != 1)
-    starts, ends = pixels[first], pixels[np.append(first[1:], len(pixels)) - 1] + 1
-    edges = np.concatenate([[0], np.stack([starts, ends], axis=1).ravel(), [total]])
-    counts = np.diff(edges)
-    if counts[-1] == 0:
-        counts = counts[:-1]
-    rle = coco_mask.frPyObjects({"counts": counts.tolist(), "size": [size[1], size[0]]}, size[1], size[0])
-    return {"counts": rle["counts"].decode(), "size": [size[1], size[0]]}
+    inside = np.zeros((height, width), np.uint8, order="F")
+    part = window[max(-top, 0) : max(height - top, 0), max(-left, 0) : max(width - left, 0)]
+    inside[max(top, 0) :, max(left, 0) :][: part.shape[0], : part.shape[1]] = part
+    rle = coco_mask.encode(inside)
+    segmentation = {"counts": rle["counts"].decode(), "size": [height, width]}
+    return {"bbox": coco_mask.toBbox(rle).tolist(), "area": int(coco_mask.area(rle)), "segmentation": segmentation}
 
 
 def _rotated(points: np.ndarray, degrees: float) -> np.ndarray:
@@ -136,6 +119,15 @@ def parse_number(text: str | None, what: str, limit: float = math.inf) -> float:
     if not abs(number) < limit:
         raise ValueError(f"{what} is {shown(text.strip())!r}, which no image is large enough for")
     return number
+
+
+def is_number(text: str) -> bool:
+    """Whether `parse_number` reads the text."""
+    try:
+        parse_number(text, "")
+    except ValueError:
+        return False
+    return True
 
 
 def parse_whole_number(text: str | None, what: str) -> int:

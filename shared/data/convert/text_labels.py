@@ -11,7 +11,7 @@ from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Format, Options, Split, errors_in
 from shared.data.convert.files import by_split, files_below, finder_for, read_text
-from shared.data.convert.shapes import parse_number
+from shared.data.convert.shapes import is_number, parse_number
 from shared.errors import UserError
 
 _TRIED = 10  # files, for one with a line
@@ -73,15 +73,7 @@ _IGNORED = "DontCare"
 
 
 def _is_kitti_line(words: list[str]) -> bool:
-    return len(words) in _KITTI_WORDS and _is_number(words[4]) and not _is_number(words[0])
-
-
-def _is_number(word: str) -> bool:
-    try:
-        parse_number(word, "a number")
-    except ValueError:
-        return False
-    return True
+    return len(words) in _KITTI_WORDS and is_number(words[4]) and not is_number(words[0])
 
 
 def _kitti_row(line: str, part: Split) -> dict[str, Any] | None:
@@ -112,13 +104,8 @@ _DOTA_HEADERS = ("imagesource:", "gsd:")
 
 
 def _is_dota_line(words: list[str]) -> bool:
-    if words[0].lower().startswith(_DOTA_HEADERS):
-        return True
-    try:
-        [parse_number(word, "a corner") for word in words[:_CORNERS]]
-    except ValueError:
-        return False
-    return len(words) in (9, 10) and words[_CORNERS][0].isalpha()
+    is_object = len(words) in (9, 10) and all(map(is_number, words[:_CORNERS])) and words[_CORNERS][0].isalpha()
+    return is_object or words[0].lower().startswith(_DOTA_HEADERS)
 
 
 def _dota_row(line: str, part: Split) -> dict[str, Any] | None:

@@ -109,13 +109,8 @@ def _moved_keypoints(keypoints: Sequence[float] | None, tile: Box) -> dict[str, 
 def _clipped_mask(rle: dict[str, Any], tile: Box, size: tuple[int, int]) -> dict[str, Any] | None:
     left, top, right, bottom = tile
     plain = coco_mask.frPyObjects(rle, size[1], size[0]) if isinstance(rle["counts"], list) else rle
-    inside = np.asfortranarray(coco_mask.decode(plain)[top:bottom, left:right])
-    if not inside.any():
-        return None
-    encoded = coco_mask.encode(inside)
-    encoded["counts"] = encoded["counts"].decode()
-    area, box = float(inside.sum()), coco_mask.toBbox(encoded).tolist()
-    return {"bbox": box, "area": area, "segmentation": encoded}
+    shape = shapes.mask(coco_mask.decode(plain)[top:bottom, left:right], 0, 0, (right - left, bottom - top))
+    return shape if shape["area"] else None
 
 
 def _clipped_polygons(polygons: Sequence[Sequence[float]], tile: Box) -> dict[str, Any] | None:

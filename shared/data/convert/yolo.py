@@ -24,7 +24,7 @@ from shared.data.convert.files import (
     read_text,
     split_of,
 )
-from shared.data.convert.shapes import parse_whole_number
+from shared.data.convert.shapes import is_number, parse_whole_number
 from shared.data.convert.text_labels import looks_like
 from shared.data.convert.yolo_labels import Labels
 from shared.data.images import is_image_name
@@ -112,11 +112,8 @@ def read(source: Path, options: Options) -> Contents:
 
 def _is_line(words: list[str]) -> bool:
     """A whole number, and shares of an image's size."""
-    try:
-        values = [float(word) for word in words[1:]]
-    except ValueError:
-        return False
-    return words[0].isdecimal() and len(values) >= 4 and all(0 <= value <= 1 for value in values[:4])
+    is_object = words[0].isdecimal() and len(words) > 4 and all(map(is_number, words))
+    return is_object and all(0 <= float(word) <= 1 for word in words[1:5])
 
 
 def _kind_given(described: _Description, options: Options) -> str:

@@ -1,0 +1,1 @@
+../../../shared/export/detect_raw.py

@@ -1,0 +1,1 @@
+"""Annotations, images, samples and batches."""

@@ -1,0 +1,1 @@
+"""Detections, and COCO's metrics of them."""
