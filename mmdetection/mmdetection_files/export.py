@@ -198,8 +198,7 @@ class ExportableMMDetection(Exportable):
 
 
 def _decoded(head: BBoxHead, boxes: Tensor, deltas: Tensor, edge: tuple[Tensor, Tensor]) -> Tensor:
-    """(B, N, K, 4) of (B, N, 4) boxes and their (B * N, K * 4) deltas, inside an image whose width and height is
-    `edge`."""
+    """(B, N, K, 4) boxes, decoded from (B, N, 4) boxes and (B * N, K * 4) deltas. `edge` is the image's lower right."""
     decoded = head.bbox_coder.decode(boxes.flatten(0, 1), deltas)
     decoded = decoded.unflatten(1, (-1, 4)).unflatten(0, boxes.shape[:2])
     return torch.minimum(decoded.clamp(min=0), torch.stack(edge).repeat(2)) if head.bbox_coder.clip_border else decoded

@@ -57,7 +57,6 @@ def test_exported_file_detects_what_the_checkpoint_detects(config_file, shapes, 
     Bold.__module__ = trial_class.__module__
     config = mmdet_config(shapes, config_file, **FAMILIES[config_file])
     found = differences_of_export(trial_class, Bold, config)
-    print("FOUND", config_file, found, flush=True)
     assert found["matched"] >= 0.98 * found["detections"] > 0
     assert found["box"] < 0.01
     assert found["score"] < 0.02
