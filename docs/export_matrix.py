@@ -32,6 +32,8 @@ _TRUTHS = 10  # of each image
 def table(results: dict[str, dict[str, dict]]) -> str:
     """The Markdown of the results, with the reasons below. A detector without results has no row."""
     results = {name: row for name, row in results.items() if row}
+    if not results:
+        return "No detector has been measured by this program yet."
     reasons = list(dict.fromkeys(c["reason"] for row in results.values() for c in row.values() if "reason" in c))
     lines = [f"| detector | {' | '.join(FORMATS)} |", "|---" * (len(FORMATS) + 1) + "|"]
     for name, row in results.items():
