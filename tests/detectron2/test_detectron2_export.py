@@ -57,7 +57,6 @@ def test_exported_file_detects_what_the_checkpoint_detects(
     Spread.__module__ = trial_class.__module__
     config = detectron2_config(shapes, config_file, **changes)
     found = differences_of_export(trial_class, Spread, config)
-    print(config_file, found)
     assert found["detections"] > 50
     assert found["matched"] >= 0.98 * found["detections"]
     assert found["box"] < box
