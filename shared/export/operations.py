@@ -107,6 +107,10 @@ def resize_as_pillow(images: Tensor, height: int, width: int, name: str = "bilin
     """
     if _resizes_in_onnx and name == "bilinear":
         return torch.ops.exported.resized(images, height, width).float()
+    return _resized_by_products(images, height, width, name)
+
+
+def _resized_by_products(images: Tensor, height: int, width: int, name: str) -> Tensor:
     wide = images.float() @ _pillow_weights(images.shape[-1], width, name).T
     wide = (wide + 0.5).floor().clamp(0, 255)
     return (_pillow_weights(images.shape[-2], height, name) @ wide + 0.5).floor().clamp(0, 255)
@@ -307,7 +311,7 @@ def _register() -> None:
 
 
 def _resized(images: Tensor, height: int, width: int) -> Tensor:
-    return resize_as_pillow(images, height, width).to(images.dtype)
+    return _resized_by_products(images, height, width, "bilinear").to(images.dtype)
 
 
 def onnx_translations() -> dict:
