@@ -107,10 +107,10 @@ def resize_as_pillow(images: Tensor, height: int, width: int, name: str = "bilin
     """
     if _resizes_in_onnx and name == "bilinear":
         return torch.ops.exported.resized(images, height, width).float()
-    return _resized_by_products(images, height, width, name)
+    return _by_products(images, height, width, name)
 
 
-def _resized_by_products(images: Tensor, height: int, width: int, name: str) -> Tensor:
+def _by_products(images: Tensor, height: int, width: int, name: str) -> Tensor:
     wide = images.float() @ _pillow_weights(images.shape[-1], width, name).T
     wide = (wide + 0.5).floor().clamp(0, 255)
     return (_pillow_weights(images.shape[-2], height, name) @ wide + 0.5).floor().clamp(0, 255)
@@ -133,15 +133,8 @@ def _pillow_weights(size: int, new: int, name: str) -> Tensor:
 
 def resize_as_opencv(images: Tensor, height: int, width: int) -> Tensor:
     """The same as OpenCV resizes with INTER_LINEAR: between the two nearest pixels of each row and column."""
-    wide = images.float() @ _opencv_weights(images.shape[-1], width).T
-    return (_opencv_weights(images.shape[-2], height) @ wide + 0.5).floor().clamp(0, 255)
-
-
-def _opencv_weights(size: int, new: int) -> Tensor:
-    at = (torch.arange(new, dtype=torch.float32) + 0.5) * (size / new) - 0.5
-    at = torch.minimum(at.clamp(min=0), torch.ones(1) * (size - 1))
-    pixels = torch.arange(size, dtype=torch.float32)
-    return (1 - (pixels[None] - at[:, None]).abs()).clamp(min=0)
+    resized = F.interpolate(images.float(), (height, width), mode="bilinear", align_corners=False)
+    return (resized + 0.5).floor().clamp(0, 255)
 
 
 def inside(height: int, width: int, most_height: int, most_width: int) -> tuple[int, int]:
@@ -311,7 +304,7 @@ def _register() -> None:
 
 
 def _resized(images: Tensor, height: int, width: int) -> Tensor:
-    return _resized_by_products(images, height, width, "bilinear").to(images.dtype)
+    return _by_products(images, height, width, "bilinear").to(images.dtype)
 
 
 def onnx_translations() -> dict:
