@@ -24,6 +24,7 @@ def test_the_start_page_s_commands_run_in_order(tmp_path, monkeypatch):
     pytest.importorskip("mmdet", reason="the start page trains MMDetection")
     monkeypatch.setattr(tiny_formats, "PICTURES", 16)
     tiny_formats.write_xml(tmp_path / "cells", ["rectangle", "circle", "triangle"], "JPEGImages")
+    shutil.copytree(tmp_path / "cells/JPEGImages", tmp_path / "new")
     folder = shutil.copytree(ROOT / "mmdetection", tmp_path / "mmdetection")  # links become files, as in a submission
     convert, rest = commands_of("docs/index.md").split("cp bccd.yaml cells.yaml\n")
     printed = run(convert, folder, tmp_path)
