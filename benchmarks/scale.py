@@ -1,7 +1,7 @@
 """What grows with the number of processes: seconds and bytes between two machines, which share no disk.
 
-    python benchmarks/scale.py [RANKS …]
-    python benchmarks/scale.py --agree RANKS …    # the agreement to stop alone, without a model
+    python benchmarks/scale.py everything
+    python benchmarks/scale.py agreement    # the agreement to stop alone, without a model
 
 The machines are network namespaces. All processes share this machine's cores, so that their own work adds up: the
 seconds are upper bounds, and the bytes are exact. A slope is the exponent of a power law: 0 for what does not grow, 1
@@ -18,10 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "efficientdet")]
+from command_line import ROOT, main
+
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "efficientdet")]
 
 PORT = 29622
+RANKS = [2, 4, 8, 16, 32]
 IMAGES = 1000  # that a validation gathers, with 100 detections each
 STEPS = 5  # between two agreements
 WHAT = {
@@ -162,7 +164,11 @@ def fork(function, first: int, count: int, size: int, place: dict[str, object]) 
     return sum(os.waitpid(child, 0)[1] != 0 for child in children)
 
 
-def compare(ranks: list[int]) -> None:
+def everything(ranks: list[int] = RANKS) -> None:
+    """The start, the meeting, a step's agreement, the gathering of a validation and a checkpoint.
+
+    ranks: how many processes
+    """
     import torch
     import yaml
     from machines import copy_code, machines
@@ -197,17 +203,17 @@ def slope(ranks: list[int], values: list[float]) -> float:
     return statistics.linear_regression([math.log(r) for r in ranks], [math.log(v) for v in values]).slope
 
 
+def agreement(ranks: list[int] = RANKS) -> None:
+    """The agreement to stop alone, on one machine.
+
+    ranks: how many processes
+    """
+    here = {"GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+    for number, size in enumerate(ranks):
+        assert fork(measure_agreement, 0, size, size, {**here, "MASTER_PORT": PORT + 1 + number}) == 0
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--ranks"]:
         sys.exit(fork_ranks(*map(int, sys.argv[2:])))
-    if sys.argv[1:2] == ["--agree"]:
-        for number, size in enumerate(map(int, sys.argv[2:])):
-            here = {
-                "GROUP_RANK": 0,
-                "GROUP_WORLD_SIZE": 1,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": PORT + 1 + number,
-            }
-            assert fork(measure_agreement, 0, size, size, here) == 0
-        sys.exit()
-    compare([int(word) for word in sys.argv[1:]] or [2, 4, 8, 16, 32])
+    main(__doc__, everything, agreement)
