@@ -244,9 +244,9 @@ class Detectron2Trial(DetectionTrial):
         return start_of(self.hparams.weights, self.detectron2_config, self.for_training, submitted)
 
     def exportable(self) -> nn.Module:
-        from detectron2_files.export import exportable
+        from detectron2_files.export import ExportableDetectron2
 
-        return exportable(self.evaluation_model, self._mapper(False, data_sets.describe(self.categories)))
+        return ExportableDetectron2(self.evaluation_model, self._mapper(False, data_sets.describe(self.categories)))
 
     def check_pretrained(self) -> None:
         if self._weights() is None:

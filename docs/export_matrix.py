@@ -30,7 +30,10 @@ _TRUTHS = 10  # of each image
 
 
 def table(results: dict[str, dict[str, dict]]) -> str:
-    """The Markdown of the results, with the reasons below."""
+    """The Markdown of the results, with the reasons below. A detector without results has no row."""
+    results = {name: row for name, row in results.items() if row}
+    if not results:
+        return "No detector has been measured by this program yet."
     reasons = list(dict.fromkeys(c["reason"] for row in results.values() for c in row.values() if "reason" in c))
     lines = [f"| detector | {' | '.join(FORMATS)} |", "|---" * (len(FORMATS) + 1) + "|"]
     for name, row in results.items():
@@ -156,7 +159,7 @@ def measure(detector: str, config: dict, folder: Path, names: list[str]) -> Iter
     try:
         config["data"]["val"]["annotations"] = own_truth(trial_class, config, folder)
     except UserError as error:
-        yield from ((name, {"reason": _reason(error)}) for name in names)
+        yield from ((name, {"reason": _reason(error)}) for name in FORMATS)
         return
     path.write_text(yaml.safe_dump(config))
     for name in names:
@@ -165,6 +168,8 @@ def measure(detector: str, config: dict, folder: Path, names: list[str]) -> Iter
         try:
             run_command(export, trial_class, path, **given)
         except UserError as error:
+            if error.__cause__ is not None:  # no refusal, but a fault
+                traceback.print_exception(error.__cause__, limit=-12)
             yield name, {"reason": _reason(error)}
             continue
         numbers = json.loads((folder / name / "export.json").read_text())
@@ -222,7 +227,7 @@ def main() -> None:
         shapes = Path(place) / "shapes"
         synthetic.write(shapes, train=4, val=10)
         every = list(detectors(shapes))
-        results = {name: results.get(name, {}) for name, _, _ in every}
+        results = {name: results.get(name, {}) for name, _, _ in every}  # in this order
         for name, detector, make in every:
             if not re.search(given.only, name):
                 continue

@@ -17,9 +17,11 @@ from pathlib import Path
 # tiny tensors: several threads only wait for each other, and for the other processes' threads
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import psutil
 import pytest
 import yaml
+from PIL import Image
 from tiny_models import CONFIGS, EFFICIENTDET, MAIN_DETECTORS, TINY_DETECTORS, efficientdet_config
 
 ROOT = Path(__file__).parent.parent
@@ -262,7 +264,9 @@ def unbuilt():
 @pytest.fixture
 def differences_of_export(command, tmp_path):
     """Trains one batch of a trial class and exports its checkpoint by `detector`, a class of a model_def.py. Returns
-    the differences between the detections of file and checkpoint on four images."""
+    the differences between the detections of file and checkpoint on four images.
+
+    The images get grain: in flat areas, many scores are equal, and equal scores have no order."""
     from shared.commands.train import train_locally
 
     def call(detector: type, trained: type, config: dict, *options: str) -> dict:
@@ -272,6 +276,13 @@ def differences_of_export(command, tmp_path):
         path.write_text(yaml.safe_dump(config))
         run_command(train_locally, trained, path, output_dir=tmp_path / "run", resume=None)
         checkpoint = ["--checkpoint", tmp_path / "run/checkpoints/last"]
+        draws = np.random.default_rng(0)
+        (tmp_path / "grain").mkdir()
+        for source in Path(config["data"]["val"]["images"]).iterdir():
+            pixels = np.asarray(Image.open(source)) + draws.integers(-20, 21, (128, 128, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / "grain" / source.name)
+        config["data"]["val"]["images"] = str(tmp_path / "grain")
+        path.write_text(yaml.safe_dump(config))
         command(detector, "export", path, *checkpoint, *options, "--images", 4, "--output", tmp_path / "out")
         return json.loads((tmp_path / "out/export.json").read_text())["differences"]
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import kill_run, reports, run_model_def, start_run, wait_for_batch
+from determined.core import DummyDistributedContext
 from in_threads import on_all, processes
 from power_cut import Recorder, ext4
 from tiny_models import efficientdet_config
@@ -31,21 +32,9 @@ def config(shapes):
     return config
 
 
-class Alone:
-    """The only rank."""
-
-    rank, size, local_rank, cross_size = 0, 1, 0, 1
-
-    def broadcast(self, value):
-        return value
-
-    def allgather(self, value):
-        return [value]
-
-
 def resumed(folder: RunFolder, which: str = "last"):
     folder.restore_interrupted_rename()
-    return read_checkpoint_to_resume(Alone(), which, folder)
+    return read_checkpoint_to_resume(DummyDistributedContext(), which, folder)
 
 
 def save(folder: RunFolder, batches: int, is_best: bool = True) -> None:

@@ -265,6 +265,55 @@ def test_pixels_of_an_exported_file_are_pillow_s():
             assert np.abs(ours - np.stack(theirs)).max() <= 1
 
 
+def test_the_numpy_decoder_keeps_what_nms_of_torchvision_keeps():
+    from torchvision.ops import batched_nms
+
+    from shared.export.detect_raw import decoded
+
+    random = np.random.default_rng(0)
+    boxes, scores = random.random((2000, 4), np.float32) * 256, random.random((2000, 10), np.float32)
+    boxes[:, 2:] += boxes[:, :2] + 10
+    steps = {"keeps_ratio": True, "one_label": False, "candidates": 500, "iou_threshold": 0.5, "clips": True}
+    found, found_scores, found_labels = decoded(boxes, scores, (480, 640), (512, 512), {**steps, "limit": 100})
+
+    best, pairs = torch.from_numpy(scores).flatten().topk(500)
+    candidates = torch.from_numpy(boxes)[pairs // 10] * 1.25
+    candidates = torch.minimum(candidates, torch.tensor([640.0, 480.0, 640.0, 480.0]))
+    kept = batched_nms(candidates, best, pairs % 10, 0.5)[:100]
+    np.testing.assert_allclose(found, candidates[kept], rtol=1e-6)
+    np.testing.assert_array_equal(found_scores, best[kept])
+    np.testing.assert_array_equal(found_labels, pairs[kept] % 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("input_size", [(96, 128), None])
+def test_onnx_files_resize_as_pillow_does(input_size, tmp_path):
+    import onnxruntime
+
+    from shared.export import formats
+    from shared.export.metadata import Metadata
+    from shared.export.operations import Exportable, inside, resize_as_pillow, size_of
+
+    class Resizing(Exportable):
+        outputs = ("pixels", "size")
+
+        def prepare(self, images):
+            return resize_as_pillow(images, *inside(*images.shape[-2:], 96, 128)), size_of(images)
+
+        def detect(self, pixels, sizes):
+            return pixels + 0, sizes + 0
+
+    detector = Resizing()
+    detector.input_size = input_size
+    metadata = Metadata([], detector.outputs, True, input_size, "float32", None, {}, None, None, {})
+    session = onnxruntime.InferenceSession(formats.write(detector, "onnx", tmp_path, metadata))
+    for height, width in ((480, 640), (60, 80), (50, 200)):
+        image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        (pixels, _) = session.run(None, {"images": image.transpose(2, 0, 1)[None].copy()})
+        expected = Image.fromarray(image).resize(pixels.shape[:1:-1], Image.Resampling.BILINEAR)
+        assert np.abs(pixels[0].transpose(1, 2, 0) - np.asarray(expected)).max() <= 1
+
+
 def test_pixels_of_an_exported_file_are_opencv_s():
     cv2 = pytest.importorskip("cv2")
     from shared.export.operations import resize_as_opencv

@@ -195,7 +195,7 @@ def test_an_error_that_no_restart_fixes_is_one_line_for_the_log_policy(config, r
     assert master.exit_status == 1  # and no early exit as an invalid hyperparameter, which a master calls completed
     assert errors(caplog) == [
         "not retried: error: data.val.annotations: /x/val.json does not exist or cannot be read "
-        "(No such file or directory)"
+        "(No such file or directory). Fix: correct the path or its permissions"
     ]
     assert caplog.records[-1].levelname == "ERROR"
     assert "its config lacks the `log_policies`" in caplog.messages[-2]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmcv.ops import DeformConv2d, ModulatedDeformConv2d
+from mmcv.ops import CARAFEPack, DeformConv2d, ModulatedDeformConv2d, SAConv2d
 from mmdet.models.dense_heads import GFLHead, YOLOXHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.dense_heads.rpn_head import RPNHead
@@ -20,17 +20,8 @@ from torch import Tensor, nn
 
 from mmdetection_files import data as data_sets
 from shared.errors import UserError
-from shared.export.operations import (
-    Exportable,
-    as_tensor,
-    best_boxes,
-    best_of_classes,
-    best_pairs,
-    of_labels,
-    pool_regions,
-    resize_as_opencv,
-    within,
-)
+from shared.export import operations
+from shared.export.operations import Exportable, as_list, best_boxes, best_of_classes, best_pairs, of_labels
 
 _MOST = 1000  # detections of an image, without max_per_img
 _KEY = "hyperparameters.config_file"
@@ -69,10 +60,10 @@ class ExportableMMDetection(Exportable):
     def prepare(self, images: Tensor) -> tuple[Tensor, Tensor]:
         height, width = images.shape[-2:]
         if self.keeps_ratio:
-            new_height, new_width = within(height, width, min(self.scale), max(self.scale))
+            new_height, new_width = operations.within(height, width, min(self.scale), max(self.scale))
         else:
             new_height, new_width = self.input_size
-        pixels = resize_as_opencv(images, new_height, new_width)
+        pixels = operations.resize_as_opencv(images, new_height, new_width)
         in_rgb = False
         for step in self.steps:
             if step["type"] == "Normalize":
@@ -83,7 +74,7 @@ class ExportableMMDetection(Exportable):
                 pixels = self._padded(pixels, step)
         if not any(step["type"] == "Normalize" for step in self.steps):
             pixels = pixels.flip(1)  # OpenCV's order
-        return pixels, as_tensor(height, width, new_height, new_width)
+        return pixels, operations.as_tensor(height, width, new_height, new_width)
 
     def _padded(self, pixels: Tensor, step: Mapping[str, Any]) -> Tensor:
         value = step.get("pad_val", 0)
@@ -154,15 +145,13 @@ class ExportableMMDetection(Exportable):
     ) -> tuple[Tensor, ...]:
         """The boxes and masks of `roi_head.simple_test`, of the RPN's candidates."""
         proposals, config = self.config, self.regions.test_cfg
-        is_large = ((boxes[..., 2:] - boxes[..., :2]) > proposals.min_bbox_size).all(-1)
-        scores = torch.where(is_large, scores, torch.zeros_like(scores))
+        scores = scores * ((boxes[..., 2:] - boxes[..., :2]) > proposals.min_bbox_size).all(-1)
         boxes, scores = (each.unflatten(1, (-1, proposals.nms_pre)).transpose(1, 2) for each in (boxes, scores))
-        limit = min(proposals.max_per_img, scores.shape[1] * scores.shape[2])
-        boxes, found, _ = best_of_classes(boxes, scores, proposals.nms["iou_threshold"], limit)
+        boxes, found, _ = best_of_classes(boxes, scores, proposals.nms["iou_threshold"], proposals.max_per_img)
         height, width, new_height, new_width = sizes.unbind()
         scale, edge = torch.stack([new_width / width, new_height / height]).repeat(2), (new_width, new_height)
-        heads, logits = _as_list(self.regions.bbox_head), []
-        for extractor, head in zip(_as_list(self.regions.bbox_roi_extractor), heads, strict=True):
+        heads, logits = as_list(self.regions.bbox_head), []
+        for extractor, head in zip(as_list(self.regions.bbox_roi_extractor), heads, strict=True):
             classes, deltas = head(self._pooled(extractor, features, boxes))
             logits.append(classes)
             if head is not heads[-1]:
@@ -172,24 +161,21 @@ class ExportableMMDetection(Exportable):
                     deltas = deltas.gather(1, best)
                 boxes = _decoded(head, boxes, deltas.flatten(1), edge)[:, :, 0]
         boxes = _decoded(heads[-1], boxes, deltas, edge) / scale
-        scores = (sum(logits) / len(logits)).softmax(-1)[:, :-1].unflatten(0, boxes.shape[:2])
-        scores = torch.where((found > 0)[..., None], scores, torch.zeros_like(scores))
-        most = scores.shape[1] * scores.shape[2]
-        limit = min(config.max_per_img if config.max_per_img > 0 else _MOST, most)
+        scores = (sum(logits) / len(logits)).softmax(-1)[:, :-1].unflatten(0, boxes.shape[:2]) * (found > 0)[..., None]
+        limit = config.max_per_img if config.max_per_img > 0 else _MOST
         boxes, scores, labels = best_of_classes(boxes, scores, config.nms["iou_threshold"], limit, config.score_thr)
         if not self.regions.with_mask:
             return boxes, scores, labels
+        extractors, heads = as_list(self.regions.mask_roi_extractor), as_list(self.regions.mask_head)
         masks = [
             of_labels(head(self._pooled(extractor, features, boxes * scale)), labels).sigmoid()
-            for extractor, head in zip(
-                _as_list(self.regions.mask_roi_extractor), _as_list(self.regions.mask_head), strict=True
-            )
+            for extractor, head in zip(extractors, heads, strict=True)
         ]
         return boxes, scores, labels, sum(masks) / len(masks)
 
     def _pooled(self, extractor: SingleRoIExtractor, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
         bounds = [(2**level - 1e-6) * extractor.finest_scale for level in range(1, extractor.num_inputs)]
-        pooled = pool_regions(features[: extractor.num_inputs], boxes, extractor.roi_layers, bounds)
+        pooled = operations.pool_regions(features[: extractor.num_inputs], boxes, extractor.roi_layers, bounds)
         return self.regions.shared_head(pooled) if self.regions.with_shared_head else pooled
 
     def _of_yolox(
@@ -211,14 +197,8 @@ class ExportableMMDetection(Exportable):
         return boxes, torch.where(scores >= self.config.score_thr, scores, torch.zeros_like(scores)), labels
 
 
-def _as_list(modules: nn.Module | nn.ModuleList) -> list[nn.Module]:
-    """The modules of each stage of a cascade, or the only one."""
-    return list(modules) if isinstance(modules, nn.ModuleList) else [modules]
-
-
 def _decoded(head: BBoxHead, boxes: Tensor, deltas: Tensor, edge: tuple[Tensor, Tensor]) -> Tensor:
-    """(B, N, K, 4) of (B, N, 4) boxes and their (B * N, K * 4) deltas, inside an image whose width and height is
-    `edge`."""
+    """(B, N, K, 4) boxes, decoded from (B, N, 4) boxes and (B * N, K * 4) deltas. `edge` is the image's lower right."""
     decoded = head.bbox_coder.decode(boxes.flatten(0, 1), deltas)
     decoded = decoded.unflatten(1, (-1, 4)).unflatten(0, boxes.shape[:2])
     return torch.minimum(decoded.clamp(min=0), torch.stack(edge).repeat(2)) if head.bbox_coder.clip_border else decoded
@@ -239,15 +219,12 @@ _RULES = {
     BaseDenseHead: ("get_bboxes", "_get_bboxes_single"),
 }
 
-
-def _check_rule(part: nn.Module) -> None:
-    """Raises UserError if a part of a detector computes in another way than the rules above."""
-    kind = next((kind for kind in _RULES if isinstance(part, kind)), None)
-    is_other = kind is None or any(getattr(type(part), name) is not getattr(kind, name) for name in _RULES[kind])
-    if is_other or (kind is BBoxHead and (part.custom_activation or not part.with_reg)):
-        raise UserError(
-            f"{_KEY}: {type(part).__name__} cannot be exported: it finds boxes or masks by a rule of its own. {_FIX}"
-        )
+_MISSING = {
+    DeformConv2d: "deformable convolution",
+    ModulatedDeformConv2d: "deformable convolution",
+    SAConv2d: "switchable atrous convolution",
+    CARAFEPack: "CARAFE",
+}
 
 
 def _check(model: nn.Module) -> None:
@@ -256,18 +233,21 @@ def _check(model: nn.Module) -> None:
     parts, configs = [model], [model.test_cfg]
     if is_two_stage and model.roi_head is not None and model.with_rpn:
         regions = model.roi_head
-        parts += [model.rpn_head, regions, *_as_list(regions.bbox_roi_extractor), *_as_list(regions.bbox_head)]
+        parts += [model.rpn_head, regions, *as_list(regions.bbox_roi_extractor), *as_list(regions.bbox_head)]
         if regions.with_mask:
-            parts += [*_as_list(regions.mask_roi_extractor), *_as_list(regions.mask_head)]
+            parts += [*as_list(regions.mask_roi_extractor), *as_list(regions.mask_head)]
         configs = [model.test_cfg.rpn, model.test_cfg.rcnn]
     else:
         parts.append(model.rpn_head if is_two_stage else getattr(model, "bbox_head", None))
-    for part in parts:
-        _check_rule(part)
-    if any(isinstance(module, (DeformConv2d, ModulatedDeformConv2d)) for module in model.modules()):
-        raise UserError(
-            f"{_KEY}: {type(model).__name__} cannot be exported: an exported file has no deformable convolution. {_FIX}"
-        )
+    operations.check_rules(parts, _RULES, _KEY, _FIX)
+    heads = as_list(model.roi_head.bbox_head) if len(configs) > 1 else []
+    if any(head.custom_activation or not head.with_reg for head in heads):
+        raise UserError(f"{_KEY}: an exported file has no such loss_cls or with_reg as its bbox_head. {_FIX}")
+    missing = next(
+        (name for kind, name in _MISSING.items() for part in model.modules() if isinstance(part, kind)), None
+    )
+    if missing is not None:
+        raise UserError(f"{_KEY}: {type(model).__name__} cannot be exported: an exported file has no {missing}. {_FIX}")
     for config in configs:
         nms = config.get("nms", {})
         if nms.get("type") != "nms" or nms.get("class_agnostic") or nms.get("max_num"):

@@ -336,7 +336,7 @@ class Differences:
         box: the largest difference of a matched box's coordinate, in pixels; 0 without a match.
         score: the same of scores.
         lone_score: the highest score of a detection without a partner, of either; 0 if all have one.
-        mask: the lowest IoU of the masks of a match; None without masks.
+        mask: the mean IoU of the masks of a match; None without masks.
     """
 
     detections: int
@@ -351,7 +351,7 @@ class Differences:
             f"{self.matched} of {count_of(self.detections, 'detection')} with a score of at least {SCORE} are matched"
         )
         said += f"; the largest differences are {self.box:.2g} pixels and {self.score:.2g} of the score"
-        said += "" if self.mask is None else f"; the lowest IoU of their masks is {self.mask:.3f}"
+        said += "" if self.mask is None else f"; the mean IoU of their masks is {self.mask:.3f}"
         return said + (f"; the highest score without a match is {self.lone_score:.2g}" if self.lone_score else "")
 
 
@@ -372,7 +372,7 @@ def differences(one: Sequence[Detections], other: Sequence[Detections]) -> Diffe
                 overlaps.append(_overlap(first.masks[row], second.masks[partner]))
         alone += [float(first.scores[row]) for row in lone]
         alone += [float(second.scores[row]) for row in _partners(second, first)[1]]
-    return Differences(count, matched, box, score, max(alone), min(overlaps, default=None))
+    return Differences(count, matched, box, score, max(alone), float(np.mean(overlaps)) if overlaps else None)
 
 
 def _overlap(one: dict, other: dict) -> float:

@@ -41,13 +41,13 @@ def decoded(
         scores: (N, K) of each place and category.
         image_size, size: (height, width) of the image, and of the network's input.
     """
+    places = highest(scores.max(1), decoding["candidates"])  # the best pairs are of these places
     if decoding["one_label"]:
-        places, labels, scores = np.arange(len(scores)), scores.argmax(1), scores.max(1)
+        labels = scores[places].argmax(1)
     else:
-        places, labels = np.divmod(np.arange(scores.size), scores.shape[1])
-        scores = scores.ravel()
-    best = np.argsort(-scores, kind="stable")[: decoding["candidates"]]
-    boxes, scores, labels = boxes[places[best]], scores[best], labels[best]
+        pairs = highest(scores[places].ravel(), decoding["candidates"])
+        places, labels = places[pairs // scores.shape[1]], pairs % scores.shape[1]
+    boxes, scores = boxes[places], scores[places, labels]
     scale = np.float32(image_size) / np.float32(size)
     boxes = boxes * (scale.max() if decoding["keeps_ratio"] else np.tile(scale[::-1], 2))
     if decoding["clips"]:
@@ -56,6 +56,14 @@ def decoded(
     if decoding["iou_threshold"] is not None:
         kept = suppressed(boxes, labels, decoding["iou_threshold"], decoding["limit"])
     return boxes[kept], scores[kept], labels[kept]
+
+
+def highest(values: np.ndarray, count: int) -> np.ndarray:
+    """The positions of the highest values, at most `count`, the highest first."""
+    best = np.arange(len(values))
+    if count < len(values):
+        best = np.sort(np.argpartition(-values, count - 1)[:count])
+    return best[np.argsort(-values[best], kind="stable")]
 
 
 def suppressed(boxes: np.ndarray, labels: np.ndarray, iou_threshold: float, limit: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,6 +49,24 @@ class Exportable(nn.Module, ABC):
         return self.detect(*self.prepare(images))
 
 
+def check_rules(parts: Sequence[Any], rules: Mapping[type, Sequence[str]], key: str, fix: str) -> None:
+    """Raises UserError if a part of a detector computes in a way that its export does not repeat.
+
+    Args:
+        rules: by kind of part, the methods that the export repeats. The first kind that fits counts.
+    """
+    for part in parts:
+        kind = next((kind for kind in rules if isinstance(part, kind)), None)
+        if kind is None or any(getattr(type(part), name) is not getattr(kind, name) for name in rules[kind]):
+            name = type(parts[0] if part is None else part).__name__
+            raise UserError(f"{key}: {name} cannot be exported: it finds boxes or masks by a rule of its own. {fix}")
+
+
+def as_list(modules: nn.Module | nn.ModuleList) -> list[nn.Module]:
+    """The modules of each stage of a cascade, or the only one."""
+    return list(modules) if isinstance(modules, nn.ModuleList) else [modules]
+
+
 def size_of(images: Tensor) -> Tensor:
     """(2,) float32, height and width of (B, 3, H, W) images."""
     return as_tensor(*images.shape[-2:])
@@ -89,6 +107,10 @@ def resize_as_pillow(images: Tensor, height: int, width: int, name: str = "bilin
     """
     if _resizes_in_onnx and name == "bilinear":
         return torch.ops.exported.resized(images, height, width).float()
+    return _by_products(images, height, width, name)
+
+
+def _by_products(images: Tensor, height: int, width: int, name: str) -> Tensor:
     wide = images.float() @ _pillow_weights(images.shape[-1], width, name).T
     wide = (wide + 0.5).floor().clamp(0, 255)
     return (_pillow_weights(images.shape[-2], height, name) @ wide + 0.5).floor().clamp(0, 255)
@@ -111,15 +133,8 @@ def _pillow_weights(size: int, new: int, name: str) -> Tensor:
 
 def resize_as_opencv(images: Tensor, height: int, width: int) -> Tensor:
     """The same as OpenCV resizes with INTER_LINEAR: between the two nearest pixels of each row and column."""
-    wide = images.float() @ _opencv_weights(images.shape[-1], width).T
-    return (_opencv_weights(images.shape[-2], height) @ wide + 0.5).floor().clamp(0, 255)
-
-
-def _opencv_weights(size: int, new: int) -> Tensor:
-    at = (torch.arange(new, dtype=torch.float32) + 0.5) * (size / new) - 0.5
-    at = torch.minimum(at.clamp(min=0), torch.ones(1) * (size - 1))
-    pixels = torch.arange(size, dtype=torch.float32)
-    return (1 - (pixels[None] - at[:, None]).abs()).clamp(min=0)
+    resized = F.interpolate(images.float(), (height, width), mode="bilinear", align_corners=False)
+    return (resized + 0.5).floor().clamp(0, 255)
 
 
 def inside(height: int, width: int, most_height: int, most_width: int) -> tuple[int, int]:
@@ -243,6 +258,7 @@ def best_of_classes(
         boxes (B, limit, 4), scores (B, limit) with 0 for no detection, and labels (B, limit).
     """
     regions, classes = scores.shape[1:]
+    limit = min(limit, regions * classes)
     boxes, scores = boxes.expand(-1, -1, classes, -1).transpose(1, 2), scores.transpose(1, 2)
     kept = _kept_scores(boxes.flatten(0, 1), scores.flatten(0, 1), iou_threshold, score_threshold, limit)
     top_scores, top = kept.reshape(-1, classes * regions).topk(limit, dim=1)
@@ -288,7 +304,7 @@ def _register() -> None:
 
 
 def _resized(images: Tensor, height: int, width: int) -> Tensor:
-    return resize_as_pillow(images, height, width).to(images.dtype)
+    return _by_products(images, height, width, "bilinear").to(images.dtype)
 
 
 def onnx_translations() -> dict:

@@ -205,7 +205,7 @@ def test_a_package_that_augmentations_need_is_named(shapes):
         raise ModuleNotFoundError("No module named 'shapely'", name="shapely")
 
     record = CocoAnnotations.open(shapes / "annotations/train.json")[0]
-    with pytest.raises(UserError, match=r"needs a package .*'shapely'; python3 -m pip install shapely"):
+    with pytest.raises(UserError, match=r"needs a package .*'shapely'. Fix: python3 -m pip install shapely"):
         MapperTransform(mapper, annotated=True)(b"", record)
 
 

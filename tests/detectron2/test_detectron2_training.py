@@ -232,7 +232,7 @@ WRONG = {
     r"MODEL.ROI_HEADS.NUM_CLASSES is 80, and the data has 3 categories": {
         "hyperparameters__config_overrides": {"MODEL.ROI_HEADS.NUM_CLASSES": 80}
     },
-    r"data set 'coco_2017_trian' is not registered; did you mean 'coco_2017_train'\? Or register it": {
+    r"data set 'coco_2017_trian' is not registered; did you mean 'coco_2017_train' or .* Or register it": {
         "data__train": None,
         "hyperparameters__config_overrides": {"DATASETS.TRAIN": ["coco_2017_trian"]},
     },

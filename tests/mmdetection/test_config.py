@@ -123,7 +123,7 @@ def test_delete_lists_and_none_in_overrides():
 WRONG = {
     "unknown key 'optimzer'; did you mean 'optimizer'?": {"optimzer.lr": 1},
     "unknown key 'optimizer.lrr'; did you mean 'lr'?": {"optimizer.lrr": 1},
-    "unknown key 'model.backbone.dept'; did you mean 'depth'?": {"model.backbone.dept": 18},
+    "unknown key 'model.backbone.dept'; did you mean 'depth' or 'depths'?": {"model.backbone.dept": 18},
     "unknown key 'model.test_cfg.rcnn.score_thrr'; did you mean 'score_thr'?": {"model.test_cfg.rcnn.score_thrr": 0.1},
     "unknown key 'lr_config.warmup_iter'; did you mean 'warmup_iters'?": {"lr_config.warmup_iter": 1},
     "unknown key 'optimizer_config.grad_clip.max_nrm'; did you mean 'max_norm'?": {
