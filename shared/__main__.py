@@ -15,7 +15,7 @@ _COMMANDS = {
     "check": (
         "shared.commands.check",
         "main",
-        "show what would stop a training in the data of an experiment config, without the detector",
+        "show what would stop training in the data of an experiment config, without the detector",
     ),
     "compare": (
         "shared.report.compare",

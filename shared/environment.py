@@ -125,7 +125,7 @@ _USERS_OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PA
 
 
 def keep_freed_memory() -> None:
-    """Makes GNU's C library keep the memory that a training on the CPU frees, for its next step.
+    """Makes GNU's C library keep the memory that training on the CPU frees, for its next step.
 
     By default it returns free memory at the end of its heap to the system, which is most of a step's memory. The next
     step then waits until the system has mapped and zeroed it again, 4 kB at a time. The peak stays the same.
@@ -220,7 +220,7 @@ def parse_signals(text: str) -> tuple[signal.Signals, ...]:
     """The signals of a list such as "TERM,USR1".
 
     Raises:
-        ValueError: a name is not one of a signal that may stop a training.
+        ValueError: a name is not one of a signal that may stop a run.
     """
     names = [name.strip().upper().removeprefix("SIG") for name in text.split(",") if name.strip()]
     for name in names:

@@ -196,7 +196,7 @@ def exit_on_errors() -> Iterator[None]:
     except (UserError, DivergedError) as error:
         _exit_with(error)
     except KeyboardInterrupt:
-        how = "to continue a training from its last checkpoint: --output-dir DIR --resume last"
+        how = "to continue a run from its last checkpoint: --output-dir DIR --resume last"
         print(f"stopped; {how}", file=sys.stderr)
         _exit_at_once(128 + signal.SIGINT)
 
@@ -331,7 +331,7 @@ def read_arguments() -> argparse.Namespace:
         )
         command.add_argument("--model", type=Path, metavar="FILE", help="an exported file, instead of a checkpoint")
     add_export_options(add("export", "Write a detector to a file for ONNX Runtime or others, and check it on data."))
-    add_check_options(add("check", "Show what would stop a training, and what is odd in its data."))
+    add_check_options(add("check", "Show what would stop training, and what is odd in its data."))
     return parser.parse_args()
 
 

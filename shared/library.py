@@ -93,7 +93,7 @@ class KeptByShape:
         return type(self), (self.function, self.count)
 
     def __call__(self, *arguments: Any, **named: Any) -> list[Any]:
-        # a tensor of inference mode is of no use to a training, and a program that is traced needs the operations
+        # a tensor of inference mode is of no use to training, and a program that is traced needs the operations
         if torch.is_inference_mode_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling():
             return self.function(*arguments, **named)
         key = _key((arguments, tuple(sorted(named.items()))))

@@ -140,7 +140,7 @@ def measure_batch_statistics(model: nn.Module, batches: Iterable[list[dict[str, 
 
 
 def apply_backend_options(config: Detectron2Config, for_training: bool) -> None:
-    """`CUDNN_BENCHMARK` of a training and `FLOAT32_PRECISION`, which are of the whole process, as Detectron2 does.
+    """`CUDNN_BENCHMARK` of training and `FLOAT32_PRECISION`, which are of the whole process, as Detectron2 does.
 
     Raises:
         UserError: the precision is not one of PyTorch's.

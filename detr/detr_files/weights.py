@@ -1,4 +1,4 @@
-"""The weights that a training starts from, with a class head for the categories of the data."""
+"""The weights that training starts from, with a class head for the categories of the data."""
 
 from __future__ import annotations
 

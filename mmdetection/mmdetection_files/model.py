@@ -252,7 +252,7 @@ def losses_of_step(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def as_after_epoch(model: nn.Module, epoch: int, mode_switch: tuple[int, Sequence[str]] | None) -> None:
-    """Sets what the losses of a training follow from beside the weights: the epoch, counted from 0, also of a model
+    """Sets what the training losses follow from besides the weights: the epoch, counted from 0, also of a model
     that is averaged and not trained itself; and the size that a YOLOX detects at, not the random one of the next
     batches."""
     if hasattr(model, "set_epoch"):
@@ -360,7 +360,7 @@ class _Renamed(OrderedDict):
 
 
 def load_start(model: nn.Module, start: StartWeights, for_training: bool) -> None:
-    """Loads weights, through the modules' own renaming of what older versions called otherwise. In a training those of
+    """Loads weights, through the modules' own renaming of what older versions called otherwise. In training those of
     another shape (a head for other classes) and those that are missing start anew, said in one line.
 
     Raises:
@@ -403,7 +403,7 @@ def _refuse_random(
             f"{start.key}: {name} has the shape {tuple(weights[name].shape)} in {start.source}, and "
             f"{tuple(own[name].shape)} in this model. Fix: {instead}"
         )
-    # buffers that older versions did not have are constants; a teacher is asked in a training alone
+    # buffers that older versions did not have are constants; a teacher is asked in training alone
     of_model = {name for name, _ in model.named_parameters() if not name.startswith("teacher_model.")}
     if missing := [name for name in absent if name in of_model]:
         raise UserError(

@@ -1,4 +1,4 @@
-"""`check`: what would stop a training, before you pay for it.
+"""`check`: what would stop training, before you pay for it.
 
 `python3 model_def.py check` in a detector's folder starts the config's training, up to its first batch.
 `python3 -m shared check` checks the data alone, for any detector.
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """`python3 -m shared check`."""
     parser = argparse.ArgumentParser(
         prog="python3 -m shared check",
-        description="What would stop a training in the data of an experiment config. `python3 model_def.py check` in "
+        description="What would stop training in the data of an experiment config. `python3 model_def.py check` in "
         "the detector's folder also checks the detector.",
     )
     parser.add_argument("config", type=Path, help="the experiment config, such as const.yaml")
@@ -85,7 +85,7 @@ def check_with_detector(
 def _begin_training(
     trial_class: type[DetectionTrial], experiment: Experiment, images: int | None, draws: bool
 ) -> tuple[Report, dict[str, SplitData], list[Drawn]]:
-    """Builds a training's trial, and makes samples of some of its images.
+    """Builds the trial as `train` does, and makes samples of some of its images.
 
     Args:
         images: how many to read of each split; None for all.
@@ -132,7 +132,7 @@ def _begin_training(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the lines of a training's start, and without the warnings that the report repeats."""
+    """Without the lines of a run's start, and without the warnings that the report repeats."""
     levels = {None: logging.WARNING, "shared.data.open": logging.ERROR, "shared.training.detector": logging.ERROR}
     before = {name: logging.getLogger(name).level for name in levels}
     for name, level in levels.items():

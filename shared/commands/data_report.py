@@ -1,4 +1,4 @@
-"""The contents of a data set, and the problems that would stop a training on it.
+"""The contents of a data set, and the problems that would stop training on it.
 
 It shows the counts, tables and remarks of `check`.
 """
@@ -40,7 +40,7 @@ class Report:
     """The contents of the data.
 
     Attributes:
-        stops: what would stop a training.
+        stops: what would stop training.
         remarks: what to look at.
         rows: name, value for train, value for val.
         categories: name, boxes in train, boxes in val.
@@ -52,7 +52,7 @@ class Report:
     categories: list[list[Any]] = field(default_factory=list)
 
     def stop(self, error: Exception) -> None:
-        """Adds what would stop a training, unless it is there already."""
+        """Adds what would stop training, unless it is there already."""
         message = " ".join(str(error).split()) or type(error).__name__
         message = message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"
         if not any(message in stop or stop in message for stop in self.stops):
@@ -80,7 +80,7 @@ def open_named(data: DataConfig, report: Report) -> dict[str, SplitData]:
 
 
 def open_both(data: DataConfig, report: Report) -> dict[str, SplitData]:
-    """The splits that can be opened. The report gets what in all their annotations would stop a training."""
+    """The splits that can be opened. The report gets what in all their annotations would stop training."""
     for split in _SPLITS:
         if data.reads_files and getattr(data, split) is None:
             report.stop(UserError(f"data.{split} is missing. Fix: give its `annotations` and `images`"))
@@ -103,7 +103,7 @@ def describe(
     Args:
         scale: the size of boxes for the model; None for their size in the images.
         images: how many to read of each split; None for all.
-        skip: whether a training skips bad images.
+        skip: whether training skips bad images.
     """
     for split, of in opened.items():
         report.remarks += [f"data.{split}: {note}" for note in notes_on(of.annotations, split)]
@@ -144,7 +144,7 @@ def _describe(where: str, annotations: CocoAnnotations, scale: InputScale | None
     flat = annotations.without_area
     outside = (right <= 0) | (bottom <= 0) | (left >= widths) | (top >= heights)
     over_the_edge = (left < -1) | (top < -1) | (right > widths + 1) | (bottom > heights + 1)
-    remark(flat, "without width or height, which a training omits")
+    remark(flat, "without width or height, which training omits")
     remark(~flat & outside, "outside of the image")
     remark(~flat & over_the_edge, "over the edge of the image by more than a pixel")
     remark(under_a_pixel(annotations), "less than a pixel wide or high")

@@ -61,7 +61,7 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
     with local_processes() as processes, contextlib.ExitStack() as stack:
         distributed = processes[0]
         experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments, distributed)
-        if distributed.rank == 0:  # not in data.cache_dir: a training reads its images again, a prediction does not
+        if distributed.rank == 0:  # not in data.cache_dir: training reads its images again, prediction does not
             copies = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="predict-")))
 
         def limits_of(categories: Sequence[dict], exported: FileDetector | None = None) -> ScoreLimits:

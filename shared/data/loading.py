@@ -35,7 +35,7 @@ class Batch:
         images: the detector's images, usually (B, 3, H, W).
         targets: the detector's targets.
         image_ids: B of COCO's image ids, kept on the host.
-        skipped: ids of images that cannot be read. A training replaces them, and a detection omits them.
+        skipped: ids of images that cannot be read. Training replaces them, and detection omits them.
         for_loss: in a validation with losses, the images whose losses are computed, in a batch of one each.
     """
 
@@ -275,7 +275,7 @@ class TrainingBatchSampler(Sampler):
         return index + copy * len(images)
 
 
-@functools.cache  # a training makes several samplers
+@functools.cache  # a run makes several samplers
 def _warn_of_small_data(global_batch_size: int, images: int) -> None:
     logger.warning(
         "hyperparameters.global_batch_size: %d is more than the %d training images; each batch has images several "

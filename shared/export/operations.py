@@ -59,7 +59,7 @@ def check_rules(parts: Sequence[Any], rules: Mapping[type, Sequence[str]], key: 
         kind = next((kind for kind in rules if isinstance(part, kind)), None)
         if kind is None or any(getattr(type(part), name) is not getattr(kind, name) for name in rules[kind]):
             name = type(parts[0] if part is None else part).__name__
-            raise UserError(f"{key}: {name} cannot be exported: it finds boxes or masks by a rule of its own. {fix}")
+            raise UserError(f"{key}: {name} cannot be exported: it uses its own box or mask decoding. {fix}")
 
 
 def as_list(modules: nn.Module | nn.ModuleList) -> list[nn.Module]:

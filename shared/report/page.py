@@ -109,7 +109,7 @@ def parse_page_options(parser: argparse.ArgumentParser, output: str, arguments: 
 
 
 def open_pictures(images: ImageStorage | str | os.PathLike | None, annotations: CocoAnnotations) -> ImageStorage | None:
-    """The source of a page's pictures. A folder is checked as the data of a training is.
+    """The source of a page's pictures. A folder is checked as training data is.
 
     Raises:
         UserError: an image's name leads out of the folder, or the folder holds a link out of it.

@@ -37,7 +37,7 @@ from shared.report.page import (
 )
 from shared.report.plots import figures_of, svg_of
 
-if TYPE_CHECKING:  # importing it takes half a second, and a training needs no figure to start
+if TYPE_CHECKING:  # importing it takes half a second, and a run needs no figure to start
     from matplotlib.figure import Figure
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from shared.environment import without_launcher
 from shared.training.run_folder import RunFolder
 
-WHOLE = 10**6  # the length of a training: validations are counted in millionths, the same for batches and epochs
+WHOLE = 10**6  # the length of a run: validations are counted in millionths, the same for batches and epochs
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 

@@ -222,7 +222,7 @@ class Detector(PyTorchTrial):
         return TrainingBatchSampler(self.training_groups(), *of_slot, first, self.repeats, others)
 
     def trained_images(self, annotations: CocoAnnotations) -> np.ndarray:
-        """(images,) whether a training on these annotations uses the image."""
+        """(images,) whether training on these annotations uses the image."""
         return np.ones(len(annotations), dtype=bool)
 
     def prepare(self, batch: Batch, number: int | None) -> Batch:
@@ -338,7 +338,7 @@ class Detector(PyTorchTrial):
         """Continues from what `own_state` gave."""
         restore_python_state(self.plain_model, state)
 
-    # --- hooks: moments of a training ---------------------------------------------------------------------
+    # --- hooks: moments of a run --------------------------------------------------------------------------
 
     def begin_training(self, folder: Path) -> None:
         """Before the first batch of this start. `folder` takes what a library writes."""

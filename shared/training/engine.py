@@ -58,7 +58,7 @@ def train(
 
 
 class _Training:
-    """One start of a training, on one rank."""
+    """One start of a run, on one rank."""
 
     def __init__(self, trial: DetectionTrial, run: Run, draw: DrawFigures):
         self.trial, self.run, self.draw = trial, run, draw
@@ -121,7 +121,7 @@ class _Training:
 
     @contextlib.contextmanager
     def _naming_last_checkpoint(self) -> Iterator[None]:
-        """An error of a training that diverged names its last checkpoint, if there is one."""
+        """An error of a run that diverged names its last checkpoint, if there is one."""
         try:
             yield
         except DivergedError as error:

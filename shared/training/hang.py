@@ -1,4 +1,4 @@
-"""Ends a training in which no rank makes progress, and names the rank that the others wait for, and its machine.
+"""Ends a run in which no rank makes progress, and names the rank that the others wait for, and its machine.
 
 Each rank marks how far it is. A thread counts its ticks since the last mark and exchanges them with the other ranks. If
 all ranks are quiet for too long, each writes its stacks, the first one writes the error, and the processes exit.

@@ -240,7 +240,7 @@ class Loggers:
         self._warned: set[str] = set()
 
     def open(self, names: Iterable[str], config: dict[str, Any], folder: RunFolder, resumes: bool) -> None:
-        """Begins a run in each, or continues the one that the folder names. A training that resumes omits a logger that
+        """Begins a run in each, or continues the one that the folder names. A run that resumes omits a logger that
         cannot be opened.
 
         Raises:

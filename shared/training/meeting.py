@@ -250,7 +250,7 @@ def local_processes(
     """The processes that a launcher started, or this one alone; and this one's device.
 
     Args:
-        hang_minutes: a training's; None without a watch over hangs.
+        hang_minutes: a run's; None without a watch over hangs.
         gpus_given: GPUs that a cluster reserved for the processes of this machine.
 
     Raises:
@@ -401,7 +401,7 @@ def lost_connection_as_error(rank: int, names: Mapping[str, str]) -> Iterator[No
             other = f"a process on {names[found[1]]}"
         raise UserError(
             f"rank {rank}: the connection to {other} is lost, because it ended or its machine did. Fix: look at its "
-            "own output, then start the command again; a training continues with --resume auto"
+            "own output, then start the command again; a run continues with --resume auto"
         ) from error
 
 

@@ -142,7 +142,7 @@ SECONDS_BETWEEN_UPLOADS = 1.1  # Determined uploads TensorBoard's files once a s
 
 
 class Run:
-    """Takes a training's reports and checkpoints. Only the chief calls a method, unless it says "on every rank"."""
+    """Takes a run's reports and checkpoints. Only the chief calls a method, unless it says "on every rank"."""
 
     trial_id: int = 0  # of the cluster's trial. A checkpoint of another trial starts a new count of batches
     signals: StopSignals | None = None  # those that stop the training after a batch

@@ -1,4 +1,4 @@
-"""When a training reports, validates and saves; and when it stops, after the same batch on every rank.
+"""When a run reports, validates and saves; and when it stops, after the same batch on every rank.
 
 A signal (off a cluster), the searcher or a pause (on a cluster) stops it; it can continue. If the config ends it, it is
 complete. `Outcome` is the one value that says what happened. Forked processes and loader workers get the signals too.
@@ -46,7 +46,7 @@ class StoppedBeforeTraining(SystemExit):
 
 
 class StopSignals:
-    """Notes the signals that stop a training, for the time of a block. A second Ctrl-C stops the process at once.
+    """Notes the signals that stop a run, for the time of a block. A second Ctrl-C stops the process at once.
 
     Args:
         numbers: the signals besides Ctrl-C.
@@ -211,7 +211,7 @@ def periods_of(
 
 
 class End(enum.Enum):
-    """Why a training trained no further batch."""
+    """Why a run trained no further batch."""
 
     COMPLETE = "has its whole length"
     ENDED = "the config ended it before its length"
@@ -221,7 +221,7 @@ class End(enum.Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where and why a training stopped."""
+    """Where and why a run stopped."""
 
     end: End
     batches: int
@@ -349,7 +349,7 @@ class Stopping:
     place beside the next batches, and the next meeting applies its result. So no step waits for it.
 
     Args:
-        aggregation_frequency: batches per optimizer step; a training stops after whole steps only.
+        aggregation_frequency: batches per optimizer step; a run stops after whole steps only.
         asked_elsewhere: the chief calls it at each boundary: did the searcher stop the trial?
         total: batches of the whole length, at which nothing ends early.
         signals: those that stop the training; None on a cluster, which sends none.

@@ -179,7 +179,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
-    """The progress bar of a training, or of other work in steps from `first` to `total`. Without a terminal, lines."""
+    """The progress bar of a run, or of other work in steps from `first` to `total`. Without a terminal, lines."""
 
     def __init__(self, first: int, total: int, unit: str = "batch"):
         self.first, self.total, self.unit = first, total, unit

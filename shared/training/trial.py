@@ -137,7 +137,7 @@ class DetectionTrial(Detector):
             self.categories = self.known_categories()
 
     def build(self) -> None:
-        """Builds the model; for a training also what trains and validates it. The data is open."""
+        """Builds the model; for training also what trains and validates it. The data is open."""
         if self.for_training:
             self._read_periods()
             self.class_weights  # noqa: B018 what it refuses, before the model is built

@@ -55,7 +55,7 @@ class Validation:
         return cls(batches, metrics, category_ap, pictured)
 
     def for_master(self, metric: SearcherMetric) -> dict[str, float]:
-        """The numbers that steer a training: the master draws a chart for each name. None is undefined, because one
+        """The numbers that steer a run: the master draws a chart for each name. None is undefined, because one
         undefined searcher metric puts an adaptive search, with all its trials, into ERROR."""
         kept = {
             name: value
@@ -162,7 +162,7 @@ def check_losses(samples: Iterator[Any], compute: Callable[[Any], object]) -> No
         compute(sample)
     except UserError:
         raise
-    except Exception as error:  # a library's losses may need anything that a training has
+    except Exception as error:  # a library's losses may need anything that training has
         raise UserError(
             "hyperparameters.validation_loss: the losses of this model cannot be computed on the validation images "
             f"({type(error).__name__}: {error}). Fix: omit it"

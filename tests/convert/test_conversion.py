@@ -225,7 +225,7 @@ def test_several_folders_with_a_format_are_named(tmp_path):
 
 def test_a_source_without_a_val_split_says_how_to_make_one(tmp_path, capsys):
     main([str(pets(tmp_path / "in", ("train", "test"))), str(tmp_path / "pets.json")])
-    assert "a training also needs data.val: `--val 0.2` makes it" in capsys.readouterr().out
+    assert "training also needs data.val: `--val 0.2` makes it" in capsys.readouterr().out
 
 
 def test_an_image_in_two_splits_is_reported(tmp_path):

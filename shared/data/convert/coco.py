@@ -1,4 +1,4 @@
-"""COCO files that a training refuses: a folder per split, or names and numbers of other programs."""
+"""COCO files that training refuses: a folder per split, or names and numbers of other programs."""
 
 from __future__ import annotations
 

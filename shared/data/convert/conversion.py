@@ -233,14 +233,14 @@ def _with_val(splits: dict[str, Split], share: float, source: Path) -> dict[str,
 
 
 def as_config(written: Sequence[Written]) -> str:
-    """The lines for an experiment config, and what a training needs besides."""
+    """The lines for an experiment config, and what training also needs."""
     lines = ["data:"]
     for one in written:
         images = one.part.folder.absolute() if one.part.folder else "FOLDER OF THE IMAGES"
         lines.append(f"  {one.split or 'train'}: {{annotations: {one.path.absolute()}, images: {images}}}")
     splits = {one.split or "train" for one in written}
     if "train" in splits and "val" not in splits:
-        lines += ["", "a training also needs data.val: `--val 0.2` makes it of a fifth of the images"]
+        lines += ["", "training also needs data.val: `--val 0.2` makes it from a fifth of the images"]
     return "\n".join(lines)
 
 
@@ -281,7 +281,7 @@ def to_coco(contents: Contents, source: Path) -> dict[str, dict[str, list]]:
 
     Raises:
         UserError: two images of a split have one name, a name leads out of the images' folder, or a number is not one
-            that a training accepts.
+            that training accepts.
     """
     categories = contents.categories or [{"name": name} for name in names_in_use(contents.splits.values())]
     categories = [{"id": number, **category} for number, category in enumerate(categories, 1)]
@@ -307,7 +307,7 @@ def _of_split(part: Split, categories: list[dict], ids: dict[str, int], source: 
             plain["category_id"] = ids[row["category"]]
             plain |= {key: value for key, value in row.items() if key != "category"}
             coco["annotations"].append(plain)
-    # a training would refuse these later
+    # training would refuse these later
     refuse_names_outside(CocoAnnotations.from_dict(coco), str(source))
     return coco
 

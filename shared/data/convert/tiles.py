@@ -138,5 +138,5 @@ def _clipped_polygon(points: np.ndarray, tile: Box) -> np.ndarray:
 
 
 TILES = Format(
-    "a COCO file and its large images, cut into tiles for a training; see --tiles and --overlap", recognise, read
+    "a COCO file and its large images, cut into tiles for training; see --tiles and --overlap", recognise, read
 )
