@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python docs/export_matrix.py --only 'EfficientDet|YOLOX' --formats onnx openvino
 
-The weights are random. What the checkpoint is surest of on ten images counts as ground truth. So its mAP is 1, and that
-of a file shows what differs. Results are kept in docs/export_matrix.json: a run replaces those that it measures.
+The weights are random. The checkpoint's most confident detections on ten images serve as ground truth. So its mAP is 1,
+and that of a file shows what differs. Results are kept in docs/export_matrix.json: a run replaces those that it measures.
 """
 
 import argparse
@@ -191,7 +191,7 @@ def _reason(error: Exception) -> str:
 
 
 def own_truth(trial_class: type, config: dict, folder: Path) -> str:
-    """Annotations that are the detector's surest detections. Raises UserError if the detector cannot be exported."""
+    """The detector's most confident detections, as annotations. Raises UserError if the detector cannot be exported."""
     from shared.commands.detection import detect_all, detecting_trial
     from shared.config.experiment import read_experiment
     from shared.evaluation.detections import to_coco_results

@@ -161,7 +161,7 @@ def tracker(rate: float, least_score: float) -> Callable[[Detections], Detection
 
     Args:
         rate: frames per second.
-        least_score: a detection of this score begins a track; a less sure one may continue it.
+        least_score: a detection of this score begins a track; one with a lower score may continue it.
 
     Raises:
         UserError: the package trackers is not installed.

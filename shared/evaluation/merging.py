@@ -1,9 +1,9 @@
 """The detections of an image's tiles as those of the image.
 
 1. A tile's edge cuts objects. A detection at such an edge is dropped if another tile shows all of it.
-2. The detector's own rule drops the less sure of two detections of a category that overlap more than it allows. Here a
-   detection that an edge may cut is half as sure as its score.
-3. A detection that an edge may cut is dropped if most of it lies in a surer one of its category.
+2. The detector's own rule drops the lower-scoring of two detections of a category that overlap more than it allows.
+   Here a detection that an edge may cut counts with half its score.
+3. A detection that an edge may cut is dropped if most of it lies in a higher-scoring one of its category.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Metadata:
     checkpoint: the SHA-256 of the checkpoint's weights; None for pretrained weights.
     batches: that the checkpoint was trained for.
     versions: the packages that wrote the file.
-    max_iou: the IoU above which the detector drops the less sure of two detections of a category.
+    max_iou: the IoU above which the detector drops the lower-scoring of two detections of a category.
     decoding: a raw file's, see `Decoding`; None if the file finds detections itself.
     """
 

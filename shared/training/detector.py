@@ -97,7 +97,7 @@ class Detector(PyTorchTrial):
     batches_of_one_size: bool = False
     """Whether all images of a batch to detect on must have one size."""
     max_iou: float = 0.5
-    """The IoU above which the detector drops the less sure of two detections of a category."""
+    """The IoU above which the detector drops the lower-scoring of two detections of a category."""
     fp16_key: str = "hyperparameters.amp"
     """Where fp16 is switched on; like the next two, for error messages."""
     optimizer_key: str = "hyperparameters.opt"
