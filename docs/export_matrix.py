@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 .venv/bin/python docs/export_matrix.py --only 'EfficientDet|YOLOX' --formats onnx openvino
 
 The weights are random. The checkpoint's most confident detections on ten images serve as ground truth. So its mAP is 1,
-and that of a file shows what differs. Results are kept in docs/export_matrix.json: a run replaces those that it measures.
+and that of a file shows what differs. Results are in docs/export_matrix.json. A run replaces those that it measures.
 """
 
 import argparse
