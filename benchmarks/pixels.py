@@ -198,7 +198,7 @@ def pixels(
     turns: ratios
     images: per ratio
     compared: images whose pixels are compared
-    labeler: where EfficientDet's anchors are labelled: device or loader
+    labeler: where EfficientDet's anchors are labeled: device or loader
     """
     logging.getLogger("determined").setLevel(logging.ERROR)
     if not detector:

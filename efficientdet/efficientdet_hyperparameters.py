@@ -86,7 +86,7 @@ class EfficientDetHyperparameters(TrainingHyperparameters):
         None, "how to resize validation images; default: the model's", upstream="--interpolation"
     )
     fill_color: str | int = key(
-        "mean", "the color around the image: `mean`, or a grey level from 0 to 255", upstream="--fill-color"
+        "mean", "the color around the image: `mean`, or a gray level from 0 to 255", upstream="--fill-color"
     )
     random_erasing: float = key(0.0, "the probability of erasing rectangles of an image", upstream="--reprob")
     random_erasing_mode: Literal["const", "rand", "pixel"] = key(

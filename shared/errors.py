@@ -70,7 +70,9 @@ def nearest_path(path: str) -> str:
     name = missing.absolute().relative_to(folder).parts[0]
     others = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
     alike = [other for other in others if same_on_any_disk(other) == same_on_any_disk(name)]
-    alike += difflib.get_close_matches(name, sorted(others), n=1, cutoff=0.6)
+    # the endings do not count: cells.yaml and const.yaml are not alike
+    near = [other for other in sorted(others) if difflib.get_close_matches(Path(name).stem, [Path(other).stem])]
+    alike += difflib.get_close_matches(name, near, n=1, cutoff=0)
     deeper = sorted(str(found) for found in folder.glob(f"*/{glob.escape(name)}"))
     if alike or deeper:
         return f"did you mean {folder / alike[0] if alike else deeper[0]}?"

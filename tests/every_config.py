@@ -2,7 +2,7 @@
 
 If both sides succeed, the results must be bit-for-bit equal: the config, names and shapes of parameters, the
 optimizer's groups, the learning rates of the whole training, and the first sample of each pipeline. No weights are
-downloaded, and layers are not initialised, which would take nine tenths of the time.
+downloaded, and layers are not initialized, which would take nine tenths of the time.
 """
 
 import contextlib
@@ -133,7 +133,7 @@ def difference(one: Any, other: Any, where: str = "") -> str | None:
 
 @contextlib.contextmanager
 def without_initial_values() -> Iterator[None]:
-    """Skips the initialisation of layers."""
+    """Skips the initialization of layers."""
     drawing = {name: f for name, f in vars(torch.nn.init).items() if name.endswith("_") and name[0] != "_"}
     for name in drawing:
         setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)

@@ -94,6 +94,10 @@ def test_an_error_about_a_path_suggests_a_similar_one(looked, shapes, tmp_path):
     assert f"{shapes} has no zzz" in line_for(shapes / "zzz/val")
 
 
+def test_an_error_about_a_path_suggests_no_file_by_its_ending(looked, tmp_path):
+    assert f"cells.yaml does not exist; {tmp_path} has no cells.yaml. Fix" in looked(config="cells.yaml")
+
+
 def test_paths_may_have_a_tilde_a_variable_or_be_beside_the_yaml_file(looked, shapes, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(shapes))
     monkeypatch.setenv("SHAPES", str(shapes))

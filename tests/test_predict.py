@@ -128,7 +128,7 @@ def test_a_folder_files_and_a_glob_together_each_image_once(predict, tmp_path, c
 
 
 def clip(path, levels=(0, 200), size=(64, 48)):
-    """A video of grey frames, as bytes."""
+    """A video of gray frames, as bytes."""
     cv2 = pytest.importorskip("cv2")
     path.parent.mkdir(parents=True, exist_ok=True)
     codec = cv2.VideoWriter_fourcc(*("mp4v" if path.suffix == ".mp4" else "MJPG"))

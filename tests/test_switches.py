@@ -322,7 +322,7 @@ def test_sync_bn_of_several_processes_without_gpus_is_refused(config, trial_clas
     if models := sys.modules.get("detectron2_files.model"):  # it needs torch's processes
         monkeypatch.setattr(models, "group_processes_of_machine", lambda count: None)
     trial = unbuilt(trial_class, config, slots=2, for_training=False, categories=[{"id": 1, "name": "circle"}])
-    with pytest.raises(UserError, match="sync_bn: PyTorch synchronises batch norm on GPUs only"):
+    with pytest.raises(UserError, match="sync_bn: PyTorch synchronizes batch norm on GPUs only"):
         trial.build()
 
 

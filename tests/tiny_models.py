@@ -24,7 +24,7 @@ KEYPOINT_NAMES = [
 
 
 def with_keypoints(coco: dict) -> dict:
-    """The same COCO annotations with 17 points around each box's center. Some are invisible or unlabelled; crowds and
+    """The same COCO annotations with 17 points around each box's center. Some are invisible or unlabeled; crowds and
     each seventh object have none."""
     annotations = []
     for annotation in coco["annotations"]:

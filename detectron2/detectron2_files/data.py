@@ -140,7 +140,7 @@ def _mapped(mapper: Callable[[dict], dict | None], dataset_dict: dict[str, Any],
 
 
 def to_dataset_dict(record: ImageRecord, annotated: bool = True) -> dict[str, Any]:
-    """A record in Detectron2's data set format, as `load_coco_json` makes it: keypoints on the pixels' centres, masks
+    """A record in Detectron2's data set format, as `load_coco_json` makes it: keypoints on the pixels' centers, masks
     without polygons that have no area, and no annotation that has no other."""
     dataset_dict: dict[str, Any] = {
         "file_name": record.file_name,

@@ -78,7 +78,7 @@ def to_detections(instances: Instances, image_id: int) -> Detections:
     instances = Instances(instances.image_size, **fields).to("cpu")
     if instances.has("pred_keypoints"):
         keypoints = np.array(instances.pred_keypoints)
-        keypoints[..., :2] -= 0.5  # COCO's whole numbers are the pixels' centres
+        keypoints[..., :2] -= 0.5  # COCO's whole numbers are the pixels' centers
     boxes = instances.pred_boxes
     if isinstance(boxes, RotatedBoxes):
         corners = _corners(boxes.tensor)

@@ -14,7 +14,7 @@ from detectron2.structures import BoxMode
 
 
 class RotatedMapper(DatasetMapper):
-    """Annotations with `bbox` as centre x, centre y, width, height, angle (degrees, counter-clockwise)."""
+    """Annotations with `bbox` as center x, center y, width, height, angle (degrees, counter-clockwise)."""
 
     def _transform_annotations(self, dataset_dict: dict[str, Any], transforms: T.TransformList, shape: tuple) -> None:
         annotations = []

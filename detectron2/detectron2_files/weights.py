@@ -141,7 +141,7 @@ def load_weights_into(model: nn.Module, source: str, key: str, class_counts: Map
 def _refuse_random_values(
     model: nn.Module, incompatible: _IncompatibleKeys, class_counts: Mapping[str, int], source: str, key: str
 ) -> None:
-    """Raises UserError where a parameter would detect with what it was initialised with."""
+    """Raises UserError where a parameter would detect with what it was initialized with."""
     advice = "use the config_file that they were trained with"
     for name, theirs, own in incompatible.incorrect_shapes:
         of_kind = [k for k in class_counts if ("sem_seg" in name) == ("sem_seg" in k.lower()) and _of_classes(name)]

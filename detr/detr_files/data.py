@@ -26,7 +26,7 @@ class DetrTransform:
     """The image processor, and a random flip. A sample is (pixels, labels, image id, size).
 
     pixels are (3, h, w) float32. labels have `class_labels` (N,) int64 and `boxes` (N, 4) float32: x and y of the
-    centre, width and height, from 0 to 1 of the image without padding. With masks, they also have `masks` (N, h, w)
+    center, width and height, from 0 to 1 of the image without padding. With masks, they also have `masks` (N, h, w)
     bool. size is the image's own (height, width).
 
     Attributes:

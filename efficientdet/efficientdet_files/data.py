@@ -26,7 +26,7 @@ Sample = tuple[np.ndarray, dict[str, Any], int]
 
 
 def input_config(hparams: EfficientDetHyperparameters, config: Any) -> dict[str, Any]:
-    """effdet's input size, interpolation, mean, std and fill colour, of the model and the hyperparameters."""
+    """effdet's input size, interpolation, mean, std and fill color, of the model and the hyperparameters."""
     given = {"interpolation": hparams.interpolation, "fill_color": hparams.fill_color}
     inputs = resolve_input_config(given, model_config=config)
     inputs["fill_color"] = resolve_fill_color(inputs["fill_color"], inputs["mean"])
@@ -104,7 +104,7 @@ class EfficientDetTransform:
         return fast_images.resize_visible(pixels, plan.scaled, plan.box, plan.resample).transpose(2, 0, 1)
 
     def _filled(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
-        """An input with the three (h, w) planes at its upper left, and the rest in the fill colour."""
+        """An input with the three (h, w) planes at its upper left, and the rest in the fill color."""
         height, width = pixels[0].shape
         filled = np.empty((3, *self.size), dtype=np.uint8)
         for plane, of_image, color in zip(filled, pixels, self.fill_color, strict=True):

@@ -32,7 +32,7 @@ from shared.training.checkpoints import read_weights, without_ddp
 
 logger = logging.getLogger(__name__)
 
-for _library in ("mmcv", "mmdet"):  # a line for each layer that is initialised
+for _library in ("mmcv", "mmdet"):  # a line for each layer that is initialized
     logging.getLogger(_library).setLevel(logging.WARNING)
 _quiet = logging.getLogger(f"{__name__}.mmcv")  # mmcv's line about weights that do not fit, which ours replaces
 _quiet.setLevel(logging.CRITICAL + 1)
@@ -247,7 +247,7 @@ def losses_of_step(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         name: value.mean() if isinstance(value, torch.Tensor) else sum(part.mean() for part in value)
         for name, value in outputs.items()
     }
-    # as BaseDetector._parse_losses, which synchronises with the device once a loss
+    # as BaseDetector._parse_losses, which synchronizes with the device once a loss
     return {**means, "loss": sum(value for name, value in means.items() if "loss" in name)}
 
 

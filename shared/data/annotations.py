@@ -57,7 +57,7 @@ class ImageRecord:
         iscrowd: (N,) bool.
         file_boxes: (N, 4) float64, x y width height, as in the file.
         raw_segmentations: N of JSON text, empty if an annotation has none.
-        keypoints: (N, K, 3) float64, x y visibility (0 not labelled, 1 hidden, 2 visible), as in the file. Zeros if
+        keypoints: (N, K, 3) float64, x y visibility (0 not labeled, 1 hidden, 2 visible), as in the file. Zeros if
             an annotation has none; None if no annotation of the file has any.
     """
 

@@ -92,7 +92,7 @@ def unreadable(file_name: str, name: str, reason: object) -> BadImageError:
 def plain_bytes(data: bytes, size: tuple[int, int] | None = None) -> bytes:
     """The bytes themselves if all libraries decode them to the same pixels, else a PNG for which they do.
 
-    A PNG replaces grey of more than 8 bits, palettes, CMYK and animations (their first frame). It also replaces images
+    A PNG replaces gray of more than 8 bits, palettes, CMYK and animations (their first frame). It also replaces images
     that EXIF would rotate away from `size`.
 
     Args:
@@ -119,7 +119,7 @@ def plain_bytes(data: bytes, size: tuple[int, int] | None = None) -> bytes:
             if image.format in _ENDINGS and image.mode in ("RGB", "L") and still and not away:
                 ending = _ENDINGS[image.format]
                 if ending is None or not data.endswith(ending):
-                    image.load()  # OpenCV makes grey of missing parts
+                    image.load()  # OpenCV makes gray of missing parts
                 return data
             pixels = np.asarray(_to_rgb(image) if away else ImageOps.exif_transpose(_to_rgb(image)))
     buffer = io.BytesIO()
@@ -128,7 +128,7 @@ def plain_bytes(data: bytes, size: tuple[int, int] | None = None) -> bytes:
 
 
 def value_range(images: ImageStorage, file_name: str) -> tuple[str, float, float] | None:
-    """The mode, the lowest and the highest value of a grey image with more than 8 bits. None for other images and those
+    """The mode, the lowest and the highest value of a gray image with more than 8 bits. None for other images and those
     that cannot be read."""
     if not file_name.lower().endswith(_SIXTEEN_BITS):
         return None

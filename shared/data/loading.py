@@ -102,7 +102,7 @@ class PrefetchLoader:
 
     Attributes:
         loader: yields `Batch` on the host. Copies are asynchronous only from pinned memory.
-        prepare: the detector's work on a batch on the device, normalisation for example. It takes the batch and its
+        prepare: the detector's work on a batch on the device, normalization for example. It takes the batch and its
             number, counted from `first_batch`, and runs in the thread that trains.
         waiting: seconds spent waiting for the loader since it was last set to 0.
     """

@@ -31,7 +31,7 @@ SIZE = 128
 def draw_sample(seed: int, index: int, size: int = SIZE) -> tuple[Image.Image, list[dict]]:
     """One picture of size × size pixels and its annotations in COCO's format, without ids.
 
-    A shape has the pixels whose centres lie in its polygon; its box and its area are of those pixels. Every sixteenth
+    A shape has the pixels whose centers lie in its polygon; its box and its area are of those pixels. Every sixteenth
     picture has a crowd: a heap of small shapes with one RLE mask and `iscrowd` 1.
     """
     draws = random.Random(f"{seed}/{index}")
@@ -133,7 +133,7 @@ def _shape(
 
 
 def _inside(polygon: list[tuple[float, float]], size: int) -> np.ndarray:
-    """(size, size) bool: the pixels whose centres lie in a convex polygon, given clockwise."""
+    """(size, size) bool: the pixels whose centers lie in a convex polygon, given clockwise."""
     inside = np.zeros((size, size), dtype=bool)
     left, top = (max(math.floor(min(values)), 0) for values in zip(*polygon, strict=True))
     right, bottom = (math.ceil(max(values)) for values in zip(*polygon, strict=True))

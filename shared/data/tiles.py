@@ -190,7 +190,7 @@ _REDUCED_ROWS = 64  # of a reduced image that are read at once
 
 
 class Windows:
-    """An opened TIFF file of 8-bit RGB or grey pixels.
+    """An opened TIFF file of 8-bit RGB or gray pixels.
 
     Attributes:
         size: (width, height).

@@ -34,7 +34,7 @@ class Detections:
         scores: (M,) float32, higher is surer.
         labels: (M,) int64, 0 to K-1 in the order of category ids.
         masks: M of COCO's RLE dicts ({"size": [height, width], "counts": …}), or None.
-        keypoints: (M, K, 3) float32, x y score as COCO has them (whole numbers are the pixels' centres), or None.
+        keypoints: (M, K, 3) float32, x y score as COCO has them (whole numbers are the pixels' centers), or None.
         sizes: (M, 2) float64, width and height as a file has them, or None. With sizes, all numbers are float64: an IoU
             that lies on a threshold must not be rounded.
         track_ids: (M,) int64: the same number for the same object in a video's frames, -1 without; or None.

@@ -75,7 +75,7 @@ def _boxes_in_image(tile: Tile, detections: Detections, size: tuple[int, int]) -
 
 
 def _points_in_image(tile: Tile, points: np.ndarray) -> np.ndarray:
-    """(K, 3): whole numbers are the centres of pixels."""
+    """(K, 3): whole numbers are the centers of pixels."""
     moved = points.copy()
     moved[:, :2] = (points[:, :2] + 0.5) * tile.factor - 0.5 + tile.box[:2]
     return moved

@@ -127,7 +127,7 @@ class Detector(PyTorchTrial):
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        """Scalars on the device; "loss" is the one to minimise. `model` is in DDP if there are several slots."""
+        """Scalars on the device; "loss" is the one to minimize. `model` is in DDP if there are several slots."""
 
     @abstractmethod
     def detect(self, model: nn.Module, batch: Batch) -> list[Detections]:

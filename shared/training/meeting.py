@@ -53,7 +53,7 @@ class Arrival(NamedTuple):
     Attributes:
         host: the name of its machine, for messages.
         machine: equal for two ranks on one machine.
-        address: the machine's own, towards rank 0.
+        address: the machine's own, toward rank 0.
         chief: the address that MASTER_ADDR has there.
         token: new for each process.
     """
@@ -194,7 +194,7 @@ def _address_of(host: str) -> str:
 
 
 def own_address(other: str) -> str:
-    """The address that this machine has towards another one; empty if it cannot reach it."""
+    """The address that this machine has toward another one; empty if it cannot reach it."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((other, 9))  # sends nothing
         return probe.getsockname()[0]

@@ -87,7 +87,7 @@ class FiniteCheck:
 
     def raise_if_undefined(self) -> None:
         checked = [tensor for key, tensor in self._tensors() if key not in self._never_finite]
-        # the largest of each: one number per tensor, and one synchronisation in all
+        # the largest of each: one number per tensor, and one synchronization in all
         if not torch.stack([tensor.abs().max().float() for tensor in checked]).isfinite().all():
             raise DivergedError(
                 "the weights, their averages or the running statistics are not finite, and were not saved. Fix: lower "

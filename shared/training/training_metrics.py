@@ -1,4 +1,4 @@
-"""Loss and speed since the last report, summed on the device: one synchronisation per report, none per step."""
+"""Loss and speed since the last report, summed on the device: one synchronization per report, none per step."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ class DetectionTrial(Detector):
             switches.train_depthwise_in_float32(model)
         if hparams.sync_bn and self.slots > 1:
             if device.type != "cuda":
-                raise UserError("hyperparameters.sync_bn: PyTorch synchronises batch norm on GPUs only. Fix: false")
+                raise UserError("hyperparameters.sync_bn: PyTorch synchronizes batch norm on GPUs only. Fix: false")
             model = self.with_sync_bn(model)
         if hparams.freeze and self.for_training:
             self.frozen = switches.freeze(self.detector(model), hparams.freeze)

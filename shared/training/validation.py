@@ -105,7 +105,7 @@ def giving_losses(
     model: nn.Module, attributes: Mapping[str, Sequence[str]], state: Mapping[str, Any] | None = None
 ) -> Iterator[None]:
     """For the losses of one image: the model in training mode, in which the libraries' models give losses, in one
-    process. Normalisation and dropout stay in evaluation mode. Afterwards all that its modules keep (modes, buffers,
+    process. Normalization and dropout stay in evaluation mode. Afterwards all that its modules keep (modes, buffers,
     plain attributes) is as before, and so are the random generators.
 
     Args:
@@ -138,7 +138,7 @@ def giving_losses(
 
 
 def _is_at_rest(module: nn.Module) -> bool:
-    """Whether a module differs between evaluation and training: normalisation, dropout, random paths. PyTorch, timm,
+    """Whether a module differs between evaluation and training: normalization, dropout, random paths. PyTorch, timm,
     mmcv and Detectron2 have classes of their own for each."""
     name, parts = type(module).__name__.lower(), ("norm", "drop", "stochasticdepth", "rrelu")
     return isinstance(module, nn.MultiheadAttention) or any(part in name for part in parts)

@@ -124,7 +124,7 @@ def test_an_ambiguous_source_is_an_error_that_names_both_formats(tmp_path):
 def test_an_error_about_an_unknown_format_counts_the_source_s_files(tmp_path):
     write(tmp_path / "in/notes.docx", "")
     draw(tmp_path / "in/a.png")
-    with pytest.raises(UserError, match=r"is no format that is recognised; there is 1 \.docx, 1 \.png\. Fix: "):
+    with pytest.raises(UserError, match=r"is no format that is recognized; there is 1 \.docx, 1 \.png\. Fix: "):
         converted(None, tmp_path / "in", tmp_path / "o.json")
 
 

@@ -80,7 +80,7 @@ def config_of(shapes, config_file, **overrides):
 @pytest.fixture
 def without_script(monkeypatch):
     """Both sides compute RetinaNet's focal loss with the library's Python function. The compiled one rounds to float32,
-    and PyTorch optimises it after its first call, which changes its gradient by 2e-6."""
+    and PyTorch optimizes it after its first call, which changes its gradient by 2e-6."""
     monkeypatch.setattr(retinanet, "sigmoid_focal_loss_jit", sigmoid_focal_loss)
 
 

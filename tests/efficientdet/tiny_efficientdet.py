@@ -36,7 +36,7 @@ def trial_class() -> type:
 
 SMALL_RATE = {"lr": 0.0002}
 FROZEN = "backbone.blocks"
-BYTES_OF_AN_IMAGE = (1_965_000, 787_000)  # uint8 and the labelled anchors, 512 x 512
+BYTES_OF_AN_IMAGE = (1_965_000, 787_000)  # uint8 and the labeled anchors, 512 x 512
 SMALL_POINT = {
     "backbone": "mobilenetv3_small_050",
     "model_config": {"fpn_channels": 16, "fpn_cell_repeats": 1},

@@ -28,7 +28,7 @@ main(Noting)
 
 @pytest.mark.slow
 def test_one_then_two_then_four_then_one_process_train_what_one_would(shapes, tmp_path):
-    # no batch statistics, and losses that the library normalises over all processes
+    # no batch statistics, and losses that the library normalizes over all processes
     config = mmdet_config(
         shapes,
         "fcos/fcos_r50_caffe_fpn_gn-head_1x_coco.py",

@@ -391,7 +391,7 @@ def test_carafe_has_the_derivatives_of_its_values(in_pytorch):
     assert torch.autograd.gradcheck(lambda *given: mmcv.ops.carafe(*given, 3, 2, 2), (image, mask))
 
 
-# Losses, attention, normalisation, overlaps
+# Losses, attention, normalization, overlaps
 
 
 def focal_inputs(dtype):

@@ -1,6 +1,6 @@
 """Intersection over union of rotated boxes.
 
-A rotated box is (centre x, centre y, width, height, angle): pixels, and degrees counter-clockwise as one sees the
+A rotated box is (center x, center y, width, height, angle): pixels, and degrees counter-clockwise as one sees the
 image, whose y grows downwards.
 """
 

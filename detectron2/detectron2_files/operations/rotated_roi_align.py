@@ -34,8 +34,8 @@ def roi_align_rotated_forward(
 
     Args:
         input: (B, C, H, W) features, of any floating type.
-        rois: (R, 6): an index into B, and a rotated box (centre x, centre y, width, height, degrees counter-clockwise)
-            in the image's pixels, the first pixel's centre at 0.5.
+        rois: (R, 6): an index into B, and a rotated box (center x, center y, width, height, degrees counter-clockwise)
+            in the image's pixels, the first pixel's center at 0.5.
         spatial_scale: what makes the image's pixels the features'.
         sampling_ratio: samples along each side of a bin; 0 for one a pixel, ceil(side / pooled side).
 

@@ -43,7 +43,7 @@ def sync_bn_forward_output(
     momentum: Tensor | float,
     group_size: int,
 ) -> None:
-    """Writes the normalised input, the output and the deviations, and moves the running statistics."""
+    """Writes the normalized input, the output and the deviations, and moves the running statistics."""
     std.copy_((var + eps).sqrt())
     torch.div(input.float() - mean[:, None], std[:, None], out=norm)
     output.copy_(norm * weight[:, None] + bias[:, None] if weight.numel() else norm)

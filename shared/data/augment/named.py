@@ -152,7 +152,7 @@ def _of_torchvision(name: str, arguments: dict[str, Any]) -> Callable[[np.ndarra
         found = transform(given)
         image = found["image"]
         if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
-            raise UserError(f"{_KEY}: {name} does not give 8-bit RGB images. Fix: remove it, the detector normalises")
+            raise UserError(f"{_KEY}: {name} does not give 8-bit RGB images. Fix: remove it, the detector normalizes")
         rows = found["labels"].numpy()
         if points is not None:
             at = found["keypoints"].reshape(*points.shape[:2], 2).numpy()[rows]
@@ -216,7 +216,7 @@ def _of_albumentations(name: str, arguments: dict[str, Any]) -> Callable[[np.nda
         found = transform(**given)
         image = found["image"]
         if image.dtype != np.uint8 or image.shape[2:] != (3,):
-            raise UserError(f"{_KEY}: {name} does not give 8-bit RGB images. Fix: remove it, the detector normalises")
+            raise UserError(f"{_KEY}: {name} does not give 8-bit RGB images. Fix: remove it, the detector normalizes")
         rows = np.asarray(found["rows"], dtype=np.int64).reshape(-1)
         if points is not None:
             at = np.asarray(found["keypoints"], dtype=np.float64).reshape(*points.shape[:2], 2)[rows]

@@ -136,7 +136,7 @@ class Placement:
         return whole
 
     def _sources(self, axis: int, count: int) -> np.ndarray:
-        """(count,) the pixel of the file under the centre of each pixel of the target along an axis."""
+        """(count,) the pixel of the file under the center of each pixel of the target along an axis."""
         start, end = self.source[axis], self.source[axis + 2]
         at = (np.arange(count) + 0.5) / count
         at = 1 - at if self.flips[axis] else at
@@ -176,7 +176,7 @@ class Placement:
         )
 
     def _keypoints(self, points: np.ndarray, labels: np.ndarray, mirrored: Sequence[np.ndarray] | None) -> np.ndarray:
-        """(N, K, 3) on the canvas; points that are not labelled or not visible are zeros."""
+        """(N, K, 3) on the canvas; points that are not labeled or not visible are zeros."""
         if mirrored is not None and self.flips[0] != self.flips[1] and len(points):
             points = np.stack([of[mirrored[label]] for of, label in zip(points, labels, strict=True)])
         at = self.points(points[..., :2].reshape(-1, 2)).reshape(points[..., :2].shape)

@@ -63,10 +63,10 @@ def convert(
     """Writes a COCO file, or one per split: `…_train.json`, `…_val.json`, `…_test.json`.
 
     Args:
-        kind: a key of FORMATS; None to recognise it.
+        kind: a key of FORMATS; None to recognize it.
         images: the folder of the images, if they are not in the source.
         val_share: the share of the images that becomes the validation split, of a source without one.
-        say: gets lines for the user: what was recognised, and the notes of the reader.
+        say: gets lines for the user: what was recognized, and the notes of the reader.
         more: other fields of `Options`.
 
     Raises:
@@ -136,7 +136,7 @@ def recognise(source: Path) -> tuple[str, Path, str]:
     endings = Counter(sorted(file.suffix.lower() or "without ending" for file in files_below(source))).most_common(5)
     there = ", ".join(f"{count} {ending}" for ending, count in endings) or "nothing"
     raise UserError(
-        f"{source}: is no format that is recognised; there is {there}. Fix: give the folder or file of the "
+        f"{source}: is no format that is recognized; there is {there}. Fix: give the folder or file of the "
         f"annotations, or name the format: {', '.join(FORMATS)}"
     )
 
@@ -345,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog=f"formats:\n{formats}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("kind", nargs="?", metavar="FORMAT", help="see below; without it the layout is recognised")
+    parser.add_argument("kind", nargs="?", metavar="FORMAT", help="see below; without it the layout is recognized")
     parser.add_argument("source", type=Path, metavar="INPUT", help="the folder or file of the annotations")
     parser.add_argument(
         "output", type=Path, metavar="OUTPUT", help="the COCO file to write; splits add _train, _val and _test"

@@ -95,11 +95,11 @@ def clipped(row: dict[str, Any], tile: Box, size: tuple[int, int]) -> dict[str, 
 
 
 def _moved_keypoints(keypoints: Sequence[float] | None, tile: Box) -> dict[str, Any]:
-    """Keypoints in the tile's pixels; one that the tile does not show is not labelled."""
+    """Keypoints in the tile's pixels; one that the tile does not show is not labeled."""
     if not keypoints:
         return {}
     points = np.array(keypoints, np.float64).reshape(-1, 3)
-    # whole numbers are the centres of pixels
+    # whole numbers are the centers of pixels
     inside = ((points[:, :2] >= np.array(tile[:2]) - 0.5) & (points[:, :2] < np.array(tile[2:]) - 0.5)).all(axis=1)
     points[:, :2] -= tile[:2]
     points[~inside | (points[:, 2] == 0)] = 0

@@ -355,7 +355,7 @@ def _mask(item: ElementTree.Element, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def _skeleton(item: ElementTree.Element, names: list[str]) -> dict[str, Any]:
-    """Keypoints, and the box around those that are visible or hidden; a point `outside` is not labelled."""
+    """Keypoints, and the box around those that are visible or hidden; a point `outside` is not labeled."""
     keypoints = {}
     for point in item.findall("points"):
         name = point.get("label") or ""

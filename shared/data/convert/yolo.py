@@ -316,7 +316,7 @@ def _listed(file: Path, folders: Sequence[Path], notes: list[str]) -> list[Path]
 def _read_labels(
     of_image: Mapping[Path, Path], folders: set[Path], folder: Path, split: str, notes: list[str]
 ) -> dict[Path, Labels]:
-    """The labels of each image; {} of a test split that is not labelled.
+    """The labels of each image; {} of a test split that is not labeled.
 
     Raises:
         UserError: no image has a label file.
