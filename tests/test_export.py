@@ -271,7 +271,8 @@ def test_the_numpy_decoder_keeps_what_nms_of_torchvision_keeps():
     from shared.export.detect_raw import decoded
 
     random = np.random.default_rng(0)
-    boxes, scores = random.random((2000, 4), np.float32) * 256, random.random((2000, 10), np.float32)
+    boxes, scores = random.random((2000, 4), np.float32) * 256, np.float32(random.permutation(20000)) / 20000
+    scores = scores.reshape(2000, 10)  # no two are equal: those would have no order
     boxes[:, 2:] += boxes[:, :2] + 10
     steps = {"keeps_ratio": True, "one_label": False, "candidates": 500, "iou_threshold": 0.5, "clips": True}
     found, found_scores, found_labels = decoded(boxes, scores, (480, 640), (512, 512), {**steps, "limit": 100})
