@@ -26,7 +26,7 @@ SECONDS = 600  # for a batch
 
 
 class Run:
-    """A training in its own process, with its loader's workers, that is stopped between its turns.
+    """A training run in its own process, with its loader's workers, that is stopped between its turns.
 
     Args:
         detector: the folder with model_def.py and bccd.yaml.

@@ -8,7 +8,7 @@ validation counts, as Ultralytics keeps its `best.pt`. Its detections are scored
 that gives pycocotools' numbers. Seconds are the user CPU seconds of all the command's processes, validations and report
 included.
 
-Each side runs with OMP_NUM_THREADS=1, which Ultralytics sets itself. A training that is finished in the output folder
+Each side runs with OMP_NUM_THREADS=1, which Ultralytics sets itself. A run that is finished in the output folder
 is not repeated.
 """
 
@@ -47,7 +47,7 @@ YOLO(sys.argv[1]).val(**json.loads(sys.argv[2]))
 
 @dataclass
 class Learned:
-    """The cost and the result of a training.
+    """The cost and the result of a training run.
 
     Attributes:
         seconds: user CPU seconds.
@@ -72,7 +72,7 @@ def learning(
     """
     data: folders with annotations/train.json, annotations/val.json and images/
     only: detectors and yolo11n; default all
-    seeds: trainings of each, with the seeds 0, 1, 2, …
+    seeds: training runs of each, with the seeds 0, 1, 2, …
     set_: as train's, such as hyperparameters.amp=bf16
     ultralytics: a Python that imports ultralytics
     yolo_images: how many images YOLO sees, which decides its epochs
@@ -91,7 +91,7 @@ def learning(
                 found = run.with_suffix(".json")
                 if found.exists():
                     continue
-                shutil.rmtree(run, ignore_errors=True)  # of a training that was stopped
+                shutil.rmtree(run, ignore_errors=True)  # of a run that was stopped
                 run.parent.mkdir(parents=True, exist_ok=True)
                 if side == YOLO:
                     learned = train_yolo(

@@ -1,4 +1,4 @@
-"""How long a training waits for a checkpoint that the engine writes in the background, and for one in line.
+"""How long training waits for a checkpoint that the engine writes in the background, and for one in line.
 
 EfficientDet trains at 128 pixels on synthetic images. In turns, the engine saves, and `torch.save` writes the same
 state while the training waits. The wait of a batch without a save is subtracted.

@@ -142,7 +142,7 @@ def run_model_def(
     """`model_def.py ARGUMENTS`, or another script, in a new process.
 
     Args:
-        figures: False for a training whose report is not read. Several processes never draw figures.
+        figures: False for a run whose report is not read. Several processes never draw figures.
         torchrun: starts several processes by torchrun, as a user does, instead of the quicker tests/launcher.py.
     """
     program = [sys.executable]
@@ -181,7 +181,7 @@ def run_command(function: Callable, trial_class: type, config: Path, overrides: 
 
 
 def start_run(config: Path, run: Path, processes: int = 1, resume: tuple = (), script: str | Path = "model_def.py"):
-    """Starts a training as `run_model_def` does, in a process group of its own, and does not wait for it."""
+    """Starts a run as `run_model_def` does, in a process group of its own, and does not wait for it."""
     program = [sys.executable]
     if processes > 1:
         program += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -410,7 +410,7 @@ def refused(command):
 
 @pytest.fixture
 def without_figures(monkeypatch):
-    """For a training that this process starts without `train`."""
+    """For a run that this process starts without `train`."""
     from without_figures import leave_out_figures
 
     leave_out_figures(monkeypatch.setattr)

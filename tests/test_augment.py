@@ -367,7 +367,7 @@ def test_detectors_with_their_own_pipeline_refuse_it(detector):
         parse_data({"data": {"augment": "light"}}, getattr(module, name))
 
 
-# --- trainings --------------------------------------------------------------------------------------
+# --- training runs ----------------------------------------------------------------------------------
 
 
 def weights_of(run):

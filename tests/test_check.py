@@ -1,4 +1,4 @@
-"""`check`: its findings, and when it says that a training would stop."""
+"""`check`: its findings, and when it says that training would stop."""
 
 import copy
 import json

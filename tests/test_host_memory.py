@@ -1,4 +1,4 @@
-"""Memory that a training on the CPU frees stays with the process for the next step."""
+"""Memory that training on the CPU frees stays with the process for the next step."""
 
 import platform
 import subprocess

@@ -256,7 +256,7 @@ def test_links_that_lead_out_of_the_folder_are_refused(shapes, tmp_path, what):
     assert DiskImages(inside).look(np.array([b"linked.png"])).missing == 0
 
 
-# --- in a training ----------------------------------------------------------------------------------
+# --- in training ------------------------------------------------------------------------------------
 
 
 def spoiled(shapes, folder):

@@ -177,7 +177,7 @@ def test_a_run_in_a_bucket_of_gcs(tmp_path):
 
 
 def saved(folder, batches, is_best):
-    """Saves a small checkpoint as a training does."""
+    """Saves a small checkpoint as a run does."""
     folder.saving.mkdir(parents=True, exist_ok=True)
     new = folder.saving / "last"
     (new / "code").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The copy of a training's state that a thread writes during the training."""
+"""The copy of a run's state that a thread writes during the training."""
 
 import functools
 import threading

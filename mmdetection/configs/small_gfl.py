@@ -40,7 +40,7 @@ model = dict(
         stacked_convs=2,
         anchor_generator=dict(octave_base_scale=4),  # half as large as on COCO: images have 320 pixels here
     ),
-    test_cfg=dict(score_thr=0.001),  # mAP counts faint detections too, and a short training gives many
+    test_cfg=dict(score_thr=0.001),  # mAP counts faint detections too, and a short run gives many
 )
 optimizer = dict(_delete_=True, type="AdamW", lr=1.5e-3, weight_decay=0.01)
 optimizer_config = dict(grad_clip=dict(max_norm=10, norm_type=2))

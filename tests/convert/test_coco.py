@@ -1,4 +1,4 @@
-"""`convert coco`: files of Roboflow and Label Studio as a training takes them."""
+"""`convert coco`: files of Roboflow and Label Studio as training takes them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`python3 -m shared convert` with any format: COCO files that a training takes."""
+"""`python3 -m shared convert` with any format: COCO files that training takes."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""EfficientDet's model and weights, and a training equal to upstream's."""
+"""EfficientDet's model and weights, and training equal to upstream's."""
 
 import json
 import os

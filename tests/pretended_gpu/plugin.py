@@ -27,7 +27,7 @@ _train_locally = train.train_locally
 
 
 def train_locally(*arguments):
-    """Finishes a training as its process would: the next one must not race with an unused batch."""
+    """Finishes a run as its process would: the next one must not race with an unused batch."""
     try:
         _train_locally(*arguments)
     finally:

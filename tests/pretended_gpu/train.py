@@ -93,7 +93,7 @@ def _relative(filename):
 
 def watched(trial_class, waits):
     class Watched(trial_class):
-        has_started = False  # a start copies each weight, and no training waits for it again
+        has_started = False  # a start copies each weight, and no run waits for it again
 
         def __init__(self, *arguments, **named):
             super().__init__(*arguments, **named)
