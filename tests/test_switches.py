@@ -259,13 +259,13 @@ def test_an_unknown_part_to_freeze_is_an_error_that_names_the_parts(message, nam
             "mmdetection",
             {"amp": "bf16"},
             {"fp16": {"loss_scale": 512.0}},
-            "hyperparameters.amp: bf16: .* says fp16 as well",
+            "hyperparameters.amp: bf16: .* sets fp16 as well",
         ),
         (
             "mmdetection",
             {"clip_grad": 5.0},
             {"optimizer_config.grad_clip": {"max_norm": 35, "norm_type": 2}},
-            "hyperparameters.clip_grad: 5: .* says optimizer_config.grad_clip, .*35",
+            "hyperparameters.clip_grad: 5: .* sets optimizer_config.grad_clip, .*35",
         ),
         (
             "mmdetection",
