@@ -48,7 +48,7 @@ _PLATEAU_PROGRESS = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch",
 
 
 class EfficientDetTrial(DetectionTrial):
-    """EfficientDet, over the packages effdet and timm."""
+    """EfficientDet, built on the packages effdet and timm."""
 
     hyperparameters_class = EfficientDetHyperparameters
     weights_key = "hyperparameters.pretrained"

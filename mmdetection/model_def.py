@@ -50,7 +50,7 @@ from shared.training.trial import DetectionTrial
 
 
 class MMDetectionTrial(DetectionTrial):
-    """MMDetection 2.28, over the packages mmdet and mmcv.
+    """MMDetection 2.28, built on the packages mmdet and mmcv.
 
     Attributes:
         mmdet_config: the resolved config.
