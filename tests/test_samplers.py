@@ -211,7 +211,7 @@ def test_a_config_that_repeats_images_itself_is_refused_with_a_threshold(detecto
     config = CONFIGS[detector](shapes, **OWN[detector])
     config["data"].update(workers=0, repeat_threshold=0.5)
     with pytest.raises(
-        UserError, match=r"data.repeat_threshold: the .*onfig repeats images itself, by .*; Fix: remove one"
+        UserError, match=r"data.repeat_threshold: the .*onfig repeats images itself, by .*. Fix: remove one"
     ):
         train(trial_classes()[detector], config)
 
