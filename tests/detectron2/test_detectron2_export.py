@@ -24,13 +24,12 @@ RETINANET, COMMON = "COCO-Detection/retinanet_R_50_FPN_1x.yaml", "COCO-InstanceS
 @pytest.mark.parametrize(
     ("config_file", "changes", "box"),
     [
-        (RETINANET, {}, 0.001),
-        (RETINANET, {"INPUT.MIN_SIZE_TEST": 100, "INPUT.FORMAT": "RGB"}, 3),
-        # rounding decides about an overlap at the threshold of the proposals' NMS
-        ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", {}, 8),
-        (f"{COMMON}/mask_rcnn_R_50_FPN_1x.yaml", {}, 8),
-        (f"{COMMON}/mask_rcnn_R_50_C4_1x.yaml", {}, 8),
-        ("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", {}, 8),
+        (RETINANET, {}, 0.01),
+        (RETINANET, {"INPUT.MIN_SIZE_TEST": 100, "INPUT.FORMAT": "RGB"}, 1),
+        ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", {}, 0.01),
+        (f"{COMMON}/mask_rcnn_R_50_FPN_1x.yaml", {}, 0.01),
+        (f"{COMMON}/mask_rcnn_R_50_C4_1x.yaml", {}, 0.01),
+        ("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", {}, 0.01),
     ],
 )
 def test_exported_file_detects_what_the_checkpoint_detects(
@@ -58,17 +57,17 @@ def test_exported_file_detects_what_the_checkpoint_detects(
     Spread.__module__ = trial_class.__module__
     config = detectron2_config(shapes, config_file, **changes)
     found = differences_of_export(trial_class, Spread, config)
-    assert found["detections"] > 50
-    assert found["matched"] >= 0.98 * found["detections"]
+    assert found["detections"] > 20
+    assert found["matched"] == found["detections"]
     assert found["box"] < box
-    assert found["score"] < 0.05
+    assert found["score"] < 0.001
     assert (found["mask"] is None) == ("mask" not in config_file)
-    assert found["mask"] is None or found["mask"] > 0.95
+    assert found["mask"] is None or found["mask"] > 0.999
 
 
 @pytest.mark.slow
 def test_export_refuses_keypoints_before_it_detects(shapes, tmp_path, command, trial_class, train, capsys):
-    config = detectron2_config(shapes, "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml")
+    config = detectron2_config(shapes, "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml", **{"MODEL.ROI_HEADS.NUM_CLASSES": 3})
     for split in ("train", "val"):
         coco = json.loads((shapes / f"annotations/{split}.json").read_text())
         (tmp_path / f"{split}.json").write_text(json.dumps(with_keypoints(coco)))
