@@ -67,7 +67,9 @@ def test_exported_file_detects_what_the_checkpoint_detects(
 
 @pytest.mark.slow
 def test_export_refuses_keypoints_before_it_detects(shapes, tmp_path, command, trial_class, train, capsys):
-    config = detectron2_config(shapes, "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml", **{"MODEL.ROI_HEADS.NUM_CLASSES": 3})
+    config = detectron2_config(
+        shapes, "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml", **{"MODEL.ROI_HEADS.NUM_CLASSES": 3}
+    )
     for split in ("train", "val"):
         coco = json.loads((shapes / f"annotations/{split}.json").read_text())
         (tmp_path / f"{split}.json").write_text(json.dumps(with_keypoints(coco)))
