@@ -424,8 +424,8 @@ def test_multi_scale_changes_the_input_of_each_batch(shapes, unbuilt):
     assert set(sizes[6:]) == {(128, 128)}  # the last of the two epochs
 
 
-def test_efficientdet_refuses_multi_scale(shapes, refused, run_config):
-    line = refused("train", run_config(data__augment={"multi_scale": [0.5, 1.5]}), "--output-dir", "unused")
+def test_efficientdet_refuses_multi_scale(shapes, refused, run_config, tmp_path):
+    line = refused("train", run_config(data__augment={"multi_scale": [0.5, 1.5]}), "--output-dir", tmp_path / "run")
     assert line.startswith("error: data.augment.multi_scale: ")
     assert "Fix: remove it" in line
 

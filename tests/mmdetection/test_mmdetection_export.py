@@ -58,7 +58,6 @@ def test_exported_file_detects_what_the_checkpoint_detects(config_file, shapes, 
     config = mmdet_config(shapes, config_file, **FAMILIES[config_file])
     found = differences_of_export(trial_class, Bold, config)
     assert found["matched"] == found["detections"] > 0
-    # rounding decides about an overlap at the threshold of the proposals' NMS
     assert found["box"] < 0.01
     assert found["score"] < 0.001
     assert (found["mask"] is None) == ("mask" not in config_file)
