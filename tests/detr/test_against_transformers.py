@@ -58,6 +58,18 @@ def watching(trial_class, steps, detected):
     return Watched
 
 
+def watched_run(trial_class, config, folder):
+    """A run in a new folder: its folder, its steps and its detections."""
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    steps, detected = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_figures(patch.setattr)
+        watched = watching(trial_class, steps, detected)
+        run_command(train_locally, watched, folder / "config.yaml", output_dir=folder / "run", resume=None)
+    stop_workers()
+    return folder / "run", steps, detected
+
+
 @pytest.fixture(scope="module")
 def trained(shapes, trial_class, tmp_path_factory):
     """Per model type, a run of two batches: its folder, its steps, and its detections."""
@@ -65,17 +77,9 @@ def trained(shapes, trial_class, tmp_path_factory):
 
     def of(model_type):
         if model_type not in runs:
-            folder = tmp_path_factory.mktemp(model_type)
             config = small(shapes, model_type)
             config["hyperparameters"]["horizontal_flip"] = 0.0
-            (folder / "config.yaml").write_text(yaml.safe_dump(config))
-            steps, detected = [], []
-            with pytest.MonkeyPatch.context() as patch:
-                leave_out_figures(patch.setattr)
-                watched = watching(trial_class, steps, detected)
-                run_command(train_locally, watched, folder / "config.yaml", output_dir=folder / "run", resume=None)
-            stop_workers()
-            runs[model_type] = folder / "run", steps, detected
+            runs[model_type] = watched_run(trial_class, config, tmp_path_factory.mktemp(model_type))
         return runs[model_type]
 
     return of

@@ -6,21 +6,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import reports, run_command, stop_workers
+from conftest import reports
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
-from test_against_transformers import assert_reports_pycocotools_numbers, small, watching
+from test_against_transformers import assert_reports_pycocotools_numbers, small, watched_run
 from test_resume import assert_same_bits, final_state
 from tiny_detr import DETR_TYPES
 from tiny_models import trial_classes
 from transformers import AutoImageProcessor, AutoModelForInstanceSegmentation
-from without_figures import leave_out_figures
 
 from detr_files.model import build_detector, model_config
 from detr_files.weights import load_start_weights
 from detr_hyperparameters import DetrHyperparameters
-from shared.commands.train import train_locally
 from shared.errors import UserError
 
 # not the size of the images: masks are resized to the input, and back
@@ -55,17 +53,9 @@ def trial_class():
 @pytest.fixture(scope="module")
 def trained(shapes, trial_class, tmp_path_factory):
     """A run of two batches whose searcher metric is of masks: its folder, its steps and its detections."""
-    folder = tmp_path_factory.mktemp("masks")
     config = masks_config(shapes)
     config["searcher"]["metric"] = "segm_mAP"
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    steps, detected = [], []
-    with pytest.MonkeyPatch.context() as patch:
-        leave_out_figures(patch.setattr)
-        watched = watching(trial_class, steps, detected)
-        run_command(train_locally, watched, folder / "config.yaml", output_dir=folder / "run", resume=None)
-    stop_workers()
-    return folder / "run", steps, detected
+    return watched_run(trial_class, config, tmp_path_factory.mktemp("masks"))
 
 
 def test_a_step_with_masks_has_transformers_losses_and_gradients(shapes, trained):
