@@ -296,7 +296,7 @@ def test_onnx_files_resize_as_pillow_does(input_size, tmp_path):
     from shared.export.operations import Exportable, inside, resize_as_pillow, size_of
 
     class Resizing(Exportable):
-        outputs = ("pixels", "size")
+        outputs = ("found_pixels", "found_size")  # no names of its own graph
 
         def prepare(self, images):
             return resize_as_pillow(images, *inside(*images.shape[-2:], 96, 128)), size_of(images)
