@@ -4,7 +4,10 @@ import io
 import os
 import pickle
 import tarfile
+import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,11 @@ from shared.training.checkpoints import load_state, read_weights_file
 CONTAINERS = pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "before torch 1.6"])
 
 
-@pytest.fixture
-def old_torch(monkeypatch):
-    """`torch.load` hands archives that may hold code to their own readers, as it does before 2.6."""
+@pytest.fixture(params=["this torch", "torch 2.3"])
+def any_torch(request, monkeypatch):
+    """This torch, and one whose `torch.load` hands archives that may hold code to their readers, as before 2.6."""
+    if request.param == "this torch":
+        return
 
     def load(path, **_):
         if zipfile.is_zipfile(path):
@@ -27,6 +32,7 @@ def old_torch(monkeypatch):
             return pickle.load(archive.extractfile("pickle"))
 
     monkeypatch.setattr(torch, "load", load)
+    monkeypatch.setattr(torch, "__version__", "2.3.1")
 
 
 class Hostile:
@@ -45,22 +51,41 @@ def test_weights_with_code_are_refused_on_any_torch(tmp_path, as_zip):
     assert not (tmp_path / "ran").exists()
 
 
-def test_torchscript_is_refused_on_old_torch(tmp_path, old_torch):
+def test_torchscript_is_refused_on_any_torch(tmp_path, any_torch):
     torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "w.pth")
-    with pytest.raises(UserError, match="TorchScript or tar archive, which may hold code"):
+    with pytest.raises(UserError, match=r"cannot be read as weights \([^)]*TorchScript [^)]*\): it is"):
         load_state(tmp_path / "w.pth")
 
 
-def test_a_tar_archive_is_refused_on_old_torch(tmp_path, old_torch):
+def test_a_tar_archive_is_refused_on_any_torch(tmp_path, any_torch):
     with tarfile.open(tmp_path / "w.pth", "w", format=tarfile.PAX_FORMAT) as archive:
         for name in ("sys_info", "pickle", "storages", "tensors"):
             content = pickle.dumps(Hostile(tmp_path / "ran"))
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
-    with pytest.raises(UserError, match="TorchScript or tar archive, which may hold code"):
+    with pytest.raises(UserError, match=r"cannot be read as weights \([^)]*tar [^)]*\): it is") as refused:
         load_state(tmp_path / "w.pth")
+    assert "weights_only` set to" not in str(refused.value)
     assert not (tmp_path / "ran").exists()
+
+
+def test_files_read_by_many_threads_leave_tarfile_usable(tmp_path, monkeypatch):
+    torch.save({"a": torch.zeros(3)}, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    opens = tarfile.open
+    begun = threading.Barrier(8)
+
+    def load(_):
+        begun.wait()
+        for _ in range(20):
+            load_state(tmp_path / "w.pth")
+
+    for version in (torch.__version__, "2.3.1"):
+        monkeypatch.setattr(torch, "__version__", version)
+        monkeypatch.setattr(torch, "load", lambda path, **_: time.sleep(0.0005))
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(load, range(8)))
+        assert tarfile.open is opens
 
 
 @CONTAINERS

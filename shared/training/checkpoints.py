@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import tarfile
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -89,24 +90,35 @@ def load_state(path: Path) -> dict[str, Any]:
         with _refused_archives():
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file that is cut off or hostile fails in many ways
-        # torch's own words advise to execute it
+        # only the first sentence: torch's next ones advise to execute it
         called = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
-        reason = f"it calls {called[1]}" if called else str(error).strip().split("\n")[0] or type(error).__name__
+        reason = (
+            f"it calls {called[1]}"
+            if called
+            else re.split(r"\.?\s*\n|\.\s", str(error).strip())[0] or type(error).__name__
+        )
         raise UserError(
             f"{path} cannot be read as weights ({reason}): it is truncated, or holds more than tensors. Fix: give "
             "another checkpoint"
         ) from error
 
 
+_PATCHING = threading.Lock()
+
+
 @contextlib.contextmanager
 def _refused_archives() -> Iterator[None]:
     """`torch.load` opens no TorchScript and no tar archive. Before torch 2.6 it executes code in them in spite of
     `weights_only` (CVE-2025-32434). It asks tarfile about every file that is no ZIP file."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6):  # refuses them itself
+        yield
+        return
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise tarfile.ReadError("it is a TorchScript or tar archive, which may hold code")
 
-    with mock.patch.object(torch.jit, "load", refuse), mock.patch.object(tarfile, "open", refuse):
+    # two threads at once would each put the other's patch back, and it would stay
+    with _PATCHING, mock.patch.object(torch.jit, "load", refuse), mock.patch.object(tarfile, "open", refuse):
         yield
 
 
