@@ -64,7 +64,7 @@ def test_a_tar_archive_is_refused_on_any_torch(tmp_path, any_torch):
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
-    with pytest.raises(UserError, match=r"cannot be read as weights \([^)]*tar [^)]*\): it is") as refused:
+    with pytest.raises(UserError, match="cannot be read as weights") as refused:
         load_state(tmp_path / "w.pth")
     assert "weights_only` set to" not in str(refused.value)
     assert not (tmp_path / "ran").exists()
