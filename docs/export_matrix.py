@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = map(str, (ROOT, ROOT / "efficientdet", ROOT / "tests", *ROOT.glob("tests/*/")))
@@ -119,7 +121,6 @@ def _efficientdet(config: dict, number: int) -> dict:
 
 def with_random_weights(trial_class: type) -> type:
     """The trial with scores between 0 and 1 that differ: equal ones would be in any order."""
-    import torch
 
     class Random(trial_class):
         def build_model(self) -> torch.nn.Module:
@@ -135,6 +136,9 @@ def with_random_weights(trial_class: type) -> type:
                     parameter.data.normal_(-2, 1)
                 elif re.search(r"(fc_cls|predictor\.cls_score|objectness_logits|rpn_cls)\.weight$", name):
                     parameter.data.mul_(20)
+            if hasattr(self, "predictors"):  # EfficientDet
+                images = _images(Path(self.data.val.images), self.inputs["input_size"][-2:])
+                _set_scale(self.detector(model), (images - self.mean) / self.std)
             return model
 
         def check_pretrained(self) -> None:
@@ -142,6 +146,24 @@ def with_random_weights(trial_class: type) -> type:
 
     Random.__module__ = trial_class.__module__
     return Random
+
+
+def _images(folder: Path, size: tuple[int, int]) -> torch.Tensor:
+    """(N, 3, height, width) uint8: all images of a folder, stretched."""
+    opened = (Image.open(path).convert("RGB").resize(size[::-1]) for path in sorted(folder.glob("*.png")))
+    return torch.from_numpy(np.stack([np.asarray(image).transpose(2, 0, 1) for image in opened]))
+
+
+def _set_scale(network: torch.nn.Module, images: torch.Tensor) -> None:
+    """An EfficientDet's batch norms get the mean and variance of what they see in these images, and its outputs a
+    deviation of 1. Otherwise the scores of a deep network are all 0 or 1, so that their order is chance."""
+    for part in network.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.momentum = 1.0
+    with torch.no_grad():
+        network.train()(images)
+        for head, outputs in zip((network.class_net, network.box_net), network.eval()(images), strict=True):
+            head.predict.conv_pw.weight /= outputs[0].std()
 
 
 # --- a run --------------------------------------------------------------------------------------------------
