@@ -163,7 +163,7 @@ def _set_scale(network: torch.nn.Module, images: torch.Tensor) -> None:
     with torch.no_grad():
         network.train()(images)
         for head, outputs in zip((network.class_net, network.box_net), network.eval()(images), strict=True):
-            head.predict.conv_pw.weight /= outputs[0].std()
+            head.predict.conv_pw.weight /= max(level.std() for level in outputs)
 
 
 # --- a run --------------------------------------------------------------------------------------------------
