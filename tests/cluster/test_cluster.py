@@ -112,6 +112,13 @@ def the_trial(experiment):
     return trial
 
 
+def wait_for_trial(experiment):
+    end = time.time() + 60
+    while not experiment.get_trials() and time.time() < end:
+        time.sleep(0.5)
+    return the_trial(experiment)
+
+
 def validations(trial) -> dict[int, dict]:
     return {
         report.steps_completed: {k: v for k, v in report.metrics.items() if k not in ("epochs", "batches")}
@@ -212,10 +219,7 @@ def test_a_killed_container_resumes_from_the_last_checkpoint(whole, folder, cont
 
 def test_a_paused_trial_resumes_when_it_is_activated(whole, folder, validated):
     experiment = submit(folder)
-    end = time.time() + 60
-    while not experiment.get_trials() and time.time() < end:
-        time.sleep(0.5)
-    trial = the_trial(experiment)
+    trial = wait_for_trial(experiment)
     wait_for_validation(trial, validated[0])
     experiment.pause()
     time.sleep(15)
@@ -235,6 +239,23 @@ def test_det_continue_with_a_greater_length_starts_at_the_end(folder, validated)
     assert list(validations(trial)) == sorted({*range(validated[0], 61, validated[0]), 40, 60})
     reports = [report.steps_completed for report in trial.iter_metrics("training")]
     assert sorted(set(reports)) == reports == list(range(10, 61, 10))
+
+
+def test_det_continue_with_more_slots_resumes_on_all_agents(folder, validated):
+    slots = sum(len(agent.slots) for agent in bindings.get_GetAgents(client._get_singleton_session()).agents)
+    if slots == 1 or 8 % slots:
+        pytest.skip(f"needs a cluster with 2, 4 or 8 slots, not {slots}")
+    experiment = submit(folder)
+    wait_for_validation(wait_for_trial(experiment), validated[0])
+    det("experiment", "cancel", experiment.id)
+    assert wait(experiment) == "CANCELED"
+    det("experiment", "continue", experiment.id, "--config", f"resources.slots_per_trial={slots}")
+    assert wait(experiment) == "COMPLETED"
+    trial = the_trial(experiment)
+    assert list(validations(trial)) == validated
+    log = "".join(trial.logs())
+    assert re.search(rf"global batch +8 on {slots} slots", log)
+    assert re.search(r"length .*; resumes after batch \d+", log)
 
 
 # --- every file as it is shipped ----------------------------------------------------------------------
