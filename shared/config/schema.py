@@ -320,9 +320,7 @@ class TrainingHyperparameters:
         None, "detections that are kept per image, and scored per category; default: the model's, and 100"
     )
     class_weights: Literal["balanced"] | dict[str, float] | None = key(
-        None,
-        "weight of each category in the classification loss: `balanced`, or `{name: weight}`; categories not named "
-        "get 1",
+        None, "weight of each category in the classification loss: `balanced`, or `{name: weight}`, others 1"
     )
     loggers: list[str] = key([], "where to log off a cluster: `wandb`, `mlflow`")
 
