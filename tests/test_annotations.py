@@ -357,7 +357,7 @@ def test_some_of_the_categories_keep_all_images_and_their_own_annotations(shapes
         np.testing.assert_array_equal(b.boxes, a.boxes[kept])
         np.testing.assert_array_equal(b.labels, a.labels[kept] // 2)
         assert b.segmentations == [piece for piece, keep in zip(a.segmentations, kept, strict=True) if keep]
-    with pytest.raises(UserError, match=r"'circel' is no category of .*; did you mean 'circle'"):
+    with pytest.raises(UserError, match=r"'circel' is not a category of .*; did you mean 'circle'"):
         everything.select_categories(["circel"])
 
 

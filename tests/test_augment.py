@@ -311,10 +311,10 @@ def test_a_large_jpeg_is_decoded_smaller_and_its_boxes_fit():
         ("medum", "data.augment: 'medum' is unknown; did you mean 'medium'?"),
         ({"mozaic": 1}, "data.augment: unknown key 'mozaic'; did you mean 'mosaic'?"),
         ({"flip": 2}, "data.augment.flip: it is 2. Fix: give a number <= 1"),
-        ({"scale": [2, 1]}, "data.augment.scale: [2, 1] is no range above 0"),
+        ({"scale": [2, 1]}, "data.augment.scale: [2, 1] is not a range above 0"),
         ({"off_for_last": {"epoch": 1}}, "data.augment.off_for_last: unknown key 'epoch'; did you mean 'epochs'?"),
-        ({"off_for_last": 3}, "data.augment.off_for_last: 3 is no section"),
-        (3, "data.augment: 3 is no section"),
+        ({"off_for_last": 3}, "data.augment.off_for_last: 3 is not a section"),
+        (3, "data.augment: 3 is not a section"),
         ({"transforms": [{"A": {}, "B": {}}]}, "data.augment.transforms"),
     ],
 )

@@ -169,7 +169,7 @@ def test_check_prints_a_table_draws_a_page_and_sets_the_exit_status(data, tmp_pa
     before = first.read_bytes()
     assert "is a file among the images and would be replaced" in run_main(config, "--page", first)
     assert first.read_bytes() == before
-    assert "x.xyz is no picture. Fix: give a name that ends with .png" in run_main(config, "--page", "x.xyz")
+    assert "x.xyz is not a picture. Fix: give a name that ends with .png" in run_main(config, "--page", "x.xyz")
     assert "--images: 'few' is unknown. Fix: give a number or `all`" in run_main(config, "--images", "few")
 
 

@@ -95,7 +95,7 @@ def test_a_category_without_objects_has_the_weight_one():
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"circel": 2.0}, r"hyperparameters\.class_weights: 'circel' is no category of data\.train.*circle"),
+        ({"circel": 2.0}, r"hyperparameters\.class_weights: 'circel' is not a category of data\.train.*circle"),
         ({"circle": 0.0}, r"hyperparameters\.class_weights\.circle: it is 0\. Fix: give a number above 0"),
         ({"circle": "many"}, r"hyperparameters\.class_weights"),
         ("balancd", r"hyperparameters\.class_weights"),

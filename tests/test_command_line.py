@@ -47,7 +47,7 @@ def test_a_sound_command_line_passes(looked):
         ("lr=0.1", "'lr' is a key of hyperparameters. Fix: --set hyperparameters.lr=0.1"),
         (
             "warmup_epoch=1",
-            "'warmup_epoch' is no key of an experiment config; did you mean 'hyperparameters.warmup_epo",
+            "'warmup_epoch' is not a key of an experiment config; did you mean 'hyperparameters.warmup_epo",
         ),
         ("workers=2", "'workers' is a key of data. Fix: --set data.workers=2"),
         ("max_length.batches=2", "'max_length' is a key of searcher. Fix: --set searcher.max_length.batches=2"),
@@ -61,7 +61,10 @@ def test_a_sound_command_line_passes(looked):
         ("searcher.smaller_is_better=true", "a larger 'bbox_mAP' is better. Fix: write false"),
         ("hyperparameters.fast_images=true", "fast_images: it is a key of data. Fix: write data.fast_images"),
         ("data.mosaic=1", "data.mosaic: it is a key of data.augment. Fix: write data.augment.mosaic"),
-        ("foo=1", "'foo' is no key of an experiment config. Fix: `python3 model_def.py --help-config` lists all keys"),
+        (
+            "foo=1",
+            "'foo' is not a key of an experiment config. Fix: `python3 model_def.py --help-config` lists all keys",
+        ),
         ("data.train.images=$NOWHERE/x", "data.train.images: the variable $NOWHERE of $NOWHERE/x is not set"),
     ],
 )
@@ -78,7 +81,7 @@ def test_a_file_that_is_no_config_is_an_error_that_says_what_it_is(looked, shape
     line = looked(config=ROOT / "mmdetection/const.yaml")
     assert "const.yaml is another detector's: this one has no hyperparameters" in line
     (tmp_path / "large.yaml").write_text("#" * 2**21)
-    assert "is no experiment config: it has 2 MiB" in looked(config="large.yaml")
+    assert "is not an experiment config: it has 2 MiB" in looked(config="large.yaml")
 
 
 def test_an_error_about_a_path_suggests_a_similar_one(looked, shapes, tmp_path):

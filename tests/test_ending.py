@@ -156,7 +156,7 @@ def test_two_slots_end_together(config, tmp_path):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        (5, "hyperparameters.early_stopping: 5 is no section. Fix: give {patience: …}"),
+        (5, "hyperparameters.early_stopping: 5 is not a section. Fix: give {patience: …}"),
         ({"patience": 0}, "hyperparameters.early_stopping.patience: it is 0. Fix: give a number >= 1"),
         ({"patience": "a"}, "hyperparameters.early_stopping.patience: Expected `int`, got `str`"),
         ({"patiens": 3}, "hyperparameters.early_stopping: unknown key 'patiens'; did you mean 'patience'?"),

@@ -120,7 +120,7 @@ def test_a_length_that_is_none_is_refused(length):
 
 def test_a_batch_that_does_not_divide_by_the_slots_is_refused():
     assert per_slot_batch_size(12, 4) == 3
-    with pytest.raises(UserError, match=r"10 images do not divide by 4 slots. Fix: use 8 or 12"):
+    with pytest.raises(UserError, match=r"10 images cannot be divided evenly among 4 slots. Fix: use 8 or 12"):
         per_slot_batch_size(10, 4)
 
 
@@ -199,7 +199,7 @@ def test_a_master_s_config_gives_the_experiment_of_its_yaml_file(shapes, tmp_pat
 
 @pytest.mark.parametrize("name", ["data", "hyperparameters", "searcher"])
 def test_a_section_that_is_no_section_is_named(tmp_path, name):
-    with pytest.raises(UserError, match=f"{name}: 5 is no section"):
+    with pytest.raises(UserError, match=f"{name}: 5 is not a section"):
         config(tmp_path, f"{name}: 5")
 
 

@@ -232,8 +232,8 @@ def test_pictures_of_an_earlier_predict_are_no_input(predict, tmp_path, caplog):
         ("a.txt", "--images: .*a.txt: it is not an image"),
         ("https://example.org/pictures", "a web server has no list of its files"),
         ("broken.mp4", "--images: .*broken.mp4.* cannot be read as a video"),
-        ("pipe.png", "--images: .*pipe.png: it is no plain file"),
-        ("pipe.mp4", "--images: .*pipe.mp4: it is no plain file"),
+        ("pipe.png", "--images: .*pipe.png: it is not a regular file"),
+        ("pipe.mp4", "--images: .*pipe.mp4: it is not a regular file"),
     ],
 )
 def test_predicting_on_unusable_input_is_one_line_and_leaves_nothing(predict, tmp_path, given, message):

@@ -530,7 +530,7 @@ def test_the_command_reports_on_anybody_s_results(noisy, tmp_path, monkeypatch, 
     [
         (["{here}/none.json", "{here}/r.json"], "none.json"),
         (["{here}/annotations.json", "{here}/none.json"], "none.json cannot be read"),
-        (["{here}/annotations.json", "{here}/r.json", "--images", "{here}/none"], "--images: .*none is no folder"),
+        (["{here}/annotations.json", "{here}/r.json", "--images", "{here}/none"], "--images: .*none is not a folder"),
         (["{here}/annotations.json", "{here}/r.json", "--resamples", "1"], "--resamples: 1 gives no interval"),
         (["{here}/annotations.json", "{here}/r.json", "--output", "{here}/r.html"], r"r\.json would be replaced"),
         (["{here}/annotations.json", "{here}/r.json", "--output", "{here}/annotations.html"], r"s\.json would be repl"),

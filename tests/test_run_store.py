@@ -350,7 +350,7 @@ def test_a_store_that_holds_a_run_needs_resume(tmp_path):
 
 def test_a_store_where_nothing_can_be_written_is_refused(refused, run_config, monkeypatch):
     for store in ("https://host/run", "s3://bucket", "ftp://host/run"):
-        assert refused("train", run_config(), "--store", store).startswith(f"error: --store: {store!r} is no folder")
+        assert refused("train", run_config(), "--store", store).startswith(f"error: --store: {store!r} is not a folder")
     monkeypatch.setattr(remote, "_PAUSES_TO_CONNECT", (0.01, 0))
     nowhere = ("--set", "data.endpoint_url=http://127.0.0.1:9", "--store", "s3://bucket/run")
     assert "nothing answers at 127.0.0.1, port 9" in refused("train", run_config(), *nowhere)

@@ -156,7 +156,7 @@ def test_each_of_determined_s_types_is_drawn_from_nested_ones_too():
             {"type": "int", "minval": 2},
             "hyperparameters.a.b: a range of type int needs minval and maxval. Fix: add maxval",
         ),
-        ({"type": "double", "minval": 2, "maxval": 1}, "hyperparameters.a.b: minval 2 and maxval 1 are no range"),
+        ({"type": "double", "minval": 2, "maxval": 1}, "hyperparameters.a.b: minval 2 and maxval 1 are not a range"),
         ({"type": "categorical", "vals": []}, r"hyperparameters.a.b.vals: \[\] has no values. Fix: give a list"),
         (
             {"type": "log", "minval": 1, "maxval": 2, "base": 1},

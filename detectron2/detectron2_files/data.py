@@ -337,8 +337,8 @@ def training_images(annotations: CocoAnnotations, train_set: TrainingSet, seed: 
     if not len(indices):
         raise UserError(
             f"data.train.annotations: no image of {annotations.path} has what the config trains on (an annotation that "
-            "is no crowd, and visible keypoints for a model of keypoints). Fix: correct the file, or choose a config "
-            "for its annotations"
+            "is not a crowd, and visible keypoints for a model of keypoints). Fix: correct the file, or choose a "
+            "config for its annotations"
         )
 
     def dicts() -> list[dict]:

@@ -85,7 +85,7 @@ def from_hub(load: Any, model: str, **options: Any) -> Any:
                 "Hugging Face Hub, or a folder with config.json"
             ) from error
         raise UserError(
-            f"hyperparameters.model: {model!r} is no folder, and the Hub does not send it ({type(error).__name__}). "
+            f"hyperparameters.model: {model!r} is not a folder, and the Hub does not send it ({type(error).__name__}). "
             "Fix: check the name; without a network, copy the model's folder (config.json, preprocessor_config.json, "
             "model.safetensors) to this machine, and give its path"
         ) from error

@@ -71,7 +71,7 @@ def read_start_weights(
         found = from_hub(load, source, use_safetensors=True, dtype=torch.float32)
         return found.state_dict(), names_of(found.config)
     if Path(source).is_file() and Path(source).suffix != ".safetensors":
-        raise UserError(f"hyperparameters.weights: {source} is no safetensors file. Fix: save it as safetensors")
+        raise UserError(f"hyperparameters.weights: {source} is not a safetensors file. Fix: save it as safetensors")
     weights, checkpoint = read_weights(source, "hyperparameters.weights", "published, backbone, null")
     if checkpoint is None:
         return in_todays_names(weights, detector), None

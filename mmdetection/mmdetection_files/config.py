@@ -221,8 +221,8 @@ def _read_teacher(config: Config) -> None:
         path = own or shipped_teacher(name, shipped_configs())
         if path is None:
             raise UserError(
-                f"model.teacher_config: {name} is no file, and no config that mmdet ships. Fix: give the path of the "
-                "teacher's config"
+                f"model.teacher_config: {name} is neither a file nor a config that mmdet ships. Fix: give the path of "
+                "the teacher's config"
             )
         config.model.teacher_config = ConfigDict(model=_read(path, "config_file").model)
 

@@ -138,7 +138,7 @@ def scored_detections(config: Config) -> int | None:
         return None
     numbers = [numbers] if isinstance(numbers, int) else numbers
     if not numbers or not all(isinstance(number, int) and number > 0 for number in numbers):
-        raise UserError(f"evaluation.proposal_nums: {numbers!r} are no numbers. Fix: give [100, 300, 1000]")
+        raise UserError(f"evaluation.proposal_nums: {numbers!r} are not numbers. Fix: give [100, 300, 1000]")
     return numbers[-1]
 
 

@@ -206,7 +206,7 @@ def _parsed(arguments: argparse.Namespace) -> tuple[int | None, Path | None]:
         raise UserError(f"--images: {images!r} is unknown. Fix: give a number or `all`")
     if page is not None:
         if page.suffix.lower() not in _PAGES:
-            raise UserError(f"--page: {page} is no picture. Fix: give a name that ends with {' or '.join(_PAGES)}")
+            raise UserError(f"--page: {page} is not a picture. Fix: give a name that ends with {' or '.join(_PAGES)}")
         if not page.absolute().parent.is_dir():
             raise UserError(f"--page: {page.absolute().parent} is not a folder. Fix: create it")
         if page.is_dir():

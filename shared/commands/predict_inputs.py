@@ -185,7 +185,7 @@ def _find_remote(url: str, options: StoreOptions) -> Iterator[tuple[str, str]]:
         return
     if url.startswith("http"):
         raise UserError(
-            f"--images: {url} is no image by its name, and a web server has no list of its files. Fix: give the URL of "
+            f"--images: {url} does not name an image, and a web server has no list of its files. Fix: give the URL of "
             "each image"
         )
     folder, count = RemoteImages(url, options), 0

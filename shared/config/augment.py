@@ -47,7 +47,7 @@ class Augment:
         for name in ("scale", "multi_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
-                raise UserError(f"{_KEY}.{name}: [{low:g}, {high:g}] is no range above 0. Fix: give [low, high]")
+                raise UserError(f"{_KEY}.{name}: [{low:g}, {high:g}] is not a range above 0. Fix: give [low, high]")
         for given in self.transforms:
             if not isinstance(given, str) and len(given) != 1:
                 raise UserError(
@@ -109,7 +109,7 @@ def parse_augment(given: Any) -> Augment | None:
         return given
     section = {"preset": given} if isinstance(given, str) else given
     if not isinstance(section, Mapping):
-        raise UserError(f"{_KEY}: {as_in_yaml(given)} is no section. Fix: give {', '.join(PRESETS)}, or its keys")
+        raise UserError(f"{_KEY}: {as_in_yaml(given)} is not a section. Fix: give {', '.join(PRESETS)}, or its keys")
     preset = section.get("preset", "none")
     if preset not in PRESETS:
         where = _KEY if isinstance(given, str) else f"{_KEY}.preset"

@@ -336,7 +336,7 @@ def per_slot_batch_size(global_batch_size: Any, slots: int) -> int:
     """Images per batch on each slot.
 
     Raises:
-        UserError: the global batch does not divide by the slots.
+        UserError: the slots cannot divide the global batch evenly.
     """
     if type(global_batch_size) is not int or global_batch_size < 1:
         raise UserError(
@@ -346,7 +346,7 @@ def per_slot_batch_size(global_batch_size: Any, slots: int) -> int:
     if global_batch_size % slots:
         lower, upper = (global_batch_size // slots) * slots, math.ceil(global_batch_size / slots) * slots
         raise UserError(
-            f"hyperparameters.global_batch_size: {global_batch_size} images do not divide by "
+            f"hyperparameters.global_batch_size: {global_batch_size} images cannot be divided evenly among "
             f"{count_of(slots, 'slot')}. Fix: use {f'{lower} or ' if lower else ''}{upper}"
         )
     return global_batch_size // slots

@@ -77,7 +77,7 @@ def load_config(path: str | Path, overrides: Sequence[str], keys: Mapping[str, S
     refuse_unknown_keys(config, _TOP_KEYS, str(path))
     for name in _SECTIONS:
         if not isinstance(config.get(name), (dict, type(None))):
-            raise UserError(f"{name}: {config[name]!r} is no section. Fix: give its keys, one per line")
+            raise UserError(f"{name}: {config[name]!r} is not a section. Fix: give its keys, one per line")
     refuse_misplaced_keys(config.get("searcher") or {}, "searcher", {**keys, "searcher": _SEARCHER_KEYS})
     refuse_unknown_keys(config.get("searcher") or {}, _SEARCHER_KEYS, "searcher")
     return config
@@ -92,13 +92,13 @@ def _check_is_config_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"{path} does not exist; {nearest_path(str(path))}")
     if path.suffix not in (".yaml", ".yml", ".json"):
-        raise UserError(f"{path} is no experiment config. Fix: give a YAML file, such as const.yaml")
+        raise UserError(f"{path} is not an experiment config. Fix: give a YAML file, such as const.yaml")
     if (size := path.stat().st_size) > _LARGEST_CONFIG:
         if path.suffix == ".json":
             raise UserError(_is_annotations(path))
         raise UserError(
-            f"{path} is no experiment config: it has {size / 2**20:.0f} MiB. Fix: give the experiment config, such as "
-            "const.yaml"
+            f"{path} is not an experiment config: it has {size / 2**20:.0f} MiB. Fix: give the experiment config, such "
+            "as const.yaml"
         )
     with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):  # OmegaConf reports what is wrong with the file
         if _values_below(yaml.compose(path.read_text()), {}) > _MOST_VALUES:
@@ -133,7 +133,7 @@ def _check_override(override: str, config: Any, keys: Mapping[str, Sequence[str]
     if owner := next((name for name, known in sections.items() if given in known), None):
         raise UserError(f"--set {override}: {given!r} is a key of {owner}. Fix: --set {owner}.{override}")
     wholes = [*_TOP_KEYS, *(f"{name}.{key}" for name, known in sections.items() for key in known)]
-    raise UserError(f"--set {override}: {given!r} is no key of an experiment config{_nearest_whole(given, wholes)}")
+    raise UserError(f"--set {override}: {given!r} is not a key of an experiment config{_nearest_whole(given, wholes)}")
 
 
 def _nearest_whole(name: str, wholes: Iterable[str]) -> str:
@@ -371,7 +371,7 @@ def _allowed(kind: Any) -> str:
             if (value := getattr(meta, name)) is not None
         ]
         return " and ".join(bounds) or _allowed(base)
-    if get_origin(kind) is Literal:
+    if get_origin(kind) is Literal and len(get_args(kind)) > 1:  # the text names a single one
         return f"one of {', '.join(f'`{value}`' for value in get_args(kind))}"
     if get_origin(kind) in (Union, UnionType):
         return ", ".join(filter(None, (_allowed(part) for part in get_args(kind) if part is not NoneType)))

@@ -120,7 +120,7 @@ class DataConfig:
     )
     check_images: bool = key(True, "check at the start that the images exist")
     repeat_threshold: Annotated[float, Meta(gt=0, le=1)] | None = key(
-        None, "repeat images of categories that a smaller share of the images has; LVIS uses 0.001"
+        None, "repeat images whose categories appear in less than this share of the images; LVIS uses 0.001"
     )
     fast_images: bool = key(False, "decode and resize faster, with pixels that differ slightly")
     augment: Any = key(None, "random changes of training images: `light`, `medium`, `strong`, or keys of their own")
@@ -278,7 +278,7 @@ class SearcherSection:
     mode: Literal["aggressive", "standard", "conservative"] = key("standard", "how many brackets there are")
     max_rungs: Annotated[int, Meta(ge=1)] = key(5, "the most rungs of a bracket")
     bracket_rungs: list[int] = key([], "the rungs of each bracket, instead of `mode` and `max_rungs`")
-    divisor: Annotated[int, Meta(ge=2)] = key(4, "at a rung, one of this number of trials continues")
+    divisor: Annotated[int, Meta(ge=2)] = key(4, "at each rung, one in this many trials continues")
 
     def __post_init__(self) -> None:
         if self.name in ("adaptive_asha", "random") and self.max_trials is None:
@@ -320,7 +320,7 @@ class TrainingHyperparameters:
         None, "detections that are kept per image, and scored per category; default: the model's, and 100"
     )
     class_weights: Literal["balanced"] | dict[str, float] | None = key(
-        None, "how much objects count in the classification loss: `balanced`, or `{name: weight}`, else 1"
+        None, "weight of each category in the classification loss: `balanced`, or `{name: weight}`, others 1"
     )
     loggers: list[str] = key([], "where to log off a cluster: `wandb`, `mlflow`")
 
@@ -375,7 +375,9 @@ def _check_nested_sections(section: Mapping[str, Any], into: type, where: str) -
             if dataclasses.is_dataclass(part) and section.get(name) is not None:
                 if not isinstance(section[name], dict):
                     keys = ", ".join(f"{nested}: …" for nested in key_names(part))
-                    raise UserError(f"{where}.{name}: {as_in_yaml(section[name])} is no section. Fix: give {{{keys}}}")
+                    raise UserError(
+                        f"{where}.{name}: {as_in_yaml(section[name])} is not a section. Fix: give {{{keys}}}"
+                    )
                 parse_section(section[name], part, f"{where}.{name}")
 
 

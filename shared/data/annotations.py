@@ -242,7 +242,7 @@ class CocoAnnotations:
         """
         for name in names:
             if name not in self.category_names:
-                raise UserError(f"{name!r} is no category of {self.path}{nearest(name, self.category_names)}")
+                raise UserError(f"{name!r} is not a category of {self.path}{nearest(name, self.category_names)}")
         labels = [label for label, name in enumerate(self.category_names) if name in names]
         kept = np.isin(self.columns["labels"], labels)
         columns = self.select(kept).columns

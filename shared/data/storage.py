@@ -78,7 +78,7 @@ def _open_plain_file(path: str, flags: int) -> int:
     descriptor = os.open(path, flags | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(f"{path}: it is no plain file")
+        raise OSError(f"{path}: it is not a regular file")
     return descriptor
 
 
@@ -333,7 +333,8 @@ def open_place(store: str, options: StoreOptions) -> Place:
     bucket, _, folder = rest.strip("/").partition("/")
     if scheme not in _BUCKETS or not bucket or not folder:
         raise UserError(
-            f"--store: {store!r} is no folder in a bucket. Fix: give s3://bucket/folder, gs://bucket/folder or a path"
+            f"--store: {store!r} is not a folder in a bucket. Fix: give s3://bucket/folder, gs://bucket/folder "
+            "or a path"
         )
     return BucketPlace(store.rstrip("/"), dataclasses.replace(options, anonymous=False))
 

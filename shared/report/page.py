@@ -99,7 +99,7 @@ def parse_page_options(parser: argparse.ArgumentParser, output: str, arguments: 
     if given.max_detections is not None and given.max_detections < 1:
         raise UserError(f"--max-detections: {given.max_detections} scores nothing. Fix: give 1 or more")
     if given.images is not None and not given.images.is_dir():
-        raise UserError(f"--images: {given.images} is no folder. Fix: give the folder that holds the images")
+        raise UserError(f"--images: {given.images} is not a folder. Fix: give the folder that holds the images")
     if given.resamples < 0 or given.resamples == 1:
         raise UserError(f"--resamples: {given.resamples} gives no interval. Fix: 0 for none, or 2 and more")
     return given

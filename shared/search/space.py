@@ -101,7 +101,7 @@ def _check(value: Range, name: str) -> None:
         return
     low, high = value["minval"], value["maxval"]
     if not all(isinstance(bound, int | float) and math.isfinite(bound) for bound in (low, high)) or low > high:
-        raise UserError(f"{name}: minval {low!r} and maxval {high!r} are no range. Fix: give two numbers in order")
+        raise UserError(f"{name}: minval {low!r} and maxval {high!r} are not a range. Fix: give two numbers in order")
     if kind == "log" and not value.get("base", 10) > 1:
         raise UserError(f"{name}.base: it is {value['base']!r}. Fix: give a number > 1")
 

@@ -416,7 +416,7 @@ class Detector(PyTorchTrial):
         all alike.
 
         Raises:
-            UserError: a name is no category, or this detector cannot weigh categories.
+            UserError: a name is not a category, or this detector cannot weigh categories.
         """
         given = self.hparams.class_weights
         if given is None or not self.for_training:

@@ -317,7 +317,7 @@ def class_weights(
         labels: (objects,) of the training data.
 
     Raises:
-        UserError: a name is no category.
+        UserError: a name is not a category.
     """
     if given == "balanced":
         counts = np.bincount(labels, minlength=len(categories))
@@ -328,13 +328,13 @@ def class_weights(
         names = [category["name"] for category in categories]
         for name in given:
             if name not in names:
-                raise UserError(f"{_WEIGHTS}: {name!r} is no category of data.train{nearest(name, names)}")
+                raise UserError(f"{_WEIGHTS}: {name!r} is not a category of data.train{nearest(name, names)}")
         weights = np.array([given.get(name, 1.0) for name in names])
     return None if (weights == 1).all() else torch.tensor(weights, dtype=torch.float32)
 
 
 def weights_of(labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The weight of each label, in the labels' shape. A label that is no category, as background, has 1."""
+    """The weight of each label, in the labels' shape. A label that is not a category, as background, has 1."""
     known = (labels >= 0) & (labels < len(weights))
     return torch.where(known, weights[labels.where(known, 0)], 1.0)
 

@@ -111,6 +111,28 @@ def test_a_test_split_is_written_and_its_path_printed_outside_the_config(tmp_pat
     assert boxes_of(tmp_path / "instances_test.json") == {"a.png": [("cat", 40, 15, 20, 20)]}
 
 
+def test_two_data_sets_with_equal_file_names_become_one(tmp_path):
+    pets(tmp_path / "cats", ("train",))
+    pets(tmp_path / "dogs", ("train",))
+    for name in ("cats", "dogs"):
+        convert("yolo", tmp_path / name, tmp_path / f"{name}.json", root=tmp_path)
+    files = [hotcoco.COCO(str(tmp_path / f"{name}_train.json")) for name in ("cats", "dogs")]
+    hotcoco.COCO.merge(files).save(str(tmp_path / "both.json"))
+    data = {"train": {"annotations": str(tmp_path / "both.json"), "images": str(tmp_path)}}
+    opened = open_split(parse_data({"data": data}), "train").annotations
+    assert [opened.file_name(i) for i in range(len(opened))] == [
+        "cats/images/train/a.png",
+        "dogs/images/train/a.png",
+    ]
+    assert list(opened.category_names) == ["cat", "dog"]
+
+
+def test_a_root_that_is_not_above_the_images_is_refused(tmp_path):
+    root = pets(tmp_path / "in", ("train",))
+    with pytest.raises(UserError, match=r"--root: .*labels does not contain .*images/train\. Fix: give a folder above"):
+        convert("yolo", root, tmp_path / "o.json", root=root / "labels")
+
+
 def test_an_ambiguous_source_is_an_error_that_names_both_formats(tmp_path):
     root = pets(tmp_path / "in")
     write(root / "boxes.csv", "filename,xmin,ymin,xmax,ymax,class\na.png,1,2,3,4,cat\n")
@@ -124,7 +146,7 @@ def test_an_ambiguous_source_is_an_error_that_names_both_formats(tmp_path):
 def test_an_error_about_an_unknown_format_counts_the_source_s_files(tmp_path):
     write(tmp_path / "in/notes.docx", "")
     draw(tmp_path / "in/a.png")
-    with pytest.raises(UserError, match=r"is no format that is recognized; there is 1 \.docx, 1 \.png\. Fix: "):
+    with pytest.raises(UserError, match=r"is not in a known format; there is 1 \.docx, 1 \.png\. Fix: "):
         converted(None, tmp_path / "in", tmp_path / "o.json")
 
 

@@ -43,7 +43,7 @@ def test_voc_usual_folders_with_splits_are_read_and_counted(tmp_path, capsys):
 
     file = root / "Annotations/a.xml"
     file.write_text(file.read_text()[:200])
-    with pytest.raises(UserError, match=r"a\.xml: is no annotation of Pascal VOC, or is cut off"):
+    with pytest.raises(UserError, match=r"a\.xml: is not an annotation of Pascal VOC, or is cut off"):
         convert("voc", root, tmp_path / "cells.json")
 
 

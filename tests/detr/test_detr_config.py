@@ -64,7 +64,7 @@ def prepare(**changes):
             "'published' are those of hyperparameters.model, which is missing",
         ),
         ({"config": RT_DETR, "processor": {"sice": 3}}, "hyperparameters.processor: unknown field 'sice'"),
-        ({"model": "someone/no-such-model"}, "is no folder, and the Hub does not send it .*copy the model's folder"),
+        ({"model": "someone/no-such-model"}, "is not a folder, and the Hub does not send it .*copy the model's folder"),
     ],
 )
 def test_a_mistake_in_the_config_is_one_line_with_the_fix(changes, message, monkeypatch):
@@ -105,7 +105,7 @@ def test_a_safetensors_file_is_taken_and_a_pickle_is_refused(published, tmp_path
     state, _ = started(DetrHyperparameters(config=RT_DETR, weights=str(tmp_path / "mine.safetensors")), *NAMES)
     assert all(torch.equal(state[name], value) for name, value in weights.items())
     torch.save(weights, tmp_path / "mine.pth")
-    with pytest.raises(UserError, match=r"mine\.pth is no safetensors file. Fix: save it as safetensors"):
+    with pytest.raises(UserError, match=r"mine\.pth is not a safetensors file. Fix: save it as safetensors"):
         started(DetrHyperparameters(config=RT_DETR, weights=str(tmp_path / "mine.pth")), *NAMES)
 
 

@@ -281,7 +281,7 @@ def test_two_processes_need_a_divisible_batch_and_a_free_port(run_config, tmp_pa
             another_run.listen()
         arguments = ("train", config, "--output-dir", tmp_path / "run")
         done = run_model_def(*arguments, processes=2, torchrun=True, check=False)
-    assert "3 images do not divide by 2 slots; use 2 or 4" in done.stderr
+    assert "3 images cannot be divided evenly among 2 slots. Fix: use 2 or 4" in done.stderr
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_stays(refused, trained, run_config, tmp_path):

@@ -464,7 +464,7 @@ def test_classes_of_a_subset_train_and_evaluate_on_it_alone(shapes, train, trial
     assert [name for name in metrics if "_AP/" in name] == ["bbox_AP/circle"]
     assert json.loads((run / "checkpoints/last/categories.json").read_text())[0]["name"] == "circle"
     overrides["data.val.classes"] = ["cirkel"]
-    with pytest.raises(UserError, match=r"data.val.classes .*'cirkel' is no category .*did you mean 'circle'"):
+    with pytest.raises(UserError, match=r"data.val.classes .*'cirkel' is not a category .*did you mean 'circle'"):
         train(trial_class, config, "wrong")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -57,6 +58,7 @@ def convert(
     output: Path,
     images: Path | None = None,
     val_share: float = 0.0,
+    root: Path | None = None,
     say: Callable[[str], object] = print,
     **more: Any,
 ) -> list[Written]:
@@ -66,6 +68,7 @@ def convert(
         kind: a key of FORMATS; None to recognize it.
         images: the folder of the images, if they are not in the source.
         val_share: the share of the images that becomes the validation split, of a source without one.
+        root: a folder above the images; file names become relative to it.
         say: gets lines for the user: what was recognized, and the notes of the reader.
         more: other fields of `Options`.
 
@@ -78,7 +81,7 @@ def convert(
         raise UserError(f"OUTPUT: {output} is a folder. Fix: name the file to write, {output / 'annotations.json'}")
     if not 0 <= val_share < 1:
         raise UserError(
-            f"--val: {val_share:g} is no share. Fix: give a share of the images from 0 to 1, 0.2 for example"
+            f"--val: {val_share:g} is not a share. Fix: give a share of the images from 0 to 1, 0.2 for example"
         )
     extracted = output.with_name(f"{output.stem}_images")
     options = Options(images, without_val=val_share > 0, extracted=extracted, **more)
@@ -88,6 +91,9 @@ def convert(
     contents.splits = {split: part for split, part in contents.splits.items() if part.images}
     if val_share:
         contents.splits = _with_val(contents.splits, val_share, source)
+    if root is not None:
+        for part in contents.splits.values():
+            _name_from(root, part)
     check_outputs("OUTPUT", [path_of(output, split) for split in contents.splits], [source])
     written = write(contents, source, output)
     contents.notes += _shared_images(contents.splits)
@@ -136,7 +142,7 @@ def recognise(source: Path) -> tuple[str, Path, str]:
     endings = Counter(sorted(file.suffix.lower() or "without ending" for file in files_below(source))).most_common(5)
     there = ", ".join(f"{count} {ending}" for ending, count in endings) or "nothing"
     raise UserError(
-        f"{source}: is no format that is recognized; there is {there}. Fix: give the folder or file of the "
+        f"{source}: is not in a known format; there is {there}. Fix: give the folder or file of the "
         f"annotations, or name the format: {', '.join(FORMATS)}"
     )
 
@@ -230,6 +236,18 @@ def _with_val(splits: dict[str, Split], share: float, source: Path) -> dict[str,
         "val": replace(part, images=held_out, counts=Counter()),
         **splits,
     }
+
+
+def _name_from(root: Path, part: Split) -> None:
+    """Makes the file names of a split relative to a folder above its images."""
+    if part.folder is None:
+        raise UserError("--root: the folder of the images is unknown. Fix: give it by --images")
+    folder, above = (Path(os.path.abspath(path)) for path in (part.folder, root))  # without `..`
+    if not folder.is_relative_to(above):
+        raise UserError(f"--root: {root} does not contain {part.folder}. Fix: give a folder above the images")
+    for image in part.images:
+        image["file_name"] = (folder.relative_to(above) / image["file_name"]).as_posix()
+    part.folder = root
 
 
 def as_config(written: Sequence[Written]) -> str:
@@ -351,6 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "output", type=Path, metavar="OUTPUT", help="the COCO file to write; splits add _train, _val and _test"
     )
     parser.add_argument("--images", type=Path, help="the folder of the images")
+    parser.add_argument("--root", type=Path, help="a folder above the images: file names become relative to it")
     parser.add_argument("--val", type=float, default=0.0, metavar="SHARE", help="split off 0.2, for example, as val")
     parser.add_argument(
         "--categories", type=Path, metavar="FILE", help="the categories in order: a name per line, or a COCO file"
@@ -375,6 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given.output,
         given.images,
         given.val,
+        given.root,
         labels=given.labels,
         boxes=given.boxes,
         categories=given.categories,

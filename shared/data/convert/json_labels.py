@@ -52,7 +52,7 @@ def _read_labelme(source: Path, options: Options) -> Contents:
             if content := _content(file):
                 _add_labelme_image(content, file, root, part)
             else:
-                part.counts["JSON files that are no annotations"] += 1
+                part.counts["JSON files that are not annotations"] += 1
     return Contents(splits)
 
 

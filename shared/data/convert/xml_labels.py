@@ -117,9 +117,9 @@ def _read_files(files: list[Path], folder: Path, part: Split) -> None:
             try:
                 root = ElementTree.parse(file).getroot()
             except ElementTree.ParseError as error:
-                raise ValueError(f"is no annotation of Pascal VOC, or is cut off ({error})") from error
+                raise ValueError(f"is not an annotation of Pascal VOC, or is cut off ({error})") from error
             if root.tag != "annotation":
-                part.counts["XML files that are no annotations"] += 1
+                part.counts["XML files that are not annotations"] += 1
                 continue
             near = _folder_in(file, folder, finder)
             # spaces at the ends are the indentation of the XML

@@ -176,7 +176,7 @@ def _describe(file: Path) -> _Description:
     try:
         content = yaml.safe_load(read_text(file))
     except yaml.YAMLError as error:
-        raise UserError(f"{file} is not YOLO's data.yaml: it is no YAML ({error}). Fix: correct it") from error
+        raise UserError(f"{file} is not YOLO's data.yaml: it is not YAML ({error}). Fix: correct it") from error
     with errors_in(f"{file} is not YOLO's data.yaml", "write `names: [cat, dog]`, and the keys that are wrong anew"):
         if not isinstance(content, dict):
             raise ValueError("it has no keys")

@@ -98,7 +98,7 @@ def kind_of(files: Iterable[Labels], given: str, described: Path) -> Kind:
     if given in ("polygons", "oriented"):
         return _polygons(given, [values for values in more if len(values) > 5])
     if given not in ("", "boxes"):
-        raise UserError(f"--labels: {given!r} is no kind. Fix: pass boxes, polygons, oriented or keypoints:17x3")
+        raise UserError(f"--labels: {given!r} is not a kind. Fix: pass boxes, polygons, oriented or keypoints:17x3")
     lengths = {len(values) for values in more}
     if given == "boxes" or lengths <= {5}:
         return _boxes(more, described)
@@ -171,7 +171,7 @@ def _keypoints(given: str, lines: Sequence[np.ndarray]) -> Kind:
             raise ValueError
     except ValueError as error:
         raise UserError(
-            f"--labels: {given!r} is no kind. Fix: pass keypoints:17x3, for 17 points of x, y, visibility"
+            f"--labels: {given!r} is not a kind. Fix: pass keypoints:17x3, for 17 points of x, y, visibility"
         ) from error
     kind = Kind("keypoints", points, numbers)
     after = [values[kind.length :] for values in lines if len(values) > kind.length]
