@@ -254,7 +254,7 @@ def test_det_continue_with_more_slots_resumes_on_all_agents(folder, validated):
     trial = the_trial(experiment)
     assert list(validations(trial)) == validated
     log = "".join(trial.logs())
-    assert re.search(rf"global batch +8 on {slots} slots", log)
+    assert re.search(rf"global batch +\d+ on {slots} slots", log)
     assert re.search(r"length .*; resumes after batch \d+", log)
 
 
