@@ -17,7 +17,7 @@ from memory import compare_memory
 from pycocotools import mask as coco_mask
 from side_by_side import config_of, time_against
 
-from coco_files import PER_IMAGE, data_folder, make_file, truth_and_detections
+from coco_files import IMAGES, PER_IMAGE, data_folder, make_file, truth_and_detections
 from shared.data.annotations import CocoAnnotations
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
@@ -73,7 +73,7 @@ def run(library: ModuleType) -> None:
             measured = time_against(library.TRIAL_CLASS, config, other, blocks, block, library.NAME)
         return {"config": given.get("config_file"), **dict(set_), **measured}
 
-    def memory(source: Path | None = None, images: int = 118_287) -> dict:
+    def memory(source: Path | None = None, images: int = IMAGES) -> dict:
         """The memory (PSS) of a data set and the four loader workers of a process, after each has read every record.
 
         source: a COCO file to repeat; default: synthetic data

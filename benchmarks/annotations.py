@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 from command_line import main
-from memory import compare_memory, together
+from memory import compare_memory, read_all, together
 from tabulate import tabulate
 
-from coco_files import make_file, read_source
+from coco_files import IMAGES, make_file, read_source
 from shared.commands import data_report
 from shared.config.schema import DataConfig, Split
 from shared.data.annotations import CocoAnnotations
@@ -30,7 +30,7 @@ BOXES = {  # without masks
 }
 
 
-def memory(source: Path | None = None, images: int = 118_287, without_torchvision: bool = False) -> dict:
+def memory(source: Path | None = None, images: int = IMAGES) -> dict:
     """`CocoAnnotations` beside torchvision's `CocoDetection`: time to open, and memory.
 
     Memory is the sum of PSS over the process and its four loader workers. Each of them has read every record. The sum
@@ -38,17 +38,12 @@ def memory(source: Path | None = None, images: int = 118_287, without_torchvisio
 
     source: a COCO file to repeat; default: the synthetic data set
     images: the number of images in the repeated file
-    without_torchvision: it takes 5 GB
     """
     from torchvision.datasets import CocoDetection
 
     def open_torchvision() -> CocoDetection:
         with contextlib.redirect_stdout(io.StringIO()):
             return CocoDetection(str(path.parent), str(path))
-
-    def read_ours(annotations: CocoAnnotations) -> None:
-        for index in range(len(annotations)):
-            annotations[index]
 
     def read_torchvision(dataset: CocoDetection) -> None:
         for image_id in dataset.ids:
@@ -61,9 +56,8 @@ def memory(source: Path | None = None, images: int = 118_287, without_torchvisio
         started = time.perf_counter()
         ours = CocoAnnotations.open(path)
         summary["first_open_seconds"] = round(time.perf_counter() - started, 2)
-        sides = {"ours": (lambda: CocoAnnotations.open(path), read_ours)}
-        if not without_torchvision:
-            sides["torchvision"] = (open_torchvision, read_torchvision)
+        sides = {"ours": (lambda: CocoAnnotations.open(path), read_all)}
+        sides["torchvision"] = (open_torchvision, read_torchvision)
         summary |= compare_memory(sides)
         order = np.random.default_rng(0).integers(len(ours), size=60_000).tolist()
         started = time.perf_counter()
@@ -73,7 +67,7 @@ def memory(source: Path | None = None, images: int = 118_287, without_torchvisio
     return summary
 
 
-def ranks(images: int = 118_287, boxes: int = 10_000_000) -> None:
+def ranks(images: int = IMAGES, boxes: int = 10_000_000) -> None:
     """1 and 16 processes open a new file at once: the first has masks, the second boxes only. The limit is 1.2 times
     the memory of one process.
 
@@ -96,7 +90,7 @@ def ranks(images: int = 118_287, boxes: int = 10_000_000) -> None:
     print(tabulate(rows, headers=headers, tablefmt="github", floatfmt=("", "", ".1f", ".2f", ".2f")))
 
 
-def check(source: Path | None = None, images: int = 118_287) -> None:
+def check(source: Path | None = None, images: int = IMAGES) -> None:
     """The report of `python3 -m shared check`, without reading images; the limit is 15 s.
 
     source: a COCO file to repeat; default: the synthetic data set

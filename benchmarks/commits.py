@@ -1,4 +1,4 @@
-"""CPU seconds of a training step, a start and an evaluation, divided by those of another checkout.
+"""CPU seconds of a training step and of a start, divided by those of another checkout.
 
     git worktree add /tmp/before COMMIT
     OMP_NUM_THREADS=1 python benchmarks/commits.py step --before /tmp/before
@@ -9,7 +9,6 @@ seconds change less than wall seconds.
 
 import contextlib
 import os
-import resource
 import signal
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import psutil
 from command_line import ROOT, main
+from turns import in_turns, ratio
 
 SECONDS = 600  # for a batch
 
@@ -121,7 +121,7 @@ def step(before: Path, data: Path = Path("/data/bccd"), detector: str = "efficie
             runs[checkout] = run
             run.wait_for_report()  # the first one is slower
             run.send(signal.SIGSTOP)
-        return in_pairs(lambda checkout: runs[checkout].turn(), before, turns)
+        return compared(lambda checkout: runs[checkout].turn(), before, turns)
 
 
 def start(before: Path, data: Path = Path("/data/bccd"), detector: str = "efficientdet", turns: int = 8) -> dict:
@@ -129,45 +129,15 @@ def start(before: Path, data: Path = Path("/data/bccd"), detector: str = "effici
 
     turns: of each side
     """
-    return in_pairs(lambda checkout: first_batch(checkout / detector, data), before, turns)
+    return compared(lambda checkout: first_batch(checkout / detector, data), before, turns)
 
 
-def evaluation(before: Path, data: Path = Path("/data/bccd"), detector: str = "efficientdet", turns: int = 8) -> dict:
-    """CPU seconds of the `evaluate` command, start included, with a checkpoint after 2 batches.
-
-    turns: of each side
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-
-        def run(checkout: Path, command: str, *arguments: str) -> float:
-            program = [sys.executable, "model_def.py", command, "bccd.yaml", *arguments, *on_bccd(data)]
-            used = cpu_of_children()
-            subprocess.run(program, cwd=checkout / detector, check=True, capture_output=True)
-            return cpu_of_children() - used
-
-        folders = {ROOT: f"{scratch}/here", before: f"{scratch}/before"}
-        for checkout, folder in folders.items():
-            run(checkout, "train", "--output-dir", folder, "--set", "searcher.max_length={batches: 2}")
-        checkpoints = {checkout: f"{folder}/checkpoints/last" for checkout, folder in folders.items()}
-        return in_pairs(lambda c: run(c, "evaluate", "--checkpoint", checkpoints[c]), before, turns)
-
-
-def cpu_of_children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def in_pairs(seconds_of: Callable[[Path], float], before: Path, turns: int) -> dict:
-    """The median ratio of pairs, and that of their quarters. The first pair warms up."""
-    taken = {ROOT: [], before: []}
-    for turn in range(turns + 1):
-        for checkout in (ROOT, before) if turn % 2 else (before, ROOT):
-            taken[checkout].append(seconds_of(checkout))
-    pairs = [here / there for here, there in list(zip(taken[ROOT], taken[before], strict=True))[1:]]
-    here, there = (round(statistics.median(seconds[1:]), 4) for seconds in taken.values())
-    quarters = [round(value, 3) for value in statistics.quantiles(pairs)] if turns > 1 else pairs
-    return {"ratio": round(statistics.median(pairs), 4), "quarters": quarters, "here_s": here, "before_s": there}
+def compared(seconds_of: Callable[[Path], float], before: Path, turns: int) -> dict:
+    """The ratio of the checkouts' seconds, and their medians."""
+    sides = {checkout: lambda _, checkout=checkout: seconds_of(checkout) for checkout in (ROOT, before)}
+    here, there = in_turns(sides, turns).values()
+    return {**ratio(here, there), "here_s": statistics.median(here), "before_s": statistics.median(there)}
 
 
 if __name__ == "__main__":
-    main(__doc__, step, start, evaluation)
+    main(__doc__, step, start)

@@ -9,20 +9,21 @@ images take 100 ms, with 4 loader workers and 20 ms added to each read. The limi
 import json
 import multiprocessing
 import os
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
 from command_line import ROOT, main
+from turns import in_turns, ratio, seconds_of, spread
 
-from coco_files import data_folder
+from coco_files import data_folder, paths_of
 from shared.config.schema import StoreOptions
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection, SampleKey
@@ -47,17 +48,19 @@ def remote(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "coco"
         data_folder(source, folder, train=400)
-        annotations = CocoAnnotations.open(folder / "annotations/instances_train2017.json")
+        path, on_disk = paths_of(folder, "train")
+        annotations = CocoAnnotations.open(path)
         with http_store(folder, latency) as url:
-            places = {"disk": str(folder / "train2017"), "web server": f"{url}/train2017"}
-            speeds: dict[str, list[float]] = {place: [] for place in places}
-            for _ in range(repeats):
-                for place, images in places.items():
-                    speeds[place].append(images_per_second(annotations, images, steps, step))
+            places = {"disk": str(on_disk), "web server": f"{url}/{on_disk.name}"}
+            sides = {
+                place: lambda _, images=images: images_per_second(annotations, images, steps, step)
+                for place, images in places.items()
+            }
+            speeds = in_turns(sides, repeats, warm_up=0)
     for place, values in speeds.items():
-        print(f"{place}: {statistics.median(values):.1f} images/s ({min(values):.1f} to {max(values):.1f})")
-    shares = [late / disk for disk, late in zip(*speeds.values(), strict=True)]
-    print(f"the web server's share of the disk's: {statistics.median(shares):.3f} (limit 0.8)")
+        print(f"{place}: {spread(values)} images/s")
+    share = ratio(speeds["web server"], speeds["disk"])["ratio_median"]
+    print(f"the web server's share of the disk's: {share} (limit 0.8)")
 
 
 def uploads(latency: float = 0.05, files: int = 150, at_once: list[int] = (1, 8, 16), repeats: int = 5) -> None:
@@ -67,27 +70,30 @@ def uploads(latency: float = 0.05, files: int = 150, at_once: list[int] = (1, 8,
     at_once: uploads at the same time
     """
     os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1")
-    took: dict[int, list[float]] = {count: [] for count in at_once}
+
+    def upload(turn: int, count: int) -> float:
+        folder = RunFolder(Path(name) / f"{turn}-{count}")
+        store = RunStore(open_place(f"s3://pictures/{turn}-{count}", StoreOptions(endpoint)), folder)
+        store.take(None)
+        checkpoint = folder.checkpoints / "last"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "state_dict.pth").write_bytes(bytes(20_000_000))
+        for each in range(files):
+            (checkpoint / f"{each}.py").write_bytes(bytes(8_000))
+        (checkpoint / METADATA).write_text(json.dumps({"steps_completed": 1}))
+        write_manifest(checkpoint, 1)
+
+        def store_checkpoint() -> None:
+            store.add_checkpoint(is_best=True)
+            store.wait()
+
+        with mock.patch.object(run_store, "UPLOADS_AT_ONCE", count):
+            return seconds_of(store_checkpoint, clock=time.perf_counter)
+
     with tempfile.TemporaryDirectory() as name, served_s3(latency) as endpoint:
-        for number in range(repeats):
-            for count in at_once:
-                folder = RunFolder(Path(name) / f"{number}-{count}")
-                store = RunStore(open_place(f"s3://pictures/{number}-{count}", StoreOptions(endpoint)), folder)
-                store.take(None)
-                checkpoint = folder.checkpoints / "last"
-                checkpoint.mkdir(parents=True)
-                (checkpoint / "state_dict.pth").write_bytes(bytes(20_000_000))
-                for each in range(files):
-                    (checkpoint / f"{each}.py").write_bytes(bytes(8_000))
-                (checkpoint / METADATA).write_text(json.dumps({"steps_completed": 1}))
-                write_manifest(checkpoint, 1)
-                with mock.patch.object(run_store, "UPLOADS_AT_ONCE", count):
-                    started = time.perf_counter()
-                    store.add_checkpoint(is_best=True)
-                    store.wait()
-                    took[count].append(time.perf_counter() - started)
+        took = in_turns({count: partial(upload, count=count) for count in at_once}, repeats, warm_up=0)
     for count, values in took.items():
-        print(f"{count} at once: {statistics.median(values):.1f} s ({min(values):.1f} to {max(values):.1f})")
+        print(f"{count} at once: {spread(values)} s")
 
 
 @contextmanager

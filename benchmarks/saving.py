@@ -33,7 +33,6 @@ def saving(model: str = "tf_efficientdet_d6", saves: int = 7, period: int = 6, u
     """
     logging.getLogger("determined").setLevel(logging.ERROR)
     waits = {way: [] for way in (*WAYS, "none")}
-    batches = {way: [] for way in WAYS}  # seconds of the batches until the next save
 
     class Stored(BenchmarkRun):
         def store(self, *arguments) -> None:
@@ -42,13 +41,11 @@ def saving(model: str = "tf_efficientdet_d6", saves: int = 7, period: int = 6, u
 
     class Watched(trial_class_of("efficientdet")):
         __module__ = "model_def"  # whose folder a checkpoint copies
-        ended, saved_at, way = time.perf_counter(), 0.0, "none"
+        ended, way = time.perf_counter(), "none"
 
         def before_batch(self, number: int) -> None:
-            now = time.perf_counter()
-            waits[self.way].append(now - self.ended)
-            if self.way != "none":
-                self.saved_at, self.way = now, "none"
+            waits[self.way].append(time.perf_counter() - self.ended)
+            self.way = "none"
             super().before_batch(number)
 
         def after_batch(self, number: int) -> None:
@@ -57,8 +54,6 @@ def saving(model: str = "tf_efficientdet_d6", saves: int = 7, period: int = 6, u
             turn, rest = divmod(number + 1, period)
             if rest:
                 return
-            if turn > 1:
-                batches[WAYS[(turn - 1) % 2]].append(self.ended - self.saved_at)
             if turn > 2 * saves:
                 raise _Measured
             self.way = WAYS[turn % 2]
@@ -76,11 +71,7 @@ def saving(model: str = "tf_efficientdet_d6", saves: int = 7, period: int = 6, u
         with contextlib.suppress(_Measured):
             train_in(trial, Path(folder), Stored)
     without = statistics.median(waits["none"])
-    figures = {"model": model, "parameters": sum(p.numel() for p in trial.plain_model.parameters()), "upload_s": upload}
-    for way in WAYS:
-        figures[f"{way}_waits_s"] = round(statistics.median(waits[way][1:]) - without, 3)
-        figures[f"{way}_batches_after_s"] = round(statistics.median(batches[way][1:]), 3)
-    return figures
+    return {f"{way}_waits_s": round(statistics.median(waits[way][1:]) - without, 3) for way in WAYS}
 
 
 if __name__ == "__main__":

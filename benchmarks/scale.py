@@ -16,9 +16,12 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from command_line import ROOT, main
+from turns import in_turns, seconds_of
 
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "efficientdet")]
 
@@ -30,10 +33,7 @@ WHAT = {
     "meet": "all processes meet",
     "start": "data, model and DDP",
     "all-reduce": "gradients of a step",
-    "agree": f"agreement to stop, every {STEPS} batches",
-    "agree, CPU": "the same, CPU time of rank 0's training thread",
-    "sockets": "agreement over the run's sockets",
-    "sockets, CPU": "the same, CPU time of rank 0's training thread",
+    "sockets": "agreement over sockets, as at a report",
     "gather": f"validation of {IMAGES} images, without its metrics",
     "resume": "checkpoint to the other machine",
 }
@@ -76,11 +76,7 @@ def measure(rank: int, size: int) -> None:
         trial = timed("start", lambda: EfficientDetTrial(context, experiment), times=1)
         gradients = torch.zeros(sum(each.numel() for each in trial.plain_model.parameters()))
         timed("all-reduce", lambda: torch.distributed.all_reduce(gradients))
-        timed("agree", lambda: distributed.begin_max([0, 0, 0])(), times=20)
         timed("sockets", lambda: distributed.allgather((None, (None, False))), times=20)
-
-        for name, waits in agreements(distributed, gradients).items():
-            seconds[name], sent[name] = waits, sent[name.split(",")[0]]
         share = range(rank, IMAGES, size)
         found = [Detections(i, np.ones((100, 4), np.float32), np.ones(100), np.ones(100, np.int64)) for i in share]
         carried = GatheredDetections.of(np.array(share), np.array([], np.int64), found, masks=False, keypoints=False)
@@ -95,43 +91,33 @@ def measure(rank: int, size: int) -> None:
             Path(f"result-{size}.json").write_text(json.dumps(sent if rank else seconds))
 
 
-def agreements(distributed, gradients) -> dict[str, float]:
-    """Seconds that the steps wait for an agreement beside them, and for one over the run's sockets, in turn."""
+def measure_agreement(rank: int, size: int) -> None:
+    """Rank 0 prints how long its steps wait for an agreement beside them, and for one over the run's sockets."""
     import torch
 
-    def both(clock):
+    from shared.training.meeting import local_processes
+
+    def beside(_: int, clock: Callable[[], float]) -> float:
+        distributed.allgather(None)
         started = clock()
         result = distributed.begin_max([0, 0, 0])
         waited = clock() - started
         for _ in range(STEPS):
             torch.distributed.all_reduce(gradients)
-        started = clock()
-        result()
-        waited += clock() - started
+        return waited + seconds_of(result, clock=clock)
+
+    def sockets(_: int, clock: Callable[[], float]) -> float:
         distributed.allgather(None)
-        started = clock()
-        distributed.allgather((None, (None, False)))
-        return waited, clock() - started
-
-    found = {}
-    for suffix, clock in (("", time.perf_counter), (", CPU", time.thread_time)):
-        values = zip(*(both(clock) for _ in range(10)), strict=True)
-        found |= {
-            name + suffix: statistics.median(each) for name, each in zip(("agree", "sockets"), values, strict=True)
-        }
-    return found
-
-
-def measure_agreement(rank: int, size: int) -> None:
-    """Without a model, on one machine."""
-    import torch
-
-    from shared.training.meeting import local_processes
+        return seconds_of(distributed.allgather, (None, (None, False)), clock=clock)
 
     with local_processes(10) as (distributed, _):
-        found = agreements(distributed, torch.zeros(300_000))
+        gradients, found = torch.zeros(300_000), {}
+        for suffix, clock in (("", time.perf_counter), (", CPU", time.thread_time)):
+            sides = {"sockets": partial(sockets, clock=clock), "beside": partial(beside, clock=clock)}
+            for side, taken in in_turns(sides, 10, warm_up=0).items():
+                found[side + suffix] = f"{1000 * statistics.median(taken):.3f} ms"
         if rank == 0:
-            print(size, "ranks:", {name: f"{1000 * each:.3f} ms" for name, each in found.items()}, flush=True)
+            print(size, "ranks:", found, flush=True)
 
 
 def link_bytes() -> int:
@@ -149,7 +135,7 @@ def fork_ranks(first: int, count: int, size: int) -> int:
     return fork(measure, first, count, size, place)
 
 
-def fork(function, first: int, count: int, size: int, place: dict[str, object]) -> int:
+def fork(function: Callable, first: int, count: int, size: int, place: dict[str, object]) -> int:
     import torch
 
     torch.set_num_threads(1)
@@ -165,7 +151,7 @@ def fork(function, first: int, count: int, size: int, place: dict[str, object]) 
 
 
 def everything(ranks: list[int] = RANKS) -> None:
-    """The start, the meeting, a step's agreement, the gathering of a validation and a checkpoint.
+    """The meeting, the start, a step's gradients, a report, the gathering of a validation and a checkpoint.
 
     ranks: how many processes
     """
@@ -204,7 +190,7 @@ def slope(ranks: list[int], values: list[float]) -> float:
 
 
 def agreement(ranks: list[int] = RANKS) -> None:
-    """The agreement to stop alone, on one machine.
+    """The agreement to stop alone, without a model and on one machine.
 
     ranks: how many processes
     """
