@@ -5,8 +5,6 @@ weights and loader settings. memory: against its loader, with one and two proces
 with pycocotools and with its compiled fast path.
 """
 
-import contextlib
-import io
 import itertools
 import sys
 from collections.abc import Callable
@@ -20,7 +18,7 @@ Detectron2Trial = trial_class_of("detectron2")
 
 # isort: split
 from against import run
-from command_line import ROOT
+from command_line import ROOT, silent
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.data.common import DatasetFromList
 from detectron2.data.datasets import load_coco_json, register_coco_instances
@@ -98,7 +96,7 @@ def data_sets(path: Path) -> tuple:
         return CocoSamples(SplitData(CocoAnnotations.open(path), DiskImages(path.parent)), None, config.train_set, 0)
 
     def open_theirs() -> DatasetFromList:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with silent():
             return DatasetFromList(load_coco_json(str(path), str(path.parent), "benchmark_memory"), copy=False)
 
     return (open_ours, lambda samples: read_all(samples.images.annotations)), (open_theirs, read_all)

@@ -1,15 +1,12 @@
 """Annotations of COCO's size: 118,287 images with about 1.07 million annotations, which repeat a small COCO file."""
 
-import contextlib
-import io
 import json
 import os
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from command_line import main
+from command_line import main, scratch_folder, silent
 from memory import compare_memory, read_all, together
 from tabulate import tabulate
 
@@ -42,15 +39,15 @@ def memory(source: Path | None = None, images: int = IMAGES) -> dict:
     from torchvision.datasets import CocoDetection
 
     def open_torchvision() -> CocoDetection:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with silent():
             return CocoDetection(str(path.parent), str(path))
 
     def read_torchvision(dataset: CocoDetection) -> None:
         for image_id in dataset.ids:
             dataset.coco.loadAnns(dataset.coco.getAnnIds(image_id))
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "instances.json"
+    with scratch_folder() as folder:
+        path = folder / "instances.json"
         summary = dict(zip(("images", "annotations"), make_file(source, path, images), strict=True))
         summary["file_mb"] = round(path.stat().st_size / 1e6)
         started = time.perf_counter()
@@ -75,8 +72,7 @@ def ranks(images: int = IMAGES, boxes: int = 10_000_000) -> None:
     boxes: the number of boxes in the file with boxes
     """
     rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         make_file(None, folder / "coco.json", images)
         make_file(BOXES, folder / "boxes.json", boxes // 10, 10)
         for path in (folder / "coco.json", folder / "boxes.json"):
@@ -96,8 +92,7 @@ def check(source: Path | None = None, images: int = IMAGES) -> None:
     source: a COCO file to repeat; default: the synthetic data set
     images: the number of images in the repeated file
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         counts = make_file(source, folder / "train.json", images)
         (folder / "val.json").write_text(json.dumps(read_source(source)))
         print("{:,} images, {:,} annotations".format(*counts))
@@ -126,16 +121,16 @@ def disk(images: int = 2_000_000, folder: Path | None = None) -> None:
         return split
 
     rows = []
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        (Path(name) / "images").mkdir()
+    with scratch_folder(folder) as place:
+        (place / "images").mkdir()
         for number in range(images):
-            os.mknod(f"{name}/images/{number:012d}.jpg")
-        make_file(BOXES, Path(name) / "train.json", images, 1)
-        split = Split(f"{name}/train.json", f"{name}/images")
+            os.mknod(f"{place}/images/{number:012d}.jpg")
+        make_file(BOXES, place / "train.json", images, 1)
+        split = Split(f"{place}/train.json", f"{place}/images")
         for ranks in (1, 8):
             for start in ("first", "again", "check_images: false"):
                 checks = start != "check_images: false"
-                data = DataConfig(train=split, cache_dir=f"{name}/cache{ranks}", check_images=checks)
+                data = DataConfig(train=split, cache_dir=f"{place}/cache{ranks}", check_images=checks)
                 rows.append([f"{images:,}", ranks, start, *together(lambda data=data: open_and_read(data), ranks)])
     headers = ["images", "processes", "start", "seconds", "GiB, all together"]
     print(tabulate(rows, headers=headers, tablefmt="github", floatfmt=("", "", "", ".1f", ".2f")))

@@ -1,20 +1,16 @@
 """An evaluation between the model's output and the metrics: COCO's numbers, batches."""
 
-import contextlib
 import importlib
-import io
 import os
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1")  # before NumPy and the evaluators start their threads
 import hotcoco
 import numpy as np
-from command_line import main, trial_class_of
+from command_line import main, scratch_folder, silent, trial_class_of
 from memory import added_mib, in_process
 from pixels import UNTRAINED
 from side_by_side import config_of, device_name, local_context, now
@@ -83,7 +79,7 @@ def like_pycocotools(coco_class: str, eval_class: str, coco: dict, iou_type: str
     """A package with pycocotools' interface; the classes are named `module.Class`."""
     classes = (name.rsplit(".", 1) for name in (coco_class, eval_class))
     of_data, of_evaluation = (getattr(importlib.import_module(module), name) for module, name in classes)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with silent():
         truth = of_data()
         truth.dataset = coco
         truth.createIndex()
@@ -96,7 +92,7 @@ def like_pycocotools(coco_class: str, eval_class: str, coco: dict, iou_type: str
                 {"image_id": int(image), "category_id": int(label), "bbox": box, "score": score, "segmentation": rle}
                 for (image, *box, score, label), rle in zip(rows.tolist(), masks, strict=True)
             ]
-        with contextlib.redirect_stdout(io.StringIO()):
+        with silent():
             results = truth.loadRes(found)
             if masks:
                 for row, area in zip(results.dataset["annotations"], hotcoco.mask.area(masks).tolist(), strict=True):
@@ -172,8 +168,8 @@ def batches(detector: str = "mmdetection", batch_size: int = 4, pixels: int = 32
     class Batching(trial_class_of(detector)):
         batches_evaluations = True  # on a CPU too
 
-    with tempfile.TemporaryDirectory() as name:
-        folder, sides = Path(name) / "coco", {}
+    with scratch_folder() as scratch:
+        folder, sides = scratch / "coco", {}
         data_folder(None, folder, train=1, val=batch_size, size=pixels)
         for size in (1, batch_size):
             config = config_of(folder, {"global_batch_size": size, **UNTRAINED[detector]}, fast_images=True)

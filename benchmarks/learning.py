@@ -13,17 +13,13 @@ is not repeated.
 """
 
 import json
-import os
-import resource
 import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from command_line import DETECTORS, ROOT, main
-from commits import on_bccd
+from bccd_runs import train_command, user_seconds
+from command_line import DETECTORS, ROOT, main, scratch_folder
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
@@ -65,8 +61,8 @@ def learning(
     yolo: more of YOLO's settings, such as lr0=0.002
     """
     sides = list(only)
-    if YOLO in sides and not imports_ultralytics(ultralytics):
-        print(f"{YOLO} is skipped: `--ultralytics` names no Python that imports ultralytics", file=sys.stderr)
+    if YOLO in sides and not ultralytics:
+        print(f"{YOLO} is skipped: it needs `--ultralytics`", file=sys.stderr)
         sides.remove(YOLO)
     for seed in range(seeds):  # a seed of every side, then the next: a run that is stopped has whole rows
         for folder in data:
@@ -94,9 +90,7 @@ def learning(
 
 def train(detector: str, data: Path, run: Path, seed: int, changes: list[str]) -> tuple[float, float, float]:
     """Trains as its user does, with changes to its config. Returns the `FIGURES`."""
-    command = [sys.executable, "model_def.py", "train", "bccd.yaml", "--output-dir", str(run), *on_bccd(data)]
-    for change in (f"reproducibility.experiment_seed={seed}", *changes):
-        command += ["--set", change]
+    command = train_command(data, run, f"reproducibility.experiment_seed={seed}", *changes)
     seconds = user_seconds(command, ROOT / detector, run.with_suffix(".log"))
     rows = [json.loads(line)["metrics"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     best = max((row for row in rows if "bbox_mAP" in row), key=lambda row: row["bbox_mAP"])
@@ -108,8 +102,7 @@ def train_yolo(
 ) -> tuple[float, float, float]:
     """Trains from scratch, and scores the detections of its best weights on `val`. Returns the `FIGURES`."""
     truth = data / "annotations" / "val.json"
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+    with scratch_folder() as folder:
 
         def run_yolo(model: Path | str, method: str, name: str, **arguments: object) -> float:
             common = {"data": str(folder / "data.yaml"), "imgsz": YOLO_PIXELS, "device": "cpu", "workers": 1}
@@ -122,7 +115,7 @@ def train_yolo(
         categories = yolo_split(truth, data / "images", folder, "val")
         names = [category["name"] for category in categories]
         splits = {split: f"images/{split}" for split in ("train", "val")}
-        (folder / "data.yaml").write_text(json.dumps({"path": scratch, **splits, "names": names}))  # JSON is YAML
+        (folder / "data.yaml").write_text(json.dumps({"path": str(folder), **splits, "names": names}))  # JSON is YAML
         epochs = round(images / len(list((folder / "images" / "train").iterdir())))
         settings = {"epochs": epochs, "optimizer": "AdamW", "pretrained": False, "seed": seed, **settings}
         seconds = run_yolo("yolo11n.yaml", "train", run.name, **settings)
@@ -139,22 +132,6 @@ def train_yolo(
     evaluation.accumulate()
     evaluation.summarize()
     return seconds, float(evaluation.stats[0]), float(evaluation.stats[1])
-
-
-def user_seconds(command: list[str], folder: Path, log: Path, **environment: str) -> float:
-    """User CPU seconds of the command and all processes that it waited for."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    with log.open("w") as file:
-        ended = subprocess.run(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    if ended.returncode:
-        sys.exit(f"{' '.join(command[:3])}: exit status {ended.returncode}\n{log.read_text()[-2000:]}")
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-
-
-def imports_ultralytics(python: str) -> bool:
-    found = "import importlib.util, sys; sys.exit(importlib.util.find_spec('ultralytics') is None)"
-    return bool(python) and subprocess.run([python, "-c", found]).returncode == 0
 
 
 if __name__ == "__main__":

@@ -8,15 +8,11 @@ to the library's. Then follows how much the switch changes the pixels, on the sc
 `mosaic` compares `data.augment` with the loader of Ultralytics instead: mosaic in each sample, scale, color and flip.
 """
 
-import contextlib
 import copy
-import io
 import itertools
-import logging
 import math
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from command_line import main, trial_class_of
+from command_line import main, scratch_folder, silent, trial_class_of
 from side_by_side import config_of, local_context
 from turns import in_turns, ratio, seconds_of
 
@@ -184,7 +180,6 @@ def pixels(
     images: per ratio
     compared: images whose pixels are compared
     """
-    logging.getLogger("determined").setLevel(logging.ERROR)
     if not detector:
         for name in UPSTREAM:  # each has a model_def of its own
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--detector", name], check=True)
@@ -192,9 +187,9 @@ def pixels(
     torch.set_num_threads(1)  # as in a loader's worker
     hyperparameters = {"global_batch_size": batch_size, **UNTRAINED[detector]}
     trials, trial_class = {}, trial_class_of(detector)
-    with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stdout(io.StringIO()):
+    with scratch_folder() as cache, silent():
         for fast in (False, True):
-            config = config_of(data.absolute(), hyperparameters, cache_dir=cache, fast_images=fast)
+            config = config_of(data.absolute(), hyperparameters, cache_dir=str(cache), fast_images=fast)
             with local_context(config) as context:
                 trials[fast] = trial_class(context)
         measured: dict[str, Any] = {"detector": detector}
@@ -234,12 +229,11 @@ def mosaic(
     input_size: pixels per side
     batch: images per batch
     """
-    logging.getLogger("determined").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     augment = {"mosaic": 1.0, "flip": 0.5, "scale": [0.8, 1.25], "color": 0.5}
     hyperparameters = {"global_batch_size": batch, **UNTRAINED["efficientdet"], "input_size": input_size}
-    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
-        folder, yolo = Path(scratch) / "coco", Path(scratch) / "yolo"
+    with scratch_folder() as scratch, silent():
+        folder, yolo = scratch / "coco", scratch / "yolo"
         data_folder(data, folder, files)
         categories = yolo_split(*paths_of(folder, "train"), yolo, "train")
         with local_context(config_of(folder, hyperparameters, augment=augment)) as context:

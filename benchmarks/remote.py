@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from command_line import ROOT, main
+from command_line import ROOT, main, scratch_folder
 from turns import in_turns, ratio, seconds_of, spread
 
 from coco_files import data_folder, paths_of
@@ -45,8 +44,8 @@ def remote(
     latency: seconds added to each read
     step: seconds of a step
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "coco"
+    with scratch_folder() as scratch:
+        folder = scratch / "coco"
         data_folder(source, folder, train=400)
         path, on_disk = paths_of(folder, "train")
         annotations = CocoAnnotations.open(path)
@@ -72,7 +71,7 @@ def uploads(latency: float = 0.05, files: int = 150, at_once: list[int] = (1, 8,
     os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1")
 
     def upload(turn: int, count: int) -> float:
-        folder = RunFolder(Path(name) / f"{turn}-{count}")
+        folder = RunFolder(scratch / f"{turn}-{count}")
         store = RunStore(open_place(f"s3://pictures/{turn}-{count}", StoreOptions(endpoint)), folder)
         store.take(None)
         checkpoint = folder.checkpoints / "last"
@@ -90,7 +89,7 @@ def uploads(latency: float = 0.05, files: int = 150, at_once: list[int] = (1, 8,
         with mock.patch.object(run_store, "UPLOADS_AT_ONCE", count):
             return seconds_of(store_checkpoint, clock=time.perf_counter)
 
-    with tempfile.TemporaryDirectory() as name, served_s3(latency) as endpoint:
+    with scratch_folder() as scratch, served_s3(latency) as endpoint:
         took = in_turns({count: partial(upload, count=count) for count in at_once}, repeats, warm_up=0)
     for count, values in took.items():
         print(f"{count} at once: {spread(values)} s")
@@ -103,7 +102,7 @@ def served_s3(latency: float) -> Iterator[str]:
 
     def serve() -> None:
         late = Faults(lambda number: "late", late=latency, counted=lambda path, command: True)
-        with tempfile.TemporaryDirectory() as empty, s3_store(Path(empty)) as s3, with_faults(s3, late) as proxy:
+        with scratch_folder() as empty, s3_store(empty) as s3, with_faults(s3, late) as proxy:
             endpoint.put(proxy)
             time.sleep(10**6)
 

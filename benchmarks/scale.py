@@ -14,13 +14,12 @@ import math
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from command_line import ROOT, main
+from command_line import ROOT, main, scratch_folder
 from turns import in_turns, seconds_of
 
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "efficientdet")]
@@ -163,11 +162,11 @@ def everything(ranks: list[int] = RANKS) -> None:
     from shared.data import synthetic
 
     results = []
-    with tempfile.TemporaryDirectory() as folder, machines(Path(folder)) as nodes:
-        synthetic.write(Path(folder, "shapes"), train=64, val=8)
-        Path(folder, "config.yaml").write_text(yaml.safe_dump(efficientdet_config(Path("shapes"))))
+    with scratch_folder() as folder, machines(folder) as nodes:
+        synthetic.write(folder / "shapes", train=64, val=8)
+        (folder / "config.yaml").write_text(yaml.safe_dump(efficientdet_config(Path("shapes"))))
         for node in nodes:
-            copy_code(node, "efficientdet", Path(folder, "shapes"), Path(folder, "config.yaml"))
+            copy_code(node, "efficientdet", folder / "shapes", folder / "config.yaml")
         saved = nodes[0].own / "code/checkpoint"
         saved.mkdir()
         torch.save(torch.rand(4_000_000), saved / "state_dict.pth")  # 16 MB

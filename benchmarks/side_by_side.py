@@ -7,7 +7,6 @@ import itertools
 import platform
 import statistics
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import scratch_folder
 from determined.pytorch import PyTorchTrialContext
 from turns import ratio
 
@@ -73,18 +73,19 @@ class BenchmarkRun(LocalRun):
     handles_signals = False
 
 
-def train_in(trial: DetectionTrial, folder: Path, kind: type[LocalRun] = BenchmarkRun) -> None:
-    """Trains with the engine that `train` uses. Reports and checkpoints go to the folder."""
+class Measured(Exception):
+    """Ends a training run whose measurement is complete."""
+
+
+def train_until_measured(trial: DetectionTrial, folder: Path, kind: type[LocalRun] = BenchmarkRun) -> None:
+    """Trains with the engine that `train` uses, until the trial raises `Measured`. Its files go to the folder."""
     run_folder = RunFolder(folder)
     run_folder.prepare(Path(sys.modules[type(trial).__module__].__file__).parent)
-    train(trial, kind(run_folder, Loggers(), trial.searcher_metric, "none", True))
+    with contextlib.suppress(Measured):
+        train(trial, kind(run_folder, Loggers(), trial.searcher_metric, "none", True))
 
 
 # --- two loops ----------------------------------------------------------------------------------------------
-
-
-class _Measured(Exception):
-    """Both sides have their blocks."""
 
 
 class _Side:
@@ -139,7 +140,7 @@ def time_against(
                 return
             ours.end_block()
             if len(ours.seconds) == blocks + (3 if cuda else 2):
-                raise _Measured
+                raise Measured
             if len(theirs.seconds) <= blocks:
                 with memory_as_without_us():
                     theirs.begin_block()
@@ -149,14 +150,14 @@ def time_against(
                 stacks = watch.enter_context(watch_synchronisations())
             ours.begin_block()
 
-    with local_context(config) as context, tempfile.TemporaryDirectory() as folder:
+    with local_context(config) as context, scratch_folder() as folder:
         cuda = context.device.type == "cuda"
         ours, theirs = _Side(context.device), _Side(context.device)
         trial = Watched(context)
         other = other_of(trial)
         ours.begin_block()
-        with contextlib.suppress(_Measured), watch:
-            train_in(trial, Path(folder))
+        with watch:
+            train_until_measured(trial, folder)
     seconds = {"ours": ours.seconds[1 : blocks + 2], name: theirs.seconds[1:]}
     # block i of theirs lies between i and i + 1 of ours
     around = [statistics.mean(two) for two in itertools.pairwise(seconds["ours"])]

@@ -3,13 +3,12 @@
 The run is that of `make demo`. It needs `pip install sahi rasterio`.
 """
 
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from command_line import main
+from command_line import main, scratch_folder
 from memory import added_mib
 from PIL import Image
 from turns import in_turns, seconds_of
@@ -98,11 +97,11 @@ def sahi(run: Path, count: int = 6, tile: int = SIDE) -> dict[str, dict[str, flo
     found = {name: [] for name in ways}
 
     def detect(image_id: int, name: str) -> None:
-        each = ways[name](Path(folder, f"{image_id}.png"))
+        each = ways[name](folder / f"{image_id}.png")
         found[name].append(Detections(image_id, each.boxes, each.scores, each.labels))
 
-    with tempfile.TemporaryDirectory() as folder:
-        truth = scenes(Path(folder), count)
+    with scratch_folder() as folder:
+        truth = scenes(folder, count)
         sides = {name: lambda image_id, name=name: seconds_of(detect, image_id, name) for name in ways}
         seconds = in_turns(sides, count, warm_up=0)
     metrics = {name: evaluate(truth, each, "bbox") for name, each in found.items()}
@@ -117,12 +116,13 @@ def memory(run: Path, side: int = 20000, tile: int = 640) -> dict[str, float]:
     predictor, one_tile = Predictor(run), np.zeros((tile, tile, 3), np.uint8)
     predictor(one_tile)  # warms up
     profile = {"width": side, "height": side, "count": 3, "dtype": "uint8", "compress": "deflate", "tiled": True}
-    with tempfile.TemporaryDirectory() as folder:
-        rasterio.open(Path(folder, "large.tif"), "w", driver="GTiff", **profile, blockxsize=512, blockysize=512).close()
+    with scratch_folder() as folder:
+        path = folder / "large.tif"
+        rasterio.open(path, "w", driver="GTiff", **profile, blockxsize=512, blockysize=512).close()
         with added_mib() as by_tile:
             predictor(one_tile)
         with added_mib() as by_tiff:
-            seconds = seconds_of(lambda: predictor(Path(folder, "large.tif"), tiles=tile), clock=time.perf_counter)
+            seconds = seconds_of(lambda: predictor(path, tiles=tile), clock=time.perf_counter)
     return {"tile_mib": by_tile[0], "tiff_mib": by_tiff[0], "tiff_s": seconds}
 
 
