@@ -1,6 +1,7 @@
 """COCO files and folders for the benchmarks: small ones repeated, or made, with detections near their objects."""
 
 import json
+import shutil
 from pathlib import Path
 
 import hotcoco
@@ -76,7 +77,7 @@ def data_folder(source: Path | None, folder: Path, train: int, val: int = 4, siz
         for number in range(1, count + 1):
             image = coco["images"][(number - 1) % len(coco["images"])]
             name = f"{number:012d}{Path(image['file_name']).suffix}"
-            (images / name).symlink_to((source / images.name / image["file_name"]).absolute())
+            shutil.copy(source / images.name / image["file_name"], images / name)
             repeated.append({**image, "id": number, "file_name": name})
             rows += [{**row, "image_id": number} for row in own[image["id"]]]
         coco["images"] = repeated
