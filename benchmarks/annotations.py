@@ -107,11 +107,10 @@ def check(source: Path | None = None, images: int = IMAGES) -> None:
             print(f"annotations {what}: {time.perf_counter() - started:.1f} s, {len(report.remarks)} remarks")
 
 
-def disk(images: int = 2_000_000, folder: Path | None = None) -> None:
+def disk(images: int = 2_000_000) -> None:
     """From the start to the read files of a batch, by 1 and 8 processes, and their memory; `again`: at most 5 s.
 
     images: empty files; they need as many inodes
-    folder: for the files, which are deleted at the end
     """
 
     def open_and_read(data: DataConfig) -> object:
@@ -121,7 +120,7 @@ def disk(images: int = 2_000_000, folder: Path | None = None) -> None:
         return split
 
     rows = []
-    with scratch_folder(folder) as place:
+    with scratch_folder() as place:
         (place / "images").mkdir()
         for number in range(images):
             os.mknod(f"{place}/images/{number:012d}.jpg")

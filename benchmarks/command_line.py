@@ -75,9 +75,9 @@ def switch(given: str) -> tuple[str, Any]:
 
 
 @contextlib.contextmanager
-def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
+def scratch_folder() -> Iterator[Path]:
     """A temporary folder."""
-    with tempfile.TemporaryDirectory(dir=parent) as name:
+    with tempfile.TemporaryDirectory() as name:
         yield Path(name)
 
 

@@ -156,13 +156,12 @@ def coco_numbers(images: int = 5000, masks: bool = False, repeats: int = 5, only
 # --- batches ------------------------------------------------------------------------------------------------
 
 
-def batches(detector: str = "mmdetection", batch_size: int = 4, pixels: int = 320, turns: int = 5) -> dict:
+def batches(detector: str = "mmdetection", batch_size: int = 4, turns: int = 5) -> dict:
     """Images per CPU second of a library's model, on images of one size: batches of one, and of several.
 
     The two take turns. On a GPU the seconds are the clock's.
 
     detector: mmdetection (RetinaNet R50-FPN) or detectron2 (Mask R-CNN R50-FPN)
-    pixels: a side of the images before the test's resize
     """
 
     class Batching(trial_class_of(detector)):
@@ -170,7 +169,7 @@ def batches(detector: str = "mmdetection", batch_size: int = 4, pixels: int = 32
 
     with scratch_folder() as scratch:
         folder, sides = scratch / "coco", {}
-        data_folder(None, folder, train=1, val=batch_size, size=pixels)
+        data_folder(None, folder, train=1, val=batch_size, size=320)
         for size in (1, batch_size):
             config = config_of(folder, {"global_batch_size": size, **UNTRAINED[detector]}, fast_images=True)
             with local_context(config) as context:

@@ -13,12 +13,14 @@ is not repeated.
 """
 
 import json
+import os
+import resource
 import shutil
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
-from bccd_runs import train_command, user_seconds
 from command_line import DETECTORS, ROOT, main, scratch_folder
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -49,7 +51,6 @@ def learning(
     set_: list[str] = [],  # noqa: B006
     ultralytics: str = "",
     yolo_images: int = 1500,
-    yolo: dict = {},  # noqa: B006
 ) -> None:
     """
     data: folders with annotations/train.json, annotations/val.json and images/
@@ -58,7 +59,6 @@ def learning(
     set_: as train's, such as hyperparameters.amp=bf16
     ultralytics: a Python that imports ultralytics
     yolo_images: how many images YOLO sees, which decides its epochs
-    yolo: more of YOLO's settings, such as lr0=0.002
     """
     sides = list(only)
     if YOLO in sides and not ultralytics:
@@ -74,7 +74,7 @@ def learning(
                 shutil.rmtree(run, ignore_errors=True)  # of a run that was stopped
                 run.parent.mkdir(parents=True, exist_ok=True)
                 if side == YOLO:
-                    learned = train_yolo(ultralytics, folder.absolute(), run, seed, yolo_images, dict(yolo))
+                    learned = train_yolo(ultralytics, folder.absolute(), run, seed, yolo_images)
                 else:
                     learned = train(side, folder.absolute(), run, seed, set_)
                 found.write_text(json.dumps(dict(zip(FIGURES, learned, strict=True))))
@@ -90,16 +90,18 @@ def learning(
 
 def train(detector: str, data: Path, run: Path, seed: int, changes: list[str]) -> tuple[float, float, float]:
     """Trains as its user does, with changes to its config. Returns the `FIGURES`."""
-    command = train_command(data, run, f"reproducibility.experiment_seed={seed}", *changes)
+    command = [sys.executable, "model_def.py", "train", "bccd.yaml", "--output-dir", str(run)]
+    annotations, images = data / "annotations", data / "images"
+    splits = [f"data.{s}={{annotations: {annotations / s}.json, images: {images}}}" for s in ("train", "val")]
+    for change in (*splits, f"reproducibility.experiment_seed={seed}", *changes):
+        command += ["--set", change]
     seconds = user_seconds(command, ROOT / detector, run.with_suffix(".log"))
     rows = [json.loads(line)["metrics"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     best = max((row for row in rows if "bbox_mAP" in row), key=lambda row: row["bbox_mAP"])
     return seconds, best["bbox_mAP"], best["bbox_mAP_50"]
 
 
-def train_yolo(
-    python: str, data: Path, run: Path, seed: int, images: int, settings: dict
-) -> tuple[float, float, float]:
+def train_yolo(python: str, data: Path, run: Path, seed: int, images: int) -> tuple[float, float, float]:
     """Trains from scratch, and scores the detections of its best weights on `val`. Returns the `FIGURES`."""
     truth = data / "annotations" / "val.json"
     with scratch_folder() as folder:
@@ -117,7 +119,7 @@ def train_yolo(
         splits = {split: f"images/{split}" for split in ("train", "val")}
         (folder / "data.yaml").write_text(json.dumps({"path": str(folder), **splits, "names": names}))  # JSON is YAML
         epochs = round(images / len(list((folder / "images" / "train").iterdir())))
-        settings = {"epochs": epochs, "optimizer": "AdamW", "pretrained": False, "seed": seed, **settings}
+        settings = {"epochs": epochs, "optimizer": "AdamW", "pretrained": False, "seed": seed}
         seconds = run_yolo("yolo11n.yaml", "train", run.name, **settings)
         best, name = run / "weights" / "best.pt", f"{run.name}-val"
         run_yolo(best, "val", name, conf=0.001, max_det=300, save_json=True)
@@ -132,6 +134,17 @@ def train_yolo(
     evaluation.accumulate()
     evaluation.summarize()
     return seconds, float(evaluation.stats[0]), float(evaluation.stats[1])
+
+
+def user_seconds(command: list[str], folder: Path, log: Path, **environment: str) -> float:
+    """User CPU seconds of the command and all processes that it waited for."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    with log.open("w") as file:
+        ended = subprocess.run(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    if ended.returncode:
+        sys.exit(f"{' '.join(command[:3])}: exit status {ended.returncode}\n{log.read_text()[-2000:]}")
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
 
 
 if __name__ == "__main__":

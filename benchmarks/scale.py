@@ -1,8 +1,5 @@
 """What grows with the number of processes: seconds and bytes between two machines, which share no disk.
 
-    python benchmarks/scale.py everything
-    python benchmarks/scale.py agreement    # the agreement to stop alone, without a model
-
 The machines are network namespaces. All processes share this machine's cores, so that their own work adds up: the
 seconds are upper bounds, and the bytes are exact. A slope is the exponent of a power law: 0 for what does not grow, 1
 for what grows as the ranks do.
@@ -15,23 +12,19 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from command_line import ROOT, main, scratch_folder
-from turns import in_turns, seconds_of
 
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "efficientdet")]
 
-PORT = 29622
 RANKS = [2, 4, 8, 16, 32]
 IMAGES = 1000  # that a validation gathers, with 100 detections each
-STEPS = 5  # between two agreements
 WHAT = {
     "meet": "all processes meet",
     "start": "data, model and DDP",
     "all-reduce": "gradients of a step",
+    "agree": "agreement to stop, without the steps beside it",
     "sockets": "agreement over sockets, as at a report",
     "gather": f"validation of {IMAGES} images, without its metrics",
     "resume": "checkpoint to the other machine",
@@ -75,6 +68,7 @@ def measure(rank: int, size: int) -> None:
         trial = timed("start", lambda: EfficientDetTrial(context, experiment), times=1)
         gradients = torch.zeros(sum(each.numel() for each in trial.plain_model.parameters()))
         timed("all-reduce", lambda: torch.distributed.all_reduce(gradients))
+        timed("agree", lambda: distributed.begin_max([0, 0, 0])(), times=20)
         timed("sockets", lambda: distributed.allgather((None, (None, False))), times=20)
         share = range(rank, IMAGES, size)
         found = [Detections(i, np.ones((100, 4), np.float32), np.ones(100), np.ones(100, np.int64)) for i in share]
@@ -90,35 +84,6 @@ def measure(rank: int, size: int) -> None:
             Path(f"result-{size}.json").write_text(json.dumps(sent if rank else seconds))
 
 
-def measure_agreement(rank: int, size: int) -> None:
-    """Rank 0 prints how long its steps wait for an agreement beside them, and for one over the run's sockets."""
-    import torch
-
-    from shared.training.meeting import local_processes
-
-    def beside(_: int, clock: Callable[[], float]) -> float:
-        distributed.allgather(None)
-        started = clock()
-        result = distributed.begin_max([0, 0, 0])
-        waited = clock() - started
-        for _ in range(STEPS):
-            torch.distributed.all_reduce(gradients)
-        return waited + seconds_of(result, clock=clock)
-
-    def sockets(_: int, clock: Callable[[], float]) -> float:
-        distributed.allgather(None)
-        return seconds_of(distributed.allgather, (None, (None, False)), clock=clock)
-
-    with local_processes(10) as (distributed, _):
-        gradients, found = torch.zeros(300_000), {}
-        for suffix, clock in (("", time.perf_counter), (", CPU", time.thread_time)):
-            sides = {"sockets": partial(sockets, clock=clock), "beside": partial(beside, clock=clock)}
-            for side, taken in in_turns(sides, 10, warm_up=0).items():
-                found[side + suffix] = f"{1000 * statistics.median(taken):.3f} ms"
-        if rank == 0:
-            print(size, "ranks:", found, flush=True)
-
-
 def link_bytes() -> int:
     """Bytes that this machine has sent and received over its network."""
     line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if "eth0" in line)
@@ -128,28 +93,24 @@ def link_bytes() -> int:
 
 def fork_ranks(first: int, count: int, size: int) -> int:
     """Forks ranks of one of two machines. Returns how many failed."""
-    import model_def  # noqa: F401 all ranks share what it loads
-
-    place = {"GROUP_RANK": int(first > 0), "GROUP_WORLD_SIZE": 2, "MASTER_ADDR": "node-0", "MASTER_PORT": PORT}
-    return fork(measure, first, count, size, place)
-
-
-def fork(function: Callable, first: int, count: int, size: int, place: dict[str, object]) -> int:
     import torch
 
+    import model_def  # noqa: F401 all ranks share what it loads
+
     torch.set_num_threads(1)
+    place = {"GROUP_RANK": int(first > 0), "GROUP_WORLD_SIZE": 2, "MASTER_ADDR": "node-0", "MASTER_PORT": 29622}
     children = []
     for local in range(count):
         if (child := os.fork()) == 0:
             ranks = {"RANK": first + local, "WORLD_SIZE": size, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": count}
             os.environ.update({name: str(value) for name, value in {**ranks, **place}.items()})
-            function(first + local, size)
+            measure(first + local, size)
             os._exit(0)
         children.append(child)
     return sum(os.waitpid(child, 0)[1] != 0 for child in children)
 
 
-def everything(ranks: list[int] = RANKS) -> None:
+def scale(ranks: list[int] = RANKS) -> None:
     """The meeting, the start, a step's gradients, a report, the gathering of a validation and a checkpoint.
 
     ranks: how many processes
@@ -188,17 +149,7 @@ def slope(ranks: list[int], values: list[float]) -> float:
     return statistics.linear_regression([math.log(r) for r in ranks], [math.log(v) for v in values]).slope
 
 
-def agreement(ranks: list[int] = RANKS) -> None:
-    """The agreement to stop alone, without a model and on one machine.
-
-    ranks: how many processes
-    """
-    here = {"GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
-    for number, size in enumerate(ranks):
-        assert fork(measure_agreement, 0, size, size, {**here, "MASTER_PORT": PORT + 1 + number}) == 0
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--ranks"]:
         sys.exit(fork_ranks(*map(int, sys.argv[2:])))
-    main(__doc__, everything, agreement)
+    main(__doc__, scale)
