@@ -97,7 +97,7 @@ def run(library: ModuleType) -> None:
                 measured[" and ".join(iou_types)] = _evaluate(library, path, detections, iou_types)
         return measured
 
-    if sys.argv[1:2] != ["step"] and not hasattr(library, "data_sets"):
+    if sys.argv[1:2] in (["memory"], ["evaluation"]) and not hasattr(library, "data_sets"):
         sys.exit(f"{sys.argv[0]} has one command: step")
     main(library.__doc__, step, memory, evaluation)
 
