@@ -81,10 +81,11 @@ bench: $(ALL_READY)
 	$(PY) benchmarks/annotations.py ranks
 	$(PY) benchmarks/annotations.py disk
 	OMP_NUM_THREADS=1 $(PY) benchmarks/remote.py remote
-	OMP_NUM_THREADS=1 $(PY) benchmarks/scale.py everything
+	OMP_NUM_THREADS=1 $(PY) benchmarks/scale.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/training_step.py step
-	for script in benchmarks/against_*.py; do for what in step memory evaluation; do \
-		OMP_NUM_THREADS=1 $(PY) $$script $$what || exit 1; \
+	OMP_NUM_THREADS=1 $(PY) benchmarks/against_transformers.py step
+	for library in mmdetection detectron2; do for what in step memory evaluation; do \
+		OMP_NUM_THREADS=1 $(PY) benchmarks/against_$$library.py $$what || exit 1; \
 	done; done
 
 # The documentation, in an environment of its own: it imports none of the code.

@@ -1,23 +1,19 @@
 """The benchmarks against a detector's library: `step`, `memory` and `evaluation`."""
 
-import contextlib
-import io
 import json
-import logging
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from command_line import main
+from command_line import main, scratch_folder, silent
 from memory import compare_memory
 from pycocotools import mask as coco_mask
 from side_by_side import config_of, time_against
 
-from coco_files import PER_IMAGE, data_folder, make_file, truth_and_detections
+from coco_files import IMAGES, PER_IMAGE, data_folder, make_file, truth_and_detections
 from shared.data.annotations import CocoAnnotations
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
@@ -60,10 +56,9 @@ def run(library: ModuleType) -> None:
         block: batches per block
         set_: hyperparameters of our side only, such as amp=bf16
         """
-        logging.getLogger("determined").setLevel(logging.ERROR)
         given = {"global_batch_size": batch_size, **(library.FULL if full else library.SMALL)}
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "coco"
+        with scratch_folder() as scratch:
+            folder = scratch / "coco"
             data_folder(source, folder, train=images)
             config = config_of(folder, {**given, **dict(set_)}, workers=workers)
 
@@ -73,14 +68,14 @@ def run(library: ModuleType) -> None:
             measured = time_against(library.TRIAL_CLASS, config, other, blocks, block, library.NAME)
         return {"config": given.get("config_file"), **dict(set_), **measured}
 
-    def memory(source: Path | None = None, images: int = 118_287) -> dict:
+    def memory(source: Path | None = None, images: int = IMAGES) -> dict:
         """The memory (PSS) of a data set and the four loader workers of a process, after each has read every record.
 
         source: a COCO file to repeat; default: synthetic data
         images: the number of images in the repeated file
         """
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "instances.json"
+        with scratch_folder() as folder:
+            path = folder / "instances.json"
             measured = dict(zip(("images", "annotations"), make_file(source, path, images), strict=True))
             CocoAnnotations.open(path)
             for ranks in library.RANKS:
@@ -94,15 +89,15 @@ def run(library: ModuleType) -> None:
         images: 15 objects each
         """
         measured: dict[str, Any] = {"images": images, "detections": images * PER_IMAGE}
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "truth.json"
+        with scratch_folder() as folder:
+            path = folder / "truth.json"
             coco, detections = truth_and_detections(images, masks=True)
             path.write_text(json.dumps(coco))
             for iou_types in (("bbox",), ("bbox", "segm")):
                 measured[" and ".join(iou_types)] = _evaluate(library, path, detections, iou_types)
         return measured
 
-    if sys.argv[1:2] != ["step"] and not hasattr(library, "data_sets"):
+    if sys.argv[1:2] in (["memory"], ["evaluation"]) and not hasattr(library, "data_sets"):
         sys.exit(f"{sys.argv[0]} has one command: step")
     main(library.__doc__, step, memory, evaluation)
 
@@ -115,7 +110,7 @@ def _evaluate(library: ModuleType, path: Path, detections: list[Detections], iou
         evaluator.update([library.to_detections(output, image_id)])
 
     sides = {"ours": (add, lambda: evaluator.compute()[f"{iou_types[-1]}_mAP"])}
-    with contextlib.redirect_stdout(io.StringIO()):
+    with silent():
         sides |= library.evaluations(path, iou_types)
         adding, computing, maps = dict.fromkeys(sides, 0.0), {}, {}
         for found in detections:

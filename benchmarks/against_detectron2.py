@@ -5,8 +5,6 @@ weights and loader settings. memory: against its loader, with one and two proces
 with pycocotools and with its compiled fast path.
 """
 
-import contextlib
-import io
 import itertools
 import sys
 from collections.abc import Callable
@@ -20,7 +18,7 @@ Detectron2Trial = trial_class_of("detectron2")
 
 # isort: split
 from against import run
-from command_line import ROOT
+from command_line import ROOT, silent
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.data.common import DatasetFromList
 from detectron2.data.datasets import load_coco_json, register_coco_instances
@@ -30,8 +28,9 @@ from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from memory import read_all
 
-from coco_files import HEIGHT, WIDTH
+from coco_files import HEIGHT, WIDTH, paths_of
 from detectron2_files.config import load_detectron2_config
 from detectron2_files.data import CocoSamples
 from detectron2_files.evaluation import to_detections  # noqa: F401 `run` takes it from here
@@ -60,8 +59,8 @@ FULL = {
 
 def loop(trial: Detectron2Trial, folder: Path, workers: int, _: dict) -> Callable[[int], None]:
     """plain_train_net's loop over Detectron2's own data set, with the trial's weights."""
-    annotations = folder / "annotations/instances_train2017.json"
-    register_coco_instances("benchmark_train", {}, str(annotations), str(folder / "train2017"))
+    annotations, images = paths_of(folder, "train")
+    register_coco_instances("benchmark_train", {}, str(annotations), str(images))
     cfg = trial.detectron2_config.cfg.clone()
     cfg.DATASETS.TRAIN = ("benchmark_train",)
     cfg.SOLVER.IMS_PER_BATCH = trial.global_batch_size
@@ -96,20 +95,11 @@ def data_sets(path: Path) -> tuple:
     def open_ours() -> CocoSamples:
         return CocoSamples(SplitData(CocoAnnotations.open(path), DiskImages(path.parent)), None, config.train_set, 0)
 
-    def read_ours(samples: CocoSamples) -> None:
-        records = samples.images.annotations
-        for index in samples.indices.tolist():
-            records[index]
-
     def open_theirs() -> DatasetFromList:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with silent():
             return DatasetFromList(load_coco_json(str(path), str(path.parent), "benchmark_memory"), copy=False)
 
-    def read_theirs(dicts: DatasetFromList) -> None:
-        for index in range(len(dicts)):
-            dicts[index]
-
-    return (open_ours, read_ours), (open_theirs, read_theirs)
+    return (open_ours, lambda samples: read_all(samples.images.annotations)), (open_theirs, read_all)
 
 
 def output(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, masks: np.ndarray | None) -> Instances:

@@ -4,8 +4,6 @@ step: against mmcv's EpochBasedRunner with mmdet's data set and loader; the same
 memory: against mmdet's CocoDataset. evaluation: against `encode_mask_results` and the data set's `evaluate`.
 """
 
-import contextlib
-import io
 import itertools
 import logging
 import sys
@@ -15,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from command_line import trial_class_of
+from command_line import silent, trial_class_of
 
 MMDetectionTrial = trial_class_of("mmdetection")  # before mmcv.ops, which may have no compiled operations
 
@@ -57,7 +55,7 @@ def loop(trial: MMDetectionTrial, folder: Path, workers: int, _: dict) -> Callab
     """mmcv's runner over mmdet's own data set, with the trial's weights."""
     config = trial.mmdet_config
     config.data.train.classes = [category["name"] for category in trial.categories]
-    with contextlib.redirect_stdout(io.StringIO()):
+    with silent():
         dataset = build_dataset(config.data.train)
     loader = build_dataloader(
         dataset, trial.per_slot_batch_size, workers, dist=False, seed=0, persistent_workers=workers > 0
@@ -94,7 +92,7 @@ def loop(trial: MMDetectionTrial, folder: Path, workers: int, _: dict) -> Callab
 def data_set(path: Path, pipeline: list[dict], **options) -> object:
     leaf = {"type": "CocoDataset", "ann_file": str(path), "pipeline": pipeline}
     classes = CocoAnnotations.open(path).category_names
-    with contextlib.redirect_stdout(io.StringIO()):
+    with silent():
         return build_dataset({**leaf, "classes": classes, **options})
 
 

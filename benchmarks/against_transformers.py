@@ -5,7 +5,6 @@ torchvision, PyTorch's loader, AdamW and the clipping of gradients. The same con
 import copy
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ DetrTrial = trial_class_of("detr")
 # isort: split
 import yaml
 
+from coco_files import by_image, paths_of
 from detr_files.optimizer import build_optimizer
 
 NAME, TRIAL_CLASS = "transformers", DetrTrial
@@ -32,11 +32,12 @@ class Coco(torch.utils.data.Dataset):
     """Images and annotations, as the image processor takes them."""
 
     def __init__(self, folder: Path):
-        coco = json.loads((folder / "annotations/instances_train2017.json").read_text())
-        self.folder, self.images, self.objects = folder / "train2017", coco["images"], defaultdict(list)
+        annotations, self.folder = paths_of(folder, "train")
+        coco = json.loads(annotations.read_text())
+        self.images, self.objects = coco["images"], by_image(coco)
         labels = {category["id"]: label for label, category in enumerate(coco["categories"])}
         for each in coco["annotations"]:
-            self.objects[each["image_id"]].append({**each, "category_id": labels[each["category_id"]]})
+            each["category_id"] = labels[each["category_id"]]
 
     def __len__(self) -> int:
         return len(self.images)

@@ -1,19 +1,16 @@
 """Annotations of COCO's size: 118,287 images with about 1.07 million annotations, which repeat a small COCO file."""
 
-import contextlib
-import io
 import json
 import os
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from command_line import main
-from memory import compare_memory, together
+from command_line import main, scratch_folder, silent
+from memory import compare_memory, read_all, together
 from tabulate import tabulate
 
-from coco_files import make_file, read_source
+from coco_files import IMAGES, make_file, read_source
 from shared.commands import data_report
 from shared.config.schema import DataConfig, Split
 from shared.data.annotations import CocoAnnotations
@@ -30,7 +27,7 @@ BOXES = {  # without masks
 }
 
 
-def memory(source: Path | None = None, images: int = 118_287, without_torchvision: bool = False) -> dict:
+def memory(source: Path | None = None, images: int = IMAGES) -> dict:
     """`CocoAnnotations` beside torchvision's `CocoDetection`: time to open, and memory.
 
     Memory is the sum of PSS over the process and its four loader workers. Each of them has read every record. The sum
@@ -38,32 +35,26 @@ def memory(source: Path | None = None, images: int = 118_287, without_torchvisio
 
     source: a COCO file to repeat; default: the synthetic data set
     images: the number of images in the repeated file
-    without_torchvision: it takes 5 GB
     """
     from torchvision.datasets import CocoDetection
 
     def open_torchvision() -> CocoDetection:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with silent():
             return CocoDetection(str(path.parent), str(path))
-
-    def read_ours(annotations: CocoAnnotations) -> None:
-        for index in range(len(annotations)):
-            annotations[index]
 
     def read_torchvision(dataset: CocoDetection) -> None:
         for image_id in dataset.ids:
             dataset.coco.loadAnns(dataset.coco.getAnnIds(image_id))
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "instances.json"
+    with scratch_folder() as folder:
+        path = folder / "instances.json"
         summary = dict(zip(("images", "annotations"), make_file(source, path, images), strict=True))
         summary["file_mb"] = round(path.stat().st_size / 1e6)
         started = time.perf_counter()
         ours = CocoAnnotations.open(path)
         summary["first_open_seconds"] = round(time.perf_counter() - started, 2)
-        sides = {"ours": (lambda: CocoAnnotations.open(path), read_ours)}
-        if not without_torchvision:
-            sides["torchvision"] = (open_torchvision, read_torchvision)
+        sides = {"ours": (lambda: CocoAnnotations.open(path), read_all)}
+        sides["torchvision"] = (open_torchvision, read_torchvision)
         summary |= compare_memory(sides)
         order = np.random.default_rng(0).integers(len(ours), size=60_000).tolist()
         started = time.perf_counter()
@@ -73,7 +64,7 @@ def memory(source: Path | None = None, images: int = 118_287, without_torchvisio
     return summary
 
 
-def ranks(images: int = 118_287, boxes: int = 10_000_000) -> None:
+def ranks(images: int = IMAGES, boxes: int = 10_000_000) -> None:
     """1 and 16 processes open a new file at once: the first has masks, the second boxes only. The limit is 1.2 times
     the memory of one process.
 
@@ -81,8 +72,7 @@ def ranks(images: int = 118_287, boxes: int = 10_000_000) -> None:
     boxes: the number of boxes in the file with boxes
     """
     rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         make_file(None, folder / "coco.json", images)
         make_file(BOXES, folder / "boxes.json", boxes // 10, 10)
         for path in (folder / "coco.json", folder / "boxes.json"):
@@ -96,14 +86,13 @@ def ranks(images: int = 118_287, boxes: int = 10_000_000) -> None:
     print(tabulate(rows, headers=headers, tablefmt="github", floatfmt=("", "", ".1f", ".2f", ".2f")))
 
 
-def check(source: Path | None = None, images: int = 118_287) -> None:
+def check(source: Path | None = None, images: int = IMAGES) -> None:
     """The report of `python3 -m shared check`, without reading images; the limit is 15 s.
 
     source: a COCO file to repeat; default: the synthetic data set
     images: the number of images in the repeated file
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         counts = make_file(source, folder / "train.json", images)
         (folder / "val.json").write_text(json.dumps(read_source(source)))
         print("{:,} images, {:,} annotations".format(*counts))
@@ -118,11 +107,10 @@ def check(source: Path | None = None, images: int = 118_287) -> None:
             print(f"annotations {what}: {time.perf_counter() - started:.1f} s, {len(report.remarks)} remarks")
 
 
-def disk(images: int = 2_000_000, folder: Path | None = None) -> None:
+def disk(images: int = 2_000_000) -> None:
     """From the start to the read files of a batch, by 1 and 8 processes, and their memory; `again`: at most 5 s.
 
     images: empty files; they need as many inodes
-    folder: for the files, which are deleted at the end
     """
 
     def open_and_read(data: DataConfig) -> object:
@@ -132,16 +120,16 @@ def disk(images: int = 2_000_000, folder: Path | None = None) -> None:
         return split
 
     rows = []
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        (Path(name) / "images").mkdir()
+    with scratch_folder() as place:
+        (place / "images").mkdir()
         for number in range(images):
-            os.mknod(f"{name}/images/{number:012d}.jpg")
-        make_file(BOXES, Path(name) / "train.json", images, 1)
-        split = Split(f"{name}/train.json", f"{name}/images")
+            os.mknod(f"{place}/images/{number:012d}.jpg")
+        make_file(BOXES, place / "train.json", images, 1)
+        split = Split(f"{place}/train.json", f"{place}/images")
         for ranks in (1, 8):
             for start in ("first", "again", "check_images: false"):
                 checks = start != "check_images: false"
-                data = DataConfig(train=split, cache_dir=f"{name}/cache{ranks}", check_images=checks)
+                data = DataConfig(train=split, cache_dir=f"{place}/cache{ranks}", check_images=checks)
                 rows.append([f"{images:,}", ranks, start, *together(lambda data=data: open_and_read(data), ranks)])
     headers = ["images", "processes", "start", "seconds", "GiB, all together"]
     print(tabulate(rows, headers=headers, tablefmt="github", floatfmt=("", "", "", ".1f", ".2f")))

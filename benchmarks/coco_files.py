@@ -1,8 +1,10 @@
 """COCO files and folders for the benchmarks: small ones repeated, or made, with detections near their objects."""
 
 import json
+import shutil
 from pathlib import Path
 
+import hotcoco
 import numpy as np
 from pycocotools import mask as coco_mask
 
@@ -11,6 +13,11 @@ from shared.evaluation.detections import Detections
 
 IMAGES, ANNOTATIONS = 118_287, 1_070_000  # COCO's
 HEIGHT, WIDTH, PER_IMAGE, CATEGORIES = 240, 320, 15, 20  # of what `truth_and_detections` makes
+
+
+def paths_of(folder: Path, split: str) -> tuple[Path, Path]:
+    """The annotation file and the images of a split, `train` or `val`, in a COCO folder."""
+    return folder / f"annotations/instances_{split}2017.json", folder / f"{split}2017"
 
 
 def read_source(source: Path | None) -> dict:
@@ -51,24 +58,50 @@ def make_file(
 
 
 def data_folder(source: Path | None, folder: Path, train: int, val: int = 4, size: int = 512) -> None:
-    """Makes a COCO folder that repeats the images of the COCO folder `source`, or has synthetic images of `size`."""
+    """Makes a COCO folder that repeats the images of the COCO folder `source`, or has synthetic images of `size`.
+
+    A repeated image has a name of its own, so no cache of decoded images holds all of them.
+    """
     (folder / "annotations").mkdir(parents=True)
     if source is None:
         synthetic.write(folder, train=train, val=val, size=size)
     for split, count in (("train", train), ("val", val)):
-        path, images = folder / f"annotations/instances_{split}2017.json", folder / f"{split}2017"
+        path, images = paths_of(folder, split)
         if source is None:
             (folder / f"annotations/{split}.json").rename(path)
             (folder / split).rename(images)
             continue
         coco = json.loads((source / path.relative_to(folder)).read_text())
-        own = by_image(coco)
-        chosen = [(i + 1, coco["images"][i % len(coco["images"])]) for i in range(count)]
-        rows = [{**one, "image_id": i} for i, image in chosen for one in own[image["id"]]]
-        coco["images"] = [{**image, "id": i} for i, image in chosen]
+        own, repeated, rows = by_image(coco), [], []
+        images.mkdir()
+        for number in range(1, count + 1):
+            image = coco["images"][(number - 1) % len(coco["images"])]
+            name = f"{number:012d}{Path(image['file_name']).suffix}"
+            shutil.copy(source / images.name / image["file_name"], images / name)
+            repeated.append({**image, "id": number, "file_name": name})
+            rows += [{**row, "image_id": number} for row in own[image["id"]]]
+        coco["images"] = repeated
         coco["annotations"] = [{**row, "id": number} for number, row in enumerate(rows, 1)]
         path.write_text(json.dumps(coco))
-        images.symlink_to((source / images.name).absolute())
+
+
+def yolo_split(annotations: Path, images: Path, folder: Path, split: str) -> list[dict]:
+    """Links the images of a COCO file into `images/` of a YOLO folder, by their ids, and writes `labels/`.
+
+    Returns:
+        The categories in YOLO's order.
+    """
+    coco, links = json.loads(annotations.read_text()), folder / "images" / split
+    links.mkdir(parents=True)
+    for image in coco["images"]:
+        source = images / image["file_name"]
+        image["file_name"] = f"{image['id']}{source.suffix}"
+        (links / image["file_name"]).symlink_to(source)
+    coco["annotations"] = [one for one in coco["annotations"] if min(one["bbox"][2:]) > 0]
+    copied = folder / f"{split}.json"
+    copied.write_text(json.dumps(coco))
+    hotcoco.COCO(str(copied)).to_yolo(str(folder / "labels" / split))
+    return sorted(coco["categories"], key=lambda category: category["id"])
 
 
 def truth_and_detections(

@@ -1,14 +1,18 @@
 """The command line of the benchmarks: each function is a command, and each of its parameters an option."""
 
 import argparse
+import contextlib
 import importlib
 import inspect
+import io
 import json
+import logging
 import re
 import sys
+import tempfile
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,7 @@ def main(about: str, *commands: Callable) -> None:
             text = inspect.getdoc(command)
             _add_options(names.add_parser(_option(command), help=text.partition("\n")[0], description=text), command)
     given = vars(parser.parse_args())
+    logging.getLogger("determined").setLevel(logging.ERROR)
     result = given.pop("command")(**given)
     if result is not None:
         print(json.dumps(result, indent=1))
@@ -67,6 +72,18 @@ def switch(given: str) -> tuple[str, Any]:
     """A key and its value, such as `channels_last=true`."""
     key, value = given.split("=", 1)
     return key, yaml.safe_load(value)
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def silent() -> contextlib.AbstractContextManager:
+    """Drops what a library prints to stdout."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def trial_class_of(detector: str) -> type:

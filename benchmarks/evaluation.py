@@ -1,24 +1,20 @@
 """An evaluation between the model's output and the metrics: COCO's numbers, batches."""
 
-import contextlib
 import importlib
-import io
 import os
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1")  # before NumPy and the evaluators start their threads
 import hotcoco
 import numpy as np
-from command_line import main, trial_class_of
+from command_line import main, scratch_folder, silent, trial_class_of
 from memory import added_mib, in_process
 from pixels import UNTRAINED
-from side_by_side import config_of, device_name, in_turns, local_context, ratio
+from side_by_side import config_of, device_name, local_context, now
+from turns import in_turns, ratio, seconds_of
 
 from coco_files import data_folder, truth_and_detections
 from shared.data.annotations import CocoAnnotations
@@ -83,7 +79,7 @@ def like_pycocotools(coco_class: str, eval_class: str, coco: dict, iou_type: str
     """A package with pycocotools' interface; the classes are named `module.Class`."""
     classes = (name.rsplit(".", 1) for name in (coco_class, eval_class))
     of_data, of_evaluation = (getattr(importlib.import_module(module), name) for module, name in classes)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with silent():
         truth = of_data()
         truth.dataset = coco
         truth.createIndex()
@@ -96,7 +92,7 @@ def like_pycocotools(coco_class: str, eval_class: str, coco: dict, iou_type: str
                 {"image_id": int(image), "category_id": int(label), "bbox": box, "score": score, "segmentation": rle}
                 for (image, *box, score, label), rle in zip(rows.tolist(), masks, strict=True)
             ]
-        with contextlib.redirect_stdout(io.StringIO()):
+        with silent():
             results = truth.loadRes(found)
             if masks:
                 for row, area in zip(results.dataset["annotations"], hotcoco.mask.area(masks).tolist(), strict=True):
@@ -145,11 +141,13 @@ def coco_numbers(images: int = 5000, masks: bool = False, repeats: int = 5, only
     coco, detections = truth_and_detections(images, masks, BOXES, CATEGORIES, (480, 640))
     mib = {name: in_process(added_by, name, iou_type, coco, detections) for name in only}
     runs = {name: EVALUATORS[name](coco, iou_type) for name in only if mib[name] is not None}
-    seconds, metrics = {name: [] for name in runs}, {}
-    for name, run in [*runs.items()] * repeats:
-        started = time.process_time()
-        metrics[name] = run(detections)
-        seconds[name].append(time.process_time() - started)
+    metrics = {}
+
+    def evaluate(name: str) -> None:
+        metrics[name] = runs[name](detections)
+
+    sides = {name: lambda _, name=name: seconds_of(evaluate, name) for name in runs}
+    seconds = in_turns(sides, repeats, warm_up=0)
     for name, found in metrics.items():
         difference = max(abs(found.get(key, np.inf) - value) for key, value in metrics[only[0]].items())
         print(f"{name:17} {min(seconds[name]):7.3f} s {mib[name]:5.0f} MiB, largest difference {difference:.1g}")
@@ -158,21 +156,20 @@ def coco_numbers(images: int = 5000, masks: bool = False, repeats: int = 5, only
 # --- batches ------------------------------------------------------------------------------------------------
 
 
-def batches(detector: str = "mmdetection", batch_size: int = 4, pixels: int = 320, turns: int = 5) -> dict:
+def batches(detector: str = "mmdetection", batch_size: int = 4, turns: int = 5) -> dict:
     """Images per CPU second of a library's model, on images of one size: batches of one, and of several.
 
-    The two take turns. On a GPU the seconds are the clock's. Reported too is how far their scores differ.
+    The two take turns. On a GPU the seconds are the clock's.
 
     detector: mmdetection (RetinaNet R50-FPN) or detectron2 (Mask R-CNN R50-FPN)
-    pixels: a side of the images before the test's resize
     """
 
     class Batching(trial_class_of(detector)):
         batches_evaluations = True  # on a CPU too
 
-    with tempfile.TemporaryDirectory() as name:
-        folder, found, sides = Path(name) / "coco", {}, {}
-        data_folder(None, folder, train=1, val=batch_size, size=pixels)
+    with scratch_folder() as scratch:
+        folder, sides = scratch / "coco", {}
+        data_folder(None, folder, train=1, val=batch_size, size=320)
         for size in (1, batch_size):
             config = config_of(folder, {"global_batch_size": size, **UNTRAINED[detector]}, fast_images=True)
             with local_context(config) as context:
@@ -180,23 +177,16 @@ def batches(detector: str = "mmdetection", batch_size: int = 4, pixels: int = 32
                 loaded = list(trial.evaluation_loader(trial.open_val()))
             assert {len(batch) for batch in loaded} == {size}
 
-            def run(size: int = size, trial=trial, loaded: list = loaded) -> None:
-                found[size] = {d.image_id: d for batch in loaded for d in trial.detect_on_host_batch(batch)}
+            def detect(trial: Batching = trial, loaded: list = loaded) -> None:
+                for batch in loaded:
+                    trial.detect_on_host_batch(batch)
 
-            sides[size] = run
+            sides[size] = lambda _, detect=detect: seconds_of(detect, clock=now)
         taken = in_turns(sides, turns)
-    one, several = taken.values()
-    alone, together = found.values()
-    same = [i for i in alone if np.array_equal(alone[i].labels, together[i].labels)]
     return {
         "device": device_name(context.device),
-        "images_per_second": {size: round(len(alone) / statistics.median(t), 2) for size, t in taken.items()},
-        **ratio([a / b for a, b in zip(one, several, strict=True)]),
-        "detections": sum(map(len, alone.values())),
-        "images_with_the_same_labels": f"{len(same)} of {len(alone)}",
-        "largest_difference_of_a_score": max(
-            (float(abs(alone[i].scores - together[i].scores).max(initial=0)) for i in same), default=None
-        ),
+        "images_per_second": {size: round(batch_size / statistics.median(t), 2) for size, t in taken.items()},
+        **ratio(taken[1], taken[batch_size]),
     }
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from command_line import ROOT, main, trial_class_of
 from memory import in_process
 from tabulate import tabulate
+from turns import in_turns, seconds_of
 
 
 def measure(detector: str, config: str, checkpoint: str, files: list[str], images: int) -> dict[str, dict]:
@@ -32,7 +33,7 @@ def measure(detector: str, config: str, checkpoint: str, files: list[str], image
         experiment, saved = with_checkpoint(trial_class, experiment, given, processes[0])
         trial = stack.enter_context(detecting_trial(trial_class, experiment, saved, processes))
         data = trial.open_val()
-        indices = [index % len(data.annotations) for index in range(images + 1)]
+        indices = [index % len(data.annotations) for index in range(images + 1)]  # the first image warms up
         dataset, collate = trial.evaluation_dataset(data), trial.collate(training=False)
         sides = {"PyTorch": lambda index: trial.detect_on_host_batch(collate([dataset[index]]))}
         sides["PyTorch"](0)
@@ -42,14 +43,13 @@ def measure(detector: str, config: str, checkpoint: str, files: list[str], image
             file, seconds = FileDetector(trial_class, experiment, Path(path), processes), {"loading": 0, "detecting": 0}
             sides[name] = lambda index, file=file, seconds=seconds: file.detect_image(data, index, seconds)
             memory[name] = peak_memory_of(Path(path).with_name("detect.py"), Path(path), data, indices)
-        times = {name: [] for name in sides}
         clock = time.process_time if len(os.sched_getaffinity(0)) == 1 else time.perf_counter
-        for index in indices:
-            for name, detect_image in sides.items():
-                started = clock()
-                detect_image(index)
-                times[name].append(1000 * (clock() - started))
-    return {name: {"ms": statistics.median(values[1:]), "mib": memory[name]} for name, values in times.items()}
+        timed = {
+            name: lambda turn, detect_image=detect_image: seconds_of(detect_image, indices[turn], clock=clock)
+            for name, detect_image in sides.items()
+        }
+        seconds = in_turns(timed, images)
+    return {name: {"ms": 1000 * statistics.median(s), "mib": memory[name]} for name, s in seconds.items()}
 
 
 def compare(detector: str, config: Path, checkpoint: Path, files: list[Path], images: int = 50, cores: int = 2) -> None:

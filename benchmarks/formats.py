@@ -5,11 +5,10 @@ JPEG file, so the disk is warm.
 """
 
 import json
-import tempfile
 import time
 from pathlib import Path
 
-from command_line import main
+from command_line import main, scratch_folder
 from memory import added_mib, in_process
 from PIL import Image
 
@@ -96,8 +95,7 @@ def formats(images: int = 10_000, only: list[str] = ALL) -> None:
     stems = [f"{i:06}" for i in range(images)]
     print("| format | seconds | CPU seconds | peak MiB |\n|---|---|---|---|")
     for kind in only:
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place)
+        with scratch_folder() as folder:
             (folder / "images").mkdir()
             Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "images" / f"{stems[0]}.jpg")
             for stem in stems[1:]:

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +35,12 @@ def in_process(function: Callable, *arguments: object, start: str = "fork") -> A
     """The result of a function in a new process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context(start)) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def read_all(records: Sequence) -> None:
+    """Reads every record of a data set."""
+    for index in range(len(records)):
+        records[index]
 
 
 def compare_memory(sides: dict[str, tuple[Callable, Callable]], ranks: int = 1) -> dict[str, float]:

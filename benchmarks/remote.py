@@ -3,26 +3,26 @@
 `remote` is images from a web server beside the disk: how many images per second reach a training step. Steps of 8
 images take 100 ms, with 4 loader workers and 20 ms added to each read. The limit is 80 % of the disk's.
 
-`uploads` is a checkpoint to S3, whose files go one by one or several at once.
+`uploads` is a checkpoint to S3, whose files go one by one or several at once. Each request takes 50 ms longer.
 """
 
 import json
 import multiprocessing
 import os
-import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
-from command_line import ROOT, main
+from command_line import ROOT, main, scratch_folder
+from turns import in_turns, ratio, seconds_of, spread
 
-from coco_files import data_folder
+from coco_files import data_folder, paths_of
 from shared.config.schema import StoreOptions
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection, SampleKey
@@ -36,58 +36,58 @@ sys.path.insert(0, str(ROOT / "tests"))
 from stores import Faults, http_store, s3_store, with_faults
 
 
-def remote(
-    source: Path | None = None, latency: float = 0.02, step: float = 0.1, steps: int = 60, repeats: int = 5
-) -> None:
+def remote(source: Path | None = None, steps: int = 60, repeats: int = 5) -> None:
     """
     source: a folder with COCO's train2017; default: synthetic images
-    latency: seconds added to each read
-    step: seconds of a step
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "coco"
+    with scratch_folder() as scratch:
+        folder = scratch / "coco"
         data_folder(source, folder, train=400)
-        annotations = CocoAnnotations.open(folder / "annotations/instances_train2017.json")
-        with http_store(folder, latency) as url:
-            places = {"disk": str(folder / "train2017"), "web server": f"{url}/train2017"}
-            speeds: dict[str, list[float]] = {place: [] for place in places}
-            for _ in range(repeats):
-                for place, images in places.items():
-                    speeds[place].append(images_per_second(annotations, images, steps, step))
+        path, on_disk = paths_of(folder, "train")
+        annotations = CocoAnnotations.open(path)
+        with http_store(folder, 0.02) as url:
+            places = {"disk": str(on_disk), "web server": f"{url}/{on_disk.name}"}
+            sides = {
+                place: lambda _, images=images: images_per_second(annotations, images, steps)
+                for place, images in places.items()
+            }
+            speeds = in_turns(sides, repeats, warm_up=0)
     for place, values in speeds.items():
-        print(f"{place}: {statistics.median(values):.1f} images/s ({min(values):.1f} to {max(values):.1f})")
-    shares = [late / disk for disk, late in zip(*speeds.values(), strict=True)]
-    print(f"the web server's share of the disk's: {statistics.median(shares):.3f} (limit 0.8)")
+        print(f"{place}: {spread(values)} images/s")
+    share = ratio(speeds["web server"], speeds["disk"])["ratio_median"]
+    print(f"the web server's share of the disk's: {share} (limit 0.8)")
 
 
-def uploads(latency: float = 0.05, files: int = 150, at_once: list[int] = (1, 8, 16), repeats: int = 5) -> None:
+def uploads(files: int = 150, at_once: list[int] = (1, 8, 16), repeats: int = 5) -> None:
     """
-    latency: seconds added to each request
     files: small ones in a checkpoint, beside 20 MB of weights
     at_once: uploads at the same time
     """
     os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1")
-    took: dict[int, list[float]] = {count: [] for count in at_once}
-    with tempfile.TemporaryDirectory() as name, served_s3(latency) as endpoint:
-        for number in range(repeats):
-            for count in at_once:
-                folder = RunFolder(Path(name) / f"{number}-{count}")
-                store = RunStore(open_place(f"s3://pictures/{number}-{count}", StoreOptions(endpoint)), folder)
-                store.take(None)
-                checkpoint = folder.checkpoints / "last"
-                checkpoint.mkdir(parents=True)
-                (checkpoint / "state_dict.pth").write_bytes(bytes(20_000_000))
-                for each in range(files):
-                    (checkpoint / f"{each}.py").write_bytes(bytes(8_000))
-                (checkpoint / METADATA).write_text(json.dumps({"steps_completed": 1}))
-                write_manifest(checkpoint, 1)
-                with mock.patch.object(run_store, "UPLOADS_AT_ONCE", count):
-                    started = time.perf_counter()
-                    store.add_checkpoint(is_best=True)
-                    store.wait()
-                    took[count].append(time.perf_counter() - started)
+
+    def upload(turn: int, count: int) -> float:
+        folder = RunFolder(scratch / f"{turn}-{count}")
+        store = RunStore(open_place(f"s3://pictures/{turn}-{count}", StoreOptions(endpoint)), folder)
+        store.take(None)
+        checkpoint = folder.checkpoints / "last"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "state_dict.pth").write_bytes(bytes(20_000_000))
+        for each in range(files):
+            (checkpoint / f"{each}.py").write_bytes(bytes(8_000))
+        (checkpoint / METADATA).write_text(json.dumps({"steps_completed": 1}))
+        write_manifest(checkpoint, 1)
+
+        def store_checkpoint() -> None:
+            store.add_checkpoint(is_best=True)
+            store.wait()
+
+        with mock.patch.object(run_store, "UPLOADS_AT_ONCE", count):
+            return seconds_of(store_checkpoint, clock=time.perf_counter)
+
+    with scratch_folder() as scratch, served_s3(0.05) as endpoint:
+        took = in_turns({count: partial(upload, count=count) for count in at_once}, repeats, warm_up=0)
     for count, values in took.items():
-        print(f"{count} at once: {statistics.median(values):.1f} s ({min(values):.1f} to {max(values):.1f})")
+        print(f"{count} at once: {spread(values)} s")
 
 
 @contextmanager
@@ -97,7 +97,7 @@ def served_s3(latency: float) -> Iterator[str]:
 
     def serve() -> None:
         late = Faults(lambda number: "late", late=latency, counted=lambda path, command: True)
-        with tempfile.TemporaryDirectory() as empty, s3_store(Path(empty)) as s3, with_faults(s3, late) as proxy:
+        with scratch_folder() as empty, s3_store(empty) as s3, with_faults(s3, late) as proxy:
             endpoint.put(proxy)
             time.sleep(10**6)
 
@@ -110,7 +110,7 @@ def served_s3(latency: float) -> Iterator[str]:
         process.join()
 
 
-def images_per_second(annotations: CocoAnnotations, images: str, steps: int, seconds: float) -> float:
+def images_per_second(annotations: CocoAnnotations, images: str, steps: int) -> float:
     """Of steps that only wait. The first ones, while the workers start, do not count."""
     storage = open_images(images, "train", StoreOptions())
     storage.look(annotations.file_names)
@@ -120,7 +120,7 @@ def images_per_second(annotations: CocoAnnotations, images: str, steps: int, sec
     for number, _ in enumerate(loader):
         if number == 10:
             started = time.perf_counter()
-        time.sleep(seconds)
+        time.sleep(0.1)
     return 8 * (number - 9) / (time.perf_counter() - started)
 
 

@@ -1,8 +1,5 @@
 """What grows with the number of processes: seconds and bytes between two machines, which share no disk.
 
-    python benchmarks/scale.py everything
-    python benchmarks/scale.py agreement    # the agreement to stop alone, without a model
-
 The machines are network namespaces. All processes share this machine's cores, so that their own work adds up: the
 seconds are upper bounds, and the bytes are exact. A slope is the exponent of a power law: 0 for what does not grow, 1
 for what grows as the ranks do.
@@ -14,26 +11,21 @@ import math
 import os
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from command_line import ROOT, main
+from command_line import ROOT, main, scratch_folder
 
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "efficientdet")]
 
-PORT = 29622
 RANKS = [2, 4, 8, 16, 32]
 IMAGES = 1000  # that a validation gathers, with 100 detections each
-STEPS = 5  # between two agreements
 WHAT = {
     "meet": "all processes meet",
     "start": "data, model and DDP",
     "all-reduce": "gradients of a step",
-    "agree": f"agreement to stop, every {STEPS} batches",
-    "agree, CPU": "the same, CPU time of rank 0's training thread",
-    "sockets": "agreement over the run's sockets",
-    "sockets, CPU": "the same, CPU time of rank 0's training thread",
+    "agree": "agreement to stop, without the steps beside it",
+    "sockets": "agreement over sockets, as at a report",
     "gather": f"validation of {IMAGES} images, without its metrics",
     "resume": "checkpoint to the other machine",
 }
@@ -78,9 +70,6 @@ def measure(rank: int, size: int) -> None:
         timed("all-reduce", lambda: torch.distributed.all_reduce(gradients))
         timed("agree", lambda: distributed.begin_max([0, 0, 0])(), times=20)
         timed("sockets", lambda: distributed.allgather((None, (None, False))), times=20)
-
-        for name, waits in agreements(distributed, gradients).items():
-            seconds[name], sent[name] = waits, sent[name.split(",")[0]]
         share = range(rank, IMAGES, size)
         found = [Detections(i, np.ones((100, 4), np.float32), np.ones(100), np.ones(100, np.int64)) for i in share]
         carried = GatheredDetections.of(np.array(share), np.array([], np.int64), found, masks=False, keypoints=False)
@@ -95,45 +84,6 @@ def measure(rank: int, size: int) -> None:
             Path(f"result-{size}.json").write_text(json.dumps(sent if rank else seconds))
 
 
-def agreements(distributed, gradients) -> dict[str, float]:
-    """Seconds that the steps wait for an agreement beside them, and for one over the run's sockets, in turn."""
-    import torch
-
-    def both(clock):
-        started = clock()
-        result = distributed.begin_max([0, 0, 0])
-        waited = clock() - started
-        for _ in range(STEPS):
-            torch.distributed.all_reduce(gradients)
-        started = clock()
-        result()
-        waited += clock() - started
-        distributed.allgather(None)
-        started = clock()
-        distributed.allgather((None, (None, False)))
-        return waited, clock() - started
-
-    found = {}
-    for suffix, clock in (("", time.perf_counter), (", CPU", time.thread_time)):
-        values = zip(*(both(clock) for _ in range(10)), strict=True)
-        found |= {
-            name + suffix: statistics.median(each) for name, each in zip(("agree", "sockets"), values, strict=True)
-        }
-    return found
-
-
-def measure_agreement(rank: int, size: int) -> None:
-    """Without a model, on one machine."""
-    import torch
-
-    from shared.training.meeting import local_processes
-
-    with local_processes(10) as (distributed, _):
-        found = agreements(distributed, torch.zeros(300_000))
-        if rank == 0:
-            print(size, "ranks:", {name: f"{1000 * each:.3f} ms" for name, each in found.items()}, flush=True)
-
-
 def link_bytes() -> int:
     """Bytes that this machine has sent and received over its network."""
     line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if "eth0" in line)
@@ -143,29 +93,25 @@ def link_bytes() -> int:
 
 def fork_ranks(first: int, count: int, size: int) -> int:
     """Forks ranks of one of two machines. Returns how many failed."""
-    import model_def  # noqa: F401 all ranks share what it loads
-
-    place = {"GROUP_RANK": int(first > 0), "GROUP_WORLD_SIZE": 2, "MASTER_ADDR": "node-0", "MASTER_PORT": PORT}
-    return fork(measure, first, count, size, place)
-
-
-def fork(function, first: int, count: int, size: int, place: dict[str, object]) -> int:
     import torch
 
+    import model_def  # noqa: F401 all ranks share what it loads
+
     torch.set_num_threads(1)
+    place = {"GROUP_RANK": int(first > 0), "GROUP_WORLD_SIZE": 2, "MASTER_ADDR": "node-0", "MASTER_PORT": 29622}
     children = []
     for local in range(count):
         if (child := os.fork()) == 0:
             ranks = {"RANK": first + local, "WORLD_SIZE": size, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": count}
             os.environ.update({name: str(value) for name, value in {**ranks, **place}.items()})
-            function(first + local, size)
+            measure(first + local, size)
             os._exit(0)
         children.append(child)
     return sum(os.waitpid(child, 0)[1] != 0 for child in children)
 
 
-def everything(ranks: list[int] = RANKS) -> None:
-    """The start, the meeting, a step's agreement, the gathering of a validation and a checkpoint.
+def scale(ranks: list[int] = RANKS) -> None:
+    """The meeting, the start, a step's gradients, a report, the gathering of a validation and a checkpoint.
 
     ranks: how many processes
     """
@@ -177,11 +123,11 @@ def everything(ranks: list[int] = RANKS) -> None:
     from shared.data import synthetic
 
     results = []
-    with tempfile.TemporaryDirectory() as folder, machines(Path(folder)) as nodes:
-        synthetic.write(Path(folder, "shapes"), train=64, val=8)
-        Path(folder, "config.yaml").write_text(yaml.safe_dump(efficientdet_config(Path("shapes"))))
+    with scratch_folder() as folder, machines(folder) as nodes:
+        synthetic.write(folder / "shapes", train=64, val=8)
+        (folder / "config.yaml").write_text(yaml.safe_dump(efficientdet_config(Path("shapes"))))
         for node in nodes:
-            copy_code(node, "efficientdet", Path(folder, "shapes"), Path(folder, "config.yaml"))
+            copy_code(node, "efficientdet", folder / "shapes", folder / "config.yaml")
         saved = nodes[0].own / "code/checkpoint"
         saved.mkdir()
         torch.save(torch.rand(4_000_000), saved / "state_dict.pth")  # 16 MB
@@ -203,17 +149,7 @@ def slope(ranks: list[int], values: list[float]) -> float:
     return statistics.linear_regression([math.log(r) for r in ranks], [math.log(v) for v in values]).slope
 
 
-def agreement(ranks: list[int] = RANKS) -> None:
-    """The agreement to stop alone, on one machine.
-
-    ranks: how many processes
-    """
-    here = {"GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
-    for number, size in enumerate(ranks):
-        assert fork(measure_agreement, 0, size, size, {**here, "MASTER_PORT": PORT + 1 + number}) == 0
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--ranks"]:
         sys.exit(fork_ranks(*map(int, sys.argv[2:])))
-    main(__doc__, everything, agreement)
+    main(__doc__, scale)

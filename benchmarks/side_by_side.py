@@ -7,7 +7,6 @@ import itertools
 import platform
 import statistics
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -17,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import scratch_folder
 from determined.pytorch import PyTorchTrialContext
+from turns import ratio
 
+from coco_files import paths_of
 from shared.environment import LARGEST_MMAP_THRESHOLD, TRIM_THRESHOLD
 from shared.training.engine import train
 from shared.training.loggers import Loggers
@@ -43,8 +45,7 @@ def config_of(folder: Path | None, hyperparameters: dict[str, Any], **data: Any)
     """
     splits = {"backend": "fake"} if folder is None else {"cache_dir": str(folder / "cache")}
     for split in () if folder is None else ("train", "val"):
-        paths = (folder / f"annotations/instances_{split}2017.json", folder / f"{split}2017")
-        splits[split] = dict(zip(("annotations", "images"), map(str, paths), strict=True))
+        splits[split] = dict(zip(("annotations", "images"), map(str, paths_of(folder, split)), strict=True))
     return {
         "data": {**splits, "workers": 0, **data},
         "hyperparameters": hyperparameters,
@@ -72,18 +73,19 @@ class BenchmarkRun(LocalRun):
     handles_signals = False
 
 
-def train_in(trial: DetectionTrial, folder: Path, kind: type[LocalRun] = BenchmarkRun) -> None:
-    """Trains with the engine that `train` uses. Reports and checkpoints go to the folder."""
+class Measured(Exception):
+    """Ends a training run whose measurement is complete."""
+
+
+def train_until_measured(trial: DetectionTrial, folder: Path, kind: type[LocalRun] = BenchmarkRun) -> None:
+    """Trains with the engine that `train` uses, until the trial raises `Measured`. Its files go to the folder."""
     run_folder = RunFolder(folder)
     run_folder.prepare(Path(sys.modules[type(trial).__module__].__file__).parent)
-    train(trial, kind(run_folder, Loggers(), trial.searcher_metric, "none", True))
+    with contextlib.suppress(Measured):
+        train(trial, kind(run_folder, Loggers(), trial.searcher_metric, "none", True))
 
 
 # --- two loops ----------------------------------------------------------------------------------------------
-
-
-class _Measured(Exception):
-    """Both sides have their blocks."""
 
 
 class _Side:
@@ -138,7 +140,7 @@ def time_against(
                 return
             ours.end_block()
             if len(ours.seconds) == blocks + (3 if cuda else 2):
-                raise _Measured
+                raise Measured
             if len(theirs.seconds) <= blocks:
                 with memory_as_without_us():
                     theirs.begin_block()
@@ -148,20 +150,20 @@ def time_against(
                 stacks = watch.enter_context(watch_synchronisations())
             ours.begin_block()
 
-    with local_context(config) as context, tempfile.TemporaryDirectory() as folder:
+    with local_context(config) as context, scratch_folder() as folder:
         cuda = context.device.type == "cuda"
         ours, theirs = _Side(context.device), _Side(context.device)
         trial = Watched(context)
         other = other_of(trial)
         ours.begin_block()
-        with contextlib.suppress(_Measured), watch:
-            train_in(trial, Path(folder))
+        with watch:
+            train_until_measured(trial, folder)
     seconds = {"ours": ours.seconds[1 : blocks + 2], name: theirs.seconds[1:]}
     # block i of theirs lies between i and i + 1 of ours
-    pairs = [sum(seconds["ours"][i : i + 2]) / 2 / other for i, other in enumerate(seconds[name])]
+    around = [statistics.mean(two) for two in itertools.pairwise(seconds["ours"])]
     waited = [after - before if after >= before else after for before, after in itertools.pairwise(waiting)]
     timed = waited[block : block * (blocks + 2)]
-    measured = {"device": device_name(context.device), "blocks": len(pairs), **ratio(pairs)}
+    measured = {"device": device_name(context.device), "blocks": len(around), **ratio(around, seconds[name])}
     for side, times in seconds.items():
         median = statistics.median(times)
         measured[f"{side}_ms_per_step"] = round(1000 * median / block, 2)
@@ -176,30 +178,12 @@ def time_against(
     return measured
 
 
-def ratio(pairs: list[float]) -> dict[str, Any]:
-    """The median of pairs, and the least and the greatest."""
-    return {
-        "ratio_median": round(statistics.median(pairs), 4),
-        "ratio_min_max": [round(min(pairs), 4), round(max(pairs), 4)],
-    }
-
-
-def in_turns(sides: dict[Any, Callable[[], Any]], turns: int) -> dict[Any, list[float]]:
-    """Seconds of each side in each turn: of the CPU, or of the clock if a GPU computes. The first turn warms up."""
-
-    def now() -> float:
-        if not torch.cuda.is_available():
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    taken = {name: [] for name in sides}
-    for turn in range(turns + 1):
-        for name in list(sides)[:: -1 if turn % 2 else 1]:
-            started = now()
-            sides[name]()
-            taken[name].append(now() - started)
-    return {name: seconds[1:] for name, seconds in taken.items()}
+def now() -> float:
+    """Seconds of the CPU, or of the clock if a GPU computes."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @contextlib.contextmanager

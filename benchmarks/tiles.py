@@ -3,15 +3,15 @@
 The run is that of `make demo`. It needs `pip install sahi rasterio`.
 """
 
-import resource
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from command_line import main
+from command_line import main, scratch_folder
+from memory import added_mib
 from PIL import Image
+from turns import in_turns, seconds_of
 
 from shared.data import synthetic
 from shared.data.annotations import CocoAnnotations
@@ -21,17 +21,18 @@ from shared.evaluation.evaluator import evaluate
 from shared.predictor import Predictor
 
 SIDE, LEAST_SCORE = synthetic.SIZE, 0.05
+FIRST_SCENE = 1000  # the scenes 99 to 101 chose the constants of `shared/evaluation/merging.py`
 # of a scene: pictures like those that the detector was trained on, some three times as large as a tile
 PLACES = [(0, 0, 3), (3, 0, 3), *((x, y, 1) for y in range(8) for x in range(10) if x >= 6 or y >= 3)]
 
 
-def scenes(folder: Path, first: int, count: int) -> CocoAnnotations:
+def scenes(folder: Path, count: int) -> CocoAnnotations:
     """Images of 1280 × 1024 pixels, and their objects."""
     images, annotations = [], []
     for number in range(count):
         scene = Image.new("RGB", (10 * SIDE, 8 * SIDE))
         for position, (x, y, scale) in enumerate(PLACES):
-            picture, rows = synthetic.draw_sample(first + number, 16 * position, scale * SIDE)
+            picture, rows = synthetic.draw_sample(FIRST_SCENE + number, 16 * position, scale * SIDE)
             scene.paste(picture, (x * SIDE, y * SIDE))
             for row in rows:
                 box = [row["bbox"][0] + x * SIDE, row["bbox"][1] + y * SIDE, *row["bbox"][2:]]
@@ -85,41 +86,44 @@ def with_sahi(predictor: Predictor, tile: int, postprocess: tuple[str, str]) -> 
     return detect
 
 
-def sahi(run: Path, count: int = 6, first: int = 1000, tile: int = SIDE) -> dict[str, dict[str, float]]:
+def sahi(run: Path, count: int = 6, tile: int = SIDE) -> dict[str, dict[str, float]]:
     """CPU seconds per image and AP: ours, SAHI's defaults, and SAHI with NMS.
 
-    first: number of the first scene; the scenes 99 to 101 chose the constants of `shared/evaluation/merging.py`
+    count: images
     """
     predictor = Predictor(run)
     ways = {kind: with_sahi(predictor, tile, (kind, by)) for kind, by in (("GREEDYNMM", "IOS"), ("NMS", "IOU"))}
     ways["ours"] = lambda path: predictor(path, LEAST_SCORE, tile)
-    seconds, found = {name: [] for name in ways}, {name: [] for name in ways}
-    with tempfile.TemporaryDirectory() as folder:
-        truth = scenes(Path(folder), first, count)
-        for image_id in range(count):
-            for name, detect in ways.items():
-                started = time.process_time()
-                each = detect(Path(folder, f"{image_id}.png"))
-                seconds[name].append(time.process_time() - started)
-                found[name].append(Detections(image_id, each.boxes, each.scores, each.labels))
+    found = {name: [] for name in ways}
+
+    def detect(image_id: int, name: str) -> None:
+        each = ways[name](folder / f"{image_id}.png")
+        found[name].append(Detections(image_id, each.boxes, each.scores, each.labels))
+
+    with scratch_folder() as folder:
+        truth = scenes(folder, count)
+        sides = {name: lambda image_id, name=name: seconds_of(detect, image_id, name) for name in ways}
+        seconds = in_turns(sides, count, warm_up=0)
     metrics = {name: evaluate(truth, each, "bbox") for name, each in found.items()}
     kept = ("bbox_mAP", "bbox_mAP_50", "bbox_mAP_s", "bbox_mAP_m", "bbox_mAP_l")
     return {name: {"s": float(np.median(seconds[name])), **{k: metrics[name][k] for k in kept}} for name in ways}
 
 
 def memory(run: Path, side: int = 20000, tile: int = 640) -> dict[str, float]:
-    """MiB at most with a black TIFF of side × side pixels, and before it."""
+    """MiB that one tile adds at its peak, and a black TIFF of side × side pixels, with its seconds."""
     import rasterio
 
-    predictor = Predictor(run)
-    predictor(np.zeros((tile, tile, 3), np.uint8))
+    predictor, one_tile = Predictor(run), np.zeros((tile, tile, 3), np.uint8)
+    predictor(one_tile)  # warms up
     profile = {"width": side, "height": side, "count": 3, "dtype": "uint8", "compress": "deflate", "tiled": True}
-    with tempfile.TemporaryDirectory() as folder:
-        rasterio.open(Path(folder, "large.tif"), "w", driver="GTiff", **profile, blockxsize=512, blockysize=512).close()
-        before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, time.perf_counter()
-        predictor(Path(folder, "large.tif"), tiles=tile)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"before": before, "most": most, "s": time.perf_counter() - started}
+    with scratch_folder() as folder:
+        path = folder / "large.tif"
+        rasterio.open(path, "w", driver="GTiff", **profile, blockxsize=512, blockysize=512).close()
+        with added_mib() as by_tile:
+            predictor(one_tile)
+        with added_mib() as by_tiff:
+            seconds = seconds_of(lambda: predictor(path, tiles=tile), clock=time.perf_counter)
+    return {"tile_mib": by_tile[0], "tiff_mib": by_tiff[0], "tiff_s": seconds}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ of github.com/rwightman/efficientdet-pytorch, it is the `train_epoch` of its tra
 
 import contextlib
 import importlib.util
-import io
 import itertools
 import os
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 from against import run
-from command_line import trial_class_of
+from command_line import silent, trial_class_of
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad
@@ -108,7 +107,7 @@ def upstream_loop(trial, checkout: Path, root: Path) -> Callable[[int], None]:
     autocast = trial.autocast if hparams.amp else contextlib.nullcontext
     ema = train_py.utils.ModelEmaV2(model, decay=hparams.model_ema_decay)
     scheduler, _ = train_py.create_scheduler(args, optimizer)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with silent():
         loader, _, _ = train_py.create_datasets_and_loaders(args, model.config)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     tools = {"lr_scheduler": scheduler, "amp_autocast": autocast, "loss_scaler": scaler, "model_ema": ema}

@@ -41,6 +41,7 @@ from shared.export.metadata import (
 )
 from shared.export.operations import ExportableRaw, Raw, raw_of
 from shared.report.compare import Compared, compared, summary_of
+from shared.report.image_errors import box_ious
 from shared.report.page import write_page
 from shared.training.checkpoints import Checkpoint
 from shared.training.meeting import local_processes
@@ -383,7 +384,9 @@ def _overlap(one: dict, other: dict) -> float:
 def _partners(one: Detections, other: Detections) -> tuple[list[tuple[int, int]], list[int]]:
     """The detections of `one` that are compared: those with a partner in `other` and its row, and those without."""
     rows, partners = _above(one, SCORE), _above(other, SCORE / 2)  # a partner may be on the other side of the limit
-    overlaps = _ious(one.boxes[rows], other.boxes[partners])
+    boxes, others = one.boxes[rows], other.boxes[partners]
+    same = np.abs(boxes[:, None] - others[None]).max(2) < 1  # boxes without area too
+    overlaps = np.where(same, 1, box_ious(boxes, others))
     overlaps[one.labels[rows][:, None] != other.labels[partners][None]] = 0
     pairs, lone = [], []
     for row, overlap in zip(rows.tolist(), overlaps, strict=True):
@@ -400,16 +403,6 @@ def _above(found: Detections, score: float) -> np.ndarray:
     """Rows of detections of at least that score, the best first."""
     rows = np.argsort(-found.scores, kind="stable")
     return rows[found.scores[rows] >= score]
-
-
-def _ious(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """(M, N) of x1 y1 x2 y2 boxes."""
-    low = np.maximum(one[:, None, :2], other[None, :, :2])
-    high = np.minimum(one[:, None, 2:], other[None, :, 2:])
-    shared = (high - low).clip(min=0).prod(2)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(1) for boxes in (one, other)]
-    same = np.abs(one[:, None] - other[None]).max(2) < 1  # boxes without area too
-    return np.where(same, 1, shared / np.maximum(areas[0][:, None] + areas[1][None] - shared, 1e-9))
 
 
 def own_peak_memory() -> float | None:
