@@ -127,18 +127,23 @@ def with_random_weights(trial_class: type) -> type:
             model = super().build_model()
             torch.manual_seed(0)
             for name, parameter in model.named_parameters():
-                of_class = re.search("cls|class_|conv_obj|objectness", name) and not re.search("_convs|_rep", name)
+                of_class = re.search("cls|class_|conv_obj|objectness", name) and not re.search("_convs|_rep|_subnet", name)
                 if hasattr(self, "processor"):  # detr
                     if name.endswith("class_embed.bias"):
                         parameter.data.zero_()
                     parameter.data.add_(0.1 * torch.randn_like(parameter))
                 elif of_class and name.endswith("bias"):
-                    parameter.data.normal_(-2, 1)
+                    parameter.data.normal_(2 if "conv_obj" in name else -2, 1)
                 elif re.search(r"(fc_cls|predictor\.cls_score|objectness_logits|rpn_cls)\.weight$", name):
                     parameter.data.mul_(20)
             if hasattr(self, "predictors"):  # EfficientDet
-                images = _images(Path(self.data.val.images), self.inputs["input_size"][-2:])
-                _set_scale(self.detector(model), (images - self.mean) / self.std)
+                network, size = self.detector(model), self.inputs["input_size"][-2:]
+                images = (_images(self.data.val.images, size) - self.mean) / self.std
+                _set_statistics(network, network, images)
+                _set_deviation(network, images)
+            elif hasattr(model, "backbone"):
+                mean, std = (getattr(model, f"pixel_{name}", usual) for name, usual in (("mean", 128), ("std", 64)))
+                _set_statistics(model, model.backbone, (_images(self.data.val.images, (128, 128)) - mean) / std)
             return model
 
         def check_pretrained(self) -> None:
@@ -148,21 +153,32 @@ def with_random_weights(trial_class: type) -> type:
     return Random
 
 
-def _images(folder: Path, size: tuple[int, int]) -> torch.Tensor:
+def _images(folder: str, size: tuple[int, int]) -> torch.Tensor:
     """(N, 3, height, width) uint8: all images of a folder, stretched."""
-    opened = (Image.open(path).convert("RGB").resize(size[::-1]) for path in sorted(folder.glob("*.png")))
+    opened = (Image.open(path).convert("RGB").resize(size[::-1]) for path in sorted(Path(folder).glob("*.png")))
     return torch.from_numpy(np.stack([np.asarray(image).transpose(2, 0, 1) for image in opened]))
 
 
-def _set_scale(network: torch.nn.Module, images: torch.Tensor) -> None:
-    """An EfficientDet's batch norms get the mean and variance of what they see in these images, and its outputs a
-    deviation of 1. Otherwise the scores of a deep network are all 0 or 1, so that their order is chance."""
-    for part in network.modules():
-        if isinstance(part, torch.nn.BatchNorm2d):
-            part.momentum = 1.0
+def _set_statistics(model: torch.nn.Module, part: torch.nn.Module, images: torch.Tensor) -> None:
+    """The part's batch norms get the mean and variance of what they see in these images. With 0 and 1, the activations
+    of a deep network vanish or explode: its scores are ties, and their order is chance."""
+
+    def measure(norm: torch.nn.Module, given: tuple[torch.Tensor]) -> None:
+        norm.running_mean.copy_(given[0].mean((0, 2, 3)))
+        norm.running_var.copy_(given[0].var((0, 2, 3)))
+
+    model.eval()
+    hooks = [each.register_forward_pre_hook(measure) for each in part.modules() if hasattr(each, "running_var")]
     with torch.no_grad():
-        network.train()(images)
-        for head, outputs in zip((network.class_net, network.box_net), network.eval()(images), strict=True):
+        part(images)
+    for hook in hooks:
+        hook.remove()
+
+
+def _set_deviation(network: torch.nn.Module, images: torch.Tensor) -> None:
+    """The outputs of an EfficientDet get a deviation of at most 1, so that its scores are not all 0 or 1."""
+    with torch.no_grad():
+        for head, outputs in zip((network.class_net, network.box_net), network(images), strict=True):
             head.predict.conv_pw.weight /= max(level.std() for level in outputs)
 
 
