@@ -127,7 +127,8 @@ def with_random_weights(trial_class: type) -> type:
             model = super().build_model()
             torch.manual_seed(0)
             for name, parameter in model.named_parameters():
-                of_class = re.search("cls|class_|conv_obj|objectness", name) and not re.search("_convs|_rep|_subnet", name)
+                of_class = re.search("cls|class_|conv_obj|objectness", name)
+                of_class = of_class and not re.search("_convs|_rep|_subnet", name)  # inner layers
                 if hasattr(self, "processor"):  # detr
                     if name.endswith("class_embed.bias"):
                         parameter.data.zero_()
