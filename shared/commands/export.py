@@ -89,7 +89,7 @@ def _write_checked(
     folder: Path,
 ) -> None:
     """Writes the file, `detect.py`, and the comparison of the file with the checkpoint."""
-    exportable = copy.deepcopy(trial.exportable()).cpu().float().eval()
+    exportable = copy.deepcopy(trial.exportable()).cpu().float().eval().requires_grad_(False)
     if arguments.raw:
         exportable = raw_of(exportable)
     formats.check_detector(exportable, arguments.format)

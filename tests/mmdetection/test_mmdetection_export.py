@@ -65,6 +65,14 @@ def test_exported_file_detects_what_the_checkpoint_detects(config_file, shapes, 
 
 
 @pytest.mark.slow
+def test_a_torch_file_detects_outside_no_grad(shapes, differences_of_export, trial_class):
+    """detect.py runs it as it is, and SSD's last operations keep gradients."""
+    config = mmdet_config(shapes, "ssd/ssd300_coco.py", **{"model.backbone.init_cfg": None})
+    found = differences_of_export(trial_class, trial_class, config, "--format", "torch", "--tolerance", "1")
+    assert found["matched"] > 0.99 * found["detections"] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config_file", "changes", "reason"),
     [
