@@ -255,7 +255,7 @@ class TopLevelKeys:
     """The keys outside the sections, for `--help-config` and the reference."""
 
     min_validation_period: Any = key(None, "how often to validate, as `{epochs: 1}`; without it only at the end")
-    min_checkpoint_period: Any = key(None, "how often to save, as `{batches: 500}`, besides each validation and the end")
+    min_checkpoint_period: Any = key(None, "how often to save, as `{batches: 500}`; also at validations and the end")
     scheduling_unit: int = key(100, "batches between two reports of the loss")
     checkpoint_policy: Literal["best", "all", "none"] = key("best", "which checkpoints a cluster keeps")
     perform_initial_validation: bool = key(False, "validate before the first batch")

@@ -118,7 +118,11 @@ def _example(detector: Exportable) -> tuple[torch.Tensor, dict]:
 
 def _write_torch(detector: Exportable, path: Path, metadata: Metadata) -> None:
     images, dynamic = _example(detector)
-    program = torch.export.export(detector, (images,), dynamic_shapes=(dynamic,), strict=False)
+    given = {"args": (images,), "dynamic_shapes": (dynamic,)}
+    try:
+        program = torch.export.export(detector, **given, strict=False)
+    except Exception:  # as torch.onnx does: only a strict trace keeps the batch variable where a model calls `len`
+        program = torch.export.export(detector, **given, strict=True)
     torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata.strings())})
 
 

@@ -20,6 +20,7 @@ ANY_SHAPE = {"shortest_edge": 96, "longest_edge": 160}
         ("detr", {"processor": {"size": ANY_SHAPE}}, []),
         ("rf_detr", {"masks": True}, []),
         *((model_type, {}, ["--raw"]) for model_type in ("rt_detr_v2", "detr")),
+        *((model_type, {}, ["--format", "torch"]) for model_type in ("rt_detr_v2", "rf_detr")),
     ],
 )
 def test_exported_file_detects_what_the_checkpoint_detects(model_type, changes, options, shapes, differences_of_export):
