@@ -53,6 +53,10 @@ def test_a_sound_command_line_passes(looked):
         ("max_length.batches=2", "'max_length' is a key of searcher. Fix: --set searcher.max_length.batches=2"),
         ("hyperparameters.amp=true", "hyperparameters.amp: true is unknown. Fix: use one of bf16, fp16, null"),
         (
+            "hyperparameters.class_weights=equal",
+            "hyperparameters.class_weights: 'equal' is unknown. Fix: use one of balanced, {name: number}, null",
+        ),
+        (
             "hyperparameters.clip_mode=l2",
             "hyperparameters.clip_mode: 'l2' is unknown. Fix: use one of norm, value, agc",
         ),

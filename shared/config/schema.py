@@ -386,4 +386,5 @@ def _choices(into: type, name: str) -> list[str]:
     kind = get_type_hints(into).get(name)
     parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     choices = [str(value) for part in parts if get_origin(part) is Literal for value in get_args(part)]
-    return [*choices, *(["null"] if choices and NoneType in parts else [])]
+    others = {"{name: number}": any(get_origin(part) is dict for part in parts), "null": NoneType in parts}
+    return [*choices, *(other for other, is_one in others.items() if choices and is_one)]
