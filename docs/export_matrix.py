@@ -115,7 +115,8 @@ def detectors(shapes: Path) -> Iterator[tuple[str, str, Callable[[], dict]]]:
 
 def _efficientdet(config: dict, number: int) -> dict:
     del config["hyperparameters"]["backbone"], config["hyperparameters"]["model_config"]
-    config["hyperparameters"]["model"] = f"efficientdet_d{number}"
+    prefix = "tf_" if number > 5 else ""  # effdet has D6 and D7 with TensorFlow's padding alone
+    config["hyperparameters"]["model"] = f"{prefix}efficientdet_d{number}"
     return config
 
 
