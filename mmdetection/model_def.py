@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from mmdetection_files import config as configs
+from mmdetection_files import config_fields as fields
 from mmdetection_files import data as data_sets
 from mmdetection_files import evaluation, opening, operations
 from mmdetection_files import model as models
@@ -79,17 +80,17 @@ class MMDetectionTrial(DetectionTrial):
 
     @classmethod
     def input_scale(cls, hparams: MMDetectionHyperparameters) -> InputScale | None:
-        return configs.input_scale(configs.load_mmdet_config(hparams, Path(__file__).parent))
+        return fields.input_scale(configs.load_mmdet_config(hparams, Path(__file__).parent))
 
     def read_own_config(self) -> None:
         submitted = Path(__file__).parent
         self.mmdet_config = configs.load_mmdet_config(self.hparams, submitted)
-        client = configs.file_client_of(self.mmdet_config)
+        client = fields.file_client_of(self.mmdet_config)
         if client is not None and self.data.backend == "disk" and self.data.file_client_args is None:
             self.data = replace(self.data, file_client_args=client)
-        configs.set_paths(self.mmdet_config, self.data, submitted)
+        fields.set_paths(self.mmdet_config, self.data, submitted)
         places = (submitted, *self.experiment.places)
-        configs.find_weights_files(self.mmdet_config, places)
+        fields.find_weights_files(self.mmdet_config, places)
         if self.hparams.weights is None and self.for_training and self.mmdet_config.get("load_from"):
             self.hparams.weights = self.mmdet_config.load_from
             self.hparams.weights_key = "load_from of the MMDetection config"
@@ -97,8 +98,8 @@ class MMDetectionTrial(DetectionTrial):
             self.hparams.weights = str(find_path(self.hparams.weights, places) or self.hparams.weights)
         if self.mmdet_config.get("cudnn_benchmark"):
             torch.backends.cudnn.benchmark = True
-        self.hparams.global_batch_size = self.given_batch_size(lambda: configs.own_batch_size(self.mmdet_config))
-        configs.scale_lr(self.mmdet_config, self.hparams)
+        self.hparams.global_batch_size = self.given_batch_size(lambda: fields.own_batch_size(self.mmdet_config))
+        fields.scale_lr(self.mmdet_config, self.hparams)
         if self.mmdet_config.get("fp16"):
             self.fp16_key = "fp16 of the MMDetection config"
         take_up_switches(self.mmdet_config, self.hparams)
@@ -112,10 +113,10 @@ class MMDetectionTrial(DetectionTrial):
         return data_sets.repeats_by_itself(self.mmdet_config.data)
 
     def default_lengths(self) -> dict[str, Any]:
-        return configs.default_lengths(self.mmdet_config)
+        return fields.default_lengths(self.mmdet_config)
 
     def validation_times(self) -> Any:
-        return configs.validation_times(self.mmdet_config)
+        return fields.validation_times(self.mmdet_config)
 
     def save_own_config(self, folder: Path) -> None:
         write_structure(self.plain_model, self.mmdet_config, folder)
@@ -166,7 +167,7 @@ class MMDetectionTrial(DetectionTrial):
         self.detects_for_own_dataset = isinstance(data, data_sets.OwnData)
         if isinstance(data, data_sets.OwnData):
             return data_sets.OwnEvaluationSamples(data.dataset)
-        leaf = configs.leaves(self.mmdet_config.data.val)[0]
+        leaf = fields.leaves(self.mmdet_config.data.val)[0]
         pipeline = data_sets.test_pipeline(leaf)
         transform = data_sets.EvaluationTransform(pipeline, leaf, data.images, self.data.fast_images)
         decode = data_sets.decoder(pipeline[0])
@@ -176,11 +177,11 @@ class MMDetectionTrial(DetectionTrial):
         return data_sets.loss_transform(self.mmdet_config, data.images, self.data.fast_images)
 
     def trained_images(self, annotations: CocoAnnotations) -> np.ndarray:
-        return data_sets.trained_images(annotations, configs.leaves(self.mmdet_config.data.train)[0])
+        return data_sets.trained_images(annotations, fields.leaves(self.mmdet_config.data.train)[0])
 
     @property
     def batches_of_one_size(self) -> bool:
-        pipeline = configs.leaves(self.mmdet_config.data.val)[0]["pipeline"]
+        pipeline = fields.leaves(self.mmdet_config.data.val)[0]["pipeline"]
         plain = self.evaluates_coco and not data_sets.augments(pipeline)
         return plain and not self._own_evaluation_batch_size and self.batches_evaluations
 
@@ -211,7 +212,7 @@ class MMDetectionTrial(DetectionTrial):
     def build_model(self) -> nn.Module:
         if self.proposes:
             self.categories = data_sets.PROPOSAL_CATEGORIES
-        configs.set_num_classes(self.mmdet_config, len(self.categories))
+        fields.set_num_classes(self.mmdet_config, len(self.categories))
         starts_anew = self.for_training and self.first_batch == 0
         on_gpu = self.context.device.type == "cuda"
         keeps_backbone = starts_anew and self.hparams.weights is None
@@ -249,7 +250,7 @@ class MMDetectionTrial(DetectionTrial):
         return known
 
     def _categories_of_data(self) -> list[dict]:
-        leaf = configs.leaves(self.mmdet_config.data.val)[0]
+        leaf = fields.leaves(self.mmdet_config.data.val)[0]
         if not self.data.reads_files or (self.data.has_val_annotations and self.evaluates_coco):
             return self.open_val().categories
         names = data_sets.selected_classes(leaf) or data_sets.classes_of(leaf["type"])
@@ -265,7 +266,7 @@ class MMDetectionTrial(DetectionTrial):
     def exportable(self) -> nn.Module:
         from mmdetection_files.export import ExportableMMDetection
 
-        leaf = configs.leaves(self.mmdet_config.data.val)[0]
+        leaf = fields.leaves(self.mmdet_config.data.val)[0]
         return ExportableMMDetection(self.evaluation_model, data_sets.test_pipeline(leaf))
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -297,7 +298,7 @@ class MMDetectionTrial(DetectionTrial):
         self.mode_switch = mode_switch(self.mmdet_config, self.runner.max_epochs)
 
     def warmup_batches(self) -> float:
-        return configs.warmup_batches(self.mmdet_config, self.batches_per_epoch)
+        return fields.warmup_batches(self.mmdet_config, self.batches_per_epoch)
 
     def begin_training(self, folder: Path) -> None:
         self.runner.begin_run(folder / "work_dir")
@@ -335,12 +336,12 @@ class MMDetectionTrial(DetectionTrial):
 
     def summary(self) -> list[tuple[str, object]]:
         config = self.mmdet_config
-        lr_config, own = dict(config.get("lr_config") or {}), configs.kind_of(config.data.val)
+        lr_config, own = dict(config.get("lr_config") or {}), fields.kind_of(config.data.val)
         return [
             ("config", self.hparams.config_file),
             ("model", f"{config.model.type}, {count_of(len(self.categories), 'category')}"),
             ("weights", self._start()),
-            ("training data", f"{configs.kind_of(config.data.train)}, {count_of(len(self.train_samples), 'sample')}"),
+            ("training data", f"{fields.kind_of(config.data.train)}, {count_of(len(self.train_samples), 'sample')}"),
             ("validation", ", ".join(self.iou_types) if self.evaluates_coco else f"{own}.evaluate"),
             ("optimizer", f"{config.optimizer.type}, lr {config.optimizer.lr:g}"),
             ("schedule", ", ".join(f"{key} {value}" for key, value in lr_config.items()) or "constant"),

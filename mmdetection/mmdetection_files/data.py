@@ -26,7 +26,7 @@ from mmdet.datasets import CocoDataset, CustomDataset, build_dataset, replace_Im
 from mmdet.datasets.builder import DATASETS
 from mmdet.datasets.pipelines import Compose
 
-from mmdetection_files.config import kind_of, leaves
+from mmdetection_files.config_fields import kind_of, leaves
 from mmdetection_files.pixels import with_quick_end
 from mmdetection_hyperparameters import MMDetectionData
 from shared.config.schema import is_url

@@ -15,7 +15,7 @@ from mmcv.runner import BaseRunner
 from mmcv.runner.hooks import HOOKS, LoggerHook
 from torch import nn
 
-from mmdetection_files.config import runner_type
+from mmdetection_files.config_fields import runner_type
 from mmdetection_files.receptive_field import DilationSearch
 from shared.errors import UserError
 from shared.training.switches import AveragedWeights

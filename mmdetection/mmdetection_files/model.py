@@ -23,7 +23,7 @@ from mmdet.core.anchor import AnchorGenerator, MlvlPointGenerator
 from mmdet.models import build_detector
 from torch import nn
 
-from mmdetection_files.config import shipped_configs
+from mmdetection_files.config_keys import shipped_configs
 from shared.config.schema import PUBLISHED
 from shared.data.loading import Batch
 from shared.errors import UserError, nearest

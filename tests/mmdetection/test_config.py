@@ -13,18 +13,18 @@ from mmdet.models import build_detector
 from tiny_experiment import load_model_def
 from tiny_mmdetection import MMDETECTION
 
-from mmdetection_files.config import (
+from mmdetection_files.config import load_mmdet_config
+from mmdetection_files.config_fields import (
     default_lengths,
     file_client_of,
     find_weights_files,
-    load_mmdet_config,
     own_batch_size,
     scale_lr,
     set_num_classes,
     set_paths,
-    shipped_configs,
     validation_times,
 )
+from mmdetection_files.config_keys import shipped_configs
 from mmdetection_files.evaluation import check_evaluation, keep_detections
 from mmdetection_files.model import (
     StartWeights,

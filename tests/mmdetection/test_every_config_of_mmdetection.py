@@ -35,7 +35,8 @@ from tiny_formats import (
     write_xml,
 )
 
-from mmdetection_files.config import load_mmdet_config, shipped_configs
+from mmdetection_files.config import load_mmdet_config
+from mmdetection_files.config_keys import shipped_configs
 from mmdetection_files.model import without_pretrained_backbone, without_teacher_weights
 from mmdetection_hyperparameters import MMDetectionData, MMDetectionHyperparameters
 from shared.config.experiment import parse_data

@@ -14,7 +14,7 @@ from tiny_experiment import load_model_def
 from tiny_mmdetection import mmdet_config
 
 from mmdetection_files import operations
-from mmdetection_files.config import shipped_configs
+from mmdetection_files.config_keys import shipped_configs
 from shared.data import synthetic
 
 SIZE = 128
