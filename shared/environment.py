@@ -149,6 +149,13 @@ def task_config() -> dict[str, Any]:
     return det.get_cluster_info().trial._config
 
 
+def torch_release() -> tuple[int, ...]:
+    """The first two numbers of torch's version, such as (2, 3) of `2.3.0a0+ebedce2` in Determined's default image."""
+    import torch  # some who import this module start without it
+
+    return tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+
+
 def on_cluster() -> bool:
     """Whether this process is a task of a Determined trial."""
     import determined as det

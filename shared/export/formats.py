@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import json
 import logging
-import re
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from shared.environment import torch_release
 from shared.errors import UserError
 from shared.export.metadata import FORMATS, Metadata
 from shared.export.operations import Exportable, Raw, onnx_translations, operations_of_onnx
@@ -31,8 +31,7 @@ _EXAMPLE = (480, 640)  # of the images that a detector is traced with: height, w
 
 def check_format(name: str) -> None:
     """Raises UserError if this environment cannot write the format."""
-    found = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-    if found < _OLDEST_TORCH:
+    if torch_release() < _OLDEST_TORCH:
         oldest = ".".join(map(str, _OLDEST_TORCH))
         raise UserError(
             f"export: it needs torch {oldest}, and this is {torch.__version__}. Fix: use a newer environment to export"

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
+from shared.environment import torch_release
 from shared.errors import UserError, problem_of
 from shared.training.downloads import downloaded, find_checkpoint, forget, is_bucket
 from shared.training.saving import check_manifest
@@ -92,11 +93,8 @@ def load_state(path: Path) -> dict[str, Any]:
     except Exception as error:  # a file that is cut off or hostile fails in many ways
         # only the first sentence: torch's next ones advise to execute it
         called = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
-        reason = (
-            f"it calls {called[1]}"
-            if called
-            else re.split(r"\.?\s*\n|\.\s", str(error).strip())[0] or type(error).__name__
-        )
+        said = re.split(r"\.?\s*\n|\.\s", str(error).strip())[0]
+        reason = f"it calls {called[1]}" if called else said or type(error).__name__
         raise UserError(
             f"{path} cannot be read as weights ({reason}): it is truncated, or holds more than tensors. Fix: give "
             "another checkpoint"
@@ -108,9 +106,9 @@ _PATCHING = threading.Lock()
 
 @contextlib.contextmanager
 def _refused_archives() -> Iterator[None]:
-    """`torch.load` opens no TorchScript and no tar archive. Before torch 2.6 it executes code in them in spite of
+    """`torch.load` opens no TorchScript and no tar archive. Before torch 2.6 it executes code in them even with
     `weights_only` (CVE-2025-32434). It asks tarfile about every file that is no ZIP file."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6):  # refuses them itself
+    if torch_release() >= (2, 6):  # refuses them itself
         yield
         return
 
