@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.utils.data import Dataset
 
-from detectron2_files import COMPILED, opening
+from detectron2_files import COMPILED, keypoints, opening, registered
 from detectron2_files import config as configs
 from detectron2_files import data as data_sets
 from detectron2_files import model as models
@@ -119,13 +119,13 @@ class Detectron2Trial(DetectionTrial):
     def open_train_and_val(self) -> tuple[opening.Opened, opening.Opened]:
         config = self.detectron2_config
         train, val = opening.open_train(config, self.data, self.evaluates_coco), self.open_val()
-        if isinstance(train, data_sets.RegisteredData):
+        if isinstance(train, registered.RegisteredData):
             mapper = self._mapper(True, train.names)
-            self.train_samples: Dataset = data_sets.registered_samples(train, mapper, config.train_set, self.seed)
+            self.train_samples: Dataset = registered.registered_samples(train, mapper, config.train_set, self.seed)
             return train, val
         opening.check_together(config, train, val, self.validates_loss)
-        mapper = self._mapper(True, data_sets.describe(train.categories))
-        swapped = data_sets.check_keypoint_flips(mapper, train.categories) if "keypoints" in self.iou_types else ""
+        mapper = self._mapper(True, keypoints.describe(train.categories))
+        swapped = keypoints.check_keypoint_flips(mapper, train.categories) if "keypoints" in self.iou_types else ""
         if swapped and self.rank == 0:
             logger.info("keypoints that a horizontal flip swaps: %s", swapped)
         self.train_samples = data_sets.CocoSamples(train, mapper, config.train_set, self.seed, self.bad_images)
@@ -141,7 +141,7 @@ class Detectron2Trial(DetectionTrial):
         source = self._weights()
         if source is not None and (of_checkpoint := categories_of_checkpoint(source[0])) is not None:
             return of_checkpoint
-        named = (config.val_names and data_sets.categories_of(config.val_names[0], config.semantic)) or COCO_CATEGORIES
+        named = (config.val_names and registered.categories_of(config.val_names[0], config.semantic)) or COCO_CATEGORIES
         stated = configs.stated_class_count(config)
         if self.data.has_val_annotations:
             in_data = self.open_val().categories
@@ -165,10 +165,10 @@ class Detectron2Trial(DetectionTrial):
         return self.train_samples
 
     def evaluation_dataset(self, data: opening.Opened) -> Dataset:
-        self.detects_for_own_evaluator = isinstance(data, data_sets.RegisteredData)
-        if isinstance(data, data_sets.RegisteredData):
-            return data_sets.RegisteredSamples(data.dicts, self._mapper(False, data.names), self.seed)
-        mapper = self._mapper(False, data_sets.describe(self.categories))
+        self.detects_for_own_evaluator = isinstance(data, registered.RegisteredData)
+        if isinstance(data, registered.RegisteredData):
+            return registered.RegisteredSamples(data.dicts, self._mapper(False, data.names), self.seed)
+        mapper = self._mapper(False, keypoints.describe(self.categories))
         transform = data_sets.MapperTransform(mapper, False, self._val_proposals(data), data_sets.folder_of(data))
         return CocoDetection(data.annotations, data.images, transform, self.seed, False, self.bad_images, bytes)
 
@@ -179,7 +179,7 @@ class Detectron2Trial(DetectionTrial):
         return data_sets.read_proposals(self.detectron2_config.val_proposal_files, data.annotations.image_ids)
 
     def loss_transform(self, data: SplitData) -> data_sets.MapperTransform:
-        names = data_sets.describe(self.categories)
+        names = keypoints.describe(self.categories)
         mapper = data_sets.unaugmented(*(self._mapper(training, names) for training in (True, False)))
         return data_sets.MapperTransform(mapper, True, self._val_proposals(data), data_sets.folder_of(data))
 
@@ -200,7 +200,7 @@ class Detectron2Trial(DetectionTrial):
 
     def build_evaluator(self, data: opening.Opened) -> CocoEvaluator | OwnEvaluator:
         limit = self.hparams.max_detections or self.detectron2_config.scored_detections
-        if isinstance(data, data_sets.RegisteredData):
+        if isinstance(data, registered.RegisteredData):
             evaluator = own_evaluator(data.names[0], self.iou_types, self.detectron2_config.rotated, limit)
             return OwnEvaluator(evaluator, self.rank < len(data.dicts), self.context.distributed.gather)
         sigmas, gather = self.detectron2_config.keypoint_sigmas or None, self.context.distributed.gather
@@ -224,7 +224,7 @@ class Detectron2Trial(DetectionTrial):
     def build_model(self) -> nn.Module:
         config = self.detectron2_config
         counts = {"things": len(self.categories)}
-        if self.for_training and isinstance(self.train_data, data_sets.RegisteredData):
+        if self.for_training and isinstance(self.train_data, registered.RegisteredData):
             counts = self.train_data.class_counts
         configs.set_class_counts(config, counts, flattened(self.hparams.config_overrides))
         model = models.build_model(config)
@@ -246,7 +246,7 @@ class Detectron2Trial(DetectionTrial):
     def exportable(self) -> nn.Module:
         from detectron2_files.export import ExportableDetectron2
 
-        return ExportableDetectron2(self.evaluation_model, self._mapper(False, data_sets.describe(self.categories)))
+        return ExportableDetectron2(self.evaluation_model, self._mapper(False, keypoints.describe(self.categories)))
 
     def check_pretrained(self) -> None:
         if self._weights() is None:
@@ -281,8 +281,8 @@ class Detectron2Trial(DetectionTrial):
 
     def summary(self) -> list[tuple[str, object]]:
         config, data = self.detectron2_config, self.train_data
-        registered = isinstance(data, data_sets.RegisteredData)
-        named = ", ".join(data.names) if registered else data.annotations.path or "fake"
+        is_registered = isinstance(data, registered.RegisteredData)
+        named = ", ".join(data.names) if is_registered else data.annotations.path or "fake"
         return [
             ("config", self.hparams.config_file),
             ("model", f"{type(self.plain_model).__name__}, {count_of(len(self.categories), 'category')}"),

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from detectron2_files.data import (
+from detectron2_files.data import check_for_training
+from detectron2_files.registered import (
     TRAIN_NAME,
     VAL_NAME,
     RegisteredData,
     as_coco_paths,
     check_for_rotated_evaluation,
-    check_for_training,
     open_registered,
     register_json,
 )

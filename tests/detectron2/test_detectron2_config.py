@@ -14,7 +14,8 @@ from tiny_detectron2 import DETECTRON2
 from tiny_experiment import load_model_def
 
 from detectron2_files.config import config_of_checkpoint, load_detectron2_config, set_class_counts, shipped_configs
-from detectron2_files.data import describe, training_images
+from detectron2_files.data import training_images
+from detectron2_files.keypoints import describe
 from detectron2_files.model import apply_backend_options, build_model, keep_detections
 from detectron2_hyperparameters import Detectron2Hyperparameters
 from shared.config.schema import Length

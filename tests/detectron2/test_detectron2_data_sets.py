@@ -18,8 +18,9 @@ from PIL import Image
 from tiny_detectron2 import DETECTRON2, detectron2_config, detectron2_config_by_name
 from tiny_experiment import load_model_def
 
-from detectron2_files.data import MapperTransform, check_keypoint_flips, describe, read_proposals
+from detectron2_files.data import MapperTransform, read_proposals
 from detectron2_files.evaluation import own_evaluator
+from detectron2_files.keypoints import check_keypoint_flips, describe
 from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
 
