@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmdetection_files import config as configs
 from mmdetection_files import config_fields as fields
 from mmdetection_files import data as data_sets
-from mmdetection_files import evaluation, opening, operations
+from mmdetection_files import evaluation, opening, operations, own_data, pipelines, repeating
 from mmdetection_files import model as models
 from mmdetection_files.class_weights import weigh_categories
 from mmdetection_files.hooks import EMA_HOOKS, MomentumEma, StepRunner, hook_config, mode_switch
@@ -110,7 +110,7 @@ class MMDetectionTrial(DetectionTrial):
             evaluation.check_evaluation(self.mmdet_config)
 
     def repeats_by_itself(self) -> str | None:
-        return data_sets.repeats_by_itself(self.mmdet_config.data)
+        return repeating.repeats_by_itself(self.mmdet_config.data)
 
     def default_lengths(self) -> dict[str, Any]:
         return fields.default_lengths(self.mmdet_config)
@@ -127,7 +127,7 @@ class MMDetectionTrial(DetectionTrial):
     def open_train_and_val(self) -> tuple[Any, Any]:
         train, self.train_samples = opening.open_train(self.mmdet_config, self.data, self.bad_images)
         val = self.open_val()
-        trains_masks = data_sets.trains_masks(self.mmdet_config)
+        trains_masks = pipelines.trains_masks(self.mmdet_config)
         evaluates_masks = "segm" in self.iou_types or (self.validates_loss and trains_masks)
         opening.check_together(train, val, trains_masks, evaluates_masks)
         return train[0], val
@@ -139,13 +139,13 @@ class MMDetectionTrial(DetectionTrial):
         return np.asarray(getattr(self.train_samples, "flag", np.zeros(len(self.train_samples), dtype=np.uint8)))
 
     def training_labels(self) -> tuple[np.ndarray, np.ndarray]:
-        return data_sets.labels_of_samples(self.train_samples)
+        return repeating.labels_of_samples(self.train_samples)
 
     def training_batches(self, first_batch: int | None = None) -> TrainingBatchSampler:
         by_class = (self.mmdet_config.data.get("train_dataloader") or {}).get("class_aware_sampler")
         if by_class is None:
             return super().training_batches(first_batch)
-        return data_sets.ClassAwareBatchSampler(
+        return repeating.ClassAwareBatchSampler(
             self.images_of_classes,
             by_class.get("num_sample_class", 1),
             self.training_groups(),
@@ -158,23 +158,23 @@ class MMDetectionTrial(DetectionTrial):
 
     @cached_property
     def images_of_classes(self) -> list[np.ndarray]:
-        return data_sets.images_of_classes(self.train_samples)
+        return repeating.images_of_classes(self.train_samples)
 
     def training_dataset(self) -> Dataset:
         return data_sets.TrainingSamples(self.train_samples, self.seed, self.mode_switch)
 
-    def evaluation_dataset(self, data: SplitData | data_sets.OwnData) -> Dataset:
-        self.detects_for_own_dataset = isinstance(data, data_sets.OwnData)
-        if isinstance(data, data_sets.OwnData):
-            return data_sets.OwnEvaluationSamples(data.dataset)
+    def evaluation_dataset(self, data: SplitData | own_data.OwnData) -> Dataset:
+        self.detects_for_own_dataset = isinstance(data, own_data.OwnData)
+        if isinstance(data, own_data.OwnData):
+            return own_data.OwnEvaluationSamples(data.dataset)
         leaf = fields.leaves(self.mmdet_config.data.val)[0]
-        pipeline = data_sets.test_pipeline(leaf)
-        transform = data_sets.EvaluationTransform(pipeline, leaf, data.images, self.data.fast_images)
-        decode = data_sets.decoder(pipeline[0])
+        pipeline = pipelines.test_pipeline(leaf)
+        transform = pipelines.EvaluationTransform(pipeline, leaf, data.images, self.data.fast_images)
+        decode = pipelines.decoder(pipeline[0])
         return CocoDetection(data.annotations, data.images, transform, self.seed, False, self.bad_images, decode)
 
-    def loss_transform(self, data: SplitData) -> data_sets.LossTransform:
-        return data_sets.loss_transform(self.mmdet_config, data.images, self.data.fast_images)
+    def loss_transform(self, data: SplitData) -> pipelines.LossTransform:
+        return pipelines.loss_transform(self.mmdet_config, data.images, self.data.fast_images)
 
     def trained_images(self, annotations: CocoAnnotations) -> np.ndarray:
         return data_sets.trained_images(annotations, fields.leaves(self.mmdet_config.data.train)[0])
@@ -182,7 +182,7 @@ class MMDetectionTrial(DetectionTrial):
     @property
     def batches_of_one_size(self) -> bool:
         pipeline = fields.leaves(self.mmdet_config.data.val)[0]["pipeline"]
-        plain = self.evaluates_coco and not data_sets.augments(pipeline)
+        plain = self.evaluates_coco and not pipelines.augments(pipeline)
         return plain and not self._own_evaluation_batch_size and self.batches_evaluations
 
     @property
@@ -197,7 +197,7 @@ class MMDetectionTrial(DetectionTrial):
     def max_iou(self) -> float:
         return evaluation.max_iou(self.mmdet_config)
 
-    def build_evaluator(self, data: SplitData | data_sets.OwnData) -> CocoEvaluator | evaluation.OwnEvaluator:
+    def build_evaluator(self, data: SplitData | own_data.OwnData) -> CocoEvaluator | evaluation.OwnEvaluator:
         if isinstance(data, SplitData):
             return super().build_evaluator(data)
         return evaluation.OwnEvaluator(
@@ -211,7 +211,7 @@ class MMDetectionTrial(DetectionTrial):
 
     def build_model(self) -> nn.Module:
         if self.proposes:
-            self.categories = data_sets.PROPOSAL_CATEGORIES
+            self.categories = own_data.PROPOSAL_CATEGORIES
         fields.set_num_classes(self.mmdet_config, len(self.categories))
         starts_anew = self.for_training and self.first_batch == 0
         on_gpu = self.context.device.type == "cuda"
@@ -239,7 +239,7 @@ class MMDetectionTrial(DetectionTrial):
     def known_categories(self) -> list[dict]:
         """Those that the weights say they detect; else those of the config's data set."""
         if self.proposes:
-            return data_sets.PROPOSAL_CATEGORIES
+            return own_data.PROPOSAL_CATEGORIES
         known = self.start_weights.categories if self.hparams.weights else None
         if known is None:
             return self._categories_of_data()
@@ -253,7 +253,7 @@ class MMDetectionTrial(DetectionTrial):
         leaf = fields.leaves(self.mmdet_config.data.val)[0]
         if not self.data.reads_files or (self.data.has_val_annotations and self.evaluates_coco):
             return self.open_val().categories
-        names = data_sets.selected_classes(leaf) or data_sets.classes_of(leaf["type"])
+        names = own_data.selected_classes(leaf) or own_data.classes_of(leaf["type"])
         return models.categories_named(names) if names else self.pretrained_categories
 
     def check_pretrained(self) -> None:
@@ -267,7 +267,7 @@ class MMDetectionTrial(DetectionTrial):
         from mmdetection_files.export import ExportableMMDetection
 
         leaf = fields.leaves(self.mmdet_config.data.val)[0]
-        return ExportableMMDetection(self.evaluation_model, data_sets.test_pipeline(leaf))
+        return ExportableMMDetection(self.evaluation_model, pipelines.test_pipeline(leaf))
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return models.build_optimizer(model, self.mmdet_config)

@@ -18,7 +18,7 @@ from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from torch import Tensor, nn
 
-from mmdetection_files import data as data_sets
+from mmdetection_files.pipelines import augments
 from shared.errors import UserError
 from shared.export import operations
 from shared.export.operations import Exportable, as_list, best_boxes, best_of_classes, best_pairs, of_labels
@@ -264,7 +264,7 @@ _FIX = "Fix: use its checkpoint, or a detector that docs/export.md lists"
 def _test_steps(pipeline: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, int], bool, list[Mapping[str, Any]]]:
     """The size that a test pipeline resizes to, whether it keeps the ratio, and its Normalize and Pad, in order."""
     multi = next((step for step in pipeline if step["type"] == "MultiScaleFlipAug"), None)
-    if multi is None or data_sets.augments(pipeline) or multi.get("img_scale") is None:
+    if multi is None or augments(pipeline) or multi.get("img_scale") is None:
         raise UserError(f"{_KEY}: the test pipeline of the config augments, or gives no img_scale. {_FIX}")
     scale = multi["img_scale"]
     scale = tuple(scale[0]) if isinstance(scale, list) and isinstance(scale[0], (list, tuple)) else tuple(scale)

@@ -8,15 +8,8 @@ from typing import Any
 
 from mmcv import Config
 
-from mmdetection_files.data import (
-    CocoSamples,
-    MmcvImages,
-    OwnData,
-    build_own_dataset,
-    build_samples,
-    is_plain_coco,
-    selected_classes,
-)
+from mmdetection_files.data import CocoSamples, build_samples
+from mmdetection_files.own_data import MmcvImages, OwnData, build_own_dataset, selected_classes
 from mmdetection_hyperparameters import MMDetectionData
 from shared.config.schema import Split
 from shared.data.annotations import check_same_categories
@@ -99,3 +92,11 @@ def _open_coco(leaf: Any, data: MMDetectionData, split: str) -> SplitData:
         except UserError as error:
             raise UserError(f"data.{split}.classes of the MMDetection config: {error}") from error
     return opened
+
+
+def is_plain_coco(leaf: Any) -> bool:
+    """Whether a data set's config is one that the shared loader reads."""
+    if not isinstance(leaf, dict) or leaf.get("type") != "CocoDataset" or leaf.get("proposal_file"):
+        return False
+    pipeline = leaf.get("pipeline") or [{"type": ""}]
+    return isinstance(leaf["ann_file"], str) and pipeline[0]["type"] == "LoadImageFromFile"

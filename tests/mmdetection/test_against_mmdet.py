@@ -285,7 +285,7 @@ def test_metrics_are_those_of_the_data_set_s_own_evaluate(coco_tiny, monkeypatch
 
 
 def test_the_image_is_decoded_as_by_mmdetection(coco_tiny):
-    from mmdetection_files.data import decoder
+    from mmdetection_files.pipelines import decoder
 
     path = next(coco_tiny.rglob("*.jpg"))
     expected = mmcv.imread(str(path))

@@ -10,7 +10,8 @@ import torch
 from mmcv import ConfigDict
 from mmdet.datasets.pipelines import Compose
 
-from mmdetection_files.data import PipelineTransform, collate
+from mmdetection_files.data import collate
+from mmdetection_files.pipelines import PipelineTransform
 from mmdetection_files.pixels import Normalization, with_quick_end
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import seed_all

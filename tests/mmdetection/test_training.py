@@ -26,17 +26,12 @@ from tiny_mmdetection import MMDETECTION, SMALL_BACKBONE, mmdet_config
 
 from mmdetection_files import model as mmdetection_model
 from mmdetection_files.config import load_mmdet_config
-from mmdetection_files.data import (
-    ClassAwareBatchSampler,
-    MmcvImages,
-    images_of_classes,
-    labels_of_samples,
-    repeats_by_itself,
-)
 from mmdetection_files.evaluation import to_detections
 from mmdetection_files.hooks import MomentumEma
 from mmdetection_files.model import PYTHON_STATE, move_teacher
+from mmdetection_files.own_data import MmcvImages
 from mmdetection_files.receptive_field import init_receptive_fields
+from mmdetection_files.repeating import ClassAwareBatchSampler, images_of_classes, labels_of_samples, repeats_by_itself
 from mmdetection_files.saved_config import read_resolved
 from mmdetection_hyperparameters import MMDetectionHyperparameters
 from shared.data.dataset import SampleKey
