@@ -1,6 +1,7 @@
 """`export`: the file detects like its checkpoint; `evaluate` and `predict` accept it."""
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -340,11 +341,23 @@ def test_raw_file_and_its_numpy_decoder_detect_what_the_checkpoint_detects(expor
     ("options", "least"),
     [(["--format", "openvino"], 0.99), (["--format", "torch"], 1.0), (["--format", "openvino", "--half"], 0.9)],
 )
-def test_other_formats_detect_what_the_checkpoint_detects(options, least, exported, command, trial_class, tmp_path):
+def test_other_formats_detect_what_the_checkpoint_detects(
+    options, least, exported, shapes, command, trial_class, tmp_path
+):
+    """And `detect.py` beside the file computes the same."""
+    from shared.export.runtime import ExportedDetector
+
     checkpoint = ["--checkpoint", exported / "run/checkpoints/best"]
     command(trial_class, "export", exported / "config.yaml", *checkpoint, *options, "--output", tmp_path / "out")
     found = json.loads((tmp_path / "out/export.json").read_text())["differences"]
     assert found["matched"] >= least * found["detections"] > 0
+    file = next((tmp_path / "out").glob("model.[xp]*"))
+    image = np.asarray(Image.open(next((shapes / "val").iterdir())).convert("RGB"))
+    run, _ = runpy.run_path(str(tmp_path / "out/detect.py"))["load"](str(file))
+    boxes, scores = (output[0] for output in run(image.transpose(2, 0, 1)[None].copy())[:2])
+    (here,) = ExportedDetector(file).detect([image])
+    np.testing.assert_array_equal(here.boxes, boxes[scores > 0])
+    np.testing.assert_array_equal(here.scores, scores[scores > 0])
 
 
 @pytest.mark.slow

@@ -18,8 +18,9 @@ def load(path):
         import openvino
 
         model = openvino.Core().read_model(path)
-        compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         metadata = {k: v.value for k, v in model.rt_info.items() if k.startswith("detector.")}
+        options = {} if "16" in metadata["detector.precision"] else {"INFERENCE_PRECISION_HINT": "f32"}
+        compiled = openvino.compile_model(model, "CPU", options)
         return lambda images: list(compiled(images).values()), metadata
     import torch
     import torchvision.ops  # noqa: F401

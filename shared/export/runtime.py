@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -151,9 +152,11 @@ def _open_openvino(path: Path) -> tuple[Run, dict[str, str], str]:
         model = core.read_model(path)
     except Exception as error:
         raise _unreadable(path, error) from error
-    # without the hint a CPU may compute in 16 bits
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads()})
     strings = {name: str(value.value) for name, value in model.get_rt_info().items() if name.startswith(PREFIX)}
+    options: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads()}
+    if strings.get(f"{PREFIX}precision") != '"float16"':  # without it, a CPU that can computes in 16 bits
+        options["INFERENCE_PRECISION_HINT"] = "f32"
+    compiled = core.compile_model(model, "CPU", options)
     return lambda images: list(compiled(images).values()), strings, "cpu"
 
 
