@@ -49,7 +49,8 @@ def _cell(found: dict | None, reasons: list[str]) -> str:
         return "available"
     if "reason" in found:
         return f"blocked ({reasons.index(found['reason']) + 1})"
-    return f"{found['map']:+.4f}, {found['matched']:.1%}".replace("-0.0000", "+0.0000")
+    time = f", {found['time']:.2f}" if "time" in found else ""
+    return f"{found['map']:+.4f}, {found['matched']:.1%}{time}".replace("-0.0000", "+0.0000")
 
 
 def with_table(page: str, results: dict[str, dict[str, dict]]) -> str:
@@ -213,7 +214,7 @@ def measure(detector: str, config: dict, folder: Path, names: list[str]) -> Iter
             yield name, {"reason": _reason(error)}
             continue
         numbers = json.loads((folder / name / "export.json").read_text())
-        apart = numbers["differences"]
+        apart, (of_checkpoint, of_file) = numbers["differences"], numbers["sides"].values()
         worst = max((each["metrics"][0] for each in numbers["comparisons"]), key=lambda m: abs(m["b"] - m["a"]))
         yield (
             name,
@@ -221,6 +222,7 @@ def measure(detector: str, config: dict, folder: Path, names: list[str]) -> Iter
                 "map": round(worst["b"] - worst["a"], 5),
                 "matched": apart["matched"] / max(apart["detections"], 1),
                 "detections": apart["detections"],
+                "time": round(of_checkpoint["images_per_second"] / of_file["images_per_second"], 3),
             },
         )
 
