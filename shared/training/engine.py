@@ -25,14 +25,7 @@ from shared.training.checkpoints import CATEGORIES_FILE, Checkpoint, load_weight
 from shared.training.hang import Phase
 from shared.training.resume import BuiltOptimizer, check_categories, merged
 from shared.training.run import DrawFigures, Run, TensorBoard
-from shared.training.saving import (
-    Background,
-    FiniteCheck,
-    HostCopy,
-    Snapshot,
-    checkpoint_state,
-    set_random_state,
-)
+from shared.training.saving import Background, FiniteCheck, HostCopy, Snapshot, checkpoint_state
 from shared.training.stopping import BestSoFar, Clock, End, Outcome, Stopping
 from shared.training.training_metrics import Progress, summary_of
 from shared.training.trial import DetectionTrial
@@ -367,9 +360,9 @@ def check_resume(trial: DetectionTrial, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(trial: DetectionTrial, checkpoint: Checkpoint) -> None:
-    """Continues from a checkpoint that `check_resume` allows: weights, optimizer, random numbers, and the trial's own
-    state. This run's config wins over what the checkpoint's config said. Empties `checkpoint.state`, whose memory a
-    training needs."""
+    """Continues from a checkpoint that `check_resume` allows: weights, optimizer and the trial's own state. This
+    run's config wins over what the checkpoint's config said. Empties `checkpoint.state`, whose memory a training
+    needs."""
     state, training = checkpoint.state, checkpoint.training
     trial.plain_model.load_state_dict(checkpoint.training_weights)
     (saved,) = state["optimizers_state_dict"]
@@ -377,7 +370,6 @@ def load_checkpoint(trial: DetectionTrial, checkpoint: Checkpoint) -> None:
     if trial.scaler is not None and "scaler_state_dict" in state:
         began = training.get("scaler") or trial.built_scaler
         trial.scaler.load_state_dict(merged(trial.built_scaler, began, state["scaler_state_dict"]))
-    set_random_state(state["rng_state"], trial.context.distributed.local_rank)
     trial.load_training_state({**training, "ema": checkpoint.averaged_weights})
     state.clear()
 

@@ -8,7 +8,6 @@ import json
 import logging
 import operator
 import pickle
-import random
 import shutil
 import threading
 from collections import deque
@@ -17,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from determined.pytorch import PyTorchTrialContext
 from torch import nn
@@ -39,42 +37,17 @@ _WEIGHTS = "state_dict.pth"
 def checkpoint_state(
     context: PyTorchTrialContext, model: nn.Module, scaler: torch.amp.GradScaler | None, training: dict[str, Any]
 ) -> dict[str, Any]:
-    """What `state_dict.pth` holds, by the names of Determined's own loop. Not a copy yet. `model` is without DDP."""
+    """What `state_dict.pth` holds, by the names of Determined's own loop. Not a copy yet. `model` is without DDP.
+
+    It holds no state of random generators: each batch and each validation seeds them.
+    """
     return {
         "models_state_dict": [model.state_dict()],
         "optimizers_state_dict": [optimizer.state_dict() for optimizer in context.optimizers],
         "lr_schedulers_state_dict": [],
         "callbacks": {"training": training},
-        "rng_state": random_state(context.distributed.local_rank),
         **({} if scaler is None else {"scaler_state_dict": scaler.state_dict()}),
     }
-
-
-def random_state(local_rank: int) -> dict[str, Any]:
-    """The state of all random generators, as tensors and plain values.
-
-    Determined saves NumPy's state as an array, which `torch.load` refuses to unpickle from torch 2.6 on.
-    """
-    algorithm, keys, position, has_gauss, gauss = np.random.get_state()
-    keys = torch.from_numpy(keys.astype(np.int64))
-    state = {
-        "cpu_rng_state": torch.random.get_rng_state(),
-        "np_rng_state": [algorithm, keys, int(position), int(has_gauss), float(gauss)],
-        "random_rng_state": random.getstate(),
-    }
-    if torch.cuda.device_count():
-        state["gpu_rng_state"] = torch.cuda.get_rng_state(local_rank)
-    return state
-
-
-def set_random_state(state: Mapping[str, Any], local_rank: int) -> None:
-    """Continues from what `random_state` gave, or Determined's own loop."""
-    algorithm, keys, *rest = state["np_rng_state"]
-    np.random.set_state((algorithm, torch.as_tensor(keys).numpy().astype(np.uint32), *rest))
-    random.setstate(state["random_rng_state"])
-    torch.random.set_rng_state(state["cpu_rng_state"])
-    if torch.cuda.device_count() and "gpu_rng_state" in state:
-        torch.cuda.set_rng_state(state["gpu_rng_state"], local_rank)
 
 
 class FiniteCheck:

@@ -282,6 +282,7 @@ class DetectionTrial(Detector):
 
     def start_validation(self, loader: DataLoader) -> None:
         """Before the first batch of a validation, on every slot."""
+        seed_all(self.seed, self.rank, self.batches_trained, 4)  # one that was cut short repeats the same numbers
         self._pictured = []
         self.begin_validation(loader)
         self.synchronize_buffers()
