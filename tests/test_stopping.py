@@ -442,7 +442,7 @@ def test_a_process_that_is_ended_while_it_is_forked_ends():
 
 def test_a_training_without_a_signal_or_a_searcher_s_word_is_never_stopped():
     alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
-    stopping = Stopping(alone, asked_elsewhere=lambda: False)
+    stopping = Stopping(alone)
     assert not stopping.after_batch(10)
     assert not stopping.at_boundary(10)
     assert not stopping.validation_was_cut(10)
@@ -450,6 +450,6 @@ def test_a_training_without_a_signal_or_a_searcher_s_word_is_never_stopped():
 
 def test_the_searcher_s_word_to_the_chief_stops_at_the_next_boundary():
     alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
-    stopping = Stopping(alone, asked_elsewhere=lambda: True)
-    assert stopping.at_boundary(20)
+    stopping = Stopping(alone)
+    assert stopping.at_boundary(20, is_asked=True)
     assert stopping.after == 20

@@ -59,9 +59,7 @@ class _Training:
         self.is_chief = trial.rank == 0
         self.best = BestSoFar(trial.hparams.early_stopping, trial.searcher_metric)
         self.clock = Clock(trial.hparams.max_hours, trial.hparams.checkpoint_every_minutes)
-        asked, total = run.is_stopped_elsewhere, self.periods.total
-        frequency, distributed = trial.aggregation_frequency, self.context.distributed
-        self.stopping = Stopping(distributed, frequency, asked, self.clock, total, run.signals)
+        self.stopping = Stopping(self.context.distributed, trial.aggregation_frequency, self.clock, run.signals)
         self.saving = Background("saving")
         self.host_copy = HostCopy()
         self.finite = FiniteCheck(trial.plain_model, trial.evaluation_model)
@@ -138,12 +136,12 @@ class _Training:
             trial.train_batch(next(batches), self.epochs, self.batches)
             if self.is_chief:
                 self.progress.update()
-            stopping.after_batch(self.batches)
+            is_stopped = stopping.after_batch(self.batches)
 
-            validates = periods.validates(self.batches) or stopping.ended_after == self.batches
+            validates = periods.validates(self.batches) or stopping.ended is not None
             saves = periods.saves(self.batches) or stopping.saves_after == self.batches
             reports = periods.reports(self.batches)
-            if not (reports or validates or saves or stopping.after == self.batches):
+            if not (reports or validates or saves or is_stopped):
                 continue
             self._report(is_whole=reports)
             if validates:
@@ -204,8 +202,7 @@ class _Training:
         self.validation = validation
         name = trial.searcher_metric.name
         is_best = self.best.update(validation.metrics[name], self.batches)
-        if why := self.best.why_over() or self.stopping.why_time_is_over():
-            self.stopping.end(self.batches, why)
+        self.stopping.after_validation(self.best.why_over())
         saves = False
         if self.is_chief:
             is_last = self.batches == self.periods.total or self.stopping.ended is not None
@@ -231,7 +228,8 @@ class _Training:
         self.saving.raise_if_failed()
         self._mark(Phase.REPORTING)
         self.is_paused = self.run.at_boundary(self.batches / self.periods.total, self.tensorboard)
-        return self.stopping.at_boundary(self.batches) or self.is_paused
+        is_asked = self.is_chief and self.run.is_stopped_elsewhere()
+        return self.stopping.at_boundary(self.batches, is_asked) or self.is_paused
 
     # --- checkpoints --------------------------------------------------------------------------------------
 

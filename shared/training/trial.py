@@ -156,7 +156,8 @@ class DetectionTrial(Detector):
         of_images = self.batches_per_epoch, self.global_batch_size
         self.periods = periods_of(self.schedule, *of_images, self.aggregation_frequency)
         self.total_batches = self.periods.total
-        if self.hparams.early_stopping is not None and not self.periods.validates_before_the_end:
+        validates_before_the_end = self.periods.validation is not None or self.periods.validation_changes
+        if self.hparams.early_stopping is not None and not validates_before_the_end:
             raise UserError(
                 "hyperparameters.early_stopping: the only validation is at the end. Fix: give min_validation_period, "
                 "or omit early_stopping"
