@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from shared.config.schema import SearcherMetric
 from shared.training.loggers import Loggers
 from shared.training.run import LocalRun
 from shared.training.run_folder import RunFolder
@@ -123,7 +122,7 @@ def test_no_thread_frees_tensors_after_the_end_of_background_work():
 def test_a_half_written_checkpoint_is_left_to_the_next_start(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.saving.mkdir(parents=True)
-    run = LocalRun(folder, Loggers(), SearcherMetric("bbox_mAP", smaller_is_better=False), "best", is_chief=True)
+    run = LocalRun(folder, Loggers(), "best", is_chief=True)
     run.close(is_saved=False)
     assert folder.saving.exists()
     run.close(is_saved=True)

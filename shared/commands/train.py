@@ -105,7 +105,7 @@ def _train_in(
             if run_store is not None:
                 run_store.begin()
         policy, is_chief = trial.schedule.checkpoint_policy, trial.rank == 0
-        run = LocalRun(folder, loggers, trial.searcher_metric, policy, is_chief, signals, run_store)
+        run = LocalRun(folder, loggers, policy, is_chief, signals, run_store)
         outcome = train(trial, run, checkpoint, _draw_figures)
         if outcome.end is End.NOTHING_TO_DO:
             loggers.finish(0)

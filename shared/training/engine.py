@@ -103,7 +103,7 @@ class _Training:
                     self._mark(Phase.SAVING)
                 self._mark(Phase.REPORTING)
                 if self.is_chief:
-                    self.tensorboard.figures.close()
+                    self.tensorboard.write_figures(wait=True)
                 run.finish(self.tensorboard)
             outcome = self._outcome()
             if outcome.is_finished:
@@ -178,7 +178,7 @@ class _Training:
             self.tensorboard.write("train", metrics.last, self.batches)
             self.progress.describe(summary_of(metrics.last))
         if self.is_chief:
-            self.tensorboard.figures.write()
+            self.tensorboard.write_figures()
 
     @torch.no_grad()
     def _validate(self) -> None:

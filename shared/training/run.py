@@ -49,11 +49,18 @@ DrawFigures = Callable[[CocoEvaluator, GatheredDetections], dict[str, np.ndarray
 
 
 class TensorBoard:
-    """TensorBoard's groups train, val, categories and report_…, and a picture of each validation; on the chief."""
+    """TensorBoard's groups train, val, categories and report_…, and a picture of each validation; on the chief.
+
+    A thread draws the figures of report_…. A validation that ends while earlier figures are being drawn gets none,
+    unless it is the last one. The training writes what is drawn, at its next report: each upload closes the writer's
+    file, and what another thread adds at that moment would be lost.
+    """
 
     def __init__(self, writer: SummaryWriter, draw: DrawFigures):
         self._writer = writer
-        self.figures = ReportFigures(writer, draw)
+        self._draw = draw
+        self._drawing = Background("figures", self._warn)
+        self._drawn: deque[tuple[int, dict[str, np.ndarray]]] = deque()
         self._file_since = time.time()
 
     def write(self, group: str, metrics: dict[str, float], batches: int) -> None:
@@ -66,7 +73,26 @@ class TensorBoard:
         if picture := picture_of(trial, validation, _WIDTH):
             self._writer.add_image("val/detections", np.asarray(picture), validation.batches, dataformats="HWC")
         if isinstance(trial.evaluator, CocoEvaluator):
-            self.figures.draw(trial.evaluator, validation.batches, is_last)
+            self.draw_figures(trial.evaluator, validation.batches, is_last)
+
+    def draw_figures(self, evaluator: CocoEvaluator, batches: int, is_last: bool) -> None:
+        """Begins to draw the figures of the evaluator's last metrics."""
+        self.write_figures()
+        if is_last or self._drawing.is_idle:
+            found = evaluator.found
+            self._drawing.begin(lambda: self._drawn.append((batches, self._draw(evaluator, found))))
+
+    def write_figures(self, wait: bool = False) -> None:
+        """Writes the figures that were drawn since the last call. `wait`: also those that are being drawn."""
+        if wait:
+            self._drawing.wait()
+        while self._drawn:
+            batches, pictures = self._drawn.popleft()
+            try:
+                for tag, picture in pictures.items():
+                    self._writer.add_image(tag, picture, batches, dataformats="HWC")
+            except OSError as error:  # the training meets a full disk itself
+                logger.warning("the figures of the validation at batch %d could not be written: %s", batches, error)
 
     def flush(self) -> None:
         """Makes all that was written ready for an upload. A new file for each upload keeps uploads small. Files have
@@ -79,45 +105,8 @@ class TensorBoard:
             self._writer.flush()
 
     def close(self) -> None:
-        self.figures.close()
+        self.write_figures(wait=True)
         self._writer.close()
-
-
-class ReportFigures:
-    """Draws in a thread of its own. A validation that ends while earlier figures are being drawn gets none, unless it
-    is the last one.
-
-    The training writes what is drawn, at its next report: each upload closes the writer's file, and what another thread
-    adds at that moment would be lost.
-    """
-
-    def __init__(self, writer: SummaryWriter, draw: DrawFigures):
-        self._writer = writer
-        self._draw = draw
-        self._background = Background("figures", self._warn)
-        self._drawn: deque[tuple[int, dict[str, np.ndarray]]] = deque()
-
-    def draw(self, evaluator: CocoEvaluator, batches: int, is_last: bool) -> None:
-        """Begins to draw the figures of the evaluator's last metrics."""
-        self.write()
-        if is_last or self._background.is_idle:
-            found = evaluator.found
-            self._background.begin(lambda: self._drawn.append((batches, self._draw(evaluator, found))))
-
-    def write(self) -> None:
-        """Writes what was drawn since the last call."""
-        while self._drawn:
-            batches, pictures = self._drawn.popleft()
-            try:
-                for tag, picture in pictures.items():
-                    self._writer.add_image(tag, picture, batches, dataformats="HWC")
-            except OSError as error:  # the training meets a full disk itself
-                logger.warning("the figures of the validation at batch %d could not be written: %s", batches, error)
-
-    def close(self) -> None:
-        """Waits for what is being drawn, and writes it."""
-        self._background.wait()
-        self.write()
 
     def _warn(self, error: Exception) -> None:
         logger.error("the figures of a validation could not be drawn", exc_info=error)  # none is worth a training
@@ -211,13 +200,12 @@ class LocalRun(Run):
         self,
         folder: RunFolder,
         loggers: Loggers,
-        metric: SearcherMetric,
         policy: str,
         is_chief: bool,
         signals: StopSignals | None = None,
         run_store: RunStore | None = None,
     ):
-        self.run_folder, self.loggers, self.metric, self.policy = folder, loggers, metric, policy
+        self.run_folder, self.loggers, self.policy = folder, loggers, policy
         self.is_chief, self.signals, self.run_store = is_chief, signals, run_store
         self.folder, self.code = folder.path, folder.code
 
@@ -339,7 +327,13 @@ class ClusterRun(Run):
         return self.policy == "all" or (self.policy == "best" and is_best_of_experiment)
 
     def last_validation(self) -> int | None:
-        return last_validation(self.trial_id)
+        # `det.get_cluster_info()` has no public name for it
+        try:
+            batches = _last_validation_of(client.get_trial(self.trial_id))
+        except Exception as error:  # then a validation is repeated
+            logger.warning("cannot ask the master for the validations of trial %d: %s", self.trial_id, error)
+            return None
+        return int(batches) if 0 <= batches < math.inf else None
 
     def store(self, snapshot: Snapshot) -> None:
         with self.core.checkpoint.store_path(snapshot.metadata) as (path, _):
@@ -390,19 +384,6 @@ def trial_is_stopping(trial_id: int, validated_at: int) -> bool:
     except Exception as error:  # whatever the network does, it must not end the training
         logger.warning("cannot ask the master whether trial %d should stop: %s", trial_id, error)
         return False
-
-
-def last_validation(trial_id: int) -> int | None:
-    """The batches of the last validation that the master knows of a trial; None without one.
-
-    `det.get_cluster_info()` has no public name for it.
-    """
-    try:
-        batches = _last_validation_of(client.get_trial(trial_id))
-    except Exception as error:  # then a validation is repeated
-        logger.warning("cannot ask the master for the validations of trial %d: %s", trial_id, error)
-        return None
-    return int(batches) if 0 <= batches < math.inf else None
 
 
 def _last_validation_of(trial: client.Trial) -> float:
