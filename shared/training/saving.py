@@ -188,34 +188,30 @@ def write_manifest(folder: Path, batches: int) -> None:
 def check_manifest(folder: Path) -> None:
     """Checks each file against the manifest. A checkpoint without a manifest passes: those of version 0.1 have none.
     Raises UserError if a file is missing, cut off or changed."""
-    manifest = folder / MANIFEST
-    if not manifest.exists():
-        return
     try:
-        noted_at_save = json.loads(manifest.read_text())
-        for name, noted in noted_at_save["files"].items():
-            file = folder / name
-            if not file.is_file():
-                raise UserError(f"{folder} is incomplete: {name} is missing. Fix: use another checkpoint")
-            if (size := file.stat().st_size) != noted["bytes"]:
-                raise UserError(
-                    f"{folder} is incomplete: {name} has {size} bytes instead of {noted['bytes']}. Fix: use another "
-                    "checkpoint"
-                )
-            if sha256_of(file) != noted["sha256"]:
-                raise UserError(f"{folder} has changed since it was saved: {name} differs. Fix: use another checkpoint")
-        batches = noted_at_save.get("batches")  # manifests of version 0.1 lack it
-        if batches is not None and saved_batches(folder) != batches:
-            raise UserError(
-                f"{folder} has changed since it was saved: {METADATA} is not of batch {batches}. Fix: use another "
-                "checkpoint"
-            )
+        problem = _difference_from_manifest(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{folder} is incomplete: {MANIFEST} cannot be read ({error!r}). Fix: use another checkpoint"
-        ) from error
+        problem = f"is incomplete: {MANIFEST} cannot be read ({error!r})"
+    if problem is not None:
+        raise UserError(f"{folder} {problem}. Fix: use another checkpoint")
+
+
+def _difference_from_manifest(folder: Path) -> str | None:
+    if not (folder / MANIFEST).exists():
+        return None
+    noted_at_save = json.loads((folder / MANIFEST).read_text())
+    for name, noted in noted_at_save["files"].items():
+        file = folder / name
+        if not file.is_file():
+            return f"is incomplete: {name} is missing"
+        if (size := file.stat().st_size) != noted["bytes"]:
+            return f"is incomplete: {name} has {size} bytes instead of {noted['bytes']}"
+        if sha256_of(file) != noted["sha256"]:
+            return f"has changed since it was saved: {name} differs"
+    batches = noted_at_save.get("batches")  # manifests of version 0.1 lack it
+    if batches is not None and saved_batches(folder) != batches:
+        return f"has changed since it was saved: {METADATA} is not of batch {batches}"
+    return None
 
 
 def saved_batches(folder: Path) -> int:
@@ -250,33 +246,27 @@ class Background:
     def __init__(self, name: str = "saving", on_error: Callable[[Exception], None] | None = None):
         self.name = name
         self._on_error = on_error or self._keep
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._waiting: deque[Callable[[], None]] = deque()
-        self._works = False
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread | None = None  # the last one
         self._error: Exception | None = None
-
-    @property
-    def is_idle(self) -> bool:
-        return not self._works
+        self.is_idle = True
 
     def begin(self, work: Callable[[], None]) -> None:
         """Does `work` after what was given before."""
-        with self._changed:
+        with self._lock:
             self._waiting.append(work)
-            if not self._works:
-                self._works = True
+            if self.is_idle:
+                self.is_idle = False
                 self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
                 self._thread.start()
 
     def wait(self, seconds: float | None = None) -> bool:
         """Waits until all work is done, at most `seconds`. Returns whether it is."""
-        with self._changed:
-            is_done, thread = self._changed.wait_for(lambda: not self._works, seconds), self._thread
-        if is_done and thread is not None:
-            thread.join()  # a program that exits while a thread frees tensors is aborted
+        if self._thread is not None:
+            self._thread.join(seconds)  # a program that exits while a thread frees tensors is aborted
         self.raise_if_failed()
-        return is_done
+        return self.is_idle
 
     def raise_if_failed(self) -> None:
         error, self._error = self._error, None
@@ -288,10 +278,9 @@ class Background:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 if not self._waiting:
-                    self._works = False
-                    self._changed.notify_all()
+                    self.is_idle = True
                     return
                 work = self._waiting.popleft()
             try:
