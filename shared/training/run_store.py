@@ -22,7 +22,7 @@ import socket
 import threading
 import uuid
 from dataclasses import asdict
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from shared.data.remote import StoreError
@@ -60,7 +60,6 @@ class RunStore:
         self._in_store: set[str] = set()  # folders of checkpoints, perhaps incomplete ones
         self._partly_sent: dict[str, set[str]] = {}  # the files of a checkpoint that are there, by its folder
         self._sent: dict[str, tuple[int, int]] = {}  # the time and the size at which each other file was sent
-        self._complains = False
         self._ending = threading.Event()
         self._background = Background("uploading")
 
@@ -83,8 +82,7 @@ class RunStore:
         self.place.write(OWNER, self._owner.encode())
         self._index = stored_checkpoints(self.place.read(INDEX), self.place)
         self._wanted = dict(self._index)
-        self._in_store = {PurePosixPath(name).parts[0] for name in self.place.names("checkpoints")}
-        self._in_store.discard(PurePosixPath(INDEX).name)
+        self._in_store = {name.partition("/")[0] for name in self.place.names("checkpoints") if "/" in name}
         if resume in OF_THE_RUN and "last" in self._index:
             batches = saved_batches(self.folder.checkpoints / "last")
             if self._index["last"].batches > batches:
@@ -182,6 +180,7 @@ class RunStore:
             self._wanted |= dict.fromkeys(names, stored)
 
     def _send_until_stored(self) -> None:
+        complains = False
         while True:
             is_last_try = self._ending.is_set()
             try:
@@ -190,15 +189,14 @@ class RunStore:
             except StoreError as error:
                 if is_last_try:
                     raise
-                if not self._complains:
+                if not complains:
                     logger.warning(
                         "--store: %s; training continues, and uploads are repeated until it answers", problem_of(error)
                     )
-                self._complains = True
+                complains = True
                 self._ending.wait(_PAUSE)
-        if self._complains:
+        if complains:
             logger.info("--store: %s answers again, and has all checkpoints", self.place)
-        self._complains = False
 
     def _send(self) -> None:
         """Sends what the store lacks. After an error, the next call continues."""
