@@ -101,10 +101,8 @@ def repair_last_line(descriptor: int) -> int:
 
 def sync_tree(folder: Path) -> None:
     """Writes all files and folders below `folder`, and itself, to the disk."""
-    for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            sync_path(Path(parent, name))
-        sync_path(Path(parent))
+    for path in (*folder.rglob("*"), folder):
+        sync_path(path)
 
 
 def sync_path(path: Path) -> None:

@@ -68,33 +68,26 @@ class Validation:
 # --- the samples ------------------------------------------------------------------------------------
 
 
-class WithLossSample:
-    """A transform that gives an image's evaluation sample, and beside it the sample whose losses are computed; None for
-    an image that the training would omit.
+def with_loss_sample(
+    evaluation: Transform, loss: Transform, left_out: frozenset[int], image: Any, record: ImageRecord
+) -> tuple[Any, Any]:
+    """An image's evaluation sample, and beside it the sample whose losses are computed.
 
     Args:
         loss: as `evaluation`, with the training's targets. It may give None.
-        left_out: ids of the images that the training would omit.
+        left_out: ids of the images that the training would omit: the second sample is None.
     """
-
-    def __init__(self, evaluation: Transform, loss: Transform, left_out: frozenset[int]):
-        self.evaluation, self.loss, self.left_out = evaluation, loss, left_out
-
-    def __call__(self, image: Any, record: ImageRecord) -> tuple[Any, Any]:
-        for_loss = None if record.image_id in self.left_out else self.loss(image, record)
-        return self.evaluation(image, record), for_loss
+    for_loss = None if record.image_id in left_out else loss(image, record)
+    return evaluation(image, record), for_loss
 
 
-class CollateWithLoss:
-    """A collate function for `WithLossSample`: the evaluation's batch. Its `for_loss` has a batch of one for each image
-    whose losses are computed."""
-
-    def __init__(self, evaluation: Callable[[list], Batch], training: Callable[[list], Batch]):
-        self.evaluation, self.training = evaluation, training
-
-    def __call__(self, samples: list[tuple[Any, Any]]) -> Batch:
-        batch = self.evaluation([sample for sample, _ in samples])
-        return replace(batch, for_loss=[self.training([sample]) for _, sample in samples if sample is not None])
+def collate_with_loss(
+    evaluation: Callable[[list], Batch], training: Callable[[list], Batch], samples: list[tuple[Any, Any]]
+) -> Batch:
+    """The evaluation's batch of what `with_loss_sample` gave. Its `for_loss` has a batch of one for each image whose
+    losses are computed."""
+    batch = evaluation([sample for sample, _ in samples])
+    return replace(batch, for_loss=[training([sample]) for _, sample in samples if sample is not None])
 
 
 # --- the model ------------------------------------------------------------------------------------------
