@@ -45,11 +45,6 @@ class Checkpoint:
     counts: dict[str, Any]  # batches, epochs and the last validation, by the names of Determined's own loop
     trial_class: str  # the name of the detector's class
 
-    @property
-    def best_of_older_version(self) -> dict[str, Any]:
-        """The best validation, as older versions saved it off a cluster; {} in newer checkpoints."""
-        return self.state["callbacks"].get("local_run", {})
-
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint's weights and what is saved with them. Raises UserError if it is not a checkpoint of this project,
@@ -63,6 +58,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         training_weights = without_ddp(state["models_state_dict"][0])
         training = dict(state["callbacks"]["training"])
         averaged = training.pop("ema")
+        best_of_older_version = state["callbacks"].get("local_run", {})  # saved off a cluster
+        training["patience"] = {**(training.get("patience") or {}), **best_of_older_version}
         return Checkpoint(
             path=path,
             weights=training_weights if averaged is None else averaged,

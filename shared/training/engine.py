@@ -277,14 +277,13 @@ class _Training:
     def _load(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint. After one of another trial, all counts start from 0."""
         trial, training, counts = self.trial, checkpoint.training, checkpoint.counts
-        best = {**(training.get("patience") or {}), **checkpoint.best_of_older_version}
         load_checkpoint(trial, checkpoint)
         if not trial.first_batch:
             return
         self.clock.resume(training.get("seconds", 0.0))
         if begun := training.get("begun_report"):
             trial.training_metrics.continue_with(begun, trial.rank, trial.slots)
-        if best:
+        if best := training["patience"]:
             value = self._ask(lambda: self.run.earlier_value(best["best_at"], self.best.metric.name))
             self.best.load(best, value)
         # a validation that was reported after the checkpoint was saved counts too

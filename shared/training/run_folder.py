@@ -95,7 +95,6 @@ class RunFolder:
 
     def prepare(self, source: Path) -> None:
         """Makes the folders, deletes what a killed run left unfinished, and copies the code in `source`."""
-        self.restore_interrupted_rename()
         delete_unfinished(self.path)
         self.requeue.unlink(missing_ok=True)
         for leftover in (self.saving, self.code, self.received):
@@ -164,11 +163,7 @@ class RunFolder:
             write_file(self.metrics, "".join(json.dumps(report) + "\n" for report in kept))
 
     def mark_requeue(self, number: signal.Signals, batches: int | None) -> None:
-        """Leaves the mark that a batch system's script looks for.
-
-        Args:
-            batches: that are saved; None if the run had not begun.
-        """
+        """Leaves the mark that a batch system's script looks for. `batches` are saved; None before the training."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_file(self.requeue, json.dumps({"signal": number.name, "batches": batches}))
 

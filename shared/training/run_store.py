@@ -68,9 +68,6 @@ class RunStore:
     def take(self, resume: str | None) -> None:
         """Makes this start the store's owner. Fetches the run if the store has more of it than the folder.
 
-        Args:
-            resume: as `--resume`.
-
         Raises:
             UserError: the store cannot be read or written, or holds a run and `resume` is None.
         """

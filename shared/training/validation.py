@@ -184,23 +184,16 @@ class ValidationLoss(ChiefReducer):
         """Adds an image's losses, scalars on the device; nothing is read from there."""
         self._losses[image_id] = tuple(losses), torch.stack([value.detach().float() for value in losses.values()])
 
-    def share(self) -> dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
-        """By names: (images,) ids and (images, names) values."""
-        shared = {}
-        for names in {names for names, _ in self._losses.values()}:
-            of_names = {image_id: values for image_id, (own, values) in self._losses.items() if own == names}
-            values = torch.stack(list(of_names.values())).cpu().numpy()
-            shared[names] = np.asarray(list(of_names)), values.astype(np.float64)
-        return shared
+    def share(self) -> dict[int, dict[str, float]]:
+        """Each image's losses, by its id. They are read from the device at once."""
+        if not self._losses:
+            return {}
+        numbers = iter(torch.cat([values for _, values in self._losses.values()]).tolist())
+        return {image_id: {name: next(numbers) for name in names} for image_id, (names, _) in self._losses.items()}
 
-    def metrics_of(self, shares: list[dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]]]) -> dict[str, float]:
-        of_images = {
-            image_id: dict(zip(names, row, strict=True))
-            for share in shares
-            for names, (ids, rows) in share.items()
-            for image_id, row in zip(ids.tolist(), rows.tolist(), strict=True)
-            if image_id in self.image_ids
-        }
+    def metrics_of(self, shares: list[dict[int, dict[str, float]]]) -> dict[str, float]:
+        seen = {image_id: losses for share in shares for image_id, losses in share.items()}
+        of_images = {image_id: losses for image_id, losses in seen.items() if image_id in self.image_ids}
         if not of_images:  # a validation that was cut short
             return {TOTAL: math.nan}
         ordered = [of_images[image_id] for image_id in sorted(of_images)]
