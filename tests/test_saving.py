@@ -122,7 +122,7 @@ def test_no_thread_frees_tensors_after_the_end_of_background_work():
 def test_a_half_written_checkpoint_is_left_to_the_next_start(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.saving.mkdir(parents=True)
-    run = LocalRun(folder, Loggers(), "best", is_chief=True)
+    run = LocalRun(folder, Loggers(), "best")
     run.close(is_saved=False)
     assert folder.saving.exists()
     run.close(is_saved=True)

@@ -82,13 +82,12 @@ class _Training:
         with contextlib.ExitStack() as stack:
             if run.signals is not None:
                 stack.callback(run.signals.end)
-            run.begin(trial.first_batch, trial.schedule.profiling)
             trial.begin_training(run.folder)
             batches = iter(trial.build_training_data_loader())  # the workers start here, before threads that hold locks
             self.validation_loader = trial.build_validation_data_loader(self.stopping.cuts_validation)
             self.tensorboard = self.progress = None
             if self.is_chief:
-                self.tensorboard = TensorBoard(run.open_tensorboard(trial.first_batch), self.draw)
+                self.tensorboard = TensorBoard(run.begin(trial.first_batch), self.draw)
                 self.progress = Progress(trial.first_batch, self.periods.total)
             stack.callback(self._close)
             if checkpoint is not None:

@@ -138,12 +138,9 @@ class Run:
     folder: Path  # for what a detector's library writes
     code: Path  # the folder of the code that a checkpoint holds
 
-    def begin(self, first_batch: int, profiling: bool) -> None:
-        """Before the first batch, on every rank."""
-
     @abstractmethod
-    def open_tensorboard(self, first_batch: int) -> SummaryWriter:
-        """The writer of TensorBoard's files."""
+    def begin(self, first_batch: int) -> SummaryWriter:
+        """Before the first batch, once the loader's workers are there. Returns the writer of TensorBoard's files."""
 
     def set_status(self, status: str) -> None:
         """The current activity of the training, in a word."""
@@ -192,7 +189,6 @@ class LocalRun(Run):
 
     Args:
         policy: `checkpoint_policy`. "best" saves after each validation too: the last one is kept as well.
-        signals: those that stop the training.
         run_store: for a copy of the folder; None without, and on other ranks than the chief.
     """
 
@@ -201,20 +197,16 @@ class LocalRun(Run):
         folder: RunFolder,
         loggers: Loggers,
         policy: str,
-        is_chief: bool,
         signals: StopSignals | None = None,
         run_store: RunStore | None = None,
     ):
         self.run_folder, self.loggers, self.policy = folder, loggers, policy
-        self.is_chief, self.signals, self.run_store = is_chief, signals, run_store
+        self.signals, self.run_store = signals, run_store
         self.folder, self.code = folder.path, folder.code
 
-    def begin(self, first_batch: int, profiling: bool) -> None:
-        if self.is_chief:
-            # a run that starts again from batch 0 repeats the validation before its first batch
-            self.run_folder.forget_metrics_after(first_batch or -1)
-
-    def open_tensorboard(self, first_batch: int) -> SummaryWriter:
+    def begin(self, first_batch: int) -> SummaryWriter:
+        # a run that starts again from batch 0 repeats the validation before its first batch
+        self.run_folder.forget_metrics_after(first_batch or -1)
         return SummaryWriter(str(self.run_folder.tensorboard), purge_step=first_batch + 1 if first_batch else 0)
 
     def report_training(self, batches: int, epochs: int, metrics: dict[str, float], steering: dict[str, float]) -> None:
@@ -305,11 +297,7 @@ class ClusterRun(Run):
         self.code = Path(det.constants.MANAGED_TRAINING_MODEL_COPY)
         self._validated_at = -1  # by this start
 
-    def begin(self, first_batch: int, profiling: bool) -> None:
-        if profiling:
-            self.core.profiler.on()
-
-    def open_tensorboard(self, first_batch: int) -> SummaryWriter:
+    def begin(self, first_batch: int) -> SummaryWriter:
         return SummaryWriter(str(self.core.train.get_tensorboard_path()))
 
     def set_status(self, status: str) -> None:

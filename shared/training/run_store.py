@@ -57,8 +57,8 @@ class RunStore:
         self._is_queued = False
         # the thread's own
         self._index: dict[str, Stored] = {}
-        self._in_store: set[str] = set()  # folders of checkpoints, perhaps incomplete ones
-        self._partly_sent: dict[str, set[str]] = {}  # the files of a checkpoint that are there, by its folder
+        # by the folders of checkpoints in the store, perhaps incomplete ones, the files that this start has sent
+        self._in_store: dict[str, set[str]] = {}
         self._sent: dict[str, tuple[int, int]] = {}  # the time and the size at which each other file was sent
         self._ending = threading.Event()
         self._background = Background("uploading")
@@ -79,7 +79,7 @@ class RunStore:
         self.place.write(OWNER, self._owner.encode())
         self._index = stored_checkpoints(self.place.read(INDEX), self.place)
         self._wanted = dict(self._index)
-        self._in_store = {name.partition("/")[0] for name in self.place.names("checkpoints") if "/" in name}
+        self._in_store = {name.partition("/")[0]: set() for name in self.place.names("checkpoints") if "/" in name}
         if resume in OF_THE_RUN and "last" in self._index:
             batches = saved_batches(self.folder.checkpoints / "last")
             if self._index["last"].batches > batches:
@@ -212,9 +212,9 @@ class RunStore:
             self.place.write(INDEX, json.dumps(index, indent=1).encode())
             self._index = wanted
         in_index = {stored.folder for stored in self._index.values()}
-        for folder in sorted(self._in_store - in_index):
+        for folder in sorted(self._in_store.keys() - in_index):
             self.place.delete(f"checkpoints/{folder}")
-            self._in_store.discard(folder)
+            del self._in_store[folder]
         with self._changed:
             waiting = {stored.folder for stored in self._wanted.values()} - in_index
             for kept in self._kept.iterdir() if self._kept.exists() else ():
@@ -249,8 +249,7 @@ class RunStore:
         """Sends the files of a checkpoint, several at once: most of them are small files of code. The manifest follows
         when the others are there."""
         source = self._kept / stored.folder
-        self._in_store.add(stored.folder)
-        done = self._partly_sent.setdefault(stored.folder, set())
+        done = self._in_store.setdefault(stored.folder, set())
         names = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
         waiting = iter(sorted(names - done - {MANIFEST}))  # the threads share it
 

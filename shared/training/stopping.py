@@ -50,13 +50,9 @@ class StopSignals:
     """
 
     def __init__(self, numbers: Sequence[signal.Signals] = STOP_SIGNALS, status: int | None = None):
-        self.numbers, self.status = tuple(numbers), status
+        self.handled, self.status = {signal.SIGINT, *numbers}, status
         self.received: signal.Signals | None = None  # the last one that arrived during the training
         self._training = False
-
-    @property
-    def handled(self) -> set[signal.Signals]:
-        return {signal.SIGINT, *self.numbers}
 
     def begin(self) -> None:
         """From here on a signal stops the training after a batch. Before, it stops the process at once."""
