@@ -331,7 +331,6 @@ class _Training:
         if self.is_chief:
             self.tensorboard.close()
             self.progress.close()
-            self.run.close(is_saved=self.saving.is_idle)
 
     def _mark(self, phase: Phase, batch: int | None = None) -> None:
         self.watch.mark(phase, self.batches if batch is None else batch)

@@ -180,9 +180,6 @@ class Run:
     def finish(self, tensorboard: TensorBoard | None) -> None:
         """After the last checkpoint of this start, on every rank."""
 
-    def close(self, is_saved: bool) -> None:
-        """At the end, also of an error. `is_saved`: no checkpoint is being written."""
-
 
 class LocalRun(Run):
     """A folder's run. It keeps the last checkpoint and the best one.
@@ -230,10 +227,12 @@ class LocalRun(Run):
 
     def store(self, snapshot: Snapshot) -> None:
         new = self.run_folder.saving / "last"
-        shutil.rmtree(new, ignore_errors=True)
-        snapshot.write(new, self.code)
-        (new / METADATA).write_text(json.dumps(snapshot.metadata))
-        self.run_folder.keep(new, is_best=snapshot.is_best)
+        try:
+            snapshot.write(new, self.code)
+            (new / METADATA).write_text(json.dumps(snapshot.metadata))
+            self.run_folder.keep(new, is_best=snapshot.is_best)
+        finally:
+            shutil.rmtree(self.run_folder.saving, ignore_errors=True)
         if self.run_store is not None:
             self.run_store.add_checkpoint(snapshot.is_best)
 
@@ -241,11 +240,6 @@ class LocalRun(Run):
         if self.run_store is not None:
             self.run_store.raise_if_failed()
         return False
-
-    def close(self, is_saved: bool) -> None:
-        # a second Ctrl-C does not wait for a checkpoint, and its thread may be about to rename the folder
-        if is_saved:
-            shutil.rmtree(self.run_folder.saving, ignore_errors=True)
 
     def _report(self, batches: int, split: str, metrics: dict[str, float]) -> None:
         plain = for_json(metrics)

@@ -99,7 +99,7 @@ class RunFolder:
         self.requeue.unlink(missing_ok=True)
         for leftover in (self.saving, self.code, self.received):
             shutil.rmtree(leftover, ignore_errors=True)
-        self.saving.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
         _copy_sources(source, self.code)
         redact_yaml_files(self.code)  # each checkpoint has a copy of them
 
@@ -113,7 +113,6 @@ class RunFolder:
         if is_best:
             # before `last`: after a kill in between, the resumed run comes by here again
             copy = self.saving / "best"
-            shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(new, copy)  # no links: damage to one must leave the other
             replace_folder(copy, self.checkpoints / "best")
         replace_folder(new, self.checkpoints / "last")
