@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 METADATA = "metadata.json"
-_WEIGHTS = "state_dict.pth"
 
 # --- the state --------------------------------------------------------------------------------------------
 
@@ -220,14 +219,6 @@ def saved_batches(folder: Path) -> int:
         return int(json.loads((folder / METADATA).read_text())["steps_completed"])
     except (OSError, ValueError, KeyError, TypeError):
         return -1
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of a checkpoint's state_dict.pth; from the manifest if there is one."""
-    try:
-        return json.loads((folder / MANIFEST).read_text())["files"][_WEIGHTS]["sha256"]
-    except FileNotFoundError:
-        return sha256_of(folder / _WEIGHTS)
 
 
 # --- the thread -------------------------------------------------------------------------------------
