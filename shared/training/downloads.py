@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import json
 import logging
 import os
 import re
@@ -15,7 +14,10 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
+
+import msgspec
 
 from shared.durable import once, replace_folder, user_cache
 from shared.errors import UserError
@@ -182,7 +184,7 @@ def _folder_of(which: str, index: bytes | None, store: object) -> str:
 class Stored:
     """A checkpoint in the store."""
 
-    folder: str  # its name in `checkpoints/`
+    folder: Annotated[str, msgspec.Meta(pattern=r"^[\w-]+\Z")]  # its name in `checkpoints/`
     batches: int  # trained
     manifest: str  # the SHA-256 of its manifest, which holds those of its files
 
@@ -191,15 +193,11 @@ def stored_checkpoints(index: bytes | None, store: object) -> dict[str, Stored]:
     """The checkpoints `best` and `last` that a store's index names, by name; empty without an index. Others may have
     written it. Raises UserError if it cannot be read."""
     try:
-        found = {name: Stored(**entry) for name, entry in json.loads(index or b"{}").items()}
-        for name, stored in found.items():
-            if name not in ("best", "last") or not re.fullmatch(r"[\w-]+", stored.folder):
-                raise ValueError(f"it names {stored.folder!r} as {name!r}")
-    except (ValueError, TypeError, AttributeError) as error:
+        return msgspec.json.decode(index or b"{}", type=dict[Literal["best", "last"], Stored])
+    except msgspec.MsgspecError as error:
         raise UserError(
             f"{store}/{INDEX} cannot be read ({error}). Fix: check the place and its permissions"
         ) from error
-    return found
 
 
 def _example(path: Path) -> str:
