@@ -451,5 +451,5 @@ def test_a_training_without_a_signal_or_a_searcher_s_word_is_never_stopped():
 def test_the_searcher_s_word_to_the_chief_stops_at_the_next_boundary():
     alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
     stopping = Stopping(alone)
-    assert stopping.at_boundary(20, is_asked=True)
+    assert stopping.at_boundary(20, "the searcher")
     assert stopping.after == 20

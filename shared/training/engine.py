@@ -64,7 +64,6 @@ class _Training:
         self.host_copy = HostCopy()
         self.finite = FiniteCheck(trial.plain_model, trial.evaluation_model)
         self.validated_at = self.saved_at = trial.first_batch
-        self.is_paused = False
         self.validation: Validation | None = None
 
     @property
@@ -226,9 +225,8 @@ class _Training:
         """Whether this is the last batch, on every rank alike."""
         self.saving.raise_if_failed()
         self._mark(Phase.REPORTING)
-        self.is_paused = self.run.at_boundary(self.batches / self.periods.total, self.tensorboard)
-        is_asked = self.is_chief and self.run.is_stopped_elsewhere()
-        return self.stopping.at_boundary(self.batches, is_asked) or self.is_paused
+        stopped_by = self.run.at_boundary(self.batches / self.periods.total, self.tensorboard)
+        return self.stopping.at_boundary(self.batches, stopped_by)
 
     # --- checkpoints --------------------------------------------------------------------------------------
 
@@ -316,16 +314,15 @@ class _Training:
         return None
 
     def _outcome(self) -> Outcome:
-        stopping = self.stopping
-        end, why = End.STOPPED, "a pause" if self.is_paused else "the searcher"
-        if stopping.stopped_by is not None:
-            why = stopping.stopped_by.name
-        if self.validated_at == self.batches and self.batches == self.periods.total:
+        stopping, total, number = self.stopping, self.periods.total, None
+        if self.validated_at == self.batches == total:
             end, why = End.COMPLETE, ""
         elif self.validated_at == self.batches and stopping.ended is not None:
             end, why = End.ENDED, stopping.ended
-        number = stopping.stopped_by if end is End.STOPPED else None
-        return Outcome(end, self.batches, self.periods.total, why, number, self.validation, self.clock.seconds)
+        else:
+            end, number = End.STOPPED, stopping.stopped_by
+            why = stopping.stopped_elsewhere_by if number is None else number.name
+        return Outcome(end, self.batches, total, why, number, self.validation, self.clock.seconds)
 
     def _close(self) -> None:
         if self.is_chief:

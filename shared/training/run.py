@@ -169,13 +169,9 @@ class Run:
     def store(self, snapshot: Snapshot) -> None:
         """Writes a checkpoint; called in a thread."""
 
-    def is_stopped_elsewhere(self) -> bool:
-        """Whether the searcher stopped the trial."""
-        return False
-
-    def at_boundary(self, progress: float, tensorboard: TensorBoard | None) -> bool:
-        """After reports and checkpoints, on every rank. Returns whether the cluster pauses the trial."""
-        return False
+    def at_boundary(self, progress: float, tensorboard: TensorBoard | None) -> str | None:
+        """After reports and checkpoints, on every rank. Returns what stops the trial on a cluster, as far as this rank
+        knows."""
 
     def finish(self, tensorboard: TensorBoard | None) -> None:
         """After the last checkpoint of this start, on every rank."""
@@ -236,10 +232,9 @@ class LocalRun(Run):
         if self.run_store is not None:
             self.run_store.add_checkpoint(snapshot.is_best)
 
-    def at_boundary(self, progress: float, tensorboard: TensorBoard | None) -> bool:
+    def at_boundary(self, progress: float, tensorboard: TensorBoard | None) -> None:
         if self.run_store is not None:
             self.run_store.raise_if_failed()
-        return False
 
     def _report(self, batches: int, split: str, metrics: dict[str, float]) -> None:
         plain = for_json(metrics)
@@ -321,14 +316,14 @@ class ClusterRun(Run):
         with self.core.checkpoint.store_path(snapshot.metadata) as (path, _):
             snapshot.write(path, self.code)
 
-    def is_stopped_elsewhere(self) -> bool:
-        return trial_is_stopping(self.trial_id, self._validated_at)
-
-    def at_boundary(self, progress: float, tensorboard: TensorBoard | None) -> bool:
+    def at_boundary(self, progress: float, tensorboard: TensorBoard | None) -> str | None:
         self._upload(tensorboard)
         if self.is_chief:
             self.core.train.report_progress(progress)
-        return self.core.preempt.should_preempt()
+        if self.core.preempt.should_preempt():
+            return "a pause"
+        is_stopping = self.is_chief and trial_is_stopping(self.trial_id, self._validated_at)
+        return "the searcher" if is_stopping else None
 
     def finish(self, tensorboard: TensorBoard | None) -> None:
         time.sleep(SECONDS_BETWEEN_UPLOADS)

@@ -347,6 +347,7 @@ class Stopping:
     ):
         self.distributed, self.clock, self.signals = distributed, clock or Clock(), signals
         self.stopped_by: signal.Signals | None = None  # the signal of some rank, once all ranks know
+        self.stopped_elsewhere_by: str | None = None  # what else stops the run, once all ranks know
         self.after: int | None = None  # the batch after which all ranks stop
         self.saves_after: int | None = None  # the last batch after which the clock asked for a checkpoint
         self.ended: str | None = None  # why the config ends the training with the validation of this batch
@@ -387,12 +388,12 @@ class Stopping:
                 self.saves_after = batch
         return self.after == batch
 
-    def at_boundary(self, batch: int, is_asked: bool = False) -> bool:
-        """The same after the report, the validation and the checkpoint of `batch`. `is_asked`: whether this rank knows
-        that the searcher stopped the trial."""
-        of_ranks = self.distributed.allgather((self.signal, is_asked))
-        is_signalled = self._some_received(number for number, _ in of_ranks)
-        if is_signalled or any(asked for _, asked in of_ranks) or self.ended is not None:
+    def at_boundary(self, batch: int, elsewhere: str | None = None) -> bool:
+        """The same after the report, the validation and the checkpoint of `batch`. `elsewhere`: what stops the run on a
+        cluster, as far as this rank knows."""
+        signals, others = zip(*self.distributed.allgather((self.signal, elsewhere)), strict=True)
+        self.stopped_elsewhere_by = next((each for each in others if each is not None), None)
+        if self._some_received(signals) or self.stopped_elsewhere_by is not None or self.ended is not None:
             self.after = batch
         return self.after is not None
 
