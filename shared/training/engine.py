@@ -341,7 +341,7 @@ def check_resume(trial: DetectionTrial, checkpoint: Checkpoint) -> None:
     checkpoint has other categories, another model or another optimizer."""
     check_categories(trial.categories, checkpoint, trial.weights_key)
     load_weights(trial.plain_model, checkpoint.training_weights, checkpoint.path)
-    _resumed_optimizer(trial, {"state": {}, "param_groups": checkpoint.optimizer_groups}, checkpoint.training)
+    _resumed_optimizer(trial, checkpoint)
     before, now = checkpoint.training.get("batches_per_epoch"), trial.batches_per_epoch
     if trial.rank == 0 and trial.first_batch and before not in (None, now):
         logger.warning(
@@ -353,24 +353,23 @@ def check_resume(trial: DetectionTrial, checkpoint: Checkpoint) -> None:
 
 def load_checkpoint(trial: DetectionTrial, checkpoint: Checkpoint) -> None:
     """Continues from a checkpoint that `check_resume` allows: weights, optimizer and the trial's own state. This
-    run's config wins over what the checkpoint's config said. Empties `checkpoint.state`, whose memory a training
+    run's config wins over what the checkpoint's config said. Empties `checkpoint.optimizer`, whose memory a training
     needs."""
-    state, training = checkpoint.state, checkpoint.training
+    training = checkpoint.training
     trial.plain_model.load_state_dict(checkpoint.training_weights)
-    (saved,) = state["optimizers_state_dict"]
-    trial.optimizer.load_state_dict(_resumed_optimizer(trial, saved, training))
-    if trial.scaler is not None and "scaler_state_dict" in state:
+    trial.optimizer.load_state_dict(_resumed_optimizer(trial, checkpoint))
+    if trial.scaler is not None and checkpoint.scaler is not None:
         began = training.get("scaler") or trial.built_scaler
-        trial.scaler.load_state_dict(merged(trial.built_scaler, began, state["scaler_state_dict"]))
+        trial.scaler.load_state_dict(merged(trial.built_scaler, began, checkpoint.scaler))
     trial.load_training_state({**training, "ema": checkpoint.averaged_weights})
-    state.clear()
+    checkpoint.optimizer.clear()
 
 
-def _resumed_optimizer(trial: DetectionTrial, saved: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer state to load, see `BuiltOptimizer.resumed`. `training` is `Checkpoint.training`."""
-    began = BuiltOptimizer(**training["optimizer"]) if "optimizer" in training else None
+def _resumed_optimizer(trial: DetectionTrial, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The optimizer state to load, see `BuiltOptimizer.resumed`."""
+    built = checkpoint.training.get("optimizer")
     try:
-        return trial.built_optimizer.resumed(saved, began)
+        return trial.built_optimizer.resumed(checkpoint.optimizer, built and BuiltOptimizer(**built))
     except ValueError as problem:
         raise UserError(
             f"{trial.optimizer_key}: {problem}. Fix: keep the checkpoint's value, or start a new run with "
