@@ -51,6 +51,7 @@ class RunStore:
 
     def __init__(self, place: Place, folder: RunFolder):
         self.place, self.folder = place, folder
+        self._kept = folder.checkpoints / ".uploading"  # checkpoints that wait for their upload
         self._owner = json.dumps({"start": uuid.uuid4().hex, "host": socket.gethostname()})
         self._changed = threading.Lock()
         self._wanted: dict[str, Stored] = {}
@@ -158,11 +159,6 @@ class RunStore:
         logger.info("the whole run is in %s", self.place)
 
     # --- the upload ---------------------------------------------------------------------------------------
-
-    @property
-    def _kept(self) -> Path:
-        """Checkpoints that wait for their upload."""
-        return self.folder.checkpoints / ".uploading"
 
     def _want(self, *names: str) -> None:
         """Wants a checkpoint of the folder in the store, under these names at once. Keeps its files for the upload: no
