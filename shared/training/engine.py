@@ -87,8 +87,9 @@ class _Training:
             self.tensorboard = self.progress = None
             if self.is_chief:
                 self.tensorboard = TensorBoard(run.begin(trial.first_batch), self.draw)
+                stack.callback(self.tensorboard.close)
                 self.progress = Progress(trial.first_batch, self.periods.total)
-            stack.callback(self._close)
+                stack.callback(self.progress.close)
             if checkpoint is not None:
                 self._load(checkpoint)
                 if why := self._nothing_to_do(checkpoint):
@@ -323,11 +324,6 @@ class _Training:
             end, number = End.STOPPED, stopping.stopped_by
             why = stopping.stopped_elsewhere_by if number is None else number.name
         return Outcome(end, self.batches, total, why, number, self.validation, self.clock.seconds)
-
-    def _close(self) -> None:
-        if self.is_chief:
-            self.tensorboard.close()
-            self.progress.close()
 
     def _mark(self, phase: Phase, batch: int | None = None) -> None:
         self.watch.mark(phase, self.batches if batch is None else batch)
