@@ -213,7 +213,7 @@ class RunStore:
             del self._in_store[folder]
         with self._changed:
             waiting = {stored.folder for stored in self._wanted.values()} - in_index
-            for kept in self._kept.iterdir() if self._kept.exists() else ():
+            for kept in self._kept.glob("*"):
                 if kept.name not in waiting:
                     shutil.rmtree(kept, ignore_errors=True)
             with contextlib.suppress(OSError):  # unless some wait

@@ -61,10 +61,8 @@ class StopSignals:
     def end(self) -> None:
         self._training = False
 
-    def exit_status(self, number: signal.Signals | None) -> int:
+    def exit_status(self, number: signal.Signals) -> int:
         """The status of a process that a signal stopped."""
-        if number is None:
-            return 0
         return 128 + number if self.status is None or number == signal.SIGINT else self.status
 
     def __enter__(self) -> StopSignals:
