@@ -216,11 +216,10 @@ def try_lock(path: Path) -> IO | None:
     file = path.open("a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    except OSError as error:
         file.close()
-        return None
-    except OSError:
-        file.close()
+        if isinstance(error, (BlockingIOError, PermissionError)):
+            return None
         raise
     return file
 
