@@ -82,7 +82,7 @@ def train_until_measured(trial: DetectionTrial, folder: Path, kind: type[LocalRu
     run_folder = RunFolder(folder)
     run_folder.prepare(Path(sys.modules[type(trial).__module__].__file__).parent)
     with contextlib.suppress(Measured):
-        train(trial, kind(run_folder, Loggers(), trial.searcher_metric, "none", True))
+        train(trial, kind(run_folder, Loggers(), "none"))
 
 
 # --- two loops ----------------------------------------------------------------------------------------------

@@ -101,10 +101,8 @@ def repair_last_line(descriptor: int) -> int:
 
 def sync_tree(folder: Path) -> None:
     """Writes all files and folders below `folder`, and itself, to the disk."""
-    for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            sync_path(Path(parent, name))
-        sync_path(Path(parent))
+    for path in (*folder.rglob("*"), folder):
+        sync_path(path)
 
 
 def sync_path(path: Path) -> None:
@@ -218,11 +216,10 @@ def try_lock(path: Path) -> IO | None:
     file = path.open("a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    except OSError as error:
         file.close()
-        return None
-    except OSError:
-        file.close()
+        if isinstance(error, (BlockingIOError, PermissionError)):
+            return None
         raise
     return file
 

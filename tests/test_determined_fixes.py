@@ -1,51 +1,15 @@
 """Fixes of Determined's faults. tests/cluster shows them on a real master."""
 
 import math
-import pickle
-import random
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from shared.config.schema import SearcherMetric
 from shared.training import run
 from shared.training.run import trial_is_stopping
-from shared.training.saving import random_state, set_random_state
 from shared.training.validation import Validation
-
-
-def determined_s_checkpoint():
-    """A checkpoint with the random state as Determined 0.38.1 saves it."""
-    state = {
-        "cpu_rng_state": torch.random.get_rng_state(),
-        "np_rng_state": np.random.get_state(),
-        "random_rng_state": random.getstate(),
-    }
-    return {"rng_state": state}
-
-
-def test_without_the_fix_a_checkpoint_cannot_be_read_back(tmp_path):
-    torch.save(determined_s_checkpoint(), tmp_path / "state.pth")
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / "state.pth", weights_only=True)
-
-
-def test_the_random_state_is_restored(tmp_path):
-    np.random.seed(5)
-    np.random.standard_normal()  # leaves a second number waiting
-    torch.save(random_state(0), tmp_path / "state.pth")
-    expected = np.random.standard_normal(5)
-    set_random_state(torch.load(tmp_path / "state.pth", weights_only=True), 0)
-    np.testing.assert_array_equal(np.random.standard_normal(5), expected)
-
-
-def test_a_checkpoint_from_before_the_fix_is_taken_too():
-    checkpoint = determined_s_checkpoint()
-    expected = np.random.standard_normal(5)
-    set_random_state(checkpoint["rng_state"], 0)
-    np.testing.assert_array_equal(np.random.standard_normal(5), expected)
 
 
 def answer(state, validated_at=None):

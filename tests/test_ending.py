@@ -246,7 +246,7 @@ def test_a_timed_checkpoint_changes_nothing_and_a_killed_run_resumes(config, tra
     [
         (None, (2.0, 120), {}),
         (signal.SIGUSR1, (None, None), {"after": 20, "stopped_by": signal.SIGUSR1}),
-        (None, (1.0, None), {"ended_after": 20}),
+        (None, (1.0, None), {"ended": "max_hours: 1 h of training are over"}),
         (None, (None, 60), {"saves_after": 20}),
     ],
 )
@@ -256,7 +256,7 @@ def test_two_ranks_act_together_on_what_one_of_them_knows(monkeypatch, received,
     monkeypatch.setattr(Clock, "now", staticmethod(lambda: now["seconds"]))
     signals = [SimpleNamespace(received=None, begin=lambda: None) for _ in range(2)]
     with processes(2, gloo=True) as contexts:
-        ranks = [Stopping(contexts[rank], clock=Clock(*limits), total=100, signals=signals[rank]) for rank in range(2)]
+        ranks = [Stopping(contexts[rank], clock=Clock(*limits), signals=signals[rank]) for rank in range(2)]
         for rank in ranks:
             rank.begin()
             now["seconds"] += 600
@@ -265,12 +265,13 @@ def test_two_ranks_act_together_on_what_one_of_them_knows(monkeypatch, received,
                 now["seconds"], signals[1].received = 3600.0, received
             stops = on_all(Stopping.after_batch, ranks, [batch] * 2)
             assert stops == [batch == acts.get("after")] * 2
-            if batch in (ranks[0].after, ranks[0].ended_after):
+            if ranks[0].after == batch or ranks[0].ended is not None:
                 break
             if batch == ranks[0].saves_after:
                 ranks[0].clock.saved()
     for rank in ranks:
-        found = {name: getattr(rank, name) for name in ("after", "stopped_by", "ended_after", "saves_after")}
+        assert batch == (20 if "after" in acts or "ended" in acts else 30)
+        found = {name: getattr(rank, name) for name in ("after", "stopped_by", "ended", "saves_after")}
         assert {name: value for name, value in found.items() if value is not None} == acts
 
 

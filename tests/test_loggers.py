@@ -55,7 +55,7 @@ def trial_class(monkeypatch):
     """EfficientDet's trial, without figures and reports."""
     from model_def import EfficientDetTrial
 
-    monkeypatch.setattr("shared.training.run.ReportFigures.draw", lambda *_: None)
+    monkeypatch.setattr("shared.training.run.TensorBoard.draw_figures", lambda *_: None)
     monkeypatch.setattr("shared.commands.train.Results.write_report", lambda *_: None)
     return EfficientDetTrial
 

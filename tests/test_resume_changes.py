@@ -261,12 +261,12 @@ def test_weight_decay_and_learning_rate_of_a_resume_win(detector, config, trial_
     override(config, TINY_DETECTORS[detector].WEIGHT_DECAY_AND_RATE)
     whole = train(trial_class, of_length(8, config), "whole")
     run = train(trial_class, config, resume="last")
-    assert {group["weight_decay"] for group in last(run).optimizer_groups} >= {0.3}
+    assert {group["weight_decay"] for group in last(run).optimizer["param_groups"]} >= {0.3}
     assert [rates(run)[batch] for batch in (6, 8)] == [rates(whole)[batch] for batch in (6, 8)]
     assert rates(run)[2] != rates(whole)[2]
-    as_built = last(whole).optimizer_groups
+    as_built = last(whole).optimizer["param_groups"]
     assert_same_bits(
-        [{**group, "initial_lr": None, "lr": None} for group in last(run).optimizer_groups],
+        [{**group, "initial_lr": None, "lr": None} for group in last(run).optimizer["param_groups"]],
         [{**group, "initial_lr": None, "lr": None} for group in as_built],
     )
 
@@ -340,7 +340,7 @@ def test_an_older_checkpoint_takes_a_new_weight_decay_but_not_freeze(tiny, effic
         train(efficientdet, tiny, resume="last")
     tiny["hyperparameters"].update(opt="adamw", weight_decay=0.3)
     run = train(efficientdet, tiny, resume="last")
-    assert 0.3 in {group["weight_decay"] for group in last(run).optimizer_groups}
+    assert 0.3 in {group["weight_decay"] for group in last(run).optimizer["param_groups"]}
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from shared.config.schema import SearcherMetric
 from shared.training.loggers import Loggers
 from shared.training.run import LocalRun
 from shared.training.run_folder import RunFolder
-from shared.training.saving import Background, HostCopy
+from shared.training.saving import Background, HostCopy, Snapshot
 
 
 def trained(model, optimizer):
@@ -120,11 +119,15 @@ def test_no_thread_frees_tensors_after_the_end_of_background_work():
     assert not threads[0].is_alive()
 
 
-def test_a_half_written_checkpoint_is_left_to_the_next_start(tmp_path):
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    folder.saving.mkdir(parents=True)
-    run = LocalRun(folder, Loggers(), SearcherMetric("bbox_mAP", smaller_is_better=False), "best", is_chief=True)
-    run.close(is_saved=False)
-    assert folder.saving.exists()
-    run.close(is_saved=True)
-    assert not folder.saving.exists()
+    (tmp_path / "code").mkdir()
+    folder.prepare(tmp_path / "code")
+
+    def fill_the_disk(path):
+        raise OSError("no space")
+
+    snapshot = Snapshot({}, {}, {}, {"steps_completed": 4}, is_best=True, write_own=fill_the_disk)
+    with pytest.raises(OSError, match="no space"):
+        LocalRun(folder, Loggers(), "best").store(snapshot)
+    assert list(folder.checkpoints.iterdir()) == []

@@ -10,6 +10,7 @@ import time
 
 import psutil
 import pytest
+import torch
 import yaml
 from conftest import ROOT, reports, run_model_def, start_run, wait_for_batch
 from determined.core import DistributedContext
@@ -130,6 +131,25 @@ def test_resume_after_a_signal_in_any_phase_equals_an_unstopped_run(whole, train
     assert read_checkpoint(run / "checkpoints/last").batches == PHASES[phase][2]
     train(trial_class, config, resume="last")
     assert_same_run(run, unstopped)
+
+
+def test_a_validation_that_was_cut_short_draws_the_same_numbers_again(whole, train, trial_class):
+    config, _ = whole
+    drawn = []
+
+    class Drawing(trial_class):
+        def detect(self, model, batch):
+            if self.batches_trained == 8:
+                drawn.append(torch.rand(()).item())
+            return super().detect(model, batch)
+
+    Drawing.__module__ = "model_def"
+    with pytest.raises(SystemExit):
+        train(signalled(Drawing, "in a validation"), config)
+    cut_short, drawn[:] = drawn[:], []
+    train(Drawing, config, resume="last")
+    assert cut_short
+    assert drawn[: len(cut_short)] == cut_short
 
 
 def assert_same_run(one, other):
@@ -422,7 +442,7 @@ def test_a_process_that_is_ended_while_it_is_forked_ends():
 
 def test_a_training_without_a_signal_or_a_searcher_s_word_is_never_stopped():
     alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
-    stopping = Stopping(alone, asked_elsewhere=lambda: False)
+    stopping = Stopping(alone)
     assert not stopping.after_batch(10)
     assert not stopping.at_boundary(10)
     assert not stopping.validation_was_cut(10)
@@ -430,6 +450,6 @@ def test_a_training_without_a_signal_or_a_searcher_s_word_is_never_stopped():
 
 def test_the_searcher_s_word_to_the_chief_stops_at_the_next_boundary():
     alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
-    stopping = Stopping(alone, asked_elsewhere=lambda: True)
-    assert stopping.at_boundary(20)
+    stopping = Stopping(alone)
+    assert stopping.at_boundary(20, "the searcher")
     assert stopping.after == 20

@@ -6,7 +6,7 @@ from shared.training import run
 
 def leave_out_figures(set_attribute=setattr):
     """Removes reports, pictures and figures. A test gives `monkeypatch.setattr`."""
-    set_attribute(run.ReportFigures, "draw", lambda *_: None)
+    set_attribute(run.TensorBoard, "draw_figures", lambda *_: None)
     set_attribute(run, "picture_of", lambda *_: None)
     set_attribute(train, "picture_of", lambda *_: None)
     set_attribute(train, "save_page", lambda *_, **__: None)

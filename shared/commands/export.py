@@ -44,8 +44,8 @@ from shared.report.compare import Compared, compared, summary_of
 from shared.report.image_errors import box_ious
 from shared.report.page import write_page
 from shared.training.checkpoints import Checkpoint
+from shared.training.downloads import sha256_of
 from shared.training.meeting import local_processes
-from shared.training.saving import weights_digest
 from shared.training.trial import DetectionTrial
 
 _NUMBERS = "export.json"
@@ -249,7 +249,7 @@ def _metadata(
         precision=precision,
         best_threshold=thresholds[0],
         thresholds=thresholds[1],
-        checkpoint=weights_digest(checkpoint.path) if checkpoint else None,
+        checkpoint=sha256_of(checkpoint.path / "state_dict.pth") if checkpoint else None,
         batches=checkpoint.batches if checkpoint else None,
         versions=versions_of(_PACKAGES),
         max_iou=trial.max_iou,

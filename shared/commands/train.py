@@ -104,8 +104,7 @@ def _train_in(
             _begin_folder(trial, folder)
             if run_store is not None:
                 run_store.begin()
-        policy, is_chief = trial.schedule.checkpoint_policy, trial.rank == 0
-        run = LocalRun(folder, loggers, trial.searcher_metric, policy, is_chief, signals, run_store)
+        run = LocalRun(folder, loggers, trial.schedule.checkpoint_policy, signals, run_store)
         outcome = train(trial, run, checkpoint, _draw_figures)
         if outcome.end is End.NOTHING_TO_DO:
             loggers.finish(0)
@@ -151,6 +150,8 @@ def train_on_cluster(trial_class: type[DetectionTrial]) -> None:
             check_resume(trial, checkpoint)
         if trial.rank == 0 and trial.hparams.loggers:
             logger.info("hyperparameters.loggers: not used on a cluster, where the master has the numbers")
+        if trial.schedule.profiling:
+            core.profiler.on()
         run = ClusterRun(core, info.trial.trial_id, trial.searcher_metric, trial.schedule.checkpoint_policy)
         outcome = train(trial, run, checkpoint, _draw_figures)
         if trial.rank > 0:

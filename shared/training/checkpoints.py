@@ -38,17 +38,12 @@ class Checkpoint:
     hparams: dict[str, Any]  # its hyperparameters, as the run had them
     categories: list[dict]  # COCO categories; the position is the label
     batches: int  # trained so far
-    optimizer_groups: list[dict[str, Any]]  # of the optimizer's state
-    training: dict[str, Any]  # the rest of the training's state, without weights, averages and optimizer
+    optimizer: dict[str, Any]  # its state
+    scaler: dict[str, Any] | None  # the state of the one that scales fp16 losses
+    training: dict[str, Any]  # the rest of the training's state
     averaged_weights: dict[str, torch.Tensor] | None
-    state: dict[str, Any]  # all of `state_dict.pth`
     counts: dict[str, Any]  # batches, epochs and the last validation, by the names of Determined's own loop
     trial_class: str  # the name of the detector's class
-
-    @property
-    def best_of_older_version(self) -> dict[str, Any]:
-        """The best validation, as older versions saved it off a cluster; {} in newer checkpoints."""
-        return self.state["callbacks"].get("local_run", {})
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -63,6 +58,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         training_weights = without_ddp(state["models_state_dict"][0])
         training = dict(state["callbacks"]["training"])
         averaged = training.pop("ema")
+        best_of_older_version = state["callbacks"].get("local_run", {})  # saved off a cluster
+        training["patience"] = {**(training.get("patience") or {}), **best_of_older_version}
         return Checkpoint(
             path=path,
             weights=training_weights if averaged is None else averaged,
@@ -71,10 +68,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
             hparams=load_data["hparams"],
             categories=json.loads((path / CATEGORIES_FILE).read_text()),
             batches=int(metadata["steps_completed"]),
-            optimizer_groups=state["optimizers_state_dict"][0]["param_groups"],
+            optimizer=state["optimizers_state_dict"][0],
+            scaler=state.get("scaler_state_dict"),
             training=training,
             averaged_weights=averaged,
-            state=state,
             counts=pickles.get("trial_state.pkl", {}),
             trial_class=str(load_data.get("trial_cls_spec", "")).rpartition(":")[2],
         )

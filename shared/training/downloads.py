@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import json
 import logging
 import os
 import re
@@ -15,7 +14,10 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
+
+import msgspec
 
 from shared.durable import once, replace_folder, user_cache
 from shared.errors import UserError
@@ -27,16 +29,12 @@ _SECONDS = 60  # that a server may send nothing
 _SHA256_IN_NAME = re.compile(r"-(?=\d*[a-f])([a-f0-9]{8,64})\.\w+$")
 
 
-class DownloadError(OSError):
-    """A file that did not come, or not whole."""
-
-
 def downloaded(url: str) -> Path:
     """The file of a URL, which keeps its name there. A file of torch.hub's cache is taken if its name has the start of
     its SHA-256.
 
     Raises:
-        DownloadError: the server does not send it, sends a part, or sends other bytes than its name says.
+        OSError: the server does not send it, sends a part, or sends other bytes than its name says.
         UserError: there is no place for it.
     """
     from torch import hub  # here, because the command line is read with this module and without torch
@@ -102,12 +100,12 @@ def _download(url: str, path: Path) -> None:
             shutil.copyfileobj(response, file, 2**20)
             length = int(response.headers.get("Content-Length", -1))
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise DownloadError(str(error) or type(error).__name__) from error
+        raise OSError(str(error) or type(error).__name__) from error
     if length not in (-1, path.stat().st_size):
-        raise DownloadError(f"the connection was lost: {path.stat().st_size} of {length} bytes came")
+        raise OSError(f"the connection was lost: {path.stat().st_size} of {length} bytes came")
     stated = _SHA256_IN_NAME.search(path.name)
     if stated and not (digest := sha256_of(path)).startswith(stated[1]):
-        raise DownloadError(f"its SHA-256 begins with {digest[: len(stated[1])]}, and its name says {stated[1]}")
+        raise OSError(f"its SHA-256 begins with {digest[: len(stated[1])]}, and its name says {stated[1]}")
 
 
 def sha256_of(path: Path) -> str:
@@ -184,32 +182,22 @@ def _folder_of(which: str, index: bytes | None, store: object) -> str:
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint in the store.
+    """A checkpoint in the store."""
 
-    Attributes:
-        folder: its name in `checkpoints/`.
-        batches: trained.
-        manifest: the SHA-256 of its manifest, which holds those of its files.
-    """
-
-    folder: str
-    batches: int
-    manifest: str
+    folder: Annotated[str, msgspec.Meta(pattern=r"^[\w-]+\Z")]  # its name in `checkpoints/`
+    batches: int  # trained
+    manifest: str  # the SHA-256 of its manifest, which holds those of its files
 
 
 def stored_checkpoints(index: bytes | None, store: object) -> dict[str, Stored]:
     """The checkpoints `best` and `last` that a store's index names, by name; empty without an index. Others may have
     written it. Raises UserError if it cannot be read."""
     try:
-        found = {name: Stored(**entry) for name, entry in json.loads(index or b"{}").items()}
-        for name, stored in found.items():
-            if name not in ("best", "last") or not re.fullmatch(r"[\w-]+", stored.folder):
-                raise ValueError(f"it names {stored.folder!r} as {name!r}")
-    except (ValueError, TypeError, AttributeError) as error:
+        return msgspec.json.decode(index or b"{}", type=dict[Literal["best", "last"], Stored])
+    except msgspec.MsgspecError as error:
         raise UserError(
             f"{store}/{INDEX} cannot be read ({error}). Fix: check the place and its permissions"
         ) from error
-    return found
 
 
 def _example(path: Path) -> str:

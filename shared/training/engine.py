@@ -25,14 +25,7 @@ from shared.training.checkpoints import CATEGORIES_FILE, Checkpoint, load_weight
 from shared.training.hang import Phase
 from shared.training.resume import BuiltOptimizer, check_categories, merged
 from shared.training.run import DrawFigures, Run, TensorBoard
-from shared.training.saving import (
-    Background,
-    FiniteCheck,
-    HostCopy,
-    Snapshot,
-    checkpoint_state,
-    set_random_state,
-)
+from shared.training.saving import Background, FiniteCheck, HostCopy, Snapshot, checkpoint_state
 from shared.training.stopping import BestSoFar, Clock, End, Outcome, Stopping
 from shared.training.training_metrics import Progress, summary_of
 from shared.training.trial import DetectionTrial
@@ -66,14 +59,11 @@ class _Training:
         self.is_chief = trial.rank == 0
         self.best = BestSoFar(trial.hparams.early_stopping, trial.searcher_metric)
         self.clock = Clock(trial.hparams.max_hours, trial.hparams.checkpoint_every_minutes)
-        asked, total = run.is_stopped_elsewhere, self.periods.total
-        frequency, distributed = trial.aggregation_frequency, self.context.distributed
-        self.stopping = Stopping(distributed, frequency, asked, self.clock, total, run.signals)
+        self.stopping = Stopping(self.context.distributed, trial.aggregation_frequency, self.clock, run.signals)
         self.saving = Background("saving")
         self.host_copy = HostCopy()
         self.finite = FiniteCheck(trial.plain_model, trial.evaluation_model)
         self.validated_at = self.saved_at = trial.first_batch
-        self.is_paused = False
         self.validation: Validation | None = None
 
     @property
@@ -91,15 +81,15 @@ class _Training:
         with contextlib.ExitStack() as stack:
             if run.signals is not None:
                 stack.callback(run.signals.end)
-            run.begin(trial.first_batch, trial.schedule.profiling)
             trial.begin_training(run.folder)
             batches = iter(trial.build_training_data_loader())  # the workers start here, before threads that hold locks
             self.validation_loader = trial.build_validation_data_loader(self.stopping.cuts_validation)
             self.tensorboard = self.progress = None
             if self.is_chief:
-                self.tensorboard = TensorBoard(run.open_tensorboard(trial.first_batch), self.draw)
+                self.tensorboard = TensorBoard(run.begin(trial.first_batch), self.draw)
+                stack.callback(self.tensorboard.close)
                 self.progress = Progress(trial.first_batch, self.periods.total)
-            stack.callback(self._close)
+                stack.callback(self.progress.close)
             if checkpoint is not None:
                 self._load(checkpoint)
                 if why := self._nothing_to_do(checkpoint):
@@ -112,7 +102,7 @@ class _Training:
                     self._mark(Phase.SAVING)
                 self._mark(Phase.REPORTING)
                 if self.is_chief:
-                    self.tensorboard.figures.close()
+                    self.tensorboard.write_figures(wait=True)
                 run.finish(self.tensorboard)
             outcome = self._outcome()
             if outcome.is_finished:
@@ -145,12 +135,12 @@ class _Training:
             trial.train_batch(next(batches), self.epochs, self.batches)
             if self.is_chief:
                 self.progress.update()
-            stopping.after_batch(self.batches)
+            is_stopped = stopping.after_batch(self.batches)
 
-            validates = periods.validates(self.batches) or stopping.ended_after == self.batches
+            validates = periods.validates(self.batches) or stopping.ended is not None
             saves = periods.saves(self.batches) or stopping.saves_after == self.batches
             reports = periods.reports(self.batches)
-            if not (reports or validates or saves or stopping.after == self.batches):
+            if not (reports or validates or saves or is_stopped):
                 continue
             self._report(is_whole=reports)
             if validates:
@@ -187,7 +177,7 @@ class _Training:
             self.tensorboard.write("train", metrics.last, self.batches)
             self.progress.describe(summary_of(metrics.last))
         if self.is_chief:
-            self.tensorboard.figures.write()
+            self.tensorboard.write_figures()
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -211,8 +201,7 @@ class _Training:
         self.validation = validation
         name = trial.searcher_metric.name
         is_best = self.best.update(validation.metrics[name], self.batches)
-        if why := self.best.why_over() or self.stopping.why_time_is_over():
-            self.stopping.end(self.batches, why)
+        self.stopping.after_validation(self.best.why_over())
         saves = False
         if self.is_chief:
             is_last = self.batches == self.periods.total or self.stopping.ended is not None
@@ -237,8 +226,8 @@ class _Training:
         """Whether this is the last batch, on every rank alike."""
         self.saving.raise_if_failed()
         self._mark(Phase.REPORTING)
-        self.is_paused = self.run.at_boundary(self.batches / self.periods.total, self.tensorboard)
-        return self.stopping.at_boundary(self.batches) or self.is_paused
+        stopped_by = self.run.at_boundary(self.batches / self.periods.total, self.tensorboard)
+        return self.stopping.at_boundary(self.batches, stopped_by)
 
     # --- checkpoints --------------------------------------------------------------------------------------
 
@@ -286,14 +275,13 @@ class _Training:
     def _load(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint. After one of another trial, all counts start from 0."""
         trial, training, counts = self.trial, checkpoint.training, checkpoint.counts
-        best = {**(training.get("patience") or {}), **checkpoint.best_of_older_version}
         load_checkpoint(trial, checkpoint)
         if not trial.first_batch:
             return
         self.clock.resume(training.get("seconds", 0.0))
         if begun := training.get("begun_report"):
             trial.training_metrics.continue_with(begun, trial.rank, trial.slots)
-        if best:
+        if best := training["patience"]:
             value = self._ask(lambda: self.run.earlier_value(best["best_at"], self.best.metric.name))
             self.best.load(best, value)
         # a validation that was reported after the checkpoint was saved counts too
@@ -327,22 +315,15 @@ class _Training:
         return None
 
     def _outcome(self) -> Outcome:
-        stopping = self.stopping
-        end, why = End.STOPPED, "a pause" if self.is_paused else "the searcher"
-        if stopping.stopped_by is not None:
-            why = stopping.stopped_by.name
-        if self.validated_at == self.batches and self.batches == self.periods.total:
+        stopping, total, number = self.stopping, self.periods.total, None
+        if self.validated_at == self.batches == total:
             end, why = End.COMPLETE, ""
         elif self.validated_at == self.batches and stopping.ended is not None:
             end, why = End.ENDED, stopping.ended
-        number = stopping.stopped_by if end is End.STOPPED else None
-        return Outcome(end, self.batches, self.periods.total, why, number, self.validation, self.clock.seconds)
-
-    def _close(self) -> None:
-        if self.is_chief:
-            self.tensorboard.close()
-            self.progress.close()
-            self.run.close(is_saved=self.saving.is_idle)
+        else:
+            end, number = End.STOPPED, stopping.stopped_by
+            why = stopping.stopped_elsewhere_by if number is None else number.name
+        return Outcome(end, self.batches, total, why, number, self.validation, self.clock.seconds)
 
     def _mark(self, phase: Phase, batch: int | None = None) -> None:
         self.watch.mark(phase, self.batches if batch is None else batch)
@@ -356,7 +337,7 @@ def check_resume(trial: DetectionTrial, checkpoint: Checkpoint) -> None:
     checkpoint has other categories, another model or another optimizer."""
     check_categories(trial.categories, checkpoint, trial.weights_key)
     load_weights(trial.plain_model, checkpoint.training_weights, checkpoint.path)
-    _resumed_optimizer(trial, {"state": {}, "param_groups": checkpoint.optimizer_groups}, checkpoint.training)
+    _resumed_optimizer(trial, checkpoint)
     before, now = checkpoint.training.get("batches_per_epoch"), trial.batches_per_epoch
     if trial.rank == 0 and trial.first_batch and before not in (None, now):
         logger.warning(
@@ -367,26 +348,24 @@ def check_resume(trial: DetectionTrial, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(trial: DetectionTrial, checkpoint: Checkpoint) -> None:
-    """Continues from a checkpoint that `check_resume` allows: weights, optimizer, random numbers, and the trial's own
-    state. This run's config wins over what the checkpoint's config said. Empties `checkpoint.state`, whose memory a
-    training needs."""
-    state, training = checkpoint.state, checkpoint.training
+    """Continues from a checkpoint that `check_resume` allows: weights, optimizer and the trial's own state. This
+    run's config wins over what the checkpoint's config said. Empties `checkpoint.optimizer`, whose memory a training
+    needs."""
+    training = checkpoint.training
     trial.plain_model.load_state_dict(checkpoint.training_weights)
-    (saved,) = state["optimizers_state_dict"]
-    trial.optimizer.load_state_dict(_resumed_optimizer(trial, saved, training))
-    if trial.scaler is not None and "scaler_state_dict" in state:
+    trial.optimizer.load_state_dict(_resumed_optimizer(trial, checkpoint))
+    if trial.scaler is not None and checkpoint.scaler is not None:
         began = training.get("scaler") or trial.built_scaler
-        trial.scaler.load_state_dict(merged(trial.built_scaler, began, state["scaler_state_dict"]))
-    set_random_state(state["rng_state"], trial.context.distributed.local_rank)
+        trial.scaler.load_state_dict(merged(trial.built_scaler, began, checkpoint.scaler))
     trial.load_training_state({**training, "ema": checkpoint.averaged_weights})
-    state.clear()
+    checkpoint.optimizer.clear()
 
 
-def _resumed_optimizer(trial: DetectionTrial, saved: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer state to load, see `BuiltOptimizer.resumed`. `training` is `Checkpoint.training`."""
-    began = BuiltOptimizer(**training["optimizer"]) if "optimizer" in training else None
+def _resumed_optimizer(trial: DetectionTrial, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The optimizer state to load, see `BuiltOptimizer.resumed`."""
+    built = checkpoint.training.get("optimizer")
     try:
-        return trial.built_optimizer.resumed(saved, began)
+        return trial.built_optimizer.resumed(checkpoint.optimizer, built and BuiltOptimizer(**built))
     except ValueError as problem:
         raise UserError(
             f"{trial.optimizer_key}: {problem}. Fix: keep the checkpoint's value, or start a new run with "

@@ -16,7 +16,7 @@ import logging
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +75,9 @@ class BuiltOptimizer:
             ValueError: this optimizer cannot continue from the state.
         """
         began = began or self._as_began(saved["param_groups"])
-        if len(began.kinds) != len(self.kinds) or not all(map(_share_a_class, began.kinds, self.kinds)):
+        # gradient clipping makes a subclass of an optimizer, and newer versions of PyTorch make AdamW one of Adam
+        in_common = [set(kind) & set(own) for kind, own in zip(began.kinds, self.kinds, strict=False)]
+        if len(began.kinds) != len(self.kinds) or not all(in_common):
             raise ValueError(f"{self.name} cannot continue from the state of {began.name}, the checkpoint's optimizer")
         group_of, index_of = {}, {}
         for number, (names, group) in enumerate(zip(began.parameters, saved["param_groups"], strict=True)):
@@ -89,7 +91,7 @@ class BuiltOptimizer:
                     state[index] = saved["state"][index_of[name]]
             source = next((group_of[name] for name in names if name in group_of), None)
             if source is not None:
-                options = _resumed_options(options, began.options[source], saved["param_groups"][source])
+                options = merged(options, began.options[source], saved["param_groups"][source])
             groups.append({**options, "params": list(range(begin, begin + len(names)))})
         return {"state": state, "param_groups": groups}
 
@@ -112,29 +114,15 @@ class BuiltOptimizer:
 
 def merged(own: Mapping[str, Any], began: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """The values `saved` after training, with this run's values for all that its config changed since it `began`."""
-    removed, changed = began.keys() - own.keys(), _changed(own, began)
-    kept = {name: value for name, value in saved.items() if name not in removed}
-    return {**own, **kept, **{name: own[name] for name in changed}}
-
-
-def _changed(own: Mapping[str, Any], began: Mapping[str, Any]) -> set[str]:
-    return {name for name in own.keys() & began.keys() if own[name] != began[name]}
-
-
-def _resumed_options(own: dict[str, Any], began: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    options, changed = merged(own, began, saved), _changed(own, began)
-    # a scheduler copies the new value again
-    outdated = {copy for copy, sources in _COPIES.items() if changed & sources}
-    return {name: value for name, value in options.items() if name not in outdated}
+    changed = {name for name in own.keys() & began.keys() if own[name] != began[name]}
+    outdated = {copy for copy, sources in _COPIES.items() if changed & sources}  # a scheduler copies it again
+    omitted = (began.keys() - own.keys()) | outdated
+    values = {**own, **saved, **{name: own[name] for name in changed}}
+    return {name: value for name, value in values.items() if name not in omitted}
 
 
 def _kind(optimizer: Optimizer) -> list[str]:
     return [each.__name__ for each in type(optimizer).__mro__ if issubclass(each, Optimizer) and each is not Optimizer]
-
-
-def _share_a_class(one: list[str], other: list[str]) -> bool:
-    # gradient clipping makes a subclass of an optimizer, and newer versions of PyTorch make AdamW one of Adam
-    return bool(set(one) & set(other))
 
 
 @contextlib.contextmanager
@@ -278,7 +266,7 @@ def on_each_machine(distributed: DistributedContext, folder: Path) -> Iterator[P
 
 
 def send(
-    distributed: DistributedContext, sender: int, source: Path, target: Path | None, omitted: Iterable[str] = ()
+    distributed: DistributedContext, sender: int, source: Path, target: Path | None, omitted: Collection[str] = ()
 ) -> None:
     """Copies a folder of one machine to others. Every rank calls this.
 
@@ -291,39 +279,36 @@ def send(
         UserError: the folder cannot be read, or a copy cannot be written. Every rank raises it.
     """
 
-    on_every_rank(
-        distributed,
-        lambda: _copy(distributed, sender, source, target, set(omitted)) if distributed.local_rank == 0 else None,
-    )
+    def copy() -> None:
+        if distributed.local_rank > 0:
+            return
+        problem: UserError | None = None
+        pieces = _pieces(source, omitted) if distributed.cross_rank == sender else iter(())
+        # all of them, also after an error: the sender waits for each machine
+        while (message := distributed.relay(next(pieces, None), sender)) is not None:
+            name, piece = message
+            if isinstance(piece, str):
+                problem = UserError(f"--resume: {piece}")
+            elif target is not None and problem is None:
+                path = target / name
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with path.open("ab") as file:
+                        file.write(piece)
+                except OSError as error:
+                    problem = _unwritable(path, error)
+        if problem is not None:
+            raise problem
+
+    on_every_rank(distributed, copy)
 
 
-def _copy(distributed: DistributedContext, sender: int, source: Path, target: Path | None, omitted: set[str]) -> None:
-    """`send` on the first rank of each machine. Takes all pieces, also after an error: the sender waits for each
-    machine."""
-    problem: UserError | None = None
-    pieces = _pieces(source, omitted) if distributed.cross_rank == sender else iter(())
-    while (message := distributed.relay(next(pieces, None), sender)) is not None:
-        name, piece = message
-        if isinstance(piece, str):
-            problem = UserError(f"--resume: {piece}")
-        elif target is not None and problem is None:
-            path = target / name
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("ab") as file:
-                    file.write(piece)
-            except OSError as error:
-                problem = _unwritable(path, error)
-    if problem is not None:
-        raise problem
-
-
-def _pieces(folder: Path, omitted: set[str]) -> Iterator[tuple[str, bytes | str]]:
+def _pieces(folder: Path, omitted: Collection[str]) -> Iterator[tuple[str, bytes | str]]:
     """The name of each file and its content in pieces, or an error as text. ZeroMQ checks that all arrives as sent."""
     try:
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder)
-            if path.is_file() and not omitted & set(name.parts):
+            if path.is_file() and not set(name.parts) & set(omitted):
                 yield name.as_posix(), b""  # also of an empty file
                 with path.open("rb") as file:
                     while piece := file.read(_PIECE):

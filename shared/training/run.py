@@ -49,11 +49,18 @@ DrawFigures = Callable[[CocoEvaluator, GatheredDetections], dict[str, np.ndarray
 
 
 class TensorBoard:
-    """TensorBoard's groups train, val, categories and report_…, and a picture of each validation; on the chief."""
+    """TensorBoard's groups train, val, categories and report_…, and a picture of each validation; on the chief.
+
+    A thread draws the figures of report_…. A validation that ends while earlier figures are being drawn gets none,
+    unless it is the last one. The training writes what is drawn, at its next report: each upload closes the writer's
+    file, and what another thread adds at that moment would be lost.
+    """
 
     def __init__(self, writer: SummaryWriter, draw: DrawFigures):
         self._writer = writer
-        self.figures = ReportFigures(writer, draw)
+        self._draw = draw
+        self._drawing = Background("figures", self._warn)
+        self._drawn: deque[tuple[int, dict[str, np.ndarray]]] = deque()
         self._file_since = time.time()
 
     def write(self, group: str, metrics: dict[str, float], batches: int) -> None:
@@ -66,7 +73,26 @@ class TensorBoard:
         if picture := picture_of(trial, validation, _WIDTH):
             self._writer.add_image("val/detections", np.asarray(picture), validation.batches, dataformats="HWC")
         if isinstance(trial.evaluator, CocoEvaluator):
-            self.figures.draw(trial.evaluator, validation.batches, is_last)
+            self.draw_figures(trial.evaluator, validation.batches, is_last)
+
+    def draw_figures(self, evaluator: CocoEvaluator, batches: int, is_last: bool) -> None:
+        """Begins to draw the figures of the evaluator's last metrics."""
+        self.write_figures()
+        if is_last or self._drawing.is_idle:
+            found = evaluator.found
+            self._drawing.begin(lambda: self._drawn.append((batches, self._draw(evaluator, found))))
+
+    def write_figures(self, wait: bool = False) -> None:
+        """Writes the figures that were drawn since the last call. `wait`: also those that are being drawn."""
+        if wait:
+            self._drawing.wait()
+        while self._drawn:
+            batches, pictures = self._drawn.popleft()
+            try:
+                for tag, picture in pictures.items():
+                    self._writer.add_image(tag, picture, batches, dataformats="HWC")
+            except OSError as error:  # the training meets a full disk itself
+                logger.warning("the figures of the validation at batch %d could not be written: %s", batches, error)
 
     def flush(self) -> None:
         """Makes all that was written ready for an upload. A new file for each upload keeps uploads small. Files have
@@ -79,45 +105,8 @@ class TensorBoard:
             self._writer.flush()
 
     def close(self) -> None:
-        self.figures.close()
+        self.write_figures(wait=True)
         self._writer.close()
-
-
-class ReportFigures:
-    """Draws in a thread of its own. A validation that ends while earlier figures are being drawn gets none, unless it
-    is the last one.
-
-    The training writes what is drawn, at its next report: each upload closes the writer's file, and what another thread
-    adds at that moment would be lost.
-    """
-
-    def __init__(self, writer: SummaryWriter, draw: DrawFigures):
-        self._writer = writer
-        self._draw = draw
-        self._background = Background("figures", self._warn)
-        self._drawn: deque[tuple[int, dict[str, np.ndarray]]] = deque()
-
-    def draw(self, evaluator: CocoEvaluator, batches: int, is_last: bool) -> None:
-        """Begins to draw the figures of the evaluator's last metrics."""
-        self.write()
-        if is_last or self._background.is_idle:
-            found = evaluator.found
-            self._background.begin(lambda: self._drawn.append((batches, self._draw(evaluator, found))))
-
-    def write(self) -> None:
-        """Writes what was drawn since the last call."""
-        while self._drawn:
-            batches, pictures = self._drawn.popleft()
-            try:
-                for tag, picture in pictures.items():
-                    self._writer.add_image(tag, picture, batches, dataformats="HWC")
-            except OSError as error:  # the training meets a full disk itself
-                logger.warning("the figures of the validation at batch %d could not be written: %s", batches, error)
-
-    def close(self) -> None:
-        """Waits for what is being drawn, and writes it."""
-        self._background.wait()
-        self.write()
 
     def _warn(self, error: Exception) -> None:
         logger.error("the figures of a validation could not be drawn", exc_info=error)  # none is worth a training
@@ -149,12 +138,9 @@ class Run:
     folder: Path  # for what a detector's library writes
     code: Path  # the folder of the code that a checkpoint holds
 
-    def begin(self, first_batch: int, profiling: bool) -> None:
-        """Before the first batch, on every rank."""
-
     @abstractmethod
-    def open_tensorboard(self, first_batch: int) -> SummaryWriter:
-        """The writer of TensorBoard's files."""
+    def begin(self, first_batch: int) -> SummaryWriter:
+        """Before the first batch, once the loader's workers are there. Returns the writer of TensorBoard's files."""
 
     def set_status(self, status: str) -> None:
         """The current activity of the training, in a word."""
@@ -183,19 +169,12 @@ class Run:
     def store(self, snapshot: Snapshot) -> None:
         """Writes a checkpoint; called in a thread."""
 
-    def is_stopped_elsewhere(self) -> bool:
-        """Whether the searcher stopped the trial."""
-        return False
-
-    def at_boundary(self, progress: float, tensorboard: TensorBoard | None) -> bool:
-        """After reports and checkpoints, on every rank. Returns whether the cluster pauses the trial."""
-        return False
+    def at_boundary(self, progress: float, tensorboard: TensorBoard | None) -> str | None:
+        """After reports and checkpoints, on every rank. Returns what stops the trial on a cluster, as far as this rank
+        knows."""
 
     def finish(self, tensorboard: TensorBoard | None) -> None:
         """After the last checkpoint of this start, on every rank."""
-
-    def close(self, is_saved: bool) -> None:
-        """At the end, also of an error. `is_saved`: no checkpoint is being written."""
 
 
 class LocalRun(Run):
@@ -203,7 +182,6 @@ class LocalRun(Run):
 
     Args:
         policy: `checkpoint_policy`. "best" saves after each validation too: the last one is kept as well.
-        signals: those that stop the training.
         run_store: for a copy of the folder; None without, and on other ranks than the chief.
     """
 
@@ -211,22 +189,17 @@ class LocalRun(Run):
         self,
         folder: RunFolder,
         loggers: Loggers,
-        metric: SearcherMetric,
         policy: str,
-        is_chief: bool,
         signals: StopSignals | None = None,
         run_store: RunStore | None = None,
     ):
-        self.run_folder, self.loggers, self.metric, self.policy = folder, loggers, metric, policy
-        self.is_chief, self.signals, self.run_store = is_chief, signals, run_store
+        self.run_folder, self.loggers, self.policy = folder, loggers, policy
+        self.signals, self.run_store = signals, run_store
         self.folder, self.code = folder.path, folder.code
 
-    def begin(self, first_batch: int, profiling: bool) -> None:
-        if self.is_chief:
-            # a run that starts again from batch 0 repeats the validation before its first batch
-            self.run_folder.forget_metrics_after(first_batch or -1)
-
-    def open_tensorboard(self, first_batch: int) -> SummaryWriter:
+    def begin(self, first_batch: int) -> SummaryWriter:
+        # a run that starts again from batch 0 repeats the validation before its first batch
+        self.run_folder.forget_metrics_after(first_batch or -1)
         return SummaryWriter(str(self.run_folder.tensorboard), purge_step=first_batch + 1 if first_batch else 0)
 
     def report_training(self, batches: int, epochs: int, metrics: dict[str, float], steering: dict[str, float]) -> None:
@@ -250,22 +223,18 @@ class LocalRun(Run):
 
     def store(self, snapshot: Snapshot) -> None:
         new = self.run_folder.saving / "last"
-        shutil.rmtree(new, ignore_errors=True)
-        snapshot.write(new, self.code)
-        (new / METADATA).write_text(json.dumps(snapshot.metadata))
-        self.run_folder.keep(new, is_best=snapshot.is_best)
+        try:
+            snapshot.write(new, self.code)
+            (new / METADATA).write_text(json.dumps(snapshot.metadata))
+            self.run_folder.keep(new, is_best=snapshot.is_best)
+        finally:
+            shutil.rmtree(self.run_folder.saving, ignore_errors=True)
         if self.run_store is not None:
             self.run_store.add_checkpoint(snapshot.is_best)
 
-    def at_boundary(self, progress: float, tensorboard: TensorBoard | None) -> bool:
+    def at_boundary(self, progress: float, tensorboard: TensorBoard | None) -> None:
         if self.run_store is not None:
             self.run_store.raise_if_failed()
-        return False
-
-    def close(self, is_saved: bool) -> None:
-        # a second Ctrl-C does not wait for a checkpoint, and its thread may be about to rename the folder
-        if is_saved:
-            shutil.rmtree(self.run_folder.saving, ignore_errors=True)
 
     def _report(self, batches: int, split: str, metrics: dict[str, float]) -> None:
         plain = for_json(metrics)
@@ -317,11 +286,7 @@ class ClusterRun(Run):
         self.code = Path(det.constants.MANAGED_TRAINING_MODEL_COPY)
         self._validated_at = -1  # by this start
 
-    def begin(self, first_batch: int, profiling: bool) -> None:
-        if profiling:
-            self.core.profiler.on()
-
-    def open_tensorboard(self, first_batch: int) -> SummaryWriter:
+    def begin(self, first_batch: int) -> SummaryWriter:
         return SummaryWriter(str(self.core.train.get_tensorboard_path()))
 
     def set_status(self, status: str) -> None:
@@ -339,20 +304,26 @@ class ClusterRun(Run):
         return self.policy == "all" or (self.policy == "best" and is_best_of_experiment)
 
     def last_validation(self) -> int | None:
-        return last_validation(self.trial_id)
+        # `det.get_cluster_info()` has no public name for it
+        try:
+            batches = _last_validation_of(client.get_trial(self.trial_id))
+        except Exception as error:  # then a validation is repeated
+            logger.warning("cannot ask the master for the validations of trial %d: %s", self.trial_id, error)
+            return None
+        return int(batches) if 0 <= batches < math.inf else None
 
     def store(self, snapshot: Snapshot) -> None:
         with self.core.checkpoint.store_path(snapshot.metadata) as (path, _):
             snapshot.write(path, self.code)
 
-    def is_stopped_elsewhere(self) -> bool:
-        return trial_is_stopping(self.trial_id, self._validated_at)
-
-    def at_boundary(self, progress: float, tensorboard: TensorBoard | None) -> bool:
+    def at_boundary(self, progress: float, tensorboard: TensorBoard | None) -> str | None:
         self._upload(tensorboard)
         if self.is_chief:
             self.core.train.report_progress(progress)
-        return self.core.preempt.should_preempt()
+        if self.core.preempt.should_preempt():
+            return "a pause"
+        is_stopping = self.is_chief and trial_is_stopping(self.trial_id, self._validated_at)
+        return "the searcher" if is_stopping else None
 
     def finish(self, tensorboard: TensorBoard | None) -> None:
         time.sleep(SECONDS_BETWEEN_UPLOADS)
@@ -390,19 +361,6 @@ def trial_is_stopping(trial_id: int, validated_at: int) -> bool:
     except Exception as error:  # whatever the network does, it must not end the training
         logger.warning("cannot ask the master whether trial %d should stop: %s", trial_id, error)
         return False
-
-
-def last_validation(trial_id: int) -> int | None:
-    """The batches of the last validation that the master knows of a trial; None without one.
-
-    `det.get_cluster_info()` has no public name for it.
-    """
-    try:
-        batches = _last_validation_of(client.get_trial(trial_id))
-    except Exception as error:  # then a validation is repeated
-        logger.warning("cannot ask the master for the validations of trial %d: %s", trial_id, error)
-        return None
-    return int(batches) if 0 <= batches < math.inf else None
 
 
 def _last_validation_of(trial: client.Trial) -> float:

@@ -11,15 +11,7 @@ from typing import IO, Any
 
 import yaml
 
-from shared.durable import (
-    append_line,
-    delete_unfinished,
-    is_locked,
-    replace_folder,
-    restore_folder,
-    try_lock,
-    write_file,
-)
+from shared import durable
 from shared.errors import UserError
 from shared.log import redact_yaml_files, without_secrets
 
@@ -57,7 +49,7 @@ class RunFolder:
         """Locks the folder for this process, until `free` or its exit. Raises UserError if another process has it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = try_lock(self._lock)
+            lock = durable.try_lock(self._lock)
         except OSError as error:
             raise UserError(
                 f"--output-dir: {self.path} cannot be written: {error.strerror}. Fix: give another folder"
@@ -70,7 +62,7 @@ class RunFolder:
 
     def is_free(self) -> bool:
         """Whether no process has locked the folder."""
-        return not is_locked(self._lock)
+        return not durable.is_locked(self._lock)
 
     def total_batches(self) -> int:
         """The length of the whole training."""
@@ -80,7 +72,6 @@ class RunFolder:
         """Unlocks the folder."""
         if self._locked is not None:
             self._locked.close()
-            self._locked = None
 
     def checkpoints_to_resume(self, which: str) -> list[Path]:
         """The run's checkpoints for `--resume last`, `best` or `auto`. The first complete one counts."""
@@ -95,29 +86,27 @@ class RunFolder:
 
     def prepare(self, source: Path) -> None:
         """Makes the folders, deletes what a killed run left unfinished, and copies the code in `source`."""
-        self.restore_interrupted_rename()
-        delete_unfinished(self.path)
+        durable.delete_unfinished(self.path)
         self.requeue.unlink(missing_ok=True)
         for leftover in (self.saving, self.code, self.received):
             shutil.rmtree(leftover, ignore_errors=True)
-        self.saving.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
         _copy_sources(source, self.code)
         redact_yaml_files(self.code)  # each checkpoint has a copy of them
 
     def restore_interrupted_rename(self) -> None:
         """Restores a checkpoint that a run killed in `keep` left under another name."""
         for name in ("best", "last"):
-            restore_folder(self.checkpoints / name)
+            durable.restore_folder(self.checkpoints / name)
 
     def keep(self, new: Path, is_best: bool) -> None:
         """Makes the checkpoint folder `new` the last one, and a copy of it the best one, once all is on the disk."""
         if is_best:
             # before `last`: after a kill in between, the resumed run comes by here again
             copy = self.saving / "best"
-            shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(new, copy)  # no links: damage to one must leave the other
-            replace_folder(copy, self.checkpoints / "best")
-        replace_folder(new, self.checkpoints / "last")
+            durable.replace_folder(copy, self.checkpoints / "best")
+        durable.replace_folder(new, self.checkpoints / "last")
 
     def adopt_received(self) -> None:
         """Replaces this machine's files of the run by those in `received`. `last` comes at the end: after a kill in
@@ -125,25 +114,25 @@ class RunFolder:
         new = self.received / self.checkpoints.name
         for path in sorted(self.received.iterdir()):
             if path.is_dir() and path != new:
-                replace_folder(path, self.path / path.name)
+                durable.replace_folder(path, self.path / path.name)
             elif path.is_file():
-                write_file(self.path / path.name, path.read_bytes())
+                durable.write_file(self.path / path.name, path.read_bytes())
         self.checkpoints.mkdir(exist_ok=True)
         shutil.rmtree(self.checkpoints / "best", ignore_errors=True)
         for name in ("best", "last"):
             if (new / name).exists():
-                replace_folder(new / name, self.checkpoints / name)
+                durable.replace_folder(new / name, self.checkpoints / name)
         shutil.rmtree(self.received)
 
     def write_config(self, config: dict[str, Any]) -> None:
-        write_file(self.config, yaml.safe_dump(without_secrets(config), sort_keys=False))
+        durable.write_file(self.config, yaml.safe_dump(without_secrets(config), sort_keys=False))
 
     def write_length(self, batches: int, batches_per_epoch: int) -> None:
-        write_file(self.length, json.dumps({"batches": batches, "batches_per_epoch": batches_per_epoch}))
+        durable.write_file(self.length, json.dumps({"batches": batches, "batches_per_epoch": batches_per_epoch}))
 
     def append_report(self, batches: int, split: str, metrics: dict[str, float | None]) -> None:
         """Appends a line to metrics.jsonl. `metrics` has None for nan."""
-        append_line(self.metrics, json.dumps({"batches": batches, "split": split, "metrics": metrics}))
+        durable.append_line(self.metrics, json.dumps({"batches": batches, "split": split, "metrics": metrics}))
 
     def reports(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, up to one that a kill cut off."""
@@ -161,16 +150,12 @@ class RunFolder:
         """Deletes the reports of batches that a resumed run trains again, and a line that is cut off."""
         if self.metrics.exists():
             kept = [report for report in self.reports() if report["batches"] <= batches]
-            write_file(self.metrics, "".join(json.dumps(report) + "\n" for report in kept))
+            durable.write_file(self.metrics, "".join(json.dumps(report) + "\n" for report in kept))
 
     def mark_requeue(self, number: signal.Signals, batches: int | None) -> None:
-        """Leaves the mark that a batch system's script looks for.
-
-        Args:
-            batches: that are saved; None if the run had not begun.
-        """
+        """Leaves the mark that a batch system's script looks for. `batches` are saved; None before the training."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_file(self.requeue, json.dumps({"signal": number.name, "batches": batches}))
+        durable.write_file(self.requeue, json.dumps({"signal": number.name, "batches": batches}))
 
     def refuse_other_run(self) -> None:
         # a folder that was made before the config was found wrong holds none

@@ -22,7 +22,7 @@ import socket
 import threading
 import uuid
 from dataclasses import asdict
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from shared.data.remote import StoreError
@@ -51,16 +51,16 @@ class RunStore:
 
     def __init__(self, place: Place, folder: RunFolder):
         self.place, self.folder = place, folder
+        self._kept = folder.checkpoints / ".uploading"  # checkpoints that wait for their upload
         self._owner = json.dumps({"start": uuid.uuid4().hex, "host": socket.gethostname()})
         self._changed = threading.Lock()
         self._wanted: dict[str, Stored] = {}
         self._is_queued = False
         # the thread's own
         self._index: dict[str, Stored] = {}
-        self._in_store: set[str] = set()  # folders of checkpoints, perhaps incomplete ones
-        self._partly_sent: dict[str, set[str]] = {}  # the files of a checkpoint that are there, by its folder
+        # by the folders of checkpoints in the store, perhaps incomplete ones, the files that this start has sent
+        self._in_store: dict[str, set[str]] = {}
         self._sent: dict[str, tuple[int, int]] = {}  # the time and the size at which each other file was sent
-        self._complains = False
         self._ending = threading.Event()
         self._background = Background("uploading")
 
@@ -68,9 +68,6 @@ class RunStore:
 
     def take(self, resume: str | None) -> None:
         """Makes this start the store's owner. Fetches the run if the store has more of it than the folder.
-
-        Args:
-            resume: as `--resume`.
 
         Raises:
             UserError: the store cannot be read or written, or holds a run and `resume` is None.
@@ -83,8 +80,7 @@ class RunStore:
         self.place.write(OWNER, self._owner.encode())
         self._index = stored_checkpoints(self.place.read(INDEX), self.place)
         self._wanted = dict(self._index)
-        self._in_store = {PurePosixPath(name).parts[0] for name in self.place.names("checkpoints")}
-        self._in_store.discard(PurePosixPath(INDEX).name)
+        self._in_store = {name.partition("/")[0]: set() for name in self.place.names("checkpoints") if "/" in name}
         if resume in OF_THE_RUN and "last" in self._index:
             batches = saved_batches(self.folder.checkpoints / "last")
             if self._index["last"].batches > batches:
@@ -164,11 +160,6 @@ class RunStore:
 
     # --- the upload ---------------------------------------------------------------------------------------
 
-    @property
-    def _kept(self) -> Path:
-        """Checkpoints that wait for their upload."""
-        return self.folder.checkpoints / ".uploading"
-
     def _want(self, *names: str) -> None:
         """Wants a checkpoint of the folder in the store, under these names at once. Keeps its files for the upload: no
         file of a checkpoint is ever changed in place."""
@@ -182,6 +173,7 @@ class RunStore:
             self._wanted |= dict.fromkeys(names, stored)
 
     def _send_until_stored(self) -> None:
+        complains = False
         while True:
             is_last_try = self._ending.is_set()
             try:
@@ -190,15 +182,14 @@ class RunStore:
             except StoreError as error:
                 if is_last_try:
                     raise
-                if not self._complains:
+                if not complains:
                     logger.warning(
                         "--store: %s; training continues, and uploads are repeated until it answers", problem_of(error)
                     )
-                self._complains = True
+                complains = True
                 self._ending.wait(_PAUSE)
-        if self._complains:
+        if complains:
             logger.info("--store: %s answers again, and has all checkpoints", self.place)
-        self._complains = False
 
     def _send(self) -> None:
         """Sends what the store lacks. After an error, the next call continues."""
@@ -217,12 +208,12 @@ class RunStore:
             self.place.write(INDEX, json.dumps(index, indent=1).encode())
             self._index = wanted
         in_index = {stored.folder for stored in self._index.values()}
-        for folder in sorted(self._in_store - in_index):
+        for folder in sorted(self._in_store.keys() - in_index):
             self.place.delete(f"checkpoints/{folder}")
-            self._in_store.discard(folder)
+            del self._in_store[folder]
         with self._changed:
             waiting = {stored.folder for stored in self._wanted.values()} - in_index
-            for kept in self._kept.iterdir() if self._kept.exists() else ():
+            for kept in self._kept.glob("*"):
                 if kept.name not in waiting:
                     shutil.rmtree(kept, ignore_errors=True)
             with contextlib.suppress(OSError):  # unless some wait
@@ -254,8 +245,7 @@ class RunStore:
         """Sends the files of a checkpoint, several at once: most of them are small files of code. The manifest follows
         when the others are there."""
         source = self._kept / stored.folder
-        self._in_store.add(stored.folder)
-        done = self._partly_sent.setdefault(stored.folder, set())
+        done = self._in_store.setdefault(stored.folder, set())
         names = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
         waiting = iter(sorted(names - done - {MANIFEST}))  # the threads share it
 

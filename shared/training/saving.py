@@ -8,7 +8,6 @@ import json
 import logging
 import operator
 import pickle
-import random
 import shutil
 import threading
 from collections import deque
@@ -17,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from determined.pytorch import PyTorchTrialContext
 from torch import nn
@@ -31,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 METADATA = "metadata.json"
-_WEIGHTS = "state_dict.pth"
 
 # --- the state --------------------------------------------------------------------------------------------
 
@@ -39,42 +36,17 @@ _WEIGHTS = "state_dict.pth"
 def checkpoint_state(
     context: PyTorchTrialContext, model: nn.Module, scaler: torch.amp.GradScaler | None, training: dict[str, Any]
 ) -> dict[str, Any]:
-    """What `state_dict.pth` holds, by the names of Determined's own loop. Not a copy yet. `model` is without DDP."""
+    """What `state_dict.pth` holds, by the names of Determined's own loop. Not a copy yet. `model` is without DDP.
+
+    It holds no state of random generators: each batch and each validation seeds them.
+    """
     return {
         "models_state_dict": [model.state_dict()],
         "optimizers_state_dict": [optimizer.state_dict() for optimizer in context.optimizers],
         "lr_schedulers_state_dict": [],
         "callbacks": {"training": training},
-        "rng_state": random_state(context.distributed.local_rank),
         **({} if scaler is None else {"scaler_state_dict": scaler.state_dict()}),
     }
-
-
-def random_state(local_rank: int) -> dict[str, Any]:
-    """The state of all random generators, as tensors and plain values.
-
-    Determined saves NumPy's state as an array, which `torch.load` refuses to unpickle from torch 2.6 on.
-    """
-    algorithm, keys, position, has_gauss, gauss = np.random.get_state()
-    keys = torch.from_numpy(keys.astype(np.int64))
-    state = {
-        "cpu_rng_state": torch.random.get_rng_state(),
-        "np_rng_state": [algorithm, keys, int(position), int(has_gauss), float(gauss)],
-        "random_rng_state": random.getstate(),
-    }
-    if torch.cuda.device_count():
-        state["gpu_rng_state"] = torch.cuda.get_rng_state(local_rank)
-    return state
-
-
-def set_random_state(state: Mapping[str, Any], local_rank: int) -> None:
-    """Continues from what `random_state` gave, or Determined's own loop."""
-    algorithm, keys, *rest = state["np_rng_state"]
-    np.random.set_state((algorithm, torch.as_tensor(keys).numpy().astype(np.uint32), *rest))
-    random.setstate(state["random_rng_state"])
-    torch.random.set_rng_state(state["cpu_rng_state"])
-    if torch.cuda.device_count() and "gpu_rng_state" in state:
-        torch.cuda.set_rng_state(state["gpu_rng_state"], local_rank)
 
 
 class FiniteCheck:
@@ -215,34 +187,30 @@ def write_manifest(folder: Path, batches: int) -> None:
 def check_manifest(folder: Path) -> None:
     """Checks each file against the manifest. A checkpoint without a manifest passes: those of version 0.1 have none.
     Raises UserError if a file is missing, cut off or changed."""
-    manifest = folder / MANIFEST
-    if not manifest.exists():
-        return
     try:
-        noted_at_save = json.loads(manifest.read_text())
-        for name, noted in noted_at_save["files"].items():
-            file = folder / name
-            if not file.is_file():
-                raise UserError(f"{folder} is incomplete: {name} is missing. Fix: use another checkpoint")
-            if (size := file.stat().st_size) != noted["bytes"]:
-                raise UserError(
-                    f"{folder} is incomplete: {name} has {size} bytes instead of {noted['bytes']}. Fix: use another "
-                    "checkpoint"
-                )
-            if sha256_of(file) != noted["sha256"]:
-                raise UserError(f"{folder} has changed since it was saved: {name} differs. Fix: use another checkpoint")
-        batches = noted_at_save.get("batches")  # manifests of version 0.1 lack it
-        if batches is not None and saved_batches(folder) != batches:
-            raise UserError(
-                f"{folder} has changed since it was saved: {METADATA} is not of batch {batches}. Fix: use another "
-                "checkpoint"
-            )
+        problem = _difference_from_manifest(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{folder} is incomplete: {MANIFEST} cannot be read ({error!r}). Fix: use another checkpoint"
-        ) from error
+        problem = f"is incomplete: {MANIFEST} cannot be read ({error!r})"
+    if problem is not None:
+        raise UserError(f"{folder} {problem}. Fix: use another checkpoint")
+
+
+def _difference_from_manifest(folder: Path) -> str | None:
+    if not (folder / MANIFEST).exists():
+        return None
+    noted_at_save = json.loads((folder / MANIFEST).read_text())
+    for name, noted in noted_at_save["files"].items():
+        file = folder / name
+        if not file.is_file():
+            return f"is incomplete: {name} is missing"
+        if (size := file.stat().st_size) != noted["bytes"]:
+            return f"is incomplete: {name} has {size} bytes instead of {noted['bytes']}"
+        if sha256_of(file) != noted["sha256"]:
+            return f"has changed since it was saved: {name} differs"
+    batches = noted_at_save.get("batches")  # manifests of version 0.1 lack it
+    if batches is not None and saved_batches(folder) != batches:
+        return f"has changed since it was saved: {METADATA} is not of batch {batches}"
+    return None
 
 
 def saved_batches(folder: Path) -> int:
@@ -251,14 +219,6 @@ def saved_batches(folder: Path) -> int:
         return int(json.loads((folder / METADATA).read_text())["steps_completed"])
     except (OSError, ValueError, KeyError, TypeError):
         return -1
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of a checkpoint's state_dict.pth; from the manifest if there is one."""
-    try:
-        return json.loads((folder / MANIFEST).read_text())["files"][_WEIGHTS]["sha256"]
-    except FileNotFoundError:
-        return sha256_of(folder / _WEIGHTS)
 
 
 # --- the thread -------------------------------------------------------------------------------------
@@ -277,33 +237,27 @@ class Background:
     def __init__(self, name: str = "saving", on_error: Callable[[Exception], None] | None = None):
         self.name = name
         self._on_error = on_error or self._keep
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._waiting: deque[Callable[[], None]] = deque()
-        self._works = False
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread | None = None  # the last one
         self._error: Exception | None = None
-
-    @property
-    def is_idle(self) -> bool:
-        return not self._works
+        self.is_idle = True
 
     def begin(self, work: Callable[[], None]) -> None:
         """Does `work` after what was given before."""
-        with self._changed:
+        with self._lock:
             self._waiting.append(work)
-            if not self._works:
-                self._works = True
+            if self.is_idle:
+                self.is_idle = False
                 self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
                 self._thread.start()
 
     def wait(self, seconds: float | None = None) -> bool:
         """Waits until all work is done, at most `seconds`. Returns whether it is."""
-        with self._changed:
-            is_done, thread = self._changed.wait_for(lambda: not self._works, seconds), self._thread
-        if is_done and thread is not None:
-            thread.join()  # a program that exits while a thread frees tensors is aborted
+        if self._thread is not None:
+            self._thread.join(seconds)  # a program that exits while a thread frees tensors is aborted
         self.raise_if_failed()
-        return is_done
+        return self.is_idle
 
     def raise_if_failed(self) -> None:
         error, self._error = self._error, None
@@ -315,10 +269,9 @@ class Background:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 if not self._waiting:
-                    self._works = False
-                    self._changed.notify_all()
+                    self.is_idle = True
                     return
                 work = self._waiting.popleft()
             try:

@@ -34,11 +34,7 @@ _PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 class StoppedBeforeTraining(SystemExit):
-    """A signal arrived before there was anything to save.
-
-    Attributes:
-        signal: which one.
-    """
+    """A signal arrived before there was anything to save."""
 
     def __init__(self, number: signal.Signals, status: int):
         super().__init__(status)
@@ -51,19 +47,12 @@ class StopSignals:
     Args:
         numbers: the signals besides Ctrl-C.
         status: the exit status after one of them; None for 128 and its number, as after Ctrl-C.
-
-    Attributes:
-        received: the last one that arrived during the training.
     """
 
     def __init__(self, numbers: Sequence[signal.Signals] = STOP_SIGNALS, status: int | None = None):
-        self.numbers, self.status = tuple(numbers), status
-        self.received: signal.Signals | None = None
+        self.handled, self.status = {signal.SIGINT, *numbers}, status
+        self.received: signal.Signals | None = None  # the last one that arrived during the training
         self._training = False
-
-    @property
-    def handled(self) -> set[signal.Signals]:
-        return {signal.SIGINT, *self.numbers}
 
     def begin(self) -> None:
         """From here on a signal stops the training after a batch. Before, it stops the process at once."""
@@ -72,10 +61,8 @@ class StopSignals:
     def end(self) -> None:
         self._training = False
 
-    def exit_status(self, number: signal.Signals | None) -> int:
+    def exit_status(self, number: signal.Signals) -> int:
         """The status of a process that a signal stopped."""
-        if number is None:
-            return 0
         return 128 + number if self.status is None or number == signal.SIGINT else self.status
 
     def __enter__(self) -> StopSignals:
@@ -157,10 +144,6 @@ class Periods:
     checkpoint: int | None
     validation_start: int = 0  # the first validation, from which the others are counted
     validation_changes: tuple[tuple[int, int], ...] = ()  # (batch, period): from this batch on, another period
-
-    @property
-    def validates_before_the_end(self) -> bool:
-        return self.validation is not None or bool(self.validation_changes)
 
     def validates(self, batch: int) -> bool:
         period = self.validation
@@ -350,8 +333,6 @@ class Stopping:
 
     Args:
         aggregation_frequency: batches per optimizer step; a run stops after whole steps only.
-        asked_elsewhere: the chief calls it at each boundary: did the searcher stop the trial?
-        total: batches of the whole length, at which nothing ends early.
         signals: those that stop the training; None on a cluster, which sends none.
     """
 
@@ -359,18 +340,15 @@ class Stopping:
         self,
         distributed: DistributedContext,
         aggregation_frequency: int = 1,
-        asked_elsewhere: Callable[[], bool] = lambda: False,
         clock: Clock | None = None,
-        total: int | None = None,
         signals: StopSignals | None = None,
     ):
-        self.distributed, self.asked_elsewhere = distributed, asked_elsewhere
-        self.clock, self.total, self.signals = clock or Clock(), total, signals
+        self.distributed, self.clock, self.signals = distributed, clock or Clock(), signals
         self.stopped_by: signal.Signals | None = None  # the signal of some rank, once all ranks know
+        self.stopped_elsewhere_by: str | None = None  # what else stops the run, once all ranks know
         self.after: int | None = None  # the batch after which all ranks stop
         self.saves_after: int | None = None  # the last batch after which the clock asked for a checkpoint
-        self.ended: str | None = None  # why the config ends the training before its length
-        self.ended_after: int | None = None  # the batch of that end, which is validated
+        self.ended: str | None = None  # why the config ends the training with the validation of this batch
         self._cut = False
         self._last_meeting: Callable[[], list[int]] = lambda: [0, 0, 0]
         windows = 1 if distributed.size == 1 else -(-_BATCHES_BETWEEN_MEETINGS // aggregation_frequency)
@@ -403,17 +381,17 @@ class Stopping:
             if number:
                 self.after, self.stopped_by = batch, signal.Signals(number)
             elif is_over:
-                self.end(batch, self.clock.why)
+                self.ended = self.clock.why
             elif save_is_due:
                 self.saves_after = batch
         return self.after == batch
 
-    def at_boundary(self, batch: int) -> bool:
-        """The same after the report, the validation and the checkpoint of `batch`."""
-        is_asked = self.distributed.rank == 0 and self.asked_elsewhere()
-        of_ranks = self.distributed.allgather((self.signal, is_asked))
-        is_signalled = self._some_received(number for number, _ in of_ranks)
-        if is_signalled or any(asked for _, asked in of_ranks) or self.ended is not None:
+    def at_boundary(self, batch: int, elsewhere: str | None = None) -> bool:
+        """The same after the report, the validation and the checkpoint of `batch`. `elsewhere`: what stops the run on a
+        cluster, as far as this rank knows."""
+        signals, others = zip(*self.distributed.allgather((self.signal, elsewhere)), strict=True)
+        self.stopped_elsewhere_by = next((each for each in others if each is not None), None)
+        if self._some_received(signals) or self.stopped_elsewhere_by is not None or self.ended is not None:
             self.after = batch
         return self.after is not None
 
@@ -423,15 +401,11 @@ class Stopping:
         self._cut = self._cut or self.signal is not None
         return self._cut
 
-    def end(self, batch: int, why: str) -> None:
-        """The training ends with the validation after `batch`; called on every rank. At its length it ends anyway."""
-        if batch != self.total:
-            self.ended, self.ended_after = why, batch
-
-    def why_time_is_over(self) -> str | None:
-        """Why the time is over by the chief's clock; called on every rank, after a validation."""
+    def after_validation(self, why: str | None) -> None:
+        """Ends the training if the validation gives a reason, `why`, or the time is over by the chief's clock; called
+        on every rank."""
         is_over = self.clock.is_asked and self.distributed.broadcast(self.clock.is_over())
-        return self.clock.why if is_over else None
+        self.ended = why or (self.clock.why if is_over else None)
 
     def validation_was_cut(self, batch: int) -> bool:
         """Whether some rank omitted a part of the validation after `batch`. Then all stop there."""
@@ -440,7 +414,7 @@ class Stopping:
         if not self._some_received(of_ranks):
             return False
         self.after = batch
-        self.ended = self.ended_after = None
+        self.ended = None
         return True
 
     def _some_received(self, signals: Iterable[signal.Signals | None]) -> bool:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,13 +45,13 @@ from shared.training.saving import python_state
 from shared.training.stopping import begin_worker, periods_of
 from shared.training.training_metrics import STEPS_A_SCALE_MAY_SKIP, TrainingMetrics, diverged
 from shared.training.validation import (
-    CollateWithLoss,
     Validation,
     ValidationLoss,
-    WithLossSample,
     check_losses,
+    collate_with_loss,
     giving_losses,
     uncompiled,
+    with_loss_sample,
 )
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,8 @@ class DetectionTrial(Detector):
         of_images = self.batches_per_epoch, self.global_batch_size
         self.periods = periods_of(self.schedule, *of_images, self.aggregation_frequency)
         self.total_batches = self.periods.total
-        if self.hparams.early_stopping is not None and not self.periods.validates_before_the_end:
+        validates_before_the_end = self.periods.validation is not None or self.periods.validation_changes
+        if self.hparams.early_stopping is not None and not validates_before_the_end:
             raise UserError(
                 "hyperparameters.early_stopping: the only validation is at the end. Fix: give min_validation_period, "
                 "or omit early_stopping"
@@ -240,7 +242,8 @@ class DetectionTrial(Detector):
         if isinstance(dataset, CocoDetection):
             dataset = replace(dataset, replaces=False)
         if with_losses:
-            dataset, collate = self._with_losses(dataset, data), CollateWithLoss(collate, self.collate(training=True))
+            dataset = self._with_losses(dataset, data)
+            collate = partial(collate_with_loss, collate, self.collate(training=True))
         groups = None
         if self.batches_of_one_size:
             groups = size_groups(data.annotations.columns["widths"], data.annotations.columns["heights"])
@@ -282,6 +285,7 @@ class DetectionTrial(Detector):
 
     def start_validation(self, loader: DataLoader) -> None:
         """Before the first batch of a validation, on every slot."""
+        seed_all(self.seed, self.rank, self.batches_trained, 4)  # one that was cut short repeats the same numbers
         self._pictured = []
         self.begin_validation(loader)
         self.synchronize_buffers()
@@ -432,7 +436,8 @@ class DetectionTrial(Detector):
     def _with_losses(self, dataset: CocoDetection, data: SplitData) -> CocoDetection:
         """The samples to detect on, each beside the one whose losses are computed."""
         left_out = frozenset(data.annotations.image_ids[~self.trained_images(data.annotations)].tolist())
-        return replace(dataset, transform=WithLossSample(dataset.transform, self.loss_transform(data), left_out))
+        transform = partial(with_loss_sample, dataset.transform, self.loss_transform(data), left_out)
+        return replace(dataset, transform=transform)
 
     def _check_validation_loss(self) -> None:
         data = self.val_data

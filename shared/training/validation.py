@@ -68,33 +68,26 @@ class Validation:
 # --- the samples ------------------------------------------------------------------------------------
 
 
-class WithLossSample:
-    """A transform that gives an image's evaluation sample, and beside it the sample whose losses are computed; None for
-    an image that the training would omit.
+def with_loss_sample(
+    evaluation: Transform, loss: Transform, left_out: frozenset[int], image: Any, record: ImageRecord
+) -> tuple[Any, Any]:
+    """An image's evaluation sample, and beside it the sample whose losses are computed.
 
     Args:
         loss: as `evaluation`, with the training's targets. It may give None.
-        left_out: ids of the images that the training would omit.
+        left_out: ids of the images that the training would omit: the second sample is None.
     """
-
-    def __init__(self, evaluation: Transform, loss: Transform, left_out: frozenset[int]):
-        self.evaluation, self.loss, self.left_out = evaluation, loss, left_out
-
-    def __call__(self, image: Any, record: ImageRecord) -> tuple[Any, Any]:
-        for_loss = None if record.image_id in self.left_out else self.loss(image, record)
-        return self.evaluation(image, record), for_loss
+    for_loss = None if record.image_id in left_out else loss(image, record)
+    return evaluation(image, record), for_loss
 
 
-class CollateWithLoss:
-    """A collate function for `WithLossSample`: the evaluation's batch. Its `for_loss` has a batch of one for each image
-    whose losses are computed."""
-
-    def __init__(self, evaluation: Callable[[list], Batch], training: Callable[[list], Batch]):
-        self.evaluation, self.training = evaluation, training
-
-    def __call__(self, samples: list[tuple[Any, Any]]) -> Batch:
-        batch = self.evaluation([sample for sample, _ in samples])
-        return replace(batch, for_loss=[self.training([sample]) for _, sample in samples if sample is not None])
+def collate_with_loss(
+    evaluation: Callable[[list], Batch], training: Callable[[list], Batch], samples: list[tuple[Any, Any]]
+) -> Batch:
+    """The evaluation's batch of what `with_loss_sample` gave. Its `for_loss` has a batch of one for each image whose
+    losses are computed."""
+    batch = evaluation([sample for sample, _ in samples])
+    return replace(batch, for_loss=[training([sample]) for _, sample in samples if sample is not None])
 
 
 # --- the model ------------------------------------------------------------------------------------------
@@ -191,23 +184,16 @@ class ValidationLoss(ChiefReducer):
         """Adds an image's losses, scalars on the device; nothing is read from there."""
         self._losses[image_id] = tuple(losses), torch.stack([value.detach().float() for value in losses.values()])
 
-    def share(self) -> dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
-        """By names: (images,) ids and (images, names) values."""
-        shared = {}
-        for names in {names for names, _ in self._losses.values()}:
-            of_names = {image_id: values for image_id, (own, values) in self._losses.items() if own == names}
-            values = torch.stack(list(of_names.values())).cpu().numpy()
-            shared[names] = np.asarray(list(of_names)), values.astype(np.float64)
-        return shared
+    def share(self) -> dict[int, dict[str, float]]:
+        """Each image's losses, by its id. They are read from the device at once."""
+        if not self._losses:
+            return {}
+        numbers = iter(torch.cat([values for _, values in self._losses.values()]).tolist())
+        return {image_id: {name: next(numbers) for name in names} for image_id, (names, _) in self._losses.items()}
 
-    def metrics_of(self, shares: list[dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]]]) -> dict[str, float]:
-        of_images = {
-            image_id: dict(zip(names, row, strict=True))
-            for share in shares
-            for names, (ids, rows) in share.items()
-            for image_id, row in zip(ids.tolist(), rows.tolist(), strict=True)
-            if image_id in self.image_ids
-        }
+    def metrics_of(self, shares: list[dict[int, dict[str, float]]]) -> dict[str, float]:
+        seen = {image_id: losses for share in shares for image_id, losses in share.items()}
+        of_images = {image_id: losses for image_id, losses in seen.items() if image_id in self.image_ids}
         if not of_images:  # a validation that was cut short
             return {TOTAL: math.nan}
         ordered = [of_images[image_id] for image_id in sorted(of_images)]

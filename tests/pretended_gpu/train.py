@@ -29,7 +29,7 @@ from pretended_gpu.streams import RECORD, place_of
 from pretended_gpu.tensors import Generator
 from shared.commands import train as train_command
 from shared.config.experiment import read_experiment
-from shared.training.run import ReportFigures
+from shared.training.run import TensorBoard
 
 LIBRARY = re.compile(r"-packages/(effdet|timm|torchvision|mm|detectron2|fvcore)")
 # the detector, its config for the shapes, its hyperparameters, and the case whose training on the CPU is its reference
@@ -117,7 +117,7 @@ def watched(trial_class, waits):
 
 def without_figures():
     """Skips figures and reports, which take most of the time of such small runs."""
-    ReportFigures.draw = lambda *_: None
+    TensorBoard.draw_figures = lambda *_: None
     train_command.Results.write_report = lambda *_: None
     for name in ("save_page", "picture_of"):
         setattr(train_command, name, lambda *_, **__: None)
