@@ -130,13 +130,6 @@ def autocast(amp: str | None, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def lay_out_channels_last(model: nn.Module) -> None:
-    """Stores the weights of convolutions with the channels last."""
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            module.to(memory_format=torch.channels_last)
-
-
 def train_depthwise_in_float32(model: nn.Module) -> None:
     """Makes depthwise convolutions train in float32. Their inputs and outputs keep their type.
 

@@ -198,7 +198,7 @@ class DetectionTrial(Detector):
         """The model with `amp`, `channels_last`, `sync_bn`, `freeze` and `torch_compile`."""
         hparams, device = self.hparams, self.context.device
         if hparams.channels_last:
-            switches.lay_out_channels_last(model)
+            nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
         if hparams.amp == "bf16" and device.type == "cpu" and self.for_training:
             switches.train_depthwise_in_float32(model)
         if hparams.sync_bn and self.slots > 1:
