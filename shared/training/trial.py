@@ -314,7 +314,7 @@ class DetectionTrial(Detector):
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Continues from what `training_state` gave. The weights are loaded."""
         if self.ema is not None and state["ema"] is None:
-            self.ema.begin(self.plain_model)
+            self.ema.begin()
         elif self.ema is not None:
             self.ema.load(state["ema"], state.get("ema_steps"))
         self.last_validation = dict(state["last_validation"])
@@ -365,7 +365,7 @@ class DetectionTrial(Detector):
             if ends_step:
                 switches.step(self.optimizer, self.aggregation_frequency, self.clip_gradients(), self.scaler)
                 if self.ema is not None:
-                    self.ema.update(self.plain_model)
+                    self.ema.update()
         except FloatingPointError as error:  # a library looks itself
             raise diverged(batch_idx, batch.image_ids) from error
         self.watch.mark(Phase.STEPPED, batch_idx + 1)
