@@ -48,34 +48,6 @@ def host_of_chief(machines: int) -> str:
     return LOOPBACK if machines == 1 else os.environ.get("MASTER_ADDR", LOOPBACK)
 
 
-def listen(socket: zmq.Socket, host: str) -> Address:
-    """Makes a socket listen at a free port.
-
-    Args:
-        host: at which the others find this machine. If it is not `LOOPBACK`, the socket listens on all interfaces:
-            many machines' own names resolve to an address that no other machine reaches.
-    """
-    key, socket.curve_secretkey = zmq.curve_keypair()
-    socket.curve_server = True
-    _keep_alive(socket)
-    port = socket.bind_to_random_port(f"tcp://{LOOPBACK if host == LOOPBACK else '*'}")
-    return Address(host, port, key)
-
-
-def connect(socket: zmq.Socket, address: Address) -> None:
-    """Connects a socket to one that listens. A wrong key is no error: the messages are never delivered."""
-    socket.curve_serverkey = address.key
-    socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
-    _keep_alive(socket)
-    socket.connect(f"tcp://{address.host}:{address.port}")
-
-
-def _keep_alive(socket: zmq.Socket) -> None:
-    # by the kernel, which answers also for a process that is stopped
-    socket.tcp_keepalive = 1
-    socket.tcp_keepalive_idle = socket.tcp_keepalive_intvl = _SECONDS_BETWEEN_PROBES
-
-
 class ProcessContext(DistributedContext):
     """The processes of a run, and what they exchange. All of them create it together.
 
@@ -171,6 +143,9 @@ class Star:
         self._context.linger = linger
         self._socket = self._context.socket(zmq.DEALER if number else zmq.ROUTER)
         self._socket.sndhwm = self._socket.rcvhwm = 0  # no message is ever dropped
+        # by the kernel, which answers also for a process that is stopped
+        self._socket.tcp_keepalive = 1
+        self._socket.tcp_keepalive_idle = self._socket.tcp_keepalive_intvl = _SECONDS_BETWEEN_PROBES
         if number:
             self._socket.routing_id = _name(number)
         else:
@@ -178,11 +153,23 @@ class Star:
         self._waiting: dict[bytes, collections.deque[bytes]] = collections.defaultdict(collections.deque)
 
     def listen(self, host: str) -> Address:
-        return listen(self._socket, host)
+        """Makes the hub listen at a free port.
+
+        Args:
+            host: at which the others find this machine. If it is not `LOOPBACK`, the hub listens on all interfaces:
+                many machines' own names resolve to an address that no other machine reaches.
+        """
+        key, self._socket.curve_secretkey = zmq.curve_keypair()
+        self._socket.curve_server = True
+        port = self._socket.bind_to_random_port(f"tcp://{LOOPBACK if host == LOOPBACK else '*'}")
+        return Address(host, port, key)
 
     def meet(self, hub: Address) -> None:
+        """Connects to the hub. A wrong key is no error: the messages are never delivered."""
         if self.number:
-            connect(self._socket, hub)
+            self._socket.curve_serverkey = hub.key
+            self._socket.curve_publickey, self._socket.curve_secretkey = zmq.curve_keypair()
+            self._socket.connect(f"tcp://{hub.host}:{hub.port}")
         self.gather(None)  # the hub knows a process only once it has heard from it
 
     def gather(self, stuff: Any) -> list | None:
