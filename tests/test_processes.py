@@ -48,7 +48,7 @@ def join(monkeypatch, asked, **environment):
     monkeypatch.setattr(meeting, "open_store", lambda *_: torch.distributed.HashStore())
     monkeypatch.setattr(meeting, "roll_call", lambda *_: ("start", arrivals))
     context = SimpleNamespace(rank=environment["RANK"], close=lambda: None)
-    monkeypatch.setattr(meeting, "ProcessContext", lambda **arguments: context)
+    monkeypatch.setattr(meeting, "ProcessContext", lambda *_: context)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -27,7 +27,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from shared.environment import on_cluster
 from shared.errors import DivergedError, UserError
-from shared.training.processes import LONGER, Address, ProcessContext, host_of_chief
+from shared.training.processes import LONGER, Address, Place, ProcessContext, host_of_chief
 from shared.training.standings import named_ranks, span
 
 logger = logging.getLogger(__name__)
@@ -204,27 +204,6 @@ def own_address(other: str) -> str:
 # --- the processes ----------------------------------------------------------------------------------
 
 
-class Place(NamedTuple):
-    """Where a process is among those of its run.
-
-    Attributes:
-        machine, machines: which machine it is on, and of how many.
-        hosts: the names of the machines, by rank.
-        names: the names of the machines, by address.
-        chief: the address of the chief's machine in the network; empty if no rank knows it.
-    """
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    machine: int
-    machines: int
-    hosts: Sequence[str]
-    names: Mapping[str, str]
-    chief: str
-
-
 def place_of(rank: int, arrivals: Sequence[Arrival]) -> Place:
     """A rank's place: as its launcher gives it, or from the machines of all ranks."""
     machines = [arrival.machine for arrival in arrivals]
@@ -267,19 +246,8 @@ def local_processes(
     place = place_of(rank, arrivals)
     with contextlib.ExitStack() as stack:
         device, beside = _join_group(place, gpus_given, hang_minutes, PrefixStore(start, store))
-        host = host_of_chief(place.machines)
-        distributed = ProcessContext(
-            rank=rank,
-            size=size,
-            local_rank=place.local_rank,
-            local_size=place.local_size,
-            cross_rank=place.machine,
-            cross_size=place.machines,
-            chief_host=host,
-            from_chief=functools.partial(_address_from_chief, host, device),
-            hosts=place.hosts if place.machines > 1 else (),
-            beside=beside,
-        )
+        from_chief = functools.partial(_address_from_chief, host_of_chief(place.machines), device)
+        distributed = ProcessContext(place, from_chief, beside)
         stack.enter_context(_closing(distributed))
         stack.enter_context(lost_connection_as_error(rank, place.names))
         yield distributed, device

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -43,6 +43,27 @@ class Address(NamedTuple):
     key: bytes
 
 
+class Place(NamedTuple):
+    """Where a process is among those of its run.
+
+    Attributes:
+        machine, machines: which machine it is on, and of how many.
+        hosts: the names of the machines, by rank.
+        names: the names of the machines, by address.
+        chief: the address of the chief's machine in the network; empty if no rank knows it.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    machine: int
+    machines: int
+    hosts: Sequence[str]
+    names: Mapping[str, str]
+    chief: str
+
+
 def host_of_chief(machines: int) -> str:
     """The host at which the other processes of a run find the chief."""
     return LOOPBACK if machines == 1 else os.environ.get("MASTER_ADDR", LOOPBACK)
@@ -52,43 +73,37 @@ class ProcessContext(DistributedContext):
     """The processes of a run, and what they exchange. All of them create it together.
 
     Args:
-        rank, size: which process this is, and of how many; local_… of this machine, cross_… counts machines.
-        chief_host: at which the others find the chief.
         from_chief: given the chief's address on the chief and None elsewhere, returns it on all processes.
-        hosts: the names of the machines, by rank; empty on one machine.
         beside: a group of Gloo for `begin_max`; None if the default group is one.
+
+    Attributes:
+        hosts: the names of the machines, by rank; empty on one machine.
     """
 
     def __init__(
         self,
-        *,
-        rank: int,
-        size: int,
-        local_rank: int,
-        local_size: int,
-        cross_rank: int,
-        cross_size: int,
-        chief_host: str,
+        place: Place,
         from_chief: Callable[[Address | None], Address],
-        hosts: Sequence[str] = (),
         beside: torch.distributed.ProcessGroup | None = None,
     ):
         # of a single process, Determined's own opens no port
         super().__init__(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
-        self.rank, self.size = rank, size
-        self.local_rank, self.local_size = local_rank, local_size
-        self.cross_rank, self.cross_size = cross_rank, cross_size
-        self.hosts, self._beside = hosts, beside
-        self._of_all = self._of_machine = self._of_firsts = Star(rank, size)
-        self._of_all.meet(from_chief(self._of_all.listen(chief_host) if rank == 0 else None))
-        if cross_size > 1:
-            self._of_machine = Star(local_rank, local_size)
-            self._of_firsts = Star(cross_rank, cross_size)
-            own = self._of_machine.listen(LOOPBACK) if local_rank == 0 else None
-            hub = self._of_firsts.listen(chief_host) if rank == 0 else None
-            of_ranks = self.allgather((cross_rank, own, hub))
-            self._of_machine.meet({machine: address for machine, address, _ in of_ranks if address}[cross_rank])
-            if local_rank == 0:
+        self.rank, self.size = place.rank, place.size
+        self.local_rank, self.local_size = place.local_rank, place.local_size
+        self.cross_rank, self.cross_size = place.machine, place.machines
+        self.hosts = place.hosts if self.cross_size > 1 else ()
+        self._beside = beside
+        host = host_of_chief(self.cross_size)
+        self._of_all = self._of_machine = self._of_firsts = Star(self.rank, self.size)
+        self._of_all.meet(from_chief(self._of_all.listen(host) if self.rank == 0 else None))
+        if self.cross_size > 1:
+            self._of_machine = Star(self.local_rank, self.local_size)
+            self._of_firsts = Star(self.cross_rank, self.cross_size)
+            own = self._of_machine.listen(LOOPBACK) if self.local_rank == 0 else None
+            hub = self._of_firsts.listen(host) if self.rank == 0 else None
+            of_ranks = self.allgather((self.cross_rank, own, hub))
+            self._of_machine.meet({machine: address for machine, address, _ in of_ranks if address}[self.cross_rank])
+            if self.local_rank == 0:
                 self._of_firsts.meet(of_ranks[0][2])
 
     def close(self) -> None:
