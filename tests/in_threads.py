@@ -16,8 +16,8 @@ import psutil
 import torch
 import zmq
 
-from shared.training.meeting import loopback_interface
-from shared.training.processes import Place, ProcessContext
+from shared.training.meeting import interface_towards
+from shared.training.processes import LOOPBACK, Place, ProcessContext
 
 SECONDS = 30  # after which a thread that waits is an error
 
@@ -60,7 +60,7 @@ def processes(size: int, machines: int = 1, gloo: bool = False) -> Iterator[list
         beside = torch.distributed.ProcessGroupGloo(store, rank, size, timeout) if gloo else None
         return ProcessContext(place, from_chief, beside)
 
-    variables = {"MASTER_ADDR": "localhost", "GLOO_SOCKET_IFNAME": loopback_interface()}
+    variables = {"MASTER_ADDR": "localhost", "GLOO_SOCKET_IFNAME": interface_towards(LOOPBACK)}
     with mock.patch.dict(os.environ, variables), contextlib.ExitStack() as stack:
         contexts = on_all(join, list(range(size)))
         for context in contexts:

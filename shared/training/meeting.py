@@ -27,7 +27,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from shared.environment import on_cluster
 from shared.errors import DivergedError, UserError
-from shared.training.processes import LONGER, Address, Place, ProcessContext, host_of_chief
+from shared.training.processes import LONGER, LOOPBACK, Address, Place, ProcessContext, host_of_chief
 from shared.training.standings import named_ranks, span
 
 logger = logging.getLogger(__name__)
@@ -262,7 +262,7 @@ def _join_group(
     if place.machines == 1:
         # Gloo and NCCL would listen where the rest of the network reaches them
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, loopback_interface())
+            os.environ.setdefault(variable, interface_towards(LOOPBACK))
     elif place.chief and (interface := interface_towards(place.chief)):
         # Gloo would listen where this host's own name leads
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -273,12 +273,6 @@ def _join_group(
     torch.distributed.init_process_group(backend, timeout=timeout, store=store, rank=place.rank, world_size=place.size)
     # NCCL would make the host wait for the device
     return device, None if backend == "gloo" else torch.distributed.new_group(backend="gloo", timeout=timeout)
-
-
-def loopback_interface() -> str:
-    """Its name: "lo", on macOS "lo0"."""
-    names = [name for _, name in socket.if_nameindex()]
-    return "lo0" if "lo0" in names else "lo"
 
 
 def interface_towards(address: str) -> str | None:
