@@ -244,12 +244,10 @@ def local_processes(
     store = open_store(rank, seconds, rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
     start, arrivals = roll_call(store, rank, size, seconds)
     place = place_of(rank, arrivals)
-    with contextlib.ExitStack() as stack:
-        device, beside = _join_group(place, gpus_given, hang_minutes, PrefixStore(start, store))
-        from_chief = functools.partial(_address_from_chief, host_of_chief(place.machines), device)
-        distributed = ProcessContext(place, from_chief, beside)
-        stack.enter_context(_closing(distributed))
-        stack.enter_context(lost_connection_as_error(rank, place.names))
+    device, beside = _join_group(place, gpus_given, hang_minutes, PrefixStore(start, store))
+    from_chief = functools.partial(_address_from_chief, host_of_chief(place.machines), device)
+    distributed = ProcessContext(place, from_chief, beside)
+    with _closing(distributed), lost_connection_as_error(rank, place.names):
         yield distributed, device
 
 
@@ -267,8 +265,11 @@ def _join_group(
         # Gloo would listen where this host's own name leads
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = _collective_timeout(hang_minutes)
-    if timeout is not None:
+    timeout = None  # torch's own
+    if hang_minutes is not None:
+        # long enough for the watch to come first: it names the rank that is stuck
+        minutes = min(max(2 * LONGER * hang_minutes, _MINUTES_A_COLLECTIVE_MAY_WAIT), _MOST_MINUTES)
+        timeout = timedelta(minutes=minutes)
         store.set_timeout(timeout)
     torch.distributed.init_process_group(backend, timeout=timeout, store=store, rank=place.rank, world_size=place.size)
     # NCCL would make the host wait for the device
@@ -335,13 +336,6 @@ def _address_from_chief(host: str, device: torch.device, address: Address | None
     torch.distributed.broadcast(tensor, src=0)
     received = bytes(tensor.tolist())
     return Address(host, int.from_bytes(received[:2], "big"), received[2:])
-
-
-def _collective_timeout(hang_minutes: float | None) -> timedelta | None:
-    """Long enough for the watch to come first: it names the rank that is stuck. None for torch's own timeout."""
-    if hang_minutes is None:
-        return None
-    return timedelta(minutes=min(max(2 * LONGER * hang_minutes, _MINUTES_A_COLLECTIVE_MAY_WAIT), _MOST_MINUTES))
 
 
 @contextlib.contextmanager
