@@ -37,7 +37,8 @@ class _AboveTheBar(logging.Handler):
         self.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        ours = _is_ours(record)
+        package = record.name.split(".")[0]
+        ours = package in _OURS or package.endswith(_FILES)
         if not (ours or self.verbose or record.levelno >= logging.WARNING):
             return
         text = redacted(self.format(record))
@@ -45,11 +46,6 @@ class _AboveTheBar(logging.Handler):
         if more and not (ours or self.verbose or record.exc_info):
             text = f"{first} (and {len(more)} more lines, with --verbose)"
         tqdm.write(text, file=sys.stderr)
-
-
-def _is_ours(record: logging.LogRecord) -> bool:
-    package = record.name.split(".")[0]
-    return package in _OURS or package.endswith(_FILES)
 
 
 def _log_warning(

@@ -69,7 +69,6 @@ class Detector(PyTorchTrial):
     seed: int
     rank: int
     slots: int  # how many processes there are
-    on_cluster: bool
     for_training: bool  # False to evaluate or predict
     validates_loss: bool
 

@@ -113,14 +113,9 @@ def _keep_mode(module: nn.Module, mode: bool = True) -> nn.Module:
     return module
 
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 def autocast(amp: str | None, device: torch.device) -> torch.autocast:
     """PyTorch's autocast. A CPU detects in float32 after fp16 training: its half precision is slower."""
-    dtype = DTYPES.get(amp)
-    if device.type != "cuda" and dtype == torch.float16:
-        dtype = None
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16 if device.type == "cuda" else None}.get(amp)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 

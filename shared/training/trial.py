@@ -88,7 +88,6 @@ class DetectionTrial(Detector):
         )
         distributed = context.distributed
         self.rank, self.slots = distributed.rank, distributed.size
-        self.on_cluster = on_cluster()
         self.for_training = for_training
         self.hparams = deepcopy(self.experiment.hyperparameters)  # a detector's own config completes them
         self.validates_loss = for_training and self.hparams.validation_loss
@@ -101,7 +100,7 @@ class DetectionTrial(Detector):
         self.searcher_metric = self.experiment.searcher_metric(self.reported_metrics() if for_training else None)
         self.global_batch_size = self.hparams.global_batch_size
         self.per_slot_batch_size = per_slot_batch_size(self.global_batch_size, self.slots)
-        self.seed = context.get_trial_seed() if self.on_cluster else self.experiment.seed
+        self.seed = context.get_trial_seed() if on_cluster() else self.experiment.seed
         self.first_batch = self.batches_trained = context.get_initial_batch()
         self.aggregation_frequency = self.experiment.aggregation_frequency
         self.last_validation = {}
@@ -336,12 +335,8 @@ class DetectionTrial(Detector):
     # --- what Determined calls ----------------------------------------------------------------------------
 
     def build_training_data_loader(self) -> PrefetchLoader:
-        self.training_loader = PrefetchLoader(
-            self.training_batch_loader(),
-            self.context.device,
-            self._prepare_training_batch,
-            self.first_batch,
-        )
+        batches, device = self.training_batch_loader(), self.context.device
+        self.training_loader = PrefetchLoader(batches, device, self._prepare_training_batch, self.first_batch)
         return self.training_loader
 
     def build_validation_data_loader(self, stop: Callable[[], bool] = lambda: False) -> DataLoader:
