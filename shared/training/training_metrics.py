@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -194,7 +195,8 @@ class Progress:
         now = time.monotonic()
         if self.bar.disable and now - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = now
-            left = duration((now - self.started) / (self.batches - self.first) * (self.total - self.batches))
+            left = (now - self.started) / (self.batches - self.first) * (self.total - self.batches)
+            left = timedelta(seconds=int(left))
             text = self.text and f", {self.text}"
             logger.info("%s %d of %d%s, %s left", self.unit, self.batches, self.total, text, left)
 
@@ -205,8 +207,3 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
