@@ -7,7 +7,6 @@ encrypts). On one machine the socket listens on the loopback interface only.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import logging
 import os
@@ -165,7 +164,6 @@ class Star:
             self._socket.routing_id = _name(number)
         else:
             self._socket.router_handover = True  # to one that connects again
-        self._waiting: dict[bytes, collections.deque[bytes]] = collections.defaultdict(collections.deque)
 
     def listen(self, host: str) -> Address:
         """Makes the hub listen at a free port.
@@ -231,14 +229,11 @@ class Star:
         if self.number:
             self._socket.send_multipart([pickle.dumps(stuff)], copy=False)
             return None
-        return [stuff, *(self._received_from(number) for number in range(1, self.size))]
-
-    def _received_from(self, number: int) -> Any:
-        waiting = self._waiting[_name(number)]
-        while not waiting:
+        collected = {0: stuff}
+        while len(collected) < self.size:  # a process sends its next message only after the hub's answer
             sender, message = self._socket.recv_multipart()
-            self._waiting[sender].append(message)
-        return pickle.loads(waiting.popleft())
+            collected[int(sender)] = pickle.loads(message)
+        return [collected[number] for number in range(self.size)]
 
 
 def _name(number: int) -> bytes:

@@ -195,8 +195,8 @@ class Progress:
         now = time.monotonic()
         if self.bar.disable and now - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = now
-            left = (now - self.started) / (self.batches - self.first) * (self.total - self.batches)
-            left = timedelta(seconds=int(left))
+            seconds = (now - self.started) / (self.batches - self.first) * (self.total - self.batches)
+            left = timedelta(seconds=int(seconds))
             text = self.text and f", {self.text}"
             logger.info("%s %d of %d%s, %s left", self.unit, self.batches, self.total, text, left)
 
