@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import math
 import os
 import re
 import select
@@ -97,7 +96,7 @@ def available_cores(root: Path = Path("/")) -> int:
     divided by the processes that torchrun started on the machine. `root` has the folders proc and sys."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = min([cores, *_quotas(root)])
-    return max(1, math.floor(cores / int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, int(cores / int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def _quotas(root: Path) -> Iterator[float]:

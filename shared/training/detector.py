@@ -246,12 +246,11 @@ class Detector(PyTorchTrial):
 
     def build_evaluator(self, data: SplitData) -> ChiefReducer:
         """The evaluator over the images of `evaluated_images`. Its `update` takes what `detect` returns."""
-        gather = self.context.distributed.gather
         return CocoEvaluator(
             data.annotations,
             self.iou_types,
             self.evaluated_ids(data),
-            gather=gather,
+            gather=self.context.distributed.gather,
             max_detections=self.scored_detections(self.experiment.config["hyperparameters"]),
         )
 
