@@ -46,6 +46,7 @@ class Place(NamedTuple):
     """Where a process is among those of its run.
 
     Attributes:
+        rank, size: which process it is, and of how many; local_rank and local_size count those of its machine.
         machine, machines: which machine it is on, and of how many.
         hosts: the names of the machines, by rank.
         names: the names of the machines, by address.
