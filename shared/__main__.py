@@ -23,11 +23,7 @@ _COMMANDS = {
         "compare two detectors: runs, or any results in COCO's format",
     ),
     "convert": ("shared.data.convert.conversion", "main", "write annotations of other formats as COCO files"),
-    "report": (
-        "shared.report.report",
-        "report_main",
-        "write a page about any detections: numbers, figures, pictures",
-    ),
+    "report": ("shared.report.report", "report_main", "write a page about any detections: numbers, figures, pictures"),
     "synthetic": ("shared.data.synthetic", "main", "write a small data set of shapes, in COCO's format"),
 }
 

@@ -69,7 +69,8 @@ def install_missing(files: Iterable[Path], constraints: Iterable[str] = (), comp
             # torchvision 0.(N + 15) is for torch 2.N alone; from 0.29 on, torchvision supports all later torch versions
             _pip("--no-deps", f"torchvision==0.{min(int(version('torch').split('.')[1]) + 15, 29)}.*")
         keep = Path(folder, "keep.txt")
-        keep.write_text("".join(_pinned("torch", "torchvision", "numpy")))
+        kept = [name for name in ("torch", "torchvision", "numpy") if _is_there(Requirement(name))]
+        keep.write_text("".join(f"{name}=={version(name)}\n" for name in kept))
         limits = [part for file in [str(keep), *constraints] for part in ("--constraint", file)]
         needs = _read(files)
         if compiled:
@@ -97,12 +98,6 @@ def _is_there(need: Requirement) -> bool:
             if need.specifier.contains(version(name), prereleases=True):
                 return True
     return False
-
-
-def _pinned(*names: str) -> Iterable[str]:
-    for name in names:
-        with contextlib.suppress(PackageNotFoundError):
-            yield f"{name}=={version(name)}\n"
 
 
 def _compile(need: Requirement, limits: list[str], folder: Path) -> None:

@@ -7,9 +7,9 @@ variables.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
-import math
 import os
 import re
 import select
@@ -96,7 +96,7 @@ def available_cores(root: Path = Path("/")) -> int:
     divided by the processes that torchrun started on the machine. `root` has the folders proc and sys."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = min([cores, *_quotas(root)])
-    return max(1, math.floor(cores / int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, int(cores / int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def _quotas(root: Path) -> Iterator[float]:
@@ -182,19 +182,17 @@ _OF_LAUNCHERS = re.compile(
 )
 
 
-class Places(NamedTuple):
-    """The names under which a launcher gives the rank, the number of ranks and the rank on the machine."""
+class MpiNames(NamedTuple):
+    """The names under which mpirun gives the rank and the number of ranks, of all and of the machine."""
 
-    launcher: str
     rank: str
     size: str
     local_rank: str
+    local_size: str
 
 
-_MPI = (
-    Places("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    Places("mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-)
+_OPEN_MPI = MpiNames(*(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
+_MPICH = MpiNames("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 
 
 def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -207,12 +205,14 @@ def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
         found, launcher = {}, "the launcher"
         if "GROUP_RANK" not in environment and "NODE_RANK" in environment:  # Ray
             found["GROUP_RANK"] = environment["NODE_RANK"]
-    elif mpi := next((each for each in _MPI if {each.rank, each.local_rank} <= environment.keys()), None):
-        found, launcher = _of_mpi(environment, mpi), mpi.launcher
+    elif {_OPEN_MPI.rank, _OPEN_MPI.local_rank} <= environment.keys():
+        found, launcher = _of_mpi(environment, _OPEN_MPI), "mpirun"
+    elif {_MPICH.rank, _MPICH.local_rank} <= environment.keys():
+        found, launcher = _of_mpi(environment, _MPICH), "mpirun"
     elif "SLURM_PROCID" in environment:
         found, launcher = _of_slurm(environment), "srun"
-    elif "PMI_RANK" in environment:
-        found, launcher = _of_mpi(environment, _MPI[1]), "mpirun"
+    elif _MPICH.rank in environment:
+        found, launcher = _of_mpi(environment, _MPICH), "mpirun"
     elif "PET_NNODES" in environment:
         found, launcher = _of_kubeflow(environment), "Kubeflow"
     else:
@@ -227,12 +227,12 @@ def parse_signals(text: str) -> tuple[signal.Signals, ...]:
     """The signals of a list such as "TERM,USR1".
 
     Raises:
-        ValueError: a name is not one of a signal that may stop a run.
+        argparse.ArgumentTypeError: a name is not one of a signal that may stop a run.
     """
     names = [name.strip().upper().removeprefix("SIG") for name in text.split(",") if name.strip()]
     for name in names:
         if name not in _MAY_STOP:
-            raise ValueError(f"{name} is not one of {', '.join(_MAY_STOP)}")
+            raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(_MAY_STOP)}")
     return tuple(_MAY_STOP[name] for name in names)
 
 
@@ -241,17 +241,13 @@ def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if not _OF_LAUNCHERS.match(name)}
 
 
-def _of_mpi(environment: Mapping[str, str], names: Places) -> dict[str, str]:
-    found = {"RANK": environment[names.rank], "WORLD_SIZE": _read(environment, names.size, names.launcher)}
+def _of_mpi(environment: Mapping[str, str], names: MpiNames) -> dict[str, str]:
+    found = {"RANK": environment[names.rank], "WORLD_SIZE": _read(environment, names.size, "mpirun")}
     if names.local_rank in environment:
         found["LOCAL_RANK"] = environment[names.local_rank]
-    if "MASTER_ADDR" not in environment and _local_size(environment) == found["WORLD_SIZE"]:
+    if "MASTER_ADDR" not in environment and environment.get(names.local_size) == found["WORLD_SIZE"]:
         found["MASTER_ADDR"] = "127.0.0.1"
     return {"MASTER_PORT": str(_DEFAULT_PORT), **_given(environment), **found}
-
-
-def _local_size(environment: Mapping[str, str]) -> str | None:
-    return environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") or environment.get("MPI_LOCALNRANKS")
 
 
 def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:

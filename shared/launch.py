@@ -15,7 +15,6 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -60,15 +59,7 @@ _COMMANDS = {
 _ON_ALL_RANKS = ("train", "evaluate", "predict")
 
 
-@dataclass(frozen=True)
-class Command:
-    """A command line and the experiment that it names."""
-
-    arguments: argparse.Namespace
-    experiment: Experiment
-
-
-def read_command(module: str, sections: Sections) -> Command | None:
+def read_command(module: str, sections: Sections) -> tuple[argparse.Namespace, Experiment] | None:
     """Reads the command line and its config, and checks what is known without torch and the detector's library. Errors
     exit the program. A `model_def.py` calls it before it imports torch.
 
@@ -93,7 +84,7 @@ def read_command(module: str, sections: Sections) -> Command | None:
             adopt_launcher()
         experiment = experiment_for(arguments, sections)
         _check(arguments, experiment)
-        return Command(arguments, experiment)
+        return arguments, experiment
 
 
 def experiment_for(arguments: argparse.Namespace, sections: Sections) -> Experiment:
@@ -104,7 +95,7 @@ def experiment_for(arguments: argparse.Namespace, sections: Sections) -> Experim
     return read_experiment(arguments.config, arguments.overrides, sections, with_hyperparameters=is_fixed)
 
 
-def main(trial_class: type[DetectionTrial], command: Command | None = None) -> None:
+def main(trial_class: type[DetectionTrial], command: tuple[argparse.Namespace, Experiment] | None = None) -> None:
     """Runs a command, or trains the trial of a cluster's task.
 
     Args:
@@ -117,12 +108,12 @@ def main(trial_class: type[DetectionTrial], command: Command | None = None) -> N
             show_log()
             train_on_cluster(trial_class)
             return
-        command = command or read_command("__main__", trial_class.sections())
-        run = _load(*_COMMANDS[command.arguments.command])
-        show_log(command.arguments.verbose)
-        if not command.arguments.verbose:  # it reports storage that a local user does not have
+        arguments, experiment = command or read_command("__main__", trial_class.sections())
+        run = _load(*_COMMANDS[arguments.command])
+        show_log(arguments.verbose)
+        if not arguments.verbose:  # it reports storage that a local user does not have
             logging.getLogger("determined").setLevel(logging.ERROR)
-        run(trial_class, command.experiment, command.arguments)
+        run(trial_class, experiment, arguments)
 
 
 def _load(module: str, function: str) -> Callable[..., None]:
@@ -267,7 +258,7 @@ def read_arguments() -> argparse.Namespace:
 
     train.add_argument(
         "--stop-signals",
-        type=_signals,
+        type=parse_signals,
         default=STOP_SIGNALS,
         metavar="NAMES",
         help="signals after which it saves and stops, besides Ctrl-C; default TERM,USR1,USR2,HUP",
@@ -383,13 +374,6 @@ def _count(text: str) -> int:
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-
-
-def _signals(text: str) -> tuple[signal.Signals, ...]:
-    try:
-        return parse_signals(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _status(text: str) -> int:

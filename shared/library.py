@@ -27,9 +27,9 @@ def find_library_config(name: str, submitted: Path, shipped: Path, key: str) -> 
     for place in (submitted, shipped):
         if (place / name).is_file():
             return (place / name).absolute()
-    folders = (submitted / "configs", shipped)
-    files = [(path, folder) for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".yaml")]
-    known = {str(path.relative_to(submitted if folder != shipped else shipped)) for path, folder in files}
+    places = ((submitted, submitted / "configs"), (shipped, shipped))
+    files = [(path, root) for root, folder in places for path in folder.rglob("*") if path.suffix in (".py", ".yaml")]
+    known = {str(path.relative_to(root)) for path, root in files}
     alike = [other for other in known if Path(other).stem == Path(name).stem]
     by_file_name = sorted(alike, key=lambda other: (Path(other).suffix != Path(name).suffix, other))
     listed = f"give one of {shipped}"

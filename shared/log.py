@@ -9,9 +9,9 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 from tqdm import tqdm
@@ -37,7 +37,8 @@ class _AboveTheBar(logging.Handler):
         self.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        ours = _is_ours(record)
+        package = record.name.split(".")[0]
+        ours = package in _OURS or package.endswith(_FILES)
         if not (ours or self.verbose or record.levelno >= logging.WARNING):
             return
         text = redacted(self.format(record))
@@ -47,19 +48,7 @@ class _AboveTheBar(logging.Handler):
         tqdm.write(text, file=sys.stderr)
 
 
-def _is_ours(record: logging.LogRecord) -> bool:
-    package = record.name.split(".")[0]
-    return package in _OURS or package.endswith(_FILES)
-
-
-def _log_warning(
-    message: Warning | str,
-    category: type,
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def _log_warning(message: Warning | str, category: type, filename: str, lineno: int, *_: Any) -> None:
     """Logs a warning of Python. One in an installed library is for its authors, and shown only with --verbose."""
     level = logging.INFO if "site-packages" in filename else logging.WARNING
     logging.getLogger("warnings").log(level, "%s (%s, %s:%d)", message, category.__name__, filename, lineno)
@@ -90,16 +79,13 @@ def redacted(text: str) -> str:
     return text
 
 
-def without_secrets(config: Mapping[str, Any], but: Collection[str] = ()) -> dict[str, Any]:
+def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a config with `REDACTED` instead of each secret.
 
     Secrets are the values of keys such as `password`, `secret_key` or `api_token`, and the passwords that `redacted`
     finds. All values in Determined's `registry_auth` and `environment_variables` are secrets too; their names stay.
-
-    Args:
-        but: top-level sections to copy unchanged.
     """
-    return {key: value if key in but else _clean(value, key, "") for key, value in config.items()}
+    return _clean(config, None, "")
 
 
 def filled_in(clean: Any, config: Any) -> Any:

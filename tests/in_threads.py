@@ -16,8 +16,8 @@ import psutil
 import torch
 import zmq
 
-from shared.training.meeting import loopback_interface
-from shared.training.processes import ProcessContext, host_of_chief
+from shared.training.meeting import interface_towards
+from shared.training.processes import LOOPBACK, Place, ProcessContext
 
 SECONDS = 30  # after which a thread that waits is an error
 
@@ -55,19 +55,12 @@ def processes(size: int, machines: int = 1, gloo: bool = False) -> Iterator[list
         return address.result(SECONDS)
 
     def join(rank: int) -> ProcessContext:
-        return ProcessContext(
-            rank=rank,
-            size=size,
-            local_rank=rank % (size // machines),
-            local_size=size // machines,
-            cross_rank=rank // (size // machines),
-            cross_size=machines,
-            chief_host=host_of_chief(machines),
-            from_chief=from_chief,
-            beside=torch.distributed.ProcessGroupGloo(store, rank, size, timeout) if gloo else None,
-        )
+        machine, local_rank = divmod(rank, size // machines)
+        place = Place(rank, size, local_rank, size // machines, machine, machines, hosts=(), names={}, chief="")
+        beside = torch.distributed.ProcessGroupGloo(store, rank, size, timeout) if gloo else None
+        return ProcessContext(place, from_chief, beside)
 
-    variables = {"MASTER_ADDR": "localhost", "GLOO_SOCKET_IFNAME": loopback_interface()}
+    variables = {"MASTER_ADDR": "localhost", "GLOO_SOCKET_IFNAME": interface_towards(LOOPBACK)}
     with mock.patch.dict(os.environ, variables), contextlib.ExitStack() as stack:
         contexts = on_all(join, list(range(size)))
         for context in contexts:

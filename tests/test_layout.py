@@ -142,7 +142,7 @@ SET_BY = {
     "checkpoints.py": ["plain"],  # a state dict's versions
     "hang.py": ["self._context"],
     "run.py": ["threading"],  # what prints the errors of threads
-    "processes.py": ["self._context", "self._socket", "socket"],
+    "processes.py": ["self._context", "self._socket"],
     "stopping.py": ["_before_fork"],
     "switches.py": ["TrainedInFloat32", "module", "probe"],
     "validation.py": ["module", "torch.distributed"],

@@ -48,7 +48,7 @@ def join(monkeypatch, asked, **environment):
     monkeypatch.setattr(meeting, "open_store", lambda *_: torch.distributed.HashStore())
     monkeypatch.setattr(meeting, "roll_call", lambda *_: ("start", arrivals))
     context = SimpleNamespace(rank=environment["RANK"], close=lambda: None)
-    monkeypatch.setattr(meeting, "ProcessContext", lambda **arguments: context)
+    monkeypatch.setattr(meeting, "ProcessContext", lambda *_: context)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -60,7 +60,7 @@ def test_each_process_has_its_own_device_before_the_first_collective(gpus, monke
     assert gpus == [("set_device", device), ("init", "nccl"), ("group", "gloo")]
 
 
-@pytest.mark.parametrize(("machines", "interface"), [(1, meeting.loopback_interface()), (2, None)])
+@pytest.mark.parametrize(("machines", "interface"), [(1, meeting.interface_towards("127.0.0.1")), (2, None)])
 def test_torch_s_own_exchange_stays_on_one_machine(gpus, monkeypatch, machines, interface):
     ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2 * machines, "LOCAL_WORLD_SIZE": 2}
     join(monkeypatch, gpus, GROUP_WORLD_SIZE=machines, **ranks)

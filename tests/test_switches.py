@@ -186,7 +186,7 @@ def test_the_average_is_the_formula_s_with_a_decay_that_warms_up():
         model(torch.rand(2, 3, 8, 8))
         with torch.no_grad():
             model[0].weight += 1
-        average.update(model)
+        average.update()
         decay = min(0.3, (1 + step) / (10 + step))
         for name, tensor in model.state_dict().items():
             is_float = tensor.is_floating_point()
@@ -203,9 +203,9 @@ def test_reassigned_buffers_and_shared_modules_are_averaged_too():
     model = nn.Sequential(nn.BatchNorm1d(2))
     model.again = model[0]
     average = AveragedWeights(model, decay=0.5)
-    average.update(model)
+    average.update()
     model[0].running_mean = torch.ones(2)
-    average.update(model)
+    average.update()
     assert 0 < average.module[0].running_mean[0] <= 1
 
 

@@ -176,11 +176,11 @@ class MomentumEma(AveragedWeights):
         self.is_mmcv = hook["type"] == "EMAHook"
         super().__init__(model, 1 - self.hook.momentum, steps)
 
-    def begin(self, model: nn.Module) -> None:
-        self.module.load_state_dict(model.state_dict())
+    def begin(self) -> None:
+        self.module.load_state_dict(self.model.state_dict())
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self) -> None:
         number, self.steps = self.steps, self.steps + 1
         momentum = self._momentum(number)
         if momentum is None:
@@ -188,7 +188,7 @@ class MomentumEma(AveragedWeights):
         averaged = dict(self.module.named_parameters())
         averages_buffers = not self.is_mmcv and not self.hook.skip_buffers
         owns, values = [], []
-        for name, value in model.state_dict().items():
+        for name, value in self.model.state_dict().items():
             own = averaged.get(name)
             if own is None:
                 own = self.module.get_buffer(name)

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,6 @@ from shared.training.run_folder import RunFolder
 from shared.training.run_store import RunStore
 from shared.training.saving import saved_batches
 from shared.training.stopping import End, Outcome, StoppedBeforeTraining, StopSignals
-from shared.training.training_metrics import duration
 from shared.training.trial import DetectionTrial
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ class Results:
             print(f"{name}: {self.metric} {number} at batch {report['batches']}, {self.folder.checkpoints / name}")
         if self.outcome.why:
             print(self.outcome)
-        print(f"trained for {duration(self.outcome.seconds)}; the run's folder is {self.folder.path}")
+        print(f"trained for {timedelta(seconds=int(self.outcome.seconds))}; the run's folder is {self.folder.path}")
         if figure := picture_of(self.trial, self.outcome.validation):
             drawing.save(figure, self.folder.predictions)
             print(f"predictions beside the ground truth: {self.folder.predictions}")
@@ -280,7 +280,7 @@ class Results:
                 **({} if best is None else {"best checkpoint": f"batch {best} of {outcome.total}"}),
                 **({"ended by": outcome.why} if outcome.why else {}),
                 "device": trial.context.device,
-                "time": duration(self.outcome.seconds),
+                "time": timedelta(seconds=int(outcome.seconds)),
                 **speed(reports),
                 **software(shipped.parent),
             },

@@ -69,7 +69,6 @@ class Detector(PyTorchTrial):
     seed: int
     rank: int
     slots: int  # how many processes there are
-    on_cluster: bool
     for_training: bool  # False to evaluate or predict
     validates_loss: bool
 
@@ -247,12 +246,11 @@ class Detector(PyTorchTrial):
 
     def build_evaluator(self, data: SplitData) -> ChiefReducer:
         """The evaluator over the images of `evaluated_images`. Its `update` takes what `detect` returns."""
-        gather = self.context.distributed.gather
         return CocoEvaluator(
             data.annotations,
             self.iou_types,
             self.evaluated_ids(data),
-            gather=gather,
+            gather=self.context.distributed.gather,
             max_detections=self.scored_detections(self.experiment.config["hyperparameters"]),
         )
 

@@ -27,7 +27,7 @@ from shared.training.resume import BuiltOptimizer, check_categories, merged
 from shared.training.run import DrawFigures, Run, TensorBoard
 from shared.training.saving import Background, FiniteCheck, HostCopy, Snapshot, checkpoint_state
 from shared.training.stopping import BestSoFar, Clock, End, Outcome, Stopping
-from shared.training.training_metrics import Progress, summary_of
+from shared.training.training_metrics import Progress
 from shared.training.trial import DetectionTrial
 from shared.training.validation import Validation
 
@@ -173,9 +173,10 @@ class _Training:
         if not is_whole:
             metrics.continue_with(metrics.begun(), trial.rank, trial.slots)
         elif self.is_chief:
-            self.run.report_training(self.batches, self.epochs, metrics.last, steering)
-            self.tensorboard.write("train", metrics.last, self.batches)
-            self.progress.describe(summary_of(metrics.last))
+            last = metrics.last
+            self.run.report_training(self.batches, self.epochs, last, steering)
+            self.tensorboard.write("train", last, self.batches)
+            self.progress.describe(f"loss {last['loss']:.3f}, {last['images_per_second']:.1f} images/s")
         if self.is_chief:
             self.tensorboard.write_figures()
 

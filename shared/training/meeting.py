@@ -27,7 +27,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from shared.environment import on_cluster
 from shared.errors import DivergedError, UserError
-from shared.training.processes import LONGER, Address, ProcessContext, host_of_chief
+from shared.training.processes import LONGER, LOOPBACK, Address, Place, ProcessContext, host_of_chief
 from shared.training.standings import named_ranks, span
 
 logger = logging.getLogger(__name__)
@@ -204,27 +204,6 @@ def own_address(other: str) -> str:
 # --- the processes ----------------------------------------------------------------------------------
 
 
-class Place(NamedTuple):
-    """Where a process is among those of its run.
-
-    Attributes:
-        machine, machines: which machine it is on, and of how many.
-        hosts: the names of the machines, by rank.
-        names: the names of the machines, by address.
-        chief: the address of the chief's machine in the network; empty if no rank knows it.
-    """
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    machine: int
-    machines: int
-    hosts: Sequence[str]
-    names: Mapping[str, str]
-    chief: str
-
-
 def place_of(rank: int, arrivals: Sequence[Arrival]) -> Place:
     """A rank's place: as its launcher gives it, or from the machines of all ranks."""
     machines = [arrival.machine for arrival in arrivals]
@@ -265,23 +244,10 @@ def local_processes(
     store = open_store(rank, seconds, rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
     start, arrivals = roll_call(store, rank, size, seconds)
     place = place_of(rank, arrivals)
-    with contextlib.ExitStack() as stack:
-        device, beside = _join_group(place, gpus_given, hang_minutes, PrefixStore(start, store))
-        host = host_of_chief(place.machines)
-        distributed = ProcessContext(
-            rank=rank,
-            size=size,
-            local_rank=place.local_rank,
-            local_size=place.local_size,
-            cross_rank=place.machine,
-            cross_size=place.machines,
-            chief_host=host,
-            from_chief=functools.partial(_address_from_chief, host, device),
-            hosts=place.hosts if place.machines > 1 else (),
-            beside=beside,
-        )
-        stack.enter_context(_closing(distributed))
-        stack.enter_context(lost_connection_as_error(rank, place.names))
+    device, beside = _join_group(place, gpus_given, hang_minutes, PrefixStore(start, store))
+    from_chief = functools.partial(_address_from_chief, host_of_chief(place.machines), device)
+    distributed = ProcessContext(place, from_chief, beside)
+    with _closing(distributed), lost_connection_as_error(rank, place.names):
         yield distributed, device
 
 
@@ -294,23 +260,20 @@ def _join_group(
     if place.machines == 1:
         # Gloo and NCCL would listen where the rest of the network reaches them
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, loopback_interface())
+            os.environ.setdefault(variable, interface_towards(LOOPBACK))
     elif place.chief and (interface := interface_towards(place.chief)):
         # Gloo would listen where this host's own name leads
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = _collective_timeout(hang_minutes)
-    if timeout is not None:
+    timeout = None  # torch's own
+    if hang_minutes is not None:
+        # long enough for the watch to come first: it names the rank that is stuck
+        minutes = min(max(2 * LONGER * hang_minutes, _MINUTES_A_COLLECTIVE_MAY_WAIT), _MOST_MINUTES)
+        timeout = timedelta(minutes=minutes)
         store.set_timeout(timeout)
     torch.distributed.init_process_group(backend, timeout=timeout, store=store, rank=place.rank, world_size=place.size)
     # NCCL would make the host wait for the device
     return device, None if backend == "gloo" else torch.distributed.new_group(backend="gloo", timeout=timeout)
-
-
-def loopback_interface() -> str:
-    """Its name: "lo", on macOS "lo0"."""
-    names = [name for _, name in socket.if_nameindex()]
-    return "lo0" if "lo0" in names else "lo"
 
 
 def interface_towards(address: str) -> str | None:
@@ -373,13 +336,6 @@ def _address_from_chief(host: str, device: torch.device, address: Address | None
     torch.distributed.broadcast(tensor, src=0)
     received = bytes(tensor.tolist())
     return Address(host, int.from_bytes(received[:2], "big"), received[2:])
-
-
-def _collective_timeout(hang_minutes: float | None) -> timedelta | None:
-    """Long enough for the watch to come first: it names the rank that is stuck. None for torch's own timeout."""
-    if hang_minutes is None:
-        return None
-    return timedelta(minutes=min(max(2 * LONGER * hang_minutes, _MINUTES_A_COLLECTIVE_MAY_WAIT), _MOST_MINUTES))
 
 
 @contextlib.contextmanager

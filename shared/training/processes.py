@@ -7,12 +7,11 @@ encrypts). On one machine the socket listens on the loopback interface only.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -43,80 +42,68 @@ class Address(NamedTuple):
     key: bytes
 
 
+class Place(NamedTuple):
+    """Where a process is among those of its run.
+
+    Attributes:
+        rank, size: which process it is, and of how many; local_rank and local_size count those of its machine.
+        machine, machines: which machine it is on, and of how many.
+        hosts: the names of the machines, by rank.
+        names: the names of the machines, by address.
+        chief: the address of the chief's machine in the network; empty if no rank knows it.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    machine: int
+    machines: int
+    hosts: Sequence[str]
+    names: Mapping[str, str]
+    chief: str
+
+
 def host_of_chief(machines: int) -> str:
     """The host at which the other processes of a run find the chief."""
     return LOOPBACK if machines == 1 else os.environ.get("MASTER_ADDR", LOOPBACK)
-
-
-def listen(socket: zmq.Socket, host: str) -> Address:
-    """Makes a socket listen at a free port.
-
-    Args:
-        host: at which the others find this machine. If it is not `LOOPBACK`, the socket listens on all interfaces:
-            many machines' own names resolve to an address that no other machine reaches.
-    """
-    key, socket.curve_secretkey = zmq.curve_keypair()
-    socket.curve_server = True
-    _keep_alive(socket)
-    port = socket.bind_to_random_port(f"tcp://{LOOPBACK if host == LOOPBACK else '*'}")
-    return Address(host, port, key)
-
-
-def connect(socket: zmq.Socket, address: Address) -> None:
-    """Connects a socket to one that listens. A wrong key is no error: the messages are never delivered."""
-    socket.curve_serverkey = address.key
-    socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
-    _keep_alive(socket)
-    socket.connect(f"tcp://{address.host}:{address.port}")
-
-
-def _keep_alive(socket: zmq.Socket) -> None:
-    # by the kernel, which answers also for a process that is stopped
-    socket.tcp_keepalive = 1
-    socket.tcp_keepalive_idle = socket.tcp_keepalive_intvl = _SECONDS_BETWEEN_PROBES
 
 
 class ProcessContext(DistributedContext):
     """The processes of a run, and what they exchange. All of them create it together.
 
     Args:
-        rank, size: which process this is, and of how many; local_… of this machine, cross_… counts machines.
-        chief_host: at which the others find the chief.
         from_chief: given the chief's address on the chief and None elsewhere, returns it on all processes.
-        hosts: the names of the machines, by rank; empty on one machine.
         beside: a group of Gloo for `begin_max`; None if the default group is one.
+
+    Attributes:
+        hosts: the names of the machines, by rank; empty on one machine.
     """
 
     def __init__(
         self,
-        *,
-        rank: int,
-        size: int,
-        local_rank: int,
-        local_size: int,
-        cross_rank: int,
-        cross_size: int,
-        chief_host: str,
+        place: Place,
         from_chief: Callable[[Address | None], Address],
-        hosts: Sequence[str] = (),
         beside: torch.distributed.ProcessGroup | None = None,
     ):
         # of a single process, Determined's own opens no port
         super().__init__(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
-        self.rank, self.size = rank, size
-        self.local_rank, self.local_size = local_rank, local_size
-        self.cross_rank, self.cross_size = cross_rank, cross_size
-        self.hosts, self._beside = hosts, beside
-        self._of_all = self._of_machine = self._of_firsts = Star(rank, size)
-        self._of_all.meet(from_chief(self._of_all.listen(chief_host) if rank == 0 else None))
-        if cross_size > 1:
-            self._of_machine = Star(local_rank, local_size)
-            self._of_firsts = Star(cross_rank, cross_size)
-            own = self._of_machine.listen(LOOPBACK) if local_rank == 0 else None
-            hub = self._of_firsts.listen(chief_host) if rank == 0 else None
-            of_ranks = self.allgather((cross_rank, own, hub))
-            self._of_machine.meet({machine: address for machine, address, _ in of_ranks if address}[cross_rank])
-            if local_rank == 0:
+        self.rank, self.size = place.rank, place.size
+        self.local_rank, self.local_size = place.local_rank, place.local_size
+        self.cross_rank, self.cross_size = place.machine, place.machines
+        self.hosts = place.hosts if self.cross_size > 1 else ()
+        self._beside = beside
+        host = host_of_chief(self.cross_size)
+        self._of_all = self._of_machine = self._of_firsts = Star(self.rank, self.size)
+        self._of_all.meet(from_chief(self._of_all.listen(host) if self.rank == 0 else None))
+        if self.cross_size > 1:
+            self._of_machine = Star(self.local_rank, self.local_size)
+            self._of_firsts = Star(self.cross_rank, self.cross_size)
+            own = self._of_machine.listen(LOOPBACK) if self.local_rank == 0 else None
+            hub = self._of_firsts.listen(host) if self.rank == 0 else None
+            of_ranks = self.allgather((self.cross_rank, own, hub))
+            self._of_machine.meet({machine: address for machine, address, _ in of_ranks if address}[self.cross_rank])
+            if self.local_rank == 0:
                 self._of_firsts.meet(of_ranks[0][2])
 
     def close(self) -> None:
@@ -171,18 +158,32 @@ class Star:
         self._context.linger = linger
         self._socket = self._context.socket(zmq.DEALER if number else zmq.ROUTER)
         self._socket.sndhwm = self._socket.rcvhwm = 0  # no message is ever dropped
+        # by the kernel, which answers also for a process that is stopped
+        self._socket.tcp_keepalive = 1
+        self._socket.tcp_keepalive_idle = self._socket.tcp_keepalive_intvl = _SECONDS_BETWEEN_PROBES
         if number:
             self._socket.routing_id = _name(number)
         else:
             self._socket.router_handover = True  # to one that connects again
-        self._waiting: dict[bytes, collections.deque[bytes]] = collections.defaultdict(collections.deque)
 
     def listen(self, host: str) -> Address:
-        return listen(self._socket, host)
+        """Makes the hub listen at a free port.
+
+        Args:
+            host: at which the others find this machine. If it is not `LOOPBACK`, the hub listens on all interfaces:
+                many machines' own names resolve to an address that no other machine reaches.
+        """
+        key, self._socket.curve_secretkey = zmq.curve_keypair()
+        self._socket.curve_server = True
+        port = self._socket.bind_to_random_port(f"tcp://{LOOPBACK if host == LOOPBACK else '*'}")
+        return Address(host, port, key)
 
     def meet(self, hub: Address) -> None:
+        """Connects to the hub. A wrong key is no error: the messages are never delivered."""
         if self.number:
-            connect(self._socket, hub)
+            self._socket.curve_serverkey = hub.key
+            self._socket.curve_publickey, self._socket.curve_secretkey = zmq.curve_keypair()
+            self._socket.connect(f"tcp://{hub.host}:{hub.port}")
         self.gather(None)  # the hub knows a process only once it has heard from it
 
     def gather(self, stuff: Any) -> list | None:
@@ -229,14 +230,11 @@ class Star:
         if self.number:
             self._socket.send_multipart([pickle.dumps(stuff)], copy=False)
             return None
-        return [stuff, *(self._received_from(number) for number in range(1, self.size))]
-
-    def _received_from(self, number: int) -> Any:
-        waiting = self._waiting[_name(number)]
-        while not waiting:
+        collected = {0: stuff}
+        while len(collected) < self.size:  # a process sends its next message only after the hub's answer
             sender, message = self._socket.recv_multipart()
-            self._waiting[sender].append(message)
-        return pickle.loads(waiting.popleft())
+            collected[int(sender)] = pickle.loads(message)
+        return [collected[number] for number in range(self.size)]
 
 
 def _name(number: int) -> bytes:

@@ -33,17 +33,17 @@ class AveragedWeights:
     """
 
     def __init__(self, model: nn.Module, decay: float, steps: int = 0):
-        self.module = deepcopy(model).eval().requires_grad_(False)
+        self.model, self.module = model, deepcopy(model).eval().requires_grad_(False)
         self.decay, self.steps = decay, steps
         state = model.state_dict()
         self._averaged = [name.rpartition(".") for name in state if state[name].is_floating_point()]
         self._copied = [name.rpartition(".") for name in state if not state[name].is_floating_point()]
-        self._own_modules = _modules(self.module)
-        self._modules_of: tuple[nn.Module | None, dict[str, nn.Module]] = (None, {})
+        self._own_modules = dict(self.module.named_modules(remove_duplicate=False))
+        self._modules = dict(model.named_modules(remove_duplicate=False))
 
-    def begin(self, model: nn.Module) -> None:
+    def begin(self) -> None:
         """Starts the average from the model's weights, and its decay's warm-up too."""
-        self.module.load_state_dict(model.state_dict())
+        self.module.load_state_dict(self.model.state_dict())
         self.steps = 0
 
     def load(self, weights: Mapping[str, Any], steps: int | None) -> None:
@@ -52,20 +52,14 @@ class AveragedWeights:
         self.steps = self.steps if steps is None else steps
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self) -> None:
         """Takes the weights in, after an optimizer step."""
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         self.steps += 1
-        if self._modules_of[0] is not model:
-            self._modules_of = model, _modules(model)
-        own, new = self._own_modules, self._modules_of[1]
+        own, new = self._own_modules, self._modules
         torch._foreach_lerp_(_tensors(own, self._averaged), _tensors(new, self._averaged), 1 - decay)
         if self._copied:
             torch._foreach_copy_(_tensors(own, self._copied), _tensors(new, self._copied))
-
-
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    return dict(model.named_modules(remove_duplicate=False))
 
 
 def _tensors(modules: dict[str, nn.Module], names: list[tuple[str, str, str]]) -> list[torch.Tensor]:
@@ -119,22 +113,10 @@ def _keep_mode(module: nn.Module, mode: bool = True) -> nn.Module:
     return module
 
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 def autocast(amp: str | None, device: torch.device) -> torch.autocast:
     """PyTorch's autocast. A CPU detects in float32 after fp16 training: its half precision is slower."""
-    dtype = DTYPES.get(amp)
-    if device.type != "cuda" and dtype == torch.float16:
-        dtype = None
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16 if device.type == "cuda" else None}.get(amp)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
-def lay_out_channels_last(model: nn.Module) -> None:
-    """Stores the weights of convolutions with the channels last."""
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            module.to(memory_format=torch.channels_last)
 
 
 def train_depthwise_in_float32(model: nn.Module) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -185,18 +185,18 @@ class Progress:
         self.first, self.total, self.unit = first, total, unit
         self.batches, self.text = first, ""
         self.started = self.last_line = time.monotonic()
-        self.on_terminal = sys.stderr.isatty()
-        shown = {"file": sys.stderr, "mininterval": 0.5, "dynamic_ncols": True, "disable": not self.on_terminal}
-        self.bar = tqdm(initial=first, total=total, unit=unit, **shown)
+        # `disable=None`: without a terminal
+        self.bar = tqdm(initial=first, total=total, unit=unit, mininterval=0.5, dynamic_ncols=True, disable=None)
 
     def update(self, count: int = 1) -> None:
         """Counts `count` more batches."""
         self.batches += count
         self.bar.update(count)
         now = time.monotonic()
-        if not self.on_terminal and now - self.last_line >= SECONDS_BETWEEN_LINES:
+        if self.bar.disable and now - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = now
-            left = duration((now - self.started) / (self.batches - self.first) * (self.total - self.batches))
+            seconds = (now - self.started) / (self.batches - self.first) * (self.total - self.batches)
+            left = timedelta(seconds=int(seconds))
             text = self.text and f", {self.text}"
             logger.info("%s %d of %d%s, %s left", self.unit, self.batches, self.total, text, left)
 
@@ -207,13 +207,3 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
-
-
-def summary_of(metrics: Mapping[str, float]) -> str:
-    """A training report in a few words."""
-    return f"loss {metrics['loss']:.3f}, {metrics['images_per_second']:.1f} images/s"
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"

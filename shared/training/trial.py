@@ -89,7 +89,6 @@ class DetectionTrial(Detector):
         )
         distributed = context.distributed
         self.rank, self.slots = distributed.rank, distributed.size
-        self.on_cluster = on_cluster()
         self.for_training = for_training
         self.hparams = deepcopy(self.experiment.hyperparameters)  # a detector's own config completes them
         self.validates_loss = for_training and self.hparams.validation_loss
@@ -102,7 +101,7 @@ class DetectionTrial(Detector):
         self.searcher_metric = self.experiment.searcher_metric(self.reported_metrics() if for_training else None)
         self.global_batch_size = self.hparams.global_batch_size
         self.per_slot_batch_size = per_slot_batch_size(self.global_batch_size, self.slots)
-        self.seed = context.get_trial_seed() if self.on_cluster else self.experiment.seed
+        self.seed = context.get_trial_seed() if on_cluster() else self.experiment.seed
         self.first_batch = self.batches_trained = context.get_initial_batch()
         self.aggregation_frequency = self.experiment.aggregation_frequency
         self.last_validation = {}
@@ -200,7 +199,7 @@ class DetectionTrial(Detector):
         """The model with `amp`, `channels_last`, `sync_bn`, `freeze` and `torch_compile`."""
         hparams, device = self.hparams, self.context.device
         if hparams.channels_last:
-            switches.lay_out_channels_last(model)
+            nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
         if hparams.amp == "bf16" and device.type == "cpu" and self.for_training:
             switches.train_depthwise_in_float32(model)
         if hparams.sync_bn and self.slots > 1:
@@ -318,7 +317,7 @@ class DetectionTrial(Detector):
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Continues from what `training_state` gave. The weights are loaded."""
         if self.ema is not None and state["ema"] is None:
-            self.ema.begin(self.plain_model)
+            self.ema.begin()
         elif self.ema is not None:
             self.ema.load(state["ema"], state.get("ema_steps"))
         self.last_validation = dict(state["last_validation"])
@@ -340,12 +339,8 @@ class DetectionTrial(Detector):
     # --- what Determined calls ----------------------------------------------------------------------------
 
     def build_training_data_loader(self) -> PrefetchLoader:
-        self.training_loader = PrefetchLoader(
-            self.training_batch_loader(),
-            self.context.device,
-            self._prepare_training_batch,
-            self.first_batch,
-        )
+        batches, device = self.training_batch_loader(), self.context.device
+        self.training_loader = PrefetchLoader(batches, device, self._prepare_training_batch, self.first_batch)
         return self.training_loader
 
     def build_validation_data_loader(self, stop: Callable[[], bool] = lambda: False) -> DataLoader:
@@ -369,7 +364,7 @@ class DetectionTrial(Detector):
             if ends_step:
                 switches.step(self.optimizer, self.aggregation_frequency, self.clip_gradients(), self.scaler)
                 if self.ema is not None:
-                    self.ema.update(self.plain_model)
+                    self.ema.update()
         except FloatingPointError as error:  # a library looks itself
             raise diverged(batch_idx, batch.image_ids) from error
         self.watch.mark(Phase.STEPPED, batch_idx + 1)

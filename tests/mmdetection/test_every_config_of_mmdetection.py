@@ -303,7 +303,7 @@ def _trial(config: str, classes: tuple[str, ...] | None = None) -> MMDetectionTr
     trial.context = SimpleNamespace(device=torch.device("cpu"))
     trial.bad_images, trial.seed, trial.for_training, trial.first_batch = BadImages(), 0, True, 0
     trial.aggregation_frequency, trial.mode_switch, trial.plain_model = 1, None, torch.nn.Module()
-    trial.slots, trial.on_cluster, trial.train_samples = 1, False, None
+    trial.slots, trial.train_samples = 1, None
     trial.read_own_config()
     trial.hparams.weights = None  # the config's load_from, which is not downloaded here
     return trial

@@ -494,7 +494,7 @@ def test_the_averaged_weights_are_those_of_mmdetection_s_hook(hook):
             upstream_model[1].running_mean.copy_(model[1].running_mean)
         runner._iter = number
         upstream.after_train_iter(runner)
-        ours.update(model)
+        ours.update()
     averaged = ours.module.state_dict()
     buffers = dict(upstream_model.named_buffers())
     for name, buffer in upstream.param_ema_buffer.items():
