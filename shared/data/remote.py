@@ -155,60 +155,67 @@ def version_of(url: str, options: StoreOptions) -> dict[str, str]:
     return {key: str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None}
 
 
-def write_url(url: str, data: bytes, options: StoreOptions) -> None:
-    """Replaces a file in a bucket as a whole. Readers get the old content or the new one.
+@dataclass(frozen=True)
+class BucketPlace:
+    """A folder of a bucket, as a `shared.data.storage.Place`. Failed requests are repeated for `options.timeout`
+    seconds."""
 
-    Raises:
-        StoreError: the store does not answer, or refuses.
-    """
-    seconds = _attempt_seconds(options) + len(data) / 2**20
-    _written(lambda files: files.pipe_file(url, data, timeout=seconds), url, options)
+    url: str
+    options: StoreOptions
 
+    def __str__(self) -> str:
+        return self.url
 
-def send_file(path: Path, url: str, options: StoreOptions) -> None:
-    """The same with the content of a file on disk, which is not read into memory as a whole."""
-    seconds = _attempt_seconds(options) + path.stat().st_size / 2**20
-    _written(lambda files: files.put_file(str(path), url, timeout=seconds), url, options)
+    def read(self, name: str) -> bytes | None:
+        try:
+            return read_url(f"{self.url}/{name}", self.options)
+        except FileNotFoundError:
+            return None
 
+    def write(self, name: str, data: bytes) -> None:
+        seconds = _attempt_seconds(self.options) + len(data) / 2**20
+        self._write(lambda files, url: files.pipe_file(url, data, timeout=seconds), name)
 
-def fetch_file(url: str, path: Path, options: StoreOptions) -> None:
-    """Copies a file of a bucket to the disk. The errors are those of `read_url`."""
+    def send(self, path: Path, name: str) -> None:
+        seconds = _attempt_seconds(self.options) + path.stat().st_size / 2**20
+        self._write(lambda files, url: files.put_file(str(path), url, timeout=seconds), name)
 
-    def fetch(files: AsyncFileSystem) -> None:
-        size = files.info(url, timeout=_attempt_seconds(options))["size"]
-        files.get_file(url, str(path), timeout=_attempt_seconds(options) + size / 2**20)
+    def fetch(self, name: str, path: Path) -> None:
+        url, seconds = f"{self.url}/{name}", _attempt_seconds(self.options)
 
-    _request(fetch, url, options)
+        def fetch(files: AsyncFileSystem) -> None:
+            size = files.info(url, timeout=seconds)["size"]
+            files.get_file(url, str(path), timeout=seconds + size / 2**20)
 
+        _request(fetch, url, self.options)
 
-def files_below(url: str, options: StoreOptions) -> list[str]:
-    """The names of the files in a folder of a bucket and in its subfolders, relative to it. The errors are those of
-    `read_url`, without the first."""
+    def names(self, folder: str) -> list[str]:
+        url = f"{self.url}/{folder}"
 
-    def find(files: AsyncFileSystem) -> list[str]:
-        prefix = "/".join(files.split_path(url)[:2]) + "/"
-        found = files.find(url, timeout=_attempt_seconds(options))
-        return [name.removeprefix(prefix) for name in found if name.startswith(prefix)]
+        def find(files: AsyncFileSystem) -> list[str]:
+            prefix = "/".join(files.split_path(url)[:2]) + "/"
+            found = files.find(url, timeout=_attempt_seconds(self.options))
+            return [name.removeprefix(prefix) for name in found if name.startswith(prefix)]
 
-    try:
-        return _request(find, url, options)
-    except FileNotFoundError:
-        return []
+        try:
+            return _request(find, url, self.options)
+        except FileNotFoundError:
+            return []
 
+    def delete(self, folder: str) -> None:
+        url, seconds = f"{self.url}/{folder}", self.options.timeout
+        with contextlib.suppress(FileNotFoundError):
+            _request(lambda files: files.rm(url, recursive=True, timeout=seconds), url, self.options, "deleted")
 
-def delete_folder(url: str, options: StoreOptions) -> None:
-    """Deletes the files in a folder of a bucket and in its subfolders. The errors are those of `write_url`."""
-    with contextlib.suppress(FileNotFoundError):
-        _request(lambda files: files.rm(url, recursive=True, timeout=options.timeout), url, options, "deleted")
-
-
-def _written(request: Callable[[AsyncFileSystem], None], url: str, options: StoreOptions) -> None:
-    try:
-        _request(request, url, options, "written")
-    except FileNotFoundError as error:
-        raise StoreError(
-            f"{url} cannot be written: there is no bucket {urlsplit(url).netloc!r}. Fix: create it, or name another one"
-        ) from error
+    def _write(self, request: Callable[[AsyncFileSystem, str], None], name: str) -> None:
+        url = f"{self.url}/{name}"
+        try:
+            _request(lambda files: request(files, url), url, self.options, "written")
+        except FileNotFoundError as error:
+            bucket = urlsplit(url).netloc
+            raise StoreError(
+                f"{url} cannot be written: there is no bucket {bucket!r}. Fix: create it, or name another one"
+            ) from error
 
 
 @dataclass

@@ -25,9 +25,8 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from shared.config.schema import StoreOptions, is_url
-from shared.data import remote
 from shared.data.cache import Look, Sizes, find, folders_of, mark_as_cache, modified
-from shared.data.remote import RemoteImages, StoreError
+from shared.data.remote import BucketPlace, RemoteImages, StoreError
 from shared.durable import locked, sync_path, write_file, writing
 from shared.errors import UserError
 
@@ -352,38 +351,6 @@ def fetch_folder(place: Place, folder: str, new: Path) -> None:
         (new / name).parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             place.fetch(f"{folder}/{name}", new / name)
-
-
-@dataclass(frozen=True)
-class BucketPlace:
-    """A folder of a bucket. Failed requests are repeated for `options.timeout` seconds."""
-
-    url: str
-    options: StoreOptions
-
-    def __str__(self) -> str:
-        return self.url
-
-    def read(self, name: str) -> bytes | None:
-        try:
-            return remote.read_url(f"{self.url}/{name}", self.options)
-        except FileNotFoundError:
-            return None
-
-    def write(self, name: str, data: bytes) -> None:
-        remote.write_url(f"{self.url}/{name}", data, self.options)
-
-    def send(self, path: Path, name: str) -> None:
-        remote.send_file(path, f"{self.url}/{name}", self.options)
-
-    def fetch(self, name: str, path: Path) -> None:
-        remote.fetch_file(f"{self.url}/{name}", path, self.options)
-
-    def names(self, folder: str) -> list[str]:
-        return remote.files_below(f"{self.url}/{folder}", self.options)
-
-    def delete(self, folder: str) -> None:
-        remote.delete_folder(f"{self.url}/{folder}", self.options)
 
 
 @dataclass(frozen=True)
