@@ -42,12 +42,11 @@ def open_split(data: DataConfig, split: str, images: ImageStorage | None = None)
     Raises:
         UserError: a path is missing, the annotations are not COCO or contradict themselves, image files are missing.
     """
-    return _OPENERS.get(data.backend, _open_files)(data, split, images)
-
-
-def _open_files(data: DataConfig, split: str, images: ImageStorage | None) -> SplitData:
-    """A COCO file and a folder, each on disk or in a store."""
     paths: Split | None = getattr(data, split)
+    if not data.reads_files:
+        if paths is not None:
+            logger.warning("data.%s is not read, because data.backend: fake draws its own data. Fix: write disk", split)
+        return SplitData(CocoAnnotations.from_dict(synthetic.fake_split(split)), synthetic.FakeImages(split))
     if paths is None:
         raise UserError(f"data.{split} is missing. Fix: give its `annotations` and `images`")
     try:
@@ -103,17 +102,6 @@ def notes_on(annotations: CocoAnnotations, split: str) -> list[str]:
             "are right"
         )
     return notes
-
-
-def _open_fake(data: DataConfig, split: str, images: ImageStorage | None) -> SplitData:
-    """A small synthetic data set."""
-    if getattr(data, split) is not None:
-        logger.warning("data.%s is not read, because data.backend: fake draws its own data. Fix: write disk", split)
-    return SplitData(CocoAnnotations.from_dict(synthetic.fake_split(split)), synthetic.FakeImages(split))
-
-
-# backends that are not a COCO file and a folder of images
-_OPENERS = {"fake": _open_fake}
 
 
 def open_train_and_val(data: DataConfig) -> tuple[SplitData, SplitData]:

@@ -300,7 +300,7 @@ class Place(Protocol):
         """Replaces a file as a whole. Readers get the old content or the new one."""
 
     def send(self, path: Path, name: str) -> None:
-        """The same with the content of a file on this machine."""
+        """The same with the content of a file on this machine, which is not read into memory as a whole."""
 
     def fetch(self, name: str, path: Path) -> None:
         """Copies a file to this machine.
