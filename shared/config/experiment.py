@@ -85,8 +85,36 @@ class Experiment:
         return self.hyperparameters.hang_minutes
 
     def searcher_metric(self, reported: Iterable[str] | None) -> SearcherMetric:
-        """The metric that decides which checkpoint is the best, see `parse_searcher_metric`."""
-        return parse_searcher_metric(self.config, reported)
+        """The metric that decides which checkpoint is the best.
+
+        Args:
+            reported: the names that a validation reports; None if they are not known in advance.
+
+        Raises:
+            UserError: a validation does not report the metric, or `smaller_is_better` contradicts it.
+        """
+        searcher = self.config.get("searcher") or {}
+        if (name := searcher.get("name") or "single") not in _SEARCHERS:
+            raise UserError(f"searcher.name: {name!r} is unknown{nearest(str(name), _SEARCHERS)}")
+        metric = searcher.get("metric") or "bbox_mAP"
+        if reported is not None and metric not in (reported := list(reported)):
+            hint = nearest(metric, reported)
+            if metric.startswith("val_"):
+                fix = "hyperparameters.validation_loss: true reports a validation's losses; val_loss is their total"
+                hint = f". Fix: {fix}"
+            raise UserError(f"searcher.metric: {metric!r} is not reported{hint}")
+        written, known = searcher.get("smaller_is_better"), smaller_is_better(metric)
+        if written is None and known is None:
+            raise UserError(
+                f"searcher.smaller_is_better: it is missing, and the name {metric!r} does not show which values are "
+                "better. Fix: give true or false"
+            )
+        if None not in (written, known) and bool(written) != known:
+            raise UserError(
+                f"searcher.smaller_is_better is {str(bool(written)).lower()}, and a {'smaller' if known else 'larger'} "
+                f"{metric!r} is better. Fix: write {str(known).lower()}; without the key, Determined assumes true"
+            )
+        return SearcherMetric(metric, bool(written) if known is None else known)
 
     def with_hyperparameters(self, hyperparameters: Mapping[str, Any]) -> Experiment:
         """The experiment with these hyperparameters, parsed."""
@@ -288,38 +316,6 @@ def _length(value: Any, key: str) -> Length:
     if type(count) is not int or count < 1:
         raise UserError(f"{key}.{unit}: {count!r} is not a positive whole number. Fix: give 1 or more")
     return Length(unit, count)
-
-
-def parse_searcher_metric(config: Mapping[str, Any], reported: Iterable[str] | None) -> SearcherMetric:
-    """The metric that decides which checkpoint is the best.
-
-    Args:
-        reported: the names that a validation reports; None if they are not known in advance.
-
-    Raises:
-        UserError: a validation does not report the metric, or `smaller_is_better` contradicts it.
-    """
-    searcher = config.get("searcher") or {}
-    if (name := searcher.get("name") or "single") not in _SEARCHERS:
-        raise UserError(f"searcher.name: {name!r} is unknown{nearest(str(name), _SEARCHERS)}")
-    metric = searcher.get("metric") or "bbox_mAP"
-    if reported is not None and metric not in (reported := list(reported)):
-        hint = nearest(metric, reported)
-        if metric.startswith("val_"):
-            hint = ". Fix: hyperparameters.validation_loss: true reports a validation's losses; val_loss is their total"
-        raise UserError(f"searcher.metric: {metric!r} is not reported{hint}")
-    written, known = searcher.get("smaller_is_better"), smaller_is_better(metric)
-    if written is None and known is None:
-        raise UserError(
-            f"searcher.smaller_is_better: it is missing, and the name {metric!r} does not show which values are "
-            "better. Fix: give true or false"
-        )
-    if None not in (written, known) and bool(written) != known:
-        raise UserError(
-            f"searcher.smaller_is_better is {str(bool(written)).lower()}, and a {'smaller' if known else 'larger'} "
-            f"{metric!r} is better. Fix: write {str(known).lower()}; without the key, Determined assumes true"
-        )
-    return SearcherMetric(metric, bool(written) if known is None else known)
 
 
 def smaller_is_better(metric: str) -> bool | None:
