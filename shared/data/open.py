@@ -14,8 +14,8 @@ from shared.data import checks, synthetic
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.checks import check_box_format, check_images, first_dark_image, refuse_names_outside, under_a_pixel
 from shared.data.images import allow_pixels
-from shared.data.remote import StoreError
-from shared.data.storage import ImageStorage, Listed, open_images
+from shared.data.remote import RemoteImages, StoreError
+from shared.data.storage import CachedImages, DiskImages, ImageStorage, open_images
 from shared.errors import UserError, count_of
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,9 @@ def open_split(data: DataConfig, split: str, images: ImageStorage | None = None)
         refuse_names_outside(annotations, where)
         check_box_format(annotations, f"data.{split}.annotations")
         if data.check_images:
-            if isinstance(images, Listed):
-                check_images(annotations, images, where, skip=data.on_bad_image == "skip")
+            source = images.remote if isinstance(images, CachedImages) else images
+            if isinstance(source, (DiskImages, RemoteImages)):  # they tell which images they have
+                check_images(annotations, source, where, skip=data.on_bad_image == "skip")
             if _is_first_process() and (dark := first_dark_image(annotations, images)):
                 logger.warning("data.%s: %s", split, dark)
     except StoreError as error:

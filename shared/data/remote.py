@@ -243,6 +243,7 @@ class RemoteImages:
 
     @property
     def place(self) -> str | None:
+        """Identifies the store, so that a look can be remembered; None if it must not be."""
         return None if self.is_web_server else f"{self.url} at {self.options.endpoint_url}"
 
     def location(self, file_name: str) -> str:
@@ -263,27 +264,25 @@ class RemoteImages:
         return self._sizes[file_name] if self._sizes is not None else None
 
     def take_sizes(self, sizes: Sizes) -> None:
-        """Uses the sizes that an earlier look found."""
+        """Uses the sizes that a look found."""
         self._sizes = sizes
 
     def look(self, names: np.ndarray) -> Look:
-        """Lists the folders of a bucket, and keeps the sizes of the files. A web server has no list, so some images
-        are tried. The errors are those of `read_url`; each page of a list has its own `data.store_timeout`."""
+        """Lists the folders of a bucket. A web server has no list, so some images are tried. The errors are those of
+        `read_url`; each page of a list has its own `data.store_timeout`."""
         if self.is_web_server:
             return self._try_some(names)
         pages = (
             [(n.encode(), size) for n, size in page] for folder in folders_of(names) for page in self.pages(folder)
         )
         try:
-            look = find(names, pages)
+            return find(names, pages)
         except StoreError as error:
             if not isinstance(error.__cause__, PermissionError):
                 raise
             look = self._try_some(names)  # it raises if reading is refused too
             logger.warning("%s cannot be listed, so missing images are not found before the training", self.url)
             return look
-        self._sizes = look.sizes
-        return look
 
     def pages(self, folder: str) -> Iterator[list[tuple[str, int]]]:
         """Names below the URL, and sizes, of the files in a folder of a bucket, a thousand at a time."""

@@ -25,7 +25,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from shared.config.schema import StoreOptions, is_url
-from shared.data.cache import Look, Sizes, find, folders_of, mark_as_cache, modified
+from shared.data.cache import Look, find, folders_of, mark_as_cache, modified
 from shared.data.remote import BucketPlace, RemoteImages, StoreError
 from shared.durable import locked, sync_path, write_file, writing
 from shared.errors import UserError
@@ -168,16 +168,6 @@ class CachedImages:
     def __str__(self) -> str:
         return str(self.remote)
 
-    @property
-    def place(self) -> str | None:
-        return self.remote.place
-
-    def look(self, names: np.ndarray) -> Look:
-        return self.remote.look(names)
-
-    def take_sizes(self, sizes: Sizes) -> None:
-        self.remote.take_sizes(sizes)
-
     def read(self, file_name: str) -> bytes:
         """The bytes of the image file. The errors are those of `RemoteImages.read`."""
         location = self.remote.location(file_name)
@@ -245,11 +235,6 @@ class CachedImages:
             with contextlib.suppress(FileNotFoundError):
                 taken += path.stat().st_size
         return taken
-
-
-Listed = DiskImages | RemoteImages | CachedImages
-"""Storages that tell which images they have: `look(names)`, (N,) bytes. `place` identifies the storage, so that a look
-can be remembered; None if it must not be."""
 
 
 def _read_copy(copy: Path, version_bytes: int) -> tuple[bytes | None, bytes]:
