@@ -13,7 +13,6 @@ from shared.config.experiment import (
     experiment_of,
     parse_data,
     parse_schedule,
-    parse_searcher_metric,
     per_slot_batch_size,
     read_experiment,
 )
@@ -33,6 +32,11 @@ def config(tmp_path, text, *overrides):
     path = tmp_path / "c.yaml"
     path.write_text(text)
     return load_config(path, overrides, {})
+
+
+def searcher_metric(**searcher):
+    """The metric of a config with this `searcher` section."""
+    return experiment_of({"searcher": searcher}, {}, Sections(), with_hyperparameters=False).searcher_metric(None)
 
 
 def test_overrides_win(tmp_path):
@@ -144,15 +148,15 @@ def test_a_value_that_names_a_key_has_its_value_here_and_on_a_cluster():
     ],
 )
 def test_a_metric_knows_which_values_are_better(metric, smaller):
-    assert parse_searcher_metric({"searcher": {"metric": metric}}, None).smaller_is_better is smaller
+    assert searcher_metric(metric=metric).smaller_is_better is smaller
     with pytest.raises(UserError, match=f"write {str(smaller).lower()}"):
-        parse_searcher_metric({"searcher": {"metric": metric, "smaller_is_better": not smaller}}, None)
+        searcher_metric(metric=metric, smaller_is_better=not smaller)
 
 
 def test_an_unknown_metric_needs_smaller_is_better():
     with pytest.raises(UserError, match="smaller_is_better: it is missing"):
-        parse_searcher_metric({"searcher": {"metric": "speed"}}, None)
-    assert parse_searcher_metric({"searcher": {"metric": "speed", "smaller_is_better": True}}, None).smaller_is_better
+        searcher_metric(metric="speed")
+    assert searcher_metric(metric="speed", smaller_is_better=True).smaller_is_better
 
 
 @pytest.mark.parametrize(
@@ -205,4 +209,4 @@ def test_a_section_that_is_no_section_is_named(tmp_path, name):
 
 def test_an_unknown_searcher_is_an_error():
     with pytest.raises(UserError, match=r"searcher\.name: 'adaptive_ash' is unknown; did you mean 'adaptive_asha'"):
-        parse_searcher_metric({"searcher": {"name": "adaptive_ash", "metric": "bbox_mAP"}}, None)
+        searcher_metric(name="adaptive_ash", metric="bbox_mAP")

@@ -241,7 +241,7 @@ def test_gcs_is_listed_page_by_page(monkeypatch):
     images = RemoteImages(f"gs://{BUCKET}/val", StoreOptions(anonymous=True))
     look = images.look(np.array([b"a.png", b"c.png", b"d.png"]))
     assert (look.missing, look.first_missing) == (1, "d.png")
-    assert images.size_of("c.png") == len("val/c.png")
+    assert look.sizes["c.png"] == len("val/c.png")
 
 
 def test_one_of_the_processes_lists_a_bucket(shapes, bucket, looks):

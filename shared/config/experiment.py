@@ -22,6 +22,7 @@ from shared.config.file import (
 from shared.config.schema import (
     BACKEND_ALIASES,
     BACKENDS,
+    BUCKET_SCHEMES,
     UNITS,
     DataConfig,
     EarlyStopping,
@@ -85,8 +86,36 @@ class Experiment:
         return self.hyperparameters.hang_minutes
 
     def searcher_metric(self, reported: Iterable[str] | None) -> SearcherMetric:
-        """The metric that decides which checkpoint is the best, see `parse_searcher_metric`."""
-        return parse_searcher_metric(self.config, reported)
+        """The metric that decides which checkpoint is the best.
+
+        Args:
+            reported: the names that a validation reports; None if they are not known in advance.
+
+        Raises:
+            UserError: a validation does not report the metric, or `smaller_is_better` contradicts it.
+        """
+        searcher = self.config.get("searcher") or {}
+        if (name := searcher.get("name") or "single") not in _SEARCHERS:
+            raise UserError(f"searcher.name: {name!r} is unknown{nearest(str(name), _SEARCHERS)}")
+        metric = searcher.get("metric") or "bbox_mAP"
+        if reported is not None and metric not in (reported := list(reported)):
+            hint = nearest(metric, reported)
+            if metric.startswith("val_"):
+                fix = "hyperparameters.validation_loss: true reports a validation's losses; val_loss is their total"
+                hint = f". Fix: {fix}"
+            raise UserError(f"searcher.metric: {metric!r} is not reported{hint}")
+        written, known = searcher.get("smaller_is_better"), smaller_is_better(metric)
+        if written is None and known is None:
+            raise UserError(
+                f"searcher.smaller_is_better: it is missing, and the name {metric!r} does not show which values are "
+                "better. Fix: give true or false"
+            )
+        if None not in (written, known) and bool(written) != known:
+            raise UserError(
+                f"searcher.smaller_is_better is {str(bool(written)).lower()}, and a {'smaller' if known else 'larger'} "
+                f"{metric!r} is better. Fix: write {str(known).lower()}; without the key, Determined assumes true"
+            )
+        return SearcherMetric(metric, bool(written) if known is None else known)
 
     def with_hyperparameters(self, hyperparameters: Mapping[str, Any]) -> Experiment:
         """The experiment with these hyperparameters, parsed."""
@@ -225,7 +254,7 @@ def parse_data(
         raise UserError(f"data.backend: {data.backend!r} is not available{nearest(data.backend, BACKENDS)}")
     if data.cache_dir is not None:
         data.cache_dir = str(Path(expanded(data.cache_dir, "data.cache_dir")).absolute())
-    in_bucket = BACKENDS[data.backend].bucket_scheme is not None
+    in_bucket = data.backend in BUCKET_SCHEMES
     located: list[str] = []
     for split in _SPLITS:
         if (given := getattr(data, split)) is not None:
@@ -250,7 +279,7 @@ def parse_schedule(config: Mapping[str, Any]) -> Schedule:
     """The lengths that a config itself sets, by Determined's own keys; a period of 0 is not set.
 
     Raises:
-        UserError: a length or a policy is not understood.
+        UserError: a key has a wrong value.
     """
     searcher = config.get("searcher") or {}
     max_length = None
@@ -262,19 +291,15 @@ def parse_schedule(config: Mapping[str, Any]) -> Schedule:
         None if config.get(name) in _NOT_GIVEN else _length(config[name], name)
         for name in ("min_validation_period", "min_checkpoint_period")
     )
-    policy = config.get("checkpoint_policy") or "best"
-    if policy not in ("best", "all", "none"):
-        raise UserError(f"checkpoint_policy: {policy!r} is unknown. Fix: use best, all or none")
-    reporting = config.get("scheduling_unit") or 100
-    if type(reporting) is not int or reporting < 1:
-        raise UserError(f"scheduling_unit: {reporting!r} is not a number of batches. Fix: give a whole number above 0")
+    given = {name: config[name] for name in key_names(TopLevelKeys) if config.get(name)}
+    keys = parse_section(given, TopLevelKeys, "")
     return Schedule(
         max_length=max_length,
         validation_period=validation_period,
         checkpoint_period=checkpoint_period,
-        reporting_batches=reporting,
-        checkpoint_policy=policy,
-        initial_validation=bool(config.get("perform_initial_validation")),
+        reporting_batches=keys.scheduling_unit,
+        checkpoint_policy=keys.checkpoint_policy,
+        initial_validation=keys.perform_initial_validation,
         profiling=bool((config.get("profiling") or {}).get("enabled")),
     )
 
@@ -288,38 +313,6 @@ def _length(value: Any, key: str) -> Length:
     if type(count) is not int or count < 1:
         raise UserError(f"{key}.{unit}: {count!r} is not a positive whole number. Fix: give 1 or more")
     return Length(unit, count)
-
-
-def parse_searcher_metric(config: Mapping[str, Any], reported: Iterable[str] | None) -> SearcherMetric:
-    """The metric that decides which checkpoint is the best.
-
-    Args:
-        reported: the names that a validation reports; None if they are not known in advance.
-
-    Raises:
-        UserError: a validation does not report the metric, or `smaller_is_better` contradicts it.
-    """
-    searcher = config.get("searcher") or {}
-    if (name := searcher.get("name") or "single") not in _SEARCHERS:
-        raise UserError(f"searcher.name: {name!r} is unknown{nearest(str(name), _SEARCHERS)}")
-    metric = searcher.get("metric") or "bbox_mAP"
-    if reported is not None and metric not in (reported := list(reported)):
-        hint = nearest(metric, reported)
-        if metric.startswith("val_"):
-            hint = ". Fix: hyperparameters.validation_loss: true reports a validation's losses; val_loss is their total"
-        raise UserError(f"searcher.metric: {metric!r} is not reported{hint}")
-    written, known = searcher.get("smaller_is_better"), smaller_is_better(metric)
-    if written is None and known is None:
-        raise UserError(
-            f"searcher.smaller_is_better: it is missing, and the name {metric!r} does not show which values are "
-            "better. Fix: give true or false"
-        )
-    if None not in (written, known) and bool(written) != known:
-        raise UserError(
-            f"searcher.smaller_is_better is {str(bool(written)).lower()}, and a {'smaller' if known else 'larger'} "
-            f"{metric!r} is better. Fix: write {str(known).lower()}; without the key, Determined assumes true"
-        )
-    return SearcherMetric(metric, bool(written) if known is None else known)
 
 
 def smaller_is_better(metric: str) -> bool | None:

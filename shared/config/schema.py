@@ -20,33 +20,14 @@ from shared.errors import UserError, nearest
 T = TypeVar("T")
 Positive = Annotated[float, Meta(gt=0)]
 
+BACKENDS = ("disk", "s3", "gcs", "http", "fake")
+BACKEND_ALIASES = {"gcp": "gcs"}
+BUCKET_SCHEMES = {"s3": "s3://", "gcs": "gs://"}  # the start of the URLs of a backend's buckets
+_WITHOUT_FILES = ("fake",)  # backends that make their data up
 UNITS = ("batches", "epochs", "records")
 LOGGERS = ("wandb", "mlflow")
 PUBLISHED = "published"  # `weights`: what the library publishes for `config_file`
 _UNDEFINED = 1e30  # a metric of this size or larger has no value
-
-
-@dataclass(frozen=True)
-class Backend:
-    """Where a backend finds the data.
-
-    Attributes:
-        reads_files: False if it makes its data up.
-        bucket_scheme: the start of its buckets' URLs; None if it has no buckets.
-    """
-
-    reads_files: bool = True
-    bucket_scheme: str | None = None
-
-
-BACKENDS = {
-    "disk": Backend(),
-    "s3": Backend(bucket_scheme="s3://"),
-    "gcs": Backend(bucket_scheme="gs://"),
-    "http": Backend(),
-    "fake": Backend(reads_files=False),
-}
-BACKEND_ALIASES = {"gcp": "gcs"}
 
 
 def key(default: Any = MISSING, text: str = "", *, is_path: bool = False, upstream: str = "") -> Any:
@@ -132,7 +113,7 @@ class DataConfig:
     @property
     def reads_files(self) -> bool:
         """Whether the data are files; else the backend makes them up."""
-        return BACKENDS[self.backend].reads_files
+        return self.backend not in _WITHOUT_FILES
 
     @property
     def images_on_disk(self) -> bool:
@@ -149,7 +130,7 @@ class DataConfig:
 
     def located(self, path: str) -> str:
         """A path of the config; its URL if it is in the bucket."""
-        scheme = BACKENDS[self.backend].bucket_scheme
+        scheme = BUCKET_SCHEMES.get(self.backend)
         return path if scheme is None or is_url(path) or path.startswith("/") else f"{scheme}{self.bucket}/{path}"
 
 
@@ -252,11 +233,11 @@ class SearcherMetric:
 
 @dataclass(kw_only=True)
 class TopLevelKeys:
-    """The keys outside the sections, for `--help-config` and the reference."""
+    """The keys outside the sections."""
 
     min_validation_period: Any = key(None, "how often to validate, as `{epochs: 1}`; without it only at the end")
     min_checkpoint_period: Any = key(None, "how often to save, as `{batches: 500}`; also at validations and the end")
-    scheduling_unit: int = key(100, "batches between two reports of the loss")
+    scheduling_unit: Annotated[int, Meta(ge=1)] = key(100, "batches between two reports of the loss")
     checkpoint_policy: Literal["best", "all", "none"] = key("best", "which checkpoints a cluster keeps")
     perform_initial_validation: bool = key(False, "validate before the first batch")
 
@@ -341,6 +322,9 @@ def key_names(section: type) -> list[str]:
 def parse_section(section: Mapping[str, Any] | None, into: type[T], where: str) -> T:
     """The dataclass `into` from a config section.
 
+    Args:
+        where: the section's name; "" for the top of the config.
+
     Raises:
         UserError: an unknown key, a missing one or a value of the wrong type; the message names `where` and the key.
     """
@@ -365,7 +349,7 @@ def parse_section(section: Mapping[str, Any] | None, into: type[T], where: str) 
             message = f"it is {section[name]:g}. Fix: give a number {bound[1]} {float(bound[2]):g} ({text})"
         else:
             message += ". Fix: give a value of that type"
-        raise UserError(f"{where}{at}: {message}") from error
+        raise UserError(f"{where}{at}: {message}".removeprefix(".")) from error
 
 
 def _check_nested_sections(section: Mapping[str, Any], into: type, where: str) -> None:

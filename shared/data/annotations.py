@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 from shared.config.schema import StoreOptions, is_url
 from shared.data import coco_file
 from shared.data.cache import load_arrays, mark_as_cache, save_arrays
-from shared.data.coco_file import Columns, Parsed, check_categories, offsets_of
+from shared.data.coco_file import Columns, check_categories, offsets_of
 from shared.durable import once, user_cache
 from shared.errors import UserError, nearest
 from shared.log import redacted
@@ -126,7 +126,9 @@ class CocoAnnotations:
         cache_dir: str | os.PathLike | None = None,
         options: StoreOptions = StoreOptions(),  # noqa: B008, it is frozen
     ) -> CocoAnnotations:
-        """Opens a file or URL. The first open parses it into a cache, and later ones map the cache.
+        """Opens a file or URL. One process of the machine parses it into a cache; the others wait and map the cache.
+
+        If no folder can be written, a warning is logged and the columns stay in memory.
 
         Args:
             cache_dir: for the cache. By default, it is beside the file, or in the user's cache directory.
@@ -137,8 +139,30 @@ class CocoAnnotations:
         """
         path = os.fspath(path) if is_url(os.fspath(path)) else Path(path)
         version = coco_file.version_of(path, options)
-        parsed, cache = _cached(path, version, cache_dir, lambda: coco_file.read(path, version, options))
-        return cls(*parsed, cache, path)
+        text = json.dumps({"version": FORMAT_VERSION, **version}, sort_keys=True)
+        places = _cache_places(path, cache_dir)
+        caches = [place / hashlib.sha256(text.encode()).hexdigest()[:12] for place in places]
+
+        def find() -> CocoAnnotations | None:
+            return next(filter(None, (_mapped(cache, path) for cache in caches)), None)
+
+        def make() -> CocoAnnotations:
+            parsed = coco_file.read(path, version, options)
+            in_memory = cls(*parsed, path=path)
+            for cache in caches:
+                mark_as_cache(cache.parent)
+                if save_arrays(cache, parsed.columns, {"categories": parsed.categories, "notes": parsed.notes}):
+                    _remove_older(cache)
+                    return _mapped(cache, path) or in_memory
+            logger.warning(
+                "%s: the annotation cache cannot be written in %s; set data.cache_dir to a folder with room. The "
+                "annotations stay in memory",
+                path,
+                " or ".join(str(place.parent) for place in places) or "a home directory, for there is none",
+            )
+            return in_memory
+
+        return once([place / "lock" for place in places], find, make)
 
     @classmethod
     def from_dict(cls, coco: dict) -> CocoAnnotations:
@@ -152,7 +176,7 @@ class CocoAnnotations:
     def __reduce__(self):
         # loader workers that are not forked map the cache, instead of receiving a copy
         if self.cache is not None:
-            return _map_again, (self.cache, self.path)
+            return _mapped, (self.cache, self.path)
         return CocoAnnotations, (self.columns, self.categories, self.notes, None, self.path)
 
     def __len__(self) -> int:
@@ -279,62 +303,17 @@ def check_same_categories(train: CocoAnnotations, val: CocoAnnotations) -> None:
             )
 
 
-def _map_again(cache: Path, path: Path | str | None) -> CocoAnnotations:
-    parsed, cache = _map_columns(cache)
-    return CocoAnnotations(*parsed, cache, path)
-
-
 # --- the cache of a parsed file ---------------------------------------------------------------------
 
 FORMAT_VERSION = 5
-Opened = tuple[Parsed, Path | None]  # and the folder that the columns are mapped from
 
 
-def _cached(
-    path: Path | str,
-    version: dict,
-    cache_dir: str | os.PathLike | None,
-    parse: Callable[[], Parsed],
-) -> Opened:
-    """A parsed annotation file. One process parses a new version; the others wait and map its result.
-
-    The cache is in `cache_dir`. By default, it is beside the file, or in the user's cache directory. If no folder can
-    be written, a warning is logged and the columns stay in memory.
-
-    Args:
-        version: changes when the file changes.
-    """
-    text = json.dumps({"version": FORMAT_VERSION, **version}, sort_keys=True)
-    places = _cache_places(path, cache_dir)
-    caches = [place / hashlib.sha256(text.encode()).hexdigest()[:12] for place in places]
-
-    def find() -> Opened | None:
-        return next(filter(None, map(_map_columns, caches)), None)
-
-    def make() -> Opened:
-        parsed = parse()
-        for cache in caches:
-            mark_as_cache(cache.parent)
-            if save_arrays(cache, parsed.columns, {"categories": parsed.categories, "notes": parsed.notes}):
-                _remove_older(cache)
-                return _map_columns(cache) or (parsed, None)
-        logger.warning(
-            "%s: the annotation cache cannot be written in %s; set data.cache_dir to a folder with room. The "
-            "annotations stay in memory",
-            path,
-            " or ".join(str(place.parent) for place in places) or "a home directory, for there is none",
-        )
-        return parsed, None
-
-    return once([place / "lock" for place in places], find, make)
-
-
-def _map_columns(cache: Path) -> Opened | None:
-    """Maps a cache folder. Returns None if it is missing or damaged."""
+def _mapped(cache: Path, path: Path | str | None) -> CocoAnnotations | None:
+    """The annotations of a file, mapped from its cache folder. None if that is missing or damaged."""
     try:
         columns, about = load_arrays(cache)
-        parsed = Parsed(columns, **about)
-        return (parsed, cache) if _is_sound(columns, check_categories(parsed.categories, cache)) else None
+        mapped = CocoAnnotations(columns, **about, cache=cache, path=path)
+        return mapped if _is_sound(columns, check_categories(mapped.categories, cache)) else None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None
 

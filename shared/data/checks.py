@@ -18,7 +18,8 @@ from shared.data.annotations import CocoAnnotations
 from shared.data.cache import Look, load_arrays, look_once, save_arrays
 from shared.data.convert.files import ImageFinder
 from shared.data.images import darkness, value_range
-from shared.data.storage import DiskImages, ImageStorage, Listed
+from shared.data.remote import RemoteImages
+from shared.data.storage import DiskImages, ImageStorage
 from shared.durable import once
 from shared.errors import UserError
 
@@ -105,7 +106,9 @@ _TRIED_FOR_DARKNESS = 4
 _SKIP = ". Fix: add them, or give data.on_bad_image: skip to omit them"
 
 
-def check_images(annotations: CocoAnnotations, images: Listed, where: str, skip: bool = False) -> None:
+def check_images(
+    annotations: CocoAnnotations, images: DiskImages | RemoteImages, where: str, skip: bool = False
+) -> None:
     """Checks that the images exist, once per version of the annotation file. A folder on disk that has changed is
     checked again; a bucket is not.
 
@@ -136,8 +139,8 @@ def check_images(annotations: CocoAnnotations, images: Listed, where: str, skip:
     else:
         name = hashlib.sha256(os.fsencode(images.place)).hexdigest()[:12]
         look = look_once(annotations.cache / f"images-{name}", look_now, allow_missing=skip)
-        if look.sizes is not None:
-            images.take_sizes(look.sizes)
+    if look.sizes is not None:
+        images.take_sizes(look.sizes)
     if look.missing:
         logger.warning("%s; they are skipped", message(look))
 

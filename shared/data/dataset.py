@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import logging
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +22,9 @@ from shared.data.annotations import CocoAnnotations, ImageRecord
 from shared.data.images import BadImageError, read_image
 from shared.data.storage import ImageStorage
 from shared.errors import UserError, problem_of
+
+if TYPE_CHECKING:  # it imports this file
+    from shared.data.augment.augmenter import DataAugmenter
 
 logger = logging.getLogger(__name__)
 
@@ -51,24 +53,6 @@ def kept_random_state() -> Iterator[None]:
         finally:
             random.setstate(of_python)
             np.random.set_state(of_numpy)
-
-
-class Augmenter(Protocol):
-    """What changes training images at random. `load` and `other` give the image of an index and its record."""
-
-    def loaded(self, index: int, load: Callable[[int], Loaded]) -> Loaded:
-        """`load(index)`, or what it gave lately."""
-
-    def __call__(
-        self,
-        image: Any,
-        record: ImageRecord,
-        key: SampleKey,
-        seed: int,
-        other: Callable[[int], Loaded | None],
-        count: int,
-    ) -> Loaded:
-        """The changed image and its record. `count` is the number of images."""
 
 
 class SampleKey(NamedTuple):
@@ -131,7 +115,7 @@ class CocoDetection(torch.utils.data.Dataset):
         decode: takes the bytes of an 8-bit image, and returns what `transform` takes. None for a PIL image in RGB.
         in_use: indices that may replace another; None for all.
         replaces: replace a skipped image. Without it, a skipped image gives None.
-        augmenter: changes images and records before `transform`, see `shared.data.augment.augmenter`.
+        augmenter: changes images and records before `transform`.
     """
 
     annotations: CocoAnnotations
@@ -143,7 +127,7 @@ class CocoDetection(torch.utils.data.Dataset):
     decode: Callable[[bytes], Any] | None = None
     in_use: np.ndarray | None = None
     replaces: bool = True
-    augmenter: Augmenter | None = None
+    augmenter: DataAugmenter | None = None
 
     def __post_init__(self) -> None:
         self.bad_images = self.bad_images or BadImages()
@@ -153,7 +137,7 @@ class CocoDetection(torch.utils.data.Dataset):
 
     def __getitem__(self, key: SampleKey | int) -> Any:
         key = key if isinstance(key, SampleKey) else SampleKey(0, key)
-        return self._first_readable(key.index, lambda index: self._sample(index, key))
+        return self._first_readable(key.index, lambda index: transformed(self.transform, *self.augmented(index, key)))
 
     def augmented(self, index: int, key: SampleKey) -> Loaded:
         """The input of a sample's transform. Afterwards the global generators are seeded for the sample.
@@ -171,9 +155,6 @@ class CocoDetection(torch.utils.data.Dataset):
 
         changed = functools.partial(self.augmenter, key=key, seed=self.seed, other=other, count=len(self))
         return transformed(changed, image, record)
-
-    def _sample(self, index: int, key: SampleKey) -> Any:
-        return transformed(self.transform, *self.augmented(index, key))
 
     def _first_readable(self, index: int, get: Callable[[int], Any]) -> Any:
         """`get(index)`. If the image is bad and `bad_images` skips it, that of its replacement, or None without one."""
@@ -210,9 +191,7 @@ class CocoDetection(torch.utils.data.Dataset):
         as_large, others = alike[is_as_large], alike[~is_as_large]
         for group, after in ((as_large, index), (others, as_large[0] if len(as_large) else index)):
             start = np.searchsorted(group, after, side="right")
-            for other in itertools.chain(group[start:], group[:start]):
-                if other != index:
-                    yield int(other)
+            yield from (int(other) for other in np.roll(group, -start) if other != index)
 
     @cached_property
     def _by_shape(self) -> tuple[np.ndarray, np.ndarray]:

@@ -30,11 +30,7 @@ class BadImageError(UserError):
 
 
 class SizeMismatch(ValueError):
-    """An image of another size than was asked for."""
-
-    def __init__(self, width: int, height: int):
-        super().__init__(f"{width}×{height}")
-        self.width, self.height = width, height
+    """An image of another size than was asked for: its own size, in words."""
 
 
 def allow_pixels(count: int | None) -> None:
@@ -74,7 +70,7 @@ def read_image(
         raise
     except SizeMismatch as error:
         raise BadImageError(
-            f"{file_name} ({name}) has {error.width}×{error.height} pixels, and the annotation file says "
+            f"{file_name} ({name}) has {error} pixels, and the annotation file says "
             f"{size[0]}×{size[1]}. Fix: correct the file or the image"
         ) from error
     except DECODING_ERRORS as error:
@@ -112,7 +108,7 @@ def plain_bytes(data: bytes, size: tuple[int, int] | None = None) -> bytes:
             away = turned and size is not None and image.size == tuple(size) and image.width != image.height
             width, height = image.size[::-1] if turned and not away else image.size
             if size is not None and (width, height) != tuple(size):
-                raise SizeMismatch(width, height)
+                raise SizeMismatch(f"{width}×{height}")
             still = not getattr(image, "is_animated", False)
             if is_deep:
                 _check_brightness(image)
@@ -208,7 +204,7 @@ def _check_brightness(image: Image.Image) -> None:
 
 # --- resizing ---------------------------------------------------------------------------------------
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the resized image
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 _SUPPORT = {Image.BILINEAR: 1, Image.HAMMING: 1, Image.BICUBIC: 2, Image.LANCZOS: 3}
 _MAX_SHARE = 0.75  # of the resized image: two steps save less for a larger box

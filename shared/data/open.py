@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.config.schema import DataConfig, Split
+from shared.config.schema import DataConfig, Split, is_url
 from shared.data import checks, synthetic
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.checks import check_box_format, check_images, first_dark_image, refuse_names_outside, under_a_pixel
 from shared.data.images import allow_pixels
-from shared.data.remote import StoreError
-from shared.data.storage import ImageStorage, Listed, open_images
+from shared.data.remote import RemoteImages, StoreError
+from shared.data.storage import CachedImages, DiskImages, ImageStorage
 from shared.errors import UserError, count_of
 
 logger = logging.getLogger(__name__)
@@ -42,12 +42,11 @@ def open_split(data: DataConfig, split: str, images: ImageStorage | None = None)
     Raises:
         UserError: a path is missing, the annotations are not COCO or contradict themselves, image files are missing.
     """
-    return _OPENERS.get(data.backend, _open_files)(data, split, images)
-
-
-def _open_files(data: DataConfig, split: str, images: ImageStorage | None) -> SplitData:
-    """A COCO file and a folder, each on disk or in a store."""
     paths: Split | None = getattr(data, split)
+    if not data.reads_files:
+        if paths is not None:
+            logger.warning("data.%s is not read, because data.backend: fake draws its own data. Fix: write disk", split)
+        return SplitData(CocoAnnotations.from_dict(synthetic.fake_split(split)), synthetic.FakeImages(split))
     if paths is None:
         raise UserError(f"data.{split} is missing. Fix: give its `annotations` and `images`")
     try:
@@ -57,14 +56,15 @@ def _open_files(data: DataConfig, split: str, images: ImageStorage | None) -> Sp
     allow_pixels(data.max_image_pixels)
     folder = data.located(paths.images or found)
     if images is None:
-        images = open_images(folder, split, data.store_options, data.cache_dir, int(data.cache_gb * 2**30))
+        images = _open_images(data, split, folder)
     where = f"data.{split}.images ({folder})"
     try:
         refuse_names_outside(annotations, where)
         check_box_format(annotations, f"data.{split}.annotations")
         if data.check_images:
-            if isinstance(images, Listed):
-                check_images(annotations, images, where, skip=data.on_bad_image == "skip")
+            source = images.remote if isinstance(images, CachedImages) else images
+            if isinstance(source, (DiskImages, RemoteImages)):  # they tell which images they have
+                check_images(annotations, source, where, skip=data.on_bad_image == "skip")
             if _is_first_process() and (dark := first_dark_image(annotations, images)):
                 logger.warning("data.%s: %s", split, dark)
     except StoreError as error:
@@ -75,6 +75,16 @@ def _open_files(data: DataConfig, split: str, images: ImageStorage | None) -> Sp
     if split == "train" and "ignore" in annotations.columns:
         annotations = annotations.select(~annotations.columns["ignore"])
     return SplitData(annotations, images)
+
+
+def _open_images(data: DataConfig, split: str, folder: str) -> ImageStorage:
+    """The images in a folder or below its URL; `data.cache_dir` keeps copies of those below a URL."""
+    if is_url(folder):
+        store, cache_bytes = RemoteImages(folder, data.store_options), int(data.cache_gb * 2**30)
+        return CachedImages(store, Path(data.cache_dir).absolute() / "images", cache_bytes) if data.cache_dir else store
+    if not Path(folder).is_dir():
+        raise UserError(f"data.{split}.images: {folder} is not a folder. Fix: give the folder of the images")
+    return DiskImages(Path(folder).absolute())
 
 
 def _open_annotations(data: DataConfig, split: str, paths: Split) -> tuple[CocoAnnotations, str]:
@@ -103,17 +113,6 @@ def notes_on(annotations: CocoAnnotations, split: str) -> list[str]:
             "are right"
         )
     return notes
-
-
-def _open_fake(data: DataConfig, split: str, images: ImageStorage | None) -> SplitData:
-    """A small synthetic data set."""
-    if getattr(data, split) is not None:
-        logger.warning("data.%s is not read, because data.backend: fake draws its own data. Fix: write disk", split)
-    return SplitData(CocoAnnotations.from_dict(synthetic.fake_split(split)), synthetic.FakeImages(split))
-
-
-# backends that are not a COCO file and a folder of images
-_OPENERS = {"fake": _open_fake}
 
 
 def open_train_and_val(data: DataConfig) -> tuple[SplitData, SplitData]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
+import fsspec
 import numpy as np
 import tenacity
 from fsspec.asyn import AsyncFileSystem
@@ -69,10 +70,9 @@ class _Store:
 
 
 def _open_s3(options: StoreOptions) -> AsyncFileSystem:
-    from s3fs import S3FileSystem
-
     seconds = _attempt_seconds(options)
-    return S3FileSystem(
+    return fsspec.filesystem(
+        "s3",
         anon=options.anonymous,
         endpoint_url=options.endpoint_url,
         config_kwargs={"connect_timeout": seconds, "read_timeout": seconds},
@@ -104,17 +104,13 @@ def _list_gcs(files: AsyncFileSystem, bucket: str, prefix: str, token: str | Non
     return [(item["name"], int(item["size"])) for item in page.get("items", [])], page.get("nextPageToken")
 
 
-def _open_http(options: StoreOptions) -> AsyncFileSystem:
-    from fsspec.implementations.http import HTTPFileSystem
-
-    return HTTPFileSystem(use_listings_cache=False)
-
-
 _PUBLIC = ", or data.anonymous: true for a public one"
 _KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
 _S3 = _Store("s3fs", _KEYS, _open_s3, _list_s3, _PUBLIC)
 _GCS = _Store("gcsfs", "set GOOGLE_APPLICATION_CREDENTIALS", _open_gcs, _list_gcs, _PUBLIC)
-_HTTP = _Store("aiohttp", "let the server serve it without a login", _open_http)
+_HTTP = _Store(
+    "aiohttp", "let the server serve it without a login", lambda _: fsspec.filesystem("http", use_listings_cache=False)
+)
 _STORES = {"s3": _S3, "gs": _GCS, "gcs": _GCS, "http": _HTTP, "https": _HTTP}
 
 
@@ -155,60 +151,67 @@ def version_of(url: str, options: StoreOptions) -> dict[str, str]:
     return {key: str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None}
 
 
-def write_url(url: str, data: bytes, options: StoreOptions) -> None:
-    """Replaces a file in a bucket as a whole. Readers get the old content or the new one.
+@dataclass(frozen=True)
+class BucketPlace:
+    """A folder of a bucket, as a `shared.data.storage.Place`. Failed requests are repeated for `options.timeout`
+    seconds."""
 
-    Raises:
-        StoreError: the store does not answer, or refuses.
-    """
-    seconds = _attempt_seconds(options) + len(data) / 2**20
-    _written(lambda files: files.pipe_file(url, data, timeout=seconds), url, options)
+    url: str
+    options: StoreOptions
 
+    def __str__(self) -> str:
+        return self.url
 
-def send_file(path: Path, url: str, options: StoreOptions) -> None:
-    """The same with the content of a file on disk, which is not read into memory as a whole."""
-    seconds = _attempt_seconds(options) + path.stat().st_size / 2**20
-    _written(lambda files: files.put_file(str(path), url, timeout=seconds), url, options)
+    def read(self, name: str) -> bytes | None:
+        try:
+            return read_url(f"{self.url}/{name}", self.options)
+        except FileNotFoundError:
+            return None
 
+    def write(self, name: str, data: bytes) -> None:
+        seconds = _attempt_seconds(self.options) + len(data) / 2**20
+        self._write(lambda files, url: files.pipe_file(url, data, timeout=seconds), name)
 
-def fetch_file(url: str, path: Path, options: StoreOptions) -> None:
-    """Copies a file of a bucket to the disk. The errors are those of `read_url`."""
+    def send(self, path: Path, name: str) -> None:
+        seconds = _attempt_seconds(self.options) + path.stat().st_size / 2**20
+        self._write(lambda files, url: files.put_file(str(path), url, timeout=seconds), name)
 
-    def fetch(files: AsyncFileSystem) -> None:
-        size = files.info(url, timeout=_attempt_seconds(options))["size"]
-        files.get_file(url, str(path), timeout=_attempt_seconds(options) + size / 2**20)
+    def fetch(self, name: str, path: Path) -> None:
+        url, seconds = f"{self.url}/{name}", _attempt_seconds(self.options)
 
-    _request(fetch, url, options)
+        def fetch(files: AsyncFileSystem) -> None:
+            size = files.info(url, timeout=seconds)["size"]
+            files.get_file(url, str(path), timeout=seconds + size / 2**20)
 
+        _request(fetch, url, self.options)
 
-def files_below(url: str, options: StoreOptions) -> list[str]:
-    """The names of the files in a folder of a bucket and in its subfolders, relative to it. The errors are those of
-    `read_url`, without the first."""
+    def names(self, folder: str) -> list[str]:
+        url = f"{self.url}/{folder}"
 
-    def find(files: AsyncFileSystem) -> list[str]:
-        prefix = "/".join(files.split_path(url)[:2]) + "/"
-        found = files.find(url, timeout=_attempt_seconds(options))
-        return [name.removeprefix(prefix) for name in found if name.startswith(prefix)]
+        def find(files: AsyncFileSystem) -> list[str]:
+            prefix = "/".join(files.split_path(url)[:2]) + "/"
+            found = files.find(url, timeout=_attempt_seconds(self.options))
+            return [name.removeprefix(prefix) for name in found if name.startswith(prefix)]
 
-    try:
-        return _request(find, url, options)
-    except FileNotFoundError:
-        return []
+        try:
+            return _request(find, url, self.options)
+        except FileNotFoundError:
+            return []
 
+    def delete(self, folder: str) -> None:
+        url, seconds = f"{self.url}/{folder}", self.options.timeout
+        with contextlib.suppress(FileNotFoundError):
+            _request(lambda files: files.rm(url, recursive=True, timeout=seconds), url, self.options, "deleted")
 
-def delete_folder(url: str, options: StoreOptions) -> None:
-    """Deletes the files in a folder of a bucket and in its subfolders. The errors are those of `write_url`."""
-    with contextlib.suppress(FileNotFoundError):
-        _request(lambda files: files.rm(url, recursive=True, timeout=options.timeout), url, options, "deleted")
-
-
-def _written(request: Callable[[AsyncFileSystem], None], url: str, options: StoreOptions) -> None:
-    try:
-        _request(request, url, options, "written")
-    except FileNotFoundError as error:
-        raise StoreError(
-            f"{url} cannot be written: there is no bucket {urlsplit(url).netloc!r}. Fix: create it, or name another one"
-        ) from error
+    def _write(self, request: Callable[[AsyncFileSystem, str], None], name: str) -> None:
+        url = f"{self.url}/{name}"
+        try:
+            _request(lambda files: request(files, url), url, self.options, "written")
+        except FileNotFoundError as error:
+            bucket = urlsplit(url).netloc
+            raise StoreError(
+                f"{url} cannot be written: there is no bucket {bucket!r}. Fix: create it, or name another one"
+            ) from error
 
 
 @dataclass
@@ -236,6 +239,7 @@ class RemoteImages:
 
     @property
     def place(self) -> str | None:
+        """Identifies the store, so that a look can be remembered; None if it must not be."""
         return None if self.is_web_server else f"{self.url} at {self.options.endpoint_url}"
 
     def location(self, file_name: str) -> str:
@@ -256,27 +260,25 @@ class RemoteImages:
         return self._sizes[file_name] if self._sizes is not None else None
 
     def take_sizes(self, sizes: Sizes) -> None:
-        """Uses the sizes that an earlier look found."""
+        """Uses the sizes that a look found."""
         self._sizes = sizes
 
     def look(self, names: np.ndarray) -> Look:
-        """Lists the folders of a bucket, and keeps the sizes of the files. A web server has no list, so some images
-        are tried. The errors are those of `read_url`; each page of a list has its own `data.store_timeout`."""
+        """Lists the folders of a bucket. A web server has no list, so some images are tried. The errors are those of
+        `read_url`; each page of a list has its own `data.store_timeout`."""
         if self.is_web_server:
             return self._try_some(names)
         pages = (
             [(n.encode(), size) for n, size in page] for folder in folders_of(names) for page in self.pages(folder)
         )
         try:
-            look = find(names, pages)
+            return find(names, pages)
         except StoreError as error:
             if not isinstance(error.__cause__, PermissionError):
                 raise
             look = self._try_some(names)  # it raises if reading is refused too
             logger.warning("%s cannot be listed, so missing images are not found before the training", self.url)
             return look
-        self._sizes = look.sizes
-        return look
 
     def pages(self, folder: str) -> Iterator[list[tuple[str, int]]]:
         """Names below the URL, and sizes, of the files in a folder of a bucket, a thousand at a time."""

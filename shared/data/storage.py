@@ -25,9 +25,8 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from shared.config.schema import StoreOptions, is_url
-from shared.data import remote
-from shared.data.cache import Look, Sizes, find, folders_of, mark_as_cache, modified
-from shared.data.remote import RemoteImages, StoreError
+from shared.data.cache import Look, find, folders_of, mark_as_cache, modified
+from shared.data.remote import BucketPlace, RemoteImages, StoreError
 from shared.durable import locked, sync_path, write_file, writing
 from shared.errors import UserError
 
@@ -42,31 +41,6 @@ _COUNT_IS_GOOD_FOR = 24 * 3600  # seconds until a full folder is counted again
 class ImageStorage(Protocol):
     def read(self, file_name: str) -> bytes:
         """The bytes of the image file."""
-
-
-def open_images(
-    images: str,
-    split: str,
-    options: StoreOptions = StoreOptions(),  # noqa: B008, it is frozen
-    cache_dir: str | None = None,
-    cache_bytes: int = 0,
-) -> ImageStorage:
-    """The storage of one split.
-
-    Args:
-        images: a folder, or its URL.
-        cache_dir: for copies of remote images, up to `cache_bytes`. None keeps no copies.
-
-    Raises:
-        UserError: the folder does not exist.
-    """
-    if is_url(images):
-        store = RemoteImages(images, options)
-        return CachedImages(store, Path(cache_dir).absolute() / "images", cache_bytes) if cache_dir else store
-    folder = Path(images)
-    if not folder.is_dir():
-        raise UserError(f"data.{split}.images: {images} is not a folder. Fix: give the folder of the images")
-    return DiskImages(folder.absolute())
 
 
 def open_file(path: str | os.PathLike) -> BinaryIO:
@@ -145,13 +119,12 @@ def _plain(names: np.ndarray) -> np.ndarray:
 class CachedImages:
     """Images that are read from `remote` once, and from a folder on disk afterwards.
 
-    All processes of a machine share the folder. A copy is the image's bytes, its version and a CRC-32. It is written
-    under another name and renamed, so that half a copy never counts. A full folder keeps what it has: an epoch reads
-    each image once in random order, so no copy is less useful than another. If the folder cannot be written, the
-    images come from `remote`, with one warning.
+    A copy is the image's bytes, its version and a CRC-32. It is written under another name and renamed, so that half a
+    copy never counts. A full folder keeps what it has: an epoch reads each image once in random order, so no copy is
+    less useful than another. If the folder cannot be written, the images come from `remote`, with one warning.
 
-    A copy from a web server has the version that the server gave. The server is asked for it once per run, and a copy
-    of another version is read again. A bucket's copy counts if its length is the one in the bucket's list.
+    A copy from a web server counts if the server gives the same version, asked for once per run. A bucket's copy counts
+    if its length is the one in the bucket's list.
 
     Args:
         folder: is created.
@@ -168,16 +141,6 @@ class CachedImages:
 
     def __str__(self) -> str:
         return str(self.remote)
-
-    @property
-    def place(self) -> str | None:
-        return self.remote.place
-
-    def look(self, names: np.ndarray) -> Look:
-        return self.remote.look(names)
-
-    def take_sizes(self, sizes: Sizes) -> None:
-        self.remote.take_sizes(sizes)
 
     def read(self, file_name: str) -> bytes:
         """The bytes of the image file. The errors are those of `RemoteImages.read`."""
@@ -248,11 +211,6 @@ class CachedImages:
         return taken
 
 
-Listed = DiskImages | RemoteImages | CachedImages
-"""Storages that tell which images they have: `look(names)`, (N,) bytes. `place` identifies the storage, so that a look
-can be remembered; None if it must not be."""
-
-
 def _read_copy(copy: Path, version_bytes: int) -> tuple[bytes | None, bytes]:
     """The image and its version; None if there is no whole copy with a version of that length."""
     try:
@@ -301,7 +259,7 @@ class Place(Protocol):
         """Replaces a file as a whole. Readers get the old content or the new one."""
 
     def send(self, path: Path, name: str) -> None:
-        """The same with the content of a file on this machine."""
+        """The same with the content of a file on this machine, which is not read into memory as a whole."""
 
     def fetch(self, name: str, path: Path) -> None:
         """Copies a file to this machine.
@@ -352,38 +310,6 @@ def fetch_folder(place: Place, folder: str, new: Path) -> None:
         (new / name).parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             place.fetch(f"{folder}/{name}", new / name)
-
-
-@dataclass(frozen=True)
-class BucketPlace:
-    """A folder of a bucket. Failed requests are repeated for `options.timeout` seconds."""
-
-    url: str
-    options: StoreOptions
-
-    def __str__(self) -> str:
-        return self.url
-
-    def read(self, name: str) -> bytes | None:
-        try:
-            return remote.read_url(f"{self.url}/{name}", self.options)
-        except FileNotFoundError:
-            return None
-
-    def write(self, name: str, data: bytes) -> None:
-        remote.write_url(f"{self.url}/{name}", data, self.options)
-
-    def send(self, path: Path, name: str) -> None:
-        remote.send_file(path, f"{self.url}/{name}", self.options)
-
-    def fetch(self, name: str, path: Path) -> None:
-        remote.fetch_file(f"{self.url}/{name}", path, self.options)
-
-    def names(self, folder: str) -> list[str]:
-        return remote.files_below(f"{self.url}/{folder}", self.options)
-
-    def delete(self, folder: str) -> None:
-        remote.delete_folder(f"{self.url}/{folder}", self.options)
 
 
 @dataclass(frozen=True)
