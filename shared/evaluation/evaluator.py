@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -195,11 +194,10 @@ class CocoEvaluator(ChiefReducer):
         evaluated = set(self.image_ids.tolist())
         image_ids = sorted(self._detections.keys() & evaluated)
         share = GatheredDetections.of(
-            self._positions(image_ids),
-            self._positions(sorted(self._skipped & evaluated)),
             [self._detections[image_id] for image_id in image_ids],
             masks="segm" in self.iou_types,
             keypoints="keypoints" in self.iou_types,
+            skipped=sorted(self._skipped & evaluated),
         )
         categories = len(self.annotations.categories)
         if len(wrong := np.flatnonzero((share.labels < 0) | (share.labels >= categories))):
@@ -226,19 +224,13 @@ class CocoEvaluator(ChiefReducer):
             metrics["skipped_images"] = len(self.found.skipped)
         return metrics
 
-    def found_by_id(self) -> GatheredDetections:
-        """`found`, its images by their ids."""
-        images, skipped = self._all_ids[self.found.images], self._all_ids[self.found.skipped]
-        return dataclasses.replace(self.found, images=images, skipped=skipped)
-
-    def _positions(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Images as hotcoco has them: the position among all of the file's ids, sorted. An id itself may be greater
-        than hotcoco's float64 rows can hold."""
-        return np.searchsorted(self._all_ids, np.asarray(image_ids, dtype=np.int64))
+    def _positions(self, image_ids: np.ndarray) -> np.ndarray:
+        """Images as hotcoco has them: the position among all of the file's ids, sorted."""
+        return np.searchsorted(self._all_ids, image_ids)
 
     def _match_boxes(self, found: GatheredDetections) -> tuple[np.ndarray, np.ndarray]:
         """Precision and recall of the boxes, see `precision_and_recall`."""
-        objects, rows, scores = self._objects, found.rows(), found.scores
+        objects, rows, scores = self._objects, found.rows(self._positions(found.images)), found.scores
         evaluated = self._evaluated(found)
         if len(evaluated) < len(self._all_ids):
             objects = objects.only(evaluated)
@@ -254,16 +246,16 @@ class CocoEvaluator(ChiefReducer):
 
     def _evaluated(self, found: GatheredDetections) -> np.ndarray:
         """The positions of the images that count, sorted."""
-        return np.setdiff1d(self._positions(self.image_ids), found.skipped)
+        return self._positions(np.setdiff1d(self.image_ids, found.skipped))
 
     def match(self, iou_type: str, found: GatheredDetections) -> hotcoco.COCOeval:
         """Evaluate and accumulate with hotcoco. The report reads errors and verdicts from the result.
 
-        hotcoco's ids: an image's is its position (see `GatheredDetections`), a category's its label, a detection's its
+        hotcoco's ids: an image's is its position among the file's sorted ids, a category's its label, a detection's its
         row + 1, an annotation's its row in `annotations.columns` + 1.
         """
         truth = self._hotcoco_truth()
-        rows = found.rows()
+        rows = found.rows(self._positions(found.images))
         masks = found.rles() if iou_type == "segm" and len(rows) else None
         results = truth.load_res(rows, segmentation=masks)
         if iou_type == "keypoints" and len(rows):

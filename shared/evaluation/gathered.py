@@ -92,9 +92,9 @@ class GatheredDetections:
     """The detections of some images, in arrays: M of them, in the order of images.
 
     Attributes:
-        images: (images,) int64 positions among the data's image ids, sorted; in a file the ids themselves.
+        images: (images,) int64, COCO's image ids, sorted.
         counts: (images,) int64, each image's detections.
-        skipped: (skipped,) int64, as `images`: those that cannot be read.
+        skipped: (skipped,) int64, sorted ids of the images that cannot be read.
         boxes: (M, 4) float32, x1 y1 x2 y2; float64 with `sizes`.
         scores: (M,) float32; float64 with `sizes`.
         labels: (M,) int32.
@@ -119,13 +119,13 @@ class GatheredDetections:
 
     @classmethod
     def of(
-        cls, images: np.ndarray, skipped: np.ndarray, detections: list[Detections], masks: bool, keypoints: bool
+        cls, detections: list[Detections], masks: bool, keypoints: bool, skipped: Sequence[int] = ()
     ) -> GatheredDetections:
-        """Of detections in the order of `images`."""
+        """Of detections in the order of their images' ids."""
         share = cls(
-            images=images,
+            images=np.array([detection.image_id for detection in detections], dtype=np.int64),
             counts=np.array([len(detection) for detection in detections], dtype=np.int64),
-            skipped=skipped,
+            skipped=np.array(skipped, dtype=np.int64),
             boxes=np.concatenate([np.empty((0, 4), np.float32), *(d.boxes for d in detections)]),
             scores=np.concatenate([np.empty(0, np.float32), *(d.scores for d in detections)]),
             labels=np.concatenate([np.empty(0, np.int64), *(d.labels for d in detections)]).astype(np.int32),
@@ -144,10 +144,14 @@ class GatheredDetections:
             share.mask_lengths = np.array([len(piece) for piece in pieces], dtype=np.int32)
         return share
 
-    def rows(self) -> np.ndarray:
-        """(M, 7) float64 of COCO's array format: image, x, y, width, height, score, category."""
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """(M, 7) float64 of COCO's array format: image, x, y, width, height, score, category.
+
+        Args:
+            numbers: (images,) the number of each image. Its id may be greater than float64 can hold.
+        """
         rows = np.empty((len(self.boxes), 7), dtype=np.float64)
-        rows[:, 0] = np.repeat(self.images, self.counts)
+        rows[:, 0] = np.repeat(numbers, self.counts)
         rows[:, 1:5] = self.boxes
         rows[:, 3:5] = rows[:, 3:5] - rows[:, 1:3] if self.sizes is None else self.sizes
         rows[:, 5] = self.scores
@@ -167,7 +171,7 @@ class GatheredDetections:
         ]
 
     def detections(self) -> list[Detections]:
-        """One for each of `images`, which are ids."""
+        """One for each of `images`."""
         ends = _offsets(self.counts).tolist()
         rles = None if self.mask_sizes is None else self.rles()
         found = []
@@ -193,7 +197,6 @@ def save_detections(
     """Writes an npz file as a whole.
 
     Args:
-        found: its `images` and `skipped` are ids.
         max_detections: as of `evaluate`.
     """
     arrays = {name: value for name, value in vars(found).items() if value is not None}
@@ -224,7 +227,7 @@ def load_detections(path: Path) -> tuple[GatheredDetections, list[str], int | No
 
 
 def merge(shares: list[GatheredDetections]) -> GatheredDetections:
-    """All slots' detections, each image once and in the order of positions: the same for any number of slots."""
+    """All slots' detections, each image once and in the order of ids: the same for any number of slots."""
     if len(shares) == 1:
         return shares[0]
     images = np.concatenate([share.images for share in shares])

@@ -220,10 +220,10 @@ def analyse(
     found_objects = verdicts.matched[verdicts.is_right & counts]
     is_wrong = np.zeros(len(found.scores), bool)
     is_wrong[verdicts.rows[~verdicts.is_right & counts]] = True
-    order, ends = np.argsort(annotations.image_ids), np.cumsum(found.counts)
+    ends = np.cumsum(found.counts)
     rows_of = {
-        int(order[position]): slice(int(end - count), int(end))
-        for position, count, end in zip(found.images.tolist(), found.counts.tolist(), ends.tolist(), strict=True)
+        index_of[image_id]: slice(end - count, end)
+        for image_id, count, end in zip(found.images.tolist(), found.counts.tolist(), ends.tolist(), strict=True)
     }
     return Analyses(
         annotations=annotations,
@@ -311,8 +311,7 @@ def _intervals(
     if resamples < 2 or len(evaluator.image_ids) < 2:
         return {}
     # hotcoco resamples differences; no detection at all scores 0, so that the difference is the number itself
-    none = np.empty(0, np.int64)
-    empty = GatheredDetections.of(none, none, [], masks=iou_type == "segm", keypoints=iou_type == "keypoints")
+    empty = GatheredDetections.of([], masks=iou_type == "segm", keypoints=iou_type == "keypoints")
     nothing = evaluator.match(iou_type, empty)
     found = hotcoco.compare(nothing, evaluation, n_bootstrap=resamples, seed=SEED)["ci"]
     return {
