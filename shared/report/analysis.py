@@ -21,7 +21,7 @@ from shared.evaluation.evaluator import (
     summarize,
 )
 from shared.evaluation.gathered import GatheredDetections
-from shared.report.image_errors import Suspect, Wrong, errors_of, find_suspects
+from shared.report.image_errors import Suspect, Wrong, find_errors, find_suspects
 
 RESAMPLES = 200
 SEED = 0
@@ -153,7 +153,7 @@ class Analyses:
     Attributes:
         of: by IoU type, boxes first.
         indices: (images,) of the evaluated images in the annotations.
-        detections: of these images, by index.
+        detections: by index of the image.
         wrong: by boxes, the wrong detections of at least the best threshold, and what such detections do not find.
         found_objects: rows of the annotations that such detections match.
         suspects: annotations worth a look, those likeliest to be wrong first.
@@ -210,7 +210,6 @@ def analyse(
             "by 100; apply a sigmoid or softmax to logits"
         )
     index_of = {image_id: index for index, image_id in enumerate(annotations.image_ids.tolist())}
-    by_index = {index_of[one.image_id]: one for one in detections}
     indices = np.array(sorted(index_of[image_id] for image_id in evaluator.image_ids.tolist()), np.int64)
     of = {iou_type: analyse_one(evaluator, iou_type, found, resamples) for iou_type in evaluator.iou_types}
 
@@ -220,8 +219,11 @@ def analyse(
     found_objects = verdicts.matched[verdicts.is_right & counts]
     is_wrong = np.zeros(len(found.scores), bool)
     is_wrong[verdicts.rows[~verdicts.is_right & counts]] = True
+    is_object, is_missed = np.zeros((2, len(annotations.columns["labels"])), bool)
+    is_object[verdicts.objects] = is_missed[verdicts.objects] = True
+    is_missed[found_objects] = False
     ends = np.cumsum(found.counts)
-    rows_of = {
+    rows_of = dict.fromkeys(indices.tolist(), slice(0, 0)) | {
         index_of[image_id]: slice(end - count, end)
         for image_id, count, end in zip(found.images.tolist(), found.counts.tolist(), ends.tolist(), strict=True)
     }
@@ -229,10 +231,10 @@ def analyse(
         annotations=annotations,
         of=of,
         indices=indices,
-        detections={index: by_index[index] for index in indices.tolist() if index in by_index},
-        wrong=_errors_of_images(annotations, indices, by_index, rows_of, is_wrong, verdicts.objects, found_objects),
+        detections={index_of[one.image_id]: one for one in detections},
+        wrong=find_errors(annotations, found, rows_of, is_wrong, is_object, is_missed),
         found_objects=found_objects,
-        suspects=[] if curve.best is None else find_suspects(annotations, found, rows_of, indices.tolist(), threshold),
+        suspects=[] if curve.best is None else find_suspects(annotations, found, rows_of, threshold),
     )
 
 
@@ -319,30 +321,3 @@ def _intervals(
         for name, value in metrics.items()
         if NAMES[name] in found and not math.isnan(value)
     }
-
-
-def _errors_of_images(
-    annotations: CocoAnnotations,
-    indices: np.ndarray,
-    detections: dict[int, Detections],
-    rows_of: dict[int, slice],
-    is_wrong: np.ndarray,
-    objects: np.ndarray,
-    found_objects: np.ndarray,
-) -> list[Wrong]:
-    columns = annotations.columns
-    boxes = columns["boxes"].astype(np.float64)
-    boxes[:, 2:] += boxes[:, :2]
-    is_object, is_missed = np.zeros((2, len(boxes)), bool)
-    is_object[objects] = is_missed[objects] = True
-    is_missed[found_objects] = False
-    errors: list[Wrong] = []
-    for index in indices.tolist():
-        first, last = columns["offsets"][index : index + 2].tolist()
-        wrong = np.flatnonzero(is_wrong[rows_of.get(index, slice(0))])
-        missed = first + np.flatnonzero(is_missed[first:last])
-        if len(wrong) or len(missed):
-            found = detections.get(index) or Detections(int(annotations.image_ids[index]), [], [], [])
-            of_image = first + np.flatnonzero(is_object[first:last])
-            errors += errors_of(index, found, wrong, boxes, columns["labels"], of_image, missed)
-    return errors

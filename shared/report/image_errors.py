@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +13,6 @@ from pycocotools import mask as coco_mask
 from torchvision.ops import nms
 
 from shared.data.annotations import CocoAnnotations
-from shared.evaluation.detections import Detections
 from shared.evaluation.gathered import GatheredDetections
 
 # Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV 2020
@@ -48,40 +47,49 @@ class Wrong:
     annotation: int | None
 
 
-def errors_of(
-    image: int,
-    found: Detections,
-    wrong: np.ndarray,
-    truth_boxes: np.ndarray,
-    truth_labels: np.ndarray,
-    objects: np.ndarray,
-    missed: np.ndarray,
+def find_errors(
+    annotations: CocoAnnotations,
+    found: GatheredDetections,
+    rows_of: Mapping[int, slice],
+    is_wrong: np.ndarray,
+    is_object: np.ndarray,
+    is_missed: np.ndarray,
 ) -> list[Wrong]:
-    """The errors on one image, told apart as TIDE does it, by the IoU of boxes.
+    """The errors on each image, told apart as TIDE does it, by the IoU of boxes.
 
     Args:
-        image: index in the annotations.
-        wrong: positions in `found` of what matches nothing, not even a crowd.
-        truth_boxes, truth_labels: (N, 4) x1 y1 x2 y2 and (N,) of all annotations.
-        objects: rows of the image's annotations that are not crowds.
-        missed: those of them that no detection matches.
+        rows_of: by index in the annotations, each image's rows in `found`.
+        is_wrong: (M,) bool: detections that match nothing, not even a crowd.
+        is_object: (annotations,) bool: those that are not crowds.
+        is_missed: (annotations,) bool: objects that no detection matches.
     """
+    truth_boxes, truth_labels = _corners(annotations.columns["boxes"]), annotations.columns["labels"]
     errors: list[Wrong] = []
-    explained: set[int] = set()  # objects that another error is about
-    ious = box_ious(found.boxes[wrong], truth_boxes[objects])
-    for position, overlaps in zip(wrong.tolist(), ious, strict=True):
-        label, score = int(found.labels[position]), float(found.scores[position])
-        kind, among = _kind(overlaps, truth_labels[objects] == label)
-        annotation = None
-        if among is not None:
-            annotation = int(objects[np.argmax(np.where(among, overlaps, -1))])
-            if kind in ("Loc", "Cls"):
-                explained.add(annotation)
-        errors.append(Wrong(kind, image, label, score, position, annotation))
-    for row in missed.tolist():
-        if row not in explained:
-            errors.append(Wrong("Miss", image, int(truth_labels[row]), 0.0, None, row))
+    for image, rows in rows_of.items():
+        first, last = annotations.columns["offsets"][image : image + 2].tolist()
+        wrong = rows.start + np.flatnonzero(is_wrong[rows])
+        objects = first + np.flatnonzero(is_object[first:last])
+        explained: set[int] = set()  # objects that another error is about
+        ious = box_ious(found.boxes[wrong], truth_boxes[objects])
+        for row, overlaps in zip(wrong.tolist(), ious, strict=True):
+            label, score = int(found.labels[row]), float(found.scores[row])
+            kind, among = _kind(overlaps, truth_labels[objects] == label)
+            annotation = None
+            if among is not None:
+                annotation = int(objects[np.argmax(np.where(among, overlaps, -1))])
+                if kind in ("Loc", "Cls"):
+                    explained.add(annotation)
+            errors.append(Wrong(kind, image, label, score, row - rows.start, annotation))
+        missed = first + np.flatnonzero(is_missed[first:last])
+        for row in missed.tolist():
+            if row not in explained:
+                errors.append(Wrong("Miss", image, int(truth_labels[row]), 0.0, None, row))
     return errors
+
+
+def _corners(boxes: np.ndarray) -> np.ndarray:
+    """(N, 4) float64 x1 y1 x2 y2, of x y width height."""
+    return np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
 
 
 def _kind(overlaps: np.ndarray, same: np.ndarray) -> tuple[str, np.ndarray | None]:
@@ -189,22 +197,19 @@ def find_suspects(
     annotations: CocoAnnotations,
     found: GatheredDetections,
     rows_of: Mapping[int, slice],
-    images: Iterable[int],
     min_score: float,
 ) -> list[Suspect]:
     """The annotations that are more likely wrong than the detections that contradict them, the likeliest first.
 
     Args:
-        rows_of: by image, its rows in `found`.
-        images: indices in the annotations.
+        rows_of: see `find_errors`.
         min_score: a detection needs it to contradict an annotation.
     """
     shares = found.scores.astype(np.float64).clip(_LEAST_SCORE, _MOST_SCORE)
     odds, least = np.log(shares / (1 - shares)), math.log(_LEAST_SCORE / (1 - _LEAST_SCORE))
-    all_rows, categories, missing = np.arange(len(odds)), [], []
-    for image in images:
-        rows = all_rows[rows_of.get(image, slice(0))]
-        rows = rows[odds[rows] > least]
+    categories, missing = [], []
+    for image, of_image in rows_of.items():
+        rows = of_image.start + np.flatnonzero(odds[of_image] > least)
         one, other = _cases_of(image, annotations, found, rows[np.argsort(-odds[rows], kind="stable")], odds, least)
         categories.append(one)
         missing.append(other)
@@ -241,8 +246,7 @@ def _cases_of(
     """The cases of "category" and "missing" on an image. `rows` are its detections, the most certain first."""
     columns = annotations.columns
     first, last = int(columns["offsets"][image]), int(columns["offsets"][image + 1])
-    truth = columns["boxes"][first:last].astype(np.float64)
-    truth[:, 2:] += truth[:, :2]
+    truth = _corners(columns["boxes"][first:last])
     is_crowd, truth_labels = columns["iscrowd"][first:last], columns["labels"][first:last]
     boxes, labels, certainty = found.boxes[rows], found.labels[rows], odds[rows]
     ious = box_ious(boxes, truth)
