@@ -107,13 +107,11 @@ class Verdicts:
 
     Attributes:
         rows: (M,) of the detections that count. Those on a crowd do not.
-        is_right: (M,) bool.
         matched: (M,) rows of the annotations that they match; -1 for a wrong detection.
         objects: (N,) rows of the annotations that count.
     """
 
     rows: np.ndarray
-    is_right: np.ndarray
     matched: np.ndarray
     objects: np.ndarray
 
@@ -216,9 +214,9 @@ def analyse(
     curve, verdicts = of["bbox"].curve, of["bbox"].verdicts
     threshold = math.inf if curve.best is None else curve.best_threshold
     counts = found.scores[verdicts.rows] >= threshold
-    found_objects = verdicts.matched[verdicts.is_right & counts]
+    found_objects = verdicts.matched[counts & (verdicts.matched >= 0)]
     is_wrong = np.zeros(len(found.scores), bool)
-    is_wrong[verdicts.rows[~verdicts.is_right & counts]] = True
+    is_wrong[verdicts.rows[counts & (verdicts.matched < 0)]] = True
     is_object, is_missed = np.zeros((2, len(annotations.columns["labels"])), bool)
     is_object[verdicts.objects] = is_missed[verdicts.objects] = True
     is_missed[found_objects] = False
@@ -250,7 +248,7 @@ def analyse_one(evaluator: CocoEvaluator, iou_type: str, found: GatheredDetectio
         if "_AP/" not in name
     }
     verdicts = _verdicts_of(evaluation)
-    rows, is_right = verdicts.rows, verdicts.is_right
+    rows, is_right = verdicts.rows, verdicts.matched >= 0
     counts = np.bincount(annotations.columns["labels"][verdicts.objects], minlength=len(names))
     scores, labels = found.scores[rows], found.labels[rows]
     curves = {
@@ -294,17 +292,16 @@ def best_of_boxes(evaluator: CocoEvaluator) -> ThresholdCurve:
     """The curve of an evaluator's last metrics, by boxes if it evaluates them. On the chief only."""
     iou_type = "bbox" if "bbox" in evaluator.iou_types else evaluator.iou_types[0]
     verdicts = _verdicts_of(evaluator.match(iou_type, evaluator.found))
-    return threshold_curve(evaluator.found.scores[verdicts.rows], verdicts.is_right, len(verdicts.objects))
+    return threshold_curve(evaluator.found.scores[verdicts.rows], verdicts.matched >= 0, len(verdicts.objects))
 
 
 def _verdicts_of(evaluation: hotcoco.COCOeval) -> Verdicts:
     diagnostics = evaluation.image_diagnostics()
     status, match = diagnostics["dt_status"], diagnostics["dt_match"]
-    rows = np.array(sorted(row for row, verdict in status.items() if verdict in ("tp", "fp")), np.int64)
-    is_right = np.array([status[row] == "tp" for row in rows.tolist()], bool)
-    matched = np.array([match.get(row, 0) for row in rows.tolist()], np.int64) - 1
+    counted = sorted(row for row, verdict in status.items() if verdict in ("tp", "fp"))
+    matched = [match[row] if status[row] == "tp" else 0 for row in counted]
     objects = sorted(row for row, verdict in diagnostics["gt_status"].items() if verdict in ("matched", "fn"))
-    return Verdicts(rows - 1, is_right, np.where(is_right, matched, -1), np.array(objects, np.int64) - 1)
+    return Verdicts(*(np.array(rows, np.int64) - 1 for rows in (counted, matched, objects)))  # hotcoco's are from 1 on
 
 
 def _intervals(
