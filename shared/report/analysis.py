@@ -81,7 +81,7 @@ def interval_around(value: float, standard_error: float, least: float, most: flo
 
 @dataclass(frozen=True)
 class CategoryNumbers:
-    """A row of the table of categories. nan: the category has no object, or no detection is right.
+    """A row of the table of categories, by label. nan: the category has no object, or no detection is right.
 
     Attributes:
         objects: in the ground truth, without crowds.
@@ -90,7 +90,6 @@ class CategoryNumbers:
         threshold, f1: at the highest F1, for an IoU of 0.5.
     """
 
-    label: int
     name: str
     objects: int
     detections: int
@@ -124,7 +123,7 @@ class Analysis:
         metrics: those of `evaluate`, without the prefix of the IoU type and without categories.
         intervals: the ends of their 95 % bootstrap intervals; {} without a bootstrap.
         curve: for all categories together, at an IoU (for keypoints, OKS) of 0.5.
-        category_curves: by label, of each category that has objects.
+        category_curves: by label.
         errors: hotcoco's `tide_errors`: "delta_ap" and "counts" by type, "ap_base"; None for keypoints.
         confusion: hotcoco's `confusion_matrix` at the best threshold; None if no detection is right.
         calibration: hotcoco's.
@@ -136,7 +135,7 @@ class Analysis:
     intervals: dict[str, tuple[float, float]]
     categories: list[CategoryNumbers]
     curve: ThresholdCurve
-    category_curves: dict[int, ThresholdCurve]
+    category_curves: list[ThresholdCurve]
     errors: dict[str, Any] | None
     confusion: dict[str, Any] | None
     calibration: dict[str, Any]
@@ -251,28 +250,26 @@ def analyse_one(evaluator: CocoEvaluator, iou_type: str, found: GatheredDetectio
     rows, is_right = verdicts.rows, verdicts.matched >= 0
     counts = np.bincount(annotations.columns["labels"][verdicts.objects], minlength=len(names))
     scores, labels = found.scores[rows], found.labels[rows]
-    curves = {
-        label: threshold_curve(scores[labels == label], is_right[labels == label], int(counts[label]))
-        for label in np.flatnonzero(counts).tolist()
-    }
+    curves = [
+        threshold_curve(scores[labels == label], is_right[labels == label], count)
+        for label, count in enumerate(counts.tolist())
+    ]
     curve = threshold_curve(scores, is_right, int(counts.sum()))
     detected = np.bincount(labels, minlength=len(names))
-    nothing = threshold_curve(np.empty(0), np.empty(0, bool), 0)
     return Analysis(
         iou_type=iou_type,
         metrics=metrics,
         intervals=_intervals(evaluator, evaluation, iou_type, metrics, resamples),
         categories=[
             CategoryNumbers(
-                label=label,
                 name=name,
                 objects=int(counts[label]),
                 detections=int(detected[label]),
                 ap=mean_of(precision[:, :, label, 0]),
                 ap50=mean_of(precision[0, :, label, 0]),
                 ar=mean_of(recall[:, label, 0, -1]),
-                threshold=curves.get(label, nothing).best_threshold,
-                f1=curves.get(label, nothing).best_f1,
+                threshold=curves[label].best_threshold,
+                f1=curves[label].best_f1,
             )
             for label, name in enumerate(names)
         ],

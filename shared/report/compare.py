@@ -208,11 +208,11 @@ def _compare(a: Analyses, b: Analyses, name_a: str, name_b: str, iou_type: str, 
     categories = []
     objects = one.verdicts.objects
     image_of, labels = a.annotations.image_rows[objects], a.annotations.columns["labels"][objects]
-    for row, there in zip(one.categories, other.categories, strict=True):
+    for label, (row, there) in enumerate(zip(one.categories, other.categories, strict=True)):
         if row.objects:
             # the objects of a single image are all in a resample or all out: nothing varies
-            varies = len(np.unique(image_of[labels == row.label])) > 1
-            pair = (_of_category(each.evaluation, row.label, iou_type) for each in (one, other))
+            varies = len(np.unique(image_of[labels == label])) > 1
+            pair = (_of_category(each.evaluation, label, iou_type) for each in (one, other))
             own = _standard_errors(*pair, resamples if varies else 0)
             categories.append(Difference.of(row.name, row.ap, there.ap, own.get("AP", math.nan)))
     return Comparison(name_a, name_b, iou_type, metrics, categories)

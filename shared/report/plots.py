@@ -166,9 +166,9 @@ def _f1_over_threshold(analysis: Analysis, names: Sequence[str]) -> Figure:
 
 def _commonest(analysis: Analysis) -> tuple[list[int], str]:
     """The labels of the categories with most objects, and what a title says if there are more."""
-    counted = sorted((row for row in analysis.categories if row.objects), key=lambda row: -row.objects)
-    of_all = "" if len(counted) <= _CURVES else f", the {_CURVES} with most objects"
-    return [row.label for row in counted[:_CURVES]], of_all
+    objects = np.array([row.objects for row in analysis.categories])
+    labels = np.argsort(-objects, kind="stable")[: np.count_nonzero(objects)].tolist()
+    return labels[:_CURVES], "" if len(labels) <= _CURVES else f", the {_CURVES} with most objects"
 
 
 def _finished(figure: Figure, axes: Axes, x: str, y: str, title: str) -> Figure:

@@ -254,13 +254,12 @@ def _numbers(analyses: Analyses) -> dict[str, Any]:
     """The page for programs, with None for nan."""
 
     def numbers(of: Analysis) -> dict[str, Any]:
-        rows = [{key: value for key, value in vars(row).items() if key != "label"} for row in of.categories]
         return {
             "metrics": for_json(of.metrics),
             "intervals": of.intervals,
             **for_json({"best_f1": of.curve.best_f1, "expected_calibration_error": of.calibration["ece"]}),
             "errors": of.errors and {name: of.errors[name] for name in ("delta_ap", "counts")},
-            "categories": [for_json(row) for row in rows],
+            "categories": [for_json(vars(row)) for row in of.categories],
         }
 
     return {
