@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import hotcoco
@@ -417,9 +417,10 @@ def metrics_table(metrics: dict[str, float], iou_types: tuple[str, ...]) -> str:
     return tabulate(rows, headers=["", *iou_types], floatfmt=".4f", missingval="-")
 
 
-def for_json(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """With None instead of nan and infinity, which JSON lacks."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in numbers.items()
-    }
+def for_json(value: Any) -> Any:
+    """Dicts and lists with None instead of nan and infinity, which JSON lacks."""
+    if isinstance(value, dict):
+        return {name: for_json(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [for_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -21,7 +21,7 @@ from shared.data.annotations import CocoAnnotations
 from shared.data.storage import ImageStorage
 from shared.errors import UserError
 from shared.evaluation.detections import Detections, from_coco_results
-from shared.evaluation.evaluator import for_json, iou_types_of
+from shared.evaluation.evaluator import iou_types_of
 from shared.evaluation.gathered import load_detections
 from shared.report.analysis import (
     NAMES,
@@ -112,7 +112,7 @@ class Compared:
 
     def numbers(self) -> list[dict[str, Any]]:
         """For JSON."""
-        return [_numbers(comparison) for comparison in self.comparisons]
+        return [dataclasses.asdict(comparison) for comparison in self.comparisons]
 
     def content(self, images: ImageStorage | None) -> dict[str, Any]:
         """The values for the template `compare.html.jinja`."""
@@ -266,12 +266,6 @@ def summary_of(comparison: Comparison) -> str:
             categories = "category" if of_all == 1 else "categories"
             said += f" Its interval is {side} 0 on {len(clear)} of {of_all} {categories}: {named}."
     return said
-
-
-def _numbers(comparison: Comparison) -> dict[str, Any]:
-    """The comparison for JSON."""
-    rows = {name: [for_json(vars(one)) for one in getattr(comparison, name)] for name in ("metrics", "categories")}
-    return {"a": comparison.a, "b": comparison.b, "iou_type": comparison.iou_type, **rows}
 
 
 def _figures(comparison: Comparison) -> list[tuple[str, Markup]]:

@@ -27,6 +27,7 @@ from shared.durable import write_file
 from shared.errors import UserError, check_outputs
 from shared.evaluation.detections import Detections
 from shared.evaluation.drawing import Objects, draw, objects_of_detections, objects_of_truth
+from shared.evaluation.evaluator import for_json
 from shared.report.analysis import RESAMPLES, Analyses
 from shared.report.image_errors import Suspect, Wrong
 from shared.report.plots import style_sheet
@@ -41,7 +42,7 @@ def write_page(template: str, path: Path, numbers: Any = None, **content: Any) -
     """Fill a template of `templates/`. All text but `Markup` is escaped.
 
     Args:
-        numbers: for the JSON file beside the page; None for no file.
+        numbers: for the JSON file beside the page, with nan and infinity as null; None for no file.
 
     Raises:
         UserError: a file cannot be written.
@@ -60,7 +61,7 @@ def write_page(template: str, path: Path, numbers: Any = None, **content: Any) -
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, text.encode(errors="replace"))  # a name may hold half of a surrogate pair
         if numbers is not None:
-            write_file(path.with_suffix(".json"), json.dumps(numbers, indent=1).encode())
+            write_file(path.with_suffix(".json"), json.dumps(for_json(numbers), indent=1).encode())
     except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error.strerror or error}. Fix: free some space, or give another folder"

@@ -22,7 +22,7 @@ from shared.data.annotations import CocoAnnotations
 from shared.data.storage import ImageStorage
 from shared.errors import count_of
 from shared.evaluation.detections import Detections, from_coco_results
-from shared.evaluation.evaluator import for_json, iou_types_of
+from shared.evaluation.evaluator import iou_types_of
 from shared.log import redacted, without_secrets
 from shared.report.analysis import NAMES, RESAMPLES, Analyses, Analysis, analyse
 from shared.report.image_errors import ERROR_TYPES, Suspect, worst_images
@@ -226,12 +226,8 @@ def _worst_images(analyses: Analyses, images: ImageStorage | None, min_score: fl
 
 
 def _suspects(analyses: Analyses) -> list[dict[str, Any]]:
-    names, ids, columns = (
-        analyses.annotations.category_names,
-        analyses.annotations.category_ids,
-        analyses.annotations.columns,
-    )
-    rows = []
+    annotations, rows = analyses.annotations, []
+    names, ids, columns = annotations.category_names, annotations.category_ids, annotations.columns
     for suspect in analyses.suspects:
         row, box = suspect.annotation, suspect.box.astype(float)
         rows.append(
@@ -251,23 +247,18 @@ def _suspects(analyses: Analyses) -> list[dict[str, Any]]:
 
 
 def _numbers(analyses: Analyses) -> dict[str, Any]:
-    """The page for programs, with None for nan."""
-
-    def numbers(of: Analysis) -> dict[str, Any]:
-        return {
-            "metrics": for_json(of.metrics),
+    """The page for programs."""
+    numbers = {"best_threshold": analyses.best_threshold, "images": len(analyses.indices)}
+    for iou_type, of in analyses.of.items():
+        numbers[iou_type] = {
+            "metrics": of.metrics,
             "intervals": of.intervals,
-            **for_json({"best_f1": of.curve.best_f1, "expected_calibration_error": of.calibration["ece"]}),
+            "best_f1": of.curve.best_f1,
+            "expected_calibration_error": of.calibration["ece"],
             "errors": of.errors and {name: of.errors[name] for name in ("delta_ap", "counts")},
-            "categories": [for_json(vars(row)) for row in of.categories],
+            "categories": [vars(row) for row in of.categories],
         }
-
-    return {
-        **for_json({"best_threshold": analyses.best_threshold}),
-        "images": len(analyses.indices),
-        **{iou_type: numbers(of) for iou_type, of in analyses.of.items()},
-        "suspected_annotations": _suspects(analyses),
-    }
+    return {**numbers, "suspected_annotations": _suspects(analyses)}
 
 
 # --- in words
