@@ -271,7 +271,6 @@ class CocoEvaluator(ChiefReducer):
             params.kpt_oks_sigmas = list(self.keypoint_sigmas)
         if self.max_detections is not None:
             params.max_dets = [self.max_detections] if iou_type == "keypoints" else self._most_detections()
-        evaluation.params = params
         evaluation.evaluate()
         evaluation.accumulate()
         return evaluation

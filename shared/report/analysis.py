@@ -24,9 +24,8 @@ from shared.evaluation.gathered import GatheredDetections
 from shared.report.image_errors import Suspect, Wrong, find_errors, find_suspects
 
 RESAMPLES = 200
-SEED = 0
 # hotcoco's names of what `summarize` returns
-NAMES = {
+_NAMES = {
     **{"mAP": "AP", "mAP_50": "AP50", "mAP_75": "AP75", "mAP_s": "APs", "mAP_m": "APm", "mAP_l": "APl"},
     **{"AR_1": "AR1", "AR_10": "AR10", "AR_100": "AR100", "AR_s": "ARs", "AR_m": "ARm", "AR_l": "ARl"},
     **{"AR": "AR", "AR_iou50": "AR50", "AR_iou75": "AR75"},
@@ -130,7 +129,6 @@ class Analysis:
         evaluation: hotcoco's evaluation, see `CocoEvaluator.match`.
     """
 
-    iou_type: str
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     categories: list[CategoryNumbers]
@@ -257,9 +255,8 @@ def analyse_one(evaluator: CocoEvaluator, iou_type: str, found: GatheredDetectio
     curve = threshold_curve(scores, is_right, int(counts.sum()))
     detected = np.bincount(labels, minlength=len(names))
     return Analysis(
-        iou_type=iou_type,
         metrics=metrics,
-        intervals=_intervals(evaluator, evaluation, iou_type, metrics, resamples),
+        intervals=_intervals(evaluator, evaluation, metrics, resamples) if resamples else {},
         categories=[
             CategoryNumbers(
                 name=name,
@@ -302,16 +299,21 @@ def _verdicts_of(evaluation: hotcoco.COCOeval) -> Verdicts:
 
 
 def _intervals(
-    evaluator: CocoEvaluator, evaluation: hotcoco.COCOeval, iou_type: str, metrics: dict[str, float], resamples: int
+    evaluator: CocoEvaluator, evaluation: hotcoco.COCOeval, metrics: dict[str, float], resamples: int
 ) -> dict[str, tuple[float, float]]:
-    if resamples < 2 or len(evaluator.image_ids) < 2:
-        return {}
-    # hotcoco resamples differences; no detection at all scores 0, so that the difference is the number itself
-    empty = GatheredDetections.of([], masks=iou_type == "segm", keypoints=iou_type == "keypoints")
-    nothing = evaluator.match(iou_type, empty)
-    found = hotcoco.compare(nothing, evaluation, n_bootstrap=resamples, seed=SEED)["ci"]
+    # no detection at all scores 0, so that the difference is the number itself
+    nothing = evaluator.match(evaluation.params.iou_type, GatheredDetections.of([], masks=False, keypoints=False))
+    errors = standard_errors(nothing, evaluation, resamples)
     return {
-        name: interval_around(value, found[NAMES[name]]["std_err"], 0.0, 1.0)
+        name: interval_around(value, errors[name], 0.0, 1.0)
         for name, value in metrics.items()
-        if NAMES[name] in found and not math.isnan(value)
+        if name in errors and not math.isnan(value)
     }
+
+
+def standard_errors(one: hotcoco.COCOeval, other: hotcoco.COCOeval, resamples: int) -> dict[str, float]:
+    """The standard error of the difference in each metric, from a bootstrap over images; {} without one."""
+    if resamples < 2 or len(one.params.img_ids) < 2:
+        return {}
+    found = hotcoco.compare(one, other, n_bootstrap=resamples, seed=0)["ci"]
+    return {name: found[theirs]["std_err"] for name, theirs in _NAMES.items() if theirs in found}

@@ -23,14 +23,7 @@ from shared.errors import UserError
 from shared.evaluation.detections import Detections, from_coco_results
 from shared.evaluation.evaluator import iou_types_of
 from shared.evaluation.gathered import load_detections
-from shared.report.analysis import (
-    NAMES,
-    RESAMPLES,
-    SEED,
-    Analyses,
-    analyse,
-    interval_around,
-)
+from shared.report.analysis import RESAMPLES, Analyses, analyse, interval_around, standard_errors
 from shared.report.page import TITLES, check_page, open_pictures, parse_page_options, picture_of_difference, write_page
 from shared.report.plots import short_name, styled, svg_of
 
@@ -200,10 +193,9 @@ def compare(
 
 def _compare(a: Analyses, b: Analyses, name_a: str, name_b: str, iou_type: str, resamples: int) -> Comparison:
     one, other = a.of[iou_type], b.of[iou_type]
-    errors = _standard_errors(one.evaluation, other.evaluation, resamples)
+    errors = standard_errors(one.evaluation, other.evaluation, resamples)
     metrics = [
-        Difference.of(name, one.metrics[name], other.metrics[name], errors.get(NAMES[name], math.nan))
-        for name in one.metrics
+        Difference.of(name, one.metrics[name], other.metrics[name], errors.get(name, math.nan)) for name in one.metrics
     ]
     categories = []
     objects = one.verdicts.objects
@@ -212,27 +204,17 @@ def _compare(a: Analyses, b: Analyses, name_a: str, name_b: str, iou_type: str, 
         if row.objects:
             # the objects of a single image are all in a resample or all out: nothing varies
             varies = len(np.unique(image_of[labels == label])) > 1
-            pair = (_of_category(each.evaluation, label, iou_type) for each in (one, other))
-            own = _standard_errors(*pair, resamples if varies else 0)
-            categories.append(Difference.of(row.name, row.ap, there.ap, own.get("AP", math.nan)))
+            pair = (_of_category(each.evaluation, label) for each in (one, other))
+            own = standard_errors(*pair, resamples if varies else 0)
+            categories.append(Difference.of(row.name, row.ap, there.ap, own.get("mAP", math.nan)))
     return Comparison(name_a, name_b, iou_type, metrics, categories)
 
 
-def _standard_errors(one: hotcoco.COCOeval, other: hotcoco.COCOeval, resamples: int) -> dict[str, float]:
-    """The standard error of each difference, by hotcoco's name, from a bootstrap over images."""
-    if resamples < 2 or len(one.params.img_ids) < 2:
-        return {}
-    compared = hotcoco.compare(one, other, n_bootstrap=resamples, seed=SEED)
-    return {name: found["std_err"] for name, found in compared["ci"].items()}
-
-
-def _of_category(evaluation: hotcoco.COCOeval, label: int, iou_type: str) -> hotcoco.COCOeval:
+def _of_category(evaluation: hotcoco.COCOeval, label: int) -> hotcoco.COCOeval:
     """The same detections, evaluated on one category: hotcoco has intervals of all categories together only."""
-    own = hotcoco.COCOeval(evaluation.coco_gt, evaluation.coco_dt, iou_type)
-    params = own.params
-    params.img_ids = evaluation.params.img_ids
-    params.cat_ids = [label]
-    own.params = params
+    own = hotcoco.COCOeval(evaluation.coco_gt, evaluation.coco_dt, evaluation.params.iou_type)
+    own.params.img_ids = evaluation.params.img_ids
+    own.params.cat_ids = [label]
     own.evaluate()
     own.accumulate()
     return own

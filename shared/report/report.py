@@ -24,7 +24,7 @@ from shared.errors import count_of
 from shared.evaluation.detections import Detections, from_coco_results
 from shared.evaluation.evaluator import iou_types_of
 from shared.log import redacted, without_secrets
-from shared.report.analysis import NAMES, RESAMPLES, Analyses, Analysis, analyse
+from shared.report.analysis import RESAMPLES, Analyses, Analysis, analyse
 from shared.report.image_errors import ERROR_TYPES, Suspect, worst_images
 from shared.report.page import (
     TITLES,
@@ -188,7 +188,7 @@ def report(
             {"iou_type": iou_type, "of": of, "figures": _drawn(figures_of(of, annotations.category_names), iou_type)}
             for iou_type, of in analyses.of.items()
         ],
-        metric_names=[name for name in NAMES if any(name in of.metrics for of in analyses.of.values())],
+        metric_names=list(dict.fromkeys(name for of in analyses.of.values() for name in of.metrics)),
         error_types=ERROR_TYPES,
         worst=_worst_images(analyses, images, min_score),
         suspects=[
