@@ -283,23 +283,14 @@ class CocoEvaluator(ChiefReducer):
             UserError: see `to_hotcoco`.
         """
         if "bbox" in self.iou_types and self._objects is None:
-            columns = self.annotations.columns
-            images = np.repeat(self._positions(self.annotations.image_ids), np.diff(columns["offsets"]))
-            self._objects = Objects.of(
-                images=images,
-                labels=columns["labels"],
-                boxes=columns["boxes"],
-                areas=columns["areas"],
-                crowd=columns["iscrowd"],
-                categories=len(self.annotations.categories),
-            )
+            images = self._positions(self.annotations.image_ids)[self.annotations.image_rows]
+            self._objects = Objects.of(self.annotations.columns, images, len(self.annotations.categories))
         if set(self.iou_types) - {"bbox"}:
             self._hotcoco_truth()
 
     def _hotcoco_truth(self) -> hotcoco.COCO:
         if self._truth is None:
-            with_keypoints = "keypoints" in self.iou_types
-            self._truth = to_hotcoco(self.annotations, masks="segm" in self.iou_types, keypoints=with_keypoints)
+            self._truth = to_hotcoco(self.annotations, self.iou_types)
         return self._truth
 
 
@@ -345,8 +336,8 @@ def _check_keypoints(annotations: CocoAnnotations, sigmas: Sequence[float] | Non
         )
 
 
-def to_hotcoco(annotations: CocoAnnotations, masks: bool = True, keypoints: bool = False) -> hotcoco.COCO:
-    """The annotations as hotcoco's data set, in the file's own float64.
+def to_hotcoco(annotations: CocoAnnotations, iou_types: Sequence[str]) -> hotcoco.COCO:
+    """The annotations as hotcoco's data set, in the file's own float64, with the masks and keypoints that are scored.
 
     Its ids are those of `CocoEvaluator.match`, because a file's ids may be negative or too great for the float64 of
     hotcoco's results.
@@ -355,28 +346,23 @@ def to_hotcoco(annotations: CocoAnnotations, masks: bool = True, keypoints: bool
         UserError: a segmentation that is no polygon or RLE, an RLE of another size than its image.
     """
     columns = annotations.columns
-    positions = np.empty(len(annotations), dtype=np.int64)
-    positions[np.argsort(annotations.image_ids)] = np.arange(len(annotations))
-    segmentation = _segmentations(annotations) if masks else None
-    images = [
-        {"id": position, "height": height, "width": width, "file_name": ""}
-        for position, height, width in zip(
-            positions.tolist(), columns["heights"].tolist(), columns["widths"].tolist(), strict=True
-        )
-    ]
+    positions = np.searchsorted(np.sort(annotations.image_ids), annotations.image_ids)
+    segmentation = _segmentations(annotations) if "segm" in iou_types else None
+    sizes = zip(positions.tolist(), columns["heights"].tolist(), columns["widths"].tolist(), strict=True)
+    images = [{"id": position, "height": height, "width": width, "file_name": ""} for position, height, width in sizes]
     categories = [{**category, "id": label} for label, category in enumerate(annotations.categories)]
     try:
         truth = hotcoco.COCO.from_arrays(
             images=images,
             categories=categories,
-            image_ids=np.repeat(positions, np.diff(columns["offsets"])),
+            image_ids=positions[annotations.image_rows],
             category_ids=columns["labels"],
             boxes=columns["boxes"],
             area=columns["areas"],
             iscrowd=columns["iscrowd"],
             segmentation=segmentation,
         )
-        if keypoints:
+        if "keypoints" in iou_types:
             points = columns["keypoints"]
             counts = (points[..., 2] > 0).sum(axis=1).tolist()
             rows = zip(points.reshape(len(points), -1).tolist(), counts, strict=True)
