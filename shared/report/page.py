@@ -135,37 +135,33 @@ def picture_of_errors(
     found = _found(analyses, index)
     missed = [one.annotation - int(annotations.columns["offsets"][index]) for one in wrong if one.detection is None]
     if missed:
-        truth, right = record.only(missed), objects_of_detections(found, annotations.categories, min_score)
+        truth, shown = record.only(missed), found
     else:
-        shown = [one.detection for one in wrong]
-        truth, right = record, objects_of_detections(found, annotations.categories, -np.inf, shown)
+        truth, shown, min_score = record, found.only([one.detection for one in wrong]), 0
     left = objects_of_truth(truth, annotations.categories, found.masks is not None, found.keypoints is not None)
-    return _panels(images, record, [left, right])
+    return _panels(images, record, [left, objects_of_detections(shown, annotations.categories, min_score)])
 
 
 def picture_of_difference(a: Analyses, b: Analyses, images: ImageStorage | None, index: int) -> str | None:
     """The truth, and what each of two detectors finds with its best threshold."""
-    annotations = a.annotations
-    record = annotations[index]
+    record, categories = a.annotations[index], a.annotations.categories
     found = [_found(of, index) for of in (a, b)]
-    thresholds = [np.inf if math.isnan(of.best_threshold) else of.best_threshold for of in (a, b)]
-    panels = [objects_of_truth(record, annotations.categories, any(each.masks is not None for each in found))]
-    for each, threshold in zip(found, thresholds, strict=True):
-        panels.append(objects_of_detections(each, annotations.categories, threshold))
+    panels = [objects_of_truth(record, categories, any(each.masks is not None for each in found))]
+    for of, each in zip((a, b), found, strict=True):
+        panels.append(objects_of_detections(each, categories, of.best_threshold))
     return _panels(images, record, panels)
 
 
 def picture_of_suspect(analyses: Analyses, images: ImageStorage | None, suspect: Suspect) -> str | None:
     """The annotations around a place, beside the detection there."""
-    annotations = analyses.annotations
-    record = annotations[suspect.image]
+    record, categories = analyses.annotations[suspect.image], analyses.annotations.categories
     detected = Objects(
         boxes=suspect.box[None],
         labels=[suspect.label],
-        names=[annotations.category_names[suspect.label]],
+        names=[categories[suspect.label]["name"]],
         endings=[f" {suspect.score:.2f}"],
     )
-    return _panels(images, record, [objects_of_truth(record, annotations.categories), detected], suspect.box)
+    return _panels(images, record, [objects_of_truth(record, categories), detected], suspect.box)
 
 
 def _found(analyses: Analyses, index: int) -> Detections:
