@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from determined.pytorch import MetricReducer
 
+from shared.data.coco_file import offsets_of
 from shared.durable import writing
 from shared.errors import UserError
 from shared.evaluation.detections import Detections, sizes_of
@@ -160,7 +161,7 @@ class GatheredDetections:
 
     def rles(self) -> list[dict]:
         """M of COCO's RLE dicts."""
-        data, offsets = self.mask_bytes.tobytes(), _offsets(self.mask_lengths).tolist()
+        data, offsets = self.mask_bytes.tobytes(), offsets_of(self.mask_lengths).tolist()
         # a few sizes, that all masks share; pairs as one number each sort in a hundredth of the time
         heights, widths = self.mask_sizes.astype(np.int64).T
         pairs, size_of = np.unique(heights << 32 | widths, return_inverse=True)
@@ -172,7 +173,7 @@ class GatheredDetections:
 
     def detections(self) -> list[Detections]:
         """One for each of `images`."""
-        ends = _offsets(self.counts).tolist()
+        ends = offsets_of(self.counts).tolist()
         rles = None if self.mask_sizes is None else self.rles()
         found = []
         for image_id, start, end in zip(self.images.tolist(), ends[:-1], ends[1:], strict=True):
@@ -233,8 +234,8 @@ def merge(shares: list[GatheredDetections]) -> GatheredDetections:
     images = np.concatenate([share.images for share in shares])
     counts = np.concatenate([share.counts for share in shares])
     kept_images, kept = np.unique(images, return_index=True)  # the first slot's, where several have an image
-    kept_counts, starts = counts[kept], _offsets(counts)[kept]
-    rows = np.repeat(starts - _offsets(kept_counts)[:-1], kept_counts) + np.arange(kept_counts.sum())
+    kept_counts, starts = counts[kept], offsets_of(counts)[kept]
+    rows = np.repeat(starts - offsets_of(kept_counts)[:-1], kept_counts) + np.arange(kept_counts.sum())
 
     def rows_of(name: str) -> np.ndarray | None:
         # those without detections do not know how many keypoints there are
@@ -254,12 +255,8 @@ def merge(shares: list[GatheredDetections]) -> GatheredDetections:
         sizes=rows_of("sizes"),
     )
     if merged.mask_sizes is not None:
-        ends = _offsets(np.concatenate([share.mask_lengths for share in shares]))
+        ends = offsets_of(np.concatenate([share.mask_lengths for share in shares]))
         data = np.concatenate([share.mask_bytes for share in shares])
         pieces = zip(ends[starts].tolist(), ends[starts + kept_counts].tolist(), strict=True)
         merged.mask_bytes = np.concatenate([data[:0], *(data[start:end] for start, end in pieces)])
     return merged
-
-
-def _offsets(lengths: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
