@@ -173,23 +173,18 @@ class GatheredDetections:
 
     def detections(self) -> list[Detections]:
         """One for each of `images`."""
+        rows = {"boxes": self.boxes, "scores": self.scores, "labels": self.labels}
+        if self.sizes is not None:
+            rows["sizes"] = self.sizes
+        if self.mask_sizes is not None:
+            rows["masks"] = self.rles()
+        if self.keypoints is not None:
+            rows["keypoints"] = self.keypoints.reshape(len(self.boxes), self.keypoints.shape[1] // 3, 3)
         ends = offsets_of(self.counts).tolist()
-        rles = None if self.mask_sizes is None else self.rles()
-        found = []
-        for image_id, start, end in zip(self.images.tolist(), ends[:-1], ends[1:], strict=True):
-            points = None if self.keypoints is None else self.keypoints[start:end]
-            found.append(
-                Detections(
-                    image_id,
-                    self.boxes[start:end],
-                    self.scores[start:end],
-                    self.labels[start:end],
-                    masks=None if rles is None else rles[start:end],
-                    keypoints=None if points is None else points.reshape(end - start, -1, 3),
-                    sizes=None if self.sizes is None else self.sizes[start:end],
-                )
-            )
-        return found
+        return [
+            Detections(image_id, **{name: values[start:end] for name, values in rows.items()})
+            for image_id, start, end in zip(self.images.tolist(), ends[:-1], ends[1:], strict=True)
+        ]
 
 
 def save_detections(
