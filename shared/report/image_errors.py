@@ -145,6 +145,7 @@ def worst_images(wrong: Sequence[Wrong], kind: str, count: int) -> list[tuple[in
 _MOST_CHANCE_FALSE = 0.5
 _APART = 0.3  # IoU: a box between two objects overlaps each of them more
 _LEAST_SCORE, _MOST_SCORE = 0.02, 0.999  # lower scores carry no information
+_LEAST = math.log(_LEAST_SCORE / (1 - _LEAST_SCORE))  # certainty
 _BINS = 200
 _ROUNDS = 500
 # of a and b: normal distributions around a detector whose scores are probabilities, for data with few mistakes
@@ -182,7 +183,6 @@ class _Cases(NamedTuple):
         evidence: (M,) certainty against the annotation, which takes the second guess into account.
         rows: (M,) of the detections.
         annotations: (M,) rows of the annotations, -1 for none.
-        images: (M,) indices.
     """
 
     agreeing: np.ndarray
@@ -190,7 +190,6 @@ class _Cases(NamedTuple):
     evidence: np.ndarray
     rows: np.ndarray
     annotations: np.ndarray
-    images: np.ndarray
 
 
 def find_suspects(
@@ -206,17 +205,16 @@ def find_suspects(
         min_score: a detection needs it to contradict an annotation.
     """
     shares = found.scores.astype(np.float64).clip(_LEAST_SCORE, _MOST_SCORE)
-    odds, least = np.log(shares / (1 - shares)), math.log(_LEAST_SCORE / (1 - _LEAST_SCORE))
-    categories, missing = [], []
+    odds = np.log(shares / (1 - shares))
+    categories, missing, image_of = [], [], np.empty(len(odds), np.int64)
     for image, of_image in rows_of.items():
-        rows = of_image.start + np.flatnonzero(odds[of_image] > least)
-        one, other = _cases_of(image, annotations, found, rows[np.argsort(-odds[rows], kind="stable")], odds, least)
+        image_of[of_image] = image
+        rows = of_image.start + np.flatnonzero(odds[of_image] > _LEAST)
+        one, other = _cases_of(image, annotations, found, rows[np.argsort(-odds[rows], kind="stable")], odds)
         categories.append(one)
         missing.append(other)
     suspects = []
     for kind, per_image in (("category", categories), ("missing", missing)):
-        if not per_image:
-            continue
         cases = _Cases(*map(np.concatenate, zip(*per_image, strict=True)))
         chances = chances_false(cases.agreeing, cases.contradicting, cases.evidence, kind)
         for i in np.flatnonzero((chances <= _MOST_CHANCE_FALSE) & (found.scores[cases.rows] >= min_score)).tolist():
@@ -224,7 +222,7 @@ def find_suspects(
             suspects.append(
                 Suspect(
                     kind=kind,
-                    image=int(cases.images[i]),
+                    image=int(image_of[row]),
                     label=int(found.labels[row]),
                     score=float(found.scores[row]),
                     box=found.boxes[row],
@@ -236,16 +234,11 @@ def find_suspects(
 
 
 def _cases_of(
-    image: int,
-    annotations: CocoAnnotations,
-    found: GatheredDetections,
-    rows: np.ndarray,
-    odds: np.ndarray,
-    least: float,
+    image: int, annotations: CocoAnnotations, found: GatheredDetections, rows: np.ndarray, odds: np.ndarray
 ) -> tuple[_Cases, _Cases]:
     """The cases of "category" and "missing" on an image. `rows` are its detections, the most certain first."""
     columns = annotations.columns
-    first, last = int(columns["offsets"][image]), int(columns["offsets"][image + 1])
+    first, last = columns["offsets"][image : image + 2].tolist()
     truth = _corners(columns["boxes"][first:last])
     is_crowd, truth_labels = columns["iscrowd"][first:last], columns["labels"][first:last]
     boxes, labels, certainty = found.boxes[rows], found.labels[rows], odds[rows]
@@ -254,7 +247,7 @@ def _cases_of(
 
     # for each object, the certainty of the annotated category, of the best other guess, and of the next one; a
     # detection belongs to one object, to one of its own category if possible
-    own, other, third = np.full((3, len(objects)), least)
+    own, other, third = np.full((3, len(objects)), _LEAST)
     best = np.full(len(objects), -1)
     if len(objects):
         on_objects = ious[:, objects]
@@ -270,19 +263,17 @@ def _cases_of(
                     third[at] = other[at]
                 other[at], best[at] = certainty[position], position
     top = np.maximum(own, other)
-    is_found, contradicted = top > least, other > own
+    is_found, contradicted = top > _LEAST, other > own
     wrong_category = _Cases(
         agreeing=(own - other)[is_found & ~contradicted],
         contradicting=(other - np.maximum(own, third))[contradicted],
         evidence=(other - own)[contradicted],
         rows=rows[best[contradicted]],
         annotations=first + objects[contradicted],
-        images=np.full(int(contradicted.sum()), image),
     )
 
     in_a_crowd = (box_ious(boxes, truth[is_crowd], of_one=True) >= _MATCHES).any(axis=1)
-    is_alone = ~(ious >= _APART).any(axis=1) & ~in_a_crowd
-    alone = np.flatnonzero(is_alone)
+    alone = np.flatnonzero(~(ious >= _APART).any(axis=1) & ~in_a_crowd)
     of_alone = torch.from_numpy(boxes[alone])
     alone = alone[nms(of_alone, torch.arange(len(alone), 0, -1).to(of_alone), _APART).numpy()]  # one per object
     missing = _Cases(
@@ -291,7 +282,6 @@ def _cases_of(
         evidence=certainty[alone],
         rows=rows[alone],
         annotations=np.full(len(alone), -1),
-        images=np.full(len(alone), image),
     )
     return wrong_category, missing
 
