@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from shared.config.file import flattened
 from shared.data.annotations import CocoAnnotations
@@ -36,10 +37,6 @@ from shared.report.page import (
     write_page,
 )
 from shared.report.plots import figures_of, svg_of
-
-if TYPE_CHECKING:  # importing it takes half a second, and a run needs no figure to start
-    from matplotlib.figure import Figure
-
 
 _NOT_THERE = "–"
 
