@@ -180,11 +180,15 @@ class GatheredDetections:
             rows["masks"] = self.rles()
         if self.keypoints is not None:
             rows["keypoints"] = self.keypoints.reshape(len(self.boxes), self.keypoints.shape[1] // 3, 3)
-        ends = offsets_of(self.counts).tolist()
         return [
-            Detections(image_id, **{name: values[start:end] for name, values in rows.items()})
-            for image_id, start, end in zip(self.images.tolist(), ends[:-1], ends[1:], strict=True)
+            Detections(image_id, **{name: values[of_image] for name, values in rows.items()})
+            for image_id, of_image in self.rows_by_image().items()
         ]
+
+    def rows_by_image(self) -> dict[int, slice]:
+        """The rows of each image's detections, by its id."""
+        ends = offsets_of(self.counts).tolist()
+        return dict(zip(self.images.tolist(), map(slice, ends[:-1], ends[1:]), strict=True))
 
 
 def save_detections(

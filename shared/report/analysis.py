@@ -217,11 +217,8 @@ def analyse(
     is_object, is_missed = np.zeros((2, len(annotations.columns["labels"])), bool)
     is_object[verdicts.objects] = is_missed[verdicts.objects] = True
     is_missed[found_objects] = False
-    ends = np.cumsum(found.counts)
-    rows_of = dict.fromkeys(indices.tolist(), slice(0, 0)) | {
-        index_of[image_id]: slice(end - count, end)
-        for image_id, count, end in zip(found.images.tolist(), found.counts.tolist(), ends.tolist(), strict=True)
-    }
+    rows_of = dict.fromkeys(indices.tolist(), slice(0, 0))
+    rows_of |= {index_of[image_id]: rows for image_id, rows in found.rows_by_image().items()}
     return Analyses(
         annotations=annotations,
         of=of,
