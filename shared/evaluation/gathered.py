@@ -241,18 +241,9 @@ def merge(shares: list[GatheredDetections]) -> GatheredDetections:
         parts = [part for share in shares if (part := getattr(share, name)) is not None and len(part)]
         return np.concatenate(parts)[rows] if parts else getattr(shares[0], name)
 
-    merged = GatheredDetections(
-        images=kept_images,
-        counts=kept_counts,
-        skipped=np.unique(np.concatenate([share.skipped for share in shares])),
-        boxes=rows_of("boxes"),
-        scores=rows_of("scores"),
-        labels=rows_of("labels"),
-        keypoints=rows_of("keypoints"),
-        mask_sizes=rows_of("mask_sizes"),
-        mask_lengths=rows_of("mask_lengths"),
-        sizes=rows_of("sizes"),
-    )
+    skipped = np.unique(np.concatenate([share.skipped for share in shares]))
+    names = ("boxes", "scores", "labels", "keypoints", "mask_sizes", "mask_lengths", "sizes")
+    merged = GatheredDetections(kept_images, kept_counts, skipped, **{name: rows_of(name) for name in names})
     if merged.mask_sizes is not None:
         ends = offsets_of(np.concatenate([share.mask_lengths for share in shares]))
         data = np.concatenate([share.mask_bytes for share in shares])
