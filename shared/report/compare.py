@@ -14,7 +14,6 @@ from typing import Any
 
 import hotcoco
 import numpy as np
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from shared.data.annotations import CocoAnnotations
@@ -250,15 +249,14 @@ def summary_of(comparison: Comparison) -> str:
     return said
 
 
-def _figures(comparison: Comparison) -> list[tuple[str, Markup]]:
+def _figures(comparison: Comparison) -> list[tuple[str, str]]:
     """Title and figure: the numbers, and the categories with the largest differences."""
     changed = [one for one in comparison.categories if not math.isnan(one.delta)]
     shown = sorted(changed, key=lambda one: -abs(one.delta))[:_CATEGORIES_OF_FIGURE]
     figures = []
     for title, rows in (("Numbers", comparison.metrics), ("Categories", sorted(shown, key=lambda one: -one.delta))):
         if rows := [one for one in rows if not math.isnan(one.lower)]:
-            salt = f"{comparison.b} {comparison.iou_type} {title}"
-            figures.append((title, Markup(svg_of(_figure_of(rows), salt))))
+            figures.append((title, svg_of(_figure_of(rows), f"{comparison.b} {comparison.iou_type} {title}")))
     return figures
 
 

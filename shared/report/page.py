@@ -16,7 +16,6 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
 from PIL import Image
 
 from shared.data.annotations import CocoAnnotations, ImageRecord
@@ -30,7 +29,7 @@ from shared.evaluation.drawing import Objects, draw, objects_of_detections, obje
 from shared.evaluation.evaluator import for_json
 from shared.report.analysis import RESAMPLES, Analyses
 from shared.report.image_errors import Suspect, Wrong
-from shared.report.plots import style_sheet
+from shared.report.plots import DARK, LIGHT, style_sheet
 
 TITLES = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints"}
 _PANEL = 360  # pixels of the longer side of a picture
@@ -55,8 +54,9 @@ def write_page(template: str, path: Path, numbers: Any = None, **content: Any) -
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "signed": functools.partial(number, sign="+")}
-    light, dark = (Markup(declarations) for declarations in style_sheet())
-    text = environment.get_template(template).render(light=light, dark=dark, titles=TITLES, **content)
+    text = environment.get_template(template).render(
+        light=style_sheet(LIGHT), dark=style_sheet(DARK), titles=TITLES, **content
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, text.encode(errors="replace"))  # a name may hold half of a surrogate pair

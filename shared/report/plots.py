@@ -12,6 +12,7 @@ from typing import Any
 import hotcoco.plot
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -21,7 +22,7 @@ from shared.evaluation.evaluator import CocoEvaluator
 from shared.evaluation.gathered import GatheredDetections
 from shared.report.analysis import Analysis, ThresholdCurve, analyse_one
 
-_LIGHT, _DARK = "cyanotype", "cyanotype-dark"
+LIGHT, DARK = "cyanotype", "cyanotype-dark"
 _LONGEST_NAME = 22
 _POINTS = 400  # of a curve over the score: more than a screen can show
 _CURVES = 10  # categories per figure
@@ -100,7 +101,7 @@ def learning_curves(reports: Sequence[Mapping[str, Any]], metric: str, best: int
 @contextmanager
 def styled() -> Iterator[None]:
     """hotcoco's style. A $ in a name starts no formula, and the browser has the letters that the font lacks."""
-    with hotcoco.plot.style(_LIGHT), matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+    with hotcoco.plot.style(LIGHT), matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
@@ -113,7 +114,7 @@ def _new_figure(width: float = 5.0, height: float | None = None) -> tuple[Figure
 
 def _of_hotcoco(draw: Any, data: Any, side: float = 5.0) -> Figure:
     figure, axes = _new_figure(side)
-    draw(data, ax=axes, theme=_LIGHT)
+    draw(data, ax=axes, theme=LIGHT)
     axes.set_title("")  # the page has it
     figure.suptitle("")
     if legend := axes.get_legend():
@@ -193,7 +194,7 @@ def short_name(name: str) -> str:
     return f"\u200b{name}" if name.startswith("_") else name
 
 
-def svg_of(figure: Figure, salt: str) -> str:
+def svg_of(figure: Figure, salt: str) -> Markup:
     """The figure as an element of a page, in the colors of `style_sheet` and in the page's font.
 
     Args:
@@ -213,19 +214,16 @@ def svg_of(figure: Figure, salt: str) -> str:
     size = re.search(r' width="([.\d]+)pt" height="[.\d]+pt"', svg)
     # a figure scrolls on a small screen instead of shrinking until nobody can read it
     svg = svg.replace(size[0], f' style="min-width: {_LEAST_SCALE * float(size[1]):.0f}pt"', 1)
-    names = {color.lower(): f"var(--{name})" for name, color in _colors(_LIGHT).items()}
-    return re.sub(r"(?<=[:\s])#[0-9a-f]{6}\b(?=[;\"])", lambda color: names.get(color[0], color[0]), svg)
+    names = {color.lower(): f"var(--{name})" for name, color in _colors(LIGHT).items()}
+    return Markup(re.sub(r"(?<=[:\s])#[0-9a-f]{6}\b(?=[;\"])", lambda color: names.get(color[0], color[0]), svg))
 
 
-def style_sheet() -> tuple[str, str]:
-    """The colors of light and of dark pages, as declarations of variables."""
-    light, dark = (
-        " ".join(f"--{name}: {color};" for name, color in _colors(theme).items()) for theme in (_LIGHT, _DARK)
-    )
-    return light, dark
+def style_sheet(theme: str) -> Markup:
+    """The colors of a theme of pages, as declarations of variables."""
+    return Markup(" ".join(f"--{name}: {color};" for name, color in _colors(theme).items()))
 
 
 def _colors(theme: str) -> dict[str, str]:
-    ending = "" if theme == _LIGHT else "_DARK"
+    ending = "" if theme == LIGHT else "_DARK"
     series, chrome = (getattr(hotcoco.plot, f"{name}{ending}") for name in ("SERIES_COLORS", "CHROME"))
     return {**{f"series-{i}": color for i, color in enumerate(series)}, **chrome}
