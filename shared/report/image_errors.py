@@ -116,12 +116,11 @@ def box_ious(one: np.ndarray, other: np.ndarray, of_one: bool = False) -> np.nda
     return coco_mask.iou(one, other, [of_one] * len(other))
 
 
-def worst_images(wrong: Sequence[Wrong], kind: str, count: int) -> list[tuple[int, list[Wrong]]]:
-    """The images with most errors of a kind, weighted by their scores, each with these errors."""
+def worst_images(wrong: Sequence[Wrong], count: int) -> list[tuple[int, list[Wrong]]]:
+    """The images with most of the errors, weighted by their scores, each with its errors."""
     of_image: dict[int, list[Wrong]] = {}
     for one in wrong:
-        if one.kind == kind:
-            of_image.setdefault(one.image, []).append(one)
+        of_image.setdefault(one.image, []).append(one)
 
     def weight(item: tuple[int, list[Wrong]]) -> tuple[float, int]:
         return -sum(one.score if one.detection is not None else 1.0 for one in item[1]), item[0]
@@ -131,16 +130,14 @@ def worst_images(wrong: Sequence[Wrong], kind: str, count: int) -> list[tuple[in
 
 # --- suspects ---------------------------------------------------------------------------------------
 #
-# Annotations worth a look: detections contradict them, with more certainty than the detector has when it errs.
-#
-# A detector that errs is seldom certain. A wrong annotation does not depend on that certainty. So the share of
-# contradicted annotations falls as the certainty grows, down to the share of annotations that are wrong:
+# A detector that errs is seldom certain, see docs/evaluate.md. So the share of contradicted annotations falls as the
+# certainty x, in log-odds, grows, down to the share e of annotations that are wrong:
 #
 #     P(contradicted | x) = q(x) + (1 - q(x)) · e,    q(x) = 1 / (1 + exp(a + b · x))
 #
-# x is the certainty in log-odds. Expectation maximization fits a, b and e to all detections. The chance that a
-# contradiction is the detector's own mistake is then q / (q + (1 - q) · e). The model is the psychometric function with
-# a lapse rate: Wichmann and Hill, "The psychometric function", Perception & Psychophysics 63, 2001.
+# Expectation maximization fits a, b and e to all detections. The chance that a contradiction is the detector's own
+# mistake is then q / (q + (1 - q) · e). The model is the psychometric function with a lapse rate: Wichmann and Hill,
+# "The psychometric function", Perception & Psychophysics 63, 2001.
 
 _MOST_CHANCE_FALSE = 0.5
 _APART = 0.3  # IoU: a box between two objects overlaps each of them more

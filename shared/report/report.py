@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from shared.config.file import flattened
@@ -199,16 +198,16 @@ def report(
     return analyses
 
 
-def _drawn(figures: dict[str, Any], salt: str) -> dict[str, Markup]:
-    return {title: Markup(svg_of(figure, f"{salt} {title}")) for title, figure in figures.items()}
+def _drawn(figures: dict[str, Any], salt: str) -> dict[str, str]:
+    return {title: svg_of(figure, f"{salt} {title}") for title, figure in figures.items()}
 
 
 def _worst_images(analyses: Analyses, images: ImageStorage | None, min_score: float) -> dict[str, dict[str, Any]]:
     """By error type, how many errors there are, and the images with most of them."""
     names, types = analyses.annotations.category_names, {}
     for kind in ERROR_TYPES:
-        rows = []
-        for index, wrong in worst_images(analyses.wrong, kind, _IMAGES_PER_TYPE):
+        of_kind, rows = [one for one in analyses.wrong if one.kind == kind], []
+        for index, wrong in worst_images(of_kind, _IMAGES_PER_TYPE):
             said = [names[one.label] + ("" if one.detection is None else f" {one.score:.2f}") for one in wrong]
             rows.append(
                 {
@@ -218,7 +217,7 @@ def _worst_images(analyses: Analyses, images: ImageStorage | None, min_score: fl
                 }
             )
         if rows:
-            types[kind] = {"count": sum(one.kind == kind for one in analyses.wrong), "images": rows}
+            types[kind] = {"count": len(of_kind), "images": rows}
     return types
 
 
