@@ -209,8 +209,7 @@ def analyse(
     of = {iou_type: analyse_one(evaluator, iou_type, found, resamples) for iou_type in evaluator.iou_types}
 
     curve, verdicts = of["bbox"].curve, of["bbox"].verdicts
-    threshold = math.inf if curve.best is None else curve.best_threshold
-    counts = found.scores[verdicts.rows] >= threshold
+    counts = found.scores[verdicts.rows] >= curve.best_threshold  # none if it is nan
     found_objects = verdicts.matched[counts & (verdicts.matched >= 0)]
     is_wrong = np.zeros(len(found.scores), bool)
     is_wrong[verdicts.rows[counts & (verdicts.matched < 0)]] = True
@@ -226,7 +225,7 @@ def analyse(
         detections={index_of[one.image_id]: one for one in detections},
         wrong=find_errors(annotations, found, rows_of, is_wrong, is_object, is_missed),
         found_objects=found_objects,
-        suspects=[] if curve.best is None else find_suspects(annotations, found, rows_of, threshold),
+        suspects=[] if curve.best is None else find_suspects(annotations, found, rows_of, curve.best_threshold),
     )
 
 

@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from shared.evaluation.box_matching import RECALLS
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.evaluation.gathered import GatheredDetections
 from shared.report.analysis import Analysis, ThresholdCurve, analyse_one
@@ -126,21 +127,19 @@ def _of_hotcoco(draw: Any, data: Any, side: float = 5.0) -> Figure:
 def _precision_of_all(analysis: Analysis) -> Figure:
     """Unlike hotcoco's, this needs no `summarize()`, which prints."""
     figure, axes = _new_figure()
-    recall = np.asarray(analysis.evaluation.params.rec_thrs)
     for iou, index in (("0.50", 0), ("0.75", 5), ("0.90", 8)):
         precision = analysis.evaluation.eval["precision"][index, :, :, 0, -1]
         scored = precision[:, (precision > -1).all(axis=0)]
-        axes.plot(recall, scored.mean(axis=1), linewidth=2, label=f"IoU {iou}")
+        axes.plot(RECALLS, scored.mean(axis=1), linewidth=2, label=f"IoU {iou}")
     return _finished(figure, axes, "Recall", "Precision", "mean over categories")
 
 
 def _precision_of_categories(analysis: Analysis, names: Sequence[str]) -> Figure:
     figure, axes = _new_figure()
     labels, of_all = _commonest(analysis)
-    recall = np.asarray(analysis.evaluation.params.rec_thrs)
     for label in labels:
         precision = analysis.evaluation.eval["precision"][0, :, label, 0, -1]
-        axes.plot(recall, np.where(precision < 0, np.nan, precision), linewidth=1.5, label=names[label])
+        axes.plot(RECALLS, np.where(precision < 0, np.nan, precision), linewidth=1.5, label=names[label])
     return _finished(figure, axes, "Recall", "Precision", f"IoU 0.50{of_all}")
 
 
