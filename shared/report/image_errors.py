@@ -175,8 +175,8 @@ class _Cases(NamedTuple):
     """On one image or on all, what the detections say about the annotations.
 
     Attributes:
-        agreeing: certainty, for each annotation that they agree with.
-        contradicting: certainty, for each of the M contradictions.
+        agreeing: (N,) certainty in log-odds, for each annotation that they agree with.
+        contradicting: (M,) certainty, for each of the contradictions.
         evidence: (M,) certainty against the annotation, which takes the second guess into account.
         rows: (M,) of the detections.
         annotations: (M,) rows of the annotations, -1 for none.
@@ -213,7 +213,7 @@ def find_suspects(
     suspects = []
     for kind, per_image in (("category", categories), ("missing", missing)):
         cases = _Cases(*map(np.concatenate, zip(*per_image, strict=True)))
-        chances = chances_false(cases.agreeing, cases.contradicting, cases.evidence, kind)
+        chances = _chances_false(cases, kind)
         for i in np.flatnonzero((chances <= _MOST_CHANCE_FALSE) & (found.scores[cases.rows] >= min_score)).tolist():
             row, annotation = int(cases.rows[i]), int(cases.annotations[i])
             suspects.append(
@@ -283,19 +283,17 @@ def _cases_of(
     return wrong_category, missing
 
 
-def chances_false(agreeing: np.ndarray, contradicting: np.ndarray, evidence: np.ndarray, kind: str) -> np.ndarray:
-    """The probability of each contradiction that it is the detector's mistake.
+def _chances_false(cases: _Cases, kind: str) -> np.ndarray:
+    """(M,) the probability of each contradiction that it is the detector's mistake.
 
     Args:
-        agreeing, contradicting: (N,), (M,) certainty of the detector, in log-odds.
-        evidence: (M,) certainty that the annotation is wrong.
         kind: "category" or "missing".
     """
-    if not len(contradicting):
+    if not len(cases.contradicting):
         return np.empty(0)
-    both = np.concatenate([agreeing, contradicting])
+    both = np.concatenate([cases.agreeing, cases.contradicting])
     edges = np.linspace(both.min(), both.max(), _BINS + 1)
-    right, wrong = (np.histogram(part, edges)[0].astype(np.float64) for part in (agreeing, contradicting))
+    right, wrong = (np.histogram(part, edges)[0].astype(np.float64) for part in (cases.agreeing, cases.contradicting))
     centers = np.stack([np.ones(_BINS), (edges[1:] + edges[:-1]) / 2])
     parameters, precision = _MEAN.copy(), _PRECISIONS[kind]
     share = 0.5 * wrong.sum() / len(both)  # of annotations that are wrong: e
@@ -310,7 +308,7 @@ def chances_false(agreeing: np.ndarray, contradicting: np.ndarray, evidence: np.
         before, share = share, max(float((wrong - own).sum() / (right + wrong - own).sum()), 1e-9)
         if abs(share - before) < 1e-7:
             break
-    mistaken = _mistaken(parameters, np.stack([np.ones(len(evidence)), evidence]))
+    mistaken = _mistaken(parameters, np.stack([np.ones(len(cases.evidence)), cases.evidence]))
     return mistaken / (mistaken + (1 - mistaken) * share)
 
 
