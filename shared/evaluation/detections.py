@@ -98,9 +98,8 @@ def to_coco_results(detections: Detections, category_ids: list[int]) -> list[dic
     ):
         result = {"image_id": detections.image_id, "category_id": category_ids[label], "bbox": box, "score": score}
         if detections.masks is not None:
-            counts = detections.masks[i]["counts"]
-            counts = counts.decode() if isinstance(counts, bytes) else counts
-            result["segmentation"] = {"size": list(detections.masks[i]["size"]), "counts": counts}
+            mask = _in_text(detections.masks[i])
+            result["segmentation"] = {"size": list(mask["size"]), "counts": mask["counts"]}
         if detections.track_ids is not None and detections.track_ids[i] >= 0:
             result["track_id"] = int(detections.track_ids[i])
         if detections.keypoints is not None:
