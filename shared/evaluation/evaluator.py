@@ -154,16 +154,15 @@ class CocoEvaluator(ChiefReducer):
         max_detections: int | None = None,
     ):
         super().__init__(gather)
-        iou_types = (iou_types,) if isinstance(iou_types, str) else iou_types
-        for iou_type in iou_types:
+        self.iou_types = (iou_types,) if isinstance(iou_types, str) else tuple(iou_types)
+        for iou_type in self.iou_types:
             if iou_type not in IOU_TYPES:
                 raise ValueError(f"iou_types: {iou_type!r} is not one of {', '.join(map(repr, IOU_TYPES))}")
-        if "keypoints" in iou_types:
+        if "keypoints" in self.iou_types:
             _check_keypoints(annotations, keypoint_sigmas)
         self.keypoint_sigmas = keypoint_sigmas
         self.max_detections = max_detections
         self.annotations = annotations
-        self.iou_types = tuple(iou_types)
         self._all_ids = np.sort(annotations.image_ids)
         wanted = self._all_ids if image_ids is None else np.array([*image_ids], dtype=np.int64)
         self.image_ids = np.intersect1d(wanted, self._all_ids)
@@ -328,11 +327,11 @@ def mean_of(values: np.ndarray) -> float:
 def _check_keypoints(annotations: CocoAnnotations, sigmas: Sequence[float] | None) -> None:
     if "keypoints" not in annotations.columns:
         raise UserError(f"{annotations.path} has no keypoints to evaluate on. Fix: give annotations with keypoints")
-    count = annotations.columns["keypoints"].shape[1]
-    if count != (len(sigmas) if sigmas else _COCO_KEYPOINTS):
+    count, given = annotations.columns["keypoints"].shape[1], len(sigmas) if sigmas else _COCO_KEYPOINTS
+    if count != given:
         raise UserError(
-            f"{annotations.path} has {count} keypoints per object, but {len(sigmas) if sigmas else _COCO_KEYPOINTS} "
-            "sigmas are given. Fix: give one sigma per keypoint"
+            f"{annotations.path} has {count} keypoints per object, but {given} sigmas are given. Fix: give one sigma "
+            "per keypoint"
         )
 
 
