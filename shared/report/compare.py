@@ -23,7 +23,7 @@ from shared.evaluation.detections import Detections, from_coco_results
 from shared.evaluation.evaluator import iou_types_of
 from shared.evaluation.gathered import load_detections
 from shared.report.analysis import RESAMPLES, Analyses, analyse, interval_around, standard_errors
-from shared.report.page import TITLES, check_page, open_pictures, parse_page_options, picture_of_difference, write_page
+from shared.report.page import TITLES, check_page, open_page, parse_page_options, picture_of_difference, write_page
 from shared.report.plots import short_name, styled, svg_of
 
 _IMAGES = 8
@@ -170,11 +170,7 @@ def compare(
     """
     if len(detections) < 2:
         raise UserError("compare: fewer than two sets of detections. Fix: give two or more")
-    if not isinstance(annotations, CocoAnnotations):
-        annotations = CocoAnnotations.open(annotations)
-    output = Path(output)
-    check_page(output, [annotations.path])
-    images = open_pictures(images, annotations)
+    annotations, output, images = open_page(annotations, output, images)
     if iou_types is None:
         scored = [iou_types_of(list(found), annotations) for found in detections.values()]
         iou_types = [iou_type for iou_type in scored[0] if all(iou_type in each for each in scored)]

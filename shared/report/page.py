@@ -109,18 +109,25 @@ def parse_page_options(parser: argparse.ArgumentParser, output: str, arguments: 
 # --- pictures ---------------------------------------------------------------------------------------
 
 
-def open_pictures(images: ImageStorage | str | os.PathLike | None, annotations: CocoAnnotations) -> ImageStorage | None:
-    """The source of a page's pictures. A folder is checked as training data is.
+def open_page(
+    annotations: CocoAnnotations | str | os.PathLike,
+    page: str | os.PathLike,
+    images: ImageStorage | str | os.PathLike | None,
+) -> tuple[CocoAnnotations, Path, ImageStorage | None]:
+    """The annotations, the page's file, and the source of its pictures. A folder is checked as training data is.
 
     Raises:
-        UserError: an image's name leads out of the folder, or the folder holds a link out of it.
+        UserError: the page would replace the annotations; an image's name leads out of the folder, or the folder holds
+            a link out of it.
     """
-    if images is None or not isinstance(images, (str, os.PathLike)):
-        return images
-    opened = DiskImages(Path(images).absolute())
-    refuse_names_outside(annotations, f"--images ({images})")
-    opened.look(annotations.file_names)
-    return opened
+    if not isinstance(annotations, CocoAnnotations):
+        annotations = CocoAnnotations.open(annotations)
+    check_page(Path(page), [annotations.path])
+    if isinstance(images, (str, os.PathLike)):
+        refuse_names_outside(annotations, f"--images ({images})")
+        images = DiskImages(Path(images).absolute())
+        images.look(annotations.file_names)
+    return annotations, Path(page), images
 
 
 def picture_of_errors(

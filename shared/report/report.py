@@ -29,7 +29,7 @@ from shared.report.image_errors import ERROR_TYPES, Suspect, worst_images
 from shared.report.page import (
     TITLES,
     check_page,
-    open_pictures,
+    open_page,
     parse_page_options,
     picture_of_errors,
     picture_of_suspect,
@@ -162,12 +162,8 @@ def report(
         UserError: see `evaluate`; an image's name leads out of the folder; the page cannot be written, or would replace
             the annotations.
     """
-    if not isinstance(annotations, CocoAnnotations):
-        annotations = CocoAnnotations.open(annotations)
-    output, about = Path(output), about or About()
-    check_page(output, [annotations.path])
-    images = open_pictures(images, annotations)
-    detections = list(detections)
+    annotations, output, images = open_page(annotations, output, images)
+    detections, about = list(detections), about or About()
     iou_types = iou_types_of(detections, annotations) if iou_types is None else iou_types
     analyses = analyse(annotations, detections, iou_types, image_ids, keypoint_sigmas, resamples, max_detections)
     if min_score is None:
