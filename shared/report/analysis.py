@@ -175,7 +175,7 @@ class Analyses:
 
 def analyse(
     annotations: CocoAnnotations,
-    detections: Iterable[Detections],
+    detections: Sequence[Detections],
     iou_types: Sequence[str],
     image_ids: Iterable[int] | None = None,
     keypoint_sigmas: Sequence[float] | None = None,
@@ -192,7 +192,6 @@ def analyse(
     Raises:
         UserError: see `evaluate`.
     """
-    detections = list(detections)
     image_ids = None if image_ids is None else list(image_ids)
     check_detections(annotations, detections, image_ids)
     iou_types = ("bbox", *(t for t in iou_types if t != "bbox"))

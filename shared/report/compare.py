@@ -172,7 +172,7 @@ def compare(
         raise UserError("compare: fewer than two sets of detections. Fix: give two or more")
     annotations, output, images = open_page(annotations, output, images)
     if iou_types is None:
-        scored = [iou_types_of(list(found), annotations) for found in detections.values()]
+        scored = [iou_types_of(found, annotations) for found in detections.values()]
         iou_types = [iou_type for iou_type in scored[0] if all(iou_type in each for each in scored)]
     found = compared(annotations, detections, iou_types, image_ids, resamples, max_detections)
     first, *others = found.of
