@@ -19,6 +19,7 @@ from shared.evaluation.evaluator import (
     mean_of,
     precision_and_recall_of,
     summarize,
+    summary_metrics,
 )
 from shared.evaluation.gathered import GatheredDetections
 from shared.report.image_errors import Suspect, Wrong, find_errors, find_suspects
@@ -204,7 +205,7 @@ def analyse(
             "by 100; apply a sigmoid or softmax to logits"
         )
     index_of = {image_id: index for index, image_id in enumerate(annotations.image_ids.tolist())}
-    indices = np.array(sorted(index_of[image_id] for image_id in evaluator.image_ids.tolist()), np.int64)
+    indices = np.flatnonzero(np.isin(annotations.image_ids, evaluator.image_ids))
     of = {iou_type: analyse_one(evaluator, iou_type, found, resamples) for iou_type in evaluator.iou_types}
 
     curve, verdicts = of["bbox"].curve, of["bbox"].verdicts
@@ -234,11 +235,8 @@ def analyse_one(evaluator: CocoEvaluator, iou_type: str, found: GatheredDetectio
     evaluation = evaluator.match(iou_type, found)
     names = annotations.category_names
     precision, recall = precision_and_recall_of(evaluation)
-    metrics = {
-        name.removeprefix(f"{iou_type}_"): value
-        for name, value in summarize(precision, recall, iou_type, names).items()
-        if "_AP/" not in name
-    }
+    summary = summarize(precision, recall, iou_type, names)
+    metrics = {name: summary[f"{iou_type}_{name}"] for name in summary_metrics(iou_type)}
     verdicts = _verdicts_of(evaluation)
     rows, is_right = verdicts.rows, verdicts.matched >= 0
     counts = np.bincount(annotations.columns["labels"][verdicts.objects], minlength=len(names))
