@@ -40,15 +40,12 @@ class ThresholdCurve:
     Attributes:
         thresholds: (T,) float64, each score that occurs, the highest first.
         f1: (T,) float64.
+        best: the position of the highest F1; None if no detection is right.
     """
 
     thresholds: np.ndarray
     f1: np.ndarray
-
-    @property
-    def best(self) -> int | None:
-        """The position of the highest F1; None if no detection is right."""
-        return int(self.f1.argmax()) if len(self.f1) and self.f1.max() > 0 else None
+    best: int | None
 
     @property
     def best_threshold(self) -> float:
@@ -66,7 +63,8 @@ def threshold_curve(scores: np.ndarray, is_right: np.ndarray, objects: int) -> T
     scores = scores[order].astype(np.float64)
     last = np.flatnonzero(np.append(np.diff(scores) != 0, True)) if len(scores) else np.empty(0, np.int64)
     right, found = np.cumsum(is_right[order])[last], last + 1.0
-    return ThresholdCurve(scores[last], f1=2 * right / (found + objects))
+    f1 = 2 * right / (found + objects)
+    return ThresholdCurve(scores[last], f1, int(f1.argmax()) if f1.any() else None)
 
 
 def interval_around(value: float, standard_error: float, least: float, most: float) -> tuple[float, float]:

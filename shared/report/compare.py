@@ -24,7 +24,7 @@ from shared.evaluation.evaluator import iou_types_of
 from shared.evaluation.gathered import load_detections
 from shared.report.analysis import RESAMPLES, Analyses, analyse, interval_around, standard_errors
 from shared.report.page import TITLES, check_page, open_page, parse_page_options, picture_of_difference, write_page
-from shared.report.plots import short_name, styled, svg_of
+from shared.report.plots import new_figure, short_name, styled, svg_of
 
 _IMAGES = 8
 _CATEGORIES_OF_FIGURE = 20
@@ -259,8 +259,7 @@ def _figures(comparison: Comparison) -> list[tuple[str, str]]:
 def _figure_of(rows: Sequence[Difference]) -> Figure:
     """Each difference with its interval, in color if the interval is on one side of 0."""
     with styled():
-        figure = Figure(figsize=(6.0, 1.0 + 0.3 * len(rows)), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = new_figure(6.0, 1.0 + 0.3 * len(rows))
         for position, row in enumerate(rows):
             color = hotcoco.plot.SERIES_COLORS[{"better": 8, "worse": 1, "": 9}[row.verdict]]
             axes.plot([row.lower, row.upper], [position, position], color=color, linewidth=2)

@@ -83,7 +83,7 @@ def learning_curves(reports: Sequence[Mapping[str, Any]], metric: str, best: int
     figures = {}
     for title, lines in panels.items():
         with styled():
-            figure, axes = _new_figure(4.0, 3.2)
+            figure, axes = new_figure(4.0, 3.2)
             for label, split, name in lines:
                 values = {r["batches"]: r["metrics"].get(name) for r in reports if r["split"] == split}
                 values = {batch: value for batch, value in values.items() if value is not None}
@@ -107,14 +107,14 @@ def styled() -> Iterator[None]:
         yield
 
 
-def _new_figure(width: float = 5.0, height: float | None = None) -> tuple[Figure, Axes]:
+def new_figure(width: float = 5.0, height: float | None = None) -> tuple[Figure, Axes]:
     """A figure that pyplot does not keep in memory, and that any thread may draw."""
     figure = Figure(figsize=(width, height or width), layout="constrained")
     return figure, figure.subplots()
 
 
 def _of_hotcoco(draw: Any, data: Any, side: float = 5.0) -> Figure:
-    figure, axes = _new_figure(side)
+    figure, axes = new_figure(side)
     draw(data, ax=axes, theme=LIGHT)
     axes.set_title("")  # the page has it
     figure.suptitle("")
@@ -126,7 +126,7 @@ def _of_hotcoco(draw: Any, data: Any, side: float = 5.0) -> Figure:
 
 def _precision_of_all(analysis: Analysis) -> Figure:
     """Unlike hotcoco's, this needs no `summarize()`, which prints."""
-    figure, axes = _new_figure()
+    figure, axes = new_figure()
     for iou, index in (("0.50", 0), ("0.75", 5), ("0.90", 8)):
         precision = analysis.evaluation.eval["precision"][index, :, :, 0, -1]
         scored = precision[:, (precision > -1).all(axis=0)]
@@ -135,7 +135,7 @@ def _precision_of_all(analysis: Analysis) -> Figure:
 
 
 def _precision_of_categories(analysis: Analysis, names: Sequence[str]) -> Figure:
-    figure, axes = _new_figure()
+    figure, axes = new_figure()
     labels, of_all = _commonest(analysis)
     for label in labels:
         precision = analysis.evaluation.eval["precision"][0, :, label, 0, -1]
@@ -144,7 +144,7 @@ def _precision_of_categories(analysis: Analysis, names: Sequence[str]) -> Figure
 
 
 def _f1_over_threshold(analysis: Analysis, names: Sequence[str]) -> Figure:
-    figure, axes = _new_figure()
+    figure, axes = new_figure()
 
     def plot(curve: ThresholdCurve, label: str, **style: Any) -> None:
         count = len(curve.thresholds)
