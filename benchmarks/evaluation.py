@@ -28,8 +28,12 @@ Run = Callable[[list[Detections]], dict[str, float]]
 
 
 def gathered(detections: list[Detections], masks: bool) -> GatheredDetections:
-    images = np.array([found.image_id for found in detections], np.int64)
-    return GatheredDetections.of(images, images[:0], detections, masks=masks, keypoints=False)
+    return GatheredDetections.of(detections, masks=masks, keypoints=False)
+
+
+def rows_of(detections: list[Detections]) -> np.ndarray:
+    found = gathered(detections, masks=False)
+    return found.rows(found.images)
 
 
 def numbers(arrays: dict[str, np.ndarray], iou_type: str) -> dict[str, float]:
@@ -62,7 +66,7 @@ def of_vernier(coco: dict, iou_type: str) -> Run:
     options |= {"dt_area": "mask"} if iou_type == "segm" else {}
 
     def run(detections: list[Detections]) -> dict[str, float]:
-        found = rows = gathered(detections, masks=False).rows()
+        found = rows = rows_of(detections)
         if iou_type == "segm":
             boxes, scores = rows[:, 1:5].copy().reshape(-1, BOXES, 4), rows[:, 5].copy().reshape(-1, BOXES)
             found = [
@@ -85,7 +89,7 @@ def like_pycocotools(coco_class: str, eval_class: str, coco: dict, iou_type: str
         truth.createIndex()
 
     def run(detections: list[Detections]) -> dict[str, float]:
-        found = rows = gathered(detections, masks=False).rows()
+        found = rows = rows_of(detections)
         masks = [rle for d in detections for rle in d.masks] if iou_type == "segm" else []
         if masks:
             found = [

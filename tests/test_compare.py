@@ -153,7 +153,7 @@ def test_the_command_takes_runs_and_results_files(annotations, shapes, tmp_path,
     evaluator.update(found_by(annotations, 1)[:8])  # of the images that its validation counts
     evaluator.skip(annotations.image_ids[8:].tolist())
     evaluator.compute()
-    save_detections(run / "detections.npz", evaluator.found_by_id(), annotations.category_names)
+    save_detections(run / "detections.npz", evaluator.found, annotations.category_names)
     rows = [row for one in found_by(annotations, 2) for row in to_coco_results(one, annotations.category_ids)]
     (evaluated / "results.json").write_text(json.dumps(rows))
     shutil.copy(evaluated / "results.json", tmp_path / "other_tool.json")
@@ -208,7 +208,7 @@ def test_a_run_on_other_categories_is_refused(annotations, tmp_path, monkeypatch
     evaluator = CocoEvaluator(annotations)
     evaluator.update(found_by(annotations, 1))
     evaluator.compute()
-    save_detections(tmp_path / "detections.npz", evaluator.found_by_id(), ["a", "b", "c"])
+    save_detections(tmp_path / "detections.npz", evaluator.found, ["a", "b", "c"])
     both = [str(tmp_path), str(tmp_path), "--annotations", str(annotations.path)]
     monkeypatch.setattr("sys.argv", ["shared", "compare", *both])
     with pytest.raises(SystemExit, match=r"has detections of the categories \['a', 'b', 'c'\]"):
@@ -222,7 +222,7 @@ def test_runs_on_category_subsets_are_compared_by_the_common_ones(annotations, t
         evaluator.update(found_by(own, 1, noise=0, missing=0))
         evaluator.compute()
         (tmp_path / name).mkdir()
-        save_detections(tmp_path / name / "detections.npz", evaluator.found_by_id(), own.category_names)
+        save_detections(tmp_path / name / "detections.npz", evaluator.found, own.category_names)
     arguments = [str(tmp_path / "all"), str(tmp_path / "some"), "--annotations", str(annotations.path)]
     arguments += ["--output", str(tmp_path / "c.html"), "--resamples", "0"]
     monkeypatch.setattr("sys.argv", ["shared", "compare", *arguments])
@@ -257,7 +257,7 @@ def test_runs_are_compared_by_the_detections_that_they_scored(annotations, tmp_p
     mean = evaluator.compute()["bbox_mAP"]
     for name, most in (("a", 1), ("b", 1), ("c", None)):
         (tmp_path / name).mkdir()
-        found = evaluator.found_by_id()
+        found = evaluator.found
         save_detections(tmp_path / name / "detections.npz", found, annotations.category_names, most)
     options = ["--annotations", str(annotations.path), "--output", str(tmp_path / "c.html"), "--resamples", "0"]
     monkeypatch.setattr("sys.argv", ["shared", "compare", str(tmp_path / "a"), str(tmp_path / "b"), *options])

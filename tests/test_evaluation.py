@@ -19,6 +19,7 @@ from shared.data.annotations import CocoAnnotations
 from shared.errors import UserError
 from shared.evaluation.detections import Detections, from_coco_results, to_coco_results
 from shared.evaluation.evaluator import CocoEvaluator, evaluate, summary_metrics
+from shared.evaluation.gathered import GatheredDetections
 
 
 def box_masks(boxes, height, width):
@@ -319,6 +320,20 @@ def on_slots(evaluators):
         per_slot[rank] = evaluator.per_slot_reduce()
     per_slot = pickle.loads(pickle.dumps(per_slot))
     return [evaluator.cross_slot_reduce(per_slot) for evaluator in evaluators], len(pickle.dumps(per_slot))
+
+
+@pytest.mark.parametrize(("masks", "keypoints"), [(False, True), (True, False)])
+def test_gathered_detections_are_given_back(masks, keypoints):
+    annotations = CocoAnnotations.from_dict(with_keypoints(shapes_with(4)))
+    detections = noisy_keypoints(annotations) if keypoints else noisy(annotations)
+    detections[1] = detections[1].only([])
+    back = GatheredDetections.of(detections, masks, keypoints).detections()
+    for one, other in zip(detections, back, strict=True):
+        assert one.image_id == other.image_id
+        assert np.array_equal(one.boxes, other.boxes)
+        assert np.array_equal(one.labels, other.labels)
+        assert not masks or one.masks == other.masks
+        assert not keypoints or np.array_equal(one.keypoints, other.keypoints)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])

@@ -88,7 +88,7 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
                 "device": trial.context.device,
                 **software(Path(sys.argv[0]).parent),
             }
-            found = evaluator.found_by_id()
+            found = evaluator.found
             _write_report(arguments, data, found.detections(), evaluator, facts, found.images.tolist())
         elif isinstance(evaluator, CocoEvaluator):
             _print_threshold(evaluator)

@@ -7,8 +7,8 @@ pass takes one pair of a detection and an object from every cell at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -57,32 +57,22 @@ class Objects(Boxes):
     categories: int
 
     @classmethod
-    def of(
-        cls,
-        images: np.ndarray,
-        labels: np.ndarray,
-        boxes: np.ndarray,
-        areas: np.ndarray,
-        crowd: np.ndarray,
-        categories: int,
-    ) -> Objects:
-        """Boxes are (N, 4) float64, x y width height; `areas` are those of the annotation file."""
-        order = np.argsort(images.astype(np.int64) * categories + labels, kind="stable")
-        cells = images[order].astype(np.int64) * categories + labels[order]
-        outside = np.where(crowd, _ALL, _outside(areas))[order]
-        return cls(cells, *_corners_and_areas(boxes[order]), outside, crowd[order], categories)
+    def of(cls, columns: Mapping[str, np.ndarray], images: np.ndarray, categories: int) -> Objects:
+        """Of the columns of `CocoAnnotations`.
+
+        Args:
+            images: (N,) int64, the image of each annotation, from 0 on.
+        """
+        cells = images * categories + columns["labels"]
+        order = np.argsort(cells, kind="stable")
+        crowd = columns["iscrowd"][order]
+        outside = np.where(crowd, _ALL, _outside(columns["areas"][order]))
+        return cls(cells[order], *_corners_and_areas(columns["boxes"][order]), outside, crowd, categories)
 
     def only(self, images: np.ndarray) -> Objects:
-        """Keep the objects on these images."""
-        kept = np.isin(self.cells // self.categories, images)
-        return Objects(
-            self.cells[kept],
-            self.corners[:, kept],
-            self.box_areas[kept],
-            self.outside[kept],
-            self.crowd[kept],
-            self.categories,
-        )
+        """Count the objects on these images only."""
+        counted = np.isin(self.cells // self.categories, images)
+        return replace(self, outside=np.where(counted, self.outside, _ALL))
 
 
 def precision_and_recall(
@@ -91,7 +81,7 @@ def precision_and_recall(
     labels: np.ndarray,
     scores: np.ndarray,
     boxes: np.ndarray,
-    max_detections: Sequence[int] = MAX_DETECTIONS,
+    max_detections: Sequence[int],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Match M detections, on images in ascending order, as pycocotools' `evaluate` and `accumulate` do.
 

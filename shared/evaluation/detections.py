@@ -98,9 +98,8 @@ def to_coco_results(detections: Detections, category_ids: list[int]) -> list[dic
     ):
         result = {"image_id": detections.image_id, "category_id": category_ids[label], "bbox": box, "score": score}
         if detections.masks is not None:
-            counts = detections.masks[i]["counts"]
-            counts = counts.decode() if isinstance(counts, bytes) else counts
-            result["segmentation"] = {"size": list(detections.masks[i]["size"]), "counts": counts}
+            mask = _in_text(detections.masks[i])
+            result["segmentation"] = {"size": list(mask["size"]), "counts": mask["counts"]}
         if detections.track_ids is not None and detections.track_ids[i] >= 0:
             result["track_id"] = int(detections.track_ids[i])
         if detections.keypoints is not None:
@@ -136,15 +135,17 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
     source = "the results" if isinstance(results, list) else str(results)
     rows = _decode_results(results, source)
     _find_named_images(rows, annotations, source)
-    ids = as_ids([row.image_id for row in rows], "image_id", source)
-    images, image_of = np.unique(ids, return_inverse=True)
+    as_ids([row.image_id for row in rows], "image_id", source)
+    positions_of: dict[int, list[int]] = {}  # by image
+    for position, row in enumerate(rows):
+        positions_of.setdefault(row.image_id, []).append(position)
     index_of = {image_id: index for index, image_id in enumerate(annotations.image_ids.tolist())}
-    if unknown := set(images.tolist()) - index_of.keys():
-        first = next(position for position, row in enumerate(rows) if row.image_id in unknown)
+    if unknown := positions_of.keys() - index_of.keys():
+        first = min(positions_of[image_id][0] for image_id in unknown)
         raise UserError(
-            f"{source}: result {first}: no image of {annotations.path or 'the annotations'} has the id {ids[first]}. "
-            f"This holds for {len(unknown)} of the results' {len(images)} images. Fix: give the annotations that the "
-            "results belong to"
+            f"{source}: result {first}: no image of {annotations.path or 'the annotations'} has the id "
+            f"{rows[first].image_id}. This holds for {len(unknown)} of the results' {len(positions_of)} images. Fix: "
+            "give the annotations that the results belong to"
         )
     heights, widths = annotations.columns["heights"], annotations.columns["widths"]
     label_of = {category_id: label for label, category_id in enumerate(annotations.category_ids)}
@@ -181,11 +182,9 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
             refuse(position, f"`keypoints` {row.keypoints}: all must be finite, in pixels")
 
     _check_format(rows, index_of, annotations, source)
-    order = np.argsort(image_of.ravel(), kind="stable")
-    ends = np.cumsum(np.bincount(image_of.ravel(), minlength=len(images)))[:-1] if rows else []
     found = []
-    for image_id, of_image in zip(images.tolist(), np.split(order, ends), strict=False):
-        own = [rows[i] for i in of_image]
+    for image_id, positions in sorted(positions_of.items()):
+        own = [rows[i] for i in positions]
         boxes = np.array([row.bbox for row in own], dtype=np.float64)
         sizes = boxes[:, 2:].copy()
         boxes[:, 2:] += boxes[:, :2]
@@ -195,7 +194,7 @@ def from_coco_results(results: str | os.PathLike | list[dict], annotations: Coco
                 boxes,
                 [row.score for row in own],
                 [label_of[row.category_id] for row in own],
-                masks=[masks[i] for i in of_image] if with_masks else None,
+                masks=[masks[i] for i in positions] if with_masks else None,
                 keypoints=np.reshape([row.keypoints for row in own], (len(own), -1, 3)) if with_keypoints else None,
                 sizes=sizes,
             )

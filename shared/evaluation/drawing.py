@@ -65,18 +65,12 @@ class Objects:
         return points[points[:, 2] > 0, :2] + 0.5
 
 
-def objects_of_detections(
-    detections: Detections,
-    categories: Sequence[dict],
-    min_score: float | np.ndarray,
-    rows: Sequence[int] | None = None,
-) -> Objects:
+def objects_of_detections(detections: Detections, categories: Sequence[dict], min_score: float | np.ndarray) -> Objects:
     """The detections with a score of at least `min_score`, the best score last.
 
     Args:
         categories: COCO categories by label. "skeleton" holds pairs of keypoints, counted from 1.
-        min_score: for all categories, or (K,) by label.
-        rows: which detections to choose from; None for all.
+        min_score: for all categories, or (K,) by label. No detection reaches nan.
     """
     points = detections.keypoints
     if points is not None:
@@ -84,9 +78,8 @@ def objects_of_detections(
     numbers = [""] * len(detections)
     if detections.track_ids is not None:
         numbers = [f" #{number}" if number >= 0 else "" for number in detections.track_ids.tolist()]
-    shown = np.arange(len(detections)) if rows is None else np.asarray(rows)
     limits = np.broadcast_to(np.asarray(min_score, detections.scores.dtype), len(categories))
-    shown = shown[detections.scores[shown] >= limits[detections.labels[shown]]]
+    shown = np.flatnonzero(detections.scores >= limits[detections.labels])
     return Objects(
         boxes=detections.boxes,
         labels=detections.labels.tolist(),

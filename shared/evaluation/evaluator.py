@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import hotcoco
@@ -155,16 +154,15 @@ class CocoEvaluator(ChiefReducer):
         max_detections: int | None = None,
     ):
         super().__init__(gather)
-        iou_types = (iou_types,) if isinstance(iou_types, str) else iou_types
-        for iou_type in iou_types:
+        self.iou_types = (iou_types,) if isinstance(iou_types, str) else tuple(iou_types)
+        for iou_type in self.iou_types:
             if iou_type not in IOU_TYPES:
                 raise ValueError(f"iou_types: {iou_type!r} is not one of {', '.join(map(repr, IOU_TYPES))}")
-        if "keypoints" in iou_types:
+        if "keypoints" in self.iou_types:
             _check_keypoints(annotations, keypoint_sigmas)
         self.keypoint_sigmas = keypoint_sigmas
         self.max_detections = max_detections
         self.annotations = annotations
-        self.iou_types = tuple(iou_types)
         self._all_ids = np.sort(annotations.image_ids)
         wanted = self._all_ids if image_ids is None else np.array([*image_ids], dtype=np.int64)
         self.image_ids = np.intersect1d(wanted, self._all_ids)
@@ -195,11 +193,10 @@ class CocoEvaluator(ChiefReducer):
         evaluated = set(self.image_ids.tolist())
         image_ids = sorted(self._detections.keys() & evaluated)
         share = GatheredDetections.of(
-            self._positions(image_ids),
-            self._positions(sorted(self._skipped & evaluated)),
             [self._detections[image_id] for image_id in image_ids],
             masks="segm" in self.iou_types,
             keypoints="keypoints" in self.iou_types,
+            skipped=sorted(self._skipped & evaluated),
         )
         categories = len(self.annotations.categories)
         if len(wrong := np.flatnonzero((share.labels < 0) | (share.labels >= categories))):
@@ -226,19 +223,13 @@ class CocoEvaluator(ChiefReducer):
             metrics["skipped_images"] = len(self.found.skipped)
         return metrics
 
-    def found_by_id(self) -> GatheredDetections:
-        """`found`, its images by their ids."""
-        images, skipped = self._all_ids[self.found.images], self._all_ids[self.found.skipped]
-        return dataclasses.replace(self.found, images=images, skipped=skipped)
-
-    def _positions(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Images as hotcoco has them: the position among all of the file's ids, sorted. An id itself may be greater
-        than hotcoco's float64 rows can hold."""
-        return np.searchsorted(self._all_ids, np.asarray(image_ids, dtype=np.int64))
+    def _positions(self, image_ids: np.ndarray) -> np.ndarray:
+        """Images as hotcoco has them: the position among all of the file's ids, sorted."""
+        return np.searchsorted(self._all_ids, image_ids)
 
     def _match_boxes(self, found: GatheredDetections) -> tuple[np.ndarray, np.ndarray]:
         """Precision and recall of the boxes, see `precision_and_recall`."""
-        objects, rows, scores = self._objects, found.rows(), found.scores
+        objects, rows, scores = self._objects, found.rows(self._positions(found.images)), found.scores
         evaluated = self._evaluated(found)
         if len(evaluated) < len(self._all_ids):
             objects = objects.only(evaluated)
@@ -254,16 +245,16 @@ class CocoEvaluator(ChiefReducer):
 
     def _evaluated(self, found: GatheredDetections) -> np.ndarray:
         """The positions of the images that count, sorted."""
-        return np.setdiff1d(self._positions(self.image_ids), found.skipped)
+        return self._positions(np.setdiff1d(self.image_ids, found.skipped))
 
     def match(self, iou_type: str, found: GatheredDetections) -> hotcoco.COCOeval:
         """Evaluate and accumulate with hotcoco. The report reads errors and verdicts from the result.
 
-        hotcoco's ids: an image's is its position (see `GatheredDetections`), a category's its label, a detection's its
+        hotcoco's ids: an image's is its position among the file's sorted ids, a category's its label, a detection's its
         row + 1, an annotation's its row in `annotations.columns` + 1.
         """
         truth = self._hotcoco_truth()
-        rows = found.rows()
+        rows = found.rows(self._positions(found.images))
         masks = found.rles() if iou_type == "segm" and len(rows) else None
         results = truth.load_res(rows, segmentation=masks)
         if iou_type == "keypoints" and len(rows):
@@ -279,7 +270,6 @@ class CocoEvaluator(ChiefReducer):
             params.kpt_oks_sigmas = list(self.keypoint_sigmas)
         if self.max_detections is not None:
             params.max_dets = [self.max_detections] if iou_type == "keypoints" else self._most_detections()
-        evaluation.params = params
         evaluation.evaluate()
         evaluation.accumulate()
         return evaluation
@@ -292,23 +282,14 @@ class CocoEvaluator(ChiefReducer):
             UserError: see `to_hotcoco`.
         """
         if "bbox" in self.iou_types and self._objects is None:
-            columns = self.annotations.columns
-            images = np.repeat(self._positions(self.annotations.image_ids), np.diff(columns["offsets"]))
-            self._objects = Objects.of(
-                images=images,
-                labels=columns["labels"],
-                boxes=columns["boxes"],
-                areas=columns["areas"],
-                crowd=columns["iscrowd"],
-                categories=len(self.annotations.categories),
-            )
+            images = self._positions(self.annotations.image_ids)[self.annotations.image_rows]
+            self._objects = Objects.of(self.annotations.columns, images, len(self.annotations.categories))
         if set(self.iou_types) - {"bbox"}:
             self._hotcoco_truth()
 
     def _hotcoco_truth(self) -> hotcoco.COCO:
         if self._truth is None:
-            with_keypoints = "keypoints" in self.iou_types
-            self._truth = to_hotcoco(self.annotations, masks="segm" in self.iou_types, keypoints=with_keypoints)
+            self._truth = to_hotcoco(self.annotations, self.iou_types)
         return self._truth
 
 
@@ -346,16 +327,16 @@ def mean_of(values: np.ndarray) -> float:
 def _check_keypoints(annotations: CocoAnnotations, sigmas: Sequence[float] | None) -> None:
     if "keypoints" not in annotations.columns:
         raise UserError(f"{annotations.path} has no keypoints to evaluate on. Fix: give annotations with keypoints")
-    count = annotations.columns["keypoints"].shape[1]
-    if count != (len(sigmas) if sigmas else _COCO_KEYPOINTS):
+    count, given = annotations.columns["keypoints"].shape[1], len(sigmas) if sigmas else _COCO_KEYPOINTS
+    if count != given:
         raise UserError(
-            f"{annotations.path} has {count} keypoints per object, but {len(sigmas) if sigmas else _COCO_KEYPOINTS} "
-            "sigmas are given. Fix: give one sigma per keypoint"
+            f"{annotations.path} has {count} keypoints per object, but {given} sigmas are given. Fix: give one sigma "
+            "per keypoint"
         )
 
 
-def to_hotcoco(annotations: CocoAnnotations, masks: bool = True, keypoints: bool = False) -> hotcoco.COCO:
-    """The annotations as hotcoco's data set, in the file's own float64.
+def to_hotcoco(annotations: CocoAnnotations, iou_types: Sequence[str]) -> hotcoco.COCO:
+    """The annotations as hotcoco's data set, in the file's own float64, with the masks and keypoints that are scored.
 
     Its ids are those of `CocoEvaluator.match`, because a file's ids may be negative or too great for the float64 of
     hotcoco's results.
@@ -364,28 +345,23 @@ def to_hotcoco(annotations: CocoAnnotations, masks: bool = True, keypoints: bool
         UserError: a segmentation that is no polygon or RLE, an RLE of another size than its image.
     """
     columns = annotations.columns
-    positions = np.empty(len(annotations), dtype=np.int64)
-    positions[np.argsort(annotations.image_ids)] = np.arange(len(annotations))
-    segmentation = _segmentations(annotations) if masks else None
-    images = [
-        {"id": position, "height": height, "width": width, "file_name": ""}
-        for position, height, width in zip(
-            positions.tolist(), columns["heights"].tolist(), columns["widths"].tolist(), strict=True
-        )
-    ]
+    positions = np.searchsorted(np.sort(annotations.image_ids), annotations.image_ids)
+    segmentation = _segmentations(annotations) if "segm" in iou_types else None
+    sizes = zip(positions.tolist(), columns["heights"].tolist(), columns["widths"].tolist(), strict=True)
+    images = [{"id": position, "height": height, "width": width, "file_name": ""} for position, height, width in sizes]
     categories = [{**category, "id": label} for label, category in enumerate(annotations.categories)]
     try:
         truth = hotcoco.COCO.from_arrays(
             images=images,
             categories=categories,
-            image_ids=np.repeat(positions, np.diff(columns["offsets"])),
+            image_ids=positions[annotations.image_rows],
             category_ids=columns["labels"],
             boxes=columns["boxes"],
             area=columns["areas"],
             iscrowd=columns["iscrowd"],
             segmentation=segmentation,
         )
-        if keypoints:
+        if "keypoints" in iou_types:
             points = columns["keypoints"]
             counts = (points[..., 2] > 0).sum(axis=1).tolist()
             rows = zip(points.reshape(len(points), -1).tolist(), counts, strict=True)
@@ -425,9 +401,10 @@ def metrics_table(metrics: dict[str, float], iou_types: tuple[str, ...]) -> str:
     return tabulate(rows, headers=["", *iou_types], floatfmt=".4f", missingval="-")
 
 
-def for_json(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """With None instead of nan and infinity, which JSON lacks."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in numbers.items()
-    }
+def for_json(value: Any) -> Any:
+    """Dicts and lists with None instead of nan and infinity, which JSON lacks."""
+    if isinstance(value, dict):
+        return {name: for_json(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [for_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from determined.pytorch import MetricReducer
 
+from shared.data.coco_file import offsets_of
 from shared.durable import writing
 from shared.errors import UserError
 from shared.evaluation.detections import Detections, sizes_of
@@ -92,9 +93,9 @@ class GatheredDetections:
     """The detections of some images, in arrays: M of them, in the order of images.
 
     Attributes:
-        images: (images,) int64 positions among the data's image ids, sorted; in a file the ids themselves.
+        images: (images,) int64, COCO's image ids, sorted.
         counts: (images,) int64, each image's detections.
-        skipped: (skipped,) int64, as `images`: those that cannot be read.
+        skipped: (skipped,) int64, sorted ids of the images that cannot be read.
         boxes: (M, 4) float32, x1 y1 x2 y2; float64 with `sizes`.
         scores: (M,) float32; float64 with `sizes`.
         labels: (M,) int32.
@@ -119,13 +120,13 @@ class GatheredDetections:
 
     @classmethod
     def of(
-        cls, images: np.ndarray, skipped: np.ndarray, detections: list[Detections], masks: bool, keypoints: bool
+        cls, detections: list[Detections], masks: bool, keypoints: bool, skipped: Sequence[int] = ()
     ) -> GatheredDetections:
-        """Of detections in the order of `images`."""
+        """Of detections in the order of their images' ids."""
         share = cls(
-            images=images,
+            images=np.array([detection.image_id for detection in detections], dtype=np.int64),
             counts=np.array([len(detection) for detection in detections], dtype=np.int64),
-            skipped=skipped,
+            skipped=np.array(skipped, dtype=np.int64),
             boxes=np.concatenate([np.empty((0, 4), np.float32), *(d.boxes for d in detections)]),
             scores=np.concatenate([np.empty(0, np.float32), *(d.scores for d in detections)]),
             labels=np.concatenate([np.empty(0, np.int64), *(d.labels for d in detections)]).astype(np.int32),
@@ -144,10 +145,14 @@ class GatheredDetections:
             share.mask_lengths = np.array([len(piece) for piece in pieces], dtype=np.int32)
         return share
 
-    def rows(self) -> np.ndarray:
-        """(M, 7) float64 of COCO's array format: image, x, y, width, height, score, category."""
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """(M, 7) float64 of COCO's array format: image, x, y, width, height, score, category.
+
+        Args:
+            numbers: (images,) the number of each image. Its id may be greater than float64 can hold.
+        """
         rows = np.empty((len(self.boxes), 7), dtype=np.float64)
-        rows[:, 0] = np.repeat(self.images, self.counts)
+        rows[:, 0] = np.repeat(numbers, self.counts)
         rows[:, 1:5] = self.boxes
         rows[:, 3:5] = rows[:, 3:5] - rows[:, 1:3] if self.sizes is None else self.sizes
         rows[:, 5] = self.scores
@@ -156,7 +161,7 @@ class GatheredDetections:
 
     def rles(self) -> list[dict]:
         """M of COCO's RLE dicts."""
-        data, offsets = self.mask_bytes.tobytes(), _offsets(self.mask_lengths).tolist()
+        data, offsets = self.mask_bytes.tobytes(), offsets_of(self.mask_lengths).tolist()
         # a few sizes, that all masks share; pairs as one number each sort in a hundredth of the time
         heights, widths = self.mask_sizes.astype(np.int64).T
         pairs, size_of = np.unique(heights << 32 | widths, return_inverse=True)
@@ -167,24 +172,23 @@ class GatheredDetections:
         ]
 
     def detections(self) -> list[Detections]:
-        """One for each of `images`, which are ids."""
-        ends = _offsets(self.counts).tolist()
-        rles = None if self.mask_sizes is None else self.rles()
-        found = []
-        for image_id, start, end in zip(self.images.tolist(), ends[:-1], ends[1:], strict=True):
-            points = None if self.keypoints is None else self.keypoints[start:end]
-            found.append(
-                Detections(
-                    image_id,
-                    self.boxes[start:end],
-                    self.scores[start:end],
-                    self.labels[start:end],
-                    masks=None if rles is None else rles[start:end],
-                    keypoints=None if points is None else points.reshape(end - start, -1, 3),
-                    sizes=None if self.sizes is None else self.sizes[start:end],
-                )
-            )
-        return found
+        """One for each of `images`."""
+        rows = {"boxes": self.boxes, "scores": self.scores, "labels": self.labels}
+        if self.sizes is not None:
+            rows["sizes"] = self.sizes
+        if self.mask_sizes is not None:
+            rows["masks"] = self.rles()
+        if self.keypoints is not None:
+            rows["keypoints"] = self.keypoints.reshape(len(self.boxes), self.keypoints.shape[1] // 3, 3)
+        return [
+            Detections(image_id, **{name: values[of_image] for name, values in rows.items()})
+            for image_id, of_image in self.rows_by_image().items()
+        ]
+
+    def rows_by_image(self) -> dict[int, slice]:
+        """The rows of each image's detections, by its id."""
+        ends = offsets_of(self.counts).tolist()
+        return dict(zip(self.images.tolist(), map(slice, ends[:-1], ends[1:]), strict=True))
 
 
 def save_detections(
@@ -193,7 +197,6 @@ def save_detections(
     """Writes an npz file as a whole.
 
     Args:
-        found: its `images` and `skipped` are ids.
         max_detections: as of `evaluate`.
     """
     arrays = {name: value for name, value in vars(found).items() if value is not None}
@@ -224,39 +227,26 @@ def load_detections(path: Path) -> tuple[GatheredDetections, list[str], int | No
 
 
 def merge(shares: list[GatheredDetections]) -> GatheredDetections:
-    """All slots' detections, each image once and in the order of positions: the same for any number of slots."""
+    """All slots' detections, each image once and in the order of ids: the same for any number of slots."""
     if len(shares) == 1:
         return shares[0]
     images = np.concatenate([share.images for share in shares])
     counts = np.concatenate([share.counts for share in shares])
     kept_images, kept = np.unique(images, return_index=True)  # the first slot's, where several have an image
-    kept_counts, starts = counts[kept], _offsets(counts)[kept]
-    rows = np.repeat(starts - _offsets(kept_counts)[:-1], kept_counts) + np.arange(kept_counts.sum())
+    kept_counts, starts = counts[kept], offsets_of(counts)[kept]
+    rows = np.repeat(starts - offsets_of(kept_counts)[:-1], kept_counts) + np.arange(kept_counts.sum())
 
     def rows_of(name: str) -> np.ndarray | None:
         # those without detections do not know how many keypoints there are
         parts = [part for share in shares if (part := getattr(share, name)) is not None and len(part)]
         return np.concatenate(parts)[rows] if parts else getattr(shares[0], name)
 
-    merged = GatheredDetections(
-        images=kept_images,
-        counts=kept_counts,
-        skipped=np.unique(np.concatenate([share.skipped for share in shares])),
-        boxes=rows_of("boxes"),
-        scores=rows_of("scores"),
-        labels=rows_of("labels"),
-        keypoints=rows_of("keypoints"),
-        mask_sizes=rows_of("mask_sizes"),
-        mask_lengths=rows_of("mask_lengths"),
-        sizes=rows_of("sizes"),
-    )
+    skipped = np.unique(np.concatenate([share.skipped for share in shares]))
+    names = ("boxes", "scores", "labels", "keypoints", "mask_sizes", "mask_lengths", "sizes")
+    merged = GatheredDetections(kept_images, kept_counts, skipped, **{name: rows_of(name) for name in names})
     if merged.mask_sizes is not None:
-        ends = _offsets(np.concatenate([share.mask_lengths for share in shares]))
+        ends = offsets_of(np.concatenate([share.mask_lengths for share in shares]))
         data = np.concatenate([share.mask_bytes for share in shares])
         pieces = zip(ends[starts].tolist(), ends[starts + kept_counts].tolist(), strict=True)
         merged.mask_bytes = np.concatenate([data[:0], *(data[start:end] for start, end in pieces)])
     return merged
-
-
-def _offsets(lengths: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])

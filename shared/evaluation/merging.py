@@ -37,8 +37,7 @@ def merge(
         max_iou: IoU that two detections of a category may have.
     """
     if len(found) == 1:
-        (_, detections), *_ = found
-        return replace(detections, image_id=image_id)
+        return replace(found[0][1], image_id=image_id)
     part_of = np.repeat(np.arange(len(found)), [len(each) for _, each in found])
     row_of = np.concatenate([np.arange(len(each)) for _, each in found])
     boxes = np.concatenate([_boxes_in_image(tile, each, size) for tile, each in found])

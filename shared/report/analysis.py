@@ -19,14 +19,14 @@ from shared.evaluation.evaluator import (
     mean_of,
     precision_and_recall_of,
     summarize,
+    summary_metrics,
 )
 from shared.evaluation.gathered import GatheredDetections
-from shared.report.image_errors import Suspect, Wrong, errors_of, find_suspects
+from shared.report.image_errors import Suspect, Wrong, find_errors, find_suspects
 
 RESAMPLES = 200
-SEED = 0
 # hotcoco's names of what `summarize` returns
-NAMES = {
+_NAMES = {
     **{"mAP": "AP", "mAP_50": "AP50", "mAP_75": "AP75", "mAP_s": "APs", "mAP_m": "APm", "mAP_l": "APl"},
     **{"AR_1": "AR1", "AR_10": "AR10", "AR_100": "AR100", "AR_s": "ARs", "AR_m": "ARm", "AR_l": "ARl"},
     **{"AR": "AR", "AR_iou50": "AR50", "AR_iou75": "AR75"},
@@ -40,15 +40,12 @@ class ThresholdCurve:
     Attributes:
         thresholds: (T,) float64, each score that occurs, the highest first.
         f1: (T,) float64.
+        best: the position of the highest F1; None if no detection is right.
     """
 
     thresholds: np.ndarray
     f1: np.ndarray
-
-    @property
-    def best(self) -> int | None:
-        """The position of the highest F1; None if no detection is right."""
-        return int(self.f1.argmax()) if len(self.f1) and self.f1.max() > 0 else None
+    best: int | None
 
     @property
     def best_threshold(self) -> float:
@@ -66,7 +63,8 @@ def threshold_curve(scores: np.ndarray, is_right: np.ndarray, objects: int) -> T
     scores = scores[order].astype(np.float64)
     last = np.flatnonzero(np.append(np.diff(scores) != 0, True)) if len(scores) else np.empty(0, np.int64)
     right, found = np.cumsum(is_right[order])[last], last + 1.0
-    return ThresholdCurve(scores[last], f1=2 * right / (found + objects))
+    f1 = 2 * right / (found + objects)
+    return ThresholdCurve(scores[last], f1, int(f1.argmax()) if f1.any() else None)
 
 
 def interval_around(value: float, standard_error: float, least: float, most: float) -> tuple[float, float]:
@@ -81,7 +79,7 @@ def interval_around(value: float, standard_error: float, least: float, most: flo
 
 @dataclass(frozen=True)
 class CategoryNumbers:
-    """A row of the table of categories. nan: the category has no object, or no detection is right.
+    """A row of the table of categories, by label. nan: the category has no object, or no detection is right.
 
     Attributes:
         objects: in the ground truth, without crowds.
@@ -90,7 +88,6 @@ class CategoryNumbers:
         threshold, f1: at the highest F1, for an IoU of 0.5.
     """
 
-    label: int
     name: str
     objects: int
     detections: int
@@ -107,13 +104,11 @@ class Verdicts:
 
     Attributes:
         rows: (M,) of the detections that count. Those on a crowd do not.
-        is_right: (M,) bool.
         matched: (M,) rows of the annotations that they match; -1 for a wrong detection.
         objects: (N,) rows of the annotations that count.
     """
 
     rows: np.ndarray
-    is_right: np.ndarray
     matched: np.ndarray
     objects: np.ndarray
 
@@ -126,19 +121,18 @@ class Analysis:
         metrics: those of `evaluate`, without the prefix of the IoU type and without categories.
         intervals: the ends of their 95 % bootstrap intervals; {} without a bootstrap.
         curve: for all categories together, at an IoU (for keypoints, OKS) of 0.5.
-        category_curves: by label, of each category that has objects.
+        category_curves: by label.
         errors: hotcoco's `tide_errors`: "delta_ap" and "counts" by type, "ap_base"; None for keypoints.
         confusion: hotcoco's `confusion_matrix` at the best threshold; None if no detection is right.
         calibration: hotcoco's.
         evaluation: hotcoco's evaluation, see `CocoEvaluator.match`.
     """
 
-    iou_type: str
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     categories: list[CategoryNumbers]
     curve: ThresholdCurve
-    category_curves: dict[int, ThresholdCurve]
+    category_curves: list[ThresholdCurve]
     errors: dict[str, Any] | None
     confusion: dict[str, Any] | None
     calibration: dict[str, Any]
@@ -153,7 +147,7 @@ class Analyses:
     Attributes:
         of: by IoU type, boxes first.
         indices: (images,) of the evaluated images in the annotations.
-        detections: of these images, by index.
+        detections: by index of the image.
         wrong: by boxes, the wrong detections of at least the best threshold, and what such detections do not find.
         found_objects: rows of the annotations that such detections match.
         suspects: annotations worth a look, those likeliest to be wrong first.
@@ -180,7 +174,7 @@ class Analyses:
 
 def analyse(
     annotations: CocoAnnotations,
-    detections: Iterable[Detections],
+    detections: Sequence[Detections],
     iou_types: Sequence[str],
     image_ids: Iterable[int] | None = None,
     keypoint_sigmas: Sequence[float] | None = None,
@@ -197,7 +191,6 @@ def analyse(
     Raises:
         UserError: see `evaluate`.
     """
-    detections = list(detections)
     image_ids = None if image_ids is None else list(image_ids)
     check_detections(annotations, detections, image_ids)
     iou_types = ("bbox", *(t for t in iou_types if t != "bbox"))
@@ -210,29 +203,27 @@ def analyse(
             "by 100; apply a sigmoid or softmax to logits"
         )
     index_of = {image_id: index for index, image_id in enumerate(annotations.image_ids.tolist())}
-    by_index = {index_of[one.image_id]: one for one in detections}
-    indices = np.array(sorted(index_of[image_id] for image_id in evaluator.image_ids.tolist()), np.int64)
+    indices = np.flatnonzero(np.isin(annotations.image_ids, evaluator.image_ids))
     of = {iou_type: analyse_one(evaluator, iou_type, found, resamples) for iou_type in evaluator.iou_types}
 
     curve, verdicts = of["bbox"].curve, of["bbox"].verdicts
-    threshold = math.inf if curve.best is None else curve.best_threshold
-    counts = found.scores[verdicts.rows] >= threshold
-    found_objects = verdicts.matched[verdicts.is_right & counts]
+    counts = found.scores[verdicts.rows] >= curve.best_threshold  # none if it is nan
+    found_objects = verdicts.matched[counts & (verdicts.matched >= 0)]
     is_wrong = np.zeros(len(found.scores), bool)
-    is_wrong[verdicts.rows[~verdicts.is_right & counts]] = True
-    order, ends = np.argsort(annotations.image_ids), np.cumsum(found.counts)
-    rows_of = {
-        int(order[position]): slice(int(end - count), int(end))
-        for position, count, end in zip(found.images.tolist(), found.counts.tolist(), ends.tolist(), strict=True)
-    }
+    is_wrong[verdicts.rows[counts & (verdicts.matched < 0)]] = True
+    is_object, is_missed = np.zeros((2, len(annotations.columns["labels"])), bool)
+    is_object[verdicts.objects] = is_missed[verdicts.objects] = True
+    is_missed[found_objects] = False
+    rows_of = dict.fromkeys(indices.tolist(), slice(0, 0))
+    rows_of |= {index_of[image_id]: rows for image_id, rows in found.rows_by_image().items()}
     return Analyses(
         annotations=annotations,
         of=of,
         indices=indices,
-        detections={index: by_index[index] for index in indices.tolist() if index in by_index},
-        wrong=_errors_of_images(annotations, indices, by_index, rows_of, is_wrong, verdicts.objects, found_objects),
+        detections={index_of[one.image_id]: one for one in detections},
+        wrong=find_errors(annotations, found, rows_of, is_wrong, is_object, is_missed),
         found_objects=found_objects,
-        suspects=[] if curve.best is None else find_suspects(annotations, found, rows_of, indices.tolist(), threshold),
+        suspects=[] if curve.best is None else find_suspects(annotations, found, rows_of, curve.best_threshold),
     )
 
 
@@ -242,37 +233,31 @@ def analyse_one(evaluator: CocoEvaluator, iou_type: str, found: GatheredDetectio
     evaluation = evaluator.match(iou_type, found)
     names = annotations.category_names
     precision, recall = precision_and_recall_of(evaluation)
-    metrics = {
-        name.removeprefix(f"{iou_type}_"): value
-        for name, value in summarize(precision, recall, iou_type, names).items()
-        if "_AP/" not in name
-    }
+    summary = summarize(precision, recall, iou_type, names)
+    metrics = {name: summary[f"{iou_type}_{name}"] for name in summary_metrics(iou_type)}
     verdicts = _verdicts_of(evaluation)
-    rows, is_right = verdicts.rows, verdicts.is_right
+    rows, is_right = verdicts.rows, verdicts.matched >= 0
     counts = np.bincount(annotations.columns["labels"][verdicts.objects], minlength=len(names))
     scores, labels = found.scores[rows], found.labels[rows]
-    curves = {
-        label: threshold_curve(scores[labels == label], is_right[labels == label], int(counts[label]))
-        for label in np.flatnonzero(counts).tolist()
-    }
+    curves = [
+        threshold_curve(scores[labels == label], is_right[labels == label], count)
+        for label, count in enumerate(counts.tolist())
+    ]
     curve = threshold_curve(scores, is_right, int(counts.sum()))
     detected = np.bincount(labels, minlength=len(names))
-    nothing = threshold_curve(np.empty(0), np.empty(0, bool), 0)
     return Analysis(
-        iou_type=iou_type,
         metrics=metrics,
-        intervals=_intervals(evaluator, evaluation, iou_type, metrics, resamples),
+        intervals=_intervals(evaluator, evaluation, metrics, resamples) if resamples else {},
         categories=[
             CategoryNumbers(
-                label=label,
                 name=name,
                 objects=int(counts[label]),
                 detections=int(detected[label]),
                 ap=mean_of(precision[:, :, label, 0]),
                 ap50=mean_of(precision[0, :, label, 0]),
                 ar=mean_of(recall[:, label, 0, -1]),
-                threshold=curves.get(label, nothing).best_threshold,
-                f1=curves.get(label, nothing).best_f1,
+                threshold=curves[label].best_threshold,
+                f1=curves[label].best_f1,
             )
             for label, name in enumerate(names)
         ],
@@ -292,58 +277,34 @@ def best_of_boxes(evaluator: CocoEvaluator) -> ThresholdCurve:
     """The curve of an evaluator's last metrics, by boxes if it evaluates them. On the chief only."""
     iou_type = "bbox" if "bbox" in evaluator.iou_types else evaluator.iou_types[0]
     verdicts = _verdicts_of(evaluator.match(iou_type, evaluator.found))
-    return threshold_curve(evaluator.found.scores[verdicts.rows], verdicts.is_right, len(verdicts.objects))
+    return threshold_curve(evaluator.found.scores[verdicts.rows], verdicts.matched >= 0, len(verdicts.objects))
 
 
 def _verdicts_of(evaluation: hotcoco.COCOeval) -> Verdicts:
     diagnostics = evaluation.image_diagnostics()
     status, match = diagnostics["dt_status"], diagnostics["dt_match"]
-    rows = np.array(sorted(row for row, verdict in status.items() if verdict in ("tp", "fp")), np.int64)
-    is_right = np.array([status[row] == "tp" for row in rows.tolist()], bool)
-    matched = np.array([match.get(row, 0) for row in rows.tolist()], np.int64) - 1
+    counted = sorted(row for row, verdict in status.items() if verdict in ("tp", "fp"))
+    matched = [match[row] if status[row] == "tp" else 0 for row in counted]
     objects = sorted(row for row, verdict in diagnostics["gt_status"].items() if verdict in ("matched", "fn"))
-    return Verdicts(rows - 1, is_right, np.where(is_right, matched, -1), np.array(objects, np.int64) - 1)
+    return Verdicts(*(np.array(rows, np.int64) - 1 for rows in (counted, matched, objects)))  # hotcoco's are from 1 on
 
 
 def _intervals(
-    evaluator: CocoEvaluator, evaluation: hotcoco.COCOeval, iou_type: str, metrics: dict[str, float], resamples: int
+    evaluator: CocoEvaluator, evaluation: hotcoco.COCOeval, metrics: dict[str, float], resamples: int
 ) -> dict[str, tuple[float, float]]:
-    if resamples < 2 or len(evaluator.image_ids) < 2:
-        return {}
-    # hotcoco resamples differences; no detection at all scores 0, so that the difference is the number itself
-    none = np.empty(0, np.int64)
-    empty = GatheredDetections.of(none, none, [], masks=iou_type == "segm", keypoints=iou_type == "keypoints")
-    nothing = evaluator.match(iou_type, empty)
-    found = hotcoco.compare(nothing, evaluation, n_bootstrap=resamples, seed=SEED)["ci"]
+    # no detection at all scores 0, so that the difference is the number itself
+    nothing = evaluator.match(evaluation.params.iou_type, GatheredDetections.of([], masks=False, keypoints=False))
+    errors = standard_errors(nothing, evaluation, resamples)
     return {
-        name: interval_around(value, found[NAMES[name]]["std_err"], 0.0, 1.0)
+        name: interval_around(value, errors[name], 0.0, 1.0)
         for name, value in metrics.items()
-        if NAMES[name] in found and not math.isnan(value)
+        if name in errors and not math.isnan(value)
     }
 
 
-def _errors_of_images(
-    annotations: CocoAnnotations,
-    indices: np.ndarray,
-    detections: dict[int, Detections],
-    rows_of: dict[int, slice],
-    is_wrong: np.ndarray,
-    objects: np.ndarray,
-    found_objects: np.ndarray,
-) -> list[Wrong]:
-    columns = annotations.columns
-    boxes = columns["boxes"].astype(np.float64)
-    boxes[:, 2:] += boxes[:, :2]
-    is_object, is_missed = np.zeros((2, len(boxes)), bool)
-    is_object[objects] = is_missed[objects] = True
-    is_missed[found_objects] = False
-    errors: list[Wrong] = []
-    for index in indices.tolist():
-        first, last = columns["offsets"][index : index + 2].tolist()
-        wrong = np.flatnonzero(is_wrong[rows_of.get(index, slice(0))])
-        missed = first + np.flatnonzero(is_missed[first:last])
-        if len(wrong) or len(missed):
-            found = detections.get(index) or Detections(int(annotations.image_ids[index]), [], [], [])
-            of_image = first + np.flatnonzero(is_object[first:last])
-            errors += errors_of(index, found, wrong, boxes, columns["labels"], of_image, missed)
-    return errors
+def standard_errors(one: hotcoco.COCOeval, other: hotcoco.COCOeval, resamples: int) -> dict[str, float]:
+    """The standard error of the difference in each metric, from a bootstrap over images; {} without one."""
+    if resamples < 2 or len(one.params.img_ids) < 2:
+        return {}
+    found = hotcoco.compare(one, other, n_bootstrap=resamples, seed=0)["ci"]
+    return {name: found[theirs]["std_err"] for name, theirs in _NAMES.items() if theirs in found}

@@ -14,25 +14,17 @@ from typing import Any
 
 import hotcoco
 import numpy as np
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from shared.data.annotations import CocoAnnotations
 from shared.data.storage import ImageStorage
 from shared.errors import UserError
 from shared.evaluation.detections import Detections, from_coco_results
-from shared.evaluation.evaluator import for_json, iou_types_of
+from shared.evaluation.evaluator import iou_types_of
 from shared.evaluation.gathered import load_detections
-from shared.report.analysis import (
-    NAMES,
-    RESAMPLES,
-    SEED,
-    Analyses,
-    analyse,
-    interval_around,
-)
-from shared.report.page import TITLES, check_page, open_pictures, parse_page_options, picture_of_difference, write_page
-from shared.report.plots import short_name, styled, svg_of
+from shared.report.analysis import RESAMPLES, Analyses, analyse, interval_around, standard_errors
+from shared.report.page import TITLES, check_page, open_page, parse_page_options, picture_of_difference, write_page
+from shared.report.plots import new_figure, short_name, styled, svg_of
 
 _IMAGES = 8
 _CATEGORIES_OF_FIGURE = 20
@@ -112,7 +104,7 @@ class Compared:
 
     def numbers(self) -> list[dict[str, Any]]:
         """For JSON."""
-        return [_numbers(comparison) for comparison in self.comparisons]
+        return [dataclasses.asdict(comparison) for comparison in self.comparisons]
 
     def content(self, images: ImageStorage | None) -> dict[str, Any]:
         """The values for the template `compare.html.jinja`."""
@@ -178,13 +170,9 @@ def compare(
     """
     if len(detections) < 2:
         raise UserError("compare: fewer than two sets of detections. Fix: give two or more")
-    if not isinstance(annotations, CocoAnnotations):
-        annotations = CocoAnnotations.open(annotations)
-    output = Path(output)
-    check_page(output, [annotations.path])
-    images = open_pictures(images, annotations)
+    annotations, output, images = open_page(annotations, output, images)
     if iou_types is None:
-        scored = [iou_types_of(list(found), annotations) for found in detections.values()]
+        scored = [iou_types_of(found, annotations) for found in detections.values()]
         iou_types = [iou_type for iou_type in scored[0] if all(iou_type in each for each in scored)]
     found = compared(annotations, detections, iou_types, image_ids, resamples, max_detections)
     first, *others = found.of
@@ -200,39 +188,28 @@ def compare(
 
 def _compare(a: Analyses, b: Analyses, name_a: str, name_b: str, iou_type: str, resamples: int) -> Comparison:
     one, other = a.of[iou_type], b.of[iou_type]
-    errors = _standard_errors(one.evaluation, other.evaluation, resamples)
+    errors = standard_errors(one.evaluation, other.evaluation, resamples)
     metrics = [
-        Difference.of(name, one.metrics[name], other.metrics[name], errors.get(NAMES[name], math.nan))
-        for name in one.metrics
+        Difference.of(name, one.metrics[name], other.metrics[name], errors.get(name, math.nan)) for name in one.metrics
     ]
     categories = []
     objects = one.verdicts.objects
     image_of, labels = a.annotations.image_rows[objects], a.annotations.columns["labels"][objects]
-    for row, there in zip(one.categories, other.categories, strict=True):
+    for label, (row, there) in enumerate(zip(one.categories, other.categories, strict=True)):
         if row.objects:
             # the objects of a single image are all in a resample or all out: nothing varies
-            varies = len(np.unique(image_of[labels == row.label])) > 1
-            pair = (_of_category(each.evaluation, row.label, iou_type) for each in (one, other))
-            own = _standard_errors(*pair, resamples if varies else 0)
-            categories.append(Difference.of(row.name, row.ap, there.ap, own.get("AP", math.nan)))
+            varies = len(np.unique(image_of[labels == label])) > 1
+            pair = (_of_category(each.evaluation, label) for each in (one, other))
+            own = standard_errors(*pair, resamples if varies else 0)
+            categories.append(Difference.of(row.name, row.ap, there.ap, own.get("mAP", math.nan)))
     return Comparison(name_a, name_b, iou_type, metrics, categories)
 
 
-def _standard_errors(one: hotcoco.COCOeval, other: hotcoco.COCOeval, resamples: int) -> dict[str, float]:
-    """The standard error of each difference, by hotcoco's name, from a bootstrap over images."""
-    if resamples < 2 or len(one.params.img_ids) < 2:
-        return {}
-    compared = hotcoco.compare(one, other, n_bootstrap=resamples, seed=SEED)
-    return {name: found["std_err"] for name, found in compared["ci"].items()}
-
-
-def _of_category(evaluation: hotcoco.COCOeval, label: int, iou_type: str) -> hotcoco.COCOeval:
+def _of_category(evaluation: hotcoco.COCOeval, label: int) -> hotcoco.COCOeval:
     """The same detections, evaluated on one category: hotcoco has intervals of all categories together only."""
-    own = hotcoco.COCOeval(evaluation.coco_gt, evaluation.coco_dt, iou_type)
-    params = own.params
-    params.img_ids = evaluation.params.img_ids
-    params.cat_ids = [label]
-    own.params = params
+    own = hotcoco.COCOeval(evaluation.coco_gt, evaluation.coco_dt, evaluation.params.iou_type)
+    own.params.img_ids = evaluation.params.img_ids
+    own.params.cat_ids = [label]
     own.evaluate()
     own.accumulate()
     return own
@@ -268,29 +245,21 @@ def summary_of(comparison: Comparison) -> str:
     return said
 
 
-def _numbers(comparison: Comparison) -> dict[str, Any]:
-    """The comparison for JSON."""
-    rows = {name: [for_json(vars(one)) for one in getattr(comparison, name)] for name in ("metrics", "categories")}
-    return {"a": comparison.a, "b": comparison.b, "iou_type": comparison.iou_type, **rows}
-
-
-def _figures(comparison: Comparison) -> list[tuple[str, Markup]]:
+def _figures(comparison: Comparison) -> list[tuple[str, str]]:
     """Title and figure: the numbers, and the categories with the largest differences."""
     changed = [one for one in comparison.categories if not math.isnan(one.delta)]
     shown = sorted(changed, key=lambda one: -abs(one.delta))[:_CATEGORIES_OF_FIGURE]
     figures = []
     for title, rows in (("Numbers", comparison.metrics), ("Categories", sorted(shown, key=lambda one: -one.delta))):
         if rows := [one for one in rows if not math.isnan(one.lower)]:
-            salt = f"{comparison.b} {comparison.iou_type} {title}"
-            figures.append((title, Markup(svg_of(_figure_of(rows), salt))))
+            figures.append((title, svg_of(_figure_of(rows), f"{comparison.b} {comparison.iou_type} {title}")))
     return figures
 
 
 def _figure_of(rows: Sequence[Difference]) -> Figure:
     """Each difference with its interval, in color if the interval is on one side of 0."""
     with styled():
-        figure = Figure(figsize=(6.0, 1.0 + 0.3 * len(rows)), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = new_figure(6.0, 1.0 + 0.3 * len(rows))
         for position, row in enumerate(rows):
             color = hotcoco.plot.SERIES_COLORS[{"better": 8, "worse": 1, "": 9}[row.verdict]]
             axes.plot([row.lower, row.upper], [position, position], color=color, linewidth=2)

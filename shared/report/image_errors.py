@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +13,6 @@ from pycocotools import mask as coco_mask
 from torchvision.ops import nms
 
 from shared.data.annotations import CocoAnnotations
-from shared.evaluation.detections import Detections
 from shared.evaluation.gathered import GatheredDetections
 
 # Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV 2020
@@ -48,40 +47,49 @@ class Wrong:
     annotation: int | None
 
 
-def errors_of(
-    image: int,
-    found: Detections,
-    wrong: np.ndarray,
-    truth_boxes: np.ndarray,
-    truth_labels: np.ndarray,
-    objects: np.ndarray,
-    missed: np.ndarray,
+def find_errors(
+    annotations: CocoAnnotations,
+    found: GatheredDetections,
+    rows_of: Mapping[int, slice],
+    is_wrong: np.ndarray,
+    is_object: np.ndarray,
+    is_missed: np.ndarray,
 ) -> list[Wrong]:
-    """The errors on one image, told apart as TIDE does it, by the IoU of boxes.
+    """The errors on each image, told apart as TIDE does it, by the IoU of boxes.
 
     Args:
-        image: index in the annotations.
-        wrong: positions in `found` of what matches nothing, not even a crowd.
-        truth_boxes, truth_labels: (N, 4) x1 y1 x2 y2 and (N,) of all annotations.
-        objects: rows of the image's annotations that are not crowds.
-        missed: those of them that no detection matches.
+        rows_of: by index in the annotations, each image's rows in `found`.
+        is_wrong: (M,) bool: detections that match nothing, not even a crowd.
+        is_object: (annotations,) bool: those that are not crowds.
+        is_missed: (annotations,) bool: objects that no detection matches.
     """
+    truth_boxes, truth_labels = _corners(annotations.columns["boxes"]), annotations.columns["labels"]
     errors: list[Wrong] = []
-    explained: set[int] = set()  # objects that another error is about
-    ious = box_ious(found.boxes[wrong], truth_boxes[objects])
-    for position, overlaps in zip(wrong.tolist(), ious, strict=True):
-        label, score = int(found.labels[position]), float(found.scores[position])
-        kind, among = _kind(overlaps, truth_labels[objects] == label)
-        annotation = None
-        if among is not None:
-            annotation = int(objects[np.argmax(np.where(among, overlaps, -1))])
-            if kind in ("Loc", "Cls"):
-                explained.add(annotation)
-        errors.append(Wrong(kind, image, label, score, position, annotation))
-    for row in missed.tolist():
-        if row not in explained:
-            errors.append(Wrong("Miss", image, int(truth_labels[row]), 0.0, None, row))
+    for image, rows in rows_of.items():
+        first, last = annotations.columns["offsets"][image : image + 2].tolist()
+        wrong = rows.start + np.flatnonzero(is_wrong[rows])
+        objects = first + np.flatnonzero(is_object[first:last])
+        explained: set[int] = set()  # objects that another error is about
+        ious = box_ious(found.boxes[wrong], truth_boxes[objects])
+        for row, overlaps in zip(wrong.tolist(), ious, strict=True):
+            label, score = int(found.labels[row]), float(found.scores[row])
+            kind, among = _kind(overlaps, truth_labels[objects] == label)
+            annotation = None
+            if among is not None:
+                annotation = int(objects[np.argmax(np.where(among, overlaps, -1))])
+                if kind in ("Loc", "Cls"):
+                    explained.add(annotation)
+            errors.append(Wrong(kind, image, label, score, row - rows.start, annotation))
+        missed = first + np.flatnonzero(is_missed[first:last])
+        for row in missed.tolist():
+            if row not in explained:
+                errors.append(Wrong("Miss", image, int(truth_labels[row]), 0.0, None, row))
     return errors
+
+
+def _corners(boxes: np.ndarray) -> np.ndarray:
+    """(N, 4) float64 x1 y1 x2 y2, of x y width height."""
+    return np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
 
 
 def _kind(overlaps: np.ndarray, same: np.ndarray) -> tuple[str, np.ndarray | None]:
@@ -108,12 +116,11 @@ def box_ious(one: np.ndarray, other: np.ndarray, of_one: bool = False) -> np.nda
     return coco_mask.iou(one, other, [of_one] * len(other))
 
 
-def worst_images(wrong: Sequence[Wrong], kind: str, count: int) -> list[tuple[int, list[Wrong]]]:
-    """The images with most errors of a kind, weighted by their scores, each with these errors."""
+def worst_images(wrong: Sequence[Wrong], count: int) -> list[tuple[int, list[Wrong]]]:
+    """The images with most of the errors, weighted by their scores, each with its errors."""
     of_image: dict[int, list[Wrong]] = {}
     for one in wrong:
-        if one.kind == kind:
-            of_image.setdefault(one.image, []).append(one)
+        of_image.setdefault(one.image, []).append(one)
 
     def weight(item: tuple[int, list[Wrong]]) -> tuple[float, int]:
         return -sum(one.score if one.detection is not None else 1.0 for one in item[1]), item[0]
@@ -123,20 +130,19 @@ def worst_images(wrong: Sequence[Wrong], kind: str, count: int) -> list[tuple[in
 
 # --- suspects ---------------------------------------------------------------------------------------
 #
-# Annotations worth a look: detections contradict them, with more certainty than the detector has when it errs.
-#
-# A detector that errs is seldom certain. A wrong annotation does not depend on that certainty. So the share of
-# contradicted annotations falls as the certainty grows, down to the share of annotations that are wrong:
+# A detector that errs is seldom certain, see docs/evaluate.md. So the share of contradicted annotations falls as the
+# certainty x, in log-odds, grows, down to the share e of annotations that are wrong:
 #
 #     P(contradicted | x) = q(x) + (1 - q(x)) · e,    q(x) = 1 / (1 + exp(a + b · x))
 #
-# x is the certainty in log-odds. Expectation maximization fits a, b and e to all detections. The chance that a
-# contradiction is the detector's own mistake is then q / (q + (1 - q) · e). The model is the psychometric function with
-# a lapse rate: Wichmann and Hill, "The psychometric function", Perception & Psychophysics 63, 2001.
+# Expectation maximization fits a, b and e to all detections. The chance that a contradiction is the detector's own
+# mistake is then q / (q + (1 - q) · e). The model is the psychometric function with a lapse rate: Wichmann and Hill,
+# "The psychometric function", Perception & Psychophysics 63, 2001.
 
 _MOST_CHANCE_FALSE = 0.5
 _APART = 0.3  # IoU: a box between two objects overlaps each of them more
 _LEAST_SCORE, _MOST_SCORE = 0.02, 0.999  # lower scores carry no information
+_LEAST = math.log(_LEAST_SCORE / (1 - _LEAST_SCORE))  # certainty
 _BINS = 200
 _ROUNDS = 500
 # of a and b: normal distributions around a detector whose scores are probabilities, for data with few mistakes
@@ -169,12 +175,11 @@ class _Cases(NamedTuple):
     """On one image or on all, what the detections say about the annotations.
 
     Attributes:
-        agreeing: certainty, for each annotation that they agree with.
-        contradicting: certainty, for each of the M contradictions.
+        agreeing: (N,) certainty in log-odds, for each annotation that they agree with.
+        contradicting: (M,) certainty, for each of the contradictions.
         evidence: (M,) certainty against the annotation, which takes the second guess into account.
         rows: (M,) of the detections.
         annotations: (M,) rows of the annotations, -1 for none.
-        images: (M,) indices.
     """
 
     agreeing: np.ndarray
@@ -182,44 +187,39 @@ class _Cases(NamedTuple):
     evidence: np.ndarray
     rows: np.ndarray
     annotations: np.ndarray
-    images: np.ndarray
 
 
 def find_suspects(
     annotations: CocoAnnotations,
     found: GatheredDetections,
     rows_of: Mapping[int, slice],
-    images: Iterable[int],
     min_score: float,
 ) -> list[Suspect]:
     """The annotations that are more likely wrong than the detections that contradict them, the likeliest first.
 
     Args:
-        rows_of: by image, its rows in `found`.
-        images: indices in the annotations.
+        rows_of: see `find_errors`.
         min_score: a detection needs it to contradict an annotation.
     """
     shares = found.scores.astype(np.float64).clip(_LEAST_SCORE, _MOST_SCORE)
-    odds, least = np.log(shares / (1 - shares)), math.log(_LEAST_SCORE / (1 - _LEAST_SCORE))
-    all_rows, categories, missing = np.arange(len(odds)), [], []
-    for image in images:
-        rows = all_rows[rows_of.get(image, slice(0))]
-        rows = rows[odds[rows] > least]
-        one, other = _cases_of(image, annotations, found, rows[np.argsort(-odds[rows], kind="stable")], odds, least)
+    odds = np.log(shares / (1 - shares))
+    categories, missing, image_of = [], [], np.empty(len(odds), np.int64)
+    for image, of_image in rows_of.items():
+        image_of[of_image] = image
+        rows = of_image.start + np.flatnonzero(odds[of_image] > _LEAST)
+        one, other = _cases_of(image, annotations, found, rows[np.argsort(-odds[rows], kind="stable")], odds)
         categories.append(one)
         missing.append(other)
     suspects = []
     for kind, per_image in (("category", categories), ("missing", missing)):
-        if not per_image:
-            continue
         cases = _Cases(*map(np.concatenate, zip(*per_image, strict=True)))
-        chances = chances_false(cases.agreeing, cases.contradicting, cases.evidence, kind)
+        chances = _chances_false(cases, kind)
         for i in np.flatnonzero((chances <= _MOST_CHANCE_FALSE) & (found.scores[cases.rows] >= min_score)).tolist():
             row, annotation = int(cases.rows[i]), int(cases.annotations[i])
             suspects.append(
                 Suspect(
                     kind=kind,
-                    image=int(cases.images[i]),
+                    image=int(image_of[row]),
                     label=int(found.labels[row]),
                     score=float(found.scores[row]),
                     box=found.boxes[row],
@@ -231,18 +231,12 @@ def find_suspects(
 
 
 def _cases_of(
-    image: int,
-    annotations: CocoAnnotations,
-    found: GatheredDetections,
-    rows: np.ndarray,
-    odds: np.ndarray,
-    least: float,
+    image: int, annotations: CocoAnnotations, found: GatheredDetections, rows: np.ndarray, odds: np.ndarray
 ) -> tuple[_Cases, _Cases]:
     """The cases of "category" and "missing" on an image. `rows` are its detections, the most certain first."""
     columns = annotations.columns
-    first, last = int(columns["offsets"][image]), int(columns["offsets"][image + 1])
-    truth = columns["boxes"][first:last].astype(np.float64)
-    truth[:, 2:] += truth[:, :2]
+    first, last = columns["offsets"][image : image + 2].tolist()
+    truth = _corners(columns["boxes"][first:last])
     is_crowd, truth_labels = columns["iscrowd"][first:last], columns["labels"][first:last]
     boxes, labels, certainty = found.boxes[rows], found.labels[rows], odds[rows]
     ious = box_ious(boxes, truth)
@@ -250,7 +244,7 @@ def _cases_of(
 
     # for each object, the certainty of the annotated category, of the best other guess, and of the next one; a
     # detection belongs to one object, to one of its own category if possible
-    own, other, third = np.full((3, len(objects)), least)
+    own, other, third = np.full((3, len(objects)), _LEAST)
     best = np.full(len(objects), -1)
     if len(objects):
         on_objects = ious[:, objects]
@@ -266,19 +260,17 @@ def _cases_of(
                     third[at] = other[at]
                 other[at], best[at] = certainty[position], position
     top = np.maximum(own, other)
-    is_found, contradicted = top > least, other > own
+    is_found, contradicted = top > _LEAST, other > own
     wrong_category = _Cases(
         agreeing=(own - other)[is_found & ~contradicted],
         contradicting=(other - np.maximum(own, third))[contradicted],
         evidence=(other - own)[contradicted],
         rows=rows[best[contradicted]],
         annotations=first + objects[contradicted],
-        images=np.full(int(contradicted.sum()), image),
     )
 
     in_a_crowd = (box_ious(boxes, truth[is_crowd], of_one=True) >= _MATCHES).any(axis=1)
-    is_alone = ~(ious >= _APART).any(axis=1) & ~in_a_crowd
-    alone = np.flatnonzero(is_alone)
+    alone = np.flatnonzero(~(ious >= _APART).any(axis=1) & ~in_a_crowd)
     of_alone = torch.from_numpy(boxes[alone])
     alone = alone[nms(of_alone, torch.arange(len(alone), 0, -1).to(of_alone), _APART).numpy()]  # one per object
     missing = _Cases(
@@ -287,24 +279,21 @@ def _cases_of(
         evidence=certainty[alone],
         rows=rows[alone],
         annotations=np.full(len(alone), -1),
-        images=np.full(len(alone), image),
     )
     return wrong_category, missing
 
 
-def chances_false(agreeing: np.ndarray, contradicting: np.ndarray, evidence: np.ndarray, kind: str) -> np.ndarray:
-    """The probability of each contradiction that it is the detector's mistake.
+def _chances_false(cases: _Cases, kind: str) -> np.ndarray:
+    """(M,) the probability of each contradiction that it is the detector's mistake.
 
     Args:
-        agreeing, contradicting: (N,), (M,) certainty of the detector, in log-odds.
-        evidence: (M,) certainty that the annotation is wrong.
         kind: "category" or "missing".
     """
-    if not len(contradicting):
+    if not len(cases.contradicting):
         return np.empty(0)
-    both = np.concatenate([agreeing, contradicting])
+    both = np.concatenate([cases.agreeing, cases.contradicting])
     edges = np.linspace(both.min(), both.max(), _BINS + 1)
-    right, wrong = (np.histogram(part, edges)[0].astype(np.float64) for part in (agreeing, contradicting))
+    right, wrong = (np.histogram(part, edges)[0].astype(np.float64) for part in (cases.agreeing, cases.contradicting))
     centers = np.stack([np.ones(_BINS), (edges[1:] + edges[:-1]) / 2])
     parameters, precision = _MEAN.copy(), _PRECISIONS[kind]
     share = 0.5 * wrong.sum() / len(both)  # of annotations that are wrong: e
@@ -319,7 +308,7 @@ def chances_false(agreeing: np.ndarray, contradicting: np.ndarray, evidence: np.
         before, share = share, max(float((wrong - own).sum() / (right + wrong - own).sum()), 1e-9)
         if abs(share - before) < 1e-7:
             break
-    mistaken = _mistaken(parameters, np.stack([np.ones(len(evidence)), evidence]))
+    mistaken = _mistaken(parameters, np.stack([np.ones(len(cases.evidence)), cases.evidence]))
     return mistaken / (mistaken + (1 - mistaken) * share)
 
 

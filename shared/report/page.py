@@ -16,7 +16,6 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
 from PIL import Image
 
 from shared.data.annotations import CocoAnnotations, ImageRecord
@@ -27,9 +26,10 @@ from shared.durable import write_file
 from shared.errors import UserError, check_outputs
 from shared.evaluation.detections import Detections
 from shared.evaluation.drawing import Objects, draw, objects_of_detections, objects_of_truth
+from shared.evaluation.evaluator import for_json
 from shared.report.analysis import RESAMPLES, Analyses
 from shared.report.image_errors import Suspect, Wrong
-from shared.report.plots import style_sheet
+from shared.report.plots import DARK, LIGHT, style_sheet
 
 TITLES = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints"}
 _PANEL = 360  # pixels of the longer side of a picture
@@ -41,7 +41,7 @@ def write_page(template: str, path: Path, numbers: Any = None, **content: Any) -
     """Fill a template of `templates/`. All text but `Markup` is escaped.
 
     Args:
-        numbers: for the JSON file beside the page; None for no file.
+        numbers: for the JSON file beside the page, with nan and infinity as null; None for no file.
 
     Raises:
         UserError: a file cannot be written.
@@ -54,13 +54,14 @@ def write_page(template: str, path: Path, numbers: Any = None, **content: Any) -
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "signed": functools.partial(number, sign="+")}
-    light, dark = (Markup(declarations) for declarations in style_sheet())
-    text = environment.get_template(template).render(light=light, dark=dark, titles=TITLES, **content)
+    text = environment.get_template(template).render(
+        light=style_sheet(LIGHT), dark=style_sheet(DARK), titles=TITLES, **content
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, text.encode(errors="replace"))  # a name may hold half of a surrogate pair
         if numbers is not None:
-            write_file(path.with_suffix(".json"), json.dumps(numbers, indent=1).encode())
+            write_file(path.with_suffix(".json"), json.dumps(for_json(numbers), indent=1).encode())
     except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error.strerror or error}. Fix: free some space, or give another folder"
@@ -108,18 +109,25 @@ def parse_page_options(parser: argparse.ArgumentParser, output: str, arguments: 
 # --- pictures ---------------------------------------------------------------------------------------
 
 
-def open_pictures(images: ImageStorage | str | os.PathLike | None, annotations: CocoAnnotations) -> ImageStorage | None:
-    """The source of a page's pictures. A folder is checked as training data is.
+def open_page(
+    annotations: CocoAnnotations | str | os.PathLike,
+    page: str | os.PathLike,
+    images: ImageStorage | str | os.PathLike | None,
+) -> tuple[CocoAnnotations, Path, ImageStorage | None]:
+    """The annotations, the page's file, and the source of its pictures. A folder is checked as training data is.
 
     Raises:
-        UserError: an image's name leads out of the folder, or the folder holds a link out of it.
+        UserError: the page would replace the annotations; an image's name leads out of the folder, or the folder holds
+            a link out of it.
     """
-    if images is None or not isinstance(images, (str, os.PathLike)):
-        return images
-    opened = DiskImages(Path(images).absolute())
-    refuse_names_outside(annotations, f"--images ({images})")
-    opened.look(annotations.file_names)
-    return opened
+    if not isinstance(annotations, CocoAnnotations):
+        annotations = CocoAnnotations.open(annotations)
+    check_page(Path(page), [annotations.path])
+    if isinstance(images, (str, os.PathLike)):
+        refuse_names_outside(annotations, f"--images ({images})")
+        images = DiskImages(Path(images).absolute())
+        images.look(annotations.file_names)
+    return annotations, Path(page), images
 
 
 def picture_of_errors(
@@ -134,37 +142,33 @@ def picture_of_errors(
     found = _found(analyses, index)
     missed = [one.annotation - int(annotations.columns["offsets"][index]) for one in wrong if one.detection is None]
     if missed:
-        truth, right = record.only(missed), objects_of_detections(found, annotations.categories, min_score)
+        truth, shown = record.only(missed), found
     else:
-        shown = [one.detection for one in wrong]
-        truth, right = record, objects_of_detections(found, annotations.categories, -np.inf, shown)
+        truth, shown, min_score = record, found.only([one.detection for one in wrong]), 0
     left = objects_of_truth(truth, annotations.categories, found.masks is not None, found.keypoints is not None)
-    return _panels(images, record, [left, right])
+    return _panels(images, record, [left, objects_of_detections(shown, annotations.categories, min_score)])
 
 
 def picture_of_difference(a: Analyses, b: Analyses, images: ImageStorage | None, index: int) -> str | None:
     """The truth, and what each of two detectors finds with its best threshold."""
-    annotations = a.annotations
-    record = annotations[index]
+    record, categories = a.annotations[index], a.annotations.categories
     found = [_found(of, index) for of in (a, b)]
-    thresholds = [np.inf if math.isnan(of.best_threshold) else of.best_threshold for of in (a, b)]
-    panels = [objects_of_truth(record, annotations.categories, any(each.masks is not None for each in found))]
-    for each, threshold in zip(found, thresholds, strict=True):
-        panels.append(objects_of_detections(each, annotations.categories, threshold))
+    panels = [objects_of_truth(record, categories, any(each.masks is not None for each in found))]
+    for of, each in zip((a, b), found, strict=True):
+        panels.append(objects_of_detections(each, categories, of.best_threshold))
     return _panels(images, record, panels)
 
 
 def picture_of_suspect(analyses: Analyses, images: ImageStorage | None, suspect: Suspect) -> str | None:
     """The annotations around a place, beside the detection there."""
-    annotations = analyses.annotations
-    record = annotations[suspect.image]
+    record, categories = analyses.annotations[suspect.image], analyses.annotations.categories
     detected = Objects(
         boxes=suspect.box[None],
         labels=[suspect.label],
-        names=[annotations.category_names[suspect.label]],
+        names=[categories[suspect.label]["name"]],
         endings=[f" {suspect.score:.2f}"],
     )
-    return _panels(images, record, [objects_of_truth(record, annotations.categories), detected], suspect.box)
+    return _panels(images, record, [objects_of_truth(record, categories), detected], suspect.box)
 
 
 def _found(analyses: Analyses, index: int) -> Detections:

@@ -12,16 +12,18 @@ from typing import Any
 import hotcoco.plot
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from shared.evaluation.box_matching import RECALLS
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.evaluation.gathered import GatheredDetections
 from shared.report.analysis import Analysis, ThresholdCurve, analyse_one
 
-_LIGHT, _DARK = "cyanotype", "cyanotype-dark"
+LIGHT, DARK = "cyanotype", "cyanotype-dark"
 _LONGEST_NAME = 22
 _POINTS = 400  # of a curve over the score: more than a screen can show
 _CURVES = 10  # categories per figure
@@ -81,7 +83,7 @@ def learning_curves(reports: Sequence[Mapping[str, Any]], metric: str, best: int
     figures = {}
     for title, lines in panels.items():
         with styled():
-            figure, axes = _new_figure(4.0, 3.2)
+            figure, axes = new_figure(4.0, 3.2)
             for label, split, name in lines:
                 values = {r["batches"]: r["metrics"].get(name) for r in reports if r["split"] == split}
                 values = {batch: value for batch, value in values.items() if value is not None}
@@ -100,20 +102,20 @@ def learning_curves(reports: Sequence[Mapping[str, Any]], metric: str, best: int
 @contextmanager
 def styled() -> Iterator[None]:
     """hotcoco's style. A $ in a name starts no formula, and the browser has the letters that the font lacks."""
-    with hotcoco.plot.style(_LIGHT), matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+    with hotcoco.plot.style(LIGHT), matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def _new_figure(width: float = 5.0, height: float | None = None) -> tuple[Figure, Axes]:
+def new_figure(width: float = 5.0, height: float | None = None) -> tuple[Figure, Axes]:
     """A figure that pyplot does not keep in memory, and that any thread may draw."""
     figure = Figure(figsize=(width, height or width), layout="constrained")
     return figure, figure.subplots()
 
 
 def _of_hotcoco(draw: Any, data: Any, side: float = 5.0) -> Figure:
-    figure, axes = _new_figure(side)
-    draw(data, ax=axes, theme=_LIGHT)
+    figure, axes = new_figure(side)
+    draw(data, ax=axes, theme=LIGHT)
     axes.set_title("")  # the page has it
     figure.suptitle("")
     if legend := axes.get_legend():
@@ -124,27 +126,25 @@ def _of_hotcoco(draw: Any, data: Any, side: float = 5.0) -> Figure:
 
 def _precision_of_all(analysis: Analysis) -> Figure:
     """Unlike hotcoco's, this needs no `summarize()`, which prints."""
-    figure, axes = _new_figure()
-    recall = np.asarray(analysis.evaluation.params.rec_thrs)
+    figure, axes = new_figure()
     for iou, index in (("0.50", 0), ("0.75", 5), ("0.90", 8)):
         precision = analysis.evaluation.eval["precision"][index, :, :, 0, -1]
         scored = precision[:, (precision > -1).all(axis=0)]
-        axes.plot(recall, scored.mean(axis=1), linewidth=2, label=f"IoU {iou}")
+        axes.plot(RECALLS, scored.mean(axis=1), linewidth=2, label=f"IoU {iou}")
     return _finished(figure, axes, "Recall", "Precision", "mean over categories")
 
 
 def _precision_of_categories(analysis: Analysis, names: Sequence[str]) -> Figure:
-    figure, axes = _new_figure()
+    figure, axes = new_figure()
     labels, of_all = _commonest(analysis)
-    recall = np.asarray(analysis.evaluation.params.rec_thrs)
     for label in labels:
         precision = analysis.evaluation.eval["precision"][0, :, label, 0, -1]
-        axes.plot(recall, np.where(precision < 0, np.nan, precision), linewidth=1.5, label=names[label])
+        axes.plot(RECALLS, np.where(precision < 0, np.nan, precision), linewidth=1.5, label=names[label])
     return _finished(figure, axes, "Recall", "Precision", f"IoU 0.50{of_all}")
 
 
 def _f1_over_threshold(analysis: Analysis, names: Sequence[str]) -> Figure:
-    figure, axes = _new_figure()
+    figure, axes = new_figure()
 
     def plot(curve: ThresholdCurve, label: str, **style: Any) -> None:
         count = len(curve.thresholds)
@@ -166,9 +166,9 @@ def _f1_over_threshold(analysis: Analysis, names: Sequence[str]) -> Figure:
 
 def _commonest(analysis: Analysis) -> tuple[list[int], str]:
     """The labels of the categories with most objects, and what a title says if there are more."""
-    counted = sorted((row for row in analysis.categories if row.objects), key=lambda row: -row.objects)
-    of_all = "" if len(counted) <= _CURVES else f", the {_CURVES} with most objects"
-    return [row.label for row in counted[:_CURVES]], of_all
+    objects = np.array([row.objects for row in analysis.categories])
+    labels = np.argsort(-objects, kind="stable")[: np.count_nonzero(objects)].tolist()
+    return labels[:_CURVES], "" if len(labels) <= _CURVES else f", the {_CURVES} with most objects"
 
 
 def _finished(figure: Figure, axes: Axes, x: str, y: str, title: str) -> Figure:
@@ -193,7 +193,7 @@ def short_name(name: str) -> str:
     return f"\u200b{name}" if name.startswith("_") else name
 
 
-def svg_of(figure: Figure, salt: str) -> str:
+def svg_of(figure: Figure, salt: str) -> Markup:
     """The figure as an element of a page, in the colors of `style_sheet` and in the page's font.
 
     Args:
@@ -213,19 +213,16 @@ def svg_of(figure: Figure, salt: str) -> str:
     size = re.search(r' width="([.\d]+)pt" height="[.\d]+pt"', svg)
     # a figure scrolls on a small screen instead of shrinking until nobody can read it
     svg = svg.replace(size[0], f' style="min-width: {_LEAST_SCALE * float(size[1]):.0f}pt"', 1)
-    names = {color.lower(): f"var(--{name})" for name, color in _colors(_LIGHT).items()}
-    return re.sub(r"(?<=[:\s])#[0-9a-f]{6}\b(?=[;\"])", lambda color: names.get(color[0], color[0]), svg)
+    names = {color.lower(): f"var(--{name})" for name, color in _colors(LIGHT).items()}
+    return Markup(re.sub(r"(?<=[:\s])#[0-9a-f]{6}\b(?=[;\"])", lambda color: names.get(color[0], color[0]), svg))
 
 
-def style_sheet() -> tuple[str, str]:
-    """The colors of light and of dark pages, as declarations of variables."""
-    light, dark = (
-        " ".join(f"--{name}: {color};" for name, color in _colors(theme).items()) for theme in (_LIGHT, _DARK)
-    )
-    return light, dark
+def style_sheet(theme: str) -> Markup:
+    """The colors of a theme of pages, as declarations of variables."""
+    return Markup(" ".join(f"--{name}: {color};" for name, color in _colors(theme).items()))
 
 
 def _colors(theme: str) -> dict[str, str]:
-    ending = "" if theme == _LIGHT else "_DARK"
+    ending = "" if theme == LIGHT else "_DARK"
     series, chrome = (getattr(hotcoco.plot, f"{name}{ending}") for name in ("SERIES_COLORS", "CHROME"))
     return {**{f"series-{i}": color for i, color in enumerate(series)}, **chrome}

@@ -12,34 +12,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from shared.config.file import flattened
 from shared.data.annotations import CocoAnnotations
 from shared.data.storage import ImageStorage
 from shared.errors import count_of
 from shared.evaluation.detections import Detections, from_coco_results
-from shared.evaluation.evaluator import for_json, iou_types_of
+from shared.evaluation.evaluator import iou_types_of
 from shared.log import redacted, without_secrets
-from shared.report.analysis import NAMES, RESAMPLES, Analyses, Analysis, analyse
+from shared.report.analysis import RESAMPLES, Analyses, Analysis, analyse
 from shared.report.image_errors import ERROR_TYPES, Suspect, worst_images
 from shared.report.page import (
     TITLES,
     check_page,
-    open_pictures,
+    open_page,
     parse_page_options,
     picture_of_errors,
     picture_of_suspect,
     write_page,
 )
 from shared.report.plots import figures_of, svg_of
-
-if TYPE_CHECKING:  # importing it takes half a second, and a run needs no figure to start
-    from matplotlib.figure import Figure
-
 
 _NOT_THERE = "–"
 
@@ -166,12 +162,8 @@ def report(
         UserError: see `evaluate`; an image's name leads out of the folder; the page cannot be written, or would replace
             the annotations.
     """
-    if not isinstance(annotations, CocoAnnotations):
-        annotations = CocoAnnotations.open(annotations)
-    output, about = Path(output), about or About()
-    check_page(output, [annotations.path])
-    images = open_pictures(images, annotations)
-    detections = list(detections)
+    annotations, output, images = open_page(annotations, output, images)
+    detections, about = list(detections), about or About()
     iou_types = iou_types_of(detections, annotations) if iou_types is None else iou_types
     analyses = analyse(annotations, detections, iou_types, image_ids, keypoint_sigmas, resamples, max_detections)
     if min_score is None:
@@ -188,7 +180,7 @@ def report(
             {"iou_type": iou_type, "of": of, "figures": _drawn(figures_of(of, annotations.category_names), iou_type)}
             for iou_type, of in analyses.of.items()
         ],
-        metric_names=[name for name in NAMES if any(name in of.metrics for of in analyses.of.values())],
+        metric_names=list(dict.fromkeys(name for of in analyses.of.values() for name in of.metrics)),
         error_types=ERROR_TYPES,
         worst=_worst_images(analyses, images, min_score),
         suspects=[
@@ -202,16 +194,16 @@ def report(
     return analyses
 
 
-def _drawn(figures: dict[str, Any], salt: str) -> dict[str, Markup]:
-    return {title: Markup(svg_of(figure, f"{salt} {title}")) for title, figure in figures.items()}
+def _drawn(figures: dict[str, Any], salt: str) -> dict[str, str]:
+    return {title: svg_of(figure, f"{salt} {title}") for title, figure in figures.items()}
 
 
 def _worst_images(analyses: Analyses, images: ImageStorage | None, min_score: float) -> dict[str, dict[str, Any]]:
     """By error type, how many errors there are, and the images with most of them."""
     names, types = analyses.annotations.category_names, {}
     for kind in ERROR_TYPES:
-        rows = []
-        for index, wrong in worst_images(analyses.wrong, kind, _IMAGES_PER_TYPE):
+        of_kind, rows = [one for one in analyses.wrong if one.kind == kind], []
+        for index, wrong in worst_images(of_kind, _IMAGES_PER_TYPE):
             said = [names[one.label] + ("" if one.detection is None else f" {one.score:.2f}") for one in wrong]
             rows.append(
                 {
@@ -221,17 +213,13 @@ def _worst_images(analyses: Analyses, images: ImageStorage | None, min_score: fl
                 }
             )
         if rows:
-            types[kind] = {"count": sum(one.kind == kind for one in analyses.wrong), "images": rows}
+            types[kind] = {"count": len(of_kind), "images": rows}
     return types
 
 
 def _suspects(analyses: Analyses) -> list[dict[str, Any]]:
-    names, ids, columns = (
-        analyses.annotations.category_names,
-        analyses.annotations.category_ids,
-        analyses.annotations.columns,
-    )
-    rows = []
+    annotations, rows = analyses.annotations, []
+    names, ids, columns = annotations.category_names, annotations.category_ids, annotations.columns
     for suspect in analyses.suspects:
         row, box = suspect.annotation, suspect.box.astype(float)
         rows.append(
@@ -251,24 +239,18 @@ def _suspects(analyses: Analyses) -> list[dict[str, Any]]:
 
 
 def _numbers(analyses: Analyses) -> dict[str, Any]:
-    """The page for programs, with None for nan."""
-
-    def numbers(of: Analysis) -> dict[str, Any]:
-        rows = [{key: value for key, value in vars(row).items() if key != "label"} for row in of.categories]
-        return {
-            "metrics": for_json(of.metrics),
+    """The page for programs."""
+    numbers = {"best_threshold": analyses.best_threshold, "images": len(analyses.indices)}
+    for iou_type, of in analyses.of.items():
+        numbers[iou_type] = {
+            "metrics": of.metrics,
             "intervals": of.intervals,
-            **for_json({"best_f1": of.curve.best_f1, "expected_calibration_error": of.calibration["ece"]}),
+            "best_f1": of.curve.best_f1,
+            "expected_calibration_error": of.calibration["ece"],
             "errors": of.errors and {name: of.errors[name] for name in ("delta_ap", "counts")},
-            "categories": [for_json(row) for row in rows],
+            "categories": [vars(row) for row in of.categories],
         }
-
-    return {
-        **for_json({"best_threshold": analyses.best_threshold}),
-        "images": len(analyses.indices),
-        **{iou_type: numbers(of) for iou_type, of in analyses.of.items()},
-        "suspected_annotations": _suspects(analyses),
-    }
+    return {**numbers, "suspected_annotations": _suspects(analyses)}
 
 
 # --- in words

@@ -208,7 +208,7 @@ class LocalRun(Run):
     def report_validation(self, validation: Validation, epochs: int, evaluator: ChiefReducer, is_best: bool) -> bool:
         if is_best and isinstance(evaluator, CocoEvaluator):
             names = evaluator.annotations.category_names
-            save_detections(self.run_folder.detections, evaluator.found_by_id(), names, evaluator.max_detections)
+            save_detections(self.run_folder.detections, evaluator.found, names, evaluator.max_detections)
         self._report(validation.batches, "val", {**validation.metrics, **validation.category_ap})
         if self.run_store is not None:
             self.run_store.send()
