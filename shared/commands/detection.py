@@ -163,40 +163,33 @@ class FileDetector:
         gather = self.context.distributed.gather
         return CocoEvaluator(data.annotations, self.iou_types, gather=gather, max_detections=self._max_detections)
 
-    def detect_image(self, data: SplitData, index: int, seconds: dict[str, float]) -> Detections:
-        """The detections of the image at a position.
+    def evaluation_loader(
+        self, data: SplitData, all_images: bool = True, is_share: bool = False, in_process: bool = False
+    ) -> Iterator[Batch]:
+        """See `DetectionTrial.evaluation_loader`. A batch is one image, and it uses all of them."""
+        bad_images = BadImages(skip=self.data.on_bad_image == "skip")
+        rank, slots = (0, 1) if is_share or in_process else (self.rank, self.slots)
+        for index in range(rank, len(data.annotations), slots):
+            try:
+                batch = self.batch_of(data, index)
+            except BadImageError as error:
+                bad_images.leave_out(error, int(data.annotations.image_ids[index]))
+                batch = Batch(None, None, [], skipped=bad_images.take())
+            yield batch
+
+    def batch_of(self, data: SplitData, index: int) -> Batch:
+        """The image at a position.
 
         Raises:
             BadImageError: it cannot be read.
         """
-        started = time.perf_counter()
         record = data.annotations[index]
         size, name = (record.width, record.height), f"image id {record.image_id}"
-        image = np.asarray(read_image(data.images, record.file_name, size, name))
-        loaded = time.perf_counter()
-        (found,) = self.model.detect([image], [record.image_id])
-        seconds["loading"] += loaded - started
-        seconds["detecting"] += time.perf_counter() - loaded
-        return found
+        image = read_image(data.images, record.file_name, size, name)
+        return Batch([np.asarray(image)], None, [record.image_id])
 
-    def detect_all(
-        self, data: SplitData, seconds: dict[str, float], is_share: bool
-    ) -> Iterator[tuple[Batch, list[Detections]]]:
-        """See `detect_all`.
-
-        Args:
-            is_share: the data are this process's share of the images.
-        """
-        bad_images = BadImages(skip=self.data.on_bad_image == "skip")
-        rank, slots = (0, 1) if is_share else (self.rank, self.slots)
-        for index in range(rank, len(data.annotations), slots):
-            image_id = int(data.annotations.image_ids[index])
-            try:
-                found = [self.detect_image(data, index, seconds)]
-            except BadImageError as error:
-                bad_images.leave_out(error, image_id)
-                found = []
-            yield Batch(None, None, [image_id] * len(found), skipped=bad_images.take()), found
+    def detect_on_host_batch(self, batch: Batch) -> list[Detections]:
+        return self.model.detect(batch.images, batch.image_ids) if len(batch) else []
 
 
 @contextlib.contextmanager
@@ -289,9 +282,6 @@ def _batches(
     is_share: bool = False,
 ) -> Iterator[tuple[Batch, list[Any]]]:
     """Batches of whole images, and their detections. See `detect_all` and `DetectionTrial.evaluation_loader`."""
-    if isinstance(trial, FileDetector):
-        yield from trial.detect_all(data, seconds, is_share or in_process)
-        return
     batches = iter(trial.evaluation_loader(data, all_images=all_images, is_share=is_share, in_process=in_process))
     while True:
         started = time.perf_counter()
