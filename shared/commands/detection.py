@@ -192,20 +192,17 @@ class FileDetector:
         return self.model.detect(batch.images, batch.image_ids) if len(batch) else []
 
 
-@contextlib.contextmanager
 def detector_of(
     trial_class: type[DetectionTrial],
     experiment: Experiment,
     checkpoint: Checkpoint | None,
     model: Path | None,
     processes: tuple[DistributedContext, torch.device],
-) -> Iterator[DetectionTrial | FileDetector]:
+) -> contextlib.AbstractContextManager[DetectionTrial | FileDetector]:
     """The exported file `model`, or the trial of `detecting_trial` without one."""
     if model is not None:
-        yield FileDetector(trial_class, experiment, model, processes)
-        return
-    with detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
-        yield trial
+        return contextlib.nullcontext(FileDetector(trial_class, experiment, model, processes))
+    return detecting_trial(trial_class, experiment, checkpoint, processes)
 
 
 def check_categories(categories: list[dict], data: SplitData, source: str) -> None:
