@@ -9,7 +9,7 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -317,63 +317,40 @@ def make_folder(path: Path, option: str) -> None:
         ) from error
 
 
-# --- the lowest scores that are drawn: a number, or the best thresholds in the report of the checkpoint's run
-
-BEST, PER_CATEGORY = "best", "best-per-category"
-
-
-@dataclass(frozen=True)
-class ScoreLimits:
-    """The lowest score of each category.
-
-    Attributes:
-        scores: (K,) float64 by label.
-        text: which detections have at least these, in words.
-    """
-
-    scores: np.ndarray
-    text: str
-
-    def allow(self, detections: Detections) -> np.ndarray:
-        """(M,) bool: which detections have the lowest score or more."""
-        return detections.scores >= self.scores.astype(detections.scores.dtype)[detections.labels]
-
-
 def score_limits(
-    given: float | str, categories: Sequence[dict], checkpoint: Path | None, exported: FileDetector | None = None
-) -> ScoreLimits:
-    """The limits of `--min-score`.
+    given: float | str,
+    categories: Sequence[dict],
+    checkpoint: Path | None,
+    trial: DetectionTrial | FileDetector | None = None,
+) -> tuple[np.ndarray, str]:
+    """The limits of `--min-score`: (K,) float64, the lowest score by label; and in words, which detections have it.
 
     Args:
         given: a number; "best", the threshold with the greatest F1; or "best-per-category", that of each category. A
             category without a correct detection has the threshold over all categories.
         checkpoint: its folder, in a run with a report; None for pretrained weights.
-        exported: an exported file holds the thresholds itself.
+        trial: an exported file holds the thresholds itself.
 
     Raises:
         UserError: the checkpoint is of no run with a report, or no detection in the report is correct.
     """
     if isinstance(given, str):
-        if exported is None:
-            source, (best, known) = _thresholds_of_run(given, checkpoint)
+        if isinstance(trial, FileDetector):
+            metadata = trial.model.metadata
+            source, best, known = trial.model.path, metadata.best_threshold, metadata.thresholds
         else:
-            metadata = exported.model.metadata
-            source, best, known = exported.model.path, metadata.best_threshold, metadata.thresholds
+            source = checkpoint and checkpoint.parent.parent / "report.json"
+            thresholds = source and thresholds_of_report(source)
+            if thresholds is None:
+                raise UserError(
+                    f"--min-score {given}: {checkpoint or 'the pretrained weight file'} is of no run with a report. "
+                    "Fix: give a number; `evaluate` prints the best one"
+                )
+            best, known = thresholds
         if best is None:
             raise UserError(f"--min-score {given}: no detection is correct in {source}. Fix: give a number")
-        if given == PER_CATEGORY:
+        if given == "best-per-category":
             scores = np.array([known.get(category["name"], best) for category in categories], np.float64)
-            return ScoreLimits(scores, "of at least their category's best score")
+            return scores, "of at least their category's best score"
         given = best
-    return ScoreLimits(np.full(len(categories), given, np.float64), f"of at least {given:g}")
-
-
-def _thresholds_of_run(given: str, checkpoint: Path | None) -> tuple[Path, tuple[float | None, dict[str, float]]]:
-    report = checkpoint and checkpoint.parent.parent / "report.json"
-    thresholds = report and thresholds_of_report(report)
-    if thresholds is None:
-        raise UserError(
-            f"--min-score {given}: {checkpoint or 'the pretrained weight file'} is of no run with "
-            "a report. Fix: give a number; `evaluate` prints the best one"
-        )
-    return report, thresholds
+    return np.full(len(categories), given, np.float64), f"of at least {given:g}"

@@ -17,7 +17,6 @@ from PIL import Image
 
 from shared.commands.detection import (
     FileDetector,
-    ScoreLimits,
     detect_all,
     detector_of,
     make_folder,
@@ -64,12 +63,9 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
         if distributed.rank == 0:  # not in data.cache_dir: training reads its images again, prediction does not
             copies = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="predict-")))
 
-        def limits_of(categories: Sequence[dict], exported: FileDetector | None = None) -> ScoreLimits:
-            return score_limits(arguments.min_score, categories, checkpoint and checkpoint.path, exported)
-
         def open_inputs() -> tuple[list[Picture], GivenImages]:
             if arguments.model is None:  # what it refuses, before the model is built
-                limits_of([])
+                score_limits(arguments.min_score, [], checkpoint and checkpoint.path)
             _check_is_empty(arguments.output)
             files = find_files(arguments.images, options, arguments.format)
             images = GivenImages(files, options, copies)
@@ -81,8 +77,8 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
 
         pictures, images = on_chief(distributed, open_inputs)
         with detector_of(trial_class, experiment, checkpoint, arguments.model, processes) as trial:
-            exported = trial if isinstance(trial, FileDetector) else None
-            limits = on_chief(distributed, lambda: limits_of(trial.categories, exported))  # the report is there
+            of_run = arguments.min_score, trial.categories, checkpoint and checkpoint.path
+            limits = on_chief(distributed, lambda: score_limits(*of_run, trial))  # the report is there
             still = [picture for picture in pictures if picture.frames is None]
             data = pictures_as_data(still, images, arguments.images, trial) if still else None
             prediction = _Prediction(trial, data, pictures, arguments, limits)
@@ -142,11 +138,11 @@ class _Prediction:
         data: SplitData | None,
         pictures: list[Picture],
         arguments: argparse.Namespace,
-        limits: ScoreLimits,
+        limits: tuple[np.ndarray, str],
     ):
         self.trial, self.data, self.pictures = trial, data, pictures
         self.output, self.format, self.tracks = arguments.output, arguments.format, arguments.track
-        self.tiling, self.limits = tiling_of(arguments), limits
+        self.tiling, (self.min_scores, self.drawn) = tiling_of(arguments), limits
         self.category_ids = [category["id"] for category in trial.categories]
         still = [position for position, picture in enumerate(pictures) if picture.frames is None]
         self.positions = {} if data is None else dict(zip(data.annotations.image_ids.tolist(), still, strict=True))
@@ -190,7 +186,7 @@ class _Prediction:
             return
         image, shown = self._to_draw(picture, detections)
         with self._writing(picture) as path:
-            drawing.save_picture_of(path, image, shown, self.trial.categories, self.limits.scores)
+            drawing.save_picture_of(path, image, shown, self.trial.categories, self.min_scores)
         results = to_coco_results(detections, self.category_ids)
         self.results[position, 0] = [{**result, "file_name": picture.name} for result in results]
 
@@ -216,11 +212,11 @@ class _Prediction:
             self._writing(picture) as path,
             VideoWriter(path, video.rate) as writer,
         ):
-            track = tracker(video.rate, float(self.limits.scores.min())) if self.tracks else None
+            track = tracker(video.rate, float(self.min_scores.min())) if self.tracks else None
             for frame, detections in detect_frames(self.trial, video, self.tiling, self.seconds):
                 with self._drawing():
                     found = detections if track is None else track(detections)
-                    objects = drawing.objects_of_detections(found, self.trial.categories, self.limits.scores)
+                    objects = drawing.objects_of_detections(found, self.trial.categories, self.min_scores)
                     writer.write(drawing.draw(frame, objects) if len(objects.boxes) else frame)
                 about = {"file_name": picture.name, "frame": detections.image_id}
                 results = to_coco_results(found, self.category_ids)
@@ -254,12 +250,12 @@ class _Prediction:
             raise
 
     def _print_summary(self, by_image: dict[int, list[dict]]) -> None:
-        limits = dict(zip(self.category_ids, self.limits.scores.astype(np.float32), strict=True))
+        limits = dict(zip(self.category_ids, self.min_scores.astype(np.float32), strict=True))
         rows = [row for found in by_image.values() for row in found]
         drawn = sum(np.float32(row["score"]) >= limits[row["category_id"]] for row in rows)
         print(
             f"{count_of(len(rows), 'detection')} on {count_of(len(by_image), 'image')} in "
-            f"{self.output / 'results.json'}; the {drawn} {self.limits.text} are drawn in the pictures beside it"
+            f"{self.output / 'results.json'}; the {drawn} {self.drawn} are drawn in the pictures beside it"
         )
         each = 1000 * sum(self.seconds.values()) / max(len(self.results), 1)
         print(
