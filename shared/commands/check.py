@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shared.config.experiment import Experiment, Sections, read_experiment
-from shared.errors import UserError
+from shared.errors import UserError, unwritable_as_error
 
 if TYPE_CHECKING:  # they load torch or take a while
     from torch.utils.data import Dataset
@@ -227,9 +227,5 @@ def _save_page(opened: dict[str, SplitData], augmented: list[Drawn], page: Path)
     folders = [of.images.folder.resolve() for of in opened.values() if isinstance(of.images, DiskImages)]
     if page.exists() and any(page.resolve().is_relative_to(folder) for folder in folders):
         raise UserError(f"--page: {page} is a file among the images and would be replaced. Fix: give another name")
-    try:
+    with unwritable_as_error(f"--page: {page}", "give another path"):
         save_page(opened, page, augmented)
-    except OSError as error:
-        raise UserError(
-            f"--page: {page} cannot be written: {error.strerror or error}. Fix: give another path"
-        ) from error

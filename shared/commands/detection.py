@@ -26,7 +26,7 @@ from shared.data.images import BadImageError, read_image
 from shared.data.loading import Batch
 from shared.data.open import SplitData, open_split
 from shared.data.tiles import Tile, Tiling, cut
-from shared.errors import UserError
+from shared.errors import UserError, unwritable_as_error
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.evaluation.merging import merge
@@ -292,20 +292,14 @@ def _batches(
         yield batch, detected
 
 
-def write_results(folder: Path, of_processes: list[dict[int, list[dict]]]) -> dict[int, list[dict]]:
-    """Writes results.json in COCO's format. Returns the results by image id."""
-    by_image = {image_id: found for of_process in of_processes for image_id, found in of_process.items()}
+def write_results(folder: Path, by_image: Mapping[int, list[dict]]) -> None:
+    """Writes results.json in COCO's format."""
     write_json(folder / "results.json", [result for _, found in sorted(by_image.items()) for result in found])
-    return by_image
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
-    try:
+    with unwritable_as_error(path):
         durable.write_file(path, json.dumps(content, indent=indent))
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror or error}. Fix: free some space, or give another folder"
-        ) from error
 
 
 def make_folder(path: Path, option: str) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+from collections import ChainMap
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
             return
         _print_metrics(metrics, trial.iou_types, arguments.output)
         if arguments.output:
-            write_results(arguments.output, gathered)
+            write_results(arguments.output, ChainMap(*gathered))
         if arguments.report:
             from shared.report.report import software  # importing matplotlib takes half a second
 

@@ -40,7 +40,7 @@ from shared.data.images import allow_pixels, read_image
 from shared.data.open import SplitData
 from shared.data.storage import DiskImages
 from shared.data.tiles import open_image
-from shared.errors import UserError, count_of
+from shared.errors import UserError, count_of, unwritable_as_error
 from shared.evaluation import drawing
 from shared.evaluation.detections import Detections, to_coco_results
 from shared.training.meeting import local_processes
@@ -232,21 +232,19 @@ class _Prediction:
             unread = [(position, 0) for position in self.positions.values() if position not in read]
             ids = {key: number for number, key in enumerate(sorted([*results, *unread]))}
         by_id = {ids[key]: [{**row, "image_id": ids[key]} for row in rows] for key, rows in results.items()}
-        return write_results(self.output, [by_id])
+        write_results(self.output, by_id)
+        return by_id
 
     @contextlib.contextmanager
     def _writing(self, picture: Picture) -> Iterator[Path]:
         """The path of a picture's file, which is deleted unless it is written completely."""
         path = self.output / drawn_as(picture.name, self.format)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield path
-        except BaseException as error:
+            with unwritable_as_error(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                yield path
+        except BaseException:
             path.unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise UserError(
-                    f"{path} cannot be written: {error.strerror or error}. Fix: free some space, or give another folder"
-                ) from error
             raise
 
     def _print_summary(self, by_image: dict[int, list[dict]]) -> None:
