@@ -208,9 +208,9 @@ class _Prediction:
         """Detects in all frames of a video, and draws a video with as many."""
         picture = self.pictures[position]
         with (
-            Video(picture.location) as video,
+            contextlib.closing(Video(picture.location)) as video,
             self._writing(picture) as path,
-            VideoWriter(path, video.rate) as writer,
+            contextlib.closing(VideoWriter(path, video.rate)) as writer,
         ):
             track = tracker(video.rate, float(self.min_scores.min())) if self.tracks else None
             for frame, detections in detect_frames(self.trial, video, self.tiling, self.seconds):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import io
 import itertools
@@ -235,7 +236,7 @@ def _look_at(name: str, location: str, images: GivenImages, in_tiles: bool) -> P
             if is_url(location):
                 return "a video is read from disk only; download it"
             open_file(location).close()
-            with videos.Video(location) as video:
+            with contextlib.closing(videos.Video(location)) as video:
                 return Picture(name, location, *video.size, frames=video.about)
         found = size_of(name, location, images, in_tiles)
         return None if found is None else Picture(name, location, *found)
