@@ -223,7 +223,7 @@ class _OpenedImages(GivenImages):
         if name not in self.locations:
             return _upright(self._given[position], position).size
         try:
-            size = size_of(name, self.locations[name], self, in_tiles)
+            size = size_of(name, self, in_tiles)
         except UnreadableError as error:
             reason = str(error) if "Fix: " in str(error) else f"{error}. Fix: give an image"
             raise UserError(f"{self.locations[name]}: {reason}") from error

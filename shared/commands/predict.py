@@ -25,13 +25,7 @@ from shared.commands.detection import (
     with_checkpoint,
     write_results,
 )
-from shared.commands.predict_inputs import (
-    GivenImages,
-    Picture,
-    drawn_as,
-    find_files,
-    look_at,
-)
+from shared.commands.predict_inputs import GivenImages, Picture, drawn_as, find_files, look_at
 from shared.commands.videos import Video, VideoWriter, detect_frames, tracker
 from shared.config.experiment import Experiment
 from shared.config.schema import DataConfig
@@ -67,9 +61,8 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
             if arguments.model is None:  # what it refuses, before the model is built
                 score_limits(arguments.min_score, [], checkpoint and checkpoint.path)
             _check_is_empty(arguments.output)
-            files = find_files(arguments.images, options, arguments.format)
-            images = GivenImages(files, options, copies)
-            pictures = look_at(files, images, in_tiles=tiling is not None)
+            images = GivenImages(find_files(arguments.images, options, arguments.format), options, copies)
+            pictures = look_at(images, in_tiles=tiling is not None)
             if arguments.track and all(picture.frames is None for picture in pictures):
                 raise UserError("--track: it follows objects in videos, and --images has none. Fix: remove --track")
             make_folder(arguments.output, "--output")
