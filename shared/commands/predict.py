@@ -72,9 +72,7 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
         with detector_of(trial_class, experiment, checkpoint, arguments.model, processes) as trial:
             of_run = arguments.min_score, trial.categories, checkpoint and checkpoint.path
             limits = on_chief(distributed, lambda: score_limits(*of_run, trial))  # the report is there
-            still = [picture for picture in pictures if picture.frames is None]
-            data = pictures_as_data(still, images, arguments.images, trial) if still else None
-            prediction = _Prediction(trial, data, pictures, arguments, limits)
+            prediction = _Prediction(trial, pictures, images, arguments, limits)
             try:
                 prediction.run()
             except KeyboardInterrupt:
@@ -128,17 +126,20 @@ class _Prediction:
     def __init__(
         self,
         trial: DetectionTrial | FileDetector,
-        data: SplitData | None,
         pictures: list[Picture],
+        images: GivenImages,
         arguments: argparse.Namespace,
         limits: tuple[np.ndarray, str],
     ):
-        self.trial, self.data, self.pictures = trial, data, pictures
+        self.trial, self.pictures = trial, pictures
         self.output, self.format, self.tracks = arguments.output, arguments.format, arguments.track
         self.tiling, (self.min_scores, self.drawn) = tiling_of(arguments), limits
         self.category_ids = [category["id"] for category in trial.categories]
         still = [position for position, picture in enumerate(pictures) if picture.frames is None]
-        self.positions = {} if data is None else dict(zip(data.annotations.image_ids.tolist(), still, strict=True))
+        self.data, self.positions = None, {}
+        if still:
+            self.data = pictures_as_data([pictures[i] for i in still], images, arguments.images, trial)
+            self.positions = dict(zip(self.data.annotations.image_ids.tolist(), still, strict=True))
         self.results: dict[tuple[int, int], list[dict]] = {}
         self.seconds = dict.fromkeys(("loading", "detecting", "drawing"), 0.0)
 
@@ -175,8 +176,6 @@ class _Prediction:
     def _take(self, detections: Detections) -> None:
         position = self.positions[detections.image_id]
         picture = self.pictures[position]
-        if (position, 0) in self.results:  # it replaces an image that cannot be read
-            return
         image, shown = self._to_draw(picture, detections)
         with self._writing(picture) as path:
             drawing.save_picture_of(path, image, shown, self.trial.categories, self.min_scores)

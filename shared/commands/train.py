@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import determined as det
 import numpy as np
@@ -202,7 +202,8 @@ class Results:
     def __init__(self, trial: DetectionTrial, folder: RunFolder, outcome: Outcome):
         self.trial, self.folder, self.outcome = trial, folder, outcome
         self.metric = trial.searcher_metric.name
-        found = {name: _validation_of(name, folder) for name in ("best", "last")}
+        batches = {name: saved_batches(folder.checkpoints / name) for name in ("best", "last")}
+        found = {name: folder.validation_after(count) for name, count in batches.items()}
         self.validations = {name: report for name, report in found.items() if report}
 
     def show(self) -> None:
@@ -287,9 +288,3 @@ class Results:
             shipped=shipped.name,
             curves=learning_curves(reports, self.metric, best),
         )
-
-
-def _validation_of(checkpoint: str, folder: RunFolder) -> dict[str, Any] | None:
-    """The report of the validation at which a checkpoint was saved; None if there is no such checkpoint, or if another
-    run saved it."""
-    return folder.validation_after(saved_batches(folder.checkpoints / checkpoint))
