@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import logging
@@ -325,20 +326,9 @@ class BracketPruner(BasePruner):
         brackets = [self._bracket_of.get(number) for number in trial_numbers(trials)]
         bracket = brackets[trial.number]
         rivals = [rival for rival, other in zip(trials, brackets, strict=True) if other == bracket]
-        return self._pruners[bracket].prune(_StudyOf(study, rivals), trial)
-
-
-class _StudyOf:
-    """A study with some of its trials, for a pruner."""
-
-    def __init__(self, study: optuna.Study, trials: list[FrozenTrial]):
-        self._whole, self._trials = study, trials
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._whole, name)
-
-    def get_trials(self, deepcopy: bool = True, states: Any = None) -> list[FrozenTrial]:
-        return self._trials
+        of_bracket = copy.copy(study)
+        of_bracket.get_trials = lambda **_: rivals  # all that the pruner compares with
+        return self._pruners[bracket].prune(of_bracket, trial)
 
 
 # --- storage ----------------------------------------------------------------------------------------
