@@ -239,26 +239,14 @@ class Results:
         trial, folder = self.trial, self.folder
         if not (isinstance(trial.evaluator, CocoEvaluator) and folder.detections.exists()):
             return
-        from shared.report.report import report, summary_of  # importing matplotlib takes half a second
+        from shared.report.report import report_of  # importing matplotlib takes half a second
 
         try:
             found, *_ = load_detections(folder.detections)
-            analyses = report(
-                trial.val_data.annotations,
-                found.detections(),
-                folder.report,
-                images=trial.val_data.images,
-                iou_types=trial.iou_types,
-                image_ids=found.images.tolist(),
-                keypoint_sigmas=trial.evaluator.keypoint_sigmas,
-                max_detections=trial.evaluator.max_detections,
-                about=self._about(shipped),
-            )
+            report_of(trial.evaluator, found, folder.report, trial.val_data.images, self._about(shipped))
         except Exception as error:  # whatever it is, the training is complete and saved
             name = type(error).__name__
             logger.exception("the report could not be written (%s); `evaluate --report` makes one", name)
-            return
-        print(f"\n{summary_of(analyses)}\nthe report: {folder.report}")
 
     def _about(self, shipped: Path) -> About:
         from shared.report.plots import learning_curves
