@@ -180,7 +180,7 @@ class GatheredDetections:
                     self.scores[start:end],
                     self.labels[start:end],
                     masks=None if rles is None else rles[start:end],
-                    keypoints=None if points is None else points.reshape(end - start, -1, 3),
+                    keypoints=None if points is None else points.reshape(end - start, points.shape[1] // 3, 3),
                     sizes=None if self.sizes is None else self.sizes[start:end],
                 )
             )
