@@ -82,18 +82,14 @@ class Study:
                 pruner=BracketPruner(searcher) if searcher.name == "adaptive_asha" else NopPruner(),
                 **options,
             )
-            self._check_config(experiment.config, only_read)
-        except UserError:
-            raise
         except Exception as error:  # each storage has its own errors
             if only_read and isinstance(error, KeyError):
-                raise UserError(
-                    f"--status: {storage} holds no search named {self.name}. Fix: name another one"
-                ) from error
-            raise UserError(
-                f"--storage: {storage} cannot be used: {type(error).__name__}: {error}. Fix: correct the URL, or start "
-                "the database"
-            ) from error
+                problem = f"--status: {storage} holds no search named {self.name}. Fix: name another one"
+            else:
+                reason = f"{type(error).__name__}: {error}"
+                problem = f"--storage: {storage} cannot be used: {reason}. Fix: correct the URL, or start the database"
+            raise UserError(problem) from error
+        self._check_config(experiment.config, only_read)
         self._seen: dict[str | None, tuple[Any, float]] = {}  # the last heartbeat of each machine, and when it was new
         self._heartbeat_at = 0.0
         self._progress_at = self._heartbeats().get(owner, {}).get("progress")
