@@ -189,14 +189,12 @@ def _find_remote(url: str, options: StoreOptions) -> Iterator[tuple[str, str]]:
             f"--images: {url} does not name an image, and a web server has no list of its files. Fix: give the URL of "
             "each image"
         )
-    folder, count = RemoteImages(url, options), 0
-    for page in folder.pages(""):
-        for name, _ in page:
-            if _is_input(name):
-                count += 1
-                yield f"{folder.url}/{name}", name
-    if not count:
+    folder = RemoteImages(url, options)
+    names = [name for page in folder.pages("") for name, _ in page if _is_input(name)]
+    if not names:
         raise UserError(f"--images: {url} holds no image. Fix: give a folder or a glob with images")
+    for name in names:
+        yield f"{folder.url}/{name}", name
 
 
 def look_at(images: GivenImages, in_tiles: bool) -> list[Picture]:

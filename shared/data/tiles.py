@@ -88,21 +88,10 @@ def tiles_of(image: int, width: int, height: int, tiling: Tiling) -> list[Tile]:
     return [*(Tile(image, box) for box in boxes), Tile(image, (0, 0, width, height), factor, is_view=True)]
 
 
-@dataclass(frozen=True)
-class TiledData:
-    """The tiles as data without annotations.
-
-    Attributes:
-        annotations: the image id of a tile is its index in `tiles`.
-    """
-
-    annotations: CocoAnnotations
-    images: TileImages
-    tiles: list[Tile]
-
-
-def cut(annotations: CocoAnnotations, storage: ImageStorage, images: Sequence[int], tiling: Tiling) -> TiledData:
-    """The tiles of some images, given by index."""
+def cut(
+    annotations: CocoAnnotations, storage: ImageStorage, images: Sequence[int], tiling: Tiling
+) -> tuple[CocoAnnotations, TileImages, list[Tile]]:
+    """The tiles of some images, given by index, as data without annotations. A tile's image id is its index."""
     widths, heights = annotations.columns["widths"], annotations.columns["heights"]
     tiles = [tile for i in images for tile in tiles_of(i, int(widths[i]), int(heights[i]), tiling)]
     names = {i: annotations.file_name(i) for i in images}
@@ -115,7 +104,7 @@ def cut(annotations: CocoAnnotations, storage: ImageStorage, images: Sequence[in
     cut_up = CocoAnnotations.from_dict({"images": rows, "annotations": [], "categories": annotations.categories})
     cut_up.path = annotations.path
     sizes = {i: (int(widths[i]), int(heights[i])) for i in images}
-    return TiledData(cut_up, TileImages(storage, names, sizes, parts), tiles)
+    return cut_up, TileImages(storage, names, sizes, parts), tiles
 
 
 @dataclass
