@@ -40,8 +40,8 @@ def measure(detector: str, config: str, checkpoint: str, files: list[str], image
         memory = {"PyTorch": own_peak_memory()}
         for path in files:
             name = f"{Path(path).parent.name}/{Path(path).name}"
-            file, seconds = FileDetector(trial_class, experiment, Path(path), processes), {"loading": 0, "detecting": 0}
-            sides[name] = lambda index, file=file, seconds=seconds: file.detect_image(data, index, seconds)
+            file = FileDetector(trial_class, experiment, Path(path), processes)
+            sides[name] = lambda index, file=file: file.detect_on_host_batch(file.batch_of(data, index))
             memory[name] = peak_memory_of(Path(path).with_name("detect.py"), Path(path), data, indices)
         clock = time.process_time if len(os.sched_getaffinity(0)) == 1 else time.perf_counter
         timed = {

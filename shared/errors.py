@@ -103,6 +103,19 @@ def count_of(number: int, what: str) -> str:
     return f"{number} {what}{'es' if what.endswith(('x', 'ch')) else 's'}"
 
 
+@contextlib.contextmanager
+def unwritable_as_error(what: object, fix: str = "free some space, or give another folder") -> Iterator[None]:
+    """Raises UserError if a file cannot be written.
+
+    Args:
+        what: the file, for the error.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be written: {error.strerror or error}. Fix: {fix}") from error
+
+
 def tell_torchrun(line: str) -> None:
     """Hands the line with which this process exits to torchrun, if it started the process: its report comes last."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):

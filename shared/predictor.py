@@ -165,8 +165,7 @@ class Predictor:
             return self([images], min_score, tiles, overlap)[0]
         if not images:
             return []
-        exported = self._trial if isinstance(self._trial, FileDetector) else None
-        limits = score_limits(min_score, self.categories, self._checkpoint, exported)
+        min_scores, _ = score_limits(min_score, self.categories, self._checkpoint, self._trial)
         with _OpenedImages(images, self._options) as opened:
             tiling = None if tiles is None else Tiling(tiles, overlap)
             sizes = [opened.size(i, in_tiles=tiles is not None) for i in range(len(images))]
@@ -177,9 +176,10 @@ class Predictor:
             annotations = CocoAnnotations.from_dict({"images": rows, "annotations": [], "categories": self.categories})
             detected = detect_all(self._trial, SplitData(annotations, opened), all_images=True, tiling=tiling)
             by_id = {found.image_id: found for _, of_batch in detected for found in of_batch}
-        return [self._of_image(by_id[i].only(limits.allow(by_id[i])), image) for i, image in enumerate(images)]
+        return [self._of_image(by_id[i], min_scores, image) for i, image in enumerate(images)]
 
-    def _of_image(self, found: Detections, image: Given) -> ImageDetections:
+    def _of_image(self, found: Detections, min_scores: np.ndarray, image: Given) -> ImageDetections:
+        found = found.only(found.scores >= min_scores.astype(found.scores.dtype)[found.labels])
         return ImageDetections(**vars(found), categories=self.categories, image=image, options=self._options)
 
     def close(self) -> None:
@@ -223,7 +223,7 @@ class _OpenedImages(GivenImages):
         if name not in self.locations:
             return _upright(self._given[position], position).size
         try:
-            size = size_of(name, self.locations[name], self, in_tiles)
+            size = size_of(name, self, in_tiles)
         except UnreadableError as error:
             reason = str(error) if "Fix: " in str(error) else f"{error}. Fix: give an image"
             raise UserError(f"{self.locations[name]}: {reason}") from error

@@ -198,6 +198,16 @@ def test_keypoints():
     assert_like_pycocotools(coco, [], ("keypoints",))
 
 
+def test_an_image_without_detections_has_no_keypoints():
+    annotations = CocoAnnotations.from_dict(with_keypoints(shapes_with()))
+    first, *others = noisy_keypoints(annotations)
+    evaluator = CocoEvaluator(annotations, ("bbox", "keypoints"))
+    evaluator.update([first.only([]), *others])
+    evaluator.compute()
+    found = evaluator.found.detections()
+    assert [each.keypoints.shape for each in found] == [(len(each), 17, 3) for each in (first.only([]), *others)]
+
+
 def test_keypoints_that_are_not_cocos_have_sigmas_of_their_own():
     coco = with_keypoints(shapes_with())
     for annotation in coco["annotations"]:

@@ -277,7 +277,8 @@ def test_the_threshold_of_the_run_s_report_is_drawn_with(predict, tmp_path, monk
     predict("a.png", min_score="best-per-category", checkpoint=str(path), output="each")
     assert "the 1 of at least their category's best score are drawn" in capsys.readouterr().out
     categories = [{"name": "square"}, {"name": "circle"}]
-    assert score_limits("best-per-category", categories, path).scores.tolist() == [0.5, 0.05]
+    scores, _ = score_limits("best-per-category", categories, path)
+    assert scores.tolist() == [0.5, 0.05]
 
 
 def test_an_image_that_cannot_be_decoded_is_skipped(predict, tmp_path, caplog):

@@ -12,12 +12,12 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shared.config.experiment import Experiment, Sections, read_experiment
-from shared.errors import UserError
+from shared.errors import UserError, unwritable_as_error
 
 if TYPE_CHECKING:  # they load torch or take a while
     from torch.utils.data import Dataset
@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # they load torch or take a while
 
 _SAMPLE = 200  # images to read of each split, by default
 _PAGES = (".png", ".pdf")
-_SPLITS = ("train", "val")
 
 
 def add_check_options(parser: argparse.ArgumentParser) -> None:
@@ -151,20 +150,16 @@ def _make_samples(trial: DetectionTrial, images: int | None, opened: dict[str, S
     from shared.commands.data_report import spread
     from shared.data.dataset import SampleKey
 
-    def training_samples() -> tuple[Dataset, list[Any]]:
-        dataset = trial.training_dataset()
-        return dataset, [SampleKey(0, index) for index in spread(len(dataset), images)]
-
-    def validation_samples() -> tuple[Dataset, list[Any]]:
-        dataset = trial.evaluation_dataset(trial.val_data)
-        evaluated = trial.evaluated_images(len(dataset))
-        return dataset, [evaluated[index] for index in spread(len(evaluated), images)]
-
-    makers: dict[str, Callable[[], tuple[Dataset, list[Any]]]] = {"train": training_samples, "val": validation_samples}
     row: list[Any] = ["samples made of them"]
-    for split, samples in makers.items():
+    for split in ("train", "val"):
         try:
-            dataset, keys = samples()
+            if split == "train":
+                dataset = trial.training_dataset()
+                keys = [SampleKey(0, index) for index in spread(len(dataset), images)]
+            else:
+                dataset = trial.evaluation_dataset(trial.val_data)
+                evaluated = trial.evaluated_images(len(dataset))
+                keys = [evaluated[index] for index in spread(len(evaluated), images)]
         except Exception as error:  # a pipeline that cannot be built
             report.stop(error)
             row.append(None)
@@ -232,9 +227,5 @@ def _save_page(opened: dict[str, SplitData], augmented: list[Drawn], page: Path)
     folders = [of.images.folder.resolve() for of in opened.values() if isinstance(of.images, DiskImages)]
     if page.exists() and any(page.resolve().is_relative_to(folder) for folder in folders):
         raise UserError(f"--page: {page} is a file among the images and would be replaced. Fix: give another name")
-    try:
+    with unwritable_as_error(f"--page: {page}", "give another path"):
         save_page(opened, page, augmented)
-    except OSError as error:
-        raise UserError(
-            f"--page: {page} cannot be written: {error.strerror or error}. Fix: give another path"
-        ) from error

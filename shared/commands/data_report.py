@@ -189,48 +189,41 @@ def _boxes_by_category(annotations: CocoAnnotations) -> dict[str, int]:
 
 def _read_images(opened: Mapping[str, SplitData], images: int | None, skip: bool, report: Report) -> None:
     """Reads some images of each split. The report gets those that cannot be read, and those that are in both splits."""
+    rows: dict[str, dict[str, Any]] = {}
     names: dict[str, dict[str, str]] = {}
-    counts: dict[str, int] = {}
-    ranges: dict[str, dict[str, tuple[float, float]]] = {split: {} for split in opened}
     for split, data in opened.items():
         wanted = spread(len(data.annotations), images)
         with ThreadPoolExecutor(_READERS) as readers:
             read = list(readers.map(lambda index, data=data: _read(data, index), wanted))
-        counts[split] = len(wanted)
-        names[split] = {}
-        for name, digest, *_ in reversed(read):  # the first image of several equal ones counts
-            if digest:
-                names[split][digest] = name
-        bad, dark = ([one[i] for one in read if one[i]] for i in (2, 3))
+        # the first image of several equal ones counts
+        names[split] = {digest: name for name, digest, *_ in reversed(read) if digest}
+        bad = [reason for _, _, reason, _ in read if reason]
+        dark = list(filter(None, (darkness(name, found) for name, digest, _, found in read if digest)))
         which = f"data.{split}: {{}} of the {len(wanted)} images that were read"
         if bad:
             message = f"{which.format(len(bad))} are bad, the first: {bad[0]}"
             (report.remarks if skip else report.stops).append(message)
         if dark:
             report.remarks.append(f"{which.format(len(dark))}: {dark[0]}")
-        for mode, low, high in filter(None, (one[4] for one in read)):
-            before = ranges[split].get(mode, (low, high))
-            ranges[split][mode] = min(before[0], low), max(before[1], high)
-    report.rows += _side_by_side({split: {"images read": count} for split, count in counts.items()})
-    in_words = {
-        split: {f"  values of mode {mode}": f"{low:g} to {high:g}" for mode, (low, high) in of_modes.items()}
-        for split, of_modes in ranges.items()
-    }
-    report.rows += _side_by_side(in_words)
+        ranges: dict[str, list[float]] = {}
+        for mode, *ends in filter(None, (found for *_, found in read)):
+            ranges.setdefault(mode, []).extend(ends)
+        of_modes = {f"  values of mode {mode}": f"{min(ends):g} to {max(ends):g}" for mode, ends in ranges.items()}
+        rows[split] = {"images read": len(wanted), **of_modes}
+    report.rows += _side_by_side(rows)
     if len(opened) == 2:
         _remark_on_both("of those that were read", names["train"], names["val"], report)
 
 
-def _read(data: SplitData, index: int) -> tuple[str, str, str, str, tuple[str, float, float] | None]:
-    """The image's name, a digest of its pixels, why it is bad, why it is dark, and its `value_range`; each may be
-    empty."""
-    record = data.annotations[index]
+def _read(data: SplitData, index: int) -> tuple[str, str, str, tuple[str, float, float] | None]:
+    """The image's name, a digest of its pixels, why it is bad, and its `value_range`; each may be empty."""
+    record, digest, reason = data.annotations[index], "", ""
     try:
         image = read_image(data.images, record.file_name, (record.width, record.height), f"image id {record.image_id}")
+        digest = hashlib.sha256(image.tobytes()).hexdigest()
     except BadImageError as error:
-        return record.file_name, "", str(error), "", value_range(data.images, record.file_name)
-    found = value_range(data.images, record.file_name)
-    return record.file_name, hashlib.sha256(image.tobytes()).hexdigest(), "", darkness(record.file_name, found), found
+        reason = str(error)
+    return record.file_name, digest, reason, value_range(data.images, record.file_name)
 
 
 def _by_boxes(annotations: CocoAnnotations) -> dict[bytes, str]:
@@ -254,13 +247,13 @@ def _remark_on_both(what: str, train: Mapping[Any, str], val: Mapping[Any, str],
         )
 
 
-def augmented_samples(dataset: Any, count: int = _ON_THE_PAGE) -> list[Drawn]:
+def augmented_samples(dataset: Any) -> list[Drawn]:
     """Some training images as `data.augment` changes them in the first epoch; empty without it."""
     augmenter = getattr(dataset, "augmenter", None)
     if augmenter is None:
         return []
     with_masks, samples = dataclasses.replace(dataset, augmenter=augmenter.with_masks()), []
-    for index in spread(len(dataset), count):
+    for index in spread(len(dataset), _ON_THE_PAGE):
         try:
             pixels, record = with_masks.augmented(index, SampleKey(0, index))
         except BadImageError:  # the report has it

@@ -9,7 +9,7 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ from shared.data.images import BadImageError, read_image
 from shared.data.loading import Batch
 from shared.data.open import SplitData, open_split
 from shared.data.tiles import Tile, Tiling, cut
-from shared.errors import UserError
+from shared.errors import UserError, unwritable_as_error
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import CocoEvaluator
 from shared.evaluation.merging import merge
@@ -163,56 +163,46 @@ class FileDetector:
         gather = self.context.distributed.gather
         return CocoEvaluator(data.annotations, self.iou_types, gather=gather, max_detections=self._max_detections)
 
-    def detect_image(self, data: SplitData, index: int, seconds: dict[str, float]) -> Detections:
-        """The detections of the image at a position.
+    def evaluation_loader(
+        self, data: SplitData, all_images: bool = True, is_share: bool = False, in_process: bool = False
+    ) -> Iterator[Batch]:
+        """See `DetectionTrial.evaluation_loader`. A batch is one image, and it uses all of them."""
+        bad_images = BadImages(skip=self.data.on_bad_image == "skip")
+        rank, slots = (0, 1) if is_share or in_process else (self.rank, self.slots)
+        for index in range(rank, len(data.annotations), slots):
+            try:
+                batch = self.batch_of(data, index)
+            except BadImageError as error:
+                bad_images.leave_out(error, int(data.annotations.image_ids[index]))
+                batch = Batch(None, None, [], skipped=bad_images.take())
+            yield batch
+
+    def batch_of(self, data: SplitData, index: int) -> Batch:
+        """The image at a position.
 
         Raises:
             BadImageError: it cannot be read.
         """
-        started = time.perf_counter()
         record = data.annotations[index]
         size, name = (record.width, record.height), f"image id {record.image_id}"
-        image = np.asarray(read_image(data.images, record.file_name, size, name))
-        loaded = time.perf_counter()
-        (found,) = self.model.detect([image], [record.image_id])
-        seconds["loading"] += loaded - started
-        seconds["detecting"] += time.perf_counter() - loaded
-        return found
+        image = read_image(data.images, record.file_name, size, name)
+        return Batch([np.asarray(image)], None, [record.image_id])
 
-    def detect_all(
-        self, data: SplitData, seconds: dict[str, float], is_share: bool
-    ) -> Iterator[tuple[Batch, list[Detections]]]:
-        """See `detect_all`.
-
-        Args:
-            is_share: the data are this process's share of the images.
-        """
-        bad_images = BadImages(skip=self.data.on_bad_image == "skip")
-        rank, slots = (0, 1) if is_share else (self.rank, self.slots)
-        for index in range(rank, len(data.annotations), slots):
-            image_id = int(data.annotations.image_ids[index])
-            try:
-                found = [self.detect_image(data, index, seconds)]
-            except BadImageError as error:
-                bad_images.leave_out(error, image_id)
-                found = []
-            yield Batch(None, None, [image_id] * len(found), skipped=bad_images.take()), found
+    def detect_on_host_batch(self, batch: Batch) -> list[Detections]:
+        return self.model.detect(batch.images, batch.image_ids) if len(batch) else []
 
 
-@contextlib.contextmanager
 def detector_of(
     trial_class: type[DetectionTrial],
     experiment: Experiment,
     checkpoint: Checkpoint | None,
     model: Path | None,
     processes: tuple[DistributedContext, torch.device],
-) -> Iterator[DetectionTrial | FileDetector]:
+) -> contextlib.AbstractContextManager[DetectionTrial | FileDetector]:
     """The exported file `model`, or the trial of `detecting_trial` without one."""
     if model is not None:
-        yield FileDetector(trial_class, experiment, model, processes)
-        return
-    with detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
-        yield trial
+        return contextlib.nullcontext(FileDetector(trial_class, experiment, model, processes))
+    return detecting_trial(trial_class, experiment, checkpoint, processes)
 
 
 def check_categories(categories: list[dict], data: SplitData, source: str) -> None:
@@ -289,9 +279,6 @@ def _batches(
     is_share: bool = False,
 ) -> Iterator[tuple[Batch, list[Any]]]:
     """Batches of whole images, and their detections. See `detect_all` and `DetectionTrial.evaluation_loader`."""
-    if isinstance(trial, FileDetector):
-        yield from trial.detect_all(data, seconds, is_share or in_process)
-        return
     batches = iter(trial.evaluation_loader(data, all_images=all_images, is_share=is_share, in_process=in_process))
     while True:
         started = time.perf_counter()
@@ -305,20 +292,14 @@ def _batches(
         yield batch, detected
 
 
-def write_results(folder: Path, of_processes: list[dict[int, list[dict]]]) -> dict[int, list[dict]]:
-    """Writes results.json in COCO's format. Returns the results by image id."""
-    by_image = {image_id: found for of_process in of_processes for image_id, found in of_process.items()}
+def write_results(folder: Path, by_image: Mapping[int, list[dict]]) -> None:
+    """Writes results.json in COCO's format."""
     write_json(folder / "results.json", [result for _, found in sorted(by_image.items()) for result in found])
-    return by_image
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
-    try:
+    with unwritable_as_error(path):
         durable.write_file(path, json.dumps(content, indent=indent))
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror or error}. Fix: free some space, or give another folder"
-        ) from error
 
 
 def make_folder(path: Path, option: str) -> None:
@@ -330,63 +311,40 @@ def make_folder(path: Path, option: str) -> None:
         ) from error
 
 
-# --- the lowest scores that are drawn: a number, or the best thresholds in the report of the checkpoint's run
-
-BEST, PER_CATEGORY = "best", "best-per-category"
-
-
-@dataclass(frozen=True)
-class ScoreLimits:
-    """The lowest score of each category.
-
-    Attributes:
-        scores: (K,) float64 by label.
-        text: which detections have at least these, in words.
-    """
-
-    scores: np.ndarray
-    text: str
-
-    def allow(self, detections: Detections) -> np.ndarray:
-        """(M,) bool: which detections have the lowest score or more."""
-        return detections.scores >= self.scores.astype(detections.scores.dtype)[detections.labels]
-
-
 def score_limits(
-    given: float | str, categories: Sequence[dict], checkpoint: Path | None, exported: FileDetector | None = None
-) -> ScoreLimits:
-    """The limits of `--min-score`.
+    given: float | str,
+    categories: Sequence[dict],
+    checkpoint: Path | None,
+    trial: DetectionTrial | FileDetector | None = None,
+) -> tuple[np.ndarray, str]:
+    """The limits of `--min-score`: (K,) float64, the lowest score by label; and in words, which detections have it.
 
     Args:
         given: a number; "best", the threshold with the greatest F1; or "best-per-category", that of each category. A
             category without a correct detection has the threshold over all categories.
         checkpoint: its folder, in a run with a report; None for pretrained weights.
-        exported: an exported file holds the thresholds itself.
+        trial: an exported file holds the thresholds itself.
 
     Raises:
         UserError: the checkpoint is of no run with a report, or no detection in the report is correct.
     """
     if isinstance(given, str):
-        if exported is None:
-            source, (best, known) = _thresholds_of_run(given, checkpoint)
+        if isinstance(trial, FileDetector):
+            metadata = trial.model.metadata
+            source, best, known = trial.model.path, metadata.best_threshold, metadata.thresholds
         else:
-            metadata = exported.model.metadata
-            source, best, known = exported.model.path, metadata.best_threshold, metadata.thresholds
+            source = checkpoint and checkpoint.parent.parent / "report.json"
+            thresholds = source and thresholds_of_report(source)
+            if thresholds is None:
+                raise UserError(
+                    f"--min-score {given}: {checkpoint or 'the pretrained weight file'} is of no run with a report. "
+                    "Fix: give a number; `evaluate` prints the best one"
+                )
+            best, known = thresholds
         if best is None:
             raise UserError(f"--min-score {given}: no detection is correct in {source}. Fix: give a number")
-        if given == PER_CATEGORY:
+        if given == "best-per-category":
             scores = np.array([known.get(category["name"], best) for category in categories], np.float64)
-            return ScoreLimits(scores, "of at least their category's best score")
+            return scores, "of at least their category's best score"
         given = best
-    return ScoreLimits(np.full(len(categories), given, np.float64), f"of at least {given:g}")
-
-
-def _thresholds_of_run(given: str, checkpoint: Path | None) -> tuple[Path, tuple[float | None, dict[str, float]]]:
-    report = checkpoint and checkpoint.parent.parent / "report.json"
-    thresholds = report and thresholds_of_report(report)
-    if thresholds is None:
-        raise UserError(
-            f"--min-score {given}: {checkpoint or 'the pretrained weight file'} is of no run with "
-            "a report. Fix: give a number; `evaluate` prints the best one"
-        )
-    return report, thresholds
+    return np.full(len(categories), given, np.float64), f"of at least {given:g}"

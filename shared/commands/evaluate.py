@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+from collections import ChainMap
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
             return
         _print_metrics(metrics, trial.iou_types, arguments.output)
         if arguments.output:
-            write_results(arguments.output, gathered)
+            write_results(arguments.output, ChainMap(*gathered))
         if arguments.report:
             from shared.report.report import software  # importing matplotlib takes half a second
 
@@ -88,8 +89,7 @@ def evaluate(trial_class: type[DetectionTrial], experiment: Experiment, argument
                 "device": trial.context.device,
                 **software(Path(sys.argv[0]).parent),
             }
-            found = evaluator.found
-            _write_report(arguments, data, found.detections(), evaluator, facts, found.images.tolist())
+            _write_report(arguments, data, evaluator, facts)
         elif isinstance(evaluator, CocoEvaluator):
             _print_threshold(evaluator)
 
@@ -111,7 +111,7 @@ def _evaluate_results(experiment: Experiment, arguments: argparse.Namespace, max
     _print_metrics(evaluator.compute(), evaluator.iou_types, arguments.output)
     if arguments.report:
         facts = {"detections": arguments.results.absolute(), "validation data": data.annotations.path}
-        _write_report(arguments, data, detections, evaluator, facts)
+        _write_report(arguments, data, evaluator, facts)
     else:
         _print_threshold(evaluator)
 
@@ -144,27 +144,11 @@ def _print_threshold(evaluator: CocoEvaluator) -> None:
 
 
 def _write_report(
-    arguments: argparse.Namespace,
-    data: SplitData,
-    detections: list[Detections],
-    evaluator: CocoEvaluator,
-    facts: dict[str, Any],
-    image_ids: list[int] | None = None,
+    arguments: argparse.Namespace, data: SplitData, evaluator: CocoEvaluator, facts: dict[str, Any]
 ) -> None:
-    from shared.report.report import About, report, summary_of  # importing matplotlib takes half a second
+    from shared.report.report import About, report_of  # importing matplotlib takes half a second
 
-    path = arguments.report / "report.html"
-    analyses = report(
-        data.annotations,
-        detections,
-        path,
-        images=data.images,
-        iou_types=evaluator.iou_types,
-        max_detections=evaluator.max_detections,
-        image_ids=image_ids,
-        min_score=None if arguments.min_score == "best" else arguments.min_score,
-        about=About(
-            title=f"{Path(arguments.config).stem} on {Path(data.annotations.path or 'fake').name}", facts=facts
-        ),
-    )
-    print(f"\n{summary_of(analyses)}\nthe report: {path}")
+    title = f"{Path(arguments.config).stem} on {Path(data.annotations.path or 'fake').name}"
+    min_score = None if arguments.min_score == "best" else arguments.min_score
+    path, about = arguments.report / "report.html", About(title=title, facts=facts)
+    report_of(evaluator, evaluator.found, path, data.images, about, min_score)

@@ -211,9 +211,8 @@ def _with_trial(trial: DetectionTrial, data: SplitData, indices: list[int]) -> t
 def _with_file(file: FileDetector, data: SplitData, image_ids: list[int]) -> tuple[list[Detections], float]:
     """The same of the exported file, on the images that could be read."""
     index_of = {int(image_id): index for index, image_id in enumerate(data.annotations.image_ids)}
-    seconds = {"loading": 0.0, "detecting": 0.0}
     ids = [*image_ids[:1], *image_ids]
-    return _timed([file.detect_image(data, index_of[image_id], seconds)] for image_id in ids)
+    return _timed(file.detect_on_host_batch(file.batch_of(data, index_of[image_id])) for image_id in ids)
 
 
 def _timed(found: Iterator[list[Detections]]) -> tuple[list[Detections], float]:

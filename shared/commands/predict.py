@@ -17,7 +17,6 @@ from PIL import Image
 
 from shared.commands.detection import (
     FileDetector,
-    ScoreLimits,
     detect_all,
     detector_of,
     make_folder,
@@ -26,13 +25,7 @@ from shared.commands.detection import (
     with_checkpoint,
     write_results,
 )
-from shared.commands.predict_inputs import (
-    GivenImages,
-    Picture,
-    drawn_as,
-    find_files,
-    look_at,
-)
+from shared.commands.predict_inputs import GivenImages, Picture, drawn_as, find_files, look_at
 from shared.commands.videos import Video, VideoWriter, detect_frames, tracker
 from shared.config.experiment import Experiment
 from shared.config.schema import DataConfig
@@ -41,7 +34,7 @@ from shared.data.images import allow_pixels, read_image
 from shared.data.open import SplitData
 from shared.data.storage import DiskImages
 from shared.data.tiles import open_image
-from shared.errors import UserError, count_of
+from shared.errors import UserError, count_of, unwritable_as_error
 from shared.evaluation import drawing
 from shared.evaluation.detections import Detections, to_coco_results
 from shared.training.meeting import local_processes
@@ -64,16 +57,12 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
         if distributed.rank == 0:  # not in data.cache_dir: training reads its images again, prediction does not
             copies = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="predict-")))
 
-        def limits_of(categories: Sequence[dict], exported: FileDetector | None = None) -> ScoreLimits:
-            return score_limits(arguments.min_score, categories, checkpoint and checkpoint.path, exported)
-
         def open_inputs() -> tuple[list[Picture], GivenImages]:
             if arguments.model is None:  # what it refuses, before the model is built
-                limits_of([])
+                score_limits(arguments.min_score, [], checkpoint and checkpoint.path)
             _check_is_empty(arguments.output)
-            files = find_files(arguments.images, options, arguments.format)
-            images = GivenImages(files, options, copies)
-            pictures = look_at(files, images, in_tiles=tiling is not None)
+            images = GivenImages(find_files(arguments.images, options, arguments.format), options, copies)
+            pictures = look_at(images, in_tiles=tiling is not None)
             if arguments.track and all(picture.frames is None for picture in pictures):
                 raise UserError("--track: it follows objects in videos, and --images has none. Fix: remove --track")
             make_folder(arguments.output, "--output")
@@ -81,11 +70,9 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
 
         pictures, images = on_chief(distributed, open_inputs)
         with detector_of(trial_class, experiment, checkpoint, arguments.model, processes) as trial:
-            exported = trial if isinstance(trial, FileDetector) else None
-            limits = on_chief(distributed, lambda: limits_of(trial.categories, exported))  # the report is there
-            still = [picture for picture in pictures if picture.frames is None]
-            data = pictures_as_data(still, images, arguments.images, trial) if still else None
-            prediction = _Prediction(trial, data, pictures, arguments, limits)
+            of_run = arguments.min_score, trial.categories, checkpoint and checkpoint.path
+            limits = on_chief(distributed, lambda: score_limits(*of_run, trial))  # the report is there
+            prediction = _Prediction(trial, pictures, images, arguments, limits)
             try:
                 prediction.run()
             except KeyboardInterrupt:
@@ -139,17 +126,20 @@ class _Prediction:
     def __init__(
         self,
         trial: DetectionTrial | FileDetector,
-        data: SplitData | None,
         pictures: list[Picture],
+        images: GivenImages,
         arguments: argparse.Namespace,
-        limits: ScoreLimits,
+        limits: tuple[np.ndarray, str],
     ):
-        self.trial, self.data, self.pictures = trial, data, pictures
+        self.trial, self.pictures = trial, pictures
         self.output, self.format, self.tracks = arguments.output, arguments.format, arguments.track
-        self.tiling, self.limits = tiling_of(arguments), limits
+        self.tiling, (self.min_scores, self.drawn) = tiling_of(arguments), limits
         self.category_ids = [category["id"] for category in trial.categories]
         still = [position for position, picture in enumerate(pictures) if picture.frames is None]
-        self.positions = {} if data is None else dict(zip(data.annotations.image_ids.tolist(), still, strict=True))
+        self.data, self.positions = None, {}
+        if still:
+            self.data = pictures_as_data([pictures[i] for i in still], images, arguments.images, trial)
+            self.positions = dict(zip(self.data.annotations.image_ids.tolist(), still, strict=True))
         self.results: dict[tuple[int, int], list[dict]] = {}
         self.seconds = dict.fromkeys(("loading", "detecting", "drawing"), 0.0)
 
@@ -186,11 +176,9 @@ class _Prediction:
     def _take(self, detections: Detections) -> None:
         position = self.positions[detections.image_id]
         picture = self.pictures[position]
-        if (position, 0) in self.results:  # it replaces an image that cannot be read
-            return
         image, shown = self._to_draw(picture, detections)
         with self._writing(picture) as path:
-            drawing.save_picture_of(path, image, shown, self.trial.categories, self.limits.scores)
+            drawing.save_picture_of(path, image, shown, self.trial.categories, self.min_scores)
         results = to_coco_results(detections, self.category_ids)
         self.results[position, 0] = [{**result, "file_name": picture.name} for result in results]
 
@@ -212,15 +200,15 @@ class _Prediction:
         """Detects in all frames of a video, and draws a video with as many."""
         picture = self.pictures[position]
         with (
-            Video(picture.location) as video,
+            contextlib.closing(Video(picture.location)) as video,
             self._writing(picture) as path,
-            VideoWriter(path, video.rate) as writer,
+            contextlib.closing(VideoWriter(path, video.rate)) as writer,
         ):
-            track = tracker(video.rate, float(self.limits.scores.min())) if self.tracks else None
+            track = tracker(video.rate, float(self.min_scores.min())) if self.tracks else None
             for frame, detections in detect_frames(self.trial, video, self.tiling, self.seconds):
                 with self._drawing():
                     found = detections if track is None else track(detections)
-                    objects = drawing.objects_of_detections(found, self.trial.categories, self.limits.scores)
+                    objects = drawing.objects_of_detections(found, self.trial.categories, self.min_scores)
                     writer.write(drawing.draw(frame, objects) if len(objects.boxes) else frame)
                 about = {"file_name": picture.name, "frame": detections.image_id}
                 results = to_coco_results(found, self.category_ids)
@@ -236,30 +224,28 @@ class _Prediction:
             unread = [(position, 0) for position in self.positions.values() if position not in read]
             ids = {key: number for number, key in enumerate(sorted([*results, *unread]))}
         by_id = {ids[key]: [{**row, "image_id": ids[key]} for row in rows] for key, rows in results.items()}
-        return write_results(self.output, [by_id])
+        write_results(self.output, by_id)
+        return by_id
 
     @contextlib.contextmanager
     def _writing(self, picture: Picture) -> Iterator[Path]:
         """The path of a picture's file, which is deleted unless it is written completely."""
         path = self.output / drawn_as(picture.name, self.format)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield path
-        except BaseException as error:
+            with unwritable_as_error(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                yield path
+        except BaseException:
             path.unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise UserError(
-                    f"{path} cannot be written: {error.strerror or error}. Fix: free some space, or give another folder"
-                ) from error
             raise
 
     def _print_summary(self, by_image: dict[int, list[dict]]) -> None:
-        limits = dict(zip(self.category_ids, self.limits.scores.astype(np.float32), strict=True))
+        limits = dict(zip(self.category_ids, self.min_scores.astype(np.float32), strict=True))
         rows = [row for found in by_image.values() for row in found]
         drawn = sum(np.float32(row["score"]) >= limits[row["category_id"]] for row in rows)
         print(
             f"{count_of(len(rows), 'detection')} on {count_of(len(by_image), 'image')} in "
-            f"{self.output / 'results.json'}; the {drawn} {self.limits.text} are drawn in the pictures beside it"
+            f"{self.output / 'results.json'}; the {drawn} {self.drawn} are drawn in the pictures beside it"
         )
         each = 1000 * sum(self.seconds.values()) / max(len(self.results), 1)
         print(

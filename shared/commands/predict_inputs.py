@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import io
 import itertools
@@ -88,7 +89,7 @@ def drawn_as(name: str, picture_format: str) -> str:
     return f"{name}.{picture_format}"
 
 
-def find_files(given: Sequence[str], options: StoreOptions, picture_format: str = "png") -> dict[str, str]:
+def find_files(given: Sequence[str], options: StoreOptions, picture_format: str) -> dict[str, str]:
     """The location of each image and video by a unique name: its path below the given folder, with more of its folders
     if two files would have the same name.
 
@@ -188,17 +189,15 @@ def _find_remote(url: str, options: StoreOptions) -> Iterator[tuple[str, str]]:
             f"--images: {url} does not name an image, and a web server has no list of its files. Fix: give the URL of "
             "each image"
         )
-    folder, count = RemoteImages(url, options), 0
-    for page in folder.pages(""):
-        for name, _ in page:
-            if _is_input(name):
-                count += 1
-                yield f"{folder.url}/{name}", name
-    if not count:
+    folder = RemoteImages(url, options)
+    names = [name for page in folder.pages("") for name, _ in page if _is_input(name)]
+    if not names:
         raise UserError(f"--images: {url} holds no image. Fix: give a folder or a glob with images")
+    for name in names:
+        yield f"{folder.url}/{name}", name
 
 
-def look_at(files: dict[str, str], images: GivenImages, in_tiles: bool = False) -> list[Picture]:
+def look_at(images: GivenImages, in_tiles: bool) -> list[Picture]:
     """The files that can be read, with their sizes. Logs a line for each other file, and one for earlier results.
 
     Args:
@@ -207,37 +206,36 @@ def look_at(files: dict[str, str], images: GivenImages, in_tiles: bool = False) 
     Raises:
         UserError: no file can be read.
     """
+    locations = images.locations
     with ThreadPoolExecutor(_AT_ONCE) as threads:
-        looked = list(threads.map(lambda name: _look_at(name, files[name], images, in_tiles), files))
-    pictures: list[Picture] = []
-    drawn = 0
-    for name, found in zip(files, looked, strict=True):
+        looked = list(threads.map(lambda name: _look_at(name, images, in_tiles), locations))
+    reasons: dict[str, str] = {}
+    for location, found in zip(locations.values(), looked, strict=True):
         if isinstance(found, str):
-            logger.warning("%s is skipped: %s", files[name], found)
-        elif found is None:
-            drawn += 1
-        else:
-            pictures.append(found)
-    if drawn:
+            reasons[location] = found
+            logger.warning("%s is skipped: %s", location, found)
+    if drawn := looked.count(None):
         logger.info("skipped: %d pictures that an earlier run drew", drawn)
-    if not pictures and len(files) == 1 and isinstance(looked[0], str):
-        reason = looked[0] if "Fix: " in looked[0] else f"{looked[0]}. Fix: give images or videos"
-        raise UserError(f"--images: {next(iter(files.values()))}: {reason}")
-    if not pictures:
-        raise UserError(f"--images: none of the {len(files)} files can be read as an image. Fix: give images or videos")
-    return pictures
+    if pictures := [found for found in looked if isinstance(found, Picture)]:
+        return pictures
+    if len(locations) == len(reasons) == 1:
+        ((location, reason),) = reasons.items()
+        reason = reason if "Fix: " in reason else f"{reason}. Fix: give images or videos"
+        raise UserError(f"--images: {location}: {reason}")
+    raise UserError(f"--images: none of the {len(locations)} files can be read as an image. Fix: give images or videos")
 
 
-def _look_at(name: str, location: str, images: GivenImages, in_tiles: bool) -> Picture | str | None:
+def _look_at(name: str, images: GivenImages, in_tiles: bool) -> Picture | str | None:
     """The image or video. A text if it cannot be read; None if an earlier run drew it."""
+    location = images.locations[name]
     try:
         if videos.is_video(location):
             if is_url(location):
                 return "a video is read from disk only; download it"
             open_file(location).close()
-            with videos.Video(location) as video:
+            with contextlib.closing(videos.Video(location)) as video:
                 return Picture(name, location, *video.size, frames=video.about)
-        found = size_of(name, location, images, in_tiles)
+        found = size_of(name, images, in_tiles)
         return None if found is None else Picture(name, location, *found)
     except remote.StoreError:
         raise
@@ -249,7 +247,7 @@ class UnreadableError(Exception):
     """An input that is no image, in a few words."""
 
 
-def size_of(name: str, location: str, images: GivenImages, in_tiles: bool = False) -> tuple[int, int] | None:
+def size_of(name: str, images: GivenImages, in_tiles: bool) -> tuple[int, int] | None:
     """The (width, height) of an image, rotated as its EXIF says, from its header; None if an earlier run drew it.
 
     Args:
@@ -258,6 +256,7 @@ def size_of(name: str, location: str, images: GivenImages, in_tiles: bool = Fals
     Raises:
         UnreadableError: it cannot be read as an image.
     """
+    location = images.locations[name]
     try:
         opened = io.BytesIO(images.read(name)) if is_url(location) else open_file(location)
         with opened, warnings.catch_warnings():

@@ -12,7 +12,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import determined as det
 import numpy as np
@@ -203,7 +203,8 @@ class Results:
     def __init__(self, trial: DetectionTrial, folder: RunFolder, outcome: Outcome):
         self.trial, self.folder, self.outcome = trial, folder, outcome
         self.metric = trial.searcher_metric.name
-        found = {name: _validation_of(name, folder) for name in ("best", "last")}
+        batches = {name: saved_batches(folder.checkpoints / name) for name in ("best", "last")}
+        found = {name: folder.validation_after(count) for name, count in batches.items()}
         self.validations = {name: report for name, report in found.items() if report}
 
     def show(self) -> None:
@@ -239,26 +240,14 @@ class Results:
         trial, folder = self.trial, self.folder
         if not (isinstance(trial.evaluator, CocoEvaluator) and folder.detections.exists()):
             return
-        from shared.report.report import report, summary_of  # importing matplotlib takes half a second
+        from shared.report.report import report_of  # importing matplotlib takes half a second
 
         try:
             found, *_ = load_detections(folder.detections)
-            analyses = report(
-                trial.val_data.annotations,
-                found.detections(),
-                folder.report,
-                images=trial.val_data.images,
-                iou_types=trial.iou_types,
-                image_ids=found.images.tolist(),
-                keypoint_sigmas=trial.evaluator.keypoint_sigmas,
-                max_detections=trial.evaluator.max_detections,
-                about=self._about(shipped),
-            )
+            report_of(trial.evaluator, found, folder.report, trial.val_data.images, self._about(shipped))
         except Exception as error:  # whatever it is, the training is complete and saved
             name = type(error).__name__
             logger.exception("the report could not be written (%s); `evaluate --report` makes one", name)
-            return
-        print(f"\n{summary_of(analyses)}\nthe report: {folder.report}")
 
     def _about(self, shipped: Path) -> About:
         from shared.report.plots import learning_curves
@@ -288,9 +277,3 @@ class Results:
             shipped=shipped.name,
             curves=learning_curves(reports, self.metric, best),
         )
-
-
-def _validation_of(checkpoint: str, folder: RunFolder) -> dict[str, Any] | None:
-    """The report of the validation at which a checkpoint was saved; None if there is no such checkpoint, or if another
-    run saved it."""
-    return folder.validation_after(saved_batches(folder.checkpoints / checkpoint))

@@ -32,7 +32,7 @@ def is_video(name: str) -> bool:
 
 
 class Video:
-    """An opened video file. A context.
+    """An opened video file, to be closed.
 
     Attributes:
         size: (width, height).
@@ -78,15 +78,12 @@ class Video:
         there, pixels = self._capture.read()
         return Image.fromarray(np.ascontiguousarray(pixels[:, :, ::-1])) if there else None
 
-    def __enter__(self) -> Video:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._capture.release()
 
 
 class VideoWriter:
-    """A context that writes an MPEG-4 file. OpenCV drops the last pixel of an odd side."""
+    """Writes an MPEG-4 file, which is to be closed. OpenCV drops the last pixel of an odd side."""
 
     def __init__(self, path: Path, rate: float):
         self.cv2, self.path, self.rate, self.writer = _cv2(str(path)), path, rate, None
@@ -99,10 +96,7 @@ class VideoWriter:
                 raise UserError(f"{self.path} cannot be written as a video. Fix: give another folder for --output")
         self.writer.write(np.asarray(picture)[:, :, ::-1])
 
-    def __enter__(self) -> VideoWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         if self.writer is not None:
             self.writer.release()
 
@@ -122,20 +116,16 @@ def detect_frames(
     trial: DetectionTrial | FileDetector, video: Video, tiling: Tiling | None, seconds: dict[str, float]
 ) -> Iterator[tuple[Image.Image, Detections]]:
     """Each frame with its detections, in order. The image id is the frame's number, from 0."""
-    per_batch = trial.evaluation_batch_size
-    number = 0
+    per_batch, number = trial.evaluation_batch_size, 0
     for frames in video.batches(-(-_FRAMES_AT_ONCE // per_batch) * per_batch):
-        data = SplitData(_annotations(frames, trial.categories), _Frames(frames))
+        rows = [{"id": i, "file_name": str(i), "width": f.width, "height": f.height} for i, f in enumerate(frames)]
+        coco = {"images": rows, "annotations": [], "categories": trial.categories}
+        data = SplitData(CocoAnnotations.from_dict(coco), _Frames(frames))
         detected = detect_all(trial, data, seconds, True, tiling, in_process=True)
         found = {each.image_id: each for _, of_batch in detected for each in of_batch}
         for i, frame in enumerate(frames):
             yield frame, replace(found[i], image_id=number)
             number += 1
-
-
-def _annotations(frames: Sequence[Image.Image], categories: list[dict]) -> CocoAnnotations:
-    rows = [{"id": i, "file_name": str(i), "width": f.width, "height": f.height} for i, f in enumerate(frames)]
-    return CocoAnnotations.from_dict({"images": rows, "annotations": [], "categories": categories})
 
 
 class _Frames:

@@ -23,7 +23,7 @@ from shared.data.checks import refuse_names_outside
 from shared.data.images import BadImageError, read_image
 from shared.data.storage import DiskImages, ImageStorage
 from shared.durable import write_file
-from shared.errors import UserError, check_outputs
+from shared.errors import UserError, check_outputs, unwritable_as_error
 from shared.evaluation.detections import Detections
 from shared.evaluation.drawing import Objects, draw, objects_of_detections, objects_of_truth
 from shared.evaluation.evaluator import for_json
@@ -57,15 +57,11 @@ def write_page(template: str, path: Path, numbers: Any = None, **content: Any) -
     text = environment.get_template(template).render(
         light=style_sheet(LIGHT), dark=style_sheet(DARK), titles=TITLES, **content
     )
-    try:
+    with unwritable_as_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, text.encode(errors="replace"))  # a name may hold half of a surrogate pair
         if numbers is not None:
             write_file(path.with_suffix(".json"), json.dumps(for_json(numbers), indent=1).encode())
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror or error}. Fix: free some space, or give another folder"
-        ) from error
 
 
 def check_page(page: Path, inputs: Iterable[str | os.PathLike | None]) -> None:

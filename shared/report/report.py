@@ -22,7 +22,8 @@ from shared.data.annotations import CocoAnnotations
 from shared.data.storage import ImageStorage
 from shared.errors import count_of
 from shared.evaluation.detections import Detections, from_coco_results
-from shared.evaluation.evaluator import iou_types_of
+from shared.evaluation.evaluator import CocoEvaluator, iou_types_of
+from shared.evaluation.gathered import GatheredDetections
 from shared.log import redacted, without_secrets
 from shared.report.analysis import RESAMPLES, Analyses, Analysis, analyse
 from shared.report.image_errors import ERROR_TYPES, Suspect, worst_images
@@ -192,6 +193,30 @@ def report(
         has_images=images is not None,
     )
     return analyses
+
+
+def report_of(
+    evaluator: CocoEvaluator,
+    found: GatheredDetections,
+    output: Path,
+    images: ImageStorage,
+    about: About,
+    min_score: float | None = None,
+) -> None:
+    """Write the `report` of an evaluation, and print its summary. `found` has the images' ids."""
+    analyses = report(
+        evaluator.annotations,
+        found.detections(),
+        output,
+        images,
+        evaluator.iou_types,
+        np.setdiff1d(evaluator.image_ids, found.skipped).tolist(),
+        evaluator.keypoint_sigmas,
+        min_score,
+        about=about,
+        max_detections=evaluator.max_detections,
+    )
+    print(f"\n{summary_of(analyses)}\nthe report: {output}")
 
 
 def _drawn(figures: dict[str, Any], salt: str) -> dict[str, str]:

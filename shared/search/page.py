@@ -9,7 +9,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import optuna
-from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from optuna.trial import FrozenTrial, TrialState
@@ -43,7 +42,7 @@ def write_search_page(study: Study, output: Path) -> Path:
     heads, rows = _rows(study, undefined="–")
     # all but the first are Optuna's, and have colors that a dark page cannot change
     drawn = [("Curves of all trials", _curves(study)), *_optuna_figures(study)]
-    figures = [(title, Markup(svg_of(figure, title)), i > 0) for i, (title, figure) in enumerate(drawn)]
+    figures = [(title, svg_of(figure, title), i > 0) for i, (title, figure) in enumerate(drawn)]
     page = output / "search.html"
     title = f"{study.name}: search"
     write_page("search.html.jinja", page, title=title, summary=_summary(study), figures=figures, heads=heads, rows=rows)

@@ -13,7 +13,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,7 @@ class _Search:
     running: list[_Run] = field(default_factory=list)
     waiting: list[optuna.Trial] = field(default_factory=list)
     delayed: set[int] = field(default_factory=set)  # numbers of trials whose folder another process uses
-    restarts: dict[int, int] = field(default_factory=dict)  # by number
+    restarts: Counter[int] = field(default_factory=Counter)  # by number
     signal: int | None = None  # that asked the search to stop
 
     def run(self) -> None:
@@ -111,10 +112,11 @@ class _Search:
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._train_all()
-            self._stop_all(self._look_at_all)
+            self._stop_all()
+            self._look_at_all()
             self.study.leave()
         except Exception:
-            self._stop_all(self._forget_ended)  # the next start reads their reports
+            self._stop_all()  # the next start reads their reports
             raise
         finally:
             for run in self.running:
@@ -138,16 +140,13 @@ class _Search:
                 return
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
-    def _stop_all(self, look: Callable[[], None]) -> None:
+    def _stop_all(self) -> None:
+        """Lets all runs save a checkpoint and exit, and waits for it."""
         for run in self.running:
             run.process.stop()
         until = time.monotonic() + _SECONDS_TO_STOP
-        while self.running and time.monotonic() < until:
-            look()
+        while any(run.process.exit_code() is None for run in self.running) and time.monotonic() < until:
             time.sleep(SECONDS_BETWEEN_LOOKS / 5)
-
-    def _forget_ended(self) -> None:
-        self.running = [run for run in self.running if run.process.exit_code() is None]
 
     def _on_signal(self, number: int, _: Any) -> None:
         if self.signal is not None:  # the second one
@@ -244,8 +243,8 @@ class _Search:
             logger.info("trial %d: finished, %s", number, result)
         elif self.signal is not None and killed_by is not None:
             pass  # the next start continues it
-        elif killed_by is not None and self.restarts.get(number, 0) < self.searcher.max_restarts:
-            self.restarts[number] = self.restarts.get(number, 0) + 1
+        elif killed_by is not None and self.restarts[number] < self.searcher.max_restarts:
+            self.restarts[number] += 1
             logger.warning("trial %d was killed by %s and continues", number, killed_by.name)
             self.waiting.insert(0, run.trial)
         else:

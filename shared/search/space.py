@@ -58,15 +58,14 @@ def parse_searcher(experiment: Experiment) -> Searcher:
     section, restarts = experiment.config.get("searcher") or {}, experiment.config.get("max_restarts")
     given = {name: section[name] for name in key_names(SearcherSection) if section.get(name) is not None}
     parsed = parse_section(given, SearcherSection, "searcher")
-    keys = {name: getattr(parsed, name) for name in key_names(SearcherSection)}
     name = parsed.name
     points = grid_points(experiment.config.get("hyperparameters") or {}) if name == "grid" else []
+    changed = {
+        "metric": experiment.searcher_metric(None),
+        "max_trials": {"grid": len(points), "single": 1}.get(name, parsed.max_trials),
+    }
     return Searcher(
-        **keys
-        | {
-            "max_trials": {"grid": len(points), "single": 1}.get(name, parsed.max_trials),
-            "metric": experiment.searcher_metric(None),
-        },
+        **(vars(parsed) | changed),
         length=experiment.schedule.with_defaults().max_length.count if name == "adaptive_asha" else 1,
         points=points,
         seed=experiment.seed,

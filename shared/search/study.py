@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import logging
@@ -81,18 +82,14 @@ class Study:
                 pruner=BracketPruner(searcher) if searcher.name == "adaptive_asha" else NopPruner(),
                 **options,
             )
-            self._check_config(experiment.config, only_read)
-        except UserError:
-            raise
         except Exception as error:  # each storage has its own errors
             if only_read and isinstance(error, KeyError):
-                raise UserError(
-                    f"--status: {storage} holds no search named {self.name}. Fix: name another one"
-                ) from error
-            raise UserError(
-                f"--storage: {storage} cannot be used: {type(error).__name__}: {error}. Fix: correct the URL, or start "
-                "the database"
-            ) from error
+                problem = f"--status: {storage} holds no search named {self.name}. Fix: name another one"
+            else:
+                reason = f"{type(error).__name__}: {error}"
+                problem = f"--storage: {storage} cannot be used: {reason}. Fix: correct the URL, or start the database"
+            raise UserError(problem) from error
+        self._check_config(experiment.config, only_read)
         self._seen: dict[str | None, tuple[Any, float]] = {}  # the last heartbeat of each machine, and when it was new
         self._heartbeat_at = 0.0
         self._progress_at = self._heartbeats().get(owner, {}).get("progress")
@@ -325,20 +322,9 @@ class BracketPruner(BasePruner):
         brackets = [self._bracket_of.get(number) for number in trial_numbers(trials)]
         bracket = brackets[trial.number]
         rivals = [rival for rival, other in zip(trials, brackets, strict=True) if other == bracket]
-        return self._pruners[bracket].prune(_StudyOf(study, rivals), trial)
-
-
-class _StudyOf:
-    """A study with some of its trials, for a pruner."""
-
-    def __init__(self, study: optuna.Study, trials: list[FrozenTrial]):
-        self._whole, self._trials = study, trials
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._whole, name)
-
-    def get_trials(self, deepcopy: bool = True, states: Any = None) -> list[FrozenTrial]:
-        return self._trials
+        of_bracket = copy.copy(study)
+        of_bracket.get_trials = lambda **_: rivals  # all that the pruner compares with
+        return self._pruners[bracket].prune(of_bracket, trial)
 
 
 # --- storage ----------------------------------------------------------------------------------------
