@@ -163,14 +163,6 @@ def image_size(path: Path) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def is_there(path: Path) -> bool:
-    """Whether a file or folder exists; False also for a name that no disk can have."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long, or with a character 0
-        return False
-
-
 def common_folder(files: Iterable[Path]) -> Path | None:
     """The deepest folder that holds all the files; None if there are no files."""
     folders = {file.parent for file in files}

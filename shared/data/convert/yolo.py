@@ -20,7 +20,6 @@ from shared.data.convert.files import (
     files_in,
     image_size,
     images_below,
-    is_there,
     read_text,
     split_of,
 )
@@ -228,7 +227,8 @@ def _found(place: str, folders: Sequence[Path]) -> Path | None:
     parts = plain.split("/")[1:] if plain.startswith("/") else []
     ends = ["/".join(parts[at:]) for at in range(1, len(parts)) if len(parts) - at > 1 or split_of(parts[at])]
     paths = (folder / name for name in (plain, below, *ends) for folder in folders)
-    return next((Path(os.path.abspath(path)) for path in paths if is_there(path)), None)
+    # a name that no disk can have is not there either, and `Path.exists` would raise
+    return next((Path(os.path.abspath(path)) for path in paths if os.path.exists(path)), None)
 
 
 def _found_listed(line: str, folders: Sequence[Path]) -> Path | None:
