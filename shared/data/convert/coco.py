@@ -80,7 +80,7 @@ def _split(content: dict, file: Path, names: dict[int, str], source: Path, optio
     finder = finder_for(source, options.images)
     part = Split(finder)
     near = split or next(filter(None, map(split_of, words_of(file))), "")
-    if finder.folder is not None and file.absolute().is_relative_to(finder.folder):
+    if file.absolute().is_relative_to(finder.folder):
         near = f"{file.absolute().parent.relative_to(finder.folder).as_posix()}/{near}"
     of_image: dict[int, list[dict]] = {}
     for position, annotation in enumerate(content.get("annotations", [])):

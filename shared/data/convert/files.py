@@ -175,15 +175,14 @@ class ImageFinder:
     Names in annotation files have other folders, `\\` for `/`, `%C3%A9` for é, Unicode in another form, or upper case.
 
     Attributes:
-        folder: None to find nothing.
         is_given: whether the user chose the folder.
     """
 
-    def __init__(self, folder: Path | None, is_given: bool = False):
+    def __init__(self, folder: Path, is_given: bool = False):
         self.folder, self.is_given = folder, is_given
         self._names: dict[str, list[str]] = {}  # by the whole name, and by each of its ends
         self._stems: dict[str, list[str]] = {}
-        for path in [] if folder is None else images_below(folder):
+        for path in images_below(folder):
             name = path.relative_to(folder).as_posix()
             for end in _ends(same_on_any_disk(name)):
                 self._names.setdefault(end, []).append(name)
@@ -217,7 +216,7 @@ class ImageFinder:
 
     def size(self, name: str) -> tuple[int, int] | None:
         """(width, height) of an image by the name that `find` returned; None if that is no image's."""
-        return image_size(self.folder / name) if self.folder is not None and (self.folder / name).is_file() else None
+        return image_size(self.folder / name) if (self.folder / name).is_file() else None
 
 
 def finder_for(source: Path, images: Path | None) -> ImageFinder:

@@ -121,7 +121,8 @@ def _read_files(files: list[Path], folder: Path, part: Split) -> None:
             if root.tag != "annotation":
                 part.counts["XML files that are not annotations"] += 1
                 continue
-            near = _folder_in(file, folder, finder)
+            root_of_file = finder.folder if file.is_relative_to(finder.folder) else folder
+            near = file.parent.relative_to(root_of_file).as_posix()
             # spaces at the ends are the indentation of the XML
             name = _image_of(file, (root.findtext("filename") or "").strip(), near, part)
             if (other := claimed.setdefault(name, file)) != file:
@@ -144,14 +145,6 @@ def _image_of(file: Path, given: str, near: str, part: Split) -> str:
                 path = PurePosixPath(own)
                 given, near = path.name, path.parent.as_posix()
     return part.find_image(given, near, file.stem)
-
-
-def _folder_in(file: Path, folder: Path, finder: ImageFinder) -> str:
-    """The folder of a file relative to the images' one, or else to the annotations' one."""
-    for root in (finder.folder, folder):
-        if root is not None and file.is_relative_to(root):
-            return file.parent.relative_to(root).as_posix()
-    return ""
 
 
 def _size(root: ElementTree.Element, finder: ImageFinder, name: str) -> tuple[int, int]:
