@@ -199,9 +199,6 @@ VOC = Format(
 # --- CVAT for images 1.1: one file with an `<image>` per image --------------------------------------
 
 
-_WITHOUT_BOX = ("polyline", "points", "cuboid", "tag")
-
-
 def _recognise_cvat(source: Path) -> str:
     for file in files_in(source, (".xml",)):
         if _root_tag(file) == "annotations":
@@ -287,9 +284,6 @@ def _add_image(
         size = parse_whole_number(element.get("width"), "width"), parse_whole_number(element.get("height"), "height")
         rows = []
         for item in element:
-            if item.tag in _WITHOUT_BOX:
-                others[item.tag] += 1
-                continue
             shape = _shape(item, size, labels)
             if shape is None:
                 others[item.tag] += 1
@@ -307,7 +301,7 @@ def _attributes(item: ElementTree.Element) -> dict[str, Any]:
 
 
 def _shape(item: ElementTree.Element, size: tuple[int, int], labels: dict[str, list[str]]) -> dict[str, Any] | None:
-    """COCO's shape; None of an element that is not known."""
+    """COCO's shape; None of an element without a box, such as a polyline or a tag."""
 
     def number(key: str) -> float:
         return parse_number(item.get(key), key, FARTHEST)
