@@ -28,6 +28,16 @@ from shared.data.convert.files import (
 from shared.data.convert.shapes import parse_number, parse_whole_number
 from shared.errors import UserError, same_on_any_disk
 
+
+def _root_tag(file: Path) -> str:
+    """ "" for a file that is not XML."""
+    try:
+        with file.open("rb") as opened:
+            return next(ElementTree.iterparse(opened, events=("start",)))[1].tag
+    except (OSError, ValueError, LookupError, ElementTree.ParseError, StopIteration):
+        return ""
+
+
 # --- Pascal VOC: a file per image, with `<object>` and `<bndbox>` -----------------------------------
 
 
@@ -38,11 +48,7 @@ _LISTS = {"train": ("train", "trainval"), "val": ("val",), "test": ("test",)}
 def _recognise_voc(source: Path) -> str:
     files = files_below(source, (".xml",)) if source.is_dir() else []
     for file in files[:20]:  # a folder may hold other XML files too
-        try:
-            root = ElementTree.parse(file).getroot()
-        except (OSError, ValueError, LookupError, ElementTree.ParseError):
-            continue
-        if root.tag == "annotation":
+        if _root_tag(file) == "annotation":
             return f"{len(files)} XML files with <annotation>, {file.relative_to(source)} for example"
     return ""
 
@@ -61,9 +67,9 @@ def _read_voc(source: Path, options: Options) -> Contents:
     notes: list[str] = []
     splits = {}
     for split, of_split in (_listed(source, folder, files, notes) or by_split(files, source)).items():
-        part = splits[split] = Split(finder, folder=beside if beside.is_dir() else None)
-        part.crowds = "crowds (VOC's `difficult`)"
-        _read_files(of_split, folder, part)
+        images = beside if beside.is_dir() else None
+        splits[split] = Split(finder, folder=images, crowds="crowds (VOC's `difficult`)")
+        _read_files(of_split, folder, splits[split])
     return Contents(splits, notes=notes)
 
 
@@ -216,7 +222,7 @@ def _read_cvat(source: Path, options: Options) -> Contents:
     labels: dict[str, list[str]] = {}  # the points of each, if it is a skeleton
     others: Counter[str] = Counter()
     finder = finder_for(source, options.images)
-    try:
+    with errors_in(f"{source}: cannot be read as cvat", "export it again"):
         for event, element in ElementTree.iterparse(source, events=("start", "end")):
             if event == "start":
                 if element.tag == "track":
@@ -227,10 +233,6 @@ def _read_cvat(source: Path, options: Options) -> Contents:
                 part = parts.setdefault(split_of(element.get("subset") or ""), Split(finder))  # of a project
                 _add_image(element, source, part, labels, others)
                 element.clear()
-    except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror}). Fix: check the path and its rights") from error
-    except ElementTree.ParseError as error:
-        raise UserError(f"{source}: cannot be read as cvat ({error}). Fix: export it again") from error
     if "" in parts:  # not all subsets are splits
         parts = {"": _together(parts.values(), finder)}
     if others and not any(image["annotations"] for part in parts.values() for image in part.images):
@@ -252,14 +254,6 @@ def _together(parts: Iterable[Split], finder: ImageFinder) -> Split:
         whole.counts.update(part.counts)
         whole.found |= part.found
     return whole
-
-
-def _root_tag(file: Path) -> str:
-    try:
-        with file.open("rb") as opened:
-            return next(ElementTree.iterparse(opened, events=("start",)))[1].tag
-    except (OSError, ElementTree.ParseError, StopIteration):
-        return ""
 
 
 def _points(names: list[str]) -> dict[str, Any]:
