@@ -23,18 +23,8 @@ from shared.errors import UserError
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _OBJECTS = ("objects", "annotations", "object", "annotation")
 _BOXES = ("bbox", "bboxes", "boxes", "box")
-_CATEGORIES = (
-    "category",
-    "categories",
-    "label",
-    "labels",
-    "category_id",
-    "class",
-    "classes",
-    "class_id",
-    "name",
-    "names",
-)
+_CATEGORIES = ("category", "categories", "label", "labels", "category_id")
+_CATEGORIES += ("class", "classes", "class_id", "name", "names")
 _SAVED = "state.json"  # `save_to_disk` writes it into the folder of each split
 
 
