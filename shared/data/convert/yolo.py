@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,10 @@ def _description_file(source: Path, images: Path | None) -> Path | None:
             return others[0]
         if data := files_in(folder, (".data",)):
             return data[0]
+    return _name_file(folders)
+
+
+def _name_file(folders: Iterable[Path]) -> Path | None:
     return next((folder / name for folder in folders for name in _NAME_FILES if (folder / name).is_file()), None)
 
 
@@ -180,7 +184,7 @@ def _describe(file: Path) -> _Description:
         if not isinstance(content, dict):
             raise ValueError("it has no keys")
         names = content.get("names")
-        if names is None and (beside := _found_names(file.parent)):
+        if names is None and (beside := _name_file([file.parent])):
             by_number = _names_of_lines(beside)
         elif not isinstance(names, (list, dict)) or not names:
             raise ValueError("it needs `names`, the categories")
@@ -203,10 +207,6 @@ def _describe(file: Path) -> _Description:
         described.point_names = [str(name) for name in first]
         described.flips = [int(i) for i in content.get("flip_idx") or []]
     return described
-
-
-def _found_names(folder: Path) -> Path | None:
-    return next((folder / name for name in _NAME_FILES if (folder / name).is_file()), None)
 
 
 def _names_of_lines(file: Path) -> dict[int, str]:
@@ -258,9 +258,9 @@ def _images_by_split(
         files: list[Path] = []
         roots: list[Path] = []
         for place in places:
-            found = _found(place, folders) or (_found_listed(place, folders) if place.endswith(".txt") else None)
+            found = _found(place, folders)
             if found is None and place.endswith(".txt"):  # `data/train.txt` of CVAT
-                found = _found(Path(place).name, folders)
+                found = _found_listed(place, folders) or _found(Path(place).name, folders)
             if found is None:
                 problem = f"{described.file}: {split}: {place} is not there, beside the file or below its `path`"
                 if split == "test" or (split == "val" and options.without_val):
@@ -363,27 +363,22 @@ def _label_files(files: Sequence[Path], folder: Path, source: Path | None) -> tu
     Raises:
         UserError: two images would share a label file.
     """
-    labels = source.absolute() if source is not None else None
-    if labels is not None and labels.is_file():
-        labels = labels.parent
-    if labels is not None and (labels / "labels").is_dir():
-        labels = labels / "labels"
-    of_image: dict[Path, Path] = {}
-    folders = set() if labels is None else {labels}
-    beside = {parent: _labels_for(parent) for parent in {file.parent for file in files}} if labels is None else {}
-    folders.update(beside.values())
+    if source is None:
+        beside = {parent: _labels_for(parent) for parent in {file.parent for file in files}}
+        folders = set(beside.values())
+        of_image = {file: beside[file.parent] / f"{file.stem}.txt" for file in files}
+    else:
+        labels = source.absolute() if source.is_dir() else source.absolute().parent
+        labels = labels / "labels" if (labels / "labels").is_dir() else labels
+        folders = {labels}
+        of_image = {file: labels / file.relative_to(folder).with_suffix(".txt") for file in files}
     claimed: dict[Path, Path] = {}
-    for file in files:
-        if labels is not None:
-            label = labels / file.relative_to(folder).with_suffix(".txt")
-        else:
-            label = beside[file.parent] / f"{file.stem}.txt"
+    for file, label in of_image.items():
         if (other := claimed.setdefault(label, file)) != file:
             raise UserError(
                 f"{file}: its label file would be {label.name}, and that is {other.name}'s too. Fix: rename one of the "
                 "two images, or move it away"
             )
-        of_image[file] = label
     return of_image, folders
 
 
