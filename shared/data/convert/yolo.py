@@ -61,8 +61,7 @@ def recognise(source: Path) -> str:
     if file is None:
         return ""
     if file.suffix in (".yaml", ".yml"):
-        content = _yaml(file)
-        return f"{file.name} has `names`" if isinstance(content, dict) and "names" in content else ""
+        return f"{file.name} has `names`" if _has_names(file) else ""
     if file.suffix == ".data":
         return f"{file.name} names lists of images"
     labels = _label_files_below(file.parent)
@@ -141,7 +140,7 @@ def _description_file(source: Path, images: Path | None) -> Path | None:
         for path in (folder / "data.yaml", folder / "data.yml"):
             if path.is_file():
                 return path
-        others = [p for p in files_in(folder, (".yaml", ".yml")) if isinstance(c := _yaml(p), dict) and "names" in c]
+        others = [path for path in files_in(folder, (".yaml", ".yml")) if _has_names(path)]
         if len(others) > 1:
             raise UserError(
                 f"{folder}: {' and '.join(path.name for path in others[:2])} both name classes. Fix: give the file"
@@ -157,11 +156,13 @@ def _name_file(folders: Iterable[Path]) -> Path | None:
     return next((folder / name for folder in folders for name in _NAME_FILES if (folder / name).is_file()), None)
 
 
-def _yaml(file: Path) -> Any:
+def _has_names(file: Path) -> bool:
+    """Whether it is a YAML file with the key `names`."""
     try:
-        return yaml.safe_load(read_text(file))
+        content = yaml.safe_load(read_text(file))
     except (yaml.YAMLError, UserError):
-        return None
+        return False
+    return isinstance(content, dict) and "names" in content
 
 
 def _describe(file: Path) -> _Description:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def _boxes_or_triangles(lines: Sequence[np.ndarray], described: Path) -> Kind:
     """Lines of 6 numbers, and of 5: boxes with a confidence and a track id, or triangles."""
     six = [values for values in lines if len(values) == _TRIANGLE]
     tracks = all(0 <= values[4] <= 1 and _is_whole(values[5]) for values in six)
-    triangles = len(six) == len(lines) and all(_is_share(values).all() for values in six)
+    triangles = len(six) == len(lines) and all(((values >= -_EDGE) & (values <= 1 + _EDGE)).all() for values in six)
     if tracks and not triangles:
         return Kind("boxes")
     if not tracks and not _may_be_keypoints(six, 2):
@@ -175,9 +175,8 @@ def _keypoints(given: str, lines: Sequence[np.ndarray]) -> Kind:
         ) from error
     kind = Kind("keypoints", points, numbers)
     after = [values[kind.length :] for values in lines if len(values) > kind.length]
-    confidence = any(0 <= rest[0] <= 1 for rest in after) and all(0 <= rest[0] <= 1 for rest in after)
-    track = any(len(rest) > confidence for rest in after)
-    return Kind("keypoints", points, numbers, confidence, track)
+    confidence = bool(after) and all(0 <= rest[0] <= 1 for rest in after)
+    return replace(kind, confidence=confidence, track=any(len(rest) > confidence for rest in after))
 
 
 def _ambiguous(values: np.ndarray, described: Path, kinds: Sequence[str]) -> UserError:
@@ -289,7 +288,3 @@ def _names_of_columns(kind: Kind) -> list[str]:
 
 def _is_whole(values: np.ndarray | float) -> Any:
     return (values == np.floor(values)) & (values >= 0)
-
-
-def _is_share(values: np.ndarray) -> np.ndarray:
-    return (values >= -_EDGE) & (values <= 1 + _EDGE)
