@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from shared.data.convert import shapes
+from shared.data.convert.contents import errors_in
 from shared.data.convert.files import read_text
 from shared.data.convert.shapes import parse_number, parse_whole_number
 from shared.errors import UserError
@@ -71,13 +72,11 @@ def read(file: Path) -> Labels:
     text = read_text(file) if file.exists() else ""
     for number, line in enumerate(text.splitlines(), 1):
         if words := line.split():
-            try:
+            with errors_in(f"{file}: line {number}", "correct the line, or delete it"):
                 category = parse_whole_number(words[0], "the class")
                 values = np.array([parse_number(word, "a coordinate") for word in words[1:]])
                 if len(values) < _BOX:
                     raise ValueError(f"{len(values)} numbers after the class; a box has 4")
-            except ValueError as error:
-                raise UserError(f"{file}: line {number}: {error}. Fix: correct the line, or delete it") from error
             lines.append((number, category, values))
     return Labels(file, lines)
 
@@ -208,12 +207,10 @@ def annotations(
     """
     rows = []
     for number, category, values in labels.lines:
-        try:
+        with errors_in(f"{labels.file}: line {number}", "correct the line, or delete it"):
             if category not in names:
                 raise ValueError(f"category {category}, which data.yaml does not name")
             shape = _shape(values, kind, np.array(size, dtype=np.float64), counts)
-        except ValueError as error:
-            raise UserError(f"{labels.file}: line {number}: {error}. Fix: correct the line, or delete it") from error
         rows.append({"category": names[category], **shape, "iscrowd": 0})
     return rows
 
