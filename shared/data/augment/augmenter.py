@@ -18,6 +18,7 @@ from shared.config.augment import Augment
 from shared.data import fast_images
 from shared.data.annotations import ImageRecord
 from shared.data.augment.placement import (
+    Drawn,
     Layout,
     Picture,
     Placement,
@@ -31,7 +32,6 @@ from shared.data.augment.placement import (
 from shared.data.dataset import Loaded, SampleKey
 
 Other = Callable[[int], Loaded | None]
-Drawn = tuple[np.ndarray, ImageRecord]
 
 _CACHE_BYTES = 192 * 2**20  # of decoded images, per process
 _MOSAIC_CENTER = (0.3, 0.7)  # the range of the point where the four images meet, as a share of the canvas

@@ -20,6 +20,7 @@ from shared.data.annotations import ImageRecord
 
 Size = tuple[int, int]  # width, height
 Color = tuple[int, int, int]
+Drawn = tuple[np.ndarray, ImageRecord]  # (H, W, 3) uint8 RGB, and its objects
 
 _TRANSPOSITIONS = {
     (False, False): None,
