@@ -61,9 +61,7 @@ def export(trial_class: type[DetectionTrial], experiment: Experiment, arguments:
         UserError: the detector cannot be exported, or the file detects worse or better than the checkpoint.
     """
     if arguments.format != TENSORRT:
-        formats.check_options(arguments.format, arguments.precision, arguments.raw)
-    if arguments.format in formats.FORMATS:
-        formats.check_format(arguments.format)
+        formats.check_format(arguments.format, arguments.precision, arguments.raw)
     output = arguments.output or Path("exports") / arguments.format
     _check_output(output)
     with local_processes() as processes, contextlib.ExitStack() as stack:
@@ -168,13 +166,11 @@ def _replacing(output: Path) -> Iterator[Path]:
         yield folder
         durable.replace_folder(folder, output)
     except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
         raise UserError(
             f"--output: {output} cannot be written: {error.strerror or error}. Fix: give another folder"
         ) from error
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # there is none once it took the place
 
 
 def _indices(trial: DetectionTrial, data: SplitData, count: int | None) -> list[int]:
