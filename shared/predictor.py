@@ -12,7 +12,7 @@ import io
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -177,10 +177,9 @@ class Predictor:
             annotations = CocoAnnotations.from_dict({"images": rows, "annotations": [], "categories": self.categories})
             detected = detect_all(self._trial, SplitData(annotations, opened), all_images=True, tiling=tiling)
             by_id = {found.image_id: found for _, of_batch in detected for found in of_batch}
-        return [self._of_image(by_id[i].only(limits.allow(by_id[i])), image) for i, image in enumerate(images)]
-
-    def _of_image(self, found: Detections, image: Given) -> ImageDetections:
-        return ImageDetections(**vars(found), categories=self.categories, image=image, options=self._options)
+        kept = (by_id[i].only(limits.allow(by_id[i])) for i in range(len(images)))
+        more = {"categories": self.categories, "options": self._options}
+        return [ImageDetections(**vars(found), image=image, **more) for found, image in zip(kept, images, strict=True)]
 
     def close(self) -> None:
         """Frees what the detector holds. A `with` block does it too."""
@@ -315,22 +314,14 @@ def _module(file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # loader workers pickle by it
     sys.path.insert(0, str(file.parent))  # what stands beside it
+    excepthook = sys.excepthook
     try:
-        with _own_excepthook():
-            spec.loader.exec_module(module)
+        spec.loader.exec_module(module)
     except (ImportError, SystemExit) as error:
         del sys.modules[name]
         raise UserError(
             f"{file}: the detector cannot be imported: {error}. Fix: pip install -r {file.parent / 'requirements.txt'}"
         ) from error
-    return module
-
-
-@contextlib.contextmanager
-def _own_excepthook() -> Iterator[None]:
-    """Restores `sys.excepthook`: a detector replaces that of its program, and this program is the user's."""
-    kept = sys.excepthook
-    try:
-        yield
     finally:
-        sys.excepthook = kept
+        sys.excepthook = excepthook  # a detector replaces that of its program, and this program is the user's
+    return module
