@@ -22,6 +22,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from shared import durable
+from shared.commands.data_report import spread
 from shared.commands.detection import FileDetector, check_categories, detecting_trial, with_checkpoint
 from shared.config.experiment import Experiment
 from shared.data.dataset import CocoDetection
@@ -94,7 +95,8 @@ def _write_checked(
     data = trial.open_val()
     source = "checkpoint" if checkpoint else "pretrained"
     check_categories(trial.categories, data, source)
-    indices = _indices(trial, data, arguments.images)
+    evaluated = trial.evaluated_images(len(data.annotations))
+    indices = [int(evaluated[position]) for position in spread(len(evaluated), arguments.images)]
     print(f"detecting with the {source} on {count_of(len(indices), 'image')}")
     found, speed = _with_trial(trial, data, indices)
     sides = {source: Side(speed, own_peak_memory(), str(trial.context.device))}
@@ -173,19 +175,10 @@ def _replacing(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)  # there is none once it took the place
 
 
-def _indices(trial: DetectionTrial, data: SplitData, count: int | None) -> list[int]:
-    """The images to detect on: all that a validation uses, or `count` of them, evenly spread."""
-    indices = np.array(trial.evaluated_images(len(data.annotations)))
-    if count is not None and count < len(indices):
-        indices = indices[np.linspace(0, len(indices) - 1, count).astype(int)]
-    return indices.tolist()
-
-
 def _calibration(experiment: Experiment, metadata: Metadata) -> Iterator[np.ndarray]:
     """Images of data.train, evenly spread, as the file takes them."""
     train = open_split(experiment.data, "train")
-    count = len(train.annotations)
-    for index in np.unique(np.linspace(0, count - 1, min(formats.CALIBRATION_IMAGES, count)).astype(int)).tolist():
+    for index in spread(len(train.annotations), formats.CALIBRATION_IMAGES):
         record = train.annotations[index]
         image = np.asarray(read_image(train.images, record.file_name, (record.width, record.height)))
         yield image if metadata.decoding is None else detect_raw.fitted(image, metadata.input_size, metadata.decoding)
