@@ -23,13 +23,7 @@ from determined.core import DistributedContext
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
-from shared.commands.detection import (
-    FileDetector,
-    detect_all,
-    detecting_trial,
-    experiment_of_checkpoint,
-    score_limits,
-)
+from shared.commands.detection import FileDetector, detect_all, detecting_trial, experiment_of_checkpoint, score_limits
 from shared.commands.predict_inputs import GivenImages, UnreadableError, size_of
 from shared.config.experiment import Experiment, Sections, experiment_of
 from shared.config.schema import StoreOptions, is_url
@@ -114,10 +108,7 @@ class Predictor:
     """
 
     def __init__(
-        self,
-        source: str | Path,
-        detector: str | Path | None = None,
-        hyperparameters: Mapping[str, Any] | None = None,
+        self, source: str | Path, detector: str | Path | None = None, hyperparameters: Mapping[str, Any] | None = None
     ):
         self._opened, self._checkpoint = contextlib.ExitStack(), None
         alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
