@@ -152,11 +152,12 @@ class _Sample:
         self.masks = self.augmenter.masks or bool(pastes)
         canvas = self.augmenter.layout.canvas(record.width, record.height)
         compose = self._mosaic if of_mosaic else self._alone
-        pixels, changed = compose(image, record, canvas)
+        drawn = compose(image, record, canvas)
         if pastes and (found := self._other()) is not None:
-            pixels, changed = paste_objects(pixels, changed, *self._alone(*found, canvas), rng)
+            drawn = paste_objects(drawn, self._alone(*found, canvas), rng)
         if mixes and (found := self._other()) is not None:
-            pixels, changed = mix(pixels, changed, *self._alone(*found, canvas), rng)
+            drawn = mix(drawn, self._alone(*found, canvas), rng)
+        pixels, changed = drawn
         if settings.color:
             pixels = change_color(pixels, settings.color, rng)
         if settings.transforms:
@@ -269,30 +270,18 @@ def change_color(pixels: np.ndarray, strength: float, rng: np.random.Generator) 
     return np.asarray(Image.fromarray(pixels).convert("RGB", tuple(rows.ravel().tolist())))
 
 
-def mix(
-    pixels: np.ndarray,
-    record: ImageRecord,
-    other_pixels: np.ndarray,
-    other_record: ImageRecord,
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, ImageRecord]:
+def mix(one: Drawn, other: Drawn, rng: np.random.Generator) -> Drawn:
     """Both images blended, with the objects of both."""
-    share = rng.beta(_MIXING, _MIXING)
-    blended = Image.blend(Image.fromarray(pixels), Image.fromarray(other_pixels), share)
-    return np.asarray(blended), joined([record, other_record])
+    blended = Image.blend(Image.fromarray(one[0]), Image.fromarray(other[0]), rng.beta(_MIXING, _MIXING))
+    return np.asarray(blended), joined([one[1], other[1]])
 
 
-def paste_objects(
-    pixels: np.ndarray,
-    record: ImageRecord,
-    other_pixels: np.ndarray,
-    other_record: ImageRecord,
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, ImageRecord]:
+def paste_objects(one: Drawn, other: Drawn, rng: np.random.Generator) -> Drawn:
     """Some objects of another image, which lie over those of this one. An object without a mask is pasted as its box.
 
     Both records carry masks. Crowds are not pasted.
     """
+    (pixels, record), (other_pixels, other_record) = one, other
     chosen = np.flatnonzero(~other_record.iscrowd & (rng.random(len(other_record.boxes)) < _PASTED))
     if not len(chosen):
         return pixels, record
