@@ -161,10 +161,7 @@ class Predictor:
         with _OpenedImages(images, self._options) as opened:
             tiling = None if tiles is None else Tiling(tiles, overlap)
             sizes = [opened.size(i, in_tiles=tiles is not None) for i in range(len(images))]
-            rows = [
-                {"id": i, "file_name": str(i), "width": width, "height": height}
-                for i, (width, height) in enumerate(sizes)
-            ]
+            rows = [{"id": i, "file_name": str(i), "width": w, "height": h} for i, (w, h) in enumerate(sizes)]
             annotations = CocoAnnotations.from_dict({"images": rows, "annotations": [], "categories": self.categories})
             detected = detect_all(self._trial, SplitData(annotations, opened), all_images=True, tiling=tiling)
             by_id = {found.image_id: found for _, of_batch in detected for found in of_batch}

@@ -43,14 +43,14 @@ class _Description:
     Attributes:
         names: class names, by number.
         places: by split: folders of images, or lists of their names.
+        labels: "" or as `Options.labels`; "keypoints" if their number is missing.
     """
 
     file: Path
     names: dict[int, str]
     places: dict[str, list[str]] = field(default_factory=dict)
     root: str = ""
-    task: str = ""
-    keypoints: tuple[int, int] | None = None
+    labels: str = ""
     point_names: list[str] = field(default_factory=list)
     flips: list[int] = field(default_factory=list)
 
@@ -94,8 +94,13 @@ def read(source: Path, options: Options) -> Contents:
     if not read_labels:
         raise UserError(f"{source}: has no images. Fix: correct the paths in {file}, or give --images")
     every = [label for split in read_labels.values() for label in split.values()]
-    kind = yolo_labels.kind_of(every, _kind_given(described, options), file)
-    notes.extend(yolo_labels.describe(kind))
+    if not options.labels and described.labels == "keypoints":
+        raise UserError(f"{file}: `task: pose` needs `kpt_shape`. Fix: add `kpt_shape: [17, 3]`, for example")
+    kind = yolo_labels.kind_of(every, options.labels or described.labels, file)
+    if kind.name == "keypoints":
+        notes.append(f"the labels are boxes with {kind.points} keypoints of {kind.numbers} numbers")
+    elif kind.name != "boxes":
+        notes.append(f"the labels are {kind.name}")
     splits = {}
     for split, labels in read_labels.items():
         folder = images[split][1]
@@ -112,18 +117,6 @@ def _is_line(words: list[str]) -> bool:
     """A whole number, and shares of an image's size."""
     is_object = words[0].isdecimal() and len(words) > 4 and all(map(is_number, words))
     return is_object and all(0 <= float(word) <= 1 for word in words[1:5])
-
-
-def _kind_given(described: _Description, options: Options) -> str:
-    """ "" or as `Options.labels`."""
-    if options.labels:
-        return options.labels
-    kind = _TASKS.get(described.task, "")
-    if described.keypoints and kind in ("", "keypoints"):
-        return "keypoints:{}x{}".format(*described.keypoints)
-    if kind == "keypoints":
-        raise UserError(f"{described.file}: `task: pose` needs `kpt_shape`. Fix: add `kpt_shape: [17, 3]`, for example")
-    return kind
 
 
 # --- the classes and the places of the images -------------------------------------------------------
@@ -194,7 +187,7 @@ def _describe(file: Path) -> _Description:
             by_number = {parse_whole_number(str(i), "a class in `names`"): str(name) for i, name in pairs}
         described = _Description(file, {i: by_number[i] for i in sorted(by_number)})
         described.root = str(content.get("path") or "")
-        described.task = str(content.get("task") or "")
+        described.labels = _TASKS.get(str(content.get("task")), "")
         for split, keys in _KEYS.items():
             if given := next((content[key] for key in keys if content.get(key)), None):
                 described.places[split] = [str(place) for place in np.atleast_1d(given)]
@@ -202,7 +195,8 @@ def _describe(file: Path) -> _Description:
             count, numbers = (int(number) for number in shape)
             if count < 1 or numbers not in (2, 3):
                 raise ValueError(f"`kpt_shape` is {shape}, and not [number of points, 2 or 3]")
-            described.keypoints = count, numbers
+            if described.labels in ("", "keypoints"):
+                described.labels = f"keypoints:{count}x{numbers}"
         point_names = content.get("kpt_names") or []
         first = next(iter(point_names.values())) if isinstance(point_names, dict) else point_names
         described.point_names = [str(name) for name in first]

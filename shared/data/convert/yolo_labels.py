@@ -186,13 +186,6 @@ def _ambiguous(values: np.ndarray, described: Path, kinds: Sequence[str]) -> Use
     )
 
 
-def describe(kind: Kind) -> list[str]:
-    """Sentences for the user about a kind that is not plain boxes."""
-    if kind.name == "keypoints":
-        return [f"the labels are boxes with {kind.points} keypoints of {kind.numbers} numbers"]
-    return [] if kind.name == "boxes" else [f"the labels are {kind.name}"]
-
-
 def annotations(
     labels: Labels, kind: Kind, names: Mapping[int, str], size: tuple[int, int], counts: Counter[str]
 ) -> list[dict[str, Any]]:
