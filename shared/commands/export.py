@@ -28,11 +28,12 @@ from shared.config.experiment import Experiment
 from shared.data.dataset import CocoDetection
 from shared.data.images import read_image
 from shared.data.open import SplitData, open_split
+from shared.environment import versions_of
 from shared.errors import UserError, count_of
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import for_json
 from shared.export import detect, detect_raw, formats
-from shared.export.metadata import TENSORRT, TRANSFORMERS, Metadata, known_thresholds, thresholds_of_report, versions_of
+from shared.export.metadata import TENSORRT, TRANSFORMERS, Metadata, known_thresholds, thresholds_of_report
 from shared.export.operations import ExportableRaw, Raw, raw_of
 from shared.report.compare import Compared, compared, summary_of
 from shared.report.image_errors import box_ious

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +66,6 @@ class Metadata:
             raise UserError(
                 f"--model: {path} has no metadata of a detector. Fix: give a file that `model_def.py export` wrote"
             ) from error
-
-
-def versions_of(packages: Sequence[str]) -> dict[str, str]:
-    """The versions of those packages that are installed."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def thresholds_of_report(report: Path) -> tuple[float | None, dict[str, float]] | None:
