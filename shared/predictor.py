@@ -262,25 +262,21 @@ def trial_class_of(checkpoint: Checkpoint, folder: str | Path | None = None) -> 
         UserError: no `model_def.py` there has the class, or a package of the detector is not installed.
     """
     name = checkpoint.trial_class
-    places = _places() if folder is None else [Path(folder).expanduser()]
+    if folder is not None:
+        places = roots = [Path(folder).expanduser()]
+    else:
+        roots = [Path.cwd(), Path(__file__).resolve().parents[1]]
+        places = [place for root in roots for place in (root, *sorted(path.parent for path in root.glob(f"*/{_FILE}")))]
+        # not the `code` that a run and a checkpoint keep, which may come from strangers
+        places = [place for place in places if place.name != "code"]
     file = next((place / _FILE for place in places if name in _classes_in(place / _FILE)), None)
     if file is None:
-        where = " or ".join(dict.fromkeys(str(place) for place in (places[:1] if folder else _roots())))
+        where = " or ".join(dict.fromkeys(map(str, roots)))
         raise UserError(
             f"{checkpoint.path}: no {_FILE} in {where} has its detector, the class {name}. Fix: give the detector's "
             "folder, Predictor(…, detector=FOLDER)"
         )
     return getattr(_module(file.resolve()), name)
-
-
-def _roots() -> list[Path]:
-    return [Path.cwd(), Path(__file__).resolve().parents[1]]
-
-
-def _places() -> list[Path]:
-    """The folders to look in: not the `code` that a run and a checkpoint keep, which may come from strangers."""
-    below = {root: sorted(file.parent for file in root.glob(f"*/{_FILE}")) for root in _roots()}
-    return [place for root, folders in below.items() for place in (root, *folders) if place.name != "code"]
 
 
 def _classes_in(file: Path) -> set[str]:

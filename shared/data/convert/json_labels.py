@@ -128,7 +128,7 @@ def _recognise_createml(source: Path) -> str:
 def _read_createml(source: Path, options: Options) -> Contents:
     splits = {}
     for split, file in _createml_files(source).items():
-        finder = finder_for(file if source.is_file() else file.parent, options.images)
+        finder = finder_for(file, options.images)
         part = splits[split] = Split(finder)
         for number, image in enumerate(read_json(file, list), 1):
             with errors_in(f"{file}: image {number}"):

@@ -41,7 +41,7 @@ def _recognise_csv(source: Path) -> str:
 def _read_csv(source: Path, options: Options) -> Contents:
     splits, notes = {}, []
     for split, file in _files(source).items():
-        finder = finder_for(file.parent if source.is_dir() else source, options.images)
+        finder = finder_for(file, options.images)
         header, rows = _rows(file)
         columns = _columns(header)
         if columns is None:
