@@ -89,7 +89,8 @@ class ImageDetections(Detections):
 
     def draw(self, min_score: float = 0.3) -> Image.Image:
         """A copy of the image with the detections that have at least this score."""
-        with _OpenedImages([self.image], self.options) as images:
+        with tempfile.TemporaryDirectory(prefix="predict-") as copies:
+            images = _OpenedImages([self.image], self.options, copies)
             return drawing.picture_of(read_image(images, "0"), self, self.categories, min_score)
 
 
@@ -158,8 +159,9 @@ class Predictor:
             return []
         exported = self._trial if isinstance(self._trial, FileDetector) else None
         limits = score_limits(min_score, self.categories, self._checkpoint, exported)
-        with _OpenedImages(images, self._options) as opened:
-            tiling = None if tiles is None else Tiling(tiles, overlap)
+        tiling = None if tiles is None else Tiling(tiles, overlap)
+        with tempfile.TemporaryDirectory(prefix="predict-") as copies:
+            opened = _OpenedImages(images, self._options, copies)
             sizes = [opened.size(i, in_tiles=tiles is not None) for i in range(len(images))]
             rows = [{"id": i, "file_name": str(i), "width": w, "height": h} for i, (w, h) in enumerate(sizes)]
             annotations = CocoAnnotations.from_dict({"images": rows, "annotations": [], "categories": self.categories})
@@ -195,13 +197,16 @@ def _checkpoint_of(source: str | Path) -> str:
 
 
 class _OpenedImages(GivenImages):
-    """The bytes of given images by their position. A context: it deletes its copies of remote images."""
+    """The bytes of given images by their position.
 
-    def __init__(self, given: Sequence[Given], options: StoreOptions):
-        self._folder = tempfile.TemporaryDirectory(prefix="predict-")
+    Args:
+        copies: the folder for copies of remote images.
+    """
+
+    def __init__(self, given: Sequence[Given], options: StoreOptions, copies: str):
         paths = {str(i): os.fspath(one) for i, one in enumerate(given) if isinstance(one, (str, os.PathLike))}
         locations = {name: path if is_url(path) else str(Path(path).expanduser()) for name, path in paths.items()}
-        super().__init__(locations, options, Path(self._folder.name))
+        super().__init__(locations, options, Path(copies))
         self._given = given
 
     def size(self, position: int, in_tiles: bool) -> tuple[int, int]:
@@ -226,12 +231,6 @@ class _OpenedImages(GivenImages):
         image, buffer = _upright(self._given[int(file_name)], int(file_name)), io.BytesIO()
         image.save(buffer, format="BMP" if image.mode in ("L", "RGB") else "PNG")
         return buffer.getvalue()
-
-    def __enter__(self) -> _OpenedImages:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
 
 
 def _upright(given: Any, position: int) -> Image.Image:
