@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
@@ -234,7 +233,12 @@ def _read_cvat(source: Path, options: Options) -> Contents:
                 _add_image(element, source, part, labels, others)
                 element.clear()
     if "" in parts:  # not all subsets are splits
-        parts = {"": _together(parts.values(), finder)}
+        whole = Split(finder)
+        for part in parts.values():
+            whole.images += part.images
+            whole.counts.update(part.counts)
+            whole.found |= part.found
+        parts = {"": whole}
     if others and not any(image["annotations"] for part in parts.values() for image in part.images):
         found = ", ".join(f"{kind} {count}" for kind, count in others.items())
         raise UserError(
@@ -245,15 +249,6 @@ def _read_cvat(source: Path, options: Options) -> Contents:
         next(iter(parts.values())).counts.update({f"{kind} left out": count for kind, count in others.items()})
     parts = {split: parts[split] for split in ("", *SPLITS) if split in parts}
     return Contents(parts, [{"name": name, **_points(points)} for name, points in labels.items()])
-
-
-def _together(parts: Iterable[Split], finder: ImageFinder) -> Split:
-    whole = Split(finder)
-    for part in parts:
-        whole.images += part.images
-        whole.counts.update(part.counts)
-        whole.found |= part.found
-    return whole
 
 
 def _points(names: list[str]) -> dict[str, Any]:
@@ -284,14 +279,12 @@ def _add_image(
                 continue
             label = item.get("label") or ""
             labels.setdefault(label, [])
-            rows.append({"category": label, **shape, **_attributes(item), "iscrowd": 0})
+            # as CVAT's own COCO export has them
+            attributes = {a.get("name") or "": a.text or "" for a in item.findall("attribute")}
+            rows.append(
+                {"category": label, **shape, **({"attributes": attributes} if attributes else {}), "iscrowd": 0}
+            )
         part.add_image(part.find_image(given), size, rows)
-
-
-def _attributes(item: ElementTree.Element) -> dict[str, Any]:
-    """As CVAT's own COCO export has them."""
-    found = {a.get("name") or "": a.text or "" for a in item.findall("attribute")}
-    return {"attributes": found} if found else {}
 
 
 def _shape(item: ElementTree.Element, size: tuple[int, int], labels: dict[str, list[str]]) -> dict[str, Any] | None:
