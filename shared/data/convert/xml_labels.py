@@ -279,11 +279,9 @@ def _add_image(
                 continue
             label = item.get("label") or ""
             labels.setdefault(label, [])
-            # as CVAT's own COCO export has them
-            attributes = {a.get("name") or "": a.text or "" for a in item.findall("attribute")}
-            rows.append(
-                {"category": label, **shape, **({"attributes": attributes} if attributes else {}), "iscrowd": 0}
-            )
+            rows.append({"category": label, **shape, "iscrowd": 0})
+            if attributes := {a.get("name") or "": a.text or "" for a in item.findall("attribute")}:
+                rows[-1]["attributes"] = attributes  # as CVAT's own COCO export has them
         part.add_image(part.find_image(given), size, rows)
 
 
