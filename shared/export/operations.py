@@ -308,11 +308,9 @@ def _resized(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def onnx_translations() -> dict:
-    """For `torch.onnx.export`: NMS and Pillow's resizing by ONNX's own operations. That NMS handles images by
-    themselves, and stops at `limit`."""
+    """For `torch.onnx.export` in a block of `operations_of_onnx`: NMS and Pillow's resizing by ONNX's own operations.
+    That NMS handles images by themselves, and stops at `limit`."""
     from onnxscript import opset18 as op
-
-    _register()
 
     def kept(boxes, scores, iou_threshold: float, score_threshold: float, limit: int):  # noqa: ANN001, ANN202
         selected = op.NonMaxSuppression(

@@ -47,16 +47,6 @@ def polygons(pieces: Sequence[np.ndarray]) -> dict[str, Any]:
     return {**box_of_corners(x1, y1, x2, y2), "area": area, "segmentation": [p.ravel().tolist() for p in pieces]}
 
 
-def polygon(numbers: Sequence[float]) -> dict[str, Any]:
-    """
-    Args:
-        numbers: x1 y1 x2 y2 …
-    """
-    if len(numbers) % 2:
-        raise ValueError(f"a polygon has {len(numbers)} numbers, and needs x and y of each point")
-    return polygons([np.array(numbers, dtype=np.float64).reshape(-1, 2)])
-
-
 def rotated_box(middle: tuple[float, float], size: tuple[float, float], degrees: float) -> dict[str, Any]:
     """The enclosing box of a box that is rotated clockwise around its middle, and its four corners as a polygon."""
     corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * (np.array(size) / 2)

@@ -190,7 +190,7 @@ def _polygon(item: ElementTree.Element) -> dict[str, Any]:
     count = len(numbers) // 2
     if count < 3 or any(f"{axis}{i}" not in numbers for i in range(1, count + 1) for axis in "xy"):
         return {}
-    shape = shapes.polygon([numbers[f"{axis}{i}"] for i in range(1, count + 1) for axis in "xy"])
+    shape = shapes.polygons([np.array([[numbers[f"x{i}"], numbers[f"y{i}"]] for i in range(1, count + 1)])])
     return {"segmentation": shape["segmentation"], "area": shape["area"]}
 
 
