@@ -79,7 +79,10 @@ def _try(name: str, change: Change) -> None:
 
 def _changed(name: str, change: Change, pixels: np.ndarray, record: ImageRecord, seed: int) -> Drawn:
     """The image and its record after a transform, without the objects that lie outside of the image."""
-    masks, points = _masks_of(record), record.keypoints
+    segmentations, points, masks = record.segmentations, record.keypoints, None
+    if any(segmentation is not None for segmentation in segmentations):
+        empty = np.zeros((record.height, record.width), np.uint8)
+        masks = np.stack([empty if each is None else decoded_rle(each) for each in segmentations])
     flat = None if points is None else points[..., :2].reshape(-1, 2)
     pixels, rows, boxes, masks, at = change(np.ascontiguousarray(pixels), record.boxes.copy(), masks, flat, seed)
     if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
@@ -90,8 +93,7 @@ def _changed(name: str, change: Change, pixels: np.ndarray, record: ImageRecord,
     rows = rows[kept]
     changed = with_boxes(record.only(rows), boxes[kept], size)
     if masks is not None:
-        segmentations = [record.segmentations[row] for row in rows]
-        raw = [b"" if old is None else as_raw(masks[i]) for i, old in zip(kept, segmentations, strict=True)]
+        raw = [b"" if segmentations[row] is None else as_raw(masks[i]) for i, row in zip(kept, rows, strict=True)]
         changed = dataclasses.replace(changed, raw_segmentations=raw)
     if points is not None:
         at = np.asarray(at, np.float64).reshape(*points.shape[:2], 2)[rows]
@@ -100,14 +102,6 @@ def _changed(name: str, change: Change, pixels: np.ndarray, record: ImageRecord,
         keypoints = np.where(inside, np.concatenate([at, visibility], axis=-1), 0.0)
         changed = dataclasses.replace(changed, keypoints=keypoints)
     return pixels, changed
-
-
-def _masks_of(record: ImageRecord) -> np.ndarray | None:
-    """(N, H, W) uint8, empty for objects without a mask; None if no object has one."""
-    if all(segmentation is None for segmentation in record.segmentations):
-        return None
-    empty = np.zeros((record.height, record.width), np.uint8)
-    return np.stack([empty if each is None else decoded_rle(each) for each in record.segmentations])
 
 
 # --- torchvision --------------------------------------------------------------------------------------
