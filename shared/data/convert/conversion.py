@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -173,11 +173,8 @@ def _read(kind: str | None, source: Path, options: Options, say: Callable[[str],
         say(f"{source}: read as {kind}: {said}")
     elif kind not in FORMATS:
         raise UserError(f"{kind}: is not a format{nearest(kind, FORMATS, 'use one of ' + ', '.join(FORMATS))}")
-    for option, value, kinds in (
-        ("labels", options.labels, ("yolo",)),
-        ("boxes", options.boxes, ("csv", "huggingface")),
-    ):
-        if value and kind not in kinds:
+    for option, kinds in {"labels": ("yolo",), "boxes": ("csv", "huggingface")}.items():
+        if getattr(options, option) and kind not in kinds:
             raise UserError(f"--{option}: is for {' and '.join(kinds)}, and not for {kind}. Fix: omit it")
     contents = FORMATS[kind].read(source, options)
     contents.splits = {split: part for split, part in contents.splits.items() if part.images}
@@ -188,17 +185,16 @@ def _read(kind: str | None, source: Path, options: Options, say: Callable[[str],
     return contents
 
 
-def _shared_images(splits: dict[str, Split]) -> list[str]:
+def _shared_images(splits: dict[str, Split]) -> Iterator[str]:
     """Sentences about images that are in two splits."""
     files = {
         split: {(part.folder, image["file_name"]) for image in part.images}
         for split, part in splits.items()
         if part.folder is not None
     }
-    both = {(one, other): len(files[one] & files[other]) for one, other in itertools.combinations(files, 2)}
-    return [
-        f"{one} and {other} have {count_of(count, 'image')} in common" for (one, other), count in both.items() if count
-    ]
+    for one, other in itertools.combinations(files, 2):
+        if count := len(files[one] & files[other]):
+            yield f"{one} and {other} have {count_of(count, 'image')} in common"
 
 
 def _given_categories(file: Path, contents: Contents) -> list[dict[str, Any]]:

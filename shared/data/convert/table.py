@@ -206,9 +206,8 @@ def _read_open_images(source: Path, options: Options) -> Contents:
     names, notes = _category_names(source), []
     if not names:
         notes.append(f"{source}: no class-descriptions file names the categories; they keep their codes")
-    splits = {}
+    splits, finder = {}, finder_for(source, options.images)
     for split, files in by_split.items():
-        finder = finder_for(source, options.images)
         part = splits[split] = Split(finder, crowds="crowds (IsGroupOf)")
         rows: dict[str, list[dict[str, Any]]] = {}
         found: dict[str, tuple[str, tuple[int, int]] | None] = {}  # name and size; None if it was not downloaded
