@@ -135,9 +135,7 @@ def _tells_to_run_trtexec(trial: DetectionTrial) -> UserError:
     else:  # a file that takes images of any size gets an engine for those of one size
         first = trial.open_val().annotations[0]
         height, width = first.height, first.width
-    least, most = (
-        f"images:{count}x3x{height}x{width}" for count in (1, _MOST_IN_ENGINE if exportable.any_batch else 1)
-    )
+    least, most = (f"images:{count}x3x{height}x{width}" for count in (1, _MOST_IN_ENGINE))
     return UserError(
         f"--format tensorrt: TensorRT's own program builds engines. Fix: --format onnx{option}, then on the machine "
         f"with the GPU: trtexec --onnx=model.onnx --minShapes={least} --optShapes={least} --maxShapes={most} "
@@ -227,7 +225,6 @@ def _metadata(
     return Metadata(
         categories=trial.categories,
         outputs=exportable.outputs,
-        any_batch=exportable.any_batch,
         input_size=exportable.input_size,
         precision=precision,
         best_threshold=thresholds[0],

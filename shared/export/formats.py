@@ -102,12 +102,8 @@ def write(
 
 def _example(detector: Exportable) -> tuple[torch.Tensor, dict]:
     """Images to trace with, and which of their dimensions vary."""
-    dynamic = torch.export.Dim.DYNAMIC
-    is_raw = isinstance(detector, Raw)
-    size = detector.input_size if is_raw else _EXAMPLE
-    images = torch.zeros(2 if detector.any_batch else 1, 3, *size, dtype=torch.uint8)
-    varying = ([0] if detector.any_batch else []) + ([] if is_raw else [2, 3])
-    return images, dict.fromkeys(varying, dynamic)
+    size, varying = (detector.input_size, [0]) if isinstance(detector, Raw) else (_EXAMPLE, [0, 2, 3])
+    return torch.zeros(2, 3, *size, dtype=torch.uint8), dict.fromkeys(varying, torch.export.Dim.DYNAMIC)
 
 
 def _write_torch(detector: Exportable, path: Path, metadata: Metadata) -> None:

@@ -23,7 +23,6 @@ class Metadata:
     """Attributes:
     categories: COCO categories; the position is the label.
     outputs: the names of the file's outputs, see `Exportable` and `Raw`.
-    any_batch: False if the file takes a single image only.
     input_size: (height, width) of the network's input; None if it follows from the image.
     precision: "float32", "float16" or "int8".
     best_threshold: the score with the highest F1 over all categories; None if it is not known.
@@ -37,7 +36,6 @@ class Metadata:
 
     categories: list[dict]
     outputs: tuple[str, ...]
-    any_batch: bool
     input_size: tuple[int, int] | None
     precision: str
     best_threshold: float | None

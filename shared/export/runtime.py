@@ -66,9 +66,9 @@ class ExportedDetector:
         if self.metadata.decoding is not None:
             raw = detect_raw.detections(self._run, images, self.metadata.input_size, self.metadata.decoding)
             return [Detections(image_id, *found) for image_id, found in zip(image_ids, raw, strict=True)]
-        groups: dict[tuple[int, ...] | int, list[int]] = {}
+        groups: dict[tuple[int, ...], list[int]] = {}
         for position, image in enumerate(images):
-            groups.setdefault(image.shape if self.metadata.any_batch else position, []).append(position)
+            groups.setdefault(image.shape, []).append(position)
         found: dict[int, Detections] = {}
         for positions in groups.values():
             batch = np.stack([images[position] for position in positions]).transpose(0, 3, 1, 2)
