@@ -98,14 +98,12 @@ def _write_checked(
     metadata = _metadata(exportable, trial, checkpoint, data, found, arguments.precision)
     calibration = _calibration(experiment, metadata) if arguments.precision == "int8" else ()
     path = formats.write(exportable, arguments.format, folder, metadata, calibration)
-    source_of_script = Path(detect_raw.__file__ if arguments.raw else detect.__file__)
-    script = shutil.copy(source_of_script, folder / "detect.py")
+    script = Path(shutil.copy((detect_raw if arguments.raw else detect).__file__, folder / "detect.py"))
     print("detecting with the file")
-    processes = (trial.context.distributed, trial.context.device)
-    file = FileDetector(type(trial), experiment, path, processes)
+    file = FileDetector(type(trial), experiment, path, (trial.context.distributed, trial.context.device))
     image_ids = [image.image_id for image in found]
     of_file, speed = _with_file(file, data, image_ids)
-    sides[arguments.format] = Side(speed, peak_memory_of(Path(script), path, data, indices), file.context.device)
+    sides[arguments.format] = Side(speed, peak_memory_of(script, path, data, indices), file.context.device)
     comparison = compared(
         data.annotations,
         {source: found, arguments.format: of_file},

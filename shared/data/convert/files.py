@@ -163,12 +163,6 @@ def image_size(path: Path) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def common_folder(files: Iterable[Path]) -> Path | None:
-    """The deepest folder that holds all the files; None if there are no files."""
-    folders = {file.parent for file in files}
-    return Path(os.path.commonpath(folders)) if folders else None
-
-
 class ImageFinder:
     """Finds the images that annotation files name, in a folder and its subfolders.
 

@@ -15,7 +15,6 @@ from shared.data.convert import yolo_labels
 from shared.data.convert.contents import Contents, Format, Options, Split, errors_in
 from shared.data.convert.files import (
     by_split,
-    common_folder,
     files_below,
     files_in,
     image_size,
@@ -243,7 +242,10 @@ def _images_by_split(
     if not described.places:
         folder = _folder_without_places(described.file, source)
         by_folder = by_split(images_below(folder), folder)
-        return {split: (files, common_folder(files) or folder) for split, files in by_folder.items()}
+        return {
+            split: (files, Path(os.path.commonpath({file.parent for file in files})))
+            for split, files in by_folder.items()
+        }
     base = described.file.absolute().parent
     folders = [Path(os.path.abspath(base / described.root)), base]
     if described.root:
@@ -251,7 +253,7 @@ def _images_by_split(
     images = {}
     for split, places in described.places.items():
         files: list[Path] = []
-        roots: list[Path] = []
+        roots: set[Path] = set()
         for place in places:
             found = _found(place, folders)
             if found is None and place.endswith(".txt"):  # `data/train.txt` of CVAT
@@ -265,11 +267,11 @@ def _images_by_split(
                 raise UserError(f"{problem}. Fix: correct the path; or delete the line{fix}; or pass --images FOLDER")
             if found.is_dir():
                 files += images_below(found)
-                roots.append(found)
+                roots.add(found)
             else:
                 listed = _listed(found, folders, notes)
                 files += listed
-                roots += [folder] if (folder := common_folder(listed)) else []
+                roots.update(file.parent for file in listed)
         else:
             common = Path(os.path.commonpath(roots)) if roots else base
             images[split] = list(dict.fromkeys(files)), common
