@@ -24,7 +24,6 @@ _PACKAGES = {
     "openvino": ("onnx", "onnxscript", "openvino"),
     "torch": (),
 }
-_OLDEST_TORCH = (2, 6)
 _OPSET = 18
 _EXAMPLE = (480, 640)  # of the images that a detector is traced with: height, width
 
@@ -40,10 +39,9 @@ def check_format(name: str, precision: str, raw: bool) -> None:
         raise UserError(f"--int8: {name} has no 8-bit files here. Fix: --format onnx or openvino")
     if name not in FORMATS:
         return
-    if torch_release() < _OLDEST_TORCH:
-        oldest = ".".join(map(str, _OLDEST_TORCH))
+    if torch_release() < (2, 6):
         raise UserError(
-            f"export: it needs torch {oldest}, and this is {torch.__version__}. Fix: use a newer environment to export"
+            f"export: it needs torch 2.6, and this is {torch.__version__}. Fix: use a newer environment to export"
         )
     packages = {f"--format {name}": _PACKAGES[name], "--int8": ("onnxruntime",) if precision == "int8" else ()}
     for option, needed in packages.items():

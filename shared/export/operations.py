@@ -87,7 +87,7 @@ def within(height: int, width: int, short: int, long: int) -> tuple[int, int]:
 
 # --- resizing ---------------------------------------------------------------------------------------
 
-_FILTERS = {"bilinear": 1.0, "bicubic": 2.0}  # of Pillow, and their reach in pixels
+_FILTERS = ("bilinear", "bicubic")  # of Pillow
 
 
 def check_filter(name: str, key: str) -> None:
