@@ -24,10 +24,10 @@ from shared.data.convert.files import files_below, folders_in, read_json, read_t
 from shared.data.convert.hugging_face import HUGGING_FACE
 from shared.data.convert.json_labels import CREATEML, LABEL_STUDIO, LABELME
 from shared.data.convert.table import CSV, OPEN_IMAGES
-from shared.data.convert.text_labels import DOTA, KITTI
+from shared.data.convert.text_labels import DOTA, KITTI, looks_like
 from shared.data.convert.tiles import TILES
 from shared.data.convert.xml_labels import CVAT, VOC
-from shared.data.convert.yolo import YOLO, recognise_labels
+from shared.data.convert.yolo import YOLO, is_label_line
 from shared.errors import UserError, check_outputs, count_of, nearest, nearest_path
 
 FORMATS = {
@@ -126,7 +126,7 @@ def recognise(source: Path) -> tuple[str, Path, str]:
         UserError: its format is unknown, or it may be several.
     """
     seen = _seen(source, _DEPTH)
-    if not seen and (said := recognise_labels(source)):
+    if not seen and (said := looks_like(source, is_label_line)):  # without a file that names the classes
         return "yolo", source, said
     if len(seen) == 1:
         return seen[0]

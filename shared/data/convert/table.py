@@ -63,7 +63,7 @@ def _files(source: Path) -> dict[str, Path]:
     """The CSV file of each split; "" for the only one."""
     files = files_near(source, (".csv", ".tsv"))
     if source.is_file():
-        return dict.fromkeys([""] * len(files), source)
+        return {"": source} if files else {}
     found = one_per_split([file for file in files if _columns(_rows(file)[0])], source)
     return {split: file for split, file in found.items() if split or len(found) == 1}
 

@@ -23,7 +23,6 @@ from shared.data.convert.files import (
     split_of,
 )
 from shared.data.convert.shapes import is_number, parse_whole_number
-from shared.data.convert.text_labels import looks_like
 from shared.data.convert.yolo_labels import Labels
 from shared.data.images import is_image_name
 from shared.errors import UserError
@@ -67,11 +66,6 @@ def recognise(source: Path) -> str:
     return f"{file.name} and {len(labels)} label files" if labels else ""
 
 
-def recognise_labels(source: Path) -> str:
-    """Label files without a file that names the classes."""
-    return looks_like(source, _is_line)
-
-
 def read(source: Path, options: Options) -> Contents:
     file = _description_file(source, options.images) or options.categories
     if file is None:
@@ -82,9 +76,8 @@ def read(source: Path, options: Options) -> Contents:
     described = _describe(file)
     notes: list[str] = []
     images = _images_by_split(described, source, options, notes)
-    of_images = {}
-    for split, (files, folder) in images.items():
-        of_images[split] = _label_files(files, folder, source if options.images is not None else None)
+    labels_in = source if options.images is not None else None
+    of_images = {split: _label_files(files, folder, labels_in) for split, (files, folder) in images.items()}
     _note_orphans(of_images, [folder for _, folder in images.values()], notes)
     read_labels = {}
     for split, (of_image, folders) in of_images.items():
@@ -112,8 +105,8 @@ def read(source: Path, options: Options) -> Contents:
     return Contents(splits, [{"name": name, **points} for name in described.names.values()], notes)
 
 
-def _is_line(words: list[str]) -> bool:
-    """A whole number, and shares of an image's size."""
+def is_label_line(words: list[str]) -> bool:
+    """Whether the words are a whole number, and shares of an image's size."""
     is_object = words[0].isdecimal() and len(words) > 4 and all(map(is_number, words))
     return is_object and all(0 <= float(word) <= 1 for word in words[1:5])
 
