@@ -10,7 +10,7 @@ import numpy as np
 from shared.data.coco_file import check_categories, without_namesakes
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Format, Options, Split, errors_in
-from shared.data.convert.files import files_near, finder_for, json_outline, one_per_split, read_json, split_of, words_of
+from shared.data.convert.files import files_near, finder_for, json_keys, one_per_split, read_json, split_of, words_of
 from shared.data.convert.shapes import parse_number, parse_whole_number
 from shared.errors import UserError
 
@@ -40,13 +40,8 @@ def read(source: Path, options: Options) -> Contents:
 
 def _files(source: Path) -> dict[str, Path]:
     """The COCO file of each split; "" for the only one."""
-    files = list(filter(_is_coco, files_near(source, (".json",))))
+    files = [file for file in files_near(source, (".json",)) if json_keys(file) >= {"images", "categories"}]
     return {"": files[0]} if len(files) == 1 else one_per_split(files, source)
-
-
-def _is_coco(file: Path) -> bool:
-    is_list, keys = json_outline(file)
-    return not is_list and keys.keys() >= {"images", "categories"}
 
 
 def _categories(contents: dict[str, dict], files: dict[str, Path], notes: list[str]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -130,17 +130,17 @@ def read_json(path: Path, into: type = object) -> object:
         raise UserError(f"{path}: is not the JSON that was expected ({error}). Fix: export it again") from error
 
 
-def json_outline(file: Path) -> tuple[bool, dict[str, msgspec.Raw]]:
-    """Whether a JSON file is a list, and the keys of its object, or of the first object of the list, with undecoded
-    values; no keys if the file is anything else. Takes a fraction of the time and memory of `read_json`."""
+def json_keys(file: Path, of_list: bool = False) -> Set[str]:
+    """The keys of a JSON file's object, or of the first object of its list; none if the file is anything else. Takes a
+    fraction of the time and memory of `read_json`."""
     try:
         text = read_text(file)
-        if text.lstrip()[:1] != "[":
-            return False, msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-        rows = msgspec.json.decode(text, type=list[msgspec.Raw])
-        return True, msgspec.json.decode(rows[0], type=dict[str, msgspec.Raw]) if rows else {}
+        if of_list:
+            rows = msgspec.json.decode(text, type=list[msgspec.Raw])
+            text = rows[0] if rows else "{}"
+        return msgspec.json.decode(text, type=dict[str, msgspec.Raw]).keys()
     except (UserError, msgspec.DecodeError, RecursionError):
-        return False, {}
+        return set()
 
 
 def image_size(path: Path) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -22,7 +23,7 @@ from shared.data.convert.files import (
     files_in,
     files_near,
     finder_for,
-    json_outline,
+    json_keys,
     one_per_split,
     read_json,
 )
@@ -36,8 +37,7 @@ from shared.errors import UserError
 def _recognise_labelme(source: Path) -> str:
     files = files_below(source, (".json",))
     for file in files[:3]:
-        is_list, keys = json_outline(file)
-        if not is_list and "shapes" in keys:
+        if "shapes" in json_keys(file):
             return f"{len(files)} JSON files with `shapes` and `imagePath`, {file.name} for example"
     return ""
 
@@ -146,12 +146,8 @@ def _read_createml(source: Path, options: Options) -> Contents:
 
 
 def _createml_files(source: Path) -> dict[str, Path]:
-    return one_per_split(filter(_is_createml, files_near(source, (".json",))), source)
-
-
-def _is_createml(file: Path) -> bool:
-    is_list, keys = json_outline(file)
-    return is_list and keys.keys() >= {"image", "annotations"}
+    files = files_near(source, (".json",))
+    return one_per_split([file for file in files if json_keys(file, of_list=True) >= {"image", "annotations"}], source)
 
 
 CREATEML = Format("a JSON file of CreateML, or a folder with one per split", _recognise_createml, _read_createml)
@@ -187,18 +183,15 @@ def _read_label_studio(source: Path, options: Options) -> Contents:
 
 
 def _file(source: Path) -> Path | None:
-    for file in files_in(source, (".json",))[:_TRIED]:
-        is_list, keys = json_outline(file)
-        if is_list and _is_task(keys):
-            return file
-    return None
+    files = files_in(source, (".json",))[:_TRIED]
+    return next((file for file in files if _is_task(json_keys(file, of_list=True))), None)
 
 
 def _saved(source: Path) -> list[Path]:
     """The files that Label Studio writes into a storage: one per annotation, with or without ending."""
 
     def is_saved(file: Path) -> bool:
-        return json_outline(file)[1].keys() >= {"task", "result"}
+        return json_keys(file) >= {"task", "result"}
 
     files = files_in(source, ("", ".json"))
     return list(filter(is_saved, files)) if any(map(is_saved, files[:_TRIED])) else []
@@ -215,9 +208,9 @@ def _tasks_of(files: list[Path]) -> list[dict[str, Any]]:
     return list(tasks.values())
 
 
-def _is_task(keys: dict[str, Any]) -> bool:
+def _is_task(keys: Set[str]) -> bool:
     """JSON-MIN has no `data`, but who annotated the task and when."""
-    return keys.keys() >= {"data", "annotations"} or keys.keys() >= {"id", "annotation_id"} or "annotator" in keys
+    return keys >= {"data", "annotations"} or keys >= {"id", "annotation_id"} or "annotator" in keys
 
 
 def _results(task: dict[str, Any], part: Split) -> list[dict] | None:
