@@ -245,11 +245,10 @@ def _box_with_keypoints(values: np.ndarray, kind: Kind, size: np.ndarray, counts
         seen = np.where((points == 0).all(axis=1), 0, 2)
     else:
         seen = points[:, 2]
-        if not np.isin(seen, (0, 1, 2)).all():  # predictions have a confidence there
+        others = seen[~np.isin(seen, (0, 1, 2))]
+        if len(others):  # predictions have a confidence there
             if not ((seen >= 0) & (seen <= 1)).all():
-                raise ValueError(
-                    f"a keypoint's visibility is {seen[~np.isin(seen, (0, 1, 2))][0]:g}, and not 0, 1 or 2"
-                )
+                raise ValueError(f"a keypoint's visibility is {others[0]:g}, and not 0, 1 or 2")
             counts["keypoints with a confidence, visible from 0.5 on"] += kind.points
             seen = np.where(seen >= 0.5, 2, 0)
     _refuse_pixels(points[:, :2].ravel())
