@@ -58,19 +58,22 @@ def export(trial_class: type[DetectionTrial], experiment: Experiment, arguments:
     if arguments.format != TENSORRT:
         formats.check_format(arguments.format, arguments.precision, arguments.raw)
     output = arguments.output or Path("exports") / arguments.format
-    _check_output(output)
-    with local_processes() as processes, contextlib.ExitStack() as stack:
+    if output.is_dir() and any(output.iterdir()) and not (output / _NUMBERS).is_file():  # not an earlier export
+        raise UserError(f"--output: {output} is not empty. Fix: give a new folder")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output: {output} is a file. Fix: give a new folder")
+    with local_processes() as processes:
         if processes[0].size > 1:
             raise UserError("export: one process exports. Fix: start it without torchrun")
         experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments, processes[0])
-        trial = stack.enter_context(detecting_trial(trial_class, experiment, checkpoint, processes))
-        if arguments.format == TENSORRT:
-            raise _tells_to_run_trtexec(trial)
-        with _replacing(output) as folder:
-            if arguments.format == TRANSFORMERS:
-                trial.save_for_transformers(folder)
-            else:
-                _write_checked(trial, experiment, checkpoint, arguments, folder)
+        with detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
+            if arguments.format == TENSORRT:
+                raise _tells_to_run_trtexec(trial)
+            with _replacing(output) as folder:
+                if arguments.format == TRANSFORMERS:
+                    trial.save_for_transformers(folder)
+                else:
+                    _write_checked(trial, experiment, checkpoint, arguments, folder)
     print(f"written: {output}")
 
 
@@ -139,14 +142,6 @@ def _tells_to_run_trtexec(trial: DetectionTrial) -> UserError:
         f"with the GPU: trtexec --onnx=model.onnx --minShapes={least} --optShapes={least} --maxShapes={most} "
         "--saveEngine=model.engine"
     )
-
-
-def _check_output(output: Path) -> None:
-    """Raises UserError if `output` holds anything but an earlier export."""
-    if output.is_dir() and any(output.iterdir()) and not (output / _NUMBERS).is_file():
-        raise UserError(f"--output: {output} is not empty. Fix: give a new folder")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output: {output} is a file. Fix: give a new folder")
 
 
 @contextlib.contextmanager

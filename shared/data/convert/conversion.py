@@ -225,11 +225,7 @@ def _with_val(splits: dict[str, Split], share: float, source: Path) -> dict[str,
     count = min(max(round(share * len(part.images)), 1), len(part.images) - 1)
     val = set(np.random.default_rng(0).permutation(len(part.images))[:count].tolist())
     train, held_out = ([image for i, image in enumerate(part.images) if (i in val) is of] for of in (False, True))
-    return {
-        "train": replace(part, images=train),
-        "val": replace(part, images=held_out, counts=Counter()),
-        **splits,
-    }
+    return {"train": replace(part, images=train), "val": replace(part, images=held_out, counts=Counter()), **splits}
 
 
 def _name_from(root: Path, part: Split) -> None:
