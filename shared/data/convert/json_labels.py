@@ -238,10 +238,12 @@ def _add_label_studio_image(task: dict[str, Any], results: list[dict], part: Spl
     size = next(sizes, None) or part.finder.size(name)
     if size is None:
         raise ValueError(f"has no original_width, and its image {name!r} is not there; pass --images")
-    named = _labels_by_region(results)
+    # projects with separate tags for shape and label have the labels in a result of their own
+    named = {r.get("id"): r["value"][_LABELS] for r in results if r.get("type") == _LABELS and _LABELS in r["value"]}
     rows = []
     for result in results:
-        kind, value = str(result.get("type") or _kind_of(result)), result.get("value") or {}
+        kind = str(result.get("type") or next((key for key in result if key.endswith(_LABELS)), "region"))
+        value = result.get("value") or {}
         shape = _label_studio_shape(kind.removesuffix(_LABELS), value, size)
         if shape is None:
             if kind != _LABELS:
@@ -277,15 +279,6 @@ def _name(address: str, finder: ImageFinder) -> str:
     if not finder:
         return base
     return plain if is_upload and finder.find(base) is None and finder.find(plain) else path
-
-
-def _labels_by_region(results: list[dict]) -> dict[Any, list[str]]:
-    """The labels that projects with separate tags for shape and label have in a result of their own."""
-    return {r.get("id"): r["value"][_LABELS] for r in results if r.get("type") == _LABELS and _LABELS in r["value"]}
-
-
-def _kind_of(row: dict[str, Any]) -> str:
-    return next((key for key in row if key.endswith(_LABELS)), "region")
 
 
 def _label_studio_shape(kind: str, value: dict[str, Any], size: tuple[int, int]) -> dict[str, Any] | None:
