@@ -67,7 +67,7 @@ def write(
 
     Args:
         detector: on the CPU, in evaluation mode.
-        metadata: also says in which precision the network computes, see `check_options`.
+        metadata: also says in which precision the network computes, see `check_format`.
         calibration: images for INT8, see `quantize`.
 
     Raises:
