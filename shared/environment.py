@@ -15,7 +15,7 @@ import re
 import select
 import signal
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -154,6 +154,17 @@ def torch_release() -> tuple[int, ...]:
     import torch  # some who import this module start without it
 
     return tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed, and have metadata."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def on_cluster() -> bool:

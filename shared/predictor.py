@@ -12,7 +12,7 @@ import io
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -23,13 +23,7 @@ from determined.core import DistributedContext
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
-from shared.commands.detection import (
-    FileDetector,
-    detect_all,
-    detecting_trial,
-    experiment_of_checkpoint,
-    score_limits,
-)
+from shared.commands.detection import FileDetector, detect_all, detecting_trial, experiment_of_checkpoint, score_limits
 from shared.commands.predict_inputs import GivenImages, UnreadableError, size_of
 from shared.config.experiment import Experiment, Sections, experiment_of
 from shared.config.schema import StoreOptions, is_url
@@ -95,7 +89,8 @@ class ImageDetections(Detections):
 
     def draw(self, min_score: float = 0.3) -> Image.Image:
         """A copy of the image with the detections that have at least this score."""
-        with _OpenedImages([self.image], self.options) as images:
+        with tempfile.TemporaryDirectory(prefix="predict-") as copies:
+            images = _OpenedImages([self.image], self.options, copies)
             return drawing.picture_of(read_image(images, "0"), self, self.categories, min_score)
 
 
@@ -114,10 +109,7 @@ class Predictor:
     """
 
     def __init__(
-        self,
-        source: str | Path,
-        detector: str | Path | None = None,
-        hyperparameters: Mapping[str, Any] | None = None,
+        self, source: str | Path, detector: str | Path | None = None, hyperparameters: Mapping[str, Any] | None = None
     ):
         self._opened, self._checkpoint = contextlib.ExitStack(), None
         alone = DistributedContext(rank=0, size=1, local_rank=0, local_size=1, cross_rank=0, cross_size=1)
@@ -166,21 +158,18 @@ class Predictor:
         if not images:
             return []
         min_scores, _ = score_limits(min_score, self.categories, self._checkpoint, self._trial)
-        with _OpenedImages(images, self._options) as opened:
-            tiling = None if tiles is None else Tiling(tiles, overlap)
+        tiling = None if tiles is None else Tiling(tiles, overlap)
+        with tempfile.TemporaryDirectory(prefix="predict-") as copies:
+            opened = _OpenedImages(images, self._options, copies)
             sizes = [opened.size(i, in_tiles=tiles is not None) for i in range(len(images))]
-            rows = [
-                {"id": i, "file_name": str(i), "width": width, "height": height}
-                for i, (width, height) in enumerate(sizes)
-            ]
+            rows = [{"id": i, "file_name": str(i), "width": w, "height": h} for i, (w, h) in enumerate(sizes)]
             annotations = CocoAnnotations.from_dict({"images": rows, "annotations": [], "categories": self.categories})
             detected = detect_all(self._trial, SplitData(annotations, opened), all_images=True, tiling=tiling)
             by_id = {found.image_id: found for _, of_batch in detected for found in of_batch}
-        return [self._of_image(by_id[i], min_scores, image) for i, image in enumerate(images)]
-
-    def _of_image(self, found: Detections, min_scores: np.ndarray, image: Given) -> ImageDetections:
-        found = found.only(found.scores >= min_scores.astype(found.scores.dtype)[found.labels])
-        return ImageDetections(**vars(found), categories=self.categories, image=image, options=self._options)
+        found = (by_id[i] for i in range(len(images)))
+        kept = (each.only(each.scores >= min_scores.astype(each.scores.dtype)[each.labels]) for each in found)
+        more = {"categories": self.categories, "options": self._options}
+        return [ImageDetections(**vars(each), image=image, **more) for each, image in zip(kept, images, strict=True)]
 
     def close(self) -> None:
         """Frees what the detector holds. A `with` block does it too."""
@@ -208,13 +197,16 @@ def _checkpoint_of(source: str | Path) -> str:
 
 
 class _OpenedImages(GivenImages):
-    """The bytes of given images by their position. A context: it deletes its copies of remote images."""
+    """The bytes of given images by their position.
 
-    def __init__(self, given: Sequence[Given], options: StoreOptions):
-        self._folder = tempfile.TemporaryDirectory(prefix="predict-")
+    Args:
+        copies: the folder for copies of remote images.
+    """
+
+    def __init__(self, given: Sequence[Given], options: StoreOptions, copies: str):
         paths = {str(i): os.fspath(one) for i, one in enumerate(given) if isinstance(one, (str, os.PathLike))}
         locations = {name: path if is_url(path) else str(Path(path).expanduser()) for name, path in paths.items()}
-        super().__init__(locations, options, Path(self._folder.name))
+        super().__init__(locations, options, Path(copies))
         self._given = given
 
     def size(self, position: int, in_tiles: bool) -> tuple[int, int]:
@@ -239,12 +231,6 @@ class _OpenedImages(GivenImages):
         image, buffer = _upright(self._given[int(file_name)], int(file_name)), io.BytesIO()
         image.save(buffer, format="BMP" if image.mode in ("L", "RGB") else "PNG")
         return buffer.getvalue()
-
-    def __enter__(self) -> _OpenedImages:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
 
 
 def _upright(given: Any, position: int) -> Image.Image:
@@ -275,25 +261,21 @@ def trial_class_of(checkpoint: Checkpoint, folder: str | Path | None = None) -> 
         UserError: no `model_def.py` there has the class, or a package of the detector is not installed.
     """
     name = checkpoint.trial_class
-    places = _places() if folder is None else [Path(folder).expanduser()]
+    if folder is not None:
+        places = roots = [Path(folder).expanduser()]
+    else:
+        roots = [Path.cwd(), Path(__file__).resolve().parents[1]]
+        places = [place for root in roots for place in (root, *sorted(path.parent for path in root.glob(f"*/{_FILE}")))]
+        # not the `code` that a run and a checkpoint keep, which may come from strangers
+        places = [place for place in places if place.name != "code"]
     file = next((place / _FILE for place in places if name in _classes_in(place / _FILE)), None)
     if file is None:
-        where = " or ".join(dict.fromkeys(str(place) for place in (places[:1] if folder else _roots())))
+        where = " or ".join(dict.fromkeys(map(str, roots)))
         raise UserError(
             f"{checkpoint.path}: no {_FILE} in {where} has its detector, the class {name}. Fix: give the detector's "
             "folder, Predictor(…, detector=FOLDER)"
         )
     return getattr(_module(file.resolve()), name)
-
-
-def _roots() -> list[Path]:
-    return [Path.cwd(), Path(__file__).resolve().parents[1]]
-
-
-def _places() -> list[Path]:
-    """The folders to look in: not the `code` that a run and a checkpoint keep, which may come from strangers."""
-    below = {root: sorted(file.parent for file in root.glob(f"*/{_FILE}")) for root in _roots()}
-    return [place for root, folders in below.items() for place in (root, *folders) if place.name != "code"]
 
 
 def _classes_in(file: Path) -> set[str]:
@@ -315,22 +297,14 @@ def _module(file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # loader workers pickle by it
     sys.path.insert(0, str(file.parent))  # what stands beside it
+    excepthook = sys.excepthook
     try:
-        with _own_excepthook():
-            spec.loader.exec_module(module)
+        spec.loader.exec_module(module)
     except (ImportError, SystemExit) as error:
         del sys.modules[name]
         raise UserError(
             f"{file}: the detector cannot be imported: {error}. Fix: pip install -r {file.parent / 'requirements.txt'}"
         ) from error
-    return module
-
-
-@contextlib.contextmanager
-def _own_excepthook() -> Iterator[None]:
-    """Restores `sys.excepthook`: a detector replaces that of its program, and this program is the user's."""
-    kept = sys.excepthook
-    try:
-        yield
     finally:
-        sys.excepthook = kept
+        sys.excepthook = excepthook  # a detector replaces that of its program, and this program is the user's
+    return module

@@ -307,7 +307,7 @@ def test_onnx_files_resize_as_pillow_does(input_size, tmp_path):
 
     detector = Resizing()
     detector.input_size = input_size
-    metadata = Metadata([], detector.outputs, True, input_size, "float32", None, {}, None, None, {})
+    metadata = Metadata([], detector.outputs, input_size, "float32", None, {}, None, None, {})
     session = onnxruntime.InferenceSession(formats.write(detector, "onnx", tmp_path, metadata))
     for height, width in ((480, 640), (60, 80), (50, 200)):
         image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)

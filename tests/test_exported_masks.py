@@ -66,7 +66,7 @@ def test_masks_of_a_file_are_pasted_evaluated_and_drawn(name, expected, shapes, 
     annotations = shapes / "annotations/val.json"
     categories = json.loads(annotations.read_text())["categories"]
     detector = Constant(name, masks)
-    metadata = Metadata(categories, detector.outputs, True, (HEIGHT, WIDTH), "float32", 0.5, {}, None, None, {})
+    metadata = Metadata(categories, detector.outputs, (HEIGHT, WIDTH), "float32", 0.5, {}, None, None, {})
     path = formats.write(detector, "torch", tmp_path, metadata)
 
     image = next((shapes / "val").iterdir())

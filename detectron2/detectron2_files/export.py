@@ -95,7 +95,7 @@ class ExportableDetectron2(Exportable):
             scores, places, labels = best_pairs(level.sigmoid(), count, model.test_score_thresh)
             found.append((_decoded(model, regressed, anchors.tensor, places), scores, labels))
         boxes, scores, labels = (torch.cat(each, 1) for each in zip(*found, strict=True))
-        return best_boxes(boxes, scores, labels, model.test_nms_thresh, model.max_detections_per_image)[:3]
+        return best_boxes(boxes, scores, labels, model.test_nms_thresh, model.max_detections_per_image)
 
     def _of_regions(self, features: Mapping[str, Tensor], edge: Tensor) -> tuple[Tensor, ...]:
         """The detections of `GeneralizedRCNN.inference`, inside an image whose width and height is (4,) `edge`."""

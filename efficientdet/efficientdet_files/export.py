@@ -69,7 +69,7 @@ class ExportableEfficientDet(ExportableRaw):
         boxes = decode_box_outputs(regressed.flatten(0, 1), self.anchors[places.flatten()], output_xyxy=True)
         boxes = clip_boxes_xyxy(boxes, sizes.flip(0) / scale).view_as(regressed)
         limit = self.config.max_det_per_image
-        boxes, scores, labels, _ = best_boxes(boxes, logits.sigmoid(), best % classes, _IOU_THRESHOLD, limit)
+        boxes, scores, labels = best_boxes(boxes, logits.sigmoid(), best % classes, _IOU_THRESHOLD, limit)
         return boxes * scale, scores, labels
 
     def _outputs(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

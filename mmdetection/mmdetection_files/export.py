@@ -103,7 +103,7 @@ class ExportableMMDetection(Exportable):
         boxes, limit = boxes / scale, self.config.get("max_per_img")
         if limit is None:  # MMDetection keeps all, and COCO counts 100 of each class
             limit = torch.sym_min(boxes.shape[1], _MOST)
-        return best_boxes(boxes, scores, labels, self.config.nms["iou_threshold"], limit)[:3]
+        return best_boxes(boxes, scores, labels, self.config.nms["iou_threshold"], limit)
 
     def _of_levels(self, outputs: Sequence[Any], height: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The candidates of `BaseDenseHead.get_bboxes`: the best pairs of a place and a class, by level."""

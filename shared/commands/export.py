@@ -22,23 +22,18 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from shared import durable
+from shared.commands.data_report import spread
 from shared.commands.detection import FileDetector, check_categories, detecting_trial, with_checkpoint
 from shared.config.experiment import Experiment
 from shared.data.dataset import CocoDetection
 from shared.data.images import read_image
 from shared.data.open import SplitData, open_split
+from shared.environment import versions_of
 from shared.errors import UserError, count_of
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import for_json
 from shared.export import detect, detect_raw, formats
-from shared.export.metadata import (
-    TENSORRT,
-    TRANSFORMERS,
-    Metadata,
-    known_thresholds,
-    thresholds_of_report,
-    versions_of,
-)
+from shared.export.metadata import TENSORRT, TRANSFORMERS, Metadata, known_thresholds, thresholds_of_report
 from shared.export.operations import ExportableRaw, Raw, raw_of
 from shared.report.compare import Compared, compared, summary_of
 from shared.report.image_errors import box_ious
@@ -61,23 +56,24 @@ def export(trial_class: type[DetectionTrial], experiment: Experiment, arguments:
         UserError: the detector cannot be exported, or the file detects worse or better than the checkpoint.
     """
     if arguments.format != TENSORRT:
-        formats.check_options(arguments.format, arguments.precision, arguments.raw)
-    if arguments.format in formats.FORMATS:
-        formats.check_format(arguments.format)
+        formats.check_format(arguments.format, arguments.precision, arguments.raw)
     output = arguments.output or Path("exports") / arguments.format
-    _check_output(output)
-    with local_processes() as processes, contextlib.ExitStack() as stack:
+    if output.is_dir() and any(output.iterdir()) and not (output / _NUMBERS).is_file():  # not an earlier export
+        raise UserError(f"--output: {output} is not empty. Fix: give a new folder")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output: {output} is a file. Fix: give a new folder")
+    with local_processes() as processes:
         if processes[0].size > 1:
             raise UserError("export: one process exports. Fix: start it without torchrun")
         experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments, processes[0])
-        trial = stack.enter_context(detecting_trial(trial_class, experiment, checkpoint, processes))
-        if arguments.format == TENSORRT:
-            raise _tells_to_run_trtexec(trial)
-        with _replacing(output) as folder:
-            if arguments.format == TRANSFORMERS:
-                trial.save_for_transformers(folder)
-            else:
-                _write_checked(trial, experiment, checkpoint, arguments, folder)
+        with detecting_trial(trial_class, experiment, checkpoint, processes) as trial:
+            if arguments.format == TENSORRT:
+                raise _tells_to_run_trtexec(trial)
+            with _replacing(output) as folder:
+                if arguments.format == TRANSFORMERS:
+                    trial.save_for_transformers(folder)
+                else:
+                    _write_checked(trial, experiment, checkpoint, arguments, folder)
     print(f"written: {output}")
 
 
@@ -96,7 +92,8 @@ def _write_checked(
     data = trial.open_val()
     source = "checkpoint" if checkpoint else "pretrained"
     check_categories(trial.categories, data, source)
-    indices = _indices(trial, data, arguments.images)
+    evaluated = trial.evaluated_images(len(data.annotations))
+    indices = [int(evaluated[position]) for position in spread(len(evaluated), arguments.images)]
     print(f"detecting with the {source} on {count_of(len(indices), 'image')}")
     found, speed = _with_trial(trial, data, indices)
     sides = {source: Side(speed, own_peak_memory(), str(trial.context.device))}
@@ -104,14 +101,12 @@ def _write_checked(
     metadata = _metadata(exportable, trial, checkpoint, data, found, arguments.precision)
     calibration = _calibration(experiment, metadata) if arguments.precision == "int8" else ()
     path = formats.write(exportable, arguments.format, folder, metadata, calibration)
-    source_of_script = Path(detect_raw.__file__ if arguments.raw else detect.__file__)
-    script = shutil.copy(source_of_script, folder / "detect.py")
+    script = Path(shutil.copy((detect_raw if arguments.raw else detect).__file__, folder / "detect.py"))
     print("detecting with the file")
-    processes = (trial.context.distributed, trial.context.device)
-    file = FileDetector(type(trial), experiment, path, processes)
+    file = FileDetector(type(trial), experiment, path, (trial.context.distributed, trial.context.device))
     image_ids = [image.image_id for image in found]
     of_file, speed = _with_file(file, data, image_ids)
-    sides[arguments.format] = Side(speed, peak_memory_of(Path(script), path, data, indices), file.context.device)
+    sides[arguments.format] = Side(speed, peak_memory_of(script, path, data, indices), file.context.device)
     comparison = compared(
         data.annotations,
         {source: found, arguments.format: of_file},
@@ -141,22 +136,12 @@ def _tells_to_run_trtexec(trial: DetectionTrial) -> UserError:
     else:  # a file that takes images of any size gets an engine for those of one size
         first = trial.open_val().annotations[0]
         height, width = first.height, first.width
-    least, most = (
-        f"images:{count}x3x{height}x{width}" for count in (1, _MOST_IN_ENGINE if exportable.any_batch else 1)
-    )
+    least, most = (f"images:{count}x3x{height}x{width}" for count in (1, _MOST_IN_ENGINE))
     return UserError(
         f"--format tensorrt: TensorRT's own program builds engines. Fix: --format onnx{option}, then on the machine "
         f"with the GPU: trtexec --onnx=model.onnx --minShapes={least} --optShapes={least} --maxShapes={most} "
         "--saveEngine=model.engine"
     )
-
-
-def _check_output(output: Path) -> None:
-    """Raises UserError if `output` holds anything but an earlier export."""
-    if output.is_dir() and any(output.iterdir()) and not (output / _NUMBERS).is_file():
-        raise UserError(f"--output: {output} is not empty. Fix: give a new folder")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output: {output} is a file. Fix: give a new folder")
 
 
 @contextlib.contextmanager
@@ -168,28 +153,17 @@ def _replacing(output: Path) -> Iterator[Path]:
         yield folder
         durable.replace_folder(folder, output)
     except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
         raise UserError(
             f"--output: {output} cannot be written: {error.strerror or error}. Fix: give another folder"
         ) from error
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _indices(trial: DetectionTrial, data: SplitData, count: int | None) -> list[int]:
-    """The images to detect on: all that a validation uses, or `count` of them, evenly spread."""
-    indices = np.array(trial.evaluated_images(len(data.annotations)))
-    if count is not None and count < len(indices):
-        indices = indices[np.linspace(0, len(indices) - 1, count).astype(int)]
-    return indices.tolist()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # there is none once it took the place
 
 
 def _calibration(experiment: Experiment, metadata: Metadata) -> Iterator[np.ndarray]:
     """Images of data.train, evenly spread, as the file takes them."""
     train = open_split(experiment.data, "train")
-    count = len(train.annotations)
-    for index in np.unique(np.linspace(0, count - 1, min(formats.CALIBRATION_IMAGES, count)).astype(int)).tolist():
+    for index in spread(len(train.annotations), formats.CALIBRATION_IMAGES):
         record = train.annotations[index]
         image = np.asarray(read_image(train.images, record.file_name, (record.width, record.height)))
         yield image if metadata.decoding is None else detect_raw.fitted(image, metadata.input_size, metadata.decoding)
@@ -243,7 +217,6 @@ def _metadata(
     return Metadata(
         categories=trial.categories,
         outputs=exportable.outputs,
-        any_batch=exportable.any_batch,
         input_size=exportable.input_size,
         precision=precision,
         best_threshold=thresholds[0],

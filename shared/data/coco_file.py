@@ -161,7 +161,7 @@ def parse(data: JSONBytes, source: object) -> Parsed:
                 f"{source}: image {image.id} has the size {image.width}×{image.height}. Fix: give its width and height "
                 "in pixels"
             )
-    categories = check_categories(_without_namesakes(coco.categories, category_of, notes), source)
+    categories = check_categories(without_namesakes(coco.categories, category_of, notes), source)
     image_rows = _rows_of(image_of, image_ids, annotation_ids, "image", source)
     category_ids = np.array([category["id"] for category in categories], np.int64)
     labels = _rows_of(category_of, category_ids, annotation_ids, "category", source)
@@ -196,7 +196,7 @@ def parse(data: JSONBytes, source: object) -> Parsed:
     return Parsed(columns, categories, notes)
 
 
-def _without_namesakes(categories: list[dict], category_of: np.ndarray, notes: list[str]) -> list[dict]:
+def without_namesakes(categories: list[dict], category_of: np.ndarray, notes: list[str]) -> list[dict]:
     """The categories without those that have no annotations and another's name, as Roboflow's root category."""
     ids_by_name: dict[str, list[int]] = {}
     for category in categories:

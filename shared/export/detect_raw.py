@@ -28,11 +28,7 @@ def fitted(image: np.ndarray, size: Sequence[int], decoding: Mapping[str, Any]) 
 
 
 def decoded(
-    boxes: np.ndarray,
-    scores: np.ndarray,
-    image_size: Sequence[int],
-    size: Sequence[int],
-    decoding: Mapping[str, Any],
+    boxes: np.ndarray, scores: np.ndarray, image_size: Sequence[int], size: Sequence[int], decoding: Mapping[str, Any]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The detections of an image, the best first: boxes (M, 4), scores (M,), labels (M,).
 

@@ -24,38 +24,31 @@ _PACKAGES = {
     "openvino": ("onnx", "onnxscript", "openvino"),
     "torch": (),
 }
-_OLDEST_TORCH = (2, 6)
 _OPSET = 18
 _EXAMPLE = (480, 640)  # of the images that a detector is traced with: height, width
 
 
-def check_format(name: str) -> None:
-    """Raises UserError if this environment cannot write the format."""
-    if torch_release() < _OLDEST_TORCH:
-        oldest = ".".join(map(str, _OLDEST_TORCH))
-        raise UserError(
-            f"export: it needs torch {oldest}, and this is {torch.__version__}. Fix: use a newer environment to export"
-        )
-    missing = [package for package in _PACKAGES[name] if importlib.util.find_spec(package) is None]
-    if missing:
-        raise UserError(
-            f"--format {name}: the package {missing[0]} is missing. Fix: pip install '.[export]', in the project's "
-            "folder"
-        )
-
-
-def check_options(name: str, precision: str, raw: bool) -> None:
-    """Raises UserError if a format has no files of that precision, or no raw files."""
+def check_format(name: str, precision: str, raw: bool) -> None:
+    """Raises UserError if a format has no files of that precision, or no raw files, or if this environment cannot write
+    it."""
     if precision == "float16" and name != "openvino":
         raise UserError(f"--half: {name} has no 16-bit files here. Fix: --format openvino")
     if raw and name != "onnx":
         raise UserError(f"--raw: {name} has no raw files here. Fix: --format onnx")
     if precision == "int8" and name not in ("onnx", "openvino"):
         raise UserError(f"--int8: {name} has no 8-bit files here. Fix: --format onnx or openvino")
-    if precision == "int8" and importlib.util.find_spec("onnxruntime") is None:
+    if name not in FORMATS:
+        return
+    if torch_release() < (2, 6):
         raise UserError(
-            "--int8: the package onnxruntime is missing. Fix: pip install '.[export]', in the project's folder"
+            f"export: it needs torch 2.6, and this is {torch.__version__}. Fix: use a newer environment to export"
         )
+    packages = {f"--format {name}": _PACKAGES[name], "--int8": ("onnxruntime",) if precision == "int8" else ()}
+    for option, needed in packages.items():
+        if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
+            raise UserError(
+                f"{option}: the package {missing[0]} is missing. Fix: pip install '.[export]', in the project's folder"
+            )
 
 
 def check_detector(detector: Exportable, name: str) -> None:
@@ -74,7 +67,7 @@ def write(
 
     Args:
         detector: on the CPU, in evaluation mode.
-        metadata: also says in which precision the network computes, see `check_options`.
+        metadata: also says in which precision the network computes, see `check_format`.
         calibration: images for INT8, see `quantize`.
 
     Raises:
@@ -90,7 +83,7 @@ def write(
                 with operations_of_onnx(resizes=name == "onnx"):
                     _write_onnx(detector, onnx, metadata)
                 if metadata.precision == "int8":
-                    quantize(onnx, calibration)
+                    quantize(onnx, iter(calibration))
                 if name == "openvino":
                     _write_openvino(onnx, path, metadata)
                     onnx.unlink()
@@ -107,12 +100,8 @@ def write(
 
 def _example(detector: Exportable) -> tuple[torch.Tensor, dict]:
     """Images to trace with, and which of their dimensions vary."""
-    dynamic = torch.export.Dim.DYNAMIC
-    is_raw = isinstance(detector, Raw)
-    size = detector.input_size if is_raw else _EXAMPLE
-    images = torch.zeros(2 if detector.any_batch else 1, 3, *size, dtype=torch.uint8)
-    varying = ([0] if detector.any_batch else []) + ([] if is_raw else [2, 3])
-    return images, dict.fromkeys(varying, dynamic)
+    size, varying = (detector.input_size, [0]) if isinstance(detector, Raw) else (_EXAMPLE, [0, 2, 3])
+    return torch.zeros(2, 3, *size, dtype=torch.uint8), dict.fromkeys(varying, torch.export.Dim.DYNAMIC)
 
 
 def _write_torch(detector: Exportable, path: Path, metadata: Metadata) -> None:
@@ -126,6 +115,8 @@ def _write_torch(detector: Exportable, path: Path, metadata: Metadata) -> None:
 
 
 def _write_onnx(detector: Exportable, path: Path, metadata: Metadata) -> None:
+    import onnx
+
     images, dynamic = _example(detector)
     if detector.input_size is not None:
         model = _to_onnx(detector, (images,), (dynamic,), ["images"], list(detector.outputs))
@@ -138,11 +129,9 @@ def _write_onnx(detector: Exportable, path: Path, metadata: Metadata) -> None:
         model = _joined(first, second)
     versions = {each.domain: each.version for each in model.opset_import}  # a translated operation adds one again
     del model.opset_import[:]
-    model.opset_import.extend(onnx_module().helper.make_opsetid(*each) for each in versions.items())
-    model.metadata_props.extend(
-        onnx_module().StringStringEntryProto(key=name, value=value) for name, value in metadata.strings().items()
-    )
-    onnx_module().save(model, path)
+    model.opset_import.extend(onnx.helper.make_opsetid(*each) for each in versions.items())
+    onnx.helper.set_model_props(model, metadata.strings())
+    onnx.save(model, path)
 
 
 class _Prepare(torch.nn.Module):
@@ -180,19 +169,12 @@ def _to_onnx(module: torch.nn.Module, given: tuple, dynamic: tuple, inputs: list
 
 def _joined(first: Any, second: Any) -> Any:
     """One ONNX model, in which the second takes what the first returns."""
-    compose = onnx_module().compose
+    from onnx import compose
+
     second = compose.add_prefix(second, "network_", rename_inputs=False, rename_outputs=False)
     names = [value.name for value in second.graph.input]
     first.ir_version = second.ir_version
     return compose.merge_models(first, second, io_map=[(name, name) for name in names])
-
-
-def onnx_module() -> Any:
-    """The package onnx, which only an export needs."""
-    import onnx
-    import onnx.compose
-
-    return onnx
 
 
 def _write_openvino(onnx: Path, path: Path, metadata: Metadata) -> None:
@@ -207,19 +189,13 @@ def _write_openvino(onnx: Path, path: Path, metadata: Metadata) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the libraries' warnings about their own parts."""
-    noisy = [
-        logging.getLogger(name) for name in ("", "torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch.fx")
-    ]
-    levels = [logger.level for logger in noisy]
-    for logger in noisy:
-        logger.setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(noisy, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(logging.NOTSET)
 
 
 # --- INT8 -------------------------------------------------------------------------------------------
@@ -228,7 +204,7 @@ def _quiet() -> Iterator[None]:
 CALIBRATION_IMAGES = 64
 
 
-def quantize(path: Path, images: Iterable[np.ndarray]) -> None:
+def quantize(path: Path, images: Iterator[np.ndarray]) -> None:
     """Replaces an ONNX file by one whose convolutions compute in 8 bits, by ONNX Runtime. Resizing, decoding and NMS
     stay in 32 bits.
 
@@ -238,11 +214,8 @@ def quantize(path: Path, images: Iterable[np.ndarray]) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self._images: Iterator[np.ndarray] = iter(images)
-
         def get_next(self) -> dict[str, np.ndarray] | None:
-            image = next(self._images, None)
+            image = next(images, None)
             return None if image is None else {"images": np.ascontiguousarray(image.transpose(2, 0, 1)[None])}
 
     quantize_static(

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ class Metadata:
     """Attributes:
     categories: COCO categories; the position is the label.
     outputs: the names of the file's outputs, see `Exportable` and `Raw`.
-    any_batch: False if the file takes a single image only.
     input_size: (height, width) of the network's input; None if it follows from the image.
     precision: "float32", "float16" or "int8".
     best_threshold: the score with the highest F1 over all categories; None if it is not known.
@@ -38,7 +36,6 @@ class Metadata:
 
     categories: list[dict]
     outputs: tuple[str, ...]
-    any_batch: bool
     input_size: tuple[int, int] | None
     precision: str
     best_threshold: float | None
@@ -67,17 +64,6 @@ class Metadata:
             raise UserError(
                 f"--model: {path} has no metadata of a detector. Fix: give a file that `model_def.py export` wrote"
             ) from error
-
-
-def versions_of(packages: Sequence[str]) -> dict[str, str]:
-    """The versions of those packages that are installed."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def thresholds_of_report(report: Path) -> tuple[float | None, dict[str, float]] | None:

@@ -29,12 +29,10 @@ class Exportable(nn.Module, ABC):
 
     Attributes:
         outputs: the names of what `forward` returns.
-        any_batch: False if the file can take a single image only.
         input_size: (height, width) of the network's input; None if it follows from the image.
     """
 
     outputs: tuple[str, ...] = ("boxes", "scores", "labels")
-    any_batch: bool = True
     input_size: tuple[int, int] | None = None
 
     @abstractmethod
@@ -89,7 +87,7 @@ def within(height: int, width: int, short: int, long: int) -> tuple[int, int]:
 
 # --- resizing ---------------------------------------------------------------------------------------
 
-_FILTERS = {"bilinear": 1.0, "bicubic": 2.0}  # of Pillow, and their reach in pixels
+_FILTERS = ("bilinear", "bicubic")  # of Pillow
 
 
 def check_filter(name: str, key: str) -> None:
@@ -223,26 +221,24 @@ def operations_of_onnx(resizes: bool) -> Iterator[None]:
 
 
 def best_boxes(
-    boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, limit: int, score_threshold: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, limit: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Greedy NMS within each image and label, and the `limit` best of what stays.
 
     Args:
         boxes: (B, N, 4) x1 y1 x2 y2.
         scores, labels: (B, N).
         limit: at most N.
-        score_threshold: detections must be above it.
 
     Returns:
-        boxes (B, limit, 4), scores (B, limit) with 0 for no detection, labels (B, limit), and which of the N they
-        were, (B, limit).
+        boxes (B, limit, 4), scores (B, limit) with 0 for no detection, and labels (B, limit).
     """
     # boxes of different labels do not overlap: each label has its own rows
     positive = boxes - boxes.min()
     down = labels.to(boxes.dtype) * (positive.max() + 1)
     apart = positive + torch.stack([torch.zeros_like(down), down] * 2, -1)
-    top_scores, top = _kept_scores(apart, scores, iou_threshold, score_threshold, limit).topk(limit, dim=1)
-    return boxes.gather(1, top[..., None].expand(-1, -1, 4)), top_scores, labels.gather(1, top), top
+    top_scores, top = _kept_scores(apart, scores, iou_threshold, 0.0, limit).topk(limit, dim=1)
+    return boxes.gather(1, top[..., None].expand(-1, -1, 4)), top_scores, labels.gather(1, top)
 
 
 def best_of_classes(
@@ -308,11 +304,9 @@ def _resized(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def onnx_translations() -> dict:
-    """For `torch.onnx.export`: NMS and Pillow's resizing by ONNX's own operations. That NMS handles images by
-    themselves, and stops at `limit`."""
+    """For `torch.onnx.export` in a block of `operations_of_onnx`: NMS and Pillow's resizing by ONNX's own operations.
+    That NMS handles images by themselves, and stops at `limit`."""
     from onnxscript import opset18 as op
-
-    _register()
 
     def kept(boxes, scores, iou_threshold: float, score_threshold: float, limit: int):  # noqa: ANN001, ANN202
         selected = op.NonMaxSuppression(

@@ -19,7 +19,6 @@ from shared.export.metadata import PREFIX, Metadata
 # from (B, 3, H, W) uint8 images to the outputs, in the order of the metadata
 Run = Callable[[np.ndarray], Sequence[np.ndarray]]
 _IN_MASK = 0.5  # the least probability of a pixel in a mask
-ENDINGS = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
 
 
 class ExportedDetector:
@@ -38,19 +37,21 @@ class ExportedDetector:
             UserError: the file is missing or not an exported detector, or its runtime is not installed.
         """
         self.path = Path(path)
-        run_and_metadata = {"onnx": _open_onnx, "openvino": _open_openvino, "torch": _open_torch}
-        if (kind := ENDINGS.get(self.path.suffix)) is None:
+        if self.path.suffix not in ENDINGS:
             raise UserError(
                 f"--model: {path} is not an exported file. Fix: give a file that ends in {', '.join(ENDINGS)}"
             )
         if not self.path.is_file():
             raise UserError(f"--model: {path} does not exist. Fix: write it with `model_def.py export`")
         try:
-            self._run, strings, self.device = run_and_metadata[kind](self.path)
+            self._run, strings, self.device = ENDINGS[self.path.suffix](self.path)
         except ModuleNotFoundError as error:
             raise UserError(
                 f"--model: {path} needs the package {error.name}. Fix: pip install '.[export]', in the project's folder"
             ) from error
+        except Exception as error:  # a file that is cut off or foreign fails in many ways
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"--model: {path} cannot be read ({reason}). Fix: export it again") from error
         self.metadata = Metadata.of_strings(strings, self.path)
         self.categories = self.metadata.categories
         has_masks = any(name.endswith("masks") for name in self.metadata.outputs)
@@ -66,9 +67,9 @@ class ExportedDetector:
         if self.metadata.decoding is not None:
             raw = detect_raw.detections(self._run, images, self.metadata.input_size, self.metadata.decoding)
             return [Detections(image_id, *found) for image_id, found in zip(image_ids, raw, strict=True)]
-        groups: dict[tuple[int, ...] | int, list[int]] = {}
+        groups: dict[tuple[int, ...], list[int]] = {}
         for position, image in enumerate(images):
-            groups.setdefault(image.shape if self.metadata.any_batch else position, []).append(position)
+            groups.setdefault(image.shape, []).append(position)
         found: dict[int, Detections] = {}
         for positions in groups.values():
             batch = np.stack([images[position] for position in positions]).transpose(0, 3, 1, 2)
@@ -135,10 +136,7 @@ def _open_onnx(path: Path) -> tuple[Run, dict[str, str], str]:
     options.log_severity_level = 3
     wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
     providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=providers)
-    except Exception as error:  # a file that is cut off or foreign fails in many ways
-        raise _unreadable(path, error) from error
+    session = onnxruntime.InferenceSession(path, options, providers=providers)
     (given,) = (each.name for each in session.get_inputs())
     device = "cuda" if session.get_providers()[0].startswith("CUDA") else "cpu"
     return lambda images: session.run(None, {given: images}), session.get_modelmeta().custom_metadata_map, device
@@ -148,10 +146,7 @@ def _open_openvino(path: Path) -> tuple[Run, dict[str, str], str]:
     import openvino
 
     core = openvino.Core()
-    try:
-        model = core.read_model(path)
-    except Exception as error:
-        raise _unreadable(path, error) from error
+    model = core.read_model(path)
     strings = {name: str(value.value) for name, value in model.get_rt_info().items() if name.startswith(PREFIX)}
     options: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads()}
     if strings.get(f"{PREFIX}precision") != '"float16"':  # without it, a CPU that can computes in 16 bits
@@ -165,10 +160,7 @@ def _open_torch(path: Path) -> tuple[Run, dict[str, str], str]:
     import torchvision.ops  # noqa: F401 the file names its operations
 
     strings = {"metadata.json": ""}
-    try:
-        module = torch.export.load(path, extra_files=strings).module()
-    except Exception as error:
-        raise _unreadable(path, error) from error
+    module = torch.export.load(path, extra_files=strings).module()
 
     def run(images: np.ndarray) -> list[np.ndarray]:
         with torch.no_grad():
@@ -177,6 +169,5 @@ def _open_torch(path: Path) -> tuple[Run, dict[str, str], str]:
     return run, json.loads(strings["metadata.json"] or "{}"), "cpu"
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(f"--model: {path} cannot be read ({reason}). Fix: export it again")
+# by a file's ending, what gives its outputs, its metadata and the device
+ENDINGS = {".onnx": _open_onnx, ".xml": _open_openvino, ".pt2": _open_torch}

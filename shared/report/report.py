@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure
 from shared.config.file import flattened
 from shared.data.annotations import CocoAnnotations
 from shared.data.storage import ImageStorage
+from shared.environment import versions_of
 from shared.errors import count_of
 from shared.evaluation.detections import Detections, from_coco_results
 from shared.evaluation.evaluator import CocoEvaluator, iou_types_of
@@ -72,13 +72,11 @@ def software(code: Path) -> dict[str, str]:
     """
     requirements = code / "requirements.txt"
     own = re.findall(r"^[\w.-]+", requirements.read_text(), re.MULTILINE) if requirements.is_file() else []
-    found = [f"Python {sys.version.split()[0]}"]
-    for package in ("torch", "torchvision", "determined", "hotcoco", *own):
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:  # not installed, or without metadata
-            continue
-    facts = {"versions": ", ".join(found)}
+    versions = {
+        "Python": sys.version.split()[0],
+        **versions_of(["torch", "torchvision", "determined", "hotcoco", *own]),
+    }
+    facts = {"versions": ", ".join(f"{package} {version}" for package, version in versions.items())}
     if commit := _git(code, "rev-parse", "--short=12", "HEAD"):
         changed = _git(code, "status", "--porcelain", "--untracked-files=no")
         facts["git commit"] = f"{commit}{', with changes' if changed else ''}"

@@ -50,7 +50,7 @@ def test_coco_an_unused_root_category_with_a_duplicate_name_is_omitted(tmp_path)
     content = coco(categories=((1, "fish"), (0, "fish")))
     _, said = converted("coco", write(tmp_path / "a.json", content), tmp_path / "o.json")
     assert CocoAnnotations.open(tmp_path / "o.json").categories == [{"id": 1, "name": "fish"}]
-    assert "category 0 is left out: no annotation has it" in said
+    assert "category 0 is omitted: it has no annotations" in said
 
 
 def test_coco_numbers_in_quotes_are_read(tmp_path):

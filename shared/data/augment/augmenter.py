@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from shared.config.augment import Augment
 from shared.data import fast_images
 from shared.data.annotations import ImageRecord
 from shared.data.augment.placement import (
+    Drawn,
     Layout,
     Picture,
     Placement,
@@ -31,7 +32,6 @@ from shared.data.augment.placement import (
 from shared.data.dataset import Loaded, SampleKey
 
 Other = Callable[[int], Loaded | None]
-Drawn = tuple[np.ndarray, ImageRecord]
 
 _CACHE_BYTES = 192 * 2**20  # of decoded images, per process
 _MOSAIC_CENTER = (0.3, 0.7)  # the range of the point where the four images meet, as a share of the canvas
@@ -39,17 +39,9 @@ _MOSAIC_SCALE = (0.4, 1.0)  # the range of the size of an image in a mosaic, as 
 _CROPPED = (0.3, 1.0)  # the range of the sides of a crop, as a share of the image's
 
 
-@dataclass(frozen=True)
-class Span:
-    """Where one side of an image goes: pixels `start` to `end` of the image to `first` to `last` of the canvas."""
-
-    start: int
-    end: int
-    first: int
-    last: int
-
-
-def span(source: tuple[int, int], length: float, room: tuple[int, int], side: float, at: float) -> Span:
+def span(
+    source: tuple[int, int], length: float, room: tuple[int, int], side: float, at: float
+) -> tuple[int, int, int, int]:
     """Fits a part of an image, which would have `length` pixels on the canvas, into a room of the canvas.
 
     Args:
@@ -57,15 +49,18 @@ def span(source: tuple[int, int], length: float, room: tuple[int, int], side: fl
         room: the first and last pixel of the room.
         side: where a shorter part lies in the room, from 0 to 1.
         at: which piece of a longer part is shown, from 0 to 1.
+
+    Returns:
+        The first and last pixel of the image, and those of the canvas where they go.
     """
     space, pixels = room[1] - room[0], source[1] - source[0]
     if length <= space:
         shown = min(max(round(length), 1), space)
         first = room[0] + round(side * (space - shown))
-        return Span(*source, first, first + shown)
+        return (*source, first, first + shown)
     shown = min(max(round(pixels * space / length), 1), pixels)
     start = source[0] + round(at * (pixels - shown))
-    return Span(start, start + shown, *room)
+    return (start, start + shown, *room)
 
 
 @dataclass(eq=False)
@@ -77,7 +72,6 @@ class DataAugmenter:
     Attributes:
         settings: the section.
         layout: how the detector fits images into its input.
-        last: the section for the epochs from `last_epoch` on.
         last_epoch: the first epoch of `off_for_last`; None for no such epoch.
         mirrored: by label, the order of the keypoints in a mirrored image.
         masks: carry the segmentations along.
@@ -88,9 +82,9 @@ class DataAugmenter:
     last_epoch: int | None = None
     mirrored: Sequence[np.ndarray] | None = None
     masks: bool = False
-    cache: OrderedDict[int, Loaded] = field(default_factory=OrderedDict, repr=False)
 
     def __post_init__(self) -> None:
+        self.cache: OrderedDict[int, Loaded] = OrderedDict()
         self.cached_bytes = 0
         self.named = None
         if self.settings.transforms:
@@ -104,7 +98,7 @@ class DataAugmenter:
 
     def with_masks(self) -> DataAugmenter:
         """The same changes, with masks on the records."""
-        return dataclasses.replace(self, masks=True, cache=OrderedDict())
+        return dataclasses.replace(self, masks=True)
 
     # --- what the data set calls ----------------------------------------------------------------------
 
@@ -133,45 +127,38 @@ class DataAugmenter:
         """The changed image and its record. `other` gives the image of an index; `count` is the number of images."""
         is_last = self.last_epoch is not None and key.epoch >= self.last_epoch
         settings = self.settings.at_the_end if is_last else self.settings
-        sample = _Sample(self, settings, np.random.default_rng([seed, *key.seeds, 5]), key, other, count)
-        return sample.drawn(image, record)
+        rng = np.random.default_rng([seed, *key.seeds, 5])
+        return _Sample(self, settings, rng, list(key.others), other, count).drawn(image, record)
 
 
+@dataclass(eq=False)
 class _Sample:
-    """The changes of one sample."""
+    """The changes of one sample.
 
-    def __init__(
-        self,
-        augmenter: DataAugmenter,
-        settings: Augment,
-        rng: np.random.Generator,
-        key: SampleKey,
-        other: Other,
-        count: int,
-    ):
-        self.augmenter, self.settings, self.rng, self.layout = augmenter, settings, rng, augmenter.layout
-        self.other, self.count = other, count
-        # draws do not depend on other switches: the data set's other images come in a fixed order
-        self.others = list(key.others)
+    Attributes:
+        others: the images to combine it with, in a fixed order: draws do not depend on other switches.
+    """
+
+    augmenter: DataAugmenter
+    settings: Augment
+    rng: np.random.Generator
+    others: list[int]
+    other: Other
+    count: int
 
     def drawn(self, image: Picture, record: ImageRecord) -> Drawn:
         settings, rng = self.settings, self.rng
-        of_mosaic, mixes, pastes, erases = rng.random(4) < (
-            settings.mosaic,
-            settings.mixup,
-            settings.copy_paste,
-            settings.erase,
-        )
+        chances = settings.mosaic, settings.mixup, settings.copy_paste, settings.erase
+        of_mosaic, mixes, pastes, erases = rng.random(4) < chances
         self.masks = self.augmenter.masks or bool(pastes)
-        canvas = self.layout.canvas(record.width, record.height)
-        if of_mosaic:
-            pixels, changed = self._mosaic(image, record, canvas)
-        else:
-            pixels, changed = self._alone(image, record, canvas)
+        canvas = self.augmenter.layout.canvas(record.width, record.height)
+        compose = self._mosaic if of_mosaic else self._alone
+        drawn = compose(image, record, canvas)
         if pastes and (found := self._other()) is not None:
-            pixels, changed = paste_objects(pixels, changed, *self._alone(*found, canvas), rng)
+            drawn = paste_objects(drawn, self._alone(*found, canvas), rng)
         if mixes and (found := self._other()) is not None:
-            pixels, changed = mix(pixels, changed, *self._alone(*found, canvas), rng)
+            drawn = mix(drawn, self._alone(*found, canvas), rng)
+        pixels, changed = drawn
         if settings.color:
             pixels = change_color(pixels, settings.color, rng)
         if settings.transforms:
@@ -187,10 +174,6 @@ class _Sample:
     def _scale(self) -> float:
         low, high = np.log(self.settings.scale)
         return float(np.exp(self.rng.uniform(low, high)))
-
-    def _flips(self) -> tuple[bool, bool]:
-        along_x, along_y = self.rng.random(2) < (self.settings.flip, self.settings.vertical_flip)
-        return bool(along_x), bool(along_y)
 
     def _alone(self, image: Picture, record: ImageRecord, canvas: Size) -> Drawn:
         """The image on a canvas of its own: cropped, scaled, flipped, and somewhere on it."""
@@ -220,16 +203,15 @@ class _Sample:
     def _placed(
         self, image: Picture, window: tuple[int, int, int, int], scale: float, room: tuple, side: np.ndarray
     ) -> Placement:
-        size, at, flips = (
-            self.layout.fit(window[2] - window[0], window[3] - window[1]),
-            self.rng.random(2),
-            self._flips(),
+        size, at = self.augmenter.layout.fit(window[2] - window[0], window[3] - window[1]), self.rng.random(2)
+        along_x, along_y = (self.rng.random(2) < (self.settings.flip, self.settings.vertical_flip)).tolist()
+        (x1, x2, left, right), (y1, y2, top, bottom) = (
+            span(window[axis::2], size[axis] * scale, room[axis::2], side[axis], at[axis]) for axis in (0, 1)
         )
-        x, y = (span(window[axis::2], size[axis] * scale, room[axis::2], side[axis], at[axis]) for axis in (0, 1))
-        return Placement((x.start, y.start, x.end, y.end), (x.first, y.first, x.last, y.last), image.reduction, flips)
+        return Placement((x1, y1, x2, y2), (left, top, right, bottom), image.reduction, (along_x, along_y))
 
     def _composed(self, parts: Sequence[tuple[Picture, ImageRecord, Placement]], canvas: Size) -> Drawn:
-        pixels, records = filled(canvas, self.layout.fill), []
+        pixels, records = filled(canvas, self.augmenter.layout.fill), []
         for image, record, placement in parts:
             placement.draw(image, pixels)
             records.append(placement.record(record, canvas, self.masks, self.augmenter.mirrored))
@@ -289,30 +271,18 @@ def change_color(pixels: np.ndarray, strength: float, rng: np.random.Generator) 
     return np.asarray(Image.fromarray(pixels).convert("RGB", tuple(rows.ravel().tolist())))
 
 
-def mix(
-    pixels: np.ndarray,
-    record: ImageRecord,
-    other_pixels: np.ndarray,
-    other_record: ImageRecord,
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, ImageRecord]:
+def mix(one: Drawn, other: Drawn, rng: np.random.Generator) -> Drawn:
     """Both images blended, with the objects of both."""
-    share = rng.beta(_MIXING, _MIXING)
-    blended = Image.blend(Image.fromarray(pixels), Image.fromarray(other_pixels), share)
-    return np.asarray(blended), joined([record, other_record])
+    blended = Image.blend(Image.fromarray(one[0]), Image.fromarray(other[0]), rng.beta(_MIXING, _MIXING))
+    return np.asarray(blended), joined([one[1], other[1]])
 
 
-def paste_objects(
-    pixels: np.ndarray,
-    record: ImageRecord,
-    other_pixels: np.ndarray,
-    other_record: ImageRecord,
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, ImageRecord]:
+def paste_objects(one: Drawn, other: Drawn, rng: np.random.Generator) -> Drawn:
     """Some objects of another image, which lie over those of this one. An object without a mask is pasted as its box.
 
     Both records carry masks. Crowds are not pasted.
     """
+    (pixels, record), (other_pixels, other_record) = one, other
     chosen = np.flatnonzero(~other_record.iscrowd & (rng.random(len(other_record.boxes)) < _PASTED))
     if not len(chosen):
         return pixels, record

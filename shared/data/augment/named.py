@@ -15,13 +15,15 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from shared.data.annotations import ImageRecord
-from shared.data.augment.placement import Layout, Picture, Placement, as_raw, decoded_rle, filled, with_boxes
+from shared.data.annotations import CocoAnnotations, ImageRecord
+from shared.data.augment.placement import Drawn, Layout, Picture, Placement, as_raw, decoded_rle, filled, with_boxes
 from shared.errors import UserError, nearest
 
 _KEY = "data.augment.transforms"
 _ALBUMENTATIONS = "albumentations."
-Drawn = tuple[np.ndarray, ImageRecord]
+# From pixels (H, W, 3), boxes (N, 4), masks (N, H, W) or None, points (P, 2) or None, and a seed for libraries with
+# random numbers of their own. To pixels, the rows that remain, their boxes and masks, and all points.
+Change = Callable[[np.ndarray, np.ndarray, Any, np.ndarray | None, int], tuple]
 
 
 class NamedTransforms:
@@ -37,23 +39,18 @@ class NamedTransforms:
 
     def __init__(self, named: Sequence[tuple[str, dict[str, Any]]], layout: Layout):
         self.layout = layout
-        self.steps = [
-            _of_albumentations(*each) if each[0].startswith(_ALBUMENTATIONS) else _of_torchvision(*each)
-            for each in named
-        ]
-        for (name, _), step in zip(named, self.steps, strict=True):
+        self.steps: list[tuple[str, Change]] = []
+        for name, arguments in named:
+            build = _of_albumentations if name.startswith(_ALBUMENTATIONS) else _of_torchvision
+            self.steps.append((name, build(name, arguments)))
             with torch.random.fork_rng(devices=[]):
-                _try(name, step)
+                _try(*self.steps[-1])
 
     def __call__(self, pixels: np.ndarray, record: ImageRecord, seed: int) -> Drawn:
-        """The changed image and its record.
-
-        Args:
-            seed: for libraries that have their own random numbers.
-        """
+        """The changed image and its record."""
         canvas = pixels.shape[1], pixels.shape[0]
-        for step in self.steps:
-            pixels, record = step(pixels, record, seed)
+        for name, change in self.steps:
+            pixels, record = _changed(name, change, pixels, record, seed)
         if (pixels.shape[1], pixels.shape[0]) != canvas:
             picture, fitted = Picture(np.ascontiguousarray(pixels)), filled(canvas, self.layout.fill)
             size = np.minimum(self.layout.fit(*picture.size), canvas).tolist()
@@ -64,24 +61,15 @@ class NamedTransforms:
         return pixels, record
 
 
-def _try(name: str, step: Callable[[np.ndarray, ImageRecord, int], Drawn]) -> None:
+def _try(name: str, change: Change) -> None:
     """Raises UserError if the transform does not give an image and boxes for them."""
-    box = np.array([[8.0, 8.0, 24.0, 24.0]])
-
-    record = ImageRecord(
-        image_id=0,
-        file_name="",
-        height=32,
-        width=32,
-        boxes=box.astype(np.float32),
-        labels=np.zeros(1, np.int64),
-        areas=np.zeros(1, np.float32),
-        iscrowd=np.zeros(1, bool),
-        file_boxes=box,
-        raw_segmentations=[b""],
-    )
+    coco = {
+        "images": [{"id": 1, "file_name": "", "width": 32, "height": 32}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [8, 8, 16, 16]}],
+        "categories": [{"id": 1, "name": ""}],
+    }
     try:
-        step(np.zeros((32, 32, 3), np.uint8), record, 0)
+        _changed(name, change, np.zeros((32, 32, 3), np.uint8), CocoAnnotations.from_dict(coco)[0], 0)
     except UserError:
         raise
     except Exception as error:  # transforms fail in many ways
@@ -89,39 +77,37 @@ def _try(name: str, step: Callable[[np.ndarray, ImageRecord, int], Drawn]) -> No
         raise UserError(f"{_KEY}: {name} cannot change an image with boxes ({message}). Fix: remove it") from error
 
 
-def _kept(record: ImageRecord, rows: np.ndarray, boxes: np.ndarray, size: tuple[int, int], **more: Any) -> ImageRecord:
-    """The objects `rows` with new boxes, without those that lie outside of the image.
-
-    Args:
-        more: `masks` (N, H, W) uint8 and `keypoints` (N, K, 3) of these objects, or None.
-    """
+def _changed(name: str, change: Change, pixels: np.ndarray, record: ImageRecord, seed: int) -> Drawn:
+    """The image and its record after a transform, without the objects that lie outside of the image."""
+    segmentations, points, masks = record.segmentations, record.keypoints, None
+    if any(segmentation is not None for segmentation in segmentations):
+        empty = np.zeros((record.height, record.width), np.uint8)
+        masks = np.stack([empty if each is None else decoded_rle(each) for each in segmentations])
+    flat = None if points is None else points[..., :2].reshape(-1, 2)
+    pixels, rows, boxes, masks, at = change(np.ascontiguousarray(pixels), record.boxes.copy(), masks, flat, seed)
+    if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
+        raise UserError(f"{_KEY}: {name} does not give 8-bit RGB images. Fix: remove it, the detector normalizes")
+    size = pixels.shape[1], pixels.shape[0]
     boxes = np.clip(np.asarray(boxes, np.float64).reshape(-1, 4), 0, np.tile(size, 2))
-    masks, keypoints = more["masks"], more["keypoints"]
-    kept = (boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)
-    changed = with_boxes(record.only(rows[kept]), boxes[kept], size)
+    kept = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1))
+    rows = rows[kept]
+    changed = with_boxes(record.only(rows), boxes[kept], size)
     if masks is not None:
-        has_mask = [record.segmentations[row] is not None for row in rows]
-        raw = [as_raw(masks[i]) if has_mask[i] else b"" for i in np.flatnonzero(kept)]
+        raw = [b"" if segmentations[row] is None else as_raw(masks[i]) for i, row in zip(kept, rows, strict=True)]
         changed = dataclasses.replace(changed, raw_segmentations=raw)
-    if keypoints is not None:
-        points = keypoints[kept]
-        inside = ((points[..., :2] >= 0) & (points[..., :2] <= size)).all(axis=-1) & (points[..., 2] > 0)
-        changed = dataclasses.replace(changed, keypoints=np.where(inside[..., None], points, 0.0))
-    return changed
-
-
-def _masks_of(record: ImageRecord) -> np.ndarray | None:
-    """(N, H, W) uint8, empty for objects without a mask; None if no object has one."""
-    if all(segmentation is None for segmentation in record.segmentations):
-        return None
-    empty = np.zeros((record.height, record.width), np.uint8)
-    return np.stack([empty if each is None else decoded_rle(each) for each in record.segmentations])
+    if points is not None:
+        at = np.asarray(at, np.float64).reshape(*points.shape[:2], 2)[rows]
+        visibility = points[rows][..., 2:]
+        inside = ((at >= 0) & (at <= size)).all(axis=-1, keepdims=True) & (visibility > 0)
+        keypoints = np.where(inside, np.concatenate([at, visibility], axis=-1), 0.0)
+        changed = dataclasses.replace(changed, keypoints=keypoints)
+    return pixels, changed
 
 
 # --- torchvision --------------------------------------------------------------------------------------
 
 
-def _of_torchvision(name: str, arguments: dict[str, Any]) -> Callable[[np.ndarray, ImageRecord, int], Drawn]:
+def _of_torchvision(name: str, arguments: dict[str, Any]) -> Change:
     known = [each for each, kind in vars(v2).items() if inspect.isclass(kind) and issubclass(kind, v2.Transform)]
     if name not in known:
         raise UserError(
@@ -135,41 +121,29 @@ def _of_torchvision(name: str, arguments: dict[str, Any]) -> Callable[[np.ndarra
     if probability is not None:
         transform = v2.RandomApply([transform], p=probability)
 
-    def step(pixels: np.ndarray, record: ImageRecord, seed: int) -> Drawn:
-        size = (record.height, record.width)
+    def change(pixels: np.ndarray, boxes: np.ndarray, masks: Any, points: np.ndarray | None, seed: int) -> tuple:
+        size = pixels.shape[:2]
         given: dict[str, Any] = {
-            "image": tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)),
-            "boxes": tv_tensors.BoundingBoxes(
-                torch.from_numpy(record.boxes.astype(np.float32)), format="XYXY", canvas_size=size
-            ),
-            "labels": torch.arange(len(record.boxes)),  # which objects remain
+            "image": tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1)),
+            "boxes": tv_tensors.BoundingBoxes(torch.from_numpy(boxes), format="XYXY", canvas_size=size),
+            "labels": torch.arange(len(boxes)),  # which objects remain
         }
-        masks, points = _masks_of(record), record.keypoints
         if masks is not None:
             given["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
         if points is not None:
             given["keypoints"] = _as_key_points(name, points, size)
         found = transform(given)
-        image = found["image"]
-        if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
-            raise UserError(f"{_KEY}: {name} does not give 8-bit RGB images. Fix: remove it, the detector normalizes")
-        rows = found["labels"].numpy()
-        if points is not None:
-            at = found["keypoints"].reshape(*points.shape[:2], 2).numpy()[rows]
-            points = np.concatenate([at, points[rows][..., 2:]], axis=-1)
-        new = _kept(
-            record, rows, found["boxes"].numpy(), (image.shape[2], image.shape[1]),
-            masks=None if masks is None else found["masks"].numpy(), keypoints=points,
-        )  # fmt: skip
-        return image.permute(1, 2, 0).contiguous().numpy(), new
+        image = found["image"].permute(1, 2, 0).contiguous().numpy()
+        masks, points = (found[key].numpy() if key in found else None for key in ("masks", "keypoints"))
+        return image, found["labels"].numpy(), found["boxes"].numpy(), masks, points
 
-    return step
+    return change
 
 
 def _as_key_points(name: str, points: np.ndarray, size: tuple[int, int]) -> Any:
     if not hasattr(tv_tensors, "KeyPoints"):
         raise UserError(f"{_KEY}: {name} needs torchvision 0.23 for keypoints. Fix: install it, or remove {name}")
-    return tv_tensors.KeyPoints(torch.from_numpy(points[..., :2].reshape(-1, 2)), canvas_size=size)
+    return tv_tensors.KeyPoints(torch.from_numpy(points), canvas_size=size)
 
 
 def _built(name: str, kind: type, arguments: dict[str, Any]) -> Any:
@@ -186,7 +160,7 @@ def _built(name: str, kind: type, arguments: dict[str, Any]) -> Any:
 # --- Albumentations -----------------------------------------------------------------------------------
 
 
-def _of_albumentations(name: str, arguments: dict[str, Any]) -> Callable[[np.ndarray, ImageRecord, int], Drawn]:
+def _of_albumentations(name: str, arguments: dict[str, Any]) -> Change:
     short = name.removeprefix(_ALBUMENTATIONS)
     try:
         import albumentations
@@ -202,27 +176,19 @@ def _of_albumentations(name: str, arguments: dict[str, Any]) -> Callable[[np.nda
         keypoint_params=albumentations.KeypointParams(format="xy", remove_invisible=False),
     )
 
-    def step(pixels: np.ndarray, record: ImageRecord, seed: int) -> Drawn:
+    def change(pixels: np.ndarray, boxes: np.ndarray, masks: Any, points: np.ndarray | None, seed: int) -> tuple:
         transform.set_random_seed(seed)
-        masks, points = _masks_of(record), record.keypoints
         given: dict[str, Any] = {
-            "image": np.ascontiguousarray(pixels),
-            "bboxes": record.boxes.astype(np.float64),
-            "rows": np.arange(len(record.boxes)),
-            "keypoints": np.zeros((0, 2)) if points is None else points[..., :2].reshape(-1, 2),
+            "image": pixels,
+            "bboxes": boxes.astype(np.float64),
+            "rows": np.arange(len(boxes)),
+            "keypoints": np.zeros((0, 2)) if points is None else points,
         }
         if masks is not None:
             given["masks"] = list(masks)
         found = transform(**given)
-        image = found["image"]
-        if image.dtype != np.uint8 or image.shape[2:] != (3,):
-            raise UserError(f"{_KEY}: {name} does not give 8-bit RGB images. Fix: remove it, the detector normalizes")
         rows = np.asarray(found["rows"], dtype=np.int64).reshape(-1)
-        if points is not None:
-            at = np.asarray(found["keypoints"], dtype=np.float64).reshape(*points.shape[:2], 2)[rows]
-            points = np.concatenate([at, points[rows][..., 2:]], axis=-1)
-        kept_masks = None if masks is None else np.stack([found["masks"][row] for row in rows] or [masks[0]])
-        size = (image.shape[1], image.shape[0])
-        return image, _kept(record, rows, found["bboxes"], size, masks=kept_masks, keypoints=points)
+        masks = None if masks is None else [found["masks"][row] for row in rows]
+        return found["image"], rows, found["bboxes"], masks, found["keypoints"]
 
-    return step
+    return change

@@ -20,6 +20,7 @@ from shared.data.annotations import ImageRecord
 
 Size = tuple[int, int]  # width, height
 Color = tuple[int, int, int]
+Drawn = tuple[np.ndarray, ImageRecord]  # (H, W, 3) uint8 RGB, and its objects
 
 _TRANSPOSITIONS = {
     (False, False): None,
@@ -105,11 +106,8 @@ class Placement:
 
     def boxes(self, boxes: np.ndarray) -> np.ndarray:
         """(N, 4) x1 y1 x2 y2, as `points`."""
-        corners = self.points(boxes.reshape(-1, 2)).reshape(-1, 4)
-        for axis in (0, 1):
-            if self.flips[axis]:
-                corners[:, axis::2] = corners[:, axis::2][:, ::-1].copy()
-        return corners
+        corners = self.points(boxes.reshape(-1, 2)).reshape(-1, 2, 2)
+        return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
 
     def draw(self, picture: Picture, canvas: np.ndarray) -> None:
         """Draws the pixels on the canvas, (H, W, 3) uint8."""

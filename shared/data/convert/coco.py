@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from shared.data.coco_file import check_categories, without_namesakes
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Format, Options, Split, errors_in
-from shared.data.convert.files import files_near, finder_for, json_outline, one_per_split, read_json, split_of, words_of
+from shared.data.convert.files import files_near, finder_for, json_keys, one_per_split, read_json, split_of, words_of
 from shared.data.convert.shapes import parse_number, parse_whole_number
 from shared.errors import UserError
 
@@ -40,18 +40,13 @@ def read(source: Path, options: Options) -> Contents:
 
 def _files(source: Path) -> dict[str, Path]:
     """The COCO file of each split; "" for the only one."""
-    files = list(filter(_is_coco, files_near(source, (".json",))))
+    files = [file for file in files_near(source, (".json",)) if json_keys(file) >= {"images", "categories"}]
     return {"": files[0]} if len(files) == 1 else one_per_split(files, source)
 
 
-def _is_coco(file: Path) -> bool:
-    is_list, keys = json_outline(file)
-    return not is_list and keys.keys() >= {"images", "categories"}
-
-
 def _categories(contents: dict[str, dict], files: dict[str, Path], notes: list[str]) -> list[dict[str, Any]]:
-    """The categories of all splits. If two have one name, the one without annotations is omitted: Roboflow's root."""
-    used: Counter[int] = Counter()
+    """The categories of all splits, with the rules that a COCO file has in training."""
+    category_of: list[int] = []
     by_id: dict[int, dict[str, Any]] = {}
     for split, content in contents.items():
         with errors_in(f"{files[split]}: categories"):
@@ -60,27 +55,16 @@ def _categories(contents: dict[str, dict], files: dict[str, Path], notes: list[s
                 if by_id.setdefault(row["id"], row)["name"] != row["name"]:
                     raise ValueError(f"the id {row['id']} is {row['name']!r} here, and another name in another split")
         with errors_in(f"{files[split]}: annotations"):
-            used.update(_whole(a["category_id"], "a category_id") for a in content.get("annotations", []))
-    names = Counter(category["name"] for category in by_id.values())
-    kept = []
-    for category in sorted(by_id.values(), key=lambda category: category["id"]):
-        if names[category["name"]] > 1 and not used[category["id"]]:
-            names[category["name"]] -= 1
-            notes.append(
-                f"category {category['id']} is left out: no annotation has it, and another is {category['name']!r}"
-            )
-        elif names[category["name"]] > 1:
-            raise UserError(f"{next(iter(files.values()))}: two categories are {category['name']!r}. Fix: rename one")
-        else:
-            kept.append(category)
-    return kept
+            category_of += [_whole(a["category_id"], "a category_id") for a in content.get("annotations", [])]
+    kept = without_namesakes(list(by_id.values()), np.array(category_of), notes)
+    return check_categories(kept, next(iter(files.values())))
 
 
 def _split(content: dict, file: Path, names: dict[int, str], source: Path, options: Options, split: str) -> Split:
     finder = finder_for(source, options.images)
     part = Split(finder)
     near = split or next(filter(None, map(split_of, words_of(file))), "")
-    if finder.folder is not None and file.absolute().is_relative_to(finder.folder):
+    if file.absolute().is_relative_to(finder.folder):
         near = f"{file.absolute().parent.relative_to(finder.folder).as_posix()}/{near}"
     of_image: dict[int, list[dict]] = {}
     for position, annotation in enumerate(content.get("annotations", [])):

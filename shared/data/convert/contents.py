@@ -89,12 +89,12 @@ class Split:
         self.folder = self.finder.folder
         if self.finder.is_given:
             return
-        fit = {name[: -len(wanted)] for name, wanted in self.found.items() if f"/{name}".endswith(f"/{wanted}")}
-        if len(fit) != 1 or not all(f"/{name}".endswith(f"/{wanted}") for name, wanted in self.found.items()):
+        are_ends = all(f"/{name}".endswith(f"/{wanted}") for name, wanted in self.found.items())
+        prefix, *others = {name.removesuffix(wanted) for name, wanted in self.found.items()}
+        if others or not are_ends:
             folders = {name.rpartition("/")[0] for name in self.found}
             common = "" if "" in folders else os.path.commonpath(folders)
-            fit = {f"{common}/" if common else ""}
-        (prefix,) = fit
+            prefix = f"{common}/" if common else ""
         self.folder = self.finder.folder / prefix
         for image in self.images:
             if image["file_name"] in self.found:

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from shared.data.convert.files import files_below, folders_in, read_json, read_t
 from shared.data.convert.hugging_face import HUGGING_FACE
 from shared.data.convert.json_labels import CREATEML, LABEL_STUDIO, LABELME
 from shared.data.convert.table import CSV, OPEN_IMAGES
-from shared.data.convert.text_labels import DOTA, KITTI
+from shared.data.convert.text_labels import DOTA, KITTI, looks_like
 from shared.data.convert.tiles import TILES
 from shared.data.convert.xml_labels import CVAT, VOC
-from shared.data.convert.yolo import YOLO, recognise_labels
+from shared.data.convert.yolo import YOLO, is_label_line
 from shared.errors import UserError, check_outputs, count_of, nearest, nearest_path
 
 FORMATS = {
@@ -88,7 +88,6 @@ def convert(
     contents = _read(kind, source, options, say)
     if options.categories is not None:
         contents.categories = _given_categories(options.categories, contents)
-    contents.splits = {split: part for split, part in contents.splits.items() if part.images}
     if val_share:
         contents.splits = _with_val(contents.splits, val_share, source)
     if root is not None:
@@ -113,11 +112,11 @@ def annotations_of(path: Path, split: str = "", images: Path | None = None) -> t
         UserError: as `convert`, or the source does not have this split.
     """
     contents = _read(None, path, Options(images, without_val=split != "val"), lambda line: None)
-    splits = {name: part for name, part in contents.splits.items() if part.images}
-    name = "" if "" in splits else split
-    if name not in splits:
-        raise UserError(f"{path}: has the splits {', '.join(splits)}, and not {split!r}. Fix: name one of these")
-    return to_coco(contents, path)[name], splits[name].folder
+    name = "" if "" in contents.splits else split
+    if name not in contents.splits:
+        there = ", ".join(contents.splits)
+        raise UserError(f"{path}: has the splits {there}, and not {split!r}. Fix: name one of these")
+    return to_coco(contents, path)[name], contents.splits[name].folder
 
 
 def recognise(source: Path) -> tuple[str, Path, str]:
@@ -127,7 +126,7 @@ def recognise(source: Path) -> tuple[str, Path, str]:
         UserError: its format is unknown, or it may be several.
     """
     seen = _seen(source, _DEPTH)
-    if not seen and (said := recognise_labels(source)):
+    if not seen and (said := looks_like(source, is_label_line)):  # without a file that names the classes
         return "yolo", source, said
     if len(seen) == 1:
         return seen[0]
@@ -174,31 +173,28 @@ def _read(kind: str | None, source: Path, options: Options, say: Callable[[str],
         say(f"{source}: read as {kind}: {said}")
     elif kind not in FORMATS:
         raise UserError(f"{kind}: is not a format{nearest(kind, FORMATS, 'use one of ' + ', '.join(FORMATS))}")
-    for option, value, kinds in (
-        ("labels", options.labels, ("yolo",)),
-        ("boxes", options.boxes, ("csv", "huggingface")),
-    ):
-        if value and kind not in kinds:
+    for option, kinds in {"labels": ("yolo",), "boxes": ("csv", "huggingface")}.items():
+        if getattr(options, option) and kind not in kinds:
             raise UserError(f"--{option}: is for {' and '.join(kinds)}, and not for {kind}. Fix: omit it")
     contents = FORMATS[kind].read(source, options)
-    if not any(part.images for part in contents.splits.values()):
+    contents.splits = {split: part for split, part in contents.splits.items() if part.images}
+    if not contents.splits:
         raise UserError(f"{source}: has no annotations that can be read as {kind}. Fix: name another format or path")
     for part in contents.splits.values():
         part.settle()
     return contents
 
 
-def _shared_images(splits: dict[str, Split]) -> list[str]:
+def _shared_images(splits: dict[str, Split]) -> Iterator[str]:
     """Sentences about images that are in two splits."""
     files = {
         split: {(part.folder, image["file_name"]) for image in part.images}
         for split, part in splits.items()
         if part.folder is not None
     }
-    both = {(one, other): len(files[one] & files[other]) for one, other in itertools.combinations(files, 2)}
-    return [
-        f"{one} and {other} have {count_of(count, 'image')} in common" for (one, other), count in both.items() if count
-    ]
+    for one, other in itertools.combinations(files, 2):
+        if count := len(files[one] & files[other]):
+            yield f"{one} and {other} have {count_of(count, 'image')} in common"
 
 
 def _given_categories(file: Path, contents: Contents) -> list[dict[str, Any]]:
@@ -210,14 +206,12 @@ def _given_categories(file: Path, contents: Contents) -> list[dict[str, Any]]:
     else:
         rows = [{"name": line.strip()} for line in read_text(file).splitlines() if line.strip()]
     known = {row["name"]: row for row in rows}
-    described = {category["name"]: category for category in contents.categories}
-    used = {a["category"] for part in contents.splits.values() for image in part.images for a in image["annotations"]}
-    if unknown := sorted(used - known.keys()):
+    if unknown := [name for name in names_in_use(contents.splits.values()) if name not in known]:
         raise UserError(
             f"--categories: {file} lacks {unknown[0]!r}, which the annotations have. Fix: add the name to the file"
         )
-    without_id = ({k: v for k, v in described.get(name, {}).items() if k != "id"} for name in known)
-    return [{**more, **row} for more, row in zip(without_id, known.values(), strict=True)]
+    described = {c["name"]: {k: v for k, v in c.items() if k != "id"} for c in contents.categories}
+    return [{**described.get(name, {}), **row} for name, row in known.items()]
 
 
 def _with_val(splits: dict[str, Split], share: float, source: Path) -> dict[str, Split]:
@@ -231,11 +225,7 @@ def _with_val(splits: dict[str, Split], share: float, source: Path) -> dict[str,
     count = min(max(round(share * len(part.images)), 1), len(part.images) - 1)
     val = set(np.random.default_rng(0).permutation(len(part.images))[:count].tolist())
     train, held_out = ([image for i, image in enumerate(part.images) if (i in val) is of] for of in (False, True))
-    return {
-        "train": replace(part, images=train),
-        "val": replace(part, images=held_out, counts=Counter()),
-        **splits,
-    }
+    return {"train": replace(part, images=train), "val": replace(part, images=held_out, counts=Counter()), **splits}
 
 
 def _name_from(root: Path, part: Split) -> None:
@@ -318,13 +308,12 @@ def _of_split(part: Split, categories: list[dict], ids: dict[str, int], source: 
         raise UserError(f"{source}: has no boxes, and names no categories. Fix: name another file, or draw boxes")
     coco: dict[str, list] = {"images": [], "annotations": [], "categories": categories}
     for number, image in enumerate(part.images, 1):
-        rows = image["annotations"]
-        coco["images"].append({"id": number, **{k: v for k, v in image.items() if k != "annotations"}})
-        for row in rows:
-            plain: dict[str, Any] = {"id": len(coco["annotations"]) + 1, "image_id": coco["images"][-1]["id"]}
-            plain["category_id"] = ids[row["category"]]
-            plain |= {key: value for key, value in row.items() if key != "category"}
-            coco["annotations"].append(plain)
+        plain = {"id": number, **image}
+        for row in plain.pop("annotations"):
+            numbered = {"id": len(coco["annotations"]) + 1, "image_id": plain["id"], **row}
+            numbered["category_id"] = ids[numbered.pop("category")]
+            coco["annotations"].append(numbered)
+        coco["images"].append(plain)
     # training would refuse these later
     refuse_names_outside(CocoAnnotations.from_dict(coco), str(source))
     return coco
@@ -370,7 +359,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--images", type=Path, help="the folder of the images")
     parser.add_argument("--root", type=Path, help="a folder above the images: file names become relative to it")
-    parser.add_argument("--val", type=float, default=0.0, metavar="SHARE", help="split off 0.2, for example, as val")
+    parser.add_argument(
+        "--val", dest="val_share", type=float, default=0.0, metavar="SHARE", help="split off 0.2, for example, as val"
+    )
     parser.add_argument(
         "--categories", type=Path, metavar="FILE", help="the categories in order: a name per line, or a COCO file"
     )
@@ -387,20 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--overlap", type=float, default=0.2, help="tiles: the share that the next tile shows too; default 0.2"
     )
-    given = parser.parse_intermixed_args(arguments)
-    written = convert(
-        given.kind,
-        given.source,
-        given.output,
-        given.images,
-        given.val,
-        given.root,
-        labels=given.labels,
-        boxes=given.boxes,
-        categories=given.categories,
-        tiles=given.tiles,
-        overlap=given.overlap,
-    )
+    written = convert(**vars(parser.parse_intermixed_args(arguments)))
     print("\n".join(map(str, written)))
     for one in written:
         if one.split == "test":

@@ -23,18 +23,8 @@ from shared.errors import UserError
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _OBJECTS = ("objects", "annotations", "object", "annotation")
 _BOXES = ("bbox", "bboxes", "boxes", "box")
-_CATEGORIES = (
-    "category",
-    "categories",
-    "label",
-    "labels",
-    "category_id",
-    "class",
-    "classes",
-    "class_id",
-    "name",
-    "names",
-)
+_CATEGORIES = ("category", "categories", "label", "labels", "category_id")
+_CATEGORIES += ("class", "classes", "class_id", "name", "names")
 _SAVED = "state.json"  # `save_to_disk` writes it into the folder of each split
 
 
@@ -141,7 +131,9 @@ def _split(
                     continue
                 size = finder.size(name)
             else:
-                part.folder = _extracted(options, source, split)
+                if options.extracted is None:
+                    raise UserError(f"{source}: holds its images inside. Fix: run `python3 -m shared convert` first")
+                part.folder = options.extracted / split
                 name = _extract(row, number, part.folder, folder)
                 size = image_size(part.folder / name)
             images.append((name, size, list(_objects(row, names))))
@@ -167,12 +159,6 @@ def _objects(row: dict[str, Any], names: list[str]) -> Iterator[Box]:
             raise ValueError(f"a box has {len(box)} numbers, and needs 4")
         name = names[category] if names and isinstance(category, int) else str(category)
         yield name, [parse_number(str(n), "a number of a box", FARTHEST) for n in box], {"iscrowd": int(crowd)}
-
-
-def _extracted(options: Options, source: Path, split: str) -> Path:
-    if options.extracted is None:
-        raise UserError(f"{source}: holds its images inside. Fix: run `python3 -m shared convert` first")
-    return options.extracted / split
 
 
 def _extract(row: dict[str, Any], number: int, folder: Path, source: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -22,7 +23,7 @@ from shared.data.convert.files import (
     files_in,
     files_near,
     finder_for,
-    json_outline,
+    json_keys,
     one_per_split,
     read_json,
 )
@@ -36,8 +37,7 @@ from shared.errors import UserError
 def _recognise_labelme(source: Path) -> str:
     files = files_below(source, (".json",))
     for file in files[:3]:
-        is_list, keys = json_outline(file)
-        if not is_list and "shapes" in keys:
+        if "shapes" in json_keys(file):
             return f"{len(files)} JSON files with `shapes` and `imagePath`, {file.name} for example"
     return ""
 
@@ -49,16 +49,12 @@ def _read_labelme(source: Path, options: Options) -> Contents:
     for split, of_split in by_split(files_below(source, (".json",)), root).items():
         part = splits[split] = Split(finder)
         for file in of_split:
-            if content := _content(file):
+            content = read_json(file)
+            if isinstance(content, dict) and isinstance(content.get("shapes"), list):
                 _add_labelme_image(content, file, root, part)
             else:
                 part.counts["JSON files that are not annotations"] += 1
     return Contents(splits)
-
-
-def _content(file: Path) -> dict[str, Any] | None:
-    content = read_json(file)
-    return content if isinstance(content, dict) and isinstance(content.get("shapes"), list) else None
 
 
 def _add_labelme_image(content: dict[str, Any], file: Path, root: Path, part: Split) -> None:
@@ -132,7 +128,7 @@ def _recognise_createml(source: Path) -> str:
 def _read_createml(source: Path, options: Options) -> Contents:
     splits = {}
     for split, file in _createml_files(source).items():
-        finder = finder_for(file if source.is_file() else file.parent, options.images)
+        finder = finder_for(file, options.images)
         part = splits[split] = Split(finder)
         for number, image in enumerate(read_json(file, list), 1):
             with errors_in(f"{file}: image {number}"):
@@ -150,12 +146,8 @@ def _read_createml(source: Path, options: Options) -> Contents:
 
 
 def _createml_files(source: Path) -> dict[str, Path]:
-    return one_per_split(filter(_is_createml, files_near(source, (".json",))), source)
-
-
-def _is_createml(file: Path) -> bool:
-    is_list, keys = json_outline(file)
-    return is_list and keys.keys() >= {"image", "annotations"}
+    files = files_near(source, (".json",))
+    return one_per_split([file for file in files if json_keys(file, of_list=True) >= {"image", "annotations"}], source)
 
 
 CREATEML = Format("a JSON file of CreateML, or a folder with one per split", _recognise_createml, _read_createml)
@@ -178,12 +170,12 @@ def _recognise_label_studio(source: Path) -> str:
 
 def _read_label_studio(source: Path, options: Options) -> Contents:
     file = _file(source)
-    tasks = read_json(file, list) if file else _tasks_of(_saved(source))
+    tasks = read_json(file, list[dict]) if file else _tasks_of(_saved(source))
     if not tasks:
         raise UserError(f"{source}: has no list of Label Studio's tasks. Fix: export the project as JSON")
     part = Split(finder_for(source, options.images))
     for position, task in enumerate(tasks):
-        with errors_in(f"{file or source}: task {_name_of(task, position)}"):
+        with errors_in(f"{file or source}: task {task.get('id', f'number {position + 1}')}"):
             results = _results(task, part)
             if results is not None:
                 _add_label_studio_image(task, results, part)
@@ -191,19 +183,18 @@ def _read_label_studio(source: Path, options: Options) -> Contents:
 
 
 def _file(source: Path) -> Path | None:
-    for file in files_in(source, (".json",))[:_TRIED]:
-        is_list, keys = json_outline(file)
-        if is_list and _is_task(keys):
-            return file
-    return None
+    files = files_in(source, (".json",))[:_TRIED]
+    return next((file for file in files if _is_task(json_keys(file, of_list=True))), None)
 
 
 def _saved(source: Path) -> list[Path]:
     """The files that Label Studio writes into a storage: one per annotation, with or without ending."""
+
+    def is_saved(file: Path) -> bool:
+        return json_keys(file) >= {"task", "result"}
+
     files = files_in(source, ("", ".json"))
-    if not any(_is_annotation(json_outline(file)[1]) for file in files[:_TRIED]):
-        return []
-    return [file for file in files if _is_annotation(json_outline(file)[1])]
+    return list(filter(is_saved, files)) if any(map(is_saved, files[:_TRIED])) else []
 
 
 def _tasks_of(files: list[Path]) -> list[dict[str, Any]]:
@@ -217,17 +208,9 @@ def _tasks_of(files: list[Path]) -> list[dict[str, Any]]:
     return list(tasks.values())
 
 
-def _name_of(task: Any, position: int) -> str:
-    return str(task["id"]) if isinstance(task, dict) and "id" in task else f"number {position + 1}"
-
-
-def _is_annotation(keys: dict[str, Any]) -> bool:
-    return keys.keys() >= {"task", "result"}
-
-
-def _is_task(keys: dict[str, Any]) -> bool:
+def _is_task(keys: Set[str]) -> bool:
     """JSON-MIN has no `data`, but who annotated the task and when."""
-    return keys.keys() >= {"data", "annotations"} or keys.keys() >= {"id", "annotation_id"} or "annotator" in keys
+    return keys >= {"data", "annotations"} or keys >= {"id", "annotation_id"} or "annotator" in keys
 
 
 def _results(task: dict[str, Any], part: Split) -> list[dict] | None:
@@ -246,23 +229,24 @@ def _results(task: dict[str, Any], part: Split) -> list[dict] | None:
 
 
 def _add_label_studio_image(task: dict[str, Any], results: list[dict], part: Split) -> None:
-    data = task.get("data", task)
-    key = _image_key(data)
-    if key is None:
+    address = _image_address(task.get("data", task))
+    if address is None:
         part.counts["tasks left out (without an image)"] += 1
         return
-    name = part.find_image(_name(data[key], part.finder))
-    sizes = {(row["original_width"], row["original_height"]) for row in results if row.get("original_width")}
-    size = next(iter(sizes), None) or part.finder.size(name)
+    name = part.find_image(_name(address, part.finder))
+    sizes = ((row["original_width"], row["original_height"]) for row in results if row.get("original_width"))
+    size = next(sizes, None) or part.finder.size(name)
     if size is None:
         raise ValueError(f"has no original_width, and its image {name!r} is not there; pass --images")
-    named = _labels_by_region(results)
+    # projects with separate tags for shape and label have the labels in a result of their own
+    named = {r.get("id"): r["value"][_LABELS] for r in results if r.get("type") == _LABELS and _LABELS in r["value"]}
     rows = []
     for result in results:
-        kind, value = str(result.get("type") or _kind_of(result)), result.get("value") or {}
+        kind = str(result.get("type") or next((key for key in result if key.endswith(_LABELS)), "region"))
+        value = result.get("value") or {}
         shape = _label_studio_shape(kind.removesuffix(_LABELS), value, size)
         if shape is None:
-            if not kind.endswith(_LABELS) or kind != _LABELS:
+            if kind != _LABELS:
                 part.counts[f"{kind} left out"] += 1
             continue
         labels = value.get(kind) or value.get(_LABELS) or named.get(result.get("id"), [])
@@ -272,12 +256,10 @@ def _add_label_studio_image(task: dict[str, Any], results: list[dict], part: Spl
     part.add_image(name, (int(size[0]), int(size[1])), rows)
 
 
-def _image_key(data: dict[str, Any]) -> str | None:
-    """The key of the image, which each project names as it likes."""
+def _image_address(data: dict[str, Any]) -> str | None:
+    """The first text that names an image, unless `image` is one: each project names the key as it likes."""
     texts = {key: value for key, value in data.items() if isinstance(value, str)}
-    return next((k for k, v in texts.items() if k == "image"), None) or next(
-        (key for key, value in texts.items() if is_image_name(_path(value))), None
-    )
+    return texts.get("image") or next((value for value in texts.values() if is_image_name(_path(value))), None)
 
 
 def _path(address: str) -> str:
@@ -297,15 +279,6 @@ def _name(address: str, finder: ImageFinder) -> str:
     if not finder:
         return base
     return plain if is_upload and finder.find(base) is None and finder.find(plain) else path
-
-
-def _labels_by_region(results: list[dict]) -> dict[Any, list[str]]:
-    """The labels that projects with separate tags for shape and label have in a result of their own."""
-    return {r.get("id"): r["value"][_LABELS] for r in results if r.get("type") == _LABELS and _LABELS in r["value"]}
-
-
-def _kind_of(row: dict[str, Any]) -> str:
-    return next((key for key in row if key.endswith(_LABELS)), "region")
 
 
 def _label_studio_shape(kind: str, value: dict[str, Any], size: tuple[int, int]) -> dict[str, Any] | None:

@@ -39,22 +39,9 @@ def polygons(pieces: Sequence[np.ndarray]) -> dict[str, Any]:
             raise ValueError(f"a coordinate is {shown(f'{wrong:g}')}, which no image is large enough for")
     together = np.concatenate(list(pieces))
     (x1, y1), (x2, y2) = together.min(axis=0).tolist(), together.max(axis=0).tolist()
-    area = 0.0
-    for points in pieces:
-        x, y = points.T
-        ring = np.append(x, x[0]), np.append(y, y[0])
-        area += abs(float(np.dot(ring[0][:-1], ring[1][1:]) - np.dot(ring[1][:-1], ring[0][1:]))) / 2
+    columns = (points.T for points in pieces)
+    area = sum(abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))) / 2 for x, y in columns)
     return {**box_of_corners(x1, y1, x2, y2), "area": area, "segmentation": [p.ravel().tolist() for p in pieces]}
-
-
-def polygon(numbers: Sequence[float]) -> dict[str, Any]:
-    """
-    Args:
-        numbers: x1 y1 x2 y2 …
-    """
-    if len(numbers) % 2:
-        raise ValueError(f"a polygon has {len(numbers)} numbers, and needs x and y of each point")
-    return polygons([np.array(numbers, dtype=np.float64).reshape(-1, 2)])
 
 
 def rotated_box(middle: tuple[float, float], size: tuple[float, float], degrees: float) -> dict[str, Any]:

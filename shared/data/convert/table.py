@@ -18,31 +18,10 @@ from shared.data.convert.shapes import parse_number, parse_whole_number
 from shared.errors import UserError
 
 _OPEN_IMAGES_COLUMNS = ("imageid", "labelname", "xmin", "xmax", "ymin", "ymax")  # in lower case
-_IMAGE = (
-    "filename",
-    "file_name",
-    "image_path",
-    "path",
-    "image",
-    "image_name",
-    "img",
-    "image_id",
-    "imageid",
-    "file",
-    "name",
-)
-_CATEGORY = (
-    "class",
-    "label",
-    "category",
-    "category_name",
-    "class_name",
-    "labelname",
-    "object",
-    "species",
-    "type",
-    "tag",
-)
+_IMAGE = ("filename", "file_name", "image_path", "path", "image", "image_name")
+_IMAGE += ("img", "image_id", "imageid", "file", "name")
+_CATEGORY = ("class", "label", "category", "category_name", "class_name", "labelname")
+_CATEGORY += ("object", "species", "type", "tag")
 _CORNERS = (("xmin", "ymin", "xmax", "ymax"), ("x_min", "y_min", "x_max", "y_max"), ("x1", "y1", "x2", "y2"))
 _CORNERS += (("left", "top", "right", "bottom"), ("xtl", "ytl", "xbr", "ybr"), ("minx", "miny", "maxx", "maxy"))
 _CORNER_AND_SIZE = (("x", "y", "w", "h"), ("x", "y", "width", "height"), ("left", "top", "width", "height"))
@@ -62,7 +41,7 @@ def _recognise_csv(source: Path) -> str:
 def _read_csv(source: Path, options: Options) -> Contents:
     splits, notes = {}, []
     for split, file in _files(source).items():
-        finder = finder_for(file.parent if source.is_dir() else source, options.images)
+        finder = finder_for(file, options.images)
         header, rows = _rows(file)
         columns = _columns(header)
         if columns is None:
@@ -84,7 +63,7 @@ def _files(source: Path) -> dict[str, Path]:
     """The CSV file of each split; "" for the only one."""
     files = files_near(source, (".csv", ".tsv"))
     if source.is_file():
-        return dict.fromkeys([""] * len(files), source)
+        return {"": source} if files else {}
     found = one_per_split([file for file in files if _columns(_rows(file)[0])], source)
     return {split: file for split, file in found.items() if split or len(found) == 1}
 
@@ -227,30 +206,29 @@ def _read_open_images(source: Path, options: Options) -> Contents:
     names, notes = _category_names(source), []
     if not names:
         notes.append(f"{source}: no class-descriptions file names the categories; they keep their codes")
-    splits = {}
+    splits, finder = {}, finder_for(source, options.images)
     for split, files in by_split.items():
-        finder = finder_for(source, options.images)
         part = splits[split] = Split(finder, crowds="crowds (IsGroupOf)")
         rows: dict[str, list[dict[str, Any]]] = {}
-        found: dict[str, str | None] = {}  # the name of each image; None if it was not downloaded
-        sizes: dict[str, tuple[int, int]] = {}
+        found: dict[str, tuple[str, tuple[int, int]] | None] = {}  # name and size; None if it was not downloaded
         for file in files:
             for line, row in _open_images_rows(file):
                 with errors_in(f"{file}: line {line}", "correct the line, or delete it"):
                     image = row["imageid"]
                     if image not in found:
-                        found[image] = finder.find_stem(image, split)
-                        if found[image] is not None:
-                            sizes[image] = finder.size(found[image])
-                    if found[image] is not None:
-                        rows.setdefault(image, []).append(_open_images_annotation(row, sizes[image], names))
-                    else:
+                        name = finder.find_stem(image, split)
+                        found[image] = None if name is None else (name, finder.size(name))
+                    if found[image] is None:
                         part.counts["boxes left out (of images that are not there)"] += 1
-        missing = sum(name is None for name in found.values())
-        part.counts.update({"images left out (not there)": missing} if missing else {})
+                    else:
+                        _, size = found[image]
+                        rows.setdefault(image, []).append(_open_images_annotation(row, size, names))
+        if missing := list(found.values()).count(None):
+            part.counts["images left out (not there)"] = missing
         for image, of_image in rows.items():
-            part.found[found[image]] = found[image].rpartition("/")[2]
-            part.add_image(found[image], sizes[image], of_image)
+            name, size = found[image]
+            part.found[name] = name.rpartition("/")[2]
+            part.add_image(name, size, of_image)
     if not any(part.images for part in splits.values()):
         raise UserError(f"{source}: has none of the images of its boxes. Fix: pass --images FOLDER")
     return Contents(splits, notes=notes)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from shared.data.coco_file import FARTHEST
 from shared.data.convert import shapes
 from shared.data.convert.contents import Contents, Format, Options, Split, errors_in
@@ -114,7 +116,8 @@ def _dota_row(line: str, part: Split) -> dict[str, Any] | None:
     words = line.split()
     if len(words) not in (9, 10):
         raise ValueError(f"{len(words)} words, and an object of DOTA has 8 numbers, a category and `difficult`")
-    shape = shapes.polygon([parse_number(word, "a corner", FARTHEST) for word in words[:_CORNERS]])
+    corners = np.array([parse_number(word, "a corner", FARTHEST) for word in words[:_CORNERS]])
+    shape = shapes.polygons([corners.reshape(-1, 2)])
     return {"category": words[_CORNERS], **shape, "iscrowd": int(words[9:] not in ([], ["0"]))}
 
 

@@ -19,10 +19,6 @@ _LEAST_VISIBLE = 0.3  # of an object's area
 _LEFT_OUT = f"parts left out (under {_LEAST_VISIBLE:.0%} of the object)"
 
 
-def recognise(source: Path) -> str:
-    return ""  # it is a wish, and no format
-
-
 def read(source: Path, options: Options) -> Contents:
     contents = coco.read(source, options)
     tiling = Tiling(options.tiles, options.overlap)
@@ -30,23 +26,20 @@ def read(source: Path, options: Options) -> Contents:
         part.settle()
         if part.folder is None:
             raise UserError(f"{source}: its images are not found. Fix: give their folder, --images DIR")
-        folder = options.extracted / name if name else options.extracted
-        contents.splits[name] = _cut(part, tiling, folder)
+        contents.splits[name] = _cut(part, tiling, options.extracted / name)
     return contents
 
 
 def _cut(part: Split, tiling: Tiling, folder: Path) -> Split:
     """The split's tiles, whose images are written to the folder."""
-    cut_up = Split(folder=folder, crowds=part.crowds, counts=part.counts)
+    cut_up = Split(folder=folder, counts=part.counts)
     images = DiskImages(part.folder)
     for image in part.images:
         size = image["width"], image["height"]
         opened = open_image(images, image["file_name"], size)
         for box in tiling.boxes(*size):
-            stem = PurePosixPath(image["file_name"]).with_suffix("")
-            name = f"{stem}_{box[0]}_{box[1]}.png"
-            file = folder / name
-            _write(file, part_of(opened, Tile(0, box)))
+            name = f"{PurePosixPath(image['file_name']).with_suffix('')}_{box[0]}_{box[1]}.png"
+            _write(folder / name, part_of(opened, Tile(0, box)))
             rows = [clipped(row, box, size) for row in image["annotations"]]
             cut_up.counts[_LEFT_OUT] += sum(row == {} for row in rows)
             tile_size = box[2] - box[0], box[3] - box[1]
@@ -80,12 +73,11 @@ def clipped(row: dict[str, Any], tile: Box, size: tuple[int, int]) -> dict[str, 
     shape = shapes.box_of_corners(*(corner - start for corner, start in zip(corners, (left, top) * 2, strict=True)))
     whole = width * height
     if segmentation := row.get("segmentation"):
-        if isinstance(segmentation, list):
-            shape, whole = _clipped_polygons(segmentation, tile), row["area"]
-        else:
-            shape, whole = _clipped_mask(segmentation, tile, size), row["area"]
+        is_mask = isinstance(segmentation, dict)
+        shape = _clipped_mask(segmentation, tile, size) if is_mask else _clipped_polygons(segmentation, tile)
         if shape is None:
             return None
+        whole = row["area"]
     if shape["area"] < _LEAST_VISIBLE * whole:
         return {}
     if corners == (x, y, x + width, y + height):  # the whole object: its own numbers
@@ -138,5 +130,7 @@ def _clipped_polygon(points: np.ndarray, tile: Box) -> np.ndarray:
 
 
 TILES = Format(
-    "a COCO file and its large images, cut into tiles for training; see --tiles and --overlap", recognise, read
+    "a COCO file and its large images, cut into tiles for training; see --tiles and --overlap",
+    lambda source: "",  # a COCO file does not show that it shall be cut
+    read,
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
@@ -28,6 +27,16 @@ from shared.data.convert.files import (
 from shared.data.convert.shapes import parse_number, parse_whole_number
 from shared.errors import UserError, same_on_any_disk
 
+
+def _root_tag(file: Path) -> str:
+    """ "" for a file that is not XML."""
+    try:
+        with file.open("rb") as opened:
+            return next(ElementTree.iterparse(opened, events=("start",)))[1].tag
+    except (OSError, ValueError, LookupError, ElementTree.ParseError, StopIteration):
+        return ""
+
+
 # --- Pascal VOC: a file per image, with `<object>` and `<bndbox>` -----------------------------------
 
 
@@ -38,11 +47,7 @@ _LISTS = {"train": ("train", "trainval"), "val": ("val",), "test": ("test",)}
 def _recognise_voc(source: Path) -> str:
     files = files_below(source, (".xml",)) if source.is_dir() else []
     for file in files[:20]:  # a folder may hold other XML files too
-        try:
-            root = ElementTree.parse(file).getroot()
-        except (OSError, ValueError, LookupError, ElementTree.ParseError):
-            continue
-        if root.tag == "annotation":
+        if _root_tag(file) == "annotation":
             return f"{len(files)} XML files with <annotation>, {file.relative_to(source)} for example"
     return ""
 
@@ -61,9 +66,9 @@ def _read_voc(source: Path, options: Options) -> Contents:
     notes: list[str] = []
     splits = {}
     for split, of_split in (_listed(source, folder, files, notes) or by_split(files, source)).items():
-        part = splits[split] = Split(finder, folder=beside if beside.is_dir() else None)
-        part.crowds = "crowds (VOC's `difficult`)"
-        _read_files(of_split, folder, part)
+        images = beside if beside.is_dir() else None
+        splits[split] = Split(finder, folder=images, crowds="crowds (VOC's `difficult`)")
+        _read_files(of_split, folder, splits[split])
     return Contents(splits, notes=notes)
 
 
@@ -121,7 +126,8 @@ def _read_files(files: list[Path], folder: Path, part: Split) -> None:
             if root.tag != "annotation":
                 part.counts["XML files that are not annotations"] += 1
                 continue
-            near = _folder_in(file, folder, finder)
+            root_of_file = finder.folder if file.is_relative_to(finder.folder) else folder
+            near = file.parent.relative_to(root_of_file).as_posix()
             # spaces at the ends are the indentation of the XML
             name = _image_of(file, (root.findtext("filename") or "").strip(), near, part)
             if (other := claimed.setdefault(name, file)) != file:
@@ -144,14 +150,6 @@ def _image_of(file: Path, given: str, near: str, part: Split) -> str:
                 path = PurePosixPath(own)
                 given, near = path.name, path.parent.as_posix()
     return part.find_image(given, near, file.stem)
-
-
-def _folder_in(file: Path, folder: Path, finder: ImageFinder) -> str:
-    """The folder of a file relative to the images' one, or else to the annotations' one."""
-    for root in (finder.folder, folder):
-        if root is not None and file.is_relative_to(root):
-            return file.parent.relative_to(root).as_posix()
-    return ""
 
 
 def _size(root: ElementTree.Element, finder: ImageFinder, name: str) -> tuple[int, int]:
@@ -192,7 +190,7 @@ def _polygon(item: ElementTree.Element) -> dict[str, Any]:
     count = len(numbers) // 2
     if count < 3 or any(f"{axis}{i}" not in numbers for i in range(1, count + 1) for axis in "xy"):
         return {}
-    shape = shapes.polygon([numbers[f"{axis}{i}"] for i in range(1, count + 1) for axis in "xy"])
+    shape = shapes.polygons([np.array([[numbers[f"x{i}"], numbers[f"y{i}"]] for i in range(1, count + 1)])])
     return {"segmentation": shape["segmentation"], "area": shape["area"]}
 
 
@@ -204,9 +202,6 @@ VOC = Format(
 
 
 # --- CVAT for images 1.1: one file with an `<image>` per image --------------------------------------
-
-
-_WITHOUT_BOX = ("polyline", "points", "cuboid", "tag")
 
 
 def _recognise_cvat(source: Path) -> str:
@@ -226,7 +221,7 @@ def _read_cvat(source: Path, options: Options) -> Contents:
     labels: dict[str, list[str]] = {}  # the points of each, if it is a skeleton
     others: Counter[str] = Counter()
     finder = finder_for(source, options.images)
-    try:
+    with errors_in(f"{source}: cannot be read as cvat", "export it again"):
         for event, element in ElementTree.iterparse(source, events=("start", "end")):
             if event == "start":
                 if element.tag == "track":
@@ -237,12 +232,13 @@ def _read_cvat(source: Path, options: Options) -> Contents:
                 part = parts.setdefault(split_of(element.get("subset") or ""), Split(finder))  # of a project
                 _add_image(element, source, part, labels, others)
                 element.clear()
-    except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror}). Fix: check the path and its rights") from error
-    except ElementTree.ParseError as error:
-        raise UserError(f"{source}: cannot be read as cvat ({error}). Fix: export it again") from error
     if "" in parts:  # not all subsets are splits
-        parts = {"": _together(parts.values(), finder)}
+        whole = Split(finder)
+        for part in parts.values():
+            whole.images += part.images
+            whole.counts.update(part.counts)
+            whole.found |= part.found
+        parts = {"": whole}
     if others and not any(image["annotations"] for part in parts.values() for image in part.images):
         found = ", ".join(f"{kind} {count}" for kind, count in others.items())
         raise UserError(
@@ -253,23 +249,6 @@ def _read_cvat(source: Path, options: Options) -> Contents:
         next(iter(parts.values())).counts.update({f"{kind} left out": count for kind, count in others.items()})
     parts = {split: parts[split] for split in ("", *SPLITS) if split in parts}
     return Contents(parts, [{"name": name, **_points(points)} for name, points in labels.items()])
-
-
-def _together(parts: Iterable[Split], finder: ImageFinder) -> Split:
-    whole = Split(finder)
-    for part in parts:
-        whole.images += part.images
-        whole.counts.update(part.counts)
-        whole.found |= part.found
-    return whole
-
-
-def _root_tag(file: Path) -> str:
-    try:
-        with file.open("rb") as opened:
-            return next(ElementTree.iterparse(opened, events=("start",)))[1].tag
-    except (OSError, ElementTree.ParseError, StopIteration):
-        return ""
 
 
 def _points(names: list[str]) -> dict[str, Any]:
@@ -294,27 +273,20 @@ def _add_image(
         size = parse_whole_number(element.get("width"), "width"), parse_whole_number(element.get("height"), "height")
         rows = []
         for item in element:
-            if item.tag in _WITHOUT_BOX:
-                others[item.tag] += 1
-                continue
             shape = _shape(item, size, labels)
             if shape is None:
                 others[item.tag] += 1
                 continue
             label = item.get("label") or ""
             labels.setdefault(label, [])
-            rows.append({"category": label, **shape, **_attributes(item), "iscrowd": 0})
+            rows.append({"category": label, **shape, "iscrowd": 0})
+            if attributes := {a.get("name") or "": a.text or "" for a in item.findall("attribute")}:
+                rows[-1]["attributes"] = attributes  # as CVAT's own COCO export has them
         part.add_image(part.find_image(given), size, rows)
 
 
-def _attributes(item: ElementTree.Element) -> dict[str, Any]:
-    """As CVAT's own COCO export has them."""
-    found = {a.get("name") or "": a.text or "" for a in item.findall("attribute")}
-    return {"attributes": found} if found else {}
-
-
 def _shape(item: ElementTree.Element, size: tuple[int, int], labels: dict[str, list[str]]) -> dict[str, Any] | None:
-    """COCO's shape; None of an element that is not known."""
+    """COCO's shape; None of an element without a box, such as a polyline or a tag."""
 
     def number(key: str) -> float:
         return parse_number(item.get(key), key, FARTHEST)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,14 @@ from shared.data.convert import yolo_labels
 from shared.data.convert.contents import Contents, Format, Options, Split, errors_in
 from shared.data.convert.files import (
     by_split,
-    common_folder,
     files_below,
     files_in,
     image_size,
     images_below,
-    is_there,
     read_text,
     split_of,
 )
 from shared.data.convert.shapes import is_number, parse_whole_number
-from shared.data.convert.text_labels import looks_like
 from shared.data.convert.yolo_labels import Labels
 from shared.data.images import is_image_name
 from shared.errors import UserError
@@ -44,14 +41,14 @@ class _Description:
     Attributes:
         names: class names, by number.
         places: by split: folders of images, or lists of their names.
+        labels: "" or as `Options.labels`; "keypoints" if their number is missing.
     """
 
     file: Path
     names: dict[int, str]
     places: dict[str, list[str]] = field(default_factory=dict)
     root: str = ""
-    task: str = ""
-    keypoints: tuple[int, int] | None = None
+    labels: str = ""
     point_names: list[str] = field(default_factory=list)
     flips: list[int] = field(default_factory=list)
 
@@ -62,17 +59,11 @@ def recognise(source: Path) -> str:
     if file is None:
         return ""
     if file.suffix in (".yaml", ".yml"):
-        content = _yaml(file)
-        return f"{file.name} has `names`" if isinstance(content, dict) and "names" in content else ""
+        return f"{file.name} has `names`" if _has_names(file) else ""
     if file.suffix == ".data":
         return f"{file.name} names lists of images"
     labels = _label_files_below(file.parent)
     return f"{file.name} and {len(labels)} label files" if labels else ""
-
-
-def recognise_labels(source: Path) -> str:
-    """Label files without a file that names the classes."""
-    return looks_like(source, _is_line)
 
 
 def read(source: Path, options: Options) -> Contents:
@@ -85,9 +76,8 @@ def read(source: Path, options: Options) -> Contents:
     described = _describe(file)
     notes: list[str] = []
     images = _images_by_split(described, source, options, notes)
-    of_images = {}
-    for split, (files, folder) in images.items():
-        of_images[split] = _label_files(files, folder, source if options.images is not None else None)
+    labels_in = source if options.images is not None else None
+    of_images = {split: _label_files(files, folder, labels_in) for split, (files, folder) in images.items()}
     _note_orphans(of_images, [folder for _, folder in images.values()], notes)
     read_labels = {}
     for split, (of_image, folders) in of_images.items():
@@ -96,8 +86,13 @@ def read(source: Path, options: Options) -> Contents:
     if not read_labels:
         raise UserError(f"{source}: has no images. Fix: correct the paths in {file}, or give --images")
     every = [label for split in read_labels.values() for label in split.values()]
-    kind = yolo_labels.kind_of(every, _kind_given(described, options), file)
-    notes.extend(yolo_labels.describe(kind))
+    if not options.labels and described.labels == "keypoints":
+        raise UserError(f"{file}: `task: pose` needs `kpt_shape`. Fix: add `kpt_shape: [17, 3]`, for example")
+    kind = yolo_labels.kind_of(every, options.labels or described.labels, file)
+    if kind.name == "keypoints":
+        notes.append(f"the labels are boxes with {kind.points} keypoints of {kind.numbers} numbers")
+    elif kind.name != "boxes":
+        notes.append(f"the labels are {kind.name}")
     splits = {}
     for split, labels in read_labels.items():
         folder = images[split][1]
@@ -110,22 +105,10 @@ def read(source: Path, options: Options) -> Contents:
     return Contents(splits, [{"name": name, **points} for name in described.names.values()], notes)
 
 
-def _is_line(words: list[str]) -> bool:
-    """A whole number, and shares of an image's size."""
+def is_label_line(words: list[str]) -> bool:
+    """Whether the words are a whole number, and shares of an image's size."""
     is_object = words[0].isdecimal() and len(words) > 4 and all(map(is_number, words))
     return is_object and all(0 <= float(word) <= 1 for word in words[1:5])
-
-
-def _kind_given(described: _Description, options: Options) -> str:
-    """ "" or as `Options.labels`."""
-    if options.labels:
-        return options.labels
-    kind = _TASKS.get(described.task, "")
-    if described.keypoints and kind in ("", "keypoints"):
-        return "keypoints:{}x{}".format(*described.keypoints)
-    if kind == "keypoints":
-        raise UserError(f"{described.file}: `task: pose` needs `kpt_shape`. Fix: add `kpt_shape: [17, 3]`, for example")
-    return kind
 
 
 # --- the classes and the places of the images -------------------------------------------------------
@@ -142,7 +125,7 @@ def _description_file(source: Path, images: Path | None) -> Path | None:
         for path in (folder / "data.yaml", folder / "data.yml"):
             if path.is_file():
                 return path
-        others = [p for p in files_in(folder, (".yaml", ".yml")) if isinstance(c := _yaml(p), dict) and "names" in c]
+        others = [path for path in files_in(folder, (".yaml", ".yml")) if _has_names(path)]
         if len(others) > 1:
             raise UserError(
                 f"{folder}: {' and '.join(path.name for path in others[:2])} both name classes. Fix: give the file"
@@ -151,14 +134,20 @@ def _description_file(source: Path, images: Path | None) -> Path | None:
             return others[0]
         if data := files_in(folder, (".data",)):
             return data[0]
+    return _name_file(folders)
+
+
+def _name_file(folders: Iterable[Path]) -> Path | None:
     return next((folder / name for folder in folders for name in _NAME_FILES if (folder / name).is_file()), None)
 
 
-def _yaml(file: Path) -> Any:
+def _has_names(file: Path) -> bool:
+    """Whether it is a YAML file with the key `names`."""
     try:
-        return yaml.safe_load(read_text(file))
+        content = yaml.safe_load(read_text(file))
     except (yaml.YAMLError, UserError):
-        return None
+        return False
+    return isinstance(content, dict) and "names" in content
 
 
 def _describe(file: Path) -> _Description:
@@ -181,7 +170,7 @@ def _describe(file: Path) -> _Description:
         if not isinstance(content, dict):
             raise ValueError("it has no keys")
         names = content.get("names")
-        if names is None and (beside := _found_names(file.parent)):
+        if names is None and (beside := _name_file([file.parent])):
             by_number = _names_of_lines(beside)
         elif not isinstance(names, (list, dict)) or not names:
             raise ValueError("it needs `names`, the categories")
@@ -190,7 +179,7 @@ def _describe(file: Path) -> _Description:
             by_number = {parse_whole_number(str(i), "a class in `names`"): str(name) for i, name in pairs}
         described = _Description(file, {i: by_number[i] for i in sorted(by_number)})
         described.root = str(content.get("path") or "")
-        described.task = str(content.get("task") or "")
+        described.labels = _TASKS.get(str(content.get("task")), "")
         for split, keys in _KEYS.items():
             if given := next((content[key] for key in keys if content.get(key)), None):
                 described.places[split] = [str(place) for place in np.atleast_1d(given)]
@@ -198,16 +187,13 @@ def _describe(file: Path) -> _Description:
             count, numbers = (int(number) for number in shape)
             if count < 1 or numbers not in (2, 3):
                 raise ValueError(f"`kpt_shape` is {shape}, and not [number of points, 2 or 3]")
-            described.keypoints = count, numbers
+            if described.labels in ("", "keypoints"):
+                described.labels = f"keypoints:{count}x{numbers}"
         point_names = content.get("kpt_names") or []
         first = next(iter(point_names.values())) if isinstance(point_names, dict) else point_names
         described.point_names = [str(name) for name in first]
         described.flips = [int(i) for i in content.get("flip_idx") or []]
     return described
-
-
-def _found_names(folder: Path) -> Path | None:
-    return next((folder / name for name in _NAME_FILES if (folder / name).is_file()), None)
 
 
 def _names_of_lines(file: Path) -> dict[int, str]:
@@ -228,7 +214,8 @@ def _found(place: str, folders: Sequence[Path]) -> Path | None:
     parts = plain.split("/")[1:] if plain.startswith("/") else []
     ends = ["/".join(parts[at:]) for at in range(1, len(parts)) if len(parts) - at > 1 or split_of(parts[at])]
     paths = (folder / name for name in (plain, below, *ends) for folder in folders)
-    return next((Path(os.path.abspath(path)) for path in paths if is_there(path)), None)
+    # a name that no disk can have is not there either, and `Path.exists` would raise
+    return next((Path(os.path.abspath(path)) for path in paths if os.path.exists(path)), None)
 
 
 def _found_listed(line: str, folders: Sequence[Path]) -> Path | None:
@@ -248,7 +235,10 @@ def _images_by_split(
     if not described.places:
         folder = _folder_without_places(described.file, source)
         by_folder = by_split(images_below(folder), folder)
-        return {split: (files, common_folder(files) or folder) for split, files in by_folder.items()}
+        return {
+            split: (files, Path(os.path.commonpath({file.parent for file in files})))
+            for split, files in by_folder.items()
+        }
     base = described.file.absolute().parent
     folders = [Path(os.path.abspath(base / described.root)), base]
     if described.root:
@@ -256,11 +246,11 @@ def _images_by_split(
     images = {}
     for split, places in described.places.items():
         files: list[Path] = []
-        roots: list[Path] = []
+        roots: set[Path] = set()
         for place in places:
-            found = _found(place, folders) or (_found_listed(place, folders) if place.endswith(".txt") else None)
+            found = _found(place, folders)
             if found is None and place.endswith(".txt"):  # `data/train.txt` of CVAT
-                found = _found(Path(place).name, folders)
+                found = _found_listed(place, folders) or _found(Path(place).name, folders)
             if found is None:
                 problem = f"{described.file}: {split}: {place} is not there, beside the file or below its `path`"
                 if split == "test" or (split == "val" and options.without_val):
@@ -270,11 +260,11 @@ def _images_by_split(
                 raise UserError(f"{problem}. Fix: correct the path; or delete the line{fix}; or pass --images FOLDER")
             if found.is_dir():
                 files += images_below(found)
-                roots.append(found)
+                roots.add(found)
             else:
                 listed = _listed(found, folders, notes)
                 files += listed
-                roots += [folder] if (folder := common_folder(listed)) else []
+                roots.update(file.parent for file in listed)
         else:
             common = Path(os.path.commonpath(roots)) if roots else base
             images[split] = list(dict.fromkeys(files)), common
@@ -363,27 +353,22 @@ def _label_files(files: Sequence[Path], folder: Path, source: Path | None) -> tu
     Raises:
         UserError: two images would share a label file.
     """
-    labels = source.absolute() if source is not None else None
-    if labels is not None and labels.is_file():
-        labels = labels.parent
-    if labels is not None and (labels / "labels").is_dir():
-        labels = labels / "labels"
-    of_image: dict[Path, Path] = {}
-    folders = set() if labels is None else {labels}
-    beside = {parent: _labels_for(parent) for parent in {file.parent for file in files}} if labels is None else {}
-    folders.update(beside.values())
+    if source is None:
+        beside = {parent: _labels_for(parent) for parent in {file.parent for file in files}}
+        folders = set(beside.values())
+        of_image = {file: beside[file.parent] / f"{file.stem}.txt" for file in files}
+    else:
+        labels = source.absolute() if source.is_dir() else source.absolute().parent
+        labels = labels / "labels" if (labels / "labels").is_dir() else labels
+        folders = {labels}
+        of_image = {file: labels / file.relative_to(folder).with_suffix(".txt") for file in files}
     claimed: dict[Path, Path] = {}
-    for file in files:
-        if labels is not None:
-            label = labels / file.relative_to(folder).with_suffix(".txt")
-        else:
-            label = beside[file.parent] / f"{file.stem}.txt"
+    for file, label in of_image.items():
         if (other := claimed.setdefault(label, file)) != file:
             raise UserError(
                 f"{file}: its label file would be {label.name}, and that is {other.name}'s too. Fix: rename one of the "
                 "two images, or move it away"
             )
-        of_image[file] = label
     return of_image, folders
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shared.data.convert import shapes
+from shared.data.convert.contents import errors_in
 from shared.data.convert.files import read_text
 from shared.data.convert.shapes import parse_number, parse_whole_number
 from shared.errors import UserError
@@ -71,13 +72,11 @@ def read(file: Path) -> Labels:
     text = read_text(file) if file.exists() else ""
     for number, line in enumerate(text.splitlines(), 1):
         if words := line.split():
-            try:
+            with errors_in(f"{file}: line {number}", "correct the line, or delete it"):
                 category = parse_whole_number(words[0], "the class")
                 values = np.array([parse_number(word, "a coordinate") for word in words[1:]])
                 if len(values) < _BOX:
                     raise ValueError(f"{len(values)} numbers after the class; a box has 4")
-            except ValueError as error:
-                raise UserError(f"{file}: line {number}: {error}. Fix: correct the line, or delete it") from error
             lines.append((number, category, values))
     return Labels(file, lines)
 
@@ -122,7 +121,7 @@ def _boxes_or_triangles(lines: Sequence[np.ndarray], described: Path) -> Kind:
     """Lines of 6 numbers, and of 5: boxes with a confidence and a track id, or triangles."""
     six = [values for values in lines if len(values) == _TRIANGLE]
     tracks = all(0 <= values[4] <= 1 and _is_whole(values[5]) for values in six)
-    triangles = len(six) == len(lines) and all(_is_share(values).all() for values in six)
+    triangles = len(six) == len(lines) and all(((values >= -_EDGE) & (values <= 1 + _EDGE)).all() for values in six)
     if tracks and not triangles:
         return Kind("boxes")
     if not tracks and not _may_be_keypoints(six, 2):
@@ -175,9 +174,8 @@ def _keypoints(given: str, lines: Sequence[np.ndarray]) -> Kind:
         ) from error
     kind = Kind("keypoints", points, numbers)
     after = [values[kind.length :] for values in lines if len(values) > kind.length]
-    confidence = any(0 <= rest[0] <= 1 for rest in after) and all(0 <= rest[0] <= 1 for rest in after)
-    track = any(len(rest) > confidence for rest in after)
-    return Kind("keypoints", points, numbers, confidence, track)
+    confidence = bool(after) and all(0 <= rest[0] <= 1 for rest in after)
+    return replace(kind, confidence=confidence, track=any(len(rest) > confidence for rest in after))
 
 
 def _ambiguous(values: np.ndarray, described: Path, kinds: Sequence[str]) -> UserError:
@@ -186,13 +184,6 @@ def _ambiguous(values: np.ndarray, described: Path, kinds: Sequence[str]) -> Use
         f"{described}: the labels have {len(values)} numbers after the class, and do not show what they are. Fix: pass "
         f"one of {options}; or write `task` or `kpt_shape` into data.yaml"
     )
-
-
-def describe(kind: Kind) -> list[str]:
-    """Sentences for the user about a kind that is not plain boxes."""
-    if kind.name == "keypoints":
-        return [f"the labels are boxes with {kind.points} keypoints of {kind.numbers} numbers"]
-    return [] if kind.name == "boxes" else [f"the labels are {kind.name}"]
 
 
 def annotations(
@@ -209,12 +200,10 @@ def annotations(
     """
     rows = []
     for number, category, values in labels.lines:
-        try:
+        with errors_in(f"{labels.file}: line {number}", "correct the line, or delete it"):
             if category not in names:
                 raise ValueError(f"category {category}, which data.yaml does not name")
             shape = _shape(values, kind, np.array(size, dtype=np.float64), counts)
-        except ValueError as error:
-            raise UserError(f"{labels.file}: line {number}: {error}. Fix: correct the line, or delete it") from error
         rows.append({"category": names[category], **shape, "iscrowd": 0})
     return rows
 
@@ -256,11 +245,10 @@ def _box_with_keypoints(values: np.ndarray, kind: Kind, size: np.ndarray, counts
         seen = np.where((points == 0).all(axis=1), 0, 2)
     else:
         seen = points[:, 2]
-        if not np.isin(seen, (0, 1, 2)).all():  # predictions have a confidence there
+        others = seen[~np.isin(seen, (0, 1, 2))]
+        if len(others):  # predictions have a confidence there
             if not ((seen >= 0) & (seen <= 1)).all():
-                raise ValueError(
-                    f"a keypoint's visibility is {seen[~np.isin(seen, (0, 1, 2))][0]:g}, and not 0, 1 or 2"
-                )
+                raise ValueError(f"a keypoint's visibility is {others[0]:g}, and not 0, 1 or 2")
             counts["keypoints with a confidence, visible from 0.5 on"] += kind.points
             seen = np.where(seen >= 0.5, 2, 0)
     _refuse_pixels(points[:, :2].ravel())
@@ -289,7 +277,3 @@ def _names_of_columns(kind: Kind) -> list[str]:
 
 def _is_whole(values: np.ndarray | float) -> Any:
     return (values == np.floor(values)) & (values >= 0)
-
-
-def _is_share(values: np.ndarray) -> np.ndarray:
-    return (values >= -_EDGE) & (values <= 1 + _EDGE)
