@@ -302,15 +302,6 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
         durable.write_file(path, json.dumps(content, indent=indent))
 
 
-def make_folder(path: Path, option: str) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{option}: {path} cannot be made a folder: {error.strerror}. Fix: give another folder"
-        ) from error
-
-
 def score_limits(
     given: float | str,
     categories: Sequence[dict],
