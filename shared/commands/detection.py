@@ -163,9 +163,7 @@ class FileDetector:
         gather = self.context.distributed.gather
         return CocoEvaluator(data.annotations, self.iou_types, gather=gather, max_detections=self._max_detections)
 
-    def evaluation_loader(
-        self, data: SplitData, all_images: bool = True, is_share: bool = False, in_process: bool = False
-    ) -> Iterator[Batch]:
+    def evaluation_loader(self, data: SplitData, all_images: bool, is_share: bool, in_process: bool) -> Iterator[Batch]:
         """See `DetectionTrial.evaluation_loader`. A batch is one image, and it uses all of them."""
         bad_images = BadImages(skip=self.data.on_bad_image == "skip")
         rank, slots = (0, 1) if is_share or in_process else (self.rank, self.slots)
@@ -242,7 +240,7 @@ def detect_all(
     """
     seconds = {"loading": 0.0, "detecting": 0.0} if seconds is None else seconds
     if tiling is None:
-        yield from _batches(trial, data, seconds, all_images=all_images, in_process=in_process)
+        yield from _batches(trial, data, seconds, all_images=all_images, is_share=False, in_process=in_process)
         return
     annotations = data.annotations
     images = list(range(len(annotations)) if all_images else trial.evaluated_images(len(annotations)))
@@ -271,15 +269,10 @@ def detect_all(
 
 
 def _batches(
-    trial: DetectionTrial | FileDetector,
-    data: SplitData,
-    seconds: dict[str, float],
-    all_images: bool,
-    in_process: bool,
-    is_share: bool = False,
+    trial: DetectionTrial | FileDetector, data: SplitData, seconds: dict[str, float], **options: bool
 ) -> Iterator[tuple[Batch, list[Any]]]:
-    """Batches of whole images, and their detections. See `detect_all` and `DetectionTrial.evaluation_loader`."""
-    batches = iter(trial.evaluation_loader(data, all_images=all_images, is_share=is_share, in_process=in_process))
+    """Batches of whole images, and their detections. The options are those of `DetectionTrial.evaluation_loader`."""
+    batches = iter(trial.evaluation_loader(data, **options))
     while True:
         started = time.perf_counter()
         batch = next(batches, None)
@@ -300,15 +293,6 @@ def write_results(folder: Path, by_image: Mapping[int, list[dict]]) -> None:
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
     with unwritable_as_error(path):
         durable.write_file(path, json.dumps(content, indent=indent))
-
-
-def make_folder(path: Path, option: str) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{option}: {path} cannot be made a folder: {error.strerror}. Fix: give another folder"
-        ) from error
 
 
 def score_limits(

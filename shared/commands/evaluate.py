@@ -15,7 +15,6 @@ from shared.commands.detection import (
     check_categories,
     detect_all,
     detector_of,
-    make_folder,
     tiling_of,
     with_checkpoint,
     write_json,
@@ -24,7 +23,7 @@ from shared.commands.detection import (
 from shared.config.experiment import Experiment
 from shared.data.open import SplitData, open_split
 from shared.data.storage import DiskImages
-from shared.errors import UserError, check_outputs, count_of
+from shared.errors import UserError, check_outputs, count_of, unwritable_as_error
 from shared.evaluation.detections import Detections, from_coco_results, to_coco_results
 from shared.evaluation.evaluator import CocoEvaluator, for_json, iou_types_of, metrics_table
 from shared.report.analysis import best_of_boxes
@@ -126,7 +125,8 @@ def _make_output_folders(arguments: argparse.Namespace, data: SplitData) -> None
     ):
         if folder is not None:
             check_outputs(option, [folder / name for name in names], inputs)
-            make_folder(folder, option)
+            with unwritable_as_error(f"{option}: {folder}", "give another folder"):
+                folder.mkdir(parents=True, exist_ok=True)
 
 
 def _print_metrics(metrics: dict[str, float], iou_types: tuple[str, ...], output: Path | None) -> None:

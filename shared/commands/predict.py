@@ -19,7 +19,6 @@ from shared.commands.detection import (
     FileDetector,
     detect_all,
     detector_of,
-    make_folder,
     score_limits,
     tiling_of,
     with_checkpoint,
@@ -65,7 +64,8 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
             pictures = look_at(images, in_tiles=tiling is not None)
             if arguments.track and all(picture.frames is None for picture in pictures):
                 raise UserError("--track: it follows objects in videos, and --images has none. Fix: remove --track")
-            make_folder(arguments.output, "--output")
+            with unwritable_as_error(f"--output: {arguments.output}", "give another folder"):
+                arguments.output.mkdir(parents=True, exist_ok=True)
             return pictures, images
 
         pictures, images = on_chief(distributed, open_inputs)
@@ -148,8 +148,8 @@ class _Prediction:
         videos = [position for position, picture in enumerate(self.pictures) if picture.frames is not None]
         own = videos[distributed.rank :: distributed.size]
         frames = sum(self.pictures[position].frames for position in own)
-        progress = Progress(0, -(-len(self.positions) // distributed.size) + frames, "image")
-        with contextlib.closing(progress):
+        count = -(-len(self.positions) // distributed.size) + frames
+        with contextlib.closing(Progress(0, count, "image")) as progress:
             if self.data is not None:
                 for batch, detected in detect_all(self.trial, self.data, self.seconds, True, self.tiling):
                     with self._drawing():

@@ -91,7 +91,6 @@ class TrialProcess:
                 preexec_fn=_before_start(place.cores),
             )
         self.is_stopping = False
-        self._reports: list[dict] = []  # those of the last call
 
     def exit_code(self) -> int | None:
         """None while it runs; negative for a signal."""
@@ -111,16 +110,12 @@ class TrialProcess:
     def validations(self, metric: str) -> list[tuple[int, float]]:
         """(millionths of the whole training, value) of each validation in metrics.jsonl; nan for an undefined value.
 
-        Empty if nothing is new since the last call, or the run has not written its length yet. Reads the whole file,
-        because a resumed run rewrites it.
+        Empty if the run has not written its length yet. Reads the whole file, because a resumed run rewrites it.
         """
         try:
             reports, total = self.folder.reports(), self.folder.total_batches()
         except (OSError, ValueError, KeyError, TypeError):  # not there yet, or incomplete
             return []
-        if reports == self._reports:
-            return []
-        self._reports = reports
         of_validations = (report for report in reports if report["split"] == "val")
         found = [(report["batches"] * WHOLE // total, report["metrics"].get(metric)) for report in of_validations]
         return [(step, math.nan if value is None else value) for step, value in found]
