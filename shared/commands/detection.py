@@ -257,14 +257,14 @@ def detect_all(
     annotations = data.annotations
     images = list(range(len(annotations)) if all_images else trial.evaluated_images(len(annotations)))
     own = images if in_process else images[trial.rank :: trial.slots] or images[:1]
-    cut_up = cut(annotations, data.images, own, tiling)
-    of_tiles = SplitData(cut_up.annotations, cut_up.images)
-    missing = Counter(tile.image for tile in cut_up.tiles)
+    all_tiles, tile_annotations, tile_images = cut(annotations, data.images, own, tiling)
+    of_tiles = SplitData(tile_annotations, tile_images)
+    missing = Counter(tile.image for tile in all_tiles)
     found: dict[int, list[tuple[Tile, Any]]] = defaultdict(list)
     unread: set[int] = set()
     for batch, detected in _batches(trial, of_tiles, seconds, all_images=True, is_share=True, in_process=in_process):
-        tiles = [cut_up.tiles[number] for number in [*batch.image_ids, *batch.skipped]]
-        unread.update(cut_up.tiles[number].image for number in batch.skipped)
+        tiles = [all_tiles[number] for number in [*batch.image_ids, *batch.skipped]]
+        unread.update(all_tiles[number].image for number in batch.skipped)
         for tile, detections in zip(tiles, detected, strict=False):
             found[tile.image].append((tile, detections))
         missing.subtract(tile.image for tile in tiles)

@@ -204,7 +204,7 @@ def _check_brightness(image: Image.Image) -> None:
 
 # --- resizing ---------------------------------------------------------------------------------------
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the resized image
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 _SUPPORT = {Image.BILINEAR: 1, Image.HAMMING: 1, Image.BICUBIC: 2, Image.LANCZOS: 3}
 _MAX_SHARE = 0.75  # of the resized image: two steps save less for a larger box

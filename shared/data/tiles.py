@@ -12,7 +12,7 @@ import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin
 
 from shared.data.annotations import CocoAnnotations
-from shared.data.images import read_image
+from shared.data.images import Box, read_image
 from shared.data.storage import DiskImages, ImageStorage
 from shared.errors import UserError
 
@@ -88,34 +88,24 @@ def tiles_of(image: int, width: int, height: int, tiling: Tiling) -> list[Tile]:
     return [*(Tile(image, box) for box in boxes), Tile(image, (0, 0, width, height), factor, is_view=True)]
 
 
-@dataclass(frozen=True)
-class TiledData:
-    """The tiles as data without annotations.
-
-    Attributes:
-        annotations: the image id of a tile is its index in `tiles`.
-    """
-
-    annotations: CocoAnnotations
-    images: TileImages
-    tiles: list[Tile]
-
-
-def cut(annotations: CocoAnnotations, storage: ImageStorage, images: Sequence[int], tiling: Tiling) -> TiledData:
-    """The tiles of some images, given by index."""
-    widths, heights = annotations.columns["widths"], annotations.columns["heights"]
-    tiles = [tile for i in images for tile in tiles_of(i, int(widths[i]), int(heights[i]), tiling)]
-    names = {i: annotations.file_name(i) for i in images}
-    rows, parts = [], {}
-    for number, tile in enumerate(tiles):
-        width, height = tile.size
-        part = f"{names[tile.image]}[{','.join(map(str, tile.box))}]{'' if tile.factor == 1 else f'/{tile.factor}'}"
-        rows.append({"id": number, "file_name": part, "width": width, "height": height})
-        parts[part] = tile
+def cut(
+    annotations: CocoAnnotations, storage: ImageStorage, images: Sequence[int], tiling: Tiling
+) -> tuple[list[Tile], CocoAnnotations, TileImages]:
+    """The tiles of some images, given by index, and data of which they are the images: without objects, and the image
+    id of a tile is its place in the list."""
+    tiles, rows, parts = [], [], {}
+    for index in images:
+        image = annotations[index]
+        for tile in tiles_of(index, image.width, image.height, tiling):
+            width, height = tile.size
+            reduced = "" if tile.factor == 1 else f"/{tile.factor}"
+            name = f"{image.file_name}[{','.join(map(str, tile.box))}]{reduced}"
+            rows.append({"id": len(tiles), "file_name": name, "width": width, "height": height})
+            parts[name] = tile
+            tiles.append(tile)
     cut_up = CocoAnnotations.from_dict({"images": rows, "annotations": [], "categories": annotations.categories})
     cut_up.path = annotations.path
-    sizes = {i: (int(widths[i]), int(heights[i])) for i in images}
-    return TiledData(cut_up, TileImages(storage, names, sizes, parts), tiles)
+    return tiles, cut_up, TileImages(storage, annotations, parts)
 
 
 @dataclass
@@ -123,13 +113,12 @@ class TileImages:
     """The tiles' bytes. Each process keeps the last image, decoded or opened.
 
     Attributes:
-        names, sizes: name and size of each image, by index.
+        annotations: of the whole images.
         parts: the tiles by name.
     """
 
     images: ImageStorage
-    names: dict[int, str]
-    sizes: dict[int, tuple[int, int]]
+    annotations: CocoAnnotations
     parts: dict[str, Tile]
     _last: tuple[int, Image.Image | Windows] | None = field(default=None, repr=False)
 
@@ -140,7 +129,8 @@ class TileImages:
         tile = self.parts[file_name]
         if self._last is None or self._last[0] != tile.image:
             self._last = None  # before another is decoded
-            self._last = tile.image, open_image(self.images, self.names[tile.image], self.sizes[tile.image])
+            whole = self.annotations[tile.image]
+            self._last = tile.image, open_image(self.images, whole.file_name, (whole.width, whole.height))
         buffer = io.BytesIO()
         part_of(self._last[1], tile).save(buffer, format="BMP")
         return buffer.getvalue()
@@ -178,8 +168,6 @@ def path_of(images: ImageStorage, name: str) -> Path | None:
 
 # --- windows: parts of a TIFF file. rasterio reads them without decoding the rest, so memory does not grow with it.
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
-
 HOW_TO_READ = (
     "Fix: save it as an 8-bit TIFF in tiles and pip install rasterio; or if you trust it, set data.max_image_pixels"
 )
@@ -194,6 +182,7 @@ class Windows:
 
     Attributes:
         size: (width, height).
+        has_small_blocks: whether no block, which is decoded as a whole, takes much memory.
     """
 
     def __init__(self, path: Path):
@@ -205,11 +194,7 @@ class Windows:
             with self._environment:
                 self._file = rasterio.open(path)
         self.size = self._file.width, self._file.height
-
-    @property
-    def has_small_blocks(self) -> bool:
-        """Whether no block, which is decoded as a whole, takes much memory."""
-        return all(height * width <= _LARGEST_BLOCK for height, width in self._file.block_shapes)
+        self.has_small_blocks = all(height * width <= _LARGEST_BLOCK for height, width in self._file.block_shapes)
 
     def read(self, box: Box) -> Image.Image:
         """A part of the image, in RGB."""
