@@ -22,6 +22,7 @@ from shared.config.file import (
 from shared.config.schema import (
     BACKEND_ALIASES,
     BACKENDS,
+    BUCKET_SCHEMES,
     UNITS,
     DataConfig,
     EarlyStopping,
@@ -253,7 +254,7 @@ def parse_data(
         raise UserError(f"data.backend: {data.backend!r} is not available{nearest(data.backend, BACKENDS)}")
     if data.cache_dir is not None:
         data.cache_dir = str(Path(expanded(data.cache_dir, "data.cache_dir")).absolute())
-    in_bucket = BACKENDS[data.backend].bucket_scheme is not None
+    in_bucket = data.backend in BUCKET_SCHEMES
     located: list[str] = []
     for split in _SPLITS:
         if (given := getattr(data, split)) is not None:

@@ -20,33 +20,14 @@ from shared.errors import UserError, nearest
 T = TypeVar("T")
 Positive = Annotated[float, Meta(gt=0)]
 
+BACKENDS = ("disk", "s3", "gcs", "http", "fake")
+BACKEND_ALIASES = {"gcp": "gcs"}
+BUCKET_SCHEMES = {"s3": "s3://", "gcs": "gs://"}  # the start of the URLs of a backend's buckets
+_WITHOUT_FILES = ("fake",)  # backends that make their data up
 UNITS = ("batches", "epochs", "records")
 LOGGERS = ("wandb", "mlflow")
 PUBLISHED = "published"  # `weights`: what the library publishes for `config_file`
 _UNDEFINED = 1e30  # a metric of this size or larger has no value
-
-
-@dataclass(frozen=True)
-class Backend:
-    """Where a backend finds the data.
-
-    Attributes:
-        reads_files: False if it makes its data up.
-        bucket_scheme: the start of its buckets' URLs; None if it has no buckets.
-    """
-
-    reads_files: bool = True
-    bucket_scheme: str | None = None
-
-
-BACKENDS = {
-    "disk": Backend(),
-    "s3": Backend(bucket_scheme="s3://"),
-    "gcs": Backend(bucket_scheme="gs://"),
-    "http": Backend(),
-    "fake": Backend(reads_files=False),
-}
-BACKEND_ALIASES = {"gcp": "gcs"}
 
 
 def key(default: Any = MISSING, text: str = "", *, is_path: bool = False, upstream: str = "") -> Any:
@@ -132,7 +113,7 @@ class DataConfig:
     @property
     def reads_files(self) -> bool:
         """Whether the data are files; else the backend makes them up."""
-        return BACKENDS[self.backend].reads_files
+        return self.backend not in _WITHOUT_FILES
 
     @property
     def images_on_disk(self) -> bool:
@@ -149,7 +130,7 @@ class DataConfig:
 
     def located(self, path: str) -> str:
         """A path of the config; its URL if it is in the bucket."""
-        scheme = BACKENDS[self.backend].bucket_scheme
+        scheme = BUCKET_SCHEMES.get(self.backend)
         return path if scheme is None or is_url(path) or path.startswith("/") else f"{scheme}{self.bucket}/{path}"
 
 
