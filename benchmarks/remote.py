@@ -26,7 +26,8 @@ from coco_files import data_folder, paths_of
 from shared.config.schema import StoreOptions
 from shared.data.annotations import CocoAnnotations
 from shared.data.dataset import CocoDetection, SampleKey
-from shared.data.storage import open_images, open_place
+from shared.data.remote import RemoteImages
+from shared.data.storage import DiskImages, ImageStorage, open_place
 from shared.training import run_store
 from shared.training.run_folder import RunFolder
 from shared.training.run_store import RunStore
@@ -46,7 +47,7 @@ def remote(source: Path | None = None, steps: int = 60, repeats: int = 5) -> Non
         path, on_disk = paths_of(folder, "train")
         annotations = CocoAnnotations.open(path)
         with http_store(folder, 0.02) as url:
-            places = {"disk": str(on_disk), "web server": f"{url}/{on_disk.name}"}
+            places = {"disk": DiskImages(on_disk), "web server": RemoteImages(f"{url}/{on_disk.name}")}
             sides = {
                 place: lambda _, images=images: images_per_second(annotations, images, steps)
                 for place, images in places.items()
@@ -110,11 +111,10 @@ def served_s3(latency: float) -> Iterator[str]:
         process.join()
 
 
-def images_per_second(annotations: CocoAnnotations, images: str, steps: int) -> float:
+def images_per_second(annotations: CocoAnnotations, images: ImageStorage, steps: int) -> float:
     """Of steps that only wait. The first ones, while the workers start, do not count."""
-    storage = open_images(images, "train", StoreOptions())
-    storage.look(annotations.file_names)
-    data = CocoDetection(annotations, storage, lambda image, record: np.asarray(image).mean(), seed=0, training=True)
+    images.look(annotations.file_names)
+    data = CocoDetection(annotations, images, lambda image, record: np.asarray(image).mean(), seed=0, training=True)
     keys = [SampleKey(0, i % len(data)) for i in range(8 * (steps + 10))]
     loader = torch.utils.data.DataLoader(data, batch_size=8, sampler=keys, num_workers=4)
     for number, _ in enumerate(loader):

@@ -9,11 +9,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from shared.config.experiment import parse_data
 from shared.data.annotations import CocoAnnotations
 from shared.data.checks import check_images
 from shared.data.dataset import BadImages, CocoDetection, SampleKey
 from shared.data.loading import Batch, EvaluationBatchSampler, PrefetchLoader, start_workers
-from shared.data.storage import DiskImages, open_images
+from shared.data.open import open_split
+from shared.data.storage import DiskImages
 from shared.errors import UserError
 
 
@@ -53,7 +55,7 @@ def test_missing_images_are_named_before_anything_is_read(shapes):
     with pytest.raises(UserError, match=r"data\.train\.images: 14 of the 24 .* first is 000010\.png"):
         check_images(annotations, DiskImages(shapes / "val"), "data.train.images")
     with pytest.raises(UserError, match=r"data\.val\.images: /nowhere is not a folder"):
-        open_images("/nowhere", "val")
+        open_split(parse_data({"data": {"val": {"annotations": str(annotations.path), "images": "/nowhere"}}}), "val")
 
 
 def test_an_image_that_cannot_be_decoded_is_named(shapes, tmp_path):

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.config.schema import DataConfig, Split
+from shared.config.schema import DataConfig, Split, is_url
 from shared.data import checks, synthetic
 from shared.data.annotations import CocoAnnotations, check_same_categories
 from shared.data.checks import check_box_format, check_images, first_dark_image, refuse_names_outside, under_a_pixel
 from shared.data.images import allow_pixels
 from shared.data.remote import RemoteImages, StoreError
-from shared.data.storage import CachedImages, DiskImages, ImageStorage, open_images
+from shared.data.storage import CachedImages, DiskImages, ImageStorage
 from shared.errors import UserError, count_of
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def open_split(data: DataConfig, split: str, images: ImageStorage | None = None)
     allow_pixels(data.max_image_pixels)
     folder = data.located(paths.images or found)
     if images is None:
-        images = open_images(folder, split, data.store_options, data.cache_dir, int(data.cache_gb * 2**30))
+        images = _open_images(data, split, folder)
     where = f"data.{split}.images ({folder})"
     try:
         refuse_names_outside(annotations, where)
@@ -75,6 +75,16 @@ def open_split(data: DataConfig, split: str, images: ImageStorage | None = None)
     if split == "train" and "ignore" in annotations.columns:
         annotations = annotations.select(~annotations.columns["ignore"])
     return SplitData(annotations, images)
+
+
+def _open_images(data: DataConfig, split: str, folder: str) -> ImageStorage:
+    """The images in a folder or below its URL; `data.cache_dir` keeps copies of those below a URL."""
+    if is_url(folder):
+        store, cache_bytes = RemoteImages(folder, data.store_options), int(data.cache_gb * 2**30)
+        return CachedImages(store, Path(data.cache_dir).absolute() / "images", cache_bytes) if data.cache_dir else store
+    if not Path(folder).is_dir():
+        raise UserError(f"data.{split}.images: {folder} is not a folder. Fix: give the folder of the images")
+    return DiskImages(Path(folder).absolute())
 
 
 def _open_annotations(data: DataConfig, split: str, paths: Split) -> tuple[CocoAnnotations, str]:

@@ -43,31 +43,6 @@ class ImageStorage(Protocol):
         """The bytes of the image file."""
 
 
-def open_images(
-    images: str,
-    split: str,
-    options: StoreOptions = StoreOptions(),  # noqa: B008, it is frozen
-    cache_dir: str | None = None,
-    cache_bytes: int = 0,
-) -> ImageStorage:
-    """The storage of one split.
-
-    Args:
-        images: a folder, or its URL.
-        cache_dir: for copies of remote images, up to `cache_bytes`. None keeps no copies.
-
-    Raises:
-        UserError: the folder does not exist.
-    """
-    if is_url(images):
-        store = RemoteImages(images, options)
-        return CachedImages(store, Path(cache_dir).absolute() / "images", cache_bytes) if cache_dir else store
-    folder = Path(images)
-    if not folder.is_dir():
-        raise UserError(f"data.{split}.images: {images} is not a folder. Fix: give the folder of the images")
-    return DiskImages(folder.absolute())
-
-
 def open_file(path: str | os.PathLike) -> BinaryIO:
     """Opens a file on disk. Raises OSError if it is a pipe or a device, which may have no end."""
     return open(path, "rb", opener=_open_plain_file)
@@ -144,13 +119,12 @@ def _plain(names: np.ndarray) -> np.ndarray:
 class CachedImages:
     """Images that are read from `remote` once, and from a folder on disk afterwards.
 
-    All processes of a machine share the folder. A copy is the image's bytes, its version and a CRC-32. It is written
-    under another name and renamed, so that half a copy never counts. A full folder keeps what it has: an epoch reads
-    each image once in random order, so no copy is less useful than another. If the folder cannot be written, the
-    images come from `remote`, with one warning.
+    A copy is the image's bytes, its version and a CRC-32. It is written under another name and renamed, so that half a
+    copy never counts. A full folder keeps what it has: an epoch reads each image once in random order, so no copy is
+    less useful than another. If the folder cannot be written, the images come from `remote`, with one warning.
 
-    A copy from a web server has the version that the server gave. The server is asked for it once per run, and a copy
-    of another version is read again. A bucket's copy counts if its length is the one in the bucket's list.
+    A copy from a web server counts if the server gives the same version, asked for once per run. A bucket's copy counts
+    if its length is the one in the bucket's list.
 
     Args:
         folder: is created.
