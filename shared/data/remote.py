@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
+import fsspec
 import numpy as np
 import tenacity
 from fsspec.asyn import AsyncFileSystem
@@ -69,10 +70,9 @@ class _Store:
 
 
 def _open_s3(options: StoreOptions) -> AsyncFileSystem:
-    from s3fs import S3FileSystem
-
     seconds = _attempt_seconds(options)
-    return S3FileSystem(
+    return fsspec.filesystem(
+        "s3",
         anon=options.anonymous,
         endpoint_url=options.endpoint_url,
         config_kwargs={"connect_timeout": seconds, "read_timeout": seconds},
@@ -104,17 +104,13 @@ def _list_gcs(files: AsyncFileSystem, bucket: str, prefix: str, token: str | Non
     return [(item["name"], int(item["size"])) for item in page.get("items", [])], page.get("nextPageToken")
 
 
-def _open_http(options: StoreOptions) -> AsyncFileSystem:
-    from fsspec.implementations.http import HTTPFileSystem
-
-    return HTTPFileSystem(use_listings_cache=False)
-
-
 _PUBLIC = ", or data.anonymous: true for a public one"
 _KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
 _S3 = _Store("s3fs", _KEYS, _open_s3, _list_s3, _PUBLIC)
 _GCS = _Store("gcsfs", "set GOOGLE_APPLICATION_CREDENTIALS", _open_gcs, _list_gcs, _PUBLIC)
-_HTTP = _Store("aiohttp", "let the server serve it without a login", _open_http)
+_HTTP = _Store(
+    "aiohttp", "let the server serve it without a login", lambda _: fsspec.filesystem("http", use_listings_cache=False)
+)
 _STORES = {"s3": _S3, "gs": _GCS, "gcs": _GCS, "http": _HTTP, "https": _HTTP}
 
 
