@@ -279,7 +279,7 @@ def parse_schedule(config: Mapping[str, Any]) -> Schedule:
     """The lengths that a config itself sets, by Determined's own keys; a period of 0 is not set.
 
     Raises:
-        UserError: a length or a policy is not understood.
+        UserError: a key has a wrong value.
     """
     searcher = config.get("searcher") or {}
     max_length = None
@@ -291,19 +291,15 @@ def parse_schedule(config: Mapping[str, Any]) -> Schedule:
         None if config.get(name) in _NOT_GIVEN else _length(config[name], name)
         for name in ("min_validation_period", "min_checkpoint_period")
     )
-    policy = config.get("checkpoint_policy") or "best"
-    if policy not in ("best", "all", "none"):
-        raise UserError(f"checkpoint_policy: {policy!r} is unknown. Fix: use best, all or none")
-    reporting = config.get("scheduling_unit") or 100
-    if type(reporting) is not int or reporting < 1:
-        raise UserError(f"scheduling_unit: {reporting!r} is not a number of batches. Fix: give a whole number above 0")
+    given = {name: config[name] for name in key_names(TopLevelKeys) if config.get(name)}
+    keys = parse_section(given, TopLevelKeys, "")
     return Schedule(
         max_length=max_length,
         validation_period=validation_period,
         checkpoint_period=checkpoint_period,
-        reporting_batches=reporting,
-        checkpoint_policy=policy,
-        initial_validation=bool(config.get("perform_initial_validation")),
+        reporting_batches=keys.scheduling_unit,
+        checkpoint_policy=keys.checkpoint_policy,
+        initial_validation=keys.perform_initial_validation,
         profiling=bool((config.get("profiling") or {}).get("enabled")),
     )
 

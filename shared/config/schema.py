@@ -233,11 +233,11 @@ class SearcherMetric:
 
 @dataclass(kw_only=True)
 class TopLevelKeys:
-    """The keys outside the sections, for `--help-config` and the reference."""
+    """The keys outside the sections."""
 
     min_validation_period: Any = key(None, "how often to validate, as `{epochs: 1}`; without it only at the end")
     min_checkpoint_period: Any = key(None, "how often to save, as `{batches: 500}`; also at validations and the end")
-    scheduling_unit: int = key(100, "batches between two reports of the loss")
+    scheduling_unit: Annotated[int, Meta(ge=1)] = key(100, "batches between two reports of the loss")
     checkpoint_policy: Literal["best", "all", "none"] = key("best", "which checkpoints a cluster keeps")
     perform_initial_validation: bool = key(False, "validate before the first batch")
 
@@ -322,6 +322,9 @@ def key_names(section: type) -> list[str]:
 def parse_section(section: Mapping[str, Any] | None, into: type[T], where: str) -> T:
     """The dataclass `into` from a config section.
 
+    Args:
+        where: the section's name; "" for the top of the config.
+
     Raises:
         UserError: an unknown key, a missing one or a value of the wrong type; the message names `where` and the key.
     """
@@ -346,7 +349,7 @@ def parse_section(section: Mapping[str, Any] | None, into: type[T], where: str) 
             message = f"it is {section[name]:g}. Fix: give a number {bound[1]} {float(bound[2]):g} ({text})"
         else:
             message += ". Fix: give a value of that type"
-        raise UserError(f"{where}{at}: {message}") from error
+        raise UserError(f"{where}{at}: {message}".removeprefix(".")) from error
 
 
 def _check_nested_sections(section: Mapping[str, Any], into: type, where: str) -> None:
