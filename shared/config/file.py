@@ -225,21 +225,17 @@ def without_ranges(
         value_of: gives the value of a range from its keys, ("config_overrides", "optimizer.lr"), and the range.
     """
 
-    def filled(section: Mapping[str, Any], at: tuple[str, ...]) -> dict[str, Any]:
-        new = {}
-        for key, value in section.items():
-            kind = value.get("type") if isinstance(value, Mapping) else None
-            if not isinstance(value, Mapping):
-                new[key] = value
-            elif kind == "const":
-                new[key] = value.get("val")
-            elif kind in _RANGES:
-                new[key] = value_of((*at, str(key)), value)
-            else:
-                new[key] = filled(value, (*at, str(key)))
-        return new
+    def filled(value: Any, at: tuple[str, ...]) -> Any:
+        kind = value.get("type") if isinstance(value, Mapping) else None
+        if kind == "const":
+            return value.get("val")
+        if kind in _RANGES:
+            return value_of(at, value)
+        if isinstance(value, Mapping):
+            return {key: filled(inner, (*at, str(key))) for key, inner in value.items()}
+        return value
 
-    return filled(hyperparameters, ())
+    return {key: filled(value, (str(key),)) for key, value in hyperparameters.items()}
 
 
 def flattened(section: Mapping[str, Any], before: str = "") -> dict[str, Any]:
