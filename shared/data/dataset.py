@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -192,9 +191,7 @@ class CocoDetection(torch.utils.data.Dataset):
         as_large, others = alike[is_as_large], alike[~is_as_large]
         for group, after in ((as_large, index), (others, as_large[0] if len(as_large) else index)):
             start = np.searchsorted(group, after, side="right")
-            for other in itertools.chain(group[start:], group[:start]):
-                if other != index:
-                    yield int(other)
+            yield from (int(other) for other in np.roll(group, -start) if other != index)
 
     @cached_property
     def _by_shape(self) -> tuple[np.ndarray, np.ndarray]:
