@@ -164,23 +164,20 @@ def look_once(folder: Path, look: Callable[[], Look], allow_missing: bool) -> Lo
 
     def remembered() -> Look | None:
         try:
-            arrays, (missing, first_missing, folders) = load_arrays(folder)
-            if missing:
-                age = time.time() - (folder / "header.json").stat().st_mtime
-                if not allow_missing or (arrays and age > _INCOMPLETE_IS_GOOD_FOR):
-                    return None
-            if any(modified(Path(path)) != time_then for path, time_then in folders.items()):
-                return None
-            return Look(
-                missing, first_missing, folders=folders, sizes=Sizes(**arrays, folder=folder) if arrays else None
-            )
+            arrays, about = load_arrays(folder)
+            found = Look(**about, sizes=Sizes(**arrays, folder=folder) if arrays else None)
+            is_old = time.time() - (folder / "header.json").stat().st_mtime > _INCOMPLETE_IS_GOOD_FOR
+            is_changed = any(modified(Path(path)) != time_then for path, time_then in found.folders.items())
         except (OSError, TypeError, ValueError, AttributeError):
             return None  # there is none, or it is damaged
+        counts = not found.missing or (allow_missing and not (found.sizes is not None and is_old))
+        return found if counts and not is_changed else None
 
     def remember() -> Look:
         new = look()
+        about = {"missing": new.missing, "first_missing": new.first_missing, "folders": new.folders}
         arrays = {} if new.sizes is None else {"names": new.sizes.names, "sizes": new.sizes.sizes}
-        if new.whole and save_arrays(folder, arrays, (new.missing, new.first_missing, new.folders)):
+        if new.whole and save_arrays(folder, arrays, about):
             return remembered() or new
         return new
 
