@@ -105,8 +105,8 @@ def parse_augment(given: Any) -> Augment | None:
     Raises:
         UserError: a key or a value is wrong.
     """
-    if given is None or isinstance(given, Augment):
-        return given
+    if given is None:
+        return None
     section = {"preset": given} if isinstance(given, str) else given
     if not isinstance(section, Mapping):
         raise UserError(f"{_KEY}: {as_in_yaml(given)} is not a section. Fix: give {', '.join(PRESETS)}, or its keys")
