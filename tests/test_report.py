@@ -126,10 +126,10 @@ def test_f1_and_the_best_thresholds_are_those_of_a_few_lines_of_numpy(noisy_anal
         f1 = {t: 2 * right[of & (scores >= t)].sum() / ((of & (scores >= t)).sum() + objects) for t in scores[of]}
         return max(f1.items(), key=lambda pair: (pair[1], pair[0]))
 
-    for row in boxes.categories:
+    for label, row in enumerate(boxes.categories):
         if row.objects and not np.isnan(row.f1):
-            threshold, f1 = best(labels == row.label, counts[row.label])
-            assert (row.objects, row.threshold, row.f1) == (counts[row.label], threshold, pytest.approx(f1))
+            threshold, f1 = best(labels == label, counts[label])
+            assert (row.objects, row.threshold, row.f1) == (counts[label], threshold, pytest.approx(f1))
     threshold, f1 = best(np.ones(len(scores), bool), counts.sum())
     assert (boxes.curve.best_threshold, boxes.curve.best_f1) == (threshold, pytest.approx(f1))
 

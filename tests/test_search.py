@@ -47,7 +47,6 @@ def config_of(**changed):
         "searcher": searcher,
         "min_validation_period": {"batches": 1},
         "seconds_a_batch": 0.02,
-        "data": {},
         **changed,
     }
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from msgspec import Meta
 
-from shared.config.schema import as_in_yaml, key, parse_section
+from shared.config.schema import as_in_yaml, key, key_names, parse_section
 from shared.errors import UserError, nearest
 
 Probability = Annotated[float, Meta(ge=0, le=1)]
@@ -73,9 +72,20 @@ class Augment:
 
     def __str__(self) -> str:
         """The keys that differ from `preset: none`, on one line."""
-        plain, given = dataclasses.asdict(Augment()), dataclasses.asdict(self)
-        changed = [f"{name} {value}" for name, value in given.items() if name != "preset" and value != plain[name]]
-        return ", ".join(changed) or "none"
+        plain = Augment()
+        changed = [name for name in key_names(Augment)[1:] if getattr(self, name) != getattr(plain, name)]
+        texts = {name: _in_short(getattr(self, name)) for name in changed}
+        return ", ".join(f"{name} {text}" for name, text in texts.items()) or "none"
+
+
+def _in_short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"{value[0]:g}–{value[1]:g}"
+    if isinstance(value, OffForLast):
+        return f"{value.epochs} epochs"
+    if isinstance(value, list):
+        return "+".join(given if isinstance(given, str) else next(iter(given)) for given in value)
+    return f"{value:g}"
 
 
 PRESETS: dict[str, dict[str, Any]] = {

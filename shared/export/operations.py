@@ -183,9 +183,8 @@ def pool_regions(features: Sequence[Tensor], boxes: Tensor, layers: Sequence[Any
     levels = sum((sides >= bound for bound in bounds), torch.zeros_like(sides, dtype=torch.int64))
     pooled = []
     for level, (of_level, layer) in enumerate(zip(features, layers, strict=True)):
-        # boxes of other levels shrink to a pixel, which takes no time
         is_here = levels == level
-        regions = torch.where(is_here, corners, torch.tensor([0.0, 0.0, 1.0, 1.0]))
+        regions = torch.where(is_here, corners, torch.zeros_like(corners))  # an empty box takes no samples, so no time
         arguments = layer.output_size, layer.spatial_scale, layer.sampling_ratio, layer.aligned
         found = roi_align(of_level, torch.cat([images, regions], 1), *arguments)
         pooled.append(torch.where(is_here[..., None, None], found, torch.zeros_like(found)))

@@ -175,8 +175,9 @@ class _Search:
             hyperparameters = draw(trial, self.config.get("hyperparameters") or {})
         name = str(self.config.get("name") or self.output.name)
         config = {**self.config, "hyperparameters": hyperparameters, "name": f"{name} trial {number}"}
-        # only its owner may read it: the trial needs the passwords in `data` and `hyperparameters`
-        config = {**without_secrets(config), "data": config["data"], "hyperparameters": hyperparameters}
+        needed = {key: config[key] for key in ("data", "hyperparameters") if key in config}
+        # only its owner may read it: the trial needs the passwords that are in these
+        config = without_secrets(config) | needed
         write_file(folder.with_suffix(".yaml"), yaml.safe_dump(config, sort_keys=False), mode=0o600)
         # all trials belong to one project, though each config has its own name
         variables = {
