@@ -260,7 +260,7 @@ def _join_group(
     if place.machines == 1:
         # Gloo and NCCL would listen where the rest of the network reaches them
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, interface_towards(LOOPBACK))
+            os.environ.setdefault(variable, interface_towards(LOOPBACK) or "lo")
     elif place.chief and (interface := interface_towards(place.chief)):
         # Gloo would listen where this host's own name leads
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
