@@ -123,6 +123,23 @@ def test_an_interval_holds_its_number_even_for_rare_categories(coco_tiny, tmp_pa
     assert [row for row in printed if row[0] is not None] == expected
 
 
+def test_detections_beyond_the_most_that_count_widen_no_category_s_interval(annotations, tmp_path):
+    def found(second_is_right):
+        return [
+            Detections(
+                record.image_id,
+                np.concatenate([record.boxes + 1000, record.boxes + (0 if second_is_right else 1000)]),
+                np.repeat([0.9, 0.5], len(record.boxes)),
+                np.tile(record.labels, 2),
+            )
+            for record in annotations
+        ]
+
+    both = {"a": found(True), "b": found(False)}
+    (comparison,) = compare(annotations, both, tmp_path / "c.html", resamples=50, max_detections=1)
+    assert {(each.delta, each.lower, each.upper) for each in comparison.categories} == {(0, 0, 0)}
+
+
 def test_a_category_of_one_image_has_no_interval(tmp_path):
     coco = synthetic.coco_split(seed=3, count=6)
     coco["categories"] = [*coco["categories"], {"id": 9, "name": "rare"}]

@@ -208,7 +208,8 @@ def _compare(a: Analyses, b: Analyses, name_a: str, name_b: str, iou_type: str, 
 def _of_category(evaluation: hotcoco.COCOeval, label: int) -> hotcoco.COCOeval:
     """The same detections, evaluated on one category: hotcoco has intervals of all categories together only."""
     own = hotcoco.COCOeval(evaluation.coco_gt, evaluation.coco_dt, evaluation.params.iou_type)
-    own.params.img_ids = evaluation.params.img_ids
+    for name in ("img_ids", "max_dets", "kpt_oks_sigmas"):
+        setattr(own.params, name, getattr(evaluation.params, name))
     own.params.cat_ids = [label]
     own.evaluate()
     own.accumulate()

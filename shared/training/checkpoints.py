@@ -68,7 +68,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             hparams=load_data["hparams"],
             categories=json.loads((path / CATEGORIES_FILE).read_text()),
             batches=int(metadata["steps_completed"]),
-            optimizer=state["optimizers_state_dict"][0],
+            optimizer={name: state["optimizers_state_dict"][0][name] for name in ("state", "param_groups")},
             scaler=state.get("scaler_state_dict"),
             training=training,
             averaged_weights=averaged,
