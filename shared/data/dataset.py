@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from shared.data.annotations import CocoAnnotations, ImageRecord
 from shared.data.images import BadImageError, read_image
 from shared.data.storage import ImageStorage
 from shared.errors import UserError, problem_of
-
-if TYPE_CHECKING:  # it imports this file
-    from shared.data.augment.augmenter import DataAugmenter
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +50,24 @@ def kept_random_state() -> Iterator[None]:
         finally:
             random.setstate(of_python)
             np.random.set_state(of_numpy)
+
+
+class Augmenter(Protocol):
+    """What changes training images at random. `load` and `other` give the image of an index and its record."""
+
+    def loaded(self, index: int, load: Callable[[int], Loaded]) -> Loaded:
+        """`load(index)`, or what it gave lately."""
+
+    def __call__(
+        self,
+        image: Any,
+        record: ImageRecord,
+        key: SampleKey,
+        seed: int,
+        other: Callable[[int], Loaded | None],
+        count: int,
+    ) -> Loaded:
+        """The changed image and its record. `count` is the number of images."""
 
 
 class SampleKey(NamedTuple):
@@ -115,7 +130,7 @@ class CocoDetection(torch.utils.data.Dataset):
         decode: takes the bytes of an 8-bit image, and returns what `transform` takes. None for a PIL image in RGB.
         in_use: indices that may replace another; None for all.
         replaces: replace a skipped image. Without it, a skipped image gives None.
-        augmenter: changes images and records before `transform`.
+        augmenter: changes images and records before `transform`, see `shared.data.augment.augmenter`.
     """
 
     annotations: CocoAnnotations
@@ -127,7 +142,7 @@ class CocoDetection(torch.utils.data.Dataset):
     decode: Callable[[bytes], Any] | None = None
     in_use: np.ndarray | None = None
     replaces: bool = True
-    augmenter: DataAugmenter | None = None
+    augmenter: Augmenter | None = None
 
     def __post_init__(self) -> None:
         self.bad_images = self.bad_images or BadImages()
@@ -137,7 +152,7 @@ class CocoDetection(torch.utils.data.Dataset):
 
     def __getitem__(self, key: SampleKey | int) -> Any:
         key = key if isinstance(key, SampleKey) else SampleKey(0, key)
-        return self._first_readable(key.index, lambda index: transformed(self.transform, *self.augmented(index, key)))
+        return self._first_readable(key.index, lambda index: self._sample(index, key))
 
     def augmented(self, index: int, key: SampleKey) -> Loaded:
         """The input of a sample's transform. Afterwards the global generators are seeded for the sample.
@@ -155,6 +170,9 @@ class CocoDetection(torch.utils.data.Dataset):
 
         changed = functools.partial(self.augmenter, key=key, seed=self.seed, other=other, count=len(self))
         return transformed(changed, image, record)
+
+    def _sample(self, index: int, key: SampleKey) -> Any:
+        return transformed(self.transform, *self.augmented(index, key))
 
     def _first_readable(self, index: int, get: Callable[[int], Any]) -> Any:
         """`get(index)`. If the image is bad and `bad_images` skips it, that of its replacement, or None without one."""

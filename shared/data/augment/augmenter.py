@@ -124,7 +124,6 @@ class DataAugmenter:
     def __call__(
         self, image: Picture, record: ImageRecord, key: SampleKey, seed: int, other: Other, count: int
     ) -> Drawn:
-        """The changed image and its record. `other` gives the image of an index; `count` is the number of images."""
         is_last = self.last_epoch is not None and key.epoch >= self.last_epoch
         settings = self.settings.at_the_end if is_last else self.settings
         rng = np.random.default_rng([seed, *key.seeds, 5])
