@@ -28,12 +28,14 @@ BY_ITSELF = ("container",)  # runs before anything is installed
 LIBRARIES = ("effdet", "timm", "mmdet", "mmcv", "detectron2", "transformers", "model_def")
 
 
-def imports_of(path: Path) -> list[str]:
-    """The imports of a file, including those in functions, without type-only ones."""
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def imports_of(path: Path, for_types: bool = False) -> list[str]:
+    """The imports of a file, including those in functions; `for_types`: and those for type checkers only."""
     names, tree = [], ast.parse(path.read_text())
-    of_types = [
-        node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-    ]
+    of_types = [] if for_types else [node for node in ast.walk(tree) if is_for_types(node)]
     unseen = {id(node) for block in of_types for node in ast.walk(block)}
     for node in ast.walk(tree):
         if id(node) in unseen:
@@ -131,7 +133,12 @@ def test_no_files_import_each_other_in_a_circle(package):
     modules = {".".join(path.relative_to(folder.parent).with_suffix("").parts): path for path in folder.rglob("*.py")}
     assert len(modules) > 1
     graph = {
-        module: {other for name in imports_of(path) for other in (name, name.rpartition(".")[0]) if other in modules}
+        module: {
+            other
+            for name in imports_of(path, for_types=True)
+            for other in (name, name.rpartition(".")[0])
+            if other in modules
+        }
         for module, path in modules.items()
     }
     graphlib.TopologicalSorter(graph).prepare()  # a CycleError names the circle
