@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import stop_workers
+from conftest import WITHOUT_LIBRARY, stop_workers
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tiny_detr import detr_config
@@ -411,6 +411,7 @@ def test_training_batches_do_not_depend_on_workers(workers, shapes, unbuilt):
         stop_workers()
 
 
+@pytest.mark.skipif("detr" in WITHOUT_LIBRARY, reason=WITHOUT_LIBRARY.get("detr", ""))
 def test_multi_scale_changes_the_input_of_each_batch(shapes, unbuilt):
     config = detr_config(shapes)
     config["data"]["augment"] = {"multi_scale": [0.5, 1.5], "off_for_last": {"epochs": 1}}
