@@ -49,8 +49,7 @@ def _cell(found: dict | None, reasons: list[str]) -> str:
         return "available"
     if "reason" in found:
         return f"blocked ({reasons.index(found['reason']) + 1})"
-    time = f", {found['time']:.2f}" if "time" in found else ""
-    return f"{found['map']:+.4f}, {found['matched']:.1%}{time}".replace("-0.0000", "+0.0000")
+    return f"{found['map']:+.4f}, {found['matched']:.1%}, {found['time']:.2f}".replace("-0.0000", "+0.0000")
 
 
 def with_table(page: str, results: dict[str, dict[str, dict]]) -> str:

@@ -333,7 +333,11 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=[*FORMATS, TRANSFORMERS, TENSORRT], default="onnx", help=formats_help)
     precisions = parser.add_mutually_exclusive_group()
     precisions.add_argument(
-        "--half", dest="precision", action="store_const", const="float16", help="16 bits (openvino only)"
+        "--half",
+        dest="precision",
+        action="store_const",
+        const="float16",
+        help="16 bits: weights, and arithmetic where the CPU has it (openvino only)",
     )
     precisions.add_argument(
         "--int8",

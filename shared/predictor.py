@@ -162,12 +162,10 @@ class Predictor:
         with tempfile.TemporaryDirectory(prefix="predict-") as copies:
             opened = _OpenedImages(images, self._options, copies)
             sizes = [opened.size(i, in_tiles=tiles is not None) for i in range(len(images))]
-            rows = [{"id": i, "file_name": str(i), "width": w, "height": h} for i, (w, h) in enumerate(sizes)]
-            annotations = CocoAnnotations.from_dict({"images": rows, "annotations": [], "categories": self.categories})
+            annotations = CocoAnnotations.of_sizes(sizes, self.categories)
             detected = detect_all(self._trial, SplitData(annotations, opened), all_images=True, tiling=tiling)
             by_id = {found.image_id: found for _, of_batch in detected for found in of_batch}
-        found = (by_id[i] for i in range(len(images)))
-        kept = (each.only(each.scores >= min_scores.astype(each.scores.dtype)[each.labels]) for each in found)
+        kept = [by_id[i].only(by_id[i].reach(min_scores)) for i in range(len(images))]
         more = {"categories": self.categories, "options": self._options}
         return [ImageDetections(**vars(each), image=image, **more) for each, image in zip(kept, images, strict=True)]
 

@@ -6,9 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from detectron2.data import (
-    MetadataCatalog,
-)
+from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import RandomFlip
 
 from shared.errors import UserError

@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.data import (
-    DatasetCatalog,
-    MetadataCatalog,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.common import DatasetFromList
 from detectron2.data.datasets import register_coco_instances
 from torch.utils.data import Dataset

@@ -29,7 +29,7 @@ from shared.data.dataset import CocoDetection
 from shared.data.images import read_image
 from shared.data.open import SplitData, open_split
 from shared.environment import versions_of
-from shared.errors import UserError, count_of
+from shared.errors import UserError, count_of, unwritable_as_error
 from shared.evaluation.detections import Detections
 from shared.evaluation.evaluator import for_json
 from shared.export import detect, detect_raw, formats
@@ -149,13 +149,10 @@ def _replacing(output: Path) -> Iterator[Path]:
     """A new folder, which takes the place of `output` at the end. An error deletes it."""
     folder = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.new")
     try:
-        folder.mkdir(parents=True)
-        yield folder
-        durable.replace_folder(folder, output)
-    except OSError as error:
-        raise UserError(
-            f"--output: {output} cannot be written: {error.strerror or error}. Fix: give another folder"
-        ) from error
+        with unwritable_as_error(f"--output: {output}", "give another folder"):
+            folder.mkdir(parents=True)
+            yield folder
+            durable.replace_folder(folder, output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # there is none once it took the place
 

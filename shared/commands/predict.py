@@ -55,10 +55,11 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
         experiment, checkpoint = with_checkpoint(trial_class, experiment, arguments, distributed)
         if distributed.rank == 0:  # not in data.cache_dir: training reads its images again, prediction does not
             copies = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="predict-")))
+        checkpoint_path = checkpoint and checkpoint.path
 
         def open_inputs() -> tuple[list[Picture], GivenImages]:
             if arguments.model is None:  # what it refuses, before the model is built
-                score_limits(arguments.min_score, [], checkpoint and checkpoint.path)
+                score_limits(arguments.min_score, [], checkpoint_path)
             _check_is_empty(arguments.output)
             images = GivenImages(find_files(arguments.images, options, arguments.format), options, copies)
             pictures = look_at(images, in_tiles=tiling is not None)
@@ -70,8 +71,9 @@ def predict(trial_class: type[DetectionTrial], experiment: Experiment, arguments
 
         pictures, images = on_chief(distributed, open_inputs)
         with detector_of(trial_class, experiment, checkpoint, arguments.model, processes) as trial:
-            of_run = arguments.min_score, trial.categories, checkpoint and checkpoint.path
-            limits = on_chief(distributed, lambda: score_limits(*of_run, trial))  # the report is there
+            limits = on_chief(  # the report is there
+                distributed, lambda: score_limits(arguments.min_score, trial.categories, checkpoint_path, trial)
+            )
             prediction = _Prediction(trial, pictures, images, arguments, limits)
             try:
                 prediction.run()

@@ -118,9 +118,8 @@ def detect_frames(
     """Each frame with its detections, in order. The image id is the frame's number, from 0."""
     per_batch, number = trial.evaluation_batch_size, 0
     for frames in video.batches(-(-_FRAMES_AT_ONCE // per_batch) * per_batch):
-        rows = [{"id": i, "file_name": str(i), "width": f.width, "height": f.height} for i, f in enumerate(frames)]
-        coco = {"images": rows, "annotations": [], "categories": trial.categories}
-        data = SplitData(CocoAnnotations.from_dict(coco), _Frames(frames))
+        annotations = CocoAnnotations.of_sizes((frame.size for frame in frames), trial.categories)
+        data = SplitData(annotations, _Frames(frames))
         detected = detect_all(trial, data, seconds, True, tiling, in_process=True)
         found = {each.image_id: each for _, of_batch in detected for each in of_batch}
         for i, frame in enumerate(frames):

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -172,6 +172,14 @@ class CocoAnnotations:
             UserError: as for `open`.
         """
         return cls(*coco_file.parse(json.dumps(coco).encode(), "the annotations"))
+
+    @classmethod
+    def of_sizes(cls, sizes: Iterable[tuple[int, int]], categories: list[dict]) -> CocoAnnotations:
+        """Images of these (width, height), without objects. Their positions are their ids and names."""
+        rows = [
+            {"id": i, "file_name": str(i), "width": width, "height": height} for i, (width, height) in enumerate(sizes)
+        ]
+        return cls.from_dict({"images": rows, "annotations": [], "categories": categories})
 
     def __reduce__(self):
         # loader workers that are not forked map the cache, instead of receiving a copy

@@ -75,6 +75,11 @@ class Detections:
     def __len__(self) -> int:
         return len(self.boxes)
 
+    def reach(self, min_score: float | np.ndarray) -> np.ndarray:
+        """(M,) bool: which have at least this score, for all categories or (K,) by label. None reaches nan."""
+        limits = np.asarray(min_score, self.scores.dtype)
+        return self.scores >= (limits[self.labels] if limits.ndim else limits)
+
     def only(self, rows: np.ndarray | Sequence[int]) -> Detections:
         """Some of the detections, given by position or as (M,) bool."""
         names = ("boxes", "scores", "labels", "masks", "keypoints", "sizes", "track_ids")

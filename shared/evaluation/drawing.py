@@ -78,8 +78,7 @@ def objects_of_detections(detections: Detections, categories: Sequence[dict], mi
     numbers = [""] * len(detections)
     if detections.track_ids is not None:
         numbers = [f" #{number}" if number >= 0 else "" for number in detections.track_ids.tolist()]
-    limits = np.broadcast_to(np.asarray(min_score, detections.scores.dtype), len(categories))
-    shown = np.flatnonzero(detections.scores >= limits[detections.labels])
+    shown = np.flatnonzero(detections.reach(min_score))
     return Objects(
         boxes=detections.boxes,
         labels=detections.labels.tolist(),

@@ -201,7 +201,7 @@ def report_of(
     about: About,
     min_score: float | None = None,
 ) -> None:
-    """Write the `report` of an evaluation, and print its summary. `found` has the images' ids."""
+    """Writes the `report` of an evaluation, and prints its summary."""
     analyses = report(
         evaluator.annotations,
         found.detections(),

@@ -12,7 +12,7 @@ from typing import IO, Any
 import yaml
 
 from shared import durable
-from shared.errors import UserError
+from shared.errors import UserError, unwritable_as_error
 from shared.log import redact_yaml_files, without_secrets
 
 OF_THE_RUN = ("last", "best", "auto")  # what --resume may say of the folder's own checkpoints
@@ -47,13 +47,9 @@ class RunFolder:
 
     def take(self) -> None:
         """Locks the folder for this process, until `free` or its exit. Raises UserError if another process has it."""
-        try:
+        with unwritable_as_error(f"--output-dir: {self.path}", "give another folder"):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = durable.try_lock(self._lock)
-        except OSError as error:
-            raise UserError(
-                f"--output-dir: {self.path} cannot be written: {error.strerror}. Fix: give another folder"
-            ) from error
         if lock is None:
             raise UserError(
                 f"--output-dir: another process uses {self.path}. Fix: wait for its run, or name another folder"
